@@ -4,7 +4,8 @@ A program owns 8 sequences and all hidden units, for hidden sizes whose W_hh fit
 are split over the warps: each holds the rows of its units as operands of products (fragments.py), reads h of all units
 from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
 written thread by thread; a thread has CELLS cells: number n is the unit 8 (n // 2) + column of its warp's, and the
-sequence 2 quarter + n % 2. What is of each cell is a tuple of CELLS.
+sequence 2 quarter + n % 2. What is of each cell is a tuple of CELLS. (Triton 3.4 to 3.6 forget the names of a named
+tuple in a tuple that grew: hence Cells(*cells[n]).)
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, mix_backward, normed_output_backward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
+from .indexing import Cells, Sequences
 from .norm import EPS, Norm, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
 from .planning import Device, Family, Plan, power_of_two
 
@@ -33,20 +35,21 @@ class Owned(NamedTuple):
 
 
 class Now(NamedTuple):
-    """Where they are at a step; tuples of CELLS."""
+    """Where they are at a step."""
 
     step: tl.tensor
-    positions: tuple
+    times: tuple
+    rows: tuple
     cells: tuple
 
 
 class Before(NamedTuple):
-    """What a cell computes a step from."""
+    """What they compute a step from."""
 
     x: tuple  # the input's part of the pre-activations
-    h: tl.tensor  # of the step before, as it is stored
-    operand: tl.tensor  # h in the product: with dropout
-    c: tl.tensor
+    h: tuple  # of the step before, as it is stored
+    operands: tuple  # h in the product: with dropout
+    c: tuple
 
 
 @triton.jit
@@ -64,12 +67,13 @@ def cells_of_thread(batch, UNITS: tl.constexpr, WARPS: tl.constexpr):
 @triton.jit
 def cells_at_step(step, owned, batch, H: tl.constexpr, REVERSE: tl.constexpr):
     """Where they are Now."""
-    positions, cells = (), ()
+    times, rows, cells = (), (), ()
     for n in tl.static_range(len(owned.units)):
-        unit, sequence = owned.units[n], owned.sequences[n]
-        positions = positions + (indexing.position(step, sequence, batch, REVERSE),)
-        cells = cells + (indexing.cells_at(sequence, positions[n], unit, unit < H, H),)
-    return Now(step, positions, cells)
+        unit, sequence = owned.units[n], Sequences(*owned.sequences[n])
+        position = indexing.position(step, sequence, batch, REVERSE)
+        times, rows = times + (position.time,), rows + (position.row,)
+        cells = cells + (indexing.cells_at(sequence, position, unit, unit < H, H),)
+    return Now(step, times, rows, cells)
 
 
 @triton.jit
@@ -110,31 +114,29 @@ def moments(v, owned, H: tl.constexpr):
 
 @triton.jit
 def load_step(h, c, now, gates_ptr, dropout_h_ptr, reset_c_ptr, H: tl.constexpr):
-    """What each cell has Before the step."""
+    """What the cells have Before the step."""
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
-    before = ()
+    x, h_prev, operands, c_prev = (), (), (), ()
     for n in tl.static_range(len(h)):
-        cell = now.cells[n]
-        x = indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H)
-        h_prev = tl.where(cell.reset, 0.0, h[n]).to(DTYPE)
-        operand = h_prev
+        cell = Cells(*now.cells[n])
+        x = x + (indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H),)
+        h_prev = h_prev + (tl.where(cell.reset, 0.0, h[n]).to(DTYPE),)
+        operand = h_prev[n]
         if dropout_h_ptr is not None:
             factors = tl.load(dropout_h_ptr + cell.state_at, mask=cell.in_tile, other=0.0).to(tl.float32)
-            operand = (factors * h_prev.to(tl.float32)).to(DTYPE)
-        c_prev = indexing.reset_to(tl.where(cell.reset, 0.0, c[n]), reset_c_ptr, cell)
-        before = before + (Before(x, h_prev, operand, c_prev),)
-    return before
+            operand = (factors * operand.to(tl.float32)).to(DTYPE)
+        operands = operands + (operand,)
+        c_prev = c_prev + (indexing.reset_to(tl.where(cell.reset, 0.0, c[n]), reset_c_ptr, cell),)
+    return Before(x, h_prev, operands, c_prev)
 
 
 @triton.jit
-def product_with_h(weights, before, owned, turn, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
+def product_with_h(weights, h, owned, turn, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
     """W_hh h: the four gates of each cell."""
-    h, z = (), ()
-    for n in tl.static_range(len(before)):
-        h = h + (before[n].operand,)
     shared = share(h, owned.columns, owned.units, turn, CHUNKS)
     products = product(weights, take(shared, 0, CHUNKS, CHUNKS, WARPS), h[0].dtype)
-    for n in tl.static_range(len(before)):
+    z = ()
+    for n in tl.static_range(len(h)):
         z = z + (products[n // 2 * 8 + n % 2 : n // 2 * 8 + 8 : 2],)  # both of a tile's cells alternate
     return z
 
@@ -154,7 +156,7 @@ def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr, PEEPHOL
     """(gates, c, m) of each cell, with m = o tanh(LN(c))."""
     cells, c, normed = (), (), ()
     for n in tl.static_range(len(z)):
-        cells = cells + (cell_forward(before[n].x, z[n], before[n].c, peepholes[n], PEEPHOLES),)
+        cells = cells + (cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES),)
         c = c + ((cells[n][1],),)
     mean, scale = moments(c, owned, H)
     for n in tl.static_range(len(z)):
@@ -194,7 +196,7 @@ def lstm_resident_forward_kernel(
     weights = load_weights(weights_ptr, rows, threads(WARPS).quarter * 4, W, 16, DTYPE, CHUNKS)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
-    states = cells_at_step(0, owned, indexing.Batch(None, None, T, B), H, REVERSE).cells
+    states = cells_at_step(0, owned, batch, H, REVERSE).cells
     for n in tl.static_range(CELLS):
         unit = owned.units[n]
         peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit, H),)
@@ -202,36 +204,38 @@ def lstm_resident_forward_kernel(
             gain_hh = gain_hh + (indexing.load_gates(gain_hh_ptr, unit, unit < H, H),)
         if gain_c_ptr is not None:
             affine_c = affine_c + (indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H),)
-        h = h + (tl.load(h0_ptr + states[n].state_at, mask=states[n].in_tile, other=0.0),)
-        c = c + (tl.load(c0_ptr + states[n].state_at, mask=states[n].in_tile, other=0.0),)
+        state = Cells(*states[n])
+        h = h + (tl.load(h0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
+        c = c + (tl.load(c0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, H, REVERSE)
         before = load_step(h, c, now, gates_ptr, dropout_h_ptr, reset_c_ptr, H)  # the product hides its latency
-        z = product_with_h(weights, before, owned, step % 2, CHUNKS, WARPS)
+        z = product_with_h(weights, before.operands, owned, step % 2, CHUNKS, WARPS)
         if gain_hh_ptr is not None:
             z = normalise_products(z, gain_hh, owned, H)
         new = normed_cells(before, z, peepholes, affine_c, owned, H, PEEPHOLES) if gain_c_ptr is not None else None
         h, c = (), ()
         for n in tl.static_range(CELLS):
-            cell = now.cells[n]
+            cell = Cells(*now.cells[n])
             if gain_c_ptr is not None:
                 gates, c_next, h_next = new[n]
             else:  # here, not earlier: the fewer gates wait to be stored, the fewer the instructions
-                gates, c_next, h_next = cell_forward(before[n].x, z[n], before[n].c, peepholes[n], PEEPHOLES)
-            c_next = indexing.zoneout(zoneout_c_ptr, cell, before[n].c, c_next)
+                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
+            c_next = indexing.zoneout(zoneout_c_ptr, cell, before.c[n], c_next)
             if zoneout_h_ptr is not None:
-                h_before = indexing.reset_to(before[n].h.to(tl.float32), reset_h_ptr, cell)
+                h_before = indexing.reset_to(before.h[n].to(tl.float32), reset_h_ptr, cell)
                 h_next = indexing.zoneout(zoneout_h_ptr, cell, h_before, h_next)
             h_next = tl.where(cell.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(h_ptr + cell.at, h_next, mask=cell.in_tile)
             if SAVE:
                 indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
                 tl.store(c_ptr + cell.at, tl.where(cell.valid, c_next, 0.0), mask=cell.in_tile)
-            h = h + (tl.where(cell.valid, h_next, before[n].h),)
-            c = c + (tl.where(cell.valid, c_next, before[n].c),)
+            h = h + (tl.where(cell.valid, h_next, before.h[n]),)
+            c = c + (tl.where(cell.valid, c_next, before.c[n]),)
     for n in tl.static_range(CELLS):
-        tl.store(h_n_ptr + states[n].state_at, h[n], mask=states[n].in_tile)
-        tl.store(c_n_ptr + states[n].state_at, c[n], mask=states[n].in_tile)
+        state = Cells(*states[n])
+        tl.store(h_n_ptr + state.state_at, h[n], mask=state.in_tile)
+        tl.store(c_n_ptr + state.state_at, c[n], mask=state.in_tile)
 
 
 @triton.jit
@@ -239,9 +243,9 @@ def load_saved(now, owned, saved, batch, H: tl.constexpr, REVERSE: tl.constexpr)
     """Of each cell (activated gates, c, c before the step)."""
     of_step = ()
     for n in tl.static_range(len(now.cells)):
-        time, index = now.positions[n].time, owned.sequences[n].index
-        row_prev = indexing.row_before(now.step, time, index, batch.B, REVERSE)
-        of_step = of_step + (indexing.load_saved(saved, now.step, row_prev, owned.units[n], now.cells[n], H),)
+        sequence, cell = Sequences(*owned.sequences[n]), Cells(*now.cells[n])
+        row_prev = indexing.row_before(now.step, now.times[n], sequence.index, batch.B, REVERSE)
+        of_step = of_step + (indexing.load_saved(saved, now.step, row_prev, owned.units[n], cell, H),)
     return of_step
 
 
@@ -250,7 +254,7 @@ def output_gradients(dh, now, dh_ptr, zoneout_h_ptr):
     """Gradients of h after the step, which are of each cell's state -> (of its output m, of h before by zoneout)."""
     dm, dh_before = (), ()
     for n in tl.static_range(len(dh)):
-        cell = now.cells[n]
+        cell = Cells(*now.cells[n])
         of_m = indexing.add_gradients_given(tl.where(cell.valid, dh[n], 0.0), dh_ptr, None, None, cell)
         of_h = tl.zeros_like(of_m)
         if zoneout_h_ptr is not None:
@@ -264,14 +268,14 @@ def normed_outputs_backward(of_step, dm, now, owned, norm, H: tl.constexpr):
     """Of each cell (dz_o, gradient of c) through m = o tanh(LN(c))."""
     unit_c, d, d_unit, dz_o, outputs = (), (), (), (), ()
     for n in tl.static_range(len(dm)):
-        cell, gates = now.cells[n], of_step[n][0]
+        cell, gates = Cells(*now.cells[n]), of_step[n][0]
         unit_c = unit_c + (tl.load(norm.unit_ptr + cell.at, mask=cell.valid, other=0.0),)
         gain, bias = indexing.load_affine(norm.gain_ptr, norm.bias_ptr, owned.units[n], H)
         of_o, of_unit = normed_output_backward(gates[3], unit_c[n], dm[n], gain, bias)
         dz_o, d, d_unit = dz_o + (of_o,), d + (of_unit,), d_unit + (of_unit * unit_c[n],)
     sum_d, sum_d_unit = sum_over_units(d), sum_over_units(d_unit)
     for n in tl.static_range(len(dm)):
-        scale = tl.load(norm.scale_ptr + now.positions[n].row, mask=now.positions[n].valid, other=0.0)
+        scale = tl.load(norm.scale_ptr + now.rows[n], mask=Cells(*now.cells[n]).valid, other=0.0)
         of_c = normalise_backward(d[n], unit_c[n], scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
         outputs = outputs + ((dz_o[n], of_c),)
     return outputs
@@ -282,7 +286,7 @@ def cells_backward(dc, of_step, dm, outputs, now, peepholes, zoneout_c_ptr, PEEP
     """(dz, gradient of c before the step) of each cell; zero in padding, where every factor was loaded as zero."""
     dz, dc_before = (), ()
     for n in tl.static_range(len(dc)):
-        cell = now.cells[n]
+        cell = Cells(*now.cells[n])
         gates, c, c_prev = of_step[n]
         of_c = tl.where(cell.valid, dc[n], 0.0)
         of_c, c, from_zoneout = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cell)
@@ -299,14 +303,14 @@ def normed_products_backward(dz, now, owned, norm, H: tl.constexpr, DTYPE: tl.co
     """Gradients of LN(W_hh h) of each cell -> of W_hh h."""
     d, unit_hh, sums, sums_unit, dz_hh = (), (), (), (), ()
     for n in tl.static_range(len(dz)):
-        unit, cell = owned.units[n], now.cells[n]
+        unit, cell = owned.units[n], Cells(*now.cells[n])
         gain = indexing.load_gates(norm.gain_ptr, unit, unit < H, H)
         unit_hh = unit_hh + (indexing.load_gates(norm.unit_ptr, cell.gates_at, cell.valid, H),)
         of_unit, sum_d, sum_d_unit = gates_of_unit(dz[n], gain, unit_hh[n], DTYPE)
         d, sums, sums_unit = d + (of_unit,), sums + (sum_d,), sums_unit + (sum_d_unit,)
     sum_d, sum_d_unit = sum_over_units(sums), sum_over_units(sums_unit)
     for n in tl.static_range(len(dz)):
-        scale = tl.load(norm.scale_ptr + now.positions[n].row, mask=now.positions[n].valid, other=0.0)
+        scale = tl.load(norm.scale_ptr + now.rows[n], mask=Cells(*now.cells[n]).valid, other=0.0)
         mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
         dz_hh = dz_hh + (normalise_gates_backward(d[n], unit_hh[n], scale, mean_d, mean_d_unit),)
     return dz_hh
@@ -365,14 +369,15 @@ def lstm_resident_backward_kernel(
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     dh, dc = (), ()
-    states = cells_at_step(0, owned, indexing.Batch(None, None, T, B), H, REVERSE).cells
+    states = cells_at_step(0, owned, batch, H, REVERSE).cells
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, owned.units[n], H),)
-        of_h = tl.zeros((32 * WARPS,), tl.float32)
+        state = Cells(*states[n])
+        dh_n = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
-            of_h += tl.load(dh_n_ptr + states[n].state_at, mask=states[n].in_tile, other=0.0).to(tl.float32)
-        dh = dh + (of_h,)
-        dc = dc + (tl.load(dc_ptr + states[n].state_at, mask=states[n].in_tile, other=0.0),)
+            dh_n += tl.load(dh_n_ptr + state.state_at, mask=state.in_tile, other=0.0).to(tl.float32)
+        dh = dh + (dh_n,)
+        dc = dc + (tl.load(dc_ptr + state.state_at, mask=state.in_tile, other=0.0),)
     for back in range(T):
         now = cells_at_step(T - 1 - back, owned, batch, H, REVERSE)
         of_step = load_saved(now, owned, saved, batch, H, REVERSE)
@@ -386,7 +391,7 @@ def lstm_resident_backward_kernel(
 
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
-            cell, dh_before = now.cells[n], dh_of_product[n]
+            cell, dh_before = Cells(*now.cells[n]), dh_of_product[n]
             indexing.store_gates(dgates_ptr, cell.gates_at, cell.in_tile, dz[n], H)
             if gain_c_ptr is not None:
                 tl.store(dh_total_ptr + cell.at, dm[n], mask=cell.in_tile)
@@ -404,7 +409,7 @@ def lstm_resident_backward_kernel(
             dh = dh + (tl.where(cell.valid, tl.where(cell.continues, dh_before, 0.0), dh_after[n]),)
             dc = dc + (tl.where(cell.valid, tl.where(cell.continues, dc_before[n], 0.0), dc_after[n]),)
     for n in tl.static_range(CELLS):
-        tl.store(dc_ptr + states[n].state_at, dc[n], mask=states[n].in_tile)
+        tl.store(dc_ptr + Cells(*states[n]).state_at, dc[n], mask=Cells(*states[n]).in_tile)
 
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
