@@ -15,9 +15,9 @@ numbers, exchange these with all programs, and add up by shuffles. Words (exchan
 is W = ceil(H / PER) words, of which the last may be half empty; so the weights are passed as words, too.
 """
 
+from collections import namedtuple
 from collections.abc import Iterator
 from math import ceil
-from typing import NamedTuple
 
 import torch
 import triton
@@ -47,31 +47,15 @@ from .planning import Device, Family, Plan, expected
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
 
 
-class Own(NamedTuple):
-    """The cell of each thread, [THREADS] each."""
-
-    place: tl.tensor  # of the unit among the program's
-    unit: tl.tensor
-    column: tl.tensor  # of the batch tile: its sequence
-    is_cell: tl.tensor  # whether it has one
-    is_word: tl.tensor  # whether it publishes a word, that of its unit and perhaps the next
-
-
-class Before(NamedTuple):
-    """The h that a step starts from, of the sequence in each thread's column of the product; [THREADS] each."""
-
-    words: Words
-    index: tl.tensor  # of the sequence in the batch
-    continues: tl.tensor  # whether h continues, and is not reset or padding
-
-
-class Sums(NamedTuple):
-    """Which sums over the warps' products each thread forms; each field is a tuple of SUMS."""
-
-    rows: tuple  # of the product
-    columns: tuple
-    units: tuple
-    published: tuple  # whether its partners need it
+# The cell of each thread: the place of its unit among the program's, the column of the batch tile that is its sequence,
+# whether it has one, and whether it publishes a word.
+Own = namedtuple("Own", "place unit column is_cell is_word")
+# The h that a step starts from, of the sequence in each thread's column: its Words, the sequence's index in the batch,
+# and whether h continues there, or is reset or padding.
+Before = namedtuple("Before", "words index continues")
+# Which sums over the warps' products each thread forms, tuples of SUMS: rows and columns of the product, the units, and
+# whether its partners need them.
+Sums = namedtuple("Sums", "rows columns units published")
 
 
 @triton.jit
@@ -221,13 +205,14 @@ def lstm_cooperative_forward_kernel(
     c_n_ptr,  # [B, H] float32 c0, becomes c after every step
     lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
-    zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr, SAVE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+    zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr,
+    REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
     AHEAD: tl.constexpr,  # whether groups have several batch tiles
 ):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
+    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -308,7 +293,7 @@ def lstm_cooperative_forward_kernel(
         # Store.
         tl.store(h_n_ptr + cell.state_at, h, mask=cell.valid)
         tl.store(c_n_ptr + cell.state_at, c, mask=cell.valid)
-        if SAVE:
+        if c_ptr is not None:
             indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
             tl.store(c_ptr + cell.at, tl.where(cell.valid, c, 0.0), mask=cell.in_tile)
         step, tile = next_step, next_tile
@@ -375,12 +360,13 @@ def lstm_cooperative_backward_kernel(
     partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
     dh_total_ptr, dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, becomes the gradient of h before every step through zoneout; or None
-    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr,
     REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
+    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER

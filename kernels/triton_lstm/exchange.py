@@ -13,7 +13,7 @@ wait (timeouts.py). A longer wait times out: the error word is set to step + 1, 
 A program remembers that, since the host may have cleared the error word by then, and looks once where it would wait.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -152,20 +152,12 @@ def unless_timed_out(x, poll_limit):
     return tl.where(poll_limit > 0, x, float("nan"))
 
 
-class Words(NamedTuple):
-    """The words that each thread reads: GROUPS of SIZE neighbours, one STRIDE words after the other."""
-
-    at: tl.tensor  # [THREADS] pointers to the first one
-    left: tl.tensor  # [THREADS] how many words there are from there on; none where not positive
-
-
-class Wait(NamedTuple):
-    """How a program waits for words at a step."""
-
-    error_ptr: tl.tensor
-    step: tl.tensor
-    delay: tl.tensor  # [THREADS] before the first poll, see LONGER; -1 once a wait of the program timed out
-    phase: tl.tensor  # 0 or 1, the last bit of words that are there; None: any word but the sentinel
+# The words that each thread reads: pointers to the first one, and how many there are from there on; none where not
+# positive. They are GROUPS of SIZE neighbours, one STRIDE words after the other.
+Words = namedtuple("Words", "at left")
+# How a program waits for words at a step: the delay before the first poll, [THREADS], see LONGER, or -1 once a wait of
+# the program timed out; the last bit of words that are there, or None if any word but the sentinel is there.
+Wait = namedtuple("Wait", "error_ptr step delay phase")
 
 
 @triton.jit

@@ -15,7 +15,7 @@ Which words of K are multiplied together is free as long as A and B agree. Here 
 words (16 bytes), for two successive products; the four quads of a row are a chunk of K, 16 words.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import triton
 import triton.language as tl
@@ -26,13 +26,7 @@ from .features import constexpr_function
 SEQUENCES = tl.constexpr(8)  # of a product
 
 
-class Threads(NamedTuple):
-    """All threads of a program, each field [THREADS]."""
-
-    number: tl.tensor
-    warp: tl.tensor
-    column: tl.tensor
-    quarter: tl.tensor
+Threads = namedtuple("Threads", "number warp column quarter")  # of a program, each [THREADS]
 
 
 @triton.jit

@@ -8,9 +8,9 @@ sequence 2 quarter + n % 2. What is of each cell is a tuple of CELLS. (Triton 3.
 tuple in a tuple that grew: hence Cells(*cells[n]).)
 """
 
+from collections import namedtuple
 from collections.abc import Iterator
 from math import ceil
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -21,35 +21,15 @@ from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, mix_backward, normed_output_backward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
-from .indexing import Cells, Sequences
+from .indexing import Cells, Position, Sequences
 from .norm import EPS, Norm, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
 from .planning import Device, Family, Plan, power_of_two
 
-
-class Owned(NamedTuple):
-    """The cells of a thread; each field is a tuple of CELLS."""
-
-    units: tuple
-    columns: tuple  # of the batch tile
-    sequences: tuple
-
-
-class Now(NamedTuple):
-    """Where they are at a step."""
-
-    step: tl.tensor
-    times: tuple
-    rows: tuple
-    cells: tuple
-
-
-class Before(NamedTuple):
-    """What they compute a step from."""
-
-    x: tuple  # the input's part of the pre-activations
-    h: tuple  # of the step before, as it is stored
-    operands: tuple  # h in the product: with dropout
-    c: tuple
+# All fields but the step are tuples of CELLS.
+Owned = namedtuple("Owned", "units columns sequences")  # by a thread; columns are of the batch tile
+Now = namedtuple("Now", "step positions cells")  # where those are at a step
+Before = namedtuple("Before", "x h operands c")  # a step: what comes from the input, h as stored, h with dropout
+Activations = namedtuple("Activations", "gates c c_prev")  # that forward saved
 
 
 @triton.jit
@@ -67,13 +47,13 @@ def cells_of_thread(batch, UNITS: tl.constexpr, WARPS: tl.constexpr):
 @triton.jit
 def cells_at_step(step, owned, batch, H: tl.constexpr, REVERSE: tl.constexpr):
     """Where they are Now."""
-    times, rows, cells = (), (), ()
+    positions, cells = (), ()
     for n in tl.static_range(len(owned.units)):
         unit, sequence = owned.units[n], Sequences(*owned.sequences[n])
         position = indexing.position(step, sequence, batch, REVERSE)
-        times, rows = times + (position.time,), rows + (position.row,)
+        positions = positions + (position,)
         cells = cells + (indexing.cells_at(sequence, position, unit, unit < H, H),)
-    return Now(step, times, rows, cells)
+    return Now(step, positions, cells)
 
 
 @triton.jit
@@ -154,15 +134,15 @@ def normalise_products(z, gain_hh, owned, H: tl.constexpr):
 @triton.jit
 def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr, PEEPHOLES: tl.constexpr):
     """(gates, c, m) of each cell, with m = o tanh(LN(c))."""
-    cells, c, normed = (), (), ()
+    gates, c, normed = (), (), ()
     for n in tl.static_range(len(z)):
-        cells = cells + (cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES),)
-        c = c + ((cells[n][1],),)
+        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
+        gates, c = gates + (of_cell,), c + ((c_next,),)
     mean, scale = moments(c, owned, H)
     for n in tl.static_range(len(z)):
-        gates = cells[n][0]
-        m = output(gates[3], normalise(c[n][0], mean[n % 2], scale[n % 2], *affine_c[n]))
-        normed = normed + ((gates, c[n][0], m),)
+        (c_next,) = c[n]
+        m = output(gates[n][3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
+        normed = normed + ((gates[n], c_next, m),)
     return normed
 
 
@@ -172,14 +152,15 @@ def lstm_resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
     weight_peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
     h_ptr,  # [T*B, H] out
-    c_ptr,
+    c_ptr,  # None: gates are not saved either
     h_n_ptr, c_n_ptr,  # [B, H] out, the latter float32
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, T, B,
-    H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
+    H: tl.constexpr, REVERSE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile."""
+    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -227,7 +208,7 @@ def lstm_resident_forward_kernel(
                 h_next = indexing.zoneout(zoneout_h_ptr, cell, h_before, h_next)
             h_next = tl.where(cell.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(h_ptr + cell.at, h_next, mask=cell.in_tile)
-            if SAVE:
+            if c_ptr is not None:
                 indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
                 tl.store(c_ptr + cell.at, tl.where(cell.valid, c_next, 0.0), mask=cell.in_tile)
             h = h + (tl.where(cell.valid, h_next, before.h[n]),)
@@ -240,18 +221,19 @@ def lstm_resident_forward_kernel(
 
 @triton.jit
 def load_saved(now, owned, saved, batch, H: tl.constexpr, REVERSE: tl.constexpr):
-    """Of each cell (activated gates, c, c before the step)."""
-    of_step = ()
+    """The Activations of a step."""
+    gates, c, c_prev = (), (), ()
     for n in tl.static_range(len(now.cells)):
         sequence, cell = Sequences(*owned.sequences[n]), Cells(*now.cells[n])
-        row_prev = indexing.row_before(now.step, now.times[n], sequence.index, batch.B, REVERSE)
-        of_step = of_step + (indexing.load_saved(saved, now.step, row_prev, owned.units[n], cell, H),)
-    return of_step
+        row_prev = indexing.row_before(now.step, Position(*now.positions[n]).time, sequence.index, batch.B, REVERSE)
+        of_cell = indexing.load_saved(saved, now.step, row_prev, owned.units[n], cell, H)
+        gates, c, c_prev = gates + (of_cell[0],), c + (of_cell[1],), c_prev + (of_cell[2],)
+    return Activations(gates, c, c_prev)
 
 
 @triton.jit
 def output_gradients(dh, now, dh_ptr, zoneout_h_ptr):
-    """Gradients of h after the step, which are of each cell's state -> (of its output m, of h before by zoneout)."""
+    """Gradients of h after the step -> (gradients of the output m, what zoneout passes on to h before the step)."""
     dm, dh_before = (), ()
     for n in tl.static_range(len(dh)):
         cell = Cells(*now.cells[n])
@@ -264,32 +246,33 @@ def output_gradients(dh, now, dh_ptr, zoneout_h_ptr):
 
 
 @triton.jit
-def normed_outputs_backward(of_step, dm, now, owned, norm, H: tl.constexpr):
+def normed_outputs_backward(gates, dm, now, owned, norm, H: tl.constexpr):
     """Of each cell (dz_o, gradient of c) through m = o tanh(LN(c))."""
     unit_c, d, d_unit, dz_o, outputs = (), (), (), (), ()
     for n in tl.static_range(len(dm)):
-        cell, gates = Cells(*now.cells[n]), of_step[n][0]
+        cell = Cells(*now.cells[n])
         unit_c = unit_c + (tl.load(norm.unit_ptr + cell.at, mask=cell.valid, other=0.0),)
         gain, bias = indexing.load_affine(norm.gain_ptr, norm.bias_ptr, owned.units[n], H)
-        of_o, of_unit = normed_output_backward(gates[3], unit_c[n], dm[n], gain, bias)
+        of_o, of_unit = normed_output_backward(gates[n][3], unit_c[n], dm[n], gain, bias)
         dz_o, d, d_unit = dz_o + (of_o,), d + (of_unit,), d_unit + (of_unit * unit_c[n],)
     sum_d, sum_d_unit = sum_over_units(d), sum_over_units(d_unit)
     for n in tl.static_range(len(dm)):
-        scale = tl.load(norm.scale_ptr + now.rows[n], mask=Cells(*now.cells[n]).valid, other=0.0)
+        position = Position(*now.positions[n])
+        scale = tl.load(norm.scale_ptr + position.row, mask=position.valid, other=0.0)
         of_c = normalise_backward(d[n], unit_c[n], scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
         outputs = outputs + ((dz_o[n], of_c),)
     return outputs
 
 
 @triton.jit
-def cells_backward(dc, of_step, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES: tl.constexpr):
+def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES: tl.constexpr):
     """(dz, gradient of c before the step) of each cell; zero in padding, where every factor was loaded as zero."""
     dz, dc_before = (), ()
     for n in tl.static_range(len(dc)):
         cell = Cells(*now.cells[n])
-        gates, c, c_prev = of_step[n]
+        gates, c_prev = activations.gates[n], activations.c_prev[n]
         of_c = tl.where(cell.valid, dc[n], 0.0)
-        of_c, c, from_zoneout = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cell)
+        of_c, c, from_zoneout = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, activations.c[n], c_prev, cell)
         dz_o, of_c_by_m = output_backward(gates[3], c, dm[n]) if outputs is None else outputs[n]
         of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n], PEEPHOLES)
         if zoneout_c_ptr is not None:
@@ -310,7 +293,8 @@ def normed_products_backward(dz, now, owned, norm, H: tl.constexpr, DTYPE: tl.co
         d, sums, sums_unit = d + (of_unit,), sums + (sum_d,), sums_unit + (sum_d_unit,)
     sum_d, sum_d_unit = sum_over_units(sums), sum_over_units(sums_unit)
     for n in tl.static_range(len(dz)):
-        scale = tl.load(norm.scale_ptr + now.rows[n], mask=Cells(*now.cells[n]).valid, other=0.0)
+        position = Position(*now.positions[n])
+        scale = tl.load(norm.scale_ptr + position.row, mask=position.valid, other=0.0)
         mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
         dz_hh = dz_hh + (normalise_gates_backward(d[n], unit_hh[n], scale, mean_d, mean_d_unit),)
     return dz_hh
@@ -342,11 +326,12 @@ def lstm_resident_backward_kernel(
     dc_ptr,  # in: the gradient of c_n; out: of c0
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: the gradient of h0 through zoneout; or None
-    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr, REVERSE: tl.constexpr,
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
     UNITS: tl.constexpr,  # at least H
     WARPS: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
+    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -380,12 +365,12 @@ def lstm_resident_backward_kernel(
         dc = dc + (tl.load(dc_ptr + state.state_at, mask=state.in_tile, other=0.0),)
     for back in range(T):
         now = cells_at_step(T - 1 - back, owned, batch, H, REVERSE)
-        of_step = load_saved(now, owned, saved, batch, H, REVERSE)
+        activations = load_saved(now, owned, saved, batch, H, REVERSE)
         dm, dh_from_zoneout = output_gradients(dh, now, dh_ptr, zoneout_h_ptr)
         outputs = None
         if gain_c_ptr is not None:
-            outputs = normed_outputs_backward(of_step, dm, now, owned, norm_c, H)
-        dz, dc_before = cells_backward(dc, of_step, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES)
+            outputs = normed_outputs_backward(activations.gates, dm, now, owned, norm_c, H)
+        dz, dc_before = cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES)
         dz_hh = normed_products_backward(dz, now, owned, norm_hh, H, DTYPE) if gain_hh_ptr is not None else dz
         dh_of_product = product_with_dz(weights, dz_hh, elements_of_dz, owned, back % 2, CHUNKS, WARPS, DTYPE)
 
