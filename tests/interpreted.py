@@ -68,37 +68,37 @@ def publish(at, words, mask):
     tl.store(at, words, mask=mask)
 
 
-def look(at, left, GROUPS, SIZE, STRIDE, TOGETHER):
+def look(words, GROUPS, SIZE, STRIDE, TOGETHER):
     offsets = (n // SIZE * STRIDE + n % SIZE for n in range(GROUPS * SIZE))
-    return tuple(tl.load(at + offset, mask=left > offset, other=0, volatile=True) for offset in offsets)
+    return tuple(tl.load(words.at + n, mask=words.left > n, other=0, volatile=True) for n in offsets)
 
 
-def collect(at, left, phase, error_ptr, step, delay, GROUPS, SIZE, STRIDE, TOGETHER, PHASED, seen=None):
-    place, awaited = (at, left, GROUPS, SIZE, STRIDE, TOGETHER), (left, phase, SIZE, STRIDE, PHASED)
-    words = seen or look(*place)
-    lost = bool((delay.handle.data < 0).all())
-    polls, poll_limit = 0, 0 if lost else tl.load(error_ptr + 1)
-    while count_missing(words, *awaited) > 0 and polls < poll_limit:
-        words, polls = look(*place), polls + 1
-        if tl.load(error_ptr, volatile=True) != 0:
+def collect(words, wait, GROUPS, SIZE, STRIDE, TOGETHER, seen=None):
+    place, awaited = (words, GROUPS, SIZE, STRIDE, TOGETHER), (words.left, wait.phase, SIZE, STRIDE)
+    found = seen or look(*place)
+    lost = bool((wait.delay.handle.data < 0).all())
+    polls, poll_limit = 0, 0 if lost else tl.load(wait.error_ptr + 1)
+    while count_missing(found, *awaited) > 0 and polls < poll_limit:
+        found, polls = look(*place), polls + 1
+        if tl.load(wait.error_ptr, volatile=True) != 0:
             break
-    if count_missing(words, *awaited) > 0 and not lost:
-        tl.store(error_ptr, step + 1)
+    if count_missing(found, *awaited) > 0 and not lost:
+        tl.store(wait.error_ptr, wait.step + 1)
         lost = True
-    there = ~are_missing(words, *awaited)
-    words = _tensors(np.where(there, [word.handle.data for word in words], np.int32(-1)), tl.int32)
-    return (*words, tl.zeros_like(delay) - int(lost))
+    there = ~are_missing(found, *awaited)
+    found = _tensors(np.where(there, [word.handle.data for word in found], np.int32(-1)), tl.int32)
+    return found, tl.zeros_like(wait.delay) - int(lost)
 
 
 def count_missing(*awaited):
     return are_missing(*awaited).sum()
 
 
-def are_missing(words, left, phase, SIZE, STRIDE, PHASED):
+def are_missing(words, left, phase, SIZE, STRIDE):
     """Of each word, whether it is not there yet: [words, THREADS]."""
     words = np.stack([word.handle.data for word in words])
     n, phase = np.arange(len(words))[:, None], phase.handle.data if isinstance(phase, tl.tensor) else phase
-    absent = (words & 1) != phase if PHASED else words == -1
+    absent = words == -1 if phase is None else (words & 1) != phase
     return absent & (left.handle.data > n // SIZE * STRIDE + n % SIZE)
 
 

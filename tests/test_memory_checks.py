@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import memory_checks
 import places
@@ -14,7 +15,7 @@ from triton.runtime.errors import InterpreterError
 import gpu_lstm
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.cupy_lstm import source
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm import indexing, launch
 
 pytestmark = [
     pytest.mark.skipif(not places.INTERPRETED, reason="compiled kernels have compute-sanitizer"),
@@ -25,7 +26,9 @@ B, I, H = 3, 2, 6
 OUTSIDE = r"a \d+-byte (load|store|atomic) (begins|ends) \d+ bytes (before|past the end of) "
 NOISE = dict(peepholes=True, recurrent_dropout=0.5, zoneout=0.3)
 NORMS = dict(layer_norm=True)
+FAMILIES = "step", "split/4", "held/ahead", "held/2", "resident", "cooperative/4/1/4", "pointwise"
 CUDA = "kept/4", "read/4"
+both_ways = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 
 
 def run(family: str, before: Callable = lambda: None, backward: bool = False, T: int = 2, **options) -> None:
@@ -47,6 +50,38 @@ def run(family: str, before: Callable = lambda: None, backward: bool = False, T:
     torch.autograd.grad(sum(t.square().sum() for t in (y, *state)), [*lstm.parameters(), *left])
 
 
+# Functions of the interpreted kernels, and those that stand in their place.
+cells_at, load_gates, sequences, time_of = (
+    getattr(indexing, name) for name in ("cells_at", "load_gates", "sequences", "time_of")
+)
+
+
+def a_row_too_many(index, batch):
+    return sequences(index, batch)._replace(in_batch=index < batch.B + 1)
+
+
+def a_column_too_many(*given):
+    cells = cells_at(*given)
+    return cells._replace(at=cells.at + 1, gates_at=cells.gates_at + 1, state_at=cells.state_at + 1)
+
+
+IN_TRITON = {
+    "a row too many": ("sequences", a_row_too_many),
+    "a column too many": ("cells_at", a_column_too_many),
+    "a step too many": ("time_of", lambda *given: time_of(*given) + 1),
+    "a mask left out": ("load_gates", lambda ptr, at, mask, *options: load_gates(ptr, at, mask | True, *options)),
+}
+
+
+@both_ways
+@pytest.mark.parametrize("fault", IN_TRITON)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fault_in_triton_is_detected(monkeypatch, family, fault, backward):
+    KERNELS[family].force(monkeypatch)
+    with pytest.raises(InterpreterError, match=OUTSIDE):
+        run(family, partial(monkeypatch.setattr, indexing, *IN_TRITON[fault]), backward)
+
+
 IN_CUDA = {  # a text of the source, and what stands in its place
     "a column too many": ("* H + unit;", "* H + unit + 1;"),
     "a mask left out": ("load_if(valid, my_gates", "load_if(true, my_gates"),
@@ -54,7 +89,7 @@ IN_CUDA = {  # a text of the source, and what stands in its place
 }
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@both_ways
 @pytest.mark.parametrize("fault", IN_CUDA)
 @pytest.mark.parametrize("family", CUDA)
 def test_a_fault_in_cuda_is_detected(monkeypatch, family, fault, backward):

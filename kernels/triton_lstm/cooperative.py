@@ -15,6 +15,7 @@ numbers, exchange these with all programs, and add up by shuffles. Words (exchan
 is W = ceil(H / PER) words, of which the last may be half empty; so the weights are passed as words, too.
 """
 
+from collections import namedtuple
 from collections.abc import Iterator
 from math import ceil
 
@@ -29,7 +30,7 @@ from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
 from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
-from .exchange import collect, in_phase, look, pack, publish
+from .exchange import Wait, Words, collect, collect_at_once, in_phase, look, pack, publish
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .norm import (
     EPS,
@@ -44,6 +45,17 @@ from .norm import (
 from .planning import Cooperative, Plan
 
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
+
+
+# The cell of each thread: the place of its unit among the program's, the column of the batch tile that is its sequence,
+# whether it has one, and whether it publishes a word.
+Own = namedtuple("Own", "place unit column is_cell is_word")
+# The h that a step starts from, of the sequence in each thread's column: its Words, the sequence's index in the batch,
+# and whether h continues there, or is reset or padding.
+Before = namedtuple("Before", "words index continues")
+# Which sums over the warps' products each thread forms, tuples of SUMS: rows and columns of the product, the units, and
+# whether its partners need them.
+Sums = namedtuple("Sums", "rows columns units published")
 
 
 @triton.jit
@@ -61,34 +73,46 @@ def next_turn(step, tile, steps: tl.constexpr, B):
 
 
 @triton.jit
-def sum_of_row(x, WARPS: tl.constexpr):
+def cell_of_thread(
+    first_unit, H: tl.constexpr, UNITS: tl.constexpr, ROW: tl.constexpr, PER: tl.constexpr, WARPS: tl.constexpr
+):
+    """What each thread owns where a sequence has ROW threads, and the program UNITS units from `first_unit` on."""
+    thread = tl.arange(0, 32 * WARPS)
+    place, column = thread % ROW, thread // ROW
+    unit = first_unit + place
+    is_unit = (column < SEQUENCES) & (place < UNITS)
+    is_word = is_unit & (unit < (H + PER - 1) // PER * PER) & (thread % PER == 0)
+    return Own(place % UNITS, unit, column % SEQUENCES, is_unit & (unit < H), is_word)
+
+
+@triton.jit
+def sum_of_row(x):
     """[THREADS] float32 -> the sum over the threads of each sequence, for all of them: without a barrier."""
-    total = tl.sum(tl.reshape(x, (SEQUENCES, 4 * WARPS)), axis=1)
-    return tl.reshape(tl.broadcast_to(total[:, None], (SEQUENCES, 4 * WARPS)), (32 * WARPS,))
+    THREADS: tl.constexpr = x.shape[0]
+    total = tl.sum(tl.reshape(x, (SEQUENCES, THREADS // SEQUENCES)), axis=1)
+    return tl.reshape(tl.broadcast_to(total[:, None], (SEQUENCES, THREADS // SEQUENCES)), (THREADS,))
 
 
 @triton.jit
 def exchange_pairs(
     first, second,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
-    exchanged,  # a thread's sequence, whether there is one, the delay of `collect`, [THREADS]; phase, error_ptr, step
-    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    sequence, wait, H: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Of each of a thread's programs, place + n ROW: (first number, second number, number of its units); zeros where
     there is none. Programs without units do nothing. It is called at every step: no phase is skipped."""
-    batch, in_batch, delay, phase, error_ptr, step = exchanged
-    ROW: tl.constexpr = 4 * WARPS
+    THREADS: tl.constexpr = first.shape[0]
+    ROW: tl.constexpr = THREADS // SEQUENCES
     PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
     COUNT: tl.constexpr = (PROGRAMS + ROW - 1) // ROW
-    place = tl.arange(0, 32 * WARPS) % ROW
+    place = tl.arange(0, THREADS) % ROW
     program = tl.zeros_like(place) + tl.program_id(0)
-    here = in_batch & (program < PROGRAMS)
-    pairs_at = pairs_ptr + batch.to(tl.int64) * (2 * PROGRAMS)
-    own = in_phase(pack(tl.where(place == 0, first, second), tl.float32), phase)
+    here = sequence.in_batch & (program < PROGRAMS)
+    pairs_at = pairs_ptr + sequence.index.to(tl.int64) * (2 * PROGRAMS)
+    own = in_phase(pack(tl.where(place == 0, first, second), tl.float32), wait.phase)
     publish(pairs_at + 2 * program + place, own, here & (place < 2))
-    left = tl.where(here, 2 * (PROGRAMS - place), 0)
-    delay = tl.where(delay < 0, -1, 0)  # no delay, but what timed out before is no more waited for
-    words = collect(pairs_at + 2 * place, left, phase, error_ptr, step, delay, COUNT, 2, 2 * ROW, 2, True)
+    pairs = Words(pairs_at + 2 * place, tl.where(here, 2 * (PROGRAMS - place), 0))
+    words = collect_at_once(pairs, wait, COUNT, 2, 2 * ROW, 2)
     found = ()
     for n in tl.static_range(COUNT):
         one, other = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
@@ -99,21 +123,19 @@ def exchange_pairs(
 @triton.jit
 def moments_of_group(
     v,  # tuple of [THREADS]: of the thread's cell
-    is_cell,  # [THREADS]
-    pairs_ptr, exchanged,  # as for `exchange_pairs`
-    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    is_cell, pairs_ptr, sequence, wait, H: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """(mean, scale) of v of all units, [THREADS]."""
     GATES: tl.constexpr = len(v)
-    zeros = tl.zeros((32 * WARPS,), tl.float32)
+    zeros = tl.zeros(v[0].shape, tl.float32)
     total, squares = zeros, zeros
     for n in tl.static_range(GATES):
         total += tl.where(is_cell, v[n], 0.0)
-    own = sum_of_row(total, WARPS) / (GATES * units_of(tl.program_id(0), H, UNITS))
+    own = sum_of_row(total) / (GATES * units_of(tl.program_id(0), H, UNITS))
     for n in tl.static_range(GATES):
         distance = tl.where(is_cell, v[n] - own, 0.0)
         squares += distance * distance
-    of_programs = exchange_pairs(own, sum_of_row(squares, WARPS), pairs_ptr, exchanged, H, UNITS, WARPS)
+    of_programs = exchange_pairs(own, sum_of_row(squares), pairs_ptr, sequence, wait, H, UNITS)
     # About this program's mean, so that both sums can be computed at once. Little cancels: it is no further from the
     # mean of all than the square root of the number of programs times the deviation.
     shift, squares = zeros, zeros
@@ -121,25 +143,23 @@ def moments_of_group(
         mean, its_squares, units = of_programs[n]
         shift += units * (mean - own)
         squares += squares_about(own, mean, its_squares, GATES * units)
-    shift = sum_of_row(shift, WARPS) / H
-    squares = sum_of_row(squares, WARPS) - GATES * H * shift * shift
+    shift = sum_of_row(shift) / H
+    squares = sum_of_row(squares) - GATES * H * shift * shift
     return own + shift, tl.rsqrt(squares / (GATES * H) + EPS)
 
 
 @triton.jit
 def means_of_group(
     d, d_unit,  # [THREADS] of the thread's cell, zero where there is none
-    pairs_ptr, exchanged,  # as for `exchange_pairs`
-    H: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, GATES: tl.constexpr,
+    pairs_ptr, sequence, wait, H: tl.constexpr, UNITS: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     """Both sums over all units, divided by GATES * H, [THREADS]: the means of `normalise_backward`."""
-    sums = sum_of_row(d, WARPS), sum_of_row(d_unit, WARPS)
-    of_programs = exchange_pairs(*sums, pairs_ptr, exchanged, H, UNITS, WARPS)
-    d, d_unit = tl.zeros((32 * WARPS,), tl.float32), tl.zeros((32 * WARPS,), tl.float32)
+    of_programs = exchange_pairs(sum_of_row(d), sum_of_row(d_unit), pairs_ptr, sequence, wait, H, UNITS)
+    d, d_unit = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
     for n in tl.static_range(len(of_programs)):
         d += of_programs[n][0]
         d_unit += of_programs[n][1]
-    return sum_of_row(d, WARPS) / (GATES * H), sum_of_row(d_unit, WARPS) / (GATES * H)
+    return sum_of_row(d) / (GATES * H), sum_of_row(d_unit) / (GATES * H)
 
 
 @triton.jit
@@ -151,17 +171,26 @@ def is_of_a_timeout(x, error_ptr):
 
 @triton.jit
 def h_before(
-    step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
+    step, tile, words_ptr, batch, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
     PADDING: tl.constexpr,  # whether to wait for words of padding and before resets, too
 ):  # fmt: skip
-    """Of the h that a turn starts from, for the thread's column: (where its words are, how many are left from there,
-    its sequence, whether it is h and not a state to reset to), each [THREADS]."""
-    _, warp, column, quarter = threads(WARPS)
-    first_word = warp * 16 + quarter * 4
-    batch, in_batch, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-    _, _, _, from_h = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-    at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, batch, T, B, REVERSE) * W + first_word
-    return at, tl.where(in_batch if PADDING else from_h, W - first_word, 0), batch, from_h
+    """Where the h that a step starts from lies."""
+    thread = threads(WARPS)
+    first_word = thread.warp * 16 + thread.quarter * 4
+    sequence = indexing.sequences(tile * SEQUENCES + thread.column, batch)
+    continues = indexing.position(step, sequence, batch, REVERSE).continues
+    at = words_ptr + indexing.row_in_h_then_h0(step - 1, sequence, batch, REVERSE) * W + first_word
+    left = tl.where(sequence.in_batch if PADDING else continues, W - first_word, 0)
+    return Before(Words(at, left), sequence.index, continues)
+
+
+@triton.jit
+def zero_at_resets(h, continues):
+    """Words of h, zero where it is reset. What never arrived is NaN even there, and so is what is published then."""
+    zeroed = ()
+    for n in tl.static_range(len(h)):
+        zeroed = zeroed + (tl.where(continues | (h[n] == SENTINEL), h[n], 0),)
+    return zeroed
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -176,13 +205,14 @@ def lstm_cooperative_forward_kernel(
     c_n_ptr,  # [B, H] float32 c0, becomes c after every step
     lengths_ptr, resets_ptr,
     dropout_h_ptr,  # [B, W] int32: factors of h, or None
-    zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
-    REVERSE: tl.constexpr, SAVE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
+    zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr,
+    REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
     AHEAD: tl.constexpr,  # whether groups have several batch tiles
 ):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
+    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -191,94 +221,132 @@ def lstm_cooperative_forward_kernel(
     # With layer norms, words of padding and before resets are awaited, too: none overwrites what another waits for.
     PADDING: tl.constexpr = NORM_HH or NORM_C
     ROW: tl.constexpr = 4 * WARPS if PADDING else UNITS  # threads for the cells of a sequence
-    thread, warp, column, quarter = threads(WARPS)
-    first_unit = tl.program_id(0) * UNITS
-    first_word = warp * 16 + quarter * 4
+    thread = threads(WARPS)
+    first_unit, first_word = tl.program_id(0) * UNITS, thread.warp * 16 + thread.quarter * 4
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
     for n in tl.static_range(UNITS // 2):
-        unit = first_unit + (8 * n + column) % UNITS
-        rows = rows + (tl.where(unit < H, (8 * n + column) // UNITS * H + unit, -1),)
+        row = 8 * n + thread.column
+        unit = first_unit + row % UNITS
+        rows = rows + (tl.where(unit < H, row // UNITS * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, CHUNKS)
 
-    # The thread's cell, and the word of h that it publishes.
-    place = thread % ROW
-    unit = first_unit + place
-    sequence = thread // ROW
-    of_cell = sequence < SEQUENCES
-    is_cell = of_cell & (place < UNITS) & (unit < H)
-    is_word = of_cell & (place < UNITS) & (unit < W * PER) & (thread % PER == 0)
-    sequence %= SEQUENCES
-    place %= UNITS
-    z_rows = (place, place + UNITS, place + 2 * UNITS, place + 3 * UNITS)
+    own = cell_of_thread(first_unit, H, UNITS, ROW, PER, WARPS)
+    z_rows = (own.place, own.place + UNITS, own.place + 2 * UNITS, own.place + 3 * UNITS)
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, own.unit, H)
+    gain_hh = indexing.load_gates(gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, own.unit, H) if NORM_C else None
 
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
-    gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
-    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
-
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = 0, tl.program_id(1)
-    seen, delay = None, tl.zeros_like(thread)
+    seen, delay = None, tl.zeros_like(thread.number)
     if AHEAD:
-        words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
-        seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
+        before = h_before(step, tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
+        seen = look(before.words, CHUNKS, 4, STRIDE, TOGETHER)
     for turn in range(T * tiles_of_group(B)):
-        # Load before waiting: the data arrive meanwhile.
-        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
-        _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
-        at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)  # as stored: to convert them is to wait for them
-        c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
+        # Load before waiting: the data arrive meanwhile. As stored, since to convert them is to wait for them.
+        sequence = indexing.sequences(tile * SEQUENCES + own.column, batch)
+        position = indexing.position(step, sequence, batch, REVERSE)
+        cell = indexing.cells_at(sequence, position, own.unit, own.is_cell, H)
+        x = indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H, True)
+        c_prev = indexing.load_state(c_n_ptr, reset_c_ptr, cell)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
         if not AHEAD:
-            words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
-        words_at, left, of_column, from_h = words
-        h_prev = collect(words_at, left, 0, error_ptr, step, delay, CHUNKS, 4, STRIDE, TOGETHER, False, seen)
-        h_prev, delay = h_prev[: 4 * CHUNKS], h_prev[4 * CHUNKS]
+            before = h_before(step, tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
+        wait = Wait(error_ptr, step, delay, None)
+        h_prev, delay = collect(before.words, wait, CHUNKS, 4, STRIDE, TOGETHER, seen)
         if PADDING:
-            collected, h_prev = h_prev, ()
-            for n in tl.static_range(4 * CHUNKS):
-                # What never arrived is NaN even where it is not used, and so is what is published in its place.
-                h_prev = h_prev + (tl.where(from_h | (collected[n] == SENTINEL), collected[n], 0),)
+            h_prev = zero_at_resets(h_prev, before.continues)
         if dropout_h_ptr is not None:
-            h_prev = scale(h_prev, dropout_h_ptr + of_column.to(tl.int64) * W + first_word, left, STRIDE, DTYPE)
+            factors_at = dropout_h_ptr + before.index.to(tl.int64) * W + first_word
+            h_prev = scale(h_prev, factors_at, before.words.left, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE)
-        z = sum_over_warps(parts, z_rows, (sequence,), of_cell, turn % 2, WARPS)
+        z = sum_over_warps(parts, z_rows, (own.column,), thread.number < SEQUENCES * ROW, turn % 2, WARPS)
 
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
         if AHEAD:
-            words = h_before(next_step, next_tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
-            seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
+            before = h_before(next_step, next_tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
+            seen = look(before.words, CHUNKS, 4, STRIDE, TOGETHER)
 
         # Gates and cell.
-        exchanged = (batch, in_batch, delay, step % 2, error_ptr, step)
+        wait = Wait(error_ptr, step, delay, step % 2)
         if NORM_HH:
-            mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS)
+            mean, scale_hh = moments_of_group(z, own.is_cell, pairs_hh_ptr, sequence, wait, H, UNITS)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
         gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
         if NORM_C:
-            mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS)
+            mean, scale_c = moments_of_group((c,), own.is_cell, pairs_c_ptr, sequence, wait, H, UNITS)
             h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
-        c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
+        c = indexing.zoneout(zoneout_c_ptr, cell, c_prev, c)
         if zoneout_h_ptr is not None:
-            h_before_ptr = tl.where(step == 0, h0_ptr, h_n_ptr)
-            h_of_cell = indexing.load_state(h_before_ptr, state_at, continues, reset_h_ptr, at, reset)
-            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_of_cell, h)
+            h_of_cell = indexing.load_state(tl.where(step == 0, h0_ptr, h_n_ptr), reset_h_ptr, cell)
+            h = indexing.zoneout(zoneout_h_ptr, cell, h_of_cell, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
-        h = tl.where(valid, h, 0.0)
-        publish(words_ptr + row * W + unit // PER, pack(h, DTYPE), is_word & (sequence < B - tile * SEQUENCES))
+        h = tl.where(cell.valid, h, 0.0)
+        word_at = words_ptr + position.row * W + own.unit // PER
+        publish(word_at, pack(h, DTYPE), own.is_word & sequence.in_batch)
 
         # Store.
-        tl.store(h_n_ptr + state_at, h, mask=valid)
-        tl.store(c_n_ptr + state_at, c, mask=valid)
-        if SAVE:
-            indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
-            tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
+        tl.store(h_n_ptr + cell.state_at, h, mask=cell.valid)
+        tl.store(c_n_ptr + cell.state_at, c, mask=cell.valid)
+        if c_ptr is not None:
+            indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
+            tl.store(c_ptr + cell.at, tl.where(cell.valid, c, 0.0), mask=cell.in_tile)
         step, tile = next_step, next_tile
+
+
+@triton.jit
+def dgates_after(
+    step, tile, words_ptr, batch, W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr
+):
+    """The Words of dgates of the step after, K of each sequence. Those of padding and after resets are awaited, too:
+    none overwrites sums that another waits for."""
+    thread = threads(WARPS)
+    first_word = thread.warp * 16 + thread.quarter * 4
+    sequence = indexing.sequences(tile * SEQUENCES + thread.column, batch)
+    row = indexing.row_of(indexing.time_of(step + 1, sequence.length, REVERSE), sequence.index, batch.B)
+    left = tl.where(sequence.in_batch & (step < batch.T - 1), K - first_word, 0)
+    return Words(words_ptr + row * (4 * W) + first_word, left)
+
+
+@triton.jit
+def sums_of_thread(
+    first_unit, H: tl.constexpr, ROWS: tl.constexpr, SUM_ROW: tl.constexpr, SUMS: tl.constexpr, WARPS: tl.constexpr
+):
+    """Where a sequence has SUM_ROW threads, or turns of threads, for the sums of ROWS units from `first_unit` on."""
+    rows, columns, units, published = (), (), (), ()
+    for n in tl.static_range(SUMS):
+        number = tl.arange(0, 32 * WARPS) + n * 32 * WARPS
+        rows = rows + (number % SUM_ROW % ROWS,)
+        columns = columns + (number // SUM_ROW % SEQUENCES,)
+        units = units + (first_unit + rows[n],)
+        published = published + ((number < SEQUENCES * ROWS) & (units[n] < H),)
+    return Sums(rows, columns, units, published)
+
+
+@triton.jit
+def publish_sums(sums, places, tile, partials_ptr, phase, B, H: tl.constexpr, PARTS: tl.constexpr):
+    """Publish one part's sums for all partners."""
+    for n in tl.static_range(len(sums)):
+        index = tile * SEQUENCES + places.columns[n]
+        at = partials_ptr + index.to(tl.int64) * (PARTS * H) + places.units[n]
+        publish(at, in_phase(pack(sums[n], tl.float32), phase), places.published[n] & (index < B))
+
+
+@triton.jit
+def add_sums(partials_ptr, sequence, unit, cell, wait, H: tl.constexpr, PARTS: tl.constexpr):
+    """(The sum of what all partners published for the thread's cell, the delay of the next wait for it)."""
+    at = partials_ptr + sequence.index.to(tl.int64) * (PARTS * H) + unit
+    words = Words(at, tl.where(cell.in_tile, PARTS * H, 0))  # at every step: no phase is skipped
+    parts, delay = collect(words, wait, PARTS, 1, H, 1)
+    total = parts[0].to(tl.float32, bitcast=True)
+    for n in tl.static_range(1, PARTS):
+        total += parts[n].to(tl.float32, bitcast=True)
+    return total, delay
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -292,12 +360,13 @@ def lstm_cooperative_backward_kernel(
     partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
     dh_total_ptr, dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 zeros, becomes the gradient of h before every step through zoneout; or None
-    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr, PEEPHOLES: tl.constexpr,
+    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr,
     REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
+    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
     DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
     PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
     W: tl.constexpr = (H + PER - 1) // PER
@@ -308,95 +377,70 @@ def lstm_cooperative_backward_kernel(
     ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
     SUM_ROW: tl.constexpr = ROW if PARTS == 1 else ROWS  # threads, or turns of threads, for the sums of a sequence
     SUMS: tl.constexpr = (SUM_ROW + 4 * WARPS - 1) // (4 * WARPS)  # of a thread: that of its cell, or what it publishes
-    thread, warp, column, quarter = threads(WARPS)
+    thread = threads(WARPS)
     part = tl.program_id(0) % PARTS
-    first_unit = tl.program_id(0) // PARTS * ROWS
-    first_word = warp * 16 + quarter * 4
+    first_unit, first_word = tl.program_id(0) // PARTS * ROWS, thread.warp * 16 + thread.quarter * 4
 
     # W_hh^T of the part's gates for the units of all partners, once.
     rows = ()
     for n in tl.static_range(ROWS // 8):
-        unit = first_unit + 8 * n + column
+        unit = first_unit + 8 * n + thread.column
         rows = rows + (tl.where(unit < H, part * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, CHUNKS)
 
-    # The thread's cell, the word of dgates that it publishes, and its sums.
-    unit = first_unit + part * UNITS + thread % ROW
-    sequence = thread // ROW
-    of_cell = (sequence < SEQUENCES) & (thread % ROW < UNITS)
-    is_cell = of_cell & (unit < H)
-    is_word = of_cell & (unit < W * PER) & (thread % PER == 0)
-    sequence %= SEQUENCES
-    sum_rows, sum_sequences = (), ()
-    for n in tl.static_range(SUMS):
-        sum_rows = sum_rows + ((thread + n * 32 * WARPS) % SUM_ROW % ROWS,)
-        sum_sequences = sum_sequences + ((thread + n * 32 * WARPS) // SUM_ROW % SEQUENCES,)
+    own = cell_of_thread(first_unit + part * UNITS, H, UNITS, ROW, PER, WARPS)
+    places = sums_of_thread(first_unit, H, ROWS, SUM_ROW, SUMS, WARPS)
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, own.unit, H)
+    gain_hh = indexing.load_gates(gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, own.unit, H) if NORM_C else None
 
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
-    gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
-    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
-
+    batch, saved = indexing.Batch(lengths_ptr, resets_ptr, T, B), indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
     step, tile = T - 1, tl.program_id(1)
-    delay, delay_of_sums = tl.zeros_like(thread), tl.zeros_like(thread)
+    delay, delay_of_sums = tl.zeros_like(thread.number), tl.zeros_like(thread.number)
     lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
     for turn in range(T * tiles_of_group(B)):
         # Load before waiting: the data arrive meanwhile.
-        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
-        time, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
-        at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-        saved = gates_ptr, c_ptr, c0_ptr, reset_c_ptr
-        gates, c, c_prev = indexing.load_saved(*saved, step, row_prev, unit, cells, H, True)  # as stored, as forward
-        dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
+        sequence = indexing.sequences(tile * SEQUENCES + own.column, batch)
+        position = indexing.position(step, sequence, batch, REVERSE)
+        cell = indexing.cells_at(sequence, position, own.unit, own.is_cell, H)
+        row_prev = indexing.row_before(step, position.time, sequence.index, B, REVERSE)
+        gates, c, c_prev = indexing.load_saved(saved, step, row_prev, own.unit, cell, H, True)  # as stored, as forward
+        dc = tl.load(dc_ptr + cell.state_at, mask=cell.valid, other=0.0)
         if NORM_HH:
-            unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
-            scale_hh = tl.load(scale_hh_ptr + row, mask=valid, other=0.0)
+            unit_hh = indexing.load_gates(unit_hh_ptr, cell.gates_at, cell.valid, H)
+            scale_hh = tl.load(scale_hh_ptr + position.row, mask=cell.valid, other=0.0)
         if NORM_C:
-            unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
-            scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
-        dh_given = indexing.load_gradients_given(dh_ptr, dh_n_ptr, step == length - 1, cells)
-        _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
+            unit_c = tl.load(unit_c_ptr + cell.at, mask=cell.valid, other=0.0)
+            scale_c = tl.load(scale_c_ptr + position.row, mask=cell.valid, other=0.0)
+        dh_given = indexing.load_gradients_given(dh_ptr, dh_n_ptr, step == sequence.length - 1, cell)
+        next_continues = indexing.position(step + 1, sequence, batch, REVERSE).continues
 
-        # Product: dh of the partners' units, as far as it comes from the part's gates. Words of padding and after
-        # resets are awaited, too: none overwrites sums that another waits for.
-        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-        row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
-        dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
-        left = tl.where(in_column & (step < T - 1), K - first_word, 0)
-        dz = collect(dgates_at, left, 0, error_ptr, step, delay, CHUNKS, 4, STRIDE, TOGETHER, False)
-        parts, delay = product(weights, dz[: 4 * CHUNKS], DTYPE), dz[4 * CHUNKS]
-        has_sums = thread < SEQUENCES * SUM_ROW
-        sums = sum_over_warps(parts, sum_rows, sum_sequences, has_sums, turn % 2, WARPS)
+        # Product: dh of the partners' units, as far as it comes from the part's gates.
+        words = dgates_after(step, tile, words_ptr + part * K, batch, W, K, REVERSE, WARPS)
+        dz, delay = collect(words, Wait(error_ptr, step, delay, None), CHUNKS, 4, STRIDE, TOGETHER)
+        parts = product(weights, dz, DTYPE)
+        has_sums = thread.number < SEQUENCES * SUM_ROW
+        sums = sum_over_warps(parts, places.rows, places.columns, has_sums, turn % 2, WARPS)
         phase = (T - 1 - step) % 2
-        dh_next = sums[0]
-        if PARTS > 1:  # publish them, and add up all parts for the thread's cell
-            for n in tl.static_range(SUMS):
-                to, sum_unit = tile * SEQUENCES + sum_sequences[n], first_unit + sum_rows[n]
-                wanted = (thread + n * 32 * WARPS < SEQUENCES * ROWS) & (sum_unit < H) & (to < B)
-                to_at = partials_ptr + (to.to(tl.int64) * PARTS + part) * H + sum_unit
-                publish(to_at, in_phase(pack(sums[n], tl.float32), phase), wanted)
-            parts_at = partials_ptr + batch.to(tl.int64) * (PARTS * H) + unit
-            left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is skipped
-            words = collect(parts_at, left, phase, error_ptr, step, delay_of_sums, PARTS, 1, H, 1, True)
-            delay_of_sums = words[PARTS]
-            dh_next = words[0].to(tl.float32, bitcast=True)
-            for n in tl.static_range(1, PARTS):
-                dh_next += words[n].to(tl.float32, bitcast=True)
-        dh_next = tl.where(next_continues, dh_next, 0.0)
+        dh = sums[0]
+        if PARTS > 1:
+            publish_sums(sums, places, tile, partials_ptr + part * H, phase, B, H, PARTS)
+            wait = Wait(error_ptr, step, delay_of_sums, phase)
+            dh, delay_of_sums = add_sums(partials_ptr, sequence, own.unit, cell, wait, H, PARTS)
+        dh = tl.where(next_continues, dh, 0.0)
         if dropout_h_ptr is not None:
-            dh_next *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
-        dh = indexing.add_as_float(dh_next, dh_given)
-        dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+            dh *= tl.load(dropout_h_ptr + cell.state_at, mask=cell.valid, other=0.0).to(tl.float32)
+        dh = indexing.add_as_float(dh, dh_given)
+        dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cell)
 
         # Cell.
-        exchanged = (batch, in_batch, delay, phase, error_ptr, step)
+        wait = Wait(error_ptr, step, delay, phase)
         gates = indexing.as_float(gates)
-        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cell)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, *affine_c)
-            summed = tl.where(lost, float("nan"), d_unit)
-            mean_d, mean_d_unit = means_of_group(summed, d_unit * unit_c, pairs_c_ptr, exchanged, H, UNITS, WARPS, 1)
+            sum_d = tl.where(lost, float("nan"), d_unit)
+            mean_d, mean_d_unit = means_of_group(sum_d, d_unit * unit_c, pairs_c_ptr, sequence, wait, H, UNITS, 1)
             lost |= is_of_a_timeout(mean_d, error_ptr)
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
         else:
@@ -408,22 +452,22 @@ def lstm_cooperative_backward_kernel(
 
         # Through the layer norm of W_hh h, from dz as it is stored.
         if NORM_HH:
-            indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
+            indexing.store_gates(dgates_ptr, cell.gates_at, cell.in_tile, dz, H)
             d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
             sum_d = tl.where(lost, float("nan"), sum_d)
-            mean_d, mean_d_unit = means_of_group(sum_d, sum_d_unit, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4)
+            mean_d, mean_d_unit = means_of_group(sum_d, sum_d_unit, pairs_hh_ptr, sequence, wait, H, UNITS, 4)
             lost |= is_of_a_timeout(mean_d, error_ptr)
             dz = normalise_gates_backward(d, unit_hh, scale_hh, mean_d, mean_d_unit)
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
+        word_at = words_ptr + position.row * (4 * W) + own.unit // PER
         for n in tl.static_range(4):
-            word_at = words_ptr + row * (4 * W) + n * W + unit // PER
-            publish(word_at, pack(dz[n], DTYPE), is_word & in_batch)
-        tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid)
+            publish(word_at + n * W, pack(dz[n], DTYPE), own.is_word & sequence.in_batch)
+        tl.store(dc_ptr + cell.state_at, tl.where(cell.continues, dc_prev, 0.0), mask=cell.valid)
         if NORM_C:
-            tl.store(dh_total_ptr + at, dh, mask=in_tile)
+            tl.store(dh_total_ptr + cell.at, dh, mask=cell.in_tile)
         if dreset_c_ptr is not None:
-            tl.store(dreset_c_ptr + at, dc_prev, mask=reset)
+            tl.store(dreset_c_ptr + cell.at, dc_prev, mask=cell.reset)
         step, tile = next_turn(step, tile, -1, B)
 
 

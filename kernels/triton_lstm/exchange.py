@@ -13,6 +13,8 @@ wait (timeouts.py). A longer wait times out: the error word is set to step + 1, 
 A program remembers that, since the host may have cleared the error word by then, and looks once where it would wait.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
@@ -150,40 +152,53 @@ def unless_timed_out(x, poll_limit):
     return tl.where(poll_limit > 0, x, float("nan"))
 
 
+# The words that each thread reads: pointers to the first one, and how many there are from there on; none where not
+# positive. They are GROUPS of SIZE neighbours, one STRIDE words after the other.
+Words = namedtuple("Words", "at left")
+# How a program waits for words at a step: the delay before the first poll, [THREADS], see LONGER, or -1 once a wait of
+# the program timed out; the last bit of words that are there, or None if any word but the sentinel is there.
+Wait = namedtuple("Wait", "error_ptr step delay phase")
+
+
 @triton.jit
 def collect(
-    at,  # [THREADS] pointers to words: of the first group
-    left,  # [THREADS] how many words there are from here on; none where not positive
-    phase,  # 0 or 1, if PHASED
-    error_ptr, step,
-    delay,  # [THREADS] how long to wait before the first poll, see LONGER; -1 once a wait of the program timed out
-    GROUPS: tl.constexpr,
-    SIZE: tl.constexpr,  # words of a group, neighbours
-    STRIDE: tl.constexpr,  # words from one group to the next
+    words, wait, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr,
     TOGETHER: tl.constexpr,  # 1, 2 or 4: neighbours of one load; they lie at a multiple of as many words
-    PHASED: tl.constexpr,
-    seen=None,  # what `look` returned for the same place, instead of a delay and a first poll
+    seen=None,  # what `look` returned for the same words, instead of a delay and a first poll
 ):  # fmt: skip
-    """Words that other programs published, a tuple of GROUPS * SIZE [THREADS] int32; others are zero. Relaxed loads of
-    gpu scope, repeated while a word is the sentinel or, if PHASED, of the other phase; each warp polls for itself.
-    The delay of the next wait for the same words follows them."""
+    """Wait for words that other programs publish -> (a tuple of GROUPS * SIZE [THREADS] int32, zero where there is no
+    word; the delay of the next wait for the same words). Loads are relaxed, of gpu scope, and repeated until a word is
+    there; each warp polls for itself."""
+    PHASED: tl.constexpr = wait.phase is not None
     SEEN: tl.constexpr = seen is not None
-    RESULTS: tl.constexpr = GROUPS * SIZE + 1
-    given = (at, left, phase, error_ptr, step + 1, delay)
-    given = given + seen if SEEN else given
-    return tl.inline_asm_elementwise(
+    COUNT: tl.constexpr = GROUPS * SIZE
+    phase = wait.phase if PHASED else 0
+    operands_in = (words.at, words.left, phase, wait.error_ptr, wait.step + 1, wait.delay)
+    operands_in = operands_in + seen if SEEN else operands_in
+    found = tl.inline_asm_elementwise(
         polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, PHASED, SEEN),
-        operands("=&r", RESULTS, "l", 1, "r", 2, "l", 1, "r", len(given) - 4),
-        given, dtype=types(tl.int32, RESULTS), is_pure=False, pack=1,
+        operands("=&r", COUNT + 1, "l", 1, "r", 2, "l", 1, "r", len(operands_in) - 4),
+        operands_in, dtype=types(tl.int32, COUNT + 1), is_pure=False, pack=1,
     )  # fmt: skip
+    return found[:COUNT], found[COUNT]
 
 
 @triton.jit
-def look(at, left, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
+def collect_at_once(
+    words, wait, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr
+):
+    """The words of `collect`, polled without a delay; but after a timeout they are not waited for."""
+    delay = tl.where(wait.delay < 0, -1, 0)
+    wait = Wait(wait.error_ptr, wait.step, delay, wait.phase)
+    return collect(words, wait, GROUPS, SIZE, STRIDE, TOGETHER)[0]
+
+
+@triton.jit
+def look(words, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
     """The words of `collect` as they are now, for its `seen`. A thread does not wait for them until it uses them."""
     return tl.inline_asm_elementwise(
         polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, once=True), operands("=&r", GROUPS * SIZE, "l", 1, "r", 1),
-        [at, left], dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
+        words, dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ Which words of K are multiplied together is free as long as A and B agree. Here 
 words (16 bytes), for two successive products; the four quads of a row are a chunk of K, 16 words.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
@@ -24,11 +26,14 @@ from .features import constexpr_function
 SEQUENCES = tl.constexpr(8)  # of a product
 
 
+Threads = namedtuple("Threads", "number warp column quarter")  # of a program, each [THREADS]
+
+
 @triton.jit
 def threads(WARPS: tl.constexpr):
-    """Of every thread: (its number, its warp, column, quarter), each [THREADS]."""
-    thread = tl.arange(0, 32 * WARPS)
-    return thread, thread // 32, thread % 32 // 4, thread % 4
+    """The Threads of a program."""
+    number = tl.arange(0, 32 * WARPS)
+    return Threads(number, number // 32, number % 32 // 4, number % 4)
 
 
 @triton.jit
@@ -131,9 +136,9 @@ def take(
     WARPS: tl.constexpr,
 ):
     """COUNT quads of the thread's column, a tuple of 4 COUNT [THREADS] words: B."""
-    _, _, column, quarter = threads(WARPS)
-    even = shared + shared_place(column, 16 * quarter, CHUNKS)
-    odd = shared + shared_place(column, 16 * quarter + 64, CHUNKS)
+    thread = threads(WARPS)
+    even = shared + shared_place(thread.column, 16 * thread.quarter, CHUNKS)
+    odd = shared + shared_place(thread.column, 16 * thread.quarter + 64, CHUNKS)
     return tl.inline_asm_elementwise(
         taking(FIRST, COUNT), operands("=&r", 4 * COUNT, "r", 2),
         [even, odd], dtype=types(tl.int32, 4 * COUNT), is_pure=False, pack=1,
@@ -164,9 +169,9 @@ def sum_over_warps(
     """
     COUNT: tl.constexpr = len(rows)
     TILES: tl.constexpr = len(parts) // 4
-    _, warp, column, quarter = threads(WARPS)
-    warp_at = warp * (16 * TILES)
-    places = (place(warp_at + column, 2 * quarter), place(warp_at + column + 8, 2 * quarter))
+    thread = threads(WARPS)
+    row, sequence = thread.warp * (16 * TILES) + thread.column, 2 * thread.quarter
+    places = (place(row, sequence), place(row + 8, sequence))
     for n in tl.static_range(COUNT):
         places = places + (place(rows[n], sequences[n % len(sequences)]),)
     return tl.inline_asm_elementwise(

@@ -4,11 +4,15 @@ A tile contributes two numbers a sequence, in a tensor [tiles, B, 2] that all ca
 forward the mean and the sum of squares about it, backward two sums. They are combined in the same order every time.
 """
 
+from collections import namedtuple
+
 import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-5)  # as torch.nn.LayerNorm, and kernels/layer_norm.py
 AT_ONCE = tl.constexpr(16)  # tiles whose numbers are loaded together
+
+Norm = namedtuple("Norm", "gain_ptr bias_ptr unit_ptr scale_ptr")  # for backward; unit and scale: kernels.problem.Unit
 
 
 @triton.jit
