@@ -56,13 +56,13 @@ cells_at, load_gates, sequences, time_of = (
 )
 
 
-def a_row_too_many(batch, lengths_ptr, T, B):
-    return batch, batch < B + 1, sequences(batch, lengths_ptr, T, B)[2]
+def a_row_too_many(index, batch):
+    return sequences(index, batch)._replace(in_batch=index < batch.B + 1)
 
 
 def a_column_too_many(*given):
-    at, gates_at, state_at, *masks = cells_at(*given)
-    return at + 1, gates_at + 1, state_at + 1, *masks
+    cells = cells_at(*given)
+    return cells._replace(at=cells.at + 1, gates_at=cells.gates_at + 1, state_at=cells.state_at + 1)
 
 
 IN_TRITON = {

@@ -151,17 +151,17 @@ def is_of_a_timeout(x, error_ptr):
 
 @triton.jit
 def h_before(
-    step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
+    step, tile, words_ptr, batch, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
     PADDING: tl.constexpr,  # whether to wait for words of padding and before resets, too
 ):  # fmt: skip
     """Of the h that a turn starts from, for the thread's column: (where its words are, how many are left from there,
     its sequence, whether it is h and not a state to reset to), each [THREADS]."""
     _, warp, column, quarter = threads(WARPS)
     first_word = warp * 16 + quarter * 4
-    batch, in_batch, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-    _, _, _, from_h = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-    at = words_ptr + indexing.row_in_h_then_h0(step - 1, length, batch, T, B, REVERSE) * W + first_word
-    return at, tl.where(in_batch if PADDING else from_h, W - first_word, 0), batch, from_h
+    sequence = indexing.sequences(tile * SEQUENCES + column, batch)
+    from_h = indexing.position(step, sequence, batch, REVERSE).continues
+    at = words_ptr + indexing.row_in_h_then_h0(step - 1, sequence, batch, REVERSE) * W + first_word
+    return at, tl.where(sequence.in_batch if PADDING else from_h, W - first_word, 0), sequence.index, from_h
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -217,23 +217,24 @@ def lstm_cooperative_forward_kernel(
     gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
     affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = 0, tl.program_id(1)
     seen, delay = None, tl.zeros_like(thread)
     if AHEAD:
-        words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
+        words = h_before(step, tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
         seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
     for turn in range(T * tiles_of_group(B)):
         # Load before waiting: the data arrive meanwhile.
-        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
-        _, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
-        at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)  # as stored: to convert them is to wait for them
-        c_prev = indexing.load_state(c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
+        of_batch = indexing.sequences(tile * SEQUENCES + sequence, batch)
+        position = indexing.position(step, of_batch, batch, REVERSE)
+        cell = indexing.cells_at(of_batch, position, unit, is_cell, H)
+        # As stored: to convert them is to wait for them.
+        x = indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H, True)
+        c_prev = indexing.load_state(c_n_ptr, reset_c_ptr, cell)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
         if not AHEAD:
-            words = h_before(step, tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
+            words = h_before(step, tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
         words_at, left, of_column, from_h = words
         h_prev = collect(words_at, left, 0, error_ptr, step, delay, CHUNKS, 4, STRIDE, TOGETHER, False, seen)
         h_prev, delay = h_prev[: 4 * CHUNKS], h_prev[4 * CHUNKS]
@@ -250,11 +251,11 @@ def lstm_cooperative_forward_kernel(
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
         if AHEAD:
-            words = h_before(next_step, next_tile, words_ptr, lengths_ptr, resets_ptr, T, B, W, REVERSE, WARPS, PADDING)
+            words = h_before(next_step, next_tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
             seen = look(words[0], words[1], CHUNKS, 4, STRIDE, TOGETHER)
 
         # Gates and cell.
-        exchanged = (batch, in_batch, delay, step % 2, error_ptr, step)
+        exchanged = (of_batch.index, of_batch.in_batch, delay, step % 2, error_ptr, step)
         if NORM_HH:
             mean, scale_hh = moments_of_group(z, is_cell, pairs_hh_ptr, exchanged, H, UNITS, WARPS)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
@@ -262,22 +263,22 @@ def lstm_cooperative_forward_kernel(
         if NORM_C:
             mean, scale_c = moments_of_group((c,), is_cell, pairs_c_ptr, exchanged, H, UNITS, WARPS)
             h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
-        c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
+        c = indexing.zoneout(zoneout_c_ptr, cell, c_prev, c)
         if zoneout_h_ptr is not None:
             h_before_ptr = tl.where(step == 0, h0_ptr, h_n_ptr)
-            h_of_cell = indexing.load_state(h_before_ptr, state_at, continues, reset_h_ptr, at, reset)
-            h = indexing.zoneout(zoneout_h_ptr, at, valid, h_of_cell, h)
+            h_of_cell = indexing.load_state(h_before_ptr, reset_h_ptr, cell)
+            h = indexing.zoneout(zoneout_h_ptr, cell, h_of_cell, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
-        h = tl.where(valid, h, 0.0)
-        publish(words_ptr + row * W + unit // PER, pack(h, DTYPE), is_word & (sequence < B - tile * SEQUENCES))
+        h = tl.where(cell.valid, h, 0.0)
+        publish(words_ptr + position.row * W + unit // PER, pack(h, DTYPE), is_word & (sequence < B - tile * SEQUENCES))
 
         # Store.
-        tl.store(h_n_ptr + state_at, h, mask=valid)
-        tl.store(c_n_ptr + state_at, c, mask=valid)
+        tl.store(h_n_ptr + cell.state_at, h, mask=cell.valid)
+        tl.store(c_n_ptr + cell.state_at, c, mask=cell.valid)
         if SAVE:
-            indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
-            tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
+            indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
+            tl.store(c_ptr + cell.at, tl.where(cell.valid, c, 0.0), mask=cell.in_tile)
         step, tile = next_step, next_tile
 
 
@@ -336,34 +337,33 @@ def lstm_cooperative_backward_kernel(
     gain_hh = indexing.load_gates(gain_hh_ptr, unit, unit < H, H) if NORM_HH else None
     affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H) if NORM_C else None
 
+    batch, saved = indexing.Batch(lengths_ptr, resets_ptr, T, B), indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
     step, tile = T - 1, tl.program_id(1)
     delay, delay_of_sums = tl.zeros_like(thread), tl.zeros_like(thread)
     lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
     for turn in range(T * tiles_of_group(B)):
         # Load before waiting: the data arrive meanwhile.
-        batch, in_batch, length = indexing.sequences(tile * SEQUENCES + sequence, lengths_ptr, T, B)
-        time, row, valid, continues = indexing.position(step, batch, in_batch, length, resets_ptr, B, REVERSE)
-        cells = indexing.cells_at(row, batch, unit, in_batch & is_cell, valid & is_cell, continues & is_cell, H)
-        at, gates_at, state_at, in_tile, valid, continues, reset = cells
-        row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-        saved = gates_ptr, c_ptr, c0_ptr, reset_c_ptr
-        gates, c, c_prev = indexing.load_saved(*saved, step, row_prev, unit, cells, H, True)  # as stored, as forward
-        dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
+        of_batch = indexing.sequences(tile * SEQUENCES + sequence, batch)
+        position = indexing.position(step, of_batch, batch, REVERSE)
+        cell = indexing.cells_at(of_batch, position, unit, is_cell, H)
+        row_prev = indexing.row_before(step, position.time, of_batch.index, B, REVERSE)
+        gates, c, c_prev = indexing.load_saved(saved, step, row_prev, unit, cell, H, True)  # as stored, as forward
+        dc = tl.load(dc_ptr + cell.state_at, mask=cell.valid, other=0.0)
         if NORM_HH:
-            unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
-            scale_hh = tl.load(scale_hh_ptr + row, mask=valid, other=0.0)
+            unit_hh = indexing.load_gates(unit_hh_ptr, cell.gates_at, cell.valid, H)
+            scale_hh = tl.load(scale_hh_ptr + position.row, mask=cell.valid, other=0.0)
         if NORM_C:
-            unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
-            scale_c = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
-        dh_given = indexing.load_gradients_given(dh_ptr, dh_n_ptr, step == length - 1, cells)
-        _, _, _, next_continues = indexing.position(step + 1, batch, in_batch, length, resets_ptr, B, REVERSE)
+            unit_c = tl.load(unit_c_ptr + cell.at, mask=cell.valid, other=0.0)
+            scale_c = tl.load(scale_c_ptr + position.row, mask=cell.valid, other=0.0)
+        dh_given = indexing.load_gradients_given(dh_ptr, dh_n_ptr, step == of_batch.length - 1, cell)
+        next_continues = indexing.position(step + 1, of_batch, batch, REVERSE).continues
 
         # Product: dh of the partners' units, as far as it comes from the part's gates. Words of padding and after
         # resets are awaited, too: none overwrites sums that another waits for.
-        of_column, in_column, length = indexing.sequences(tile * SEQUENCES + column, lengths_ptr, T, B)
-        row_next = indexing.row_of(indexing.time_of(step + 1, length, REVERSE), of_column, B)
+        of_column = indexing.sequences(tile * SEQUENCES + column, batch)
+        row_next = indexing.row_of(indexing.time_of(step + 1, of_column.length, REVERSE), of_column.index, B)
         dgates_at = words_ptr + row_next * (4 * W) + part * K + first_word
-        left = tl.where(in_column & (step < T - 1), K - first_word, 0)
+        left = tl.where(of_column.in_batch & (step < T - 1), K - first_word, 0)
         dz = collect(dgates_at, left, 0, error_ptr, step, delay, CHUNKS, 4, STRIDE, TOGETHER, False)
         parts, delay = product(weights, dz[: 4 * CHUNKS], DTYPE), dz[4 * CHUNKS]
         has_sums = thread < SEQUENCES * SUM_ROW
@@ -376,8 +376,8 @@ def lstm_cooperative_backward_kernel(
                 wanted = (thread + n * 32 * WARPS < SEQUENCES * ROWS) & (sum_unit < H) & (to < B)
                 to_at = partials_ptr + (to.to(tl.int64) * PARTS + part) * H + sum_unit
                 publish(to_at, in_phase(pack(sums[n], tl.float32), phase), wanted)
-            parts_at = partials_ptr + batch.to(tl.int64) * (PARTS * H) + unit
-            left = tl.where(in_tile, PARTS * H, 0)  # at every step: no phase is skipped
+            parts_at = partials_ptr + of_batch.index.to(tl.int64) * (PARTS * H) + unit
+            left = tl.where(cell.in_tile, PARTS * H, 0)  # at every step: no phase is skipped
             words = collect(parts_at, left, phase, error_ptr, step, delay_of_sums, PARTS, 1, H, 1, True)
             delay_of_sums = words[PARTS]
             dh_next = words[0].to(tl.float32, bitcast=True)
@@ -385,14 +385,14 @@ def lstm_cooperative_backward_kernel(
                 dh_next += words[n].to(tl.float32, bitcast=True)
         dh_next = tl.where(next_continues, dh_next, 0.0)
         if dropout_h_ptr is not None:
-            dh_next *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
+            dh_next *= tl.load(dropout_h_ptr + cell.state_at, mask=cell.valid, other=0.0).to(tl.float32)
         dh = indexing.add_as_float(dh_next, dh_given)
-        dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
+        dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cell)
 
         # Cell.
-        exchanged = (batch, in_batch, delay, phase, error_ptr, step)
+        exchanged = (of_batch.index, of_batch.in_batch, delay, phase, error_ptr, step)
         gates = indexing.as_float(gates)
-        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cell)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, *affine_c)
             summed = tl.where(lost, float("nan"), d_unit)
@@ -408,7 +408,7 @@ def lstm_cooperative_backward_kernel(
 
         # Through the layer norm of W_hh h, from dz as it is stored.
         if NORM_HH:
-            indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
+            indexing.store_gates(dgates_ptr, cell.gates_at, cell.in_tile, dz, H)
             d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
             sum_d = tl.where(lost, float("nan"), sum_d)
             mean_d, mean_d_unit = means_of_group(sum_d, sum_d_unit, pairs_hh_ptr, exchanged, H, UNITS, WARPS, 4)
@@ -417,13 +417,13 @@ def lstm_cooperative_backward_kernel(
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
         for n in tl.static_range(4):
-            word_at = words_ptr + row * (4 * W) + n * W + unit // PER
-            publish(word_at, pack(dz[n], DTYPE), is_word & in_batch)
-        tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid)
+            word_at = words_ptr + position.row * (4 * W) + n * W + unit // PER
+            publish(word_at, pack(dz[n], DTYPE), is_word & of_batch.in_batch)
+        tl.store(dc_ptr + cell.state_at, tl.where(cell.continues, dc_prev, 0.0), mask=cell.valid)
         if NORM_C:
-            tl.store(dh_total_ptr + at, dh, mask=in_tile)
+            tl.store(dh_total_ptr + cell.at, dh, mask=cell.in_tile)
         if dreset_c_ptr is not None:
-            tl.store(dreset_c_ptr + at, dc_prev, mask=reset)
+            tl.store(dreset_c_ptr + cell.at, dc_prev, mask=cell.reset)
         step, tile = next_turn(step, tile, -1, B)
 
 

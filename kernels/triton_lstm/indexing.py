@@ -24,26 +24,69 @@ tensors are None:
     dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .cell import mix, mix_backward, next_cell
 
 
-@triton.jit
-def load_lengths(lengths_ptr, batch, in_batch, T):
-    """Lengths of the sequences `batch`, T where none are given."""
-    length = tl.zeros_like(batch) + T
-    if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + batch, mask=in_batch, other=0).to(tl.int32)
-    return length
+class Batch(NamedTuple):
+    """What all sequences have in common."""
+
+    lengths_ptr: tl.tensor
+    resets_ptr: tl.tensor
+    T: tl.tensor
+    B: tl.tensor
+
+
+class Sequences(NamedTuple):
+    """Some sequences of a batch, in tensors of one shape."""
+
+    index: tl.tensor  # in the batch
+    in_batch: tl.tensor  # whether there is such a sequence
+    length: tl.tensor  # T where none is given
+
+
+class Position(NamedTuple):
+    """Where sequences are at a step."""
+
+    time: tl.tensor
+    row: tl.tensor  # of [T*B, *]
+    valid: tl.tensor  # no padding
+    continues: tl.tensor  # and not reset before the step
+
+
+class Cells(NamedTuple):
+    """Where cells are at a step, each a unit of a sequence, and which of them there are."""
+
+    at: tl.tensor  # in [T*B, H]
+    gates_at: tl.tensor  # in [T*B, 4H], of gate i
+    state_at: tl.tensor  # in [B, H]
+    in_tile: tl.tensor  # a unit of a sequence in the batch
+    valid: tl.tensor  # no padding
+    continues: tl.tensor  # the state before is that of the step before
+    reset: tl.tensor  # it is not, but zero or what it is reset to
+
+
+class Saved(NamedTuple):
+    """What forward saved for backward."""
+
+    gates_ptr: tl.tensor
+    c_ptr: tl.tensor
+    c0_ptr: tl.tensor
+    reset_c_ptr: tl.tensor
 
 
 @triton.jit
-def sequences(batch, lengths_ptr, T, B):
-    """(batch, whether there is such a sequence, its length), each of the shape of `batch`."""
-    in_batch = batch < B
-    return batch, in_batch, load_lengths(lengths_ptr, batch, in_batch, T)
+def sequences(index, batch):
+    """The Sequences at `index` in the batch."""
+    in_batch = index < batch.B
+    length = tl.zeros_like(index) + batch.T
+    if batch.lengths_ptr is not None:
+        length = tl.load(batch.lengths_ptr + index, mask=in_batch, other=0).to(tl.int32)
+    return Sequences(index, in_batch, length)
 
 
 @triton.jit
@@ -53,58 +96,64 @@ def time_of(step, length, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def row_of(time, batch, B):
-    """Row of (time, batch) in a [T * B, width] tensor."""
-    return time.to(tl.int64) * B + batch
+def row_of(time, index, B):
+    """Row of (time, index in the batch) in a [T * B, width] tensor."""
+    return time.to(tl.int64) * B + index
 
 
 @triton.jit
-def row_before(step, time, batch, B, REVERSE: tl.constexpr):
+def row_before(step, time, index, B, REVERSE: tl.constexpr):
     """Row of the state that `step` starts from: in h0 or c0 [B, width] at step 0, in h or c [T * B, width] after."""
     before = time + 1 if REVERSE else time - 1
-    return tl.where(step == 0, batch.to(tl.int64), row_of(before, batch, B))
+    return tl.where(step == 0, index.to(tl.int64), row_of(before, index, B))
 
 
 @triton.jit
-def row_in_h_then_h0(step, length, batch, T, B, REVERSE: tl.constexpr):
+def row_in_h_then_h0(step, sequence, batch, REVERSE: tl.constexpr):
     """Row of h after `step` in [T * B + B, P]: h of every step, and last h0, which is h after step -1."""
-    time = time_of(step, length, REVERSE)
-    return tl.where(step < 0, row_of(tl.zeros_like(time) + T, batch, B), row_of(time, batch, B))
+    time = time_of(step, sequence.length, REVERSE)
+    of_h0 = row_of(tl.zeros_like(time) + batch.T, sequence.index, batch.B)
+    return tl.where(step < 0, of_h0, row_of(time, sequence.index, batch.B))
 
 
 @triton.jit
-def is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE: tl.constexpr):
+def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
     """Where the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1 in both
     directions; the reverse direction comes from time + 1."""
     later = time + 1 if REVERSE else time  # of the two times that a reset may separate
     reset = time < 0
-    if resets_ptr is not None:
-        reset = tl.load(resets_ptr + row_of(later, batch, B), mask=in_batch & (later < length), other=0) != 0
+    if batch.resets_ptr is not None:
+        mask = sequence.in_batch & (later < sequence.length)
+        reset = tl.load(batch.resets_ptr + row_of(later, sequence.index, batch.B), mask=mask, other=0) != 0
     return reset
 
 
 @triton.jit
-def position(step, batch, in_batch, length, resets_ptr, B, REVERSE: tl.constexpr):
-    """Where each of some `sequences` is at `step`: (time, row, valid: it is no padding, continues: nor is the state
-    before it zeroed by a reset)."""
-    time = time_of(step, length, REVERSE)
-    row = row_of(time, batch, B)
-    valid = in_batch & (step < length)
-    continues = valid & ~is_reset(resets_ptr, time, length, batch, B, in_batch, REVERSE)
-    return time, row, valid, continues
+def position(step, sequence, batch, REVERSE: tl.constexpr):
+    """The Position of some Sequences."""
+    time = time_of(step, sequence.length, REVERSE)
+    row = row_of(time, sequence.index, batch.B)
+    valid = sequence.in_batch & (step < sequence.length)
+    continues = valid & ~is_reset(time, sequence, batch, REVERSE)
+    return Position(time, row, valid, continues)
 
 
 @triton.jit
-def cells_at(row, batch, unit, in_batch, valid, continues, H):
-    """Where cells lie, each a unit of a sequence at its `position`; the arguments are broadcast to the tile's shape.
+def cells_at(sequence, place, unit, in_units, H):
+    """The Cells of some Sequences at their Position: a unit of each, where `in_units`. All have one shape."""
+    valid, continues = place.valid & in_units, place.continues & in_units
+    at, gates_at = place.row * H + unit, place.row * (4 * H) + unit
+    state_at = sequence.index.to(tl.int64) * H + unit
+    return Cells(at, gates_at, state_at, sequence.in_batch & in_units, valid, continues, valid & ~continues)
 
-    (at in [T*B, H], gates_at in [T*B, 4H], state_at in [B, H]; and whether a cell is there: it is in the batch, valid,
-    continues from the state before, starts at a reset).
-    """
-    in_units = unit < H
-    valid_cell, continues_cell = valid & in_units, continues & in_units
-    at, gates_at, state_at = row * H + unit, row * (4 * H) + unit, batch.to(tl.int64) * H + unit
-    return at, gates_at, state_at, in_batch & in_units, valid_cell, continues_cell, valid_cell & ~continues_cell
+
+@triton.jit
+def cells_of_tile(sequence, place, unit, H):
+    """As cells_at, of every unit [columns] of every sequence [rows]."""
+    sequence = Sequences(sequence.index[:, None], sequence.in_batch[:, None], sequence.length[:, None])
+    place = Position(place.time[:, None], place.row[:, None], place.valid[:, None], place.continues[:, None])
+    unit = unit[None, :]
+    return cells_at(sequence, place, unit, unit < H, H)
 
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
@@ -156,7 +205,7 @@ def split_gates(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
     return i, f, g, o
 
 
-# Tiles are loaded as float32 by offsets and masks of `cells_at`.
+# Tiles are loaded as float32 by offsets and masks of `Cells`.
 
 
 @triton.jit
@@ -205,52 +254,46 @@ def load_affine(gain_ptr, bias_ptr, unit, H: tl.constexpr):
 
 
 @triton.jit
-def reset_to(before, reset_ptr, at, reset):
-    """The state before a step; where it is `reset`, and so zero, that of `reset_ptr`, if there is one."""
+def reset_to(before, reset_ptr, cells):
+    """The state before a step; where that is reset, and so zero, the one of `reset_ptr`, if there is one."""
     if reset_ptr is not None:
-        before += tl.load(reset_ptr + at, mask=reset, other=0.0).to(tl.float32)
+        before += tl.load(reset_ptr + cells.at, mask=cells.reset, other=0.0).to(tl.float32)
     return before
 
 
 @triton.jit
-def load_state(state_ptr, state_at, continues, reset_ptr, at, reset):
+def load_state(state_ptr, reset_ptr, cells):
     """The state before a step, from where the step before left it."""
-    before = tl.load(state_ptr + state_at, mask=continues, other=0.0).to(tl.float32)
-    return reset_to(before, reset_ptr, at, reset)
+    before = tl.load(state_ptr + cells.state_at, mask=cells.continues, other=0.0).to(tl.float32)
+    return reset_to(before, reset_ptr, cells)
 
 
 @triton.jit
-def load_saved(
-    gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl.constexpr,
-    AS_STORED: tl.constexpr = False,  # as for `load_gates`
-):  # fmt: skip
-    """What forward saved of a step: (its activated gates, c, c before it). `row_prev` is the `row_before`."""
-    at, gates_at, _, _, valid, _, _ = cells
-    gates = load_gates(gates_ptr, gates_at, valid, H, AS_STORED)
-    c = tl.load(c_ptr + at, mask=valid, other=0.0)
-    return gates, c, load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H)
+def load_saved(saved, step, row_prev, unit, cells, H: tl.constexpr, AS_STORED: tl.constexpr = False):
+    """What forward saved of a step: (activated gates, AS_STORED as in `load_gates`; c; c before it)."""
+    gates = load_gates(saved.gates_ptr, cells.gates_at, cells.valid, H, AS_STORED)
+    c = tl.load(saved.c_ptr + cells.at, mask=cells.valid, other=0.0)
+    return gates, c, load_c_before(saved, step, row_prev, unit, cells, H)
 
 
 @triton.jit
-def load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit, cells, H: tl.constexpr):
-    """c before a step, as forward saved it."""
-    at, _, _, _, _, continues, reset = cells
+def load_c_before(saved, step, row_prev, unit, cells, H: tl.constexpr):
+    """c before a step, as forward saved it, in row `row_before`."""
     prev_at = row_prev * H + unit
     is_first = tl.zeros(prev_at.shape, tl.int32) + step == 0
-    c_prev = tl.load(c0_ptr + prev_at, mask=continues & is_first, other=0.0)
-    c_prev += tl.load(c_ptr + prev_at, mask=continues & ~is_first, other=0.0)
-    return reset_to(c_prev, reset_c_ptr, at, reset)
+    c_prev = tl.load(saved.c0_ptr + prev_at, mask=cells.continues & is_first, other=0.0)
+    c_prev += tl.load(saved.c_ptr + prev_at, mask=cells.continues & ~is_first, other=0.0)
+    return reset_to(c_prev, saved.reset_c_ptr, cells)
 
 
 @triton.jit
 def load_gradients_given(dh_ptr, dh_n_ptr, is_last, cells):
     """The gradients that backward is given, as they are stored: of the step's h and, where it `is_last`, of h_n."""
-    at, _, state_at, _, valid, _, _ = cells
     given = ()
     if dh_ptr is not None:
-        given = given + (tl.load(dh_ptr + at, mask=valid, other=0.0),)
+        given = given + (tl.load(dh_ptr + cells.at, mask=cells.valid, other=0.0),)
     if dh_n_ptr is not None:
-        given = given + (tl.load(dh_n_ptr + state_at, mask=valid & is_last, other=0.0),)
+        given = given + (tl.load(dh_n_ptr + cells.state_at, mask=cells.valid & is_last, other=0.0),)
     return given
 
 
@@ -269,20 +312,20 @@ def add_gradients_given(dh, dh_ptr, dh_n_ptr, is_last, cells):
 
 
 @triton.jit
-def load_share(zoneout_ptr, at, mask):
-    """The share of the previous state that stays: a tile of a mask, or one float32 for all."""
+def load_share(zoneout_ptr, cells):
+    """The share of the previous state that stays: of each cell by a mask, or one float32 for all."""
     if zoneout_ptr.dtype.element_ty == tl.float32:
         share = tl.load(zoneout_ptr)
     else:
-        share = tl.load(zoneout_ptr + at, mask=mask, other=0).to(tl.float32)
+        share = tl.load(zoneout_ptr + cells.at, mask=cells.valid, other=0).to(tl.float32)
     return share
 
 
 @triton.jit
-def zoneout(zoneout_ptr, at, mask, before, new):
+def zoneout(zoneout_ptr, cells, before, new):
     """The state after a step that computed `new`: with zoneout a share of it stays as `before`."""
     if zoneout_ptr is not None:
-        new = mix(load_share(zoneout_ptr, at, mask), before, new)
+        new = mix(load_share(zoneout_ptr, cells), before, new)
     return new
 
 
@@ -290,22 +333,20 @@ def zoneout(zoneout_ptr, at, mask, before, new):
 def zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells):
     """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed. That part
     is in dh_from_zoneout [B, P], float32, and is replaced by this step's."""
-    at, _, state_at, _, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
-        dh += tl.load(dh_from_zoneout_ptr + state_at, mask=valid, other=0.0)
-        dh_prev, dh = mix_backward(load_share(zoneout_h_ptr, at, valid), dh)
+        dh += tl.load(dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        dh_prev, dh = mix_backward(load_share(zoneout_h_ptr, cells), dh)
         if dreset_h_ptr is not None:
-            tl.store(dreset_h_ptr + at, dh_prev, mask=reset)
-        tl.store(dh_from_zoneout_ptr + state_at, tl.where(continues, dh_prev, 0.0), mask=valid)
+            tl.store(dreset_h_ptr + cells.at, dh_prev, mask=cells.reset)
+        tl.store(dh_from_zoneout_ptr + cells.state_at, tl.where(cells.continues, dh_prev, 0.0), mask=cells.valid)
     return dh
 
 
 @triton.jit
 def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells):
     """Gradient of c after zoneout -> (that of c as the step computed it, this c, the gradient of c_prev by zoneout)."""
-    at, _, _, _, valid, _, _ = cells
     dc_prev = tl.zeros_like(dc)
     if zoneout_c_ptr is not None:
         c = next_cell(gates, c_prev)  # the saved one is after zoneout
-        dc_prev, dc = mix_backward(load_share(zoneout_c_ptr, at, valid), dc)
+        dc_prev, dc = mix_backward(load_share(zoneout_c_ptr, cells), dc)
     return dc, c, dc_prev

@@ -37,35 +37,35 @@ def lstm_pointwise_forward_kernel(
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One step, after its product."""
-    unit, sequence, place, cells = tile_at(
-        tile_of(tl.program_id(0), B, BLOCK_B, False), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
-    )
-    batch, _, length = sequence
-    at, gates_at, state_at, in_tile, valid, continues, reset = cells
-    x = indexing.load_gates(gates_ptr, gates_at, valid, H)
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    tile = tile_of(tl.program_id(0), B, BLOCK_B, False)
+    unit, sequence, place, cells = tile_at(tile, step, batch, H, REVERSE, BLOCK_B, BLOCK_H)
+    x = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H)
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
-        z = indexing.load_gates(z_ptr, batch[:, None].to(tl.int64) * (4 * H) + unit[None, :], valid, H)
-    row_prev, is_last = indexing.row_before(step, place[0], batch, B, REVERSE), step == length - 1
+        z = indexing.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * H) + unit[None, :], cells.valid, H)
+    row_prev = indexing.row_before(step, place.time, sequence.index, B, REVERSE)
+    is_last = step == sequence.length - 1
     if SAVE:
-        c_prev = indexing.load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev[:, None], unit[None, :], cells, H)
+        saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
+        c_prev = indexing.load_c_before(saved, step, row_prev[:, None], unit[None, :], cells, H)
     else:
-        c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, state_at, continues, reset_c_ptr, at, reset)
+        c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, reset_c_ptr, cells)
     peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
     gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)  # zero in padding, where all was loaded as zero
-    c = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev, c)
-    tl.store(c_n_ptr + state_at, c, mask=valid & is_last[:, None] if SAVE else valid)
+    c = indexing.zoneout(zoneout_c_ptr, cells, c_prev, c)
+    tl.store(c_n_ptr + cells.state_at, c, mask=cells.valid & is_last[:, None] if SAVE else cells.valid)
     if SAVE:
-        tl.store(c_ptr + at, tl.where(valid, c, 0.0), mask=in_tile)
-        indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
+        tl.store(c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
+        indexing.store_gates(gates_ptr, cells.gates_at, cells.valid, gates, H)
     h_prev_ptr = h0_ptr if step == 0 else h_ptr
     h = store_hidden(h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, H)
     if h_next_ptr is not None:
-        _, _, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
+        next_continues = indexing.position(step + 1, sequence, batch, REVERSE).continues
         h = h.to(h_ptr.dtype.element_ty)
         if dropout_h_ptr is not None:
-            h *= tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0)
-        tl.store(h_next_ptr + state_at, tl.where(next_continues[:, None], h, 0.0), mask=in_tile)
+            h *= tl.load(dropout_h_ptr + cells.state_at, mask=cells.in_tile, other=0.0)
+        tl.store(h_next_ptr + cells.state_at, tl.where(next_continues[:, None], h, 0.0), mask=cells.in_tile)
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
@@ -80,35 +80,34 @@ def lstm_pointwise_backward_kernel(
     PEEPHOLES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One step, before its product."""
-    unit, sequence, place, cells = tile_at(
-        tile_of(tl.program_id(0), B, BLOCK_B, False), step, lengths_ptr, resets_ptr, T, B, H, REVERSE, BLOCK_B, BLOCK_H
-    )
-    batch, _, length = sequence
-    at, gates_at, state_at, in_tile, valid, continues, reset = cells
-    _, _, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
-    from_next = next_continues[:, None] & valid
-    dh = tl.load(dh_next_ptr + state_at, mask=from_next, other=0.0).to(tl.float32)
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    tile = tile_of(tl.program_id(0), B, BLOCK_B, False)
+    unit, sequence, place, cells = tile_at(tile, step, batch, H, REVERSE, BLOCK_B, BLOCK_H)
+    from_next = indexing.position(step + 1, sequence, batch, REVERSE).continues[:, None] & cells.valid
+    dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
     if dropout_h_ptr is not None:
-        dh *= tl.load(dropout_h_ptr + state_at, mask=valid, other=0.0).to(tl.float32)
-    dh = indexing.add_gradients_given(dh, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
+        dh *= tl.load(dropout_h_ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
+    dh = indexing.add_gradients_given(dh, dh_ptr, dh_n_ptr, (step == sequence.length - 1)[:, None], cells)
     dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
-    row_prev = indexing.row_before(step, place[0], batch, B, REVERSE)[:, None]
-    gates = indexing.load_gates(gates_ptr, gates_at, valid, H)
-    c_prev = indexing.load_c_before(c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H)
+    row_prev = indexing.row_before(step, place.time, sequence.index, B, REVERSE)[:, None]
+    saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
+    gates = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H)
+    c_prev = indexing.load_c_before(saved, step, row_prev, unit[None, :], cells, H)
     c = next_cell(gates, c_prev)  # not loaded: memory is what large batches wait for
-    dc = tl.load(dc_ptr + state_at, mask=valid, other=0.0)
+    dc = tl.load(dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
     dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
     dz_o, dc_of_h = output_backward(gates[3], c, dh)
     peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
     dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes, PEEPHOLES)
     dc_prev += dc_from_zoneout
     # In padding every factor was loaded as zero, so its gradients are zero.
-    indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
+    indexing.store_gates(dgates_ptr, cells.gates_at, cells.in_tile, dz, H)
     if dz_ptr is not None:
-        indexing.store_gates(dz_ptr, batch[:, None].to(tl.int64) * (4 * H) + unit[None, :], in_tile, dz, H)
-    tl.store(dc_ptr + state_at, tl.where(continues, dc_prev, 0.0), mask=valid)
+        dz_at = sequence.index[:, None].to(tl.int64) * (4 * H) + unit[None, :]
+        indexing.store_gates(dz_ptr, dz_at, cells.in_tile, dz, H)
+    tl.store(dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
     if dreset_c_ptr is not None:
-        tl.store(dreset_c_ptr + at, dc_prev, mask=reset)
+        tl.store(dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)
 
 
 def pointwise_plan(problem: Problem) -> Plan | None:

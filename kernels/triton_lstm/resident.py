@@ -24,26 +24,24 @@ from .planning import Device, Family, Plan, power_of_two
 
 
 @triton.jit
-def cells_of_thread(lengths_ptr, T, B, UNITS: tl.constexpr, WARPS: tl.constexpr):
-    """A thread's cells: their units, where in the batch tile and which their `sequences` are; tuples of CELLS."""
+def cells_of_thread(batch, UNITS: tl.constexpr, WARPS: tl.constexpr):
+    """A thread's cells: their units, where in the batch tile and which their Sequences are; tuples of CELLS."""
     _, warp, column, quarter = threads(WARPS)
     units, places, of_cells = (), (), ()
     for n in tl.static_range(UNITS // WARPS // 4):
         units = units + (warp * (UNITS // WARPS) + n // 2 * 8 + column,)
         places = places + (2 * quarter + n % 2,)
-        of_cells = of_cells + (indexing.sequences(tl.program_id(0) * SEQUENCES + places[n], lengths_ptr, T, B),)
+        of_cells = of_cells + (indexing.sequences(tl.program_id(0) * SEQUENCES + places[n], batch),)
     return units, places, of_cells
 
 
 @triton.jit
-def cells_at_step(step, units, sequence, resets_ptr, B, H: tl.constexpr, REVERSE: tl.constexpr):
-    """The `position` and the `cells_at` of a thread's cells; tuples of CELLS."""
+def cells_at_step(step, units, sequence, batch, H: tl.constexpr, REVERSE: tl.constexpr):
+    """The Position and the Cells of each of a thread's cells; tuples of CELLS."""
     places, cells = (), ()
     for n in tl.static_range(len(units)):
-        batch, in_batch, _ = sequence[n]
-        places = places + (indexing.position(step, *sequence[n], resets_ptr, B, REVERSE),)
-        _, row, valid, continues = places[n]
-        cells = cells + (indexing.cells_at(row, batch, units[n], in_batch, valid, continues, H),)
+        places = places + (indexing.position(step, sequence[n], batch, REVERSE),)
+        cells = cells + (indexing.cells_at(sequence[n], places[n], units[n], units[n] < H, H),)
     return places, cells
 
 
@@ -104,7 +102,8 @@ def lstm_resident_forward_kernel(
     CHUNKS: tl.constexpr = UNITS // PER // 16
     CELLS: tl.constexpr = UNITS // WARPS // 4
     thread, warp, column, quarter = threads(WARPS)
-    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    unit, places_in_tile, sequence = cells_of_thread(batch, UNITS, WARPS)
 
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
@@ -113,31 +112,31 @@ def lstm_resident_forward_kernel(
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
-    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
+    states = cells_at_step(0, unit, sequence, indexing.Batch(None, None, T, B), H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit[n], H),)
         if NORM_HH:
             gain_hh = gain_hh + (indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H),)
         if NORM_C:
             affine_c = affine_c + (indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H),)
-        state_at, in_tile = states[n][2], states[n][3]
+        state_at, in_tile = states[n].state_at, states[n].in_tile
         h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
         c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)
     for step in range(T):
-        _, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE)
+        _, cells = cells_at_step(step, unit, sequence, batch, H, REVERSE)
 
         # Load, before the product, which hides its latency.
         x, h_prev, h_operand, c_prev = (), (), (), ()
         for n in tl.static_range(CELLS):
-            at, gates_at, state_at, in_tile, valid, _, reset = cells[n]
-            x = x + (indexing.load_gates(gates_ptr, gates_at, valid, H),)
-            h_prev = h_prev + (tl.where(reset, 0.0, h[n]).to(DTYPE),)
+            cell = cells[n]
+            x = x + (indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H),)
+            h_prev = h_prev + (tl.where(cell.reset, 0.0, h[n]).to(DTYPE),)
             operand = h_prev[n]
             if dropout_h_ptr is not None:
-                factors = tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
+                factors = tl.load(dropout_h_ptr + cell.state_at, mask=cell.in_tile, other=0.0).to(tl.float32)
                 operand = (factors * operand.to(tl.float32)).to(DTYPE)
             h_operand = h_operand + (operand,)
-            c_prev = c_prev + (indexing.reset_to(tl.where(reset, 0.0, c[n]), reset_c_ptr, at, reset),)
+            c_prev = c_prev + (indexing.reset_to(tl.where(cell.reset, 0.0, c[n]), reset_c_ptr, cell),)
 
         # Product: the four gates of the thread's cells.
         shared = share(h_operand, places_in_tile, unit, step % 2, CHUNKS)
@@ -163,25 +162,25 @@ def lstm_resident_forward_kernel(
         # Store. The state of a sequence that has ended stays; its padding gets zeros.
         h, c = (), ()
         for n in tl.static_range(CELLS):
-            at, gates_at, _, in_tile, valid, _, reset = cells[n]
+            cell = cells[n]
             if NORM_C:
                 gates, c_next, h_next = new[n]
                 h_next = output(gates[3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
             else:  # here, not earlier: the fewer gates wait to be stored, the fewer the instructions
                 gates, c_next, h_next = cell_forward(x[n], z[n], c_prev[n], peepholes[n], PEEPHOLES)
-            c_next = indexing.zoneout(zoneout_c_ptr, at, valid, c_prev[n], c_next)
+            c_next = indexing.zoneout(zoneout_c_ptr, cell, c_prev[n], c_next)
             if zoneout_h_ptr is not None:
-                h_before = indexing.reset_to(h_prev[n].to(tl.float32), reset_h_ptr, at, reset)
-                h_next = indexing.zoneout(zoneout_h_ptr, at, valid, h_before, h_next)
-            h_next = tl.where(valid, h_next, 0.0).to(DTYPE)
-            tl.store(h_ptr + at, h_next, mask=in_tile)
+                h_before = indexing.reset_to(h_prev[n].to(tl.float32), reset_h_ptr, cell)
+                h_next = indexing.zoneout(zoneout_h_ptr, cell, h_before, h_next)
+            h_next = tl.where(cell.valid, h_next, 0.0).to(DTYPE)
+            tl.store(h_ptr + cell.at, h_next, mask=cell.in_tile)
             if SAVE:
-                indexing.store_gates(gates_ptr, gates_at, valid, gates, H)
-                tl.store(c_ptr + at, tl.where(valid, c_next, 0.0), mask=in_tile)
-            h = h + (tl.where(valid, h_next, h_prev[n]),)
-            c = c + (tl.where(valid, c_next, c_prev[n]),)
+                indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
+                tl.store(c_ptr + cell.at, tl.where(cell.valid, c_next, 0.0), mask=cell.in_tile)
+            h = h + (tl.where(cell.valid, h_next, h_prev[n]),)
+            c = c + (tl.where(cell.valid, c_next, c_prev[n]),)
     for n in tl.static_range(CELLS):
-        state_at, in_tile = states[n][2], states[n][3]
+        state_at, in_tile = states[n].state_at, states[n].in_tile
         tl.store(h_n_ptr + state_at, h[n], mask=in_tile)
         tl.store(c_n_ptr + state_at, c[n], mask=in_tile)
 
@@ -208,7 +207,8 @@ def lstm_resident_backward_kernel(
     CHUNKS: tl.constexpr = UNITS // PER // 16  # of one gate
     CELLS: tl.constexpr = UNITS // WARPS // 4
     thread, warp, column, quarter = threads(WARPS)
-    unit, places_in_tile, sequence = cells_of_thread(lengths_ptr, T, B, UNITS, WARPS)
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    unit, places_in_tile, sequence = cells_of_thread(batch, UNITS, WARPS)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows, weights, elements_of_dz = (), (), ()
@@ -221,43 +221,41 @@ def lstm_resident_backward_kernel(
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     dh, dc, peepholes = (), (), ()
-    states = cells_at_step(0, unit, sequence, None, B, H, REVERSE)[1]
+    states = cells_at_step(0, unit, sequence, indexing.Batch(None, None, T, B), H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit[n], H),)
-        state_at, in_tile = states[n][2], states[n][3]
+        state_at, in_tile = states[n].state_at, states[n].in_tile
         of_h = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
             of_h += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
         dh = dh + (of_h,)
         dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)
+    saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
     for back in range(T):
         step = T - 1 - back
-        places, cells = cells_at_step(step, unit, sequence, resets_ptr, B, H, REVERSE)
+        places, cells = cells_at_step(step, unit, sequence, batch, H, REVERSE)
 
         # Load, of all cells before the first store.
         loaded = ()
         for n in tl.static_range(CELLS):
-            at, _, _, _, valid, _, _ = cells[n]
-            dm = indexing.add_gradients_given(tl.where(valid, dh[n], 0.0), dh_ptr, None, None, cells[n])
-            row_prev = indexing.row_before(step, places[n][0], sequence[n][0], B, REVERSE)
-            gates, c, c_prev = indexing.load_saved(
-                gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[n], cells[n], H
-            )
+            cell = cells[n]
+            dm = indexing.add_gradients_given(tl.where(cell.valid, dh[n], 0.0), dh_ptr, None, None, cell)
+            row_prev = indexing.row_before(step, places[n].time, sequence[n].index, B, REVERSE)
+            gates, c, c_prev = indexing.load_saved(saved, step, row_prev, unit[n], cell, H)
             dh_prev = tl.zeros_like(dm)
             if zoneout_h_ptr is not None:
-                dh_prev, dm = mix_backward(indexing.load_share(zoneout_h_ptr, at, valid), dm)
-            of_c = tl.where(valid, dc[n], 0.0)
-            of_c, c, dc_prev = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cells[n])
+                dh_prev, dm = mix_backward(indexing.load_share(zoneout_h_ptr, cell), dm)
+            of_c = tl.where(cell.valid, dc[n], 0.0)
+            of_c, c, dc_prev = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, c, c_prev, cell)
             loaded = loaded + ((gates, c, c_prev, dm, of_c, dh_prev, dc_prev),)
 
         # Output.
         if NORM_C:
             units = ()
             for n in tl.static_range(CELLS):
-                at, _, _, in_tile, valid, _, _ = cells[n]
                 gates, _, _, dm, _, _, _ = loaded[n]
-                tl.store(dh_total_ptr + at, dm, mask=in_tile)
-                unit_c = tl.load(unit_c_ptr + at, mask=valid, other=0.0)
+                tl.store(dh_total_ptr + cells[n].at, dm, mask=cells[n].in_tile)
+                unit_c = tl.load(unit_c_ptr + cells[n].at, mask=cells[n].valid, other=0.0)
                 gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H)
                 dz_o, d_unit = normed_output_backward(gates[3], unit_c, dm, gain, bias)
                 units = units + ((d_unit, d_unit * unit_c, dz_o, unit_c),)
@@ -269,7 +267,7 @@ def lstm_resident_backward_kernel(
             gates, c, c_prev, dm, of_c, _, dc_from_zoneout = loaded[n]
             if NORM_C:
                 d_unit, _, dz_o, unit_c = units[n]
-                scale = tl.load(scale_c_ptr + places[n][1], mask=places[n][2], other=0.0)
+                scale = tl.load(scale_c_ptr + places[n].row, mask=places[n].valid, other=0.0)
                 of_c += normalise_backward(d_unit, unit_c, scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
             else:
                 dz_o, dc_of_m = output_backward(gates[3], c, dm)
@@ -285,15 +283,14 @@ def lstm_resident_backward_kernel(
         if NORM_HH:
             units_hh, dz_hh = (), ()
             for n in tl.static_range(CELLS):
-                _, gates_at, _, _, valid, _, _ = cells[n]
                 gain = indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
-                unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid, H)
+                unit_hh = indexing.load_gates(unit_hh_ptr, cells[n].gates_at, cells[n].valid, H)
                 d, sum_of_d, sum_of_d_unit = gates_of_unit(dz[n], gain, unit_hh, DTYPE)
                 units_hh = units_hh + ((sum_of_d, sum_of_d_unit, d, unit_hh),)
             sum_d, sum_d_unit = sum_over_units(units_hh, 0, WARPS), sum_over_units(units_hh, 1, WARPS)
             for n in tl.static_range(CELLS):
                 _, _, d, unit_hh = units_hh[n]
-                scale = tl.load(scale_hh_ptr + places[n][1], mask=places[n][2], other=0.0)
+                scale = tl.load(scale_hh_ptr + places[n].row, mask=places[n].valid, other=0.0)
                 mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
                 dz_hh = dz_hh + (normalise_gates_backward(d, unit_hh, scale, mean_d, mean_d_unit),)
 
@@ -309,23 +306,24 @@ def lstm_resident_backward_kernel(
         # Store; no gradient flows past a reset.
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
-            at, gates_at, state_at, in_tile, valid, continues, reset = cells[n]
-            indexing.store_gates(dgates_ptr, gates_at, in_tile, dz[n], H)
+            cell = cells[n]
+            indexing.store_gates(dgates_ptr, cell.gates_at, cell.in_tile, dz[n], H)
             of_h = (of_gates[0][n] + of_gates[1][n]) + (of_gates[2][n] + of_gates[3][n])
             if dropout_h_ptr is not None:
-                of_h *= tl.load(dropout_h_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
+                of_h *= tl.load(dropout_h_ptr + cell.state_at, mask=cell.in_tile, other=0.0).to(tl.float32)
             if zoneout_h_ptr is not None:
                 _, _, _, _, _, dh_prev, _ = loaded[n]
                 of_h += dh_prev
-                tl.store(dh_from_zoneout_ptr + state_at, dh_prev, mask=continues & (tl.zeros_like(unit[n]) + step == 0))
+                is_first = tl.zeros_like(unit[n]) + step == 0
+                tl.store(dh_from_zoneout_ptr + cell.state_at, dh_prev, mask=cell.continues & is_first)
                 if dreset_h_ptr is not None:
-                    tl.store(dreset_h_ptr + at, dh_prev, mask=reset)
+                    tl.store(dreset_h_ptr + cell.at, dh_prev, mask=cell.reset)
             if dreset_c_ptr is not None:
-                tl.store(dreset_c_ptr + at, dc_before[n], mask=reset)
-            dh = dh + (tl.where(valid, tl.where(continues, of_h, 0.0), dh_after[n]),)
-            dc = dc + (tl.where(valid, tl.where(continues, dc_before[n], 0.0), dc_after[n]),)
+                tl.store(dreset_c_ptr + cell.at, dc_before[n], mask=cell.reset)
+            dh = dh + (tl.where(cell.valid, tl.where(cell.continues, of_h, 0.0), dh_after[n]),)
+            dc = dc + (tl.where(cell.valid, tl.where(cell.continues, dc_before[n], 0.0), dc_after[n]),)
     for n in tl.static_range(CELLS):
-        state_at, in_tile = states[n][2], states[n][3]
+        state_at, in_tile = states[n].state_at, states[n].in_tile
         tl.store(dc_ptr + state_at, dc[n], mask=in_tile)
 
 

@@ -71,34 +71,34 @@ def product_of_held(held, a, PRECISION: tl.constexpr):
 
 @triton.jit
 def h_before(
-    batch_tile, poll_limit, arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, lengths_ptr, resets_ptr, T, B,
+    batch_tile, poll_limit, arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, batch,
     P: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """(The poll limit after the wait for it, h before a step of a tile's sequences, all units, with dropout [BB, BK]).
 
     There is nothing to wait for, and all is zero, past the last tile.
     """
-    if batch_tile < tl.cdiv(B, BLOCK_B):
+    if batch_tile < tl.cdiv(batch.B, BLOCK_B):
         poll_limit = wait_for_tile(arrivals_ptr, batch_tile, step, poll_limit, error_ptr, step)
-    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
-    time, _, _, continues = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
-    row, batch = indexing.row_before(step, time, sequence[0], B, REVERSE), sequence[0].to(tl.int64)
-    h, _, _ = load_rows(h_prev_ptr, row, continues, dropout_h_ptr, batch, tl.arange(0, BLOCK_K), P)
+    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), batch)
+    place = indexing.position(step, sequence, batch, REVERSE)
+    row, index = indexing.row_before(step, place.time, sequence.index, batch.B, REVERSE), sequence.index.to(tl.int64)
+    h, _, _ = load_rows(h_prev_ptr, row, place.continues, dropout_h_ptr, index, tl.arange(0, BLOCK_K), P)
     return poll_limit, h
 
 
 @triton.jit
 def dgates_after(
-    batch_tile, poll_limit, times, arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B,
+    batch_tile, poll_limit, times, arrivals_ptr, error_ptr, dgates_ptr, step, batch,
     H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The same of dgates of the step after, for backward: of the program's part of K, after so many `times`."""
-    if batch_tile < tl.cdiv(B, BLOCK_B):
+    if batch_tile < tl.cdiv(batch.B, BLOCK_B):
         poll_limit = wait_for_tile(arrivals_ptr, batch_tile, times, poll_limit, error_ptr, step)
-    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
-    _, row, _, continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
-    row = row * PARTS + tl.program_id(0) % PARTS
-    dgates, _, _ = load_rows(dgates_ptr, row, continues, None, row, tl.arange(0, BLOCK_K), 4 * H // PARTS)
+    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), batch)
+    place = indexing.position(step + 1, sequence, batch, REVERSE)
+    row = place.row * PARTS + tl.program_id(0) % PARTS
+    dgates, _, _ = load_rows(dgates_ptr, row, place.continues, None, row, tl.arange(0, BLOCK_K), 4 * H // PARTS)
     return poll_limit, dgates
 
 
@@ -149,31 +149,25 @@ def wait_for_tile(arrivals_ptr, batch_tile, times, poll_limit, error_ptr, step):
 
 @triton.jit
 def tile_at(
-    tile, step, lengths_ptr, resets_ptr, T, B, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    tile, step, batch, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
     PARTS: tl.constexpr = 1,
 ):  # fmt: skip
-    """A `tile_of` at a step: (units [BH], its `sequences` [BB], their `position` [BB], its `cells_at` [BB, BH]).
+    """A `tile_of` at a step: (units [BH], its Sequences [BB], their Position [BB], its Cells [BB, BH]).
 
     With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
     batch_tile, unit_tile = tile
-    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), lengths_ptr, T, B)
-    batch, in_batch, _ = sequence
+    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), batch)
     unit = unit_tile // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
-    place = indexing.position(step, *sequence, resets_ptr, B, REVERSE)
-    _, row, valid, continues = place
-    cells = indexing.cells_at(
-        row[:, None], batch[:, None], unit[None, :], in_batch[:, None], valid[:, None], continues[:, None], H
-    )
-    return unit, sequence, place, cells
+    place = indexing.position(step, sequence, batch, REVERSE)
+    return unit, sequence, place, indexing.cells_of_tile(sequence, place, unit, H)
 
 
 @triton.jit
 def load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H: tl.constexpr):
     """The part of a tile's gates from the input, as stored, and c before the step."""
-    at, gates_at, state_at, _, valid, continues, reset = cells
-    x = indexing.load_gates(gates_ptr, gates_at, valid, H, True)
-    return x, indexing.load_state(c_prev_ptr, state_at, continues, reset_c_ptr, at, reset)
+    x = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H, True)
+    return x, indexing.load_state(c_prev_ptr, reset_c_ptr, cells)
 
 
 @triton.jit
@@ -195,13 +189,12 @@ def store_hidden(
     h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P: tl.constexpr
 ):
     """Store h of a tile, after zoneout, and h_n of sequences whose step `is_last`, [BB]; returns that h."""
-    at, _, state_at, in_tile, valid, continues, reset = cells
     if zoneout_h_ptr is not None:
         prev_at = row_prev[:, None] * P + unit[None, :]
-        h_prev = indexing.load_state(h_prev_ptr, prev_at, continues, reset_h_ptr, at, reset)
-        h = indexing.zoneout(zoneout_h_ptr, at, valid, h_prev, h)
-    tl.store(h_ptr + at, h, mask=in_tile)
-    tl.store(h_n_ptr + state_at, h, mask=in_tile & is_last[:, None])
+        h_prev = tl.load(h_prev_ptr + prev_at, mask=cells.continues, other=0.0).to(tl.float32)
+        h = indexing.zoneout(zoneout_h_ptr, cells, indexing.reset_to(h_prev, reset_h_ptr, cells), h)
+    tl.store(h_ptr + cells.at, h, mask=cells.in_tile)
+    tl.store(h_n_ptr + cells.state_at, h, mask=cells.in_tile & is_last[:, None])
     return h
 
 
@@ -235,6 +228,7 @@ def lstm_step_forward_kernel(
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
     NORM_C: tl.constexpr = gain_c_ptr is not None
     ROUNDS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
+    of = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
@@ -246,17 +240,15 @@ def lstm_step_forward_kernel(
         for round in tl.static_range(ROUNDS):
             width = P if round > NORM_HH else H
             first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
-            given = arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, lengths_ptr, resets_ptr, T, B
+            given = arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, of
             if AHEAD:
                 poll_limit, h_prev = h_before(first, poll_limit, *given, P, REVERSE, BLOCK_B, BLOCK_K)
             for number in range(first, end, stride):
                 tile = tile_of(number, B, BLOCK_B, HELD)
                 batch_tile, unit_tile = tile
-                unit, sequence, place, cells = tile_at(
-                    tile, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H
-                )
-                batch, in_batch, length = sequence
-                time, _, valid, continues = place
+                unit, sequence, place, cells = tile_at(tile, step, of, width, REVERSE, BLOCK_B, BLOCK_H)
+                batch, in_batch, length = sequence.index, sequence.in_batch, sequence.length
+                time, valid, continues = place.time, place.valid, place.continues
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)
                 column, column_unit = indexing.columns_of_gates(unit_tile * BLOCK_H, H, BLOCK_H)
@@ -306,7 +298,7 @@ def lstm_step_forward_kernel(
                         tl.store(cell_ptr + tl.cast(B, tl.int64) * H + state_at, c, mask=valid_tile)
                         pair = moments(c, (unit < H)[None, :], count)
                         store_pair(moments_c_ptr, unit_tile, batch, in_batch, B, *pair)
-                    c = indexing.zoneout(zoneout_c_ptr, at, valid_tile, c_prev, c)
+                    c = indexing.zoneout(zoneout_c_ptr, cells, c_prev, c)
                     if PROJECT:
                         tl.store(m_ptr + state_at, m, mask=in_tile)
                     tl.store(c_n_ptr + state_at, c, mask=valid_tile)
@@ -373,6 +365,7 @@ def lstm_step_backward_kernel(
     EARLY: tl.constexpr = HELD and BLOCK_B * BLOCK_H <= 1024  # for more cells a thread has no registers left
     tl.static_assert(4 * H % PARTS == 0, "parts of K are equal")
     K: tl.constexpr = 4 * H // PARTS
+    of, saved = indexing.Batch(lengths_ptr, resets_ptr, T, B), indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
@@ -386,18 +379,18 @@ def lstm_step_backward_kernel(
             rounded = tl.cdiv(P, PARTS * BLOCK_H) * PARTS * BLOCK_H if round < SPLIT else width
             first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
             times = ROUNDS * back  # arrivals of each program, for a tile, before this step
-            given = times, arrivals_ptr, error_ptr, dgates_ptr, step, lengths_ptr, resets_ptr, T, B
+            given = times, arrivals_ptr, error_ptr, dgates_ptr, step, of
             if AHEAD:
                 poll_limit, dgates = dgates_after(first, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS)
             for number in range(first, end, stride):
                 tile = tile_of(number, B, BLOCK_B, HELD)
                 batch_tile, unit_tile = tile
                 unit, sequence, place, cells = tile_at(
-                    tile, step, lengths_ptr, resets_ptr, T, B, width, REVERSE, BLOCK_B, BLOCK_H,
+                    tile, step, of, width, REVERSE, BLOCK_B, BLOCK_H,
                     PARTS if round < SPLIT else 1,
                 )  # fmt: skip
-                batch, in_batch, length = sequence
-                time, row, valid, continues = place
+                batch, in_batch, length = sequence.index, sequence.in_batch, sequence.length
+                time, row, valid = place.time, place.row, place.valid
                 at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
                 row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
                 if HELD and not AHEAD and round == 0:
@@ -405,9 +398,7 @@ def lstm_step_backward_kernel(
                         batch_tile, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS
                     )
                 if EARLY and round + 1 == ROUNDS:
-                    gates, c, c_prev = indexing.load_saved(
-                        gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
-                    )
+                    gates, c, c_prev = indexing.load_saved(saved, step, row_prev, unit[None, :], cells, H)
 
                 # Product with dgates of the step after, whose [*, 4H] are [PARTS *, K] here.
                 part = unit_tile % PARTS
@@ -415,7 +406,8 @@ def lstm_step_backward_kernel(
                     if HELD:
                         dm = product_of_held(held, dgates, PRECISION)
                     else:
-                        _, row_next, _, next_continues = indexing.position(step + 1, *sequence, resets_ptr, B, REVERSE)
+                        after = indexing.position(step + 1, sequence, of, REVERSE)
+                        row_next, next_continues = after.row, after.continues
                         norm = None
                         if NORM_HH:
                             pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
@@ -474,9 +466,7 @@ def lstm_step_backward_kernel(
                 # Cell.
                 if round + 1 == ROUNDS:
                     if not EARLY:
-                        gates, c, c_prev = indexing.load_saved(
-                            gates_ptr, c_ptr, c0_ptr, reset_c_ptr, step, row_prev, unit[None, :], cells, H
-                        )
+                        gates, c, c_prev = indexing.load_saved(saved, step, row_prev, unit[None, :], cells, H)
                     dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
                     dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
                     if NORM_C:
