@@ -40,8 +40,10 @@ def cells_at_step(step, units, sequence, batch, H: tl.constexpr, REVERSE: tl.con
     """The Position and the Cells of each of a thread's cells; tuples of CELLS."""
     places, cells = (), ()
     for n in tl.static_range(len(units)):
-        places = places + (indexing.position(step, sequence[n], batch, REVERSE),)
-        cells = cells + (indexing.cells_at(sequence[n], places[n], units[n], units[n] < H, H),)
+        of_cell = indexing.Sequences(*sequence[n])  # named again: Triton 3.4 to 3.6 forget it in a tuple that grew
+        place = indexing.position(step, of_cell, batch, REVERSE)
+        places = places + (place,)
+        cells = cells + (indexing.cells_at(of_cell, place, units[n], units[n] < H, H),)
     return places, cells
 
 
@@ -112,23 +114,23 @@ def lstm_resident_forward_kernel(
     weights = load_weights(weights_ptr, rows, quarter * 4, W, 16, DTYPE, CHUNKS)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
-    states = cells_at_step(0, unit, sequence, indexing.Batch(None, None, T, B), H, REVERSE)[1]
+    states = cells_at_step(0, unit, sequence, batch, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit[n], H),)
         if NORM_HH:
             gain_hh = gain_hh + (indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H),)
         if NORM_C:
             affine_c = affine_c + (indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H),)
-        state_at, in_tile = states[n].state_at, states[n].in_tile
-        h = h + (tl.load(h0_ptr + state_at, mask=in_tile, other=0.0),)
-        c = c + (tl.load(c0_ptr + state_at, mask=in_tile, other=0.0),)
+        state = indexing.Cells(*states[n])
+        h = h + (tl.load(h0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
+        c = c + (tl.load(c0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
     for step in range(T):
         _, cells = cells_at_step(step, unit, sequence, batch, H, REVERSE)
 
         # Load, before the product, which hides its latency.
         x, h_prev, h_operand, c_prev = (), (), (), ()
         for n in tl.static_range(CELLS):
-            cell = cells[n]
+            cell = indexing.Cells(*cells[n])
             x = x + (indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H),)
             h_prev = h_prev + (tl.where(cell.reset, 0.0, h[n]).to(DTYPE),)
             operand = h_prev[n]
@@ -162,7 +164,7 @@ def lstm_resident_forward_kernel(
         # Store. The state of a sequence that has ended stays; its padding gets zeros.
         h, c = (), ()
         for n in tl.static_range(CELLS):
-            cell = cells[n]
+            cell = indexing.Cells(*cells[n])
             if NORM_C:
                 gates, c_next, h_next = new[n]
                 h_next = output(gates[3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
@@ -180,9 +182,9 @@ def lstm_resident_forward_kernel(
             h = h + (tl.where(cell.valid, h_next, h_prev[n]),)
             c = c + (tl.where(cell.valid, c_next, c_prev[n]),)
     for n in tl.static_range(CELLS):
-        state_at, in_tile = states[n].state_at, states[n].in_tile
-        tl.store(h_n_ptr + state_at, h[n], mask=in_tile)
-        tl.store(c_n_ptr + state_at, c[n], mask=in_tile)
+        state = indexing.Cells(*states[n])
+        tl.store(h_n_ptr + state.state_at, h[n], mask=state.in_tile)
+        tl.store(c_n_ptr + state.state_at, c[n], mask=state.in_tile)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -221,15 +223,15 @@ def lstm_resident_backward_kernel(
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     dh, dc, peepholes = (), (), ()
-    states = cells_at_step(0, unit, sequence, indexing.Batch(None, None, T, B), H, REVERSE)[1]
+    states = cells_at_step(0, unit, sequence, batch, H, REVERSE)[1]
     for n in tl.static_range(CELLS):
         peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit[n], H),)
-        state_at, in_tile = states[n].state_at, states[n].in_tile
+        state = indexing.Cells(*states[n])
         of_h = tl.zeros((32 * WARPS,), tl.float32)
         if dh_n_ptr is not None:
-            of_h += tl.load(dh_n_ptr + state_at, mask=in_tile, other=0.0).to(tl.float32)
+            of_h += tl.load(dh_n_ptr + state.state_at, mask=state.in_tile, other=0.0).to(tl.float32)
         dh = dh + (of_h,)
-        dc = dc + (tl.load(dc_ptr + state_at, mask=in_tile, other=0.0),)
+        dc = dc + (tl.load(dc_ptr + state.state_at, mask=state.in_tile, other=0.0),)
     saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
     for back in range(T):
         step = T - 1 - back
@@ -238,9 +240,10 @@ def lstm_resident_backward_kernel(
         # Load, of all cells before the first store.
         loaded = ()
         for n in tl.static_range(CELLS):
-            cell = cells[n]
+            cell = indexing.Cells(*cells[n])
             dm = indexing.add_gradients_given(tl.where(cell.valid, dh[n], 0.0), dh_ptr, None, None, cell)
-            row_prev = indexing.row_before(step, places[n].time, sequence[n].index, B, REVERSE)
+            place, of_cell = indexing.Position(*places[n]), indexing.Sequences(*sequence[n])
+            row_prev = indexing.row_before(step, place.time, of_cell.index, B, REVERSE)
             gates, c, c_prev = indexing.load_saved(saved, step, row_prev, unit[n], cell, H)
             dh_prev = tl.zeros_like(dm)
             if zoneout_h_ptr is not None:
@@ -253,9 +256,10 @@ def lstm_resident_backward_kernel(
         if NORM_C:
             units = ()
             for n in tl.static_range(CELLS):
+                cell = indexing.Cells(*cells[n])
                 gates, _, _, dm, _, _, _ = loaded[n]
-                tl.store(dh_total_ptr + cells[n].at, dm, mask=cells[n].in_tile)
-                unit_c = tl.load(unit_c_ptr + cells[n].at, mask=cells[n].valid, other=0.0)
+                tl.store(dh_total_ptr + cell.at, dm, mask=cell.in_tile)
+                unit_c = tl.load(unit_c_ptr + cell.at, mask=cell.valid, other=0.0)
                 gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[n], H)
                 dz_o, d_unit = normed_output_backward(gates[3], unit_c, dm, gain, bias)
                 units = units + ((d_unit, d_unit * unit_c, dz_o, unit_c),)
@@ -267,7 +271,8 @@ def lstm_resident_backward_kernel(
             gates, c, c_prev, dm, of_c, _, dc_from_zoneout = loaded[n]
             if NORM_C:
                 d_unit, _, dz_o, unit_c = units[n]
-                scale = tl.load(scale_c_ptr + places[n].row, mask=places[n].valid, other=0.0)
+                place = indexing.Position(*places[n])
+                scale = tl.load(scale_c_ptr + place.row, mask=place.valid, other=0.0)
                 of_c += normalise_backward(d_unit, unit_c, scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
             else:
                 dz_o, dc_of_m = output_backward(gates[3], c, dm)
@@ -284,13 +289,15 @@ def lstm_resident_backward_kernel(
             units_hh, dz_hh = (), ()
             for n in tl.static_range(CELLS):
                 gain = indexing.load_gates(gain_hh_ptr, unit[n], unit[n] < H, H)
-                unit_hh = indexing.load_gates(unit_hh_ptr, cells[n].gates_at, cells[n].valid, H)
+                cell = indexing.Cells(*cells[n])
+                unit_hh = indexing.load_gates(unit_hh_ptr, cell.gates_at, cell.valid, H)
                 d, sum_of_d, sum_of_d_unit = gates_of_unit(dz[n], gain, unit_hh, DTYPE)
                 units_hh = units_hh + ((sum_of_d, sum_of_d_unit, d, unit_hh),)
             sum_d, sum_d_unit = sum_over_units(units_hh, 0, WARPS), sum_over_units(units_hh, 1, WARPS)
             for n in tl.static_range(CELLS):
                 _, _, d, unit_hh = units_hh[n]
-                scale = tl.load(scale_hh_ptr + places[n].row, mask=places[n].valid, other=0.0)
+                place = indexing.Position(*places[n])
+                scale = tl.load(scale_hh_ptr + place.row, mask=place.valid, other=0.0)
                 mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
                 dz_hh = dz_hh + (normalise_gates_backward(d, unit_hh, scale, mean_d, mean_d_unit),)
 
@@ -306,7 +313,7 @@ def lstm_resident_backward_kernel(
         # Store; no gradient flows past a reset.
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
-            cell = cells[n]
+            cell = indexing.Cells(*cells[n])
             indexing.store_gates(dgates_ptr, cell.gates_at, cell.in_tile, dz[n], H)
             of_h = (of_gates[0][n] + of_gates[1][n]) + (of_gates[2][n] + of_gates[3][n])
             if dropout_h_ptr is not None:
@@ -323,8 +330,8 @@ def lstm_resident_backward_kernel(
             dh = dh + (tl.where(cell.valid, tl.where(cell.continues, of_h, 0.0), dh_after[n]),)
             dc = dc + (tl.where(cell.valid, tl.where(cell.continues, dc_before[n], 0.0), dc_after[n]),)
     for n in tl.static_range(CELLS):
-        state_at, in_tile = states[n].state_at, states[n].in_tile
-        tl.store(dc_ptr + state_at, dc[n], mask=in_tile)
+        state = indexing.Cells(*states[n])
+        tl.store(dc_ptr + state.state_at, dc[n], mask=state.in_tile)
 
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
