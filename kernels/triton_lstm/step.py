@@ -340,7 +340,8 @@ def product_with_dgates(tile, step, call, S: tl.constexpr):
         pairs_ptr = call.recurrent.sums_ptr + pairs_of_step(step + 1, call.batch.B, S)
         sum_d, sum_d_unit = sums_of_tiles(pairs_ptr, tile.sequence.index, tile.place.valid, call.batch.B, H, S.BLOCK_H)
         scale = tl.load(call.recurrent.scale_ptr + after.row, mask=after.continues, other=0.0)
-        normed = Normed(call.recurrent.unit_ptr, call.recurrent.gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+        gain_ptr = call.recurrent.gain_ptr + part * K
+        normed = Normed(call.recurrent.unit_ptr, gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
     rows = indexing.rows_of_product((after.row * S.PARTS + part, after.continues), not NORM_HH)  # [PARTS *, K]
     weight_ptr = call.recurrent.weight_ptr + tl.cast(part, tl.int64) * (K * P)
     dh = product(
@@ -374,7 +375,7 @@ def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
 def sum_of_parts(tile, call, S: tl.constexpr):
     """The sum of all parts' products, [BB, BH]."""
     PARTS: tl.constexpr = S.PARTS
-    at, dh = call.recurrent.parts_ptr + tile.cells.state_at, tl.zeros((S.BLOCK_B, S.BLOCK_H), tl.float32)
+    at, dh = call.recurrent.parts_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
     for _ in tl.static_range(PARTS):
         dh += tl.load(at, mask=tile.cells.valid, other=0.0, cache_modifier=".cg")
         at += tl.cast(call.batch.B, tl.int64) * S.P
@@ -388,8 +389,8 @@ def output_round_backward(step, call, poll_limit, S: tl.constexpr):
     first, end, stride = tiles_of_program(call.batch.B, S.P, S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S)
-        dh = unless_timed_out(product_with_dgates(tile, step, call, S), poll_limit)
-        dh = indexing.gradient_of_h(dh, tile, step, call.hidden)
+        dh = sum_of_parts(tile, call, S) if S.PARTS > 1 else product_with_dgates(tile, step, call, S)
+        dh = indexing.gradient_of_h(unless_timed_out(dh, poll_limit), tile, step, call.hidden)
         dh = tl.where(tile.cells.valid, dh, 0.0).to(DTYPE)
         tl.store(call.output.dh_total_ptr + tile.cells.at, dh, mask=tile.cells.in_tile)
         if call.output.gain_ptr is not None:
@@ -535,7 +536,7 @@ def lstm_step_backward_kernel(
                 poll_limit = grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
         if OUTPUT:
             output_round_backward(step, call, poll_limit, S)
-            poll_limit = grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
+            poll_limit = grid_barrier(arrivals_ptr, times + (ROUNDS - 1), poll_limit, error_ptr, step)
         poll_limit = cell_round_backward(step, times, call, poll_limit, S)
         if (arrivals_ptr is not None and not HELD) and step > 0:
             poll_limit = grid_barrier(arrivals_ptr, times + ROUNDS, poll_limit, error_ptr, step)
