@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels
 # The device functions without a fault, and those that stand in their place: plain functions, since what calls them runs
 # in the interpreter.
 cell_forward, output_backward, gates_backward = cell.cell_forward, cell.output_backward, cell.gates_backward
-load_peepholes, load_affine, time_of = indexing.load_peepholes, indexing.load_affine, indexing.time_of
+load_peepholes, load_affine = indexing.load_peepholes, indexing.load_affine
+sequences, time_of = indexing.sequences, indexing.time_of
 
 
 def o_reads_the_cell_before(x, z, c_prev, peepholes, PEEPHOLES):
@@ -42,11 +43,12 @@ FAULTS = {  # the device function, and what stands in its place
     "o reads the cell before": ("cell_forward", o_reads_the_cell_before),
     "peepholes in another order": ("load_peepholes", lambda *given: tuple(
         load_peepholes(*given)[k] for k in (0, 2, 1))),
-    "resets ignored": ("is_reset", lambda resets_ptr, time, *_: time < 0),
+    "resets ignored": ("is_reset", lambda time, *_: time < 0),
     "a time too early": ("time_of", lambda *given: tl.maximum(time_of(*given) - 1, 0)),
-    "lengths ignored": ("load_lengths", lambda lengths_ptr, batch, in_batch, T: tl.zeros_like(batch) + T),
-    "previous row off by one": ("row_before", lambda step, time, batch, B, REVERSE: tl.where(
-        step == 0, batch.to(tl.int64), indexing.row_of(time, batch, B))),
+    "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
+        length=tl.zeros_like(index) + batch.T)),
+    "previous row off by one": ("row_before", lambda step, time, index, B, REVERSE: tl.where(
+        step == 0, index.to(tl.int64), indexing.row_of(time, index, B))),
     "zeros for the state given": ("reset_to", lambda before, *_: before),
     "cell gradient lost": ("gates_backward", lambda *given: (
         gates_backward(*given)[0], gates_backward(*given)[1] * 0.0)),

@@ -24,29 +24,30 @@ tensors are None:
     dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
 """
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .cell import mix, mix_backward, next_cell
+from .features import constexpr_function
+
+Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common
+Sequences = namedtuple("Sequences", "index in_batch length")  # of some: where in the batch, whether there is one
+Saved = namedtuple("Saved", "gates_ptr c_ptr c0_ptr reset_c_ptr")  # by forward, for backward
+# Constants of a kernel of tiles: sizes of the problem, and of tiles of BLOCK_B sequences and BLOCK_H units.
+Sizes = namedtuple("Sizes", "H P REVERSE BLOCK_B BLOCK_H BLOCK_K PRECISION HELD AHEAD PARTS", defaults=[None] * 5)
+# Some sequences and units at a step: tensors are [BB] of sequences, [BH] of units, [BB, BH] of cells.
+Tile = namedtuple("Tile", "batch_tile unit_tile unit sequence place row_prev cells")
+# What kernels of tiles read and write of h, or of its gradient; prev is h0 or h, where the state before the step is.
+Hidden = namedtuple("Hidden", "prev_ptr h_ptr h_n_ptr dropout_ptr zoneout_ptr reset_ptr")
+HiddenBackward = namedtuple("HiddenBackward", "dh_ptr dh_n_ptr dropout_ptr zoneout_ptr from_zoneout_ptr dreset_ptr")
 
 
-class Batch(NamedTuple):
-    """What all sequences have in common."""
-
-    lengths_ptr: tl.tensor
-    resets_ptr: tl.tensor
-    T: tl.tensor
-    B: tl.tensor
-
-
-class Sequences(NamedTuple):
-    """Some sequences of a batch, in tensors of one shape."""
-
-    index: tl.tensor  # in the batch
-    in_batch: tl.tensor  # whether there is such a sequence
-    length: tl.tensor  # T where none is given
+@constexpr_function
+def sizes(*values):
+    return Sizes(*values)
 
 
 class Position(NamedTuple):
@@ -68,15 +69,6 @@ class Cells(NamedTuple):
     valid: tl.tensor  # no padding
     continues: tl.tensor  # the state before is that of the step before
     reset: tl.tensor  # it is not, but zero or what it is reset to
-
-
-class Saved(NamedTuple):
-    """What forward saved for backward."""
-
-    gates_ptr: tl.tensor
-    c_ptr: tl.tensor
-    c0_ptr: tl.tensor
-    reset_c_ptr: tl.tensor
 
 
 @triton.jit
@@ -148,12 +140,22 @@ def cells_at(sequence, place, unit, in_units, H):
 
 
 @triton.jit
-def cells_of_tile(sequence, place, unit, H):
-    """As cells_at, of every unit [columns] of every sequence [rows]."""
-    sequence = Sequences(sequence.index[:, None], sequence.in_batch[:, None], sequence.length[:, None])
-    place = Position(place.time[:, None], place.row[:, None], place.valid[:, None], place.continues[:, None])
-    unit = unit[None, :]
-    return cells_at(sequence, place, unit, unit < H, H)
+def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
+    """A program's Tile, of rows of H units. Neighbours have the same units, whose weights they read.
+
+    With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
+    """
+    batch_tile, unit_tile = number, tl.program_id(0)
+    if not S.HELD:
+        batch_tile, unit_tile = number % tl.cdiv(batch.B, S.BLOCK_B), number // tl.cdiv(batch.B, S.BLOCK_B)
+    sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
+    unit = unit_tile // PARTS * (PARTS * S.BLOCK_H) + tl.arange(0, PARTS * S.BLOCK_H)
+    place = position(step, sequence, batch, S.REVERSE)
+    of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
+    at_rows = Position(None, place.row[:, None], place.valid[:, None], place.continues[:, None])
+    cells = cells_at(of_rows, at_rows, unit[None, :], (unit < H)[None, :], H)
+    row_prev = row_before(step, place.time, sequence.index, batch.B, S.REVERSE)
+    return Tile(batch_tile, unit_tile, unit, sequence, place, row_prev, cells)
 
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
@@ -350,3 +352,28 @@ def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells):
         c = next_cell(gates, c_prev)  # the saved one is after zoneout
         dc_prev, dc = mix_backward(load_share(zoneout_c_ptr, cells), dc)
     return dc, c, dc_prev
+
+
+@triton.jit
+def store_hidden(h, tile, step, hidden, P: tl.constexpr):
+    """Store h of a tile, after zoneout, and h_n of sequences whose last step it is; returns that h."""
+    cells, is_last = tile.cells, step == tile.sequence.length - 1
+    if hidden.zoneout_ptr is not None:
+        prev_at = tile.row_prev[:, None] * P + tile.unit[None, :]
+        h_prev = tl.load(hidden.prev_ptr + prev_at, mask=cells.continues, other=0.0).to(tl.float32)
+        h_prev = reset_to(h_prev, hidden.reset_ptr, cells)
+        h = zoneout(hidden.zoneout_ptr, cells, h_prev, h)
+    tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
+    tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & is_last[:, None])
+    return h
+
+
+@triton.jit
+def gradient_of_h(dh, tile, step, hidden):
+    """What the product of the step after returned -> the gradient of h that the step computed."""
+    cells = tile.cells
+    if hidden.dropout_ptr is not None:
+        dh *= tl.load(hidden.dropout_ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
+    is_last = (step == tile.sequence.length - 1)[:, None]
+    dh = add_gradients_given(dh, hidden.dh_ptr, hidden.dh_n_ptr, is_last, cells)
+    return zoneout_h_backward(dh, hidden.zoneout_ptr, hidden.from_zoneout_ptr, hidden.dreset_ptr, cells)

@@ -95,7 +95,7 @@ class Prepared:
             num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
-        self._kernel = Kernel(kernel, plan.grid, _constants(problem, pass_, plan), options)
+        self._kernel = Kernel(kernel, plan.grid, _constants(problem, plan), options)
         self._error = error_word(device, kernel.__name__, trial) if kernel.__name__ in KERNELS else None
         self._loop = pointwise.LOOPS[backward] if isinstance(family, Pointwise) else None
         names = tuple(in_the_loop(problem, problem.steps))
@@ -172,11 +172,10 @@ CONSTANTS = {"k": "BLOCK_K", "chunks": "CHUNKS", "parts": "PARTS", "partners": "
 """The names that kernels have for the sizes of a family."""
 
 
-def _constants(problem: Problem, pass_: Pass, plan: Plan) -> dict[str, Any]:
-    """The constants of all families' kernels, by problem, pass and plan."""
+def _constants(problem: Problem, plan: Plan) -> dict[str, Any]:
+    """The constants of all families' kernels, by problem and plan."""
     return dict(
-        H=problem.hidden, P=problem.width, REVERSE=problem.reverse, SAVE=pass_.save, PROJECT=problem.projected > 0,
-        PEEPHOLES=problem.peepholes, PRECISION=problem.precision, WARPS=plan.num_warps,
+        H=problem.hidden, P=problem.width, REVERSE=problem.reverse, PRECISION=problem.precision, WARPS=plan.num_warps,
         BLOCK_B=plan.rows, BLOCK_H=plan.units, UNITS=plan.units, HELD=isinstance(plan.family, Held), AHEAD=False,
     ) | {CONSTANTS[name]: value for name, value in dataclasses.asdict(plan.family).items()}  # fmt: skip
 

@@ -73,49 +73,50 @@ def squares_about(mean, own_mean, own_squares, count):
 
 
 @triton.jit
-def store_pair(pairs_ptr, tile, batch, in_batch, B, first, second):
+def store_pair(pairs_ptr, tile, B, first, second):
     """A tile's two numbers of each of its sequences, [BB]."""
-    at = pairs_ptr + (tile.to(tl.int64) * B + batch) * 2
-    tl.store(at, first, mask=in_batch)
-    tl.store(at + 1, second, mask=in_batch)
+    at = pairs_ptr + (tile.unit_tile.to(tl.int64) * B + tile.sequence.index) * 2
+    tl.store(at, first, mask=tile.sequence.in_batch)
+    tl.store(at + 1, second, mask=tile.sequence.in_batch)
 
 
 @triton.jit
-def load_pairs(pairs_ptr, tile, batch, in_batch, B, TILES: tl.constexpr):
+def load_pairs(pairs_ptr, tile, index, mask, B, TILES: tl.constexpr):
     """The numbers of some tiles, (first, second), each [AT_ONCE, BB]; zero where there is no such tile."""
-    at = pairs_ptr + (tile[:, None].to(tl.int64) * B + batch[None, :]) * 2
-    there = (tile < TILES)[:, None] & in_batch[None, :]
+    at = pairs_ptr + (tile[:, None].to(tl.int64) * B + index[None, :]) * 2
+    there = (tile < TILES)[:, None] & mask[None, :]
     first = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
     return first, tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def sums_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl.constexpr):
+def sums_of_tiles(pairs_ptr, index, mask, B, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """Over all units: (sum of the first numbers, of the second), each [BB]."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    first = tl.zeros(batch.shape, tl.float32)
-    second = tl.zeros(batch.shape, tl.float32)
+    first = tl.zeros(index.shape, tl.float32)
+    second = tl.zeros(index.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
-        some_first, some_second = load_pairs(pairs_ptr, start + tl.arange(0, AT_ONCE), batch, in_batch, B, TILES)
+        some_first, some_second = load_pairs(pairs_ptr, start + tl.arange(0, AT_ONCE), index, mask, B, TILES)
         first += tl.sum(some_first, axis=0)
         second += tl.sum(some_second, axis=0)
     return first, second
 
 
 @triton.jit
-def moments_of_tiles(pairs_ptr, batch, in_batch, B, H: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
+def moments_of_tiles(pairs_ptr, sequence, B, H: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
     """(mean, scale) of GATES * H elements whose moments tiles have stored, each [BB]."""
     TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    mean = tl.zeros(batch.shape, tl.float32)
+    index, in_batch = sequence.index, sequence.in_batch
+    mean = tl.zeros(index.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
         tile = start + tl.arange(0, AT_ONCE)
-        means, _ = load_pairs(pairs_ptr, tile, batch, in_batch, B, TILES)
+        means, _ = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
         mean += tl.sum(means * units_of(tile, H, BLOCK_H)[:, None], axis=0)
     mean = mean / H
-    squares = tl.zeros(batch.shape, tl.float32)
+    squares = tl.zeros(index.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
         tile = start + tl.arange(0, AT_ONCE)
-        means, own = load_pairs(pairs_ptr, tile, batch, in_batch, B, TILES)
+        means, own = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
         count = GATES * units_of(tile, H, BLOCK_H)[:, None]
         squares += tl.sum(squares_about(mean[None, :], means, own, count), axis=0)
     return mean, tl.rsqrt(squares / (GATES * H) + EPS)

@@ -19,7 +19,6 @@ from ..projection import products_in
 from . import indexing
 from .cell import cell_forward, gates_backward, next_cell, output_backward
 from .planning import Plan, Pointwise, power_of_two
-from .step import store_hidden, tile_at, tile_of
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
@@ -31,35 +30,35 @@ def lstm_pointwise_forward_kernel(
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
     c_ptr,
     h_n_ptr,  # [B, H] out where a sequence has a step
-    c_n_ptr,  # [B, H] float32 out: c after every step, or if SAVE where a sequence ends
+    c_n_ptr,  # [B, H] float32 out: c after every step, or with c_ptr where a sequence ends
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
-    step, T, B, H: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr, PEEPHOLES: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    step, T, B, H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One step, after its product."""
+    """One step, after its product. With c_ptr c and the activated gates are saved for backward."""
+    SAVE: tl.constexpr = c_ptr is not None
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = tile_of(tl.program_id(0), B, BLOCK_B, False)
-    unit, sequence, place, cells = tile_at(tile, step, batch, H, REVERSE, BLOCK_B, BLOCK_H)
+    tile = indexing.tile_at(tl.program_id(0), step, batch, H, indexing.sizes(H, H, REVERSE, BLOCK_B, BLOCK_H))
+    cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
     x = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H)
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
-        z = indexing.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * H) + unit[None, :], cells.valid, H)
-    row_prev = indexing.row_before(step, place.time, sequence.index, B, REVERSE)
-    is_last = step == sequence.length - 1
+        z = indexing.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * H) + unit, cells.valid, H)
     if SAVE:
         saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
-        c_prev = indexing.load_c_before(saved, step, row_prev[:, None], unit[None, :], cells, H)
+        c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, H)
     else:
         c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, reset_c_ptr, cells)
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
-    gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)  # zero in padding, where all was loaded as zero
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
+    # In padding h is zero, since all was loaded as zero.
+    gates, c, h = cell_forward(x, z, c_prev, peepholes, weight_peephole_ptr is not None)
     c = indexing.zoneout(zoneout_c_ptr, cells, c_prev, c)
-    tl.store(c_n_ptr + cells.state_at, c, mask=cells.valid & is_last[:, None] if SAVE else cells.valid)
+    is_last = (step == sequence.length - 1)[:, None]
+    tl.store(c_n_ptr + cells.state_at, c, mask=cells.valid & is_last if SAVE else cells.valid)
     if SAVE:
         tl.store(c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
         indexing.store_gates(gates_ptr, cells.gates_at, cells.valid, gates, H)
-    h_prev_ptr = h0_ptr if step == 0 else h_ptr
-    h = store_hidden(h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, H)
+    hidden = indexing.Hidden(h0_ptr if step == 0 else h_ptr, h_ptr, h_n_ptr, dropout_h_ptr, zoneout_h_ptr, reset_h_ptr)
+    h = indexing.store_hidden(h, tile, step, hidden, H)
     if h_next_ptr is not None:
         next_continues = indexing.position(step + 1, sequence, batch, REVERSE).continues
         h = h.to(h_ptr.dtype.element_ty)
@@ -77,34 +76,30 @@ def lstm_pointwise_backward_kernel(
     dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
     dh_from_zoneout_ptr,  # [B, H] float32 or None, see indexing.zoneout_h_backward
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr, step, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
-    PEEPHOLES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One step, before its product."""
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = tile_of(tl.program_id(0), B, BLOCK_B, False)
-    unit, sequence, place, cells = tile_at(tile, step, batch, H, REVERSE, BLOCK_B, BLOCK_H)
+    tile = indexing.tile_at(tl.program_id(0), step, batch, H, indexing.sizes(H, H, REVERSE, BLOCK_B, BLOCK_H))
+    cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
     from_next = indexing.position(step + 1, sequence, batch, REVERSE).continues[:, None] & cells.valid
     dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
-    if dropout_h_ptr is not None:
-        dh *= tl.load(dropout_h_ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
-    dh = indexing.add_gradients_given(dh, dh_ptr, dh_n_ptr, (step == sequence.length - 1)[:, None], cells)
-    dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
-    row_prev = indexing.row_before(step, place.time, sequence.index, B, REVERSE)[:, None]
+    hidden = indexing.HiddenBackward(dh_ptr, dh_n_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr)
+    dh = indexing.gradient_of_h(dh, tile, step, hidden)
     saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
     gates = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H)
-    c_prev = indexing.load_c_before(saved, step, row_prev, unit[None, :], cells, H)
+    c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, H)
     c = next_cell(gates, c_prev)  # not loaded: memory is what large batches wait for
     dc = tl.load(dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
     dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
     dz_o, dc_of_h = output_backward(gates[3], c, dh)
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
-    dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes, PEEPHOLES)
+    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
+    dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes, weight_peephole_ptr is not None)
     dc_prev += dc_from_zoneout
     # In padding every factor was loaded as zero, so its gradients are zero.
     indexing.store_gates(dgates_ptr, cells.gates_at, cells.in_tile, dz, H)
     if dz_ptr is not None:
-        dz_at = sequence.index[:, None].to(tl.int64) * (4 * H) + unit[None, :]
-        indexing.store_gates(dz_ptr, dz_at, cells.in_tile, dz, H)
+        indexing.store_gates(dz_ptr, sequence.index[:, None].to(tl.int64) * (4 * H) + unit, cells.in_tile, dz, H)
     tl.store(dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
     if dreset_c_ptr is not None:
         tl.store(dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)

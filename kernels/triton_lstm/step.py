@@ -1,16 +1,17 @@
 """The step family: every hidden size, batch, projection and dtype; W_hh is read from L2 at every step, or held.
 
-One launch for the whole sequence. The work of a step is split into tiles of sequences and units, distributed over the
-programs. A grid-wide barrier (exchange.grid_barrier) ends the step, since the next one needs the results of all. A step
-has several such rounds where something needs all units of a sequence: a projection (h = W_hr m; m is the output of the
-cell, see cell.py), and the layer norms of W_hh h and of c (norm.py). All programs must be resident at once. Tiles are
-[batch, units].
+One launch for the whole sequence. A step is a round over tiles of sequences and units, which the programs share out.
+Tiles are [batch, units]. A grid-wide barrier (exchange.grid_barrier) ends a round, since the next one needs the results
+of all. More rounds belong to a step where something needs all units of a sequence: a projection (h = W_hr m; m is the
+output of the cell, see cell.py), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
+programs must be resident at once.
 
 Where W_hh of a tile's units fits in shared memory, a program can hold it: all its tiles have the same units, and are of
 the sequences of its group. Before the product a tile waits for the other units' tiles of the same sequences, no others.
 """
 
 import itertools
+from collections import namedtuple
 from math import ceil
 
 import torch
@@ -27,180 +28,243 @@ from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
 from .planning import Held, Plan, Step, expected, power_of_two
 
+# Rows [rows] of a tensor [*, K] that other programs wrote: zeros where not `mask`, else times factors [*, K] or None.
+Rows = namedtuple("Rows", "ptr row mask factors_ptr factors_row")
+# Columns [columns] of weights: offset of each one's first element, whether there is one, from one k to the next.
+Columns = namedtuple("Columns", "ptr at mask stride")
+# What a layer norm made of rows: unit [*, K], gain [K]; and for `normalise_backward` scale and means, [rows].
+Normed = namedtuple("Normed", "unit_ptr gain_ptr scale mean_d mean_d_unit")
+# A program that holds W_hh waits for those that have other units of a tile's sequences alone: a counter for each tile.
+Arrivals = namedtuple("Arrivals", "counters_ptr error_ptr")
+
 
 @triton.jit
-def product(
-    a_ptr,  # [*, K], of other programs
-    row,  # [rows] which rows of a
-    mask,  # [rows] False: the row counts as zero
-    factors_ptr,  # [*, K] factors of a, or None
-    factors_row,  # [rows]
-    norm,  # None, or a is the gradient of a layer norm's result and the product is of what was normalised:
-    # (unit_ptr [*, K], gain_ptr [K], and [rows] each scale, mean_d, mean_d_unit, see norm.normalise_backward)
-    w_ptr,
-    w_column,  # [columns] offset of each column's first element
-    w_mask,  # [columns]
-    w_stride_k,  # from one k to the next within a column
-    K: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(factors * a)[rows] @ w[:, columns], [rows, columns] float32, over K in tiles."""
-    acc = tl.zeros((row.shape[0], w_column.shape[0]), tl.float32)
-    for k_start in range(0, K, BLOCK_K):
-        k = k_start + tl.arange(0, BLOCK_K)
-        a, at, in_a = load_rows(a_ptr, row, mask, factors_ptr, factors_row, k, K)
-        if norm is not None:
-            unit_ptr, gain_ptr, scale, mean_d, mean_d_unit = norm
-            unit = tl.load(unit_ptr + at, mask=in_a, other=0.0).to(tl.float32)
-            gain = tl.load(gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+def product(rows, columns, normed, K: tl.constexpr, S: tl.constexpr):
+    """Rows @ Columns, [rows, columns] float32, over K in tiles. With `normed` rows are the gradient of a layer norm's
+    result, and the product is of the gradient of what was normalised."""
+    acc = tl.zeros((rows.row.shape[0], columns.at.shape[0]), tl.float32)
+    for k_start in range(0, K, S.BLOCK_K):
+        k = k_start + tl.arange(0, S.BLOCK_K)
+        a, at, in_a = load_rows(rows, k, K)
+        if normed is not None:
+            unit = tl.load(normed.unit_ptr + at, mask=in_a, other=0.0).to(tl.float32)
+            gain = tl.load(normed.gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
             d = gain[None, :] * a.to(tl.float32)
-            d = normalise_backward(d, unit, scale[:, None], mean_d[:, None], mean_d_unit[:, None])
-            a = tl.where(in_a, d, 0.0).to(a.dtype)
-        w = load_weights(w_ptr, w_column, w_mask, w_stride_k, k_start, K, BLOCK_K)
-        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+            means = normed.mean_d[:, None], normed.mean_d_unit[:, None]
+            a = tl.where(in_a, normalise_backward(d, unit, normed.scale[:, None], *means), 0.0).to(a.dtype)
+        acc = tl.dot(a, load_weights(columns, k_start, K, S.BLOCK_K), acc, input_precision=S.PRECISION)
     return acc
 
 
 @triton.jit
-def product_of_held(held, a, PRECISION: tl.constexpr):
+def product_of_held(held, a, S: tl.constexpr):
     """a @ held^T of weights `held` [columns, K] and rows of a [rows, K] -> [rows, columns] float32.
 
     Computed as held a^T: wgmma takes 64 rows, or a multiple, and 8 columns or more.
     """
-    return tl.trans(tl.dot(held, tl.trans(a), input_precision=PRECISION))
+    return tl.trans(tl.dot(held, tl.trans(a), input_precision=S.PRECISION))
 
 
 @triton.jit
-def h_before(
-    batch_tile, poll_limit, arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, batch,
-    P: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """(The poll limit after the wait for it, h before a step of a tile's sequences, all units, with dropout [BB, BK]).
-
-    There is nothing to wait for, and all is zero, past the last tile.
-    """
-    if batch_tile < tl.cdiv(batch.B, BLOCK_B):
-        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, step, poll_limit, error_ptr, step)
-    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), batch)
-    place = indexing.position(step, sequence, batch, REVERSE)
-    row, index = indexing.row_before(step, place.time, sequence.index, batch.B, REVERSE), sequence.index.to(tl.int64)
-    h, _, _ = load_rows(h_prev_ptr, row, place.continues, dropout_h_ptr, index, tl.arange(0, BLOCK_K), P)
-    return poll_limit, h
-
-
-@triton.jit
-def dgates_after(
-    batch_tile, poll_limit, times, arrivals_ptr, error_ptr, dgates_ptr, step, batch,
-    H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """The same of dgates of the step after, for backward: of the program's part of K, after so many `times`."""
-    if batch_tile < tl.cdiv(batch.B, BLOCK_B):
-        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, times, poll_limit, error_ptr, step)
-    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), batch)
-    place = indexing.position(step + 1, sequence, batch, REVERSE)
-    row = place.row * PARTS + tl.program_id(0) % PARTS
-    dgates, _, _ = load_rows(dgates_ptr, row, place.continues, None, row, tl.arange(0, BLOCK_K), 4 * H // PARTS)
-    return poll_limit, dgates
-
-
-@triton.jit
-def load_rows(a_ptr, row, mask, factors_ptr, factors_row, k, K: tl.constexpr):
-    """(factors * a)[rows] of some k; where they lie; which of them there are."""
-    at, in_a = row[:, None] * K + k[None, :], mask[:, None] & (k < K)[None, :]
-    a = tl.load(a_ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
-    if factors_ptr is not None:
-        a *= tl.load(factors_ptr + factors_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
+def load_rows(rows, k, K: tl.constexpr):
+    """Columns k of Rows, times the factors; where they lie; which of them there are."""
+    at, in_a = rows.row[:, None] * K + k[None, :], rows.mask[:, None] & (k < K)[None, :]
+    a = tl.load(rows.ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
+    if rows.factors_ptr is not None:
+        a *= tl.load(rows.factors_ptr + rows.factors_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
     return a, at, in_a
 
 
 @triton.jit
-def load_weights(w_ptr, w_column, w_mask, w_stride_k, k_start, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile [BLOCK_K, columns] of a product's weights."""
+def load_weights(columns, k_start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """BLOCK_K rows of Columns, from k_start on."""
     offset = tl.arange(0, BLOCK_K)
-    w_at = w_ptr + w_column[None, :] + offset[:, None] * w_stride_k
-    w_start = tl.cast(k_start, tl.int64) * w_stride_k  # K w_stride_k may be more than int32 holds
-    return tl.load(w_at + w_start, mask=(k_start + offset < K)[:, None] & w_mask[None, :], other=0.0)
+    at = columns.ptr + columns.at[None, :] + offset[:, None] * columns.stride
+    start = tl.cast(k_start, tl.int64) * columns.stride  # K times the stride may be more than int32 holds
+    return tl.load(at + start, mask=(k_start + offset < K)[:, None] & columns.mask[None, :], other=0.0)
 
 
 @triton.jit
-def tiles_of_program(B, width, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, HELD: tl.constexpr):
+def tiles_of_program(B, width, S: tl.constexpr):
     """(The first tile of a program, the end, from one to the next); if HELD, all have the same units."""
-    batch_tiles = tl.cdiv(B, BLOCK_B)
-    if HELD:
-        tiles = tl.program_id(1), batch_tiles, tl.num_programs(1)
-    else:
-        tiles = tl.program_id(0), batch_tiles * tl.cdiv(width, BLOCK_H), tl.num_programs(0)
-    return tiles
+    AXIS: tl.constexpr = 1 if S.HELD else 0
+    batch_tiles = tl.cdiv(B, S.BLOCK_B)
+    return tl.program_id(AXIS), batch_tiles * (1 if S.HELD else tl.cdiv(width, S.BLOCK_H)), tl.num_programs(AXIS)
 
 
 @triton.jit
-def tile_of(number, B, BLOCK_B: tl.constexpr, HELD: tl.constexpr):
-    """(Which sequences, which units) a tile has; neighbours share the units, whose weights they read."""
-    batch_tile, unit_tile = number, tl.program_id(0)
-    if not HELD:
-        batch_tile, unit_tile = number % tl.cdiv(B, BLOCK_B), number // tl.cdiv(B, BLOCK_B)
-    return batch_tile, unit_tile
-
-
-@triton.jit
-def wait_for_tile(arrivals_ptr, batch_tile, times, poll_limit, error_ptr, step):
+def wait_for_tile(arrivals, batch_tile, times, poll_limit, step):
     """Wait until all programs that have units of a tile's sequences have arrived so many times; see wait_for."""
-    return wait_for(arrivals_ptr + batch_tile, times * tl.num_programs(0), poll_limit, error_ptr, step)
+    expected = times * tl.num_programs(0)
+    return wait_for(arrivals.counters_ptr + batch_tile, expected, poll_limit, arrivals.error_ptr, step)
 
 
 @triton.jit
-def tile_at(
-    tile, step, batch, H, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    PARTS: tl.constexpr = 1,
-):  # fmt: skip
-    """A `tile_of` at a step: (units [BH], its Sequences [BB], their Position [BB], its Cells [BB, BH]).
-
-    With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
-    """
-    batch_tile, unit_tile = tile
-    sequence = indexing.sequences(batch_tile * BLOCK_B + tl.arange(0, BLOCK_B), batch)
-    unit = unit_tile // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
-    place = indexing.position(step, sequence, batch, REVERSE)
-    return unit, sequence, place, indexing.cells_of_tile(sequence, place, unit, H)
+def h_before(batch_tile, step, call, poll_limit, S: tl.constexpr):
+    """(The poll limit after the wait; h before a step of all units of a tile's sequences, with dropout, [BB, BK]).
+    Past the last tile there is nothing to wait for, and h is zero."""
+    if batch_tile < tl.cdiv(call.batch.B, S.BLOCK_B):
+        poll_limit = wait_for_tile(call.arrivals, batch_tile, step, poll_limit, step)
+    sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
+    place = indexing.position(step, sequence, call.batch, S.REVERSE)
+    row, index = indexing.row_before(step, place.time, sequence.index, call.batch.B, S.REVERSE), sequence.index
+    rows = Rows(call.hidden.prev_ptr, row, place.continues, call.hidden.dropout_ptr, index.to(tl.int64))
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.P)[0]
 
 
 @triton.jit
-def load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H: tl.constexpr):
-    """The part of a tile's gates from the input, as stored, and c before the step."""
-    x = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H, True)
-    return x, indexing.load_state(c_prev_ptr, reset_c_ptr, cells)
+def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
+    """Like h_before, for backward: this program's part of K of dgates of the step after, after `times` arrivals."""
+    if batch_tile < tl.cdiv(call.batch.B, S.BLOCK_B):
+        poll_limit = wait_for_tile(call.arrivals, batch_tile, times, poll_limit, step)
+    sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
+    place = indexing.position(step + 1, sequence, call.batch, S.REVERSE)
+    row = place.row * S.PARTS + tl.program_id(0) % S.PARTS
+    rows = Rows(call.cell.dgates_ptr, row, place.continues, None, row)
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), 4 * S.H // S.PARTS)[0]
+
+
+# The pointers of a launch by what they belong to, named as in indexing.py.
+Forward = namedtuple("Forward", "batch arrivals recurrent hidden cell output")
+Recurrent = namedtuple("Recurrent", "weight_ptr held gain_ptr product_ptr moments_ptr")  # W_hh h, and its layer norm
+Cell = namedtuple("Cell", "prev_ptr c_ptr c_n_ptr gates_ptr peephole_ptr zoneout_ptr reset_ptr")
+Output = namedtuple("Output", "weight_ptr m_ptr gain_ptr bias_ptr cell_ptr moments_ptr")  # projection, norm of c
 
 
 @triton.jit
-def product_place(batch, unit_tile, H: tl.constexpr, BLOCK_H: tl.constexpr):
+def product_with_h(tile, call, S: tl.constexpr):
+    """W_hh h: all four gates of a tile's units, [BB, 4 BH]."""
+    column, unit = indexing.columns_of_gates(tile.unit_tile * S.BLOCK_H, S.H, S.BLOCK_H)
+    h, continues, index = call.hidden, tile.place.continues, tile.sequence.index.to(tl.int64)
+    return product(
+        Rows(h.prev_ptr, tile.row_prev, continues, h.dropout_ptr, index),
+        Columns(call.recurrent.weight_ptr, column.to(tl.int64) * S.P, unit < S.H, 1), None, S.P, S,
+    )  # fmt: skip
+
+
+@triton.jit
+def product_place(tile, S: tl.constexpr):
     """Where a tile of W_hh h lies in [B, tiles, 4 BH]."""
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    return (batch[:, None].to(tl.int64) * TILES + unit_tile) * (4 * BLOCK_H) + tl.arange(0, 4 * BLOCK_H)[None, :]
+    TILES: tl.constexpr = (S.H + S.BLOCK_H - 1) // S.BLOCK_H
+    number = tile.sequence.index[:, None].to(tl.int64) * TILES + tile.unit_tile
+    return number * (4 * S.BLOCK_H) + tl.arange(0, 4 * S.BLOCK_H)[None, :]
 
 
 @triton.jit
-def pairs_of_step(step, H: tl.constexpr, BLOCK_H: tl.constexpr, B):
-    """Where the tiles' pairs of a step begin: two steps alternate, since one is written while the other is read."""
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    return tl.cast(step % 2, tl.int64) * (TILES * 2) * B
+def product_round(step, call, poll_limit, S: tl.constexpr):
+    """W_hh h of all units, and the moments that its layer norm needs."""
+    first, end, stride = tiles_of_program(call.batch.B, S.H, S)
+    for number in range(first, end, stride):
+        tile = indexing.tile_at(number, step, call.batch, S.H, S)
+        z = unless_timed_out(product_with_h(tile, call, S), poll_limit)
+        tl.store(call.recurrent.product_ptr + product_place(tile, S), z, mask=tile.sequence.in_batch[:, None])
+        column, unit = indexing.columns_of_gates(tile.unit_tile * S.BLOCK_H, S.H, S.BLOCK_H)
+        store_moments(call.recurrent.moments_ptr, tile, z, unit < S.H, 4, call.batch.B, S)
 
 
 @triton.jit
-def store_hidden(
-    h, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P: tl.constexpr
-):
-    """Store h of a tile, after zoneout, and h_n of sequences whose step `is_last`, [BB]; returns that h."""
-    if zoneout_h_ptr is not None:
-        prev_at = row_prev[:, None] * P + unit[None, :]
-        h_prev = tl.load(h_prev_ptr + prev_at, mask=cells.continues, other=0.0).to(tl.float32)
-        h = indexing.zoneout(zoneout_h_ptr, cells, indexing.reset_to(h_prev, reset_h_ptr, cells), h)
-    tl.store(h_ptr + cells.at, h, mask=cells.in_tile)
-    tl.store(h_n_ptr + cells.state_at, h, mask=cells.in_tile & is_last[:, None])
-    return h
+def store_moments(moments_ptr, tile, v, mask, GATES: tl.constexpr, B, S: tl.constexpr):
+    """Moments of a tile's v [BB, columns], of which GATES are of each unit."""
+    count = GATES * tl.minimum(S.H - tile.unit_tile * S.BLOCK_H, S.BLOCK_H)
+    mean, squares = moments(v, mask[None, :], count)
+    store_pair(moments_ptr, tile, B, mean, squares)
+
+
+@triton.jit
+def normed_product(tile, call, S: tl.constexpr):
+    """LN(W_hh h), whose parts all programs have stored."""
+    sequence, norm = tile.sequence, call.recurrent
+    column, unit = indexing.columns_of_gates(tile.unit_tile * S.BLOCK_H, S.H, S.BLOCK_H)
+    at = norm.product_ptr + product_place(tile, S)
+    z = tl.load(at, mask=sequence.in_batch[:, None], other=0.0, cache_modifier=".cg")
+    mean, scale = moments_of_tiles(norm.moments_ptr, sequence, call.batch.B, S.H, S.BLOCK_H, 4)
+    gain = tl.load(norm.gain_ptr + column, mask=unit < S.H, other=0.0).to(tl.float32)
+    return normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
+
+
+@triton.jit
+def load_cells(cell, cells, H: tl.constexpr):
+    """The part of a tile's gates from the input, as stored, and c before the step."""
+    x = indexing.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, H, True)
+    return x, indexing.load_state(cell.prev_ptr, cell.reset_ptr, cells)
+
+
+@triton.jit
+def cell_round(step, call, poll_limit, S: tl.constexpr):
+    """The cells, and h if that needs no other units. Returns the poll limit after its waits for h before."""
+    NORM_C: tl.constexpr = call.output.gain_ptr is not None
+    PROJECT: tl.constexpr = call.output.weight_ptr is not None
+    first, end, stride = tiles_of_program(call.batch.B, S.H, S)
+    if S.AHEAD:
+        poll_limit, h_prev = h_before(first, step, call, poll_limit, S)
+    for number in range(first, end, stride):
+        tile = indexing.tile_at(number, step, call.batch, S.H, S)
+        cells = tile.cells
+
+        # Load, and product: all four gates of the tile's units, [BB, 4 BH].
+        if S.HELD and not S.AHEAD:
+            poll_limit, h_prev = h_before(tile.batch_tile, step, call, poll_limit, S)
+        if S.HELD:
+            x, c_prev = load_cells(call.cell, cells, S.H)
+            z = unless_timed_out(product_of_held(call.recurrent.held, h_prev, S), poll_limit)
+        elif call.recurrent.gain_ptr is not None:
+            x, c_prev = load_cells(call.cell, cells, S.H)
+            z = unless_timed_out(normed_product(tile, call, S), poll_limit)
+        else:
+            z = unless_timed_out(product_with_h(tile, call, S), poll_limit)
+            x, c_prev = load_cells(call.cell, cells, S.H)
+        if S.AHEAD:  # these cells are computed while h of the next tile is loaded
+            poll_limit, h_prev = h_before(number + stride, step, call, poll_limit, S)
+
+        # Gates and cell.
+        z = indexing.split_gates(z, S.BLOCK_B, S.BLOCK_H)
+        peepholes = indexing.load_peepholes(call.cell.peephole_ptr, tile.unit[None, :], S.H)
+        gates, c, m = cell_forward(x, z, c_prev, peepholes, call.cell.peephole_ptr is not None)
+        m = tl.where(cells.valid, m, 0.0)  # padding gets zeros
+        if NORM_C:
+            tl.store(call.output.cell_ptr + cells.state_at, gates[3], mask=cells.valid)
+            tl.store(call.output.cell_ptr + tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at, c, mask=cells.valid)
+            store_moments(call.output.moments_ptr, tile, c, tile.unit < S.H, 1, call.batch.B, S)
+        c = indexing.zoneout(call.cell.zoneout_ptr, cells, c_prev, c)
+
+        # Store.
+        if PROJECT:
+            tl.store(call.output.m_ptr + cells.state_at, m, mask=cells.in_tile)
+        tl.store(call.cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
+        if call.cell.c_ptr is not None:  # saved for backward
+            tl.store(call.cell.c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
+            indexing.store_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, gates, S.H)
+        if not (PROJECT or NORM_C):
+            indexing.store_hidden(m, tile, step, call.hidden, S.P)
+        if S.HELD and step + 1 < call.batch.T:
+            arrive(call.arrivals.counters_ptr + tile.batch_tile, poll_limit)
+    return poll_limit
+
+
+@triton.jit
+def output_round(step, call, poll_limit, S: tl.constexpr):
+    """h, where it needs the cells of all units: W_hr m, or o tanh(LN(c))."""
+    first, end, stride = tiles_of_program(call.batch.B, S.P, S)
+    for number in range(first, end, stride):
+        tile = indexing.tile_at(number, step, call.batch, S.P, S)
+        sequence, cells, of = tile.sequence, tile.cells, call.output
+        if of.weight_ptr is not None:
+            index = sequence.index.to(tl.int64)
+            m = Rows(of.m_ptr, index, tile.place.valid, None, index)
+            h = product(m, Columns(of.weight_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S)
+        else:
+            o = tl.load(of.cell_ptr + cells.state_at, mask=cells.valid, other=0.0)
+            c_at = tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at
+            c = tl.load(of.cell_ptr + c_at, mask=cells.valid, other=0.0)
+            mean, scale = moments_of_tiles(of.moments_ptr, sequence, call.batch.B, S.H, S.BLOCK_H, 1)
+            gain, bias = indexing.load_affine(of.gain_ptr, of.bias_ptr, tile.unit[None, :], S.H)
+            h = output(o, normalise(c, mean[:, None], scale[:, None], gain, bias))
+        indexing.store_hidden(tl.where(cells.valid, unless_timed_out(h, poll_limit), 0.0), tile, step, call.hidden, S.P)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
-    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if SAVE: activated gates
+    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if c_ptr is given: activated gates
     h0_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, weight_peephole_ptr,
     h_ptr,  # [T*B, P] out
     m_ptr,  # [B, H] of the step, None without a projection
@@ -215,120 +279,212 @@ def lstm_step_forward_kernel(
     c_n_ptr,  # [B, H] float32 out: c after every step
     lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
     arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
-    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, SAVE: tl.constexpr,
-    PROJECT: tl.constexpr, PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
+    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """All steps. A step has up to three rounds over the tiles, each ended by a grid-wide barrier.
-
-    Round NORM_HH is the cell. The recurrent product belongs to it, or is round 0 if a layer norm needs all of W_hh h.
-    One more round has what needs the cells of all units: a projection, or a layer norm of c. HELD, there is one round,
-    and a tile waits for those of the same sequences alone.
-    """
+    """All steps. Each is a round over all tiles, and one more for each thing that needs all units of a sequence: the
+    layer norm of W_hh h before the cell; the layer norm of c, or a projection, after it."""
+    S: tl.constexpr = indexing.sizes(H, P, REVERSE, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION, HELD, AHEAD)
     NORM_HH: tl.constexpr = gain_hh_ptr is not None
-    NORM_C: tl.constexpr = gain_c_ptr is not None
-    ROUNDS: tl.constexpr = 1 + PROJECT + NORM_HH + NORM_C
-    of = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    OUTPUT: tl.constexpr = weight_hr_ptr is not None or gain_c_ptr is not None
+    ROUNDS: tl.constexpr = 1 + NORM_HH + OUTPUT
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
-        column, column_unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H)
-        held = tl.trans(load_weights(weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, 0, P, BLOCK_K))
+        column, unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H)
+        held = tl.trans(load_weights(Columns(weight_hh_ptr, column.to(tl.int64) * P, unit < H, 1), 0, P, BLOCK_K))
+    batch, arrivals = indexing.Batch(lengths_ptr, resets_ptr, T, B), Arrivals(arrivals_ptr, error_ptr)
+    recurrent = Recurrent(weight_hh_ptr, held, gain_hh_ptr, product_ptr, moments_hh_ptr)
+    output = Output(weight_hr_ptr, m_ptr, gain_c_ptr, bias_c_ptr, cell_ptr, moments_c_ptr)
     for step in range(T):
-        h_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr)
-        c_prev_ptr = tl.where(step == 0, c0_ptr, c_n_ptr)
-        for round in tl.static_range(ROUNDS):
-            width = P if round > NORM_HH else H
-            first, end, stride = tiles_of_program(B, width, BLOCK_B, BLOCK_H, HELD)
-            given = arrivals_ptr, error_ptr, h_prev_ptr, dropout_h_ptr, step, of
-            if AHEAD:
-                poll_limit, h_prev = h_before(first, poll_limit, *given, P, REVERSE, BLOCK_B, BLOCK_K)
-            for number in range(first, end, stride):
-                tile = tile_of(number, B, BLOCK_B, HELD)
-                batch_tile, unit_tile = tile
-                unit, sequence, place, cells = tile_at(tile, step, of, width, REVERSE, BLOCK_B, BLOCK_H)
-                batch, in_batch, length = sequence.index, sequence.in_batch, sequence.length
-                time, valid, continues = place.time, place.valid, place.continues
-                at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
-                row_prev = indexing.row_before(step, time, batch, B, REVERSE)
-                column, column_unit = indexing.columns_of_gates(unit_tile * BLOCK_H, H, BLOCK_H)
-                count = tl.minimum(H - unit_tile * BLOCK_H, BLOCK_H)  # units of the tile
+        h_prev_ptr, c_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr), tl.where(step == 0, c0_ptr, c_n_ptr)
+        hidden = indexing.Hidden(h_prev_ptr, h_ptr, h_n_ptr, dropout_h_ptr, zoneout_h_ptr, reset_h_ptr)
+        cell = Cell(c_prev_ptr, c_ptr, c_n_ptr, gates_ptr, weight_peephole_ptr, zoneout_c_ptr, reset_c_ptr)
+        call = Forward(batch, arrivals, recurrent, hidden, cell, output)
+        times = ROUNDS * step  # arrivals of each program before this step
+        if NORM_HH:
+            product_round(step, call, poll_limit, S)
+            poll_limit = grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
+        poll_limit = cell_round(step, call, poll_limit, S)
+        if OUTPUT:
+            poll_limit = grid_barrier(arrivals_ptr, times + (ROUNDS - 1), poll_limit, error_ptr, step)
+            output_round(step, call, poll_limit, S)
+        if (arrivals_ptr is not None and not HELD) and step + 1 < T:
+            poll_limit = grid_barrier(arrivals_ptr, times + ROUNDS, poll_limit, error_ptr, step)
 
-                # Load.
-                if HELD and not AHEAD:
-                    poll_limit, h_prev = h_before(batch_tile, poll_limit, *given, P, REVERSE, BLOCK_B, BLOCK_K)
-                if HELD:
-                    x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
 
-                # Product: all four gates of the tile's units, [BB, 4 BH].
-                if round == 0:
-                    if HELD:
-                        z = product_of_held(held, h_prev, PRECISION)
-                    else:
-                        z = product(
-                            h_prev_ptr, row_prev, continues, dropout_h_ptr, batch.to(tl.int64), None,
-                            weight_hh_ptr, column.to(tl.int64) * P, column_unit < H, 1, P, BLOCK_K, PRECISION,
-                        )  # fmt: skip
-                    z = unless_timed_out(z, poll_limit)
-                if AHEAD:  # the cells of this tile are computed while h of the next one is loaded
-                    poll_limit, h_prev = h_before(number + stride, poll_limit, *given, P, REVERSE, BLOCK_B, BLOCK_K)
-                if NORM_HH and round < 2:
-                    z_at = product_ptr + product_place(batch, unit_tile, H, BLOCK_H)
-                if NORM_HH and round == 0:
-                    tl.store(z_at, z, mask=in_batch[:, None])
-                    pair = moments(z, (column_unit < H)[None, :], 4 * count)
-                    store_pair(moments_hh_ptr, unit_tile, batch, in_batch, B, *pair)
+Backward = namedtuple("Backward", "batch arrivals recurrent hidden cell output")
+RecurrentBackward = namedtuple("RecurrentBackward", "weight_ptr held parts_ptr gain_ptr unit_ptr scale_ptr sums_ptr")
+CellBackward = namedtuple("CellBackward", "saved dc_ptr dgates_ptr peephole_ptr zoneout_ptr dreset_ptr")
+OutputBackward = namedtuple("OutputBackward", "weight_ptr dh_total_ptr gain_ptr bias_ptr unit_ptr scale_ptr sums_ptr")
 
-                # Gates and cell.
-                if round == NORM_HH:
-                    if not HELD:
-                        x, c_prev = load_cells(gates_ptr, c_prev_ptr, reset_c_ptr, cells, H)
-                    if NORM_HH:
-                        z = tl.load(z_at, mask=in_batch[:, None], other=0.0, cache_modifier=".cg")
-                        mean, scale = moments_of_tiles(moments_hh_ptr, batch, in_batch, B, H, BLOCK_H, 4)
-                        gain = tl.load(gain_hh_ptr + column, mask=column_unit < H, other=0.0).to(tl.float32)
-                        z = normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
-                        z = unless_timed_out(z, poll_limit)
-                    z = indexing.split_gates(z, BLOCK_B, BLOCK_H)
-                    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
-                    gates, c, m = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
-                    m = tl.where(valid_tile, m, 0.0)  # padding gets zeros
-                    if NORM_C:
-                        tl.store(cell_ptr + state_at, gates[3], mask=valid_tile)
-                        tl.store(cell_ptr + tl.cast(B, tl.int64) * H + state_at, c, mask=valid_tile)
-                        pair = moments(c, (unit < H)[None, :], count)
-                        store_pair(moments_c_ptr, unit_tile, batch, in_batch, B, *pair)
-                    c = indexing.zoneout(zoneout_c_ptr, cells, c_prev, c)
-                    if PROJECT:
-                        tl.store(m_ptr + state_at, m, mask=in_tile)
-                    tl.store(c_n_ptr + state_at, c, mask=valid_tile)
-                    if SAVE:
-                        tl.store(c_ptr + at, tl.where(valid_tile, c, 0.0), mask=in_tile)
-                        indexing.store_gates(gates_ptr, gates_at, valid_tile, gates, H)
 
-                # Output.
-                if round > NORM_HH:
-                    if PROJECT:
-                        m = product(
-                            m_ptr, batch.to(tl.int64), valid, None, batch, None,
-                            weight_hr_ptr, unit.to(tl.int64) * H, unit < P, 1, H, BLOCK_K, PRECISION,
-                        )  # fmt: skip
-                    else:
-                        o = tl.load(cell_ptr + state_at, mask=valid_tile, other=0.0)
-                        c = tl.load(cell_ptr + tl.cast(B, tl.int64) * H + state_at, mask=valid_tile, other=0.0)
-                        mean, scale = moments_of_tiles(moments_c_ptr, batch, in_batch, B, H, BLOCK_H, 1)
-                        gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
-                        m = output(o, normalise(c, mean[:, None], scale[:, None], gain, bias))
-                    m = tl.where(valid_tile, unless_timed_out(m, poll_limit), 0.0)
-                if round + 1 == ROUNDS:
-                    is_last = step == length - 1
-                    store_hidden(
-                        m, h_ptr, h_n_ptr, h_prev_ptr, row_prev, zoneout_h_ptr, reset_h_ptr, unit, cells, is_last, P
-                    )
-                if HELD and step + 1 < T:
-                    arrive(arrivals_ptr + batch_tile, poll_limit)
-            if (arrivals_ptr is not None and not HELD) and (step + 1 < T or round + 1 < ROUNDS):
-                poll_limit = grid_barrier(arrivals_ptr, ROUNDS * step + round + 1, poll_limit, error_ptr, step)
+@triton.jit
+def pairs_of_step(step, B, S: tl.constexpr):
+    """Where the tiles' pairs of a step begin: two steps alternate, since one is written while the other is read."""
+    TILES: tl.constexpr = (S.H + S.BLOCK_H - 1) // S.BLOCK_H
+    return tl.cast(step % 2, tl.int64) * (TILES * 2) * B
+
+
+@triton.jit
+def product_with_dgates(tile, step, call, S: tl.constexpr):
+    """dgates of the step after times W_hh, [BB, units]; of the tile's part of K alone, if there are several."""
+    NORM_HH: tl.constexpr = call.recurrent.gain_ptr is not None
+    H: tl.constexpr = S.H
+    P: tl.constexpr = S.P
+    K: tl.constexpr = 4 * H // S.PARTS
+    part = tile.unit_tile % S.PARTS
+    after = indexing.position(step + 1, tile.sequence, call.batch, S.REVERSE)
+    normed = None
+    if NORM_HH:
+        pairs_ptr = call.recurrent.sums_ptr + pairs_of_step(step + 1, call.batch.B, S)
+        sum_d, sum_d_unit = sums_of_tiles(pairs_ptr, tile.sequence.index, tile.place.valid, call.batch.B, H, S.BLOCK_H)
+        scale = tl.load(call.recurrent.scale_ptr + after.row, mask=after.continues, other=0.0)
+        gain_ptr = call.recurrent.gain_ptr + part * K
+        normed = Normed(call.recurrent.unit_ptr, gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+    rows = indexing.rows_of_product((after.row * S.PARTS + part, after.continues), not NORM_HH)  # [PARTS *, K]
+    weight_ptr = call.recurrent.weight_ptr + tl.cast(part, tl.int64) * (K * P)
+    dh = product(
+        Rows(call.cell.dgates_ptr, rows[0], rows[1], None, after.row),
+        Columns(weight_ptr, tile.unit, tile.unit < P, P), normed, K, S,
+    )  # fmt: skip
+    return indexing.rows_of_tile(dh, not NORM_HH)
+
+
+@triton.jit
+def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
+    """Products of parts of K, for PARTS times as many units: such tiles read less. The cells' round adds them up."""
+    UNITS: tl.constexpr = S.PARTS * S.BLOCK_H
+    first, end, stride = tiles_of_program(call.batch.B, tl.cdiv(S.P, UNITS) * UNITS, S)
+    for number in range(first, end, stride):
+        tile = indexing.tile_at(number, step, call.batch, S.P, S, S.PARTS)
+        if S.HELD:
+            poll_limit, dgates = dgates_after(tile.batch_tile, step, times, call, poll_limit, S)
+            dh = product_of_held(call.recurrent.held, dgates, S)
+        else:
+            dh = product_with_dgates(tile, step, call, S)
+        dh = unless_timed_out(dh, poll_limit)
+        of_part = call.recurrent.parts_ptr + tl.cast(call.batch.B, tl.int64) * S.P * (tile.unit_tile % S.PARTS)
+        tl.store(of_part + tile.cells.state_at, dh, mask=tile.cells.in_tile)
+        if S.HELD:
+            arrive(call.arrivals.counters_ptr + tile.batch_tile, poll_limit)
+    return poll_limit
+
+
+@triton.jit
+def sum_of_parts(tile, call, S: tl.constexpr):
+    """The sum of all parts' products, [BB, BH]."""
+    PARTS: tl.constexpr = S.PARTS
+    at, dh = call.recurrent.parts_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
+    for _ in tl.static_range(PARTS):
+        dh += tl.load(at, mask=tile.cells.valid, other=0.0, cache_modifier=".cg")
+        at += tl.cast(call.batch.B, tl.int64) * S.P
+    return dh
+
+
+@triton.jit
+def output_round_backward(step, call, poll_limit, S: tl.constexpr):
+    """The whole gradient of h, and the sums over units that the layer norm of c needs."""
+    DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
+    first, end, stride = tiles_of_program(call.batch.B, S.P, S)
+    for number in range(first, end, stride):
+        tile = indexing.tile_at(number, step, call.batch, S.P, S)
+        dh = sum_of_parts(tile, call, S) if S.PARTS > 1 else product_with_dgates(tile, step, call, S)
+        dh = indexing.gradient_of_h(unless_timed_out(dh, poll_limit), tile, step, call.hidden)
+        dh = tl.where(tile.cells.valid, dh, 0.0).to(DTYPE)
+        tl.store(call.output.dh_total_ptr + tile.cells.at, dh, mask=tile.cells.in_tile)
+        if call.output.gain_ptr is not None:
+            dz_o, d_unit, unit_c = normed_output(dh.to(tl.float32), tile, call, S)
+            store_pair(call.output.sums_ptr, tile, call.batch.B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
+
+
+@triton.jit
+def normed_output(dm, tile, call, S: tl.constexpr):
+    """Gradient of m = o tanh(LN(c)) -> (dz_o, gradient of unit_c; unit_c)."""
+    cells, output = tile.cells, call.output
+    o = tl.load(call.cell.saved.gates_ptr + cells.gates_at + 3 * S.H, mask=cells.valid, other=0.0).to(tl.float32)
+    unit_c = tl.load(output.unit_ptr + cells.at, mask=cells.valid, other=0.0)
+    gain, bias = indexing.load_affine(output.gain_ptr, output.bias_ptr, tile.unit[None, :], S.H)
+    dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain, bias)
+    return dz_o, d_unit, unit_c
+
+
+@triton.jit
+def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
+    """The gradient of m, then those of the cells. Returns the poll limit after its waits for dgates."""
+    H: tl.constexpr = S.H
+    DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
+    NORM_C: tl.constexpr = call.output.gain_ptr is not None
+    EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.BLOCK_H <= 1024  # for more cells a thread has no registers left
+    cell, B = call.cell, call.batch.B
+    first, end, stride = tiles_of_program(B, H, S)
+    if S.AHEAD:
+        poll_limit, dgates = dgates_after(first, step, times, call, poll_limit, S)
+    for number in range(first, end, stride):
+        tile = indexing.tile_at(number, step, call.batch, H, S)
+        cells, sequence, unit = tile.cells, tile.sequence, tile.unit
+        row_prev = tile.row_prev[:, None]
+
+        # The gradient of m, of the step after or as the round before left it.
+        if S.HELD and S.PARTS == 1 and not S.AHEAD:
+            poll_limit, dgates = dgates_after(tile.batch_tile, step, times, call, poll_limit, S)
+        if EARLY:
+            gates, c, c_prev = indexing.load_saved(cell.saved, step, row_prev, unit[None, :], cells, H)
+        if call.output.weight_ptr is not None:
+            dh = Rows(call.output.dh_total_ptr, tile.place.row, tile.place.valid, None, tile.place.row)
+            dm = product(dh, Columns(call.output.weight_ptr, unit, unit < H, H), None, S.P, S)
+            dm = unless_timed_out(dm, poll_limit)
+        elif NORM_C:
+            dm = tl.load(call.output.dh_total_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
+            dm = unless_timed_out(dm, poll_limit)
+        else:
+            if S.PARTS > 1:
+                if S.HELD:
+                    poll_limit = wait_for_tile(call.arrivals, tile.batch_tile, times + 1, poll_limit, step)
+                dm = sum_of_parts(tile, call, S)
+            elif S.HELD:
+                dm = product_of_held(call.recurrent.held, dgates, S)
+            else:
+                dm = product_with_dgates(tile, step, call, S)
+            dm = unless_timed_out(dm, poll_limit)
+            if S.AHEAD:  # these cells are computed while dgates of the next tile are loaded
+                poll_limit, dgates = dgates_after(number + stride, step, times, call, poll_limit, S)
+            dm = indexing.gradient_of_h(dm, tile, step, call.hidden)
+
+        # Output and cell.
+        if NORM_C:
+            dz_o, d_unit, unit_c = normed_output(dm, tile, call, S)
+        if not EARLY:
+            gates, c, c_prev = indexing.load_saved(cell.saved, step, row_prev, unit[None, :], cells, H)
+        dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_ptr, gates, c, c_prev, cells)
+        if NORM_C:
+            sum_d, sum_d_unit = sums_of_tiles(call.output.sums_ptr, sequence.index, tile.place.valid, B, H, S.BLOCK_H)
+            scale = tl.load(call.output.scale_ptr + tile.place.row, mask=tile.place.valid, other=0.0)
+            means = (sum_d / H)[:, None], (sum_d_unit / H)[:, None]
+            dc += normalise_backward(d_unit, unit_c, scale[:, None], *means)
+        else:
+            dz_o, dc_of_m = output_backward(gates[3], c, dm)
+            dc += dc_of_m
+        peepholes = indexing.load_peepholes(cell.peephole_ptr, unit[None, :], H)
+        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, cell.peephole_ptr is not None)
+        if call.recurrent.gain_ptr is not None:
+            unit_hh = indexing.load_gates(call.recurrent.unit_ptr, cells.gates_at, cells.valid, H)
+            gain_hh = indexing.load_gates(call.recurrent.gain_ptr, unit[None, :], (unit < H)[None, :], H)
+            d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
+            pairs_ptr = call.recurrent.sums_ptr + pairs_of_step(step, B, S)
+            store_pair(pairs_ptr, tile, B, tl.sum(sum_d, 1), tl.sum(sum_d_unit, 1))
+        if cell.zoneout_ptr is not None:
+            dc_prev += dc_from_zoneout
+
+        # Store. In padding every factor was loaded as zero, so its gradients are zero.
+        indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, H)
+        tl.store(cell.dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
+        if cell.dreset_ptr is not None:
+            tl.store(cell.dreset_ptr + cells.at, dc_prev, mask=cells.reset)
+        if S.HELD and step > 0:
+            arrive(call.arrivals.counters_ptr + tile.batch_tile, poll_limit)
+    return poll_limit
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -347,157 +503,43 @@ def lstm_step_backward_kernel(
     dh_from_zoneout_ptr,  # [B, P] float32 or None, see indexing.zoneout_h_backward
     dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
     arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
-    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PROJECT: tl.constexpr,
-    PEEPHOLES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr, PARTS: tl.constexpr,
+    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """All steps, from the last to the first. A step has two rounds over the tiles if there is a projection, or a layer
-    norm of c, which needs sums over all units; each ends with a grid-wide barrier. HELD: as forward.
-
-    With PARTS one more round comes first: products over parts of K, for PARTS times as many units. They are tiles that
-    read less, which the next round adds up.
-    """
-    NORM_HH: tl.constexpr = gain_hh_ptr is not None
-    NORM_C: tl.constexpr = gain_c_ptr is not None
-    DTYPE: tl.constexpr = dgates_ptr.dtype.element_ty
-    SPLIT: tl.constexpr = PARTS > 1
-    ROUNDS: tl.constexpr = SPLIT + (2 if PROJECT or NORM_C else 1)
-    EARLY: tl.constexpr = HELD and BLOCK_B * BLOCK_H <= 1024  # for more cells a thread has no registers left
+    """All steps, from the last to the first. Rounds are as forward: for a projection or a layer norm of c the gradient
+    of h is a round before the cells, and so are products of parts of K."""
+    S: tl.constexpr = indexing.sizes(H, P, REVERSE, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION, HELD, AHEAD, PARTS)
+    OUTPUT: tl.constexpr = weight_hr_ptr is not None or gain_c_ptr is not None
+    ROUNDS: tl.constexpr = 1 + OUTPUT + (PARTS > 1)
     tl.static_assert(4 * H % PARTS == 0, "parts of K are equal")
     K: tl.constexpr = 4 * H // PARTS
-    of, saved = indexing.Batch(lengths_ptr, resets_ptr, T, B), indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
     poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
     held = None
     if HELD:
         of_part = weight_hh_ptr + tl.cast(tl.program_id(0) % PARTS, tl.int64) * (K * P)
         column = tl.program_id(0) // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
-        held = tl.trans(load_weights(of_part, column, column < P, P, 0, K, BLOCK_K))
+        held = tl.trans(load_weights(Columns(of_part, column, column < P, P), 0, K, BLOCK_K))
+    batch, arrivals = indexing.Batch(lengths_ptr, resets_ptr, T, B), Arrivals(arrivals_ptr, error_ptr)
+    recurrent = RecurrentBackward(weight_hh_ptr, held, sums_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, sums_hh_ptr)
+    hidden = indexing.HiddenBackward(dh_ptr, dh_n_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr)
+    saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
+    cell = CellBackward(saved, dc_ptr, dgates_ptr, weight_peephole_ptr, zoneout_c_ptr, dreset_c_ptr)
+    output = OutputBackward(weight_hr_ptr, dh_total_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr, sums_c_ptr)
+    call = Backward(batch, arrivals, recurrent, hidden, cell, output)
     for back in range(T):
         step = T - 1 - back
-        for round in tl.static_range(ROUNDS):
-            width = H if round + 1 == ROUNDS else P
-            rounded = tl.cdiv(P, PARTS * BLOCK_H) * PARTS * BLOCK_H if round < SPLIT else width
-            first, end, stride = tiles_of_program(B, rounded, BLOCK_B, BLOCK_H, HELD)
-            times = ROUNDS * back  # arrivals of each program, for a tile, before this step
-            given = times, arrivals_ptr, error_ptr, dgates_ptr, step, of
-            if AHEAD:
-                poll_limit, dgates = dgates_after(first, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS)
-            for number in range(first, end, stride):
-                tile = tile_of(number, B, BLOCK_B, HELD)
-                batch_tile, unit_tile = tile
-                unit, sequence, place, cells = tile_at(
-                    tile, step, of, width, REVERSE, BLOCK_B, BLOCK_H,
-                    PARTS if round < SPLIT else 1,
-                )  # fmt: skip
-                batch, in_batch, length = sequence.index, sequence.in_batch, sequence.length
-                time, row, valid = place.time, place.row, place.valid
-                at, gates_at, state_at, in_tile, valid_tile, continues_tile, reset_tile = cells
-                row_prev = indexing.row_before(step, time, batch, B, REVERSE)[:, None]
-                if HELD and not AHEAD and round == 0:
-                    poll_limit, dgates = dgates_after(
-                        batch_tile, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS
-                    )
-                if EARLY and round + 1 == ROUNDS:
-                    gates, c, c_prev = indexing.load_saved(saved, step, row_prev, unit[None, :], cells, H)
-
-                # Product with dgates of the step after, whose [*, 4H] are [PARTS *, K] here.
-                part = unit_tile % PARTS
-                if round == 0:
-                    if HELD:
-                        dm = product_of_held(held, dgates, PRECISION)
-                    else:
-                        after = indexing.position(step + 1, sequence, of, REVERSE)
-                        row_next, next_continues = after.row, after.continues
-                        norm = None
-                        if NORM_HH:
-                            pairs_at = sums_hh_ptr + pairs_of_step(step + 1, H, BLOCK_H, B)
-                            sum_d, sum_d_unit = sums_of_tiles(pairs_at, batch, valid, B, H, BLOCK_H)
-                            scale = tl.load(scale_hh_ptr + row_next, mask=next_continues, other=0.0)
-                            norm = (unit_hh_ptr, gain_hh_ptr + part * K, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-                        rows = indexing.rows_of_product((row_next * PARTS + part, next_continues), not NORM_HH)
-                        dm = product(
-                            dgates_ptr, *rows, None, row_next, norm, weight_hh_ptr + tl.cast(part, tl.int64) * (K * P),
-                            unit, unit < P, P, K, BLOCK_K, PRECISION,
-                        )  # fmt: skip
-                        dm = indexing.rows_of_tile(dm, not NORM_HH)
-                elif round == SPLIT:
-                    if HELD:
-                        poll_limit = wait_for_tile(arrivals_ptr, batch_tile, times + 1, poll_limit, error_ptr, step)
-                    sum_at, dm = sums_ptr + state_at, tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-                    for _ in tl.static_range(PARTS):
-                        dm += tl.load(sum_at, mask=valid_tile, other=0.0, cache_modifier=".cg")
-                        sum_at += tl.cast(B, tl.int64) * P
-                elif PROJECT:
-                    dm = product(
-                        dh_total_ptr, row, valid, None, row, None,
-                        weight_hr_ptr, unit, unit < H, H, P, BLOCK_K, PRECISION,
-                    )  # fmt: skip
-                elif NORM_C:
-                    dm = tl.load(dh_total_ptr + at, mask=valid_tile, other=0.0).to(tl.float32)
-                dm = unless_timed_out(dm, poll_limit)
-                if AHEAD:
-                    poll_limit, dgates = dgates_after(
-                        number + stride, poll_limit, *given, H, REVERSE, BLOCK_B, BLOCK_K, PARTS
-                    )
-
-                # The gradient of h.
-                if round < SPLIT:
-                    tl.store(sums_ptr + tl.cast(B, tl.int64) * P * part + state_at, dm, mask=in_tile)
-                if round == SPLIT:
-                    if dropout_h_ptr is not None:
-                        dm *= tl.load(dropout_h_ptr + state_at, mask=valid_tile, other=0.0).to(tl.float32)
-                    dm = indexing.add_gradients_given(dm, dh_ptr, dh_n_ptr, (step == length - 1)[:, None], cells)
-                    dm = indexing.zoneout_h_backward(dm, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells)
-                    if round + 1 < ROUNDS:
-                        dm = tl.where(valid_tile, dm, 0.0).to(DTYPE)
-                        tl.store(dh_total_ptr + at, dm, mask=in_tile)
-                        dm = dm.to(tl.float32)
-
-                # Output.
-                if NORM_C and round >= SPLIT:
-                    o = tl.load(gates_ptr + gates_at + 3 * H, mask=valid_tile, other=0.0).to(tl.float32)
-                    unit_c = tl.load(unit_c_ptr + at, mask=valid_tile, other=0.0)
-                    gain, bias = indexing.load_affine(gain_c_ptr, bias_c_ptr, unit[None, :], H)
-                    dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain, bias)
-                    if round == SPLIT:
-                        sum_d, sum_d_unit = tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1)
-                        store_pair(sums_c_ptr, unit_tile, batch, in_batch, B, sum_d, sum_d_unit)
-
-                # Cell.
-                if round + 1 == ROUNDS:
-                    if not EARLY:
-                        gates, c, c_prev = indexing.load_saved(saved, step, row_prev, unit[None, :], cells, H)
-                    dc = tl.load(dc_ptr + state_at, mask=valid_tile, other=0.0)
-                    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
-                    if NORM_C:
-                        sum_d, sum_d_unit = sums_of_tiles(sums_c_ptr, batch, valid, B, H, BLOCK_H)
-                        scale = tl.load(scale_c_ptr + row, mask=valid, other=0.0)
-                        dc += normalise_backward(
-                            d_unit, unit_c, scale[:, None], (sum_d / H)[:, None], (sum_d_unit / H)[:, None]
-                        )
-                    else:
-                        dz_o, dc_of_m = output_backward(gates[3], c, dm)
-                        dc += dc_of_m
-                    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit[None, :], H)
-                    dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
-                    if NORM_HH:
-                        unit_hh = indexing.load_gates(unit_hh_ptr, gates_at, valid_tile, H)
-                        gain_hh = indexing.load_gates(gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
-                        _, d, d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
-                        pairs_at = sums_hh_ptr + pairs_of_step(step, H, BLOCK_H, B)
-                        store_pair(pairs_at, unit_tile, batch, in_batch, B, tl.sum(d, 1), tl.sum(d_unit, 1))
-                    if zoneout_c_ptr is not None:
-                        dc_prev += dc_from_zoneout
-
-                    # Store. In padding every factor was loaded as zero, so its gradients are zero.
-                    indexing.store_gates(dgates_ptr, gates_at, in_tile, dz, H)
-                    tl.store(dc_ptr + state_at, tl.where(continues_tile, dc_prev, 0.0), mask=valid_tile)
-                    if dreset_c_ptr is not None:
-                        tl.store(dreset_c_ptr + at, dc_prev, mask=reset_tile)
-                if HELD and (step > 0 or round + 1 < ROUNDS):
-                    arrive(arrivals_ptr + batch_tile, poll_limit)
-            if (arrivals_ptr is not None and not HELD) and (step > 0 or round + 1 < ROUNDS):
-                poll_limit = grid_barrier(arrivals_ptr, times + round + 1, poll_limit, error_ptr, step)
+        times = ROUNDS * back  # arrivals of each program before this step, for a tile if HELD
+        if PARTS > 1:
+            poll_limit = product_round_backward(step, times, call, poll_limit, S)
+            if not HELD:
+                poll_limit = grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
+        if OUTPUT:
+            output_round_backward(step, call, poll_limit, S)
+            poll_limit = grid_barrier(arrivals_ptr, times + (ROUNDS - 1), poll_limit, error_ptr, step)
+        poll_limit = cell_round_backward(step, times, call, poll_limit, S)
+        if (arrivals_ptr is not None and not HELD) and step > 0:
+            poll_limit = grid_barrier(arrivals_ptr, times + ROUNDS, poll_limit, error_ptr, step)
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
