@@ -61,7 +61,7 @@ def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
         engine = Engine(lambda x, state: cell(x[0], (state[0][0], state[1][0])), dict(cell.named_parameters()))
     elif case == "Stream" and not torchs:
         lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)
-        stream = gpu_lstm.Stream(lstm, inputs.case.batch)
+        stream = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
         return lambda: stream(inputs.x[0])
     elif torchs:
         engine = PROVIDERS[INSTEAD.get(case, "torch")].build(inputs.plain() if case == "resets" else inputs)

@@ -127,8 +127,8 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
         return forward(layer, gates, r, save)
 
     monkeypatch.setattr(Layer, "forward", recorded)
-    found = autotune._call(problem, Pass(), cpu, None)(plans[0])()
-    backward = autotune._call(problem, Pass(True, dh_n=False), cpu, plans[0])(plans[1])
+    found = autotune._call(problem, cpu, None)(plans[0])()
+    backward = autotune._call(problem, cpu, plans[0])(plans[1])
     (gates, given), (its_gates, its_given) = sent
     assert (gates.shape, gates.std() > 0.5, given.weight_hh.std() > 0.1) == ((2, 3, 32), True, True)
 
