@@ -11,7 +11,7 @@ ON_ALL_CORES := -n auto --dist worksteal
 # Kernels are interpreted only where no GPU is visible.
 NO_GPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo lesson lesson-page docs kernels-page bounds-page test test-deep test-versions mutants soak bench lint clean
+.PHONY: demo lesson lesson-page docs kernels-page bounds-page hub test test-deep test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/weather.py
@@ -36,6 +36,10 @@ kernels-page: $(INSTALLED)
 # Writes docs/bounds.md from the model that orders plans.
 bounds-page: $(INSTALLED)
 	$(BIN)/python docs/bounds.py
+
+# Writes into out/hub what Hugging Face's `kernels` loads.
+hub:
+	$(PYTHON) hub/write.py out/hub
 
 # As on a machine without a GPU; then, if there is one, what runs on it. A GPU that torch cannot use is an error.
 test: NONE_IS_FINE := $(if $(PYTEST),|| test $$? = 5)  # if a choice of tests has none for a GPU

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
@@ -296,6 +295,6 @@ def _same(name: str, values: list) -> Any:
     return values[0]
 
 
-def _array(tensor: Tensor) -> np.ndarray:
-    """Through float64, which holds the numbers of every other dtype, even of one that NumPy does not know."""
+def _array(tensor: Tensor) -> Any:
+    """For NumPy, in float64, which holds the numbers of every other dtype, even of one that NumPy does not know."""
     return tensor.detach().cpu().double().numpy()

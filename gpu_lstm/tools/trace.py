@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
@@ -90,8 +89,8 @@ class Trace:
                 if k == 0:
                     panel.set_ylabel(f"layer {layer}{', reverse' * direction}\nunit")
         for column, (fields, labels) in zip((3, 7), COLOUR_BARS.items()):  # a strip in the colours of each
-            bar, steps_of_colour = figure.add_subplot(grid[:, column]), np.linspace(0, 1, 256)
-            strips = np.stack([colour_map(field)(steps_of_colour) for field in fields], axis=1)  # [256, 3, RGBA]
+            bar, colours = figure.add_subplot(grid[:, column]), [colour_map(field) for field in fields]
+            strips = [[colour(k / 255) for colour in colours] for k in range(256)]  # [256, 3, RGBA]
             extent = (0, len(fields), min(labels), 1)
             bar.imshow(strips, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
             bar.set_xticks([])
