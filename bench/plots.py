@@ -1,7 +1,6 @@
-"""Results as pictures: every provider at the headline, the speed at every case, the usual workarounds."""
+"""Results as pictures: the speed at every case, the usual workarounds."""
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +9,17 @@ import pandas as pd  # type: ignore[import-untyped]
 from matplotlib import style
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from . import report
 from .providers import OURS, YARDSTICK
 from .report import digits
 from .results import BROKEN
 
-BARS = "Medians; bars from the 20th to the 80th percentile."
 NAMES = "T steps, B batch, H hidden, L layers, D directions. A dash: the provider does not do this case."
 LOOK: Any = {
     "font.size": 8, "legend.frameon": False, "figure.constrained_layout.use": True, "figure.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "0.9", "lines.markersize": 4.5, "lines.linewidth": 1.2, "errorbar.capsize": 2, "axes.titlesize": 8.5,
+    "grid.color": "0.9", "axes.titlesize": 8.5,
 }  # fmt: skip
 
 
@@ -41,34 +38,8 @@ def figures(rows: pd.DataFrame) -> dict[str, Figure]:
     """The figures of one device by name; none where there are fewer than two points to compare."""
     rows = report.measured(rows)
     with style.context(LOOK):
-        drawn = {"headline": _headline(rows), "speed": _speed(rows), "instead": _instead(rows)}
+        drawn = {"speed": _speed(rows), "instead": _instead(rows)}
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _headline(rows: pd.DataFrame) -> Figure | None:
-    """The time of every provider at the headline, the fastest on top."""
-    base, colours = report.headline_of(rows), {OURS: "black", YARDSTICK: "#d55e00"}
-    timed = rows[rows["median_s"].notna()].sort_values("median_s", kind="stable")
-    panels = {mode: timed[timed["object"] == replace(base, mode=mode)] for mode in ("training", "forward")}
-    panels = {mode: its for mode, its in panels.items() if len(its) > 1}
-    if not panels:
-        return None
-    longest = max(map(len, panels.values()))
-    figure = Figure(figsize=(7.2, 1.4 + 0.17 * longest))
-    for axes, (mode, its) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for place, row in enumerate(its.itertuples()):
-            low, middle, high = 1e3 * row.p20_s, 1e3 * row.median_s, 1e3 * row.p80_s
-            colour, bars = colours.get(row.provider, "#006ba4"), [[middle - low], [high - middle]]
-            axes.errorbar([middle], [place], xerr=bars, color=colour, marker="o", mfc="white" if row.graph else colour)
-            axes.text(1.1 * high, place, digits(middle), va="center", fontsize=7)
-        axes.set_yticks(range(len(its)), its["contender"] + report.stars(its))
-        axes.set(title=mode, xscale="log", xlabel="time a call (ms)", ylim=(longest - 0.3, -0.7))
-        axes.margins(x=0.3)  # room for the last number
-        low, high = axes.xaxis.get_data_interval()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    return _described(figure, f"Every provider at {report.sizes(base)}", pd.concat(panels.values()), BARS)
 
 
 def _speed(rows: pd.DataFrame) -> Figure | None:

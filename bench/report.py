@@ -38,7 +38,6 @@ BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
 SHOWN = {  # pictures on the page with all cases, and what they show
-    "headline": "The time of every provider at the case that all have, the fastest on top",
     "instead": "One call, and the usual workarounds",
     "speed": "How many times as fast as torch.nn.LSTM providers are, at the cases that several of them were timed at",
 }
