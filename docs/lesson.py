@@ -48,7 +48,7 @@ def smaller(png: bytes) -> bytes:
 
 
 def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
-    """The Markdown, and the pictures by their path in docs/pictures; that of trace.plot, in the README too, is gates.png.
+    """The Markdown, and the pictures by their path in docs/pictures; that of trace.plot is gates.png.
 
     The last comment of a picture's cell says what it shows.
     """

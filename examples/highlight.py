@@ -329,7 +329,7 @@ def page_of(sources: list[Source]) -> tuple[int, slice]:
                         length[kind] += size
                     elif source.text.startswith('"""', begin + run.start):
                         length[kind] = max(length[kind], size)
-                worth = min(length[CODE], length[STRING], 3 * length[COMMENT])
+                worth = min(length)
                 if worth > best:
                     best, found = worth, (number, slice(begin, end))
     return found
