@@ -84,15 +84,15 @@ def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) ->
     print(f"{x.numel():,} characters of {len(training)} files to learn from, each read once, on {device}.")
 
     models = {"StackedLSTM": Tagger(), f"the same, state zeroed every {CUT}": Tagger(cut=CUT)}
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=len(models) * len(x))
+    by_table = f"table of the last {CONTEXTS[-1]} characters"
+    with Progress(TextColumn("{task.description}"), BarColumn(24), TimeRemainingColumn()) as bar:
+        task = bar.add_task(f"Counting: {by_table}", total=len(models) * len(x))
+        guesses = {by_table: padded(table_of_contexts(training, test), -1)}
         for name, model in models.items():
-            bar.update(task, description=f"Training {name}")
+            bar.update(task, description=f"Training: {name}")
             train(model.to(device), x, y, starts, lambda: bar.advance(task, STEPS))
 
     labels = padded([source.labels for source in test], -1)  # [L, files]
-    by_table = f"table of the last {CONTEXTS[-1]} characters"
-    guesses = {by_table: padded(table_of_contexts(training, test), -1)}
     for name, model in models.items():
         guesses[name] = read(model, test).cpu()
     scores = {name: score(guess, labels) for name, guess in guesses.items()}
@@ -112,7 +112,7 @@ def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) ->
     cell = cell_along(model, test[file], rows, unit)
     pages = {
         "The truth": labels,
-        "Table of 16 characters": guesses[by_table],
+        f"Table of {CONTEXTS[-1]} characters": guesses[by_table],
         f"{HIDDEN_SIZES[-1]} LSTM units": guesses["StackedLSTM"],
     }
     draw(test[file], rows, cell, {name: its[rows, file] for name, its in pages.items()}, out / "highlight.png")
@@ -400,12 +400,12 @@ def draw(source: Source, rows: slice, cell: np.ndarray, pages: dict[str, Tensor]
 def write(axes: Axes, text: str, labels: Tensor) -> None:
     """LINES of text in the colours of labels [characters]."""
     colours, begin = np.ones((LINES, COLUMNS, 4)), 0  # RGBA, white
-    for number, line in enumerate(text.splitlines()):
+    for number, line in enumerate(text.split("\n")[:-1]):
         its = labels[begin : begin + len(line)]
         for kind, run in runs(its):
             colours[number, run] = to_rgba(TINT[kind])
-            style = {"color": INK[kind], "fontsize": FONT, "family": "monospace", "va": "center"}
-            axes.text(run.start, number + 0.55, line[run], **style)
+            style = {"fontsize": FONT, "family": "monospace", "va": "center", "parse_math": False}
+            axes.text(run.start, number + 0.55, line[run], color=INK[kind], **style)
         begin += len(line) + 1
     axes.imshow(colours, aspect="auto", extent=(0, COLUMNS, LINES, 0), interpolation="nearest")
 
