@@ -14,7 +14,7 @@ NO_GPU := CUDA_VISIBLE_DEVICES=
 .PHONY: demo lesson lesson-page docs kernels-page bounds-page hub test test-deep test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
-	$(BIN)/python examples/weather.py
+	$(BIN)/python examples/highlight.py
 
 # Opens the notebook. What is there of its outputs was stored by make lesson-page.
 lesson: $(FOR_LESSON)

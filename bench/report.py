@@ -37,10 +37,7 @@ STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
-SHOWN = {  # pictures on the page with all cases, and what they show
-    "instead": "One call, and the usual workarounds",
-    "speed": "How many times as fast as torch.nn.LSTM providers are, at the cases that several of them were timed at",
-}
+SHOWN = "The time of each usual workaround over that of one call"  # what the picture on the page with all cases shows
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
 # Columns that are aligned on the left; those that are folded in a narrow terminal, and more where a table says so.
 LEFT = ("mode", "case", "usual workaround", "provider", "status", "note", "best other", "verdict")
@@ -161,9 +158,8 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
             timed |= on_gpu and bool((its["status"] == "measured").any())
             every_case = on_gpu or pictures is not None
             text = _section(os.path.relpath(path, page.parent), measured(its), on_gpu, every_case)
-            drawn = {f"{name}-{slug(device)}": told for name, told in SHOWN.items()}
-            for picture in (picture for picture in pictures or () if picture.stem in drawn):
-                text += f"\n\n![{drawn[picture.stem]}]({os.path.relpath(picture, page.parent)})"
+            for picture in (picture for picture in pictures or () if picture.stem == f"instead-{slug(device)}"):
+                text += f"\n\n![{SHOWN}]({os.path.relpath(picture, page.parent)})"
             sections.append((not on_gpu, text))
     texts = [NO_GPU] * (not timed) + [text for _, text in sorted(sections, key=lambda section: section[0])]
     page.write_text(f"{before}{BEGIN}\n" + "\n\n".join(texts) + f"\n{END}{after}")

@@ -48,7 +48,7 @@ def smaller(png: bytes) -> bytes:
 
 
 def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
-    """The Markdown, and the pictures by their path in docs/pictures; the first by trace.plot is gates.png, too.
+    """The Markdown, and the pictures by their path in docs/pictures; that of trace.plot is gates.png.
 
     The last comment of a picture's cell says what it shows.
     """
@@ -61,10 +61,8 @@ def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
         for output in cell.outputs:
             data = output.get("data", {})
             if "image/png" in data:
-                path, picture = f"lesson/{cell.execution_count:02}.png", base64.b64decode(data["image/png"])
-                pictures[path] = picture
-                if "traced.plot()" in cell.source:
-                    pictures.setdefault("gates.png", picture)
+                path = "gates.png" if "traced.plot()" in cell.source else f"lesson/{cell.execution_count:02}.png"
+                pictures[path] = base64.b64decode(data["image/png"])
                 parts.append(f"![{cell.source.rpartition('# ')[2]}](pictures/{path})")
             else:
                 text = output.get("text") or data["text/plain"]

@@ -1,4 +1,4 @@
-"""The picture of the README: an update of recurrent PPO in one call, and by a loop over the steps.
+"""A picture of docs/reinforcement_learning.md: an update of recurrent PPO in one call, and by a loop over the steps.
 
 python docs/ppo_updates.py draws docs/pictures/ppo_updates.png from the figures in ppo_updates.csv beside it. With
 --measure it first measures them on this machine, in about a minute, and writes them there.

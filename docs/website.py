@@ -1,8 +1,8 @@
 """The pages as the site has them, see mkdocs.yml: python docs/website.py writes them into out/docs/.
 
 They are those of docs/ and, as the first, the README. On GitHub they are read as they are; here links to files that the
-site does not have go to the repository, and formulas become MathML, which browsers show by themselves. What the
-docstrings have besides Google's sections is turned into Markdown, too.
+site does not have go to the repository, formulas become MathML, which browsers show by themselves, and 2^-10 has its
+exponent raised. What the docstrings have besides Google's sections is turned into Markdown, too.
 """
 
 import posixpath
@@ -34,9 +34,11 @@ def page(text: str, source: str, repository: str) -> str:
     """The Markdown of the file `source` as the site has it. Its code stays as it is."""
 
     def turned(match: re.Match[str]) -> str:
-        code, link, block, formula = match.groups()
+        code, link, power, block, formula = match.groups()
         if code:
             return code
+        if power:
+            return f"<sup>{power}</sup>"
         if link:
             return f"]({target(link, source, repository)})"
         tex = (block or formula).replace("{aligned}", "{align*}")  # the converter does not know `aligned`
@@ -45,7 +47,7 @@ def page(text: str, source: str, repository: str) -> str:
         formula = convert(tex, display="block" if block else "inline")
         return f'<span class="formula">{formula}</span>' if block else f"<span>{formula}</span>"
 
-    pattern = r"(```.*?```|`[^`]*`)|\]\(([^)\s]+)\)|\$\$(.+?)\$\$|\$([^$\n]+)\$"
+    pattern = r"(```.*?```|`[^`]*`)|\]\(([^)\s]+)\)|(?<=\w)\^(T|-?\d+)\b|\$\$(.+?)\$\$|\$([^$\n]+)\$"
     return re.sub(pattern, turned, text, flags=re.DOTALL).replace("<details>", '<details markdown="1">')
 
 

@@ -114,7 +114,8 @@ def cell() -> Figure:
     label(axes, 71, 11, "hidden state", shown, size=9, ha="right")
 
     # The inputs of all gates run along the bottom.
-    arrow(axes, (4.5, 9), (60, 9), head=False)
+    arrow(axes, (4.5, 9), (12, 9), colour=shown, head=False)
+    arrow(axes, (12, 9), (60, 9), head=False)
     arrow(axes, (12, 3.2), (12, 9), head=False)
     label(axes, 4.5, 11.5, "$h_{t-1}$", shown)
     label(axes, 12, 1.8, "$x_t$")

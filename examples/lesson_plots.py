@@ -66,7 +66,7 @@ def gates_by_hand(
 
 def slopes() -> Figure:
     """The logistic function and tanh, each with its slope."""
-    figure, ((left, right),) = panels(1, 3.2, columns=2)
+    figure, ((left, right),) = panels(1, 3.2, columns=2, sharey=True)
     z = np.linspace(-6, 6, 241)
     s, t = 1 / (1 + np.exp(-z)), np.tanh(z)
     for axes, name, values, slope, formula, edge in (
@@ -77,8 +77,7 @@ def slopes() -> Figure:
         axes.plot(z, slope, color=OTHER[0], linewidth=2, linestyle="--", label=f"its slope, {formula}")
         for side in (-1, 1):
             axes.axvspan(*sorted((side * edge, side * 6)), color=GREY, alpha=0.15, linewidth=0)
-        axes.set(xlabel="$z$", xlim=(-6, 6), ylim=(values.min() - 0.1, 1.55))
-        axes.set_yticks(np.arange(np.round(values.min()), 1.1, 0.5))
+        axes.set(xlabel="$z$", xlim=(-6, 6), ylim=(-1.1, 1.55), yticks=np.arange(-1, 1.1, 0.5))
         axes.legend(loc="upper center", frameon=False, ncols=2)
     return figure
 

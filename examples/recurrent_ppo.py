@@ -7,7 +7,7 @@ Run it from the root of the repository::
 
 Of CartPole-v1's observations only the cart's position and the pole's angle are used. How fast they change is hidden, so
 an agent has to remember. Two agents with the same network learn, on the GPU if there is one; the second forgets
-everything before every step. Their returns are printed, and drawn in out/recurrent_ppo.png.
+everything before every step. Each learns with three seeds. Returns are printed, and drawn in out/recurrent_ppo.png.
 
 Episodes end anywhere within a rollout. gpu_lstm.LSTM accepts the steps at which they start as `resets`, so the update
 is one call over the whole rollout, with no loop over its steps.
@@ -47,16 +47,17 @@ State = tuple[Tensor, Tensor]
 """h and c, each [1, N, H]."""
 
 
-def main(updates: int = 60, seed: int = 0, out: Path = Path("out")) -> dict[str, float]:
-    """Train both agents, print and plot; returns the mean return of each one's last 100 episodes."""
+def main(updates: int = 60, seeds: int = 3, out: Path = Path("out")) -> dict[str, float]:
+    """Train both agents, print and plot; returns the mean return of each one's last 100 episodes, over the seeds."""
     torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
-    curves = {name: learn(updates, seed, name) for name in ("remembers", "forgets")}
+    curves = {name: [learn(updates, seed, name) for seed in range(seeds)] for name in ("remembers", "forgets")}
     table = Table("agent", "episodes", "mean return of the last 100", "seconds", title="CartPole-v1 without velocities")
-    for name, curve in curves.items():
-        table.add_row(name, str(curve.episodes), f"{curve.averages[-1]:.0f}", f"{curve.seconds:.0f}")
+    for name, its in curves.items():
+        for curve in its:
+            table.add_row(name, str(curve.episodes), f"{curve.averages[-1]:.0f}", f"{curve.seconds:.0f}")
     Console().print(table)
     plot(curves, out / "recurrent_ppo.png")
-    return {name: curve.averages[-1] for name, curve in curves.items()}
+    return {name: float(np.mean([curve.averages[-1] for curve in its])) for name, its in curves.items()}
 
 
 class Curve(NamedTuple):
@@ -206,17 +207,21 @@ def loss(agent: Agent, batch: Rollout) -> Tensor:
     return -gain + nn.functional.mse_loss(values, batch.returns) / 2 - ENTROPY * policy.entropy().mean()
 
 
-def plot(curves: dict[str, Curve], path: Path) -> None:
-    """Draw the mean return of the last 100 episodes against the steps so far."""
+def plot(curves: dict[str, list[Curve]], path: Path) -> None:
+    """Draw the mean return of the last 100 episodes against the steps so far: mean and range of the seeds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for (name, curve), colour in zip(curves.items(), ("black", "0.6"), strict=True):
-        steps = STEPS * ENVIRONMENTS * np.arange(1, len(curve.averages) + 1)
-        axes.plot(steps, curve.averages, color=colour, label=f"the agent that {name}")
-    axes.set(xlabel="steps", ylabel="mean return of the last 100 episodes", title="CartPole-v1 without velocities")
+    for (name, its), colour in zip(curves.items(), ("#1f5fa8", "0.45"), strict=True):
+        averages = np.array([curve.averages for curve in its])  # [seeds, updates]
+        steps = STEPS * ENVIRONMENTS / 1000 * np.arange(1, averages.shape[1] + 1)
+        axes.fill_between(steps, averages.min(axis=0), averages.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        label = f"the agent that {name}: mean and range of {len(its)} seeds"
+        axes.plot(steps, averages.mean(axis=0), color=colour, linewidth=2, label=label)
+    axes.set(xlabel="thousands of steps", ylabel="mean return of the last 100 episodes", ylim=(0, 560))
+    axes.set_title("CartPole-v1 without velocities")
     axes.grid(color="0.9")
     axes.margins(x=0.01)
-    axes.legend(loc="upper left")
+    axes.legend(loc="upper left", frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     print(f"Plot: {path}")

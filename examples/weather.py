@@ -10,7 +10,7 @@ days before it. It prints the errors next to those of three simple forecasts, an
 draws the forecasts in out/weather.png.
 
 One of the three, a ridge regression on the last two days, is as good as the stack: one town's weather of tomorrow
-depends little on what was before yesterday. A task that cannot be solved without memory is in recurrent_ppo.py.
+depends little on what was before yesterday. A task that cannot be solved without memory is in highlight.py.
 """
 
 import time
@@ -100,7 +100,7 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
         table.add_row(name, f"{errors[name].mae:.2f}", f"{errors[name].rmse:.2f}")
     Console().print(table)
 
-    print("The linear forecast sees two days only: what is left to remember is little. recurrent_ppo.py needs memory.")
+    print("The linear forecast sees two days only: what is left to remember is little. highlight.py needs memory.")
     plot(weather.dates[split:], forecasts, truth, errors, out / "weather.png")
 
     # Time: StackedLSTM, and the same layers made of torch.nn.LSTM.

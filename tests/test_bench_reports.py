@@ -34,12 +34,12 @@ def frame(rows):
     return pd.DataFrame(rows, columns=results.COLUMNS)
 
 
-def test_all_figures_are_written_for_each_device_and_none_of_fewer_than_two_points(tmp_path):
+def test_the_figure_of_workarounds_is_written_for_each_device_that_has_timed_some(tmp_path):
     rows = [row(case, **who) for case in (HEADLINE, ONE, RESETS) for who in ({}, TORCH, {"provider": "cleanrl-loop"})]
     paths = plots.draw(frame([*rows, row(**CPU), row(**TORCH | CPU)]), tmp_path / "new")
-    stems = [f"{name}-nvidia-imaginary-9000" for name in ("speed", "instead")]
-    assert [path.stem for path in paths] == stems
-    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in paths)
+    assert [path.stem for path in paths] == ["instead-nvidia-imaginary-9000"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert paths[0].stat().st_size > 10_000
     for rows in ([], [row()]):
         assert plots.draw(frame(rows), tmp_path) == []
 

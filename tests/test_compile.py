@@ -275,7 +275,7 @@ def test_what_is_compiled(rows):
     found = [(row["kernel"], row["architecture"], _dtype(row)) for row in rows]
     for one, other in itertools.combinations(range(3), 2):
         assert set(itertools.product(kinds[one], kinds[other])) <= {(kind[one], kind[other]) for kind in found}
-    split = {tuple(row["plan"][name] for name in ("rows", "columns", "parts")) for row in rows
+    split = {tuple(row["plan"][name] for name in ("rows", "units", "parts")) for row in rows
              if row["kernel"] == "lstm_step_backward_kernel" and row["plan"]["parts"] > 1}  # fmt: skip
     assert split >= {(16, 16, 8), (64, 16, 8), (128, 16, 8), (64, 32, 4)}
 

@@ -64,7 +64,8 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
 
 def _that_ask(cls: type) -> list[type]:
     """Those among a class and its bases, of a user's, whose source asks isinstance(..., LSTM)."""
-    theirs = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("torch", "torchrl", "gpu_lstm", "builtins")]
+    others = "torch.", "torchrl.", "builtins.", f"{__package__.rsplit('.', 1)[0]}."
+    theirs = [c for c in cls.__mro__ if not f"{c.__module__}.".startswith(others)]
     return [c for c in theirs if _ASKS.search(_source_of(c))]
 
 

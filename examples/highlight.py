@@ -1,0 +1,414 @@
+"""Tell comments and strings from code, one character at a time: a highlighter of Python that learns from examples.
+
+Run it from the root of the repository; the texts are the standard library of the Python that runs it::
+
+    pip install -e ".[demo]"
+    python examples/highlight.py
+
+In the middle of a docstring every line may look like code. Only the quote that opened it tells, and that may be a
+thousand characters back. gpu_lstm.StackedLSTM reads 140 files once, on the GPU if there is one; its state is carried
+from chunk to chunk, and reset where a file starts. Then it reads 20 other files. So do two rivals with short memories:
+a table of what followed up to 16 characters, and the same LSTM with its state zeroed every 32 characters.
+
+Prints how often each is right, and how long an update takes: one call with resets, and torch.nn.LSTM called for each
+piece between two starts of files. Draws a page of an unseen file, and the cell that knows of the quote, in
+out/highlight.png.
+"""
+
+import copy
+import hashlib
+import io
+import statistics
+import sysconfig
+import time
+import tokenize
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba, to_rgba_array
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import gpu_lstm
+from gpu_lstm.tools.trace import HUES
+
+CODE, STRING, COMMENT = range(3)
+TRAINING_FILES, TEST_FILES = 140, 20
+SHORTEST, LONGEST = 8_000, 30_000  # of the files, in characters; what is longer is cut off
+STREAMS = 32  # N: the files, one after another, are read in so many places at once
+STEPS = 128  # T, of a chunk
+HIDDEN_SIZES = [64]
+LEARNING_RATE = 8e-3  # at its greatest
+CUT = 32  # characters after which the second rival forgets
+CONTEXTS = 1, 2, 3, 4, 6, 8, 12, 16  # characters that the table sees
+FAR = 1000  # characters after a string's first one
+LINES, COLUMNS = 28, 72  # of the page that is drawn
+
+State = list[tuple[Tensor, Tensor]]
+"""h and c of each layer."""
+
+
+class Source(NamedTuple):
+    """A file of Python."""
+
+    name: str
+    text: str
+    characters: Tensor  # [characters], ASCII
+    labels: Tensor  # [characters]
+
+
+class Score(NamedTuple):
+    """How often a reader of the test files is right."""
+
+    accuracy: float  # of all characters
+    balanced: float  # the mean of code, strings and comments
+    far: float  # of characters in strings, more than FAR after the first
+
+
+def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) -> dict[str, Score]:
+    """Train on so many files, evaluate, time and draw; returns the scores by the name of the reader."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sources = standard_library(TEST_FILES + files)
+    test, training = sources[:TEST_FILES], sources[TEST_FILES:]
+    x, y, starts = (stream.to(device) for stream in streams(training))  # [steps, N] each
+    print(f"{x.numel():,} characters of {len(training)} files to learn from, each read once, on {device}.")
+
+    models = {"StackedLSTM": Tagger(), f"the same, state zeroed every {CUT}": Tagger(cut=CUT)}
+    by_table = f"table of the last {CONTEXTS[-1]} characters"
+    with Progress(TextColumn("{task.description}"), BarColumn(24), TimeRemainingColumn()) as bar:
+        task = bar.add_task(f"Counting: {by_table}", total=len(models) * len(x))
+        guesses = {by_table: padded(table_of_contexts(training, test), -1)}
+        for name, model in models.items():
+            bar.update(task, description=f"Training: {name}")
+            train(model.to(device), x, y, starts, lambda: bar.advance(task, STEPS))
+
+    labels = padded([source.labels for source in test], -1)  # [L, files]
+    for name, model in models.items():
+        guesses[name] = read(model, test).cpu()
+    scores = {name: score(guess, labels) for name, guess in guesses.items()}
+    table = Table(
+        "", "accuracy", "mean of\nthe classes", f"over {FAR:,} after\nthe quote", title="Right, % of characters"
+    )
+    for name, its in scores.items():
+        table.add_row(name, *(f"{100 * share:.1f}" for share in its))
+    count, long = (labels >= 0).sum(), far_from_the_quote(labels).sum()
+    table.caption = f"{count:,} characters of {len(test)} other files; {long:,} so far after the quote"
+    Console().print(table)
+    Console().print(update_times(models["StackedLSTM"], x, y, starts))
+
+    model = models["StackedLSTM"]
+    file, rows = page_of(test)
+    unit = cell_of_strings(model, x[:1024], y[:1024], starts[:1024])
+    cell = cell_along(model, test[file], rows, unit)
+    pages = {
+        "The truth": labels,
+        f"Table of {CONTEXTS[-1]} characters": guesses[by_table],
+        f"{HIDDEN_SIZES[-1]} LSTM units": guesses["StackedLSTM"],
+    }
+    draw(test[file], rows, cell, {name: its[rows, file] for name, its in pages.items()}, out / "highlight.png")
+    return scores
+
+
+# The texts
+
+
+def standard_library(count: int) -> list[Source]:
+    """So many of its files in an order that is random, but the same in every version of Python."""
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [path.relative_to(root).as_posix() for path in (*root.glob("*.py"), *root.glob("*/*.py"))]
+    left_out = "test", "-packages", "encodings", "idlelib", "pydoc_data"  # tables, and what may not be installed
+    names = [name for name in names if not any(part in name for part in left_out)]
+    sources: list[Source] = []
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        text = (root / name).read_text("utf-8")
+        if len(text) >= SHORTEST and len(sources) < count:
+            characters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)[:LONGEST]
+            labels = np.frombuffer(label(text), np.uint8)[:LONGEST]
+            sources.append(Source(name, text, *(torch.from_numpy(t.astype(np.int64)) for t in (characters, labels))))
+    return sources
+
+
+def label(text: str) -> bytearray:
+    """What each character belongs to, by Python's own tokenizer. An f-string is one with its expressions."""
+    labels, places = bytearray(len(text)), [0]  # places: where lines start
+    for line in text.split("\n"):
+        places.append(places[-1] + len(line) + 1)
+    opened: list[int] = []  # f-strings, of which each may hold others; before Python 3.12 each is one token
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        name = tokenize.tok_name[token.type]
+        begin, end = (places[row - 1] + column for row, column in (token.start, token.end))
+        if name.endswith("STRING_START"):  # FSTRING_START, and TSTRING_START since 3.14
+            opened.append(begin)
+        elif name.endswith("STRING_END"):
+            begin, name = opened.pop(), "STRING"
+        if name in ("STRING", "COMMENT") and not opened:
+            labels[begin:end] = bytes([STRING if name == "STRING" else COMMENT]) * (end - begin)
+    return labels
+
+
+def streams(sources: list[Source]) -> tuple[Tensor, Tensor, Tensor]:
+    """Characters, labels, and where files start, of all files one after another, cut into streams: [steps, N]."""
+    characters, labels = (torch.cat(texts) for texts in zip(*(source[2:] for source in sources)))
+    starts = torch.cat([torch.arange(len(source.labels)) == 0 for source in sources])
+    steps = len(labels) // STREAMS // STEPS * STEPS
+    characters, labels, starts = (t[: steps * STREAMS].view(STREAMS, steps).T for t in (characters, labels, starts))
+    return characters.contiguous(), labels.contiguous(), starts.contiguous()
+
+
+def padded(sequences: list[Tensor], value: int = 0) -> Tensor:
+    """[L, sequences]"""
+    return nn.utils.rnn.pad_sequence(sequences, padding_value=value)
+
+
+# The readers
+
+
+class Tagger(nn.Module):
+    """From characters to scores of code, string and comment. With `cut`, its memory is zeroed every so many steps."""
+
+    def __init__(self, cut: int | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(128, 32)
+        self.lstm = gpu_lstm.StackedLSTM(32, HIDDEN_SIZES)
+        self.head = nn.Linear(HIDDEN_SIZES[-1], 3)
+        self.cut = cut
+
+    def forward(
+        self, x: Tensor, state: State | None = None, starts: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """From characters [T, N] and where files start, bool [T, N]: scores [T, N, 3] and the state."""
+        if self.cut:
+            every = (torch.arange(len(x), device=x.device) % self.cut == 0)[:, None].expand_as(x)
+            starts = every if starts is None else starts | every
+        y, state = self.lstm(self.embedding(x), state, resets=starts, lengths=lengths)
+        return self.head(y), state
+
+
+def training_step(
+    model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, starts: Tensor, state: State | None
+) -> State:
+    """Forward, backward, clipping, optimiser over one chunk, [T, N] each; the state is that of the next chunk."""
+    scores, state = model(x, state, starts)
+    loss = nn.functional.cross_entropy(scores.flatten(0, 1), y.flatten())
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
+    return [(h.detach(), c.detach()) for h, c in state]
+
+
+def train(model: Tagger, x: Tensor, y: Tensor, starts: Tensor, advance: Callable[[], None]) -> None:
+    """Read all streams [steps, N] once; calls advance() after each chunk."""
+    optimiser = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=len(x) // STEPS)
+    state = None
+    for chunk in zip(*(t.split(STEPS) for t in (x, y, starts))):
+        state = training_step(model, optimiser, *chunk, state)
+        schedule.step()
+        advance()
+
+
+@torch.no_grad()
+def read(model: Tagger, sources: list[Source]) -> Tensor:
+    """Labels [L, files] of all files in one padded call."""
+    lengths = torch.tensor([len(source.characters) for source in sources])
+    device = model.head.weight.device
+    scores, _ = model(padded([source.characters for source in sources]).to(device), lengths=lengths.to(device))
+    return scores.argmax(dim=2)
+
+
+def table_of_contexts(training: list[Source], test: list[Source]) -> list[Tensor]:
+    """The label that was commonest in training after the same characters: as many of the last ones as were seen there.
+
+    Contexts of CONTEXTS[-1] characters, this one included, or fewer; each file's labels [characters].
+    """
+    characters, labels = (torch.cat(texts).numpy() for texts in zip(*(source[2:] for source in training + test)))
+    split = sum(len(source.labels) for source in training)
+    guess = np.full(len(labels) - split, CODE)
+    hashed = np.zeros(len(labels), np.uint64)  # of the last `length` characters
+    for length in range(1, CONTEXTS[-1] + 1):
+        earlier = np.roll(characters, length - 1).astype(np.uint64)  # into the file before, at the start of one
+        hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + earlier + np.uint64(1)
+        if length in CONTEXTS:
+            contexts, which = np.unique(hashed, return_inverse=True)
+            seen = np.bincount(3 * which[:split] + labels[:split], minlength=3 * len(contexts)).reshape(-1, 3)
+            its = seen[which[split:]]  # [characters, 3]
+            guess = np.where(its.any(axis=1), its.argmax(axis=1), guess)
+    return list(torch.from_numpy(guess).split([len(source.labels) for source in test]))
+
+
+# What comes out
+
+
+def far_from_the_quote(labels: Tensor) -> Tensor:
+    """Which characters [L, files] are in a string and more than FAR after its first: bool."""
+    steps = torch.arange(len(labels))[:, None].expand_as(labels)
+    begin = torch.where(labels == STRING, 0, steps).cummax(dim=0).values  # the last step outside a string
+    return (labels == STRING) & (steps - begin > FAR + 1)
+
+
+def score(guess: Tensor, labels: Tensor) -> Score:
+    """Of guesses [L, files], where labels [L, files] are -1 past a file's end."""
+    right = (guess == labels).double()
+    classes = [right[labels == kind].mean().item() for kind in (CODE, STRING, COMMENT)]
+    return Score(
+        right[labels >= 0].mean().item(), statistics.mean(classes), right[far_from_the_quote(labels)].mean().item()
+    )
+
+
+class Pieces(nn.Module):
+    """A stack of one layer by the usual workaround: a call of torch.nn.LSTM for each piece between starts of files."""
+
+    def __init__(self, stack: gpu_lstm.StackedLSTM) -> None:
+        super().__init__()
+        self.lstm = gpu_lstm.to_torch(copy.deepcopy(stack.layers[0]))
+
+    def forward(self, x: Tensor, state: State, resets: Tensor, lengths: None) -> tuple[Tensor, State]:
+        ((h, c),), outputs = state, []
+        cuts = sorted({0, *resets.any(dim=1).nonzero().flatten().tolist(), len(x)})
+        for begin, end in pairwise(cuts):
+            kept = ~resets[begin, :, None]  # [N, 1]
+            y, (h, c) = self.lstm(x[begin:end], ((h * kept)[None], (c * kept)[None]))
+            h, c = h[0], c[0]
+            outputs.append(y)
+        return torch.cat(outputs), [(h, c)]
+
+
+def update_times(model: Tagger, x: Tensor, y: Tensor, starts: Tensor, rounds: int = 30) -> Table:
+    """How long an update takes by one call and by a call per piece, which take turns."""
+    pieces = copy.deepcopy(model)
+    pieces.lstm = Pieces(model.lstm)
+    ways = [(way, torch.optim.Adam(way.parameters())) for way in (copy.deepcopy(model), pieces)]
+    chunks = list(zip(*(t.split(STEPS) for t in (x, y, starts))))
+    some, none = ([chunk for chunk in chunks if chunk[2].any() == wanted] for wanted in (True, False))
+    state = model(chunks[0][0])[1]
+    state = [(h.detach(), c.detach()) for h, c in state]
+    torch.testing.assert_close(*(way(some[-1][0], state, some[-1][2])[0] for way, _ in ways))
+    table = Table("updates", "one call", "torch.nn.LSTM in pieces", title="An update of the StackedLSTM, median ms")
+    for name, its in (("in which a file starts", some), ("in which none does", none)):
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            for (way, optimiser), taken in zip(ways, times):
+                begin = time.perf_counter()
+                training_step(way, optimiser, *its[-1], state)
+                if x.is_cuda:
+                    torch.cuda.synchronize()
+                taken.append(1000 * (time.perf_counter() - begin))
+        table.add_row(f"{len(its)}, {name}", *(f"{statistics.median(taken):.1f}" for taken in times))
+    table.caption = "Files start seldom; in recurrent_ppo.py, where episodes start often, pieces are many."
+    return table
+
+
+# The picture
+
+
+def page_of(sources: list[Source]) -> tuple[int, slice]:
+    """A file, and the characters of LINES of its lines: those with much of a docstring, of comments and of code."""
+    best, found = 0, (0, slice(0))
+    for number, source in enumerate(sources):
+        lines = source.text[: len(source.labels)].split("\n")[:-1]
+        places = np.cumsum([0, *(len(line) + 1 for line in lines)])
+        for first in range(len(lines) - LINES + 1):
+            begin, end = places[first], places[first + LINES]
+            whole = source.labels[begin] == source.labels[end - 1] == CODE
+            if whole and max(map(len, lines[first : first + LINES])) <= COLUMNS:
+                length = [0, 0, 0]  # of code, of the longest docstring, of comments
+                for kind, run in runs(source.labels[begin:end]):
+                    size = run.stop - run.start
+                    if kind != STRING:
+                        length[kind] += size
+                    elif source.text.startswith('"""', begin + run.start):
+                        length[kind] = max(length[kind], size)
+                worth = min(length)
+                if worth > best:
+                    best, found = worth, (number, slice(begin, end))
+    return found
+
+
+def runs(labels: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each label of [characters], and where it stands without a change."""
+    changes = (labels.diff().nonzero().flatten() + 1).tolist()
+    for begin, end in pairwise([0, *changes, len(labels)]):
+        if begin < end:
+            yield int(labels[begin]), slice(begin, end)
+
+
+@torch.no_grad()
+def cell_of_strings(model: Tagger, x: Tensor, y: Tensor, starts: Tensor) -> int:
+    """The unit whose cell state correlates most with being inside a string, over [T, N] of the training files."""
+    c = gpu_lstm.trace(model.lstm, model.embedding(x), resets=starts).layers[0][0].cell.flatten(0, 1)  # [T*N, H]
+    inside = (y == STRING).flatten().to(c.dtype)
+    return int(torch.corrcoef(torch.column_stack([inside, c]).T)[0, 1:].abs().argmax())
+
+
+@torch.no_grad()
+def cell_along(model: Tagger, source: Source, rows: slice, unit: int) -> np.ndarray:
+    """The cell state of a unit at these characters of a file, which is read from its start."""
+    x = source.characters[: rows.stop, None].to(model.head.weight.device)
+    state = model(x[: rows.start])[1] if rows.start else None
+    return gpu_lstm.trace(model.lstm, model.embedding(x[rows]), state).layers[0][0].cell[:, 0, unit].cpu().numpy()
+
+
+INK = "#22303c", "#a03c00", "#1b58a0"  # of code, strings and comments
+TINT = "#ffffff", "#ffdcb8", "#cfe3fa"
+DOTS = 150  # per inch
+FONT = 7 / 0.602 * 72 / DOTS  # points: letters of DejaVu Sans Mono are 7 dots wide
+TITLE: dict = {"fontsize": 8, "loc": "left", "pad": 3}
+
+
+def draw(source: Source, rows: slice, cell: np.ndarray, pages: dict[str, Tensor], path: Path) -> None:
+    """The cell's state above, and below it the page in the colours of labels [characters]: first of the true ones."""
+    truth = next(iter(pages.values()))
+    wide, high = COLUMNS * 7 / DOTS, LINES * 14.5 / DOTS  # inches
+    gap, above = 0.16, 0.95
+    total = len(pages) * (wide + gap) + gap, high + above + 0.85
+    figure = Figure(figsize=total)
+
+    def panel(left: float, bottom: float, width: float, height: float) -> Axes:
+        axes = figure.add_axes((left / total[0], bottom / total[1], width / total[0], height / total[1]))
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_color("0.8")
+        return axes
+
+    axes = panel(gap, high + 0.6, total[0] - 2 * gap, above)
+    band = to_rgba_array(TINT)[truth.numpy()][None]  # [1, characters, RGBA]
+    axes.imshow(band, aspect="auto", extent=(0, len(cell), cell.min() - 0.1, cell.max() + 0.1))
+    axes.plot(np.arange(len(cell)) + 0.5, cell, color=HUES["cell"], linewidth=1)
+    if np.corrcoef(cell, truth == STRING)[0, 1] < 0:
+        axes.invert_yaxis()  # strings above
+    axes.set_title("What one of the LSTM's cells holds while the page below is read, character by character", **TITLE)
+    for number, (name, labels) in enumerate(pages.items()):
+        axes = panel(gap + number * (wide + gap), gap, wide, high)
+        write(axes, source.text[rows], labels)
+        wrong = 100 * (labels != truth).double().mean()
+        axes.set_title(f"{name}: {wrong:.1f} % wrong" if number else name, **TITLE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DOTS)
+    print(f"Picture: {path}, with lines of {source.name}")
+
+
+def write(axes: Axes, text: str, labels: Tensor) -> None:
+    """LINES of text in the colours of labels [characters]."""
+    colours, begin = np.ones((LINES, COLUMNS, 4)), 0  # RGBA, white
+    for number, line in enumerate(text.split("\n")[:-1]):
+        its = labels[begin : begin + len(line)]
+        for kind, run in runs(its):
+            colours[number, run] = to_rgba(TINT[kind])
+            style = {"fontsize": FONT, "family": "monospace", "va": "center", "parse_math": False}
+            axes.text(run.start, number + 0.55, line[run], color=INK[kind], **style)
+        begin += len(line) + 1
+    axes.imshow(colours, aspect="auto", extent=(0, COLUMNS, LINES, 0), interpolation="nearest")
+
+
+if __name__ == "__main__":
+    main()
