@@ -34,6 +34,7 @@ lstm, lstm_cell = _VF.lstm, _VF.lstm_cell  # here, since looking up an attribute
 FEW = 3
 """Spans of steps without a reset that take less time on a CPU as a call each than in one call with gates shut. The same
 number with and without gradients, which change no result."""
+WIDE = 16  # sequences, up to which a step takes a CPU about as long as for one
 
 
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
@@ -151,10 +152,10 @@ def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -
 def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
     """As _with_gates_shut, from x [T, B, I], with the state zero before the steps that `reset`, bool [T, B].
 
-    A step that clears multiplies c by zero, and NaN times zero is NaN, in all episodes that follow. On the CPU such
-    sequences are computed again, from one reset to the next. On CUDA nothing may depend on a result, since that is a
-    synchronisation, which no graph allows; nor with fake tensors. There, inputs and states that make NaN are replaced
-    by zeros, and the results after them, up to the end of the episode, by NaN.
+    On the CPU the way is chosen by how many resets there are. A step that clears multiplies c by zero, and NaN times
+    zero is NaN, in all episodes that follow: such sequences are computed again, from reset to reset. On CUDA, and with
+    fake tensors, nothing may depend on a result: that is a synchronisation, which no graph allows. There, inputs and
+    states that make NaN are replaced by zeros, and the results after them, up to the end of the episode, by NaN.
     """
     if x.is_cpu and modes(x).recording == Recording.NOBODY:
         state = torch.where(reset[0, :, None], 0, state[0]), torch.where(reset[0, :, None], 0, state[1])
@@ -164,7 +165,9 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
         spans = _spans(valid, reset)
         if len(spans) <= FEW:
             return _span_by_span(spans, x, state, weights, valid, reset)
-        h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=True)
+        (steps, batch, _), resets, most = x.shape, int(reset.sum()), int(reset.sum(0).max())
+        few = steps * max(batch + resets, WIDE) <= (steps + most) * max(batch, WIDE)
+        h, c_n = (_episode_by_episode if few else _in_a_grid)(x, state, weights, valid, reset)
         if (h.detach().sum() + c_n.detach().sum()).isfinite():
             return h, c_n
         spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))  # [B]
@@ -188,7 +191,7 @@ def _with_spoilt_apart(
 ) -> tuple:  # fmt: skip
     """_with_resets with the sequences that are `spoilt`, bool [B], apart: no gradient of the others meets their NaN."""
     h0, c0 = (torch.where(spoilt[:, None], 0, t) for t in state)
-    h, c_n = _in_a_grid(torch.where(spoilt[:, None], 0, x), (h0, c0), weights, valid, reset, on_host=True)
+    h, c_n = _in_a_grid(torch.where(spoilt[:, None], 0, x), (h0, c0), weights, valid, reset)
     rows = spoilt.nonzero()[:, 0]
     h0, c0 = (t.index_select(0, rows) for t in state)
     x, valid, reset = (None if t is None else t.index_select(1, rows) for t in (x, valid, reset))  # type: ignore[assignment]
@@ -217,8 +220,28 @@ def _span_by_span(
     return torch.cat(parts), ends[1]
 
 
+def _episode_by_episode(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
+    """_with_resets by one call in which every episode is a sequence of its own, [N] of up to S steps."""
+    steps, batch, _ = x.shape
+    starts = torch.cat([torch.ones_like(reset[:1]), reset[1:]])  # [T, B]
+    of, start = starts.T.nonzero(as_tuple=True)  # [N] each: its sequence, and its first step
+    number = starts.T.flatten().cumsum(0).view(batch, steps).T - 1  # [T, B], the episode of each step
+    last = number[-1]  # [B]
+    end = start.roll(-1).index_fill(0, last, steps)
+    if valid is not None:
+        end = torch.minimum(end, valid.sum(0)[of])
+    step = torch.arange(int((end - start).max()))[:, None]  # [S, 1]
+    inside = step < end - start  # [S, N]
+    rows = (start + step).clamp(max=steps - 1) * batch + of
+    x = torch.where(inside[:, :, None], x.flatten(0, 1)[rows], 0)  # [S, N, I]
+    h0, c0 = (torch.where((start == 0)[:, None], t[of], 0) for t in state)
+    y, c_n = _with_gates_shut(x, (h0, c0), weights, None if inside.all() else ~inside, None)
+    place = (torch.arange(steps)[:, None] - start[number]).clamp(max=len(step) - 1)  # [T, B]
+    return y[place, number], c_n[last]
+
+
 def _in_a_grid(
-    x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor, on_host: bool
+    x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor, on_host: bool = True
 ) -> tuple:  # fmt: skip
     """_with_resets, in a grid of steps [S, K*B]; those into which no step of x is put, clear.
 
