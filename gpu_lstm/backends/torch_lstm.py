@@ -34,7 +34,8 @@ lstm, lstm_cell = _VF.lstm, _VF.lstm_cell  # here, since looking up an attribute
 FEW = 3
 """Spans of steps without a reset that take less time on a CPU as a call each than in one call with gates shut. The same
 number with and without gradients, which change no result."""
-WIDE = 16  # sequences, up to which a step takes a CPU about as long as for one
+LARGE = 1 << 20
+"""Elements of W_hh from which on a step takes a CPU as long as reading it, so that a few more sequences cost little."""
 
 
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
@@ -162,12 +163,11 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
         reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
         if not reset.any():
             return _with_gates_shut(x, state, weights, None if valid is None else ~valid, None)
-        spans = _spans(valid, reset)
-        if len(spans) <= FEW:
+        is_large, spans = weights.weight_hh.numel() >= LARGE, _spans(valid, reset)
+        if not is_large and len(spans) <= FEW:
             return _span_by_span(spans, x, state, weights, valid, reset)
-        (steps, batch, _), resets, most = x.shape, int(reset.sum()), int(reset.sum(0).max())
-        few = steps * max(batch + resets, WIDE) <= (steps + most) * max(batch, WIDE)
-        h, c_n = (_episode_by_episode if few else _in_a_grid)(x, state, weights, valid, reset)
+        by_episode = is_large and 2 * int(reset.sum()) <= x.shape[1]
+        h, c_n = (_episode_by_episode if by_episode else _in_a_grid)(x, state, weights, valid, reset)
         if (h.detach().sum() + c_n.detach().sum()).isfinite():
             return h, c_n
         spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))  # [B]
