@@ -65,7 +65,7 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, 
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"
         )
-    if torch.compiler.is_exporting():
+    if torch.compiler._is_exporting_flag:  # torch 2.9 folds the function that reads it to True
         _tell_what_a_program_needs()
 
     def operator(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:

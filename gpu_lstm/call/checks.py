@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .forms import Form
 from .modes import autocasts, need_the_reference
 from .options import RESET_STATES, Options
-from .weights import LAYER_NORM, NAMES, State, Weights
+from .weights import LAYER_NORM, NAMES, State, Weights, variant_of
 
 _STRIDED = torch.strided
 
@@ -182,7 +182,7 @@ def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
             if tensor.dim() != expected:
                 raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
     if named.weight_hr is not None:
-        check_unprojected(named.variant == LAYER_NORM, len(named.weight_hr))
+        check_unprojected(variant_of(named) == LAYER_NORM, len(named.weight_hr))
     return named
 
 

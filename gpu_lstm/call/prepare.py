@@ -108,7 +108,7 @@ def prepare(
         traversal = traversal._replace(reset_states=pairs)
         learns = learns or (now.grad and any(t.requires_grad for pair in pairs for t in pair))
         plain = plain and all(type(t) in PLAIN for pair in pairs for t in pair)
-    if traversal is not EVERY_STEP:
+    if lengths is not None or resets is not None:
         plain = plain and type(lengths) in _OPTIONAL and type(resets) in _OPTIONAL
     if not plain and now.recording == Recording.NOBODY:
         now = now._replace(recording=Recording.WATCHED)

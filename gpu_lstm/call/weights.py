@@ -27,13 +27,6 @@ class Weights(NamedTuple):
     gain_c: Tensor | None = None  # [H], of that of c
     bias_c: Tensor | None = None  # [H]
 
-    @property
-    def variant(self) -> str | None:
-        """What torch's own cell lacks; of two such features, the one that the fewest backends support."""
-        if not self.gain_ih is self.gain_hh is self.gain_c is None:
-            return LAYER_NORM
-        return None if self.weight_peephole is None else PEEPHOLES
-
     def present(self) -> list[Tensor]:
         """The tensors that are not None, in torch's order."""
         return [tensor for tensor in self if tensor is not None]
@@ -48,3 +41,10 @@ class Weights(NamedTuple):
 
 
 NAMES = Weights._fields
+
+
+def variant_of(weights: Weights) -> str | None:
+    """What torch's own cell lacks; of two such features, the one that the fewest backends support."""
+    if not weights.gain_ih is weights.gain_hh is weights.gain_c is None:
+        return LAYER_NORM
+    return None if weights.weight_peephole is None else PEEPHOLES

@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
     @property
     def variant(self) -> str | None:
-        """The variant of the cell, see Weights.variant."""
+        """The variant of the cell, see weights.variant_of."""
         return LAYER_NORM if self.norm_ih or any(self.like.norms) else PEEPHOLES if self.like.peepholes else None
 
     @property

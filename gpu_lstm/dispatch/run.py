@@ -11,7 +11,7 @@ from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends
 from ..call.modes import Recording, Transforms, constant_when_traced
 from ..call.options import RESET_STATES
 from ..call.prepare import Call
-from ..call.weights import State
+from ..call.weights import State, variant_of
 from . import available, race
 from .kind import dtype_of, kind_of, size_class
 from .race import GraphQuestion
@@ -20,6 +20,7 @@ from .route import Route, build, run_by
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
 
 _routes: dict[tuple, Route] = {}
+_BY_NAME = {backend.value: backend for backend in Backend}  # torch.compile of torch 2.9 does not trace Backend(name)
 
 
 def run(call: Call) -> tuple[Tensor, list[State]]:
@@ -98,12 +99,12 @@ def _route_in_a_graph(call: Call) -> Route:
         directions=len(call.weights[0]), lengths=traversal.lengths is not None or call.form.packed is not None,
         resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
         noise=options.feature in ("zoneout", "recurrent_dropout"),  # a comparison of rates would be a symbol
-        variant=call.weights[0][0].variant,
+        variant=variant_of(call.weights[0][0]),
     )  # fmt: skip
     name, problem = _answer(*question)
     if problem:
         raise getattr(builtins, name)(problem)
-    backend, compiled = Backend(name), call.modes.recording == Recording.COMPILED
+    backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
     as_operators = not question.transformed and (compiled or backend in KERNEL_BACKENDS)
     return Route(backend, dtype, as_operators)
 

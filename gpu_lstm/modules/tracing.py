@@ -15,7 +15,8 @@ def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
     and be made again for every T.
     """
     if isinstance(input, PackedSequence):
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        # The flag, since torch 2.9 folds the function that reads it to True.
+        if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
             return _in_eager_mode(module, input, *hx, **arguments)
     elif isinstance(input, torch.fx.Proxy):
         arguments = {name: value for name, value in arguments.items() if value is not None}
