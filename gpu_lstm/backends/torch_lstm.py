@@ -230,13 +230,13 @@ def _episode_by_episode(x: Tensor, state: State, weights: Weights, valid: Tensor
     end = start.roll(-1).index_fill(0, last, steps)
     if valid is not None:
         end = torch.minimum(end, valid.sum(0)[of])
-    step = torch.arange(int((end - start).max()))[:, None]  # [S, 1]
+    step = torch.arange(int((end - start).max()), device=x.device)[:, None]  # [S, 1]
     inside = step < end - start  # [S, N]
     rows = (start + step).clamp(max=steps - 1) * batch + of
     x = torch.where(inside[:, :, None], x.flatten(0, 1)[rows], 0)  # [S, N, I]
     h0, c0 = (torch.where((start == 0)[:, None], t[of], 0) for t in state)
     y, c_n = _with_gates_shut(x, (h0, c0), weights, None if inside.all() else ~inside, None)
-    place = (torch.arange(steps)[:, None] - start[number]).clamp(max=len(step) - 1)  # [T, B]
+    place = (torch.arange(steps, device=x.device)[:, None] - start[number]).clamp(max=len(step) - 1)  # [T, B]
     return y[place, number], c_n[last]
 
 
