@@ -57,7 +57,7 @@ def data_flow() -> Figure:
         arrow(axes, start, end)
     axes.text(46, 31.5, "backends/", ha="center", va="center", size=6.8, color=INK)
     for left, name, text, colour in (
-        (1, "torch_lstm.py", "torch's own LSTM: ATen\non the CPU, cuDNN on CUDA;\nlengths and resets", TORCH),
+        (1, "torch_rnn.py", "torch's own LSTM: ATen\non the CPU, cuDNN on CUDA;\nlengths and resets", TORCH),
         (24, "schedule.py", "layer on layer by kernels,\nin chunks of time,\nlayers side by side", PYTHON),
         (48, "graph.py", "torch.compile, export:\none operator a layer,\nby any of the other three", PYTHON),
         (71, "reference.py", "a plain loop: any device,\nany dtype, differentiable\nto any order", TORCH),

@@ -10,7 +10,7 @@ from . import compat, functional, keras, races  # noqa: F401
 from .call.choices import Backend, backend, racing
 from .call.sequences import resets_from_dones
 from .kernels.timeouts import check
-from .modules import LSTM, LSTMCell, StackedLSTM
+from .modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
 from .tools.autotune import autotune
 from .tools.convert import convert, from_haste, to_torch
 from .tools.explain import explain
@@ -20,7 +20,7 @@ from .tools.trace import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "LSTM", "Backend", "LSTMCell", "StackedLSTM", "Stream", "autotune", "backend", "check", "compat", "convert",
+    "GRU", "LSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune", "backend", "check", "compat", "convert",
     "explain", "from_haste", "functional", "keras", "racing", "resets_from_dones", "to_torch", "trace",
 ]  # fmt: skip
 

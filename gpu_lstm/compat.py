@@ -1,9 +1,10 @@
-"""For code that asks `isinstance(module, torch.nn.LSTM)`.
+"""For code that asks `isinstance(module, torch.nn.LSTM)`, or torch.nn.GRU.
 
 gpu_lstm.LSTM is not an instance of torch.nn.LSTM, since torch.compile refuses to trace any module that is. For code
-that checks anyway there is this subclass of it, which is not compiled, but is otherwise the same.
+that checks anyway there are these subclasses of torch's, which are not compiled, but are otherwise the same.
 """
 
+from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 
 from . import modules
@@ -11,3 +12,7 @@ from . import modules
 
 class LSTM(modules.LSTM, TorchLSTM):  # type: ignore[misc]  # its forward accepts lengths and resets too
     """A gpu_lstm.LSTM that is also an instance of torch.nn.LSTM. Arguments, shapes and errors as gpu_lstm.LSTM."""
+
+
+class GRU(modules.GRU, TorchGRU):  # type: ignore[misc]
+    """A gpu_lstm.GRU that is also an instance of torch.nn.GRU. Arguments, shapes and errors as gpu_lstm.GRU."""

@@ -1,4 +1,4 @@
-"""An LSTM layer as a function."""
+"""An LSTM or GRU layer as a function."""
 
 from collections.abc import Sequence
 
@@ -62,3 +62,39 @@ def lstm_layer(
     call = prepare(options, [[named]], x, hx, lengths, resets, reset_states)
     y, states = run(call)
     return y, states[0]
+
+
+def gru_layer(
+    x: Tensor, weights: Weights | Sequence[Tensor | None], hx: Tensor | None = None, *, lengths: Tensor | None = None,
+    resets: Tensor | None = None, reset_states: Tensor | None = None, reverse: bool = False,
+    backend: BackendName | Backend | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One GRU layer in one direction.
+
+    Args:
+        x: input, floating point [T, B, I].
+        weights: (weight_ih [3H, I], weight_hh [3H, H], bias_ih [3H], bias_hh [3H]) in the dtype of x, with rows in
+            torch's order r, z, n; the biases may be None or left out.
+        hx: initial state h0 [B, H]; zeros if None.
+        lengths, resets, reverse, backend: as for `lstm_layer`.
+        reset_states: the states that resets set instead of zeros, [B, H] or [T, B, H].
+
+    Returns:
+        h [T, B, H], zero past the end of a sequence, and h_n [B, H] after its last step.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
+    """
+    check_tensor(x, "input")
+    check_bool("reverse", reverse)
+    named = named_weights(weights, most=4)
+    hidden, features = named.weight_hh.shape[1], x.shape[-1] if x.dim() == 3 else 0
+    if hidden == 0:
+        raise ValueError("hidden_size must be greater than zero")
+    name = None if backend is None else parse_backend_name(backend)
+    options = options_of(
+        *Arguments("gru_layer", (hidden,), False, (), features, named.bias_ih is not None, name, reverse=reverse)
+    )
+    call = prepare(options, [[named]], x, hx, lengths, resets, reset_states)
+    y, states = run(call)
+    return y, call.states_out(states)

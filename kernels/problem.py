@@ -5,6 +5,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .cells import CELLS, cell_of
+
 MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
 
@@ -29,6 +31,7 @@ class Problem(NamedTuple):
     reset_c: bool = False
     peepholes: bool = False
     norms: tuple[bool, bool, bool] = (False, False, False)  # gain_hh, gain_c, bias_c
+    cell: str = "lstm"  # of cells.CELLS
 
     @property
     def size(self) -> int:
@@ -162,7 +165,7 @@ class Like(NamedTuple):
 def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
     """The Inputs of a problem that its time loop reads, T = `steps`."""
     half, f32 = p.dtype, torch.float32
-    batch, hidden, width = p.batch, p.hidden, p.width
+    batch, hidden, width, rows = p.batch, p.hidden, p.width, CELLS[p.cell].rows * p.hidden
     gain_hh, gain_c, bias_c = p.norms
 
     def share(dimensions: int | None, features: int) -> Like | None:
@@ -171,7 +174,7 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
         return Like((steps, batch, features), torch.bool) if dimensions else Like((), f32)
 
     every = dict(
-        h0=Like((1, batch, width), half), c0=Like((1, batch, hidden), f32), weight_hh=Like((4 * hidden, width), half),
+        h0=Like((1, batch, width), half), c0=Like((1, batch, hidden), f32), weight_hh=Like((rows, width), half),
         weight_hr=Like((width, hidden), half) if p.projected else None,
         weight_peephole=Like((3 * hidden,), half) if p.peepholes else None,
         gain_hh=Like((4 * hidden,), half) if gain_hh else None,
@@ -195,7 +198,7 @@ def problem_of(inputs: Inputs, reverse: bool, precision: str, side_by_side: int 
         precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
         i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
         i.reset_c is not None, i.weight_peephole is not None,
-        (i.gain_hh is not None, i.gain_c is not None, i.bias_c is not None),
+        (i.gain_hh is not None, i.gain_c is not None, i.bias_c is not None), cell_of(i.weight_hh, hidden).name,
     )  # fmt: skip
 
 

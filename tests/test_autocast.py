@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_lstm
-from gpu_lstm.backends import torch_lstm
+from gpu_lstm.backends import torch_rnn
 
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
@@ -195,7 +195,7 @@ def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
 def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch):
     """oneDNN has no LSTM in float16, but cuDNN has one, which must not be passed infinite values."""
     stack = Mock(side_effect=lambda x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))
-    monkeypatch.setattr(torch_lstm, "stack", stack)
+    monkeypatch.setattr(torch_rnn, "stack", stack)
     with torch.autocast("cpu", torch.float16):
         gpu_lstm.LSTM(3, 4, backend="torch")(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]))
     given = stack.call_args[0][2][0][0].weight_ih

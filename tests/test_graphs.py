@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
-from gpu_lstm.backends import graph, torch_lstm
+from gpu_lstm.backends import graph, torch_rnn
 from gpu_lstm.backends.verify import LEARNT
 from gpu_lstm.kernels.problem import Inputs
 
@@ -135,8 +135,8 @@ def test_autocast_and_packed_sequences_which_break_the_graph():
 @pytest.fixture
 def calls(monkeypatch):
     """torch's own LSTM, which counts its calls."""
-    stack = Mock(side_effect=torch_lstm.stack)
-    monkeypatch.setattr(torch_lstm, "stack", stack)
+    stack = Mock(side_effect=torch_rnn.stack)
+    monkeypatch.setattr(torch_rnn, "stack", stack)
     return stack
 
 

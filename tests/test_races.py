@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import kernels, torch_lstm
+from gpu_lstm.backends import kernels, torch_rnn
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.options import Size
@@ -282,7 +282,7 @@ def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, hi
 
 def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "run_call", fails)
+    monkeypatch.setattr(torch_rnn, "run_call", fails)
     ran = stubbed()
     LSTM(X)
     (decision,) = race._decided.values()

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
-from gpu_lstm.backends import torch_lstm
+from gpu_lstm.backends import torch_rnn
 
 BF16 = torch.bfloat16
 SHAPES = [{}, dict(bias=False), dict(proj_size=2), dict(num_layers=2, bidirectional=True, proj_size=2, bias=False)]
@@ -80,7 +80,7 @@ def test_what_is_not_packed(says_cuda):
 def test_weights_that_are_somebody_elses_are_packed_at_every_call(arguments, tied):
     weights = list(nn.LSTM(4, 4, **arguments).parameters())
     weights[1] = weights[0] if tied else weights[1]
-    parts = torch_lstm.packed(weights)
+    parts = torch_rnn.packed(weights)
     assert torch.equal(*buffers(parts), in_order(weights))
     assert all(map(torch.equal, parts, weights))
     random, own = [torch.randn_like(p) for p in parts], list(dict.fromkeys(weights))
@@ -91,14 +91,14 @@ def test_weights_that_are_somebody_elses_are_packed_at_every_call(arguments, tie
 @pytest.mark.parametrize("whole", [False, True])
 def test_cudnn_is_given_one_buffer(monkeypatch, whole):
     called = Mock(side_effect=lambda x, hx, *rest: (x, *hx))
-    monkeypatch.setattr(torch_lstm, "lstm", called)
+    monkeypatch.setattr(torch_rnn, "lstm", called)
     with FakeTensorMode():
         sizes = (16, 3), (16, 4), (16,), (16,)
         weights = [torch.empty(size, device="cuda") for size in sizes]
         if whole:
-            weights = torch_lstm.packed(weights)
+            weights = torch_rnn.packed(weights)
         state = torch.empty(1, 2, 4, device="cuda"), torch.empty(1, 2, 4, device="cuda")
-        torch_lstm.stack(torch.empty(5, 2, 3, device="cuda"), state, [[torch_lstm.Weights(*weights)]])
+        torch_rnn.stack(torch.empty(5, 2, 3, device="cuda"), state, [[torch_rnn.Weights(*weights)]])
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
     assert all(t is w for t, w in zip(given, weights)) == whole
@@ -147,7 +147,7 @@ def test_rows_for_tensor_cores(monkeypatch):
     two_copies(monkeypatch)
     for dtype, inputs, expected in ((torch.float32, 3, 5), (BF16, 3, 8), (torch.float16, 128, 256), (BF16, 128, 136)):
         stack = Mock(side_effect=lambda x, state, *rest: (x[..., :4], state))
-        monkeypatch.setattr(torch_lstm, "stack", stack)
+        monkeypatch.setattr(torch_rnn, "stack", stack)
         lstm = gpu_lstm.LSTM(inputs, 4, backend="torch", device="meta", dtype=dtype)
         lstm(torch.empty(T, B, inputs, device="meta", dtype=dtype), resets=RESETS.to("meta"))
         assert stack.call_args.args[0].shape == (T, 2 * B, expected)
@@ -203,10 +203,10 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how):
     ([], 1), ([(0, 1)], 1), ([(0, 1), (2, 0)], 2), ([(2, 0), (2, 2)], 2), ([(1, 0), (2, 2), (3, 0)], 1),
 ])  # fmt: skip
 def test_on_the_host_few_resets_part_a_call_and_many_shut_gates(monkeypatch, places, calls, lengths):
-    resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_lstm.stack
+    resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_rnn.stack
     for place in places:
         resets[place] = True
-    monkeypatch.setattr(torch_lstm, "stack", lambda x, *rest: sizes.append(len(x)) or stack(x, *rest))
+    monkeypatch.setattr(torch_rnn, "stack", lambda x, *rest: sizes.append(len(x)) or stack(x, *rest))
     _, ours = pair("LSTM", "torch")
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, resets=resets, lengths=lengths)

@@ -17,7 +17,7 @@ from test_settings import SETTINGS
 from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
-from gpu_lstm.backends import fused, torch_lstm, verify
+from gpu_lstm.backends import fused, torch_rnn, verify
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
@@ -329,7 +329,7 @@ def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cach
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "run_layer", fails)
+    monkeypatch.setattr(torch_rnn, "run_layer", fails)
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped", step)
     with pytest.warns(UserWarning, match="RMS error"):

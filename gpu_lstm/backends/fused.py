@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
 from ..call.weights import State, Weights
-from ..cells import lstm as cell
+from ..cells import EQUATIONS, lstm
 from ..kernels import layer_norm
+from ..kernels.cells import CELLS, cell_of
 from ..kernels.layer import Layer
 from ..kernels.problem import NO_UNIT, Inputs, Recurrence, Unit
 
@@ -56,24 +57,20 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     at_resets = None
     if inputs.reset_h is not None:  # known before the time loop, which has h = 0 at resets
         at_resets = _at_resets(_with_dropout(inputs.reset_h, inputs), traversal_of(inputs, layer.problem.reverse))
-    gates = _pre_activations(inputs, at_resets)
+    gates = _pre_activations(layer.problem.cell, inputs, at_resets)
     if inputs.c0.dtype is not torch.float32:
         inputs = inputs._replace(c0=inputs.c0.float())
     h, h_n, c_n, c = layer.forward(gates, Recurrence(inputs), save)
     return h, h_n, c_n, gates, c
 
 
-def _pre_activations(inputs: Inputs, h: Tensor | None) -> Tensor:
+def _pre_activations(cell: str, i: Inputs, h: Tensor | None) -> Tensor:
     """x W_ih^T + b_ih + b_hh + h W_hh^T, [T, B, 4H]; `h` [T, B, P] is the operand of W_hh, None if it is zero."""
-    bias = None if inputs.bias_ih is None or inputs.bias_hh is None else inputs.bias_ih + inputs.bias_hh
-    if inputs.gain_ih is None:
-        z = F.linear(inputs.x, inputs.weight_ih, bias)
-    else:
-        z = cell.linear(inputs.x, inputs.weight_ih, bias, inputs.gain_ih).contiguous()
-    if h is not None and inputs.gain_hh is None:
-        z.flatten(0, 1).addmm_(h.flatten(0, 1), inputs.weight_hh.T)
+    z: Tensor = EQUATIONS[cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+    if h is not None and i.gain_hh is None:
+        CELLS[cell].of_h(z).flatten(0, 1).addmm_(h.flatten(0, 1), i.weight_hh.T)
     elif h is not None:
-        z += cell.linear(h, inputs.weight_hh, None, inputs.gain_hh)
+        z += lstm.linear(h, i.weight_hh, None, i.gain_hh)
     return z
 
 
@@ -105,8 +102,9 @@ class Saved(NamedTuple):
         """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
         if self.inputs.zoneout_c is None:
             return self.c
-        i, f, g, _ = self.gates.chunk(4, dim=2)
-        return cell.next_cell(i, f, g, self.cell_before(traversal))
+        cell = cell_of(self.inputs.weight_hh, self.c.shape[2])
+        c: Tensor = EQUATIONS[cell.name].next_cell(self.gates.chunk(4, dim=2), self.cell_before(traversal))
+        return c
 
 
 def gradients(
@@ -114,15 +112,16 @@ def gradients(
 ) -> dict[str, Tensor | None]:
     """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
     inputs, problem = saved.inputs, layer.problem
+    cell, equations = CELLS[problem.cell], EQUATIONS[problem.cell]
     traversal = traversal_of(inputs, problem.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
     if gates_were_dropped or "weight_hh" in needed or inputs.gain_hh is not None:
         h_prev = _with_dropout(traversal.states_before(saved.h, inputs.h0, inputs.reset_h), inputs)
     if gates_were_dropped:  # all h are known by now, so that one product serves all steps
-        z, peephole = _pre_activations(inputs, h_prev), inputs.weight_peephole
+        z, peephole = _pre_activations(cell.name, inputs, h_prev), inputs.weight_peephole
         c_prev = None if peephole is None else saved.cell_before(traversal)
-        saved = saved._replace(gates=cell.activate_in_place(z, peephole, c_prev))
+        saved = saved._replace(gates=equations.activate_in_place(z, peephole, c_prev))
     of_hh = of_c = NO_UNIT
     if inputs.gain_hh is not None:
         of_hh = layer_norm.unit_of(h_prev @ inputs.weight_hh.T, 4 * problem.hidden)
@@ -134,7 +133,7 @@ def gradients(
     loop = layer.backward(dh, dh_n, dc_n, saved.gates, saved.c, Recurrence(exact, of_hh, of_c), "h0" in needed)
 
     of: dict[str, Tensor | None] = {}
-    of_x = of_h = loop.dgates  # of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN
+    of_x, of_h = cell.of_x(loop.dgates), cell.of_h(loop.dgates)  # of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN
     if inputs.gain_ih is not None and not needed.isdisjoint(("x", "weight_ih", "gain_ih")):
         z = _without_padding(inputs.x, inputs.lengths) @ inputs.weight_ih.T
         of_x, of["gain_ih"] = _through_norm(loop.dgates, inputs.gain_ih, layer_norm.unit_of(z, 4 * problem.hidden))
@@ -145,19 +144,20 @@ def gradients(
     columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
     columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
     if "x" in needed:
-        of["x"] = of_x @ inputs.weight_ih
+        of["x"] = of_x @ cell.from_torch(inputs.weight_ih)
     if "h0" in needed:
         of["h0"] = loop.dh0
     if "c0" in needed:
         of["c0"] = loop.dc0.to(inputs.c0.dtype)
     if "weight_ih" in needed:
-        of["weight_ih"] = columns_of_x @ _without_padding(inputs.x, inputs.lengths).flatten(0, 1)
+        of["weight_ih"] = cell.to_torch(columns_of_x @ _without_padding(inputs.x, inputs.lengths).flatten(0, 1))
     if "weight_hh" in needed:
         of["weight_hh"] = columns_of_h @ h_prev.flatten(0, 1)
     if "bias_ih" in needed or "bias_hh" in needed:
-        of["bias_ih"] = of["bias_hh"] = loop.dgates.sum((0, 1))
+        of_biases = loop.dgates.sum((0, 1))  # [4H]
+        of["bias_ih"], of["bias_hh"] = cell.to_torch(cell.of_x(of_biases)), cell.of_h(of_biases)
     if "weight_hr" in needed:
-        m = cell.output(saved.gates.chunk(4, dim=2)[3], saved.cell_after(traversal), None, None)  # [T, B, H]
+        m = equations.output(saved.gates.chunk(4, dim=2), saved.cell_after(traversal), None, None)  # [T, B, H]
         of["weight_hr"] = loop.dh_total.flatten(0, 1).T @ _without_padding(m, inputs.lengths).flatten(0, 1)
     if "weight_peephole" in needed:
         of["weight_peephole"] = _gradient_of_peepholes(saved, loop.dgates, traversal)

@@ -32,7 +32,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
-from . import fused, kernels, reference, torch_lstm
+from . import fused, kernels, reference, torch_rnn
 from .fused import Saved, traversal_of, weights_of
 from .layers import by_direction, cast, one_after_another, without_autocast
 
@@ -84,8 +84,8 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, 
         second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
         return operator([*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
 
-    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.kind != "lstm_layer":
-        return torch_lstm.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
+    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.role != "layer":
+        return torch_rnn.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
     rows = call.kernel_rows() if backend in KERNEL_BACKENDS else call.state_rows()
     y, rows = one_after_another(call, dtype, by_direction(call, backend.value, rows, direction))
     return y, call.pack_rows(rows)
@@ -133,9 +133,9 @@ def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) ->
     directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
         if h0.dim() == 3:
-            h, (h_n, c_n) = torch_lstm.stack(x, (h0, c0), [directions])
+            h, (h_n, c_n) = torch_rnn.stack(x, (h0, c0), [directions])
         else:
-            h, (h_n, c_n) = torch_lstm.run_layer(x, (h0, c0), directions[0], traversal_of(inputs, reverse))
+            h, (h_n, c_n) = torch_rnn.run_layer(x, (h0, c0), directions[0], traversal_of(inputs, reverse))
         return h, h_n, c_n
     if len(directions) == 1:
         return reference.run_inputs(inputs, reverse)

@@ -16,24 +16,23 @@ from ..call.noise import NO_NOISE, Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..cells.lstm import linear, output, step
+from ..cells import EQUATIONS
+from ..cells.lstm import FourGates, linear
+from ..kernels.cells import cell_of
 from ..kernels.problem import Inputs
 from .fused import noise_of, traversal_of, weights_of
 from .layers import by_direction, cast, one_after_another, without_autocast
 
 
-class Gates(NamedTuple):
+class Steps(NamedTuple):
     """What one layer computes in one direction, at every step; zero past the end of a sequence."""
 
-    input: Tensor  # [T, B, H] i, from 0 to 1
-    forget: Tensor  # [T, B, H] f, from 0 to 1
-    output: Tensor  # [T, B, H] o, from 0 to 1
-    candidate: Tensor  # [T, B, H] g, from -1 to 1
+    gates: Tensor  # [T, B, 4H] in the order of the pre-activations
     cell: Tensor  # [T, B, H] c, after the step
     hidden: Tensor  # [T, B, P] h, after the step; P = H without a projection
 
 
-def run_call(call: Call, dtype: torch.dtype, record: list[Gates] | None = None) -> tuple[Tensor, list[State]]:
+def run_call(call: Call, dtype: torch.dtype, record: list[Steps] | None = None) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
 
     def direction(
@@ -81,14 +80,14 @@ def gradients(
 
 def run_layer(
     x: Tensor, state: State, weights: Weights, traversal: Traversal,
-    noise: Noise = NO_NOISE, record: list[Gates] | None = None,
+    noise: Noise = NO_NOISE, record: list[Steps] | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """One layer, one direction, step by step, from x [T, B, I] and ([B, P], [B, H]). At each step, see cells/lstm.py:
+    """One layer, one direction, step by step, from x [T, B, I] and ([B, P], [B, H]). At each step, for an LSTM, see cells/:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
     With `noise`, W_hh multiplies dropout_h h, and the states after the step are zoneout_c c + (1 - zoneout_c) c' and
-    zoneout_h h + (1 - zoneout_h) h'. The gates of all steps are appended to `record`, if there is one.
+    zoneout_h h + (1 - zoneout_h) h'. What all steps compute is appended to `record`, if there is one.
 
     Returns:
         h [T, B, P] and (h_n [B, P], c_n [B, H]), in the dtypes of x, h0 and c0.
@@ -113,38 +112,41 @@ def run_layer(
     zoneout = [None if t is None else reordered(t.expand(steps, *s.shape)) for t, s in zip(zoneout, (h0, c0))]
 
     h, c = h0, c0
-    outputs, gates = [], []
+    outputs, every_step = [], []
     for t in range(steps):
         h_prev, c_prev = h, c
         if reset is not None:
             h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
             c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
         noise_now = Noise(dropout_h, *(None if each is None else each[t] for each in zoneout))
-        after = _step(x[t], h_prev, c_prev, weights, noise_now)
+        gates, c_next, h_next = _step(x[t], h_prev, c_prev, weights, noise_now)
         if record is not None:
-            gates.append(after)
-        outputs.append(after.hidden)
+            every_step.append((torch.cat(gates, 1), c_next, h_next))
+        outputs.append(h_next)
         if valid is None:
-            h, c = after.hidden, after.cell
+            h, c = h_next, c_next
         else:
-            h, c = (torch.where(valid[t, :, None], *both) for both in ((after.hidden, h), (after.cell, c)))
+            h, c = (torch.where(valid[t, :, None], *both) for both in ((h_next, h), (c_next, c)))
 
     if record is not None:
-        record.append(Gates(*(inside(reordered(torch.stack(every)).to(dtype)) for every in zip(*gates))))
+        record.append(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
     return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype), c.to(cell_dtype))
 
 
-def _step(x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise) -> Gates:
-    """One step of x [B, I], from the states before it: each [B, *]; `noise` is that of the step."""
+def _step(
+    x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise
+) -> tuple[FourGates, Tensor, Tensor]:  # fmt: skip
+    """One step of x [B, I], from the states before it: its gates, c and h, [B, *]; `noise` is that of the step."""
     w = weights
     h_in = h if noise.dropout_h is None else noise.dropout_h * h
-    z = linear(x, w.weight_ih, w.bias_ih, w.gain_ih) + linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)  # [B, 4H]
-    i, f, g, o, c_next = step(z, c, w.weight_peephole)
-    h_next = output(o, c_next, w.gain_c, w.bias_c)
+    cell = EQUATIONS[cell_of(w.weight_hh, c.shape[1]).name]
+    of_x, of_h = linear(x, w.weight_ih, w.bias_ih, w.gain_ih), linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)
+    gates, c_next = cell.step(cell.pre_activations(of_x, of_h), c, w.weight_peephole)  # [B, H] each
+    h_next = cell.output(gates, c_next, w.gain_c, w.bias_c)
     if w.weight_hr is not None:
         h_next = F.linear(h_next, w.weight_hr)
     if noise.zoneout_c is not None:
         c_next = noise.zoneout_c * c + (1 - noise.zoneout_c) * c_next
     if noise.zoneout_h is not None:
         h_next = noise.zoneout_h * h + (1 - noise.zoneout_h) * h_next
-    return Gates(i, f, o, g, c_next, h_next)
+    return gates, c_next, h_next

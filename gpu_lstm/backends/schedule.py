@@ -83,7 +83,7 @@ def run_call(
 def _run_layers(
     call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
-    if call.options.kind == "LSTMCell":  # one step: there is nothing to schedule
+    if call.options.role == "cell":  # one step: there is nothing to schedule
         (h, c), weights = call.states[0], call.weights[0][0]
         y, (h_n, c_n) = autograd.run_layer(
             layers[0], call.x[None], (h[None], c[None]), weights, EVERY_STEP, NO_NOISE, False, call.modes

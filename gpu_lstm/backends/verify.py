@@ -3,7 +3,7 @@
 Before a call first launches a kernel, that kernel runs a small problem: with the call's layer, plan, dtypes, strides
 and optional tensors, but few steps, and of a large batch only enough sequences for several batch tiles a program, where
 the call has them. Lengths are from 0 to T, and there are resets and noise where the call has them. Each result and
-gradient is compared with the reference in float64: its error may be at most twice that of torch's own LSTM in the same
+gradient is compared with the reference in float64: its error may be at most twice that of torch's own in the same
 dtype. Nothing may be written outside a launch's tensors. The verdict is cached on disk.
 """
 
@@ -23,9 +23,9 @@ from ..kernels.layer import Layer
 from ..kernels.memory import WroteOutside, checked
 from ..kernels.problem import Inputs, Pass, Problem, in_the_loop
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out
-from . import fused, reference, torch_lstm
+from . import fused, reference, torch_rnn
 from .fused import Saved, noise_of, traversal_of, weights_of
-from .reference import Gates
+from .reference import Steps
 
 KIND = "checks"
 STEPS = 4  # T, where there is more than one
@@ -85,11 +85,11 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     for seed in range(min(MOST_SEEDS, ceil(ENOUGH / (problem.batch * problem.width)))):
         with alone(grad=True), torch.autocast(device.type, enabled=False):
             small = Small(problem, pass_, inputs, seed)
-            truth, gates = small.by_reference(torch.float64)
+            truth, steps = small.by_reference(torch.float64)
             theirs = small.yardstick()
         try:
             with alone(grad=False), checked():
-                runs.append((truth, theirs, small.by_kernels(on_trial, gates)))
+                runs.append((truth, theirs, small.by_kernels(on_trial, steps)))
                 _raise_earlier_errors(device)
         except WroteOutside as error:
             return str(error)
@@ -118,7 +118,7 @@ class Small:
 
     def __init__(self, problem: Problem, pass_: Pass, like: Inputs, seed: int = 0) -> None:
         self.problem, self.pass_ = p, _ = problem, pass_
-        batch, hidden, device = p.batch, p.hidden, like.x.device
+        batch, device = p.batch, like.x.device
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -126,8 +126,9 @@ class Small:
 
         steps, features = (1 if p.steps == 1 else STEPS), like.weight_ih.shape[1]
         sizes = {name: tensor.size for name, tensor in in_the_loop(p, steps).items()}
-        sizes |= dict(x=(steps, batch, features), weight_ih=(4 * hidden, features), gain_ih=(4 * hidden,))
-        sizes |= dict(bias_ih=(4 * hidden,), bias_hh=(4 * hidden,), reset_h=(steps, batch, p.width))
+        rows = sizes["weight_hh"][0]
+        sizes |= dict(x=(steps, batch, features), weight_ih=(rows, features), gain_ih=(rows,))
+        sizes |= dict(bias_ih=(rows,), bias_hh=(rows,), reset_h=(steps, batch, p.width))
         row, column = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
         tensors = {}
         for name, tensor in like._asdict().items():
@@ -151,21 +152,21 @@ class Small:
         dh, dh_n = normal(steps, batch, p.width), normal(1, batch, p.width)
         self.output_gradients = dh if pass_.dh else None, dh_n if pass_.dh_n else None
 
-    def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Gates]:
-        record: list[Gates] = []
+    def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
+        record: list[Steps] = []
         run = functools.partial(reference.run_layer, noise=noise_of(self.inputs), record=record)
         return self.results(run, dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
-        """Results of torch's own LSTM; of the reference where torch has no such cell, or cuDNN fails."""
+        """Results of torch's own operator; of the reference where torch has no such cell, or cuDNN fails."""
         p = self.problem
         if not (p.regularised or p.reset_c or p.peepholes or p.normalised or self.inputs.gain_ih is not None):
             try:
-                return self.results(torch_lstm.run_layer)
+                return self.results(torch_rnn.run_layer)
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:
-                logger.info("torch's LSTM is no yardstick for %s: %s", p, error)
+                logger.info("torch's own is no yardstick for %s: %s", p, error)
         return self.by_reference(p.dtype)[0]
 
     def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -181,14 +182,13 @@ class Small:
         gradients = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, gradients)}
 
-    def by_kernels(self, layer: Layer, gates: Gates) -> dict[str, Tensor]:
-        """The same by a Layer; backward reads the reference's gates and cell states."""
+    def by_kernels(self, layer: Layer, steps: Steps) -> dict[str, Tensor]:
+        """The same by a Layer; backward reads the reference's gates and states."""
         dtype, inputs = self.problem.dtype, self.inputs
         if not self.pass_.backward:
             h, h_n, c_n, *_ = fused.forward(layer, inputs, self.pass_.save)
             return dict(h=h, h_n=h_n, c_n=c_n)
-        activated = torch.cat([gates.input, gates.forget, gates.candidate, gates.output], dim=2).to(dtype)
-        saved = Saved(inputs, gates.hidden.to(dtype), activated, gates.cell.float())
+        saved = Saved(inputs, steps.hidden.to(dtype), steps.gates.to(dtype), steps.cell.float())
         needed = {name for name in COMPARED if getattr(inputs, name) is not None}
         gradients = fused.gradients(layer, saved, (*self.output_gradients, None), needed)
         return {f"the gradient of {name}": gradients[name] for name in needed}  # type: ignore[misc]

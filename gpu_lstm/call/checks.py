@@ -92,6 +92,20 @@ def check_rank_of_states(rank: int, hx: State) -> None:
         check_pair(hx)
 
 
+def check_rank_of_state(rank: int, hx: Any) -> None:
+    """Raise, in torch's words, unless h_0 of a GRU is of the input's rank."""
+    check_tensor(hx, "hx")
+    if hx.dim() != rank:
+        kind = "batched" if rank == 3 else "unbatched"
+        raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
+
+
+def check_rank_of_hidden(hx: Tensor, name: str) -> None:
+    """Raise, in torch's words, unless the state of a cell called `name`, which has one, is 1D or 2D."""
+    if hx.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+
+
 def _cure_of_one(hx: object, function: str) -> str:
     """What to do where a user passes one state as hx, or to what has them, lengths."""
     if not isinstance(hx, Tensor):
@@ -126,9 +140,17 @@ def check_pairs(hx: Any, layers: int) -> None:
             check_tensor(state, f"{name} of layer {k}")
 
 
+def check_states(hx: Any, layers: int, name: str) -> None:
+    """Raise unless it is [h, ...], a tensor for each layer of a StackedGRU."""
+    if not isinstance(hx, list | tuple):
+        raise TypeError(f"{name} should be a list of tensors, one a layer, got: {type(hx).__name__}")
+    if len(hx) != layers:
+        raise RuntimeError(f"Expected {name} of {layers} tensors, one a layer, got {len(hx)}")
+
+
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
     """Raise, in torch's words, unless x [..., I] has the features and, if it is given, the dtype of the first layer."""
-    if options.kind not in ("LSTM", "StackedLSTM"):
+    if options.role not in ("module", "stack"):
         return
     weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih
     if weight is not None and (x.shape[-1] != options.input_size or (x.dtype is not weight.dtype and not autocasts(x))):
@@ -141,8 +163,13 @@ def check_sizes_of_states(options: Options, x: Tensor, batch: int, hx: State) ->
     for i, (state, features) in enumerate(zip(hx, (options.width, options.hidden))):
         expected = options.rows, batch, features
         if state.shape != expected:
-            hint = _other_way_round(state.shape, (options.rows, x.shape[0], features))
-            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(state.shape)}{hint}")
+            check_size_of_state(f"hidden[{i}]", state, expected, x)
+
+
+def check_size_of_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
+    """Raise, in torch's words, that a state is not of the size `expected`, [*, B, F]."""
+    hint = _other_way_round(state.shape, (*expected[:-2], x.shape[0], expected[-1]))
+    raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}{hint}")
 
 
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
@@ -165,13 +192,13 @@ def check_same_parts(weights: list[list[Weights]]) -> None:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
-def named_weights(weights: Weights | Sequence[Tensor | None]) -> Weights:
-    """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
+def named_weights(weights: Weights | Sequence[Tensor | None], most: int = len(NAMES)) -> Weights:
+    """The weights of a layer by name, checked: each a tensor with the right number of dimensions; `most` of them."""
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
-    if not 2 <= len(weights) <= len(NAMES):
-        names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:])}"
-        raise ValueError(f"Expected weights of 2 to {len(NAMES)} tensors ({names}), got {len(weights)}")
+    if not 2 <= len(weights) <= most:
+        names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
+        raise ValueError(f"Expected weights of 2 to {most} tensors ({names}), got {len(weights)}")
     named = Weights(*weights)  # type: ignore[arg-type]
     for name, tensor in zip(NAMES, named):
         if tensor is None and name in ("weight_ih", "weight_hh"):
@@ -198,14 +225,16 @@ def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: W
     expected = batch, hidden
     if alike and features == inputs and h.shape == expected and c.shape == expected:
         return
-    check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
+    if not options.one_state:
+        check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
+    operator, hx = getattr(_VF, f"{options.cell.name}_cell"), h if options.one_state else state
     if features == inputs and h.shape == c.shape == expected:
         try:
             return check_alike(x, [state], [[weights]])
         except RuntimeError:
-            _VF.lstm_cell(x, state, *weights[:4])
+            operator(x, hx, *weights[:4])
             raise
-    _VF.lstm_cell(x, state, *weights[:4])
+    operator(x, hx, *weights[:4])
     raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
 
@@ -288,12 +317,13 @@ def check_reset_pair(pair: object, name: str) -> None:
         raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
 
 
-def check_reset_pairs(pairs: object, layers: int) -> None:
-    """Raise unless states to reset to are [(h, c), ...], a pair for each layer of a StackedLSTM."""
-    if not isinstance(pairs, list | tuple):
-        raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(pairs).__name__}")
-    if len(pairs) != layers:
-        raise ValueError(f"Expected {RESET_STATES} of {layers} pairs, one a layer, got {len(pairs)}")
+def check_reset_states(states: object, layers: int, one_state: bool) -> None:
+    """Raise unless states to reset to are [(h, c), ...], or [h, ...], for each layer of a stack."""
+    each, pair = ("tensors", "") if one_state else ("pairs", " (h, c)")
+    if not isinstance(states, list | tuple):
+        raise TypeError(f"{RESET_STATES} should be a list of {each}{pair}, got: {type(states).__name__}")
+    if len(states) != layers:
+        raise ValueError(f"Expected {RESET_STATES} of {layers} {each}, one a layer, got {len(states)}")
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:

@@ -53,10 +53,13 @@ def draw(
         return torch.full((), probability, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
     def of_direction(weights: Weights) -> Noise:
-        (rows, width), dropout_h = weights.weight_hh.shape, None  # 4H, P
+        width, dropout_h = weights.weight_hh.shape[1], None  # P
         if options.recurrent_dropout:
             dropout_h = F.dropout(torch.ones(batch, width, dtype=dtype, device=device), options.recurrent_dropout)
-        return Noise(dropout_h, zoneout(options.zoneout[0], width), zoneout(options.zoneout[1], rows // 4))
+        zoneout_h = zoneout(options.zoneout[0], width)
+        if options.one_state:  # c is h
+            return Noise(dropout_h, zoneout_h, zoneout_h)
+        return Noise(dropout_h, zoneout_h, zoneout(options.zoneout[1], len(weights.weight_hh) // options.cell.rows))
 
     noise = [[of_direction(weights) for weights in layer] for layer in layers]
     kept: list[Tensor | None] = [None] * len(layers)

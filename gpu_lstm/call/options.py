@@ -5,10 +5,17 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels.cells import GRU, LSTM, Cell
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
 
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it
+
+
+_ROLES = {
+    "LSTM": (LSTM, "module"), "StackedLSTM": (LSTM, "stack"), "LSTMCell": (LSTM, "cell"), "lstm_layer": (LSTM, "layer"),
+    "GRU": (GRU, "module"), "StackedGRU": (GRU, "stack"), "GRUCell": (GRU, "cell"), "gru_layer": (GRU, "layer"),
+}  # fmt: skip
 
 
 class Size(NamedTuple):
@@ -27,7 +34,7 @@ class Size(NamedTuple):
 class Arguments(NamedTuple):
     """What a module asks of every call, from its attributes as they are now."""
 
-    kind: str  # "LSTM", "StackedLSTM", "LSTMCell" or "lstm_layer", as errors name it
+    name: str  # "LSTM", "StackedLSTM", "LSTMCell", "lstm_layer" or likewise of a GRU, as errors name it
     hidden_sizes: tuple[int, ...]  # [L]
     peepholes: bool
     norms: tuple[str, ...]
@@ -51,7 +58,11 @@ class Options:
     """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
 
     def __init__(self, a: Arguments) -> None:
-        self.kind, self.batch_first, self.training, self.backend = a.kind, a.batch_first, a.training, a.backend
+        self.name, self.batch_first, self.training, self.backend = a.name, a.batch_first, a.training, a.backend
+        self.cell: Cell
+        self.role: str  # "module", "stack", "cell" (one step) or "layer" (a function)
+        self.cell, self.role = _ROLES[a.name]
+        self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
         inputs = [a.input_size, *(self.directions * (a.proj_size or hidden) for hidden in a.hidden_sizes)]
@@ -63,15 +74,15 @@ class Options:
         self.weight_drop = a.weight_drop if a.training else 0.0
         self.zoneout = a.zoneout if isinstance(a.zoneout, tuple) else (a.zoneout, a.zoneout)
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
-        # Rows of states per tensor: an LSTM has all in one tensor, a StackedLSTM those of a layer.
-        self.blocks = (self.directions,) * len(self.sizes) if a.kind == "StackedLSTM" else (self.rows,)
+        # Rows of states per tensor: a module has all in one tensor, a stack those of a layer.
+        self.blocks = (self.directions,) * len(self.sizes) if self.role == "stack" else (self.rows,)
         # Whether these tensors have rows at all: states of one layer and direction are [B, *] elsewhere.
-        self.leading = a.kind == "LSTM" or (a.kind == "StackedLSTM" and self.directions == 2)
-        self.names = _names(a, self.directions)
+        self.leading = self.role == "module" or (self.role == "stack" and self.directions == 2)
+        self.names = _names(a, self.role, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
-        tensors = len(NAMES) if a.kind == "lstm_layer" else len(self.names[0][0])
-        self.weight_sizes = tuple([_weight_sizes(size)[:tensors] for size in self.sizes])
-        # With layers of one size, torch's own LSTM runs all of them in one call.
+        tensors = len(NAMES) if self.role == "layer" else len(self.names[0][0])
+        self.weight_sizes = tuple([_weight_sizes(size, self.cell.rows)[:tensors] for size in self.sizes])
+        # With layers of one size, torch's own runs all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
         noise = "zoneout" if self.zoneout != (0, 0) else "recurrent_dropout" if self.recurrent_dropout else None
@@ -80,7 +91,7 @@ class Options:
         """The feature that the fewest backends support; None: all support all."""
 
 
-def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
+def _names(a: Arguments, role: str, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
     """The names of the parameters of each layer and direction, [L][D], in the order of Weights up to the last that is
     there; None for absent ones before it.
     """
@@ -91,7 +102,7 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
     count = max(k for k, is_there in enumerate(there) if is_there) + 1
     layers = []
     for k in range(len(a.hidden_sizes)):
-        suffix = "" if a.kind == "LSTMCell" else "_l0" if a.kind == "StackedLSTM" else f"_l{k}"
+        suffix = {"cell": "", "stack": "_l0"}.get(role, f"_l{k}")
         layer = []
         for d in range(directions):
             ending = suffix + "_reverse" * d
@@ -100,9 +111,9 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
     return tuple(layers)
 
 
-def _weight_sizes(size: Size) -> tuple[tuple[int, ...], ...]:
+def _weight_sizes(size: Size, rows_of_a_unit: int) -> tuple[tuple[int, ...], ...]:
     """The sizes of a layer's tensors, in the order of Weights."""
-    rows, hidden, width = 4 * size.hidden, size.hidden, size.width
+    rows, hidden, width = rows_of_a_unit * size.hidden, size.hidden, size.width
     return (
         (rows, size.inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
         (rows,), (rows,), (hidden,), (hidden,),

@@ -24,7 +24,7 @@ class Call(NamedTuple):
     steps: int
     batch: int
     # For LSTM one pair ([L*D, B, P], [L*D, B, H]); for a bidirectional StackedLSTM [L] of ([D, B, P], [D, B, H]); else
-    # [L] of ([B, P], [B, H]).
+    # [L] of ([B, P], [B, H]). For a GRU likewise, with c = h.
     states: list[State]
     weights: list[list[Weights]]  # [L][D]
     traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
@@ -72,10 +72,13 @@ class Call(NamedTuple):
 
     def states_out(self, states: list[State]) -> Any:
         """Final states, laid out as `self.states`, in the user's form."""
-        if self.form is _TIME_FIRST and self.options.kind != "StackedLSTM":
+        if self.options.one_state:
+            out = [self.form.state_out(h) for h, _ in states]
+        elif self.form is _TIME_FIRST and self.options.role != "stack":
             return states[0]
-        out = [(self.form.state_out(h), self.form.state_out(c)) for h, c in states]
-        return out if self.options.kind == "StackedLSTM" else out[0]
+        else:
+            out = [(self.form.state_out(h), self.form.state_out(c)) for h, c in states]
+        return out if self.options.role == "stack" else out[0]
 
 
 def prepare(
@@ -91,7 +94,7 @@ def prepare(
     form, x = _form_and_input(options, input, hx)
     if form.packed is not None:
         steps, batch = len(form.packed.batch_sizes), int(form.packed.batch_sizes[0])
-    elif options.kind == "LSTMCell":
+    elif options.role == "cell":
         steps, batch = 1, x.shape[0]
     else:
         steps, batch, _ = x.shape
@@ -125,27 +128,27 @@ _UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False
 
 def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -> tuple[Form, Tensor]:
     """The form of an input and the input as Call.x; hx is checked as far as that depends on the form alone."""
-    kind = options.kind
+    role, pairs = options.role, not options.one_state
     if isinstance(input, PackedSequence):
-        if kind == "LSTM" and hx is not None:
+        if role == "module" and pairs and hx is not None:
             checks.check_pair(hx)
         checks.check_packed(input)
         return Packed(input, options.batch_first), input.data
-    if kind == "LSTMCell":
-        rank = checks.check_rank_and_layout(input, kind, (1, 2))
+    if role == "cell":
+        rank = checks.check_rank_and_layout(input, options.name, (1, 2))
         return (_TIME_FIRST, input) if rank == 2 else (_UNBATCHED, input.unsqueeze(0))
-    if kind == "lstm_layer":
-        checks.check_dense(input, kind)
+    if role == "layer":
+        checks.check_dense(input, options.name)
         if input.dim() != 3:
             raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
         if not input.is_floating_point():
             raise TypeError(f"input should be of a floating point dtype, got: {input.dtype}")
         return _TIME_FIRST, input
-    if kind == "StackedLSTM":
+    if role == "stack":
         checks.check_tensor(input, "input")
-    rank = checks.check_rank_and_layout(input, kind, (2, 3))
-    if hx is not None and kind == "LSTM":
-        checks.check_rank_of_states(rank, hx)
+    rank = checks.check_rank_and_layout(input, options.name, (2, 3))
+    if hx is not None and role == "module":
+        (checks.check_rank_of_states if pairs else checks.check_rank_of_state)(rank, hx)
     if rank == 2:
         return _UNBATCHED, input.unsqueeze(1)
     return (_BATCH_FIRST, input.transpose(0, 1)) if options.batch_first else (_TIME_FIRST, input)
@@ -182,19 +185,21 @@ def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
 
 def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
     """A user's states, checked, as Call.states."""
-    match options.kind:
-        case "LSTM":
+    if options.one_state:
+        return _single_states(options, form, x, batch, hx)
+    match options.role:
+        case "module":
             h, c = (hx[0], hx[1]) if form.packed is None and form.batched else map(form.state_in, hx[:2])
             if h.shape != (options.rows, batch, options.width) or c.shape != (options.rows, batch, options.hidden):
                 checks.check_input(options, form, x, None)
                 checks.check_sizes_of_states(options, x, batch, (h, c))
             return [(h, c)]
-        case "LSTMCell":
+        case "cell":
             if type(hx) is not tuple or len(hx) != 2:
                 checks.check_states_of_a_cell(hx, form.batched)
             h, c = hx[0], hx[1]  # as torch does with an unbatched hx, of which it ignores the rest
             return [(h, c) if form.batched else (h.unsqueeze(0), c.unsqueeze(0))]
-        case "lstm_layer":
+        case "layer":
             checks.check_pair(hx)
             for i, (state, features) in enumerate(zip(hx, (options.sizes[0].width, options.sizes[0].hidden))):
                 checks.check_tensor(state, f"hidden[{i}]")
@@ -209,6 +214,27 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
             if list(state.shape) != wanted:
                 raise RuntimeError(f"Expected {name} of layer {k} of size {wanted}, got {list(state.shape)}")
         states.append((form.state_in(pair[0]), form.state_in(pair[1])))
+    return states
+
+
+def _single_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
+    """As _states, for a user who holds h alone."""
+    named = [("hidden", hx)]
+    if options.role == "stack":
+        checks.check_states(hx, len(options.sizes), "hx")
+        named = [(f"h of layer {k}", h) for k, h in enumerate(hx)]
+    states = []
+    for (name, state), rows, size in zip(named, options.blocks, options.sizes):
+        checks.check_tensor(state, "hx" if name == "hidden" else name)
+        if options.role == "cell":
+            checks.check_rank_of_hidden(state, options.name)
+        h = form.state_in(state)
+        expected = (*([rows] if options.leading else []), batch, size.hidden)
+        if h.shape != expected and options.role != "cell":
+            checks.check_input(options, form, x, None)
+            checks.check_size_of_state(name, h, expected, x)
+        # torch.compile does not let an operator have the same tensor twice.
+        states.append((h, h.clone() if torch.compiler.is_compiling() else h))
     return states
 
 
@@ -247,7 +273,7 @@ def _check_tensors(
             plain = False
         if asks and (h.requires_grad or c.requires_grad):
             learns = True
-    if options.kind == "LSTMCell":
+    if options.role == "cell":
         checks.check_cell(options, form, x, states[0], weights[0][0], alike)
     elif not alike:
         checks.check_input(options, form, x, weights)
@@ -261,15 +287,18 @@ def _reset_states(
     options: Options, form: Form, x: Tensor, sizes: tuple[int, int], traversal: Traversal, reset_states: Any
 ) -> list[State]:
     """A user's states to reset to, checked: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
-    if options.kind == "StackedLSTM":
-        checks.check_reset_pairs(reset_states, len(options.sizes))
-        pairs = [(pair, f"{RESET_STATES} of layer {k}") for k, pair in enumerate(reset_states)]
+    if options.role == "stack":
+        checks.check_reset_states(reset_states, len(options.sizes), options.one_state)
+        named = [(reset_state, f"{RESET_STATES} of layer {k}") for k, reset_state in enumerate(reset_states)]
     else:
-        pairs = [(reset_states, RESET_STATES)]
+        named = [(reset_states, RESET_STATES)]
     if traversal.resets is None:
         raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
     rows: list[State] = []
-    for (pair, name), count, size in zip(pairs, options.blocks, options.sizes):
+    for (pair, name), count, size in zip(named, options.blocks, options.sizes):
+        if options.one_state:
+            checks.check_tensor(pair, name)
+            pair = pair, pair
         checks.check_reset_pair(pair, name)
         lead = [count] if options.leading else []
         h, c = (

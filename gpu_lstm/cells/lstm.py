@@ -15,10 +15,31 @@ where LN(v) = gain (v - mean(v)) / sqrt(var(v) + EPS) + bias, over the 4H elemen
 c'; the biases of the first two are b_ih and b_hh.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..kernels.layer_norm import EPS
+
+FourGates = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Gates(NamedTuple):
+    """What one layer computes in one direction, at every step; zero past the end of a sequence."""
+
+    input: Tensor  # [T, B, H] i, from 0 to 1
+    forget: Tensor  # [T, B, H] f, from 0 to 1
+    output: Tensor  # [T, B, H] o, from 0 to 1
+    candidate: Tensor  # [T, B, H] g, from -1 to 1
+    cell: Tensor  # [T, B, H] c, after the step
+    hidden: Tensor  # [T, B, P] h, after the step; P = H without a projection
+
+
+def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
+    """The Gates of [T, B, 4H], [T, B, H] and [T, B, P]."""
+    i, f, g, o = gates.chunk(4, dim=2)
+    return Gates(i, f, o, g, c, h)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
@@ -33,17 +54,30 @@ def normalised(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
     return F.layer_norm(v, v.shape[-1:], gain, bias, EPS)
 
 
-def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Pre-activations [B, 4H], the state before and p -> i, f, g, o and c', each [B, H]."""
+def input_product(
+    x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, gain: Tensor | None
+) -> Tensor:
+    """What is known of z before the time loop, [T, B, 4H]: W_ih x + b_ih + b_hh."""
+    bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
+    return linear(x, weight, bias, gain).contiguous()
+
+
+def pre_activations(of_x: Tensor, of_h: Tensor) -> Tensor:
+    """z [B, 4H] from W_ih x + b_ih and W_hh h + b_hh, [B, 4H] each."""
+    return of_x + of_h
+
+
+def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[FourGates, Tensor]:
+    """Pre-activations [B, 4H], the state before and p -> (i, f, g, o) and c', each [B, H]."""
     i, f, g, o = z.chunk(4, dim=1)
     if peephole is not None:
         p_i, p_f, p_o = peephole.chunk(3)
         i, f = i + p_i * c, f + p_f * c
     i, f, g = i.sigmoid(), f.sigmoid(), g.tanh()
-    c = next_cell(i, f, g, c)
+    c = next_cell((i, f, g, o), c)
     if peephole is not None:
         o = o + p_o * c
-    return i, f, g, o.sigmoid(), c
+    return (i, f, g, o.sigmoid()), c
 
 
 def activate_in_place(z: Tensor, peephole: Tensor | None, c: Tensor | None) -> Tensor:
@@ -58,18 +92,20 @@ def activate_in_place(z: Tensor, peephole: Tensor | None, c: Tensor | None) -> T
     i_f.sigmoid_()
     g.tanh_()
     if peephole is not None and c is not None:
-        o.add_(p_o * next_cell(i, f, g, c))
+        o.add_(p_o * next_cell((i, f, g, o), c))
     o.sigmoid_()
     return z
 
 
-def next_cell(i: Tensor, f: Tensor, g: Tensor, c: Tensor) -> Tensor:
+def next_cell(gates: FourGates, c: Tensor) -> Tensor:
     """c' in the dtype of c, each [..., H]."""
+    i, f, g, _ = gates
     return f * c + i.to(c.dtype) * g
 
 
-def output(o: Tensor, c: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
+def output(gates: FourGates, c: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
     """m in the dtype of o, each [..., H]; c is the state after the step, normalised where there is a gain."""
+    o = gates[3]
     if gain is not None:
         c = normalised(c, gain.to(c.dtype), None if bias is None else bias.to(c.dtype))
     return o * c.tanh().to(o.dtype)

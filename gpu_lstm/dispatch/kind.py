@@ -82,7 +82,7 @@ def kind_of(call: Call) -> Kind:
         call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse, lengths=lengths,
         resets=traversal.resets is not None, dropout_h=options.recurrent_dropout > 0, zoneout_h=zoneout_h,
         zoneout_c=zoneout_c, reset_h=reset_c and zoneout_h is not None, reset_c=reset_c,
-        peepholes=weights.weight_peephole is not None, norms=tuple(norms),
+        peepholes=weights.weight_peephole is not None, norms=tuple(norms), cell=options.cell.name,
     )  # fmt: skip
     return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, norm_ih, like)
 

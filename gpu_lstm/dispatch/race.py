@@ -190,7 +190,7 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     """The call by a backend on random data, with its own weights; in training, backward too."""
     call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
     steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
-    shape = sizes if call.options.kind == "LSTMCell" else (steps, *sizes)
+    shape = sizes if call.options.role == "cell" else (steps, *sizes)
     # Uniform numbers; the caller has forked the generators.
     data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import graph, kernels, reference, schedule, torch_lstm
+from ..backends import graph, kernels, reference, schedule, torch_rnn
 from ..backends.schedule import Schedule, schedule_of
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.noise import with_weight_drop
@@ -48,10 +48,10 @@ def build(call: Call, kind: Kind, backend: Backend) -> Route:
     return Route(backend, kind.dtype, False, layers, schedule)
 
 
-def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None) -> tuple[Tensor, list[State]]:
+def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None) -> tuple[Tensor, list[State]]:
     """The output [T, B, D*P] (for a PackedSequence it may be [N, D*P]), and the final states as Call.states.
 
-    The reference appends the gates of every layer and direction to `record`, if there is one.
+    The reference appends the Steps of every layer and direction to `record`, if there is one.
     """
     if call.options.weight_drop:
         call = call._replace(weights=with_weight_drop(call.weights, call.options.weight_drop))
@@ -59,7 +59,7 @@ def run_by(route: Route, call: Call, record: list[reference.Gates] | None = None
         return graph.run_call(call.padded(), route.dtype, route.backend)
     match route.backend:
         case Backend.TORCH:
-            return torch_lstm.run_call(call, route.dtype)
+            return torch_rnn.run_call(call, route.dtype)
         case Backend.REFERENCE:
             return reference.run_call(call.padded(), route.dtype, record)
     assert route.schedule is not None

@@ -1,7 +1,8 @@
-"""The modules: LSTM and LSTMCell replace torch's own, StackedLSTM stacks layers of different sizes."""
+"""The modules: LSTM, GRU and their cells replace torch's own, StackedLSTM and StackedGRU have layers of different sizes."""
 
-from .cell import LSTMCell
+from .cell import GRUCell, LSTMCell
+from .gru import GRU
 from .lstm import LSTM
-from .stacked import StackedLSTM
+from .stacked import StackedGRU, StackedLSTM
 
-__all__ = ["LSTM", "LSTMCell", "StackedLSTM"]
+__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM"]

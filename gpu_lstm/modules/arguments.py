@@ -53,6 +53,12 @@ def is_probability(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
+def check_zoneout_of_one_state(zoneout: object) -> None:
+    """Raise ValueError for a pair, which is for h and c."""
+    if isinstance(zoneout, tuple):
+        raise ValueError(f"zoneout of a GRU should be one number in range [0, 1], for its one state, got {zoneout!r}")
+
+
 def norms_of(layer_norm: object) -> tuple[str, ...]:
     """The argument of the modules, checked, as names in the order of NORMS.
 
@@ -70,7 +76,7 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
 
 
 def layer_sizes(hidden_sizes: Sequence[int]) -> list[int]:
-    """The argument of StackedLSTM as a list, checked."""
+    """The argument of a stack as a list, checked."""
     if not isinstance(hidden_sizes, Sequence) or isinstance(hidden_sizes, str | bytes):
         raise TypeError(f"hidden_sizes should be a sequence of ints, got: {type(hidden_sizes).__name__}")
     if not hidden_sizes:

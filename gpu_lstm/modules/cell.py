@@ -1,10 +1,11 @@
-"""LSTMCell: a drop-in for torch.nn.LSTMCell."""
+"""LSTMCell and GRUCell: drop-ins for those of torch.nn."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.rnn import GRUCell as TorchGRUCell
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNCellBase
 
@@ -92,3 +93,64 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchLSTMCell)
+
+
+class GRUCell(Checked, RNNCellBase):
+    """A drop-in for torch.nn.GRUCell: one step of one layer, with the same parameters, results and errors.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, backend: as for LSTMCell.
+
+    Raises:
+        ValueError, TypeError: as GRU for these.
+
+    Example::
+
+        cell = gpu_lstm.GRUCell(10, 20)
+        h = cell(torch.randn(3, 10))
+    """
+
+    backend: BackendName | None = None
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None,
+    ) -> None:  # fmt: skip
+        name = accepted("backend", backend)
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self.backend = name
+
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Compute one step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: h, (N, H) or (H,). Default: zeros.
+
+        Returns:
+            h', as hx.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as torch.nn.GRUCell, in its words.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
+        if type(input) is not Tensor and (instead := traced(self, input, hx)) is not None:
+            return instead
+        options = self._options()
+        call = prepare(options, weights_of(self, options.names), input, hx)
+        return call.states_out(run(call)[1])
+
+    def _options(self) -> Options:
+        """From the attributes as they are now."""
+        return options_of("GRUCell", (self.hidden_size,), False, (), *[getattr(self, name) for name in OF_CELLS])
+
+    def extra_repr(self) -> str:
+        """As torch.nn.GRUCell, and the backend if one was chosen."""
+        return super().extra_repr() + repr_of(self, ())
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self, TorchGRUCell)

@@ -9,21 +9,21 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from ..backends.torch_lstm import packed
 from ..call.checks import check_bool, check_unprojected
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.weights import PEEPHOLES, State, Weights
+from ..call.weights import PEEPHOLES, State
 from ..dispatch.run import run
-from .arguments import NOT_OF_TORCH, Called, Checked, accepted, norms_of, repr_of, scriptable
+from .arguments import NOT_OF_TORCH, Called, norms_of, repr_of, scriptable
+from .recurrent import Recurrent
 from .tracing import traced
 from .variants import OF_LAYERS, HasVariants, weights_of
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
 
-class LSTM(Checked, HasVariants, RNNBase):
+class LSTM(Recurrent, HasVariants, RNNBase):
     """A drop-in for torch.nn.LSTM: the same arguments, parameters, initial weights, results and errors.
 
     Each layer computes, at every step, with gates in the order i, f, g, o::
@@ -82,13 +82,6 @@ class LSTM(Checked, HasVariants, RNNBase):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    # On the class, so that they are there in pickles of older modules.
-    backend: BackendName | None = None
-    recompute: bool = False
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_drop: float = 0.0
-
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
@@ -100,35 +93,11 @@ class LSTM(Checked, HasVariants, RNNBase):
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
         check_unprojected(bool(norms), proj_size)
-        ours = dict(backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
-                    weight_drop=weight_drop)  # fmt: skip
-        ours = {name: accepted(name, value) for name, value in ours.items()}  # before initial weights are drawn
-        # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
-        RNNBase.__init__(self, "LSTM", input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional,
-                         proj_size, device, dtype)  # fmt: skip
-        for name, value in ours.items():
-            setattr(self, name, value)
+        torchs = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
+        self._make("LSTM", torchs, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+                   zoneout=zoneout, weight_drop=weight_drop)  # fmt: skip
         for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
             self._add_variants(suffix, peepholes, norms)
-
-    # RNNBase caches the weights here. They are read from the module at every call instead, so that any way of replacing
-    # one works: functional_call, weight_norm, pruning, assignment.
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: list[Tensor | None]) -> None:
-        pass
-
-    def flatten_parameters(self) -> None:
-        """As torch's, but also for bfloat16, which torch skips: cuDNN would copy the weights at every call."""
-        super().flatten_parameters()
-        weights = [w for w in self._flat_weights if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
-        if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none are tied, as torch requires
-            with torch.no_grad():
-                for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
-                    weight.set_(part)  # type: ignore[call-overload]
 
     if TYPE_CHECKING:
         __call__: Called[State, State]
@@ -188,10 +157,6 @@ class LSTM(Checked, HasVariants, RNNBase):
             "LSTM", sizes, self._peepholes, self._norms, *[getattr(self, name) for name in OF_LAYERS], self.proj_size
         )
 
-    def _weights(self) -> list[list[Weights]]:
-        """[L][D], as the module has them now."""
-        return weights_of(self, self._options().names)
-
     # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
     get_expected_cell_size = TorchLSTM.get_expected_cell_size
     check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
@@ -199,7 +164,7 @@ class LSTM(Checked, HasVariants, RNNBase):
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTM, and our own arguments that are not at their defaults."""
-        return super().extra_repr() + repr_of(self, ("recompute", *NOT_OF_TORCH))
+        return RNNBase.extra_repr(self) + repr_of(self, ("recompute", *NOT_OF_TORCH))
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchLSTM)

@@ -187,7 +187,7 @@ def _how(call: Call, backend: Backend) -> str:
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
     packed = call.form.packed is not None
-    if packed and call.traversal.resets is None and call.options.kind == "LSTM":
+    if packed and call.traversal.resets is None and call.options.role == "module":
         return "torch's own LSTM runs the PackedSequence as it is"
     if packed or not call.traversal.is_plain():
         return "torch's own LSTM, a call for each layer and direction; gates are shut from outside at ends and resets"

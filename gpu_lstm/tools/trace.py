@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from ..backends.reference import Gates
+from ..backends.reference import Steps
 from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.prepare import prepare
 from ..call.weights import State
+from ..cells import EQUATIONS
+from ..cells.lstm import Gates
 from ..dispatch.kind import dtype_of
 from ..dispatch.route import Route, run_by
 from ..modules import LSTM, StackedLSTM
@@ -129,12 +131,13 @@ def trace(
         raise TypeError(f"trace accepts an LSTM or a StackedLSTM, got {type(lstm).__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
-    record: list[Gates] = []
+    record: list[Steps] = []
     call = prepare(lstm._options(), lstm._weights(), x, hx, lengths, resets, reset_states)
     y, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
     directions = call.options.directions
-    layers = [record[k : k + directions] for k in range(0, len(record), directions)]
+    named = [EQUATIONS[call.options.cell.name].gates_of(*steps) for steps in record]
+    layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     if isinstance(x, PackedSequence):
         lengths = pad_packed_sequence(x)[1].to(x.data.device)
-        layers = [[Gates(*map(call.form.state_out, gates)) for gates in layer] for layer in layers]  # sorted by length
+        layers = [[type(gates)(*map(call.form.state_out, gates)) for gates in layer] for layer in layers]  # sorted by length
     return Trace(call.form.output(y), call.states_out(states), layers, None if lengths is None else lengths.reshape(-1))

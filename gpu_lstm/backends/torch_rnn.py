@@ -1,14 +1,14 @@
-"""torch's own LSTM (ATen on the CPU, cuDNN on CUDA), with lengths and resets.
+"""torch's own LSTM and GRU (ATen on the CPU, cuDNN on CUDA), with lengths and resets.
 
-It supports neither, and its packed batches are slow. But a gate can be shut from outside: two more input features,
-with huge weights, turn a step into one that
+They support neither, and packed batches are slow. But a gate can be shut from outside: more input features, with huge
+weights, turn a step into one that
 
-    holds    i = 0, f = 1: c stays as it is          steps past the end of a sequence
-    clears   i = 0, f = 0: c and h become zero       between two episodes, which a reset separates
+    holds    LSTM i = 0, f = 1, GRU z = 1: the state stays as it is     steps past the end of a sequence
+    clears   LSTM i = f = 0, GRU r = z = n = 0: it becomes zero         between two episodes, which a reset separates
 
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
 
-cuDNN needs all weights in one buffer. Parameters of an LSTM are put there once (`LSTM.flatten_parameters`); other
+cuDNN needs all weights in one buffer. Parameters of a module are put there once (`flatten_parameters`); other
 weights, which may have changed, are put there at every call.
 """
 
@@ -26,9 +26,11 @@ from ..call.modes import Recording, is_transformed, modes
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
+from ..kernels.cells import GRU, cell_of
 from .layers import by_direction, cast, named, one_after_another, without_autocast
 
-lstm, lstm_cell = _VF.lstm, _VF.lstm_cell  # here, since looking up an attribute of _VF takes a microsecond
+# Here, since looking up an attribute of _VF takes a microsecond.
+lstm, gru, lstm_cell, gru_cell = _VF.lstm, _VF.gru, _VF.lstm_cell, _VF.gru_cell
 
 
 FEW = 3
@@ -41,16 +43,19 @@ LARGE = 1 << 20
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of a call, computed in `dtype`: the output and the final states, both as the call has them."""
     options = call.options
-    if options.kind == "LSTMCell":
+    if options.role == "cell":
+        if options.one_state:
+            h = gru_cell(call.x, call.states[0][0], *call.weights[0][0][:4])
+            return h, [(h, h)]
         state = lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
         return state[0], [state]
-    if options.kind == "LSTM" and call.traversal.is_plain():
+    if options.role == "module" and call.traversal.is_plain():
         packed = call.form.packed
         batch_sizes = None if packed is None else packed.batch_sizes
         y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes)
         return y, [state]
     call = call.padded()
-    if call.traversal.is_plain() and options.kind != "lstm_layer":
+    if call.traversal.is_plain() and options.role != "layer":
         if not options.in_one_call:
             return layer_by_layer(
                 call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training)
@@ -97,7 +102,7 @@ def stack(
     training: bool = False,
     batch_sizes: Tensor | None = None,  # as in a PackedSequence
 ) -> tuple[Tensor, State]:
-    """torch's own LSTM over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
+    """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     if x.is_cuda and not is_transformed() and len({t.untyped_storage()._cdata for t in flat}) > 1:
@@ -106,9 +111,12 @@ def stack(
     if not training:
         dropout = 0.0
         training = x.is_cuda and torch.is_grad_enabled()  # tells cuDNN whether there will be a backward
+    options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
+    if cell_of(layers[0][0].weight_hh, c0.shape[-1]) is GRU:
+        y, h_n = gru(x, h0, *options, False) if batch_sizes is None else gru(x, batch_sizes, h0, *options)
+        return y, (h_n, h_n)
     exact = c0.dtype is not x.dtype and is_exact(c0, x)
     hx = h0, c0.to(x.dtype) if exact else c0
-    options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
     if batch_sizes is None:
         y, h_n, c_n = lstm(x, hx, *options, False)
     else:
@@ -273,17 +281,23 @@ def _in_a_grid(
 
 def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | None, clears: Tensor | None) -> tuple:
     """h [S, B, P] and c_n [B, H] from x [S, B, I], where steps hold or clear the state, bool [S, B]; None: nowhere."""
-    (h0, c0), inputs, hidden = state, x.shape[2], weights.weight_hh.shape[0] // 4
+    (h0, c0), inputs, hidden = state, x.shape[2], state[1].shape[1]
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
+        huge = 3e4 if weights.weight_ih.dtype is torch.float16 else 1e30
+        if cell_of(weights.weight_hh, hidden) is GRU:  # r, z, n
+            shut = [(-clear, huge), (hold - clear, huge)]
+            if weights.bias_ih is not None:  # and its gradient is cancelled, too
+                shut.append((clear, -weights.bias_ih[2 * hidden :]))
+        else:  # i, f
+            shut = [(-hold - clear, huge), (hold - clear, huge)]
         # Tensor cores need rows of whole 16 bytes; in float16 torch lets cuDNN keep W_hh on chip if 128 divides I.
         unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
-        added = 2 + -(inputs + 2) % unit
-        features = F.pad(torch.stack([-hold - clear, hold - clear], dim=2), (0, added - 2))  # [S, B, added]
+        added = len(shut) + -(inputs + len(shut)) % unit
+        features = F.pad(torch.stack([feature for feature, _ in shut], dim=2), (0, added - len(shut)))  # [S, B, added]
         weight_ih = F.pad(weights.weight_ih, (0, added))
-        huge = 3e4 if weight_ih.dtype is torch.float16 else 1e30
-        weight_ih[:hidden, inputs].fill_(huge)  # of gate i
-        weight_ih[hidden : 2 * hidden, inputs + 1].fill_(huge)  # of gate f
+        for gate, (_, weight) in enumerate(shut):
+            weight_ih[gate * hidden : (gate + 1) * hidden, inputs + gate] = weight
         x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
     y, (_, c_n) = stack(x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
     return y, c_n[0]

@@ -1,0 +1,50 @@
+"""What a layer knows of a cell: the sizes of its weights, and which of its pre-activations x and h reach.
+
+A unit has four pre-activations and four gates, z [T, B, 4H], whatever its cell: so all kernels have the same tiles. The
+equations are in triton_lstm/cells/ and cupy_lstm/cuda/cells/, and in torch's operators in gpu_lstm/cells/.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Cell(NamedTuple):
+    """A cell by its sizes. In a Problem, and so in every key, stands its name."""
+
+    name: str
+    states: tuple[str, ...]  # what a user holds; inside always h, and c in float32
+    rows: int  # of each weight, in units of H
+    x_end: int  # x reaches the pre-activations before this one
+    h_start: int  # h reaches this one and those after it
+
+    def of_x(self, z: Tensor) -> Tensor:
+        """z [..., 4H] -> those that x reaches, [..., rows H]."""
+        return z if self.x_end == 4 else z[..., : z.shape[-1] // 4 * self.x_end]
+
+    def of_h(self, z: Tensor) -> Tensor:
+        """z [..., 4H] -> those that h reaches, [..., rows H], in torch's order."""
+        return z if self.h_start == 0 else z[..., z.shape[-1] // 4 * self.h_start :]
+
+    def from_torch(self, t: Tensor) -> Tensor:
+        """W_ih or b_ih [rows H, ...], from torch's order to that of the pre-activations."""
+        return t if self.h_start == 0 else t.roll(len(t) // self.rows, 0)
+
+    def to_torch(self, t: Tensor) -> Tensor:
+        """The reverse of `from_torch`."""
+        return t if self.h_start == 0 else t.roll(-(len(t) // self.rows), 0)
+
+
+LSTM = Cell("lstm", ("h", "c"), 4, 4, 0)  # i, f, g, o
+GRU = Cell("gru", ("h",), 3, 3, 1)  # n, r, z, s: the candidate has n of x and s of h; torch's order is r, z, n
+CELLS = {cell.name: cell for cell in (LSTM, GRU)}
+_EVERY = tuple(CELLS.values())
+
+
+def cell_of(weight_hh: Tensor, hidden: int) -> Cell:
+    """The cell of a layer, by the rows of its weights."""
+    rows = weight_hh.shape[0]
+    for cell in _EVERY:
+        if rows == cell.rows * hidden:
+            return cell
+    raise ValueError(f"expected weight_hh of {' or '.join(f'{cell.rows}H' for cell in _EVERY)} rows, got {rows}")
