@@ -20,7 +20,8 @@ from .tools.trace import trace
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU", "LSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune", "backend", "check", "compat", "convert",
+    "GRU", "LSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune", "backend",
+    "check", "compat", "convert",
     "explain", "from_haste", "functional", "keras", "racing", "resets_from_dones", "to_torch", "trace",
 ]  # fmt: skip
 

@@ -18,21 +18,21 @@ class Cell(NamedTuple):
     x_end: int  # x reaches the pre-activations before this one
     h_start: int  # h reaches this one and those after it
 
-    def of_x(self, z: Tensor) -> Tensor:
+    def of_x(self, z: Tensor, hidden: int) -> Tensor:
         """z [..., 4H] -> those that x reaches, [..., rows H]."""
-        return z if self.x_end == 4 else z[..., : z.shape[-1] // 4 * self.x_end]
+        return z if self.x_end == 4 else z[..., : self.x_end * hidden]
 
-    def of_h(self, z: Tensor) -> Tensor:
+    def of_h(self, z: Tensor, hidden: int) -> Tensor:
         """z [..., 4H] -> those that h reaches, [..., rows H], in torch's order."""
-        return z if self.h_start == 0 else z[..., z.shape[-1] // 4 * self.h_start :]
+        return z if self.h_start == 0 else z[..., self.h_start * hidden :]
 
-    def from_torch(self, t: Tensor) -> Tensor:
+    def from_torch(self, t: Tensor, hidden: int) -> Tensor:
         """W_ih or b_ih [rows H, ...], from torch's order to that of the pre-activations."""
-        return t if self.h_start == 0 else t.roll(len(t) // self.rows, 0)
+        return t if self.h_start == 0 else t.roll(self.h_start * hidden, 0)
 
-    def to_torch(self, t: Tensor) -> Tensor:
+    def to_torch(self, t: Tensor, hidden: int) -> Tensor:
         """The reverse of `from_torch`."""
-        return t if self.h_start == 0 else t.roll(-(len(t) // self.rows), 0)
+        return t if self.h_start == 0 else t.roll(-self.h_start * hidden, 0)
 
 
 LSTM = Cell("lstm", ("h", "c"), 4, 4, 0)  # i, f, g, o
@@ -41,9 +41,8 @@ CELLS = {cell.name: cell for cell in (LSTM, GRU)}
 _EVERY = tuple(CELLS.values())
 
 
-def cell_of(weight_hh: Tensor, hidden: int) -> Cell:
-    """The cell of a layer, by the rows of its weights."""
-    rows = weight_hh.shape[0]
+def cell_of(rows: int, hidden: int) -> Cell:
+    """The cell of a layer of H = `hidden`, by the rows of its weights."""
     for cell in _EVERY:
         if rows == cell.rows * hidden:
             return cell

@@ -193,7 +193,7 @@ def _check_count(of: str, count: int) -> None:
 def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
     """dh0 [1, B, P]: through the first step, unless it is reset; dh_n [1, B, P] where a sequence has no step."""
     inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
-    first = CELLS[p.cell].of_h(gradients.dgates[at])  # [B, rows H]; zero where length is 0
+    first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H]; zero where length is 0
     if inputs.gain_hh is not None:
         first = layer_norm.gradient(first, inputs.gain_hh, r.unit_hh.unit[at], r.unit_hh.scale[at])
     if inputs.resets is not None and not p.reverse:

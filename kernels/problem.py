@@ -198,7 +198,7 @@ def problem_of(inputs: Inputs, reverse: bool, precision: str, side_by_side: int 
         precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
         i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
         i.reset_c is not None, i.weight_peephole is not None,
-        (i.gain_hh is not None, i.gain_c is not None, i.bias_c is not None), cell_of(i.weight_hh, hidden).name,
+        (i.gain_hh is not None, i.gain_c is not None, i.bias_c is not None), cell_of(i.weight_hh.shape[0], hidden).name,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""An LSTM layer in NumPy, float64, written from the formulas: one sequence and one step at a time.
+"""An LSTM and a GRU layer in NumPy, float64, written from the formulas: one sequence and one step at a time.
 
 Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand.
 """
@@ -123,6 +123,63 @@ def layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None,
     return dx, dh0, dc0, *dweights, dreset_h, dreset_c
 
 
+def gru_layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *absent, lengths=None, resets=None,
+              reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
+    """As `layer`, of a GRU, whose only state is h: c0 and what is called c are not used, and c_n is zero."""
+    T, B, _ = x.shape
+    out, tape, h_n = np.zeros((T, *h0.shape)), [], h0.copy()
+    for b in range(B):
+        length, h = T if lengths is None else int(lengths[b]), h0[b]
+        for step, t in enumerate(reversed(range(length)) if reverse else range(length)):
+            boundary = t + 1 if reverse else t
+            reset = resets is not None and (step > 0 or not reverse) and bool(resets[boundary, b])
+            h_prev = h
+            if reset:
+                h_prev = np.zeros_like(h) if reset_h is None else reset_h[boundary, b]
+            h_in = h_prev if dropout_h is None else h_prev * dropout_h[b]
+            x_r, x_z, x_n = np.split(weight_ih @ x[t, b] + (0.0 if bias_ih is None else bias_ih), 3)
+            h_r, h_z, s = np.split(weight_hh @ h_in + (0.0 if bias_hh is None else bias_hh), 3)
+            r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
+            n = np.tanh(x_n + r * s)
+            stays = 0.0 if zoneout_h is None else zoneout_h[t, b]
+            out[t, b] = h = stays * h_prev + (1 - stays) * ((1 - z) * n + z * h_prev)
+            tape.append((b, t, boundary if reset else None, h_prev, h_in, r, z, n, s))
+        h_n[b] = h
+    return out, h_n, np.zeros_like(h_n), tape
+
+
+def gru_layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *absent, tape, dh, dh_n, dc_n,
+                        dropout_h=None, zoneout_h=None, zoneout_c=None, reset_h=None, reset_c=None):  # fmt: skip
+    """As `layer_gradients`, of a GRU."""
+    every = x, weight_ih, weight_hh, bias_ih, bias_hh, reset_h
+    dx, dw_ih, dw_hh, db_ih, db_hh, dreset_h = (None if a is None else np.zeros(a.shape) for a in every)
+    into_h = dh_n.copy()
+    for b, t, reset, h_prev, h_in, r, z, n, s in reversed(tape):
+        stays = 0.0 if zoneout_h is None else zoneout_h[t, b]
+        grad_h = dh[t, b] + into_h[b]
+        d = (1 - stays) * grad_h
+        dz_n = d * (1 - z) * (1 - n**2)
+        dz_r, dz_z = dz_n * s * r * (1 - r), d * (h_prev - n) * z * (1 - z)
+        of_x, of_h = np.concatenate([dz_r, dz_z, dz_n]), np.concatenate([dz_r, dz_z, dz_n * r])
+        dx[t, b] = weight_ih.T @ of_x
+        dw_ih += np.outer(of_x, x[t, b])
+        dw_hh += np.outer(of_h, h_in)
+        if bias_ih is not None:
+            db_ih += of_x
+            db_hh += of_h
+        into_h[b] = (1.0 if dropout_h is None else dropout_h[b]) * (weight_hh.T @ of_h) + d * z + stays * grad_h
+        if reset is not None:
+            if reset_h is not None:
+                dreset_h[reset, b] = into_h[b]
+            into_h[b] = 0
+    return dx, into_h, np.zeros_like(into_h), dw_ih, dw_hh, db_ih, db_hh, *absent, dreset_h, None
+
+
+def functions_of(h0, weight_hh):
+    """The layer of these sizes and its gradients: a GRU has three rows a unit."""
+    return (gru_layer, gru_layer_gradients) if len(weight_hh) == 3 * h0.shape[1] else (layer, layer_gradients)
+
+
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False, reverse=False):
     """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`).
 
@@ -135,7 +192,7 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
         outputs, final, taken = [], [], []
         for d, weights in enumerate(directions):
             noise, inputs = {} if noises is None else noises[k][d], (x, *states[k][d], *weights)
-            h, h_n, c_n, tape = layer(*inputs, lengths=lengths, resets=resets, reverse=reverse or d == 1, **noise)
+            h, h_n, c_n, tape = functions_of(inputs[1], weights[1])[0](*inputs, lengths=lengths, resets=resets, reverse=reverse or d == 1, **noise)
             outputs.append(h)
             final.append((h_n, c_n))
             taken.append((inputs, noise, tape))
@@ -152,7 +209,7 @@ def stack_gradients(tapes, dy, dfinals):
     dstates, dweights, dleft = [], [], []
     for (passed, taken), dfinal in zip(reversed(tapes), reversed(dfinals)):
         found = [
-            layer_gradients(*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)
+            functions_of(inputs[1], inputs[4])[1](*inputs, tape=tape, dh=dh, dh_n=dh_n, dc_n=dc_n, **noise)
             for (inputs, noise, tape), dh, (dh_n, dc_n) in zip(taken, np.split(dy, len(taken), axis=2), dfinal)
         ]
         dx = sum(dx for dx, *_ in found)

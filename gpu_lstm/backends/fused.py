@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..call.noise import Noise
 from ..call.sequences import Traversal, valid_steps
@@ -68,7 +67,7 @@ def _pre_activations(cell: str, i: Inputs, h: Tensor | None) -> Tensor:
     """x W_ih^T + b_ih + b_hh + h W_hh^T, [T, B, 4H]; `h` [T, B, P] is the operand of W_hh, None if it is zero."""
     z: Tensor = EQUATIONS[cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if h is not None and i.gain_hh is None:
-        CELLS[cell].of_h(z).flatten(0, 1).addmm_(h.flatten(0, 1), i.weight_hh.T)
+        CELLS[cell].of_h(z, i.c0.shape[-1]).flatten(0, 1).addmm_(h.flatten(0, 1), i.weight_hh.T)
     elif h is not None:
         z += lstm.linear(h, i.weight_hh, None, i.gain_hh)
     return z
@@ -102,7 +101,7 @@ class Saved(NamedTuple):
         """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
         if self.inputs.zoneout_c is None:
             return self.c
-        cell = cell_of(self.inputs.weight_hh, self.c.shape[2])
+        cell = cell_of(len(self.inputs.weight_hh), self.c.shape[2])
         c: Tensor = EQUATIONS[cell.name].next_cell(self.gates.chunk(4, dim=2), self.cell_before(traversal))
         return c
 
@@ -112,7 +111,7 @@ def gradients(
 ) -> dict[str, Tensor | None]:
     """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
     inputs, problem = saved.inputs, layer.problem
-    cell, equations = CELLS[problem.cell], EQUATIONS[problem.cell]
+    cell, equations, hidden = CELLS[problem.cell], EQUATIONS[problem.cell], problem.hidden
     traversal = traversal_of(inputs, problem.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
@@ -133,7 +132,8 @@ def gradients(
     loop = layer.backward(dh, dh_n, dc_n, saved.gates, saved.c, Recurrence(exact, of_hh, of_c), "h0" in needed)
 
     of: dict[str, Tensor | None] = {}
-    of_x, of_h = cell.of_x(loop.dgates), cell.of_h(loop.dgates)  # of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN
+    # Of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN.
+    of_x, of_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)
     if inputs.gain_ih is not None and not needed.isdisjoint(("x", "weight_ih", "gain_ih")):
         z = _without_padding(inputs.x, inputs.lengths) @ inputs.weight_ih.T
         of_x, of["gain_ih"] = _through_norm(loop.dgates, inputs.gain_ih, layer_norm.unit_of(z, 4 * problem.hidden))
@@ -144,18 +144,18 @@ def gradients(
     columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
     columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
     if "x" in needed:
-        of["x"] = of_x @ cell.from_torch(inputs.weight_ih)
+        of["x"] = of_x @ cell.from_torch(inputs.weight_ih, hidden)
     if "h0" in needed:
         of["h0"] = loop.dh0
     if "c0" in needed:
         of["c0"] = loop.dc0.to(inputs.c0.dtype)
     if "weight_ih" in needed:
-        of["weight_ih"] = cell.to_torch(columns_of_x @ _without_padding(inputs.x, inputs.lengths).flatten(0, 1))
+        of["weight_ih"] = cell.to_torch(columns_of_x @ _without_padding(inputs.x, inputs.lengths).flatten(0, 1), hidden)
     if "weight_hh" in needed:
         of["weight_hh"] = columns_of_h @ h_prev.flatten(0, 1)
     if "bias_ih" in needed or "bias_hh" in needed:
         of_biases = loop.dgates.sum((0, 1))  # [4H]
-        of["bias_ih"], of["bias_hh"] = cell.to_torch(cell.of_x(of_biases)), cell.of_h(of_biases)
+        of["bias_ih"], of["bias_hh"] = cell.to_torch(cell.of_x(of_biases, hidden), hidden), cell.of_h(of_biases, hidden)
     if "weight_hr" in needed:
         m = equations.output(saved.gates.chunk(4, dim=2), saved.cell_after(traversal), None, None)  # [T, B, H]
         of["weight_hr"] = loop.dh_total.flatten(0, 1).T @ _without_padding(m, inputs.lengths).flatten(0, 1)

@@ -82,7 +82,8 @@ def run_layer(
     x: Tensor, state: State, weights: Weights, traversal: Traversal,
     noise: Noise = NO_NOISE, record: list[Steps] | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """One layer, one direction, step by step, from x [T, B, I] and ([B, P], [B, H]). At each step, for an LSTM, see cells/:
+    """One layer, one direction, step by step, from x [T, B, I] and ([B, P], [B, H]). At each step, see cells/,
+    for an LSTM:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
@@ -139,7 +140,7 @@ def _step(
     """One step of x [B, I], from the states before it: its gates, c and h, [B, *]; `noise` is that of the step."""
     w = weights
     h_in = h if noise.dropout_h is None else noise.dropout_h * h
-    cell = EQUATIONS[cell_of(w.weight_hh, c.shape[1]).name]
+    cell = EQUATIONS[cell_of(len(w.weight_hh), c.shape[1]).name]
     of_x, of_h = linear(x, w.weight_ih, w.bias_ih, w.gain_ih), linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)
     gates, c_next = cell.step(cell.pre_activations(of_x, of_h), c, w.weight_peephole)  # [B, H] each
     h_next = cell.output(gates, c_next, w.gain_c, w.bias_c)

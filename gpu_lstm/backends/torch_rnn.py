@@ -112,7 +112,7 @@ def stack(
         dropout = 0.0
         training = x.is_cuda and torch.is_grad_enabled()  # tells cuDNN whether there will be a backward
     options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
-    if cell_of(layers[0][0].weight_hh, c0.shape[-1]) is GRU:
+    if cell_of(len(layers[0][0].weight_hh), c0.shape[-1]) is GRU:
         y, h_n = gru(x, h0, *options, False) if batch_sizes is None else gru(x, batch_sizes, h0, *options)
         return y, (h_n, h_n)
     exact = c0.dtype is not x.dtype and is_exact(c0, x)
@@ -285,8 +285,8 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
         huge = 3e4 if weights.weight_ih.dtype is torch.float16 else 1e30
-        if cell_of(weights.weight_hh, hidden) is GRU:  # r, z, n
-            shut = [(-clear, huge), (hold - clear, huge)]
+        if cell_of(len(weights.weight_hh), hidden) is GRU:  # r, z, n
+            shut: list[tuple[Tensor, float | Tensor]] = [(-clear, huge), (hold - clear, huge)]
             if weights.bias_ih is not None:  # and its gradient is cancelled, too
                 shut.append((clear, -weights.bias_ih[2 * hidden :]))
         else:  # i, f

@@ -72,6 +72,7 @@ class Call(NamedTuple):
 
     def states_out(self, states: list[State]) -> Any:
         """Final states, laid out as `self.states`, in the user's form."""
+        out: list[Any]
         if self.options.one_state:
             out = [self.form.state_out(h) for h, _ in states]
         elif self.form is _TIME_FIRST and self.options.role != "stack":

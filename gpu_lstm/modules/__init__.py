@@ -1,4 +1,4 @@
-"""The modules: LSTM, GRU and their cells replace torch's own, StackedLSTM and StackedGRU have layers of different sizes."""
+"""The modules: LSTM, GRU and their cells replace torch's own; stacks have layers of different sizes."""
 
 from .cell import GRUCell, LSTMCell
 from .gru import GRU

@@ -57,9 +57,11 @@ class GRU(Recurrent, RNNBase):
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
         check_zoneout_of_one_state(zoneout)
-        torchs = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0, device, dtype
-        self._make("GRU", torchs, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-                   zoneout=zoneout, weight_drop=weight_drop)  # fmt: skip
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
+        self._make(
+            "GRU", (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout, weight_drop=weight_drop,
+        )  # fmt: skip
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "zoneout":

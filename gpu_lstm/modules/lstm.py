@@ -93,9 +93,11 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
         check_unprojected(bool(norms), proj_size)
-        torchs = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype
-        self._make("LSTM", torchs, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-                   zoneout=zoneout, weight_drop=weight_drop)  # fmt: skip
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
+        self._make(
+            "LSTM", (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout, weight_drop=weight_drop,
+        )  # fmt: skip
         for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
             self._add_variants(suffix, peepholes, norms)
 

@@ -28,6 +28,10 @@ class Stack(Checked, nn.Module):
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
+    input_size: int
+    hidden_sizes: list[int]
+    dropout: float
+    _kind: str  # as options name it
 
     def __init__(
         self, sizes: tuple[int, Sequence[int]], flags: dict[str, bool], ours: dict[str, Any],
@@ -108,8 +112,8 @@ class Stack(Checked, nn.Module):
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
             recompute=False, **dict.fromkeys(REGULARISERS, 0.0), peepholes=False, layer_norm=False,
         )  # fmt: skip
-        parts += [f"{name}={value!r}" for name, default in defaults.items() if (value := getattr(self, name, default)) != default]
-        return ", ".join(parts)
+        given = {name: getattr(self, name, default) for name, default in defaults.items()}
+        return ", ".join(parts + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])
 
 
 class StackedLSTM(Stack):

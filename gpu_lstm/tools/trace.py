@@ -139,5 +139,5 @@ def trace(
     layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     if isinstance(x, PackedSequence):
         lengths = pad_packed_sequence(x)[1].to(x.data.device)
-        layers = [[type(gates)(*map(call.form.state_out, gates)) for gates in layer] for layer in layers]  # sorted by length
+        layers = [[type(gates)(*map(call.form.state_out, gates)) for gates in layer] for layer in layers]
     return Trace(call.form.output(y), call.states_out(states), layers, None if lengths is None else lengths.reshape(-1))
