@@ -1,4 +1,4 @@
-"""Swap torch's LSTMs inside a model for ours and back, and read the weights of Haste's."""
+"""Swap torch's LSTMs and GRUs inside a model for ours and back, and read the weights of Haste's LSTM."""
 
 import contextlib
 import inspect
@@ -10,18 +10,22 @@ from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules.rnn import GRUCell as TorchGRUCell
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from .. import compat as drop_in
 from ..call.checks import check_bool, check_tensor
-from ..modules import LSTM, LSTMCell, StackedLSTM
+from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast
 
 _log = logging.getLogger("gpu_lstm")
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell}
-_THEIRS: dict[type[nn.Module], type[nn.Module]] = {LSTM: TorchLSTM, drop_in.LSTM: TorchLSTM, LSTMCell: TorchLSTMCell}
+Classes = Mapping[type[nn.Module], type[nn.Module]]
+_OURS: Classes = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell, TorchGRU: GRU, TorchGRUCell: GRUCell}
+_COMPAT: Classes = {**_OURS, TorchLSTM: drop_in.LSTM, TorchGRU: drop_in.GRU}
+_THEIRS: Classes = {ours: torchs for table in (_OURS, _COMPAT) for torchs, ours in table.items()}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,18 +36,22 @@ def convert(model: TorchLSTM, compat: bool = False) -> LSTM: ...  # type: ignore
 @overload
 def convert(model: TorchLSTMCell, compat: bool = False) -> LSTMCell: ...  # type: ignore[overload-overlap]
 @overload
+def convert(model: TorchGRU, compat: bool = False) -> GRU: ...  # type: ignore[overload-overlap]
+@overload
+def convert(model: TorchGRUCell, compat: bool = False) -> GRUCell: ...  # type: ignore[overload-overlap]
+@overload
 def convert(model: Model, compat: bool = False) -> Model: ...
 def convert(model: nn.Module, compat: bool = False) -> nn.Module:
-    """Swap every torch.nn.LSTM and torch.nn.LSTMCell in `model`, in place, for gpu_lstm's.
+    """Swap every torch.nn.LSTM, LSTMCell, GRU and GRUCell in `model`, in place, for gpu_lstm's.
 
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
     objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
-    LSTMModule, which needs an instance of torch.nn.LSTM, an LSTM becomes a compat.LSTM. The logger "gpu_lstm" reports
+    LSTMModule, which needs an instance of torch.nn.LSTM, an LSTM becomes a compat.LSTM; a GRU likewise. The logger "gpu_lstm" reports
     at INFO what was swapped or left; a UserWarning says if nothing was, and no module of gpu_lstm was there before.
 
     Args:
-        compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM. Without it a UserWarning names
-            the classes of the model whose source asks isinstance(..., LSTM).
+        compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM, every GRU a compat.GRU. Without
+            it a UserWarning names the classes of the model whose source asks isinstance(..., LSTM), or GRU.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
@@ -52,24 +60,24 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
         TypeError: `model` is not a module, or `compat` no bool.
     """
     check_bool("compat", compat)
-    converted = _swap(model, _OURS | {TorchLSTM: drop_in.LSTM} if compat else _OURS, "convert")
+    converted = _swap(model, _COMPAT if compat else _OURS, "convert")
     if not compat and (asking := sorted({cls.__qualname__ for m in model.modules() for cls in _that_ask(type(m))})):
         warnings.warn(
             f"gpu_lstm: {', '.join(asking)} asks isinstance(..., LSTM) of modules, and a gpu_lstm.LSTM is no instance "
-            "of torch.nn.LSTM: convert(model, compat=True) makes them such",
+            "of torch.nn.LSTM, nor is a GRU: convert(model, compat=True) makes them such",
             stacklevel=2,
         )
     return converted
 
 
 def _that_ask(cls: type) -> list[type]:
-    """Those among a class and its bases, of a user's, whose source asks isinstance(..., LSTM)."""
+    """Those among a class and its bases, of a user's, whose source asks isinstance(..., LSTM), or GRU."""
     others = "torch.", "torchrl.", "builtins.", f"{__package__.rsplit('.', 1)[0]}."
     theirs = [c for c in cls.__mro__ if not f"{c.__module__}.".startswith(others)]
     return [c for c in theirs if _ASKS.search(_source_of(c))]
 
 
-_ASKS = re.compile(r"\bisinstance\([^\n]*\bLSTM\b")
+_ASKS = re.compile(r"\bisinstance\([^\n]*\b(LSTM|GRU)\b")
 
 
 def _source_of(cls: type) -> str:
@@ -84,27 +92,31 @@ def to_torch(model: LSTM) -> TorchLSTM: ...  # type: ignore[overload-overlap]
 @overload
 def to_torch(model: LSTMCell) -> TorchLSTMCell: ...  # type: ignore[overload-overlap]
 @overload
+def to_torch(model: GRU) -> TorchGRU: ...  # type: ignore[overload-overlap]
+@overload
+def to_torch(model: GRUCell) -> TorchGRUCell: ...  # type: ignore[overload-overlap]
+@overload
 def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
-    """Swap every gpu_lstm.LSTM, gpu_lstm.compat.LSTM and gpu_lstm.LSTMCell in `model`, in place, for torch.nn's.
+    """Swap every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, for torch.nn's.
 
-    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped. torch.nn.LSTM
-    accepts neither lengths nor resets.
+    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped. torch's
+    modules accept neither lengths nor resets.
 
     Raises:
-        TypeError: `model` is not a module, or there is a StackedLSTM in it.
-        ValueError: an LSTM has a regulariser or peepholes, which torch.nn.LSTM lacks. Either way nothing is swapped.
+        TypeError: `model` is not a module, or there is a StackedLSTM or a StackedGRU in it.
+        ValueError: one has a regulariser or peepholes, which torch's lack. Either way nothing is swapped.
     """
     return _swap(model, _THEIRS, "to_torch")
 
 
-def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], function: str) -> nn.Module:
+def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
     """All or nothing: errors come before the first swap, and an interrupt undoes all swaps."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} accepts a torch.nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = dict(model.named_modules())
     twins: dict[nn.Module, nn.Module] = {}
-    # TorchRL's modules check isinstance(lstm, torch.nn.LSTM), and behave differently if it is False.
+    # TorchRL's modules check isinstance(lstm, torch.nn.LSTM), or GRU, and behave differently if it is False.
     of_torchrl = (m for m in modules.values() if any(c.__module__.split(".")[0] == "torchrl" for c in type(m).__mro__))
     checked = {child for owner in of_torchrl for child in owner.children()}
     swapped, left, done = [], [], False
@@ -113,7 +125,7 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
         if classes is _THEIRS:
             _check_that_torch_has_it(repr(path) if path else where, module)
         if goal := classes.get(cls):
-            twins[module] = recast(module, drop_in.LSTM if goal is LSTM and module in checked else goal)
+            twins[module] = recast(module, _COMPAT[cls] if classes is _OURS and module in checked else goal)
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
         elif isinstance(module, tuple(classes.values())):
@@ -138,20 +150,21 @@ def _swap(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]], 
 
 
 def _check_that_torch_has_it(where: str, module: nn.Module) -> None:
-    if isinstance(module, StackedLSTM):
+    if isinstance(module, StackedLSTM | StackedGRU):
+        states, kind = ("a pair", "LSTM") if isinstance(module, StackedLSTM) else ("a tensor", "GRU")
         raise TypeError(
-            f"{where} is a StackedLSTM of sizes {module.hidden_sizes}, with a pair of states a layer; a torch.nn.LSTM "
-            "has layers of one size, and one pair of states for all"
+            f"{where} is a Stacked{kind} of sizes {module.hidden_sizes}, with {states} of states a layer; a "
+            f"torch.nn.{kind} has layers of one size, and {states.replace('a ', 'one ')} of states for all"
         )
     for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
         if value := getattr(module, name, 0.0):
-            raise ValueError(f"{where} has {name}={value}, which torch.nn.LSTM has not")
+            raise ValueError(f"{where} has {name}={value}, which {_name(_THEIRS[type(module)])} has not")
 
 
 def _name(cls: type) -> str:
     """The name of a class as users write it."""
     full = f"{cls.__module__}.{cls.__qualname__}"
-    return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.(rnn|lstm|cell|stacked)\.", r"\1.", full)
+    return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.(rnn|lstm|gru|cell|stacked)\.", r"\1.", full)
 
 
 def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
