@@ -28,6 +28,7 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.parameters import names_of
 
 DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def arguments(swapped: bool = False) -> list[dict]:
 
 def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str]:
     """Of one launch: what the library passed by name, and the driver got by position, against what is meant."""
-    runtime = [p.name for p in kernel.params if not p.is_constexpr]
+    runtime = [name for names in names_of(kernel) for name in names]
     names = [name for name in runtime if given.get(name) is not None]
     there = dict(zip(names, got))
     found = [] if len(got) >= len(names) and not any(got[len(names) :]) else [f"{names} became {got}"]  # and scratch: 0
