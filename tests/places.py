@@ -24,6 +24,7 @@ from gpu_lstm.backends import reference, torch_rnn
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, run
 from gpu_lstm.kernels.cards import Card
+from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
@@ -92,7 +93,7 @@ def held(monkeypatch, yield_rate=0.05, parts=1, asks_ahead=False) -> None:
     """Every launch is of the step family, of two groups of programs that hold W_hh of 16 units; backward in parts."""
 
     def plan(problem, backward):
-        count, inner = (parts, 4 * problem.hidden // parts) if backward else (1, problem.hidden)
+        count, inner = (parts, CELLS[problem.cell].rows * problem.hidden // parts) if backward else (1, problem.hidden)
         programs, tiles = count * -(-problem.hidden // (16 * count)), -(-problem.batch // 16)
         family = Held(power_of_two(max(16, inner)), count, asks_ahead)
         return Plan(family, 16, 16, programs, min(2, tiles), num_warps=4, shared=0, why="")
@@ -105,7 +106,9 @@ def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> Non
     warps = max(2, units // 4)
 
     def plan(problem, backward):
-        partners, gates = (parts, 4 // parts) if backward else (1, 1)
+        rows = CELLS[problem.cell].rows
+        share = parts if rows % parts == 0 else rows if parts > rows else 1
+        partners, gates = (share, rows // share) if backward else (1, 1)
         programs = partners * -(-problem.hidden // (partners * units))
         tiles, words = -(-problem.batch // 8), gates * -(-problem.hidden * problem.size // 4)
         chunks = -(-words // (16 * warps))

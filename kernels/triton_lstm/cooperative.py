@@ -4,9 +4,9 @@ The programs of one batch tile are a group, which never waits for another. Each 
 part of W_hh in registers. A group may have several batch tiles: forward requests the words of one before it computes
 the cell of the other. All programs of a launch must be resident at once.
 
-forward    A program holds the four gates' rows of its units, [4 UNITS, H], and publishes h of its units.
+forward    A program holds the gates' rows of its units, [4 UNITS, H], and publishes h of its units.
 backward   PARTNERS programs, 1, 2 or 4, own PARTNERS UNITS units together. Each holds W_hh^T of 4 / PARTNERS
-           gates for all of these, [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With partners
+           gates for all of these, [PARTNERS UNITS, 4 / PARTNERS H], and reads only the dgates of these gates. With partners
            it publishes its partial sums in a second, small exchange, and adds up all partners' for its own units.
 
 In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
@@ -25,11 +25,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cards import KB, Card
+from ..cells import CELLS
 from ..memory import EVERY_BIT, Buffer
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
-from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
+from .cells import cell_backward, cell_forward
+from .cells.lstm import gates_backward, normed_output_backward, output
 from .exchange import Wait, Words, collect, collect_at_once, in_phase, look, pack, publish
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .norm import (
@@ -209,14 +211,19 @@ def lstm_cooperative_forward_kernel(
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
-    for n in tl.static_range(UNITS // 2):
+    for n in tl.static_range((S.GATES * UNITS + 15) // 16 * 2):
         row = 8 * n + thread.column
         unit = first_unit + row % UNITS
-        rows = rows + (tl.where(unit < H, row // UNITS * H + unit, -1),)
+        there = unit < H
+        if S.GATES * UNITS % 16 > 0:
+            there &= row < S.GATES * UNITS
+        rows = rows + (tl.where(there, row // UNITS * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, S.CHUNKS)
 
     own = cell_of_thread(first_unit, ROW, S)
-    z_rows = (own.place, own.place + UNITS, own.place + 2 * UNITS, own.place + 3 * UNITS)
+    z_rows = ()
+    for n in tl.static_range(S.GATES):
+        z_rows = z_rows + (own.place + n * UNITS,)
     peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, own.unit, H)
     gain_hh = indexing.load_gates(norm_hh.gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
     affine_c = indexing.load_affine(norm_c.gain_c_ptr, norm_c.bias_c_ptr, own.unit, H) if NORM_C else None
@@ -247,6 +254,8 @@ def lstm_cooperative_forward_kernel(
             h_prev = scale(h_prev, factors_at, before.words.left, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE)
         z = sum_over_warps(parts, z_rows, (own.column,), thread.number < SEQUENCES * ROW, turn % 2, S.WARPS)
+        if S.GATES < 4:
+            z = (0.0,) + z
 
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
@@ -259,7 +268,7 @@ def lstm_cooperative_forward_kernel(
         if NORM_HH:
             mean, scale_hh = moments_of_group(z, own.is_cell, norm_hh.pairs_hh_ptr, sequence, wait, S)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
-        gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
+        gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES, S)
         if NORM_C:
             mean, scale_c = moments_of_group((c,), own.is_cell, norm_c.pairs_c_ptr, sequence, wait, S)
             h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
@@ -332,7 +341,7 @@ def add_sums(partials_ptr, sequence, unit, cells, wait, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_backward_kernel(
-    weights_ptr,  # [PARTNERS, H, 4 / PARTNERS * W] int32: W_hh^T of each partner's gates
+    weights_ptr,  # [PARTNERS, H, GATES / PARTNERS * W] int32: W_hh^T of each partner's gates
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     partials_ptr,  # [B, PARTNERS, H] int32: float32 words whose last bits are one beforehand; None without partners
     hidden: HiddenBackward,
@@ -349,7 +358,7 @@ def lstm_cooperative_backward_kernel(
     NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
     PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
-    K: tl.constexpr = 4 // PARTNERS * W  # words of dgates that the program multiplies
+    K: tl.constexpr = S.GATES // PARTNERS * W  # words of dgates that the program multiplies
     TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
     ROWS: tl.constexpr = PARTNERS * UNITS  # of W_hh^T: the units of all partners
     STRIDE: tl.constexpr = 16 * S.WARPS  # words from one chunk of a warp to its next
@@ -368,6 +377,9 @@ def lstm_cooperative_backward_kernel(
         unit = first_unit + 8 * n + thread.column
         rows = rows + (tl.where(unit < H, part * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, S.CHUNKS)
+    of_part_ptr = words_ptr + part * K
+    if S.GATES < 4:
+        of_part_ptr += (4 - S.GATES) * W
 
     own = cell_of_thread(first_unit + part * UNITS, ROW, S)
     places = sums_of_thread(first_unit, SUM_ROW, SUMS, S)
@@ -397,7 +409,7 @@ def lstm_cooperative_backward_kernel(
         next_continues = indexing.position(step + 1, sequence, batch, S.REVERSE).continues
 
         # Product: dh of the partners' units, as far as it comes from the part's gates.
-        words = dgates_after(step, tile, words_ptr + part * K, batch, K, S)
+        words = dgates_after(step, tile, of_part_ptr, batch, K, S)
         dz, delay = collect(words, Wait(error_ptr, step, delay, None), S.CHUNKS, 4, STRIDE, TOGETHER)
         parts = product(weights, dz, DTYPE)
         has_sums = thread.number < SEQUENCES * SUM_ROW
@@ -417,17 +429,16 @@ def lstm_cooperative_backward_kernel(
         # Cell.
         wait = Wait(error_ptr, step, delay, phase)
         gates = indexing.as_float(gates)
-        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells, S)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, *affine_c)
             sum_d = tl.where(lost, float("nan"), d_unit)
             mean_d, mean_d_unit = means_of_group(sum_d, d_unit * unit_c, norm_c.pairs_c_ptr, sequence, wait, 1, S)
             lost |= is_of_a_timeout(mean_d, error_ptr)
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
+            dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
         else:
-            dz_o, dc_of_m = output_backward(gates[3], c, dh)
-            dc += dc_of_m
-        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
+            dz, dc_prev = cell_backward(gates, c_prev, c, dh, dc, peepholes, PEEPHOLES, S)
         if cell.zoneout_c_ptr is not None:
             dc_prev += dc_from_zoneout
 
@@ -456,12 +467,13 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
     if problem.projects_in_loop or problem.batch == 0 or problem.exact_float32:
         return
-    for partners in (1, 2, 4) if backward else (1,):
-        words = ceil(problem.hidden * problem.size / 4) * (4 // partners if backward else 1)
+    gates = CELLS[problem.cell].rows
+    for partners in [n for n in (1, 2, 3, 4) if gates % n == 0] if backward else (1,):
+        words = ceil(problem.hidden * problem.size / 4) * (gates // partners if backward else 1)
         warps = 8 if words > 64 else 4
         chunks = ceil(words / (16 * warps))
         for units in range(4, 4 * warps + 1, 4):
-            rows = units * (partners if backward else 4)  # of weights; see the top of this file
+            rows = units * partners if backward else ceil(units * gates / 16) * 16  # of weights; see the top
             programs = partners * ceil(problem.hidden / (partners * units))
             registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
             tiles = ceil(problem.batch / 8)
@@ -511,7 +523,7 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
 
 def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """As forward_operands, for backward."""
-    weights = transposed_gates(r.inputs.weight_hh, p.hidden, plan.family.partners)
+    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p.hidden)
     return {"weights_ptr": weights, "words_ptr": memory[EXCHANGED].view(torch.int32)}
 
 

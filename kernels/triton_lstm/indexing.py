@@ -14,7 +14,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .cell import mix, mix_backward, next_cell
+from .cells import next_cell
+from .cells.lstm import mix, mix_backward
 
 Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common
 Sequences = namedtuple("Sequences", "index in_batch length")  # of some: where in the batch, whether there is one
@@ -172,6 +173,16 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
 
 
 @triton.jit
+def row_of_gate(gate, unit, S: tl.constexpr):
+    """The row of W_hh for a gate of units; -1 where there is none."""
+    FIRST: tl.constexpr = 4 - S.GATES  # the gates before have no part from h
+    row = tl.where(unit < S.H, gate * S.H + unit, -1)
+    if FIRST > 0:
+        row = tl.where((unit < S.H) & (gate >= FIRST), (gate - FIRST) * S.H + unit, -1)
+    return row
+
+
+@triton.jit
 def split_gates(z):
     """[rows, 4 * UNITS] with those columns -> (i, f, g, o), each [rows, UNITS]."""
     ig, fo = tl.split(tl.reshape(z, (z.shape[0], z.shape[1] // 4, 2, 2)))
@@ -313,11 +324,11 @@ def zoneout_h_backward(dh, hidden, cells):
 
 
 @triton.jit
-def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells):
+def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells, S: tl.constexpr):
     """Gradient of c after zoneout -> (that of c as the step computed it, this c, the gradient of c_prev by zoneout)."""
     dc_prev = tl.zeros_like(dc)
     if zoneout_c_ptr is not None:
-        c = next_cell(gates, c_prev)  # the saved one is after zoneout
+        c = next_cell(gates, c_prev, S)  # the saved one is after zoneout
         dc_prev, dc = mix_backward(load_share(zoneout_c_ptr, cells), dc)
     return dc, c, dc_prev
 

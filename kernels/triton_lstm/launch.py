@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cards import REGISTERS
+from ..cells import CELLS
 from ..layer import Chosen, Layer, Refuses, Verify
 from ..memory import Buffer, allocate, checking, gradients_in, gradients_of, margins, results_of
 from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
@@ -181,7 +182,7 @@ def _sizes(p: Problem, plan: Plan) -> Sizes:
     of_family = {"BLOCK_K" if name == "k" else name.upper(): n for name, n in dataclasses.asdict(plan.family).items()}
     per = max(1, 4 // p.size)
     return Sizes(
-        H=p.hidden, P=p.width, REVERSE=p.reverse, PRECISION=p.precision, PER=per, W=ceil(p.hidden / per),
+        CELL=p.cell, GATES=CELLS[p.cell].rows, H=p.hidden, P=p.width, REVERSE=p.reverse, PRECISION=p.precision, PER=per, W=ceil(p.hidden / per),
         BLOCK_B=plan.rows, UNITS=plan.units, WARPS=plan.num_warps, HELD=isinstance(plan.family, Held), **of_family,
     )  # fmt: skip
 
@@ -254,5 +255,5 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
     if p.norms[1]:
         unit_c = Unit(zeros(p.steps, p.batch, p.hidden, dtype=f32), zeros(p.steps, p.batch, dtype=f32))
     in_loop = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
-    inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(4 * p.hidden, 0), **in_loop)
+    inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)
     return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, unit_hh, unit_c)

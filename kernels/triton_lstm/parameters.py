@@ -9,7 +9,8 @@ tensors are None:
     c [T*B, H] float32                        out: None where nothing is saved for backward; gates are not either then
     c_n [B, H] float32                        out: c after every step; in the cooperative family c0 beforehand
     lengths [B]  resets [T*B]  error [1] int32, see timeouts.py
-    weight_hh [4H, P]  weight_hr [P, H]  weight_peephole [3H]  dropout_h [B, P]
+    weight_hh [4H, P], of a GRU [3H, P]
+    weight_hr [P, H]  weight_peephole [3H]  dropout_h [B, P]
     zoneout_h [T*B, P] or one float32         reset_h [T*B, P], read with zoneout_h alone
     zoneout_c [T*B, H] or one float32         reset_c [T*B, H] float32
     gain_hh [4H]  gain_c [H]  bias_c [H]      of the layer norms of W_hh h and of c, and what they normalised:
@@ -30,6 +31,8 @@ Pointer = Any  # to a tensor, or None
 class Sizes(NamedTuple):
     """The constants of a kernel: what its problem is, and how the plan divides it."""
 
+    CELL: str
+    GATES: int  # rows of W_hh a unit: of its last so many gates
     H: int
     P: int
     REVERSE: bool

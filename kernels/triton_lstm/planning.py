@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from ..cards import L2_BYTES, SHARED_BYTES, Card
+from ..cells import CELLS
 from ..problem import Problem
 
 # Data sheets.
@@ -208,7 +209,7 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
     """A program processes its batch tiles one after another, each in a turn."""
     count, products, shared = _on_chip(problem, card, plan, backward)
     partners, several_tiles = plan.family.partners, plan.tiles_per_program > 1
-    gates = 4 // partners if backward else 1
+    gates = CELLS[problem.cell].rows // partners if backward else 1
     words = _l2_clocks(gates * plan.rows * problem.hidden * problem.size, card, plan)
     turn: dict[str, float] = {
         "instructions, shared memory, or words from L2": max(count, shared, words),
@@ -243,18 +244,19 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
 
     Instructions are fitted to it, to 10 %; the others are exact.
     """
-    units, warps, chunks = plan.units, plan.num_warps, plan.family.chunks
+    units, warps, chunks, of_unit = plan.units, plan.num_warps, plan.family.chunks, CELLS[problem.cell].rows
     if isinstance(plan.family, Resident):
         cells = units // (4 * warps)  # of a thread
-        products, gates = 2 * chunks * cells, 4 if backward else 1
+        products, gates = 2 * chunks * cells, of_unit if backward else 1
+        products = products * of_unit // 4 if backward else products  # forward a tile has rows of zeros
         instructions = (100 if backward else 95) * cells + products
         shared = gates * (cells * problem.size + 16 * chunks)
         if problem.normalised:  # eight sums over the block, of a word written and read each
             instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
     partners = plan.family.partners
-    rows = units * (partners if backward else 4)  # of weights
-    sums = ceil(rows / (4 * warps)) if backward else 4
+    rows = units * partners if backward else ceil(units * of_unit / 16) * 16  # of weights
+    sums = ceil(rows / (4 * warps)) if backward else of_unit
     instructions = 18 * chunks + 290 * problem.normalised
     if backward:
         instructions += 245 + 42 * sums if partners > 1 else 218
@@ -275,7 +277,7 @@ def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
     """W_hh is read tile by tile from L2, which is assumed to hold it; a barrier ends each round."""
     hidden, width, parts = problem.hidden, problem.width, plan.family.parts
     # Units of each round, columns of the product for each, and K.
-    rounds = [(width, parts, 4 * hidden // parts)] if backward else [(hidden, 4, width)]
+    rounds = [(width, parts, CELLS[problem.cell].rows * hidden // parts)] if backward else [(hidden, 4, width)]
     if problem.projected:
         rounds.append((hidden, 1, width) if backward else (width, 1, hidden))
     barriers = len(rounds) + (parts > 1) + problem.normalised * (1 if backward else 2)
@@ -349,7 +351,8 @@ def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) 
     """The product, then what its kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
     batch, hidden, size = problem.batch, problem.hidden, problem.size
     multiprocessors = max(1, card.multiprocessors // problem.side_by_side)
-    outputs, k = (hidden, 4 * hidden) if backward else (4 * hidden, hidden)
+    rows = CELLS[problem.cell].rows * hidden
+    outputs, k = (hidden, rows) if backward else (rows, hidden)
     tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
     parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
     rate = CUBLAS[1] * 128  # multiply-adds a clock

@@ -13,11 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..cells import CELLS
 from ..memory import Buffer
 from ..problem import Problem
 from ..projection import products_in
 from . import indexing
-from .cell import cell_forward, gates_backward, next_cell, output_backward
+from .cells import cell_backward, cell_forward, next_cell
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
 from .planning import Plan, Pointwise, power_of_two
 
@@ -46,7 +47,7 @@ def lstm_pointwise_forward_kernel(
         c_prev = indexing.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cell.reset_c_ptr, cells)
     peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
     # In padding h is zero, since all was loaded as zero.
-    gates, c, h = cell_forward(x, z, c_prev, peepholes, cell.weight_peephole_ptr is not None)
+    gates, c, h = cell_forward(x, z, c_prev, peepholes, cell.weight_peephole_ptr is not None, S)
     c = indexing.zoneout(cell.zoneout_c_ptr, cells, c_prev, c)
     is_last = (step == sequence.length - 1)[:, None]
     tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & is_last if SAVE else cells.valid)
@@ -77,12 +78,12 @@ def lstm_pointwise_backward_kernel(
     dh = indexing.gradient_of_h(dh, tile, step, hidden)
     gates = indexing.load_gates(saved.gates_ptr, cells.gates_at, cells.valid, S.H)
     c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, S.H)
-    c = next_cell(gates, c_prev)  # not loaded: memory is what large batches wait for
+    c = next_cell(gates, c_prev, S)  # not loaded: memory is what large batches wait for
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells)
-    dz_o, dc_of_h = output_backward(gates[3], c, dh)
+    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells, S)
     peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
-    dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes, cell.weight_peephole_ptr is not None)
+    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
+    dz, dc_prev = cell_backward(gates, c_prev, c, dh, dc, peepholes, PEEPHOLES, S)
     dc_prev += dc_from_zoneout
     # In padding every factor was loaded as zero, so its gradients are zero.
     indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
@@ -128,13 +129,13 @@ def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str,
         operand = arguments["dropout_h_ptr"] * operand
     if p.resets and not p.reverse:  # in reverse none is before the first step
         operand = operand.masked_fill(arguments["resets_ptr"][0, :, None], 0)
-    times = range(arguments["T"])
+    times, cell = range(arguments["T"]), CELLS[p.cell]
     with products_in(p.precision):
         for step, time in enumerate(reversed(times) if p.reverse else times):
             if z is None:
-                gates[time].addmm_(operand, weight)
+                cell.of_h(gates[time], p.hidden).addmm_(operand, weight)
             else:
-                torch.mm(operand, weight, out=z)
+                torch.mm(operand, weight, out=cell.of_h(z, p.hidden))
             launch(arguments | {"step": step})
             operand = h[time] if h_next is None else h_next
 
@@ -142,12 +143,13 @@ def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str,
 def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
     """As forward_steps, from the last to the first."""
     dgates, dz, dh_next = (arguments.get(name) for name in ("dgates_ptr", "dz_ptr", "dh_next_ptr"))
-    times = range(arguments["T"])
+    times, cell = range(arguments["T"]), CELLS[p.cell]
     with products_in(p.precision):
         for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
             launch(arguments | {"step": step})
             if step:
-                torch.mm(dgates[time] if dz is None else dz, arguments["weight_hh_ptr"], out=dh_next)
+                of_h = cell.of_h(dgates[time] if dz is None else dz, p.hidden)
+                torch.mm(of_h, arguments["weight_hh_ptr"], out=dh_next)
 
 
 LOOPS = forward_steps, backward_steps

@@ -17,11 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cards import Card
+from ..cells import CELLS
 from ..memory import Buffer
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing
-from .cell import cell_forward, gates_backward, mix_backward, normed_output_backward, output, output_backward
+from .cells import cell_backward, cell_forward
+from .cells.lstm import gates_backward, mix_backward, normed_output_backward, output
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Cells, Position, Sequences
 from .norm import EPS, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
@@ -135,13 +137,13 @@ def normalise_products(z, gain_hh, owned, H: tl.constexpr):
 
 
 @triton.jit
-def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr, PEEPHOLES: tl.constexpr):
+def normed_cells(before, z, peepholes, affine_c, owned, PEEPHOLES: tl.constexpr, S: tl.constexpr):
     """(gates, c, m) of each cell, with m = o tanh(LN(c))."""
     gates, c, normed = (), (), ()
     for n in tl.static_range(len(z)):
-        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
+        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES, S)
         gates, c = gates + (of_cell,), c + ((c_next,),)
-    mean, scale = moments(c, owned, H)
+    mean, scale = moments(c, owned, S.H)
     for n in tl.static_range(len(z)):
         (c_next,) = c[n]
         m = output(gates[n][3], normalise(c_next, mean[n % 2], scale[n % 2], *affine_c[n]))
@@ -166,7 +168,7 @@ def lstm_resident_forward_kernel(
     rows = ()
     for n in tl.static_range(2 * CELLS):
         unit = owned.units[n // 4 * 2]
-        rows = rows + (tl.where(unit < H, n % 4 * H + unit, -1),)
+        rows = rows + (indexing.row_of_gate(n % 4, unit, S),)
     weights = load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
@@ -188,14 +190,14 @@ def lstm_resident_forward_kernel(
         if norm_hh.gain_hh_ptr is not None:
             z = normalise_products(z, gain_hh, owned, H)
         if norm_c.gain_c_ptr is not None:
-            new = normed_cells(before, z, peepholes, affine_c, owned, H, PEEPHOLES)
+            new = normed_cells(before, z, peepholes, affine_c, owned, PEEPHOLES, S)
         h, c = (), ()
         for n in tl.static_range(CELLS):
             each = Cells(*now.cells[n])
             if norm_c.gain_c_ptr is not None:
                 gates, c_next, h_next = new[n]
             else:  # here, not earlier: the fewer gates wait to be stored, the fewer the instructions
-                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
+                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES, S)
             c_next = indexing.zoneout(cell.zoneout_c_ptr, each, before.c[n], c_next)
             if hidden.zoneout_h_ptr is not None:
                 h_before = indexing.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, each)
@@ -261,17 +263,22 @@ def normed_outputs_backward(gates, dm, now, owned, norm_c, H: tl.constexpr):
 
 
 @triton.jit
-def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES: tl.constexpr):
+def cells_backward(dc, activations, dm, outputs, now, peepholes, cell, S: tl.constexpr):
     """(dz, gradient of c before the step) of each cell; zero in padding, where every factor was loaded as zero."""
+    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     dz, dc_before = (), ()
     for n in tl.static_range(len(dc)):
-        cell = Cells(*now.cells[n])
-        gates, c_prev = activations.gates[n], activations.c_prev[n]
-        of_c = tl.where(cell.valid, dc[n], 0.0)
-        of_c, c, from_zoneout = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, activations.c[n], c_prev, cell)
-        dz_o, of_c_by_m = output_backward(gates[3], c, dm[n]) if outputs is None else outputs[n]
-        of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n], PEEPHOLES)
-        if zoneout_c_ptr is not None:
+        each, gates, c_prev = Cells(*now.cells[n]), activations.gates[n], activations.c_prev[n]
+        of_c = tl.where(each.valid, dc[n], 0.0)
+        of_c, c, from_zoneout = indexing.zoneout_c_backward(
+            of_c, cell.zoneout_c_ptr, gates, activations.c[n], c_prev, each, S
+        )
+        if outputs is None:
+            of_gates, of_c_prev = cell_backward(gates, c_prev, c, dm[n], of_c, peepholes[n], PEEPHOLES, S)
+        else:
+            dz_o, of_c_by_m = outputs[n]
+            of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n], PEEPHOLES)
+        if cell.zoneout_c_ptr is not None:
             of_c_prev += from_zoneout
         dz, dc_before = dz + (of_gates,), dc_before + (of_c_prev,)
     return dz, dc_before
@@ -300,29 +307,28 @@ def normed_products_backward(dz, now, owned, norm_hh, H: tl.constexpr, DTYPE: tl
 def product_with_dz(weights, dz, elements, owned, turn, DTYPE: tl.constexpr, S: tl.constexpr):
     """W_hh^T dz of each cell, gate by gate: of each gate and then cell, `elements` is the place in a row of dz."""
     operand, products, dh = (), (), ()
-    for gate in tl.static_range(4):
+    for gate in tl.static_range(4 - S.GATES, 4):
         for n in tl.static_range(len(dz)):
             operand = operand + (dz[n][gate].to(DTYPE),)
-    shared = share(operand, owned.columns, elements, turn, 4 * S.CHUNKS)
-    for gate in tl.static_range(4):
-        words = take(shared, gate * S.CHUNKS, S.CHUNKS, 4 * S.CHUNKS, S.WARPS)
+    shared = share(operand, owned.columns, elements, turn, S.GATES * S.CHUNKS)
+    for gate in tl.static_range(S.GATES):
+        words = take(shared, gate * S.CHUNKS, S.CHUNKS, S.GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
-    i, f, g, o = products
     for n in tl.static_range(len(dz)):
-        dh = dh + ((i[n] + f[n]) + (g[n] + o[n]),)
+        others = products[2][n] + products[3][n] if S.GATES == 4 else products[2][n]
+        dh = dh + ((products[0][n] + products[1][n]) + others,)
     return dh
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_backward_kernel(
-    weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
+    weights_ptr,  # [GATES, H, W] int32: W_hh^T of each gate
     hidden: HiddenBackward,  # dh_from_zoneout is written at the first step alone
     cell: CellBackward, saved: Saved, norm_hh: NormHH, norm_c: NormC, dh_total_ptr, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
     H: tl.constexpr = S.H
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
@@ -333,10 +339,10 @@ def lstm_resident_backward_kernel(
     first_word = threads(S.WARPS).quarter * 4
     for n in tl.static_range(CELLS // 2):
         rows = rows + (tl.where(owned.units[2 * n] < H, owned.units[2 * n], -1),)
-    for gate in tl.static_range(4):
+    for gate in tl.static_range(S.GATES):
         of_gate = weights_ptr + gate * H * S.W
         weights = weights + (load_weights(of_gate, rows, first_word, S.W, 16, DTYPE, S.CHUNKS),)
-        for n in tl.static_range(CELLS):  # four gates of UNITS units are a row of K
+        for n in tl.static_range(CELLS):  # the gates of UNITS units are a row of K
             elements_of_dz = elements_of_dz + (gate * S.UNITS + owned.units[n],)
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
@@ -357,7 +363,7 @@ def lstm_resident_backward_kernel(
         outputs = None
         if norm_c.gain_c_ptr is not None:
             outputs = normed_outputs_backward(activations.gates, dm, now, owned, norm_c, H)
-        dz, dc_before = cells_backward(dc, activations, dm, outputs, now, peepholes, cell.zoneout_c_ptr, PEEPHOLES)
+        dz, dc_before = cells_backward(dc, activations, dm, outputs, now, peepholes, cell, S)
         dz_hh = dz
         if norm_hh.gain_hh_ptr is not None:
             dz_hh = normed_products_backward(dz, now, owned, norm_hh, H, DTYPE)
@@ -420,7 +426,7 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
 
 def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """As forward_operands, for backward."""
-    return {"weights_ptr": transposed_gates(r.inputs.weight_hh, p.hidden)}
+    return {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p.hidden)}
 
 
 OPERANDS = forward_operands, backward_operands

@@ -20,17 +20,20 @@ import triton
 import triton.language as tl
 
 from ..cards import Card
+from ..cells import CELLS
 from ..memory import Buffer
 from ..problem import Problem
 from . import indexing
-from .cell import cell_forward, gates_backward, normed_output_backward, output, output_backward
+from .cells import cell_backward, cell_forward
+from .cells.lstm import gates_backward, normed_output_backward, output
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Pointer, Saved
 from .planning import Held, Plan, Step, expected, power_of_two
 
-# Rows [rows] of a tensor [*, K] that other programs wrote: zeros where not `mask`, else times factors [*, K] or None.
+# Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask`, else times factors [*, K] or
+# None.
 Rows = namedtuple("Rows", "ptr row mask factors_ptr factors_row")
 # Columns [columns] of weights: offset of each one's first element, whether there is one, from one k to the next.
 Columns = namedtuple("Columns", "ptr at mask stride")
@@ -39,13 +42,13 @@ Normed = namedtuple("Normed", "unit_ptr gain_ptr scale mean_d mean_d_unit")
 
 
 @triton.jit
-def product(rows, columns, normed, K: tl.constexpr, S: tl.constexpr):
-    """Rows @ Columns, [rows, columns] float32, over K in tiles. With `normed` rows are the gradient of a layer norm's
+def product(rows, columns, normed, K: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr):
+    """Rows @ Columns, [rows, columns] float32, over K in tiles, of rows that are STRIDE apart. With `normed` rows are the gradient of a layer norm's
     result, and the product is of the gradient of what was normalised."""
     acc = tl.zeros((rows.row.shape[0], columns.at.shape[0]), tl.float32)
     for k_start in range(0, K, S.BLOCK_K):
         k = k_start + tl.arange(0, S.BLOCK_K)
-        a, at, in_a = load_rows(rows, k, K)
+        a, at, in_a = load_rows(rows, k, K, STRIDE)
         if normed is not None:
             unit = tl.load(normed.unit_ptr + at, mask=in_a, other=0.0).to(tl.float32)
             gain = tl.load(normed.gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
@@ -66,9 +69,9 @@ def product_of_held(held, a, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, k, K: tl.constexpr):
+def load_rows(rows, k, K: tl.constexpr, STRIDE: tl.constexpr):
     """Columns k of Rows, times the factors; where they lie; which of them there are."""
-    at, in_a = rows.row[:, None] * K + k[None, :], rows.mask[:, None] & (k < K)[None, :]
+    at, in_a = rows.row[:, None] * STRIDE + k[None, :], rows.mask[:, None] & (k < K)[None, :]
     a = tl.load(rows.ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
     if rows.factors_ptr is not None:
         a *= tl.load(rows.factors_ptr + rows.factors_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
@@ -109,7 +112,7 @@ def h_before(batch_tile, step, call, poll_limit, S: tl.constexpr):
     place = indexing.position(step, sequence, call.batch, S.REVERSE)
     row, index = indexing.row_before(step, place.time, sequence.index, call.batch.B, S.REVERSE), sequence.index
     rows = Rows(call.h_prev_ptr, row, place.continues, call.hidden.dropout_h_ptr, index.to(tl.int64))
-    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.P)[0]
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.P, S.P)[0]
 
 
 @triton.jit
@@ -119,9 +122,19 @@ def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
         poll_limit = wait_for_tile(call.arrivals, batch_tile, times, poll_limit, step)
     sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
     place = indexing.position(step + 1, sequence, call.batch, S.REVERSE)
-    row = place.row * S.PARTS + tl.program_id(0) % S.PARTS
-    rows = Rows(call.cell.dgates_ptr, row, place.continues, None, row)
-    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), 4 * S.H // S.PARTS)[0]
+    rows = rows_of_dgates(call.cell.dgates_ptr, place.row, place.continues, tl.program_id(0) % S.PARTS, S)
+    K: tl.constexpr = S.GATES * S.H // S.PARTS
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), K, K if S.GATES == 4 else 4 * S.H)[0]
+
+
+@triton.jit
+def rows_of_dgates(dgates_ptr, row, mask, part, S: tl.constexpr):
+    """The Rows of one part of K of dgates [T*B, 4H], of the gates that h reaches: rows of K, or of 4H."""
+    if S.GATES == 4:
+        row = row * S.PARTS + part
+    else:
+        dgates_ptr += (4 - S.GATES) * S.H + part * (S.GATES * S.H // S.PARTS)
+    return Rows(dgates_ptr, row, mask, None, row)
 
 
 class Recurrent(NamedTuple):
@@ -158,11 +171,21 @@ Forward = namedtuple("Forward", "batch arrivals recurrent held hidden cell outpu
 @triton.jit
 def product_with_h(tile, call, S: tl.constexpr):
     """W_hh h: all four gates of a tile's units, [BB, 4 BH]."""
-    column, unit = indexing.columns_of_gates(tile.unit_tile, S)
     index = tile.sequence.index.to(tl.int64)
     h = Rows(call.h_prev_ptr, tile.row_prev, tile.place.continues, call.hidden.dropout_h_ptr, index)
-    weights = Columns(call.recurrent.weight_hh_ptr, column.to(tl.int64) * S.P, unit < S.H, 1)
-    return product(h, weights, None, S.P, S)
+    return product(h, weights_of_gates(call.recurrent.weight_hh_ptr, tile.unit_tile, S), None, S.P, S.P, S)
+
+
+@triton.jit
+def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
+    """W_hh of all gates of a tile's units, as Columns; zeros for a gate that h does not reach."""
+    FIRST: tl.constexpr = 4 - S.GATES
+    column, unit = indexing.columns_of_gates(unit_tile, S)
+    mask = unit < S.H
+    if FIRST > 0:
+        mask &= column >= FIRST * S.H
+        column -= FIRST * S.H
+    return Columns(weight_hh_ptr, column.to(tl.int64) * S.P, mask, 1)
 
 
 @triton.jit
@@ -242,7 +265,7 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         # Gates and cell.
         z = indexing.split_gates(z)
         peepholes = indexing.load_peepholes(call.cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-        gates, c, m = cell_forward(x, z, c_prev, peepholes, call.cell.weight_peephole_ptr is not None)
+        gates, c, m = cell_forward(x, z, c_prev, peepholes, call.cell.weight_peephole_ptr is not None, S)
         m = tl.where(cells.valid, m, 0.0)  # padding gets zeros
         if NORM_C:
             tl.store(call.output.cell_ptr + cells.state_at, gates[3], mask=cells.valid)
@@ -274,7 +297,7 @@ def output_round(step, call, poll_limit, S: tl.constexpr):
         if of.weight_hr_ptr is not None:
             index = sequence.index.to(tl.int64)
             m = Rows(of.m_ptr, index, tile.place.valid, None, index)
-            h = product(m, Columns(of.weight_hr_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S)
+            h = product(m, Columns(of.weight_hr_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S.H, S)
         else:
             o = tl.load(of.cell_ptr + cells.state_at, mask=cells.valid, other=0.0)
             c_at = tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at
@@ -300,8 +323,7 @@ def lstm_step_forward_kernel(
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
     held = None
     if S.HELD:
-        column, unit = indexing.columns_of_gates(tl.program_id(0), S)
-        weights = Columns(recurrent.weight_hh_ptr, column.to(tl.int64) * S.P, unit < S.H, 1)
+        weights = weights_of_gates(recurrent.weight_hh_ptr, tl.program_id(0), S)
         held = tl.trans(load_weights(weights, 0, S.P, S.BLOCK_K))
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     for step in range(T):
@@ -360,7 +382,7 @@ def product_with_dgates(tile, step, call, S: tl.constexpr):
     NORM_HH: tl.constexpr = call.recurrent.gain_hh_ptr is not None
     H: tl.constexpr = S.H
     P: tl.constexpr = S.P
-    K: tl.constexpr = 4 * H // S.PARTS
+    K: tl.constexpr = S.GATES * H // S.PARTS
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, call.batch, S.REVERSE)
     normed = None
@@ -370,10 +392,11 @@ def product_with_dgates(tile, step, call, S: tl.constexpr):
         scale = tl.load(call.recurrent.scale_hh_ptr + after.row, mask=after.continues, other=0.0)
         gain_ptr = call.recurrent.gain_hh_ptr + part * K
         normed = Normed(call.recurrent.unit_hh_ptr, gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-    rows = indexing.rows_of_product((after.row * S.PARTS + part, after.continues), not NORM_HH)  # [PARTS *, K]
+    rows = rows_of_dgates(call.cell.dgates_ptr, after.row, after.continues, part, S)
+    ordered = indexing.rows_of_product((rows.row, rows.mask), not NORM_HH)
+    dgates = Rows(rows.ptr, ordered[0], ordered[1], None, after.row)
     weight_ptr = call.recurrent.weight_hh_ptr + tl.cast(part, tl.int64) * (K * P)
-    dgates = Rows(call.cell.dgates_ptr, rows[0], rows[1], None, after.row)
-    dh = product(dgates, Columns(weight_ptr, tile.unit, tile.unit < P, P), normed, K, S)
+    dh = product(dgates, Columns(weight_ptr, tile.unit, tile.unit < P, P), normed, K, K if S.GATES == 4 else 4 * H, S)
     return indexing.rows_of_tile(dh, not NORM_HH)
 
 
@@ -439,6 +462,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     H: tl.constexpr = S.H
     DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
     NORM_C: tl.constexpr = call.output.gain_c_ptr is not None
+    PEEPHOLES: tl.constexpr = call.cell.weight_peephole_ptr is not None
     EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
     cell, B = call.cell, call.batch.B
     first, end, stride = tiles_of_program(B, H, S)
@@ -456,7 +480,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
             gates, c, c_prev = indexing.load_saved(call.saved, step, row_prev, unit[None, :], cells, H)
         if call.output.weight_hr_ptr is not None:
             dh = Rows(call.output.dh_total_ptr, tile.place.row, tile.place.valid, None, tile.place.row)
-            dm = product(dh, Columns(call.output.weight_hr_ptr, unit, unit < H, H), None, S.P, S)
+            dm = product(dh, Columns(call.output.weight_hr_ptr, unit, unit < H, H), None, S.P, S.P, S)
             dm = unless_timed_out(dm, poll_limit)
         elif NORM_C:
             dm = tl.load(call.output.dh_total_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
@@ -481,17 +505,16 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
         if not EARLY:
             gates, c, c_prev = indexing.load_saved(call.saved, step, row_prev, unit[None, :], cells, H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells, S)
+        peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
         if NORM_C:
             sum_d, sum_d_unit = sums_of_tiles(call.output.sums_c_ptr, sequence.index, tile.place.valid, B, S)
             scale = tl.load(call.output.scale_c_ptr + tile.place.row, mask=tile.place.valid, other=0.0)
             means = (sum_d / H)[:, None], (sum_d_unit / H)[:, None]
             dc += normalise_backward(d_unit, unit_c, scale[:, None], *means)
+            dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
         else:
-            dz_o, dc_of_m = output_backward(gates[3], c, dm)
-            dc += dc_of_m
-        peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
-        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, cell.weight_peephole_ptr is not None)
+            dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, peepholes, PEEPHOLES, S)
         if call.recurrent.gain_hh_ptr is not None:
             unit_hh = indexing.load_gates(call.recurrent.unit_hh_ptr, cells.gates_at, cells.valid, H)
             gain_hh = indexing.load_gates(call.recurrent.gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
@@ -521,8 +544,8 @@ def lstm_step_backward_kernel(
     OUTPUT: tl.constexpr = output.weight_hr_ptr is not None or output.gain_c_ptr is not None
     ROUNDS: tl.constexpr = 1 + OUTPUT + (S.PARTS > 1)
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
-    tl.static_assert(4 * S.H % S.PARTS == 0, "parts of K are equal")
-    K: tl.constexpr = 4 * S.H // S.PARTS
+    tl.static_assert(S.GATES * S.H % S.PARTS == 0, "parts of K are equal")
+    K: tl.constexpr = S.GATES * S.H // S.PARTS
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
     held = None
     if S.HELD:
@@ -592,9 +615,9 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     able = card.architecture == 90 and not problem.exact_float32
     if not able or not 128 < problem.hidden <= 512 or problem.normalised or problem.projects_in_loop:
         return []
-    plans, multiprocessors = [], card.multiprocessors // problem.side_by_side
+    plans, multiprocessors, gates = [], card.multiprocessors // problem.side_by_side, CELLS[problem.cell].rows
     for rows, units, parts in HELD_BACKWARD if backward else HELD_FORWARD:
-        inner = problem.hidden * (4 if backward else 1) // parts
+        inner = problem.hidden * (gates if backward else 1) // parts
         k = power_of_two(inner)
         batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * units))
         shared = (rows + units * (parts if backward else 4)) * k * problem.size
@@ -606,7 +629,7 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
         room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner
         as_stored = not backward or units * parts <= BLOCK_UNITS or k <= BLOCK_ROWS
-        if groups > 0 and shared <= card.shared and as_stored:
+        if groups > 0 and shared <= card.shared and as_stored and gates * problem.hidden % parts == 0:
             plans.append(Plan(
                 Held(k, parts, ahead), rows, units, programs, groups, warps, shared,
                 "programs hold W_hh in shared memory", blocks=blocks,
@@ -626,7 +649,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
         tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / units), 3 * 128 * (rows + parts * units)
         programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
-        in_words = 4 * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
+        in_words = CELLS[problem.cell].rows * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
         fits = rows <= max(16, power_of_two(problem.batch)) and rows * units <= 2048 and shared <= card.shared
         if in_words and fits:
             plans.append(Plan(

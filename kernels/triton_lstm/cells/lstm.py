@@ -1,4 +1,4 @@
-"""The LSTM cell on a tile of [rows, units], in float32. Every kernel family computes it here.
+"""The LSTM cell on a tile of [rows, units], in float32.
 
 Gate order i, f, g, o, as in torch. Equations: Hochreiter & Schmidhuber (1997) with the forget gate of
 Gers, Schmidhuber & Cummins (2000), as torch.nn.LSTM states them:
@@ -10,7 +10,7 @@ With peepholes (Gers & Schmidhuber, 2000) gates depend on the cell state of thei
 
     z_i += p_i * c_prev      z_f += p_f * c_prev      z_o += p_o * c
 
-With layer norms (Ba, Kiros & Hinton, 2016; norm.py) m = o * tanh(LN(c)). m is the cell's output, named as by Sak,
+With layer norms (Ba, Kiros & Hinton, 2016; ../norm.py) m = o * tanh(LN(c)). m is the cell's output, named as by Sak,
 Senior & Beaufays (2014): with a projection h = W_hr m, without one h = m. With zoneout (Krueger et al., 2017) a share
 of each state, all or nothing in training, stays as it was before the step.
 """
@@ -18,7 +18,7 @@ of each state, all or nothing in training, stays as it was before the step.
 import triton
 import triton.language as tl
 
-from .features import INTERPRETED
+from ..features import INTERPRETED
 
 # Triton's division and exp need more instructions, for subnormal results, which do not matter here.
 
@@ -57,13 +57,13 @@ def tanh(x):
 
 
 @triton.jit
-def next_cell(gates, c_prev):
+def lstm_next_cell(gates, c_prev):
     """c, [rows, units], of the gates i, f and g."""
     return gates[1] * c_prev + gates[0] * gates[2]
 
 
 @triton.jit
-def cell_forward(x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
+def lstm_forward(x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
     """The parts of the pre-activations from the input and from h, and c before the step -> ((i, f, g, o), c, m)."""
     z_i, z_f, z_g, z_o = x[0] + z[0], x[1] + z[1], x[2] + z[2], x[3] + z[3]
     p_i, p_f, p_o = peepholes
@@ -71,7 +71,7 @@ def cell_forward(x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
         z_i += p_i * c_prev
         z_f += p_f * c_prev
     i, f, g = sigmoid(z_i), sigmoid(z_f), tanh(z_g)
-    c = next_cell((i, f, g), c_prev)
+    c = lstm_next_cell((i, f, g), c_prev)
     if PEEPHOLES:
         z_o += p_o * c
     o = sigmoid(z_o)
@@ -112,6 +112,13 @@ def gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES: tl.constexpr):
     if PEEPHOLES:
         dc_prev += dz_i * p_i + dz_f * p_f
     return (dz_i, dz_f, dz_g, dz_o), dc_prev
+
+
+@triton.jit
+def lstm_backward(gates, c_prev, c, dm, dc, peepholes, PEEPHOLES: tl.constexpr):
+    """Gradients of m, and of c from the next step -> ((dz_i, dz_f, dz_g, dz_o), gradient of c_prev)."""
+    dz_o, dc_of_m = output_backward(gates[3], c, dm)
+    return gates_backward(gates, c_prev, dz_o, dc + dc_of_m, peepholes, PEEPHOLES)
 
 
 @triton.jit
