@@ -373,9 +373,13 @@ def lstm_cooperative_backward_kernel(
 
     # W_hh^T of the part's gates for the units of all partners, once.
     rows = ()
-    for n in tl.static_range(ROWS // 8):
-        unit = first_unit + 8 * n + thread.column
-        rows = rows + (tl.where(unit < H, part * H + unit, -1),)
+    for n in tl.static_range((ROWS + 15) // 16 * 2):
+        row = 8 * n + thread.column
+        unit = first_unit + row
+        there = unit < H
+        if ROWS % 16 > 0:
+            there &= row < ROWS
+        rows = rows + (tl.where(there, part * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, S.CHUNKS)
     of_part_ptr = words_ptr + part * K
     if S.GATES < 4:
@@ -473,13 +477,15 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         warps = 8 if words > 64 else 4
         chunks = ceil(words / (16 * warps))
         for units in range(4, 4 * warps + 1, 4):
-            rows = units * partners if backward else ceil(units * gates / 16) * 16  # of weights; see the top
+            held = units * (partners if backward else gates)  # rows of weights; see the top of this file
+            rows = ceil(held / 16) * 16
             programs = partners * ceil(problem.hidden / (partners * units))
             registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
             tiles = ceil(problem.batch / 8)
             groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
             shared = 2 * warps * rows * 8 * 4  # twice the sums of all warps
-            if rows % 16 == 0 and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
+            # Three gates leave rows of a tile empty, four need not.
+            if (rows == held or gates == 3) and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
                 family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)

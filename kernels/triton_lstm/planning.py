@@ -255,7 +255,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
             instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
     partners = plan.family.partners
-    rows = units * partners if backward else ceil(units * of_unit / 16) * 16  # of weights
+    rows = ceil(units * (partners if backward else of_unit) / 16) * 16  # of weights
     sums = ceil(rows / (4 * warps)) if backward else of_unit
     instructions = 18 * chunks + 290 * problem.normalised
     if backward:
