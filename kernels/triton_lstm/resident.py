@@ -315,8 +315,8 @@ def product_with_dz(weights, dz, elements, owned, turn, DTYPE: tl.constexpr, S: 
         words = take(shared, gate * S.CHUNKS, S.CHUNKS, S.GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
     for n in tl.static_range(len(dz)):
-        others = products[2][n] + products[3][n] if S.GATES == 4 else products[2][n]
-        dh = dh + ((products[0][n] + products[1][n]) + others,)
+        of_two = products[0][n] + products[1][n]
+        dh = dh + (of_two + (products[2][n] + products[3][n] if S.GATES == 4 else products[2][n]),)
     return dh
 
 

@@ -506,12 +506,13 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
             gates, c, c_prev = indexing.load_saved(call.saved, step, row_prev, unit[None, :], cells, H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
         dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells, S)
-        peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
         if NORM_C:
             sum_d, sum_d_unit = sums_of_tiles(call.output.sums_c_ptr, sequence.index, tile.place.valid, B, S)
             scale = tl.load(call.output.scale_c_ptr + tile.place.row, mask=tile.place.valid, other=0.0)
             means = (sum_d / H)[:, None], (sum_d_unit / H)[:, None]
             dc += normalise_backward(d_unit, unit_c, scale[:, None], *means)
+        peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
+        if NORM_C:
             dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
         else:
             dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, peepholes, PEEPHOLES, S)
