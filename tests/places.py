@@ -134,7 +134,9 @@ def cupy_plan(kept: bool, parts: int, multiprocessors: int = 16) -> Callable[...
     """Replaces choose_plan: weights kept in registers or read, and this many blocks that share gates backward."""
 
     def choose(problem, card, backward) -> CupyPlan:
-        wanted = kept, 4 if kept else 8, parts if backward else 1
+        rows = CELLS[problem.cell].rows
+        share = parts if rows % parts == 0 else rows if parts > rows and kept else 1
+        wanted = kept, 4 if kept else 8, share if backward else 1
         found = cupy_plans(problem, Card(card.architecture, multiprocessors), backward)
         fitting = [plan for plan in found if (plan.chunks > 0, plan.warps, plan.partners) == wanted]
         if not fitting and card.architecture < 80:

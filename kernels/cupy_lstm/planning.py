@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..cards import SHARED_BYTES, Card
+from ..cells import CELLS
 from ..problem import Problem
 from ..timeouts import spare_multiprocessors
 
@@ -47,6 +48,7 @@ def words_of(problem: Problem) -> int:
 class Plan:
     """Sizes of blocks, as the template arguments of cuda/cooperative.cu name them, and how many there are."""
 
+    of_h: int  # rows of W_hh a unit
     hidden: int
     units: int
     warps: int
@@ -60,7 +62,7 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
-        names = "hidden", "units", "warps", "chunks", "partners"
+        names = "of_h", "hidden", "units", "warps", "chunks", "partners"
         return {name: getattr(self, name) for name in names} | {"blocks": self.grid[0], "several": self.grid[1] > 1}
 
     def sequences_enough(self, problem: Problem) -> int:
@@ -77,7 +79,7 @@ class Plan:
 
     def template(self, backward: bool) -> tuple[int, ...]:
         """The arguments of the kernel, after the element type."""
-        return self.hidden, self.units, self.warps, self.chunks, *((self.partners,) if backward else ())
+        return self.of_h, self.hidden, self.units, self.warps, self.chunks, *((self.partners,) if backward else ())
 
 
 @functools.cache
@@ -88,7 +90,8 @@ def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """All possible plans."""
-    for partners, warps in product((1, 2, 4) if backward else (1,), (4, 8)):
+    shares = [n for n in (1, 2, 3, 4) if CELLS[problem.cell].rows % n == 0]
+    for partners, warps in product(shares if backward else (1,), (4, 8)):
         for units, kept in product(range(4, 4 * warps + 1, 4), (True, False)):
             yield from _plan(problem, card, backward, partners, warps, units, kept)
 
@@ -97,8 +100,9 @@ def _plan(
     problem: Problem, card: Card, backward: bool, partners: int, warps: int, units: int, kept: bool
 ) -> Iterator[Plan]:
     """The plan of these sizes, if there are kernels for them, and all blocks can be resident at once."""
+    of_h = CELLS[problem.cell].rows
     # Rows: gates of a block's units; backward units of all the blocks that it shares gates with.
-    rows, k = units * (partners if backward else 4), words_of(problem) * (4 // partners if backward else 1)
+    rows, k = units * (partners if backward else 4), words_of(problem) * (of_h // partners if backward else 1)
     chunks = ceil(k / (CHUNK * warps)) if kept else 0
     if kept:
         tensor_cores = card.architecture >= 80 and not problem.exact_float32
@@ -124,4 +128,4 @@ def _plan(
         multiply_adds = rows * k * 4 // problem.size * SEQUENCES
         turn += in_shared + max(4 * rows * k / l2, 1.5 * multiply_adds / MULTIPLY_ADDS)
     grid = blocks, groups
-    yield Plan(problem.hidden, units, warps, chunks, partners, grid, shared, turns * turn, problem.side_by_side)
+    yield Plan(of_h, problem.hidden, units, warps, chunks, partners, grid, shared, turns * turn, problem.side_by_side)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).with_name("cuda")
-PARTS = ("instructions", "cell", "indexing", "exchange", "products", "cooperative")
+PARTS = ("instructions", "cells/lstm", "cells/gru", "indexing", "exchange", "products", "cooperative")
 """Files of the folder; each knows those before it."""
 
 KERNELS = ("lstm_cooperative_forward", "lstm_cooperative_backward")

@@ -4,10 +4,11 @@ The programs of one batch tile are a group, which never waits for another. Each 
 part of W_hh in registers. A group may have several batch tiles: forward requests the words of one before it computes
 the cell of the other. All programs of a launch must be resident at once.
 
-forward    A program holds the gates' rows of its units, [4 UNITS, H], and publishes h of its units.
-backward   PARTNERS programs, 1, 2 or 4, own PARTNERS UNITS units together. Each holds W_hh^T of 4 / PARTNERS
-           gates for all of these, [PARTNERS UNITS, 4 / PARTNERS H], and reads only the dgates of these gates. With partners
-           it publishes its partial sums in a second, small exchange, and adds up all partners' for its own units.
+forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
+backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
+           GATES / PARTNERS gates for all of these, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the dgates of
+           these gates. With partners it publishes its partial sums in a second, small exchange, and adds up all
+           partners' for its own units.
 
 In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
 one unit of one sequence. With layer norms, ROW threads of one warp have the cells of a sequence, sum them up in two

@@ -43,8 +43,8 @@ Normed = namedtuple("Normed", "unit_ptr gain_ptr scale mean_d mean_d_unit")
 
 @triton.jit
 def product(rows, columns, normed, K: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr):
-    """Rows @ Columns, [rows, columns] float32, over K in tiles, of rows that are STRIDE apart. With `normed` rows are the gradient of a layer norm's
-    result, and the product is of the gradient of what was normalised."""
+    """Rows @ Columns, [rows, columns] float32, over K in tiles; rows are STRIDE apart. With `normed` they are the
+    gradient of a layer norm's result, and the product is of the gradient of what was normalised."""
     acc = tl.zeros((rows.row.shape[0], columns.at.shape[0]), tl.float32)
     for k_start in range(0, K, S.BLOCK_K):
         k = k_start + tl.arange(0, S.BLOCK_K)
@@ -297,7 +297,9 @@ def output_round(step, call, poll_limit, S: tl.constexpr):
         if of.weight_hr_ptr is not None:
             index = sequence.index.to(tl.int64)
             m = Rows(of.m_ptr, index, tile.place.valid, None, index)
-            h = product(m, Columns(of.weight_hr_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S.H, S)
+            h = product(
+                m, Columns(of.weight_hr_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S.H, S
+            )
         else:
             o = tl.load(of.cell_ptr + cells.state_at, mask=cells.valid, other=0.0)
             c_at = tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at
@@ -650,7 +652,9 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
         tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / units), 3 * 128 * (rows + parts * units)
         programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
-        in_words = CELLS[problem.cell].rows * problem.hidden * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
+        in_words = (
+            CELLS[problem.cell].rows * problem.hidden * problem.size % (16 * parts) == 0
+        )  # of 16 bytes, in which a part is loaded
         fits = rows <= max(16, power_of_two(problem.batch)) and rows * units <= 2048 and shared <= card.shared
         if in_words and fits:
             plans.append(Plan(

@@ -14,6 +14,8 @@
 //
 // CHUNKS > 0 keeps the weights in registers and multiplies on tensor cores (sm_80 and newer); 0 reads them every step.
 //
+// OF_H: how many gates of a unit h reaches, its last; so many rows a unit W_hh has.
+//
 // A row of H elements is padded to W words, a multiple of 16 bytes: W is a multiple of 4. All beyond H is zero.
 
 // The thread's cell: unit `unit` of the block, in sequence `sequence` of a batch tile. Every warp has equally many, so
@@ -44,11 +46,11 @@ struct Walk {
     }
 };
 
-template <typename E, int H, int UNITS, int WARPS, int CHUNKS, bool WITH_C, bool WITH_LENGTHS, bool WITH_RESETS,
+template <typename E, int OF_H, int H, int UNITS, int WARPS, int CHUNKS, bool WITH_C, bool WITH_LENGTHS, bool WITH_RESETS,
           bool WITH_RESET_C, bool WITH_REVERSE>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
-    const unsigned* weights,  // [4H, W] W_hh
+    const unsigned* weights,  // [OF_H * H, W] W_hh
     unsigned* h,              // [T*B + B, W] out and the exchange, sentinels beforehand; then h0
     E* h_n,                   // [B, H] out, of sequences that have a step
     float* c,                 // [T*B, H] out, or null
@@ -64,15 +66,16 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     if (!WITH_RESET_C) reset_c = nullptr;
     if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
-    using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates i and f, then g and o, of a unit
+    using Cell = typename CellOf<OF_H>::Type;
+    using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates 0 and 1, then 2 and 3, of a unit
     const Own<UNITS, WARPS> own;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
 
     Rows product(weights);
     const auto load_rows_of = [&](int first_unit) {
         product.load([=](int pair, int half) {
-            const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half;
-            return unit < H ? gate * H + unit : -1;
+            const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half - (GATES - OF_H);
+            return unit < H & gate >= 0 ? gate * H + unit : -1;
         });
     };
     load_rows_of(begin.row);
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             E* const my_gates = gates + at.row * 4 * H + unit;
             E gates_x[GATES];
 #pragma unroll
-            for (int gate = I; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
+            for (int gate = 0; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
             float c_prev = load_if(has_cell & at.continues, c_n + state_at);
             if (reset_c != nullptr) c_prev += load_if(valid & !at.continues, reset_c + at.row * H + unit);
 
@@ -107,13 +110,13 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             delay.learn(product.multiply(h_prev, turn, {error, step, lost}));
 
             // Gates and cell.
-            const float2 z_if = Rows::sum(own.unit, own.sequence, turn);
-            const float2 z_go = Rows::sum(UNITS + own.unit, own.sequence, turn);
-            float z[GATES] = {z_if.x, z_if.y, z_go.x, z_go.y};
+            const float2 low = Rows::sum(own.unit, own.sequence, turn);
+            const float2 high = Rows::sum(UNITS + own.unit, own.sequence, turn);
+            float z[GATES] = {low.x, low.y, high.x, high.y};
 #pragma unroll
-            for (int gate = I; gate < GATES; ++gate)
+            for (int gate = 0; gate < GATES; ++gate)
                 z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
-            const Cell cell = Cell::forward(z[I], z[F], z[G], z[O], c_prev);
+            const Cell cell = Cell::forward(z, c_prev);
             const float h_next = valid ? cell.m : 0.0f;
 
             // Publish, before anything else is stored. Padding gets zeros.
@@ -125,22 +128,21 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
             store_if(valid, c_n + state_at, cell.c);
             if (c != nullptr) {
                 store_if(in_batch, c + at.row * H + unit, valid ? cell.c : 0.0f);
-                const float activated[GATES] = {cell.i, cell.f, cell.g, cell.o};
 #pragma unroll
-                for (int gate = I; gate < GATES; ++gate) store_if(valid, my_gates + gate * H, activated[gate]);
+                for (int gate = 0; gate < GATES; ++gate) store_if(valid, my_gates + gate * H, cell.gates[gate]);
             }
         }
 }
 
-template <typename E, int H, int UNITS, int WARPS, int CHUNKS, int PARTS, bool WITH_DH, bool WITH_DH_N, bool WITH_LENGTHS,
-          bool WITH_RESETS, bool WITH_RESET_C, bool WITH_DRESET_C, bool WITH_REVERSE>
+template <typename E, int OF_H, int H, int UNITS, int WARPS, int CHUNKS, int PARTS, bool WITH_DH, bool WITH_DH_N,
+          bool WITH_LENGTHS, bool WITH_RESETS, bool WITH_RESET_C, bool WITH_DRESET_C, bool WITH_REVERSE>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const E* dh,              // [T*B, H] or null
     const E* dh_n,            // [B, H] or null
     const E* gates,           // [T*B, 4H] activated
     const float* c,           // [T*B, H]
     const float* c0,          // [B, H]
-    const unsigned* weights,  // [PARTS, H, 4 / PARTS * W] W_hh^T, of each part's gates
+    const unsigned* weights,  // [PARTS, H, OF_H / PARTS * W] W_hh^T, of each part's gates
     unsigned* dgates,         // [T*B, 4, W] out and the exchange, sentinels beforehand
     unsigned* partials,       // [B, PARTS, H] floats, the second exchange, phase 1 beforehand; null if PARTS is 1
     float* dc,                // [B, H] in: dc_n; out: dc0
@@ -159,7 +161,8 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
     constexpr int ROWS = PARTS * UNITS;  // pairs are the units n and n + ROWS / 2
-    constexpr int K = 4 / PARTS * W;
+    constexpr int K = OF_H / PARTS * W;
+    using Cell = typename CellOf<OF_H>::Type;
     using Rows = Product<E, ROWS, K, WARPS, CHUNKS>;
     const Own<UNITS, WARPS> own;
     const int part = blockIdx.x % PARTS;
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             const E* const my_gates = gates + at.row * 4 * H + unit;
             E activated[GATES], dh_output = {}, dh_last = {};
 #pragma unroll
-            for (int gate = I; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
+            for (int gate = 0; gate < GATES; ++gate) activated[gate] = load_if(valid, my_gates + gate * H);
             const float c_after = load_if(valid, c + output_at), dc_after = load_if(valid, dc + state_at);
             float c_prev = load_if(has_cell & at.continues, (step == 0 ? c0 : c) + at.row_prev * H + unit);
             if (reset_c != nullptr) c_prev += load_if(valid & !at.continues, reset_c + output_at);
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             // overwrite partial sums that another block still waits for.
             const long long row_after = row_of(time_of(step + 1, its_length, reverse), of_column, B);
             delay.pass();
-            typename Rows::Words dz(dgates + (row_after * 4 + 4 / PARTS * part) * W + product.lane.first_word,
+            typename Rows::Words dz(dgates + (row_after * 4 + GATES - OF_H) * W + part * K + product.lane.first_word,
                                     step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
             delay.learn(product.multiply(dz, turn, {error, step, lost}));
 
@@ -237,21 +240,21 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             }
 
             // Cell.
-            const Cell cell = {to_float(activated[I]), to_float(activated[F]), to_float(activated[G]),
-                               to_float(activated[O]), c_after};
+            Cell cell = {{}, c_after};
+#pragma unroll
+            for (int gate = 0; gate < GATES; ++gate) cell.gates[gate] = to_float(activated[gate]);
             const float dm = to_float(dh_output) + to_float(dh_last) + (next.continues ? from_next : 0.0f);
-            const Cell::Gradient d = cell.backward(c_prev, dm, dc_after);
+            float d[GATES];
+            const float dc_prev = cell.backward(c_prev, dm, dc_after, d);
 
             // Publish. In padding every factor was loaded as zero, and so are the gradients.
             const bool publishes = in_batch & unit % PER_WORD<E> == 0;
             unsigned* const to = dgates + at.row * 4 * W + unit / PER_WORD<E>;
-            store_relaxed_if(publishes, to + I * W, pack<E>(d.i));
-            store_relaxed_if(publishes, to + F * W, pack<E>(d.f));
-            store_relaxed_if(publishes, to + G * W, pack<E>(d.g));
-            store_relaxed_if(publishes, to + O * W, pack<E>(d.o));
+#pragma unroll
+            for (int gate = 0; gate < GATES; ++gate) store_relaxed_if(publishes, to + gate * W, pack<E>(d[gate]));
 
             // Store. Nothing flows back past a reset.
-            store_if(valid, dc + state_at, at.continues ? d.c_prev : 0.0f);
-            if (dreset_c != nullptr) store_if(valid & !at.continues, dreset_c + output_at, d.c_prev);
+            store_if(valid, dc + state_at, at.continues ? dc_prev : 0.0f);
+            if (dreset_c != nullptr) store_if(valid & !at.continues, dreset_c + output_at, dc_prev);
         }
 }

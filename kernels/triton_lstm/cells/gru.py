@@ -7,7 +7,6 @@ x reaches the first three and h the last three. c is h in float32; m, what the n
 """
 
 import triton
-import triton.language as tl
 
 from .lstm import sigmoid, tanh
 

@@ -3,7 +3,9 @@
 //     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)      z = gates_x + W_hh h_prev
 //     c = f * c_prev + i * g                                  m = o * tanh(c)    h = m, or W_hr m with a projection
 
-enum Gate { I, F, G, O, GATES };
+constexpr int GATES = 4;  // and pre-activations of a unit, of every cell
+
+enum Gate { I, F, G, O };
 
 __device__ inline float exp_of(float x) { return exp2_of(x * 1.4426950408889634f); }
 
@@ -20,37 +22,31 @@ __device__ inline float tanh_of(float x) {
 }
 
 // The cell after a step. With a projection m is the input of W_hr.
-struct Cell {
-    float i, f, g, o;  // gates
+struct Lstm {
+    float gates[GATES];
     float c, m;
 
     // From the pre-activations and the cell state before the step.
-    __device__ static Cell forward(float z_i, float z_f, float z_g, float z_o, float c_prev) {
-        Cell cell;
-        cell.i = sigmoid(z_i);
-        cell.f = sigmoid(z_f);
-        cell.g = tanh_of(z_g);
-        cell.o = sigmoid(z_o);
-        cell.c = cell.f * c_prev + cell.i * cell.g;
-        cell.m = cell.o * tanh_of(cell.c);
+    __device__ static Lstm forward(const float (&z)[GATES], float c_prev) {
+        Lstm cell;
+        cell.gates[I] = sigmoid(z[I]);
+        cell.gates[F] = sigmoid(z[F]);
+        cell.gates[G] = tanh_of(z[G]);
+        cell.gates[O] = sigmoid(z[O]);
+        cell.c = cell.gates[F] * c_prev + cell.gates[I] * cell.gates[G];
+        cell.m = cell.gates[O] * tanh_of(cell.c);
         return cell;
     }
 
-    struct Gradient {
-        float i, f, g, o;  // of the pre-activations: sigmoid' = s (1 - s), tanh' = 1 - t^2
-        float c_prev;
-    };
-
-    // From the gradients of m and (from the step after) of c. It needs all fields of the cell but m.
-    __device__ Gradient backward(float c_prev, float dm, float dc) const {
-        const float t = tanh_of(c);
+    // From the gradients of m and (from the step after) of c, those of the pre-activations, sigmoid' = s (1 - s) and
+    // tanh' = 1 - t^2; returns that of c before. It needs all fields of the cell but m.
+    __device__ float backward(float c_prev, float dm, float dc, float (&dz)[GATES]) const {
+        const float i = gates[I], f = gates[F], g = gates[G], o = gates[O], t = tanh_of(c);
         dc += dm * o * (1.0f - t * t);
-        Gradient d;
-        d.i = dc * g * i * (1.0f - i);
-        d.f = dc * c_prev * f * (1.0f - f);
-        d.g = dc * i * (1.0f - g * g);
-        d.o = dm * t * o * (1.0f - o);
-        d.c_prev = dc * f;
-        return d;
+        dz[I] = dc * g * i * (1.0f - i);
+        dz[F] = dc * c_prev * f * (1.0f - f);
+        dz[G] = dc * i * (1.0f - g * g);
+        dz[O] = dm * t * o * (1.0f - o);
+        return dc * f;
     }
 };
