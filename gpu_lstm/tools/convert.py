@@ -46,8 +46,9 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
 
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
     objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
-    LSTMModule, which needs an instance of torch.nn.LSTM, an LSTM becomes a compat.LSTM; a GRU likewise. The logger "gpu_lstm" reports
-    at INFO what was swapped or left; a UserWarning says if nothing was, and no module of gpu_lstm was there before.
+    LSTMModule and GRUModule, which need instances of torch's classes, they become a compat.LSTM and compat.GRU. The
+    logger "gpu_lstm" reports at INFO what was swapped or left; a UserWarning says if nothing was, and no module of
+    gpu_lstm was there before.
 
     Args:
         compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM, every GRU a compat.GRU. Without
