@@ -284,9 +284,9 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
     (h0, c0), inputs, hidden = state, x.shape[2], state[1].shape[1]
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
-        huge = 3e4 if weights.weight_ih.dtype is torch.float16 else 1e30
+        huge = x.new_full((hidden,), 3e4 if x.dtype is torch.float16 else 1e30)
         if cell_of(len(weights.weight_hh), hidden) is GRU:  # r, z, n
-            shut: list[tuple[Tensor, float | Tensor]] = [(-clear, huge), (hold - clear, huge)]
+            shut = [(-clear, huge), (hold - clear, huge)]
             if weights.bias_ih is not None:  # and its gradient is cancelled, too
                 shut.append((clear, -weights.bias_ih[2 * hidden :]))
         else:  # i, f
@@ -295,9 +295,11 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
         unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
         added = len(shut) + -(inputs + len(shut)) % unit
         features = F.pad(torch.stack([feature for feature, _ in shut], dim=2), (0, added - len(shut)))  # [S, B, added]
-        weight_ih = F.pad(weights.weight_ih, (0, added))
-        for gate, (_, weight) in enumerate(shut):
-            weight_ih[gate * hidden : (gate + 1) * hidden, inputs + gate] = weight
+        rows = len(weights.weight_ih)
+        # Not in place: graph.py records views of no tensor.
+        columns = [F.pad(w, (k * hidden, rows - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]  # each its gate
+        columns = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [rows, added]
+        weight_ih = torch.cat([weights.weight_ih, columns], dim=1)
         x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
     y, (_, c_n) = stack(x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
     return y, c_n[0]
