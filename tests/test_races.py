@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import kernels, torch_lstm
+from gpu_lstm.backends import torch_lstm, verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.options import Size
@@ -242,7 +242,7 @@ NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
 def layers_of(monkeypatch, plan):
     """Kernels whose layers have the plan(problem). A list of their problems."""
     asked = []
-    monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: asked.append(problem) or SimpleNamespace(
+    monkeypatch.setattr(verify, "layer_of", lambda backend, problem, device: asked.append(problem) or SimpleNamespace(
         chosen=lambda pass_: Chosen(plan(problem), False)))  # fmt: skip
     return asked
 

@@ -32,7 +32,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
-from . import fused, kernels, reference, torch_lstm
+from . import fused, reference, torch_lstm, verify
 from .fused import Saved, traversal_of, weights_of
 from .layers import by_direction, cast, one_after_another, without_autocast
 
@@ -123,7 +123,7 @@ def are_batched(gradients: Sequence[Tensor | None]) -> bool:
 
 def _kernels_for(inputs: Inputs, reverse: bool, backend: Backend) -> Layer:
     problem = problem_of(inputs, reverse, recurrent_precision(inputs.x.dtype))
-    return kernels.layer_of(backend, problem, inputs.x.device)
+    return verify.layer_of(backend, problem, inputs.x.device)
 
 
 def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:

@@ -81,10 +81,7 @@ def modes(x: Tensor) -> Modes:
         Recording.WATCHED if watched else Recording.NOBODY,
         transforms,
         recurrent_precision(x.dtype),
-        (
-            chosen_backends[0].value or _environment.get(_BACKEND),
-            chosen_racings[0].value or _environment.get(_RACE),
-        ),
+        (chosen_backends[0].value or _environment.get(_BACKEND), chosen_racings[0].value or _environment.get(_RACE)),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
 

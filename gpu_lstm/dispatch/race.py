@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.profiler as profiler
 
-from ..backends import kernels
+from ..backends import verify
 from ..call import choices
 from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import Padded
@@ -27,11 +27,7 @@ from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache
 from ..kernels.problem import Problem
-from ..kernels.timeouts import (
-    DEVICE_ERRORS,
-    raise_if_timed_out,
-    spare_multiprocessors,
-)
+from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multiprocessors
 from . import available
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
@@ -272,7 +268,7 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     if able is not Backend.TRITON:
         return Decision(Backend.TORCH, f"expected: {able.value}'s kernels are slower")
     for row in range(0, len(kind.layers) * kind.directions, kind.directions):
-        layer = kernels.layer_of(able, kind.problem(row, kind.directions), device)
+        layer = verify.layer_of(able, kind.problem(row, kind.directions), device)
         for pass_ in kind.passes:
             plan = layer.chosen(pass_).plan
             if not plan.on_chip or plan.tiles_per_program > 1:
