@@ -340,16 +340,15 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
 @pytest.mark.parametrize("rival", ["triton", "torch"])
 def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""
-    calls = itertools.count()
+    calls, run_by = itertools.count(), race.run_by
 
-    def race_in_which_one_fails(rivals, now):
-        def run(name):
-            if name == rival and next(calls) >= at:
-                raise RuntimeError("lstm_step_forward_kernel timed out at step 3")
+    def one_fails(route, call):
+        if route.backend.value == rival and next(calls) > at:  # the first call is before the race
+            raise RuntimeError("lstm_step_forward_kernel timed out at step 3")
+        return run_by(route, call)
 
-        return REAL_RACE({name: partial(run, name) for name in rivals}, itertools.count().__next__)
-
-    monkeypatch.setattr(race, "race", race_in_which_one_fails)
+    monkeypatch.setattr(race, "run_by", one_fails)
+    monkeypatch.setattr(race, "race", lambda rivals, now: REAL_RACE(rivals, itertools.count().__next__))
     other = "torch" if rival == "triton" else "triton"
     said = pytest.warns(UserWarning, match="timed out at step 3") if rival == "triton" else contextlib.nullcontext()
     with said:

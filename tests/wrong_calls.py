@@ -316,9 +316,9 @@ CALLS = [
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
     *((text, f"gpu_lstm.Stream(m.lstm, 2, {states})") for text, states in (
-        ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 1, 4]", "(zeros(1, 1, 4), C)"),
-        ("RuntimeError: Expected h_0 of dtype torch.float32, got torch.float64", "(H.double(), C.double())"),
-        ("RuntimeError: Expected h_0 on cpu, got meta", "(H.to(META), C)"),
+        (size("hidden[0]", "(1, 2, 4)", "[1, 1, 4]"), "(zeros(1, 1, 4), C)"),
+        (dtypes("hidden", "float32", "float64"), "(H.double(), C.double())"),
+        (devices("hidden", "cpu", META), "(H.to(META), C)"),
         (a_tensor("h_0", "list"), "([0.0], [0.0])"))),
     (a_tensor("x", "NoneType"), "m.stream(None)"), (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
     ("ValueError: expected (N, I) or (T, N, I) with N = 2, got (3, 3)", "m.stream(zeros(3, 3))"),
@@ -334,7 +334,7 @@ CALLS = [
         (a_tensor("index", "list"), "[1, 0]"),
         ("ValueError: expected int64 of shape (2,), got torch.bool (2,)", "tensor([True, False])"),
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
-    ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
+    (size("hidden[0]", "(1, 2, 4)", "[1, 3, 4]"), "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
     # convert, to_torch, from_haste
     ("TypeError: convert accepts a torch.nn.Module, got list", "gpu_lstm.convert([TORCHS])"),
     ("TypeError: to_torch accepts a torch.nn.Module, got type", "gpu_lstm.to_torch(nn.LSTM)"),

@@ -117,13 +117,12 @@ def check_pairs(hx: Any, layers: int) -> None:
     for k, pair in enumerate(hx):
         if not isinstance(pair, list | tuple):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
-    if len(hx) != layers:
-        raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
-    for k, pair in enumerate(hx):
         if len(pair) != 2:
             raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
         for name, state in zip("hc", pair):
             check_tensor(state, f"{name} of layer {k}")
+    if len(hx) != layers:
+        raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
 
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:

@@ -249,11 +249,9 @@ def _check_tensors(
             learns = True
     if options.kind == "LSTMCell":
         checks.check_cell(options, form, x, states[0], weights[0][0], alike)
-    elif not alike:
+    elif not alike or x.shape[-1] != options.input_size:
         checks.check_input(options, form, x, weights)
         checks.check_alike(x, states, weights)
-    elif x.shape[-1] != options.input_size:
-        checks.check_input(options, form, x, weights)
     return learns, plain
 
 
@@ -268,30 +266,24 @@ def _reset_states(
         pairs = [(reset_states, RESET_STATES)]
     if traversal.resets is None:
         raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
+    steps, batch = sizes
+    of_batch = [batch] * form.batched
+    of_steps = [batch, steps] if form.batch_first else [steps, *of_batch]
     rows: list[State] = []
     for (pair, name), count, size in zip(pairs, options.blocks, options.sizes):
         checks.check_reset_pair(pair, name)
-        lead = [count] if options.leading else []
-        h, c = (
-            _each_step(state, f"{letter} of {name}", (form, x, sizes, lead), features, letter == "c")
-            for letter, state, features in zip("hc", pair, (size.width, size.hidden))
-        )
+        lead, states = [count] * options.leading, []
+        for letter, state, features in zip("hc", pair, (size.width, size.hidden)):
+            a_sequence, a_step = [*lead, *of_batch, features], [*lead, *of_steps, features]
+            checks.check_reset_state(state, f"{letter} of {name}", (a_sequence, a_step), x, letter == "c")
+            if state.dim() == len(a_sequence):
+                state = form.state_in(state).unsqueeze(-3).expand(*lead, steps, batch, features)
+            else:
+                state = form.state_in(state.transpose(-3, -2) if form.batch_first else state)
+            states.append(state)  # [*lead, T, B, features]
+        h, c = states
         rows += zip(h.unbind(0), c.unbind(0)) if options.leading else [(h, c)]
     return rows
-
-
-def _each_step(
-    state: Tensor, name: str, of: tuple[Form, Tensor, tuple[int, int], list[int]], features: int, is_cell: bool
-) -> Tensor:
-    """A state per sequence or per step, checked -> [*lead, T, B, features]."""
-    form, x, (steps, batch), lead = of
-    of_batch = [batch] if form.batched else []
-    a_sequence = [*lead, *of_batch, features]
-    a_step = [*lead, *([batch, steps] if form.batch_first else [steps, *of_batch]), features]
-    checks.check_reset_state(state, name, (a_sequence, a_step), x, is_cell)
-    if state.dim() == len(a_sequence):
-        return form.state_in(state).unsqueeze(-3).expand(*lead, steps, batch, features)
-    return form.state_in(state.transpose(-3, -2) if form.batch_first else state)
 
 
 def _reset_before_the_only_step(
@@ -303,8 +295,7 @@ def _reset_before_the_only_step(
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]
-    if options.directions == 2:  # [rows, B, 1]
-        forward = torch.arange(options.rows, device=reset.device) % 2 == 0
+    if options.directions == 2:
+        forward = torch.arange(states[0][0].shape[0], device=reset.device) % 2 == 0  # rows of a block
         reset = reset & forward[:, None, None]
-        reset = reset[: states[0][0].shape[0]]  # of a block
     return [(h.masked_fill(reset, 0), c.masked_fill(reset, 0)) for h, c in states], Traversal(lengths)

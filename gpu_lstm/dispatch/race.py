@@ -142,10 +142,10 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     try:
         rivals = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
         with alone(grad=kind.training):
-            _attempt(able.value, rivals[able.value])  # which compiles, and verifies
+            rivals[able.value]()  # which compiles, and verifies
             if mode is not Racing.ON or kind.only_ours:
                 return expected
-            _attempt(other.value, rivals[other.value])  # say cuDNN cannot be initialised
+            rivals[other.value]()  # say cuDNN cannot be initialised
             times = race(rivals, partial(clock, call.x.device))
             raise_if_timed_out(call.x.device)  # in the kernels' last call
     except torch.OutOfMemoryError:
@@ -167,23 +167,16 @@ class RivalFailed(Exception):
     """A rival, of this name, raised; its error is the cause."""
 
 
-def _attempt(name: str, run: Callable[[], object]) -> None:
-    """Run a rival: RivalFailed unless it succeeds, or the device has an error."""
-    try:
-        run()
-    except DEVICE_ERRORS:
-        raise
-    except RuntimeError as error:
-        raise RivalFailed(name) from error
-
-
 def _other(kind: Kind) -> Backend:
     """The backend that runs a kind of call without our kernels."""
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
-    """The call by a backend on random data, with its own weights; in training, backward too."""
+    """The call by a backend on random data, with its own weights; in training, backward too.
+
+    It raises RivalFailed if the backend fails, but errors of the device as they are.
+    """
     call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
     steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
     shape = sizes if call.options.kind == "LSTMCell" else (steps, *sizes)
@@ -197,10 +190,15 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     route = build(sample, kind, backend)
 
     def run() -> None:
-        y, _ = run_by(route, sample)
-        if kind.training:
-            inputs = [t for layer in weights for one in layer for t in one.present()] + [data] * data.requires_grad
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
+        try:
+            y, _ = run_by(route, sample)
+            if kind.training:
+                inputs = [t for layer in weights for one in layer for t in one.present()] + [data] * data.requires_grad
+                torch.autograd.grad(y, inputs, torch.ones_like(y))
+        except DEVICE_ERRORS:
+            raise
+        except RuntimeError as error:
+            raise RivalFailed(backend.value) from error
 
     return run
 
@@ -213,18 +211,14 @@ def clock(device: torch.device) -> float:
 
 
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each.
-
-    The first call of each, which may compile, does not count.
-
-    Raises:
-        RivalFailed: a rival raised, and no error of the device.
+    """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each, and once more
+    before that, which may compile.
     """
     calls = {}
     for name, run in rivals.items():
-        _attempt(name, run)
+        run()
         start = now()
-        _attempt(name, run)
+        run()
         calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     end = now() + BUDGET
@@ -232,7 +226,7 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
         for name, run in rivals.items():
             start = now()
             for _ in range(calls[name]):
-                _attempt(name, run)
+                run()
             times[name].append((now() - start) / calls[name])
         if turn >= 2 and now() >= end:
             break
