@@ -285,7 +285,7 @@ def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
     monkeypatch.setattr(torch_lstm, "run_call", fails)
     ran = stubbed()
     LSTM(X)
-    (decision,) = race._decided.values()
+    (decision,) = race.decided.values()
     assert (ran, decision.backend, decision.why[:19]) == ([], Backend.TRITON, "torch's LSTM fails:")
 
 

@@ -105,15 +105,11 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name in truth:
         true, their, our = (torch.cat([run[name].double().flatten() for run in each]) for each in zip(*runs))
-        ours = _rms(our - true)
-        allowed = 2 * max(_rms(their - true), last_place * float(true.abs().max()))
-        if not ours <= allowed:  # also where it is NaN
-            return f"the RMS error of {name} is {ours:.2g}, where {allowed:.2g} is allowed"
+        our_rms, their_rms = (float((each - true).square().mean().sqrt()) for each in (our, their))
+        allowed = 2 * max(their_rms, last_place * float(true.abs().max()))
+        if not our_rms <= allowed:  # also where it is NaN
+            return f"the RMS error of {name} is {our_rms:.2g}, where {allowed:.2g} is allowed"
     return "right"
-
-
-def _rms(t: Tensor) -> float:
-    return float(t.square().mean().sqrt())
 
 
 class Small:

@@ -47,7 +47,7 @@ logger = logging.getLogger("gpu_lstm")
 _generators: dict[torch.device, Setting] = {}
 # What this process decided. The cache has less (no noisy races, kernels that fail, or expected winners), and neither a
 # batch of another size nor a capture may decide again.
-_decided: dict[tuple, Decision] = {}
+decided: dict[tuple, Decision] = {}
 
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
@@ -65,8 +65,8 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         return Decision(able, "nothing is raced while a call is watched")
     device, mode = call.x.device, requested_racing()
     key = kind._replace(like=kind.like._replace(batch=size_class(kind.like.batch))), able, device, mode
-    if key in _decided:
-        return _decided[key]
+    if key in decided:
+        return decided[key]
     if dry or call.modes.capturing:  # the next call races
         if decision := _cached(kind, able, device, mode):
             return decision
@@ -77,7 +77,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     # Threads that decide at the same time each do so for themselves, and the first result is kept.
     with _generator(torch.device("cpu")).changed(), _generator(device).changed():
         decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
-    decision = _decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
+    decision = decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
 
@@ -89,11 +89,6 @@ def _generator(device: torch.device) -> Setting:
         generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
         _generators.setdefault(device, Setting(generator.get_state, generator.set_state))
     return _generators[device]
-
-
-def forget() -> None:
-    """Drop all decisions, so that later calls decide again: more is known."""
-    _decided.clear()
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:

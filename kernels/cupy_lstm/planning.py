@@ -72,7 +72,6 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        """Threads per block."""
         return 32 * self.warps
 
     def template(self, backward: bool) -> tuple[int, ...]:
@@ -87,7 +86,6 @@ def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """All possible plans."""
     for partners, warps in product((1, 2, 4) if backward else (1,), (4, 8)):
         for units, kept in product(range(4, 4 * warps + 1, 4), (True, False)):
             yield from _plan(problem, card, backward, partners, warps, units, kept)
