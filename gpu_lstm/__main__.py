@@ -16,7 +16,7 @@ from . import __version__
 from .backends import verify
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch import race
-from .dispatch.available import select, triton_import_problem, why_unavailable, without_triton
+from .dispatch.available import import_problem, select, why_unavailable, without_triton
 from .dispatch.kind import describe
 from .dispatch.route import Decision
 from .kernels import cache
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cached.add_argument("--merge", metavar="FILE", nargs="+", help="add those of exported files that are new here")
     cached.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
     options = parser.parse_args(arguments)
-    if options.command == "plan" and (problem := triton_import_problem()) is not None:
+    if options.command == "plan" and (problem := import_problem(Backend.TRITON)) is not None:
         print(f"python -m gpu_lstm plan {without_triton(problem)}", file=sys.stderr)
         return 1
     try:
