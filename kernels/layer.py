@@ -49,7 +49,7 @@ class Layer:
         trial: a plan that is used without being chosen or verified.
 
     Raises:
-        ValueError: more sequences or units than kernels can count; a projection together with a layer norm in the loop.
+        ValueError: more sequences or units than kernels can count.
     """
 
     def __init__(
@@ -58,8 +58,6 @@ class Layer:
     ) -> None:  # fmt: skip
         _check_count("sequences", problem.batch)
         _check_count("gates of all units", 4 * problem.hidden)
-        if problem.projected and problem.normalised:  # a step would need grid-wide barriers for both
-            raise ValueError("expected no projection combined with a layer norm inside the time loop")
         self.problem, self.device, self.verify = problem, device, verify
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Prepared] = {}

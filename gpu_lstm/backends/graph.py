@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import Recording, alive, constant_when_traced, gradients_are_differentiated, recurrent_precision
+from ..call.modes import Recording, constant_when_traced, gradients_are_differentiated, recurrent_precision
 from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
@@ -110,7 +110,9 @@ def gradients_of(
     """
     if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *tensors, *gradients]):
         run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
-        return reference.gradients(run, [*map(alive, tensors)], gradients, needed)
+        # Other transforms do not accept the wrappers of those that have ended.
+        tensors = [None if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
+        return reference.gradients(run, tensors, gradients, needed)
     with torch.no_grad():
         those_needed = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(tensors)))
     return [next(those_needed) if need else None for need in needed]

@@ -215,8 +215,3 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
         return True
     wrapped = _functorch.is_functorch_wrapped_tensor
     return any((_functorch.get_unwrapped(t) if wrapped(t) else t).requires_grad for t in tensors if t is not None)
-
-
-def alive(t: Tensor | None) -> Tensor | None:
-    """The tensor without the wrappers of transforms that have ended, which other transforms do not accept."""
-    return None if t is None else _functorch.unwrap_if_dead(t)
