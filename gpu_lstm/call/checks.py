@@ -109,20 +109,20 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
         check_pair(hx, "lstm_cell")
 
 
-def check_pairs(hx: Any, layers: int) -> None:
-    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM."""
-    expected = "hx should be a list of pairs (h, c), one a layer"
-    if not isinstance(hx, list | tuple):
-        raise TypeError(f"{expected}, got: {type(hx).__name__}")
-    for k, pair in enumerate(hx):
+def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> None:
+    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM: `error` for a wrong number."""
+    expected = f"{name} should be a list of pairs (h, c), one a layer"
+    if not isinstance(pairs, list | tuple):
+        raise TypeError(f"{expected}, got: {type(pairs).__name__}")
+    for k, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
         if len(pair) != 2:
-            raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
-        for name, state in zip("hc", pair):
-            check_tensor(state, f"{name} of layer {k}")
-    if len(hx) != layers:
-        raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
+            raise error(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
+        for letter, state in zip("hc", pair):
+            check_tensor(state, f"{letter} of layer {k}")
+    if len(pairs) != layers:
+        raise error(f"Expected {name} of {layers} pairs, one a layer, got {len(pairs)}")
 
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
@@ -279,20 +279,12 @@ def _check_place(
         raise ValueError(f"Expected {name} on {device}, where the input is, got {tensor.device}")
 
 
-def check_reset_pair(pair: object, name: str) -> None:
+def check_reset_pair(pair: object) -> None:
     """Raise unless states to reset to are (h, c)."""
     if not isinstance(pair, tuple | list):
-        raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
+        raise TypeError(f"{RESET_STATES} should be a pair of tensors (h, c), got: {type(pair).__name__}")
     if len(pair) != 2:
-        raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
-
-
-def check_reset_pairs(pairs: object, layers: int) -> None:
-    """Raise unless states to reset to are [(h, c), ...], a pair for each layer of a StackedLSTM."""
-    if not isinstance(pairs, list | tuple):
-        raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(pairs).__name__}")
-    if len(pairs) != layers:
-        raise ValueError(f"Expected {RESET_STATES} of {layers} pairs, one a layer, got {len(pairs)}")
+        raise ValueError(f"Expected {RESET_STATES} of two states (h, c), got {len(pair)}")
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:

@@ -201,7 +201,7 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
                 if state.shape != (batch, features):
                     raise RuntimeError(f"Expected hidden[{i}] size {(batch, features)}, got {list(state.shape)}")
             return [(hx[0], hx[1])]
-    checks.check_pairs(hx, len(options.sizes))
+    checks.check_pairs(hx, len(options.sizes), "hx", RuntimeError)
     states = []
     for k, (pair, size) in enumerate(zip(hx, options.sizes)):
         wanted = [2] * (options.directions == 2) + [batch] * form.batched + [size.hidden]
@@ -260,9 +260,10 @@ def _reset_states(
 ) -> list[State]:
     """A user's states to reset to, checked: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
     if options.kind == "StackedLSTM":
-        checks.check_reset_pairs(reset_states, len(options.sizes))
+        checks.check_pairs(reset_states, len(options.sizes), RESET_STATES, ValueError)
         pairs = [(pair, f"{RESET_STATES} of layer {k}") for k, pair in enumerate(reset_states)]
     else:
+        checks.check_reset_pair(reset_states)
         pairs = [(reset_states, RESET_STATES)]
     if traversal.resets is None:
         raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
@@ -271,7 +272,6 @@ def _reset_states(
     of_steps = [batch, steps] if form.batch_first else [steps, *of_batch]
     rows: list[State] = []
     for (pair, name), count, size in zip(pairs, options.blocks, options.sizes):
-        checks.check_reset_pair(pair, name)
         lead, states = [count] * options.leading, []
         for letter, state, features in zip("hc", pair, (size.width, size.hidden)):
             a_sequence, a_step = [*lead, *of_batch, features], [*lead, *of_steps, features]
