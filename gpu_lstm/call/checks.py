@@ -110,7 +110,7 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
 
 
 def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> None:
-    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM: `error` for a wrong number."""
+    """Raise unless it is [(h, c), ...], two tensors for each layer of a StackedLSTM; `error`: of a wrong number."""
     expected = f"{name} should be a list of pairs (h, c), one a layer"
     if not isinstance(pairs, list | tuple):
         raise TypeError(f"{expected}, got: {type(pairs).__name__}")
