@@ -13,7 +13,7 @@ from ..call.checks import is_exact
 from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.prepare import Call
-from ..call.sequences import valid_steps
+from ..call.sequences import without_padding
 from ..call.weights import State, Weights
 
 RunLayer = Callable[[int, Tensor, Sequence[Noise]], tuple[Tensor, list[State]]]
@@ -71,8 +71,7 @@ def connect(
 ) -> Tensor:
     """The next layer's input: the output, plus the input if it is residual and equally wide, after dropout."""
     if options.residual and y.shape == x.shape:
-        valid = valid_steps(x.shape[0], lengths)
-        y = y + (x if valid is None else torch.where(valid[:, :, None], x, 0))
+        y = y + without_padding(x, lengths)
     if kept is None:
         return y
     return y * (kept.to(y.dtype) / (1 - options.dropout) if options.dropout < 1 else 0)
