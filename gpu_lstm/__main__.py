@@ -124,7 +124,7 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for device in state["devices"]:
         lines.append(f"  {device['device']:<22} {device['name']}; float32 goes to {device['auto']!r} by default")
         for name, why_not in device["backends"].items():
-            lines.append(f"    {name:<20} {'not available: ' + why_not if why_not else 'available'}")
+            lines.append(f"    {name:<20} {'available' if why_not is None else 'not available: ' + why_not}")
     return state, "\n".join(lines)
 
 
@@ -177,8 +177,8 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
     )
     if (weights := 4 * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
-        size = f"{weights / 1e9:.0f} GB"
-        raise ValueError(f"W_hh of {problem.hidden} units takes {size}, more than any known card has")
+        takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
+        raise ValueError(f"{takes}, more than any known card has")
     found, lines = {}, [f"{card.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)
