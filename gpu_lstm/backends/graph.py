@@ -59,8 +59,7 @@ BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
 
 def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and the final states as Call.states."""
-    learns = call.modes.grad and any(one.weight_hh.requires_grad for layer in call.weights for one in layer)
-    if learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
+    if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"
