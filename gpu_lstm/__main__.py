@@ -16,7 +16,7 @@ from . import __version__
 from .backends import verify
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch import race
-from .dispatch.available import select, triton_import_problem, why_unavailable, without_triton
+from .dispatch.available import import_problem, select, why_unavailable, without_triton
 from .dispatch.kind import describe
 from .dispatch.route import Decision
 from .kernels import cache
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cached.add_argument("--merge", metavar="FILE", nargs="+", help="add those of exported files that are new here")
     cached.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
     options = parser.parse_args(arguments)
-    if options.command == "plan" and (problem := triton_import_problem()) is not None:
+    if options.command == "plan" and (problem := import_problem(Backend.TRITON)) is not None:
         print(f"python -m gpu_lstm plan {without_triton(problem)}", file=sys.stderr)
         return 1
     try:
@@ -134,12 +134,11 @@ def _summary(device: torch.device) -> str:
         requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm.LSTM raises: {error}"
-    backend = select(Backend.AUTO, device, torch.float32, None, False)
-    on_cpu, start = device.type == "cpu", "On this machine gpu_lstm.LSTM runs"
+    backend, on_cpu = select(Backend.AUTO, device, torch.float32, None, False), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
         why = why_no_cuda() if on_cpu else why_unavailable(Backend.TRITON, device, torch.float32)
-        return f"{start} torch's own LSTM on {where}: {why}"
+        return f"On this machine gpu_lstm.LSTM runs torch's own LSTM on {where}: {why}"
     verdicts, decisions = (
         [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]
         for kind in (verify.KIND, race.KIND)
@@ -150,8 +149,8 @@ def _summary(device: torch.device) -> str:
     failed = f", of which {wrong} failed" if wrong else ""
     then = "; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else ""
     return (
-        f"{start} {kernels} on {where} where they are faster: kernels checked {len(verdicts)}{failed}; kinds of "
-        f"problems raced {len(decisions)}, won {won}{then}"
+        f"On this machine gpu_lstm.LSTM runs {kernels} on {where} where they are faster: kernels checked "
+        f"{len(verdicts)}{failed}; kinds of problems raced {len(decisions)}, won {won}{then}"
     )
 
 
@@ -183,7 +182,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     found, lines = {}, [f"{card.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)
-        expected, *of_others = (planning.expected(problem, card, each, backward) for each in (plan, *others))
+        expected = planning.expected(problem, card, plan, backward)
         as_json = plan.as_json() | {"family": plan.family.name}
         found[name] = dict(plan=as_json, expected_seconds=expected.seconds, expected_terms=expected.terms)
         lines += [
@@ -194,8 +193,9 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):",
             *(f"           {term}" for term in terms_of(expected.terms)),
         ]
-        for each, its in zip(others, of_others):
-            lines.append(f"  else     {its.seconds * 1e6:.2f} us: {each.family.name}, {tiles_of(each)}")
+        for each in others:
+            seconds = planning.expected(problem, card, each, backward).seconds
+            lines.append(f"  else     {seconds * 1e6:.2f} us: {each.family.name}, {tiles_of(each)}")
     return found, "\n".join(lines)
 
 
@@ -224,18 +224,15 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
     return done, "".join(f"cached results {what}: {count}" for what, count in done.items())
 
 
-_KINDS = {
-    "races": "the first call of each kind on a card races the kernels against torch's own LSTM",
-    "checks": "each kernel is verified on a card before it is used",
-    "plans": "gpu_lstm.autotune measures them",
-}
-
-
 def _cached() -> tuple[list[dict[str, Any]], str]:
     rows, lines = [], []
-    for kind in cache.KINDS:
+    for kind, none_yet in (
+        ("races", "the first call of each kind on a card races the kernels against torch's own LSTM"),
+        ("checks", "each kernel is verified on a card before it is used"),
+        ("plans", "gpu_lstm.autotune measures them"),
+    ):
         entries = list(cache.entries(kind))
-        lines.append(f"{kind}: {len(entries) or f'none yet; {_KINDS[kind]}'}")
+        lines.append(f"{kind}: {len(entries) or f'none yet; {none_yet}'}")
         for file, key, value in entries:
             rows.append(dict(kind=kind, file=str(file), key=key, value=value))
             try:
@@ -256,10 +253,10 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     if kind == "plans":
         return f"B = {of['batch']}: {tiles}"
     names = ("projected", "reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes")
-    words = [name for name in names if key[name]]
+    words = [tiles, key["precision"], *(name for name in names if key[name])]
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
     words += [name for name, there in zip(("gain_hh", "gain_c", "bias_c"), key["norms"]) if there]
-    return f"{', '.join([tiles, key['precision'], *words])}: {value}"
+    return f"{', '.join(words)}: {value}"
 
 
 if __name__ == "__main__":

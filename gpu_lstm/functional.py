@@ -54,13 +54,11 @@ def lstm_layer(
             raise ValueError(f"{name} must be greater than zero")
     gains = named.gain_ih, named.gain_hh, named.gain_c
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
-    asked = Arguments(
+    arguments = Arguments(
         "lstm_layer", (hidden,), named.weight_peephole is not None, norms, features, named.bias_ih is not None,
         None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
-    options = options_of(*asked)
-    call = prepare(options, [[named]], x, hx, lengths, resets, reset_states)
-    y, states = run(call)
+    y, states = run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
     return y, states[0]
 
 

@@ -50,21 +50,15 @@ class Layer:
         trial: a plan that is used without being chosen or verified.
 
     Raises:
-        ValueError: more sequences or units than kernels can count; a projection together with a layer norm in the loop.
+        ValueError: more sequences or units than kernels can count.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        device: torch.device,
-        launcher: Launcher,
-        verify: Verify | None = None,
+        self, problem: Problem, device: torch.device, launcher: Launcher, verify: Verify | None = None,
         trial: Any = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         _check_count("sequences", problem.batch)
         _check_count("gates of all units", 4 * problem.hidden)
-        if problem.projected and problem.normalised:  # a step would need grid-wide barriers for both
-            raise ValueError("expected no projection combined with a layer norm inside the time loop")
         self.problem, self.device, self.verify = problem, device, verify
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Prepared] = {}
@@ -137,8 +131,8 @@ class Layer:
     def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
-            plan, capturing = self._trial, self.is_capturing()
-            if plan is None:
+            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if (plan := self._trial) is None:
                 # Without dh and dh_n backward is zero but for what dc_n contributes, which all plans compute alike.
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
@@ -157,10 +151,6 @@ class Layer:
         alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
-
-    def is_capturing(self) -> bool:
-        """Whether what is run now becomes part of a CUDA graph."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _is_elsewhere(self) -> bool:
         """Whether the current device, on which kernels are launched, is another."""

@@ -63,11 +63,9 @@ def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor) -> dict[str, 
     """The buffers of a launch over T = `steps`, on the device of a tensor."""
     tensors, usual = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
-        if times is not None:
-            size = (steps + times, *size)
-        t = (
-            like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
-        )  # torch parses sizes given one by one faster
+        size = size if times is None else (steps + times, *size)
+        # Sizes one by one, which torch parses faster.
+        t = like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
         if fill == 0:
             t.zero_()
         elif fill is not None:
@@ -121,8 +119,7 @@ def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
     """Bytes with a margin at both ends, and the copy of a contiguous t between them."""
     margin = min(max(LEAST, t.nbytes), MOST) // ALIGNMENT * ALIGNMENT
     outer = _pattern(2 * margin + t.nbytes, t.device)
-    inner = outer[margin : margin + t.nbytes].view(t.dtype).view(t.shape)
-    return outer, inner.copy_(t)
+    return outer, outer[margin : margin + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
 
 
 def _pattern(count: int, device: torch.device) -> Tensor:

@@ -17,22 +17,17 @@ from torch import Tensor
 from . import cache
 
 KERNELS = (
-    "lstm_cooperative_forward_kernel",
-    "lstm_cooperative_backward_kernel",
-    "lstm_step_forward_kernel",
-    "lstm_step_backward_kernel",
-    "lstm_cooperative_forward",  # in CUDA C++
-    "lstm_cooperative_backward",
-)
+    "lstm_cooperative_forward_kernel", "lstm_cooperative_backward_kernel",
+    "lstm_step_forward_kernel", "lstm_step_backward_kernel",
+    "lstm_cooperative_forward", "lstm_cooperative_backward",  # in CUDA C++
+)  # fmt: skip
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """RuntimeErrors that say nothing about what was run when they were raised."""
 
 TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: about how many seconds programs wait for each other
 SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many of them plans leave to other kernels
-SECONDS, SECONDS_OF_TRIALS = (
-    120.0,
-    1.0,
-)  # NCCL's kernels may hold multiprocessors as long, while they wait for a slow rank
+SECONDS = 120.0  # NCCL's kernels may hold multiprocessors as long, while they wait for a slow rank
+SECONDS_OF_TRIALS = 1.0
 POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
 SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
 
@@ -149,10 +144,11 @@ def check() -> None:
         RuntimeError: with the kernel, the step and the device.
     """
     for device in list(_words):
-        _check(device)
+        wait_and_check(device)
 
 
-def _check(device: torch.device) -> None:
+def wait_and_check(device: torch.device) -> None:
+    """The same for one device; also raises what else failed on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     raise_if_timed_out(device)
@@ -164,6 +160,6 @@ def _report_at_exit() -> None:
         if words.process != os.getpid():  # a forked child, whose parent reports it
             continue
         try:
-            _check(device)
+            wait_and_check(device)
         except RuntimeError as error:
             print(f"gpu_lstm: {error}", file=sys.stderr)

@@ -22,7 +22,7 @@ import torch
 from standing_in import CUDA, H100, plan_of, the_cpu_is_a_card, torch_finds
 
 import gpu_lstm
-from gpu_lstm.backends import kernels, verify
+from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Layer
@@ -56,9 +56,9 @@ def be_a_card() -> None:
                 is_current_stream_capturing=lambda: ctypes.c_int.in_dll(DRIVER, "capturing").value != 0)  # fmt: skip
     the_cpu_is_a_card(patch)
     torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDriverVersion = lambda device: 0, lambda: 13000
-    unavailable, layer_of = available.why_unavailable, kernels.layer_of
+    unavailable, layer_of = available.why_unavailable, verify.layer_of
     available.why_unavailable = lambda choice, device, dtype: unavailable(choice, CUDA, dtype)
-    kernels.layer_of = lambda backend, problem, device: layer_of(backend, problem, CUDA)
+    verify.layer_of = lambda backend, problem, device: layer_of(backend, problem, CUDA)
     race.race = lambda runs, now: {name: [1.0 + (name == "torch")] * 3 for name in runs}
     timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
 

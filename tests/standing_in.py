@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from gpu_lstm.backends import kernels
+from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cards import Card
@@ -112,7 +112,7 @@ def as_a_card(monkeypatch):
     """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem of its tensors) of layers launched."""
     the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(launch, "launch_kernel", stand_in)
-    monkeypatch.setattr(kernels, "verify", lambda *_: None)
+    monkeypatch.setattr(verify, "verify", lambda *_: None)
     launched = []
 
     def recorded(run, way, gates, recurrence):

@@ -149,7 +149,7 @@ def test_why_it_is_unavailable(monkeypatch, facts, kind, text):
     """The tensors, the card, or CuPy, which is named with its extra."""
     absent = "absent" in facts
     torch_finds(monkeypatch, get_device_capability=facts.get("capability"))
-    monkeypatch.setattr(available, "cupy_import_problem", available.cupy_import_problem.__wrapped__)
+    monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
     monkeypatch.setitem(sys.modules, "cupy", None if absent else Mock())
     monkeypatch.setattr(torch.version, "cuda", facts.get("absent"))
     device, dtype = torch.device(facts.get("device", "cuda")), facts.get("dtype", torch.float32)

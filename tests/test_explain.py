@@ -174,6 +174,6 @@ def test_nothing_changes_and_all_of_it_is_data(card):
     lstm, before = gpu_lstm.LSTM(4, 5, 2, dropout=0.5, weight_drop=0.5), torch.get_rng_state()
     found = gpu_lstm.explain(lstm, X, (torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)))
     assert torch.equal(torch.get_rng_state(), before)
-    assert run._routes == race._decided == {}
+    assert run._routes == race.decided == {}
     assert not list(cache.entries(race.KIND))
     assert json.loads(json.dumps(dataclasses.asdict(found)))["backend"] == "torch"

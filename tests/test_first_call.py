@@ -200,7 +200,8 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
     if error is None:
         monkeypatch.setattr(choose, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")
     monkeypatch.setattr(choose, "load", Mock(side_effect=error))
-    monkeypatch.setattr(available, "cupy_import_problem", lambda: "not here")
+    of_triton = available.import_problem(Backend.TRITON)
+    monkeypatch.setattr(available, "import_problem", {Backend.TRITON: of_triton, Backend.CUPY: "not here"}.get)
     with pytest.warns(UserWarning, match="launches nothing on cuda:0.*Backend 'auto' does without it"):
         assert _selected() is Backend.TORCH
     with pytest.raises(RuntimeError, match=f"backend 'triton': .*{cure}"):
@@ -250,8 +251,7 @@ def test_a_torch_for_amd_is_named(monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
 def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
-    for name in ("triton_import_problem", "cupy_import_problem"):
-        monkeypatch.setattr(available, name, getattr(available, name).__wrapped__)
+    monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
     monkeypatch.setattr(available.importlib, "import_module", Mock(side_effect=error))
     with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
         assert _selected() is Backend.TORCH

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import kernels, torch_rnn
+from gpu_lstm.backends import torch_rnn, verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.options import Size
@@ -242,7 +242,7 @@ NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
 def layers_of(monkeypatch, plan):
     """Kernels whose layers have the plan(problem). A list of their problems."""
     asked = []
-    monkeypatch.setattr(kernels, "layer_of", lambda backend, problem, device: asked.append(problem) or SimpleNamespace(
+    monkeypatch.setattr(verify, "layer_of", lambda backend, problem, device: asked.append(problem) or SimpleNamespace(
         chosen=lambda pass_: Chosen(plan(problem), False)))  # fmt: skip
     return asked
 
@@ -285,7 +285,7 @@ def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
     monkeypatch.setattr(torch_rnn, "run_call", fails)
     ran = stubbed()
     LSTM(X)
-    (decision,) = race._decided.values()
+    (decision,) = race.decided.values()
     assert (ran, decision.backend, decision.why[:19]) == ([], Backend.TRITON, "torch's LSTM fails:")
 
 
@@ -340,16 +340,15 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
 @pytest.mark.parametrize("rival", ["triton", "torch"])
 def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""
-    calls = itertools.count()
+    calls, run_by = itertools.count(), race.run_by
 
-    def race_in_which_one_fails(rivals, now):
-        def run(name):
-            if name == rival and next(calls) >= at:
-                raise RuntimeError("lstm_step_forward_kernel timed out at step 3")
+    def one_fails(route, call):
+        if route.backend.value == rival and next(calls) > at:  # the first call is before the race
+            raise RuntimeError("lstm_step_forward_kernel timed out at step 3")
+        return run_by(route, call)
 
-        return REAL_RACE({name: partial(run, name) for name in rivals}, itertools.count().__next__)
-
-    monkeypatch.setattr(race, "race", race_in_which_one_fails)
+    monkeypatch.setattr(race, "run_by", one_fails)
+    monkeypatch.setattr(race, "race", lambda rivals, now: REAL_RACE(rivals, itertools.count().__next__))
     other = "torch" if rival == "triton" else "triton"
     said = pytest.warns(UserWarning, match="timed out at step 3") if rival == "triton" else contextlib.nullcontext()
     with said:

@@ -106,7 +106,7 @@ class Routes(RuleBasedStateMachine):
         module = self.module()
         cached = self.outcome(module)
         with contextlib.ExitStack() as stack:
-            for place, name in (dispatch, "_routes"), (race, "_decided"), (launch, "_layers"):
+            for place, name in (dispatch, "_routes"), (race, "decided"), (launch, "_layers"):
                 stack.enter_context(patch.object(place, name, {}))
             fresh = self.outcome(module)
         assert cached[0] == fresh[0], "another backend, other kernels or another error"

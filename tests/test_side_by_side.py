@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import graph, kernels, schedule
+from gpu_lstm.backends import graph, schedule, verify
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import route
@@ -245,7 +245,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
         backend, module, choose_plan = "cupy", cupy_launch, planning.choose_plan
         monkeypatch.setattr(cupy_launch, "as_words", lambda weights, hidden, size: weights)  # padding asks the driver
         monkeypatch.setattr(cupy_launch, "card_of", lambda device: H100)
-        monkeypatch.setattr(kernels, "verify", None)  # it computes
+        monkeypatch.setattr(verify, "verify", None)  # it computes
     current: list[int] = []
     monkeypatch.setattr(module, "choose_plan", choose_plan)
     monkeypatch.setattr(module, "launch_kernel", lambda *_, **__: current.append(driver.current))

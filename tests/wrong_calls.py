@@ -99,7 +99,7 @@ an_int = "TypeError: {} should be of type int, got: {}".format
 a_tensor = "TypeError: {} should be a tensor, got: {}".format
 dense = "RuntimeError: {}: Expected input to be a dense tensor, got {}".format
 pair = "TypeError: {}(): argument 'hx' (position 2) must be tuple of Tensors, not {}".format
-a_list = "TypeError: hx should be a list of pairs (h, c), one a layer, got{}: {}".format
+a_list = "TypeError: {} should be a list of pairs (h, c), one a layer, got{}: {}".format
 size = "RuntimeError: Expected {} size {}, got {}".format
 DTYPES = "RuntimeError: Input and {0} tensors are not the same dtype, found input tensor with torch.{1} and {0} tensor "
 dtypes = f"{DTYPES}with torch.{{2}}".format
@@ -172,17 +172,16 @@ def of_reset_states():
     yield "ValueError: Expected resets together with reset_states, ..., got None", *alone
     sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
     sizes = f"{sizes}got {{2}}".format
-    a_pair = "TypeError: reset_states{} should be a pair of tensors (h, c), got: {}"
     for text, call, states in (
         (sizes("c", "1, ", [1, 2, 5]), "lstm", "(H, zeros(1, 2, 5))"), (sizes("h", "1, ", [2, 4]), "lstm", "(H[0], C)"),
         ("ValueError: Expected c of reset_states of dtype torch.float32, got torch.int64", "lstm", "(H, C.long())"),
         ("ValueError: Expected h of ... on cpu, ..., got meta", "lstm", "(H.to(META), C)"),
         (a_tensor("c of reset_states", "NoneType"), "lstm", "(H, None)"),
-        (a_pair.format("", "Tensor"), "lstm", "torch.stack([H, C])"),
+        ("TypeError: reset_states should be a pair of tensors (h, c), got: Tensor", "lstm", "torch.stack([H, C])"),
         ("ValueError: Expected reset_states of two states (h, c), got 1", "lstm", "(H,)"),
         (sizes("h", "", [1, 2, 4]), "layer", "(H, C)"),
-        (a_pair.format(" of layer 0", "Tensor"), "stack", "(H, C)"),
-        ("TypeError: reset_states should be a list of pairs (h, c), got: Tensor", "stack", "H"),
+        (a_list("reset_states", " for layer 0", "Tensor"), "stack", "(H, C)"),
+        (a_list("reset_states", "", "Tensor"), "stack", "H"),
         ("ValueError: Expected reset_states of 2 pairs, one a layer, got 1", "stack", "PAIRS[:1]"),
         ("ValueError: Expected c of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "stack",
          "[PAIRS[0], (H2, zeros(2, 5))]")):  # fmt: skip
@@ -260,8 +259,8 @@ CALLS = [
     (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
     ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
      "gpu_lstm.StackedLSTM(3, [4, 5], residual=True)"),
-    (a_list(" for layer 0", "Tensor"), "m.one(X, PAIRS[0])", "gpu_lstm.Stream(m.stack, 2, PAIRS[0])"),
-    (a_list("", "Tensor"), "m.stack(X, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, X, zeros(2, 2, 2, 4))"),
+    (a_list("hx", " for layer 0", "Tensor"), "m.one(X, PAIRS[0])", "gpu_lstm.Stream(m.stack, 2, PAIRS[0])"),
+    (a_list("hx", "", "Tensor"), "m.stack(X, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, X, zeros(2, 2, 2, 4))"),
     ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(X, PAIRS[:1])"),
     ("RuntimeError: Expected h of layer 0 of size [2, 4], got [1, 2, 4]", "m.stack(X, [(H, C), PAIRS[1]])"),
     ("RuntimeError: Expected c of layer 1 of size [4], got [1, 4]",
@@ -316,9 +315,9 @@ CALLS = [
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
     *((text, f"gpu_lstm.Stream(m.lstm, 2, {states})") for text, states in (
-        ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 1, 4]", "(zeros(1, 1, 4), C)"),
-        ("RuntimeError: Expected h_0 of dtype torch.float32, got torch.float64", "(H.double(), C.double())"),
-        ("RuntimeError: Expected h_0 on cpu, got meta", "(H.to(META), C)"),
+        (size("hidden[0]", "(1, 2, 4)", "[1, 1, 4]"), "(zeros(1, 1, 4), C)"),
+        (dtypes("hidden", "float32", "float64"), "(H.double(), C.double())"),
+        (devices("hidden", "cpu", META), "(H.to(META), C)"),
         (a_tensor("h_0", "list"), "([0.0], [0.0])"))),
     (a_tensor("x", "NoneType"), "m.stream(None)"), (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
     ("ValueError: expected (N, I) or (T, N, I) with N = 2, got (3, 3)", "m.stream(zeros(3, 3))"),
@@ -334,7 +333,7 @@ CALLS = [
         (a_tensor("index", "list"), "[1, 0]"),
         ("ValueError: expected int64 of shape (2,), got torch.bool (2,)", "tensor([True, False])"),
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
-    ("RuntimeError: Expected h_0 of size [1, 2, 4], got [1, 3, 4]", "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
+    (size("hidden[0]", "(1, 2, 4)", "[1, 3, 4]"), "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
     # convert, to_torch, from_haste
     ("TypeError: convert accepts a torch.nn.Module, got list", "gpu_lstm.convert([TORCHS])"),
     ("TypeError: to_torch accepts a torch.nn.Module, got type", "gpu_lstm.to_torch(nn.LSTM)"),

@@ -6,34 +6,23 @@ import torch
 from torch import Tensor
 
 from ..call.modes import Modes, Transforms, gradients_are_differentiated, is_transformed
-from ..call.noise import Noise
-from ..call.sequences import Traversal
-from ..call.weights import State, Weights
+from ..call.weights import State
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs
 from . import fused, graph
-from .fused import Saved, inputs_of
+from .fused import Saved
 from .layers import NOTHING
 
 
-def run_layer(
-    layer: Layer,
-    x: Tensor,  # [T, B, I]
-    state: State,  # ([1, B, P], [1, B, H])
-    weights: Weights,
-    traversal: Traversal,
-    noise: Noise,
-    recompute: bool,
-    modes: Modes,  # as `prepare` found them: autograd is off inside Function.forward
-) -> tuple[Tensor, State]:
-    """h [T, B, P], and h_n and c_n as `state`, in its dtypes; differentiable to any order.
+def run_layer(layer: Layer, inputs: Inputs, recompute: bool, modes: Modes) -> tuple[Tensor, State]:
+    """h [T, B, P], and h_n and c_n as h0 and c0, in their dtypes; differentiable to any order.
 
-    The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h.
+    The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h. `modes`:
+    as `prepare` found them, since autograd is off inside Function.forward.
     """
-    inputs = inputs_of(x, state, weights, traversal, noise)
     if not modes.grad or not any(t is not None and t.requires_grad for t in inputs):
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
-        return h, (h_n, c_n if c_n.dtype is state[1].dtype else c_n.to(state[1].dtype))
+        return h, (h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype))
     if modes.transforms != Transforms.NONE:
         h, h_n, c_n, *_ = graph.InTransforms.apply(layer.problem.reverse, layer.backend, True, recompute, *inputs)
     else:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..call.noise import Noise
-from ..call.sequences import Traversal, valid_steps
+from ..call.sequences import Traversal, without_padding
 from ..call.weights import State, Weights
 from ..cells import EQUATIONS, lstm
 from ..kernels import layer_norm
@@ -23,17 +23,14 @@ _weights = attrgetter(*Weights._fields)
 
 
 def weights_of(inputs: Inputs) -> Weights:
-    """The weights of a layer."""
     return Weights(*_weights(inputs))
 
 
 def noise_of(inputs: Inputs) -> Noise:
-    """Its noise."""
     return Noise(inputs.dropout_h, inputs.zoneout_h, inputs.zoneout_c)
 
 
 def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
-    """How it goes through the batch."""
     states = None if inputs.reset_h is None or inputs.reset_c is None else [(inputs.reset_h, inputs.reset_c)]
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 
@@ -135,7 +132,7 @@ def gradients(
     # Of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN.
     of_x, of_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)
     if inputs.gain_ih is not None and not needed.isdisjoint(("x", "weight_ih", "gain_ih")):
-        z = _without_padding(inputs.x, inputs.lengths) @ inputs.weight_ih.T
+        z = without_padding(inputs.x, inputs.lengths) @ inputs.weight_ih.T
         of_x, of["gain_ih"] = _through_norm(loop.dgates, inputs.gain_ih, layer_norm.unit_of(z, 4 * problem.hidden))
     if inputs.gain_hh is not None and not needed.isdisjoint(("weight_hh", "gain_hh", "reset_h")):
         of_h, of["gain_hh"] = _through_norm(loop.dgates, inputs.gain_hh, of_hh)
@@ -150,7 +147,7 @@ def gradients(
     if "c0" in needed:
         of["c0"] = loop.dc0.to(inputs.c0.dtype)
     if "weight_ih" in needed:
-        of["weight_ih"] = cell.to_torch(columns_of_x @ _without_padding(inputs.x, inputs.lengths).flatten(0, 1), hidden)
+        of["weight_ih"] = cell.to_torch(columns_of_x @ without_padding(inputs.x, inputs.lengths).flatten(0, 1), hidden)
     if "weight_hh" in needed:
         of["weight_hh"] = columns_of_h @ h_prev.flatten(0, 1)
     if "bias_ih" in needed or "bias_hh" in needed:
@@ -158,7 +155,7 @@ def gradients(
         of["bias_ih"], of["bias_hh"] = cell.to_torch(cell.of_x(of_biases, hidden), hidden), cell.of_h(of_biases, hidden)
     if "weight_hr" in needed:
         m = equations.output(saved.gates.chunk(4, dim=2), saved.cell_after(traversal), None, None)  # [T, B, H]
-        of["weight_hr"] = loop.dh_total.flatten(0, 1).T @ _without_padding(m, inputs.lengths).flatten(0, 1)
+        of["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, inputs.lengths).flatten(0, 1)
     if "weight_peephole" in needed:
         of["weight_peephole"] = _gradient_of_peepholes(saved, loop.dgates, traversal)
     if "reset_h" in needed:
@@ -179,7 +176,7 @@ def _gradients_of_norm_of_c(saved: Saved, dm: Tensor, gain: Tensor, unit: Tensor
     bias, lengths = saved.inputs.bias_c, saved.inputs.lengths
     normed = unit * gain if bias is None else unit * gain + bias
     d = dm * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
-    dgain, dbias = (_without_padding(t, lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
+    dgain, dbias = (without_padding(t, lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
     return dgain, None if bias is None else dbias
 
 
@@ -187,12 +184,6 @@ def _gradient_of_peepholes(saved: Saved, dgates: Tensor, traversal: Traversal) -
     """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
     dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
     before = saved.cell_before(traversal)
-    after = _without_padding(saved.cell_after(traversal), saved.inputs.lengths)
+    after = without_padding(saved.cell_after(traversal), saved.inputs.lengths)
     sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
     return torch.cat(sums).to(dgates.dtype)
-
-
-def _without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
-    """t [T, B, F] with zeros past the end of each sequence."""
-    valid = valid_steps(t.shape[0], lengths)
-    return t if valid is None else torch.where(valid[:, :, None], t, 0)

@@ -25,14 +25,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import Recording, alive, constant_when_traced, gradients_are_differentiated, recurrent_precision
+from ..call.modes import Recording, constant_when_traced, gradients_are_differentiated, recurrent_precision
 from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
-from . import fused, kernels, reference, torch_rnn
+from . import fused, reference, torch_rnn, verify
 from .fused import Saved, traversal_of, weights_of
 from .layers import by_direction, cast, one_after_another, without_autocast
 
@@ -59,8 +59,7 @@ BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
 
 def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and the final states as Call.states."""
-    learns = call.modes.grad and any(one.weight_hh.requires_grad for layer in call.weights for one in layer)
-    if learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
+    if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"
@@ -110,7 +109,9 @@ def gradients_of(
     """
     if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *tensors, *gradients]):
         run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
-        return reference.gradients(run, [*map(alive, tensors)], gradients, needed)
+        # Other transforms do not accept the wrappers of those that have ended.
+        tensors = [None if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
+        return reference.gradients(run, tensors, gradients, needed)
     with torch.no_grad():
         those_needed = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(tensors)))
     return [next(those_needed) if need else None for need in needed]
@@ -123,7 +124,7 @@ def are_batched(gradients: Sequence[Tensor | None]) -> bool:
 
 def _kernels_for(inputs: Inputs, reverse: bool, backend: Backend) -> Layer:
     problem = problem_of(inputs, reverse, recurrent_precision(inputs.x.dtype))
-    return kernels.layer_of(backend, problem, inputs.x.device)
+    return verify.layer_of(backend, problem, inputs.x.device)
 
 
 def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,10 +10,10 @@ import torch.autograd.profiler as profiler
 from torch import Tensor
 
 from ..call.checks import is_exact
-from ..call.noise import NO_NOISE, Noise, draw, dropped
+from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.prepare import Call
-from ..call.sequences import valid_steps
+from ..call.sequences import without_padding
 from ..call.weights import State, Weights
 
 RunLayer = Callable[[int, Tensor, Sequence[Noise]], tuple[Tensor, list[State]]]
@@ -66,14 +66,15 @@ def connect(
     x: Tensor,  # [t, B, I], a layer's input
     y: Tensor,  # [t, B, F], its output
     lengths: Tensor | None,  # [B], within these t steps
-    kept: Tensor | None,  # bool [t, B, F]
+    kept: Tensor | None,  # bool [t, B, F], as noise.draw returns it
     options: Options,
 ) -> Tensor:
     """The next layer's input: the output, plus the input if it is residual and equally wide, after dropout."""
     if options.residual and y.shape == x.shape:
-        valid = valid_steps(x.shape[0], lengths)
-        y = y + (x if valid is None else torch.where(valid[:, :, None], x, 0))
-    return dropped(y, kept, options.dropout)
+        y = y + without_padding(x, lengths)
+    if kept is None:
+        return y
+    return y * (kept.to(y.dtype) / (1 - options.dropout) if options.dropout < 1 else 0)
 
 
 def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, State, Weights]:

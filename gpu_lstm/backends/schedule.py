@@ -23,6 +23,7 @@ from ..call.sequences import EVERY_STEP, Traversal
 from ..call.weights import State, Weights
 from ..kernels.layer import Layer
 from . import autograd
+from .fused import inputs_of
 from .layers import RunDirection, by_direction, connect, named, one_after_another, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not saved for backward
@@ -84,10 +85,9 @@ def _run_layers(
     call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
     if call.options.role == "cell":  # one step: there is nothing to schedule
-        (h, c), weights = call.states[0], call.weights[0][0]
-        y, (h_n, c_n) = autograd.run_layer(
-            layers[0], call.x[None], (h[None], c[None]), weights, EVERY_STEP, NO_NOISE, False, call.modes
-        )
+        h, c = call.states[0]
+        inputs = inputs_of(call.x[None], (h[None], c[None]), call.weights[0][0], EVERY_STEP, NO_NOISE)
+        y, (h_n, c_n) = autograd.run_layer(layers[0], inputs, False, call.modes)
         return y, [(h_n.squeeze(0), c_n.squeeze(0))]
     call, recompute = call.padded(), call.options.recompute
     rows = call.kernel_rows()
@@ -95,7 +95,7 @@ def _run_layers(
     def direction(
         row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
     ) -> tuple[Tensor, State]:
-        return autograd.run_layer(layers[row], x, state, weights, traversal, noise, recompute, call.modes)
+        return autograd.run_layer(layers[row], inputs_of(x, state, weights, traversal, noise), recompute, call.modes)
 
     if schedule.longest >= call.steps and schedule.streams[0] is None:
         y, rows = one_after_another(call, call.x.dtype, by_direction(call, backend.value, rows, direction))

@@ -298,8 +298,8 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
         rows = len(weights.weight_ih)
         # Not in place: graph.py records views of no tensor.
         columns = [F.pad(w, (k * hidden, rows - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]  # each its gate
-        columns = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [rows, added]
-        weight_ih = torch.cat([weights.weight_ih, columns], dim=1)
+        of_features = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [rows, added]
+        weight_ih = torch.cat([weights.weight_ih, of_features], dim=1)
         x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
     y, (_, c_n) = stack(x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
     return y, c_n[0]

@@ -1,4 +1,4 @@
-"""Kernels are verified on the present card before their results are used.
+"""The kernels of a backend, each verified on the present card before its results are used.
 
 Before a call first launches a kernel, that kernel runs a small problem: with the call's layer, plan, dtypes, strides
 and optional tensors, but few steps, and of a large batch only enough sequences for several batch tiles a program, where
@@ -8,21 +8,23 @@ dtype. Nothing may be written outside a launch's tensors. The verdict is cached 
 """
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from math import ceil
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..call.choices import Backend
 from ..call.modes import alone
 from ..call.weights import Weights
 from ..kernels import cache
 from ..kernels.layer import Layer
 from ..kernels.memory import WroteOutside, checked
 from ..kernels.problem import Inputs, Pass, Problem, in_the_loop
-from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out
+from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
 from .fused import Saved, noise_of, traversal_of, weights_of
 from .reference import Steps
@@ -35,6 +37,14 @@ RATE = 0.25  # of zoneout, where it is the same for all elements
 logger = logging.getLogger("gpu_lstm")
 COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
 LEARNT = ("x", "h0", "c0", *Weights._fields, "reset_h", "reset_c")  # what may have a gradient
+
+
+def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
+    """The kernels of a problem on a device: the one place where a launcher is imported."""
+    launcher = importlib.import_module(f"..kernels.{backend.value}_lstm.launch", __package__)
+    layer: Layer = launcher.layer_of(problem, device, verify)
+    layer.backend = backend.value  # as the operators of graph.py name it
+    return layer
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
@@ -51,7 +61,7 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
     verdict = cached_verdict(plan, problem, pass_, device)
     report = f" Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     if verdict is None:
-        _raise_earlier_errors(device)
+        wait_and_check(device)  # for errors of earlier launches
         try:
             verdict = _verdict(layer, pass_, inputs, plan)
             cache.write(KIND, _key(plan, problem, pass_, device), verdict)
@@ -69,8 +79,7 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
 
 def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> str | None:
     """The cached verdict on a kernel on a device: "right", or what is wrong; None: it was not verified yet."""
-    verdict: str | None = cache.read(KIND, _key(plan, problem, pass_, device))
-    return verdict
+    return cast("str | None", cache.read(KIND, _key(plan, problem, pass_, device)))
 
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
@@ -90,27 +99,17 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
         try:
             with alone(grad=False), checked():
                 runs.append((truth, theirs, small.by_kernels(on_trial, steps)))
-                _raise_earlier_errors(device)
+                wait_and_check(device)
         except WroteOutside as error:
             return str(error)
     last_place = 2.0**-10 if problem.precision == "tf32" else torch.finfo(problem.dtype).eps  # of products
     for name in truth:
         true, their, our = (torch.cat([run[name].double().flatten() for run in each]) for each in zip(*runs))
-        ours = _rms(our - true)
-        allowed = 2 * max(_rms(their - true), last_place * float(true.abs().max()))
-        if not ours <= allowed:  # also where it is NaN
-            return f"the RMS error of {name} is {ours:.2g}, where {allowed:.2g} is allowed"
+        our_rms, their_rms = (float((each - true).square().mean().sqrt()) for each in (our, their))
+        allowed = 2 * max(their_rms, last_place * float(true.abs().max()))
+        if not our_rms <= allowed:  # also where it is NaN
+            return f"the RMS error of {name} is {our_rms:.2g}, where {allowed:.2g} is allowed"
     return "right"
-
-
-def _raise_earlier_errors(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    raise_if_timed_out(device)
-
-
-def _rms(t: Tensor) -> float:
-    return float(t.square().mean().sqrt())
 
 
 class Small:

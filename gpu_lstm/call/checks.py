@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .forms import Form
 from .modes import autocasts, need_the_reference
-from .options import RESET_STATES, Options
+from .options import Options
 from .weights import LAYER_NORM, NAMES, State, Weights, variant_of
 
 _STRIDED = torch.strided
@@ -123,29 +123,30 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
         check_pair(hx, "lstm_cell")
 
 
-def check_pairs(hx: Any, layers: int) -> None:
-    """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM."""
-    expected = "hx should be a list of pairs (h, c), one a layer"
-    if not isinstance(hx, list | tuple):
-        raise TypeError(f"{expected}, got: {type(hx).__name__}")
-    for k, pair in enumerate(hx):
+def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> None:
+    """Raise unless it is [(h, c), ...], two tensors for each layer of a StackedLSTM; `error`: of a wrong number."""
+    expected = f"{name} should be a list of pairs (h, c), one a layer"
+    if not isinstance(pairs, list | tuple):
+        raise TypeError(f"{expected}, got: {type(pairs).__name__}")
+    for k, pair in enumerate(pairs):
         if not isinstance(pair, list | tuple):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
-    if len(hx) != layers:
-        raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
-    for k, pair in enumerate(hx):
         if len(pair) != 2:
-            raise RuntimeError(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
-        for name, state in zip("hc", pair):
-            check_tensor(state, f"{name} of layer {k}")
+            raise error(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
+        for letter, state in zip("hc", pair):
+            check_tensor(state, f"{letter} of layer {k}")
+    if len(pairs) != layers:
+        raise error(f"Expected {name} of {layers} pairs, one a layer, got {len(pairs)}")
 
 
-def check_states(hx: Any, layers: int, name: str) -> None:
-    """Raise unless it is [h, ...], a tensor for each layer of a StackedGRU."""
-    if not isinstance(hx, list | tuple):
-        raise TypeError(f"{name} should be a list of tensors, one a layer, got: {type(hx).__name__}")
-    if len(hx) != layers:
-        raise RuntimeError(f"Expected {name} of {layers} tensors, one a layer, got {len(hx)}")
+def check_states(states: Any, layers: int, name: str, error: type[Exception]) -> None:
+    """Raise unless it is [h, ...], a tensor for each layer of a StackedGRU; `error`: of a wrong number."""
+    if not isinstance(states, list | tuple):
+        raise TypeError(f"{name} should be a list of tensors, one a layer, got: {type(states).__name__}")
+    for k, state in enumerate(states):
+        check_tensor(state, f"h of layer {k}")
+    if len(states) != layers:
+        raise error(f"Expected {name} of {layers} tensors, one a layer, got {len(states)}")
 
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
@@ -315,15 +316,6 @@ def check_reset_pair(pair: object, name: str) -> None:
         raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
     if len(pair) != 2:
         raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
-
-
-def check_reset_states(states: object, layers: int, one_state: bool) -> None:
-    """Raise unless states to reset to are [(h, c), ...], or [h, ...], for each layer of a stack."""
-    each, pair = ("tensors", "") if one_state else ("pairs", " (h, c)")
-    if not isinstance(states, list | tuple):
-        raise TypeError(f"{RESET_STATES} should be a list of {each}{pair}, got: {type(states).__name__}")
-    if len(states) != layers:
-        raise ValueError(f"Expected {RESET_STATES} of {layers} {each}, one a layer, got {len(states)}")
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:

@@ -81,10 +81,7 @@ def modes(x: Tensor) -> Modes:
         Recording.WATCHED if watched else Recording.NOBODY,
         transforms,
         recurrent_precision(x.dtype),
-        (
-            chosen_backends[0].value or _environment.get(_BACKEND),
-            chosen_racings[0].value or _environment.get(_RACE),
-        ),
+        (chosen_backends[0].value or _environment.get(_BACKEND), chosen_racings[0].value or _environment.get(_RACE)),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
 
@@ -218,8 +215,3 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
         return True
     wrapped = _functorch.is_functorch_wrapped_tensor
     return any((_functorch.get_unwrapped(t) if wrapped(t) else t).requires_grad for t in tensors if t is not None)
-
-
-def alive(t: Tensor | None) -> Tensor | None:
-    """The tensor without the wrappers of transforms that have ended, which other transforms do not accept."""
-    return None if t is None else _functorch.unwrap_if_dead(t)

@@ -69,13 +69,6 @@ def draw(
     return noise, kept
 
 
-def dropped(y: Tensor, kept: Tensor | None, probability: float) -> Tensor:
-    """y [T, B, F] after dropout, by a mask of `draw`."""
-    if kept is None:
-        return y
-    return y * (kept.to(y.dtype) / (1 - probability) if probability < 1 else 0)
-
-
 def with_weight_drop(weights: list[list[Weights]], probability: float) -> list[list[Weights]]:
     """The weights [L][D] of a call: DropConnect on W_hh (Merity et al., 2018)."""
     return [[w._replace(weight_hh=F.dropout(w.weight_hh, probability)) for w in layer] for layer in weights]

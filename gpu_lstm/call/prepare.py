@@ -207,7 +207,7 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
                 if state.shape != (batch, features):
                     raise RuntimeError(f"Expected hidden[{i}] size {(batch, features)}, got {list(state.shape)}")
             return [(hx[0], hx[1])]
-    checks.check_pairs(hx, len(options.sizes))
+    checks.check_pairs(hx, len(options.sizes), "hx", RuntimeError)
     states = []
     for k, (pair, size) in enumerate(zip(hx, options.sizes)):
         wanted = [2] * (options.directions == 2) + [batch] * form.batched + [size.hidden]
@@ -222,7 +222,7 @@ def _single_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any)
     """As _states, for a user who holds h alone."""
     named = [("hidden", hx)]
     if options.role == "stack":
-        checks.check_states(hx, len(options.sizes), "hx")
+        checks.check_states(hx, len(options.sizes), "hx", RuntimeError)
         named = [(f"h of layer {k}", h) for k, h in enumerate(hx)]
     states = []
     for (name, state), rows, size in zip(named, options.blocks, options.sizes):
@@ -276,11 +276,9 @@ def _check_tensors(
             learns = True
     if options.role == "cell":
         checks.check_cell(options, form, x, states[0], weights[0][0], alike)
-    elif not alike:
+    elif not alike or x.shape[-1] != options.input_size:
         checks.check_input(options, form, x, weights)
         checks.check_alike(x, states, weights)
-    elif x.shape[-1] != options.input_size:
-        checks.check_input(options, form, x, weights)
     return learns, plain
 
 
@@ -289,39 +287,33 @@ def _reset_states(
 ) -> list[State]:
     """A user's states to reset to, checked: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
     if options.role == "stack":
-        checks.check_reset_states(reset_states, len(options.sizes), options.one_state)
-        named = [(reset_state, f"{RESET_STATES} of layer {k}") for k, reset_state in enumerate(reset_states)]
+        check = checks.check_states if options.one_state else checks.check_pairs
+        check(reset_states, len(options.sizes), RESET_STATES, ValueError)
+        named = [(state, f"{RESET_STATES} of layer {k}") for k, state in enumerate(reset_states)]
     else:
+        check_one = checks.check_tensor if options.one_state else checks.check_reset_pair
+        check_one(reset_states, RESET_STATES)
         named = [(reset_states, RESET_STATES)]
     if traversal.resets is None:
         raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
+    steps, batch = sizes
+    of_batch = [batch] * form.batched
+    of_steps = [batch, steps] if form.batch_first else [steps, *of_batch]
     rows: list[State] = []
     for (pair, name), count, size in zip(named, options.blocks, options.sizes):
-        if options.one_state:
-            checks.check_tensor(pair, name)
-            pair = pair, pair
-        checks.check_reset_pair(pair, name)
-        lead = [count] if options.leading else []
-        h, c = (
-            _each_step(state, f"{letter} of {name}", (form, x, sizes, lead), features, letter == "c")
-            for letter, state, features in zip("hc", pair, (size.width, size.hidden))
-        )
+        lead, states = [count] * options.leading, []
+        pair = (pair, pair) if options.one_state else pair
+        for letter, state, features in zip("hc", pair, (size.width, size.hidden)):
+            a_sequence, a_step = [*lead, *of_batch, features], [*lead, *of_steps, features]
+            checks.check_reset_state(state, f"{letter} of {name}", (a_sequence, a_step), x, letter == "c")
+            if state.dim() == len(a_sequence):
+                state = form.state_in(state).unsqueeze(-3).expand(*lead, steps, batch, features)
+            else:
+                state = form.state_in(state.transpose(-3, -2) if form.batch_first else state)
+            states.append(state)  # [*lead, T, B, features]
+        h, c = states
         rows += zip(h.unbind(0), c.unbind(0)) if options.leading else [(h, c)]
     return rows
-
-
-def _each_step(
-    state: Tensor, name: str, of: tuple[Form, Tensor, tuple[int, int], list[int]], features: int, is_cell: bool
-) -> Tensor:
-    """A state per sequence or per step, checked -> [*lead, T, B, features]."""
-    form, x, (steps, batch), lead = of
-    of_batch = [batch] if form.batched else []
-    a_sequence = [*lead, *of_batch, features]
-    a_step = [*lead, *([batch, steps] if form.batch_first else [steps, *of_batch]), features]
-    checks.check_reset_state(state, name, (a_sequence, a_step), x, is_cell)
-    if state.dim() == len(a_sequence):
-        return form.state_in(state).unsqueeze(-3).expand(*lead, steps, batch, features)
-    return form.state_in(state.transpose(-3, -2) if form.batch_first else state)
 
 
 def _reset_before_the_only_step(
@@ -333,8 +325,7 @@ def _reset_before_the_only_step(
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]
-    if options.directions == 2:  # [rows, B, 1]
-        forward = torch.arange(options.rows, device=reset.device) % 2 == 0
+    if options.directions == 2:
+        forward = torch.arange(states[0][0].shape[0], device=reset.device) % 2 == 0  # rows of a block
         reset = reset & forward[:, None, None]
-        reset = reset[: states[0][0].shape[0]]  # of a block
     return [(h.masked_fill(reset, 0), c.masked_fill(reset, 0)) for h, c in states], Traversal(lengths)

@@ -51,14 +51,10 @@ def valid_steps(steps: int, lengths: Tensor | None) -> Tensor | None:
     return torch.arange(steps, device=lengths.device)[:, None] < lengths
 
 
-def times_of_steps(steps: int, batch: int, lengths: Tensor | None, reverse: bool, device: torch.device) -> Tensor:
-    """int64 [T, B]: the time that each sequence visits at each step. Its own inverse."""
-    step = torch.arange(steps, device=device)[:, None].expand(steps, batch)
-    if not reverse:
-        return step
-    if lengths is None:
-        return steps - 1 - step
-    return torch.where(step < lengths, lengths - 1 - step, step)
+def without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
+    """t [T, B, F] with zeros past the end of each sequence."""
+    valid = valid_steps(t.shape[0], lengths)
+    return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
 
 class Traversal(NamedTuple):
@@ -111,11 +107,14 @@ class Traversal(NamedTuple):
         return torch.where(separated[:, None], to_h, h), torch.where(separated[:, None], to_c, c)
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """For each step of x [T, B, *]: the time that it visits, int64 [T, B]; whether it is inside the sequence, and
-        whether the state is reset before it, each bool [T, B] or None (all are inside; nowhere).
+        """For each step of x [T, B, *]: the time that it visits, int64 [T, B] and its own inverse; whether it is inside
+        the sequence, and whether the state is reset before it, each bool [T, B] or None (all are inside; nowhere).
         """
         steps, batch, _ = x.shape
-        time = times_of_steps(steps, batch, self.lengths, self.reverse, x.device)
+        time = torch.arange(steps, device=x.device)[:, None].expand(steps, batch)
+        if self.reverse:
+            ends = steps if self.lengths is None else self.lengths
+            time = torch.where(time < ends, ends - 1 - time, time)
         valid = valid_steps(steps, self.lengths)
         reset = self.resets_in_time()
         return time, valid, reset.gather(0, time) if self.reverse and reset is not None else reset

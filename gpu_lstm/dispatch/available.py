@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-from collections.abc import Callable
 
 import torch
 
@@ -61,16 +60,24 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
 
 
 @functools.cache
-def triton_import_problem() -> str | None:
-    """Why the Triton kernels cannot be imported; None if they can."""
-    return _problem_with("Triton", lambda: importlib.import_module("..kernels.triton_lstm.launch", __package__))
+def import_problem(choice: Backend) -> str | None:
+    """Why the packages of a backend of kernels cannot be used; None if they can.
 
-
-@functools.cache
-def cupy_import_problem() -> str | None:
-    """Why the kernels in CUDA C++ cannot be compiled: CuPy or NVRTC is absent or broken; None if they can."""
-    # CuPy looks for NVRTC when it is first called.
-    return _problem_with("CuPy", lambda: importlib.import_module("cupy").cuda.nvrtc.getVersion())
+    One that is absent or broken must not stop users who did not ask for it.
+    """
+    try:
+        if choice is Backend.TRITON:
+            importlib.import_module("..kernels.triton_lstm.launch", __package__)
+        else:
+            importlib.import_module("cupy").cuda.nvrtc.getVersion()  # CuPy looks for NVRTC when it is first called
+    except ImportError as error:
+        return str(error)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        package = "Triton" if choice is Backend.TRITON else "CuPy"
+        cache.warn_once(f"{package} is installed, but fails, and is not used: {problem}")
+        return problem
+    return None
 
 
 def without_triton(problem: str) -> str:
@@ -78,21 +85,8 @@ def without_triton(problem: str) -> str:
     return f"needs Triton: pip install triton ({problem})"
 
 
-def _problem_with(package: str, load: Callable[[], object]) -> str | None:
-    """What `load` raises: a missing or broken optional package must not stop users who did not ask for it."""
-    try:
-        load()
-    except ImportError as error:
-        return str(error)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        cache.warn_once(f"{package} is installed, but fails, and is not used: {problem}")
-        return problem
-    return None
-
-
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    if (problem := triton_import_problem()) is not None:
+    if (problem := import_problem(Backend.TRITON)) is not None:
         return ImportError(f"backend 'triton' {without_triton(problem)}")
     launch = importlib.import_module("..kernels.triton_lstm.launch", __package__)
     if launch.INTERPRETED:
@@ -124,7 +118,7 @@ def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> 
 
 
 def _cupy_obstacle(device: torch.device) -> Exception | None:
-    if (problem := cupy_import_problem()) is not None:
+    if (problem := import_problem(Backend.CUPY)) is not None:
         extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
         return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \".[{extra}]\" in a clone ({problem})")
     if device.type != "cuda":

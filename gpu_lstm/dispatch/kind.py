@@ -67,7 +67,6 @@ class Kind(NamedTuple):
 
 
 def kind_of(call: Call) -> Kind:
-    """The kind of a call."""
     options, weights, dtype, traversal = call.options, call.weights[0][0], dtype_of(call), call.traversal
     _, hidden, projected = options.sizes[0]
     lengths = torch.int64 if call.form.packed is not None else None
@@ -104,8 +103,9 @@ def describe(key: dict[str, Any]) -> str:
     sizes = " -> ".join([str(first[0]), *(f"{h}" + f" (P={p})" * bool(p) for _, h, p in layers)])
     words = ["both directions"] * (key["directions"] - 1)
     words += [name for name in ("lengths", "resets", "noise", "reset_states", "recompute") if key[name]]
-    words += [key["variant"]] if key["variant"] else []
+    words += [key["variant"]] * bool(key["variant"])
     words.append("training" if key["training"] else "inference")
-    dtype, precision = key["dtype"].removeprefix("torch."), key["precision"] if key["dtype"] == "torch.float32" else ""
-    dtype += f" ({precision})" * bool(precision)
+    dtype = key["dtype"].removeprefix("torch.")
+    if dtype == "float32" and key["precision"]:
+        dtype += f" ({key['precision']})"
     return f"LSTM {sizes}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.profiler as profiler
 
-from ..backends import kernels
+from ..backends import verify
 from ..call import choices
 from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import Padded
@@ -27,11 +27,7 @@ from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache
 from ..kernels.problem import Problem
-from ..kernels.timeouts import (
-    DEVICE_ERRORS,
-    raise_if_timed_out,
-    spare_multiprocessors,
-)
+from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multiprocessors
 from . import available
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
@@ -51,7 +47,7 @@ logger = logging.getLogger("gpu_lstm")
 _generators: dict[torch.device, Setting] = {}
 # What this process decided. The cache has less (no noisy races, kernels that fail, or expected winners), and neither a
 # batch of another size nor a capture may decide again.
-_decided: dict[tuple, Decision] = {}
+decided: dict[tuple, Decision] = {}
 
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
@@ -69,8 +65,8 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
         return Decision(able, "nothing is raced while a call is watched")
     device, mode = call.x.device, requested_racing()
     key = kind._replace(like=kind.like._replace(batch=size_class(kind.like.batch))), able, device, mode
-    if key in _decided:
-        return _decided[key]
+    if key in decided:
+        return decided[key]
     if dry or call.modes.capturing:  # the next call races
         if decision := _cached(kind, able, device, mode):
             return decision
@@ -81,7 +77,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     # Threads that decide at the same time each do so for themselves, and the first result is kept.
     with _generator(torch.device("cpu")).changed(), _generator(device).changed():
         decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
-    decision = _decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
+    decision = decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
 
@@ -93,11 +89,6 @@ def _generator(device: torch.device) -> Setting:
         generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
         _generators.setdefault(device, Setting(generator.get_state, generator.set_state))
     return _generators[device]
-
-
-def forget() -> None:
-    """Drop all decisions, so that later calls decide again: more is known."""
-    _decided.clear()
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
@@ -146,10 +137,10 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     try:
         rivals = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
         with alone(grad=kind.training):
-            _attempt(able.value, rivals[able.value])  # which compiles, and verifies
+            rivals[able.value]()  # which compiles, and verifies
             if mode is not Racing.ON or kind.only_ours:
                 return expected
-            _attempt(other.value, rivals[other.value])  # say cuDNN cannot be initialised
+            rivals[other.value]()  # say cuDNN cannot be initialised
             times = race(rivals, partial(clock, call.x.device))
             raise_if_timed_out(call.x.device)  # in the kernels' last call
     except torch.OutOfMemoryError:
@@ -171,23 +162,16 @@ class RivalFailed(Exception):
     """A rival, of this name, raised; its error is the cause."""
 
 
-def _attempt(name: str, run: Callable[[], object]) -> None:
-    """Run a rival: RivalFailed unless it succeeds, or the device has an error."""
-    try:
-        run()
-    except DEVICE_ERRORS:
-        raise
-    except RuntimeError as error:
-        raise RivalFailed(name) from error
-
-
 def _other(kind: Kind) -> Backend:
     """The backend that runs a kind of call without our kernels."""
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
 def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
-    """The call by a backend on random data, with its own weights; in training, backward too."""
+    """The call by a backend on random data, with its own weights; in training, backward too.
+
+    It raises RivalFailed if the backend fails, but errors of the device as they are.
+    """
     call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
     steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
     shape = sizes if call.options.role == "cell" else (steps, *sizes)
@@ -201,10 +185,15 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     route = build(sample, kind, backend)
 
     def run() -> None:
-        y, _ = run_by(route, sample)
-        if kind.training:
-            inputs = [t for layer in weights for one in layer for t in one.present()] + [data] * data.requires_grad
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
+        try:
+            y, _ = run_by(route, sample)
+            if kind.training:
+                inputs = [t for layer in weights for one in layer for t in one.present()] + [data] * data.requires_grad
+                torch.autograd.grad(y, inputs, torch.ones_like(y))
+        except DEVICE_ERRORS:
+            raise
+        except RuntimeError as error:
+            raise RivalFailed(backend.value) from error
 
     return run
 
@@ -217,18 +206,14 @@ def clock(device: torch.device) -> float:
 
 
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each.
-
-    The first call of each, which may compile, does not count.
-
-    Raises:
-        RivalFailed: a rival raised, and no error of the device.
+    """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each, and once more
+    before that, which may compile.
     """
     calls = {}
     for name, run in rivals.items():
-        _attempt(name, run)
+        run()
         start = now()
-        _attempt(name, run)
+        run()
         calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     end = now() + BUDGET
@@ -236,7 +221,7 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
         for name, run in rivals.items():
             start = now()
             for _ in range(calls[name]):
-                _attempt(name, run)
+                run()
             times[name].append((now() - start) / calls[name])
         if turn >= 2 and now() >= end:
             break
@@ -272,7 +257,7 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     if able is not Backend.TRITON:
         return Decision(Backend.TORCH, f"expected: {able.value}'s kernels are slower")
     for row in range(0, len(kind.layers) * kind.directions, kind.directions):
-        layer = kernels.layer_of(able, kind.problem(row, kind.directions), device)
+        layer = verify.layer_of(able, kind.problem(row, kind.directions), device)
         for pass_ in kind.passes:
             plan = layer.chosen(pass_).plan
             if not plan.on_chip or plan.tiles_per_program > 1:

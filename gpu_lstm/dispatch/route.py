@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import graph, kernels, reference, schedule, torch_rnn
+from ..backends import graph, reference, schedule, torch_rnn, verify
 from ..backends.schedule import Schedule, schedule_of
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.noise import with_weight_drop
@@ -44,7 +44,7 @@ def build(call: Call, kind: Kind, backend: Backend) -> Route:
         return Route(backend, kind.dtype)
     schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
     problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
-    layers = [kernels.layer_of(backend, problem, call.x.device) for problem in problems]
+    layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
     return Route(backend, kind.dtype, False, layers, schedule)
 
 

@@ -29,7 +29,6 @@ def run(call: Call) -> tuple[Tensor, list[State]]:
 
 
 def route_of(call: Call) -> Route:
-    """The route of a call."""
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, traversal = call.x, call.traversal
@@ -53,7 +52,7 @@ def route_of(call: Call) -> Route:
 def forget() -> None:
     """Drop all decisions, so that later calls decide again: more is known."""
     _routes.clear()
-    race.forget()
+    race.decided.clear()
 
 
 def able_to_run(call: Call) -> Backend:

@@ -16,7 +16,7 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
-from ..call.sequences import times_of_steps
+from ..call.sequences import Traversal
 from ..modules import LSTM, LSTMCell, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast
 from .checks import check_activations, import_keras
@@ -64,7 +64,7 @@ class GoBackwards(nn.Module):
         batch, steps, _ = input.shape
         check_lengths(lengths, steps, (batch,), input.device)
         # Each sequence is reversed within its length, and so is the output.
-        time = times_of_steps(steps, batch, lengths, True, input.device).T[:, :, None]  # [N, T, 1]
+        time = Traversal(lengths, reverse=True).steps(input.transpose(0, 1))[0].T[:, :, None]  # [N, T, 1]
         output, states = self.lstm(input.take_along_dim(time, 1), hx, lengths=lengths)
         return output.take_along_dim(time, 1).flip(1), states
 

@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TypeVar, overload
 
 import torch
@@ -71,21 +71,17 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
     return converted
 
 
-def _that_ask(cls: type) -> list[type]:
+def _that_ask(cls: type) -> Iterator[type]:
     """Those among a class and its bases, of a user's, whose source asks isinstance(..., LSTM), or GRU."""
     others = "torch.", "torchrl.", "builtins.", f"{__package__.rsplit('.', 1)[0]}."
-    theirs = [c for c in cls.__mro__ if not f"{c.__module__}.".startswith(others)]
-    return [c for c in theirs if _ASKS.search(_source_of(c))]
+    for c in cls.__mro__:
+        # No source to look at: it was typed into an interpreter, or compiled.
+        with contextlib.suppress(OSError, TypeError):
+            if not f"{c.__module__}.".startswith(others) and _ASKS.search(inspect.getsource(c)):
+                yield c
 
 
 _ASKS = re.compile(r"\bisinstance\([^\n]*\b(LSTM|GRU)\b")
-
-
-def _source_of(cls: type) -> str:
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):  # typed into an interpreter, or compiled: there is none to look at
-        return ""
 
 
 @overload

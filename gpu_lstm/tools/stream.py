@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends.layers import NOTHING
-from ..call.checks import check_pair, check_pairs, check_tensor
+from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
 from ..call.weights import State
 from ..kernels.timeouts import raise_if_timed_out
@@ -39,7 +39,7 @@ class Stream:
     Raises:
         TypeError: `lstm` is not a gpu_lstm.LSTM or StackedLSTM, `batch` not an int, or hx not made of pairs of tensors.
         ValueError: `lstm` is bidirectional, since the reverse direction begins at the end; batch < 0.
-        RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` accepts.
+        RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` accepts, in its words.
 
     Example::
 
@@ -58,10 +58,8 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.lstm, self.batch = lstm, batch
-        sizes = (batch, 1) if lstm.batch_first else (1, batch)
-        step = next(lstm.parameters()).new_empty(*sizes, lstm.input_size)
-        zeros = prepare(lstm._options(), lstm._weights(), step).states  # of which two may be one tensor
-        wide = torch.promote_types(step.dtype, torch.float32)
+        zeros = self._accepted(None)  # of which two may be one tensor
+        wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
             self._state: list[State] = [(h.clone(), c.to(wide, copy=True)) for h, c in zeros]
         self._graph: _StepGraph | None = None
@@ -75,21 +73,17 @@ class Stream:
 
     @state.setter
     def state(self, hx: States) -> None:
-        stacked = isinstance(self.lstm, StackedLSTM)
-        check_pairs(hx, len(self._state)) if stacked else check_pair(hx)
-        pairs: list[Any] = list(hx) if stacked else [hx]
-        for k, (pair, held_pair) in enumerate(zip(pairs, self._state)):
-            for letter, state, held in zip("hc", pair, held_pair):
-                name = f"{letter} of layer {k}" if stacked else f"{letter}_0"
+        self._update([(h.clone(), c.clone()) for h, c in self._accepted(hx)])
+
+    def _accepted(self, hx: States | None) -> list[State]:
+        """What `lstm` would begin a step with, checked as its call does."""
+        if hx is not None and isinstance(self.lstm, LSTM):
+            check_pair(hx)
+            for name, state in zip(("h_0", "c_0"), hx):
                 check_tensor(state, name)
-                for what, actual, expected in (
-                    ("of size", list(state.shape), list(held.shape)), ("on", state.device, held.device),
-                    # c may be of either dtype
-                    ("of dtype", state.dtype, held.dtype if state.dtype is held.dtype else held_pair[0].dtype),
-                ):  # fmt: skip
-                    if actual != expected:
-                        raise RuntimeError(f"Expected {name} {what} {expected}, got {actual}")
-        self._update([(h.clone(), c.clone()) for h, c in pairs])
+        sizes = (self.batch, 1) if self.lstm.batch_first else (1, self.batch)
+        step = next(self.lstm.parameters()).new_empty(*sizes, self.lstm.input_size)
+        return prepare(self.lstm._options(), self.lstm._weights(), step, hx).states
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).

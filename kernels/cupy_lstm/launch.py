@@ -18,7 +18,7 @@ from ..operands import as_words, transposed_gates
 from ..problem import Gradients, Pass, Problem, Recurrence, steps_of
 from ..timeouts import error_word
 from .planning import HOST, Plan, card_of, choose_plan, words_of
-from .source import ELEMENTS, KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in
+from .source import KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in
 
 PACK = 16  # bytes that a thread reads at once
 
@@ -92,15 +92,10 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
     """The layer of a problem on a device; every call returns the same one.
 
     Raises:
-        TypeError: a dtype that the kernels do not accept.
         ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.
     """
-    if problem.dtype not in ELEMENTS:
-        raise TypeError(f"backend 'cupy' supports float16, bfloat16 and float32, got {problem.dtype}")
-    if problem.regularised:
-        raise ValueError("backend 'cupy' supports neither recurrent dropout nor zoneout")
-    if problem.peepholes or problem.normalised:
-        raise ValueError("backend 'cupy' supports neither peepholes nor layer norms")
+    if problem.regularised or problem.peepholes or problem.normalised:
+        raise ValueError("backend 'cupy' has no recurrent dropout, zoneout, peepholes or layer norms")
     return Layer(problem, device, sys.modules[__name__], verify)
 
 

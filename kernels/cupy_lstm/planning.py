@@ -74,7 +74,6 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        """Threads per block."""
         return 32 * self.warps
 
     def template(self, backward: bool) -> tuple[int, ...]:
@@ -89,7 +88,6 @@ def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """All possible plans."""
     shares = [n for n in (1, 2, 3, 4) if CELLS[problem.cell].rows % n == 0]
     for partners, warps in product(shares if backward else (1,), (4, 8)):
         for units, kept in product(range(4, 4 * warps + 1, 4), (True, False)):

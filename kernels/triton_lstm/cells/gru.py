@@ -7,6 +7,7 @@ x reaches the first three and h the last three. c is h in float32; m, what the n
 """
 
 import triton
+import triton.language as tl  # noqa: F401  # which the interpreter looks for
 
 from .lstm import sigmoid, tanh
 
