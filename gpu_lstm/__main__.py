@@ -226,11 +226,11 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _cached() -> tuple[list[dict[str, Any]], str]:
     rows, lines = [], []
-    for kind, none_yet in (
-        ("races", "the first call of each kind on a card races the kernels against torch's own LSTM"),
-        ("checks", "each kernel is verified on a card before it is used"),
-        ("plans", "gpu_lstm.autotune measures them"),
-    ):
+    how_they_come = (
+        "the first call of each kind on a card races the kernels against torch's own LSTM",
+        "each kernel is verified on a card before it is used", "gpu_lstm.autotune measures them",
+    )  # fmt: skip
+    for kind, none_yet in zip(cache.KINDS, how_they_come, strict=True):
         entries = list(cache.entries(kind))
         lines.append(f"{kind}: {len(entries) or f'none yet; {none_yet}'}")
         for file, key, value in entries:
