@@ -197,7 +197,6 @@ def lstm_cooperative_forward_kernel(
     W: tl.constexpr = S.W
     NORM_HH: tl.constexpr = norm_hh.gain_hh_ptr is not None
     NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
     STRIDE: tl.constexpr = 16 * S.WARPS  # words from one chunk of a warp to its next
@@ -259,7 +258,7 @@ def lstm_cooperative_forward_kernel(
         if NORM_HH:
             mean, scale_hh = moments_of_group(z, own.is_cell, norm_hh.pairs_hh_ptr, sequence, wait, S)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
-        gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
+        gates, c, h = cell_forward(x, z, c_prev, peepholes)
         if NORM_C:
             mean, scale_c = moments_of_group((c,), own.is_cell, norm_c.pairs_c_ptr, sequence, wait, S)
             h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
@@ -347,7 +346,6 @@ def lstm_cooperative_backward_kernel(
     PARTNERS: tl.constexpr = S.PARTNERS
     NORM_HH: tl.constexpr = norm_hh.gain_hh_ptr is not None
     NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     K: tl.constexpr = 4 // PARTNERS * W  # words of dgates that the program multiplies
     TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
@@ -427,7 +425,7 @@ def lstm_cooperative_backward_kernel(
         else:
             dz_o, dc_of_m = output_backward(gates[3], c, dh)
             dc += dc_of_m
-        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
+        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes)
         if cell.zoneout_c_ptr is not None:
             dc_prev += dc_from_zoneout
 

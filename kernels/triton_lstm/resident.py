@@ -135,11 +135,11 @@ def normalise_products(z, gain_hh, owned, H: tl.constexpr):
 
 
 @triton.jit
-def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr, PEEPHOLES: tl.constexpr):
+def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr):
     """(gates, c, m) of each cell, with m = o tanh(LN(c))."""
     gates, c, normed = (), (), ()
     for n in tl.static_range(len(z)):
-        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
+        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n])
         gates, c = gates + (of_cell,), c + ((c_next,),)
     mean, scale = moments(c, owned, H)
     for n in tl.static_range(len(z)):
@@ -156,7 +156,6 @@ def lstm_resident_forward_kernel(
 ):  # fmt: skip
     """All steps of a batch tile."""
     H: tl.constexpr = S.H
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
@@ -188,14 +187,14 @@ def lstm_resident_forward_kernel(
         if norm_hh.gain_hh_ptr is not None:
             z = normalise_products(z, gain_hh, owned, H)
         if norm_c.gain_c_ptr is not None:
-            new = normed_cells(before, z, peepholes, affine_c, owned, H, PEEPHOLES)
+            new = normed_cells(before, z, peepholes, affine_c, owned, H)
         h, c = (), ()
         for n in tl.static_range(CELLS):
             each = Cells(*now.cells[n])
             if norm_c.gain_c_ptr is not None:
                 gates, c_next, h_next = new[n]
             else:  # here, not earlier: the fewer gates wait to be stored, the fewer the instructions
-                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
+                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n])
             c_next = indexing.zoneout(cell.zoneout_c_ptr, each, before.c[n], c_next)
             if hidden.zoneout_h_ptr is not None:
                 h_before = indexing.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, each)
@@ -261,7 +260,7 @@ def normed_outputs_backward(gates, dm, now, owned, norm_c, H: tl.constexpr):
 
 
 @triton.jit
-def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES: tl.constexpr):
+def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr):
     """(dz, gradient of c before the step) of each cell; zero in padding, where every factor was loaded as zero."""
     dz, dc_before = (), ()
     for n in tl.static_range(len(dc)):
@@ -270,7 +269,7 @@ def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, 
         of_c = tl.where(cell.valid, dc[n], 0.0)
         of_c, c, from_zoneout = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, activations.c[n], c_prev, cell)
         dz_o, of_c_by_m = output_backward(gates[3], c, dm[n]) if outputs is None else outputs[n]
-        of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n], PEEPHOLES)
+        of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n])
         if zoneout_c_ptr is not None:
             of_c_prev += from_zoneout
         dz, dc_before = dz + (of_gates,), dc_before + (of_c_prev,)
@@ -322,7 +321,6 @@ def lstm_resident_backward_kernel(
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
     H: tl.constexpr = S.H
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
@@ -357,7 +355,7 @@ def lstm_resident_backward_kernel(
         outputs = None
         if norm_c.gain_c_ptr is not None:
             outputs = normed_outputs_backward(activations.gates, dm, now, owned, norm_c, H)
-        dz, dc_before = cells_backward(dc, activations, dm, outputs, now, peepholes, cell.zoneout_c_ptr, PEEPHOLES)
+        dz, dc_before = cells_backward(dc, activations, dm, outputs, now, peepholes, cell.zoneout_c_ptr)
         dz_hh = dz
         if norm_hh.gain_hh_ptr is not None:
             dz_hh = normed_products_backward(dz, now, owned, norm_hh, H, DTYPE)

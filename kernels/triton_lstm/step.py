@@ -220,7 +220,7 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         # Gates and cell.
         z = indexing.split_gates(z)
         peepholes = indexing.load_peepholes(call.cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-        gates, c, m = cell_forward(x, z, c_prev, peepholes, call.cell.weight_peephole_ptr is not None)
+        gates, c, m = cell_forward(x, z, c_prev, peepholes)
         m = tl.where(cells.valid, m, 0.0)  # padding gets zeros
         if NORM_C:
             tl.store(call.output.cell_ptr + cells.state_at, gates[3], mask=cells.valid)
@@ -298,8 +298,8 @@ def lstm_step_forward_kernel(
             poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
 
 
-# Likewise. Sums are the products of a step, [PARTS, B, P] float32, which add up; sums_c, [tiles, B, 2] float32, those of
-# the gradient of unit_c, and of it times unit_c; sums_hh, [2, tiles, B, 2], those of unit_hh at even and odd steps.
+# Likewise. Sums are the products of a step, [PARTS, B, P] float32, which add up; sums_c, [tiles, B, 2] float32, those
+# of the gradient of unit_c, and of it times unit_c; sums_hh, [2, tiles, B, 2], those of unit_hh at even and odd steps.
 RecurrentBackward = namedtuple(
     "RecurrentBackward", "weight_hh_ptr sums_ptr gain_hh_ptr unit_hh_ptr scale_hh_ptr sums_hh_ptr"
 )
@@ -454,7 +454,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
             dz_o, dc_of_m = output_backward(gates[3], c, dm)
             dc += dc_of_m
         peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
-        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, cell.weight_peephole_ptr is not None)
+        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes)
         if call.recurrent.gain_hh_ptr is not None:
             unit_hh = indexing.load_gates(call.recurrent.unit_hh_ptr, cells.gates_at, cells.valid, H)
             gain_hh = indexing.load_gates(call.recurrent.gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
