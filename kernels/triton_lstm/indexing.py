@@ -209,10 +209,9 @@ def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
 
 @triton.jit
 def load_peepholes(weight_peephole_ptr, unit, H: tl.constexpr):
-    """The peepholes of some units to the gates i, f and o, from [3H]; None where there are none."""
-    peepholes = None
+    """The peepholes of some units to the gates i, f and o, from [3H]; () where there are none."""
+    peepholes = ()
     if weight_peephole_ptr is not None:
-        peepholes = ()
         for n in tl.static_range(3):
             weight = tl.load(weight_peephole_ptr + n * H + unit, mask=unit < H, other=0.0)
             peepholes = peepholes + (weight.to(tl.float32),)
