@@ -200,7 +200,6 @@ def lstm_cooperative_forward_kernel(
     W: tl.constexpr = S.W
     NORM_HH: tl.constexpr = norm_hh.gain_hh_ptr is not None
     NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
     STRIDE: tl.constexpr = 16 * S.WARPS  # words from one chunk of a warp to its next
@@ -269,7 +268,7 @@ def lstm_cooperative_forward_kernel(
         if NORM_HH:
             mean, scale_hh = moments_of_group(z, own.is_cell, norm_hh.pairs_hh_ptr, sequence, wait, S)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
-        gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES, S)
+        gates, c, h = cell_forward(x, z, c_prev, peepholes, S)
         if NORM_C:
             mean, scale_c = moments_of_group((c,), own.is_cell, norm_c.pairs_c_ptr, sequence, wait, S)
             h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
@@ -357,7 +356,6 @@ def lstm_cooperative_backward_kernel(
     PARTNERS: tl.constexpr = S.PARTNERS
     NORM_HH: tl.constexpr = norm_hh.gain_hh_ptr is not None
     NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     K: tl.constexpr = S.GATES // PARTNERS * W  # words of dgates that the program multiplies
     TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
@@ -441,9 +439,9 @@ def lstm_cooperative_backward_kernel(
             mean_d, mean_d_unit = means_of_group(sum_d, d_unit * unit_c, norm_c.pairs_c_ptr, sequence, wait, 1, S)
             lost |= is_of_a_timeout(mean_d, error_ptr)
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
-            dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
+            dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes)
         else:
-            dz, dc_prev = cell_backward(gates, c_prev, c, dh, dc, peepholes, PEEPHOLES, S)
+            dz, dc_prev = cell_backward(gates, c_prev, c, dh, dc, peepholes, S)
         if cell.zoneout_c_ptr is not None:
             dc_prev += dc_from_zoneout
 

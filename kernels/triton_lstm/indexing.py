@@ -220,14 +220,13 @@ def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
 
 @triton.jit
 def load_peepholes(weight_peephole_ptr, unit, H: tl.constexpr):
-    """The peepholes of some units to the gates i, f and o, from [3H]; zeros, unused, where there are none."""
-    p_i = tl.zeros(unit.shape, tl.float32)
-    p_f, p_o = p_i, p_i
+    """The peepholes of some units to the gates i, f and o, from [3H]; () where there are none."""
+    peepholes = ()
     if weight_peephole_ptr is not None:
-        p_i += tl.load(weight_peephole_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
-        p_f += tl.load(weight_peephole_ptr + H + unit, mask=unit < H, other=0.0).to(tl.float32)
-        p_o += tl.load(weight_peephole_ptr + 2 * H + unit, mask=unit < H, other=0.0).to(tl.float32)
-    return p_i, p_f, p_o
+        for n in tl.static_range(3):
+            weight = tl.load(weight_peephole_ptr + n * H + unit, mask=unit < H, other=0.0)
+            peepholes = peepholes + (weight.to(tl.float32),)
+    return peepholes
 
 
 @triton.jit

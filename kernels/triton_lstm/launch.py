@@ -165,10 +165,10 @@ class Prepared:
         self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
     ) -> None:
         """One launch, or one a step; it writes to `memory`."""
-        arguments: dict[str, Any] = {
-            **dict(zip(self._pointers, self._tensors(r.inputs))), **memory, **read, "gates_ptr": gates,
-            "error_ptr": self._error, "T": steps, "B": self._batch,
-        }  # fmt: skip
+        arguments: dict[str, Any] = {"gates_ptr": gates, "error_ptr": self._error, "T": steps, "B": self._batch}
+        arguments.update(zip(self._pointers, self._tensors(r.inputs)))
+        arguments |= memory
+        arguments |= read
         if self._operands is not None:
             arguments |= self._operands(self._problem, self.plan, r, memory)
         if self._loop is None:

@@ -23,9 +23,8 @@ tensors are None:
     dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
 """
 
+from collections import namedtuple
 from typing import Any, NamedTuple
-
-Pointer = Any  # to a tensor, or None
 
 
 class Sizes(NamedTuple):
@@ -50,76 +49,18 @@ class Sizes(NamedTuple):
     AHEAD: bool = False
 
 
-class Hidden(NamedTuple):
-    """The state h, in forward."""
-
-    h0_ptr: Pointer
-    h_ptr: Pointer
-    h_n_ptr: Pointer
-    dropout_h_ptr: Pointer
-    zoneout_h_ptr: Pointer
-    reset_h_ptr: Pointer
-
-
-class Cell(NamedTuple):
-    """Gates and the state c, in forward."""
-
-    gates_ptr: Pointer
-    weight_peephole_ptr: Pointer
-    c0_ptr: Pointer
-    c_ptr: Pointer
-    c_n_ptr: Pointer
-    zoneout_c_ptr: Pointer
-    reset_c_ptr: Pointer
-
-
-class Saved(NamedTuple):
-    """What forward saved for backward, and where c was before the first step and after resets."""
-
-    gates_ptr: Pointer
-    c_ptr: Pointer
-    c0_ptr: Pointer
-    reset_c_ptr: Pointer
-
-
-class HiddenBackward(NamedTuple):
-    """Gradients of h."""
-
-    dh_ptr: Pointer
-    dh_n_ptr: Pointer
-    dropout_h_ptr: Pointer
-    zoneout_h_ptr: Pointer
-    dh_from_zoneout_ptr: Pointer
-    dreset_h_ptr: Pointer
-
-
-class CellBackward(NamedTuple):
-    """Gradients of gates and of c."""
-
-    dgates_ptr: Pointer
-    weight_peephole_ptr: Pointer
-    dc_ptr: Pointer
-    zoneout_c_ptr: Pointer
-    dreset_c_ptr: Pointer
-
-
-class NormHH(NamedTuple):
-    """The layer norm of W_hh h, where programs hold W_hh in registers."""
-
-    gain_hh_ptr: Pointer
-    unit_hh_ptr: Pointer  # backward, as the scale
-    scale_hh_ptr: Pointer
-    pairs_hh_ptr: Pointer  # see cooperative.exchange_pairs
-
-
-class NormC(NamedTuple):
-    """The layer norm of c, likewise."""
-
-    gain_c_ptr: Pointer
-    bias_c_ptr: Pointer
-    unit_c_ptr: Pointer
-    scale_c_ptr: Pointer
-    pairs_c_ptr: Pointer
+# Of the states h and c, forward:
+Hidden = namedtuple("Hidden", "h0_ptr h_ptr h_n_ptr dropout_h_ptr zoneout_h_ptr reset_h_ptr")
+Cell = namedtuple("Cell", "gates_ptr weight_peephole_ptr c0_ptr c_ptr c_n_ptr zoneout_c_ptr reset_c_ptr")
+# Of their gradients, and what forward saved for these:
+HiddenBackward = namedtuple(
+    "HiddenBackward", "dh_ptr dh_n_ptr dropout_h_ptr zoneout_h_ptr dh_from_zoneout_ptr dreset_h_ptr"
+)
+CellBackward = namedtuple("CellBackward", "dgates_ptr weight_peephole_ptr dc_ptr zoneout_c_ptr dreset_c_ptr")
+Saved = namedtuple("Saved", "gates_ptr c_ptr c0_ptr reset_c_ptr")
+# Of layer norms, where programs hold W_hh in registers; units and scales are for backward:
+NormHH = namedtuple("NormHH", "gain_hh_ptr unit_hh_ptr scale_hh_ptr pairs_hh_ptr")
+NormC = namedtuple("NormC", "gain_c_ptr bias_c_ptr unit_c_ptr scale_c_ptr pairs_c_ptr")
 
 
 def names_of(kernel: Any) -> list[tuple[str, ...]]:

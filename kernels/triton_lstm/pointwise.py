@@ -47,7 +47,7 @@ def lstm_pointwise_forward_kernel(
         c_prev = indexing.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cell.reset_c_ptr, cells)
     peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
     # In padding h is zero, since all was loaded as zero.
-    gates, c, h = cell_forward(x, z, c_prev, peepholes, cell.weight_peephole_ptr is not None, S)
+    gates, c, h = cell_forward(x, z, c_prev, peepholes, S)
     c = indexing.zoneout(cell.zoneout_c_ptr, cells, c_prev, c)
     is_last = (step == sequence.length - 1)[:, None]
     tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & is_last if SAVE else cells.valid)
@@ -82,8 +82,7 @@ def lstm_pointwise_backward_kernel(
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
     dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells, S)
     peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
-    dz, dc_prev = cell_backward(gates, c_prev, c, dh, dc, peepholes, PEEPHOLES, S)
+    dz, dc_prev = cell_backward(gates, c_prev, c, dh, dc, peepholes, S)
     dc_prev += dc_from_zoneout
     # In padding every factor was loaded as zero, so its gradients are zero.
     indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)

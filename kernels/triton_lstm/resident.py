@@ -137,11 +137,11 @@ def normalise_products(z, gain_hh, owned, H: tl.constexpr):
 
 
 @triton.jit
-def normed_cells(before, z, peepholes, affine_c, owned, PEEPHOLES: tl.constexpr, S: tl.constexpr):
+def normed_cells(before, z, peepholes, affine_c, owned, S: tl.constexpr):
     """(gates, c, m) of each cell, with m = o tanh(LN(c))."""
     gates, c, normed = (), (), ()
     for n in tl.static_range(len(z)):
-        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES, S)
+        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], S)
         gates, c = gates + (of_cell,), c + ((c_next,),)
     mean, scale = moments(c, owned, S.H)
     for n in tl.static_range(len(z)):
@@ -158,7 +158,6 @@ def lstm_resident_forward_kernel(
 ):  # fmt: skip
     """All steps of a batch tile."""
     H: tl.constexpr = S.H
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
@@ -190,14 +189,14 @@ def lstm_resident_forward_kernel(
         if norm_hh.gain_hh_ptr is not None:
             z = normalise_products(z, gain_hh, owned, H)
         if norm_c.gain_c_ptr is not None:
-            new = normed_cells(before, z, peepholes, affine_c, owned, PEEPHOLES, S)
+            new = normed_cells(before, z, peepholes, affine_c, owned, S)
         h, c = (), ()
         for n in tl.static_range(CELLS):
             each = Cells(*now.cells[n])
             if norm_c.gain_c_ptr is not None:
                 gates, c_next, h_next = new[n]
             else:  # here, not earlier: the fewer gates wait to be stored, the fewer the instructions
-                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES, S)
+                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], S)
             c_next = indexing.zoneout(cell.zoneout_c_ptr, each, before.c[n], c_next)
             if hidden.zoneout_h_ptr is not None:
                 h_before = indexing.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, each)
@@ -265,7 +264,6 @@ def normed_outputs_backward(gates, dm, now, owned, norm_c, H: tl.constexpr):
 @triton.jit
 def cells_backward(dc, activations, dm, outputs, now, peepholes, cell, S: tl.constexpr):
     """(dz, gradient of c before the step) of each cell; zero in padding, where every factor was loaded as zero."""
-    PEEPHOLES: tl.constexpr = cell.weight_peephole_ptr is not None
     dz, dc_before = (), ()
     for n in tl.static_range(len(dc)):
         each, gates, c_prev = Cells(*now.cells[n]), activations.gates[n], activations.c_prev[n]
@@ -274,10 +272,10 @@ def cells_backward(dc, activations, dm, outputs, now, peepholes, cell, S: tl.con
             of_c, cell.zoneout_c_ptr, gates, activations.c[n], c_prev, each, S
         )
         if outputs is None:
-            of_gates, of_c_prev = cell_backward(gates, c_prev, c, dm[n], of_c, peepholes[n], PEEPHOLES, S)
+            of_gates, of_c_prev = cell_backward(gates, c_prev, c, dm[n], of_c, peepholes[n], S)
         else:
             dz_o, of_c_by_m = outputs[n]
-            of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n], PEEPHOLES)
+            of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n])
         if cell.zoneout_c_ptr is not None:
             of_c_prev += from_zoneout
         dz, dc_before = dz + (of_gates,), dc_before + (of_c_prev,)

@@ -13,7 +13,6 @@ the sequences of its group. Before the product a tile waits for the other units'
 import itertools
 from collections import namedtuple
 from math import ceil
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,7 +28,7 @@ from .cells.lstm import gates_backward, normed_output_backward, output
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Pointer, Saved
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
 from .planning import Held, Plan, Step, expected, power_of_two
 
 # Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask`, else times factors [*, K] or
@@ -137,33 +136,12 @@ def rows_of_dgates(dgates_ptr, row, mask, part, S: tl.constexpr):
     return Rows(dgates_ptr, row, mask, None, row)
 
 
-class Recurrent(NamedTuple):
-    """W_hh h, and its layer norm."""
-
-    weight_hh_ptr: Pointer
-    gain_hh_ptr: Pointer
-    product_ptr: Pointer  # [B, 4H, in full tiles] float32: W_hh h of the step
-    moments_hh_ptr: Pointer  # [tiles, B, 2] float32 of it
-
-
-class Output(NamedTuple):
-    """h where it needs all units: the projection, and the layer norm of c."""
-
-    weight_hr_ptr: Pointer
-    m_ptr: Pointer  # [B, H] of the step
-    gain_c_ptr: Pointer
-    bias_c_ptr: Pointer
-    cell_ptr: Pointer  # [2, B, H] float32: o and c of the step
-    moments_c_ptr: Pointer  # [tiles, B, 2] float32 of c
-
-
-class Arrivals(NamedTuple):
-    """What programs wait for each other by."""
-
-    arrivals_ptr: Pointer  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
-    error_ptr: Pointer
-
-
+# Kernels' pointers that no other family has, see parameters.py, and those of the layer norms and the projection: W_hh h
+# of a step, [B, 4H, in full tiles] float32, and its moments, [tiles, B, 2] float32; m, [B, H] of a step; o and c of a
+# step in cell, [2, B, H] float32, and moments of c; how many programs have arrived, see exchange.grid_barrier.
+Recurrent = namedtuple("Recurrent", "weight_hh_ptr gain_hh_ptr product_ptr moments_hh_ptr")
+Output = namedtuple("Output", "weight_hr_ptr m_ptr gain_c_ptr bias_c_ptr cell_ptr moments_c_ptr")
+Arrivals = namedtuple("Arrivals", "arrivals_ptr error_ptr")  # of each tile of sequences; None with one round alone
 # All that a round of forward needs; the state before the step is in h_prev and c_prev, the initial one or the last.
 Forward = namedtuple("Forward", "batch arrivals recurrent held hidden cell output h_prev_ptr c_prev_ptr")
 
@@ -265,7 +243,7 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         # Gates and cell.
         z = indexing.split_gates(z)
         peepholes = indexing.load_peepholes(call.cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-        gates, c, m = cell_forward(x, z, c_prev, peepholes, call.cell.weight_peephole_ptr is not None, S)
+        gates, c, m = cell_forward(x, z, c_prev, peepholes, S)
         m = tl.where(cells.valid, m, 0.0)  # padding gets zeros
         if NORM_C:
             tl.store(call.output.cell_ptr + cells.state_at, gates[3], mask=cells.valid)
@@ -344,29 +322,14 @@ def lstm_step_forward_kernel(
             poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
 
 
-class RecurrentBackward(NamedTuple):
-    """dgates W_hh, and through the layer norm of W_hh h."""
-
-    weight_hh_ptr: Pointer
-    sums_ptr: Pointer  # [PARTS, B, P] float32: the products of a step, which add up
-    gain_hh_ptr: Pointer
-    unit_hh_ptr: Pointer
-    scale_hh_ptr: Pointer
-    sums_hh_ptr: Pointer  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps alternately
-
-
-class OutputBackward(NamedTuple):
-    """The gradient of h, where it needs all units."""
-
-    weight_hr_ptr: Pointer
-    dh_total_ptr: Pointer
-    gain_c_ptr: Pointer
-    bias_c_ptr: Pointer
-    unit_c_ptr: Pointer
-    scale_c_ptr: Pointer
-    sums_c_ptr: Pointer  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c
-
-
+# Likewise. Sums are the products of a step, [PARTS, B, P] float32, which add up; sums_c, [tiles, B, 2] float32, those
+# of the gradient of unit_c, and of it times unit_c; sums_hh, [2, tiles, B, 2], those of unit_hh at even and odd steps.
+RecurrentBackward = namedtuple(
+    "RecurrentBackward", "weight_hh_ptr sums_ptr gain_hh_ptr unit_hh_ptr scale_hh_ptr sums_hh_ptr"
+)
+OutputBackward = namedtuple(
+    "OutputBackward", "weight_hr_ptr dh_total_ptr gain_c_ptr bias_c_ptr unit_c_ptr scale_c_ptr sums_c_ptr"
+)
 # All that a round of backward needs.
 Backward = namedtuple("Backward", "batch arrivals recurrent held hidden cell saved output")
 
@@ -464,7 +427,6 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     H: tl.constexpr = S.H
     DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
     NORM_C: tl.constexpr = call.output.gain_c_ptr is not None
-    PEEPHOLES: tl.constexpr = call.cell.weight_peephole_ptr is not None
     EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
     cell, B = call.cell, call.batch.B
     first, end, stride = tiles_of_program(B, H, S)
@@ -515,9 +477,9 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
             dc += normalise_backward(d_unit, unit_c, scale[:, None], *means)
         peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
         if NORM_C:
-            dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
+            dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes)
         else:
-            dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, peepholes, PEEPHOLES, S)
+            dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, peepholes, S)
         if call.recurrent.gain_hh_ptr is not None:
             unit_hh = indexing.load_gates(call.recurrent.unit_hh_ptr, cells.gates_at, cells.valid, H)
             gain_hh = indexing.load_gates(call.recurrent.gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
