@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm.choose import RecordedLaunch, plans
 from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
+from gpu_lstm.kernels.triton_lstm.parameters import Sizes, in_tuples, names_of
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held, Plan, Step
 from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan
 
@@ -41,18 +43,24 @@ _POINTER = {
 
 def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
     """The compiled kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator gives them."""
-    kernel, signature, constants, aligned = launch.kernel, {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        value = launch.arguments[name]
+    kernel, arguments = launch.kernel, in_tuples(launch.kernel, launch.arguments)
+    signature, constants, aligned = {}, {}, {}
+
+    def type_of(value: Any, *place: int) -> Any:
+        """Triton's word for what is passed at a place: the number of a parameter, and of its pointer in a tuple."""
         if isinstance(value, torch.Tensor):
-            signature[name] = _POINTER[value.dtype]
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        elif kernel.params[i].is_constexpr or value is None:
-            signature[name] = "constexpr"
-            constants[(i,)] = value
-        else:
-            signature[name] = "i32"
-    options = {k: v for k, v in launch.arguments.items() if k not in signature}
+            aligned[place] = [["tt.divisibility", 16]]
+            return _POINTER[value.dtype]
+        if isinstance(value, tuple) and not isinstance(value, Sizes):
+            return type(value)(*(type_of(each, *place, n) for n, each in enumerate(value)))
+        if isinstance(value, int):
+            return "i32"
+        constants[place] = value
+        return "constexpr"
+
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = type_of(arguments[name], i)
+    options = {k: v for k, v in arguments.items() if k not in signature}
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
@@ -193,13 +201,13 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
 
 def _parameters(launch: RecordedLaunch) -> list[str]:
     """The parameters that a compiled kernel has. Constants and None are not among them."""
-    return [p.name for p in launch.kernel.params if not p.is_constexpr and launch.arguments[p.name] is not None]
+    return [name for names in names_of(launch.kernel) for name in names if launch.arguments[name] is not None]
 
 
 def _misplaced(ptx: str, launch: RecordedLaunch, case: Case, plan: Plan) -> int:
     """As `misplaced`, of W_hh [4H, P], whose k are the features of h, or the gates in backward."""
     size, blocks = case.problem.size, plan.units * (plan.family.parts if case.backward else 4) // 64
-    apart = size * (launch.arguments["P"] if case.backward else 1)
+    apart = size * (launch.arguments["S"].P if case.backward else 1)
     return misplaced(ptx, _parameters(launch).index("weight_hh_ptr"), apart, size, blocks)
 
 

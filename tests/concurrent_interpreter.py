@@ -29,6 +29,8 @@ from memory_checks import ADDRESS
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
+from gpu_lstm.kernels.triton_lstm.parameters import in_tuples
+
 SWITCH_INTERVAL = 1e-4  # seconds a thread may run before another one gets its turn; Python's own is 5e-3
 LONGEST_PAUSE = 1e-3  # seconds between two operations, or the parts of one; most pauses are far shorter
 LONGEST_DELAY = 5e-3  # seconds from a store to its being visible, long enough for the others to come and look
@@ -57,7 +59,7 @@ class ConcurrentRun:
             self._run_all(kernel.__name__, tuple(grid), partial(kernel.rewrite(), **converted))
             return (0,)  # nothing is left to be run one after another
 
-        kernel[run_all](**arguments)
+        kernel[run_all](**in_tuples(kernel, arguments))
         if self.launches == launches:
             raise RuntimeError(f"the interpreter of Triton {triton.__version__} did not ask for the grid")
 

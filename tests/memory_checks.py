@@ -52,6 +52,8 @@ def refusal(access: str, size: int, first: int, bytes_there: int, name: str, sha
 
 
 def _numbered(kernel: str, name: str, argument: Any) -> Any:
+    if hasattr(argument, "_fields"):
+        return type(argument)(*(_numbered(kernel, *each) for each in argument._asdict().items()))
     if not isinstance(argument, Tensor):
         return argument
     number = next(_numbers) % ARGUMENTS

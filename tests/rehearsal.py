@@ -28,6 +28,7 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm.parameters import names_of
 
 DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
 CPU = torch.device("cpu")
@@ -106,9 +107,9 @@ def one_pass(problem: Problem, pass_: Pass, steps: int, layer: Layer) -> dict:
     """Run it; return what the kernel must be passed, by the name of its parameter, and None where it is passed none."""
     gates, r = launch.call_of(problem._replace(steps=steps), CPU)
     named = {f"{name}_ptr": t for name, t in r.inputs._asdict().items()}
-    named |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
     if pass_.backward:
+        named |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
         h0, c0 = r.inputs.h0, r.inputs.c0
         dh, dh_n, saved = h0.new_zeros(steps, *h0.shape[1:]), h0.clone(), c0.new_zeros(steps, *c0.shape[1:])
         found = layer.backward(dh, dh_n, c0.clone(), gates, saved, r, of_h0=False)
@@ -143,6 +144,8 @@ def arguments(swapped: bool = False) -> list[dict]:
             named = one_pass(problem, pass_, steps, launch.layer_of(problem, CUDA).with_plan(plan))
             kernel, asked = given[0][0], events()
             named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
+            if kernel.__name__ == "lstm_cooperative_forward_kernel":
+                named |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
             launches = [event for event in asked if event["event"] == "launch"]
             mistakes = [] if len(given) == len(launches) else [f"{len(given)} launches became {len(launches)}"]
             mistakes += [m for (_, a), e in zip(given, launches) for m in _mistakes(kernel, a, e["arguments"], named)]
@@ -156,7 +159,7 @@ def arguments(swapped: bool = False) -> list[dict]:
 
 def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str]:
     """Of one launch: what the library passed by name, and the driver got by position, against what is meant."""
-    runtime = [p.name for p in kernel.params if not p.is_constexpr]
+    runtime = [name for names in names_of(kernel) for name in names]
     names = [name for name in runtime if given.get(name) is not None]
     there = dict(zip(names, got))
     found = [] if len(got) >= len(names) and not any(got[len(names) :]) else [f"{names} became {got}"]  # and scratch: 0

@@ -38,6 +38,7 @@ from compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import cooperative, launch, pointwise, resident, step
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
+from gpu_lstm.kernels.triton_lstm.parameters import names_of
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Cooperative
 from gpu_lstm.kernels.triton_lstm.step import held_plans, step_plan
 
@@ -126,7 +127,7 @@ def with_loads_in_the_loop():  # a copy of the cooperative family that loads its
 def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
     kernels = {name: each for module in (cooperative, pointwise, resident, step) for name, each in vars(module).items()}
     return {
-        name: [[p.name for p in kernel.params if not p.is_constexpr and not p.name.endswith("_ptr")],
+        name: [[n for names in names_of(kernel) for n in names if not n.endswith("_ptr")],
                [p.name for p in kernel.params if p.do_not_specialize]]
         for name, kernel in kernels.items() if name.endswith("_kernel")
     }

@@ -22,6 +22,7 @@ from compile_table.triton_kernels import compile_for
 from gpu_lstm.kernels.triton_lstm import cooperative, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
+from gpu_lstm.kernels.triton_lstm.parameters import names_of
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held
 
@@ -45,8 +46,7 @@ def compiled(family, name, card, backward, parts=1):
         proposed = [p for p in plans(problem, device, backward) if p.family.name == "cooperative"]
         plan = next(p for p in proposed if p.family.partners == parts)
     (launch,) = recorded_launches(problem, Pass(backward), plan)
-    arguments = [n for n, p in zip(launch.kernel.arg_names, launch.kernel.params)
-                 if not p.is_constexpr and launch.arguments[n] is not None]
+    arguments = [n for names in names_of(launch.kernel) for n in names if launch.arguments[n] is not None]
     ahead = getattr(plan.family, "ahead", False)  # a look before the loop, and one for the next turn
     words = {"store words": 4 if backward else 1}  # of a thread
     if family is cooperative:

@@ -19,8 +19,8 @@ load_peepholes, load_affine = indexing.load_peepholes, indexing.load_affine
 sequences, time_of = indexing.sequences, indexing.time_of
 
 
-def o_reads_the_cell_before(x, z, c_prev, peepholes, PEEPHOLES):
-    (i, f, g, _), c, _ = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
+def o_reads_the_cell_before(x, z, c_prev, peepholes):
+    (i, f, g, _), c, _ = cell_forward(x, z, c_prev, peepholes)
     o = cell.sigmoid(x[3] + z[3] + peepholes[2] * c_prev)
     return (i, f, g, o), c, o * cell.tanh(c)
 
@@ -32,8 +32,8 @@ def output_gate_slope_missing(o, *given):
 
 def peepholes_times(p_i_and_f, p_o):
     """Of the gradient of c: what passes through the peepholes of i and f, and through that of o."""
-    return lambda gates, c_prev, dz_o, dc, p, PEEPHOLES: gates_backward(
-        gates, c_prev, dz_o, dc, (p_i_and_f * p[0], p_i_and_f * p[1], p_o * p[2]), PEEPHOLES
+    return lambda gates, c_prev, dz_o, dc, p: gates_backward(
+        gates, c_prev, dz_o, dc, (p_i_and_f * p[0], p_i_and_f * p[1], p_o * p[2])
     )
 
 

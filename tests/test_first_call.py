@@ -28,7 +28,7 @@ def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
     tried = []
 
     def loaded(kernel, grid, arguments):
-        tried.append(arguments.get("UNITS", arguments.get("BLOCK_H")))
+        tried.append(arguments["S"].UNITS)
         return SimpleNamespace(n_spills=load(kernel, tried[-1]) or 0)
 
     monkeypatch.setattr(choose, "load", loaded)
@@ -121,8 +121,11 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     options = dict(num_warps=plan.num_warps, maxnreg=min(255, 65536 // (32 * plan.num_warps)), enable_fp_fusion=True)
     options["launch_cooperative_grid"] = family in ("cooperative", "step")
     if family == "step":
-        options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.family.k)
+        options["num_stages"] = plan.num_stages
     assert {name: arguments.get(name, False) for name in options} == options
+    sizes = arguments["S"]
+    assert (hidden, plan.rows, plan.units, plan.num_warps) == (sizes.H, sizes.BLOCK_B, sizes.UNITS, sizes.WARPS)
+    assert (getattr(plan.family, "k", 0), getattr(plan.family, "chunks", 0)) == (sizes.BLOCK_K, sizes.CHUNKS)
 
 
 @pytest.mark.parametrize(("failure", "said"), [

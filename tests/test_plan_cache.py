@@ -74,7 +74,7 @@ def test_what_is_timed_runs_the_given_plans_and_is_used_by_no_call(monkeypatch):
     )
     autotune._call(problem, cpu, dataclasses.replace(forward, units=32))(backward)()
     autotune._call(problem, cpu, None)(forward)()
-    assert [(each.args[0].__name__.split("_")[2], each.kwargs["BLOCK_H"]) for each in run.mock_calls] == [
+    assert [(each.args[0].__name__.split("_")[2], each.kwargs["S"].UNITS) for each in run.mock_calls] == [
         ("forward", 32), ("backward", 16), ("forward", 16)
     ]  # fmt: skip
     assert not any(layer._prepared for layer in launch._layers.values())

@@ -103,18 +103,18 @@ def any_phase(words, left, phase, SIZE, STRIDE):
     return count_missing(words, left, None, SIZE, STRIDE)
 
 
-def no_barrier(arrivals_ptr, times, poll_limit, *_):
+def no_barrier(arrivals, times, poll_limit, *_):
     return poll_limit
 
 
 def barrier_after_some(even):
     """All count themselves in. By turns a round is one of products of parts of K, and one of cells."""
 
-    def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
+    def grid_barrier(arrivals, times, poll_limit, step):
         if int(times) % 2 == even:
-            exchange.arrive(arrivals_ptr, poll_limit)
+            exchange.arrive(arrivals.arrivals_ptr, poll_limit)
             return poll_limit
-        return exchange.grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step)
+        return exchange.grid_barrier(arrivals, times, poll_limit, step)
 
     return grid_barrier
 
@@ -203,8 +203,8 @@ def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda ke
     monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
 
 
-def one_arrival_more(arrivals_ptr, times, *given):
-    return exchange.grid_barrier(arrivals_ptr, times + 1, *given)
+def one_arrival_more(arrivals, times, *given):
+    return exchange.grid_barrier(arrivals, times + 1, *given)
 
 
 def one_tile_more(arrivals_ptr, batch_tile, times, *given):

@@ -63,17 +63,16 @@ def next_cell(gates, c_prev):
 
 
 @triton.jit
-def cell_forward(x, z, c_prev, peepholes, PEEPHOLES: tl.constexpr):
+def cell_forward(x, z, c_prev, peepholes):
     """The parts of the pre-activations from the input and from h, and c before the step -> ((i, f, g, o), c, m)."""
     z_i, z_f, z_g, z_o = x[0] + z[0], x[1] + z[1], x[2] + z[2], x[3] + z[3]
-    p_i, p_f, p_o = peepholes
-    if PEEPHOLES:
-        z_i += p_i * c_prev
-        z_f += p_f * c_prev
+    if len(peepholes) > 0:
+        z_i += peepholes[0] * c_prev
+        z_f += peepholes[1] * c_prev
     i, f, g = sigmoid(z_i), sigmoid(z_f), tanh(z_g)
     c = next_cell((i, f, g), c_prev)
-    if PEEPHOLES:
-        z_o += p_o * c
+    if len(peepholes) > 0:
+        z_o += peepholes[2] * c
     o = sigmoid(z_o)
     return (i, f, g, o), c, output(o, c)
 
@@ -99,18 +98,17 @@ def normed_output_backward(o, unit_c, dm, gain, bias):
 
 
 @triton.jit
-def gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES: tl.constexpr):
+def gates_backward(gates, c_prev, dz_o, dc, peepholes):
     """dz_o, and the gradient of c from m and the next step -> ((dz_i, dz_f, dz_g, dz_o), gradient of c_prev)."""
     i, f, g, _ = gates
-    p_i, p_f, p_o = peepholes
-    if PEEPHOLES:
-        dc += dz_o * p_o
+    if len(peepholes) > 0:
+        dc += dz_o * peepholes[2]
     dz_i = dc * g * i * (1.0 - i)
     dz_f = dc * c_prev * f * (1.0 - f)
     dz_g = dc * i * (1.0 - g * g)
     dc_prev = dc * f
-    if PEEPHOLES:
-        dc_prev += dz_i * p_i + dz_f * p_f
+    if len(peepholes) > 0:
+        dc_prev += dz_i * peepholes[0] + dz_f * peepholes[1]
     return (dz_i, dz_f, dz_g, dz_o), dc_prev
 
 

@@ -26,6 +26,7 @@ from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
 from .features import OPTIONS
+from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
@@ -208,7 +209,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
         torch.OutOfMemoryError, torch.AcceleratorError: see errors_as_of_torch.
     """
     with errors_as_of_torch():
-        compiled = kernel.warmup(grid=grid, **arguments)
+        compiled = kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
         compiled._init_handles()
     return compiled
 

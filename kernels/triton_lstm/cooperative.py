@@ -5,7 +5,7 @@ part of W_hh in registers. A group may have several batch tiles: forward request
 the cell of the other. All programs of a launch must be resident at once.
 
 forward    A program holds the four gates' rows of its units, [4 UNITS, H], and publishes h of its units.
-backward   PARTS programs, 1, 2 or 4, are partners and own PARTS UNITS units together. Each holds W_hh^T of 4 / PARTS
+backward   PARTNERS programs, 1, 2 or 4, own PARTNERS UNITS units together. Each holds W_hh^T of 4 / PARTNERS
            gates for all of these, [PARTS UNITS, 4 / PARTS H], and reads only the dgates of these gates. With partners
            it publishes its partial sums in a second, small exchange, and adds up all partners' for its own units.
 
@@ -42,6 +42,7 @@ from .norm import (
     squares_about,
     units_of,
 )
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved
 from .planning import Cooperative, Plan
 
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
@@ -73,16 +74,14 @@ def next_turn(step, tile, steps: tl.constexpr, B):
 
 
 @triton.jit
-def cell_of_thread(
-    first_unit, H: tl.constexpr, UNITS: tl.constexpr, ROW: tl.constexpr, PER: tl.constexpr, WARPS: tl.constexpr
-):
+def cell_of_thread(first_unit, ROW: tl.constexpr, S: tl.constexpr):
     """What each thread owns where a sequence has ROW threads, and the program UNITS units from `first_unit` on."""
-    thread = tl.arange(0, 32 * WARPS)
+    thread = tl.arange(0, 32 * S.WARPS)
     place, column = thread % ROW, thread // ROW
     unit = first_unit + place
-    is_unit = (column < SEQUENCES) & (place < UNITS)
-    is_word = is_unit & (unit < (H + PER - 1) // PER * PER) & (thread % PER == 0)
-    return Own(place % UNITS, unit, column % SEQUENCES, is_unit & (unit < H), is_word)
+    is_unit = (column < SEQUENCES) & (place < S.UNITS)
+    is_word = is_unit & (unit < S.W * S.PER) & (thread % S.PER == 0)
+    return Own(place % S.UNITS, unit, column % SEQUENCES, is_unit & (unit < S.H), is_word)
 
 
 @triton.jit
@@ -97,13 +96,13 @@ def sum_of_row(x):
 def exchange_pairs(
     first, second,  # [THREADS] float32, the same in a sequence's whole row: of the program's units
     pairs_ptr,  # [B, programs, 2] int32: float32 words, whose last bits are one beforehand
-    sequence, wait, H: tl.constexpr, UNITS: tl.constexpr,
+    sequence, wait, S: tl.constexpr,
 ):  # fmt: skip
     """Of each of a thread's programs, place + n ROW: (first number, second number, number of its units); zeros where
     there is none. Programs without units do nothing. It is called at every step: no phase is skipped."""
     THREADS: tl.constexpr = first.shape[0]
     ROW: tl.constexpr = THREADS // SEQUENCES
-    PROGRAMS: tl.constexpr = (H + UNITS - 1) // UNITS
+    PROGRAMS: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
     COUNT: tl.constexpr = (PROGRAMS + ROW - 1) // ROW
     place = tl.arange(0, THREADS) % ROW
     program = tl.zeros_like(place) + tl.program_id(0)
@@ -116,26 +115,23 @@ def exchange_pairs(
     found = ()
     for n in tl.static_range(COUNT):
         one, other = words[2 * n].to(tl.float32, bitcast=True), words[2 * n + 1].to(tl.float32, bitcast=True)
-        found = found + ((one, other, units_of(place + n * ROW, H, UNITS)),)
+        found = found + ((one, other, units_of(place + n * ROW, S)),)
     return found
 
 
 @triton.jit
-def moments_of_group(
-    v,  # tuple of [THREADS]: of the thread's cell
-    is_cell, pairs_ptr, sequence, wait, H: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """(mean, scale) of v of all units, [THREADS]."""
+def moments_of_group(v, is_cell, pairs_ptr, sequence, wait, S: tl.constexpr):
+    """(mean, scale) over all units of v, a tuple of [THREADS] of the thread's cell; each [THREADS]."""
     GATES: tl.constexpr = len(v)
     zeros = tl.zeros(v[0].shape, tl.float32)
     total, squares = zeros, zeros
     for n in tl.static_range(GATES):
         total += tl.where(is_cell, v[n], 0.0)
-    own = sum_of_row(total) / (GATES * units_of(tl.program_id(0), H, UNITS))
+    own = sum_of_row(total) / (GATES * units_of(tl.program_id(0), S))
     for n in tl.static_range(GATES):
         distance = tl.where(is_cell, v[n] - own, 0.0)
         squares += distance * distance
-    of_programs = exchange_pairs(own, sum_of_row(squares), pairs_ptr, sequence, wait, H, UNITS)
+    of_programs = exchange_pairs(own, sum_of_row(squares), pairs_ptr, sequence, wait, S)
     # About this program's mean, so that both sums can be computed at once. Little cancels: it is no further from the
     # mean of all than the square root of the number of programs times the deviation.
     shift, squares = zeros, zeros
@@ -143,23 +139,21 @@ def moments_of_group(
         mean, its_squares, units = of_programs[n]
         shift += units * (mean - own)
         squares += squares_about(own, mean, its_squares, GATES * units)
-    shift = sum_of_row(shift) / H
-    squares = sum_of_row(squares) - GATES * H * shift * shift
-    return own + shift, tl.rsqrt(squares / (GATES * H) + EPS)
+    shift = sum_of_row(shift) / S.H
+    squares = sum_of_row(squares) - GATES * S.H * shift * shift
+    return own + shift, tl.rsqrt(squares / (GATES * S.H) + EPS)
 
 
 @triton.jit
-def means_of_group(
-    d, d_unit,  # [THREADS] of the thread's cell, zero where there is none
-    pairs_ptr, sequence, wait, H: tl.constexpr, UNITS: tl.constexpr, GATES: tl.constexpr,
-):  # fmt: skip
-    """Both sums over all units, divided by GATES * H, [THREADS]: the means of `normalise_backward`."""
-    of_programs = exchange_pairs(sum_of_row(d), sum_of_row(d_unit), pairs_ptr, sequence, wait, H, UNITS)
+def means_of_group(d, d_unit, pairs_ptr, sequence, wait, GATES: tl.constexpr, S: tl.constexpr):
+    """The sums over all units of d and d_unit, [THREADS] of the thread's cell and zero where there is none, divided by
+    GATES * H, [THREADS]: the means of `normalise_backward`."""
+    of_programs = exchange_pairs(sum_of_row(d), sum_of_row(d_unit), pairs_ptr, sequence, wait, S)
     d, d_unit = tl.zeros(d.shape, tl.float32), tl.zeros(d.shape, tl.float32)
     for n in tl.static_range(len(of_programs)):
         d += of_programs[n][0]
         d_unit += of_programs[n][1]
-    return sum_of_row(d) / (GATES * H), sum_of_row(d_unit) / (GATES * H)
+    return sum_of_row(d) / (GATES * S.H), sum_of_row(d_unit) / (GATES * S.H)
 
 
 @triton.jit
@@ -170,17 +164,14 @@ def is_of_a_timeout(x, error_ptr):
 
 
 @triton.jit
-def h_before(
-    step, tile, words_ptr, batch, W: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr,
-    PADDING: tl.constexpr,  # whether to wait for words of padding and before resets, too
-):  # fmt: skip
-    """Where the h that a step starts from lies."""
-    thread = threads(WARPS)
+def h_before(step, tile, words_ptr, batch, PADDING: tl.constexpr, S: tl.constexpr):
+    """Where the h that a step starts from lies. With PADDING words of padding and before resets are awaited, too."""
+    thread = threads(S.WARPS)
     first_word = thread.warp * 16 + thread.quarter * 4
     sequence = indexing.sequences(tile * SEQUENCES + thread.column, batch)
-    continues = indexing.position(step, sequence, batch, REVERSE).continues
-    at = words_ptr + indexing.row_in_h_then_h0(step - 1, sequence, batch, REVERSE) * W + first_word
-    left = tl.where(sequence.in_batch if PADDING else continues, W - first_word, 0)
+    continues = indexing.position(step, sequence, batch, S.REVERSE).continues
+    at = words_ptr + indexing.row_in_h_then_h0(step - 1, sequence, batch, S.REVERSE) * S.W + first_word
+    left = tl.where(sequence.in_batch if PADDING else continues, S.W - first_word, 0)
     return Before(Words(at, left), sequence.index, continues)
 
 
@@ -195,33 +186,24 @@ def zero_at_resets(h, continues):
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_forward_kernel(
-    gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
-    weight_peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr,
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
-    pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
-    c_ptr, h0_ptr,
-    h_n_ptr,  # [B, H] out: h after every step
-    c_n_ptr,  # [B, H] float32 c0, becomes c after every step
-    lengths_ptr, resets_ptr,
-    dropout_h_ptr,  # [B, W] int32: factors of h, or None
-    zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, error_ptr, T, B, H: tl.constexpr,
-    REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,  # whether groups have several batch tiles
+    hidden: Hidden,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, W] int32
+    cell: Cell, norm_hh: NormHH, norm_c: NormC, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps of the units of a program; grid (programs of a group, groups)."""
-    NORM_HH: tl.constexpr = gain_hh_ptr is not None
-    NORM_C: tl.constexpr = gain_c_ptr is not None
-    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
-    DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
-    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
-    W: tl.constexpr = (H + PER - 1) // PER
+    H: tl.constexpr = S.H
+    UNITS: tl.constexpr = S.UNITS
+    W: tl.constexpr = S.W
+    NORM_HH: tl.constexpr = norm_hh.gain_hh_ptr is not None
+    NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
+    DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     TOGETHER: tl.constexpr = 4 if W % 4 == 0 else 2 if W % 2 == 0 else 1
-    STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
+    STRIDE: tl.constexpr = 16 * S.WARPS  # words from one chunk of a warp to its next
     # With layer norms, words of padding and before resets are awaited, too: none overwrites what another waits for.
     PADDING: tl.constexpr = NORM_HH or NORM_C
-    ROW: tl.constexpr = 4 * WARPS if PADDING else UNITS  # threads for the cells of a sequence
-    thread = threads(WARPS)
+    ROW: tl.constexpr = 4 * S.WARPS if PADDING else UNITS  # threads for the cells of a sequence
+    thread = threads(S.WARPS)
     first_unit, first_word = tl.program_id(0) * UNITS, thread.warp * 16 + thread.quarter * 4
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
@@ -230,244 +212,241 @@ def lstm_cooperative_forward_kernel(
         row = 8 * n + thread.column
         unit = first_unit + row % UNITS
         rows = rows + (tl.where(unit < H, row // UNITS * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, CHUNKS)
+    weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, S.CHUNKS)
 
-    own = cell_of_thread(first_unit, H, UNITS, ROW, PER, WARPS)
+    own = cell_of_thread(first_unit, ROW, S)
     z_rows = (own.place, own.place + UNITS, own.place + 2 * UNITS, own.place + 3 * UNITS)
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, own.unit, H)
-    gain_hh = indexing.load_gates(gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
-    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, own.unit, H) if NORM_C else None
+    peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, own.unit, H)
+    gain_hh = indexing.load_gates(norm_hh.gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(norm_c.gain_c_ptr, norm_c.bias_c_ptr, own.unit, H) if NORM_C else None
 
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = 0, tl.program_id(1)
     seen, delay = None, tl.zeros_like(thread.number)
-    if AHEAD:
-        before = h_before(step, tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
-        seen = look(before.words, CHUNKS, 4, STRIDE, TOGETHER)
+    if S.AHEAD:
+        before = h_before(step, tile, words_ptr, batch, PADDING, S)
+        seen = look(before.words, S.CHUNKS, 4, STRIDE, TOGETHER)
     for turn in range(T * tiles_of_group(B)):
         # Load before waiting: the data arrive meanwhile. As stored, since to convert them is to wait for them.
         sequence = indexing.sequences(tile * SEQUENCES + own.column, batch)
-        position = indexing.position(step, sequence, batch, REVERSE)
-        cell = indexing.cells_at(sequence, position, own.unit, own.is_cell, H)
-        x = indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H, True)
-        c_prev = indexing.load_state(c_n_ptr, reset_c_ptr, cell)
+        position = indexing.position(step, sequence, batch, S.REVERSE)
+        cells = indexing.cells_at(sequence, position, own.unit, own.is_cell, H)
+        x = indexing.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, H, True)
+        c_prev = indexing.load_state(cell.c_n_ptr, cell.reset_c_ptr, cells)
 
         # Collect what the group published at the step before, and multiply: the four gates of the thread's cell.
-        if not AHEAD:
-            before = h_before(step, tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
+        if not S.AHEAD:
+            before = h_before(step, tile, words_ptr, batch, PADDING, S)
         wait = Wait(error_ptr, step, delay, None)
-        h_prev, delay = collect(before.words, wait, CHUNKS, 4, STRIDE, TOGETHER, seen)
+        h_prev, delay = collect(before.words, wait, S.CHUNKS, 4, STRIDE, TOGETHER, seen)
         if PADDING:
             h_prev = zero_at_resets(h_prev, before.continues)
-        if dropout_h_ptr is not None:
-            factors_at = dropout_h_ptr + before.index.to(tl.int64) * W + first_word
+        if hidden.dropout_h_ptr is not None:
+            factors_at = hidden.dropout_h_ptr + before.index.to(tl.int64) * W + first_word
             h_prev = scale(h_prev, factors_at, before.words.left, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE)
-        z = sum_over_warps(parts, z_rows, (own.column,), thread.number < SEQUENCES * ROW, turn % 2, WARPS)
+        z = sum_over_warps(parts, z_rows, (own.column,), thread.number < SEQUENCES * ROW, turn % 2, S.WARPS)
 
         # The words of the next turn arrive while the cell of this one is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
-        if AHEAD:
-            before = h_before(next_step, next_tile, words_ptr, batch, W, REVERSE, WARPS, PADDING)
-            seen = look(before.words, CHUNKS, 4, STRIDE, TOGETHER)
+        if S.AHEAD:
+            before = h_before(next_step, next_tile, words_ptr, batch, PADDING, S)
+            seen = look(before.words, S.CHUNKS, 4, STRIDE, TOGETHER)
 
         # Gates and cell.
         wait = Wait(error_ptr, step, delay, step % 2)
         if NORM_HH:
-            mean, scale_hh = moments_of_group(z, own.is_cell, pairs_hh_ptr, sequence, wait, H, UNITS)
+            mean, scale_hh = moments_of_group(z, own.is_cell, norm_hh.pairs_hh_ptr, sequence, wait, S)
             z = normalise_gates(z, mean, scale_hh, gain_hh)
-        gates, c, h = cell_forward(x, z, c_prev, peepholes, PEEPHOLES)
+        gates, c, h = cell_forward(x, z, c_prev, peepholes)
         if NORM_C:
-            mean, scale_c = moments_of_group((c,), own.is_cell, pairs_c_ptr, sequence, wait, H, UNITS)
+            mean, scale_c = moments_of_group((c,), own.is_cell, norm_c.pairs_c_ptr, sequence, wait, S)
             h = output(gates[3], normalise(c, mean, scale_c, *affine_c))
-        c = indexing.zoneout(zoneout_c_ptr, cell, c_prev, c)
-        if zoneout_h_ptr is not None:
-            h_of_cell = indexing.load_state(tl.where(step == 0, h0_ptr, h_n_ptr), reset_h_ptr, cell)
-            h = indexing.zoneout(zoneout_h_ptr, cell, h_of_cell, h)
+        c = indexing.zoneout(cell.zoneout_c_ptr, cells, c_prev, c)
+        if hidden.zoneout_h_ptr is not None:
+            h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr)
+            h_of_cell = indexing.load_state(h_prev_ptr, hidden.reset_h_ptr, cells)
+            h = indexing.zoneout(hidden.zoneout_h_ptr, cells, h_of_cell, h)
 
         # Publish first: the others wait for it. Padding gets zeros.
-        h = tl.where(cell.valid, h, 0.0)
-        word_at = words_ptr + position.row * W + own.unit // PER
+        h = tl.where(cells.valid, h, 0.0)
+        word_at = words_ptr + position.row * W + own.unit // S.PER
         publish(word_at, pack(h, DTYPE), own.is_word & sequence.in_batch)
 
         # Store.
-        tl.store(h_n_ptr + cell.state_at, h, mask=cell.valid)
-        tl.store(c_n_ptr + cell.state_at, c, mask=cell.valid)
-        if c_ptr is not None:
-            indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
-            tl.store(c_ptr + cell.at, tl.where(cell.valid, c, 0.0), mask=cell.in_tile)
+        tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.valid)
+        tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
+        if cell.c_ptr is not None:
+            indexing.store_gates(cell.gates_ptr, cells.gates_at, cells.valid, gates, H)
+            tl.store(cell.c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
         step, tile = next_step, next_tile
 
 
 @triton.jit
-def dgates_after(
-    step, tile, words_ptr, batch, W: tl.constexpr, K: tl.constexpr, REVERSE: tl.constexpr, WARPS: tl.constexpr
-):
+def dgates_after(step, tile, words_ptr, batch, K: tl.constexpr, S: tl.constexpr):
     """The Words of dgates of the step after, K of each sequence. Those of padding and after resets are awaited, too:
     none overwrites sums that another waits for."""
-    thread = threads(WARPS)
+    thread = threads(S.WARPS)
     first_word = thread.warp * 16 + thread.quarter * 4
     sequence = indexing.sequences(tile * SEQUENCES + thread.column, batch)
-    row = indexing.row_of(indexing.time_of(step + 1, sequence.length, REVERSE), sequence.index, batch.B)
+    row = indexing.row_of(indexing.time_of(step + 1, sequence.length, S.REVERSE), sequence.index, batch.B)
     left = tl.where(sequence.in_batch & (step < batch.T - 1), K - first_word, 0)
-    return Words(words_ptr + row * (4 * W) + first_word, left)
+    return Words(words_ptr + row * (4 * S.W) + first_word, left)
 
 
 @triton.jit
-def sums_of_thread(
-    first_unit, H: tl.constexpr, ROWS: tl.constexpr, SUM_ROW: tl.constexpr, SUMS: tl.constexpr, WARPS: tl.constexpr
-):
-    """Where a sequence has SUM_ROW threads, or turns of threads, for the sums of ROWS units from `first_unit` on."""
+def sums_of_thread(first_unit, SUM_ROW: tl.constexpr, SUMS: tl.constexpr, S: tl.constexpr):
+    """Where a sequence has SUM_ROW threads, or turns of threads, for the sums of the partners' units."""
+    ROWS: tl.constexpr = S.PARTNERS * S.UNITS
     rows, columns, units, published = (), (), (), ()
     for n in tl.static_range(SUMS):
-        number = tl.arange(0, 32 * WARPS) + n * 32 * WARPS
+        number = tl.arange(0, 32 * S.WARPS) + n * 32 * S.WARPS
         rows = rows + (number % SUM_ROW % ROWS,)
         columns = columns + (number // SUM_ROW % SEQUENCES,)
         units = units + (first_unit + rows[n],)
-        published = published + ((number < SEQUENCES * ROWS) & (units[n] < H),)
+        published = published + ((number < SEQUENCES * ROWS) & (units[n] < S.H),)
     return Sums(rows, columns, units, published)
 
 
 @triton.jit
-def publish_sums(sums, places, tile, partials_ptr, phase, B, H: tl.constexpr, PARTS: tl.constexpr):
+def publish_sums(sums, places, tile, partials_ptr, phase, B, S: tl.constexpr):
     """Publish one part's sums for all partners."""
     for n in tl.static_range(len(sums)):
         index = tile * SEQUENCES + places.columns[n]
-        at = partials_ptr + index.to(tl.int64) * (PARTS * H) + places.units[n]
+        at = partials_ptr + index.to(tl.int64) * (S.PARTNERS * S.H) + places.units[n]
         publish(at, in_phase(pack(sums[n], tl.float32), phase), places.published[n] & (index < B))
 
 
 @triton.jit
-def add_sums(partials_ptr, sequence, unit, cell, wait, H: tl.constexpr, PARTS: tl.constexpr):
+def add_sums(partials_ptr, sequence, unit, cells, wait, S: tl.constexpr):
     """(The sum of what all partners published for the thread's cell, the delay of the next wait for it)."""
-    at = partials_ptr + sequence.index.to(tl.int64) * (PARTS * H) + unit
-    words = Words(at, tl.where(cell.in_tile, PARTS * H, 0))  # at every step: no phase is skipped
-    parts, delay = collect(words, wait, PARTS, 1, H, 1)
+    at = partials_ptr + sequence.index.to(tl.int64) * (S.PARTNERS * S.H) + unit
+    words = Words(at, tl.where(cells.in_tile, S.PARTNERS * S.H, 0))  # at every step: no phase is skipped
+    parts, delay = collect(words, wait, S.PARTNERS, 1, S.H, 1)
     total = parts[0].to(tl.float32, bitcast=True)
-    for n in tl.static_range(1, PARTS):
+    for n in tl.static_range(1, S.PARTNERS):
         total += parts[n].to(tl.float32, bitcast=True)
     return total, delay
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_cooperative_backward_kernel(
-    dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
-    weights_ptr,  # [PARTS, H, 4 / PARTS * W] int32: W_hh^T of each part's gates
-    weight_peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
+    weights_ptr,  # [PARTNERS, H, 4 / PARTNERS * W] int32: W_hh^T of each partner's gates
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
-    dgates_ptr,  # None without that norm, where they are the words
-    pairs_hh_ptr, pairs_c_ptr,  # see `exchange_pairs`, for the layer norms of W_hh h and of c; or None
-    partials_ptr,  # [B, PARTS, H] int32: float32 words whose last bits are one beforehand; None if PARTS is 1
-    dh_total_ptr, dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
-    dh_from_zoneout_ptr,  # [B, H] float32 zeros, becomes the gradient of h before every step through zoneout; or None
-    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, error_ptr, T, B, H: tl.constexpr,
-    REVERSE: tl.constexpr, UNITS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr,
+    partials_ptr,  # [B, PARTNERS, H] int32: float32 words whose last bits are one beforehand; None without partners
+    hidden: HiddenBackward,
+    cell: CellBackward,  # dgates_ptr is None, for the words, without a norm of W_hh h
+    saved: Saved, norm_hh: NormHH, norm_c: NormC, dh_total_ptr, lengths_ptr, resets_ptr, error_ptr, T, B,
+    S: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
-    NORM_HH: tl.constexpr = gain_hh_ptr is not None
-    NORM_C: tl.constexpr = gain_c_ptr is not None
-    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
-    DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
-    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
-    W: tl.constexpr = (H + PER - 1) // PER
-    K: tl.constexpr = 4 // PARTS * W  # words of dgates that the program multiplies
+    H: tl.constexpr = S.H
+    UNITS: tl.constexpr = S.UNITS
+    W: tl.constexpr = S.W
+    PARTNERS: tl.constexpr = S.PARTNERS
+    NORM_HH: tl.constexpr = norm_hh.gain_hh_ptr is not None
+    NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
+    DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
+    K: tl.constexpr = 4 // PARTNERS * W  # words of dgates that the program multiplies
     TOGETHER: tl.constexpr = 4 if K % 4 == 0 else 2 if K % 2 == 0 else 1
-    ROWS: tl.constexpr = PARTS * UNITS  # of W_hh^T: the units of all partners
-    STRIDE: tl.constexpr = 16 * WARPS  # words from one chunk of a warp to its next
-    ROW: tl.constexpr = 4 * WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
-    SUM_ROW: tl.constexpr = ROW if PARTS == 1 else ROWS  # threads, or turns of threads, for the sums of a sequence
-    SUMS: tl.constexpr = (SUM_ROW + 4 * WARPS - 1) // (4 * WARPS)  # of a thread: that of its cell, or what it publishes
-    thread = threads(WARPS)
-    part = tl.program_id(0) % PARTS
-    first_unit, first_word = tl.program_id(0) // PARTS * ROWS, thread.warp * 16 + thread.quarter * 4
+    ROWS: tl.constexpr = PARTNERS * UNITS  # of W_hh^T: the units of all partners
+    STRIDE: tl.constexpr = 16 * S.WARPS  # words from one chunk of a warp to its next
+    ROW: tl.constexpr = 4 * S.WARPS if NORM_HH or NORM_C else UNITS  # threads for the cells of a sequence
+    SUM_ROW: tl.constexpr = ROW if PARTNERS == 1 else ROWS  # threads, or turns of threads, for the sums of a sequence
+    SUMS: tl.constexpr = (SUM_ROW + 4 * S.WARPS - 1) // (
+        4 * S.WARPS
+    )  # of a thread: that of its cell, or what it publishes
+    thread = threads(S.WARPS)
+    part = tl.program_id(0) % PARTNERS
+    first_unit, first_word = tl.program_id(0) // PARTNERS * ROWS, thread.warp * 16 + thread.quarter * 4
 
     # W_hh^T of the part's gates for the units of all partners, once.
     rows = ()
     for n in tl.static_range(ROWS // 8):
         unit = first_unit + 8 * n + thread.column
         rows = rows + (tl.where(unit < H, part * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, CHUNKS)
+    weights = load_weights(weights_ptr, rows, first_word, K, STRIDE, DTYPE, S.CHUNKS)
 
-    own = cell_of_thread(first_unit + part * UNITS, H, UNITS, ROW, PER, WARPS)
-    places = sums_of_thread(first_unit, H, ROWS, SUM_ROW, SUMS, WARPS)
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, own.unit, H)
-    gain_hh = indexing.load_gates(gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
-    affine_c = indexing.load_affine(gain_c_ptr, bias_c_ptr, own.unit, H) if NORM_C else None
+    own = cell_of_thread(first_unit + part * UNITS, ROW, S)
+    places = sums_of_thread(first_unit, SUM_ROW, SUMS, S)
+    peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, own.unit, H)
+    gain_hh = indexing.load_gates(norm_hh.gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
+    affine_c = indexing.load_affine(norm_c.gain_c_ptr, norm_c.bias_c_ptr, own.unit, H) if NORM_C else None
 
-    batch, saved = indexing.Batch(lengths_ptr, resets_ptr, T, B), indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = T - 1, tl.program_id(1)
     delay, delay_of_sums = tl.zeros_like(thread.number), tl.zeros_like(thread.number)
-    lost = tl.zeros((32 * WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
+    lost = tl.zeros((32 * S.WARPS,), tl.int1)  # a program timed out: what depends on it is NaN, past resets, too
     for turn in range(T * tiles_of_group(B)):
         # Load before waiting: the data arrive meanwhile.
         sequence = indexing.sequences(tile * SEQUENCES + own.column, batch)
-        position = indexing.position(step, sequence, batch, REVERSE)
-        cell = indexing.cells_at(sequence, position, own.unit, own.is_cell, H)
-        row_prev = indexing.row_before(step, position.time, sequence.index, B, REVERSE)
-        gates, c, c_prev = indexing.load_saved(saved, step, row_prev, own.unit, cell, H, True)  # as stored, as forward
-        dc = tl.load(dc_ptr + cell.state_at, mask=cell.valid, other=0.0)
+        position = indexing.position(step, sequence, batch, S.REVERSE)
+        cells = indexing.cells_at(sequence, position, own.unit, own.is_cell, H)
+        row_prev = indexing.row_before(step, position.time, sequence.index, B, S.REVERSE)
+        gates, c, c_prev = indexing.load_saved(saved, step, row_prev, own.unit, cells, H, True)  # as stored, as forward
+        dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
         if NORM_HH:
-            unit_hh = indexing.load_gates(unit_hh_ptr, cell.gates_at, cell.valid, H)
-            scale_hh = tl.load(scale_hh_ptr + position.row, mask=cell.valid, other=0.0)
+            unit_hh = indexing.load_gates(norm_hh.unit_hh_ptr, cells.gates_at, cells.valid, H)
+            scale_hh = tl.load(norm_hh.scale_hh_ptr + position.row, mask=cells.valid, other=0.0)
         if NORM_C:
-            unit_c = tl.load(unit_c_ptr + cell.at, mask=cell.valid, other=0.0)
-            scale_c = tl.load(scale_c_ptr + position.row, mask=cell.valid, other=0.0)
-        dh_given = indexing.load_gradients_given(dh_ptr, dh_n_ptr, step == sequence.length - 1, cell)
-        next_continues = indexing.position(step + 1, sequence, batch, REVERSE).continues
+            unit_c = tl.load(norm_c.unit_c_ptr + cells.at, mask=cells.valid, other=0.0)
+            scale_c = tl.load(norm_c.scale_c_ptr + position.row, mask=cells.valid, other=0.0)
+        dh_given = indexing.load_gradients_given(hidden, step == sequence.length - 1, cells)
+        next_continues = indexing.position(step + 1, sequence, batch, S.REVERSE).continues
 
         # Product: dh of the partners' units, as far as it comes from the part's gates.
-        words = dgates_after(step, tile, words_ptr + part * K, batch, W, K, REVERSE, WARPS)
-        dz, delay = collect(words, Wait(error_ptr, step, delay, None), CHUNKS, 4, STRIDE, TOGETHER)
+        words = dgates_after(step, tile, words_ptr + part * K, batch, K, S)
+        dz, delay = collect(words, Wait(error_ptr, step, delay, None), S.CHUNKS, 4, STRIDE, TOGETHER)
         parts = product(weights, dz, DTYPE)
         has_sums = thread.number < SEQUENCES * SUM_ROW
-        sums = sum_over_warps(parts, places.rows, places.columns, has_sums, turn % 2, WARPS)
+        sums = sum_over_warps(parts, places.rows, places.columns, has_sums, turn % 2, S.WARPS)
         phase = (T - 1 - step) % 2
         dh = sums[0]
-        if PARTS > 1:
-            publish_sums(sums, places, tile, partials_ptr + part * H, phase, B, H, PARTS)
+        if PARTNERS > 1:
+            publish_sums(sums, places, tile, partials_ptr + part * H, phase, B, S)
             wait = Wait(error_ptr, step, delay_of_sums, phase)
-            dh, delay_of_sums = add_sums(partials_ptr, sequence, own.unit, cell, wait, H, PARTS)
+            dh, delay_of_sums = add_sums(partials_ptr, sequence, own.unit, cells, wait, S)
         dh = tl.where(next_continues, dh, 0.0)
-        if dropout_h_ptr is not None:
-            dh *= tl.load(dropout_h_ptr + cell.state_at, mask=cell.valid, other=0.0).to(tl.float32)
+        if hidden.dropout_h_ptr is not None:
+            dh *= tl.load(hidden.dropout_h_ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
         dh = indexing.add_as_float(dh, dh_given)
-        dh = indexing.zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cell)
+        dh = indexing.zoneout_h_backward(dh, hidden, cells)
 
         # Cell.
         wait = Wait(error_ptr, step, delay, phase)
         gates = indexing.as_float(gates)
-        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cell)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
             dz_o, d_unit = normed_output_backward(gates[3], unit_c, dh, *affine_c)
             sum_d = tl.where(lost, float("nan"), d_unit)
-            mean_d, mean_d_unit = means_of_group(sum_d, d_unit * unit_c, pairs_c_ptr, sequence, wait, H, UNITS, 1)
+            mean_d, mean_d_unit = means_of_group(sum_d, d_unit * unit_c, norm_c.pairs_c_ptr, sequence, wait, 1, S)
             lost |= is_of_a_timeout(mean_d, error_ptr)
             dc += normalise_backward(d_unit, unit_c, scale_c, mean_d, mean_d_unit)
         else:
             dz_o, dc_of_m = output_backward(gates[3], c, dh)
             dc += dc_of_m
-        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, PEEPHOLES)
-        if zoneout_c_ptr is not None:
+        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes)
+        if cell.zoneout_c_ptr is not None:
             dc_prev += dc_from_zoneout
 
         # Through the layer norm of W_hh h, from dz as it is stored.
         if NORM_HH:
-            indexing.store_gates(dgates_ptr, cell.gates_at, cell.in_tile, dz, H)
+            indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, H)
             d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
             sum_d = tl.where(lost, float("nan"), sum_d)
-            mean_d, mean_d_unit = means_of_group(sum_d, sum_d_unit, pairs_hh_ptr, sequence, wait, H, UNITS, 4)
+            mean_d, mean_d_unit = means_of_group(sum_d, sum_d_unit, norm_hh.pairs_hh_ptr, sequence, wait, 4, S)
             lost |= is_of_a_timeout(mean_d, error_ptr)
             dz = normalise_gates_backward(d, unit_hh, scale_hh, mean_d, mean_d_unit)
 
         # Publish. In padding every factor was loaded as zero, so its gradients are zero.
-        word_at = words_ptr + position.row * (4 * W) + own.unit // PER
+        word_at = words_ptr + position.row * (4 * W) + own.unit // S.PER
         for n in tl.static_range(4):
             publish(word_at + n * W, pack(dz[n], DTYPE), own.is_word & sequence.in_batch)
-        tl.store(dc_ptr + cell.state_at, tl.where(cell.continues, dc_prev, 0.0), mask=cell.valid)
+        tl.store(cell.dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
         if NORM_C:
-            tl.store(dh_total_ptr + cell.at, dh, mask=cell.in_tile)
-        if dreset_c_ptr is not None:
-            tl.store(dreset_c_ptr + cell.at, dc_prev, mask=cell.reset)
+            tl.store(dh_total_ptr + cells.at, dh, mask=cells.in_tile)
+        if cell.dreset_c_ptr is not None:
+            tl.store(cell.dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)
         step, tile = next_turn(step, tile, -1, B)
 
 
@@ -516,13 +495,15 @@ def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
     return scratch | {EXCHANGED: Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)}
 
 
-def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """What forward reads besides the tensors of a call."""
     h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, H or one more]
     if _row(p) > p.hidden:
         h.zero_()
     h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-    operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
+    words = memory["h_ptr"].view(torch.int32)
+    operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": words}
+    operands |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
     return operands | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
 
 

@@ -105,14 +105,14 @@ def publish(at, words, mask):
 
 
 @triton.jit
-def grid_barrier(arrivals_ptr, times, poll_limit, error_ptr, step):
+def grid_barrier(arrivals, times, poll_limit, step):
     """All programs wait for each other: what any of them stored before, all can load after.
 
     `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
     poll limit of later barriers, 0 if this one timed out.
     """
-    arrive(arrivals_ptr, poll_limit)
-    return wait_for(arrivals_ptr, times * tl.num_programs(0), poll_limit, error_ptr, step)
+    arrive(arrivals.arrivals_ptr, poll_limit)
+    return wait_for(arrivals.arrivals_ptr, times * tl.num_programs(0), poll_limit, arrivals.error_ptr, step)
 
 
 @triton.jit

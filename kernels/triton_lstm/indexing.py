@@ -6,22 +6,6 @@ A *step* counts in the order of processing. With a sequence of length L in a bat
     forward   step s visits time s
     reverse   step s visits time L - 1 - s
     padding   steps s >= L visit time s in both directions, so that each padded position is visited once
-
-Pointers that mean the same in every kernel, for H units and P features of h (H without a projection); those of absent
-tensors are None:
-
-    gates [T*B, 4H]                           forward in: x W_ih^T + b_ih + b_hh; out, if SAVE, and backward: activated
-    h0 [B, P]  c0 [B, H] float32  c [T*B, H] float32  lengths [B]  resets [T*B]  error [1] int32, see timeouts.py
-    weight_hh [4H, P]  weight_hr [P, H]  peephole [3H]  dropout_h [B, P]
-    zoneout_h [T*B, P] or one float32         reset_h [T*B, P], read with zoneout_h alone
-    zoneout_c [T*B, H] or one float32         reset_c [T*B, H] float32
-    gain_hh [4H]  gain_c [H]  bias_c [H]      of the layer norms of W_hh h and of c, and what they normalised:
-    unit_hh [T*B, 4H]  unit_c [T*B, H] float32  scale_hh [T*B] float32  scale_c [T*B] float32
-    dh [T*B, P]  dh_n [B, P]                  gradients given to backward
-    dgates [T*B, 4H]                          out: the gradient of the pre-activations
-    dc [B, H] float32                         gradient of c_n, becomes that of c before every step
-    dh_total [T*B, P]                         out: the whole gradient of W_hr m, or with a layer norm of c that of m
-    dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
 """
 
 from collections import namedtuple
@@ -31,23 +15,11 @@ import triton
 import triton.language as tl
 
 from .cell import mix, mix_backward, next_cell
-from .features import constexpr_function
 
 Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common
 Sequences = namedtuple("Sequences", "index in_batch length")  # of some: where in the batch, whether there is one
-Saved = namedtuple("Saved", "gates_ptr c_ptr c0_ptr reset_c_ptr")  # by forward, for backward
-# Constants of a kernel of tiles: sizes of the problem, and of tiles of BLOCK_B sequences and BLOCK_H units.
-Sizes = namedtuple("Sizes", "H P REVERSE BLOCK_B BLOCK_H BLOCK_K PRECISION HELD AHEAD PARTS", defaults=[None] * 5)
 # Some sequences and units at a step: tensors are [BB] of sequences, [BH] of units, [BB, BH] of cells.
 Tile = namedtuple("Tile", "batch_tile unit_tile unit sequence place row_prev cells")
-# What kernels of tiles read and write of h, or of its gradient; prev is h0 or h, where the state before the step is.
-Hidden = namedtuple("Hidden", "prev_ptr h_ptr h_n_ptr dropout_ptr zoneout_ptr reset_ptr")
-HiddenBackward = namedtuple("HiddenBackward", "dh_ptr dh_n_ptr dropout_ptr zoneout_ptr from_zoneout_ptr dreset_ptr")
-
-
-@constexpr_function
-def sizes(*values):
-    return Sizes(*values)
 
 
 class Position(NamedTuple):
@@ -149,7 +121,7 @@ def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
     if not S.HELD:
         batch_tile, unit_tile = number % tl.cdiv(batch.B, S.BLOCK_B), number // tl.cdiv(batch.B, S.BLOCK_B)
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
-    unit = unit_tile // PARTS * (PARTS * S.BLOCK_H) + tl.arange(0, PARTS * S.BLOCK_H)
+    unit = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
     place = position(step, sequence, batch, S.REVERSE)
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
     at_rows = Position(None, place.row[:, None], place.valid[:, None], place.continues[:, None])
@@ -188,20 +160,21 @@ def rows_of_tile(z, ORDERED: tl.constexpr):
 
 
 @triton.jit
-def columns_of_gates(unit_start, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The columns of a product of all four gates of BLOCK_H units: (index into 4H, unit), each [4 * BLOCK_H].
+def columns_of_gates(unit_tile, S: tl.constexpr):
+    """The columns of a product of all four gates of a tile's units: (index into 4H, unit), each [4 * UNITS].
 
     Number n is gate n % 4 of unit n // 4.
     """
-    n = tl.arange(0, 4 * BLOCK_H)
-    unit = unit_start + n // 4
-    return n % 4 * H + unit, unit
+    first_unit = unit_tile * S.UNITS
+    n = tl.arange(0, 4 * S.UNITS)
+    unit = first_unit + n // 4
+    return n % 4 * S.H + unit, unit
 
 
 @triton.jit
-def split_gates(z, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """[ROWS, 4 * BLOCK_H] with those columns -> (i, f, g, o), each [ROWS, BLOCK_H]."""
-    ig, fo = tl.split(tl.reshape(z, (ROWS, BLOCK_H, 2, 2)))
+def split_gates(z):
+    """[rows, 4 * UNITS] with those columns -> (i, f, g, o), each [rows, UNITS]."""
+    ig, fo = tl.split(tl.reshape(z, (z.shape[0], z.shape[1] // 4, 2, 2)))
     i, g = tl.split(ig)
     f, o = tl.split(fo)
     return i, f, g, o
@@ -236,14 +209,13 @@ def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
 
 @triton.jit
 def load_peepholes(weight_peephole_ptr, unit, H: tl.constexpr):
-    """The peepholes of some units to the gates i, f and o, from [3H]; zeros, unused, where there are none."""
-    p_i = tl.zeros(unit.shape, tl.float32)
-    p_f, p_o = p_i, p_i
+    """The peepholes of some units to the gates i, f and o, from [3H]; () where there are none."""
+    peepholes = ()
     if weight_peephole_ptr is not None:
-        p_i += tl.load(weight_peephole_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
-        p_f += tl.load(weight_peephole_ptr + H + unit, mask=unit < H, other=0.0).to(tl.float32)
-        p_o += tl.load(weight_peephole_ptr + 2 * H + unit, mask=unit < H, other=0.0).to(tl.float32)
-    return p_i, p_f, p_o
+        for n in tl.static_range(3):
+            weight = tl.load(weight_peephole_ptr + n * H + unit, mask=unit < H, other=0.0)
+            peepholes = peepholes + (weight.to(tl.float32),)
+    return peepholes
 
 
 @triton.jit
@@ -289,13 +261,13 @@ def load_c_before(saved, step, row_prev, unit, cells, H: tl.constexpr):
 
 
 @triton.jit
-def load_gradients_given(dh_ptr, dh_n_ptr, is_last, cells):
+def load_gradients_given(hidden, is_last, cells):
     """The gradients that backward is given, as they are stored: of the step's h and, where it `is_last`, of h_n."""
     given = ()
-    if dh_ptr is not None:
-        given = given + (tl.load(dh_ptr + cells.at, mask=cells.valid, other=0.0),)
-    if dh_n_ptr is not None:
-        given = given + (tl.load(dh_n_ptr + cells.state_at, mask=cells.valid & is_last, other=0.0),)
+    if hidden.dh_ptr is not None:
+        given = given + (tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0),)
+    if hidden.dh_n_ptr is not None:
+        given = given + (tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.valid & is_last, other=0.0),)
     return given
 
 
@@ -305,12 +277,6 @@ def add_as_float(x, others):
     for n in tl.static_range(len(others)):
         x += others[n].to(tl.float32)
     return x
-
-
-@triton.jit
-def add_gradients_given(dh, dh_ptr, dh_n_ptr, is_last, cells):
-    """dh and the gradients that backward is given."""
-    return add_as_float(dh, load_gradients_given(dh_ptr, dh_n_ptr, is_last, cells))
 
 
 @triton.jit
@@ -332,15 +298,16 @@ def zoneout(zoneout_ptr, cells, before, new):
 
 
 @triton.jit
-def zoneout_h_backward(dh, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr, cells):
+def zoneout_h_backward(dh, hidden, cells):
     """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed. That part
-    is in dh_from_zoneout [B, P], float32, and is replaced by this step's."""
-    if zoneout_h_ptr is not None:
-        dh += tl.load(dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        dh_prev, dh = mix_backward(load_share(zoneout_h_ptr, cells), dh)
-        if dreset_h_ptr is not None:
-            tl.store(dreset_h_ptr + cells.at, dh_prev, mask=cells.reset)
-        tl.store(dh_from_zoneout_ptr + cells.state_at, tl.where(cells.continues, dh_prev, 0.0), mask=cells.valid)
+    is in dh_from_zoneout, and is replaced by this step's."""
+    if hidden.zoneout_h_ptr is not None:
+        dh += tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        dh_prev, dh = mix_backward(load_share(hidden.zoneout_h_ptr, cells), dh)
+        if hidden.dreset_h_ptr is not None:
+            tl.store(hidden.dreset_h_ptr + cells.at, dh_prev, mask=cells.reset)
+        from_zoneout = tl.where(cells.continues, dh_prev, 0.0)
+        tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, from_zoneout, mask=cells.valid)
     return dh
 
 
@@ -355,14 +322,15 @@ def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells):
 
 
 @triton.jit
-def store_hidden(h, tile, step, hidden, P: tl.constexpr):
-    """Store h of a tile, after zoneout, and h_n of sequences whose last step it is; returns that h."""
+def store_hidden(h, tile, step, hidden, h_prev_ptr, P: tl.constexpr):
+    """Store h of a tile, after zoneout, and h_n of sequences whose last step it is; returns that h. The state before
+    the step is in h_prev_ptr, h0 or h."""
     cells, is_last = tile.cells, step == tile.sequence.length - 1
-    if hidden.zoneout_ptr is not None:
+    if hidden.zoneout_h_ptr is not None:
         prev_at = tile.row_prev[:, None] * P + tile.unit[None, :]
-        h_prev = tl.load(hidden.prev_ptr + prev_at, mask=cells.continues, other=0.0).to(tl.float32)
-        h_prev = reset_to(h_prev, hidden.reset_ptr, cells)
-        h = zoneout(hidden.zoneout_ptr, cells, h_prev, h)
+        h_prev = tl.load(h_prev_ptr + prev_at, mask=cells.continues, other=0.0).to(tl.float32)
+        h_prev = reset_to(h_prev, hidden.reset_h_ptr, cells)
+        h = zoneout(hidden.zoneout_h_ptr, cells, h_prev, h)
     tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
     tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & is_last[:, None])
     return h
@@ -372,8 +340,8 @@ def store_hidden(h, tile, step, hidden, P: tl.constexpr):
 def gradient_of_h(dh, tile, step, hidden):
     """What the product of the step after returned -> the gradient of h that the step computed."""
     cells = tile.cells
-    if hidden.dropout_ptr is not None:
-        dh *= tl.load(hidden.dropout_ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
+    if hidden.dropout_h_ptr is not None:
+        dh *= tl.load(hidden.dropout_h_ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
     is_last = (step == tile.sequence.length - 1)[:, None]
-    dh = add_gradients_given(dh, hidden.dh_ptr, hidden.dh_n_ptr, is_last, cells)
-    return zoneout_h_backward(dh, hidden.zoneout_ptr, hidden.from_zoneout_ptr, hidden.dreset_ptr, cells)
+    dh = add_as_float(dh, load_gradients_given(hidden, is_last, cells))
+    return zoneout_h_backward(dh, hidden, cells)

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from .choose import (
     plans_in_use,
 )  # fmt: skip
 from .cooperative import EXCHANGED
+from .parameters import Sizes, in_tuples, names_of
 from .planning import Cooperative, Held, Plan, Pointwise, Step
 
 INTERPRETED: bool = features.INTERPRETED.value
@@ -38,25 +40,31 @@ Launch = Callable[..., None]
 """launch(kernel, grid, **arguments), every argument by the name of the kernel's parameter."""
 
 
-launch_kernel: Launch | None = (lambda kernel, grid, **arguments: kernel[grid](**arguments)) if INTERPRETED else None
+def _interpret(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    kernel[grid](**in_tuples(kernel, arguments))
+
+
+launch_kernel: Launch | None = _interpret if INTERPRETED else None
 """What makes every launch; None: the compiled kernel itself. Tests replace it."""
 
 
 class Kernel:
-    """A kernel as one plan launches it: its constants and options are fixed, and a call passes the rest."""
+    """A kernel as one plan launches it: its sizes and options are fixed, and a call passes the rest."""
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: dict[str, Any], options: dict[str, Any]) -> None:
-        self._kernel, self._grid = kernel, grid
-        self._names = tuple(name for name in kernel.arg_names if name not in constants)
-        constants = {name: constants[name] for name in kernel.arg_names[len(self._names) :]}  # they come last
-        self._constants, self._fixed = constants.values(), constants | options
+    def __init__(self, kernel: Any, grid: tuple[int, ...], sizes: Sizes, options: dict[str, Any]) -> None:
+        self._kernel, self._grid, self._sizes, self._fixed = kernel, grid, sizes, {"S": sizes} | options
+        parameters = names_of(kernel)
+        self._names = tuple(itertools.chain(*parameters))
+        ends = itertools.accumulate(map(len, parameters), initial=0)
+        # From the values of all names to those of the parameters.
+        self._in_tuples = itemgetter(*(slice(*ab) if ab[1] - ab[0] > 1 else ab[0] for ab in itertools.pairwise(ends)))
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, launch: Launch | None, arguments: dict[str, Any]) -> None:
         """Launch it with the arguments that it has parameters for, and None for absent ones."""
         launch = launch or launch_kernel
         if launch is None and self._compiled is not None and not checking.on:
-            self._compiled(*map(arguments.get, self._names), *self._constants)
+            self._compiled(*self._in_tuples(tuple(map(arguments.get, self._names))), self._sizes)
             return
         arguments = {name: arguments.get(name) for name in self._names}
         checked = margins(self._kernel.__name__, arguments) if checking.on else contextlib.nullcontext(arguments)
@@ -67,7 +75,7 @@ class Kernel:
             if self._compiled is None:
                 self._compiled = load(self._kernel, self._grid, inside | self._fixed)[(*self._grid, 1, 1)[:3]]
             with errors_as_of_torch():
-                self._compiled(*inside.values(), *self._constants)
+                self._compiled(*self._in_tuples(tuple(inside.values())), self._sizes)
 
 
 class Prepared:
@@ -95,7 +103,7 @@ class Prepared:
             num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
-        self._kernel = Kernel(kernel, plan.grid, _constants(problem, plan), options)
+        self._kernel = Kernel(kernel, plan.grid, _sizes(problem, plan), options)
         self._error = error_word(device, kernel.__name__, trial) if kernel.__name__ in KERNELS else None
         self._loop = pointwise.LOOPS[backward] if isinstance(family, Pointwise) else None
         names = tuple(in_the_loop(problem, problem.steps))
@@ -156,10 +164,10 @@ class Prepared:
         self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
     ) -> None:
         """One launch, or one a step; it writes to `memory`."""
-        arguments: dict[str, Any] = {
-            **dict(zip(self._pointers, self._tensors(r.inputs))), **memory, **read, "gates_ptr": gates,
-            "error_ptr": self._error, "T": steps, "B": self._batch,
-        }  # fmt: skip
+        arguments: dict[str, Any] = {"gates_ptr": gates, "error_ptr": self._error, "T": steps, "B": self._batch}
+        arguments.update(zip(self._pointers, self._tensors(r.inputs)))
+        arguments |= memory
+        arguments |= read
         if self._operands is not None:
             arguments |= self._operands(self._problem, self.plan, r, memory)
         if self._loop is None:
@@ -168,16 +176,14 @@ class Prepared:
             self._loop(partial(self._kernel, self._launch), arguments, self._problem)
 
 
-CONSTANTS = {"k": "BLOCK_K", "chunks": "CHUNKS", "parts": "PARTS", "partners": "PARTS", "ahead": "AHEAD"}
-"""The names that kernels have for the sizes of a family."""
-
-
-def _constants(problem: Problem, plan: Plan) -> dict[str, Any]:
-    """The constants of all families' kernels, by problem and plan."""
-    return dict(
-        H=problem.hidden, P=problem.width, REVERSE=problem.reverse, PRECISION=problem.precision, WARPS=plan.num_warps,
-        BLOCK_B=plan.rows, BLOCK_H=plan.units, UNITS=plan.units, HELD=isinstance(plan.family, Held), AHEAD=False,
-    ) | {CONSTANTS[name]: value for name, value in dataclasses.asdict(plan.family).items()}  # fmt: skip
+def _sizes(p: Problem, plan: Plan) -> Sizes:
+    """The constants of all families' kernels."""
+    of_family = {"BLOCK_K" if name == "k" else name.upper(): n for name, n in dataclasses.asdict(plan.family).items()}
+    per = max(1, 4 // p.size)
+    return Sizes(
+        H=p.hidden, P=p.width, REVERSE=p.reverse, PRECISION=p.precision, PER=per, W=ceil(p.hidden / per),
+        BLOCK_B=plan.rows, UNITS=plan.units, WARPS=plan.num_warps, HELD=isinstance(plan.family, Held), **of_family,
+    )  # fmt: skip
 
 
 _layers: dict[tuple[Problem, torch.device], Layer] = {}

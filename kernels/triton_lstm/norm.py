@@ -4,15 +4,11 @@ A tile contributes two numbers a sequence, in a tensor [tiles, B, 2] that all ca
 forward the mean and the sum of squares about it, backward two sums. They are combined in the same order every time.
 """
 
-from collections import namedtuple
-
 import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-5)  # as torch.nn.LayerNorm, and kernels/layer_norm.py
 AT_ONCE = tl.constexpr(16)  # tiles whose numbers are loaded together
-
-Norm = namedtuple("Norm", "gain_ptr bias_ptr unit_ptr scale_ptr")  # for backward; unit and scale: kernels.problem.Unit
 
 
 @triton.jit
@@ -90,9 +86,9 @@ def load_pairs(pairs_ptr, tile, index, mask, B, TILES: tl.constexpr):
 
 
 @triton.jit
-def sums_of_tiles(pairs_ptr, index, mask, B, H: tl.constexpr, BLOCK_H: tl.constexpr):
+def sums_of_tiles(pairs_ptr, index, mask, B, S: tl.constexpr):
     """Over all units: (sum of the first numbers, of the second), each [BB]."""
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
     first = tl.zeros(index.shape, tl.float32)
     second = tl.zeros(index.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
@@ -103,26 +99,25 @@ def sums_of_tiles(pairs_ptr, index, mask, B, H: tl.constexpr, BLOCK_H: tl.conste
 
 
 @triton.jit
-def moments_of_tiles(pairs_ptr, sequence, B, H: tl.constexpr, BLOCK_H: tl.constexpr, GATES: tl.constexpr):
+def moments_of_tiles(pairs_ptr, sequence, B, GATES: tl.constexpr, S: tl.constexpr):
     """(mean, scale) of GATES * H elements whose moments tiles have stored, each [BB]."""
-    TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
     index, in_batch = sequence.index, sequence.in_batch
     mean = tl.zeros(index.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
         tile = start + tl.arange(0, AT_ONCE)
         means, _ = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
-        mean += tl.sum(means * units_of(tile, H, BLOCK_H)[:, None], axis=0)
-    mean = mean / H
+        mean += tl.sum(means * units_of(tile, S)[:, None], axis=0)
+    mean = mean / S.H
     squares = tl.zeros(index.shape, tl.float32)
     for start in range(0, TILES, AT_ONCE):
         tile = start + tl.arange(0, AT_ONCE)
         means, own = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
-        count = GATES * units_of(tile, H, BLOCK_H)[:, None]
-        squares += tl.sum(squares_about(mean[None, :], means, own, count), axis=0)
-    return mean, tl.rsqrt(squares / (GATES * H) + EPS)
+        squares += tl.sum(squares_about(mean[None, :], means, own, GATES * units_of(tile, S)[:, None]), axis=0)
+    return mean, tl.rsqrt(squares / (GATES * S.H) + EPS)
 
 
 @triton.jit
-def units_of(tile, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """How many units a tile has, float32; 0 past the last."""
-    return tl.minimum(tl.maximum(H - tile * BLOCK_H, 0), BLOCK_H).to(tl.float32)
+def units_of(tile, S: tl.constexpr):
+    """How many units a tile has, or a program, float32; 0 past the last."""
+    return tl.minimum(tl.maximum(S.H - tile * S.UNITS, 0), S.UNITS).to(tl.float32)

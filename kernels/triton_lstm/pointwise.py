@@ -18,91 +18,79 @@ from ..problem import Problem
 from ..projection import products_in
 from . import indexing
 from .cell import cell_forward, gates_backward, next_cell, output_backward
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
 from .planning import Plan, Pointwise, power_of_two
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
 def lstm_pointwise_forward_kernel(
-    gates_ptr,  # with W_hh h added, unless z_ptr has it
-    z_ptr,  # [B, 4H] W_hh h of the step, or None
-    h0_ptr, c0_ptr, weight_peephole_ptr,
-    h_ptr,  # [T*B, H] out
+    z_ptr,  # [B, 4H] W_hh h of the step; None if the gates have it already
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
-    c_ptr,
-    h_n_ptr,  # [B, H] out where a sequence has a step
-    c_n_ptr,  # [B, H] float32 out: c after every step, or with c_ptr where a sequence ends
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
-    step, T, B, H: tl.constexpr, REVERSE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    hidden: Hidden,
+    cell: Cell,  # c_n, where c is saved, only where a sequence ends
+    lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """One step, after its product. With c_ptr c and the activated gates are saved for backward."""
-    SAVE: tl.constexpr = c_ptr is not None
+    """One step, after its product."""
+    SAVE: tl.constexpr = cell.c_ptr is not None
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = indexing.tile_at(tl.program_id(0), step, batch, H, indexing.sizes(H, H, REVERSE, BLOCK_B, BLOCK_H))
+    tile = indexing.tile_at(tl.program_id(0), step, batch, S.H, S)
     cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
-    x = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H)
+    x = indexing.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H)
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
-        z = indexing.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * H) + unit, cells.valid, H)
+        z = indexing.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.valid, S.H)
     if SAVE:
-        saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
-        c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, H)
+        saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
+        c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, S.H)
     else:
-        c_prev = indexing.load_state(c0_ptr if step == 0 else c_n_ptr, reset_c_ptr, cells)
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
+        c_prev = indexing.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cell.reset_c_ptr, cells)
+    peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
     # In padding h is zero, since all was loaded as zero.
-    gates, c, h = cell_forward(x, z, c_prev, peepholes, weight_peephole_ptr is not None)
-    c = indexing.zoneout(zoneout_c_ptr, cells, c_prev, c)
+    gates, c, h = cell_forward(x, z, c_prev, peepholes)
+    c = indexing.zoneout(cell.zoneout_c_ptr, cells, c_prev, c)
     is_last = (step == sequence.length - 1)[:, None]
-    tl.store(c_n_ptr + cells.state_at, c, mask=cells.valid & is_last if SAVE else cells.valid)
+    tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & is_last if SAVE else cells.valid)
     if SAVE:
-        tl.store(c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
-        indexing.store_gates(gates_ptr, cells.gates_at, cells.valid, gates, H)
-    hidden = indexing.Hidden(h0_ptr if step == 0 else h_ptr, h_ptr, h_n_ptr, dropout_h_ptr, zoneout_h_ptr, reset_h_ptr)
-    h = indexing.store_hidden(h, tile, step, hidden, H)
+        tl.store(cell.c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
+        indexing.store_gates(cell.gates_ptr, cells.gates_at, cells.valid, gates, S.H)
+    h = indexing.store_hidden(h, tile, step, hidden, hidden.h0_ptr if step == 0 else hidden.h_ptr, S.H)
     if h_next_ptr is not None:
-        next_continues = indexing.position(step + 1, sequence, batch, REVERSE).continues
-        h = h.to(h_ptr.dtype.element_ty)
-        if dropout_h_ptr is not None:
-            h *= tl.load(dropout_h_ptr + cells.state_at, mask=cells.in_tile, other=0.0)
+        next_continues = indexing.position(step + 1, sequence, batch, S.REVERSE).continues
+        h = h.to(hidden.h_ptr.dtype.element_ty)
+        if hidden.dropout_h_ptr is not None:
+            h *= tl.load(hidden.dropout_h_ptr + cells.state_at, mask=cells.in_tile, other=0.0)
         tl.store(h_next_ptr + cells.state_at, tl.where(next_continues[:, None], h, 0.0), mask=cells.in_tile)
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
 def lstm_pointwise_backward_kernel(
-    dh_ptr, dh_n_ptr,
     dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
-    gates_ptr, c_ptr, c0_ptr, weight_peephole_ptr, dgates_ptr,
     dz_ptr,  # [B, 4H] out: dgates of the step, or None
-    dc_ptr, lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
-    dh_from_zoneout_ptr,  # [B, H] float32 or None, see indexing.zoneout_h_backward
-    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, step, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    hidden: HiddenBackward, cell: CellBackward, saved: Saved, lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """One step, before its product."""
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = indexing.tile_at(tl.program_id(0), step, batch, H, indexing.sizes(H, H, REVERSE, BLOCK_B, BLOCK_H))
+    tile = indexing.tile_at(tl.program_id(0), step, batch, S.H, S)
     cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
-    from_next = indexing.position(step + 1, sequence, batch, REVERSE).continues[:, None] & cells.valid
+    from_next = indexing.position(step + 1, sequence, batch, S.REVERSE).continues[:, None] & cells.valid
     dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
-    hidden = indexing.HiddenBackward(dh_ptr, dh_n_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr)
     dh = indexing.gradient_of_h(dh, tile, step, hidden)
-    saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
-    gates = indexing.load_gates(gates_ptr, cells.gates_at, cells.valid, H)
-    c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, H)
+    gates = indexing.load_gates(saved.gates_ptr, cells.gates_at, cells.valid, S.H)
+    c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, S.H)
     c = next_cell(gates, c_prev)  # not loaded: memory is what large batches wait for
-    dc = tl.load(dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells)
+    dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
+    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells)
     dz_o, dc_of_h = output_backward(gates[3], c, dh)
-    peepholes = indexing.load_peepholes(weight_peephole_ptr, unit, H)
-    dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes, weight_peephole_ptr is not None)
+    peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
+    dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc + dc_of_h, peepholes)
     dc_prev += dc_from_zoneout
     # In padding every factor was loaded as zero, so its gradients are zero.
-    indexing.store_gates(dgates_ptr, cells.gates_at, cells.in_tile, dz, H)
+    indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
     if dz_ptr is not None:
-        indexing.store_gates(dz_ptr, sequence.index[:, None].to(tl.int64) * (4 * H) + unit, cells.in_tile, dz, H)
-    tl.store(dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
-    if dreset_c_ptr is not None:
-        tl.store(dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)
+        indexing.store_gates(dz_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.in_tile, dz, S.H)
+    tl.store(cell.dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
+    if cell.dreset_c_ptr is not None:
+        tl.store(cell.dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)
 
 
 def pointwise_plan(problem: Problem) -> Plan | None:

@@ -24,7 +24,8 @@ from . import indexing
 from .cell import cell_forward, gates_backward, mix_backward, normed_output_backward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Cells, Position, Sequences
-from .norm import EPS, Norm, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
+from .norm import EPS, gates_of_unit, normalise, normalise_backward, normalise_gates, normalise_gates_backward
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved
 from .planning import Plan, Resident, power_of_two
 
 # All fields but the step are tuples of CELLS.
@@ -35,26 +36,26 @@ Activations = namedtuple("Activations", "gates c c_prev")  # that forward saved
 
 
 @triton.jit
-def cells_of_thread(batch, UNITS: tl.constexpr, WARPS: tl.constexpr):
+def cells_of_thread(batch, S: tl.constexpr):
     """The Owned cells of every thread."""
-    thread = threads(WARPS)
+    thread = threads(S.WARPS)
     units, columns, sequences = (), (), ()
-    for n in tl.static_range(UNITS // WARPS // 4):
-        units = units + (thread.warp * (UNITS // WARPS) + n // 2 * 8 + thread.column,)
+    for n in tl.static_range(S.UNITS // S.WARPS // 4):
+        units = units + (thread.warp * (S.UNITS // S.WARPS) + n // 2 * 8 + thread.column,)
         columns = columns + (2 * thread.quarter + n % 2,)
         sequences = sequences + (indexing.sequences(tl.program_id(0) * SEQUENCES + columns[n], batch),)
     return Owned(units, columns, sequences)
 
 
 @triton.jit
-def cells_at_step(step, owned, batch, H: tl.constexpr, REVERSE: tl.constexpr):
+def cells_at_step(step, owned, batch, S: tl.constexpr):
     """Where they are Now."""
     positions, cells = (), ()
     for n in tl.static_range(len(owned.units)):
         unit, sequence = owned.units[n], Sequences(*owned.sequences[n])
-        position = indexing.position(step, sequence, batch, REVERSE)
+        position = indexing.position(step, sequence, batch, S.REVERSE)
         positions = positions + (position,)
-        cells = cells + (indexing.cells_at(sequence, position, unit, unit < H, H),)
+        cells = cells + (indexing.cells_at(sequence, position, unit, unit < S.H, S.H),)
     return Now(step, positions, cells)
 
 
@@ -95,28 +96,28 @@ def moments(v, owned, H: tl.constexpr):
 
 
 @triton.jit
-def load_step(h, c, now, gates_ptr, dropout_h_ptr, reset_c_ptr, H: tl.constexpr):
+def load_step(h, c, now, hidden, cell, H: tl.constexpr):
     """What the cells have Before the step."""
-    DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = hidden.h_ptr.dtype.element_ty
     x, h_prev, operands, c_prev = (), (), (), ()
     for n in tl.static_range(len(h)):
-        cell = Cells(*now.cells[n])
-        x = x + (indexing.load_gates(gates_ptr, cell.gates_at, cell.valid, H),)
-        h_prev = h_prev + (tl.where(cell.reset, 0.0, h[n]).to(DTYPE),)
+        each = Cells(*now.cells[n])
+        x = x + (indexing.load_gates(cell.gates_ptr, each.gates_at, each.valid, H),)
+        h_prev = h_prev + (tl.where(each.reset, 0.0, h[n]).to(DTYPE),)
         operand = h_prev[n]
-        if dropout_h_ptr is not None:
-            factors = tl.load(dropout_h_ptr + cell.state_at, mask=cell.in_tile, other=0.0).to(tl.float32)
+        if hidden.dropout_h_ptr is not None:
+            factors = tl.load(hidden.dropout_h_ptr + each.state_at, mask=each.in_tile, other=0.0).to(tl.float32)
             operand = (factors * operand.to(tl.float32)).to(DTYPE)
         operands = operands + (operand,)
-        c_prev = c_prev + (indexing.reset_to(tl.where(cell.reset, 0.0, c[n]), reset_c_ptr, cell),)
+        c_prev = c_prev + (indexing.reset_to(tl.where(each.reset, 0.0, c[n]), cell.reset_c_ptr, each),)
     return Before(x, h_prev, operands, c_prev)
 
 
 @triton.jit
-def product_with_h(weights, h, owned, turn, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
+def product_with_h(weights, h, owned, turn, S: tl.constexpr):
     """W_hh h: the four gates of each cell."""
-    shared = share(h, owned.columns, owned.units, turn, CHUNKS)
-    products = product(weights, take(shared, 0, CHUNKS, CHUNKS, WARPS), h[0].dtype)
+    shared = share(h, owned.columns, owned.units, turn, S.CHUNKS)
+    products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), h[0].dtype)
     z = ()
     for n in tl.static_range(len(h)):
         z = z + (products[n // 2 * 8 + n % 2 : n // 2 * 8 + 8 : 2],)  # both of a tile's cells alternate
@@ -134,11 +135,11 @@ def normalise_products(z, gain_hh, owned, H: tl.constexpr):
 
 
 @triton.jit
-def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr, PEEPHOLES: tl.constexpr):
+def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr):
     """(gates, c, m) of each cell, with m = o tanh(LN(c))."""
     gates, c, normed = (), (), ()
     for n in tl.static_range(len(z)):
-        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
+        of_cell, c_next, m = cell_forward(before.x[n], z[n], before.c[n], peepholes[n])
         gates, c = gates + (of_cell,), c + ((c_next,),)
     mean, scale = moments(c, owned, H)
     for n in tl.static_range(len(z)):
@@ -150,124 +151,116 @@ def normed_cells(before, z, peepholes, affine_c, owned, H: tl.constexpr, PEEPHOL
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_forward_kernel(
-    gates_ptr,
     weights_ptr,  # [4H, W] int32: W_hh
-    weight_peephole_ptr, gain_hh_ptr, gain_c_ptr, bias_c_ptr, h0_ptr, c0_ptr,
-    h_ptr,  # [T*B, H] out
-    c_ptr,  # None: gates are not saved either
-    h_n_ptr, c_n_ptr,  # [B, H] out, the latter float32
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr, T, B,
-    H: tl.constexpr, REVERSE: tl.constexpr,
-    UNITS: tl.constexpr,  # at least H
-    WARPS: tl.constexpr,
+    hidden: Hidden, cell: Cell, norm_hh: NormHH, norm_c: NormC, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile."""
-    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
-    DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
-    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
-    W: tl.constexpr = (H + PER - 1) // PER
-    CHUNKS: tl.constexpr = UNITS // PER // 16
-    CELLS: tl.constexpr = UNITS // WARPS // 4
+    H: tl.constexpr = S.H
+    DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
+    CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    owned = cells_of_thread(batch, UNITS, WARPS)
+    owned = cells_of_thread(batch, S)
 
     # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
     rows = ()
     for n in tl.static_range(2 * CELLS):
         unit = owned.units[n // 4 * 2]
         rows = rows + (tl.where(unit < H, n % 4 * H + unit, -1),)
-    weights = load_weights(weights_ptr, rows, threads(WARPS).quarter * 4, W, 16, DTYPE, CHUNKS)
+    weights = load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
 
     h, c, peepholes, gain_hh, affine_c = (), (), (), (), ()
-    states = cells_at_step(0, owned, batch, H, REVERSE).cells
+    states = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         unit = owned.units[n]
-        peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, unit, H),)
-        if gain_hh_ptr is not None:
-            gain_hh = gain_hh + (indexing.load_gates(gain_hh_ptr, unit, unit < H, H),)
-        if gain_c_ptr is not None:
-            affine_c = affine_c + (indexing.load_affine(gain_c_ptr, bias_c_ptr, unit, H),)
+        peepholes = peepholes + (indexing.load_peepholes(cell.weight_peephole_ptr, unit, H),)
+        if norm_hh.gain_hh_ptr is not None:
+            gain_hh = gain_hh + (indexing.load_gates(norm_hh.gain_hh_ptr, unit, unit < H, H),)
+        if norm_c.gain_c_ptr is not None:
+            affine_c = affine_c + (indexing.load_affine(norm_c.gain_c_ptr, norm_c.bias_c_ptr, unit, H),)
         state = Cells(*states[n])
-        h = h + (tl.load(h0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
-        c = c + (tl.load(c0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
+        h = h + (tl.load(hidden.h0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
+        c = c + (tl.load(cell.c0_ptr + state.state_at, mask=state.in_tile, other=0.0),)
     for step in range(T):
-        now = cells_at_step(step, owned, batch, H, REVERSE)
-        before = load_step(h, c, now, gates_ptr, dropout_h_ptr, reset_c_ptr, H)  # the product hides its latency
-        z = product_with_h(weights, before.operands, owned, step % 2, CHUNKS, WARPS)
-        if gain_hh_ptr is not None:
+        now = cells_at_step(step, owned, batch, S)
+        before = load_step(h, c, now, hidden, cell, H)  # the product hides its latency
+        z = product_with_h(weights, before.operands, owned, step % 2, S)
+        if norm_hh.gain_hh_ptr is not None:
             z = normalise_products(z, gain_hh, owned, H)
-        new = normed_cells(before, z, peepholes, affine_c, owned, H, PEEPHOLES) if gain_c_ptr is not None else None
+        if norm_c.gain_c_ptr is not None:
+            new = normed_cells(before, z, peepholes, affine_c, owned, H)
         h, c = (), ()
         for n in tl.static_range(CELLS):
-            cell = Cells(*now.cells[n])
-            if gain_c_ptr is not None:
+            each = Cells(*now.cells[n])
+            if norm_c.gain_c_ptr is not None:
                 gates, c_next, h_next = new[n]
             else:  # here, not earlier: the fewer gates wait to be stored, the fewer the instructions
-                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n], PEEPHOLES)
-            c_next = indexing.zoneout(zoneout_c_ptr, cell, before.c[n], c_next)
-            if zoneout_h_ptr is not None:
-                h_before = indexing.reset_to(before.h[n].to(tl.float32), reset_h_ptr, cell)
-                h_next = indexing.zoneout(zoneout_h_ptr, cell, h_before, h_next)
-            h_next = tl.where(cell.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
-            tl.store(h_ptr + cell.at, h_next, mask=cell.in_tile)
-            if c_ptr is not None:
-                indexing.store_gates(gates_ptr, cell.gates_at, cell.valid, gates, H)
-                tl.store(c_ptr + cell.at, tl.where(cell.valid, c_next, 0.0), mask=cell.in_tile)
-            h = h + (tl.where(cell.valid, h_next, before.h[n]),)
-            c = c + (tl.where(cell.valid, c_next, before.c[n]),)
+                gates, c_next, h_next = cell_forward(before.x[n], z[n], before.c[n], peepholes[n])
+            c_next = indexing.zoneout(cell.zoneout_c_ptr, each, before.c[n], c_next)
+            if hidden.zoneout_h_ptr is not None:
+                h_before = indexing.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, each)
+                h_next = indexing.zoneout(hidden.zoneout_h_ptr, each, h_before, h_next)
+            h_next = tl.where(each.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
+            tl.store(hidden.h_ptr + each.at, h_next, mask=each.in_tile)
+            if cell.c_ptr is not None:
+                indexing.store_gates(cell.gates_ptr, each.gates_at, each.valid, gates, H)
+                tl.store(cell.c_ptr + each.at, tl.where(each.valid, c_next, 0.0), mask=each.in_tile)
+            h = h + (tl.where(each.valid, h_next, before.h[n]),)
+            c = c + (tl.where(each.valid, c_next, before.c[n]),)
     for n in tl.static_range(CELLS):
         state = Cells(*states[n])
-        tl.store(h_n_ptr + state.state_at, h[n], mask=state.in_tile)
-        tl.store(c_n_ptr + state.state_at, c[n], mask=state.in_tile)
+        tl.store(hidden.h_n_ptr + state.state_at, h[n], mask=state.in_tile)
+        tl.store(cell.c_n_ptr + state.state_at, c[n], mask=state.in_tile)
 
 
 @triton.jit
-def load_saved(now, owned, saved, batch, H: tl.constexpr, REVERSE: tl.constexpr):
+def load_saved(now, owned, saved, batch, S: tl.constexpr):
     """The Activations of a step."""
     gates, c, c_prev = (), (), ()
     for n in tl.static_range(len(now.cells)):
         sequence, cell = Sequences(*owned.sequences[n]), Cells(*now.cells[n])
-        row_prev = indexing.row_before(now.step, Position(*now.positions[n]).time, sequence.index, batch.B, REVERSE)
-        of_cell = indexing.load_saved(saved, now.step, row_prev, owned.units[n], cell, H)
+        row_prev = indexing.row_before(now.step, Position(*now.positions[n]).time, sequence.index, batch.B, S.REVERSE)
+        of_cell = indexing.load_saved(saved, now.step, row_prev, owned.units[n], cell, S.H)
         gates, c, c_prev = gates + (of_cell[0],), c + (of_cell[1],), c_prev + (of_cell[2],)
     return Activations(gates, c, c_prev)
 
 
 @triton.jit
-def output_gradients(dh, now, dh_ptr, zoneout_h_ptr):
+def output_gradients(dh, now, hidden):
     """Gradients of h after the step -> (gradients of the output m, what zoneout passes on to h before the step)."""
     dm, dh_before = (), ()
     for n in tl.static_range(len(dh)):
         cell = Cells(*now.cells[n])
-        of_m = indexing.add_gradients_given(tl.where(cell.valid, dh[n], 0.0), dh_ptr, None, None, cell)
+        of_m = tl.where(cell.valid, dh[n], 0.0)
+        if hidden.dh_ptr is not None:
+            of_m += tl.load(hidden.dh_ptr + cell.at, mask=cell.valid, other=0.0).to(tl.float32)
         of_h = tl.zeros_like(of_m)
-        if zoneout_h_ptr is not None:
-            of_h, of_m = mix_backward(indexing.load_share(zoneout_h_ptr, cell), of_m)
+        if hidden.zoneout_h_ptr is not None:
+            of_h, of_m = mix_backward(indexing.load_share(hidden.zoneout_h_ptr, cell), of_m)
         dm, dh_before = dm + (of_m,), dh_before + (of_h,)
     return dm, dh_before
 
 
 @triton.jit
-def normed_outputs_backward(gates, dm, now, owned, norm, H: tl.constexpr):
+def normed_outputs_backward(gates, dm, now, owned, norm_c, H: tl.constexpr):
     """Of each cell (dz_o, gradient of c) through m = o tanh(LN(c))."""
     unit_c, d, d_unit, dz_o, outputs = (), (), (), (), ()
     for n in tl.static_range(len(dm)):
         cell = Cells(*now.cells[n])
-        unit_c = unit_c + (tl.load(norm.unit_ptr + cell.at, mask=cell.valid, other=0.0),)
-        gain, bias = indexing.load_affine(norm.gain_ptr, norm.bias_ptr, owned.units[n], H)
+        unit_c = unit_c + (tl.load(norm_c.unit_c_ptr + cell.at, mask=cell.valid, other=0.0),)
+        gain, bias = indexing.load_affine(norm_c.gain_c_ptr, norm_c.bias_c_ptr, owned.units[n], H)
         of_o, of_unit = normed_output_backward(gates[n][3], unit_c[n], dm[n], gain, bias)
         dz_o, d, d_unit = dz_o + (of_o,), d + (of_unit,), d_unit + (of_unit * unit_c[n],)
     sum_d, sum_d_unit = sum_over_units(d), sum_over_units(d_unit)
     for n in tl.static_range(len(dm)):
         position = Position(*now.positions[n])
-        scale = tl.load(norm.scale_ptr + position.row, mask=position.valid, other=0.0)
+        scale = tl.load(norm_c.scale_c_ptr + position.row, mask=position.valid, other=0.0)
         of_c = normalise_backward(d[n], unit_c[n], scale, sum_d[n % 2] / H, sum_d_unit[n % 2] / H)
         outputs = outputs + ((dz_o[n], of_c),)
     return outputs
 
 
 @triton.jit
-def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES: tl.constexpr):
+def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr):
     """(dz, gradient of c before the step) of each cell; zero in padding, where every factor was loaded as zero."""
     dz, dc_before = (), ()
     for n in tl.static_range(len(dc)):
@@ -276,7 +269,7 @@ def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, 
         of_c = tl.where(cell.valid, dc[n], 0.0)
         of_c, c, from_zoneout = indexing.zoneout_c_backward(of_c, zoneout_c_ptr, gates, activations.c[n], c_prev, cell)
         dz_o, of_c_by_m = output_backward(gates[3], c, dm[n]) if outputs is None else outputs[n]
-        of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n], PEEPHOLES)
+        of_gates, of_c_prev = gates_backward(gates, c_prev, dz_o, of_c + of_c_by_m, peepholes[n])
         if zoneout_c_ptr is not None:
             of_c_prev += from_zoneout
         dz, dc_before = dz + (of_gates,), dc_before + (of_c_prev,)
@@ -284,34 +277,34 @@ def cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, 
 
 
 @triton.jit
-def normed_products_backward(dz, now, owned, norm, H: tl.constexpr, DTYPE: tl.constexpr):
+def normed_products_backward(dz, now, owned, norm_hh, H: tl.constexpr, DTYPE: tl.constexpr):
     """Gradients of LN(W_hh h) of each cell -> of W_hh h."""
     d, unit_hh, sums, sums_unit, dz_hh = (), (), (), (), ()
     for n in tl.static_range(len(dz)):
         unit, cell = owned.units[n], Cells(*now.cells[n])
-        gain = indexing.load_gates(norm.gain_ptr, unit, unit < H, H)
-        unit_hh = unit_hh + (indexing.load_gates(norm.unit_ptr, cell.gates_at, cell.valid, H),)
+        gain = indexing.load_gates(norm_hh.gain_hh_ptr, unit, unit < H, H)
+        unit_hh = unit_hh + (indexing.load_gates(norm_hh.unit_hh_ptr, cell.gates_at, cell.valid, H),)
         of_unit, sum_d, sum_d_unit = gates_of_unit(dz[n], gain, unit_hh[n], DTYPE)
         d, sums, sums_unit = d + (of_unit,), sums + (sum_d,), sums_unit + (sum_d_unit,)
     sum_d, sum_d_unit = sum_over_units(sums), sum_over_units(sums_unit)
     for n in tl.static_range(len(dz)):
         position = Position(*now.positions[n])
-        scale = tl.load(norm.scale_ptr + position.row, mask=position.valid, other=0.0)
+        scale = tl.load(norm_hh.scale_hh_ptr + position.row, mask=position.valid, other=0.0)
         mean_d, mean_d_unit = sum_d[n % 2] / (4 * H), sum_d_unit[n % 2] / (4 * H)
         dz_hh = dz_hh + (normalise_gates_backward(d[n], unit_hh[n], scale, mean_d, mean_d_unit),)
     return dz_hh
 
 
 @triton.jit
-def product_with_dz(weights, dz, elements, owned, turn, CHUNKS: tl.constexpr, WARPS: tl.constexpr, DTYPE: tl.constexpr):
+def product_with_dz(weights, dz, elements, owned, turn, DTYPE: tl.constexpr, S: tl.constexpr):
     """W_hh^T dz of each cell, gate by gate: of each gate and then cell, `elements` is the place in a row of dz."""
     operand, products, dh = (), (), ()
     for gate in tl.static_range(4):
         for n in tl.static_range(len(dz)):
             operand = operand + (dz[n][gate].to(DTYPE),)
-    shared = share(operand, owned.columns, elements, turn, 4 * CHUNKS)
+    shared = share(operand, owned.columns, elements, turn, 4 * S.CHUNKS)
     for gate in tl.static_range(4):
-        words = take(shared, gate * CHUNKS, CHUNKS, 4 * CHUNKS, WARPS)
+        words = take(shared, gate * S.CHUNKS, S.CHUNKS, 4 * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
     i, f, g, o = products
     for n in tl.static_range(len(dz)):
@@ -321,82 +314,74 @@ def product_with_dz(weights, dz, elements, owned, turn, CHUNKS: tl.constexpr, WA
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_backward_kernel(
-    dh_ptr, dh_n_ptr, gates_ptr, c_ptr, c0_ptr,
     weights_ptr,  # [4, H, W] int32: W_hh^T of each gate
-    weight_peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
-    dh_total_ptr, dgates_ptr,
-    dc_ptr,  # in: the gradient of c_n; out: of c0
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
-    dh_from_zoneout_ptr,  # [B, H] float32 zeros, out: the gradient of h0 through zoneout; or None
-    dreset_h_ptr, reset_c_ptr, dreset_c_ptr, T, B, H: tl.constexpr, REVERSE: tl.constexpr,
-    UNITS: tl.constexpr,  # at least H
-    WARPS: tl.constexpr,
+    hidden: HiddenBackward,  # dh_from_zoneout is written at the first step alone
+    cell: CellBackward, saved: Saved, norm_hh: NormHH, norm_c: NormC, dh_total_ptr, lengths_ptr, resets_ptr, T, B,
+    S: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
-    PEEPHOLES: tl.constexpr = weight_peephole_ptr is not None
-    DTYPE: tl.constexpr = gates_ptr.dtype.element_ty
-    PER: tl.constexpr = 32 // DTYPE.primitive_bitwidth
-    W: tl.constexpr = (H + PER - 1) // PER
-    CHUNKS: tl.constexpr = UNITS // PER // 16  # of one gate
-    CELLS: tl.constexpr = UNITS // WARPS // 4
-    batch, saved = indexing.Batch(lengths_ptr, resets_ptr, T, B), indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
-    norm_hh = Norm(gain_hh_ptr, None, unit_hh_ptr, scale_hh_ptr)
-    norm_c = Norm(gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr)
-    owned = cells_of_thread(batch, UNITS, WARPS)
+    H: tl.constexpr = S.H
+    DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
+    CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    owned = cells_of_thread(batch, S)
 
     # The rows of W_hh^T of the warp's units, gate by gate, once.
     rows, weights, elements_of_dz, peepholes = (), (), (), ()
-    first_word = threads(WARPS).quarter * 4
+    first_word = threads(S.WARPS).quarter * 4
     for n in tl.static_range(CELLS // 2):
         rows = rows + (tl.where(owned.units[2 * n] < H, owned.units[2 * n], -1),)
     for gate in tl.static_range(4):
-        weights = weights + (load_weights(weights_ptr + gate * H * W, rows, first_word, W, 16, DTYPE, CHUNKS),)
+        of_gate = weights_ptr + gate * H * S.W
+        weights = weights + (load_weights(of_gate, rows, first_word, S.W, 16, DTYPE, S.CHUNKS),)
         for n in tl.static_range(CELLS):  # four gates of UNITS units are a row of K
-            elements_of_dz = elements_of_dz + (gate * UNITS + owned.units[n],)
+            elements_of_dz = elements_of_dz + (gate * S.UNITS + owned.units[n],)
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     dh, dc = (), ()
-    states = cells_at_step(0, owned, batch, H, REVERSE).cells
+    states = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
-        peepholes = peepholes + (indexing.load_peepholes(weight_peephole_ptr, owned.units[n], H),)
+        peepholes = peepholes + (indexing.load_peepholes(cell.weight_peephole_ptr, owned.units[n], H),)
         state = Cells(*states[n])
-        dh_n = tl.zeros((32 * WARPS,), tl.float32)
-        if dh_n_ptr is not None:
-            dh_n += tl.load(dh_n_ptr + state.state_at, mask=state.in_tile, other=0.0).to(tl.float32)
+        dh_n = tl.zeros((32 * S.WARPS,), tl.float32)
+        if hidden.dh_n_ptr is not None:
+            dh_n += tl.load(hidden.dh_n_ptr + state.state_at, mask=state.in_tile, other=0.0).to(tl.float32)
         dh = dh + (dh_n,)
-        dc = dc + (tl.load(dc_ptr + state.state_at, mask=state.in_tile, other=0.0),)
+        dc = dc + (tl.load(cell.dc_ptr + state.state_at, mask=state.in_tile, other=0.0),)
     for back in range(T):
-        now = cells_at_step(T - 1 - back, owned, batch, H, REVERSE)
-        activations = load_saved(now, owned, saved, batch, H, REVERSE)
-        dm, dh_from_zoneout = output_gradients(dh, now, dh_ptr, zoneout_h_ptr)
+        now = cells_at_step(T - 1 - back, owned, batch, S)
+        activations = load_saved(now, owned, saved, batch, S)
+        dm, dh_from_zoneout = output_gradients(dh, now, hidden)
         outputs = None
-        if gain_c_ptr is not None:
+        if norm_c.gain_c_ptr is not None:
             outputs = normed_outputs_backward(activations.gates, dm, now, owned, norm_c, H)
-        dz, dc_before = cells_backward(dc, activations, dm, outputs, now, peepholes, zoneout_c_ptr, PEEPHOLES)
-        dz_hh = normed_products_backward(dz, now, owned, norm_hh, H, DTYPE) if gain_hh_ptr is not None else dz
-        dh_of_product = product_with_dz(weights, dz_hh, elements_of_dz, owned, back % 2, CHUNKS, WARPS, DTYPE)
+        dz, dc_before = cells_backward(dc, activations, dm, outputs, now, peepholes, cell.zoneout_c_ptr)
+        dz_hh = dz
+        if norm_hh.gain_hh_ptr is not None:
+            dz_hh = normed_products_backward(dz, now, owned, norm_hh, H, DTYPE)
+        dh_of_product = product_with_dz(weights, dz_hh, elements_of_dz, owned, back % 2, DTYPE, S)
 
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
-            cell, dh_before = Cells(*now.cells[n]), dh_of_product[n]
-            indexing.store_gates(dgates_ptr, cell.gates_at, cell.in_tile, dz[n], H)
-            if gain_c_ptr is not None:
-                tl.store(dh_total_ptr + cell.at, dm[n], mask=cell.in_tile)
-            if dropout_h_ptr is not None:
-                dh_before *= tl.load(dropout_h_ptr + cell.state_at, mask=cell.in_tile, other=0.0).to(tl.float32)
-            if zoneout_h_ptr is not None:
+            each, dh_before = Cells(*now.cells[n]), dh_of_product[n]
+            indexing.store_gates(cell.dgates_ptr, each.gates_at, each.in_tile, dz[n], H)
+            if norm_c.gain_c_ptr is not None:
+                tl.store(dh_total_ptr + each.at, dm[n], mask=each.in_tile)
+            if hidden.dropout_h_ptr is not None:
+                dh_before *= tl.load(hidden.dropout_h_ptr + each.state_at, mask=each.in_tile, other=0.0).to(tl.float32)
+            if hidden.zoneout_h_ptr is not None:
                 dh_before += dh_from_zoneout[n]
-                is_first = cell.continues & (tl.zeros_like(owned.units[n]) + now.step == 0)
-                tl.store(dh_from_zoneout_ptr + cell.state_at, dh_from_zoneout[n], mask=is_first)
-            if dreset_h_ptr is not None:
-                tl.store(dreset_h_ptr + cell.at, dh_from_zoneout[n], mask=cell.reset)
-            if dreset_c_ptr is not None:
-                tl.store(dreset_c_ptr + cell.at, dc_before[n], mask=cell.reset)
+                is_first = each.continues & (tl.zeros_like(owned.units[n]) + now.step == 0)
+                tl.store(hidden.dh_from_zoneout_ptr + each.state_at, dh_from_zoneout[n], mask=is_first)
+            if hidden.dreset_h_ptr is not None:
+                tl.store(hidden.dreset_h_ptr + each.at, dh_from_zoneout[n], mask=each.reset)
+            if cell.dreset_c_ptr is not None:
+                tl.store(cell.dreset_c_ptr + each.at, dc_before[n], mask=each.reset)
             # No gradient flows past a reset.
-            dh = dh + (tl.where(cell.valid, tl.where(cell.continues, dh_before, 0.0), dh_after[n]),)
-            dc = dc + (tl.where(cell.valid, tl.where(cell.continues, dc_before[n], 0.0), dc_after[n]),)
+            dh = dh + (tl.where(each.valid, tl.where(each.continues, dh_before, 0.0), dh_after[n]),)
+            dc = dc + (tl.where(each.valid, tl.where(each.continues, dc_before[n], 0.0), dc_after[n]),)
     for n in tl.static_range(CELLS):
-        tl.store(dc_ptr + Cells(*states[n]).state_at, dc[n], mask=Cells(*states[n]).in_tile)
+        tl.store(cell.dc_ptr + Cells(*states[n]).state_at, dc[n], mask=Cells(*states[n]).in_tile)
 
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights

@@ -26,6 +26,7 @@ from .cell import cell_forward, gates_backward, normed_output_backward, output, 
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS
 from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
 from .planning import Held, Plan, Step, expected, power_of_two
 
 # Rows [rows] of a tensor [*, K] that other programs wrote: zeros where not `mask`, else times factors [*, K] or None.
@@ -34,8 +35,6 @@ Rows = namedtuple("Rows", "ptr row mask factors_ptr factors_row")
 Columns = namedtuple("Columns", "ptr at mask stride")
 # What a layer norm made of rows: unit [*, K], gain [K]; and for `normalise_backward` scale and means, [rows].
 Normed = namedtuple("Normed", "unit_ptr gain_ptr scale mean_d mean_d_unit")
-# A program that holds W_hh waits for those that have other units of a tile's sequences alone: a counter for each tile.
-Arrivals = namedtuple("Arrivals", "counters_ptr error_ptr")
 
 
 @triton.jit
@@ -89,14 +88,14 @@ def tiles_of_program(B, width, S: tl.constexpr):
     """(The first tile of a program, the end, from one to the next); if HELD, all have the same units."""
     AXIS: tl.constexpr = 1 if S.HELD else 0
     batch_tiles = tl.cdiv(B, S.BLOCK_B)
-    return tl.program_id(AXIS), batch_tiles * (1 if S.HELD else tl.cdiv(width, S.BLOCK_H)), tl.num_programs(AXIS)
+    return tl.program_id(AXIS), batch_tiles * (1 if S.HELD else tl.cdiv(width, S.UNITS)), tl.num_programs(AXIS)
 
 
 @triton.jit
 def wait_for_tile(arrivals, batch_tile, times, poll_limit, step):
     """Wait until all programs that have units of a tile's sequences have arrived so many times; see wait_for."""
     expected = times * tl.num_programs(0)
-    return wait_for(arrivals.counters_ptr + batch_tile, expected, poll_limit, arrivals.error_ptr, step)
+    return wait_for(arrivals.arrivals_ptr + batch_tile, expected, poll_limit, arrivals.error_ptr, step)
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def h_before(batch_tile, step, call, poll_limit, S: tl.constexpr):
     sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
     place = indexing.position(step, sequence, call.batch, S.REVERSE)
     row, index = indexing.row_before(step, place.time, sequence.index, call.batch.B, S.REVERSE), sequence.index
-    rows = Rows(call.hidden.prev_ptr, row, place.continues, call.hidden.dropout_ptr, index.to(tl.int64))
+    rows = Rows(call.h_prev_ptr, row, place.continues, call.hidden.dropout_h_ptr, index.to(tl.int64))
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.P)[0]
 
 
@@ -124,30 +123,32 @@ def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), 4 * S.H // S.PARTS)[0]
 
 
-# The pointers of a launch by what they belong to, named as in indexing.py.
-Forward = namedtuple("Forward", "batch arrivals recurrent hidden cell output")
-Recurrent = namedtuple("Recurrent", "weight_ptr held gain_ptr product_ptr moments_ptr")  # W_hh h, and its layer norm
-Cell = namedtuple("Cell", "prev_ptr c_ptr c_n_ptr gates_ptr peephole_ptr zoneout_ptr reset_ptr")
-Output = namedtuple("Output", "weight_ptr m_ptr gain_ptr bias_ptr cell_ptr moments_ptr")  # projection, norm of c
+# Kernels' pointers that no other family has, see parameters.py, and those of the layer norms and the projection: W_hh h
+# of a step, [B, 4H, in full tiles] float32, and its moments, [tiles, B, 2] float32; m, [B, H] of a step; o and c of a
+# step in cell, [2, B, H] float32, and moments of c; how many programs have arrived, see exchange.grid_barrier.
+Recurrent = namedtuple("Recurrent", "weight_hh_ptr gain_hh_ptr product_ptr moments_hh_ptr")
+Output = namedtuple("Output", "weight_hr_ptr m_ptr gain_c_ptr bias_c_ptr cell_ptr moments_c_ptr")
+Arrivals = namedtuple("Arrivals", "arrivals_ptr error_ptr")  # of each tile of sequences; None with one round alone
+# All that a round of forward needs; the state before the step is in h_prev and c_prev, the initial one or the last.
+Forward = namedtuple("Forward", "batch arrivals recurrent held hidden cell output h_prev_ptr c_prev_ptr")
 
 
 @triton.jit
 def product_with_h(tile, call, S: tl.constexpr):
     """W_hh h: all four gates of a tile's units, [BB, 4 BH]."""
-    column, unit = indexing.columns_of_gates(tile.unit_tile * S.BLOCK_H, S.H, S.BLOCK_H)
-    h, continues, index = call.hidden, tile.place.continues, tile.sequence.index.to(tl.int64)
-    return product(
-        Rows(h.prev_ptr, tile.row_prev, continues, h.dropout_ptr, index),
-        Columns(call.recurrent.weight_ptr, column.to(tl.int64) * S.P, unit < S.H, 1), None, S.P, S,
-    )  # fmt: skip
+    column, unit = indexing.columns_of_gates(tile.unit_tile, S)
+    index = tile.sequence.index.to(tl.int64)
+    h = Rows(call.h_prev_ptr, tile.row_prev, tile.place.continues, call.hidden.dropout_h_ptr, index)
+    weights = Columns(call.recurrent.weight_hh_ptr, column.to(tl.int64) * S.P, unit < S.H, 1)
+    return product(h, weights, None, S.P, S)
 
 
 @triton.jit
 def product_place(tile, S: tl.constexpr):
     """Where a tile of W_hh h lies in [B, tiles, 4 BH]."""
-    TILES: tl.constexpr = (S.H + S.BLOCK_H - 1) // S.BLOCK_H
+    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
     number = tile.sequence.index[:, None].to(tl.int64) * TILES + tile.unit_tile
-    return number * (4 * S.BLOCK_H) + tl.arange(0, 4 * S.BLOCK_H)[None, :]
+    return number * (4 * S.UNITS) + tl.arange(0, 4 * S.UNITS)[None, :]
 
 
 @triton.jit
@@ -158,14 +159,14 @@ def product_round(step, call, poll_limit, S: tl.constexpr):
         tile = indexing.tile_at(number, step, call.batch, S.H, S)
         z = unless_timed_out(product_with_h(tile, call, S), poll_limit)
         tl.store(call.recurrent.product_ptr + product_place(tile, S), z, mask=tile.sequence.in_batch[:, None])
-        column, unit = indexing.columns_of_gates(tile.unit_tile * S.BLOCK_H, S.H, S.BLOCK_H)
-        store_moments(call.recurrent.moments_ptr, tile, z, unit < S.H, 4, call.batch.B, S)
+        column, unit = indexing.columns_of_gates(tile.unit_tile, S)
+        store_moments(call.recurrent.moments_hh_ptr, tile, z, unit < S.H, 4, call.batch.B, S)
 
 
 @triton.jit
 def store_moments(moments_ptr, tile, v, mask, GATES: tl.constexpr, B, S: tl.constexpr):
     """Moments of a tile's v [BB, columns], of which GATES are of each unit."""
-    count = GATES * tl.minimum(S.H - tile.unit_tile * S.BLOCK_H, S.BLOCK_H)
+    count = GATES * tl.minimum(S.H - tile.unit_tile * S.UNITS, S.UNITS)
     mean, squares = moments(v, mask[None, :], count)
     store_pair(moments_ptr, tile, B, mean, squares)
 
@@ -174,26 +175,26 @@ def store_moments(moments_ptr, tile, v, mask, GATES: tl.constexpr, B, S: tl.cons
 def normed_product(tile, call, S: tl.constexpr):
     """LN(W_hh h), whose parts all programs have stored."""
     sequence, norm = tile.sequence, call.recurrent
-    column, unit = indexing.columns_of_gates(tile.unit_tile * S.BLOCK_H, S.H, S.BLOCK_H)
+    column, unit = indexing.columns_of_gates(tile.unit_tile, S)
     at = norm.product_ptr + product_place(tile, S)
     z = tl.load(at, mask=sequence.in_batch[:, None], other=0.0, cache_modifier=".cg")
-    mean, scale = moments_of_tiles(norm.moments_ptr, sequence, call.batch.B, S.H, S.BLOCK_H, 4)
-    gain = tl.load(norm.gain_ptr + column, mask=unit < S.H, other=0.0).to(tl.float32)
+    mean, scale = moments_of_tiles(norm.moments_hh_ptr, sequence, call.batch.B, 4, S)
+    gain = tl.load(norm.gain_hh_ptr + column, mask=unit < S.H, other=0.0).to(tl.float32)
     return normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
 
 
 @triton.jit
-def load_cells(cell, cells, H: tl.constexpr):
+def load_cells(call, cells, H: tl.constexpr):
     """The part of a tile's gates from the input, as stored, and c before the step."""
-    x = indexing.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, H, True)
-    return x, indexing.load_state(cell.prev_ptr, cell.reset_ptr, cells)
+    x = indexing.load_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, H, True)
+    return x, indexing.load_state(call.c_prev_ptr, call.cell.reset_c_ptr, cells)
 
 
 @triton.jit
 def cell_round(step, call, poll_limit, S: tl.constexpr):
     """The cells, and h if that needs no other units. Returns the poll limit after its waits for h before."""
-    NORM_C: tl.constexpr = call.output.gain_ptr is not None
-    PROJECT: tl.constexpr = call.output.weight_ptr is not None
+    NORM_C: tl.constexpr = call.output.gain_c_ptr is not None
+    PROJECT: tl.constexpr = call.output.weight_hr_ptr is not None
     first, end, stride = tiles_of_program(call.batch.B, S.H, S)
     if S.AHEAD:
         poll_limit, h_prev = h_before(first, step, call, poll_limit, S)
@@ -205,27 +206,27 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         if S.HELD and not S.AHEAD:
             poll_limit, h_prev = h_before(tile.batch_tile, step, call, poll_limit, S)
         if S.HELD:
-            x, c_prev = load_cells(call.cell, cells, S.H)
-            z = unless_timed_out(product_of_held(call.recurrent.held, h_prev, S), poll_limit)
-        elif call.recurrent.gain_ptr is not None:
-            x, c_prev = load_cells(call.cell, cells, S.H)
+            x, c_prev = load_cells(call, cells, S.H)
+            z = unless_timed_out(product_of_held(call.held, h_prev, S), poll_limit)
+        elif call.recurrent.gain_hh_ptr is not None:
+            x, c_prev = load_cells(call, cells, S.H)
             z = unless_timed_out(normed_product(tile, call, S), poll_limit)
         else:
             z = unless_timed_out(product_with_h(tile, call, S), poll_limit)
-            x, c_prev = load_cells(call.cell, cells, S.H)
+            x, c_prev = load_cells(call, cells, S.H)
         if S.AHEAD:  # these cells are computed while h of the next tile is loaded
             poll_limit, h_prev = h_before(number + stride, step, call, poll_limit, S)
 
         # Gates and cell.
-        z = indexing.split_gates(z, S.BLOCK_B, S.BLOCK_H)
-        peepholes = indexing.load_peepholes(call.cell.peephole_ptr, tile.unit[None, :], S.H)
-        gates, c, m = cell_forward(x, z, c_prev, peepholes, call.cell.peephole_ptr is not None)
+        z = indexing.split_gates(z)
+        peepholes = indexing.load_peepholes(call.cell.weight_peephole_ptr, tile.unit[None, :], S.H)
+        gates, c, m = cell_forward(x, z, c_prev, peepholes)
         m = tl.where(cells.valid, m, 0.0)  # padding gets zeros
         if NORM_C:
             tl.store(call.output.cell_ptr + cells.state_at, gates[3], mask=cells.valid)
             tl.store(call.output.cell_ptr + tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at, c, mask=cells.valid)
-            store_moments(call.output.moments_ptr, tile, c, tile.unit < S.H, 1, call.batch.B, S)
-        c = indexing.zoneout(call.cell.zoneout_ptr, cells, c_prev, c)
+            store_moments(call.output.moments_c_ptr, tile, c, tile.unit < S.H, 1, call.batch.B, S)
+        c = indexing.zoneout(call.cell.zoneout_c_ptr, cells, c_prev, c)
 
         # Store.
         if PROJECT:
@@ -235,9 +236,9 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
             tl.store(call.cell.c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
             indexing.store_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, gates, S.H)
         if not (PROJECT or NORM_C):
-            indexing.store_hidden(m, tile, step, call.hidden, S.P)
+            indexing.store_hidden(m, tile, step, call.hidden, call.h_prev_ptr, S.P)
         if S.HELD and step + 1 < call.batch.T:
-            arrive(call.arrivals.counters_ptr + tile.batch_tile, poll_limit)
+            arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit
 
 
@@ -248,88 +249,78 @@ def output_round(step, call, poll_limit, S: tl.constexpr):
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S)
         sequence, cells, of = tile.sequence, tile.cells, call.output
-        if of.weight_ptr is not None:
+        if of.weight_hr_ptr is not None:
             index = sequence.index.to(tl.int64)
             m = Rows(of.m_ptr, index, tile.place.valid, None, index)
-            h = product(m, Columns(of.weight_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S)
+            h = product(m, Columns(of.weight_hr_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S)
         else:
             o = tl.load(of.cell_ptr + cells.state_at, mask=cells.valid, other=0.0)
             c_at = tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at
             c = tl.load(of.cell_ptr + c_at, mask=cells.valid, other=0.0)
-            mean, scale = moments_of_tiles(of.moments_ptr, sequence, call.batch.B, S.H, S.BLOCK_H, 1)
-            gain, bias = indexing.load_affine(of.gain_ptr, of.bias_ptr, tile.unit[None, :], S.H)
+            mean, scale = moments_of_tiles(of.moments_c_ptr, sequence, call.batch.B, 1, S)
+            gain, bias = indexing.load_affine(of.gain_c_ptr, of.bias_c_ptr, tile.unit[None, :], S.H)
             h = output(o, normalise(c, mean[:, None], scale[:, None], gain, bias))
-        indexing.store_hidden(tl.where(cells.valid, unless_timed_out(h, poll_limit), 0.0), tile, step, call.hidden, S.P)
+        h = tl.where(cells.valid, unless_timed_out(h, poll_limit), 0.0)
+        indexing.store_hidden(h, tile, step, call.hidden, call.h_prev_ptr, S.P)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
-    gates_ptr,  # [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, if c_ptr is given: activated gates
-    h0_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, weight_peephole_ptr,
-    h_ptr,  # [T*B, P] out
-    m_ptr,  # [B, H] of the step, None without a projection
-    gain_hh_ptr,
-    product_ptr,  # [B, 4H, in full tiles] float32: W_hh h of the step, or None
-    moments_hh_ptr,  # [tiles, B, 2] float32 of it, or None
-    gain_c_ptr, bias_c_ptr,
-    cell_ptr,  # [2, B, H] float32: o and c of the step, or None
-    moments_c_ptr,  # [tiles, B, 2] float32 of c, or None
-    c_ptr,
-    h_n_ptr,  # [B, P] out where a sequence has a step
-    c_n_ptr,  # [B, H] float32 out: c after every step
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr, reset_h_ptr, reset_c_ptr,
-    arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
-    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
+    recurrent: Recurrent, hidden: Hidden, cell: Cell, output: Output, arrivals: Arrivals,
+    lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps. Each is a round over all tiles, and one more for each thing that needs all units of a sequence: the
     layer norm of W_hh h before the cell; the layer norm of c, or a projection, after it."""
-    S: tl.constexpr = indexing.sizes(H, P, REVERSE, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION, HELD, AHEAD)
-    NORM_HH: tl.constexpr = gain_hh_ptr is not None
-    OUTPUT: tl.constexpr = weight_hr_ptr is not None or gain_c_ptr is not None
+    NORM_HH: tl.constexpr = recurrent.gain_hh_ptr is not None
+    OUTPUT: tl.constexpr = output.weight_hr_ptr is not None or output.gain_c_ptr is not None
     ROUNDS: tl.constexpr = 1 + NORM_HH + OUTPUT
-    poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
+    WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
+    poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
     held = None
-    if HELD:
-        column, unit = indexing.columns_of_gates(tl.program_id(0) * BLOCK_H, H, BLOCK_H)
-        held = tl.trans(load_weights(Columns(weight_hh_ptr, column.to(tl.int64) * P, unit < H, 1), 0, P, BLOCK_K))
-    batch, arrivals = indexing.Batch(lengths_ptr, resets_ptr, T, B), Arrivals(arrivals_ptr, error_ptr)
-    recurrent = Recurrent(weight_hh_ptr, held, gain_hh_ptr, product_ptr, moments_hh_ptr)
-    output = Output(weight_hr_ptr, m_ptr, gain_c_ptr, bias_c_ptr, cell_ptr, moments_c_ptr)
+    if S.HELD:
+        column, unit = indexing.columns_of_gates(tl.program_id(0), S)
+        weights = Columns(recurrent.weight_hh_ptr, column.to(tl.int64) * S.P, unit < S.H, 1)
+        held = tl.trans(load_weights(weights, 0, S.P, S.BLOCK_K))
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     for step in range(T):
-        h_prev_ptr, c_prev_ptr = tl.where(step == 0, h0_ptr, h_ptr), tl.where(step == 0, c0_ptr, c_n_ptr)
-        hidden = indexing.Hidden(h_prev_ptr, h_ptr, h_n_ptr, dropout_h_ptr, zoneout_h_ptr, reset_h_ptr)
-        cell = Cell(c_prev_ptr, c_ptr, c_n_ptr, gates_ptr, weight_peephole_ptr, zoneout_c_ptr, reset_c_ptr)
-        call = Forward(batch, arrivals, recurrent, hidden, cell, output)
+        h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
+        c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
+        call = Forward(batch, arrivals, recurrent, held, hidden, cell, output, h_prev_ptr, c_prev_ptr)
         times = ROUNDS * step  # arrivals of each program before this step
         if NORM_HH:
             product_round(step, call, poll_limit, S)
-            poll_limit = grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
+            poll_limit = grid_barrier(arrivals, times + 1, poll_limit, step)
         poll_limit = cell_round(step, call, poll_limit, S)
         if OUTPUT:
-            poll_limit = grid_barrier(arrivals_ptr, times + (ROUNDS - 1), poll_limit, error_ptr, step)
+            poll_limit = grid_barrier(arrivals, times + (ROUNDS - 1), poll_limit, step)
             output_round(step, call, poll_limit, S)
-        if (arrivals_ptr is not None and not HELD) and step + 1 < T:
-            poll_limit = grid_barrier(arrivals_ptr, times + ROUNDS, poll_limit, error_ptr, step)
+        if (WAITS and not S.HELD) and step + 1 < T:
+            poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
 
 
-Backward = namedtuple("Backward", "batch arrivals recurrent hidden cell output")
-RecurrentBackward = namedtuple("RecurrentBackward", "weight_ptr held parts_ptr gain_ptr unit_ptr scale_ptr sums_ptr")
-CellBackward = namedtuple("CellBackward", "saved dc_ptr dgates_ptr peephole_ptr zoneout_ptr dreset_ptr")
-OutputBackward = namedtuple("OutputBackward", "weight_ptr dh_total_ptr gain_ptr bias_ptr unit_ptr scale_ptr sums_ptr")
+# Likewise. Sums are the products of a step, [PARTS, B, P] float32, which add up; sums_c, [tiles, B, 2] float32, those
+# of the gradient of unit_c, and of it times unit_c; sums_hh, [2, tiles, B, 2], those of unit_hh at even and odd steps.
+RecurrentBackward = namedtuple(
+    "RecurrentBackward", "weight_hh_ptr sums_ptr gain_hh_ptr unit_hh_ptr scale_hh_ptr sums_hh_ptr"
+)
+OutputBackward = namedtuple(
+    "OutputBackward", "weight_hr_ptr dh_total_ptr gain_c_ptr bias_c_ptr unit_c_ptr scale_c_ptr sums_c_ptr"
+)
+# All that a round of backward needs.
+Backward = namedtuple("Backward", "batch arrivals recurrent held hidden cell saved output")
 
 
 @triton.jit
 def pairs_of_step(step, B, S: tl.constexpr):
     """Where the tiles' pairs of a step begin: two steps alternate, since one is written while the other is read."""
-    TILES: tl.constexpr = (S.H + S.BLOCK_H - 1) // S.BLOCK_H
+    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
     return tl.cast(step % 2, tl.int64) * (TILES * 2) * B
 
 
 @triton.jit
 def product_with_dgates(tile, step, call, S: tl.constexpr):
     """dgates of the step after times W_hh, [BB, units]; of the tile's part of K alone, if there are several."""
-    NORM_HH: tl.constexpr = call.recurrent.gain_ptr is not None
+    NORM_HH: tl.constexpr = call.recurrent.gain_hh_ptr is not None
     H: tl.constexpr = S.H
     P: tl.constexpr = S.P
     K: tl.constexpr = 4 * H // S.PARTS
@@ -337,46 +328,42 @@ def product_with_dgates(tile, step, call, S: tl.constexpr):
     after = indexing.position(step + 1, tile.sequence, call.batch, S.REVERSE)
     normed = None
     if NORM_HH:
-        pairs_ptr = call.recurrent.sums_ptr + pairs_of_step(step + 1, call.batch.B, S)
-        sum_d, sum_d_unit = sums_of_tiles(pairs_ptr, tile.sequence.index, tile.place.valid, call.batch.B, H, S.BLOCK_H)
-        scale = tl.load(call.recurrent.scale_ptr + after.row, mask=after.continues, other=0.0)
-        gain_ptr = call.recurrent.gain_ptr + part * K
-        normed = Normed(call.recurrent.unit_ptr, gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
+        pairs_ptr = call.recurrent.sums_hh_ptr + pairs_of_step(step + 1, call.batch.B, S)
+        sum_d, sum_d_unit = sums_of_tiles(pairs_ptr, tile.sequence.index, tile.place.valid, call.batch.B, S)
+        scale = tl.load(call.recurrent.scale_hh_ptr + after.row, mask=after.continues, other=0.0)
+        gain_ptr = call.recurrent.gain_hh_ptr + part * K
+        normed = Normed(call.recurrent.unit_hh_ptr, gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
     rows = indexing.rows_of_product((after.row * S.PARTS + part, after.continues), not NORM_HH)  # [PARTS *, K]
-    weight_ptr = call.recurrent.weight_ptr + tl.cast(part, tl.int64) * (K * P)
-    dh = product(
-        Rows(call.cell.dgates_ptr, rows[0], rows[1], None, after.row),
-        Columns(weight_ptr, tile.unit, tile.unit < P, P), normed, K, S,
-    )  # fmt: skip
+    weight_ptr = call.recurrent.weight_hh_ptr + tl.cast(part, tl.int64) * (K * P)
+    dgates = Rows(call.cell.dgates_ptr, rows[0], rows[1], None, after.row)
+    dh = product(dgates, Columns(weight_ptr, tile.unit, tile.unit < P, P), normed, K, S)
     return indexing.rows_of_tile(dh, not NORM_HH)
 
 
 @triton.jit
 def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     """Products of parts of K, for PARTS times as many units: such tiles read less. The cells' round adds them up."""
-    UNITS: tl.constexpr = S.PARTS * S.BLOCK_H
-    first, end, stride = tiles_of_program(call.batch.B, tl.cdiv(S.P, UNITS) * UNITS, S)
+    first, end, stride = tiles_of_program(call.batch.B, tl.cdiv(S.P, S.PARTS * S.UNITS) * (S.PARTS * S.UNITS), S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S, S.PARTS)
         if S.HELD:
             poll_limit, dgates = dgates_after(tile.batch_tile, step, times, call, poll_limit, S)
-            dh = product_of_held(call.recurrent.held, dgates, S)
+            dh = product_of_held(call.held, dgates, S)
         else:
             dh = product_with_dgates(tile, step, call, S)
         dh = unless_timed_out(dh, poll_limit)
-        of_part = call.recurrent.parts_ptr + tl.cast(call.batch.B, tl.int64) * S.P * (tile.unit_tile % S.PARTS)
+        of_part = call.recurrent.sums_ptr + tl.cast(call.batch.B, tl.int64) * S.P * (tile.unit_tile % S.PARTS)
         tl.store(of_part + tile.cells.state_at, dh, mask=tile.cells.in_tile)
         if S.HELD:
-            arrive(call.arrivals.counters_ptr + tile.batch_tile, poll_limit)
+            arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit
 
 
 @triton.jit
 def sum_of_parts(tile, call, S: tl.constexpr):
     """The sum of all parts' products, [BB, BH]."""
-    PARTS: tl.constexpr = S.PARTS
-    at, dh = call.recurrent.parts_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
-    for _ in tl.static_range(PARTS):
+    at, dh = call.recurrent.sums_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
+    for _ in tl.static_range(S.PARTS):
         dh += tl.load(at, mask=tile.cells.valid, other=0.0, cache_modifier=".cg")
         at += tl.cast(call.batch.B, tl.int64) * S.P
     return dh
@@ -393,18 +380,18 @@ def output_round_backward(step, call, poll_limit, S: tl.constexpr):
         dh = indexing.gradient_of_h(unless_timed_out(dh, poll_limit), tile, step, call.hidden)
         dh = tl.where(tile.cells.valid, dh, 0.0).to(DTYPE)
         tl.store(call.output.dh_total_ptr + tile.cells.at, dh, mask=tile.cells.in_tile)
-        if call.output.gain_ptr is not None:
+        if call.output.gain_c_ptr is not None:
             dz_o, d_unit, unit_c = normed_output(dh.to(tl.float32), tile, call, S)
-            store_pair(call.output.sums_ptr, tile, call.batch.B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
+            store_pair(call.output.sums_c_ptr, tile, call.batch.B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
 
 
 @triton.jit
 def normed_output(dm, tile, call, S: tl.constexpr):
     """Gradient of m = o tanh(LN(c)) -> (dz_o, gradient of unit_c; unit_c)."""
     cells, output = tile.cells, call.output
-    o = tl.load(call.cell.saved.gates_ptr + cells.gates_at + 3 * S.H, mask=cells.valid, other=0.0).to(tl.float32)
-    unit_c = tl.load(output.unit_ptr + cells.at, mask=cells.valid, other=0.0)
-    gain, bias = indexing.load_affine(output.gain_ptr, output.bias_ptr, tile.unit[None, :], S.H)
+    o = tl.load(call.saved.gates_ptr + cells.gates_at + 3 * S.H, mask=cells.valid, other=0.0).to(tl.float32)
+    unit_c = tl.load(output.unit_c_ptr + cells.at, mask=cells.valid, other=0.0)
+    gain, bias = indexing.load_affine(output.gain_c_ptr, output.bias_c_ptr, tile.unit[None, :], S.H)
     dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain, bias)
     return dz_o, d_unit, unit_c
 
@@ -414,8 +401,8 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     """The gradient of m, then those of the cells. Returns the poll limit after its waits for dgates."""
     H: tl.constexpr = S.H
     DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
-    NORM_C: tl.constexpr = call.output.gain_ptr is not None
-    EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.BLOCK_H <= 1024  # for more cells a thread has no registers left
+    NORM_C: tl.constexpr = call.output.gain_c_ptr is not None
+    EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
     cell, B = call.cell, call.batch.B
     first, end, stride = tiles_of_program(B, H, S)
     if S.AHEAD:
@@ -429,10 +416,10 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
         if S.HELD and S.PARTS == 1 and not S.AHEAD:
             poll_limit, dgates = dgates_after(tile.batch_tile, step, times, call, poll_limit, S)
         if EARLY:
-            gates, c, c_prev = indexing.load_saved(cell.saved, step, row_prev, unit[None, :], cells, H)
-        if call.output.weight_ptr is not None:
+            gates, c, c_prev = indexing.load_saved(call.saved, step, row_prev, unit[None, :], cells, H)
+        if call.output.weight_hr_ptr is not None:
             dh = Rows(call.output.dh_total_ptr, tile.place.row, tile.place.valid, None, tile.place.row)
-            dm = product(dh, Columns(call.output.weight_ptr, unit, unit < H, H), None, S.P, S)
+            dm = product(dh, Columns(call.output.weight_hr_ptr, unit, unit < H, H), None, S.P, S)
             dm = unless_timed_out(dm, poll_limit)
         elif NORM_C:
             dm = tl.load(call.output.dh_total_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
@@ -443,7 +430,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
                     poll_limit = wait_for_tile(call.arrivals, tile.batch_tile, times + 1, poll_limit, step)
                 dm = sum_of_parts(tile, call, S)
             elif S.HELD:
-                dm = product_of_held(call.recurrent.held, dgates, S)
+                dm = product_of_held(call.held, dgates, S)
             else:
                 dm = product_with_dgates(tile, step, call, S)
             dm = unless_timed_out(dm, poll_limit)
@@ -455,91 +442,71 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
         if NORM_C:
             dz_o, d_unit, unit_c = normed_output(dm, tile, call, S)
         if not EARLY:
-            gates, c, c_prev = indexing.load_saved(cell.saved, step, row_prev, unit[None, :], cells, H)
+            gates, c, c_prev = indexing.load_saved(call.saved, step, row_prev, unit[None, :], cells, H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_ptr, gates, c, c_prev, cells)
+        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells)
         if NORM_C:
-            sum_d, sum_d_unit = sums_of_tiles(call.output.sums_ptr, sequence.index, tile.place.valid, B, H, S.BLOCK_H)
-            scale = tl.load(call.output.scale_ptr + tile.place.row, mask=tile.place.valid, other=0.0)
+            sum_d, sum_d_unit = sums_of_tiles(call.output.sums_c_ptr, sequence.index, tile.place.valid, B, S)
+            scale = tl.load(call.output.scale_c_ptr + tile.place.row, mask=tile.place.valid, other=0.0)
             means = (sum_d / H)[:, None], (sum_d_unit / H)[:, None]
             dc += normalise_backward(d_unit, unit_c, scale[:, None], *means)
         else:
             dz_o, dc_of_m = output_backward(gates[3], c, dm)
             dc += dc_of_m
-        peepholes = indexing.load_peepholes(cell.peephole_ptr, unit[None, :], H)
-        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes, cell.peephole_ptr is not None)
-        if call.recurrent.gain_ptr is not None:
-            unit_hh = indexing.load_gates(call.recurrent.unit_ptr, cells.gates_at, cells.valid, H)
-            gain_hh = indexing.load_gates(call.recurrent.gain_ptr, unit[None, :], (unit < H)[None, :], H)
+        peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
+        dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes)
+        if call.recurrent.gain_hh_ptr is not None:
+            unit_hh = indexing.load_gates(call.recurrent.unit_hh_ptr, cells.gates_at, cells.valid, H)
+            gain_hh = indexing.load_gates(call.recurrent.gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
             d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
-            pairs_ptr = call.recurrent.sums_ptr + pairs_of_step(step, B, S)
+            pairs_ptr = call.recurrent.sums_hh_ptr + pairs_of_step(step, B, S)
             store_pair(pairs_ptr, tile, B, tl.sum(sum_d, 1), tl.sum(sum_d_unit, 1))
-        if cell.zoneout_ptr is not None:
+        if cell.zoneout_c_ptr is not None:
             dc_prev += dc_from_zoneout
 
         # Store. In padding every factor was loaded as zero, so its gradients are zero.
         indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, H)
         tl.store(cell.dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
-        if cell.dreset_ptr is not None:
-            tl.store(cell.dreset_ptr + cells.at, dc_prev, mask=cells.reset)
+        if cell.dreset_c_ptr is not None:
+            tl.store(cell.dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)
         if S.HELD and step > 0:
-            arrive(call.arrivals.counters_ptr + tile.batch_tile, poll_limit)
+            arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_backward_kernel(
-    dh_ptr, dh_n_ptr,
-    gates_ptr,  # [T*B, 4H] activated
-    c_ptr, c0_ptr, weight_hh_ptr, weight_hr_ptr, weight_peephole_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr,
-    sums_hh_ptr,  # [2, tiles, B, 2] float32: as sums_c, of unit_hh, for even and odd steps alternately; or None
-    gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr,
-    sums_c_ptr,  # [tiles, B, 2] float32: the sums of the gradient of unit_c, and of it times unit_c; or None
-    dgates_ptr,  # [T*B, 4H] out
-    sums_ptr,  # [PARTS, B, P] float32: the products of a step, which add up; or None
-    dh_total_ptr,
-    dc_ptr,  # [B, H] float32, gradient of c_n, becomes that of c before every step
-    lengths_ptr, resets_ptr, dropout_h_ptr, zoneout_h_ptr, zoneout_c_ptr,
-    dh_from_zoneout_ptr,  # [B, P] float32 or None, see indexing.zoneout_h_backward
-    dreset_h_ptr, reset_c_ptr, dreset_c_ptr,
-    arrivals_ptr,  # [tiles of sequences] int32 zero, see exchange.grid_barrier; None if there is only one round
-    error_ptr, T, B, H: tl.constexpr, P: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr, AHEAD: tl.constexpr,
-    PARTS: tl.constexpr,
+    recurrent: RecurrentBackward, hidden: HiddenBackward, cell: CellBackward, saved: Saved, output: OutputBackward,
+    arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first. Rounds are as forward: for a projection or a layer norm of c the gradient
     of h is a round before the cells, and so are products of parts of K."""
-    S: tl.constexpr = indexing.sizes(H, P, REVERSE, BLOCK_B, BLOCK_H, BLOCK_K, PRECISION, HELD, AHEAD, PARTS)
-    OUTPUT: tl.constexpr = weight_hr_ptr is not None or gain_c_ptr is not None
-    ROUNDS: tl.constexpr = 1 + OUTPUT + (PARTS > 1)
-    tl.static_assert(4 * H % PARTS == 0, "parts of K are equal")
-    K: tl.constexpr = 4 * H // PARTS
-    poll_limit = tl.load(error_ptr + 1) if arrivals_ptr is not None else 1
+    OUTPUT: tl.constexpr = output.weight_hr_ptr is not None or output.gain_c_ptr is not None
+    ROUNDS: tl.constexpr = 1 + OUTPUT + (S.PARTS > 1)
+    WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
+    tl.static_assert(4 * S.H % S.PARTS == 0, "parts of K are equal")
+    K: tl.constexpr = 4 * S.H // S.PARTS
+    poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
     held = None
-    if HELD:
-        of_part = weight_hh_ptr + tl.cast(tl.program_id(0) % PARTS, tl.int64) * (K * P)
-        column = tl.program_id(0) // PARTS * (PARTS * BLOCK_H) + tl.arange(0, PARTS * BLOCK_H)
-        held = tl.trans(load_weights(Columns(of_part, column, column < P, P), 0, K, BLOCK_K))
-    batch, arrivals = indexing.Batch(lengths_ptr, resets_ptr, T, B), Arrivals(arrivals_ptr, error_ptr)
-    recurrent = RecurrentBackward(weight_hh_ptr, held, sums_ptr, gain_hh_ptr, unit_hh_ptr, scale_hh_ptr, sums_hh_ptr)
-    hidden = indexing.HiddenBackward(dh_ptr, dh_n_ptr, dropout_h_ptr, zoneout_h_ptr, dh_from_zoneout_ptr, dreset_h_ptr)
-    saved = indexing.Saved(gates_ptr, c_ptr, c0_ptr, reset_c_ptr)
-    cell = CellBackward(saved, dc_ptr, dgates_ptr, weight_peephole_ptr, zoneout_c_ptr, dreset_c_ptr)
-    output = OutputBackward(weight_hr_ptr, dh_total_ptr, gain_c_ptr, bias_c_ptr, unit_c_ptr, scale_c_ptr, sums_c_ptr)
-    call = Backward(batch, arrivals, recurrent, hidden, cell, output)
+    if S.HELD:
+        of_part = recurrent.weight_hh_ptr + tl.cast(tl.program_id(0) % S.PARTS, tl.int64) * (K * S.P)
+        column = tl.program_id(0) // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
+        held = tl.trans(load_weights(Columns(of_part, column, column < S.P, S.P), 0, K, S.BLOCK_K))
+    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    call = Backward(batch, arrivals, recurrent, held, hidden, cell, saved, output)
     for back in range(T):
         step = T - 1 - back
         times = ROUNDS * back  # arrivals of each program before this step, for a tile if HELD
-        if PARTS > 1:
+        if S.PARTS > 1:
             poll_limit = product_round_backward(step, times, call, poll_limit, S)
-            if not HELD:
-                poll_limit = grid_barrier(arrivals_ptr, times + 1, poll_limit, error_ptr, step)
+            if not S.HELD:
+                poll_limit = grid_barrier(arrivals, times + 1, poll_limit, step)
         if OUTPUT:
             output_round_backward(step, call, poll_limit, S)
-            poll_limit = grid_barrier(arrivals_ptr, times + (ROUNDS - 1), poll_limit, error_ptr, step)
+            poll_limit = grid_barrier(arrivals, times + (ROUNDS - 1), poll_limit, step)
         poll_limit = cell_round_backward(step, times, call, poll_limit, S)
-        if (arrivals_ptr is not None and not HELD) and step > 0:
-            poll_limit = grid_barrier(arrivals_ptr, times + ROUNDS, poll_limit, error_ptr, step)
+        if (WAITS and not S.HELD) and step > 0:
+            poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
