@@ -10,9 +10,9 @@ import pytest
 import torch
 from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
+from faults import FAULTS, FAULTS_OF_NORMS, plant
 from places import cuda
 from standing_in import H100, few_polls, plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
-from test_faults import FAULTS, FAULTS_OF_NORMS, plant
 from test_settings import SETTINGS
 from torch.utils.checkpoint import checkpoint
 
