@@ -63,14 +63,16 @@ def card(monkeypatch):
     ("resident", torch.float16, (3, 9, 3, 8), "no-hx"), ("pointwise", torch.float32, (3, 3, 3, 8), "ragged resets"),
     ("cooperative/4/1/4", torch.float32, (3, 3, 3, 8), "no-hx"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("step", torch.float32, (3, 3, 3, 8), ""), ("cooperative/4/1/4", torch.float32, (3, 9, 3, 8), ""),
+        ("step", torch.float16, (3, 3, 3, 8, 5), "ragged states masks peepholes"),
+        ("step", torch.float16, (3, 3, 3, 11), "ragged states norms expected both"),
+        ("cooperative/4/1/4", torch.float32, (3, 9, 3, 8), ""),
         ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"))),
 ], ids=str)  # fmt: skip
 def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
     verified, chosen = card(place), Mock(side_effect=run.run_by)
     monkeypatch.setattr(run, "run_by", chosen)
     check(size, words, None, dtype, seeds=1)
-    family, (_, batch, _, hidden) = place.partition("/")[0], size
+    family, (_, batch, _, hidden, *_) = place.partition("/")[0], size
     assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}
     assert "triton" in [each.args[0].backend.value for each in chosen.call_args_list]
     gpu_lstm.check()

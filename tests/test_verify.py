@@ -12,7 +12,7 @@ from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
 from faults import FAULTS, FAULTS_OF_NORMS, plant
 from places import cuda
-from standing_in import H100, few_polls, plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
+from standing_in import few_polls, plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
 from test_settings import SETTINGS
 from torch.utils.checkpoint import checkpoint
 
@@ -53,18 +53,6 @@ def _given(problem):
 def _verify(problem, pass_=FORWARD, plan=None, given=None):
     plan = plan or plans(problem, INTERPRETER, pass_.backward)[-1]
     return verify.verify(launch.layer_of(problem, CPU), pass_, given or _given(problem), plan)
-
-
-@pytest.mark.parametrize(("problem", "gradients"), [
-    (HALF._replace(**RAGGED, projected=5), dict(dh=False)),
-    pytest.param(PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reverse=True, reset_h=True,
-                                reset_c=True), dict(dh_n=False), marks=pytest.mark.deep),
-    pytest.param(HALF._replace(**RAGGED, **RATES, **NORMS, reverse=True, reset_h=True, reset_c=True, peepholes=True),
-                 {}, marks=pytest.mark.deep),
-])  # fmt: skip
-def test_right_kernels_are_used(problem, gradients):
-    assert _verify(problem, Pass(save=False)) is None
-    assert _verify(problem, Pass(True, **gradients)) is None
 
 
 def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
@@ -111,7 +99,7 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
 
 
 @pytest.mark.parametrize(("family", "projected"), [
-    ("cooperative", 0), ("pointwise", 0), pytest.param("resident", 5, marks=pytest.mark.deep),
+    ("cooperative", 0), ("pointwise", 0), ("step", 0), pytest.param("resident", 5, marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
     run = Mock(side_effect=ConcurrentRun(seed=0))
@@ -121,23 +109,14 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
         plan = plan_of(family, HALF._replace(batch=99), pass_.backward)
         if family == "cooperative":
             plan = dataclasses.replace(plan, groups=2, tiles_per_program=7)
+        if family == "step":  # three programs for each of two tiles of units
+            plan = dataclasses.replace(plan, programs=6, tiles_per_program=7, rows=16)
         assert _verify(problem, pass_, plan) is None
         assert run.call_args.args[1] == plan.grid, "the call's own"
-        assert run.call_args.kwargs["B"] == 3 * plan.rows - plan.rows // 2, "one of two groups has two batch tiles"
+        tiles = 4 if family == "step" else 3  # one program, or one of two groups, has two, of which one is partial
+        assert run.call_args.kwargs["B"] == tiles * plan.rows - plan.rows // 2
     kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
     assert list(kernels) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
-
-
-def test_a_batch_is_cut_where_programs_do_the_same_with_fewer_sequences():
-    """A group, or a program of the step family, that has several batch tiles has two, one of which is partial."""
-    step_plan = step.step_plan(HALF._replace(batch=4096), H100, False)
-    cooperative = plan_of("cooperative", HALF._replace(hidden=768, batch=64), False)
-    for tiles_per_program, tiles in ((2, 3), (1, 2)):
-        plan = dataclasses.replace(cooperative, groups=3, tiles_per_program=tiles_per_program)
-        assert plan.sequences_enough(HALF._replace(batch=4096)) == (tiles + 1) * plan.rows - plan.rows // 2
-        assert plan.sequences_enough(HALF._replace(batch=5)) == 5
-    programs = dataclasses.replace(step_plan, programs=9, tiles_per_program=8)  # of two tiles of units
-    assert programs.sequences_enough(HALF._replace(batch=4096)) == 5 * step_plan.rows - step_plan.rows // 2
 
 
 def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch):
