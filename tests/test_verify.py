@@ -173,8 +173,8 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
 
 
-def test_a_kernel_that_times_out_is_found(monkeypatch):
-    """Its programs wait for one arrival more than there will be."""
+def test_a_kernel_that_times_out_is_found(monkeypatch, nothing_cached):
+    """Its programs wait for one arrival more than there will be, in this call: it is not cached."""
     run = launch.launch_kernel
 
     def one_arrival_is_lost(kernel, grid, arrivals_ptr, **arguments):
@@ -184,6 +184,7 @@ def test_a_kernel_that_times_out_is_found(monkeypatch):
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):
         assert "lstm_step_forward_kernel timed out" in _verify(PLAIN)
+    assert not (nothing_cached / verify.KIND).exists()
     gpu_lstm.check()  # nothing is left to tell
 
 
