@@ -67,16 +67,6 @@ def test_every_module_sends_what_the_contract_says(monkeypatch, subject):
     assert {way for way, _ in launched} == {"forward", "backward"}
 
 
-def test_states_of_another_shape_are_no_states_of_a_layer():
-    """[B, H], as they are where there are several: its last but one size is not the first."""
-    gates = torch.zeros(2, 3, 20)
-    r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=torch.zeros(3, 5), c0=torch.zeros(3, 5))
-    layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
-    layer.forward(gates, r, save=False)
-    with pytest.raises(AssertionError, match="h0"):
-        layer.forward(gates, r._replace(inputs=r.inputs._replace(h0=torch.zeros(3, 5))), save=False)
-
-
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():
     """Each combination is a kernel of its own, which is verified for it."""
     gates, state = torch.zeros(2, 3, 20), torch.zeros(3, 5)

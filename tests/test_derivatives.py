@@ -8,28 +8,11 @@ import torch
 from comparing import SECOND, assert_same, every_backend
 from pairs import B, I, T, pair, random_inputs
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
-
-import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
-
-
-@pytest.mark.parametrize("ragged", [{}, pytest.param(RAGGED, marks=pytest.mark.deep)], ids=["plain", "ragged"])
-def test_derivatives_of_torchs_own_by_finite_differences(ragged):
-    """Those of the reference are in test_layer.py."""
-    ours = gpu_lstm.LSTM(2, 2, dtype=torch.float64, backend="torch", proj_size=1, bidirectional=bool(ragged))
-    x, (h, c) = random_inputs(ours, 2)
-    inputs = [t.double().requires_grad_() for t in (x[:2], h, c)] + list(ours.parameters())
-
-    def call(x, h, c, *weights):
-        given = dict(zip(ours.state_dict(), weights, strict=True))
-        return tuple(tree_leaves(functional_call(ours, given, (x, (h, c)), ragged)))
-
-    assert torch.autograd.gradcheck(call, inputs)
-    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 @every_backend
@@ -145,13 +128,6 @@ def test_functionalize(by_reference):
     x, ragged = inputs(ours), dict(lengths=torch.tensor([4, 0, 2]), resets=torch.eye(T, B) > 0)
     assert_close(torch.func.functionalize(lambda x: ours(x)[0])(x), theirs(inputs(theirs))[0])
     assert_close(torch.func.functionalize(lambda x: ours(x, **ragged)[0])(x), ours(x, **ragged)[0])
-
-
-def test_second_derivatives(by_reference):
-    theirs, ours = by_reference
-    true = torch.autograd.functional.hessian(lambda x: theirs(x)[0][-1].square().sum(), inputs(theirs, 2, 1, I))
-    for way in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(grad(f)), lambda f: jacrev(grad(f))):
-        assert_close(way(lambda x: ours(x)[0][-1].square().sum())(inputs(ours, 2, 1, I)), true)
 
 
 @pytest.mark.parametrize("outer", ["vjp", "vmap", "dual numbers"])

@@ -207,14 +207,6 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
         assert _selected() is Backend.TORCH
 
 
-def test_memory_that_is_full_says_nothing_about_the_card(card, monkeypatch):
-    monkeypatch.setattr(choose, "load", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(torch.OutOfMemoryError):
-        _selected("triton")
-    monkeypatch.setattr(choose, "load", lambda *_: None)
-    assert _selected("triton") is Backend.TRITON
-
-
 def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
     loaded = []
     monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__))
@@ -254,8 +246,3 @@ def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothi
         assert _selected() is Backend.TORCH
     with pytest.raises(ImportError, match=str(error)):
         _selected("triton")
-
-
-def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():
-    keys = (PROBLEM, CUDA), (PROBLEM, torch.device("cpu")), (PROBLEM._replace(reverse=True), CUDA)
-    assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3

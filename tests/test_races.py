@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import kernels, torch_lstm
+from gpu_lstm.backends import kernels
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.options import Size
@@ -280,15 +280,6 @@ def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, hi
     assert ran == []
 
 
-def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
-    fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_lstm, "run_call", fails)
-    ran = stubbed()
-    LSTM(X)
-    (decision,) = race._decided.values()
-    assert (ran, decision.backend, decision.why[:19]) == ([], Backend.TRITON, "torch's LSTM fails:")
-
-
 DECISION = {"backend": "torch", "why": "won", "seconds": {"triton": 0.2, "torch": 0.1}}
 LIES = [
     None, [], "torch", {"surprise": 1}, {"backend": "torch"},
@@ -336,7 +327,7 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
     assert (keys[0] == keys[1], len(set(keys))) == (True, 4)
 
 
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("at", [0, 4])
 @pytest.mark.parametrize("rival", ["triton", "torch"])
 def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""

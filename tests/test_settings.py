@@ -1,9 +1,7 @@
 """What a user has set for the whole process does not get into a call: it computes the same numbers as without it."""
 
-import ast
 import contextlib
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -125,18 +123,3 @@ def test_a_setting_changes_no_number(backend, setting):
         assert len(ours) == len(tensors) or setting == "inference"
         assert [(t.dtype, t.device) for t in ours] == [(t.dtype, t.device) for t in tensors[: len(ours)]], name
         assert all(map(torch.equal, ours, tensors)), name
-
-
-DEPEND = {"arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand",
-          "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}  # fmt: skip
-MAY = {("backends/verify.py", "randn")}  # within `alone`, where no setting of the caller is on
-
-
-def test_every_tensor_that_the_library_makes_has_a_device():
-    for file in Path(gpu_lstm.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            match node:
-                case ast.Call(ast.Attribute(ast.Name("torch"), name), _, keywords) if name in DEPEND:
-                    given = {keyword.arg for keyword in keywords}
-                    where = "/".join(file.parts[-2:])
-                    assert given & {"device", None} or (where, name) in MAY, (file, node.lineno)
