@@ -3,6 +3,7 @@
 import ast
 import itertools
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import oracle
@@ -108,7 +109,10 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
 @pytest.mark.parametrize("projected", [0, 3])
 @pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
 def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, projected):
-    """Forward, and backward of what it computed, where dh is h and nothing else is given; numbers are the oracle's."""
+    """Forward, and backward of what it computed, where dh is h and nothing else is given; numbers are the oracle's.
+
+    By the plans that are timed, which no call uses without a verification.
+    """
     problem, cpu, sent = Problem(2, 3, 8, F32, projected, "tf32"), torch.device("cpu"), []
     plans, forward = [plan_of(family, problem, backward) for backward in (False, True)], Layer.forward
 
@@ -116,6 +120,8 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
         sent.append((gates.clone(), r.inputs))
         return forward(layer, gates, r, save)
 
+    run = Mock(side_effect=launch.launch_kernel)
+    monkeypatch.setattr(launch, "launch_kernel", run)
     monkeypatch.setattr(Layer, "forward", recorded)
     found = autotune._call(problem, cpu, None)(plans[0])()
     backward = autotune._call(problem, cpu, plans[0])(plans[1])
@@ -135,3 +141,6 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
     expected = h, h_n[None], c_n[None], cells, gradients[0], gradients[1][None], gradients[2][None]
     for ours, true in zip((*found, *backward()[:3]), expected, strict=True):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
+    ran = {each.args[0].__name__ for each in run.mock_calls}
+    assert ran == {f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")}
+    assert not any(layer._prepared for layer in launch._layers.values())
