@@ -19,12 +19,17 @@ RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]
 @pytest.mark.parametrize(("kind", "arguments"), [
     ("LSTM", dict(bidirectional=True, proj_size=2)), ("LSTMCell", {}), ("StackedLSTM", {}),
 ], ids=str)  # fmt: skip
-def test_gradient_penalty(backend, kind, arguments):
+@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.deep)])
+def test_gradient_penalty(backend, kind, arguments, how):
     """Gradients of (|d loss / d inputs| - 1)^2."""
 
     def penalised(module):
+        call = module
+        if how == "compiled" and type(module).__module__.startswith("gpu_lstm"):
+            torch._dynamo.reset()
+            call = torch.compile(module, backend="eager", fullgraph=True)
         x, hx = tree_map(lambda t: t.to(next(module.parameters())).requires_grad_(), random_inputs(module, B))
-        loss = sum(t.square().sum() for t in tree_leaves(module(x, hx)))
+        loss = sum(t.square().sum() for t in tree_leaves(call(x, hx)))
         first = torch.autograd.grad(loss, [x, *tree_leaves(hx)], create_graph=True)
         penalty = (torch.cat([g.flatten() for g in first]).norm() - 1).square()
         return dict(enumerate(torch.autograd.grad(penalty, [x, *tree_leaves(hx), *module.parameters()])))
