@@ -5,19 +5,18 @@ is a stub.
 """
 
 import contextlib
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import check
 from places import INTERPRETED, KERNELS
+from standing_in import plans_are_verified_on_the_cpu
 
 import gpu_lstm
-from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import available, race, run
+from gpu_lstm.backends import kernels, verify
+from gpu_lstm.dispatch import race, run
 from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
@@ -31,21 +30,15 @@ def card(monkeypatch):
 
     def card(place):
         KERNELS[place].force(monkeypatch)
-        forced, choose_plan, verified = launch.choose_plan, choose.choose_plan, []
+        forced, verified = launch.choose_plan, []
 
-        def as_on_a_card(problem, device, pass_, launches, verify=None):
-            def verify_here(plan):
-                verified.append((plan.family.name, problem.batch, problem.hidden, pass_.backward))
-                return verify(plan)
+        def recorded(layer, pass_, inputs, plan):
+            verified.append((plan.family.name, layer.problem.batch, layer.problem.hidden, pass_.backward))
+            return verify.verify(layer, pass_, inputs, plan)
 
-            return choose_plan(problem, torch.device("cuda", 0), pass_, launches, verify and verify_here)
-
-        monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
-        monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
+        plans_are_verified_on_the_cpu(monkeypatch)
         monkeypatch.setattr(choose, "candidates", lambda problem, card, pass_: [forced(problem, None, pass_)])
-        monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+        monkeypatch.setattr(kernels, "verify", recorded)
         monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
         monkeypatch.setattr(race, "race", raced)
         return verified

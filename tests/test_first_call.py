@@ -1,7 +1,6 @@
 """The first call of a kind of layer on a card with a stubbed driver: what is tried and logged, and what users get."""
 
 import logging
-import math
 import warnings
 from types import SimpleNamespace
 from unittest.mock import ANY, Mock, call
@@ -94,35 +93,6 @@ def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(
     [compiled] = launch.recorded_launches(problem, pass_, plan)
     absent = [{name for name, each in a.items() if each is None} for a in (compiled.arguments, record.call_args.kwargs)]
     assert absent[0] == absent[1]
-
-
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step"])
-def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
-    """Its warps, stages, registers, programs; and cooperatively wherever programs wait for each other."""
-    batch, hidden, steps = 40, 64, 4
-    problem = Problem(steps, batch, hidden, torch.float16)
-    of = problem._replace(hidden=256) if family == "cooperative" else problem
-    plan = plan_of(family, of, backward)
-    h, record = torch.zeros(steps, batch, hidden).half(), Mock()
-    gates, r = launch.call_of(problem, torch.device("cpu"))
-    monkeypatch.setattr(launch, "launch_kernel", record)
-    layer = launch.layer_of(problem, gates.device).with_plan(plan)
-    if backward:
-        layer.backward(h, h[:1], None, gates, h.float(), r)
-    else:
-        layer.forward(gates, r, save=True)
-    calls = [each.kwargs.get("step") for each in record.call_args_list]
-    order = [*range(steps)][::-1] if backward else [*range(steps)]
-    assert calls == (order if family == "pointwise" else [None])
-    (kernel, grid), arguments = record.call_args
-    assert kernel.__name__ == f"lstm_{family}_{'backward' if backward else 'forward'}_kernel"
-    assert math.prod(grid) == plan.programs * plan.groups
-    options = dict(num_warps=plan.num_warps, maxnreg=min(255, 65536 // (32 * plan.num_warps)), enable_fp_fusion=True)
-    options["launch_cooperative_grid"] = family in ("cooperative", "step")
-    if family == "step":
-        options |= dict(num_stages=plan.num_stages, BLOCK_B=plan.rows, BLOCK_H=plan.units, BLOCK_K=plan.family.k)
-    assert {name: arguments.get(name, False) for name in options} == options
 
 
 @pytest.mark.parametrize(("failure", "said"), [

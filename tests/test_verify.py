@@ -8,9 +8,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import triton.language as tl
 from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
-from faults import FAULTS, FAULTS_OF_NORMS, plant
 from places import cuda
 from standing_in import few_polls, plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
 from test_settings import SETTINGS
@@ -24,7 +24,7 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import launch, step
+from gpu_lstm.kernels.triton_lstm import cell, fragments, indexing, launch, norm, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
 
@@ -160,13 +160,41 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
         )
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(fault, marks=[pytest.mark.deep] * (k % 4 > 0)) for k, fault in enumerate(FAULTS | FAULTS_OF_NORMS)],
-)
+# Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
+cell_forward, gates_backward, sequences = cell.cell_forward, cell.gates_backward, indexing.sequences
+load_peepholes, load_affine = indexing.load_peepholes, indexing.load_affine
+FAULTS = {  # of each option of a call: the device function, and what stands in its place
+    "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
+        (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
+    "cell gradient lost": ("gates_backward", lambda *given: (
+        gates_backward(*given)[0], gates_backward(*given)[1] * 0.0)),
+    "peepholes in another order": ("load_peepholes", lambda *given: tuple(
+        load_peepholes(*given)[k] for k in (0, 2, 1))),
+    "resets ignored": ("is_reset", lambda time, *_: time < 0),
+    "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
+        length=tl.zeros_like(index) + batch.T)),
+    "zeros for the state given": ("reset_to", lambda before, *_: before),
+    "norms: gain of the next unit": ("load_affine", lambda gain_ptr, bias_ptr, unit, H: (
+        load_affine(gain_ptr, None, (unit + 1) % H, H)[0], load_affine(gain_ptr, bias_ptr, unit, H)[1])),
+    "norms: nothing through the deviation": (
+        "normalise_backward", lambda d, unit, scale, mean_d, _: scale * (d - mean_d)),
+}  # fmt: skip
+
+
+def plant(monkeypatch, fault: str) -> None:
+    """A fault wherever kernels of the step family find the function."""
+    name, function = FAULTS[fault]
+    for module in (step, fragments, indexing, norm):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize("fault", [
+    pytest.param(fault, marks=[pytest.mark.deep] * (k > 3)) for k, fault in enumerate(FAULTS)])  # fmt: skip
 def test_a_wrong_kernel_is_found(monkeypatch, fault):
     problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault, peepholes=True)
-    if plant(monkeypatch, fault, step):
+    plant(monkeypatch, fault)
+    if "norms" in fault:
         problem = problem._replace(**NORMS)
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):
@@ -235,7 +263,7 @@ def card(monkeypatch):
     ("gates i and f swapped", False), ("cell gradient lost", True),
 ])  # fmt: skip
 def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, fault, training):
-    plant(monkeypatch, fault, step)
+    plant(monkeypatch, fault)
     lstm, x, found = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4), []
     for backend in (None, "reference"):
         lstm.backend = backend
@@ -311,7 +339,7 @@ def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
     monkeypatch.setattr(torch_lstm, "run_layer", fails)
     assert _verify(PLAIN) is None
-    plant(monkeypatch, "gates i and f swapped", step)
+    plant(monkeypatch, "gates i and f swapped")
     with pytest.warns(UserWarning, match="RMS error"):
         assert _verify(PLAIN, Pass(save=False))
 
