@@ -54,8 +54,6 @@ def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomp
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of each new tensor."""
-
     def __init__(self):
         super().__init__()
         self.sizes = []

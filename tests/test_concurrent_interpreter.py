@@ -56,7 +56,6 @@ def endless_kernel(out_ptr):
 
 
 def _is_right(programs: int, seed: int, rate: float, sem: str) -> bool:
-    """Whether the kernel computes x [T+1, programs, N] as it should."""
     x = torch.full((STEPS + 1, programs, WIDTH), float("nan"))
     x[0] = torch.arange(programs * WIDTH).view(programs, WIDTH) % 89
     truth, p = x.clone(), torch.arange(programs)[:, None]

@@ -35,7 +35,6 @@ def device(monkeypatch, host_or_card) -> str:
 
 
 def _given(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Recurrence]:
-    """gates and recurrence of Layer.forward."""
     torch.manual_seed(0)
     sizes = (4 * H, H), (B, H), (B, H), (T, B, 4 * H)
     weight, h0, c0, gates = (torch.randn(size).to(device, dtype) for size in sizes)
@@ -141,7 +140,6 @@ QUICK = {None, "h of the wrong step", "a stale word is taken for new", "a missin
     for name, faults in (("kept", FAULTS), ("read", READ_FAULTS)) for fault in (*faults, None)
 ])  # fmt: skip
 def test_a_planted_fault_is_detected(monkeypatch, faults, change):
-    """By the comparison, in at least one order of turns."""
     changes = {}
     if change is not None:
         part, text, fault = faults[change]

@@ -137,8 +137,6 @@ def test_functionalize(by_reference):
 
 @pytest.mark.parametrize("outer", ["vjp", "vmap", "dual numbers"])
 def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, outer):
-    """The transform that forward ran in is over by then."""
-
     def transformed(module):
         x, dx, dy = inputs(module), inputs(module, seed=3), inputs(module, T, B, module.hidden_size, seed=2)
         _, pull = vjp(lambda x: module(x)[0], x)

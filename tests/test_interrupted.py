@@ -103,7 +103,6 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equ
     pytest.param("triton", "stack", marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
-    """Of a step of training: results and gradients."""
     torch.manual_seed(0)
     module = SUBJECTS[kind](backend=backend, **PLACES[backend])
     x = torch.randn((B, I) if kind == "cell" else (T, B, I)).to(next(module.parameters())).requires_grad_()
@@ -157,7 +156,6 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(error, monkeypatch):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_launch_that_raises_raises_once(backward, monkeypatch):
-    """In forward, or in a backward that can be run again."""
     error = torch.OutOfMemoryError("none left")
     torch.manual_seed(0)
     lstm = gpu_lstm.LSTM(I, H, 2, backend="triton", **PLACES["triton"])

@@ -221,7 +221,6 @@ EVERYWHERE = [
 
 
 def everywhere(place, words, dtype, size):
-    """A module, and a call of it."""
     named, backend = set(words.split()), KERNELS[place].backend
     where = PLACES.get(backend, dict(device="cpu")) | ({} if dtype is None else dict(dtype=dtype))
     module = with_random_parameters(built(size, named, backend=backend), 0).to(**where)

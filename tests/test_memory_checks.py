@@ -96,7 +96,6 @@ def test_an_atomic_operation_outside_its_tensor_is_detected(monkeypatch):
 
 @in_cuda
 def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, family):
-    """Every tensor of every launch, but for the error, whose last element is the host's."""
     KERNELS[family].force(monkeypatch)
     run_kernel = cupy.launch_kernel
 

@@ -71,7 +71,6 @@ def _call(lstm=LSTM, x=X):
 
 
 def _backend_of(lstm=LSTM, x=X):
-    """The backend that runs a call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "run_by", Mock(side_effect=run.run_by))
         lstm(x)
@@ -87,7 +86,6 @@ def _forget_all_but_files():
 @pytest.mark.parametrize("winner", ["triton", "torch"])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training):
-    """And a log line says who won."""
     seconds = {"triton": 2e-3, "torch": 2e-3} | {winner: 1e-3}
     ran = stubbed(**seconds)
     with torch.set_grad_enabled(training), caplog.at_level(logging.INFO, "gpu_lstm"):

@@ -65,7 +65,6 @@ def start(driver, tmp_path):
 
 @pytest.fixture
 def rehearse(start):
-    """rehearse(scenario): what it found."""
     return lambda *scenario, **environment: results_of(start(*scenario, **environment))
 
 

@@ -114,7 +114,6 @@ class Routes(RuleBasedStateMachine):
             assert torch.equal(ours, theirs), "other numbers"
 
     def module(self):
-        """The current module, with attributes and new parameters as the facts say."""
         facts, name = self.facts, self.facts["subject"]
         torch.default_generator.manual_seed(facts["parameters"])
         if name not in self.modules:
@@ -129,7 +128,6 @@ class Routes(RuleBasedStateMachine):
         return module
 
     def outcome(self, module):
-        """What ran, or the error; and all numbers: results and gradients."""
         ran, run_by = [], dispatch.run_by
 
         def recorded(route, call):
@@ -145,7 +143,6 @@ class Routes(RuleBasedStateMachine):
         return (ran, list(self.launched)), [t.detach() for t in numbers]
 
     def numbers(self, module):
-        """Results of a call, and gradients of their sum."""
         x, given = self.arguments(module)
         leaves = [t for t in (x, *tree_leaves(given), *module.parameters()) if t.requires_grad]
 
@@ -176,7 +173,6 @@ class Routes(RuleBasedStateMachine):
 
     @contextlib.contextmanager
     def process(self):
-        """The state of the process."""
         facts, rnn = self.facts, torch.backends.cudnn.rnn
         variables = {name: facts[name] for name in (BACKEND_VARIABLE, RACE_VARIABLE)}
         with contextlib.ExitStack() as stack:

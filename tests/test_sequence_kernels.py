@@ -147,7 +147,6 @@ FAULTS = [  # how kernels are forced, which of them are faulty, where the fault 
 
 @pytest.mark.parametrize(("force", "kernels", "where", "fault", "size", "words", "dtype"), FAULTS)
 def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, size, words, dtype):
-    """In one order of programs or another."""
     force(monkeypatch)
     launch_with(monkeypatch, *where, fault, kernels)
     there = fault is not count_missing

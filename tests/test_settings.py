@@ -76,7 +76,6 @@ def calls_of(backend: str) -> dict:
 
 
 def results(backend: str, around=contextlib.nullcontext) -> dict[str, list[torch.Tensor]]:
-    """What all calls compute, and gradients where autograd records, each inside of `around()`."""
     found = {}
     for name, (module, call) in calls_of(backend).items():
         torch.manual_seed(5)
@@ -116,7 +115,6 @@ SETTINGS = {
     pytest.param(backend, setting, marks=[pytest.mark.deep] * (backend == "triton" or setting == "anomaly"))
     for backend in BACKENDS for setting in SETTINGS])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
-    """To the bit: results, and gradients where they are recorded."""
     got = results(backend, SETTINGS[setting])
     for name, tensors in expected(backend).items():
         ours = got[name]

@@ -40,8 +40,6 @@ class Stream:
 
 @dataclass
 class Block:
-    """Memory of a tensor."""
-
     made_by: str
     owner: Stream
     made_at: int  # by the owner's clock

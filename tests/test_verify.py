@@ -120,7 +120,6 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
 
 
 def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch):
-    """Which waits for nobody, and is compiled without arrivals."""
     monkeypatch.setattr(verify, "ENOUGH", 1)
     recorded = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", recorded)
@@ -146,7 +145,6 @@ def test_the_small_problem_is_laid_out_as_the_call_is():
 
 
 def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
-    """With the buffer, and how far outside."""
     run = launch.launch_kernel
 
     def writes(kernel, grid, h_ptr, **arguments):
@@ -309,7 +307,6 @@ def gradient_in_a_checkpoint(call, x):
     ("triton", lambda call, x: torch.func.grad(call)(x)),
 ], ids=["checkpoint", "transform"])  # fmt: skip
 def test_a_first_call_that_is_verified_inside_a_checkpoint_or_a_transform(card, backend, gradient):
-    """It neither fails nor changes the numbers."""
     lstm, x = gpu_lstm.LSTM(4, 5, backend=backend), torch.randn(6, 3, 4)
 
     def call(x):
