@@ -9,10 +9,8 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from standing_in import as_a_card, plan_of, recurrence
-from subjects import SUBJECTS, states_for
+from standing_in import plan_of, recurrence
 
-import gpu_lstm
 from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
@@ -49,23 +47,6 @@ def test_sizes_come_from_the_problem_and_never_from_a_tensor():
             assert function in MAY_ASK.get(path.name, ()), f"{path.name}:{line}"
     faulty = "def buffers(r): return r.c0.new_empty(r.h0.size(0), len(gates), r.c0.shape[1])"
     assert len(sizes_read(faulty)) == 3
-
-
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_every_module_sends_what_the_contract_says(monkeypatch, subject):
-    """With states and without, lengths, resets, states to reset to; forward and backward. conftest.py compares."""
-    launched = as_a_card(monkeypatch)
-    module = SUBJECTS[subject]()
-    module.backend = "triton"
-    is_cell = isinstance(module, gpu_lstm.LSTMCell)
-    x = torch.randn(3, 2) if is_cell else torch.randn(5, 3, 2)
-    states = states_for(module, [3], torch.randn)
-    ragged = dict(lengths=torch.tensor([5, 0, 2]), resets=torch.rand(5, 3) < 0.5, reset_states=states)
-    calls = [((x,), {}), ((x, states), {})] if is_cell else [((x,), {}), ((x, states), ragged), ((x[:1],), {})]
-    for given, how in calls:
-        found = module(*given, **how)
-        sum(t.sum() for t in torch.utils._pytree.tree_leaves(found)).backward()
-    assert {way for way, _ in launched} == {"forward", "backward"}
 
 
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():

@@ -17,7 +17,6 @@ from places import CUPY_PLANS, cuda, cupy_plan
 from standing_in import few_polls, recurrence
 from torch import Tensor
 
-import gpu_lstm
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch, source
@@ -101,13 +100,6 @@ def test_tf32_rounds_the_weights_where_tensor_cores_would_cut_them_off(monkeypat
         found.append(torch.stack([h.sum(), layer.backward(h, None, None, own, c, given).dgates.sum()]))
     assert torch.equal(found[0], found[1])
     assert (found[0] != found[2]).all()
-
-
-def test_a_compiled_module_computes_what_eager_does(device):
-    torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(3, 5, 2, bidirectional=True, backend="cupy", device=device)
-    x, compiled = torch.randn(6, 2, 3, device=device), torch.compile(lstm, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x)[0], lstm(x)[0])
 
 
 # What no order of turns shows is no check of the order: faults of the exchange are planted, which must be detected.

@@ -216,3 +216,8 @@ def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothi
         assert _selected() is Backend.TORCH
     with pytest.raises(ImportError, match=str(error)):
         _selected("triton")
+
+
+def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():
+    keys = (PROBLEM, CUDA), (PROBLEM, torch.device("cpu")), (PROBLEM._replace(reverse=True), CUDA)
+    assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3
