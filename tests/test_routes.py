@@ -227,7 +227,7 @@ class Routes(RuleBasedStateMachine):
         return PackedSequence(x, torch.tensor([sum(t < length for length in lengths) for t in range(lengths[0])]))
 
 
-@pytest.mark.parametrize("examples", [16, pytest.param(40, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("examples", [8, pytest.param(40, marks=pytest.mark.deep)])
 def test_a_cached_route_is_that_of_a_fresh_decision(monkeypatch, examples):
     races, Routes.launched = Races(), as_a_card(monkeypatch)
     monkeypatch.setattr(race, "expected_winner", races.expected)
