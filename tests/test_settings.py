@@ -72,6 +72,7 @@ def calls_of(backend: str) -> dict:
         "to_torch": (lstm, lambda: gpu_lstm.to_torch(lstm)(x)),
         "from_haste": (haste, lambda: gpu_lstm.from_haste(haste)(x.float().cpu())[0]),
         "resets_from_dones": (lstm, lambda: gpu_lstm.resets_from_dones(resets)),
+        "lengths_of": (lstm, lambda: gpu_lstm.keras.lengths_of(resets.T.cumsum(1) == 0)),
     }
 
 
