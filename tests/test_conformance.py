@@ -44,7 +44,6 @@ def modules(name, backend, training):
 
 
 def call(module, arguments):
-    """Results, and gradients of all that can have one."""
     results = tree_leaves(module(*arguments))
     wanted = [t for t in [*tree_leaves(arguments), *module.parameters()] if t.requires_grad]
     return [*results, *torch.autograd.grad([t.square().sum() for t in results], wanted)]

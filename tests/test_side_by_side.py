@@ -82,7 +82,6 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
 
 
 def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
-    """It asks while the first one launches."""
     with ThreadPoolExecutor(1) as thread:
         streams.launched(1, "a")
         assert streams.launched(2, "b") == {1}
@@ -102,7 +101,6 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
 
 
 def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
-    """Something may have been launched."""
     streams.launched(1, "a")
     streams.launched(2, "b")
     for number, name in ((3, "b"), (4, "c")):

@@ -31,7 +31,6 @@ def in_order(parameters) -> torch.Tensor:
 
 
 def buffers(parameters) -> list[torch.Tensor]:
-    """The storages of tensors, whole."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parameters}
     return [torch.empty(0, dtype=parameters[0].dtype).set_(storage) for storage in storages.values()]
 

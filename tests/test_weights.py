@@ -24,7 +24,6 @@ def same_weights(a, b) -> bool:
     (nn.LSTM, dict(bias=False, batch_first=True)), (nn.LSTMCell, {}), (nn.LSTMCell, dict(bias=False)),
     (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3))], ids=str)  # fmt: skip
 def test_names_values_and_repr_are_those_of_torch(cls, arguments):
-    """And parameters are created where and as device and dtype say."""
     theirs = seeded(cls, I, H, **arguments)
     for ours in (getattr(gpu_lstm, cls.__name__), *([gpu_lstm.compat.LSTM] if cls is nn.LSTM else [])):
         module = seeded(ours, I, H, **arguments)
