@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.export import Dim
 from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
@@ -118,18 +117,6 @@ def test_dropout_drops_as_much_as_it_should():
     assert 0.22 < (c_1 == 0).double().mean() < 0.28
     lstm.eval()
     assert torch.equal(compiled(x)[0], compiled(x)[0])
-
-
-@pytest.mark.deep
-def test_autocast_and_packed_sequences_which_break_the_graph():
-    lstm, x = gpu_lstm.LSTM(I, H, 2), torch.randn(6, 2, I)
-    compiled = torch.compile(lstm, backend="aot_eager")
-    packed = pack_sequence([x[:, 0], x[:3, 1]])
-    torch.testing.assert_close(tree_leaves(compiled(packed)), tree_leaves(lstm(packed)))
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (tree_leaves(call(x, lengths=torch.tensor([6, 2]))) for call in (compiled, lstm))
-    assert [t.dtype for t in found] == [torch.bfloat16] * 3
-    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
 
 
 @pytest.fixture
