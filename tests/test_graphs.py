@@ -272,7 +272,8 @@ WAYS = ("compiled", "exported")
 
 @pytest.mark.deep
 @pytest.mark.parametrize(("words", "backend", "way"), [  # each with both, not products
-    (words, backend, WAYS[(k + n) % 2]) for k, words in enumerate(WORDS) for n, backend in enumerate(("torch", "triton"))
+    (words, backend, WAYS[(k + n) % 2]) for k, words in enumerate(WORDS)
+    for n, backend in enumerate(("torch", "triton"))
 ])  # fmt: skip
 def test_programs_have_the_derivatives_of_eager_mode(exact_float32_products, words, backend, way):
     """Every result, gradient and gradient of a gradient."""
