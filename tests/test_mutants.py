@@ -59,6 +59,35 @@ def test_a_sample_is_drawn_by_its_seed_of_every_kind_and_each_fault_is_another_p
             assert ast.dump(ast.parse(planted)) != ast.dump(ast.parse(source)), mutant.name
 
 
+def test_the_statement_of_a_fault_is_all_of_its_lines_but_not_its_block_or_none_where_it_is_imported():
+    source = b"d = 1\ndef f(x=3):\n    if (\n        a < x\n    ):\n        b = (2 +\n             c)"
+    lines = {(mutant.old, mutant.first, mutant.last) for mutant in of_python("a", source)}
+    assert {("1", 0, 0), ("3", 0, 0), ("a < x", 3, 5), ("2 +\n             c", 6, 7)} <= lines
+
+
+class Data:
+    """As coverage.CoverageData: which tests execute each line."""
+
+    def contexts_by_lineno(self, path):
+        return {
+            "a.py": {1: [""], 2: ["tests/test_a.py::slow", "tests/test_b.py::quick"], 3: ["tests/test_a.py::quick"]},
+            mutants.HOST: {1: [""], 6: ["tests/test_a.py::host"], 7: ["tests/test_b.py::quick"]},
+        }[path]
+
+
+@pytest.mark.parametrize(("path", "line", "batches"), [
+    ("a.py", 2, [["tests/test_b.py::quick"], ["tests/test_a.py::slow"]]), ("a.py", 3, [["tests/test_a.py::quick"]]),
+    ("a.py", 1, [["tests/test_b.py::quick", "tests/test_a.py::quick"], ["tests/test_a.py::slow"]]),
+])  # fmt: skip
+def test_the_tests_that_execute_a_fault_run_in_batches_the_quick_first(path, line, batches):
+    seconds = {"tests/test_a.py::slow": 40.0, "tests/test_a.py::quick": 1.0, "tests/test_b.py::quick": 1.0}
+    tests = mutants.Covered(seconds | {"tests/test_a.py::host": 1.0}, Data())
+    fault = mutants.Mutant(path, line, 0, "constant", 0, "1", "2", line, line)
+    assert tests.batches(fault) == batches
+    *_, in_cuda = of_cuda("a.cu", b"\n" * 6 + b"a + b\n")  # on a line of its number the host has another test
+    assert tests.batches(in_cuda) == [["tests/test_a.py::host", "tests/test_b.py::quick"]]
+
+
 ENDS = {
     "passes": ("def test_it():\n    pass\n", ""), "fails": ("def test_it():\n    assert False\n", "a.py::test_it"),
     "cannot be imported": ("import nothing_of_this_name\n", "a.py"),
