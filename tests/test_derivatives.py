@@ -17,19 +17,18 @@ pytestmark = pytest.mark.usefixtures("exact_float32_products")
 RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
 
 
-@pytest.mark.parametrize("ragged", [{}, pytest.param(RAGGED, marks=pytest.mark.deep)], ids=["plain", "ragged"])
-def test_derivatives_of_torchs_own_by_finite_differences(ragged):
+def test_derivatives_of_torchs_own_by_finite_differences():
     """Those of the reference are in test_layer.py."""
-    ours = gpu_lstm.LSTM(2, 2, dtype=torch.float64, backend="torch", proj_size=1, bidirectional=bool(ragged))
+    ours = gpu_lstm.LSTM(2, 2, dtype=torch.float64, backend="torch", proj_size=1, bidirectional=True)
     x, (h, c) = random_inputs(ours, 2)
     inputs = [t.double().requires_grad_() for t in (x[:2], h, c)] + list(ours.parameters())
 
     def call(x, h, c, *weights):
         given = dict(zip(ours.state_dict(), weights, strict=True))
-        return tuple(tree_leaves(functional_call(ours, given, (x, (h, c)), ragged)))
+        return tuple(tree_leaves(functional_call(ours, given, (x, (h, c)), RAGGED)))
 
     assert torch.autograd.gradcheck(call, inputs)
-    assert torch.autograd.gradgradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
 @every_backend
@@ -74,11 +73,6 @@ def lstms(request):
     return pair("LSTM", request.param)
 
 
-@pytest.fixture
-def by_reference():
-    return pair("LSTM", "reference")
-
-
 def inputs(module, *shape, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape or (T, B, I), dtype=torch.float64, generator=generator).to(next(module.parameters()))
@@ -108,16 +102,29 @@ def test_grad_and_vjp(lstms):
     assert_close(gradients(ours, found.square().sum()), gradients(theirs, dx.square().sum()))
 
 
-def test_jacobians_both_ways_and_forward_mode(by_reference):
-    theirs, ours = by_reference
-    true = torch.autograd.functional.jacobian(lambda x: theirs(x)[0][-1], inputs(theirs))
+def test_every_other_transform():
+    """Jacobians and Hessians, forward and backward; forward mode; functionalize. By the reference."""
+    theirs, ours = pair("LSTM", "reference")
+    x, direction, few = inputs(ours), inputs(ours, seed=2), inputs(ours, 2, 1, I)
+    true = torch.autograd.functional
+    y, tangent = true.jvp(lambda x: theirs(x)[0], inputs(theirs), inputs(theirs, seed=2))
+
+    def last(module):
+        return lambda x: module(x)[0][-1]
+
+    def loss(module):
+        return lambda x: last(module)(x).square().sum()
+
     for way in (jacrev, jacfwd):
-        assert_close(way(lambda x: ours(x)[0][-1])(inputs(ours)), true)
-    x, direction = inputs(ours), inputs(ours, seed=2)
-    _, true = torch.autograd.functional.jvp(lambda x: theirs(x)[0], inputs(theirs), inputs(theirs, seed=2))
-    assert_close(jvp(lambda x: ours(x)[0], (x,), (direction,))[1], true)
+        assert_close(way(last(ours))(x), true.jacobian(last(theirs), inputs(theirs)))
+    for way in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(grad(f)), lambda f: jacrev(grad(f))):
+        assert_close(way(loss(ours))(few), true.hessian(loss(theirs), inputs(theirs, 2, 1, I)))
+    assert_close(jvp(lambda x: ours(x)[0], (x,), (direction,)), (y, tangent))
     with forward_ad.dual_level():
-        assert_close(forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction))[0]).tangent, true)
+        assert_close(forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction))[0]).tangent, tangent)
+    ragged = dict(lengths=torch.tensor([4, 0, 2]), resets=torch.eye(T, B) > 0)
+    for given in ({}, ragged):
+        assert_close(torch.func.functionalize(lambda x: ours(x, **given)[0])(x), ours(x, **given)[0])  # noqa: B023
 
 
 def test_several_gradients_at_once(lstms):
@@ -138,20 +145,6 @@ def test_several_gradients_at_once(lstms):
 
     theirs, ours = lstms
     assert_close(list(found(ours, True)), list(found(theirs, False)))
-
-
-def test_functionalize(by_reference):
-    theirs, ours = by_reference
-    x, ragged = inputs(ours), dict(lengths=torch.tensor([4, 0, 2]), resets=torch.eye(T, B) > 0)
-    assert_close(torch.func.functionalize(lambda x: ours(x)[0])(x), theirs(inputs(theirs))[0])
-    assert_close(torch.func.functionalize(lambda x: ours(x, **ragged)[0])(x), ours(x, **ragged)[0])
-
-
-def test_second_derivatives(by_reference):
-    theirs, ours = by_reference
-    true = torch.autograd.functional.hessian(lambda x: theirs(x)[0][-1].square().sum(), inputs(theirs, 2, 1, I))
-    for way in (hessian, lambda f: jacrev(jacrev(f)), lambda f: jacfwd(grad(f)), lambda f: jacrev(grad(f))):
-        assert_close(way(lambda x: ours(x)[0][-1].square().sum())(inputs(ours, 2, 1, I)), true)
 
 
 @pytest.mark.parametrize("outer", ["vjp", "vmap", "dual numbers"])
@@ -177,8 +170,8 @@ def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, out
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_per_sample_gradients(by_reference, ragged):
-    theirs, ours = by_reference
+def test_per_sample_gradients(ragged):
+    theirs, ours = pair("LSTM", "reference")
     x, lengths = inputs(ours), torch.tensor([4, 1, 3] if ragged else [T] * B)
 
     def loss(p, x, length):

@@ -6,8 +6,6 @@ And the operators as torch.library checks them.
 import contextlib
 import copy
 import io
-import subprocess
-import sys
 from collections import Counter
 from unittest.mock import Mock
 
@@ -226,23 +224,6 @@ def test_an_export_says_once_that_the_program_needs_the_package(caplog, strict):
     for _ in range(2):
         torch.export.export(lstm, (x,), strict=strict)
     assert [record.message for record in caplog.records if record.name == "gpu_lstm"] == [NEEDS]
-
-
-LOADS = """import sys, torch
-assert "gpu_lstm" not in sys.modules
-for name in "alone", "ours":
-    torch.export.load(f"{name}.pt2")
-    print(name)"""
-
-
-@pytest.mark.deep
-def test_a_program_of_torchs_own_module_loads_without_the_package_and_one_of_ours_does_not(tmp_path):
-    lstm, x = gpu_lstm.LSTM(I, H), torch.randn(5, 2, I)
-    torch.export.save(torch.export.export(lstm, (x,)), tmp_path / "ours.pt2")
-    torch.export.save(torch.export.export(gpu_lstm.to_torch(lstm), (x,)), tmp_path / "alone.pt2")
-    ran = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, cwd=tmp_path)
-    assert (ran.returncode, ran.stdout) == (1, "alone\n")
-    assert "failed to resolve torch.ops.gpu_lstm.layer" in ran.stderr
 
 
 @pytest.mark.deep
