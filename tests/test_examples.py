@@ -214,21 +214,19 @@ def contents(checkpoint: Path, tmp_path: Path) -> dict:
 
 @pytest.mark.deep
 @QUIET
-@pytest.mark.parametrize(("run", "processes"), [(ddp.main, 1), (in_two_processes, 2)], ids=["one", "two"])
-def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(run, processes, tmp_path):
+def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(["--out", str(whole), "--steps", "6", "--save-every", "3"])
+    in_two_processes(["--out", str(whole), "--steps", "6", "--save-every", "3"])
     shutil.copytree(whole / "step-3", parts / "step-3")
     shutil.copytree(whole / "step-6", parts / "step-5", ignore=shutil.ignore_patterns(".metadata"))  # not yet whole
-    run(["--out", str(parts), "--steps", "6", "--resume"])
+    in_two_processes(["--out", str(parts), "--steps", "6", "--resume"])
     expected, found = (contents(folder / "step-6", tmp_path) for folder in (whole, parts))
     assert expected.keys() == found.keys()
     assert len(expected) > 60
     for path, value in expected.items():
         assert torch.equal(value, found[path]) if isinstance(value, torch.Tensor) else value == found[path], path
-    dropped = [value for path, value in expected.items() if "random" in path]
-    assert len(dropped) == processes
-    assert processes == 1 or not torch.equal(*dropped)
+    first, second = (value for path, value in expected.items() if "random" in path)
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.deep
