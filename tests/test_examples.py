@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._pytree import tree_leaves_with_path
 
-from bench import __main__ as command_line
 from bench import ppo
 
 EXAMPLES = ROOT / "examples"
@@ -100,22 +99,6 @@ def test_it_learns_and_only_with_memory(tmp_path):
     assert returns["remembers"] > 150  # 217 to 258 with seeds 0 to 4, from about 20
     assert returns["forgets"] < 80  # 46 to 53
     assert (tmp_path / "recurrent_ppo.png").stat().st_size > 10_000
-
-
-def test_the_benchmark_times_both_and_prints_a_line_a_size(monkeypatch, capsys):
-    """What is timed is called once, and said to take this long."""
-
-    def timed(calls, device, seconds):
-        for call in calls.values():
-            call()
-        return dict(one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 16.0])
-
-    monkeypatch.setattr(ppo.timing, "interleaved", timed)
-    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8)])
-    monkeypatch.setenv("COLUMNS", "120")
-    assert command_line.main(["ppo", "--device", "cpu"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["6", "2", "8", "6000.00", "2000.00", "3.00", "3.00-3.60"] in [line[:7] for line in lines]
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
