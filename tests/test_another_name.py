@@ -1,6 +1,4 @@
-"""The package within another one, imported again, reloaded, and loaded as Hugging Face's `kernels` loads it: several
-copies in a process, each with operators.
-"""
+"""The package imported again, reloaded, and loaded as Hugging Face's `kernels` does: several copies in a process."""
 
 import base64
 import hashlib
