@@ -100,7 +100,7 @@ def switched(switch, inside, outside):
     switch(outside)
 
 
-SETTINGS = {
+ALONE = {
     "default device": partial(torch.device, "meta"),
     "default dtype float64": partial(switched, torch.set_default_dtype, torch.float64, torch.float32),
     "deterministic": partial(switched, torch.use_deterministic_algorithms, True, False),
@@ -111,10 +111,22 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def together():
+    with contextlib.ExitStack() as stack:
+        for name, setting in ALONE.items():
+            if name != "inference":
+                stack.enter_context(setting())
+        yield
+
+
+SETTINGS = ALONE | {"together": together}
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(("backend", "setting"), [
     pytest.param(backend, setting, marks=[pytest.mark.deep] * (backend == "triton" or setting == "anomaly"))
-    for backend in BACKENDS for setting in SETTINGS])  # fmt: skip
+    for backend in BACKENDS for setting in (["together", "inference"] if backend == "triton" else ALONE)])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
     got = results(backend, SETTINGS[setting])
     for name, tensors in expected(backend).items():

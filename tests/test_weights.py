@@ -165,27 +165,6 @@ def test_weights_are_read_at_every_call(backend, change):
     assert not torch.equal(theirs(x)[0], before)
 
 
-def scaled(base):
-    """A subclass with a forward of its own."""
-
-    def forward(self, input, hx=None):
-        output, states = base.forward(self, input * 2, hx)
-        return output + 1, states
-
-    return type("Scaled", (base,), dict(forward=forward))
-
-
-@pytest.mark.parametrize(("cls", "of_torch"), [
-    (gpu_lstm.compat.LSTM, nn.LSTM), (scaled(gpu_lstm.LSTM), scaled(nn.LSTM))], ids=["compat", "subclass"])  # fmt: skip
-def test_classes_around_compute_the_same(cls, of_torch):
-    assert issubclass(cls, gpu_lstm.LSTM)
-    assert (issubclass(cls, nn.LSTM), issubclass(cls, nn.RNNBase)) == (cls is gpu_lstm.compat.LSTM, True)
-    every = dict(num_layers=2, bidirectional=True, proj_size=2)
-    theirs, ours = of_torch(I, H, **every).double(), cls(I, H, **every, backend="torch").double()
-    ours.load_state_dict(theirs.state_dict())
-    assert_alike(ours, theirs, B)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_torch_nn_lstm_replaced_before_a_model_is_built(monkeypatch):
     theirs = seeded(nn.LSTM, I, H, num_layers=2, batch_first=True).double()
