@@ -194,6 +194,7 @@ def check(
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
         names = list(true)[: 3 if named & {"stream", "no-grad"} else None]
         assert list(found) == names
+        assert {t.dtype for t in found.values()} == {dtype}
         if dtype is torch.float64:
             for name in names:
                 torch.testing.assert_close(found[name], true[name], rtol=1e-12, atol=1e-12, msg=name)

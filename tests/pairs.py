@@ -126,18 +126,8 @@ def weighing(found: list, dtype: torch.dtype | None = None) -> list[Tensor]:
     return [torch.randn(tuple(t.shape)).to(t if dtype is None else dtype) for t in found]
 
 
-def truth(
-    module,
-    x,
-    hx=None,
-    *,
-    lengths=None,
-    resets=None,
-    reset_states=None,
-    noises=None,
-    reverse=False,
-    kind: type[np.ndarray] = np.ndarray,
-) -> dict[str, Tensor]:
+def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None, reverse=False,
+          kind: type[np.ndarray] = np.ndarray) -> dict[str, Tensor]:  # fmt: skip
     """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle, with `noises` [L][D] of a call.
 
     `reverse`: the first direction, too. It computes with arrays of a `kind`.
@@ -168,10 +158,8 @@ def truth(
     if hx is not None:
         named |= zip(names_of(found, "d"), leaves_of(module, dstates))
     if reset_states is not None:
-        pulled = (
-            pull(torch.from_numpy(np.asarray(d)))[0].numpy() for (_, pull), d in zip(forms, leaves_of(module, dleft))
-        )
-        named |= zip(names_of(found, "dreset_"), pulled)
+        for name, (_, pull), d in zip(names_of(found, "dreset_"), forms, leaves_of(module, dleft)):
+            named[name] = pull(torch.from_numpy(np.asarray(d)))[0].numpy()
     of_weights = dict(zip(*([t for layer in every for row in layer for t in row] for every in (names, dweights))))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
     return {name: torch.from_numpy(np.asarray(value, order="C")) for name, value in named.items()}

@@ -39,8 +39,7 @@ LOG = Path(os.environ["DRIVER_STUB_LOG"])
 def plant(**values: int) -> None:
     """Set variables of the driver."""
     for name, value in values.items():
-        kind = ctypes.c_void_p if name == "late_word" else ctypes.c_int
-        kind.in_dll(DRIVER, name).value = value
+        ctypes.c_int.in_dll(DRIVER, name).value = value
 
 
 def _synchronize(device: Any = None) -> None:
@@ -119,22 +118,17 @@ def one_pass(problem: Problem, pass_: Pass, steps: int, layer: Layer) -> dict:
     return named | dict(zip(names, layer.forward(gates, r, pass_.save)))
 
 
-def arguments(swapped: bool = False) -> list[dict]:
-    """Each case by two lengths of sequences: what the driver was asked for, and mistakes.
-
-    `swapped`: two arguments have each other's value, in the first case.
-    """
+def arguments() -> list[dict]:
+    """Each case by two lengths of sequences: what the driver was asked for, and mistakes."""
     given, call = [], launch.Kernel.__call__
 
     def recorded(kernel, launch, arguments):
-        if swapped:
-            arguments = arguments | {"h0_ptr": arguments["gates_ptr"], "gates_ptr": arguments["h0_ptr"]}
         given.append((kernel._kernel, arguments))
         call(kernel, launch, arguments)
 
     launch.Kernel.__call__ = recorded
     results = []
-    for (family, problem), pass_ in product(CASES[:1] if swapped else CASES, (Pass(), Pass(True), Pass(save=False))):
+    for (family, problem), pass_ in product(CASES, (Pass(), Pass(True), Pass(save=False))):
         if not pass_.save and family != "resident":
             continue
         plan = plan_of(family, problem, pass_.backward)
@@ -224,20 +218,6 @@ def fewer_multiprocessors() -> list[dict]:
     return [first, attempt("triton", 256, F16)]
 
 
-def words_that_never_arrive() -> list[dict]:
-    """In a kernel that is verified; and in a call, of which its backward tells."""
-    kernel = "lstm_cooperative_forward_kernel"
-    plant(late_word=launch.error_word(CUDA, kernel, trial=True).data_ptr())
-    tried = attempt(None, 256, F16)
-    believe()
-    plant(late_word=launch.error_word(CUDA, kernel).data_ptr())
-    first = attempt("triton", 192, F16)
-    plant(late_word=0)
-    results = [tried, first, attempt("triton", 192, F16)]
-    gpu_lstm.check()
-    return results
-
-
 def capture() -> list:
     """Events of a capture after a call like it; the error of one without; and events of that call outside."""
     problem = CASES[0][1]
@@ -258,10 +238,9 @@ def capture() -> list:
     return [*results, events()]
 
 
-def training(believed: int) -> dict:
-    """By what is fastest: the kernels, since they take no time, if they are believed to be right."""
-    if believed:
-        believe()
+def training() -> dict:
+    """By what is fastest: the kernels, since they take no time."""
+    believe()
     return attempt()
 
 

@@ -5,19 +5,18 @@ is a stub.
 """
 
 import contextlib
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import check
 from places import INTERPRETED, KERNELS
+from standing_in import plans_are_verified_on_the_cpu
 
 import gpu_lstm
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import available, race, run
+from gpu_lstm.dispatch import race, run
 from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
@@ -31,21 +30,15 @@ def card(monkeypatch):
 
     def card(place):
         KERNELS[place].force(monkeypatch)
-        forced, choose_plan, verified = launch.choose_plan, choose.choose_plan, []
+        forced, verify_it, verified = launch.choose_plan, verify.verify, []
 
-        def as_on_a_card(problem, device, pass_, launches, verify=None):
-            def verify_here(plan):
-                verified.append((plan.family.name, problem.batch, problem.hidden, pass_.backward))
-                return verify(plan)
+        def recorded(layer, pass_, inputs, plan):
+            verified.append((plan.family.name, layer.problem.batch, layer.problem.hidden, pass_.backward))
+            return verify_it(layer, pass_, inputs, plan)
 
-            return choose_plan(problem, torch.device("cuda", 0), pass_, launches, verify and verify_here)
-
-        monkeypatch.setattr(launch, "choose_plan", as_on_a_card)
-        monkeypatch.setattr(choose, "card_of", lambda device: INTERPRETER)
+        plans_are_verified_on_the_cpu(monkeypatch)
         monkeypatch.setattr(choose, "candidates", lambda problem, card, pass_: [forced(problem, None, pass_)])
-        monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+        monkeypatch.setattr(verify, "verify", recorded)
         monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
         monkeypatch.setattr(race, "race", raced)
         return verified
@@ -63,14 +56,16 @@ def card(monkeypatch):
     ("resident", torch.float16, (3, 9, 3, 8), "no-hx"), ("pointwise", torch.float32, (3, 3, 3, 8), "ragged resets"),
     ("cooperative/4/1/4", torch.float32, (3, 3, 3, 8), "no-hx"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("step", torch.float32, (3, 3, 3, 8), ""), ("cooperative/4/1/4", torch.float32, (3, 9, 3, 8), ""),
+        ("step", torch.float16, (3, 3, 3, 8, 5), "ragged states masks peepholes"),
+        ("step", torch.float16, (3, 3, 3, 11), "ragged states norms expected both"),
+        ("cooperative/4/1/4", torch.float32, (3, 9, 3, 8), ""),
         ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"))),
 ], ids=str)  # fmt: skip
 def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
     verified, chosen = card(place), Mock(side_effect=run.run_by)
     monkeypatch.setattr(run, "run_by", chosen)
     check(size, words, None, dtype, seeds=1)
-    family, (_, batch, _, hidden) = place.partition("/")[0], size
+    family, (_, batch, _, hidden, *_) = place.partition("/")[0], size
     assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}
     assert "triton" in [each.args[0].backend.value for each in chosen.call_args_list]
     gpu_lstm.check()

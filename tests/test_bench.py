@@ -75,9 +75,9 @@ def test_rows_have_figures_or_a_reason(changes):
         if row["status"] not in results.TIMED:
             assert (row["status"] in ("absent", "unable"), bool(row["note"]), "median_s" in row) == (True, True, False)
             continue
-        assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
-        assert 0 < row["speed_p20"] <= row["speed"] <= row["speed_p80"]
-        assert 0 < row["over_ours_low"] <= row["over_ours"] <= row["over_ours_high"]
+        for low, middle, high in (("p20_s", "median_s", "p80_s"), ("speed_p20", "speed", "speed_p80"),
+                                  ("over_ours_low", "over_ours", "over_ours_high")):  # fmt: skip
+            assert 0 < row[low] <= row[middle] <= row[high]
         moved, computed = case.bytes_moved() / row["copy_bytes_per_s"], case.operations() / row["product_flops_per_s"]
         assert (row["bound_s"], 0 < row["error"] <= 1) == (max(moved, computed), True)
         assert row.get("kept_bytes", 0) > 0 or not case.training

@@ -3,13 +3,14 @@
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from subjects import HasteLSTM
 
 from bench import __main__ as command_line
-from bench import host
+from bench import host, ppo
 from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
 from bench.measure import Trial
@@ -102,15 +103,22 @@ def test_both_sides_compute_the_same(case):
 
 
 @pytest.mark.deep
-def test_every_call_has_a_line_and_what_is_compared_is_a_ratio(monkeypatch, capsys):
+@pytest.mark.parametrize(("words", "line"), [
+    ("host --cases Stream", ["Stream", "inference", "torch"]),
+    ("ppo --device cpu", ["6", "2", "8", "6000.00", "2000.00", "3.00"]),
+], ids=["host", "ppo"])  # fmt: skip
+def test_a_command_has_a_line_for_what_it_measures_and_a_ratio(monkeypatch, capsys, words, line):
+    def timed(calls, *_):
+        for call in calls.values():
+            call()
+        return dict(one_call=[1.0, 2.0, 4.0], loop=[3.0, 6.0, 16.0])
+
     monkeypatch.setattr(host, "ROUNDS", 2)
+    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8)])
+    monkeypatch.setattr(ppo, "timing", Mock(wraps=ppo.timing, interleaved=timed))
     monkeypatch.setenv("COLUMNS", "120")
-    assert command_line.main(["host", "--cases", "T=1", "Stream"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    asked = [("T=1", mode) for mode in host.MODES] + [("Stream", "inference")]
-    assert [tuple(line[:3]) for line in lines if line[:1] in (["T=1"], ["Stream"])] == [
-        (*each, provider) for each in asked for provider in ("kernels", "torch")
-    ]
+    assert command_line.main(words.split()) == 0
+    assert line in [each.split()[: len(line)] for each in capsys.readouterr().out.splitlines()]
     here, there = ("cpu", "torch"), ("cpu", "torch.nn")
     cells = host.line("T=1", "training", here, {"": [{here: [4e-6, 2e-6], there: [2e-6, 4e-6]}] * 2})
     assert list(cells.values())[3:] == ["3.0", "3.0", "1.25", "1.00"]

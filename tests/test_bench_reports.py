@@ -1,18 +1,14 @@
 """What the benchmark reports: its tables, its pictures, the README, and the comparison of two runs."""
 
-from dataclasses import replace
-
 import pandas as pd
 import pytest
 from installed import ROOT
 
 from bench import __main__ as command_line
-from bench import compare, plots, report, results
+from bench import compare, report, results
 from bench.cases import Case
 
 HEADLINE = Case("training", "bf16", 1024, 16, 768, 768)
-RESETS, ONE = replace(HEADLINE, reset_rate=0.02), replace(HEADLINE, batch=1)
-CPU = {"device": "Imaginary CPU, 2 threads", "cuda": None, "driver": None}
 FIELDS = {
     "date": "2026-01-02T03:04:05+00:00", "commit": "0123456789", "gpu_lstm": "1.2.3", "torch": "2.9.0", "cuda": "13.0",
     "driver": "580.1", "device": "NVIDIA Imaginary 9000", "graph": False, "schema": results.SCHEMA, "provider": "ours",
@@ -32,16 +28,6 @@ def row(case=HEADLINE, speed=2.0, ms=1.0, spread=0.01, **changes):
 
 def frame(rows):
     return pd.DataFrame(rows, columns=results.COLUMNS)
-
-
-def test_the_figure_of_workarounds_is_written_for_each_device_that_has_timed_some(tmp_path):
-    rows = [row(case, **who) for case in (HEADLINE, ONE, RESETS) for who in ({}, TORCH, {"provider": "cleanrl-loop"})]
-    paths = plots.draw(frame([*rows, row(**CPU), row(**TORCH | CPU)]), tmp_path / "new")
-    assert [path.stem for path in paths] == ["instead-nvidia-imaginary-9000"]
-    assert paths[0].read_bytes().startswith(b"\x89PNG")
-    assert paths[0].stat().st_size > 10_000
-    for rows in ([], [row()]):
-        assert plots.draw(frame(rows), tmp_path) == []
 
 
 def test_readme_and_page_are_those_of_the_stored_results(tmp_path):

@@ -1,5 +1,7 @@
 """Layers, directions and chunks of time side by side change no number; memory kept for backward is bounded."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -54,8 +56,6 @@ def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomp
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of each new tensor."""
-
     def __init__(self):
         super().__init__()
         self.sizes = []
@@ -95,15 +95,10 @@ def test_a_sequence_is_cut_into_chunks_wherever_its_gates_are_not_kept(
     monkeypatch, two_steps, recompute, training, steps
 ):
     """With recompute in training, too: its gates are temporary, forward."""
-    run, launched = launch.launch_kernel, []
-
-    def launch_kernel(kernel, grid, **arguments):
-        launched.append(arguments["T"])
-        run(kernel, grid, **arguments)
-
-    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
+    launched = Mock(side_effect=launch.launch_kernel)
+    monkeypatch.setattr(launch, "launch_kernel", launched)
     two_steps(batch=3, hidden=6)
     lstm = gpu_lstm.LSTM(4, 6, backend="triton", recompute=recompute)
     with torch.set_grad_enabled(training):
         lstm(torch.randn(5, 3, 4))
-    assert launched == steps
+    assert [each.kwargs["T"] for each in launched.mock_calls] == steps

@@ -1,6 +1,7 @@
 """The concurrent interpreter: programs that wait for each other end, and a missing release is detected.
 
-That a missing wait is detected, and one that looks at too little, is in test_sequence_kernels.py.
+That a missing wait is detected is in test_sequence_kernels.py, and that all programs end with one that fails in
+test_memory_checks.py.
 """
 
 from functools import partial
@@ -10,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from concurrent_interpreter import ConcurrentRun
-from triton.runtime.errors import InterpreterError
 
 STEPS, WIDTH = 4, 8
 OFTEN = 0.3  # a yield_rate at which something happens at most steps
@@ -55,23 +55,7 @@ def endless_kernel(out_ptr):
         x = x * 1
 
 
-@triton.jit
-def refuse(p):
-    assert p != 1, "not for program 1"
-    return p
-
-
-@triton.jit
-def failing_kernel(out_ptr):
-    """All wait for all, and program 1 fails."""
-    refuse(tl.program_id(0))
-    tl.atomic_add(out_ptr, 1)
-    while tl.atomic_add(out_ptr, 0) < tl.num_programs(0):
-        pass
-
-
 def _is_right(programs: int, seed: int, rate: float, sem: str) -> bool:
-    """Whether the kernel computes x [T+1, programs, N] as it should."""
     x = torch.full((STEPS + 1, programs, WIDTH), float("nan"))
     x[0] = torch.arange(programs * WIDTH).view(programs, WIDTH) % 89
     truth, p = x.clone(), torch.arange(programs)[:, None]
@@ -96,8 +80,3 @@ def test_what_does_not_end_is_ended(kernel):
     message = str(caught.value)
     assert kernel.__name__ in message
     assert [f"({p}, 0, 0) in line" in message for p in range(3)] == [kernel is endless_kernel, True, True]
-
-
-def test_an_exception_stops_all_programs():
-    with pytest.raises(InterpreterError, match=r"failing_kernel, program \(1, 0, 0\).*not for program 1"):
-        ConcurrentRun()(failing_kernel, (4,), out_ptr=_zeros(1))

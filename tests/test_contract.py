@@ -3,15 +3,14 @@
 import ast
 import itertools
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import oracle
 import pytest
 import torch
-from standing_in import as_a_card, plan_of, recurrence
-from subjects import SUBJECTS, states_for
+from standing_in import plan_of, recurrence
 
-import gpu_lstm
 from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
@@ -48,33 +47,6 @@ def test_sizes_come_from_the_problem_and_never_from_a_tensor():
             assert function in MAY_ASK.get(path.name, ()), f"{path.name}:{line}"
     faulty = "def buffers(r): return r.c0.new_empty(r.h0.size(0), len(gates), r.c0.shape[1])"
     assert len(sizes_read(faulty)) == 3
-
-
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_every_module_sends_what_the_contract_says(monkeypatch, subject):
-    """With states and without, lengths, resets, states to reset to; forward and backward. conftest.py compares."""
-    launched = as_a_card(monkeypatch)
-    module = SUBJECTS[subject]()
-    module.backend = "triton"
-    is_cell = isinstance(module, gpu_lstm.LSTMCell)
-    x = torch.randn(3, 2) if is_cell else torch.randn(5, 3, 2)
-    states = states_for(module, [3], torch.randn)
-    ragged = dict(lengths=torch.tensor([5, 0, 2]), resets=torch.rand(5, 3) < 0.5, reset_states=states)
-    calls = [((x,), {}), ((x, states), {})] if is_cell else [((x,), {}), ((x, states), ragged), ((x[:1],), {})]
-    for given, how in calls:
-        found = module(*given, **how)
-        sum(t.sum() for t in torch.utils._pytree.tree_leaves(found)).backward()
-    assert {way for way, _ in launched} == {"forward", "backward"}
-
-
-def test_states_of_another_shape_are_no_states_of_a_layer():
-    """[B, H], as they are where there are several: its last but one size is not the first."""
-    gates = torch.zeros(2, 3, 20)
-    r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=torch.zeros(3, 5), c0=torch.zeros(3, 5))
-    layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
-    layer.forward(gates, r, save=False)
-    with pytest.raises(AssertionError, match="h0"):
-        layer.forward(gates, r._replace(inputs=r.inputs._replace(h0=torch.zeros(3, 5))), save=False)
 
 
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():
@@ -118,7 +90,10 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
 @pytest.mark.parametrize("projected", [0, 3])
 @pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
 def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, projected):
-    """Forward, and backward of what it computed, where dh is h and nothing else is given; numbers are the oracle's."""
+    """Forward, and backward of what it computed, where dh is h and nothing else is given; numbers are the oracle's.
+
+    By the plans that are timed, which no call uses without a verification.
+    """
     problem, cpu, sent = Problem(2, 3, 8, F32, projected, "tf32"), torch.device("cpu"), []
     plans, forward = [plan_of(family, problem, backward) for backward in (False, True)], Layer.forward
 
@@ -126,6 +101,8 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
         sent.append((gates.clone(), r.inputs))
         return forward(layer, gates, r, save)
 
+    run = Mock(side_effect=launch.launch_kernel)
+    monkeypatch.setattr(launch, "launch_kernel", run)
     monkeypatch.setattr(Layer, "forward", recorded)
     found = autotune._call(problem, cpu, None)(plans[0])()
     backward = autotune._call(problem, cpu, plans[0])(plans[1])
@@ -145,3 +122,6 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
     expected = h, h_n[None], c_n[None], cells, gradients[0], gradients[1][None], gradients[2][None]
     for ours, true in zip((*found, *backward()[:3]), expected, strict=True):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
+    ran = {each.args[0].__name__ for each in run.mock_calls}
+    assert ran == {f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")}
+    assert not any(layer._prepared for layer in launch._layers.values())

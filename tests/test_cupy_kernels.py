@@ -17,7 +17,6 @@ from places import CUPY_PLANS, cuda, cupy_plan
 from standing_in import few_polls, recurrence
 from torch import Tensor
 
-import gpu_lstm
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch, source
@@ -35,7 +34,6 @@ def device(monkeypatch, host_or_card) -> str:
 
 
 def _given(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Recurrence]:
-    """gates and recurrence of Layer.forward."""
     torch.manual_seed(0)
     sizes = (4 * H, H), (B, H), (B, H), (T, B, 4 * H)
     weight, h0, c0, gates = (torch.randn(size).to(device, dtype) for size in sizes)
@@ -74,14 +72,6 @@ def test_a_nan_is_data_and_stays_in_its_sequence(monkeypatch, device):
     assert (h[:, 2].isfinite().all(), h[0, 1].isfinite().all()) == (True, True)
 
 
-def test_an_empty_batch(device):
-    gates, r = _given(device, B=0)
-    layer = _layer_of(gates, r)
-    h, h_n, c_n, c = layer.forward(gates, r, save=True)
-    assert (h.shape, h_n.shape, c_n.shape, c.shape) == ((4, 0, 8), (1, 0, 8), (1, 0, 8), (4, 0, 8))
-    assert layer.backward(h, None, None, gates, c, r)[0].shape == gates.shape
-
-
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count():
     T, B, H = 70_000, 64, 128
@@ -112,26 +102,11 @@ def test_tf32_rounds_the_weights_where_tensor_cores_would_cut_them_off(monkeypat
     assert (found[0] != found[2]).all()
 
 
-def test_a_compiled_module_computes_what_eager_does(device):
-    torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(3, 5, 2, bidirectional=True, backend="cupy", device=device)
-    x, compiled = torch.randn(6, 2, 3, device=device), torch.compile(lstm, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x)[0], lstm(x)[0])
-
-
-# A check that cannot fail is no check: faults are planted in the source, and the comparison must detect each.
+# What no order of turns shows is no check of the order: faults of the exchange are planted, which must be detected.
+# Those of formulas and indices are planted by `make mutants`.
 
 FAULTS = {  # the part, the text that is replaced, and by what
-    "gates f and i swapped": ("cell", "cell.f = sigmoid(z_f);", "cell.f = sigmoid(z_i);"),
-    "cell gradient not carried": ("cell", "d.c_prev = dc * f;", "d.c_prev = 0.0f;"),
-    "resets ignored": ("indexing", "return resets != nullptr &&", "return false &&"),
-    "always forward": ("indexing", "return reverse && step < length ?", "return false ?"),
-    "lengths ignored": ("indexing", "lengths != nullptr ?", "false ?"),
-    "row before is off by one": ("indexing", "reverse ? time + 1 : time - 1", "time"),
     "h of the wrong step": ("cooperative", "time_of(step - 1, its_length, reverse)", "step < 2 ? T : step - 2"),
-    "weights' row is off by one": ("cooperative", "gate * H + unit : -1", "gate * H + (unit + 1) % H : -1"),
-    "fragments swapped": ("products", "[0], quad.x, quad.y", "[0], quad.y, quad.x"),
-    "rows of a tile swapped": ("products", "of[0][half] = quad.x", "of[0][1 - half] = quad.x"),
     "a warp takes another's part of K": ("products", "x.await(polling);\n        float", "x.await(polling);\n        "
                                         "x.quad[0].x = lane.warp == 1 ? x.quad[0].y : x.quad[0].x;\n        float"),
     "a stale word is taken for new": ("exchange", "return most != SENTINEL;", "return true;"),
@@ -140,16 +115,12 @@ FAULTS = {  # the part, the text that is replaced, and by what
     "published too early": ("cooperative", "const unsigned word = pack<E>(h_next);",
                             "const unsigned word = pack<E>(h_next);\nstore_relaxed_if(in_batch & "
                             "unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word ^ 0x8000);"),
-    "one half of the parts for all turns": ("products", "(turn * WARPS + warp)", "warp"),
     "a missing barrier": ("products", "odd[tile][2 + n]};\n        __syncthreads();", "odd[tile][2 + n]};"),
-    "what a reset leaves is not taken": ("cooperative", "load_if(valid & !at.continues, reset_c + at.row",
-                                         "load_if(false, reset_c + at.row"),
 }  # fmt: skip
 READ_FAULTS = {
     "a missing barrier": ("products", "= sums[n][s];\n        __syncthreads();", "= sums[n][s];"),
     "a warp reads before all have laid down": ("products", "x.quad[chunk];\n            barrier_of_warp();",
                                                "x.quad[chunk];"),
-    "shares of rows left out": ("cooperative", "if (!ONE) row += rows;", "row += H;"),
 }  # fmt: skip
 
 
@@ -161,7 +132,6 @@ QUICK = {None, "h of the wrong step", "a stale word is taken for new", "a missin
     for name, faults in (("kept", FAULTS), ("read", READ_FAULTS)) for fault in (*faults, None)
 ])  # fmt: skip
 def test_a_planted_fault_is_detected(monkeypatch, faults, change):
-    """By the comparison, in at least one order of turns."""
     changes = {}
     if change is not None:
         part, text, fault = faults[change]
@@ -172,12 +142,11 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
     choose, dtype, size = cupy_plan(True, 4, multiprocessors=12), torch.float16, (5, 9, 3, 33)
     if faults is READ_FAULTS:
         choose, dtype, size = CUPY_PLANS["read/4"], torch.float32, (3, 9, 3, 75)
-    words = "ragged states reverse" if change and "leaves" in change else "ragged resets reverse"
 
     def is_detected(seed: int) -> bool:
         cuda(monkeypatch, choose, seeds=itertools.repeat(seed), changes=changes)
         try:
-            check(size, words, "cupy", dtype, seeds=1)
+            check(size, "ragged resets reverse", "cupy", dtype, seeds=1)
         except AssertionError:
             return True
         except RuntimeError as error:  # words that never come

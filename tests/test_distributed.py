@@ -1,4 +1,7 @@
-"""DDP, FSDP2 and distributed checkpoints in two gloo processes, compared with one; activation checkpointing."""
+"""DDP and FSDP2 in two gloo processes, compared with one; activation checkpointing.
+
+Distributed checkpoints are those of examples/train_ddp.py: test_examples.py.
+"""
 
 import os
 import socket
@@ -11,10 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from comparing import BACKENDS, DEVICE, assert_same, every_backend
+from comparing import DEVICE, assert_same, every_backend
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +25,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import available, race, run
 
-WORKERS = 2
+WORKERS, WITHIN = 2, ("torch", "triton")
 T, B, I, H = 4, 4, 3, 6
 
 Adam = partial(torch.optim.Adam, lr=0.01)
@@ -66,46 +67,20 @@ def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer, rank
         optimizer.step()
 
 
-def third_step(model: nn.Module, checkpoint: Path, rank: int | None = None) -> None:
-    """From a checkpoint after two; a worker's, or that of one process."""
-    optimizer, alone = Adam(model.parameters()), rank is None
-    weights, states = get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=alone))
-    dcp.load({"model": weights, "optimizer": states}, checkpoint_id=checkpoint, no_dist=alone)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
-    train(model, range(2, 3), optimizer, rank)
-
-
 def ddp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """Gradients of one backward, and of two that are accumulated."""
+    """The gradients of one backward."""
     model = DistributedDataParallel(Tagger(backend, seed=rank))  # which hands out the weights of rank 0
     backward_of(model, 0, rank)
-    found = {f"once {name}": p.grad.clone() for name, p in model.module.named_parameters()}
-    model.zero_grad()
-    with model.no_sync():
-        backward_of(model, 1, rank)
-    backward_of(model, 2, rank)
-    return found | {f"twice {name}": p.grad for name, p in model.module.named_parameters()}
+    return {name: p.grad for name, p in model.module.named_parameters()}
 
 
 def fsdp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """The whole weights after three steps; a distributed checkpoint is left behind after two."""
+    """The whole weights after three steps."""
     model = Tagger(backend)
     fully_shard(model.lstm)
     fully_shard(model)
-    optimizer = Adam(model.parameters())
-    train(model, range(2), optimizer, rank)
-    weights, states = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=folder / f"checkpoint {backend}")
-    train(model, range(2, 3), optimizer, rank)
+    train(model, range(3), Adam(model.parameters()), rank)
     assert model.lstm.weight_hh_l1.to_local().shape == (4 * H // WORKERS, H)
-    return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
-
-
-def resumed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """The whole weights after the third step, from the checkpoint after two; in other shards than were saved."""
-    model = Tagger(backend, seed=1)
-    fully_shard(model)
-    third_step(model, folder / f"checkpoint {backend}", rank)
     return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
 
 
@@ -128,7 +103,7 @@ def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
 def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
-    for task, backend in [*product((ddp, fsdp), BACKENDS), (resumed, "torch"), (agreed, "auto")]:
+    for task, backend in [*product((ddp, fsdp), WITHIN), (agreed, "auto")]:
         with torch.backends.cudnn.flags(allow_tf32=False):
             try:
                 found = task(backend, rank, folder)
@@ -162,32 +137,13 @@ def found(folder: Path, task: Callable, backend: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.deep
-@every_backend
+@pytest.mark.parametrize("backend", WITHIN)
 def test_ddp_and_fsdp2_are_as_one_process_on_the_joint_batch(folder, backend):
-    model, true = Tagger("torch"), {}
-    for name, numbers in (("once", [0]), ("twice", [1, 2])):
-        model.zero_grad()
-        for number in numbers:
-            backward_of(model, number)
-        true |= {f"{name} {key}": p.grad.clone() for key, p in model.named_parameters()}
-    assert_same(found(folder, ddp, backend), true)
+    model = Tagger("torch")
+    backward_of(model, 0)
+    assert_same(found(folder, ddp, backend), {name: p.grad for name, p in model.named_parameters()})
     train(model, range(3), Adam(model.parameters()))
     assert_same(found(folder, fsdp, backend), model.state_dict())
-
-
-@pytest.mark.deep
-def test_a_distributed_checkpoint_resumes_in_two_processes_and_in_one_and_loads_into_torchs_lstm(folder):
-    expected = found(folder, fsdp, "torch")
-    assert_same(found(folder, resumed, "torch"), expected)
-    model = Tagger("torch", seed=1)
-    third_step(model, folder / "checkpoint torch")
-    assert_same(expected, model.state_dict())
-
-    trained = Tagger("torch")
-    train(trained, range(2), Adam(trained.parameters()))
-    theirs = nn.ModuleDict({"lstm": nn.LSTM(I, H, num_layers=2), "head": nn.Linear(H, 2)}).state_dict()
-    dcp.load({"model": theirs}, checkpoint_id=folder / "checkpoint triton", no_dist=True)
-    assert_same(theirs, trained.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")

@@ -53,33 +53,27 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     assert type(names["model"][0]) is torch.nn.LSTM  # converted, and back
 
 
-def test_the_readmes_figures_of_an_update_are_those_of_its_picture():
-    times = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")["times_as_fast"]
-    said = f"update of recurrent PPO is {times.min():.1f} to {times.max():.1f} times as fast"
-    assert said in " ".join(README.read_text().split())
-
-
-def test_what_the_readme_says_of_workarounds_and_what_explain_prints_is_so(monkeypatch):
+def test_the_figures_of_the_pages_are_those_of_the_stored_results_and_what_explain_prints_is_so(monkeypatch):
+    readme, changelog, page = ((ROOT / name).read_text() for name in (
+        "README.md", "CHANGELOG.md", "docs/reinforcement_learning.md"))  # fmt: skip
+    updates = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")
     (stored,) = (ROOT / "bench" / "results").glob("*.csv")
     around = report.instead(report.measured(results.read(stored)), every_case=True)
     better = around[around["provider"].isin(["rl_games-pieces", "rsl_rl-padded"]) & (around["mode"] == "training")]
-    low, high = (f"{bound:.2g}" for bound in (better["over_ours"].min(), better["over_ours"].max()))
-    text = README.read_text()
-    assert f"take {low} to {high} times as long as one call" in text.replace("\n", " ")
+    fast, around = updates["times_as_fast"], better["over_ours"]
+    for text, said in (
+        (readme, f"update of recurrent PPO is {fast.min():.1f} to {fast.max():.1f} times as fast"),
+        (readme, f"take {around.min():.2g} to {around.max():.2g} times as long as one call"),
+        (readme, "estimates for six cards"), (changelog, "recipes for seven trainers"),
+        (page, f"medians over at least {updates['rounds'].min()} rounds"),
+    ):  # fmt: skip
+        assert said in " ".join(text.split())
+    assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
+    assert len(set(re.findall(r"^\| `(\w+)` \|", bounds.PAGE.read_text(), flags=re.MULTILINE))) == 6 == len(DEVICES)
     monkeypatch.setenv("GPU_LSTM_BACKEND", "auto")
     printed = str(gpu_lstm.explain(gpu_lstm.LSTM(6, 32), torch.randn(50, 3, 6))).splitlines()
-    (block,) = re.findall(r"```text\n(.*?)\n```", text, flags=re.DOTALL)
+    (block,) = re.findall(r"```text\n(.*?)\n```", readme, flags=re.DOTALL)
     assert set(block.splitlines()) <= set(printed)
-
-
-def test_numbers_of_things_that_pages_name():
-    page = (DOCS / "reinforcement_learning.md").read_text()
-    recipes = re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])
-    assert (len(recipes), "recipes for seven trainers" in (ROOT / "CHANGELOG.md").read_text()) == (7, True)
-    rounds = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")["rounds"]
-    assert f"medians over at least {rounds.min()} rounds" in page
-    assert len(set(re.findall(r"^\| `(\w+)` \|", bounds.PAGE.read_text(), flags=re.MULTILINE))) == 6 == len(DEVICES)
-    assert "estimates for six cards" in README.read_text().replace("\n", " ")
 
 
 def links(text: str) -> list[str]:

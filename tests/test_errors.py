@@ -54,20 +54,6 @@ def test_what_chooses_the_backend(call, monkeypatch):
     assert not by_reference()
 
 
-def test_with_ends_with_its_block(monkeypatch):
-    monkeypatch.delenv("GPU_LSTM_BACKEND", raising=False)
-    call = CALLABLES["LSTM"]
-    with gpu_lstm.backend("triton"):
-        gpu_lstm.backend("torch")(call)()
-        with pytest.raises(ValueError, match="unknown backend 'none'"), gpu_lstm.backend("none"):
-            pytest.fail("the block was entered")
-        with refuses_float64():
-            call()
-    with pytest.raises(ZeroDivisionError), gpu_lstm.backend("triton"):
-        raise ZeroDivisionError
-    call()
-
-
 def test_a_backend_that_is_chosen_without_with_is_told():
     with pytest.warns(RuntimeWarning, match=r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backe"):
         gpu_lstm.backend("triton")

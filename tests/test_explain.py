@@ -82,7 +82,6 @@ def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_o
 
 
 def test_plans_and_what_bounds_a_step(card, monkeypatch):
-    """Of an H100."""
     for module in (choose, launch):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
     lstm = gpu_lstm.LSTM(4, 768, dtype=torch.bfloat16, backend="triton")

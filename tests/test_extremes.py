@@ -52,7 +52,6 @@ def test_a_batch_of_none(backend, kind, recompute, ragged):
 
 @every_backend
 def test_of_none_what_goes_round_a_call(backend):
-    """Trace, explain, a graph, gradients of gradients, streams and a cell."""
     place = PLACES[backend]
     lstm, x = gpu_lstm.LSTM(I, H, backend=backend, **place), zeros(T, 0, I, **place, requires_grad=True)
     assert gpu_lstm.trace(lstm, x).layers[0][0].cell.shape == (T, 0, H)

@@ -211,14 +211,6 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
         assert _selected() is Backend.TORCH
 
 
-def test_memory_that_is_full_says_nothing_about_the_card(card, monkeypatch):
-    monkeypatch.setattr(choose, "load", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(torch.OutOfMemoryError):
-        _selected("triton")
-    monkeypatch.setattr(choose, "load", lambda *_: None)
-    assert _selected("triton") is Backend.TRITON
-
-
 def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
     loaded = []
     monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__))

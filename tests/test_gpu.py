@@ -27,7 +27,6 @@ def random(*size, dtype=torch.float32, **options):
 
 
 def results(lstm, x, **given):
-    """Output and gradients."""
     y, _ = lstm(x, **given)
     return [y, *torch.autograd.grad(y.square().mean(), [t for t in (x, *lstm.parameters()) if t.requires_grad])]
 

@@ -6,21 +6,18 @@ And the operators as torch.library checks them.
 import contextlib
 import copy
 import io
-import subprocess
-import sys
 from collections import Counter
 from unittest.mock import Mock
 
 import pytest
 import torch
-from cases import inputs_of
+from cases import built, inputs_of, with_random_parameters
 from comparing import PLACES, assert_same
 from pairs import LENGTHS, RESETS, B, H, I, T, pair, random_inputs, results, states_left
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.export import Dim
 from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
@@ -118,18 +115,6 @@ def test_dropout_drops_as_much_as_it_should():
     assert 0.22 < (c_1 == 0).double().mean() < 0.28
     lstm.eval()
     assert torch.equal(compiled(x)[0], compiled(x)[0])
-
-
-@pytest.mark.deep
-def test_autocast_and_packed_sequences_which_break_the_graph():
-    lstm, x = gpu_lstm.LSTM(I, H, 2), torch.randn(6, 2, I)
-    compiled = torch.compile(lstm, backend="aot_eager")
-    packed = pack_sequence([x[:, 0], x[:3, 1]])
-    torch.testing.assert_close(tree_leaves(compiled(packed)), tree_leaves(lstm(packed)))
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (tree_leaves(call(x, lengths=torch.tensor([6, 2]))) for call in (compiled, lstm))
-    assert [t.dtype for t in found] == [torch.bfloat16] * 3
-    torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
 
 
 @pytest.fixture
@@ -239,23 +224,6 @@ def test_an_export_says_once_that_the_program_needs_the_package(caplog, strict):
     assert [record.message for record in caplog.records if record.name == "gpu_lstm"] == [NEEDS]
 
 
-LOADS = """import sys, torch
-assert "gpu_lstm" not in sys.modules
-for name in "alone", "ours":
-    torch.export.load(f"{name}.pt2")
-    print(name)"""
-
-
-@pytest.mark.deep
-def test_a_program_of_torchs_own_module_loads_without_the_package_and_one_of_ours_does_not(tmp_path):
-    lstm, x = gpu_lstm.LSTM(I, H), torch.randn(5, 2, I)
-    torch.export.save(torch.export.export(lstm, (x,)), tmp_path / "ours.pt2")
-    torch.export.save(torch.export.export(gpu_lstm.to_torch(lstm), (x,)), tmp_path / "alone.pt2")
-    ran = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, cwd=tmp_path)
-    assert (ran.returncode, ran.stdout) == (1, "alone\n")
-    assert "failed to resolve torch.ops.gpu_lstm.layer" in ran.stderr
-
-
 @pytest.mark.deep
 def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
     lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True).eval()
@@ -277,68 +245,19 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
         torch.testing.assert_close(tree_leaves(torch.jit.trace(ours, (example,))(x)), tree_leaves(twin(x)))
 
 
-# Every result, gradient and gradient of a gradient is that of eager mode
-STATES = tuple(torch.randn(1, T, B, H, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (1, 2))
-VARIANTS = {  # of a module, and of a call
-    "plain": ({}, {}), "chain": (dict(num_layers=2, bidirectional=True, proj_size=2), {}),
-    "lengths": (dict(recompute=True), dict(lengths=LENGTHS)), "resets": ({}, dict(resets=RESETS)),
-    "variants": (dict(peepholes=True, layer_norm=True), {}),
-    "reset states": ({}, dict(resets=RESETS, reset_states=STATES)),
-    "noise": (dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45), weight_drop=0.25), {}),
-    "cell": ({}, {}),
-}  # fmt: skip
-
-
-class Program(nn.Module):
-    """A module with the arguments of its call."""
-
-    def __init__(self, variant: str, backend: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        options, self.given = VARIANTS[variant]
-        dtype = torch.float32 if backend == "triton" else torch.float64
-        kind = gpu_lstm.LSTMCell if variant == "cell" else gpu_lstm.LSTM
-        self.lstm = kind(I, H, backend=backend, dtype=dtype, **options)
-        states = [state.to(dtype) for state in self.given.get("reset_states", ())]
-        self.reset_states = nn.ParameterList(states)  # whose gradients are compared, too
-
-    def forward(self, x: Tensor) -> Tensor:
-        given = self.given | ({"reset_states": tuple(self.reset_states)} if len(self.reset_states) else {})
-        if isinstance(self.lstm, gpu_lstm.LSTMCell):
-            h, c = self.lstm(x[1], self.lstm(x[0]))
-            return h.square().sum() + c.square().sum()
-        y, (h_n, c_n) = self.lstm(x, **given)
-        return y.square().sum() + h_n.sum() + c_n.square().sum()
-
-
-def derivatives(program: nn.Module, x: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """The result, all gradients, and the gradients of their squares."""
-    torch.manual_seed(5)
-    result = program(x)
-    leaves = [x, *parameters]
-    first = torch.autograd.grad(result, leaves, create_graph=True)
-    second = torch.autograd.grad(sum(t.square().sum() for t in first), leaves)
-    assert all(t.any() for t in second)
-    return [result, *first, *second]
-
-
 @pytest.mark.deep
 @pytest.mark.parametrize("way", ["compiled", "exported"])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_programs_have_the_derivatives_of_eager_mode(exact_float32_products, variant, backend, way):
-    if backend == "torch" and variant in ("variants", "reset states", "noise"):
-        backend = "reference"
-    program = Program(variant, backend)
-    x = torch.randn(T, B, I, dtype=next(program.parameters()).dtype, requires_grad=True)
-    true = derivatives(program, x, list(program.parameters()))
+def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_float32_products, way):
+    """Second derivatives of a compiled module: test_derivatives.py."""
+    words = {"peepholes", "norms", "masks", "recompute"}
+    ours = with_random_parameters(built((T, B, I, H), words, backend="triton", weight_drop=0.25), 0)
+    x, options = random_inputs(ours, B)[0], dict(lengths=LENGTHS, resets=RESETS)
+    expected = results(ours, x, **options)
     if way == "compiled":
-        other = torch.compile(program, backend="eager")
+        found = results(ours, x, call=torch.compile(ours, backend="aot_eager", fullgraph=True), **options)
     else:
-        other = torch.export.export(program, (x.detach(),)).module()
-    found = derivatives(other, x, list(other.parameters()))
-    for one, its in zip(true, found, strict=True):
-        torch.testing.assert_close(its, one)
+        found = results(torch.export.export(ours, (x,), options).module(), x, **options)
+    assert_same({name: found[name] for name in expected}, expected, condition=4)
 
 
 # The operators: schemas, fakes, gradients

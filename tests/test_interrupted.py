@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -22,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
-from gpu_lstm.call import choices, modes
+from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend, Racing, requested_backend, requested_racing
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_lstm import launch as launcher
@@ -104,7 +103,6 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equ
     pytest.param("triton", "stack", marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
-    """Of a step of training: results and gradients."""
     torch.manual_seed(0)
     module = SUBJECTS[kind](backend=backend, **PLACES[backend])
     x = torch.randn((B, I) if kind == "cell" else (T, B, I)).to(next(module.parameters())).requires_grad_()
@@ -158,7 +156,6 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(error, monkeypatch):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_launch_that_raises_raises_once(backward, monkeypatch):
-    """In forward, or in a backward that can be run again."""
     error = torch.OutOfMemoryError("none left")
     torch.manual_seed(0)
     lstm = gpu_lstm.LSTM(I, H, 2, backend="triton", **PLACES["triton"])
@@ -271,44 +268,6 @@ def test_overlapping_blocks_leave_nothing_behind(run):
     assert run(requested_racing) is Racing.READ
     del second  # never run to its end
     assert run(requested_racing) is by_default
-
-
-@pytest.mark.parametrize("closes", [True, False])
-def test_blocks_of_several_threads_do_not_disturb_each_other(closes):
-    """Another opens one, and may close it, between any two instructions of what opens, reads and closes a block."""
-    held, count, number = [], 0, 0
-
-    def opened():
-        with gpu_lstm.backend("reference"):
-            yield
-
-    def other():
-        held.append(opened())
-        next(held[-1])
-        if closes:
-            held[-1].close()
-
-    def trace(frame, event, argument):
-        nonlocal count
-        if frame.f_code.co_filename not in (choices.__file__, modes.__file__):
-            return None
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        if event == "opcode" and count == number:
-            with traced(None):
-                in_a_thread(other)
-        return trace
-
-    while count >= number:
-        count, number = 0, number + 1
-        with traced(SimpleNamespace(trace=trace)):
-            with gpu_lstm.backend("torch"):
-                assert requested_backend(None) in (Backend.TORCH, Backend.REFERENCE)
-            modes.modes(torch.zeros(1))
-    assert number > 50
-    for block in held:
-        block.close()
-    assert choices.chosen_backends[0].value is None
 
 
 def test_a_block_holds_for_the_backward_that_runs_in_it():

@@ -201,10 +201,6 @@ def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_
     assert [one.use_cudnn for one in (LSTM(H, use_cudnn=use_cudnn), both.forward_layer, both.backward_layer)] == [
         use_cudnn
     ] * 3
-    if use_cudnn:
-        theirs = keras.layers.Bidirectional(KERAS(H, use_cudnn=use_cudnn))
-        with pytest.raises(AssertionError, match="instead of the layers"):
-            theirs(draw(B, T, I))
 
 
 def test_what_is_refused(monkeypatch):

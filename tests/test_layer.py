@@ -38,7 +38,8 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
                         "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
-                        "zoneout_c both ragged resets", "stream expected deep",
+                        "zoneout_c both ragged resets", "stream expected deep", "deep both norms peepholes ragged",
+                        "stack norm-hh norm-c peepholes no-bias both states",
                         "layer norms peepholes states both"),
      (2, "6,4,3,5,2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
       "stream deep", "packed both"),
@@ -46,14 +47,15 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
      (2, "1,1,1,3", f"{MIX} masks", f"{OF_ALL} masks both", f"{MOST} expected deep", "unbatched both states", "cell"),
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
     ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
-    ("reference", F64, (2, "6,4,5,5", "residual masks ragged")),
+    ("reference", F64, (2, "6,4,5,5", "residual masks ragged", "residual masks state")),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
      (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched")),
     # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets"),
      (2, "3,3,4,5", "cell", "stream deep", "layer ragged states both", "batch-first state", "chunks deep states"),
      (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
-     (1, "3,1,3,8", "unbatched states")),
+     (1, "3,1,3,8", "unbatched states"), (1, "4,3,3,4", "stack norms both ragged", "deep both masks peepholes"),
+     (1, "4,3,3,3", "residual", "residual masks ragged resets")),
     ("triton", F16, (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks")),
     # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h; two tiles of units
     ("step", F32, (1, "4,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
@@ -187,12 +189,13 @@ def test_larger_sizes_in_cuda(size, words, dtype):
     check(size, words, "cupy", dtype, "cuda")
 
 
-@pytest.mark.parametrize(("size", "words"), [
-    ((2, 2, 2, 2), "no-bias ragged resets both"), ((2, 2, 2, 3, 2), f"{MOST} masks"),
-    ((2, 2, 2, 3, 2), "ragged states peepholes expected"), ((2, 2, 2, 3), f"{OF_ALL} masks"),
+@pytest.mark.parametrize(("backend", "size", "words"), [
+    ("torch", (2, 2, 2, 2, 1), ""), ("torch", (2, 2, 2, 2, 1), MIX), ("reference", (2, 2, 2, 2), f"no-bias {MIX}"),
+    ("reference", (2, 2, 2, 3, 2), f"{MOST} masks"), ("reference", (2, 2, 2, 3, 2), "ragged states peepholes expected"),
+    ("reference", (2, 2, 2, 3), f"{OF_ALL} masks"),
 ])  # fmt: skip
-def test_second_derivatives_of_the_reference_by_finite_differences(size, words):
-    module, (x, hx, rest) = everywhere("reference", words, F64, size)
+def test_second_derivatives_by_finite_differences(backend, size, words):
+    module, (x, hx, rest) = everywhere(backend, words, F64, size)
     names, parameters = zip(*module.train("expected" not in words).named_parameters())
     left = rest.pop("reset_states", ())
 
@@ -220,7 +223,6 @@ EVERYWHERE = [
 
 
 def everywhere(place, words, dtype, size):
-    """A module, and a call of it."""
     named, backend = set(words.split()), KERNELS[place].backend
     where = PLACES.get(backend, dict(device="cpu")) | ({} if dtype is None else dict(dtype=dtype))
     module = with_random_parameters(built(size, named, backend=backend), 0).to(**where)

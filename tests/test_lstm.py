@@ -42,13 +42,6 @@ def test_a_packed_sequence_is_packed_as_torchs(backend, lengths):
         assert their is our is None or torch.equal(our.cpu(), their)
 
 
-@every_backend
-@pytest.mark.parametrize(("kind", "given"), [("LSTM", False), ("LSTMCell", True), ("StackedLSTM", True)])
-def test_a_call_that_is_unbatched(backend, kind, given):
-    theirs, ours = pair(kind, backend, **dict(bidirectional=True) if kind == "StackedLSTM" else {})
-    assert_alike(ours, theirs, given=given)
-
-
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in Triton's interpreter
 @every_backend
 @every_kind
@@ -153,18 +146,6 @@ def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
     theirs, projected = pair("LSTM", backend, num_layers=2, proj_size=2, dropout=1 - 2**-30)
     found, wanted = (module(*moved(module, x))[0].detach() for module in (projected, theirs))
     assert_same(dict(output=found), dict(output=wanted))
-
-
-@pytest.mark.parametrize(("backend", "dtype"), [
-    ("torch", torch.float32), ("reference", torch.float16), ("triton", torch.float16),
-])  # fmt: skip
-def test_another_dtype(backend, dtype):
-    theirs, ours = pair("LSTM", backend, num_layers=2)
-    ours, theirs = ours.to(dtype), theirs.to(dtype).double()
-    x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(ours, B))
-    got = results(ours, x, hx)
-    assert {t.dtype for t in got.values()} == {dtype}
-    assert_same(got, results(theirs, x, hx))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")

@@ -1,13 +1,12 @@
 """The tool that plants faults: each is a fault, in code that computes, and tests run against it."""
 
-import ast
 import json
 from functools import partial
 
 import coverage
 import mutants
 import pytest
-from mutants import ROOT, all_mutants, of_cuda, of_python, sample
+from mutants import of_cuda, of_python
 
 SOURCE = b'''
 """A text with 1 < 2."""
@@ -44,48 +43,10 @@ def test_what_is_planted_and_what_is_left_alone(generate, source, planted):
     assert {(mutant.kind, mutant.old, mutant.new) for mutant in generate("a", source)} == planted
 
 
-def test_a_sample_is_drawn_by_its_seed_of_every_kind_and_each_fault_is_another_program_that_python_reads():
-    possible = all_mutants(ROOT)
-    first = sample(possible, 30, seed=0)
-    assert sample(possible, 30, seed=0) == first != sample(possible, 30, seed=1)
-    assert {mutant.kind for mutant in first} == {mutant.kind for mutant in possible}
-    longer = sample(possible, 60, seed=0)
-    assert longer[:30] == first, "a longer run continues where a shorter one ended"
-    for mutant in longer:
-        source = (ROOT / mutant.path).read_bytes()
-        planted = mutant.planted(source)
-        assert planted != source
-        if mutant.path.endswith(".py"):
-            assert ast.dump(ast.parse(planted)) != ast.dump(ast.parse(source)), mutant.name
-
-
 def test_the_statement_of_a_fault_is_all_of_its_lines_but_not_its_block_or_none_where_it_is_imported():
     source = b"d = 1\ndef f(x=3):\n    if (\n        a < x\n    ):\n        b = (2 +\n             c)"
     lines = {(mutant.old, mutant.first, mutant.last) for mutant in of_python("a", source)}
     assert {("1", 0, 0), ("3", 0, 0), ("a < x", 3, 5), ("2 +\n             c", 6, 7)} <= lines
-
-
-class Data:
-    """As coverage.CoverageData: which tests execute each line."""
-
-    def contexts_by_lineno(self, path):
-        return {
-            "a.py": {1: [""], 2: ["tests/test_a.py::slow", "tests/test_b.py::quick"], 3: ["tests/test_a.py::quick"]},
-            mutants.HOST: {1: [""], 6: ["tests/test_a.py::host"], 7: ["tests/test_b.py::quick"]},
-        }[path]
-
-
-@pytest.mark.parametrize(("path", "line", "batches"), [
-    ("a.py", 2, [["tests/test_b.py::quick"], ["tests/test_a.py::slow"]]), ("a.py", 3, [["tests/test_a.py::quick"]]),
-    ("a.py", 1, [["tests/test_b.py::quick", "tests/test_a.py::quick"], ["tests/test_a.py::slow"]]),
-])  # fmt: skip
-def test_the_tests_that_execute_a_fault_run_in_batches_the_quick_first(path, line, batches):
-    seconds = {"tests/test_a.py::slow": 40.0, "tests/test_a.py::quick": 1.0, "tests/test_b.py::quick": 1.0}
-    tests = mutants.Covered(seconds | {"tests/test_a.py::host": 1.0}, Data())
-    fault = mutants.Mutant(path, line, 0, "constant", 0, "1", "2", line, line)
-    assert tests.batches(fault) == batches
-    *_, in_cuda = of_cuda("a.cu", b"\n" * 6 + b"a + b\n")  # on a line of its number the host has another test
-    assert tests.batches(in_cuda) == [["tests/test_a.py::host", "tests/test_b.py::quick"]]
 
 
 ENDS = {

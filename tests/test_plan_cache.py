@@ -19,7 +19,6 @@ from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
-from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
 PLAN = plans(PROBLEM, H100, False)[0]
@@ -61,23 +60,6 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeyp
         assert measured_plan(PROBLEM, H100, False) is None
     assert cache.forget(choose.KIND) == 1
     assert measured_plan(PROBLEM, H100, False) is None
-
-
-@pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
-def test_what_is_timed_runs_the_given_plans_and_is_used_by_no_call(monkeypatch):
-    """It is not verified."""
-    cpu, problem, run = torch.device("cpu"), Problem(2, 3, 20, torch.float16), Mock(side_effect=launch.launch_kernel)
-    monkeypatch.setattr(launch, "launch_kernel", run)
-    launch.forget()
-    forward, backward = (
-        dataclasses.replace(plan, programs=1) for plan in (step_plan(problem, H100, way) for way in (False, True))
-    )
-    autotune._call(problem, cpu, dataclasses.replace(forward, units=32))(backward)()
-    autotune._call(problem, cpu, None)(forward)()
-    assert [(each.args[0].__name__.split("_")[2], each.kwargs["S"].UNITS) for each in run.mock_calls] == [
-        ("forward", 32), ("backward", 16), ("forward", 16)
-    ]  # fmt: skip
-    assert not any(layer._prepared for layer in launch._layers.values())
 
 
 def test_a_plan_is_for_one_kind_of_problem():

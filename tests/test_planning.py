@@ -15,7 +15,6 @@ from gpu_lstm.kernels.cupy_lstm import planning as cupy
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm import planning
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Cooperative, Held, Plan, Pointwise, Resident, Step, expected
 from gpu_lstm.kernels.triton_lstm.step import held_plans, split_plans, step_plan
 
@@ -75,22 +74,6 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
         assert plans(problem, H100, backward)[0].family.name == POINTWISE
         for change in (dict(norms=(True, False, False)), dict(projected=hidden // 2, dropout_h=True)):
             assert POINTWISE not in [plan.family.name for plan in plans(problem._replace(**change), H100, backward)]
-
-
-@pytest.mark.parametrize(("batch", "dtype", "options", "rows", "warps"), [
-    (7, BF16, {}, 16, 4), (100, BF16, {}, MOST_ROWS, 4), (100, torch.float32, {}, MOST_ROWS // 2, 8),
-    (100, BF16, dict(dropout_h=True), 32, 4), (100, torch.float32, dict(dropout_h=True), 16, 8),
-])  # fmt: skip
-def test_tiles_of_the_step_family(batch, dtype, options, rows, warps):
-    """Fewer rows where a product has no tensor cores, or masks take registers; backward has one column, not four."""
-    problem = Problem(9, batch, 64, dtype, **options)
-    plan, back = (step_plan(problem, H100, backward) for backward in (False, True))
-    # Of two stages 128 bytes for each row, and each column of each of four gates
-    assert (plan.rows, plan.shared) == (rows, 2 * 128 * (rows + 64))
-    assert back.shared == plan.shared - 2 * 128 * 3 * plan.units
-    assert plan.num_warps == back.num_warps == warps
-    tiles = -(-problem.batch // plan.rows) * (64 // plan.units)
-    assert (plan.programs, plan.tiles_per_program) == (min(tiles, 132), -(-tiles // 132))
 
 
 @both_ways

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import torch_rnn, verify
+from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.options import Size
@@ -71,7 +71,6 @@ def _call(lstm=LSTM, x=X):
 
 
 def _backend_of(lstm=LSTM, x=X):
-    """The backend that runs a call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "run_by", Mock(side_effect=run.run_by))
         lstm(x)
@@ -87,7 +86,6 @@ def _forget_all_but_files():
 @pytest.mark.parametrize("winner", ["triton", "torch"])
 @pytest.mark.parametrize("training", [False, True])
 def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training):
-    """And a log line says who won."""
     seconds = {"triton": 2e-3, "torch": 2e-3} | {winner: 1e-3}
     ran = stubbed(**seconds)
     with torch.set_grad_enabled(training), caplog.at_level(logging.INFO, "gpu_lstm"):
@@ -280,15 +278,6 @@ def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, hi
     assert ran == []
 
 
-def test_a_rival_that_fails_has_lost(stubbed, monkeypatch):
-    fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_rnn, "run_call", fails)
-    ran = stubbed()
-    LSTM(X)
-    (decision,) = race.decided.values()
-    assert (ran, decision.backend, decision.why[:19]) == ([], Backend.TRITON, "torch's LSTM fails:")
-
-
 DECISION = {"backend": "torch", "why": "won", "seconds": {"triton": 0.2, "torch": 0.1}}
 LIES = [
     None, [], "torch", {"surprise": 1}, {"backend": "torch"},
@@ -336,7 +325,7 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
     assert (keys[0] == keys[1], len(set(keys))) == (True, 4)
 
 
-@pytest.mark.parametrize("at", [1, 4])
+@pytest.mark.parametrize("at", [0, 4])
 @pytest.mark.parametrize("rival", ["triton", "torch"])
 def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""

@@ -1,9 +1,7 @@
 """What a user has set for the whole process does not get into a call: it computes the same numbers as without it."""
 
-import ast
 import contextlib
 from functools import cache, partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,11 +72,11 @@ def calls_of(backend: str) -> dict:
         "to_torch": (lstm, lambda: gpu_lstm.to_torch(lstm)(x)),
         "from_haste": (haste, lambda: gpu_lstm.from_haste(haste)(x.float().cpu())[0]),
         "resets_from_dones": (lstm, lambda: gpu_lstm.resets_from_dones(resets)),
+        "lengths_of": (lstm, lambda: gpu_lstm.keras.lengths_of(resets.T.cumsum(1) == 0)),
     }
 
 
 def results(backend: str, around=contextlib.nullcontext) -> dict[str, list[torch.Tensor]]:
-    """What all calls compute, and gradients where autograd records, each inside of `around()`."""
     found = {}
     for name, (module, call) in calls_of(backend).items():
         torch.manual_seed(5)
@@ -102,7 +100,7 @@ def switched(switch, inside, outside):
     switch(outside)
 
 
-SETTINGS = {
+ALONE = {
     "default device": partial(torch.device, "meta"),
     "default dtype float64": partial(switched, torch.set_default_dtype, torch.float64, torch.float32),
     "deterministic": partial(switched, torch.use_deterministic_algorithms, True, False),
@@ -113,30 +111,26 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@contextlib.contextmanager
+def together():
+    with contextlib.ExitStack() as stack:
+        for name, setting in ALONE.items():
+            if name != "inference":
+                stack.enter_context(setting())
+        yield
+
+
+SETTINGS = ALONE | {"together": together}
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(("backend", "setting"), [
     pytest.param(backend, setting, marks=[pytest.mark.deep] * (backend == "triton" or setting == "anomaly"))
-    for backend in BACKENDS for setting in SETTINGS])  # fmt: skip
+    for backend in BACKENDS for setting in (["together", "inference"] if backend == "triton" else ALONE)])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
-    """To the bit: results, and gradients where they are recorded."""
     got = results(backend, SETTINGS[setting])
     for name, tensors in expected(backend).items():
         ours = got[name]
         assert len(ours) == len(tensors) or setting == "inference"
         assert [(t.dtype, t.device) for t in ours] == [(t.dtype, t.device) for t in tensors[: len(ours)]], name
         assert all(map(torch.equal, ours, tensors)), name
-
-
-DEPEND = {"arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "normal", "ones", "rand",
-          "randint", "randn", "randperm", "scalar_tensor", "tensor", "zeros"}  # fmt: skip
-MAY = {("backends/verify.py", "randn")}  # within `alone`, where no setting of the caller is on
-
-
-def test_every_tensor_that_the_library_makes_has_a_device():
-    for file in Path(gpu_lstm.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            match node:
-                case ast.Call(ast.Attribute(ast.Name("torch"), name), _, keywords) if name in DEPEND:
-                    given = {keyword.arg for keyword in keywords}
-                    where = "/".join(file.parts[-2:])
-                    assert given & {"device", None} or (where, name) in MAY, (file, node.lineno)

@@ -14,15 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import graph, schedule, verify
+from gpu_lstm.backends import graph, schedule
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import route
 from gpu_lstm.dispatch.kind import kind_of, size_class
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
-from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
-from gpu_lstm.kernels.cupy_lstm import planning
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
@@ -82,7 +80,6 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
 
 
 def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
-    """It asks while the first one launches."""
     with ThreadPoolExecutor(1) as thread:
         streams.launched(1, "a")
         assert streams.launched(2, "b") == {1}
@@ -102,7 +99,6 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
 
 
 def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
-    """Something may have been launched."""
     streams.launched(1, "a")
     streams.launched(2, "b")
     for number, name in ((3, "b"), (4, "c")):
@@ -235,21 +231,12 @@ def _indexed(t, key):
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "cupy"])
-def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, family, device):
-    def of_family(problem, _, pass_, *__):
-        return plan_of(family, problem, pass_.backward)
-
-    backend, module, choose_plan = "triton", launch, of_family
-    if family == "cupy":
-        backend, module, choose_plan = "cupy", cupy_launch, planning.choose_plan
-        monkeypatch.setattr(cupy_launch, "as_words", lambda weights, hidden, size: weights)  # padding asks the driver
-        monkeypatch.setattr(cupy_launch, "card_of", lambda device: H100)
-        monkeypatch.setattr(verify, "verify", None)  # it computes
+def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, device):
+    """Of any family: kernels/layer.py makes it the current one."""
     current: list[int] = []
-    monkeypatch.setattr(module, "choose_plan", choose_plan)
-    monkeypatch.setattr(module, "launch_kernel", lambda *_, **__: current.append(driver.current))
-    monkeypatch.setattr(module, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
+    monkeypatch.setattr(launch, "choose_plan", lambda problem, _, pass_, *__: plan_of("step", problem, pass_.backward))
+    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: current.append(driver.current))
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
     monkeypatch.setattr(launcher, "in_order", lambda _, __, run, *given: run(*given))
     monkeypatch.setattr(launcher, "aligned", lambda t: t)  # fake tensors have no address
     monkeypatch.setattr(memory.checking, "on", False)
@@ -259,10 +246,10 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     with FakeTensorMode():
         sizes = (T, B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H)
         given = [torch.empty(size, device=device) for size in sizes]
-        h, _, _, gates, c = graph._forward(False, backend, True, False, *given)
+        h, _, _, gates, c = graph._forward(False, "triton", True, False, *given)
         needed = [k == 1 for k in range(len(sizes))]
-        graph._backward(False, backend, [h, None, None], [h, gates, c], needed, given)
-    assert current == [torch.device(device).index] * (2 * T if family == "pointwise" else 2)
+        graph._backward(False, "triton", [h, None, None], [h, gates, c], needed, given)
+    assert current == [torch.device(device).index] * 2
     assert driver.current == 0, "and afterwards it is the one before"
 
 

@@ -1,15 +1,154 @@
-"""No memory is given away while a stream reads it: a training step on several streams, forward and backward."""
+"""No memory is given away while a stream reads it: a training step on several streams, forward and backward.
+
+Streams, torch's caching allocator and autograd are modelled on the CPU:
+
+- A stream is a queue with a vector clock: how far it has seen itself and the others.
+- The allocator: memory belongs to the stream that it was allocated on. Once its last owner is gone, that stream may
+  get it again at once, unless another stream that reads it was recorded (Tensor.record_stream).
+- Autograd: a node runs on the stream that was current when it was made, and waits for those whose gradients it gets.
+  What it returns is recorded where it is read; what it saved is released once it is queued. Sums of gradients are
+  torch's own, and not looked at.
+"""
 
 import contextlib
+import weakref
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from standing_in import as_a_card
-from stream_memory import Model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.backends import autograd, schedule
+from gpu_lstm.call import modes
+from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import timeouts
+
+
+class Stream:
+    """How many operations of each stream are over when the next one of this stream begins."""
+
+    def __init__(self, name):
+        self.name, self.clock, self.device = name, Counter(), torch.device("cpu")
+
+    def wait_stream(self, other):
+        self.clock |= other.clock  # the larger of each
+
+
+@dataclass
+class Block:
+    made_by: str
+    owner: Stream
+    made_at: int  # by the owner's clock
+    uses: dict[Stream, int] = field(default_factory=dict)  # the latest of each stream
+    held_for: set[Stream] = field(default_factory=set)  # or "every stream"
+
+
+class Model(TorchDispatchMode):
+    """What is run in this block, on the streams of a schedule: a line in `faults` for each one."""
+
+    def __init__(self, monkeypatch, count):
+        super().__init__()
+        self.main = self.current = Stream("main")
+        self.streams = tuple(Stream(f"stream {k}") for k in range(count))
+        self.blocks, self.faults = {}, []
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: self.of(t).held_for.add(stream))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.using)
+        monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # this one is nobody's
+        monkeypatch.setattr(schedule, "SHORTEST", 2)
+        found = schedule.Schedule(3, self.streams, count)
+        monkeypatch.setattr(route, "schedule_of", lambda *_: found)
+        # Anomaly detection asks for a stack as a node is made.
+        monkeypatch.setattr(torch.fx.traceback, "format_stack", lambda: [self.current.name])
+
+    @contextlib.contextmanager
+    def using(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def of(self, t, made_by="the caller", owner=None):
+        """The block of a tensor; a new one if it has none."""
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if key not in self.blocks:
+            self.blocks[key] = Block(made_by, owner or self.main, owner.clock[owner] if owner else 0)
+            weakref.finalize(storage, self.released, key)
+        return self.blocks[key]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        blocks = [self.of(t) for t in given]
+        results = function(*args, **(kwargs or {}))
+        here = self.current
+        if here is None:  # autograd itself adds gradients
+            for t in tree_leaves(results):
+                self.of(t).held_for.add("every stream")
+            return results
+        here.clock[here] += 1
+        for block in blocks:
+            if here.clock[block.owner] < block.made_at:
+                self.faults.append(f"{here.name} does not wait for {block.made_by} of {block.owner.name}")
+        for t in tree_leaves(results):
+            if isinstance(t, torch.Tensor):
+                blocks.append(self.of(t, str(function), here))
+        for block in blocks:
+            block.uses[here] = here.clock[here]
+        return results
+
+    def released(self, key):
+        block = self.blocks.pop(key)
+        for stream, last in block.uses.items():
+            known = stream in block.held_for or "every stream" in block.held_for
+            if not known and block.owner.clock[stream] < last:
+                owner = block.owner.name
+                self.faults.append(f"{block.made_by} of {owner}: given away while {stream.name} may still read it")
+
+    def backward(self, loss):
+        """loss.backward(), of a graph that was made within anomaly detection."""
+        named = {stream.name: stream for stream in (self.main, *self.streams)}
+        ended, producers, todo, nodes = {}, defaultdict(list), [loss.grad_fn], set()
+        while todo:
+            node = todo.pop()
+            if node not in nodes:
+                nodes.add(node)
+                following = [each for each, _ in node.next_functions if each is not None]
+                for each in following:
+                    producers[each].append(node)
+                todo += following
+
+        def hooks(node):
+            stream = named[node.metadata["traceback_"][0]]
+
+            def before(gradients):
+                self.current = stream
+                for producer in producers[node]:
+                    stream.clock |= ended.get(producer, Counter())
+
+            def after(gradients, _):
+                ended[node], self.current = Counter(stream.clock), None
+                for t in gradients:
+                    if t is not None:
+                        self.of(t, node.name(), stream).held_for.add("every stream")
+
+            node.register_prehook(before)
+            node.register_hook(after)
+
+        for node in nodes:
+            hooks(node)
+        leaves = [named[node.metadata["traceback_"][0]] for node in nodes if not node.next_functions]
+        del node, nodes, todo, following, each  # nothing here may keep what the graph releases
+        loss.backward()
+        self.current = self.main
+        for stream in leaves:
+            self.main.wait_stream(stream)
+
 
 T, B, I, H = 8, 2, 8, 8
 KINDS = {"layers": dict(num_layers=3), "directions": dict(num_layers=2, bidirectional=True)}

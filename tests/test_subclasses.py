@@ -3,13 +3,13 @@
 import pytest
 import torch
 from comparing import every_backend
+from subjects import SUBJECTS, states_for
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-import gpu_lstm
 from gpu_lstm.dispatch import run as dispatch
 
-T, B, I, H = 3, 2, 3, 4
+T, B = 3, 2
 RESETS = torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()
 
 
@@ -38,16 +38,13 @@ class Quantised(Tensor):
         return function(*tree_map_only(cls, cls.plain, args), **tree_map_only(cls, cls.plain, kwargs or {}))
 
 
-MODULES = {
-    "LSTM": gpu_lstm.LSTM, "LSTMCell": gpu_lstm.LSTMCell,
-    "StackedLSTM": lambda inputs, hidden, **how: gpu_lstm.StackedLSTM(inputs, [hidden, hidden], **how),
-}  # fmt: skip
+KINDS = ("plain", "cell", "stack")
 
 
 def made(kind, backend, weight_hh=lambda weight: weight):
     """A module that learns nothing, with weight_hh(W_hh) in the place of each W_hh."""
     torch.manual_seed(0)
-    lstm = MODULES[kind](I, H, backend=backend)
+    lstm = SUBJECTS[kind](backend=backend)
     for owner in lstm.modules():
         for name, weight in list(owner._parameters.items()):
             new = weight_hh(weight) if name.startswith("weight_hh") else weight
@@ -56,11 +53,9 @@ def made(kind, backend, weight_hh=lambda weight: weight):
 
 
 def given(kind):
+    module = SUBJECTS[kind]()
     torch.manual_seed(1)
-    x = torch.randn(T, B, I)
-    if kind == "LSTMCell":
-        return x[0], tuple(torch.randn(2, B, H))
-    return x, tuple(torch.randn(2, 1, B, H)) if kind == "LSTM" else [tuple(torch.randn(2, B, H)) for _ in range(2)]
+    return torch.randn(*[T] * (kind != "cell"), B, 2), states_for(module, [B], torch.randn)
 
 
 def assert_close(ours, theirs):
@@ -80,7 +75,7 @@ def routes(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("kind", MODULES)
+@pytest.mark.parametrize("kind", KINDS)
 @every_backend
 def test_weights_and_states(routes, backend, kind):
     """Before and after a call of the same kind with plain ones, which goes to the kernels as ever."""
@@ -100,9 +95,9 @@ def test_weights_and_states(routes, backend, kind):
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_states_to_reset_to(backend):
-    x, hx = given("LSTM")
+    x, hx = given("plain")
     found, expected = (
-        made("LSTM", name)(x, resets=RESETS, reset_states=tree_map_only(Tensor, how, hx))
+        made("plain", name)(x, resets=RESETS, reset_states=tree_map_only(Tensor, how, hx))
         for name, how in ((backend, Quantised.of), ("reference", lambda t: Quantised.of(t).plain()))
     )
     assert_close(found, expected)

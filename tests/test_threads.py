@@ -20,7 +20,6 @@ from gpu_lstm.kernels import projection, timeouts
 
 @pytest.fixture
 def another():
-    """A thread that stays."""
     with ThreadPoolExecutor(1) as thread:
         yield thread
 

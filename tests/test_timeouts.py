@@ -27,7 +27,6 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of t
 
 
 def _time_out(kernel="lstm_cooperative_backward_kernel", step=7) -> None:
-    """What a kernel does."""
     timeouts.error_word(CPU, kernel)[0] = step + 1
 
 

@@ -31,7 +31,6 @@ def in_order(parameters) -> torch.Tensor:
 
 
 def buffers(parameters) -> list[torch.Tensor]:
-    """The storages of tensors, whole."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parameters}
     return [torch.empty(0, dtype=parameters[0].dtype).set_(storage) for storage in storages.values()]
 
@@ -112,8 +111,10 @@ class Blind(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("ragged", [dict(lengths=LENGTHS), dict(resets=RESETS), RAGGED])
-@pytest.mark.parametrize("arguments", [dict(num_layers=2, bidirectional=True, dropout=0.5), dict(proj_size=2)], ids=str)
+@pytest.mark.parametrize(("ragged", "arguments"), [
+    (dict(lengths=LENGTHS), dict(num_layers=2, bidirectional=True)), (dict(resets=RESETS), dict(proj_size=2)),
+    (RAGGED, dict(num_layers=2, dropout=0.5)),
+], ids=["lengths", "resets", "both"])  # fmt: skip
 def test_lengths_and_resets_need_no_values(monkeypatch, ragged, arguments):
     """On a device that has none, as fake tensors, and blind."""
     torch.manual_seed(0)

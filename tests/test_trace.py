@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.tools.trace import HUES, Gates
+from gpu_lstm.tools.trace import Gates
 
 T, B, I, H = 6, 3, 4, 5
 LENGTHS = torch.tensor([6, 0, 3])
@@ -75,12 +75,6 @@ def test_the_picture_shows_one_sequence():
     assert_close(torch.tensor(forget.get_array().data), traced.layers[1][0].forget[:3, 2].T)
     assert (forget.get_clim(), cell.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
     assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
-    for k, bar in enumerate(bars):  # which have the colours of the three panels beside them
-        strips = torch.tensor(bar.images[0].get_array().data)
-        for strip, panel in enumerate(panels[3 * k : 3 * k + 3]):
-            scale = panel.images[0].to_rgba(torch.linspace(*panel.images[0].get_clim(), 256))
-            assert_close(strips[:, strip], torch.tensor(scale))
-            assert panel.title.get_color() == HUES[panel.get_title()]
     with pytest.raises(ValueError, match="sequence 1 has no steps"):
         traced.plot(1)
     panels = gpu_lstm.trace(gpu_lstm.LSTM(I, H, proj_size=2), inputs().float()).plot().axes
@@ -113,15 +107,13 @@ def test_without_a_profiler_nothing_is_recorded(monkeypatch, device):
     gpu_lstm.LSTM(4, 5, backend="triton").to(device)(X.to(device))
 
 
-@pytest.mark.parametrize("options", [dict(proj_size=2), dict(bidirectional=True)], ids=str)
-def test_operations_are_counted_as_those_of_the_reference(device, options):
+def test_operations_are_counted_as_those_of_the_reference(device):
     """And so, where ATen has a plain product for it, as those of torch.nn.LSTM. Gates are recomputed by products."""
     counts = {}
     # The first one twice: each FlopCounterMode has operators of its own.
     for backend, recompute in (("triton", False), ("triton", False), ("reference", False), ("triton", True)):
-        lstm = gpu_lstm.LSTM(4, 5, 2, backend=backend, recompute=recompute, **options).to(device)
-        rows = 2 * lstm.num_layers if lstm.bidirectional else lstm.num_layers
-        hx = [torch.zeros(rows, 3, size, device=device, requires_grad=True) for size in (lstm.proj_size or 5, 5)]
+        lstm = gpu_lstm.LSTM(4, 5, 2, bidirectional=True, proj_size=2, backend=backend, recompute=recompute).to(device)
+        hx = [torch.zeros(4, 3, size, device=device, requires_grad=True) for size in (2, 5)]
         with FlopCounterMode(display=False) as counter:
             y, _ = lstm(X.to(device), hx)
             forward = counter.get_total_flops()

@@ -8,11 +8,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import triton.language as tl
 from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
 from places import cuda
-from standing_in import H100, few_polls, plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
-from test_faults import FAULTS, FAULTS_OF_NORMS, plant
+from standing_in import few_polls, plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
 from test_settings import SETTINGS
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +24,7 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import launch, step
+from gpu_lstm.kernels.triton_lstm import cell, fragments, indexing, launch, norm, step
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
 
@@ -53,18 +53,6 @@ def _given(problem):
 def _verify(problem, pass_=FORWARD, plan=None, given=None):
     plan = plan or plans(problem, INTERPRETER, pass_.backward)[-1]
     return verify.verify(launch.layer_of(problem, CPU), pass_, given or _given(problem), plan)
-
-
-@pytest.mark.parametrize(("problem", "gradients"), [
-    (HALF._replace(**RAGGED, projected=5), dict(dh=False)),
-    pytest.param(PLAIN._replace(**RAGGED, **MASKS, dropout_h=True, projected=5, reverse=True, reset_h=True,
-                                reset_c=True), dict(dh_n=False), marks=pytest.mark.deep),
-    pytest.param(HALF._replace(**RAGGED, **RATES, **NORMS, reverse=True, reset_h=True, reset_c=True, peepholes=True),
-                 {}, marks=pytest.mark.deep),
-])  # fmt: skip
-def test_right_kernels_are_used(problem, gradients):
-    assert _verify(problem, Pass(save=False)) is None
-    assert _verify(problem, Pass(True, **gradients)) is None
 
 
 def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
@@ -111,7 +99,7 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
 
 
 @pytest.mark.parametrize(("family", "projected"), [
-    ("cooperative", 0), ("pointwise", 0), pytest.param("resident", 5, marks=pytest.mark.deep),
+    ("cooperative", 0), ("pointwise", 0), ("step", 0), pytest.param("resident", 5, marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
     run = Mock(side_effect=ConcurrentRun(seed=0))
@@ -121,27 +109,17 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, project
         plan = plan_of(family, HALF._replace(batch=99), pass_.backward)
         if family == "cooperative":
             plan = dataclasses.replace(plan, groups=2, tiles_per_program=7)
+        if family == "step":  # three programs for each of two tiles of units
+            plan = dataclasses.replace(plan, programs=6, tiles_per_program=7, rows=16)
         assert _verify(problem, pass_, plan) is None
         assert run.call_args.args[1] == plan.grid, "the call's own"
-        assert run.call_args.kwargs["B"] == 3 * plan.rows - plan.rows // 2, "one of two groups has two batch tiles"
+        tiles = 4 if family == "step" else 3  # one program, or one of two groups, has two, of which one is partial
+        assert run.call_args.kwargs["B"] == tiles * plan.rows - plan.rows // 2
     kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
     assert list(kernels) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
 
 
-def test_a_batch_is_cut_where_programs_do_the_same_with_fewer_sequences():
-    """A group, or a program of the step family, that has several batch tiles has two, one of which is partial."""
-    step_plan = step.step_plan(HALF._replace(batch=4096), H100, False)
-    cooperative = plan_of("cooperative", HALF._replace(hidden=768, batch=64), False)
-    for tiles_per_program, tiles in ((2, 3), (1, 2)):
-        plan = dataclasses.replace(cooperative, groups=3, tiles_per_program=tiles_per_program)
-        assert plan.sequences_enough(HALF._replace(batch=4096)) == (tiles + 1) * plan.rows - plan.rows // 2
-        assert plan.sequences_enough(HALF._replace(batch=5)) == 5
-    programs = dataclasses.replace(step_plan, programs=9, tiles_per_program=8)  # of two tiles of units
-    assert programs.sequences_enough(HALF._replace(batch=4096)) == 5 * step_plan.rows - step_plan.rows // 2
-
-
 def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch):
-    """Which waits for nobody, and is compiled without arrivals."""
     monkeypatch.setattr(verify, "ENOUGH", 1)
     recorded = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", recorded)
@@ -167,7 +145,6 @@ def test_the_small_problem_is_laid_out_as_the_call_is():
 
 
 def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
-    """With the buffer, and how far outside."""
     run = launch.launch_kernel
 
     def writes(kernel, grid, h_ptr, **arguments):
@@ -181,21 +158,49 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
         )
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(fault, marks=[pytest.mark.deep] * (k % 4 > 0)) for k, fault in enumerate(FAULTS | FAULTS_OF_NORMS)],
-)
+# Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
+cell_forward, gates_backward, sequences = cell.cell_forward, cell.gates_backward, indexing.sequences
+load_peepholes, load_affine = indexing.load_peepholes, indexing.load_affine
+FAULTS = {  # of each option of a call: the device function, and what stands in its place
+    "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
+        (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
+    "cell gradient lost": ("gates_backward", lambda *given: (
+        gates_backward(*given)[0], gates_backward(*given)[1] * 0.0)),
+    "peepholes in another order": ("load_peepholes", lambda *given: tuple(
+        load_peepholes(*given)[k] for k in (0, 2, 1))),
+    "resets ignored": ("is_reset", lambda time, *_: time < 0),
+    "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
+        length=tl.zeros_like(index) + batch.T)),
+    "zeros for the state given": ("reset_to", lambda before, *_: before),
+    "norms: gain of the next unit": ("load_affine", lambda gain_ptr, bias_ptr, unit, H: (
+        load_affine(gain_ptr, None, (unit + 1) % H, H)[0], load_affine(gain_ptr, bias_ptr, unit, H)[1])),
+    "norms: nothing through the deviation": (
+        "normalise_backward", lambda d, unit, scale, mean_d, _: scale * (d - mean_d)),
+}  # fmt: skip
+
+
+def plant(monkeypatch, fault: str) -> None:
+    """A fault wherever kernels of the step family find the function."""
+    name, function = FAULTS[fault]
+    for module in (step, fragments, indexing, norm):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, function)
+
+
+@pytest.mark.parametrize("fault", [
+    pytest.param(fault, marks=[pytest.mark.deep] * (k > 3)) for k, fault in enumerate(FAULTS)])  # fmt: skip
 def test_a_wrong_kernel_is_found(monkeypatch, fault):
     problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault, peepholes=True)
-    if plant(monkeypatch, fault, step):
+    plant(monkeypatch, fault)
+    if "norms" in fault:
         problem = problem._replace(**NORMS)
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
 
 
-def test_a_kernel_that_times_out_is_found(monkeypatch):
-    """Its programs wait for one arrival more than there will be."""
+def test_a_kernel_that_times_out_is_found(monkeypatch, nothing_cached):
+    """Its programs wait for one arrival more than there will be, in this call: it is not cached."""
     run = launch.launch_kernel
 
     def one_arrival_is_lost(kernel, grid, arrivals_ptr, **arguments):
@@ -205,6 +210,7 @@ def test_a_kernel_that_times_out_is_found(monkeypatch):
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):
         assert "lstm_step_forward_kernel timed out" in _verify(PLAIN)
+    assert not (nothing_cached / verify.KIND).exists()
     gpu_lstm.check()  # nothing is left to tell
 
 
@@ -255,7 +261,7 @@ def card(monkeypatch):
     ("gates i and f swapped", False), ("cell gradient lost", True),
 ])  # fmt: skip
 def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, fault, training):
-    plant(monkeypatch, fault, step)
+    plant(monkeypatch, fault)
     lstm, x, found = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4), []
     for backend in (None, "reference"):
         lstm.backend = backend
@@ -301,7 +307,6 @@ def gradient_in_a_checkpoint(call, x):
     ("triton", lambda call, x: torch.func.grad(call)(x)),
 ], ids=["checkpoint", "transform"])  # fmt: skip
 def test_a_first_call_that_is_verified_inside_a_checkpoint_or_a_transform(card, backend, gradient):
-    """It neither fails nor changes the numbers."""
     lstm, x = gpu_lstm.LSTM(4, 5, backend=backend), torch.randn(6, 3, 4)
 
     def call(x):
@@ -331,7 +336,7 @@ def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
     monkeypatch.setattr(torch_rnn, "run_layer", fails)
     assert _verify(PLAIN) is None
-    plant(monkeypatch, "gates i and f swapped", step)
+    plant(monkeypatch, "gates i and f swapped")
     with pytest.warns(UserWarning, match="RMS error"):
         assert _verify(PLAIN, Pass(save=False))
 

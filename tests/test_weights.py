@@ -24,7 +24,6 @@ def same_weights(a, b) -> bool:
     (nn.LSTM, dict(bias=False, batch_first=True)), (nn.LSTMCell, {}), (nn.LSTMCell, dict(bias=False)),
     (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3))], ids=str)  # fmt: skip
 def test_names_values_and_repr_are_those_of_torch(cls, arguments):
-    """And parameters are created where and as device and dtype say."""
     theirs = seeded(cls, I, H, **arguments)
     for ours in (getattr(gpu_lstm, cls.__name__), *([gpu_lstm.compat.LSTM] if cls is nn.LSTM else [])):
         module = seeded(ours, I, H, **arguments)
@@ -164,27 +163,6 @@ def test_weights_are_read_at_every_call(backend, change):
     for _ in zip(change(ours), change(theirs), strict=True):
         assert_alike(ours, theirs, B)
     assert not torch.equal(theirs(x)[0], before)
-
-
-def scaled(base):
-    """A subclass with a forward of its own."""
-
-    def forward(self, input, hx=None):
-        output, states = base.forward(self, input * 2, hx)
-        return output + 1, states
-
-    return type("Scaled", (base,), dict(forward=forward))
-
-
-@pytest.mark.parametrize(("cls", "of_torch"), [
-    (gpu_lstm.compat.LSTM, nn.LSTM), (scaled(gpu_lstm.LSTM), scaled(nn.LSTM))], ids=["compat", "subclass"])  # fmt: skip
-def test_classes_around_compute_the_same(cls, of_torch):
-    assert issubclass(cls, gpu_lstm.LSTM)
-    assert (issubclass(cls, nn.LSTM), issubclass(cls, nn.RNNBase)) == (cls is gpu_lstm.compat.LSTM, True)
-    every = dict(num_layers=2, bidirectional=True, proj_size=2)
-    theirs, ours = of_torch(I, H, **every).double(), cls(I, H, **every, backend="torch").double()
-    ours.load_state_dict(theirs.state_dict())
-    assert_alike(ours, theirs, B)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
