@@ -192,7 +192,8 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
         outputs, final, taken = [], [], []
         for d, weights in enumerate(directions):
             noise, inputs = {} if noises is None else noises[k][d], (x, *states[k][d], *weights)
-            h, h_n, c_n, tape = functions_of(inputs[1], weights[1])[0](*inputs, lengths=lengths, resets=resets, reverse=reverse or d == 1, **noise)
+            run, _ = functions_of(inputs[1], weights[1])
+            h, h_n, c_n, tape = run(*inputs, lengths=lengths, resets=resets, reverse=reverse or d == 1, **noise)
             outputs.append(h)
             final.append((h_n, c_n))
             taken.append((inputs, noise, tape))

@@ -58,7 +58,7 @@ class Kind(NamedTuple):
         """The key of a race as JSON values: sizes that vary from call to call are rounded up to powers of two."""
         like = self.like
         return {
-            "layers": [list(size) for size in self.layers], "directions": self.directions,
+            "cell": like.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
             "dtype": str(like.dtype), "precision": like.precision, "training": self.training,
             "recompute": self.recompute, "steps": self.steps, "batch": size_class(like.batch),
             "lengths": like.lengths is not None, "resets": like.resets, "noise": like.regularised,
@@ -108,4 +108,4 @@ def describe(key: dict[str, Any]) -> str:
     dtype = key["dtype"].removeprefix("torch.")
     if dtype == "float32" and key["precision"]:
         dtype += f" ({key['precision']})"
-    return f"LSTM {sizes}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"
+    return f"{key['cell'].upper()} {sizes}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"

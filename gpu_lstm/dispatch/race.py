@@ -33,7 +33,7 @@ from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
 KIND = "races"
-FORMAT = 7  # raised whenever a field of the key or the way of racing changes
+FORMAT = 8  # raised whenever a field of the key or the way of racing changes
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
@@ -130,7 +130,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
     def lost(name: str, error: BaseException | None) -> Decision:
         if name == other.value:
-            return Decision(able, f"torch's LSTM fails: {error}")
+            return Decision(able, f"torch's {kind.like.cell.upper()} fails: {error}")
         cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
         return Decision(other, f"{FAILED}: {error}")
 
@@ -248,12 +248,13 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     The kernels, where torch cannot run it, or not at the speed of a plain batch; and where every layer's W_hh stays on
     chip and no group of programs has several batch tiles. Everywhere else, torch.
     """
+    theirs = f"torch's {kind.like.cell.upper()}"
     if kind.only_ours:
-        return Decision(able, f"torch's LSTM has no {kind.only_ours}")
+        return Decision(able, f"{theirs} has no {kind.only_ours}")
     slow = ["lengths"] * (kind.like.lengths is not None) + ["resets"] * kind.like.resets
     slow += ["a projection"] * any(size.projected for size in kind.layers)
     if slow:
-        return Decision(able, f"expected: torch's LSTM is slow with {' and '.join(slow)}")
+        return Decision(able, f"expected: {theirs} is slow with {' and '.join(slow)}")
     if able is not Backend.TRITON:
         return Decision(Backend.TORCH, f"expected: {able.value}'s kernels are slower")
     for row in range(0, len(kind.layers) * kind.directions, kind.directions):
@@ -280,7 +281,8 @@ class GraphQuestion(NamedTuple):
     resets: bool
     reset_states: bool
     noise: bool
-    variant: str | None  # of the cell
+    cell: str
+    variant: str | None  # of it
 
     def answer(self) -> Backend:
         """The expected winner for long sequences. Raises as available.select."""
@@ -291,7 +293,7 @@ class GraphQuestion(NamedTuple):
         like = Problem(
             2, BATCH_OF_A_GRAPH, layers[0].hidden, self.dtype, layers[0].projected, recurrent_precision(self.dtype),
             lengths=torch.int64 if self.lengths else None, resets=self.resets, dropout_h=self.noise,
-            reset_c=self.reset_states, peepholes=self.variant == PEEPHOLES, norms=(normed,) * 3,
+            reset_c=self.reset_states, peepholes=self.variant == PEEPHOLES, norms=(normed,) * 3, cell=self.cell,
         )  # fmt: skip
         kind = Kind(layers, self.directions, True, False, LONGEST, normed, like)
         return expected_winner(kind, able, self.device).backend

@@ -92,13 +92,13 @@ def _route_in_a_graph(call: Call) -> Route:
         transformed=call.modes.transforms == Transforms.REFERENCE,
         # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
         sizes=tuple([
-            (w.weight_ih.shape[1], w.weight_hh.shape[0] // 4, 0 if w.weight_hr is None else w.weight_hh.shape[1])
+            (w.weight_ih.shape[1], len(w.weight_hh) // options.cell.rows, 0 if w.weight_hr is None else w.weight_hh.shape[1])
             for w, *_ in call.weights
         ]),
         directions=len(call.weights[0]), lengths=traversal.lengths is not None or call.form.packed is not None,
         resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
         noise=options.feature in ("zoneout", "recurrent_dropout"),  # a comparison of rates would be a symbol
-        variant=variant_of(call.weights[0][0]),
+        cell=options.cell.name, variant=variant_of(call.weights[0][0]),
     )  # fmt: skip
     name, problem = _answer(*question)
     if problem:
