@@ -87,12 +87,13 @@ def _route_in_a_graph(call: Call) -> Route:
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
         # The file would say that T is free, and fail for any T but the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
+    rows = options.cell.rows
     question = GraphQuestion(
         options.backend, chosen_backends[0].value, call.x.device, dtype, feature_of(call),
         transformed=call.modes.transforms == Transforms.REFERENCE,
         # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
         sizes=tuple([
-            (w.weight_ih.shape[1], len(w.weight_hh) // options.cell.rows, 0 if w.weight_hr is None else w.weight_hh.shape[1])
+            (w.weight_ih.shape[1], len(w.weight_hh) // rows, 0 if w.weight_hr is None else w.weight_hh.shape[1])
             for w, *_ in call.weights
         ]),
         directions=len(call.weights[0]), lengths=traversal.lengths is not None or call.form.packed is not None,
