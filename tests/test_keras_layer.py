@@ -24,7 +24,7 @@ MASKS = {name: torch.tensor(rows).bool() for name, rows in {
     "left": [[0, 0, 0, 1, 1, 1], [1] * T, [0] * T, [0, 0, 0, 0, 0, 1]],
     "gaps": [[0, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1]],
 }.items()}  # fmt: skip
-FUSED = hasattr(BOTH, "_can_attempt_fused_lstm")  # in Keras 3.12 each layer is a loop of cells, in float32 even if asked
+FUSED = hasattr(BOTH, "_can_attempt_fused_lstm")  # Keras 3.12 has only the loop of cells, whose products are in float32
 MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 MASKED_OR_NOT = pytest.mark.parametrize("mask", [None, MASKS["gaps"]], ids=["all", "gaps"])
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
@@ -190,7 +190,7 @@ def test_a_symbolic_call_and_a_module_with_its_weights():
     assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
 
 
-@pytest.mark.skipif(not FUSED, reason="this Keras calls the layers of a Bidirectional one by one, whatever use_cudnn is")
+@pytest.mark.skipif(not FUSED, reason="in this Keras a Bidirectional always calls its layers")
 @pytest.mark.parametrize("use_cudnn", [True, False, "auto"])
 def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_cudnn, monkeypatch, calls):
     """Also where Keras would call cuDNN instead of them."""
