@@ -61,7 +61,7 @@ def check_dense(input: Tensor, name: str) -> None:
 
 def check_pair(hx: object, function: str = "lstm") -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
-    if not isinstance(hx, tuple | list):
+    if not isinstance(hx, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
         kind = type(hx).__name__
         what = f"argument 'hx' (position 2) must be tuple of Tensors, not {kind}"
         raise TypeError(f"{function}(): {what}{_cure_of_one(hx, function)}")
@@ -112,10 +112,10 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
 def check_pairs(hx: Any, layers: int) -> None:
     """Raise unless it is [(h, c), ...], a pair of tensors for each layer of a StackedLSTM."""
     expected = "hx should be a list of pairs (h, c), one a layer"
-    if not isinstance(hx, list | tuple):
+    if not isinstance(hx, (list, tuple)):
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
     for k, pair in enumerate(hx):
-        if not isinstance(pair, list | tuple):
+        if not isinstance(pair, (list, tuple)):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
     if len(hx) != layers:
         raise RuntimeError(f"Expected hx of {layers} pairs, one a layer, got {len(hx)}")
@@ -282,7 +282,7 @@ def _check_place(
 
 def check_reset_pair(pair: object, name: str) -> None:
     """Raise unless states to reset to are (h, c)."""
-    if not isinstance(pair, tuple | list):
+    if not isinstance(pair, (tuple, list)):
         raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
     if len(pair) != 2:
         raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
@@ -290,7 +290,7 @@ def check_reset_pair(pair: object, name: str) -> None:
 
 def check_reset_pairs(pairs: object, layers: int) -> None:
     """Raise unless states to reset to are [(h, c), ...], a pair for each layer of a StackedLSTM."""
-    if not isinstance(pairs, list | tuple):
+    if not isinstance(pairs, (list, tuple)):
         raise TypeError(f"{RESET_STATES} should be a list of pairs (h, c), got: {type(pairs).__name__}")
     if len(pairs) != layers:
         raise ValueError(f"Expected {RESET_STATES} of {layers} pairs, one a layer, got {len(pairs)}")
