@@ -49,7 +49,7 @@ def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None
     float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly.
     """
     monkeypatch.setattr(launch, "choose_plan", lambda problem, device, pass_, *_: plan(problem, pass_.backward))
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     seeds = itertools.count()
 
     def launch_kernel(kernel, grid, **arguments):
@@ -162,7 +162,7 @@ def tf32(monkeypatch, inputs: int) -> None:
             return nn.functional.linear(x, w, b)
         return _CutLinear.apply(x, w) + (0 if b is None else b)
 
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(reference, "linear", linear)
 
 

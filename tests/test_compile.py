@@ -224,7 +224,10 @@ def test_the_counts_of_a_step(rows, kernel, case):
 
 
 def test_the_model_of_planning_knows_the_counts(rows):
-    """Of families that hold W_hh, in plain calls: products and bytes in shared memory exactly, instructions to 12 %."""
+    """Of families that hold W_hh, in plain calls: products and bytes in shared memory exactly, instructions to 12 %.
+
+    Those are Triton 3.9's; older ones may have 5 % more, as in the test above.
+    """
     plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
     held = [row for row in plain if row["plan"]["family"] in HELD and not (OLDER_TRITON and _barriers(row) > 1)]
     assert held
@@ -238,7 +241,7 @@ def test_the_model_of_planning_knows_the_counts(rows):
         problem = Problem(2, 16, 1, dtype, norms=("layer norm" in row["case"],) * 3)
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
         assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
-        assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.12), row
+        assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.17 if OLDER_TRITON else 0.12), row
 
 
 @pytest.mark.deep

@@ -25,6 +25,7 @@ import gpu_lstm
 from bench import __main__ as bench_main
 from bench import cases, report, results
 from gpu_lstm.__main__ import main
+from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES
 
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
@@ -201,7 +202,8 @@ def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
 
 
 def test_the_stored_page_of_bounds_is_that_of_the_model_and_no_estimate_is_below_its_bound():
-    assert bounds.PAGE.read_text() == bounds.page(), "make bounds-page"
+    if MOST_ROWS == 64:  # of Triton 3.9 on, for which the page was written
+        assert bounds.PAGE.read_text() == bounds.page(), "make bounds-page"
     for card, dtype, direction in itertools.product(DEVICES.values(), bounds.DTYPES.values(), bounds.DIRECTIONS):
         assert all(row.ratio > 1 - 1e-9 for row in bounds.rows(card, dtype, direction))
 
@@ -209,6 +211,7 @@ def test_the_stored_page_of_bounds_is_that_of_the_model_and_no_estimate_is_below
 @pytest.mark.deep
 def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_nothing_from_elsewhere(tmp_path):
     """With three links that lead nowhere, which are all that it complains of."""
+    pytest.importorskip("zensical", reason="zensical needs Python 3.11")
     for name in ("README.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))

@@ -165,7 +165,7 @@ def test_the_precision_of_float32_products_and_the_switch(monkeypatch):
     explain = importlib.import_module("gpu_lstm.tools.explain")  # gpu_lstm.explain is the function
     for precision, backend, words in (("tf32", "triton", "in the recurrence TF32 (torch.backends.cudnn."),
                                       ("ieee", "triton", "in the recurrence float32, exactly")):  # fmt: skip
-        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision == "tf32")
         assert explain._precision(_kind(gpu_lstm.LSTM(4, 5)), CUDA, Backend(backend)).startswith(words)
 
 

@@ -26,6 +26,7 @@ from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
+from gpu_lstm.kernels.triton_lstm.parameters import in_tuples
 from gpu_lstm.kernels.triton_lstm.planning import Step
 
 T, I, H = 3, 3, 4
@@ -214,7 +215,7 @@ def _run_last_program(monkeypatch, one) -> int:
             **{name: getattr(memory, name) for name in names}))  # fmt: skip
         builder = type(interpreter.interpreter_builder)
         patch.setattr(builder, "set_grid_idx", lambda self, *_: setattr(self, "grid_idx", last))
-        one.kernel[1,](**one.arguments)
+        one.kernel[1,](**in_tuples(one.kernel, one.arguments))
     return memory.largest
 
 

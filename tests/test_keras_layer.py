@@ -24,6 +24,7 @@ MASKS = {name: torch.tensor(rows).bool() for name, rows in {
     "left": [[0, 0, 0, 1, 1, 1], [1] * T, [0] * T, [0, 0, 0, 0, 0, 1]],
     "gaps": [[0, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 1], [0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 1]],
 }.items()}  # fmt: skip
+FUSED = hasattr(BOTH, "_can_attempt_fused_lstm")  # Keras 3.12 has only the loop of cells, whose products are in float32
 MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 MASKED_OR_NOT = pytest.mark.parametrize("mask", [None, MASKS["gaps"]], ids=["all", "gaps"])
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
@@ -85,7 +86,7 @@ def test_results_and_gradients(options, calls):
     layers = pair(dtype="float64", **options)
     layers[1].use_cudnn = "auto"  # or Keras would ask for a GPU
     for initial in ((), [draw(B, H, dtype="float64", seed=k) for k in (1, 2)]):
-        compare(layers, draw(B, T, I, dtype="float64"), (1e-10, 1e-10), initial=initial)
+        compare(layers, draw(B, T, I, dtype="float64"), (1e-10, 1e-10) if FUSED else (1e-6, 1e-5), initial=initial)
     assert len(calls) == 2
 
 
@@ -143,7 +144,7 @@ def test_bidirectional(merge, options, mask, calls):
     layers = pair(lambda one: BOTH(one, merge_mode=merge), **options)
     compare(layers, draw(B, T, I), (1e-6, 1e-5), mask=mask)
     assert len(calls) == 2
-    assert not layers[0]._can_attempt_fused_lstm(None), "on a GPU cuDNN would run in our place"
+    assert not (FUSED and layers[0]._can_attempt_fused_lstm(None)), "on a GPU cuDNN would run in our place"
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
@@ -189,6 +190,7 @@ def test_a_symbolic_call_and_a_module_with_its_weights():
     assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
 
 
+@pytest.mark.skipif(not FUSED, reason="in this Keras a Bidirectional always calls its layers")
 @pytest.mark.parametrize("use_cudnn", [True, False, "auto"])
 def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_cudnn, monkeypatch, calls):
     """Also where Keras would call cuDNN instead of them."""

@@ -39,7 +39,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
                         "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
                         "zoneout_c both ragged resets", "stream expected deep", "deep both norms peepholes ragged",
-                        "stack norm-hh norm-c peepholes no-bias both states",
+                        "stack norm-hh-c peepholes no-bias both states",
                         "layer norms peepholes states both"),
      (2, "6,4,3,5,2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
       "stream deep", "packed both"),

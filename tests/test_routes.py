@@ -285,7 +285,7 @@ def test_what_a_race_is_about_is_in_its_key(monkeypatch):
     keys.append(key(cls=gpu_lstm.StackedLSTM, hidden=[2, 3]))
     with torch.no_grad():
         keys.append(key())
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     keys.append(key())
     assert len(set(keys)) == len(keys)
     assert key(steps=3, batch=4) == keys[-1], "sizes of the same classes"
@@ -302,7 +302,7 @@ def test_the_bias_of_a_layer_norm_is_in_a_route(monkeypatch):
 
 def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypatch):
     """Whatever float32 is multiplied in: what was measured and verified for one of them is found for the other."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     lstm = gpu_lstm.LSTM(2, 2).requires_grad_(False)
 
     def facts(x):

@@ -61,7 +61,7 @@ def check_dense(input: Tensor, name: str) -> None:
 
 def check_pair(hx: object, function: str = "lstm") -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
-    if not isinstance(hx, tuple | list):
+    if not isinstance(hx, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
         kind = type(hx).__name__
         what = f"argument 'hx' (position 2) must be tuple of Tensors, not {kind}"
         raise TypeError(f"{function}(): {what}{_cure_of_one(hx, function)}")
@@ -126,10 +126,10 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
 def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> None:
     """Raise unless it is [(h, c), ...], two tensors for each layer of a StackedLSTM; `error`: of a wrong number."""
     expected = f"{name} should be a list of pairs (h, c), one a layer"
-    if not isinstance(pairs, list | tuple):
+    if not isinstance(pairs, (list, tuple)):
         raise TypeError(f"{expected}, got: {type(pairs).__name__}")
     for k, pair in enumerate(pairs):
-        if not isinstance(pair, list | tuple):
+        if not isinstance(pair, (list, tuple)):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
         if len(pair) != 2:
             raise error(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
@@ -141,7 +141,7 @@ def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> N
 
 def check_states(states: Any, layers: int, name: str, error: type[Exception]) -> None:
     """Raise unless it is [h, ...], a tensor for each layer of a StackedGRU; `error`: of a wrong number."""
-    if not isinstance(states, list | tuple):
+    if not isinstance(states, (list, tuple)):
         raise TypeError(f"{name} should be a list of tensors, one a layer, got: {type(states).__name__}")
     for k, state in enumerate(states):
         check_tensor(state, f"h of layer {k}")
@@ -312,7 +312,7 @@ def _check_place(
 
 def check_reset_pair(pair: object, name: str) -> None:
     """Raise unless states to reset to are (h, c)."""
-    if not isinstance(pair, tuple | list):
+    if not isinstance(pair, (tuple, list)):
         raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
     if len(pair) != 2:
         raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
