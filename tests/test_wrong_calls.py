@@ -165,7 +165,10 @@ OF_CELL = dict(input_size=(3.0, -1), hidden_size=("4", -4), dtype=(INT,), units=
       for cls, layers, arguments in ((nn.LSTM, dict(num_layers=2), OF_LSTM), (nn.LSTMCell, {}, OF_CELL))
       for name, values in arguments.items() for value in values)], ids=str)  # fmt: skip
 def test_bad_arguments_raise_what_torch_raises(cls, wrong):
-    (error, text), told = error_of(cls, **wrong)
+    refused, told = error_of(cls, **wrong)
+    if refused is None:
+        pytest.skip("this torch accepts it")
+    error, text = refused
     text = text.replace("RNNBase", "LSTM")
     for ours in (getattr(gpu_lstm, cls.__name__), *[gpu_lstm.compat.LSTM] * (cls is nn.LSTM)):
         assert error_of(ours, **wrong) == ((error, text), told)
