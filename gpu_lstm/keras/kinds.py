@@ -13,10 +13,10 @@ from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
 
 class Kind(NamedTuple):
-    """Keras's layer `name`, and what computes the same. Each gate has H rows of a weight; g and n are candidates."""
+    """LSTM or GRU: the order of its gates, each of which has H rows of a weight, and the classes that compute it."""
 
-    name: str
-    keras_gates: str  # in the order of their rows
+    name: str  # of Keras's layer; its cell's is f"{name}Cell"
+    keras_gates: str  # where Keras writes c for g, and h for n
     torch_gates: str
     module: type[LSTM] | type[GRU]
     stack: type[StackedLSTM] | type[StackedGRU]
@@ -63,6 +63,6 @@ def check_equations(keras: ModuleType, cell: Any) -> None:
             raise ValueError(f"{name}={actual!r} has no counterpart; expected {expected!r}")
     if not getattr(cell, "reset_after", True):
         raise ValueError(
-            "reset_after=False has no counterpart; expected True: here the reset gate multiplies W_hh h + b_hh, "
+            "reset_after=False has no counterpart; expected True: here the reset gate multiplies W_hn h + b_hn, "
             "and not h before the product"
         )

@@ -12,7 +12,7 @@ from .kinds import OF_GRU, OF_LSTM, check_equations
 
 
 class _OnOurKernels:
-    """What the two layers share; the other base of each is Keras's layer."""
+    """A mixin of the two layers, whose other base is Keras's layer."""
 
     def __init__(self: Any, units: int, *args: Any, **kwargs: Any) -> None:
         if keras.backend.backend() != "torch":
@@ -104,7 +104,9 @@ class LSTM(_OnOurKernels, keras.layers.LSTM):
 
 @keras.saving.register_keras_serializable("gpu_lstm")
 class GRU(_OnOurKernels, keras.layers.GRU):
-    """keras.layers.GRU on Keras's torch backend, computed by gpu_lstm: to it what our LSTM layer is to Keras's.
+    """keras.layers.GRU on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
+
+    What the docstring of LSTM says of masks, dropout, unroll and use_cudnn holds here, too.
 
     Args:
         units, args, kwargs: as for keras.layers.GRU.
