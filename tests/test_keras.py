@@ -20,24 +20,27 @@ from gpu_lstm.keras import GoBackwards, forget_bias, from_keras, keras_init, len
 N, T, I, H = 3, 5, 6, 4
 LENGTHS = torch.tensor([3, 5, 0])
 MASK = torch.arange(T) < LENGTHS[:, None]
-LSTM, RNN, BOTH, CELL = keras.layers.LSTM, keras.layers.RNN, keras.layers.Bidirectional, keras.layers.LSTMCell
+LSTM, GRU, RNN, BOTH = keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN, keras.layers.Bidirectional
+CELL, GRU_CELL, STACK = keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.StackedRNNCells
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 
 
-def rnn(cell, sizes=(H,), wrap=lambda cells, dtype: cells, **options):
-    return RNN(wrap([CELL(n, **cell) for n in sizes], dtype=cell["dtype"]), dtype=cell["dtype"], **options)
+def rnn(kind, cell, sizes=(H,), wrap=lambda cells, dtype: cells, **options):
+    return RNN(wrap([kind(n, **cell) for n in sizes], dtype=cell["dtype"]), dtype=cell["dtype"], **options)
 
 
-ONE_WAY = {
-    "LSTM": lambda cell, **options: LSTM(H, **cell, **options),
-    "RNN": partial(rnn, wrap=lambda cells, dtype: cells[0]),
-    "cells": partial(rnn, sizes=(H, H + 1)), "one cell": rnn,
-    "StackedRNNCells": partial(rnn, sizes=(H, H, H + 2), wrap=keras.layers.StackedRNNCells)}  # fmt: skip
+ONE_WAY = {}
+for name, of_layer, of_cell in (("LSTM", LSTM, CELL), ("GRU", GRU, GRU_CELL)):
+    ONE_WAY |= {
+        name: lambda cell, layer=of_layer, **options: layer(H, **cell, **options),
+        f"RNN {name}": partial(rnn, of_cell, wrap=lambda cells, dtype: cells[0]),
+        f"cells {name}": partial(rnn, of_cell, sizes=(H, H + 1)), f"one cell {name}": partial(rnn, of_cell),
+        f"StackedRNNCells {name}": partial(rnn, of_cell, sizes=(H, H, H + 2), wrap=STACK)}  # fmt: skip
 KINDS = ONE_WAY | {
     f"Bidirectional {name}": lambda cell, way=ONE_WAY[name], **options: BOTH(way(cell, **options), dtype=cell["dtype"])
-    for name in ("LSTM", "RNN")
+    for name in ("LSTM", "RNN LSTM", "GRU", "RNN GRU")
 }
-MASKED = [kind for kind in KINDS if kind != "one cell"]  # a stack of one cell fails in Keras when it has a mask
+MASKED = [kind for kind in KINDS if "one" not in kind]  # a stack of one cell fails in Keras when it has a mask
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +60,15 @@ def build(kind, dtype="float32", use_bias=True, **options):
 
 def in_keras_order(output, states):
     """A module's results in a flat list, in Keras's order."""
-    rows = [states] if isinstance(states, tuple) else states  # of several layers or directions, unless a stack's
-    pairs = [pair for h, c in rows for pair in (zip(h, c) if h.dim() == 3 else [(h, c)])]
-    return [output, *(state for pair in pairs for state in pair)]
+    rows = states if isinstance(states, list) else [states]  # of the layers of a stack; a GRU's have one state
+    of_each = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [output, *(state for row in of_each for one in (zip(*row) if row[0].dim() == 3 else [row]) for state in one)]
+
+
+def in_torch_order(variable, gradient):
+    """A variable or its gradient, of a bias each row, as torch has them; a GRU has z, r, n in Keras."""
+    rows = [gradient.T] if "kernel" in variable.name else gradient.reshape(-1, gradient.shape[-1])
+    return [torch.cat([row.chunk(3)[k] for k in (1, 0, 2)]) if "gru" in variable.path else row for row in rows]
 
 
 def drawn(seed, *sizes, dtype=torch.float64):
@@ -87,26 +96,28 @@ def check(layer, module, mask=None, initial=True):
     dtype = next(module.parameters()).dtype
     # Keras's cells multiply in float32 on torch whatever their dtype. So do its layers that have a mask, and all layers
     # of Keras 3.12.
-    by_torch = type(getattr(layer, "forward_layer", layer)) is LSTM and hasattr(BOTH, "_can_attempt_fused_lstm")
-    exact = dtype is torch.float64 and mask is None and by_torch
+    kind = type(getattr(layer, "forward_layer", layer))
+    exact = dtype is torch.float64 and mask is None and kind in (LSTM, GRU) and hasattr(BOTH, "_can_attempt_fused_lstm")
     x, lengths = inputs(dtype).requires_grad_(), None if mask is None else lengths_of(mask)
     leaves, states, hx = [], None, None
     if initial:  # as Keras takes them, and as a module does
-        of_cells = isinstance(getattr(layer, "cell", None), keras.layers.StackedRNNCells)
+        of_cells, count = isinstance(getattr(layer, "cell", None), STACK), 2 if "LSTM" in str(module) else 1
         cells = layer.cell.cells if of_cells else [layer] * (1 + isinstance(layer, BOTH))
-        leaves = drawn(1, *((N, cell.units if of_cells else H) for cell in cells for _ in "hc"), dtype=dtype)
+        leaves = drawn(1, *((N, cell.units if of_cells else H) for cell in cells for _ in range(count)), dtype=dtype)
         leaves = [leaf.requires_grad_() for leaf in leaves]
-        states = [leaves[k : k + 2] for k in range(0, len(leaves), 2)] if of_cells else leaves
-        hx = list(map(tuple, states)) if of_cells else (torch.stack(states[0::2]), torch.stack(states[1::2]))
+        states = [leaves[k : k + count] for k in range(0, len(leaves), count)] if of_cells else leaves
+        rows = states if of_cells else [[torch.stack(leaves[k::count]) for k in range(count)]]
+        hx = [tuple(row) if count == 2 else row[0] for row in rows]
+        hx = hx if of_cells else hx[0]
     actual = in_keras_order(*module(x, hx, lengths=lengths))
     expected = keras.tree.flatten(layer(x, initial_state=states, mask=mask))
     assert_equal(actual, expected, 1e-13 if exact else 1e-6)
-    ours = [parameter for name, parameter in module.named_parameters() if "bias_hh" not in name]
-    kernels, dy = [variable.value for variable in layer.trainable_variables], drawn(3, *(r.shape for r in expected))
+    ours = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    variables, dy = layer.trainable_variables, drawn(3, *(r.shape for r in expected))
     got, true = (torch.autograd.grad(found, [*of, x, *leaves], [d.to(r) for d, r in zip(dy, found)])
-                 for found, of in ((actual, ours), (expected, kernels)))  # fmt: skip
-    got = [*(g.T if g.dim() == 2 else g for g in got[: len(ours)]), *got[len(ours) :]]
-    assert_equal(got, true, 1e-12 if exact else 1e-5)
+                 for found, of in ((actual, ours), (expected, [variable.value for variable in variables])))  # fmt: skip
+    of_weights = [row for variable, g in zip(variables, true) for row in in_torch_order(variable, g)]
+    assert_equal(got, [*of_weights, *true[len(variables) :]], 1e-12 if exact else 1e-5)
 
 
 ZERO, BACK = dict(zero_output_for_mask=True), dict(go_backwards=True)
@@ -116,30 +127,32 @@ ZERO, BACK = dict(zero_output_for_mask=True), dict(go_backwards=True)
     *((kind, not masked, True, masked, ZERO) for kind in KINDS for masked in (False, True)),
     # Backwards masked steps come first, where Keras has no output to repeat but zero.
     *((kind, True, masked, masked, BACK | (ZERO if masked else {})) for kind in ONE_WAY for masked in (False, True)),
-    ("LSTM", True, False, True, BACK), ("LSTM", True, True, False, dict(unroll=True)),
-    ("LSTM", True, True, False, dict(activation=keras.ops.tanh, recurrent_activation=keras.activations.sigmoid)),
+    *((kind, True, *row) for kind in ("LSTM", "GRU") for row in (
+        (False, True, BACK), (True, False, dict(unroll=True)),
+        (True, False, dict(activation=keras.ops.tanh, recurrent_activation=keras.activations.sigmoid)))),
 ], ids=lambda each: re.sub(" at 0x[0-9a-f]+", "", str(each)))  # fmt: skip
 def test_results_and_gradients_are_equal(kind, use_bias, initial, masked, options):
     layer = build(kind, "float64", use_bias, **options)
     check(layer, from_keras(layer), MASK if masked and kind in MASKED else None, initial)
 
 
-@pytest.mark.parametrize("kind", ["Bidirectional LSTM", "cells"])
-def test_what_is_trained_is_a_copy_and_the_second_bias_and_another_backend_only_if_asked(kind):
+@pytest.mark.parametrize("kind", ["Bidirectional LSTM", "cells LSTM", "cells GRU"])
+def test_what_is_trained_is_a_copy_and_the_second_bias_of_an_lstm_and_another_backend_only_if_asked(kind):
     layer = build(kind)
     before = layer.get_weights()
     for freeze, backend in ((True, None), (False, "reference")):
         module = from_keras(layer, backend=backend, freeze_second_bias=freeze)
         assert module.backend == backend
         for name, parameter in module.named_parameters():
-            assert parameter.requires_grad is not (freeze and "bias_hh" in name)
-            assert "bias_hh" not in name or not parameter.any()
+            second = "bias_hh" in name and "LSTM" in kind
+            assert parameter.requires_grad is not (freeze and second)
+            assert second is not bool(parameter.any())
             parameter.detach().zero_()
     assert all(map(np.array_equal, layer.get_weights(), before))
 
 
 def test_what_is_not_trained_there_is_not_trained_here_and_back():
-    layer = build("cells")
+    layer = build("cells LSTM")
     layer.cell.cells[0].trainable = False
     module = from_keras(layer, freeze_second_bias=False)
     assert [{p.requires_grad for p in one.parameters()} for one in module.layers] == [{False}, {True}]
@@ -156,34 +169,46 @@ def built(kind, *args, **kwargs):
 
 @pytest.mark.parametrize(("policy", "dtype"), [
     ("mixed_bfloat16", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])  # fmt: skip
-def test_dtype_is_that_of_the_variables(policy, dtype):
-    layer = built(rnn, dict(dtype=policy, recurrent_initializer="glorot_uniform"), (H, H + 1))  # it has no QR in half
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_dtype_is_that_of_the_variables(policy, dtype, kind):
+    options = dict(dtype=policy, recurrent_initializer="glorot_uniform")  # it has no QR in half
+    layer = built(KINDS[f"cells {kind}"], options)
     module = from_keras(layer)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
-    assert torch.equal(module.layers[0].weight_ih_l0.T, layer.cell.cells[0].kernel.value)
+    kernel = layer.cell.cells[0].kernel
+    assert torch.equal(module.layers[0].weight_ih_l0, *in_torch_order(kernel, kernel.value))
     assert f"torch.{to_keras(module).cell.cells[0].kernel.dtype}" == str(dtype)
 
 
 Cell, Layer = type("Cell", (CELL,), {}), type("Layer", (LSTM,), {})
-OTHER_UNITS = dict(backward_layer=LSTM(H + 1, go_backwards=True))
+OTHER_UNITS, OTHER_KIND = (dict(backward_layer=kind(n, go_backwards=True)) for kind, n in ((LSTM, H + 1), (GRU, H)))
+NOT_AFTER = dict(reset_after=False)
 LAYERS = [  # a ValueError where an option is named, a TypeError where a class is
     *((partial(built, LSTM, H, **{name: value}), f"{name}={value or 'linear'!r}") for name, value in (
         ("activation", "relu"), ("activation", None), ("dropout", 0.2), ("stateful", True))),
+    *((partial(built, GRU, H, **{name: value}), f"{name}={value!r}") for name, value in (
+        ("activation", "relu"), ("dropout", 0.2), ("recurrent_dropout", 0.2), ("stateful", True))),
+    *((partial(built, *given, **options), "reset_after=False has no counterpart; expected True") for given, options in (
+        ((GRU, H), NOT_AFTER), ((RNN, [GRU_CELL(H), GRU_CELL(H, **NOT_AFTER)]), {}))),
     *((lambda name=name, value=value: built(RNN, CELL(H, **{name: value})), f"{name}={value!r}") for name, value in (
         ("recurrent_activation", "hard_sigmoid"), ("recurrent_dropout", 0.3))),
     *((lambda mode=mode: built(BOTH, LSTM(H), mode), f"merge_mode={mode!r}") for mode in ("sum", None)),
     (lambda: built(BOTH, LSTM(H), **OTHER_UNITS), r"same units in all cells, got \[4, 5\]"),
     (lambda: built(BOTH, LSTM(H, go_backwards=True), backward_layer=LSTM(H)), "go_backwards=True"),
     (lambda: built(RNN, [CELL(H), CELL(H, use_bias=False)]), r"same use_bias in all cells, got \[True, False\]"),
-    (lambda: built(RNN, Cell(H)), "LSTMCell, got Cell"), (lambda: built(Layer, H), "got Layer"),
-    (lambda: built(keras.layers.GRU, H), "got GRU"), (lambda: built(BOTH, RNN([CELL(H)])), "got StackedRNNCells"),
-    (lambda: built(RNN, [CELL(H), keras.layers.GRUCell(H)]), "got GRUCell"),
+    (lambda: built(RNN, Cell(H)), "LSTMCell or GRUCell, got Cell"), (lambda: built(Layer, H), "got Layer"),
+    (lambda: built(keras.layers.SimpleRNN, H), "got SimpleRNN"),
+    (lambda: built(BOTH, RNN([CELL(H)])), "got StackedRNNCells"),
+    (lambda: built(RNN, [CELL(H), GRU_CELL(H)]), r"same type in all cells, got \['LSTMCell', 'GRUCell'\]"),
+    (lambda: built(BOTH, LSTM(H), **OTHER_KIND), r"same type in all cells, got \['LSTMCell', 'GRUCell'\]"),
     *((lambda kind=kind: KINDS[kind]({"dtype": "float32"}), "build it first") for kind in KINDS)]  # fmt: skip
 MODULES = [
     *((gpu_lstm.LSTM(I, H, num_layers=2, **{name: value}), f"{name}={value}") for name, value in dict(
         proj_size=2, dropout=0.5, bidirectional=True, recurrent_dropout=0.3, zoneout=0.1, peepholes=True).items()),
     *((gpu_lstm.StackedLSTM(I, [H, H], **{name: value}), f"{name}={value}") for name, value in dict(
-        dropout=0.5, residual=True, weight_drop=0.5, bidirectional=True, layer_norm=True).items())]  # fmt: skip
+        dropout=0.5, residual=True, weight_drop=0.5, bidirectional=True, layer_norm=True).items()),
+    *((gpu_lstm.StackedGRU(I, [H, H], **{name: value}), f"{name}={value}") for name, value in dict(
+        dropout=0.5, residual=True, zoneout=0.1, bidirectional=True).items())]  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "message"), [*LAYERS, *((lambda m=module: m, text) for module, text in MODULES)],
@@ -196,12 +221,17 @@ def test_what_has_no_counterpart_is_refused(make, message):
 
 
 OURS = {
-    "three layers": gpu_lstm.LSTM(I, H, num_layers=3), "bidirectional": gpu_lstm.LSTM(I, H, bidirectional=True),
-    "compat": gpu_lstm.compat.LSTM(I, H), "torch": nn.LSTM(I, H, num_layers=2),
-    "stack, no bias": gpu_lstm.StackedLSTM(I, [H, H + 1], bias=False),
-    "stack of one, bidirectional": gpu_lstm.StackedLSTM(I, [H], bidirectional=True),
-    "backwards": GoBackwards(gpu_lstm.LSTM(I, H, num_layers=2, batch_first=True)),
-    "stack backwards": GoBackwards(gpu_lstm.StackedLSTM(I, [H, H + 1], batch_first=True))}  # fmt: skip
+    f"{name} {kind}": make(kind) for kind in ("LSTM", "GRU") for name, make in {
+        "three layers": lambda kind: getattr(gpu_lstm, kind)(I, H, num_layers=3),
+        "bidirectional": lambda kind: getattr(gpu_lstm, kind)(I, H, bidirectional=True),
+        "compat": lambda kind: getattr(gpu_lstm.compat, kind)(I, H),
+        "torch": lambda kind: getattr(nn, kind)(I, H, num_layers=2),
+        "stack, no bias": lambda kind: getattr(gpu_lstm, f"Stacked{kind}")(I, [H, H + 1], bias=False),
+        "stack of one, bidirectional": lambda kind: getattr(gpu_lstm, f"Stacked{kind}")(I, [H], bidirectional=True),
+        "backwards": lambda kind: GoBackwards(getattr(gpu_lstm, kind)(I, H, num_layers=2, batch_first=True)),
+        "stack backwards": lambda kind: GoBackwards(
+            getattr(gpu_lstm, f"Stacked{kind}")(I, [H, H + 1], batch_first=True)),
+    }.items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("module", OURS.values(), ids=OURS)
@@ -219,7 +249,8 @@ def test_to_keras_and_back(module):
 INITIALIZED = {
     "LSTM": gpu_lstm.LSTM(24, 64, num_layers=2, bidirectional=True), "torch LSTMCell": nn.LSTMCell(24, 64),
     "projected, no bias": gpu_lstm.LSTM(24, 64, proj_size=32, bias=False),
-    "StackedLSTM": nn.Sequential(nn.Linear(24, 24), gpu_lstm.StackedLSTM(24, [64, 32])),
+    "stacks": nn.Sequential(nn.Linear(24, 24), gpu_lstm.StackedLSTM(24, [64, 32]), gpu_lstm.StackedGRU(24, [64, 32])),
+    "GRU and cells": nn.ModuleList([nn.GRU(24, 64), gpu_lstm.GRUCell(24, 64), gpu_lstm.LSTMCell(24, 64)]),
     "variants": gpu_lstm.LSTM(24, 64, peepholes=True, layer_norm=True)}  # fmt: skip
 
 
@@ -236,6 +267,7 @@ def test_keras_init_and_forget_bias(name):
     module = copy.deepcopy(INITIALIZED[name]).double()
     before, values = dict(module.named_parameters()), copy.deepcopy(module.state_dict())
     assert keras_init(module) is module
+    forgets = [path for path in before if "LSTM" in str(module.get_submodule(path.rpartition(".")[0]))]
     for path, parameter in module.named_parameters():
         assert parameter is before[path]
         kind, rows = path.split(".")[-1][:9], len(parameter)
@@ -245,7 +277,7 @@ def test_keras_init_and_forget_bias(name):
             assert_uniform(parameter.detach(), (6 / (rows + parameter.shape[1])) ** 0.5)
         elif kind.startswith("bias_"):
             expected = torch.zeros_like(parameter) if kind[5] != "c" else values[path]
-            expected[rows // 4 : rows // 2] += float(kind.startswith("bias_ih"))
+            expected[rows // 4 : rows // 2] += float(kind.startswith("bias_ih") and path in forgets)
             assert torch.equal(parameter, expected)
         else:  # what Keras does not have
             assert torch.equal(parameter, values[path])
@@ -253,18 +285,20 @@ def test_keras_init_and_forget_bias(name):
     if "no bias" not in name:
         assert forget_bias(module, 2.5) is module
         for path, parameter in module.named_parameters():
-            if "bias_ih" in path:
+            if "bias_ih" in path and path in forgets:
                 values[path][len(parameter) // 4 : len(parameter) // 2] = 2.5
             assert torch.equal(parameter, values[path])
 
 
-def test_keras_init_is_keras_own():
+@pytest.mark.parametrize(("layer", "ours"), [(LSTM, gpu_lstm.LSTM), (GRU, gpu_lstm.GRU)], ids=["LSTM", "GRU"])
+def test_keras_init_is_keras_own(layer, ours):
     """Keras's initial weights pass the same test, and its biases are the same."""
     keras.utils.set_random_seed(0)
-    kernel, recurrent, bias = (torch.from_numpy(w) for w in built(LSTM, 64, dtype="float64").get_weights())
-    assert_uniform(kernel, (6 / (I + 256)) ** 0.5)
+    kernel, recurrent, bias = (torch.from_numpy(w) for w in built(layer, 64, dtype="float64").get_weights())
+    assert_uniform(kernel, (6 / sum(kernel.shape)) ** 0.5)
     torch.testing.assert_close(recurrent @ recurrent.T, torch.eye(64, dtype=torch.float64))
-    assert torch.equal(bias, keras_init(gpu_lstm.LSTM(I, 64)).bias_ih_l0.double())
+    for row, name in zip(bias.reshape(-1, kernel.shape[1]), ("bias_ih_l0", "bias_hh_l0")):
+        assert torch.equal(row, getattr(keras_init(ours(I, 64)), name).double())
 
 
 def test_keras_init_prefers_no_sign_and_has_half_precision():

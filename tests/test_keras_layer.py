@@ -1,5 +1,6 @@
-"""gpu_lstm.keras.LSTM against keras.layers.LSTM: results, gradients, states, files and training."""
+"""gpu_lstm.keras.LSTM and GRU against those of keras.layers: results, gradients, states, files and training."""
 
+import importlib
 import os
 import sys
 from unittest.mock import Mock
@@ -12,11 +13,10 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
 
 import gpu_lstm
-from gpu_lstm.functional import lstm_layer
-from gpu_lstm.keras import LSTM, from_keras, layer
+from gpu_lstm.keras import GRU, LSTM, from_keras, layer
 
 B, T, I, H = 4, 6, 5, 3
-KERAS, BOTH = keras.layers.LSTM, keras.layers.Bidirectional
+BOTH = keras.layers.Bidirectional
 ALL = {"return_sequences": True, "return_state": True}
 BACK, ZERO = {"go_backwards": True}, {"zero_output_for_mask": True}
 MASKS = {name: torch.tensor(rows).bool() for name, rows in {
@@ -36,11 +36,18 @@ def on_the_cpu():
         yield
 
 
+@pytest.fixture(params=[LSTM, GRU], ids=["LSTM", "GRU"])
+def kinds(request):
+    """Our class of layer and Keras's."""
+    return request.param, getattr(keras.layers, request.param.__name__)
+
+
 @pytest.fixture
-def calls(monkeypatch):
-    """A list with an element for each call of lstm_layer."""
-    made = []
-    monkeypatch.setattr(layer, "lstm_layer", lambda *given, **named: made.append(1) or lstm_layer(*given, **named))
+def calls(monkeypatch, kinds):
+    """A list with an element for each call of lstm_layer or gru_layer."""
+    made, name = [], f"{kinds[0].__name__.lower()}_layer"
+    function = getattr(layer, name)
+    monkeypatch.setattr(layer, name, lambda *given, **named: made.append(1) or function(*given, **named))
     return made
 
 
@@ -48,9 +55,14 @@ def draw(*shape, dtype="float32", seed=0):
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
-def pair(wrap=lambda one: one, **options):
+def states(one, **how):
+    """Random initial states."""
+    return [draw(B, H, seed=k, **how) for k, _ in enumerate(keras.tree.flatten(one.cell.state_size), 1)]
+
+
+def pair(kinds, wrap=lambda one: one, **options):
     """Our layer and Keras's, with the same random weights."""
-    both = [wrap(kind(H, **options)) for kind in (LSTM, KERAS)]
+    both = [wrap(kind(H, **options)) for kind in kinds]
     for one in both:
         one.build((B, T, I))
         one.set_weights([draw(*w.shape, seed=k).numpy() / 2 for k, w in enumerate(one.get_weights())])
@@ -82,18 +94,19 @@ def compare(layers, x, tolerances, **arguments):
 @pytest.mark.parametrize("options", [
     {}, {"return_sequences": True}, BACK | ALL, {"use_bias": False, "unroll": True, **ALL}, BACK | {"use_cudnn": True},
 ], ids=str)  # fmt: skip
-def test_results_and_gradients(options, calls):
-    layers = pair(dtype="float64", **options)
+def test_results_and_gradients(options, kinds, calls):
+    layers = pair(kinds, dtype="float64", **options)
     layers[1].use_cudnn = "auto"  # or Keras would ask for a GPU
-    for initial in ((), [draw(B, H, dtype="float64", seed=k) for k in (1, 2)]):
+    for initial in ((), states(layers[0], dtype="float64")):
         compare(layers, draw(B, T, I, dtype="float64"), (1e-10, 1e-10) if FUSED else (1e-6, 1e-5), initial=initial)
     assert len(calls) == 2
 
 
 @MASKED
 @pytest.mark.parametrize("options", [{}, BACK | ALL, ZERO | ALL], ids=str)
-def test_masks(mask, options, calls):
-    layers, x, initial = pair(**options), draw(B, T, I), [draw(B, H, seed=k) for k in (1, 2)]
+def test_masks(mask, options, kinds, calls):
+    layers, x = pair(kinds, **options), draw(B, T, I)
+    initial = states(layers[0])
     results = compare(layers, x, (1e-6, 1e-5), initial=initial, mask=mask)
     dirty = x.masked_fill(~mask[:, :, None], torch.nan)
     for given, form in ((dirty, mask), (x, mask.int().numpy()), (x, mask[:, :, None])):
@@ -102,16 +115,16 @@ def test_masks(mask, options, calls):
 
 
 @MASKED_OR_NOT
-def test_on_the_kernels(mask, device, exact_float32_products):
+def test_on_the_kernels(mask, kinds, device, exact_float32_products):
     with gpu_lstm.backend("triton"), keras.device(device):
-        compare(pair(**ALL), draw(B, T, I).to(device), (1e-6, 1e-5), mask=mask)
+        compare(pair(kinds, **ALL), draw(B, T, I).to(device), (1e-6, 1e-5), mask=mask)
 
 
 @pytest.mark.parametrize(("options", "looped"), [
     ({"dropout": 0.4}, False), ({"dropout": 0.3, "recurrent_dropout": 0.4}, True)], ids=str)  # fmt: skip
 @MASKED_OR_NOT
-def test_dropout_draws_what_keras_draws(options, looped, mask, calls):
-    layers, x = pair(seed=7, **options, **ALL), draw(B, T, I)
+def test_dropout_draws_what_keras_draws(options, looped, mask, kinds, calls):
+    layers, x = pair(kinds, seed=7, **options, **ALL), draw(B, T, I)
     first, second = ([one(x, mask=mask, training=True) for one in layers] for _ in range(2))
     close(first[0], first[1], 1e-6)
     close(second[0], second[1], 1e-6)
@@ -122,9 +135,9 @@ def test_dropout_draws_what_keras_draws(options, looped, mask, calls):
 
 
 @MASKED_OR_NOT
-def test_stateful(mask):
+def test_stateful(mask, kinds):
     """Keras's own cannot train on torch: its gradients are those of given states."""
-    (ours, theirs), (_, plain) = pair(stateful=True, **ALL), pair(**ALL)
+    (ours, theirs), (_, plain) = pair(kinds, stateful=True, **ALL), pair(kinds, **ALL)
     for step in range(4):
         if step == 2:
             ours.reset_state(), theirs.reset_state()
@@ -140,40 +153,46 @@ def test_stateful(mask):
 
 @MASKED_OR_NOT
 @pytest.mark.parametrize(("merge", "options"), [("concat", {}), ("sum", ALL)], ids=str)
-def test_bidirectional(merge, options, mask, calls):
-    layers = pair(lambda one: BOTH(one, merge_mode=merge), **options)
+def test_bidirectional(merge, options, mask, kinds, calls):
+    layers = pair(kinds, lambda one: BOTH(one, merge_mode=merge), **options)
     compare(layers, draw(B, T, I), (1e-6, 1e-5), mask=mask)
     assert len(calls) == 2
-    assert not (FUSED and layers[0]._can_attempt_fused_lstm(None)), "on a GPU cuDNN would run in our place"
+    if FUSED:
+        fused = [getattr(one, f"_can_attempt_fused_{kinds[0].__name__.lower()}")(None) for one in layers]
+        assert fused == [False, True], "on a GPU cuDNN would run in our place"
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
 @MASKED_OR_NOT
-def test_dtype_policies(policy, mask):
-    layers = pair(dtype=policy, recurrent_initializer="glorot_uniform", **ALL)  # torch has no QR in half
+def test_dtype_policies(policy, mask, kinds):
+    layers = pair(kinds, dtype=policy, recurrent_initializer="glorot_uniform", **ALL)  # torch has no QR in half
     compare(layers, draw(B, T, I), (2e-2, 0.1), mask=mask)
 
 
 def model(kind):
     keras.utils.set_random_seed(1)
-    first, second = kind(H, return_sequences=True, **OPTIONS), kind(H)
+    first, second = kind(H, return_sequences=True, **options_of(kind)), kind(H)
     built = keras.Sequential([keras.Input((T, I)), keras.layers.Masking(), first, second, keras.layers.Dense(1)])
     built.compile(keras.optimizers.SGD(0.5), "mse")
     return built
 
 
-OPTIONS = dict(
-    kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
-    bias_initializer="ones", unit_forget_bias=False, **ZERO,
-)  # fmt: skip
+def options_of(kind):
+    own = dict(unit_forget_bias=False) if issubclass(kind, keras.layers.LSTM) else {}
+    return own | ZERO | dict(
+        kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
+        bias_initializer="ones")  # fmt: skip
+
+
 X, Y = draw(2 * B, T, I).numpy(), draw(2 * B, 1, seed=1).numpy()
 X[1, 3:] = X[2, :2] = 0  # what Masking masks
 
 
-def test_fit_gives_the_same_weights():
+def test_fit_gives_the_same_weights(kinds):
     """Files, and models that are cloned, are in docs/keras_layer.md."""
-    assert LSTM(H, name="a", **OPTIONS).get_config() == KERAS(H, name="a", **OPTIONS).get_config()
-    both = [model(kind) for kind in (LSTM, KERAS)]
+    ours, theirs = (kind(H, name="a", **options_of(kind)).get_config() for kind in kinds)
+    assert ours == theirs
+    both = [model(kind) for kind in kinds]
     before = [one.get_weights() for one in both]
     losses = [one.fit(X, Y, batch_size=B, shuffle=False, verbose=0).history["loss"] for one in both]
     np.testing.assert_allclose(*losses, rtol=1e-6)
@@ -183,38 +202,56 @@ def test_fit_gives_the_same_weights():
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
 
 
-def test_a_symbolic_call_and_a_module_with_its_weights():
-    one = pair(**ALL)[0]
-    output, (h, c) = from_keras(one)(draw(B, T, I))
-    close((output, h[0], c[0]), one(draw(B, T, I)), 1e-6)
+def test_a_symbolic_call_and_a_module_with_its_weights(kinds):
+    one = pair(kinds, **ALL)[0]
+    output, states = from_keras(one)(draw(B, T, I))
+    close((output, *(state[0] for state in keras.tree.flatten(states))), one(draw(B, T, I)), 1e-6)
     assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
 
 
 @pytest.mark.skipif(not FUSED, reason="in this Keras a Bidirectional always calls its layers")
 @pytest.mark.parametrize("use_cudnn", [True, False, "auto"])
-def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_cudnn, monkeypatch, calls):
+def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_cudnn, monkeypatch, kinds, calls):
     """Also where Keras would call cuDNN instead of them."""
-    called = Mock(side_effect=AssertionError("cuDNN instead of the layers"))
-    monkeypatch.setattr(keras.src.backend, "bidirectional_lstm", called)
-    both = keras.layers.Bidirectional(LSTM(H, use_cudnn=use_cudnn))
+    ours, called = kinds[0], Mock(side_effect=AssertionError("cuDNN instead of the layers"))
+    monkeypatch.setattr(keras.src.backend, f"bidirectional_{ours.__name__.lower()}", called)
+    both = BOTH(ours(H, use_cudnn=use_cudnn))
     both(draw(B, T, I))
     both(draw(B, T, I))  # built
     assert len(calls) == 4
-    assert [one.use_cudnn for one in (LSTM(H, use_cudnn=use_cudnn), both.forward_layer, both.backward_layer)] == [
+    assert [one.use_cudnn for one in (ours(H, use_cudnn=use_cudnn), both.forward_layer, both.backward_layer)] == [
         use_cudnn
     ] * 3
 
 
-def test_what_is_refused(monkeypatch):
-    for options, text in (({"activation": "relu"}, "activation='relu' has no counterpart; expected 'tanh'"),
-                          ({"recurrent_activation": None}, "recurrent_activation='linear'")):  # fmt: skip
+@pytest.mark.parametrize("test", ["basics", "correctness0", "statefulness", "pass_initial_state", "masking"])
+def test_the_tests_of_keras_pass_with_our_layer_in_place_of_its_own(test, kinds, monkeypatch, calls):
+    """But for reset_after=False."""
+    ours, theirs = kinds
+    own = importlib.import_module(f"keras.src.layers.rnn.{ours.__name__.lower()}_test")
+
+    def make(*args, **options):
+        return (ours if options.get("reset_after", True) else theirs)(*args, **options)
+
+    monkeypatch.setattr(own.layers, ours.__name__, ours if test == "basics" else make)
+    getattr(own, f"{ours.__name__}Test")(f"test_{test}").debug()
+    assert calls
+
+
+def test_what_is_refused(monkeypatch, kinds):
+    ours, name = kinds[0], kinds[0].__name__
+    refused = [({"activation": "relu"}, "activation='relu' has no counterpart; expected 'tanh'"),
+               ({"recurrent_activation": None}, "recurrent_activation='linear'")]  # fmt: skip
+    if ours is GRU:
+        refused.append(({"reset_after": False}, "reset_after=False has no counterpart; expected True"))
+    for options, text in refused:
         with pytest.raises(ValueError, match=text):
-            LSTM(H, **options)
-    with pytest.raises(AttributeError, match=r"gpu_lstm\.keras.*no attribute 'GRU'"):
-        gpu_lstm.keras.GRU  # noqa: B018
+            ours(H, **options)
+    with pytest.raises(AttributeError, match=r"gpu_lstm\.keras.*no attribute 'SimpleRNN'"):
+        gpu_lstm.keras.SimpleRNN  # noqa: B018
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(ValueError, match="needs Keras on torch, not on jax: set KERAS_BACKEND=torch"):
-        LSTM(H)
+    with pytest.raises(ValueError, match=f"{name} needs Keras on torch, not on jax: set KERAS_BACKEND=torch"):
+        ours(H)
     monkeypatch.setitem(sys.modules, "keras", None)
     with pytest.raises(ImportError, match=r'pip install "\.\[keras\]" from a clone'):
-        gpu_lstm.keras.LSTM  # noqa: B018
+        getattr(gpu_lstm.keras, name)

@@ -366,17 +366,19 @@ CALLS = [
      "gpu_lstm.autotune(4, 1, dtype=F64, device='cpu')"),
     ("TypeError: ...takes 0 positional arguments but 1 was given", "gpu_lstm.check('cuda')"),
     # keras, where Keras is not needed
-    ("TypeError: GoBackwards accepts an LSTM or a StackedLSTM, got ...", "keras.GoBackwards(TORCHS_FIRST)"),
+    ("TypeError: GoBackwards accepts an LSTM, a GRU or a stack of them, got ...", "keras.GoBackwards(TORCHS_FIRST)"),
     ("ValueError: ...batch_first=True, got bidirectional=False and batch_first=False", "keras.GoBackwards(m.lstm)"),
     ("ValueError: Expected input of 3 dimensions (N, T, I), got 2", "m.backwards(X[0])"),
     ("ValueError: Expected lengths from 0 to 5, ... got lengths from 1 to 6",
      "m.backwards(zeros(2, 5, 3), lengths=tensor([1, 6]))"),
-    *((f"TypeError: Expected an LSTM or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
-      for function in ("keras_init", "forget_bias") for value in ("None", "GRU")),
+    *((f"TypeError: Expected {what} or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
+      for function, what, values in (("keras_init", "an LSTM, a GRU", ("None", "LINEAR")),
+                                     ("forget_bias", "an LSTM", ("None", "GRU"))) for value in values),
     ("ValueError: Expected an LSTM with a bias, got bias=False", "keras.forget_bias(m.without_bias)"),
     ("ValueError: value should be finite, got nan", "keras.forget_bias(m.lstm, float('nan'))"),
     ("TypeError: value should be a number, got: str", "keras.forget_bias(m.lstm, '1')"),
-    ("TypeError: to_keras accepts an LSTM, StackedLSTM or GoBackwards, got LSTMCell", "keras.to_keras(CELL)"),
+    ("TypeError: to_keras accepts an LSTM, a GRU or a stack of them, or GoBackwards, got LSTMCell",
+     "keras.to_keras(CELL)"),
     (a_bool("freeze_second_bias", "str"), "keras.from_keras(None, freeze_second_bias='no')"),
     (a_tensor("mask", "list"), "keras.lengths_of([[True]])"),
     ("ValueError: Expected a mask [N, T] of dtype torch.bool, got [2, 5] of torch.float32",

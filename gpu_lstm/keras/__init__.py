@@ -1,28 +1,30 @@
-"""Keras 3: conversion of its layers to ours and back, its masks and initial values; its LSTM layer on our kernels.
+"""Keras 3: conversion of its layers to ours and back, its masks and initial values; its layers on our kernels.
 
-Importing this does not import Keras. from_keras, to_keras and the name LSTM do.
+Importing this does not import Keras. from_keras, to_keras and the names LSTM and GRU do.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from .checks import import_keras as _import_keras
 from .convert import GoBackwards, forget_bias, from_keras, keras_init, lengths_of, to_keras
+from .kinds import import_keras as _import_keras
 
 if TYPE_CHECKING:
+    from .layer import GRU as GRU
     from .layer import LSTM as LSTM
 
-# Without LSTM, so that `import *` works where Keras is not installed.
+# Without the layers, so that `import *` works where Keras is not installed.
 __all__ = ["GoBackwards", "forget_bias", "from_keras", "keras_init", "lengths_of", "to_keras"]
+_LAYERS = ("LSTM", "GRU")
 
 
 def __getattr__(name: str) -> Any:
-    if name != "LSTM":
+    if name not in _LAYERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _import_keras()
-    from .layer import LSTM
+    from . import layer
 
-    return LSTM
+    return getattr(layer, name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "LSTM"]
+    return [*globals(), *_LAYERS]

@@ -1,6 +1,6 @@
-"""Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM.
+"""Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM or GRU.
 
-Both have the gates in the order i, f, g, o; Keras's matrices are transposed, and it has one bias where torch has two.
+Keras's matrices are transposed, and of an LSTM it has one bias where torch has two. The gates' order is in kinds.py.
 """
 
 import math
@@ -11,44 +11,50 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules.rnn import GRUCell as TorchGRUCell
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import Traversal
-from ..modules import LSTM, LSTMCell, StackedLSTM
+from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast
-from .checks import check_activations, import_keras
+from .kinds import KINDS, Kind, check_equations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
+Rnn = LSTM | StackedLSTM | GRU | StackedGRU
+FORGETTING = (LSTM, LSTMCell, TorchLSTM, TorchLSTMCell)  # with a forget gate
+RECURRENT = (*FORGETTING, GRU, GRUCell, TorchGRU, TorchGRUCell)
 BIASES = ("bias_ih", "bias_hh")
+_ACCEPTED = "an LSTM, a GRU or a stack of them"
 
 
 class GoBackwards(nn.Module):
-    """Runs an LSTM or StackedLSTM from the end of each sequence to its start, like Keras's go_backwards=True.
+    """Runs a module from the end of each sequence to its start, like Keras's go_backwards=True.
 
-    A call accepts and returns what `lstm` does, batched, but ``output[:, 0]`` belongs to the last time. With lengths,
+    A call accepts and returns what `module` does, batched, but ``output[:, 0]`` belongs to the last time. With lengths,
     zeros come first, as in Keras.
 
     Args:
-        lstm: one direction, batch_first=True. Its weights are those of a forward LSTM.
+        module: an LSTM, GRU or stack of one direction, batch_first=True. Its weights are those of a forward one.
 
     Raises:
-        TypeError: `lstm` is not an LSTM or StackedLSTM; input that is not a tensor.
-        ValueError: an LSTM that is bidirectional or not batch_first; input that is not batched.
+        TypeError: another kind of module; input that is not a tensor.
+        ValueError: a module that is bidirectional or not batch_first; input that is not batched.
     """
 
-    def __init__(self, lstm: LSTM | StackedLSTM) -> None:
+    def __init__(self, module: Rnn) -> None:
         super().__init__()
-        if not isinstance(lstm, LSTM | StackedLSTM):
-            raise TypeError(f"GoBackwards accepts an LSTM or a StackedLSTM, got {type(lstm).__name__}")
-        if lstm.bidirectional or not lstm.batch_first:
+        if not isinstance(module, Rnn):
+            raise TypeError(f"GoBackwards accepts {_ACCEPTED}, got {type(module).__name__}")
+        if module.bidirectional or not module.batch_first:
             raise ValueError(
-                "Expected an LSTM with bidirectional=False and batch_first=True, "
-                f"got bidirectional={lstm.bidirectional} and batch_first={lstm.batch_first}"
+                "Expected a module with bidirectional=False and batch_first=True, "
+                f"got bidirectional={module.bidirectional} and batch_first={module.batch_first}"
             )
-        self.lstm = lstm
+        self.module = module
 
     if TYPE_CHECKING:
 
@@ -60,18 +66,18 @@ class GoBackwards(nn.Module):
         if input.dim() != 3:
             raise ValueError(f"Expected input of 3 dimensions (N, T, I), got {input.dim()}")
         if lengths is None:
-            return self.lstm(input.flip(1), hx)
+            return self.module(input.flip(1), hx)
         batch, steps, _ = input.shape
         check_lengths(lengths, steps, (batch,), input.device)
         # Each sequence is reversed within its length, and so is the output.
         time = Traversal(lengths, reverse=True).steps(input.transpose(0, 1))[0].T[:, :, None]  # [N, T, 1]
-        output, states = self.lstm(input.take_along_dim(time, 1), hx, lengths=lengths)
+        output, states = self.module(input.take_along_dim(time, 1), hx, lengths=lengths)
         return output.take_along_dim(time, 1).flip(1), states
 
 
 def from_keras(
     layer: Any, *, freeze_second_bias: bool = True, backend: BackendName | Backend | None = None
-) -> LSTM | StackedLSTM | GoBackwards:
+) -> Rnn | GoBackwards:
     """The module that computes what a built Keras layer computes, with a copy of its weights.
 
     | Keras | here |
@@ -79,6 +85,7 @@ def from_keras(
     | LSTM, gpu_lstm.keras.LSTM, RNN(LSTMCell) | LSTM |
     | Bidirectional of these, merge_mode="concat" | LSTM, bidirectional=True |
     | RNN([LSTMCell, ...]), RNN(StackedRNNCells) | StackedLSTM |
+    | these with GRU for LSTM | GRU, StackedGRU |
     | any of these but Bidirectional, go_backwards | GoBackwards of the module |
 
     The module is batch_first, has the dtype of the layer's variables, and always returns the whole output and the
@@ -86,8 +93,8 @@ def from_keras(
 
     Args:
         layer: from any backend of Keras.
-        freeze_second_bias: whether bias_hh, which is zero, has requires_grad=False. If False, the bias trains twice as
-            fast as Keras's.
+        freeze_second_bias: whether an LSTM's bias_hh, which is zero, has requires_grad=False. If False, the bias trains
+            twice as fast as Keras's. A GRU has both biases in Keras, too.
         backend: of the module, as for LSTM.
 
     Raises:
@@ -97,13 +104,14 @@ def from_keras(
     """
     check_bool("freeze_second_bias", freeze_second_bias)
     keras = import_keras()
-    from .layer import LSTM as OurLayer
+    from . import layer as ours
 
+    layers = [getattr(of, kind.name) for kind in KINDS for of in (keras.layers, ours)]
     both = type(layer) is keras.layers.Bidirectional
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
     for rnn in rnns:
-        if type(rnn) not in (keras.layers.LSTM, OurLayer, keras.layers.RNN):
-            raise TypeError(f"from_keras accepts an LSTM, RNN or Bidirectional layer, got {type(rnn).__name__}")
+        if type(rnn) not in (*layers, keras.layers.RNN):
+            raise TypeError(f"from_keras accepts an LSTM, GRU, RNN or Bidirectional layer, got {type(rnn).__name__}")
         _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
     if both:
         if layer.merge_mode != "concat":
@@ -111,34 +119,36 @@ def from_keras(
         _refuse("go_backwards", rnns[0].go_backwards, " in the forward layer of a Bidirectional")
     stacked = not both and type(layer.cell) is keras.layers.StackedRNNCells
     cells = layer.cell.cells if stacked else [rnn.cell for rnn in rnns]
-    for cell in cells:
-        _check_cell(keras, cell)
+    kinds = [_kind_of(keras, cell) for cell in cells]
+    _same("type", [type(cell).__name__ for cell in cells])
+    kind = kinds[0]
 
     shared: Any = dict(bias=_same("use_bias", [cell.use_bias for cell in cells]), batch_first=True, backend=backend)
     shared["dtype"] = getattr(torch, _same("dtype", [cell.kernel.dtype for cell in cells]))
     inputs, sizes = cells[0].kernel.shape[0], [cell.units for cell in cells]
-    lstm: LSTM | StackedLSTM = StackedLSTM(inputs, sizes, **shared) if stacked else LSTM(
+    module: Rnn = kind.stack(inputs, sizes, **shared) if stacked else kind.module(
         inputs, _same("units", sizes), bidirectional=both, **shared)  # fmt: skip
     with torch.no_grad():
-        for weights, cell in zip([w for layer in lstm._weights() for w in layer], cells):
-            # Of two tensors or, with a bias, four, of which the last is bias_hh.
-            for tensor, name in zip(weights.present(), ("kernel", "recurrent_kernel", "bias")):
-                values = keras.ops.convert_to_numpy(getattr(cell, name).value).astype("float64")
-                tensor.copy_(torch.from_numpy(values).t()).requires_grad_(cell.trainable)
-            if weights.bias_hh is not None:
+        for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
+            matrices = [_tensor(cell.kernel).T, _tensor(cell.recurrent_kernel).T]
+            biases = [*_tensor(cell.bias).reshape(-1, len(matrices[0]))] if cell.use_bias else []  # of an LSTM one
+            for tensor, rows in zip(weights.present(), [*matrices, *biases]):
+                tensor.copy_(kind.to_torch(rows)).requires_grad_(cell.trainable)
+            if weights.bias_hh is not None and len(biases) == 1:
                 weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
-    return GoBackwards(lstm) if not both and layer.go_backwards else lstm
+    return GoBackwards(module) if not both and layer.go_backwards else module
 
 
-def to_keras(lstm: nn.Module) -> Any:
+def to_keras(module: nn.Module) -> Any:
     """The built Keras layer that computes what a module computes, with a copy of its weights.
 
-    One layer becomes keras.layers.LSTM or Bidirectional, several become RNN(StackedRNNCells), GoBackwards becomes
-    go_backwards=True. It accepts (N, T, I) whatever batch_first is, and returns (output, h, c), (output, h, c,
-    h_reverse, c_reverse), or (output, [h, c], ...) with one pair per layer. Its bias is bias_ih + bias_hh.
+    One layer becomes keras.layers.LSTM or GRU, or Bidirectional, several become RNN(StackedRNNCells), GoBackwards
+    becomes go_backwards=True. It accepts (N, T, I) whatever batch_first is, and returns (output, h, c), (output, h, c,
+    h_reverse, c_reverse), or (output, [h, c], ...) with one pair per layer; of a GRU without c, and one h per layer. An
+    LSTM's bias is bias_ih + bias_hh.
 
     Args:
-        lstm: an LSTM, StackedLSTM, GoBackwards or torch.nn.LSTM.
+        module: an LSTM, GRU, StackedLSTM, StackedGRU, GoBackwards, torch.nn.LSTM or torch.nn.GRU.
 
     Raises:
         ValueError: an argument that has no counterpart in Keras: proj_size, residual, recurrent_dropout, zoneout,
@@ -146,43 +156,49 @@ def to_keras(lstm: nn.Module) -> Any:
         TypeError: another kind of module.
         ImportError: Keras is not installed.
     """
-    backwards = isinstance(lstm, GoBackwards)
-    if isinstance(lstm, GoBackwards):
-        lstm = lstm.lstm
-    elif type(lstm) is TorchLSTM:
-        lstm = recast(lstm, LSTM)
-    if not isinstance(lstm, LSTM | StackedLSTM):
-        raise TypeError(f"to_keras accepts an LSTM, StackedLSTM or GoBackwards, got {type(lstm).__name__}")
+    backwards = isinstance(module, GoBackwards)
+    rnn: Any = module.module if isinstance(module, GoBackwards) else module
+    kind = next(
+        (kind for kind in KINDS if isinstance(rnn, (kind.module, kind.stack)) or type(rnn) is kind.torchs), None
+    )
+    if kind is None:
+        raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
+    if type(rnn) is kind.torchs:
+        rnn = recast(rnn, kind.module)
     keras = import_keras()
-    layers = len(lstm._weights())
+    layers = len(rnn._weights())
     for name in ("proj_size", "residual", *NOT_OF_TORCH):
-        _refuse(name, getattr(lstm, name, None), " in Keras")
+        _refuse(name, getattr(rnn, name, None), " in Keras")
     if layers > 1:
-        _refuse("dropout", lstm.dropout, " in Keras; set it to 0 for the numbers of eval()")
-        _refuse("bidirectional", lstm.bidirectional, f" in Keras with {layers} layers")
+        _refuse("dropout", rnn.dropout, " in Keras; set it to 0 for the numbers of eval()")
+        _refuse("bidirectional", rnn.bidirectional, f" in Keras with {layers} layers")
 
-    weights = [w for layer in lstm._weights() for w in layer]  # [L * D]
+    weights = [w for layer in rnn._weights() for w in layer]  # [L * D]
     dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
-    of_cell = dict(use_bias=lstm.bias, dtype=dtype)
+    of_cell = dict(use_bias=rnn.bias, dtype=dtype)
     if dtype in ("float16", "bfloat16"):
         of_cell["recurrent_initializer"] = "glorot_uniform"  # building draws values, and torch has no QR in half
     of_layer = dict(return_sequences=True, return_state=True, go_backwards=backwards)
     if layers > 1:
-        cells = [keras.layers.LSTMCell(w.weight_hh.shape[1], **of_cell) for w in weights]
+        make_cell = getattr(keras.layers, f"{kind.name}Cell")
+        cells = [make_cell(w.weight_hh.shape[1], **of_cell) for w in weights]
         layer = keras.layers.RNN(cells, dtype=dtype, **of_layer)
     else:
-        layer = keras.layers.LSTM(weights[0].weight_hh.shape[1], **of_cell, **of_layer)
+        layer = getattr(keras.layers, kind.name)(weights[0].weight_hh.shape[1], **of_cell, **of_layer)
         cells = [layer.cell]
-    if lstm.bidirectional:
+    if rnn.bidirectional:
         layer = keras.layers.Bidirectional(layer, dtype=dtype)
         cells = [layer.forward_layer.cell, layer.backward_layer.cell]
-    layer.build((None, None, lstm.input_size))
+    layer.build((None, None, rnn.input_size))
     for cell, w in zip(cells, weights):
-        cell.kernel.assign(_array(w.weight_ih.T))
-        cell.recurrent_kernel.assign(_array(w.weight_hh.T))
-        if w.bias_ih is not None and w.bias_hh is not None:
-            cell.bias.assign(_array(w.bias_ih) + _array(w.bias_hh))
-    layer.trainable = any(parameter.requires_grad for parameter in lstm.parameters())
+        # In float64, which holds the numbers of every other dtype, even of one that NumPy does not know.
+        weight_ih, weight_hh, *biases = [kind.to_keras(tensor.detach().cpu().double()) for tensor in w.present()]
+        cell.kernel.assign(weight_ih.T.numpy())
+        cell.recurrent_kernel.assign(weight_hh.T.numpy())
+        if biases:
+            both = torch.stack(biases).numpy()
+            cell.bias.assign(both if len(cell.bias.shape) == 2 else both.sum(0))
+    layer.trainable = any(parameter.requires_grad for parameter in rnn.parameters())
     return layer
 
 
@@ -209,27 +225,29 @@ def lengths_of(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def keras_init(module: Module) -> Module:
-    """Give every LSTM in `module`, in place, initial values as Keras draws them, and return `module`.
+    """Give every LSTM and GRU in `module`, in place, initial values as Keras draws them, and return `module`.
 
     weight_ih, and weight_hr, which Keras does not have, are glorot_uniform, weight_hh is orthogonal for all gates
     together, and biases are zero, but 1 for forget gates (see forget_bias). Peepholes and layer norms stay as they are.
 
     Args:
-        module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some.
+        module: an LSTM, GRU, a stack or cell of these, torch's own, or a module that holds some.
 
     Raises:
-        TypeError: there is no LSTM in `module`.
+        TypeError: there is none in `module`.
     """
-    _assign(_lstms(module), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
+    _assign(_held(module, RECURRENT, "an LSTM, a GRU"), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
     return module
 
 
-def _drawn(name: str, parameter: Tensor) -> Tensor:
+def _drawn(owner: nn.Module, name: str, parameter: Tensor) -> Tensor:
     new = torch.zeros_like(parameter)
     if name.startswith("weight_hh"):
         wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR in half
         return nn.init.orthogonal_(wide).to(new.dtype)
-    return _with_forget_bias(name, new, 1.0) if name.startswith(BIASES) else nn.init.xavier_uniform_(new)
+    if not name.startswith(BIASES):
+        return nn.init.xavier_uniform_(new)
+    return _with_forget_bias(name, new, 1.0) if isinstance(owner, FORGETTING) else new
 
 
 @torch.no_grad()
@@ -237,21 +255,21 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
     """Set the forget gates' bias of every LSTM in `module`, in place: `value` in bias_ih, zero in bias_hh.
 
     Args:
-        module: as for keras_init, and returned.
+        module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some, and returned.
         value: the sum of the two biases; with 1, forget gates are open when training begins.
 
     Raises:
         TypeError: there is no LSTM in `module`, or `value` is not a number.
         ValueError: an LSTM with bias=False, or a value that is not finite. Either way nothing is set.
     """
-    lstms = _lstms(module)
+    lstms = _held(module, FORGETTING, "an LSTM")
     if not isinstance(value, numbers.Real):
         raise TypeError(f"value should be a number, got: {type(value).__name__}")
     if not math.isfinite(value):
         raise ValueError(f"value should be finite, got {value}")
     if not all(lstm.bias for lstm in lstms):
         raise ValueError("Expected an LSTM with a bias, got bias=False")
-    _assign(lstms, BIASES, lambda name, bias: _with_forget_bias(name, bias.clone(), value))
+    _assign(lstms, BIASES, lambda _, name, bias: _with_forget_bias(name, bias.clone(), value))
     return module
 
 
@@ -260,28 +278,31 @@ def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
     return bias
 
 
-def _assign(lstms: list, names: tuple[str, ...], new: Callable[[str, Tensor], Tensor]) -> None:
-    """Set parameters whose names begin with `names` to new(name, parameter); an error or interrupt changes none."""
-    named = [each for lstm in lstms for each in lstm.named_parameters(recurse=False) if each[0].startswith(names)]
-    torch._foreach_copy_([parameter for _, parameter in named], [new(*each) for each in named])
+def _assign(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str, Tensor], Tensor]) -> None:
+    """Set parameters whose names begin so to new(owner, name, parameter); an error or interrupt changes none."""
+    every = [(owner, *each) for owner in owners for each in owner.named_parameters(recurse=False)]
+    chosen = [each for each in every if each[1].startswith(names)]
+    torch._foreach_copy_([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
 
 
-def _lstms(module: nn.Module) -> list[LSTM | LSTMCell | TorchLSTM | TorchLSTMCell]:
+def _held(module: nn.Module, kinds: tuple[type, ...], what: str) -> list:
     modules = module.modules() if isinstance(module, nn.Module) else ()
-    lstms = [child for child in modules if isinstance(child, LSTM | LSTMCell | TorchLSTM | TorchLSTMCell)]
-    if not lstms:
-        raise TypeError(f"Expected an LSTM or a module that holds one, got {type(module).__name__}")
-    return lstms
+    held = [child for child in modules if isinstance(child, kinds)]
+    if not held:
+        raise TypeError(f"Expected {what} or a module that holds one, got {type(module).__name__}")
+    return held
 
 
-def _check_cell(keras: ModuleType, cell: Any) -> None:
-    if type(cell) is not keras.layers.LSTMCell:
-        raise TypeError(f"Expected cells of type LSTMCell, got {type(cell).__name__}")
+def _kind_of(keras: ModuleType, cell: Any) -> Kind:
+    kinds = [kind for kind in KINDS if type(cell) is getattr(keras.layers, f"{kind.name}Cell")]
+    if not kinds:
+        raise TypeError(f"Expected cells of type LSTMCell or GRUCell, got {type(cell).__name__}")
     if not cell.built:
         raise ValueError("the layer has no weights yet: build it first, by layer.build((None, None, features))")
-    check_activations(keras, cell)
+    check_equations(keras, cell)
     for name in ("dropout", "recurrent_dropout"):
         _refuse(name, getattr(cell, name), "; set it to 0 in the layer's cell for the numbers of inference")
+    return kinds[0]
 
 
 def _refuse(argument: str, value: Any, hint: str) -> None:
@@ -295,6 +316,6 @@ def _same(name: str, values: list) -> Any:
     return values[0]
 
 
-def _array(tensor: Tensor) -> Any:
-    """For NumPy, in float64, which holds the numbers of every other dtype, even of one that NumPy does not know."""
-    return tensor.detach().cpu().double().numpy()
+def _tensor(variable: Any) -> Tensor:
+    """A copy, in float64, which holds the numbers of every other dtype."""
+    return torch.from_numpy(import_keras().ops.convert_to_numpy(variable.value).astype("float64"))

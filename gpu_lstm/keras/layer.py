@@ -1,17 +1,77 @@
-"""Keras's LSTM layer, computed by lstm_layer. Importing this imports Keras. Written against Keras 3.15."""
+"""Keras's LSTM and GRU layers on our kernels. Importing this imports Keras. Written against Keras 3.15."""
 
 import sys
 from typing import Any
 
 import keras
 import torch
+from torch import Tensor
 
-from ..functional import lstm_layer
-from .checks import check_activations
+from ..functional import gru_layer, lstm_layer
+from .kinds import OF_GRU, OF_LSTM, check_equations
+
+
+class _OnOurKernels:
+    """A mixin of the two layers, whose other base is Keras's layer."""
+
+    def __init__(self: Any, units: int, *args: Any, **kwargs: Any) -> None:
+        if keras.backend.backend() != "torch":
+            raise ValueError(
+                f"gpu_lstm.keras.{self._kind.name} needs Keras on torch, not on {keras.backend.backend()}: set "
+                "KERAS_BACKEND=torch in the environment before keras is imported"
+            )
+        super().__init__(units, *args, **kwargs)  # type: ignore[call-arg]  # Keras's
+        check_equations(keras, self.cell)
+
+    @property
+    def use_cudnn(self) -> Any:
+        """As it was set; but False where Bidirectional asks whether it may call cuDNN instead of its layers."""
+        asks = sys._getframe(1).f_code.co_name in ("_can_attempt_fused_lstm", "_can_attempt_fused_gru")
+        return False if asks else self._use_cudnn
+
+    @use_cudnn.setter
+    def use_cudnn(self, value: Any) -> None:
+        self._use_cudnn = value
+
+    def inner_loop(self: Any, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> tuple:
+        """What Keras calls: (last output [B, H], outputs [B, T, H], states) of sequences [B, T, I]."""
+        cell, to_tensor = self.cell, keras.ops.convert_to_tensor
+        mask = keras.tree.flatten(mask)[0]
+        if training and cell.implementation == 1 and (cell.dropout or cell.recurrent_dropout):
+            return keras.layers.RNN.inner_loop(self, sequences, initial_state, mask, training=training)
+
+        weights = [to_tensor(cell.kernel).T, to_tensor(cell.recurrent_kernel).T]
+        if cell.use_bias:
+            bias = to_tensor(cell.bias)
+            weights += bias.unbind() if bias.dim() == 2 else (bias, torch.zeros_like(bias))
+        weights = list(map(self._kind.to_torch, weights))
+        x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
+        if training and cell.dropout:
+            x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps
+        hx = [to_tensor(state).to(x.dtype) for state in initial_state]
+        if self.stateful:
+            hx = [state.clone() for state in hx]  # Keras writes the new states into the old, which backward reads
+        if self.go_backwards:
+            x = x.flip(0)
+        if mask is None:
+            y, states = self._all_steps(x, weights, hx)
+            return states[0], y.transpose(0, 1), states
+
+        mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
+        if self.go_backwards:
+            mask = mask.flip(0)
+        # The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
+        valid_first = (~mask).byte().argsort(dim=0, stable=True)
+        y, states = self._all_steps(x.take_along_dim(valid_first[:, :, None], 0), weights, hx, mask.sum(0))
+        number = mask.cumsum(0)  # of valid steps up to and including each
+        shown = (mask if self.zero_output_for_mask else number > 0)[:, :, None]
+        if self.return_sequences:
+            y = torch.where(shown, y.take_along_dim((number - 1).clamp(min=0)[:, :, None], 0), 0)
+        return torch.where(shown[-1], states[0], 0), y.transpose(0, 1), states
 
 
 @keras.saving.register_keras_serializable("gpu_lstm")
-class LSTM(keras.layers.LSTM):
+class LSTM(_OnOurKernels, keras.layers.LSTM):
     """keras.layers.LSTM on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
 
     All but the computation is Keras's own; weights load both ways. docs/keras_layer.md shows how to replace the layers
@@ -33,57 +93,32 @@ class LSTM(keras.layers.LSTM):
             what keras.layers.LSTM raises.
     """
 
-    def __init__(self, units: int, *args: Any, **kwargs: Any) -> None:
-        if keras.backend.backend() != "torch":
-            raise ValueError(
-                f"gpu_lstm.keras.LSTM needs Keras on torch, not on {keras.backend.backend()}: set KERAS_BACKEND=torch "
-                "in the environment before keras is imported"
-            )
-        super().__init__(units, *args, **kwargs)
-        check_activations(keras, self.cell)
+    _kind = OF_LSTM
 
-    @property
-    def use_cudnn(self) -> Any:
-        """As it was set; but False where Bidirectional asks whether it may call cuDNN instead of its layers."""
-        return False if sys._getframe(1).f_code.co_name == "_can_attempt_fused_lstm" else self._use_cudnn
+    def _all_steps(
+        self, x: Tensor, weights: list[Tensor], hx: list[Tensor], lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        y, states = lstm_layer(x, weights, (hx[0], hx[1]), lengths=lengths)
+        return y, list(states)
 
-    @use_cudnn.setter
-    def use_cudnn(self, value: Any) -> None:
-        self._use_cudnn = value
 
-    def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> tuple:
-        """What Keras calls: (last output [B, H], outputs [B, T, H], [h, c]) of sequences [B, T, I]."""
-        cell, to_tensor = self.cell, keras.ops.convert_to_tensor
-        mask = keras.tree.flatten(mask)[0]
-        if training and cell.implementation == 1 and (cell.dropout or cell.recurrent_dropout):
-            return keras.layers.RNN.inner_loop(self, sequences, initial_state, mask, training=training)
+@keras.saving.register_keras_serializable("gpu_lstm")
+class GRU(_OnOurKernels, keras.layers.GRU):
+    """keras.layers.GRU on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
 
-        weights = [to_tensor(cell.kernel).T, to_tensor(cell.recurrent_kernel).T]
-        if cell.use_bias:
-            bias = to_tensor(cell.bias)
-            weights += [bias, torch.zeros_like(bias)]
-        x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
-        if training and cell.dropout:
-            x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps
-        hx = [to_tensor(state).to(x.dtype) for state in initial_state]
-        if self.stateful:
-            hx = [state.clone() for state in hx]  # Keras writes the new states into the old, which backward reads
-        if self.go_backwards:
-            x = x.flip(0)
-        if mask is None:
-            y, (h, c) = lstm_layer(x, weights, (hx[0], hx[1]))
-            return h, y.transpose(0, 1), [h, c]
+    What the docstring of LSTM says of masks, dropout, unroll and use_cudnn holds here, too.
 
-        mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
-        if self.go_backwards:
-            mask = mask.flip(0)
-        # The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
-        valid_first = (~mask).byte().argsort(dim=0, stable=True)
-        y, (h, c) = lstm_layer(
-            x.take_along_dim(valid_first[:, :, None], 0), weights, (hx[0], hx[1]), lengths=mask.sum(0)
-        )
-        number = mask.cumsum(0)  # of valid steps up to and including each
-        shown = (mask if self.zero_output_for_mask else number > 0)[:, :, None]
-        if self.return_sequences:
-            y = torch.where(shown, y.take_along_dim((number - 1).clamp(min=0)[:, :, None], 0), 0)
-        return torch.where(shown[-1], h, 0), y.transpose(0, 1), [h, c]
+    Args:
+        units, args, kwargs: as for keras.layers.GRU.
+
+    Raises:
+        ValueError: as LSTM; reset_after=False, where the reset gate multiplies h before the product.
+    """
+
+    _kind = OF_GRU
+
+    def _all_steps(
+        self, x: Tensor, weights: list[Tensor], hx: list[Tensor], lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        y, state = gru_layer(x, weights, hx[0], lengths=lengths)
+        return y, [state]
