@@ -1,6 +1,7 @@
-"""For `kernelize`: the LSTM whose forward takes the place of torch.nn.LSTM's."""
+"""For `kernelize`: the LSTM and the GRU whose forward takes the place of that of torch.nn's."""
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +22,34 @@ class LSTM(nn.Module):
 
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
         """As torch.nn.LSTM: the same shapes, results, errors. On the backend that `backend` has chosen, or "auto"."""
-        # torch.compile does not trace a torch.nn.LSTM, but would compile the functions that its forward calls.
-        eager = not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules
-        return (_in_eager_mode if eager else _called)(self, input, hx)
+        return _run(self, input, hx)
 
 
-def _called(lstm: nn.LSTM, input: Tensor | PackedSequence, hx: State | None) -> tuple[Tensor | PackedSequence, State]:
-    if isinstance(input, PackedSequence) and (instead := traced(lstm, input, hx)) is not None:
+class GRU(nn.Module):
+    """Likewise, for a torch.nn.GRU."""
+
+    can_torch_compile = True
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """As torch.nn.GRU."""
+        return _run(self, input, hx)
+
+
+def _run(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor | PackedSequence, Any]:
+    # torch.compile does not trace a torch.nn.LSTM, but would compile the functions that its forward calls.
+    eager = not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules
+    return (_in_eager_mode if eager else _called)(module, input, hx)
+
+
+def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor | PackedSequence, Any]:
+    if isinstance(input, PackedSequence) and (instead := traced(module, input, hx)) is not None:
         return instead
-    sizes = (lstm.hidden_size,) * lstm.num_layers
-    asked = Arguments("LSTM", sizes, False, (), lstm.input_size, lstm.bias, None, lstm.bidirectional, lstm.batch_first,
-                      lstm.training, lstm.dropout, proj_size=lstm.proj_size)  # fmt: skip
-    call = prepare(options := options_of(*asked), weights_of(lstm, options.names), input, hx)
+    sizes = (module.hidden_size,) * module.num_layers
+    asked = Arguments(module.mode, sizes, False, (), module.input_size, module.bias, None, module.bidirectional,
+                      module.batch_first, module.training, module.dropout, proj_size=module.proj_size)  # fmt: skip
+    call = prepare(options := options_of(*asked), weights_of(module, options.names), input, hx)
     y, states = run(call)
     return call.form.output(y), call.states_out(states)
 

@@ -85,32 +85,34 @@ def results(lstm, x) -> list:
 
 
 KERNELIZED = [
-    dict(), dict(bias=False, proj_size=2), dict(num_layers=2, bidirectional=True), dict(batch_first=True),
-    dict(num_layers=2, dropout=0.5), dict(num_layers=2, dropout=1.0),
+    ("LSTM", dict()), ("LSTM", dict(bias=False, proj_size=2)), ("LSTM", dict(num_layers=2, bidirectional=True)),
+    ("LSTM", dict(batch_first=True)), ("LSTM", dict(num_layers=2, dropout=0.5)),
+    ("LSTM", dict(num_layers=2, dropout=1.0)), ("GRU", dict()), ("GRU", dict(num_layers=2, bidirectional=True)),
 ]  # fmt: skip
 
 
 def kernelized(path) -> list[float]:
-    """How far torch.nn.LSTMs with the forward of `layers.LSTM` are from what they were."""
+    """How far torch's modules with the forward of `layers` are from what they were."""
     other, far = load("_a_kernel", path), []
     torch.manual_seed(0)
     x = torch.randn(5, 2, 3, requires_grad=True)
-    for options in KERNELIZED:
+    for kind, options in KERNELIZED:
         for given in (x, x[:, 0], pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False)):
-            lstm = nn.LSTM(3, 4, **options).train(options.get("dropout") != 0.5)  # which would be drawn at random
-            expected = results(lstm, given)
-            lstm.forward = MethodType(other.layers.LSTM.forward, lstm)
+            theirs = getattr(nn, kind)(3, 4, **options)
+            theirs.train(options.get("dropout") != 0.5)  # which would be drawn at random
+            expected = results(theirs, given)
+            theirs.forward = MethodType(getattr(other.layers, kind).forward, theirs)
             for backend in ("torch", "reference"):
                 with other.backend(backend):
-                    found = results(lstm, given)
+                    found = results(theirs, given)
                 far.append(max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True)))
     return far
 
 
 @pytest.mark.parametrize("file", ["__init__.py", "gpu_lstm/__init__.py"])  # which older versions of `kernels` load
-def test_a_torch_lstm_with_the_forward_of_the_layer_computes_the_same(file, variant):
+def test_a_module_of_torch_with_the_forward_of_the_layer_computes_the_same(file, variant):
     far = in_another_process(kernelized, variant / file)
-    assert len(far) == 36
+    assert len(far) == 48
     assert max(far) < 1e-6
 
 
@@ -136,18 +138,22 @@ def test_the_layer_compiles_as_a_torch_lstm_and_where_that_may_be_traced_into_on
     assert far < 1e-6
 
 
-def loaded(path, name) -> tuple:
+def loaded(path, name, kind) -> tuple:
     """What `kernels` asks of a layer and its names."""
     other = load(name, path)
-    layer = other.layers.LSTM
-    signatures = [[p.kind for p in inspect.signature(c.forward).parameters.values()] for c in (layer, nn.LSTM)]
+    layer = getattr(other.layers, kind)
+    signatures = [
+        [p.kind for p in inspect.signature(c.forward).parameters.values()] for c in (layer, getattr(nn, kind))
+    ]
     own = {member for member, _ in inspect.getmembers(layer)} - {member for member, _ in inspect.getmembers(nn.Module)}
     return own, layer.__init__ is nn.Module.__init__, *signatures, other.__all__, other.backends.graph.NAMESPACE
 
 
-def test_the_layer_and_the_metadata_keep_the_rules_of_kernels(variant):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_the_layer_and_the_metadata_keep_the_rules_of_kernels(variant, kind):
     metadata = json.loads((variant / "metadata.json").read_text())
-    own, stateless, ours, torchs, names, namespace = in_another_process(loaded, variant / "__init__.py", metadata["id"])
+    asked = loaded, variant / "__init__.py", metadata["id"], kind
+    own, stateless, ours, torchs, names, namespace = in_another_process(*asked)
     assert own == {"can_torch_compile"}
     assert stateless
     assert ours == torchs

@@ -1,7 +1,8 @@
-"""The contract of a layer: whoever calls kernels sends what their Problem says, and its sizes are in one place."""
+"""The contracts: callers of kernels send what their Problem says, sizes are in one place, and cells obey their laws."""
 
 import ast
 import itertools
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,12 +10,18 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import triton
+import triton.language as tl
+from installed import ROOT
 from standing_in import plan_of, recurrence
 
+from gpu_lstm.cells import EQUATIONS
 from gpu_lstm.kernels import memory, problem
+from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_lstm import autotune, launch
+from gpu_lstm.kernels.triton_lstm import autotune, indexing, launch
+from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell
 
 KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
@@ -125,3 +132,154 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
     ran = {each.args[0].__name__ for each in run.mock_calls}
     assert ran == {f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")}
     assert not any(layer._prepared for layer in launch._layers.values())
+
+
+# The contract of a cell
+
+NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
+    "kernels": {"cells.py", "triton_lstm/cells/__init__.py", "triton_lstm/cells/gru.py", "cupy_lstm/cuda/cells/gru.cu",
+                "cupy_lstm/source.py"},  # the list of those in CUDA C++
+    "gpu_lstm/cells": {"__init__.py", "gru.py"},
+    "gpu_lstm/call": {"options.py"},  # the table of modules
+    "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
+    "gpu_lstm/dispatch": set(),
+}  # fmt: skip
+OTHERS = set(CELLS) - {"lstm"}
+
+
+def without_comments(name: str, text: str) -> str:
+    """Code without its comments and docstrings."""
+    if name.endswith(".cu"):
+        return re.sub(r"//.*", "", text)
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return ast.unparse(tree)
+
+
+def code_of(folder: str) -> dict[str, str]:
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu")]
+    return {str(p.relative_to(ROOT / folder)): without_comments(p.name, p.read_text()) for p in files}
+
+
+def test_beneath_the_modules_only_the_cells_and_two_tables_name_a_cell_and_nothing_asks_for_one_by_name():
+    """Modules and tools name classes."""
+    for folder, expected in NAMES_A_CELL.items():
+        assert {name for name, text in code_of(folder).items() if any(c in text.lower() for c in OTHERS)} == expected
+    asking = {name for name, text in code_of("gpu_lstm").items() if any(repr(cell) in text for cell in OTHERS)}
+    assert asking == {"cells/__init__.py"}  # EQUATIONS
+    assert (
+        without_comments("x.py", 'def f(c):\n    """A GRU."""\n    return c  # GRU')
+        == "def f(c):\n    None\n    return c"
+    )
+
+
+@triton.jit
+def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S: tl.constexpr):
+    """The device half of a cell for N units: four gates, c, c again, m, the gradients of four z and of c before."""
+    at = tl.arange(0, N)[None, :]
+    x = indexing.load_gates(x_ptr, at, at < N, N, True)
+    z = indexing.load_gates(z_ptr, at, at < N, N)
+    c_prev, dm, dc = tl.load(c_ptr + at), tl.load(dm_ptr + at), tl.load(dc_ptr + at)
+    gates, c, m = cell_forward(x, z, c_prev, (), S)
+    dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, (), S)
+    tl.static_assert(c.dtype == tl.float32)
+    tl.static_assert(dc_prev.dtype == tl.float32)
+    for k in tl.static_range(4):
+        tl.store(out_ptr + k * N + at, gates[k])
+        tl.store(out_ptr + (7 + k) * N + at, dz[k])
+    tl.store(out_ptr + 4 * N + at, c)
+    tl.store(out_ptr + 5 * N + at, next_cell(gates, c_prev, S))
+    tl.store(out_ptr + 6 * N + at, m)
+    tl.store(out_ptr + 11 * N + at, dc_prev)
+
+
+def by_the_kernels(cell, of_x, of_h, c, dm, dc):
+    """[12, N] of `cell_kernel`; of_x and of_h [4, N], the others [N]."""
+    out, sizes = torch.full((12, c.numel()), torch.nan).to(c), launch.Sizes(cell.name, cell.rows, *[None] * 10)
+    cell_kernel[(1,)](of_x, of_h, c, dm, dc, out, c.numel(), sizes)
+    return out
+
+
+def by_torch(cell, of_x, of_h, c, dm, dc):
+    """The same of the equations in torch's operators, by its autograd."""
+    equations, z, c = EQUATIONS[cell.name], (of_x + of_h).requires_grad_(), c.clone().requires_grad_()
+    gates, after = equations.step(z.view(1, -1), c[None], None)
+    m = equations.output(gates, after, None, None)
+    dz, dc_prev = torch.autograd.grad([m, after], [z, c], [dm[None], dc[None]])
+    in_place = equations.activate_in_place(z.detach().view(1, 1, -1).clone(), None, c.detach()[None, None])
+    torch.testing.assert_close(in_place.view(4, -1), torch.cat(gates))
+    again = equations.next_cell(gates, c[None])
+    return torch.cat([*gates, after, again, m, dz, dc_prev[None]]).detach()
+
+
+def by_the_oracle(cell, of_x, of_h, c, dm, dc):
+    """c, m, and the gradients of what x sends, of what h sends, and of c before: of one step where W_ih = 1, W_hh = 0.
+
+    Given are what x and h send, [rows N] in torch's order, and [N].
+    """
+    of_x, of_h, c, dm, dc = (t.double().cpu().numpy() for t in (of_x, of_h, c, dm, dc))
+    zero, alone = np.zeros((1, N)), cell.states == ("h",)
+    weights = np.eye(len(of_x)), np.zeros((len(of_x), N)), np.zeros_like(of_x), of_h
+    inputs = of_x[None, None], c[None] if alone else zero, c[None], *weights
+    forward, backward = oracle.functions_of(inputs[1], weights[1])
+    h, _, c_n, tape = forward(*inputs)
+    given = dict(dh=dm[None, None], dh_n=dc[None] if alone else zero, dc_n=dc[None])
+    dx, dh0, dc0, _, _, _, db_hh, *_ = backward(*inputs, tape=tape, **given)
+    return h[0] if alone else c_n, h[0], dx[0], db_hh, dh0 if alone else dc0
+
+
+HALVES = pytest.mark.parametrize("half", [by_the_kernels, by_torch])
+EVERY_CELL = pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
+N = 64
+
+
+def given_to_a_cell(device, cell, dtype=F32):
+    """of_x and of_h [4, N], zero where x or h does not reach, and c, dm, dc [N]."""
+    torch.manual_seed(0)
+    of_x, of_h = torch.randn(4, N, device=device).to(dtype), torch.randn(4, N, device=device)
+    of_x[cell.x_end :] = 0
+    of_h[: cell.h_start] = 0
+    return of_x, of_h, *torch.randn(3, N, device=device)
+
+
+@EVERY_CELL
+@HALVES
+def test_a_cell_gives_zeros_for_zeros(device, half, cell):
+    """What is masked is loaded as zero. And no gradient comes of none."""
+    x, h, c, *gradients = given_to_a_cell(device, cell)
+    found = half(cell, *(torch.zeros_like(t) for t in (x, h, c, *gradients)))
+    assert not found[4:].any()
+    found = half(cell, x, h, c, *(torch.zeros_like(t) for t in gradients))
+    assert not found[7:].any()
+    assert found[:7].all()
+
+
+@EVERY_CELL
+@HALVES
+def test_dz_are_gradients_of_pre_activations_of_which_x_and_h_reach_those_that_the_cell_says(device, half, cell):
+    def sent(z):  # [4, N] -> what x and what h sends, or their gradients, in torch's order
+        return cell.to_torch(cell.of_x(z.flatten(), N), N), cell.of_h(z.flatten(), N)
+
+    x, h, *rest = given_to_a_cell(device, cell)
+    found = half(cell, x, h, *rest).double().cpu()
+    c, again, m, dc_prev = found[[4, 5, 6, 11]]
+    expected = by_the_oracle(cell, sent(x)[0], sent(h)[1], *rest)
+    for ours, true in zip((c, m, *sent(found[7:11]), dc_prev), expected, strict=True):
+        torch.testing.assert_close(ours, torch.from_numpy(true).flatten(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(again, c, rtol=0, atol=2e-6)
+
+
+@EVERY_CELL
+@HALVES
+def test_c_is_float32_and_each_unit_is_alone(device, half, cell):
+    """Of half precision are only the parts that x and h send; units in another order give the same bits."""
+    given = given_to_a_cell(device, cell, F16 if half is by_the_kernels else F32)
+    found, order = half(cell, *given), torch.randperm(N, device=device)
+    assert torch.equal(half(cell, *(t[..., order].contiguous() for t in given)), found[:, order])
+    gates = tuple(found[:4].half())
+    after = EQUATIONS[cell.name].next_cell(gates, given[2])
+    assert after.dtype == F32
+    torch.testing.assert_close(after, EQUATIONS[cell.name].next_cell(tuple(g.float() for g in gates), given[2]))
+    assert not torch.equal(after.half().float(), after)

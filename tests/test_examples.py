@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._pytree import tree_leaves_with_path
 
+import gpu_lstm
 from bench import ppo
 
 EXAMPLES = ROOT / "examples"
@@ -224,6 +225,25 @@ def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
 def test_there_is_nothing_to_resume(tmp_path):
     with pytest.raises(SystemExit, match="there is no checkpoint in"):
         ddp.main(["--resume", "--out", str(tmp_path)])
+
+
+# denoise.py
+
+
+def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(monkeypatch, capsys):
+    denoise = load(EXAMPLES / "denoise.py")
+    before, after = denoise.main(updates=3)
+    assert after > before + 4  # 10 after 40 updates
+    assert f"denoised {after:.1f} dB" in capsys.readouterr().out
+
+    class Forgetful(gpu_lstm.Stream):
+        def __call__(self, input):
+            self.reset()
+            return super().__call__(input)
+
+    monkeypatch.setattr(gpu_lstm, "Stream", Forgetful)
+    with pytest.raises(AssertionError, match="not close"):
+        denoise.main(updates=0)
 
 
 # weather.py

@@ -1,4 +1,4 @@
-"""The recipes of docs/reinforcement_learning.md against torch.nn.LSTM called at every step, its state masked.
+"""The recipes of docs/reinforcement_learning.md against torch.nn.LSTM or GRU called at every step, its state masked.
 
 Outputs, states and gradients in float64. Each recipe must also notice resets that are a step late. That other ways of
 trainers, in pieces and padded, give the same is tested in test_bench_providers.py, and TorchRL in test_frameworks.py.
@@ -53,9 +53,20 @@ def ends():
     return ends
 
 
+@pytest.fixture(params=["LSTM", "GRU"])
+def kind(request):
+    return request.param
+
+
 @pytest.fixture
 def state():
     return torch.randn(L, N, H), torch.randn(L, N, H)
+
+
+@pytest.fixture
+def states(kind, state):
+    """A pair, or of a GRU a tuple of one."""
+    return state[: 1 + (kind == "LSTM")]
 
 
 def after(ends):
@@ -63,20 +74,31 @@ def after(ends):
     return torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
 
 
-def pair(**options):
-    """torch's LSTM, and ours with the same weights."""
-    theirs, ours = nn.LSTM(I, H, L), gpu_lstm.LSTM(I, H, L, **options)
+def pair(kind="LSTM", **options):
+    """torch's module, and ours with the same weights."""
+    theirs, ours = getattr(nn, kind)(I, H, L), getattr(gpu_lstm, kind)(I, H, L, **options)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
-def loop(lstm, x, state, starts, left=None):
-    """[output, h, c] of a call for each step of x [T, N, I]; an episode starts from 0, or from `left` [T, L, N, H]."""
+def taken(states):
+    """What a module takes: a pair, or of a GRU h."""
+    return states[0] if len(states) == 1 else tuple(states)
+
+
+def given(states):
+    """The reverse, of what it returns."""
+    return (states,) if torch.is_tensor(states) else states
+
+
+def loop(module, x, state, starts, left=None):
+    """[output, *states] of a call for each step of x [T, N, I]; episodes start from 0, or from `left` [T, L, N, H]."""
     outputs = []
     for t, start in enumerate(starts[..., None]):
         state = [torch.where(start, of[t] if left else 0.0, each) for of, each in zip(left or state, state)]
-        y, state = lstm(x[t : t + 1], tuple(state))
+        y, state = module(x[t : t + 1], taken(state))
         outputs.append(y)
+        state = given(state)
     return [torch.cat(outputs), *state]
 
 
@@ -109,58 +131,59 @@ def test_cleanrl(recipes, starts, state):
         return [y, *states]
 
     of_network = list(agent.network.parameters())
-    given = [*of_network, *ours.parameters()], [y.flatten(0, 1), *states], [*of_network, *theirs.parameters()]
-    check(call, *given, starts)
+    compared = [*of_network, *ours.parameters()], [y.flatten(0, 1), *states], [*of_network, *theirs.parameters()]
+    check(call, *compared, starts)
     close(recipes.get_states(agent, images[:N], state, starts[0].double())[:1], y[:1])  # acting
 
 
-def test_rl_games(recipes, starts, state):
+def test_rl_games(recipes, starts, kind, states):
     """dones [T, N, 1] are starts, of bytes."""
-    module = recipes.LSTMWithDones(input_size=I, hidden_size=H, num_layers=L)
+    module = getattr(recipes, f"{kind}WithDones")(input_size=I, hidden_size=H, num_layers=L)
     assert next(iter(module.state_dict())) == "rnn.weight_ih_l0"
-    theirs, x, dones = nn.LSTM(I, H, L), torch.randn(T, N, I), starts.byte().unsqueeze(-1)
+    theirs, x, dones = getattr(nn, kind)(I, H, L), torch.randn(T, N, I), starts.byte().unsqueeze(-1)
     theirs.load_state_dict(module.rnn.state_dict())
-    expected = loop(theirs, x, state, starts)
+    expected = loop(theirs, x, states, starts)
+    held = states[0] if kind == "GRU" else list(states)  # by rl_games
 
     def call(dones):
-        y, states = module(x, list(state), dones, bptt_len=T)
-        assert type(states) is tuple
-        return [y, *states]
+        y, after = module(x, held, dones, bptt_len=T)
+        assert type(after) is (torch.Tensor if kind == "GRU" else tuple)
+        return [y, *given(after)]
 
     check(call, list(module.parameters()), expected, list(theirs.parameters()), dones)
     close(call(dones.transpose(0, 1).contiguous().transpose(0, 1)), expected)  # as rl_games transposes its flat batch
-    for states in ([], list(state)):  # acting; at first without states
-        close(module(x[:1], states)[:1], theirs(x[:1], states or None)[:1])
+    close(module(x[:1], [])[:1], theirs(x[:1])[:1])  # acting; at first without states
+    close(module(x[:1], held)[:1], theirs(x[:1], taken(states))[:1])
 
 
-def test_rsl_rl(recipes, ends, state):
+def test_rsl_rl(recipes, ends, kind, states):
     """dones [T, N] are ends. Acting zeroes the state in place where an episode ended; minibatches are of some of N."""
-    (theirs, ours), x = pair(), torch.randn(T, N, I)
-    y, *_ = loop(theirs, x, state, after(ends))
-    memory = SimpleNamespace(rnn=ours, hidden_state=tuple(each.clone() for each in state))
+    (theirs, ours), x = pair(kind), torch.randn(T, N, I)
+    y, *_ = loop(theirs, x, states, after(ends))
+    memory = SimpleNamespace(rnn=ours, hidden_state=taken([each.clone() for each in states]))
     with torch.no_grad():
         for x_t, done, y_t in zip(x, ends, y):
             close(recipes.forward(memory, x_t), y_t[None])
-            for each in memory.hidden_state:
+            for each in given(memory.hidden_state):
                 each[:, done] = 0
-    found = list(recipes.minibatches(x, ends.byte(), state, 2))
+    found = list(recipes.minibatches(x, ends.byte(), taken(states), 2))
     assert [each.shape for each, _, _ in found] == [(T, 3, I), (T, 2, I)]
     for some, (part, resets, first) in zip(([0, 1, 2], [3, 4]), found):
-        y, *_ = loop(theirs, x[:, some], [each[:, some] for each in state], after(ends)[:, some])
+        y, *_ = loop(theirs, x[:, some], [each[:, some] for each in states], after(ends)[:, some])
         call = lambda resets: [recipes.forward(memory, part, masks=resets, hidden_state=first)]  # noqa: B023, E731
         check(call, list(ours.parameters()), [y], list(theirs.parameters()), resets)
 
 
-def test_skrl(recipes, ends, state):
+def test_skrl(recipes, ends, kind, states):
     """All is flat, [N*T, ...], with a state stored at every step, of which only those before the first step count.
 
     Ends are "terminated" or "truncated"; older versions hand over one for both.
     """
-    theirs, ours = pair(batch_first=True)
-    model, x = SimpleNamespace(lstm=ours, sequence_length=T, training=True), torch.randn(N, T, I)
-    y, *states = loop(theirs, x.transpose(0, 1), state, after(ends))
-    expected = [y.transpose(0, 1).flatten(0, 1), *states]
-    stored = [torch.cat([each[:, :, None], torch.randn(L, N, T - 1, H)], 2).flatten(1, 2) for each in state]
+    theirs, ours = pair(kind, batch_first=True)
+    model, x = SimpleNamespace(rnn=ours, sequence_length=T, training=True), torch.randn(N, T, I)
+    y, *finals = loop(theirs, x.transpose(0, 1), states, after(ends))
+    expected = [y.transpose(0, 1).flatten(0, 1), *finals]
+    stored = [torch.cat([each[:, :, None], torch.randn(L, N, T - 1, H)], 2).flatten(1, 2) for each in states]
 
     def call(ends, **others):
         ends = {name: each.t().reshape(-1, 1) for name, each in dict(terminated=ends, **others).items()}
@@ -171,23 +194,24 @@ def test_skrl(recipes, ends, state):
     by_clock = torch.rand(T, N) < 0.5
     close(call(ends & ~by_clock, truncated=ends & by_clock), expected)
     model.training = False  # acting: a step of every environment
-    y, rest = recipes.remember(model, x[:, 0], {"rnn": list(state)})
-    acted, states = theirs(x[None, :, 0], state)
-    close([y, *rest["rnn"]], [acted[0], *states])
+    y, rest = recipes.remember(model, x[:, 0], {"rnn": list(states)})
+    acted, finals = theirs(x[None, :, 0], taken(states))
+    close([y, *rest["rnn"]], [acted[0], *given(finals)])
 
 
-def test_torchrl(recipes, starts):
+@pytest.mark.parametrize(("kind", "names"), [("LSTM", "hc"), ("GRU", "h")])
+def test_torchrl(recipes, starts, kind, names):
     """A trajectory that starts within the batch begins with the state stored there, into which gradients flow."""
-    theirs, ours = pair(batch_first=True)
-    x, stored = torch.randn(N, T, I), [torch.randn(N, T, L, H, requires_grad=True) for _ in "hc"]
+    theirs, ours = pair(kind, batch_first=True)
+    x, stored = torch.randn(N, T, I), [torch.randn(N, T, L, H, requires_grad=True) for _ in names]
     left = [each.permute(1, 2, 0, 3) for each in stored]
     y, *_ = loop(theirs, x.transpose(0, 1), [each[0] for each in left], starts, left)
 
     def call(is_init):
-        return [recipes.all_trajectories(ours, {"x": x, "is_init": is_init, "h": stored[0], "c": stored[1]})]
+        return [recipes.all_trajectories(ours, {"x": x, "is_init": is_init, **dict(zip(names, stored))})]
 
-    given = [*stored, *ours.parameters()], [y.transpose(0, 1)], [*stored, *theirs.parameters()]
-    check(call, *given, starts.t()[:, :, None], 1)
+    compared = [*stored, *ours.parameters()], [y.transpose(0, 1)], [*stored, *theirs.parameters()]
+    check(call, *compared, starts.t()[:, :, None], 1)
 
 
 def test_benchmarl(recipes, starts):

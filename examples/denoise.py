@@ -1,0 +1,60 @@
+"""A GRU takes the noise out of a sound frame by frame, while the sound arrives: python examples/denoise.py
+
+The voice is synthetic. Every 16 ms the GRU says of the last 32 ms which frequencies are voice; Stream keeps its state.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import fold, mse_loss
+
+import gpu_lstm
+
+RATE, FRAME, HOP = 8000, 256, 128
+WINDOW = torch.hann_window(FRAME).sqrt()  # before and after: where frames overlap, their squares add up to 1
+
+
+def voices(count: int, seconds: int) -> Tensor:  # [count, samples]
+    pitch, turns = 100 + 100 * torch.rand(count, 1), torch.arange(seconds * RATE) / RATE + torch.rand(count, 1)
+    phase = torch.cumsum(pitch * (1 + 0.3 * torch.sin(6.3 * turns)), 1) * 6.283185 / RATE
+    return (5 * torch.cos(5 * turns)).sigmoid() * sum(torch.sin(k * phase) / k for k in range(1, 9))
+
+
+class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.head = gpu_lstm.GRU(FRAME // 2 + 1, 64), nn.Linear(64, FRAME // 2 + 1)
+
+    def forward(self, sound: Tensor, stream: gpu_lstm.Stream | None = None) -> Tensor:
+        """Samples [B, n], n = FRAME + k HOP -> as many without most of their noise; the ends are faded."""
+        spectrum = torch.fft.rfft(sound.unfold(1, FRAME, HOP) * WINDOW).transpose(0, 1)  # [T, B, frequencies]
+        features = spectrum.abs().log1p()
+        y = stream(features) if stream else self.gru(features)[0]
+        pieces = torch.fft.irfft(spectrum * self.head(y).sigmoid()) * WINDOW  # [T, B, FRAME]
+        return fold(pieces.permute(1, 2, 0), (1, sound.shape[1]), (1, FRAME), stride=(1, HOP)).flatten(1)  # overlapping
+
+
+def main(updates: int = 40) -> tuple[float, float]:
+    """Train, and stream three seconds. The voice over the noise in dB, before and after."""
+    torch.manual_seed(0)
+    optimiser = torch.optim.Adam((model := Denoiser()).parameters(), lr=3e-3)
+    for _ in range(updates):
+        voice = voices(8, 1)[:, : FRAME + 60 * HOP]
+        loss = mse_loss(model(voice + torch.randn_like(voice)), voice)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    voice = voices(1, 3)[:, : FRAME + 180 * HOP]
+    noisy, clean, stream = voice + torch.randn_like(voice), torch.zeros_like(voice), gpu_lstm.Stream(model.gru, batch=1)
+    with torch.no_grad():
+        for start in range(0, noisy.shape[1] - FRAME + 1, HOP):  # whenever HOP more samples have arrived
+            frame = slice(start, start + FRAME)
+            clean[:, frame] += model(noisy[:, frame], stream)  # now the first HOP of these samples are final
+        torch.testing.assert_close(clean, model(noisy), rtol=0, atol=1e-5)  # as in one call
+    before, after = (10 * (voice.norm() / (sound - voice).norm()).square().log10().item() for sound in (noisy, clean))
+    print(f"voice over noise: {before:.1f} dB, denoised {after:.1f} dB")
+    return before, after
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # more do not help a model as small as this
+    main()
