@@ -35,11 +35,15 @@ def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Te
     """What is known of the pre-activations before the time loop, [T, B, 4H]: for s its bias."""
     steps, batch, _ = x.shape
     hidden = weight.shape[0] // 3
-    z = x.new_zeros(steps * batch, 4 * hidden)
-    if bias_ih is not None and bias_hh is not None:
-        z[:, : 3 * hidden] += GRU.from_torch(bias_ih, hidden)
-        z[:, hidden:] += bias_hh
-    z[:, : 3 * hidden].addmm_(x.reshape(steps * batch, -1), GRU.from_torch(weight, hidden).T)
+    if bias_ih is None or bias_hh is None:
+        z = x.new_zeros(steps * batch, 4 * hidden)
+    else:
+        (n, r_z), s = GRU.from_torch(bias_ih, hidden).tensor_split((hidden,)), bias_hh[2 * hidden :]
+        z = torch.cat([n, r_z + bias_hh[: 2 * hidden], s]).repeat(steps * batch, 1)
+    x = x.reshape(steps * batch, -1)
+    # By two products, since W_ih in the order of z would be a copy.
+    z[:, :hidden].addmm_(x, weight[2 * hidden :].T)
+    z[:, hidden : 3 * hidden].addmm_(x, weight[: 2 * hidden].T)
     return z.view(steps, batch, 4 * hidden)
 
 
