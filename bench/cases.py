@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-# The dtype of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
 ROWS = {"lstm": 4, "gru": 3}  # of weights, in units of H, by the cell
+# The dtype of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Variants of the cell by gpu_lstm.LSTM's argument: its value, and n for each of the weights [n * H] that it adds.
 VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
@@ -56,17 +56,15 @@ class Case:
 
     def operations(self) -> int:
         """Floating-point operations of the matmuls, 2 a multiply-add; backward needs twice those of forward."""
-        H, D = self.hidden_size, self.directions
-        elements = (
-            ROWS[self.cell] * H * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))
-        )  # of the matrices
+        H, D, rows = self.hidden_size, self.directions, ROWS[self.cell] * self.hidden_size
+        elements = rows * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))  # of the matrices
         return 2 * self.steps * self.batch * elements * (3 if self.training else 1)
 
     def bytes_moved(self) -> int:
         """The minimum: every input read once, every result written once; in training gates and c (float32) as well."""
         size, cells, units = self.torch_dtype.itemsize, self.steps * self.batch, self.hidden_size * self.directions
-        weights = replace(self, mode="forward").operations() // (2 * cells)
-        weights += 2 * ROWS[self.cell] * units * self.layers
+        biases = 2 * ROWS[self.cell] * units * self.layers
+        weights = replace(self, mode="forward").operations() // (2 * cells) + biases
         once, states = size * (weights + cells * (self.input_size + units)), cells * units * self.layers
         return 2 * (once + size * 4 * states + 4 * states) if self.training else once
 
@@ -95,28 +93,26 @@ def grid(kind: str) -> dict[str, list[Case]]:
         values = (dict.fromkeys(fields, value) for value in varied[fields[0]])
         return [replace(headline, mode=mode, **changes) for changes in values for mode in modes]
 
-    rl = itertools.product(modes, (0.03, 0.005), varied["rl_dtype"], varied["rl"])
+    varied_rl = itertools.product(modes, (0.03, 0.005), varied["rl_dtype"], varied["rl"])
+    rl = [Case(mode, dtype, T, B, H, H, reset_rate=rate) for mode, rate, dtype, (T, B, H) in varied_rl]
     step = replace(headline, mode="step", steps=1)
     resets = [replace(headline, reset_rate=rate) for rate in varied["reset_rate"]]
     others = replace(resets[0], variant="reset_states"), replace(step, sequences="active")
-    both, of_rl = [
-        [replace(headline, mode=mode) for mode in modes],
-        [Case(mode, dtype, T, B, H, H, reset_rate=rate) for mode, rate, dtype, (T, B, H) in rl],
-    ]
-    of_a_gru = [*both, *of_rl[: len(varied["rl"])], replace(step, batch=1)]
+    both, ragged = [replace(headline, mode=mode) for mode in modes], replace(headline, sequences="ragged")
+    of_a_gru = [*both, resets[0], ragged, *rl[: len(varied["rl"])], replace(step, batch=1)]
     return {
         "headline": both,
-        "rl": of_rl,
+        "rl": rl,
         "hidden": each("hidden_size", "input_size"),
         "dtypes": each("dtype"),
         "resets": resets,
-        "ragged": [replace(headline, sequences=sequences) for sequences in ("ragged", "packed")],
+        "ragged": [ragged, replace(headline, sequences="packed")],
         "stacks": [replace(headline, layers=layers, directions=D) for layers, D in ((2, 1), (1, 2), (2, 2))],
         "step": [replace(step, batch=1), step],
         "variants": [*(replace(headline, variant=name) for name in VARIANTS), *others],
         "batch": each("batch"),
         "steps": each("steps"),
-        "gru": [replace(case, cell="gru") for case in (*resets[:1], replace(headline, sequences="ragged"), *of_a_gru)],
+        "gru": [replace(case, cell="gru") for case in of_a_gru],
     }
 
 

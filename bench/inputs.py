@@ -37,9 +37,8 @@ class Inputs:
 
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            module = getattr(nn, case.cell.upper())(case.input_size, H, case.layers, bidirectional=D == 2).to(
-                device, case.torch_dtype
-            )
+            kind = getattr(nn, case.cell.upper())
+            module = kind(case.input_size, H, case.layers, bidirectional=D == 2).to(device, case.torch_dtype)
             least = 0 if case.sequences == "active" else 1
             lengths = torch.randint(least, T + 1, (B,)).index_fill(0, torch.tensor(0), T).to(device)
             resets = (torch.rand(T, B) < case.reset_rate).to(device)

@@ -102,7 +102,8 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
     its = its if every_case else its.drop_duplicates(["group", "provider"])
     speed = texts(its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
     interval = (" (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")").replace(" (-)", "")
-    columns = _names(its), its["provider"].map(WRITTEN), texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
+    words = [WRITTEN[name].replace("LSTM", case.cell.upper()) for name, case in zip(its["provider"], its["object"])]
+    columns = _names(its), words, texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
     return its.assign(**dict(zip(AROUND, (*columns, speed + interval))))
 
 
