@@ -97,7 +97,9 @@ def test_cudnn_is_given_one_buffer(monkeypatch, whole):
         if whole:
             weights = torch_rnn.packed(weights)
         state = torch.empty(1, 2, 4, device="cuda"), torch.empty(1, 2, 4, device="cuda")
-        torch_rnn.stack(torch_rnn.cell_of(16, 4), torch.empty(5, 2, 3, device="cuda"), state, [[torch_rnn.Weights(*weights)]])
+        torch_rnn.stack(
+            torch_rnn.cell_of(16, 4), torch.empty(5, 2, 3, device="cuda"), state, [[torch_rnn.Weights(*weights)]]
+        )
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
     assert all(t is w for t, w in zip(given, weights)) == whole

@@ -82,10 +82,10 @@ class Loop(nn.RNNBase):
         return torch.cat(outputs), state
 
 
-class StepLoop(Loop, nn.LSTM): ...
+class StepLoop(Loop, nn.LSTM): ...  # type: ignore[misc]
 
 
-class GRULoop(Loop, nn.GRU): ...
+class GRULoop(Loop, nn.GRU): ...  # type: ignore[misc]
 
 
 def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:

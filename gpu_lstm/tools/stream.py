@@ -155,7 +155,7 @@ class Stream:
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, after = self.module(chunk, self._as_hx(self._state))
-        states = after if isinstance(self.module, STACKS) else [after]
+        states: Any = after if isinstance(self.module, STACKS) else [after]
         if self._one_state:
             states = [(h,) for h in states]
         if active is not None:

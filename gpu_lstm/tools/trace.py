@@ -95,11 +95,11 @@ class Trace(Generic[Gates]):
                     panel.set_xlabel("step")
                 if k == 0:
                     panel.set_ylabel(f"layer {layer}{', reverse' * direction}\nunit")
-        for column, fields, labels in ((len(open_or_shut), open_or_shut, OF_GATES), (-1, states, OF_STATES)):
+        for column, those, labels in ((len(open_or_shut), open_or_shut, OF_GATES), (-1, states, OF_STATES)):
             # A strip in the colours of each.
-            bar, colours = figure.add_subplot(grid[:, column]), [colour_map(field) for field in fields]
+            bar, colours = figure.add_subplot(grid[:, column]), [colour_map(field) for field in those]
             strips = [[colour(k / 255) for colour in colours] for k in range(256)]  # [256, 3, RGBA]
-            extent = (0, len(fields), min(labels), 1)
+            extent = (0, len(those), min(labels), 1)
             bar.imshow(strips, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
             bar.set_xticks([])
             bar.yaxis.tick_right()
