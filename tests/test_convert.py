@@ -236,7 +236,11 @@ def test_the_gru_of_torchrls_module_becomes_one_that_its_checks_accept():
             done = policy(TensorDict(data, [2, 5]))
         return done["y"], done["next", "h"]
 
-    expected = found()
+    expected, given = found(), policy.gru
+    policy.gru = gpu_lstm.GRU(3, 4, batch_first=True)
+    with pytest.raises(TypeError, match=r"GRU accepts lengths, and no mask .* hand it a gpu_lstm.compat.GRU"):
+        found()
+    policy.gru = given
     assert gpu_lstm.convert(policy) is policy
     assert type(policy.gru) is gpu_lstm.compat.GRU
     torch.testing.assert_close(found(), expected)
