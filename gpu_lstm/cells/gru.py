@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.cells import GRU
 from .lstm import FourGates
 
 
@@ -33,17 +32,21 @@ def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
 
 def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, gain: None) -> Tensor:
     """What is known of the pre-activations before the time loop, [T, B, 4H]: for s its bias."""
-    steps, batch, _ = x.shape
-    hidden = weight.shape[0] // 3
-    if bias_ih is None or bias_hh is None:
-        z = x.new_zeros(steps * batch, 4 * hidden)
-    else:
-        (n, r_z), s = GRU.from_torch(bias_ih, hidden).tensor_split((hidden,)), bias_hh[2 * hidden :]
-        z = torch.cat([n, r_z + bias_hh[: 2 * hidden], s]).repeat(steps * batch, 1)
-    x = x.reshape(steps * batch, -1)
+    steps, batch, features = x.shape
+    hidden = len(weight) // 3
+    parts, z = (2 * hidden,), x.new_empty(steps * batch, 4 * hidden)
+    n, r_z, s = z.tensor_split((hidden, 3 * hidden), 1)
+    x, (of_r_z, of_n) = x.reshape(steps * batch, features), weight.tensor_split(parts)
     # By two products, since W_ih in the order of z would be a copy.
-    z[:, :hidden].addmm_(x, weight[2 * hidden :].T)
-    z[:, hidden : 3 * hidden].addmm_(x, weight[: 2 * hidden].T)
+    if bias_ih is None or bias_hh is None:
+        torch.mm(x, of_n.T, out=n)
+        torch.mm(x, of_r_z.T, out=r_z)
+        s.zero_()
+    else:
+        (x_r_z, x_n), (h_r_z, h_s) = bias_ih.tensor_split(parts), bias_hh.tensor_split(parts)
+        torch.addmm(x_n, x, of_n.T, out=n)
+        torch.addmm(x_r_z + h_r_z, x, of_r_z.T, out=r_z)
+        s.copy_(h_s)
     return z.view(steps, batch, 4 * hidden)
 
 
