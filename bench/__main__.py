@@ -1,4 +1,4 @@
-"""python -m bench: how fast LSTMs are on this machine. Also: compare two runs, test and measure a GPU, the README."""
+"""python -m bench: how fast LSTMs and GRUs are here. Also: compare two runs, test and measure a GPU, the README."""
 
 import argparse
 import contextlib
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
     add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
-    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="LSTMs to measure next to torch.nn.LSTM")
+    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="what is measured next to torch's own")
     add("--device", **device)
     add("--out", type=Path, help="a new folder; default: out/bench-DATE-TIME")
     add("--base", **base)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+ROWS = {"lstm": 4, "gru": 3}  # of weights, in units of H, by the cell
 # The dtype of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Variants of the cell by gpu_lstm.LSTM's argument: its value, and n for each of the weights [n * H] that it adds.
@@ -17,7 +18,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """An LSTM and a batch for it."""
+    """An LSTM or a GRU and a batch for it."""
 
     mode: str  # "forward" without autograd; "training", forward and backward; "step", one step of inference
     dtype: str  # of DTYPES
@@ -31,6 +32,7 @@ class Case:
     sequences: str = "full"
     reset_rate: float = 0.0  # of all steps
     variant: str = "plain"  # else one of VARIANTS; or "reset_states", to which resets set the states instead of zeros
+    cell: str = "lstm"  # of ROWS
 
     @property
     def name(self) -> str:
@@ -38,7 +40,7 @@ class Case:
         name += f"-L{self.layers}" * (self.layers > 1) + "-both-directions" * (self.directions > 1)
         name += f"-{self.sequences}" * (self.sequences != "full")
         name += f"-resets-{self.reset_rate:.1%}" * (self.reset_rate > 0)
-        return name + f"-{self.variant}" * (self.variant != "plain")
+        return name + f"-{self.variant}" * (self.variant != "plain") + f"-{self.cell}" * (self.cell != "lstm")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,19 +51,20 @@ class Case:
         return self.mode == "training"
 
     def plain(self) -> "Case":
-        """The same sizes without lengths, resets and variant, as torch.nn.LSTM accepts them."""
+        """The same sizes without lengths, resets and variant, as torch's own accept them."""
         return replace(self, sequences="full", reset_rate=0.0, variant="plain")
 
     def operations(self) -> int:
         """Floating-point operations of the matmuls, 2 a multiply-add; backward needs twice those of forward."""
-        H, D = self.hidden_size, self.directions
-        elements = 4 * H * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))  # of the matrices
+        H, D, rows = self.hidden_size, self.directions, ROWS[self.cell] * self.hidden_size
+        elements = rows * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))  # of the matrices
         return 2 * self.steps * self.batch * elements * (3 if self.training else 1)
 
     def bytes_moved(self) -> int:
         """The minimum: every input read once, every result written once; in training gates and c (float32) as well."""
         size, cells, units = self.torch_dtype.itemsize, self.steps * self.batch, self.hidden_size * self.directions
-        weights = replace(self, mode="forward").operations() // (2 * cells) + 8 * units * self.layers
+        biases = 2 * ROWS[self.cell] * units * self.layers
+        weights = replace(self, mode="forward").operations() // (2 * cells) + biases
         once, states = size * (weights + cells * (self.input_size + units)), cells * units * self.layers
         return 2 * (once + size * 4 * states + 4 * states) if self.training else once
 
@@ -90,22 +93,26 @@ def grid(kind: str) -> dict[str, list[Case]]:
         values = (dict.fromkeys(fields, value) for value in varied[fields[0]])
         return [replace(headline, mode=mode, **changes) for changes in values for mode in modes]
 
-    rl = itertools.product(modes, (0.03, 0.005), varied["rl_dtype"], varied["rl"])
+    varied_rl = itertools.product(modes, (0.03, 0.005), varied["rl_dtype"], varied["rl"])
+    rl = [Case(mode, dtype, T, B, H, H, reset_rate=rate) for mode, rate, dtype, (T, B, H) in varied_rl]
     step = replace(headline, mode="step", steps=1)
     resets = [replace(headline, reset_rate=rate) for rate in varied["reset_rate"]]
     others = replace(resets[0], variant="reset_states"), replace(step, sequences="active")
+    both, ragged = [replace(headline, mode=mode) for mode in modes], replace(headline, sequences="ragged")
+    of_a_gru = [*both, resets[0], ragged, *rl[: len(varied["rl"])], replace(step, batch=1)]
     return {
-        "headline": [replace(headline, mode=mode) for mode in modes],
-        "rl": [Case(mode, dtype, T, B, H, H, reset_rate=rate) for mode, rate, dtype, (T, B, H) in rl],
+        "headline": both,
+        "rl": rl,
         "hidden": each("hidden_size", "input_size"),
         "dtypes": each("dtype"),
         "resets": resets,
-        "ragged": [replace(headline, sequences=sequences) for sequences in ("ragged", "packed")],
+        "ragged": [ragged, replace(headline, sequences="packed")],
         "stacks": [replace(headline, layers=layers, directions=D) for layers, D in ((2, 1), (1, 2), (2, 2))],
         "step": [replace(step, batch=1), step],
         "variants": [*(replace(headline, variant=name) for name in VARIANTS), *others],
         "batch": each("batch"),
         "steps": each("steps"),
+        "gru": [replace(case, cell="gru") for case in of_a_gru],
     }
 
 

@@ -45,6 +45,7 @@ CASES = {
     "T=1": SHORT, "T=128": LONG, "two layers, bidirectional": replace(LONG, layers=2, directions=2), "LSTMCell": SHORT,
     "lengths": replace(LONG, sequences="ragged"), "resets": replace(LONG, reset_rate=0.2),
     "one step with resets": replace(LONG, steps=1, reset_rate=0.2), "Stream": replace(SHORT, mode="step"),
+    **{f"GRU, {case}": replace(of, cell="gru") for case, of in (("T=1", SHORT), ("T=128", LONG))},
 }  # fmt: skip
 INSTEAD = {"lengths": "torch-packed", "one step with resets": "cleanrl-loop"}  # by torch.nn; resets are left out
 TURNS, ROUNDS = 4, 40  # of each commit, case by case; in each turn
@@ -60,14 +61,14 @@ def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
         cell = kind(H, H, device=device)
         engine = Engine(lambda x, state: cell(x[0], (state[0][0], state[1][0])), dict(cell.named_parameters()))
     elif case == "Stream" and not torchs:
-        lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)
-        stream = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
+        lstm: Any = module_like_torchs(gpu_lstm, inputs, backend=backend)
+        stream = gpu_lstm.Stream(lstm, inputs.case.batch, inputs.states)
         return lambda: stream(inputs.x[0])
     elif torchs:
         engine = PROVIDERS[INSTEAD.get(case, "torch")].build(inputs.plain() if case == "resets" else inputs)
     else:
         engine = ours.build(backend, inputs)
-    x, state, parameters = inputs.x, (inputs.h0, inputs.c0), list(engine.parameters.values())
+    x, state, parameters = inputs.x, inputs.states, list(engine.parameters.values())
     dy = inputs.dy[0] if case == "LSTMCell" else inputs.dy
     if mode == "training":
         return lambda: torch.autograd.grad(engine.call(x, state)[0], parameters, dy)

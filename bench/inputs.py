@@ -15,41 +15,42 @@ NOISE_SEED = 0  # before a call that is checked: providers draw random numbers a
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every provider of a case is given. Weights by their names in gpu_lstm.LSTM; states have D*L = R rows."""
+    """What every provider of a case is given. Weights by torch's names; states have D*L = R rows."""
 
     case: Case
     weights: dict[str, Tensor]
     x: Tensor  # [T, B, I]
-    h0: Tensor  # [R, B, H]
-    c0: Tensor  # [R, B, H]
+    states: tuple[Tensor, ...]  # h0 and, of an LSTM, c0, [R, B, H]
     lengths: Tensor | None  # [B]
     resets: Tensor | None  # [T, B] bool
-    reset_states: tuple[Tensor, Tensor] | None  # h and c, each [R, T, B, H]; as stored, without gradients
+    reset_states: tuple[Tensor, ...] | None  # h and c, each [R, T, B, H]; as stored, without gradients
     dy: Tensor  # [T, B, D*H], gradient of the output
 
     @classmethod
     def of(cls, case: Case, device: str) -> "Inputs":
         """Random tensors, the same for the same case wherever it runs."""
         T, B, H, D = case.steps, case.batch, case.hidden_size, case.directions
+        held = "h" if case.cell == "gru" else "hc"
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape) * scale).to(device, case.torch_dtype)
 
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            lstm = nn.LSTM(case.input_size, H, case.layers, bidirectional=D == 2).to(device, case.torch_dtype)
+            kind = getattr(nn, case.cell.upper())
+            module = kind(case.input_size, H, case.layers, bidirectional=D == 2).to(device, case.torch_dtype)
             least = 0 if case.sequences == "active" else 1
             lengths = torch.randint(least, T + 1, (B,)).index_fill(0, torch.tensor(0), T).to(device)
             resets = (torch.rand(T, B) < case.reset_rate).to(device)
             x = normal(T, B, case.input_size)
-            h0, c0 = (normal(case.layers * D, B, H, scale=0.5) for _ in range(2))
-            weights, dy = lstm.requires_grad_(False).state_dict(), normal(T, B, D * H)
+            states = tuple(normal(case.layers * D, B, H, scale=0.5) for _ in held)
+            weights, dy = module.requires_grad_(False).state_dict(), normal(T, B, D * H)
             for name in [name for name in weights if name.startswith("weight_hh")]:
                 for kind, n in VARIANTS.get(case.variant, (None, {}))[1].items():
                     weights[name.replace("weight_hh", kind)] = normal(n * H, scale=0.1) + kind.startswith("gain")
-            states: Any = [normal(len(h0), T, B, H, scale=0.5) for _ in range(2 * (case.variant == "reset_states"))]
+            left = [normal(D * case.layers, T, B, H, scale=0.5) for _ in held * (case.variant == "reset_states")]
         ragged = None if case.sequences == "full" else lengths
-        return cls(case, weights, x, h0, c0, ragged, resets if case.reset_rate else None, tuple(states) or None, dy)
+        return cls(case, weights, x, states, ragged, resets if case.reset_rate else None, tuple(left) or None, dy)
 
     def packed(self, t: Tensor) -> PackedSequence:
         """t [T, B, *] with the lengths, packed."""
@@ -66,15 +67,16 @@ class Inputs:
 def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
     """Results and gradients, step by step, without gpu_lstm: the truth in float64; else with torch's own rounding."""
     torch.manual_seed(NOISE_SEED)
-    leaves = {"x": inputs.x, "h0": inputs.h0, "c0": inputs.c0, **inputs.weights}
+    leaves = dict(zip(("x", "h0", "c0"), (inputs.x, *inputs.states))) | inputs.weights
     leaves = {name: t.detach().to(dtype).requires_grad_(inputs.case.training) for name, t in leaves.items()}
-    y, states, finals = leaves["x"], list(zip(leaves["h0"], leaves["c0"])), list[Any]()
+    y, *states = list(leaves.values())[: 1 + len(inputs.states)]
+    finals = list[Any]()
     for layer in range(inputs.case.layers):
         for suffix in ("", "_reverse")[: inputs.case.directions]:
             weights = [t for name, t in leaves.items() if name.endswith(f"_l{layer}{suffix}")]
-            finals.append(_direction(inputs, y, states[len(finals)], len(finals), weights))
+            finals.append(_direction(inputs, y, [each[len(finals)] for each in states], len(finals), weights))
         y = torch.cat([outputs for outputs, *_ in finals[-inputs.case.directions :]], dim=2)
-    results = {"output": y, "h_n": torch.stack([h for _, h, _ in finals]), "c_n": torch.stack([c for *_, c in finals])}
+    results = {"output": y} | dict(zip(("h_n", "c_n"), map(torch.stack, zip(*(last for _, *last in finals)))))
     if inputs.case.training:
         gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy.to(dtype))
         results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
@@ -83,7 +85,7 @@ def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
 
 def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Tensor]) -> tuple[Tensor, ...]:
     """Outputs [T, B, H] and final states of a layer in one direction, that of a `row` of the states."""
-    (h, c), (factor, stays), lengths, steps = state, _noise(inputs), inputs.lengths, range(len(x))
+    (factor, stays), lengths, steps = _noise(inputs), inputs.lengths, range(len(x))
     left = [each[row].to(x.dtype) for each in inputs.reset_states or ()]  # [T, B, H]
     reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # of which every one is replaced
     for t in reversed(steps) if reverse else steps:
@@ -91,36 +93,39 @@ def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Te
         if inputs.resets is not None and boundary in steps:
             reset = (inputs.resets[boundary] & (True if lengths is None else boundary < lengths))[:, None]
             to: Any = [each[boundary] for each in left] or [0, 0]
-            h, c = (torch.where(reset, *each) for each in zip(to, (h, c)))
-        before = h, c
-        h, c = _cell(inputs.case.variant, x[t], factor * h, c, weights)
+            state = tuple(torch.where(reset, *each) for each in zip(to, state))
+        before = state
+        state = _cell(inputs.case, x[t], (factor * state[0], *state[1:]), weights)
         if stays:
-            h, c = (torch.where(mask[t], *each) for mask, each in zip(stays, zip(before, (h, c))))
-        outputs[t] = h
+            state = tuple(torch.where(mask[t], *each) for mask, each in zip(stays, zip(before, state)))
+        outputs[t] = state[0]
         if lengths is not None:
             valid = (t < lengths)[:, None]
-            outputs[t] = torch.where(valid, h, 0)
-            h, c = (torch.where(valid, *each) for each in zip((h, c), before))
-    return torch.stack(outputs), h, c
+            outputs[t] = torch.where(valid, state[0], 0)
+            state = tuple(torch.where(valid, *each) for each in zip(state, before))
+    return torch.stack(outputs), *state
 
 
 def _noise(inputs: Inputs) -> tuple[Any, list[Tensor]]:
     """For a layer in one direction: factors of h in the recurrent product [B, H]; bool [T, B, H] where h and c stay."""
-    case, like, (p, _) = inputs.case, inputs.h0[0], VARIANTS.get(inputs.case.variant, (0, {}))
+    case, like, (p, _) = inputs.case, inputs.states[0][0], VARIANTS.get(inputs.case.variant, (0, {}))
     if case.variant == "recurrent_dropout":  # Gal & Ghahramani, 2016: one mask for all steps
         return F.dropout(torch.ones_like(like), p), []
     of_zoneout = "hc" if case.variant == "zoneout" else ""  # Krueger et al., 2017
     return 1, [torch.rand(case.steps, *like.shape, device=like.device) < p for _ in of_zoneout]
 
 
-def _cell(variant: str, x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _cell(case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor]) -> tuple[Tensor, ...]:
     weight_ih, weight_hh, bias_ih, bias_hh, *added = weights
-    if variant == "peepholes":  # Gers & Schmidhuber, 2000
+    if case.cell == "gru":
+        return (torch.gru_cell(x, *state, *weights),)
+    h, c = state
+    if case.variant == "peepholes":  # Gers & Schmidhuber, 2000
         i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
         of_i, of_f, of_o = added[0].chunk(3)
         after = (f + of_f * c).sigmoid() * c + (i + of_i * c).sigmoid() * g.tanh()
         return (o + of_o * after).sigmoid() * after.tanh(), after
-    if variant == "layer_norm":  # Ba, Kiros & Hinton, 2016
+    if case.variant == "layer_norm":  # Ba, Kiros & Hinton, 2016
         gain_ih, gain_hh, gain_c, bias_c = added
         of_x = F.layer_norm(F.linear(x, weight_ih), gain_ih.shape, gain_ih, bias_ih)
         of_h = F.layer_norm(F.linear(h, weight_hh), gain_hh.shape, gain_hh, bias_hh)

@@ -24,7 +24,7 @@ from .providers.engine import Unable
 
 SECONDS = 8.0  # of timing, a case
 ALLOWED = 2.0  # times torch's own error in the same dtype
-SANITY = 8.0  # times the error of torch.lstm_cell, for torch.nn.LSTM itself, whose error is the measure of the rest
+SANITY = 8.0  # times the error of torch's cell, for torch's module itself, whose error is the measure of the rest
 # torch's warning where cuDNN copies the weights at every call: only torch.nn.LSTM as it is may be timed so.
 COPIES = "RNN module weights are not part of single contiguous chunk of memory"
 Row = dict[str, Any]  # of results.COLUMNS; those without a value may be left out
@@ -137,11 +137,11 @@ class Trial:
         self.inputs = inputs
         self.form = inputs.packed(inputs.dy) if inputs.case.sequences == "packed" else None
         x, self.dy = (t if self.form is None else inputs.packed(t).data for t in (inputs.x, inputs.dy))
-        copies = (t.detach().clone().requires_grad_(self.training) for t in (x, inputs.h0, inputs.c0))
+        copies = (t.detach().clone().requires_grad_(self.training) for t in (x, *inputs.states))
         self.leaves = [*copies, *self.engine.parameters.values()]
 
     def forward(self) -> tuple[Any, Any]:
-        x, *states = self.leaves[:3]
+        x, *states = self.leaves[: 1 + len(self.inputs.states)]
         return self.engine.call(x if self.form is None else self.form._replace(data=x), tuple(states))
 
     def call(self) -> tuple[Any, tuple[Tensor, ...]]:
@@ -159,13 +159,14 @@ class Trial:
     def results(self) -> dict[str, Tensor]:
         """As `inputs.results_in` names them."""
         torch.manual_seed(NOISE_SEED)
-        (y, h_n, c_n), gradients = self.call()
-        named = {"output": y, "h_n": h_n, "c_n": c_n} | dict(zip(("dx", "dh0", "dc0"), gradients))
+        (y, *finals), gradients = self.call()
+        of_states = [f"d{name}0" for name, _ in zip("hc", finals)]
+        named = dict(zip(("output", "h_n", "c_n"), (y, *finals))) | dict(zip(("dx", *of_states), gradients))
         if self.form is not None:
             for name in named.keys() & {"output", "dx"}:
                 packed = self.form._replace(data=named[name])
                 named[name] = pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0]
-        return named | (self.engine.named(gradients[3:]) if self.training else {})
+        return named | (self.engine.named(gradients[1 + len(finals) :]) if self.training else {})
 
 
 class Gate:

@@ -102,7 +102,8 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
     its = its if every_case else its.drop_duplicates(["group", "provider"])
     speed = texts(its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
     interval = (" (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")").replace(" (-)", "")
-    columns = _names(its), its["provider"].map(WRITTEN), texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
+    words = [WRITTEN[name].replace("LSTM", case.cell.upper()) for name, case in zip(its["provider"], its["object"])]
+    columns = _names(its), words, texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
     return its.assign(**dict(zip(AROUND, (*columns, speed + interval))))
 
 
@@ -222,10 +223,12 @@ def sizes(case: Case, base: Case | None = None) -> str:
     def parts(case: Case) -> list[str]:
         size = f"I{case.input_size} " * (case.input_size != case.hidden_size) + f"H{case.hidden_size}"
         rest = [f"L{case.layers}", f"D{case.directions}", case.sequences, f"resets {100 * case.reset_rate:.3g}%"]
-        return [case.dtype, f"T{case.steps}", f"B{case.batch}", size, *rest, case.variant]
+        return [case.cell.upper(), case.dtype, f"T{case.steps}", f"B{case.batch}", size, *rest, case.variant]
 
     changed = [part for part, same in zip(parts(case), parts(base)) if part != same] if base else []
-    return " ".join(changed or (part for part in parts(case) if part not in ("L1", "D1", "full", "resets 0%", "plain")))
+    return " ".join(
+        changed or (part for part in parts(case) if part not in ("LSTM", "L1", "D1", "full", "resets 0%", "plain"))
+    )
 
 
 def digits(value: float) -> str:

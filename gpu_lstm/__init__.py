@@ -1,4 +1,4 @@
-"""LSTM and GRU for PyTorch on NVIDIA GPUs: drop-ins for those of torch.nn, with lengths, resets, stacks of any sizes."""
+"""LSTM and GRU for PyTorch on NVIDIA GPUs: drop-ins for torch.nn's, with lengths, resets and stacks of any sizes."""
 
 from pathlib import Path
 

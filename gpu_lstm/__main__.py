@@ -1,4 +1,4 @@
-"""python -m gpu_lstm: the doctor, the plan for a problem, how an LSTM runs here, and what is cached."""
+"""python -m gpu_lstm: the doctor, the plan for a problem, how an LSTM or GRU runs here, and what is cached."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, modules
 from .backends import verify
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch import race
@@ -20,8 +20,8 @@ from .dispatch.available import import_problem, select, why_unavailable, without
 from .dispatch.kind import describe
 from .dispatch.route import Decision
 from .kernels import cache
+from .kernels.cells import CELLS
 from .kernels.problem import Problem
-from .modules import LSTM
 from .tools.explain import explain, terms_of, tiles_of
 
 _DTYPES = {
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, run, text in (
         ("doctor", _doctor, "versions, devices, and which backends can run (the default)"),
         ("plan", _plan, "which kernels a problem uses on a card, and how long a step is (estimated)"),
-        ("explain", _explain, "which backend would run an LSTM on this machine, how, and why"),
+        ("explain", _explain, "which backend would run an LSTM or GRU on this machine, how, and why"),
         ("races", _races, "cached results: races, verification of kernels, measured plans"),
     ):
         commands[name] = command = subparsers.add_parser(name, help=text)
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=run)
     plan, cached = commands["plan"], commands["races"].add_mutually_exclusive_group()
     for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
+        command.add_argument("--cell", choices=CELLS, default="lstm", help="default: %(default)s")
         command.add_argument("--hidden", type=_positive, required=True, help="hidden units")
         command.add_argument("--batch", type=_positive, required=True, help="sequences")
         command.add_argument("--steps", type=_positive, default=1024, help="time steps")
@@ -133,12 +134,12 @@ def _summary(device: torch.device) -> str:
     try:
         requested_backend(None), requested_racing()
     except ValueError as error:
-        return f"On this machine gpu_lstm.LSTM raises: {error}"
+        return f"On this machine gpu_lstm raises: {error}"
     backend, on_cpu = select(Backend.AUTO, device, torch.float32, None, False), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
         why = why_no_cuda() if on_cpu else why_unavailable(Backend.TRITON, device, torch.float32)
-        return f"On this machine gpu_lstm.LSTM runs torch's own LSTM on {where}: {why}"
+        return f"On this machine gpu_lstm runs torch's own LSTM and GRU on {where}: {why}"
     verdicts, decisions = (
         [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]
         for kind in (verify.KIND, race.KIND)
@@ -149,7 +150,7 @@ def _summary(device: torch.device) -> str:
     failed = f", of which {wrong} failed" if wrong else ""
     then = "; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else ""
     return (
-        f"On this machine gpu_lstm.LSTM runs {kernels} on {where} where they are faster: kernels checked "
+        f"On this machine gpu_lstm runs {kernels} on {where} where they are faster: kernels checked "
         f"{len(verdicts)}{failed}; kinds of problems raced {len(decisions)}, won {won}{then}"
     )
 
@@ -174,12 +175,14 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
     problem = Problem(
-        options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions
-    )
-    if (weights := 4 * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
+        options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions,
+        cell=options.cell,
+    )  # fmt: skip
+    if (weights := CELLS[problem.cell].rows * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
         raise ValueError(f"{takes}, more than any known card has")
-    found, lines = {}, [f"{card.name}: T={options.steps} B={options.batch} H={options.hidden} {options.dtype}"]
+    sizes = f"T={options.steps} B={options.batch} H={options.hidden}"
+    found, lines = {}, [f"{card.name}: {options.cell.upper()} {sizes} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)
         expected = planning.expected(problem, card, plan, backward)
@@ -200,14 +203,15 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """How an LSTM with as many features as hidden units runs on the first CUDA device, or the CPU."""
+    """How a layer with as many features as hidden units runs on the first CUDA device, or the CPU."""
     dtype, precision = _DTYPES[options.dtype]
     made: Any = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
-    lstm = LSTM(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
+    kind = getattr(modules, options.cell.upper())
+    module = kind(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
     x = torch.empty(options.steps, options.batch, options.hidden, **made)
     tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
     with torch.set_grad_enabled(not options.inference), tf32:
-        explanation = explain(lstm, x)
+        explanation = explain(module, x)
     return dataclasses.asdict(explanation), str(explanation)
 
 
@@ -227,7 +231,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
 def _cached() -> tuple[list[dict[str, Any]], str]:
     rows, lines = [], []
     how_they_come = (
-        "the first call of each kind on a card races the kernels against torch's own LSTM",
+        "the first call of each kind on a card races the kernels against torch's own",
         "each kernel is verified on a card before it is used", "gpu_lstm.autotune measures them",
     )  # fmt: skip
     for kind, none_yet in zip(cache.KINDS, how_they_come, strict=True):
@@ -249,7 +253,7 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
         return f"{describe(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == "plans" else key
     direction, dtype = "backward" if of["backward"] else "forward", of["dtype"].removeprefix("torch.")
-    tiles = f"{of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"
+    tiles = f"{of['cell'].upper()}, {of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"
     if kind == "plans":
         return f"B = {of['batch']}: {tiles}"
     names = ("projected", "reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes")

@@ -81,7 +81,8 @@ class Pass(NamedTuple):
 class Inputs(NamedTuple):
     """The tensors of one layer in one direction. Everyone uses these names, for their gradients too.
 
-    I input features; None: there is no such tensor. W_hh, W_hr, states, lengths and resets may be strided in any way.
+    I input features; None: there is no such tensor. Weights of a GRU have 3H rows. W_hh, W_hr, states, lengths and
+    resets may be strided in any way.
     """
 
     x: Tensor  # [T, B, I]

@@ -53,9 +53,10 @@ def test_every_case_has_a_name_of_its_own(monkeypatch):
         assert cases.choose(kind, ["step", every[0].name]) == [*grid["step"], every[0]]
 
 
-def test_operations_and_bytes_are_those_of_the_tensors():
-    case = Case("forward", "bf16", steps=7, batch=2, input_size=3, hidden_size=4, layers=2, directions=2)
-    parameters, training = list(nn.LSTM(3, 4, 2, bidirectional=True).parameters()), replace(case, mode="training")
+@pytest.mark.parametrize(("cell", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
+def test_operations_and_bytes_are_those_of_the_tensors(cell, kind):
+    case = Case("forward", "bf16", steps=7, batch=2, input_size=3, hidden_size=4, layers=2, directions=2, cell=cell)
+    parameters, training = list(kind(3, 4, 2, bidirectional=True).parameters()), replace(case, mode="training")
     assert case.operations() == 2 * 7 * 2 * sum(p.numel() for p in parameters if p.dim() == 2)
     assert case.bytes_moved() == 2 * (sum(p.numel() for p in parameters) + 7 * 2 * (3 + 8))
     assert training.operations() == 3 * case.operations()
@@ -198,8 +199,8 @@ def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
 
 
 @pytest.mark.parametrize(("old", "new", "said"), [
-    (r",5$", ",99", "a.csv: schema 99.*reads schema 5"), ("case", "cause", r"other columns: \['case', 'cause'\]"),
-    (r",5$", "", "a.csv: line 2 has no schema"), (r"^20", "\n20", "a.csv: line 2 has no date"),
+    (r",6$", ",99", "a.csv: schema 99.*reads schema 6"), ("case", "cause", r"other columns: \['case', 'cause'\]"),
+    (r",6$", "", "a.csv: line 2 has no schema"), (r"^20", "\n20", "a.csv: line 2 has no date"),
     ("False", "perhaps", "a.csv: line 2 has no graph"), (",3,", ",three,", "a.csv: .*three"),
     ("measured", "guessed", "a.csv: line 2 has no status"), ("fp32", "fp\0", "a.csv: it holds NUL bytes; expected wh"),
 ])  # fmt: skip

@@ -25,18 +25,24 @@ CASES = {
     "ragged-directions": replace(SHORT, layers=2, directions=2, sequences="ragged"),
     "resets": replace(SHORT, reset_rate=0.2), "resets-layers": replace(SHORT, layers=2, reset_rate=0.3),
     "to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states"),
+    "gru": replace(SHORT, layers=2, directions=2, cell="gru"),
+    "gru-ragged": replace(SHORT, layers=2, sequences="ragged", cell="gru"),
+    "gru-to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states", cell="gru"),
+    "gru-resets": replace(SHORT, layers=2, reset_rate=0.3, cell="gru"),
+    "gru-step": replace(PLAIN, mode="step", steps=1, cell="gru"),
     "step": replace(PLAIN, mode="step", steps=1), "active": replace(PLAIN, mode="step", steps=1, sequences="active"),
 } | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
-RESETS = "resets resets-layers to-states"
+RESETS, OF_GRU = "resets resets-layers to-states", "gru-resets gru-to-states"
 DONE = {  # which cases a provider does; it is unable to do the others
-    "torch": "plain layers directions packed step", "torch-packed": "ragged ragged-directions",
+    "torch": "plain layers directions packed step gru gru-step", "torch-packed": "ragged ragged-directions gru-ragged",
     "torch-flat": "", "flashrnn-cuda": "",  # nothing in fp32
     "cell-loop": "plain step", "compiled-loop": "plain", "haste": "plain step", "keras": "plain step",
-    "cleanrl-loop": RESETS, "rl_games-pieces": RESETS, "rsl_rl-padded": "resets resets-layers",
+    **dict.fromkeys(("cleanrl-loop", "rl_games-pieces"), f"{RESETS} {OF_GRU}"),
+    "rsl_rl-padded": "resets resets-layers gru-resets",
     "torchrl-pad": f"plain layers {RESETS} step", "torchrl-triton": f"plain layers {RESETS} step",
-    **dict.fromkeys(("ours", "ours-triton", "ours-reference"), " ".join(CASES)), "ours-stream": "step active",
+    **dict.fromkeys(("ours", "ours-triton", "ours-reference"), " ".join(CASES)), "ours-stream": "step active gru-step",
     "ours-cupy": " ".join(name for name in CASES if name not in VARIANTS),
-    "ours-torch": " ".join(name for name in CASES if name not in (*VARIANTS, "to-states")),
+    "ours-torch": " ".join(name for name in CASES if name not in (*VARIANTS, "to-states", "gru-to-states")),
 }  # fmt: skip
 
 

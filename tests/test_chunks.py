@@ -43,14 +43,15 @@ def kept_elements(module, x) -> int:
     return sum(count for place, count in kept.items() if place not in known)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomputes(device, dtype):
+@pytest.mark.parametrize(("cell", "dtype"), [("LSTM", torch.float32), ("LSTM", torch.float16), ("GRU", torch.float16)])
+def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomputes(device, cell, dtype):
     how = dict(dtype=dtype, device=device, backend="triton")
     x = torch.randn(6, 3, 4, dtype=dtype, device=device, requires_grad=True)
     for recompute, elements in ((False, 6 * 4), (True, 2 * 4)):
-        lstm = gpu_lstm.LSTM(4, 4, recompute=recompute, **how)
-        assert 0 <= kept_elements(lstm, x) - elements * 6 * 3 <= 4 * 3 * 4 + 64  # of h0 and c0
-    stacks = (gpu_lstm.StackedLSTM(4, [4, 4], bidirectional=True, recompute=again, **how) for again in (False, True))
+        module = getattr(gpu_lstm, cell)(4, 4, recompute=recompute, **how)
+        assert 0 <= kept_elements(module, x) - elements * 6 * 3 <= 4 * 3 * 4 + 64  # of h0 and c0
+    kind = getattr(gpu_lstm, f"Stacked{cell}")
+    stacks = (kind(4, [4, 4], bidirectional=True, recompute=again, **how) for again in (False, True))
     kept, less = (kept_elements(stack, x) for stack in stacks)
     assert kept - less == 2 * 2 * 4 * 4 * 6 * 3  # gates of both layers and directions
 
@@ -69,19 +70,21 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("options", STACKS.values(), ids=STACKS)
+@pytest.mark.parametrize(("cell", "options"), [*(("LSTM", options) for options in STACKS.values()), ("GRU", {})],
+                         ids=[*STACKS, "GRU"])  # fmt: skip
 @pytest.mark.deep
-def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device, options):
+def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device, cell, options):
     """Without autograd only one chunk's pre-activations are there: next to outputs no tensor exceeds the workspace."""
     two_steps(batch=1, hidden=6)
     monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is measured is a call that nobody watches
     monkeypatch.setattr(memory.checking, "on", False)  # margins are memory, too
     if launch.INTERPRETED:
         monkeypatch.setattr(launch, "launch_kernel", _disable_current_modes()(launch.launch_kernel))  # which copies
-    lstm, x = gpu_lstm.LSTM(4, 6, device=device, backend="triton", **options), torch.randn(17, 1, 4, device=device)
+    module = getattr(gpu_lstm, cell)(4, 6, device=device, backend="triton", **options)
+    x = torch.randn(17, 1, 4, device=device)
     with torch.no_grad(), Allocations() as allocations:
-        y, _ = lstm(x)
-    output, outputs = y.numel() * y.element_size(), lstm.num_layers if lstm.bidirectional else 1
+        y, _ = module(x)
+    output, outputs = y.numel() * y.element_size(), module.num_layers if module.bidirectional else 1
     largest = sorted(allocations.sizes, reverse=True)
     assert largest[:outputs] == [output] * outputs
     assert largest[outputs] <= schedule.WORKSPACE < output

@@ -1,4 +1,4 @@
-"""convert: torch's LSTMs inside a model become ours, and nothing else about the model changes. to_torch: and back."""
+"""convert: torch's LSTMs and GRUs inside a model become ours, and nothing else changes. to_torch: and back."""
 
 import copy
 import multiprocessing
@@ -16,17 +16,19 @@ from torch import nn
 import gpu_lstm
 from gpu_lstm.tools.convert import from_haste, to_torch
 
-SWAPS = {gpu_lstm.convert: {nn.LSTM: gpu_lstm.LSTM, nn.LSTMCell: gpu_lstm.LSTMCell}}
+KINDS = ("LSTM", "LSTMCell", "GRU", "GRUCell")
+SWAPS = {gpu_lstm.convert: {getattr(nn, kind): getattr(gpu_lstm, kind) for kind in KINDS}}
 SWAPS[to_torch] = {ours: theirs for theirs, ours in SWAPS[gpu_lstm.convert].items()}
 both_ways = pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: swap.__name__)
+both_cells = pytest.mark.parametrize("first", [0, 2], ids=["LSTM", "GRU"])  # of SWAPS: a module, then its cell
 
 
 def tagger() -> nn.Module:
-    """A model with LSTMs at several depths, float64."""
+    """A model with LSTMs and GRUs at several depths, float64."""
     torch.manual_seed(0)
     encoders = nn.ModuleList([nn.LSTM(5, 4, batch_first=True), nn.Sequential(nn.LSTM(4, 6, proj_size=2))])
-    cell = nn.LSTMCell(2, 4, bias=False)
-    model = nn.ModuleDict(dict(embed=nn.Linear(3, 5), encoders=encoders, cell=cell, out=nn.Linear(4, 1)))
+    cells = dict(cell=nn.LSTMCell(2, 4, bias=False), gru=nn.GRU(4, 3, 2), gru_cell=nn.GRUCell(3, 4))
+    model = nn.ModuleDict(dict(embed=nn.Linear(3, 5), encoders=encoders, **cells, out=nn.Linear(4, 1)))
     model["encoders"][1].eval()
     model["encoders"][0].weight_hh_l0.requires_grad_(False)
     return model.double()
@@ -37,7 +39,8 @@ def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     (y, _), h = model["encoders"][1](y), None
     for t in range(y.shape[1]):
         h = model["cell"](y[:, t], h)
-    return model["out"](h[0])
+    y, _ = model["gru"](h[0][None])
+    return model["out"](model["gru_cell"](y[0]))
 
 
 def kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
@@ -79,8 +82,9 @@ def test_there_and_back_in_place_nothing_else_changes(x):
 
 
 @both_ways
-def test_hooks_and_what_a_user_put_on_a_module_stay(swap):
-    source, goal = next(iter(SWAPS[swap].items()))
+@both_cells
+def test_hooks_and_what_a_user_put_on_a_module_stay(swap, first):
+    source, goal = list(SWAPS[swap].items())[first]
     lstm, calls = source(3, 4), []
     lstm.register_forward_pre_hook(lambda *_: calls.append("before"))
     lstm.register_forward_hook(lambda *_: calls.append("after"), with_kwargs=True)
@@ -98,9 +102,10 @@ def test_hooks_and_what_a_user_put_on_a_module_stay(swap):
 
 
 MyLSTM, MyCell, Ours = (type(name, (base,), {"__module__": __name__}) for name, base in (
-    ("MyLSTM", nn.LSTM), ("MyCell", nn.LSTMCell), ("Ours", gpu_lstm.LSTM)))  # fmt: skip
-NONE = "there is no torch.nn.LSTM or torch.nn.LSTMCell in the"
-NONE_OF_OURS = "there is no gpu_lstm.LSTM or gpu_lstm.compat.LSTM or gpu_lstm.LSTMCell in the"
+    ("MyLSTM", nn.LSTM), ("MyCell", nn.GRUCell), ("Ours", gpu_lstm.LSTM)))  # fmt: skip
+NONE = "there is no torch.nn.LSTM or torch.nn.LSTMCell or torch.nn.GRU or torch.nn.GRUCell in the"
+NONE_OF_OURS = ("there is no gpu_lstm.LSTM or gpu_lstm.LSTMCell or gpu_lstm.GRU or gpu_lstm.GRUCell or "
+                "gpu_lstm.compat.LSTM or gpu_lstm.compat.GRU in the")  # fmt: skip
 LEFT = f"left as it is: {{}} ({__name__}.{{}}), a subclass, which may do anything in its forward"
 
 
@@ -108,9 +113,9 @@ LEFT = f"left as it is: {{}} ({__name__}.{{}}), a subclass, which may do anythin
 @both_ways
 def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_swapped(swap):
     source, goal = next(iter(SWAPS[swap].items()))
-    others = [gpu_lstm.compat.LSTM, gpu_lstm.LSTM] if swap is gpu_lstm.convert else [nn.LSTM, nn.LSTMCell]
+    others = [gpu_lstm.compat.GRU, gpu_lstm.LSTM] if swap is gpu_lstm.convert else [nn.LSTM, nn.GRUCell]
     normed = nn.utils.parametrizations.weight_norm(source(3, 4), "weight_hh_l0")  # which gives it a class of its own
-    mine = [*(cls(3, 4) for cls in (MyLSTM, MyCell, Ours, nn.GRU, *others)), normed]
+    mine = [*(cls(3, 4) for cls in (MyLSTM, MyCell, Ours, nn.RNN, *others)), normed]
     for module in mine[:4]:
         module.inner = source(3, 4)
     model = swap(nn.ModuleList(mine))
@@ -126,11 +131,12 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
             gpu_lstm.convert(given)
         gpu_lstm.to_torch(model)
     assert caplog.messages == [
-        f"convert swapped encoder (torch.nn.LSTM), step (torch.nn.LSTMCell); {LEFT.format('mine', 'MyLSTM')}",
+        "convert swapped encoder (torch.nn.LSTM), step (torch.nn.LSTMCell), gru (torch.nn.GRU); "
+        + LEFT.format("mine", "MyLSTM"),
         f"convert swapped nothing: {NONE} torch.nn.modules.container.ModuleDict; {LEFT.format('mine', 'MyLSTM')}",
         "convert swapped the model itself (torch.nn.LSTM), which cannot be swapped in place: the one that is returned "
         "is new",
-        "to_torch swapped encoder (gpu_lstm.LSTM), step (gpu_lstm.LSTMCell)",
+        "to_torch swapped encoder (gpu_lstm.LSTM), step (gpu_lstm.LSTMCell), gru (gpu_lstm.GRU)",
     ]
 
 
@@ -147,8 +153,9 @@ def test_where_nothing_was_swapped_a_warning_says_why(swap, model, text):
 
 
 @both_ways
-def test_what_is_shared_stays_shared(swap):
-    (source, goal), (cell, cell_goal) = SWAPS[swap].items()
+@both_cells
+def test_what_is_shared_stays_shared(swap, first):
+    (source, goal), (cell, cell_goal) = list(SWAPS[swap].items())[first : first + 2]
     lstm, step, twin = source(4, 4), cell(4, 4), source(4, 4)
     twin.weight_hh_l0 = lstm.weight_hh_l0
     inner = nn.ModuleDict(dict(a=lstm, step=step))
@@ -165,9 +172,13 @@ EVERY = dict(num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectio
 @pytest.mark.parametrize(("swap", "old", "expected"), [
     (gpu_lstm.convert, nn.LSTM(3, 4), gpu_lstm.LSTM(3, 4)),
     (gpu_lstm.convert, nn.LSTMCell(3, 4), gpu_lstm.LSTMCell(3, 4)),
+    (gpu_lstm.convert, nn.GRU(3, 4, 2, dropout=0.5, bidirectional=True),
+     gpu_lstm.GRU(3, 4, 2, dropout=0.5, bidirectional=True)),
     (to_torch, gpu_lstm.LSTM(3, 4, **EVERY, recompute=True, backend="reference"), nn.LSTM(3, 4, **EVERY)),
     (to_torch, gpu_lstm.compat.LSTM(3, 4, backend="torch"), nn.LSTM(3, 4)),
     (to_torch, gpu_lstm.LSTMCell(3, 4, bias=False, backend="reference"), nn.LSTMCell(3, 4, bias=False)),
+    (to_torch, gpu_lstm.compat.GRU(3, 4, recompute=True, backend="torch"), nn.GRU(3, 4)),
+    (to_torch, gpu_lstm.GRUCell(3, 4, backend="reference"), nn.GRUCell(3, 4)),
 ], ids=lambda module: f"{type(module).__module__}.{type(module).__name__}")  # fmt: skip
 def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(swap, old, expected):
     new, kind, x = swap(old), type(old), torch.randn(5, 3)
@@ -175,7 +186,7 @@ def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(swap,
     assert swap is gpu_lstm.convert or new.__dict__.keys() == expected.__dict__.keys()
     assert all(a is b for a, b in zip(new.parameters(), old.parameters(), strict=True))
     expected.load_state_dict(old.state_dict())
-    assert torch.equal(seeded(new, x)[0], seeded(expected, x)[0])
+    assert torch.equal(*(seeded(module, x)[0] for module in (new, expected)))
     names = list(old.state_dict())
     new.head = nn.Linear(4, 1)  # which does not touch the old
     delattr(new, names[0])
@@ -192,11 +203,11 @@ def test_a_compiled_module_does_not_call_the_one_before():
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize(("module", "name", "value"), [
     *((gpu_lstm.LSTM(3, 4, **{name: 0.25}), name, 0.25) for name in ("recurrent_dropout", "zoneout", "weight_drop")),
-    (gpu_lstm.LSTM(3, 4, peepholes=True), "peepholes", True),
+    (gpu_lstm.LSTM(3, 4, peepholes=True), "peepholes", True), (gpu_lstm.GRU(3, 4, zoneout=0.5), "zoneout", 0.5),
     (gpu_lstm.LSTMCell(3, 4, layer_norm=True), "layer_norm", True)], ids=str)  # fmt: skip
 def test_what_torch_has_not_is_refused_and_nothing_is_swapped(module, name, value):
     model = nn.ModuleDict(dict(first=gpu_lstm.LSTM(3, 4), second=nn.Sequential(module)))
-    before, text = list(model.modules()), f"has {name}={value}, which torch.nn.LSTM has not"
+    before, text = list(model.modules()), f"has {name}={value}, which torch.nn.{type(module).__name__} has not"
     with pytest.raises(ValueError, match=rf" has {name}=.* scripted as a torch\.nn\.{type(module).__name__}"):
         torch.jit.script(model["second"])
     for given, path in ((model, "'second.0'"), (module, "the model itself")):
@@ -205,10 +216,34 @@ def test_what_torch_has_not_is_refused_and_nothing_is_swapped(module, name, valu
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
 
 
-def test_a_stack_is_refused():
-    text = "is a StackedLSTM of sizes .4, 5., with a pair of states a layer; a torch.nn.LSTM has layers of one size, "
-    with pytest.raises(TypeError, match=f"^the model itself {text}and one pair of states for all$"):
-        to_torch(gpu_lstm.StackedLSTM(3, [4, 5]))
+@pytest.mark.parametrize(("kind", "states"), [("LSTM", "pair of states"), ("GRU", "tensor of states")])
+def test_a_stack_is_refused(kind, states):
+    text = f"is a Stacked{kind} of sizes .4, 5., with a {states} a layer; a torch.nn.{kind} has layers of one size, "
+    with pytest.raises(TypeError, match=f"^the model itself {text}and one {states} for all$"):
+        to_torch(getattr(gpu_lstm, f"Stacked{kind}")(3, [4, 5]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_the_gru_of_torchrls_module_becomes_one_that_its_checks_accept():
+    """Over trajectories of several episodes, which is_init tells apart."""
+    modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
+    torch.manual_seed(0)
+    policy = modules.GRUModule(gru=nn.GRU(3, 4, batch_first=True), in_keys=["x", "h"], out_keys=["y", ("next", "h")])
+    data = {"x": torch.randn(2, 5, 3), "h": torch.zeros(2, 5, 1, 4), "is_init": torch.rand(2, 5, 1) < 0.4}
+
+    def found():
+        with modules.set_recurrent_mode(True):
+            done = policy(TensorDict(data, [2, 5]))
+        return done["y"], done["next", "h"]
+
+    expected, given = found(), policy.gru
+    policy.gru = gpu_lstm.GRU(3, 4, batch_first=True)
+    with pytest.raises(TypeError, match=r"GRU accepts lengths, and no mask .* hand it a gpu_lstm.compat.GRU"):
+        found()
+    policy.gru = given
+    assert gpu_lstm.convert(policy) is policy
+    assert type(policy.gru) is gpu_lstm.compat.GRU
+    torch.testing.assert_close(found(), expected)
 
 
 def to_onnx(model, x, file, free):
@@ -217,12 +252,14 @@ def to_onnx(model, x, file, free):
 
 
 @pytest.mark.deep
-def test_onnx_computes_the_same_for_any_batch(tmp_path):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_onnx_computes_the_same_for_any_batch(tmp_path, kind):
     """In a process of its own: after an export of an LSTM with a fixed T, torch fixes that of all later ones."""
-    file, model, inputs = tmp_path / "model.onnx", gpu_lstm.LSTM(3, 4).eval(), [torch.randn(5, n, 3) for n in (2, 7)]
+    model, inputs = getattr(gpu_lstm, kind)(3, 4).eval(), [torch.randn(5, n, 3) for n in (2, 7)]
+    file = tmp_path / "model.onnx"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(to_onnx, (model, inputs[0], file, {1: "batch"}))
-    assert [node.op_type for node in onnx.load(file).graph.node].count("LSTM") == 1
+    assert [node.op_type for node in onnx.load(file).graph.node].count(kind) == 1
     session = onnxruntime.InferenceSession(file)
     for x in inputs:
         found, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})

@@ -156,7 +156,8 @@ def test_how_torch_goes_about_it():
     assert "all layers in one call" in gpu_lstm.explain(lstm, X).how
     assert "runs the PackedSequence as it is" in gpu_lstm.explain(lstm, packed).how
     assert "a call for each layer and" in gpu_lstm.explain(lstm, X, lengths=torch.tensor([5, 2, 1])).how
-    stack = gpu_lstm.explain(gpu_lstm.StackedLSTM(4, [5, 6]), X)
+    assert gpu_lstm.explain(gpu_lstm.GRU(4, 5), X).how == "torch's own GRU, all layers in one call"
+    stack = gpu_lstm.explain(gpu_lstm.StackedGRU(4, [5, 6]), X)
     assert stack.how.endswith("a call for each layer")
     assert [d.hidden_size for d in stack.layers] == [5, 6]
 

@@ -39,7 +39,7 @@ def findings(nothing_cached, tmp_path):
     won = dict(backend="triton", why="won a race, 2.00 times as fast", seconds={"triton": 1e-3, "torch": 2e-3})
     cache.write("races", race._key(KIND, Backend.TRITON, CPU), won)
     cache.write("checks", CHECK, "right")
-    cache.write("checks", CHECK | {"reverse": False}, "the RMS error of h is 1")
+    cache.write("checks", CHECK | {"cell": "gru"}, "the RMS error of h is 1")
     problem = Problem(2, 16, 768, torch.bfloat16)
     keep_measured(problem, H100, True, plans(problem, H100, True)[0])
     return tmp_path
@@ -57,6 +57,7 @@ def printed_by(capsys, *arguments):
     ("fp32", ["--inference"], "LSTM 8 -> 8, T = 4, B = 2, float32 (ieee), inference"),
     ("bf16", ["--layers", "2", "--directions", "2"],
      "LSTM 8 -> 8 -> 8, T = 4, B = 2, bfloat16, both directions, training"),
+    ("fp16", ["--cell", "gru"], "GRU 8 -> 8, T = 4, B = 2, float16, training"),
 ])  # fmt: skip
 def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, dtype, options, said):
     asked = ["explain", "--hidden", "8", "--batch", "2", "--steps", "4", "--dtype", dtype, *options]
@@ -89,7 +90,7 @@ def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(mo
 def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkeypatch, capsys, name):
     monkeypatch.setenv(name, "nonsense")
     first, *_ = printed_by(capsys)
-    assert first.startswith("On this machine gpu_lstm.LSTM raises: unknown ")
+    assert first.startswith("On this machine gpu_lstm raises: unknown ")
     assert f" 'nonsense' in the environment variable {name}; expected one of " in first
 
 
@@ -110,7 +111,7 @@ def test_the_doctor_says_why_a_backend_is_not_available(monkeypatch, capsys):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     printed = "\n".join(printed_by(capsys))
     for pattern in (
-        r"^On this machine gpu_lstm.LSTM runs torch's own LSTM on the CPU: there is no CUDA device that torch can u",
+        r"^On this machine gpu_lstm runs torch's own LSTM and GRU on the CPU: there is no CUDA device that torch can u",
         r"triton +not available: backend 'triton' runs on CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
         r"environment it runs CPU tensors in Triton's interpreter\n", r"cupy +not available: ", r"reference +available",
     ):  # fmt: skip
@@ -159,7 +160,7 @@ def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, m
         cache.write("races", race._key(KIND, Backend.TRITON, CPU) | changed, lost)
     ends = {"on": "; the first call of each kind races", "read": ""}
     assert printed_by(capsys)[0] == (
-        "On this machine gpu_lstm.LSTM runs fused Triton kernels on the CPU where they are faster: kernels checked 2, "
+        "On this machine gpu_lstm runs fused Triton kernels on the CPU where they are faster: kernels checked 2, "
         f"of which 1 failed; kinds of problems raced 2, won 1{ends[mode]}"
     )
 
@@ -169,9 +170,9 @@ def test_cached_results_are_listed_those_of_another_version_as_they_are(findings
     for pattern in (
         r"^races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, training: triton: won "
         r"a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n",
-        r": step 16x16 backward, H = 32, float32, tf32, reverse, lengths: right\n",
-        r": step 16x16 backward, H = 32, float32, tf32, lengths: the RMS error of h is 1\n",
-        r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: \w+ \d+x\d+ backward, H = 768, bfloat16",
+        r": LSTM, step 16x16 backward, H = 32, float32, tf32, reverse, lengths: right\n",
+        r": GRU, step 16x16 backward, H = 32, float32, tf32, reverse, lengths: the RMS error of h is 1\n",
+        r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: LSTM, \w+ \d+x\d+ backward, H = 768, bfloat16",
     ):
         assert re.search(pattern, lines), pattern
     kinds = [entry["kind"] for entry in printed_by(capsys, "races", "--json")]

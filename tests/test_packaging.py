@@ -217,9 +217,10 @@ def test_the_program_runs_and_is_over_all_of_the_public_api_which_dir_shows(caps
     assert get_args(BackendName) == tuple(backend.value for backend in gpu_lstm.Backend)
 
 
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.StackedLSTM, gpu_lstm.LSTMCell], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.StackedLSTM, gpu_lstm.LSTMCell, gpu_lstm.GRU,
+                                 gpu_lstm.GRUCell], ids=lambda cls: cls.__name__)  # fmt: skip
 def test_forward_says_what_it_accepts_and_raises(cls):
-    said = vars(cls)["forward"].__doc__
+    said = cls.forward.__doc__
     for name in inspect.signature(cls.forward).parameters:
         assert name == "self" or re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", said, re.MULTILINE), name
     assert all(title in said for title in ("Args:", "Returns:", "Raises:"))

@@ -38,6 +38,7 @@ def _entry(without: str = "", **changes) -> str:
 KEYS = [  # changes of a problem for which another plan may be the fastest
     dict(batch=17), dict(hidden=769), dict(dtype=torch.float16), dict(projected=64), dict(precision="tf32"),
     dict(side_by_side=2), dict(dropout_h=True), dict(zoneout_h=0), dict(zoneout_c=3), dict(norms=(True, False, False)),
+    dict(cell="gru"),
 ]  # fmt: skip
 NO_KEYS = [  # and for which it is not
     dict(steps=1), dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
@@ -139,22 +140,24 @@ def _chosen(problem, backward):
     return launch.layer_of(problem, CUDA).prepared(Pass(backward), given).plan
 
 
-def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch, cell):
     """As if the widest tiles of the cooperative family were the fastest."""
+    problem = PROBLEM._replace(cell=cell)
 
     def seconds(plan, call=None):
         return 1000 * (plan.family.name == "step") - plan.units
 
-    before = _chosen(PROBLEM, False)
+    before = _chosen(problem, False)
     monkeypatch.setattr(autotune, "time_plan", seconds)
-    fastest = autotune.autotune(PROBLEM, CUDA)
+    fastest = autotune.autotune(problem, CUDA)
     assert set(fastest) == {"forward", "backward"}
-    assert fastest["forward"] == min(plans(PROBLEM, H100, False), key=seconds) != before
-    layer = launch.layer_of(PROBLEM, CUDA)
+    assert fastest["forward"] == min(plans(problem, H100, False), key=seconds) != before
+    layer = launch.layer_of(problem, CUDA)
     assert layer.chosen(Pass()) == (fastest["forward"], True), "without a launch"
-    assert _chosen(PROBLEM, False) == fastest["forward"], "in this process, too"
-    assert _chosen(PROBLEM._replace(steps=128, reverse=True), False) == fastest["forward"]
-    assert _chosen(PROBLEM, True) == fastest["backward"]
+    assert _chosen(problem, False) == fastest["forward"], "in this process, too"
+    assert _chosen(problem._replace(steps=128, reverse=True), False) == fastest["forward"]
+    assert _chosen(problem, True) == fastest["backward"]
 
 
 def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100):
@@ -188,7 +191,13 @@ def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(autotune, "autotune", measure)
     gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, proj_size=16, device="cpu")
-    measure.assert_called_once_with(Problem(7, 3, 64, torch.float16, 16), torch.device("cpu"))
+    measure.assert_called_with(Problem(7, 3, 64, torch.float16, 16), torch.device("cpu"))
+    gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, device="cpu", cell="gru")
+    measure.assert_called_with(Problem(7, 3, 64, torch.float16, cell="gru"), torch.device("cpu"))
+    for wrong, text in ((dict(cell="rnn"), "cell should be one of 'lstm', 'gru', got 'rnn'"),
+                        (dict(cell="gru", proj_size=4), "proj_size should be 0 for a GRU.* got 4")):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            gpu_lstm.autotune(64, 3, device="cpu", **wrong)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands f
 
 EXPECTED = Decision(Backend.TORCH, "expected")
 REAL_RACE = race.race
-X, LSTM = torch.zeros(3, 3, 4), gpu_lstm.LSTM(4, 5)
+X, LSTM, GRU = torch.zeros(3, 3, 4), gpu_lstm.LSTM(4, 5), gpu_lstm.GRU(4, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -84,17 +84,17 @@ def _forget_all_but_files():
 
 
 @pytest.mark.parametrize("winner", ["triton", "torch"])
-@pytest.mark.parametrize("training", [False, True])
-def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training):
+@pytest.mark.parametrize(("training", "module"), [(False, LSTM), (True, LSTM), (True, GRU)])
+def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training, module):
     seconds = {"triton": 2e-3, "torch": 2e-3} | {winner: 1e-3}
     ran = stubbed(**seconds)
     with torch.set_grad_enabled(training), caplog.at_level(logging.INFO, "gpu_lstm"):
-        assert (_backend_of(), _backend_of(), ran) == (winner, winner, ["race", "triton", "torch"])
-        assert caplog.text.count("LSTM 4 -> 5, T <= 4, B <= 4, float32") == 1
+        assert (_backend_of(module), _backend_of(module), ran) == (winner, winner, ["race", "triton", "torch"])
+        assert caplog.text.count(f"{type(module).__name__} 4 -> 5, T <= 4, B <= 4, float32") == 1
         times = "triton 1 ms, torch 2 ms" if winner == "triton" else "triton 2 ms, torch 1 ms"
         assert f"{winner}: won a race, 2.00 times as fast ({times})" in caplog.text
         _forget_all_but_files()
-        assert (_backend_of(), ran.count("race")) == (winner, 1), "not again, in another process either"
+        assert (_backend_of(module), ran.count("race")) == (winner, 1), "not again, in another process either"
     entry = json.loads(next(card.glob("*.json")).read_text())
     assert (entry["key"]["training"], entry["value"]["seconds"]) == (training, pytest.approx(seconds))
 
@@ -180,41 +180,45 @@ def test_modes(stubbed, monkeypatch, mode, raced, winner):
     assert choices.requested_racing() is choices.Racing(mode)
 
 
-@pytest.mark.parametrize("mode", ["on", "off"])
-def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypatch, mode):
-    """Or, where torch's LSTM cannot run the call, with the reference's."""
+@pytest.mark.parametrize(("mode", "module"), [("on", LSTM), ("off", LSTM), ("on", GRU)])
+def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypatch, mode, module):
+    """Or, where torch's own cannot run the call, with the reference's."""
 
     fails = Mock(side_effect=RuntimeError("no Triton kernel can run this layer on this card: planted"))
     monkeypatch.setattr(launch, "choose_plan", fails)
     ran, x = stubbed(), torch.randn(5, 3, 4)
-    with gpu_lstm.racing(mode), pytest.warns(UserWarning, match="auto' uses 'torch' for LSTM 4 -> 5.*planted"):
-        y, _ = LSTM(x)
+    name = type(module).__name__
+    with gpu_lstm.racing(mode), pytest.warns(UserWarning, match=f"auto' uses 'torch' for {name} 4 -> 5.*planted"):
+        y, _ = module(x)
     with gpu_lstm.backend("torch"):
-        assert torch.equal(y, LSTM(x)[0])
+        assert torch.equal(y, module(x)[0])
     assert ran == []
     with warnings.catch_warnings(), gpu_lstm.racing(mode):
         warnings.simplefilter("error")
-        assert gpu_lstm.explain(LSTM, x).others["triton"].startswith("the kernels fail")
-        LSTM(x)  # said once
-        call = _call(LSTM, x)
+        assert gpu_lstm.explain(module, x).others["triton"].startswith("the kernels fail")
+        module(x)  # said once
+        call = _call(module, x)
         capturing = call._replace(modes=call.modes._replace(capturing=True))
         assert race.decide(capturing, kind_of(call), Backend.TRITON).backend is Backend.TORCH, "in a capture, too"
     with pytest.raises(RuntimeError, match="planted"):
-        gpu_lstm.LSTM(4, 5, backend="triton")(x)
+        type(module)(4, 5, backend="triton")(x)
     with pytest.warns(UserWarning, match="auto' uses 'reference'"):
-        assert _backend_of(gpu_lstm.LSTM(4, 5, zoneout=0.3)) == "reference"
+        assert _backend_of(type(module)(4, 5, zoneout=0.3)) == "reference"
 
 
 def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeypatch, tmp_path):
     ran = stubbed()
     LSTM(X)
+    GRU(X)
+    assert ran.count("race") == 2, "one cell says nothing of another"
     card.parent.rename(tmp_path / "shared")
     monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
     _forget_all_but_files()
     LSTM(X)
-    assert ran.count("race") == 1
+    GRU(X)
+    assert ran.count("race") == 2
     gpu_lstm.LSTM(4, 9)(X)
-    assert len(list((tmp_path / "shared" / race.KIND).iterdir())) == len(list(card.iterdir())) == 1
+    assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / race.KIND, card)] == [2, 1]
 
 
 def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):

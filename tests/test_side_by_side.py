@@ -132,14 +132,14 @@ def _call(lstm, steps, **facts):
     return given._replace(modes=given.modes._replace(capturing=facts.pop("capturing", False)), **facts)
 
 
-@pytest.mark.parametrize("hidden", [768, 1536])
-def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cached, capsys, hidden):
+@pytest.mark.parametrize(("cell", "hidden"), [("LSTM", 768), ("LSTM", 1536), ("GRU", 768)])
+def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cached, capsys, cell, hidden):
     """Two directions of 768 units share the card; those of 1536 do not fit half of it, and go one after another."""
     arguments = ["plan", "--hidden", str(hidden), "--batch", "16", "--device", "h100", "--directions", "2", "--json"]
-    assert main(arguments) == 0
+    assert main([*arguments, "--cell", cell.lower()]) == 0
     shown = [each["plan"] for each in json.loads(capsys.readouterr().out).values()]
-    lstm = gpu_lstm.LSTM(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
-    kind = kind_of(_call(lstm, 1024, batch=16))
+    module = getattr(gpu_lstm, cell)(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
+    kind = kind_of(_call(module, 1024, batch=16))
     for (pass_, plan), row in itertools.product(zip((Pass(), Pass(True)), shown, strict=True), range(2)):
         ours = candidates(kind.problem(row, side_by_side=2), H100, pass_)[0]
         assert plan == ours.as_json() | {"family": ours.family.name}

@@ -15,7 +15,8 @@ from gpu_lstm.tools.stream import Stream
 T, B, I, H = 9, 3, 4, 5
 KINDS = {  # without a projection: where the cell is of another dtype, below
     "projection": partial(gpu_lstm.LSTM, I, H, 2, proj_size=3), "StackedLSTM": partial(gpu_lstm.StackedLSTM, I, [H, 3]),
-    "LSTM": partial(gpu_lstm.LSTM, I, H),
+    "LSTM": partial(gpu_lstm.LSTM, I, H), "GRU": partial(gpu_lstm.GRU, I, H),
+    "StackedGRU": partial(gpu_lstm.StackedGRU, I, [H, 3]),
 }  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def built(kind, backend="reference", steps=T, **kwargs):
     return lstm, torch.randn(steps, B, I).to(next(lstm.parameters()))
 
 
-@pytest.fixture(params=["projection", "StackedLSTM"])
+@pytest.fixture(params=["projection", "StackedLSTM", "GRU", "StackedGRU"])
 def build(request):
     return partial(built, request.param)
 
@@ -98,12 +99,13 @@ def test_each_sequence_runs_the_steps_that_it_is_active_for(build, request, batc
     assert not graph or len(captures) == 2  # the second when some are active for the first time
 
 
-def test_half_precision_keeps_the_cell_in_float32():
-    """A cell state that is rounded after every step drifts away from that of the whole sequence."""
-    lstm, x = built("LSTM", dtype=torch.bfloat16, num_layers=2, steps=200)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_half_precision_keeps_the_cell_in_float32(kind):
+    """A cell state, of a GRU h, that is rounded after every step drifts away from that of the whole sequence."""
+    lstm, x = built(kind, dtype=torch.bfloat16, num_layers=2, steps=200)
     stream = Stream(lstm, B)
     steps = torch.stack([stream(x_t) for x_t in x])
-    assert stream.state[1].dtype is torch.float32
+    assert tree_leaves(stream.state)[-1].dtype is torch.float32
     assert (steps - lstm(x)[0]).abs().max() <= 4 * torch.finfo(x.dtype).eps
 
 
@@ -120,6 +122,19 @@ def test_a_cell_state_in_float32_with_half_precision(backend, options):
     for wrong in ((h_0, c_0), (h_0.half(), c_0.double())):
         with pytest.raises(RuntimeError, match="dtype"):  # in torch's words, which on its backend depend on the device
             lstm(x, wrong)
+
+
+@every_backend
+@pytest.mark.parametrize("lengths", [None, [T, 0, 4]], ids=["full", "ragged"])
+def test_h_of_a_gru_in_float32_with_half_precision(backend, lengths):
+    gru, x = built("GRU", backend, dtype=torch.float16, bidirectional=True)
+    ragged = {} if lengths is None else dict(lengths=torch.tensor(lengths, device=x.device))
+    h_0 = (torch.randn(2, B, H) * 0.5).to(x.device)
+    (y, h_n), (_, rounded) = gru(x, h_0, **ragged), gru(x, h_0.half(), **ragged)
+    assert (y.dtype, h_n.dtype, rounded.dtype) == (torch.float16, torch.float32, torch.float16)
+    torch.testing.assert_close(h_n.half(), rounded, rtol=0, atol=2e-3)
+    with pytest.raises(RuntimeError, match="dtype"):
+        gru(x, h_0.double())
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ every_kind = pytest.mark.parametrize("kind", ["directions", pytest.param("layers
 
 def states(lstm, *lead):
     rows = lstm.num_layers * (1 + lstm.bidirectional)
-    return torch.randn(rows, *lead, B, lstm.proj_size or H), torch.randn(rows, *lead, B, H)
+    return torch.randn(rows, *lead, B, getattr(lstm, "proj_size", 0) or H), torch.randn(rows, *lead, B, H)
 
 
 # Of each: options of the LSTM, and the further arguments of a call, which nobody else keeps.
@@ -173,6 +173,7 @@ CASES = {
     "variant": (dict(peepholes=True), lambda lstm: {}),
     "norms": (dict(layer_norm=True), lambda lstm: {}),
     "ragged": ({}, lambda lstm: dict(lengths=torch.tensor([T, 5]), resets=torch.rand(T, B) < 0.3, hx=states(lstm))),
+    "GRU": ({}, lambda gru: dict(lengths=torch.tensor([T, 5]), resets=torch.rand(T, B) < 0.3, hx=states(gru)[0])),
     "reset_states": ({}, lambda lstm: dict(resets=torch.rand(T, B) < 0.3, reset_states=states(lstm, T))),
 }
 
@@ -185,7 +186,8 @@ def faults(monkeypatch):
         as_a_card(monkeypatch)
         timeouts.error_word(torch.device("cpu"), timeouts.KERNELS[0])  # host memory, made once in a process
         options, further = CASES[case]
-        lstm = gpu_lstm.LSTM(I, H, backend="triton", **KINDS[kind], **options)
+        cell = gpu_lstm.GRU if case == "GRU" else gpu_lstm.LSTM
+        lstm = cell(I, H, backend="triton", **KINDS[kind], **options)
         learns = way == "training"
         model = Model(monkeypatch, 3 if kind == "layers" else 2)
         contexts = torch.autograd.set_detect_anomaly(True, check_nan=False), torch.set_grad_enabled(learns)

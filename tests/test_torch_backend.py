@@ -97,7 +97,9 @@ def test_cudnn_is_given_one_buffer(monkeypatch, whole):
         if whole:
             weights = torch_rnn.packed(weights)
         state = torch.empty(1, 2, 4, device="cuda"), torch.empty(1, 2, 4, device="cuda")
-        torch_rnn.stack(torch.empty(5, 2, 3, device="cuda"), state, [[torch_rnn.Weights(*weights)]])
+        torch_rnn.stack(
+            torch_rnn.cell_of(16, 4), torch.empty(5, 2, 3, device="cuda"), state, [[torch_rnn.Weights(*weights)]]
+        )
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
     assert all(t is w for t, w in zip(given, weights)) == whole
@@ -147,11 +149,11 @@ def test_rows_for_tensor_cores(monkeypatch):
     """Features are added up to whole 16 bytes, or 128 elements where cuDNN could not keep W_hh on chip otherwise."""
     two_copies(monkeypatch)
     for dtype, inputs, expected in ((torch.float32, 3, 5), (BF16, 3, 8), (torch.float16, 128, 256), (BF16, 128, 136)):
-        stack = Mock(side_effect=lambda x, state, *rest: (x[..., :4], state))
+        stack = Mock(side_effect=lambda cell, x, state, *rest: (x[..., :4], state))
         monkeypatch.setattr(torch_rnn, "stack", stack)
         lstm = gpu_lstm.LSTM(inputs, 4, backend="torch", device="meta", dtype=dtype)
         lstm(torch.empty(T, B, inputs, device="meta", dtype=dtype), resets=RESETS.to("meta"))
-        assert stack.call_args.args[0].shape == (T, 2 * B, expected)
+        assert stack.call_args.args[1].shape == (T, 2 * B, expected)
 
 
 NOT_FINITE = {  # what is put where in x [T, B, I], h0 and c0 [2, B, H], and weights
@@ -207,7 +209,7 @@ def test_on_the_host_few_resets_part_a_call_and_many_shut_gates(monkeypatch, pla
     resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_rnn.stack
     for place in places:
         resets[place] = True
-    monkeypatch.setattr(torch_rnn, "stack", lambda x, *rest: sizes.append(len(x)) or stack(x, *rest))
+    monkeypatch.setattr(torch_rnn, "stack", lambda cell, x, *rest: sizes.append(len(x)) or stack(cell, x, *rest))
     _, ours = pair("LSTM", "torch")
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, resets=resets, lengths=lengths)

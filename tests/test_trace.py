@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.tools.trace import Gates
+from gpu_lstm.cells.gru import Gates as GRUGates
+from gpu_lstm.cells.lstm import Gates
 
 T, B, I, H = 6, 3, 4, 5
 LENGTHS = torch.tensor([6, 0, 3])
@@ -27,18 +28,21 @@ def inputs():
 
 
 @every_backend
-@pytest.mark.parametrize(("ragged", "proj_size"), [({}, 0), (dict(lengths=LENGTHS), 2), (dict(resets=RESETS), 0)],
-                         ids=["plain", "lengths", "resets"])  # fmt: skip
-def test_gates_are_the_oracles(backend, ragged, proj_size):
-    lstm, x = gpu_lstm.LSTM(I, H, 2, bidirectional=True, proj_size=proj_size, backend=backend).double(), inputs()
-    traced, (_, layers) = gpu_lstm.trace(lstm, x, **ragged), weights_of(lstm)
+@pytest.mark.parametrize(("kind", "ragged", "options"), [
+    (gpu_lstm.LSTM, {}, {}), (gpu_lstm.LSTM, dict(lengths=LENGTHS), dict(proj_size=2)),
+    (gpu_lstm.LSTM, dict(resets=RESETS), {}), (gpu_lstm.GRU, dict(lengths=LENGTHS, resets=RESETS), {}),
+], ids=["plain", "lengths", "resets", "GRU"])  # fmt: skip
+def test_gates_are_the_oracles(backend, kind, ragged, options):
+    module, x = kind(I, H, 2, bidirectional=True, backend=backend, **options).double(), inputs()
+    traced, (_, layers) = gpu_lstm.trace(module, x, **ragged), weights_of(module)
+    names = {gpu_lstm.LSTM: ("input", "forget", "candidate", "output", "cell"),
+             gpu_lstm.GRU: ("reset", "update", "candidate")}[kind]  # fmt: skip
     y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B), layers, **ragged)
     for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
         for gates, (_, _, tape) in zip(layer, taken, strict=True):
-            expected = torch.zeros(5, T, B, H).double()
+            expected = torch.zeros(len(names), T, B, H).double()
             for b, t, _, _, _, *values in tape:
-                expected[:, t, b] = torch.tensor(np.array(values[:5]))
-            names = "input", "forget", "candidate", "output", "cell"
+                expected[:, t, b] = torch.tensor(np.array(values[: len(names)]))
             assert_close({name: getattr(gates, name) for name in names}, dict(zip(names, expected)))
     assert_close([traced.output, torch.cat([gates.hidden for gates in traced.layers[1]], 2)], [torch.from_numpy(y)] * 2)
 
@@ -55,25 +59,32 @@ def test_other_inputs_and_modules():
     assert (alone.output.shape, alone.lengths.tolist()) == ((T, H), [2])
     assert_close(list(alone.layers[0][0]), [t[:, :1] for t in padded.layers[0][0]])
 
-    stack, first = gpu_lstm.StackedLSTM(I, [H, I, I], residual=True).double(), nn.LSTM(I, H, batch_first=True).double()
-    hx = tuple(torch.randn(2, 1, B, H).double())
-    for module, *given in ((stack, x), (first, x.transpose(0, 1), hx)):
-        traced = gpu_lstm.trace(module, *given)
-        assert_close((traced.output, traced.states), module(*given))
-        assert traced.layers[0][0].cell.shape == (T, B, H)  # time first
-    assert type(first) is nn.LSTM
+    for stacked, theirs in ((gpu_lstm.StackedLSTM, nn.LSTM), (gpu_lstm.StackedGRU, nn.GRU)):
+        stack, first = stacked(I, [H, I, I], residual=True).double(), theirs(I, H, batch_first=True).double()
+        h, c = torch.randn(2, 1, B, H).double()
+        for module, *given in ((stack, x), (first, x.transpose(0, 1), (h, c) if theirs is nn.LSTM else h)):
+            traced = gpu_lstm.trace(module, *given)
+            assert_close((traced.output, traced.states), module(*given))
+            assert traced.layers[0][0].hidden.shape == (T, B, H)  # time first
+        assert type(first) is theirs
+    with pytest.raises(TypeError, match="trace accepts an LSTM, a GRU or a stack of either, got RNN"):
+        gpu_lstm.trace(nn.RNN(I, H), x)
 
 
-def test_the_picture_shows_one_sequence():
-    lstm = gpu_lstm.LSTM(I, H, 2, bidirectional=True)
-    traced = gpu_lstm.trace(lstm, inputs().float(), lengths=LENGTHS)
-    figure = traced.plot(2)
-    panels, bars = figure.axes[: 4 * 6], figure.axes[4 * 6 :]
-    assert [axes.get_title() for axes in panels[:6]] == list(Gates._fields)
-    assert (panels[6].get_ylabel(), panels[-1].get_xlabel()) == ("layer 0, reverse\nunit", "step")
-    forget, cell = (panels[6 * 2 + k].images[0] for k in (1, 4))  # layer 1, forward
-    assert_close(torch.tensor(forget.get_array().data), traced.layers[1][0].forget[:3, 2].T)
-    assert (forget.get_clim(), cell.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
+@pytest.mark.parametrize(("kind", "fields", "of_gates"), [(gpu_lstm.LSTM, Gates._fields, 3),
+                                                          (gpu_lstm.GRU, GRUGates._fields, 2)])  # fmt: skip
+def test_the_picture_shows_one_sequence(kind, fields, of_gates):
+    traced = gpu_lstm.trace(kind(I, H, 2, bidirectional=True), inputs().float(), lengths=LENGTHS)
+    figure, n = traced.plot(2), len(fields)
+    panels, bars = figure.axes[: 4 * n], figure.axes[4 * n :]
+    assert [axes.get_title() for axes in panels[:n]] == list(fields)
+    assert (panels[n].get_ylabel(), panels[-1].get_xlabel()) == ("layer 0, reverse\nunit", "step")
+    figure.canvas.draw()
+    lefts = [axes.get_position().x0 for axes in (*panels[:of_gates], bars[0], *panels[of_gates:n], bars[1])]
+    assert lefts == sorted(lefts)  # gates, their colour bar, states, theirs
+    gate, state = (panels[n * 2 + k].images[0] for k in (1, n - 1))  # layer 1, forward
+    assert_close(torch.tensor(gate.get_array().data), traced.layers[1][0][1][:3, 2].T)
+    assert (gate.get_clim(), state.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
     assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
     with pytest.raises(ValueError, match="sequence 1 has no steps"):
         traced.plot(1)
@@ -92,9 +103,11 @@ X = torch.randn(2, 3, 4)
     (dict(num_layers=2, backend="torch"), [2, 2, 1], ["0 forward, torch", "1 forward, torch"]),
     (dict(backend="torch"), None, []),  # torch's own LSTM takes all layers in one call
     (dict(hidden_sizes=[5, 6], backend="torch"), None, ["0, torch", "1, torch"]),
+    (dict(kind=gpu_lstm.GRU, backend="triton"), [2, 2, 1], ["0 forward, triton"]),
 ])  # fmt: skip
 def test_torch_profiler_names_layers_and_directions(device, options, lengths, expected):
-    kind = gpu_lstm.StackedLSTM if "hidden_sizes" in options else partial(gpu_lstm.LSTM, hidden_size=5)
+    kind, options = options.get("kind", gpu_lstm.LSTM), {k: v for k, v in options.items() if k != "kind"}
+    kind = gpu_lstm.StackedLSTM if "hidden_sizes" in options else partial(kind, hidden_size=5)
     lstm, lengths = kind(4, **options).to(device), lengths and torch.tensor(lengths, device=device)
     with profile() as profiler:
         lstm(X.to(device), lengths=lengths)

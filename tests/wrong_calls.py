@@ -303,14 +303,14 @@ CALLS = [
      "patch.dict(os.environ, GPU_LSTM_RACE='yes')(requested_racing)()"),
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
-      for function in ("explain", "trace") for value in ("None", "GRU")),
-    ("TypeError: explain accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM...",
+      for function in ("explain", "trace") for value in ("None", "LINEAR")),
+    ("TypeError: explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got torch.nn.modules.rnn.LSTM...",
      "gpu_lstm.explain(TORCHS, X)"),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
     ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
     # Stream
-    ("TypeError: Stream accepts an LSTM or a StackedLSTM, got LSTM", "gpu_lstm.Stream(TORCHS, 2)"),
+    ("TypeError: Stream accepts an LSTM, a GRU or a stack of either, got LSTM", "gpu_lstm.Stream(TORCHS, 2)"),
     ("ValueError: Stream runs one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),

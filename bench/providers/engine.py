@@ -20,9 +20,10 @@ class Unable(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """An LSTM with the weights of the inputs: a callable, and leaves whose gradients are compared."""
+    """An LSTM or GRU with the weights of the inputs: a callable, and leaves whose gradients are compared."""
 
-    # x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n), as torch.nn.LSTM; None for a state not computed
+    # x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n), as torch.nn.LSTM, of a GRU (h0,) to (h_n,);
+    # None for a state not computed
     call: Callable[..., tuple[Any, Any]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
@@ -31,8 +32,14 @@ class Engine:
 
     @classmethod
     def of(cls, module: nn.Module, to_torch: Any = dict, **options: Any) -> "Engine":
-        """Of a module that is called as torch.nn.LSTM is, with further keyword arguments."""
-        return cls(partial(module, **options), dict(module.named_parameters()), to_torch)
+        """Of a module that is called as torch's own is, with further keyword arguments."""
+
+        def call(x: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
+            y, h_n = module(x, *state, **options)
+            return y, (h_n,)
+
+        one_state = getattr(module, "mode", "LSTM") == "GRU"  # other packages' have none
+        return cls(call if one_state else partial(module, **options), dict(module.named_parameters()), to_torch)
 
     def named(self, gradients: Iterable[Tensor]) -> dict[str, Tensor]:
         """The gradients of the parameters, by "d" and torch's names; a single bias stands for both of torch's."""
@@ -49,20 +56,25 @@ class Provider:
 
 
 def expect(case: Case, *features: str) -> Case:
-    """The case. Unable if it has features but these: "layers", "directions", "resets", its sequences, its variant."""
+    """The case. Unable if it has features but these: "layers", "directions", "resets", its sequences, variant, cell."""
     has = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
-    if beyond := {*has, case.sequences, case.variant} - {*features, "full", "plain"}:
+    if beyond := {*has, case.sequences, case.variant, case.cell} - {*features, "full", "plain", "lstm"}:
         raise Unable(f"does not do {' or '.join(sorted(beyond))}")
     return case
 
 
-def module_like_torchs(kind: Callable[..., nn.Module], inputs: Inputs, **options: Any) -> nn.Module:
-    """A module that is constructed as torch.nn.LSTM is and has its parameters, with the weights of the inputs."""
-    case = inputs.case
-    options = {"device": inputs.h0.device, "dtype": case.torch_dtype, **options}
+def module_like_torchs(package: Any, inputs: Inputs, **options: Any) -> nn.Module:
+    """A package's LSTM or GRU, with torch's arguments and parameters, and the weights of the inputs."""
+    case, kind = inputs.case, getattr(package, inputs.case.cell.upper())
+    options = {"device": inputs.x.device, "dtype": case.torch_dtype, **options}
     module = kind(case.input_size, case.hidden_size, case.layers, bidirectional=case.directions == 2, **options)
     module.load_state_dict(inputs.weights)
     return module.requires_grad_(case.training)
+
+
+def as_hx(states: tuple[Tensor, ...] | list[Tensor]) -> Any:
+    """As modules accept them: of a GRU one tensor."""
+    return tuple(states) if len(states) > 1 else states[0]
 
 
 def absence(package: str, install: str, device: str, cuda: bool = True) -> str | None:

@@ -1,19 +1,20 @@
-"""gpu_lstm.LSTM: as it chooses for itself, by each backend, and as a stream of steps."""
+"""gpu_lstm.LSTM and GRU: as it chooses for itself, by each backend, and as a stream of steps."""
 
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import gpu_lstm
 
 from ..cases import VARIANTS
 from ..inputs import Inputs
-from .engine import Engine, Provider, Unable, expect, module_like_torchs
+from .engine import Engine, Provider, Unable, as_hx, expect, module_like_torchs
 
 # Features of backends, more than torch.nn.LSTM's own. Those that are not named here support every variant, too.
-PLAIN = "layers", "directions", "ragged", "packed", "active", "resets"
+PLAIN = "layers", "directions", "ragged", "packed", "active", "resets", "gru"
 SUPPORTED = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
 
 
@@ -30,32 +31,37 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
     """The module on one backend; where Triton's kernels run, with their families: "cooperative / step"."""
     case = expect(inputs.case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS)))
     on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
-    lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend, **on)
+    module: Any = module_like_torchs(gpu_lstm, inputs, backend=backend, **on)
     options: dict[str, Any] = {
         "resets": inputs.resets,
         "lengths": None if case.sequences == "packed" else inputs.lengths,
     }
     if inputs.reset_states is not None:  # which another commit may not accept
-        options["reset_states"] = inputs.reset_states
+        options["reset_states"] = as_hx(inputs.reset_states)
 
     def families() -> str | None:
         x = inputs.packed(inputs.x) if case.sequences == "packed" else inputs.x
         try:
-            return " / ".join(each.family for each in gpu_lstm.explain(lstm, x, **options).layers[0].passes) or None
+            return " / ".join(each.family for each in gpu_lstm.explain(module, x, **options).layers[0].passes) or None
         except AttributeError:  # of another commit
             return None
 
-    return replace(Engine.of(lstm, **options), kernels=families)
+    return replace(Engine.of(module, **options), kernels=families)
 
 
 def build_stream(backend: str | None, inputs: Inputs) -> Engine:
     """A step of a stream, continued from call to call; on CUDA by its own graph. The states are read each time."""
-    if expect(inputs.case, "layers", "active").mode != "step":
+    if expect(inputs.case, "layers", "active", "gru").mode != "step":
         raise Unable("only for single steps")
-    lstm: Any = module_like_torchs(gpu_lstm.LSTM, inputs, backend=backend)
-    stream: Any = gpu_lstm.Stream(lstm, inputs.case.batch, (inputs.h0, inputs.c0))
+    module: Any = module_like_torchs(gpu_lstm, inputs, backend=backend)
+    stream: Any = gpu_lstm.Stream(module, inputs.case.batch, as_hx(inputs.states))
     active = {} if inputs.lengths is None else {"active": inputs.lengths > 0}
-    return Engine(lambda x, state: (stream(x[0], **active)[None], stream.state), dict(lstm.named_parameters()))
+
+    def call(x: Tensor, state: object) -> tuple[Tensor, Any]:
+        y, after = stream(x[0], **active), stream.state
+        return y[None], after if isinstance(after, tuple) else (after,)
+
+    return Engine(call, dict(module.named_parameters()))
 
 
 PROVIDERS = {

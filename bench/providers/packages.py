@@ -72,14 +72,14 @@ def torchrl(backend: str, inputs: Inputs) -> Engine:
         raise Unable("its Triton kernels take float32, and bfloat16 in the recurrent product")
     tensordict = import_module("tensordict")
     dtype = torch.float32 if backend == "triton" else case.torch_dtype
-    lstm = module_like_torchs(nn.LSTM, inputs, batch_first=True, dtype=dtype)
+    lstm = module_like_torchs(nn, inputs, batch_first=True, dtype=dtype)
     module = import_module("torchrl.modules").LSTMModule(
         lstm=lstm, in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")], default_recurrent_mode=True,
         recurrent_backend=backend, recurrent_matmul_precision="ieee" if case.dtype == "fp32" else "tf32",
         recurrent_compute_dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32,
     )  # fmt: skip
     # [B, T, L, H], for every step: zeros, if nothing else was stored
-    zeros = torch.zeros(case.batch, case.steps, case.layers, case.hidden_size, dtype=dtype, device=inputs.h0.device)
+    zeros = torch.zeros(case.batch, case.steps, case.layers, case.hidden_size, dtype=dtype, device=inputs.x.device)
     is_init = (zeros[:, :, 0, :1].bool() if inputs.resets is None else inputs.resets.T[:, :, None]).contiguous()
     stored = [each.movedim(0, 2).transpose(0, 1).to(dtype) for each in inputs.reset_states or ()] or [zeros, zeros]
 
@@ -105,7 +105,7 @@ def keras_absent(device: str) -> str | None:
 
 def keras(inputs: Inputs) -> Engine:
     """keras.layers.LSTM on Keras's torch backend, the batch first, one bias. Written against Keras 3.15."""
-    case, device, keras = expect(inputs.case), str(inputs.h0.device), import_module("keras")
+    case, device, keras = expect(inputs.case), str(inputs.x.device), import_module("keras")
     dtype = str(case.torch_dtype).removeprefix("torch.")
     weight_ih, weight_hh, bias_ih, bias_hh = inputs.weights.values()
     with keras.device(device):

@@ -1,7 +1,8 @@
-"""What PyTorch offers: torch.nn.LSTM, and the loops around it or its cell that people write for what it lacks."""
+"""What PyTorch offers: torch.nn.LSTM and GRU, and the loops that people write for what these lack."""
 
 import itertools
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..inputs import Inputs
-from .engine import Engine, Provider, Unable, expect, module_like_torchs
+from .engine import Engine, Provider, Unable, as_hx, expect, module_like_torchs
 
 NO_RESETS = "only for batches with resets"
 CHUNK = 16  # steps that are compiled at once: compiling unrolls the loop, so that its time grows with them
@@ -18,16 +19,16 @@ CHUNK = 16  # steps that are compiled at once: compiling unrolls the loop, so th
 
 def plain(inputs: Inputs) -> Engine:
     """The module: ATen on the CPU, cuDNN on CUDA."""
-    expect(inputs.case, "layers", "directions", "packed")
-    return Engine.of(module_like_torchs(nn.LSTM, inputs))
+    expect(inputs.case, "layers", "directions", "packed", "gru")
+    return Engine.of(module_like_torchs(nn, inputs))
 
 
 def flat(inputs: Inputs) -> Engine:
     """The module with weights in one buffer, also in bfloat16, where torch itself has cuDNN copy them each time."""
     case, engine = inputs.case, plain(inputs)
-    if case.torch_dtype is not torch.bfloat16 or not inputs.h0.is_cuda:
+    if case.torch_dtype is not torch.bfloat16 or not inputs.x.is_cuda:
         raise Unable("only for bfloat16 on CUDA: other weights are in one buffer anyway")
-    sizes = case.input_size, get_cudnn_mode("LSTM"), case.hidden_size, 0, case.layers
+    sizes = case.input_size, get_cudnn_mode(case.cell.upper()), case.hidden_size, 0, case.layers
     with torch.no_grad():
         torch._cudnn_rnn_flatten_weight(list(engine.parameters.values()), 4, *sizes, False, case.directions == 2)
     return engine
@@ -35,7 +36,7 @@ def flat(inputs: Inputs) -> Engine:
 
 def packed(inputs: Inputs) -> Engine:
     """For a padded batch: pack, run, pad again, all of it part of the call."""
-    expect(inputs.case, "layers", "directions", "ragged")
+    expect(inputs.case, "layers", "directions", "ragged", "gru")
     if inputs.lengths is None:
         raise Unable("only for padded batches with lengths")
     engine, lengths = plain(inputs.plain()), inputs.lengths.cpu()  # where packing wants them
@@ -50,7 +51,7 @@ def packed(inputs: Inputs) -> Engine:
 def cell_loop(inputs: Inputs) -> Engine:
     """One torch.nn.LSTMCell, called T times."""
     case = expect(inputs.case)
-    cell = nn.LSTMCell(case.input_size, case.hidden_size, device=inputs.h0.device, dtype=case.torch_dtype)
+    cell = nn.LSTMCell(case.input_size, case.hidden_size, device=inputs.x.device, dtype=case.torch_dtype)
     cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in inputs.weights.items()})
     cell.requires_grad_(case.training)
 
@@ -64,37 +65,45 @@ def cell_loop(inputs: Inputs) -> Engine:
     return Engine(call, {f"{name}_l0": tensor for name, tensor in cell.named_parameters()})
 
 
-class StepLoop(nn.LSTM):
-    """torch.nn.LSTM called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
+class Loop(nn.RNNBase):
+    """torch's module called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
 
     def forward(self, x, state, resets, stored=None, in_pieces=False):  # type: ignore[override]
         """Resets leave zeros or `stored` [L, T, B, H]. In pieces: called for all steps between any two resets."""
         outputs, keeps = [], (~resets).to(x.dtype)[..., None]  # [T, B, 1]
         begins = [0, *(1 + resets[1:].any(dim=1).nonzero()[:, 0]).tolist()] if in_pieces else range(len(x))
         for begin, end in itertools.pairwise((*begins, len(x))):
-            state = keeps[begin] * state[0], keeps[begin] * state[1]
+            state = tuple(keeps[begin] * each for each in state)
             if stored is not None:
                 state = tuple(each + (1 - keeps[begin]) * left[:, begin] for each, left in zip(state, stored))
-            y, state = super().forward(x[begin:end], state)
+            y, after = super().forward(x[begin:end], as_hx(state))
+            state = after if isinstance(after, tuple) else (after,)
             outputs.append(y)
         return torch.cat(outputs), state
 
 
+class StepLoop(Loop, nn.LSTM): ...  # type: ignore[misc]
+
+
+class GRULoop(Loop, nn.GRU): ...  # type: ignore[misc]
+
+
 def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
     """StepLoop: one step at a time, as in CleanRL; or in pieces, whose ends every call reads, as in rl_games."""
-    if expect(inputs.case, "layers", "resets", "reset_states").reset_rate == 0:
+    if expect(inputs.case, "layers", "resets", "reset_states", "gru").reset_rate == 0:
         raise Unable(NO_RESETS)
     options = dict(resets=inputs.resets, stored=inputs.reset_states, in_pieces=in_pieces)
-    return Engine.of(module_like_torchs(StepLoop, inputs), **options)
+    loop = module_like_torchs(SimpleNamespace(LSTM=StepLoop, GRU=GRULoop), inputs)
+    return Engine(partial(loop, **options), dict(loop.named_parameters()))
 
 
 def padded_trajectories(inputs: Inputs) -> Engine:
     """Each of N trajectories, from one reset to the next, as a separate padded sequence: found once, as in rsl_rl."""
-    expect(inputs.case, "layers", "resets")
+    expect(inputs.case, "layers", "resets", "gru")
     if inputs.resets is None:
         raise Unable(NO_RESETS)
     begins = inputs.resets.T.clone()  # [B, T]
-    begins[:, 0], lstm = True, module_like_torchs(nn.LSTM, inputs)
+    begins[:, 0], engine = True, plain(inputs.plain())
     lengths = begins.flatten().nonzero()[:, 0].diff(append=torch.tensor([begins.numel()], device=begins.device))  # [N]
     valid = torch.arange(inputs.case.steps, device=begins.device) < lengths[:, None]  # [N, T]
     firsts, keep = begins.flatten().cumsum(0)[:: begins.shape[1]] - 1, ~inputs.resets[0, :, None]  # [B], [B, 1]
@@ -104,10 +113,10 @@ def padded_trajectories(inputs: Inputs) -> Engine:
         padded[valid] = x.transpose(0, 1).flatten(0, 1)
         start = [each.new_zeros(len(each), *lengths.shape, each.shape[2]) for each in state]
         start = [zeros.index_copy(1, firsts, keep * each) for zeros, each in zip(start, state)]
-        y, _ = lstm(padded.transpose(0, 1), start)
-        return y.transpose(0, 1)[valid].view(*begins.shape, -1).transpose(0, 1), (None, None)
+        y, _ = engine.call(padded.transpose(0, 1), start)
+        return y.transpose(0, 1)[valid].view(*begins.shape, -1).transpose(0, 1), [None] * len(state)
 
-    return Engine(call, dict(lstm.named_parameters()), kernels=lambda: "without the last states")
+    return Engine(call, engine.parameters, kernels=lambda: "without the last states")
 
 
 def compiled_loop(inputs: Inputs) -> Engine:

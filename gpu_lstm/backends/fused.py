@@ -15,7 +15,7 @@ from ..call.sequences import Traversal, without_padding
 from ..call.weights import State, Weights
 from ..cells import EQUATIONS, lstm
 from ..kernels import layer_norm
-from ..kernels.cells import CELLS, cell_of
+from ..kernels.cells import CELLS, Cell, cell_of
 from ..kernels.layer import Layer
 from ..kernels.problem import NO_UNIT, Inputs, Recurrence, Unit
 
@@ -50,24 +50,23 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
 
     c and c_n are float32.
     """
-    at_resets = None
-    if inputs.reset_h is not None:  # known before the time loop, which has h = 0 at resets
-        at_resets = _at_resets(_with_dropout(inputs.reset_h, inputs), traversal_of(inputs, layer.problem.reverse))
-    gates = _pre_activations(layer.problem.cell, inputs, at_resets)
+    i, problem = inputs, layer.problem
+    gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+    if i.reset_h is not None:  # known before the time loop, which has h = 0 at resets
+        at_resets = _at_resets(_with_dropout(i.reset_h, i), traversal_of(i, problem.reverse))
+        _add_product(CELLS[problem.cell], gates, i, at_resets)
     if inputs.c0.dtype is not torch.float32:
         inputs = inputs._replace(c0=inputs.c0.float())
     h, h_n, c_n, c = layer.forward(gates, Recurrence(inputs), save)
     return h, h_n, c_n, gates, c
 
 
-def _pre_activations(cell: str, i: Inputs, h: Tensor | None) -> Tensor:
-    """x W_ih^T + b_ih + b_hh + h W_hh^T, [T, B, 4H]; `h` [T, B, P] is the operand of W_hh, None if it is zero."""
-    z: Tensor = EQUATIONS[cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-    if h is not None and i.gain_hh is None:
-        CELLS[cell].of_h(z, i.c0.shape[-1]).flatten(0, 1).addmm_(h.flatten(0, 1), i.weight_hh.T)
-    elif h is not None:
+def _add_product(cell: Cell, z: Tensor, i: Inputs, h: Tensor) -> None:
+    """Add h W_hh^T to z [T, B, 4H]; `h` [T, B, P] is the operand of W_hh."""
+    if i.gain_hh is None:
+        cell.of_h(z, i.c0.shape[-1]).flatten(0, 1).addmm_(h.flatten(0, 1), i.weight_hh.T)
+    else:
         z += lstm.linear(h, i.weight_hh, None, i.gain_hh)
-    return z
 
 
 def _with_dropout(h: Tensor, inputs: Inputs) -> Tensor:
@@ -115,7 +114,9 @@ def gradients(
     if gates_were_dropped or "weight_hh" in needed or inputs.gain_hh is not None:
         h_prev = _with_dropout(traversal.states_before(saved.h, inputs.h0, inputs.reset_h), inputs)
     if gates_were_dropped:  # all h are known by now, so that one product serves all steps
-        z, peephole = _pre_activations(cell.name, inputs, h_prev), inputs.weight_peephole
+        i, peephole = inputs, inputs.weight_peephole
+        z = equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+        _add_product(cell, z, inputs, h_prev)
         c_prev = None if peephole is None else saved.cell_before(traversal)
         saved = saved._replace(gates=equations.activate_in_place(z, peephole, c_prev))
     of_hh = of_c = NO_UNIT

@@ -30,6 +30,7 @@ from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
+from ..kernels.cells import cell_of
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
@@ -134,7 +135,8 @@ def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) ->
     directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
         if h0.dim() == 3:
-            h, (h_n, c_n) = torch_rnn.stack(x, (h0, c0), [directions])
+            cell = cell_of(len(inputs.weight_hh), c0.shape[-1])
+            h, (h_n, c_n) = torch_rnn.stack(cell, x, (h0, c0), [directions])
         else:
             h, (h_n, c_n) = torch_rnn.run_layer(x, (h0, c0), directions[0], traversal_of(inputs, reverse))
         return h, h_n, c_n

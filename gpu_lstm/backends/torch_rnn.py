@@ -26,7 +26,7 @@ from ..call.modes import Recording, is_transformed, modes
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.cells import GRU, cell_of
+from ..kernels.cells import GRU, Cell, cell_of
 from .layers import by_direction, cast, named, one_after_another, without_autocast
 
 # Here, since looking up an attribute of _VF takes a microsecond.
@@ -52,15 +52,18 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     if options.role == "module" and call.traversal.is_plain():
         packed = call.form.packed
         batch_sizes = None if packed is None else packed.batch_sizes
-        y, state = stack(call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes)
+        y, state = stack(
+            options.cell, call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes
+        )
         return y, [state]
     call = call.padded()
     if call.traversal.is_plain() and options.role != "layer":
         if not options.in_one_call:
             return layer_by_layer(
-                call, dtype, lambda x, state, layer: stack(x, state, [layer], training=options.training)
+                call, dtype, lambda x, state, layer: stack(options.cell, x, state, [layer], training=options.training)
             )
-        y, final = stack(call.x, _stacked(call.state_rows()), call.weights, options.dropout, options.training)
+        state = _stacked(call.state_rows())
+        y, final = stack(options.cell, call.x, state, call.weights, options.dropout, options.training)
         return y, call.pack_rows(list(zip(*final)))
 
     def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
@@ -95,6 +98,7 @@ def _stacked(rows: list[State]) -> State:
 
 
 def stack(
+    cell: Cell,
     x: Tensor,  # [T, B, I]; packed [N, I] with batch_sizes
     state: State,  # ([L*D, B, P], [L*D, B, H])
     layers: list[list[Weights]],  # [L][D], all of one size
@@ -112,10 +116,10 @@ def stack(
         dropout = 0.0
         training = x.is_cuda and torch.is_grad_enabled()  # tells cuDNN whether there will be a backward
     options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # both directions
-    if cell_of(len(layers[0][0].weight_hh), c0.shape[-1]) is GRU:
-        y, h_n = gru(x, h0, *options, False) if batch_sizes is None else gru(x, batch_sizes, h0, *options)
-        return y, (h_n, h_n)
     exact = c0.dtype is not x.dtype and is_exact(c0, x)
+    if cell is GRU:
+        y, h_n = gru(x, h0, *options, False) if batch_sizes is None else gru(x, batch_sizes, h0, *options)
+        return y, (h_n, h_n.float() if exact else h_n)
     hx = h0, c0.to(x.dtype) if exact else c0
     if batch_sizes is None:
         y, h_n, c_n = lstm(x, hx, *options, False)
@@ -219,10 +223,10 @@ def _span_by_span(
 ) -> tuple:  # fmt: skip
     """_with_resets by a call for each of the `_spans`."""
     zeroed = reset if valid is None else reset | ~valid  # what comes after the end of a sequence starts from zeros, too
-    parts, ends = [], state
+    cell, parts, ends = cell_of(len(weights.weight_hh), state[1].shape[1]), [], state
     for start, end in spans:
         h, c = (torch.where(zeroed[start, :, None], 0, t) for t in ends)
-        y, (h, c) = stack(x[start:end], (h[None], c[None]), [[weights]])
+        y, (h, c) = stack(cell, x[start:end], (h[None], c[None]), [[weights]])
         parts.append(y)
         ends = h[0], c[0] if valid is None else torch.where(valid[start, :, None], c[0], ends[1].to(c.dtype))
     return torch.cat(parts), ends[1]
@@ -282,10 +286,11 @@ def _in_a_grid(
 def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | None, clears: Tensor | None) -> tuple:
     """h [S, B, P] and c_n [B, H] from x [S, B, I], where steps hold or clear the state, bool [S, B]; None: nowhere."""
     (h0, c0), inputs, hidden = state, x.shape[2], state[1].shape[1]
+    cell = cell_of(len(weights.weight_hh), hidden)
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
         huge = x.new_full((hidden,), 3e4 if x.dtype is torch.float16 else 1e30)
-        if cell_of(len(weights.weight_hh), hidden) is GRU:  # r, z, n
+        if cell is GRU:  # r, z, n
             shut = [(-clear, huge), (hold - clear, huge)]
             if weights.bias_ih is not None:  # and its gradient is cancelled, too
                 shut.append((clear, -weights.bias_ih[2 * hidden :]))
@@ -301,5 +306,5 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
         of_features = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [rows, added]
         weight_ih = torch.cat([weights.weight_ih, of_features], dim=1)
         x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
-    y, (_, c_n) = stack(x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
+    y, (_, c_n) = stack(cell, x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
     return y, c_n[0]

@@ -72,7 +72,7 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
     if verdict == "right":
         return None
     card = cache.machine(device)["card"]
-    instead = "It is not used: another one is, or with backend 'auto' torch's LSTM."
+    instead = f"It is not used: another one is, or with backend 'auto' torch's {problem.cell.upper()}."
     cache.warn_once(f"a kernel failed its verification on {card}: {verdict}. {instead}{report}")
     return verdict
 

@@ -23,7 +23,7 @@ class Backend(enum.Enum):
     AUTO = "auto"  # for CUDA tensors triton or cupy where they can run and are faster; else torch
     TRITON = "triton"  # fused Triton kernels
     CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
-    TORCH = "torch"  # torch's own LSTM: ATen on the CPU, cuDNN on CUDA
+    TORCH = "torch"  # torch's own LSTM or GRU: ATen on the CPU, cuDNN on CUDA
     REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
 
 

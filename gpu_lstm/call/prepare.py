@@ -74,7 +74,9 @@ class Call(NamedTuple):
         """Final states, laid out as `self.states`, in the user's form."""
         out: list[Any]
         if self.options.one_state:
-            out = [self.form.state_out(h) for h, _ in states]
+            h, c = self.states[0]
+            held = int(h.dtype is not c.dtype)  # in float32 it is c alone
+            out = [self.form.state_out(state[held]) for state in states]
         elif self.form is _TIME_FIRST and self.options.role != "stack":
             return states[0]
         else:
@@ -234,8 +236,10 @@ def _single_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any)
         if h.shape != expected and options.role != "cell":
             checks.check_input(options, form, x, None)
             checks.check_size_of_state(name, h, expected, x)
-        # torch.compile does not let an operator have the same tensor twice.
-        states.append((h, h.clone() if torch.compiler.is_compiling() else h))
+        if options.role != "cell" and checks.is_exact(h, x):
+            states.append((h.to(x.dtype), h))
+        else:  # torch.compile does not let an operator have the same tensor twice
+            states.append((h, h.clone() if torch.compiler.is_compiling() else h))
     return states
 
 

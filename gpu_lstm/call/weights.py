@@ -1,4 +1,4 @@
-"""The tensors of one layer, named as in torch.nn.LSTM."""
+"""The tensors of one layer, named as in torch.nn.LSTM and GRU."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,10 @@ PEEPHOLES, LAYER_NORM = "peepholes", "layer_norm"  # variants of the cell, as ar
 
 
 class Weights(NamedTuple):
-    """One layer, one direction. H hidden units, I input features, P projected features (H without projection)."""
+    """One layer, one direction. H hidden units, I input features, P projected features (H without projection).
+
+    A GRU has the first four, of 3H rows.
+    """
 
     weight_ih: Tensor  # [4H, I]
     weight_hh: Tensor  # [4H, P]

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.cells import GRU
 from .lstm import FourGates
 
 
@@ -33,13 +32,21 @@ def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
 
 def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, gain: None) -> Tensor:
     """What is known of the pre-activations before the time loop, [T, B, 4H]: for s its bias."""
-    steps, batch, _ = x.shape
-    hidden = weight.shape[0] // 3
-    z = x.new_zeros(steps * batch, 4 * hidden)
-    if bias_ih is not None and bias_hh is not None:
-        z[:, : 3 * hidden] += GRU.from_torch(bias_ih, hidden)
-        z[:, hidden:] += bias_hh
-    z[:, : 3 * hidden].addmm_(x.reshape(steps * batch, -1), GRU.from_torch(weight, hidden).T)
+    steps, batch, features = x.shape
+    hidden = len(weight) // 3
+    parts, z = (2 * hidden,), x.new_empty(steps * batch, 4 * hidden)
+    n, r_z, s = z.tensor_split((hidden, 3 * hidden), 1)
+    x, (of_r_z, of_n) = x.reshape(steps * batch, features), weight.tensor_split(parts)
+    # By two products, since W_ih in the order of z would be a copy.
+    if bias_ih is None or bias_hh is None:
+        torch.mm(x, of_n.T, out=n)
+        torch.mm(x, of_r_z.T, out=r_z)
+        s.zero_()
+    else:
+        (x_r_z, x_n), (h_r_z, h_s) = bias_ih.tensor_split(parts), bias_hh.tensor_split(parts)
+        torch.addmm(x_n, x, of_n.T, out=n)
+        torch.addmm(x_r_z + h_r_z, x, of_r_z.T, out=r_z)
+        s.copy_(h_s)
     return z.view(steps, batch, 4 * hidden)
 
 

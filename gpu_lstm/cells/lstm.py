@@ -59,7 +59,9 @@ def input_product(
 ) -> Tensor:
     """What is known of z before the time loop, [T, B, 4H]: W_ih x + b_ih + b_hh."""
     bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
-    return linear(x, weight, bias, gain).contiguous()
+    if gain is None:
+        return F.linear(x, weight, bias)
+    return normalised(F.linear(x, weight), gain, bias).contiguous()
 
 
 def pre_activations(of_x: Tensor, of_h: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
     @property
     def only_ours(self) -> str | None:
-        """What torch's own LSTM lacks; None: it can run all of it."""
+        """What torch's own lacks; None: it can run all of it."""
         if self.like.regularised:
             return "recurrent dropout or zoneout"
         if self.steps > MOST_OF_CUDNN + 1:

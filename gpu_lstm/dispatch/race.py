@@ -1,4 +1,4 @@
-"""Which backend `auto` chooses for a kind of call on a card: the kernels, or torch's own LSTM.
+"""Which backend `auto` chooses for a kind of call on a card: the kernels, or torch's own LSTM or GRU.
 
 The first call of a kind races them on random data of its size; the result is cached on disk. Where there may be no
 race, the expected winner runs.

@@ -81,7 +81,7 @@ def _route_while_watched(call: Call) -> Route:
 def _route_in_a_graph(call: Call) -> Route:
     """In a graph of torch.compile, for all sizes: nothing is raced, and every backend is one operator per layer.
 
-    torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM.
+    torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM or GRU.
     """
     options, traversal, dtype = call.options, call.traversal, dtype_of(call)
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):

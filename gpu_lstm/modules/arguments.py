@@ -75,6 +75,14 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
     return tuple(norm for norm in NORMS if norm in layer_norm)
 
 
+def no_mask(kind: str) -> str:
+    """Why an LSTM or a GRU accepts no mask."""
+    return (
+        f"{kind} accepts lengths, and no mask as TorchRL's {kind}Module gives to what is no torch.nn.{kind}: hand it "
+        f"a gpu_lstm.compat.{kind}"
+    )
+
+
 def layer_sizes(hidden_sizes: Sequence[int]) -> list[int]:
     """The argument of a stack as a list, checked."""
     if not isinstance(hidden_sizes, Sequence) or isinstance(hidden_sizes, str | bytes):

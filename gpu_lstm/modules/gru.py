@@ -12,7 +12,7 @@ from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..dispatch.run import run
-from .arguments import REGULARISERS, Called, check_zoneout_of_one_state, repr_of, scriptable
+from .arguments import REGULARISERS, Called, check_zoneout_of_one_state, no_mask, repr_of, scriptable
 from .recurrent import Recurrent
 from .tracing import traced
 from .variants import OF_LAYERS, weights_of
@@ -73,27 +73,30 @@ class GRU(Recurrent, RNNBase):
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *, lengths: Tensor | None = None,
-        resets: Tensor | None = None, reset_states: Tensor | None = None,
+        resets: Tensor | None = None, reset_states: Tensor | None = None, mask: None = None,
     ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
         """Run all layers over all steps. D = 2 if bidirectional, else 1.
 
         Args:
-            input, lengths, resets: as for `LSTM.forward`.
+            input, lengths, resets, mask: as for `LSTM.forward`.
             hx: h_0, (D*L, N, H), unbatched without N. Default: zeros.
             reset_states: h that resets set instead of zeros: one per sequence, as hx, or one per step, (D*L, T, N, H),
                 with batch_first (D*L, N, T, H), unbatched (D*L, T, H). As for `LSTM.forward`.
 
         Returns:
             output: as the input, with D*H features; zero past the end of a sequence.
-            h_n: as h_0; the states after the last step of each sequence.
+            h_n: as h_0; the states after the last step of each sequence. In half precision h_0 may be float32, as the
+                kernels keep it, and then so is h_n: a sequence in pieces gives the results of the whole.
 
         Raises:
             ValueError, RuntimeError, TypeError: as torch.nn.GRU, in its words; else as `LSTM.forward`.
         """
         if type(input) is not Tensor:
-            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
+            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
             if instead is not None:
                 return instead
+        if mask is not None:
+            raise TypeError(no_mask("GRU"))
         options = self._options()
         call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
         y, states = run(call)

@@ -15,7 +15,7 @@ from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State
 from ..dispatch.run import run
-from .arguments import NOT_OF_TORCH, Called, norms_of, repr_of, scriptable
+from .arguments import NOT_OF_TORCH, Called, no_mask, norms_of, repr_of, scriptable
 from .recurrent import Recurrent
 from .tracing import traced
 from .variants import OF_LAYERS, HasVariants, weights_of
@@ -143,10 +143,7 @@ class LSTM(Recurrent, HasVariants, RNNBase):
             if instead is not None:
                 return instead
         if mask is not None:
-            raise TypeError(
-                "LSTM accepts lengths, and no mask as TorchRL's LSTMModule gives to what is no torch.nn.LSTM: hand it "
-                "a gpu_lstm.compat.LSTM"
-            )
+            raise TypeError(no_mask("LSTM"))
         options = self._options()
         call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
         y, states = run(call)

@@ -65,7 +65,7 @@ _FIELDS = Arguments._fields
 OF_CELLS = _FIELDS[_FIELDS.index("input_size") : _FIELDS.index("bidirectional")]
 """The Arguments that every module has as attributes."""
 OF_LAYERS = _FIELDS[_FIELDS.index("input_size") : _FIELDS.index("proj_size")]
-"""Those that LSTM and StackedLSTM have."""
+"""Those that all but cells have."""
 
 
 def weights_of(module: Any, names: tuple) -> list[list[Weights]]:

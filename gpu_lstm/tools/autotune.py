@@ -8,12 +8,13 @@ from ..call.choices import Backend
 from ..call.modes import recurrent_precision
 from ..dispatch.available import why_unavailable
 from ..dispatch.run import forget
+from ..kernels.cells import CELLS
 from ..kernels.problem import Problem
 
 
 def autotune(
     hidden_size: int, batch: int, *, steps: int = 256, dtype: torch.dtype = torch.float32, proj_size: int = 0,
-    device: torch.device | str = "cuda",
+    device: torch.device | str = "cuda", cell: str = "lstm",
 ) -> dict[str, str]:  # fmt: skip
     """Time the Triton kernels that a layer could run, on the present GPU, and cache the fastest.
 
@@ -25,12 +26,14 @@ def autotune(
         batch: sequences, B.
         steps: time steps to measure with, T.
         device: a CUDA device.
+        cell: "lstm" or "gru".
 
     Returns:
         For "forward" and "backward" the fastest family of kernels and why it was proposed.
 
     Raises:
-        TypeError, ValueError: a size that is not an int, or too small; proj_size >= hidden_size; dtype that is not one.
+        TypeError, ValueError: a size that is not an int, or too small; proj_size >= hidden_size, or
+            of a GRU; dtype that is not one; an unknown cell.
         ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
         RuntimeError: a CUDA graph is being captured.
     """
@@ -41,6 +44,10 @@ def autotune(
             raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
         if size < least:
             raise ValueError(f"{name} must be at least {least}, got {size}")
+    if cell not in CELLS:
+        raise ValueError(f"cell should be one of {', '.join(map(repr, CELLS))}, got {cell!r}")
+    if proj_size and len(CELLS[cell].states) == 1:
+        raise ValueError(f"proj_size should be 0 for a {cell.upper()}, which has no projection, got {proj_size}")
     if proj_size >= hidden_size:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")
     if not isinstance(dtype, torch.dtype):
@@ -52,7 +59,7 @@ def autotune(
         raise problem
     if importlib.import_module("..kernels.triton_lstm.launch", __package__).INTERPRETED:
         raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
-    layer = Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype))
+    layer = Problem(steps, batch, hidden_size, dtype, proj_size, recurrent_precision(dtype), cell=cell)
     fastest = importlib.import_module("..kernels.triton_lstm.autotune", __package__).autotune(layer, device)
     forget()
     return {name: f"{plan.family.name}: {plan.why}" for name, plan in fastest.items()}

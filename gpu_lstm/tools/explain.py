@@ -1,7 +1,6 @@
-"""How a call of an LSTM runs, and why: backend, kernels, what was raced, what bounds a step. Nothing is run."""
+"""How a call runs, and why: backend, kernels, what was raced, what bounds a step. Nothing is run."""
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,11 @@ from ..call.checks import check_tensor
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.modes import Transforms
 from ..call.prepare import Call, prepare
-from ..call.weights import State
 from ..dispatch import available, race
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import Decision, Route, build
 from ..dispatch.run import able_to_run, feature_of
-from ..modules import LSTM, StackedLSTM
+from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class Explanation:
 
 
 def explain(
-    lstm: LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
+    module: LSTM | GRU | StackedLSTM | StackedGRU, x: Tensor | PackedSequence, hx: Any = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Explanation:  # fmt: skip
     """Say how a call made at the same place would run, and why: nothing is run, raced, or cached.
@@ -94,23 +92,25 @@ def explain(
     The place matters: autograd on or off, training, autocast, `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
-        lstm: an LSTM or StackedLSTM.
-        x, hx, lengths, resets, reset_states: as `lstm` accepts them. Only the shape, dtype, device and requires_grad of
-            x matter, and whether lengths, resets and reset_states are given; hx is ignored.
+        module: an LSTM, GRU, StackedLSTM or StackedGRU.
+        x, hx, lengths, resets, reset_states: as `module` accepts them. Only the shape, dtype, device and requires_grad
+            of x matter, and whether lengths, resets and reset_states are given; hx is ignored.
 
     Returns:
         Text by `print`, data by `dataclasses.asdict`. Times of a step are estimates, in seconds.
 
     Raises:
-        TypeError: `lstm` is of neither class.
-        ValueError, RuntimeError, TypeError, ImportError: as `lstm` itself for all but hx, and a chosen backend.
+        TypeError: `module` is of none of these classes.
+        ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
-    if not isinstance(lstm, LSTM | StackedLSTM):
-        cls = type(lstm)
-        raise TypeError(f"explain accepts a gpu_lstm.LSTM or StackedLSTM, got {cls.__module__}.{cls.__name__}")
+    if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+        cls = type(module)
+        raise TypeError(
+            f"explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got {cls.__module__}.{cls.__name__}"
+        )
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
-    call = prepare(lstm._options(), lstm._weights(), x, None, lengths, resets, reset_states)
+    call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)
     able, kind = able_to_run(call), kind_of(call)
     decision = race.decide(call, kind, able, dry=True)
     route, backend = build(call, kind, decision.backend), decision.backend
@@ -186,12 +186,12 @@ def _how(call: Call, backend: Backend) -> str:
         return "a layer's steps, or a chunk of them, in one launch, after one product with all inputs"
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
-    packed = call.form.packed is not None
+    packed, theirs = call.form.packed is not None, f"torch's own {call.options.cell.name.upper()}"
     if packed and call.traversal.resets is None and call.options.role == "module":
-        return "torch's own LSTM runs the PackedSequence as it is"
+        return f"{theirs} runs the PackedSequence as it is"
     if packed or not call.traversal.is_plain():
-        return "torch's own LSTM, a call for each layer and direction; gates are shut from outside at ends and resets"
-    return f"torch's own LSTM, {'all layers in one call' if call.options.in_one_call else 'a call for each layer'}"
+        return f"{theirs}, a call for each layer and direction; gates are shut from outside at ends and resets"
+    return f"{theirs}, {'all layers in one call' if call.options.in_one_call else 'a call for each layer'}"
 
 
 def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:

@@ -1,4 +1,4 @@
-"""An LSTM that runs as its input arrives: one step or one chunk at a time, with the state kept between calls."""
+"""An LSTM or a GRU that runs as its input arrives, by steps or chunks, with the state kept between calls."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,11 +9,11 @@ from torch import Tensor
 from ..backends.layers import NOTHING
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
-from ..call.weights import State
 from ..kernels.timeouts import raise_if_timed_out
-from ..modules import LSTM, StackedLSTM
+from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
-States = State | list[State]
+Held = tuple[Tensor, ...]  # (h, c); of a GRU (h,)
+STACKS = (StackedLSTM, StackedGRU)
 
 
 class _StepGraph(NamedTuple):
@@ -26,20 +26,20 @@ class _StepGraph(NamedTuple):
 
 
 class Stream:
-    """Runs `lstm` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
+    """Runs `module` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
 
-    Inference only. In float16 and bfloat16 the cell state is held in float32. On CUDA the first step is captured in a
-    graph that later ones replay, and again if a parameter is replaced (not if one is changed in place).
+    Inference only. In float16 and bfloat16 the cell state, of a GRU h, is held in float32. On CUDA the first step is
+    captured in a graph that later ones replay, and again if a parameter is replaced (not if one is changed in place).
 
     Args:
-        lstm: an LSTM or a StackedLSTM, in eval() if it has dropout; one direction.
+        module: an LSTM, GRU, StackedLSTM or StackedGRU, in eval() if it has dropout; one direction.
         batch: sequences, N.
-        hx: the initial states, as `lstm` accepts them for a batch; they are copied. Default: zeros
+        hx: the initial states, as `module` accepts them for a batch; they are copied. Default: zeros
 
     Raises:
-        TypeError: `lstm` is not a gpu_lstm.LSTM or StackedLSTM, `batch` not an int, or hx not made of pairs of tensors.
-        ValueError: `lstm` is bidirectional, since the reverse direction begins at the end; batch < 0.
-        RuntimeError: hx of other sizes, of another dtype or on another device than `lstm` accepts, in its words.
+        TypeError: `module` is of none of these classes, `batch` not an int, or hx not made of tensors as it should be.
+        ValueError: `module` is bidirectional, since the reverse direction begins at the end; batch < 0.
+        RuntimeError: hx of other sizes, of another dtype or on another device than `module` accepts, in its words.
 
     Example::
 
@@ -48,42 +48,45 @@ class Stream:
             y = stream(x)       # (1, H)
     """
 
-    def __init__(self, lstm: LSTM | StackedLSTM, batch: int, hx: States | None = None) -> None:
-        if not isinstance(lstm, LSTM | StackedLSTM):
-            raise TypeError(f"Stream accepts an LSTM or a StackedLSTM, got {type(lstm).__name__}")
-        if lstm.bidirectional:
+    def __init__(self, module: LSTM | GRU | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
+        if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+            raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {type(module).__name__}")
+        if module.bidirectional:
             raise ValueError("Stream runs one direction, got bidirectional=True: the reverse one begins at the end")
         if not isinstance(batch, int):
             raise TypeError(f"batch should be of type int, got: {type(batch).__name__}")
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
-        self.lstm, self.batch = lstm, batch
+        self.module, self.batch = module, batch
+        self._one_state = module._options().one_state
         zeros = self._accepted(None)  # of which two may be one tensor
         wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
-            self._state: list[State] = [(h.clone(), c.to(wide, copy=True)) for h, c in zeros]
+            self._state: list[Held] = [(*map(torch.clone, rest), last.to(wide, copy=True)) for *rest, last in zeros]
         self._graph: _StepGraph | None = None
         if hx is not None:
             self.state = hx
 
     @property
-    def state(self) -> States:
-        """A copy of the state after the last step, as `lstm` returns it. To continue from another, set it, as hx."""
+    def state(self) -> Any:
+        """A copy of the state after the last step, as `module` returns it. To continue from another, set it, as hx."""
         return self._as_hx(_each(torch.clone, self._state))
 
     @state.setter
-    def state(self, hx: States) -> None:
-        self._update([(h.clone(), c.clone()) for h, c in self._accepted(hx)])
+    def state(self, hx: Any) -> None:
+        self._update(_each(torch.clone, self._accepted(hx)))
 
-    def _accepted(self, hx: States | None) -> list[State]:
-        """What `lstm` would begin a step with, checked as its call does."""
-        if hx is not None and isinstance(self.lstm, LSTM):
+    def _accepted(self, hx: Any) -> list[Held]:
+        """What `module` would begin a step with, checked as its call does."""
+        module = self.module
+        if hx is not None and isinstance(module, LSTM):
             check_pair(hx)
             for name, state in zip(("h_0", "c_0"), hx):
                 check_tensor(state, name)
-        sizes = (self.batch, 1) if self.lstm.batch_first else (1, self.batch)
-        step = next(self.lstm.parameters()).new_empty(*sizes, self.lstm.input_size)
-        return prepare(self.lstm._options(), self.lstm._weights(), step, hx).states
+        sizes = (self.batch, 1) if module.batch_first else (1, self.batch)
+        step = next(module.parameters()).new_empty(*sizes, module.input_size)
+        pairs = prepare(module._options(), module._weights(), step, hx).states
+        return [(c,) for _, c in pairs] if self._one_state else list(pairs)
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
@@ -97,17 +100,17 @@ class Stream:
 
         Raises:
             TypeError: x or `active` is not a tensor.
-            ValueError: x has a wrong rank or batch; `active` a wrong shape, dtype or device; the LSTM is in training
+            ValueError: x has a wrong rank or batch; `active` a wrong shape, dtype or device; the module is in training
                 mode and has dropout.
-            RuntimeError: as `lstm`, for a wrong number of features, dtype or device.
+            RuntimeError: as `module`, for a wrong number of features, dtype or device.
         """
         check_tensor(x, "x")
-        lstm = self.lstm
-        batch_axis, chunk = (0, "(N, T, I)") if lstm.batch_first else (-2, "(T, N, I)")
+        module = self.module
+        batch_axis, chunk = (0, "(N, T, I)") if module.batch_first else (-2, "(T, N, I)")
         if x.dim() not in (2, 3) or x.shape[batch_axis] != self.batch:
             raise ValueError(f"expected (N, I) or {chunk} with N = {self.batch}, got {tuple(x.shape)}")
-        if lstm.training and (lstm.dropout or lstm.recurrent_dropout or lstm.zoneout or lstm.weight_drop):
-            raise ValueError("the LSTM drops out in training mode; call eval() on it first")
+        if module.training and (module.dropout or module.recurrent_dropout or module.zoneout or module.weight_drop):
+            raise ValueError(f"the {type(module).__name__} drops out in training mode; call eval() on it first")
         if active is not None:
             self._check_for_each("active", active, torch.bool)
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
@@ -149,24 +152,26 @@ class Stream:
 
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
         """A step or a chunk of the sequences that are active, and the states after it."""
-        time_axis = 1 if self.lstm.batch_first else 0
+        time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
-        y, after = self.lstm(chunk, self._as_hx(self._state))
-        states: Any = after if isinstance(self.lstm, StackedLSTM) else [after]
+        y, after = self.module(chunk, self._as_hx(self._state))
+        states: Any = after if isinstance(self.module, STACKS) else [after]
+        if self._one_state:
+            states = [(h,) for h in states]
         if active is not None:
             mask = active[:, None]  # [N, 1]
-            y = torch.where(mask[:, None] if self.lstm.batch_first else mask, y, 0)
+            y = torch.where(mask[:, None] if self.module.batch_first else mask, y, 0)
             states = [
-                tuple(torch.where(mask, *both) for both in zip(pair, before))
-                for pair, before in zip(states, self._state)
+                tuple(torch.where(mask, *both) for both in zip(state, before))
+                for state, before in zip(states, self._state)
             ]
         self._update(states)
         return y if x.dim() == 3 else y.squeeze(time_axis)
 
     def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
         """Run a step by its graph, captured first if there is none for these parameters, sizes and `active`."""
-        lstm, graph = self.lstm, self._graph
-        key = x.shape, x.dtype, lstm.training, lstm.zoneout, tuple(p.data_ptr() for p in lstm.parameters())
+        module, graph = self.module, self._graph
+        key = x.shape, x.dtype, module.training, module.zoneout, tuple(p.data_ptr() for p in module.parameters())
         if graph is None or graph.key != key or (graph.active is None and active is not None):
             before, read = _each(torch.clone, self._state), (x.clone(), None if active is None else active.clone())
             try:
@@ -179,18 +184,19 @@ class Stream:
             graph.active.fill_(True) if active is None else graph.active.copy_(active)
         return graph.replay().clone()
 
-    def _update(self, states: list[State]) -> None:
+    def _update(self, states: list[Held]) -> None:
         """At once, so that an interrupt leaves the states of one step; in place on CUDA, where a graph reads them."""
-        before, after = [t for pair in self._state for t in pair], [t for pair in states for t in pair]
+        before, after = [t for state in self._state for t in state], [t for state in states for t in state]
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
             with torch.no_grad():
                 torch._foreach_copy_(before, after)
         else:
             self._state = states
 
-    def _as_hx(self, states: list[State]) -> Any:
-        """As `lstm` accepts and returns them."""
-        return states if isinstance(self.lstm, StackedLSTM) else states[0]
+    def _as_hx(self, states: list[Held]) -> Any:
+        """As `module` accepts and returns them."""
+        of_layers: Any = [h for (h,) in states] if self._one_state else states
+        return of_layers if isinstance(self.module, STACKS) else of_layers[0]
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -220,5 +226,5 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     return replay
 
 
-def _each(function: Callable[[Tensor], Tensor], states: list[State]) -> list[State]:
-    return [(function(h), function(c)) for h, c in states]
+def _each(function: Callable[[Tensor], Tensor], states: list[Held]) -> list[Held]:
+    return [tuple(map(function, state)) for state in states]

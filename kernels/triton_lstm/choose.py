@@ -295,7 +295,7 @@ def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
     """What decides which plan is fastest. Direction, lengths, resets and the like do not change the order of plans."""
     return dict(
         format=FORMAT, triton=triton.__version__, card=card.name, multiprocessors=card.multiprocessors,
-        batch=problem.batch, hidden=problem.hidden, projected=problem.projected, dtype=str(problem.dtype),
-        precision=problem.precision, side_by_side=problem.side_by_side, regularised=problem.regularised,
-        normalised=problem.normalised, backward=backward,
+        cell=problem.cell, batch=problem.batch, hidden=problem.hidden, projected=problem.projected,
+        dtype=str(problem.dtype), precision=problem.precision, side_by_side=problem.side_by_side,
+        regularised=problem.regularised, normalised=problem.normalised, backward=backward,
     )  # fmt: skip
