@@ -1,6 +1,6 @@
-"""The public modules on every backend and family of kernels, against the NumPy oracle: a table of cases.
+"""The public modules on every backend and family of kernels, against the NumPy oracle: tables of cases.
 
-What is tested is what users call: an LSTM of one layer hands down states [1, B, H], one of several [B, H], and so on.
+What is tested is what users call: an LSTM or a GRU of one layer hands down states [1, B, H], one of several [B, H].
 Kernels on the CPU are checked for what they are given, and where they read and write (conftest.py).
 
 Without a GPU the Triton kernels run in Triton's interpreter, where bfloat16 products are wrong (so bfloat16 is in
@@ -92,6 +92,50 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "ragged states"),
      (2, "5,4,3,13,1", MIX), (1, "2,1,2,520", "")),  # more words than are on their way at once
 ]  # fmt: skip
+# With `gru`: what is of a cell is few lines of every kernel, of torch_rnn and of the reference, and all a user's forms.
+GRUS = [
+    ("reference", F64, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states",
+                        "expected states", "both ragged masks", "dropout_h both ragged", "zoneout deep states",
+                        "zoneout stack both"),
+     (2, "1,4,3,5", "deep both ragged resets"), (2, "1,1,1,3", f"{MIX} masks", "unbatched both states", "cell"),
+     (2, "5,1,3,4", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
+     (2, "6,4,5,5", "residual masks ragged")),
+    ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
+    ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES[:-1] if "state" not in words)),
+     (2, "1,1,1,3", MIX, "cell", "unbatched")),
+    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "cell", "layer ragged states both"),
+     (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,9", "chunks states", "batch-first state recompute masks"),
+     (1, "4,3,3,3", "residual masks ragged resets", "stack ragged no-bias")),
+    ("triton", F16, (1, "4,5,8,40", MIX)),
+    ("step", F32, (1, "4,3,3,40", ""), (1, "3,18,3,20", "layer ragged states both masks")),
+    ("step", F16, (1, "4,3,3,40", "ragged states masks")),
+    ("split/4", F32, (1, "3,18,3,72", "ragged resets")), ("held", F32, (1, "4,35,3,18", MIX)),
+    ("held", F16, (1, "4,18,3,40", "ragged states masks")), ("held/2", F32, (1, "4,3,3,18", "no-hx packed both")),
+    ("held/ahead", F32, (1, "4,35,3,18", "ragged resets")),
+    ("resident", F32, (1, "5,11,3,33", "no-hx deep"), (1, "5,3,3,11", f"{MIX} masks")),
+    ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,11", "ragged states masks")),
+    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
+    ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
+    ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged states masks")),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX)),
+    ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,33", "ragged states masks")),
+    ("pointwise", F16, (1, "5,3,3,40", "")),
+    ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both")), ("kept/4", F16, (1, KEPT, MIX)),
+    ("kept/1", F16, (1, KEPT, ""), (4, "2,3,4,1", "")), ("read/1", F16, (1, READ, "ragged resets")),
+    ("read/4", F32, (4, "2,3,4,5", "", MIX), (1, READ, "ragged states")),
+]  # fmt: skip
+GRUS_DEEP = [
+    ("triton", F32, (1, "9,17,1,33", "ragged resets"), (1, "1,17,5,33", "both")),
+    ("step", F16, (1, "4,3,3,40", "states expected")), ("split/8", F16, (1, "4,18,3,40", "ragged states masks")),
+    ("held/4", F32, (1, "4,35,3,20", "ragged resets")), ("held/ahead", F16, (1, "4,50,3,18", "ragged states masks")),
+    ("resident", F32, (1, "5,3,3,11", "dropout_h both states", "expected states"), (1, "4,2,3,60", MIX)),
+    ("cooperative/4/1/4", F32, (1, "12,2,2,6", "ragged resets"), (1, "5,3,3,11", "ragged states masks both")),
+    ("cooperative/8/1/2", F16, (1, "4,9,3,33", "ragged resets")),
+    ("cooperative/16/1/1", F32, (1, "5,3,3,11", "expected states")),
+    ("pointwise", F16, (1, "4,5,3,20", "ragged states expected")), ("pointwise", F32, (1, "3,4,3,300", "")),
+    ("kept/2", F16, (1, KEPT, MIX)), ("kept/4", BF16, (1, KEPT, "ragged states")),
+    ("read/4", F32, (2, "3,3,3,5", "recompute")),
+]  # fmt: skip
 DEEP = [
     ("triton", F32, (1, "1,17,5,33 3,4,3,33,1", "both"), (2, "2,1,2,130", ""), (1, "9,17,1,33", "ragged resets"),
      (1, "3,17,3,33", OF_ALL, ONCE), (1, "4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c")),
@@ -126,12 +170,15 @@ DEEP = [
 ]  # fmt: skip
 
 
+TABLES = (TABLE, "", ()), (DEEP, "", pytest.mark.deep), (GRUS, "gru ", ()), (GRUS_DEEP, "gru ", pytest.mark.deep)
+
+
 def cases(*backends: str) -> pytest.MarkDecorator:
     """The cases of these backends or places."""
     return pytest.mark.parametrize(("place", "dtype", "seeds", "size", "words"), [
-        pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), words, marks=marks,
-                     id=f"{place}-{dtype}-{size}-{words or 'plain'}".replace("torch.", ""))
-        for table, marks in ((TABLE, ()), (DEEP, pytest.mark.deep)) for places, dtype, *rows in table
+        pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), (cell + words).strip(), marks=marks,
+                     id=f"{place}-{dtype}-{size}-{(cell + words).strip() or 'plain'}".replace("torch.", ""))
+        for table, cell, marks in TABLES for places, dtype, *rows in table
         for place in places.split() if place.partition("/")[0] in backends
         for seeds, sizes, *options in rows for size in sizes.split() for words in options
     ])  # fmt: skip
