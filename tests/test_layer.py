@@ -15,8 +15,9 @@ import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
 from comparing import PLACES
-from pairs import assert_identical, results
+from pairs import assert_identical, letters_of, results
 from places import INTERPRETED, KERNELS, tf32
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.backends import schedule
 
@@ -107,7 +108,7 @@ GRUS = [
      (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,9", "chunks states", "batch-first state recompute masks"),
      (1, "4,3,3,3", "residual masks ragged resets", "stack ragged no-bias")),
     ("triton", F16, (1, "4,5,8,40", MIX)),
-    ("step", F32, (1, "4,3,3,40", ""), (1, "3,18,3,20", "layer ragged states both masks")),
+    ("step", F32, (1, "4,3,3,40", ""), (1, "3,18,3,20", "layer ragged states both")),
     ("step", F16, (1, "4,3,3,40", "ragged states masks")),
     ("split/4", F32, (1, "3,18,3,72", "ragged resets")), ("held", F32, (1, "4,35,3,18", MIX)),
     ("held", F16, (1, "4,18,3,40", "ragged states masks")), ("held/2", F32, (1, "4,3,3,18", "no-hx packed both")),
@@ -239,33 +240,43 @@ def test_larger_sizes_in_cuda(size, words, dtype):
 @pytest.mark.parametrize(("backend", "size", "words"), [
     ("torch", (2, 2, 2, 2, 1), ""), ("torch", (2, 2, 2, 2, 1), MIX), ("reference", (2, 2, 2, 2), f"no-bias {MIX}"),
     ("reference", (2, 2, 2, 3, 2), f"{MOST} masks"), ("reference", (2, 2, 2, 3, 2), "ragged states peepholes expected"),
-    ("reference", (2, 2, 2, 3), f"{OF_ALL} masks"),
+    ("reference", (2, 2, 2, 3), f"{OF_ALL} masks"), ("torch", (2, 2, 2, 2), f"gru {MIX}"),
+    ("reference", (2, 2, 2, 3), "gru ragged states both masks"),
 ])  # fmt: skip
 def test_second_derivatives_by_finite_differences(backend, size, words):
     module, (x, hx, rest) = everywhere(backend, words, F64, size)
     names, parameters = zip(*module.train("expected" not in words).named_parameters())
-    left = rest.pop("reset_states", ())
+    like, states = rest.pop("reset_states", None), tree_leaves(hx)
+    left = [] if like is None else tree_leaves(like)
 
-    def call(x, h, c, *tensors):
+    def call(x, *tensors):
         torch.manual_seed(0)  # the same masks
-        given, left = dict(zip(names, tensors)), tensors[len(names) :]
-        options = rest | (dict(reset_states=left) if left else {})
-        y, states = torch.func.functional_call(module, given, (x, (h, c)), options)
-        return y, *states
+        parts = [list(part) for part in (tensors[: len(states)], tensors[len(states) :])]
+        given, left = dict(zip(names, parts[1])), parts[1][len(names) :]
+        options = rest | (dict(reset_states=of_user(like, left)) if left else {})
+        y, found = torch.func.functional_call(module, given, (x, of_user(hx, parts[0])), options)
+        return y, *tree_leaves(found)
 
-    inputs = [t.detach().double().requires_grad_() for t in (x, *hx, *parameters, *left)]
+    def of_user(like, leaves):
+        return leaves[0] if isinstance(like, torch.Tensor) else tuple(leaves)
+
+    inputs = [t.detach().double().requires_grad_() for t in (x, *states, *parameters, *left)]
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
 EVERYWHERE = [
     ("torch", "resets both", None), ("torch/two", "resets", None), ("kept/4", "resets both", F16),
     ("read/4", "resets", F32), ("reference", "states peepholes norms zoneout both", None),
-    ("triton", "states peepholes zoneout", F16),
+    ("triton", "states peepholes zoneout", F16), ("torch", "gru resets both", None), ("torch/two", "gru resets", None),
+    ("reference", "gru states zoneout both", None), ("triton", "gru states zoneout", F16),
+    ("kept/4", "gru resets both", F16), ("read/4", "gru resets", F32),
     *(pytest.param(*case, marks=forced) for case in (
-        ("resident", "states peepholes norms zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16))),
+        ("resident", "states peepholes norms zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16),
+        ("resident", "gru states zoneout both", None), ("cooperative/4/1/4", "gru states zoneout", F16))),
     *(pytest.param(*case, marks=[forced, pytest.mark.deep]) for case in (
         ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes norms zoneout", None),
-        ("cooperative/4/1/4", "states peepholes norms zoneout", None))),
+        ("cooperative/4/1/4", "states peepholes norms zoneout", None), ("pointwise", "gru states zoneout both", F16),
+        ("step", "gru states zoneout", None))),
 ]  # fmt: skip
 
 
@@ -308,7 +319,7 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
     assert_identical(alone, {name: clean[name] for name in alone})
     left = {}
     if "reset_states" in rest:
-        left["reset_states"] = tuple(nan_or_inf(t, padding | ~rest["resets"]) for t in rest["reset_states"])
+        left["reset_states"] = tree_map(lambda t: nan_or_inf(t, padding | ~rest["resets"]), rest["reset_states"])
     assert_identical(run(nan_or_inf(x, padding), rest | left, garbage=True), clean)
 
 
@@ -334,10 +345,11 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
         return {name: t.cpu() for name, t in results(module, x, hx, **rest).items()}
 
     clean = run()
-    x[1, 0, 1], hx[0][0, 1], hx[1][-1, 2] = NAN, NAN, INF  # in an episode; of the first direction, and of the last
-    hx[0][0, 3], hx[1][0, 3] = NAN, INF
+    h, c = (tree_leaves(hx) * 2)[:2]  # of a GRU twice h
+    x[1, 0, 1], h[0, 1], c[-1, 2] = NAN, NAN, INF  # in an episode; of the first direction, and of the last
+    h[0, 3], c[0, 3] = NAN, INF
     dirty = run()
-    behind = torch.zeros(len(hx[0]), 5, 4, dtype=torch.bool)  # [D, T, B] between NaN and the reset
+    behind = torch.zeros(len(h), 5, 4, dtype=torch.bool)  # [D, T, B] between NaN and the reset
     behind[0, 1:3, 0], behind[0, :2, 1] = True, True
     if module.bidirectional:
         behind[1, 1, 0], behind[1, 4:, 2] = True, True
@@ -349,5 +361,6 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
     assert dirty["dweight_hh_l0"].isnan().any()
     apart = ~behind.any(0)
     assert same(dirty["dx"][apart], clean["dx"][apart])
-    assert all(same(dirty[name], clean[name]) for name in ("h0", "c0"))
-    assert all(same(dirty[name][:, 3], clean[name][:, 3]) for name in ("dh0", "dc0"))
+    letters = letters_of(module)
+    assert all(same(dirty[f"{letter}0"], clean[f"{letter}0"]) for letter in letters)
+    assert all(same(dirty[f"d{letter}0"][:, 3], clean[f"d{letter}0"][:, 3]) for letter in letters)

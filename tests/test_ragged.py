@@ -1,4 +1,4 @@
-"""Lengths and resets: an LSTM or StackedLSTM with them gives the numbers of the NumPy oracle, on every backend."""
+"""Lengths and resets: an LSTM, a GRU or a stack with them gives the numbers of the NumPy oracle, on every backend."""
 
 import pytest
 import torch
@@ -22,8 +22,9 @@ def problems(draw, longest: int, most: int, left: bool):
     form, steps = draw(st.sampled_from(["", "packed", "unbatched"])), draw(st.integers(1, longest))
     batch = 1 if form == "unbatched" else draw(st.integers(1, most))
     size = steps, batch, draw(st.integers(1, 3)), hidden
+    words += ["gru"] * draw(some)
     if draw(st.integers(0, 2)):
-        size += tuple({draw(st.integers(0, hidden - 1))} - {0})
+        size += tuple({draw(st.integers(0, hidden - 1))} - {0}) if "gru" not in words else ()
         words += ["deep"] * draw(some)
     else:
         words.append(draw(st.sampled_from(["stack", "residual"])))

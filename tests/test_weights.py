@@ -22,10 +22,12 @@ def same_weights(a, b) -> bool:
 
 @pytest.mark.parametrize(("cls", "arguments"), [
     (nn.LSTM, dict(bias=False, batch_first=True)), (nn.LSTMCell, {}), (nn.LSTMCell, dict(bias=False)),
-    (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3))], ids=str)  # fmt: skip
+    (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3)), (nn.GRUCell, {}),
+    (nn.GRU, dict(bias=False, batch_first=True)), (nn.GRU, dict(num_layers=2, bidirectional=True, dropout=0.3)),
+], ids=str)  # fmt: skip
 def test_names_values_and_repr_are_those_of_torch(cls, arguments):
     theirs = seeded(cls, I, H, **arguments)
-    for ours in (getattr(gpu_lstm, cls.__name__), *([gpu_lstm.compat.LSTM] if cls is nn.LSTM else [])):
+    for ours in (getattr(of, cls.__name__) for of in (gpu_lstm, gpu_lstm.compat) if hasattr(of, cls.__name__)):
         module = seeded(ours, I, H, **arguments)
         assert list(module.state_dict()) == list(theirs.state_dict())
         assert sorted(module.__constants__) == sorted(theirs.__constants__)
@@ -35,7 +37,7 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert not same_weights(module, theirs)
         seeded(module.reset_parameters)
         assert same_weights(module, theirs)
-        if cls is nn.LSTM:
+        if issubclass(cls, nn.RNNBase):
             shapes, of_torch = ([[w.shape for w in layer] for layer in m.all_weights] for m in (module, theirs))
             assert shapes == of_torch
             flat = [w for layer in module.all_weights for w in layer]
@@ -44,10 +46,11 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert {(p.dtype, p.device.type) for p in created} == {(torch.float16, "meta")}
 
 
-def test_a_stack_has_the_initial_values_of_a_deep_lstm_and_takes_device_and_dtype():
-    deep = seeded(nn.LSTM, I, H, num_layers=3, bidirectional=True)
-    assert same_weights(seeded(gpu_lstm.StackedLSTM, I, [H, H, H], bidirectional=True), deep)
-    stack = gpu_lstm.StackedLSTM(I, [4, 2], device="meta", dtype=torch.float64)
+@pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
+def test_a_stack_has_the_initial_values_of_a_deep_module_and_takes_device_and_dtype(cls):
+    deep = seeded(getattr(nn, cls.__name__.removeprefix("Stacked")), I, H, num_layers=3, bidirectional=True)
+    assert same_weights(seeded(cls, I, [H, H, H], bidirectional=True), deep)
+    stack = cls(I, [4, 2], device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float64)}
 
 
@@ -58,11 +61,12 @@ NOISE = "recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25"
     "LSTM(3, 4)", f"LSTM(3, 4, num_layers=2, backend='reference', recompute=True, {NOISE})",
     "LSTMCell(3, 4, bias=False, backend='torch')", "StackedLSTM(3, [4, 2])",
     "StackedLSTM(8, [4, 2, 2], bias=False, batch_first=True, dropout=0.5, bidirectional=True, residual=True, "
-    f"backend='reference', recompute=True, {NOISE})"])  # fmt: skip
+    f"backend='reference', recompute=True, {NOISE})", "GRU(3, 4, num_layers=2, backend='torch', recompute=True, "
+    "recurrent_dropout=0.3, zoneout=0.2)", "GRUCell(3, 4, backend='torch')", "StackedGRU(8, [4, 2], zoneout=0.2)"])  # fmt: skip
 def test_what_is_not_default_is_shown(shown):
     module = eval(shown, vars(gpu_lstm))
     assert f"{type(module).__name__}({module.extra_repr()})" == shown
-    assert isinstance(module, gpu_lstm.StackedLSTM) or repr(module) == f"gpu_lstm.{shown}"
+    assert isinstance(module, gpu_lstm.StackedLSTM | gpu_lstm.StackedGRU) or repr(module) == f"gpu_lstm.{shown}"
     assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "gpu_lstm.LSTM(3, 4)"
     assert repr(type("Mine", (gpu_lstm.LSTM,), {"__module__": "mine"})(3, 4)) == "Mine(3, 4)"
 
@@ -83,7 +87,8 @@ def copies(module):
 
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     ("LSTM", "torch", dict(bidirectional=True, proj_size=2)), ("StackedLSTM", "reference", dict(bias=False)),
-    ("LSTMCell", "triton", {})], ids=str)  # fmt: skip
+    ("LSTMCell", "triton", {}), ("GRU", "triton", dict(num_layers=2)), ("StackedGRU", "torch", {}),
+    ("GRUCell", "reference", dict(bias=False))], ids=str)  # fmt: skip
 def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(kind, backend, arguments):
     _, ours = pair(kind, backend, **arguments)
     x, hx = random_inputs(ours, B)
@@ -98,7 +103,8 @@ def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(
     for twin in twins:
         assert (type(twin), repr(twin)) == (type(ours), repr(ours))
         assert_identical(results(twin, x, hx), before)
-    assert {type(twin) for twin in copies(gpu_lstm.compat.LSTM(I, H))} == {gpu_lstm.compat.LSTM}
+    for cls in (gpu_lstm.compat.LSTM, gpu_lstm.compat.GRU):
+        assert {type(twin) for twin in copies(cls(I, H))} == {cls}
 
 
 @pytest.mark.parametrize("age", ["of today", "without proj_size", "all_weights of parameters"])
