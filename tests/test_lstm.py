@@ -54,7 +54,7 @@ def test_nan_and_inf_appear_where_torch_has_them(backend, kind):
     x.view(-1)[1], x.view(-1)[-1], c[..., 1, 2], c[..., 1, 3], h[..., 2, 0] = nan, inf, inf, -inf, inf
     got, true = (tree_leaves(module(*moved(module, x, hx))) for module in (ours, theirs))
     assert true[0].isnan().any()
-    assert any(t.isinf().any() for t in true)
+    assert "GRU" in kind or any(t.isinf().any() for t in true)  # there an infinite h makes NaN of z = 0
     atol, got = 16 * torch.finfo(got[0].dtype).eps, [our.double().cpu() for our in got]
     torch.testing.assert_close(got, true, rtol=0, atol=atol, equal_nan=True)
 
@@ -154,8 +154,7 @@ def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     ("LSTM", "torch", dict(proj_size=2)), ("LSTM", "reference", dict(num_layers=2, bidirectional=True)),
-    ("LSTMCell", "torch", {}), ("GRU", "torch", {}), ("GRU", "reference", dict(num_layers=2, bidirectional=True)),
-    ("GRUCell", "torch", {})], ids=str)  # fmt: skip
+    ("LSTMCell", "torch", {}), ("GRU", "torch", dict(num_layers=2)), ("GRUCell", "torch", {})], ids=str)  # fmt: skip
 def test_cpu_autocast_gives_the_dtypes_of_torch(kind, backend, arguments):
     theirs, ours = (module.float() for module in pair(kind, backend, **arguments))
     x, hx = random_inputs(ours, B)
