@@ -181,11 +181,13 @@ def train(lstm: nn.Module, exact: bool = False, skipped: Sequence[int] = ()) -> 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.deep)])
-def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs(backend, kind):
+    of_torch = getattr(nn, kind)
     with torch.backends.mkldnn.flags(enabled=False):  # oneDNN has no LSTM in float16 on every CPU
-        theirs, skipped = train(nn.LSTM(I, H))
-        ours, skipped_by_ours = train(gpu_lstm.LSTM(I, H, backend=backend))
-        truth, _ = train(nn.LSTM(I, H), exact=True, skipped=skipped)
+        theirs, skipped = train(of_torch(I, H))
+        ours, skipped_by_ours = train(getattr(gpu_lstm, kind)(I, H, backend=backend))
+        truth, _ = train(of_torch(I, H), exact=True, skipped=skipped)
     assert skipped == skipped_by_ours
     assert 0 < len(skipped) < 6
     assert 1e-6 < rms(theirs - truth) < 1e-2

@@ -33,7 +33,7 @@ interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernel
 
 
 @pytest.mark.parametrize(("recompute", "ragged"), [(False, True), (True, False)])
-@pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant"])
+@pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant", "GRU", "StackedGRU"])
 @every_backend
 def test_a_batch_of_none(backend, kind, recompute, ragged):
     """Forward and backward: results with no rows, and gradients of zero. A variant has noise, too."""

@@ -31,7 +31,7 @@ PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
 PAIRS = [(H2, H2)] * 2  # of StackedLSTM(3, [4, 4])
 NESTED = torch.nested.nested_tensor([zeros(4, 3), zeros(2, 3)], layout=torch.jagged)
 NESTED_STEP = torch.nested.nested_tensor([zeros(3), zeros(2)], layout=torch.jagged)
-LINEAR, CELL = nn.Linear(3, 4), gpu_lstm.LSTMCell(3, 4)
+GRU, LINEAR, CELL = nn.GRU(3, 4), nn.Linear(3, 4), gpu_lstm.LSTMCell(3, 4)
 TORCHS, TORCHS_FIRST = nn.LSTM(3, 4), nn.LSTM(3, 4, batch_first=True)
 WITHOUT_BIAS = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)])
 DROPS = ("dropout", "recurrent_dropout", "zoneout", "weight_drop")
@@ -367,14 +367,14 @@ CALLS = [
      "patch.dict(os.environ, GPU_LSTM_RACE='yes')(requested_racing)()"),
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
-      for function in ("explain", "trace") for value in ("None", "LINEAR")),
-    ("TypeError: explain accepts a gpu_lstm.LSTM...got torch.nn.modules.rnn.LSTM...",
+      for function in ("explain", "trace") for value in ("None", "GRU")),
+    ("TypeError: explain accepts a gpu_lstm.LSTM or StackedLSTM, got torch.nn.modules.rnn.LSTM...",
      "gpu_lstm.explain(TORCHS, X)"),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
     ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
     # Stream
-    ("TypeError: Stream accepts an LSTM..., got LSTM", "gpu_lstm.Stream(TORCHS, 2)"),
+    ("TypeError: Stream accepts an LSTM or a StackedLSTM, got LSTM", "gpu_lstm.Stream(TORCHS, 2)"),
     ("ValueError: Stream runs one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
@@ -430,17 +430,17 @@ CALLS = [
      "gpu_lstm.autotune(4, 1, dtype=F64, device='cpu')"),
     ("TypeError: ...takes 0 positional arguments but 1 was given", "gpu_lstm.check('cuda')"),
     # keras, where Keras is not needed
-    ("TypeError: GoBackwards accepts an LSTM..., got ...", "keras.GoBackwards(TORCHS_FIRST)"),
+    ("TypeError: GoBackwards accepts an LSTM or a StackedLSTM, got ...", "keras.GoBackwards(TORCHS_FIRST)"),
     ("ValueError: ...batch_first=True, got bidirectional=False and batch_first=False", "keras.GoBackwards(m.lstm)"),
     ("ValueError: Expected input of 3 dimensions (N, T, I), got 2", "m.backwards(X[0])"),
     ("ValueError: Expected lengths from 0 to 5, ... got lengths from 1 to 6",
      "m.backwards(zeros(2, 5, 3), lengths=tensor([1, 6]))"),
-    *((f"TypeError: Expected an LSTM...a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
-      for function in ("keras_init", "forget_bias") for value in ("None", "LINEAR")),
+    *((f"TypeError: Expected an LSTM or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
+      for function in ("keras_init", "forget_bias") for value in ("None", "GRU")),
     ("ValueError: Expected an LSTM with a bias, got bias=False", "keras.forget_bias(m.without_bias)"),
     ("ValueError: value should be finite, got nan", "keras.forget_bias(m.lstm, float('nan'))"),
     ("TypeError: value should be a number, got: str", "keras.forget_bias(m.lstm, '1')"),
-    ("TypeError: to_keras accepts an LSTM, ...GoBackwards, got LSTMCell", "keras.to_keras(CELL)"),
+    ("TypeError: to_keras accepts an LSTM, StackedLSTM or GoBackwards, got LSTMCell", "keras.to_keras(CELL)"),
     (a_bool("freeze_second_bias", "str"), "keras.from_keras(None, freeze_second_bias='no')"),
     (a_tensor("mask", "list"), "keras.lengths_of([[True]])"),
     ("ValueError: Expected a mask [N, T] of dtype torch.bool, got [2, 5] of torch.float32",

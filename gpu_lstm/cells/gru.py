@@ -39,7 +39,7 @@ def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Te
     if bias_ih is not None and bias_hh is not None:
         z[:, : 3 * hidden] += GRU.from_torch(bias_ih, hidden)
         z[:, hidden:] += bias_hh
-    z[:, : 3 * hidden].addmm_(x.reshape(steps * batch, -1), GRU.from_torch(weight, hidden).T)
+    z[:, : 3 * hidden].addmm_(x.flatten(0, 1), GRU.from_torch(weight, hidden).T)
     return z.view(steps, batch, 4 * hidden)
 
 
