@@ -1,4 +1,4 @@
-"""Modules with features that torch's LSTM lacks, against ONNX's LSTM, the reference; what refuses them.
+"""Modules with features that torch's lack, against ONNX's operators, the reference; what refuses them.
 
 Against the oracle: test_layer.py.
 """
@@ -68,6 +68,20 @@ def test_all_of_h_is_dropped(backend, kind):
     assert_same(results(ours, x, hx, seed=5, **RAGGED), expected, backend)
 
 
+def by_onnx(operator, given, outputs, **attributes):
+    """The output and the final states by an operator of ONNX, both directions."""
+    info = onnx.helper.make_tensor_value_info
+    attributes |= dict(hidden_size=H, direction="bidirectional")
+    node = onnx.helper.make_node(operator, list(given), outputs, **attributes)
+    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
+    results = [info(n, onnx.TensorProto.FLOAT, None) for n in outputs]
+    graph, opset = onnx.helper.make_graph([node], operator, values, results), onnx.helper.make_opsetid("", 14)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, *states = map(torch.from_numpy, session.run(None, given))
+    return [y.transpose(1, 2).flatten(2), *states]
+
+
 def test_onnxs_lstm_gives_the_same():
     """Its operator has peepholes to i, o and f, and gates in the order i, o, f, c, by their equations there."""
     lstm = gpu_lstm.LSTM(I, H, bidirectional=True, peepholes=True)
@@ -81,16 +95,25 @@ def test_onnxs_lstm_gives_the_same():
     given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
                  B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
                  h=h0.numpy(), c=c0.numpy(), P=of_both("weight_peephole", (0, 2, 1)))  # fmt: skip
-    info = onnx.helper.make_tensor_value_info
-    node = onnx.helper.make_node("LSTM", list(given), ["Y", "Y_h", "Y_c"], hidden_size=H, direction="bidirectional")
-    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
-    outputs = [info(n, onnx.TensorProto.FLOAT, None) for n in node.output]
-    graph, opset = onnx.helper.make_graph([node], "lstm", values, outputs), onnx.helper.make_opsetid("", 14)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y, *states = map(torch.from_numpy, session.run(None, given))
-    theirs = [y.transpose(1, 2).flatten(2), *states]
-    torch.testing.assert_close(tree_leaves(lstm(x, (h0, c0))), theirs, rtol=1e-5, atol=1e-6)
+    outputs = by_onnx("LSTM", given, ["Y", "Y_h", "Y_c"])
+    torch.testing.assert_close(tree_leaves(lstm(x, (h0, c0))), outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_onnxs_gru_gives_the_same():
+    """By its equations there, with linear_before_reset = 1; its gates are in the order z, r, h."""
+    gru = gpu_lstm.GRU(I, H, bidirectional=True)
+    x, h0 = random_inputs(gru, B)
+    weights = {name: t.detach().numpy() for name, t in gru.named_parameters()}
+
+    def of_both(kind):
+        parts = [np.split(weights[f"{kind}_l0{suffix}"], 3) for suffix in ("", "_reverse")]
+        return np.stack([np.concatenate([z, r, n]) for r, z, n in parts])
+
+    given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
+                 B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
+                 h=h0.numpy())  # fmt: skip
+    outputs = by_onnx("GRU", given, ["Y", "Y_h"], linear_before_reset=1)
+    torch.testing.assert_close(tree_leaves(gru(x, h0)), outputs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "option", "frozen"), [
