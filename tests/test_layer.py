@@ -231,7 +231,8 @@ def test_cuda_in_tf32(monkeypatch, place, host_or_card):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("words", ["", MIX, "deep ragged", "no-bias resets both", "ragged states both"])
+@pytest.mark.parametrize("words", ["", MIX, "deep ragged", "no-bias resets both", "ragged states both", "gru",
+                                   "gru ragged states both"])  # fmt: skip
 @pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (50, 16, 64, 768)], ids=str)
 def test_larger_sizes_in_cuda(size, words, dtype):
     check(size, words, "cupy", dtype, "cuda")
