@@ -108,16 +108,18 @@ def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(
         assert {type(twin) for twin in copies(cls(I, H))} == {cls}
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("age", ["of today", "without proj_size", "all_weights of parameters"])
-def test_states_of_pickled_torch_modules(age):
-    theirs, cell = nn.LSTM(I, H, num_layers=2, bidirectional=True), gpu_lstm.LSTMCell.__new__(gpu_lstm.LSTMCell)
+def test_states_of_pickled_torch_modules(age, kind):
+    of_torch, of_ours = ((getattr(of, kind), getattr(of, f"{kind}Cell")) for of in (nn, gpu_lstm))
+    theirs, cell = of_torch[0](I, H, num_layers=2, bidirectional=True), of_ours[1].__new__(of_ours[1])
     state = theirs.__getstate__()
     if age != "of today":
         del state["proj_size"]
     if age == "all_weights of parameters":
         del state["_flat_weights"], state["_flat_weights_names"], state["_all_weights"]
         state["all_weights"] = theirs.all_weights
-    for cls in (nn.LSTM, gpu_lstm.LSTM):  # it is a state that torch itself takes
+    for cls in (of_torch[0], of_ours[0]):  # it is a state that torch itself takes
         restored = cls.__new__(cls)
         restored.__setstate__(state.copy())
         assert restored.proj_size == 0
@@ -125,7 +127,7 @@ def test_states_of_pickled_torch_modules(age):
         assert all(a is b for a, b in zip(restored._flat_weights, state["_parameters"].values(), strict=True))
     assert_alike(restored, theirs, B)
     assert_alike(pickle.loads(pickle.dumps(restored)), theirs, B)
-    cell.__setstate__(nn.LSTMCell(I, H).__getstate__())
+    cell.__setstate__(of_torch[1](I, H).__getstate__())
     cell(torch.zeros(B, I))
 
 
@@ -149,7 +151,8 @@ def pruning(module):
 
 
 def replaced(module):
-    new = torch.linspace(-1, 1, 4 * H * H).view(4 * H, H).to(module.weight_hh_l0)
+    old = module.weight_hh_l0
+    new = torch.linspace(-1, 1, old.numel()).view_as(old).to(old)
     module.weight_hh_l0 = nn.Parameter(new)
     module.bias_hh_l0.data = torch.ones_like(module.bias_hh_l0)
     yield
@@ -159,12 +162,13 @@ def replaced(module):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize(("backend", "change"), [
-    ("torch", weight_norm(nn.utils.weight_norm)), ("reference", pruning),
-    ("triton", weight_norm(nn.utils.parametrizations.weight_norm)), ("torch", replaced), ("triton", replaced),
+@pytest.mark.parametrize(("kind", "backend", "change"), [
+    ("LSTM", "torch", weight_norm(nn.utils.weight_norm)), ("LSTM", "reference", pruning), ("LSTM", "torch", replaced),
+    ("LSTM", "triton", weight_norm(nn.utils.parametrizations.weight_norm)), ("LSTM", "triton", replaced),
+    ("GRU", "torch", pruning), ("GRU", "triton", replaced),
 ])  # fmt: skip
-def test_weights_are_read_at_every_call(backend, change):
-    theirs, ours = pair("LSTM", backend, num_layers=2)
+def test_weights_are_read_at_every_call(kind, backend, change):
+    theirs, ours = pair(kind, backend, num_layers=2)
     x = random_inputs(theirs, B)[0].double()
     before = theirs(x)[0]
     for _ in zip(change(ours), change(theirs), strict=True):
@@ -173,14 +177,15 @@ def test_weights_are_read_at_every_call(backend, change):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_torch_nn_lstm_replaced_before_a_model_is_built(monkeypatch):
-    theirs = seeded(nn.LSTM, I, H, num_layers=2, batch_first=True).double()
-    monkeypatch.setattr(torch.nn, "LSTM", gpu_lstm.LSTM)
-    model = nn.Sequential(seeded(torch.nn.LSTM, I, H, num_layers=2, batch_first=True)).double()
-    assert type(model[0]) is gpu_lstm.LSTM is torch.nn.LSTM
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torchs_class_replaced_before_a_model_is_built(monkeypatch, kind):
+    theirs, ours = seeded(getattr(nn, kind), I, H, num_layers=2, batch_first=True).double(), getattr(gpu_lstm, kind)
+    monkeypatch.setattr(torch.nn, kind, ours)
+    model = nn.Sequential(seeded(getattr(torch.nn, kind), I, H, num_layers=2, batch_first=True)).double()
+    assert type(model[0]) is ours is getattr(torch.nn, kind)
     assert_alike(copy.deepcopy(model)[0], theirs, B)
-    assert isinstance(gpu_lstm.compat.LSTM(I, H), type(theirs))
-    assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is gpu_lstm.LSTM
+    assert isinstance(getattr(gpu_lstm.compat, kind)(I, H), type(theirs))
+    assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is ours
     scripted, x = torch.jit.script(model), torch.randn(B, 4, I).double()
     for module in (model[0], theirs):  # what was scripted has the same parameters
         module.weight_hh_l1.data.mul_(0.5)
