@@ -1,7 +1,8 @@
 """Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle.
 
-A case is a module, by default a gpu_lstm.LSTM of one layer, a call, and a size "T,B,I,H" or "T,B,I,H,P". What other
-entries compute (lstm_layer, LSTMCell, Stream) is what an LSTM of the same weights computes, so they are words, too.
+A case is a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, a call, and a size "T,B,I,H" or
+"T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what an LSTM of the same weights computes, so
+they are words, too.
 """
 
 import copy
@@ -12,13 +13,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from comparing import LARGE, judge
-from pairs import Chain, is_of_steps, noises_of, random_inputs, results, rows_of, states_left, truth, weights_of
+from pairs import (
+    Chain,
+    is_of_steps,
+    letters_of,
+    noises_of,
+    random_inputs,
+    results,
+    rows_of,
+    states_left,
+    truth,
+    weights_of,
+)
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.functional import lstm_layer
+from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels.problem import Inputs
 
 OF_TORCH = {  # the words for arguments of a module, those of nn.LSTM
@@ -32,7 +44,7 @@ ARGUMENTS = OF_TORCH | {  # and ours
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
     "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # in eval()
-    "stack": {}, "residual": {},  # StackedLSTMs
+    "gru": {}, "stack": {}, "residual": {},  # GRUs, StackedLSTMs or StackedGRUs
 }  # fmt: skip
 NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
 UNITS = 16  # in the last place: what a yardstick may be off; at most 8 in the cases of test_layer.py
@@ -43,11 +55,17 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
     _, _, inputs, hidden, *projected = size
     table = OF_TORCH if own else ARGUMENTS
     how |= {name: value for word in words if word in table for name, value in table[word].items()}
+    kind = "GRU" if "gru" in words else "LSTM"
+    if kind == "GRU" and "zoneout" in how:  # of its one state
+        how["zoneout"] = max(how["zoneout"])
+    stacked = partial(Chain, of=getattr(nn, kind)) if own else getattr(gpu_lstm, f"Stacked{kind}")
     if "residual" in words:
-        return gpu_lstm.StackedLSTM(inputs, [hidden, hidden], residual=True, **how)
+        return stacked(inputs, [hidden, hidden], residual=True, **how)
     if "stack" in words:
-        return (Chain if own else gpu_lstm.StackedLSTM)(inputs, [hidden, hidden // 2 + 1], **how)
-    cls, width = nn.LSTM if own else gpu_lstm.LSTM, sum(projected)
+        return stacked(inputs, [hidden, hidden // 2 + 1], **how)
+    cls, width = getattr(nn if own else gpu_lstm, kind), sum(projected)
+    if kind == "GRU":
+        return cls(inputs, hidden, **how)
     if not is_wide(size):
         return cls(inputs, hidden, proj_size=width, **how)
     module = cls(inputs, hidden, proj_size=1, **how)
@@ -60,7 +78,7 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
 
 def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module]:
     """What errors are measured by, and its module: torch's own, or our backend "torch" or "reference"."""
-    own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "stack", *FORMS} - {"reverse"}
+    own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "gru", "stack", *FORMS} - {"reverse"}
     backend = "torch" if words <= own | {"reverse", "ragged", "resets", "always", "residual"} else "reference"
     if words <= own and not is_wide(size):
         return backend, built(size, words, own=True)
@@ -76,7 +94,7 @@ class Call(NamedTuple):
     """What a module is called with: x, hx, and the rest of its arguments."""
 
     x: Tensor
-    hx: tuple | list | None
+    hx: Any
     rest: dict[str, Any]
 
 
@@ -125,33 +143,41 @@ def unbatched(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor | None = N
 def by_layers(
     module: nn.Module, x: Tensor, hx: Any = None, *, reset_states: Any = None, reverse: bool = False, **ragged: Any
 ) -> tuple:
-    """The call by lstm_layer, a layer and direction at a time; `reverse`: the first direction, too."""
+    """The call by lstm_layer or gru_layer, a layer and direction at a time; `reverse`: the first direction, too."""
     parameters, finals = dict(module.named_parameters()), []
     states, left = (None if s is None else rows_of(module, tree_leaves(s)) for s in (hx, reset_states))
+    function, one_state = (gru_layer, True) if letters_of(module) == "h" else (lstm_layer, False)
+    if one_state:
+        states, left = (rows and [[h for h, _ in layer] for layer in rows] for rows in (states, left))
     for k, names in enumerate(weights_of(module)[0]):
         outputs, final = [], []
         for d, own in enumerate(names):
             given = ragged | dict(reverse=reverse or d == 1, backend=module.backend, hx=states and states[k][d])
-            weights = [parameters.get(name) for name in own]
-            y, state = lstm_layer(x, weights, reset_states=left and left[k][d], **given)
+            weights = [parameters.get(name) for name in own[: 4 if one_state else None]]
+            y, state = function(x, weights, reset_states=left and left[k][d], **given)
             outputs.append(y)
             final.append(state)
         x = torch.cat(outputs, 2)
         finals.append(final)
+    if one_state:
+        return x, torch.stack([h for final in finals for h in final])
     return x, tuple(torch.stack(t) for t in zip(*(state for final in finals for state in final)))
 
 
 def by_cell(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
-    """The call by an LSTMCell with the same parameters, a step at a time."""
-    options = dict(peepholes=module.peepholes, layer_norm=module.layer_norm, backend=module.backend)
-    cell = gpu_lstm.LSTMCell(module.input_size, module.hidden_size, module.bias, x.device, x.dtype, **options)
+    """The call by an LSTMCell or GRUCell with the same parameters, a step at a time."""
+    options, is_lstm = dict(backend=module.backend), isinstance(module, gpu_lstm.LSTM)
+    if is_lstm:
+        options |= dict(peepholes=module.peepholes, layer_norm=module.layer_norm)
+    cls = gpu_lstm.LSTMCell if is_lstm else gpu_lstm.GRUCell
+    cell = cls(module.input_size, module.hidden_size, module.bias, x.device, x.dtype, **options)
     for name, parameter in module.named_parameters():
         setattr(cell, name.removesuffix("_l0"), parameter)
-    state, outputs = None if hx is None else (hx[0][0], hx[1][0]), []
+    state, outputs = tree_map_only(Tensor, lambda t: t[0], hx), []
     for x_t in x:
         state = cell(x_t, state)
-        outputs.append(state[0])
-    return torch.stack(outputs), tuple(t[None] for t in state)
+        outputs.append(state[0] if is_lstm else state)
+    return torch.stack(outputs), tree_map(lambda t: t[None], state)
 
 
 def by_stream(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
@@ -192,7 +218,7 @@ def check(
         ours = with_random_parameters(built(size, named, backend=backend), seed).to(device, dtype)
         call = call_of(ours, size, named, seed)
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
-        names = list(true)[: 3 if named & {"stream", "no-grad"} else None]
+        names = list(true)[: 1 + len(letters_of(ours)) if named & {"stream", "no-grad"} else None]
         assert list(found) == names
         assert {t.dtype for t in found.values()} == {dtype}
         if dtype is torch.float64:
@@ -259,12 +285,15 @@ def inputs_of(size: tuple[int, ...], words: str, seed: int = 0) -> Inputs:
     named = set(words.split())
     module = with_random_parameters(built(size, named), seed).train("expected" not in named)
     x, hx, rest = call_of(module, size, named, seed)
-    left = rest.pop("reset_states", ([None], [None]))
-    (((h0, c0),),), (((reset_h, reset_c),),) = (rows_of(module, t) for t in (hx, left))
+    absent = [[None]] * len(letters_of(module))
+    left = tree_leaves(rest.pop("reset_states")) if "reset_states" in rest else absent
+    (((h0, c0),),), (((reset_h, reset_c),),) = (rows_of(module, t) for t in (tree_leaves(hx), left))
     (names,), ((noise,),) = weights_of(module)[0], noises_of(module, seed, *size[:2])
     parameters = {name: p.detach() for name, p in module.named_parameters()}
     masks = {name: torch.from_numpy(a) for name, a in noise.items()}
     for name in masks.keys() & {"zoneout_h", "zoneout_c"}:
         masks[name] = masks[name].flatten()[0].float() if "expected" in named else masks[name].bool()
+    if "gru" in named and "zoneout_h" in masks:  # c is h
+        masks["zoneout_c"] = masks["zoneout_h"]
     masks |= {name: t.float() for name, t in masks.items() if name == "dropout_h"}
     return Inputs(x, h0, c0, *map(parameters.get, names[0]), reset_h, reset_c, **masks, **rest)

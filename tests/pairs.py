@@ -1,6 +1,7 @@
 """A module of torch, in float64, and ours with the same weights; all results of a call of either, and the truth."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import oracle
@@ -9,40 +10,47 @@ from comparing import PLACES, assert_same
 from torch import Tensor, nn
 from torch.func import vjp
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import gpu_lstm
 from gpu_lstm.call.weights import NAMES
 
 T, B, I, H = 4, 3, 3, 4
 SIZES = [4, 2]  # of a StackedLSTM
-KINDS = ("LSTM", "LSTMCell", "StackedLSTM")
+KINDS = ("LSTM", "LSTMCell", "StackedLSTM", "GRU", "GRUCell", "StackedGRU")
 LENGTHS = torch.tensor([2, 0, 4])
 RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()  # [T, B], some in the padding
 RAGGED = dict(lengths=LENGTHS, resets=RESETS)
 
 
 class Chain(nn.Module):
-    """torch.nn.LSTM layers, each fed the output of the one before, called as a StackedLSTM is."""
+    """torch.nn.LSTM or GRU layers, each fed the output of the one before, called as a StackedLSTM or StackedGRU is."""
 
-    def __init__(self, input_size, hidden_sizes, bidirectional=False, **options) -> None:
+    def __init__(self, input_size, hidden_sizes, bidirectional=False, of=nn.LSTM, **options) -> None:
         super().__init__()
         sizes = zip([input_size, *((1 + bidirectional) * size for size in hidden_sizes)], hidden_sizes)
-        self.layers = nn.ModuleList(nn.LSTM(*size, bidirectional=bidirectional, **options) for size in sizes)
+        self.layers = nn.ModuleList(of(*size, bidirectional=bidirectional, **options) for size in sizes)
         self.hidden_sizes, self.bidirectional = hidden_sizes, bidirectional
 
     def forward(self, x: Tensor, hx: list | None = None) -> tuple[Tensor, list]:
         states = []
         for k, layer in enumerate(self.layers):
-            x, state = layer(x, hx and (hx[k] if self.bidirectional else [s[None] for s in hx[k]]))
-            states.append(state if self.bidirectional else tuple(s[0] for s in state))
+            given = hx and (hx[k] if self.bidirectional else tree_map(lambda s: s[None], hx[k]))
+            x, state = layer(x, given)
+            states.append(state if self.bidirectional else tree_map(lambda s: s[0], state))
         return x, states
+
+
+def letters_of(module: nn.Module) -> str:
+    """Of the states of a layer: "hc", or "h" of a GRU, of three rows a unit."""
+    weight_hh = next(p for name, p in module.named_parameters() if "weight_hh" in name)
+    return "h" if len(weight_hh) == 3 * weight_hh.shape[1] and len(weight_hh) else "hc"
 
 
 def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
     """torch's module in float64, and gpu_lstm's of that kind, with the same weights."""
-    cls = {"LSTM": nn.LSTM, "LSTMCell": nn.LSTMCell, "StackedLSTM": Chain}[kind]
-    sizes = dict(hidden_sizes=SIZES) if kind == "StackedLSTM" else dict(hidden_size=H)
+    cls = partial(Chain, of=getattr(nn, kind[7:])) if kind.startswith("Stacked") else getattr(nn, kind)
+    sizes = dict(hidden_sizes=SIZES) if kind.startswith("Stacked") else dict(hidden_size=H)
     arguments = dict(input_size=I) | sizes | arguments
     torch.manual_seed(1)
     theirs = cls(**arguments).double()
@@ -57,23 +65,25 @@ def seeded(call, *arguments, **options):
     return call(*arguments, **options)
 
 
-def random_inputs(module: nn.Module, *batch: int, seed: int = 2, steps: int = T) -> tuple[Tensor, tuple | list]:
+def random_inputs(module: nn.Module, *batch: int, seed: int = 2, steps: int = T) -> tuple[Tensor, Any]:
     """x and hx for a module, float32; unbatched without `batch`."""
     torch.manual_seed(seed)
+    one_state = letters_of(module) == "h"
     if isinstance(module, nn.RNNCellBase):
-        x, shapes = (*batch, module.input_size), [(*batch, module.hidden_size)] * 2
-        return torch.randn(x), tuple(map(torch.randn, shapes))
+        x, hx = torch.randn(*batch, module.input_size), torch.randn(2 - one_state, *batch, module.hidden_size)
+        return x, hx[0] if one_state else tuple(hx)
     time_and_batch = (*batch, steps) if getattr(module, "batch_first", False) else (steps, *batch)
     if isinstance(module, nn.RNNBase):
         rows = module.num_layers * (1 + module.bidirectional), *batch
-        hx = torch.randn(*rows, module.proj_size or module.hidden_size), torch.randn(*rows, module.hidden_size)
-        return torch.randn(*time_and_batch, module.input_size), hx
+        h, c = torch.randn(*rows, module.proj_size or module.hidden_size), torch.randn(*rows, module.hidden_size)
+        return torch.randn(*time_and_batch, module.input_size), h if one_state else (h, c)
     rows = (2, *batch) if module.bidirectional else batch
-    hx = [tuple(torch.randn(2, *rows, size)) for size in module.hidden_sizes]
+    hx = [tuple(torch.randn(2 - one_state, *rows, size)) for size in module.hidden_sizes]
+    hx = [h for (h,) in hx] if one_state else hx
     return torch.randn(*time_and_batch, module.layers[0].input_size), hx
 
 
-def states_left(module: nn.Module, hx: tuple | list, steps: int, a_step: bool) -> tuple | list:
+def states_left(module: nn.Module, hx: Any, steps: int, a_step: bool) -> Any:
     """Random states to reset to, like hx of a batch: one per sequence, or one per step."""
 
     def random(t: Tensor) -> Tensor:
@@ -100,18 +110,21 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     found = (module if call is None else call)(x, *([] if hx is None else [hx]), **ragged)
     found = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
     found = [t.data if isinstance(t, PackedSequence) else t for t in found]
-    names = ["output"] * (len(found) % 2) + names_of(found)  # a cell has none
+    letters = letters_of(module)
+    names = ["output"] * (len(found) > len(letters))  # a cell has none
+    names += names_of(found[len(names) :], letters)
     if not found[0].requires_grad:
         return dict(zip(names, found, strict=True))
-    states, left = (tree_leaves(given) if given else [] for given in (hx, left))
+    states, left = ([] if given is None else tree_leaves(given) for given in (hx, left))
     gradients = torch.autograd.grad(found, [x, *states, *left, *parameters.values()], weighing(found))
-    names += ["dx", *names_of(states, "d"), *names_of(left, "dreset_"), *(f"d{name}" for name in parameters)]
+    names += ["dx", *names_of(states, letters, "d"), *names_of(left, letters, "dreset_")]
+    names += [f"d{name}" for name in parameters]
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
 
 
-def names_of(states: list, of: str = "") -> list[str]:
-    """Of tensors h, c, h, c, ... of which the first may be an output."""
-    return [f"{of}{s}{k}" for k in range(len(states) // 2) for s in "hc"]
+def names_of(states: list, letters: str, of: str = "") -> list[str]:
+    """Of tensors h, c, h, c, ...; of a GRU h, h, ..."""
+    return [f"{of}{s}{k}" for k in range(len(states) // len(letters)) for s in letters]
 
 
 def assert_alike(ours, theirs, *batch: int, given: bool = True, **how) -> None:
@@ -128,11 +141,11 @@ def weighing(found: list, dtype: torch.dtype | None = None) -> list[Tensor]:
 
 def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None, reverse=False,
           kind: type[np.ndarray] = np.ndarray) -> dict[str, Tensor]:  # fmt: skip
-    """What `results` of an LSTM or StackedLSTM, batched, should be: by the oracle, with `noises` [L][D] of a call.
+    """What `results` of an LSTM, GRU or stack, batched, should be: by the oracle, with `noises` [L][D] of a call.
 
     `reverse`: the first direction, too. It computes with arrays of a `kind`.
     """
-    names, layers = weights_of(module)
+    (names, layers), letters = weights_of(module), letters_of(module)
     layers = tree_map_only(np.ndarray, lambda a: a.view(kind), layers)
 
     def turned(t):  # between the user's layout and time-major
@@ -154,11 +167,12 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     dy, *dfinals = (t.double().numpy() for t in weighing(found, next(module.parameters()).dtype))
     dx, dstates, dweights, dleft = oracle.stack_gradients(tapes, turned(dy), rows_of(module, dfinals))
 
-    named = dict(zip(["output", *names_of(found), "dx"], [*found, turned(dx)]))
+    finals = found[1:]
+    named = dict(zip(["output", *names_of(finals, letters), "dx"], [*found, turned(dx)]))
     if hx is not None:
-        named |= zip(names_of(found, "d"), leaves_of(module, dstates))
+        named |= zip(names_of(finals, letters, "d"), leaves_of(module, dstates))
     if reset_states is not None:
-        for name, (_, pull), d in zip(names_of(found, "dreset_"), forms, leaves_of(module, dleft)):
+        for name, (_, pull), d in zip(names_of(finals, letters, "dreset_"), forms, leaves_of(module, dleft)):
             named[name] = pull(torch.from_numpy(np.asarray(d)))[0].numpy()
     of_weights = dict(zip(*([t for layer in every for row in layer for t in row] for every in (names, dweights))))
     named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
@@ -166,11 +180,11 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
 
 
 def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> list[list[dict]]:
-    """What a call of an LSTM or StackedLSTM draws after torch.manual_seed(seed), as the oracle accepts it, [L][D].
+    """What a call of an LSTM, GRU or stack draws after torch.manual_seed(seed), as the oracle accepts it, [L][D].
 
     Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter.
     """
-    like = next(module.parameters())
+    like, letters = next(module.parameters()), letters_of(module)
     torch.manual_seed(seed)
     rates = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout,) * 2
 
@@ -179,7 +193,7 @@ def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> l
         noise = {}
         if module.training and module.recurrent_dropout:
             noise["dropout_h"] = nn.functional.dropout(like.new_ones(batch, width), module.recurrent_dropout)
-        for state, rate, size in zip("hc", rates, (width, hidden)):
+        for state, rate, size in zip(letters, rates, (width, hidden)):
             if rate and module.training:
                 noise[f"zoneout_{state}"] = torch.rand(steps, batch, size, device=like.device) < rate
             elif rate:
@@ -217,8 +231,10 @@ def weights_of(module: nn.Module) -> tuple[list, list]:
 
 
 def rows_of(module: nn.Module, leaves: list) -> list[list[tuple]]:
-    """(h, c) [L][D], each [B, *], of a module's states in a flat list."""
+    """(h, c) [L][D], each [B, *], of a module's states in a flat list; of a GRU (h, h)."""
     directions = range(1 + module.bidirectional)
+    if letters_of(module) == "h":
+        leaves = [t for leaf in leaves for t in (leaf, leaf)]
     if hasattr(module, "layers"):
         pairs = zip(leaves[::2], leaves[1::2])
         return [[(h[d], c[d]) for d in directions] if module.bidirectional else [(h, c)] for h, c in pairs]
@@ -228,9 +244,10 @@ def rows_of(module: nn.Module, leaves: list) -> list[list[tuple]]:
 
 def leaves_of(module: nn.Module, rows: list[list[tuple]]) -> list:
     """The reverse of `rows_of`."""
+    count = len(letters_of(module))
     if hasattr(module, "layers"):
-        return [np.stack(t) if module.bidirectional else t[0] for layer in rows for t in zip(*layer)]
-    return [np.stack(t) for t in zip(*(pair for layer in rows for pair in layer))]
+        return [np.stack(t) if module.bidirectional else t[0] for layer in rows for t in [*zip(*layer)][:count]]
+    return [np.stack(t) for t in [*zip(*(pair for layer in rows for pair in layer))][:count]]
 
 
 def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

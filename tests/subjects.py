@@ -28,11 +28,18 @@ SUBJECTS = {
     "projected": partial(gpu_lstm.LSTM, 2, 3, proj_size=2), "cell": partial(gpu_lstm.LSTMCell, 2, 2),
     "variant": partial(gpu_lstm.LSTM, 2, 2, peepholes=True, layer_norm=True),
     "stack": partial(gpu_lstm.StackedLSTM, 2, [2, 3], residual=True), "function": partial(Function, False),
-    "function, normed": partial(Function, True)}  # fmt: skip
+    "function, normed": partial(Function, True), "GRU": partial(gpu_lstm.GRU, 2, 2, 2, bidirectional=True),
+    "GRUCell": partial(gpu_lstm.GRUCell, 2, 2), "StackedGRU": partial(gpu_lstm.StackedGRU, 2, [2, 3], residual=True),
+}  # fmt: skip
 
 
 def states_for(module, batch, random):
     """Initial states, or states to reset to, one per sequence; `batch` is [] of an unbatched call."""
+    if isinstance(module, gpu_lstm.GRU | gpu_lstm.GRUCell):
+        rows = [module.num_layers * (1 + module.bidirectional)] if isinstance(module, gpu_lstm.GRU) else []
+        return random(*rows, *batch, module.hidden_size)
+    if isinstance(module, gpu_lstm.StackedGRU):
+        return [random(*batch, size) for size in module.hidden_sizes]
     if isinstance(module, gpu_lstm.LSTM):
         rows = module.num_layers * (1 + module.bidirectional)
         return random(rows, *batch, module.proj_size or module.hidden_size), random(rows, *batch, module.hidden_size)

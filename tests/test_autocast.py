@@ -31,13 +31,13 @@ class Casts(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to):  # the latter in inference mode
-            self.count += result.dtype is DTYPE is not args[0].dtype and result.shape[0] == 4 * H
+            self.count += result.dtype is DTYPE is not args[0].dtype and result.shape[0] in (3 * H, 4 * H)
         return result
 
 
-def cells(backend: str) -> tuple[nn.LSTMCell, gpu_lstm.LSTMCell]:
+def cells(backend: str, kind: str = "LSTMCell") -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    theirs, ours = nn.LSTMCell(I, H).to(DEVICE), gpu_lstm.LSTMCell(I, H, backend=backend, device=DEVICE)
+    theirs, ours = getattr(nn, kind)(I, H).to(DEVICE), getattr(gpu_lstm, kind)(I, H, backend=backend, device=DEVICE)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -47,7 +47,7 @@ def loop(cell: nn.Module, x: Tensor) -> Tensor:
     states = [None]
     for x_t in x:
         states.append(cell(x_t, states[-1]))
-    return torch.stack([h for h, _ in states[1:]])
+    return torch.stack([state if isinstance(state, Tensor) else state[0] for state in states[1:]])
 
 
 def inputs(seed: int = 1) -> Tensor:
@@ -58,16 +58,17 @@ def rms(error: Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_loop_over_a_cell_casts_each_weight_once_a_block_as_torch_does(backend):
+def test_a_loop_over_a_cell_casts_each_weight_once_a_block_as_torch_does(backend, kind):
     found = []
-    for cell, half in (*((cell, True) for cell in cells(backend)), (cells(backend)[0].double(), False)):
+    for cell, half in (*((cell, True) for cell in cells(backend, kind)), (cells(backend, kind)[0].double(), False)):
         with Casts() as casts:
             for _ in range(2):
                 with autocast(enabled=half):
                     autocast(enabled=False)(cell.eval)()  # an inner block ends nothing
                     h = loop(cell, inputs().to(cell.weight_ih))
-        assert casts.count == 8 * half
+        assert casts.count == 8 * half, cell
         h = h.float() if half else h
         found.append([h, *torch.autograd.grad(h.square().sum(), list(cell.parameters()))])
     for their, our, true in zip(*found, strict=True):
@@ -181,23 +182,26 @@ def train(lstm: nn.Module, exact: bool = False, skipped: Sequence[int] = ()) -> 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning", "ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("backend", ["reference", "torch", pytest.param("triton", marks=pytest.mark.deep)])
-def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs_lstm(backend):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs(backend, kind):
+    of_torch = getattr(nn, kind)
     with torch.backends.mkldnn.flags(enabled=False):  # oneDNN has no LSTM in float16 on every CPU
-        theirs, skipped = train(nn.LSTM(I, H))
-        ours, skipped_by_ours = train(gpu_lstm.LSTM(I, H, backend=backend))
-        truth, _ = train(nn.LSTM(I, H), exact=True, skipped=skipped)
+        theirs, skipped = train(of_torch(I, H))
+        ours, skipped_by_ours = train(getattr(gpu_lstm, kind)(I, H, backend=backend))
+        truth, _ = train(of_torch(I, H), exact=True, skipped=skipped)
     assert skipped == skipped_by_ours
     assert 0 < len(skipped) < 6
     assert 1e-6 < rms(theirs - truth) < 1e-2
     assert rms(ours - truth) <= 2 * rms(theirs - truth)
 
 
-def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch):
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
     """oneDNN has no LSTM in float16, but cuDNN has one, which must not be passed infinite values."""
     stack = Mock(side_effect=lambda x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))
     monkeypatch.setattr(torch_rnn, "stack", stack)
     with torch.autocast("cpu", torch.float16):
-        gpu_lstm.LSTM(3, 4, backend="torch")(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]))
+        cls(3, 4, backend="torch")(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]))
     given = stack.call_args[0][2][0][0].weight_ih
     assert given.dtype is torch.float16
     assert given.isfinite().all()

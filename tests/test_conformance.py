@@ -1,4 +1,4 @@
-"""PyTorch's own descriptions of nn.LSTM and nn.LSTMCell, which its test suite runs over every module, run over ours.
+"""PyTorch's own descriptions of nn.LSTM, nn.GRU and their cells, which its test suite runs over all, run over ours.
 
 A ModuleInfo says how a module is built and called, and what its results must equal. The checks are those of torch's
 test_modules.py, which torch does not ship; the truth is torch's module with the same weights. They leave out what other
@@ -22,8 +22,8 @@ assert not torch.backends.flags_frozen()
 
 pytestmark = [pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings("ignore:LSTM with proj")]
 
-INFOS = {info.name: info for info in module_db if info.name in ("nn.LSTM", "nn.LSTMCell")}
-OURS = {"nn.LSTM": gpu_lstm.LSTM, "nn.LSTMCell": gpu_lstm.LSTMCell}
+SAMPLES = {"nn.LSTM": 32, "nn.LSTMCell": 2, "nn.GRU": 16, "nn.GRUCell": 2}
+INFOS = {info.name: info for info in module_db if info.name in SAMPLES}
 every_info = pytest.mark.parametrize("name", INFOS)
 
 
@@ -31,13 +31,14 @@ def modules(name, backend, training):
     """(ours, theirs, arguments, reference function) for each sample of an info."""
     info, place = INFOS[name], PLACES[backend]
     samples = info.module_inputs_func(info, **place, requires_grad=True, training=training)
-    assert len(samples) == {"nn.LSTM": 32, "nn.LSTMCell": 2}[name]
-    # The interpreter is slow: the first of 32 samples; with a bias and states the simplest, and that with everything.
-    for sample in [samples[0], samples[17], samples[23]] if backend == "triton" and name == "nn.LSTM" else samples:
+    assert len(samples) == SAMPLES[name]
+    # The interpreter is slow: the first sample; with a bias and states the simplest, and that with everything.
+    few = {"nn.LSTM": (0, 17, 23), "nn.GRU": (0, 9, 15)}.get(name) if backend == "triton" else None
+    for sample in samples if few is None else [samples[k] for k in few]:
         arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
         torch.manual_seed(0)
         theirs = getattr(torch.nn, name[3:])(*arguments, **options, **place).train(training)
-        ours = OURS[name](*arguments, **options, **place, backend=backend).train(training)
+        ours = getattr(gpu_lstm, name[3:])(*arguments, **options, **place, backend=backend).train(training)
         ours.load_state_dict(theirs.state_dict())
         assert not sample.forward_input.kwargs
         yield ours, theirs, sample.forward_input.args, sample.reference_fn
@@ -50,7 +51,7 @@ def call(module, arguments):
 
 
 def assert_close(ours, theirs, backend):
-    assert len(theirs) > 1
+    assert theirs
     assert_same(dict(enumerate(ours)), dict(enumerate(theirs)), backend, condition=4)
 
 

@@ -18,6 +18,7 @@ RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]
 @every_backend
 @pytest.mark.parametrize(("kind", "arguments"), [
     ("LSTM", dict(bidirectional=True, proj_size=2)), ("LSTMCell", {}), ("StackedLSTM", {}),
+    ("GRU", dict(bidirectional=True, num_layers=2)), ("GRUCell", {}), ("StackedGRU", {}),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.deep)])
 def test_gradient_penalty(backend, kind, arguments, how):
@@ -38,17 +39,19 @@ def test_gradient_penalty(backend, kind, arguments, how):
 
 
 @pytest.mark.parametrize(("recompute", "names"), [(False, ()), (True, ("x", "bias_hh_l0"))], ids=["kept", "recomputed"])
-def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names):
+@pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(proj_size=2)), ("GRU", {})], ids=str)
+def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names, kind, arguments):
     """All inputs and parameters but one frozen: the kernels' backward leaves out what nobody needs, and no more."""
-    theirs, ours = pair("LSTM", "triton", proj_size=2)
+    theirs, ours = pair(kind, "triton", **arguments)
     ours.recompute = recompute
 
     def gradients_of(module):
-        x, (h0, c0) = tree_map(lambda t: t.to(next(module.parameters())), random_inputs(module, B))
-        differentiable = dict(x=x[:2], h0=h0, c0=c0, **dict(module.requires_grad_(False).named_parameters()))
+        x, hx = tree_map(lambda t: t.to(next(module.parameters())), random_inputs(module, B))
+        differentiable = dict(x=x[:2], **dict(zip(("h0", "c0"), tree_leaves(hx))))
+        differentiable |= dict(module.requires_grad_(False).named_parameters())
         for name in names or differentiable:
             tensor = differentiable[name].requires_grad_(True)
-            loss = sum(t.square().sum() for t in tree_leaves(module(differentiable["x"], (h0, c0))))
+            loss = sum(t.square().sum() for t in tree_leaves(module(differentiable["x"], hx)))
             yield name, *torch.autograd.grad(loss, [tensor])
             tensor.requires_grad_(False)
 
@@ -57,14 +60,14 @@ def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names):
 
 # torch.func, on one layer. grad and vjp go through the kernels; everything else goes through the reference, whichever
 # backend was chosen.
-@pytest.fixture(params=["torch", "triton"])
-def lstms(request):
-    return pair("LSTM", request.param)
+@pytest.fixture(params=[("LSTM", "torch"), ("LSTM", "triton"), ("GRU", "torch"), ("GRU", "triton")], ids=" ".join)
+def both(request):
+    return pair(*request.param)
 
 
-@pytest.fixture
-def by_reference():
-    return pair("LSTM", "reference")
+@pytest.fixture(params=["LSTM", "GRU"])
+def by_reference(request):
+    return pair(request.param, "reference")
 
 
 def inputs(module, *shape, seed=1):
@@ -82,9 +85,9 @@ def gradients(module, loss):
     return dict(zip(module.state_dict(), torch.autograd.grad(loss, list(module.parameters()))))
 
 
-def test_grad_and_vjp(lstms):
+def test_grad_and_vjp(both):
     """And a gradient penalty with the inner gradient by torch.func, the outer one by plain autograd."""
-    theirs, ours = lstms
+    theirs, ours = both
     found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(ours.state_dict())
     assert_close(found, gradients(theirs, theirs(inputs(theirs))[0].square().sum()))
     x = inputs(theirs).requires_grad_()
@@ -108,14 +111,14 @@ def test_jacobians_both_ways_and_forward_mode(by_reference):
         assert_close(forward_ad.unpack_dual(ours(forward_ad.make_dual(x, direction))[0]).tangent, true)
 
 
-def test_several_gradients_at_once(lstms):
+def test_several_gradients_at_once(both):
     """By autograd's own vmap over backward, not torch.func's; of one result, of all, and of a gradient."""
 
     def found(module, batched):
         x = inputs(module).requires_grad_()
-        y, (h, c) = module(x)
-        wanted, several = [x, *module.parameters()], [inputs(module, 3, *t.shape, seed=2) for t in (y, h, c)]
-        for results, ds in (([y], several[:1]), ([y, h, c], several)):
+        every = tree_leaves(module(x))
+        wanted, several = [x, *module.parameters()], [inputs(module, 3, *t.shape, seed=2) for t in every]
+        for results, ds in ((every[:1], several[:1]), (every, several)):
             if batched:
                 yield torch.autograd.grad(results, wanted, ds, is_grads_batched=True, retain_graph=True)
             else:
@@ -124,7 +127,7 @@ def test_several_gradients_at_once(lstms):
         by_x = inputs(module, 2, 1, I)
         yield torch.autograd.functional.hessian(lambda x: module(x)[0][-1].square().sum(), by_x, vectorize=batched)
 
-    theirs, ours = lstms
+    theirs, ours = both
     assert_close(list(found(ours, True)), list(found(theirs, False)))
 
 
@@ -136,7 +139,7 @@ def test_functionalize(by_reference):
 
 
 @pytest.mark.parametrize("outer", ["vjp", "vmap", "dual numbers"])
-def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, outer):
+def test_what_vjp_returned_is_differentiated_inside_another_transform(both, outer):
     def transformed(module):
         x, dx, dy = inputs(module), inputs(module, seed=3), inputs(module, T, B, module.hidden_size, seed=2)
         _, pull = vjp(lambda x: module(x)[0], x)
@@ -145,14 +148,14 @@ def test_what_vjp_returned_is_differentiated_inside_another_transform(lstms, out
             return [*again(dx), *vjp(lambda dx: again(dx)[0], dx)[1](dy)]
         if outer == "vmap":
             return vmap(lambda dy: pull(dy)[0])(torch.stack([dy, dy.cos()]))
-        if module is lstms[0]:  # torch has no forward mode there: but gradients are linear in dy
+        if module is both[0]:  # torch has no forward mode there: but gradients are linear in dy
             return pull(dy.cos())
         y, _ = module(x.requires_grad_())
         with forward_ad.dual_level():
             (gradient,) = torch.autograd.grad(y, x, forward_ad.make_dual(dy, dy.cos()))
             return forward_ad.unpack_dual(gradient).tangent
 
-    assert_close(*(transformed(module.requires_grad_(False)) for module in lstms[::-1]))
+    assert_close(*(transformed(module.requires_grad_(False)) for module in both[::-1]))
 
 
 @pytest.mark.parametrize("ragged", [False, True])

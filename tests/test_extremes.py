@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from triton.runtime import interpreter
 
 import gpu_lstm
-from gpu_lstm.functional import lstm_layer
+from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
@@ -34,7 +34,7 @@ interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernel
 
 
 @pytest.mark.parametrize(("recompute", "ragged"), [(False, True), (True, False)])
-@pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant"])
+@pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant", "GRU", "StackedGRU"])
 @every_backend
 def test_a_batch_of_none(backend, kind, recompute, ragged):
     """Forward and backward: results with no rows, and gradients of zero. A variant has noise, too."""
@@ -75,17 +75,19 @@ IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 
 @pytest.mark.parametrize("changed", IN_PLACE)
 @pytest.mark.parametrize(("backend", "ragged"), [("triton", True), *product(BACKENDS[:2], (False, True))])
-def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(backend, ragged, changed):
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(cls, backend, ragged, changed):
     """torch raises where backward needs what was there. Where it does not, results and gradients are right."""
     place = PLACES[backend]
     torch.manual_seed(0)
-    lstm, x = gpu_lstm.LSTM(I, H, 2, backend=backend, **place), torch.randn(T, 2, I, **place)
+    lstm, x = cls(I, H, 2, backend=backend, **place), torch.randn(T, 2, I, **place)
     lengths = torch.tensor([T, 1], device=place["device"]) if ragged else None
     wanted = [p for name, p in lstm.named_parameters() if name != "weight_ih_l1"]  # that one is changed
 
     def gradients(change):
         given, its_lengths = x.clone(), None if lengths is None else lengths.clone()
-        y, (h, c) = lstm(given, lengths=its_lengths)
+        y, states = lstm(given, lengths=its_lengths)
+        h, c = states if cls is gpu_lstm.LSTM else (states, 1 * states)
         results = change(y, h, c, given, its_lengths, lstm.weight_ih_l1)[:3]
         return *results, *torch.autograd.grad(sum(t.square().sum() for t in results), wanted)
 
@@ -109,15 +111,16 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
     torch.testing.assert_close(found or expected, expected)
 
 
+@pytest.mark.parametrize(("layer", "rows"), [(lstm_layer, 4 * H), (gru_layer, 3 * H)])
 @every_backend
-def test_a_layer_without_features(backend):
+def test_a_layer_without_features(backend, layer, rows):
     """It computes what it would from a feature that is always zero."""
     place = PLACES[backend]
     torch.manual_seed(0)
-    weights = [torch.randn(shape, **place) for shape in ((4 * H, 0), (4 * H, H), (4 * H,), (4 * H,))]
+    weights = [torch.randn(shape, **place) for shape in ((rows, 0), (rows, H), (rows,), (rows,))]
     one_feature = [pad(weights[0], (0, 1), value=1.0), *weights[1:]]
-    y, _ = lstm_layer(zeros(T, 2, 0, **place), weights, backend=backend)
-    expected, _ = lstm_layer(zeros(T, 2, 1, **place), one_feature, backend=backend)
+    y, _ = layer(zeros(T, 2, 0, **place), weights, backend=backend)
+    expected, _ = layer(zeros(T, 2, 1, **place), one_feature, backend=backend)
     assert y.abs().min() > 0
     torch.testing.assert_close(y, expected)
 
@@ -152,6 +155,10 @@ HUGE = {
     "pointwise, rows": ("pointwise", Problem(3, 2**30, 5, F16)),
     "pointwise, rows, masks": ("pointwise", Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
     "cooperative, rows": ("cooperative", Problem(3, 2**18, 1024, F16)),
+    "step, GRU, rows": ("step", Problem(3, 2**30, 5, F16, cell="gru", zoneout_h=3, zoneout_c=3)),
+    "pointwise, GRU, rows": ("pointwise", Problem(3, 2**30, 5, F16, cell="gru")),
+    "resident, GRU": ("resident", Problem(3, 2**30, 5, F16, cell="gru")),
+    "step, GRU, W_hh": ("step", Problem(2, 17, 26_800, F16, cell="gru")),
 }
 AT_THE_LIMIT = {
     "most sequences": ("step", Problem(2, 2**31 - 2**16, 3, F16)),

@@ -58,12 +58,14 @@ def call_of(ours, steps, batch, ragged=False):
 
 @pytest.mark.parametrize(("kind", "training", "ragged", "backend"), [
     ("StackedLSTM", True, True, "torch"), ("LSTM", False, "marked", "torch"), ("LSTM", True, "states", "triton"),
+    ("GRU", True, "marked", "torch"), ("GRU", True, "states", "triton"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("LSTM", True, False, "torch"), ("StackedLSTM", True, False, "triton"), ("LSTM", False, "marked", "triton"),
+        ("StackedGRU", True, True, "torch"), ("GRU", False, "marked", "triton"),
         ("StackedLSTM", False, "states", "reference"))),  # in float64: what resets leave is not rounded on its way
 ])  # fmt: skip
 def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(kind, training, ragged, backend):
-    ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
+    ours, twin = module(kind, backend, bidirectional=kind in ("LSTM", "GRU"))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ours, backend=counter, fullgraph=True)
 
@@ -80,12 +82,13 @@ def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(ki
     assert counter.frame_count == (1 if ragged == "marked" else 2)  # of the first size alone, and of all
 
 
-def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_a_layer_of_torch_is_one_operator_and_steps_are_none(cls):
     operators = []
     for steps in (5, 40):
         torch._dynamo.reset()
         recorder = EagerAndRecordGraphs()
-        torch.compile(gpu_lstm.LSTM(I, H, 3, bidirectional=True), backend=recorder)(torch.randn(steps, 2, I))
+        torch.compile(cls(I, H, 3, bidirectional=True), backend=recorder)(torch.randn(steps, 2, I))
         (recorded,) = recorder.graphs
         operators.append(Counter(node.target for node in recorded.graph.nodes if node.op == "call_function"))
     assert operators[0] == operators[1]
@@ -93,8 +96,9 @@ def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
 
 
 @pytest.mark.deep
-def test_by_inductor_a_training_step_of_two_layers(quick_gpp):
-    ours, twin = module("LSTM", "torch", num_layers=2)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_by_inductor_a_training_step_of_two_layers(quick_gpp, kind):
+    ours, twin = module(kind, "torch", num_layers=2)
     compiled = torch.compile(ours, fullgraph=True, dynamic=True)
     for size in SIZES[:2]:
         x, options = call_of(ours, *size, ragged=True)
@@ -150,9 +154,10 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
 
 
 @pytest.mark.deep
-def test_transforms_inside_a_graph():
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_transforms_inside_a_graph(kind):
     """By the reference, whichever backend was chosen."""
-    ours, _ = module("LSTM", "torch")
+    ours, _ = module(kind, "torch")
     x, parameters = torch.randn(2, 2, I).double(), dict(ours.named_parameters())
 
     def loss(parameters, x):
@@ -193,9 +198,11 @@ STEPS, BATCH = Dim("T"), Dim("B")
 
 
 @pytest.mark.parametrize(("kind", "strict", "backend"), [
-    ("StackedLSTM", False, "torch"), pytest.param("LSTM", True, "triton", marks=pytest.mark.deep)])  # fmt: skip
+    ("StackedLSTM", False, "torch"), ("GRU", False, "triton"),
+    *(pytest.param(*case, marks=pytest.mark.deep) for case in (
+        ("LSTM", True, "triton"), ("StackedGRU", True, "torch")))])  # fmt: skip
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):
-    ours, twin = module(kind, backend, bidirectional=kind == "LSTM")
+    ours, twin = module(kind, backend, bidirectional=kind in ("LSTM", "GRU"))
     x, options = call_of(ours, 5, 2, ragged=True)
     x, options = x.to(next(ours.parameters())), {name: t.to(PLACES[backend]["device"]) for name, t in options.items()}
     sizes, file = dict(input={0: STEPS, 1: BATCH}, lengths={0: BATCH}, resets={0: STEPS, 1: BATCH}), io.BytesIO()
@@ -236,8 +243,9 @@ def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_torch_jit_trace_runs_kernels_only_without_gradients():
-    ours, twin = module("LSTM", "triton", num_layers=2)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torch_jit_trace_runs_kernels_only_without_gradients(kind):
+    ours, twin = module(kind, "triton", num_layers=2)
     example, x = (torch.randn(*size, I).to(ours.weight_ih_l0) for size in SIZES[:2])
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record the gradients of backend 'triton'"):
         torch.jit.trace(ours, (example,))
@@ -247,9 +255,9 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
 
 @pytest.mark.deep
 @pytest.mark.parametrize("way", ["compiled", "exported"])
-def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_float32_products, way):
+@pytest.mark.parametrize("words", [{"peepholes", "norms", "masks", "recompute"}, {"gru", "masks", "recompute"}])
+def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_float32_products, way, words):
     """Second derivatives of a compiled module: test_derivatives.py."""
-    words = {"peepholes", "norms", "masks", "recompute"}
     ours = with_random_parameters(built((T, B, I, H), words, backend="triton", weight_drop=0.25), 0)
     x, options = random_inputs(ours, B)[0], dict(lengths=LENGTHS, resets=RESETS)
     expected = results(ours, x, **options)
@@ -271,7 +279,8 @@ def given_to(words, device, backend) -> tuple[list, bool]:
         states = (torch.randn(2, 2, 5, device=device) for _ in range(2))
         first, second = (list(lstm.parameters())[k : k + 4] for k in (0, 4))
         return [*Inputs(torch.randn(2, 2, 3, device=device), *states, *first), *second], False
-    given = inputs_of((2, 2, 3, 5, *[2] * ("norm" not in words and bool(words))), words)
+    projected = words and "norm" not in words and "gru" not in words
+    given = inputs_of((2, 2, 3, 5, *([2] if projected else [])), words)
     if backend == "triton":  # states are [1, B, *]
         given = given._replace(h0=given.h0[None], c0=given.c0[None])
     return [None if t is None else t.to(device) for t in given], "reverse" in words
@@ -284,6 +293,7 @@ def learnt(given) -> list[bool]:
 
 @pytest.mark.parametrize(("words", "backend"), [
     ("ragged resets reverse", "torch"), (NORMS, "reference"), ("ragged resets reverse", "triton"),
+    ("gru ragged resets reverse", "torch"), ("gru ragged states masks reverse", "triton"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("", "torch"), ("both directions", "torch"), (MASKS, "triton"),
         ("ragged states peepholes reverse norms masks", "triton"))),

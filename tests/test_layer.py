@@ -1,6 +1,6 @@
-"""The public modules on every backend and family of kernels, against the NumPy oracle: a table of cases.
+"""The public modules on every backend and family of kernels, against the NumPy oracle: tables of cases.
 
-What is tested is what users call: an LSTM of one layer hands down states [1, B, H], one of several [B, H], and so on.
+What is tested is what users call: an LSTM or a GRU of one layer hands down states [1, B, H], one of several [B, H].
 Kernels on the CPU are checked for what they are given, and where they read and write (conftest.py).
 
 Without a GPU the Triton kernels run in Triton's interpreter, where bfloat16 products are wrong (so bfloat16 is in
@@ -15,8 +15,9 @@ import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
 from comparing import PLACES
-from pairs import assert_identical, results
+from pairs import assert_identical, letters_of, results
 from places import INTERPRETED, KERNELS, tf32
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.backends import schedule
 
@@ -92,6 +93,50 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "ragged states"),
      (2, "5,4,3,13,1", MIX), (1, "2,1,2,520", "")),  # more words than are on their way at once
 ]  # fmt: skip
+# With `gru`: what is of a cell is few lines of every kernel, of torch_rnn and of the reference, and all a user's forms.
+GRUS = [
+    ("reference", F64, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states",
+                        "expected states", "both ragged masks", "dropout_h both ragged", "zoneout deep states",
+                        "zoneout stack both"),
+     (2, "1,4,3,5", "deep both ragged resets"), (2, "1,1,1,3", f"{MIX} masks", "unbatched both states", "cell"),
+     (2, "5,1,3,4", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
+     (2, "6,4,5,5", "residual masks ragged")),
+    ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
+    ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES[:-1] if "state" not in words)),
+     (2, "1,1,1,3", MIX, "cell", "unbatched")),
+    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "cell", "layer ragged states both"),
+     (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,9", "chunks states", "batch-first state recompute masks"),
+     (1, "4,3,3,3", "residual masks ragged resets", "stack ragged no-bias")),
+    ("triton", F16, (1, "4,5,8,40", MIX)),
+    ("step", F32, (1, "4,3,3,40", ""), (1, "3,18,3,20", "layer ragged states both")),
+    ("step", F16, (1, "4,3,3,40", "ragged states masks")),
+    ("split/4", F32, (1, "3,18,3,72", "ragged resets")), ("held", F32, (1, "4,35,3,18", MIX)),
+    ("held", F16, (1, "4,18,3,40", "ragged states masks")), ("held/2", F32, (1, "4,3,3,18", "no-hx packed both")),
+    ("held/ahead", F32, (1, "4,35,3,18", "ragged resets")),
+    ("resident", F32, (1, "5,11,3,33", "no-hx deep"), (1, "5,3,3,11", f"{MIX} masks")),
+    ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,11", "ragged states masks")),
+    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
+    ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
+    ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged states masks")),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX)),
+    ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,33", "ragged states masks")),
+    ("pointwise", F16, (1, "5,3,3,40", "")),
+    ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both")), ("kept/4", F16, (1, KEPT, MIX)),
+    ("kept/1", F16, (1, KEPT, ""), (4, "2,3,4,1", "")), ("read/1", F16, (1, READ, "ragged resets")),
+    ("read/4", F32, (4, "2,3,4,5", "", MIX), (1, READ, "ragged states")),
+]  # fmt: skip
+GRUS_DEEP = [
+    ("triton", F32, (1, "9,17,1,33", "ragged resets"), (1, "1,17,5,33", "both")),
+    ("step", F16, (1, "4,3,3,40", "states expected")), ("split/8", F16, (1, "4,18,3,40", "ragged states masks")),
+    ("held/4", F32, (1, "4,35,3,20", "ragged resets")), ("held/ahead", F16, (1, "4,50,3,18", "ragged states masks")),
+    ("resident", F32, (1, "5,3,3,11", "dropout_h both states", "expected states"), (1, "4,2,3,60", MIX)),
+    ("cooperative/4/1/4", F32, (1, "12,2,2,6", "ragged resets"), (1, "5,3,3,11", "ragged states masks both")),
+    ("cooperative/8/1/2", F16, (1, "4,9,3,33", "ragged resets")),
+    ("cooperative/16/1/1", F32, (1, "5,3,3,11", "expected states")),
+    ("pointwise", F16, (1, "4,5,3,20", "ragged states expected")), ("pointwise", F32, (1, "3,4,3,300", "")),
+    ("kept/2", F16, (1, KEPT, MIX)), ("kept/4", BF16, (1, KEPT, "ragged states")),
+    ("read/4", F32, (2, "3,3,3,5", "recompute")),
+]  # fmt: skip
 DEEP = [
     ("triton", F32, (1, "1,17,5,33 3,4,3,33,1", "both"), (2, "2,1,2,130", ""), (1, "9,17,1,33", "ragged resets"),
      (1, "3,17,3,33", OF_ALL, ONCE), (1, "4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c")),
@@ -126,12 +171,15 @@ DEEP = [
 ]  # fmt: skip
 
 
+TABLES = (TABLE, "", ()), (DEEP, "", pytest.mark.deep), (GRUS, "gru ", ()), (GRUS_DEEP, "gru ", pytest.mark.deep)
+
+
 def cases(*backends: str) -> pytest.MarkDecorator:
     """The cases of these backends or places."""
     return pytest.mark.parametrize(("place", "dtype", "seeds", "size", "words"), [
-        pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), words, marks=marks,
-                     id=f"{place}-{dtype}-{size}-{words or 'plain'}".replace("torch.", ""))
-        for table, marks in ((TABLE, ()), (DEEP, pytest.mark.deep)) for places, dtype, *rows in table
+        pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), (cell + words).strip(), marks=marks,
+                     id=f"{place}-{dtype}-{size}-{(cell + words).strip() or 'plain'}".replace("torch.", ""))
+        for table, cell, marks in TABLES for places, dtype, *rows in table
         for place in places.split() if place.partition("/")[0] in backends
         for seeds, sizes, *options in rows for size in sizes.split() for words in options
     ])  # fmt: skip
@@ -183,7 +231,8 @@ def test_cuda_in_tf32(monkeypatch, place, host_or_card):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("words", ["", MIX, "deep ragged", "no-bias resets both", "ragged states both"])
+@pytest.mark.parametrize("words", ["", MIX, "deep ragged", "no-bias resets both", "ragged states both", "gru",
+                                   "gru ragged states both"])  # fmt: skip
 @pytest.mark.parametrize("size", [(64, 32, 128, 256), (33, 70, 100, 513), (50, 16, 64, 768)], ids=str)
 def test_larger_sizes_in_cuda(size, words, dtype):
     check(size, words, "cupy", dtype, "cuda")
@@ -192,33 +241,43 @@ def test_larger_sizes_in_cuda(size, words, dtype):
 @pytest.mark.parametrize(("backend", "size", "words"), [
     ("torch", (2, 2, 2, 2, 1), ""), ("torch", (2, 2, 2, 2, 1), MIX), ("reference", (2, 2, 2, 2), f"no-bias {MIX}"),
     ("reference", (2, 2, 2, 3, 2), f"{MOST} masks"), ("reference", (2, 2, 2, 3, 2), "ragged states peepholes expected"),
-    ("reference", (2, 2, 2, 3), f"{OF_ALL} masks"),
+    ("reference", (2, 2, 2, 3), f"{OF_ALL} masks"), ("torch", (2, 2, 2, 2), f"gru {MIX}"),
+    ("reference", (2, 2, 2, 3), "gru ragged states both masks"),
 ])  # fmt: skip
 def test_second_derivatives_by_finite_differences(backend, size, words):
     module, (x, hx, rest) = everywhere(backend, words, F64, size)
     names, parameters = zip(*module.train("expected" not in words).named_parameters())
-    left = rest.pop("reset_states", ())
+    like, states = rest.pop("reset_states", None), tree_leaves(hx)
+    left = [] if like is None else tree_leaves(like)
 
-    def call(x, h, c, *tensors):
+    def call(x, *tensors):
         torch.manual_seed(0)  # the same masks
-        given, left = dict(zip(names, tensors)), tensors[len(names) :]
-        options = rest | (dict(reset_states=left) if left else {})
-        y, states = torch.func.functional_call(module, given, (x, (h, c)), options)
-        return y, *states
+        parts = [list(part) for part in (tensors[: len(states)], tensors[len(states) :])]
+        given, left = dict(zip(names, parts[1])), parts[1][len(names) :]
+        options = rest | (dict(reset_states=of_user(like, left)) if left else {})
+        y, found = torch.func.functional_call(module, given, (x, of_user(hx, parts[0])), options)
+        return y, *tree_leaves(found)
 
-    inputs = [t.detach().double().requires_grad_() for t in (x, *hx, *parameters, *left)]
+    def of_user(like, leaves):
+        return leaves[0] if isinstance(like, torch.Tensor) else tuple(leaves)
+
+    inputs = [t.detach().double().requires_grad_() for t in (x, *states, *parameters, *left)]
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
 EVERYWHERE = [
     ("torch", "resets both", None), ("torch/two", "resets", None), ("kept/4", "resets both", F16),
     ("read/4", "resets", F32), ("reference", "states peepholes norms zoneout both", None),
-    ("triton", "states peepholes zoneout", F16),
+    ("triton", "states peepholes zoneout", F16), ("torch", "gru resets both", None), ("torch/two", "gru resets", None),
+    ("reference", "gru states zoneout both", None), ("triton", "gru states zoneout", F16),
+    ("kept/4", "gru resets both", F16), ("read/4", "gru resets", F32),
     *(pytest.param(*case, marks=forced) for case in (
-        ("resident", "states peepholes norms zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16))),
+        ("resident", "states peepholes norms zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16),
+        ("resident", "gru states zoneout both", None), ("cooperative/4/1/4", "gru states zoneout", F16))),
     *(pytest.param(*case, marks=[forced, pytest.mark.deep]) for case in (
         ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes norms zoneout", None),
-        ("cooperative/4/1/4", "states peepholes norms zoneout", None))),
+        ("cooperative/4/1/4", "states peepholes norms zoneout", None), ("pointwise", "gru states zoneout both", F16),
+        ("step", "gru states zoneout", None))),
 ]  # fmt: skip
 
 
@@ -261,7 +320,7 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
     assert_identical(alone, {name: clean[name] for name in alone})
     left = {}
     if "reset_states" in rest:
-        left["reset_states"] = tuple(nan_or_inf(t, padding | ~rest["resets"]) for t in rest["reset_states"])
+        left["reset_states"] = tree_map(lambda t: nan_or_inf(t, padding | ~rest["resets"]), rest["reset_states"])
     assert_identical(run(nan_or_inf(x, padding), rest | left, garbage=True), clean)
 
 
@@ -287,10 +346,11 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
         return {name: t.cpu() for name, t in results(module, x, hx, **rest).items()}
 
     clean = run()
-    x[1, 0, 1], hx[0][0, 1], hx[1][-1, 2] = NAN, NAN, INF  # in an episode; of the first direction, and of the last
-    hx[0][0, 3], hx[1][0, 3] = NAN, INF
+    h, c = (tree_leaves(hx) * 2)[:2]  # of a GRU twice h
+    x[1, 0, 1], h[0, 1], c[-1, 2] = NAN, NAN, INF  # in an episode; of the first direction, and of the last
+    h[0, 3], c[0, 3] = NAN, INF
     dirty = run()
-    behind = torch.zeros(len(hx[0]), 5, 4, dtype=torch.bool)  # [D, T, B] between NaN and the reset
+    behind = torch.zeros(len(h), 5, 4, dtype=torch.bool)  # [D, T, B] between NaN and the reset
     behind[0, 1:3, 0], behind[0, :2, 1] = True, True
     if module.bidirectional:
         behind[1, 1, 0], behind[1, 4:, 2] = True, True
@@ -302,5 +362,6 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
     assert dirty["dweight_hh_l0"].isnan().any()
     apart = ~behind.any(0)
     assert same(dirty["dx"][apart], clean["dx"][apart])
-    assert all(same(dirty[name], clean[name]) for name in ("h0", "c0"))
-    assert all(same(dirty[name][:, 3], clean[name][:, 3]) for name in ("dh0", "dc0"))
+    letters = letters_of(module)
+    assert all(same(dirty[f"{letter}0"], clean[f"{letter}0"]) for letter in letters)
+    assert all(same(dirty[f"d{letter}0"][:, 3], clean[f"d{letter}0"][:, 3]) for letter in letters)

@@ -121,7 +121,8 @@ class Routes(RuleBasedStateMachine):
         module = self.modules[name].to(facts["dtype"])
         for attribute in ATTRIBUTES:
             if hasattr(module, attribute):
-                setattr(module, attribute, facts[attribute])
+                value = facts[attribute]
+                setattr(module, attribute, max(value) if isinstance(value, tuple) and "GRU" in name else value)
         for owner in module.modules():
             for key, old in list(owner._parameters.items()):
                 setattr(owner, key, nn.Parameter(torch.rand_like(old), facts["parameters_learn"]))
@@ -201,7 +202,7 @@ class Routes(RuleBasedStateMachine):
         if facts["hx"] is not None:
             hx = states_for(module, batch, random)
             given["hx"] = tree_map(lambda t: t.requires_grad_(facts["hx"] == "learns"), hx)
-        if isinstance(module, gpu_lstm.LSTMCell):
+        if isinstance(module, nn.RNNCellBase):
             return random(*batch, 2).requires_grad_(facts["x_learns"]), given
         if form == "packed":
             x = self.packed(x.reshape(steps, *batch, 2)).data
@@ -215,7 +216,8 @@ class Routes(RuleBasedStateMachine):
 
     def form(self, module):
         """Of x: that of the facts where there is such."""
-        packs = isinstance(module, gpu_lstm.LSTM | gpu_lstm.StackedLSTM) and self.facts["batch"] > 0
+        cells = nn.RNNCellBase, Function
+        packs = not isinstance(module, cells) and self.facts["batch"] > 0
         is_there = packs if self.facts["form"] == "packed" else not isinstance(module, Function)
         return self.facts["form"] if is_there else "padded"
 

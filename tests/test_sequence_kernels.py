@@ -45,6 +45,27 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
     check((4, 2, 3, 11), "always norm-c", "triton", F32, seeds=1)
 
 
+@pytest.mark.parametrize("family", ["step", "split/4", "held", "resident", "cooperative/4/1/4", "pointwise"])
+def test_h_of_a_gru_is_carried_in_float32(monkeypatch, family):
+    """As the cell of an LSTM, below: c is h, which is rounded where it is an operand and where it is returned."""
+    KERNELS[family].force(monkeypatch)
+    torch.manual_seed(0)
+    steps, batch, hidden = 12, 3, 8
+    gates, h0 = torch.randn(steps, batch, 4 * hidden).half(), torch.randn(batch, hidden).half()
+    gates[:, :, 3 * hidden :] = 0  # s, which x does not reach, and h not by a W_hh of zeros
+    lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(3 * hidden, hidden)
+    n_first = torch.eye(3 * hidden).roll(-hidden, 0)  # from n, r, z
+    tensors = gates[:, :, : 3 * hidden], h0, h0, n_first, weight_hh
+    out, expected, *_ = oracle.gru_layer(*(t.double().numpy() for t in tensors), lengths=lengths)
+    r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=h0.float(), lengths=lengths)
+    layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
+    _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
+    (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
+    valid = torch.arange(steps)[:, None] < lengths
+    for ours, true in ((c_n, expected), (unsaved, expected), (c[valid], out[valid.numpy()])):
+        torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("family", ["step", "split/4", "held", "resident", "cooperative/4/1/4"])
 def test_the_cell_is_kept_in_float32(monkeypatch, family):
     """c, saved and final, is that of a recurrence in float32; W_hh is zero, so that the rounding of h plays no part."""
@@ -65,17 +86,18 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (F16, torch.int16)], ids=str)
-def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, dtype, bits):
+def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
     """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
     cooperative(monkeypatch, units=4)
     torch.manual_seed(0)
-    ours = gpu_lstm.LSTM(3, 8, dtype=dtype, backend="triton")
-    theirs = torch.nn.LSTM(3, 8, dtype=dtype)
+    ours = getattr(gpu_lstm, kind)(3, 8, dtype=dtype, backend="triton")
+    theirs = getattr(torch.nn, kind)(3, 8, dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
     x, h0, c0 = (torch.randn(size, dtype=dtype) for size in ((4, 3, 3), (1, 3, 8), (1, 3, 8)))
     h0.view(bits)[0, 0, :2], x[1, 1, 0] = -1, float("nan")
-    (found, _), (expected, _) = (module(x, (h0, c0)) for module in (ours, theirs))
+    (found, _), (expected, _) = (module(x, (h0, c0) if kind == "LSTM" else h0) for module in (ours, theirs))
     torch.testing.assert_close(found, expected, equal_nan=True, atol=8 * torch.finfo(dtype).eps, rtol=0)
     assert not found[:, 2].isnan().any()
 
@@ -228,11 +250,12 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     lstm(x)
 
 
-@pytest.mark.parametrize(("family", "tiles_per_program"), [
-    ("cooperative/4/1/4", 1), ("resident", 1), ("pointwise", 1), ("step", 1), ("split/4", 1),
-    ("cooperative/4/1/4", 2), ("held", 2), ("held/ahead", 2), ("held/2", 1),
+@pytest.mark.parametrize(("family", "tiles_per_program", "cell"), [
+    *((family, 1, "") for family in ("cooperative/4/1/4", "resident", "pointwise", "step", "split/4", "held/2")),
+    *((family, 2, "") for family in ("cooperative/4/1/4", "held", "held/ahead")),
+    ("cooperative/4/1/4", 2, "gru "), ("held", 2, "gru "), ("resident", 1, "gru "),
 ])  # fmt: skip
-def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_program):
+def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_program, cell):
     """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
     KERNELS[family].force(monkeypatch)
     choose_plan = launch.choose_plan
@@ -242,7 +265,7 @@ def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles
         return dataclasses.replace(plan, tiles_per_program=tiles_per_program)
 
     monkeypatch.setattr(launch, "choose_plan", for_more)
-    check((4, 5, 3, 8), "ragged resets", "triton", F32, seeds=1)
+    check((4, 5, 3, 8), f"{cell}ragged resets", "triton", F32, seeds=1)
 
 
 @triton.jit

@@ -38,7 +38,7 @@ class Quantised(Tensor):
         return function(*tree_map_only(cls, cls.plain, args), **tree_map_only(cls, cls.plain, kwargs or {}))
 
 
-KINDS = ("plain", "cell", "stack")
+KINDS = ("plain", "cell", "stack", "GRU", "GRUCell", "StackedGRU")
 
 
 def made(kind, backend, weight_hh=lambda weight: weight):
@@ -55,7 +55,7 @@ def made(kind, backend, weight_hh=lambda weight: weight):
 def given(kind):
     module = SUBJECTS[kind]()
     torch.manual_seed(1)
-    return torch.randn(*[T] * (kind != "cell"), B, 2), states_for(module, [B], torch.randn)
+    return torch.randn(*[T] * (kind not in ("cell", "GRUCell")), B, 2), states_for(module, [B], torch.randn)
 
 
 def assert_close(ours, theirs):
@@ -93,11 +93,12 @@ def test_weights_and_states(routes, backend, kind):
     assert routes == 2 * [(backend, False), *[(backend, backend == "triton")] * 2]
 
 
+@pytest.mark.parametrize("kind", ["plain", "GRU"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_states_to_reset_to(backend):
-    x, hx = given("plain")
+def test_states_to_reset_to(backend, kind):
+    x, hx = given(kind)
     found, expected = (
-        made("plain", name)(x, resets=RESETS, reset_states=tree_map_only(Tensor, how, hx))
+        made(kind, name)(x, resets=RESETS, reset_states=tree_map_only(Tensor, how, hx))
         for name, how in ((backend, Quantised.of), ("reference", lambda t: Quantised.of(t).plain()))
     )
     assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""torch's own LSTM as a backend: weights in one buffer for cuDNN, and resets without synchronising with the device.
+"""torch's own modules as a backend: weights in one buffer for cuDNN, and resets without synchronising with the device.
 
 No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py.
 """
@@ -42,11 +42,13 @@ def says_cuda(monkeypatch):
     return monkeypatch
 
 
-@pytest.mark.parametrize("arguments", SHAPES, ids=str)
-def test_bfloat16_parameters_are_put_into_one_buffer_and_stay_parameters(says_cuda, arguments):
+@pytest.mark.parametrize(("kind", "arguments"), [
+    *(("LSTM", arguments) for arguments in SHAPES), ("GRU", {}), ("GRU", dict(num_layers=2, bias=False))],
+    ids=str)  # fmt: skip
+def test_bfloat16_parameters_are_put_into_one_buffer_and_stay_parameters(says_cuda, kind, arguments):
     torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(3, 4, **arguments).to(BF16)
-    others = nn.LSTM(3, 4, **arguments, dtype=BF16)
+    lstm = getattr(gpu_lstm, kind)(3, 4, **arguments).to(BF16)
+    others = getattr(nn, kind)(3, 4, **arguments, dtype=BF16)
     others.load_state_dict(lstm.state_dict())
     says_cuda.undo()
     own = list(lstm.parameters())
@@ -88,11 +90,12 @@ def test_weights_that_are_somebody_elses_are_packed_at_every_call(arguments, tie
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_cudnn_is_given_one_buffer(monkeypatch, whole):
-    called = Mock(side_effect=lambda x, hx, *rest: (x, *hx))
-    monkeypatch.setattr(torch_rnn, "lstm", called)
+@pytest.mark.parametrize(("cell", "rows"), [("lstm", 16), ("gru", 12)])
+def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
+    called = Mock(side_effect=lambda x, hx, *rest: (x, *hx) if cell == "lstm" else (x, hx))
+    monkeypatch.setattr(torch_rnn, cell, called)
     with FakeTensorMode():
-        sizes = (16, 3), (16, 4), (16,), (16,)
+        sizes = (rows, 3), (rows, 4), (rows,), (rows,)
         weights = [torch.empty(size, device="cuda") for size in sizes]
         if whole:
             weights = torch_rnn.packed(weights)
@@ -113,14 +116,15 @@ class Blind(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("ragged", "arguments"), [
-    (dict(lengths=LENGTHS), dict(num_layers=2, bidirectional=True)), (dict(resets=RESETS), dict(proj_size=2)),
-    (RAGGED, dict(num_layers=2, dropout=0.5)),
-], ids=["lengths", "resets", "both"])  # fmt: skip
-def test_lengths_and_resets_need_no_values(monkeypatch, ragged, arguments):
+@pytest.mark.parametrize(("cls", "ragged", "arguments"), [
+    (gpu_lstm.LSTM, dict(lengths=LENGTHS), dict(num_layers=2, bidirectional=True)),
+    (gpu_lstm.LSTM, dict(resets=RESETS), dict(proj_size=2)), (gpu_lstm.LSTM, RAGGED, dict(num_layers=2, dropout=0.5)),
+    (gpu_lstm.GRU, RAGGED, dict(num_layers=2, bidirectional=True)),
+], ids=["lengths", "resets", "both", "both, GRU"])  # fmt: skip
+def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     """On a device that has none, as fake tensors, and blind."""
     torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(3, 4, **arguments, backend="torch")
+    lstm = cls(3, 4, **arguments, backend="torch")
     x = torch.randn(T, B, 3)
 
     def shapes(module, x, **given):
@@ -139,19 +143,22 @@ def test_lengths_and_resets_need_no_values(monkeypatch, ragged, arguments):
 
 
 @pytest.mark.filterwarnings("ignore")  # torch says that it is deprecated, and warns of Python values
-def test_a_trace_is_right_for_other_resets():
-    lstm, x = gpu_lstm.LSTM(3, 4, backend="torch").requires_grad_(False), torch.randn(T, B, 3)
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_a_trace_is_right_for_other_resets(cls):
+    lstm, x = cls(3, 4, backend="torch").requires_grad_(False), torch.randn(T, B, 3)
     traced = torch.jit.trace(lambda x, r: lstm(x, resets=r)[0], (x, torch.zeros_like(RESETS)), check_trace=False)
     torch.testing.assert_close(traced(x, RESETS), lstm(x, resets=RESETS)[0])
 
 
-def test_rows_for_tensor_cores(monkeypatch):
+@pytest.mark.parametrize(("cls", "added"), [(gpu_lstm.LSTM, 2), (gpu_lstm.GRU, 3)])
+def test_rows_for_tensor_cores(monkeypatch, cls, added):
     """Features are added up to whole 16 bytes, or 128 elements where cuDNN could not keep W_hh on chip otherwise."""
     two_copies(monkeypatch)
-    for dtype, inputs, expected in ((torch.float32, 3, 5), (BF16, 3, 8), (torch.float16, 128, 256), (BF16, 128, 136)):
+    sizes = (torch.float32, 3, 3 + added), (BF16, 3, 8), (torch.float16, 128, 256), (BF16, 128, 136)
+    for dtype, inputs, expected in sizes:
         stack = Mock(side_effect=lambda cell, x, state, *rest: (x[..., :4], state))
         monkeypatch.setattr(torch_rnn, "stack", stack)
-        lstm = gpu_lstm.LSTM(inputs, 4, backend="torch", device="meta", dtype=dtype)
+        lstm = cls(inputs, 4, backend="torch", device="meta", dtype=dtype)
         lstm(torch.empty(T, B, inputs, device="meta", dtype=dtype), resets=RESETS.to("meta"))
         assert stack.call_args.args[1].shape == (T, 2 * B, expected)
 
@@ -169,18 +176,20 @@ NOT_FINITE = {  # what is put where in x [T, B, I], h0 and c0 [2, B, H], and wei
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 3, 4])], ids=["whole", "lengths"])
 @pytest.mark.parametrize("case", NOT_FINITE)
 @pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
-def test_what_is_not_finite_gives_in_an_episode_what_the_oracle_gives(monkeypatch, on_host, case, lengths):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_what_is_not_finite_gives_in_an_episode_what_the_oracle_gives(monkeypatch, kind, on_host, case, lengths):
     """On a device infinite states, and infinities that make a NaN, are treated as NaN: to the end of the episode."""
-    _, ours = pair("LSTM", "torch", bidirectional=True)
-    x, (h, c) = tree_map(Tensor.double, random_inputs(ours, B))
+    _, ours = pair(kind, "torch", bidirectional=True)
+    x, hx = tree_map(Tensor.double, random_inputs(ours, B))
+    h, c = hx if kind == "LSTM" else (hx, hx)
     with torch.no_grad():
         for (name, *place), value in NOT_FINITE[case].items():
             (dict(x=x, h=h, c=c) | ours.state_dict())[name][tuple(place)] = value
     if not on_host:
         two_copies(monkeypatch)
-    got = results(ours, x, (h, c), lengths=lengths, resets=RESETS)
-    expected = truth(ours, x, (h, c), lengths=lengths, resets=RESETS)
-    for name in expected if on_host else ("output", "h0", "c0"):
+    got = results(ours, x, hx, lengths=lengths, resets=RESETS)
+    expected = truth(ours, x, hx, lengths=lengths, resets=RESETS)
+    for name in expected if on_host else [name for name in ("output", "h0", "c0") if name in expected]:
         lost, of_torch = got[name].isnan(), expected[name].isnan()
         assert torch.equal(lost, of_torch) if on_host else (of_torch <= lost).all(), name
         there = (torch.where(lost, 0, t[name]) for t in (got, expected))
@@ -205,12 +214,13 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how):
 @pytest.mark.parametrize(("places", "calls"), [
     ([], 1), ([(0, 1)], 1), ([(0, 1), (2, 0)], 2), ([(2, 0), (2, 2)], 2), ([(1, 0), (2, 2), (3, 0)], 1),
 ])  # fmt: skip
-def test_on_the_host_few_resets_part_a_call_and_many_shut_gates(monkeypatch, places, calls, lengths):
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_on_the_host_few_resets_part_a_call_and_many_shut_gates(monkeypatch, kind, places, calls, lengths):
     resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_rnn.stack
     for place in places:
         resets[place] = True
     monkeypatch.setattr(torch_rnn, "stack", lambda cell, x, *rest: sizes.append(len(x)) or stack(cell, x, *rest))
-    _, ours = pair("LSTM", "torch")
+    _, ours = pair(kind, "torch")
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, resets=resets, lengths=lengths)
     torch.testing.assert_close(results(ours, x, hx, resets=resets, lengths=lengths), expected, rtol=1e-9, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Modules with features that torch's LSTM lacks, against ONNX's LSTM, the reference; what refuses them.
+"""Modules with features that torch's lack, against ONNX's operators, the reference; what refuses them.
 
 Against the oracle: test_layer.py.
 """
@@ -31,9 +31,11 @@ KINDS = {
     "projected": partial(LSTM, proj_size=2, bidirectional=True, recompute=True),
     "recomputed": partial(LSTM, recompute=True), "LSTMCell": partial(gpu_lstm.LSTMCell, I, H),
     "StackedLSTM": partial(Stack, [H, H]), "one of a stack": partial(Stack, [H]),
-    "residual": partial(Stack, [I, I], residual=True)}  # fmt: skip
+    "residual": partial(Stack, [I, I], residual=True), "GRU": partial(gpu_lstm.GRU, I, H, num_layers=2),
+    "recomputed GRU": partial(gpu_lstm.GRU, I, H, bidirectional=True, recompute=True),
+    "one GRU": partial(gpu_lstm.GRU, I, H), "StackedGRU": partial(gpu_lstm.StackedGRU, I, [H, 3])}  # fmt: skip
 NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
-ALL = dict(**NOISE, weight_drop=0.25)
+ALL, GRUS_ZONEOUT = dict(**NOISE, weight_drop=0.25), 0.4
 OPTIONS = {
     "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
     "both": dict(peepholes=True, layer_norm=("c", "hh"), bias=False), "noise": NOISE, "noise in eval": NOISE,
@@ -44,7 +46,10 @@ ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c"
 
 def made(kind, backend, option="plain", **arguments):
     torch.manual_seed(0)
-    module = KINDS[kind](**OPTIONS[option] | arguments, backend=backend).train("eval" not in option)
+    options = OPTIONS[option] | arguments
+    if "GRU" in kind and "zoneout" in options:
+        options["zoneout"] = GRUS_ZONEOUT
+    module = KINDS[kind](**options, backend=backend).train("eval" not in option)
     for name, parameter in module.named_parameters():  # not the ones and zeros that they begin with
         if "gain" in name or "bias_c" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -63,6 +68,20 @@ def test_all_of_h_is_dropped(backend, kind):
     assert_same(results(ours, x, hx, seed=5, **RAGGED), expected, backend)
 
 
+def by_onnx(operator, given, outputs, **attributes):
+    """The output and the final states by an operator of ONNX, both directions."""
+    info = onnx.helper.make_tensor_value_info
+    attributes |= dict(hidden_size=H, direction="bidirectional")
+    node = onnx.helper.make_node(operator, list(given), outputs, **attributes)
+    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
+    results = [info(n, onnx.TensorProto.FLOAT, None) for n in outputs]
+    graph, opset = onnx.helper.make_graph([node], operator, values, results), onnx.helper.make_opsetid("", 14)
+    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, *states = map(torch.from_numpy, session.run(None, given))
+    return [y.transpose(1, 2).flatten(2), *states]
+
+
 def test_onnxs_lstm_gives_the_same():
     """Its operator has peepholes to i, o and f, and gates in the order i, o, f, c, by their equations there."""
     lstm = gpu_lstm.LSTM(I, H, bidirectional=True, peepholes=True)
@@ -76,21 +95,31 @@ def test_onnxs_lstm_gives_the_same():
     given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
                  B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
                  h=h0.numpy(), c=c0.numpy(), P=of_both("weight_peephole", (0, 2, 1)))  # fmt: skip
-    info = onnx.helper.make_tensor_value_info
-    node = onnx.helper.make_node("LSTM", list(given), ["Y", "Y_h", "Y_c"], hidden_size=H, direction="bidirectional")
-    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
-    outputs = [info(n, onnx.TensorProto.FLOAT, None) for n in node.output]
-    graph, opset = onnx.helper.make_graph([node], "lstm", values, outputs), onnx.helper.make_opsetid("", 14)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y, *states = map(torch.from_numpy, session.run(None, given))
-    theirs = [y.transpose(1, 2).flatten(2), *states]
-    torch.testing.assert_close(tree_leaves(lstm(x, (h0, c0))), theirs, rtol=1e-5, atol=1e-6)
+    outputs = by_onnx("LSTM", given, ["Y", "Y_h", "Y_c"])
+    torch.testing.assert_close(tree_leaves(lstm(x, (h0, c0))), outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_onnxs_gru_gives_the_same():
+    """By its equations there, with linear_before_reset = 1; its gates are in the order z, r, h."""
+    gru = gpu_lstm.GRU(I, H, bidirectional=True)
+    x, h0 = random_inputs(gru, B)
+    weights = {name: t.detach().numpy() for name, t in gru.named_parameters()}
+
+    def of_both(kind):
+        parts = [np.split(weights[f"{kind}_l0{suffix}"], 3) for suffix in ("", "_reverse")]
+        return np.stack([np.concatenate([z, r, n]) for r, z, n in parts])
+
+    given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
+                 B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
+                 h=h0.numpy())  # fmt: skip
+    outputs = by_onnx("GRU", given, ["Y", "Y_h"], linear_before_reset=1)
+    torch.testing.assert_close(tree_leaves(gru(x, h0)), outputs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "option", "frozen"), [
     ("LSTMCell", "peepholes", "weight_peephole"), ("recomputed", "both", ""), ("recomputed", "both", "gain"),
-    ("projected", "peepholes", "weight_hh"), ("projected", "noise", "")])  # fmt: skip
+    ("projected", "peepholes", "weight_hh"), ("projected", "noise", ""), ("recomputed GRU", "noise", ""),
+    ("GRU", "plain", "weight_hh")])  # fmt: skip
 def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
     """Of c alone, with parts frozen; or of everything, with states to reset to."""
     found = []
@@ -119,12 +148,13 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
 
 @pytest.mark.parametrize(("kind", "option", "how"), [
     ("deep", "all noise", "ragged"), ("residual", "plain", "ragged"), ("projected", "plain", "states"),
+    ("GRU", "all noise", "states"),
     *(pytest.param(*case, "ragged", marks=pytest.mark.deep) for case in (
         ("recomputed", "both"), ("LSTM", "all noise"), ("deep", "all noise in eval"), ("projected", "all noise"))),
 ])  # fmt: skip
 def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, how):
     """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""
-    between = dict(dropout=0.3) if kind in ("LSTM", "deep") else {}
+    between = dict(dropout=0.3) if kind in ("LSTM", "deep", "GRU") else {}
     ours, expected = (made(kind, backend, option, **between).to(torch.float32) for backend in ("triton", "reference"))
     ours.recompute, ragged = False, dict(RAGGED)
     if how == "states":
@@ -155,8 +185,9 @@ def test_a_trace_shows_the_states_after_zoneout():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("option", ["plain", "noise in eval"])
-def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, option):
-    lstm = made("projected", "reference", option).to(dtype)
+@pytest.mark.parametrize("kind", ["projected", "recomputed GRU"])
+def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, option, kind):
+    lstm = made(kind, "reference", option).to(dtype)
     x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(lstm, B))
     rounded, given = tree_leaves(lstm(x, hx, **RAGGED)), tree_map_only(torch.Tensor, torch.Tensor.float, (x, hx))
     exact = tree_leaves(lstm.float()(*given, **RAGGED))
@@ -166,7 +197,7 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
         assert all(map(torch.equal, tree_leaves(found), rounded))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "residual"])
+@pytest.mark.parametrize("kind", ["LSTM", "residual", "GRU", "StackedGRU"])
 @every_backend
 def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
     dropped = made(kind, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
@@ -175,7 +206,8 @@ def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
 
 
 @pytest.mark.parametrize(("backend", "kind", "rate"), [
-    *((backend, "recomputed", 0.5) for backend in BACKENDS), ("torch", "one of a stack", 1.0)])  # fmt: skip
+    *((backend, kind, 0.5) for backend in BACKENDS for kind in ("recomputed", "one GRU")),
+    ("torch", "one of a stack", 1.0)])  # fmt: skip
 def test_weight_drop_runs_everywhere(backend, kind, rate):
     """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
     lstm, plain = made(kind, backend, weight_drop=rate), made(kind, "reference").to(**PLACES[backend])
@@ -191,17 +223,19 @@ def test_weight_drop_runs_everywhere(backend, kind, rate):
     torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @every_able
-def test_autocast(backend, device):
-    lstm = made("LSTM", backend, "all noise").to(device, torch.float32)
+def test_autocast(backend, kind, device):
+    lstm = made(kind, backend, "all noise").to(device, torch.float32)
     x = random_inputs(lstm, B)[0].to(device)
     half = pairs.seeded(torch.autocast(device, torch.float16)(lstm), x)[0]
     assert half.dtype is torch.float16
     torch.testing.assert_close(half.float(), pairs.seeded(lstm, x)[0], rtol=0, atol=5e-3)
 
 
-def test_per_sample_noise_under_vmap():
-    lstm, x = gpu_lstm.LSTM(3, 4, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 1, 3).expand(5, 4, 1, 3)
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_per_sample_noise_under_vmap(cls):
+    lstm, x = cls(3, 4, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 1, 3).expand(5, 4, 1, 3)
     outputs = torch.func.vmap(lambda x: lstm(x)[0], randomness="different")(x)
     assert len({tuple(o.flatten().tolist()) for o in outputs}) == 5
 
@@ -233,23 +267,29 @@ def test_parameters(cls, variant, names):
     assert_identical(lstm.state_dict(), before)
 
 
-@pytest.mark.parametrize(("kind", "name"), [("StackedLSTM", "layer_norm"), *(("LSTM", name) for name in NOISE)])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("StackedLSTM", "layer_norm"), *((kind, name) for kind in ("LSTM", "GRU", "StackedGRU") for name in NOISE)],
+)
 def test_a_backend_that_cannot_says_so(kind, name):
     module, said = made(kind, "torch", name).float(), f"does not support {name}"
     with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'triton' or 'reference'$"):
         module(*random_inputs(module, B))
-    module.backend = None
-    explained = gpu_lstm.explain(module, torch.zeros(T, 1, I))
-    assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
     if name == "recurrent_dropout":  # in eval() it is off
-        module.backend = "torch"
         module.eval()(*random_inputs(module, B))
 
 
-@pytest.mark.parametrize("kind", ["recomputed", "one of a stack"])
+@pytest.mark.parametrize(("kind", "name"), [("StackedLSTM", "layer_norm"), *(("LSTM", name) for name in NOISE)])
+def test_why_a_backend_cannot_is_explained(kind, name):
+    explained = gpu_lstm.explain(made(kind, None, name), torch.zeros(T, 1, I))
+    assert (explained.backend, explained.others["torch"]) == ("reference", f"it does not support {name}")
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "one of a stack", "GRU", "StackedGRU"])
 def test_pickles(kind):
     twin, old = pickle.loads(pickle.dumps(made(kind, None, "all noise"))), made(kind, None)
-    assert {name: getattr(twin, name) for name in ALL} == ALL
+    expected = ALL | (dict(zoneout=GRUS_ZONEOUT) if "GRU" in kind else {})
+    assert {name: getattr(twin, name) for name in ALL} == expected
     for name in ALL:
         del old.__dict__[name]  # as in a pickle from before there were any
     old = pickle.loads(pickle.dumps(old))

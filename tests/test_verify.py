@@ -22,9 +22,11 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
+from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import cell, fragments, indexing, launch, norm, step
+from gpu_lstm.kernels.triton_lstm import cells, fragments, indexing, launch, norm, step
+from gpu_lstm.kernels.triton_lstm.cells import gru, lstm
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
 
@@ -43,11 +45,11 @@ NORMS = dict(norms=(True, True, True))
 
 def _given(problem):
     """The tensors of a call, whose x has some features."""
-    given, rows = launch.call_of(problem, CPU)[1].inputs, 4 * problem.hidden
+    given, rows = launch.call_of(problem, CPU)[1].inputs, CELLS[problem.cell].rows * problem.hidden
     states = {} if given.reset_c is None else dict(reset_h=torch.zeros(problem.steps, problem.batch, problem.width))
     x, weight_ih = torch.zeros(problem.steps, problem.batch, 3), torch.zeros(rows, 3)
-    floats = {name: t.to(problem.dtype) for name, t in dict(x=x, weight_ih=weight_ih, **states).items()}
-    return given._replace(**floats)
+    tensors = dict(x=x, weight_ih=weight_ih, bias_ih=torch.zeros(rows), bias_hh=torch.zeros(rows), **states)
+    return given._replace(**{name: t.to(problem.dtype) for name, t in tensors.items()})
 
 
 def _verify(problem, pass_=FORWARD, plan=None, given=None):
@@ -74,8 +76,9 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     assert calls == [forward, backward]
 
 
+@pytest.mark.parametrize("cell", ["lstm", pytest.param("gru", marks=pytest.mark.deep)])
 @pytest.mark.parametrize("name", ["x", "h0", "c0", "weight_hh", "reset_h", "reset_c"])
-def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
+def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name, cell):
     right = fused.gradients
 
     def twice(*given):
@@ -83,7 +86,7 @@ def test_every_gradient_of_a_recurrence_is_verified(monkeypatch, name):
         return found | {name: 2 * found[name]}
 
     monkeypatch.setattr(fused, "gradients", twice)
-    assert f"gradient of {name} " in _verify(HALF._replace(**RAGGED, reset_c=True), Pass(True))
+    assert f"gradient of {name} " in _verify(HALF._replace(**RAGGED, reset_c=True, cell=cell), Pass(True))
 
 
 @pytest.mark.parametrize(("times", "wrong"), [(1.9, False), (2.1, True)])
@@ -98,15 +101,18 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
     assert (_verify(HALF) is not None) == wrong
 
 
-@pytest.mark.parametrize(("family", "projected"), [
-    ("cooperative", 0), ("pointwise", 0), ("step", 0), pytest.param("resident", 5, marks=pytest.mark.deep),
+@pytest.mark.parametrize(("family", "options"), [
+    *((family, dict(peepholes=True)) for family in ("cooperative", "pointwise", "step")),
+    pytest.param("resident", dict(projected=5, peepholes=True), marks=pytest.mark.deep),
+    *((family, dict(cell="gru")) for family in ("pointwise", "resident")),
+    *(pytest.param(family, dict(cell="gru"), marks=pytest.mark.deep) for family in ("cooperative", "step")),
 ])  # fmt: skip
-def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, projected):
+def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, options):
     run = Mock(side_effect=ConcurrentRun(seed=0))
     monkeypatch.setattr(launch, "launch_kernel", run)
-    problem = HALF._replace(**RAGGED, batch=99, projected=projected, peepholes=True)
+    problem = HALF._replace(**RAGGED, batch=99, **options)
     for pass_ in (Pass(), Pass(True)):
-        plan = plan_of(family, HALF._replace(batch=99), pass_.backward)
+        plan = plan_of(family, HALF._replace(batch=99, cell=problem.cell), pass_.backward)
         if family == "cooperative":
             plan = dataclasses.replace(plan, groups=2, tiles_per_program=7)
         if family == "step":  # three programs for each of two tiles of units
@@ -159,8 +165,27 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
 
 
 # Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
-cell_forward, gates_backward, sequences = cell.cell_forward, cell.gates_backward, indexing.sequences
+cell_forward, gates_backward, sequences = cells.cell_forward, lstm.gates_backward, indexing.sequences
 load_peepholes, load_affine = indexing.load_peepholes, indexing.load_affine
+gru_forward, gru_backward, sigmoid, tanh = gru.gru_forward, gru.gru_backward, lstm.sigmoid, lstm.tanh
+
+
+def gru_with(candidate=lambda x, z, r: tanh(x[0] + r * (x[3] + z[3])), h=gru.gru_next_cell):
+    """The GRU's forward with another candidate n or another h."""
+
+    def forward(x, z, c_prev):
+        (_, r, update, s), _, _ = gru_forward(x, z, c_prev)
+        gates = (candidate(x, z, r), r, update, s)
+        return gates, h(gates, c_prev), h(gates, c_prev)
+
+    return forward
+
+
+def gru_gradients(change):
+    """The GRU's backward, of which change(gates, dz, dc_prev) returns what is wrong."""
+    return lambda gates, c_prev, dm, dc: change(gates, *gru_backward(gates, c_prev, dm, dc))
+
+
 FAULTS = {  # of each option of a call: the device function, and what stands in its place
     "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
@@ -177,20 +202,38 @@ FAULTS = {  # of each option of a call: the device function, and what stands in 
     "norms: nothing through the deviation": (
         "normalise_backward", lambda d, unit, scale, mean_d, _: scale * (d - mean_d)),
 }  # fmt: skip
+GRU_FAULTS = {
+    "r before the sum with x": ("gru_forward", gru_with(lambda x, z, r: tanh(r * (x[0] + x[3] + z[3])))),
+    "no r": ("gru_forward", gru_with(lambda x, z, r: tanh(x[0] + x[3] + z[3]))),
+    "b_hn outside r": ("gru_forward", gru_with(lambda x, z, r: tanh(x[0] + x[3] + r * z[3]))),
+    "z and 1 - z swapped": ("gru_forward", gru_with(h=lambda gates, before: gru.gru_next_cell(
+        (gates[0], gates[1], 1.0 - gates[2]), before))),
+    "r and z swapped": ("gru_forward", lambda x, z, *given: gru_forward(
+        (x[0], x[2], x[1], x[3]), (z[0], z[2], z[1], z[3]), *given)),
+    "the gradient of h past the step lost": ("gru_backward", gru_gradients(lambda gates, dz, dc: (dz, dc * 0.0))),
+    "n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, dc: (
+        (dz[0], dz[1] * 0.0, dz[2], dz[3]), dc))),
+    "s without its factor r": ("gru_backward", gru_gradients(lambda gates, dz, dc: ((*dz[:3], dz[0]), dc))),
+    "dc lost": ("gru_backward", lambda gates, c_prev, dm, dc: gru_backward(gates, c_prev, dm, dc * 0.0)),
+}  # fmt: skip
+FAULTS |= {f"GRU: {name}": fault for name, fault in GRU_FAULTS.items()}
+FIRST = *list(FAULTS)[:4], "GRU: b_hn outside r", "GRU: z and 1 - z swapped", "GRU: n does not depend on r"
 
 
 def plant(monkeypatch, fault: str) -> None:
     """A fault wherever kernels of the step family find the function."""
     name, function = FAULTS[fault]
-    for module in (step, fragments, indexing, norm):
+    for module in (step, fragments, indexing, norm, cells, lstm):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)
 
 
 @pytest.mark.parametrize("fault", [
-    pytest.param(fault, marks=[pytest.mark.deep] * (k > 3)) for k, fault in enumerate(FAULTS)])  # fmt: skip
+    pytest.param(fault, marks=[pytest.mark.deep] * (fault not in FIRST)) for fault in FAULTS])  # fmt: skip
 def test_a_wrong_kernel_is_found(monkeypatch, fault):
-    problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault, peepholes=True)
+    problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault, peepholes="GRU" not in fault)
+    if "GRU" in fault:
+        problem = problem._replace(cell="gru")
     plant(monkeypatch, fault)
     if "norms" in fault:
         problem = problem._replace(**NORMS)
@@ -225,7 +268,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     problems = [
         dict(hidden=33), dict(dtype=torch.float16), dict(projected=5), dict(precision="tf32"), dict(reverse=True),
         dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES, dict(dropout_h=True),
-        dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1),
+        dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1), dict(cell="gru"),
     ]  # fmt: skip
     families, sizes = (Step(7), Held(7), Held(7, ahead=True)), ("rows", "units", "programs", "num_warps", "groups")
     changes = [dict(tiles_per_program=1), *(dict(family=each) for each in families), *({name: 99} for name in sizes)]
@@ -258,22 +301,23 @@ def card(monkeypatch):
 
 
 @pytest.mark.parametrize(("fault", "training"), [
-    ("gates i and f swapped", False), ("cell gradient lost", True),
+    ("gates i and f swapped", False), ("cell gradient lost", True), ("GRU: b_hn outside r", False),
+    ("GRU: n does not depend on r", True),
 ])  # fmt: skip
 def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeypatch, fault, training):
     plant(monkeypatch, fault)
-    lstm, x, found = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4), []
+    module, x, found = (gpu_lstm.GRU if "GRU" in fault else gpu_lstm.LSTM)(4, 5), torch.randn(6, 3, 4), []
     for backend in (None, "reference"):
-        lstm.backend = backend
+        module.backend = backend
         untrusted = contextlib.nullcontext() if backend else pytest.warns(UserWarning, match="failed its verification")
         with torch.set_grad_enabled(training), untrusted:
-            y, _ = lstm(x)
-        gradients = torch.autograd.grad(y.square().sum(), list(lstm.parameters())) if training else ()
+            y, _ = module(x)
+        gradients = torch.autograd.grad(y.square().sum(), list(module.parameters())) if training else ()
         found.append([y, *gradients])
     torch.testing.assert_close(*found)
-    lstm.backend = "triton"
+    module.backend = "triton"
     with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
-        lstm(x)[0].sum().backward()
+        module(x)[0].sum().backward()
 
 
 CONTEXTS = SETTINGS | {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "profiler": torch.profiler.profile}
@@ -351,10 +395,12 @@ def a_v100(monkeypatch):
     monkeypatch.setattr(race, "race", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
 
 
-@pytest.mark.parametrize(("how", "resets"), [
-    ("right", False), ("right", True), ("computes nothing", True), ("times out", False), ("writes outside", False),
+@pytest.mark.parametrize(("cls", "how", "resets"), [
+    (gpu_lstm.LSTM, "right", False), (gpu_lstm.LSTM, "right", True), (gpu_lstm.LSTM, "computes nothing", True),
+    (gpu_lstm.LSTM, "times out", False), (gpu_lstm.LSTM, "writes outside", False),
+    (gpu_lstm.GRU, "right", True), (gpu_lstm.GRU, "computes nothing", True),
 ])  # fmt: skip
-def test_kernels_in_cuda_are_verified_too_and_win_where_they_are_right(a_v100, monkeypatch, recwarn, how, resets):
+def test_kernels_in_cuda_are_verified_too_and_win_where_they_are_right(a_v100, monkeypatch, recwarn, cls, how, resets):
     """Otherwise `auto` does without them."""
     run, limits = cupy.launch_kernel, []
 
@@ -369,7 +415,7 @@ def test_kernels_in_cuda_are_verified_too_and_win_where_they_are_right(a_v100, m
             weights.as_strided((1,), (1,), weights.storage_offset() + weights.numel()).fill_(1)
 
     monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
-    lstm, x, found = gpu_lstm.LSTM(4, 5), torch.randn(6, 3, 4), []
+    lstm, x, found = cls(4, 5), torch.randn(6, 3, 4), []
     starts = torch.rand(6, 3) < 0.3 if resets else None
     for lstm.backend in (None, "reference"):
         y, _ = lstm(x, resets=starts)

@@ -22,10 +22,12 @@ def same_weights(a, b) -> bool:
 
 @pytest.mark.parametrize(("cls", "arguments"), [
     (nn.LSTM, dict(bias=False, batch_first=True)), (nn.LSTMCell, {}), (nn.LSTMCell, dict(bias=False)),
-    (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3))], ids=str)  # fmt: skip
+    (nn.LSTM, dict(num_layers=2, bidirectional=True, proj_size=2, dropout=0.3)), (nn.GRUCell, {}),
+    (nn.GRU, dict(bias=False, batch_first=True)), (nn.GRU, dict(num_layers=2, bidirectional=True, dropout=0.3)),
+], ids=str)  # fmt: skip
 def test_names_values_and_repr_are_those_of_torch(cls, arguments):
     theirs = seeded(cls, I, H, **arguments)
-    for ours in (getattr(gpu_lstm, cls.__name__), *([gpu_lstm.compat.LSTM] if cls is nn.LSTM else [])):
+    for ours in (getattr(of, cls.__name__) for of in (gpu_lstm, gpu_lstm.compat) if hasattr(of, cls.__name__)):
         module = seeded(ours, I, H, **arguments)
         assert list(module.state_dict()) == list(theirs.state_dict())
         assert sorted(module.__constants__) == sorted(theirs.__constants__)
@@ -35,7 +37,7 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert not same_weights(module, theirs)
         seeded(module.reset_parameters)
         assert same_weights(module, theirs)
-        if cls is nn.LSTM:
+        if issubclass(cls, nn.RNNBase):
             shapes, of_torch = ([[w.shape for w in layer] for layer in m.all_weights] for m in (module, theirs))
             assert shapes == of_torch
             flat = [w for layer in module.all_weights for w in layer]
@@ -44,10 +46,11 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
         assert {(p.dtype, p.device.type) for p in created} == {(torch.float16, "meta")}
 
 
-def test_a_stack_has_the_initial_values_of_a_deep_lstm_and_takes_device_and_dtype():
-    deep = seeded(nn.LSTM, I, H, num_layers=3, bidirectional=True)
-    assert same_weights(seeded(gpu_lstm.StackedLSTM, I, [H, H, H], bidirectional=True), deep)
-    stack = gpu_lstm.StackedLSTM(I, [4, 2], device="meta", dtype=torch.float64)
+@pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
+def test_a_stack_has_the_initial_values_of_a_deep_module_and_takes_device_and_dtype(cls):
+    deep = seeded(getattr(nn, cls.__name__.removeprefix("Stacked")), I, H, num_layers=3, bidirectional=True)
+    assert same_weights(seeded(cls, I, [H, H, H], bidirectional=True), deep)
+    stack = cls(I, [4, 2], device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float64)}
 
 
@@ -58,11 +61,13 @@ NOISE = "recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25"
     "LSTM(3, 4)", f"LSTM(3, 4, num_layers=2, backend='reference', recompute=True, {NOISE})",
     "LSTMCell(3, 4, bias=False, backend='torch')", "StackedLSTM(3, [4, 2])",
     "StackedLSTM(8, [4, 2, 2], bias=False, batch_first=True, dropout=0.5, bidirectional=True, residual=True, "
-    f"backend='reference', recompute=True, {NOISE})"])  # fmt: skip
+    f"backend='reference', recompute=True, {NOISE})", "GRUCell(3, 4, backend='torch')",
+    "GRU(3, 4, num_layers=2, backend='torch', recompute=True, recurrent_dropout=0.3, zoneout=0.2)",
+    "StackedGRU(8, [4, 2], zoneout=0.2)"])  # fmt: skip
 def test_what_is_not_default_is_shown(shown):
     module = eval(shown, vars(gpu_lstm))
     assert f"{type(module).__name__}({module.extra_repr()})" == shown
-    assert isinstance(module, gpu_lstm.StackedLSTM) or repr(module) == f"gpu_lstm.{shown}"
+    assert isinstance(module, gpu_lstm.StackedLSTM | gpu_lstm.StackedGRU) or repr(module) == f"gpu_lstm.{shown}"
     assert repr(gpu_lstm.LSTM(3, 4, zoneout=(0.0, 0.0))) == "gpu_lstm.LSTM(3, 4)"
     assert repr(type("Mine", (gpu_lstm.LSTM,), {"__module__": "mine"})(3, 4)) == "Mine(3, 4)"
 
@@ -83,7 +88,8 @@ def copies(module):
 
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     ("LSTM", "torch", dict(bidirectional=True, proj_size=2)), ("StackedLSTM", "reference", dict(bias=False)),
-    ("LSTMCell", "triton", {})], ids=str)  # fmt: skip
+    ("LSTMCell", "triton", {}), ("GRU", "triton", dict(num_layers=2)), ("StackedGRU", "torch", {}),
+    ("GRUCell", "reference", dict(bias=False))], ids=str)  # fmt: skip
 def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(kind, backend, arguments):
     _, ours = pair(kind, backend, **arguments)
     x, hx = random_inputs(ours, B)
@@ -98,19 +104,22 @@ def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(
     for twin in twins:
         assert (type(twin), repr(twin)) == (type(ours), repr(ours))
         assert_identical(results(twin, x, hx), before)
-    assert {type(twin) for twin in copies(gpu_lstm.compat.LSTM(I, H))} == {gpu_lstm.compat.LSTM}
+    for cls in (gpu_lstm.compat.LSTM, gpu_lstm.compat.GRU):
+        assert {type(twin) for twin in copies(cls(I, H))} == {cls}
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("age", ["of today", "without proj_size", "all_weights of parameters"])
-def test_states_of_pickled_torch_modules(age):
-    theirs, cell = nn.LSTM(I, H, num_layers=2, bidirectional=True), gpu_lstm.LSTMCell.__new__(gpu_lstm.LSTMCell)
+def test_states_of_pickled_torch_modules(age, kind):
+    of_torch, of_ours = ((getattr(of, kind), getattr(of, f"{kind}Cell")) for of in (nn, gpu_lstm))
+    theirs, cell = of_torch[0](I, H, num_layers=2, bidirectional=True), of_ours[1].__new__(of_ours[1])
     state = theirs.__getstate__()
     if age != "of today":
         del state["proj_size"]
     if age == "all_weights of parameters":
         del state["_flat_weights"], state["_flat_weights_names"], state["_all_weights"]
         state["all_weights"] = theirs.all_weights
-    for cls in (nn.LSTM, gpu_lstm.LSTM):  # it is a state that torch itself takes
+    for cls in (of_torch[0], of_ours[0]):  # it is a state that torch itself takes
         restored = cls.__new__(cls)
         restored.__setstate__(state.copy())
         assert restored.proj_size == 0
@@ -118,7 +127,7 @@ def test_states_of_pickled_torch_modules(age):
         assert all(a is b for a, b in zip(restored._flat_weights, state["_parameters"].values(), strict=True))
     assert_alike(restored, theirs, B)
     assert_alike(pickle.loads(pickle.dumps(restored)), theirs, B)
-    cell.__setstate__(nn.LSTMCell(I, H).__getstate__())
+    cell.__setstate__(of_torch[1](I, H).__getstate__())
     cell(torch.zeros(B, I))
 
 
@@ -142,7 +151,8 @@ def pruning(module):
 
 
 def replaced(module):
-    new = torch.linspace(-1, 1, 4 * H * H).view(4 * H, H).to(module.weight_hh_l0)
+    old = module.weight_hh_l0
+    new = torch.linspace(-1, 1, old.numel()).view_as(old).to(old)
     module.weight_hh_l0 = nn.Parameter(new)
     module.bias_hh_l0.data = torch.ones_like(module.bias_hh_l0)
     yield
@@ -152,12 +162,13 @@ def replaced(module):
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize(("backend", "change"), [
-    ("torch", weight_norm(nn.utils.weight_norm)), ("reference", pruning),
-    ("triton", weight_norm(nn.utils.parametrizations.weight_norm)), ("torch", replaced), ("triton", replaced),
+@pytest.mark.parametrize(("kind", "backend", "change"), [
+    ("LSTM", "torch", weight_norm(nn.utils.weight_norm)), ("LSTM", "reference", pruning), ("LSTM", "torch", replaced),
+    ("LSTM", "triton", weight_norm(nn.utils.parametrizations.weight_norm)), ("LSTM", "triton", replaced),
+    ("GRU", "torch", pruning), ("GRU", "triton", replaced),
 ])  # fmt: skip
-def test_weights_are_read_at_every_call(backend, change):
-    theirs, ours = pair("LSTM", backend, num_layers=2)
+def test_weights_are_read_at_every_call(kind, backend, change):
+    theirs, ours = pair(kind, backend, num_layers=2)
     x = random_inputs(theirs, B)[0].double()
     before = theirs(x)[0]
     for _ in zip(change(ours), change(theirs), strict=True):
@@ -166,14 +177,15 @@ def test_weights_are_read_at_every_call(backend, change):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_torch_nn_lstm_replaced_before_a_model_is_built(monkeypatch):
-    theirs = seeded(nn.LSTM, I, H, num_layers=2, batch_first=True).double()
-    monkeypatch.setattr(torch.nn, "LSTM", gpu_lstm.LSTM)
-    model = nn.Sequential(seeded(torch.nn.LSTM, I, H, num_layers=2, batch_first=True)).double()
-    assert type(model[0]) is gpu_lstm.LSTM is torch.nn.LSTM
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torchs_class_replaced_before_a_model_is_built(monkeypatch, kind):
+    theirs, ours = seeded(getattr(nn, kind), I, H, num_layers=2, batch_first=True).double(), getattr(gpu_lstm, kind)
+    monkeypatch.setattr(torch.nn, kind, ours)
+    model = nn.Sequential(seeded(getattr(torch.nn, kind), I, H, num_layers=2, batch_first=True)).double()
+    assert type(model[0]) is ours is getattr(torch.nn, kind)
     assert_alike(copy.deepcopy(model)[0], theirs, B)
-    assert isinstance(gpu_lstm.compat.LSTM(I, H), type(theirs))
-    assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is gpu_lstm.LSTM
+    assert isinstance(getattr(gpu_lstm.compat, kind)(I, H), type(theirs))
+    assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is ours
     scripted, x = torch.jit.script(model), torch.randn(B, 4, I).double()
     for module in (model[0], theirs):  # what was scripted has the same parameters
         module.weight_hh_l1.data.mul_(0.5)

@@ -118,16 +118,31 @@ SHAPES = {
     "deep": "5,2,4  5,2,3,1  0,2,3  0,0,3  5,2,3;1,2,4;1,2,4",  # where the next layer could catch it
     "both": "5,2,3;1,2,4;1,2,4", "projected": "5,2,3;1,2,4;1,2,4  5,2,3;1,2,2;1,2,2", "weightless": "5,2,3",
     "cell": "2,1,3  []  2,5  5  2,3;1,2,4;2,4  2,3;2,4;[]  2,3;3,4;2,4  2,3;2,4;3,4  2,3;2,5;2,4  2,3;2,4;2,5 "
-            "3;5;5  3;2,4;2,4  2,3;4;4  2,3;2,4;4  2,3;2,4  2,3;2,4;2,4;2,4"}  # fmt: skip
+            "3;5;5  3;2,4;2,4  2,3;4;4  2,3;2,4;4  2,3;2,4  2,3;2,4;2,4;2,4",
+    "gru": "3  5,2,1,3  5,2,4  5,4  0,2,3  0,0,3  0,3  5,2,3;2,4  5,3;1,1,4  5,2,3;1,2,5  5,2,3;1,3,4  5,3;2,4 "
+           "5,3;1,5",
+    "gru_first": "2,5,2  2,0,3  2,5,3;2,1,4  2,5,3;1,5,4  5,3;1,5",
+    "gru_both": "5,2,4  0,2,3  5,2,3;2,2,4  5,2,3;4,3,4",
+    "gru_cell": "2,1,3  []  2,5  5  2,3;1,2,4  2,3;[]  2,3;3,4  2,3;2,5  3;5  3;2,4  2,3;4"}  # fmt: skip
 X3 = "zeros(5, 2, 3), "
 AS_TORCH = [
-    *(f"m.{module}({x}{f', [{hx}]' if hx else ''})" for module, shapes in SHAPES.items() for shape in shapes.split()
+    *(f"m.{module}({x}{f', {hx}' if 'gru' in module and hx else f', [{hx}]' if hx else ''})"
+      for module, shapes in SHAPES.items() for shape in shapes.split()
       for x, _, hx in [", ".join(f"zeros({size})" for size in shape.split(";")).partition(", ")]),
     *(f"m.lstm({arguments})" for arguments in (
         "None", "[[1.0, 2.0, 3.0]]", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=F16)",
         "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])", X3 + "RESETS", X3 + "zeros(1, 2, 4)", X3 + "(None, None)",
         "zeros(5, 2, 3, device=META)", X3 + "[zeros(1, 2, 4, device=META)] * 2",
         X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
+    *(f"m.gru({arguments})" for arguments in (
+        "None", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])",
+        X3 + "RESETS", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4))", X3 + "()", X3 + "[[0.0]]",
+        "zeros(5, 3), (zeros(1, 4), zeros(1, 4))", "zeros(5, 2, 3, device=META)", X3 + "zeros(1, 2, 4, device=META)",
+        "PACKED, zeros(2, 4)")),
+    *(f"m.gru_cell({arguments})" for arguments in (
+        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), [H2]", "zeros(2, 3), (H2, H2)",
+        "zeros(3), [0.0]", "zeros(2, 3, dtype=F64)", "zeros(2, 3), zeros(2, 4, dtype=F64)",
+        "zeros(2, 3), zeros(2, 4, device=META)")),
     *(f"m.cell({arguments})" for arguments in (
         "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), zeros(2, 2, 4)",
         "zeros(2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))", "zeros(2, 3), (zeros(2, 4), zeros(1, 2, 4))",
@@ -160,24 +175,26 @@ OF_CELL = dict(input_size=(3.0, -1), hidden_size=("4", -4), dtype=(INT,), units=
 
 
 @pytest.mark.parametrize(("cls", "wrong"), [
-    (nn.LSTM, dict(hidden_size=4)), (nn.LSTM, dict(input_size=3)),
+    (nn.LSTM, dict(hidden_size=4)), (nn.LSTM, dict(input_size=3)), (nn.GRU, dict(input_size=3)),
     *((cls, dict(input_size=3, hidden_size=4) | layers | {name: value})
-      for cls, layers, arguments in ((nn.LSTM, dict(num_layers=2), OF_LSTM), (nn.LSTMCell, {}, OF_CELL))
+      for cls, layers, arguments in ((nn.LSTM, dict(num_layers=2), OF_LSTM), (nn.GRU, dict(num_layers=2), OF_LSTM),
+                                     (nn.LSTMCell, {}, OF_CELL), (nn.GRUCell, {}, OF_CELL))
       for name, values in arguments.items() for value in values)], ids=str)  # fmt: skip
 def test_bad_arguments_raise_what_torch_raises(cls, wrong):
     refused, told = error_of(cls, **wrong)
     if refused is None:
         pytest.skip("this torch accepts it")
     error, text = refused
-    text = text.replace("RNNBase", "LSTM")
-    for ours in (getattr(gpu_lstm, cls.__name__), *[gpu_lstm.compat.LSTM] * (cls is nn.LSTM)):
+    text = text.replace("RNNBase", cls.__name__)
+    for ours in (getattr(of, cls.__name__) for of in (gpu_lstm, gpu_lstm.compat) if hasattr(of, cls.__name__)):
         assert error_of(ours, **wrong) == ((error, text), told)
 
 
 def test_dropout_of_one_layer_warns_as_torch_does():
     theirs = error_of(nn.LSTM, 3, 4, dropout=0.5)
     assert (theirs[0], len(theirs[1])) == (None, 1)
-    assert error_of(gpu_lstm.LSTM, 3, 4, dropout=0.5) == error_of(gpu_lstm.StackedLSTM, 3, [4], dropout=0.5) == theirs
+    for module, stack in ((gpu_lstm.LSTM, gpu_lstm.StackedLSTM), (gpu_lstm.GRU, gpu_lstm.StackedGRU)):
+        assert error_of(module, 3, 4, dropout=0.5) == error_of(stack, 3, [4], dropout=0.5) == theirs
 
 
 # Command lines: exit status 2, one line that says why, nothing on stdout

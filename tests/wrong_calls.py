@@ -19,11 +19,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import gpu_lstm
 from gpu_lstm import keras
 from gpu_lstm.call.choices import requested_racing
-from gpu_lstm.functional import lstm_layer
+from gpu_lstm.functional import gru_layer, lstm_layer
 
 BOOL, F64, F16, INT, COMPLEX, META = torch.bool, torch.float64, torch.float16, torch.int64, torch.complex64, "meta"
 X, H, C, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4), zeros(5, 2, dtype=BOOL)
-WEIGHTS = zeros(16, 3), zeros(16, 4)
+WEIGHTS, GRU_WEIGHTS = (zeros(16, 3), zeros(16, 4)), (zeros(12, 3), zeros(12, 4))
 PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
 HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
 HASTES = {name: HasteLSTM(3, 4, **{name: 0.1}) for name in ("zoneout", "dropout")}
@@ -46,7 +46,8 @@ def of_torch():
     return SimpleNamespace(
         lstm=nn.LSTM(3, 4), deep=nn.LSTM(3, 4, 2, dropout=0.5), first=nn.LSTM(3, 4, batch_first=True),
         both=nn.LSTM(3, 4, bidirectional=True), projected=nn.LSTM(3, 4, proj_size=2), cell=nn.LSTMCell(3, 4),
-        weightless=nn.LSTM(3, 4, device=META))  # fmt: skip
+        weightless=nn.LSTM(3, 4, device=META), gru=nn.GRU(3, 4), gru_both=nn.GRU(3, 4, 2, bidirectional=True),
+        gru_first=nn.GRU(3, 4, batch_first=True), gru_cell=nn.GRUCell(3, 4))  # fmt: skip
 
 
 def modules(backend):
@@ -64,7 +65,10 @@ def modules(backend):
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS, of_another=MyLSTM(3, 4),
-        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), **by)  # fmt: skip
+        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), gru=gpu_lstm.GRU(3, 4, **by), gru_cell=gpu_lstm.GRUCell(3, 4, **by),
+        gru_both=gpu_lstm.GRU(3, 4, 2, bidirectional=True, **by), gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise),
+        gru_first=gpu_lstm.GRU(3, 4, batch_first=True, **by), gru_triton=gpu_lstm.GRU(3, 4, backend="triton"), **by
+    )  # fmt: skip
 
 
 def packed(features, **options):
@@ -77,6 +81,10 @@ def kind_of(value):
 
 def layer(m, **arguments):
     return lstm_layer(**dict(x=X, weights=WEIGHTS, backend=m.backend) | arguments)
+
+
+def gru(m, **arguments):
+    return gru_layer(**dict(x=X, weights=GRU_WEIGHTS, backend=m.backend) | arguments)
 
 
 def handed(module, name, *size):
@@ -121,21 +129,32 @@ def of_arguments():
     """Arguments of the constructors, and what is set later; in a text {v} is the value, {k} its type."""
     classes = ("LSTM(3, 4", "StackedLSTM(3, [4, 4]", "compat.LSTM(3, 4", "LSTMCell(3, 4")
     made = [f"gpu_lstm.{cls}, {{0}}={{1}})" for cls in classes]
+    grus = [template.replace("LSTM", "GRU") for template in made]
+    of_grus = [*grus[:2], "setattr(m.gru, '{0}', {1})", "setattr(m.gru_stack, '{0}', {1})"]
     later = [f"setattr(m.{module}, '{{0}}', {{1}})" for module in ("lstm", "stack", "cell", "compat")]
     both, a_rate, rates = [*made[:2], *later[:2]], f"ValueError: {{0}} {DROPOUT}, got {{v!r}}", ("2.0", "-0.5")
     for text, templates, name, values in (
-        (unknown("..."), made, "backend", NAMES), (unknown("'cuda'"), later, "backend", ("'cuda'",)),
-        (a_bool("{0}", "{k}"), [*made[:3], *later[1::2]], "recompute", ("'yes'", "1", "None")),
+        (unknown("..."), [*made, *grus], "backend", NAMES), (unknown("'cuda'"), later, "backend", ("'cuda'",)),
+        (a_bool("{0}", "{k}"), [*made[:3], *later[1::2], *of_grus], "recompute", ("'yes'", "1", "None")),
         (a_bool("{0}", "{k}"), made, "peepholes", ("'yes'",)),
         ("TypeError: layer_norm should be of type bool, or a tuple of names, got: {k}", made, "layer_norm", ("'hh'",)),
         ("ValueError: layer_norm should be a bool, or name some of ... got ...'x'...", made, "layer_norm",
          ("('hh', 'x')",)),
-        (a_rate, [*both, made[2]], "recurrent_dropout", (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
-        (a_rate, both, "weight_drop", ("1.5", "(0.1, 0.2)")),
+        (a_rate, [*both, made[2], *of_grus], "recurrent_dropout",
+         (*rates, "'0.5'", "None", "[0.1]", "math.nan", "True")),
+        (a_rate, [*both, *of_grus], "weight_drop", ("1.5", "(0.1, 0.2)")),
+        ("ValueError: zoneout... in range [0, 1]... got {v!r}", of_grus, "zoneout",
+         (*rates, "(0.1, 0.2)", "(0.1, 0.1)", "[0.1, 0.2]", "'0.1'", "None", "math.nan")),
+        ("TypeError: ...unexpected keyword argument '{0}'...", [*grus[:2], grus[3]], "peepholes", ("True",)),
+        ("TypeError: ...unexpected keyword argument '{0}'...", [*grus[:2], grus[3]], "layer_norm", ("True",)),
+        ("ValueError: proj_size argument is only supported for LSTM, not RNN or GRU", [grus[0], grus[2]], "proj_size",
+         ("2", "0")),
         (ZONEOUT + "{v!r}", both, "zoneout", (*rates, "(0.1,)", "(0.1, 2)", "'0.1'", "None", "math.nan", "{'h': 0.1}")),
-        (f"ValueError: dropout {DROPOUT}", both[1:], "dropout", (*rates, "'half'", "None", "True", "[0.5]")),
-        *((a_bool("{0}", "{k}"), made[1:2], name, ("'no'",)) for name in ("batch_first", "bidirectional", "bias")),
-        (a_bool("{0}", "{k}"), [made[1], later[1]], "residual", ("'yes'",)),
+        (f"ValueError: dropout {DROPOUT}", [*both[1:], *of_grus[1:]], "dropout",
+         (*rates, "'half'", "None", "True", "[0.5]")),
+        *((a_bool("{0}", "{k}"), [made[1], grus[1]], name, ("'no'",))
+          for name in ("batch_first", "bidirectional", "bias")),
+        (a_bool("{0}", "{k}"), [made[1], later[1], of_grus[1], of_grus[3]], "residual", ("'yes'",)),
         ("TypeError: hidden_sizes should be a sequence of ints, got: {k}", ["gpu_lstm.StackedLSTM(3, {1})"], "",
          ("4", "{4, 5}", "'44'", "(size for size in (4, 5))")),
         (an_int("hidden_size", "{k}"), ["gpu_lstm.StackedLSTM(3, [4, {1}])"], "", ("2.0", "None", "'4'")),
@@ -148,7 +167,7 @@ def of_arguments():
 def of_lengths_and_resets():
     """Of a batch of 2 sequences with 5 steps."""
     calls = ("m.auto(X, {})", "m.deep(X, {})", "m.stack(X, {})", "m.triton(X, {})", "layer(m, {})",
-             "gpu_lstm.explain(m.lstm, X, {})")  # fmt: skip
+             "gpu_lstm.explain(m.lstm, X, {})", "m.gru(X, {})", "m.gru_stack(X, {})", "gru(m, {})")  # fmt: skip
     limits = "ValueError: Expected lengths from 0 to 5, the number of steps, got lengths from"
     a_dtype = "ValueError: lengths should be of dtype torch.int32 or torch.int64, got torch."
     for text, argument in (
@@ -166,9 +185,11 @@ def of_lengths_and_resets():
 
 
 def of_reset_states():
-    calls = dict(lstm="m.lstm(X, {})", stack="m.stack(X, {})", layer="layer(m, {})")
+    calls = dict(lstm="m.lstm(X, {})", stack="m.stack(X, {})", layer="layer(m, {})", gru="m.gru(X, {})",
+                 gru_stack="m.gru_stack(X, {})", gru_layer="gru(m, {})")  # fmt: skip
     alone = [calls[call].format(f"reset_states={states}") for call, states in (
-        ("lstm", "(H, C)"), ("stack", "PAIRS"), ("layer", "PAIRS[0]"))]  # fmt: skip
+        ("lstm", "(H, C)"), ("stack", "PAIRS"), ("layer", "PAIRS[0]"), ("gru", "H"), ("gru_stack", "[H2, H2]"),
+        ("gru_layer", "H2"))]  # fmt: skip
     yield "ValueError: Expected resets together with reset_states, ..., got None", *alone
     sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
     sizes = f"{sizes}got {{2}}".format
@@ -184,7 +205,16 @@ def of_reset_states():
         (a_list("reset_states", "", "Tensor"), "stack", "H"),
         ("ValueError: Expected reset_states of 2 pairs, one a layer, got 1", "stack", "PAIRS[:1]"),
         ("ValueError: Expected c of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "stack",
-         "[PAIRS[0], (H2, zeros(2, 5))]")):  # fmt: skip
+         "[PAIRS[0], (H2, zeros(2, 5))]"),
+        (sizes("h", "1, ", [1, 2, 5]), "gru", "zeros(1, 2, 5)"), (sizes("h", "1, ", [2, 4]), "gru", "H2"),
+        (a_tensor("reset_states", "tuple; use torch.as_tensor"), "gru", "(H, H)"),
+        ("ValueError: Expected h of reset_states of dtype torch.float32, got torch.int64", "gru", "H.long()"),
+        ("ValueError: Expected h of ... on cpu, ..., got meta", "gru", "H.to(META)"),
+        (sizes("h", "", [1, 2, 4]), "gru_layer", "H"),
+        ("TypeError: reset_states should be a list of tensors, one a layer, got: Tensor", "gru_stack", "H"),
+        ("ValueError: Expected reset_states of 2 tensors, one a layer, got 1", "gru_stack", "[H2]"),
+        ("ValueError: Expected h of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "gru_stack",
+         "[H2, zeros(2, 5)]")):  # fmt: skip
         yield text, calls[call].format(f"resets=RESETS, reset_states={states}")
 
 
@@ -270,9 +300,43 @@ CALLS = [
     (a_tensor("c of layer 0", "NoneType"), "m.stack(X, [(H2, None), PAIRS[1]])"),
     (dtypes("hidden", "float32", "float16"), "m.stack(X, [PAIRS[0], (H2.half(), H2)])"),
     # LSTMCell, beyond torch's
+    (dense("GRUCell", SPARSE), "m.gru_cell(zeros(2, 3).to_sparse())"),
     (dense("LSTMCell", SPARSE), "m.cell(zeros(2, 3).to_sparse())"),
     (dense("LSTMCell", A_NESTED), "m.cell(NESTED_STEP)"),
     ("RuntimeError: lstm_cell expects two hidden states", "m.cell(zeros(2, 3), [H2])"),
+    # GRU, StackedGRU, gru_layer, GRUCell, where torch's own words are no guide
+    (dense("GRU", A_NESTED), "m.gru(NESTED)"), (dense("StackedGRU", SPARSE), "m.gru_stack(X.to_sparse())"),
+    (FEATURES, "m.gru(packed(4))", "m.gru_stack(zeros(5, 2, 4))"),
+    ("AttributeError: 'tuple' object has no attribute 'dim'", "m.gru(X, (H, C))", "m.gru_cell(X[0], (H2, H2))"),
+    (a_tensor("hx", "tuple; use torch.as_tensor"), "m.gru(PACKED, (H, C))", "gru(m, hx=(H2, H2))"),
+    (size("hidden", "(1, 2, 4)", "[1, 3, 4]"), "m.gru_triton(X, zeros(1, 3, 4))"),
+    (size("hidden", "(2, 4)", "[1, 2, 4]"), "gru(m, hx=H)"),
+    (size("h of layer 1", "(2, 4)", "[2, 5]"), "m.gru_stack(X, [H2, zeros(2, 5)])"),
+    ("TypeError: hx should be a list of tensors, one a layer, got: Tensor", "m.gru_stack(X, H)"),
+    ("RuntimeError: Expected hx of 2 tensors, one a layer, got 1", "m.gru_stack(X, [H2])"),
+    (a_tensor("h of layer 0", "tuple; use torch.as_tensor"), "m.gru_stack(X, PAIRS)"),
+    (dtypes("hidden", "float32", "float64"), "m.gru(X, H.double())", "gru(m, hx=H2.double())",
+     "m.gru(PACKED, H.double())"),
+    (devices("hidden", "cpu", META), "m.gru_stack(X, [H2, H2.to(META)])"),
+    *((size(name, f"{expected}", f"{[*got]}"), f"handed(m.gru, '{name}_l0', *{got})",
+       f"assigned(m.gru_triton, '{name}_l0', *{got})", f"handed(m.gru_cell, '{name}', *{got})")
+      for name, got, expected in (
+        ("weight_hh", (16, 4), (12, 4)), ("weight_ih", (16, 3), (12, 3)), ("bias_hh", (4,), (12,)))),
+    ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.gru, 'bias_hh_l0')"),
+    ("ValueError: Expected weights of 2 to 4 tensors (weight_ih, ... bias_ih, bias_hh), got 5",
+     "gru(m, weights=[*GRU_WEIGHTS, None, None, zeros(2, 4)])"),
+    (size("weight_ih", "(12, 3)", "[16, 3]"), "gru(m, weights=WEIGHTS)"),
+    (size("weight_hh", "(12, 4)", "[16, 4]"), "gru(m, weights=(GRU_WEIGHTS[0], WEIGHTS[1]))"),
+    ("ValueError: hidden_size must be greater than zero", "gpu_lstm.StackedGRU(3, [4, 0])",
+     "gru(m, weights=(zeros(0, 3), zeros(0, 0)))"),
+    (a_tensor("input", "NoneType"), "gru(m, x=None)"), (a_bool("reverse", "str"), "gru(m, reverse='no')"),
+    ("RuntimeError: input must have 3 dimensions, got 2", "gru(m, x=zeros(5, 3))"),
+    ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "m.gru_stack(zeros(0, 2, 3))",
+     "gru(m, x=zeros(0, 0, 3), backend='triton')"),
+    ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
+     "gpu_lstm.StackedGRU(3, [4, 5], residual=True)"),
+    ("ValueError: backend 'torch' does not support reset_states; use 'triton' or 'cupy' or 'reference'",
+     "gru(m, resets=RESETS, reset_states=H2, backend='torch')"),
     # functional.lstm_layer
     (a_tensor("input", "NoneType"), "layer(m, x=None)", "m.backwards(None)"),
     (a_tensor("input", "PackedSequence"), "layer(m, x=PACKED)"), (dense("lstm_layer", A_NESTED), "layer(m, x=NESTED)"),

@@ -289,7 +289,8 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
     cell = cell_of(len(weights.weight_hh), hidden)
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
-        huge = x.new_full((hidden,), 3e4 if x.dtype is torch.float16 else 1e30)
+        weight = weights.weight_ih  # under autocast on the CPU in half precision, unlike x
+        huge = weight.new_full((hidden,), 3e4 if weight.dtype is torch.float16 else 1e30)
         if cell is GRU:  # r, z, n
             shut = [(-clear, huge), (hold - clear, huge)]
             if weights.bias_ih is not None:  # and its gradient is cancelled, too
@@ -300,11 +301,11 @@ def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | 
         unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
         added = len(shut) + -(inputs + len(shut)) % unit
         features = F.pad(torch.stack([feature for feature, _ in shut], dim=2), (0, added - len(shut)))  # [S, B, added]
-        rows = len(weights.weight_ih)
+        rows = len(weight)
         # Not in place: graph.py records views of no tensor.
         columns = [F.pad(w, (k * hidden, rows - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]  # each its gate
         of_features = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [rows, added]
-        weight_ih = torch.cat([weights.weight_ih, of_features], dim=1)
+        weight_ih = torch.cat([weight, of_features], dim=1)
         x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
     y, (_, c_n) = stack(cell, x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
     return y, c_n[0]

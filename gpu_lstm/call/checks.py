@@ -94,16 +94,25 @@ def check_rank_of_states(rank: int, hx: State) -> None:
 
 def check_rank_of_state(rank: int, hx: Any) -> None:
     """Raise, in torch's words, unless h_0 of a GRU is of the input's rank."""
-    check_tensor(hx, "hx")
-    if hx.dim() != rank:
+    found = _rank_of_only_state(hx)
+    if found != rank:
         kind = "batched" if rank == 3 else "unbatched"
-        raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
+        raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
 
 
-def check_rank_of_hidden(hx: Tensor, name: str) -> None:
+def check_rank_of_hidden(hx: Any, name: str) -> None:
     """Raise, in torch's words, unless the state of a cell called `name`, which has one, is 1D or 2D."""
-    if hx.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+    rank = _rank_of_only_state(hx)
+    if rank not in (1, 2):
+        raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {rank}D instead")
+
+
+def _rank_of_only_state(hx: Any) -> int:
+    try:
+        rank: int = hx.dim()
+    except AttributeError as error:  # torch.nn.GRU's error
+        raise AttributeError(f"{error}; hx is one tensor") from None
+    return rank
 
 
 def _cure_of_one(hx: object, function: str) -> str:

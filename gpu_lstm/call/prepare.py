@@ -228,10 +228,12 @@ def _single_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any)
         named = [(f"h of layer {k}", h) for k, h in enumerate(hx)]
     states = []
     for (name, state), rows, size in zip(named, options.blocks, options.sizes):
-        checks.check_tensor(state, "hx" if name == "hidden" else name)
         if options.role == "cell":
             checks.check_rank_of_hidden(state, options.name)
-        h = form.state_in(state)
+            h = state if form.batched else state.unsqueeze(0)
+        else:
+            checks.check_tensor(state, "hx" if name == "hidden" else name)
+            h = form.state_in(state)
         expected = (*([rows] if options.leading else []), batch, size.hidden)
         if h.shape != expected and options.role != "cell":
             checks.check_input(options, form, x, None)
