@@ -220,11 +220,11 @@ def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
     depth, loads = 0, 0
     loops: list[int] = []  # for each open loop, the depth outside it
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
-    arguments = re.findall(r"(%\w+): (?:!tt\.ptr|i32)", function)
+    arguments = re.findall(r"(%[\w.]+): (?:!tt\.ptr|i32)", function)
     named = zip(arguments, _parameters(launch), strict=True)  # by position, since Triton 3.4 does not keep the names
     of_weights = {argument for argument, name in named if name.startswith("weight")}
     for line in ttgir.splitlines():
-        names = set(re.findall(r"%[\w#]+", line.split(" loc(")[0]))
+        names = set(re.findall(r"%[\w.#]+", line.split(" loc(")[0]))
         result = re.match(r"\s*(%\w+)(?::\d+)? = (\S+)", line)
         if result and result[2] in _OF_POINTERS and names & of_weights:
             of_weights.add(result[1])
