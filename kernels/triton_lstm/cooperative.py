@@ -483,8 +483,8 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
             tiles = ceil(problem.batch / 8)
             groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
             shared = 2 * warps * rows * 8 * 4  # twice the sums of all warps
-            # Three gates leave rows of a tile empty, four need not.
-            if (rows == held or gates == 3) and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
+            fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
+            if fits and held in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
                 family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)

@@ -399,9 +399,10 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)
-    registers = 4 * units * units * problem.size // (4 * 32 * warps)  # of a thread
+    gates = CELLS[problem.cell].rows if backward else 4  # forward a tile of a product has four
+    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
     if warps <= 8 and registers <= MOST_REGISTERS:
-        shared = 2 * 8 * units * problem.size * (4 if backward else 1)
+        shared = 2 * 8 * units * problem.size * (gates if backward else 1)
         shared += 32 * warps * problem.normalised  # sums of 8 sequences that each warp hands the others
         yield Plan(
             Resident(units * problem.size // 64), 8, units, 1, ceil(problem.batch / 8), warps, shared,
