@@ -20,7 +20,8 @@ from .report import PRECISIONS, Report, read
 
 CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
          Card(120, 170))  # fmt: skip
-SIZES = ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))  # sequences, hidden units
+SIZES = (*((b, h, "lstm") for b, h in ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))), (16, 768, "gru"))
+"""Sequences, hidden units, and of which cell."""
 
 
 class Case(NamedTuple):
@@ -34,7 +35,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         p = self.problem
         precision = f" {p.precision}" * (p.dtype is torch.float32)
-        return f"{str(p.dtype).removeprefix('torch.')}{precision} B={p.batch} H={p.hidden}"
+        return f"{str(p.dtype).removeprefix('torch.')}{precision} B={p.batch} H={p.hidden}" + " GRU" * (p.cell == "gru")
 
 
 class Binary(NamedTuple):
@@ -51,10 +52,10 @@ def cases(h100: bool) -> list[Case]:
     If `h100`, only for an H100 and in bfloat16.
     """
     different: dict[tuple, Case] = {}
-    for card, (dtype, precision), (batch, hidden), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
+    for card, (dtype, precision), (batch, hidden, cell), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
         if h100 and (card.architecture != 90 or dtype is not torch.bfloat16):
             continue
-        problem = Problem(2, batch, hidden, dtype, precision=precision)
+        problem = Problem(2, batch, hidden, dtype, precision=precision, cell=cell)
         for kept in (True, False):
             of_kind = [plan for plan in plans(problem, card, backward) if (plan.chunks > 0) == kept]
             if of_kind:

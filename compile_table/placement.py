@@ -80,7 +80,7 @@ def misplaced(ptx: str, weights: int, apart: int, size: int, blocks: int) -> int
             loaded |= {name: begin + width * i - weights * _APART for i, name in enumerate(names)}
         elif kind.startswith("st.shared") and (begin := block.address(text)) is not None:
             for i, name in enumerate(re.findall(r"%r\w*", text.split("]")[1])):
-                if name in loaded and 0 <= loaded[name][0] < _APART:
+                if name in loaded and abs(loaded[name][0]) < _APART // 2:  # before them, of a gate that has no rows
                     stored |= zip((begin + width * i).tolist(), loaded[name].tolist())
         elif kind.startswith("wgmma.mma_async"):
             sums, descriptor = re.findall(r"\{(.*?)\}, (%rd\d+)", text)[0]

@@ -79,7 +79,7 @@ class Case:
         p = self.problem
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
         name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
-        name += " peepholes" * p.peepholes + " layer norm" * p.normalised
+        name += " GRU" * (p.cell == "gru") + " peepholes" * p.peepholes + " layer norm" * p.normalised
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
@@ -89,6 +89,7 @@ VARIANTS = {
     "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
     "peepholes": dict(peepholes=True),
     "norms": dict(norms=(True,) * 3),
+    "gru": dict(cell="gru"),
 }
 
 
@@ -112,7 +113,7 @@ def step_cases() -> list[Case]:
     kinds = (
         (16, 768, 0, ""), (64, 130, 33, "ragged"), (64, 130, 0, "ragged masks"), (64, 130, 33, "ragged masks"),
         (64, 130, 0, "ragged rates"), (16, 768, 0, "peepholes"), (64, 130, 33, "ragged masks peepholes"),
-        (16, 768, 0, "norms"), (64, 130, 0, "ragged masks peepholes norms"),
+        (16, 768, 0, "norms"), (64, 130, 0, "ragged masks peepholes norms"), (64, 130, 0, "ragged masks gru"),
     )  # fmt: skip
     return [
         Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), words), backward, card, True)
@@ -123,7 +124,8 @@ def step_cases() -> list[Case]:
 
 def split_cases() -> list[Case]:
     """Sizes whose products of parts of K are in every kind of tiles; and ragged, with noise and peepholes."""
-    kinds = (16, 2048, ""), (64, 1024, ""), (256, 1024, ""), (256, 1000, ""), (256, 1024, "ragged masks peepholes")
+    kinds = [(16, 2048, ""), (64, 1024, ""), (256, 1024, ""), (256, 1000, "")]
+    kinds += [(64, 1024, "gru"), (256, 1024, "ragged masks peepholes")]
     return [
         Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), True, card, True, True)
         for (dtype, precision), (batch, hidden, words), card
@@ -142,6 +144,8 @@ def sequence_cases() -> list[Case]:
     kinds += [(16, 768, "ragged masks peepholes"), (16, 64, every)]
     kinds += itertools.product((16,), (32, 64, 128, 256, 768), ("norms",))
     kinds += [(64, 768, every)]
+    kinds += [(16, 64, "gru"), (16, 64, "ragged masks gru"), (4096, 128, "gru"), (512, 256, "gru")]
+    kinds += itertools.product((16,), (512, 768, 1536), ("gru",))
     return [
         Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), backward, card)
         for (dtype, precision), (batch, hidden, words), backward, card
@@ -151,7 +155,7 @@ def sequence_cases() -> list[Case]:
 
 def large_cases() -> list[Case]:
     """For the pointwise family; and ragged, with noise and peepholes."""
-    kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes"
+    kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes", "gru"
     return [
         Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), words), backward, card)
         for (dtype, precision), words, backward, card

@@ -98,6 +98,8 @@ CASES = [  # a family and its problem: each dtype, and each option, forward and 
     ("step", Problem(2, 70, 256, BF16)),  # holds W_hh
     ("step", Problem(2, 5, 32, F16, projected=16, **RAGGED, **RATES)),
     ("step", Problem(2, 5, 32, F32, **MASKS, **NORMS, **TF32, peepholes=True, lengths=torch.int32)),
+    ("cooperative", Problem(2, 5, 64, BF16, **RAGGED, **MASKS, cell="gru")),
+    ("step", Problem(2, 5, 32, F16, **RATES, cell="gru")),
 ]
 WAITING = "cooperative", "step"  # whose programs wait for each other
 
@@ -168,18 +170,19 @@ def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str
 # What a card can do
 
 
-def attempt(backend: str | None = None, hidden: int = 32, dtype: torch.dtype = F32) -> dict:
+def attempt(backend: str | None = None, hidden: int = 32, dtype: torch.dtype = F32, module: str = "LSTM") -> dict:
     """A call and its gradients, by modules with the same weights: what the user sees, and what is left behind."""
     torch.manual_seed(0)
-    lstm, theirs = (m(8, hidden, dtype=dtype) for m in (partial(gpu_lstm.LSTM, backend=backend), torch.nn.LSTM))
-    theirs.load_state_dict(lstm.state_dict())
+    our = partial(getattr(gpu_lstm, module), backend=backend)
+    ours, theirs = (m(8, hidden, dtype=dtype) for m in (our, getattr(torch.nn, module)))
+    theirs.load_state_dict(ours.state_dict())
     x, error, right = torch.randn(6, 3, 8, dtype=dtype), None, None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
-            found = [[(y := module(x)[0]), *torch.autograd.grad(y.sum(), list(module.parameters()))]
-                     for module in (lstm, theirs)]  # fmt: skip
-            right = all(torch.equal(ours, other) for ours, other in zip(*found))
+            found = [[(y := each(x)[0]), *torch.autograd.grad(y.sum(), list(each.parameters()))]
+                     for each in (ours, theirs)]  # fmt: skip
+            right = all(torch.equal(a, b) for a, b in zip(*found))
         except Exception as e:
             error = f"{type(e).__name__}: {e}"
     stored = {kind: [value for _, _, value in cache.entries(kind)] for kind in cache.KINDS}
@@ -242,6 +245,12 @@ def training() -> dict:
     """By what is fastest: the kernels, since they take no time."""
     believe()
     return attempt()
+
+
+def training_of_a_gru() -> dict:
+    """The same of a GRU."""
+    believe()
+    return attempt(module="GRU")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ from gpu_lstm.kernels.triton_lstm.step import held_plans, step_plan
 ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
 STEP, PRODUCT = "B=64 H=130 P=33 ragged peepholes masks", "B=4096 H=1024"
 IN_BOTH = [*(f"B=16 H={case}" for case in ("128", "768", "768 layer norm", "4096")), "B=512 H=256", "B=1024 H=256",
-           "B=4096 H=128", "B=64 H=130 ragged rates"]
+           "B=4096 H=128", "B=64 H=130 ragged rates", "B=64 H=130 ragged GRU masks", "B=16 H=64 ragged GRU masks",
+           *(f"{case} GRU" for case in ("B=16 H=64", "B=16 H=768", "B=4096 H=128", "B=512 H=256", PRODUCT))]
 OF_H100 = {  # in bf16, by whether it is backward
     False: [*IN_BOTH, "B=16 H=512", "B=16 H=64 ragged masks", "B=16 H=64 ragged peepholes layer norm masks",
             "B=16 H=768 ragged peepholes masks", f"{PRODUCT} ragged peepholes masks"],
@@ -93,11 +94,12 @@ def report_of_plan(problem, backward, plan):
 
 def kinds_of_held():  # of whatever is proposed: every kind of tile, and of K
     found = {}
-    batches, dtypes = (64, 256, 384, 512, 1024, 4096), (torch.bfloat16, torch.float32)
-    for dtype, backward, hidden, batch in itertools.product(dtypes, (False, True), (256, 384, 512), batches):
-        problem = Problem(2, batch, hidden, dtype, precision="tf32")
+    batches = 64, 256, 384, 512, 1024, 4096
+    cells = ("lstm", torch.bfloat16), ("lstm", torch.float32), ("gru", torch.bfloat16)
+    for (cell, dtype), backward, hidden, batch in itertools.product(cells, (False, True), (256, 384, 512), batches):
+        problem = Problem(2, batch, hidden, dtype, precision="tf32", cell=cell)
         for plan in held_plans(problem, DEVICES["h100"], backward):
-            found.setdefault((dtype, backward, plan.rows, plan.units, plan.family.k), (problem, backward, plan))
+            found.setdefault((cell, dtype, backward, plan.rows, plan.units, plan.family.k), (problem, backward, plan))
     kinds = list(found.values())[::8 if QUICK else 1]
     with triton_kernels.ProcessPoolExecutor() as pool:
         return as_json(pool.map(report_of_plan, *zip(*kinds)))
@@ -211,6 +213,8 @@ COUNTS = {
     ("resident_backward", MANY): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
     ("cooperative_forward", NORMED): Loop(637, barriers=1, products=18, shared=176, loads=18, stores=13),
     ("cooperative_backward", NORMED): Loop(756, barriers=1, products=24, shared=48, loads=40, stores=15),
+    ("cooperative_forward", f"{PLAIN} GRU"): Loop(268, barriers=1, products=18, shared=144, loads=10, stores=9),
+    ("resident_backward", f"{MANY} GRU"): Loop(336, barriers=1, products=24, shared=216, loads=28, stores=16),
 }
 
 
@@ -238,7 +242,8 @@ def test_the_model_of_planning_knows_the_counts(rows):
             holds = Cooperative(sizes["chunks"], sizes["partners"], sizes["ahead"])
         plan = Plan(holds, 8, sizes["units"], sizes["programs"], sizes["groups"], sizes["num_warps"], 0, "")
         dtype = torch.float32 if "float32" in row["case"] else torch.bfloat16
-        problem = Problem(2, 16, 1, dtype, norms=("layer norm" in row["case"],) * 3)
+        cell = "gru" if "GRU" in row["case"] else "lstm"
+        problem = Problem(2, 16, 1, dtype, norms=("layer norm" in row["case"],) * 3, cell=cell)
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
         assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
         assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.17 if OLDER_TRITON else 0.12), row

@@ -18,6 +18,7 @@ from compile_table import cuda_kernels
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import memory
+from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
 from gpu_lstm.kernels.problem import Problem, problem_of
@@ -58,9 +59,9 @@ def launched(monkeypatch) -> Mock:
     return launch.launch_kernel
 
 
-def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee") -> None:
+def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee", rows=4) -> None:
     width, c = projected or H, torch.zeros(T, B, H)
-    sizes = (T, B, 4 * H), (T, B, width), (B, width), (4 * H, width), (projected, H)
+    sizes = (T, B, 4 * H), (T, B, width), (B, width), (rows * H, width), (projected, H)
     gates, h, h0, weight_hh, weight_hr = (torch.zeros(size, dtype=dtype) for size in sizes)
     more = dict(weight_hr=weight_hr) if projected else {}
     if ragged:
@@ -73,15 +74,18 @@ def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee") ->
         layer.forward(gates, r, save=ragged)
 
 
-@pytest.mark.parametrize(("dtype", "projected", "ragged"), [
-    (torch.float32, 0, False), (torch.bfloat16, 0, True), (torch.float16, P, True), (torch.float32, P, False),
+@pytest.mark.parametrize(("dtype", "projected", "ragged", "rows"), [
+    (torch.float32, 0, False, 4), (torch.bfloat16, 0, True, 4), (torch.float16, P, True, 4),
+    (torch.float32, P, False, 4), (torch.bfloat16, 0, True, 3), (torch.float32, 0, False, 3),
 ])  # fmt: skip
 @pytest.mark.parametrize("backward", [False, True])
-def test_every_argument_is_as_the_kernel_declares_it(launched, backward, ragged, projected, dtype):
-    _call(dtype, projected, ragged, backward)
+def test_every_argument_is_as_the_kernel_declares_it(launched, backward, rows, ragged, projected, dtype):
+    """Of an LSTM, and of a GRU, whose W_hh has three rows a unit."""
+    _call(dtype, projected, ragged, backward, rows=rows)
     (kernel, of_dtype, plan), arguments = launched.call_args
     assert (launched.call_count, kernel, of_dtype) == (1, source.KERNELS[backward], dtype)
     sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTS": plan.partners}
+    sizes["OF_H"] = rows
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
     parameters = _parameters(kernel)
     assert source.parameters(kernel) == tuple(parameter.name for parameter in parameters)
@@ -108,8 +112,8 @@ def test_every_argument_is_as_the_kernel_declares_it(launched, backward, ragged,
 @pytest.mark.parametrize("card", [H100, Card(86, 20), Card(75, 40)], ids=lambda card: f"sm_{card.architecture}")
 def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(card, backward):
     sizes = (1, 17, 1000), (1, 33, 768, 1024, 20_000)
-    for batch, hidden, dtype, side_by_side in itertools.product(*sizes, DTYPES, (1, 2)):
-        problem = Problem(2, batch, hidden, dtype, side_by_side=side_by_side)
+    for batch, hidden, dtype, side_by_side, cell in itertools.product(*sizes, DTYPES, (1, 2), CELLS.values()):
+        problem = Problem(2, batch, hidden, dtype, side_by_side=side_by_side, cell=cell.name)
         found = list(plans(problem, card, backward))
         assert choose_plan(problem, card, backward) == min(found, key=lambda plan: plan.clocks)
         for plan in found:
@@ -120,7 +124,8 @@ def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(
             if plan.chunks:
                 assert (card.architecture >= 80, dtype.itemsize) == (True, 2)
                 assert blocks * plan.units >= hidden > (blocks - plan.partners) * plan.units
-                k = planning.words_of(problem) * (4 // plan.partners if backward else 1)
+                assert cell.rows % plan.partners == 0
+                k = planning.words_of(problem) * (cell.rows // plan.partners if backward else 1)
                 assert plan.chunks * plan.warps * 16 >= k > (plan.chunks - 1) * plan.warps * 16
 
 
@@ -177,11 +182,11 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     monkeypatch.setattr(launch, "_stream", asked.stream)
     monkeypatch.setattr(launch, "_loaded", launch._loaded.__wrapped__)
     tensor, kernel = torch.zeros(3), source.KERNELS[0]
-    plan = Plan(hidden=768, units=12, warps=8, chunks=3, partners=1, grid=(64, 2), shared=1234, clocks=0)
+    plan = Plan(of_h=4, hidden=768, units=12, warps=8, chunks=3, partners=1, grid=(64, 2), shared=1234, clocks=0)
     arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=5, reverse=True)
     launch.launch_kernel(kernel, torch.float16, plan, **arguments)
     *before, made, after = asked.mock_calls
-    name = "lstm_cooperative_forward<float16, 768, 12, 8, 3, false, true, true, true, true>"  # c is None
+    name = "lstm_cooperative_forward<float16, 4, 768, 12, 8, 3, false, true, true, true, true>"  # c is None
     loading = dict(code=SOURCE, options=source.OPTIONS, name_expressions=[name], enable_cooperative_groups=True)
     module, stream = call.cupy.RawModule(**loading), call.stream(device)
     assert before == [module, call.cupy.RawModule().get_function(name), stream, call.stream().__enter__()]

@@ -27,6 +27,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held
 
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
+    "bf16 H=768 B=16 GRU": (16, 768, torch.bfloat16),
     "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),
     "fp16 H=33 B=17": (17, 33, torch.float16), "tf32 H=33 B=3": (3, 33, torch.float32, 0, "tf32"),
     "bf16 H=768 layer norm": (16, 768, torch.bfloat16, 0, "ieee"),
@@ -37,8 +38,8 @@ PROBLEMS = {  # of which one load takes four words of a row, two, and one
 }
 
 def compiled(family, name, card, backward, parts=1):
-    norms = ("layer norm" in name,) * 3
-    problem, device = Problem(2, *PROBLEMS[name])._replace(norms=norms), DEVICES[card]
+    norms, cell = ("layer norm" in name,) * 3, "gru" if name.endswith("GRU") else "lstm"
+    problem, device = Problem(2, *PROBLEMS[name])._replace(norms=norms, cell=cell), DEVICES[card]
     if family is step:
         plan = [*step.held_plans(problem, device, backward), step.step_plan(problem, device, backward)][0]
         plan = step.split_plans(problem, device, backward)[0] if parts > 1 else plan
@@ -62,9 +63,10 @@ def compiled(family, name, card, backward, parts=1):
     return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words,
                 ahead=ahead, held=held, rounds=1 if held and parts == 1 else 2)
 
-*held, of_tiles, of_next, last = PROBLEMS
+gru, *held, of_tiles, of_next, last = PROBLEMS
 forward = [*zip(held, 3 * ("h100", "a100")), ("tf32 H=33 B=3", "h100")]
 both = [(*case, *way) for case, parts in zip(forward, 3 * (1, 4, 2)) for way in ((False,), (True, parts))]
+both += [(gru, "h100", False), (gru, "h100", True), (gru, "a100", True, 3)]
 print(json.dumps({
     "cooperative": [compiled(cooperative, *case) for case in both],
     "step": [*(compiled(step, last, *one) for one in (("a100", False), ("h100", False), ("h100", True))),
@@ -166,7 +168,7 @@ def _of_barriers(kernel: dict) -> list[str]:
 PROBLEMS = {"cooperative": _of_words, "step": _of_barriers}
 
 
-@pytest.mark.parametrize(("family", "count"), [("cooperative", 14), ("step", 7)])
+@pytest.mark.parametrize(("family", "count"), [("cooperative", 17), ("step", 7)])
 def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
     found = {kernel["name"]: PROBLEMS[family](kernel) for kernel in kernels[family]}
     assert (len(found), {name: problems for name, problems in found.items() if problems}) == (count, {})

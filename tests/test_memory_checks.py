@@ -7,7 +7,7 @@ import places
 import pytest
 import torch
 from places import CUPY_PLANS, KERNELS, cuda
-from torch import Tensor, tensor, zeros
+from torch import Tensor, nn, tensor, zeros
 from triton.runtime.errors import InterpreterError
 
 import gpu_lstm
@@ -22,24 +22,26 @@ pytestmark = [
 
 B, I, H = 3, 2, 6
 OUTSIDE = r"a \d+-byte (load|store|atomic) (begins|ends) \d+ bytes (before|past the end of) "
-NOISE = dict(peepholes=True, recurrent_dropout=0.5, zoneout=0.3)
-NORMS = dict(layer_norm=True)
+NOISE = dict(recurrent_dropout=0.5, zoneout=0.3)
+PEEPHOLES, NORMS, GRU = dict(peepholes=True), dict(peepholes=True, layer_norm=True), dict(module=gpu_lstm.GRU)
 in_cuda = pytest.mark.parametrize("family", ["kept/4", "read/4"])
 
 
-def run(family: str, T: int = 2, **options) -> None:
+def run(family: str, T: int = 2, H: int = H, module: type[nn.Module] = gpu_lstm.LSTM, **options) -> None:
     """A call and its gradients. The last sequence is the longest.
 
     At its end it is reset, so that kernels need everything that they are given.
     """
     torch.manual_seed(0)
     dtype = torch.float16 if "kept" in family else torch.float32
-    lstm = gpu_lstm.LSTM(I, H, backend=KERNELS[family].backend, dtype=dtype, **options)
+    layer = module(I, H, backend=KERNELS[family].backend, dtype=dtype, **options)
     lengths, resets = tensor([1, T, T]), zeros(T, B, dtype=torch.bool)
     resets[-1, -1] = True
-    left = [zeros(1, T, B, width, dtype=dtype, requires_grad=True) for width in (lstm.proj_size or H, H)]
-    y, state = lstm(torch.randn(T, B, I, dtype=dtype), lengths=lengths, resets=resets, reset_states=left)
-    torch.autograd.grad(sum(t.square().sum() for t in (y, *state)), [*lstm.parameters(), *left])
+    left = [zeros(1, T, B, width, dtype=dtype, requires_grad=True) for width in (options.get("proj_size", H), H)]
+    left = left[:1] if module is gpu_lstm.GRU else left
+    given = dict(lengths=lengths, resets=resets, reset_states=left if len(left) > 1 else left[0])
+    y, state = layer(torch.randn(T, B, I, dtype=dtype), **given)
+    torch.autograd.grad(sum(t.square().sum() for t in (y, *state)), [*layer.parameters(), *left])
 
 
 @in_cuda
@@ -56,9 +58,12 @@ def test_an_access_in_cuda_by_a_plain_pointer_is_detected(monkeypatch, family):
 # The last element of some is not needed: the error's is the host's, c of the last step is computed again, and so is the
 # scale of what a reset follows.
 @pytest.mark.parametrize(("family", "options", "unread"), [
-    ("step", NORMS, "error_ptr scale_hh_ptr"), ("step", dict(proj_size=5), "error_ptr"),
-    ("split/4", {}, "error_ptr"), ("held/ahead", {}, "error_ptr"), ("held/2", {}, "error_ptr"),
-    ("resident", NORMS, ""), ("cooperative/4/1/4", NORMS, "error_ptr"), ("pointwise", dict(T=3), "c_ptr"),
+    ("step", NORMS, "error_ptr scale_hh_ptr"), ("step", PEEPHOLES | dict(proj_size=5), "error_ptr"),
+    ("split/4", PEEPHOLES, "error_ptr"), ("held/ahead", PEEPHOLES, "error_ptr"), ("held/2", PEEPHOLES, "error_ptr"),
+    ("resident", NORMS, ""), ("cooperative/4/1/4", NORMS, "error_ptr"), ("pointwise", PEEPHOLES | dict(T=3), "c_ptr"),
+    *((family, GRU, "error_ptr") for family in ("step", "held/ahead", "held/2", "cooperative/4/1/4")),
+    ("split/4", GRU | dict(H=8), "error_ptr"),  # whose 3H has four parts
+    ("resident", GRU, ""), ("pointwise", GRU | dict(T=3), "c_ptr"),
 ])  # fmt: skip
 def test_each_buffer_in_triton_that_is_one_element_short_is_detected(monkeypatch, family, options, unread):
     """All tensors of all launches at once: what is detected is noted, and happens, since the memory is there."""
@@ -95,7 +100,8 @@ def test_an_atomic_operation_outside_its_tensor_is_detected(monkeypatch):
 
 
 @in_cuda
-def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, family):
+@pytest.mark.parametrize("module", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, module, family):
     KERNELS[family].force(monkeypatch)
     run_kernel = cupy.launch_kernel
 
@@ -109,4 +115,4 @@ def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, 
         run_kernel(*place, **arguments)
 
     monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
-    run(family)
+    run(family, module=module)

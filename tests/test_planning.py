@@ -11,6 +11,7 @@ import torch
 from standing_in import H100
 
 from gpu_lstm.kernels.cards import KB, Card
+from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import planning as cupy
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_lstm import planning
@@ -21,9 +22,9 @@ from gpu_lstm.kernels.triton_lstm.step import held_plans, split_plans, step_plan
 BF16 = torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"
 PROBLEMS = [
-    Problem(steps, batch, hidden, dtype, precision="tf32", side_by_side=directions)
-    for steps, batch, hidden, dtype, directions in itertools.product(
-        (1, 128), (1, 7, 100, 256), (1, 33, 64, 200, 768, 1024, 4096), (BF16, torch.float32), (1, 2)
+    Problem(steps, batch, hidden, dtype, precision="tf32", side_by_side=directions, cell=cell)
+    for steps, batch, hidden, dtype, directions, cell in itertools.product(
+        (1, 128), (1, 7, 100, 256), (1, 33, 64, 200, 768, 1024, 4096), (BF16, torch.float32), (1, 2), CELLS
     )
 ]
 both_ways = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -61,6 +62,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
                 at_once = plan.programs * plan.groups * plan.side_by_side
                 assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
                 assert plan.programs % plan.family.partners == 0, "programs that share gates are all there"
+                assert CELLS[problem.cell].rows % plan.family.partners == 0, "and each has as many gates"
                 assert plan.side_by_side in (1, problem.side_by_side)
                 assert plan.family.partners == 1 or backward
 
@@ -154,9 +156,10 @@ CYCLES = list(csv.DictReader((line for line in LINES if not line.startswith("#")
 @pytest.mark.parametrize("row", CYCLES, ids=["-".join(list(row.values())[:6]) for row in CYCLES])
 def test_the_models_agree_with_cycles_estimated_from_sass(row):
     """To 25 %, of whatever plan the simulation was of: cycles.csv says how it was made."""
-    family, row = row["family"], {name: int(number) for name, number in row.items() if name != "family"}
+    family, cell = row["family"], row["cell"].replace("0", "lstm")
+    row = {name: int(number) for name, number in row.items() if name not in ("family", "cell")}
     backward = bool(row["backward"])
-    problem = Problem(1024, row["batch"], row["hidden"], BF16)
+    problem = Problem(1024, row["batch"], row["hidden"], BF16, cell=cell)
     if family == "cuda":
         found = cupy.plans(problem, Card(90, 132), backward)
         sizes = [row[name] for name in ("columns", "warps", "k", "parts")]

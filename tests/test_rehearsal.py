@@ -157,3 +157,15 @@ def test_a_second_process_compiles_verifies_and_races_nothing(start):
         assert [race["backend"] for race in each["stored"]["races"]] == ["triton"]
     launches = [event["kernel"] for event in third["events"] if event["event"] == "launch"]
     assert launches == ["lstm_resident_forward_kernel", "lstm_resident_backward_kernel"]
+
+
+@pytest.mark.deep
+def test_a_gru_goes_the_way_of_an_lstm_to_the_card(rehearse):
+    """By kernels of its own: no verdict and no race of one stands for the other."""
+    for count, scenario in enumerate(("training_of_a_gru", "training"), 1):
+        found = rehearse(scenario)
+        assert found["error"] is None
+        assert found["stored"]["checks"] == ["right", "right"] * count
+        assert [race["backend"] for race in found["stored"]["races"]] == ["triton"] * count
+        launches = [event["kernel"] for event in found["events"] if event["event"] == "launch"]
+        assert launches[-2:] == ["lstm_resident_forward_kernel", "lstm_resident_backward_kernel"]

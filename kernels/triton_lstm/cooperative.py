@@ -197,6 +197,7 @@ def lstm_cooperative_forward_kernel(
     """All steps of the units of a program; grid (programs of a group, groups)."""
     H: tl.constexpr = S.H
     UNITS: tl.constexpr = S.UNITS
+    GATES: tl.constexpr = S.GATES
     W: tl.constexpr = S.W
     NORM_HH: tl.constexpr = norm_hh.gain_hh_ptr is not None
     NORM_C: tl.constexpr = norm_c.gain_c_ptr is not None
@@ -211,18 +212,18 @@ def lstm_cooperative_forward_kernel(
 
     # The rows of W_hh that belong to the program's units, once: row number r is gate r // UNITS of unit r % UNITS.
     rows = ()
-    for n in tl.static_range((S.GATES * UNITS + 15) // 16 * 2):
+    for n in tl.static_range((GATES * UNITS + 15) // 16 * 2):
         row = 8 * n + thread.column
         unit = first_unit + row % UNITS
         there = unit < H
-        if S.GATES * UNITS % 16 > 0:
-            there &= row < S.GATES * UNITS
+        if GATES * UNITS % 16 > 0:
+            there &= row < GATES * UNITS
         rows = rows + (tl.where(there, row // UNITS * H + unit, -1),)
     weights = load_weights(weights_ptr, rows, first_word, W, STRIDE, DTYPE, S.CHUNKS)
 
     own = cell_of_thread(first_unit, ROW, S)
     z_rows = ()
-    for n in tl.static_range(S.GATES):
+    for n in tl.static_range(GATES):
         z_rows = z_rows + (own.place + n * UNITS,)
     peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, own.unit, H)
     gain_hh = indexing.load_gates(norm_hh.gain_hh_ptr, own.unit, own.unit < H, H) if NORM_HH else None
@@ -254,7 +255,7 @@ def lstm_cooperative_forward_kernel(
             h_prev = scale(h_prev, factors_at, before.words.left, STRIDE, DTYPE)
         parts = product(weights, h_prev, DTYPE)
         z = sum_over_warps(parts, z_rows, (own.column,), thread.number < SEQUENCES * ROW, turn % 2, S.WARPS)
-        if S.GATES < 4:
+        if GATES < 4:
             z = (0.0,) + z
 
         # The words of the next turn arrive while the cell of this one is computed.
@@ -330,11 +331,12 @@ def publish_sums(sums, places, tile, partials_ptr, phase, B, S: tl.constexpr):
 @triton.jit
 def add_sums(partials_ptr, sequence, unit, cells, wait, S: tl.constexpr):
     """(The sum of what all partners published for the thread's cell, the delay of the next wait for it)."""
-    at = partials_ptr + sequence.index.to(tl.int64) * (S.PARTNERS * S.H) + unit
-    words = Words(at, tl.where(cells.in_tile, S.PARTNERS * S.H, 0))  # at every step: no phase is skipped
-    parts, delay = collect(words, wait, S.PARTNERS, 1, S.H, 1)
+    PARTNERS: tl.constexpr = S.PARTNERS  # Triton 3.4 takes no field of a tuple for static_range
+    at = partials_ptr + sequence.index.to(tl.int64) * (PARTNERS * S.H) + unit
+    words = Words(at, tl.where(cells.in_tile, PARTNERS * S.H, 0))  # at every step: no phase is skipped
+    parts, delay = collect(words, wait, PARTNERS, 1, S.H, 1)
     total = parts[0].to(tl.float32, bitcast=True)
-    for n in tl.static_range(1, S.PARTNERS):
+    for n in tl.static_range(1, PARTNERS):
         total += parts[n].to(tl.float32, bitcast=True)
     return total, delay
 
@@ -483,8 +485,8 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
             tiles = ceil(problem.batch / 8)
             groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
             shared = 2 * warps * rows * 8 * 4  # twice the sums of all warps
-            # Three gates leave rows of a tile empty, four need not.
-            if (rows == held or gates == 3) and groups and registers <= MOST_REGISTERS and shared <= STATIC_SHARED:
+            fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
+            if fits and held in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
                 family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)

@@ -172,6 +172,10 @@ HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)
 HELD_PARTS = 2060  # for each tile, where the product is split into parts of K; fitted
 HELD_BESIDE = 0.65  # the share of reads that shows where a multiprocessor has two blocks, one of which computes; fitted
 HELD_ARRIVALS = 700  # the part of GRID_BARRIER that is not in these
+# Instructions that no tile size changes, and those of each sigmoid or tanh, forward and backward: of each cell of a
+# thread in the resident family, of its only cell in the cooperative one; fitted.
+RESIDENT_INSTRUCTIONS = (65, 6), (82, 18)
+COOPERATIVE_INSTRUCTIONS = (130, 16), (198, 20)
 
 
 def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> Expected:
@@ -244,12 +248,14 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
 
     Instructions are fitted to it, to 10 %; the others are exact.
     """
-    units, warps, chunks, of_unit = plan.units, plan.num_warps, plan.family.chunks, CELLS[problem.cell].rows
+    units, warps, chunks, cell = plan.units, plan.num_warps, plan.family.chunks, CELLS[problem.cell]
+    of_unit, functions = cell.rows, cell.functions[backward]
     if isinstance(plan.family, Resident):
         cells = units // (4 * warps)  # of a thread
         products, gates = 2 * chunks * cells, of_unit if backward else 1
         products = products * of_unit // 4 if backward else products  # forward a tile has rows of zeros
-        instructions = (100 if backward else 95) * cells + products
+        of_cell, of_function = RESIDENT_INSTRUCTIONS[backward]
+        instructions = (of_cell + of_function * functions) * cells + products
         shared = gates * (cells * problem.size + 16 * chunks)
         if problem.normalised:  # eight sums over the block, of a word written and read each
             instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
@@ -257,11 +263,12 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     partners = plan.family.partners
     rows = ceil(units * (partners if backward else of_unit) / 16) * 16  # of weights
     sums = ceil(rows / (4 * warps)) if backward else of_unit
-    instructions = 18 * chunks + 290 * problem.normalised
-    if backward:
-        instructions += 245 + 42 * sums if partners > 1 else 218
-    else:
-        instructions += 210 + 1.5 * units + 8 * chunks * plan.family.ahead
+    of_turn, of_function = COOPERATIVE_INSTRUCTIONS[backward]
+    instructions = of_turn + of_function * functions + 18 * chunks + 290 * problem.normalised
+    if partners > 1:
+        instructions += 27 + 42 * sums
+    elif not backward:
+        instructions += 1.5 * units + 8 * chunks * plan.family.ahead
     return instructions, 2 * chunks * rows // 16, rows + 4 * sums * warps
 
 

@@ -304,17 +304,18 @@ def normed_products_backward(dz, now, owned, norm_hh, H: tl.constexpr, DTYPE: tl
 @triton.jit
 def product_with_dz(weights, dz, elements, owned, turn, DTYPE: tl.constexpr, S: tl.constexpr):
     """W_hh^T dz of each cell, gate by gate: of each gate and then cell, `elements` is the place in a row of dz."""
+    GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     operand, products, dh = (), (), ()
-    for gate in tl.static_range(4 - S.GATES, 4):
+    for gate in tl.static_range(4 - GATES, 4):
         for n in tl.static_range(len(dz)):
             operand = operand + (dz[n][gate].to(DTYPE),)
-    shared = share(operand, owned.columns, elements, turn, S.GATES * S.CHUNKS)
-    for gate in tl.static_range(S.GATES):
-        words = take(shared, gate * S.CHUNKS, S.CHUNKS, S.GATES * S.CHUNKS, S.WARPS)
+    shared = share(operand, owned.columns, elements, turn, GATES * S.CHUNKS)
+    for gate in tl.static_range(GATES):
+        words = take(shared, gate * S.CHUNKS, S.CHUNKS, GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
     for n in tl.static_range(len(dz)):
         of_two = products[0][n] + products[1][n]
-        dh = dh + (of_two + (products[2][n] + products[3][n] if S.GATES == 4 else products[2][n]),)
+        dh = dh + (of_two + (products[2][n] + products[3][n] if GATES == 4 else products[2][n]),)
     return dh
 
 
@@ -327,6 +328,7 @@ def lstm_resident_backward_kernel(
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
     H: tl.constexpr = S.H
+    GATES: tl.constexpr = S.GATES
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
@@ -337,7 +339,7 @@ def lstm_resident_backward_kernel(
     first_word = threads(S.WARPS).quarter * 4
     for n in tl.static_range(CELLS // 2):
         rows = rows + (tl.where(owned.units[2 * n] < H, owned.units[2 * n], -1),)
-    for gate in tl.static_range(S.GATES):
+    for gate in tl.static_range(GATES):
         of_gate = weights_ptr + gate * H * S.W
         weights = weights + (load_weights(of_gate, rows, first_word, S.W, 16, DTYPE, S.CHUNKS),)
         for n in tl.static_range(CELLS):  # the gates of UNITS units are a row of K
@@ -399,9 +401,10 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)
-    registers = 4 * units * units * problem.size // (4 * 32 * warps)  # of a thread
+    gates = CELLS[problem.cell].rows if backward else 4  # forward a tile of a product has four
+    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
     if warps <= 8 and registers <= MOST_REGISTERS:
-        shared = 2 * 8 * units * problem.size * (4 if backward else 1)
+        shared = 2 * 8 * units * problem.size * (gates if backward else 1)
         shared += 32 * warps * problem.normalised  # sums of 8 sequences that each warp hands the others
         yield Plan(
             Resident(units * problem.size // 64), 8, units, 1, ceil(problem.batch / 8), warps, shared,

@@ -121,19 +121,21 @@ def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
         poll_limit = wait_for_tile(call.arrivals, batch_tile, times, poll_limit, step)
     sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
     place = indexing.position(step + 1, sequence, call.batch, S.REVERSE)
-    rows = rows_of_dgates(call.cell.dgates_ptr, place.row, place.continues, tl.program_id(0) % S.PARTS, S)
+    at = rows_of_dgates(call.cell.dgates_ptr, place.row, tl.program_id(0) % S.PARTS, S)
+    rows = Rows(at[0], at[1], place.continues, None, at[1])
     K: tl.constexpr = S.GATES * S.H // S.PARTS
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), K, K if S.GATES == 4 else 4 * S.H)[0]
 
 
 @triton.jit
-def rows_of_dgates(dgates_ptr, row, mask, part, S: tl.constexpr):
-    """The Rows of one part of K of dgates [T*B, 4H], of the gates that h reaches: rows of K, or of 4H."""
+def rows_of_dgates(dgates_ptr, row, part, S: tl.constexpr):
+    """(Pointer, rows) of one part of K of dgates [T*B, 4H], of the gates that h reaches; rows are of K, or of 4H. Not
+    Rows, since functions of Triton 3.4 cannot return None."""
     if S.GATES == 4:
         row = row * S.PARTS + part
     else:
         dgates_ptr += (4 - S.GATES) * S.H + part * (S.GATES * S.H // S.PARTS)
-    return Rows(dgates_ptr, row, mask, None, row)
+    return dgates_ptr, row
 
 
 # Kernels' pointers that no other family has, see parameters.py, and those of the layer norms and the projection: W_hh h
@@ -357,9 +359,9 @@ def product_with_dgates(tile, step, call, S: tl.constexpr):
         scale = tl.load(call.recurrent.scale_hh_ptr + after.row, mask=after.continues, other=0.0)
         gain_ptr = call.recurrent.gain_hh_ptr + part * K
         normed = Normed(call.recurrent.unit_hh_ptr, gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-    rows = rows_of_dgates(call.cell.dgates_ptr, after.row, after.continues, part, S)
-    ordered = indexing.rows_of_product((rows.row, rows.mask), not NORM_HH)
-    dgates = Rows(rows.ptr, ordered[0], ordered[1], None, after.row)
+    at = rows_of_dgates(call.cell.dgates_ptr, after.row, part, S)
+    ordered = indexing.rows_of_product((at[1], after.continues), not NORM_HH)
+    dgates = Rows(at[0], ordered[0], ordered[1], None, after.row)
     weight_ptr = call.recurrent.weight_hh_ptr + tl.cast(part, tl.int64) * (K * P)
     dh = product(dgates, Columns(weight_ptr, tile.unit, tile.unit < P, P), normed, K, K if S.GATES == 4 else 4 * H, S)
     return indexing.rows_of_tile(dh, not NORM_HH)
@@ -387,8 +389,9 @@ def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
 @triton.jit
 def sum_of_parts(tile, call, S: tl.constexpr):
     """The sum of all parts' products, [BB, BH]."""
+    PARTS: tl.constexpr = S.PARTS  # Triton 3.4 takes no field of a tuple for static_range
     at, dh = call.recurrent.sums_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
-    for _ in tl.static_range(S.PARTS):
+    for _ in tl.static_range(PARTS):
         dh += tl.load(at, mask=tile.cells.valid, other=0.0, cache_modifier=".cg")
         at += tl.cast(call.batch.B, tl.int64) * S.P
     return dh
