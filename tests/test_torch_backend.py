@@ -101,7 +101,10 @@ def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
             weights = torch_rnn.packed(weights)
         state = torch.empty(1, 2, 4, device="cuda"), torch.empty(1, 2, 4, device="cuda")
         torch_rnn.stack(
-            torch_rnn.cell_of(16, 4), torch.empty(5, 2, 3, device="cuda"), state, [[torch_rnn.Weights(*weights)]]
+            torch_rnn.cell_of(len(weights[1]), 4),
+            torch.empty(5, 2, 3, device="cuda"),
+            state,
+            [[torch_rnn.Weights(*weights)]],
         )
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
