@@ -77,11 +77,12 @@ def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypat
 @pytest.mark.parametrize(("batch", "words", "wrong"), [
     (9, "", lambda batch, hidden: torch.arange(batch) % hidden), (3, "no-hx deep", None),
     (3, "", lambda batch, hidden: torch.arange(batch) * (batch >= hidden)),
+    (9, "gru", lambda batch, hidden: torch.arange(batch) % hidden),
 ])  # fmt: skip
 def test_a_kernel_that_is_wrong_for_more_or_for_fewer_sequences_than_units_is_refused(
     monkeypatch, card, batch, words, wrong
 ):
-    """Sequences begin with the states of others. The numbers are those of torch's LSTM, which are right."""
+    """Sequences begin with the states of others. The numbers are those of torch's own module, which are right."""
     card("cooperative/4/1/4")
     forward = launch.Prepared.forward
 
