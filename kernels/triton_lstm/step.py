@@ -514,12 +514,13 @@ def lstm_step_backward_kernel(
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     tl.static_assert(S.GATES * S.H % S.PARTS == 0, "parts of K are equal")
     K: tl.constexpr = S.GATES * S.H // S.PARTS
+    P: tl.constexpr = S.P
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
     held = None
     if S.HELD:
-        of_part = recurrent.weight_hh_ptr + tl.cast(tl.program_id(0) % S.PARTS, tl.int64) * (K * S.P)
+        of_part = recurrent.weight_hh_ptr + tl.cast(tl.program_id(0) % S.PARTS, tl.int64) * (K * P)
         column = tl.program_id(0) // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
-        held = tl.trans(load_weights(Columns(of_part, column, column < S.P, S.P), 0, K, S.BLOCK_K))
+        held = tl.trans(load_weights(Columns(of_part, column, column < P, P), 0, K, S.BLOCK_K))
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     call = Backward(batch, arrivals, recurrent, held, hidden, cell, saved, output)
     for back in range(T):
