@@ -139,7 +139,7 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "triton_lstm/cells/__init__.py", "triton_lstm/cells/gru.py", "cupy_lstm/cuda/cells/gru.cu",
                 "cupy_lstm/source.py"},  # the list of those in CUDA C++
-    "gpu_lstm/cells": {"__init__.py", "gru.py"},
+    "gpu_lstm/cells": {"__init__.py"},
     "gpu_lstm/call": {"options.py"},  # the table of modules
     "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
     "gpu_lstm/dispatch": set(),
