@@ -198,10 +198,10 @@ def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs(backend, kind):
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
     """oneDNN has no LSTM in float16, but cuDNN has one, which must not be passed infinite values."""
-    stack = Mock(side_effect=lambda x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))
+    stack = Mock(side_effect=lambda cell, x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))
     monkeypatch.setattr(torch_rnn, "stack", stack)
     with torch.autocast("cpu", torch.float16):
         cls(3, 4, backend="torch")(torch.randn(5, 2, 3), lengths=torch.tensor([5, 2]))
-    given = stack.call_args[0][2][0][0].weight_ih
+    given = stack.call_args[0][3][0][0].weight_ih
     assert given.dtype is torch.float16
     assert given.isfinite().all()

@@ -13,14 +13,17 @@ import torch
 
 F32 = torch.float32
 OF_A_LAYER = [f for f in ast.parse(inspect.getsource(oracle)).body
-              if isinstance(f, ast.FunctionDef) and "stack" not in f.name]  # fmt: skip
+              if isinstance(f, ast.FunctionDef) and not {"stack", "functions"} & {*f.name.split("_")}]  # fmt: skip
 NO_TERMS = "1", "1.0", "1e-05", "t"
 T, B, I, H, P = 2, 1, 3, 3, 2
 INPUTS = dict(x=(T, B, I), h0=(B, P), c0=(B, H), weight_ih=(4 * H, I), weight_hh=(4 * H, P), bias_ih=(4 * H,),
               bias_hh=(4 * H,), weight_hr=(P, H), peephole=(3 * H,), gain_ih=(4 * H,), gain_hh=(4 * H,), gain_c=(H,),
               bias_c=(H,))  # fmt: skip
 LEFT, GRADIENTS = dict(reset_h=(T, B, P), reset_c=(T, B, H)), dict(dh=(T, B, P), dh_n=(B, P), dc_n=(B, H))
+OF_GRU = dict(h0=(B, H), weight_ih=(3 * H, I), weight_hh=(3 * H, H), bias_ih=(3 * H,), bias_hh=(3 * H,))
+LEFT_OF_GRU, GRADIENTS_OF_GRU = dict(reset_h=(T, B, H)), dict(dh=(T, B, H), dh_n=(B, H))
 NAMES = "h", "h_n", "c_n", *(f"d{name}" for name in (*INPUTS, *LEFT))
+NAMES_OF_GRU = "h", "h_n", *(f"d{name}" for name in ("x", *OF_GRU, *LEFT_OF_GRU))
 
 
 def terms() -> dict[str, tuple[ast.AST, str]]:
@@ -41,7 +44,8 @@ TERMS = terms()
 
 
 def results(seed: int, kind: type[np.ndarray] = np.ndarray, formulas: ModuleType = oracle) -> dict[str, np.ndarray]:
-    """Results and gradients of an example of few elements with every option that a layer has, in arrays of a kind."""
+    """Results and gradients of an LSTM and a GRU of few elements with every option that a layer has, in arrays of a
+    kind."""
     generator = np.random.default_rng(seed)
 
     def random(name, shape):
@@ -54,7 +58,17 @@ def results(seed: int, kind: type[np.ndarray] = np.ndarray, formulas: ModuleType
     noise = stays | dict(dropout_h=np.array([[0.5, 1.5]]))
     *found, tape = formulas.layer(**given, **left, **noise, resets=np.ones((T, B), bool), reverse=True)
     found += formulas.layer_gradients(**given, **left, **noise, tape=tape, **gradients)
-    return dict(zip(NAMES, found, strict=True))
+    named = dict(zip(NAMES, found, strict=True))
+
+    given |= {name: random(name, shape) for name, shape in OF_GRU.items()}
+    given = {name: given[name] for name in ("x", "h0", "c0", *list(OF_GRU)[1:])}
+    left, gradients = ({name: random(name, shape) for name, shape in each.items()}
+                       for each in (LEFT_OF_GRU, GRADIENTS_OF_GRU))  # fmt: skip
+    noise = dict(zoneout_h=np.full((T, B, H), 0.3), dropout_h=np.array([[0.5, 1.5, 0.8]]))
+    h, h_n, _, tape = formulas.gru_layer(**given, **left, **noise, resets=np.ones((T, B), bool), reverse=True)
+    dx, dh0, _, *found = formulas.gru_layer_gradients(**given, **left, **noise, tape=tape, **gradients, dc_n=None)
+    of_gru = zip(NAMES_OF_GRU, (h, h_n, dx, dh0, *found[:-1]), strict=True)
+    return named | {f"{name} of a GRU": values for name, values in of_gru}
 
 
 SEEDS = range(2)
@@ -67,7 +81,7 @@ def judged(monkeypatch, ours: list[dict], theirs: list[dict]) -> None:
     """By the limits of this problem, which are counted once."""
     monkeypatch.setattr(comparing, "counted", lambda *_: limits())
     errors = {name: [(np.asarray(our[name]) - true[name], their[name] - true[name], true[name])
-                     for our, their, true in zip(ours, theirs, map(truth, SEEDS))] for name in NAMES}  # fmt: skip
+                     for our, their, true in zip(ours, theirs, map(truth, SEEDS))] for name in truth(0)}  # fmt: skip
     comparing.judge(errors, F32, "reference", TRUTHS, T)
 
 
