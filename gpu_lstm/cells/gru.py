@@ -3,8 +3,8 @@
     r, z = sigmoid(z_r), sigmoid(z_z)      n = tanh(z_n + r s)      h' = (1 - z) n + z h
 
 where z_n = W_in x + b_in and s = W_hn h + b_hn. A unit has four pre-activations, like that of an LSTM: n, r, z, s. Of
-these x reaches the first three, and h the last three: no product has rows of zeros. c is h in float32: h is
-carried from step to step unrounded, and rounded where it is an operand of W_hh.
+these x reaches the first three, and h the last three: no product over all steps has rows of zeros. c is h in float32:
+h is carried from step to step unrounded, and rounded where it is an operand of W_hh.
 """
 
 from typing import NamedTuple
