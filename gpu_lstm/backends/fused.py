@@ -23,14 +23,17 @@ _weights = attrgetter(*Weights._fields)
 
 
 def weights_of(inputs: Inputs) -> Weights:
+    """The Weights among the Inputs of a layer."""
     return Weights(*_weights(inputs))
 
 
 def noise_of(inputs: Inputs) -> Noise:
+    """The Noise among them."""
     return Noise(inputs.dropout_h, inputs.zoneout_h, inputs.zoneout_c)
 
 
 def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
+    """How a layer with these Inputs goes through the batch."""
     states = None if inputs.reset_h is None or inputs.reset_c is None else [(inputs.reset_h, inputs.reset_c)]
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 

@@ -67,6 +67,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(call: Call) -> Kind:
+    """What decides how a call runs."""
     options, weights, dtype, traversal = call.options, call.weights[0][0], dtype_of(call), call.traversal
     _, hidden, projected = options.sizes[0]
     lengths = torch.int64 if call.form.packed is not None else None

@@ -29,6 +29,7 @@ def run(call: Call) -> tuple[Tensor, list[State]]:
 
 
 def route_of(call: Call) -> Route:
+    """How a call runs: looked up, or decided now."""
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, traversal = call.x, call.traversal
