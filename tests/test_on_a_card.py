@@ -9,13 +9,17 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import test_gpu
 import torch
 from places import INTERPRETED, KERNELS
+from standing_in import H100, plan_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_lstm
 from gpu_lstm.call import modes
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm import choose
 from gpu_lstm.kernels.triton_lstm import launch as triton
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card is here")
@@ -57,6 +61,19 @@ def test_the_host_reads_no_number_in_a_call_unless_the_test_asks_for_margins(
     with Reads() as reads:
         module(x)[0].sum().backward()
     assert (reads.count > 0) == checked
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_every_family_runs_on_an_h100_with_both_cells(cell):
+    for test in (test_gpu.test_the_headline, test_gpu.test_every_family, test_gpu.test_a_captured_graph_replays):
+        assert test_gpu.every_cell.mark in test.pytestmark
+    ragged = Problem(20, 9, 1, torch.float16, cell=cell, reverse=True, lengths=torch.int64, resets=True)
+    forced = [(name, ragged._replace(hidden=hidden)) for name, hidden in test_gpu.FORCED]
+    plans = [plan_of(name, problem, backward) for name, problem in forced for backward in (False, True)]
+    assert {type(plan.family) for plan in plans} == choose.FAMILIES.keys()
+    for name, (batch, hidden) in test_gpu.CHOSEN.items():
+        plan, *_ = choose.plans(Problem(30, batch, hidden, torch.float16, cell=cell), H100, False)
+        assert plan.family.name == name
 
 
 TORCH = """  # on a card that a test breaks for its process
