@@ -61,6 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def show(file: Path) -> int:
     """Draw plots next to a results file; print its tables, the summary last. 1 if a row of ours is wrong or failed."""
     rows, console = results.read(file), Console(markup=False, highlight=False)
+    if rows.empty:
+        console.print(f"Nothing was measured: {file} has no row. The reason is above.")
+        return 1
     wrong = rows[report.is_ours(rows) & rows["status"].isin(results.BROKEN)]
     console.print(*report.details(rows), f"{file} and {len(plots.draw(rows, file.parent))} plots next to it", sep="\n")
     for row in wrong.itertuples():

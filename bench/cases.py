@@ -93,15 +93,20 @@ def grid(kind: str) -> dict[str, list[Case]]:
         values = (dict.fromkeys(fields, value) for value in varied[fields[0]])
         return [replace(headline, mode=mode, **changes) for changes in values for mode in modes]
 
+    def as_gru(*its: Case) -> list[Case]:
+        return [replace(case, cell="gru") for case in its]
+
     varied_rl = itertools.product(modes, (0.03, 0.005), varied["rl_dtype"], varied["rl"])
     rl = [Case(mode, dtype, T, B, H, H, reset_rate=rate) for mode, rate, dtype, (T, B, H) in varied_rl]
     step = replace(headline, mode="step", steps=1)
     resets = [replace(headline, reset_rate=rate) for rate in varied["reset_rate"]]
     others = replace(resets[0], variant="reset_states"), replace(step, sequences="active")
     both, ragged = [replace(headline, mode=mode) for mode in modes], replace(headline, sequences="ragged")
-    of_a_gru = [*both, resets[0], ragged, *rl[: len(varied["rl"])], replace(step, batch=1)]
+    first = len(varied["rl"])
+    rl[first:first] = as_gru(*rl[:first])
     return {
         "headline": both,
+        "gru": as_gru(*both, resets[0], ragged, replace(step, batch=1)),
         "rl": rl,
         "hidden": each("hidden_size", "input_size"),
         "dtypes": each("dtype"),
@@ -112,7 +117,6 @@ def grid(kind: str) -> dict[str, list[Case]]:
         "variants": [*(replace(headline, variant=name) for name in VARIANTS), *others],
         "batch": each("batch"),
         "steps": each("steps"),
-        "gru": [replace(case, cell="gru") for case in of_a_gru],
     }
 
 

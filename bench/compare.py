@@ -28,7 +28,8 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
     if not 0 < fail_under <= 1:
         raise ValueError(f"--fail-under is {fail_under:g}, expected more than 0 and at most 1")
     report.measured(pd.concat([old, new]))  # raises unless they are of one device
-    replayed = new[~new["status"].isin(TIMED)].assign(graph=True)  # what was not timed has no separate row for a graph
+    # What was not timed has no separate row for a graph, unless it is the graph alone.
+    replayed = new[~(new["status"].isin(TIMED) | new["graph"])].assign(graph=True)
     try:
         rows = old.merge(pd.concat([new, replayed]), "outer", KEY, suffixes=("_old", "_new"), validate="one_to_one")
     except pd.errors.MergeError as error:

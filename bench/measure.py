@@ -27,6 +27,7 @@ ALLOWED = 2.0  # times torch's own error in the same dtype
 SANITY = 8.0  # times the error of torch's cell, for torch's module itself, whose error is the measure of the rest
 # torch's warning where cuDNN copies the weights at every call: only torch.nn.LSTM as it is may be timed so.
 COPIES = "RNN module weights are not part of single contiguous chunk of memory"
+GRAPH = " (graph)"  # behind the name of a provider whose call is captured
 Row = dict[str, Any]  # of results.COLUMNS; those without a value may be left out
 
 
@@ -55,15 +56,19 @@ def measure(
 
 
 def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[Row]]) -> list[Row]:
-    """What `run` returns for one case. Providers that fail are reported as failed, and the others run without them."""
+    """What `run` returns for one case. Providers that fail are reported as failed, and the others run without them.
+
+    Whose capture alone fails is timed without a graph: in another process, since a broken capture may leave this one's
+    memory and random numbers unusable.
+    """
     failed: dict[str, str] = {}
-    while set(failed) != set(names):
+    while not failed.keys() >= set(names):
         try:
             return run(case, names, device, failed)
         except ProviderFailed as error:
             provider, text = error.args
-            failed |= dict.fromkeys([provider] if provider in names else names, text)  # unknown provider: all
-    return [_row(case, name, device, status="failed", note=text) for name, text in failed.items()]
+            failed |= dict.fromkeys([provider] if provider.removesuffix(GRAPH) in names else names, text)  # else: all
+    return [_row(case, name, device, status="failed", note=failed[name]) for name in names]
 
 
 def run_case(
@@ -71,7 +76,8 @@ def run_case(
 ) -> list[Row]:
     """Rows of a case by `names`, the yardstick first; `tell` is called with the provider that runs next.
 
-    ProviderFailed if one raises, since the device may then be unusable; those that `failed` are not tried again.
+    ProviderFailed if one raises, since the device may then be unusable; those that `failed`, or whose capture in a
+    graph did, are not tried again.
     """
     torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
@@ -79,7 +85,7 @@ def run_case(
     with timing.float32_products(case.dtype):
         inputs, gate = Inputs.of(case, device), Gate()
         for name in (name for name in names if name not in failed):
-            tell(name)
+            tell(running := name)
             try:
                 if (reason := PROVIDERS[name].absent(device)) is not None:
                     outcomes[name] = {"status": "absent", "note": reason}
@@ -92,12 +98,13 @@ def run_case(
                 if outcomes[name]["status"] in results.TIMED:
                     outcomes[name] |= trial.memory(device)
                     calls[name, False] = trial.call
-                    if device != "cpu" and PROVIDERS[name].graphed:
+                    if device != "cpu" and PROVIDERS[name].graphed and name + GRAPH not in failed:
+                        tell(running := name + GRAPH)
                         calls[name, True] = timing.captured(trial.call)
             except (Unable, UserWarning) as error:
                 outcomes[name] = {"status": "unable", "note": str(error)}
             except Exception as error:
-                raise ProviderFailed(name, f"{type(error).__name__}: {error}") from error
+                raise ProviderFailed(running, f"{type(error).__name__}: {error}") from error
         del gate  # and its results in float64
         tell("all, timed in turn")
         copy, product = timing.ceilings(case.dtype, device)
@@ -105,6 +112,9 @@ def run_case(
     of_all = {"copy_bytes_per_s": copy, "product_flops_per_s": product, **results.card_state(device)}
     of_all["bound_s"] = max(case.operations() / product, case.bytes_moved() / copy)
     rows = [_row(case, name, device, **outcomes[name]) for name in names if (name, False) not in calls]
+    uncaptured = [name for name in names if name + GRAPH in failed and (name, False) in calls]
+    notes = {name: f"not captured: {failed[name + GRAPH]}" for name in uncaptured}
+    rows += [_row(case, name, device, graph=True, status="failed", note=notes[name]) for name in uncaptured]
     best = min((seconds[name, False] for name in YARDSTICKS if (name, False) in seconds), key=np.median, default=None)
     for (name, graph), mine in seconds.items():
         figures = dict(zip(("median_s", "p20_s", "p80_s"), timing.percentiles(mine)))

@@ -37,7 +37,10 @@ def pytest_configure(config):
 
 
 class Progress:
-    """Every 30 seconds a line says how many tests are done, and how long the others will take at this rate."""
+    """Every 30 seconds a line says how many tests are done, and how long the others will take at this rate.
+
+    On a card a traceback is printed when its test fails: a kernel that hangs may leave no end to print it at.
+    """
 
     EVERY = 30
 
@@ -52,7 +55,13 @@ class Progress:
     def pytest_xdist_node_collection_finished(self, ids):
         self.total = len(ids)
 
+    def write(self, text):
+        self.config.pluginmanager.get_plugin("terminalreporter").write(f"\n{text}\n", flush=True)
+
+    @pytest.hookimpl(trylast=True)  # behind pytest's own line
     def pytest_runtest_logreport(self, report):
+        if report.failed and torch.cuda.is_available():
+            self.write(f"{report.nodeid}\n{report.longreprtext}")
         self.done += report.when == "teardown"
         now = time.monotonic()
         if now - self.told >= self.EVERY and self.done:
@@ -60,7 +69,7 @@ class Progress:
             left = seconds * (self.total - self.done) / self.done
             said = f"{self.done} of {self.total} tests in {seconds:.0f} s"
             said += f", about {left:.0f} s left" if self.done > self.total / 20 else ""
-            self.config.pluginmanager.get_plugin("terminalreporter").write(f"\n{said}\n", flush=True)
+            self.write(said)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
@@ -79,6 +88,26 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.device)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A process in which the card fails from now on ends: it would fail all other tests, and faster than others pass.
+
+    pytest-xdist starts another process for them.
+    """
+    result = yield
+    if torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+            torch.rand(1, device="cuda")  # which no longer works after a broken capture
+        except RuntimeError as error:
+            said = f"the card does not work in this process any more, after {item.nodeid}: {error}"
+            if not hasattr(item.config, "workerinput"):
+                pytest.exit(said, returncode=1)
+            print(said, file=sys.stderr, flush=True)
+            os._exit(1)
+    return result
 
 
 def pytest_collection_finish():
@@ -105,16 +134,14 @@ def quick_interpreter():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def kernels_are_given_what_they_expect_and_write_nowhere_else():
+def kernels_are_given_what_they_expect():
     """In all of these processes, whoever calls them."""
     if not importlib.util.find_spec("triton"):
         return
     from standing_in import assert_contract
 
-    from gpu_lstm.kernels import memory
     from gpu_lstm.kernels.layer import Layer
 
-    memory._Checking.on = True
     forward, backward = Layer.forward, Layer.backward
 
     def checked_forward(layer, gates, r, save):
@@ -126,6 +153,19 @@ def kernels_are_given_what_they_expect_and_write_nowhere_else():
         return backward(layer, dh, dh_n, dc_n, gates, c, r, of_h0)
 
     Layer.forward, Layer.backward = checked_forward, checked_backward
+
+
+@pytest.fixture(autouse=True)
+def kernels_write_nowhere_else():
+    """On a card only where a test asks: every launch is waited for, so none is captured, and no two run at once."""
+    if (memory := sys.modules.get("gpu_lstm.kernels.memory")) is not None:
+        memory._Checking.on = not torch.cuda.is_available()  # in all threads; autograd has one for each card
+
+
+@pytest.fixture
+def within_margins(kernels_write_nowhere_else):
+    """Launches of this test are checked on a card, too."""
+    sys.modules["gpu_lstm.kernels.memory"]._Checking.on = True
 
 
 @pytest.fixture

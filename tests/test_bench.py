@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import select
+import signal
 import subprocess
 import time
 import warnings
@@ -50,6 +51,7 @@ def test_every_case_has_a_name_of_its_own(monkeypatch):
         every = [case for group in grid.values() for case in group]
         assert len({case.name for case in every}) == len(set(every)) == len(every)
         assert cases.choose(kind, None) == every
+        assert {case.cell for case in every[:4]} == {"lstm", "gru"}  # what time is left for on a card
         assert cases.choose(kind, ["step", every[0].name]) == [*grid["step"], every[0]]
 
 
@@ -242,6 +244,31 @@ def test_a_provider_that_fails_stops_no_other(monkeypatch):
     assert rows[0]["note"] == "MemoryError: too large"
 
 
+def test_who_cannot_be_captured_keeps_its_times_and_nobody_else_is_judged_without_it(monkeypatch):
+    """ "cpu:0" is no "cpu", but where torch computes. Another process times it again, without the capture."""
+    right = {name: Provider(torchs.plain, graphed=True) for name in ("torch", "ours")}
+    for module in (providers, measure):
+        monkeypatch.setattr(module, "PROVIDERS", right)
+
+    def captured(call):
+        if call.__self__.name == "torch":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    for name, function in {"captured": captured, "peak_bytes": lambda *_: 0, "_sample": lambda *_: 1e-3}.items():
+        monkeypatch.setattr(timing, name, function)
+    for name in ("card_state", "provenance"):
+        monkeypatch.setattr(results, name, lambda device: {})
+    run = Mock(wraps=partial(measure.run_case, tell=(told := []).append))
+    rows = measure.rows_of(SMALL, ["torch", "ours"], "cpu:0", run)
+    assert told == ["torch", "torch (graph)", "torch", "ours", "ours (graph)", "all, timed in turn"]
+    (lost,) = (row for row in rows if row["status"] != "measured")
+    assert (lost["provider"], lost["graph"], lost["status"]) == ("torch", True, "failed")
+    assert lost["note"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
+    assert {(row["provider"], row["graph"]) for row in rows if "speed" in row} == {
+        ("torch", False), ("ours", False), ("ours", True)}  # fmt: skip
+
+
 def test_the_commit_of_a_base_is_imported_in_a_process_of_its_own(monkeypatch, tmp_path):
     """Of a repository whose first commit has a gpu_lstm."""
     git, names = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"], ("gpu_lstm", "kernels")
@@ -309,27 +336,84 @@ def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
     marked = {path for path in (ROOT / "tests").glob("test_*.py") if re.search(marks, path.read_text(), re.MULTILINE)}
     words = [word for command, *_ in asked for word in command]
     assert {word for word in words if word.startswith("tests/")} == {f"tests/{path.name}" for path in marked}
-    monkeypatch.setattr(gpu, "command", lambda *asking: ("tests/a PASSED\ntests/b", None))
-    (line,) = gpu.tests("families", [], time.monotonic() - 1, tmp_path)
-    assert line.endswith("after 1 s; 1 passed and 0 failed before; the last line was: tests/b")
+    monkeypatch.setattr(gpu, "command", lambda *asking: ("FAILED tests/a - 0.3\n1 failed", None))
+    failures = gpu.tests("families", [], time.monotonic() - 1, tmp_path)
+    assert failures == ["FAILED tests/a - 0.3", "STOPPED families: after 1 s; the last line was: 1 failed"]
 
 
-def test_what_a_stopped_command_has_started_is_stopped_too(tmp_path, monkeypatch):
-    """As pytest's workers, one of which may hold the card beside what is timed next. Here it holds a pipe."""
+@pytest.mark.parametrize(("error", "why"), [
+    (OSError("no space"), "STOPPED benchmark: OSError: no space"),
+    (None, f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}"),
+], ids=["raises", "no time"])  # fmt: skip
+def test_bench_gpu_goes_on_where_nothing_is_measured_and_ends_with_the_reason(
+    capsys, tmp_path, monkeypatch, error, why
+):
+    def measured(chosen, names, device, sides, deadline):
+        results.create(*sides)
+        if error is not None:
+            raise error
+        return chosen
+
+    asked = Mock(return_value=("FAILED tests/a\n1 failed", 1))
+    for owner, name, function in ((torch.cuda, "is_available", lambda: True), (measure, "measure", measured),
+                                  (gpu, "command", asked)):  # fmt: skip
+        monkeypatch.setattr(owner, name, function)
+    monkeypatch.setenv("COLUMNS", "300")
+    assert command_line.main(["gpu", "--out", str(tmp_path / "out")]) == 1
+    assert set(gpu.OF_CUPY) <= set(asked.mock_calls[-1].args[0])
+    *said, end = capsys.readouterr().out.splitlines()
+    assert why in said
+    assert end == f"Nothing was measured: {tmp_path / 'out' / 'results.csv'} has no row. The reason is above."
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """gpu.command(module), stopped by an error once `begun` is in the pipe, which nobody can write to afterwards."""
     os.mkfifo(path := tmp_path / "pipe")
     wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
 
-    def once_it_has_begun(process, timeout=None):
-        if timeout is None:
-            return wait(process)
-        assert select.select([pipe], [], [], 60)[0]
-        assert os.read(pipe, 9) == b"begun\n"
-        raise KeyboardInterrupt
+    def stopped(error, module):
+        def once_it_has_begun(process, timeout=None):
+            if timeout != 600.0:
+                return wait(process, timeout)
+            assert select.select([pipe], [], [], 60)[0]
+            assert os.read(pipe, 9) == b"begun\n"
+            raise error
 
-    monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
-    code = f"import subprocess; subprocess.run(['sh', '-c', 'exec > {path}; echo begun; sleep 600'])"
-    with contextlib.suppress(KeyboardInterrupt):
-        gpu.command(["timeit", "-n", "1", code], 600.0, tmp_path / "log")
+        monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
+        return gpu.command(module, 600.0, tmp_path / "log")
+
+    yield stopped
     assert select.select([pipe], [], [], 20)[0]
     assert os.read(pipe, 9) == b"", "nobody can write any more"
     os.close(pipe)
+
+
+def test_what_a_stopped_command_has_started_is_stopped_too(tmp_path, command):
+    """As pytest's workers, one of which may hold the card beside what is timed next. Here it holds a pipe."""
+    code = f"import subprocess; subprocess.run(['sh', '-c', 'exec > {tmp_path}/pipe; echo begun; sleep 600'])"
+    with pytest.raises(KeyboardInterrupt):
+        command(KeyboardInterrupt(), ["timeit", "-n", "1", code])
+
+
+def test_tests_that_run_out_of_time_say_why_others_failed_before(tmp_path, command):
+    """Also where interrupts are ignored, as behind a shell's "&"."""
+    (file := tmp_path / "test_kernels.py").write_text(f"""
+import time
+
+def test_wrong():
+    assert False, "the RMS error of h is 0.3"
+
+def test_hangs():
+    with open("{tmp_path}/pipe", "w") as pipe:
+        print("begun", file=pipe, flush=True)
+        time.sleep(600)
+""")
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        out_of_time = subprocess.TimeoutExpired("pytest", 600.0)
+        said, code = command(out_of_time, ["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code is None
+    assert re.search("(?m)^FAILED .*test_wrong - AssertionError: the RMS error of h is 0.3$", said)

@@ -71,19 +71,19 @@ def test_a_change_is_real_beyond_the_threshold_and_with_intervals_apart_or_a_mar
 
 def test_every_verdict_what_changed_most_first_and_only_ours_fails():
     old = {"a": {}, "b": {}, "c": {}, "d": BROKEN, "e": GRAPH, "e_2": {}, "g": {}, "g_2": GRAPH, "h": TORCH,
-           "i": HASTE, "j": HASTE, "k": {}, "l": {}, "m": {}}  # fmt: skip
+           "i": HASTE, "j": HASTE, "k": {}, "l": {}, "m": {}, "n": {}, "n_2": GRAPH}  # fmt: skip
     new = {"a": {"speed": 1.92}, "b": ABSENT, "d": {}, "e": {}, "f": {}, "g": BROKEN, "h": TORCH | {"ms": 2},
            "i": HASTE | {"speed": 1}, "j": HASTE | BROKEN, "k": {"speed": 1.8}, "l": {"speed": 1},
-           "m": {"speed": 3}}  # fmt: skip
+           "m": {"speed": 3}, "n": {}, "n_2": GRAPH | BROKEN}  # fmt: skip
     rows = compare.compare(run(**old), run(**new), 0.95)
     names = rows["case"] + rows["graph"].map({True: "+", False: ""})
     told = {verdict: list(its) for verdict, its in names.groupby(rows["verdict"])}
     assert told["slower"][-1] == "k"  # h, i and l are half as fast
     assert {verdict: sorted(its) for verdict, its in told.items()} == {
-        "": ["a", "e"], "slower": ["h", "i", "k", "l"], "faster": ["m"], "broken": ["g", "g+", "j"],
+        "": ["a", "e", "n"], "slower": ["h", "i", "k", "l"], "faster": ["m"], "broken": ["g", "g+", "j", "n+"],
         "not timed now": ["b", "c", "e+"], "not timed before": ["d", "f"],
     }  # fmt: skip
-    assert sorted(rows["case"][rows["is_regression"]]) == ["g", "g", "k", "l"]
+    assert sorted(rows["case"][rows["is_regression"]]) == ["g", "g", "k", "l", "n"]
     assert rows.set_index("case")["ratio"]["k"] == pytest.approx(0.9)
 
 

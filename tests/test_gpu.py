@@ -15,14 +15,19 @@ from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import card_of
 
 pytestmark = pytest.mark.gpu
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+every_dtype = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+every_cell = pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+FORCED = ("resident", 100), ("split", 304), *itertools.product(("cooperative", "step", "pointwise"), (100, 300))
+# B and H of a family each, as the headline's is the cooperative one.
+CHOSEN = {"resident": (4, 64), "cooperative": (4, 512), "step": (4, 2048), "pointwise": (512, 1024)}
 
 
-def kernels(inputs, hidden, layers=1, backend="triton", **options):
-    return gpu_lstm.LSTM(inputs, hidden, layers, device="cuda", backend=backend, **options)
+def kernels(inputs, hidden, backend="triton", cell="LSTM", **options):
+    return getattr(gpu_lstm, cell)(inputs, hidden, device="cuda", backend=backend, **options)
 
 
-def random(*size, dtype=torch.float32, **options):
+def random(*size, dtype=F32, **options):
     return torch.randn(*size, device="cuda", dtype=dtype, **options)
 
 
@@ -31,35 +36,42 @@ def results(lstm, x, **given):
     return [y, *torch.autograd.grad(y.square().mean(), [t for t in (x, *lstm.parameters()) if t.requires_grad])]
 
 
-def test_the_headline():
-    """H=768, B=16 in bfloat16, all steps in one cooperative launch: first of all, and alone."""
-    check((64, 16, 256, 768), "", "triton", torch.bfloat16, "cuda", seeds=1)
+@every_cell
+def test_the_headline(cell):
+    """H=768, B=16 in bfloat16, all steps in one cooperative launch: the LSTM's first of all, and alone."""
+    check((64, 16, 256, 768), "gru" * (cell == "GRU"), "triton", BF16, "cuda", seeds=1)
     gpu_lstm.check()
     layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
     chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
     assert {family.name for family in chosen} == {"cooperative"}
 
 
+@pytest.mark.usefixtures("within_margins")
 @every_dtype
-@pytest.mark.parametrize("variant", ["", "reverse", "no-bias ragged resets", "ragged resets reverse"])
+@pytest.mark.parametrize("variant", ["", "reverse", "no-bias ragged resets", "ragged resets reverse", "gru",
+                                     "gru ragged resets reverse"])  # fmt: skip
 @pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
 def test_what_is_chosen_is_right(size, variant, dtype):
     check(size, variant, "triton", dtype, "cuda", seeds=1)
 
 
-@pytest.mark.parametrize(("family", "hidden"), [
-    ("resident", 100), ("split", 304), *itertools.product(("cooperative", "step", "pointwise"), (100, 300)),
-])  # fmt: skip
-def test_every_family(monkeypatch, family, hidden):
+@pytest.mark.usefixtures("within_margins")
+@every_cell
+@pytest.mark.parametrize(("family", "hidden"), FORCED)
+def test_every_family(monkeypatch, family, hidden, cell):
     def of_family(problem, device, pass_, *_):
         return plan_of(family, problem, pass_.backward, card_of(device))
 
     monkeypatch.setattr(launch, "choose_plan", of_family)
-    check((20, 9, 32, hidden), "ragged resets reverse", "triton", torch.float16, "cuda", seeds=1)
+    words = "ragged resets reverse" + " gru" * (cell == "GRU")
+    check((20, 9, 32, hidden), words, "triton", F16, "cuda", seeds=1)
     gpu_lstm.check()
 
 
-@pytest.mark.parametrize("options", [{"num_layers": 3}, {"num_layers": 2, "bidirectional": True}], ids=str)
+@pytest.mark.parametrize("options", [
+    {"num_layers": 3}, {"num_layers": 2, "bidirectional": True},
+    {"num_layers": 2, "bidirectional": True, "cell": "GRU"},
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("recompute", [False, True])
 def test_layers_and_directions_side_by_side(options, recompute):
     """Streams hand tensors to each other: the numbers are those of one after another, run after run."""
@@ -77,11 +89,11 @@ def test_layers_and_directions_side_by_side(options, recompute):
 
 
 def test_two_grids_at_once():
-    """Two models of which each fills the card, on two streams, and a layer whose directions share it: no launch times
+    """An LSTM and a GRU that each fill the card, on two streams, and a layer whose directions share it: no launch times
     out, and the numbers are those of one after another."""
-    models = [kernels(64, 1024, dtype=torch.float16) for _ in range(2)]
-    models.append(kernels(64, 512, bidirectional=True, dtype=torch.float16))
-    x = random(200, 16, 64, dtype=torch.float16)
+    models = [kernels(64, 1024, cell=cell, dtype=F16) for cell in ("LSTM", "GRU")]
+    models.append(kernels(64, 512, bidirectional=True, dtype=F16))
+    x = random(200, 16, 64, dtype=F16)
     with torch.no_grad():
         alone = [model(x)[0] for model in models]
         torch.cuda.synchronize()
@@ -95,15 +107,18 @@ def test_two_grids_at_once():
             assert all(map(torch.equal, alone, together))
 
 
+@every_cell
 @pytest.mark.parametrize("hidden", [64, 512])
-def test_the_same_bits_every_run(hidden):
-    lstm, x = kernels(32, hidden, 2, dtype=torch.bfloat16), random(200, 16, 32, dtype=torch.bfloat16)
+def test_the_same_bits_every_run(hidden, cell):
+    lstm, x = kernels(32, hidden, cell=cell, num_layers=2, dtype=BF16), random(200, 16, 32, dtype=BF16)
     assert all(map(torch.equal, results(lstm, x), results(lstm, x)))
 
 
-@pytest.mark.parametrize(("hidden", "batch"), [(64, 4), (512, 4), (2048, 4), (1024, 512)])  # by each family
-def test_a_captured_graph_replays(hidden, batch):
-    lstm, x = kernels(32, hidden, dtype=torch.float16), random(30, batch, 32, dtype=torch.float16)
+@every_cell
+@pytest.mark.parametrize("family", CHOSEN)
+def test_a_captured_graph_replays(family, cell):
+    batch, hidden = CHOSEN[family]
+    lstm, x = kernels(32, hidden, cell=cell, dtype=F16), random(30, batch, 32, dtype=F16)
     with torch.no_grad():
         lstm(x)
         graph = torch.cuda.CUDAGraph()
@@ -115,7 +130,8 @@ def test_a_captured_graph_replays(hidden, batch):
 
 
 @every_dtype
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"proj_size": 8}, {"num_layers": 2, "bidirectional": True}])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"proj_size": 8}, {"num_layers": 2, "bidirectional": True},
+                                     {"cell": "GRU"}, {"cell": "GRU", "bias": False}])  # fmt: skip
 @pytest.mark.filterwarnings("error:RNN module weights are not part of single contiguous chunk of memory")
 def test_cudnn_copies_no_weights(dtype, options):
     """Parameters, those of another call, and those that shut gates; the layout is cuDNN's own."""
@@ -127,9 +143,10 @@ def test_cudnn_copies_no_weights(dtype, options):
         torch.func.functional_call(lstm, others, (x,), given)
 
 
-def test_an_update_of_torchs_own_with_resets_is_captured():
+@every_cell
+def test_an_update_of_torchs_own_with_resets_is_captured(cell):
     torch.manual_seed(0)
-    lstm, x = kernels(16, 32, backend="torch"), random(9, 4, 16)
+    lstm, x = kernels(16, 32, backend="torch", cell=cell), random(9, 4, 16)
     resets, lengths = torch.rand(9, 4, device="cuda") < 0.3, torch.tensor([9, 1, 0, 5], device="cuda")
     ragged = dict(resets=resets, lengths=lengths)
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -143,7 +160,7 @@ def test_an_update_of_torchs_own_with_resets_is_captured():
         resets.copy_(torch.rand(9, 4, device="cuda") < 0.3)
         graph.replay()
         torch.testing.assert_close(captured, results(lstm, x, **ragged))
-        reference = kernels(16, 32, backend="reference")
+        reference = kernels(16, 32, backend="reference", cell=cell)
         reference.load_state_dict(lstm.state_dict())
         torch.testing.assert_close(captured[0], reference(x, **ragged)[0], rtol=1e-2, atol=1e-3)
 

@@ -40,10 +40,12 @@ def occupy(memory_ptr, nanoseconds, BLOCK: tl.constexpr):
     tl.store(at, elements + tl.max(waited, 0))
 
 
-@pytest.mark.parametrize(("seconds", "limit"), [(0.2, None), (8.0, None), (8.0, 1.0)])
-def test_a_grid_waits_for_multiprocessors_that_another_kernel_holds(seconds, limit):
+@pytest.mark.parametrize(("cell", "seconds", "limit"), [
+    ("LSTM", 0.2, None), ("LSTM", 8.0, None), ("LSTM", 8.0, 1.0), ("GRU", 8.0, 1.0),  # whose cells make NaN, too
+])  # fmt: skip
+def test_a_grid_waits_for_multiprocessors_that_another_kernel_holds(cell, seconds, limit):
     """Or, where its time limit is shorter, reports a timeout."""
-    lstm = gpu_lstm.LSTM(768, 768, device="cuda", dtype=torch.bfloat16, backend="triton")
+    lstm = getattr(gpu_lstm, cell)(768, 768, device="cuda", dtype=torch.bfloat16, backend="triton")
     x = torch.randn(64, 16, 768, device="cuda", dtype=torch.bfloat16)
     memory = torch.zeros(HELD * BLOCK, dtype=torch.int32, device="cuda")
     word = error_word(x.device, "lstm_cooperative_forward_kernel")

@@ -171,9 +171,10 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced_or_a_set
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 @pytest.mark.parametrize("hidden", [64, 512])
-def test_a_step_is_replayed_from_a_graph(hidden):
-    lstm = gpu_lstm.LSTM(32, hidden, 2, device="cuda", dtype=torch.bfloat16, backend="triton").eval()
+def test_a_step_is_replayed_from_a_graph(hidden, cell):
+    lstm = getattr(gpu_lstm, cell)(32, hidden, 2, device="cuda", dtype=torch.bfloat16, backend="triton").eval()
     stream, x = Stream(lstm, 4), torch.randn(50, 4, 32, device="cuda", dtype=torch.bfloat16)
     steps = torch.stack([stream(x_t) for x_t in x])
     torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)

@@ -1,0 +1,119 @@
+"""What the tests do on a card, without one: their settings, their tables, and what becomes of a broken process."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import test_gpu
+import torch
+from places import INTERPRETED, KERNELS
+from standing_in import H100, plan_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpu_lstm
+from gpu_lstm.call import modes
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_lstm import choose
+from gpu_lstm.kernels.triton_lstm import launch as triton
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+
+ON_THE_HOST = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default
+
+
+@pytest.fixture(scope="module")
+def a_card():
+    """Before the fixtures of a test ask for one."""
+    with mock.patch.object(torch.cuda, "is_available", return_value=True):
+        yield
+
+
+class Reads(TorchDispatchMode):
+    """What reads a number of a tensor on the host: on a card it waits for the stream, and a capture forbids it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in ON_THE_HOST
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("place", ["held", "resident", "cooperative/4/1/4", "pointwise", "read/4"])
+@pytest.mark.parametrize("checked", [False, True])
+def test_the_host_reads_no_number_in_a_call_unless_the_test_asks_for_margins(
+    a_card, request, monkeypatch, cell, place, checked
+):
+    if checked:
+        request.getfixturevalue("within_margins")
+    backend, force = KERNELS[place]
+    force(monkeypatch)
+    monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is counted is of a call that nobody watches
+    for launcher in (triton, cupy):
+        monkeypatch.setattr(launcher, "launch_kernel", lambda *_, **__: None)  # the interpreter reads numbers itself
+    module, x = getattr(gpu_lstm, cell)(4, 8, backend=backend), torch.zeros(3, 2, 4)
+    with Reads() as reads:
+        module(x)[0].sum().backward()
+    assert (reads.count > 0) == checked
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_every_family_runs_on_an_h100_with_both_cells(cell):
+    for test in (test_gpu.test_the_headline, test_gpu.test_every_family, test_gpu.test_a_captured_graph_replays):
+        assert test_gpu.every_cell.mark in test.pytestmark
+    ragged = Problem(20, 9, 1, torch.float16, cell=cell, reverse=True, lengths=torch.int64, resets=True)
+    forced = [(name, ragged._replace(hidden=hidden)) for name, hidden in test_gpu.FORCED]
+    plans = [plan_of(name, problem, backward) for name, problem in forced for backward in (False, True)]
+    assert {type(plan.family) for plan in plans} == choose.FAMILIES.keys()
+    for name, (batch, hidden) in test_gpu.CHOSEN.items():
+        plan, *_ = choose.plans(Problem(30, batch, hidden, torch.float16, cell=cell), H100, False)
+        assert plan.family.name == name
+
+
+TORCH = """  # on a card that a test breaks for its process
+import sys
+from types import SimpleNamespace
+
+sys.modules["triton"] = None
+broken = False
+
+def works(*_, **__):
+    if broken:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+rand = works
+cuda = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, synchronize=works)
+"""
+TESTS = """
+import pytest, torch
+
+@pytest.mark.parametrize("n", range(12))
+def test_a_kernel(n):
+    torch.broken |= n == 3
+    torch.rand()
+"""
+
+
+@pytest.mark.parametrize(("options", "passed"), [
+    ("-n 1", 11), ("-n 2 --dist worksteal", 11), ("", 3),  # without workers pytest ends
+])  # fmt: skip
+def test_a_process_ends_where_the_card_fails_and_another_runs_the_other_tests(tmp_path, options, passed):
+    """And the traceback is there before the end."""
+    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
+    for name, text in {"torch": TORCH, "test_kernels": TESTS}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "xdist"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    into = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run([*command, *options.split(), tmp_path], cwd=tmp_path, env=environment, **into)
+    before, _, after = done.stdout.partition("= FAILURES =")
+    assert (done.returncode, int(re.search(r"(\d+) passed", after)[1])) == (1, passed), done.stdout
+    assert set(re.findall("FAILED .*test_a_kernel(.*)]", after)) == {"[3"}
+    assert "E   RuntimeError: CUDA error: an illegal memory access" in before
+    assert "in this process any more, after test_kernels.py::test_a_kernel[3]: CUDA error" in done.stdout
