@@ -9,6 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -39,14 +40,26 @@ def folders() -> tuple[Path, ...]:
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """What results about a device depend on: the card, its driver, and the packages that make kernels for it."""
+    """What results about a device depend on: the card, its driver, and the code that makes and judges kernels."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
-        "triton": version_of("triton"), "gpu_lstm": version_of("gpu-lstm"),
+        "triton": version_of("triton"), "gpu_lstm": sources("kernels", "backends", "call", "cells", "dispatch"),
     }  # fmt: skip
+
+
+@functools.cache
+def sources(*names: str) -> str:
+    """A digest of folders of this package, in a wheel as in a checkout: what they decided ends when they are edited."""
+    digest = hashlib.sha256()
+    for root in map(Path, sys.modules[__package__.rpartition(".")[0]].__path__):  # two in a checkout, for the kernels
+        for file in sorted(file for name in names for file in (root / name).rglob("*.*")):
+            if file.suffix in (".py", ".cu"):
+                name, text = file.relative_to(root).as_posix(), file.read_bytes()
+                digest.update(f"{name} {len(text)} ".encode() + text)
+    return digest.hexdigest()[:16]
 
 
 def cudnn_version() -> int | str | None:

@@ -28,7 +28,7 @@ class _Launched:
     lock: Any = field(default_factory=threading.RLock)
 
 
-# One for all copies of the library in this process, say one that Hugging Face's `kernels` loaded, or from before a reload.
+# One for all copies of the library in this process: one that Hugging Face's `kernels` loaded, or from before a reload.
 # Raise the number when the fields of _Launched change: copies of two numbers do not know of each other's launches.
 _launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_1", {})
 

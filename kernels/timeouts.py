@@ -159,7 +159,7 @@ def _report_at_exit() -> None:
     for device, words in _words.items():
         if words.process != os.getpid():  # a forked child, whose parent reports it
             continue
-        # Without waiting: a kernel of NCCL whose peer is gone never ends, and nobody has results that are not there yet.
+        # Without waiting: a kernel of NCCL whose peer is gone never ends, and nobody has results that are not there.
         try:
             raise_if_timed_out(device)
         except RuntimeError as error:

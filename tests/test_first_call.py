@@ -256,7 +256,8 @@ def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothi
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="of Triton's interpreter")
 @pytest.mark.parametrize(("triton", "numpy", "runs"), [
-    ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True)])  # fmt: skip
+    ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True),
+])  # fmt: skip
 def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, triton, numpy, runs):
     """Rather than that only 0-dimensional arrays can be converted to Python scalars, in the middle of a kernel."""
     monkeypatch.setattr(features.triton, "__version__", triton)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.backends import fused, torch_rnn, verify
-from gpu_lstm.dispatch import available, race
+from gpu_lstm.dispatch import available, race, run
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
@@ -285,12 +285,9 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     more_tiles = dataclasses.replace(plan, tiles_per_program=99)
     _verify(PLAIN._replace(batch=999, side_by_side=2), plan=more_tiles)
     assert len(verdicts) == len(others) + 1, "how many sequences there are does not change what is launched"
-    for other in ({"format": 0}, {"card": "another"}):
-        machine = cache.machine(CPU) | other
-        with monkeypatch.context() as patch:
-            patch.setattr(cache, "machine", lambda _, machine=machine: machine)
-            patch.setattr(verify, "FORMAT", machine.get("format", verify.FORMAT))
-            assert verify.cached_verdict(plan, PLAIN, Pass(), CPU) is None
+    machine = cache.machine(CPU) | {"card": "another"}
+    monkeypatch.setattr(cache, "machine", lambda _: machine)
+    assert verify.cached_verdict(plan, PLAIN, Pass(), CPU) is None
 
 
 @pytest.fixture
@@ -318,6 +315,28 @@ def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeyp
     module.backend = "triton"
     with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
         module(x)[0].sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm. a kernel failed")
+@pytest.mark.parametrize("module", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monkeypatch, module):
+    """The version of a checkout is always the same."""
+
+    def process(sources, *, broken):
+        for forget in (cache._read.cache_clear, cache.machine.cache_clear, launch.forget, run.forget):
+            forget()
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(cache, "sources", lambda *_: sources)
+            if broken:
+                patch.setattr(launch, "launch_kernel", lambda *_, **__: None)
+            module(3, 8, backend="triton")(torch.randn(4, 2, 3))
+
+    for sources, broken in (("first", True), ("second", False), ("third", True)):
+        wrong = pytest.raises(RuntimeError, match="no Triton kernel can run") if broken else contextlib.nullcontext()
+        with wrong:
+            process(sources, broken=broken)
+    process("second", broken=True)  # where the verdict is cached
+    cache.machine.cache_clear()
 
 
 CONTEXTS = SETTINGS | {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "profiler": torch.profiler.profile}

@@ -33,7 +33,6 @@ from .reference import Steps
 KIND = "checks"
 STEPS = 4  # T, where there is more than one
 ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
-FORMAT = 6  # raised whenever the small problem or the rule changes
 RATE = 0.25  # of zoneout, where it is the same for all elements
 logger = logging.getLogger("gpu_lstm")
 COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
@@ -85,7 +84,7 @@ def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.devic
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
     problem = problem._replace(batch=0, side_by_side=1)  # a plan's identity has what the launch depends on of them
-    return cache.machine(device) | {"format": FORMAT} | plan.identity | problem.as_json() | pass_._asdict()
+    return cache.machine(device) | plan.identity | problem.as_json() | pass_._asdict()
 
 
 def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
