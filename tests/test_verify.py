@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import re
 from functools import partial
 from unittest.mock import Mock
@@ -337,6 +338,40 @@ def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monk
             process(sources, broken=broken)
     process("second", broken=True)  # where the verdict is cached
     cache.machine.cache_clear()
+
+
+@pytest.mark.usefixtures("exact_float32_products")
+@pytest.mark.parametrize("module", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_products_are_exact_while_a_kernel_is_verified_whatever_the_user_has_set(card, monkeypatch, module):
+    """In TF32 those over all steps, by torch.matmul, would count as an error of a kernel that is exact, as cuDNN is."""
+    matmul, seen = torch.backends.cuda.matmul, []
+
+    def noted(run):
+        @functools.wraps(run)
+        def wrapper(*given):
+            seen.append((run.__name__, matmul.fp32_precision, matmul.allow_fp16_accumulation))
+            if run.__name__ == "input_product" and matmul.fp32_precision == "tf32":
+                given = (given[0].view(torch.int32) & ~0x1FFF).view(torch.float32), *given[1:]
+            return run(*given)
+
+        return wrapper
+
+    equations = fused.EQUATIONS[module.__name__.lower()]
+    for place, name in ((equations, "input_product"), (verify.Small, "by_reference"), (verify.Small, "yardstick")):
+        monkeypatch.setattr(place, name, noted(getattr(place, name)))
+    layer = module(64, 32, backend="triton")
+    matmul.allow_fp16_accumulation = True
+    torch.set_float32_matmul_precision("high")  # by torch's older switches, which a program may not mix with the new
+    try:
+        layer(torch.randn(4, 8, 64))
+        assert (torch.get_float32_matmul_precision(), matmul.allow_tf32) == ("high", True)
+    finally:
+        matmul.allow_fp16_accumulation = False
+        torch.set_float32_matmul_precision("highest")
+    call, *verified = seen  # before its first step its kernel is verified
+    assert {name for name, *_ in verified} == {"by_reference", "yardstick", "input_product"}
+    assert {tuple(settings) for _, *settings in verified} == {("ieee", False)}
+    assert call == ("input_product", "tf32", True), "as the user wants it"
 
 
 CONTEXTS = SETTINGS | {"autocast": partial(torch.autocast, "cpu", torch.bfloat16), "profiler": torch.profiler.profile}
