@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.backends import fused, torch_rnn, verify
-from gpu_lstm.dispatch import available, race, run
+from gpu_lstm.dispatch import available, race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
@@ -29,7 +29,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import cells, fragments, indexing, launch, norm, step
 from gpu_lstm.kernels.triton_lstm.cells import gru, lstm
 from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -243,7 +243,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
 
 
-def test_a_kernel_that_times_out_is_found(monkeypatch, nothing_cached):
+def test_a_kernel_that_times_out_is_found(monkeypatch):
     """Its programs wait for one arrival more than there will be, in this call: it is not cached."""
     run = launch.launch_kernel
 
@@ -254,41 +254,8 @@ def test_a_kernel_that_times_out_is_found(monkeypatch, nothing_cached):
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):
         assert "lstm_step_forward_kernel timed out" in _verify(PLAIN)
-    assert not (nothing_cached / verify.KIND).exists()
+    assert list(cache.entries(verify.KIND)) == []
     gpu_lstm.check()  # nothing is left to tell
-
-
-def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
-    verdicts = []
-    monkeypatch.setattr(verify, "_verdict", lambda *_: verdicts.append(1) or "right")
-    plan = plans(PLAIN, INTERPRETER, False)[-1]
-    for _ in range(2):
-        _verify(PLAIN, plan=plan)
-        cache._read.cache_clear()  # as another process
-    assert len(verdicts) == 1
-    problems = [
-        dict(hidden=33), dict(dtype=torch.float16), dict(projected=5), dict(precision="tf32"), dict(reverse=True),
-        dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES, dict(dropout_h=True),
-        dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1), dict(cell="gru"),
-    ]  # fmt: skip
-    families, sizes = (Step(7), Held(7), Held(7, ahead=True)), ("rows", "units", "programs", "num_warps", "groups")
-    changes = [dict(tiles_per_program=1), *(dict(family=each) for each in families), *({name: 99} for name in sizes)]
-    passes = Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)
-    others = [
-        *((PLAIN, pass_, plan) for pass_ in passes),
-        *((PLAIN._replace(**change), FORWARD, plan) for change in problems),
-        *((PLAIN, FORWARD, dataclasses.replace(plan, **change)) for change in changes),
-    ]  # fmt: skip
-    for number, (problem, pass_, other) in enumerate(others, start=2):
-        assert verify.cached_verdict(other, problem, pass_, CPU) is None
-        _verify(problem, pass_, other)
-        assert (len(verdicts), verify.cached_verdict(other, problem, pass_, CPU)) == (number, "right")
-    more_tiles = dataclasses.replace(plan, tiles_per_program=99)
-    _verify(PLAIN._replace(batch=999, side_by_side=2), plan=more_tiles)
-    assert len(verdicts) == len(others) + 1, "how many sequences there are does not change what is launched"
-    machine = cache.machine(CPU) | {"card": "another"}
-    monkeypatch.setattr(cache, "machine", lambda _: machine)
-    assert verify.cached_verdict(plan, PLAIN, Pass(), CPU) is None
 
 
 @pytest.fixture
@@ -316,28 +283,6 @@ def test_the_user_of_a_card_with_a_wrong_kernel_gets_right_numbers(card, monkeyp
     module.backend = "triton"
     with pytest.raises(RuntimeError, match=r"no Triton kernel can run this layer on this card.*RMS error"):
         module(x)[0].sum().backward()
-
-
-@pytest.mark.filterwarnings("ignore:gpu_lstm. a kernel failed")
-@pytest.mark.parametrize("module", [gpu_lstm.LSTM, gpu_lstm.GRU])
-def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monkeypatch, module):
-    """The version of a checkout is always the same."""
-
-    def process(sources, *, broken):
-        for forget in (cache._read.cache_clear, cache.machine.cache_clear, launch.forget, run.forget):
-            forget()
-        with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(cache, "sources", lambda *_: sources)
-            if broken:
-                patch.setattr(launch, "launch_kernel", lambda *_, **__: None)
-            module(3, 8, backend="triton")(torch.randn(4, 2, 3))
-
-    for sources, broken in (("first", True), ("second", False), ("third", True)):
-        wrong = pytest.raises(RuntimeError, match="no Triton kernel can run") if broken else contextlib.nullcontext()
-        with wrong:
-            process(sources, broken=broken)
-    process("second", broken=True)  # where the verdict is cached
-    cache.machine.cache_clear()
 
 
 @pytest.mark.usefixtures("exact_float32_products")
@@ -413,21 +358,6 @@ def test_a_first_call_that_is_verified_inside_a_checkpoint_or_a_transform(card, 
     ours = gradient(call, x)
     lstm.backend = "reference"
     torch.testing.assert_close(ours, torch.func.grad(call)(x))
-
-
-@pytest.mark.parametrize("error", [RuntimeError, torch.AcceleratorError, torch.OutOfMemoryError])
-def test_what_says_nothing_about_numbers_is_not_cached(monkeypatch, nothing_cached, error):
-    """And errors of the device are the caller's, as they are."""
-    with monkeypatch.context() as patch:
-        patch.setattr(launch, "launch_kernel", Mock(side_effect=error("planted")))
-        if error is RuntimeError:
-            with pytest.warns(UserWarning, match="planted"):
-                assert "planted" in _verify(PLAIN)
-        else:
-            with pytest.raises(error, match="planted"):
-                _verify(PLAIN)
-    assert not (nothing_cached / verify.KIND).exists()
-    assert _verify(PLAIN) is None
 
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
