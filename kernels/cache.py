@@ -4,11 +4,13 @@ One small file per key, so that concurrent writers lose nothing; only the user m
 stops a call: a file that cannot be read or written is ignored, with one warning.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 KINDS = ("races", "checks", "plans")
 BACKENDS = ("triton", "cupy", "torch", "reference")  # that may win a race
@@ -39,14 +46,26 @@ def folders() -> tuple[Path, ...]:
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """What results about a device depend on: the card, its driver, and the packages that make kernels for it."""
+    """What results about a device depend on: the card, its driver, and the code that makes and judges kernels."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
-        "triton": version_of("triton"), "gpu_lstm": version_of("gpu-lstm"),
+        "triton": version_of("triton"), "gpu_lstm": sources("kernels", "backends", "call", "cells", "dispatch"),
     }  # fmt: skip
+
+
+@functools.cache
+def sources(*names: str) -> str:
+    """A digest of folders of this package, in a wheel as in a checkout: what they decided ends when they are edited."""
+    digest = hashlib.sha256()
+    for root in map(Path, sys.modules[__package__.rpartition(".")[0]].__path__):  # two in a checkout, for the kernels
+        for file in sorted(file for name in names for file in (root / name).rglob("*.*")):
+            if file.suffix in (".py", ".cu"):
+                name, text = file.relative_to(root).as_posix(), file.read_bytes()
+                digest.update(f"{name} {len(text)} ".encode() + text)
+    return digest.hexdigest()[:16]
 
 
 def cudnn_version() -> int | str | None:
@@ -70,27 +89,61 @@ def read(kind: str, key: Key) -> Any:
     return _read(folders(), kind, _text(key))
 
 
-def write(kind: str, key: Key, value: Any) -> bool:
-    """Write a result; return whether that succeeded."""
+def write(kind: str, key: Key, value: Any, held: contextlib.ExitStack | None = None) -> bool:
+    """Write a result; return whether that succeeded. Until `held` is left its file is locked: there is none yet."""
     ours = folder()
     try:
         if ours is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
         for path in (ours, ours / kind):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False) as file:
-            unfinished = Path(file.name)
-            try:
-                json.dump({"key": key, "value": value}, file, indent=1)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(
+                tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False)
+            )
+            stack.callback(Path(file.name).unlink, missing_ok=True)
+            json.dump({"key": key, "value": value}, file, indent=1)
+            file.flush()
+            if held is None:
                 file.close()
-                unfinished.replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
-            finally:
-                unfinished.unlink(missing_ok=True)
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                held.enter_context(stack.pop_all())
+            Path(file.name).replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
     except OSError as error:
         warn_once(f"a result ({kind}) is not cached: {error}")
         return False
     _read.cache_clear()
     return True
+
+
+@contextlib.contextmanager
+def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
+    """A block that may end the process. If it does, the value is the result from then on; the block writes another.
+
+    Meanwhile the result's file is locked, so that processes that try the same at once do not see it. The system unlocks
+    it when the process ends, in whatever way. If the block raises, there is no result.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            if fcntl is not None:
+                write(kind, key, value, held)
+            yield
+        except BaseException:
+            forget(kind, key)
+            raise
+
+
+def _is_locked(file: Any) -> bool:
+    """Whether the block of a `trial` still runs, in any process."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # this file system has no locks, so there was no trial
+        pass
+    return False
 
 
 def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
@@ -101,9 +154,10 @@ def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
                 yield file, entry["key"], entry["value"]
 
 
-def forget(kind: str) -> int:
-    """Remove the user's own results of a kind, broken ones included; return how many."""
-    files = [] if (ours := folder()) is None else list((ours / kind).glob("*.json"))
+def forget(kind: str, key: Key | None = None) -> int:
+    """Remove the user's own results of a kind, or that of one key, broken ones included; return how many."""
+    names = "*.json" if key is None else _path(Path(), kind, _text(key)).name
+    files = [] if (ours := folder()) is None else list((ours / kind).glob(names))
     for file in files:
         file.unlink(missing_ok=True)
     _read.cache_clear()
@@ -182,9 +236,12 @@ def _path(folder: Path, kind: str, text: str) -> Path:
 
 
 def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | None:
-    """A file's content, for one key if `text` is given. None if it is missing or, with a warning, broken."""
+    """A file's content, for one key if `text` is given. None if it is missing, on trial or, with a warning, broken."""
     try:
-        entry = json.loads(path.read_text())  # the errors of JSON and Unicode are ValueErrors
+        with path.open() as file:
+            if _is_locked(file):
+                return None
+            entry = json.load(file)  # the errors of JSON and Unicode are ValueErrors
         _check(kind, entry)
         if text not in (None, _text(entry["key"])):
             raise ValueError(f"expected the key {text}")

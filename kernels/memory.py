@@ -76,10 +76,11 @@ def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor) -> dict[str, 
 
 class _Checking(threading.local):
     on = False
+    kernel: str | None = None
 
 
 checking = _Checking()
-"""Whether this thread's launches are made within `margins`."""
+"""Whether this thread's launches are made within `margins`, and which kernel was launched there last."""
 
 
 @contextlib.contextmanager
@@ -107,6 +108,7 @@ def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """
     tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and not t.is_meta and "error" not in n}
     wide = {name: _with_margins(t.detach()) for name, t in tensors.items()}
+    checking.kernel = kernel
     yield arguments | {name: inner for name, (_, inner) in wide.items()}
     written = [text for name, (outer, inner) in wide.items() if (text := _outside(name, outer, inner))]
     if written:

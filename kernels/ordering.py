@@ -28,7 +28,9 @@ class _Launched:
     lock: Any = field(default_factory=threading.RLock)
 
 
-_launched: dict[torch.device, _Launched] = {}
+# One for all copies of the library in this process: one that Hugging Face's `kernels` loaded, or from before a reload.
+# Raise the number when the fields of _Launched change: copies of two numbers do not know of each other's launches.
+_launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_1", {})
 
 
 def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
@@ -41,7 +43,8 @@ def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R]
     latest = _launched.get(device) or _launched.setdefault(device, _Launched())
     stream = torch.cuda.current_stream(device)
     with latest.lock:
-        _await_others(latest, stream if at_once == 1 else at_once, stream, device)
+        # A share is of this copy's streams; in_order stands for the copy.
+        _await_others(latest, stream if at_once == 1 else (in_order, at_once), stream, device)
         results = launch(*arguments)
         if latest.several:
             latest.streams[stream] = stream.record_event()

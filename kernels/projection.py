@@ -69,7 +69,7 @@ def _of_sequences_with_steps(t: Tensor, inputs: Inputs) -> Tensor:
     return t if inputs.lengths is None else t.masked_fill((inputs.lengths == 0)[:, None], 0)
 
 
-_lock = threading.RLock()
+lock = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -79,7 +79,7 @@ def products_in(precision: str) -> Iterator[None]:
     That setting is the whole process's: one thread at a time has it, and the user's products in others obey it, too.
     """
     matmul = torch.backends.cuda.matmul
-    with _lock:
+    with lock:
         before = matmul.fp32_precision
         try:
             matmul.fp32_precision = precision

@@ -159,7 +159,8 @@ def _report_at_exit() -> None:
     for device, words in _words.items():
         if words.process != os.getpid():  # a forked child, whose parent reports it
             continue
+        # Without waiting: a kernel of NCCL whose peer is gone never ends, and nobody has results that are not there.
         try:
-            wait_and_check(device)
+            raise_if_timed_out(device)
         except RuntimeError as error:
             print(f"gpu_lstm: {error}", file=sys.stderr)

@@ -1,11 +1,14 @@
 """The first call of a kind of layer on a card with a stubbed driver: what is tried and logged, and what users get."""
 
+import contextlib
+import importlib.util
 import logging
 import math
 import warnings
 from types import SimpleNamespace
 from unittest.mock import ANY, Mock, call
 
+import numpy as np
 import pytest
 import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
@@ -15,7 +18,7 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels.layer import aligned
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm import choose, features, launch
 
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
@@ -249,6 +252,20 @@ def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothi
         assert _selected() is Backend.TORCH
     with pytest.raises(ImportError, match=str(error)):
         _selected("triton")
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="of Triton's interpreter")
+@pytest.mark.parametrize(("triton", "numpy", "runs"), [
+    ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True),
+])  # fmt: skip
+def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, triton, numpy, runs):
+    """Rather than that only 0-dimensional arrays can be converted to Python scalars, in the middle of a kernel."""
+    monkeypatch.setattr(features.triton, "__version__", triton)
+    monkeypatch.setattr(np, "__version__", numpy)
+    spec = importlib.util.spec_from_file_location("features_again", features.__file__)
+    said = pytest.raises(ImportError, match=f"Triton {triton} needs NumPy below 2.4, got {numpy}: pip install")
+    with contextlib.nullcontext() if runs else said:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
+import shutil
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -56,9 +57,10 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeyp
     assert measured_plan(PROBLEM, H100, True) is None
     for change in (dict(name="another"), dict(multiprocessors=66)):
         assert measured_plan(PROBLEM, dataclasses.replace(H100, **change), False) is None
-    with monkeypatch.context() as patch:
-        patch.setattr(choose.triton, "__version__", "0.0")
-        assert measured_plan(PROBLEM, H100, False) is None
+    for place, name, other in ((choose.triton, "__version__", "0.0"), (cache, "sources", lambda *_: "others")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, other)
+            assert measured_plan(PROBLEM, H100, False) is None
     assert cache.forget(choose.KIND) == 1
     assert measured_plan(PROBLEM, H100, False) is None
 
@@ -76,7 +78,8 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])
-    monkeypatch.setattr(cache, "version_of", lambda package: facts[package.replace("-", "_")])
+    monkeypatch.setattr(cache, "version_of", lambda package: facts[package])
+    monkeypatch.setattr(cache, "sources", lambda *names: facts["gpu_lstm"])
 
     def machine():
         with pytest.MonkeyPatch.context() as patch:
@@ -86,6 +89,44 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
     for name in facts:
         before, facts[name] = machine(), "2"
         assert {other for other in facts if machine()[other] != before[other]} == {name}
+
+
+@pytest.fixture
+def checkout(monkeypatch, tmp_path):
+    """A copy of the sources in the folders of a checkout, from which the digest is computed."""
+    for name in ("gpu_lstm", "kernels"):
+        shutil.copytree(Path(__file__).parents[1] / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(gpu_lstm, "__path__", [str(tmp_path / "gpu_lstm"), str(tmp_path)])
+    yield tmp_path
+    for function in (cache.sources, cache.machine):
+        function.cache_clear()
+
+
+def _digests():
+    for function in (cache.sources, cache.machine):
+        function.cache_clear()  # as in another process
+    return cache.sources("kernels"), cache.machine(torch.device("cpu"))["gpu_lstm"]
+
+
+@pytest.mark.parametrize(("file", "ends"), [
+    ("kernels/triton_lstm/cells/gru.py", (True, True)), ("kernels/cupy_lstm/cuda/cells/lstm.cu", (True, True)),
+    ("kernels/cells.py", (True, True)), ("gpu_lstm/backends/fused.py", (False, True)),
+    ("gpu_lstm/cells/gru.py", (False, True)), ("gpu_lstm/dispatch/race.py", (False, True)),
+    ("gpu_lstm/keras/convert.py", (False, False)), ("kernels/notes.txt", (False, False)),
+])  # fmt: skip
+def test_what_was_found_ends_with_an_edit_of_what_decided_it(checkout, file, ends):
+    """Measured plans with one of kernels; verdicts and races also with one of what surrounds and judges them."""
+    before = _digests()
+    with (checkout / file).open("a") as text:
+        text.write("#")
+    assert tuple(a != b for a, b in zip(before, _digests())) == ends
+
+
+def test_a_wheel_and_a_checkout_of_the_same_sources_share_results(checkout, monkeypatch):
+    before = _digests()
+    (checkout / "kernels").rename(checkout / "gpu_lstm/kernels")
+    monkeypatch.setattr(gpu_lstm, "__path__", [str(checkout / "gpu_lstm")])
+    assert _digests() == before
 
 
 @pytest.mark.parametrize("text", [

@@ -1,7 +1,9 @@
 """Streams and devices, with a stubbed driver: what waits for what, which share of a card each gets, and which card."""
 
+import importlib.util
 import itertools
 import json
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -44,12 +46,13 @@ def streams(monkeypatch):
         for stream in found.values():
             stream.done |= launched
 
-    found, local = {name: Stream() for name in "abc"}, threading.local()
+    found, local, states = {name: Stream() for name in "abc"}, threading.local(), {}
     synchronised = Mock(side_effect=synchronize)
     torch_finds(monkeypatch, synchronize=synchronised, current_stream=lambda device: found[local.name])
-    monkeypatch.setattr(ordering, "_launched", {})
+    for place, name in ((ordering, "_launched"), (torch.cuda, "_gpu_lstm_launched_1")):
+        monkeypatch.setattr(place, name, states, raising=False)
 
-    def launched(number, name, at_once=1, meanwhile=lambda: None):
+    def launched(number, name, at_once=1, meanwhile=lambda: None, copy=ordering):
         """The launches that are over when this one begins; then `meanwhile` happens."""
 
         def launch():
@@ -59,7 +62,7 @@ def streams(monkeypatch):
             return before
 
         local.name = name
-        return ordering.in_order(at_once, CUDA, launch)
+        return copy.in_order(at_once, CUDA, launch)
 
     return SimpleNamespace(launched=launched, synchronised=synchronised)
 
@@ -96,6 +99,16 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
 
         assert streams.launched(3, "a", meanwhile=meanwhile) == {1, 2}
         assert second[0].result() == {1, 2, 3}
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_launches_of_two_copies_of_the_library_wait_for_each_other(streams, monkeypatch, at_once):
+    """As Hugging Face's `kernels` loads one beside an installed one; a share of the card is of one copy's streams."""
+    spec = importlib.util.spec_from_file_location("a_copy", ordering.__file__)
+    monkeypatch.setitem(sys.modules, "a_copy", copy := importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(copy)
+    for number, of in enumerate((ordering, copy, ordering, copy), 1):
+        assert streams.launched(number, "ab"[number % 2], at_once, copy=of) == set(range(1, number))
 
 
 def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):

@@ -94,7 +94,7 @@ def test_products_have_their_precision_though_another_thread_asks_for_another_on
     lock, announced = threading.RLock(), MagicMock()
     announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
     announced.__exit__.side_effect = lambda *_: lock.release()
-    monkeypatch.setattr(projection, "_lock", announced)
+    monkeypatch.setattr(projection, "lock", announced)
 
     def in_another():
         with projection.products_in("tf32"):
@@ -110,6 +110,29 @@ def test_products_have_their_precision_though_another_thread_asks_for_another_on
         during = matmul.fp32_precision
         seen.set()
     assert (during, other.result(), matmul.fp32_precision) == ("ieee", "tf32", before)
+
+
+def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(another, monkeypatch):
+    """Otherwise a verification would set back what a projection in another thread has set for a moment."""
+    matmul, asked, entered = torch.backends.cuda.matmul, threading.Event(), threading.Event()
+    lock, announced = threading.RLock(), MagicMock()
+    announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
+    announced.__exit__.side_effect = lambda *_: lock.release()
+    monkeypatch.setattr(projection, "lock", announced)
+
+    def in_another():
+        with projection.products_in("tf32"):
+            asked.clear()
+            entered.set()
+            asked.wait(timeout=10)
+
+    before = matmul.fp32_precision
+    other = another.submit(in_another)
+    entered.wait()
+    with modes.products.changed(modes.EXACT):
+        other.result()
+        assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == before
 
 
 def test_the_word_that_a_kernel_has_is_the_one_that_is_read(monkeypatch):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import interpreted
 import pytest
@@ -134,6 +135,18 @@ def test_a_plan_for_the_whole_card_that_came_before_several_ranks_is_warned_of_i
     with pytest.warns(UserWarning, match="call init_process_group before the first call of a layer"):
         timeouts.raise_if_timed_out(CPU)
     timeouts.raise_if_timed_out(CPU)  # which asks nobody any more
+
+
+def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended(monkeypatch, capsys):
+    """Another's kernel may never end: NCCL's, whose peer is gone."""
+    words = timeouts._Words(CPU)
+    monkeypatch.setattr(timeouts, "_words", {torch.device("cuda", 1): words})
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=AssertionError("the process stays")))
+    timeouts._report_at_exit()
+    assert capsys.readouterr().err == ""
+    words.tensor[0, 0, 0] = 3
+    timeouts._report_at_exit()
+    assert "timed out at step 2 on cuda:1" in capsys.readouterr().err
 
 
 def test_a_forked_child_does_not_report_at_exit(monkeypatch, capsys):

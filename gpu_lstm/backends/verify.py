@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ..call.choices import Backend
-from ..call.modes import alone
+from ..call.modes import EXACT, alone, products
 from ..call.weights import Weights
 from ..kernels import cache
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
-from ..kernels.memory import WroteOutside, checked
+from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.problem import Inputs, Pass, Problem, in_the_loop
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
@@ -33,7 +33,8 @@ from .reference import Steps
 KIND = "checks"
 STEPS = 4  # T, where there is more than one
 ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
-FORMAT = 6  # raised whenever the small problem or the rule changes
+AGAIN = "`python -m gpu_lstm races --clear` forgets that"
+ENDED = f"the process that tried it ended meanwhile; {AGAIN}"
 RATE = 0.25  # of zoneout, where it is the same for all elements
 logger = logging.getLogger("gpu_lstm")
 COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
@@ -51,28 +52,38 @@ def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
     """Why a plan's kernel is not used for a pass of a layer; None if it computes the right numbers.
 
-    `inputs` are those of the call that asks first. Only verdicts about the kernel are cached: no other failure need
-    happen again.
+    `inputs` are those of the call that asks first. Only verdicts about the kernel are cached, also that it ended the
+    process, or that the device failed: no other failure need happen again.
 
     Raises:
         RuntimeError: an earlier launch timed out.
-        torch.AcceleratorError: an error of the device, of an earlier operation or by the kernel.
+        torch.AcceleratorError: an error of the device. If it comes with the kernel, it names it, which is then refused.
     """
     problem, device = layer.problem, layer.device
     verdict = cached_verdict(plan, problem, pass_, device)
+    card = cache.machine(device)["card"]
     report = f" Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     if verdict is None:
         wait_and_check(device)  # for errors of earlier launches
+        key, checking.kernel = _key(plan, problem, pass_, device), None
         try:
-            verdict = _verdict(layer, pass_, inputs, plan)
-            cache.write(KIND, _key(plan, problem, pass_, device), verdict)
-        except DEVICE_ERRORS:
+            with cache.trial(KIND, key, ENDED), products.changed(EXACT):  # a user's TF32 is no fault of the kernel
+                verdict = _verdict(layer, pass_, inputs, plan)
+                cache.write(KIND, key, verdict)
+        except torch.OutOfMemoryError:
             raise
+        except torch.AcceleratorError as error:
+            if checking.kernel is None or "captur" in str(error):  # by another thread, of a graph
+                raise
+            cache.write(KIND, key, f"{str(error).splitlines()[0]}; {AGAIN}")
+            tried = f"{error}\nThis came when {checking.kernel} was tried on {card}, for {problem}, {pass_}"
+            named = torch.AcceleratorError(f"{tried}. The next process does not use it; {AGAIN}.{report}")
+            named.__dict__ |= vars(error)  # CUDA's code
+            raise named from error
         except RuntimeError as error:  # it timed out, say next to another process, or cannot be launched
             verdict, report = f"{type(error).__name__}: {error}", ""
     if verdict == "right":
         return None
-    card = cache.machine(device)["card"]
     instead = f"It is not used: another one is, or with backend 'auto' torch's {problem.cell.upper()}."
     cache.warn_once(f"a kernel failed its verification on {card}: {verdict}. {instead}{report}")
     return verdict
@@ -85,7 +96,7 @@ def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.devic
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
     problem = problem._replace(batch=0, side_by_side=1)  # a plan's identity has what the launch depends on of them
-    return cache.machine(device) | {"format": FORMAT} | plan.identity | problem.as_json() | pass_._asdict()
+    return cache.machine(device) | plan.identity | problem.as_json() | pass_._asdict()
 
 
 def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:

@@ -16,6 +16,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 
+from ..kernels import projection
 from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backends, chosen_racings
 
 F = TypeVar("F", bound=Callable)
@@ -123,6 +124,21 @@ _anomalies = Setting(
     lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
     lambda mode: torch.set_anomaly_enabled(*mode),
 )
+
+
+def _products() -> tuple[str, bool]:
+    with projection.lock:  # whose blocks set back what they found
+        return _matmul.fp32_precision, _matmul.allow_fp16_accumulation
+
+
+def _set_products(facts: tuple[str, bool]) -> None:
+    with projection.lock:
+        _matmul.fp32_precision, _matmul.allow_fp16_accumulation = facts
+
+
+_matmul, EXACT = torch.backends.cuda.matmul, ("ieee", False)
+products = Setting(_products, _set_products)
+"""The precision of cuBLAS, EXACT or less, for float32 and half. The recurrence obeys other switches."""
 
 
 @contextlib.contextmanager

@@ -33,7 +33,6 @@ from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
 KIND = "races"
-FORMAT = 8  # raised whenever a field of the key or the way of racing changes
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
@@ -120,7 +119,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
     count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
     spare = spare_multiprocessors(count)
-    how = {"format": FORMAT, "kernel": able.value, "multiprocessors": count, "spare": spare}
+    how = {"kernel": able.value, "multiprocessors": count, "spare": spare}
     return cache.machine(device) | how | kind.as_json()
 
 

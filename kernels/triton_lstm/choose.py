@@ -33,7 +33,6 @@ MOST = 3  # plans that a first call compiles before it falls back on the step fa
 MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
 SLOW_S = 2.0  # after which a log line says what is happening
 KIND = "plans"  # of cached results
-FORMAT = 11  # raised whenever a field of Plan or of the key changes its name or meaning
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES: dict[type, ModuleType] = {
@@ -294,8 +293,9 @@ def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> N
 def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
     """What decides which plan is fastest. Direction, lengths, resets and the like do not change the order of plans."""
     return dict(
-        format=FORMAT, triton=triton.__version__, card=card.name, multiprocessors=card.multiprocessors,
-        cell=problem.cell, batch=problem.batch, hidden=problem.hidden, projected=problem.projected,
-        dtype=str(problem.dtype), precision=problem.precision, side_by_side=problem.side_by_side,
-        regularised=problem.regularised, normalised=problem.normalised, backward=backward,
+        sources=cache.sources("kernels"), triton=triton.__version__, card=card.name,
+        multiprocessors=card.multiprocessors, cell=problem.cell, batch=problem.batch, hidden=problem.hidden,
+        projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
+        side_by_side=problem.side_by_side, regularised=problem.regularised, normalised=problem.normalised,
+        backward=backward,
     )  # fmt: skip

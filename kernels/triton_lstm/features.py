@@ -16,3 +16,12 @@ constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr
 
 INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.JITFunction))
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when triton was imported."""
+
+if INTERPRETED and _VERSION < (3, 7):  # there it takes an array of one element for a number
+    import numpy
+
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        raise ImportError(
+            f"TRITON_INTERPRET=1: the interpreter of Triton {triton.__version__} needs NumPy below 2.4, got "
+            f"{numpy.__version__}: pip install 'numpy<2.4', or Triton 3.7 or newer"
+        )

@@ -1,0 +1,202 @@
+"""What is remembered of kernels that were tried: for whom a verdict counts, and what ended a process or a device."""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import time
+from unittest.mock import Mock
+
+import pytest
+import torch
+from standing_in import plans_are_verified_on_the_cpu
+from test_verify import CPU, FORWARD, MASKS, NORMS, PLAIN, RATES, _verify
+
+import gpu_lstm
+from gpu_lstm.__main__ import main
+from gpu_lstm.backends import verify
+from gpu_lstm.dispatch import run
+from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.problem import Pass
+from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm.choose import plans
+from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
+
+pytestmark = [
+    pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
+    pytest.mark.usefixtures("nothing_cached"),
+]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The CPU as a card, where the only plan is the step family's, which is verified as on one."""
+    plans_are_verified_on_the_cpu(monkeypatch)
+
+
+def as_another_process():
+    for forget in (cache._read.cache_clear, cache.machine.cache_clear, launch.forget, run.forget):
+        forget()
+
+
+def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
+    verdicts = []
+    monkeypatch.setattr(verify, "_verdict", lambda *_: verdicts.append(1) or "right")
+    plan = plans(PLAIN, INTERPRETER, False)[-1]
+    for _ in range(2):
+        _verify(PLAIN, plan=plan)
+        cache._read.cache_clear()  # as another process
+    assert len(verdicts) == 1
+    problems = [
+        dict(hidden=33), dict(dtype=torch.float16), dict(projected=5), dict(precision="tf32"), dict(reverse=True),
+        dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES, dict(dropout_h=True),
+        dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1), dict(cell="gru"),
+    ]  # fmt: skip
+    families, sizes = (Step(7), Held(7), Held(7, ahead=True)), ("rows", "units", "programs", "num_warps", "groups")
+    changes = [dict(tiles_per_program=1), *(dict(family=each) for each in families), *({name: 99} for name in sizes)]
+    passes = Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)
+    others = [
+        *((PLAIN, pass_, plan) for pass_ in passes),
+        *((PLAIN._replace(**change), FORWARD, plan) for change in problems),
+        *((PLAIN, FORWARD, dataclasses.replace(plan, **change)) for change in changes),
+    ]  # fmt: skip
+    for number, (problem, pass_, other) in enumerate(others, start=2):
+        assert verify.cached_verdict(other, problem, pass_, CPU) is None
+        _verify(problem, pass_, other)
+        assert (len(verdicts), verify.cached_verdict(other, problem, pass_, CPU)) == (number, "right")
+    more_tiles = dataclasses.replace(plan, tiles_per_program=99)
+    _verify(PLAIN._replace(batch=999, side_by_side=2), plan=more_tiles)
+    assert len(verdicts) == len(others) + 1, "how many sequences there are does not change what is launched"
+    machine = cache.machine(CPU) | {"card": "another"}
+    monkeypatch.setattr(cache, "machine", lambda _: machine)
+    assert verify.cached_verdict(plan, PLAIN, Pass(), CPU) is None
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm. a kernel failed")
+@pytest.mark.parametrize("module", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monkeypatch, module):
+    """The version of a checkout is always the same."""
+
+    def process(sources, *, broken):
+        as_another_process()
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(cache, "sources", lambda *_: sources)
+            if broken:
+                patch.setattr(launch, "launch_kernel", lambda *_, **__: None)
+            module(3, 8, backend="triton")(torch.randn(4, 2, 3))
+
+    for sources, broken in (("first", True), ("second", False), ("third", True)):
+        wrong = pytest.raises(RuntimeError, match="no Triton kernel can run") if broken else contextlib.nullcontext()
+        with wrong:
+            process(sources, broken=broken)
+    process("second", broken=True)  # where the verdict is cached
+    cache.machine.cache_clear()
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("planted"), torch.OutOfMemoryError("planted"), KeyboardInterrupt("planted"),
+    torch.AcceleratorError("planted: operation not permitted when stream is capturing"),
+], ids=lambda error: type(error).__name__)  # fmt: skip
+def test_what_says_nothing_about_the_kernel_is_not_cached(monkeypatch, error):
+    """And is the caller's, as it is."""
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "launch_kernel", Mock(side_effect=error))
+        if type(error) is RuntimeError:
+            with pytest.warns(UserWarning, match="planted"):
+                assert "planted" in _verify(PLAIN)
+        else:
+            with pytest.raises(type(error), match="planted") as raised:
+                _verify(PLAIN)
+            assert raised.value is error
+    assert list(cache.entries(verify.KIND)) == []
+    assert _verify(PLAIN) is None
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+@pytest.mark.parametrize("module", [gpu_lstm.LSTM, gpu_lstm.GRU])
+def test_an_error_of_the_device_names_the_kernel_that_was_tried_which_the_next_process_does_without(
+    card, monkeypatch, module
+):
+    """The launch returns, and the next synchronisation raises. Every start would end like this."""
+    fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nFor debugging")
+    fault.error_code, layer, x, launched = 700, module(3, 8), torch.randn(4, 2, 3), []
+
+    def wait_and_check(device):
+        if launched:
+            raise fault
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(launch, "launch_kernel", lambda *_, **__: launched.append(1))
+        patch.setattr(verify, "wait_and_check", wait_and_check)
+        with pytest.raises(torch.AcceleratorError, match=r"^CUDA error: an illegal memory access") as raised:
+            layer(x)
+        text = str(raised.value)
+        for part in ("lstm_step_forward_kernel", "Plan(family=Step", "hidden=8", f"cell='{module.__name__.lower()}'"):
+            assert part in text
+        assert "`python -m gpu_lstm races --clear` forgets that" in text
+        assert (raised.value.__cause__, raised.value.error_code) == (fault, 700)
+
+        as_another_process()
+        torch.testing.assert_close(layer(x)[0], gpu_lstm.backend("reference")(layer)(x)[0])
+        layer.backend = "triton"
+        with pytest.raises(RuntimeError, match="CUDA error: an illegal memory access was encountered; `python -m"):
+            layer(x)
+        assert launched == [1], "nothing was tried again"
+    assert main(["races", "--clear"]) == 0
+    as_another_process()
+    with torch.no_grad():
+        layer(x)
+
+
+@pytest.fixture
+def trying():
+    """trying(during): a process in which a kernel is tried, once it is at its launch, where it calls during()."""
+    fork, started = multiprocessing.get_context("fork"), []
+
+    def trying(problem, during):
+        begun = fork.Event()
+
+        def launched(*_, **__):
+            begun.set()
+            during()
+            os._exit(0)
+
+        def tries():
+            launch.launch_kernel = launched
+            _verify(problem)
+
+        started.append(fork.Process(target=tries))
+        started[-1].start()
+        assert begun.wait(60)
+        return started[-1]
+
+    yield trying
+    for process in started:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm. a kernel failed")
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_kernel_during_whose_trial_a_process_was_killed_is_refused_until_that_is_forgotten(trying, cell):
+    problem = PLAIN._replace(cell=cell)
+    trying(problem, lambda: os.kill(os.getpid(), signal.SIGKILL)).join()
+    assert _verify(problem) == verify.ENDED
+    assert "`python -m gpu_lstm races --clear` forgets that" in verify.ENDED
+    assert _verify(problem, Pass(True)) is None, "another kernel"
+    assert main(["races", "--clear"]) == 0
+    assert _verify(problem) is None
+
+
+def test_processes_that_try_a_kernel_at_once_do_not_refuse_it(trying, tmp_path):
+    """What one finds is not undone when the other ends."""
+    other = trying(PLAIN, lambda: time.sleep(60))
+    assert verify.cached_verdict(plans(PLAIN, INTERPRETER, False)[-1], PLAIN, FORWARD, CPU) is None
+    assert cache.export(tmp_path / "all") == 0
+    cache._read.cache_clear()
+    assert _verify(PLAIN) is None
+    other.kill()
+    other.join()
+    cache._read.cache_clear()
+    assert [verdict for *_, verdict in cache.entries(verify.KIND)] == ["right"]
