@@ -77,7 +77,7 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
     """Without autograd only one chunk's pre-activations are there: next to outputs no tensor exceeds the workspace."""
     two_steps(batch=1, hidden=6)
     monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is measured is a call that nobody watches
-    monkeypatch.setattr(memory.checking, "on", False)  # margins are memory, too
+    monkeypatch.setattr(memory._Checking, "on", False)  # margins are memory, too
     if launch.INTERPRETED:
         monkeypatch.setattr(launch, "launch_kernel", _disable_current_modes()(launch.launch_kernel))  # which copies
     module = getattr(gpu_lstm, cell)(4, 6, device=device, backend="triton", **options)

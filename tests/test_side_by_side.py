@@ -252,7 +252,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
     monkeypatch.setattr(launcher, "in_order", lambda _, __, run, *given: run(*given))
     monkeypatch.setattr(launcher, "aligned", lambda t: t)  # fake tensors have no address
-    monkeypatch.setattr(memory.checking, "on", False)
+    monkeypatch.setattr(memory._Checking, "on", False)
     monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
     monkeypatch.setattr(torch.Tensor, "__setitem__", lambda *_: None)
     T, B, I, H = 3, 2, 4, 16
