@@ -233,6 +233,20 @@ def test_autocast(backend, kind, device):
     torch.testing.assert_close(half.float(), pairs.seeded(lstm, x)[0], rtol=0, atol=5e-3)
 
 
+@every_backend
+@pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
+def test_what_dropout_keeps_between_layers_is_scaled(backend, cls):
+    stack = cls(3, [4, 5], dropout=0.25, backend=backend).to(**PLACES[backend])
+    x = torch.randn(6, 2, 3, **PLACES[backend])
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        found, _ = stack(x)
+        torch.manual_seed(7)
+        kept = torch.empty(6, 2, 4, dtype=torch.bool, device=x.device).bernoulli_(0.75)
+    lower, upper = stack.layers
+    torch.testing.assert_close(found, upper(lower(x)[0] * kept / 0.75)[0])
+
+
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_per_sample_noise_under_vmap(cls):
     lstm, x = cls(3, 4, zoneout=0.5, recurrent_dropout=0.5), torch.randn(4, 1, 3).expand(5, 4, 1, 3)
