@@ -20,7 +20,6 @@ from places import INTERPRETED, KERNELS, tf32
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.functional import gru_layer, lstm_layer
 
@@ -378,13 +377,3 @@ def test_a_function_in_reverse_reads_from_the_end(function, cls, backend):
     expected, state = theirs(x.flip(0))
     y, final = function(x, theirs.all_weights[0], reverse=True, backend=backend)
     torch.testing.assert_close((y.flip(0), final), (expected, tree_map(lambda t: t[0], state)), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_an_empty_batch_can_be_trained_on(cls, backend, recompute):
-    module = cls(3, 4, 2, bidirectional=True, recompute=recompute, backend=backend, **PLACES[backend])
-    x = torch.zeros(5, 0, 3, **PLACES[backend])
-    module(x)[0].sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
