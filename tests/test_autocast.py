@@ -8,12 +8,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import DEVICE
+from comparing import BACKENDS, DEVICE
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from subjects import states_for
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
@@ -35,19 +38,30 @@ class Casts(TorchDispatchMode):
         return result
 
 
-def cells(backend: str, kind: str = "LSTMCell") -> tuple[nn.Module, nn.Module]:
+KINDS = ["LSTM"] if DEVICE == "cpu" else ["LSTMCell", "GRUCell"]  # what torch's autocast casts whole, and no cuDNN
+
+
+def modules(backend: str, kind: str = KINDS[0], device: str = DEVICE) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    theirs, ours = getattr(nn, kind)(I, H).to(DEVICE), getattr(gpu_lstm, kind)(I, H, backend=backend, device=DEVICE)
+    theirs, ours = getattr(nn, kind)(I, H).to(device), getattr(gpu_lstm, kind)(I, H, backend=backend, device=device)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
-def loop(cell: nn.Module, x: Tensor) -> Tensor:
-    """h of all steps, [T, B, H]."""
-    states = [None]
+def loop(module: nn.Module, x: Tensor) -> Tensor:
+    """h of all steps, by a call each."""
+    state, hs = None, []
     for x_t in x:
-        states.append(cell(x_t, states[-1]))
-    return torch.stack([state if isinstance(state, Tensor) else state[0] for state in states[1:]])
+        state = module(x_t[None], state)[1] if isinstance(module, nn.RNNBase) else module(x_t, state)
+        hs.append(state if isinstance(state, Tensor) else state[0])
+    return torch.stack(hs)
+
+
+@pytest.fixture
+def without_onednn():
+    """It has no LSTM in float16 on every CPU."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
 
 
 def inputs(seed: int = 1) -> Tensor:
@@ -58,65 +72,96 @@ def rms(error: Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
-@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])
+@pytest.mark.usefixtures("without_onednn")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_a_loop_over_a_cell_casts_each_weight_once_a_block_as_torch_does(backend, kind):
+def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
     found = []
-    for cell, half in (*((cell, True) for cell in cells(backend, kind)), (cells(backend, kind)[0].double(), False)):
+    for each, half in (*((each, True) for each in modules(backend, kind)), (modules(backend, kind)[0].double(), False)):
         with Casts() as casts:
             for _ in range(2):
                 with autocast(enabled=half):
-                    autocast(enabled=False)(cell.eval)()  # an inner block ends nothing
-                    h = loop(cell, inputs().to(cell.weight_ih))
-        assert casts.count == 8 * half, cell
+                    autocast(enabled=False)(each.eval)()  # an inner block ends nothing
+                    h = loop(each, inputs().to(next(each.parameters())))
+        assert casts.count == 8 * half, each
         h = h.float() if half else h
-        found.append([h, *torch.autograd.grad(h.square().sum(), list(cell.parameters()))])
+        found.append([h, *torch.autograd.grad(h.square().sum(), list(each.parameters()))])
     for their, our, true in zip(*found, strict=True):
         assert rms(our - true) <= 2 * max(rms(their - true), torch.finfo(DTYPE).eps * true.abs().max().item())
 
 
+@pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize(("learns", "options"), [(True, dict(cache_enabled=False)), (False, {})], ids=str)
 def test_where_torch_casts_at_every_call_so_do_we(learns, options):
     """With autocast's cache off, and weights that do not learn."""
-    for cell in cells("reference"):
+    for module in modules("reference"):
         with Casts() as casts, autocast(**options):
-            loop(cell.requires_grad_(learns), inputs())
+            loop(module.requires_grad_(learns), inputs())
         assert casts.count == 4 * T
 
 
-def test_a_weight_that_changes_within_a_block_is_cast_again():
-    """And a block within another has its own casts, of its own dtype."""
-    (_, cell), x = cells("reference"), inputs()[0]
+@pytest.mark.parametrize("first", [{}, dict(lengths=torch.full((B,), T)), dict(resets=torch.eye(T, B) > 0)], ids=list)
+@pytest.mark.parametrize(
+    ("backend", "kind"), [("torch", "LSTM"), ("torch", "GRU"), ("reference", "LSTM"), ("triton", "LSTM")]
+)
+def test_a_weight_that_changes_within_a_block_stays_as_torch_cast_it(backend, kind, first):
+    """Whichever call was the first of the block."""
+    device, dtype = ("cpu", torch.bfloat16) if backend == "torch" else (DEVICE, DTYPE)  # cuDNN keeps no cast
+    (_, module), x = modules(backend, kind, device), inputs().to(device)
+    block = partial(torch.autocast, device, dtype)
+    given = [tree_map(lambda t: t.to(device), options) for options in ({}, dict(lengths=torch.full((B,), T)), first)]
+    before = [block()(module)(x, **options)[0] for options in given]
+    with block():
+        module(x, **given[2])
+        with torch.no_grad():
+            torch._foreach_mul_(list(module.parameters()), 2)
+        within = [module(x, **options)[0] for options in given]
+    after = [block()(module)(x, **options)[0] for options in given]
+    assert all(map(torch.equal, before, within))
+    assert not any(map(torch.equal, before, after))
+
+
+def test_a_block_within_another_has_its_own_casts():
+    """Of its own dtype."""
+    (_, module), x = modules("reference", "LSTM"), inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
-        outer = cell(x)[0]
+        outer = module(x)[0]
         with autocast():
-            before = cell(x)[0]
-            with torch.no_grad():
-                cell.weight_ih.mul_(2)
-            within = cell(x)[0]
-    assert torch.equal(within, autocast()(cell)(x)[0])
-    assert not torch.equal(before, within)
-    assert (outer.dtype, before.dtype) == (torch.bfloat16, DTYPE)
+            inner = module(x)[0]
+    assert torch.equal(inner, autocast()(module)(x)[0])
+    assert (outer.dtype, inner.dtype) == (torch.bfloat16, DTYPE)
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
-    (_, cell), x = cells("reference"), inputs()[0]
+    (_, module), x = modules("reference", "LSTM"), inputs()
     with Casts() as casts, autocast():
-        first, second = ([call(x)[0] for _ in range(2)] for call in (without()(cell), cell))
-    assert casts.count == 8
+        first, second = ([call(x)[0] for _ in range(2)] for call in (without()(module), module))
+    assert casts.count == 4
     assert torch.equal(first[1], second[1])
-    (gradient,) = torch.autograd.grad(second[1].float().sum(), [cell.weight_hh], retain_graph=True)
+    (gradient,) = torch.autograd.grad(second[1].float().sum(), [module.weight_hh_l0], retain_graph=True)
     assert gradient.dtype is torch.float32
-    assert torch.autograd.grad(second[0].float().sum(), [cell.weight_ih])[0].any()
+    assert torch.autograd.grad(second[0].float().sum(), [module.weight_ih_l0])[0].any()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_under_checkpoint_casts_need_nothing_that_it_drops(kind):
+    """torch.utils.checkpoint computes all again at the first saved tensor that is read."""
+    (_, module), x = modules("torch", kind, "cpu"), inputs().cpu()
+    gradients = []
+    for run in partial(checkpoint, module, use_reentrant=False), module:
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = run(x, lengths=torch.full((B,), T))
+        gradients.append(torch.autograd.grad(y.float().sum(), list(module.parameters())))
+    assert all(map(torch.equal, *gradients))
 
 
 def test_nothing_is_kept_past_the_block():
-    _, cell = cells("reference")
-    weight = weakref.ref(cell.weight_hh)
+    _, module = modules("reference", "LSTM")
+    weight = weakref.ref(module.weight_hh_l0)
     with autocast(), torch.no_grad():
-        cell(inputs()[0])
-        del cell
+        module(inputs())
+        del module
         gc.collect()
         assert weight() is not None  # kept by its cast
     gc.collect()
@@ -125,11 +170,11 @@ def test_nothing_is_kept_past_the_block():
 
 def test_per_sample_gradients_under_autocast():
     """torch.func's tensors live as long as the transform, and are not kept."""
-    _, cell = cells("reference")
-    parameters = cell.state_dict()
-    gradients = grad(lambda parameters, x: functional_call(cell, parameters, (x,))[0].float().sum())
+    (_, module), x = modules("reference", "LSTM"), inputs()
+    parameters = module.state_dict()
+    gradients = grad(lambda parameters, x: functional_call(module, parameters, (x,))[0].float().sum())
     with autocast():
-        whole, each = gradients(parameters, inputs()[0]), vmap(gradients, (None, 0))(parameters, inputs()[0])
+        whole, each = gradients(parameters, x), vmap(gradients, (None, 1))(parameters, x)
     total = {name: gradient.sum(0) for name, gradient in each.items()}
     torch.testing.assert_close(total, whole, rtol=1e-2, atol=1e-2)
 
@@ -145,13 +190,13 @@ def test_compiled_whole_each_weight_is_cast_once_as_torch_does():
 
     as_inductor = aot_autograd(fw_compiler=count, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
                                partition_fn=min_cut_rematerialization_partition)  # fmt: skip
-    for cell in cells("triton"):
+    for module in (modules("triton", "LSTMCell")[0], modules("triton")[1]):
         torch._dynamo.reset()
         compiled = torch.compile(loop, fullgraph=True, backend=as_inductor)
         with autocast():
-            found, expected = (call(cell, inputs()[:2]) for call in (compiled, loop))  # every step is traced
+            found, expected = (call(module, inputs()[:2]) for call in (compiled, loop))  # every step is traced
         torch.testing.assert_close(found, expected)
-        gradients = (torch.autograd.grad(h.float().sum(), list(cell.parameters())) for h in (found, expected))
+        gradients = (torch.autograd.grad(h.float().sum(), list(module.parameters())) for h in (found, expected))
         torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-3)
     assert counts == [4, 4]
 
@@ -205,3 +250,42 @@ def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
     given = stack.call_args[0][3][0][0].weight_ih
     assert given.dtype is torch.float16
     assert given.isfinite().all()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["torch", "reference", "triton", "lengths", "zoneout", "vmap", "compiled"])
+@pytest.mark.parametrize("kind", ["LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU"])
+def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
+    """It casts a whole LSTM there, but of a GRU and of cells products alone, so that the dtype of states counts."""
+    kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
+    is_cell, is_stack = "Cell" in kind, "Stacked" in kind
+    if way == "triton" and (DEVICE != "cpu" or options or half is torch.bfloat16):
+        pytest.skip("the interpreter's are right in float16, and c of a projection is as on a card")
+    if way in ("lengths", "zoneout") and is_cell:
+        pytest.skip("a cell has none")
+    if way in ("torch", "lengths") and half is torch.float16 and kind in ("LSTM", "StackedLSTM"):
+        pytest.skip("oneDNN has no LSTM in float16 on every CPU")
+    sizes = I, H + len(options)
+    theirs = getattr(nn, kind.removeprefix("Stacked"))(*sizes, **options)
+    ours = getattr(gpu_lstm, kind)(I, [H]) if is_stack else getattr(gpu_lstm, kind)(*sizes, **options)
+    hx = (torch.zeros(B, H),) * 2 if kind == "LSTMCell" else states_for(ours, [B], torch.zeros)
+    call, x = ours, inputs()[0].cpu() if is_cell else inputs().cpu()
+    if way in BACKENDS:
+        ours.backend = way
+    elif way == "lengths":
+        call = partial(ours, lengths=torch.full((B,), T))
+    elif way == "zoneout":
+        ours.zoneout = 0.5
+    elif way == "vmap":
+        call = vmap(ours, -2)
+    else:
+        torch._dynamo.reset()
+        call = torch.compile(ours, backend="eager", fullgraph=True)
+    own_hx = tree_map(lambda t: t[None], hx[0]) if is_stack else hx
+    for x_in_half, hx_in_half in (False, False), (True, False), (True, True):
+        results = []
+        for module, given, dtype in (call, hx, half), (theirs, own_hx, torch.bfloat16):  # where oneDNN has an LSTM
+            of_x, of_hx = (dtype if in_half else torch.float32 for in_half in (x_in_half, hx_in_half))
+            with torch.autocast("cpu", dtype):
+                results.append(tree_leaves(module(x.to(of_x), tree_map(lambda t, of_hx=of_hx: t.to(of_hx), given))))
+        assert [t.dtype for t in results[0]] == [half if t.dtype is torch.bfloat16 else t.dtype for t in results[1]]

@@ -90,6 +90,20 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
     assert largest[outputs] <= schedule.WORKSPACE < output
 
 
+@pytest.mark.parametrize(("cell", "half"), [("LSTM", True), ("LSTM", False), ("GRU", True)])
+def test_cell_states_go_from_chunk_to_chunk_in_float32(two_steps, device, cell, half):
+    """In half precision, of the module or of autocast."""
+    module = getattr(gpu_lstm, cell)(4, 6, device=device, backend="triton")
+    x, results = torch.randn(9, 3, 4, device=device), []
+    module, x = (module.half(), x.half()) if half else (module, x)
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast(device, torch.float16, enabled=not half):
+            results.append(tree_leaves(module(x)))
+        two_steps(batch=3, hidden=6)
+    assert all(map(torch.equal, *results))
+    assert results[1][-1].dtype is torch.float16
+
+
 @pytest.mark.skipif(not launch.INTERPRETED, reason="launches are recorded in the interpreter")
 @pytest.mark.parametrize(("recompute", "training", "steps"), [
     (True, True, [2, 2, 1]), (False, True, [5]), (False, False, [2, 2, 1]), (True, False, [2, 2, 1]),

@@ -93,7 +93,10 @@ def test_grad_and_vjp(both):
     x = inputs(theirs).requires_grad_()
     y, _ = theirs(x)
     dy, (_, pull) = inputs(theirs, *y.shape, seed=2), vjp(lambda x: ours(x)[0], inputs(ours))
-    assert_close(pull(dy.to(inputs(ours))), torch.autograd.grad(y, x, dy, retain_graph=True))
+    (true,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+    assert_close(pull(dy.to(inputs(ours))), true)
+    _, pull = vjp(lambda x: functional_call(ours, ours.state_dict(), (x,))[0], inputs(ours))  # nothing else learns
+    assert_close(vmap(pull, 1)(torch.stack([dy, 2 * dy], 1).to(inputs(ours))), torch.stack([true, 2 * true]))
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     found = grad(lambda x: ours(x)[0].square().sum())(inputs(ours))
     assert_close(gradients(ours, found.square().sum()), gradients(theirs, dx.square().sum()))

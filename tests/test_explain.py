@@ -114,6 +114,14 @@ def test_what_the_verification_of_a_kernel_came_to(card):
     assert checked(lengths=torch.full((16,), 5)) == ["not checked yet"] * 4
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_call_in_which_only_states_to_reset_to_learn_is_training(learns):
+    gru, resets = gpu_lstm.GRU(4, 5, backend="triton").requires_grad_(False), torch.zeros(5, 3, dtype=torch.bool)
+    left = torch.zeros(1, 3, 5, requires_grad=learns)
+    (layer,) = gpu_lstm.explain(gru, X, resets=resets, reset_states=left).layers
+    assert [each.name for each in layer.passes] == ["forward", "backward"][: 1 + learns]
+
+
 @pytest.mark.parametrize(("training", "family", "launches"), [
     (False, "step", 6), (True, "pointwise", 4 * len(X)),
 ])  # fmt: skip

@@ -14,12 +14,14 @@ test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU, where Triton'
 import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
-from comparing import PLACES
+from comparing import BACKENDS, PLACES
 from pairs import assert_identical, letters_of, results
 from places import INTERPRETED, KERNELS, tf32
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.backends import schedule
+from gpu_lstm.functional import gru_layer, lstm_layer
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -365,3 +367,13 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
     letters = letters_of(module)
     assert all(same(dirty[f"{letter}0"], clean[f"{letter}0"]) for letter in letters)
     assert all(same(dirty[f"d{letter}0"][:, 3], clean[f"d{letter}0"][:, 3]) for letter in letters)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("function", "cls"), [(lstm_layer, nn.LSTM), (gru_layer, nn.GRU)])
+def test_a_function_in_reverse_reads_from_the_end(function, cls, backend):
+    place = PLACES[backend]
+    theirs, x = cls(3, 4, **place), torch.randn(5, 2, 3, **place)
+    expected, state = theirs(x.flip(0))
+    y, final = function(x, theirs.all_weights[0], reverse=True, backend=backend)
+    torch.testing.assert_close((y.flip(0), final), (expected, tree_map(lambda t: t[0], state)), rtol=1e-5, atol=1e-6)

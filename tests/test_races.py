@@ -269,16 +269,17 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])
 
 
-@pytest.mark.parametrize(("hidden", "options", "winner"), [
-    (2048, {}, "torch"), (2048, dict(lengths=torch.tensor([3, 1, 2])), "triton"),
+@pytest.mark.parametrize(("kind", "options", "winner"), [
+    ("LSTM", {}, "torch"), ("LSTM", dict(lengths=torch.tensor([3, 1, 2])), "triton"), ("GRU", {}, "torch"),
 ])  # fmt: skip
-def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, hidden, options, winner):
+def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, kind, options, winner):
     """On a card where the larger one does not stay on chip; its kernels are not run."""
     ran = stubbed(triton=2e-3, torch=1e-3)
-    layers_of(monkeypatch, lambda problem: choose.plans(problem._replace(precision="tf32"), H100, False)[0])
-    program = torch.export.export(gpu_lstm.LSTM(4, hidden), (X,), options, strict=True)
+    asked = layers_of(monkeypatch, lambda problem: choose.plans(problem._replace(precision="tf32"), H100, False)[0])
+    program = torch.export.export(getattr(gpu_lstm, kind)(4, 2048), (X,), options, strict=True)
     (layer,) = (node for node in program.graph.nodes if node.target is torch.ops.gpu_lstm.layer.default)
     assert winner in layer.args
+    assert {problem.cell for problem in asked} == (set() if options else {kind.lower()})
     assert ran == []
 
 

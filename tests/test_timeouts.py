@@ -63,6 +63,13 @@ timeouts.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] 
     assert "timed out at step 7 on cpu" in ended.stderr
 
 
+def test_a_plan_on_trial_is_reported_too():
+    timeouts.error_word(CPU, "lstm_step_forward_kernel", trial=True)[0] = 3
+    with pytest.raises(RuntimeError, match="lstm_step_forward_kernel timed out at step 2 on cpu"):
+        timeouts.raise_if_timed_out(CPU)
+    timeouts.raise_if_timed_out(CPU)  # it is reported once
+
+
 def test_devices_do_not_share_words():
     _time_out()
     timeouts.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to report

@@ -92,6 +92,14 @@ def test_a_packed_batch_breaks_the_graph_once_for_all_sizes(kind):
     assert set(said) <= set(graphs_of_packed_batches(nn.LSTM)[1])
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_packed_batch_that_cannot_be_exported_is_an_error_of_torchs(kind):
+    """Where no graph can break, the call must not hand itself over to eager mode without end."""
+    packed = pack_padded_sequence(torch.ones(4, 2, 5), [4, 2])
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        torch.export.export(getattr(gpu_lstm, kind)(5, 6), (packed,), strict=False)
+
+
 class Recurrent(nn.Module):
     """As pfrl's RecurrentSequential and joeynmt's decoder are."""
 
@@ -103,6 +111,15 @@ class Recurrent(nn.Module):
         for layer in self.layers:
             x = layer(x)[0] if isinstance(layer, nn.LSTM) else layer(x)
         return x
+
+
+class OfGRUs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(5, 6)
+
+    def forward(self, x):
+        return self.layer(x)[0] if isinstance(self.layer, nn.GRU) else self.layer(x)
 
 
 def test_convert_makes_instances_of_torchs_lstm_or_warns_of_a_model_that_asks_for_them():
@@ -117,6 +134,8 @@ def test_convert_makes_instances_of_torchs_lstm_or_warns_of_a_model_that_asks_fo
         warnings.simplefilter("error")
         assert type(gpu_lstm.convert(model, compat=True).layers[1]) is gpu_lstm.compat.LSTM
         gpu_lstm.convert(Tagger(nn.LSTM))
+    with pytest.warns(UserWarning, match="OfGRUs asks isinstance"):
+        gpu_lstm.convert(OfGRUs())
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     assert type(gpu_lstm.to_torch(model).layers[1]) is nn.LSTM
     with pytest.raises(TypeError, match="compat should be of type bool, got: int"):

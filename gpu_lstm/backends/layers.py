@@ -82,7 +82,8 @@ def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple
     h, c = state
     if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
         return x, state, weights
-    return x.to(dtype), (h.to(dtype), c if is_exact(c, x) else c.to(dtype)), weights.to(dtype)
+    stays = is_exact(c, x) or (x.is_cpu and weights.weight_hr is not None)  # where torch's autocast casts no c either
+    return x.to(dtype), (h.to(dtype), c if stays else c.to(dtype)), weights.to(dtype)
 
 
 def without_autocast(call: Call) -> contextlib.AbstractContextManager:

@@ -72,11 +72,11 @@ def run_call(
     """All layers of a call, in `dtype`, by kernels, `layers` [L*D]: output [T, B, D*P], final states as Call.states."""
     if dtype is torch.float32 and call.modes.autocast is None:
         return _run_layers(call, backend, layers, schedule)
+    states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
+    weights = [[one.to(dtype) for one in layer] for layer in call.weights]
+    # Cell states are float32, also from chunk to chunk.
+    cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
     with without_autocast(call):  # everything is cast once, rather than for every chunk
-        states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
-        weights = [[one.to(dtype) for one in layer] for layer in call.weights]
-        # Cell states are float32, also from chunk to chunk.
-        cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
         y, finals = _run_layers(cast, backend, layers, schedule)
     return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
 

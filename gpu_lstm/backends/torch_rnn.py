@@ -67,8 +67,8 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         return y, call.pack_rows(list(zip(*final)))
 
     def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
-        if not x.is_cuda:
-            return run_layer(x, state, weights.to(dtype), traversal)
+        if not x.is_cuda:  # whatever torch casts, the weights are its casts
+            return run_layer(x, state, weights.to(call.modes.autocast or dtype), traversal)
         with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
             return run_layer(*cast(x, state, weights, dtype), traversal)
 

@@ -1,7 +1,7 @@
-"""Within a block of torch.autocast a weight is cast once for all calls, as torch's operators do it, and kept in a dict.
+"""Within a block of torch.autocast a weight is cast once for all calls, by torch, for its own operators as for ours.
 
-The dict hangs on a cast of torch's own cache, so that it goes when torch drops that one: see `_casts_of_this_block`. A
-weight that was changed in place since is cast again.
+Casts are kept in a dict, which hangs on a cast of torch's own cache, so that it goes when torch drops that one: see
+`_casts_of_this_block`. As in torch, a weight that is changed in place is cast again only in the next block.
 """
 
 import contextlib
@@ -11,42 +11,56 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .modes import autocasts, is_transformed
+from .modes import autocasts, is_transformed, without_hooks
 
 
 def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
     """A layer's weights in another dtype; in an autocast block by the cache."""
     present = [weight for weight in weights if weight is not None]
-    if not all(map(_is_kept, present)):
+    if not (_keeps_casts(present[0], dtype) and all(map(_is_kept, present))):
         return [None if weight is None else weight.to(dtype) for weight in weights]
-    casts, differentiable = _casts_of_this_block(present[0].device.type, dtype), torch.is_grad_enabled()
-
-    def of(weight: Tensor) -> Tensor:
-        version, result = casts.get((weight, differentiable), (None, weight))
-        if version != weight._version:
-            result = weight.to(dtype)
-            casts[weight, differentiable] = weight._version, result
-        return result
-
-    return [None if weight is None else of(weight) for weight in weights]
+    casts = _casts_of_this_block(present[0].device.type, dtype)
+    for weight in present:
+        if weight not in casts:
+            casts[weight] = _torchs_cast(weight, dtype)
+    return [None if weight is None else casts[weight] for weight in weights]
 
 
-def _is_kept(weight: Tensor) -> bool:
-    """Whether torch's autocast would cache the cast (of a float32 leaf that learns), and no graph is being recorded.
+def _keeps_casts(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast is on and casts to `dtype`, and no graph is being recorded.
 
     A graph that is traced or captured has to cast at every run.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed() or not autocasts(weight):
         return False
-    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype is not torch.float32:
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    if weight.is_inference() or not (weight.requires_grad and weight.is_leaf) or weight._is_view():
-        return False
-    return not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+    return dtype is torch.get_autocast_dtype(weight.device.type)
 
 
-def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[tuple[Tensor, bool], tuple[int, Tensor]]:
-    """By weight and whether autograd is on: its version and its cast. Dropped when the outermost autocast block ends.
+def _is_kept(weight: Tensor) -> bool:
+    """Whether torch's autocast would cache the cast: of a float32 leaf that learns."""
+    if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype is not torch.float32 or weight.is_inference():
+        return False
+    return weight.requires_grad and weight.is_leaf and not weight._is_view()
+
+
+def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch's own cast: what a product by it, of no rows, saves for backward.
+
+    In a block within another one of ours, since torch may hold one to the outer dtype, and would use that.
+    """
+    torch.autocast_increment_nesting()
+    is_inner = torch.autocast_decrement_nesting() > 1
+    with _differentiable(), without_hooks():
+        if is_inner:
+            return weight.to(dtype)
+        node = torch.matmul(weight.new_empty(0, len(weight), dtype=dtype).requires_grad_(), weight).grad_fn
+        return node._saved_vec if weight.dim() == 1 else node._saved_mat2  # type: ignore[union-attr]
+
+
+def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[Tensor, Tensor]:
+    """Casts by weight. Dropped when the outermost autocast block ends.
 
     torch does not report when that is, but then drops its own casts. So ours are attached to one of these: to the graph
     node of the cast of an empty weight, which is found through an operator that casts it. With autocast's cache turned

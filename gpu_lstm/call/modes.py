@@ -57,7 +57,7 @@ class Modes(NamedTuple):
     """The state of the process that decides how a call is run, in the key of its route."""
 
     grad: bool  # whether autograd records
-    autocast: torch.dtype | None  # what float32 and narrower is computed in; None: autocast is off
+    autocast: torch.dtype | None  # what it casts to; None: it is off, or x is float64, which it leaves as it is
     recording: int  # see Recording
     transforms: int  # see Transforms
     precision: str  # of float32 products in the recurrence, for Triton: "tf32" or "ieee"
@@ -141,18 +141,22 @@ products = Setting(_products, _set_products)
 """The precision of cuBLAS, EXACT or less, for float32 and half. The recurrence obeys other switches."""
 
 
+def without_hooks() -> contextlib.AbstractContextManager:
+    """A block in which no hooks of saved tensors act, such as torch.utils.checkpoint's."""
+    is_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same) if is_enabled() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def alone(grad: bool) -> Iterator[None]:
     """A block for computations of our own inside a user's call: none of the caller's contexts acts on them.
 
-    That is, no hooks of saved tensors (such as torch.utils.checkpoint's), anomaly detection, function modes (such as a
-    default device), default dtype or inference mode; autograd is on if `grad`.
+    That is, no hooks of saved tensors, anomaly detection, function modes (such as a default device), default dtype or
+    inference mode; autograd is on if `grad`.
     """
-    is_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-    hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same) if is_enabled() else contextlib.nullcontext()
     with (
         _default_dtype.changed(torch.float32), _anomalies.changed((False, True)), torch._C.DisableTorchFunction(),
-        torch.inference_mode(False), torch.set_grad_enabled(grad), hooks,
+        torch.inference_mode(False), torch.set_grad_enabled(grad), without_hooks(),
     ):  # fmt: skip
         yield
 
@@ -173,7 +177,7 @@ def autocasts(x: Tensor) -> bool:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else None
+    return torch.get_autocast_dtype(x.device.type) if x.dtype is not torch.float64 and autocasts(x) else None
 
 
 def constant_when_traced(function: F) -> F:

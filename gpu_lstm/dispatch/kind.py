@@ -88,9 +88,16 @@ def kind_of(call: Call) -> Kind:
 
 
 def dtype_of(call: Call) -> torch.dtype:
-    """The dtype that layers compute in: the input's own or, for float32 and narrower, autocast's where that is on."""
-    autocast, dtype = call.modes.autocast, call.x.dtype
-    return dtype if autocast is None or dtype is torch.float64 else autocast
+    """The dtype that layers compute in: the input's own, or under autocast that of torch's own results.
+
+    On a CPU torch casts a whole LSTM; of a GRU and of cells it casts products alone, to which the state is added.
+    """
+    autocast, options = call.modes.autocast, call.options
+    if autocast is None:
+        return call.x.dtype
+    if call.x.is_cpu and (options.one_state or options.role == "cell"):
+        return torch.promote_types(autocast, call.states[0][1].dtype)
+    return autocast
 
 
 def size_class(n: int) -> int:

@@ -34,9 +34,9 @@ def route_of(call: Call) -> Route:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, traversal = call.x, call.traversal
     key = (
-        call.options, x.dtype, x.device, size_class(call.steps), call.batch, call.form.packed is None,
-        None if traversal.lengths is None else traversal.lengths.dtype, traversal.resets is None,
-        traversal.reset_states is None, call.learns, call.modes,
+        call.options, x.dtype, call.states[0][1].dtype, x.device, size_class(call.steps), call.batch,
+        call.form.packed is None, None if traversal.lengths is None else traversal.lengths.dtype,
+        traversal.resets is None, traversal.reset_states is None, call.learns, call.modes,
         call.weights[0][0].bias_c is None,  # the only tensor of lstm_layer that options say nothing about
     )  # fmt: skip
     route = _routes.get(key)
