@@ -100,4 +100,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    refusal = "kernels cannot be compiled with TRITON_INTERPRET=1 in the environment" * triton_kernels.INTERPRETED
+    sys.exit(refusal or main())

@@ -8,11 +8,12 @@ from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 
 from . import modules
+from .modules.recurrent import NotCompiled
 
 
-class LSTM(modules.LSTM, TorchLSTM):  # type: ignore[misc]  # its forward accepts lengths and resets too
+class LSTM(NotCompiled, modules.LSTM, TorchLSTM):  # type: ignore[misc]  # its forward accepts lengths and resets too
     """A gpu_lstm.LSTM that is also an instance of torch.nn.LSTM. Arguments, shapes and errors as gpu_lstm.LSTM."""
 
 
-class GRU(modules.GRU, TorchGRU):  # type: ignore[misc]
+class GRU(NotCompiled, modules.GRU, TorchGRU):  # type: ignore[misc]
     """A gpu_lstm.GRU that is also an instance of torch.nn.GRU. Arguments, shapes and errors as gpu_lstm.GRU."""

@@ -1,6 +1,7 @@
 """convert: torch's LSTMs and GRUs inside a model become ours, and nothing else changes. to_torch: and back."""
 
 import copy
+import io
 import multiprocessing
 import pickle
 
@@ -12,6 +13,7 @@ import torch
 from pairs import seeded
 from subjects import HasteLSTM
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.tools.convert import from_haste, to_torch
@@ -122,6 +124,34 @@ def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_
     assert all(a is b for a, b in zip(model, mine, strict=True))
     assert all(swap(module) is module for module in mine)
     assert {type(module.inner) for module in mine[:4]} == {goal}
+
+
+@both_cells
+def test_compat_also_swaps_what_was_converted_before_and_keeps_our_arguments(first):
+    ours = list(SWAPS[gpu_lstm.convert].values())[first]
+    own = dict(backend="reference", recompute=True, zoneout=0.25) | (dict(peepholes=True) if first == 0 else {})
+    model = nn.Sequential(ours(3, 4, **own))
+    before, text, x = dict(model.named_parameters()), repr(model), torch.randn(5, 2, 3)
+    expected = model.eval()(x)
+    gpu_lstm.convert(model, compat=True)
+    assert type(model[0]) is getattr(gpu_lstm.compat, ours.__name__)
+    assert repr(model) == text
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    module = model[0]
+    assert gpu_lstm.convert(model, compat=True)[0] is gpu_lstm.convert(model)[0] is module
+
+
+@pytest.mark.parametrize("library", [gpu_lstm, gpu_lstm.compat], ids=lambda library: library.__name__)
+@both_cells
+def test_to_torch_says_what_it_leaves_among_what_it_swaps(library, first):
+    kind = KINDS[first]
+    normed = nn.utils.parametrizations.weight_norm(getattr(library, kind)(3, 4), "weight_hh_l0")
+    model = nn.Sequential(getattr(gpu_lstm, kind)(3, 3), nn.Sequential(normed))
+    with pytest.warns(UserWarning, match=rf"to_torch swapped 0 .*; left as it is: 1\.0 .*Parametrized{kind}\)"):
+        to_torch(model)
+    assert type(model[0]) is getattr(nn, kind)
+    assert model[1][0] is normed
 
 
 def test_what_was_swapped_and_what_was_left_is_logged(caplog):
@@ -266,8 +296,54 @@ def test_onnx_computes_the_same_for_any_batch(tmp_path, kind):
         np.testing.assert_allclose(found, model(x)[0].detach(), rtol=0, atol=1e-6)
 
 
+def of_file(file, *inputs):
+    session = onnxruntime.InferenceSession(file.getvalue())
+    names = [each.name for each in session.get_inputs()]
+    return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))]
+
+
+OF_ONNX = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning",
+                                     "ignore::torch.jit.TracerWarning")  # fmt: skip
+
+
+@OF_ONNX
+@pytest.mark.parametrize(
+    "make",
+    [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.compat.LSTM, gpu_lstm.compat.GRU, lambda I, H: gpu_lstm.StackedGRU(I, [H])],
+)
+def test_the_older_onnx_exporter_accepts_a_module_by_itself(make):
+    """It passes all arguments by position, keyword-only ones, too."""
+    module, x, file = make(3, 4).eval(), torch.randn(5, 2, 3), io.BytesIO()
+    torch.onnx.export(module, (x,), file, dynamo=False)
+    torch.testing.assert_close(of_file(file, x), tree_leaves(module(x)), rtol=0, atol=1e-6)
+
+
+class Episodes(nn.Module):
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x, resets):
+        return self.rnn(x, resets=resets)
+
+
+@OF_ONNX
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_onnx_with_resets_some_after_a_nan(kind, dynamo):
+    torch.manual_seed(0)
+    model, file = Episodes(getattr(gpu_lstm, kind)(3, 4, bidirectional=True).eval()), io.BytesIO()
+    torch.onnx.export(model, (torch.randn(6, 3, 3), torch.rand(6, 3) < 0.4), file, dynamo=dynamo)
+    for given in range(3):
+        x, resets = torch.randn(6, 3, 3), torch.rand(6, 3) < 0.2 * given
+        x[2, 0] = torch.nan
+        expected = tree_leaves(model(x, resets))
+        torch.testing.assert_close(of_file(file, x, resets), expected, rtol=0, atol=1e-6, equal_nan=True)
+        assert expected[0].isnan().any()
+
+
 @pytest.mark.deep
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@OF_ONNX
 def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
     """torch's exporter would fix them inside the file, whose input says that they are free."""
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"gpu_lstm\.layer"):

@@ -4,6 +4,7 @@ import ast
 import email
 import graphlib
 import inspect
+import os
 import re
 import runpy
 import subprocess
@@ -100,6 +101,14 @@ def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_
     ]
 
 
+@pytest.mark.deep
+def test_compile_table_in_the_interpreters_environment_says_so_in_a_line():
+    command = [sys.executable, "-m", "compile_table"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    said = "kernels cannot be compiled with TRITON_INTERPRET=1 in the environment\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
+
+
 def test_importing_it_is_cheap_and_writes_nothing():
     """Beyond torch: at most 0.2 s of a core, no Triton, no compiler, no Keras, no file but what Python reads."""
     code = """
@@ -172,6 +181,7 @@ MISTAKES = [
         "keras.from_keras(None")),
     'gpu_lstm.backend("trition")', 'gpu_lstm.racing("of")', "lstm(packed, lengths=x)", "lstm(x)[0].batch_sizes",
     "lstm.forward(x)[0].batch_sizes", "lstm(packed)[0].relu()", "lstm.forward(packed)[0].relu()",
+    "stack.forward(packed)[0].relu()", "lstm.forward(x)[1].relu()", "lstm(x, None, x)", "lstm.forward(x, None, x)",
     "gpu_lstm.compat.LSTM(6, 8)(packed)[0].relu()", "stack(packed)[0].relu()", "stack(x, (x, x))", "stack(x)[1].relu()",
     "gpu_lstm.keras.GoBackwards(lstm)(x)[0].batch_sizes", "gpu_lstm.LSTMCell(6, 8)(packed)",
     "a: torch.nn.LSTM = gpu_lstm.convert(torch.nn.LSTM(6, 8))", "b: gpu_lstm.LSTM = gpu_lstm.to_torch(lstm)",

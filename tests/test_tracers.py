@@ -1,10 +1,12 @@
 """Tools that take a model with torch.nn.LSTM apart, given ours in its place."""
 
+import operator
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_fx
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -50,6 +52,24 @@ def test_of_torch_fx_keywords_and_cells_are_kept():
     model, x, lengths = Model(), torch.randn(4, 3, 5), torch.tensor([4, 1, 2])
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced(x, lengths), model(x, lengths), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell", "compat.LSTM", "compat.GRU", "StackedGRU"])
+def test_of_torch_fx_an_input_may_be_a_constant(kind):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = operator.attrgetter(kind)(gpu_lstm)(5, [6] if "Stacked" in kind else 6)
+            self.register_buffer("start", torch.randn(3, 5) if "Cell" in kind else torch.randn(4, 3, 5))
+
+        def forward(self, hx):
+            return self.rnn(self.start, hx)
+
+    h = torch.randn(3, 6) if "Cell" in kind or "Stacked" in kind else torch.randn(1, 3, 6)
+    model, hx = Model(), (h, h.flip(0)) if "LSTM" in kind else [h] if "Stacked" in kind else h
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", "get_attr", "call_module", "output"]
+    torch.testing.assert_close(traced(hx), model(hx), rtol=0, atol=0)
 
 
 def unpacked(packed):
@@ -100,6 +120,26 @@ def test_a_packed_batch_that_cannot_be_exported_is_an_error_of_torchs(kind):
         torch.export.export(getattr(gpu_lstm, kind)(5, 6), (packed,), strict=False)
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torch_compile_leaves_out_a_compat_module_as_torchs_own(kind):
+    theirs, ours = getattr(nn, kind), getattr(gpu_lstm.compat, kind)
+    assert graphs_of_packed_batches(ours)[0] == graphs_of_packed_batches(theirs)[0]
+    for cls in (theirs, ours):
+        torch._dynamo.reset()
+        counter, model = CompileCounter(), Tagger(cls)
+        compiled, bare = (torch.compile(module, backend=counter) for module in (model, model.lstm))
+        for T, B in ((4, 3), (7, 2), (3, 5)):
+            x = torch.randn(T, B, 5)
+            torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
+            torch.testing.assert_close(bare(x), model.lstm(x), rtol=0, atol=0)
+        assert counter.frame_count == 0
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
 class Recurrent(nn.Module):
     """As pfrl's RecurrentSequential and joeynmt's decoder are."""
 
@@ -113,30 +153,47 @@ class Recurrent(nn.Module):
         return x
 
 
-class OfGRUs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.GRU(5, 6)
-
-    def forward(self, x):
-        return self.layer(x)[0] if isinstance(self.layer, nn.GRU) else self.layer(x)
-
-
-def test_convert_makes_instances_of_torchs_lstm_or_warns_of_a_model_that_asks_for_them():
-    x = torch.randn(4, 3, 5)
-    with pytest.warns(UserWarning, match=r"Recurrent asks isinstance.*convert\(model, compat=True\)"):
-        model = gpu_lstm.convert(Recurrent())
+def test_convert_makes_instances_of_torchs_lstm():
+    x, model = torch.randn(4, 3, 5), Recurrent()
+    expected = model(x)
+    gpu_lstm.convert(model)
     with pytest.raises((AttributeError, TypeError)):
         model(x).sum()
-    model = Recurrent()
-    expected = model(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert type(gpu_lstm.convert(model, compat=True).layers[1]) is gpu_lstm.compat.LSTM
-        gpu_lstm.convert(Tagger(nn.LSTM))
-    with pytest.warns(UserWarning, match="OfGRUs asks isinstance"):
-        gpu_lstm.convert(OfGRUs())
+    assert type(gpu_lstm.convert(model, compat=True).layers[1]) is gpu_lstm.compat.LSTM
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     assert type(gpu_lstm.to_torch(model).layers[1]) is nn.LSTM
     with pytest.raises(TypeError, match="compat should be of type bool, got: int"):
         gpu_lstm.convert(model, compat=1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
+def test_a_script_module_has_torchs_module_and_no_forward_of_a_users_is_lost(kind):
+    ours = getattr(gpu_lstm, kind)(5, 6)
+
+    class Old(torch.jit.ScriptModule):  # which asks its modules for no module of torch's
+        def __init__(self):
+            super().__init__()
+            self.rnn = torch.jit.script(ours)
+
+        @torch.jit.script_method
+        def forward(self, x):
+            return self.rnn(x)
+
+    x = torch.randn(4, 5) if "Cell" in kind else torch.randn(4, 3, 5)
+    torch.testing.assert_close(Old()(x), ours(x))
+    mine = type("Mine", (type(ours),), {"forward": lambda self, x: x})(5, 6)
+    with pytest.raises(ValueError, match=rf"Mine has a forward of its own, .* scripted as a torch\.nn\.{kind}"):
+        torch.jit.script(nn.Sequential(mine))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell", "compat.LSTM", "compat.GRU"])
+def test_attributes_of_a_class_work_on_another_base(kind):
+    """TorchRL copies those of torch.nn.LSTM and GRU, whichever class that is, onto a class of its own."""
+    cls = operator.attrgetter(kind)(gpu_lstm)
+    name, base = kind.split(".")[-1], nn.RNNCellBase if "Cell" in kind else nn.RNNBase
+    copied = {attribute: getattr(cls, attribute) for attribute in vars(cls) if attribute != "__init__"}
+    module = type("Copy", (base,), copied)(*((5, 6, True, 4) if "Cell" in kind else (name, 5, 6)))
+    module.note = "mine"
+    assert module.note == "mine"
+    assert repr(module).startswith("Copy(5, 6")

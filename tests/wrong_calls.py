@@ -374,7 +374,8 @@ CALLS = [
     ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
     ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
     # Stream
-    ("TypeError: Stream accepts an LSTM, a GRU or a stack of either, got LSTM", "gpu_lstm.Stream(TORCHS, 2)"),
+    ("TypeError: Stream accepts an LSTM, a GRU or a stack of either, got LSTM of torch.nn: convert it...",
+     "gpu_lstm.Stream(TORCHS, 2)"),
     ("ValueError: Stream runs one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),

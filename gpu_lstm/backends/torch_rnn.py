@@ -188,14 +188,22 @@ def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None
     infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
     broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
     before = ~torch.cat(state, 1).isfinite().all(1)  # [B]
-    count = before + broken.cumsum(0)  # up to each step
-    lost = count > torch.where(reset, count - broken.long(), 0).cummax(0).values  # more than before the episode
+    count = before + broken.cumsum(0, dtype=torch.long)  # up to each step
+    lost = count > _running_max(torch.where(reset, count - broken.long(), 0))  # more than before the episode
     x = torch.where(lost[:, :, None], 0, x)
     state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
     h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=False)
     # Differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it.
     nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
     return tuple(torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
+
+
+def _running_max(count: Tensor) -> Tensor:
+    """count.cummax(0).values, int [T, B] >= 0. ONNX has a running maximum only as a pooling over all T steps."""
+    if not torch.onnx.is_in_onnx_export():
+        return count.cummax(0).values
+    before = F.pad(count.T[None].float(), (len(count) - 1, 0))  # [1, B, T - 1 + T]
+    return F.max_pool1d(before, len(count), 1)[0].T.long()
 
 
 def _with_spoilt_apart(
@@ -261,7 +269,7 @@ def _in_a_grid(
     between two copies of the batch, K = 2, S = T: steps run one after another, sequences in parallel.
     """
     steps, batch, inputs = x.shape
-    episode, row = reset.cumsum(0), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
+    episode, row = reset.cumsum(0, dtype=torch.long), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
     if on_host:
         row, copy, copies = row + episode, 0 * episode, 1
         rows = steps + (int(episode[-1].max()) if batch else 0)

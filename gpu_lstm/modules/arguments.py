@@ -17,8 +17,10 @@ REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of 
 NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
 
-def accepted(name: str, value: Any) -> Any:
+def accepted(name: str, value: Any, one_state: bool = False) -> Any:
     """The value of an argument as the attribute `name` of a module, checked; for other attributes the value as it is.
+
+    Zoneout of `one_state` is no pair, which is for h and c.
 
     Raises:
         ValueError: not a probability, or an unknown backend.
@@ -37,6 +39,10 @@ def accepted(name: str, value: Any) -> Any:
                 )
             return float(value)
         case "zoneout":
+            if one_state and isinstance(value, tuple):
+                raise ValueError(
+                    f"zoneout of a GRU should be one number in range [0, 1], for its one state, got {value!r}"
+                )
             pair = value if isinstance(value, tuple) else (value, value)
             if len(pair) != 2 or not all(map(is_probability, pair)):
                 raise ValueError(
@@ -51,12 +57,6 @@ def accepted(name: str, value: Any) -> Any:
 def is_probability(value: object) -> bool:
     """Whether `value` is a number from 0 to 1."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
-
-
-def check_zoneout_of_one_state(zoneout: object) -> None:
-    """Raise ValueError for a pair, which is for h and c."""
-    if isinstance(zoneout, tuple):
-        raise ValueError(f"zoneout of a GRU should be one number in range [0, 1], for its one state, got {zoneout!r}")
 
 
 def norms_of(layer_norm: object) -> tuple[str, ...]:
@@ -105,8 +105,10 @@ def check_size(name: str, size: object) -> None:
 class Checked:
     """A module whose attributes are checked like its arguments when they are set."""
 
+    _one_state = False  # whether it is a GRU, or a stack of them
+
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, accepted(name, value))
+        super().__setattr__(name, accepted(name, value, self._one_state))
 
     def _get_name(self) -> str:
         """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
@@ -139,6 +141,10 @@ class Called(Protocol[Given, Returned]):
 
 def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """torch's module, for torch.jit.script."""
+    if not type(module).forward.__module__.startswith(__package__.rsplit(".", 1)[0] + "."):
+        raise ValueError(
+            f"{type(module).__qualname__} has a forward of its own, and would be scripted as a torch.nn.{cls.__name__}"
+        )
     for name in NOT_OF_TORCH:
         if value := getattr(module, name, False):
             ours, theirs = f"the {type(module).__name__} has {name}={value!r}", f"a torch.nn.{cls.__name__}"
@@ -147,10 +153,14 @@ def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """`module` as an instance of `cls`, with the same Parameter objects, hooks, flags, and regularisers that are on."""
+    """`module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
+
+    For a class of torch's without our own arguments, except regularisers that are on.
+    """
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
-    dropped += ["backend", "recompute", *(name for name in REGULARISERS if not module.__dict__.get(name))]
+    if not issubclass(cls, Checked):
+        dropped += ["backend", "recompute", *(name for name in REGULARISERS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()
@@ -163,4 +173,4 @@ def repr_of(module: nn.Module, names: Sequence[str]) -> str:
     """The backend, if one was chosen, and those of the other arguments that are on."""
     backend: Any = module.backend
     text = "" if backend is None else f", backend={backend!r}"
-    return text + "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name))
+    return text + "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name, None))

@@ -16,7 +16,7 @@ from ..call.prepare import prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
 from ..dispatch.run import run
 from .arguments import Checked, accepted, norms_of, repr_of, scriptable
-from .tracing import traced
+from .tracing import FX, traced
 from .variants import OF_CELLS, HasVariants, weights_of
 
 
@@ -52,7 +52,7 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
         name = accepted("backend", backend)
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
-        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        RNNCellBase.__init__(self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
         self.backend = name
         self._add_variants("", peepholes, norms)
 
@@ -75,8 +75,10 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
                 that supports no peepholes or layer norm.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor and (instead := traced(self, input, hx)) is not None:
-            return instead
+        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+            instead = traced(self, input, hx)
+            if instead is not None:
+                return instead
         options = self._options()
         call = prepare(options, weights_of(self, options.names), input, hx)
         return call.states_out(run(call)[1])
@@ -89,7 +91,7 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
 
     def extra_repr(self) -> str:
         """As torch.nn.LSTMCell, and the backend if one was chosen."""
-        return super().extra_repr() + repr_of(self, (PEEPHOLES, LAYER_NORM))
+        return RNNCellBase.extra_repr(self) + repr_of(self, (PEEPHOLES, LAYER_NORM))
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchLSTMCell)
@@ -117,7 +119,7 @@ class GRUCell(Checked, RNNCellBase):
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None,
     ) -> None:  # fmt: skip
         name = accepted("backend", backend)
-        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        RNNCellBase.__init__(self, input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
         self.backend = name
 
     if TYPE_CHECKING:
@@ -138,8 +140,10 @@ class GRUCell(Checked, RNNCellBase):
             ValueError, RuntimeError, TypeError: as torch.nn.GRUCell, in its words.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor and (instead := traced(self, input, hx)) is not None:
-            return instead
+        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+            instead = traced(self, input, hx)
+            if instead is not None:
+                return instead
         options = self._options()
         call = prepare(options, weights_of(self, options.names), input, hx)
         return call.states_out(run(call)[1])
@@ -150,7 +154,7 @@ class GRUCell(Checked, RNNCellBase):
 
     def extra_repr(self) -> str:
         """As torch.nn.GRUCell, and the backend if one was chosen."""
-        return super().extra_repr() + repr_of(self, ())
+        return RNNCellBase.extra_repr(self) + repr_of(self, ())
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchGRUCell)

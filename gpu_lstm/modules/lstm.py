@@ -4,21 +4,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import RNNBase
-from torch.nn.utils.rnn import PackedSequence
 
 from ..call.checks import check_bool, check_unprojected
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
-from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State
-from ..dispatch.run import run
-from .arguments import NOT_OF_TORCH, Called, no_mask, norms_of, repr_of, scriptable
+from .arguments import Called, norms_of, scriptable
 from .recurrent import Recurrent
-from .tracing import traced
-from .variants import OF_LAYERS, HasVariants, weights_of
+from .variants import OF_LAYERS, HasVariants
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
@@ -103,51 +99,7 @@ class LSTM(Recurrent, HasVariants, RNNBase):
 
     if TYPE_CHECKING:
         __call__: Called[State, State]
-
-    def forward(
-        self, input: Tensor | PackedSequence, hx: State | None = None, *, lengths: Tensor | None = None,
-        resets: Tensor | None = None, reset_states: State | None = None, mask: None = None,
-    ) -> tuple[Tensor | PackedSequence, State]:  # fmt: skip
-        """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
-
-        Args:
-            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
-            hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N. Default: zeros.
-            lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
-                Default: T.
-            resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
-            reset_states: (h, c) that resets set instead of zeros: one per sequence, as hx, or one per step, of which
-                only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first (D*L, N, T, ...),
-                unbatched (D*L, T, ...). Gradients flow into them. On the backends "triton", "cupy" and "reference".
-            mask: None. TorchRL's LSTMModule passes one to what is not a torch.nn.LSTM: give it a compat.LSTM.
-
-        ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
-        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
-        t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
-        t with the state given for t, and the reverse one step t - 1, each from its own rows.
-
-        Returns:
-            output: as the input, with D*P features; zero past the end of a sequence.
-            (h_n, c_n): as h_0 and c_0; the states after the last step of each sequence. In half precision c_0 may be
-            float32, as the kernels keep it, and then so is c_n: a sequence in pieces gives the results of the whole.
-
-        Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTM, in its words. ValueError for lengths, resets or
-                reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
-                with a PackedSequence, reset_states without resets, or a chosen backend that does not support
-                these, recurrent dropout, zoneout or peepholes. TypeError for a mask.
-            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
-        """
-        if type(input) is not Tensor:
-            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
-            if instead is not None:
-                return instead
-        if mask is not None:
-            raise TypeError(no_mask("LSTM"))
-        options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
-        y, states = run(call)
-        return call.form.output(y), call.states_out(states)
+        forward: Called[State, State]  # type: ignore[assignment]
 
     def _options(self) -> Options:
         """From the attributes as they are now."""
@@ -160,10 +112,6 @@ class LSTM(Recurrent, HasVariants, RNNBase):
     get_expected_cell_size = TorchLSTM.get_expected_cell_size
     check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = TorchLSTM.permute_hidden  # type: ignore[assignment]
-
-    def extra_repr(self) -> str:
-        """As torch.nn.LSTM, and our own arguments that are not at their defaults."""
-        return RNNBase.extra_repr(self) + repr_of(self, ("recompute", *NOT_OF_TORCH))
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchLSTM)

@@ -1,17 +1,23 @@
 """What LSTM and GRU share, next to torch's RNNBase."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
+from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.torch_rnn import packed
 from ..call.choices import BackendName
 from ..call.options import Options
+from ..call.prepare import prepare
 from ..call.weights import Weights
-from .arguments import Checked, accepted
+from ..dispatch.run import run
+from .arguments import NOT_OF_TORCH, Checked, accepted, no_mask, repr_of
+from .tracing import FX, in_eager_mode, traced
 from .variants import weights_of
+
+_compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback  # returns None outside of what torch.compile made
 
 
 class Recurrent(Checked):
@@ -28,7 +34,7 @@ class Recurrent(Checked):
 
     def _make(self: Any, mode: str, torchs: tuple, **ours: Any) -> None:
         """Check our own arguments before RNNBase, with torch's, draws initial weights."""
-        accepted_ours = {name: accepted(name, value) for name, value in ours.items()}
+        accepted_ours = {name: accepted(name, value, self._one_state) for name, value in ours.items()}
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(self, mode, *torchs)
         for name, value in accepted_ours.items():
@@ -53,9 +59,74 @@ class Recurrent(Checked):
                 for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
                     weight.set_(part)  # type: ignore[call-overload]
 
+    def forward(
+        self: Any, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
+        resets: Tensor | None = None, reset_states: Any = None, mask: None = None,
+    ) -> tuple[Tensor | PackedSequence, Any]:  # fmt: skip
+        """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
+
+        Args:
+            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+            hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N; of a GRU h_0. Default: zeros.
+            lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
+                Default: T.
+            resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
+            reset_states: (h, c), of a GRU h, that resets set instead of zeros: one per sequence, as hx, or one per
+                step, of which only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first
+                (D*L, N, T, ...), unbatched (D*L, T, ...). Gradients flow into them. On the backends "triton", "cupy"
+                and "reference".
+            mask: None. TorchRL's modules pass one to what is not torch's LSTM or GRU: give them one of compat.
+
+        By keyword from `lengths` on: others are for torch.onnx, which passes all by position.
+
+        ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
+        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
+        t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
+        t with the state given for t, and the reverse one step t - 1, each from its own rows.
+
+        Returns:
+            output: as the input, with D*P features; zero past the end of a sequence.
+            (h_n, c_n), of a GRU h_n: as hx; the states after the last step of each sequence. In half precision c_0, of
+            a GRU h_0, may be float32, as the kernels keep it, and then so is c_n: a sequence in pieces gives the
+            results of the whole.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTM or GRU, in its words. ValueError for lengths, resets
+                or reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
+                with a PackedSequence, reset_states without resets, or a chosen backend that does not support these,
+                recurrent dropout, zoneout or peepholes. TypeError for a mask.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
+        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
+            if instead is not None:
+                return instead
+        if mask is not None:
+            raise TypeError(no_mask(self.mode))
+        options = self._options()
+        call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
+        y, states = run(call)
+        return call.form.output(y), call.states_out(states)
+
+    def extra_repr(self: Any) -> str:
+        """As torch's, and our own arguments that are not at their defaults."""
+        return RNNBase.extra_repr(self) + repr_of(self, ("recompute", *NOT_OF_TORCH))
+
     def _options(self) -> Options:
         raise NotImplementedError
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the module has them now."""
         return weights_of(self, self._options().names)
+
+
+class NotCompiled(Recurrent):
+    """One that torch.compile leaves out with all that it calls, as torch's own; with `allow_rnn` it is traced."""
+
+    if not TYPE_CHECKING:
+
+        def forward(self, input, hx=None, lengths=None, resets=None, reset_states=None, mask=None):
+            arguments = self, input, hx, lengths, resets, reset_states, mask
+            if torch.compiler.is_dynamo_compiling() or not _compiler():
+                return Recurrent.forward(*arguments)
+            return in_eager_mode(Recurrent.forward, *arguments)

@@ -14,10 +14,10 @@ from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.run import run
-from .arguments import REGULARISERS, Called, Checked, check_size, check_zoneout_of_one_state, layer_sizes, norms_of
+from .arguments import REGULARISERS, Called, Checked, check_size, layer_sizes, norms_of
 from .gru import GRU
 from .lstm import LSTM
-from .tracing import traced
+from .tracing import FX, traced
 from .variants import OF_LAYERS, weights_of
 
 
@@ -68,7 +68,7 @@ class Stack(Checked, nn.Module):
         super().__setattr__(name, value)
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None, *, lengths: Tensor | None = None,
+        self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None, lengths: Tensor | None = None,
         resets: Tensor | None = None, reset_states: Sequence[Any] | None = None,
     ) -> tuple[Tensor | PackedSequence, list[Any]]:  # fmt: skip
         """Run all layers over all steps. D = 2 if bidirectional, else 1.
@@ -87,7 +87,7 @@ class Stack(Checked, nn.Module):
             ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is not such
                 a list, such as torch's (h_0, c_0); RuntimeError for a wrong number of them, or wrong sizes.
         """
-        if type(input) is not Tensor:
+        if type(input) is not Tensor or FX._is_fx_tracing_flag:
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
             if instead is not None:
                 return instead
@@ -175,6 +175,7 @@ class StackedLSTM(Stack):
 
     if TYPE_CHECKING:
         __call__: Called[Sequence[State], list[State]]
+        forward: Called[Sequence[State], list[State]]  # type: ignore[assignment]
 
 
 class StackedGRU(Stack):
@@ -197,6 +198,7 @@ class StackedGRU(Stack):
     """
 
     _kind = "StackedGRU"
+    _one_state = True
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
@@ -214,10 +216,6 @@ class StackedGRU(Stack):
             lambda features, size: GRU(features, size, **shared),
         )  # fmt: skip
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "zoneout":
-            check_zoneout_of_one_state(value)
-        super().__setattr__(name, value)
-
     if TYPE_CHECKING:
         __call__: Called[Sequence[Tensor], list[Tensor]]
+        forward: Called[Sequence[Tensor], list[Tensor]]  # type: ignore[assignment]

@@ -1,10 +1,13 @@
-"""Calls that a tracer makes of a module, with what is no tensor for an input."""
+"""Calls that a tracer makes of a module."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace as FX
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
 
 def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
@@ -17,14 +20,17 @@ def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
     if isinstance(input, PackedSequence):
         # The flag, since torch 2.9 folds the function that reads it to True.
         if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
-            return _in_eager_mode(module, input, *hx, **arguments)
-    elif isinstance(input, torch.fx.Proxy):
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
-        return input.tracer.create_proxy("call_module", path, (input, *hx), arguments)
+            return in_eager_mode(module.forward, input, *hx, **arguments)
+    elif FX._is_fx_tracing_flag:  # is_fx_tracing() logs a warning
+        for leaf in tree_leaves((input, hx, arguments)):  # any of them may be a constant
+            if isinstance(leaf, torch.fx.Proxy):
+                arguments = {name: value for name, value in arguments.items() if value is not None}
+                path = leaf.tracer.path_of_module(module)  # type: ignore[attr-defined]
+                return leaf.tracer.create_proxy("call_module", path, (input, *hx), arguments)
     return None
 
 
 @torch._disable_dynamo  # the public torch.compiler.disable imports the compiler at once
-def _in_eager_mode(module: nn.Module, *args: Any, **arguments: Any) -> Any:
-    return module.forward(*args, **arguments)
+def in_eager_mode(call: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
+    """What the call returns; torch.compile leaves out all of it."""
+    return call(*args, **arguments)

@@ -1,11 +1,10 @@
 """Swap torch's LSTMs and GRUs inside a model for ours and back, and read the weights of Haste's LSTM."""
 
 import contextlib
-import inspect
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TypeVar, overload
 
 import torch
@@ -24,8 +23,9 @@ _log = logging.getLogger("gpu_lstm")
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
 _OURS: Classes = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell, TorchGRU: GRU, TorchGRUCell: GRUCell}
-_COMPAT: Classes = {**_OURS, TorchLSTM: drop_in.LSTM, TorchGRU: drop_in.GRU}
-_THEIRS: Classes = {ours: torchs for table in (_OURS, _COMPAT) for torchs, ours in table.items()}
+_INSTANCES: Classes = {TorchLSTM: drop_in.LSTM, TorchGRU: drop_in.GRU}
+_COMPAT: Classes = {**_OURS, **_INSTANCES, LSTM: drop_in.LSTM, GRU: drop_in.GRU}
+_THEIRS: Classes = {ours: torchs for table in (_OURS, _INSTANCES) for torchs, ours in table.items()}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -51,8 +51,8 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
     gpu_lstm was there before.
 
     Args:
-        compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM, every GRU a compat.GRU. Without
-            it a UserWarning names the classes of the model whose source asks isinstance(..., LSTM), or GRU.
+        compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM, every GRU a compat.GRU; those
+            of gpu_lstm, too, with their arguments.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
@@ -61,27 +61,7 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
         TypeError: `model` is not a module, or `compat` no bool.
     """
     check_bool("compat", compat)
-    converted = _swap(model, _COMPAT if compat else _OURS, "convert")
-    if not compat and (asking := sorted({cls.__qualname__ for m in model.modules() for cls in _that_ask(type(m))})):
-        warnings.warn(
-            f"gpu_lstm: {', '.join(asking)} asks isinstance(..., LSTM) of modules, and a gpu_lstm.LSTM is no instance "
-            "of torch.nn.LSTM, nor is a GRU: convert(model, compat=True) makes them such",
-            stacklevel=2,
-        )
-    return converted
-
-
-def _that_ask(cls: type) -> Iterator[type]:
-    """Those among a class and its bases, of a user's, whose source asks isinstance(..., LSTM), or GRU."""
-    others = "torch.", "torchrl.", "builtins.", f"{__package__.rsplit('.', 1)[0]}."
-    for c in cls.__mro__:
-        # No source to look at: it was typed into an interpreter, or compiled.
-        with contextlib.suppress(OSError, TypeError):
-            if not f"{c.__module__}.".startswith(others) and _ASKS.search(inspect.getsource(c)):
-                yield c
-
-
-_ASKS = re.compile(r"\bisinstance\([^\n]*\b(LSTM|GRU)\b")
+    return _swap(model, _COMPAT if compat else _OURS, "convert")
 
 
 @overload
@@ -97,8 +77,8 @@ def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
     """Swap every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, for torch.nn's.
 
-    The inverse of `convert`, with the same promises and results. The backend and `recompute` are dropped. torch's
-    modules accept neither lengths nor resets.
+    The inverse of `convert`, with the same promises and results; but a UserWarning says if a subclass of one of these
+    was left. The backend and `recompute` are dropped. torch's modules accept neither lengths nor resets.
 
     Raises:
         TypeError: `model` is not a module, or there is a StackedLSTM or a StackedGRU in it.
@@ -116,17 +96,17 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
     # TorchRL's modules check isinstance(lstm, torch.nn.LSTM), or GRU, and behave differently if it is False.
     of_torchrl = (m for m in modules.values() if any(c.__module__.split(".")[0] == "torchrl" for c in type(m).__mro__))
     checked = {child for owner in of_torchrl for child in owner.children()}
-    swapped, left, done = [], [], False
+    swapped, left, done, to_theirs = [], [], False, classes is _THEIRS
     for path, module in modules.items():
         where, cls = path or "the model itself", type(module)
-        if classes is _THEIRS:
+        if to_theirs:
             _check_that_torch_has_it(repr(path) if path else where, module)
         if goal := classes.get(cls):
             twins[module] = recast(module, _COMPAT[cls] if classes is _OURS and module in checked else goal)
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
-        elif isinstance(module, tuple(classes.values())):
-            done = True
+        elif isinstance(module, tuple(classes.values())) and not (to_theirs and isinstance(module, tuple(classes))):
+            done = True  # a compat.LSTM is both
         elif isinstance(module, tuple(classes)):
             left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
     with contextlib.ExitStack() as undo:
@@ -139,7 +119,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
         undo.pop_all()
     nothing = f"nothing: there is no {' or '.join(map(_name, classes))} in the {_name(type(model))}"
     text = f"{function} swapped {', '.join(swapped) or nothing}" + f"; left as it is: {'; '.join(left)}" * bool(left)
-    if swapped or done:
+    if (swapped or done) and not (to_theirs and left):
         _log.info(text)
     else:
         warnings.warn(f"gpu_lstm: {text}", stacklevel=3)

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.rnn import GRU as TorchGRU
+from torch.nn.modules.rnn import LSTM as TorchLSTM
 
 from ..backends.layers import NOTHING
 from ..call.checks import check_pair, check_tensor
@@ -50,7 +52,9 @@ class Stream:
 
     def __init__(self, module: LSTM | GRU | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
         if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
-            raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {type(module).__name__}")
+            advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
+            cls = type(module).__name__
+            raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {cls}{advice}")
         if module.bidirectional:
             raise ValueError("Stream runs one direction, got bidirectional=True: the reverse one begins at the end")
         if not isinstance(batch, int):
