@@ -48,7 +48,7 @@ def smaller(png: bytes) -> bytes:
 
 
 def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
-    """The Markdown, and the pictures by their path in docs/pictures; that of trace.plot is gates.png.
+    """The Markdown, and the pictures by their path in docs/pictures; that of a trace is gates.png.
 
     The last comment of a picture's cell says what it shows.
     """
@@ -61,7 +61,7 @@ def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
         for output in cell.outputs:
             data = output.get("data", {})
             if "image/png" in data:
-                path = "gates.png" if "traced.plot()" in cell.source else f"lesson/{cell.execution_count:02}.png"
+                path = "gates.png" if "heat_maps(" in cell.source else f"lesson/{cell.execution_count:02}.png"
                 pictures[path] = base64.b64decode(data["image/png"])
                 parts.append(f"![{cell.source.rpartition('# ')[2]}](pictures/{path})")
             else:

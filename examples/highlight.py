@@ -38,7 +38,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import gpu_lstm
-from gpu_lstm.tools.trace import HUES
 
 CODE, STRING, COMMENT = range(3)
 TRAINING_FILES, TEST_FILES = 140, 20
@@ -383,7 +382,7 @@ def draw(source: Source, rows: slice, cell: np.ndarray, pages: dict[str, Tensor]
     axes = panel(gap, high + 0.6, total[0] - 2 * gap, above)
     band = to_rgba_array(TINT)[truth.numpy()][None]  # [1, characters, RGBA]
     axes.imshow(band, aspect="auto", extent=(0, len(cell), cell.min() - 0.1, cell.max() + 0.1))
-    axes.plot(np.arange(len(cell)) + 0.5, cell, color=HUES["cell"], linewidth=1)
+    axes.plot(np.arange(len(cell)) + 0.5, cell, color="#c0392b", linewidth=1)
     if np.corrcoef(cell, truth == STRING)[0, 1] < 0:
         axes.invert_yaxis()  # strings above
     axes.set_title("What one of the LSTM's cells holds while the page below is read, character by character", **TITLE)

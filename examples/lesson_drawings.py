@@ -1,10 +1,9 @@
-"""The drawings of lstm_explained.ipynb: networks in the letters of the formulas, gates in the colours of trace."""
+"""The drawings of lstm_explained.ipynb: networks in the letters of the formulas, gates in the colours of the plots."""
 
+from lesson_plots import HUES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
-
-from gpu_lstm.tools.trace import HUES
 
 INK, PALE = "#22303c", "#f2f4f6"
 Point = tuple[float, float]

@@ -1,16 +1,72 @@
-"""The plots of lstm_explained.ipynb, each of what a cell computed; gates and states have the colours of trace."""
+"""The plots of lstm_explained.ipynb, each of what a cell computed. `heat_maps` draws any trace."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from gpu_lstm.tools.trace import HUES, colour_map
+from gpu_lstm.tools.trace import Trace
 
+# One hue for each gate and state, in every picture of the project.
+HUES = {
+    "input": "#3f7d0a", "forget": "#2060a8", "output": "#d9730d",
+    "candidate": "#7b3fa0", "cell": "#c0392b", "hidden": "#7a5230", "reset": "#c2247f", "update": "#8a7a00",
+}  # fmt: skip
+NEGATIVE = "#0f766e"  # a state below 0
+STATES = ("candidate", "cell", "hidden")  # from -1 to 1; gates go from 0 to 1
 INK, GREY, PALE = "#22303c", "0.6", "0.85"
 OTHER = ("#b8860b", "#6c757d", "#3a9ca0", "#111111")  # of networks, which are neither gates nor states
+
+
+def colour_map(field: str) -> LinearSegmentedColormap:
+    """White is a gate that is shut, or a state at 0; full colour is a gate that is open, or a state at 1 or beyond."""
+    below = [NEGATIVE] if field in STATES else []
+    return LinearSegmentedColormap.from_list(field, [*below, "white", HUES[field]])
+
+
+def heat_maps(trace: Trace, sequence: int = 0) -> Figure:
+    """Of one sequence, a row of heat maps for each layer and direction, units against time.
+
+    Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
+    """
+    rows = [(k, d, gates) for k, directions in enumerate(trace.layers) for d, gates in enumerate(directions)]
+    steps = None if trace.lengths is None else int(trace.lengths[sequence])
+    fields = rows[0][2]._fields
+    open_or_shut, states = (tuple(f for f in fields if (f in STATES) == wanted) for wanted in (False, True))
+    figure = Figure(figsize=(0.7 + 1.3 * len(fields), 0.9 + 2.1 * len(rows)), layout="constrained")
+    widths = [1.0] * len(open_or_shut) + [0.12] + [1.0] * len(states) + [0.12]
+    grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths)
+    for r, (layer, direction, gates) in enumerate(rows):
+        for k, (field, values) in enumerate(gates._asdict().items()):
+            shown = values[:steps, sequence].detach().float().cpu().T.numpy()  # [H, T]
+            panel = figure.add_subplot(grid[r, k + (field in states)])  # behind the colour bar of the gates
+            low = -1 if field in states else 0
+            panel.imshow(shown, aspect="auto", interpolation="nearest", vmin=low, vmax=1, cmap=colour_map(field))
+            panel.locator_params(integer=True, nbins=5)
+            panel.tick_params(labelleft=k == 0 or len(shown) != gates[0].shape[2], labelbottom=r == len(rows) - 1)
+            if r == 0:
+                panel.set_title(field, fontsize=11, color=HUES[field])
+            if r == len(rows) - 1:
+                panel.set_xlabel("step")
+            if k == 0:
+                panel.set_ylabel(f"layer {layer}{', reverse' * direction}\nunit")
+    colour_bar(figure.add_subplot(grid[:, len(open_or_shut)]), open_or_shut, {0: "0 shut", 1: "1 open"})
+    colour_bar(figure.add_subplot(grid[:, -1]), states, {-1: "≤ -1", 0: "0", 1: "≥ 1"})
+    return figure
+
+
+def colour_bar(axes: Axes, fields: Sequence[str], labels: Mapping[int, str]) -> None:
+    """A strip in the colours of each field, with labels by their height."""
+    colours = [colour_map(field) for field in fields]
+    strips = [[colour(k / 255) for colour in colours] for k in range(256)]  # [256, fields, RGBA]
+    extent = (0, len(fields), min(labels), 1)
+    axes.imshow(strips, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.set_yticks(list(labels), list(labels.values()), fontsize=9)
 
 
 def panels(rows: int, height: float, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:

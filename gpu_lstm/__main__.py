@@ -175,8 +175,8 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
     problem = Problem(
-        options.steps, options.batch, options.hidden, dtype, precision=precision, side_by_side=options.directions,
-        cell=options.cell,
+        min(options.steps, 2), options.batch, options.hidden, dtype, precision=precision,
+        side_by_side=options.directions, cell=options.cell,
     )  # fmt: skip
     if (weights := CELLS[problem.cell].rows * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"

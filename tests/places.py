@@ -20,7 +20,7 @@ import torch
 from concurrent_interpreter import ConcurrentRun
 from torch import Tensor, nn
 
-from gpu_lstm.backends import reference, torch_rnn
+from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, run
 from gpu_lstm.kernels.cards import Card
@@ -193,7 +193,7 @@ class Kernels(NamedTuple):
 
 def two_copies(monkeypatch) -> None:
     """torch's own LSTM with resets as on CUDA, where the number of steps depends on no data."""
-    monkeypatch.setattr(torch_rnn, "modes", lambda x: SimpleNamespace(recording=Recording.WATCHED))
+    monkeypatch.setattr(torch_resets, "modes", lambda x: SimpleNamespace(recording=Recording.WATCHED))
 
 
 PLAN = "units", "groups", "parts"

@@ -103,7 +103,7 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
 
     By the plans that are timed, which no call uses without a verification.
     """
-    problem, cpu, sent = Problem(2, 3, 8, F32, projected, "tf32"), torch.device("cpu"), []
+    problem, cpu, sent, steps = Problem(2, 3, 8, F32, projected, "tf32"), torch.device("cpu"), [], 5
     plans, forward = [plan_of(family, problem, backward) for backward in (False, True)], Layer.forward
 
     def recorded(layer, gates, r, save):
@@ -113,17 +113,17 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
     run = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", run)
     monkeypatch.setattr(Layer, "forward", recorded)
-    found = autotune._call(problem, cpu, None)(plans[0])()
-    backward = autotune._call(problem, cpu, plans[0])(plans[1])
+    found = autotune._call(problem, cpu, steps, None)(plans[0])()
+    backward = autotune._call(problem, cpu, steps, plans[0])(plans[1])
     (gates, given), (its_gates, its_given) = sent
-    assert (gates.shape, gates.std() > 0.5, given.weight_hh.std() > 0.1) == ((2, 3, 32), True, True)
+    assert (gates.shape, gates.std() > 0.5, given.weight_hh.std() > 0.1) == ((steps, 3, 32), True, True)
 
     def inputs_of(gates, given):  # of the oracle: gates as x, times the unit matrix
         tensors = gates, given.h0[0], given.c0[0], torch.eye(32), given.weight_hh, None, None, given.weight_hr
         return [None if t is None else t.double().numpy() for t in tensors]
 
     h, h_n, c_n, tape = oracle.layer(*inputs_of(gates, given))
-    cells = np.array([c for *_, c, _, _, _ in tape]).reshape(3, 2, 8).swapaxes(0, 1)  # by sequence, then by step
+    cells = np.array([c for *_, c, _, _, _ in tape]).reshape(3, steps, 8).swapaxes(0, 1)  # by sequence, then by step
     inputs = inputs_of(its_gates, its_given)
     h_of_backward, *_, tape = oracle.layer(*inputs)
     zeros = np.zeros_like(h_n), np.zeros_like(c_n)

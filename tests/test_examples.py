@@ -279,3 +279,27 @@ def test_only_with_a_long_memory_are_strings_and_comments_told_from_code(tmp_pat
     for rival in scores.values():
         assert all(share > its + 0.1 for share, its in zip(ours, rival))
     assert (tmp_path / "highlight.png").stat().st_size > 10_000
+
+
+# lesson_plots.py
+
+
+@pytest.mark.parametrize(("kind", "fields", "of_gates"), [
+    (gpu_lstm.LSTM, "input forget output candidate cell hidden", 3), (gpu_lstm.GRU, "reset update candidate hidden", 2),
+])  # fmt: skip
+def test_heat_maps_are_of_one_sequence_of_a_trace(kind, fields, of_gates):
+    heat_maps, fields = load(EXAMPLES / "lesson_plots.py").heat_maps, fields.split()
+    traced = gpu_lstm.trace(kind(4, 5, 2, bidirectional=True), torch.randn(6, 3, 4), lengths=torch.tensor([6, 0, 3]))
+    figure, n = heat_maps(traced, 2), len(fields)
+    panels, bars = figure.axes[: 4 * n], figure.axes[4 * n :]
+    assert [axes.get_title() for axes in panels[:n]] == fields
+    assert (panels[n].get_ylabel(), panels[-1].get_xlabel()) == ("layer 0, reverse\nunit", "step")
+    figure.canvas.draw()
+    lefts = [axes.get_position().x0 for axes in (*panels[:of_gates], bars[0], *panels[of_gates:n], bars[1])]
+    assert lefts == sorted(lefts)  # gates, their colour bar, states, theirs
+    gate, state = (panels[n * 2 + k].images[0] for k in (1, n - 1))  # layer 1, forward
+    torch.testing.assert_close(torch.tensor(gate.get_array().data), traced.layers[1][0][1][:3, 2].T)
+    assert (gate.get_clim(), state.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
+    assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
+    panels = heat_maps(gpu_lstm.trace(gpu_lstm.LSTM(4, 5, proj_size=2), torch.randn(6, 3, 4))).axes
+    assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(5, 6)] * 5 + [(2, 6)]  # h's own units

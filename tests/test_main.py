@@ -20,7 +20,7 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, plans
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
 
@@ -68,6 +68,15 @@ def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, d
     assert (found["problem"], lines[0]) == (said, said)
     assert lines[1].split()[:2] == ["backend", f"{found['backend']}:"]
     assert torch.backends.cudnn.allow_tf32 == switch
+
+
+@pytest.mark.parametrize(("steps", "counted"), [("1", 1), ("2", 2), ("1024", 2)])
+def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, counted):
+    asked = Mock(side_effect=plans)
+    monkeypatch.setattr(choose, "plans", asked)
+    lines = printed_by(capsys, *f"plan --device h100 --dtype tf32 --hidden 64 --batch 3 --steps {steps}".split())
+    assert lines[0].endswith(f": LSTM T={steps} B=3 H=64 tf32")
+    assert {call.args[0] for call in asked.mock_calls} == {Problem(counted, 3, 64, torch.float32, precision="tf32")}
 
 
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):

@@ -74,7 +74,7 @@ def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_
         from gpu_lstm.__main__ import main
         x = torch.zeros(5, 2, 3)
         for call in (lambda: gpu_lstm.LSTM(3, 4, backend="triton")(x), lambda: gpu_lstm.LSTM(3, 4, backend="cupy")(x),
-                     gpu_lstm.trace(gpu_lstm.LSTM(3, 4), x).plot, lambda: importlib.import_module("bench")):
+                     lambda: importlib.import_module("bench")):
             try:
                 call()
             except ImportError as error:
@@ -91,7 +91,6 @@ def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_
     assert says(python, code, cwd=tmp_path, env=environ) == [
         "backend 'triton' needs Triton: pip install triton (No module named 'triton')",
         f"backend 'cupy' needs CuPy and NVRTC: pip install \".[{extra}]\" in a clone (No module named 'cupy')",
-        "plot needs matplotlib: pip install matplotlib (No module named 'matplotlib')",
         'bench needs matplotlib: pip install --editable ".[bench]"',
         "[]",
         "1 0",

@@ -17,7 +17,7 @@ from standing_in import CUDA, H100
 
 import gpu_lstm
 from gpu_lstm.kernels import cache
-from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
 
@@ -191,7 +191,7 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch, c
 
     before = _chosen(problem, False)
     monkeypatch.setattr(autotune, "time_plan", seconds)
-    fastest = autotune.autotune(problem, CUDA)
+    fastest = autotune.autotune(problem, CUDA, 256)
     assert set(fastest) == {"forward", "backward"}
     assert fastest["forward"] == min(plans(problem, H100, False), key=seconds) != before
     layer = launch.layer_of(problem, CUDA)
@@ -216,25 +216,29 @@ def test_where_no_plan_can_be_compiled_autotune_says_why(an_h100, monkeypatch):
     monkeypatch.setattr(autotune, "recorded_launches", lambda *given: given)
     monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda *_: "it spills")
     with pytest.raises(RuntimeError, match=r"no plan for the forward pass of this layer can be compiled .*: it spills"):
-        autotune.autotune(PROBLEM, CUDA)
+        autotune.autotune(PROBLEM, CUDA, 256)
 
 
 def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-        autotune.autotune(PROBLEM, CUDA)
+        autotune.autotune(PROBLEM, CUDA, 256)
 
 
 def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
+    """And a Problem as calls have it, whatever T: else the kernels of one layer had two."""
     tool, measure = importlib.import_module("gpu_lstm.tools.autotune"), Mock(return_value={})
     monkeypatch.setattr(tool, "why_unavailable", lambda *_: None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(autotune, "autotune", measure)
-    gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, proj_size=16, device="cpu")
-    measure.assert_called_with(Problem(7, 3, 64, torch.float16, 16), torch.device("cpu"))
+    cpu, weights = torch.device("cpu"), gpu_lstm.LSTM(8, 64, proj_size=16, dtype=torch.float16)._weights()[0][0]
+    for steps in (1, 7):
+        gpu_lstm.autotune(64, 3, steps=steps, dtype=torch.float16, proj_size=16, device="cpu")
+        x, h0, c0 = (torch.zeros(*size, dtype=torch.float16) for size in ((steps, 3, 8), (1, 3, 16), (1, 3, 64)))
+        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), False, "ieee"), cpu, steps)
     gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, device="cpu", cell="gru")
-    measure.assert_called_with(Problem(7, 3, 64, torch.float16, cell="gru"), torch.device("cpu"))
+    measure.assert_called_with(Problem(2, 3, 64, torch.float16, cell="gru"), cpu, 7)
     for wrong, text in ((dict(cell="rnn"), "cell should be one of 'lstm', 'gru', got 'rnn'"),
                         (dict(cell="gru", proj_size=4), "proj_size should be 0 for a GRU.* got 4")):  # fmt: skip
         with pytest.raises(ValueError, match=text):

@@ -214,11 +214,11 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how):
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
-@pytest.mark.parametrize(("places", "calls"), [
-    ([], 1), ([(0, 1)], 1), ([(0, 1), (2, 0)], 2), ([(2, 0), (2, 2)], 2), ([(1, 0), (2, 2), (3, 0)], 1),
+@pytest.mark.parametrize(("places", "steps"), [
+    ([], T), ([(0, 1)], T), ([(0, 1), (2, 0)], T + 1), ([(2, 0), (2, 2)], T + 1), ([(1, 0), (2, 2), (3, 0)], T + 2),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_on_the_host_few_resets_part_a_call_and_many_shut_gates(monkeypatch, kind, places, calls, lengths):
+def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypatch, kind, places, steps, lengths):
     resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_rnn.stack
     for place in places:
         resets[place] = True
@@ -227,5 +227,5 @@ def test_on_the_host_few_resets_part_a_call_and_many_shut_gates(monkeypatch, kin
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, resets=resets, lengths=lengths)
     torch.testing.assert_close(results(ours, x, hx, resets=resets, lengths=lengths), expected, rtol=1e-9, atol=1e-12)
-    if lengths is None:  # the end of a sequence parts a call, too
-        assert len(sizes) == calls
+    if lengths is None:  # a reset past the end of a sequence is none
+        assert sizes == [steps]

@@ -1,4 +1,4 @@
-"""Looking inside: gates and states of every step against the oracle, their picture, and what profilers see."""
+"""Looking inside: gates and states of every step against the oracle, and what profilers see."""
 
 from functools import partial
 
@@ -15,8 +15,6 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.cells.gru import Gates as GRUGates
-from gpu_lstm.cells.lstm import Gates
 
 T, B, I, H = 6, 3, 4, 5
 LENGTHS = torch.tensor([6, 0, 3])
@@ -69,27 +67,6 @@ def test_other_inputs_and_modules():
         assert type(first) is theirs
     with pytest.raises(TypeError, match="trace accepts an LSTM, a GRU or a stack of either, got RNN"):
         gpu_lstm.trace(nn.RNN(I, H), x)
-
-
-@pytest.mark.parametrize(("kind", "fields", "of_gates"), [(gpu_lstm.LSTM, Gates._fields, 3),
-                                                          (gpu_lstm.GRU, GRUGates._fields, 2)])  # fmt: skip
-def test_the_picture_shows_one_sequence(kind, fields, of_gates):
-    traced = gpu_lstm.trace(kind(I, H, 2, bidirectional=True), inputs().float(), lengths=LENGTHS)
-    figure, n = traced.plot(2), len(fields)
-    panels, bars = figure.axes[: 4 * n], figure.axes[4 * n :]
-    assert [axes.get_title() for axes in panels[:n]] == list(fields)
-    assert (panels[n].get_ylabel(), panels[-1].get_xlabel()) == ("layer 0, reverse\nunit", "step")
-    figure.canvas.draw()
-    lefts = [axes.get_position().x0 for axes in (*panels[:of_gates], bars[0], *panels[of_gates:n], bars[1])]
-    assert lefts == sorted(lefts)  # gates, their colour bar, states, theirs
-    gate, state = (panels[n * 2 + k].images[0] for k in (1, n - 1))  # layer 1, forward
-    assert_close(torch.tensor(gate.get_array().data), traced.layers[1][0][1][:3, 2].T)
-    assert (gate.get_clim(), state.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
-    assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
-    with pytest.raises(ValueError, match="sequence 1 has no steps"):
-        traced.plot(1)
-    panels = gpu_lstm.trace(gpu_lstm.LSTM(I, H, proj_size=2), inputs().float()).plot().axes
-    assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(H, T)] * 5 + [(2, T)]  # h's own units
 
 
 # what profilers see: the names of layers and directions, and how many operations the kernels do

@@ -65,7 +65,7 @@ def modules(backend):
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS, of_another=MyLSTM(3, 4),
-        trace=gpu_lstm.trace(lstm, zeros(5, 2, 3)), gru=gpu_lstm.GRU(3, 4, **by), gru_cell=gpu_lstm.GRUCell(3, 4, **by),
+        gru=gpu_lstm.GRU(3, 4, **by), gru_cell=gpu_lstm.GRUCell(3, 4, **by),
         gru_both=gpu_lstm.GRU(3, 4, 2, bidirectional=True, **by), gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise),
         gru_first=gpu_lstm.GRU(3, 4, batch_first=True, **by), gru_triton=gpu_lstm.GRU(3, 4, backend="triton"), **by
     )  # fmt: skip
@@ -371,8 +371,6 @@ CALLS = [
     ("TypeError: explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got torch.nn.modules.rnn.LSTM...",
      "gpu_lstm.explain(TORCHS, X)"),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
-    ("TypeError: 'str' object cannot be interpreted as an integer", "m.trace.plot('first')"),
-    ("IndexError: sequence 2 of a batch of 2", "m.trace.plot(2)"),
     # Stream
     ("TypeError: Stream accepts an LSTM, a GRU or a stack of either, got LSTM of torch.nn: convert it...",
      "gpu_lstm.Stream(TORCHS, 2)"),

@@ -15,9 +15,9 @@ from ..call.sequences import Traversal, without_padding
 from ..call.weights import State, Weights
 from ..cells import EQUATIONS, lstm
 from ..kernels import layer_norm
-from ..kernels.cells import CELLS, Cell, cell_of
+from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
-from ..kernels.problem import NO_UNIT, Inputs, Recurrence, Unit
+from ..kernels.problem import NO_UNIT, Gradients, Inputs, Problem, Recurrence, Unit
 
 _weights = attrgetter(*Weights._fields)
 
@@ -96,13 +96,20 @@ class Saved(NamedTuple):
         """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
         return traversal.states_before(self.c, self.inputs.c0.float(), self.inputs.reset_c)
 
-    def cell_after(self, traversal: Traversal) -> Tensor:
+    def cell_after(self, cell: str, traversal: Traversal) -> Tensor:
         """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
         if self.inputs.zoneout_c is None:
             return self.c
-        cell = cell_of(len(self.inputs.weight_hh), self.c.shape[2])
-        c: Tensor = EQUATIONS[cell.name].next_cell(self.gates.chunk(4, dim=2), self.cell_before(traversal))
+        c: Tensor = EQUATIONS[cell].next_cell(self.gates.chunk(4, dim=2), self.cell_before(traversal))
         return c
+
+    def with_gates(self, cell: str, h_prev: Tensor, traversal: Traversal) -> "Saved":
+        """With gates that forward did not keep: all h are known by now, so that one product serves all steps."""
+        i, peephole = self.inputs, self.inputs.weight_peephole
+        z = EQUATIONS[cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+        _add_product(CELLS[cell], z, i, h_prev)
+        c_prev = None if peephole is None else self.cell_before(traversal)
+        return self._replace(gates=EQUATIONS[cell].activate_in_place(z, peephole, c_prev))
 
 
 def gradients(
@@ -110,64 +117,65 @@ def gradients(
 ) -> dict[str, Tensor | None]:
     """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
     inputs, problem = saved.inputs, layer.problem
-    cell, equations, hidden = CELLS[problem.cell], EQUATIONS[problem.cell], problem.hidden
     traversal = traversal_of(inputs, problem.reverse)
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
     if gates_were_dropped or "weight_hh" in needed or inputs.gain_hh is not None:
         h_prev = _with_dropout(traversal.states_before(saved.h, inputs.h0, inputs.reset_h), inputs)
-    if gates_were_dropped:  # all h are known by now, so that one product serves all steps
-        i, peephole = inputs, inputs.weight_peephole
-        z = equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-        _add_product(cell, z, inputs, h_prev)
-        c_prev = None if peephole is None else saved.cell_before(traversal)
-        saved = saved._replace(gates=equations.activate_in_place(z, peephole, c_prev))
-    of_hh = of_c = NO_UNIT
+    if gates_were_dropped:
+        saved = saved.with_gates(problem.cell, h_prev, traversal)
+    unit_hh = unit_c = NO_UNIT
     if inputs.gain_hh is not None:
-        of_hh = layer_norm.unit_of(h_prev @ inputs.weight_hh.T, 4 * problem.hidden)
+        unit_hh = layer_norm.unit_of(h_prev @ inputs.weight_hh.T, 4 * problem.hidden)
     if inputs.gain_c is not None:
-        of_c = layer_norm.unit_of(saved.cell_after(traversal), problem.hidden)
+        unit_c = layer_norm.unit_of(saved.cell_after(problem.cell, traversal), problem.hidden)
     dh, dh_n, dc_n = output_gradients
     dc_n = None if dc_n is None else dc_n.float()
     exact = inputs if inputs.c0.dtype is torch.float32 else inputs._replace(c0=inputs.c0.float())
-    loop = layer.backward(dh, dh_n, dc_n, saved.gates, saved.c, Recurrence(exact, of_hh, of_c), "h0" in needed)
+    r = Recurrence(exact, unit_hh, unit_c)
+    loop = layer.backward(dh, dh_n, dc_n, saved.gates, saved.c, r, "h0" in needed)
+    return _over_all_steps(problem, saved, h_prev, r, loop, needed)
 
-    of: dict[str, Tensor | None] = {}
-    # Of W_ih x and W_hh h; zero in padding, but zero times a NaN in there is NaN.
-    of_x, of_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)
+
+def _over_all_steps(
+    problem: Problem, saved: Saved, h_prev: Tensor, r: Recurrence, loop: Gradients, needed: Set[str]
+) -> dict[str, Tensor | None]:
+    """The gradients that are `needed`, from those of the time `loop`: products and sums over all steps."""
+    inputs, cell, hidden = saved.inputs, CELLS[problem.cell], problem.hidden
+    traversal = traversal_of(inputs, problem.reverse)
+    d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
+    # Of W_ih x and of W_hh h. Zero in padding, but zero times a NaN in there is NaN.
+    dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)
     if inputs.gain_ih is not None and not needed.isdisjoint(("x", "weight_ih", "gain_ih")):
-        z = without_padding(inputs.x, inputs.lengths) @ inputs.weight_ih.T
-        of_x, of["gain_ih"] = _through_norm(loop.dgates, inputs.gain_ih, layer_norm.unit_of(z, 4 * problem.hidden))
+        z_x = without_padding(inputs.x, inputs.lengths) @ inputs.weight_ih.T
+        dz_x, d["gain_ih"] = _through_norm(dz_x, inputs.gain_ih, layer_norm.unit_of(z_x, 4 * hidden))
     if inputs.gain_hh is not None and not needed.isdisjoint(("weight_hh", "gain_hh", "reset_h")):
-        of_h, of["gain_hh"] = _through_norm(loop.dgates, inputs.gain_hh, of_hh)
+        dz_h, d["gain_hh"] = _through_norm(dz_h, inputs.gain_hh, r.unit_hh)
     if inputs.gain_c is not None and not needed.isdisjoint(("gain_c", "bias_c")):
-        of["gain_c"], of["bias_c"] = _gradients_of_norm_of_c(saved, loop.dh_total, inputs.gain_c, of_c.unit)
-    columns_of_x = of_x.flatten(0, 1).T  # [4H, T*B]
-    columns_of_h = columns_of_x if of_h is of_x else of_h.flatten(0, 1).T
+        d["gain_c"], d["bias_c"] = _gradients_of_norm_of_c(saved, loop.dh_total, inputs.gain_c, r.unit_c.unit)
+    dz_x_rows = dz_x.flatten(0, 1).T  # [4H, T*B]
+    dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
-        of["x"] = of_x @ cell.from_torch(inputs.weight_ih, hidden)
-    if "h0" in needed:
-        of["h0"] = loop.dh0
+        d["x"] = dz_x @ cell.from_torch(inputs.weight_ih, hidden)
     if "c0" in needed:
-        of["c0"] = loop.dc0.to(inputs.c0.dtype)
+        d["c0"] = loop.dc0.to(inputs.c0.dtype)
     if "weight_ih" in needed:
-        of["weight_ih"] = cell.to_torch(columns_of_x @ without_padding(inputs.x, inputs.lengths).flatten(0, 1), hidden)
+        d["weight_ih"] = cell.to_torch(dz_x_rows @ without_padding(inputs.x, inputs.lengths).flatten(0, 1), hidden)
     if "weight_hh" in needed:
-        of["weight_hh"] = columns_of_h @ h_prev.flatten(0, 1)
+        d["weight_hh"] = dz_h_rows @ h_prev.flatten(0, 1)
     if "bias_ih" in needed or "bias_hh" in needed:
-        of_biases = loop.dgates.sum((0, 1))  # [4H]
-        of["bias_ih"], of["bias_hh"] = cell.to_torch(cell.of_x(of_biases, hidden), hidden), cell.of_h(of_biases, hidden)
+        dbias = loop.dgates.sum((0, 1))  # [4H]
+        d["bias_ih"], d["bias_hh"] = cell.to_torch(cell.of_x(dbias, hidden), hidden), cell.of_h(dbias, hidden)
     if "weight_hr" in needed:
-        m = equations.output(saved.gates.chunk(4, dim=2), saved.cell_after(traversal), None, None)  # [T, B, H]
-        of["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, inputs.lengths).flatten(0, 1)
+        c = saved.cell_after(problem.cell, traversal)
+        m = EQUATIONS[problem.cell].output(saved.gates.chunk(4, dim=2), c, None, None)  # [T, B, H]
+        d["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, inputs.lengths).flatten(0, 1)
     if "weight_peephole" in needed:
-        of["weight_peephole"] = _gradient_of_peepholes(saved, loop.dgates, traversal)
+        d["weight_peephole"] = _gradient_of_peepholes(saved, problem.cell, loop.dgates, traversal)
     if "reset_h" in needed:
-        dreset_h = _with_dropout(_at_resets(of_h, traversal) @ inputs.weight_hh, inputs)
-        of["reset_h"] = dreset_h if loop.dreset_h is None else dreset_h + loop.dreset_h.to(dreset_h.dtype)
-    if "reset_c" in needed:
-        of["reset_c"] = loop.dreset_c
-    return of
+        dreset_h = _with_dropout(_at_resets(dz_h, traversal) @ inputs.weight_hh, inputs)
+        d["reset_h"] = dreset_h if loop.dreset_h is None else dreset_h + loop.dreset_h.to(dreset_h.dtype)
+    return d
 
 
 def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
@@ -184,10 +192,10 @@ def _gradients_of_norm_of_c(saved: Saved, dm: Tensor, gain: Tensor, unit: Tensor
     return dgain, None if bias is None else dbias
 
 
-def _gradient_of_peepholes(saved: Saved, dgates: Tensor, traversal: Traversal) -> Tensor:
+def _gradient_of_peepholes(saved: Saved, cell: str, dgates: Tensor, traversal: Traversal) -> Tensor:
     """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
     dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
     before = saved.cell_before(traversal)
-    after = without_padding(saved.cell_after(traversal), saved.inputs.lengths)
+    after = without_padding(saved.cell_after(cell, traversal), saved.inputs.lengths)
     sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
     return torch.cat(sums).to(dgates.dtype)

@@ -47,14 +47,14 @@ def by_direction(call: Call, backend: str, rows: list[State], run: RunDirection)
         outputs, finals = [], []
         for d, weights in enumerate(call.weights[k]):
             row = k * directions + d
-            its = traversal if traversal.reset_states is None else traversal.of(row)
+            way = traversal if traversal.reset_states is None else traversal.of(row)
             if d:
-                its = its.backwards()
+                way = way.backwards()
             if profiler._is_profiler_enabled:
                 with named(k, d, backend):
-                    y, state = run(row, x, rows[row], weights, its, noise[d])
+                    y, state = run(row, x, rows[row], weights, way, noise[d])
             else:  # a context that does nothing costs two calls
-                y, state = run(row, x, rows[row], weights, its, noise[d])
+                y, state = run(row, x, rows[row], weights, way, noise[d])
             outputs.append(y)
             finals.append(state)
         return outputs[0] if directions == 1 else torch.cat(outputs, 2), finals
@@ -78,7 +78,7 @@ def connect(
 
 
 def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, State, Weights]:
-    """The same in `dtype`; but c stays float32 where it was given so together with an x in half precision."""
+    """The same in `dtype`, but c stays float32 if the user passed a float32 c with a half-precision x."""
     h, c = state
     if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
         return x, state, weights

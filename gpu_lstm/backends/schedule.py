@@ -53,7 +53,7 @@ class Schedule(NamedTuple):
 
 
 def schedule_of(call: Call, steps: int, size: int) -> Schedule:
-    """For calls of up to `steps` steps, with elements of `size` bytes. Layers run side by side where that may pay."""
+    """The schedule of calls of up to `steps` steps of `size`-byte elements. Layers run side by side if that may pay."""
     options = call.options
     widest = max(hidden for _, hidden, _ in options.sizes)
     kept = call.learns and not options.recompute
@@ -180,7 +180,7 @@ _made: dict[tuple[torch.device, int], Streams] = {}
 
 
 def _streams(device: torch.device, count: int) -> Streams:
-    """The same at every call, in all threads: launches that share the card are planned for so many streams."""
+    """The same streams at every call, in all threads: launches that share the card are planned for `count` of them."""
     if (device, count) not in _made:
         _made.setdefault((device, count), tuple(torch.cuda.Stream(device) for _ in range(count)))
     return _made[device, count]

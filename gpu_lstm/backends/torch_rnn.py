@@ -14,30 +14,24 @@ weights, which may have changed, are put there at every call.
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-import itertools
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import _VF, Tensor
 from torch.nn import functional as F
 
 from ..call.checks import is_exact
-from ..call.modes import Recording, is_transformed, modes
+from ..call.modes import is_transformed
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell, cell_of
 from .layers import by_direction, cast, named, one_after_another, without_autocast
+from .torch_resets import with_resets
 
 # Here, since looking up an attribute of _VF takes a microsecond.
 lstm, gru, lstm_cell, gru_cell = _VF.lstm, _VF.gru, _VF.lstm_cell, _VF.gru_cell
-
-
-FEW = 3
-"""Spans of steps without a reset that take less time on a CPU as a call each than in one call with gates shut. The same
-number with and without gradients, which change no result."""
-LARGE = 1 << 20
-"""Elements of W_hh from which on a step takes a CPU as long as reading it, so that a few more sequences cost little."""
 
 
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
@@ -150,10 +144,11 @@ def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -
         t = t if valid is None else torch.where(valid[:, :, None], t, 0)
         return t.gather(0, time[:, :, None].expand_as(t)) if traversal.reverse else t
 
+    run = partial(_with_gates_shut, weights)
     if reset is None:
-        h, c_n = _with_gates_shut(reordered(x), state, weights, None if valid is None else ~valid, None)
+        h, c_n = run(reordered(x), state, None if valid is None else ~valid, None)
     else:
-        h, c_n = _with_resets(reordered(x), state, weights, valid, reset)
+        h, c_n = with_resets(run, reordered(x), state, weights, valid, reset)
     h_n, (h0, c0), lengths = h[-1], state, traversal.lengths
     if lengths is not None:
         last = (lengths.long() - 1).clamp(min=0)
@@ -162,136 +157,9 @@ def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -
     return reordered(h), (h_n.contiguous(), c_n.contiguous())
 
 
-def _with_resets(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
-    """As _with_gates_shut, from x [T, B, I], with the state zero before the steps that `reset`, bool [T, B].
-
-    On the CPU the way is chosen by how many resets there are. A step that clears multiplies c by zero, and NaN times
-    zero is NaN, in all episodes that follow: such sequences are computed again, from reset to reset. On CUDA, and with
-    fake tensors, nothing may depend on a result: that is a synchronisation, which no graph allows. There, inputs and
-    states that make NaN are replaced by zeros, and the results after them, up to the end of the episode, by NaN.
-    """
-    if x.is_cpu and modes(x).recording == Recording.NOBODY:
-        state = torch.where(reset[0, :, None], 0, state[0]), torch.where(reset[0, :, None], 0, state[1])
-        reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
-        if not reset.any():
-            return _with_gates_shut(x, state, weights, None if valid is None else ~valid, None)
-        is_large, spans = weights.weight_hh.numel() >= LARGE, _spans(valid, reset)
-        if not is_large and len(spans) <= FEW:
-            return _span_by_span(spans, x, state, weights, valid, reset)
-        by_episode = is_large and 2 * int(reset.sum()) <= x.shape[1]
-        h, c_n = (_episode_by_episode if by_episode else _in_a_grid)(x, state, weights, valid, reset)
-        if (h.detach().sum() + c_n.detach().sum()).isfinite():
-            return h, c_n
-        spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))  # [B]
-        return _with_spoilt_apart(spoilt, x, state, weights, valid, reset)
-    # An infinity opens or shuts gates. It makes a NaN where its weight is zero and, nearly always, where there are two.
-    infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
-    broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
-    before = ~torch.cat(state, 1).isfinite().all(1)  # [B]
-    count = before + broken.cumsum(0, dtype=torch.long)  # up to each step
-    lost = count > _running_max(torch.where(reset, count - broken.long(), 0))  # more than before the episode
-    x = torch.where(lost[:, :, None], 0, x)
-    state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
-    h, c_n = _in_a_grid(x, state, weights, valid, reset, on_host=False)
-    # Differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it.
-    nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
-    return tuple(torch.where(at[..., None], nan.to(t.dtype), t) for at, t in ((lost, h), (lost[-1], c_n)))
-
-
-def _running_max(count: Tensor) -> Tensor:
-    """count.cummax(0).values, int [T, B] >= 0. ONNX has a running maximum only as a pooling over all T steps."""
-    if not torch.onnx.is_in_onnx_export():
-        return count.cummax(0).values
-    before = F.pad(count.T[None].float(), (len(count) - 1, 0))  # [1, B, T - 1 + T]
-    return F.max_pool1d(before, len(count), 1)[0].T.long()
-
-
-def _with_spoilt_apart(
-    spoilt: Tensor, x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor
-) -> tuple:  # fmt: skip
-    """_with_resets with the sequences that are `spoilt`, bool [B], apart: no gradient of the others meets their NaN."""
-    h0, c0 = (torch.where(spoilt[:, None], 0, t) for t in state)
-    h, c_n = _in_a_grid(torch.where(spoilt[:, None], 0, x), (h0, c0), weights, valid, reset)
-    rows = spoilt.nonzero()[:, 0]
-    h0, c0 = (t.index_select(0, rows) for t in state)
-    x, valid, reset = (None if t is None else t.index_select(1, rows) for t in (x, valid, reset))  # type: ignore[assignment]
-    again = _span_by_span(_spans(valid, reset), x, (h0, c0), weights, valid, reset)
-    return h.index_copy(1, rows, again[0]), c_n.index_copy(0, rows, again[1])
-
-
-def _spans(valid: Tensor | None, reset: Tensor) -> list[tuple[int, int]]:
-    """[start, end) of the spans of steps in which no state is reset and no sequence ends."""
-    changes = reset if valid is None else reset | (valid != valid.roll(1, 0))
-    starts = {0, *changes.any(1).nonzero().flatten().tolist(), len(reset)}
-    return list(itertools.pairwise(sorted(starts)))
-
-
-def _span_by_span(
-    spans: list[tuple[int, int]], x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor
-) -> tuple:  # fmt: skip
-    """_with_resets by a call for each of the `_spans`."""
-    zeroed = reset if valid is None else reset | ~valid  # what comes after the end of a sequence starts from zeros, too
-    cell, parts, ends = cell_of(len(weights.weight_hh), state[1].shape[1]), [], state
-    for start, end in spans:
-        h, c = (torch.where(zeroed[start, :, None], 0, t) for t in ends)
-        y, (h, c) = stack(cell, x[start:end], (h[None], c[None]), [[weights]])
-        parts.append(y)
-        ends = h[0], c[0] if valid is None else torch.where(valid[start, :, None], c[0], ends[1].to(c.dtype))
-    return torch.cat(parts), ends[1]
-
-
-def _episode_by_episode(x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> tuple:
-    """_with_resets by one call in which every episode is a sequence of its own, [N] of up to S steps."""
-    steps, batch, _ = x.shape
-    starts = torch.cat([torch.ones_like(reset[:1]), reset[1:]])  # [T, B]
-    of, start = starts.T.nonzero(as_tuple=True)  # [N] each: its sequence, and its first step
-    number = starts.T.flatten().cumsum(0).view(batch, steps).T - 1  # [T, B], the episode of each step
-    last = number[-1]  # [B]
-    end = start.roll(-1).index_fill(0, last, steps)
-    if valid is not None:
-        end = torch.minimum(end, valid.sum(0)[of])
-    step = torch.arange(int((end - start).max()), device=x.device)[:, None]  # [S, 1]
-    inside = step < end - start  # [S, N]
-    rows = (start + step).clamp(max=steps - 1) * batch + of
-    x = torch.where(inside[:, :, None], x.flatten(0, 1)[rows], 0)  # [S, N, I]
-    h0, c0 = (torch.where((start == 0)[:, None], t[of], 0) for t in state)
-    y, c_n = _with_gates_shut(x, (h0, c0), weights, None if inside.all() else ~inside, None)
-    place = (torch.arange(steps, device=x.device)[:, None] - start[number]).clamp(max=len(step) - 1)  # [T, B]
-    return y[place, number], c_n[last]
-
-
-def _in_a_grid(
-    x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor, on_host: bool = True
-) -> tuple:  # fmt: skip
-    """_with_resets, in a grid of steps [S, K*B]; those into which no step of x is put, clear.
-
-    On the host every reset gets a step of its own, K = 1. Where the number of resets is not known, episodes alternate
-    between two copies of the batch, K = 2, S = T: steps run one after another, sequences in parallel.
-    """
-    steps, batch, inputs = x.shape
-    episode, row = reset.cumsum(0, dtype=torch.long), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
-    if on_host:
-        row, copy, copies = row + episode, 0 * episode, 1
-        rows = steps + (int(episode[-1].max()) if batch else 0)
-    else:
-        copy, copies, rows = episode % 2, 2, steps
-    grid, column = (rows, copies * batch), copy * batch + torch.arange(batch, device=x.device)
-    place = (row * copies * batch + column).flatten()  # [T*B]
-    nowhere = torch.zeros(rows * copies * batch, dtype=torch.bool, device=x.device)
-    opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, K*B]
-    clears = ~opens
-    if on_host:
-        clears = clears & (torch.arange(rows, device=x.device)[:, None] < row[-1])  # after the last step hold
-    if valid is not None:
-        opens = nowhere.index_copy(0, place, valid.flatten()).view(grid)
-    x = x.new_zeros(len(nowhere), inputs).index_copy(0, place, x.flatten(0, 1)).view(*grid, inputs)
-    h0, c0 = (F.pad(t, (0, 0, 0, (copies - 1) * batch)) for t in state)
-    y, c_n = _with_gates_shut(x, (h0, c0), weights, ~(opens | clears), clears)
-    h = y.flatten(0, 1).index_select(0, place).unflatten(0, (steps, batch))
-    return h, c_n.index_select(0, column[-1])
-
-
-def _with_gates_shut(x: Tensor, state: State, weights: Weights, holds: Tensor | None, clears: Tensor | None) -> tuple:
+def _with_gates_shut(
+    weights: Weights, x: Tensor, state: State, holds: Tensor | None, clears: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """h [S, B, P] and c_n [B, H] from x [S, B, I], where steps hold or clear the state, bool [S, B]; None: nowhere."""
     (h0, c0), inputs, hidden = state, x.shape[2], state[1].shape[1]
     cell = cell_of(len(weights.weight_hh), hidden)

@@ -25,7 +25,7 @@ class _OnOurKernels:
 
     @property
     def use_cudnn(self) -> Any:
-        """As it was set; but False where Bidirectional asks whether it may call cuDNN instead of its layers."""
+        """As it was set, but False where Bidirectional asks whether it may call cuDNN instead of its layers."""
         asks = sys._getframe(1).f_code.co_name in ("_can_attempt_fused_lstm", "_can_attempt_fused_gru")
         return False if asks else self._use_cudnn
 
@@ -54,7 +54,7 @@ class _OnOurKernels:
         if self.go_backwards:
             x = x.flip(0)
         if mask is None:
-            y, states = self._all_steps(x, weights, hx)
+            y, states = _all_steps(x, weights, hx)
             return states[0], y.transpose(0, 1), states
 
         mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
@@ -62,12 +62,23 @@ class _OnOurKernels:
             mask = mask.flip(0)
         # The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
         valid_first = (~mask).byte().argsort(dim=0, stable=True)
-        y, states = self._all_steps(x.take_along_dim(valid_first[:, :, None], 0), weights, hx, mask.sum(0))
+        y, states = _all_steps(x.take_along_dim(valid_first[:, :, None], 0), weights, hx, mask.sum(0))
         number = mask.cumsum(0)  # of valid steps up to and including each
         shown = (mask if self.zero_output_for_mask else number > 0)[:, :, None]
         if self.return_sequences:
             y = torch.where(shown, y.take_along_dim((number - 1).clamp(min=0)[:, :, None], 0), 0)
         return torch.where(shown[-1], states[0], 0), y.transpose(0, 1), states
+
+
+def _all_steps(
+    x: Tensor, weights: list[Tensor], hx: list[Tensor], lengths: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """h [T, B, H], zero past the end of a sequence, and the states after it."""
+    if len(hx) == 1:
+        y, state = gru_layer(x, weights, hx[0], lengths=lengths)
+        return y, [state]
+    y, states = lstm_layer(x, weights, (hx[0], hx[1]), lengths=lengths)
+    return y, list(states)
 
 
 @keras.saving.register_keras_serializable("gpu_lstm")
@@ -95,12 +106,6 @@ class LSTM(_OnOurKernels, keras.layers.LSTM):
 
     _kind = OF_LSTM
 
-    def _all_steps(
-        self, x: Tensor, weights: list[Tensor], hx: list[Tensor], lengths: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        y, states = lstm_layer(x, weights, (hx[0], hx[1]), lengths=lengths)
-        return y, list(states)
-
 
 @keras.saving.register_keras_serializable("gpu_lstm")
 class GRU(_OnOurKernels, keras.layers.GRU):
@@ -116,9 +121,3 @@ class GRU(_OnOurKernels, keras.layers.GRU):
     """
 
     _kind = OF_GRU
-
-    def _all_steps(
-        self, x: Tensor, weights: list[Tensor], hx: list[Tensor], lengths: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        y, state = gru_layer(x, weights, hx[0], lengths=lengths)
-        return y, [state]

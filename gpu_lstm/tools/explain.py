@@ -62,7 +62,7 @@ class Explanation:
     how: str  # in which way the backend runs it
     precision: str  # of products
     others: dict[str, str]  # the backends that do not run it: why not
-    launches: int | None  # of kernels of the recurrence; None: there are others, or more than those
+    launches: int | None  # of the recurrence's kernels, on the Triton backend; None: on another
     layers: list[Direction]
 
     def __str__(self) -> str:
@@ -137,7 +137,7 @@ def terms_of(terms: dict[str, float]) -> list[str]:
 
 
 def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
-    """Those of one layer and direction, on Triton: by the chosen plans, else by those that would be tried first."""
+    """The passes of one layer and direction on Triton: with the chosen plans, or those that would be tried first."""
     if route.backend is not Backend.TRITON or route.schedule is None:
         return []
     planning = importlib.import_module("..kernels.triton_lstm.planning", __package__)

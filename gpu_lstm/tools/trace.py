@@ -1,9 +1,8 @@
 """Every gate and state of every step, for plots, and for losses that use them."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor
 from torch.nn.modules.rnn import GRU as TorchGRU
@@ -23,28 +22,7 @@ from ..dispatch.route import Route, run_by
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import recast
 
-if TYPE_CHECKING:
-    from matplotlib.colors import Colormap
-    from matplotlib.figure import Figure
-
-# One hue for each gate and state, in every picture of the project.
-HUES = {
-    "input": "#3f7d0a", "forget": "#2060a8", "output": "#d9730d",
-    "candidate": "#7b3fa0", "cell": "#c0392b", "hidden": "#7a5230", "reset": "#c2247f", "update": "#8a7a00",
-}  # fmt: skip
-NEGATIVE = "#0f766e"  # a state below 0
-STATES = ("candidate", "cell", "hidden")  # from -1 to 1; gates go from 0 to 1
-OF_GATES, OF_STATES = {0: "0 shut", 1: "1 open"}, {-1: "≤ -1", 0: "0", 1: "≥ 1"}  # what colour bars say
-
 Gates = TypeVar("Gates", LSTMGates, GRUGates)
-
-
-def colour_map(field: str) -> "Colormap":
-    """White is a gate that is shut, or a state at 0; full colour is a gate that is open, or a state at 1 or beyond."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    below = [NEGATIVE] if field in STATES else []
-    return LinearSegmentedColormap.from_list(field, [*below, "white", HUES[field]])
 
 
 @dataclass(frozen=True)
@@ -55,56 +33,6 @@ class Trace(Generic[Gates]):
     states: Any
     layers: list[list[Gates]]  # [L][D]; each gate is [T, B, H], time first whatever batch_first says, B = 1 unbatched
     lengths: Tensor | None  # [B]
-
-    def plot(self, sequence: int = 0) -> "Figure":
-        """Draw one sequence: a row of heat maps a layer and direction, units against time.
-
-        Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
-
-        Raises:
-            ImportError: matplotlib is missing.
-            TypeError, IndexError, ValueError: `sequence` is not an int, is not in the batch, or has no steps.
-        """
-        try:
-            from matplotlib.figure import Figure  # not a dependency of the package, and slow to import
-        except ImportError as error:
-            raise ImportError(f"plot needs matplotlib: pip install matplotlib ({error})") from error
-        batch, sequence = self.layers[0][0].hidden.shape[1], operator.index(sequence)
-        if not 0 <= sequence < batch:
-            raise IndexError(f"sequence {sequence} of a batch of {batch}")
-        steps = None if self.lengths is None else int(self.lengths[sequence])
-        if steps == 0:
-            raise ValueError(f"sequence {sequence} has no steps")
-        rows = [(k, d, gates) for k, directions in enumerate(self.layers) for d, gates in enumerate(directions)]
-        fields = self.layers[0][0]._fields
-        open_or_shut, states = (tuple(f for f in fields if (f in STATES) == wanted) for wanted in (False, True))
-        figure = Figure(figsize=(0.7 + 1.3 * len(fields), 0.9 + 2.1 * len(rows)), layout="constrained")
-        widths = [1.0] * len(open_or_shut) + [0.12] + [1.0] * len(states) + [0.12]
-        grid = figure.add_gridspec(len(rows), len(widths), width_ratios=widths)
-        for r, (layer, direction, gates) in enumerate(rows):
-            for k, (field, values) in enumerate(gates._asdict().items()):
-                shown = values[:steps, sequence].detach().float().cpu().T.numpy()  # [H, T]
-                panel = figure.add_subplot(grid[r, k + (field in states)])  # behind the colour bar of the gates
-                low = -1 if field in states else 0
-                panel.imshow(shown, aspect="auto", interpolation="nearest", vmin=low, vmax=1, cmap=colour_map(field))
-                panel.locator_params(integer=True, nbins=5)
-                panel.tick_params(labelleft=k == 0 or len(shown) != gates[0].shape[2], labelbottom=r == len(rows) - 1)
-                if r == 0:
-                    panel.set_title(field, fontsize=11, color=HUES[field])
-                if r == len(rows) - 1:
-                    panel.set_xlabel("step")
-                if k == 0:
-                    panel.set_ylabel(f"layer {layer}{', reverse' * direction}\nunit")
-        for column, those, labels in ((len(open_or_shut), open_or_shut, OF_GATES), (-1, states, OF_STATES)):
-            # A strip in the colours of each.
-            bar, colours = figure.add_subplot(grid[:, column]), [colour_map(field) for field in those]
-            strips = [[colour(k / 255) for colour in colours] for k in range(256)]  # [256, 3, RGBA]
-            extent = (0, len(those), min(labels), 1)
-            bar.imshow(strips, aspect="auto", origin="lower", extent=extent, interpolation="nearest")
-            bar.set_xticks([])
-            bar.yaxis.tick_right()
-            bar.set_yticks(list(labels), list(labels.values()), fontsize=9)
-        return figure
 
 
 @overload

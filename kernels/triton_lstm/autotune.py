@@ -15,8 +15,8 @@ from .planning import Plan
 logger = logging.getLogger("gpu_lstm")
 
 
-def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
-    """Time the plans of a problem on `device`, forward and backward, and keep the fastest of each.
+def autotune(problem: Problem, device: torch.device, steps: int) -> dict[str, Plan]:
+    """Time the plans of a problem with T = `steps`, forward and backward, and keep the fastest of each.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and would include the timing; or no plan can be compiled.
@@ -29,7 +29,7 @@ def autotune(problem: Problem, device: torch.device) -> dict[str, Plan]:
     fastest = {}
     with torch.cuda.device(device):
         for name, pass_ in (("forward", Pass()), ("backward", Pass(backward=True, dh_n=False))):
-            call = _call(problem, device, fastest.get("forward"))
+            call = _call(problem, device, steps, fastest.get("forward"))
             proposed = plans(problem, card, pass_.backward)
             milliseconds = {}
             for number, plan in enumerate(proposed, start=1):
@@ -52,12 +52,15 @@ def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float
     return triton.testing.do_bench(call(plan), return_mode="median")
 
 
-def _call(problem: Problem, device: torch.device, forward: Plan | None) -> Callable[[Plan], Callable[[], object]]:
-    """call(plan)() runs a plan on random data, with everything saved; with a plan `forward`, backward of what it
-    computes, with a gradient of every h.
+def _call(
+    problem: Problem, device: torch.device, steps: int, forward: Plan | None
+) -> Callable[[Plan], Callable[[], object]]:
+    """call(plan)() runs a plan on random data and saves everything.
+
+    With a plan `forward`, it runs backward of what that plan computes, with a gradient of every h.
     """
-    gates, r = call_of(problem, device)
-    gates.normal_()
+    gates = torch.randn(steps, problem.batch, 4 * problem.hidden, dtype=problem.dtype, device=device)
+    _, r = call_of(problem, device)
     for weight, width in ((r.inputs.weight_hh, problem.width), (r.inputs.weight_hr, problem.hidden)):
         if weight is not None:
             weight.normal_(std=width**-0.5)
