@@ -15,11 +15,13 @@ import triton.language as tl
 from installed import ROOT
 from standing_in import plan_of, recurrence
 
+from gpu_lstm.call.weights import Weights
 from gpu_lstm.cells import EQUATIONS
 from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
+from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X, names_of
 from gpu_lstm.kernels.triton_lstm import autotune, indexing, launch
 from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell
 
@@ -46,6 +48,15 @@ def sizes_read(source: str) -> list[tuple[str, int]]:
             if reads or asks or counts:
                 found.append((function.name, node.lineno))
     return found
+
+
+def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
+    assert Weights._fields == names_of(WEIGHT, VARIANT)
+    always = {"h0", "c0", "weight_hh"}
+    for row in TENSORS:
+        assert not row.loop or row.name in always or hasattr(Problem, row.name), f"no flag for {row.name}"
+    by_role = map(names_of, (X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL))
+    assert Inputs._fields == tuple(itertools.chain(*by_role)), "the order in which fused.inputs_of is given them"
 
 
 def test_sizes_come_from_the_problem_and_never_from_a_tensor():

@@ -19,7 +19,7 @@ from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
 from ..kernels.problem import NO_UNIT, Gradients, Inputs, Problem, Recurrence, Unit
 
-_weights = attrgetter(*Weights._fields)
+_weights, _noise = attrgetter(*Weights._fields), attrgetter(*Noise._fields)
 
 
 def weights_of(inputs: Inputs) -> Weights:
@@ -29,7 +29,7 @@ def weights_of(inputs: Inputs) -> Weights:
 
 def noise_of(inputs: Inputs) -> Noise:
     """The Noise among them."""
-    return Noise(inputs.dropout_h, inputs.zoneout_h, inputs.zoneout_c)
+    return Noise(*_noise(inputs))
 
 
 def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:

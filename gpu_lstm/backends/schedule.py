@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.noise import NO_NOISE, Noise, draw
+from ..call.noise import NO_NOISE, Noise, draw, within
 from ..call.prepare import Call
 from ..call.sequences import EVERY_STEP, Traversal
 from ..call.weights import State, Weights
@@ -155,7 +155,7 @@ def _through(
                         part = part.backwards()
                         states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row])
                     with named(k, d, backend):
-                        h, states[row] = direction(row, below, states[row], weights, part, noise[k][d].within(span))
+                        h, states[row] = direction(row, below, states[row], weights, part, within(noise[k][d], span))
                     if directions == 1:
                         h = connect(below, h, part.lengths, cut(kept[k], span), call.options)
                     if k == last and whole is not None:

@@ -39,9 +39,9 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     options = call.options
     if options.role == "cell":
         if options.one_state:
-            h = gru_cell(call.x, call.states[0][0], *call.weights[0][0][:4])
+            h = gru_cell(call.x, call.states[0][0], *call.weights[0][0].of_cell())
             return h, [(h, h)]
-        state = lstm_cell(call.x, call.states[0], *call.weights[0][0][:4])
+        state = lstm_cell(call.x, call.states[0], *call.weights[0][0].of_cell())
         return state[0], [state]
     if options.role == "module" and call.traversal.is_plain():
         packed = call.form.packed

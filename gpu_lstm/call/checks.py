@@ -9,6 +9,7 @@ from torch import _VF, Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .forms import Form
 from .modes import autocasts, need_the_reference
 from .options import Options
@@ -197,7 +198,7 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
 
 def check_same_parts(weights: list[list[Weights]]) -> None:
     """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
-    for name in NAMES[NAMES.index("weight_peephole") :]:
+    for name in names_of(VARIANT):
         if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
@@ -215,7 +216,7 @@ def named_weights(weights: Weights | Sequence[Tensor | None], most: int = len(NA
             raise TypeError(f"{name} should be a tensor, got: NoneType")
         if tensor is not None:
             check_tensor(tensor, name)
-            expected = 2 if name in ("weight_ih", "weight_hh", "weight_hr") else 1
+            expected = len(BY_NAME[name].size.split())
             if tensor.dim() != expected:
                 raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
     if named.weight_hr is not None:
@@ -242,9 +243,9 @@ def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: W
         try:
             return check_alike(x, [state], [[weights]])
         except RuntimeError:
-            operator(x, hx, *weights[:4])
+            operator(x, hx, *weights.of_cell())
             raise
-    operator(x, hx, *weights[:4])
+    operator(x, hx, *weights.of_cell())
     raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
 

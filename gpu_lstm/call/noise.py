@@ -5,32 +5,22 @@ Drawn once per call, for whole sequences: a seed gives the same noise on every b
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.tensors import Noise
 from .options import Options
 from .weights import Weights
 
-
-class Noise(NamedTuple):
-    """The noise of one layer in one direction for one call; None where there is none."""
-
-    dropout_h: Tensor | None = None  # [B, P], 0 or 1 / (1 - p): factors of h in the recurrent product, at every step
-    zoneout_h: Tensor | None = None  # bool [T, B, P], by time: where h stays as it was; in eval() the probability, []
-    zoneout_c: Tensor | None = None  # bool [T, B, H] or [], likewise for c
-
-    def within(self, span: slice | None) -> Noise:
-        """The noise at the times of a span; None: at all times."""
-        if span is None:
-            return self
-        h, c = (t[span] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
-        return Noise(self.dropout_h, h, c)
-
-
 NO_NOISE = Noise()
+
+
+def within(noise: Noise, span: slice | None) -> Noise:
+    """The noise at the times of a span; None: at all times."""
+    if span is None:
+        return noise
+    return Noise(*[t[span] if t is not None and t.dim() == 3 else t for t in noise])
 
 
 def draw(

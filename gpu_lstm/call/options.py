@@ -1,11 +1,13 @@
 """What a module's arguments ask of a call: sizes, names of its parameters, regularisers, the backend."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels.cells import GRU, LSTM, Cell
+from ..kernels.tensors import BY_NAME
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
 
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
@@ -29,6 +31,12 @@ class Size(NamedTuple):
     def width(self) -> int:
         """Features of h."""
         return self.projected or self.hidden
+
+    def of(self, names: Sequence[str], rows: int) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the weights of these names, with `rows` to a unit."""
+        hidden = self.hidden
+        letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}
+        return tuple([BY_NAME[name].sized(letters) for name in names])
 
 
 class Arguments(NamedTuple):
@@ -80,8 +88,8 @@ class Options:
         self.leading = self.role == "module" or (self.role == "stack" and self.directions == 2)
         self.names = _names(a, self.role, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
-        tensors = len(NAMES) if self.role == "layer" else len(self.names[0][0])
-        self.weight_sizes = tuple([_weight_sizes(size, self.cell.rows)[:tensors] for size in self.sizes])
+        names = NAMES if self.role == "layer" else NAMES[: len(self.names[0][0])]
+        self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
         # With layers of one size, torch's own runs all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
@@ -95,29 +103,22 @@ def _names(a: Arguments, role: str, directions: int) -> tuple[tuple[tuple[str | 
     """The names of the parameters of each layer and direction, [L][D], in the order of Weights up to the last that is
     there; None for absent ones before it.
     """
-    there = (
-        True, True, a.bias, a.bias, a.proj_size > 0, a.peepholes,
-        "ih" in a.norms, "hh" in a.norms, "c" in a.norms, "c" in a.norms and a.bias,
+    optional = dict(
+        bias_ih=a.bias, bias_hh=a.bias, weight_hr=a.proj_size > 0, weight_peephole=a.peepholes, gain_ih="ih" in a.norms,
+        gain_hh="hh" in a.norms, gain_c="c" in a.norms, bias_c="c" in a.norms and a.bias,
     )  # fmt: skip
-    count = max(k for k, is_there in enumerate(there) if is_there) + 1
+    kinds = [name if optional.get(name, True) else None for name in NAMES]
+    while kinds[-1] is None:
+        kinds.pop()
     layers = []
     for k in range(len(a.hidden_sizes)):
         suffix = {"cell": "", "stack": "_l0"}.get(role, f"_l{k}")
         layer = []
         for d in range(directions):
             ending = suffix + "_reverse" * d
-            layer.append(tuple([name + ending if is_there else None for name, is_there in zip(NAMES, there[:count])]))
+            layer.append(tuple([kind and kind + ending for kind in kinds]))
         layers.append(tuple(layer))
     return tuple(layers)
-
-
-def _weight_sizes(size: Size, rows_of_a_unit: int) -> tuple[tuple[int, ...], ...]:
-    """The sizes of a layer's tensors, in the order of Weights."""
-    rows, hidden, width = rows_of_a_unit * size.hidden, size.hidden, size.width
-    return (
-        (rows, size.inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
-        (rows,), (rows,), (hidden,), (hidden,),
-    )  # fmt: skip
 
 
 def options_of(*arguments: Any) -> Options:

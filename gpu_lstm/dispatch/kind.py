@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     @property
     def variant(self) -> str | None:
         """The variant of the cell, see weights.variant_of."""
-        return LAYER_NORM if self.norm_ih or any(self.like.norms) else PEEPHOLES if self.like.peepholes else None
+        return LAYER_NORM if self.norm_ih or self.like.normalised else PEEPHOLES if self.like.weight_peephole else None
 
     @property
     def only_ours(self) -> str | None:
@@ -74,7 +74,7 @@ def kind_of(call: Call) -> Kind:
     if traversal.lengths is not None:
         lengths = traversal.lengths.dtype
     zoneout_h, zoneout_c = ((3 if options.training else 0) if p else None for p in options.zoneout)
-    reset_c, norm_ih, *norms = traversal.reset_states is not None, *(t is not None for t in weights[6:])
+    reset_c = traversal.reset_states is not None
     steps = int(call.steps)
     steps = size_class(steps + (steps == MOST_OF_CUDNN + 1))
     like = Problem(
@@ -82,9 +82,11 @@ def kind_of(call: Call) -> Kind:
         call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse, lengths=lengths,
         resets=traversal.resets is not None, dropout_h=options.recurrent_dropout > 0, zoneout_h=zoneout_h,
         zoneout_c=zoneout_c, reset_h=reset_c and zoneout_h is not None, reset_c=reset_c,
-        peepholes=weights.weight_peephole is not None, norms=tuple(norms), cell=options.cell.name,
+        weight_peephole=weights.weight_peephole is not None, gain_hh=weights.gain_hh is not None,
+        gain_c=weights.gain_c is not None, bias_c=weights.bias_c is not None, cell=options.cell.name,
     )  # fmt: skip
-    return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, norm_ih, like)
+    normed = weights.gain_ih is not None
+    return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, normed, like)
 
 
 def dtype_of(call: Call) -> torch.dtype:

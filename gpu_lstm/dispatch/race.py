@@ -292,7 +292,8 @@ class GraphQuestion(NamedTuple):
         like = Problem(
             2, BATCH_OF_A_GRAPH, layers[0].hidden, self.dtype, layers[0].projected, recurrent_precision(self.dtype),
             lengths=torch.int64 if self.lengths else None, resets=self.resets, dropout_h=self.noise,
-            reset_c=self.reset_states, peepholes=self.variant == PEEPHOLES, norms=(normed,) * 3, cell=self.cell,
+            reset_c=self.reset_states, weight_peephole=self.variant == PEEPHOLES, gain_hh=normed, gain_c=normed,
+            bias_c=normed, cell=self.cell,
         )  # fmt: skip
         kind = Kind(layers, self.directions, True, False, LONGEST, normed, like)
         return expected_winner(kind, able, self.device).backend

@@ -94,7 +94,7 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
     Raises:
         ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.
     """
-    if problem.regularised or problem.peepholes or problem.normalised:
+    if problem.regularised or problem.weight_peephole or problem.normalised:
         raise ValueError("backend 'cupy' has no recurrent dropout, zoneout, peepholes or layer norms")
     return Layer(problem, device, sys.modules[__name__], verify)
 

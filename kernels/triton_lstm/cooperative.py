@@ -508,7 +508,7 @@ def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
     Backward dgates are the words, or come from them through the norm of W_hh h.
     """
     pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.units), 2), fill=EVERY_BIT)  # of exchange_pairs
-    scratch = {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
+    scratch = {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
     if not backward:
         return scratch | {"h_ptr": Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)}  # and h0 at its end
     if plan.family.partners > 1:

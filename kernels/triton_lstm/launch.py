@@ -118,7 +118,7 @@ class Prepared:
             self._buffers["arrivals_ptr"] = Buffer(torch.int32, (ceil(problem.batch / plan.rows),), fill=0)
         if not pass_.save:
             del self._buffers["c_ptr"]
-        if EXCHANGED in self._buffers and not problem.norms[0]:  # then dgates are what is exchanged
+        if EXCHANGED in self._buffers and not problem.gain_hh:  # then dgates are what is exchanged
             del self._buffers["dgates_ptr"]
         # Final states are written at every step, except for sequences of length 0; cooperative kernels read c there.
         self._starts: dict[str, str] = {}
@@ -251,9 +251,9 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
         return torch.zeros(shape, dtype=dtype, device=device)
 
     unit_hh = unit_c = NO_UNIT
-    if p.norms[0]:
+    if p.gain_hh:
         unit_hh = Unit(zeros(p.steps, p.batch, 4 * p.hidden), zeros(p.steps, p.batch, dtype=f32))
-    if p.norms[1]:
+    if p.gain_c:
         unit_c = Unit(zeros(p.steps, p.batch, p.hidden, dtype=f32), zeros(p.steps, p.batch, dtype=f32))
     in_loop = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
     inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)

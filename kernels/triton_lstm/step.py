@@ -641,16 +641,16 @@ def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
     scratch = {}
     if backward and plan.family.parts > 1:
         scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
-    if backward and p.norms[0]:
+    if backward and p.gain_hh:
         scratch["sums_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    if backward and p.norms[1]:
+    if backward and p.gain_c:
         scratch["sums_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
     if not backward and p.projected:
         scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    if not backward and p.norms[0]:
+    if not backward and p.gain_hh:
         scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
         scratch["moments_hh_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    if not backward and p.norms[1]:
+    if not backward and p.gain_c:
         scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
         scratch["moments_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
     return scratch
