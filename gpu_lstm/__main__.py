@@ -256,8 +256,7 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     tiles = f"{of['cell'].upper()}, {of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"
     if kind == "plans":
         return f"B = {of['batch']}: {tiles}"
-    flags = [name for name in Problem._fields if key[name] is True]
-    there = [*(name for name in ("projected", "lengths") if key[name]), *flags]
+    there = [name for name in Problem._fields if key[name] is True or (key[name] and name in ("projected", "lengths"))]
     words = [tiles, key["precision"], *there]
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
     return f"{', '.join(words)}: {value}"

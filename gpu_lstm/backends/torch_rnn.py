@@ -38,10 +38,11 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of a call, computed in `dtype`: the output and the final states, both as the call has them."""
     options = call.options
     if options.role == "cell":
+        w = call.weights[0][0]
         if options.one_state:
-            h = gru_cell(call.x, call.states[0][0], *call.weights[0][0].of_cell())
+            h = gru_cell(call.x, call.states[0][0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
             return h, [(h, h)]
-        state = lstm_cell(call.x, call.states[0], *call.weights[0][0].of_cell())
+        state = lstm_cell(call.x, call.states[0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
         return state[0], [state]
     if options.role == "module" and call.traversal.is_plain():
         packed = call.form.packed

@@ -24,7 +24,7 @@ from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of
-from ..kernels.tensors import COMPARED, LEARNT
+from ..kernels.tensors import COMPARED, LEARNT, NOISE, VARIANT, names_of
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
 from .fused import Saved, noise_of, traversal_of, weights_of
@@ -174,7 +174,7 @@ class Small:
         And of the reference for gradients of a GRU, which are compared by way of h and of c; torch has their sum.
         """
         p, without = self.problem, self.one_state and self.pass_.backward
-        without |= p.regularised or p.reset_c or p.weight_peephole or p.normalised or self.inputs.gain_ih is not None
+        without |= p.reset_c or any(getattr(self.inputs, name) is not None for name in names_of(VARIANT, NOISE))
         if not without:
             try:
                 return self.results(torch_rnn.run_layer)

@@ -239,13 +239,14 @@ def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: W
     if not options.one_state:
         check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
     operator, hx = getattr(_VF, f"{options.cell.name}_cell"), h if options.one_state else state
+    of_torch = weights.weight_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh
     if features == inputs and h.shape == c.shape == expected:
         try:
             return check_alike(x, [state], [[weights]])
         except RuntimeError:
-            operator(x, hx, *weights.of_cell())
+            operator(x, hx, *of_torch)
             raise
-    operator(x, hx, *weights.of_cell())
+    operator(x, hx, *of_torch)
     raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
 

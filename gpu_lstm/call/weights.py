@@ -30,10 +30,6 @@ class Weights(NamedTuple):
     gain_c: Tensor | None = None  # [H], of that of c
     bias_c: Tensor | None = None  # [H]
 
-    def of_cell(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What torch's own cells have."""
-        return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-
     def present(self) -> list[Tensor]:
         """The tensors that are not None, in torch's order."""
         return [tensor for tensor in self if tensor is not None]

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..call.noise import REGULARISERS
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
@@ -22,6 +23,7 @@ class Kind(NamedTuple):
     steps: int  # T, rounded up to a power of two; more than MOST_OF_CUDNN + 1 where cuDNN refuses it
     norm_ih: bool  # a layer norm of W_ih x, which is outside the time loop
     like: Problem  # of the first layer; in the key of a race B is rounded up to a power of two
+    drawn: bool = False  # whether there is noise, also such that the time loop does not read
 
     @property
     def dtype(self) -> torch.dtype:
@@ -34,6 +36,11 @@ class Kind(NamedTuple):
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
+    def noise(self) -> bool:
+        """Whether there is a regulariser that torch's own lacks."""
+        return self.drawn or self.like.regularised
+
+    @property
     def variant(self) -> str | None:
         """The variant of the cell, see weights.variant_of."""
         return LAYER_NORM if self.norm_ih or self.like.normalised else PEEPHOLES if self.like.weight_peephole else None
@@ -41,8 +48,8 @@ class Kind(NamedTuple):
     @property
     def only_ours(self) -> str | None:
         """What torch's own lacks; None: it can run all of it."""
-        if self.like.regularised:
-            return "recurrent dropout or zoneout"
+        if self.noise:
+            return " or ".join(thing.name.replace("_", " ") for thing in REGULARISERS if thing.tensors)
         if self.steps > MOST_OF_CUDNN + 1:
             return f"sequences of more than {MOST_OF_CUDNN:,} steps"
         return "states to reset to" if self.like.reset_c else self.variant and self.variant.replace("_", " ")
@@ -61,7 +68,7 @@ class Kind(NamedTuple):
             "cell": like.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
             "dtype": str(like.dtype), "precision": like.precision, "training": self.training,
             "recompute": self.recompute, "steps": self.steps, "batch": size_class(like.batch),
-            "lengths": like.lengths is not None, "resets": like.resets, "noise": like.regularised,
+            "lengths": like.lengths is not None, "resets": like.resets, "noise": self.noise,
             "reset_states": like.reset_c, "variant": self.variant,
         }  # fmt: skip
 
@@ -73,20 +80,22 @@ def kind_of(call: Call) -> Kind:
     lengths = torch.int64 if call.form.packed is not None else None
     if traversal.lengths is not None:
         lengths = traversal.lengths.dtype
-    zoneout_h, zoneout_c = ((3 if options.training else 0) if p else None for p in options.zoneout)
+    flags: dict[str, Any] = {}
+    for thing, rate in options.on:
+        flags |= thing.flags(rate, options.training)
     reset_c = traversal.reset_states is not None
     steps = int(call.steps)
     steps = size_class(steps + (steps == MOST_OF_CUDNN + 1))
     like = Problem(
         min(steps, 2), int(call.batch), hidden, dtype, projected,
         call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse, lengths=lengths,
-        resets=traversal.resets is not None, dropout_h=options.recurrent_dropout > 0, zoneout_h=zoneout_h,
-        zoneout_c=zoneout_c, reset_h=reset_c and zoneout_h is not None, reset_c=reset_c,
+        resets=traversal.resets is not None, **flags,
+        reset_h=reset_c and flags.get("zoneout_h") is not None, reset_c=reset_c,
         weight_peephole=weights.weight_peephole is not None, gain_hh=weights.gain_hh is not None,
         gain_c=weights.gain_c is not None, bias_c=weights.bias_c is not None, cell=options.cell.name,
     )  # fmt: skip
     normed = weights.gain_ih is not None
-    return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, normed, like)
+    return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, normed, like, options.noise)
 
 
 def dtype_of(call: Call) -> torch.dtype:

@@ -295,5 +295,5 @@ class GraphQuestion(NamedTuple):
             reset_c=self.reset_states, weight_peephole=self.variant == PEEPHOLES, gain_hh=normed, gain_c=normed,
             bias_c=normed, cell=self.cell,
         )  # fmt: skip
-        kind = Kind(layers, self.directions, True, False, LONGEST, normed, like)
+        kind = Kind(layers, self.directions, True, False, LONGEST, normed, like, self.noise)
         return expected_winner(kind, able, self.device).backend

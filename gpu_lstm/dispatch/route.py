@@ -53,8 +53,8 @@ def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None
 
     The reference appends the Steps of every layer and direction to `record`, if there is one.
     """
-    if call.options.weight_drop:
-        call = call._replace(weights=with_weight_drop(call.weights, call.options.weight_drop))
+    if call.options.drops_weights:
+        call = call._replace(weights=with_weight_drop(call.weights, call.options))
     if route.as_operators:
         return graph.run_call(call.padded(), route.dtype, route.backend)
     match route.backend:

@@ -99,7 +99,7 @@ def _route_in_a_graph(call: Call) -> Route:
         ]),
         directions=len(call.weights[0]), lengths=traversal.lengths is not None or call.form.packed is not None,
         resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
-        noise=options.feature in ("zoneout", "recurrent_dropout"),  # a comparison of rates would be a symbol
+        noise=options.noise,
         cell=options.cell.name, variant=variant_of(call.weights[0][0]),
     )  # fmt: skip
     name, problem = _answer(*question)

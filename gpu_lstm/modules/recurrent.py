@@ -13,22 +13,19 @@ from ..call.options import Options
 from ..call.prepare import prepare
 from ..call.weights import Weights
 from ..dispatch.run import run
-from .arguments import NOT_OF_TORCH, Checked, accepted, no_mask, repr_of
+from .arguments import NOT_OF_TORCH, Regularised, accepted, no_mask, repr_of
 from .tracing import FX, in_eager_mode, traced
 from .variants import weights_of
 
 _compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback  # returns None outside of what torch.compile made
 
 
-class Recurrent(Checked):
+class Recurrent(Regularised):
     """A mixin of LSTM and GRU."""
 
     # On the class, so that they are there in pickles of older modules.
     backend: BackendName | None = None
     recompute: bool = False
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_drop: float = 0.0
     _peepholes: bool = False
     _norms: tuple[str, ...] = ()
 
