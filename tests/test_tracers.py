@@ -113,13 +113,9 @@ class Recurrent(nn.Module):
         return x
 
 
-class OfGRUs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.GRU(5, 6)
-
+class OfGRUs(nn.Sequential):
     def forward(self, x):
-        return self.layer(x)[0] if isinstance(self.layer, nn.GRU) else self.layer(x)
+        return self[0](x)[0] if isinstance(self[0], nn.GRU) else x
 
 
 def test_convert_makes_instances_of_torchs_lstm_or_warns_of_a_model_that_asks_for_them():
@@ -135,7 +131,7 @@ def test_convert_makes_instances_of_torchs_lstm_or_warns_of_a_model_that_asks_fo
         assert type(gpu_lstm.convert(model, compat=True).layers[1]) is gpu_lstm.compat.LSTM
         gpu_lstm.convert(Tagger(nn.LSTM))
     with pytest.warns(UserWarning, match="OfGRUs asks isinstance"):
-        gpu_lstm.convert(OfGRUs())
+        gpu_lstm.convert(OfGRUs(nn.GRU(5, 6)))
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
     assert type(gpu_lstm.to_torch(model).layers[1]) is nn.LSTM
     with pytest.raises(TypeError, match="compat should be of type bool, got: int"):
