@@ -211,6 +211,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     LSTM(X)
     GRU(X)
     assert ran.count("race") == 2, "one cell says nothing of another"
+    cache.write(verify.KIND, {}, "right")
     card.parent.rename(tmp_path / "shared")
     monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
     _forget_all_but_files()
@@ -219,6 +220,8 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     assert ran.count("race") == 2
     gpu_lstm.LSTM(4, 9)(X)
     assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / race.KIND, card)] == [2, 1]
+    cache.write(verify.KIND, {}, "another verdict")
+    assert cache.read(verify.KIND, {}) == "right"
 
 
 def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):

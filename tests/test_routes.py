@@ -317,6 +317,20 @@ def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypa
     assert found == facts(X.half())
 
 
+def test_what_is_decided_in_a_capture_or_forgotten_is_decided_again(monkeypatch):
+    """Since nothing is verified and raced in a capture; and a plan that autotune has found is used from then on."""
+    monkeypatch.setattr(dispatch, "_routes", {})
+    lstm = gpu_lstm.LSTM(2, 2)
+    call = prepare(lstm._options(), lstm._weights(), X)
+    captured = call._replace(modes=call.modes._replace(capturing=True))
+    first, second = dispatch.route_of(captured), dispatch.route_of(captured)
+    assert first is not second
+    route = dispatch.route_of(call)
+    assert dispatch.route_of(call) is route
+    dispatch.forget()
+    assert dispatch.route_of(call) is not route
+
+
 @pytest.mark.deep
 def test_rates_that_are_annealed_leave_little_behind(monkeypatch):
     """And one that comes back after all was forgotten gives the numbers that it gave."""

@@ -73,6 +73,10 @@ def test_computations_of_our_own_that_overlap_leave_the_process_as_it_was(anothe
             before = facts()
             overlap(another, modes.alone(True), modes.alone(True))
             assert facts() == before
+            with modes.alone(True):
+                with modes.alone(True):
+                    pass
+                assert facts() == (torch.float32, False, True), "the inner one ends nothing"
     finally:
         torch.set_default_dtype(torch.float32)
 

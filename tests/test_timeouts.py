@@ -118,6 +118,8 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     assert [timeouts.spare_multiprocessors(count) for count in (132, 40)] == [16, 5]
     monkeypatch.setenv(timeouts.SPARE, "3")
     assert timeouts.spare_multiprocessors(132) == 3
+    with pytest.raises(ValueError, match="expected a number below 3 in"):
+        timeouts.spare_multiprocessors(3)
     properties = SimpleNamespace(
         name="a card", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
     )

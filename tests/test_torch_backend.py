@@ -105,7 +105,9 @@ def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
             torch.empty(5, 2, 3, device="cuda"),
             state,
             [[torch_rnn.Weights(*weights)]],
+            dropout=0.5,
         )
+    assert called.call_args.args[5] == 0.0, "in eval(), though cuDNN is told that there may be a backward"
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
     assert all(t is w for t, w in zip(given, weights)) == whole

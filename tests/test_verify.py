@@ -243,6 +243,13 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
 
 
+def test_a_kernel_that_gives_nan_is_found(monkeypatch):
+    run = verify.Small.by_kernels
+    monkeypatch.setattr(verify.Small, "by_kernels", lambda *given: {n: t * torch.nan for n, t in run(*given).items()})
+    with pytest.warns(UserWarning, match="failed its verification"):
+        assert "is nan" in _verify(PLAIN)
+
+
 def test_a_kernel_that_times_out_is_found(monkeypatch):
     """Its programs wait for one arrival more than there will be, in this call: it is not cached."""
     run = launch.launch_kernel
