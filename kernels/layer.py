@@ -15,6 +15,8 @@ from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, steps_of
 from .timeouts import raise_if_timed_out
 
+MOST_LAYERS = 1024  # that a backend keeps; a program with more problems, say as many sizes of batches, makes them again
+
 
 class Chosen(NamedTuple):
     """A plan, and how it was chosen."""

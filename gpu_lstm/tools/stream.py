@@ -220,7 +220,8 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
         finally:
             torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Not "global", in which memory that another thread allocates, say, would break the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             y = step()
 
     def replay() -> Tensor:

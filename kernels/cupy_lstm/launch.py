@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer import Chosen, Layer, Refuses, Verify
+from ..layer import MOST_LAYERS, Chosen, Layer, Refuses, Verify
 from ..memory import EVERY_BIT, Buffer, allocate, checking, gradients_in, gradients_of, margins
 from ..operands import as_words, transposed_gates
 from ..problem import Gradients, Pass, Problem, Recurrence, steps_of
@@ -87,9 +87,9 @@ def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
     rows.view(torch.int32)[..., ceil(p.hidden * p.size / 4) :] = 0
 
 
-@functools.cache
+@functools.lru_cache(MOST_LAYERS)
 def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """The layer of a problem on a device; every call returns the same one.
+    """The layer of a problem on a device, kept for later calls.
 
     Raises:
         ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.

@@ -521,7 +521,8 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
     h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, H or one more]
     if _row(p) > p.hidden:
         h.zero_()
-    h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
+    if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
+        h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
     words = memory["h_ptr"].view(torch.int32)
     operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": words}
     operands |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cards import REGISTERS
 from ..cells import CELLS
-from ..layer import Chosen, Layer, Refuses, Verify
+from ..layer import MOST_LAYERS, Chosen, Layer, Refuses, Verify
 from ..memory import Buffer, allocate, checking, gradients_in, gradients_of, margins, results_of
 from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
 from ..timeouts import KERNELS, error_word
@@ -27,9 +27,9 @@ from .choose import (
     card_of,
     choose_plan,
     errors_as_of_torch,
+    in_use,
     load,
     measured_plan,
-    plans_in_use,
 )  # fmt: skip
 from .cooperative import EXCHANGED
 from .parameters import Sizes, in_tuples, names_of
@@ -173,6 +173,8 @@ class Prepared:
             arguments |= self._operands(self._problem, self.plan, r, memory)
         if self._loop is None:
             self._kernel(self._launch, arguments)
+        elif gates.is_meta:  # where products would import torch's compiler, which takes seconds
+            self._kernel(self._launch, arguments | {"step": 0})
         else:
             self._loop(partial(self._kernel, self._launch), arguments, self._problem)
 
@@ -192,9 +194,11 @@ _layers: dict[tuple[Problem, torch.device], Layer] = {}
 
 
 def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """The layer of a problem on a device; every call returns the same one."""
+    """The layer of a problem on a device, kept for later calls."""
     layer = _layers.get((problem, device))
     if layer is None:
+        if len(_layers) >= MOST_LAYERS:
+            _layers.clear()
         layer = _layers.setdefault((problem, device), Layer(problem, device, sys.modules[__name__], verify))
     return layer
 
@@ -202,7 +206,7 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
 def forget() -> None:
     """Choose all plans again, since more has been measured."""
     _layers.clear()
-    plans_in_use.clear()
+    in_use.clear()
 
 
 prepare = Prepared
