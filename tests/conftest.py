@@ -13,6 +13,7 @@ import pytest
 
 # The tests run side by side, a process a core; torch reads it when it is imported, here and in processes of tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses torch's deterministic mode
 import torch
 
 if not torch.cuda.is_available():
