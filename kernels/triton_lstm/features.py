@@ -16,3 +16,9 @@ constexpr_function = getattr(triton, "constexpr_function", None) or tl.constexpr
 
 INTERPRETED = tl.constexpr(not isinstance(tl.sum, triton.JITFunction))
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when triton was imported."""
+
+
+@triton.jit
+def nothing():
+    """What stands for a value that a call does not have: a tuple of none. (In Triton 3.4 no function returns None.)"""
+    return ()
