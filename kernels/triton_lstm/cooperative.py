@@ -1,7 +1,7 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
 The programs of one batch tile are a group, which never waits for another. Each owns UNITS hidden units, and keeps its
-part of W_hh in registers. A group may have several batch tiles: forward requests the words of one before it computes
+rows of W_hh in registers. A group may have several batch tiles: forward requests the words of one before it computes
 the cell of the other. All programs of a launch must be resident at once.
 
 forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
@@ -64,7 +64,7 @@ def tiles_of_group(B):
 
 @triton.jit
 def next_turn(step, tile, steps: tl.constexpr, B):
-    """(step, tile) of the turn after this one: a group processes its batch tiles in turn, then advances by `steps`."""
+    """(step, tile) of the turn after this one: of the group's next batch tile, or `steps` later of the first."""
     tile += tl.num_programs(1)
     last = tile * SEQUENCES >= B
     return tl.where(last, step + steps, step), tl.where(last, tl.program_id(1), tile)
@@ -326,7 +326,7 @@ def lstm_cooperative_backward_kernel(
         dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m[0], peepholes, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
 
-        # Publish: dgates, or where these are stored their gradient through the layer norm of W_hh h. Then store.
+        # Publish dgates; with a layer norm of W_hh h store them, and publish their gradient through it. Then store.
         states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
         dz, lost = backward_over_group(dz, norm_hh, normed_hh, group, lost, DTYPE, S)
         word_ptr = words_ptr + position.row * (4 * S.W) + owned.unit // S.PER
@@ -347,15 +347,15 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         warps = 8 if words > 64 else 4
         chunks = ceil(words / (16 * warps))
         for units in range(4, 4 * warps + 1, 4):
-            held = units * (partners if backward else gates)  # rows of weights; see the top of this file
-            rows = ceil(held / 16) * 16
+            own_rows = units * (partners if backward else gates)  # of weights; see the top of this file
+            rows = ceil(own_rows / 16) * 16
             programs = partners * ceil(problem.hidden / (partners * units))
             registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
             tiles = ceil(problem.batch / 8)
             groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
             shared = 2 * warps * rows * 8 * 4  # twice the sums of all warps
             fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
-            if fits and held in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
+            if fits and own_rows in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
                 family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)

@@ -177,7 +177,7 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
 @triton.jit
 def row_of_gate(gate, unit, S: tl.constexpr):
     """The row of W_hh for a gate of units; -1 where there is none."""
-    FIRST: tl.constexpr = 4 - S.GATES  # the gates before have no part from h
+    FIRST: tl.constexpr = 4 - S.GATES  # h does not reach the gates before
     row = tl.where(unit < S.H, gate * S.H + unit, -1)
     if FIRST > 0:
         row = tl.where((unit < S.H) & (gate >= FIRST), (gate - FIRST) * S.H + unit, -1)

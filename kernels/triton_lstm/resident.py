@@ -89,15 +89,6 @@ def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
     return z
 
 
-@triton.jit
-def store_step(gates, h, c, hidden, cell, cells, H: tl.constexpr):
-    """Store the results of a cell; returns h as it is stored, zero in padding."""
-    h = tl.where(cells.valid, h, 0.0).to(hidden.h_ptr.dtype.element_ty)
-    tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
-    states.save(gates, c, cell, cells, H)
-    return h
-
-
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
@@ -142,8 +133,10 @@ def lstm_resident_forward_kernel(
             c_next = noise.zoneout(c_next, c_prev, cell.zoneout_c_ptr, cells)
             h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
             h_next = noise.zoneout(h_next, h_prev, hidden.zoneout_h_ptr, cells)
-            h_next = store_step(gates, h_next, c_next, hidden, cell, cells, H)
-            h = h + (tl.where(cells.valid, h_next, before.h[n]),)  # in padding the state stays
+            h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
+            tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
+            states.save(gates, c_next, cell, cells, H)
+            h = h + (tl.where(cells.valid, h_next, before.h[n]),)
             c = c + (tl.where(cells.valid, c_next, c_prev),)
     for n in tl.static_range(CELLS):
         cells = Cells(*first[n])

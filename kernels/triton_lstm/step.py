@@ -3,7 +3,7 @@
 One launch for the whole sequence. A step is a round over tiles of sequences and units, which the programs share out.
 Tiles are [batch, units]. A grid-wide barrier (exchange.grid_barrier) ends a round, since the next one needs the results
 of all. More rounds belong to a step where something needs all units of a sequence: a projection (h = W_hr m; m is the
-output of the cell, see cell.py), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
+output of the cell, see cells/), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
 programs must be resident at once.
 
 Where W_hh of a tile's units fits in shared memory, a program can hold it: all its tiles have the same units, and are of
@@ -236,15 +236,6 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
 
 
 @triton.jit
-def project(tile, call, S: tl.constexpr):
-    """h = W_hr m of a tile."""
-    index, unit = tile.sequence.index.to(tl.int64), tile.unit
-    m = Rows(call.products.m_ptr, index, tile.position.valid, None, index)
-    columns = Columns(call.products.weight_hr_ptr, unit.to(tl.int64) * S.H, unit < S.P, 1)
-    return product(m, columns, nothing(), S.H, S.H, S)
-
-
-@triton.jit
 def output_round(step, call, poll_limit, S: tl.constexpr):
     """h, where it needs the cells of all units: W_hr m, or the output of LN(c)."""
     PROJECT: tl.constexpr = call.products.weight_hr_ptr is not None
@@ -252,7 +243,10 @@ def output_round(step, call, poll_limit, S: tl.constexpr):
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S)
         if PROJECT:
-            h = project(tile, call, S)
+            index, unit = tile.sequence.index.to(tl.int64), tile.unit
+            m = Rows(call.products.m_ptr, index, tile.position.valid, None, index)
+            columns = Columns(call.products.weight_hr_ptr, unit.to(tl.int64) * S.H, unit < S.P, 1)
+            h = product(m, columns, nothing(), S.H, S.H, S)
         else:
             o, v = norm_tiles.load_c(call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
             h = output(o, v, S)
@@ -547,13 +541,11 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """
     if not backward or problem.projected or problem.normalised or problem.exact_float32:
         return []
-    plans = []
+    plans, inner = [], CELLS[problem.cell].rows * problem.hidden
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
         tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / units), 3 * 128 * (rows + parts * units)
         programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
-        in_words = (
-            CELLS[problem.cell].rows * problem.hidden * problem.size % (16 * parts) == 0
-        )  # of 16 bytes, in which a part is loaded
+        in_words = inner * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
         fits = rows <= max(16, power_of_two(problem.batch)) and rows * units <= 2048 and shared <= card.shared
         if in_words and fits:
             plans.append(Plan(
