@@ -361,12 +361,13 @@ def output_round_backward(step, call, poll_limit, S: tl.constexpr):
 def gradient_of_m(tile, step, times, dgates, call, poll_limit, S: tl.constexpr):
     """(The poll limit after its waits; dm of a tile): by W_hr, as the round before left it, or as a product with
     dgates, of which there may be a sum of parts, or with W_hh that is held."""
+    H: tl.constexpr = S.H  # Triton 3.4 takes no field of a tuple into another tuple
     place, cells, unit = tile.position, tile.cells, tile.unit
     if S.HELD and S.PARTS > 1:
         poll_limit = wait_for_tile(call.arrivals, tile.batch_tile, times + 1, poll_limit, step)
     if call.products.weight_hr_ptr is not None:
         dh = Rows(call.dh_total_ptr, place.row, place.valid, None, place.row)
-        dm = product(dh, Columns(call.products.weight_hr_ptr, unit, unit < S.H, S.H), nothing(), S.P, S.P, S)
+        dm = product(dh, Columns(call.products.weight_hr_ptr, unit, unit < H, H), nothing(), S.P, S.P, S)
     elif call.norm_c.gain_ptr is not None:
         dm = tl.load(call.dh_total_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
     elif S.PARTS > 1:
@@ -385,7 +386,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
     DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
     EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
-    cell, B, dgates = call.cell, call.batch.B, None
+    cell, B = call.cell, call.batch.B
     first, end, stride = tiles_of_program(B, S.H, S)
     if S.AHEAD:
         poll_limit, dgates = dgates_after(first, step, times, call, poll_limit, S)
@@ -394,6 +395,8 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
         cells = tile.cells
 
         # Load, and product: the gradient of m. Where a round before has left it, that has added what is given.
+        if not S.AHEAD:
+            dgates = None
         if S.HELD and S.PARTS == 1 and not S.AHEAD:
             poll_limit, dgates = dgates_after(tile.batch_tile, step, times, call, poll_limit, S)
         if EARLY:
