@@ -18,6 +18,7 @@ class Cell(NamedTuple):
     x_end: int  # x reaches the pre-activations before this one
     h_start: int  # h reaches this one and those after it
     functions: tuple[int, int]  # sigmoid and tanh that a unit's kernels compute, forward and backward
+    normalises: bool  # m is made of its last gate and c, so layer norms of c and of W_hh h are possible
 
     def of_x(self, z: Tensor, hidden: int) -> Tensor:
         """z [..., 4H] -> those that x reaches, [..., rows H]."""
@@ -36,8 +37,9 @@ class Cell(NamedTuple):
         return t if self.h_start == 0 else t.roll(-self.h_start * hidden, 0)
 
 
-LSTM = Cell("lstm", ("h", "c"), 4, 4, 0, (5, 1))  # i, f, g, o
-GRU = Cell("gru", ("h",), 3, 3, 1, (3, 0))  # n, r, z, s: the candidate has n of x and s of h; torch's order is r, z, n
+LSTM = Cell("lstm", ("h", "c"), 4, 4, 0, (5, 1), True)  # i, f, g, o
+# n, r, z, s: the candidate has n of x and s of h; torch's order is r, z, n
+GRU = Cell("gru", ("h",), 3, 3, 1, (3, 0), False)
 CELLS = {cell.name: cell for cell in (LSTM, GRU)}
 _EVERY = tuple(CELLS.values())
 

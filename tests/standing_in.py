@@ -66,7 +66,7 @@ RESULTS = {
     False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr"),
     True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr"),
 }  # of kernels, forward and backward
-SCRATCH = ("m_ptr", "product_ptr", "moments_hh_ptr", "cell_ptr", "moments_c_ptr", "sums_hh_ptr", "sums_c_ptr")
+SCRATCH = ("m_ptr", "product_ptr", "pairs_hh_ptr", "cell_ptr", "pairs_c_ptr")
 
 
 def stand_in(kernel, grid, **arguments):

@@ -20,8 +20,9 @@ from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_lstm import autotune, indexing, launch
-from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell
+from gpu_lstm.kernels.triton_lstm import autotune, launch
+from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell, output, output_backward
+from gpu_lstm.kernels.triton_lstm.states import load_gates
 
 KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
@@ -181,11 +182,13 @@ def test_beneath_the_modules_only_the_cells_and_two_tables_name_a_cell_and_nothi
 def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S: tl.constexpr):
     """The device half of a cell for N units: four gates, c, c again, m, the gradients of four z and of c before."""
     at = tl.arange(0, N)[None, :]
-    x = indexing.load_gates(x_ptr, at, at < N, N, True)
-    z = indexing.load_gates(z_ptr, at, at < N, N)
+    x = load_gates(x_ptr, at, at < N, N, True)
+    z = load_gates(z_ptr, at, at < N, N)
     c_prev, dm, dc = tl.load(c_ptr + at), tl.load(dm_ptr + at), tl.load(dc_ptr + at)
-    gates, c, m = cell_forward(x, z, c_prev, (), S)
-    dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, (), S)
+    gates, c = cell_forward(x, z, c_prev, (), S)
+    m = output(gates[3], c, S)
+    dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
+    dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, (), S)
     tl.static_assert(c.dtype == tl.float32)
     tl.static_assert(dc_prev.dtype == tl.float32)
     for k in tl.static_range(4):

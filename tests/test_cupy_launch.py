@@ -84,7 +84,7 @@ def test_every_argument_is_as_the_kernel_declares_it(launched, backward, rows, r
     _call(dtype, projected, ragged, backward, rows=rows)
     (kernel, of_dtype, plan), arguments = launched.call_args
     assert (launched.call_count, kernel, of_dtype) == (1, source.KERNELS[backward], dtype)
-    sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTS": plan.partners}
+    sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTNERS": plan.partners}
     sizes["OF_H"] = rows
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
     parameters = _parameters(kernel)

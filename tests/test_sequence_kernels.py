@@ -36,10 +36,10 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
     cooperative(monkeypatch, units=4)
     look = interpreted.look
 
-    def look_late(at, left, GROUPS, SIZE, *strides):
+    def look_late(words, GROUPS, SIZE, *strides):
         if SIZE == 2 and threading.current_thread().index[0] == 0:
             time.sleep(0.1)
-        return look(at, left, GROUPS, SIZE, *strides)
+        return look(words, GROUPS, SIZE, *strides)
 
     monkeypatch.setattr(interpreted, "look", look_late)
     check((4, 2, 3, 11), "always norm-c", "triton", F32, seeds=1)
@@ -107,10 +107,10 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
 count_missing, wait_for_tile = interpreted.count_missing, step_kernels.wait_for_tile
 
 
-def announce_early(at, words, mask):
-    tl.store(at, tl.zeros_like(words), mask=mask)  # the data come later
+def announce_early(word_ptr, words, mask):
+    tl.store(word_ptr, tl.zeros_like(words), mask=mask)  # the data come later
     tl.debug_barrier()
-    exchange.publish(at, words, mask)
+    exchange.publish(word_ptr, words, mask)
 
 
 def any_phase(words, left, phase, SIZE, STRIDE):
