@@ -32,7 +32,7 @@ from . import available
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
-KIND = "races"
+KIND = cache.RACES
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race

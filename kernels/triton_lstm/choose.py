@@ -32,7 +32,7 @@ from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident,
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
 SLOW_S = 2.0  # after which a log line says what is happening
-KIND = "plans"  # of cached results
+KIND = cache.PLANS  # of cached results
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES: dict[type, ModuleType] = {
