@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from .private import driver_version
+
 try:
     import fcntl
 except ImportError:  # Windows has none
@@ -49,7 +51,7 @@ def machine(device: torch.device) -> Key:
     """What results about a device depend on: the card, its driver, and the code that makes and judges kernels."""
     card, driver = str(device.type), None
     if device.type == "cuda":
-        card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
+        card, driver = torch.cuda.get_device_name(device), driver_version()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
         "triton": version_of("triton"), "gpu_lstm": sources("kernels", "backends", "call", "cells", "dispatch"),

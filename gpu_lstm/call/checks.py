@@ -5,10 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..kernels.private import assert_on_device
 from .forms import Form
 from .modes import autocasts, need_the_reference
 from .options import Options
@@ -237,7 +238,7 @@ def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: W
         return
     if not options.one_state:
         check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
-    operator, hx = getattr(_VF, f"{options.cell.name}_cell"), h if options.one_state else state
+    operator, hx = getattr(torch, f"{options.cell.name}_cell"), h if options.one_state else state
     if features == inputs and h.shape == c.shape == expected:
         try:
             return check_alike(x, [state], [[weights]])
@@ -296,9 +297,9 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
         return
     fits = ((lengths >= 0) & (lengths <= steps)).all()
     if torch.compiler.is_compiling():  # a text with the number in it would need a graph for each number
-        torch._assert_async(fits, "Expected lengths from 0 to the number of steps")
+        assert_on_device(fits, "Expected lengths from 0 to the number of steps")
     elif lengths.is_cuda or type(lengths) is not Tensor:  # fake tensors have no values
-        torch._assert_async(fits, f"Expected lengths from 0 to {steps}, the number of steps")
+        assert_on_device(fits, f"Expected lengths from 0 to {steps}, the number of steps")
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

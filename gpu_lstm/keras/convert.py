@@ -19,6 +19,7 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import Traversal
+from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast
 from .kinds import KINDS, Kind, check_equations, import_keras
@@ -282,7 +283,7 @@ def _assign(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str,
     """Set parameters whose names begin so to new(owner, name, parameter); an error or interrupt changes none."""
     every = [(owner, *each) for owner in owners for each in owner.named_parameters(recurse=False)]
     chosen = [each for each in every if each[1].startswith(names)]
-    torch._foreach_copy_([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
+    copy_all([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
 
 
 def _held(module: nn.Module, kinds: tuple[type, ...], what: str) -> list:

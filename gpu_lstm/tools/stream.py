@@ -11,6 +11,7 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from ..backends.layers import NOTHING
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
+from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
@@ -140,7 +141,7 @@ class Stream:
         self._check_for_each("index", index, torch.int64, torch.int32)
         outside = ((index < 0) | (index >= self.batch)).any()
         if index.is_cuda:
-            torch._assert_async(~outside, f"Expected index from 0 to {self.batch - 1}")
+            assert_on_device(~outside, f"Expected index from 0 to {self.batch - 1}")
         elif outside:
             raise ValueError(f"Expected index from 0 to {self.batch - 1}, got {index.tolist()}")
         self._update(_each(lambda t: t.index_select(-2, index), self._state))
@@ -193,7 +194,7 @@ class Stream:
         before, after = [t for state in self._state for t in state], [t for state in states for t in state]
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
             with torch.no_grad():
-                torch._foreach_copy_(before, after)
+                copy_all(before, after)
         else:
             self._state = states
 

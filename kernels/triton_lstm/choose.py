@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 
 from .. import cache
 from ..cards import Card
+from ..private import load_kernel
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
@@ -209,7 +210,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
     """
     with errors_as_of_torch():
         compiled = kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
-        compiled._init_handles()
+        load_kernel(compiled)
     return compiled
 
 
