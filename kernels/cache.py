@@ -60,7 +60,7 @@ def machine(device: torch.device) -> Key:
 
 @functools.cache
 def sources(*names: str) -> str:
-    """A digest of folders of this package, in a wheel as in a checkout: what they decided ends when they are edited."""
+    """A digest of this package's folders: an edit ends what they decided. A wheel and a checkout have the same."""
     digest = hashlib.sha256()
     for root in map(Path, sys.modules[__package__.rpartition(".")[0]].__path__):  # two in a checkout, for the kernels
         for file in sorted(file for name in names for file in (root / name).rglob("*.*")):
@@ -71,7 +71,7 @@ def sources(*names: str) -> str:
 
 
 def cudnn_version() -> int | str | None:
-    """The version of cuDNN, or what torch says of one that it cannot use: another's library, or too new for a card."""
+    """The version of cuDNN, or torch's error if it cannot use the one that it finds."""
     try:
         return torch.backends.cudnn.version()
     except RuntimeError as error:
@@ -92,7 +92,7 @@ def read(kind: str, key: Key) -> Any:
 
 
 def write(kind: str, key: Key, value: Any, held: contextlib.ExitStack | None = None) -> bool:
-    """Write a result; return whether that succeeded. Until `held` is left its file is locked: there is none yet."""
+    """Write a result; return whether that succeeded. With `held` its file is locked, and unread, until that is left."""
     ours = folder()
     try:
         if ours is None:
@@ -121,7 +121,7 @@ def write(kind: str, key: Key, value: Any, held: contextlib.ExitStack | None = N
 
 @contextlib.contextmanager
 def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
-    """A block that may end the process. If it does, the value is the result from then on; the block writes another.
+    """A block that may end the process. If it does, `value` is the result; if not, the block writes another.
 
     Meanwhile the result's file is locked, so that processes that try the same at once do not see it. The system unlocks
     it when the process ends, in whatever way. If the block raises, there is no result.

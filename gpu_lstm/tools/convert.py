@@ -29,7 +29,7 @@ _THEIRS: Classes = {ours: torchs for table in (_OURS, _INSTANCES) for torchs, ou
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# Types cannot say "exactly this class": a type checker takes a subclass, which is left alone, as converted too.
+# Types cannot say "exactly this class": to a type checker a subclass, which is left alone, is converted, too.
 @overload
 def convert(model: TorchLSTM, compat: bool = False) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
@@ -46,12 +46,12 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
     objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
     LSTMModule and GRUModule, which need instances of torch's classes, they become a compat.LSTM and compat.GRU. The
-    logger "gpu_lstm" reports at INFO what was swapped or left; a UserWarning says if nothing was, and no module of
-    gpu_lstm was there before.
+    logger "gpu_lstm" reports at INFO what was swapped or left; a UserWarning says if the model had nothing to swap, and
+    no module of gpu_lstm either.
 
     Args:
-        compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM, every GRU a compat.GRU; those
-            of gpu_lstm, too, with their arguments.
+        compat: swap every LSTM, also of gpu_lstm, for a compat.LSTM, which is an instance of torch.nn.LSTM, and every
+            GRU for a compat.GRU.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
