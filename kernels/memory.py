@@ -60,7 +60,7 @@ def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
 
 
 def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor) -> dict[str, Tensor]:
-    """The buffers of a launch over T = `steps`, on the device of a tensor."""
+    """The buffers of a launch over T = `steps`, on the device of `like`."""
     tensors, usual = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
         size = size if times is None else (steps + times, *size)
@@ -91,7 +91,7 @@ def checked() -> Iterator[None]:
         yield
     finally:
         if outermost:
-            del checking.on  # this thread's, not what holds for all
+            del checking.on  # this thread's attribute; the class's is False
 
 
 class WroteOutside(RuntimeError):
@@ -100,12 +100,12 @@ class WroteOutside(RuntimeError):
 
 @contextlib.contextmanager
 def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Around a launch: its arguments with copies of tensors that have margins; what was written is copied back.
+    """A block for a launch: its arguments, with tensors copied between margins; afterwards they are copied back.
 
     Error words are passed as they are: the host reads them at any time.
 
     Raises:
-        WroteOutside: a margin has changed; with the kernel, the buffer, its size, and how far outside it was written.
+        WroteOutside: a margin has changed. It names the kernel and the buffer, and how far outside it was written.
     """
     tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and not t.is_meta and "error" not in n}
     wide = {name: _with_margins(t.detach()) for name, t in tensors.items()}

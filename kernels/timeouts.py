@@ -88,7 +88,7 @@ def spare_multiprocessors(count: int) -> int:
     return int(text)
 
 
-_whole_card = False  # whether a plan may have been made for all of it, as there was one rank
+_whole_card = False  # whether a plan may use all of it, since there was one rank when it was made
 
 
 def _several_ranks() -> bool:
@@ -159,7 +159,7 @@ def _report_at_exit() -> None:
     for device, words in _words.items():
         if words.process != os.getpid():  # a forked child, whose parent reports it
             continue
-        # Without waiting: a kernel of NCCL whose peer is gone never ends, and nobody has results that are not there.
+        # Without waiting: a kernel of NCCL whose peer is gone never ends. A launch that still runs has no results.
         try:
             raise_if_timed_out(device)
         except RuntimeError as error:

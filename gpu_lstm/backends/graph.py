@@ -20,9 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import Recording, constant_when_traced, gradients_are_differentiated, recurrent_precision
@@ -30,6 +27,7 @@ from ..call.noise import Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
+from ..kernels import private
 from ..kernels.cells import cell_of
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
@@ -41,7 +39,7 @@ _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
 # As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
 _names = (__name__.split(".backends")[0].replace(".", "_") + f"_{n}" * (n > 1) for n in itertools.count(1))
-NAMESPACE = next(name for name in _names if not torch._C._jit_get_schemas_for_operator(f"{name}::layer"))
+NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.
 NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
@@ -65,7 +63,7 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, 
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"
         )
-    if torch.compiler._is_exporting_flag:  # torch 2.9 folds the function that reads it to True
+    if private.is_exporting():
         _tell_what_a_program_needs()
 
     def operator(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
@@ -111,7 +109,7 @@ def gradients_of(
     if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *tensors, *gradients]):
         run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
         # Other transforms do not accept the wrappers of those that have ended.
-        tensors = [None if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
+        tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
         return reference.gradients(run, tensors, gradients, needed)
     with torch.no_grad():
         those_needed = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(tensors)))
@@ -120,7 +118,7 @@ def gradients_of(
 
 def are_batched(gradients: Sequence[Tensor | None]) -> bool:
     """Whether autograd propagates several at once (`is_grads_batched`): by a vmap of its own, not torch.func's."""
-    return any([d is not None and _functorch.is_legacy_batchedtensor(d) for d in gradients])
+    return any([d is not None and private.is_batched(d) for d in gradients])
 
 
 def _kernels_for(inputs: Inputs, reverse: bool, backend: Backend) -> Layer:
@@ -159,10 +157,9 @@ def _with_autograd(
 @contextlib.contextmanager
 def _apart(x: Tensor, record: bool) -> Iterator[None]:
     """A block inside an operator, where autograd is off: turned on if `record`; no autocast; on x's device."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with (
-        torch._C._ForceDispatchKeyGuard(include, exclude & torch._C._after_autograd_keyset),
-        torch.set_grad_enabled(record), torch.autocast(x.device.type, enabled=False),
+        private.autograd_inside_an_operator(), torch.set_grad_enabled(record),
+        torch.autocast(x.device.type, enabled=False),
         torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext(),
     ):  # fmt: skip
         yield
@@ -237,12 +234,13 @@ class InTransforms(torch.autograd.Function):
 
 def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
-    flat, spec = tree_flatten(arguments)
-    dims = _broadcast_to_and_flatten(in_dims, spec)
-    every = []
-    for k in range(info.batch_size):
-        one = [t if dim is None else t.select(dim, k) for t, dim in zip(flat, dims)]  # type: ignore[arg-type]
-        every.append(operator(*tree_unflatten(one, spec)))
+
+    def part(k: int, of: Any, dims: Any) -> Any:
+        if isinstance(of, list):
+            return [part(k, *each) for each in zip(of, dims or [None] * len(of))]
+        return of if dims is None else of.select(dims, k)
+
+    every = [operator(*part(k, [*arguments], in_dims)) for k in range(info.batch_size)]
     kind = type(every[0])  # a tuple or a list
     results = kind(torch.stack(tensors) for tensors in zip(*every))
     return results, kind([0]) * len(results)
@@ -281,7 +279,7 @@ def _backward_flops(
 
 def count_flops() -> None:
     """Register the operators with every open FlopCounterMode, whose registry is a copy made when it was created."""
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in private.dispatch_modes():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None:
             registry.setdefault(OPERATOR.overloadpacket, _forward_flops)

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.autograd.profiler as profiler
 from torch import Tensor
 
 from ..call.checks import is_exact
@@ -15,6 +14,7 @@ from ..call.options import Options
 from ..call.prepare import Call
 from ..call.sequences import without_padding
 from ..call.weights import State, Weights
+from ..kernels.private import is_profiled
 
 RunLayer = Callable[[int, Tensor, Sequence[Noise]], tuple[Tensor, list[State]]]
 """run(k, x [T, B, I], noise [D]): output [T, B, D*P] and final states [D] of layer k."""
@@ -50,7 +50,7 @@ def by_direction(call: Call, backend: str, rows: list[State], run: RunDirection)
             way = traversal if traversal.reset_states is None else traversal.of(row)
             if d:
                 way = way.backwards()
-            if profiler._is_profiler_enabled:
+            if is_profiled():
                 with named(k, d, backend):
                     y, state = run(row, x, rows[row], weights, way, noise[d])
             else:  # a context that does nothing costs two calls
@@ -96,7 +96,7 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
 
     Layers are numbered from the bottom. Direction 1 is the reverse one; None: all.
     """
-    if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
+    if not is_profiled() or torch.compiler.is_compiling():
         return NOTHING
     way = {None: "", 0: " forward", 1: " reverse"}[direction]
-    return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
+    return torch.profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")

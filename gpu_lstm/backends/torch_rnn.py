@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..call.checks import is_exact
@@ -27,11 +27,11 @@ from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell, cell_of
+from ..kernels.private import storage_of
 from .layers import by_direction, cast, named, one_after_another, without_autocast
 from .torch_resets import with_resets
 
-# Here, since looking up an attribute of _VF takes a microsecond.
-lstm, gru, lstm_cell, gru_cell = _VF.lstm, _VF.gru, _VF.lstm_cell, _VF.gru_cell
+lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
 
 
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
@@ -103,7 +103,7 @@ def stack(
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
-    if x.is_cuda and not is_transformed() and len({t.untyped_storage()._cdata for t in flat}) > 1:
+    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:
         flat = packed(flat)
     bias = layers[0][0].bias_ih is not None
     if not training:

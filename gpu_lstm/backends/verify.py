@@ -30,7 +30,7 @@ from . import fused, reference, torch_rnn
 from .fused import Saved, noise_of, traversal_of, weights_of
 from .reference import Steps
 
-KIND = "checks"
+KIND = cache.CHECKS
 STEPS = 4  # T, where there is more than one
 ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
 AGAIN = "`python -m gpu_lstm races --clear` forgets that"

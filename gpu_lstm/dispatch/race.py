@@ -15,7 +15,6 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.profiler as profiler
 
 from ..backends import verify
 from ..call import choices
@@ -26,13 +25,14 @@ from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache
+from ..kernels.private import default_store, is_profiled
 from ..kernels.problem import Problem
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multiprocessors
 from . import available
 from .kind import Kind, describe, size_class
 from .route import Decision, build, run_by
 
-KIND = "races"
+KIND = cache.RACES
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
@@ -98,9 +98,8 @@ def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
         return decision
-    store = distributed.distributed_c10d._get_default_store()
     ours = json.dumps((decision.backend.value, *decision[1:]))
-    backend, *rest = json.loads(store.compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", ours))
+    backend, *rest = json.loads(default_store().compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", ours))
     return Decision(Backend(backend), *rest)
 
 
@@ -151,7 +150,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     except RuntimeError as error:  # kernels time out, which shows after the launch
         return lost(able.value, error)
     decision, is_certain = judge(times, expected)
-    if is_certain and not (profiler._is_profiler_enabled or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
+    if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
         cache.write(KIND, _key(kind, able, call.x.device), value)
     return decision

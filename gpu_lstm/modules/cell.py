@@ -15,8 +15,9 @@ from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
 from ..dispatch.run import run
+from ..kernels.private import fx_is_tracing
 from .arguments import Checked, accepted, norms_of, repr_of, scriptable
-from .tracing import FX, traced
+from .tracing import traced
 from .variants import OF_CELLS, HasVariants, weights_of
 
 
@@ -75,7 +76,7 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
                 that supports no peepholes or layer norm.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+        if type(input) is not Tensor or fx_is_tracing():
             instead = traced(self, input, hx)
             if instead is not None:
                 return instead
@@ -140,7 +141,7 @@ class GRUCell(Checked, RNNCellBase):
             ValueError, RuntimeError, TypeError: as torch.nn.GRUCell, in its words.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+        if type(input) is not Tensor or fx_is_tracing():
             instead = traced(self, input, hx)
             if instead is not None:
                 return instead

@@ -13,11 +13,10 @@ from ..call.options import Options
 from ..call.prepare import prepare
 from ..call.weights import Weights
 from ..dispatch.run import run
+from ..kernels.private import compiler_callback, fx_is_tracing
 from .arguments import NOT_OF_TORCH, Checked, accepted, no_mask, repr_of
-from .tracing import FX, in_eager_mode, traced
+from .tracing import in_eager_mode, traced
 from .variants import weights_of
-
-_compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback  # returns None outside of what torch.compile made
 
 
 class Recurrent(Checked):
@@ -97,7 +96,7 @@ class Recurrent(Checked):
                 recurrent dropout, zoneout or peepholes. TypeError for a mask.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+        if type(input) is not Tensor or fx_is_tracing():
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
             if instead is not None:
                 return instead
@@ -127,6 +126,6 @@ class NotCompiled(Recurrent):
 
         def forward(self, input, hx=None, lengths=None, resets=None, reset_states=None, mask=None):
             arguments = self, input, hx, lengths, resets, reset_states, mask
-            if torch.compiler.is_dynamo_compiling() or not _compiler():
+            if torch.compiler.is_dynamo_compiling() or not compiler_callback():
                 return Recurrent.forward(*arguments)
             return in_eager_mode(Recurrent.forward, *arguments)

@@ -14,10 +14,11 @@ from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.run import run
+from ..kernels.private import fx_is_tracing
 from .arguments import REGULARISERS, Called, Checked, check_size, layer_sizes, norms_of
 from .gru import GRU
 from .lstm import LSTM
-from .tracing import FX, traced
+from .tracing import traced
 from .variants import OF_LAYERS, weights_of
 
 
@@ -87,7 +88,7 @@ class Stack(Checked, nn.Module):
             ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is not such
                 a list, such as torch's (h_0, c_0); RuntimeError for a wrong number of them, or wrong sizes.
         """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+        if type(input) is not Tensor or fx_is_tracing():
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
             if instead is not None:
                 return instead

@@ -11,6 +11,7 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from ..backends.layers import NOTHING
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
+from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
@@ -73,7 +74,7 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """A copy of the state after the last step, as `module` returns it. To continue from another, set it, as hx."""
+        """A copy of the state after the last step, as `module` returns it. Set it, as hx, to continue from another."""
         return self._as_hx(_each(torch.clone, self._state))
 
     @state.setter
@@ -81,7 +82,7 @@ class Stream:
         self._update(_each(torch.clone, self._accepted(hx)))
 
     def _accepted(self, hx: Any) -> list[Held]:
-        """What `module` would begin a step with, checked as its call does."""
+        """The states that `module` would begin with, checked as its call checks hx."""
         module = self.module
         if hx is not None and isinstance(module, LSTM):
             check_pair(hx)
@@ -140,7 +141,7 @@ class Stream:
         self._check_for_each("index", index, torch.int64, torch.int32)
         outside = ((index < 0) | (index >= self.batch)).any()
         if index.is_cuda:
-            torch._assert_async(~outside, f"Expected index from 0 to {self.batch - 1}")
+            assert_on_device(~outside, f"Expected index from 0 to {self.batch - 1}")
         elif outside:
             raise ValueError(f"Expected index from 0 to {self.batch - 1}, got {index.tolist()}")
         self._update(_each(lambda t: t.index_select(-2, index), self._state))
@@ -155,7 +156,7 @@ class Stream:
             raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {value.device}")
 
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """A step or a chunk of the sequences that are active, and the states after it."""
+        """Run a step or a chunk, and update the states of sequences that are active."""
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, after = self.module(chunk, self._as_hx(self._state))
@@ -189,11 +190,11 @@ class Stream:
         return graph.replay().clone()
 
     def _update(self, states: list[Held]) -> None:
-        """At once, so that an interrupt leaves the states of one step; in place on CUDA, where a graph reads them."""
+        """Set all states at once, so that an interrupt mixes no steps; in place on CUDA, where a graph reads them."""
         before, after = [t for state in self._state for t in state], [t for state in states for t in state]
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
             with torch.no_grad():
-                torch._foreach_copy_(before, after)
+                copy_all(before, after)
         else:
             self._state = states
 

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from .. import cache
 from ..cards import Card
 from ..ordering import in_order
+from ..private import load_kernel
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
@@ -34,7 +35,7 @@ from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident,
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
 SLOW_S = 2.0  # after which a log line says what is happening
-KIND = "plans"  # of cached results
+KIND = cache.PLANS  # of cached results
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES: dict[type, ModuleType] = {
@@ -238,7 +239,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
     """
     with errors_as_of_torch():
         compiled = kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
-        compiled._init_handles()
+        load_kernel(compiled)
     return compiled
 
 
