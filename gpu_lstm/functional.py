@@ -9,7 +9,7 @@ from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State, Weights
-from .dispatch.run import run
+from .dispatch.route import run
 
 
 def lstm_layer(
@@ -58,8 +58,7 @@ def lstm_layer(
         "lstm_layer", (hidden,), named.weight_peephole is not None, norms, features, named.bias_ih is not None,
         None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
-    y, states = run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
-    return y, states[0]
+    return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
 
 
 def gru_layer(
@@ -93,6 +92,4 @@ def gru_layer(
     options = options_of(
         *Arguments("gru_layer", (hidden,), False, (), features, named.bias_ih is not None, name, reverse=reverse)
     )
-    call = prepare(options, [[named]], x, hx, lengths, resets, reset_states)
-    y, states = run(call)
-    return y, call.states_out(states)
+    return run(prepare(options, [[named]], x, hx, lengths, resets, reset_states))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .dispatch.run import forget
+from .dispatch.route import forget
 from .kernels import cache
 
 

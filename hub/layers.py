@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .call.options import Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State
-from .dispatch.run import run
+from .dispatch.route import run
 from .modules.tracing import traced
 from .modules.variants import weights_of
 
@@ -49,9 +49,7 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
     sizes = (module.hidden_size,) * module.num_layers
     asked = Arguments(module.mode, sizes, False, (), module.input_size, module.bias, None, module.bidirectional,
                       module.batch_first, module.training, module.dropout, proj_size=module.proj_size)  # fmt: skip
-    call = prepare(options := options_of(*asked), weights_of(module, options.names), input, hx)
-    y, states = run(call)
-    return call.form.output(y), call.states_out(states)
+    return run(prepare(options := options_of(*asked), weights_of(module, options.names), input, hx))
 
 
 _in_eager_mode = torch._disable_dynamo(_called)

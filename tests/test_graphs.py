@@ -272,7 +272,7 @@ def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_fl
 NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
 
 
-def given_to(words, device, backend) -> tuple[list, bool]:
+def given_to(words, device) -> tuple[list, bool]:
     """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
     if words == "both directions":
         lstm = nn.LSTM(3, 5, bidirectional=True, device=device).requires_grad_(False)
@@ -281,8 +281,7 @@ def given_to(words, device, backend) -> tuple[list, bool]:
         return [*Inputs(torch.randn(2, 2, 3, device=device), *states, *first), *second], False
     projected = words and "norm" not in words and "gru" not in words
     given = inputs_of((2, 2, 3, 5, *([2] if projected else [])), words)
-    if backend == "triton":  # states are [1, B, *]
-        given = given._replace(h0=given.h0[None], c0=given.c0[None])
+    given = given._replace(h0=given.h0[None], c0=given.c0[None])  # [1, B, *]
     return [None if t is None else t.to(device) for t in given], "reverse" in words
 
 
@@ -300,7 +299,7 @@ def learnt(given) -> list[bool]:
 ])  # fmt: skip
 def test_an_operator(words, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
-    (given, reverse), recompute = given_to(words, device, backend), backend == "triton" and "norm" not in words
+    (given, reverse), recompute = given_to(words, device), backend == "triton" and "norm" not in words
     torch.library.opcheck(graph.OPERATOR, (reverse, backend, False, recompute, *given))
     there = learnt(given)
     leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)]
@@ -313,7 +312,7 @@ def test_an_operator(words, backend, device):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
-    given, reverse = given_to("ragged resets reverse", device, "triton")
+    given, reverse = given_to("ragged resets reverse", device)
     h, h_n, c_n, *kept = graph.OPERATOR(reverse, "triton", True, recompute, *given)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     before, needed = [t.nan_to_num() for t in kept], learnt(given)

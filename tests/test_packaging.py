@@ -257,5 +257,5 @@ def test_imports_have_no_circle():
     for path in files:
         place = path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
         modules[f"gpu_lstm.{place}" if place.startswith("kernels") else place] = path
-    assert imported_by(ROOT / "gpu_lstm/races.py", modules) == {"gpu_lstm.dispatch.run", "gpu_lstm.kernels.cache"}
+    assert imported_by(ROOT / "gpu_lstm/races.py", modules) == {"gpu_lstm.dispatch.route", "gpu_lstm.kernels.cache"}
     graphlib.TopologicalSorter({name: imported_by(path, modules) for name, path in modules.items()}).prepare()

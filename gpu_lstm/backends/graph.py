@@ -25,17 +25,21 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import Recording, constant_when_traced, gradients_are_differentiated, recurrent_precision
-from ..call.noise import Noise
+from ..call.modes import (
+    Recording,
+    are_batched,
+    constant_when_traced,
+    gradients_are_differentiated,
+    recurrent_precision,
+)  # fmt: skip
 from ..call.prepare import Call
-from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import cell_of
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved, traversal_of, weights_of
-from .layers import by_direction, cast, one_after_another, without_autocast
+from .layers import Part, cast, run_layers, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
@@ -59,7 +63,7 @@ BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
 
 
 def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and the final states as Call.states."""
+    """All layers of a call that is laid out, in `dtype`, by operators: output [T, B, D*P] and states as Call.states."""
     if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
@@ -68,27 +72,29 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, 
     if torch.compiler._is_exporting_flag:  # torch 2.9 folds the function that reads it to True
         _tell_what_a_program_needs()
 
-    def operator(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
-        save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
-        with without_autocast(call):
-            h, h_n, c_n, *_ = OPERATOR(reverse, backend.value, save, call.options.recompute, *tensors)
-        return h, (h_n, c_n)
+    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.torch_has_it:
+        call = call._replace(x=call.x.to(dtype))
+        return torch_rnn.layer_by_layer(call, dtype, partial(_both_directions, call, dtype))
+    return run_layers(call, dtype, backend.value, partial(_run_part, call, dtype, backend))
 
-    def direction(
-        _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
-    ) -> tuple[Tensor, State]:
-        return operator(fused.inputs_of(*cast(x, state, weights, dtype), traversal, noise), traversal.reverse)
 
-    def both_directions(x: Tensor, state: State, weights: list[Weights]) -> tuple[Tensor, State]:
-        x, state, first = cast(x, state, weights[0], dtype)
-        second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
-        return operator([*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
+def _run_part(call: Call, dtype: torch.dtype, backend: Backend, part: Part) -> tuple[Tensor, State]:
+    return _ask(call, backend, fused.inputs_of(part.to(dtype)), part.traversal.reverse)
 
-    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.role != "layer":
-        return torch_rnn.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
-    rows = call.kernel_rows() if backend in KERNEL_BACKENDS else call.state_rows()
-    y, rows = one_after_another(call, dtype, by_direction(call, backend.value, rows, direction))
-    return y, call.pack_rows(rows)
+
+def _both_directions(
+    call: Call, dtype: torch.dtype, x: Tensor, state: State, weights: list[Weights]
+) -> tuple[Tensor, State]:
+    x, state, first = cast(x, state, weights[0], dtype)
+    second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
+    return _ask(call, Backend.TORCH, [*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
+
+
+def _ask(call: Call, backend: Backend, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
+    save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
+    with without_autocast(call):
+        h, h_n, c_n, *_ = OPERATOR(reverse, backend.value, save, call.options.recompute, *tensors)
+    return h, (h_n, c_n)
 
 
 @constant_when_traced
@@ -118,11 +124,6 @@ def gradients_of(
     return [next(those_needed) if need else None for need in needed]
 
 
-def are_batched(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether autograd propagates several at once (`is_grads_batched`): by a vmap of its own, not torch.func's."""
-    return any([d is not None and _functorch.is_legacy_batchedtensor(d) for d in gradients])
-
-
 def _kernels_for(inputs: Inputs, reverse: bool, backend: Backend) -> Layer:
     problem = problem_of(inputs, reverse, recurrent_precision(inputs.x.dtype))
     return verify.layer_of(backend, problem, inputs.x.device)
@@ -134,17 +135,19 @@ def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) ->
     x, h0, c0, *_ = inputs
     directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
-        if h0.dim() == 3:
+        traversal = traversal_of(inputs, reverse)
+        if traversal.is_plain() and not reverse:
             cell = cell_of(len(inputs.weight_hh), c0.shape[-1])
             h, (h_n, c_n) = torch_rnn.stack(cell, x, (h0, c0), [directions])
         else:
-            h, (h_n, c_n) = torch_rnn.run_layer(x, (h0, c0), directions[0], traversal_of(inputs, reverse))
+            h, (h_n, c_n) = torch_rnn.run_layer(x, (h0, c0), directions[0], traversal)
         return h, h_n, c_n
     if len(directions) == 1:
         return reference.run_inputs(inputs, reverse)
-    parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *weights), d == 1) for d, weights in enumerate(directions)]
+    rows = zip(h0.split(1), c0.split(1), directions)
+    parts = [reference.run_inputs(Inputs(x, *state, *weights), d == 1) for d, (*state, weights) in enumerate(rows)]
     hs, h_ns, c_ns = zip(*parts)
-    return torch.cat(hs, 2), torch.stack(h_ns), torch.stack(c_ns)
+    return torch.cat(hs, 2), torch.cat(h_ns), torch.cat(c_ns)
 
 
 def _with_autograd(
@@ -183,8 +186,7 @@ def _forward(reverse, backend, save, recompute, *tensors):
 
 
 def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
-    directions = h0.shape[0] if h0.dim() == 3 else 1
-    h = x.new_empty(*x.shape[:-1], directions * h0.shape[-1])
+    h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
     by_kernels = Backend(backend) in KERNEL_BACKENDS and save
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
     c = c0.new_empty((*x.shape[:2], c0.shape[-1]) if by_kernels else (0,), dtype=torch.float32)

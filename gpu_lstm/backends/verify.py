@@ -10,6 +10,7 @@ dtype. Nothing may be written outside a launch's tensors. The verdict is cached 
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from math import ceil
 from typing import Any, cast
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..call.choices import Backend
+from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import EXACT, alone, products
 from ..call.weights import Weights
 from ..kernels import cache
@@ -47,6 +48,14 @@ def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     layer: Layer = launcher.layer_of(problem, device, verify)
     layer.backend = backend.value  # as the operators of graph.py name it
     return layer
+
+
+def forget() -> None:
+    """Choose all plans again."""
+    for backend in KERNEL_BACKENDS:
+        launcher = sys.modules.get(f"{cache.__package__}.{backend.value}_lstm.launch")
+        if launcher is not None:
+            launcher.forget()
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
@@ -194,10 +203,10 @@ class Small:
         learns, dtype = self.pass_.backward, dtype or self.problem.dtype
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
-        h, (h_n, c_n) = run(g.x, (g.h0[0], g.c0[0]), weights_of(g), traversal_of(g, self.problem.reverse))
+        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), weights_of(g), traversal_of(g, self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
-        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n[None]), self.output_gradients) if d is not None]
+        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
         wanted = {name: t for name in COMPARED if (t := getattr(g, name)) is not None}
         gradients = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, gradients)}

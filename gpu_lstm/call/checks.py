@@ -160,7 +160,7 @@ def check_states(states: Any, layers: int, name: str, error: type[Exception]) ->
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
     """Raise, in torch's words, unless x [..., I] has the features and, if it is given, the dtype of the first layer."""
-    if options.role not in ("module", "stack"):
+    if not options.of_rnn_base:
         return
     weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih
     if weight is not None and (x.shape[-1] != options.input_size or (x.dtype is not weight.dtype and not autocasts(x))):

@@ -78,6 +78,11 @@ class Options:
         self.blocks = (self.directions,) * len(self.sizes) if self.role == "stack" else (self.rows,)
         # Whether these tensors have rows at all: states of one layer and direction are [B, *] elsewhere.
         self.leading = self.role == "module" or (self.role == "stack" and self.directions == 2)
+        self.one_row = self.leading and self.rows == 1  # as they are laid out
+        self.one_step = self.role == "cell"
+        self.as_given = self.role in ("module", "cell")  # torch's own operator takes x and states as a user has them
+        self.torch_has_it = self.role != "layer"
+        self.of_rnn_base = self.role in ("module", "stack")  # it says what an input has to be
         self.names = _names(a, self.role, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         tensors = len(NAMES) if self.role == "layer" else len(self.names[0][0])

@@ -14,7 +14,7 @@ from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
-from ..dispatch.run import run
+from ..dispatch.route import run
 from .arguments import Checked, accepted, norms_of, repr_of, scriptable
 from .tracing import FX, traced
 from .variants import OF_CELLS, HasVariants, weights_of
@@ -80,8 +80,7 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
             if instead is not None:
                 return instead
         options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx)
-        return call.states_out(run(call)[1])
+        return run(prepare(options, weights_of(self, options.names), input, hx))[1]
 
     def _options(self) -> Options:
         """From the attributes as they are now."""
@@ -145,8 +144,7 @@ class GRUCell(Checked, RNNCellBase):
             if instead is not None:
                 return instead
         options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx)
-        return call.states_out(run(call)[1])
+        return run(prepare(options, weights_of(self, options.names), input, hx))[1]
 
     def _options(self) -> Options:
         """From the attributes as they are now."""

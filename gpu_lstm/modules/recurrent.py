@@ -12,7 +12,7 @@ from ..call.choices import BackendName
 from ..call.options import Options
 from ..call.prepare import prepare
 from ..call.weights import Weights
-from ..dispatch.run import run
+from ..dispatch.route import run
 from .arguments import NOT_OF_TORCH, Checked, accepted, no_mask, repr_of
 from .tracing import FX, in_eager_mode, traced
 from .variants import weights_of
@@ -104,9 +104,7 @@ class Recurrent(Checked):
         if mask is not None:
             raise TypeError(no_mask(self.mode))
         options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
-        y, states = run(call)
-        return call.form.output(y), call.states_out(states)
+        return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""

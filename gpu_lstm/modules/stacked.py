@@ -13,7 +13,7 @@ from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State, Weights
-from ..dispatch.run import run
+from ..dispatch.route import run
 from .arguments import REGULARISERS, Called, Checked, check_size, layer_sizes, norms_of
 from .gru import GRU
 from .lstm import LSTM
@@ -91,9 +91,7 @@ class Stack(Checked, nn.Module):
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
             if instead is not None:
                 return instead
-        call = prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states)
-        y, states = run(call)
-        return call.form.output(y), call.states_out(states)
+        return run(prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states))
 
     def _options(self) -> Options:
         """From the attributes as they are now."""

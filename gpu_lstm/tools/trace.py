@@ -10,6 +10,7 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ..backends.reference import Steps
+from ..backends.run import Route, run_by
 from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.prepare import prepare
@@ -18,7 +19,6 @@ from ..cells import EQUATIONS
 from ..cells.gru import Gates as GRUGates
 from ..cells.lstm import Gates as LSTMGates
 from ..dispatch.kind import dtype_of
-from ..dispatch.route import Route, run_by
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import recast
 
@@ -83,11 +83,11 @@ def trace(
         check_tensor(x, "x")
     record: list[Steps] = []
     call = prepare(module._options(), module._weights(), x, hx, lengths, resets, reset_states)
-    y, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
+    output, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
     directions = call.options.directions
     named = [EQUATIONS[call.options.cell.name].gates_of(*steps) for steps in record]
     layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     if isinstance(x, PackedSequence):
         lengths = pad_packed_sequence(x)[1].to(x.data.device)
         layers = [[type(gates)(*map(call.form.state_out, gates)) for gates in layer] for layer in layers]
-    return Trace(call.form.output(y), call.states_out(states), layers, None if lengths is None else lengths.reshape(-1))
+    return Trace(output, states, layers, None if lengths is None else lengths.reshape(-1))

@@ -87,7 +87,7 @@ def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
     rows.view(torch.int32)[..., ceil(p.hidden * p.size / 4) :] = 0
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
     """The layer of a problem on a device; every call returns the same one.
 
