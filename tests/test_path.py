@@ -10,7 +10,7 @@ import pytest
 COUNT = Path(__file__).parents[1] / "checks/path_count.py"
 PATH = """
 gpu_lstm/modules/recurrent.py Recurrent.forward
-  gpu_lstm/modules/lstm.py LSTM._options
+  gpu_lstm/modules/recurrent.py Recurrent._options
     gpu_lstm/call/options.py options_of
   gpu_lstm/modules/variants.py weights_of
   gpu_lstm/call/prepare.py prepare
@@ -26,13 +26,12 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
   gpu_lstm/dispatch/route.py run
     gpu_lstm/dispatch/route.py route_of
     gpu_lstm/backends/run.py run_by
-      gpu_lstm/call/prepare.py Call.laid_out
       gpu_lstm/backends/schedule.py run_call
         gpu_lstm/backends/layers.py run_layers
           gpu_lstm/backends/autograd.py run_layer
             gpu_lstm/backends/fused.py inputs_of
             gpu_lstm/backends/fused.py forward
-              gpu_lstm/cells/lstm.py input_product
+              gpu_lstm/equations/lstm.py input_product
               kernels/layer.py Layer.forward
                 kernels/timeouts.py raise_if_timed_out
                 kernels/problem.py steps_of
@@ -49,16 +48,16 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
         gpu_lstm/call/forms.py Padded.output
 """
 COUNTS = """
-T=1, inference: 38 calls, 20 files, 26 changes, 7 returns, 10 frames
-T=1, training: 68 calls, 22 files, 42 changes, 21 returns, 11 frames
-T=128, inference: 40 calls, 22 files, 29 changes, 8 returns, 12 frames
-T=128, training: 73 calls, 24 files, 48 changes, 25 returns, 13 frames
-lengths, inference: 46 calls, 22 files, 32 changes, 11 returns, 12 frames
-lengths, training: 81 calls, 24 files, 53 changes, 30 returns, 13 frames
-resets, inference: 45 calls, 22 files, 32 changes, 11 returns, 12 frames
-resets, training: 79 calls, 24 files, 51 changes, 28 returns, 13 frames
-two layers, bidirectional, inference: 98 calls, 23 files, 73 changes, 51 returns, 12 frames
-two layers, bidirectional, training: 232 calls, 24 files, 149 changes, 126 returns, 13 frames
+T=1, inference: 37 calls, 19 files, 24 changes, 6 returns, 10 frames
+T=1, training: 67 calls, 21 files, 40 changes, 20 returns, 11 frames
+T=128, inference: 39 calls, 21 files, 27 changes, 7 returns, 12 frames
+T=128, training: 72 calls, 23 files, 46 changes, 24 returns, 13 frames
+lengths, inference: 45 calls, 21 files, 30 changes, 10 returns, 12 frames
+lengths, training: 80 calls, 23 files, 51 changes, 29 returns, 13 frames
+resets, inference: 44 calls, 21 files, 30 changes, 10 returns, 12 frames
+resets, training: 78 calls, 23 files, 49 changes, 27 returns, 13 frames
+two layers, bidirectional, inference: 98 calls, 22 files, 72 changes, 51 returns, 12 frames
+two layers, bidirectional, training: 232 calls, 23 files, 148 changes, 126 returns, 13 frames
 """
 
 

@@ -27,7 +27,9 @@ def run_layer(layers: Sequence[Layer], recompute: bool, modes: Modes, part: Part
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
         return h, (h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype))
     if modes.transforms != Transforms.NONE:
-        h, h_n, c_n, *_ = graph.InTransforms.apply(layer.problem.reverse, layer.backend, True, recompute, *inputs)
+        h, h_n, c_n, *_ = graph.InTransforms.apply(
+            layer.problem.cell, layer.problem.reverse, layer.backend, True, recompute, *inputs
+        )
     else:
         count = len(inputs)
         while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
@@ -55,8 +57,8 @@ class LSTMLayer(torch.autograd.Function):
         (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
         every, kept = (h, gates, c, *tensors, *output_gradients), (h, gates, c)
         if is_transformed() or are_batched(output_gradients) or gradients_are_differentiated(h, every):
-            reverse, backend = layer.problem.reverse, layer.backend
-            return None, None, *graph.gradients_of(reverse, backend, output_gradients, kept, needed, tensors)
+            how = layer.problem.cell, layer.problem.reverse, layer.backend
+            return None, None, *graph.gradients_of(*how, output_gradients, kept, needed, tensors)
         names = Inputs._fields[: len(tensors)]
         wanted = set(compress(names, needed))
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..call.noise import Noise
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import Weights
-from ..cells import EQUATIONS, lstm
+from ..equations import EQUATIONS, lstm
 from ..kernels import layer_norm
 from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer

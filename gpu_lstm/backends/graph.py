@@ -34,7 +34,7 @@ from ..call.modes import (
 )  # fmt: skip
 from ..call.prepare import Call
 from ..call.weights import State, Weights
-from ..kernels.cells import cell_of
+from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
@@ -52,9 +52,9 @@ NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
 SECOND = len(Inputs._fields)
 _TENSORS = ", ".join(f"Tensor? {name}=None" for name in NAMES)
 for _schema in (
-    f"layer(bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
+    f"layer(str cell, bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
     "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
-    "layer_backward(bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
+    "layer_backward(str cell, bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
     "Tensor?[] tensors) -> Tensor[]",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
@@ -93,7 +93,8 @@ def _both_directions(
 def _ask(call: Call, backend: Backend, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
     save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
     with without_autocast(call):
-        h, h_n, c_n, *_ = OPERATOR(reverse, backend.value, save, call.options.recompute, *tensors)
+        how = call.options.cell.name, reverse, backend.value, save, call.options.recompute
+        h, h_n, c_n, *_ = OPERATOR(*how, *tensors)
     return h, (h_n, c_n)
 
 
@@ -107,29 +108,32 @@ def _tell_what_a_program_needs() -> None:
 
 
 def gradients_of(
-    reverse: bool, backend: str, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needed: Sequence[bool],
-    tensors: Sequence[Tensor | None],
+    cell: str, reverse: bool, backend: str, gradients: Sequence[Tensor | None], saved: Sequence[Tensor],
+    needed: Sequence[bool], tensors: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the operator's `tensors` where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c.
 
     By the operator; by the reference where they may be differentiated, to any order, or several of each come at once.
     """
     if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *tensors, *gradients]):
-        run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
+        run = partial(_without_kernels, cell=cell, reverse=reverse, backend=Backend.REFERENCE)
         # Other transforms do not accept the wrappers of those that have ended.
         tensors = [None if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
         return reference.gradients(run, tensors, gradients, needed)
     with torch.no_grad():
-        those_needed = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(tensors)))
+        lists = (list(each) for each in (gradients, saved, needed, tensors))
+        those_needed = iter(BACKWARD(cell, reverse, backend, *lists))
     return [next(those_needed) if need else None for need in needed]
 
 
-def _kernels_for(inputs: Inputs, reverse: bool, backend: Backend) -> Layer:
-    problem = problem_of(inputs, reverse, recurrent_precision(inputs.x.dtype))
+def _kernels_for(inputs: Inputs, cell: str, reverse: bool, backend: Backend) -> Layer:
+    problem = problem_of(inputs, cell, reverse, recurrent_precision(inputs.x.dtype))
     return verify.layer_of(backend, problem, inputs.x.device)
 
 
-def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+def _without_kernels(
+    tensors: Sequence[Any], cell: str, reverse: bool, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
     inputs, second = Inputs(*tensors[:SECOND]), tensors[SECOND:]
     x, h0, c0, *_ = inputs
@@ -137,26 +141,27 @@ def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) ->
     if backend is Backend.TORCH:
         traversal = traversal_of(inputs, reverse)
         if traversal.is_plain() and not reverse:
-            cell = cell_of(len(inputs.weight_hh), c0.shape[-1])
-            h, (h_n, c_n) = torch_rnn.stack(cell, x, (h0, c0), [directions])
+            h, (h_n, c_n) = torch_rnn.stack(CELLS[cell], x, (h0, c0), [directions])
         else:
-            h, (h_n, c_n) = torch_rnn.run_layer(x, (h0, c0), directions[0], traversal)
+            h, (h_n, c_n) = torch_rnn.run_layer(CELLS[cell], x, (h0, c0), directions[0], traversal)
         return h, h_n, c_n
     if len(directions) == 1:
-        return reference.run_inputs(inputs, reverse)
+        return reference.run_inputs(inputs, cell, reverse)
     rows = zip(h0.split(1), c0.split(1), directions)
-    parts = [reference.run_inputs(Inputs(x, *state, *weights), d == 1) for d, (*state, weights) in enumerate(rows)]
+    parts = [
+        reference.run_inputs(Inputs(x, *state, *weights), cell, d == 1) for d, (*state, weights) in enumerate(rows)
+    ]
     hs, h_ns, c_ns = zip(*parts)
     return torch.cat(hs, 2), torch.cat(h_ns), torch.cat(c_ns)
 
 
 def _with_autograd(
-    tensors: Sequence[Any], reverse: bool, backend: Backend, record: bool = True
+    tensors: Sequence[Any], cell: str, reverse: bool, backend: Backend, record: bool = True
 ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
     """Forward, with its own autograd graph if `record`: the leaves (the tensors, detached), and h, h_n, c_n."""
     with _apart(tensors[0], record):
         leaves = [t if t is None else t.detach().requires_grad_(record and t.is_floating_point()) for t in tensors]
-        return leaves, _without_kernels(leaves, reverse, backend)
+        return leaves, _without_kernels(leaves, cell, reverse, backend)
 
 
 @contextlib.contextmanager
@@ -171,21 +176,21 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
         yield
 
 
-def _forward(reverse, backend, save, recompute, *tensors):
+def _forward(cell, reverse, backend, save, recompute, *tensors):
     inputs, backend = Inputs(*tensors[:SECOND]), Backend(backend)
     x, _, c0, *_ = inputs
     nothing, no_c = x.new_empty(0), c0.new_empty(0, dtype=torch.float32)
     if backend in KERNEL_BACKENDS:
-        h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, reverse, backend), inputs, save)
+        h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, cell, reverse, backend), inputs, save)
         return h, h_n, c_n.to(c0.dtype), nothing if recompute or not save else gates, no_c if c is None else c
-    leaves, results = _with_autograd(tensors, reverse, backend, save)
+    leaves, results = _with_autograd(tensors, cell, reverse, backend, save)
     if save:
         nothing.graph = leaves, results
     h, h_n, c_n = (t.detach() for t in results)
     return h.contiguous(), h_n.clone(), c_n.clone(), nothing, no_c
 
 
-def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
+def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
     h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
     by_kernels = Backend(backend) in KERNEL_BACKENDS and save
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
@@ -193,15 +198,15 @@ def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
 
 
-def _backward(reverse, backend, gradients, saved, needed, tensors):
+def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
     (h, gates, c), backend = saved, Backend(backend)
     if backend in KERNEL_BACKENDS:
         inputs, wanted = Inputs(*tensors[:SECOND]), [name for name, need in zip(NAMES, needed) if need]
-        layer = _kernels_for(inputs, reverse, backend)
+        layer = _kernels_for(inputs, cell, reverse, backend)
         by_name = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, set(wanted))
         results = [by_name[name] for name in wanted]
     else:
-        leaves, outputs = gates.graph if hasattr(gates, "graph") else _with_autograd(tensors, reverse, backend)
+        leaves, outputs = gates.graph if hasattr(gates, "graph") else _with_autograd(tensors, cell, reverse, backend)
         outputs = [y for y, d in zip(outputs, gradients) if d is not None]
         gradients = [d for d in gradients if d is not None]
         wanted = [t for t, need in zip(leaves, needed) if need]
@@ -211,13 +216,13 @@ def _backward(reverse, backend, gradients, saved, needed, tensors):
     return [d.clone() if d.dim() == 1 else d.contiguous() for d in results]
 
 
-def _backward_fake(reverse, backend, gradients, saved, needed, tensors):
+def _backward_fake(cell, reverse, backend, gradients, saved, needed, tensors):
     wanted = (t for t, need in zip(tensors, needed) if need)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.reverse, ctx.backend, _, _, *tensors = inputs
+    (ctx.cell, ctx.reverse, ctx.backend), tensors = inputs[:3], inputs[5:]
     h, _, _, gates, c = output
     ctx.mark_non_differentiable(gates, c)
     ctx.set_materialize_grads(False)
@@ -225,8 +230,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients(ctx: Any, *output_gradients: Tensor | None) -> tuple:
-    saved, tensors, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[4:]
-    return *[None] * 4, *gradients_of(ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, tensors)
+    saved, tensors, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[5:]
+    return *[None] * 5, *gradients_of(ctx.cell, ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, tensors)
 
 
 class InTransforms(torch.autograd.Function):
@@ -265,12 +270,12 @@ def _products(tensors: Sequence[Any]) -> dict[str, int]:
     return {name: 2 * rows * t.numel() for name, t in zip(names, tensors) if name is not None and t is not None}
 
 
-def _forward_flops(reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:
+def _forward_flops(cell: str, reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:
     return sum(_products(tensors).values())
 
 
 def _backward_flops(
-    reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
+    cell: str, reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
 ) -> int:
     """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
     (_, gates, c), total, needs = saved, 0, dict(zip(NAMES, needed))

@@ -7,6 +7,7 @@ from __future__ import annotations  # torch.compile tries to evaluate those of n
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,8 @@ from ..call.noise import NO_NOISE, Noise
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..cells import EQUATIONS
-from ..cells.lstm import FourGates, linear
-from ..kernels.cells import cell_of
+from ..equations import EQUATIONS
+from ..equations.lstm import FourGates, linear
 from ..kernels.problem import Inputs
 from .fused import noise_of, traversal_of, weights_of
 from .layers import Part, run_layers, without_autocast
@@ -41,13 +41,13 @@ def run_call(call: Call, dtype: torch.dtype, record: list[Steps] | None = None) 
 def _run_part(call: Call, dtype: torch.dtype, record: list[Steps] | None, part: Part) -> tuple[Tensor, State]:
     _, x, state, weights, traversal, noise = part.to(dtype)
     with without_autocast(call):
-        return run_layer(x, state, weights, traversal, noise, record)
+        return run_layer(call.options.cell.name, x, state, weights, traversal, noise, record)
 
 
-def run_inputs(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def run_inputs(tensors: Sequence[Tensor | None], cell: str, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n of one layer in one direction, from its Inputs."""
     i = Inputs(*tensors)
-    h, (h_n, c_n) = run_layer(i.x, (i.h0, i.c0), weights_of(i), traversal_of(i, reverse), noise_of(i))
+    h, (h_n, c_n) = run_layer(cell, i.x, (i.h0, i.c0), weights_of(i), traversal_of(i, reverse), noise_of(i))
     return h, h_n, c_n
 
 
@@ -75,11 +75,11 @@ def gradients(
 
 
 def run_layer(
-    x: Tensor, state: State, weights: Weights, traversal: Traversal,
+    cell: str, x: Tensor, state: State, weights: Weights, traversal: Traversal,
     noise: Noise = NO_NOISE, record: list[Steps] | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """One layer, one direction, step by step, from x [T, B, I] and ([1, B, P], [1, B, H]). At each step, see
-    cells/, for an LSTM:
+    equations/, for an LSTM:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
@@ -116,7 +116,7 @@ def run_layer(
             h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
             c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
         noise_now = Noise(dropout_h, *(None if each is None else each[t] for each in zoneout))
-        gates, c_next, h_next = _step(x[t], h_prev, c_prev, weights, noise_now)
+        gates, c_next, h_next = _step(EQUATIONS[cell], x[t], h_prev, c_prev, weights, noise_now)
         if record is not None:
             every_step.append((torch.cat(gates, 1), c_next, h_next))
         outputs.append(h_next)
@@ -131,12 +131,11 @@ def run_layer(
 
 
 def _step(
-    x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise
+    cell: ModuleType, x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise
 ) -> tuple[FourGates, Tensor, Tensor]:  # fmt: skip
     """One step of x [B, I], from the states before it: its gates, c and h, [B, *]; `noise` is that of the step."""
     w = weights
     h_in = h if noise.dropout_h is None else noise.dropout_h * h
-    cell = EQUATIONS[cell_of(len(w.weight_hh), c.shape[1]).name]
     of_x, of_h = linear(x, w.weight_ih, w.bias_ih, w.gain_ih), linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)
     gates, c_next = cell.step(cell.pre_activations(of_x, of_h), c, w.weight_peephole)  # [B, H] each
     h_next = cell.output(gates, c_next, w.gain_c, w.bias_c)

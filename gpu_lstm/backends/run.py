@@ -33,7 +33,7 @@ def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None
         call = call._replace(weights=with_weight_drop(call.weights, call.options.weight_drop))
     if backend is Backend.TORCH and not as_operators and (given := torch_rnn.run_as_given(call)) is not None:
         return call.results(*given)
-    rows = call.laid_out()
+    rows = call if call.options.one_row and call.form.packed is None else call.laid_out()
     if scheduled is not None:
         y, states = schedule.run_call(rows, dtype, backend, layers, scheduled)
     elif as_operators:
@@ -42,4 +42,4 @@ def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None
         y, states = torch_rnn.run_call(rows, dtype)
     else:
         y, states = reference.run_call(rows, dtype, record)
-    return call.results(y, states if rows is call else call.held(states))
+    return call.results(y, states if call.options.one_row else call.held(states))

@@ -28,7 +28,7 @@ from ..call.noise import draw
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.cells import GRU, Cell, cell_of
+from ..kernels.cells import GRU, Cell
 from .layers import Part, cast, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
@@ -65,11 +65,11 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
 
 
 def _run_part(call: Call, dtype: torch.dtype, part: Part) -> tuple[Tensor, State]:
-    _, x, state, weights, traversal, _ = part
+    cell, (_, x, state, weights, traversal, _) = call.options.cell, part
     if not x.is_cuda:  # whatever torch casts, the weights are its casts
-        return run_layer(x, state, weights.to(call.modes.autocast or dtype), traversal)
+        return run_layer(cell, x, state, weights.to(call.modes.autocast or dtype), traversal)
     with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-        return run_layer(*cast(x, state, weights, dtype), traversal)
+        return run_layer(cell, *cast(x, state, weights, dtype), traversal)
 
 
 def _run_both(call: Call, x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
@@ -143,7 +143,7 @@ def packed(weights: list[Tensor]) -> list[Tensor]:
     return [views[t] for t in weights]
 
 
-def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
+def run_layer(cell: Cell, x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
     """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and states ([1, B, P], [1, B, H]).
 
     torch runs the reverse direction only together with the forward one, so here time is reversed before and after.
@@ -156,7 +156,7 @@ def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -
         t = t if valid is None else torch.where(valid[:, :, None], t, 0)
         return t.gather(0, time[:, :, None].expand_as(t)) if traversal.reverse else t
 
-    run = partial(_with_gates_shut, weights)
+    run = partial(_with_gates_shut, cell, weights)
     if reset is None:
         h, c_n = run(reordered(x), state, None if valid is None else ~valid, None)
     else:
@@ -170,11 +170,10 @@ def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -
 
 
 def _with_gates_shut(
-    weights: Weights, x: Tensor, state: State, holds: Tensor | None, clears: Tensor | None
+    cell: Cell, weights: Weights, x: Tensor, state: State, holds: Tensor | None, clears: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h [S, B, P] and c_n [B, H] from x [S, B, I], where steps hold or clear the state, bool [S, B]; None: nowhere."""
     (h0, c0), inputs, hidden = state, x.shape[2], state[1].shape[1]
-    cell = cell_of(len(weights.weight_hh), hidden)
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
         weight = weights.weight_ih  # under autocast on the CPU in half precision, unlike x

@@ -179,7 +179,7 @@ class Small:
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
         record: list[Steps] = []
-        run = functools.partial(reference.run_layer, noise=noise_of(self.inputs), record=record)
+        run = functools.partial(reference.run_layer, self.problem.cell, noise=noise_of(self.inputs), record=record)
         return self.results(run, dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
@@ -187,11 +187,12 @@ class Small:
 
         And of the reference for gradients of a GRU, which are compared by way of h and of c; torch has their sum.
         """
-        p, without = self.problem, self.one_state and self.pass_.backward
+        p, cell = self.problem, CELLS[self.problem.cell]
+        without = not cell.of_torch or (self.one_state and self.pass_.backward)
         without |= p.regularised or p.reset_c or p.peepholes or p.normalised or self.inputs.gain_ih is not None
         if not without:
             try:
-                return self.results(torch_rnn.run_layer)
+                return self.results(functools.partial(torch_rnn.run_layer, cell))
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:

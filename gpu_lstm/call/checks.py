@@ -9,6 +9,7 @@ from torch import _VF, Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..kernels.cells import Cell
 from .forms import Form
 from .modes import autocasts, need_the_reference
 from .options import Options
@@ -202,8 +203,9 @@ def check_same_parts(weights: list[list[Weights]]) -> None:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
-def named_weights(weights: Weights | Sequence[Tensor | None], most: int = len(NAMES)) -> Weights:
-    """The weights of a layer by name, checked: each a tensor with the right number of dimensions; `most` of them."""
+def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
+    """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
+    most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
     if not 2 <= len(weights) <= most:

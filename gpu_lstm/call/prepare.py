@@ -44,7 +44,7 @@ class Call(NamedTuple):
             return self.padded()._replace(states=self._rows())
         if self.options.one_step:
             return self._replace(x=self.x[None], states=self._rows())
-        return self if self.options.one_row else self._replace(states=self._rows())
+        return self._replace(states=self._rows())
 
     def _rows(self) -> list[State]:
         if not self.options.leading:
@@ -53,8 +53,6 @@ class Call(NamedTuple):
 
     def held(self, rows: list[State]) -> list[State]:
         """Final states that are laid out, as `self.states`."""
-        if self.options.one_row:
-            return rows
         if not self.options.leading:
             return [(h.squeeze(0), c.squeeze(0)) for h, c in rows]
         left, out = iter(rows), []

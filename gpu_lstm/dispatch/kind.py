@@ -7,6 +7,7 @@ import torch
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
+from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
@@ -52,6 +53,8 @@ class Kind(NamedTuple):
     @property
     def only_ours(self) -> str | None:
         """What torch's own lacks; None: it can run all of it."""
+        if not CELLS[self.cell].of_torch:
+            return "such cell"
         if self.regularised:
             return "recurrent dropout or zoneout"
         if self.steps > MOST_OF_CUDNN + 1:

@@ -20,6 +20,7 @@ from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.race import Decision
 from ..dispatch.route import able_to_run, feature_of
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules.arguments import takes_sequences
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def explain(
         TypeError: `module` is of none of these classes.
         ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
-    if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+    if not takes_sequences(module):
         cls = type(module)
         raise TypeError(
             f"explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got {cls.__module__}.{cls.__name__}"

@@ -13,9 +13,9 @@ from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules.arguments import takes_sequences
 
 Held = tuple[Tensor, ...]  # (h, c); of a GRU (h,)
-STACKS = (StackedLSTM, StackedGRU)
 
 
 class _StepGraph(NamedTuple):
@@ -51,7 +51,7 @@ class Stream:
     """
 
     def __init__(self, module: LSTM | GRU | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
-        if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+        if not takes_sequences(module):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
             cls = type(module).__name__
             raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {cls}{advice}")
@@ -62,7 +62,7 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        self._one_state = module._options().one_state
+        self._one_state, self._is_stack = module._options().one_state, module._role == "stack"
         zeros = self._accepted(None)  # of which two may be one tensor
         wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
@@ -83,7 +83,7 @@ class Stream:
     def _accepted(self, hx: Any) -> list[Held]:
         """What `module` would begin a step with, checked as its call does."""
         module = self.module
-        if hx is not None and isinstance(module, LSTM):
+        if not (hx is None or self._one_state or self._is_stack):
             check_pair(hx)
             for name, state in zip(("h_0", "c_0"), hx):
                 check_tensor(state, name)
@@ -159,7 +159,7 @@ class Stream:
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, after = self.module(chunk, self._as_hx(self._state))
-        states: Any = after if isinstance(self.module, STACKS) else [after]
+        states: Any = after if self._is_stack else [after]
         if self._one_state:
             states = [(h,) for h in states]
         if active is not None:
@@ -200,7 +200,7 @@ class Stream:
     def _as_hx(self, states: list[Held]) -> Any:
         """As `module` accepts and returns them."""
         of_layers: Any = [h for (h,) in states] if self._one_state else states
-        return of_layers if isinstance(self.module, STACKS) else of_layers[0]
+        return of_layers if self._is_stack else of_layers[0]
 
 
 def on_cuda(x: Tensor) -> bool:

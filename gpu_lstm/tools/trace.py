@@ -15,12 +15,12 @@ from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.prepare import prepare
 from ..call.weights import State
-from ..cells import EQUATIONS
-from ..cells.gru import Gates as GRUGates
-from ..cells.lstm import Gates as LSTMGates
 from ..dispatch.kind import dtype_of
+from ..equations import EQUATIONS
+from ..equations.gru import Gates as GRUGates
+from ..equations.lstm import Gates as LSTMGates
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import recast
+from ..modules.arguments import recast, takes_sequences
 
 Gates = TypeVar("Gates", LSTMGates, GRUGates)
 
@@ -77,7 +77,7 @@ def trace(
     """
     if ours := {TorchLSTM: LSTM, TorchGRU: GRU}.get(type(module)):
         module = recast(module, ours)
-    if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+    if not takes_sequences(module):
         raise TypeError(f"trace accepts an LSTM, a GRU or a stack of either, got {type(module).__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
