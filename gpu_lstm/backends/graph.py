@@ -25,13 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import (
-    Recording,
-    are_batched,
-    constant_when_traced,
-    gradients_are_differentiated,
-    recurrent_precision,
-)  # fmt: skip
+from ..call.modes import Recording, are_batched, constant_when_traced, gradients_are_differentiated, recurrent_precision
 from ..call.prepare import Call
 from ..call.weights import State, Weights
 from ..kernels.cells import CELLS

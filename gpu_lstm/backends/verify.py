@@ -53,8 +53,7 @@ def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
 def forget() -> None:
     """Choose all plans again."""
     for backend in KERNEL_BACKENDS:
-        launcher = sys.modules.get(f"{cache.__package__}.{backend.value}_lstm.launch")
-        if launcher is not None:
+        if launcher := sys.modules.get(f"{cache.__package__}.{backend.value}_lstm.launch"):
             launcher.forget()
 
 

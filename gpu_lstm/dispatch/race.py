@@ -275,10 +275,3 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
             if not plan.on_chip or plan.tiles_per_program > 1:
                 return Decision(Backend.TORCH, f"expected: a kernel of the {plan.family.name} family is slower")
     return Decision(able, "expected: W_hh stays on chip")
-
-
-def expected_in_a_graph(argument: str | None, kind: Kind, able: Backend, device: torch.device) -> Backend:
-    """The expected winner for long sequences, of a kind whose steps and batch are constants."""
-    if able not in KERNEL_BACKENDS or requested_backend(argument) is not Backend.AUTO:
-        return able
-    return expected_winner(kind, able, device).backend

@@ -7,7 +7,7 @@ import torch
 
 from ..backends import graph, verify
 from ..backends.run import Route, run_by
-from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends
+from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.options import RESET_STATES, Options, Size
 from ..call.prepare import Call
@@ -135,12 +135,14 @@ def _route_in_a_graph(call: Call) -> Route:
 def _answer(
     argument: str | None, _: object, device: torch.device, feature: str | None, transformed: bool, *kind: Any
 ) -> tuple[str, str]:
-    """The backend's name and "", or the error's and its text: torch.compile carries strings, but no exception."""
+    """The backend's name and "", or an error's and its text: torch.compile carries strings, but no exception."""
     asked = Kind(*kind)
-    precision, layers = recurrent_precision(asked.dtype), tuple(Size(*size) for size in asked.layers)
+    layers = tuple(Size(*size) for size in asked.layers)
+    asked = asked._replace(precision=recurrent_precision(asked.dtype), layers=layers)
     try:
         able = available.select(argument, device, asked.dtype, feature, transformed)
-        asked = asked._replace(precision=precision, layers=layers)
-        return race.expected_in_a_graph(argument, asked, able, device).value, ""
+        if able in KERNEL_BACKENDS and requested_backend(argument) is Backend.AUTO:
+            able = race.expected_winner(asked, able, device).backend
+        return able.value, ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         return type(error).__name__, str(error)
