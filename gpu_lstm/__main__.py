@@ -18,7 +18,7 @@ from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Back
 from .dispatch import race
 from .dispatch.available import import_problem, select, why_unavailable, without_triton
 from .dispatch.kind import describe
-from .dispatch.route import Decision
+from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cells import CELLS
 from .kernels.problem import Problem

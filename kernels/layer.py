@@ -62,6 +62,7 @@ class Layer:
         _check_count("sequences", problem.batch)
         _check_count("gates of all units", 4 * problem.hidden)
         self.problem, self.device, self.verify = problem, device, verify
+        self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Prepared] = {}
         self._names = tuple(in_the_loop(problem, problem.steps))
@@ -83,7 +84,7 @@ class Layer:
             RuntimeError: an earlier launch timed out; or no kernel can run the problem.
             ValueError: T is more than the kernels can count to.
         """
-        if self._is_elsewhere():
+        if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
@@ -94,8 +95,11 @@ class Layer:
             return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
-        overwritten = aligned(gates)
-        results = in_order(prepared.at_once, self.device, launch, overwritten, self._aligned(r))
+        overwritten, r = aligned(gates), self._aligned(r)
+        if prepared.at_once is None:  # its programs do not wait for each other
+            results = launch(overwritten, r)
+        else:
+            results = in_order(prepared.at_once, self.device, launch, overwritten, r)
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
@@ -115,7 +119,7 @@ class Layer:
         Raises:
             RuntimeError: as forward.
         """
-        if self._is_elsewhere():
+        if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
         raise_if_timed_out(self.device)
@@ -125,9 +129,12 @@ class Layer:
             return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=empty["h_n_ptr"])
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
         r = self._aligned(r)
-        dh, dh_n, dc_n, gates, c = (None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c))
+        dh, dh_n, dc_n, gates, c = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
         launch = partial(projection.backward, prepared, p) if prepared.projects_outside else prepared.backward
-        gradients = in_order(prepared.at_once, self.device, launch, dh, dh_n, dc_n, gates, c, r)
+        if prepared.at_once is None:
+            gradients = launch(dh, dh_n, dc_n, gates, c, r)
+        else:
+            gradients = in_order(prepared.at_once, self.device, launch, dh, dh_n, dc_n, gates, c, r)
         return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
 
     def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
@@ -153,10 +160,6 @@ class Layer:
         alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
-
-    def _is_elsewhere(self) -> bool:
-        """Whether the current device, on which kernels are launched, is another."""
-        return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
 
     def _aligned(self, r: Recurrence) -> Recurrence:
         """The tensors that the loop reads, aligned."""

@@ -33,12 +33,12 @@ class _Launched:
 _launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_1", {})
 
 
-def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
+def in_order(at_once: int, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
     """launch(*arguments) on the current stream, which first waits for launches that must not run at the same time.
 
-    Its plan expects `at_once` launches on the card, itself included; None: its programs do not wait for each other.
+    It was planned as one of `at_once` that share the card, and its programs wait for each other.
     """
-    if at_once is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return launch(*arguments)
     latest = _launched.get(device) or _launched.setdefault(device, _Launched())
     stream = torch.cuda.current_stream(device)

@@ -192,10 +192,8 @@ def exact_float32_products():
 @pytest.fixture(autouse=True)
 def decided_again():
     """Whatever a test substitutes for a card, or for a choice, does not outlast that test."""
-    for name in ("dispatch.run", "kernels.triton_lstm.launch", "kernels.cupy_lstm.launch"):
-        module = sys.modules.get(f"gpu_lstm.{name}")
-        if module is not None:
-            module.forget()
+    if route := sys.modules.get("gpu_lstm.dispatch.route"):
+        route.forget()
 
 
 @pytest.fixture

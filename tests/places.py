@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
-from gpu_lstm.dispatch import available, run
+from gpu_lstm.dispatch import available
+from gpu_lstm.dispatch.route import forget  # noqa: F401  # after something was chosen in a test
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
@@ -35,12 +36,6 @@ from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
 from gpu_lstm.kernels.triton_lstm.step import step_plan
 
 INTERPRETED = launch.INTERPRETED
-
-
-def forget() -> None:
-    """Choose again, after something was chosen in this test."""
-    for module in (run, launch, cupy):
-        module.forget()
 
 
 def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:

@@ -118,7 +118,7 @@ def as_a_card(monkeypatch):
     def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
             of_layer, given_to_it = layer.problem, given[recurrence].inputs
-            facts = of_layer.reverse, of_layer.precision, of_layer.side_by_side
+            facts = of_layer.cell, of_layer.reverse, of_layer.precision, of_layer.side_by_side
             problem = problem_of(given_to_it._replace(x=given[gates]), *facts)
             launched.append((way, problem))
             # A chunk may have one step of several.

@@ -41,7 +41,7 @@ def _given(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Rec
 
 
 def _layer_of(gates: Tensor, r: Recurrence, precision: str = "ieee") -> Layer:
-    return launch.layer_of(problem_of(r.inputs, False, precision), gates.device)
+    return launch.layer_of(problem_of(r.inputs, "lstm", False, precision), gates.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

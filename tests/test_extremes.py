@@ -138,7 +138,7 @@ def test_more_than_kernels_can_count_to_is_refused(launcher, name, steps, batch,
     gates = zeros(steps, batch, 4 * hidden, device="meta")
     r = recurrence(gates, **{name: zeros(size, device="meta") for name, size in of.items()})
     with pytest.raises(ValueError, match=f"^expected at most {2**31 - 2**16} {name}, got {2**31}$"):
-        launcher.layer_of(problem_of(r.inputs, False, "ieee"), gates.device).forward(gates, r, save=True)
+        launcher.layer_of(problem_of(r.inputs, "lstm", False, "ieee"), gates.device).forward(gates, r, save=True)
 
 
 F16 = torch.float16

@@ -20,7 +20,7 @@ import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
 
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.dispatch import available
+from gpu_lstm.dispatch import available, route
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned
@@ -379,3 +379,20 @@ def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, t
 def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():
     keys = (PROBLEM, CUDA), (PROBLEM, torch.device("cpu")), (PROBLEM._replace(reverse=True), CUDA)
     assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3
+
+
+@pytest.mark.parametrize("launcher", [launch, cupy], ids=["triton", "cupy"])
+def test_what_routes_forget_layers_forget(launcher):
+    layer = launcher.layer_of(PROBLEM, CUDA)
+    choose.plans_in_use[PROBLEM, H100, FORWARD] = {64: PLANS[0]}
+    route.forget()
+    assert launcher.layer_of(PROBLEM, CUDA) is not layer
+    assert not choose.plans_in_use
+
+
+def test_layers_of_ever_more_batches_do_not_fill_memory(monkeypatch):
+    monkeypatch.setattr(launch, "MOST_LAYERS", 2)
+    for batch in range(1, 9):
+        layer = launch.layer_of(PROBLEM._replace(batch=batch), CUDA)
+        assert launch.layer_of(layer.problem, CUDA) is layer
+    assert len(launch._layers) <= 2

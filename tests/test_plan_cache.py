@@ -111,7 +111,7 @@ def _digests():
 @pytest.mark.parametrize(("file", "ends"), [
     ("kernels/triton_lstm/cells/gru.py", (True, True)), ("kernels/cupy_lstm/cuda/cells/lstm.cu", (True, True)),
     ("kernels/cells.py", (True, True)), ("gpu_lstm/backends/fused.py", (False, True)),
-    ("gpu_lstm/cells/gru.py", (False, True)), ("gpu_lstm/dispatch/race.py", (False, True)),
+    ("gpu_lstm/equations/gru.py", (False, True)), ("gpu_lstm/dispatch/race.py", (False, True)),
     ("gpu_lstm/keras/convert.py", (False, False)), ("kernels/notes.txt", (False, False)),
 ])  # fmt: skip
 def test_what_was_found_ends_with_an_edit_of_what_decided_it(checkout, file, ends):
@@ -236,7 +236,7 @@ def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
     for steps in (1, 7):
         gpu_lstm.autotune(64, 3, steps=steps, dtype=torch.float16, proj_size=16, device="cpu")
         x, h0, c0 = (torch.zeros(*size, dtype=torch.float16) for size in ((steps, 3, 8), (1, 3, 16), (1, 3, 64)))
-        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), False, "ieee"), cpu, steps)
+        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), "lstm", False, "ieee"), cpu, steps)
     gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, device="cpu", cell="gru")
     measure.assert_called_with(Problem(2, 3, 64, torch.float16, cell="gru"), cpu, 7)
     for wrong, text in ((dict(cell="rnn"), "cell should be one of 'lstm', 'gru', got 'rnn'"),

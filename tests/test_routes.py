@@ -29,9 +29,10 @@ from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
 from gpu_lstm.call.options import Options
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
-from gpu_lstm.dispatch import run as dispatch
+from gpu_lstm.dispatch import route as dispatch
+from gpu_lstm.dispatch.build import build
 from gpu_lstm.dispatch.kind import kind_of
-from gpu_lstm.dispatch.route import Decision, build
+from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels.triton_lstm import launch, step
 
 pytestmark = [
@@ -81,7 +82,6 @@ class Routes(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         dispatch.forget()
-        launch.forget()
         self.facts, self.modules = {name: values[0] for name, values in FACTS.items()}, {}
 
     @initialize(start=st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN}))

@@ -14,7 +14,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
-from gpu_lstm.dispatch.route import Decision
+from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import projection, timeouts
 
 

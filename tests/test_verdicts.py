@@ -16,7 +16,7 @@ from test_verify import CPU, FORWARD, MASKS, NORMS, PLAIN, RATES, _verify
 import gpu_lstm
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import run
+from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_lstm import launch
@@ -36,7 +36,7 @@ def card(monkeypatch):
 
 
 def as_another_process():
-    for forget in (cache._read.cache_clear, cache.machine.cache_clear, launch.forget, run.forget):
+    for forget in (cache._read.cache_clear, cache.machine.cache_clear, route.forget):
         forget()
 
 

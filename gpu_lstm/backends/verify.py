@@ -10,6 +10,7 @@ dtype. Nothing may be written outside a launch's tensors. The verdict is cached 
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from math import ceil
 from typing import Any, cast
@@ -17,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..call.choices import Backend
+from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import EXACT, alone, products
 from ..call.weights import Weights
 from ..kernels import cache
@@ -47,6 +48,13 @@ def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     layer: Layer = launcher.layer_of(problem, device, verify)
     layer.backend = backend.value  # as the operators of graph.py name it
     return layer
+
+
+def forget() -> None:
+    """Choose all plans again."""
+    for backend in KERNEL_BACKENDS:
+        if launcher := sys.modules.get(f"{cache.__package__}.{backend.value}_lstm.launch"):
+            launcher.forget()
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
@@ -170,7 +178,7 @@ class Small:
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
         record: list[Steps] = []
-        run = functools.partial(reference.run_layer, noise=noise_of(self.inputs), record=record)
+        run = functools.partial(reference.run_layer, self.problem.cell, noise=noise_of(self.inputs), record=record)
         return self.results(run, dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
@@ -178,11 +186,12 @@ class Small:
 
         And of the reference for gradients of a GRU, which are compared by way of h and of c; torch has their sum.
         """
-        p, without = self.problem, self.one_state and self.pass_.backward
+        p, cell = self.problem, CELLS[self.problem.cell]
+        without = not cell.of_torch or (self.one_state and self.pass_.backward)
         without |= p.regularised or p.reset_c or p.peepholes or p.normalised or self.inputs.gain_ih is not None
         if not without:
             try:
-                return self.results(torch_rnn.run_layer)
+                return self.results(functools.partial(torch_rnn.run_layer, cell))
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:
@@ -194,10 +203,10 @@ class Small:
         learns, dtype = self.pass_.backward, dtype or self.problem.dtype
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
-        h, (h_n, c_n) = run(g.x, (g.h0[0], g.c0[0]), weights_of(g), traversal_of(g, self.problem.reverse))
+        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), weights_of(g), traversal_of(g, self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
-        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n[None]), self.output_gradients) if d is not None]
+        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
         wanted = {name: t for name in COMPARED if (t := getattr(g, name)) is not None}
         gradients = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, gradients)}

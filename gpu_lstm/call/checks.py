@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
 from .forms import Form
 from .modes import autocasts, need_the_reference
@@ -161,7 +162,7 @@ def check_states(states: Any, layers: int, name: str, error: type[Exception]) ->
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
     """Raise, in torch's words, unless x [..., I] has the first layer's features and, with weights, its dtype."""
-    if options.role not in ("module", "stack"):
+    if not options.of_rnn_base:
         return
     weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih
     if weight is not None and (x.shape[-1] != options.input_size or (x.dtype is not weight.dtype and not autocasts(x))):
@@ -203,8 +204,9 @@ def check_same_parts(weights: list[list[Weights]]) -> None:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
-def named_weights(weights: Weights | Sequence[Tensor | None], most: int = len(NAMES)) -> Weights:
-    """The weights of a layer by name, checked: each a tensor with the right number of dimensions, at most `most`."""
+def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
+    """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
+    most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
     if not 2 <= len(weights) <= most:

@@ -196,6 +196,11 @@ def is_transformed() -> bool:
     return _interpreter() is not None
 
 
+def are_batched(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether autograd propagates several at once (`is_grads_batched`): by a vmap of its own, not torch.func's."""
+    return any([d is not None and private.is_batched(d) for d in gradients])
+
+
 def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None]) -> bool:
     """In backward: whether the gradients, which are computed from `tensors`, may be differentiated.
 

@@ -5,17 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.cells import GRU, LSTM, Cell
+from ..kernels.cells import CELLS
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
 
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it
 
-
-_ROLES = {
-    "LSTM": (LSTM, "module"), "StackedLSTM": (LSTM, "stack"), "LSTMCell": (LSTM, "cell"), "lstm_layer": (LSTM, "layer"),
-    "GRU": (GRU, "module"), "StackedGRU": (GRU, "stack"), "GRUCell": (GRU, "cell"), "gru_layer": (GRU, "layer"),
-}  # fmt: skip
+_NAMES = {"module": "{}", "stack": "Stacked{}", "cell": "{}Cell", "layer": "{}_layer"}  # in errors
 
 
 class Size(NamedTuple):
@@ -34,7 +30,8 @@ class Size(NamedTuple):
 class Arguments(NamedTuple):
     """What a module asks of every call, from its attributes as they are now."""
 
-    name: str  # "LSTM", "StackedLSTM", "LSTMCell", "lstm_layer" or likewise of a GRU, as errors name it
+    cell: str  # of kernels.cells.CELLS
+    role: str  # "module", "stack", "cell" (one step) or "layer" (a function)
     hidden_sizes: tuple[int, ...]  # [L]
     peepholes: bool
     norms: tuple[str, ...]
@@ -58,10 +55,9 @@ class Options:
     """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
 
     def __init__(self, a: Arguments) -> None:
-        self.name, self.batch_first, self.training, self.backend = a.name, a.batch_first, a.training, a.backend
-        self.cell: Cell
-        self.role: str  # "module", "stack", "cell" (one step) or "layer" (a function)
-        self.cell, self.role = _ROLES[a.name]
+        self.cell, self.role = CELLS[a.cell], a.role
+        self.name = _NAMES[a.role].format(a.cell if a.role == "layer" else a.cell.upper())
+        self.batch_first, self.training, self.backend = a.batch_first, a.training, a.backend
         self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
@@ -78,6 +74,11 @@ class Options:
         self.blocks = (self.directions,) * len(self.sizes) if self.role == "stack" else (self.rows,)
         # Whether these tensors have rows at all: states of one layer and direction are [B, *] elsewhere.
         self.leading = self.role == "module" or (self.role == "stack" and self.directions == 2)
+        self.one_row = self.leading and self.rows == 1  # then they are laid out
+        self.one_step = self.role == "cell"
+        self.as_given = self.role in ("module", "cell")  # torch's own operator takes x and states as a user has them
+        self.torch_has_it = self.role != "layer"
+        self.of_rnn_base = self.role in ("module", "stack")  # it says what an input has to be
         self.names = _names(a, self.role, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         tensors = len(NAMES) if self.role == "layer" else len(self.names[0][0])
@@ -87,7 +88,8 @@ class Options:
         self.connects = a.residual or self.dropout > 0  # something is done between layers
         noise = "zoneout" if self.zoneout != (0, 0) else "recurrent_dropout" if self.recurrent_dropout else None
         self.noisy = noise is not None or self.dropout > 0  # random numbers are drawn, or rates made tensors
-        self.feature = noise or (LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else None)
+        of_cell = None if self.cell.of_torch else f"{a.cell} cells"
+        self.feature = noise or (LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell)
         """The feature that the fewest backends support; None: all support all."""
 
 

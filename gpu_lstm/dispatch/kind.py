@@ -7,26 +7,33 @@ import torch
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
+from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
 
 
 class Kind(NamedTuple):
-    """A kind of call. The number of steps, which varies from call to call, is rounded up to a power of two."""
+    """A kind of call: what the keys of decisions, of races, of plans and of their verification are made of."""
 
+    cell: str
     layers: tuple[Size, ...]  # [L]
     directions: int
+    dtype: torch.dtype  # that layers compute in
+    precision: str  # of float32 products: "tf32" or "ieee"
     training: bool  # forward and backward
     recompute: bool
     steps: int  # T, rounded up to a power of two; more than MOST_OF_CUDNN + 1 where cuDNN refuses it
+    batch: int  # B; in keys of decisions and of races rounded up to a power of two
+    reverse: bool  # of lstm_layer
+    lengths: torch.dtype | None
+    resets: bool
+    reset_states: bool
+    dropout_h: bool
+    zoneout: tuple[int | None, int | None]  # of h and of c: dimensions of the tensor, 0 for a rate, 3 for a mask
+    peepholes: bool
     norm_ih: bool  # a layer norm of W_ih x, which is outside the time loop
-    like: Problem  # of the first layer; in the key of a race B is rounded up to a power of two
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that layers compute in."""
-        return self.like.dtype
+    norms: tuple[bool, bool, bool]  # gain_hh, gain_c, bias_c
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -34,57 +41,65 @@ class Kind(NamedTuple):
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
+    def regularised(self) -> bool:
+        """Whether there is recurrent dropout or zoneout."""
+        return self.dropout_h or self.zoneout != (None, None)
+
+    @property
     def variant(self) -> str | None:
         """The variant of the cell, see weights.variant_of."""
-        return LAYER_NORM if self.norm_ih or any(self.like.norms) else PEEPHOLES if self.like.peepholes else None
+        return LAYER_NORM if self.norm_ih or any(self.norms) else PEEPHOLES if self.peepholes else None
 
     @property
     def only_ours(self) -> str | None:
         """What torch's own lacks; None: it can run all of it."""
-        if self.like.regularised:
+        if not CELLS[self.cell].of_torch:
+            return "such cell"
+        if self.regularised:
             return "recurrent dropout or zoneout"
         if self.steps > MOST_OF_CUDNN + 1:
             return f"sequences of more than {MOST_OF_CUDNN:,} steps"
-        return "states to reset to" if self.like.reset_c else self.variant and self.variant.replace("_", " ")
+        return "states to reset to" if self.reset_states else self.variant and self.variant.replace("_", " ")
 
     def problem(self, row: int, side_by_side: int = 1) -> Problem:
         """What the kernels of one layer and direction, `row` among [L*D], are asked to do."""
         layer, d = divmod(row, self.directions)
         _, hidden, projected = self.layers[layer]
-        reverse = self.like.reverse or d == 1
-        return self.like._replace(hidden=hidden, projected=projected, side_by_side=side_by_side, reverse=reverse)
+        zoneout_h, zoneout_c = self.zoneout
+        return Problem(
+            min(self.steps, 2), self.batch, hidden, self.dtype, projected, self.precision, side_by_side,
+            reverse=self.reverse or d == 1, lengths=self.lengths, resets=self.resets, dropout_h=self.dropout_h,
+            zoneout_h=zoneout_h, zoneout_c=zoneout_c, reset_h=self.reset_states and zoneout_h is not None,
+            reset_c=self.reset_states, peepholes=self.peepholes, norms=self.norms, cell=self.cell,
+        )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """The key of a race as JSON values: sizes that vary from call to call are rounded up to powers of two."""
-        like = self.like
         return {
-            "cell": like.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
-            "dtype": str(like.dtype), "precision": like.precision, "training": self.training,
-            "recompute": self.recompute, "steps": self.steps, "batch": size_class(like.batch),
-            "lengths": like.lengths is not None, "resets": like.resets, "noise": like.regularised,
-            "reset_states": like.reset_c, "variant": self.variant,
+            "cell": self.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
+            "dtype": str(self.dtype), "precision": self.precision, "training": self.training,
+            "recompute": self.recompute, "steps": self.steps, "batch": size_class(self.batch),
+            "lengths": self.lengths is not None, "resets": self.resets, "noise": self.regularised,
+            "reset_states": self.reset_states, "variant": self.variant,
         }  # fmt: skip
 
 
 def kind_of(call: Call) -> Kind:
     """What decides how a call runs."""
     options, weights, dtype, traversal = call.options, call.weights[0][0], dtype_of(call), call.traversal
-    _, hidden, projected = options.sizes[0]
     lengths = torch.int64 if call.form.packed is not None else None
     if traversal.lengths is not None:
         lengths = traversal.lengths.dtype
     zoneout_h, zoneout_c = ((3 if options.training else 0) if p else None for p in options.zoneout)
-    reset_c, norm_ih, *norms = traversal.reset_states is not None, *(t is not None for t in weights[6:])
     steps = int(call.steps)
-    steps = size_class(steps + (steps == MOST_OF_CUDNN + 1))
-    like = Problem(
-        min(steps, 2), int(call.batch), hidden, dtype, projected,
-        call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse, lengths=lengths,
-        resets=traversal.resets is not None, dropout_h=options.recurrent_dropout > 0, zoneout_h=zoneout_h,
-        zoneout_c=zoneout_c, reset_h=reset_c and zoneout_h is not None, reset_c=reset_c,
-        peepholes=weights.weight_peephole is not None, norms=tuple(norms), cell=options.cell.name,
+    return Kind(
+        options.cell.name, options.sizes, options.directions, dtype,
+        call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
+        size_class(steps + (steps == MOST_OF_CUDNN + 1)), int(call.batch), options.reverse, lengths,
+        traversal.resets is not None, traversal.reset_states is not None, options.recurrent_dropout > 0,
+        (zoneout_h, zoneout_c), weights.weight_peephole is not None, weights.gain_ih is not None,
+        (weights.gain_hh is not None, weights.gain_c is not None, weights.bias_c is not None),
     )  # fmt: skip
-    return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, norm_ih, like)
 
 
 def dtype_of(call: Call) -> torch.dtype:
@@ -95,7 +110,7 @@ def dtype_of(call: Call) -> torch.dtype:
     autocast, options = call.modes.autocast, call.options
     if autocast is None:
         return call.x.dtype
-    if call.x.is_cpu and (options.one_state or options.role == "cell"):
+    if call.x.is_cpu and (options.one_state or options.one_step):
         return torch.promote_types(autocast, call.states[0][1].dtype)
     return autocast
 

@@ -21,7 +21,7 @@ from ..call.choices import Backend, BackendName
 from ..call.sequences import Traversal
 from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
-from ..modules.arguments import NOT_OF_TORCH, recast
+from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
 from .kinds import KINDS, Kind, check_equations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -48,7 +48,7 @@ class GoBackwards(nn.Module):
 
     def __init__(self, module: Rnn) -> None:
         super().__init__()
-        if not isinstance(module, Rnn):
+        if not takes_sequences(module):
             raise TypeError(f"GoBackwards accepts {_ACCEPTED}, got {type(module).__name__}")
         if module.bidirectional or not module.batch_first:
             raise ValueError(
@@ -159,13 +159,11 @@ def to_keras(module: nn.Module) -> Any:
     """
     backwards = isinstance(module, GoBackwards)
     rnn: Any = module.module if isinstance(module, GoBackwards) else module
-    kind = next(
-        (kind for kind in KINDS if isinstance(rnn, (kind.module, kind.stack)) or type(rnn) is kind.torchs), None
-    )
+    if ours := {kind.torchs: kind.module for kind in KINDS}.get(type(rnn)):
+        rnn = recast(rnn, ours)
+    kind = next((kind for kind in KINDS if takes_sequences(rnn) and rnn._cell is kind.module._cell), None)
     if kind is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
-    if type(rnn) is kind.torchs:
-        rnn = recast(rnn, kind.module)
     keras = import_keras()
     layers = len(rnn._weights())
     for name in ("proj_size", "residual", *NOT_OF_TORCH):

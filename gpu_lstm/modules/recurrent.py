@@ -8,32 +8,34 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.torch_rnn import packed
-from ..call.choices import BackendName
-from ..call.options import Options
+from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import Weights
-from ..dispatch.run import run
+from ..dispatch.route import run
+from ..kernels.cells import LSTM
 from ..kernels.private import compiler_callback, fx_is_tracing
 from .arguments import NOT_OF_TORCH, Checked, accepted, no_mask, repr_of
 from .tracing import in_eager_mode, traced
-from .variants import weights_of
+from .variants import OF_LAYERS, weights_of
 
 
 class Recurrent(Checked):
     """A mixin of LSTM and GRU."""
 
     # On the class, so that they are there in pickles of older modules.
-    backend: BackendName | None = None
     recompute: bool = False
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
-    _peepholes: bool = False
-    _norms: tuple[str, ...] = ()
+    _role = "module"
 
-    def _make(self: Any, mode: str, torchs: tuple, **ours: Any) -> None:
-        """Check our own arguments before RNNBase, with torch's, draws initial weights."""
-        accepted_ours = {name: accepted(name, value, self._one_state) for name, value in ours.items()}
+    def _make(self: Any, torchs: tuple, **ours: Any) -> None:
+        """Check our own arguments before RNNBase, with torch's, draws initial weights.
+
+        RNNBase has as many of them as one of torch's classes, of which it wants the name, has: that with as many rows.
+        """
+        accepted_ours = {name: accepted(name, value, self._cell) for name, value in ours.items()}
+        mode = "LSTM" if self._cell.rows == LSTM.rows else "GRU"
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(self, mode, *torchs)
         for name, value in accepted_ours.items():
@@ -103,16 +105,16 @@ class Recurrent(Checked):
         if mask is not None:
             raise TypeError(no_mask(self.mode))
         options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
-        y, states = run(call)
-        return call.form.output(y), call.states_out(states)
+        return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""
         return RNNBase.extra_repr(self) + repr_of(self, ("recompute", *NOT_OF_TORCH))
 
-    def _options(self) -> Options:
-        raise NotImplementedError
+    def _options(self: Any) -> Options:
+        """From the attributes as they are now."""
+        sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
+        return options_of(self._cell.name, self._role, sizes, self._peepholes, self._norms, *of_all, self.proj_size)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the module has them now."""

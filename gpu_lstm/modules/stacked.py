@@ -13,7 +13,7 @@ from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State, Weights
-from ..dispatch.run import run
+from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
 from .arguments import REGULARISERS, Called, Checked, check_size, layer_sizes, norms_of
 from .gru import GRU
@@ -32,7 +32,7 @@ class Stack(Checked, nn.Module):
     input_size: int
     hidden_sizes: list[int]
     dropout: float
-    _kind: str  # as options name it
+    _role = "stack"
 
     def __init__(
         self, sizes: tuple[int, Sequence[int]], flags: dict[str, bool], ours: dict[str, Any],
@@ -92,15 +92,13 @@ class Stack(Checked, nn.Module):
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
             if instead is not None:
                 return instead
-        call = prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states)
-        y, states = run(call)
-        return call.form.output(y), call.states_out(states)
+        return run(prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states))
 
     def _options(self) -> Options:
         """From the attributes as they are now."""
         first, sizes = cast(Any, self.layers[0]), tuple(self.hidden_sizes)
-        of_layers = [getattr(self, name) for name in OF_LAYERS]
-        return options_of(self._kind, sizes, first._peepholes, first._norms, *of_layers, 0, self.residual)
+        of_all, variants = [getattr(self, name) for name in OF_LAYERS], (first._peepholes, first._norms)
+        return options_of(self._cell.name, self._role, sizes, *variants, *of_all, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the layers have them now."""
@@ -143,7 +141,7 @@ class StackedLSTM(Stack):
         output, [(h1, c1), (h2, c2)] = stack(torch.randn(2, 3, 6))
     """
 
-    _kind = "StackedLSTM"
+    _cell = LSTM._cell
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
@@ -198,8 +196,7 @@ class StackedGRU(Stack):
         output, [h1, h2] = stack(torch.randn(2, 3, 6))
     """
 
-    _kind = "StackedGRU"
-    _one_state = True
+    _cell = GRU._cell
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,

@@ -5,7 +5,7 @@ import logging
 import re
 import warnings
 from collections.abc import Mapping
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from torch import nn
 from torch.nn.modules.rnn import GRU as TorchGRU
@@ -15,8 +15,8 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from .. import compat as drop_in
 from ..call.checks import check_bool
-from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
-from ..modules.arguments import NOT_OF_TORCH, recast
+from ..modules import GRU, LSTM, GRUCell, LSTMCell
+from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
 
 _log = logging.getLogger("gpu_lstm")
 
@@ -125,9 +125,9 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
     return twins.get(model, model)
 
 
-def _check_that_torch_has_it(where: str, module: nn.Module) -> None:
-    if isinstance(module, StackedLSTM | StackedGRU):
-        states, kind = ("a pair", "LSTM") if isinstance(module, StackedLSTM) else ("a tensor", "GRU")
+def _check_that_torch_has_it(where: str, module: Any) -> None:
+    if takes_sequences(module) and module._role == "stack":
+        kind, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
         raise TypeError(
             f"{where} is a Stacked{kind} of sizes {module.hidden_sizes}, with {states} of states a layer; a "
             f"torch.nn.{kind} has layers of one size, and {states.replace('a ', 'one ')} of states for all"

@@ -14,9 +14,9 @@ from ..call.prepare import prepare
 from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules.arguments import takes_sequences
 
 Held = tuple[Tensor, ...]  # (h, c); of a GRU (h,)
-STACKS = (StackedLSTM, StackedGRU)
 
 
 class _StepGraph(NamedTuple):
@@ -52,7 +52,7 @@ class Stream:
     """
 
     def __init__(self, module: LSTM | GRU | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
-        if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+        if not takes_sequences(module):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
             cls = type(module).__name__
             raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {cls}{advice}")
@@ -63,7 +63,7 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        self._one_state = module._options().one_state
+        self._one_state, self._is_stack = module._options().one_state, module._role == "stack"
         zeros = self._accepted(None)  # of which two may be one tensor
         wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
@@ -84,7 +84,7 @@ class Stream:
     def _accepted(self, hx: Any) -> list[Held]:
         """The states that `module` would begin with, checked as its call checks hx."""
         module = self.module
-        if hx is not None and isinstance(module, LSTM):
+        if not (hx is None or self._one_state or self._is_stack):
             check_pair(hx)
             for name, state in zip(("h_0", "c_0"), hx):
                 check_tensor(state, name)
@@ -160,7 +160,7 @@ class Stream:
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, after = self.module(chunk, self._as_hx(self._state))
-        states: Any = after if isinstance(self.module, STACKS) else [after]
+        states: Any = after if self._is_stack else [after]
         if self._one_state:
             states = [(h,) for h in states]
         if active is not None:
@@ -201,7 +201,7 @@ class Stream:
     def _as_hx(self, states: list[Held]) -> Any:
         """As `module` accepts and returns them."""
         of_layers: Any = [h for (h,) in states] if self._one_state else states
-        return of_layers if isinstance(self.module, STACKS) else of_layers[0]
+        return of_layers if self._is_stack else of_layers[0]
 
 
 def on_cuda(x: Tensor) -> bool:

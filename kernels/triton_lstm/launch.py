@@ -98,15 +98,17 @@ class Prepared:
         self.projects_outside = problem.projected > 0 and not isinstance(family, Step)
         if self.projects_outside:
             problem = problem._replace(projected=0)
-        self._problem, self._batch, self._launch = problem, problem.batch, launch
+        self._problem, self._batch = problem, problem.batch
         kernel = module.KERNELS[backward]
         options = dict(
             num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
-        self._kernel = Kernel(kernel, plan.grid, _sizes(problem, plan), options)
+        self._start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan), options), launch)
         self._error = error_word(device, kernel.__name__, trial) if kernel.__name__ in KERNELS else None
-        self._loop = pointwise.LOOPS[backward] if isinstance(family, Pointwise) else None
+        if isinstance(family, Pointwise):  # a launch a step
+            loop = pointwise.first_step if device.type == "meta" else pointwise.LOOPS[backward]
+            self._start = partial(loop, self._start, p=problem)
         names = tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
 
@@ -137,7 +139,7 @@ class Prepared:
         memory = allocate(self._buffers, steps, gates)
         for name, state in self._starts.items():
             memory[name] = getattr(r.inputs, state).clone()
-        self._run(gates, r, steps, memory, {})
+        self._start(self._arguments(gates, r, steps, memory, {}))
         h = memory["h_ptr"]
         if self._h_is_cut is not None:  # not a view, since autograd forbids changing one in place
             p = self._problem
@@ -153,30 +155,24 @@ class Prepared:
         if dc_n is not None:  # the kernel makes it the gradient of c0
             memory["dc_ptr"].copy_(dc_n)
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c}
-        if p.normalised:
-            read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
-        self._run(gates, r, steps, memory, read)
+        read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
+        self._start(self._arguments(gates, r, steps, memory, read))
         dgates = memory.get("dgates_ptr")
         if dgates is None:  # [T, B, 4, H or one more]
             dgates = memory[EXCHANGED][..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden)
         return gradients_in(memory, dgates)
 
-    def _run(
+    def _arguments(
         self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
-    ) -> None:
-        """One launch, or one a step; it writes to `memory`."""
+    ) -> dict[str, Any]:
+        """Of a launch, which writes to `memory`."""
         arguments: dict[str, Any] = {"gates_ptr": gates, "error_ptr": self._error, "T": steps, "B": self._batch}
         arguments.update(zip(self._pointers, self._tensors(r.inputs)))
         arguments |= memory
         arguments |= read
         if self._operands is not None:
             arguments |= self._operands(self._problem, self.plan, r, memory)
-        if self._loop is None:
-            self._kernel(self._launch, arguments)
-        elif gates.is_meta:  # where products would import torch's compiler, which takes seconds
-            self._kernel(self._launch, arguments | {"step": 0})
-        else:
-            self._loop(partial(self._kernel, self._launch), arguments, self._problem)
+        return arguments
 
 
 def _sizes(p: Problem, plan: Plan) -> Sizes:
@@ -198,7 +194,7 @@ def layer_of(problem: Problem, device: torch.device, verify: Verify | None = Non
     layer = _layers.get((problem, device))
     if layer is None:
         if len(_layers) >= MOST_LAYERS:
-            _layers.clear()
+            forget()
         layer = _layers.setdefault((problem, device), Layer(problem, device, sys.modules[__name__], verify))
     return layer
 
