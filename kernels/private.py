@@ -1,10 +1,11 @@
 """Every private name of torch, Triton and Python that the library uses: why, and what to do when it goes.
 
 tests/test_packaging.py holds that no other file has one. `-> b`: the public way is b. Flags are behind functions, since
-an import would copy their values.
+an import would copy their values; those of every call behind ones that need no frame.
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # 
 fp32_precision = torch._C._get_fp32_precision_getter  # -> torch.backends.cudnn.rnn.fp32_precision, 20 times as slow
 any_autocast = torch._C._is_any_autocast_enabled  # -> torch.is_autocast_enabled(x.device.type)
 is_tracing = torch._C._is_tracing  # -> torch.jit.is_tracing()
-is_profiled = lambda: profiler._is_profiler_enabled  # -> record_function always, which costs microseconds
+is_profiled = partial(getattr, profiler, "_is_profiler_enabled")  # -> record_function always, which costs microseconds
 
 # Where the public way does too much:
 leave_out_of_graphs = torch._disable_dynamo  # -> torch.compiler.disable, which imports the compiler, and with it Triton
-is_exporting = lambda: torch.compiler._is_exporting_flag  # -> is_exporting(), which torch 2.9 folds to True
-fx_is_tracing = lambda: fx._is_fx_tracing_flag  # -> torch.fx's is_fx_tracing(), which logs a warning
+is_exporting = partial(getattr, torch.compiler, "_is_exporting_flag")  # -> is_exporting(), folded to True by torch 2.9
+    getattr, torch.compiler, "_is_exporting_flag"
+)  # -> is_exporting(), which torch 2.9 folds to True
+fx_is_tracing = partial(getattr, fx, "_is_fx_tracing_flag")  # -> torch.fx's is_fx_tracing(), which logs a warning
 load_kernel = lambda compiled: compiled._init_handles()  # -> compiled.run, which loads as it is read, or a launch
 copy_all = torch._foreach_copy_  # -> copies one by one, between which an interrupt may come
 storage_of = lambda t: t.untyped_storage()._cdata  # -> its data_ptr(), which FakeTensors lack: ONNX's exporter has some
@@ -39,7 +42,7 @@ level_of, is_wrapped, unwrapped = (
     _functorch.maybe_get_level, _functorch.is_functorch_wrapped_tensor, _functorch.get_unwrapped
 )  # fmt: skip
 unwrapped_if_ended, is_batched = _functorch.unwrap_if_dead, _functorch.is_legacy_batchedtensor
-is_forward_mode = lambda: forward_ad._current_level >= 0  # whether a dual_level is open
+forward_level = partial(getattr, forward_ad, "_current_level")  # -1: no dual_level is open
 # Without these, layers are no operators under dispatch modes, a compat.LSTM in a model is compiled, and hooks and
 # function modes of the user act on our own computations:
 dispatch_modes, count_dispatch_modes = _get_current_dispatch_mode_stack, torch._C._len_torch_dispatch_stack

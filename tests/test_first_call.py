@@ -384,15 +384,7 @@ def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():
 @pytest.mark.parametrize("launcher", [launch, cupy], ids=["triton", "cupy"])
 def test_what_routes_forget_layers_forget(launcher):
     layer = launcher.layer_of(PROBLEM, CUDA)
-    choose.plans_in_use[PROBLEM, H100, FORWARD] = {64: PLANS[0]}
+    choose.in_use.add(("a plan",))
     route.forget()
     assert launcher.layer_of(PROBLEM, CUDA) is not layer
-    assert not choose.plans_in_use
-
-
-def test_layers_of_ever_more_batches_do_not_fill_memory(monkeypatch):
-    monkeypatch.setattr(launch, "MOST_LAYERS", 2)
-    for batch in range(1, 9):
-        layer = launch.layer_of(PROBLEM._replace(batch=batch), CUDA)
-        assert launch.layer_of(layer.problem, CUDA) is layer
-    assert len(launch._layers) <= 2
+    assert not choose.in_use

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import private, projection
-from ..kernels.private import TransformType, any_autocast, constant_when_traced, is_forward_mode
+from ..kernels.private import TransformType, any_autocast, constant_when_traced, forward_level
 from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backends, chosen_racings
 
 _ONLY_BY_REFERENCE = (TransformType.Vmap, TransformType.Jvp, TransformType.Functionalize)
@@ -63,7 +63,7 @@ def modes(x: Tensor) -> Modes:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
         return Modes(torch.is_grad_enabled(), _autocast_dtype(x), recording, transforms, "ieee", (), False)
     transforms = Transforms.NONE
-    if _interpreter() is not None or is_forward_mode():
+    if _interpreter() is not None or forward_level() >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
     watched = _dispatch_modes() > 0 or type(x) not in PLAIN or _is_tracing()
     return Modes(
@@ -186,7 +186,7 @@ def need_the_reference() -> bool:
 def _need_the_reference(compiling: bool) -> bool:
     # Called rather than traced: torch.compile enters a transform while it traces what is inside. There no tensor of
     # torch.func.grad says that it requires a gradient, so that nothing would be saved for backward.
-    if is_forward_mode():
+    if forward_level() >= 0:
         return True
     return any(compiling or transform.key() in _ONLY_BY_REFERENCE for transform in private.transforms())
 
@@ -210,7 +210,7 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
     """
     if _is_compiling():
         return False
-    if is_forward_mode():
+    if forward_level() >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
