@@ -27,8 +27,6 @@ is_profiled = partial(getattr, profiler, "_is_profiler_enabled")  # -> record_fu
 # Where the public way does too much:
 leave_out_of_graphs = torch._disable_dynamo  # -> torch.compiler.disable, which imports the compiler, and with it Triton
 is_exporting = partial(getattr, torch.compiler, "_is_exporting_flag")  # -> is_exporting(), folded to True by torch 2.9
-    getattr, torch.compiler, "_is_exporting_flag"
-)  # -> is_exporting(), which torch 2.9 folds to True
 fx_is_tracing = partial(getattr, fx, "_is_fx_tracing_flag")  # -> torch.fx's is_fx_tracing(), which logs a warning
 load_kernel = lambda compiled: compiled._init_handles()  # -> compiled.run, which loads as it is read, or a launch
 copy_all = torch._foreach_copy_  # -> copies one by one, between which an interrupt may come
