@@ -192,10 +192,10 @@ def exact_float32_products():
 @pytest.fixture(autouse=True)
 def decided_again():
     """Whatever a test substitutes for a card, or for a choice, does not outlast that test."""
-    for name in ("dispatch.run", "kernels.triton_lstm.launch", "kernels.cupy_lstm.launch"):
-        module = sys.modules.get(f"gpu_lstm.{name}")
-        if module is not None:
-            module.forget()
+    if (run := sys.modules.get("gpu_lstm.dispatch.run")) is not None:
+        run.forget()
+    if (choose := sys.modules.get("gpu_lstm.kernels.triton_lstm.choose")) is not None:
+        choose.in_use.clear()
 
 
 @pytest.fixture

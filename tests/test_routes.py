@@ -32,6 +32,7 @@ from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch import run as dispatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.route import Decision, build
+from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.triton_lstm import launch, step
 
 pytestmark = [
@@ -81,7 +82,6 @@ class Routes(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         dispatch.forget()
-        launch.forget()
         self.facts, self.modules = {name: values[0] for name, values in FACTS.items()}, {}
 
     @initialize(start=st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN}))
@@ -106,7 +106,7 @@ class Routes(RuleBasedStateMachine):
         module = self.module()
         cached = self.outcome(module)
         with contextlib.ExitStack() as stack:
-            for place, name in (dispatch, "_routes"), (race, "decided"), (launch, "_layers"):
+            for place, name in (dispatch, "_routes"), (race, "decided"), (layers, "_layers"):
                 stack.enter_context(patch.object(place, name, {}))
             fresh = self.outcome(module)
         assert cached[0] == fresh[0], "another backend, other kernels or another error"

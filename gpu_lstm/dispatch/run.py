@@ -12,6 +12,7 @@ from ..call.modes import Recording, Transforms, constant_when_traced
 from ..call.options import RESET_STATES
 from ..call.prepare import Call
 from ..call.weights import State, variant_of
+from ..kernels import layer
 from . import available, race
 from .kind import dtype_of, kind_of, size_class
 from .race import GraphQuestion
@@ -54,6 +55,7 @@ def forget() -> None:
     """Drop all decisions, so that later calls decide again: more is known."""
     _routes.clear()
     race.decided.clear()
+    layer.forget()
 
 
 def able_to_run(call: Call) -> Backend:
