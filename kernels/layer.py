@@ -1,4 +1,4 @@
-"""One layer in one direction on one card, prepared once and then only launched: the launcher of both backends."""
+"""What a backend is, and its Layer: one layer in one direction on one card, prepared once and then only launched."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,18 @@ from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, steps_of
 from .timeouts import raise_if_timed_out
 
-MOST_LAYERS = 1024  # that a backend keeps; a program with more problems, say as many sizes of batches, makes them again
+MOST_LAYERS = 1024  # that are kept; a program with more problems, say as many sizes of batches, makes them again
+
+
+class Plan(Protocol):
+    """What is asked of a backend's own plans."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its numbers may depend on, as JSON values; how many sequences there are need not be among it."""
+
+    def sequences_enough(self, problem: Problem) -> int:
+        """How many of a problem's sequences show all that its kernel does, for verification."""
 
 
 class Chosen(NamedTuple):
@@ -32,9 +43,14 @@ Refuses = Callable[[Any], str | None]
 
 
 class Launcher(Protocol):
-    """What a backend does for a Layer: the functions of its module launch.py."""
+    """A backend: what its module kernels/NAME_lstm/launch.py has."""
 
-    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
+    BACKEND: str  # its name
+
+    def lacks(self, problem: Problem) -> str | None:
+        """What of a problem it does not support; None if it runs it."""
+
+    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
         """The plan for a pass, the best one that `refuses` does not refuse."""
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
@@ -52,16 +68,18 @@ class Layer:
         trial: a plan that is used without being chosen or verified.
 
     Raises:
-        ValueError: more sequences or units than kernels can count.
+        ValueError: the backend lacks something, or there are more sequences or units than kernels can count.
     """
 
     def __init__(
         self, problem: Problem, device: torch.device, launcher: Launcher, verify: Verify | None = None,
         trial: Any = None,
     ) -> None:  # fmt: skip
+        if (lacking := launcher.lacks(problem)) is not None:
+            raise ValueError(f"backend {launcher.BACKEND!r} has no {lacking}")
         _check_count("sequences", problem.batch)
         _check_count("gates of all units", 4 * problem.hidden)
-        self.problem, self.device, self.verify = problem, device, verify
+        self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
         self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Prepared] = {}
@@ -91,8 +109,8 @@ class Layer:
         steps = steps_of(gates)
         _check_count("steps", steps)
         if self.problem.batch == 0:
-            empty = allocate(results_of(self.problem), steps, gates)
-            return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
+            empty = allocate(results_of(self.problem, save), steps, gates, r.inputs)
+            return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty.get("c_ptr")
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
         overwritten, r = aligned(gates), self._aligned(r)
@@ -125,7 +143,7 @@ class Layer:
         raise_if_timed_out(self.device)
         p = self.problem
         if p.batch == 0:
-            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), gates)
+            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), gates, r.inputs)
             return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=empty["h_n_ptr"])
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
         r = self._aligned(r)
@@ -168,6 +186,28 @@ class Layer:
             if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
                 return r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, tensors)))))
         return r
+
+
+_layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}
+
+
+def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
+    """A backend's layer of a problem on a device; every call returns the same one.
+
+    Raises:
+        ValueError: as Layer.
+    """
+    layer = _layers.get((launcher, problem, device))
+    if layer is None:
+        if len(_layers) >= MOST_LAYERS:
+            _layers.clear()
+        layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
+    return layer
+
+
+def forget() -> None:
+    """Choose all plans again, since more has been measured."""
+    _layers.clear()
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)

@@ -16,6 +16,7 @@ from installed import ROOT
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.equations import EQUATIONS
+from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.layer import Layer
@@ -135,7 +136,7 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
     ran = {each.args[0].__name__ for each in run.mock_calls}
     assert ran == {f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")}
-    assert not any(layer._prepared for layer in launch._layers.values())
+    assert not any(layer._prepared for layer in layers._layers.values())
 
 
 # The contract of a cell

@@ -17,13 +17,15 @@ from unittest.mock import ANY, Mock, call
 import numpy as np
 import pytest
 import torch
+from places import forget
 from standing_in import CUDA, H100, plan_of, torch_finds
 
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available, route
 from gpu_lstm.dispatch.available import select, why_unavailable
+from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.layer import MOST_LAYERS, aligned
+from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, features, launch
 
@@ -43,16 +45,16 @@ def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
         return SimpleNamespace(n_spills=load(kernel, tried[-1]) or 0)
 
     monkeypatch.setattr(choose, "load", loaded)
-    return launch.layer_of(PROBLEM, CUDA, verify).prepared(pass_, GIVEN).plan, tried
+    return kept_layer(launch, PROBLEM, CUDA, verify).prepared(pass_, GIVEN).plan, tried
 
 
 def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
-    assert launch.layer_of(PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
+    assert kept_layer(launch, PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
     assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
     assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
     for pass_ in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
         assert len(_choose(monkeypatch, pass_=pass_)[1]) == 1, "but other kernels are"
-    launch.forget()
+    forget()
     assert _choose(monkeypatch)[1] == [PLANS[0].units]
 
 
@@ -101,7 +103,7 @@ def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(
     monkeypatch.setattr(launch, "launch_kernel", record)
     h = torch.zeros(2, 3, 4).half()
     given = h if pass_.dh else None, h[:1] if pass_.dh_n else None, None
-    launch.layer_of(problem, gates.device).with_plan(plan).backward(*given, gates, torch.zeros(2, 3, 16), r)
+    kept_layer(launch, problem, gates.device).with_plan(plan).backward(*given, gates, torch.zeros(2, 3, 16), r)
     [compiled] = launch.recorded_launches(problem, pass_, plan)
     absent = [{name for name, each in a.items() if each is None} for a in (compiled.arguments, record.call_args.kwargs)]
     assert absent[0] == absent[1]
@@ -118,7 +120,7 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     h, record = torch.zeros(steps, batch, hidden).half(), Mock()
     gates, r = launch.call_of(problem, torch.device("cpu"))
     monkeypatch.setattr(launch, "launch_kernel", record)
-    layer = launch.layer_of(problem, gates.device).with_plan(plan)
+    layer = kept_layer(launch, problem, gates.device).with_plan(plan)
     if backward:
         layer.backward(h, h[:1], None, gates, h.float(), r)
     else:
@@ -236,7 +238,7 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
 
 def _served(monkeypatch, batches, hidden, cell, pass_):
     """The plan of each batch, called in this order by a new process; kernels compiled; and what was verified."""
-    launch.forget()
+    forget()
     compiled, verified = set(), []
 
     def load(kernel, grid, arguments):
@@ -246,7 +248,7 @@ def _served(monkeypatch, batches, hidden, cell, pass_):
 
     monkeypatch.setattr(choose, "load", load)
     problems = [Problem(2, batch, hidden, torch.bfloat16, cell=cell) for batch in batches]
-    layers = [launch.layer_of(problem, CUDA, lambda *given: verified.append(given[-1])) for problem in problems]
+    layers = [kept_layer(launch, problem, CUDA, lambda *given: verified.append(given[-1])) for problem in problems]
     return {layer.problem.batch: layer.prepared(pass_, GIVEN).plan for layer in layers}, compiled, verified
 
 
@@ -279,19 +281,19 @@ def _power(batch):
 def test_what_was_refused_before_a_capture_is_not_used_in_it(an_h100, monkeypatch):
     """Nor are other batches than those before: the kernels that are in use are known."""
     verify = Mock(side_effect=lambda *given: "wrong" if given[-1].units == PLANS[0].units else None)
-    kept = launch.layer_of(PROBLEM, CUDA, verify).prepared(FORWARD, GIVEN).plan
-    launch._layers.clear()
+    kept = kept_layer(launch, PROBLEM, CUDA, verify).prepared(FORWARD, GIVEN).plan
+    layers.forget()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for batch in (64, 63):
-        found = launch.layer_of(PROBLEM._replace(batch=batch), CUDA, verify).prepared(FORWARD, GIVEN).plan
+        found = kept_layer(launch, PROBLEM._replace(batch=batch), CUDA, verify).prepared(FORWARD, GIVEN).plan
         assert (found.units, found.units != PLANS[0].units) == (kept.units, True)
 
 
 @pytest.mark.parametrize("launcher", [launch, cupy], ids=["triton", "cupy"])
 def test_a_server_with_batches_of_any_size_keeps_some_layers(an_h100, launcher):
-    first = weakref.ref(launcher.layer_of(PROBLEM, CUDA))
+    first = weakref.ref(kept_layer(launcher, PROBLEM, CUDA))
     for batch in range(1, MOST_LAYERS + 1):
-        launcher.layer_of(PROBLEM._replace(batch=batch, hidden=8), CUDA)
+        kept_layer(launcher, PROBLEM._replace(batch=batch, hidden=8), CUDA)
     gc.collect()
     assert first() is None
 
@@ -378,13 +380,10 @@ def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, t
 
 def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():
     keys = (PROBLEM, CUDA), (PROBLEM, torch.device("cpu")), (PROBLEM._replace(reverse=True), CUDA)
-    assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3
+    assert len({id(kept_layer(launch, *key)) for key in 2 * keys}) == 3
 
 
-@pytest.mark.parametrize("launcher", [launch, cupy], ids=["triton", "cupy"])
-def test_what_routes_forget_layers_forget(launcher):
-    layer = launcher.layer_of(PROBLEM, CUDA)
-    choose.in_use.add(("a plan",))
+def test_what_routes_forget_layers_forget():
+    layer = kept_layer(launch, PROBLEM, CUDA)
     route.forget()
-    assert launcher.layer_of(PROBLEM, CUDA) is not layer
-    assert not choose.in_use
+    assert kept_layer(launch, PROBLEM, CUDA) is not layer

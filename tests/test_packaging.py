@@ -284,6 +284,6 @@ def private_names(text: str) -> tuple[set[str], set[str]]:
 def test_private_names_of_torch_triton_and_python_are_in_one_file():
     paths = [path for folder in ("gpu_lstm", "kernels") for path in (ROOT / folder).rglob("*.py")]
     found = {path.relative_to(ROOT).as_posix(): private_names(path.read_text()) for path in paths}
-    assert len(found.pop("kernels/private.py")[1]) > 30
+    assert len(found.pop("kernels/private.py")[1]) > 25
     ours = INHERITED | OF_TUPLES | {name for defined, _ in found.values() for name in defined}
     assert not {path: used - ours for path, (_, used) in found.items() if used - ours}

@@ -13,10 +13,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from places import forget
 from standing_in import CUDA, H100
 
 import gpu_lstm
 from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
@@ -175,10 +177,10 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
 
 
 def _chosen(problem, backward):
-    launch.forget()  # as another process would
+    forget()  # as another process would
     cache._read.cache_clear()
     given = launch.call_of(problem, torch.device("meta"))[1].inputs
-    return launch.layer_of(problem, CUDA).prepared(Pass(backward), given).plan
+    return kept_layer(launch, problem, CUDA).prepared(Pass(backward), given).plan
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -194,7 +196,7 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch, c
     fastest = autotune.autotune(problem, CUDA, 256)
     assert set(fastest) == {"forward", "backward"}
     assert fastest["forward"] == min(plans(problem, H100, False), key=seconds) != before
-    layer = launch.layer_of(problem, CUDA)
+    layer = kept_layer(launch, problem, CUDA)
     assert layer.chosen(Pass()) == (fastest["forward"], True), "without a launch"
     assert _chosen(problem, False) == fastest["forward"], "in this process, too"
     assert _chosen(problem._replace(steps=128, reverse=True), False) == fastest["forward"]

@@ -33,6 +33,7 @@ from gpu_lstm.dispatch import route as dispatch
 from gpu_lstm.dispatch.build import build
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
+from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.triton_lstm import launch, step
 
 pytestmark = [
@@ -106,7 +107,7 @@ class Routes(RuleBasedStateMachine):
         module = self.module()
         cached = self.outcome(module)
         with contextlib.ExitStack() as stack:
-            for place, name in (dispatch, "_routes"), (race, "decided"), (launch, "_layers"):
+            for place, name in (dispatch, "_routes"), (race, "decided"), (layers, "_layers"):
                 stack.enter_context(patch.object(place, name, {}))
             fresh = self.outcome(module)
         assert cached[0] == fresh[0], "another backend, other kernels or another error"

@@ -19,6 +19,7 @@ from places import INTERPRETED, KERNELS, cooperative, forget, held, split, step
 from standing_in import few_polls, recurrence
 
 import gpu_lstm
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, fragments, launch
@@ -58,7 +59,7 @@ def test_h_of_a_gru_is_carried_in_float32(monkeypatch, family):
     tensors = gates[:, :, : 3 * hidden], h0, h0, n_first, weight_hh
     out, expected, *_ = oracle.gru_layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=h0.float(), lengths=lengths)
-    layer = launch.layer_of(problem_of(r.inputs, "gru", False, "ieee"), gates.device)
+    layer = kept_layer(launch, problem_of(r.inputs, "gru", False, "ieee"), gates.device)
     _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
     (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
     valid = torch.arange(steps)[:, None] < lengths
@@ -78,7 +79,7 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     tensors = gates, h0, c0, torch.eye(4 * hidden), weight_hh
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=c0.float(), lengths=lengths)
-    layer = launch.layer_of(problem_of(r.inputs, "lstm", False, "ieee"), gates.device)
+    layer = kept_layer(launch, problem_of(r.inputs, "lstm", False, "ieee"), gates.device)
     _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
     (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
     found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]

@@ -23,6 +23,7 @@ from gpu_lstm.dispatch import build
 from gpu_lstm.dispatch.kind import kind_of, size_class
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
@@ -131,7 +132,7 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
     (gates, r), c = launch.call_of(problem, torch.device("cpu")), torch.zeros(2, 16, hidden)
     plans_of = [plans(problem, H100, backward)[0] for backward in (False, True)]
-    forward, backward = (launch.layer_of(problem, c.device).with_plan(plan) for plan in plans_of)
+    forward, backward = (kept_layer(launch, problem, c.device).with_plan(plan) for plan in plans_of)
     forward.forward(gates, r, save=False)
     backward.backward(None, c[:1].bfloat16(), None, gates, c, r, False)
     assert [plan.family.name for plan in plans_of] == [family] * 2

@@ -25,6 +25,7 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import cells, fragments, indexing, launch, noise, norm, norm_tiles, reset, states
 from gpu_lstm.kernels.triton_lstm import step as step_family
@@ -56,7 +57,7 @@ def _given(problem):
 
 def _verify(problem, pass_=FORWARD, plan=None, given=None):
     plan = plan or plans(problem, INTERPRETER, pass_.backward)[-1]
-    return verify.verify(launch.layer_of(problem, CPU), pass_, given or _given(problem), plan)
+    return verify.verify(kept_layer(launch, problem, CPU), pass_, given or _given(problem), plan)
 
 
 def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):

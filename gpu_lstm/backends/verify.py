@@ -10,7 +10,6 @@ dtype. Nothing may be written outside a launch's tensors. The verdict is cached 
 import functools
 import importlib
 import logging
-import sys
 from collections.abc import Callable
 from math import ceil
 from typing import Any, cast
@@ -18,12 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..call.choices import KERNEL_BACKENDS, Backend
+from ..call.choices import Backend
 from ..call.modes import EXACT, alone, products
 from ..call.weights import Weights
 from ..kernels import cache
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer
+from ..kernels.layer import Layer, kept_layer
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.problem import Inputs, Pass, Problem, in_the_loop
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
@@ -45,16 +44,7 @@ LEARNT = ("x", "h0", "c0", *Weights._fields, "reset_h", "reset_c")  # what may h
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     """The kernels of a problem on a device: the one place where a launcher is imported."""
     launcher = importlib.import_module(f"..kernels.{backend.value}_lstm.launch", __package__)
-    layer: Layer = launcher.layer_of(problem, device, verify)
-    layer.backend = backend.value  # as the operators of graph.py name it
-    return layer
-
-
-def forget() -> None:
-    """Choose all plans again."""
-    for backend in KERNEL_BACKENDS:
-        if launcher := sys.modules.get(f"{cache.__package__}.{backend.value}_lstm.launch"):
-            launcher.forget()
+    return kept_layer(launcher, problem, device, verify)
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:

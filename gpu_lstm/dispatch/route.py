@@ -5,13 +5,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..backends import graph, verify
+from ..backends import graph
 from ..backends.run import Route, run_by
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.options import RESET_STATES, Options, Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES, variant_of
+from ..kernels import layer
 from . import available, race
 from .build import build
 from .kind import Kind, dtype_of, kind_of
@@ -72,7 +73,7 @@ def forget() -> None:
     """Drop all decisions and plans, so that later calls decide again: more is known."""
     _routes.clear()
     race.decided.clear()
-    verify.forget()
+    layer.forget()
 
 
 def able_to_run(call: Call) -> Backend:

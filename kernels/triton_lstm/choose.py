@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from ..private import load_kernel
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
+from .family import Family
 from .features import OPTIONS
 from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, power_of_two
@@ -38,10 +38,11 @@ SLOW_S = 2.0  # after which a log line says what is happening
 KIND = cache.PLANS  # of cached results
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
-FAMILIES: dict[type, ModuleType] = {
-    Resident: resident, Cooperative: cooperative, Pointwise: pointwise, Step: step, Held: step
+FAMILIES: dict[type, Family] = {
+    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step.STEP,
+    Held: step.HELD,
 }  # fmt: skip
-"""Each module has KERNELS, forward and backward, the buffers that they write and the OPERANDS that they read."""
+"""By the class of a plan's family."""
 
 logger = logging.getLogger("gpu_lstm")
 

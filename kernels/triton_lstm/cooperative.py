@@ -26,12 +26,13 @@ from torch import Tensor
 
 from ..cards import KB, Card
 from ..cells import CELLS
-from ..memory import EVERY_BIT, Buffer
+from ..memory import EVERY_BIT, Buffer, buffers_of
 from ..operands import as_words, transposed_gates
-from ..problem import Problem, Recurrence
+from ..problem import Pass, Problem, Recurrence
 from . import indexing, noise, reset, states
 from .cells import cell_backward, cell_forward, output, output_backward
 from .exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
+from .family import Family
 from .features import nothing
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .indexing import Batch
@@ -368,21 +369,22 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
 
-KERNELS = lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel
-EXCHANGED = "exchanged"  # among the buffers: what W_hh^T is multiplied with, passed as words
 
-
-def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
-    """What a pass writes besides the results that all families share; forward h is one of those, but in rows of words.
-    Backward dgates are the words, or come from them through the norm of W_hh h.
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See family.Family. Forward h is in rows of words, backward what W_hh^T is multiplied with: dgates, or with a norm
+    of W_hh h what comes from them through it.
     """
+    written = buffers_of(p, pass_)
     pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.units), 2), fill=EVERY_BIT)  # see norm_exchange.py
-    scratch = {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
-    if not backward:
-        return scratch | {"h_ptr": Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)}  # and h0 at its end
+    written |= {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
+    if not pass_.backward:
+        written["h_ptr"] = Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)  # and h0 at its end
+        written["c_n_ptr"] = written["c_n_ptr"]._replace(fill="c0")  # where kernels read c at every step
+        return written
+    written["words_ptr" if p.norms[0] else "dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)
     if plan.family.partners > 1:
-        scratch["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
-    return scratch | {EXCHANGED: Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)}
+        written["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
+    return written
 
 
 def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -398,13 +400,30 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
     return operands | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
 
 
-def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As forward_operands, for backward."""
     weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p.hidden)
-    return {"weights_ptr": weights, "words_ptr": memory[EXCHANGED].view(torch.int32)}
+    if p.norms[0]:
+        return {"weights_ptr": weights, "words_ptr": memory["words_ptr"].view(torch.int32)}
+    return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
 
 
-OPERANDS = forward_operands, backward_operands
+def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
+    """h without h0 and padding of rows. It is no view, since autograd forbids changing one in place."""
+    h = memory["h_ptr"]
+    return h[:-1, :, : p.hidden].contiguous() if _row(p) > p.hidden else h.resize_(len(h) - 1, p.batch, p.hidden)
+
+
+def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
+    """dgates without padding of rows."""
+    dgates = memory["dgates_ptr"]  # [T, B, 4, H or one more], but with a norm of W_hh h
+    return dgates if p.norms[0] else dgates[..., : p.hidden].flatten(2)
+
+
+FAMILY = Family(
+    (lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel), lambda *_: True, buffers,
+    operands=(forward_operands, backward_operands), results=(h_of, dgates_of),
+)  # fmt: skip
 
 
 def _row(p: Problem) -> int:

@@ -23,7 +23,7 @@ class Sizes(NamedTuple):
     BLOCK_B: int  # sequences of a tile
     UNITS: int  # of a tile, or of a program
     WARPS: int
-    HELD: bool  # and as planning.py explains them, of each family:
+    HELD: bool  # whether W_hh stays on chip; and as planning.py explains them, of each family:
     BLOCK_K: int = 0
     PARTS: int = 1
     PARTNERS: int = 1

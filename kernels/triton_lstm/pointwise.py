@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from ..cells import CELLS
-from ..memory import Buffer
-from ..problem import Problem
+from ..memory import Buffer, buffers_of
+from ..problem import Pass, Problem
 from ..projection import products_in
 from . import indexing, noise, reset, states
 from .cells import cell_backward, cell_forward, next_cell, output, output_backward
+from .family import Family
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
 from .planning import Plan, Pointwise, power_of_two
 
@@ -99,23 +100,24 @@ def pointwise_plan(problem: Problem) -> Plan | None:
     )  # fmt: skip
 
 
-KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
-OPERANDS = None, None
-
-
-def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
-    """What a pass writes besides the results that all families share."""
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See family.Family."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
-    scratch = {}
+    written, backward = buffers_of(p, pass_), pass_.backward
     if scattered:
-        scratch["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
+        written["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
     if backward or scattered or p.resets or p.dropout_h:  # else the next product's operand is h
-        scratch["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    return scratch
+        written["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    return written
 
 
 def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
-    """Run all steps; launch(arguments) launches the kernel."""
+    """Run all steps; launch(arguments) launches the kernel. Of launches that are only recorded, the first.
+
+    On the meta device products would import torch's compiler, which takes seconds.
+    """
+    if arguments["gates_ptr"].is_meta:
+        return launch(arguments | {"step": 0})
     gates, z, h, h_next = (arguments.get(name) for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
     operand, weight = arguments["h0_ptr"][0], arguments["weight_hh_ptr"].T
     if p.dropout_h:
@@ -135,6 +137,8 @@ def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str,
 
 def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
     """As forward_steps, from the last to the first."""
+    if arguments["gates_ptr"].is_meta:
+        return launch(arguments | {"step": 0})
     dgates, dz, dh_next = (arguments.get(name) for name in ("dgates_ptr", "dz_ptr", "dh_next_ptr"))
     times, cell = range(arguments["T"]), CELLS[p.cell]
     with products_in(p.precision):
@@ -145,9 +149,7 @@ def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str
                 torch.mm(of_h, arguments["weight_hh_ptr"], out=dh_next)
 
 
-def first_step(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
-    """The launch of one step. On the meta device products would import torch's compiler, which takes seconds."""
-    launch(arguments | {"step": 0})
-
-
-LOOPS = forward_steps, backward_steps
+FAMILY = Family(
+    (lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel), buffers=buffers,
+    loops=(forward_steps, backward_steps),
+)  # fmt: skip

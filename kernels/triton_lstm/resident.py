@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..cards import Card
 from ..cells import CELLS
-from ..memory import Buffer
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, Recurrence
 from . import indexing, noise, norm_block, reset, states
 from .cells import cell_backward, cell_forward, output, output_backward
+from .family import Family
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
 from .norm import Norm, load_affine, normalised
@@ -287,14 +287,6 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         )  # fmt: skip
 
 
-KERNELS = lstm_resident_forward_kernel, lstm_resident_backward_kernel
-
-
-def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
-    """What a pass writes besides the results that all families share: nothing."""
-    return {}
-
-
 def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
     """What forward reads besides the tensors of a call."""
     return {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden)}
@@ -305,4 +297,6 @@ def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
     return {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p.hidden)}
 
 
-OPERANDS = forward_operands, backward_operands
+FAMILY = Family(
+    (lstm_resident_forward_kernel, lstm_resident_backward_kernel), operands=(forward_operands, backward_operands)
+)

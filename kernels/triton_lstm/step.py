@@ -21,11 +21,12 @@ import triton.language as tl
 
 from ..cards import Card
 from ..cells import CELLS
-from ..memory import Buffer
-from ..problem import Problem
+from ..memory import Buffer, buffers_of
+from ..problem import Pass, Problem
 from . import indexing, noise, norm_tiles, reset, states
 from .cells import cell_backward, cell_forward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
+from .family import Family
 from .features import MOST_ROWS, nothing
 from .indexing import Batch, rows_of_product
 from .norm import Norm, normalised
@@ -559,22 +560,31 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     return sorted(plans, key=lambda plan: expected(problem, card, plan, backward).seconds)[:2]
 
 
-KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
-OPERANDS = None, None
+def waits(p: Problem, plan: Plan) -> bool:
+    """Unless the launch is one round of tiles."""
+    return p.steps > 1 or plan.family.parts > 1 or p.projected > 0 or p.normalised
 
 
-def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
-    """What a pass writes besides the results that all families share."""
-    f32, tiles, parts = torch.float32, ceil(p.hidden / plan.units), plan.family.parts
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See family.Family."""
+    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
     norm_hh, norm_c, _ = p.norms
-    pairs = Buffer(f32, (tiles, p.batch, 2))
-    if backward:
-        sums = {"sums_ptr": Buffer(f32, (parts, p.batch, p.width))} if parts > 1 else {}
-        sums |= {"pairs_hh_ptr": Buffer(f32, (2, tiles, p.batch, 2), fill=0)} if norm_hh else {}
-        return sums | ({"pairs_c_ptr": pairs} if norm_c else {})
-    scratch = {"m_ptr": Buffer(p.dtype, (p.batch, p.hidden))} if p.projected else {}
-    if norm_hh:
-        scratch |= {"product_ptr": Buffer(f32, (p.batch, tiles, 4 * plan.units)), "pairs_hh_ptr": pairs}
-    if norm_c:
-        scratch |= {"cell_ptr": Buffer(f32, (2, p.batch, p.hidden)), "pairs_c_ptr": pairs}
-    return scratch
+    scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
+    if waits(p, plan):  # counts the programs of each batch tile that have arrived
+        scratch["arrivals_ptr"] = Buffer(torch.int32, (ceil(p.batch / plan.rows),), fill=0)
+    scratch |= {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
+    if plan.family.parts > 1:
+        scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
+    if norm_hh and pass_.backward:
+        scratch["pairs_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
+    elif norm_hh:
+        scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
+    if norm_c and not pass_.backward:
+        scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
+    if p.projected and not pass_.backward:
+        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    return buffers_of(p, pass_) | scratch
+
+
+HELD = Family((lstm_step_forward_kernel, lstm_step_backward_kernel), waits, buffers)
+STEP = HELD._replace(projects=True)
