@@ -6,13 +6,13 @@ from pathlib import Path
 if not Path(__file__).with_name("kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
-from . import compat, functional, keras, races  # noqa: F401
+from . import compat, functional, keras
 from .call.choices import Backend, backend, racing
 from .call.sequences import resets_from_dones
 from .kernels.timeouts import check
 from .modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
 from .tools.autotune import autotune
-from .tools.convert import convert, from_haste, to_torch
+from .tools.convert import convert, to_torch
 from .tools.explain import explain
 from .tools.stream import Stream
 from .tools.trace import trace
@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GRU", "LSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune", "backend",
     "check", "compat", "convert",
-    "explain", "from_haste", "functional", "keras", "racing", "resets_from_dones", "to_torch", "trace",
+    "explain", "functional", "keras", "racing", "resets_from_dones", "to_torch", "trace",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Back
 from .dispatch import race
 from .dispatch.available import import_problem, select, why_unavailable, without_triton
 from .dispatch.kind import describe
-from .dispatch.route import Decision
+from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cells import CELLS
 from .kernels.problem import Problem
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name] = command = subparsers.add_parser(name, help=text)
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         command.set_defaults(run=run)
-    plan, cached = commands["plan"], commands["races"].add_mutually_exclusive_group()
+    plan = commands["plan"]
     for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
         command.add_argument("--cell", choices=CELLS, default="lstm", help="default: %(default)s")
         command.add_argument("--hidden", type=_positive, required=True, help="hidden units")
@@ -58,9 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
     commands["explain"].add_argument("--layers", type=_positive, default=1, help="on top of each other")
     commands["explain"].add_argument("--inference", action="store_true", help="without gradients")
-    cached.add_argument("--export", metavar="FILE", help="write all of them into one file")
-    cached.add_argument("--merge", metavar="FILE", nargs="+", help="add those of exported files that are new here")
-    cached.add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
+    commands["races"].add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
     options = parser.parse_args(arguments)
     if options.command == "plan" and (problem := import_problem(Backend.TRITON)) is not None:
         print(f"python -m gpu_lstm plan {without_triton(problem)}", file=sys.stderr)
@@ -216,19 +214,10 @@ def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _races(options: argparse.Namespace) -> tuple[Any, str]:
-    """List, export, merge or clear cached results."""
-    if options.export is not None:
-        done = {"exported": cache.export(options.export)}
-    elif options.merge is not None:
-        done = {"merged": cache.merge(options.merge)}
-    elif options.clear:
-        done = {"cleared": sum(map(cache.forget, cache.KINDS))}
-    else:
-        return _cached()
-    return done, "".join(f"cached results {what}: {count}" for what, count in done.items())
-
-
-def _cached() -> tuple[list[dict[str, Any]], str]:
+    """List or clear cached results."""
+    if options.clear:
+        cleared = sum(map(cache.forget, cache.KINDS))
+        return {"cleared": cleared}, f"cached results cleared: {cleared}"
     rows, lines = [], []
     how_they_come = (
         "the first call of each kind on a card races the kernels against torch's own",
@@ -251,10 +240,10 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     """A cached result in words; raises one of several errors if it has other fields."""
     if kind == race.KIND:
         return f"{describe(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
-    of = key | value if kind == "plans" else key
+    of = key | value if kind == cache.PLANS else key
     direction, dtype = "backward" if of["backward"] else "forward", of["dtype"].removeprefix("torch.")
     tiles = f"{of['cell'].upper()}, {of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"
-    if kind == "plans":
+    if kind == cache.PLANS:
         return f"B = {of['batch']}: {tiles}"
     there = [name for name in Problem._fields if key[name] is True or (key[name] and name in ("projected", "lengths"))]
     words = [tiles, key["precision"], *there]

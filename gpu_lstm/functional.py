@@ -9,7 +9,8 @@ from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State, Weights
-from .dispatch.run import run
+from .dispatch.route import run
+from .kernels.cells import GRU, LSTM
 
 
 def lstm_layer(
@@ -46,8 +47,8 @@ def lstm_layer(
     """
     check_tensor(x, "input")
     check_bool("reverse", reverse)
-    named = named_weights(weights)
-    hidden, features = named.weight_hh.shape[0] // 4, x.shape[-1] if x.dim() == 3 else 0
+    named = named_weights(weights, LSTM)
+    hidden, features = named.weight_hh.shape[0] // LSTM.rows, x.shape[-1] if x.dim() == 3 else 0
     projected = None if named.weight_hr is None else named.weight_hr.shape[0]
     for name, size in (("hidden_size", hidden), ("proj_size", projected)):
         if size == 0:
@@ -55,11 +56,10 @@ def lstm_layer(
     gains = named.gain_ih, named.gain_hh, named.gain_c
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
     arguments = Arguments(
-        "lstm_layer", (hidden,), named.weight_peephole is not None, norms, features, named.bias_ih is not None,
+        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, features, named.bias_ih is not None,
         None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
-    y, states = run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
-    return y, states[0]
+    return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
 
 
 def gru_layer(
@@ -85,14 +85,11 @@ def gru_layer(
     """
     check_tensor(x, "input")
     check_bool("reverse", reverse)
-    named = named_weights(weights, most=4)
+    named = named_weights(weights, GRU)
     hidden, features = named.weight_hh.shape[1], x.shape[-1] if x.dim() == 3 else 0
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
     name = None if backend is None else parse_backend_name(backend)
-    options = options_of(
-        *Arguments("gru_layer", (hidden,), False, (), features, named.bias_ih is not None, name, reverse=reverse)
-    )
-    call = prepare(options, [[named]], x, hx, lengths, resets, reset_states)
-    y, states = run(call)
-    return y, call.states_out(states)
+    bias = named.bias_ih is not None
+    arguments = Arguments(GRU.name, "layer", (hidden,), False, (), features, bias, name, reverse=reverse)
+    return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .call.options import Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State
-from .dispatch.run import run
+from .dispatch.route import run
 from .modules.tracing import traced
 from .modules.variants import weights_of
 
@@ -47,11 +47,10 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
     if isinstance(input, PackedSequence) and (instead := traced(module, input, hx)) is not None:
         return instead
     sizes = (module.hidden_size,) * module.num_layers
-    asked = Arguments(module.mode, sizes, False, (), module.input_size, module.bias, None, module.bidirectional,
-                      module.batch_first, module.training, module.dropout, proj_size=module.proj_size)  # fmt: skip
-    call = prepare(options := options_of(*asked), weights_of(module, options.names), input, hx)
-    y, states = run(call)
-    return call.form.output(y), call.states_out(states)
+    asked = Arguments(module.mode.lower(), "module", sizes, False, (), module.input_size, module.bias, None,
+                      module.bidirectional, module.batch_first, module.training, module.dropout,
+                      proj_size=module.proj_size)  # fmt: skip
+    return run(prepare(options := options_of(*asked), weights_of(module, options.names), input, hx))
 
 
 _in_eager_mode = torch._disable_dynamo(_called)

@@ -13,19 +13,21 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .private import driver_version
 
 try:
     import fcntl
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-KINDS = ("races", "checks", "plans")
-BACKENDS = ("triton", "cupy", "torch", "reference")  # that may win a race
+KINDS = RACES, CHECKS, PLANS = "races", "checks", "plans"  # a folder each
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
 Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
@@ -49,7 +51,7 @@ def machine(device: torch.device) -> Key:
     """What results about a device depend on: the card, its driver, and the code that makes and judges kernels."""
     card, driver = str(device.type), None
     if device.type == "cuda":
-        card, driver = torch.cuda.get_device_name(device), torch._C._cuda_getDriverVersion()
+        card, driver = torch.cuda.get_device_name(device), driver_version()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
         "triton": version_of("triton"), "gpu_lstm": sources("kernels", "backends", "call", "cells", "dispatch"),
@@ -58,7 +60,7 @@ def machine(device: torch.device) -> Key:
 
 @functools.cache
 def sources(*names: str) -> str:
-    """A digest of folders of this package, in a wheel as in a checkout: what they decided ends when they are edited."""
+    """A digest of this package's folders: an edit ends what they decided. A wheel and a checkout have the same."""
     digest = hashlib.sha256()
     for root in map(Path, sys.modules[__package__.rpartition(".")[0]].__path__):  # two in a checkout, for the kernels
         for file in sorted(file for name in names for file in (root / name).rglob("*.*")):
@@ -69,7 +71,7 @@ def sources(*names: str) -> str:
 
 
 def cudnn_version() -> int | str | None:
-    """The version of cuDNN, or what torch says of one that it cannot use: another's library, or too new for a card."""
+    """The version of cuDNN, or torch's error if it cannot use the one that it finds."""
     try:
         return torch.backends.cudnn.version()
     except RuntimeError as error:
@@ -90,7 +92,7 @@ def read(kind: str, key: Key) -> Any:
 
 
 def write(kind: str, key: Key, value: Any, held: contextlib.ExitStack | None = None) -> bool:
-    """Write a result; return whether that succeeded. Until `held` is left its file is locked: there is none yet."""
+    """Write a result; return whether that succeeded. With `held` its file is locked, and unread, until that is left."""
     ours = folder()
     try:
         if ours is None:
@@ -119,7 +121,7 @@ def write(kind: str, key: Key, value: Any, held: contextlib.ExitStack | None = N
 
 @contextlib.contextmanager
 def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
-    """A block that may end the process. If it does, the value is the result from then on; the block writes another.
+    """A block that may end the process. If it does, `value` is the result; if not, the block writes another.
 
     Meanwhile the result's file is locked, so that processes that try the same at once do not see it. The system unlocks
     it when the process ends, in whatever way. If the block raises, there is no result.
@@ -164,61 +166,17 @@ def forget(kind: str, key: Key | None = None) -> int:
     return len(files)
 
 
-def export(path: str | Path) -> int:
-    """Write all results, of all kinds, into one file that can be merged; return how many.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    results = [{"kind": kind, "key": key, "value": value} for kind in KINDS for _, key, value in entries(kind)]
-    Path(path).write_text(json.dumps(results, indent=1) + "\n")
-    return len(results)
-
-
-def merge(paths: Sequence[str | Path]) -> int:
-    """Add the results of exported files that are not cached here; return how many.
-
-    Raises:
-        OSError, ValueError: a file cannot be read, or is not an exported file; then nothing is added.
-    """
-    results = [result for path in paths for result in _exported(path)]  # all are read before one is written
-    return sum(write(*result) for result in results if read(*result[:2]) is None)
-
-
-def _exported(path: str | Path) -> Iterator[tuple[str, Key, Any]]:
-    """(kind, key, value) of each result in an exported file; an invalid one is skipped, with a warning."""
-    expected = f"{path}: expected what `python -m gpu_lstm races --export` writes"
-    try:
-        results = json.loads(Path(path).read_text())
-    except (ValueError, RecursionError) as error:  # not text, not JSON, or nested too deeply
-        raise ValueError(f"{expected}: {error}") from None
-    if not isinstance(results, list) or not all(isinstance(e, dict) and e.get("kind") in KINDS for e in results):
-        raise ValueError(expected)
-    for entry in results:
-        kind = entry.pop("kind")
-        try:
-            _check(kind, entry)
-            yield kind, entry["key"], entry["value"]
-        except ValueError as error:
-            warn_once(f"a result ({kind}) is not merged: {path}: {error}")
-
-
-def _check(kind: str, entry: Any) -> None:
-    """Raise ValueError unless it is a key and a value of that kind, field by field."""
-    if not isinstance(entry, dict) or set(entry) != {"key", "value"} or not isinstance(entry["key"], dict):
-        raise ValueError("expected a key and a value")
-    value = entry["value"]
-    if kind == "plans" and not (isinstance(value, dict) and {"family", "rows", "units"} <= value.keys()):
-        raise ValueError(f"expected a plan, got {value!r}")
-    elif kind == "checks" and not isinstance(value, str):
-        raise ValueError(f"expected a verdict, got {value!r}")
-    elif kind == "races":
-        match value:
-            case {"backend": str(name), "why": str(), "seconds": dict() | None as seconds} if len(value) == 3:
-                times = (seconds or {}).values()
-                if name in BACKENDS and all(type(t) in (int, float) and 0 < t < float("inf") for t in times):
-                    return
-        raise ValueError(f"expected one of {BACKENDS}, a reason and the seconds of each above 0, got {value!r}")
+def _is_valid(kind: str, entry: Any) -> bool:
+    """Whether it is a key and a value of that kind, field by field. Whoever uses them checks the names in it."""
+    match entry:
+        case {"key": dict(), "value": {"backend": str(), "why": str(), "seconds": dict() | None as seconds} as value}:
+            times = (seconds or {}).values()
+            return (kind, len(value)) == (RACES, 3) and all(type(t) in (int, float) and 0 < t < inf for t in times)
+        case {"key": dict(), "value": {"family": _, "rows": _, "units": _}}:
+            return kind == PLANS
+        case {"key": dict(), "value": str()}:
+            return kind == CHECKS
+    return False
 
 
 @functools.cache
@@ -242,9 +200,8 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
             if _is_locked(file):
                 return None
             entry = json.load(file)  # the errors of JSON and Unicode are ValueErrors
-        _check(kind, entry)
-        if text not in (None, _text(entry["key"])):
-            raise ValueError(f"expected the key {text}")
+        if not _is_valid(kind, entry) or text not in (None, _text(entry["key"])):
+            raise ValueError(f"it is not of this kind, or of another key: {entry!r:.300}")
         return entry
     except FileNotFoundError:
         return None
@@ -253,7 +210,7 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
         return None
 
 
-@functools.cache
+@functools.lru_cache(4096)
 def _read(folders: tuple[Path, ...], kind: str, text: str) -> Any:
     copies = (_entry(kind, _path(folder, kind, text), text) for folder in folders)
     return next((entry["value"] for entry in copies if entry), None)

@@ -9,7 +9,7 @@ from math import inf
 
 KB = 1024
 REGISTERS = 65536  # of a multiprocessor; one block may use all of them
-L2_BYTES, L2_ALONE = 28.7, 64  # that a multiprocessor reads from L2 per clock: when all do, and at most
+L2_BYTES, L2_ALONE = 28.7, 64  # per clock, that a multiprocessor reads from L2: when all read, and alone
 SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
 
 # KB of shared memory that a block may use, where it is not 99 (CUDA C++ Programming Guide, table of compute
@@ -33,9 +33,9 @@ class Card:
         return _SHARED.get(self.architecture, 99) * KB
 
     def has_room(self, blocks: int, shared: int) -> bool:
-        """Whether blocks of a multiprocessor fit its shared memory, of each of which the system takes 1 KB."""
+        """Whether so many blocks fit a multiprocessor, of `shared` bytes each and 1 KB for the system."""
         return blocks * (shared + KB) <= self.shared + KB
 
     def l2_bytes(self, programs: int) -> float:
-        """Bytes a clock that each of so many programs reads from L2."""
+        """Bytes per clock that each of `programs` reads from L2."""
         return min(L2_ALONE, L2_BYTES * self.multiprocessors / programs)

@@ -1,4 +1,4 @@
-"""One layer in one direction on one card, prepared once and then only launched: the launcher of both backends."""
+"""What a backend is, and its Layer: one layer in one direction on one card, prepared once and then only launched."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +15,19 @@ from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, steps_of
 from .timeouts import raise_if_timed_out
 
+MOST_LAYERS = 1024  # that are kept; a program with more problems, say as many sizes of batches, makes them again
+
+
+class Plan(Protocol):
+    """What is asked of a backend's own plans."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its numbers may depend on, as JSON values; how many sequences there are need not be among it."""
+
+    def sequences_enough(self, problem: Problem) -> int:
+        """How many of a problem's sequences show all that its kernel does, for verification."""
+
 
 class Chosen(NamedTuple):
     """A plan, and how it was chosen."""
@@ -30,9 +43,14 @@ Refuses = Callable[[Any], str | None]
 
 
 class Launcher(Protocol):
-    """What a backend does for a Layer: the functions of its module launch.py."""
+    """A backend: what its module kernels/NAME_lstm/launch.py has."""
 
-    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
+    BACKEND: str  # its name
+
+    def lacks(self, problem: Problem) -> str | None:
+        """What of a problem it does not support; None if it runs it."""
+
+    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
         """The plan for a pass, the best one that `refuses` does not refuse."""
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
@@ -50,16 +68,19 @@ class Layer:
         trial: a plan that is used without being chosen or verified.
 
     Raises:
-        ValueError: more sequences or units than kernels can count.
+        ValueError: the backend lacks something, or there are more sequences or units than kernels can count.
     """
 
     def __init__(
         self, problem: Problem, device: torch.device, launcher: Launcher, verify: Verify | None = None,
         trial: Any = None,
     ) -> None:  # fmt: skip
+        if (lacking := launcher.lacks(problem)) is not None:
+            raise ValueError(f"backend {launcher.BACKEND!r} has no {lacking}")
         _check_count("sequences", problem.batch)
         _check_count("gates of all units", 4 * problem.hidden)
-        self.problem, self.device, self.verify = problem, device, verify
+        self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
+        self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Prepared] = {}
         self._names = tuple(in_the_loop(problem, problem.steps))
@@ -81,19 +102,22 @@ class Layer:
             RuntimeError: an earlier launch timed out; or no kernel can run the problem.
             ValueError: T is more than the kernels can count to.
         """
-        if self._is_elsewhere():
+        if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
         steps = steps_of(gates)
         _check_count("steps", steps)
         if self.problem.batch == 0:
-            empty = allocate(results_of(self.problem), steps, gates)
-            return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty["c_ptr"] if save else None
+            empty = allocate(results_of(self.problem, save), steps, gates, r.inputs)
+            return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty.get("c_ptr")
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
-        overwritten = aligned(gates)
-        results = in_order(prepared.at_once, self.device, launch, overwritten, self._aligned(r))
+        overwritten, r = aligned(gates), self._aligned(r)
+        if prepared.at_once is None:  # its programs do not wait for each other
+            results = launch(overwritten, r)
+        else:
+            results = in_order(prepared.at_once, self.device, launch, overwritten, r)
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
@@ -113,19 +137,22 @@ class Layer:
         Raises:
             RuntimeError: as forward.
         """
-        if self._is_elsewhere():
+        if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
         raise_if_timed_out(self.device)
         p = self.problem
         if p.batch == 0:
-            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), gates)
+            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), gates, r.inputs)
             return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=empty["h_n_ptr"])
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
         r = self._aligned(r)
-        dh, dh_n, dc_n, gates, c = (None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c))
+        dh, dh_n, dc_n, gates, c = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
         launch = partial(projection.backward, prepared, p) if prepared.projects_outside else prepared.backward
-        gradients = in_order(prepared.at_once, self.device, launch, dh, dh_n, dc_n, gates, c, r)
+        if prepared.at_once is None:
+            gradients = launch(dh, dh_n, dc_n, gates, c, r)
+        else:
+            gradients = in_order(prepared.at_once, self.device, launch, dh, dh_n, dc_n, gates, c, r)
         return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
 
     def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
@@ -152,10 +179,6 @@ class Layer:
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
 
-    def _is_elsewhere(self) -> bool:
-        """Whether the current device, on which kernels are launched, is another."""
-        return self.device.type == "cuda" and self.device.index not in (None, torch.cuda.current_device())
-
     def _aligned(self, r: Recurrence) -> Recurrence:
         """The tensors that the loop reads, aligned."""
         tensors = self._tensors(r.inputs)
@@ -163,6 +186,28 @@ class Layer:
             if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
                 return r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, tensors)))))
         return r
+
+
+_layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}
+
+
+def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
+    """A backend's layer of a problem on a device; every call returns the same one.
+
+    Raises:
+        ValueError: as Layer.
+    """
+    layer = _layers.get((launcher, problem, device))
+    if layer is None:
+        if len(_layers) >= MOST_LAYERS:
+            _layers.clear()
+        layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
+    return layer
+
+
+def forget() -> None:
+    """Choose all plans again, since more has been measured."""
+    _layers.clear()
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Problem
+from .problem import Gradients, Inputs, Pass, Problem
 
 EVERY_BIT = -1  # fills a Buffer; it is also the sentinel of the exchanges
 PATTERN = 0x7FFF  # two bytes of a margin: NaN in every dtype, so that a read there shows too; never the sentinel
@@ -26,15 +26,21 @@ class Buffer(NamedTuple):
     dtype: torch.dtype
     size: tuple[int, ...]
     times: int | None = None
-    fill: int | None = None  # 0 or EVERY_BIT; None: what happens to be there
+    fill: int | str | None = None  # 0, EVERY_BIT, "h0" or "c0" to begin as that state; None: what happens to be there
 
 
-def results_of(p: Problem) -> dict[str, Buffer]:
+def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
+    """What every family's kernels write in a pass."""
+    return gradients_of(p) if pass_.backward else results_of(p, pass_.save)
+
+
+def results_of(p: Problem, save: bool = True) -> dict[str, Buffer]:
     """What forward returns, by the names that kernels have for it."""
-    f32 = torch.float32
-    return {
-        "h_ptr": Buffer(p.dtype, (p.batch, p.width), 0), "c_ptr": Buffer(f32, (p.batch, p.hidden), 0),
-        "h_n_ptr": Buffer(p.dtype, (1, p.batch, p.width)), "c_n_ptr": Buffer(f32, (1, p.batch, p.hidden)),
+    h0, c0 = (None, None) if p.lengths is None else ("h0", "c0")  # what sequences of length 0 end with
+    f32, of_c = torch.float32, (p.batch, p.hidden)
+    results = {"h_ptr": Buffer(p.dtype, (p.batch, p.width), 0)} | ({"c_ptr": Buffer(f32, of_c, 0)} if save else {})
+    return results | {
+        "h_n_ptr": Buffer(p.dtype, (1, p.batch, p.width), fill=h0), "c_n_ptr": Buffer(f32, (1, *of_c), fill=c0)
     }  # fmt: skip
 
 
@@ -59,10 +65,13 @@ def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
     return Gradients(dgates, *map(memory.get, names))
 
 
-def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor) -> dict[str, Tensor]:
-    """The buffers of a launch over T = `steps`, on the device of a tensor."""
+def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+    """The buffers of a launch over T = `steps`, on the device of `like`."""
     tensors, usual = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
+        if isinstance(fill, str):
+            tensors[name] = getattr(inputs, fill).clone()
+            continue
         size = size if times is None else (steps + times, *size)
         # Sizes one by one, which torch parses faster.
         t = like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
@@ -91,7 +100,7 @@ def checked() -> Iterator[None]:
         yield
     finally:
         if outermost:
-            del checking.on  # this thread's, not what holds for all
+            del checking.on  # this thread's attribute; the class's is False
 
 
 class WroteOutside(RuntimeError):
@@ -100,12 +109,12 @@ class WroteOutside(RuntimeError):
 
 @contextlib.contextmanager
 def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Around a launch: its arguments with copies of tensors that have margins; what was written is copied back.
+    """A block for a launch: its arguments, with tensors copied between margins; afterwards they are copied back.
 
     Error words are passed as they are: the host reads them at any time.
 
     Raises:
-        WroteOutside: a margin has changed; with the kernel, the buffer, its size, and how far outside it was written.
+        WroteOutside: a margin has changed. It names the kernel and the buffer, and how far outside it was written.
     """
     tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and not t.is_meta and "error" not in n}
     wide = {name: _with_margins(t.detach()) for name, t in tensors.items()}

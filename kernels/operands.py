@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def as_words(x: Tensor, hidden: int, size: int = 4) -> Tensor:
-    """[*, H] -> [*, W] int32, with zeros past H; row lengths and row addresses are multiples of `size` bytes."""
+    """[*, H] -> [*, W] int32, with zeros past H. Rows have lengths and addresses that are multiples of `size` bytes."""
     missing = -hidden * x.itemsize % size // x.itemsize
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))

@@ -28,22 +28,22 @@ class _Launched:
     lock: Any = field(default_factory=threading.RLock)
 
 
-# One for all copies of the library in this process: one that Hugging Face's `kernels` loaded, or from before a reload.
+# All copies of the library in this process share it: Hugging Face's `kernels` loads one, and a reload leaves one.
 # Raise the number when the fields of _Launched change: copies of two numbers do not know of each other's launches.
 _launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_1", {})
 
 
-def in_order(at_once: int | None, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
+def in_order(at_once: int, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
     """launch(*arguments) on the current stream, which first waits for launches that must not run at the same time.
 
-    It was planned as one of `at_once` that share the card; None: its programs do not wait for each other.
+    It was planned as one of `at_once` that share the card, and its programs wait for each other.
     """
-    if at_once is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return launch(*arguments)
     latest = _launched.get(device) or _launched.setdefault(device, _Launched())
     stream = torch.cuda.current_stream(device)
     with latest.lock:
-        # A share is of this copy's streams; in_order stands for the copy.
+        # Only launches of one copy share the card; in_order stands for the copy.
         _await_others(latest, stream if at_once == 1 else (in_order, at_once), stream, device)
         results = launch(*arguments)
         if latest.several:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .cells import CELLS, cell_of
+from .cells import CELLS
 from .tensors import TENSORS, Inputs
 
 MOST = 2**31 - 2**16
@@ -160,7 +160,7 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
     return found
 
 
-def problem_of(inputs: Inputs, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
+def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
     """The problem of a call with these tensors."""
     i, (steps, batch, _), (hidden,) = inputs, inputs.x.shape, inputs.c0.shape[-1:]
     dimensions = [None if t is None else t.dim() for t in (i.zoneout_h, i.zoneout_c)]
@@ -169,7 +169,7 @@ def problem_of(inputs: Inputs, reverse: bool, precision: str, side_by_side: int 
         precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
         i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
         i.reset_c is not None, i.weight_peephole is not None, i.gain_hh is not None, i.gain_c is not None,
-        i.bias_c is not None, cell_of(i.weight_hh.shape[0], hidden).name,
+        i.bias_c is not None, cell,
     )  # fmt: skip
 
 

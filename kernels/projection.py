@@ -39,7 +39,7 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """As Prepared.backward, with a plan that runs the recurrence of m."""
     inputs, steps = r.inputs, steps_of(gates)
-    # Of h from outside, [T, B, P], zero in padding: from the output and the final state.
+    # The gradient of h [T, B, P] through the output and the final state, zero in padding.
     dh = gates.new_zeros(steps, p.batch, p.width) if dh is None else dh.clone()
     if inputs.lengths is not None:
         padding = (torch.arange(steps, device=dh.device)[:, None] >= inputs.lengths)[..., None]  # [T, B, 1]

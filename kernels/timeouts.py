@@ -7,6 +7,7 @@ call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, an
 
 import atexit
 import ctypes
+import itertools
 import os
 import sys
 from typing import Any
@@ -16,11 +17,6 @@ from torch import Tensor
 
 from . import cache
 
-KERNELS = (
-    "lstm_cooperative_forward_kernel", "lstm_cooperative_backward_kernel",
-    "lstm_step_forward_kernel", "lstm_step_backward_kernel",
-    "lstm_cooperative_forward", "lstm_cooperative_backward",  # in CUDA C++
-)  # fmt: skip
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """RuntimeErrors that say nothing about what was run when they were raised."""
 
@@ -32,6 +28,7 @@ POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
 SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
 
 APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
+MOST_KERNELS = 16  # that have words on a device; it is pinned memory, which stays where it is
 
 
 class _Words:
@@ -39,7 +36,7 @@ class _Words:
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
-            size = 2, len(KERNELS), APART
+            size = 2, MOST_KERNELS, APART
             self.tensor = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
             for of, seconds in zip(self.tensor, (timeout_seconds(), SECONDS_OF_TRIALS)):
                 of[:, 1] = min(max(1, int(seconds * POLLS_A_SECOND)), 2**31 - 1)
@@ -48,6 +45,14 @@ class _Words:
         self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
         self.process = os.getpid()
         self.none = self.as_bytes.raw  # their value while no kernel has timed out
+        self.places: dict[str, int] = {}  # of kernels' words
+        self._free = itertools.count()
+
+    def of(self, kernel: str, trial: bool = False) -> Tensor:
+        """See error_word. A kernel's first launch on the device takes the next word."""
+        if kernel not in self.places:
+            self.places.setdefault(kernel, next(self._free))  # one that another thread took meanwhile is lost
+        return self.tensor[int(trial), self.places[kernel]]
 
 
 _words: dict[torch.device, _Words] = {}  # of each device that had a launch
@@ -88,7 +93,7 @@ def spare_multiprocessors(count: int) -> int:
     return int(text)
 
 
-_whole_card = False  # whether a plan may have been made for all of it, as there was one rank
+_whole_card = False  # whether a plan may use all of it, since there was one rank when it was made
 
 
 def _several_ranks() -> bool:
@@ -97,7 +102,7 @@ def _several_ranks() -> bool:
 
 
 def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
-    """The word of one of the KERNELS on a device, for a user's call or for a plan on `trial`.
+    """The word of a kernel on a device, for a user's call or for a plan on `trial`.
 
     int32 [APART]: the error, and how many polls a wait may take.
     """
@@ -105,7 +110,7 @@ def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
         _words.setdefault(device, _Words(device))  # not replaced: another thread may have passed it to a kernel
-    return _words[device].tensor[int(trial), KERNELS.index(kernel)]
+    return _words[device].of(kernel, trial)
 
 
 def raise_if_timed_out(device: torch.device) -> None:
@@ -125,10 +130,11 @@ def raise_if_timed_out(device: torch.device) -> None:
     if words is None or words.as_bytes.raw == words.none:
         return
     timeouts = []
-    for k in range(2 * len(KERNELS)):
-        if step := words.memory[k * APART]:
-            words.memory[k * APART] = 0  # and no others: one may be written at this moment
-            timeouts.append(f"{KERNELS[k % len(KERNELS)]} timed out at step {step - 1}")
+    for kernel, place in sorted(words.places.items()):
+        for at in place * APART, (MOST_KERNELS + place) * APART:
+            if step := words.memory[at]:
+                words.memory[at] = 0  # and no others: one may be written at this moment
+                timeouts.append(f"{kernel} timed out at step {step - 1}")
     if timeouts:  # else another thread was faster
         raise RuntimeError(
             f"{' and '.join(timeouts)} on {device}: its programs wait for each other, and were not all resident at "
@@ -159,7 +165,7 @@ def _report_at_exit() -> None:
     for device, words in _words.items():
         if words.process != os.getpid():  # a forked child, whose parent reports it
             continue
-        # Without waiting: a kernel of NCCL whose peer is gone never ends, and nobody has results that are not there.
+        # Without waiting: a kernel of NCCL whose peer is gone never ends. A launch that still runs has no results.
         try:
             raise_if_timed_out(device)
         except RuntimeError as error:

@@ -13,6 +13,7 @@ import pytest
 
 # The tests run side by side, a process a core; torch reads it when it is imported, here and in processes of tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses torch's deterministic mode
 import torch
 
 if not torch.cuda.is_available():
@@ -191,10 +192,10 @@ def exact_float32_products():
 @pytest.fixture(autouse=True)
 def decided_again():
     """Whatever a test substitutes for a card, or for a choice, does not outlast that test."""
-    for name in ("dispatch.run", "kernels.triton_lstm.launch", "kernels.cupy_lstm.launch"):
-        module = sys.modules.get(f"gpu_lstm.{name}")
-        if module is not None:
-            module.forget()
+    if (route := sys.modules.get("gpu_lstm.dispatch.route")) is not None:
+        route.forget()
+    if (choose := sys.modules.get("gpu_lstm.kernels.triton_lstm.choose")) is not None:
+        choose.in_use.clear()
 
 
 @pytest.fixture

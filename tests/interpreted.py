@@ -10,7 +10,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from gpu_lstm.kernels.triton_lstm import cooperative, exchange, features, fragments, resident
+from gpu_lstm.kernels.triton_lstm import cooperative, exchange, features, fragments, norm_exchange, resident
 
 FLOATS = {tl.float32: np.float32, tl.float16: np.float16}  # bfloat16 is wrong in the interpreter
 rounded_to_tf32 = fragments.to_tf32
@@ -40,14 +40,14 @@ def product(weights, x, DTYPE):
     return _tensors((half[:, :, k].ravel() for half in sums for k in range(2)), tl.float32)
 
 
-def sum_over_warps(parts, rows, sequences, wanted, turn, WARPS):
-    by_warp = np.stack([part.handle.data for part in parts]).reshape(-1, 2, 2, WARPS, 8, 4)
+def sum_over_warps(products, rows, sequences, wanted, buffer, WARPS):
+    by_warp = np.stack([product.handle.data for product in products]).reshape(-1, 2, 2, WARPS, 8, 4)
     total = by_warp.sum(axis=3).transpose(0, 1, 3, 4, 2).reshape(-1, 8)
     places = (tuple(t.handle.data for t in place) for place in zip(rows, itertools.cycle(sequences)))
     return _tensors((np.where(wanted.handle.data, total[place], np.nan) for place in places), tl.float32)
 
 
-def share(values, sequences, elements, turn, CHUNKS):
+def share(values, sequences, elements, buffer, CHUNKS):
     shared = np.zeros((8, 64 * CHUNKS), np.uint8).view(FLOATS[values[0].dtype])
     for value, *place in zip(values, itertools.cycle(sequences), elements):
         shared[tuple(t.handle.data for t in place)] = value.handle.data
@@ -64,16 +64,16 @@ def of_the_next_thread(x):
     return _tensors([x.handle.data.reshape(-1, 2)[:, ::-1].ravel()], tl.int32)[0]
 
 
-def publish(at, words, mask):
-    tl.store(at, words, mask=mask)
+def publish(word_ptr, words, mask):
+    tl.store(word_ptr, words, mask=mask)
 
 
 def look(words, GROUPS, SIZE, STRIDE, TOGETHER):
     offsets = (n // SIZE * STRIDE + n % SIZE for n in range(GROUPS * SIZE))
-    return tuple(tl.load(words.at + n, mask=words.left > n, other=0, volatile=True) for n in offsets)
+    return tuple(tl.load(words.first_ptr + n, mask=words.left > n, other=0, volatile=True) for n in offsets)
 
 
-def collect(words, wait, GROUPS, SIZE, STRIDE, TOGETHER, seen=None):
+def collect(words, wait, seen, GROUPS, SIZE, STRIDE, TOGETHER):
     place, awaited = (words, GROUPS, SIZE, STRIDE, TOGETHER), (words.left, wait.phase, SIZE, STRIDE)
     found = seen or look(*place)
     lost = bool((wait.delay.handle.data < 0).all())
@@ -102,7 +102,7 @@ def are_missing(words, left, phase, SIZE, STRIDE):
     return absent & (left.handle.data > n // SIZE * STRIDE + n % SIZE)
 
 
-for _module in (exchange, fragments, cooperative, resident):
+for _module in (exchange, fragments, cooperative, norm_exchange, resident):
     for _function in (to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect):
         if features.INTERPRETED and hasattr(_module, _function.__name__):
             setattr(_module, _function.__name__, _function)

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
-from gpu_lstm.dispatch import available, run
+from gpu_lstm.dispatch import available, route
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Cooperative, Held, Plan, Step, power_of_two
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
@@ -39,8 +39,8 @@ INTERPRETED = launch.INTERPRETED
 
 def forget() -> None:
     """Choose again, after something was chosen in this test."""
-    for module in (run, launch, cupy):
-        module.forget()
+    route.forget()
+    choose.in_use.clear()
 
 
 def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:

@@ -25,7 +25,7 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.layer import Layer
+from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, launch
 from gpu_lstm.kernels.triton_lstm.parameters import names_of
@@ -137,7 +137,7 @@ def arguments() -> list[dict]:
         for steps in (5, 16):  # of which Triton may make different kernels
             before = compiled()
             given.clear()
-            named = one_pass(problem, pass_, steps, launch.layer_of(problem, CUDA).with_plan(plan))
+            named = one_pass(problem, pass_, steps, kept_layer(launch, problem, CUDA).with_plan(plan))
             kernel, asked = given[0][0], events()
             named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
             if kernel.__name__ == "lstm_cooperative_forward_kernel":
@@ -224,7 +224,7 @@ def fewer_multiprocessors() -> list[dict]:
 def capture() -> list:
     """Events of a capture after a call like it; the error of one without; and events of that call outside."""
     problem = CASES[0][1]
-    layer = launch.layer_of(problem, CUDA)
+    layer = kept_layer(launch, problem, CUDA)
     for pass_ in (Pass(), Pass(True)):
         one_pass(problem, pass_, 5, layer)
     events()

@@ -66,7 +66,7 @@ RESULTS = {
     False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr"),
     True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr"),
 }  # of kernels, forward and backward
-SCRATCH = ("m_ptr", "product_ptr", "moments_hh_ptr", "cell_ptr", "moments_c_ptr", "sums_hh_ptr", "sums_c_ptr")
+SCRATCH = ("m_ptr", "product_ptr", "pairs_hh_ptr", "cell_ptr", "pairs_c_ptr")
 
 
 def stand_in(kernel, grid, **arguments):
@@ -119,7 +119,7 @@ def as_a_card(monkeypatch):
     def recorded(run, way, gates, recurrence):
         def wrapper(layer, *given):
             of_layer, given_to_it = layer.problem, given[recurrence].inputs
-            facts = of_layer.reverse, of_layer.precision, of_layer.side_by_side
+            facts = of_layer.cell, of_layer.reverse, of_layer.precision, of_layer.side_by_side
             problem = problem_of(given_to_it._replace(x=given[gates]), *facts)
             launched.append((way, problem))
             # A chunk may have one step of several.

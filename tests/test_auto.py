@@ -15,7 +15,7 @@ from standing_in import plans_are_verified_on_the_cpu
 
 import gpu_lstm
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import race, run
+from gpu_lstm.dispatch import race, route
 from gpu_lstm.kernels.triton_lstm import choose, launch
 
 pytestmark = [
@@ -65,8 +65,8 @@ def card(monkeypatch):
         ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"))),
 ], ids=str)  # fmt: skip
 def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
-    verified, chosen = card(place), Mock(side_effect=run.run_by)
-    monkeypatch.setattr(run, "run_by", chosen)
+    verified, chosen = card(place), Mock(side_effect=route.run_by)
+    monkeypatch.setattr(route, "run_by", chosen)
     check(size, words, None, dtype, seeds=1)
     family, (_, batch, _, hidden, *_) = place.partition("/")[0], size
     assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}

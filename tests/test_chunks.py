@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.call import modes
-from gpu_lstm.dispatch.run import forget
+from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.triton_lstm import launch
 

@@ -16,19 +16,22 @@ from installed import ROOT
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.weights import Weights
-from gpu_lstm.cells import EQUATIONS
+from gpu_lstm.equations import EQUATIONS
+from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X, names_of
-from gpu_lstm.kernels.triton_lstm import autotune, indexing, launch
-from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell
+from gpu_lstm.kernels.triton_lstm import autotune, launch
+from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell, output, output_backward
+from gpu_lstm.kernels.triton_lstm.states import load_gates
 
 KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
 MAY_ASK = {  # functions that may read a size from a tensor: to make the Problem, and to copy tensors as they are
     "problem.py": {"problem_of", "steps_of"}, "memory.py": {"_with_margins", "_outside"}, "timeouts.py": {"__init__"},
+    "private.py": {"saved_by_product"},
 }  # fmt: skip
 OF_TENSORS = {"shape", "numel", "ndim"}  # attributes; and methods
 ASKED = {"size", "dim", "stride"}
@@ -71,7 +74,7 @@ def test_backward_is_prepared_for_the_gradients_that_it_is_given():
     """Each combination is a kernel of its own, which is verified for it."""
     gates, state = torch.zeros(2, 3, 20), torch.zeros(3, 5)
     r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=state, c0=state)
-    layer = Layer(problem_of(r.inputs, False, "ieee"), gates.device, launch)
+    layer = Layer(problem_of(r.inputs, "lstm", False, "ieee"), gates.device, launch)
     for dh, dh_n in itertools.product((None, state), repeat=2):
         layer.backward(dh if dh is None else torch.zeros(2, 3, 5), dh_n, state, gates, torch.zeros(2, 3, 5), r)
         assert list(layer._prepared)[-1] == Pass(True, True, dh is not None, dh_n is not None)
@@ -144,7 +147,7 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
     ran = {each.args[0].__name__ for each in run.mock_calls}
     assert ran == {f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")}
-    assert not any(layer._prepared for layer in launch._layers.values())
+    assert not any(layer._prepared for layer in layers._layers.values())
 
 
 # The contract of a cell
@@ -152,8 +155,8 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "triton_lstm/cells/__init__.py", "triton_lstm/cells/gru.py", "cupy_lstm/cuda/cells/gru.cu",
                 "cupy_lstm/source.py"},  # the list of those in CUDA C++
-    "gpu_lstm/cells": {"__init__.py"},
-    "gpu_lstm/call": {"options.py"},  # the table of modules
+    "gpu_lstm/equations": set(),
+    "gpu_lstm/call": set(),
     "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
     "gpu_lstm/dispatch": set(),
 }  # fmt: skip
@@ -181,7 +184,7 @@ def test_beneath_the_modules_only_the_cells_and_two_tables_name_a_cell_and_nothi
     for folder, expected in NAMES_A_CELL.items():
         assert {name for name, text in code_of(folder).items() if any(c in text.lower() for c in OTHERS)} == expected
     asking = {name for name, text in code_of("gpu_lstm").items() if any(repr(cell) in text for cell in OTHERS)}
-    assert asking == {"cells/__init__.py"}  # EQUATIONS
+    assert not asking
     assert (
         without_comments("x.py", 'def f(c):\n    """A GRU."""\n    return c  # GRU')
         == "def f(c):\n    None\n    return c"
@@ -192,11 +195,13 @@ def test_beneath_the_modules_only_the_cells_and_two_tables_name_a_cell_and_nothi
 def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S: tl.constexpr):
     """The device half of a cell for N units: four gates, c, c again, m, the gradients of four z and of c before."""
     at = tl.arange(0, N)[None, :]
-    x = indexing.load_gates(x_ptr, at, at < N, N, True)
-    z = indexing.load_gates(z_ptr, at, at < N, N)
+    x = load_gates(x_ptr, at, at < N, N, True)
+    z = load_gates(z_ptr, at, at < N, N)
     c_prev, dm, dc = tl.load(c_ptr + at), tl.load(dm_ptr + at), tl.load(dc_ptr + at)
-    gates, c, m = cell_forward(x, z, c_prev, (), S)
-    dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, (), S)
+    gates, c = cell_forward(x, z, c_prev, (), S)
+    m = output(gates[3], c, S)
+    dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
+    dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, (), S)
     tl.static_assert(c.dtype == tl.float32)
     tl.static_assert(dc_prev.dtype == tl.float32)
     for k in tl.static_range(4):
@@ -252,7 +257,7 @@ def given_to_a_cell(device, cell, dtype=F32):
     """of_x and of_h [4, N], zero where x or h does not reach, and c, dm, dc [N]."""
     torch.manual_seed(0)
     of_x, of_h = torch.randn(4, N, device=device).to(dtype), torch.randn(4, N, device=device)
-    of_x[cell.x_end :] = 0
+    of_x[: cell.x_start] = of_x[cell.x_end :] = 0
     of_h[: cell.h_start] = 0
     return of_x, of_h, *torch.randn(3, N, device=device)
 

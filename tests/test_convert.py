@@ -4,19 +4,21 @@ import copy
 import io
 import multiprocessing
 import pickle
+import re
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from installed import ROOT
 from pairs import seeded
 from subjects import HasteLSTM
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
-from gpu_lstm.tools.convert import from_haste, to_torch
+from gpu_lstm.tools.convert import to_torch
 
 KINDS = ("LSTM", "LSTMCell", "GRU", "GRUCell")
 SWAPS = {gpu_lstm.convert: {getattr(nn, kind): getattr(gpu_lstm, kind) for kind in KINDS}}
@@ -351,18 +353,10 @@ def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_haste_weights_give_hastes_numbers(norm):
+def test_the_recipe_for_weights_of_haste_gives_hastes_numbers(norm):
+    (recipe,) = re.findall(r"(?s)```python\n(def from_haste.*?)\n\n\n", (ROOT / "docs/conversion.md").read_text())
+    exec(recipe, names := dict(torch=torch, gpu_lstm=gpu_lstm))
     theirs = HasteLSTM(3, 4, norm=norm).double()
     x, *state = (torch.randn(*size, dtype=torch.float64) for size in ((5, 2, 3), (1, 2, 4), (1, 2, 4)))
-    expected, before = theirs(x, state), copy.deepcopy(theirs.state_dict())
-    for source in (theirs, theirs.state_dict()):
-        ours = from_haste(source)
-        torch.testing.assert_close(ours(x, state), expected, rtol=0, atol=1e-13)
-        assert all(parameter.requires_grad and parameter.is_leaf for parameter in ours.parameters())
-        with torch.no_grad():
-            for parameter in ours.parameters():
-                parameter.zero_()
-        assert all(torch.equal(tensor, before[name]) for name, tensor in theirs.state_dict().items())
-    theirs.batch_first = True
-    ours = from_haste(theirs.eval())
-    assert (ours.batch_first, ours.training, ours.weight_ih_l0.dtype) == (True, False, torch.float64)
+    ours = names["from_haste"](theirs.state_dict())
+    torch.testing.assert_close(ours(x, state), theirs(x, state), rtol=0, atol=1e-13)

@@ -20,7 +20,7 @@ from torch import Tensor
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_lstm import launch, source
-from gpu_lstm.kernels.layer import Layer
+from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products", "nan_in_fresh_memory")
@@ -41,7 +41,7 @@ def _given(device: str, dtype=torch.float32, T=4, B=3, H=8) -> tuple[Tensor, Rec
 
 
 def _layer_of(gates: Tensor, r: Recurrence, precision: str = "ieee") -> Layer:
-    return launch.layer_of(problem_of(r.inputs, False, precision), gates.device)
+    return kept_layer(launch, problem_of(r.inputs, "lstm", False, precision), gates.device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

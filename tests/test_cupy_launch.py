@@ -21,6 +21,7 @@ from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch, planning, source
 from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import exchange
 
@@ -67,7 +68,7 @@ def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee", ro
     if ragged:
         more |= dict(lengths=torch.tensor([3, 0, 1, 2, 3]), resets=torch.zeros(T, B).bool(), reset_c=c)
     r = recurrence(gates, weight_hh=weight_hh, h0=h0, c0=c[0], **more)
-    layer = launch.layer_of(problem_of(r.inputs, ragged, precision), gates.device)
+    layer = kept_layer(launch, problem_of(r.inputs, "lstm" if rows == 4 else "gru", ragged, precision), gates.device)
     if backward:
         layer.backward(*((h, h0, c[0]) if ragged else (None, None, None)), gates, c, r)
     else:
@@ -84,7 +85,7 @@ def test_every_argument_is_as_the_kernel_declares_it(launched, backward, rows, r
     _call(dtype, projected, ragged, backward, rows=rows)
     (kernel, of_dtype, plan), arguments = launched.call_args
     assert (launched.call_count, kernel, of_dtype) == (1, source.KERNELS[backward], dtype)
-    sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTS": plan.partners}
+    sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTNERS": plan.partners}
     sizes["OF_H"] = rows
     types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
     parameters = _parameters(kernel)

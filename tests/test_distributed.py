@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 import gpu_lstm
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
-from gpu_lstm.dispatch import available, race, run
+from gpu_lstm.dispatch import available, race, route
 
 WORKERS, WITHIN = 2, ("torch", "triton")
 T, B, I, H = 4, 4, 3, 6
@@ -95,8 +95,8 @@ def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
         for hidden in (5, 9) if rank else (9, 5):
             lstm = gpu_lstm.LSTM(I, hidden)
             call = prepare(lstm._options(), lstm._weights(), torch.zeros(T, B, I))
-            by_kernels[str(hidden)] = torch.tensor(run.route_of(call).backend is Backend.TRITON)
-        run.forget()
+            by_kernels[str(hidden)] = torch.tensor(route.route_of(call).backend is Backend.TRITON)
+        route.forget()
     return dict(sorted(by_kernels.items()))
 
 

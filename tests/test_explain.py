@@ -16,7 +16,7 @@ from gpu_lstm.backends import schedule, verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
-from gpu_lstm.dispatch import available, race, route, run
+from gpu_lstm.dispatch import available, race, route
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
@@ -35,7 +35,7 @@ X, TIMES = torch.zeros(5, 3, 4), {"triton": 1e-3, "torch": 1.8e-3}
 def card(monkeypatch):
     """The CPU as a card, on which nothing is run."""
     the_cpu_is_a_card(monkeypatch)
-    for module, name in ((run, "run_by"), (route, "run_by"), (race, "run_by"), (race, "race"), (launch, "choose_plan")):
+    for module, name in ((route, "run_by"), (race, "run_by"), (race, "race"), (launch, "choose_plan")):
         monkeypatch.setattr(module, name, Mock(side_effect=AssertionError("something was run")))
 
 
@@ -182,6 +182,6 @@ def test_nothing_changes_and_all_of_it_is_data(card):
     lstm, before = gpu_lstm.LSTM(4, 5, 2, dropout=0.5, weight_drop=0.5), torch.get_rng_state()
     found = gpu_lstm.explain(lstm, X, (torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)))
     assert torch.equal(torch.get_rng_state(), before)
-    assert run._routes == race.decided == {}
+    assert route._routes == race.decided == {}
     assert not list(cache.entries(race.KIND))
     assert json.loads(json.dumps(dataclasses.asdict(found)))["backend"] == "torch"

@@ -24,6 +24,7 @@ from triton.runtime import interpreter
 import gpu_lstm
 from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels.cupy_lstm import launch as cupy_launch
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import indexing, launch
 from gpu_lstm.kernels.triton_lstm.parameters import in_tuples
@@ -138,7 +139,7 @@ def test_more_than_kernels_can_count_to_is_refused(launcher, name, steps, batch,
     gates = zeros(steps, batch, 4 * hidden, device="meta")
     r = recurrence(gates, **{name: zeros(size, device="meta") for name, size in of.items()})
     with pytest.raises(ValueError, match=f"^expected at most {2**31 - 2**16} {name}, got {2**31}$"):
-        launcher.layer_of(problem_of(r.inputs, False, "ieee"), gates.device).forward(gates, r, save=True)
+        kept_layer(launcher, problem_of(r.inputs, "lstm", False, "ieee"), gates.device).forward(gates, r, save=True)
 
 
 F16 = torch.float16

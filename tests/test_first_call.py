@@ -1,28 +1,38 @@
 """The first call of a kind of layer on a card with a stubbed driver: what is tried and logged, and what users get."""
 
 import contextlib
+import gc
 import importlib.util
 import logging
 import math
+import os
+import random
+import subprocess
+import sys
 import warnings
+import weakref
 from types import SimpleNamespace
 from unittest.mock import ANY, Mock, call
 
 import numpy as np
 import pytest
 import torch
+from places import forget
 from standing_in import CUDA, H100, plan_of, torch_finds
 
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.dispatch import available
+from gpu_lstm.dispatch import available, route
 from gpu_lstm.dispatch.available import select, why_unavailable
-from gpu_lstm.kernels.layer import aligned
+from gpu_lstm.kernels import layer as layers
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import choose, features, launch
 
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
 FORWARD = Pass()
+CARD_OF = choose.card_of  # which tests replace
 GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].inputs
 
 
@@ -35,16 +45,16 @@ def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
         return SimpleNamespace(n_spills=load(kernel, tried[-1]) or 0)
 
     monkeypatch.setattr(choose, "load", loaded)
-    return launch.layer_of(PROBLEM, CUDA, verify).prepared(pass_, GIVEN).plan, tried
+    return kept_layer(launch, PROBLEM, CUDA, verify).prepared(pass_, GIVEN).plan, tried
 
 
 def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
-    assert launch.layer_of(PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
+    assert kept_layer(launch, PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
     assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
     assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
     for pass_ in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
         assert len(_choose(monkeypatch, pass_=pass_)[1]) == 1, "but other kernels are"
-    launch.forget()
+    forget()
     assert _choose(monkeypatch)[1] == [PLANS[0].units]
 
 
@@ -93,7 +103,7 @@ def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(
     monkeypatch.setattr(launch, "launch_kernel", record)
     h = torch.zeros(2, 3, 4).half()
     given = h if pass_.dh else None, h[:1] if pass_.dh_n else None, None
-    launch.layer_of(problem, gates.device).with_plan(plan).backward(*given, gates, torch.zeros(2, 3, 16), r)
+    kept_layer(launch, problem, gates.device).with_plan(plan).backward(*given, gates, torch.zeros(2, 3, 16), r)
     [compiled] = launch.recorded_launches(problem, pass_, plan)
     absent = [{name for name, each in a.items() if each is None} for a in (compiled.arguments, record.call_args.kwargs)]
     assert absent[0] == absent[1]
@@ -110,7 +120,7 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     h, record = torch.zeros(steps, batch, hidden).half(), Mock()
     gates, r = launch.call_of(problem, torch.device("cpu"))
     monkeypatch.setattr(launch, "launch_kernel", record)
-    layer = launch.layer_of(problem, gates.device).with_plan(plan)
+    layer = kept_layer(launch, problem, gates.device).with_plan(plan)
     if backward:
         layer.backward(h, h[:1], None, gates, h.float(), r)
     else:
@@ -223,18 +233,118 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
         assert loaded == ([] if capturing else ["empty_kernel"])
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("hidden", [64, 768, 1024])
-def test_the_last_smaller_batch_of_an_epoch_compiles_nothing(an_h100, hidden, backward):
-    """It uses the plan of the others, unless that is estimated to be much slower."""
-    problem, pass_ = Problem(2, 64, hidden, torch.bfloat16), Pass(backward)
-    given = launch.call_of(problem, torch.device("meta"))[1].inputs
-    plan = launch.layer_of(problem, CUDA).prepared(pass_, given).plan
-    ours = [launch.layer_of(problem._replace(batch=batch), CUDA).chosen(pass_).plan for batch in range(1, 64)]
-    least = 33 if (hidden, backward) == (1024, True) else 9  # there a cooperative plan is faster for half the batch
-    assert ours[least - 1 :] == [plan] * (64 - least)
-    larger = launch.layer_of(problem._replace(batch=4096), CUDA)
-    assert larger.chosen(pass_).plan == choose.plans(larger.problem, H100, backward)[0], "it may not fit a larger one"
+# Batches of many sizes
+
+
+def _served(monkeypatch, batches, hidden, cell, pass_):
+    """The plan of each batch, called in this order by a new process; kernels compiled; and what was verified."""
+    forget()
+    compiled, verified = set(), []
+
+    def load(kernel, grid, arguments):
+        facts = {name: a for name, a in arguments.items() if not isinstance(a, torch.Tensor)} | dict(B=0)
+        compiled.add((kernel.__name__, str(facts)))
+        return SimpleNamespace(n_spills=0, metadata=SimpleNamespace(shared=0, target=SimpleNamespace(arch=90)))
+
+    monkeypatch.setattr(choose, "load", load)
+    problems = [Problem(2, batch, hidden, torch.bfloat16, cell=cell) for batch in batches]
+    layers = [kept_layer(launch, problem, CUDA, lambda *given: verified.append(given[-1])) for problem in problems]
+    return {layer.problem.batch: layer.prepared(pass_, GIVEN).plan for layer in layers}, compiled, verified
+
+
+@pytest.mark.parametrize(("cell", "hidden", "backward", "kernels"), [
+    ("lstm", 256, False, 6), ("lstm", 256, True, 3), ("lstm", 768, False, 5), ("lstm", 768, True, 4),
+    ("gru", 256, False, 6), ("gru", 768, False, 4), ("gru", 768, True, 6),
+])  # fmt: skip
+def test_batches_of_any_size_share_kernels_in_any_order(an_h100, monkeypatch, cell, hidden, backward, kernels):
+    """Those of the next power of two of sequences, unless these are estimated to be much slower."""
+    batches = [*range(1, 34), *range(40, 513, 8), 100, 333]
+    pass_ = Pass(backward) if backward else Pass(save=False)
+    orders = batches, batches[::-1], random.Random(0).sample(batches, len(batches))
+    (found, *_), *_ = served = [_served(monkeypatch, order, hidden, cell, pass_) for order in orders]
+    for plans, compiled, verified in served:
+        assert plans == found, "so that results have the same bits"
+        assert len(compiled) == kernels
+        assert len({str(plan.identity) for plan in verified}) == len(verified), "each is verified once"
+    for batch, plan in found.items():
+        problem = Problem(2, batch, hidden, torch.bfloat16, cell=cell)
+        alone, of_more = (choose._plans(problem._replace(batch=n), H100, backward)[0] for n in (batch, _power(batch)))
+        seconds, best = (choose.expected_seconds(problem, H100, each, backward) for each in (plan, alone))
+        assert seconds <= choose.MOST_LONGER * best
+        assert plan in (alone, of_more.fitted(problem))
+
+
+def _power(batch):
+    return next(2**n for n in range(20) if 2**n >= batch)
+
+
+def test_what_was_refused_before_a_capture_is_not_used_in_it(an_h100, monkeypatch):
+    """Nor are other batches than those before: the kernels that are in use are known."""
+    verify = Mock(side_effect=lambda *given: "wrong" if given[-1].units == PLANS[0].units else None)
+    kept = kept_layer(launch, PROBLEM, CUDA, verify).prepared(FORWARD, GIVEN).plan
+    layers.forget()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for batch in (64, 63):
+        found = kept_layer(launch, PROBLEM._replace(batch=batch), CUDA, verify).prepared(FORWARD, GIVEN).plan
+        assert (found.units, found.units != PLANS[0].units) == (kept.units, True)
+
+
+@pytest.mark.parametrize("launcher", [launch, cupy], ids=["triton", "cupy"])
+def test_a_server_with_batches_of_any_size_keeps_some_layers(an_h100, launcher):
+    first = weakref.ref(kept_layer(launcher, PROBLEM, CUDA))
+    for batch in range(1, MOST_LAYERS + 1):
+        kept_layer(launcher, PROBLEM._replace(batch=batch, hidden=8), CUDA)
+    gc.collect()
+    assert first() is None
+
+
+def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, monkeypatch):
+    """A cooperative one of all multiprocessors: next to another's programs, which wait, it might wait for ever."""
+    ordered, launched = [], []
+
+    def in_order(at_once, device, run, *given):
+        ordered.append((at_once, device))
+        result = run(*given)
+        ordered.append(None)
+        return result
+
+    class Empty:
+        def __getitem__(self, grid):
+            assert ordered[-1] == (1, CUDA), "nothing else runs at once"
+            launched.append(grid)
+            if grid[0] > available_to[0] * 2:
+                raise RuntimeError("too many blocks in cooperative launch")
+            return lambda: None
+
+    available_to, contexts = [H100.multiprocessors], iter([1, 1, 2, 1, 2])
+    monkeypatch.setattr(choose, "load", lambda *_: Empty())
+    monkeypatch.setattr(choose, "in_order", in_order)
+    monkeypatch.setattr(choose, "_context", lambda: next(contexts))
+    monkeypatch.setattr(choose, "_multiprocessors", {})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert [CARD_OF(CUDA).multiprocessors for _ in range(2)] == [132, 132]
+    assert launched == [(264, 1, 1)]
+    available_to[0] = 66
+    with pytest.warns(UserWarning, match="kernels use 66 of the 132 multiprocessors of cuda:0"):
+        assert [CARD_OF(CUDA).multiprocessors for _ in range(3)] == [66, 132, 66]
+    assert ordered == [(1, CUDA), None] * 2
+
+
+@pytest.mark.deep
+def test_the_first_call_does_not_import_torchs_compiler():
+    """Which takes seconds: it would do so in every process. Operators on meta tensors import it."""
+    code = """if True:
+        import sys, torch
+        from gpu_lstm.kernels.problem import Pass, Problem
+        from gpu_lstm.kernels.triton_lstm import choose, launch, planning, pointwise
+        for backward, hidden in ((False, 64), (False, 768), (True, 768), (True, 1024)):
+            problem = Problem(2, 64, hidden, torch.float16, resets=True, dropout_h=True)
+            plans = choose.plans(problem, planning.DEVICES["h100"], backward)
+            for plan in {plan.family.name: plan for plan in (*plans, pointwise.pointwise_plan(problem))}.values():
+                assert launch.recorded_launches(problem, Pass(backward), plan), plan
+        assert "torch._dynamo" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | dict(TRITON_INTERPRET="1"))
 
 
 def test_a_torch_for_amd_is_named(monkeypatch):
@@ -270,4 +380,10 @@ def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, t
 
 def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():
     keys = (PROBLEM, CUDA), (PROBLEM, torch.device("cpu")), (PROBLEM._replace(reverse=True), CUDA)
-    assert len({id(launch.layer_of(*key)) for key in 2 * keys}) == 3
+    assert len({id(kept_layer(launch, *key)) for key in 2 * keys}) == 3
+
+
+def test_what_routes_forget_layers_forget():
+    layer = kept_layer(launch, PROBLEM, CUDA)
+    route.forget()
+    assert kept_layer(launch, PROBLEM, CUDA) is not layer

@@ -10,6 +10,7 @@ from standing_in import plan_of
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
+from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import card_of
@@ -41,8 +42,8 @@ def test_the_headline(cell):
     """H=768, B=16 in bfloat16, all steps in one cooperative launch: the LSTM's first of all, and alone."""
     check((64, 16, 256, 768), "gru" * (cell == "GRU"), "triton", BF16, "cuda", seeds=1)
     gpu_lstm.check()
-    layers = [layer for (problem, _), layer in launch._layers.items() if problem.hidden == 768]
-    chosen = [layer.chosen(Pass(backward)).plan.family for layer in layers for backward in (False, True)]
+    chosen_layers = [layer for layer in layers._layers.values() if layer.problem.hidden == 768]
+    chosen = [layer.chosen(Pass(backward)).plan.family for layer in chosen_layers for backward in (False, True)]
     assert {family.name for family in chosen} == {"cooperative"}
 
 

@@ -147,7 +147,7 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
     assert all(map(torch.equal, first, second))
     assert calls.call_count == 1
     zeros = torch.zeros(1, 2, H).double()
-    kept = graph.OPERATOR(False, "torch", True, False, x, zeros, zeros, *ours.parameters())[3]
+    kept = graph.OPERATOR("lstm", False, "torch", True, False, x, zeros, zeros, *ours.parameters())[3]
     assert kept.numel() == 0
     (leaf, *_), _ = kept.graph
     assert leaf.data_ptr() == x.data_ptr()  # no copy of what is there already
@@ -272,7 +272,7 @@ def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_fl
 NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
 
 
-def given_to(words, device, backend) -> tuple[list, bool]:
+def given_to(words, device) -> tuple[list, bool]:
     """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
     if words == "both directions":
         lstm = nn.LSTM(3, 5, bidirectional=True, device=device).requires_grad_(False)
@@ -281,8 +281,7 @@ def given_to(words, device, backend) -> tuple[list, bool]:
         return [*Inputs(torch.randn(2, 2, 3, device=device), *states, *first), *second], False
     projected = words and "norm" not in words and "gru" not in words
     given = inputs_of((2, 2, 3, 5, *([2] if projected else [])), words)
-    if backend == "triton":  # states are [1, B, *]
-        given = given._replace(h0=given.h0[None], c0=given.c0[None])
+    given = given._replace(h0=given.h0[None], c0=given.c0[None])  # [1, B, *]
     return [None if t is None else t.to(device) for t in given], "reverse" in words
 
 
@@ -300,24 +299,26 @@ def learnt(given) -> list[bool]:
 ])  # fmt: skip
 def test_an_operator(words, backend, device):
     """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
-    (given, reverse), recompute = given_to(words, device, backend), backend == "triton" and "norm" not in words
-    torch.library.opcheck(graph.OPERATOR, (reverse, backend, False, recompute, *given))
+    (given, reverse), recompute = given_to(words, device), backend == "triton" and "norm" not in words
+    how = "gru" if "gru" in words else "lstm", reverse, backend
+    torch.library.opcheck(graph.OPERATOR, (*how, False, recompute, *given))
     there = learnt(given)
     leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)]
-    torch.library.opcheck(graph.OPERATOR, (reverse, backend, True, recompute, *leaves))
-    h, h_n, c_n, *kept = graph.OPERATOR(reverse, backend, True, recompute, *given)
+    torch.library.opcheck(graph.OPERATOR, (*how, True, recompute, *leaves))
+    h, h_n, c_n, *kept = graph.OPERATOR(*how, True, recompute, *given)
     one = [k == 1 for k in range(len(given))]
     for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
-        torch.library.opcheck(graph.BACKWARD, (reverse, backend, gradients, [h, *kept], needed, given))
+        torch.library.opcheck(graph.BACKWARD, (*how, gradients, [h, *kept], needed, given))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
-    given, reverse = given_to("ragged resets reverse", device, "triton")
-    h, h_n, c_n, *kept = graph.OPERATOR(reverse, "triton", True, recompute, *given)
+    given, reverse = given_to("ragged resets reverse", device)
+    how = "lstm", reverse, "triton"
+    h, h_n, c_n, *kept = graph.OPERATOR(*how, True, recompute, *given)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     before, needed = [t.nan_to_num() for t in kept], learnt(given)
     ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
-    first, *others = (graph.BACKWARD(reverse, "triton", [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
+    first, *others = (graph.BACKWARD(*how, [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
     assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))
     assert all(torch.equal(a, b) for again in others for a, b in zip(again, first, strict=True))

@@ -3,13 +3,13 @@
 import json
 import os
 import re
+import shutil
 from unittest.mock import Mock
 
 import pytest
 import torch
 from standing_in import H100, the_cpu_is_a_card, torch_finds
 
-import gpu_lstm
 from bench import __main__ as bench_main
 from bench import results
 from gpu_lstm.__main__ import main
@@ -191,36 +191,19 @@ def test_cached_results_are_listed_those_of_another_version_as_they_are(findings
     assert f"  cpu, triton 1: {{'card': 'cpu', 'triton': '1'}}: {decision}" in printed_by(capsys, "races")
 
 
-def test_cached_results_go_to_another_machine_in_a_file(findings, monkeypatch, capsys):
-    file = str(findings / "findings.json")
-    assert printed_by(capsys, "races", "--export", file) == ["cached results exported: 4"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
+@pytest.mark.parametrize("shared", [False, True])
+def test_cached_results_go_to_another_machine_as_a_folder(findings, monkeypatch, capsys, shared):
+    """Copied into the user's own, or shared, which is not cleared."""
+    ours, other = findings / "gpu_lstm", findings / "other"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(other))
     cache._read.cache_clear()
     assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None
-    cache.write("checks", CHECK, "ours")
-    assert printed_by(capsys, "races", "--json", "--merge", file, file) == {"merged": 3}
+    cache.write("checks", CHECK | {"cell": "another"}, "ours")
+    if shared:
+        monkeypatch.setenv(cache.SHARED, str(ours))
+    else:
+        shutil.copytree(ours, other / "gpu_lstm", dirs_exist_ok=True)
     assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ).backend is Backend.TRITON
-    assert cache.read("checks", CHECK) == "ours", "what is known here stays"
-    assert gpu_lstm.races.merge(file) == 0
-    assert printed_by(capsys, "races", "--clear") == ["cached results cleared: 4"]
-    assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None
-    assert gpu_lstm.races.merge(file) == 4
-
-
-@pytest.mark.parametrize("content", [None, "", "{}", "[1]", '[{"kind": "../races", "key": {}, "value": 1}]'])
-def test_of_several_files_none_is_merged_if_one_is_none_of_ours(findings, monkeypatch, capsys, content):
-    good, broken = findings / "good.json", findings / "broken.json"
-    printed_by(capsys, "races", "--export", str(good))
-    if content is not None:
-        broken.write_text(content)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(findings / "other"))
-    cache._read.cache_clear()
-    assert main(["races", "--merge", str(good), str(broken)]) == 2
-    assert str(broken) in capsys.readouterr().err
-    assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None
-    with pytest.raises((OSError, ValueError)):
-        gpu_lstm.races.merge(broken)
-    monkeypatch.setattr(cache, "folder", lambda: None)
-    cache.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="is not cached: there is no home directory"):
-        assert gpu_lstm.races.merge(good) == 0, "what cannot be stored is not counted"
+    assert [len(list(cache.entries(kind))) for kind in cache.KINDS] == [1, 3, 1]
+    assert printed_by(capsys, "races", "--clear") == [f"cached results cleared: {1 if shared else 5}"]
+    assert (race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None) is not shared

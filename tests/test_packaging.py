@@ -188,7 +188,7 @@ MISTAKES = [
     "d: torch.nn.Sequential = gpu_lstm.to_torch(torch.nn.Linear(6, 8))", "gpu_lstm.explain(lstm, x).backed",
     "gpu_lstm.Stream(torch.nn.LSTM(6, 8), batch=3)", "gpu_lstm.Stream(lstm, batch=3)(x).batch_sizes",
     "gpu_lstm.trace(lstm, x).layers[0][0].forgot", "gpu_lstm.explain(torch.nn.LSTM(6, 8), x)",
-    'gpu_lstm.autotune("64", 16)', "gpu_lstm.from_haste(3)"]  # fmt: skip
+    'gpu_lstm.autotune("64", 16)']  # fmt: skip
 
 
 @pytest.mark.deep
@@ -257,5 +257,33 @@ def test_imports_have_no_circle():
     for path in files:
         place = path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
         modules[f"gpu_lstm.{place}" if place.startswith("kernels") else place] = path
-    assert imported_by(ROOT / "gpu_lstm/races.py", modules) == {"gpu_lstm.dispatch.run", "gpu_lstm.kernels.cache"}
+    assert imported_by(ROOT / "gpu_lstm/compat.py", modules) == {"gpu_lstm.modules", "gpu_lstm.modules.recurrent"}
     graphlib.TopologicalSorter({name: imported_by(path, modules) for name, path in modules.items()}).prepare()
+
+
+INHERITED = {"_parameters", "_modules", "_flat_weights_names", "_init_flat_weights"}  # by our modules
+OF_TUPLES = {"_replace", "_asdict", "_fields"}  # which Python documents
+
+
+def private_names(text: str) -> tuple[set[str], set[str]]:
+    """Names with an underscore in front that a file defines, and those of attributes and imports in it."""
+    defined, used = set(), set()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                defined.add(name)
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                defined.add(name)
+            case ast.Attribute(attr=name):
+                used.add(name)
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                used.update(".".join([getattr(node, "module", "") or "", *(each.name for each in names)]).split("."))
+    return defined, {name for name in used if re.match("_[^_]", name)}
+
+
+def test_private_names_of_torch_triton_and_python_are_in_one_file():
+    paths = [path for folder in ("gpu_lstm", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    found = {path.relative_to(ROOT).as_posix(): private_names(path.read_text()) for path in paths}
+    assert len(found.pop("kernels/private.py")[1]) > 25
+    ours = INHERITED | OF_TUPLES | {name for defined, _ in found.values() for name in defined}
+    assert not {path: used - ours for path, (_, used) in found.items() if used - ours}

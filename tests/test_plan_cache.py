@@ -13,10 +13,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from places import forget
 from standing_in import CUDA, H100
 
 import gpu_lstm
 from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
 from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
@@ -111,7 +113,7 @@ def _digests():
 @pytest.mark.parametrize(("file", "ends"), [
     ("kernels/triton_lstm/cells/gru.py", (True, True)), ("kernels/cupy_lstm/cuda/cells/lstm.cu", (True, True)),
     ("kernels/cells.py", (True, True)), ("gpu_lstm/backends/fused.py", (False, True)),
-    ("gpu_lstm/cells/gru.py", (False, True)), ("gpu_lstm/dispatch/race.py", (False, True)),
+    ("gpu_lstm/equations/gru.py", (False, True)), ("gpu_lstm/dispatch/race.py", (False, True)),
     ("gpu_lstm/keras/convert.py", (False, False)), ("kernels/notes.txt", (False, False)),
 ])  # fmt: skip
 def test_what_was_found_ends_with_an_edit_of_what_decided_it(checkout, file, ends):
@@ -175,10 +177,10 @@ def test_many_who_write_at_once_lose_nothing(folder, pool):
 
 
 def _chosen(problem, backward):
-    launch.forget()  # as another process would
+    forget()  # as another process would
     cache._read.cache_clear()
     given = launch.call_of(problem, torch.device("meta"))[1].inputs
-    return launch.layer_of(problem, CUDA).prepared(Pass(backward), given).plan
+    return kept_layer(launch, problem, CUDA).prepared(Pass(backward), given).plan
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -194,7 +196,7 @@ def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch, c
     fastest = autotune.autotune(problem, CUDA, 256)
     assert set(fastest) == {"forward", "backward"}
     assert fastest["forward"] == min(plans(problem, H100, False), key=seconds) != before
-    layer = launch.layer_of(problem, CUDA)
+    layer = kept_layer(launch, problem, CUDA)
     assert layer.chosen(Pass()) == (fastest["forward"], True), "without a launch"
     assert _chosen(problem, False) == fastest["forward"], "in this process, too"
     assert _chosen(problem._replace(steps=128, reverse=True), False) == fastest["forward"]
@@ -236,7 +238,7 @@ def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
     for steps in (1, 7):
         gpu_lstm.autotune(64, 3, steps=steps, dtype=torch.float16, proj_size=16, device="cpu")
         x, h0, c0 = (torch.zeros(*size, dtype=torch.float16) for size in ((steps, 3, 8), (1, 3, 16), (1, 3, 64)))
-        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), False, "ieee"), cpu, steps)
+        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), "lstm", False, "ieee"), cpu, steps)
     gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, device="cpu", cell="gru")
     measure.assert_called_with(Problem(2, 3, 64, torch.float16, cell="gru"), cpu, 7)
     for wrong, text in ((dict(cell="rnn"), "cell should be one of 'lstm', 'gru', got 'rnn'"),

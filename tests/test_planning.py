@@ -39,7 +39,8 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
         for plan in proposed:
             times = problem.side_by_side // plan.side_by_side if plan.family.name == COOPERATIVE else 1
             seconds.append(times * expected(problem, device, plan, backward).seconds)
-        assert seconds == sorted(seconds)
+        if problem.batch in (1, 256):  # others have the order of the next power of two, see test_first_call.py
+            assert seconds == sorted(seconds)
         of_step = [plan for plan in proposed if isinstance(plan.family, Step) and plan.family.parts == 1]
         assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
         for plan in proposed:

@@ -21,9 +21,9 @@ from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.options import Size
 from gpu_lstm.call.prepare import prepare
-from gpu_lstm.dispatch import race, run
+from gpu_lstm.dispatch import race, route
 from gpu_lstm.dispatch.kind import kind_of
-from gpu_lstm.dispatch.route import Decision
+from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Chosen
 from gpu_lstm.kernels.triton_lstm import choose, launch
@@ -72,14 +72,14 @@ def _call(lstm=LSTM, x=X):
 
 def _backend_of(lstm=LSTM, x=X):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "run_by", Mock(side_effect=run.run_by))
+        patch.setattr(route, "run_by", Mock(side_effect=route.run_by))
         lstm(x)
-        return run.run_by.call_args.args[0].backend.value
+        return route.run_by.call_args.args[0].backend.value
 
 
 def _forget_all_but_files():
     """As another process would begin."""
-    run.forget()
+    route.forget()
     cache._read.cache_clear()
 
 
@@ -211,6 +211,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     LSTM(X)
     GRU(X)
     assert ran.count("race") == 2, "one cell says nothing of another"
+    cache.write(verify.KIND, {}, "right")
     card.parent.rename(tmp_path / "shared")
     monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
     _forget_all_but_files()
@@ -219,6 +220,8 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     assert ran.count("race") == 2
     gpu_lstm.LSTM(4, 9)(X)
     assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / race.KIND, card)] == [2, 1]
+    cache.write(verify.KIND, {}, "another verdict")
+    assert cache.read(verify.KIND, {}) == "right"
 
 
 def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):
@@ -238,7 +241,7 @@ def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_
     assert ran.count("race") == 1
 
 
-NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
+NOISE, RESETS = dict(noise=True, dropout_h=True), dict(resets=True)
 
 
 def layers_of(monkeypatch, plan):
@@ -254,7 +257,7 @@ def layers_of(monkeypatch, plan):
     ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
     ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
-    ("step", 1, dict(weight_peephole=True), "triton"), ("step", 1, dict(reset_c=True), "triton"),
+    ("step", 1, dict(weight_peephole=True), "triton"), ("step", 1, dict(reset_states=True), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
@@ -262,8 +265,7 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     families = {"resident": Resident(2), "cooperative": Cooperative(3), "step held": Held(64), "step": Step(64)}
     plan = Plan(families.get(family, Pointwise()), 8, 8, 1, 1, 4, 0, "", tiles_per_program=tiles_per_program)
     asked = layers_of(monkeypatch, lambda problem: plan)
-    kind, like = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True))), dict(options)
-    kind = kind._replace(layers=like.pop("layers", kind.layers), like=kind.like._replace(**like))
+    kind = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True)))._replace(**options)
     able = Backend.TRITON if family else Backend.CUPY
     assert race.expected_winner(kind, able, X.device).backend.value == winner
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])
@@ -292,9 +294,9 @@ LIES = [
 ]  # fmt: skip
 
 
-def test_a_cached_race_that_lies_is_ignored_with_one_line_and_never_merged(tmp_path):
+def test_a_cached_race_that_lies_is_ignored_with_one_line():
     """Files that are broken in other ways: test_plan_cache.py."""
-    kind, exported = kind_of(_call()), tmp_path / "exported.json"
+    kind = kind_of(_call())
     key = race._key(kind, Backend.TRITON, X.device)
     for value in (*LIES, DECISION | {"backend": "cupy"}):  # the last may be right of another call
         cache.write(race.KIND, key, value)
@@ -302,10 +304,6 @@ def test_a_cached_race_that_lies_is_ignored_with_one_line_and_never_merged(tmp_p
         with pytest.warns(UserWarning, match="is ignored") as warned:
             assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON) is None
         assert len(warned) == 1
-        if value in LIES:
-            exported.write_text(json.dumps([{"kind": race.KIND, "key": {"another": "key"}, "value": value}]))
-            with pytest.warns(UserWarning, match="is not merged"):
-                assert cache.merge([exported]) == 0
     cache.write(race.KIND, key, DECISION)
     assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON).backend is Backend.TORCH
 

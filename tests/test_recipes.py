@@ -76,7 +76,7 @@ class RecurrentNoise(Regulariser):
     tensors = ("noise_h",)
     backends: ClassVar = {"recurrent_noise": ("triton", "reference"), NORMED: ("reference",)}
 
-    def accepted(self, value: Any, one_state: bool) -> float:
+    def accepted(self, value: Any, cell: Any) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise ValueError(f"recurrent_noise should be a standard deviation, a number from 0 on, got {value!r}")
         return float(value)

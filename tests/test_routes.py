@@ -29,9 +29,11 @@ from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
 from gpu_lstm.call.options import Options
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
-from gpu_lstm.dispatch import run as dispatch
+from gpu_lstm.dispatch import route as dispatch
+from gpu_lstm.dispatch.build import build
 from gpu_lstm.dispatch.kind import kind_of
-from gpu_lstm.dispatch.route import Decision, build
+from gpu_lstm.dispatch.race import Decision
+from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.triton_lstm import launch, step
 
 pytestmark = [
@@ -81,7 +83,6 @@ class Routes(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         dispatch.forget()
-        launch.forget()
         self.facts, self.modules = {name: values[0] for name, values in FACTS.items()}, {}
 
     @initialize(start=st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN}))
@@ -106,7 +107,7 @@ class Routes(RuleBasedStateMachine):
         module = self.module()
         cached = self.outcome(module)
         with contextlib.ExitStack() as stack:
-            for place, name in (dispatch, "_routes"), (race, "decided"), (launch, "_layers"):
+            for place, name in (dispatch, "_routes"), (race, "decided"), (layers, "_layers"):
                 stack.enter_context(patch.object(place, name, {}))
             fresh = self.outcome(module)
         assert cached[0] == fresh[0], "another backend, other kernels or another error"
@@ -316,6 +317,20 @@ def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypa
         found = facts(X)
     lstm.half()
     assert found == facts(X.half())
+
+
+def test_what_is_decided_in_a_capture_or_forgotten_is_decided_again(monkeypatch):
+    """Since nothing is verified and raced in a capture; and a plan that autotune has found is used from then on."""
+    monkeypatch.setattr(dispatch, "_routes", {})
+    lstm = gpu_lstm.LSTM(2, 2)
+    call = prepare(lstm._options(), lstm._weights(), X)
+    captured = call._replace(modes=call.modes._replace(capturing=True))
+    first, second = dispatch.route_of(captured), dispatch.route_of(captured)
+    assert first is not second
+    route = dispatch.route_of(call)
+    assert dispatch.route_of(call) is route
+    dispatch.forget()
+    assert dispatch.route_of(call) is not route
 
 
 @pytest.mark.deep

@@ -19,6 +19,7 @@ from places import INTERPRETED, KERNELS, cooperative, forget, held, split, step
 from standing_in import few_polls, recurrence
 
 import gpu_lstm
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_lstm import exchange, fragments, launch
@@ -36,10 +37,10 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
     cooperative(monkeypatch, units=4)
     look = interpreted.look
 
-    def look_late(at, left, GROUPS, SIZE, *strides):
+    def look_late(words, GROUPS, SIZE, *strides):
         if SIZE == 2 and threading.current_thread().index[0] == 0:
             time.sleep(0.1)
-        return look(at, left, GROUPS, SIZE, *strides)
+        return look(words, GROUPS, SIZE, *strides)
 
     monkeypatch.setattr(interpreted, "look", look_late)
     check((4, 2, 3, 11), "always norm-c", "triton", F32, seeds=1)
@@ -58,7 +59,7 @@ def test_h_of_a_gru_is_carried_in_float32(monkeypatch, family):
     tensors = gates[:, :, : 3 * hidden], h0, h0, n_first, weight_hh
     out, expected, *_ = oracle.gru_layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=h0.float(), lengths=lengths)
-    layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
+    layer = kept_layer(launch, problem_of(r.inputs, "gru", False, "ieee"), gates.device)
     _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
     (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
     valid = torch.arange(steps)[:, None] < lengths
@@ -78,7 +79,7 @@ def test_the_cell_is_kept_in_float32(monkeypatch, family):
     tensors = gates, h0, c0, torch.eye(4 * hidden), weight_hh
     _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=c0.float(), lengths=lengths)
-    layer = launch.layer_of(problem_of(r.inputs, False, "ieee"), gates.device)
+    layer = kept_layer(launch, problem_of(r.inputs, "lstm", False, "ieee"), gates.device)
     _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
     (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
     found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]
@@ -107,10 +108,10 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
 count_missing, wait_for_tile = interpreted.count_missing, step_kernels.wait_for_tile
 
 
-def announce_early(at, words, mask):
-    tl.store(at, tl.zeros_like(words), mask=mask)  # the data come later
+def announce_early(word_ptr, words, mask):
+    tl.store(word_ptr, tl.zeros_like(words), mask=mask)  # the data come later
     tl.debug_barrier()
-    exchange.publish(at, words, mask)
+    exchange.publish(word_ptr, words, mask)
 
 
 def any_phase(words, left, phase, SIZE, STRIDE):

@@ -6,7 +6,6 @@ from functools import cache, partial
 import pytest
 import torch
 from comparing import BACKENDS, PLACES
-from subjects import HasteLSTM
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import BaseTorchFunctionMode
@@ -42,7 +41,7 @@ def calls_of(backend: str) -> dict:
     h, c, *_ = hx = made(torch.randn, 2, 1, B, H).to(**place)
     lengths, resets = LENGTHS.to(device), RESETS.to(device)
     packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
-    theirs, haste = made(nn.LSTM, I, H, **place), made(HasteLSTM, I, H)
+    theirs = made(nn.LSTM, I, H, **place)
 
     def streamed():
         found = []
@@ -70,7 +69,6 @@ def calls_of(backend: str) -> dict:
         "trace": (deep, lambda: [(t.output, *t.layers) for t in map(partial(gpu_lstm.trace, deep), (packed, x))]),
         "convert": (theirs, lambda: gpu_lstm.convert(theirs)(x)),
         "to_torch": (lstm, lambda: gpu_lstm.to_torch(lstm)(x)),
-        "from_haste": (haste, lambda: gpu_lstm.from_haste(haste)(x.float().cpu())[0]),
         "resets_from_dones": (lstm, lambda: gpu_lstm.resets_from_dones(resets)),
         "lengths_of": (lstm, lambda: gpu_lstm.keras.lengths_of(resets.T.cumsum(1) == 0)),
     }

@@ -19,10 +19,11 @@ from gpu_lstm.__main__ import main
 from gpu_lstm.backends import graph, schedule
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
-from gpu_lstm.dispatch import route
+from gpu_lstm.dispatch import build
 from gpu_lstm.dispatch.kind import kind_of, size_class
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
@@ -131,11 +132,11 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
     problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
     (gates, r), c = launch.call_of(problem, torch.device("cpu")), torch.zeros(2, 16, hidden)
     plans_of = [plans(problem, H100, backward)[0] for backward in (False, True)]
-    forward, backward = (launch.layer_of(problem, c.device).with_plan(plan) for plan in plans_of)
+    forward, backward = (kept_layer(launch, problem, c.device).with_plan(plan) for plan in plans_of)
     forward.forward(gates, r, save=False)
     backward.backward(None, c[:1].bfloat16(), None, gates, c, r, False)
     assert [plan.family.name for plan in plans_of] == [family] * 2
-    assert [each.args[0] for each in asked.call_args_list] == [2 if family == "cooperative" else None] * 2
+    assert [each.args[0] for each in asked.call_args_list] == ([2, 2] if family == "cooperative" else [])
 
 
 def _call(lstm, steps, **facts):
@@ -184,9 +185,9 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(schedule_of, m
     for why, at_once in ((dict(is_cuda=False), 1), (dict(capturing=True), expected)):  # by the plans of the warm-up
         one_stream = schedule_of(options, steps, **why)
         assert (set(one_stream.streams), one_stream.side_by_side) == ({None}, at_once)
-    monkeypatch.setattr(route, "schedule_of", lambda *_: found)
+    monkeypatch.setattr(build, "schedule_of", lambda *_: found)
     given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
-    layers = route.build(given, kind_of(given), Backend.TRITON).layers
+    layers = build.build(given, kind_of(given), Backend.TRITON).layers
     assert [layer.problem.side_by_side for layer in layers] == [expected] * given.options.rows
 
 
@@ -259,9 +260,9 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     with FakeTensorMode():
         sizes = (T, B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H)
         given = [torch.empty(size, device=device) for size in sizes]
-        h, _, _, gates, c = graph._forward(False, "triton", True, False, *given)
+        h, _, _, gates, c = graph._forward("lstm", False, "triton", True, False, *given)
         needed = [k == 1 for k in range(len(sizes))]
-        graph._backward(False, "triton", [h, None, None], [h, gates, c], needed, given)
+        graph._backward("lstm", False, "triton", [h, None, None], [h, gates, c], needed, given)
     assert current == [torch.device(device).index] * 2
     assert driver.current == 0, "and afterwards it is the one before"
 

@@ -1,6 +1,10 @@
 """Streams: steps and chunks, one after another, give the results of the whole sequence at once."""
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -173,14 +177,52 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced_or_a_set
 
 
 def test_a_state_that_was_taken_outlives_replays(build, captures):
-    """Which write the stream's own in place."""
+    """Which write the stream's own, wherever a graph was captured."""
     lstm, x = build()
     stream = Stream(lstm, B)
+    places = [t.data_ptr() for t in tree_leaves(stream._state)]
     stream(x[0])
-    taken = tree_leaves(stream.state)
-    before = [t.clone() for t in taken]
-    stream(x[1])
-    assert all(map(torch.equal, taken, before))
+    taken = stream.state
+    before = tree_map(torch.clone, tree_leaves(taken))
+    for change in (lambda: stream(x[1:]), stream.reset, lambda: setattr(stream, "state", taken), lambda: stream(x[1])):
+        change()
+        assert [t.data_ptr() for t in tree_leaves(stream._state)] == places
+    assert all(map(torch.equal, tree_leaves(taken), before))
+
+
+def test_another_thread_does_not_break_a_capture(monkeypatch):
+    """By CUDA's rules: what is unsafe raises where this thread, or any in mode "global", captures."""
+    capturing = {}
+
+    @contextlib.contextmanager
+    def graph(of, capture_error_mode="global"):
+        capturing[threading.get_ident()] = capture_error_mode
+        yield
+        capturing.clear()
+
+    def unsafe():
+        if threading.get_ident() in capturing or "global" in capturing.values():
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def step():
+        if capturing:
+            with pytest.raises(RuntimeError, match="not permitted"):
+                unsafe()
+            with ThreadPoolExecutor(1) as other:
+                other.submit(unsafe).result()
+        return torch.ones(1)
+
+    fakes = dict(
+        device=contextlib.nullcontext,
+        stream=contextlib.nullcontext,
+        Stream=Mock,
+        CUDAGraph=Mock,
+        graph=graph,
+        current_stream=Mock(),
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    assert torch.equal(stream_module.captured(step, torch.device("cuda", 0))(), torch.ones(1))
 
 
 @pytest.mark.gpu

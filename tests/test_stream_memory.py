@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import gpu_lstm
 from gpu_lstm.backends import autograd, schedule
 from gpu_lstm.call import modes
-from gpu_lstm.dispatch import route
+from gpu_lstm.dispatch import build
 from gpu_lstm.kernels import timeouts
 
 
@@ -61,7 +61,7 @@ class Model(TorchDispatchMode):
         monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # this one is nobody's
         monkeypatch.setattr(schedule, "SHORTEST", 2)
         found = schedule.Schedule(3, self.streams, count)
-        monkeypatch.setattr(route, "schedule_of", lambda *_: found)
+        monkeypatch.setattr(build, "schedule_of", lambda *_: found)
         # Anomaly detection asks for a stack as a node is made.
         monkeypatch.setattr(torch.fx.traceback, "format_stack", lambda: [self.current.name])
 
@@ -184,7 +184,7 @@ def faults(monkeypatch):
 
     def faults(kind, case, way="training"):
         as_a_card(monkeypatch)
-        timeouts.error_word(torch.device("cpu"), timeouts.KERNELS[0])  # host memory, made once in a process
+        timeouts.error_word(torch.device("cpu"), "lstm_step_forward_kernel")  # host memory, made once in a process
         options, further = CASES[case]
         cell = gpu_lstm.GRU if case == "GRU" else gpu_lstm.LSTM
         lstm = cell(I, H, backend="triton", **KINDS[kind], **options)

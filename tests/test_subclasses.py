@@ -7,7 +7,7 @@ from subjects import SUBJECTS, states_for
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gpu_lstm.dispatch import run as dispatch
+from gpu_lstm.dispatch import route as dispatch
 
 T, B = 3, 2
 RESETS = torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()

@@ -14,7 +14,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
-from gpu_lstm.dispatch.route import Decision
+from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import projection, timeouts
 
 
@@ -73,6 +73,10 @@ def test_computations_of_our_own_that_overlap_leave_the_process_as_it_was(anothe
             before = facts()
             overlap(another, modes.alone(True), modes.alone(True))
             assert facts() == before
+            with modes.alone(True):
+                with modes.alone(True):
+                    pass
+                assert facts() == (torch.float32, False, True), "the inner one ends nothing"
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -142,12 +146,12 @@ def test_the_word_that_a_kernel_has_is_the_one_that_is_read(monkeypatch):
     def words(device, real=timeouts._Words):
         made.append(None)
         if len(made) == 1:
-            others.append(timeouts.error_word(device, timeouts.KERNELS[0]))
+            others.append(timeouts.error_word(device, "lstm_step_forward_kernel"))
         return real(device)
 
     monkeypatch.setattr(timeouts, "_words", {})
     monkeypatch.setattr(timeouts, "_Words", words)
-    for word in timeouts.error_word(device, timeouts.KERNELS[1]), *others:
+    for word in timeouts.error_word(device, "lstm_step_backward_kernel"), *others:
         word[0] = 3
         with pytest.raises(RuntimeError, match="timed out at step 2"):
             timeouts.raise_if_timed_out(device)

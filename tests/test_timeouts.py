@@ -83,7 +83,7 @@ def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
     words = timeouts._Words(CPU)
     monkeypatch.setattr(timeouts, "_words", {cuda: words})
     monkeypatch.setattr(
-        torch.cuda, "synchronize", lambda device: words.tensor[0, 0, 0].fill_(3 if device == cuda else 0)
+        torch.cuda, "synchronize", lambda device: words.of("a_kernel")[0].fill_(3 if device == cuda else 0)
     )
     with pytest.raises(RuntimeError, match=r"timed out at step 2 on cuda:1"):
         gpu_lstm.check()
@@ -101,10 +101,10 @@ def test_the_timeout_is_that_of_the_environment_but_for_plans_that_are_tried(mon
     monkeypatch.setattr(timeouts, "_words", {})
     monkeypatch.setenv(timeouts.TIMEOUT, "60")
     with torch.inference_mode():  # words that were made in it can be written to outside
-        limits = [int(timeouts.error_word(CPU, timeouts.KERNELS[0], tried)[1]) for tried in (False, True)]
+        limits = [int(timeouts.error_word(CPU, "lstm_step_forward_kernel", tried)[1]) for tried in (False, True)]
     assert limits == [60 * timeouts.POLLS_A_SECOND, timeouts.POLLS_A_SECOND]
     monkeypatch.setenv(timeouts.TIMEOUT, "1e-9")
-    assert timeouts._Words(CPU).tensor[0, 0, 1] == 1, "0 polls would count as a timeout that happened"
+    assert timeouts._Words(CPU).of("a_kernel")[1] == 1, "0 polls would count as a timeout that happened"
     monkeypatch.setenv(timeouts.TIMEOUT, "60")
     _time_out()
     with pytest.raises(RuntimeError, match=r"GPU_LSTM_TIMEOUT \(seconds, now 60\)"):
@@ -118,6 +118,8 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     assert [timeouts.spare_multiprocessors(count) for count in (132, 40)] == [16, 5]
     monkeypatch.setenv(timeouts.SPARE, "3")
     assert timeouts.spare_multiprocessors(132) == 3
+    with pytest.raises(ValueError, match="expected a number below 3 in"):
+        timeouts.spare_multiprocessors(3)
     properties = SimpleNamespace(
         name="a card", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
     )
@@ -151,7 +153,7 @@ def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended(m
     monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=AssertionError("the process stays")))
     timeouts._report_at_exit()
     assert capsys.readouterr().err == ""
-    words.tensor[0, 0, 0] = 3
+    words.of("a_kernel")[0] = 3
     timeouts._report_at_exit()
     assert "timed out at step 2 on cuda:1" in capsys.readouterr().err
 
@@ -159,7 +161,7 @@ def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended(m
 def test_a_forked_child_does_not_report_at_exit(monkeypatch, capsys):
     words = timeouts._Words(CPU)
     monkeypatch.setattr(timeouts, "_words", {CPU: words})
-    words.tensor[0, 0, 0] = 3
+    words.of("a_kernel")[0] = 3
     words.process += 1
     timeouts._report_at_exit()
     assert capsys.readouterr().err == ""

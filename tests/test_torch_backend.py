@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
+from gpu_lstm.kernels.cells import CELLS
 
 BF16 = torch.bfloat16
 SHAPES = [{}, dict(bias=False), dict(proj_size=2), dict(num_layers=2, bidirectional=True, proj_size=2, bias=False)]
@@ -101,11 +102,13 @@ def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
             weights = torch_rnn.packed(weights)
         state = torch.empty(1, 2, 4, device="cuda"), torch.empty(1, 2, 4, device="cuda")
         torch_rnn.stack(
-            torch_rnn.cell_of(len(weights[1]), 4),
+            CELLS[cell],
             torch.empty(5, 2, 3, device="cuda"),
             state,
             [[torch_rnn.Weights(*weights)]],
+            dropout=0.5,
         )
+    assert called.call_args.args[5] == 0.0, "in eval(), though cuDNN is told that there may be a backward"
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
     assert all(t is w for t, w in zip(given, weights)) == whole

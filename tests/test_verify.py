@@ -25,8 +25,10 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import cells, fragments, indexing, launch, norm, step
+from gpu_lstm.kernels.triton_lstm import cells, fragments, indexing, launch, noise, norm, norm_tiles, reset, states
+from gpu_lstm.kernels.triton_lstm import step as step_family
 from gpu_lstm.kernels.triton_lstm.cells import gru, lstm
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
@@ -55,7 +57,7 @@ def _given(problem):
 
 def _verify(problem, pass_=FORWARD, plan=None, given=None):
     plan = plan or plans(problem, INTERPRETER, pass_.backward)[-1]
-    return verify.verify(launch.layer_of(problem, CPU), pass_, given or _given(problem), plan)
+    return verify.verify(kept_layer(launch, problem, CPU), pass_, given or _given(problem), plan)
 
 
 def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
@@ -166,8 +168,8 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
 
 
 # Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
-cell_forward, gates_backward, sequences = cells.cell_forward, lstm.gates_backward, indexing.sequences
-load_peepholes, load_affine = indexing.load_peepholes, indexing.load_affine
+cell_forward, lstm_backward, sequences = cells.cell_forward, lstm.lstm_backward, indexing.sequences
+load_peepholes, load_affine = states.load_peepholes, norm.load_affine
 gru_forward, gru_backward, sigmoid, tanh = gru.gru_forward, gru.gru_backward, lstm.sigmoid, lstm.tanh
 
 
@@ -175,31 +177,31 @@ def gru_with(candidate=lambda x, z, r: tanh(x[0] + r * (x[3] + z[3])), h=gru.gru
     """The GRU's forward with another candidate n or another h."""
 
     def forward(x, z, c_prev):
-        (_, r, update, s), _, _ = gru_forward(x, z, c_prev)
+        (_, r, update, s), _ = gru_forward(x, z, c_prev)
         gates = (candidate(x, z, r), r, update, s)
-        return gates, h(gates, c_prev), h(gates, c_prev)
+        return gates, h(gates, c_prev)
 
     return forward
 
 
 def gru_gradients(change):
     """The GRU's backward, of which change(gates, dz, dc_prev) returns what is wrong."""
-    return lambda gates, c_prev, dm, dc: change(gates, *gru_backward(gates, c_prev, dm, dc))
+    return lambda gates, c_prev, d: change(gates, *gru_backward(gates, c_prev, d))
 
 
 FAULTS = {  # of each option of a call: the device function, and what stands in its place
     "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
-    "cell gradient lost": ("gates_backward", lambda *given: (
-        gates_backward(*given)[0], gates_backward(*given)[1] * 0.0)),
+    "cell gradient lost": ("lstm_backward", lambda *given: (
+        lstm_backward(*given)[0], lstm_backward(*given)[1] * 0.0)),
     "peepholes in another order": ("load_peepholes", lambda *given: tuple(
         load_peepholes(*given)[k] for k in (0, 2, 1))),
     "resets ignored": ("is_reset", lambda time, *_: time < 0),
     "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
         length=tl.zeros_like(index) + batch.T)),
     "zeros for the state given": ("reset_to", lambda before, *_: before),
-    "norms: gain of the next unit": ("load_affine", lambda gain_ptr, bias_ptr, unit, H: (
-        load_affine(gain_ptr, None, (unit + 1) % H, H)[0], load_affine(gain_ptr, bias_ptr, unit, H)[1])),
+    "norms: gain of the next unit": ("load_affine", lambda of, unit, count, H: (
+        load_affine(of, (unit + 1) % H, count, H)[0], load_affine(of, unit, count, H)[1])),
     "norms: nothing through the deviation": (
         "normalise_backward", lambda d, unit, scale, mean_d, _: scale * (d - mean_d)),
 }  # fmt: skip
@@ -215,7 +217,7 @@ GRU_FAULTS = {
     "n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, dc: (
         (dz[0], dz[1] * 0.0, dz[2], dz[3]), dc))),
     "s without its factor r": ("gru_backward", gru_gradients(lambda gates, dz, dc: ((*dz[:3], dz[0]), dc))),
-    "dc lost": ("gru_backward", lambda gates, c_prev, dm, dc: gru_backward(gates, c_prev, dm, dc * 0.0)),
+    "dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
 }  # fmt: skip
 FAULTS |= {f"GRU: {name}": fault for name, fault in GRU_FAULTS.items()}
 FIRST = *list(FAULTS)[:4], "GRU: b_hn outside r", "GRU: z and 1 - z swapped", "GRU: n does not depend on r"
@@ -224,7 +226,7 @@ FIRST = *list(FAULTS)[:4], "GRU: b_hn outside r", "GRU: z and 1 - z swapped", "G
 def plant(monkeypatch, fault: str) -> None:
     """A fault wherever kernels of the step family find the function."""
     name, function = FAULTS[fault]
-    for module in (step, fragments, indexing, norm, cells, lstm):
+    for module in (step_family, fragments, indexing, states, noise, reset, norm, norm_tiles, cells, lstm):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)
 
@@ -242,6 +244,13 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
+
+
+def test_a_kernel_that_gives_nan_is_found(monkeypatch):
+    run = verify.Small.by_kernels
+    monkeypatch.setattr(verify.Small, "by_kernels", lambda *given: {n: t * torch.nan for n, t in run(*given).items()})
+    with pytest.warns(UserWarning, match="failed its verification"):
+        assert "is nan" in _verify(PLAIN)
 
 
 def test_a_kernel_that_times_out_is_found(monkeypatch):

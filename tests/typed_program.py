@@ -81,8 +81,7 @@ def main() -> None:
     ours: gpu_lstm.LSTM = gpu_lstm.convert(nn.LSTM(6, 8))
     theirs: nn.LSTM = gpu_lstm.to_torch(ours)
     mixed: nn.Sequential = gpu_lstm.to_torch(nn.Sequential(gpu_lstm.LSTMCell(2, 3), theirs))
-    haste = {"kernel": torch.zeros(6, 32), "recurrent_kernel": torch.zeros(8, 32), "bias": torch.zeros(32)}
-    read: gpu_lstm.LSTM = gpu_lstm.keras.forget_bias(gpu_lstm.keras.keras_init(gpu_lstm.from_haste(haste)))
+    read: gpu_lstm.LSTM = gpu_lstm.keras.forget_bias(gpu_lstm.keras.keras_init(ours))
     with gpu_lstm.backend("torch"), gpu_lstm.racing("read"):
         print(shape("reference"), len(mixed), read.hidden_size)
         print(dataclasses.asdict(gpu_lstm.explain(ours, torch.randn(5, 2, 6)))["backend"])

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from subjects import HasteLSTM
 from torch import nn, tensor, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -25,8 +24,6 @@ BOOL, F64, F16, INT, COMPLEX, META = torch.bool, torch.float64, torch.float16, t
 X, H, C, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4), zeros(5, 2, dtype=BOOL)
 WEIGHTS, GRU_WEIGHTS = (zeros(16, 3), zeros(16, 4)), (zeros(12, 3), zeros(12, 4))
 PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
-HASTE = dict(kernel=zeros(3, 16), recurrent_kernel=zeros(4, 16), bias=zeros(16))
-HASTES = {name: HasteLSTM(3, 4, **{name: 0.1}) for name in ("zoneout", "dropout")}
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
 PAIRS = [(H2, H2)] * 2  # of StackedLSTM(3, [4, 4])
 NESTED = torch.nested.nested_tensor([zeros(4, 3), zeros(2, 3)], layout=torch.jagged)
@@ -397,19 +394,9 @@ CALLS = [
         ("ValueError: expected int64 of shape (2,), got torch.bool (2,)", "tensor([True, False])"),
         ("ValueError: Expected index from 0 to 1, got [0, -1]", "tensor([0, -1])"))),
     (size("hidden[0]", "(1, 2, 4)", "[1, 3, 4]"), "setattr(m.stream, 'state', (zeros(1, 3, 4), C))"),
-    # convert, to_torch, from_haste
+    # convert, to_torch
     ("TypeError: convert accepts a torch.nn.Module, got list", "gpu_lstm.convert([TORCHS])"),
     ("TypeError: to_torch accepts a torch.nn.Module, got type", "gpu_lstm.to_torch(nn.LSTM)"),
-    ("TypeError: from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got str",
-     "gpu_lstm.from_haste('haste')"),
-    *((f"ValueError: expected the parameters ...recurrent_kernel... got {got}", f"gpu_lstm.from_haste({value})")
-      for got, value in (("['bias_hh_l0', ...", "m.of_another"), ("['1', '2']", "{1: 1, '2': 2}"))),
-    ("ValueError: expected parameters of one dtype, got ['torch.float32', 'torch.float64']",
-     "gpu_lstm.from_haste(HASTE | {'bias': HASTE['bias'].to(F64)})"),
-    *((f"ValueError: ...the module has {name}=0.1...", f"gpu_lstm.from_haste(HASTES['{name}'])")
-      for name in ("zoneout", "dropout")),
-    ("ValueError: expected sizes [I, 4H], ... got [[3, 16], [4, 16], [4]]",
-     "gpu_lstm.from_haste(HASTE | {'bias': zeros(4)})"),
     # resets_from_dones
     (a_tensor("dones", "list"), "gpu_lstm.resets_from_dones([[True]])"),
     *(("ValueError: Expected bool dones [T, B] with T > 0, got ...", f"gpu_lstm.resets_from_dones({value})")

@@ -1,30 +1,35 @@
 """One layer in one direction by kernels, for autograd: what is saved, backward, and gradients of gradients."""
 
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..call.modes import Modes, Transforms, gradients_are_differentiated, is_transformed
+from ..call.modes import Modes, Transforms, are_batched, gradients_are_differentiated, is_transformed
 from ..call.weights import State
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs
 from . import fused, graph
 from .fused import Saved
-from .layers import NOTHING
+from .layers import NOTHING, Part
 
 
-def run_layer(layer: Layer, inputs: Inputs, recompute: bool, modes: Modes) -> tuple[Tensor, State]:
-    """h [T, B, P], and h_n and c_n as h0 and c0, in their dtypes; differentiable to any order.
+def run_layer(layers: Sequence[Layer], recompute: bool, modes: Modes, part: Part) -> tuple[Tensor, State]:
+    """As layers.RunPart, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
 
     The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h. `modes`:
     as `prepare` found them, since autograd is off inside Function.forward.
     """
-    if not modes.grad or not any(t is not None and t.requires_grad for t in inputs):
+    layer, inputs = layers[part.row], fused.inputs_of(part)
+    if not modes.grad or not any([t is not None and t.requires_grad for t in inputs]):
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
         return h, (h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype))
     if modes.transforms != Transforms.NONE:
-        h, h_n, c_n, *_ = graph.InTransforms.apply(layer.problem.reverse, layer.backend, True, recompute, *inputs)
+        h, h_n, c_n, *_ = graph.InTransforms.apply(
+            layer.problem.cell, layer.problem.reverse, layer.backend, True, recompute, *inputs
+        )
     else:
         count = len(inputs)
         while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
@@ -51,11 +56,11 @@ class LSTMLayer(torch.autograd.Function):
         """None where no gradient is needed."""
         (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
         every, kept = (h, gates, c, *tensors, *output_gradients), (h, gates, c)
-        if is_transformed() or graph.are_batched(output_gradients) or gradients_are_differentiated(h, every):
-            reverse, backend = layer.problem.reverse, layer.backend
-            return None, None, *graph.gradients_of(reverse, backend, output_gradients, kept, needed, tensors)
+        if is_transformed() or are_batched(output_gradients) or gradients_are_differentiated(h, every):
+            how = layer.problem.cell, layer.problem.reverse, layer.backend
+            return None, None, *graph.gradients_of(*how, output_gradients, kept, needed, tensors)
         names = Inputs._fields[: len(tensors)]
-        wanted = {name for name, need in zip(names, needed) if need}
+        wanted = set(compress(names, needed))
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
             gradients = fused.gradients(layer, Saved(Inputs(*tensors), *kept), output_gradients, wanted)
         return None, None, *map(gradients.get, names)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..call.noise import ADDING, added, operand, scaled
 from ..call.sequences import Traversal, without_padding
-from ..call.weights import State, Weights
-from ..cells import EQUATIONS, lstm
+from ..call.weights import Weights
+from ..equations import EQUATIONS, lstm
 from ..kernels import layer_norm
 from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
 from ..kernels.problem import NO_UNIT, Gradients, Inputs, Problem, Recurrence, Unit
 from ..kernels.tensors import Noise
+from .layers import Part
 
 _weights, _noise = attrgetter(*Weights._fields), attrgetter(*Noise._fields)
 
@@ -39,9 +40,9 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 
 
-def inputs_of(x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise) -> Inputs:
+def inputs_of(part: Part) -> Inputs:
     """The tensors of a layer, all in the dtype of x except cell states."""
-    lengths, resets, _, reset_states = traversal
+    _, x, state, weights, (lengths, resets, _, reset_states), noise = part
     reset_h = reset_c = None
     if reset_states is not None:
         reset_h, reset_c = reset_states[0][0].to(x.dtype), reset_states[0][1]
@@ -159,7 +160,8 @@ def _over_all_steps(
     if "c0" in needed:
         d["c0"] = loop.dc0.to(inputs.c0.dtype)
     if "weight_ih" in needed:
-        d["weight_ih"] = cell.to_torch(dz_x_rows @ without_padding(inputs.x, inputs.lengths).flatten(0, 1), hidden)
+        x = inputs.x if inputs.lengths is None else without_padding(inputs.x, inputs.lengths)
+        d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
     if "weight_hh" in needed:
         d["weight_hh"] = dz_h_rows @ h_prev.flatten(0, 1)
     if "bias_ih" in needed or "bias_hh" in needed:

@@ -20,37 +20,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils._pytree import _broadcast_to_and_flatten, tree_flatten, tree_unflatten
 
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.modes import Recording, constant_when_traced, gradients_are_differentiated, recurrent_precision
-from ..call.noise import Noise
+from ..call.modes import Recording, are_batched, constant_when_traced, gradients_are_differentiated, recurrent_precision
 from ..call.prepare import Call
-from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.cells import cell_of
+from ..kernels import private
+from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved, traversal_of, weights_of
-from .layers import by_direction, cast, one_after_another, without_autocast
+from .layers import Part, cast, run_layers, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
 # As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
 _names = (__name__.split(".backends")[0].replace(".", "_") + f"_{n}" * (n > 1) for n in itertools.count(1))
-NAMESPACE = next(name for name in _names if not torch._C._jit_get_schemas_for_operator(f"{name}::layer"))
+NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.
 NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
 SECOND = len(Inputs._fields)
 _TENSORS = ", ".join(f"Tensor? {name}=None" for name in NAMES)
 for _schema in (
-    f"layer(bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
+    f"layer(str cell, bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
     "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
-    "layer_backward(bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
+    "layer_backward(str cell, bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
     "Tensor?[] tensors) -> Tensor[]",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
@@ -59,36 +55,39 @@ BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
 
 
 def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and the final states as Call.states."""
+    """All layers of a call that is laid out, in `dtype`, by operators: output [T, B, D*P] and states as Call.states."""
     if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
             "or with backend 'torch'"
         )
-    if torch.compiler._is_exporting_flag:  # torch 2.9 folds the function that reads it to True
+    if private.is_exporting():
         _tell_what_a_program_needs()
 
-    def operator(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
-        save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
-        with without_autocast(call):
-            h, h_n, c_n, *_ = OPERATOR(reverse, backend.value, save, call.options.recompute, *tensors)
-        return h, (h_n, c_n)
+    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.torch_has_it:
+        call = call._replace(x=call.x.to(dtype))
+        return torch_rnn.layer_by_layer(call, dtype, partial(_both_directions, call, dtype))
+    return run_layers(call, dtype, backend.value, partial(_run_part, call, dtype, backend))
 
-    def direction(
-        _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
-    ) -> tuple[Tensor, State]:
-        return operator(fused.inputs_of(*cast(x, state, weights, dtype), traversal, noise), traversal.reverse)
 
-    def both_directions(x: Tensor, state: State, weights: list[Weights]) -> tuple[Tensor, State]:
-        x, state, first = cast(x, state, weights[0], dtype)
-        second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
-        return operator([*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
+def _run_part(call: Call, dtype: torch.dtype, backend: Backend, part: Part) -> tuple[Tensor, State]:
+    return _ask(call, backend, fused.inputs_of(part.to(dtype)), part.traversal.reverse)
 
-    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.role != "layer":
-        return torch_rnn.layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, both_directions)
-    rows = call.kernel_rows() if backend in KERNEL_BACKENDS else call.state_rows()
-    y, rows = one_after_another(call, dtype, by_direction(call, backend.value, rows, direction))
-    return y, call.pack_rows(rows)
+
+def _both_directions(
+    call: Call, dtype: torch.dtype, x: Tensor, state: State, weights: list[Weights]
+) -> tuple[Tensor, State]:
+    x, state, first = cast(x, state, weights[0], dtype)
+    second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
+    return _ask(call, Backend.TORCH, [*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
+
+
+def _ask(call: Call, backend: Backend, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
+    save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
+    with without_autocast(call):
+        how = call.options.cell.name, reverse, backend.value, save, call.options.recompute
+        h, h_n, c_n, *_ = OPERATOR(*how, *tensors)
+    return h, (h_n, c_n)
 
 
 @constant_when_traced
@@ -101,105 +100,104 @@ def _tell_what_a_program_needs() -> None:
 
 
 def gradients_of(
-    reverse: bool, backend: str, gradients: Sequence[Tensor | None], saved: Sequence[Tensor], needed: Sequence[bool],
-    tensors: Sequence[Tensor | None],
+    cell: str, reverse: bool, backend: str, gradients: Sequence[Tensor | None], saved: Sequence[Tensor],
+    needed: Sequence[bool], tensors: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients of the operator's `tensors` where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c.
 
     By the operator; by the reference where they may be differentiated, to any order, or several of each come at once.
     """
     if are_batched(gradients) or gradients_are_differentiated(saved[0], [*saved, *tensors, *gradients]):
-        run = partial(_without_kernels, reverse=reverse, backend=Backend.REFERENCE)
+        run = partial(_without_kernels, cell=cell, reverse=reverse, backend=Backend.REFERENCE)
         # Other transforms do not accept the wrappers of those that have ended.
-        tensors = [None if t is None else _functorch.unwrap_if_dead(t) for t in tensors]
+        tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
         return reference.gradients(run, tensors, gradients, needed)
     with torch.no_grad():
-        those_needed = iter(BACKWARD(reverse, backend, list(gradients), list(saved), list(needed), list(tensors)))
+        lists = (list(each) for each in (gradients, saved, needed, tensors))
+        those_needed = iter(BACKWARD(cell, reverse, backend, *lists))
     return [next(those_needed) if need else None for need in needed]
 
 
-def are_batched(gradients: Sequence[Tensor | None]) -> bool:
-    """Whether autograd propagates several at once (`is_grads_batched`): by a vmap of its own, not torch.func's."""
-    return any([d is not None and _functorch.is_legacy_batchedtensor(d) for d in gradients])
-
-
-def _kernels_for(inputs: Inputs, reverse: bool, backend: Backend) -> Layer:
-    problem = problem_of(inputs, reverse, recurrent_precision(inputs.x.dtype))
+def _kernels_for(inputs: Inputs, cell: str, reverse: bool, backend: Backend) -> Layer:
+    problem = problem_of(inputs, cell, reverse, recurrent_precision(inputs.x.dtype))
     return verify.layer_of(backend, problem, inputs.x.device)
 
 
-def _without_kernels(tensors: Sequence[Any], reverse: bool, backend: Backend) -> tuple[Tensor, Tensor, Tensor]:
+def _without_kernels(
+    tensors: Sequence[Any], cell: str, reverse: bool, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
     inputs, second = Inputs(*tensors[:SECOND]), tensors[SECOND:]
     x, h0, c0, *_ = inputs
     directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
-        if h0.dim() == 3:
-            cell = cell_of(len(inputs.weight_hh), c0.shape[-1])
-            h, (h_n, c_n) = torch_rnn.stack(cell, x, (h0, c0), [directions])
+        traversal = traversal_of(inputs, reverse)
+        if traversal.is_plain() and not reverse:
+            h, (h_n, c_n) = torch_rnn.stack(CELLS[cell], x, (h0, c0), [directions])
         else:
-            h, (h_n, c_n) = torch_rnn.run_layer(x, (h0, c0), directions[0], traversal_of(inputs, reverse))
+            h, (h_n, c_n) = torch_rnn.run_layer(CELLS[cell], x, (h0, c0), directions[0], traversal)
         return h, h_n, c_n
     if len(directions) == 1:
-        return reference.run_inputs(inputs, reverse)
-    parts = [reference.run_inputs(Inputs(x, h0[d], c0[d], *weights), d == 1) for d, weights in enumerate(directions)]
+        return reference.run_inputs(inputs, cell, reverse)
+    rows = zip(h0.split(1), c0.split(1), directions)
+    parts = [
+        reference.run_inputs(Inputs(x, *state, *weights), cell, d == 1) for d, (*state, weights) in enumerate(rows)
+    ]
     hs, h_ns, c_ns = zip(*parts)
-    return torch.cat(hs, 2), torch.stack(h_ns), torch.stack(c_ns)
+    return torch.cat(hs, 2), torch.cat(h_ns), torch.cat(c_ns)
 
 
 def _with_autograd(
-    tensors: Sequence[Any], reverse: bool, backend: Backend, record: bool = True
+    tensors: Sequence[Any], cell: str, reverse: bool, backend: Backend, record: bool = True
 ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
     """Forward, with its own autograd graph if `record`: the leaves (the tensors, detached), and h, h_n, c_n."""
     with _apart(tensors[0], record):
         leaves = [t if t is None else t.detach().requires_grad_(record and t.is_floating_point()) for t in tensors]
-        return leaves, _without_kernels(leaves, reverse, backend)
+        return leaves, _without_kernels(leaves, cell, reverse, backend)
 
 
 @contextlib.contextmanager
 def _apart(x: Tensor, record: bool) -> Iterator[None]:
     """A block inside an operator, where autograd is off: turned on if `record`; no autocast; on x's device."""
-    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     with (
-        torch._C._ForceDispatchKeyGuard(include, exclude & torch._C._after_autograd_keyset),
-        torch.set_grad_enabled(record), torch.autocast(x.device.type, enabled=False),
+        private.autograd_inside_an_operator(), torch.set_grad_enabled(record),
+        torch.autocast(x.device.type, enabled=False),
         torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext(),
     ):  # fmt: skip
         yield
 
 
-def _forward(reverse, backend, save, recompute, *tensors):
+def _forward(cell, reverse, backend, save, recompute, *tensors):
     inputs, backend = Inputs(*tensors[:SECOND]), Backend(backend)
     x, _, c0, *_ = inputs
     nothing, no_c = x.new_empty(0), c0.new_empty(0, dtype=torch.float32)
     if backend in KERNEL_BACKENDS:
-        h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, reverse, backend), inputs, save)
+        h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, cell, reverse, backend), inputs, save)
         return h, h_n, c_n.to(c0.dtype), nothing if recompute or not save else gates, no_c if c is None else c
-    leaves, results = _with_autograd(tensors, reverse, backend, save)
+    leaves, results = _with_autograd(tensors, cell, reverse, backend, save)
     if save:
         nothing.graph = leaves, results
     h, h_n, c_n = (t.detach() for t in results)
     return h.contiguous(), h_n.clone(), c_n.clone(), nothing, no_c
 
 
-def _forward_fake(reverse, backend, save, recompute, x, h0, c0, *_):
-    directions = h0.shape[0] if h0.dim() == 3 else 1
-    h = x.new_empty(*x.shape[:-1], directions * h0.shape[-1])
+def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
+    h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
     by_kernels = Backend(backend) in KERNEL_BACKENDS and save
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
     c = c0.new_empty((*x.shape[:2], c0.shape[-1]) if by_kernels else (0,), dtype=torch.float32)
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
 
 
-def _backward(reverse, backend, gradients, saved, needed, tensors):
+def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
     (h, gates, c), backend = saved, Backend(backend)
     if backend in KERNEL_BACKENDS:
         inputs, wanted = Inputs(*tensors[:SECOND]), [name for name, need in zip(NAMES, needed) if need]
-        layer = _kernels_for(inputs, reverse, backend)
+        layer = _kernels_for(inputs, cell, reverse, backend)
         by_name = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, set(wanted))
         results = [by_name[name] for name in wanted]
     else:
-        leaves, outputs = gates.graph if hasattr(gates, "graph") else _with_autograd(tensors, reverse, backend)
+        leaves, outputs = gates.graph if hasattr(gates, "graph") else _with_autograd(tensors, cell, reverse, backend)
         outputs = [y for y, d in zip(outputs, gradients) if d is not None]
         gradients = [d for d in gradients if d is not None]
         wanted = [t for t, need in zip(leaves, needed) if need]
@@ -209,13 +207,13 @@ def _backward(reverse, backend, gradients, saved, needed, tensors):
     return [d.clone() if d.dim() == 1 else d.contiguous() for d in results]
 
 
-def _backward_fake(reverse, backend, gradients, saved, needed, tensors):
+def _backward_fake(cell, reverse, backend, gradients, saved, needed, tensors):
     wanted = (t for t, need in zip(tensors, needed) if need)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.reverse, ctx.backend, _, _, *tensors = inputs
+    (ctx.cell, ctx.reverse, ctx.backend), tensors = inputs[:3], inputs[5:]
     h, _, _, gates, c = output
     ctx.mark_non_differentiable(gates, c)
     ctx.set_materialize_grads(False)
@@ -223,8 +221,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients(ctx: Any, *output_gradients: Tensor | None) -> tuple:
-    saved, tensors, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[4:]
-    return *[None] * 4, *gradients_of(ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, tensors)
+    saved, tensors, needed = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.needs_input_grad[5:]
+    return *[None] * 5, *gradients_of(ctx.cell, ctx.reverse, ctx.backend, output_gradients[:3], saved, needed, tensors)
 
 
 class InTransforms(torch.autograd.Function):
@@ -237,12 +235,13 @@ class InTransforms(torch.autograd.Function):
 
 def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
-    flat, spec = tree_flatten(arguments)
-    dims = _broadcast_to_and_flatten(in_dims, spec)
-    every = []
-    for k in range(info.batch_size):
-        one = [t if dim is None else t.select(dim, k) for t, dim in zip(flat, dims)]  # type: ignore[arg-type]
-        every.append(operator(*tree_unflatten(one, spec)))
+
+    def part(k: int, of: Any, dims: Any) -> Any:
+        if isinstance(of, list):
+            return [part(k, *each) for each in zip(of, dims or [None] * len(of))]
+        return of if dims is None else of.select(dims, k)
+
+    every = [operator(*part(k, [*arguments], in_dims)) for k in range(info.batch_size)]
     kind = type(every[0])  # a tuple or a list
     results = kind(torch.stack(tensors) for tensors in zip(*every))
     return results, kind([0]) * len(results)
@@ -263,12 +262,12 @@ def _products(tensors: Sequence[Any]) -> dict[str, int]:
     return {name: 2 * rows * t.numel() for name, t in zip(names, tensors) if name is not None and t is not None}
 
 
-def _forward_flops(reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:
+def _forward_flops(cell: str, reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:
     return sum(_products(tensors).values())
 
 
 def _backward_flops(
-    reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
+    cell: str, reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
 ) -> int:
     """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
     (_, gates, c), total, needs = saved, 0, dict(zip(NAMES, needed))
@@ -281,7 +280,7 @@ def _backward_flops(
 
 def count_flops() -> None:
     """Register the operators with every open FlopCounterMode, whose registry is a copy made when it was created."""
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in private.dispatch_modes():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None:
             registry.setdefault(OPERATOR.overloadpacket, _forward_flops)

@@ -3,63 +3,66 @@
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import torch.autograd.profiler as profiler
 from torch import Tensor
 
 from ..call.checks import is_exact
 from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.prepare import Call
-from ..call.sequences import without_padding
+from ..call.sequences import Traversal, without_padding
 from ..call.weights import State, Weights
-
-RunLayer = Callable[[int, Tensor, Sequence[Noise]], tuple[Tensor, list[State]]]
-"""run(k, x [T, B, I], noise [D]): output [T, B, D*P] and final states [D] of layer k."""
-
-RunDirection = Callable[..., tuple[Tensor, State]]
-"""run(row, x, state, weights, traversal, noise): h [T, B, P] and (h_n, c_n) of one layer in one direction; `row` is its
-number among [L*D]."""
+from ..kernels.private import is_profiled
 
 NOTHING = contextlib.nullcontext()
-_WITHOUT_NOISE = (NO_NOISE, NO_NOISE)  # of both directions
 
 
-def one_after_another(call: Call, dtype: torch.dtype, run: RunLayer) -> tuple[Tensor, list[State]]:
-    """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states [L*D]."""
-    options, x = call.options, call.x
-    finals: list[State] = []
+class Part(NamedTuple):
+    """What a call asks of one layer in one direction."""
+
+    row: int  # its number among [L*D]
+    x: Tensor  # [T, B, I]
+    state: State  # ([1, B, P], [1, B, H])
+    weights: Weights
+    traversal: Traversal
+    noise: Noise
+
+    def to(self, dtype: torch.dtype) -> Part:
+        """The same in `dtype`, but c stays float32 if the user passed a float32 c with a half-precision x."""
+        x, state, weights = cast(self.x, self.state, self.weights, dtype)
+        return Part(self.row, x, state, weights, self.traversal, self.noise)
+
+
+RunPart = Callable[[Part], tuple[Tensor, State]]
+"""run(part): h [T, B, P] and the final state. Each backend has one such function."""
+
+
+def run_layers(call: Call, dtype: torch.dtype, backend: str, run: RunPart) -> tuple[Tensor, list[State]]:
+    """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states, laid out."""
+    options, traversal, x = call.options, call.traversal, call.x
     noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else (None, None)
-    for k in range(len(call.weights)):
-        y, states = run(k, x, noise[k] if noise else _WITHOUT_NOISE)
-        x = connect(x, y, call.traversal.lengths, kept[k] if kept else None, options) if options.connects else y
-        finals += states
-    return x, finals
-
-
-def by_direction(call: Call, backend: str, rows: list[State], run: RunDirection) -> RunLayer:
-    """The directions of a layer in order. `rows` [L*D]: initial states, of Call.state_rows or kernel_rows."""
-    traversal, directions = call.traversal, call.options.directions
-
-    def run_layer(k: int, x: Tensor, noise: Sequence[Noise]) -> tuple[Tensor, list[State]]:
-        outputs, finals = [], []
-        for d, weights in enumerate(call.weights[k]):
-            row = k * directions + d
+    finals: list[State] = []
+    for k, directions in enumerate(call.weights):
+        outputs = []
+        for d, weights in enumerate(directions):
+            row = len(finals)
             way = traversal if traversal.reset_states is None else traversal.of(row)
             if d:
                 way = way.backwards()
-            if profiler._is_profiler_enabled:
+            part = Part(row, x, call.states[row], weights, way, noise[k][d] if noise else NO_NOISE)
+            if is_profiled():
                 with named(k, d, backend):
-                    y, state = run(row, x, rows[row], weights, way, noise[d])
+                    h, final = run(part)
             else:  # a context that does nothing costs two calls
-                y, state = run(row, x, rows[row], weights, way, noise[d])
-            outputs.append(y)
-            finals.append(state)
-        return outputs[0] if directions == 1 else torch.cat(outputs, 2), finals
-
-    return run_layer
+                h, final = run(part)
+            outputs.append(h)
+            finals.append(final)
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        x = connect(x, y, traversal.lengths, kept[k] if kept else None, options) if options.connects else y
+    return x, finals
 
 
 def connect(
@@ -96,7 +99,7 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
 
     Layers are numbered from the bottom. Direction 1 is the reverse one; None: all.
     """
-    if not profiler._is_profiler_enabled or torch.compiler.is_compiling():
+    if not is_profiled() or torch.compiler.is_compiling():
         return NOTHING
     way = {None: "", 0: " forward", 1: " reverse"}[direction]
-    return profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
+    return torch.profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")

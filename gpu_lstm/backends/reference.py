@@ -6,6 +6,8 @@ Every other backend is compared with it. Inputs in half precision are computed i
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +18,12 @@ from ..call.noise import AFTER, NO_NOISE, operand
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..cells import EQUATIONS
-from ..cells.lstm import FourGates, linear
-from ..kernels.cells import cell_of
+from ..equations import EQUATIONS
+from ..equations.lstm import FourGates, linear
 from ..kernels.problem import Inputs
 from ..kernels.tensors import Noise
 from .fused import noise_of, traversal_of, weights_of
-from .layers import by_direction, cast, one_after_another, without_autocast
+from .layers import Part, run_layers, without_autocast
 
 
 class Steps(NamedTuple):
@@ -34,26 +35,21 @@ class Steps(NamedTuple):
 
 
 def run_call(call: Call, dtype: torch.dtype, record: list[Steps] | None = None) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
-
-    def direction(
-        _: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
-    ) -> tuple[Tensor, State]:
-        x, state, weights = cast(x, state, weights, dtype)
-        with without_autocast(call):
-            return run_layer(x, state, weights, traversal, noise, record)
-
-    y, rows = one_after_another(call, dtype, by_direction(call, "reference", call.state_rows(), direction))
-    return y, call.pack_rows(rows)
+    """All layers of a call that is laid out, in `dtype`: output [T, B, D*P] and final states as Call.states."""
+    return run_layers(call, dtype, "reference", partial(_run_part, call, dtype, record))
 
 
-def run_inputs(tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run_part(call: Call, dtype: torch.dtype, record: list[Steps] | None, part: Part) -> tuple[Tensor, State]:
+    _, x, state, weights, traversal, noise = part.to(dtype)
+    with without_autocast(call):
+        return run_layer(call.options.cell.name, x, state, weights, traversal, noise, record)
+
+
+def run_inputs(tensors: Sequence[Tensor | None], cell: str, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n of one layer in one direction, from its Inputs."""
-    inputs = Inputs(*tensors)
-    state = inputs.h0.flatten(0, -2), inputs.c0.flatten(0, -2)  # [B, *] each, of [1, B, *] too
-    traversal = traversal_of(inputs, reverse)
-    h, (h_n, c_n) = run_layer(inputs.x, state, weights_of(inputs), traversal, noise_of(inputs))
-    return h, h_n.view_as(inputs.h0), c_n.view_as(inputs.c0)
+    i = Inputs(*tensors)
+    h, (h_n, c_n) = run_layer(cell, i.x, (i.h0, i.c0), weights_of(i), traversal_of(i, reverse), noise_of(i))
+    return h, h_n, c_n
 
 
 def gradients(
@@ -80,11 +76,11 @@ def gradients(
 
 
 def run_layer(
-    x: Tensor, state: State, weights: Weights, traversal: Traversal,
+    cell: str, x: Tensor, state: State, weights: Weights, traversal: Traversal,
     noise: Noise = NO_NOISE, record: list[Steps] | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """One layer, one direction, step by step, from x [T, B, I] and ([B, P], [B, H]). At each step, see cells/,
-    for an LSTM:
+    """One layer, one direction, step by step, from x [T, B, I] and ([1, B, P], [1, B, H]). At each step, see
+    equations/, for an LSTM:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
@@ -92,9 +88,9 @@ def run_layer(
     What all steps compute is appended to `record`, if there is one.
 
     Returns:
-        h [T, B, P] and (h_n [B, P], c_n [B, H]), in the dtypes of x, h0 and c0.
+        h [T, B, P] and (h_n [1, B, P], c_n [1, B, H]), in the dtypes of x, h0 and c0.
     """
-    h0, c0 = state
+    h0, c0 = state[0][0], state[1][0]  # [B, P], [B, H]
     dtype, cell_dtype = x.dtype, c0.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x, h0, c0, weights = x.float(), h0.float(), c0.float(), weights.to(torch.float32)
@@ -121,7 +117,7 @@ def run_layer(
             h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
             c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
         now = None if noise is None else Noise(*[n[t] if n is not None and n.dim() == 3 else n for n in noise])
-        gates, c_next, h_next = _step(x[t], h_prev, c_prev, weights, now)
+        gates, c_next, h_next = _step(EQUATIONS[cell], x[t], h_prev, c_prev, weights, now)
         if record is not None:
             every_step.append((torch.cat(gates, 1), c_next, h_next))
         outputs.append(h_next)
@@ -132,16 +128,15 @@ def run_layer(
 
     if record is not None:
         record.append(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
-    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype), c.to(cell_dtype))
+    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(cell_dtype)[None])
 
 
 def _step(
-    x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise | None
+    cell: ModuleType, x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise | None
 ) -> tuple[FourGates, Tensor, Tensor]:  # fmt: skip
     """One step of x [B, I], from the states before it: its gates, c and h, [B, *]; `noise` is that of the step."""
     w = weights
     h_in = h if noise is None else operand(h, noise)
-    cell = EQUATIONS[cell_of(len(w.weight_hh), c.shape[1]).name]
     of_x, of_h = linear(x, w.weight_ih, w.bias_ih, w.gain_ih), linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)
     gates, c_next = cell.step(cell.pre_activations(of_x, of_h), c, w.weight_peephole)  # [B, H] each
     h_next = cell.output(gates, c_next, w.gain_c, w.bias_c)

@@ -17,14 +17,12 @@ from torch import Tensor
 
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.noise import NO_NOISE, Noise, draw, within
+from ..call.noise import draw, within
 from ..call.prepare import Call
-from ..call.sequences import EVERY_STEP, Traversal
-from ..call.weights import State, Weights
+from ..call.weights import State
 from ..kernels.layer import Layer
 from . import autograd
-from .fused import inputs_of
-from .layers import RunDirection, by_direction, connect, named, one_after_another, without_autocast
+from .layers import Part, RunPart, connect, named, run_layers, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not saved for backward
 WAVEFRONT = 8  # chunks of a sequence where layers run side by side
@@ -69,64 +67,44 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
 def run_call(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`, by kernels, `layers` [L*D]: output [T, B, D*P], final states as Call.states."""
+    """All layers of a call that is laid out, in `dtype`, by the kernels of `layers` [L*D]: as layers.run_layers."""
+    run_part = partial(autograd.run_layer, layers, call.options.recompute, call.modes)
+    in_one_piece = schedule.longest >= call.steps and schedule.streams[0] is None
+    run = run_layers if in_one_piece else partial(_in_chunks, schedule)
     if dtype is torch.float32 and call.modes.autocast is None:
-        return _run_layers(call, backend, layers, schedule)
+        return run(call, dtype, backend.value, run_part)
     states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
     weights = [[one.to(dtype) for one in layer] for layer in call.weights]
     # Cell states are float32, also from chunk to chunk.
     cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
     with without_autocast(call):  # everything is cast once, rather than for every chunk
-        y, finals = _run_layers(cast, backend, layers, schedule)
+        y, finals = run(cast, dtype, backend.value, run_part)
     return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
 
 
-def _run_layers(
-    call: Call, backend: Backend, layers: Sequence[Layer], schedule: Schedule
-) -> tuple[Tensor, list[State]]:
-    if call.options.role == "cell":  # one step: there is nothing to schedule
-        h, c = call.states[0]
-        inputs = inputs_of(call.x[None], (h[None], c[None]), call.weights[0][0], EVERY_STEP, NO_NOISE)
-        y, (h_n, c_n) = autograd.run_layer(layers[0], inputs, False, call.modes)
-        return y, [(h_n.squeeze(0), c_n.squeeze(0))]
-    call, recompute = call.padded(), call.options.recompute
-    rows = call.kernel_rows()
-
-    def direction(
-        row: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: Noise
-    ) -> tuple[Tensor, State]:
-        return autograd.run_layer(layers[row], inputs_of(x, state, weights, traversal, noise), recompute, call.modes)
-
-    if schedule.longest >= call.steps and schedule.streams[0] is None:
-        y, rows = one_after_another(call, call.x.dtype, by_direction(call, backend.value, rows, direction))
-    else:
-        y, rows = _in_chunks(call, direction, schedule, backend.value, list(rows))
-    return y, call.pack_rows(rows)
-
-
 def _in_chunks(
-    call: Call, direction: RunDirection, schedule: Schedule, backend: str, states: list[State]
+    schedule: Schedule, call: Call, dtype: torch.dtype, backend: str, run: RunPart
 ) -> tuple[Tensor, list[State]]:
-    """As one_after_another; `states` [L*D] are updated."""
-    through = partial(_through, call, direction, schedule, backend, states)
-    if call.options.directions == 1:
-        drawn = draw(call.weights, (call.steps, call.batch), call.x.dtype, call.options)
-        return through(range(len(call.weights)), call.x, drawn), states
-
-    def both_directions(k: int, x: Tensor, noise: Sequence[Noise]) -> tuple[Tensor, list[State]]:
-        return through([k], x, ({k: noise}, {k: None})), states[2 * k : 2 * k + 2]
-
-    return one_after_another(call, call.x.dtype, both_directions)
+    """As run_layers."""
+    options, x, states = call.options, call.x, list(call.states)
+    noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
+    through = partial(_through, call, run, schedule, backend, states)
+    if options.directions == 1:
+        return through(range(len(call.weights)), x, (noise, kept)), states
+    for k in range(len(call.weights)):
+        x = connect(x, through([k], x, (noise, {k: None})), call.traversal.lengths, kept[k], options)
+    return x, states
 
 
 def _through(
-    call: Call, direction: RunDirection, schedule: Schedule, backend: str, states: list[State],
+    call: Call, run: RunPart, schedule: Schedule, backend: str, states: list[State],
     layers: Sequence[int], x: Tensor, drawn: tuple[Any, Any],
 ) -> Tensor:  # fmt: skip
     """x [T, B, I] -> [T, B, D*P], chunk by chunk, through several layers of one direction or one layer of two.
 
-    `drawn`, by layer: as noise.draw returns it. Where each layer has a stream, it computes a chunk while the layer
-    above computes the previous one; where each direction has one, the reverse one starts at the end.
+    `states` [L*D] are updated; `drawn`, by layer: as noise.draw returns it. Where each layer has a stream, it computes
+    a chunk while the layer above computes the previous one; where each direction has one, the reverse one starts at the
+    end.
     """
     directions, streams, last, (noise, kept) = call.options.directions, schedule.streams, layers[-1], drawn
     all_spans, width = schedule.spans(call.steps, directions), states[directions * last][0].shape[2]
@@ -142,22 +120,22 @@ def _through(
             read = *states[row], *weights, lengths, resets, *call.traversal.of(row).reset_to(), *noise[k][d], kept[k]
             hold(streams[d if directions == 2 else k], (whole, *read))
     for spans in zip(all_spans, reversed(all_spans)):
-        parts = [call.traversal.within(span) for span in spans[:directions]]
+        ways = [call.traversal.within(span) for span in spans[:directions]]
         h = x
         for k in layers:
             for d, weights in enumerate(call.weights[k]):
                 row, span = directions * k + d, spans[d]
-                part, stream = parts[d].of(row), streams[d if directions == 2 else k]
+                way, stream = ways[d].of(row), streams[d if directions == 2 else k]
                 below = cut(x, span) if k == layers[0] else h
-                hold(stream, (below, part.lengths))  # those of a chunk
+                hold(stream, (below, way.lengths))  # those of a chunk
                 with on(stream, streams[k - 1] if k > layers[0] else None):
                     if d:
-                        part = part.backwards()
+                        way = way.backwards()
                         states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row])
                     with named(k, d, backend):
-                        h, states[row] = direction(row, below, states[row], weights, part, within(noise[k][d], span))
+                        h, states[row] = run(Part(row, below, states[row], weights, way, within(noise[k][d], span)))
                     if directions == 1:
-                        h = connect(below, h, part.lengths, cut(kept[k], span), call.options)
+                        h = connect(below, h, way.lengths, cut(kept[k], span), call.options)
                     if k == last and whole is not None:
                         whole[span, :, d * width : (d + 1) * width] = h
                     elif k == last:

@@ -14,82 +14,93 @@ weights, which may have changed, are put there at every call.
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..call.checks import is_exact
 from ..call.modes import is_transformed
+from ..call.noise import draw
 from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
-from ..kernels.cells import GRU, Cell, cell_of
-from .layers import by_direction, cast, named, one_after_another, without_autocast
+from ..kernels.cells import GRU, Cell
+from ..kernels.private import storage_of
+from .layers import Part, cast, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
-# Here, since looking up an attribute of _VF takes a microsecond.
-lstm, gru, lstm_cell, gru_cell = _VF.lstm, _VF.gru, _VF.lstm_cell, _VF.gru_cell
+lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
+
+
+def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
+    """What torch's own operator returns of a call of a module or a cell; None: there are lengths, resets or a stack."""
+    options, weights = call.options, call.weights
+    if not options.as_given or not call.traversal.is_plain():
+        return None
+    w = weights[0][0]
+    if not options.one_step:
+        sizes = None if call.form.packed is None else call.form.packed.batch_sizes
+        y, state = stack(options.cell, call.x, call.states[0], weights, options.dropout, options.training, sizes)
+    elif options.one_state:
+        y = gru_cell(call.x, call.states[0][0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
+        state = y, y
+    else:
+        state = lstm_cell(call.x, call.states[0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
+        y = state[0]
+    return y, [state]
 
 
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
-    """All layers of a call, computed in `dtype`: the output and the final states, both as the call has them."""
+    """All layers of any other call, laid out, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
     options = call.options
-    if options.role == "cell":
-        w = call.weights[0][0]
-        if options.one_state:
-            h = gru_cell(call.x, call.states[0][0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
-            return h, [(h, h)]
-        state = lstm_cell(call.x, call.states[0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
-        return state[0], [state]
-    if options.role == "module" and call.traversal.is_plain():
-        packed = call.form.packed
-        batch_sizes = None if packed is None else packed.batch_sizes
-        y, state = stack(
-            options.cell, call.x, call.states[0], call.weights, options.dropout, options.training, batch_sizes
-        )
-        return y, [state]
-    call = call.padded()
-    if call.traversal.is_plain() and options.role != "layer":
-        if not options.in_one_call:
-            return layer_by_layer(
-                call, dtype, lambda x, state, layer: stack(options.cell, x, state, [layer], training=options.training)
-            )
-        state = _stacked(call.state_rows())
-        y, final = stack(options.cell, call.x, state, call.weights, options.dropout, options.training)
-        return y, call.pack_rows(list(zip(*final)))
+    if not call.traversal.is_plain() or not options.torch_has_it:
+        return run_layers(call, dtype, "torch", partial(_run_part, call, dtype))
+    if not options.in_one_call:
+        return layer_by_layer(call, dtype, partial(_run_both, call))
+    y, final = stack(options.cell, call.x, _joined(call.states), call.weights, options.dropout, options.training)
+    return y, _split(final)
 
-    def direction(_: int, x: Tensor, state: State, weights: Weights, traversal: Traversal, noise: object) -> tuple:
-        if not x.is_cuda:  # whatever torch casts, the weights are its casts
-            return run_layer(x, state, weights.to(call.modes.autocast or dtype), traversal)
-        with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-            return run_layer(*cast(x, state, weights, dtype), traversal)
 
-    y, rows = one_after_another(call, dtype, by_direction(call, "torch", call.state_rows(), direction))
-    return y, call.pack_rows(rows)
+def _run_part(call: Call, dtype: torch.dtype, part: Part) -> tuple[Tensor, State]:
+    cell, (_, x, state, weights, traversal, _) = call.options.cell, part
+    if not x.is_cuda:  # whatever torch casts, the weights are its casts
+        return run_layer(cell, x, state, weights.to(call.modes.autocast or dtype), traversal)
+    with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
+        return run_layer(cell, *cast(x, state, weights, dtype), traversal)
+
+
+def _run_both(call: Call, x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
+    return stack(call.options.cell, x, state, [layer], training=call.options.training)
 
 
 def layer_by_layer(
     call: Call, dtype: torch.dtype, run: Callable[[Tensor, State, list[Weights]], tuple[Tensor, State]]
 ) -> tuple[Tensor, list[State]]:
-    """Layers in order, both directions at once, each by run(x, ([D, B, P], [D, B, H]), weights [D])."""
-    rows, directions = call.state_rows(), call.options.directions
-
-    def layer(k: int, x: Tensor, _: object) -> tuple[Tensor, list[State]]:
+    """As run_layers, both directions at once, each layer by run(x, ([D, B, P], [D, B, H]), weights [D])."""
+    options, x, left = call.options, call.x, iter(call.states)
+    _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
+    finals: list[State] = []
+    for k, layer in enumerate(call.weights):
         with named(k, None, "torch"):
-            y, final = run(x, _stacked(rows[k * directions : (k + 1) * directions]), call.weights[k])
-        return y, list(zip(*final))
+            y, final = run(x, _joined(list(itertools.islice(left, len(layer)))), layer)
+        finals += _split(final)
+        x = connect(x, y, call.traversal.lengths, kept[k], options)
+    return x, finals
 
-    y, finals = one_after_another(call, dtype, layer)
-    return y, call.pack_rows(finals)
 
-
-def _stacked(rows: list[State]) -> State:
+def _joined(rows: list[State]) -> State:
     """([n, B, P], [n, B, H]) of n layers and directions."""
     h, c = zip(*rows)
-    return torch.stack(h), torch.stack(c)
+    return torch.cat(h), torch.cat(c)
+
+
+def _split(state: State) -> list[State]:
+    """The reverse of `_joined`."""
+    return list(zip(*[t.split(1) for t in state]))
 
 
 def stack(
@@ -104,7 +115,7 @@ def stack(
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
-    if x.is_cuda and not is_transformed() and len({t.untyped_storage()._cdata for t in flat}) > 1:
+    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:
         flat = packed(flat)
     bias = layers[0][0].bias_ih is not None
     if not training:
@@ -133,11 +144,12 @@ def packed(weights: list[Tensor]) -> list[Tensor]:
     return [views[t] for t in weights]
 
 
-def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
-    """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and (h_n [B, P], c_n [B, H]), as `state` is.
+def run_layer(cell: Cell, x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
+    """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and states ([1, B, P], [1, B, H]).
 
     torch runs the reverse direction only together with the forward one, so here time is reversed before and after.
     """
+    h0, c0 = state = state[0][0], state[1][0]  # [B, P], [B, H]
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
 
     def reordered(t: Tensor) -> Tensor:
@@ -145,25 +157,24 @@ def run_layer(x: Tensor, state: State, weights: Weights, traversal: Traversal) -
         t = t if valid is None else torch.where(valid[:, :, None], t, 0)
         return t.gather(0, time[:, :, None].expand_as(t)) if traversal.reverse else t
 
-    run = partial(_with_gates_shut, weights)
+    run = partial(_with_gates_shut, cell, weights)
     if reset is None:
         h, c_n = run(reordered(x), state, None if valid is None else ~valid, None)
     else:
         h, c_n = with_resets(run, reordered(x), state, weights, valid, reset)
-    h_n, (h0, c0), lengths = h[-1], state, traversal.lengths
+    h_n, lengths = h[-1], traversal.lengths
     if lengths is not None:
         last = (lengths.long() - 1).clamp(min=0)
         h_n = h.gather(0, last[None, :, None].expand_as(h[:1]))[0]
         h_n, c_n = (torch.where((lengths == 0)[:, None], t0.to(t.dtype), t) for t0, t in ((h0, h_n), (c0, c_n)))
-    return reordered(h), (h_n.contiguous(), c_n.contiguous())
+    return reordered(h), (h_n.contiguous()[None], c_n.contiguous()[None])
 
 
 def _with_gates_shut(
-    weights: Weights, x: Tensor, state: State, holds: Tensor | None, clears: Tensor | None
+    cell: Cell, weights: Weights, x: Tensor, state: State, holds: Tensor | None, clears: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """h [S, B, P] and c_n [B, H] from x [S, B, I], where steps hold or clear the state, bool [S, B]; None: nowhere."""
     (h0, c0), inputs, hidden = state, x.shape[2], state[1].shape[1]
-    cell = cell_of(len(weights.weight_hh), hidden)
     if holds is not None or clears is not None:
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
         weight = weights.weight_ih  # under autocast on the CPU in half precision, unlike x

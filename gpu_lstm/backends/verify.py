@@ -21,7 +21,7 @@ from ..call.choices import Backend
 from ..call.modes import EXACT, alone, products
 from ..kernels import cache
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer
+from ..kernels.layer import Layer, kept_layer
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of
 from ..kernels.tensors import COMPARED, LEARNT, NOISE, VARIANT, names_of
@@ -30,7 +30,7 @@ from . import fused, reference, torch_rnn
 from .fused import Saved, noise_of, traversal_of, weights_of
 from .reference import Steps
 
-KIND = "checks"
+KIND = cache.CHECKS
 STEPS = 4  # T, where there is more than one
 ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
 AGAIN = "`python -m gpu_lstm races --clear` forgets that"
@@ -42,9 +42,7 @@ logger = logging.getLogger("gpu_lstm")
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     """The kernels of a problem on a device: the one place where a launcher is imported."""
     launcher = importlib.import_module(f"..kernels.{backend.value}_lstm.launch", __package__)
-    layer: Layer = launcher.layer_of(problem, device, verify)
-    layer.backend = backend.value  # as the operators of graph.py name it
-    return layer
+    return kept_layer(launcher, problem, device, verify)
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
@@ -165,7 +163,7 @@ class Small:
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
         record: list[Steps] = []
-        run = functools.partial(reference.run_layer, noise=noise_of(self.inputs), record=record)
+        run = functools.partial(reference.run_layer, self.problem.cell, noise=noise_of(self.inputs), record=record)
         return self.results(run, dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
@@ -173,11 +171,12 @@ class Small:
 
         And of the reference for gradients of a GRU, which are compared by way of h and of c; torch has their sum.
         """
-        p, without = self.problem, self.one_state and self.pass_.backward
+        p, cell = self.problem, CELLS[self.problem.cell]
+        without = not cell.of_torch or (self.one_state and self.pass_.backward)
         without |= p.reset_c or any(getattr(self.inputs, name) is not None for name in names_of(VARIANT, NOISE))
         if not without:
             try:
-                return self.results(torch_rnn.run_layer)
+                return self.results(functools.partial(torch_rnn.run_layer, cell))
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:
@@ -189,10 +188,10 @@ class Small:
         learns, dtype = self.pass_.backward, dtype or self.problem.dtype
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
-        h, (h_n, c_n) = run(g.x, (g.h0[0], g.c0[0]), weights_of(g), traversal_of(g, self.problem.reverse))
+        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), weights_of(g), traversal_of(g, self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
-        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n[None]), self.output_gradients) if d is not None]
+        pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
         wanted = {name: t for name in COMPARED if (t := getattr(g, name)) is not None}
         gradients = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
         return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, gradients)}

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.private import is_tracing, is_view, saved_by_product
 from .modes import autocasts, is_transformed, without_hooks
 
 
@@ -31,7 +32,7 @@ def _keeps_casts(weight: Tensor, dtype: torch.dtype) -> bool:
 
     A graph that is traced or captured has to cast at every run.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or is_transformed() or not autocasts(weight):
+    if torch.compiler.is_compiling() or is_tracing() or is_transformed() or not autocasts(weight):
         return False
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
@@ -42,7 +43,7 @@ def _is_kept(weight: Tensor) -> bool:
     """Whether torch's autocast would cache the cast: of a float32 leaf that learns."""
     if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype is not torch.float32 or weight.is_inference():
         return False
-    return weight.requires_grad and weight.is_leaf and not weight._is_view()
+    return weight.requires_grad and weight.is_leaf and not is_view(weight)
 
 
 def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -55,8 +56,8 @@ def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     with _differentiable(), without_hooks():
         if is_inner:
             return weight.to(dtype)
-        node = torch.matmul(weight.new_empty(0, len(weight), dtype=dtype).requires_grad_(), weight).grad_fn
-        return node._saved_vec if weight.dim() == 1 else node._saved_mat2  # type: ignore[union-attr]
+        no_rows = weight.new_empty(0, len(weight), dtype=dtype).requires_grad_()
+        return saved_by_product(torch.matmul(no_rows, weight), weight)
 
 
 def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[Tensor, Tensor]:

@@ -1,14 +1,16 @@
-"""Every check of a call: cheap comparisons at every call, texts only on failure; torch's own where it has one."""
+"""The checks of a call. Comparisons are cheap; texts are made only on failure, in torch's words where it has them."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..kernels.cells import Cell
+from ..kernels.private import assert_on_device
 from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .forms import Form
 from .modes import autocasts, need_the_reference
@@ -41,7 +43,7 @@ def _other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
 
 
 def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
-    """Raise unless the input of `name` has one of two ranks, which is returned, and is dense."""
+    """Return the rank of the input of module `name`; raise unless it is one of `ranks`, and the input dense."""
     try:
         rank = input.dim()
     except AttributeError as error:  # torch.nn.LSTM's error
@@ -102,7 +104,7 @@ def check_rank_of_state(rank: int, hx: Any) -> None:
 
 
 def check_rank_of_hidden(hx: Any, name: str) -> None:
-    """Raise, in torch's words, unless the state of a cell called `name`, which has one, is 1D or 2D."""
+    """Raise, in torch's words, unless the only state of a cell called `name` is 1D or 2D."""
     rank = _rank_of_only_state(hx)
     if rank not in (1, 2):
         raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {rank}D instead")
@@ -117,7 +119,7 @@ def _rank_of_only_state(hx: Any) -> int:
 
 
 def _cure_of_one(hx: object, function: str) -> str:
-    """What to do where a user passes one state as hx, or to what has them, lengths."""
+    """What to do where hx is one tensor: one state of two, or lengths."""
     if not isinstance(hx, Tensor):
         return ""
     cure = "a cell expects (h, c)" if function == "lstm_cell" else "lengths and resets are given by keyword"
@@ -134,7 +136,7 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
 
 
 def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> None:
-    """Raise unless it is [(h, c), ...], two tensors for each layer of a StackedLSTM; `error`: of a wrong number."""
+    """Raise unless `pairs` is [(h, c), ...], two tensors for each layer; a wrong number raises `error`."""
     expected = f"{name} should be a list of pairs (h, c), one a layer"
     if not isinstance(pairs, (list, tuple)):
         raise TypeError(f"{expected}, got: {type(pairs).__name__}")
@@ -150,7 +152,7 @@ def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> N
 
 
 def check_states(states: Any, layers: int, name: str, error: type[Exception]) -> None:
-    """Raise unless it is [h, ...], a tensor for each layer of a StackedGRU; `error`: of a wrong number."""
+    """Raise unless `states` is [h, ...], a tensor for each layer; a wrong number raises `error`."""
     if not isinstance(states, (list, tuple)):
         raise TypeError(f"{name} should be a list of tensors, one a layer, got: {type(states).__name__}")
     for k, state in enumerate(states):
@@ -160,8 +162,8 @@ def check_states(states: Any, layers: int, name: str, error: type[Exception]) ->
 
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
-    """Raise, in torch's words, unless x [..., I] has the features and, if it is given, the dtype of the first layer."""
-    if options.role not in ("module", "stack"):
+    """Raise, in torch's words, unless x [..., I] has the first layer's features and, with weights, its dtype."""
+    if not options.of_rnn_base:
         return
     weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih
     if weight is not None and (x.shape[-1] != options.input_size or (x.dtype is not weight.dtype and not autocasts(x))):
@@ -184,7 +186,7 @@ def check_size_of_state(name: str, state: Tensor, expected: tuple[int, ...], x: 
 
 
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
-    """Raise unless every tensor of a layer and direction has its size, of `sizes` in the order of Weights."""
+    """Raise unless the tensors of a layer have the `sizes`, which are in the order of Weights."""
     for name, tensor, size in zip(NAMES, layer, sizes):
         if tensor is None and name in ("weight_ih", "weight_hh"):
             raise TypeError(f"{name} should be a tensor, got: NoneType")
@@ -203,8 +205,9 @@ def check_same_parts(weights: list[list[Weights]]) -> None:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
-def named_weights(weights: Weights | Sequence[Tensor | None], most: int = len(NAMES)) -> Weights:
-    """The weights of a layer by name, checked: each a tensor with the right number of dimensions; `most` of them."""
+def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
+    """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
+    most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
     if not isinstance(weights, (list, tuple)):
         raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
     if not 2 <= len(weights) <= most:
@@ -225,20 +228,20 @@ def named_weights(weights: Weights | Sequence[Tensor | None], most: int = len(NA
 
 
 def check_unprojected(layer_norm: bool, projected: int) -> None:
-    """Raise unless layer norm or the projection is off: Ba et al. (2016) do not say which side of one is normalised."""
+    """Raise unless layer norm or the projection is off: Ba et al. (2016) do not say which comes first."""
     if layer_norm and projected:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
 def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
-    """Raise, in the installed torch's words, unless x [B, I] and a cell's states fit; `alike`: one dtype and device."""
+    """Raise, in torch's words, unless x [B, I] and a cell's states fit; `alike`: all have one dtype and device."""
     (inputs, hidden, _), (h, c), (batch, features) = options.sizes[0], state, x.shape
     expected = batch, hidden
     if alike and features == inputs and h.shape == expected and c.shape == expected:
         return
     if not options.one_state:
         check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
-    operator, hx = getattr(_VF, f"{options.cell.name}_cell"), h if options.one_state else state
+    operator, hx = getattr(torch, f"{options.cell.name}_cell"), h if options.one_state else state
     of_torch = weights.weight_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh
     if features == inputs and h.shape == c.shape == expected:
         try:
@@ -251,7 +254,7 @@ def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: W
 
 
 def is_exact(c: Tensor, x: Tensor) -> bool:
-    """Whether a cell state is float32 with an input in half precision: not rounded, as kernels keep it."""
+    """Whether c is float32 though x is in half precision: the kernels keep it so, unrounded."""
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
 
 
@@ -298,9 +301,9 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
         return
     fits = ((lengths >= 0) & (lengths <= steps)).all()
     if torch.compiler.is_compiling():  # a text with the number in it would need a graph for each number
-        torch._assert_async(fits, "Expected lengths from 0 to the number of steps")
+        assert_on_device(fits, "Expected lengths from 0 to the number of steps")
     elif lengths.is_cuda or type(lengths) is not Tensor:  # fake tensors have no values
-        torch._assert_async(fits, f"Expected lengths from 0 to {steps}, the number of steps")
+        assert_on_device(fits, f"Expected lengths from 0 to {steps}, the number of steps")
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

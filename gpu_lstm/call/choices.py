@@ -113,10 +113,11 @@ def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
     """The member of that name; `source` says where the name comes from, if not from the call itself."""
     if isinstance(name, kind):
         return name
-    members: Any = kind._value2member_map_  # which torch.compile of older versions can read
-    if isinstance(name, str) and name in members:
-        return members[name]
-    raise ValueError(f"unknown {what} {name!r}{source}; expected one of {', '.join(map(repr, members))}")
+    try:
+        return kind(name)
+    except ValueError:
+        expected = ", ".join(repr(member.value) for member in kind)
+        raise ValueError(f"unknown {what} {name!r}{source}; expected one of {expected}") from None
 
 
 def requested_backend(argument: str | Backend | None) -> Backend:

@@ -8,32 +8,22 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch.autograd import forward_ad
 
-from ..kernels import projection
+from ..kernels import private, projection
+from ..kernels.private import TransformType, any_autocast, constant_when_traced, forward_level
 from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backends, chosen_racings
 
-F = TypeVar("F", bound=Callable)
-
-_ONLY_BY_REFERENCE = tuple(getattr(_functorch.TransformType, name) for name in ("Vmap", "Jvp", "Functionalize"))
+_ONLY_BY_REFERENCE = (TransformType.Vmap, TransformType.Jvp, TransformType.Functionalize)
 PLAIN = (Tensor, torch.nn.Parameter)
 
-# The dict inside os.environ: os.environ.get raises and catches at every call for a variable that is not set.
-_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
 _BACKEND, _RACE = map(os.environ.encodekey, (BACKEND_VARIABLE, RACE_VARIABLE))
-_precision = torch._C._get_fp32_precision_getter  # of torch.backends.cudnn.rnn
-_any_autocast = torch._C._is_any_autocast_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_interpreter = _functorch.peek_interpreter_stack
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_is_tracing = torch._C._is_tracing
+_environment, _precision = private.environment, private.fp32_precision
+_dispatch_modes, _is_tracing, _interpreter = private.count_dispatch_modes, private.is_tracing, private.current_transform
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 
 class Recording:
@@ -73,12 +63,12 @@ def modes(x: Tensor) -> Modes:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
         return Modes(torch.is_grad_enabled(), _autocast_dtype(x), recording, transforms, "ieee", (), False)
     transforms = Transforms.NONE
-    if _interpreter() is not None or forward_ad._current_level >= 0:
+    if _interpreter() is not None or forward_level() >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
     watched = _dispatch_modes() > 0 or type(x) not in PLAIN or _is_tracing()
     return Modes(
         _is_grad_enabled(),
-        _autocast_dtype(x) if _any_autocast() else None,
+        _autocast_dtype(x) if any_autocast() else None,
         Recording.WATCHED if watched else Recording.NOBODY,
         transforms,
         recurrent_precision(x.dtype),
@@ -92,9 +82,10 @@ def _same(t: Tensor) -> Tensor:
 
 
 class Setting:
-    """Something of the whole process that blocks change, and that is as before once the last of them is left.
+    """A setting of the whole process that `with` blocks change.
 
-    Each would otherwise set back what it found, and of two threads the last one what the other had set.
+    The first open block saves the old value, and the last one restores it, in whatever thread. If each restored what it
+    found, the last of two threads would restore what the other had set.
     """
 
     def __init__(self, get: Callable[[], Any], set: Callable[..., Any]) -> None:
@@ -143,8 +134,8 @@ products = Setting(_products, _set_products)
 
 def without_hooks() -> contextlib.AbstractContextManager:
     """A block in which no hooks of saved tensors act, such as torch.utils.checkpoint's."""
-    is_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same) if is_enabled() else contextlib.nullcontext()
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    return hooks(_same, _same) if private.hooks_are_enabled() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -155,7 +146,7 @@ def alone(grad: bool) -> Iterator[None]:
     inference mode; autograd is on if `grad`.
     """
     with (
-        _default_dtype.changed(torch.float32), _anomalies.changed((False, True)), torch._C.DisableTorchFunction(),
+        _default_dtype.changed(torch.float32), _anomalies.changed((False, True)), private.WithoutTorchFunction(),
         torch.inference_mode(False), torch.set_grad_enabled(grad), without_hooks(),
     ):  # fmt: skip
         yield
@@ -173,20 +164,11 @@ def recurrent_precision(dtype: torch.dtype) -> str:
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
-    return _any_autocast() and _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    return any_autocast() and _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if x.dtype is not torch.float64 and autocasts(x) else None
-
-
-def constant_when_traced(function: F) -> F:
-    """What torch.compiler.assume_constant_result does: torch.compile calls the function, and uses what it returns.
-
-    Done by hand, since torch's imports its compiler, and with it Triton, whether or not anything is ever compiled.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant_when_traced
@@ -204,15 +186,19 @@ def need_the_reference() -> bool:
 def _need_the_reference(compiling: bool) -> bool:
     # Called rather than traced: torch.compile enters a transform while it traces what is inside. There no tensor of
     # torch.func.grad says that it requires a gradient, so that nothing would be saved for backward.
-    if forward_ad._current_level >= 0:
+    if forward_level() >= 0:
         return True
-    interpreters = retrieve_all_functorch_interpreters()
-    return any(compiling or interpreter.key() in _ONLY_BY_REFERENCE for interpreter in interpreters)
+    return any(compiling or transform.key() in _ONLY_BY_REFERENCE for transform in private.transforms())
 
 
 def is_transformed() -> bool:
     """Whether the current call is inside a transform of torch.func."""
     return _interpreter() is not None
+
+
+def are_batched(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether autograd propagates several at once (`is_grads_batched`): by a vmap of its own, not torch.func's."""
+    return any([d is not None and private.is_batched(d) for d in gradients])
 
 
 def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None]) -> bool:
@@ -224,14 +210,14 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
     """
     if _is_compiling():
         return False
-    if forward_ad._current_level >= 0:
+    if forward_level() >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
-    interpreters = retrieve_all_functorch_interpreters()
-    is_around_forward = _functorch.maybe_get_level(output) == len(interpreters)
-    others = interpreters[:-1] if is_around_forward else interpreters
-    if any(interpreter.key() == _functorch.TransformType.Grad for interpreter in others):
+    transforms = private.transforms()
+    is_around_forward = private.level_of(output) == len(transforms)
+    others = transforms[:-1] if is_around_forward else transforms
+    if any(transform.key() == TransformType.Grad for transform in others):
         return True
-    wrapped = _functorch.is_functorch_wrapped_tensor
-    return any((_functorch.get_unwrapped(t) if wrapped(t) else t).requires_grad for t in tensors if t is not None)
+    wrapped, unwrapped = private.is_wrapped, private.unwrapped
+    return any((unwrapped(t) if wrapped(t) else t).requires_grad for t in tensors if t is not None)

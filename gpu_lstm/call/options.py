@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels.cells import GRU, LSTM, Cell
+from ..kernels.cells import CELLS
 from ..kernels.tensors import BY_NAME
 from .noise import ABLE, REGULARISERS
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
@@ -15,11 +15,7 @@ from .weights import LAYER_NORM, NAMES, PEEPHOLES
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it
 
-
-_ROLES = {
-    "LSTM": (LSTM, "module"), "StackedLSTM": (LSTM, "stack"), "LSTMCell": (LSTM, "cell"), "lstm_layer": (LSTM, "layer"),
-    "GRU": (GRU, "module"), "StackedGRU": (GRU, "stack"), "GRUCell": (GRU, "cell"), "gru_layer": (GRU, "layer"),
-}  # fmt: skip
+_NAMES = {"module": "{}", "stack": "Stacked{}", "cell": "{}Cell", "layer": "{}_layer"}  # in errors
 
 
 class Size(NamedTuple):
@@ -42,7 +38,8 @@ class Size(NamedTuple):
 
 
 _FIELDS = (
-    "name",  # "LSTM", "StackedLSTM", "LSTMCell", "lstm_layer" or likewise of a GRU, as errors name it
+    "cell",  # of kernels.cells.CELLS
+    "role",  # "module", "stack", "cell" (one step) or "layer" (a function)
     "hidden_sizes",  # tuple [L]
     "peepholes",
     "norms",  # tuple of some NORMS
@@ -65,10 +62,9 @@ class Options:
     """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
 
     def __init__(self, a: Any) -> None:
-        self.name, self.batch_first, self.training, self.backend = a.name, a.batch_first, a.training, a.backend
-        self.cell: Cell
-        self.role: str  # "module", "stack", "cell" (one step) or "layer" (a function)
-        self.cell, self.role = _ROLES[a.name]
+        self.cell, self.role = CELLS[a.cell], a.role
+        self.name = _NAMES[a.role].format(a.cell if a.role == "layer" else a.cell.upper())
+        self.batch_first, self.training, self.backend = a.batch_first, a.training, a.backend
         self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
@@ -85,6 +81,11 @@ class Options:
         self.blocks = (self.directions,) * len(self.sizes) if self.role == "stack" else (self.rows,)
         # Whether these tensors have rows at all: states of one layer and direction are [B, *] elsewhere.
         self.leading = self.role == "module" or (self.role == "stack" and self.directions == 2)
+        self.one_row = self.leading and self.rows == 1  # then they are laid out
+        self.one_step = self.role == "cell"
+        self.as_given = self.role in ("module", "cell")  # torch's own operator takes x and states as a user has them
+        self.torch_has_it = self.role != "layer"
+        self.of_rnn_base = self.role in ("module", "stack")  # it says what an input has to be
         self.names = _names(a, self.role, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         names = NAMES if self.role == "layer" else NAMES[: len(self.names[0][0])]
@@ -94,7 +95,8 @@ class Options:
         self.connects = a.residual or self.dropout > 0  # something is done between layers
         self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
         self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
-        self.feature = LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else None
+        of_cell = None if self.cell.of_torch else f"{a.cell} cells"
+        self.feature = LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell
         """The feature that the fewest backends support; None: all support all."""
         for thing, _ in self.on:
             feature = thing.feature(a.norms)

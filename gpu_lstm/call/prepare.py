@@ -23,8 +23,7 @@ class Call(NamedTuple):
     x: Tensor  # [T, B, I]; as torch's own accept it: for a PackedSequence its data [N, I], for a cell [B, I]
     steps: int
     batch: int
-    # For LSTM one pair ([L*D, B, P], [L*D, B, H]); for a bidirectional StackedLSTM [L] of ([D, B, P], [D, B, H]); else
-    # [L] of ([B, P], [B, H]). For a GRU likewise, with c = h.
+    # Of each of the user's tensors ([*, B, P], [*, B, H]), with options.blocks rows; for a GRU c = h.
     states: list[State]
     weights: list[list[Weights]]  # [L][D]
     traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
@@ -34,54 +33,45 @@ class Call(NamedTuple):
     learns: bool  # whether autograd records
 
     def padded(self) -> "Call":
-        """The same with x [T, B, I]."""
+        """The same with x [T, B, I] and lengths for a PackedSequence."""
+        if self.form.packed is None:
+            return self
+        return self._replace(x=self.form.padded(), traversal=self.traversal._replace(lengths=self.form.lengths()))
+
+    def laid_out(self) -> "Call":
+        """The same with x [T, B, I], and states ([1, B, P], [1, B, H]) of each layer and direction, [L*D]."""
         if self.form.packed is not None:
-            traversal = self.traversal._replace(lengths=self.form.lengths())
-            return self._replace(x=self.form.padded(), traversal=traversal)
-        return self if self.x.dim() == 3 else self._replace(x=self.x.unsqueeze(0))
+            return self.padded()._replace(states=self._rows())
+        if self.options.one_step:
+            return self._replace(x=self.x[None], states=self._rows())
+        return self._replace(states=self._rows())
 
-    def state_rows(self) -> list[State]:
-        """([B, P], [B, H]) of each layer and direction, [L*D]."""
-        if self.states[0][0].dim() == 2:
-            return self.states
-        if self.options.rows == 1:
-            h, c = self.states[0]
-            return [(h[0], c[0])]
-        return [row for h, c in self.states for row in zip(h.unbind(0), c.unbind(0))]
-
-    def kernel_rows(self) -> list[State]:
-        """([1, B, P], [1, B, H]) of each, as kernels have them."""
-        if self.states[0][0].dim() == 2:
+    def _rows(self) -> list[State]:
+        if not self.options.leading:
             return [(h[None], c[None]) for h, c in self.states]
-        if self.options.rows == 1:
-            return self.states
         return [row for h, c in self.states for row in zip(h.split(1), c.split(1))]
 
-    def pack_rows(self, rows: list[State]) -> list[State]:
-        """The reverse of `state_rows`, and of `kernel_rows`."""
-        dims, of_rows = self.states[0][0].dim(), rows[0][0].dim()
-        if dims < of_rows:
+    def held(self, rows: list[State]) -> list[State]:
+        """Final states that are laid out, as `self.states`."""
+        if not self.options.leading:
             return [(h.squeeze(0), c.squeeze(0)) for h, c in rows]
-        if len(rows) == 1 or dims == 2:
-            return rows if dims == of_rows else [(h.unsqueeze(0), c.unsqueeze(0)) for h, c in rows]
-        join, packed, left = torch.cat if dims == of_rows else torch.stack, [], iter(rows)
+        left, out = iter(rows), []
         for count in self.options.blocks:
-            hs, cs = zip(*itertools.islice(left, count))
-            packed.append((join(hs), join(cs)))
-        return packed
+            h, c = zip(*itertools.islice(left, count))
+            out.append((torch.cat(h), torch.cat(c)))
+        return out
 
-    def states_out(self, states: list[State]) -> Any:
-        """Final states, laid out as `self.states`, in the user's form."""
+    def results(self, y: Tensor, states: list[State]) -> tuple[Any, Any]:
+        """The output and the final states in the user's form, from y [T, B, D*P] and states as `self.states`."""
         out: list[Any]
+        form, out = self.form, states
         if self.options.one_state:
             h, c = self.states[0]
-            held = int(h.dtype is not c.dtype)  # in float32 it is c alone
-            out = [self.form.state_out(state[held]) for state in states]
-        elif self.form is _TIME_FIRST and self.options.role != "stack":
-            return states[0]
-        else:
-            out = [(self.form.state_out(h), self.form.state_out(c)) for h, c in states]
-        return out if self.options.role == "stack" else out[0]
+            kept = int(h.dtype is not c.dtype)  # in float32 it is c alone
+            out = [form.state_out(state[kept]) for state in states]
+        elif form.packed is not None or not form.batched:
+            out = [(form.state_out(h), form.state_out(c)) for h, c in states]
+        return form.output(y), out if self.options.role == "stack" else out[0]
 
 
 def prepare(
@@ -97,7 +87,7 @@ def prepare(
     form, x = _form_and_input(options, input, hx)
     if form.packed is not None:
         steps, batch = len(form.packed.batch_sizes), int(form.packed.batch_sizes[0])
-    elif options.role == "cell":
+    elif options.one_step:
         steps, batch = 1, x.shape[0]
     else:
         steps, batch, _ = x.shape

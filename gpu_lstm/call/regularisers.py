@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.cells import Cell
 from ..kernels.tensors import Noise
 
 
@@ -33,7 +34,7 @@ class Regulariser:
     tensors: tuple[str, ...] = ()  # of kernels/tensors.py, that a layer and direction has of it
     backends: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # what can run it, or it beside something else, in words
 
-    def accepted(self, value: Any, one_state: bool) -> Any:
+    def accepted(self, value: Any, cell: Cell) -> Any:
         """A user's value, checked."""
         if not is_probability(value):
             text = "should be a number in range [0, 1] representing the probability of an element being zeroed"
@@ -106,9 +107,12 @@ class Zoneout(Regulariser):
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
     backends: ClassVar = {name: ("triton", "reference")}
 
-    def accepted(self, value: Any, one_state: bool) -> Any:
-        if one_state and isinstance(value, tuple):
-            raise ValueError(f"zoneout of a GRU should be one number in range [0, 1], for its one state, got {value!r}")
+    def accepted(self, value: Any, cell: Cell) -> Any:
+        if len(cell.states) == 1 and isinstance(value, tuple):
+            raise ValueError(
+                f"zoneout of a {cell.name.upper()} should be one number in range [0, 1], for its one state, "
+                f"got {value!r}"
+            )
         pair = value if isinstance(value, tuple) else (value, value)
         if len(pair) != 2 or not all(map(is_probability, pair)):
             raise ValueError(

@@ -15,11 +15,11 @@ from .weights import State
 
 
 def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
-    """The `resets` of a rollout, bool [T, B]: where episodes start, from where they end, which is one step earlier.
+    """The `resets` of a rollout, bool [T, B], from its `dones`: an episode starts one step after the last one ends.
 
     Not for buffers that hold starts already: CleanRL's and rl_games' `dones`, Stable-Baselines3's `episode_starts`,
-    TorchRL's `is_init`. These are `resets` as they are; shifted a second time, they would silently let each episode
-    begin with the state of the one before.
+    TorchRL's `is_init`. These are `resets` as they are: shifting them again would silently let each episode begin with
+    the state of the one before.
 
     Args:
         dones: bool [T, B]; at t whether step t was the last of its episode.
@@ -58,7 +58,7 @@ def without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 class Traversal(NamedTuple):
-    """How layers go through a batch: how many steps, where the state is reset and to what, from which end.
+    """How a layer goes through a batch: how many steps, where its state is reset and to what, from which end.
 
     A reset at t separates t from t - 1: the forward direction starts again at t, the reverse one at t - 1.
     """
@@ -66,8 +66,8 @@ class Traversal(NamedTuple):
     lengths: Tensor | None = None  # [B]; None: all have T steps
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
-    # The states (h [T, B, P], c [T, B, H]) to reset to, of each layer and direction [L*D], by the time of the reset, in
-    # the reverse direction by that of the step. None: zeros.
+    # States to reset to: [L*D] of (h [T, B, P], c [T, B, H]). Forward, those at t are for a reset at t; in reverse, for
+    # one before the step that visits t. None: zeros.
     reset_states: list[State] | None = None
 
     def is_plain(self) -> bool:
@@ -97,7 +97,7 @@ class Traversal(NamedTuple):
         return Traversal(lengths, resets, self.reverse, states)
 
     def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor) -> State:
-        """The state of one layer in the reverse direction as it enters a span, reset where a reset is just after it."""
+        """The state with which a layer enters a span in reverse: reset where a reset is at the time just past it."""
         if self.resets is None or span is None or span.stop == len(self.resets):
             return h, c
         separated = self.resets[span.stop]  # [B]
@@ -107,8 +107,9 @@ class Traversal(NamedTuple):
         return torch.where(separated[:, None], to_h, h), torch.where(separated[:, None], to_c, c)
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """For each step of x [T, B, *]: the time that it visits, int64 [T, B] and its own inverse; whether it is inside
-        the sequence, and whether the state is reset before it, each bool [T, B] or None (all are inside; nowhere).
+        """(time, valid, reset) [T, B] of the steps of x [T, B, *]. The permutation `time` is its own inverse.
+
+        Each step's time; whether it is inside its sequence (None: all are), and comes after a reset (None: none does).
         """
         steps, batch, _ = x.shape
         time = torch.arange(steps, device=x.device)[:, None].expand(steps, batch)

@@ -8,27 +8,39 @@ from ..call.noise import REGULARISERS
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES
+from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem
+from ..kernels.tensors import NOISE, TRAVERSAL, VARIANT, names_of
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
+_FLAGS = tuple(n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._fields)  # tensors of the time loop
 
 
 class Kind(NamedTuple):
-    """A kind of call. The number of steps, which varies from call to call, is rounded up to a power of two."""
+    """A kind of call: what the keys of decisions, of races, of plans and of their verification are made of."""
 
+    cell: str
     layers: tuple[Size, ...]  # [L]
     directions: int
+    dtype: torch.dtype  # that layers compute in
+    precision: str  # of float32 products: "tf32" or "ieee"
     training: bool  # forward and backward
     recompute: bool
     steps: int  # T, rounded up to a power of two; more than MOST_OF_CUDNN + 1 where cuDNN refuses it
-    norm_ih: bool  # a layer norm of W_ih x, which is outside the time loop
-    like: Problem  # of the first layer; in the key of a race B is rounded up to a power of two
-    drawn: bool = False  # whether there is noise, also such that the time loop does not read
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that layers compute in."""
-        return self.like.dtype
+    batch: int  # B; in keys of decisions and of races rounded up to a power of two
+    reverse: bool  # of lstm_layer
+    lengths: torch.dtype | None
+    resets: bool
+    reset_states: bool
+    noise: bool  # a regulariser that torch's own lacks, even if the time loop reads none of it
+    weight_peephole: bool = False  # from here on tensors by their names
+    gain_ih: bool = False  # of a layer norm outside the time loop
+    gain_hh: bool = False
+    gain_c: bool = False
+    bias_c: bool = False
+    dropout_h: bool = False
+    zoneout_h: int | None = None  # dimensions: 0 for a rate, 3 for a mask
+    zoneout_c: int | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -36,66 +48,59 @@ class Kind(NamedTuple):
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
-    def noise(self) -> bool:
-        """Whether there is a regulariser that torch's own lacks."""
-        return self.drawn or self.like.regularised
-
-    @property
     def variant(self) -> str | None:
         """The variant of the cell, see weights.variant_of."""
-        return LAYER_NORM if self.norm_ih or self.like.normalised else PEEPHOLES if self.like.weight_peephole else None
+        normed = self.gain_ih or self.gain_hh or self.gain_c
+        return LAYER_NORM if normed else PEEPHOLES if self.weight_peephole else None
 
     @property
     def only_ours(self) -> str | None:
         """What torch's own lacks; None: it can run all of it."""
+        if not CELLS[self.cell].of_torch:
+            return "such cell"
         if self.noise:
             return " or ".join(thing.name.replace("_", " ") for thing in REGULARISERS if thing.tensors)
         if self.steps > MOST_OF_CUDNN + 1:
             return f"sequences of more than {MOST_OF_CUDNN:,} steps"
-        return "states to reset to" if self.like.reset_c else self.variant and self.variant.replace("_", " ")
+        return "states to reset to" if self.reset_states else self.variant and self.variant.replace("_", " ")
 
     def problem(self, row: int, side_by_side: int = 1) -> Problem:
         """What the kernels of one layer and direction, `row` among [L*D], are asked to do."""
         layer, d = divmod(row, self.directions)
         _, hidden, projected = self.layers[layer]
-        reverse = self.like.reverse or d == 1
-        return self.like._replace(hidden=hidden, projected=projected, side_by_side=side_by_side, reverse=reverse)
+        return Problem(
+            min(self.steps, 2), self.batch, hidden, self.dtype, projected, self.precision, side_by_side,
+            reverse=self.reverse or d == 1, reset_h=self.reset_states and self.zoneout_h is not None,
+            reset_c=self.reset_states, cell=self.cell, **{name: getattr(self, name) for name in _FLAGS},
+        )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """The key of a race as JSON values: sizes that vary from call to call are rounded up to powers of two."""
-        like = self.like
         return {
-            "cell": like.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
-            "dtype": str(like.dtype), "precision": like.precision, "training": self.training,
-            "recompute": self.recompute, "steps": self.steps, "batch": size_class(like.batch),
-            "lengths": like.lengths is not None, "resets": like.resets, "noise": self.noise,
-            "reset_states": like.reset_c, "variant": self.variant,
+            "cell": self.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
+            "dtype": str(self.dtype), "precision": self.precision, "training": self.training,
+            "recompute": self.recompute, "steps": self.steps, "batch": size_class(self.batch),
+            "lengths": self.lengths is not None, "resets": self.resets, "noise": self.noise,
+            "reset_states": self.reset_states, "variant": self.variant,
         }  # fmt: skip
 
 
 def kind_of(call: Call) -> Kind:
     """What decides how a call runs."""
     options, weights, dtype, traversal = call.options, call.weights[0][0], dtype_of(call), call.traversal
-    _, hidden, projected = options.sizes[0]
     lengths = torch.int64 if call.form.packed is not None else None
     if traversal.lengths is not None:
         lengths = traversal.lengths.dtype
-    flags: dict[str, Any] = {}
+    flags: dict[str, Any] = {name: getattr(weights, name) is not None for name in names_of(VARIANT)}
     for thing, rate in options.on:
         flags |= thing.flags(rate, options.training)
-    reset_c = traversal.reset_states is not None
     steps = int(call.steps)
-    steps = size_class(steps + (steps == MOST_OF_CUDNN + 1))
-    like = Problem(
-        min(steps, 2), int(call.batch), hidden, dtype, projected,
-        call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse, lengths=lengths,
-        resets=traversal.resets is not None, **flags,
-        reset_h=reset_c and flags.get("zoneout_h") is not None, reset_c=reset_c,
-        weight_peephole=weights.weight_peephole is not None, gain_hh=weights.gain_hh is not None,
-        gain_c=weights.gain_c is not None, bias_c=weights.bias_c is not None, cell=options.cell.name,
+    return Kind(
+        options.cell.name, options.sizes, options.directions, dtype,
+        call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
+        size_class(steps + (steps == MOST_OF_CUDNN + 1)), int(call.batch), options.reverse, lengths,
+        traversal.resets is not None, traversal.reset_states is not None, options.noise, **flags,
     )  # fmt: skip
-    normed = weights.gain_ih is not None
-    return Kind(options.sizes, options.directions, call.learns, options.recompute, steps, normed, like, options.noise)
 
 
 def dtype_of(call: Call) -> torch.dtype:
@@ -106,7 +111,7 @@ def dtype_of(call: Call) -> torch.dtype:
     autocast, options = call.modes.autocast, call.options
     if autocast is None:
         return call.x.dtype
-    if call.x.is_cpu and (options.one_state or options.role == "cell"):
+    if call.x.is_cpu and (options.one_state or options.one_step):
         return torch.promote_types(autocast, call.states[0][1].dtype)
     return autocast
 

@@ -15,33 +15,43 @@ from math import ceil
 from typing import Any, NamedTuple
 
 import torch
-import torch.autograd.profiler as profiler
 
 from ..backends import verify
+from ..backends.run import run_by
 from ..call import choices
 from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import Padded
-from ..call.modes import Recording, Setting, Transforms, alone, recurrent_precision
-from ..call.options import Size
+from ..call.modes import Recording, Setting, Transforms, alone
 from ..call.prepare import Call
-from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels import cache
-from ..kernels.problem import Problem
+from ..kernels.private import default_store, is_profiled
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multiprocessors
-from . import available
+from .build import build
 from .kind import Kind, describe, size_class
-from .route import Decision, build, run_by
 
-KIND = "races"
+KIND = cache.RACES
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
 LONGEST = 256  # steps of a race: with more, only the time of a step matters
-BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
+MOST_DECISIONS = 4096  # that are kept
 FAILED = "the kernels fail"
 UNCERTAIN = 0.5  # if a rival's quartiles differ by more than this share of its median, nothing is cached
 
 logger = logging.getLogger("gpu_lstm")
+
+
+class Decision(NamedTuple):
+    """Which backend runs a kind of call, and why."""
+
+    backend: Backend
+    why: str
+    seconds: dict[str, float] | None = None  # the median of each rival's calls; None: there was no race
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in (self.seconds or {}).items())
+        return f"{self.backend.value}: {self.why}" + (f" ({times})" if times else "")
+
 
 _generators: dict[torch.device, Setting] = {}
 # What this process decided. The cache has less (no noisy races, kernels that fail, or expected winners), and neither a
@@ -63,7 +73,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, mode = call.x.device, requested_racing()
-    key = kind._replace(like=kind.like._replace(batch=size_class(kind.like.batch))), able, device, mode
+    key = kind._replace(batch=size_class(kind.batch)), able, device, mode
     if key in decided:
         return decided[key]
     if dry or call.modes.capturing:  # the next call races
@@ -76,6 +86,8 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     # Threads that decide at the same time each do so for themselves, and the first result is kept.
     with _generator(torch.device("cpu")).changed(), _generator(device).changed():
         decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
+    if len(decided) >= MOST_DECISIONS:
+        decided.clear()
     decision = decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
@@ -98,9 +110,8 @@ def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
         return decision
-    store = distributed.distributed_c10d._get_default_store()
     ours = json.dumps((decision.backend.value, *decision[1:]))
-    backend, *rest = json.loads(store.compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", ours))
+    backend, *rest = json.loads(default_store().compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", ours))
     return Decision(Backend(backend), *rest)
 
 
@@ -129,7 +140,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
     def lost(name: str, error: BaseException | None) -> Decision:
         if name == other.value:
-            return Decision(able, f"torch's {kind.like.cell.upper()} fails: {error}")
+            return Decision(able, f"torch's {kind.cell.upper()} fails: {error}")
         cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
         return Decision(other, f"{FAILED}: {error}")
 
@@ -151,7 +162,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     except RuntimeError as error:  # kernels time out, which shows after the launch
         return lost(able.value, error)
     decision, is_certain = judge(times, expected)
-    if is_certain and not (profiler._is_profiler_enabled or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
+    if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
         cache.write(KIND, _key(kind, able, call.x.device), value)
     return decision
@@ -172,8 +183,8 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     It raises RivalFailed if the backend fails, but errors of the device as they are.
     """
     call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
-    steps, sizes = min(call.steps, LONGEST), call.x.shape[1:]  # (B, I)
-    shape = sizes if call.options.role == "cell" else (steps, *sizes)
+    steps = min(call.steps, LONGEST)
+    shape = call.x.shape if steps == call.steps else (steps, *call.x.shape[1:])
     # Uniform numbers; the caller has forked the generators.
     data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
@@ -247,10 +258,10 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     The kernels, where torch cannot run it, or not at the speed of a plain batch; and where every layer's W_hh stays on
     chip and no group of programs has several batch tiles. Everywhere else, torch.
     """
-    theirs = f"torch's {kind.like.cell.upper()}"
+    theirs = f"torch's {kind.cell.upper()}"
     if kind.only_ours:
         return Decision(able, f"{theirs} has no {kind.only_ours}")
-    slow = ["lengths"] * (kind.like.lengths is not None) + ["resets"] * kind.like.resets
+    slow = ["lengths"] * (kind.lengths is not None) + ["resets"] * kind.resets
     slow += ["a projection"] * any(size.projected for size in kind.layers)
     if slow:
         return Decision(able, f"expected: {theirs} is slow with {' and '.join(slow)}")
@@ -263,37 +274,3 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
             if not plan.on_chip or plan.tiles_per_program > 1:
                 return Decision(Backend.TORCH, f"expected: a kernel of the {plan.family.name} family is slower")
     return Decision(able, "expected: W_hh stays on chip")
-
-
-class GraphQuestion(NamedTuple):
-    """What decides which backend runs in a graph of torch.compile, which is for all sizes: constants."""
-
-    argument: str | None  # `backend` of the module
-    chosen: Backend | None  # by an open block, to which this binds the graph
-    device: torch.device
-    dtype: torch.dtype  # that layers compute in
-    feature: str | None  # that the fewest backends support
-    transformed: bool  # only the reference runs it
-    sizes: tuple[tuple[int, int, int], ...]  # [L] of Size
-    directions: int
-    lengths: bool
-    resets: bool
-    reset_states: bool
-    noise: bool
-    cell: str
-    variant: str | None  # of it
-
-    def answer(self) -> Backend:
-        """The expected winner for long sequences. Raises as available.select."""
-        able = available.select(self.argument, self.device, self.dtype, self.feature, self.transformed)
-        if able not in KERNEL_BACKENDS or requested_backend(self.argument) is not Backend.AUTO:
-            return able
-        layers, normed = tuple(Size(*size) for size in self.sizes), self.variant == LAYER_NORM
-        like = Problem(
-            2, BATCH_OF_A_GRAPH, layers[0].hidden, self.dtype, layers[0].projected, recurrent_precision(self.dtype),
-            lengths=torch.int64 if self.lengths else None, resets=self.resets, dropout_h=self.noise,
-            reset_c=self.reset_states, weight_peephole=self.variant == PEEPHOLES, gain_hh=normed, gain_c=normed,
-            bias_c=normed, cell=self.cell,
-        )  # fmt: skip
-        kind = Kind(layers, self.directions, True, False, LONGEST, normed, like, self.noise)
-        return expected_winner(kind, able, self.device).backend

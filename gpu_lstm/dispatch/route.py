@@ -1,66 +1,149 @@
-"""How a call is run: what was decided for its kind."""
+"""The one path of every call: its route, decided once per kind of call and state of the process, then looked up."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import builtins
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ..backends import graph, reference, schedule, torch_rnn, verify
-from ..backends.schedule import Schedule, schedule_of
-from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.noise import with_weight_drop
+from ..backends import graph
+from ..backends.run import Route, run_by
+from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
+from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
+from ..call.options import RESET_STATES, Options, Size
 from ..call.prepare import Call
-from ..call.weights import State
-from ..kernels.layer import Layer
-from .kind import Kind
+from ..call.weights import LAYER_NORM, PEEPHOLES, variant_of
+from ..kernels import layer
+from . import available, race
+from .build import build
+from .kind import Kind, dtype_of, kind_of
+
+MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
+BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
 
 
-class Route(NamedTuple):
-    """Everything that was decided for a kind of call."""
+class RouteKey(NamedTuple):
+    """What a route depends on, as a call has it at hand. All of `kind_of` follows from it."""
 
-    backend: Backend
-    dtype: torch.dtype  # that layers compute in
-    as_operators: bool = False  # for graphs and dispatch modes
-    layers: Sequence[Layer] = ()  # [L*D], where kernels run in eager mode
-    schedule: Schedule | None = None  # likewise
-
-
-class Decision(NamedTuple):
-    """Which backend runs a kind of call, and why."""
-
-    backend: Backend
-    why: str
-    seconds: dict[str, float] | None = None  # the median of each rival's calls; None: there was no race
-
-    def __str__(self) -> str:
-        times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in (self.seconds or {}).items())
-        return f"{self.backend.value}: {self.why}" + (f" ({times})" if times else "")
+    options: Options
+    dtype: torch.dtype
+    dtype_of_c: torch.dtype
+    device: torch.device
+    steps: int  # the power of two that they are rounded up to
+    batch: int
+    is_padded: bool
+    lengths: torch.dtype | None
+    no_resets: bool
+    no_reset_states: bool
+    learns: bool
+    modes: Modes
+    no_bias_c: bool  # the only tensor of lstm_layer that options say nothing about
 
 
-def build(call: Call, kind: Kind, backend: Backend) -> Route:
-    """The route of a call by a backend."""
-    if backend not in KERNEL_BACKENDS:
-        return Route(backend, kind.dtype)
-    schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
-    problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
-    layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
-    return Route(backend, kind.dtype, False, layers, schedule)
+_routes: dict[RouteKey, Route] = {}
+_BY_NAME = {backend.value: backend for backend in Backend}  # torch.compile of torch 2.9 does not trace Backend(name)
 
 
-def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None) -> tuple[Tensor, list[State]]:
-    """The output [T, B, D*P] (for a PackedSequence it may be [N, D*P]), and the final states as Call.states.
+def run(call: Call) -> tuple[Any, Any]:
+    """The output and the final states, in the user's form, by the route of the call."""
+    return run_by(route_of(call), call)
 
-    The reference appends the Steps of every layer and direction to `record`, if there is one.
+
+def route_of(call: Call) -> Route:
+    """How a call runs: looked up, or decided now."""
+    if call.modes.recording != Recording.NOBODY:
+        return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
+    x, (lengths, resets, _, reset_states) = call.x, call.traversal
+    key = RouteKey(
+        call.options, x.dtype, call.states[0][1].dtype, x.device, (call.steps - 1).bit_length(), call.batch,
+        call.form.packed is None, None if lengths is None else lengths.dtype, resets is None, reset_states is None,
+        call.learns, call.modes, call.weights[0][0].bias_c is None,
+    )  # fmt: skip
+    route = _routes.get(key)
+    if route is None:
+        able, kind = able_to_run(call), kind_of(call)
+        route = build(call, kind, race.decide(call, kind, able).backend)
+        if not call.modes.capturing:  # when nothing is verified or raced
+            if len(_routes) >= MOST_ROUTES:
+                _routes.clear()
+            _routes[key] = route
+    return route
+
+
+def forget() -> None:
+    """Drop all decisions and plans, so that later calls decide again: more is known."""
+    _routes.clear()
+    race.decided.clear()
+    layer.forget()
+
+
+def able_to_run(call: Call) -> Backend:
+    """The backend that runs a call unless another wins a race.
+
+    Raises:
+        ValueError, ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot, and why.
     """
-    if call.options.drops_weights:
-        call = call._replace(weights=with_weight_drop(call.weights, call.options))
-    if route.as_operators:
-        return graph.run_call(call.padded(), route.dtype, route.backend)
-    match route.backend:
-        case Backend.TORCH:
-            return torch_rnn.run_call(call, route.dtype)
-        case Backend.REFERENCE:
-            return reference.run_call(call.padded(), route.dtype, record)
-    assert route.schedule is not None
-    return schedule.run_call(call, route.dtype, route.backend, route.layers, route.schedule)
+    transformed = call.modes.transforms == Transforms.REFERENCE
+    return available.select(call.options.backend, call.x.device, dtype_of(call), feature_of(call), transformed)
+
+
+def feature_of(call: Call) -> str | None:
+    """The feature of a call that the fewest backends support; None: all support it."""
+    return call.options.feature or (RESET_STATES if call.traversal.reset_states is not None else None)
+
+
+def _route_while_watched(call: Call) -> Route:
+    """Nothing is raced; kernels run as operators. Sizes may be symbols, or tensors of torch.jit.trace."""
+    backend = able_to_run(call)
+    if backend in KERNEL_BACKENDS:
+        graph.count_flops()
+    return Route(backend, dtype_of(call), backend in KERNEL_BACKENDS)
+
+
+def _route_in_a_graph(call: Call) -> Route:
+    """In a graph of torch.compile, for all sizes: nothing is raced, and every backend is one operator per layer.
+
+    torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM or GRU.
+    """
+    options, traversal, dtype = call.options, call.traversal, dtype_of(call)
+    if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
+        # The file would say that T is free, and fail for any T but the example's.
+        raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
+    rows, variant = options.cell.rows, variant_of(call.weights[0][0])
+    normed = variant == LAYER_NORM
+    # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
+    sizes: Any = [
+        (w.weight_ih.shape[1], len(w.weight_hh) // rows, 0 if w.weight_hr is None else w.weight_hh.shape[1])
+        for w, *_ in call.weights
+    ]
+    kind = Kind(
+        options.cell.name, tuple(sizes), len(call.weights[0]), dtype, "", training=True, recompute=False,
+        steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, reverse=False,
+        lengths=torch.int64 if traversal.lengths is not None or call.form.packed is not None else None,
+        resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
+        noise=options.noise, dropout_h=options.noise, weight_peephole=variant == PEEPHOLES,
+        gain_ih=normed, gain_hh=normed, gain_c=normed, bias_c=normed,
+    )  # fmt: skip
+    transformed, chosen = call.modes.transforms == Transforms.REFERENCE, chosen_backends[0].value
+    # `chosen` binds the graph to an open block.
+    name, problem = _answer(options.backend, chosen, call.x.device, feature_of(call), transformed, *kind)
+    if problem:
+        raise getattr(builtins, name)(problem)
+    backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
+    return Route(backend, dtype, not transformed and (compiled or backend in KERNEL_BACKENDS))
+
+
+@constant_when_traced
+def _answer(
+    argument: str | None, _: object, device: torch.device, feature: str | None, transformed: bool, *kind: Any
+) -> tuple[str, str]:
+    """The backend's name and "", or an error's and its text: torch.compile carries strings, but no exception."""
+    asked = Kind(*kind)
+    layers = tuple(Size(*size) for size in asked.layers)
+    asked = asked._replace(precision=recurrent_precision(asked.dtype), layers=layers)
+    try:
+        able = available.select(argument, device, asked.dtype, feature, transformed)
+        if able in KERNEL_BACKENDS and requested_backend(argument) is Backend.AUTO:
+            able = race.expected_winner(asked, able, device).backend
+        return able.value, ""
+    except (ValueError, ImportError, RuntimeError, TypeError) as error:
+        return type(error).__name__, str(error)

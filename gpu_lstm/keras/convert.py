@@ -1,6 +1,6 @@
 """Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM or GRU.
 
-Keras's matrices are transposed, and of an LSTM it has one bias where torch has two. The gates' order is in kinds.py.
+Keras's matrices are transposed, and its LSTM has one bias where torch's has two. kinds.py has the order of gates.
 """
 
 import math
@@ -19,8 +19,9 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import Traversal
+from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
-from ..modules.arguments import NOT_OF_TORCH, recast
+from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
 from .kinds import KINDS, Kind, check_equations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -47,7 +48,7 @@ class GoBackwards(nn.Module):
 
     def __init__(self, module: Rnn) -> None:
         super().__init__()
-        if not isinstance(module, Rnn):
+        if not takes_sequences(module):
             raise TypeError(f"GoBackwards accepts {_ACCEPTED}, got {type(module).__name__}")
         if module.bidirectional or not module.batch_first:
             raise ValueError(
@@ -158,13 +159,11 @@ def to_keras(module: nn.Module) -> Any:
     """
     backwards = isinstance(module, GoBackwards)
     rnn: Any = module.module if isinstance(module, GoBackwards) else module
-    kind = next(
-        (kind for kind in KINDS if isinstance(rnn, (kind.module, kind.stack)) or type(rnn) is kind.torchs), None
-    )
+    if ours := {kind.torchs: kind.module for kind in KINDS}.get(type(rnn)):
+        rnn = recast(rnn, ours)
+    kind = next((kind for kind in KINDS if takes_sequences(rnn) and rnn._cell is kind.module._cell), None)
     if kind is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
-    if type(rnn) is kind.torchs:
-        rnn = recast(rnn, kind.module)
     keras = import_keras()
     layers = len(rnn._weights())
     for name in ("proj_size", "residual", *NOT_OF_TORCH):
@@ -227,8 +226,8 @@ def lengths_of(mask: Tensor) -> Tensor:
 def keras_init(module: Module) -> Module:
     """Give every LSTM and GRU in `module`, in place, initial values as Keras draws them, and return `module`.
 
-    weight_ih, and weight_hr, which Keras does not have, are glorot_uniform, weight_hh is orthogonal for all gates
-    together, and biases are zero, but 1 for forget gates (see forget_bias). Peepholes and layer norms stay as they are.
+    weight_ih and weight_hr (which Keras lacks) are glorot_uniform. weight_hh is orthogonal, all gates as one matrix.
+    Biases are 0, of forget gates 1 (see forget_bias). Peepholes and layer norms stay as they are.
 
     Args:
         module: an LSTM, GRU, a stack or cell of these, torch's own, or a module that holds some.
@@ -279,10 +278,10 @@ def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
 
 
 def _assign(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str, Tensor], Tensor]) -> None:
-    """Set parameters whose names begin so to new(owner, name, parameter); an error or interrupt changes none."""
+    """Set parameters, by how their names begin, to new(owner, name, parameter); an error or interrupt changes none."""
     every = [(owner, *each) for owner in owners for each in owner.named_parameters(recurse=False)]
     chosen = [each for each in every if each[1].startswith(names)]
-    torch._foreach_copy_([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
+    copy_all([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
 
 
 def _held(module: nn.Module, kinds: tuple[type, ...], what: str) -> list:

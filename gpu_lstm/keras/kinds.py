@@ -13,7 +13,7 @@ from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
 
 class Kind(NamedTuple):
-    """LSTM or GRU: the order of its gates, each of which has H rows of a weight, and the classes that compute it."""
+    """LSTM or GRU: the order of its gates, which have H rows of a weight each, and the classes that compute it."""
 
     name: str  # of Keras's layer; its cell's is f"{name}Cell"
     keras_gates: str  # where Keras writes c for g, and h for n
@@ -49,7 +49,7 @@ def import_keras() -> ModuleType:
         return importlib.import_module("keras")
     except ImportError as error:
         raise ImportError(
-            f'this needs Keras 3 and a backend of it ({error}): pip install ".[keras]" from a clone of gpu_lstm, and '
+            f'this needs Keras 3 and a backend for it ({error}): pip install ".[keras]" from a clone of gpu_lstm, and '
             "to let Keras run on torch set KERAS_BACKEND=torch in the environment before it is imported"
         ) from error
 

@@ -1,6 +1,6 @@
 """Keras's LSTM and GRU layers on our kernels. Importing this imports Keras. Written against Keras 3.15."""
 
-import sys
+import inspect
 from typing import Any
 
 import keras
@@ -26,7 +26,8 @@ class _OnOurKernels:
     @property
     def use_cudnn(self) -> Any:
         """As it was set, but False where Bidirectional asks whether it may call cuDNN instead of its layers."""
-        asks = sys._getframe(1).f_code.co_name in ("_can_attempt_fused_lstm", "_can_attempt_fused_gru")
+        caller: Any = inspect.currentframe().f_back  # type: ignore[union-attr]
+        asks = caller.f_code.co_name in ("_can_attempt_fused_lstm", "_can_attempt_fused_gru")
         return False if asks else self._use_cudnn
 
     @use_cudnn.setter

@@ -8,18 +8,19 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call.checks import check_bool
-from ..call.choices import parse_backend_name
+from ..call.choices import BackendName, parse_backend_name
 from ..call.noise import BY_NAME, NAMES, OURS
 from ..call.options import NORMS
 from ..call.weights import LAYER_NORM, PEEPHOLES
+from ..kernels.cells import LSTM, Cell
 
 NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
 
-def accepted(name: str, value: Any, one_state: bool = False) -> Any:
+def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
     """The value of an argument as the attribute `name` of a module, checked; for other attributes the value as it is.
 
-    Zoneout of `one_state` is no pair, which is for h and c.
+    Zoneout of a `cell` with one state is no pair, which is for h and c.
 
     Raises:
         ValueError: not a probability, or an unknown backend.
@@ -31,7 +32,7 @@ def accepted(name: str, value: Any, one_state: bool = False) -> Any:
         case "recompute":
             check_bool(name, value)
         case _ if name in BY_NAME:
-            return BY_NAME[name].accepted(value, one_state)
+            return BY_NAME[name].accepted(value, cell)
     return value
 
 
@@ -81,10 +82,16 @@ def check_size(name: str, size: object) -> None:
 class Checked:
     """A module whose attributes are checked like its arguments when they are set."""
 
-    _one_state = False  # whether it is a GRU, or a stack of them
+    # What every call of it says. (Users' subclasses may well have a `cell` of their own.)
+    _cell: Cell
+    _role: str  # as in Options
+    # On the class, so that modules pickled by older versions have them; others have their own if they are not these.
+    backend: BackendName | None = None
+    _peepholes: bool = False
+    _norms: tuple[str, ...] = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, accepted(name, value, self._one_state))
+        super().__setattr__(name, accepted(name, value, self._cell))
 
     def _get_name(self) -> str:
         """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
@@ -107,6 +114,11 @@ class Regularised(Checked):
 
 for _name in OURS:  # on the class, so that modules pickled by older versions have them
     setattr(Regularised, _name, 0.0)
+
+
+def takes_sequences(module: object) -> bool:
+    """Whether it is one of ours, and not a cell."""
+    return isinstance(module, Checked) and module._role != "cell"
 
 
 Given = TypeVar("Given", contravariant=True)

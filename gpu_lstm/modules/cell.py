@@ -1,7 +1,7 @@
 """LSTMCell and GRUCell: drop-ins for those of torch.nn."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,52 @@ from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
-from ..dispatch.run import run
+from ..dispatch.route import run
+from ..kernels.cells import GRU, LSTM
+from ..kernels.private import fx_is_tracing
 from .arguments import Checked, accepted, norms_of, repr_of, scriptable
-from .tracing import FX, traced
+from .tracing import traced
 from .variants import OF_CELLS, HasVariants, weights_of
 
 
-class LSTMCell(Checked, HasVariants, RNNCellBase):
+class RecurrentCell(Checked):
+    """What LSTMCell and GRUCell share, next to torch's RNNCellBase."""
+
+    _role = "cell"
+
+    def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
+        """Compute one step.
+
+        Args:
+            input: (N, I) or (I,).
+            hx: (h, c), each (N, H) or (H,); of a GRUCell h. Default: zeros.
+
+        Returns:
+            (h', c') or h', as hx.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell or GRUCell, in its words; ValueError for a chosen
+                backend that supports no peepholes or layer norm.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
+        if type(input) is not Tensor or fx_is_tracing():
+            instead = traced(self, input, hx)
+            if instead is not None:
+                return instead
+        options = self._options()
+        return run(prepare(options, weights_of(self, options.names), input, hx))[1]
+
+    def _options(self: Any) -> Options:
+        """From the attributes as they are now."""
+        of_all = [getattr(self, name) for name in OF_CELLS]
+        return options_of(self._cell.name, self._role, (self.hidden_size,), self._peepholes, self._norms, *of_all)
+
+    def extra_repr(self: Any) -> str:
+        """As torch's, and our own arguments that are not at their defaults."""
+        return RNNCellBase.extra_repr(self) + repr_of(self, (PEEPHOLES, LAYER_NORM))
+
+
+class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
     """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
 
     Args:
@@ -41,8 +80,7 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
         h, c = cell(torch.randn(3, 10))
     """
 
-    # On the class, so that modules pickled by older versions have it.
-    backend: BackendName | None = None
+    _cell = LSTM
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
@@ -52,52 +90,20 @@ class LSTMCell(Checked, HasVariants, RNNCellBase):
         name = accepted("backend", backend)
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
-        RNNCellBase.__init__(self, input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        RNNCellBase.__init__(self, input_size, hidden_size, bias, self._cell.rows, device, dtype)
         self.backend = name
         self._add_variants("", peepholes, norms)
 
     if TYPE_CHECKING:
 
         def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
-
-    def forward(self, input: Tensor, hx: State | None = None) -> State:
-        """Compute one step.
-
-        Args:
-            input: (N, I) or (I,).
-            hx: (h, c), each (N, H) or (H,). Default: zeros.
-
-        Returns:
-            (h', c'), as hx.
-
-        Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell, in its words; ValueError for a chosen backend
-                that supports no peepholes or layer norm.
-            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
-        """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
-            instead = traced(self, input, hx)
-            if instead is not None:
-                return instead
-        options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx)
-        return call.states_out(run(call)[1])
-
-    def _options(self) -> Options:
-        """From the attributes as they are now."""
-        return options_of(
-            "LSTMCell", (self.hidden_size,), self._peepholes, self._norms, *[getattr(self, name) for name in OF_CELLS]
-        )
-
-    def extra_repr(self) -> str:
-        """As torch.nn.LSTMCell, and the backend if one was chosen."""
-        return RNNCellBase.extra_repr(self) + repr_of(self, (PEEPHOLES, LAYER_NORM))
+        def forward(self, input: Tensor, hx: State | None = None) -> State: ...
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchLSTMCell)
 
 
-class GRUCell(Checked, RNNCellBase):
+class GRUCell(RecurrentCell, RNNCellBase):
     """A drop-in for torch.nn.GRUCell: one step of one layer, with the same parameters, results and errors.
 
     Args:
@@ -112,49 +118,20 @@ class GRUCell(Checked, RNNCellBase):
         h = cell(torch.randn(3, 10))
     """
 
-    backend: BackendName | None = None
+    _cell = GRU
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None,
     ) -> None:  # fmt: skip
         name = accepted("backend", backend)
-        RNNCellBase.__init__(self, input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        RNNCellBase.__init__(self, input_size, hidden_size, bias, self._cell.rows, device, dtype)
         self.backend = name
 
     if TYPE_CHECKING:
 
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Compute one step.
-
-        Args:
-            input: (N, I) or (I,).
-            hx: h, (N, H) or (H,). Default: zeros.
-
-        Returns:
-            h', as hx.
-
-        Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.GRUCell, in its words.
-            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
-        """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
-            instead = traced(self, input, hx)
-            if instead is not None:
-                return instead
-        options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx)
-        return call.states_out(run(call)[1])
-
-    def _options(self) -> Options:
-        """From the attributes as they are now."""
-        return options_of("GRUCell", (self.hidden_size,), False, (), *[getattr(self, name) for name in OF_CELLS])
-
-    def extra_repr(self) -> str:
-        """As torch.nn.GRUCell, and the backend if one was chosen."""
-        return RNNCellBase.extra_repr(self) + repr_of(self, ())
+        def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchGRUCell)

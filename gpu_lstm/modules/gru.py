@@ -8,10 +8,9 @@ from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import RNNBase
 
 from ..call.choices import Backend, BackendName
-from ..call.options import Options, options_of
+from ..kernels.cells import GRU as CELL
 from .arguments import Called, scriptable
 from .recurrent import Recurrent
-from .variants import OF_LAYERS
 
 
 class GRU(Recurrent, RNNBase):
@@ -43,7 +42,7 @@ class GRU(Recurrent, RNNBase):
     """
 
     zoneout: float
-    _one_state = True
+    _cell = CELL
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
@@ -55,18 +54,13 @@ class GRU(Recurrent, RNNBase):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
         self._make(
-            "GRU", (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+            (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
             zoneout=zoneout, weight_drop=weight_drop,
         )  # fmt: skip
 
     if TYPE_CHECKING:
         __call__: Called[Tensor, Tensor]
         forward: Called[Tensor, Tensor]  # type: ignore[assignment]
-
-    def _options(self) -> Options:
-        """From the attributes as they are now."""
-        sizes = (self.hidden_size,) * self.num_layers
-        return options_of("GRU", sizes, False, (), *[getattr(self, name) for name in OF_LAYERS])
 
     def __prepare_scriptable__(self) -> nn.Module:
         return scriptable(self, TorchGRU)

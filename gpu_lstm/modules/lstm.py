@@ -10,11 +10,11 @@ from torch.nn.modules.rnn import RNNBase
 
 from ..call.checks import check_bool, check_unprojected
 from ..call.choices import Backend, BackendName
-from ..call.options import Options, options_of
 from ..call.weights import PEEPHOLES, State
+from ..kernels.cells import LSTM as CELL
 from .arguments import Called, norms_of, scriptable
 from .recurrent import Recurrent
-from .variants import OF_LAYERS, HasVariants
+from .variants import HasVariants
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
@@ -78,6 +78,8 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
+    _cell = CELL
+
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
@@ -91,7 +93,7 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         check_unprojected(bool(norms), proj_size)
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         self._make(
-            "LSTM", (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+            (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
             zoneout=zoneout, weight_drop=weight_drop,
         )  # fmt: skip
         for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
@@ -100,13 +102,6 @@ class LSTM(Recurrent, HasVariants, RNNBase):
     if TYPE_CHECKING:
         __call__: Called[State, State]
         forward: Called[State, State]  # type: ignore[assignment]
-
-    def _options(self) -> Options:
-        """From the attributes as they are now."""
-        sizes = (self.hidden_size,) * self.num_layers
-        return options_of(
-            "LSTM", sizes, self._peepholes, self._norms, *[getattr(self, name) for name in OF_LAYERS], self.proj_size
-        )
 
     # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
     get_expected_cell_size = TorchLSTM.get_expected_cell_size

@@ -8,30 +8,31 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.torch_rnn import packed
-from ..call.choices import BackendName
-from ..call.options import Options
+from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import Weights
-from ..dispatch.run import run
+from ..dispatch.route import run
+from ..kernels.cells import LSTM
+from ..kernels.private import compiler_callback, fx_is_tracing
 from .arguments import NOT_OF_TORCH, Regularised, accepted, no_mask, repr_of
-from .tracing import FX, in_eager_mode, traced
-from .variants import weights_of
-
-_compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback  # returns None outside of what torch.compile made
+from .tracing import in_eager_mode, traced
+from .variants import OF_LAYERS, weights_of
 
 
 class Recurrent(Regularised):
     """A mixin of LSTM and GRU."""
 
     # On the class, so that they are there in pickles of older modules.
-    backend: BackendName | None = None
     recompute: bool = False
-    _peepholes: bool = False
-    _norms: tuple[str, ...] = ()
+    _role = "module"
 
-    def _make(self: Any, mode: str, torchs: tuple, **ours: Any) -> None:
-        """Check our own arguments before RNNBase, with torch's, draws initial weights."""
-        accepted_ours = {name: accepted(name, value, self._one_state) for name, value in ours.items()}
+    def _make(self: Any, torchs: tuple, **ours: Any) -> None:
+        """Check our own arguments before RNNBase, with torch's, draws initial weights.
+
+        RNNBase has as many of them as one of torch's classes, of which it wants the name, has: that with as many rows.
+        """
+        accepted_ours = {name: accepted(name, value, self._cell) for name, value in ours.items()}
+        mode = "LSTM" if self._cell.rows == LSTM.rows else "GRU"
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(self, mode, *torchs)
         for name, value in accepted_ours.items():
@@ -94,23 +95,23 @@ class Recurrent(Regularised):
                 recurrent dropout, zoneout or peepholes. TypeError for a mask.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+        if type(input) is not Tensor or fx_is_tracing():
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
             if instead is not None:
                 return instead
         if mask is not None:
             raise TypeError(no_mask(self.mode))
         options = self._options()
-        call = prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states)
-        y, states = run(call)
-        return call.form.output(y), call.states_out(states)
+        return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""
         return RNNBase.extra_repr(self) + repr_of(self, ("recompute", *NOT_OF_TORCH))
 
-    def _options(self) -> Options:
-        raise NotImplementedError
+    def _options(self: Any) -> Options:
+        """From the attributes as they are now."""
+        sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
+        return options_of(self._cell.name, self._role, sizes, self._peepholes, self._norms, *of_all, self.proj_size)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the module has them now."""
@@ -124,6 +125,6 @@ class NotCompiled(Recurrent):
 
         def forward(self, input, hx=None, lengths=None, resets=None, reset_states=None, mask=None):
             arguments = self, input, hx, lengths, resets, reset_states, mask
-            if torch.compiler.is_dynamo_compiling() or not _compiler():
+            if torch.compiler.is_dynamo_compiling() or not compiler_callback():
                 return Recurrent.forward(*arguments)
             return in_eager_mode(Recurrent.forward, *arguments)

@@ -14,11 +14,12 @@ from ..call.noise import OURS
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import PEEPHOLES, State, Weights
-from ..dispatch.run import run
+from ..dispatch.route import run
+from ..kernels.private import fx_is_tracing
 from .arguments import Called, Regularised, check_size, layer_sizes, norms_of
 from .gru import GRU
 from .lstm import LSTM
-from .tracing import FX, traced
+from .tracing import traced
 from .variants import OF_LAYERS, weights_of
 
 
@@ -28,7 +29,7 @@ class Stack(Regularised, nn.Module):
     input_size: int
     hidden_sizes: list[int]
     dropout: float
-    _kind: str  # as options name it
+    _role = "stack"
 
     def __init__(
         self, sizes: tuple[int, Sequence[int]], flags: dict[str, bool], ours: dict[str, Any],
@@ -84,19 +85,17 @@ class Stack(Regularised, nn.Module):
             ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is not such
                 a list, such as torch's (h_0, c_0); RuntimeError for a wrong number of them, or wrong sizes.
         """
-        if type(input) is not Tensor or FX._is_fx_tracing_flag:
+        if type(input) is not Tensor or fx_is_tracing():
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
             if instead is not None:
                 return instead
-        call = prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states)
-        y, states = run(call)
-        return call.form.output(y), call.states_out(states)
+        return run(prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states))
 
     def _options(self) -> Options:
         """From the attributes as they are now."""
         first, sizes = cast(Any, self.layers[0]), tuple(self.hidden_sizes)
-        of_layers = [getattr(self, name) for name in OF_LAYERS]
-        return options_of(self._kind, sizes, first._peepholes, first._norms, *of_layers, 0, self.residual)
+        of_all, variants = [getattr(self, name) for name in OF_LAYERS], (first._peepholes, first._norms)
+        return options_of(self._cell.name, self._role, sizes, *variants, *of_all, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the layers have them now."""
@@ -139,7 +138,7 @@ class StackedLSTM(Stack):
         output, [(h1, c1), (h2, c2)] = stack(torch.randn(2, 3, 6))
     """
 
-    _kind = "StackedLSTM"
+    _cell = LSTM._cell
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
@@ -194,8 +193,7 @@ class StackedGRU(Stack):
         output, [h1, h2] = stack(torch.randn(2, 3, 6))
     """
 
-    _kind = "StackedGRU"
-    _one_state = True
+    _cell = GRU._cell
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,

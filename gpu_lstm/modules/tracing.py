@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import _symbolic_trace as FX
+from torch.fx.node import map_aggregate
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
+
+from ..kernels.private import fx_is_tracing, is_exporting, leave_out_of_graphs
 
 
 def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
@@ -18,11 +19,12 @@ def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
     and be made again for every T.
     """
     if isinstance(input, PackedSequence):
-        # The flag, since torch 2.9 folds the function that reads it to True.
-        if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
+        if torch.compiler.is_compiling() and not is_exporting():
             return in_eager_mode(module.forward, input, *hx, **arguments)
-    elif FX._is_fx_tracing_flag:  # is_fx_tracing() logs a warning
-        for leaf in tree_leaves((input, hx, arguments)):  # any of them may be a constant
+    elif fx_is_tracing():
+        leaves: list[Any] = []
+        map_aggregate((input, hx, arguments), leaves.append)  # any of them may be a constant
+        for leaf in leaves:
             if isinstance(leaf, torch.fx.Proxy):
                 arguments = {name: value for name, value in arguments.items() if value is not None}
                 path = leaf.tracer.path_of_module(module)  # type: ignore[attr-defined]
@@ -30,7 +32,7 @@ def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
     return None
 
 
-@torch._disable_dynamo  # the public torch.compiler.disable imports the compiler at once
+@leave_out_of_graphs
 def in_eager_mode(call: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
     """What the call returns; torch.compile leaves out all of it."""
     return call(*args, **arguments)

@@ -14,9 +14,8 @@ from ..call.weights import Weights
 class HasVariants:
     """A mixin of LSTM and LSTMCell, next to torch's RNNBase or RNNCellBase."""
 
-    # On the class, so that modules pickled by older versions have them; only modules with a variant have their own.
-    _peepholes: bool = False
-    _norms: tuple[str, ...] = ()
+    _peepholes: bool
+    _norms: tuple[str, ...]
     bias: bool
     hidden_size: int
 

@@ -7,7 +7,7 @@ import torch
 from ..call.choices import Backend
 from ..call.modes import recurrent_precision
 from ..dispatch.available import why_unavailable
-from ..dispatch.run import forget
+from ..dispatch.route import forget
 from ..kernels.cells import CELLS
 from ..kernels.problem import Problem
 

@@ -1,23 +1,22 @@
-"""Swap torch's LSTMs and GRUs inside a model for ours and back, and read the weights of Haste's LSTM."""
+"""Swap torch's LSTMs and GRUs inside a model for ours, and back."""
 
 import contextlib
 import logging
 import re
 import warnings
 from collections.abc import Mapping
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import GRUCell as TorchGRUCell
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from .. import compat as drop_in
-from ..call.checks import check_bool, check_tensor
-from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
-from ..modules.arguments import NOT_OF_TORCH, recast
+from ..call.checks import check_bool
+from ..modules import GRU, LSTM, GRUCell, LSTMCell
+from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
 
 _log = logging.getLogger("gpu_lstm")
 
@@ -30,7 +29,7 @@ _THEIRS: Classes = {ours: torchs for table in (_OURS, _INSTANCES) for torchs, ou
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# Types cannot say "exactly this class": a type checker takes a subclass, which is left alone, as converted too.
+# Types cannot say "exactly this class": to a type checker a subclass, which is left alone, is converted, too.
 @overload
 def convert(model: TorchLSTM, compat: bool = False) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
@@ -47,12 +46,12 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
     objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
     LSTMModule and GRUModule, which need instances of torch's classes, they become a compat.LSTM and compat.GRU. The
-    logger "gpu_lstm" reports at INFO what was swapped or left; a UserWarning says if nothing was, and no module of
-    gpu_lstm was there before.
+    logger "gpu_lstm" reports at INFO what was swapped or left; a UserWarning says if the model had nothing to swap, and
+    no module of gpu_lstm either.
 
     Args:
-        compat: every LSTM becomes a compat.LSTM, which is an instance of torch.nn.LSTM, every GRU a compat.GRU; those
-            of gpu_lstm, too, with their arguments.
+        compat: swap every LSTM, also of gpu_lstm, for a compat.LSTM, which is an instance of torch.nn.LSTM, and every
+            GRU for a compat.GRU.
 
     Returns:
         `model`; where it is itself one of these classes, a new module that shares its parameters.
@@ -126,9 +125,9 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
     return twins.get(model, model)
 
 
-def _check_that_torch_has_it(where: str, module: nn.Module) -> None:
-    if isinstance(module, StackedLSTM | StackedGRU):
-        states, kind = ("a pair", "LSTM") if isinstance(module, StackedLSTM) else ("a tensor", "GRU")
+def _check_that_torch_has_it(where: str, module: Any) -> None:
+    if takes_sequences(module) and module._role == "stack":
+        kind, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
         raise TypeError(
             f"{where} is a Stacked{kind} of sizes {module.hidden_sizes}, with {states} of states a layer; a "
             f"torch.nn.{kind} has layers of one size, and {states.replace('a ', 'one ')} of states for all"
@@ -142,55 +141,3 @@ def _name(cls: type) -> str:
     """The name of a class as users write it."""
     full = f"{cls.__module__}.{cls.__qualname__}"
     return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.(rnn|lstm|gru|cell|stacked)\.", r"\1.", full)
-
-
-def from_haste(source: nn.Module | Mapping[str, Tensor]) -> LSTM:
-    """A gpu_lstm.LSTM with the weights of a haste_pytorch.LSTM or LayerNormLSTM, on their device and in their dtype.
-
-    Args:
-        source: the module, whose batch_first and training flag are kept, or its state_dict: kernel [I, 4H],
-            recurrent_kernel [H, 4H] and bias [4H], with gates in the order i, g, f, o; of a LayerNormLSTM also gamma
-            [2, 4H], gamma_h [H] and beta_h [H], which become gain_ih and gain_hh, gain_c and bias_c.
-
-    Haste's one bias becomes bias_ih; bias_hh is zero.
-
-    Raises:
-        TypeError: something else, or a parameter that is not a tensor.
-        ValueError: other names or sizes than these, more than one dtype, or a module with zoneout or dropout (of the
-            recurrent weights).
-    """
-    if not isinstance(source, nn.Module | Mapping):
-        cls = type(source).__name__
-        raise TypeError(f"from_haste accepts a haste_pytorch.LSTM, a LayerNormLSTM or its state_dict, got {cls}")
-    state = source.state_dict() if isinstance(source, nn.Module) else source
-    plain, norms = ("kernel", "recurrent_kernel", "bias"), ("gamma", "gamma_h", "beta_h")
-    names = plain if set(state) == set(plain) else (*plain, *norms)
-    if set(state) != set(names):
-        raise ValueError(
-            f"expected the parameters {sorted(plain)} of a haste_pytorch.LSTM, with {sorted(norms)} those of a "
-            f"LayerNormLSTM, got {sorted(map(str, state))}"
-        )
-    for name in names:
-        check_tensor(state[name], name)
-    shapes = [list(state[name].shape) for name in names]
-    inputs, hidden = (shape[0] if shape else 0 for shape in shapes[:2])
-    rows, layer_norm = 4 * hidden, names != plain
-    if shapes != [[inputs, rows], [hidden, rows], [rows], [2, rows], [hidden], [hidden]][: len(names)]:
-        sizes = "[I, 4H], [H, 4H], [4H]" + ", [2, 4H], [H], [H]" * layer_norm
-        raise ValueError(f"expected sizes {sizes} of {', '.join(names)}, got {shapes}")
-    dtypes = {state[name].dtype for name in names}
-    if len(dtypes) > 1:
-        raise ValueError(f"expected parameters of one dtype, got {sorted(map(str, dtypes))}")
-    for name in ("zoneout", "dropout"):
-        if value := getattr(source, name, 0.0):
-            raise ValueError(f"the module has {name}={value}, which gpu_lstm.LSTM does not support")
-    of_gates = [state[name] for name in plain] + ([*state["gamma"]] if layer_norm else [])  # [..., 4H] each, i, g, f, o
-    parts = [t.chunk(4, dim=-1) for t in of_gates]
-    kernel, recurrent_kernel, bias, *gains = (torch.cat([i, f, g, o], dim=-1).t() for i, g, f, o in parts)  # [4H, ...]
-    weights = [kernel, recurrent_kernel, bias, torch.zeros_like(bias), *gains, *(state[name] for name in names[4:])]
-    lstm = LSTM(
-        inputs, hidden, batch_first=getattr(source, "batch_first", False), device=kernel.device, dtype=kernel.dtype,
-        layer_norm=layer_norm,
-    )  # fmt: skip
-    lstm.load_state_dict(dict(zip(lstm.state_dict(), weights, strict=True)))
-    return lstm.train(getattr(source, "training", True))

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ..backends.run import Route
 from ..backends.verify import cached_verdict
 from ..call.checks import check_tensor
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.modes import Transforms
 from ..call.prepare import Call, prepare
 from ..dispatch import available, race
+from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
-from ..dispatch.route import Decision, Route, build
-from ..dispatch.run import able_to_run, feature_of
+from ..dispatch.race import Decision
+from ..dispatch.route import able_to_run, feature_of
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules.arguments import takes_sequences
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def explain(
         TypeError: `module` is of none of these classes.
         ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
-    if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+    if not takes_sequences(module):
         cls = type(module)
         raise TypeError(
             f"explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got {cls.__module__}.{cls.__name__}"
@@ -187,7 +190,7 @@ def _how(call: Call, backend: Backend) -> str:
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
     packed, theirs = call.form.packed is not None, f"torch's own {call.options.cell.name.upper()}"
-    if packed and call.traversal.resets is None and call.options.role == "module":
+    if packed and call.traversal.resets is None and call.options.as_given:
         return f"{theirs} runs the PackedSequence as it is"
     if packed or not call.traversal.is_plain():
         return f"{theirs}, a call for each layer and direction; gates are shut from outside at ends and resets"
@@ -199,7 +202,7 @@ def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
     name = str(kind.dtype).removeprefix("torch.")
     if kind.dtype is not torch.float32 or device.type != "cuda":
         return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"
-    switches = kind.like.precision, torch.backends.cuda.matmul.fp32_precision
+    switches = kind.precision, torch.backends.cuda.matmul.fp32_precision
     inner, wide = ("TF32" if switch == "tf32" else "float32, exactly" for switch in switches)
     text = f"in the recurrence {inner} (torch.backends.cudnn.rnn.fp32_precision)"
     if backend is Backend.TORCH:

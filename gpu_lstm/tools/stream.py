@@ -11,11 +11,12 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from ..backends.layers import NOTHING
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
+from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules.arguments import takes_sequences
 
 Held = tuple[Tensor, ...]  # (h, c); of a GRU (h,)
-STACKS = (StackedLSTM, StackedGRU)
 
 
 class _StepGraph(NamedTuple):
@@ -51,7 +52,7 @@ class Stream:
     """
 
     def __init__(self, module: LSTM | GRU | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
-        if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+        if not takes_sequences(module):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
             cls = type(module).__name__
             raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {cls}{advice}")
@@ -62,7 +63,7 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        self._one_state = module._options().one_state
+        self._one_state, self._is_stack = module._options().one_state, module._role == "stack"
         zeros = self._accepted(None)  # of which two may be one tensor
         wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
@@ -73,7 +74,7 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """A copy of the state after the last step, as `module` returns it. To continue from another, set it, as hx."""
+        """A copy of the state after the last step, as `module` returns it. Set it, as hx, to continue from another."""
         return self._as_hx(_each(torch.clone, self._state))
 
     @state.setter
@@ -81,9 +82,9 @@ class Stream:
         self._update(_each(torch.clone, self._accepted(hx)))
 
     def _accepted(self, hx: Any) -> list[Held]:
-        """What `module` would begin a step with, checked as its call does."""
+        """The states that `module` would begin with, checked as its call checks hx."""
         module = self.module
-        if hx is not None and isinstance(module, LSTM):
+        if not (hx is None or self._one_state or self._is_stack):
             check_pair(hx)
             for name, state in zip(("h_0", "c_0"), hx):
                 check_tensor(state, name)
@@ -140,7 +141,7 @@ class Stream:
         self._check_for_each("index", index, torch.int64, torch.int32)
         outside = ((index < 0) | (index >= self.batch)).any()
         if index.is_cuda:
-            torch._assert_async(~outside, f"Expected index from 0 to {self.batch - 1}")
+            assert_on_device(~outside, f"Expected index from 0 to {self.batch - 1}")
         elif outside:
             raise ValueError(f"Expected index from 0 to {self.batch - 1}, got {index.tolist()}")
         self._update(_each(lambda t: t.index_select(-2, index), self._state))
@@ -155,11 +156,11 @@ class Stream:
             raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {value.device}")
 
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """A step or a chunk of the sequences that are active, and the states after it."""
+        """Run a step or a chunk, and update the states of sequences that are active."""
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, after = self.module(chunk, self._as_hx(self._state))
-        states: Any = after if isinstance(self.module, STACKS) else [after]
+        states: Any = after if self._is_stack else [after]
         if self._one_state:
             states = [(h,) for h in states]
         if active is not None:
@@ -189,18 +190,18 @@ class Stream:
         return graph.replay().clone()
 
     def _update(self, states: list[Held]) -> None:
-        """At once, so that an interrupt leaves the states of one step; in place on CUDA, where a graph reads them."""
+        """Set all states at once, so that an interrupt mixes no steps; in place on CUDA, where a graph reads them."""
         before, after = [t for state in self._state for t in state], [t for state in states for t in state]
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
             with torch.no_grad():
-                torch._foreach_copy_(before, after)
+                copy_all(before, after)
         else:
             self._state = states
 
     def _as_hx(self, states: list[Held]) -> Any:
         """As `module` accepts and returns them."""
         of_layers: Any = [h for (h,) in states] if self._one_state else states
-        return of_layers if isinstance(self.module, STACKS) else of_layers[0]
+        return of_layers if self._is_stack else of_layers[0]
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -220,7 +221,8 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
         finally:
             torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Not "global", in which memory that another thread allocates, say, would break the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             y = step()
 
     def replay() -> Tensor:

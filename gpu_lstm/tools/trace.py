@@ -10,17 +10,17 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ..backends.reference import Steps
+from ..backends.run import Route, run_by
 from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.prepare import prepare
 from ..call.weights import State
-from ..cells import EQUATIONS
-from ..cells.gru import Gates as GRUGates
-from ..cells.lstm import Gates as LSTMGates
 from ..dispatch.kind import dtype_of
-from ..dispatch.route import Route, run_by
+from ..equations import EQUATIONS
+from ..equations.gru import Gates as GRUGates
+from ..equations.lstm import Gates as LSTMGates
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import recast
+from ..modules.arguments import recast, takes_sequences
 
 Gates = TypeVar("Gates", LSTMGates, GRUGates)
 
@@ -77,17 +77,17 @@ def trace(
     """
     if ours := {TorchLSTM: LSTM, TorchGRU: GRU}.get(type(module)):
         module = recast(module, ours)
-    if not isinstance(module, LSTM | GRU | StackedLSTM | StackedGRU):
+    if not takes_sequences(module):
         raise TypeError(f"trace accepts an LSTM, a GRU or a stack of either, got {type(module).__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     record: list[Steps] = []
     call = prepare(module._options(), module._weights(), x, hx, lengths, resets, reset_states)
-    y, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
+    output, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
     directions = call.options.directions
     named = [EQUATIONS[call.options.cell.name].gates_of(*steps) for steps in record]
     layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     if isinstance(x, PackedSequence):
         lengths = pad_packed_sequence(x)[1].to(x.data.device)
         layers = [[type(gates)(*map(call.form.state_out, gates)) for gates in layer] for layer in layers]
-    return Trace(call.form.output(y), call.states_out(states), layers, None if lengths is None else lengths.reshape(-1))
+    return Trace(output, states, layers, None if lengths is None else lengths.reshape(-1))

@@ -5,15 +5,14 @@ The kernels are in cuda/, compiled at first use, when CuPy is imported. torch al
 
 import contextlib
 import functools
-import sys
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layer import Chosen, Layer, Refuses, Verify
-from ..memory import EVERY_BIT, Buffer, allocate, checking, gradients_in, gradients_of, margins
+from ..layer import Chosen, Refuses
+from ..memory import EVERY_BIT, Buffer, allocate, buffers_of, checking, gradients_in, margins
 from ..operands import as_words, transposed_gates
 from ..problem import Gradients, Pass, Problem, Recurrence, steps_of
 from ..timeouts import error_word
@@ -31,26 +30,24 @@ class Prepared:
         self._problem = p = problem._replace(projected=0)
         self._kernel = KERNELS[pass_.backward]
         self._error = error_word(device, self._kernel, trial)
-        row = 4 * words_of(p) // p.size  # elements of a row of words
+        row, self._buffers = 4 * words_of(p) // p.size, buffers_of(p, pass_)  # elements of a row of words
         if pass_.backward:
-            self._buffers = gradients_of(p) | {"dgates_ptr": Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)}
+            self._buffers["dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)
             if plan.partners > 1:
                 partials = Buffer(torch.int32, (p.batch, plan.partners, p.hidden), fill=EVERY_BIT)
                 self._buffers["partials_ptr"] = partials
         else:
-            self._buffers = {"h_ptr": Buffer(p.dtype, (p.batch, row), 1, EVERY_BIT)}  # and h0 at its end
-            if pass_.save:
-                self._buffers["c_ptr"] = Buffer(torch.float32, (p.batch, p.hidden), 0)
+            self._buffers["h_ptr"] = Buffer(p.dtype, (p.batch, row), 1, EVERY_BIT)  # and h0 at its end
+            self._buffers["c_n_ptr"] = self._buffers["c_n_ptr"]._replace(fill="c0")  # where c is read at every step
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward."""
         p, h0 = self._problem, r.inputs.h0
-        memory = allocate(self._buffers, steps_of(gates), gates)
-        h, c = memory["h_ptr"], memory.get("c_ptr")
+        memory = allocate(self._buffers, steps_of(gates), gates, r.inputs)
+        h, h_n, c_n, c = map(memory.get, ("h_ptr", "h_n_ptr", "c_n_ptr", "c_ptr"))
         _clear_words_without_unit(h, p)
         h[-1].zero_()
         h[-1, :, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-        h_n, c_n = h0.clone(), r.inputs.c0.clone()  # what a sequence of length 0 ends with
         self._launch(gates, r, weights=as_words(r.inputs.weight_hh, p.hidden, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
         return h[:-1, :, : p.hidden].contiguous(), h_n, c_n, c
 
@@ -59,7 +56,7 @@ class Prepared:
     ) -> Gradients:
         """As layer.Layer.backward."""
         p, steps = self._problem, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates)
+        memory = allocate(self._buffers, steps, gates, r.inputs)
         dgates, dc = memory["dgates_ptr"], memory["dc_ptr"]
         _clear_words_without_unit(dgates, p)
         if dc_n is not None:  # the kernel makes it the gradient of c0
@@ -87,23 +84,13 @@ def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
     rows.view(torch.int32)[..., ceil(p.hidden * p.size / 4) :] = 0
 
 
-@functools.cache
-def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """The layer of a problem on a device; every call returns the same one.
-
-    Raises:
-        ValueError: recurrent dropout, zoneout, peepholes or layer norms; or as Layer.
-    """
-    if problem.regularised or problem.weight_peephole or problem.normalised:
-        raise ValueError("backend 'cupy' has no recurrent dropout, zoneout, peepholes or layer norms")
-    return Layer(problem, device, sys.modules[__name__], verify)
+BACKEND, prepare = "cupy", Prepared
+"""See layer.Launcher; as what follows."""
 
 
-forget = layer_of.cache_clear
-"""Choose all plans again."""
-
-prepare = Prepared
-"""See layer.Launcher; as choose and describe."""
+def lacks(problem: Problem) -> str | None:
+    without = problem.regularised or problem.weight_peephole or problem.normalised
+    return "recurrent dropout, zoneout, peepholes or layer norms" if without else None
 
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:

@@ -81,7 +81,7 @@ class Plan:
         return self.of_h, self.hidden, self.units, self.warps, self.chunks, *((self.partners,) if backward else ())
 
 
-@functools.cache
+@functools.lru_cache(256)
 def choose_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     """The plan that is estimated to be the fastest. There is always one, since weights can be read at every step."""
     return min(plans(problem, card, backward), key=lambda plan: plan.clocks)

@@ -1,4 +1,4 @@
-"""What all inline assembly needs: the constraints of its operands and the types of its results."""
+"""What all inline assembly needs: the constraints of its results and arguments, and the types of its results."""
 
 import triton.language as tl
 
@@ -6,8 +6,8 @@ from .features import constexpr_function
 
 
 @constexpr_function
-def operands(*kinds: str | int) -> str:
-    """Constraints, given as a kind, the number of operands of that kind, the next kind..."""
+def constraints(*kinds: str | int) -> str:
+    """Given as a kind, how many results or arguments are of that kind, the next kind..."""
     return ",".join(",".join([kind] * count) for kind, count in zip(kinds[::2], kinds[1::2]))
 
 

@@ -7,9 +7,11 @@ from functools import partial
 import torch
 import triton
 
+from ..layer import Layer, forget
 from ..problem import Pass, Problem
+from . import launch
 from .choose import card_of, keep_measured, plans, why_it_does_not_fit
-from .launch import call_of, forget, layer_of, recorded_launches
+from .launch import call_of, recorded_launches
 from .planning import Plan
 
 logger = logging.getLogger("gpu_lstm")
@@ -65,10 +67,10 @@ def _call(
         if weight is not None:
             weight.normal_(std=width**-0.5)
     if forward is not None:
-        h, _, _, c = layer_of(problem, device).with_plan(forward).forward(gates, r, save=True)
+        h, _, _, c = Layer(problem, device, launch, trial=forward).forward(gates, r, save=True)
 
     def call(plan: Plan) -> Callable[[], object]:
-        layer = layer_of(problem, device).with_plan(plan)
+        layer = Layer(problem, device, launch, trial=plan)
         if forward is not None:
             return partial(layer.backward, h, None, None, gates, c, r)
         return partial(layer.forward, gates, r, save=True)

@@ -5,14 +5,14 @@ A plan is compiled for the card before it is chosen. Triton keeps the compiled k
 
 import bisect
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import io
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from math import ceil
-from types import ModuleType
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,28 +22,34 @@ from triton.compiler import ASTSource
 
 from .. import cache
 from ..cards import Card
+from ..ordering import in_order
+from ..private import load_kernel
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
+from .family import Family
 from .features import OPTIONS
 from .parameters import in_tuples
-from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
+from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, power_of_two
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
-MOST_LONGER = 1.25  # a plan that is compiled already may take so many times the best plan's estimated time
+MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
 SLOW_S = 2.0  # after which a log line says what is happening
-KIND = "plans"  # of cached results
+KIND = cache.PLANS  # of cached results
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
-FAMILIES: dict[type, ModuleType] = {
-    Resident: resident, Cooperative: cooperative, Pointwise: pointwise, Step: step, Held: step
+FAMILIES: dict[type, Family] = {
+    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step.STEP,
+    Held: step.HELD,
 }  # fmt: skip
-"""Each module has KERNELS, forward and backward, the buffers that they write and the OPERANDS that they read."""
+"""By the class of a plan's family."""
 
 logger = logging.getLogger("gpu_lstm")
 
-plans_in_use: dict[tuple[Problem, Card, Pass], dict[int, Plan]] = {}
-"""By problem without its batch, card and pass; then by batch."""
+in_use: set[tuple] = set()
+"""Plans that fit and compute the right numbers, as `_identity` names them: nothing is tried again for another batch."""
+_multiprocessors: dict[tuple[torch.device, int | None], int] = {}
+"""Of each context that planned for a device."""
 
 CURES = {  # remedies for Triton's errors where nothing can be launched, by a part of the message
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
@@ -67,7 +73,22 @@ def empty_kernel():
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The plans to try, the best estimate first, before any is measured. The step family's is always among them."""
+    """The plans to try, in this order, before any is measured. The step family's is always among them.
+
+    They are those of the next power of two of sequences, so that batches share kernels; or of this batch alone, if its
+    best one is estimated to be much faster. What was called before does not matter.
+    """
+    alone = _plans(problem, card, backward)
+    if problem.batch in (0, most := power_of_two(problem.batch)):
+        return list(alone)
+    shared = [plan.fitted(problem) for plan in _plans(problem._replace(batch=most), card, backward)]
+    seconds, best = (expected_seconds(problem, card, each[0], backward) for each in (shared, alone))
+    return shared if seconds <= MOST_LONGER * best else list(alone)
+
+
+@functools.lru_cache(256)
+def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
+    """Those for this batch alone, the best estimate first."""
 
     def seconds(plan: Plan) -> float:
         return expected_seconds(problem, card, plan, backward)
@@ -97,8 +118,20 @@ def card_of(device: torch.device) -> Card:
     properties = torch.cuda.get_device_properties(device)
     card, count = card_with(properties), properties.multi_processor_count
     if not torch.cuda.is_current_stream_capturing():
-        count = _multiprocessors_of_context(device, count, properties.max_threads_per_multi_processor)
+        with torch.cuda.device(device):
+            key = device, _context()
+            if key not in _multiprocessors:
+                of_all = device, count, properties.max_threads_per_multi_processor
+                _multiprocessors[key] = in_order(1, device, _multiprocessors_of_context, *of_all)
+            count = _multiprocessors[key]
     return dataclasses.replace(card, multiprocessors=count - spare_multiprocessors(count))
+
+
+def _context() -> int | None:
+    """The driver's current context. torch and Triton have loaded the driver."""
+    context = ctypes.c_void_p()
+    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    return context.value
 
 
 def _multiprocessors_of_context(device: torch.device, count: int, threads: int) -> int:
@@ -107,45 +140,32 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
     It is found as the largest cooperative grid of an empty kernel that the driver accepts.
     """
     blocks = threads // (32 * EMPTY["num_warps"])  # of a multiprocessor
-    with torch.cuda.device(device):
-        empty = load(empty_kernel, (1,), EMPTY)
+    empty = load(empty_kernel, (1,), EMPTY)
 
-        def is_too_large(multiprocessors: int) -> bool:
-            try:
-                with errors_as_of_torch():
-                    empty[(multiprocessors * blocks, 1, 1)]()
-                return False
-            except RuntimeError as error:
-                if "too many blocks" not in str(error):
-                    raise
-                return True
+    def is_too_large(multiprocessors: int) -> bool:
+        try:
+            with errors_as_of_torch():
+                empty[(multiprocessors * blocks, 1, 1)]()
+            return False
+        except RuntimeError as error:
+            if "too many blocks" not in str(error):
+                raise
+            return True
 
-        if not is_too_large(count):
-            return count
-        largest = max(1, bisect.bisect(range(1, count), False, key=is_too_large))
+    if not is_too_large(count):
+        return count
+    largest = max(1, bisect.bisect(range(1, count), False, key=is_too_large))
     cache.warn_once(f"kernels use {largest} of the {count} multiprocessors of {device}: the context has no more")
     return largest
 
 
 def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
-    """The plans of a pass: first the measured one, if there is one; or one that is already in use for a larger batch.
-
-    Every plan can run smaller batches, too. So nothing is compiled for the last, smaller batch of an epoch.
-    """
+    """The plans of a pass to try: first the measured one, if there is one."""
     if card is INTERPRETER:
         return [step.step_plan(problem, card, pass_.backward)]  # others are written thread by thread: slow there
     measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
-    for plan in proposed:  # whatever a file says, only a proposed and verified plan runs
-        if plan.as_json() == measured:
-            return [plan, *proposed]
-    in_use = plans_in_use.get((problem._replace(batch=0), card, pass_), {})
-    if larger := [batch for batch in list(in_use) if batch > problem.batch]:
-        plan = in_use[min(larger)]
-        here = dataclasses.replace(plan, tiles_per_program=ceil(ceil(problem.batch / plan.rows) / plan.groups))
-        seconds, best = (expected_seconds(problem, card, each, pass_.backward) for each in (here, proposed[0]))
-        if seconds <= MOST_LONGER * best:
-            return [plan, *proposed]
-    return proposed
+    # Whatever a file says, only a proposed and verified plan runs.
+    return [plan for plan in proposed if measured and plan.as_json() == measured] + proposed
 
 
 def choose_plan(
@@ -167,19 +187,30 @@ def choose_plan(
     if device.type != "cuda":
         return proposed[0]
     always = step.step_plan(problem, card, pass_.backward)
-    refused = []
-    with _log_if_slow():
-        for plan in (*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == always)):
+    tried = [*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == always)]
+    identity = partial(_identity, problem, device, pass_)
+    capturing, refused = torch.cuda.is_current_stream_capturing(), []
+    if capturing:  # when nothing is verified
+        tried.sort(key=lambda plan: identity(plan) not in in_use)
+    for plan in tried:
+        if (key := identity(plan)) in in_use:
+            return plan
+        with _log_if_slow():
             reason = why_it_does_not_fit(launches(plan), plan.blocks)
             if reason is None and refuses is not None:
                 reason = refuses(plan)
-            if reason is None:
-                if not torch.cuda.is_current_stream_capturing():
-                    plans_in_use.setdefault((problem._replace(batch=0), card, pass_), {})[problem.batch] = plan
-                return plan
-            refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
-            logger.info("a plan does not fit: %s", refused[-1])
+        if reason is None:
+            if not capturing:
+                in_use.add(key)
+            return plan
+        refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
+        logger.info("a plan does not fit: %s", refused[-1])
     raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
+
+
+def _identity(problem: Problem, device: torch.device, pass_: Pass, plan: Plan) -> tuple:
+    """What decides whether a plan can be used: all but how many sequences there are."""
+    return problem._replace(batch=0, side_by_side=1), device, pass_, *plan.identity.values()
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
@@ -209,7 +240,7 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
     """
     with errors_as_of_torch():
         compiled = kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
-        compiled._init_handles()
+        load_kernel(compiled)
     return compiled
 
 

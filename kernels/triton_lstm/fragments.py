@@ -6,7 +6,7 @@ uses h as the other operand as it arrives, without a change of layout and withou
 
 A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
 and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring elements of half precision, or one of float32.
-Every thread of a warp holds parts of A, B and D, by its
+Every thread of a warp has elements of A, B and D, by its
 
     column   lane // 4: a sequence in B; the rows column and column + 8 in A and D
     quarter  lane % 4: two words of K in A and B; the sequences 2 quarter and 2 quarter + 1 in D
@@ -20,7 +20,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .assembly import operands, types
+from .assembly import constraints, types
 from .features import constexpr_function
 
 SEQUENCES = tl.constexpr(8)  # of a product
@@ -73,7 +73,7 @@ def product(
     CHUNKS: tl.constexpr = len(x) // 4
     TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
     return tl.inline_asm_elementwise(
-        products(CHUNKS, TILES, DTYPE), operands("=&f", 4 * TILES, "r", len(weights) + len(x)),
+        products(CHUNKS, TILES, DTYPE), constraints("=&f", 4 * TILES, "r", len(weights) + len(x)),
         weights + x, dtype=types(tl.float32, 4 * TILES), is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def product(
 @triton.jit
 def scale(
     x,  # as for `product`
-    factors_at,  # [THREADS] pointers to words: of the first quad
+    factors_ptr,  # [THREADS] pointers to words: of the first quad
     left,  # [THREADS] how many words there are from here on
     STRIDE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +89,7 @@ def scale(
     scaled = ()
     for n in tl.static_range(len(x)):
         offset = n // 4 * STRIDE + n % 4
-        factors = tl.load(factors_at + offset, mask=left > offset, other=0)
+        factors = tl.load(factors_ptr + offset, mask=left > offset, other=0)
         if tl.float32 == DTYPE:
             word = (x[n].to(tl.float32, bitcast=True) * factors.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
         else:
@@ -110,11 +110,11 @@ def share(
     values,  # tuple of [THREADS]
     sequences,  # tuple of [THREADS]: to which sequence each belongs, repeated as often as needed
     elements,  # tuple of [THREADS]: and which element of its row
-    turn,  # 0 and 1 alternately, so that a call does not write where the one before did
+    buffer,  # 0 and 1 alternately, so that a call does not write where the one before did
     CHUNKS: tl.constexpr,  # of a row; even
 ):
-    """Share 8 rows of K, held in parts by a program's threads, with all its warps, through shared memory
-    [2, 8 sequences, 16 CHUNKS words] and with one barrier, as `sum_over_warps`. Returns their place, for `take`."""
+    """Share 8 rows of K, of which each of a program's threads has some elements, with all its warps, through shared
+    memory [2, 8 sequences, 16 CHUNKS words] with one barrier, as `sum_over_warps`. Returns their place, for `take`."""
     COUNT: tl.constexpr = len(values)
     SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
     bits, places = (), ()
@@ -122,8 +122,8 @@ def share(
         bits = bits + (values[n].to(tl.int16 if SIZE == 2 else tl.int32, bitcast=True),)
         places = places + (shared_place(sequences[n % len(sequences)], elements[n] * SIZE, CHUNKS),)
     return tl.inline_asm_elementwise(
-        sharing(COUNT, CHUNKS, SIZE), operands("=&r", 1, "h" if SIZE == 2 else "r", COUNT, "r", COUNT + 1),
-        bits + places + (turn,), dtype=tl.int32, is_pure=False, pack=1,
+        sharing(COUNT, CHUNKS, SIZE), constraints("=&r", 1, "h" if SIZE == 2 else "r", COUNT, "r", COUNT + 1),
+        bits + places + (buffer,), dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def take(
     even = shared + shared_place(thread.column, 16 * thread.quarter, CHUNKS)
     odd = shared + shared_place(thread.column, 16 * thread.quarter + 64, CHUNKS)
     return tl.inline_asm_elementwise(
-        taking(FIRST, COUNT), operands("=&r", 4 * COUNT, "r", 2),
+        taking(FIRST, COUNT), constraints("=&r", 4 * COUNT, "r", 2),
         [even, odd], dtype=types(tl.int32, 4 * COUNT), is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -155,28 +155,28 @@ def shared_place(sequence, byte, CHUNKS: tl.constexpr):
 
 @triton.jit
 def sum_over_warps(
-    parts,  # of product: each warp has another part of K
+    products,  # of `product`: each warp has multiplied other words of K
     rows,  # tuple of [THREADS]: which rows of the sum a thread wants
     sequences,  # tuple of [THREADS]: and of which sequence, repeated as often as needed
     wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; elsewhere sums are undefined
-    turn,  # as for `share`
+    buffer,  # as for `share`
     WARPS: tl.constexpr,
 ):
     """Elements of the sum of all warps' products, as many [THREADS] float32, in the same order every time.
 
-    In shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one half is read, the other half is
+    In shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one buffer is read, the other is
     written. Warps that want nothing leave its bandwidth to the others.
     """
     COUNT: tl.constexpr = len(rows)
-    TILES: tl.constexpr = len(parts) // 4
+    TILES: tl.constexpr = len(products) // 4
     thread = threads(WARPS)
     row, sequence = thread.warp * (16 * TILES) + thread.column, 2 * thread.quarter
     places = (place(row, sequence), place(row + 8, sequence))
     for n in tl.static_range(COUNT):
         places = places + (place(rows[n], sequences[n % len(sequences)]),)
     return tl.inline_asm_elementwise(
-        summation(COUNT, TILES, WARPS), operands("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 4),
-        parts + places + (turn, wanted.to(tl.int32)), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
+        summation(COUNT, TILES, WARPS), constraints("=&f", COUNT, "f", 4 * TILES, "r", COUNT + 4),
+        products + places + (buffer, wanted.to(tl.int32)), dtype=types(tl.float32, COUNT), is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -216,34 +216,34 @@ def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
 
 @constexpr_function
 def summation(count: int, tiles: int, warps: int) -> str:
-    """PTX of `sum_over_warps`: sums, parts, where the two rows of a thread begin, where sums lie, the turn, wanted."""
-    part = 4 * 8 * 16 * tiles  # bytes of a warp
-    store, load, turn = count + 4 * tiles, count + 4 * tiles + 2, 2 * count + 4 * tiles + 2
+    """PTX of `sum_over_warps`: sums, products, where the two rows of a thread begin, where sums lie, buffer, wanted."""
+    size = 4 * 8 * 16 * tiles  # bytes of a warp
+    store, load, buffer = count + 4 * tiles, count + 4 * tiles + 2, 2 * count + 4 * tiles + 2
     lines = [
-        f".shared .align 16 .b8 parts[{2 * warps * part}];",
+        f".shared .align 16 .b8 sums[{2 * warps * size}];",
         ".reg .b32 begin, at;", ".reg .f32 element;", ".reg .pred nothing;",
-        "mov.u32 begin, parts;", f"mad.lo.u32 begin, ${turn}, {warps * part}, begin;",
+        "mov.u32 begin, sums;", f"mad.lo.u32 begin, ${buffer}, {warps * size}, begin;",
     ]  # fmt: skip
     for half in range(2):
         lines.append(f"add.u32 at, begin, ${store + half};")
         for tile in range(tiles):
-            part_of = count + 4 * tile + 2 * half
-            lines.append(f"st.shared.v2.f32 [at + {4 * 8 * 16 * tile}], {{${part_of}, ${part_of + 1}}};")
-    lines += ["bar.sync 0;", f"setp.eq.s32 nothing, ${turn + 1}, 0;", "@nothing bra.uni SUMMED;"]
+            product = count + 4 * tile + 2 * half
+            lines.append(f"st.shared.v2.f32 [at + {4 * 8 * 16 * tile}], {{${product}, ${product + 1}}};")
+    lines += ["bar.sync 0;", f"setp.eq.s32 nothing, ${buffer + 1}, 0;", "@nothing bra.uni SUMMED;"]
     for n in range(count):
         lines += [f"add.u32 at, begin, ${load + n};", f"ld.shared.f32 ${n}, [at];"]
         for warp in range(1, warps):
-            lines += [f"ld.shared.f32 element, [at + {warp * part}];", f"add.f32 ${n}, ${n}, element;"]
+            lines += [f"ld.shared.f32 element, [at + {warp * size}];", f"add.f32 ${n}, ${n}, element;"]
     return "\n".join(["{", *lines, "SUMMED:", "}"])
 
 
 @constexpr_function
 def sharing(count: int, chunks: int, size: int) -> str:
-    """PTX of `share`: where it lies, the values, their places, the turn."""
-    half = 8 * 64 * chunks  # bytes of one of the two buffers
+    """PTX of `share`: where it lies, the values, their places, the buffer."""
+    size_of_buffer = 8 * 64 * chunks
     lines = [
-        f".shared .align 16 .b8 shared[{2 * half}];", ".reg .b32 at;",
-        "mov.u32 $0, shared;", f"mad.lo.u32 $0, ${2 * count + 1}, {half}, $0;",
+        f".shared .align 16 .b8 shared[{2 * size_of_buffer}];", ".reg .b32 at;",
+        "mov.u32 $0, shared;", f"mad.lo.u32 $0, ${2 * count + 1}, {size_of_buffer}, $0;",
     ]  # fmt: skip
     for n in range(1, count + 1):
         lines += [f"add.u32 at, $0, ${count + n};", f"st.shared.b{8 * size} [at], ${n};"]

@@ -14,34 +14,39 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .cells import next_cell
-from .cells.lstm import mix, mix_backward
-
-Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common
-Sequences = namedtuple("Sequences", "index in_batch length")  # of some: where in the batch, whether there is one
-# Some sequences and units at a step: tensors are [BB] of sequences, [BH] of units, [BB, BH] of cells.
-Tile = namedtuple("Tile", "batch_tile unit_tile unit sequence place row_prev cells")
+Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common: [B], [T*B], how many
+# Some sequences, [BB] or one for each of [THREADS]: where in the batch, whether there is one, and its length.
+Sequences = namedtuple("Sequences", "index in_batch length")
+# Some sequences and units at a step: numbers of both tiles, units [BH], Sequences and Position [BB], Cells [BB, BH].
+Tile = namedtuple("Tile", "batch_tile unit_tile unit sequence position cells")
 
 
 class Position(NamedTuple):
-    """Where sequences are at a step."""
+    """Where sequences are at a step, each [BB] or [THREADS]."""
 
     time: tl.tensor
     row: tl.tensor  # of [T*B, *]
+    row_prev: tl.tensor  # see row_before
     valid: tl.tensor  # no padding
     continues: tl.tensor  # and not reset before the step
+    is_last: tl.tensor  # the sequence ends
 
 
 class Cells(NamedTuple):
-    """Where cells are at a step, each a unit of a sequence, and which of them there are."""
+    """Where cells are at a step, each a unit of a sequence, and which of them there are: [BB, BH] or [THREADS].
+
+    What is called `at` is an offset from the pointer to a tensor, in elements.
+    """
 
     at: tl.tensor  # in [T*B, H]
-    gates_at: tl.tensor  # in [T*B, 4H], of gate i
+    prev_at: tl.tensor  # of the state before, in [B, H] at step 0, in [T*B, H] after
+    gates_at: tl.tensor  # in [T*B, 4H], of the first gate
     state_at: tl.tensor  # in [B, H]
     in_tile: tl.tensor  # a unit of a sequence in the batch
     valid: tl.tensor  # no padding
     continues: tl.tensor  # the state before is that of the step before
     reset: tl.tensor  # it is not, but zero or what it is reset to
+    is_last: tl.tensor  # the sequence ends: [BB, 1] or [THREADS]
 
 
 @triton.jit
@@ -100,16 +105,17 @@ def position(step, sequence, batch, REVERSE: tl.constexpr):
     row = row_of(time, sequence.index, batch.B)
     valid = sequence.in_batch & (step < sequence.length)
     continues = valid & ~is_reset(time, sequence, batch, REVERSE)
-    return Position(time, row, valid, continues)
+    row_prev = row_before(step, time, sequence.index, batch.B, REVERSE)
+    return Position(time, row, row_prev, valid, continues, step == sequence.length - 1)
 
 
 @triton.jit
-def cells_at(sequence, place, unit, in_units, H):
-    """The Cells of some Sequences at their Position: a unit of each, where `in_units`. All have one shape."""
-    valid, continues = place.valid & in_units, place.continues & in_units
-    at, gates_at = place.row * H + unit, place.row * (4 * H) + unit
-    state_at = sequence.index.to(tl.int64) * H + unit
-    return Cells(at, gates_at, state_at, sequence.in_batch & in_units, valid, continues, valid & ~continues)
+def cells_at(sequence, position, unit, in_units, H):
+    """The Cells of some Sequences at their Position: a unit of each, where `in_units`."""
+    at, prev_at, gates_at = position.row * H + unit, position.row_prev * H + unit, position.row * (4 * H) + unit
+    state_at, in_tile = sequence.index.to(tl.int64) * H + unit, sequence.in_batch & in_units
+    valid, continues = position.valid & in_units, position.continues & in_units
+    return Cells(at, prev_at, gates_at, state_at, in_tile, valid, continues, valid & ~continues, position.is_last)
 
 
 @triton.jit
@@ -125,10 +131,10 @@ def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
     unit = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
     place = position(step, sequence, batch, S.REVERSE)
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
-    at_rows = Position(None, place.row[:, None], place.valid[:, None], place.continues[:, None])
+    rows, rows_prev = place.row[:, None], place.row_prev[:, None]
+    at_rows = Position(None, rows, rows_prev, place.valid[:, None], place.continues[:, None], place.is_last[:, None])
     cells = cells_at(of_rows, at_rows, unit[None, :], (unit < H)[None, :], H)
-    row_prev = row_before(step, place.time, sequence.index, batch.B, S.REVERSE)
-    return Tile(batch_tile, unit_tile, unit, sequence, place, row_prev, cells)
+    return Tile(batch_tile, unit_tile, unit, sequence, place, cells)
 
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
@@ -137,16 +143,12 @@ def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
 
 
 @triton.jit
-def rows_of_product(xs, ORDERED: tl.constexpr):
-    """Each [rows] of a tile; if ORDERED, 8 of its first half, 8 of its second, 8 of its first, ..."""
-    ROWS: tl.constexpr = xs[0].shape[0]
+def rows_of_product(x, ORDERED: tl.constexpr):
+    """Reorders a [rows] vector if ORDERED: blocks of 8 rows alternate between the first and the second half."""
+    ROWS: tl.constexpr = x.shape[0]
     if ORDERED and ROWS >= 16:
-        ordered = ()
-        for n in tl.static_range(len(xs)):
-            x = tl.permute(tl.reshape(xs[n], (2, ROWS // 16, 8)), (1, 0, 2))
-            ordered = ordered + (tl.reshape(x, (ROWS,)),)
-        xs = ordered
-    return xs
+        x = tl.reshape(tl.permute(tl.reshape(x, (2, ROWS // 16, 8)), (1, 0, 2)), (ROWS,))
+    return x
 
 
 @triton.jit
@@ -175,7 +177,7 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
 @triton.jit
 def row_of_gate(gate, unit, S: tl.constexpr):
     """The row of W_hh for a gate of units; -1 where there is none."""
-    FIRST: tl.constexpr = 4 - S.GATES  # the gates before have no part from h
+    FIRST: tl.constexpr = 4 - S.GATES  # h does not reach the gates before
     row = tl.where(unit < S.H, gate * S.H + unit, -1)
     if FIRST > 0:
         row = tl.where((unit < S.H) & (gate >= FIRST), (gate - FIRST) * S.H + unit, -1)
@@ -189,170 +191,3 @@ def split_gates(z):
     i, g = tl.split(ig)
     f, o = tl.split(fo)
     return i, f, g, o
-
-
-# Tiles are loaded as float32 by offsets and masks of `Cells`.
-
-
-@triton.jit
-def load_gates(gates_ptr, at, mask, H: tl.constexpr, AS_STORED: tl.constexpr = False):
-    """(i, f, g, o) of a tile of a [rows, 4H] tensor; `at` is its offsets for gate i. AS_STORED: not converted yet."""
-    gates = ()
-    for n in tl.static_range(4):
-        gate = tl.load(gates_ptr + at + n * H, mask=mask, other=0.0)
-        gates = gates + (gate if AS_STORED else gate.to(tl.float32),)
-    return gates
-
-
-@triton.jit
-def as_float(gates):
-    """What load_gates loaded AS_STORED."""
-    i, f, g, o = gates
-    return i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
-
-
-@triton.jit
-def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
-    """The reverse of load_gates, rounded to the tensor's dtype."""
-    for n in tl.static_range(4):
-        tl.store(gates_ptr + at + n * H, gates[n], mask=mask)
-
-
-@triton.jit
-def load_peepholes(weight_peephole_ptr, unit, H: tl.constexpr):
-    """The peepholes of some units to the gates i, f and o, from [3H]; () where there are none."""
-    peepholes = ()
-    if weight_peephole_ptr is not None:
-        for n in tl.static_range(3):
-            weight = tl.load(weight_peephole_ptr + n * H + unit, mask=unit < H, other=0.0)
-            peepholes = peepholes + (weight.to(tl.float32),)
-    return peepholes
-
-
-@triton.jit
-def load_affine(gain_ptr, bias_ptr, unit, H: tl.constexpr):
-    """(gain, bias) of a layer norm for some units, from [H]; zeros where there is no bias."""
-    gain, bias = tl.load(gain_ptr + unit, mask=unit < H, other=0.0).to(tl.float32), tl.zeros(unit.shape, tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)
-    return gain, bias
-
-
-@triton.jit
-def reset_to(before, reset_ptr, cells):
-    """The state before a step; where that is reset, and so zero, the one of `reset_ptr`, if there is one."""
-    if reset_ptr is not None:
-        before += tl.load(reset_ptr + cells.at, mask=cells.reset, other=0.0).to(tl.float32)
-    return before
-
-
-@triton.jit
-def load_state(state_ptr, reset_ptr, cells):
-    """The state before a step, from where the step before left it."""
-    before = tl.load(state_ptr + cells.state_at, mask=cells.continues, other=0.0).to(tl.float32)
-    return reset_to(before, reset_ptr, cells)
-
-
-@triton.jit
-def load_saved(saved, step, row_prev, unit, cells, H: tl.constexpr, AS_STORED: tl.constexpr = False):
-    """What forward saved of a step: (activated gates, AS_STORED as in `load_gates`; c; c before it)."""
-    gates = load_gates(saved.gates_ptr, cells.gates_at, cells.valid, H, AS_STORED)
-    c = tl.load(saved.c_ptr + cells.at, mask=cells.valid, other=0.0)
-    return gates, c, load_c_before(saved, step, row_prev, unit, cells, H)
-
-
-@triton.jit
-def load_c_before(saved, step, row_prev, unit, cells, H: tl.constexpr):
-    """c before a step, as forward saved it, in row `row_before`."""
-    prev_at = row_prev * H + unit
-    is_first = tl.zeros(prev_at.shape, tl.int32) + step == 0
-    c_prev = tl.load(saved.c0_ptr + prev_at, mask=cells.continues & is_first, other=0.0)
-    c_prev += tl.load(saved.c_ptr + prev_at, mask=cells.continues & ~is_first, other=0.0)
-    return reset_to(c_prev, saved.reset_c_ptr, cells)
-
-
-@triton.jit
-def load_gradients_given(hidden, is_last, cells):
-    """The gradients that backward is given, as they are stored: of the step's h and, where it `is_last`, of h_n."""
-    given = ()
-    if hidden.dh_ptr is not None:
-        given = given + (tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0),)
-    if hidden.dh_n_ptr is not None:
-        given = given + (tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.valid & is_last, other=0.0),)
-    return given
-
-
-@triton.jit
-def add_as_float(x, others):
-    """x and all others."""
-    for n in tl.static_range(len(others)):
-        x += others[n].to(tl.float32)
-    return x
-
-
-@triton.jit
-def load_share(zoneout_ptr, cells):
-    """The share of the previous state that stays: of each cell by a mask, or one float32 for all."""
-    if zoneout_ptr.dtype.element_ty == tl.float32:
-        share = tl.load(zoneout_ptr)
-    else:
-        share = tl.load(zoneout_ptr + cells.at, mask=cells.valid, other=0).to(tl.float32)
-    return share
-
-
-@triton.jit
-def zoneout(zoneout_ptr, cells, before, new):
-    """The state after a step that computed `new`: with zoneout a share of it stays as `before`."""
-    if zoneout_ptr is not None:
-        new = mix(load_share(zoneout_ptr, cells), before, new)
-    return new
-
-
-@triton.jit
-def zoneout_h_backward(dh, hidden, cells):
-    """dh, without the part through zoneout of the step after -> the gradient of the h that the step computed. That part
-    is in dh_from_zoneout, and is replaced by this step's."""
-    if hidden.zoneout_h_ptr is not None:
-        dh += tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        dh_prev, dh = mix_backward(load_share(hidden.zoneout_h_ptr, cells), dh)
-        if hidden.dreset_h_ptr is not None:
-            tl.store(hidden.dreset_h_ptr + cells.at, dh_prev, mask=cells.reset)
-        from_zoneout = tl.where(cells.continues, dh_prev, 0.0)
-        tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, from_zoneout, mask=cells.valid)
-    return dh
-
-
-@triton.jit
-def zoneout_c_backward(dc, zoneout_c_ptr, gates, c, c_prev, cells, S: tl.constexpr):
-    """Gradient of c after zoneout -> (that of c as the step computed it, this c, the gradient of c_prev by zoneout)."""
-    dc_prev = tl.zeros_like(dc)
-    if zoneout_c_ptr is not None:
-        c = next_cell(gates, c_prev, S)  # the saved one is after zoneout
-        dc_prev, dc = mix_backward(load_share(zoneout_c_ptr, cells), dc)
-    return dc, c, dc_prev
-
-
-@triton.jit
-def store_hidden(h, tile, step, hidden, h_prev_ptr, P: tl.constexpr):
-    """Store h of a tile, after zoneout, and h_n of sequences whose last step it is; returns that h. The state before
-    the step is in h_prev_ptr, h0 or h."""
-    cells, is_last = tile.cells, step == tile.sequence.length - 1
-    if hidden.zoneout_h_ptr is not None:
-        prev_at = tile.row_prev[:, None] * P + tile.unit[None, :]
-        h_prev = tl.load(h_prev_ptr + prev_at, mask=cells.continues, other=0.0).to(tl.float32)
-        h_prev = reset_to(h_prev, hidden.reset_h_ptr, cells)
-        h = zoneout(hidden.zoneout_h_ptr, cells, h_prev, h)
-    tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
-    tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & is_last[:, None])
-    return h
-
-
-@triton.jit
-def gradient_of_h(dh, tile, step, hidden):
-    """What the product of the step after returned -> the gradient of h that the step computed."""
-    cells = tile.cells
-    if hidden.dropout_h_ptr is not None:
-        dh *= tl.load(hidden.dropout_h_ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
-    is_last = (step == tile.sequence.length - 1)[:, None]
-    dh = add_as_float(dh, load_gradients_given(hidden, is_last, cells))
-    return zoneout_h_backward(dh, hidden, cells)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import sys
 from collections.abc import Callable
 from functools import partial
 from math import ceil
@@ -15,11 +14,11 @@ from torch import Tensor
 
 from ..cards import REGISTERS
 from ..cells import CELLS
-from ..layer import Chosen, Layer, Refuses, Verify
-from ..memory import Buffer, allocate, checking, gradients_in, gradients_of, margins, results_of
+from ..layer import Chosen, Refuses
+from ..memory import allocate, checking, gradients_in, margins, results_of
 from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
-from ..timeouts import KERNELS, error_word
-from . import features, pointwise
+from ..timeouts import error_word
+from . import features
 from .choose import (
     FAMILIES,
     RecordedLaunch,
@@ -29,11 +28,9 @@ from .choose import (
     errors_as_of_torch,
     load,
     measured_plan,
-    plans_in_use,
 )  # fmt: skip
-from .cooperative import EXCHANGED
 from .parameters import Sizes, in_tuples, names_of
-from .planning import Cooperative, Held, Plan, Pointwise, Step
+from .planning import Plan
 
 INTERPRETED: bool = features.INTERPRETED.value
 
@@ -89,59 +86,35 @@ class Prepared:
         self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False,
         launch: Launch | None = None,
     ) -> None:  # fmt: skip
-        family, backward = plan.family, pass_.backward
-        module = FAMILIES[type(family)]
-        waits = isinstance(family, Cooperative)
-        if isinstance(family, Step | Held):  # unless the launch is one round of tiles
-            waits = problem.steps > 1 or family.parts > 1 or problem.projected > 0 or problem.normalised
-        self.plan, self.at_once = plan, plan.side_by_side if waits else None
-        self.projects_outside = problem.projected > 0 and not isinstance(family, Step)
+        family, backward = FAMILIES[type(plan.family)], pass_.backward
+        self.plan, self.projects_outside = plan, problem.projected > 0 and not family.projects
         if self.projects_outside:
             problem = problem._replace(projected=0)
-        self._problem, self._batch, self._launch = problem, problem.batch, launch
-        kernel = module.KERNELS[backward]
+        waits = family.waits(problem, plan)
+        self.at_once = plan.side_by_side if waits else None
+        self._problem, self._batch = problem, problem.batch
+        kernel = family.kernels[backward]
         options = dict(
             num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
-        self._kernel = Kernel(kernel, plan.grid, _sizes(problem, plan), options)
-        self._error = error_word(device, kernel.__name__, trial) if kernel.__name__ in KERNELS else None
-        self._loop = pointwise.LOOPS[backward] if isinstance(family, Pointwise) else None
+        self._start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan), options), launch)
+        self._error = error_word(device, kernel.__name__, trial) if waits else None
+        loop, self._operands, self._result = (
+            pair[backward] for pair in (family.loops, family.operands, family.results)
+        )
+        if loop is not None:  # a launch a step
+            self._start = partial(loop, self._start, p=problem)
+        self._buffers = family.buffers(problem, plan, pass_)
         names = tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
-
-        self._operands = module.OPERANDS[backward]
-        self._buffers = gradients_of(problem) if backward else results_of(problem)
-        h = self._buffers.get("h_ptr")
-        self._buffers |= module.buffers(problem, plan, backward)
-        if waits:  # counts the programs of each batch tile that have arrived
-            self._buffers["arrivals_ptr"] = Buffer(torch.int32, (ceil(problem.batch / plan.rows),), fill=0)
-        if not pass_.save:
-            del self._buffers["c_ptr"]
-        if EXCHANGED in self._buffers and not problem.gain_hh:  # then dgates are what is exchanged
-            del self._buffers["dgates_ptr"]
-        # Final states are written at every step, except for sequences of length 0; cooperative kernels read c there.
-        self._starts: dict[str, str] = {}
-        if not backward and problem.lengths is not None:
-            self._starts = {"h_n_ptr": "h0", "c_n_ptr": "c0"}
-        elif not backward and isinstance(family, Cooperative):
-            self._starts = {"c_n_ptr": "c0"}
-        for name in self._starts:
-            del self._buffers[name]
-        written = self._buffers.get("h_ptr")
-        self._h_is_cut = None if written == h else written.size != h.size  # rows of words; else h0 at its end
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward, without a projection unless it is in the time loop."""
         steps = steps_of(gates)
-        memory = allocate(self._buffers, steps, gates)
-        for name, state in self._starts.items():
-            memory[name] = getattr(r.inputs, state).clone()
-        self._run(gates, r, steps, memory, {})
-        h = memory["h_ptr"]
-        if self._h_is_cut is not None:  # not a view, since autograd forbids changing one in place
-            p = self._problem
-            h = h[:-1, :, : p.width].contiguous() if self._h_is_cut else h.resize_(steps, p.batch, p.width)
+        memory = allocate(self._buffers, steps, gates, r.inputs)
+        self._start(self._arguments(gates, r, steps, memory, {}))
+        h = self._result(self._problem, memory)
         return h, memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
 
     def backward(
@@ -149,32 +122,25 @@ class Prepared:
     ) -> Gradients:
         """As layer.Layer.backward."""
         p, steps = self._problem, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates)
+        memory = allocate(self._buffers, steps, gates, r.inputs)
         if dc_n is not None:  # the kernel makes it the gradient of c0
             memory["dc_ptr"].copy_(dc_n)
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c}
-        if p.normalised:
-            read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
-        self._run(gates, r, steps, memory, read)
-        dgates = memory.get("dgates_ptr")
-        if dgates is None:  # [T, B, 4, H or one more]
-            dgates = memory[EXCHANGED][..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden)
-        return gradients_in(memory, dgates)
+        read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
+        self._start(self._arguments(gates, r, steps, memory, read))
+        return gradients_in(memory, self._result(p, memory))
 
-    def _run(
+    def _arguments(
         self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
-    ) -> None:
-        """One launch, or one a step; it writes to `memory`."""
+    ) -> dict[str, Any]:
+        """Of a launch, which writes to `memory`."""
         arguments: dict[str, Any] = {"gates_ptr": gates, "error_ptr": self._error, "T": steps, "B": self._batch}
         arguments.update(zip(self._pointers, self._tensors(r.inputs)))
         arguments |= memory
         arguments |= read
         if self._operands is not None:
             arguments |= self._operands(self._problem, self.plan, r, memory)
-        if self._loop is None:
-            self._kernel(self._launch, arguments)
-        else:
-            self._loop(partial(self._kernel, self._launch), arguments, self._problem)
+        return arguments
 
 
 def _sizes(p: Problem, plan: Plan) -> Sizes:
@@ -184,29 +150,16 @@ def _sizes(p: Problem, plan: Plan) -> Sizes:
     return Sizes(
         CELL=p.cell, GATES=CELLS[p.cell].rows, H=p.hidden, P=p.width, REVERSE=p.reverse, PRECISION=p.precision,
         PER=per, W=ceil(p.hidden / per),
-        BLOCK_B=plan.rows, UNITS=plan.units, WARPS=plan.num_warps, HELD=isinstance(plan.family, Held), **of_family,
+        BLOCK_B=plan.rows, UNITS=plan.units, WARPS=plan.num_warps, HELD=plan.on_chip, **of_family,
     )  # fmt: skip
 
 
-_layers: dict[tuple[Problem, torch.device], Layer] = {}
+BACKEND, prepare = "triton", Prepared
+"""See layer.Launcher; as what follows."""
 
 
-def layer_of(problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """The layer of a problem on a device; every call returns the same one."""
-    layer = _layers.get((problem, device))
-    if layer is None:
-        layer = _layers.setdefault((problem, device), Layer(problem, device, sys.modules[__name__], verify))
-    return layer
-
-
-def forget() -> None:
-    """Choose all plans again, since more has been measured."""
-    _layers.clear()
-    plans_in_use.clear()
-
-
-prepare = Prepared
-"""See layer.Launcher; as choose and describe."""
+def lacks(problem: Problem) -> None:
+    return None
 
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
@@ -235,7 +188,7 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
         problem, pass_ = problem._replace(projected=0), pass_._replace(dh=True, dh_n=False)
     gates, r = call_of(problem, meta)
     if pass_.backward:
-        results = allocate(results_of(problem), problem.steps, gates)
+        results = allocate(results_of(problem), problem.steps, gates, r.inputs)
         dh, dh_n = (results["h_ptr"] if pass_.dh else None), (results["h_n_ptr"] if pass_.dh_n else None)
         prepared.backward(dh, dh_n, None, gates, results["c_ptr"], r)
     else:

@@ -1,28 +1,35 @@
-"""Layer norm (Ba, Kiros & Hinton, 2016) over units that many tiles share: LN(v) = gain (v - mean) scale + bias.
+"""Layer norms (Ba, Kiros & Hinton, 2016) over all units of a sequence:
 
-A tile contributes two numbers a sequence, in a tensor [tiles, B, 2] that all can read after a grid-wide barrier:
-forward the mean and the sum of squares about it, backward two sums. They are combined in the same order every time.
+    LN(v) = gain unit + bias      unit = (v - mean) scale
+
+v is a tuple of a unit's numbers, COUNT: the four gates of W_hh h, or c alone. Here are the equations, and what every
+family loads; the sums over all units are of norm_exchange.py in the cooperative family, of norm_tiles.py in the step
+family, of norm_block.py in the resident one. Where a call has no such norm, they return what they are given.
 """
+
+from collections import namedtuple
 
 import triton
 import triton.language as tl
 
+from .features import nothing
+
 EPS = tl.constexpr(1e-5)  # as torch.nn.LayerNorm, and kernels/layer_norm.py
-AT_ONCE = tl.constexpr(16)  # tiles whose numbers are loaded together
+
+# The pointers of NormHH or of NormC, which says what they are.
+Norm = namedtuple("Norm", "gain_ptr bias_ptr unit_ptr scale_ptr pairs_ptr")
+# What a norm made of cells at a step: unit, of the cells' shape, and scale, of the sequence; gain and bias as of
+# `load_affine`. All but the scale are tuples of COUNT.
+Normed = namedtuple("Normed", "unit scale gain bias")
 
 
 @triton.jit
-def moments(v, mask, count):
-    """v [rows, n], with `count` valid elements per row -> (mean, sum of squares about it), each [rows]."""
-    mean = tl.sum(tl.where(mask, v, 0.0), axis=1) / count
-    distance = tl.where(mask, v - mean[:, None], 0.0)
-    return mean, tl.sum(distance * distance, axis=1)
-
-
-@triton.jit
-def normalise(v, mean, scale, gain, bias):
-    """LN(v), [rows, units]; mean and scale [rows, 1], gain and bias [1, units]."""
-    return gain * ((v - mean) * scale) + bias
+def normalise(v, mean, scale, affine):
+    """LN(v)."""
+    normed = ()
+    for n in tl.static_range(len(v)):
+        normed = normed + (affine[0][n] * ((v[n] - mean) * scale) + affine[1][n],)
+    return normed
 
 
 @triton.jit
@@ -32,92 +39,81 @@ def normalise_backward(d, unit, scale, mean_d, mean_d_unit):
 
 
 @triton.jit
-def normalise_gates(z, mean, scale, gain):
-    """LN(z) of each of a tuple of gates, without a bias."""
-    normed = ()
-    for n in tl.static_range(len(z)):
-        normed = normed + (normalise(z[n], mean, scale, gain[n], 0.0),)
-    return normed
-
-
-@triton.jit
-def gates_of_unit(dz, gain, unit, DTYPE: tl.constexpr):
-    """Gradients of all gates LN(W_hh h), rounded as they are stored -> (gradients d of unit, over the gates the sums of
-    d and of d * unit)."""
-    d = ()
-    for n in tl.static_range(4):
-        d = d + (gain[n] * dz[n].to(DTYPE).to(tl.float32),)
-    sum_d_unit = (d[0] * unit[0] + d[1] * unit[1]) + (d[2] * unit[2] + d[3] * unit[3])
-    return d, (d[0] + d[1]) + (d[2] + d[3]), sum_d_unit
-
-
-@triton.jit
-def normalise_gates_backward(d, unit, scale, mean_d, mean_d_unit):
-    """`normalise_backward` of each of a tuple of gates."""
-    dz = ()
-    for n in tl.static_range(len(d)):
-        dz = dz + (normalise_backward(d[n], unit[n], scale, mean_d, mean_d_unit),)
-    return dz
-
-
-@triton.jit
-def squares_about(mean, own_mean, own_squares, count):
-    """Of `count` elements: their sum of squares about any mean, from that about their own (Chan, Golub & LeVeque,
-    1979). About the mean of all, the sums of the parts can be added up."""
-    distance = own_mean - mean
-    return own_squares + count * distance * distance
-
-
-@triton.jit
-def store_pair(pairs_ptr, tile, B, first, second):
-    """A tile's two numbers of each of its sequences, [BB]."""
-    at = pairs_ptr + (tile.unit_tile.to(tl.int64) * B + tile.sequence.index) * 2
-    tl.store(at, first, mask=tile.sequence.in_batch)
-    tl.store(at + 1, second, mask=tile.sequence.in_batch)
-
-
-@triton.jit
-def load_pairs(pairs_ptr, tile, index, mask, B, TILES: tl.constexpr):
-    """The numbers of some tiles, (first, second), each [AT_ONCE, BB]; zero where there is no such tile."""
-    at = pairs_ptr + (tile[:, None].to(tl.int64) * B + index[None, :]) * 2
-    there = (tile < TILES)[:, None] & mask[None, :]
-    first = tl.load(at, mask=there, other=0.0, cache_modifier=".cg")
-    return first, tl.load(at + 1, mask=there, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def sums_of_tiles(pairs_ptr, index, mask, B, S: tl.constexpr):
-    """Over all units: (sum of the first numbers, of the second), each [BB]."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
-    first = tl.zeros(index.shape, tl.float32)
-    second = tl.zeros(index.shape, tl.float32)
-    for start in range(0, TILES, AT_ONCE):
-        some_first, some_second = load_pairs(pairs_ptr, start + tl.arange(0, AT_ONCE), index, mask, B, TILES)
-        first += tl.sum(some_first, axis=0)
-        second += tl.sum(some_second, axis=0)
-    return first, second
-
-
-@triton.jit
-def moments_of_tiles(pairs_ptr, sequence, B, GATES: tl.constexpr, S: tl.constexpr):
-    """(mean, scale) of GATES * H elements whose moments tiles have stored, each [BB]."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
-    index, in_batch = sequence.index, sequence.in_batch
-    mean = tl.zeros(index.shape, tl.float32)
-    for start in range(0, TILES, AT_ONCE):
-        tile = start + tl.arange(0, AT_ONCE)
-        means, _ = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
-        mean += tl.sum(means * units_of(tile, S)[:, None], axis=0)
-    mean = mean / S.H
-    squares = tl.zeros(index.shape, tl.float32)
-    for start in range(0, TILES, AT_ONCE):
-        tile = start + tl.arange(0, AT_ONCE)
-        means, own = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
-        squares += tl.sum(squares_about(mean[None, :], means, own, GATES * units_of(tile, S)[:, None]), axis=0)
-    return mean, tl.rsqrt(squares / (GATES * S.H) + EPS)
+def squares_about(mean, its_mean, its_squares, count):
+    """Of `count` elements: their sum of squares about any mean, from that about their mean (Chan, Golub & LeVeque,
+    1979). About the mean of all, such sums can be added up."""
+    distance = its_mean - mean
+    return its_squares + count * distance * distance
 
 
 @triton.jit
 def units_of(tile, S: tl.constexpr):
     """How many units a tile has, or a program, float32; 0 past the last."""
     return tl.minimum(tl.maximum(S.H - tile * S.UNITS, 0), S.UNITS).to(tl.float32)
+
+
+@triton.jit
+def load_affine(norm, unit, COUNT: tl.constexpr, H: tl.constexpr):
+    """(gains, biases) of some units, of the shape of `unit`; zeros where there is no bias."""
+    gain, bias = (), ()
+    if norm.gain_ptr is not None:
+        for n in tl.static_range(COUNT):
+            gain = gain + (tl.load(norm.gain_ptr + unit + n * H, mask=unit < H, other=0.0).to(tl.float32),)
+            if norm.bias_ptr is None:
+                bias = bias + (tl.zeros(unit.shape, tl.float32),)
+            else:
+                bias = bias + (tl.load(norm.bias_ptr + unit + n * H, mask=unit < H, other=0.0).to(tl.float32),)
+    return gain, bias
+
+
+@triton.jit
+def load_normed(norm, affine, position, cells, H: tl.constexpr):
+    """What the norm made of cells at a step, as forward saved it."""
+    COUNT: tl.constexpr = len(affine[0])
+    normed = nothing()
+    if norm.gain_ptr is not None:
+        unit, at = (), cells.gates_at if COUNT == 4 else cells.at
+        for n in tl.static_range(COUNT):
+            unit = unit + (tl.load(norm.unit_ptr + at + n * H, mask=cells.valid, other=0.0).to(tl.float32),)
+        scale = tl.load(norm.scale_ptr + position.row, mask=position.valid, other=0.0)
+        normed = Normed(unit, scale, affine[0], affine[1])
+    return normed
+
+
+@triton.jit
+def normalised(v, norm, normed):
+    """LN(v), of what the norm made of v."""
+    if norm.gain_ptr is not None:
+        unit, _, gain, bias = normed
+        v = ()
+        for n in tl.static_range(len(unit)):
+            v = v + (gain[n] * unit[n] + bias[n],)
+    return v
+
+
+@triton.jit
+def unit_backward(d, normed, DTYPE: tl.constexpr):
+    """Gradient d of LN(v), as it is stored in DTYPE -> (of unit; the sums of that, and of that times unit, over the
+    numbers of a unit)."""
+    unit, _, gain, _ = normed
+    d_unit, products = (), ()
+    for n in tl.static_range(len(d)):
+        d_unit = d_unit + (gain[n] * d[n].to(DTYPE).to(tl.float32),)
+        products = products + (d_unit[n] * unit[n],)
+    return d_unit, sum_of(d_unit), sum_of(products)
+
+
+@triton.jit
+def sum_of(x):
+    """Of one number, or of four."""
+    return x[0] if len(x) == 1 else (x[0] + x[1]) + (x[2] + x[3])
+
+
+@triton.jit
+def normed_backward(d_unit, normed, mean_d, mean_d_unit):
+    """`normalise_backward` of all of a unit's numbers."""
+    unit, scale, _, _ = normed
+    d = ()
+    for n in tl.static_range(len(d_unit)):
+        d = d + (normalise_backward(d_unit[n], unit[n], scale, mean_d, mean_d_unit),)
+    return d

@@ -1,37 +1,19 @@
 """What kernels are passed: pointers, those that belong together in one named tuple, and all constants in another.
 
-Pointers mean the same in every kernel, for H units and P features of h (H without a projection); those of absent
-tensors are None:
-
-    gates [T*B, 4H]                           forward in: x W_ih^T + b_ih + b_hh; out, if SAVE, and backward: activated
-    h0 [B, P]  c0 [B, H] float32              the initial state
-    h [T*B, P]  h_n [B, P]                    out: of every step; of every sequence's last
-    c [T*B, H] float32                        out: None where nothing is saved for backward; gates are not either then
-    c_n [B, H] float32                        out: c after every step; in the cooperative family c0 beforehand
-    lengths [B]  resets [T*B]  error [1] int32, see timeouts.py
-    weight_hh [4H, P], of a GRU [3H, P]
-    weight_hr [P, H]  weight_peephole [3H]  dropout_h [B, P]
-    zoneout_h [T*B, P] or one float32         reset_h [T*B, P], read with zoneout_h alone
-    zoneout_c [T*B, H] or one float32         reset_c [T*B, H] float32
-    gain_hh [4H]  gain_c [H]  bias_c [H]      of the layer norms of W_hh h and of c, and what they normalised:
-    unit_hh [T*B, 4H]  unit_c [T*B, H] float32  scale_hh [T*B] float32  scale_c [T*B] float32
-    dh [T*B, P]  dh_n [B, P]                  gradients given to backward
-    dgates [T*B, 4H]                          out: the gradient of the pre-activations
-    dc [B, H] float32                         gradient of c_n, becomes that of c before every step
-    dh_from_zoneout [B, P] float32            zeros, becomes the gradient of h before every step through zoneout
-    dh_total [T*B, P]                         out: the whole gradient of W_hr m, or with a layer norm of c that of m
-    dreset_h [T*B, P]  dreset_c [T*B, H]      float32 zeros; out at resets: of h before, by zoneout, and of c before
+A pointer's name and shape mean the same in every kernel, for H units and P features of h (H without a projection).
+Besides those here: lengths [B]; resets [T*B]; error [1] int32, and after it the poll limit, see timeouts.py.
 """
 
-from collections import namedtuple
 from typing import Any, NamedTuple
+
+Pointer = Any  # to a tensor of the shape that stands beside it, in the dtype of the call if none does; None if absent
 
 
 class Sizes(NamedTuple):
     """The constants of a kernel: what its problem is, and how the plan divides it."""
 
     CELL: str
-    GATES: int  # rows of W_hh a unit: of its last so many gates
+    GATES: int  # How many rows of W_hh a unit has. They belong to its last GATES gates.
     H: int
     P: int
     REVERSE: bool
@@ -41,7 +23,7 @@ class Sizes(NamedTuple):
     BLOCK_B: int  # sequences of a tile
     UNITS: int  # of a tile, or of a program
     WARPS: int
-    HELD: bool  # and as planning.py explains them, of each family:
+    HELD: bool  # whether W_hh stays on chip; and as planning.py explains them, of each family:
     BLOCK_K: int = 0
     PARTS: int = 1
     PARTNERS: int = 1
@@ -49,18 +31,66 @@ class Sizes(NamedTuple):
     AHEAD: bool = False
 
 
-# Of the states h and c, forward:
-Hidden = namedtuple("Hidden", "h0_ptr h_ptr h_n_ptr dropout_h_ptr zoneout_h_ptr reset_h_ptr")
-Cell = namedtuple("Cell", "gates_ptr weight_peephole_ptr c0_ptr c_ptr c_n_ptr zoneout_c_ptr reset_c_ptr")
-# Of their gradients, and what forward saved for these:
-HiddenBackward = namedtuple(
-    "HiddenBackward", "dh_ptr dh_n_ptr dropout_h_ptr zoneout_h_ptr dh_from_zoneout_ptr dreset_h_ptr"
-)
-CellBackward = namedtuple("CellBackward", "dgates_ptr weight_peephole_ptr dc_ptr zoneout_c_ptr dreset_c_ptr")
-Saved = namedtuple("Saved", "gates_ptr c_ptr c0_ptr reset_c_ptr")
-# Of layer norms, where programs hold W_hh in registers; units and scales are for backward:
-NormHH = namedtuple("NormHH", "gain_hh_ptr unit_hh_ptr scale_hh_ptr pairs_hh_ptr")
-NormC = namedtuple("NormC", "gain_c_ptr bias_c_ptr unit_c_ptr scale_c_ptr pairs_c_ptr")
+class Hidden(NamedTuple):
+    h0_ptr: Pointer  # [B, P]
+    h_ptr: Pointer  # [T*B, P] out: of every step
+    h_n_ptr: Pointer  # [B, P] out: of every sequence's last
+    dropout_h_ptr: Pointer  # [B, P]
+    zoneout_h_ptr: Pointer  # [T*B, P], or one float32
+    reset_h_ptr: Pointer  # [T*B, P], read with zoneout_h alone
+
+
+class Cell(NamedTuple):
+    gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih + b_hh; out, if c_ptr: activated
+    weight_peephole_ptr: Pointer  # [3H]
+    c0_ptr: Pointer  # [B, H] float32
+    c_ptr: Pointer  # [T*B, H] float32 out, for backward
+    c_n_ptr: Pointer  # [B, H] float32 out: c after every step; in the cooperative family c0 beforehand
+    zoneout_c_ptr: Pointer  # [T*B, H], or one float32
+    reset_c_ptr: Pointer  # [T*B, H] float32
+
+
+class HiddenBackward(NamedTuple):
+    dh_ptr: Pointer  # [T*B, P] given
+    dh_n_ptr: Pointer  # [B, P] given
+    dropout_h_ptr: Pointer  # [B, P]
+    zoneout_h_ptr: Pointer  # [T*B, P], or one float32
+    dh_from_zoneout_ptr: Pointer  # [B, P] float32 zeros; out: gradient of h before every step, as far as it stayed
+    dreset_h_ptr: Pointer  # [T*B, P] float32 zeros; out at resets: the same
+
+
+class CellBackward(NamedTuple):
+    dgates_ptr: Pointer  # [T*B, 4H] out: of the pre-activations
+    weight_peephole_ptr: Pointer  # [3H]
+    dc_ptr: Pointer  # [B, H] float32 of c_n; out: of c before every step
+    zoneout_c_ptr: Pointer  # [T*B, H], or one float32
+    dreset_c_ptr: Pointer  # [T*B, H] float32 zeros; out at resets: of c before the step
+
+
+class Saved(NamedTuple):
+    gates_ptr: Pointer  # [T*B, 4H] activated
+    c_ptr: Pointer  # [T*B, H] float32
+    c0_ptr: Pointer  # [B, H] float32
+    reset_c_ptr: Pointer  # [T*B, H] float32
+
+
+# Layer norms, see norm.py; units and scales are for backward. Pairs are two float32 numbers of each sequence and each
+# program or tile: in the cooperative family int32 words, [B, programs, 2], whose last bits are one beforehand; in the
+# step family [tiles, B, 2], backward of W_hh h [2, tiles, B, 2].
+class NormHH(NamedTuple):
+    gain_hh_ptr: Pointer  # [4H]
+    bias_hh_ptr: None  # this norm has none
+    unit_hh_ptr: Pointer  # [T*B, 4H]
+    scale_hh_ptr: Pointer  # [T*B] float32
+    pairs_hh_ptr: Pointer
+
+
+class NormC(NamedTuple):
+    gain_c_ptr: Pointer  # [H]
+    bias_c_ptr: Pointer  # [H]
+    unit_c_ptr: Pointer  # [T*B, H] float32
+    scale_c_ptr: Pointer  # [T*B] float32
+    pairs_c_ptr: Pointer
 
 
 def names_of(kernel: Any) -> list[tuple[str, ...]]:

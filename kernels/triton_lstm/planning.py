@@ -4,7 +4,7 @@ A plan is a proposal. Registers depend on the Triton version, so the launcher us
 kernel compiles without spills on the Triton and card at hand; that of the step family always works.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
@@ -112,6 +112,16 @@ class Plan:
         others = "groups", "tiles_per_program", "side_by_side", "shared", "why"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
         return {name: value for name, value in self.as_json().items() if name not in others} | several
+
+    def fitted(self, problem: Problem) -> "Plan":
+        """The same for fewer sequences, with no more programs, or groups of them, than have a batch tile."""
+        tiles = ceil(problem.batch / self.rows)
+        if isinstance(self.family, Step):
+            tiles *= ceil(max(problem.hidden, problem.projected) / self.units)
+            programs = min(self.programs, tiles)
+            return replace(self, programs=programs, tiles_per_program=ceil(tiles / programs))
+        groups = min(self.groups, tiles)
+        return replace(self, groups=groups, tiles_per_program=ceil(tiles / groups))
 
     def sequences_enough(self, problem: Problem) -> int:
         """How many of a problem's sequences show all that its programs do: two batch tiles and part of a third, or more

@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 
 from ..cells import CELLS
-from ..memory import Buffer
-from ..problem import Problem
+from ..memory import Buffer, buffers_of
+from ..problem import Pass, Problem
 from ..projection import products_in
-from . import indexing
-from .cells import cell_backward, cell_forward, next_cell
+from . import indexing, noise, reset, states
+from .cells import cell_backward, cell_forward, next_cell, output, output_backward
+from .family import Family
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
 from .planning import Plan, Pointwise, power_of_two
 
@@ -36,30 +37,26 @@ def lstm_pointwise_forward_kernel(
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     tile = indexing.tile_at(tl.program_id(0), step, batch, S.H, S)
     cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
-    x = indexing.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H)
+    x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H)
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
-        z = indexing.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.valid, S.H)
+        z = states.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.valid, S.H)
     if SAVE:
         saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
-        c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, S.H)
+        c_prev = states.load_c_before(saved, step, cells)
     else:
-        c_prev = indexing.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cell.reset_c_ptr, cells)
-    peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
+        c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
+    peepholes = states.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
     # In padding h is zero, since all was loaded as zero.
-    gates, c, h = cell_forward(x, z, c_prev, peepholes, S)
-    c = indexing.zoneout(cell.zoneout_c_ptr, cells, c_prev, c)
-    is_last = (step == sequence.length - 1)[:, None]
-    tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & is_last if SAVE else cells.valid)
-    if SAVE:
-        tl.store(cell.c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
-        indexing.store_gates(cell.gates_ptr, cells.gates_at, cells.valid, gates, S.H)
-    h = indexing.store_hidden(h, tile, step, hidden, hidden.h0_ptr if step == 0 else hidden.h_ptr, S.H)
+    gates, c = cell_forward(x, z, c_prev, peepholes, S)
+    h = output(gates[3], c, S)
+    c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
+    tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & cells.is_last if SAVE else cells.valid)
+    states.save(gates, c, cell, cells, S.H)
+    h = states.store_hidden(h, hidden, hidden.h0_ptr if step == 0 else hidden.h_ptr, cells)
     if h_next_ptr is not None:
         next_continues = indexing.position(step + 1, sequence, batch, S.REVERSE).continues
-        h = h.to(hidden.h_ptr.dtype.element_ty)
-        if hidden.dropout_h_ptr is not None:
-            h *= tl.load(hidden.dropout_h_ptr + cells.state_at, mask=cells.in_tile, other=0.0)
+        h = noise.dropout(h.to(hidden.h_ptr.dtype.element_ty), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
         tl.store(h_next_ptr + cells.state_at, tl.where(next_continues[:, None], h, 0.0), mask=cells.in_tile)
 
 
@@ -75,22 +72,20 @@ def lstm_pointwise_backward_kernel(
     cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
     from_next = indexing.position(step + 1, sequence, batch, S.REVERSE).continues[:, None] & cells.valid
     dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
-    dh = indexing.gradient_of_h(dh, tile, step, hidden)
-    gates = indexing.load_gates(saved.gates_ptr, cells.gates_at, cells.valid, S.H)
-    c_prev = indexing.load_c_before(saved, step, tile.row_prev[:, None], unit, cells, S.H)
+    dh = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
+    gates = states.load_gates(saved.gates_ptr, cells.gates_at, cells.valid, S.H)
+    c_prev = states.load_c_before(saved, step, cells)
     c = next_cell(gates, c_prev, S)  # not loaded: memory is what large batches wait for
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-    dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells, S)
-    peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
-    dz, dc_prev = cell_backward(gates, c_prev, c, dh, dc, peepholes, S)
-    dc_prev += dc_from_zoneout
+    dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+    peepholes = states.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
+    dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
+    dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, peepholes, S)
+    dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
     # In padding every factor was loaded as zero, so its gradients are zero.
-    indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
-    if dz_ptr is not None:
-        indexing.store_gates(dz_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.in_tile, dz, S.H)
-    tl.store(cell.dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
-    if cell.dreset_c_ptr is not None:
-        tl.store(cell.dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)
+    states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
+    states.store_gates(dz_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.in_tile, dz, S.H)
+    reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
 
 
 def pointwise_plan(problem: Problem) -> Plan | None:
@@ -105,23 +100,24 @@ def pointwise_plan(problem: Problem) -> Plan | None:
     )  # fmt: skip
 
 
-KERNELS = lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel
-OPERANDS = None, None
-
-
-def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
-    """What a pass writes besides the results that all families share."""
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See family.Family."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
-    scratch = {}
+    written, backward = buffers_of(p, pass_), pass_.backward
     if scattered:
-        scratch["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
+        written["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
     if backward or scattered or p.resets or p.dropout_h:  # else the next product's operand is h
-        scratch["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    return scratch
+        written["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    return written
 
 
 def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
-    """Run all steps; launch(arguments) launches the kernel."""
+    """Run all steps; launch(arguments) launches the kernel. Of launches that are only recorded, the first.
+
+    On the meta device products would import torch's compiler, which takes seconds.
+    """
+    if arguments["gates_ptr"].is_meta:
+        return launch(arguments | {"step": 0})
     gates, z, h, h_next = (arguments.get(name) for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
     operand, weight = arguments["h0_ptr"][0], arguments["weight_hh_ptr"].T
     if p.dropout_h:
@@ -141,6 +137,8 @@ def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str,
 
 def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
     """As forward_steps, from the last to the first."""
+    if arguments["gates_ptr"].is_meta:
+        return launch(arguments | {"step": 0})
     dgates, dz, dh_next = (arguments.get(name) for name in ("dgates_ptr", "dz_ptr", "dh_next_ptr"))
     times, cell = range(arguments["T"]), CELLS[p.cell]
     with products_in(p.precision):
@@ -151,4 +149,7 @@ def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str
                 torch.mm(of_h, arguments["weight_hh_ptr"], out=dh_next)
 
 
-LOOPS = forward_steps, backward_steps
+FAMILY = Family(
+    (lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel), buffers=buffers,
+    loops=(forward_steps, backward_steps),
+)  # fmt: skip

@@ -3,7 +3,7 @@
 One launch for the whole sequence. A step is a round over tiles of sequences and units, which the programs share out.
 Tiles are [batch, units]. A grid-wide barrier (exchange.grid_barrier) ends a round, since the next one needs the results
 of all. More rounds belong to a step where something needs all units of a sequence: a projection (h = W_hr m; m is the
-output of the cell, see cell.py), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
+output of the cell, see cells/), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
 programs must be resident at once.
 
 Where W_hh of a tile's units fits in shared memory, a program can hold it: all its tiles have the same units, and are of
@@ -13,6 +13,7 @@ the sequences of its group. Before the product a tile waits for the other units'
 import itertools
 from collections import namedtuple
 from math import ceil
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,40 +21,55 @@ import triton.language as tl
 
 from ..cards import Card
 from ..cells import CELLS
-from ..memory import Buffer
-from ..problem import Problem
-from . import indexing
-from .cells import cell_backward, cell_forward
-from .cells.lstm import gates_backward, normed_output_backward, output
+from ..memory import Buffer, buffers_of
+from ..problem import Pass, Problem
+from . import indexing, noise, norm_tiles, reset, states
+from .cells import cell_backward, cell_forward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
-from .features import MOST_ROWS
-from .norm import gates_of_unit, moments, moments_of_tiles, normalise, normalise_backward, store_pair, sums_of_tiles
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
+from .family import Family
+from .features import MOST_ROWS, nothing
+from .indexing import Batch, rows_of_product
+from .norm import Norm, normalised
+from .norm_tiles import load_normed, pairs_of_step
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Pointer, Saved
 from .planning import Held, Plan, Step, expected, power_of_two
 
-# Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask`, else times factors [*, K] or
-# None.
+# Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask` [rows], else times factors
+# [*, K] or None.
 Rows = namedtuple("Rows", "ptr row mask factors_ptr factors_row")
 # Columns [columns] of weights: offset of each one's first element, whether there is one, from one k to the next.
 Columns = namedtuple("Columns", "ptr at mask stride")
-# What a layer norm made of rows: unit [*, K], gain [K]; and for `normalise_backward` scale and means, [rows].
-Normed = namedtuple("Normed", "unit_ptr gain_ptr scale mean_d mean_d_unit")
+
+
+class Products(NamedTuple):
+    weight_hh_ptr: Pointer  # [GATES H, P]
+    weight_hr_ptr: Pointer  # [P, H]
+    m_ptr: Pointer  # [B, H] forward: m of a step
+    product_ptr: Pointer  # [B, 4H, in full tiles] float32 forward, with a layer norm of W_hh h: that of a step
+    cell_ptr: Pointer  # [2, B, H] float32 forward, with a layer norm of c: o and c of a step
+    sums_ptr: Pointer  # [PARTS, B, P] float32 backward: the products of a step, which add up
+
+
+class Arrivals(NamedTuple):
+    arrivals_ptr: Pointer  # [tiles of sequences] int32, how many programs have arrived; None with one round alone
+    error_ptr: Pointer  # [1] int32, and after it the poll limit
+
+
+# All that a round needs; `held` is W_hh [4 BH, BK] if it is held, backward [PARTS BH, BK]; the state before the step is
+# in h_prev [B or T*B, P] and c_prev [B, H], the initial one or the last.
+Forward = namedtuple("Forward", "batch arrivals products held hidden cell norm_hh norm_c h_prev_ptr c_prev_ptr")
+Backward = namedtuple("Backward", "batch arrivals products held hidden cell saved norm_hh norm_c dh_total_ptr")
 
 
 @triton.jit
 def product(rows, columns, normed, K: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr):
-    """Rows @ Columns, [rows, columns] float32, over K in tiles; rows are STRIDE apart. With `normed` they are the
+    """Rows @ Columns, [rows, columns] float32, over K in tiles; rows are STRIDE apart. With NormedRows they are the
     gradient of a layer norm's result, and the product is of the gradient of what was normalised."""
     acc = tl.zeros((rows.row.shape[0], columns.at.shape[0]), tl.float32)
     for k_start in range(0, K, S.BLOCK_K):
         k = k_start + tl.arange(0, S.BLOCK_K)
         a, at, in_a = load_rows(rows, k, K, STRIDE)
-        if normed is not None:
-            unit = tl.load(normed.unit_ptr + at, mask=in_a, other=0.0).to(tl.float32)
-            gain = tl.load(normed.gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-            d = gain[None, :] * a.to(tl.float32)
-            means = normed.mean_d[:, None], normed.mean_d_unit[:, None]
-            a = tl.where(in_a, normalise_backward(d, unit, normed.scale[:, None], *means), 0.0).to(a.dtype)
+        a = norm_tiles.rows_backward(a, normed, at, in_a, k, K)
         acc = tl.dot(a, load_weights(columns, k_start, K, S.BLOCK_K), acc, input_precision=S.PRECISION)
     return acc
 
@@ -69,21 +85,19 @@ def product_of_held(held, a, S: tl.constexpr):
 
 @triton.jit
 def load_rows(rows, k, K: tl.constexpr, STRIDE: tl.constexpr):
-    """Columns k of Rows, times the factors; where they lie; which of them there are."""
+    """Returns (the rows' columns k times the factors, their offsets, their mask)."""
     at, in_a = rows.row[:, None] * STRIDE + k[None, :], rows.mask[:, None] & (k < K)[None, :]
     a = tl.load(rows.ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
-    if rows.factors_ptr is not None:
-        a *= tl.load(rows.factors_ptr + rows.factors_row[:, None] * K + k[None, :], mask=in_a, other=0.0)
-    return a, at, in_a
+    return noise.dropout(a, rows.factors_ptr, rows.factors_row[:, None] * K + k[None, :], in_a), at, in_a
 
 
 @triton.jit
 def load_weights(columns, k_start, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """BLOCK_K rows of Columns, from k_start on."""
     offset = tl.arange(0, BLOCK_K)
-    at = columns.ptr + columns.at[None, :] + offset[:, None] * columns.stride
+    k_ptr = columns.ptr + columns.at[None, :] + offset[:, None] * columns.stride
     start = tl.cast(k_start, tl.int64) * columns.stride  # K times the stride may be more than int32 holds
-    return tl.load(at + start, mask=(k_start + offset < K)[:, None] & columns.mask[None, :], other=0.0)
+    return tl.load(k_ptr + start, mask=(k_start + offset < K)[:, None] & columns.mask[None, :], other=0.0)
 
 
 @triton.jit
@@ -108,9 +122,8 @@ def h_before(batch_tile, step, call, poll_limit, S: tl.constexpr):
     if batch_tile < tl.cdiv(call.batch.B, S.BLOCK_B):
         poll_limit = wait_for_tile(call.arrivals, batch_tile, step, poll_limit, step)
     sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
-    place = indexing.position(step, sequence, call.batch, S.REVERSE)
-    row, index = indexing.row_before(step, place.time, sequence.index, call.batch.B, S.REVERSE), sequence.index
-    rows = Rows(call.h_prev_ptr, row, place.continues, call.hidden.dropout_h_ptr, index.to(tl.int64))
+    here, index = indexing.position(step, sequence, call.batch, S.REVERSE), sequence.index.to(tl.int64)
+    rows = Rows(call.h_prev_ptr, here.row_prev, here.continues, call.hidden.dropout_h_ptr, index)
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.P, S.P)[0]
 
 
@@ -120,9 +133,9 @@ def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
     if batch_tile < tl.cdiv(call.batch.B, S.BLOCK_B):
         poll_limit = wait_for_tile(call.arrivals, batch_tile, times, poll_limit, step)
     sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
-    place = indexing.position(step + 1, sequence, call.batch, S.REVERSE)
-    at = rows_of_dgates(call.cell.dgates_ptr, place.row, tl.program_id(0) % S.PARTS, S)
-    rows = Rows(at[0], at[1], place.continues, None, at[1])
+    after = indexing.position(step + 1, sequence, call.batch, S.REVERSE)
+    dgates_ptr, row = rows_of_dgates(call.cell.dgates_ptr, after.row, tl.program_id(0) % S.PARTS, S)
+    rows = Rows(dgates_ptr, row, after.continues, None, row)
     K: tl.constexpr = S.GATES * S.H // S.PARTS
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), K, K if S.GATES == 4 else 4 * S.H)[0]
 
@@ -138,22 +151,12 @@ def rows_of_dgates(dgates_ptr, row, part, S: tl.constexpr):
     return dgates_ptr, row
 
 
-# Kernels' pointers that no other family has, see parameters.py, and those of the layer norms and the projection: W_hh h
-# of a step, [B, 4H, in full tiles] float32, and its moments, [tiles, B, 2] float32; m, [B, H] of a step; o and c of a
-# step in cell, [2, B, H] float32, and moments of c; how many programs have arrived, see exchange.grid_barrier.
-Recurrent = namedtuple("Recurrent", "weight_hh_ptr gain_hh_ptr product_ptr moments_hh_ptr")
-Output = namedtuple("Output", "weight_hr_ptr m_ptr gain_c_ptr bias_c_ptr cell_ptr moments_c_ptr")
-Arrivals = namedtuple("Arrivals", "arrivals_ptr error_ptr")  # of each tile of sequences; None with one round alone
-# All that a round of forward needs; the state before the step is in h_prev and c_prev, the initial one or the last.
-Forward = namedtuple("Forward", "batch arrivals recurrent held hidden cell output h_prev_ptr c_prev_ptr")
-
-
 @triton.jit
 def product_with_h(tile, call, S: tl.constexpr):
     """W_hh h: all four gates of a tile's units, [BB, 4 BH]."""
     index = tile.sequence.index.to(tl.int64)
-    h = Rows(call.h_prev_ptr, tile.row_prev, tile.place.continues, call.hidden.dropout_h_ptr, index)
-    return product(h, weights_of_gates(call.recurrent.weight_hh_ptr, tile.unit_tile, S), None, S.P, S.P, S)
+    h = Rows(call.h_prev_ptr, tile.position.row_prev, tile.position.continues, call.hidden.dropout_h_ptr, index)
+    return product(h, weights_of_gates(call.products.weight_hh_ptr, tile.unit_tile, S), nothing(), S.P, S.P, S)
 
 
 @triton.jit
@@ -169,57 +172,28 @@ def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
 
 
 @triton.jit
-def product_place(tile, S: tl.constexpr):
-    """Where a tile of W_hh h lies in [B, tiles, 4 BH]."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
-    number = tile.sequence.index[:, None].to(tl.int64) * TILES + tile.unit_tile
-    return number * (4 * S.UNITS) + tl.arange(0, 4 * S.UNITS)[None, :]
-
-
-@triton.jit
 def product_round(step, call, poll_limit, S: tl.constexpr):
     """W_hh h of all units, and the moments that its layer norm needs."""
     first, end, stride = tiles_of_program(call.batch.B, S.H, S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.H, S)
         z = unless_timed_out(product_with_h(tile, call, S), poll_limit)
-        tl.store(call.recurrent.product_ptr + product_place(tile, S), z, mask=tile.sequence.in_batch[:, None])
-        column, unit = indexing.columns_of_gates(tile.unit_tile, S)
-        store_moments(call.recurrent.moments_hh_ptr, tile, z, unit < S.H, 4, call.batch.B, S)
-
-
-@triton.jit
-def store_moments(moments_ptr, tile, v, mask, GATES: tl.constexpr, B, S: tl.constexpr):
-    """Moments of a tile's v [BB, columns], of which GATES are of each unit."""
-    count = GATES * tl.minimum(S.H - tile.unit_tile * S.UNITS, S.UNITS)
-    mean, squares = moments(v, mask[None, :], count)
-    store_pair(moments_ptr, tile, B, mean, squares)
-
-
-@triton.jit
-def normed_product(tile, call, S: tl.constexpr):
-    """LN(W_hh h), whose parts all programs have stored."""
-    sequence, norm = tile.sequence, call.recurrent
-    column, unit = indexing.columns_of_gates(tile.unit_tile, S)
-    at = norm.product_ptr + product_place(tile, S)
-    z = tl.load(at, mask=sequence.in_batch[:, None], other=0.0, cache_modifier=".cg")
-    mean, scale = moments_of_tiles(norm.moments_hh_ptr, sequence, call.batch.B, 4, S)
-    gain = tl.load(norm.gain_hh_ptr + column, mask=unit < S.H, other=0.0).to(tl.float32)
-    return normalise(z, mean[:, None], scale[:, None], gain[None, :], 0.0)
+        norm_tiles.store_product(z, call.products.product_ptr, call.norm_hh, tile, call.batch.B, S)
 
 
 @triton.jit
 def load_cells(call, cells, H: tl.constexpr):
-    """The part of a tile's gates from the input, as stored, and c before the step."""
-    x = indexing.load_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, H, True)
-    return x, indexing.load_state(call.c_prev_ptr, call.cell.reset_c_ptr, cells)
+    """What comes to a tile's gates from the input, as stored, and c before the step."""
+    x = states.load_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, H, True)
+    return x, reset.load_state(call.c_prev_ptr, cells.state_at, call.cell.reset_c_ptr, cells)
 
 
 @triton.jit
 def cell_round(step, call, poll_limit, S: tl.constexpr):
     """The cells, and h if that needs no other units. Returns the poll limit after its waits for h before."""
-    NORM_C: tl.constexpr = call.output.gain_c_ptr is not None
-    PROJECT: tl.constexpr = call.output.weight_hr_ptr is not None
+    NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
+    NORM_C: tl.constexpr = call.norm_c.gain_ptr is not None
+    PROJECT: tl.constexpr = call.products.weight_hr_ptr is not None
     first, end, stride = tiles_of_program(call.batch.B, S.H, S)
     if S.AHEAD:
         poll_limit, h_prev = h_before(first, step, call, poll_limit, S)
@@ -230,38 +204,33 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         # Load, and product: all four gates of the tile's units, [BB, 4 BH].
         if S.HELD and not S.AHEAD:
             poll_limit, h_prev = h_before(tile.batch_tile, step, call, poll_limit, S)
+        if S.HELD or NORM_HH:
+            x, c_prev = load_cells(call, cells, S.H)
         if S.HELD:
-            x, c_prev = load_cells(call, cells, S.H)
-            z = unless_timed_out(product_of_held(call.held, h_prev, S), poll_limit)
-        elif call.recurrent.gain_hh_ptr is not None:
-            x, c_prev = load_cells(call, cells, S.H)
-            z = unless_timed_out(normed_product(tile, call, S), poll_limit)
+            z = product_of_held(call.held, h_prev, S)
+        elif NORM_HH:
+            z = norm_tiles.load_product(call.products.product_ptr, call.norm_hh, tile, call.batch.B, S)
         else:
-            z = unless_timed_out(product_with_h(tile, call, S), poll_limit)
+            z = product_with_h(tile, call, S)
             x, c_prev = load_cells(call, cells, S.H)
+        z = unless_timed_out(z, poll_limit)
         if S.AHEAD:  # these cells are computed while h of the next tile is loaded
             poll_limit, h_prev = h_before(number + stride, step, call, poll_limit, S)
 
-        # Gates and cell.
-        z = indexing.split_gates(z)
-        peepholes = indexing.load_peepholes(call.cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-        gates, c, m = cell_forward(x, z, c_prev, peepholes, S)
-        m = tl.where(cells.valid, m, 0.0)  # padding gets zeros
-        if NORM_C:
-            tl.store(call.output.cell_ptr + cells.state_at, gates[3], mask=cells.valid)
-            tl.store(call.output.cell_ptr + tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at, c, mask=cells.valid)
-            store_moments(call.output.moments_c_ptr, tile, c, tile.unit < S.H, 1, call.batch.B, S)
-        c = indexing.zoneout(call.cell.zoneout_c_ptr, cells, c_prev, c)
+        # Gates, cell and output. Padding gets zeros.
+        peepholes = states.load_peepholes(call.cell.weight_peephole_ptr, tile.unit[None, :], S.H)
+        gates, c = cell_forward(x, indexing.split_gates(z), c_prev, peepholes, S)
+        norm_tiles.store_c(gates[3], c, call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
+        m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
+        c = noise.zoneout(c, c_prev, call.cell.zoneout_c_ptr, cells)
 
         # Store.
-        if PROJECT:
-            tl.store(call.output.m_ptr + cells.state_at, m, mask=cells.in_tile)
         tl.store(call.cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
-        if call.cell.c_ptr is not None:  # saved for backward
-            tl.store(call.cell.c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
-            indexing.store_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, gates, S.H)
-        if not (PROJECT or NORM_C):
-            indexing.store_hidden(m, tile, step, call.hidden, call.h_prev_ptr, S.P)
+        states.save(gates, c, call.cell, cells, S.H)
+        if PROJECT:
+            tl.store(call.products.m_ptr + cells.state_at, m, mask=cells.in_tile)
+        elif not NORM_C:
+            states.store_hidden(m, call.hidden, call.h_prev_ptr, cells)
         if S.HELD and step + 1 < call.batch.T:
             arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit
@@ -269,49 +238,45 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
 
 @triton.jit
 def output_round(step, call, poll_limit, S: tl.constexpr):
-    """h, where it needs the cells of all units: W_hr m, or o tanh(LN(c))."""
+    """h, where it needs the cells of all units: W_hr m, or the output of LN(c)."""
+    PROJECT: tl.constexpr = call.products.weight_hr_ptr is not None
     first, end, stride = tiles_of_program(call.batch.B, S.P, S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S)
-        sequence, cells, of = tile.sequence, tile.cells, call.output
-        if of.weight_hr_ptr is not None:
-            index = sequence.index.to(tl.int64)
-            m = Rows(of.m_ptr, index, tile.place.valid, None, index)
-            h = product(
-                m, Columns(of.weight_hr_ptr, tile.unit.to(tl.int64) * S.H, tile.unit < S.P, 1), None, S.H, S.H, S
-            )
+        if PROJECT:
+            index, unit = tile.sequence.index.to(tl.int64), tile.unit
+            m = Rows(call.products.m_ptr, index, tile.position.valid, None, index)
+            columns = Columns(call.products.weight_hr_ptr, unit.to(tl.int64) * S.H, unit < S.P, 1)
+            h = product(m, columns, nothing(), S.H, S.H, S)
         else:
-            o = tl.load(of.cell_ptr + cells.state_at, mask=cells.valid, other=0.0)
-            c_at = tl.cast(call.batch.B, tl.int64) * S.H + cells.state_at
-            c = tl.load(of.cell_ptr + c_at, mask=cells.valid, other=0.0)
-            mean, scale = moments_of_tiles(of.moments_c_ptr, sequence, call.batch.B, 1, S)
-            gain, bias = indexing.load_affine(of.gain_c_ptr, of.bias_c_ptr, tile.unit[None, :], S.H)
-            h = output(o, normalise(c, mean[:, None], scale[:, None], gain, bias))
-        h = tl.where(cells.valid, unless_timed_out(h, poll_limit), 0.0)
-        indexing.store_hidden(h, tile, step, call.hidden, call.h_prev_ptr, S.P)
+            o, v = norm_tiles.load_c(call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
+            h = output(o, v, S)
+        h = tl.where(tile.cells.valid, unless_timed_out(h, poll_limit), 0.0)
+        states.store_hidden(h, call.hidden, call.h_prev_ptr, tile.cells)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_forward_kernel(
-    recurrent: Recurrent, hidden: Hidden, cell: Cell, output: Output, arrivals: Arrivals,
+    products: Products, hidden: Hidden, cell: Cell, norm_hh: NormHH, norm_c: NormC, arrivals: Arrivals,
     lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps. Each is a round over all tiles, and one more for each thing that needs all units of a sequence: the
     layer norm of W_hh h before the cell; the layer norm of c, or a projection, after it."""
-    NORM_HH: tl.constexpr = recurrent.gain_hh_ptr is not None
-    OUTPUT: tl.constexpr = output.weight_hr_ptr is not None or output.gain_c_ptr is not None
+    norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
+    NORM_HH: tl.constexpr = norm_hh.gain_ptr is not None
+    OUTPUT: tl.constexpr = products.weight_hr_ptr is not None or norm_c.gain_ptr is not None
     ROUNDS: tl.constexpr = 1 + NORM_HH + OUTPUT
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
     held = None
     if S.HELD:
-        weights = weights_of_gates(recurrent.weight_hh_ptr, tl.program_id(0), S)
+        weights = weights_of_gates(products.weight_hh_ptr, tl.program_id(0), S)
         held = tl.trans(load_weights(weights, 0, S.P, S.BLOCK_K))
-    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
+    batch = Batch(lengths_ptr, resets_ptr, T, B)
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
         c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
-        call = Forward(batch, arrivals, recurrent, held, hidden, cell, output, h_prev_ptr, c_prev_ptr)
+        call = Forward(batch, arrivals, products, held, hidden, cell, norm_hh, norm_c, h_prev_ptr, c_prev_ptr)
         times = ROUNDS * step  # arrivals of each program before this step
         if NORM_HH:
             product_round(step, call, poll_limit, S)
@@ -324,46 +289,21 @@ def lstm_step_forward_kernel(
             poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
 
 
-# Likewise. Sums are the products of a step, [PARTS, B, P] float32, which add up; sums_c, [tiles, B, 2] float32, those
-# of the gradient of unit_c, and of it times unit_c; sums_hh, [2, tiles, B, 2], those of unit_hh at even and odd steps.
-RecurrentBackward = namedtuple(
-    "RecurrentBackward", "weight_hh_ptr sums_ptr gain_hh_ptr unit_hh_ptr scale_hh_ptr sums_hh_ptr"
-)
-OutputBackward = namedtuple(
-    "OutputBackward", "weight_hr_ptr dh_total_ptr gain_c_ptr bias_c_ptr unit_c_ptr scale_c_ptr sums_c_ptr"
-)
-# All that a round of backward needs.
-Backward = namedtuple("Backward", "batch arrivals recurrent held hidden cell saved output")
-
-
-@triton.jit
-def pairs_of_step(step, B, S: tl.constexpr):
-    """Where the tiles' pairs of a step begin: two steps alternate, since one is written while the other is read."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
-    return tl.cast(step % 2, tl.int64) * (TILES * 2) * B
-
-
 @triton.jit
 def product_with_dgates(tile, step, call, S: tl.constexpr):
     """dgates of the step after times W_hh, [BB, units]; of the tile's part of K alone, if there are several."""
-    NORM_HH: tl.constexpr = call.recurrent.gain_hh_ptr is not None
-    H: tl.constexpr = S.H
+    NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
     P: tl.constexpr = S.P
-    K: tl.constexpr = S.GATES * H // S.PARTS
+    K: tl.constexpr = S.GATES * S.H // S.PARTS
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, call.batch, S.REVERSE)
-    normed = None
-    if NORM_HH:
-        pairs_ptr = call.recurrent.sums_hh_ptr + pairs_of_step(step + 1, call.batch.B, S)
-        sum_d, sum_d_unit = sums_of_tiles(pairs_ptr, tile.sequence.index, tile.place.valid, call.batch.B, S)
-        scale = tl.load(call.recurrent.scale_hh_ptr + after.row, mask=after.continues, other=0.0)
-        gain_ptr = call.recurrent.gain_hh_ptr + part * K
-        normed = Normed(call.recurrent.unit_hh_ptr, gain_ptr, scale, sum_d / (4 * H), sum_d_unit / (4 * H))
-    at = rows_of_dgates(call.cell.dgates_ptr, after.row, part, S)
-    ordered = indexing.rows_of_product((at[1], after.continues), not NORM_HH)
-    dgates = Rows(at[0], ordered[0], ordered[1], None, after.row)
-    weight_ptr = call.recurrent.weight_hh_ptr + tl.cast(part, tl.int64) * (K * P)
-    dh = product(dgates, Columns(weight_ptr, tile.unit, tile.unit < P, P), normed, K, K if S.GATES == 4 else 4 * H, S)
+    normed = norm_tiles.load_normed_rows(call.norm_hh, tile, step, after, part * K, call.batch.B, S)
+    dgates_ptr, row = rows_of_dgates(call.cell.dgates_ptr, after.row, part, S)
+    row, continues = rows_of_product(row, not NORM_HH), rows_of_product(after.continues, not NORM_HH)
+    dgates = Rows(dgates_ptr, row, continues, None, row)
+    weight_ptr = call.products.weight_hh_ptr + tl.cast(part, tl.int64) * (K * P)
+    columns = Columns(weight_ptr, tile.unit, tile.unit < P, P)
+    dh = product(dgates, columns, normed, K, K if S.GATES == 4 else 4 * S.H, S)
     return indexing.rows_of_tile(dh, not NORM_HH)
 
 
@@ -379,8 +319,8 @@ def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
         else:
             dh = product_with_dgates(tile, step, call, S)
         dh = unless_timed_out(dh, poll_limit)
-        of_part = call.recurrent.sums_ptr + tl.cast(call.batch.B, tl.int64) * S.P * (tile.unit_tile % S.PARTS)
-        tl.store(of_part + tile.cells.state_at, dh, mask=tile.cells.in_tile)
+        sums_ptr = call.products.sums_ptr + tl.cast(call.batch.B, tl.int64) * S.P * (tile.unit_tile % S.PARTS)
+        tl.store(sums_ptr + tile.cells.state_at, dh, mask=tile.cells.in_tile)
         if S.HELD:
             arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit
@@ -390,10 +330,10 @@ def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
 def sum_of_parts(tile, call, S: tl.constexpr):
     """The sum of all parts' products, [BB, BH]."""
     PARTS: tl.constexpr = S.PARTS  # Triton 3.4 takes no field of a tuple for static_range
-    at, dh = call.recurrent.sums_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
+    sums_ptr, dh = call.products.sums_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
     for _ in tl.static_range(PARTS):
-        dh += tl.load(at, mask=tile.cells.valid, other=0.0, cache_modifier=".cg")
-        at += tl.cast(call.batch.B, tl.int64) * S.P
+        dh += tl.load(sums_ptr, mask=tile.cells.valid, other=0.0, cache_modifier=".cg")
+        sums_ptr += tl.cast(call.batch.B, tl.int64) * S.P
     return dh
 
 
@@ -401,102 +341,92 @@ def sum_of_parts(tile, call, S: tl.constexpr):
 def output_round_backward(step, call, poll_limit, S: tl.constexpr):
     """The whole gradient of h, and the sums over units that the layer norm of c needs."""
     DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
-    first, end, stride = tiles_of_program(call.batch.B, S.P, S)
+    B = call.batch.B
+    first, end, stride = tiles_of_program(B, S.P, S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S)
+        cells = tile.cells
         dh = sum_of_parts(tile, call, S) if S.PARTS > 1 else product_with_dgates(tile, step, call, S)
-        dh = indexing.gradient_of_h(unless_timed_out(dh, poll_limit), tile, step, call.hidden)
-        dh = tl.where(tile.cells.valid, dh, 0.0).to(DTYPE)
-        tl.store(call.output.dh_total_ptr + tile.cells.at, dh, mask=tile.cells.in_tile)
-        if call.output.gain_c_ptr is not None:
-            dz_o, d_unit, unit_c = normed_output(dh.to(tl.float32), tile, call, S)
-            store_pair(call.output.sums_c_ptr, tile, call.batch.B, tl.sum(d_unit, 1), tl.sum(d_unit * unit_c, 1))
+        dh_given = states.load_gradients_given(call.hidden, cells)
+        dh = states.gradient_of_h(unless_timed_out(dh, poll_limit), dh_given, call.hidden, cells)
+        dh = tl.where(cells.valid, dh, 0.0).to(DTYPE)
+        tl.store(call.dh_total_ptr + cells.at, dh, mask=cells.in_tile)
+        if call.norm_c.gain_ptr is not None:
+            normed = load_normed(call.norm_c, tile, 1, S.H)
+            o = tl.load(call.saved.gates_ptr + cells.gates_at + 3 * S.H, mask=cells.valid, other=0.0).to(tl.float32)
+            _, d = output_backward(o, normalised((), call.norm_c, normed)[0], dh.to(tl.float32), S)
+            norm_tiles.store_sums((d,), normed, call.norm_c.pairs_ptr, tile, B, tl.float32)
 
 
 @triton.jit
-def normed_output(dm, tile, call, S: tl.constexpr):
-    """Gradient of m = o tanh(LN(c)) -> (dz_o, gradient of unit_c; unit_c)."""
-    cells, output = tile.cells, call.output
-    o = tl.load(call.saved.gates_ptr + cells.gates_at + 3 * S.H, mask=cells.valid, other=0.0).to(tl.float32)
-    unit_c = tl.load(output.unit_c_ptr + cells.at, mask=cells.valid, other=0.0)
-    gain, bias = indexing.load_affine(output.gain_c_ptr, output.bias_c_ptr, tile.unit[None, :], S.H)
-    dz_o, d_unit = normed_output_backward(o, unit_c, dm, gain, bias)
-    return dz_o, d_unit, unit_c
+def gradient_of_m(tile, step, times, dgates, call, poll_limit, S: tl.constexpr):
+    """(The poll limit after its waits; dm of a tile): by W_hr, as the round before left it, or as a product with
+    dgates, of which there may be a sum of parts, or with W_hh that is held."""
+    H: tl.constexpr = S.H  # Triton 3.4 takes no field of a tuple into another tuple
+    place, cells, unit = tile.position, tile.cells, tile.unit
+    if S.HELD and S.PARTS > 1:
+        poll_limit = wait_for_tile(call.arrivals, tile.batch_tile, times + 1, poll_limit, step)
+    if call.products.weight_hr_ptr is not None:
+        dh = Rows(call.dh_total_ptr, place.row, place.valid, None, place.row)
+        dm = product(dh, Columns(call.products.weight_hr_ptr, unit, unit < H, H), nothing(), S.P, S.P, S)
+    elif call.norm_c.gain_ptr is not None:
+        dm = tl.load(call.dh_total_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
+    elif S.PARTS > 1:
+        dm = sum_of_parts(tile, call, S)
+    elif S.HELD:
+        dm = product_of_held(call.held, dgates, S)
+    else:
+        dm = product_with_dgates(tile, step, call, S)
+    return poll_limit, unless_timed_out(dm, poll_limit)
 
 
 @triton.jit
 def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     """The gradient of m, then those of the cells. Returns the poll limit after its waits for dgates."""
-    H: tl.constexpr = S.H
+    OUTPUT: tl.constexpr = call.products.weight_hr_ptr is not None or call.norm_c.gain_ptr is not None
+    NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
     DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
-    NORM_C: tl.constexpr = call.output.gain_c_ptr is not None
     EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
     cell, B = call.cell, call.batch.B
-    first, end, stride = tiles_of_program(B, H, S)
+    first, end, stride = tiles_of_program(B, S.H, S)
     if S.AHEAD:
         poll_limit, dgates = dgates_after(first, step, times, call, poll_limit, S)
     for number in range(first, end, stride):
-        tile = indexing.tile_at(number, step, call.batch, H, S)
-        cells, sequence, unit = tile.cells, tile.sequence, tile.unit
-        row_prev = tile.row_prev[:, None]
+        tile = indexing.tile_at(number, step, call.batch, S.H, S)
+        cells = tile.cells
 
-        # The gradient of m, of the step after or as the round before left it.
+        # Load, and product: the gradient of m. Where a round before has left it, that has added what is given.
+        if not S.AHEAD:
+            dgates = None
         if S.HELD and S.PARTS == 1 and not S.AHEAD:
             poll_limit, dgates = dgates_after(tile.batch_tile, step, times, call, poll_limit, S)
         if EARLY:
-            gates, c, c_prev = indexing.load_saved(call.saved, step, row_prev, unit[None, :], cells, H)
-        if call.output.weight_hr_ptr is not None:
-            dh = Rows(call.output.dh_total_ptr, tile.place.row, tile.place.valid, None, tile.place.row)
-            dm = product(dh, Columns(call.output.weight_hr_ptr, unit, unit < H, H), None, S.P, S.P, S)
-            dm = unless_timed_out(dm, poll_limit)
-        elif NORM_C:
-            dm = tl.load(call.output.dh_total_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
-            dm = unless_timed_out(dm, poll_limit)
-        else:
-            if S.PARTS > 1:
-                if S.HELD:
-                    poll_limit = wait_for_tile(call.arrivals, tile.batch_tile, times + 1, poll_limit, step)
-                dm = sum_of_parts(tile, call, S)
-            elif S.HELD:
-                dm = product_of_held(call.held, dgates, S)
-            else:
-                dm = product_with_dgates(tile, step, call, S)
-            dm = unless_timed_out(dm, poll_limit)
-            if S.AHEAD:  # these cells are computed while dgates of the next tile are loaded
-                poll_limit, dgates = dgates_after(number + stride, step, times, call, poll_limit, S)
-            dm = indexing.gradient_of_h(dm, tile, step, call.hidden)
-
-        # Output and cell.
-        if NORM_C:
-            dz_o, d_unit, unit_c = normed_output(dm, tile, call, S)
+            gates, c, c_prev = states.load_saved(call.saved, step, cells, S.H)
+        poll_limit, dm = gradient_of_m(tile, step, times, dgates, call, poll_limit, S)
+        if S.AHEAD:  # these cells are computed while dgates of the next tile are loaded
+            poll_limit, dgates = dgates_after(number + stride, step, times, call, poll_limit, S)
+        if not OUTPUT:
+            dm = states.gradient_of_h(dm, states.load_gradients_given(call.hidden, cells), call.hidden, cells)
+        normed = load_normed(call.norm_c, tile, 1, S.H)
         if not EARLY:
-            gates, c, c_prev = indexing.load_saved(call.saved, step, row_prev, unit[None, :], cells, H)
-        dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        dc, c, dc_from_zoneout = indexing.zoneout_c_backward(dc, cell.zoneout_c_ptr, gates, c, c_prev, cells, S)
-        if NORM_C:
-            sum_d, sum_d_unit = sums_of_tiles(call.output.sums_c_ptr, sequence.index, tile.place.valid, B, S)
-            scale = tl.load(call.output.scale_c_ptr + tile.place.row, mask=tile.place.valid, other=0.0)
-            means = (sum_d / H)[:, None], (sum_d_unit / H)[:, None]
-            dc += normalise_backward(d_unit, unit_c, scale[:, None], *means)
-        peepholes = indexing.load_peepholes(cell.weight_peephole_ptr, unit[None, :], H)
-        if NORM_C:
-            dz, dc_prev = gates_backward(gates, c_prev, dz_o, dc, peepholes)
-        else:
-            dz, dc_prev = cell_backward(gates, c_prev, c, dm, dc, peepholes, S)
-        if call.recurrent.gain_hh_ptr is not None:
-            unit_hh = indexing.load_gates(call.recurrent.unit_hh_ptr, cells.gates_at, cells.valid, H)
-            gain_hh = indexing.load_gates(call.recurrent.gain_hh_ptr, unit[None, :], (unit < H)[None, :], H)
-            d, sum_d, sum_d_unit = gates_of_unit(dz, gain_hh, unit_hh, DTYPE)
-            pairs_ptr = call.recurrent.sums_hh_ptr + pairs_of_step(step, B, S)
-            store_pair(pairs_ptr, tile, B, tl.sum(sum_d, 1), tl.sum(sum_d_unit, 1))
-        if cell.zoneout_c_ptr is not None:
-            dc_prev += dc_from_zoneout
+            gates, c, c_prev = states.load_saved(call.saved, step, cells, S.H)
 
-        # Store. In padding every factor was loaded as zero, so its gradients are zero.
-        indexing.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, H)
-        tl.store(cell.dc_ptr + cells.state_at, tl.where(cells.continues, dc_prev, 0.0), mask=cells.valid)
-        if cell.dreset_c_ptr is not None:
-            tl.store(cell.dreset_c_ptr + cells.at, dc_prev, mask=cells.reset)
+        # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
+        dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+        c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
+        dz_o, dc_by_m = output_backward(gates[3], normalised((c,), call.norm_c, normed)[0], dm, S)
+        dc_by_m = norm_tiles.c_backward(dc_by_m, call.norm_c, normed, tile, B, S)
+        peepholes = states.load_peepholes(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
+        dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, peepholes, S)
+        dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
+
+        # Store.
+        if NORM_HH:
+            normed_hh, pairs_ptr = load_normed(call.norm_hh, tile, 4, S.H), pairs_of_step(call.norm_hh, step, B, S)
+            norm_tiles.store_sums(dz, normed_hh, pairs_ptr, tile, B, DTYPE)
+        states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
+        reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
         if S.HELD and step > 0:
             arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit
@@ -504,12 +434,13 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B"])
 def lstm_step_backward_kernel(
-    recurrent: RecurrentBackward, hidden: HiddenBackward, cell: CellBackward, saved: Saved, output: OutputBackward,
-    arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
+    products: Products, hidden: HiddenBackward, cell: CellBackward, saved: Saved, norm_hh: NormHH, norm_c: NormC,
+    dh_total_ptr, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps, from the last to the first. Rounds are as forward: for a projection or a layer norm of c the gradient
     of h is a round before the cells, and so are products of parts of K."""
-    OUTPUT: tl.constexpr = output.weight_hr_ptr is not None or output.gain_c_ptr is not None
+    norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
+    OUTPUT: tl.constexpr = products.weight_hr_ptr is not None or norm_c.gain_ptr is not None
     ROUNDS: tl.constexpr = 1 + OUTPUT + (S.PARTS > 1)
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     tl.static_assert(S.GATES * S.H % S.PARTS == 0, "parts of K are equal")
@@ -518,11 +449,11 @@ def lstm_step_backward_kernel(
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
     held = None
     if S.HELD:
-        of_part = recurrent.weight_hh_ptr + tl.cast(tl.program_id(0) % S.PARTS, tl.int64) * (K * P)
+        weight_ptr = products.weight_hh_ptr + tl.cast(tl.program_id(0) % S.PARTS, tl.int64) * (K * P)
         column = tl.program_id(0) // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
-        held = tl.trans(load_weights(Columns(of_part, column, column < P, P), 0, K, S.BLOCK_K))
-    batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    call = Backward(batch, arrivals, recurrent, held, hidden, cell, saved, output)
+        held = tl.trans(load_weights(Columns(weight_ptr, column, column < P, P), 0, K, S.BLOCK_K))
+    batch = Batch(lengths_ptr, resets_ptr, T, B)
+    call = Backward(batch, arrivals, products, held, hidden, cell, saved, norm_hh, norm_c, dh_total_ptr)
     for back in range(T):
         step = T - 1 - back
         times = ROUNDS * back  # arrivals of each program before this step, for a tile if HELD
@@ -614,13 +545,11 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """
     if not backward or problem.projected or problem.normalised or problem.exact_float32:
         return []
-    plans = []
+    plans, inner = [], CELLS[problem.cell].rows * problem.hidden
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
         tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / units), 3 * 128 * (rows + parts * units)
         programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
-        in_words = (
-            CELLS[problem.cell].rows * problem.hidden * problem.size % (16 * parts) == 0
-        )  # of 16 bytes, in which a part is loaded
+        in_words = inner * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
         fits = rows <= max(16, power_of_two(problem.batch)) and rows * units <= 2048 and shared <= card.shared
         if in_words and fits:
             plans.append(Plan(
@@ -631,26 +560,30 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     return sorted(plans, key=lambda plan: expected(problem, card, plan, backward).seconds)[:2]
 
 
-KERNELS = lstm_step_forward_kernel, lstm_step_backward_kernel
-OPERANDS = None, None
+def waits(p: Problem, plan: Plan) -> bool:
+    """Unless the launch is one round of tiles."""
+    return p.steps > 1 or plan.family.parts > 1 or p.projected > 0 or p.normalised
 
 
-def buffers(p: Problem, plan: Plan, backward: bool) -> dict[str, Buffer]:
-    """What a pass writes besides the results that all families share."""
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See family.Family."""
     f32, tiles = torch.float32, ceil(p.hidden / plan.units)
-    scratch = {}
-    if backward and plan.family.parts > 1:
+    scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
+    if waits(p, plan):  # counts the programs of each batch tile that have arrived
+        scratch["arrivals_ptr"] = Buffer(torch.int32, (ceil(p.batch / plan.rows),), fill=0)
+    scratch |= {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
+    if plan.family.parts > 1:
         scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
-    if backward and p.gain_hh:
-        scratch["sums_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    if backward and p.gain_c:
-        scratch["sums_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    if not backward and p.projected:
-        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    if not backward and p.gain_hh:
+    if p.gain_hh and pass_.backward:
+        scratch["pairs_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
+    elif p.gain_hh:
         scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
-        scratch["moments_hh_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    if not backward and p.gain_c:
+    if p.gain_c and not pass_.backward:
         scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
-        scratch["moments_c_ptr"] = Buffer(f32, (tiles, p.batch, 2))
-    return scratch
+    if p.projected and not pass_.backward:
+        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    return buffers_of(p, pass_) | scratch
+
+
+HELD = Family((lstm_step_forward_kernel, lstm_step_backward_kernel), waits, buffers)
+STEP = HELD._replace(projects=True)

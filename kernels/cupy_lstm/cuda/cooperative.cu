@@ -6,9 +6,9 @@
 //
 // forward    A block holds the rows of W_hh for its units' four gates, and publishes h of its units.
 //
-// backward   dh of a unit needs the dgates of all units, four times as wide as h. PARTS blocks own PARTS * UNITS units
-//            together. Each holds W_hh^T of all of these for its own part of the gates, reads that part of dgates, and
-//            publishes its partial sums of dh in a second, small exchange, which PARTS = 1 does not need.
+// backward   dh of a unit needs the dgates of all units, four times as wide as h. PARTNERS blocks own PARTNERS * UNITS
+//            units together. Each holds W_hh^T of all of these for its own share of the gates, reads that share of
+//            dgates, and publishes its sums of dh in a second, small exchange, which PARTNERS = 1 does not need.
 //
 // WITH_...: false where an argument is known to be null, or false, so that nothing is compiled for it.
 //
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
         }
 }
 
-template <typename E, int OF_H, int H, int UNITS, int WARPS, int CHUNKS, int PARTS, bool WITH_DH, bool WITH_DH_N,
+template <typename E, int OF_H, int H, int UNITS, int WARPS, int CHUNKS, int PARTNERS, bool WITH_DH, bool WITH_DH_N,
           bool WITH_LENGTHS, bool WITH_RESETS, bool WITH_RESET_C, bool WITH_DRESET_C, bool WITH_REVERSE>
 __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const E* dh,              // [T*B, H] or null
@@ -142,9 +142,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     const E* gates,           // [T*B, 4H] activated
     const float* c,           // [T*B, H]
     const float* c0,          // [B, H]
-    const unsigned* weights,  // [PARTS, H, OF_H / PARTS * W] W_hh^T, of each part's gates
+    const unsigned* weights,  // [PARTNERS, H, OF_H / PARTNERS * W] W_hh^T, of each partner's gates
     unsigned* dgates,         // [T*B, 4, W] out and the exchange, sentinels beforehand
-    unsigned* partials,       // [B, PARTS, H] floats, the second exchange, phase 1 beforehand; null if PARTS is 1
+    unsigned* partials,       // [B, PARTNERS, H] floats, the second exchange, phase 1 beforehand; null if PARTNERS is 1
     float* dc,                // [B, H] in: dc_n; out: dc0
     const int* lengths,       // [B] or null
     const bool* resets,       // [T*B] or null
@@ -160,19 +160,19 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     if (!WITH_DRESET_C) dreset_c = nullptr;
     if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
-    constexpr int ROWS = PARTS * UNITS;  // pairs are the units n and n + ROWS / 2
-    constexpr int K = OF_H / PARTS * W;
+    constexpr int ROWS = PARTNERS * UNITS;  // pairs are the units n and n + ROWS / 2
+    constexpr int K = OF_H / PARTNERS * W;
     using Cell = typename CellOf<OF_H>::Type;
     using Rows = Product<E, ROWS, K, WARPS, CHUNKS>;
     const Own<UNITS, WARPS> own;
-    const int part = blockIdx.x % PARTS;
-    const Walk<(CHUNKS > 0)> begin(blockIdx.x / PARTS, gridDim.x / PARTS, ROWS, H);
+    const int partner = blockIdx.x % PARTNERS;
+    const Walk<(CHUNKS > 0)> begin(blockIdx.x / PARTNERS, gridDim.x / PARTNERS, ROWS, H);
 
     Rows product(weights);
     const auto load_rows_of = [&](int first_unit) {
         product.load([=](int pair, int half) {
             const int unit = first_unit + pair + half * (ROWS / 2);
-            return unit < H ? part * H + unit : -1;
+            return unit < H ? partner * H + unit : -1;
         });
     };
     load_rows_of(begin.row);
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     for (int step = T - 1; step >= 0; --step)
         for (auto walk = begin; walk.tile < B; walk.next(), turn ^= 1) {
             if (CHUNKS == 0) load_rows_of(walk.row);
-            const int unit = walk.row + part * UNITS + own.unit;
+            const int unit = walk.row + partner * UNITS + own.unit;
             const bool has_cell = own.cell & unit < H;
 
             // Load the data of the thread's cell before waiting.
@@ -208,17 +208,17 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
             // overwrite partial sums that another block still waits for.
             const long long row_after = row_of(time_of(step + 1, its_length, reverse), of_column, B);
             delay.pass();
-            typename Rows::Words dz(dgates + (row_after * 4 + GATES - OF_H) * W + part * K + product.lane.first_word,
+            typename Rows::Words dz(dgates + (row_after * 4 + GATES - OF_H) * W + partner * K + product.lane.first_word,
                                     step < T - 1 & of_column < B ? K - product.lane.first_word : 0);
             delay.learn(product.multiply(dz, turn, {error, step, lost}));
 
             // The gradient through the step after, for the thread's cell.
             float from_next;
-            if (PARTS == 1) {
+            if (PARTNERS == 1) {
                 const float2 sums = Rows::sum(own.unit % (ROWS / 2), own.sequence, turn);
                 from_next = own.unit < ROWS / 2 ? sums.x : sums.y;
             } else {
-                // Publish the partial sums, and add up all parts in the same order every time.
+                // Publish the sums, and add up those of all partners in the same order every time.
                 const int phase = (T - 1 - step) % 2;
 #pragma unroll
                 for (int n = 0; n < ROWS / 2 * SEQUENCES; n += 32 * WARPS) {
@@ -226,17 +226,18 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
                     const bool wanted = sequence < SEQUENCES & walk.tile + sequence < B;
                     const float2 sums = Rows::sum(pair, sequence % SEQUENCES, turn);
                     const int low = walk.row + pair, high = low + ROWS / 2;
-                    unsigned* const to = partials + (static_cast<long long>(walk.tile + sequence) * PARTS + part) * H;
+                    const long long index = walk.tile + sequence;
+                    unsigned* const to = partials + (index * PARTNERS + partner) * H;
                     store_relaxed_if(wanted & low < H, to + low, in_phase(sums.x, phase));
                     store_relaxed_if(wanted & high < H, to + high, in_phase(sums.y, phase));
                 }
-                float parts[PARTS];
+                float of_partners[PARTNERS];
                 delay_of_sums.pass();
-                delay_of_sums.learn(await_phase(parts, partials + static_cast<long long>(batch) * PARTS * H + unit, H,
-                                                in_batch, phase, {error, step, lost}));
-                from_next = parts[0];
+                const unsigned* const from = partials + static_cast<long long>(batch) * PARTNERS * H + unit;
+                delay_of_sums.learn(await_phase(of_partners, from, H, in_batch, phase, {error, step, lost}));
+                from_next = of_partners[0];
 #pragma unroll
-                for (int n = 1; n < PARTS; ++n) from_next += parts[n];
+                for (int n = 1; n < PARTNERS; ++n) from_next += of_partners[n];
             }
 
             // Cell.

@@ -4,27 +4,31 @@ import triton
 import triton.language as tl
 
 from .gru import gru_backward, gru_forward, gru_next_cell
-from .lstm import lstm_backward, lstm_forward, lstm_next_cell
+from .lstm import lstm_backward, lstm_forward, lstm_next_cell, lstm_output, lstm_output_backward
 
 
 @triton.jit
 def cell_forward(x, z, c_prev, peepholes, S: tl.constexpr):
-    """The parts of the pre-activations from the input and from h, and c before the step -> (four gates, c, m)."""
-    if S.CELL == "gru":
-        after = gru_forward(x, z, c_prev)
-    else:
-        after = lstm_forward(x, z, c_prev, peepholes)
-    return after
+    """The parts of the pre-activations from the input and from h, and c before the step -> (four gates, c)."""
+    return gru_forward(x, z, c_prev) if S.CELL == "gru" else lstm_forward(x, z, c_prev, peepholes)
 
 
 @triton.jit
-def cell_backward(gates, c_prev, c, dm, dc, peepholes, S: tl.constexpr):
-    """Gradients of m, and of c from the next step -> (of the four pre-activations; gradient of c_prev)."""
-    if S.CELL == "gru":
-        before = gru_backward(gates, c_prev, dm, dc)
-    else:
-        before = lstm_backward(gates, c_prev, c, dm, dc, peepholes)
-    return before
+def output(o, v, S: tl.constexpr):
+    """m, the cell's output, of its last gate o and v, which is c or, in a cell that `normalises`, LN(c)."""
+    return v if S.CELL == "gru" else lstm_output(o, v)
+
+
+@triton.jit
+def output_backward(o, v, dm, S: tl.constexpr):
+    """Gradient of m -> (as far as it comes from m: of the last pre-activation; of v)."""
+    return (tl.zeros_like(dm), dm) if S.CELL == "gru" else lstm_output_backward(o, v, dm)
+
+
+@triton.jit
+def cell_backward(gates, c_prev, dz_o, dc, peepholes, S: tl.constexpr):
+    """Gradients of the last pre-activation from m, and of c -> (of the four pre-activations; of c_prev)."""
+    return gru_backward(gates, c_prev, dc) if S.CELL == "gru" else lstm_backward(gates, c_prev, dz_o, dc, peepholes)
 
 
 @triton.jit

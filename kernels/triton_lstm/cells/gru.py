@@ -20,18 +20,16 @@ def gru_next_cell(gates, c_prev):
 
 @triton.jit
 def gru_forward(x, z, c_prev):
-    """The parts of the pre-activations from the input and from h, and h before the step -> ((n, r, z, s), h, h)."""
+    """The parts of the pre-activations from the input and from h, and h before the step -> ((n, r, z, s), h)."""
     r, update, s = sigmoid(x[1] + z[1]), sigmoid(x[2] + z[2]), x[3] + z[3]
     gates = (tanh(x[0] + r * s), r, update, s)
-    c = gru_next_cell(gates, c_prev)
-    return gates, c, c
+    return gates, gru_next_cell(gates, c_prev)
 
 
 @triton.jit
-def gru_backward(gates, c_prev, dm, dc):
-    """Gradients of m, and of c from the next step -> ((dz_n, dz_r, dz_z, ds), gradient of c_prev)."""
+def gru_backward(gates, c_prev, d):
+    """Gradient of h, by what it multiplies and from the next step -> ((dz_n, dz_r, dz_z, ds), gradient of c_prev)."""
     n, r, update, s = gates
-    d = dm + dc
     dz_n = d * (1.0 - update) * (1.0 - n * n)
     dz_r, dz_z = dz_n * s * r * (1.0 - r), d * (c_prev - n) * update * (1.0 - update)
     return (dz_n, dz_r, dz_z, dz_n * r), d * update

@@ -10,9 +10,8 @@ With peepholes (Gers & Schmidhuber, 2000) gates depend on the cell state of thei
 
     z_i += p_i * c_prev      z_f += p_f * c_prev      z_o += p_o * c
 
-With layer norms (Ba, Kiros & Hinton, 2016; ../norm.py) m = o * tanh(LN(c)). m is the cell's output, named as by Sak,
-Senior & Beaufays (2014): with a projection h = W_hr m, without one h = m. With zoneout (Krueger et al., 2017) a share
-of each state, all or nothing in training, stays as it was before the step.
+With a layer norm of c (../norm.py) m = o * tanh(LN(c)). m is the cell's output, named as by Sak, Senior & Beaufays
+(2014): with a projection h = W_hr m, without one h = m.
 """
 
 import triton
@@ -64,7 +63,7 @@ def lstm_next_cell(gates, c_prev):
 
 @triton.jit
 def lstm_forward(x, z, c_prev, peepholes):
-    """The parts of the pre-activations from the input and from h, and c before the step -> ((i, f, g, o), c, m)."""
+    """The parts of the pre-activations from the input and from h, and c before the step -> ((i, f, g, o), c)."""
     z_i, z_f, z_g, z_o = x[0] + z[0], x[1] + z[1], x[2] + z[2], x[3] + z[3]
     if len(peepholes) > 0:
         z_i += peepholes[0] * c_prev
@@ -73,32 +72,24 @@ def lstm_forward(x, z, c_prev, peepholes):
     c = lstm_next_cell((i, f, g), c_prev)
     if len(peepholes) > 0:
         z_o += peepholes[2] * c
-    o = sigmoid(z_o)
-    return (i, f, g, o), c, output(o, c)
+    return (i, f, g, sigmoid(z_o)), c
 
 
 @triton.jit
-def output(o, x):
-    """m = o tanh(x), [rows, units]; x is c, or LN(c)."""
-    return o * tanh(x)
+def lstm_output(o, v):
+    """m = o tanh(v), [rows, units]; v is c, or LN(c)."""
+    return o * tanh(v)
 
 
 @triton.jit
-def output_backward(o, x, dm):
-    """Gradient of m = o tanh(x) -> (dz_o, gradient of x). dz is of a pre-activation: sigmoid' = s (1 - s)."""
-    t = tanh(x)
+def lstm_output_backward(o, v, dm):
+    """Gradient of m = o tanh(v) -> (dz_o, gradient of v). dz is of a pre-activation: sigmoid' = s (1 - s)."""
+    t = tanh(v)
     return dm * t * o * (1.0 - o), dm * o * (1.0 - t * t)
 
 
 @triton.jit
-def normed_output_backward(o, unit_c, dm, gain, bias):
-    """Gradient of m = o tanh(gain unit_c + bias) -> (dz_o, gradient of unit_c)."""
-    dz_o, dx = output_backward(o, gain * unit_c + bias, dm)
-    return dz_o, gain * dx
-
-
-@triton.jit
-def gates_backward(gates, c_prev, dz_o, dc, peepholes):
+def lstm_backward(gates, c_prev, dz_o, dc, peepholes):
     """dz_o, and the gradient of c from m and the next step -> ((dz_i, dz_f, dz_g, dz_o), gradient of c_prev)."""
     i, f, g, _ = gates
     if len(peepholes) > 0:
@@ -110,22 +101,3 @@ def gates_backward(gates, c_prev, dz_o, dc, peepholes):
     if len(peepholes) > 0:
         dc_prev += dz_i * peepholes[0] + dz_f * peepholes[1]
     return (dz_i, dz_f, dz_g, dz_o), dc_prev
-
-
-@triton.jit
-def lstm_backward(gates, c_prev, c, dm, dc, peepholes):
-    """Gradients of m, and of c from the next step -> ((dz_i, dz_f, dz_g, dz_o), gradient of c_prev)."""
-    dz_o, dc_of_m = output_backward(gates[3], c, dm)
-    return gates_backward(gates, c_prev, dz_o, dc + dc_of_m, peepholes)
-
-
-@triton.jit
-def mix(share, before, new):
-    """Zoneout of a state: a mixture of that before the step and the one that the step computed."""
-    return share * before + (1.0 - share) * new
-
-
-@triton.jit
-def mix_backward(share, d):
-    """Gradient of `mix` -> (of the state before the step, of the one that the step computed)."""
-    return share * d, (1.0 - share) * d

@@ -1,9 +1,10 @@
 """The equations of the cells, in torch's operators."""
 
+import importlib
 from types import ModuleType
 
-from . import gru, lstm
+from ..kernels.cells import CELLS
 
-EQUATIONS: dict[str, ModuleType] = {"lstm": lstm, "gru": gru}
+EQUATIONS: dict[str, ModuleType] = {name: importlib.import_module(f".{name}", __name__) for name in CELLS}
 """By a cell's name. Each has Gates, input_product, pre_activations, step, activate_in_place, next_cell, output, and
 gates_of."""

@@ -1,0 +1,45 @@
+"""A call by its route: what was decided for its kind."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..call.choices import Backend
+from ..call.noise import with_weight_drop
+from ..call.prepare import Call
+from ..kernels.layer import Layer
+from . import graph, reference, schedule, torch_rnn
+from .schedule import Schedule
+
+
+class Route(NamedTuple):
+    """Everything that was decided for a kind of call."""
+
+    backend: Backend
+    dtype: torch.dtype  # that layers compute in
+    as_operators: bool = False  # for graphs and dispatch modes
+    layers: Sequence[Layer] = ()  # [L*D], where kernels run in eager mode
+    schedule: Schedule | None = None  # likewise
+
+
+def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None) -> tuple[Any, Any]:
+    """The output and the final states, in the user's form.
+
+    The reference appends the Steps of every layer and direction to `record`, if there is one.
+    """
+    backend, dtype, as_operators, layers, scheduled = route
+    if call.options.drops_weights:
+        call = call._replace(weights=with_weight_drop(call.weights, call.options))
+    if backend is Backend.TORCH and not as_operators and (given := torch_rnn.run_as_given(call)) is not None:
+        return call.results(*given)
+    rows = call if call.options.one_row and call.form.packed is None else call.laid_out()
+    if scheduled is not None:
+        y, states = schedule.run_call(rows, dtype, backend, layers, scheduled)
+    elif as_operators:
+        y, states = graph.run_call(rows, dtype, backend)
+    elif backend is Backend.TORCH:
+        y, states = torch_rnn.run_call(rows, dtype)
+    else:
+        y, states = reference.run_call(rows, dtype, record)
+    return call.results(y, states if call.options.one_row else call.held(states))

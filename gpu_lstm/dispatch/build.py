@@ -1,0 +1,18 @@
+"""The route of a kind of call by a backend."""
+
+from ..backends import verify
+from ..backends.run import Route
+from ..backends.schedule import schedule_of
+from ..call.choices import KERNEL_BACKENDS, Backend
+from ..call.prepare import Call
+from .kind import Kind
+
+
+def build(call: Call, kind: Kind, backend: Backend) -> Route:
+    """The route of a call by a backend."""
+    if backend not in KERNEL_BACKENDS:
+        return Route(backend, kind.dtype)
+    schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
+    problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
+    layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
+    return Route(backend, kind.dtype, False, layers, schedule)

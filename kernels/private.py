@@ -1,0 +1,70 @@
+"""Every private name of torch, Triton and Python that the library uses: why, and what to do when it goes.
+
+tests/test_packaging.py holds that no other file has one. `-> b`: the public way is b. Flags are behind functions, since
+an import would copy their values; those of every call behind ones that need no frame.
+"""
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.profiler as profiler
+from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.autograd import forward_ad
+from torch.fx import _symbolic_trace as fx
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+# Read at every call, where the public way is slower:
+environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # -> get, which raises and catches inside
+fp32_precision = torch._C._get_fp32_precision_getter  # -> torch.backends.cudnn.rnn.fp32_precision, 20 times as slow
+any_autocast = torch._C._is_any_autocast_enabled  # -> torch.is_autocast_enabled(x.device.type)
+is_tracing = torch._C._is_tracing  # -> torch.jit.is_tracing()
+is_profiled = partial(getattr, profiler, "_is_profiler_enabled")  # -> record_function always, which costs microseconds
+
+# Where the public way does too much:
+leave_out_of_graphs = torch._disable_dynamo  # -> torch.compiler.disable, which imports the compiler, and with it Triton
+is_exporting = partial(getattr, torch.compiler, "_is_exporting_flag")  # -> is_exporting(), folded to True by torch 2.9
+fx_is_tracing = partial(getattr, fx, "_is_fx_tracing_flag")  # -> torch.fx's is_fx_tracing(), which logs a warning
+load_kernel = lambda compiled: compiled._init_handles()  # -> compiled.run, which loads as it is read, or a launch
+copy_all = torch._foreach_copy_  # -> copies one by one, between which an interrupt may come
+storage_of = lambda t: t.untyped_storage()._cdata  # -> its data_ptr(), which FakeTensors lack: ONNX's exporter has some
+
+# Where there is none. Without the names of functorch, calls inside torch.func's transforms have to be refused:
+TransformType, current_transform, transforms = (
+    _functorch.TransformType, _functorch.peek_interpreter_stack, retrieve_all_functorch_interpreters
+)  # fmt: skip
+level_of, is_wrapped, unwrapped = (
+    _functorch.maybe_get_level, _functorch.is_functorch_wrapped_tensor, _functorch.get_unwrapped
+)  # fmt: skip
+unwrapped_if_ended, is_batched = _functorch.unwrap_if_dead, _functorch.is_legacy_batchedtensor
+forward_level = partial(getattr, forward_ad, "_current_level")  # -1: no dual_level is open
+# Without these, layers are no operators under dispatch modes, a compat.LSTM in a model is compiled, and hooks and
+# function modes of the user act on our own computations:
+dispatch_modes, count_dispatch_modes = _get_current_dispatch_mode_stack, torch._C._len_torch_dispatch_stack
+compiler_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # None outside of what torch.compile made
+hooks_are_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+WithoutTorchFunction = torch._C.DisableTorchFunction
+is_view = Tensor._is_view  # whose cast torch's autocast does not keep
+assert_on_device = torch._assert_async  # else a check that waits for the device
+default_store = lambda: torch.distributed.distributed_c10d._get_default_store()  # else ranks decide each for itself
+driver_version = lambda: torch._C._cuda_getDriverVersion()  # else cached results have to be cleared for a new one
+
+
+def constant_when_traced(function: Any) -> Any:
+    """-> torch.compiler.assume_constant_result, which imports the compiler: torch.compile uses what a call returns."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def saved_by_product(product: Any, weight: Tensor) -> Tensor:
+    """`weight` as torch.matmul(..., weight) saved it for backward; else our casts are made besides torch's."""
+    return product.grad_fn._saved_vec if weight.dim() == 1 else product.grad_fn._saved_mat2
+
+
+def autograd_inside_an_operator() -> Any:
+    """A block in which autograd records though an operator's kernel runs; else backward computes each forward again."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(include, exclude & torch._C._after_autograd_keyset)

@@ -1,0 +1,85 @@
+"""What regularises the recurrence. Where a call has no such noise, its pointer is None and nothing changes.
+
+dropout   h is multiplied by the same factors before every product with W_hh
+zoneout   a share of each state stays as it was before the step (Krueger et al., 2017): all or nothing, by a mask,
+          or one share for all, a rate
+"""
+
+import triton
+import triton.language as tl
+
+from .cells import next_cell
+from .reset import load_state, store_gradient
+
+
+@triton.jit
+def dropout(x, factors_ptr, at, mask):
+    """h, or backward what the product returned for it, times the factors that lie `at`."""
+    if factors_ptr is not None:
+        x *= tl.load(factors_ptr + at, mask=mask, other=0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def load_share(zoneout_ptr, cells):
+    """The share of the state before that stays: of each cell, or one float32 for all."""
+    if zoneout_ptr.dtype.element_ty == tl.float32:
+        share = tl.load(zoneout_ptr)
+    else:
+        share = tl.load(zoneout_ptr + cells.at, mask=cells.valid, other=0).to(tl.float32)
+    return share
+
+
+@triton.jit
+def zoneout(new, before, zoneout_ptr, cells):
+    """The state after a step that computed `new`."""
+    if zoneout_ptr is not None:
+        share = load_share(zoneout_ptr, cells)
+        new = share * before + (1.0 - share) * new
+    return new
+
+
+@triton.jit
+def zoneout_backward(d, zoneout_ptr, cells):
+    """Gradient of the state after a step -> (of what the step computed, of the state before as far as that stayed)."""
+    stayed = tl.zeros_like(d)
+    if zoneout_ptr is not None:
+        share = load_share(zoneout_ptr, cells)
+        d, stayed = (1.0 - share) * d, share * d
+    return d, stayed
+
+
+@triton.jit
+def add_stayed(d, stayed, zoneout_ptr):
+    """The whole gradient of the state before a step. (To add zeros would be an instruction.)"""
+    if zoneout_ptr is not None:
+        d += stayed
+    return d
+
+
+@triton.jit
+def zoneout_of_h(h, hidden, h_prev_ptr, prev_at, cells):
+    """`zoneout` of h, with the one before it from memory."""
+    if hidden.zoneout_h_ptr is not None:
+        h_prev = load_state(h_prev_ptr, prev_at, hidden.reset_h_ptr, cells)
+        h = zoneout(h, h_prev, hidden.zoneout_h_ptr, cells)
+    return h
+
+
+@triton.jit
+def zoneout_of_h_backward(dh, hidden, cells):
+    """Gradient of h by the product and as given -> of the h that the step computed. What stayed of the step after is
+    in dh_from_zoneout, and is replaced by what stayed of this one."""
+    if hidden.zoneout_h_ptr is not None:
+        dh += tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        dh, stayed = zoneout_backward(dh, hidden.zoneout_h_ptr, cells)
+        store_gradient(stayed, hidden.dh_from_zoneout_ptr, hidden.dreset_h_ptr, cells)
+    return dh
+
+
+@triton.jit
+def without_zoneout(c, gates, c_prev, zoneout_c_ptr, S: tl.constexpr):
+    """c as the step computed it, from c after zoneout."""
+    if zoneout_c_ptr is not None:
+        c = next_cell(gates, c_prev, S)
+    return c

@@ -1,0 +1,110 @@
+"""What a step loads of its cells, from memory or as forward saved it, and what it stores: by the offsets of `Cells`."""
+
+from collections import namedtuple
+
+import triton
+import triton.language as tl
+
+from .noise import dropout, zoneout_of_h, zoneout_of_h_backward
+from .reset import reset_to
+
+# What forward saved of a step of some cells: the four activated gates, c after zoneout, and c before the step.
+Activations = namedtuple("Activations", "gates c c_prev")
+
+
+@triton.jit
+def load_gates(gates_ptr, at, mask, H: tl.constexpr, AS_STORED: tl.constexpr = False):
+    """The four gates of a [rows, 4H] tensor; `at` is the offset of the first. AS_STORED: not converted to float32."""
+    gates = ()
+    for n in tl.static_range(4):
+        gate = tl.load(gates_ptr + at + n * H, mask=mask, other=0.0)
+        gates = gates + (gate if AS_STORED else gate.to(tl.float32),)
+    return gates
+
+
+@triton.jit
+def as_float(gates):
+    """What load_gates loaded AS_STORED."""
+    i, f, g, o = gates
+    return i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+
+
+@triton.jit
+def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
+    """The reverse of load_gates, rounded to the tensor's dtype, if there is a tensor."""
+    if gates_ptr is not None:
+        for n in tl.static_range(4):
+            tl.store(gates_ptr + at + n * H, gates[n], mask=mask)
+
+
+@triton.jit
+def load_peepholes(weight_peephole_ptr, unit, H: tl.constexpr):
+    """The peepholes of some units, from [3H]: a tuple of three, of none in a cell without."""
+    peepholes = ()
+    if weight_peephole_ptr is not None:
+        for n in tl.static_range(3):
+            weight = tl.load(weight_peephole_ptr + n * H + unit, mask=unit < H, other=0.0)
+            peepholes = peepholes + (weight.to(tl.float32),)
+    return peepholes
+
+
+@triton.jit
+def save(gates, c, cell, cells, H: tl.constexpr):
+    """Store what backward reads of a step, if anything."""
+    if cell.c_ptr is not None:
+        store_gates(cell.gates_ptr, cells.gates_at, cells.valid, gates, H)
+        tl.store(cell.c_ptr + cells.at, tl.where(cells.valid, c, 0.0), mask=cells.in_tile)
+
+
+@triton.jit
+def load_saved(saved, step, cells, H: tl.constexpr, AS_STORED: tl.constexpr = False):
+    """The Activations of a step; gates AS_STORED as in `load_gates`."""
+    gates = load_gates(saved.gates_ptr, cells.gates_at, cells.valid, H, AS_STORED)
+    c = tl.load(saved.c_ptr + cells.at, mask=cells.valid, other=0.0)
+    return Activations(gates, c, load_c_before(saved, step, cells))
+
+
+@triton.jit
+def load_c_before(saved, step, cells):
+    """c before a step, as forward saved it."""
+    is_first = tl.zeros(cells.prev_at.shape, tl.int32) + step == 0
+    c_prev = tl.load(saved.c0_ptr + cells.prev_at, mask=cells.continues & is_first, other=0.0)
+    c_prev += tl.load(saved.c_ptr + cells.prev_at, mask=cells.continues & ~is_first, other=0.0)
+    return reset_to(c_prev, saved.reset_c_ptr, cells)
+
+
+@triton.jit
+def store_hidden(h, hidden, h_prev_ptr, cells):
+    """Store h after zoneout, and h_n where a sequence ends; returns that h. The state before the step is in h_prev_ptr,
+    h0 or h."""
+    h = zoneout_of_h(h, hidden, h_prev_ptr, cells.prev_at, cells)
+    tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
+    tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & cells.is_last)
+    return h
+
+
+@triton.jit
+def load_gradients_given(hidden, cells):
+    """The gradients that backward is given, as they are stored: of the step's h, and of h_n where a sequence ends."""
+    given = ()
+    if hidden.dh_ptr is not None:
+        given = given + (tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0),)
+    if hidden.dh_n_ptr is not None:
+        given = given + (tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.valid & cells.is_last, other=0.0),)
+    return given
+
+
+@triton.jit
+def gradient_of_h(dh, given, hidden, cells):
+    """What the product of the step after returned, and the gradients given -> that of the h that the step computed."""
+    dh = dropout(dh, hidden.dropout_h_ptr, cells.state_at, cells.valid)
+    for n in tl.static_range(len(given)):
+        dh += given[n].to(tl.float32)
+    return zoneout_of_h_backward(dh, hidden, cells)
+
+
+@triton.jit
+def store_gradient_of_m(dm, dh_total_ptr, cells):
+    """With a layer norm of c, whose gain and bias have gradients of it, after the loop."""
+    if dh_total_ptr is not None:
+        tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)

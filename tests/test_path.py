@@ -1,0 +1,68 @@
+"""What a call goes through, from the module to the launch: a hop more shows here. See checks/path_count.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COUNT = Path(__file__).parents[1] / "checks/path_count.py"
+PATH = """
+gpu_lstm/modules/recurrent.py Recurrent.forward
+  gpu_lstm/modules/recurrent.py Recurrent._options
+    gpu_lstm/call/options.py options_of
+  gpu_lstm/modules/variants.py weights_of
+  gpu_lstm/call/prepare.py prepare
+    gpu_lstm/call/prepare.py _form_and_input
+      gpu_lstm/call/checks.py check_rank_and_layout
+        gpu_lstm/call/checks.py check_dense
+      gpu_lstm/call/checks.py check_rank_of_states
+        gpu_lstm/call/checks.py check_pair
+    gpu_lstm/call/prepare.py _states
+    gpu_lstm/call/modes.py modes
+      gpu_lstm/call/modes.py recurrent_precision
+    gpu_lstm/call/prepare.py _check_tensors
+  gpu_lstm/dispatch/route.py run
+    gpu_lstm/dispatch/route.py route_of
+    gpu_lstm/backends/run.py run_by
+      gpu_lstm/backends/schedule.py run_call
+        gpu_lstm/backends/layers.py run_layers
+          gpu_lstm/backends/autograd.py run_layer
+            gpu_lstm/backends/fused.py inputs_of
+            gpu_lstm/backends/fused.py forward
+              gpu_lstm/equations/lstm.py input_product
+              kernels/layer.py Layer.forward
+                kernels/timeouts.py raise_if_timed_out
+                kernels/problem.py steps_of
+                kernels/layer.py _check_count
+                kernels/layer.py Layer.prepared
+                kernels/layer.py aligned
+                kernels/layer.py Layer._aligned
+                kernels/triton_lstm/launch.py Prepared.forward
+                  kernels/problem.py steps_of
+                  kernels/memory.py allocate
+                  kernels/triton_lstm/launch.py Prepared._arguments
+                  kernels/triton_lstm/launch.py Kernel.__call__
+      gpu_lstm/call/prepare.py Call.results
+        gpu_lstm/call/forms.py Padded.output
+"""
+COUNTS = """
+T=1, inference: 37 calls, 19 files, 24 changes, 6 returns, 10 frames
+T=1, training: 67 calls, 21 files, 40 changes, 20 returns, 11 frames
+T=128, inference: 39 calls, 21 files, 27 changes, 7 returns, 12 frames
+T=128, training: 72 calls, 23 files, 46 changes, 24 returns, 13 frames
+lengths, inference: 45 calls, 21 files, 30 changes, 10 returns, 12 frames
+lengths, training: 80 calls, 23 files, 51 changes, 29 returns, 13 frames
+resets, inference: 44 calls, 21 files, 30 changes, 10 returns, 12 frames
+resets, training: 78 calls, 23 files, 49 changes, 27 returns, 13 frames
+two layers, bidirectional, inference: 98 calls, 22 files, 72 changes, 51 returns, 12 frames
+two layers, bidirectional, training: 232 calls, 23 files, 148 changes, 126 returns, 13 frames
+"""
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [(["T=1"], PATH), ([], COUNTS)], ids=["functions", "counts"])
+def test_the_path_of_a_call(arguments, expected):
+    command, without_gpu = [sys.executable, COUNT, *arguments], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=without_gpu, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == expected.strip()
