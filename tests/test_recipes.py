@@ -95,13 +95,11 @@ COMPARED = '''
 import torch
 
 import gpu_lstm
-from gpu_lstm.backends import fused, verify
+from gpu_lstm.backends import verify
 from gpu_lstm.call import recurrent_noise
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.sequences import EVERY_STEP
-from gpu_lstm.call.weights import Weights
 from gpu_lstm.kernels.problem import Pass, problem_of
-from gpu_lstm.kernels.tensors import Noise
+from gpu_lstm.kernels.tensors import Inputs
 
 T, B, I, H, SCALE = 4, 3, 2, 5, 0.3
 
@@ -192,10 +190,10 @@ compare("LSTM", "triton", layer_norm=("ih", "c"))
 compare("LSTM", "reference", layer_norm=True)
 
 # As on a card, where kernels are verified before they run, against the reference with noise: torch's own has none.
-inputs = fused.inputs_of(
-    torch.randn(T, B, I), (torch.randn(1, B, H), torch.randn(1, B, H)),
-    Weights(torch.randn(4 * H, I), torch.randn(4 * H, H)), EVERY_STEP, Noise(noise_h=torch.randn(T, B, H)))
-layer = verify.layer_of(Backend.TRITON, problem_of(inputs, False, "ieee"), inputs.x.device)
+inputs = Inputs(
+    x=torch.randn(T, B, I), h0=torch.randn(1, B, H), c0=torch.randn(1, B, H), weight_ih=torch.randn(4 * H, I),
+    weight_hh=torch.randn(4 * H, H), noise_h=torch.randn(T, B, H))
+layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "lstm", False, "ieee"), inputs.x.device)
 for pass_ in (Pass(), Pass(True)):
     assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
     small = verify.Small(layer.problem, pass_, inputs)
