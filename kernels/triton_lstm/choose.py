@@ -22,15 +22,27 @@ from triton.compiler import ASTSource
 
 from .. import cache
 from ..cards import Card
+from ..layer import plans_in_use
 from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
-from .family import Family
 from .features import OPTIONS
 from .parameters import in_tuples
-from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, power_of_two
+from .planning import (
+    INTERPRETER,
+    Cooperative,
+    Family,
+    Held,
+    Plan,
+    Pointwise,
+    Resident,
+    Step,
+    card_with,
+    expected,
+    power_of_two,
+)
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
@@ -46,8 +58,6 @@ FAMILIES: dict[type, Family] = {
 
 logger = logging.getLogger("gpu_lstm")
 
-in_use: set[tuple] = set()
-"""Plans that fit and compute the right numbers, as `_identity` names them: nothing is tried again for another batch."""
 _multiprocessors: dict[tuple[torch.device, int | None], int] = {}
 """Of each context that planned for a device."""
 
@@ -191,9 +201,9 @@ def choose_plan(
     identity = partial(_identity, problem, device, pass_)
     capturing, refused = torch.cuda.is_current_stream_capturing(), []
     if capturing:  # when nothing is verified
-        tried.sort(key=lambda plan: identity(plan) not in in_use)
+        tried.sort(key=lambda plan: identity(plan) not in plans_in_use)
     for plan in tried:
-        if (key := identity(plan)) in in_use:
+        if (key := identity(plan)) in plans_in_use:
             return plan
         with _log_if_slow():
             reason = why_it_does_not_fit(launches(plan), plan.blocks)
@@ -201,7 +211,7 @@ def choose_plan(
                 reason = refuses(plan)
         if reason is None:
             if not capturing:
-                in_use.add(key)
+                plans_in_use.add(key)
             return plan
         refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
         logger.info("a plan does not fit: %s", refused[-1])
