@@ -24,6 +24,7 @@ from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_lstm import autotune, launch
 from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell, output, output_backward
+from gpu_lstm.kernels.triton_lstm.choose import FAMILIES
 from gpu_lstm.kernels.triton_lstm.parameters import names_of
 from gpu_lstm.kernels.triton_lstm.states import load_gates
 
@@ -68,10 +69,11 @@ def test_a_launch_that_waits_has_an_error_word_and_nothing_is_allocated_that_no_
         if (normed and family in ("pointwise", "split")) or (steps == 1 and family != "step"):
             continue
         p = Problem(steps, 16, 64, F16, lengths=torch.int64, norms=(normed,) * 3)
-        prepared = launch.Prepared(p, Pass(backward), plan_of(family, p, backward), torch.device("meta"))
+        plan = plan_of(family, p, backward)
+        prepared = launch.Prepared(p, Pass(backward), plan, torch.device("meta"))
         waits = family not in ("resident", "pointwise") and (steps > 1 or (backward and family == "split"))
         assert (prepared._error is not None, prepared.at_once is not None) == (waits, waits)
-        taken = set(itertools.chain(*names_of(prepared._kernel._kernel)))
+        taken = set(itertools.chain(*names_of(FAMILIES[type(plan.family)].kernels[backward])))
         assert prepared._buffers.keys() <= taken, "as those of family.buffers"
 
 

@@ -30,19 +30,7 @@ from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
 from .features import OPTIONS
 from .parameters import in_tuples
-from .planning import (
-    INTERPRETER,
-    Cooperative,
-    Family,
-    Held,
-    Plan,
-    Pointwise,
-    Resident,
-    Step,
-    card_with,
-    expected,
-    power_of_two,
-)
+from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, power_of_two
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
@@ -50,7 +38,7 @@ SLOW_S = 2.0  # after which a log line says what is happening
 KIND = cache.PLANS  # of cached results
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
-FAMILIES: dict[type, Family] = {
+FAMILIES = {
     Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step.STEP,
     Held: step.HELD,
 }  # fmt: skip
