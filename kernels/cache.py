@@ -54,7 +54,7 @@ def machine(device: torch.device) -> Key:
         card, driver = torch.cuda.get_device_name(device), driver_version()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
-        "triton": version_of("triton"), "gpu_lstm": sources("kernels", "backends", "call", "cells", "dispatch"),
+        "triton": version_of("triton"), "gpu_lstm": sources("kernels", "backends", "call", "dispatch", "equations"),
     }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import layer_norm, projection
 from .cells import CELLS
-from .memory import ALIGNMENT, allocate, gradients_in, gradients_of, results_of
+from .memory import ALIGNMENT, allocate, buffers_of, gradients_in
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, steps_of
 from .timeouts import raise_if_timed_out
@@ -109,7 +109,7 @@ class Layer:
         steps = steps_of(gates)
         _check_count("steps", steps)
         if self.problem.batch == 0:
-            empty = allocate(results_of(self.problem, save), steps, gates, r.inputs)
+            empty = allocate(buffers_of(self.problem, SAVE if save else NO_SAVE), steps, gates, r.inputs)
             return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty.get("c_ptr")
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
@@ -143,8 +143,8 @@ class Layer:
         raise_if_timed_out(self.device)
         p = self.problem
         if p.batch == 0:
-            empty = allocate(results_of(p) | gradients_of(p), steps_of(gates), gates, r.inputs)
-            return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=empty["h_n_ptr"])
+            empty = allocate(buffers_of(p, Pass(True)), steps_of(gates), gates, r.inputs)
+            return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=torch.empty_like(r.inputs.h0))
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
         r = self._aligned(r)
         dh, dh_n, dc_n, gates, c = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
@@ -189,25 +189,24 @@ class Layer:
 
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}
-
-
-def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """A backend's layer of a problem on a device; every call returns the same one.
-
-    Raises:
-        ValueError: as Layer.
-    """
-    layer = _layers.get((launcher, problem, device))
-    if layer is None:
-        if len(_layers) >= MOST_LAYERS:
-            _layers.clear()
-        layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
-    return layer
+plans_in_use: set[tuple] = set()
+"""Plans that fit and compute the right numbers, as backends name them: not tried again for another batch."""
 
 
 def forget() -> None:
-    """Choose all plans again, since more has been measured."""
+    """Choose all plans again."""
     _layers.clear()
+    plans_in_use.clear()
+
+
+def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
+    """A backend's Layer of a problem on a device; every call returns the same one."""
+    layer = _layers.get((launcher, problem, device))
+    if layer is None:
+        if len(_layers) >= MOST_LAYERS:
+            forget()
+        layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
+    return layer
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)

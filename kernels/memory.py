@@ -30,23 +30,13 @@ class Buffer(NamedTuple):
 
 
 def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
-    """What every family's kernels write in a pass."""
-    return gradients_of(p) if pass_.backward else results_of(p, pass_.save)
-
-
-def results_of(p: Problem, save: bool = True) -> dict[str, Buffer]:
-    """What forward returns, by the names that kernels have for it."""
-    h0, c0 = (None, None) if p.lengths is None else ("h0", "c0")  # what sequences of length 0 end with
-    f32, of_c = torch.float32, (p.batch, p.hidden)
-    results = {"h_ptr": Buffer(p.dtype, (p.batch, p.width), 0)} | ({"c_ptr": Buffer(f32, of_c, 0)} if save else {})
-    return results | {
-        "h_n_ptr": Buffer(p.dtype, (1, p.batch, p.width), fill=h0), "c_n_ptr": Buffer(f32, (1, *of_c), fill=c0)
-    }  # fmt: skip
-
-
-def gradients_of(p: Problem) -> dict[str, Buffer]:
-    """What backward returns, likewise; see problem.Gradients."""
+    """What a pass returns, by the names that kernels have for it; of backward see problem.Gradients."""
     f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
+    if not pass_.backward:
+        h0, c0 = (None, None) if p.lengths is None else ("h0", "c0")  # what sequences of length 0 end with
+        buffers = {"h_ptr": Buffer(p.dtype, of_h, 0), "h_n_ptr": Buffer(p.dtype, (1, *of_h), fill=h0)}
+        buffers["c_n_ptr"] = Buffer(f32, (1, *of_c), fill=c0)
+        return buffers | ({"c_ptr": Buffer(f32, of_c, 0)} if pass_.save else {})
     buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, (1, *of_c), fill=0)}
     if p.zoneout_h is not None:
         buffers["dh_from_zoneout_ptr"] = Buffer(f32, (1, *of_h), fill=0)

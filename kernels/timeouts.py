@@ -7,9 +7,9 @@ call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, an
 
 import atexit
 import ctypes
-import itertools
 import os
 import sys
+import threading
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
 SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
 
 APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
-MOST_KERNELS = 16  # that have words on a device; it is pinned memory, which stays where it is
+MOST_KERNELS = 8  # that have words on a device; it is pinned memory, which stays where it is
 
 
 class _Words:
@@ -45,17 +45,18 @@ class _Words:
         self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
         self.process = os.getpid()
         self.none = self.as_bytes.raw  # their value while no kernel has timed out
-        self.places: dict[str, int] = {}  # of kernels' words
-        self._free = itertools.count()
+        self.kernels: list[str] = []  # that have the first words
 
     def of(self, kernel: str, trial: bool = False) -> Tensor:
-        """See error_word. A kernel's first launch on the device takes the next word."""
-        if kernel not in self.places:
-            self.places.setdefault(kernel, next(self._free))  # one that another thread took meanwhile is lost
-        return self.tensor[int(trial), self.places[kernel]]
+        """See error_word."""
+        with _giving_out:
+            if kernel not in self.kernels:
+                self.kernels.append(kernel)
+        return self.tensor[int(trial), self.kernels.index(kernel)]
 
 
 _words: dict[torch.device, _Words] = {}  # of each device that had a launch
+_giving_out = threading.Lock()
 
 
 def timeout_seconds() -> float:
@@ -130,16 +131,16 @@ def raise_if_timed_out(device: torch.device) -> None:
     if words is None or words.as_bytes.raw == words.none:
         return
     timeouts = []
-    for kernel, place in sorted(words.places.items()):
+    for place, kernel in enumerate(words.kernels[:MOST_KERNELS]):
         for at in place * APART, (MOST_KERNELS + place) * APART:
             if step := words.memory[at]:
                 words.memory[at] = 0  # and no others: one may be written at this moment
                 timeouts.append(f"{kernel} timed out at step {step - 1}")
     if timeouts:  # else another thread was faster
         raise RuntimeError(
-            f"{' and '.join(timeouts)} on {device}: its programs wait for each other, and were not all resident at "
-            "once; the results of that launch, and of all launches since, are wrong. If other kernels hold the card "
-            f"for long, {TIMEOUT} (seconds, now {timeout_seconds():g}) and {SPARE} in the environment help"
+            f"{' and '.join(sorted(timeouts))} on {device}: its programs wait for each other, and were not all "
+            "resident at once; the results of that launch, and of all launches since, are wrong. If other kernels hold "
+            f"the card for long, {TIMEOUT} (seconds, now {timeout_seconds():g}) and {SPARE} in the environment help"
         )
 
 

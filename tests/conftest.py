@@ -194,8 +194,6 @@ def decided_again():
     """Whatever a test substitutes for a card, or for a choice, does not outlast that test."""
     if (route := sys.modules.get("gpu_lstm.dispatch.route")) is not None:
         route.forget()
-    if (choose := sys.modules.get("gpu_lstm.kernels.triton_lstm.choose")) is not None:
-        choose.in_use.clear()
 
 
 @pytest.fixture

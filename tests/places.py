@@ -28,7 +28,7 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.cupy_lstm.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_lstm.planning import plans as cupy_plans
-from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Cooperative, Held, Plan, Step, power_of_two
 from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_lstm.resident import plans as resident_plans
@@ -40,7 +40,6 @@ INTERPRETED = launch.INTERPRETED
 def forget() -> None:
     """Choose again, after something was chosen in this test."""
     route.forget()
-    choose.in_use.clear()
 
 
 def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:

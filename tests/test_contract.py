@@ -20,11 +20,14 @@ from gpu_lstm.equations import EQUATIONS
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels import memory, problem
 from gpu_lstm.kernels.cells import CELLS
+from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X, names_of
 from gpu_lstm.kernels.triton_lstm import autotune, launch
 from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell, output, output_backward
+from gpu_lstm.kernels.triton_lstm.choose import FAMILIES
+from gpu_lstm.kernels.triton_lstm.parameters import names_of
 from gpu_lstm.kernels.triton_lstm.states import load_gates
 
 KERNELS = Path(problem.__file__).parent
@@ -68,6 +71,28 @@ def test_sizes_come_from_the_problem_and_never_from_a_tensor():
             assert function in MAY_ASK.get(path.name, ()), f"{path.name}:{line}"
     faulty = "def buffers(r): return r.c0.new_empty(r.h0.size(0), len(gates), r.c0.shape[1])"
     assert len(sizes_read(faulty)) == 3
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "split"])
+def test_a_launch_that_waits_has_an_error_word_and_nothing_is_allocated_that_no_kernel_takes(family, backward):
+    for steps, normed in (1, False), (2, False), (2, True):
+        if (normed and family in ("pointwise", "split")) or (steps == 1 and family != "step"):
+            continue
+        p = Problem(steps, 16, 64, F16, lengths=torch.int64, norms=(normed,) * 3)
+        plan = plan_of(family, p, backward)
+        prepared = launch.Prepared(p, Pass(backward), plan, torch.device("meta"))
+        waits = family not in ("resident", "pointwise") and (steps > 1 or (backward and family == "split"))
+        assert (prepared._error is not None, prepared.at_once is not None) == (waits, waits)
+        taken = set(itertools.chain(*names_of(FAMILIES[type(plan.family)].kernels[backward])))
+        assert prepared._buffers.keys() <= taken, "as those of family.buffers"
+
+
+def test_a_layer_of_what_a_backend_lacks_is_refused_and_others_know_their_backend():
+    of_backends = [Layer(Problem(2, 3, 8, F32), torch.device("cpu"), backend).backend for backend in (launch, cupy)]
+    assert of_backends == ["triton", "cupy"]
+    with pytest.raises(ValueError, match="backend 'cupy' has no recurrent dropout, zoneout, peepholes or layer norms"):
+        layers.kept_layer(cupy, Problem(2, 3, 8, F32, peepholes=True), torch.device("cpu"))
 
 
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():

@@ -282,7 +282,7 @@ def test_what_was_refused_before_a_capture_is_not_used_in_it(an_h100, monkeypatc
     """Nor are other batches than those before: the kernels that are in use are known."""
     verify = Mock(side_effect=lambda *given: "wrong" if given[-1].units == PLANS[0].units else None)
     kept = kept_layer(launch, PROBLEM, CUDA, verify).prepared(FORWARD, GIVEN).plan
-    layers.forget()
+    layers._layers.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for batch in (64, 63):
         found = kept_layer(launch, PROBLEM._replace(batch=batch), CUDA, verify).prepared(FORWARD, GIVEN).plan

@@ -50,14 +50,14 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
 COUNTS = """
 T=1, inference: 37 calls, 19 files, 24 changes, 6 returns, 10 frames
 T=1, training: 67 calls, 21 files, 40 changes, 20 returns, 11 frames
-T=128, inference: 39 calls, 21 files, 27 changes, 7 returns, 12 frames
-T=128, training: 72 calls, 23 files, 46 changes, 24 returns, 13 frames
-lengths, inference: 45 calls, 21 files, 30 changes, 10 returns, 12 frames
-lengths, training: 80 calls, 23 files, 51 changes, 29 returns, 13 frames
-resets, inference: 44 calls, 21 files, 30 changes, 10 returns, 12 frames
-resets, training: 78 calls, 23 files, 49 changes, 27 returns, 13 frames
-two layers, bidirectional, inference: 98 calls, 22 files, 72 changes, 51 returns, 12 frames
-two layers, bidirectional, training: 232 calls, 23 files, 148 changes, 126 returns, 13 frames
+T=128, inference: 38 calls, 20 files, 26 changes, 7 returns, 11 frames
+T=128, training: 70 calls, 22 files, 44 changes, 23 returns, 12 frames
+lengths, inference: 44 calls, 20 files, 29 changes, 10 returns, 11 frames
+lengths, training: 78 calls, 22 files, 49 changes, 28 returns, 12 frames
+resets, inference: 43 calls, 20 files, 29 changes, 10 returns, 11 frames
+resets, training: 76 calls, 22 files, 47 changes, 26 returns, 12 frames
+two layers, bidirectional, inference: 94 calls, 21 files, 68 changes, 48 returns, 11 frames
+two layers, bidirectional, training: 224 calls, 22 files, 140 changes, 119 returns, 12 frames
 """
 
 

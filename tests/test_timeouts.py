@@ -70,6 +70,21 @@ def test_a_plan_on_trial_is_reported_too():
     timeouts.raise_if_timed_out(CPU)  # it is reported once
 
 
+def test_any_kernel_has_a_word_of_its_own_and_where_there_is_none_left_it_is_no_launch():
+    words = timeouts._Words(CPU)
+    kernels = [f"kernel_{n}" for n in range(timeouts.MOST_KERNELS)]
+    places = {words.of(kernel, tried).data_ptr() for kernel in 2 * kernels for tried in (False, True)}
+    assert len(places) == 2 * len(kernels)
+    with pytest.raises(IndexError):
+        words.of("one more")
+
+
+def test_a_kernel_that_nobody_listed_is_reported():
+    _time_out("new_kernel", 5)
+    with pytest.raises(RuntimeError, match="new_kernel timed out at step 5 on cpu"):
+        timeouts.raise_if_timed_out(CPU)
+
+
 def test_devices_do_not_share_words():
     _time_out()
     timeouts.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to report

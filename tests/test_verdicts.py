@@ -19,7 +19,7 @@ from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
-from gpu_lstm.kernels.triton_lstm import choose, launch
+from gpu_lstm.kernels.triton_lstm import launch
 from gpu_lstm.kernels.triton_lstm.choose import plans
 from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
 
@@ -36,7 +36,7 @@ def card(monkeypatch):
 
 
 def as_another_process():
-    for forget in (cache._read.cache_clear, cache.machine.cache_clear, choose.in_use.clear, route.forget):
+    for forget in (cache._read.cache_clear, cache.machine.cache_clear, route.forget):
         forget()
 
 

@@ -1,1 +1,1 @@
-"""The CuPy backend: `launch.layer_of` is its entry point."""
+"""The CuPy backend: launch.py is its layer.Launcher."""

@@ -34,8 +34,7 @@ class Prepared:
         if pass_.backward:
             self._buffers["dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)
             if plan.partners > 1:
-                partials = Buffer(torch.int32, (p.batch, plan.partners, p.hidden), fill=EVERY_BIT)
-                self._buffers["partials_ptr"] = partials
+                self._buffers["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.partners, p.hidden), fill=EVERY_BIT)
         else:
             self._buffers["h_ptr"] = Buffer(p.dtype, (p.batch, row), 1, EVERY_BIT)  # and h0 at its end
             self._buffers["c_n_ptr"] = self._buffers["c_n_ptr"]._replace(fill="c0")  # where c is read at every step

@@ -1,1 +1,1 @@
-"""The Triton backend: `launch.layer_of` is its entry point."""
+"""The Triton backend: launch.py is its layer.Launcher."""

@@ -22,12 +22,12 @@ from triton.compiler import ASTSource
 
 from .. import cache
 from ..cards import Card
+from ..layer import plans_in_use
 from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
 from . import cooperative, pointwise, resident, step
-from .family import Family
 from .features import OPTIONS
 from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, power_of_two
@@ -38,7 +38,7 @@ SLOW_S = 2.0  # after which a log line says what is happening
 KIND = cache.PLANS  # of cached results
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
-FAMILIES: dict[type, Family] = {
+FAMILIES = {
     Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step.STEP,
     Held: step.HELD,
 }  # fmt: skip
@@ -46,8 +46,6 @@ FAMILIES: dict[type, Family] = {
 
 logger = logging.getLogger("gpu_lstm")
 
-in_use: set[tuple] = set()
-"""Plans that fit and compute the right numbers, as `_identity` names them: nothing is tried again for another batch."""
 _multiprocessors: dict[tuple[torch.device, int | None], int] = {}
 """Of each context that planned for a device."""
 
@@ -191,9 +189,9 @@ def choose_plan(
     identity = partial(_identity, problem, device, pass_)
     capturing, refused = torch.cuda.is_current_stream_capturing(), []
     if capturing:  # when nothing is verified
-        tried.sort(key=lambda plan: identity(plan) not in in_use)
+        tried.sort(key=lambda plan: identity(plan) not in plans_in_use)
     for plan in tried:
-        if (key := identity(plan)) in in_use:
+        if (key := identity(plan)) in plans_in_use:
             return plan
         with _log_if_slow():
             reason = why_it_does_not_fit(launches(plan), plan.blocks)
@@ -201,7 +199,7 @@ def choose_plan(
                 reason = refuses(plan)
         if reason is None:
             if not capturing:
-                in_use.add(key)
+                plans_in_use.add(key)
             return plan
         refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
         logger.info("a plan does not fit: %s", refused[-1])

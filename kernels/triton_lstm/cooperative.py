@@ -32,14 +32,13 @@ from ..problem import Pass, Problem, Recurrence
 from . import indexing, noise, reset, states
 from .cells import cell_backward, cell_forward, output, output_backward
 from .exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
-from .family import Family
 from .features import nothing
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .indexing import Batch
 from .norm import Norm, load_affine, load_normed, normalised
 from .norm_exchange import Group, backward_over_group, normalise_over_group
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved
-from .planning import Cooperative, Plan
+from .planning import Cooperative, Family, Plan
 
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
 
@@ -371,8 +370,8 @@ STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
-    """See family.Family. Forward h is in rows of words, backward what W_hh^T is multiplied with: dgates, or with a norm
-    of W_hh h what comes from them through it.
+    """See planning.Family. Rows of words are forward h; backward what W_hh^T is multiplied with: dgates, or with a norm
+    of W_hh h their gradient through it.
     """
     written = buffers_of(p, pass_)
     pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.units), 2), fill=EVERY_BIT)  # see norm_exchange.py
@@ -394,8 +393,7 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
         h.zero_()
     if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
         h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-    words = memory["h_ptr"].view(torch.int32)
-    operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": words}
+    operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
     operands |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
     return operands | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
 
@@ -403,9 +401,8 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
 def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As forward_operands, for backward."""
     weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p.hidden)
-    if p.gain_hh:
-        return {"weights_ptr": weights, "words_ptr": memory["words_ptr"].view(torch.int32)}
-    return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
+    words = memory["words_ptr" if p.gain_hh else "dgates_ptr"].view(torch.int32)
+    return {"weights_ptr": weights, "words_ptr": words} | ({} if p.gain_hh else {"dgates_ptr": None})
 
 
 def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:

@@ -15,20 +15,11 @@ from torch import Tensor
 from ..cards import REGISTERS
 from ..cells import CELLS
 from ..layer import Chosen, Refuses
-from ..memory import allocate, checking, gradients_in, margins, results_of
+from ..memory import allocate, buffers_of, checking, gradients_in, margins
 from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
 from ..timeouts import error_word
 from . import features
-from .choose import (
-    FAMILIES,
-    RecordedLaunch,
-    candidates,
-    card_of,
-    choose_plan,
-    errors_as_of_torch,
-    load,
-    measured_plan,
-)  # fmt: skip
+from .choose import FAMILIES, RecordedLaunch, candidates, card_of, choose_plan, errors_as_of_torch, load, measured_plan
 from .parameters import Sizes, in_tuples, names_of
 from .planning import Plan
 
@@ -100,12 +91,10 @@ class Prepared:
         )  # fmt: skip
         self._start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan), options), launch)
         self._error = error_word(device, kernel.__name__, trial) if waits else None
-        loop, self._operands, self._result = (
-            pair[backward] for pair in (family.loops, family.operands, family.results)
-        )
-        if loop is not None:  # a launch a step
+        self._buffers, self._result = family.buffers(problem, plan, pass_), family.results[backward]
+        self._operands = family.operands[backward]
+        if (loop := family.loops[backward]) is not None:  # a launch a step
             self._start = partial(loop, self._start, p=problem)
-        self._buffers = family.buffers(problem, plan, pass_)
         names = tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
 
@@ -114,8 +103,7 @@ class Prepared:
         steps = steps_of(gates)
         memory = allocate(self._buffers, steps, gates, r.inputs)
         self._start(self._arguments(gates, r, steps, memory, {}))
-        h = self._result(self._problem, memory)
-        return h, memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
+        return self._result(self._problem, memory), memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
@@ -177,9 +165,7 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
     launches: list[RecordedLaunch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        arguments = {
-            name: a.detach() if isinstance(a, Tensor) else a for name, a in arguments.items()
-        }  # in these sizes
+        arguments = {n: a.detach() if isinstance(a, Tensor) else a for n, a in arguments.items()}  # in these sizes
         launches.append(RecordedLaunch(kernel, grid, arguments))
 
     meta = torch.device("meta")
@@ -188,7 +174,7 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
         problem, pass_ = problem._replace(projected=0), pass_._replace(dh=True, dh_n=False)
     gates, r = call_of(problem, meta)
     if pass_.backward:
-        results = allocate(results_of(problem), problem.steps, gates, r.inputs)
+        results = allocate(buffers_of(problem, Pass()), problem.steps, gates, r.inputs)
         dh, dh_n = (results["h_ptr"] if pass_.dh else None), (results["h_n_ptr"] if pass_.dh_n else None)
         prepared.backward(dh, dh_n, None, gates, results["c_ptr"], r)
     else:

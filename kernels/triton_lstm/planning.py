@@ -4,15 +4,18 @@ A plan is a proposal. Registers depend on the Triton version, so the launcher us
 kernel compiles without spills on the Triton and card at hand; that of the step family always works.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..cards import L2_BYTES, SHARED_BYTES, Card
 from ..cells import CELLS
-from ..problem import Problem
+from ..memory import Buffer, buffers_of
+from ..problem import Pass, Problem
 
 # Data sheets.
 DEVICES = {
@@ -132,6 +135,20 @@ class Plan:
             of_one = ceil(problem.hidden / self.units) if isinstance(self.family, Step) else self.programs
             tiles = max(tiles, self.programs * self.groups // of_one)
         return min(problem.batch, (tiles + 1) * self.rows - self.rows // 2)
+
+
+class Family(NamedTuple):
+    """What a family's module tells the launcher, in pairs forward and backward. `memory` is what a launch allocated."""
+
+    kernels: tuple[Any, Any]
+    waits: Callable[[Problem, Plan], bool] = lambda p, plan: False  # whether its programs wait for each other
+    buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)  # written
+    operands: tuple[Any, Any] = None, None  # operands(p, plan, r, memory): what is read besides the call's tensors
+    loops: tuple[Any, Any] = None, None  # loop(launch, arguments, p): all steps, where each is a launch
+    results: tuple[Callable[[Problem, dict[str, Tensor]], Tensor], ...] = (
+        lambda p, memory: memory["h_ptr"], lambda p, memory: memory["dgates_ptr"]
+    )  # fmt: skip  # h and dgates
+    projects: bool = False  # whether a projection is in the kernels' loop
 
 
 def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:

@@ -19,9 +19,8 @@ from ..problem import Pass, Problem
 from ..projection import products_in
 from . import indexing, noise, reset, states
 from .cells import cell_backward, cell_forward, next_cell, output, output_backward
-from .family import Family
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
-from .planning import Plan, Pointwise, power_of_two
+from .planning import Family, Plan, Pointwise, power_of_two
 
 
 @triton.jit(do_not_specialize=["step", "T", "B"])
@@ -101,7 +100,7 @@ def pointwise_plan(problem: Problem) -> Plan | None:
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
-    """See family.Family."""
+    """See planning.Family."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
     written, backward = buffers_of(p, pass_), pass_.backward
     if scattered:

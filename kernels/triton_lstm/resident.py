@@ -14,20 +14,18 @@ from math import ceil
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..cards import Card
 from ..cells import CELLS
 from ..operands import as_words, transposed_gates
-from ..problem import Problem, Recurrence
+from ..problem import Problem
 from . import indexing, noise, norm_block, reset, states
 from .cells import cell_backward, cell_forward, output, output_backward
-from .family import Family
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
 from .norm import Norm, load_affine, normalised
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved
-from .planning import Plan, Resident, power_of_two
+from .planning import Family, Plan, Resident, power_of_two
 
 # All fields are tuples of CELLS, an element for each cell of a thread. What it owns: units [THREADS], columns [THREADS]
 # of the batch tile, and Sequences.
@@ -287,16 +285,10 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         )  # fmt: skip
 
 
-def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What forward reads besides the tensors of a call."""
-    return {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden)}
-
-
-def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor]:
-    """As forward_operands, for backward."""
-    return {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p.hidden)}
-
-
 FAMILY = Family(
-    (lstm_resident_forward_kernel, lstm_resident_backward_kernel), operands=(forward_operands, backward_operands)
+    (lstm_resident_forward_kernel, lstm_resident_backward_kernel),
+    operands=(
+        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden)},
+        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p.hidden)},
+    ),
 )

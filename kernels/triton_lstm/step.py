@@ -26,13 +26,12 @@ from ..problem import Pass, Problem
 from . import indexing, noise, norm_tiles, reset, states
 from .cells import cell_backward, cell_forward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
-from .family import Family
 from .features import MOST_ROWS, nothing
 from .indexing import Batch, rows_of_product
 from .norm import Norm, normalised
 from .norm_tiles import load_normed, pairs_of_step
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Pointer, Saved
-from .planning import Held, Plan, Step, expected, power_of_two
+from .planning import Family, Held, Plan, Step, expected, power_of_two
 
 # Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask` [rows], else times factors
 # [*, K] or None.
@@ -566,7 +565,7 @@ def waits(p: Problem, plan: Plan) -> bool:
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
-    """See family.Family."""
+    """See planning.Family."""
     f32, tiles = torch.float32, ceil(p.hidden / plan.units)
     scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
     if waits(p, plan):  # counts the programs of each batch tile that have arrived
