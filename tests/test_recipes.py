@@ -64,7 +64,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tensors import Noise
-from .regularisers import Drawing, Regulariser
+from .regulariser import Drawing, Regulariser
 
 NORMED = "recurrent_noise with a layer norm of W_hh h, since the noise is added before the time loop, the norm in it"
 
@@ -226,7 +226,7 @@ def test_a_regulariser_is_a_file_an_entry_of_the_list_and_rows_of_the_table_of_t
     """Gaussian noise on the recurrent h: on the reference, and on the kernels by a product before the time loop."""
     copy = Copy(tmp_path)
     the_list, row = (
-        "gpu_lstm/call/noise.py",
+        "gpu_lstm/call/regularisers.py",
         """
     ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE),  # added to h in the recurrent product""",
     )

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.noise import ADDING, added, operand, scaled
+from ..call.noise import NO_NOISE, added, operand, scaled
+from ..call.regularisers import ADDING
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import Weights
 from ..equations import EQUATIONS, lstm
@@ -121,7 +122,8 @@ def gradients(
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
     if gates_were_dropped or "weight_hh" in needed or inputs.gain_hh is not None:
-        h_prev = operand(traversal.states_before(saved.h, inputs.h0, inputs.reset_h), inputs)
+        h_prev = traversal.states_before(saved.h, inputs.h0, inputs.reset_h)
+        h_prev = h_prev if _noise(inputs) == NO_NOISE else operand(h_prev, inputs)  # which is four calls
     if gates_were_dropped:
         saved = saved.with_gates(problem.cell, h_prev, traversal)
     unit_hh = unit_c = NO_UNIT

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..call.noise import AFTER, NO_NOISE, operand
+from ..call.noise import NO_NOISE, operand
 from ..call.prepare import Call
+from ..call.regularisers import AFTER
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS

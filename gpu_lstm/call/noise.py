@@ -5,33 +5,15 @@ Drawn once per call, for whole sequences: a seed gives the same noise on every b
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..kernels.tensors import Noise
-from .regularisers import Drawing, Dropout, RecurrentDropout, Regulariser, WeightDrop, Zoneout
+from .options import Options
+from .regulariser import Drawing
+from .regularisers import ADDING, SCALING
 from .weights import Weights
 
-if TYPE_CHECKING:
-    from .options import Options
-
-REGULARISERS: tuple[Regulariser, ...] = (
-    Dropout(),
-    RecurrentDropout(),
-    Zoneout(),
-    WeightDrop(),
-)
-"""In the order in which they draw, and are applied."""
-BY_NAME = {thing.name: thing for thing in REGULARISERS}
-NAMES = tuple(BY_NAME)
-OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
-ABLE = {feature: able for thing in REGULARISERS for feature, able in thing.backends.items()}
-_SCALING, ADDING, AFTER = (
-    tuple(thing for thing in REGULARISERS if getattr(type(thing), way) is not getattr(Regulariser, way))
-    for way in ("scaled", "added", "after")
-)
 NO_NOISE = Noise()
 
 
@@ -80,7 +62,7 @@ def with_weight_drop(layers: list[list[Weights]], options: Options) -> list[list
 
 def scaled(h: Tensor, noise: Noise) -> Tensor:
     """h with the factors of all regularisers; `noise` may be Inputs, which have its tensors."""
-    for thing in _SCALING:
+    for thing in SCALING:
         h = thing.scaled(h, noise)
     return h
 

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.cells import CELLS
 from ..kernels.tensors import BY_NAME
-from .noise import ABLE, REGULARISERS
+from .regularisers import ABLE, REGULARISERS
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
 
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c

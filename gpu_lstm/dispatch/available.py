@@ -6,8 +6,8 @@ import importlib
 import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
-from ..call.noise import ABLE
 from ..call.options import RESET_STATES
+from ..call.regularisers import ABLE
 from ..kernels import cache
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels

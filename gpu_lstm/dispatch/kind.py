@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..call.noise import REGULARISERS
 from ..call.options import Size
 from ..call.prepare import Call
+from ..call.regularisers import REGULARISERS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem

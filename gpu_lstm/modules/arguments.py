@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..call.checks import check_bool
 from ..call.choices import BackendName, parse_backend_name
-from ..call.noise import BY_NAME, NAMES, OURS
 from ..call.options import NORMS
+from ..call.regularisers import BY_NAME, NAMES, OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import LSTM, Cell
 

@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
-from ..call.noise import OURS
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
+from ..call.regularisers import OURS
 from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
