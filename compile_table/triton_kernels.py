@@ -79,7 +79,7 @@ class Case:
         p = self.problem
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
         name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
-        name += " GRU" * (p.cell == "gru") + " peepholes" * p.peepholes + " layer norm" * p.normalised
+        name += " GRU" * (p.cell == "gru") + " peepholes" * p.weight_peephole + " layer norm" * p.normalised
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
@@ -87,8 +87,8 @@ VARIANTS = {
     "ragged": dict(lengths=torch.int64, resets=True, reset_c=True, reverse=True),
     "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training
     "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
-    "peepholes": dict(peepholes=True),
-    "norms": dict(norms=(True,) * 3),
+    "peepholes": dict(weight_peephole=True),
+    "norms": dict(gain_hh=True, gain_c=True, bias_c=True),
     "gru": dict(cell="gru"),
 }
 

@@ -245,10 +245,9 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     tiles = f"{of['cell'].upper()}, {of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"
     if kind == cache.PLANS:
         return f"B = {of['batch']}: {tiles}"
-    names = ("projected", "reverse", "lengths", "resets", "dropout_h", "reset_c", "peepholes")
-    words = [tiles, key["precision"], *(name for name in names if key[name])]
+    there = [name for name in Problem._fields if key[name] is True or (key[name] and name in ("projected", "lengths"))]
+    words = [tiles, key["precision"], *there]
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
-    words += [name for name, there in zip(("gain_hh", "gain_c", "bias_c"), key["norms"]) if there]
     return f"{', '.join(words)}: {value}"
 
 

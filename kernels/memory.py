@@ -40,7 +40,7 @@ def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
     buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, (1, *of_c), fill=0)}
     if p.zoneout_h is not None:
         buffers["dh_from_zoneout_ptr"] = Buffer(f32, (1, *of_h), fill=0)
-    if p.projected or p.norms[1]:
+    if p.projected or p.gain_c:
         buffers["dh_total_ptr"] = Buffer(p.dtype, of_h, 0)
     if p.reset_h:
         buffers["dreset_h_ptr"] = Buffer(f32, of_h, 0, fill=0)

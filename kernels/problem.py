@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
+from .tensors import TENSORS, Inputs
 
 MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
@@ -29,8 +30,10 @@ class Problem(NamedTuple):
     zoneout_c: int | None = None
     reset_h: bool = False  # h to reset to, for zoneout_h; without it, it is in the gates
     reset_c: bool = False
-    peepholes: bool = False
-    norms: tuple[bool, bool, bool] = (False, False, False)  # gain_hh, gain_c, bias_c
+    weight_peephole: bool = False
+    gain_hh: bool = False
+    gain_c: bool = False
+    bias_c: bool = False
     cell: str = "lstm"  # of cells.CELLS
 
     @property
@@ -42,6 +45,11 @@ class Problem(NamedTuple):
     def width(self) -> int:
         """Features of h: P with a projection, else H."""
         return self.projected or self.hidden
+
+    @property
+    def weight_hr(self) -> bool:
+        """Whether there is a projection; as a flag of this name, like those of other tensors."""
+        return self.projected > 0
 
     @property
     def regularised(self) -> bool:
@@ -56,7 +64,7 @@ class Problem(NamedTuple):
     @property
     def normalised(self) -> bool:
         """Whether there is a layer norm inside the time loop."""
-        return self.norms[0] or self.norms[1]
+        return self.gain_hh or self.gain_c
 
     @property
     def exact_float32(self) -> bool:
@@ -66,7 +74,7 @@ class Problem(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON values, for keys of cached results."""
         lengths = None if self.lengths is None else str(self.lengths)
-        return self._asdict() | {"dtype": str(self.dtype), "lengths": lengths, "norms": list(self.norms)}
+        return self._asdict() | {"dtype": str(self.dtype), "lengths": lengths}
 
 
 class Pass(NamedTuple):
@@ -76,35 +84,6 @@ class Pass(NamedTuple):
     save: bool = True  # forward: keep what backward reads
     dh: bool = True  # backward: whether there is a gradient of h
     dh_n: bool = True  # of h_n
-
-
-class Inputs(NamedTuple):
-    """The tensors of one layer in one direction. Everyone uses these names, for their gradients too.
-
-    I input features; None: there is no such tensor. Weights of a GRU have 3H rows. W_hh, W_hr, states, lengths and
-    resets may be strided in any way.
-    """
-
-    x: Tensor  # [T, B, I]
-    h0: Tensor  # [1, B, P], as torch.nn.LSTM has it for one layer and direction
-    c0: Tensor  # [1, B, H]
-    weight_ih: Tensor  # [4H, I]
-    weight_hh: Tensor  # [4H, P]
-    bias_ih: Tensor | None = None  # [4H]
-    bias_hh: Tensor | None = None  # [4H]
-    weight_hr: Tensor | None = None  # [P, H]; None without projection, then P = H
-    weight_peephole: Tensor | None = None  # [3H] to the gates i, f and o
-    gain_ih: Tensor | None = None  # [4H]
-    gain_hh: Tensor | None = None  # [4H]
-    gain_c: Tensor | None = None  # [H]
-    bias_c: Tensor | None = None  # [H]
-    reset_h: Tensor | None = None  # [T, B, P] h that reset steps begin with, by the time of the step; None: zeros
-    reset_c: Tensor | None = None  # [T, B, H] c; float32, or float64 with an x of float64
-    dropout_h: Tensor | None = None  # [B, P] factors of h in the recurrent product
-    zoneout_h: Tensor | None = None  # the share of h that stays as it was: bool [T, B, P], or float32 [] for all
-    zoneout_c: Tensor | None = None  # of c: bool [T, B, H], or float32 [] for all
-    lengths: Tensor | None = None  # [B]
-    resets: Tensor | None = None  # [T, B] bool
 
 
 class Unit(NamedTuple):
@@ -163,31 +142,22 @@ class Like(NamedTuple):
     dtype: torch.dtype
 
 
+def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, ...]]:
+    """The sizes of all tensors of a problem, whether they are there or not; T = `steps`, I = `features`."""
+    letters = {"1": 1, "T": steps, "B": p.batch, "I": features, "H": p.hidden, "P": p.width, "3H": 3 * p.hidden}
+    letters["4H"] = CELLS[p.cell].rows * p.hidden
+    return {row.name: row.sized(letters) for row in TENSORS}
+
+
 def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
     """The Inputs of a problem that its time loop reads, T = `steps`."""
-    half, f32 = p.dtype, torch.float32
-    batch, hidden, width, rows = p.batch, p.hidden, p.width, CELLS[p.cell].rows * p.hidden
-    gain_hh, gain_c, bias_c = p.norms
-
-    def share(dimensions: int | None, features: int) -> Like | None:
-        if dimensions is None:
-            return None
-        return Like((steps, batch, features), torch.bool) if dimensions else Like((), f32)
-
-    every = dict(
-        h0=Like((1, batch, width), half), c0=Like((1, batch, hidden), f32), weight_hh=Like((rows, width), half),
-        weight_hr=Like((width, hidden), half) if p.projected else None,
-        weight_peephole=Like((3 * hidden,), half) if p.peepholes else None,
-        gain_hh=Like((4 * hidden,), half) if gain_hh else None,
-        gain_c=Like((hidden,), half) if gain_c else None, bias_c=Like((hidden,), half) if bias_c else None,
-        reset_h=Like((steps, batch, width), half) if p.reset_h else None,
-        reset_c=Like((steps, batch, hidden), f32) if p.reset_c else None,
-        dropout_h=Like((batch, width), half) if p.dropout_h else None,
-        zoneout_h=share(p.zoneout_h, width), zoneout_c=share(p.zoneout_c, hidden),
-        lengths=None if p.lengths is None else Like((batch,), p.lengths),
-        resets=Like((steps, batch), torch.bool) if p.resets else None,
-    )  # fmt: skip
-    return {name: like for name, like in every.items() if like is not None}
+    sizes, found = sizes_of(p, steps), {}
+    for row in TENSORS:
+        flag = getattr(p, row.name, True)  # a bool, dimensions of zoneout, the dtype of lengths; there is always h0
+        if row.loop and flag is not None and flag is not False:
+            dtype = flag if isinstance(flag, torch.dtype) else row.dtype or p.dtype
+            found[row.name] = Like((), torch.float32) if flag == 0 else Like(sizes[row.name], dtype)
+    return found
 
 
 def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
@@ -198,8 +168,8 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
         1 if steps == 1 else 2, batch, hidden, i.x.dtype, 0 if i.weight_hr is None else i.h0.shape[-1],
         precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
         i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
-        i.reset_c is not None, i.weight_peephole is not None,
-        (i.gain_hh is not None, i.gain_c is not None, i.bias_c is not None), cell,
+        i.reset_c is not None, i.weight_peephole is not None, i.gain_hh is not None, i.gain_c is not None,
+        i.bias_c is not None, cell,
     )  # fmt: skip
 
 

@@ -105,7 +105,8 @@ def assert_contract(layer: Layer, gates: torch.Tensor, r: Recurrence) -> None:
 
 
 EVERY = in_the_loop(Problem(2, 1, 1, torch.float32, 1, lengths=torch.int64, resets=True, dropout_h=True, zoneout_h=0,
-                            zoneout_c=0, reset_h=True, reset_c=True, peepholes=True, norms=(True,) * 3), 2)  # fmt: skip
+                            zoneout_c=0, reset_h=True, reset_c=True, weight_peephole=True, gain_hh=True, gain_c=True,
+                            bias_c=True), 2)  # fmt: skip
 
 
 def as_a_card(monkeypatch):

@@ -15,13 +15,15 @@ import triton.language as tl
 from installed import ROOT
 from standing_in import plan_of, recurrence
 
+from gpu_lstm.call.weights import Weights
 from gpu_lstm.equations import EQUATIONS
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels import memory, problem
+from gpu_lstm.kernels import memory, problem, tensors
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_lstm import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
+from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X
 from gpu_lstm.kernels.triton_lstm import autotune, launch
 from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell, output, output_backward
 from gpu_lstm.kernels.triton_lstm.choose import FAMILIES
@@ -54,6 +56,15 @@ def sizes_read(source: str) -> list[tuple[str, int]]:
     return found
 
 
+def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
+    assert Weights._fields == tensors.names_of(WEIGHT, VARIANT)
+    always = {"h0", "c0", "weight_hh"}
+    for row in TENSORS:
+        assert not row.loop or row.name in always or hasattr(Problem, row.name), f"no flag for {row.name}"
+    by_role = map(tensors.names_of, (X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL))
+    assert Inputs._fields == tuple(itertools.chain(*by_role)), "the order in which fused.inputs_of is given them"
+
+
 def test_sizes_come_from_the_problem_and_never_from_a_tensor():
     for path in KERNELS.rglob("*.py"):
         for function, line in sizes_read(path.read_text()):
@@ -68,7 +79,7 @@ def test_a_launch_that_waits_has_an_error_word_and_nothing_is_allocated_that_no_
     for steps, normed in (1, False), (2, False), (2, True):
         if (normed and family in ("pointwise", "split")) or (steps == 1 and family != "step"):
             continue
-        p = Problem(steps, 16, 64, F16, lengths=torch.int64, norms=(normed,) * 3)
+        p = Problem(steps, 16, 64, F16, lengths=torch.int64, gain_hh=normed, gain_c=normed, bias_c=normed)
         plan = plan_of(family, p, backward)
         prepared = launch.Prepared(p, Pass(backward), plan, torch.device("meta"))
         waits = family not in ("resident", "pointwise") and (steps > 1 or (backward and family == "split"))
@@ -81,7 +92,7 @@ def test_a_layer_of_what_a_backend_lacks_is_refused_and_others_know_their_backen
     of_backends = [Layer(Problem(2, 3, 8, F32), torch.device("cpu"), backend).backend for backend in (launch, cupy)]
     assert of_backends == ["triton", "cupy"]
     with pytest.raises(ValueError, match="backend 'cupy' has no recurrent dropout, zoneout, peepholes or layer norms"):
-        layers.kept_layer(cupy, Problem(2, 3, 8, F32, peepholes=True), torch.device("cpu"))
+        layers.kept_layer(cupy, Problem(2, 3, 8, F32, weight_peephole=True), torch.device("cpu"))
 
 
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():

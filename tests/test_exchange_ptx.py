@@ -38,8 +38,9 @@ PROBLEMS = {  # of which one load takes four words of a row, two, and one
 }
 
 def compiled(family, name, card, backward, parts=1):
-    norms, cell = ("layer norm" in name,) * 3, "gru" if name.endswith("GRU") else "lstm"
-    problem, device = Problem(2, *PROBLEMS[name])._replace(norms=norms, cell=cell), DEVICES[card]
+    normed = dict.fromkeys(("gain_hh", "gain_c", "bias_c"), "layer norm" in name)
+    cell, device = "gru" if name.endswith("GRU") else "lstm", DEVICES[card]
+    problem = Problem(2, *PROBLEMS[name])._replace(cell=cell, **normed)
     if family is step:
         plan = [*step.held_plans(problem, device, backward), step.step_plan(problem, device, backward)][0]
         plan = step.split_plans(problem, device, backward)[0] if parts > 1 else plan

@@ -147,7 +147,7 @@ HUGE = {
     "step, rows": ("step", Problem(3, 2**30, 5, F16)),
     "step, rows, projection": ("step", Problem(3, 2**30, 5, F16, projected=3)),
     "step, rows, masks": ("step", Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
-    "step, rows, norms": ("step", Problem(3, 2**30, 5, F16, norms=(True,) * 3)),
+    "step, rows, norms": ("step", Problem(3, 2**30, 5, F16, gain_hh=True, gain_c=True, bias_c=True)),
     "step, W_hh": ("step", Problem(2, 17, 23_200, F16)),
     "step, W_hh and W_hr": ("step", Problem(2, 17, 46_400, F16, projected=46_400)),
     "split, rows": ("split", Problem(3, 2**30, 64, F16)),  # where a program has a tile of products and one of cells

@@ -27,8 +27,7 @@ from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
 CPU = torch.device("cpu")
 KIND = Kind(
     "lstm", (Size(6, 32, 0),), 1, torch.float32, "tf32", training=True, recompute=False, steps=64, batch=8,
-    reverse=False, lengths=torch.int64, resets=False, reset_states=False, dropout_h=False, zoneout=(None, None),
-    peepholes=False, norm_ih=False, norms=(False,) * 3,
+    reverse=False, lengths=torch.int64, resets=False, reset_states=False, noise=False,
 )  # fmt: skip
 SMALL = Problem(2, 8, 32, torch.float32, precision="tf32", reverse=True, lengths=torch.int64)
 CHECK = verify._key(plans(SMALL, INTERPRETER, True)[-1], SMALL, Pass(True), CPU)

@@ -75,7 +75,7 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
     for (batch, hidden), steps in itertools.product(((4096, 1024), (1024, 1024), (1024, 2048)), (1, 4)):
         problem = Problem(steps, batch, hidden, dtype, precision=precision)
         assert plans(problem, H100, backward)[0].family.name == POINTWISE
-        for change in (dict(norms=(True, False, False)), dict(projected=hidden // 2, dropout_h=True)):
+        for change in (dict(gain_hh=True), dict(projected=hidden // 2, dropout_h=True)):
             assert POINTWISE not in [plan.family.name for plan in plans(problem._replace(**change), H100, backward)]
 
 
@@ -102,7 +102,7 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     assert ((first.rows, first.units, first.family.parts), plans(problem, H100, True)[0]) == (tiles, first)
     assert second in plans(problem, H100, True)
     assert split_plans(problem, H100, False) == []
-    for change in (dict(projected=64), dict(norms=(False, True, False)), dict(dtype=torch.float32), dict(hidden=66)):
+    for change in (dict(projected=64), dict(gain_c=True), dict(dtype=torch.float32), dict(hidden=66)):
         assert split_plans(problem._replace(**change), H100, True) == []
     assert {plan.family.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
 
@@ -121,9 +121,9 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
     assert (found, plans(problem, H100, backward)[0]) == ((*tile, 1)[:5], first)
     assert len(others) <= 2
     assert held_plans(problem, DEVICES["b200"], backward) == []
-    norms, noise = (False, True, False), dict(projected=64, dropout_h=True)
+    norms, noise = dict(gain_c=True), dict(projected=64, dropout_h=True)
     exact = dict(dtype=torch.float32, precision="ieee")
-    for change in (dict(norms=norms), noise, exact, dict(hidden=128), dict(hidden=520)):
+    for change in (norms, noise, exact, dict(hidden=128), dict(hidden=520)):
         assert held_plans(problem._replace(**change), H100, backward) == []
 
 

@@ -241,7 +241,7 @@ def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_
     assert ran.count("race") == 1
 
 
-NOISE, RESETS = dict(dropout_h=True), dict(resets=True)
+NOISE, RESETS = dict(noise=True, dropout_h=True), dict(resets=True)
 
 
 def layers_of(monkeypatch, plan):
@@ -257,7 +257,7 @@ def layers_of(monkeypatch, plan):
     ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
     ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
-    ("step", 1, dict(peepholes=True), "triton"), ("step", 1, dict(reset_states=True), "triton"),
+    ("step", 1, dict(weight_peephole=True), "triton"), ("step", 1, dict(reset_states=True), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):

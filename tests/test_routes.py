@@ -300,7 +300,8 @@ def test_the_bias_of_a_layer_norm_is_in_a_route(monkeypatch):
     layer.backend = "triton"
     for layer.bias_c in (True, False):
         layer(X)
-    assert [problem.norms for _, problem in launched] == [(False, True, True), (False, True, False)]
+    assert [(problem.gain_hh, problem.gain_c, problem.bias_c) for _, problem in launched] == [
+        (False, True, True), (False, True, False)]  # fmt: skip
 
 
 def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypatch):

@@ -51,7 +51,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     problems = [
         dict(hidden=33), dict(dtype=torch.float16), dict(projected=5), dict(precision="tf32"), dict(reverse=True),
         dict(lengths=torch.int64), dict(lengths=torch.int32), dict(resets=True), MASKS, RATES, dict(dropout_h=True),
-        dict(reset_h=True), dict(reset_c=True), dict(peepholes=True), NORMS, dict(steps=1), dict(cell="gru"),
+        dict(reset_h=True), dict(reset_c=True), dict(weight_peephole=True), NORMS, dict(steps=1), dict(cell="gru"),
     ]  # fmt: skip
     families, sizes = (Step(7), Held(7), Held(7, ahead=True)), ("rows", "units", "programs", "num_warps", "groups")
     changes = [dict(tiles_per_program=1), *(dict(family=each) for each in families), *({name: 99} for name in sizes)]

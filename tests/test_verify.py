@@ -43,7 +43,7 @@ FORWARD = Pass()
 PLAIN, HALF = (Problem(2, 3, 20, dtype) for dtype in (torch.float32, torch.float16))
 RAGGED = dict(lengths=torch.int64, resets=True)
 MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
-NORMS = dict(norms=(True, True, True))
+NORMS = dict(gain_hh=True, gain_c=True, bias_c=True)
 
 
 def _given(problem):
@@ -71,7 +71,7 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch):
     traversal = dict(lengths=given.lengths, resets=given.resets, reset_states=states)
     lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
     for pass_ in (Pass(), Pass(True, dh_n=False)):
-        _verify(HALF._replace(**RAGGED, **NORMS, peepholes=True, reset_c=True), pass_)
+        _verify(HALF._replace(**RAGGED, **NORMS, weight_peephole=True, reset_c=True), pass_)
     *calls, forward, backward = [
         (each.args[0], {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()})
         for each in recorded.call_args_list
@@ -105,8 +105,8 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
 
 
 @pytest.mark.parametrize(("family", "options"), [
-    *((family, dict(peepholes=True)) for family in ("cooperative", "pointwise", "step")),
-    pytest.param("resident", dict(projected=5, peepholes=True), marks=pytest.mark.deep),
+    *((family, dict(weight_peephole=True)) for family in ("cooperative", "pointwise", "step")),
+    pytest.param("resident", dict(projected=5, weight_peephole=True), marks=pytest.mark.deep),
     *((family, dict(cell="gru")) for family in ("pointwise", "resident")),
     *(pytest.param(family, dict(cell="gru"), marks=pytest.mark.deep) for family in ("cooperative", "step")),
 ])  # fmt: skip
@@ -234,7 +234,8 @@ def plant(monkeypatch, fault: str) -> None:
 @pytest.mark.parametrize("fault", [
     pytest.param(fault, marks=[pytest.mark.deep] * (fault not in FIRST)) for fault in FAULTS])  # fmt: skip
 def test_a_wrong_kernel_is_found(monkeypatch, fault):
-    problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault, peepholes="GRU" not in fault)
+    problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault,
+                             weight_peephole="GRU" not in fault)  # fmt: skip
     if "GRU" in fault:
         problem = problem._replace(cell="gru")
     plant(monkeypatch, fault)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.noise import Noise
+from ..call.noise import NO_NOISE, added, operand, scaled
+from ..call.regularisers import ADDING
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import Weights
 from ..equations import EQUATIONS, lstm
@@ -18,9 +19,10 @@ from ..kernels import layer_norm
 from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
 from ..kernels.problem import NO_UNIT, Gradients, Inputs, Problem, Recurrence, Unit
+from ..kernels.tensors import Noise
 from .layers import Part
 
-_weights = attrgetter(*Weights._fields)
+_weights, _noise = attrgetter(*Weights._fields), attrgetter(*Noise._fields)
 
 
 def weights_of(inputs: Inputs) -> Weights:
@@ -30,7 +32,7 @@ def weights_of(inputs: Inputs) -> Weights:
 
 def noise_of(inputs: Inputs) -> Noise:
     """The Noise among them."""
-    return Noise(inputs.dropout_h, inputs.zoneout_h, inputs.zoneout_c)
+    return Noise(*_noise(inputs))
 
 
 def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
@@ -56,9 +58,12 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     """
     i, problem = inputs, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-    if i.reset_h is not None:  # known before the time loop, which has h = 0 at resets
-        at_resets = _at_resets(_with_dropout(i.reset_h, i), traversal_of(i, problem.reverse))
-        _add_product(CELLS[problem.cell], gates, i, at_resets)
+    known = added(i) if ADDING else None  # of the operand of W_hh before the time loop, which has h = 0 at resets
+    if i.reset_h is not None:
+        at_resets = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
+        known = at_resets if known is None else known + at_resets
+    if known is not None:
+        _add_product(CELLS[problem.cell], gates, i, known)
     if inputs.c0.dtype is not torch.float32:
         inputs = inputs._replace(c0=inputs.c0.float())
     h, h_n, c_n, c = layer.forward(gates, Recurrence(inputs), save)
@@ -71,11 +76,6 @@ def _add_product(cell: Cell, z: Tensor, i: Inputs, h: Tensor) -> None:
         cell.of_h(z, i.c0.shape[-1]).flatten(0, 1).addmm_(h.flatten(0, 1), i.weight_hh.T)
     else:
         z += lstm.linear(h, i.weight_hh, None, i.gain_hh)
-
-
-def _with_dropout(h: Tensor, inputs: Inputs) -> Tensor:
-    """The operand of W_hh, from h [T, B, P]; also the gradient of h, from that of the operand."""
-    return h if inputs.dropout_h is None else inputs.dropout_h * h
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
@@ -123,7 +123,7 @@ def gradients(
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
     if gates_were_dropped or "weight_hh" in needed or inputs.gain_hh is not None:
         h_prev = traversal.states_before(saved.h, inputs.h0, inputs.reset_h)
-        h_prev = h_prev if inputs.dropout_h is None else inputs.dropout_h * h_prev
+        h_prev = h_prev if _noise(inputs) == NO_NOISE else operand(h_prev, inputs)  # which is four calls
     if gates_were_dropped:
         saved = saved.with_gates(problem.cell, h_prev, traversal)
     unit_hh = unit_c = NO_UNIT
@@ -176,7 +176,7 @@ def _over_all_steps(
     if "weight_peephole" in needed:
         d["weight_peephole"] = _gradient_of_peepholes(saved, problem.cell, loop.dgates, traversal)
     if "reset_h" in needed:
-        dreset_h = _with_dropout(_at_resets(dz_h, traversal) @ inputs.weight_hh, inputs)
+        dreset_h = scaled(_at_resets(dz_h, traversal) @ inputs.weight_hh, inputs)
         d["reset_h"] = dreset_h if loop.dreset_h is None else dreset_h + loop.dreset_h.to(dreset_h.dtype)
     return d
 

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..call.noise import NO_NOISE, Noise
+from ..call.noise import NO_NOISE, operand
 from ..call.prepare import Call
+from ..call.regularisers import AFTER
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
 from ..kernels.problem import Inputs
+from ..kernels.tensors import Noise
 from .fused import noise_of, traversal_of, weights_of
 from .layers import Part, run_layers, without_autocast
 
@@ -83,8 +85,8 @@ def run_layer(
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
-    With `noise`, W_hh multiplies dropout_h h, and the states after the step are zoneout_c c + (1 - zoneout_c) c' and
-    zoneout_h h + (1 - zoneout_h) h'. What all steps compute is appended to `record`, if there is one.
+    With `noise`, see call/regularisers.py, W_hh multiplies another h, and other states follow the step.
+    What all steps compute is appended to `record`, if there is one.
 
     Returns:
         h [T, B, P] and (h_n [1, B, P], c_n [1, B, H]), in the dtypes of x, h0 and c0.
@@ -105,8 +107,8 @@ def run_layer(
 
     steps, x = len(x), reordered(inside(x))
     reset_h, reset_c = (None if t is None else reordered(t.to(x.dtype)) for t in traversal.reset_to())
-    dropout_h, *zoneout = (None if t is None else t.to(x.dtype) for t in noise)
-    zoneout = [None if t is None else reordered(t.expand(steps, *s.shape)) for t, s in zip(zoneout, (h0, c0))]
+    noise = [None if t is None else reordered(t.to(x.dtype)) if t.dim() == 3 else t.to(x.dtype) for t in noise]
+    noise = noise if any([t is not None for t in noise]) else None
 
     h, c = h0, c0
     outputs, every_step = [], []
@@ -115,8 +117,8 @@ def run_layer(
         if reset is not None:
             h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
             c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
-        noise_now = Noise(dropout_h, *(None if each is None else each[t] for each in zoneout))
-        gates, c_next, h_next = _step(EQUATIONS[cell], x[t], h_prev, c_prev, weights, noise_now)
+        now = None if noise is None else Noise(*[n[t] if n is not None and n.dim() == 3 else n for n in noise])
+        gates, c_next, h_next = _step(EQUATIONS[cell], x[t], h_prev, c_prev, weights, now)
         if record is not None:
             every_step.append((torch.cat(gates, 1), c_next, h_next))
         outputs.append(h_next)
@@ -131,18 +133,16 @@ def run_layer(
 
 
 def _step(
-    cell: ModuleType, x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise
+    cell: ModuleType, x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise | None
 ) -> tuple[FourGates, Tensor, Tensor]:  # fmt: skip
     """One step of x [B, I], from the states before it: its gates, c and h, [B, *]; `noise` is that of the step."""
     w = weights
-    h_in = h if noise.dropout_h is None else noise.dropout_h * h
+    h_in = h if noise is None else operand(h, noise)
     of_x, of_h = linear(x, w.weight_ih, w.bias_ih, w.gain_ih), linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)
     gates, c_next = cell.step(cell.pre_activations(of_x, of_h), c, w.weight_peephole)  # [B, H] each
     h_next = cell.output(gates, c_next, w.gain_c, w.bias_c)
     if w.weight_hr is not None:
         h_next = F.linear(h_next, w.weight_hr)
-    if noise.zoneout_c is not None:
-        c_next = noise.zoneout_c * c + (1 - noise.zoneout_c) * c_next
-    if noise.zoneout_h is not None:
-        h_next = noise.zoneout_h * h + (1 - noise.zoneout_h) * h_next
+    for thing in () if noise is None else AFTER:
+        h_next, c_next = thing.after((h, c), (h_next, c_next), noise)
     return gates, c_next, h_next

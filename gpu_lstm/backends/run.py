@@ -29,8 +29,8 @@ def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None
     The reference appends the Steps of every layer and direction to `record`, if there is one.
     """
     backend, dtype, as_operators, layers, scheduled = route
-    if call.options.weight_drop:
-        call = call._replace(weights=with_weight_drop(call.weights, call.options.weight_drop))
+    if call.options.drops_weights:
+        call = call._replace(weights=with_weight_drop(call.weights, call.options))
     if backend is Backend.TORCH and not as_operators and (given := torch_rnn.run_as_given(call)) is not None:
         return call.results(*given)
     rows = call if call.options.one_row and call.form.packed is None else call.laid_out()

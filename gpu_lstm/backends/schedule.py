@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.noise import draw
+from ..call.noise import draw, within
 from ..call.prepare import Call
 from ..call.weights import State
 from ..kernels.layer import Layer
@@ -133,7 +133,7 @@ def _through(
                         way = way.backwards()
                         states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row])
                     with named(k, d, backend):
-                        h, states[row] = run(Part(row, below, states[row], weights, way, noise[k][d].within(span)))
+                        h, states[row] = run(Part(row, below, states[row], weights, way, within(noise[k][d], span)))
                     if directions == 1:
                         h = connect(below, h, way.lengths, cut(kept[k], span), call.options)
                     if k == last and whole is not None:

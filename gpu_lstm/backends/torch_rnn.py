@@ -41,14 +41,15 @@ def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
     options, weights = call.options, call.weights
     if not options.as_given or not call.traversal.is_plain():
         return None
+    w = weights[0][0]
     if not options.one_step:
         sizes = None if call.form.packed is None else call.form.packed.batch_sizes
         y, state = stack(options.cell, call.x, call.states[0], weights, options.dropout, options.training, sizes)
     elif options.one_state:
-        y = gru_cell(call.x, call.states[0][0], *weights[0][0][:4])
+        y = gru_cell(call.x, call.states[0][0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
         state = y, y
     else:
-        state = lstm_cell(call.x, call.states[0], *weights[0][0][:4])
+        state = lstm_cell(call.x, call.states[0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
         y = state[0]
     return y, [state]
 

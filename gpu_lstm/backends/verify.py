@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..call.choices import Backend
 from ..call.modes import EXACT, alone, products
-from ..call.weights import Weights
 from ..kernels import cache
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer, kept_layer
 from ..kernels.memory import WroteOutside, checked, checking
-from ..kernels.problem import Inputs, Pass, Problem, in_the_loop
+from ..kernels.problem import Inputs, Pass, Problem, sizes_of
+from ..kernels.tensors import COMPARED, LEARNT, NOISE, VARIANT, names_of
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
 from .fused import Saved, noise_of, traversal_of, weights_of
@@ -37,8 +37,6 @@ AGAIN = "`python -m gpu_lstm races --clear` forgets that"
 ENDED = f"the process that tried it ended meanwhile; {AGAIN}"
 RATE = 0.25  # of zoneout, where it is the same for all elements
 logger = logging.getLogger("gpu_lstm")
-COMPARED = ("x", "h0", "c0", "weight_hh", "reset_h", "reset_c")  # whose gradients come from the recurrence
-LEARNT = ("x", "h0", "c0", *Weights._fields, "reset_h", "reset_c")  # what may have a gradient
 
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
@@ -134,10 +132,7 @@ class Small:
             return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
 
         steps, features = (1 if p.steps == 1 else STEPS), like.weight_ih.shape[1]
-        sizes = {name: tensor.size for name, tensor in in_the_loop(p, steps).items()}
-        rows = sizes["weight_hh"][0]
-        sizes |= dict(x=(steps, batch, features), weight_ih=(rows, features), gain_ih=(rows,))
-        sizes |= dict(bias_ih=(rows,), bias_hh=(rows,), reset_h=(steps, batch, p.width))
+        sizes = sizes_of(p, steps, features)
         row, column = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
         tensors = {}
         for name, tensor in like._asdict().items():
@@ -178,7 +173,7 @@ class Small:
         """
         p, cell = self.problem, CELLS[self.problem.cell]
         without = not cell.of_torch or (self.one_state and self.pass_.backward)
-        without |= p.regularised or p.reset_c or p.peepholes or p.normalised or self.inputs.gain_ih is not None
+        without |= p.reset_c or any(getattr(self.inputs, name) is not None for name in names_of(VARIANT, NOISE))
         if not without:
             try:
                 return self.results(functools.partial(torch_rnn.run_layer, cell))

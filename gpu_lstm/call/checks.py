@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
+from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .forms import Form
 from .modes import autocasts, need_the_reference
 from .options import Options
@@ -199,7 +200,7 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
 
 def check_same_parts(weights: list[list[Weights]]) -> None:
     """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
-    for name in NAMES[NAMES.index("weight_peephole") :]:
+    for name in names_of(VARIANT):
         if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
@@ -218,7 +219,7 @@ def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Wei
             raise TypeError(f"{name} should be a tensor, got: NoneType")
         if tensor is not None:
             check_tensor(tensor, name)
-            expected = 2 if name in ("weight_ih", "weight_hh", "weight_hr") else 1
+            expected = len(BY_NAME[name].size.split())
             if tensor.dim() != expected:
                 raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
     if named.weight_hr is not None:
@@ -241,13 +242,14 @@ def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: W
     if not options.one_state:
         check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
     operator, hx = getattr(torch, f"{options.cell.name}_cell"), h if options.one_state else state
+    of_torch = weights.weight_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh
     if features == inputs and h.shape == c.shape == expected:
         try:
             return check_alike(x, [state], [[weights]])
         except RuntimeError:
-            operator(x, hx, *weights[:4])
+            operator(x, hx, *of_torch)
             raise
-    operator(x, hx, *weights[:4])
+    operator(x, hx, *of_torch)
     raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
 
 

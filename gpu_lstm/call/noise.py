@@ -1,36 +1,27 @@
-"""The random numbers of a call: recurrent dropout, zoneout, dropout between layers, weight drop.
+"""The random numbers of a call, of all its regularisers.
 
 Drawn once per call, for whole sequences: a seed gives the same noise on every backend, and in any chunks of time.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..kernels.tensors import Noise
 from .options import Options
+from .regulariser import Drawing
+from .regularisers import ADDING, SCALING
 from .weights import Weights
 
-
-class Noise(NamedTuple):
-    """The noise of one layer in one direction for one call; None where there is none."""
-
-    dropout_h: Tensor | None = None  # [B, P], 0 or 1 / (1 - p): factors of h in the recurrent product, at every step
-    zoneout_h: Tensor | None = None  # bool [T, B, P], by time: where h stays as it was; in eval() the probability, []
-    zoneout_c: Tensor | None = None  # bool [T, B, H] or [], likewise for c
-
-    def within(self, span: slice | None) -> Noise:
-        """The noise at the times of a span; None: at all times."""
-        if span is None:
-            return self
-        h, c = (t[span] if t is not None and t.dim() else t for t in (self.zoneout_h, self.zoneout_c))
-        return Noise(self.dropout_h, h, c)
-
-
 NO_NOISE = Noise()
+
+
+def within(noise: Noise, span: slice | None) -> Noise:
+    """The noise at the times of a span; None: at all times."""
+    if span is None:
+        return noise
+    return Noise(*[t[span] if t is not None and t.dim() == 3 else t for t in noise])
 
 
 def draw(
@@ -45,21 +36,14 @@ def draw(
     steps, batch = sizes
     device = layers[0][0].weight_hh.device
 
-    def zoneout(probability: float, features: int) -> Tensor | None:
-        if not probability:
-            return None
-        if options.training:
-            return torch.rand(steps, batch, features, dtype=torch.float32, device=device) < probability
-        return torch.full((), probability, dtype=torch.promote_types(dtype, torch.float32), device=device)
-
     def of_direction(weights: Weights) -> Noise:
-        width, dropout_h = weights.weight_hh.shape[1], None  # P
-        if options.recurrent_dropout:
-            dropout_h = F.dropout(torch.ones(batch, width, dtype=dtype, device=device), options.recurrent_dropout)
-        zoneout_h = zoneout(options.zoneout[0], width)
-        if options.one_state:  # c is h
-            return Noise(dropout_h, zoneout_h, zoneout_h)
-        return Noise(dropout_h, zoneout_h, zoneout(options.zoneout[1], len(weights.weight_hh) // options.cell.rows))
+        rows, width = weights.weight_hh.shape
+        sizes, hidden = (steps, batch, width), rows // options.cell.rows
+        of = Drawing(sizes, hidden, dtype, device, options.training, options.one_state)
+        drawn: dict[str, Tensor | None] = {}
+        for thing, rate in options.on:
+            drawn.update(zip(thing.tensors, thing.draw(rate, of)))
+        return Noise(**drawn)
 
     noise = [[of_direction(weights) for weights in layer] for layer in layers]
     kept: list[Tensor | None] = [None] * len(layers)
@@ -69,6 +53,30 @@ def draw(
     return noise, kept
 
 
-def with_weight_drop(weights: list[list[Weights]], probability: float) -> list[list[Weights]]:
-    """The weights [L][D] of a call: DropConnect on W_hh (Merity et al., 2018)."""
-    return [[w._replace(weight_hh=F.dropout(w.weight_hh, probability)) for w in layer] for layer in weights]
+def with_weight_drop(layers: list[list[Weights]], options: Options) -> list[list[Weights]]:
+    """The weights [L][D] of a call, with what regularises W_hh itself."""
+    for thing, rate in options.on:
+        layers = [[w._replace(weight_hh=thing.weight_hh(w.weight_hh, rate)) for w in layer] for layer in layers]
+    return layers
+
+
+def scaled(h: Tensor, noise: Noise) -> Tensor:
+    """h with the factors of all regularisers; `noise` may be Inputs, which have its tensors."""
+    for thing in SCALING:
+        h = thing.scaled(h, noise)
+    return h
+
+
+def added(noise: Noise) -> Tensor | None:
+    """What they add to that; None: nothing."""
+    total = None
+    for thing in ADDING:
+        if (more := thing.added(noise)) is not None:
+            total = more if total is None else total + more
+    return total
+
+
+def operand(h: Tensor, noise: Noise) -> Tensor:
+    """What W_hh multiplies."""
+    h, more = scaled(h, noise), added(noise)
+    return h if more is None else h + more

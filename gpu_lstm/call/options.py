@@ -1,11 +1,15 @@
 """What a module's arguments ask of a call: sizes, names of its parameters, regularisers, the backend."""
 
 import functools
+from collections import namedtuple
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels.cells import CELLS
+from ..kernels.tensors import BY_NAME
+from .regularisers import ABLE, REGULARISERS
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
 
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
@@ -26,35 +30,38 @@ class Size(NamedTuple):
         """Features of h."""
         return self.projected or self.hidden
 
+    def of(self, names: Sequence[str], rows: int) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the weights of these names, with `rows` to a unit."""
+        hidden = self.hidden
+        letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}
+        return tuple([BY_NAME[name].sized(letters) for name in names])
 
-class Arguments(NamedTuple):
-    """What a module asks of every call, from its attributes as they are now."""
 
-    cell: str  # of kernels.cells.CELLS
-    role: str  # "module", "stack", "cell" (one step) or "layer" (a function)
-    hidden_sizes: tuple[int, ...]  # [L]
-    peepholes: bool
-    norms: tuple[str, ...]
-    input_size: int
-    bias: bool
-    backend: str | None  # up to here what a cell has, too
-    bidirectional: bool = False
-    batch_first: bool = False
-    training: bool = False
-    dropout: float = 0.0  # between layers
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0  # of h and c
-    weight_drop: float = 0.0
-    recompute: bool = False  # kernels save no gates for backward
-    proj_size: int = 0
-    residual: bool = False  # a layer whose output is as wide as its input adds the two
-    reverse: bool = False  # only for lstm_layer
+_FIELDS = (
+    "cell",  # of kernels.cells.CELLS
+    "role",  # "module", "stack", "cell" (one step) or "layer" (a function)
+    "hidden_sizes",  # tuple [L]
+    "peepholes",
+    "norms",  # tuple of some NORMS
+    "input_size", "bias",
+    "backend",  # a name, or None; up to here what a cell has, too
+    "bidirectional", "batch_first", "training",
+    *(thing.name for thing in REGULARISERS),
+    "recompute",  # kernels save no gates for backward
+    "proj_size",
+    "residual",  # a layer whose output is as wide as its input adds the two
+    "reverse",  # only for lstm_layer
+)  # fmt: skip
+_DEFAULTS = (False, False, False, *[0.0] * len(REGULARISERS), False, 0, False, False)  # of those that no cell has
+_class: Any = namedtuple  # as mypy does not know it, which accepts literals alone
+Arguments = _class("Arguments", _FIELDS, defaults=_DEFAULTS)
+"""What a module asks of every call, from its attributes as they are now."""
 
 
 class Options:
     """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
 
-    def __init__(self, a: Arguments) -> None:
+    def __init__(self, a: Any) -> None:
         self.cell, self.role = CELLS[a.cell], a.role
         self.name = _NAMES[a.role].format(a.cell if a.role == "layer" else a.cell.upper())
         self.batch_first, self.training, self.backend = a.batch_first, a.training, a.backend
@@ -65,10 +72,10 @@ class Options:
         self.sizes = tuple([Size(i, hidden, a.proj_size) for i, hidden in zip(inputs, a.hidden_sizes)])
         self.input_size = a.input_size
         self.hidden, self.width = self.sizes[0].hidden, self.sizes[0].width  # of the first layer
-        self.dropout = a.dropout if a.training else 0.0
-        self.recurrent_dropout = a.recurrent_dropout if a.training else 0.0
-        self.weight_drop = a.weight_drop if a.training else 0.0
-        self.zoneout = a.zoneout if isinstance(a.zoneout, tuple) else (a.zoneout, a.zoneout)
+        rates = [(thing, thing.rate(getattr(a, thing.name), a.training)) for thing in REGULARISERS]
+        self.on = tuple([(thing, rate) for thing, rate in rates if rate])
+        self.dropout = next((rate for thing, rate in self.on if thing.name == "dropout"), 0.0)
+        self.drops_weights = any([thing.changes_weights for thing, _ in self.on])
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
         # Rows of states per tensor: a module has all in one tensor, a stack those of a layer.
         self.blocks = (self.directions,) * len(self.sizes) if self.role == "stack" else (self.rows,)
@@ -81,45 +88,41 @@ class Options:
         self.of_rnn_base = self.role in ("module", "stack")  # it says what an input has to be
         self.names = _names(a, self.role, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
-        tensors = len(NAMES) if self.role == "layer" else len(self.names[0][0])
-        self.weight_sizes = tuple([_weight_sizes(size, self.cell.rows)[:tensors] for size in self.sizes])
+        names = NAMES if self.role == "layer" else NAMES[: len(self.names[0][0])]
+        self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
         # With layers of one size, torch's own runs all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
-        noise = "zoneout" if self.zoneout != (0, 0) else "recurrent_dropout" if self.recurrent_dropout else None
-        self.noisy = noise is not None or self.dropout > 0  # random numbers are drawn, or rates made tensors
+        self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
+        self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
-        self.feature = noise or (LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell)
+        self.feature = LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell
         """The feature that the fewest backends support; None: all support all."""
+        for thing, _ in self.on:
+            feature = thing.feature(a.norms)
+            if feature and (self.feature not in ABLE or len(ABLE[feature]) <= len(ABLE[self.feature])):
+                self.feature = feature
 
 
-def _names(a: Arguments, role: str, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
+def _names(a: Any, role: str, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
     """The names of the parameters of each layer and direction, [L][D], in the order of Weights up to the last that is
     there; None for absent ones before it.
     """
-    there = (
-        True, True, a.bias, a.bias, a.proj_size > 0, a.peepholes,
-        "ih" in a.norms, "hh" in a.norms, "c" in a.norms, "c" in a.norms and a.bias,
+    optional = dict(
+        bias_ih=a.bias, bias_hh=a.bias, weight_hr=a.proj_size > 0, weight_peephole=a.peepholes, gain_ih="ih" in a.norms,
+        gain_hh="hh" in a.norms, gain_c="c" in a.norms, bias_c="c" in a.norms and a.bias,
     )  # fmt: skip
-    count = max(k for k, is_there in enumerate(there) if is_there) + 1
+    kinds = [name if optional.get(name, True) else None for name in NAMES]
+    kinds = kinds[: 1 + max(k for k, kind in enumerate(kinds) if kind)]
     layers = []
     for k in range(len(a.hidden_sizes)):
         suffix = {"cell": "", "stack": "_l0"}.get(role, f"_l{k}")
         layer = []
         for d in range(directions):
             ending = suffix + "_reverse" * d
-            layer.append(tuple([name + ending if is_there else None for name, is_there in zip(NAMES, there[:count])]))
+            layer.append(tuple([kind and kind + ending for kind in kinds]))
         layers.append(tuple(layer))
     return tuple(layers)
-
-
-def _weight_sizes(size: Size, rows_of_a_unit: int) -> tuple[tuple[int, ...], ...]:
-    """The sizes of a layer's tensors, in the order of Weights."""
-    rows, hidden, width = rows_of_a_unit * size.hidden, size.hidden, size.width
-    return (
-        (rows, size.inputs), (rows, width), (rows,), (rows,), (width, hidden), (3 * hidden,),
-        (rows,), (rows,), (hidden,), (hidden,),
-    )  # fmt: skip
 
 
 def options_of(*arguments: Any) -> Options:

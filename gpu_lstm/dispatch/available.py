@@ -7,6 +7,7 @@ import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.options import RESET_STATES
+from ..call.regularisers import ABLE
 from ..kernels import cache
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
@@ -15,8 +16,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def backends_with(feature: str) -> tuple[Backend, ...]:
     """The backends that support a feature that not all do: states to reset to, a variant of the cell, a regulariser."""
-    kernels = (Backend.TRITON, Backend.CUPY) if feature == RESET_STATES else (Backend.TRITON,)
-    return *kernels, Backend.REFERENCE
+    kernels = ("triton", "cupy") if feature == RESET_STATES else ("triton",)
+    return tuple(map(Backend, ABLE.get(feature, (*kernels, "reference"))))
 
 
 def select(

@@ -6,11 +6,14 @@ import torch
 
 from ..call.options import Size
 from ..call.prepare import Call
+from ..call.regularisers import REGULARISERS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem
+from ..kernels.tensors import NOISE, TRAVERSAL, VARIANT, names_of
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
+_FLAGS = tuple(n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._fields)  # tensors of the time loop
 
 
 class Kind(NamedTuple):
@@ -29,11 +32,15 @@ class Kind(NamedTuple):
     lengths: torch.dtype | None
     resets: bool
     reset_states: bool
-    dropout_h: bool
-    zoneout: tuple[int | None, int | None]  # of h and of c: dimensions of the tensor, 0 for a rate, 3 for a mask
-    peepholes: bool
-    norm_ih: bool  # a layer norm of W_ih x, which is outside the time loop
-    norms: tuple[bool, bool, bool]  # gain_hh, gain_c, bias_c
+    noise: bool  # a regulariser that torch's own lacks, even if the time loop reads none of it
+    weight_peephole: bool = False  # from here on tensors by their names
+    gain_ih: bool = False  # of a layer norm outside the time loop
+    gain_hh: bool = False
+    gain_c: bool = False
+    bias_c: bool = False
+    dropout_h: bool = False
+    zoneout_h: int | None = None  # dimensions: 0 for a rate, 3 for a mask
+    zoneout_c: int | None = None
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -41,22 +48,18 @@ class Kind(NamedTuple):
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
-    def regularised(self) -> bool:
-        """Whether there is recurrent dropout or zoneout."""
-        return self.dropout_h or self.zoneout != (None, None)
-
-    @property
     def variant(self) -> str | None:
         """The variant of the cell, see weights.variant_of."""
-        return LAYER_NORM if self.norm_ih or any(self.norms) else PEEPHOLES if self.peepholes else None
+        normed = self.gain_ih or self.gain_hh or self.gain_c
+        return LAYER_NORM if normed else PEEPHOLES if self.weight_peephole else None
 
     @property
     def only_ours(self) -> str | None:
         """What torch's own lacks; None: it can run all of it."""
         if not CELLS[self.cell].of_torch:
             return "such cell"
-        if self.regularised:
-            return "recurrent dropout or zoneout"
+        if self.noise:
+            return " or ".join(thing.name.replace("_", " ") for thing in REGULARISERS if thing.tensors)
         if self.steps > MOST_OF_CUDNN + 1:
             return f"sequences of more than {MOST_OF_CUDNN:,} steps"
         return "states to reset to" if self.reset_states else self.variant and self.variant.replace("_", " ")
@@ -65,12 +68,10 @@ class Kind(NamedTuple):
         """What the kernels of one layer and direction, `row` among [L*D], are asked to do."""
         layer, d = divmod(row, self.directions)
         _, hidden, projected = self.layers[layer]
-        zoneout_h, zoneout_c = self.zoneout
         return Problem(
             min(self.steps, 2), self.batch, hidden, self.dtype, projected, self.precision, side_by_side,
-            reverse=self.reverse or d == 1, lengths=self.lengths, resets=self.resets, dropout_h=self.dropout_h,
-            zoneout_h=zoneout_h, zoneout_c=zoneout_c, reset_h=self.reset_states and zoneout_h is not None,
-            reset_c=self.reset_states, peepholes=self.peepholes, norms=self.norms, cell=self.cell,
+            reverse=self.reverse or d == 1, reset_h=self.reset_states and self.zoneout_h is not None,
+            reset_c=self.reset_states, cell=self.cell, **{name: getattr(self, name) for name in _FLAGS},
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class Kind(NamedTuple):
             "cell": self.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
             "dtype": str(self.dtype), "precision": self.precision, "training": self.training,
             "recompute": self.recompute, "steps": self.steps, "batch": size_class(self.batch),
-            "lengths": self.lengths is not None, "resets": self.resets, "noise": self.regularised,
+            "lengths": self.lengths is not None, "resets": self.resets, "noise": self.noise,
             "reset_states": self.reset_states, "variant": self.variant,
         }  # fmt: skip
 
@@ -90,15 +91,15 @@ def kind_of(call: Call) -> Kind:
     lengths = torch.int64 if call.form.packed is not None else None
     if traversal.lengths is not None:
         lengths = traversal.lengths.dtype
-    zoneout_h, zoneout_c = ((3 if options.training else 0) if p else None for p in options.zoneout)
+    flags: dict[str, Any] = {name: getattr(weights, name) is not None for name in names_of(VARIANT)}
+    for thing, rate in options.on:
+        flags |= thing.flags(rate, options.training)
     steps = int(call.steps)
     return Kind(
         options.cell.name, options.sizes, options.directions, dtype,
         call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
         size_class(steps + (steps == MOST_OF_CUDNN + 1)), int(call.batch), options.reverse, lengths,
-        traversal.resets is not None, traversal.reset_states is not None, options.recurrent_dropout > 0,
-        (zoneout_h, zoneout_c), weights.weight_peephole is not None, weights.gain_ih is not None,
-        (weights.gain_hh is not None, weights.gain_c is not None, weights.bias_c is not None),
+        traversal.resets is not None, traversal.reset_states is not None, options.noise, **flags,
     )  # fmt: skip
 
 

@@ -109,6 +109,7 @@ def _route_in_a_graph(call: Call) -> Route:
         # The file would say that T is free, and fail for any T but the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
     rows, variant = options.cell.rows, variant_of(call.weights[0][0])
+    normed = variant == LAYER_NORM
     # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
     sizes: Any = [
         (w.weight_ih.shape[1], len(w.weight_hh) // rows, 0 if w.weight_hr is None else w.weight_hh.shape[1])
@@ -119,9 +120,8 @@ def _route_in_a_graph(call: Call) -> Route:
         steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, reverse=False,
         lengths=torch.int64 if traversal.lengths is not None or call.form.packed is not None else None,
         resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
-        # A comparison of rates would be a symbol.
-        dropout_h=options.feature in ("zoneout", "recurrent_dropout"), zoneout=(None, None),
-        peepholes=variant == PEEPHOLES, norm_ih=variant == LAYER_NORM, norms=(variant == LAYER_NORM,) * 3,
+        noise=options.noise, dropout_h=options.noise, weight_peephole=variant == PEEPHOLES,
+        gain_ih=normed, gain_hh=normed, gain_c=normed, bias_c=normed,
     )  # fmt: skip
     transformed, chosen = call.modes.transforms == Transforms.REFERENCE, chosen_backends[0].value
     # `chosen` binds the graph to an open block.

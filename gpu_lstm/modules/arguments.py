@@ -1,6 +1,5 @@
 """The arguments of the modules: checked when they are given or set."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, overload
 
@@ -11,11 +10,11 @@ from torch.nn.utils.rnn import PackedSequence
 from ..call.checks import check_bool
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS
+from ..call.regularisers import BY_NAME, NAMES, OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import LSTM, Cell
 
-REGULARISERS = ("recurrent_dropout", "zoneout", "weight_drop")  # attributes of the modules
-NOT_OF_TORCH = (*REGULARISERS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
+NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
@@ -32,33 +31,9 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
             return None if value is None else parse_backend_name(value)
         case "recompute":
             check_bool(name, value)
-        case "dropout" | "recurrent_dropout" | "weight_drop":
-            if not is_probability(value):
-                raise ValueError(
-                    f"{name} should be a number in range [0, 1] representing the probability of an element being zeroed"
-                    + (f", got {value!r}" if name != "dropout" else "")  # torch's own words
-                )
-            return float(value)
-        case "zoneout":
-            if len(cell.states) == 1 and isinstance(value, tuple):
-                raise ValueError(
-                    f"zoneout of a {cell.name.upper()} should be one number in range [0, 1], for its one state, "
-                    f"got {value!r}"
-                )
-            pair = value if isinstance(value, tuple) else (value, value)
-            if len(pair) != 2 or not all(map(is_probability, pair)):
-                raise ValueError(
-                    "zoneout should be a number in range [0, 1] representing the probability of an element staying as "
-                    f"it was, or a pair of them for h and c, got {value!r}"
-                )
-            h, c = map(float, pair)
-            return h if h == c else (h, c)
+        case _ if name in BY_NAME:
+            return BY_NAME[name].accepted(value, cell)
     return value
-
-
-def is_probability(value: object) -> bool:
-    """Whether `value` is a number from 0 to 1."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 def norms_of(layer_norm: object) -> tuple[str, ...]:
@@ -125,6 +100,22 @@ class Checked:
         return f"gpu_lstm.{cls.__name__}" if ours else cls.__name__
 
 
+class Regularised(Checked):
+    """One with all regularisers as attributes."""
+
+    recurrent_dropout: float
+    zoneout: float | tuple[float, float]
+    weight_drop: float
+
+    def _rates(self) -> tuple[Any, ...]:
+        """As they are now, in the order of the list."""
+        return tuple([getattr(self, name) for name in NAMES])
+
+
+for _name in OURS:  # on the class, so that modules pickled by older versions have them
+    setattr(Regularised, _name, 0.0)
+
+
 def takes_sequences(module: object) -> bool:
     """Whether it is one of ours, and not a cell."""
     return isinstance(module, Checked) and module._role != "cell"
@@ -173,7 +164,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
     if not issubclass(cls, Checked):
-        dropped += ["backend", "recompute", *(name for name in REGULARISERS if not module.__dict__.get(name))]
+        dropped += ["backend", "recompute", *(name for name in OURS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()

@@ -14,19 +14,16 @@ from ..call.weights import Weights
 from ..dispatch.route import run
 from ..kernels.cells import LSTM
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import NOT_OF_TORCH, Checked, accepted, no_mask, repr_of
+from .arguments import NOT_OF_TORCH, Regularised, accepted, no_mask, repr_of
 from .tracing import in_eager_mode, traced
 from .variants import OF_LAYERS, weights_of
 
 
-class Recurrent(Checked):
+class Recurrent(Regularised):
     """A mixin of LSTM and GRU."""
 
     # On the class, so that they are there in pickles of older modules.
     recompute: bool = False
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_drop: float = 0.0
     _role = "module"
 
     def _make(self: Any, torchs: tuple, **ours: Any) -> None:

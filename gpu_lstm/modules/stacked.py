@@ -12,23 +12,20 @@ from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
+from ..call.regularisers import OURS
 from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import REGULARISERS, Called, Checked, check_size, layer_sizes, norms_of
+from .arguments import Called, Regularised, check_size, layer_sizes, norms_of
 from .gru import GRU
 from .lstm import LSTM
 from .tracing import traced
 from .variants import OF_LAYERS, weights_of
 
 
-class Stack(Checked, nn.Module):
+class Stack(Regularised, nn.Module):
     """What StackedLSTM and StackedGRU share. A state of a layer is a pair (h, c), or h alone."""
 
-    # On the class, so that modules pickled by older versions have them.
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_drop: float = 0.0
     input_size: int
     hidden_sizes: list[int]
     dropout: float
@@ -109,7 +106,7 @@ class Stack(Checked, nn.Module):
         parts = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
-            recompute=False, **dict.fromkeys(REGULARISERS, 0.0), peepholes=False, layer_norm=False,
+            recompute=False, **dict.fromkeys(OURS, 0.0), peepholes=False, layer_norm=False,
         )  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in defaults.items()}
         return ", ".join(parts + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])

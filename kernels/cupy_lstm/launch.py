@@ -88,7 +88,7 @@ BACKEND, prepare = "cupy", Prepared
 
 
 def lacks(problem: Problem) -> str | None:
-    without = problem.regularised or problem.peepholes or problem.normalised
+    without = problem.regularised or problem.weight_peephole or problem.normalised
     return "recurrent dropout, zoneout, peepholes or layer norms" if without else None
 
 

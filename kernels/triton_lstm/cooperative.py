@@ -375,12 +375,12 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     """
     written = buffers_of(p, pass_)
     pairs = Buffer(torch.int32, (p.batch, ceil(p.hidden / plan.units), 2), fill=EVERY_BIT)  # see norm_exchange.py
-    written |= {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
+    written |= {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
     if not pass_.backward:
         written["h_ptr"] = Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)  # and h0 at its end
         written["c_n_ptr"] = written["c_n_ptr"]._replace(fill="c0")  # where kernels read c at every step
         return written
-    written["words_ptr" if p.norms[0] else "dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)
+    written["words_ptr" if p.gain_hh else "dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)
     if plan.family.partners > 1:
         written["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
     return written
@@ -401,8 +401,8 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
 def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As forward_operands, for backward."""
     weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p.hidden)
-    words = memory["words_ptr" if p.norms[0] else "dgates_ptr"].view(torch.int32)
-    return {"weights_ptr": weights, "words_ptr": words} | ({} if p.norms[0] else {"dgates_ptr": None})
+    words = memory["words_ptr" if p.gain_hh else "dgates_ptr"].view(torch.int32)
+    return {"weights_ptr": weights, "words_ptr": words} | ({} if p.gain_hh else {"dgates_ptr": None})
 
 
 def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
@@ -414,7 +414,7 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
 def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     """dgates without padding of rows."""
     dgates = memory["dgates_ptr"]  # [T, B, 4, H or one more], but with a norm of W_hh h
-    return dgates if p.norms[0] else dgates[..., : p.hidden].flatten(2)
+    return dgates if p.gain_hh else dgates[..., : p.hidden].flatten(2)
 
 
 FAMILY = Family(

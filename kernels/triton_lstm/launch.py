@@ -190,9 +190,9 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
         return torch.zeros(shape, dtype=dtype, device=device)
 
     unit_hh = unit_c = NO_UNIT
-    if p.norms[0]:
+    if p.gain_hh:
         unit_hh = Unit(zeros(p.steps, p.batch, 4 * p.hidden), zeros(p.steps, p.batch, dtype=f32))
-    if p.norms[1]:
+    if p.gain_c:
         unit_c = Unit(zeros(p.steps, p.batch, p.hidden, dtype=f32), zeros(p.steps, p.batch, dtype=f32))
     in_loop = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
     inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)

@@ -567,18 +567,17 @@ def waits(p: Problem, plan: Plan) -> bool:
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     """See planning.Family."""
     f32, tiles = torch.float32, ceil(p.hidden / plan.units)
-    norm_hh, norm_c, _ = p.norms
     scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
     if waits(p, plan):  # counts the programs of each batch tile that have arrived
         scratch["arrivals_ptr"] = Buffer(torch.int32, (ceil(p.batch / plan.rows),), fill=0)
-    scratch |= {name: pairs for name, there in zip(("pairs_hh_ptr", "pairs_c_ptr"), p.norms) if there}
+    scratch |= {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
     if plan.family.parts > 1:
         scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
-    if norm_hh and pass_.backward:
+    if p.gain_hh and pass_.backward:
         scratch["pairs_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    elif norm_hh:
+    elif p.gain_hh:
         scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
-    if norm_c and not pass_.backward:
+    if p.gain_c and not pass_.backward:
         scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
     if p.projected and not pass_.backward:
         scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))

@@ -1,0 +1,78 @@
+"""What regularises a layer: each is of this class, knows all of itself, and stands in the list of regularisers.py."""
+
+from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
+
+import numbers
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.cells import Cell
+from ..kernels.tensors import Noise
+
+
+class Drawing(NamedTuple):
+    """What is drawn for: one layer in one direction."""
+
+    sizes: tuple[int, int, int]  # T, B, P
+    hidden: int  # H
+    dtype: torch.dtype  # that the layer computes in
+    device: torch.device
+    training: bool
+    one_state: bool  # c is h
+
+
+class Regulariser:
+    """One that does nothing; each overrides what it does. Modules have an attribute of its name, 0.0 if it is off."""
+
+    name: str
+    of_torch = False  # torch.nn.LSTM has it, too
+    changes_weights = False
+    tensors: tuple[str, ...] = ()  # of kernels/tensors.py, that a layer and direction has of it
+    backends: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # what can run it, or it beside something else, in words
+
+    def accepted(self, value: Any, cell: Cell) -> Any:
+        """A user's value, checked."""
+        if not is_probability(value):
+            text = "should be a number in range [0, 1] representing the probability of an element being zeroed"
+            raise ValueError(f"{self.name} {text}" + f", got {value!r}" * (not self.of_torch))  # torch's own words
+        return float(value)
+
+    def rate(self, value: Any, training: bool) -> Any:
+        """What a call uses of the value; false where it is off."""
+        return value if training else 0.0
+
+    def feature(self, norms: tuple[str, ...]) -> str | None:
+        """Which entry of `backends` holds in a layer with these norms; None: all can run it."""
+        return self.name if self.backends else None
+
+    def flags(self, rate: Any, training: bool) -> dict[str, Any]:
+        """Of a Problem, about its tensors in the time loop."""
+        return {}
+
+    def draw(self, rate: Any, of: Drawing) -> tuple[Tensor | None, ...]:
+        """Its tensors for one call."""
+        return ()
+
+    def weight_hh(self, weight: Tensor, rate: Any) -> Tensor:
+        """W_hh of one call."""
+        return weight
+
+    def scaled(self, h: Tensor, noise: Noise) -> Tensor:
+        """Factors of h in the product with W_hh; so also the gradient of h, from that of the product's operand."""
+        return h
+
+    def added(self, noise: Noise) -> Tensor | None:
+        """What is added to the scaled h, [T, B, P], by time: its product with W_hh is known before the time loop."""
+        return None
+
+    def after(self, before: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], noise: Noise) -> tuple[Tensor, Tensor]:
+        """(h, c) after a step that computed `new` from those `before`; `noise` is that of the step."""
+        return new
+
+
+def is_probability(value: object) -> bool:
+    """Whether `value` is a number from 0 to 1."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1

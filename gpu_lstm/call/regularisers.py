@@ -1,0 +1,111 @@
+"""The regularisers of a layer, and the list of all that there are."""
+
+from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..kernels.cells import Cell
+from ..kernels.tensors import Noise
+from .regulariser import Drawing, Regulariser, is_probability
+
+
+class Dropout(Regulariser):
+    """Of each layer's output but the last one's: drawn in noise.py, applied in backends/layers.py."""
+
+    name, of_torch = "dropout", True
+
+
+class RecurrentDropout(Regulariser):
+    """Of h in the product with W_hh, the same at every step (Gal & Ghahramani, 2016): dropout_h, 0 or 1 / (1 - p)."""
+
+    name, tensors = "recurrent_dropout", ("dropout_h",)
+    backends: ClassVar = {name: ("triton", "reference")}
+
+    def flags(self, rate: float, training: bool) -> dict[str, Any]:
+        return {"dropout_h": True}
+
+    def draw(self, rate: float, of: Drawing) -> tuple[Tensor | None, ...]:
+        return (F.dropout(torch.ones(of.sizes[1:], dtype=of.dtype, device=of.device), rate),)
+
+    def scaled(self, h: Tensor, noise: Noise) -> Tensor:
+        return h if noise.dropout_h is None else noise.dropout_h * h
+
+
+class Zoneout(Regulariser):
+    """Elements of h and of c stay as they were (Krueger et al., 2017); in eval() the expectation, of rates []."""
+
+    name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
+    backends: ClassVar = {name: ("triton", "reference")}
+
+    def accepted(self, value: Any, cell: Cell) -> Any:
+        if len(cell.states) == 1 and isinstance(value, tuple):
+            raise ValueError(
+                f"zoneout of a {cell.name.upper()} should be one number in range [0, 1], for its one state, "
+                f"got {value!r}"
+            )
+        pair = value if isinstance(value, tuple) else (value, value)
+        if len(pair) != 2 or not all(map(is_probability, pair)):
+            raise ValueError(
+                "zoneout should be a number in range [0, 1] representing the probability of an element staying as "
+                f"it was, or a pair of them for h and c, got {value!r}"
+            )
+        h, c = map(float, pair)
+        return h if h == c else (h, c)
+
+    def rate(self, value: Any, training: bool) -> Any:
+        pair = value if isinstance(value, tuple) else (value, value)
+        return pair if pair != (0, 0) else None
+
+    def flags(self, rate: tuple[float, float], training: bool) -> dict[str, Any]:
+        return {name: 3 if training else 0 for name, p in zip(self.tensors, rate) if p}
+
+    def draw(self, rate: tuple[float, float], of: Drawing) -> tuple[Tensor | None, ...]:
+        steps, batch, width = of.sizes
+
+        def stays(probability: float, features: int) -> Tensor | None:
+            if not probability:
+                return None
+            if of.training:
+                return torch.rand(steps, batch, features, dtype=torch.float32, device=of.device) < probability
+            return torch.full((), probability, dtype=torch.promote_types(of.dtype, torch.float32), device=of.device)
+
+        h = stays(rate[0], width)
+        return h, h if of.one_state else stays(rate[1], of.hidden)
+
+    def after(self, before: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], noise: Noise) -> tuple[Tensor, Tensor]:
+        (h, c), (h_next, c_next) = before, new
+        if noise.zoneout_c is not None:
+            c_next = noise.zoneout_c * c + (1 - noise.zoneout_c) * c_next
+        if noise.zoneout_h is not None:
+            h_next = noise.zoneout_h * h + (1 - noise.zoneout_h) * h_next
+        return h_next, c_next
+
+
+class WeightDrop(Regulariser):
+    """DropConnect on W_hh (Merity et al., 2018): the same at all steps of a call."""
+
+    name, changes_weights = "weight_drop", True
+
+    def weight_hh(self, weight: Tensor, rate: float) -> Tensor:
+        return F.dropout(weight, rate)
+
+
+REGULARISERS: tuple[Regulariser, ...] = (
+    Dropout(),
+    RecurrentDropout(),
+    Zoneout(),
+    WeightDrop(),
+)
+"""In the order in which they draw, and are applied."""
+BY_NAME = {thing.name: thing for thing in REGULARISERS}
+NAMES = tuple(BY_NAME)
+OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
+ABLE = {feature: able for thing in REGULARISERS for feature, able in thing.backends.items()}
+SCALING, ADDING, AFTER = (
+    tuple(thing for thing in REGULARISERS if getattr(type(thing), way) is not getattr(Regulariser, way))
+    for way in ("scaled", "added", "after")
+)

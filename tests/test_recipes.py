@@ -1,0 +1,241 @@
+"""CONTRIBUTING's recipes, carried out: in a copy of the library each adds files and lines of lists, and nothing else.
+
+A child process imports the copy, and compares it with a plain loop in float64, which shares no code with it.
+"""
+
+import difflib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from installed import ROOT
+
+FOLDERS = "gpu_lstm", "kernels"
+
+
+class Copy:
+    """The library in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def add(self, path: str, text: str) -> None:
+        """A new file."""
+        assert not (self.folder / path).exists()
+        (self.folder / path).write_text(text)
+
+    def enter(self, path: str, line: str, entry: str) -> None:
+        """An entry of a list: `entry` stands after the only place of `line`."""
+        text = (self.folder / path).read_text()
+        assert text.count(line) == 1, f"{line!r} in {path}"
+        (self.folder / path).write_text(text.replace(line, line + entry))
+
+    def changes(self) -> dict[str, tuple[int, int]]:
+        """The files that differ from the library's, with how many lines are new and gone."""
+        found = {}
+        for path in sorted(p for name in FOLDERS for p in (self.folder / name).rglob("*") if p.is_file()):
+            name = str(path.relative_to(self.folder))
+            before = (ROOT / name).read_text().splitlines() if (ROOT / name).exists() else []
+            if "__pycache__" not in name and (after := path.read_text().splitlines()) != before:
+                marks = [line[0] for line in difflib.ndiff(before, after)]
+                found[name] = marks.count("+"), marks.count("-")
+        return found
+
+    def run(self, program: str) -> None:
+        """Run a program in which gpu_lstm is the copy, and kernels are interpreted."""
+        path = self.folder / "program.py"
+        path.write_text(program)
+        alone = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        done = subprocess.run([sys.executable, path], env=os.environ | alone, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+NOISE = '''
+"""Gaussian noise on h in the product with W_hh, drawn again for every step (Jim, Giles & Horne, 1996)."""
+
+import numbers
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..kernels.tensors import Noise
+from .regulariser import Drawing, Regulariser
+
+NORMED = "recurrent_noise with a layer norm of W_hh h, since the noise is added before the time loop, the norm in it"
+
+
+class RecurrentNoise(Regulariser):
+    """noise_h [T, B, P]."""
+
+    name = "recurrent_noise"
+    tensors = ("noise_h",)
+    backends: ClassVar = {"recurrent_noise": ("triton", "reference"), NORMED: ("reference",)}
+
+    def accepted(self, value: Any, cell: Any) -> float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise ValueError(f"recurrent_noise should be a standard deviation, a number from 0 on, got {value!r}")
+        return float(value)
+
+    def feature(self, norms: tuple[str, ...]) -> str:
+        return NORMED if "hh" in norms else self.name
+
+    def draw(self, rate: float, of: Drawing) -> tuple[Tensor | None, ...]:
+        return (torch.randn(of.sizes, dtype=of.dtype, device=of.device) * rate,)
+
+    def added(self, noise: Noise) -> Tensor | None:
+        return noise.noise_h
+'''
+
+COMPARED = '''
+import torch
+
+import gpu_lstm
+from gpu_lstm.backends import verify
+from gpu_lstm.call import recurrent_noise
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.kernels.problem import Pass, problem_of
+from gpu_lstm.kernels.tensors import Inputs
+
+T, B, I, H, SCALE = 4, 3, 2, 5, 0.3
+
+
+def normed(v, gain):
+    return gain * (v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt()
+
+
+def one_step(w, x, h, c, noise):
+    """States [P] and [H] after a step of one sequence, by its weights w."""
+    of_x, of_h = w["weight_ih"] @ x, w["weight_hh"] @ (h + noise)
+    of_x = normed(of_x, w["gain_ih"]) if "gain_ih" in w else of_x
+    of_h = normed(of_h, w["gain_hh"]) if "gain_hh" in w else of_h
+    of_x, of_h = of_x + w["bias_ih"], of_h + w["bias_hh"]
+    if len(of_x) == 3 * H:
+        (r, z, n), (h_r, h_z, h_n) = of_x.chunk(3), of_h.chunk(3)
+        r, z = (r + h_r).sigmoid(), (z + h_z).sigmoid()
+        h = (1 - z) * (n + r * h_n).tanh() + z * h
+        return h, h
+    i, f, g, o = (of_x + of_h).chunk(4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    m = o.sigmoid() * (normed(c, w["gain_c"]) + w["bias_c"] if "gain_c" in w else c).tanh()
+    return w["weight_hr"] @ m if "weight_hr" in w else m, c
+
+
+def plain_loop(module, x, state, left, noises, lengths, resets):
+    """h [T, B, D * P] and the final states, of a module with one layer; noises [D] of [T, B, P]."""
+    outputs, finals = [], []
+    for d, noise in enumerate(noises):
+        ending = "_l0_reverse" if d else "_l0"
+        w = {name.removesuffix(ending): p.double() for name, p in module.named_parameters() if name.endswith(ending)}
+        for b in range(B):
+            h, c = state[0][d, b], state[-1][d, b]
+            found = [torch.zeros_like(h)] * T
+            for s in range(lengths[b]):
+                t = lengths[b] - 1 - s if d else s
+                at = t + d  # a reset at t separates t - 1 from t
+                if at < lengths[b] and resets[at, b]:
+                    h, c = left[0][d, at, b], left[-1][d, at, b]
+                h, c = one_step(w, x[t, b], h, c, noise[t, b])
+                found[t] = h
+            outputs.append(torch.stack(found))
+            finals.append((h, c))
+    y = torch.stack(outputs).unflatten(0, (-1, B)).permute(2, 1, 0, 3).flatten(2)
+    return y, *(torch.stack(each).unflatten(0, (-1, B)) for each in zip(*finals))
+
+
+def compare(kind, backend, ragged=True, **options):
+    """Results and all gradients, with lengths, resets, and states to reset to."""
+    torch.manual_seed(0)
+    module = getattr(gpu_lstm, kind)(I, H, backend=backend, **options)
+    module.recurrent_noise = SCALE
+    assert "recurrent_noise=0.3" in repr(module)
+    count, width = 1 + module.bidirectional, module.proj_size or H
+    sizes = [width, H][: 2 - (kind == "GRU")]
+    x, lengths, resets = torch.randn(T, B, I), torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)
+    state, left = ([torch.randn(count, *more, B, size) for size in sizes] for more in ((), (T,)))
+    leaves, arguments = [x, *state, *module.parameters()], {}
+    form = tuple if kind == "LSTM" else lambda states: states[0]
+    if ragged:
+        lengths, resets, leaves = torch.tensor([4, 2, 3]), torch.rand(T, B) < 0.4, [*leaves, *left]
+        arguments = dict(lengths=lengths, resets=resets, reset_states=form(left))
+    for leaf in leaves:
+        leaf.requires_grad_()
+    torch.manual_seed(1)
+    y, final = module(x, form(state), **arguments)
+    torch.manual_seed(1)
+    noises = [(torch.randn(T, B, width) * SCALE).double() for _ in range(count)]
+    exact = ([t.double() for t in states] for states in (state, left))
+    truth = plain_loop(module, x.double(), *exact, noises, lengths, resets)[: 1 + len(sizes)]
+    ours = y, *(final if kind == "LSTM" else [final])
+    given = [torch.randn_like(t) for t in ours]
+    pairs = [*zip(ours, truth), *zip(*(
+        torch.autograd.grad(results, leaves, [d.to(y.dtype) for d, y in zip(given, results)])
+        for results in (ours, truth)))]
+    for k, (our, true) in enumerate(pairs):
+        torch.testing.assert_close(
+            our.double(), true.double(), rtol=1e-4, atol=1e-5,
+            msg=lambda text: f"{kind}, {backend}, {options}, tensor {k}: {text}")
+
+
+for kind in ("LSTM", "GRU"):
+    compare(kind, "triton", ragged=False)
+    for backend in ("triton", "reference"):
+        compare(kind, backend, bidirectional=True, recompute=True)
+compare("LSTM", "triton", proj_size=3)
+compare("LSTM", "triton", layer_norm=("ih", "c"))
+compare("LSTM", "reference", layer_norm=True)
+
+# As on a card, where kernels are verified before they run, against the reference with noise: torch's own has none.
+inputs = Inputs(
+    x=torch.randn(T, B, I), h0=torch.randn(1, B, H), c0=torch.randn(1, B, H), weight_ih=torch.randn(4 * H, I),
+    weight_hh=torch.randn(4 * H, H), noise_h=torch.randn(T, B, H))
+layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "lstm", False, "ieee"), inputs.x.device)
+for pass_ in (Pass(), Pass(True)):
+    assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
+    small = verify.Small(layer.problem, pass_, inputs)
+    for name, truth in small.by_reference(torch.float64)[0].items():
+        torch.testing.assert_close(small.yardstick()[name].double(), truth, rtol=1e-4, atol=1e-5)
+
+# What cannot be combined is refused, with the reason.
+for backend, said in ("triton", recurrent_noise.NORMED), ("torch", "recurrent_noise"), ("cupy", "recurrent_noise"):
+    lstm = gpu_lstm.LSTM(I, H, backend=backend, layer_norm=backend == "triton")
+    lstm.recurrent_noise = SCALE
+    try:
+        lstm(torch.randn(T, B, I))
+        raise AssertionError(f"{backend} ran it")
+    except ValueError as error:
+        assert str(error).startswith(f"backend {backend!r} does not support {said}; use "), error
+for act in (lambda: setattr(lstm, "recurrent_noise", -1), lambda: gpu_lstm.to_torch(lstm)):
+    try:
+        act()
+        raise AssertionError("it was accepted")
+    except ValueError as error:
+        assert "recurrent_noise" in str(error)
+lstm.backend = None
+assert lstm(torch.randn(T, B, I))[0].shape == (T, B, H)
+lstm.backend = "torch"
+assert lstm.eval()(torch.randn(T, B, I))[0].shape == (T, B, H)  # there is none in eval()
+'''
+
+
+def test_a_regulariser_is_a_file_an_entry_of_the_list_and_rows_of_the_table_of_tensors(tmp_path):
+    """Gaussian noise on the recurrent h: on the reference, and on the kernels by a product before the time loop."""
+    copy = Copy(tmp_path)
+    the_list, row = (
+        "gpu_lstm/call/regularisers.py",
+        """
+    ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE),  # added to h in the recurrent product""",
+    )
+    copy.add("gpu_lstm/call/recurrent_noise.py", NOISE)
+    copy.enter(the_list, "from ..kernels.tensors import Noise\n", "from .recurrent_noise import RecurrentNoise\n")
+    copy.enter(the_list, "    RecurrentDropout(),\n", "    RecurrentNoise(),\n")
+    copy.enter("kernels/tensors.py", "# factors of h in the recurrent product", row)
+    assert copy.changes() == {
+        the_list: (2, 0), "kernels/tensors.py": (1, 0),
+        "gpu_lstm/call/recurrent_noise.py": (len(NOISE.splitlines()), 0),
+    }  # fmt: skip
+    copy.run(COMPARED)
