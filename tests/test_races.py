@@ -317,6 +317,14 @@ def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch, st
     assert race.decide(call, kind_of(call), Backend.TRITON).backend.value == winner
 
 
+def test_the_route_of_as_many_steps_as_cudnn_runs_is_not_that_of_one_more(stubbed, monkeypatch):
+    """Both are rounded up to 65,536, the key of a route in its own way."""
+    monkeypatch.setattr(race, "LONGEST", 3)
+    stubbed(triton=2e-3, torch=1e-3)
+    calls = [_call(x=torch.zeros(steps, 1, 4)) for steps in (65_535, 65_536, 65_535)]
+    assert [route.route_of(call).backend.value for call in calls] == ["torch", "triton", "torch"]
+
+
 def test_a_part_of_a_card_is_another_card(monkeypatch):
     """As MIG makes it, by the same name; or what is left to other kernels."""
     kind, keys = kind_of(_call()), []

@@ -130,5 +130,5 @@ def options_of(*arguments: Any) -> Options:
     return Options(Arguments(*arguments)) if torch.compiler.is_compiling() else _cached(*arguments)
 
 
-# An Options that was dropped is made again; as a key it is another one, of which the table of routes keeps so many.
+# Options that were dropped are made again as new objects, so routes may be kept by old and by new ones of a module.
 _cached = functools.lru_cache(1024)(lambda *arguments: Options(Arguments(*arguments)))

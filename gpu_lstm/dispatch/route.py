@@ -15,10 +15,11 @@ from ..call.weights import LAYER_NORM, PEEPHOLES, variant_of
 from ..kernels import layer
 from . import available, race
 from .build import build
-from .kind import Kind, dtype_of, kind_of
+from .kind import MOST_OF_CUDNN, Kind, dtype_of, kind_of
 
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
+TOO_MANY = MOST_OF_CUDNN + 1  # steps: of a class with more, as in `kind_of`, though they are a power of two
 
 
 class RouteKey(NamedTuple):
@@ -52,11 +53,11 @@ def route_of(call: Call) -> Route:
     """How a call runs: looked up, or decided now."""
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
-    x, (lengths, resets, _, reset_states) = call.x, call.traversal
+    x, steps, (lengths, resets, _, reset_states) = call.x, call.steps, call.traversal
     key = RouteKey(
-        call.options, x.dtype, call.states[0][1].dtype, x.device, (call.steps - 1).bit_length(), call.batch,
-        call.form.packed is None, None if lengths is None else lengths.dtype, resets is None, reset_states is None,
-        call.learns, call.modes, call.weights[0][0].bias_c is None,
+        call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - (steps != TOO_MANY)).bit_length(),
+        call.batch, call.form.packed is None, None if lengths is None else lengths.dtype, resets is None,
+        reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
