@@ -29,9 +29,9 @@ docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))
 	$(BIN)/python docs/website.py
 	$(BIN)/python -m zensical build --clean --strict
 
-# Compiles the kernels and writes compile_table/README.md from what they became.
+# Compiles the kernels and writes dev/compile_table/README.md from what they became.
 kernels-page: $(INSTALLED)
-	$(BIN)/python -m compile_table
+	$(BIN)/python -m dev.compile_table
 
 # Writes docs/bounds.md from the model that orders plans.
 bounds-page: $(INSTALLED)
@@ -39,7 +39,7 @@ bounds-page: $(INSTALLED)
 
 # Writes into out/hub what Hugging Face's `kernels` loads.
 hub:
-	$(PYTHON) hub/write.py out/hub
+	$(PYTHON) dev/hub/write.py out/hub
 
 # As on a machine without a GPU; then, if there is one, what runs on it. A GPU that torch cannot use is an error.
 test: NONE_IS_FINE := $(if $(PYTEST),|| test $$? = 5)  # if a choice of tests has none for a GPU
@@ -54,15 +54,15 @@ test-deep: $(INSTALLED)
 	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) -m deep $(PYTEST)
 
 test-versions: $(INSTALLED)
-	$(NO_GPU) $(BIN)/python checks/versions.py $(PYTEST)
+	$(NO_GPU) $(BIN)/python dev/versions.py $(PYTEST)
 
 # Plants single faults in copies of the tree and asks the tests. An hour and more; it goes on where it was stopped.
 mutants: $(INSTALLED)
-	$(NO_GPU) $(BIN)/python checks/mutants.py $(MUTANTS)
+	$(NO_GPU) $(BIN)/python dev/mutants.py $(MUTANTS)
 
 # Ten minutes of random calls, each against the oracle; nothing may grow.
 soak: $(INSTALLED)
-	$(NO_GPU) PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python checks/soak.py $(SOAK)
+	$(NO_GPU) PYTHONPATH=tests TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python dev/soak.py $(SOAK)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench

@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-NAMES = "kernels", "kernels/triton_lstm", "kernels/triton_lstm/cells", "kernels/cupy_lstm"
+NAMES = "kernels", "kernels/triton_rnn", "kernels/triton_rnn/equations", "kernels/cupy_rnn"
 FOLDERS = {f"gpu_lstm.{name.replace('/', '.')}": name for name in NAMES}
 REPOSITORY = "gpu-lstm/gpu_lstm"
 

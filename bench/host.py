@@ -33,7 +33,7 @@ from .isolated import ProviderFailed, Worker, checkout
 from .providers import PROVIDERS, ours
 from .providers.engine import Engine, module_like_torchs
 
-TRITON = "gpu_lstm.kernels.triton_lstm"
+TRITON = "gpu_lstm.kernels.triton_rnn"
 CARD = "cuda" if torch.cuda.is_available() else "cpu"
 YARDSTICK, KERNELS, TORCH = "torch.nn", "kernels", "torch"  # TORCH: backend "torch", on the CPU
 PLACES = (*dict.fromkeys([(CARD, YARDSTICK), (CARD, KERNELS), ("cpu", YARDSTICK), ("cpu", TORCH)]),)  # device, provider
@@ -103,7 +103,7 @@ def runs_kernels(call: Callable[[], Any]) -> bool:
         call()
     finally:
         sys.setprofile(None)
-    return any("triton_lstm" in file for file in files)
+    return any("triton_rnn" in file for file in files)
 
 
 @functools.cache

@@ -78,10 +78,10 @@ def data_flow() -> Figure:
     arrow(axes, (61, 63.5), (66, 63.5))
     arrow(axes, (30, 67), (24, 71))
     arrow(axes, (50, 67), (67, 71))
-    box(axes, 1, 71, (46, 8), "kernels/triton_lstm/launch.py",
+    box(axes, 1, 71, (46, 8), "kernels/triton_rnn/launch.py",
         "resident.py: one program | cooperative.py: many, exchange h\n"
         "step.py: many, a grid-wide barrier after each step | pointwise.py: cuBLAS at each step", KERNEL)  # fmt: skip
-    box(axes, 51, 71, (40, 8), "kernels/cupy_lstm/launch.py",
+    box(axes, 51, 71, (40, 8), "kernels/cupy_rnn/launch.py",
         "CUDA C++, where Triton cannot run:\ncooperative programs", KERNEL)  # fmt: skip
     arrow(axes, (24, 79), (24, 83))
     arrow(axes, (67, 79), (67, 83))

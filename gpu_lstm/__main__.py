@@ -167,8 +167,8 @@ def _diagnosis(device: torch.device) -> dict[str, Any]:
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The plans of a problem, forward and backward, and the estimated time of a step."""
-    planning = importlib.import_module(".kernels.triton_lstm.planning", __package__)
-    choose = importlib.import_module(".kernels.triton_lstm.choose", __package__)
+    planning = importlib.import_module(".kernels.triton_rnn.planning", __package__)
+    choose = importlib.import_module(".kernels.triton_rnn.choose", __package__)
     if (card := planning.DEVICES.get(options.device)) is None:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]

@@ -1,7 +1,7 @@
 """What a layer knows of a cell: the sizes of its weights, and which of its pre-activations x and h reach.
 
 A unit has four pre-activations and four gates, z [T, B, 4H], whatever its cell: so all kernels have the same tiles. The
-equations are in triton_lstm/cells/ and cupy_lstm/cuda/cells/, and in torch's operators in gpu_lstm/equations/.
+equations are in triton_rnn/equations/ and cupy_rnn/cuda/equations/, and in torch's operators in gpu_lstm/equations/.
 """
 
 from typing import NamedTuple

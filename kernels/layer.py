@@ -43,7 +43,7 @@ Refuses = Callable[[Any], str | None]
 
 
 class Launcher(Protocol):
-    """A backend: what its module kernels/NAME_lstm/launch.py has."""
+    """A backend: what its module kernels/NAME_rnn/launch.py has."""
 
     BACKEND: str  # its name
 

@@ -29,7 +29,7 @@ from memory_checks import ADDRESS
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-from gpu_lstm.kernels.triton_lstm.parameters import in_tuples
+from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
 
 SWITCH_INTERVAL = 1e-4  # seconds a thread may run before another one gets its turn; Python's own is 5e-3
 LONGEST_PAUSE = 1e-3  # seconds between two operations, or the parts of one; most pauses are far shorter

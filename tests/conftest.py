@@ -35,7 +35,7 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--require-gpu: {why_no_cuda()}")
     if importlib.util.find_spec("triton"):
         try:
-            import gpu_lstm.kernels.triton_lstm.features  # noqa: F401
+            import gpu_lstm.kernels.triton_rnn.features  # noqa: F401
         except ImportError as error:  # an interpreter that does not go with this NumPy: every kernel's test would fail
             raise pytest.UsageError(str(error)) from None
     if not hasattr(config, "workerinput"):  # of pytest-xdist's workers

@@ -1,4 +1,4 @@
-// As much of CUDA as kernels/cupy_lstm/cuda uses, on the CPU: g++ compiles the very same source after this. It stands in
+// As much of CUDA as kernels/cupy_rnn/cuda uses, on the CPU: g++ compiles the very same source after this. It stands in
 // the place of instructions.cu.
 //
 // A thread is a coroutine, and all threads of all blocks are alive at once. Whose turn it is, a seed decides; a turn ends

@@ -13,8 +13,8 @@ import torch
 from memory_checks import bytes_of, refusal
 from torch import Tensor
 
-from gpu_lstm.kernels.cupy_lstm.planning import Plan
-from gpu_lstm.kernels.cupy_lstm.source import in_order, join, name_expression, parameters, parts, present_in
+from gpu_lstm.kernels.cupy_rnn.planning import Plan
+from gpu_lstm.kernels.cupy_rnn.source import in_order, join, name_expression, parameters, parts, present_in
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (

@@ -27,8 +27,8 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.parameters import names_of
+from gpu_lstm.kernels.triton_rnn import choose, launch
+from gpu_lstm.kernels.triton_rnn.parameters import names_of
 
 DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def arguments() -> list[dict]:
             named = one_pass(problem, pass_, steps, kept_layer(launch, problem, CUDA).with_plan(plan))
             kernel, asked = given[0][0], events()
             named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
-            if kernel.__name__ == "lstm_cooperative_forward_kernel":
+            if kernel.__name__ == "cooperative_forward_kernel":
                 named |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
             launches = [event for event in asked if event["event"] == "launch"]
             mistakes = [] if len(given) == len(launches) else [f"{len(given)} launches became {len(launches)}"]

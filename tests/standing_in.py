@@ -15,12 +15,12 @@ from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cards import Card
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
-from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, INTERPRETER, Plan
-from gpu_lstm.kernels.triton_lstm.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, INTERPRETER, Plan
+from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 

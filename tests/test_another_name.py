@@ -64,7 +64,7 @@ def test_a_copy_that_is_imported_again_runs_beside_the_first():
 def variant(tmp_path_factory):
     """What `make hub` writes."""
     folder = tmp_path_factory.mktemp("hub")
-    subprocess.run([sys.executable, ROOT / "hub/write.py", folder], check=True)
+    subprocess.run([sys.executable, ROOT / "dev/hub/write.py", folder], check=True)
     return folder / "build/torch-universal"
 
 

@@ -12,7 +12,7 @@ from gpu_lstm.backends import schedule
 from gpu_lstm.call import modes
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import memory
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.triton_rnn import launch
 
 STACKS = {"one layer": {}, "both directions": dict(num_layers=2, bidirectional=True),
           "projection": dict(num_layers=2, proj_size=3)}  # fmt: skip

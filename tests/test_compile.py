@@ -2,7 +2,7 @@
 
 In processes of their own, since in this one the kernels may belong to Triton's interpreter. `make test` compiles what
 is counted, `make test-deep` what is needed so that any two of dtype, architecture and direction are combined, and every
-variant; `make test-versions` compiles more, and `python -m compile_table --all` all.
+variant; `make test-versions` compiles more, and `python -m dev.compile_table --all` all.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import pytest
 import torch
 import triton
 
-from compile_table.report import Loop, Report, time_loop
+from dev.compile_table.report import Loop, Report, time_loop
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm.planning import Cooperative, Plan, Resident, counts_of_turn
+from gpu_lstm.kernels.triton_rnn.planning import Cooperative, Plan, Resident, counts_of_turn
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 OLDER_TRITON = TRITON < (3, 9)
@@ -30,14 +30,14 @@ import itertools
 import json
 import re
 import torch
-from compile_table import triton_kernels
-from compile_table.triton_kernels import PRECISIONS, Case, problem_with
+from dev.compile_table import triton_kernels
+from dev.compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import cooperative, pointwise, resident, step
-from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
-from gpu_lstm.kernels.triton_lstm.parameters import names_of
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Cooperative
-from gpu_lstm.kernels.triton_lstm.step import held_plans, step_plan
+from gpu_lstm.kernels.triton_rnn import cooperative, pointwise, resident, step
+from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
+from gpu_lstm.kernels.triton_rnn.parameters import names_of
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative
+from gpu_lstm.kernels.triton_rnn.step import held_plans, step_plan
 
 ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
 STEP, PRODUCT = "B=64 H=130 P=33 ragged peepholes masks", "B=4096 H=1024"
@@ -186,10 +186,16 @@ def test_no_kernel_has_this_fault(rows, fault):
     assert [row for row in rows if fault(row, row["plan"]["family"] in HELD)] == []
 
 
+def test_a_profiler_shows_the_cell_that_a_kernel_computes(rows):
+    assert {"GRU" in row["case"] for row in rows} == {False, True}
+    for row in rows:
+        assert row["in_profiles"] == f"{'gru' if 'GRU' in row['case'] else 'lstm'}_{row['kernel']}"
+
+
 def test_the_step_family_holds_weights_where_that_is_planned(rows):
     """For 64 sequences by wgmma, of as many registers as two programs of a multiprocessor may have."""
     held = [row for row in rows if row["plan"]["family"] == "held"]
-    assert {row["kernel"] for row in held} == {"lstm_step_forward_kernel", "lstm_step_backward_kernel"}
+    assert {row["kernel"] for row in held} == {"step_forward_kernel", "step_backward_kernel"}
     for row in held:
         assert row["tensor_core"] == "wgmma.mma_async"
         assert row["registers"] * row["threads"] * row["plan"]["blocks"] <= 65536
@@ -197,7 +203,7 @@ def test_the_step_family_holds_weights_where_that_is_planned(rows):
 
 def test_products_read_held_weights_where_they_were_stored(compiled):
     """Of every kind that is proposed. From Triton 3.6 on it is not so in two blocks of 64 units, with K over 256; where
-    that is mended, the last line fails, see compile_table/triton_issue.md."""
+    that is mended, the last line fails, see dev/compile_table/triton_issue.md."""
     assert {row["tensor_core"] for row in compiled["held"]} == {"wgmma.mma_async"}
     assert [row for row in compiled["held"] if row["misplaced"]] == []
     of_256, of_512 = (row["misplaced"] for row in compiled["in_two_blocks"])
@@ -220,7 +226,7 @@ COUNTS = {
 
 @pytest.mark.parametrize(("kernel", "case"), COUNTS)
 def test_the_counts_of_a_step(rows, kernel, case):
-    facts = f"lstm_{kernel}_kernel", f"bfloat16 {case}", 90
+    facts = f"{kernel}_kernel", f"bfloat16 {case}", 90
     (row,) = (row for row in rows if (row["kernel"], row["case"], row["architecture"]) == facts)
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, case]
     assert loop.instructions <= expected.instructions * (1.05 if OLDER_TRITON else 1)  # they are Triton 3.9's
@@ -290,10 +296,10 @@ def test_the_time_loop_is_the_longest_and_a_poll_in_it_counts_once():
 
 
 def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(monkeypatch, tmp_path, capsys):
-    from compile_table import __main__ as command
+    from dev.compile_table import __main__ as command
 
     row = Report(
-        "lstm_step_forward_kernel", "bfloat16 B=1", 90, None, 128, "16x16", 100, 0, 1024, Loop(300, 1, 18, 32, 9, 8)
+        "step_forward_kernel", "bfloat16 B=1", 90, None, 128, "16x16", 100, 0, 1024, Loop(300, 1, 18, 32, 9, 8)
     )
     rows = [row]
     for compiler, those in (
@@ -303,7 +309,7 @@ def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(
         monkeypatch.setattr(compiler, "cases", lambda h100, those=those: those)
         monkeypatch.setattr(compiler, "reports", iter)
     monkeypatch.setattr(command, "PAGE", tmp_path / "README.md")
-    counted = "| `lstm_step_forward` | B=1 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |"
+    counted = "| `step_forward` | B=1 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |"
     for fits in (True, False):
         rows += [] if fits else [dataclasses.replace(row, spills=8)]
         command.PAGE.unlink(missing_ok=True)

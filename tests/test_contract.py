@@ -20,15 +20,15 @@ from gpu_lstm.equations import EQUATIONS
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels import memory, problem, tensors
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X
-from gpu_lstm.kernels.triton_lstm import autotune, launch
-from gpu_lstm.kernels.triton_lstm.cells import cell_backward, cell_forward, next_cell, output, output_backward
-from gpu_lstm.kernels.triton_lstm.choose import FAMILIES
-from gpu_lstm.kernels.triton_lstm.parameters import names_of
-from gpu_lstm.kernels.triton_lstm.states import load_gates
+from gpu_lstm.kernels.triton_rnn import autotune, launch
+from gpu_lstm.kernels.triton_rnn.choose import FAMILIES
+from gpu_lstm.kernels.triton_rnn.equations import cell_backward, cell_forward, next_cell, output, output_backward
+from gpu_lstm.kernels.triton_rnn.parameters import names_of
+from gpu_lstm.kernels.triton_rnn.states import load_gates
 
 KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
@@ -171,15 +171,15 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
     for ours, true in zip((*found, *backward()[:3]), expected, strict=True):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
     ran = {each.args[0].__name__ for each in run.mock_calls}
-    assert ran == {f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")}
+    assert ran == {f"{family}_{way}_kernel" for way in ("forward", "backward")}
     assert not any(layer._prepared for layer in layers._layers.values())
 
 
 # The contract of a cell
 
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
-    "kernels": {"cells.py", "triton_lstm/cells/__init__.py", "triton_lstm/cells/gru.py", "cupy_lstm/cuda/cells/gru.cu",
-                "cupy_lstm/source.py"},  # the list of those in CUDA C++
+    "kernels": {"cells.py", "triton_rnn/equations/__init__.py", "triton_rnn/equations/gru.py",
+                "cupy_rnn/cuda/equations/gru.cu", "cupy_rnn/source.py"},  # the list of those in CUDA C++
     "gpu_lstm/equations": set(),
     "gpu_lstm/call": set(),
     "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.cards import Card
-from gpu_lstm.kernels.cupy_lstm import launch, source
+from gpu_lstm.kernels.cupy_rnn import launch, source
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Problem, Recurrence, problem_of
 
@@ -118,14 +118,14 @@ FAULTS = {  # the part, the text that is replaced, and by what
     "a missing barrier": ("products", "odd[tile][2 + n]};\n        __syncthreads();", "odd[tile][2 + n]};"),
 }  # fmt: skip
 GRU_FAULTS = {
-    "r before the sum with x": ("cells/gru", "tanh_of(z[N] + cell.gates[R] * z[S])",
+    "r before the sum with x": ("equations/gru", "tanh_of(z[N] + cell.gates[R] * z[S])",
                                 "tanh_of(cell.gates[R] * (z[N] + z[S]))"),
-    "no r": ("cells/gru", "tanh_of(z[N] + cell.gates[R] * z[S])", "tanh_of(z[N] + z[S])"),
-    "z and 1 - z swapped": ("cells/gru", "cell.gates[N] + cell.gates[Z] * (c_prev - cell.gates[N])",
+    "no r": ("equations/gru", "tanh_of(z[N] + cell.gates[R] * z[S])", "tanh_of(z[N] + z[S])"),
+    "z and 1 - z swapped": ("equations/gru", "cell.gates[N] + cell.gates[Z] * (c_prev - cell.gates[N])",
                             "c_prev + cell.gates[Z] * (cell.gates[N] - c_prev)"),
-    "n does not depend on r": ("cells/gru", "dz[R] = dz[N] * gates[S] * r * (1.0f - r);", "dz[R] = 0.0f;"),
-    "s without its factor r": ("cells/gru", "dz[S] = dz[N] * r;", "dz[S] = dz[N];"),
-    "the gradient of h past the step lost": ("cells/gru", "return d * update;", "return 0.0f;"),
+    "n does not depend on r": ("equations/gru", "dz[R] = dz[N] * gates[S] * r * (1.0f - r);", "dz[R] = 0.0f;"),
+    "s without its factor r": ("equations/gru", "dz[S] = dz[N] * r;", "dz[S] = dz[N];"),
+    "the gradient of h past the step lost": ("equations/gru", "return d * update;", "return 0.0f;"),
 }  # fmt: skip
 READ_FAULTS = {
     "a missing barrier": ("products", "= sums[n][s];\n        __syncthreads();", "= sums[n][s];"),
@@ -180,9 +180,9 @@ def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatc
     plan = CUPY_PLANS["kept/4"](Problem(2, 3, 33, torch.float16), launch.card_of(gates.device), False)
     lacking = replace(plan, grid=(plan.grid[0] - 1, 1))
     cuda(monkeypatch, lambda *_: lacking)
-    with few_polls("lstm_cooperative_forward", 1 << 7):
+    with few_polls("cooperative_forward", 1 << 7):
         _layer_of(gates, r).forward(gates, r, save=False)
-    with pytest.raises(RuntimeError, match="lstm_cooperative_forward timed out at step 1 on cpu"):
+    with pytest.raises(RuntimeError, match="cooperative_forward timed out at step 1 on cpu"):
         timeouts.raise_if_timed_out(gates.device)
 
 
@@ -196,9 +196,9 @@ def test_blocks_that_timed_out_remember_it_where_nobody_sees_the_error_word(monk
     cuda(monkeypatch, lambda *_: lacking, changes=changes)
     for steps in (3, 12):
         gates, r = _given("cpu", torch.float16, T=steps, H=33)
-        word = timeouts.error_word(gates.device, "lstm_cooperative_forward")
+        word = timeouts.error_word(gates.device, "cooperative_forward")
         word[2] = 0
-        with few_polls("lstm_cooperative_forward", 1 << 7):
+        with few_polls("cooperative_forward", 1 << 7):
             _layer_of(gates, r).forward(gates, r, save=False)
         polls.append(int(word[2]))
     assert 0 < polls[1] < 1.5 * polls[0], "four times as many steps"

@@ -14,16 +14,16 @@ import torch
 from standing_in import H100, recurrence, torch_finds
 from torch import Tensor
 
-from compile_table import cuda_kernels
+from dev.compile_table import cuda_kernels
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_lstm import launch, planning, source
-from gpu_lstm.kernels.cupy_lstm.planning import Card, Plan, choose_plan, plans
+from gpu_lstm.kernels.cupy_rnn import launch, planning, source
+from gpu_lstm.kernels.cupy_rnn.planning import Card, Plan, choose_plan, plans
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Problem, problem_of
-from gpu_lstm.kernels.triton_lstm import exchange
+from gpu_lstm.kernels.triton_rnn import exchange
 
 SOURCE = source.join(source.parts())
 DTYPES = tuple(source.ELEMENTS)
@@ -183,11 +183,11 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     monkeypatch.setattr(launch, "_stream", asked.stream)
     monkeypatch.setattr(launch, "_loaded", launch._loaded.__wrapped__)
     tensor, kernel = torch.zeros(3), source.KERNELS[0]
-    plan = Plan(of_h=4, hidden=768, units=12, warps=8, chunks=3, partners=1, grid=(64, 2), shared=1234, clocks=0)
+    plan = Plan(cell="lstm", hidden=768, units=12, warps=8, chunks=3, partners=1, grid=(64, 2), shared=1234, clocks=0)
     arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=5, reverse=True)
     launch.launch_kernel(kernel, torch.float16, plan, **arguments)
     *before, made, after = asked.mock_calls
-    name = "lstm_cooperative_forward<float16, 4, 768, 12, 8, 3, false, true, true, true, true>"  # c is None
+    name = "cooperative_forward<float16, Lstm, 768, 12, 8, 3, false, true, true, true, true>"  # c is None
     loading = dict(code=SOURCE, options=source.OPTIONS, name_expressions=[name], enable_cooperative_groups=True)
     module, stream = call.cupy.RawModule(**loading), call.stream(device)
     assert before == [module, call.cupy.RawModule().get_function(name), stream, call.stream().__enter__()]
@@ -214,7 +214,7 @@ def architectures() -> list[int]:
 
 @pytest.fixture(scope="module")
 def rows() -> list:
-    """On every architecture in bfloat16, on an H100 in all; `python -m compile_table --all` has more sizes."""
+    """On every architecture in bfloat16, on an H100 in all; `python -m dev.compile_table --all` has more sizes."""
     known = architectures()
     cases = [case for case in cuda_kernels.cases(h100=False) if case.card.architecture in known]
     cases = [case for case in cases if case.problem.hidden == 768 and (

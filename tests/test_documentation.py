@@ -25,8 +25,8 @@ import gpu_lstm
 from bench import __main__ as bench_main
 from bench import cases, report, results
 from gpu_lstm.__main__ import main
-from gpu_lstm.kernels.triton_lstm.features import MOST_ROWS
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES
+from gpu_lstm.kernels.triton_rnn.features import MOST_ROWS
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES
 
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
@@ -192,14 +192,14 @@ def test_links_stay_on_the_site_or_go_to_the_repository_formulas_become_mathml_a
 
 
 def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
-    from compile_table import triton_kernels
+    from dev.compile_table import triton_kernels
 
     triton, _ = (ROOT / "compile_table" / "README.md").read_text().split("## CUDA C++")
     rows = [line.strip("| ").split(" | ") for line in triton.splitlines() if line.startswith("| `")]
     stored = Counter((case, "backward" in kernel) for kernel, case, *_ in rows)
     assert stored == Counter((str(c).removeprefix("bfloat16 "), c.backward) for c in triton_kernels.cases(h100=True))
     assert {row[4] for row in rows} == {"0"}
-    assert {row[9] for row in rows if "lstm_step" not in row[0]} == {"0"}
+    assert {row[9] for row in rows if "step" not in row[0]} == {"0"}
 
 
 def test_the_stored_page_of_bounds_is_that_of_the_model_and_no_estimate_is_below_its_bound():
@@ -216,7 +216,7 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     for name in ("README.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("bench", "compile_table", "examples", "gpu_lstm", "kernels", "tests"):
+    for name in ("bench", "dev", "examples", "gpu_lstm", "kernels", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     with (tmp_path / "docs" / "faq.md").open("a") as file:
         file.write("\n[x](nowhere.md) [x](design.md#nowhere) [x](../README.md#nowhere)\n")

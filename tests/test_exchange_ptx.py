@@ -13,18 +13,18 @@ from itertools import groupby
 
 import pytest
 
-from gpu_lstm.kernels.triton_lstm import exchange
+from gpu_lstm.kernels.triton_rnn import exchange
 
 SCRIPT = """
 import json
 import torch
-from compile_table.triton_kernels import compile_for
-from gpu_lstm.kernels.triton_lstm import cooperative, step
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.launch import recorded_launches
-from gpu_lstm.kernels.triton_lstm.parameters import names_of
+from dev.compile_table.triton_kernels import compile_for
+from gpu_lstm.kernels.triton_rnn import cooperative, step
+from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
+from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Held
 
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=768 B=16 GRU": (16, 768, torch.bfloat16),

@@ -24,10 +24,10 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available, route
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import choose, features, launch
+from gpu_lstm.kernels.triton_rnn import choose, features, launch
 
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
@@ -129,7 +129,7 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     order = [*range(steps)][::-1] if backward else [*range(steps)]
     assert calls == (order if family == "pointwise" else [None])
     (kernel, grid), arguments = record.call_args
-    assert kernel.__name__ == f"lstm_{family}_{'backward' if backward else 'forward'}_kernel"
+    assert kernel.__name__ == f"{family}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
     options = dict(num_warps=plan.num_warps, maxnreg=min(255, 65536 // (32 * plan.num_warps)), enable_fp_fusion=True)
     options["launch_cooperative_grid"] = family in ("cooperative", "step")
@@ -158,7 +158,7 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
     def load(kernel, _):
         raise ValueError(f"no {kernel.__name__} today")
 
-    reasons = r"no Triton kernel can run this layer on this card.*no lstm_coop.*no lstm_step.*today"
+    reasons = r"no Triton kernel can run this layer on this card.*no coop.*no step.*today"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=reasons):
             _choose(monkeypatch, load)
@@ -336,7 +336,7 @@ def test_the_first_call_does_not_import_torchs_compiler():
     code = """if True:
         import sys, torch
         from gpu_lstm.kernels.problem import Pass, Problem
-        from gpu_lstm.kernels.triton_lstm import choose, launch, planning, pointwise
+        from gpu_lstm.kernels.triton_rnn import choose, launch, planning, pointwise
         for backward, hidden in ((False, 64), (False, 768), (True, 768), (True, 1024)):
             problem = Problem(2, 64, hidden, torch.float16, resets=True, dropout_h=True)
             plans = choose.plans(problem, planning.DEVICES["h100"], backward)

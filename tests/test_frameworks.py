@@ -142,7 +142,7 @@ def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):
 
     assert not hasattr(kernels, "__version__")
     with pytest.raises(ModuleNotFoundError):
-        import kernels.triton_lstm
+        import kernels.triton_rnn
 
 
 # models of other packages

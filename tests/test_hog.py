@@ -48,7 +48,7 @@ def test_a_grid_waits_for_multiprocessors_that_another_kernel_holds(cell, second
     lstm = getattr(gpu_lstm, cell)(768, 768, device="cuda", dtype=torch.bfloat16, backend="triton")
     x = torch.randn(64, 16, 768, device="cuda", dtype=torch.bfloat16)
     memory = torch.zeros(HELD * BLOCK, dtype=torch.int32, device="cuda")
-    word = error_word(x.device, "lstm_cooperative_forward_kernel")
+    word = error_word(x.device, "cooperative_forward_kernel")
     before, told = int(word[1]), ""
     with torch.no_grad():
         expected, _ = lstm(x)
@@ -70,7 +70,7 @@ def test_a_grid_waits_for_multiprocessors_that_another_kernel_holds(cell, second
     assert start.elapsed_time(end) >= 1e3 * seconds, "nothing was held"
     assert (memory == 2).all()
     if told and limit is not None:
-        assert "lstm_cooperative_forward_kernel timed out at step 1" in told, "h0 is there, the first h is not"
+        assert "cooperative_forward_kernel timed out at step 1" in told, "h0 is there, the first h is not"
         assert y[1:].isnan().all()
         warnings.warn("blocks of a cooperative grid start one by one on this card", stacklevel=1)
     else:

@@ -24,12 +24,12 @@ import gpu_lstm
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend, Racing, requested_backend, requested_racing
 from gpu_lstm.kernels import cache
-from gpu_lstm.kernels.triton_lstm import launch as launcher
+from gpu_lstm.kernels.triton_rnn import launch as launcher
 from gpu_lstm.tools import stream as stream_module
 
 T, B, I, H = 3, 2, 2, 4
 OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, cache))
-KERNELS = re.compile(r"kernels/triton_lstm/(?!launch|choose)")  # and what only they call
+KERNELS = re.compile(r"kernels/triton_rnn/(?!launch|choose)")  # and what only they call
 
 
 @dataclass

@@ -11,9 +11,9 @@ from torch import Tensor, nn, tensor, zeros
 from triton.runtime.errors import InterpreterError
 
 import gpu_lstm
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
-from gpu_lstm.kernels.cupy_lstm import source
-from gpu_lstm.kernels.triton_lstm import launch
+from gpu_lstm.kernels.cupy_rnn import launch as cupy
+from gpu_lstm.kernels.cupy_rnn import source
+from gpu_lstm.kernels.triton_rnn import launch
 
 pytestmark = [
     pytest.mark.skipif(not places.INTERPRETED, reason="compiled kernels have compute-sanitizer"),

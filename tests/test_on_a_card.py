@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_lstm
 from gpu_lstm.call import modes
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm import choose
-from gpu_lstm.kernels.triton_lstm import launch as triton
+from gpu_lstm.kernels.triton_rnn import choose
+from gpu_lstm.kernels.triton_rnn import launch as triton
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card is here")
 

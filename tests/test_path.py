@@ -1,4 +1,4 @@
-"""What a call goes through, from the module to the launch: a hop more shows here. See checks/path_count.py."""
+"""What a call goes through, from the module to the launch: a hop more shows here. See dev/path_count.py."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-COUNT = Path(__file__).parents[1] / "checks/path_count.py"
+COUNT = Path(__file__).parents[1] / "dev/path_count.py"
 PATH = """
 gpu_lstm/modules/recurrent.py Recurrent.forward
   gpu_lstm/modules/recurrent.py Recurrent._options
@@ -27,7 +27,7 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
     gpu_lstm/dispatch/route.py route_of
     gpu_lstm/backends/run.py run_by
       gpu_lstm/backends/schedule.py run_call
-        gpu_lstm/backends/layers.py run_layers
+        gpu_lstm/backends/layer_loop.py run_layers
           gpu_lstm/backends/autograd.py run_layer
             gpu_lstm/backends/fused.py inputs_of
             gpu_lstm/backends/fused.py forward
@@ -39,11 +39,11 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
                 kernels/layer.py Layer.prepared
                 kernels/layer.py aligned
                 kernels/layer.py Layer._aligned
-                kernels/triton_lstm/launch.py Prepared.forward
+                kernels/triton_rnn/launch.py Prepared.forward
                   kernels/problem.py steps_of
                   kernels/memory.py allocate
-                  kernels/triton_lstm/launch.py Prepared._arguments
-                  kernels/triton_lstm/launch.py Kernel.__call__
+                  kernels/triton_rnn/launch.py Prepared._arguments
+                  kernels/triton_rnn/launch.py Kernel.__call__
       gpu_lstm/call/prepare.py Call.results
         gpu_lstm/call/forms.py Padded.output
 """

@@ -20,8 +20,8 @@ import gpu_lstm
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_lstm import autotune, choose, launch
-from gpu_lstm.kernels.triton_lstm.choose import keep_measured, measured_plan, plans
+from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
+from gpu_lstm.kernels.triton_rnn.choose import keep_measured, measured_plan, plans
 
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
 PLAN = plans(PROBLEM, H100, False)[0]
@@ -111,7 +111,7 @@ def _digests():
 
 
 @pytest.mark.parametrize(("file", "ends"), [
-    ("kernels/triton_lstm/cells/gru.py", (True, True)), ("kernels/cupy_lstm/cuda/cells/lstm.cu", (True, True)),
+    ("kernels/triton_rnn/equations/gru.py", (True, True)), ("kernels/cupy_rnn/cuda/equations/lstm.cu", (True, True)),
     ("kernels/cells.py", (True, True)), ("gpu_lstm/backends/fused.py", (False, True)),
     ("gpu_lstm/equations/gru.py", (False, True)), ("gpu_lstm/dispatch/race.py", (False, True)),
     ("gpu_lstm/keras/convert.py", (False, False)), ("kernels/notes.txt", (False, False)),

@@ -12,12 +12,12 @@ from standing_in import H100
 
 from gpu_lstm.kernels.cards import KB, Card
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_lstm import planning as cupy
+from gpu_lstm.kernels.cupy_rnn import planning as cupy
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_lstm import planning
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Cooperative, Held, Plan, Pointwise, Resident, Step, expected
-from gpu_lstm.kernels.triton_lstm.step import held_plans, split_plans, step_plan
+from gpu_lstm.kernels.triton_rnn import planning
+from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative, Held, Plan, Pointwise, Resident, Step, expected
+from gpu_lstm.kernels.triton_rnn.step import held_plans, split_plans, step_plan
 
 BF16 = torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"

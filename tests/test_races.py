@@ -26,8 +26,8 @@ from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Chosen
-from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
+from gpu_lstm.kernels.triton_rnn import choose, launch
+from gpu_lstm.kernels.triton_rnn.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
 
@@ -344,7 +344,7 @@ def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, 
 
     def one_fails(route, call):
         if route.backend.value == rival and next(calls) > at:  # the first call is before the race
-            raise RuntimeError("lstm_step_forward_kernel timed out at step 3")
+            raise RuntimeError("step_forward_kernel timed out at step 3")
         return run_by(route, call)
 
     monkeypatch.setattr(race, "run_by", one_fails)
@@ -359,10 +359,10 @@ def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatc
     """Which no later call of theirs reports, as none follows: nor does the user's."""
 
     def race_with_a_late_timeout(rivals, now):
-        timeouts.error_word(X.device, "lstm_step_forward_kernel")[0] = 4
+        timeouts.error_word(X.device, "step_forward_kernel")[0] = 4
         return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
 
     monkeypatch.setattr(race, "race", race_with_a_late_timeout)
-    with pytest.warns(UserWarning, match="lstm_step_forward_kernel timed out at step 3"):
+    with pytest.warns(UserWarning, match="step_forward_kernel timed out at step 3"):
         assert _backend_of() == "torch"
     gpu_lstm.check()

@@ -156,7 +156,7 @@ def test_a_second_process_compiles_verifies_and_races_nothing(start):
         assert each["stored"]["checks"] == ["right", "right"]
         assert [race["backend"] for race in each["stored"]["races"]] == ["triton"]
     launches = [event["kernel"] for event in third["events"] if event["event"] == "launch"]
-    assert launches == ["lstm_resident_forward_kernel", "lstm_resident_backward_kernel"]
+    assert launches == ["resident_forward_kernel", "resident_backward_kernel"]
 
 
 @pytest.mark.deep
@@ -168,4 +168,4 @@ def test_a_gru_goes_the_way_of_an_lstm_to_the_card(rehearse):
         assert found["stored"]["checks"] == ["right", "right"] * count
         assert [race["backend"] for race in found["stored"]["races"]] == ["triton"] * count
         launches = [event["kernel"] for event in found["events"] if event["event"] == "launch"]
-        assert launches[-2:] == ["lstm_resident_forward_kernel", "lstm_resident_backward_kernel"]
+        assert launches[-2:] == ["resident_forward_kernel", "resident_backward_kernel"]

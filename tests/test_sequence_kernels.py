@@ -21,9 +21,9 @@ from standing_in import few_polls, recurrence
 import gpu_lstm
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
-from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
-from gpu_lstm.kernels.triton_lstm import exchange, fragments, launch
-from gpu_lstm.kernels.triton_lstm import step as step_kernels
+from gpu_lstm.kernels.triton_rnn import cooperative as cooperative_kernels
+from gpu_lstm.kernels.triton_rnn import exchange, fragments, launch
+from gpu_lstm.kernels.triton_rnn import step as step_kernels
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="compiled kernels hold their device functions"),
@@ -209,10 +209,10 @@ def one_tile_more(arrivals_ptr, batch_tile, times, *given):
 WAYS_OF_STEP = {"": step, "split": split} | {way: partial(held, **options) for way, options in HELD.items()}
 LATE_BARRIER, LATE_TILE = (*BARRIER, one_arrival_more), (*TILE, one_tile_more)
 FAULTS_OF_WAITS = [  # the kernel and how it is forced, the size of a projection, and the fault
-    ("lstm_cooperative_forward_kernel", 0, (cooperative_kernels, "publish", lambda *_: None)),
-    ("lstm_cooperative_backward_kernel", 0, (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
-    ("lstm_step_backward_kernel split", 0, LATE_BARRIER), ("lstm_step_backward_kernel split", 4, LATE_BARRIER),
-    *((f"lstm_step_{direction}_kernel {way}".rstrip(), projected, LATE_TILE if way else LATE_BARRIER)
+    ("cooperative_forward_kernel", 0, (cooperative_kernels, "publish", lambda *_: None)),
+    ("cooperative_backward_kernel", 0, (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
+    ("step_backward_kernel split", 0, LATE_BARRIER), ("step_backward_kernel split", 4, LATE_BARRIER),
+    *((f"step_{direction}_kernel {way}".rstrip(), projected, LATE_TILE if way else LATE_BARRIER)
       for direction, way in itertools.product(("forward", "backward"), ("", *HELD))
       for projected in ((0,) if way in ("ahead", "parts") else (0, 4))),
 ]  # fmt: skip

@@ -25,8 +25,8 @@ from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.choose import candidates, plans
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.choose import candidates, plans
 from gpu_lstm.tools.stream import captured
 
 

@@ -184,7 +184,7 @@ def faults(monkeypatch):
 
     def faults(kind, case, way="training"):
         as_a_card(monkeypatch)
-        timeouts.error_word(torch.device("cpu"), "lstm_step_forward_kernel")  # host memory, made once in a process
+        timeouts.error_word(torch.device("cpu"), "step_forward_kernel")  # host memory, made once in a process
         options, further = CASES[case]
         cell = gpu_lstm.GRU if case == "GRU" else gpu_lstm.LSTM
         lstm = cell(I, H, backend="triton", **KINDS[kind], **options)

@@ -147,12 +147,12 @@ def test_the_word_that_a_kernel_has_is_the_one_that_is_read(monkeypatch):
     def words(device, real=timeouts._Words):
         made.append(None)
         if len(made) == 1:
-            others.append(timeouts.error_word(device, "lstm_step_forward_kernel"))
+            others.append(timeouts.error_word(device, "step_forward_kernel"))
         return real(device)
 
     monkeypatch.setattr(timeouts, "_words", {})
     monkeypatch.setattr(timeouts, "_Words", words)
-    for word in timeouts.error_word(device, "lstm_step_backward_kernel"), *others:
+    for word in timeouts.error_word(device, "step_backward_kernel"), *others:
         word[0] = 3
         with pytest.raises(RuntimeError, match="timed out at step 2"):
             timeouts.raise_if_timed_out(device)

@@ -15,19 +15,19 @@ from standing_in import few_polls
 
 import gpu_lstm
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.cupy_lstm import planning
-from gpu_lstm.kernels.triton_lstm import choose, launch
-from gpu_lstm.kernels.triton_lstm import cooperative as cooperative_kernels
+from gpu_lstm.kernels.cupy_rnn import planning
+from gpu_lstm.kernels.triton_rnn import choose, launch
+from gpu_lstm.kernels.triton_rnn import cooperative as cooperative_kernels
 
 CPU = torch.device("cpu")
 EXPECTED = (
-    r"lstm_cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch, and of all launches "
+    r"cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch, and of all launches "
     "since, are wrong"
 )
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of the CPU")
 
 
-def _time_out(kernel="lstm_cooperative_backward_kernel", step=7) -> None:
+def _time_out(kernel="cooperative_backward_kernel", step=7) -> None:
     timeouts.error_word(CPU, kernel)[0] = step + 1
 
 
@@ -40,9 +40,9 @@ def test_who_reports_it():
         with pytest.raises(RuntimeError, match=EXPECTED):
             call()
         gpu_lstm.check()  # it is reported once
-    _time_out("lstm_step_forward_kernel", 2)
+    _time_out("step_forward_kernel", 2)
     _time_out()
-    both = "lstm_cooperative_backward_kernel timed out at step 7 and lstm_step_forward_kernel timed out at step 2"
+    both = "cooperative_backward_kernel timed out at step 7 and step_forward_kernel timed out at step 2"
     with pytest.raises(RuntimeError, match=f"{both} on cpu"):
         gpu_lstm.check()
 
@@ -51,12 +51,12 @@ def test_who_reports_it():
 def test_the_end_of_the_program_reports_it_and_no_kernels_are_imported_before_first_use():
     script = """
 import sys, gpu_lstm, torch
-import gpu_lstm.kernels.cupy_lstm.launch
+import gpu_lstm.kernels.cupy_rnn.launch
 gpu_lstm.LSTM(3, 4)(torch.zeros(5, 2, 3))
 gpu_lstm.check()
-assert not [name for name in sys.modules if "triton_lstm" in name or name.startswith("cupy")]
+assert not [name for name in sys.modules if "triton_rnn" in name or name.startswith("cupy")]
 from gpu_lstm.kernels import cache, timeouts
-timeouts.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] = 8
+timeouts.error_word(torch.device("cpu"), "cooperative_backward_kernel")[0] = 8
 """
     environment, run = os.environ | {"TRITON_INTERPRET": "1"}, [sys.executable, "-c", script]
     ended = subprocess.run(run, env=environment, stderr=subprocess.PIPE, text=True, check=True)
@@ -64,8 +64,8 @@ timeouts.error_word(torch.device("cpu"), "lstm_cooperative_backward_kernel")[0] 
 
 
 def test_a_plan_on_trial_is_reported_too():
-    timeouts.error_word(CPU, "lstm_step_forward_kernel", trial=True)[0] = 3
-    with pytest.raises(RuntimeError, match="lstm_step_forward_kernel timed out at step 2 on cpu"):
+    timeouts.error_word(CPU, "step_forward_kernel", trial=True)[0] = 3
+    with pytest.raises(RuntimeError, match="step_forward_kernel timed out at step 2 on cpu"):
         timeouts.raise_if_timed_out(CPU)
     timeouts.raise_if_timed_out(CPU)  # it is reported once
 
@@ -116,7 +116,7 @@ def test_the_timeout_is_that_of_the_environment_but_for_plans_that_are_tried(mon
     monkeypatch.setattr(timeouts, "_words", {})
     monkeypatch.setenv(timeouts.TIMEOUT, "60")
     with torch.inference_mode():  # words that were made in it can be written to outside
-        limits = [int(timeouts.error_word(CPU, "lstm_step_forward_kernel", tried)[1]) for tried in (False, True)]
+        limits = [int(timeouts.error_word(CPU, "step_forward_kernel", tried)[1]) for tried in (False, True)]
     assert limits == [60 * timeouts.POLLS_A_SECOND, timeouts.POLLS_A_SECOND]
     monkeypatch.setenv(timeouts.TIMEOUT, "1e-9")
     assert timeouts._Words(CPU).of("a_kernel")[1] == 1, "0 polls would count as a timeout that happened"
@@ -193,7 +193,7 @@ def test_programs_that_timed_out_remember_it_where_nobody_sees_the_error_word(mo
 
     def cleared(*place):
         looks.append(1)
-        timeouts.error_word(torch.device("cpu"), f"lstm_cooperative_{direction}_kernel")[0] = 0
+        timeouts.error_word(torch.device("cpu"), f"cooperative_{direction}_kernel")[0] = 0
         return look(*place)
 
     def publish_but_for_the_first(at, words, mask):
@@ -216,4 +216,4 @@ def test_programs_that_timed_out_remember_it_where_nobody_sees_the_error_word(mo
         h.sum().backward()
     programs, waits = 2, 1 + (direction == "backward")  # kinds of waits
     assert polls < len(looks) <= programs * waits * (polls + 2 * steps)
-    timeouts.error_word(torch.device("cpu"), f"lstm_cooperative_{direction}_kernel")[0] = 0
+    timeouts.error_word(torch.device("cpu"), f"cooperative_{direction}_kernel")[0] = 0

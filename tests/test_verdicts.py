@@ -19,9 +19,9 @@ from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
-from gpu_lstm.kernels.triton_lstm import launch
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER, Held, Step
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Held, Step
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -132,7 +132,7 @@ def test_an_error_of_the_device_names_the_kernel_that_was_tried_which_the_next_p
         with pytest.raises(torch.AcceleratorError, match=r"^CUDA error: an illegal memory access") as raised:
             layer(x)
         text = str(raised.value)
-        for part in ("lstm_step_forward_kernel", "Plan(family=Step", "hidden=8", f"cell='{module.__name__.lower()}'"):
+        for part in ("step_forward_kernel", "Plan(family=Step", "hidden=8", f"cell='{module.__name__.lower()}'"):
             assert part in text
         assert "`python -m gpu_lstm races --clear` forgets that" in text
         assert (raised.value.__cause__, raised.value.error_code) == (fault, 700)

@@ -24,14 +24,14 @@ from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_lstm import launch as cupy
+from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm import cells, fragments, indexing, launch, noise, norm, norm_tiles, reset, states
-from gpu_lstm.kernels.triton_lstm import step as step_family
-from gpu_lstm.kernels.triton_lstm.cells import gru, lstm
-from gpu_lstm.kernels.triton_lstm.choose import plans
-from gpu_lstm.kernels.triton_lstm.planning import INTERPRETER
+from gpu_lstm.kernels.triton_rnn import cells, fragments, indexing, launch, noise, norm, norm_tiles, reset, states
+from gpu_lstm.kernels.triton_rnn import step as step_family
+from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn.equations import gru, lstm
+from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
@@ -125,7 +125,7 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, options
         tiles = 4 if family == "step" else 3  # one program, or one of two groups, has two, of which one is partial
         assert run.call_args.kwargs["B"] == tiles * plan.rows - plan.rows // 2
     kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
-    assert list(kernels) == [f"lstm_{family}_{way}_kernel" for way in ("forward", "backward")]
+    assert list(kernels) == [f"{family}_{way}_kernel" for way in ("forward", "backward")]
 
 
 def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch):
@@ -163,7 +163,7 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
     monkeypatch.setattr(launch, "launch_kernel", writes)
     with pytest.warns(UserWarning, match="failed its verification"):
         assert _verify(PLAIN) == (
-            "lstm_step_forward_kernel wrote up to 12 bytes past the end of h [4, 3, 20], 960 bytes of torch.float32"
+            "step_forward_kernel wrote up to 12 bytes past the end of h [4, 3, 20], 960 bytes of torch.float32"
         )
 
 
@@ -263,7 +263,7 @@ def test_a_kernel_that_times_out_is_found(monkeypatch):
 
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):
-        assert "lstm_step_forward_kernel timed out" in _verify(PLAIN)
+        assert "step_forward_kernel timed out" in _verify(PLAIN)
     assert list(cache.entries(verify.KIND)) == []
     gpu_lstm.check()  # nothing is left to tell
 

@@ -218,7 +218,7 @@ COMMANDS = [
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpu_lstm.kernels.triton_lstm.launch.INTERPRETED", True)
+    monkeypatch.setattr("gpu_lstm.kernels.triton_rnn.launch.INTERPRETED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bench.__main__, "ROOT", tmp_path)
     contents = {"binary.csv": bytes(range(256)), "deep.json": b"[" * 10**6, "empty.csv": b"",

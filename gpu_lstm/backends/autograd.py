@@ -13,7 +13,7 @@ from ..kernels.layer import Layer
 from ..kernels.problem import Inputs
 from . import fused, graph
 from .fused import Saved
-from .layers import NOTHING, Part
+from .layer_loop import NOTHING, Part
 
 
 def run_layer(layers: Sequence[Layer], recompute: bool, modes: Modes, part: Part) -> tuple[Tensor, State]:
@@ -38,7 +38,7 @@ def run_layer(layers: Sequence[Layer], recompute: bool, modes: Modes, part: Part
     return h, (h_n, c_n)
 
 
-class LSTMLayer(torch.autograd.Function):
+class RecurrentLayer(torch.autograd.Function):
     """Forward saves gates and cell states for backward; gradients of gradients are computed by reference.py."""
 
     @staticmethod
@@ -67,4 +67,4 @@ class LSTMLayer(torch.autograd.Function):
 
 
 # Skips what Function.apply does for transforms, argument by argument.
-_apply = super(torch.autograd.Function, LSTMLayer).apply
+_apply = super(torch.autograd.Function, RecurrentLayer).apply

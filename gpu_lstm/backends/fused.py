@@ -20,7 +20,7 @@ from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
 from ..kernels.problem import NO_UNIT, Gradients, Inputs, Problem, Recurrence, Unit
 from ..kernels.tensors import Noise
-from .layers import Part
+from .layer_loop import Part
 
 _weights, _noise = attrgetter(*Weights._fields), attrgetter(*Noise._fields)
 

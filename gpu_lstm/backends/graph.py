@@ -31,7 +31,7 @@ from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved, traversal_of, weights_of
-from .layers import Part, cast, run_layers, without_autocast
+from .layer_loop import Part, cast, run_layers, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 

@@ -24,7 +24,7 @@ from ..equations.lstm import FourGates, linear
 from ..kernels.problem import Inputs
 from ..kernels.tensors import Noise
 from .fused import noise_of, traversal_of, weights_of
-from .layers import Part, run_layers, without_autocast
+from .layer_loop import Part, run_layers, without_autocast
 
 
 class Steps(NamedTuple):

@@ -22,7 +22,7 @@ from ..call.prepare import Call
 from ..call.weights import State
 from ..kernels.layer import Layer
 from . import autograd
-from .layers import Part, RunPart, connect, named, run_layers, without_autocast
+from .layer_loop import Part, RunPart, connect, named, run_layers, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not saved for backward
 WAVEFRONT = 8  # chunks of a sequence where layers run side by side

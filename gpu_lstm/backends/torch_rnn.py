@@ -30,7 +30,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.private import storage_of
-from .layers import Part, cast, connect, named, run_layers, without_autocast
+from .layer_loop import Part, cast, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell

@@ -41,7 +41,7 @@ logger = logging.getLogger("gpu_lstm")
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     """The kernels of a problem on a device: the one place where a launcher is imported."""
-    launcher = importlib.import_module(f"..kernels.{backend.value}_lstm.launch", __package__)
+    launcher = importlib.import_module(f"..kernels.{backend.value}_rnn.launch", __package__)
     return kept_layer(launcher, problem, device, verify)
 
 

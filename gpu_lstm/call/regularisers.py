@@ -14,7 +14,7 @@ from .regulariser import Drawing, Regulariser, is_probability
 
 
 class Dropout(Regulariser):
-    """Of each layer's output but the last one's: drawn in noise.py, applied in backends/layers.py."""
+    """Of each layer's output but the last one's: drawn in noise.py, applied in backends/layer_loop.py."""
 
     name, of_torch = "dropout", True
 

@@ -68,7 +68,7 @@ def import_problem(choice: Backend) -> str | None:
     """
     try:
         if choice is Backend.TRITON:
-            importlib.import_module("..kernels.triton_lstm.launch", __package__)
+            importlib.import_module("..kernels.triton_rnn.launch", __package__)
         else:
             importlib.import_module("cupy").cuda.nvrtc.getVersion()  # CuPy looks for NVRTC when it is first called
     except ImportError as error:
@@ -89,7 +89,7 @@ def without_triton(problem: str) -> str:
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
     if (problem := import_problem(Backend.TRITON)) is not None:
         return ImportError(f"backend 'triton' {without_triton(problem)}")
-    launch = importlib.import_module("..kernels.triton_lstm.launch", __package__)
+    launch = importlib.import_module("..kernels.triton_rnn.launch", __package__)
     if launch.INTERPRETED:
         if dtype is torch.bfloat16:
             return TypeError("backend 'triton': Triton's interpreter computes wrong bfloat16 products; use float32")
@@ -102,7 +102,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | No
     if (too_old := _too_old(Backend.TRITON, device, (8, 0))) is not None:
         return too_old
     major, minor = torch.cuda.get_device_capability(device)
-    choose = importlib.import_module("..kernels.triton_lstm.choose", __package__)
+    choose = importlib.import_module("..kernels.triton_rnn.choose", __package__)
     if (problem := choose.launch_problem(device, 10 * major + minor)) is None:
         return None
     text = f"Triton launches nothing on {device}, compute capability {major}.{minor}: {problem}"

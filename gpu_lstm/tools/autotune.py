@@ -57,9 +57,9 @@ def autotune(
         raise RuntimeError("autotune times kernels on a CUDA device, and torch finds none here")
     if (problem := why_unavailable(Backend.TRITON, device, dtype)) is not None:
         raise problem
-    if importlib.import_module("..kernels.triton_lstm.launch", __package__).INTERPRETED:
+    if importlib.import_module("..kernels.triton_rnn.launch", __package__).INTERPRETED:
         raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
     layer = Problem(min(steps, 2), batch, hidden_size, dtype, proj_size, recurrent_precision(dtype), cell=cell)
-    fastest = importlib.import_module("..kernels.triton_lstm.autotune", __package__).autotune(layer, device, steps)
+    fastest = importlib.import_module("..kernels.triton_rnn.autotune", __package__).autotune(layer, device, steps)
     forget()
     return {name: f"{plan.family.name}: {plan.why}" for name, plan in fastest.items()}

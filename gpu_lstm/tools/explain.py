@@ -143,9 +143,9 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     """The passes of one layer and direction on Triton: with the chosen plans, or those that would be tried first."""
     if route.backend is not Backend.TRITON or route.schedule is None:
         return []
-    planning = importlib.import_module("..kernels.triton_lstm.planning", __package__)
+    planning = importlib.import_module("..kernels.triton_rnn.planning", __package__)
     layer, launches = route.layers[row], len(route.schedule.spans(call.steps, kind.directions))
-    card = importlib.import_module("..kernels.triton_lstm.choose", __package__).card_of(layer.device)
+    card = importlib.import_module("..kernels.triton_rnn.choose", __package__).card_of(layer.device)
     passes = []
     for pass_ in kind.passes:
         plan, measured = layer.chosen(pass_)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 
-from ..backends.layers import NOTHING
+from ..backends.layer_loop import NOTHING
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
 from ..kernels.private import assert_on_device, copy_all

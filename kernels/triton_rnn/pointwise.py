@@ -18,13 +18,13 @@ from ..memory import Buffer, buffers_of
 from ..problem import Pass, Problem
 from ..projection import products_in
 from . import indexing, noise, reset, states
-from .cells import cell_backward, cell_forward, next_cell, output, output_backward
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved
+from .equations import cell_backward, cell_forward, next_cell, output, output_backward
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 from .planning import Family, Plan, Pointwise, power_of_two
 
 
-@triton.jit(do_not_specialize=["step", "T", "B"])
-def lstm_pointwise_forward_kernel(
+@triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])
+def pointwise_forward_kernel(
     z_ptr,  # [B, 4H] W_hh h of the step; None if the gates have it already
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
     hidden: Hidden,
@@ -59,8 +59,8 @@ def lstm_pointwise_forward_kernel(
         tl.store(h_next_ptr + cells.state_at, tl.where(next_continues[:, None], h, 0.0), mask=cells.in_tile)
 
 
-@triton.jit(do_not_specialize=["step", "T", "B"])
-def lstm_pointwise_backward_kernel(
+@triton.jit(repr=name_in_profiles("pointwise_backward_kernel"), do_not_specialize=["step", "T", "B"])
+def pointwise_backward_kernel(
     dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
     dz_ptr,  # [B, 4H] out: dgates of the step, or None
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
@@ -149,6 +149,6 @@ def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str
 
 
 FAMILY = Family(
-    (lstm_pointwise_forward_kernel, lstm_pointwise_backward_kernel), buffers=buffers,
+    (pointwise_forward_kernel, pointwise_backward_kernel), buffers=buffers,
     loops=(forward_steps, backward_steps),
 )  # fmt: skip

@@ -11,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 IN_ITS_NAME = '''"""The package above, for versions of `kernels` that look for one in a folder of its name."""
 
 import importlib.util
@@ -33,7 +33,7 @@ def write(folder: Path) -> None:
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "gpu_lstm", variant, ignore=ignore)
     shutil.copytree(ROOT / "kernels", variant / "kernels", ignore=ignore)
-    for name in ("LICENSE", "hub/layers.py"):
+    for name in ("LICENSE", "dev/hub/layers.py"):
         shutil.copy(ROOT / name, variant)
     package = (variant / "__init__.py").read_text()
     (variant / "__init__.py").write_text(package + '\nfrom . import layers\n\n__all__ += ["layers"]\n')

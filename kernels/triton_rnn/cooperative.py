@@ -30,14 +30,14 @@ from ..memory import EVERY_BIT, Buffer, buffers_of
 from ..operands import as_words, transposed_gates
 from ..problem import Pass, Problem, Recurrence
 from . import indexing, noise, reset, states
-from .cells import cell_backward, cell_forward, output, output_backward
+from .equations import cell_backward, cell_forward, output, output_backward
 from .exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
 from .features import nothing
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .indexing import Batch
 from .norm import Norm, load_affine, load_normed, normalised
 from .norm_exchange import Group, backward_over_group, normalise_over_group
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved, name_in_profiles
 from .planning import Cooperative, Family, Plan
 
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
@@ -155,8 +155,8 @@ def gates_of_cell(products, owned, turn, ROW: tl.constexpr, S: tl.constexpr):
     return (0.0,) + z if GATES < 4 else z
 
 
-@triton.jit(do_not_specialize=["T", "B"])
-def lstm_cooperative_forward_kernel(
+@triton.jit(repr=name_in_profiles("cooperative_forward_kernel"), do_not_specialize=["T", "B"])
+def cooperative_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
     words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
     hidden: Hidden,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, W] int32
@@ -265,8 +265,8 @@ def sum_of_partners(found, sums, partials_ptr, here, wait, B, S: tl.constexpr):
     return total, delay
 
 
-@triton.jit(do_not_specialize=["T", "B"])
-def lstm_cooperative_backward_kernel(
+@triton.jit(repr=name_in_profiles("cooperative_backward_kernel"), do_not_specialize=["T", "B"])
+def cooperative_backward_kernel(
     weights_ptr,  # [PARTNERS, H, GATES / PARTNERS * W] int32: W_hh^T of each partner's gates
     words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     partials_ptr,  # [B, PARTNERS, H] int32: float32 words whose last bits are one beforehand; None without partners
@@ -418,7 +418,7 @@ def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
 
 
 FAMILY = Family(
-    (lstm_cooperative_forward_kernel, lstm_cooperative_backward_kernel), lambda *_: True, buffers,
+    (cooperative_forward_kernel, cooperative_backward_kernel), lambda *_: True, buffers,
     operands=(forward_operands, backward_operands), results=(h_of, dgates_of),
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ __device__ inline float tanh_of(float x) {
 
 // The cell after a step. With a projection m is the input of W_hr.
 struct Lstm {
+    static constexpr int OF_H = 4;
     float gates[GATES];
     float c, m;
 

@@ -1,6 +1,6 @@
 """Which functions of the library a call goes through, with kernels that are not launched.
 
-    python checks/path_count.py [CASE [MODE]]       the cases of bench/host.py in numbers, or the functions of one
+    python dev/path_count.py [CASE [MODE]]       the cases of bench/host.py in numbers, or the functions of one
 
 A change of file is a call of a function in another file than the one called before it; a return, such a change to a
 file that was left. What has no name of its own (comprehensions, lambdas) is not counted: versions of Python differ.

@@ -4,6 +4,7 @@ A pointer's name and shape mean the same in every kernel, for H units and P feat
 Besides those here: lengths [B]; resets [T*B]; error [1] int32, and after it the poll limit, see timeouts.py.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Pointer = Any  # to a tensor of the shape that stands beside it, in the dtype of the call if none does; None if absent
@@ -91,6 +92,11 @@ class NormC(NamedTuple):
     unit_c_ptr: Pointer  # [T*B, H] float32
     scale_c_ptr: Pointer  # [T*B] float32
     pairs_c_ptr: Pointer
+
+
+def name_in_profiles(kernel: str) -> Callable[[Any], str]:
+    """Of a kernel as it was compiled, for Triton's `repr`: gru_step_forward_kernel."""
+    return lambda compiled: f"{compiled.constants['S'].CELL}_{kernel}"
 
 
 def names_of(kernel: Any) -> list[tuple[str, ...]]:

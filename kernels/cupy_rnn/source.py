@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 FOLDER = Path(__file__).with_name("cuda")
-PARTS = ("instructions", "cells/lstm", "cells/gru", "indexing", "exchange", "products", "cooperative")
+CELLS = ("lstm", "gru")  # of equations/
+PARTS = ("instructions", *(f"equations/{cell}" for cell in CELLS), "indexing", "exchange", "products", "cooperative")
 """Files of the folder; each knows those before it."""
 
-KERNELS = ("lstm_cooperative_forward", "lstm_cooperative_backward")
+KERNELS = ("cooperative_forward", "cooperative_backward")
 OPTIONS = ("-std=c++17",)
 ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -28,7 +29,7 @@ def parts() -> dict[str, str]:
     return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in PARTS}
 
 
-def name_expression(kernel: str, dtype: torch.dtype, template: tuple[int, ...], present: Container[str]) -> str:
+def name_expression(kernel: str, dtype: torch.dtype, template: tuple[str | int, ...], present: Container[str]) -> str:
     """The C++ name of a kernel for one dtype, template arguments of a plan, and the optional arguments there are."""
     flags = (str(name in present).lower() for name in optional(kernel))
     return f"{kernel}<{', '.join((ELEMENTS[dtype], *map(str, template), *flags))}>"

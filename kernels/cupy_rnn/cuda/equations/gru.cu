@@ -4,6 +4,7 @@
 //
 // z_n is W_in x + b_in, and s is W_hn h_prev + b_hn: h has no part in the first. c is h, and so is m.
 struct Gru {
+    static constexpr int OF_H = 3;  // R, Z and S
     enum Gate { N, R, Z, S };
     float gates[GATES];
     float c, m;
@@ -26,15 +27,4 @@ struct Gru {
         dz[S] = dz[N] * r;
         return d * update;
     }
-};
-
-// A cell by the rows of its W_hh a unit.
-template <int ROWS_OF_UNIT>
-struct CellOf {
-    using Type = Lstm;
-};
-
-template <>
-struct CellOf<3> {
-    using Type = Gru;
 };

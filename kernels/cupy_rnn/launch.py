@@ -17,7 +17,7 @@ from ..operands import as_words, transposed_gates
 from ..problem import Gradients, Pass, Problem, Recurrence, steps_of
 from ..timeouts import error_word
 from .planning import HOST, Plan, card_of, choose_plan, words_of
-from .source import KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in
+from .source import CELLS, KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in
 
 PACK = 16  # bytes that a thread reads at once
 
@@ -88,6 +88,8 @@ BACKEND, prepare = "cupy", Prepared
 
 
 def lacks(problem: Problem) -> str | None:
+    if problem.cell not in CELLS:
+        return f"cell {problem.cell!r}"
     without = problem.regularised or problem.weight_peephole or problem.normalised
     return "recurrent dropout, zoneout, peepholes or layer norms" if without else None
 
@@ -128,7 +130,7 @@ def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tens
 
 @functools.cache
 def _loaded(
-    device: torch.device, kernel: str, dtype: torch.dtype, template: tuple[int, ...], present: frozenset[str]
+    device: torch.device, kernel: str, dtype: torch.dtype, template: tuple[str | int, ...], present: frozenset[str]
 ) -> Any:
     """A kernel with these optional arguments, loaded on a device, which is the current one."""
     import cupy

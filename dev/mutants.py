@@ -1,7 +1,7 @@
 """Plants single faults in the library, one at a time, and runs the tests that should detect them.
 
     make mutants                      # 200 faults, drawn by a fixed seed
-    make mutants MUTANTS="--count 50 --only kernels/triton_lstm"
+    make mutants MUTANTS="--count 50 --only kernels/triton_rnn"
 
 First all tests run without a fault, under coverage.py, which records the lines that each of them executes; then, for
 each fault, the tests that execute its statement. Each worker has a copy of the tree, in which it plants a fault; the
@@ -233,7 +233,7 @@ def own_copy(snapshot: Path) -> Path:
     shutil.copytree(snapshot, tree)
     os.environ |= dict(PYTHONPATH=str(tree), XDG_CACHE_HOME=str(tree / "out" / "cache"))
     os.environ |= dict(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    own = ROOT, ROOT / "checks", ROOT / "tests"
+    own = ROOT, ROOT / "dev", ROOT / "tests"
     sys.path[:] = [str(tree), *(path for path in sys.path if path and Path(path).resolve() not in own)]
     for name in ("hypothesis", "torch._dynamo", "triton.language"):
         importlib.import_module(name)

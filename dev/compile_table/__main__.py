@@ -1,4 +1,4 @@
-"""python -m compile_table compiles the kernels, without a GPU, and writes README.md here from what they became.
+"""python -m dev.compile_table compiles the kernels, without a GPU, and writes README.md here from what they became.
 
 With --all it prints a table of every architecture and dtype instead. The exit status is 1 if a kernel spills or does
 not fit.
@@ -18,21 +18,21 @@ from . import cuda_kernels, triton_kernels
 from .report import Report
 
 PAGE = Path(__file__).with_name("README.md")
-HEAD = """<!-- make kernels-page writes this page: change compile_table/__main__.py. -->
+HEAD = """<!-- make kernels-page writes this page: change dev/compile_table/__main__.py. -->
 
 # What the kernels compile to
 
 For an H100 (sm_90) in bfloat16, without a GPU, by Triton {triton} and NVRTC {nvrtc}. In a clone
-`python -m compile_table --all` prints this for every architecture and dtype; its exit status is 1 if a kernel spills or
-does not fit.
+`python -m dev.compile_table --all` prints this for every architecture and dtype; its exit status is 1 if a kernel
+spills or does not fit.
 
-[CONTRIBUTING.md](../CONTRIBUTING.md#reading-the-compile-table) says what the columns are. From `instructions` on they
-count what one pass of the time loop does; where W_hh stays on chip, the last one is 0."""
+[CONTRIBUTING.md](../../CONTRIBUTING.md#reading-the-compile-table) says what the columns are. From `instructions` on
+they count what one pass of the time loop does; where W_hh stays on chip, the last one is 0."""
 FAMILIES = {  # by what the names of their kernels begin with; those in CUDA C++ do not end with _kernel
-    "lstm_resident": "Resident: W_hh in the registers of one program",
-    "lstm_cooperative": "Cooperative: W_hh in the registers of many programs",
-    "lstm_pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
-    "lstm_step": "Step: W_hh read from L2 at every step, or held in shared memory",
+    "resident": "Resident: W_hh in the registers of one program",
+    "cooperative": "Cooperative: W_hh in the registers of many programs",
+    "pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
+    "step": "Step: W_hh read from L2 at every step, or held in shared memory",
 }
 CUDA = "CUDA C++, through CuPy"
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
@@ -85,7 +85,7 @@ def tables(rows: Iterable[Report], count: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m compile_table", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m dev.compile_table", description=__doc__)
     parser.add_argument("--all", action="store_true", help="print the table of every architecture and dtype")
     options = parser.parse_args(arguments)
     reports = list(rows(h100=not options.all))

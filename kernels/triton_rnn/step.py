@@ -3,7 +3,7 @@
 One launch for the whole sequence. A step is a round over tiles of sequences and units, which the programs share out.
 Tiles are [batch, units]. A grid-wide barrier (exchange.grid_barrier) ends a round, since the next one needs the results
 of all. More rounds belong to a step where something needs all units of a sequence: a projection (h = W_hr m; m is the
-output of the cell, see cells/), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
+output of the cell, see equations/), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
 programs must be resident at once.
 
 Where W_hh of a tile's units fits in shared memory, a program can hold it: all its tiles have the same units, and are of
@@ -24,13 +24,13 @@ from ..cells import CELLS
 from ..memory import Buffer, buffers_of
 from ..problem import Pass, Problem
 from . import indexing, noise, norm_tiles, reset, states
-from .cells import cell_backward, cell_forward, output, output_backward
+from .equations import cell_backward, cell_forward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
 from .features import MOST_ROWS, nothing
 from .indexing import Batch, rows_of_product
 from .norm import Norm, normalised
 from .norm_tiles import load_normed, pairs_of_step
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Pointer, Saved
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Pointer, Saved, name_in_profiles
 from .planning import Family, Held, Plan, Step, expected, power_of_two
 
 # Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask` [rows], else times factors
@@ -254,8 +254,8 @@ def output_round(step, call, poll_limit, S: tl.constexpr):
         states.store_hidden(h, call.hidden, call.h_prev_ptr, tile.cells)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
-def lstm_step_forward_kernel(
+@triton.jit(repr=name_in_profiles("step_forward_kernel"), do_not_specialize=["T", "B"])
+def step_forward_kernel(
     products: Products, hidden: Hidden, cell: Cell, norm_hh: NormHH, norm_c: NormC, arrivals: Arrivals,
     lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
@@ -431,8 +431,8 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     return poll_limit
 
 
-@triton.jit(do_not_specialize=["T", "B"])
-def lstm_step_backward_kernel(
+@triton.jit(repr=name_in_profiles("step_backward_kernel"), do_not_specialize=["T", "B"])
+def step_backward_kernel(
     products: Products, hidden: HiddenBackward, cell: CellBackward, saved: Saved, norm_hh: NormHH, norm_c: NormC,
     dh_total_ptr, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
@@ -501,7 +501,7 @@ HELD_FORWARD = [(rows, units, 1) for rows in (16, 32, 64) for units in (16, 32)]
 HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
 # Backward, in half precision, W_hh of a tile is [K, units] in shared memory, in blocks of 64 units. From Triton 3.6 on
 # a kernel stores each block whole, one after another, but wgmma looks for 256 rows of every block before the next 256
-# (compile_table/triton_issue.md). Those are the same for one block, or up to 256 rows: nothing else is proposed.
+# (dev/compile_table/triton_issue.md). Those are the same for one block, or up to 256 rows: nothing else is proposed.
 BLOCK_UNITS, BLOCK_ROWS = 64, 256
 
 
@@ -584,5 +584,5 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     return buffers_of(p, pass_) | scratch
 
 
-HELD = Family((lstm_step_forward_kernel, lstm_step_backward_kernel), waits, buffers)
+HELD = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
 STEP = HELD._replace(projects=True)

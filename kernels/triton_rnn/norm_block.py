@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import norm
-from .cells import cell_forward
+from .equations import cell_forward
 from .features import nothing
 from .indexing import Cells, Position
 

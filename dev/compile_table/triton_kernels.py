@@ -19,11 +19,11 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_lstm.choose import RecordedLaunch, plans
-from gpu_lstm.kernels.triton_lstm.launch import INTERPRETED, recorded_launches
-from gpu_lstm.kernels.triton_lstm.parameters import Sizes, in_tuples, names_of
-from gpu_lstm.kernels.triton_lstm.planning import DEVICES, Held, Plan, Step
-from gpu_lstm.kernels.triton_lstm.step import split_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.choose import RecordedLaunch, plans
+from gpu_lstm.kernels.triton_rnn.launch import INTERPRETED, recorded_launches
+from gpu_lstm.kernels.triton_rnn.parameters import Sizes, in_tuples, names_of
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Held, Plan, Step
+from gpu_lstm.kernels.triton_rnn.step import split_plans, step_plan
 
 from .placement import misplaced
 from .report import PRECISIONS, Report, read
@@ -198,7 +198,7 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     weight_loads = _weight_loads_in_loops(compiled.asm["ttgir"], launch)
     return Report(
         launch.kernel.__name__, str(case), architecture, plan, 32 * plan.num_warps, tiles, **resources,
-        tensor_core=tensor_core, weight_loads=weight_loads,
+        tensor_core=tensor_core, weight_loads=weight_loads, in_profiles=compiled.metadata.name,
         misplaced=_misplaced(compiled.asm["ptx"], launch, case, plan) if isinstance(plan.family, Held) else 0,
     )  # fmt: skip
 

@@ -20,11 +20,11 @@ from ..cells import CELLS
 from ..operands import as_words, transposed_gates
 from ..problem import Problem
 from . import indexing, noise, norm_block, reset, states
-from .cells import cell_backward, cell_forward, output, output_backward
+from .equations import cell_backward, cell_forward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
 from .norm import Norm, load_affine, normalised
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved, name_in_profiles
 from .planning import Family, Plan, Resident, power_of_two
 
 # All fields are tuples of CELLS, an element for each cell of a thread. What it owns: units [THREADS], columns [THREADS]
@@ -87,8 +87,8 @@ def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
     return z
 
 
-@triton.jit(do_not_specialize=["T", "B"])
-def lstm_resident_forward_kernel(
+@triton.jit(repr=name_in_profiles("resident_forward_kernel"), do_not_specialize=["T", "B"])
+def resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
     hidden: Hidden, cell: Cell, norm_hh: NormHH, norm_c: NormC, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
@@ -198,8 +198,8 @@ def gradient_before(d, stayed, hidden, cells, step):
     return d
 
 
-@triton.jit(do_not_specialize=["T", "B"])
-def lstm_resident_backward_kernel(
+@triton.jit(repr=name_in_profiles("resident_backward_kernel"), do_not_specialize=["T", "B"])
+def resident_backward_kernel(
     weights_ptr,  # [GATES, H, W] int32: W_hh^T of each gate
     hidden: HiddenBackward,  # dh_from_zoneout is written at the first step alone
     cell: CellBackward, saved: Saved, norm_hh: NormHH, norm_c: NormC, dh_total_ptr, lengths_ptr, resets_ptr, T, B,
@@ -286,7 +286,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
 
 
 FAMILY = Family(
-    (lstm_resident_forward_kernel, lstm_resident_backward_kernel),
+    (resident_forward_kernel, resident_backward_kernel),
     operands=(
         lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden)},
         lambda p, plan, r, memory: {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p.hidden)},

@@ -48,7 +48,7 @@ def words_of(problem: Problem) -> int:
 class Plan:
     """Sizes of blocks, as the template arguments of cuda/cooperative.cu name them, and how many there are."""
 
-    of_h: int  # rows of W_hh a unit
+    cell: str
     hidden: int
     units: int
     warps: int
@@ -62,7 +62,7 @@ class Plan:
     @property
     def identity(self) -> dict[str, Any]:
         """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
-        names = "of_h", "hidden", "units", "warps", "chunks", "partners"
+        names = "cell", "hidden", "units", "warps", "chunks", "partners"
         return {name: getattr(self, name) for name in names} | {"blocks": self.grid[0], "several": self.grid[1] > 1}
 
     def sequences_enough(self, problem: Problem) -> int:
@@ -76,9 +76,10 @@ class Plan:
     def threads(self) -> int:
         return 32 * self.warps
 
-    def template(self, backward: bool) -> tuple[int, ...]:
+    def template(self, backward: bool) -> tuple[str | int, ...]:
         """The arguments of the kernel, after the element type."""
-        return self.of_h, self.hidden, self.units, self.warps, self.chunks, *((self.partners,) if backward else ())
+        sizes = self.hidden, self.units, self.warps, self.chunks, self.partners
+        return self.cell.capitalize(), *sizes[: 5 if backward else 4]
 
 
 @functools.lru_cache(256)
@@ -98,9 +99,9 @@ def _plan(
     problem: Problem, card: Card, backward: bool, partners: int, warps: int, units: int, kept: bool
 ) -> Iterator[Plan]:
     """The plan of these sizes, if there are kernels for them, and all blocks can be resident at once."""
-    of_h = CELLS[problem.cell].rows
     # Rows: gates of a block's units; backward units of all the blocks that it shares gates with.
-    rows, k = units * (partners if backward else 4), words_of(problem) * (of_h // partners if backward else 1)
+    rows = units * (partners if backward else 4)
+    k = words_of(problem) * (CELLS[problem.cell].rows // partners if backward else 1)
     chunks = ceil(k / (CHUNK * warps)) if kept else 0
     if kept:
         tensor_cores = card.architecture >= 80 and not problem.exact_float32
@@ -125,5 +126,5 @@ def _plan(
     else:
         multiply_adds = rows * k * 4 // problem.size * SEQUENCES
         turn += in_shared + max(4 * rows * k / l2, 1.5 * multiply_adds / MULTIPLY_ADDS)
-    grid = blocks, groups
-    yield Plan(of_h, problem.hidden, units, warps, chunks, partners, grid, shared, turns * turn, problem.side_by_side)
+    sizes = units, warps, chunks, partners, (blocks, groups), shared
+    yield Plan(problem.cell, problem.hidden, *sizes, turns * turn, problem.side_by_side)

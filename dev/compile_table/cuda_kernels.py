@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from gpu_lstm.kernels.cards import Card
-from gpu_lstm.kernels.cupy_lstm.planning import Plan, plans
-from gpu_lstm.kernels.cupy_lstm.source import KERNELS, OPTIONS, join, name_expression, optional, parts
+from gpu_lstm.kernels.cupy_rnn.planning import Plan, plans
+from gpu_lstm.kernels.cupy_rnn.source import KERNELS, OPTIONS, join, name_expression, optional, parts
 from gpu_lstm.kernels.problem import Problem
 
 from .report import PRECISIONS, Report, read

@@ -14,7 +14,7 @@
 //
 // CHUNKS > 0 keeps the weights in registers and multiplies on tensor cores (sm_80 and newer); 0 reads them every step.
 //
-// OF_H: how many gates of a unit h reaches, its last; so many rows a unit W_hh has.
+// OF_H, of the Cell: how many gates of a unit h reaches, its last; so many rows a unit W_hh has.
 //
 // A row of H elements is padded to W words, a multiple of 16 bytes: W is a multiple of 4. All beyond H is zero.
 
@@ -46,9 +46,9 @@ struct Walk {
     }
 };
 
-template <typename E, int OF_H, int H, int UNITS, int WARPS, int CHUNKS, bool WITH_C, bool WITH_LENGTHS, bool WITH_RESETS,
+template <typename E, typename Cell, int H, int UNITS, int WARPS, int CHUNKS, bool WITH_C, bool WITH_LENGTHS, bool WITH_RESETS,
           bool WITH_RESET_C, bool WITH_REVERSE>
-__global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
+__global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
     E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
     const unsigned* weights,  // [OF_H * H, W] W_hh
     unsigned* h,              // [T*B + B, W] out and the exchange, sentinels beforehand; then h0
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
     if (!WITH_RESET_C) reset_c = nullptr;
     if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
-    using Cell = typename CellOf<OF_H>::Type;
+    constexpr int OF_H = Cell::OF_H;
     using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates 0 and 1, then 2 and 3, of a unit
     const Own<UNITS, WARPS> own;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
@@ -134,9 +134,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_forward(
         }
 }
 
-template <typename E, int OF_H, int H, int UNITS, int WARPS, int CHUNKS, int PARTNERS, bool WITH_DH, bool WITH_DH_N,
+template <typename E, typename Cell, int H, int UNITS, int WARPS, int CHUNKS, int PARTNERS, bool WITH_DH, bool WITH_DH_N,
           bool WITH_LENGTHS, bool WITH_RESETS, bool WITH_RESET_C, bool WITH_DRESET_C, bool WITH_REVERSE>
-__global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
+__global__ void __launch_bounds__(32 * WARPS, 1) cooperative_backward(
     const E* dh,              // [T*B, H] or null
     const E* dh_n,            // [B, H] or null
     const E* gates,           // [T*B, 4H] activated
@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) lstm_cooperative_backward(
     if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
     constexpr int ROWS = PARTNERS * UNITS;  // pairs are the units n and n + ROWS / 2
-    constexpr int K = OF_H / PARTNERS * W;
-    using Cell = typename CellOf<OF_H>::Type;
+    constexpr int OF_H = Cell::OF_H, K = OF_H / PARTNERS * W;
     using Rows = Product<E, ROWS, K, WARPS, CHUNKS>;
     const Own<UNITS, WARPS> own;
     const int partner = blockIdx.x % PARTNERS;

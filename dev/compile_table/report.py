@@ -51,6 +51,7 @@ class Report:
     loop: Loop | None = None  # the time loop, if the kernel has one
     tensor_core: str = ""  # the PTX instruction, or "" if there is none
     weight_loads: int = 0  # of W_hh inside the time loop
+    in_profiles: str = ""  # the name that a profiler shows
     misplaced: int = 0  # products of W_hh in shared memory that read it elsewhere than it was stored, see placement.py
 
     @property
