@@ -194,7 +194,7 @@ def test_links_stay_on_the_site_or_go_to_the_repository_formulas_become_mathml_a
 def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
     from dev.compile_table import triton_kernels
 
-    triton, _ = (ROOT / "compile_table" / "README.md").read_text().split("## CUDA C++")
+    triton, _ = (ROOT / "dev" / "compile_table" / "README.md").read_text().split("## CUDA C++")
     rows = [line.strip("| ").split(" | ") for line in triton.splitlines() if line.startswith("| `")]
     stored = Counter((case, "backward" in kernel) for kernel, case, *_ in rows)
     assert stored == Counter((str(c).removeprefix("bfloat16 "), c.backward) for c in triton_kernels.cases(h100=True))
