@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-NAMES = "kernels", "kernels/triton_rnn", "kernels/triton_rnn/equations", "kernels/cupy_rnn"
+ROOT = Path(__file__).parent
+NAMES = [file.parent.relative_to(ROOT).as_posix() for file in ROOT.glob("kernels/**/__init__.py")]
 FOLDERS = {f"gpu_lstm.{name.replace('/', '.')}": name for name in NAMES}
 REPOSITORY = "gpu-lstm/gpu_lstm"
 
@@ -27,9 +28,8 @@ class BuildWithKernels(build_py):
 
 def long_description() -> str:
     """The README; links and pictures lead to the files of the release."""
-    root = Path(__file__).parent
-    version = re.search(r'__version__ = "(.*)"', (root / "gpu_lstm/__init__.py").read_text())[1]
-    text = (root / "README.md").read_text()
+    version = re.search(r'__version__ = "(.*)"', (ROOT / "gpu_lstm/__init__.py").read_text())[1]
+    text = (ROOT / "README.md").read_text()
     text = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\1https://raw.githubusercontent.com/{REPOSITORY}/v{version}/", text)
     return re.sub(r"(?<=\]\()(?!https?:|#)", f"https://github.com/{REPOSITORY}/blob/v{version}/", text)
 

@@ -16,13 +16,14 @@ from . import __version__, modules
 from .backends import verify
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch import race
-from .dispatch.available import import_problem, select, why_unavailable, without_triton
+from .dispatch.available import import_problem, select, why_unavailable
 from .dispatch.kind import describe
 from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cells import CELLS
+from .kernels.layer import package_of
 from .kernels.problem import Problem
-from .tools.explain import explain, terms_of, tiles_of
+from .tools.explain import explain, terms_of
 
 _DTYPES = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"),
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands["races"].add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
     options = parser.parse_args(arguments)
     if options.command == "plan" and (problem := import_problem(Backend.TRITON)) is not None:
-        print(f"python -m gpu_lstm plan {without_triton(problem)}", file=sys.stderr)
+        print(f"python -m gpu_lstm plan {problem}", file=sys.stderr)
         return 1
     try:
         as_json, text = options.run(options)
@@ -106,11 +107,12 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What a user gets, versions, environment and each device's backends: None where available, else why not."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices()))]
     variables = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
+    packages = ["numpy", *(name for b in KERNEL_BACKENDS for name in package_of(b.value).PACKAGES)]
     state: dict[str, Any] = {
         "summary": _summary(devices[:2][-1]),
         "versions": {
             "gpu_lstm": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            **{package: cache.version_of(package) for package in ("triton", "numpy", "cupy-cuda12x", "cupy-cuda13x")},
+            **{package: cache.version_of(package) for package in packages},
             "CUDA of torch": torch.version.cuda, "cuDNN of torch": cache.cudnn_version(),
         },
         "environment": {name: os.environ.get(name) for name in variables},
@@ -136,7 +138,7 @@ def _summary(device: torch.device) -> str:
     backend, on_cpu = select(Backend.AUTO, device, torch.float32, None, False), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
-        why = why_no_cuda() if on_cpu else why_unavailable(Backend.TRITON, device, torch.float32)
+        why = why_no_cuda() if on_cpu else why_unavailable(KERNEL_BACKENDS[0], device, torch.float32)
         return f"On this machine gpu_lstm runs torch's own LSTM and GRU on {where}: {why}"
     verdicts, decisions = (
         [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]
@@ -144,12 +146,11 @@ def _summary(device: torch.device) -> str:
     )
     wrong = len(verdicts) - verdicts.count("right")
     won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)
-    kernels = "fused Triton kernels" if backend is Backend.TRITON else "fused kernels in CUDA C++"
     failed = f", of which {wrong} failed" if wrong else ""
     then = "; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else ""
     return (
-        f"On this machine gpu_lstm runs {kernels} on {where} where they are faster: kernels checked "
-        f"{len(verdicts)}{failed}; kinds of problems raced {len(decisions)}, won {won}{then}"
+        f"On this machine gpu_lstm runs the kernels of backend {backend.value!r} on {where} where they are faster: "
+        f"kernels checked {len(verdicts)}{failed}; kinds of problems raced {len(decisions)}, won {won}{then}"
     )
 
 
@@ -188,7 +189,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         found[name] = dict(plan=as_json, expected_seconds=expected.seconds, expected_terms=expected.terms)
         lines += [
             f"\n{name}: {plan.family.name}, {plan.why}",
-            f"  tiles    {tiles_of(plan)}; one after another in a program: {plan.tiles_per_program}",
+            f"  tiles    {plan.tiles}; one after another in a program: {plan.tiles_per_program}",
             *(f"  {size:8} {value}" for size, value in dataclasses.asdict(plan.family).items()),
             f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {card.shared >> 10} KB",
             f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):",
@@ -196,7 +197,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ]
         for each in others:
             seconds = planning.expected(problem, card, each, backward).seconds
-            lines.append(f"  else     {seconds * 1e6:.2f} us: {each.family.name}, {tiles_of(each)}")
+            lines.append(f"  else     {seconds * 1e6:.2f} us: {each.family.name}, {each.tiles}")
     return found, "\n".join(lines)
 
 

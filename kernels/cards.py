@@ -7,6 +7,8 @@ Microbenchmarking", 2024; CUDA C++ Programming Guide).
 from dataclasses import dataclass
 from math import inf
 
+import torch
+
 KB = 1024
 REGISTERS = 65536  # of a multiprocessor; one block may use all of them
 L2_BYTES, L2_ALONE = 28.7, 64  # per clock, that a multiprocessor reads from L2: when all read, and alone
@@ -39,3 +41,13 @@ class Card:
     def l2_bytes(self, programs: int) -> float:
         """Bytes per clock that each of `programs` reads from L2."""
         return min(L2_ALONE, L2_BYTES * self.multiprocessors / programs)
+
+
+def cuda_obstacle(backend: str, device: torch.device, oldest: tuple[int, int], instead: str = "") -> Exception | None:
+    """Why a backend that needs CUDA and this compute capability cannot run on a device; None if it can."""
+    if device.type != "cuda":
+        return RuntimeError(f"backend {backend!r} runs on CUDA tensors, got {device}{instead}")
+    if (capability := torch.cuda.get_device_capability(device)) >= oldest:
+        return None
+    at_least, has = (".".join(map(str, pair)) for pair in (oldest, capability))
+    return RuntimeError(f"backend {backend!r} needs compute capability {at_least}, {device} has {has}")

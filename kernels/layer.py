@@ -1,9 +1,10 @@
 """What a backend is, and its Layer: one layer in one direction on one card, prepared once and then only launched."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ MOST_LAYERS = 1024  # that are kept; a program with more problems, say as many s
 class Plan(Protocol):
     """What is asked of a backend's own plans."""
 
+    slower: str | None  # why torch's own is expected to be faster, where it can run the problem; None: it is not
+
     @property
     def identity(self) -> dict[str, Any]:
         """What its numbers may depend on, as JSON values; how many sequences there are need not be among it."""
@@ -30,10 +33,15 @@ class Plan(Protocol):
 
 
 class Chosen(NamedTuple):
-    """A plan, and how it was chosen."""
+    """A plan, how it was chosen, and what a user is told about it."""
 
     plan: Any  # the backend's own
-    measured: bool  # by autotune; else the first that fits in the order of estimated times
+    measured: bool = False  # by autotune; else the first that fits in the order of estimated times
+    family: str = ""  # the kind of kernel
+    tiles: str = ""  # how its programs share a layer, in words
+    why: str = ""
+    each_step: bool = False  # whether it is launched at every step
+    bounds: dict[str, float] | None = None  # seconds of a step by cause, estimated
 
 
 Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
@@ -42,10 +50,26 @@ Refuses = Callable[[Any], str | None]
 """refuses(plan): the same for one layer, pass and call."""
 
 
+class Package(Protocol):
+    """What is known of a backend before what it needs is imported: what its kernels/NAME_rnn/__init__.py has."""
+
+    PACKAGES: tuple[str, ...]  # whose versions users are asked for
+    NEEDS: str  # what to install, and how
+
+    def supports(self, feature: str) -> bool:
+        """Whether it has a feature that not all backends have, as errors name it."""
+
+    def import_packages(self) -> None:
+        """Import what it needs. If that raises anything, the backend is not used."""
+
+
 class Launcher(Protocol):
     """A backend: what its module kernels/NAME_rnn/launch.py has."""
 
     BACKEND: str  # its name
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype) -> Exception | None:
+        """Why it cannot run tensors of this device and dtype, to be raised; None if it can."""
 
     def lacks(self, problem: Problem) -> str | None:
         """What of a problem it does not support; None if it runs it."""
@@ -186,6 +210,16 @@ class Layer:
             if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
                 return r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, tensors)))))
         return r
+
+
+def package_of(backend: str) -> Package:
+    """What is known of a backend without what it needs."""
+    return cast(Package, importlib.import_module(f".{backend}_rnn", __package__))
+
+
+def launcher_of(backend: str) -> Launcher:
+    """A backend: the one place where it is imported."""
+    return cast(Launcher, importlib.import_module(f".{backend}_rnn.launch", __package__))
 
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}

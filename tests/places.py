@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, route
+from gpu_lstm.kernels import cupy_rnn
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
@@ -125,7 +126,9 @@ def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[
         def launch_kernel(*args, **arguments):
             host_cuda.launcher(changes, next(seeds))(*args, **arguments)
 
-        monkeypatch.setattr(available, "_cupy_obstacle", lambda device: None)
+        monkeypatch.setattr(cupy, "obstacle", lambda *_: None)
+        monkeypatch.setattr(cupy_rnn, "import_packages", lambda: None)
+        monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
         monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dev.compile_table import cuda_kernels
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
-from gpu_lstm.kernels import memory
+from gpu_lstm.kernels import cupy_rnn, memory
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch, planning, source
 from gpu_lstm.kernels.cupy_rnn.planning import Card, Plan, choose_plan, plans
@@ -132,8 +132,6 @@ def test_there_is_a_plan_for_every_problem_and_its_blocks_cover_everything_once(
 
 def test_the_launcher_and_the_source_agree():
     assert tuple(re.findall(r"__global__ void __\w+__\([^)]*\) (\w+)\(", SOURCE)) == source.KERNELS
-    for name in ("SEQUENCES", "CHUNK", "AHEAD"):
-        assert f"constexpr int {name} = {getattr(planning, name)};" in SOURCE
     assert int(re.search(r"SENTINEL = (0x\w+);", SOURCE)[1], 16) == memory.EVERY_BIT & 0xFFFFFFFF
     assert "#include" not in SOURCE, "CuPy brings no headers along"
     found = re.search(r"LONGER = (\d+), SHORTER = (\d+), LONGEST = (\d+)", SOURCE)
@@ -158,6 +156,7 @@ def test_why_it_is_unavailable(monkeypatch, facts, kind, text):
     monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
     monkeypatch.setitem(sys.modules, "cupy", None if absent else Mock())
     monkeypatch.setattr(torch.version, "cuda", facts.get("absent"))
+    monkeypatch.delitem(sys.modules, cupy_rnn.__name__)  # so that it is imported again
     device, dtype = torch.device(facts.get("device", "cuda")), facts.get("dtype", torch.float32)
     obstacle = available.why_unavailable(Backend.CUPY, device, dtype)
     assert obstacle is kind is None or type(obstacle) is kind

@@ -23,6 +23,7 @@ from standing_in import CUDA, H100, plan_of, torch_finds
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available, route
 from gpu_lstm.dispatch.available import select, why_unavailable
+from gpu_lstm.kernels import cupy_rnn, triton_rnn
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
@@ -49,7 +50,7 @@ def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
 
 
 def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
-    assert kept_layer(launch, PROBLEM, CUDA).chosen(Pass()) == (PLANS[0], False), "before there is a choice"
+    assert kept_layer(launch, PROBLEM, CUDA).chosen(Pass())[:2] == (PLANS[0], False), "before there is a choice"
     assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
     assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
     for pass_ in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
@@ -357,7 +358,8 @@ def test_a_torch_for_amd_is_named(monkeypatch):
 @pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
 def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
     monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
-    monkeypatch.setattr(available.importlib, "import_module", Mock(side_effect=error))
+    for package in (cupy_rnn, triton_rnn):
+        monkeypatch.setattr(package, "import_packages", Mock(side_effect=error))
     with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
         assert _selected() is Backend.TORCH
     with pytest.raises(ImportError, match=str(error)):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.backends import fused, torch_rnn, verify
-from gpu_lstm.dispatch import available, race
+from gpu_lstm.dispatch import race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
@@ -385,7 +385,7 @@ def a_v100(monkeypatch):
     cuda(monkeypatch, cupy.choose_plan)
     the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(cupy, "card_of", lambda device: Card(70, 80))
-    monkeypatch.setattr(available, "_triton_obstacle", lambda *_: RuntimeError("too old"))
+    monkeypatch.setattr(launch, "obstacle", lambda *_: RuntimeError("too old"))
     monkeypatch.setattr(race, "race", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
 
 

@@ -8,7 +8,6 @@ dtype. Nothing may be written outside a launch's tensors. The verdict is cached 
 """
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
 from math import ceil
@@ -21,7 +20,7 @@ from ..call.choices import Backend
 from ..call.modes import EXACT, alone, products
 from ..kernels import cache
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer, kept_layer
+from ..kernels.layer import Layer, kept_layer, launcher_of
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of
 from ..kernels.tensors import COMPARED, LEARNT, NOISE, VARIANT, names_of
@@ -40,9 +39,8 @@ logger = logging.getLogger("gpu_lstm")
 
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
-    """The kernels of a problem on a device: the one place where a launcher is imported."""
-    launcher = importlib.import_module(f"..kernels.{backend.value}_rnn.launch", __package__)
-    return kept_layer(launcher, problem, device, verify)
+    """The kernels of a problem on a device."""
+    return kept_layer(launcher_of(backend.value), problem, device, verify)
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:

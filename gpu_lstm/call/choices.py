@@ -35,7 +35,8 @@ class Racing(enum.Enum):
     OFF = "off"  # neither: the expected winner
 
 
-KERNEL_BACKENDS = (Backend.TRITON, Backend.CUPY)
+KERNEL_BACKENDS = tuple(b for b in Backend if b.value not in ("auto", "torch", "reference"))
+"""Those of kernels/NAME_rnn. Of those that can run a call, `auto` takes the first."""
 
 
 class Block(contextlib.ContextDecorator, Generic[E]):

@@ -9,7 +9,7 @@ import torch
 
 from ..kernels.cells import CELLS
 from ..kernels.tensors import BY_NAME
-from .regularisers import ABLE, REGULARISERS
+from .regularisers import REFERENCE_ONLY, REGULARISERS
 from .weights import LAYER_NORM, NAMES, PEEPHOLES
 
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
@@ -100,7 +100,7 @@ class Options:
         """The feature that the fewest backends support; None: all support all."""
         for thing, _ in self.on:
             feature = thing.feature(a.norms)
-            if feature and (self.feature not in ABLE or len(ABLE[feature]) <= len(ABLE[self.feature])):
+            if feature and self.feature not in REFERENCE_ONLY:
                 self.feature = feature
 
 

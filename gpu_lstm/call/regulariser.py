@@ -3,8 +3,7 @@
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 import numbers
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class Regulariser:
     of_torch = False  # torch.nn.LSTM has it, too
     changes_weights = False
     tensors: tuple[str, ...] = ()  # of kernels/tensors.py, that a layer and direction has of it
-    backends: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # what can run it, or it beside something else, in words
+    reference_only: tuple[str, ...] = ()  # features that no kernels have: it, or it beside something else, in words
 
     def accepted(self, value: Any, cell: Cell) -> Any:
         """A user's value, checked."""
@@ -45,8 +44,8 @@ class Regulariser:
         return value if training else 0.0
 
     def feature(self, norms: tuple[str, ...]) -> str | None:
-        """Which entry of `backends` holds in a layer with these norms; None: all can run it."""
-        return self.name if self.backends else None
+        """What a backend must have to run it in a layer with these norms, in words; None: all can."""
+        return self.name if self.tensors else None
 
     def flags(self, rate: Any, training: bool) -> dict[str, Any]:
         """Of a Problem, about its tensors in the time loop."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ class RecurrentDropout(Regulariser):
     """Of h in the product with W_hh, the same at every step (Gal & Ghahramani, 2016): dropout_h, 0 or 1 / (1 - p)."""
 
     name, tensors = "recurrent_dropout", ("dropout_h",)
-    backends: ClassVar = {name: ("triton", "reference")}
 
     def flags(self, rate: float, training: bool) -> dict[str, Any]:
         return {"dropout_h": True}
@@ -39,7 +38,6 @@ class Zoneout(Regulariser):
     """Elements of h and of c stay as they were (Krueger et al., 2017); in eval() the expectation, of rates []."""
 
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
-    backends: ClassVar = {name: ("triton", "reference")}
 
     def accepted(self, value: Any, cell: Cell) -> Any:
         if len(cell.states) == 1 and isinstance(value, tuple):
@@ -104,7 +102,7 @@ REGULARISERS: tuple[Regulariser, ...] = (
 BY_NAME = {thing.name: thing for thing in REGULARISERS}
 NAMES = tuple(BY_NAME)
 OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
-ABLE = {feature: able for thing in REGULARISERS for feature, able in thing.backends.items()}
+REFERENCE_ONLY = tuple(feature for thing in REGULARISERS for feature in thing.reference_only)
 SCALING, ADDING, AFTER = (
     tuple(thing for thing in REGULARISERS if getattr(type(thing), way) is not getattr(Regulariser, way))
     for way in ("scaled", "added", "after")

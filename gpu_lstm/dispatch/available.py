@@ -1,14 +1,13 @@
 """Which backends can run a call here, and why not the others."""
 
 import functools
-import importlib
 
 import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
-from ..call.options import RESET_STATES
-from ..call.regularisers import ABLE
+from ..call.regularisers import REFERENCE_ONLY
 from ..kernels import cache
+from ..kernels.layer import launcher_of, package_of
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -16,8 +15,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def backends_with(feature: str) -> tuple[Backend, ...]:
     """The backends that support a feature that not all do: states to reset to, a variant of the cell, a regulariser."""
-    kernels = ("triton", "cupy") if feature == RESET_STATES else ("triton",)
-    return tuple(map(Backend, ABLE.get(feature, (*kernels, "reference"))))
+    kernels = () if feature in REFERENCE_ONLY else KERNEL_BACKENDS
+    return *(b for b in kernels if package_of(b.value).supports(feature)), Backend.REFERENCE
 
 
 def select(
@@ -57,71 +56,25 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
         return RuntimeError(f"{name} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
     if dtype not in KERNEL_DTYPES:
         return TypeError(f"{name} supports float16, bfloat16 and float32, got {dtype}")
-    return _triton_obstacle(device, dtype) if choice is Backend.TRITON else _cupy_obstacle(device)
+    if (problem := import_problem(choice)) is not None:
+        return ImportError(f"{name} {problem}")
+    return launcher_of(choice.value).obstacle(device, dtype)
 
 
 @functools.cache
 def import_problem(choice: Backend) -> str | None:
-    """Why the packages of a backend of kernels cannot be used; None if they can.
+    """What a backend of kernels needs, and why that cannot be used, for messages; None if it can.
 
     One that is absent or broken must not stop users who did not ask for it.
     """
+    package = package_of(choice.value)
     try:
-        if choice is Backend.TRITON:
-            importlib.import_module("..kernels.triton_rnn.launch", __package__)
-        else:
-            importlib.import_module("cupy").cuda.nvrtc.getVersion()  # CuPy looks for NVRTC when it is first called
-    except ImportError as error:
-        return str(error)
+        package.import_packages()
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        package = "Triton" if choice is Backend.TRITON else "CuPy"
-        cache.warn_once(f"{package} is installed, but fails, and is not used: {problem}")
-        return problem
+        problem = str(error)
+        if not isinstance(error, ImportError):
+            problem = f"{type(error).__name__}: {error}"
+            name = package.NEEDS.partition(":")[0]
+            cache.warn_once(f"{name} is installed, but fails, and is not used: {problem}")
+        return f"needs {package.NEEDS} ({problem})"
     return None
-
-
-def without_triton(problem: str) -> str:
-    """What to do about a Triton that cannot be imported, for messages."""
-    return f"needs Triton: pip install triton ({problem})"
-
-
-def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    if (problem := import_problem(Backend.TRITON)) is not None:
-        return ImportError(f"backend 'triton' {without_triton(problem)}")
-    launch = importlib.import_module("..kernels.triton_rnn.launch", __package__)
-    if launch.INTERPRETED:
-        if dtype is torch.bfloat16:
-            return TypeError("backend 'triton': Triton's interpreter computes wrong bfloat16 products; use float32")
-        return None
-    if device.type != "cuda":
-        return RuntimeError(
-            f"backend 'triton' runs on CUDA tensors, got {device}; "
-            "with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
-        )
-    if (too_old := _too_old(Backend.TRITON, device, (8, 0))) is not None:
-        return too_old
-    major, minor = torch.cuda.get_device_capability(device)
-    choose = importlib.import_module("..kernels.triton_rnn.choose", __package__)
-    if (problem := choose.launch_problem(device, 10 * major + minor)) is None:
-        return None
-    text = f"Triton launches nothing on {device}, compute capability {major}.{minor}: {problem}"
-    cache.warn_once(f"{text}. Backend 'auto' does without it.")
-    return RuntimeError(f"backend 'triton': {text}")
-
-
-def _too_old(choice: Backend, device: torch.device, needed: tuple[int, int]) -> Exception | None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= needed:
-        return None
-    at_least, has = (".".join(map(str, pair)) for pair in (needed, capability))
-    return RuntimeError(f"backend {choice.value!r} needs compute capability {at_least}, {device} has {has}")
-
-
-def _cupy_obstacle(device: torch.device) -> Exception | None:
-    if (problem := import_problem(Backend.CUPY)) is not None:
-        extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
-        return ImportError(f"backend 'cupy' needs CuPy and NVRTC: pip install \".[{extra}]\" in a clone ({problem})")
-    if device.type != "cuda":
-        return RuntimeError(f"backend 'cupy' runs on CUDA tensors, got {device}")
-    return _too_old(Backend.CUPY, device, (7, 0))

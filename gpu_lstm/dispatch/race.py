@@ -255,8 +255,8 @@ def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
     """The backend for a kind that was not raced. Nothing here was measured.
 
-    The kernels, where torch cannot run it, or not at the speed of a plain batch; and where every layer's W_hh stays on
-    chip and no group of programs has several batch tiles. Everywhere else, torch.
+    The kernels, where torch cannot run it, or not at the speed of a plain batch; and where no layer's plan is expected
+    to be slower (Triton's are not where W_hh stays on chip). Everywhere else, torch.
     """
     theirs = f"torch's {kind.cell.upper()}"
     if kind.only_ours:
@@ -265,12 +265,9 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     slow += ["a projection"] * any(size.projected for size in kind.layers)
     if slow:
         return Decision(able, f"expected: {theirs} is slow with {' and '.join(slow)}")
-    if able is not Backend.TRITON:
-        return Decision(Backend.TORCH, f"expected: {able.value}'s kernels are slower")
     for row in range(0, len(kind.layers) * kind.directions, kind.directions):
         layer = verify.layer_of(able, kind.problem(row, kind.directions), device)
         for pass_ in kind.passes:
-            plan = layer.chosen(pass_).plan
-            if not plan.on_chip or plan.tiles_per_program > 1:
-                return Decision(Backend.TORCH, f"expected: a kernel of the {plan.family.name} family is slower")
+            if (slower := layer.chosen(pass_).plan.slower) is not None:
+                return Decision(Backend.TORCH, f"expected: {slower}")
     return Decision(able, "expected: W_hh stays on chip")

@@ -1,6 +1,5 @@
 """How a call runs, and why: backend, kernels, what was raced, what bounds a step. Nothing is run."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from ..modules.arguments import takes_sequences
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How one layer in one direction runs forward, or backward, on the Triton backend."""
+    """How one layer in one direction runs forward, or backward, by kernels."""
 
     name: str  # "forward" or "backward"
     family: str
@@ -34,7 +33,7 @@ class PassPlan:
     origin: str  # whether the plan was measured
     verdict: str | None  # of the verification on this card: "right", or what is wrong; None: it was not verified yet
     launches: int  # of the kernel of the recurrence
-    bounds: dict[str, float]  # seconds of a step, by cause: estimated, not measured; {} in the interpreter
+    bounds: dict[str, float]  # seconds of a step, by cause: estimated, not measured; {} without an estimate
 
     @property
     def checked(self) -> str:
@@ -51,7 +50,7 @@ class Direction:
     input_size: int
     hidden_size: int
     proj_size: int
-    passes: list[PassPlan]  # [] except on the Triton backend
+    passes: list[PassPlan]  # [] without kernels
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class Explanation:
     how: str  # in which way the backend runs it
     precision: str  # of products
     others: dict[str, str]  # the backends that do not run it: why not
-    launches: int | None  # of the recurrence's kernels, on the Triton backend; None: on another
+    launches: int | None  # of the recurrence's kernels; None: there are none
     layers: list[Direction]
 
     def __str__(self) -> str:
@@ -119,7 +118,7 @@ def explain(
     route, backend = build(call, kind, decision.backend), decision.backend
     rows = [(k, way, *size) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
     layers = [Direction(*row, _passes(call, kind, route, number)) for number, row in enumerate(rows)]
-    launches = sum(each.launches for d in layers for each in d.passes) if backend is Backend.TRITON else None
+    launches = sum(each.launches for d in layers for each in d.passes) if backend in KERNEL_BACKENDS else None
     sizes = {"steps": call.steps, "batch": call.batch} | ({} if call.x.is_cuda else {"precision": ""})
     return Explanation(
         describe(kind.as_json() | sizes).replace("<=", "="),
@@ -129,38 +128,27 @@ def explain(
     )  # fmt: skip
 
 
-def tiles_of(plan: Any) -> str:
-    """How the programs of a plan share a layer, in words."""
-    return f"{plan.rows} sequences x {plan.units} units, {plan.programs} programs x {plan.groups} groups"
-
-
 def terms_of(terms: dict[str, float]) -> list[str]:
     """Seconds by cause in words, the longest first."""
     return [f"{seconds * 1e6:.2f} us {cause}" for cause, seconds in sorted(terms.items(), key=lambda item: -item[1])]
 
 
 def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
-    """The passes of one layer and direction on Triton: with the chosen plans, or those that would be tried first."""
-    if route.backend is not Backend.TRITON or route.schedule is None:
+    """The passes of one layer and direction by kernels: with the chosen plans, or those that would be tried first."""
+    if route.schedule is None:
         return []
-    planning = importlib.import_module("..kernels.triton_rnn.planning", __package__)
     layer, launches = route.layers[row], len(route.schedule.spans(call.steps, kind.directions))
-    card = importlib.import_module("..kernels.triton_rnn.choose", __package__).card_of(layer.device)
     passes = []
     for pass_ in kind.passes:
-        plan, measured = layer.chosen(pass_)
+        plan, measured, family, tiles, why, each_step, bounds = layer.chosen(pass_)
         # Backward is verified for each set of gradients that it may be given.
         others = [pass_._replace(dh_n=False), pass_._replace(dh=False)] if pass_.backward else []
         verdicts = [cached_verdict(plan, layer.problem, each, layer.device) for each in (pass_, *others)]
-        bounds = {}
-        if card is not planning.INTERPRETER:
-            bounds = planning.expected(layer.problem, card, plan, pass_.backward).terms
         passes.append(PassPlan(
-            "backward" if pass_.backward else "forward", plan.family.name, tiles_of(plan), plan.why,
+            "backward" if pass_.backward else "forward", family, tiles, why,
             "measured by autotune" if measured else "expected to be the fastest",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
-            call.steps if plan.family.name == "pointwise" else launches,
-            bounds,
+            call.steps if each_step else launches, bounds or {},
         ))  # fmt: skip
     return passes
 
@@ -180,7 +168,9 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
         return "it is a plain loop over steps, for what the others cannot do"
     if other in KERNEL_BACKENDS and device.type not in available.KERNEL_DEVICES:
         return f"'auto' does not give {device.type} tensors to it"
-    return "'auto' chooses its kernels only where Triton's cannot run" if other is Backend.CUPY else decision.why
+    first = able_to_run(call)
+    without = f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
+    return without if other in KERNEL_BACKENDS and other is not first else decision.why
 
 
 def _how(call: Call, backend: Backend) -> str:

@@ -1,1 +1,17 @@
-"""The CuPy backend: launch.py is its layer.Launcher."""
+"""The CuPy backend: launch.py is its layer.Launcher. What is known of it without CuPy, see layer.Package:"""
+
+import torch
+
+PACKAGES = ("cupy-cuda12x", "cupy-cuda13x")
+_EXTRA = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
+NEEDS = f'CuPy and NVRTC: pip install ".[{_EXTRA}]" in a clone'
+
+
+def supports(feature: str) -> bool:
+    return feature == "reset_states"
+
+
+def import_packages() -> None:
+    import cupy
+
+    cupy.cuda.nvrtc.getVersion()  # CuPy looks for NVRTC when it is first called

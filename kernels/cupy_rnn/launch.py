@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cards import cuda_obstacle
 from ..layer import Chosen, Refuses
 from ..memory import EVERY_BIT, Buffer, allocate, buffers_of, checking, gradients_in, margins
 from ..operands import as_words, transposed_gates
 from ..problem import Gradients, Pass, Problem, Recurrence, steps_of
 from ..timeouts import error_word
-from .planning import HOST, Plan, card_of, choose_plan, words_of
+from .planning import HOST, SEQUENCES, Plan, card_of, choose_plan, words_of
 from .source import CELLS, KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in
 
 PACK = 16  # bytes that a thread reads at once
@@ -87,6 +88,10 @@ BACKEND, prepare = "cupy", Prepared
 """See layer.Launcher; as what follows."""
 
 
+def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    return cuda_obstacle(BACKEND, device, (7, 0))
+
+
 def lacks(problem: Problem) -> str | None:
     if problem.cell not in CELLS:
         return f"cell {problem.cell!r}"
@@ -103,7 +108,10 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
-    return Chosen(choose_plan(problem, card_of(device), pass_.backward), False)
+    plan = choose_plan(problem, card_of(device), pass_.backward)
+    why = "W_hh stays in registers" if plan.chunks else "W_hh is read at every step"
+    tiles = f"{SEQUENCES} sequences x {plan.units} units, {plan.grid[0]} blocks x {plan.grid[1]} groups"
+    return Chosen(plan, False, "cooperative", tiles, why)
 
 
 def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:

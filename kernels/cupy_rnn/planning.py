@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -13,10 +13,9 @@ from ..cards import SHARED_BYTES, Card
 from ..cells import CELLS
 from ..problem import Problem
 from ..timeouts import spare_multiprocessors
+from .source import found
 
-SEQUENCES = 8  # per batch tile
-CHUNK = 16  # words of K that a warp multiplies at once
-AHEAD = 4  # chunks that are loaded at once, where weights are not kept
+SEQUENCES, CHUNK, AHEAD = (int(found(rf"int {name} = (\d+);")) for name in ("SEQUENCES", "CHUNK", "AHEAD"))
 MOST_REGISTERS = 192  # of a thread's 255 that may hold weights, words and sums
 
 # Clocks of an H100, for the order of plans. Rates are published ones, see cards.py; the last two are fitted to the
@@ -58,6 +57,7 @@ class Plan:
     shared: int  # bytes of a block
     clocks: float  # per step, estimated by a model that is meant for ranking plans
     side_by_side: int = 1  # launches of this plan that fit the card at once
+    slower: ClassVar = "cupy's kernels are slower"
 
     @property
     def identity(self) -> dict[str, Any]:

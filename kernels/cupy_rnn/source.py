@@ -29,6 +29,13 @@ def parts() -> dict[str, str]:
     return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in PARTS}
 
 
+def found(pattern: str) -> str:
+    """What a pattern's group matches in the text of all parts."""
+    match = re.search(pattern, join(parts()), re.DOTALL)
+    assert match is not None
+    return match[1]
+
+
 def name_expression(kernel: str, dtype: torch.dtype, template: tuple[str | int, ...], present: Container[str]) -> str:
     """The C++ name of a kernel for one dtype, template arguments of a plan, and the optional arguments there are."""
     flags = (str(name in present).lower() for name in optional(kernel))
@@ -38,9 +45,8 @@ def name_expression(kernel: str, dtype: torch.dtype, template: tuple[str | int, 
 @functools.cache
 def optional(kernel: str) -> tuple[str, ...]:
     """The names of a kernel's optional arguments, in the order in which its template has a flag for each."""
-    template = re.search(rf"template <([^>]*)>\s+__global__ void \w+\([^)]*\) {kernel}\(", join(parts()))
-    assert template is not None
-    return tuple(name.lower() for name in re.findall(r"WITH_(\w+)", template[1]))
+    template = found(rf"template <([^>]*)>\s+__global__ void \w+\([^)]*\) {kernel}\(")
+    return tuple(name.lower() for name in re.findall(r"WITH_(\w+)", template))
 
 
 def present_in(kernel: str, arguments: dict[str, Any]) -> frozenset[str]:
@@ -51,9 +57,8 @@ def present_in(kernel: str, arguments: dict[str, Any]) -> frozenset[str]:
 @functools.cache
 def parameters(kernel: str) -> tuple[str, ...]:
     """The names of a kernel's parameters, in the order in which it declares them."""
-    declared = re.search(rf"\b{kernel}\((.*?)\) \{{", join(parts()), re.DOTALL)
-    assert declared is not None
-    return tuple(parameter.split()[-1] for parameter in re.sub("//.*", "", declared[1]).split(","))
+    declared = re.sub("//.*", "", found(rf"\b{kernel}\((.*?)\) \{{"))
+    return tuple(parameter.split()[-1] for parameter in declared.split(","))
 
 
 def in_order(kernel: str, arguments: dict[str, Any]) -> list[Any]:

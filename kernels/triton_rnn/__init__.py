@@ -1,1 +1,11 @@
-"""The Triton backend: launch.py is its layer.Launcher."""
+"""The Triton backend: launch.py is its layer.Launcher. What is known of it without Triton, see layer.Package:"""
+
+PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
+
+
+def supports(feature: str) -> bool:
+    return True
+
+
+def import_packages() -> None:
+    from . import launch  # noqa: F401

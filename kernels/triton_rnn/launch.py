@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cards import REGISTERS
+from .. import cache
+from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
 from ..layer import Chosen, Refuses
 from ..memory import allocate, buffers_of, checking, gradients_in, margins
 from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
 from ..timeouts import error_word
+from . import choose as choosing
 from . import features
 from .choose import FAMILIES, RecordedLaunch, candidates, card_of, choose_plan, errors_as_of_torch, load, measured_plan
 from .parameters import Sizes, in_tuples, names_of
-from .planning import Plan
+from .planning import INTERPRETER, Plan, expected
 
 INTERPRETED: bool = features.INTERPRETED.value
 
@@ -146,6 +148,21 @@ BACKEND, prepare = "triton", Prepared
 """See layer.Launcher; as what follows."""
 
 
+def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    if INTERPRETED:
+        wrong = "backend 'triton': Triton's interpreter computes wrong bfloat16 products; use float32"
+        return TypeError(wrong) if dtype is torch.bfloat16 else None
+    instead = "; with TRITON_INTERPRET=1 in the environment it runs CPU tensors in Triton's interpreter"
+    if (error := cuda_obstacle(BACKEND, device, (8, 0), instead)) is not None:
+        return error
+    major, minor = torch.cuda.get_device_capability(device)
+    if (problem := choosing.launch_problem(device, 10 * major + minor)) is None:
+        return None
+    text = f"Triton launches nothing on {device}, compute capability {major}.{minor}: {problem}"
+    cache.warn_once(f"{text}. Backend 'auto' does without it.")
+    return RuntimeError(f"backend 'triton': {text}")
+
+
 def lacks(problem: Problem) -> None:
     return None
 
@@ -157,7 +174,10 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
     card = card_of(device)
     plan = plan or candidates(problem, card, pass_)[0]
-    return Chosen(plan, plan.as_json() == measured_plan(problem, card, pass_.backward))
+    measured = plan.as_json() == measured_plan(problem, card, pass_.backward)
+    bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward).terms
+    each_step = FAMILIES[type(plan.family)].loops[pass_.backward] is not None
+    return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step, bounds)
 
 
 def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[RecordedLaunch]:

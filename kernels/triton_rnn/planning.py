@@ -105,6 +105,17 @@ class Plan:
         """Whether W_hh stays there from step to step."""
         return isinstance(self.family, Resident | Cooperative | Held)
 
+    @property
+    def slower(self) -> str | None:
+        """Where W_hh is read at every step, or a group of programs has several batch tiles."""
+        fast = self.on_chip and self.tiles_per_program == 1
+        return None if fast else f"a kernel of the {self.family.name} family is slower"
+
+    @property
+    def tiles(self) -> str:
+        """How its programs share a layer, in words."""
+        return f"{self.rows} sequences x {self.units} units, {self.programs} programs x {self.groups} groups"
+
     def as_json(self) -> dict[str, Any]:
         """All fields, with those of the family among them."""
         return asdict(self) | asdict(self.family) | {"family": type(self.family).__name__.lower()}
