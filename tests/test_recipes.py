@@ -5,11 +5,13 @@ A child process imports the copy, and compares it with a plain loop in float64, 
 
 import difflib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from installed import ROOT
 
 FOLDERS = "gpu_lstm", "kernels"
@@ -58,7 +60,7 @@ NOISE = '''
 """Gaussian noise on h in the product with W_hh, drawn again for every step (Jim, Giles & Horne, 1996)."""
 
 import numbers
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +76,7 @@ class RecurrentNoise(Regulariser):
 
     name = "recurrent_noise"
     tensors = ("noise_h",)
-    backends: ClassVar = {"recurrent_noise": ("triton", "reference"), NORMED: ("reference",)}
+    reference_only = (NORMED,)
 
     def accepted(self, value: Any, cell: Any) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
@@ -239,3 +241,290 @@ def test_a_regulariser_is_a_file_an_entry_of_the_list_and_rows_of_the_table_of_t
         "gpu_lstm/call/recurrent_noise.py": (len(NOISE.splitlines()), 0),
     }  # fmt: skip
     copy.run(COMPARED)
+
+
+LOOP_PACKAGE = '''
+"""A backend in torch's operators, a call of each for every step: what a backend is."""
+
+PACKAGES, NEEDS = ("sympy",), "nothing but torch"
+
+
+def supports(feature: str) -> bool:
+    return False
+
+
+def import_packages() -> None:
+    pass
+'''
+
+LOOP_LAUNCHER = '''
+"""The time loop in torch's operators, all sequences at once."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cells import CELLS
+from ..layer import Chosen, Refuses
+from ..problem import Gradients, Pass, Problem, Recurrence
+
+
+class Plan(NamedTuple):
+    """There is one."""
+
+    slower: str = "a loop is slower"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kernel": "loop"}
+
+    def sequences_enough(self, problem: Problem) -> int:
+        return min(problem.batch, 3)
+
+
+def lstm_forward(z, c):
+    i, f, g, o = z.chunk(4, 1)
+    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+    c = f * c + i * g
+    return (i, f, g, o), o * c.tanh(), c
+
+
+def lstm_backward(gates, c_prev, c, dm, dc):
+    (i, f, g, o), tanh_c = gates, c.tanh()
+    dc = dc + dm * o * (1 - tanh_c**2)
+    slopes = i * (1 - i), f * (1 - f), 1 - g**2, o * (1 - o)
+    return [d * s for d, s in zip((dc * g, dc * c_prev, dc * i, dm * tanh_c), slopes)], dc * f
+
+
+def gru_forward(z, c):
+    n, r, u, s = z.chunk(4, 1)
+    r, u = r.sigmoid(), u.sigmoid()
+    n = (n + r * s).tanh()
+    c = (1 - u) * n + u * c
+    return (n, r, u, s), c, c
+
+
+def gru_backward(gates, c_prev, c, dm, dc):
+    (n, r, u, s), d = gates, dm + dc
+    dn = d * (1 - u) * (1 - n**2)
+    return [dn, dn * s * r * (1 - r), d * (c_prev - n) * u * (1 - u), dn * r], d * u
+
+
+EQUATIONS = {"lstm": (lstm_forward, lstm_backward), "gru": (gru_forward, gru_backward)}
+
+
+class Prepared:
+    """See problem.Prepared."""
+
+    at_once = None  # no program waits for another
+
+    def __init__(self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False) -> None:
+        self.plan, self.problem, self.save = plan, problem, pass_.save
+        self.projects_outside = problem.projected > 0
+        self.next, self.back = EQUATIONS[problem.cell]
+
+    def steps(self, t: Tensor, r: Recurrence) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """The times and sequences of each step; who has the step [B, 1]; who goes on from the step before [B, 1]."""
+        (count, batch), i, reverse = t.shape[:2], r.inputs, self.problem.reverse
+        rows = torch.arange(batch, device=t.device)
+        lengths = torch.full_like(rows, count) if i.lengths is None else i.lengths.long()
+        for step in range(count):
+            time = (lengths - 1 - step).clamp(min=0) if reverse else torch.full_like(rows, step)
+            starts = torch.zeros_like(rows, dtype=torch.bool)
+            if i.resets is not None:  # one at t separates t from t - 1
+                starts = i.resets[(time + reverse).clamp(max=count - 1), rows] & (time + reverse < lengths)
+            yield (time, rows), (step < lengths)[:, None], ~starts[:, None]
+
+    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As layer.Layer.forward."""
+        p, i = self.problem, r.inputs
+        h, c, cell = i.h0[0], i.c0[0], CELLS[p.cell]
+        every_h, every_c = gates.new_zeros(*gates.shape[:2], p.hidden), c.new_zeros(*gates.shape[:2], p.hidden)
+        for at, valid, goes_on in self.steps(gates, r):
+            z, c_prev = gates[at].float(), c.masked_fill(~goes_on, 0)
+            cell.of_h(z, p.hidden).add_(h.masked_fill(~goes_on, 0) @ i.weight_hh.T)
+            activated, m, c_next = self.next(z, c_prev)
+            h, c = torch.where(valid, m.to(h.dtype), h), torch.where(valid, c_next, c)
+            every_h[at], every_c[at] = torch.where(valid, h, every_h[at]), torch.where(valid, c, every_c[at])
+            if self.save:
+                gates[at] = torch.where(valid, torch.cat(activated, 1).to(gates.dtype), gates[at])
+        return every_h, h[None].clone(), c[None].clone(), every_c if self.save else None
+
+    def backward(
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
+    ) -> Gradients:
+        """As layer.Layer.backward."""
+        p, i, steps = self.problem, r.inputs, list(self.steps(gates, r))
+        dgates, c0, cell = torch.zeros_like(gates), i.c0[0], CELLS[p.cell]
+        from_next, dc = torch.zeros_like(c0), torch.zeros_like(c0) if dc_n is None else dc_n[0]
+        for step in reversed(range(len(steps))):
+            at, valid, goes_on = steps[step]
+            last = valid & ~steps[step + 1][1] if step + 1 < len(steps) else valid
+            dm = from_next
+            if dh is not None:
+                dm = dm + dh[at]
+            if dh_n is not None:
+                dm = dm + torch.where(last, dh_n[0], 0)
+            c_prev = (c[steps[step - 1][0]] if step else c0).masked_fill(~goes_on, 0)
+            dz, dc_prev = self.back(gates[at].float().chunk(4, 1), c_prev, c[at], dm, dc)
+            dz = torch.where(valid, torch.cat(dz, 1).to(gates.dtype), 0)
+            dgates[at] = torch.where(valid, dz, dgates[at])
+            dc = torch.where(valid, dc_prev.masked_fill(~goes_on, 0), dc)
+            from_next = (cell.of_h(dz, p.hidden) @ i.weight_hh).float().masked_fill(~goes_on, 0)
+        return Gradients(dgates, None, dc[None])
+
+
+BACKEND, prepare = "loop", Prepared
+
+
+def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
+    return None
+
+
+def lacks(problem: Problem) -> str | None:
+    if problem.cell not in EQUATIONS:
+        return f"cell {problem.cell!r}"
+    more = problem.regularised or problem.weight_peephole or problem.normalised or problem.reset_c
+    return "noise, peepholes, layer norms or states to reset to" if more else None
+
+
+def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
+    if refuses is not None and (reason := refuses(Plan())):
+        raise RuntimeError(f"the loop cannot run this layer: {reason}")
+    return Plan()
+
+
+def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
+    return Chosen(plan or Plan(), family="loop", tiles="all at once", why="it shows what a backend is", each_step=True)
+'''
+
+LOOP_COMPARED = '''
+import contextlib, copy, io, json
+
+import torch
+
+import gpu_lstm
+from gpu_lstm.__main__ import main
+from gpu_lstm.backends import verify
+from gpu_lstm.dispatch import available, route
+from gpu_lstm.kernels import cache, loop_rnn
+from gpu_lstm.kernels.loop_rnn import launch
+
+T, B, I, H = 4, 3, 2, 5
+LENGTHS, RESETS = torch.tensor([4, 2, 0]), torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
+
+
+def compare(kind, arguments, compiled=False, **options):
+    """Results and all gradients, with those of the reference in float64."""
+    torch.manual_seed(0)
+    module = getattr(gpu_lstm, kind)(I, H, backend="loop", **options)
+    exact = copy.deepcopy(module).double()
+    exact.backend, found, x = "reference", [], torch.randn(T, B, I)
+    count, sizes = 1 + module.bidirectional, [module.proj_size or H, H][: 2 - (kind == "GRU")]
+    states = [torch.randn(count, B, size) for size in sizes]
+    for one in (module, exact):
+        leaves = [t.to(one.weight_hh_l0.dtype, copy=True).requires_grad_() for t in (x, *states)]
+        run = torch.compile(one, backend="eager", fullgraph=True) if compiled and one is module else one
+        y, final = run(leaves[0], tuple(leaves[1:]) if kind == "LSTM" else leaves[1], **arguments)
+        results = y, *(final if kind == "LSTM" else [final])
+        torch.manual_seed(1)
+        given = [torch.randn(t.shape).to(t.dtype) for t in results]
+        found.append([*results, *torch.autograd.grad(results, [*leaves, *one.parameters()], given)])
+    for k, (ours, true) in enumerate(zip(*found, strict=True)):
+        torch.testing.assert_close(
+            ours.double(), true, rtol=1e-4, atol=1e-5, msg=lambda text: f"{kind}, {arguments}, {options}, {k}: {text}")
+    return module, x
+
+
+def refused(error, text, act):
+    try:
+        act()
+    except error as raised:
+        assert text in str(raised), raised
+    else:
+        raise AssertionError(f"{text!r} was not said")
+
+
+ragged = dict(lengths=LENGTHS, resets=RESETS)
+for kind in ("LSTM", "GRU"):
+    module, x = compare(kind, {})
+    found = gpu_lstm.explain(module, x)
+    assert found.backend == "loop" and found.launches == 2 * T and "forward: loop, all at once; " in str(found)
+    stream = gpu_lstm.Stream(module, batch=B)
+    torch.testing.assert_close(torch.stack([stream(one) for one in x]), module(x)[0])
+    compare(kind, ragged, bidirectional=True)
+    compare(kind, ragged, bidirectional=True, recompute=True)
+    compare(kind, ragged, compiled=True)
+compare("LSTM", dict(resets=RESETS), proj_size=3)
+# Every kernel was verified before its first call.
+verdicts = [verdict for _, key, verdict in cache.entries(verify.KIND) if key["kernel"] == "loop"]
+assert set(verdicts) == {"right"} and len(verdicts) > 8, verdicts
+
+# What it lacks is refused, and an explicit choice never falls back.
+x, left = torch.randn(T, B, I), torch.randn(1, T, B, H)
+for options in (dict(layer_norm=True), dict(peepholes=True), dict(zoneout=0.1)):
+    said = f"backend 'loop' does not support {[*options][0]}; use 'triton' or 'reference'"
+    refused(ValueError, said, lambda: gpu_lstm.LSTM(I, H, backend="loop", **options)(x))
+gru = gpu_lstm.GRU(I, H, backend="loop")
+said = "backend 'loop' does not support reset_states; use 'triton', 'cupy' or 'reference'"
+refused(ValueError, said.replace(", 'cupy'", " or 'cupy'"), lambda: gru(x, resets=RESETS, reset_states=left))
+refused(TypeError, "backend 'loop' supports float16, bfloat16 and float32, got", lambda: gru.double()(x.double()))
+problem = next(iter(gpu_lstm.kernels.layer._layers))[1]
+layer = lambda: verify.layer_of(gpu_lstm.Backend("loop"), problem._replace(reset_c=True), x.device)
+refused(ValueError, "backend 'loop' has no noise, peepholes, layer norms or states to reset to", layer)
+
+# The doctor lists it.
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    main(["--json"])
+state = json.loads(printed.getvalue())
+assert state["devices"][0]["backends"]["loop"] is None and state["versions"]["sympy"]
+
+# By default it is the last to be chosen; not at all, where another is expected to be faster.
+available.KERNEL_DEVICES, able = ("cpu",), available.why_unavailable
+available.why_unavailable = lambda choice, *of: able(choice, *of) if choice.value == "loop" else ImportError("not here")
+with gpu_lstm.racing("off"):
+    found = gpu_lstm.explain(gpu_lstm.LSTM(I, H), x)
+    assert (found.backend, found.why) == ("torch", "expected: a loop is slower")
+    assert gpu_lstm.explain(gpu_lstm.LSTM(I, H), x, lengths=LENGTHS).backend == "loop"
+    available.why_unavailable = able
+    others = gpu_lstm.explain(gpu_lstm.LSTM(I, H), x, lengths=LENGTHS).others
+    assert others["loop"] == "'auto' chooses its kernels only where those of 'triton' cannot run"
+
+# A card it cannot use, a package that is missing, numbers that are wrong.
+route.forget()
+lstm = gpu_lstm.LSTM(I, H + 1, backend="loop")
+launch.lstm_forward.__code__ = (lambda z, c: (z.chunk(4, 1), c * 0, c)).__code__
+with torch.no_grad():
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused(RuntimeError, "the loop cannot run this layer: the RMS error of", lambda: lstm(x))
+route.forget()
+launch.obstacle = lambda device, dtype: RuntimeError(f"backend 'loop' does not like {device}")
+refused(RuntimeError, "backend 'loop' does not like cpu", lambda: lstm(x))
+loop_rnn.import_packages = lambda: __import__("no_such_package")
+available.import_problem.cache_clear()
+refused(ImportError, "backend 'loop' needs nothing but torch (No module named 'no_such_package')", lambda: lstm(x))
+'''
+
+
+def test_a_backend_is_a_folder_and_a_name(tmp_path, monkeypatch):
+    """A loop in torch's operators, which is then chosen, verified, explained and refused like those there are."""
+    copy, choices = Copy(tmp_path), "gpu_lstm/call/choices.py"
+    (tmp_path / "kernels/loop_rnn").mkdir()
+    copy.add("kernels/loop_rnn/__init__.py", LOOP_PACKAGE)
+    copy.add("kernels/loop_rnn/launch.py", LOOP_LAUNCHER)
+    copy.enter(choices, 'Literal["auto", "triton", "cupy", ', '"loop", ')
+    copy.enter(choices, "# fused CUDA C++ kernels, for where Triton cannot run\n", '    LOOP = "loop"\n')
+    assert copy.changes() == {
+        choices: (2, 1), "kernels/loop_rnn/__init__.py": (len(LOOP_PACKAGE.splitlines()), 0),
+        "kernels/loop_rnn/launch.py": (len(LOOP_LAUNCHER.splitlines()), 0),
+    }  # fmt: skip
+    copy.run(LOOP_COMPARED)
+    for name in ("setup.py", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    built = runpy.run_path(str(tmp_path / "setup.py"))["FOLDERS"]
+    assert built["gpu_lstm.kernels.loop_rnn"] == "kernels/loop_rnn"

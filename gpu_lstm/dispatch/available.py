@@ -71,10 +71,9 @@ def import_problem(choice: Backend) -> str | None:
     try:
         package.import_packages()
     except Exception as error:
-        problem = str(error)
-        if not isinstance(error, ImportError):
-            problem = f"{type(error).__name__}: {error}"
-            name = package.NEEDS.partition(":")[0]
-            cache.warn_once(f"{name} is installed, but fails, and is not used: {problem}")
+        absent = isinstance(error, ImportError)
+        problem = str(error) if absent else f"{type(error).__name__}: {error}"
+        if not absent:
+            cache.warn_once(f"what backend {choice.value!r} needs is installed, but fails, and is not used: {problem}")
         return f"needs {package.NEEDS} ({problem})"
     return None

@@ -168,9 +168,9 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
         return "it is a plain loop over steps, for what the others cannot do"
     if other in KERNEL_BACKENDS and device.type not in available.KERNEL_DEVICES:
         return f"'auto' does not give {device.type} tensors to it"
-    first = able_to_run(call)
-    without = f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
-    return without if other in KERNEL_BACKENDS and other is not first else decision.why
+    if other in KERNEL_BACKENDS and other is not (first := able_to_run(call)):
+        return f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
+    return decision.why
 
 
 def _how(call: Call, backend: Backend) -> str:
