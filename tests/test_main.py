@@ -169,8 +169,8 @@ def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, m
         cache.write("races", race._key(KIND, Backend.TRITON, CPU) | changed, lost)
     ends = {"on": "; the first call of each kind races", "read": ""}
     assert printed_by(capsys)[0] == (
-        "On this machine gpu_lstm runs the kernels of backend 'triton' on the CPU where they are faster: kernels checked 2, "
-        f"of which 1 failed; kinds of problems raced 2, won 1{ends[mode]}"
+        "On this machine gpu_lstm runs the kernels of backend 'triton' on the CPU where they are faster: kernels "
+        f"checked 2, of which 1 failed; kinds of problems raced 2, won 1{ends[mode]}"
     )
 
 
