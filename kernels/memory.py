@@ -55,6 +55,11 @@ def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
     return Gradients(dgates, *map(memory.get, names))
 
 
+def steps_of(gates: Tensor) -> int:
+    """T of a call, the one size that no Problem has."""
+    return gates.shape[0]
+
+
 def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor, inputs: Inputs) -> dict[str, Tensor]:
     """The buffers of a launch over T = `steps`, on the device of `like`."""
     tensors, usual = {}, like.dtype

@@ -132,17 +132,16 @@ def coupled_backward(gates, c_prev, dz_o, dc):
 COUPLED_LSTM = '''
 """CoupledLSTM."""
 
-from torch.nn.modules.rnn import RNNBase
-
 from ..kernels.cells import CELLS
-from .recurrent import Recurrent
+from .lstm import LSTM
 
 
-class CoupledLSTM(Recurrent, RNNBase):
+class CoupledLSTM(LSTM):
     """An LSTM with f = 1 - i."""
 
     _cell = CELLS["coupled"]
 '''
+
 COUPLED_COMPARED = """
 import places
 import pytest
@@ -245,8 +244,12 @@ for backend in ("torch", "cupy"):
     lstm.backend = backend
     with pytest.raises(ValueError, match=f"^backend '{backend}' does not support coupled cells; use "):
         lstm(x)
-with pytest.raises(TypeError, match="^the model itself is a gpu_lstm.CoupledLSTM, a cell that torch.nn has not$"):
+with pytest.warns(match="left as it is: the model itself .gpu_lstm.CoupledLSTM., a subclass"):
     gpu_lstm.to_torch(lstm)
+with pytest.raises(ValueError, match="^CoupledLSTM has a cell of its own, and would be scripted as a torch.nn.LSTM$"):
+    torch.jit.script(lstm)
+with pytest.raises(ValueError, match="^coupled cells have no peepholes and no layer norm$"):
+    CoupledLSTM(I, H, layer_norm=True)
 """
 
 

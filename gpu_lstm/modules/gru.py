@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import RNNBase
 
+from ..call.choices import Backend, BackendName
 from ..kernels.cells import GRU as CELL
 from .arguments import Called, scriptable
 from .recurrent import Recurrent
@@ -41,6 +43,20 @@ class GRU(Recurrent, RNNBase):
 
     zoneout: float
     _cell = CELL
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, recompute: bool = False,
+        recurrent_dropout: float = 0.0, zoneout: float = 0.0, weight_drop: float = 0.0, proj_size: None = None,
+    ) -> None:  # fmt: skip
+        if proj_size is not None:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
+        self._make(
+            (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+            zoneout=zoneout, weight_drop=weight_drop,
+        )  # fmt: skip
 
     if TYPE_CHECKING:
         __call__: Called[Tensor, Tensor]

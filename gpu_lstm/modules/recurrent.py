@@ -8,7 +8,6 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.torch_rnn import packed
-from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import Weights
@@ -26,22 +25,6 @@ class Recurrent(Regularised):
     # On the class, so that they are there in pickles of older modules.
     recompute: bool = False
     _role = "module"
-
-    def __init__(
-        self: Any, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, recompute: bool = False,
-        recurrent_dropout: float = 0.0, zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0,
-        proj_size: None = None,
-    ) -> None:  # fmt: skip
-        """As for LSTM, without variants, which a cell that has them adds."""
-        if proj_size is not None:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
-        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        self._make(
-            (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-            zoneout=zoneout, weight_drop=weight_drop,
-        )  # fmt: skip
 
     def _make(self: Any, torchs: tuple, **ours: Any) -> None:
         """Check our own arguments before RNNBase, with torch's, draws initial weights.

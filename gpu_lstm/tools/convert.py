@@ -16,7 +16,7 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from .. import compat as drop_in
 from ..call.checks import check_bool
 from ..modules import GRU, LSTM, GRUCell, LSTMCell
-from ..modules.arguments import NOT_OF_TORCH, Checked, recast, takes_sequences
+from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
 
 _log = logging.getLogger("gpu_lstm")
 
@@ -132,8 +132,6 @@ def _check_that_torch_has_it(where: str, module: Any) -> None:
             f"{where} is a Stacked{kind} of sizes {module.hidden_sizes}, with {states} of states a layer; a "
             f"torch.nn.{kind} has layers of one size, and {states.replace('a ', 'one ')} of states for all"
         )
-    if isinstance(module, Checked) and not module._cell.of_torch:
-        raise TypeError(f"{where} is a {_name(type(module))}, a cell that torch.nn has not")
     for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
         if value := getattr(module, name, 0.0):
             raise ValueError(f"{where} has {name}={value}, which {_name(_THEIRS[type(module)])} has not")

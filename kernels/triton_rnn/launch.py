@@ -15,8 +15,8 @@ from torch import Tensor
 from ..cards import REGISTERS
 from ..cells import CELLS
 from ..layer import Chosen, Refuses
-from ..memory import allocate, buffers_of, checking, gradients_in, margins
-from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
+from ..memory import allocate, buffers_of, checking, gradients_in, margins, steps_of
+from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop
 from ..timeouts import error_word
 from . import features
 from .choose import FAMILIES, RecordedLaunch, candidates, card_of, choose_plan, errors_as_of_torch, load, measured_plan
