@@ -32,24 +32,24 @@ class Call(NamedTuple):
     modes: Modes
     learns: bool  # whether autograd records
 
-    def padded(self) -> "Call":
-        """The same with x [T, B, I] and lengths for a PackedSequence."""
+    def padded(self) -> tuple[Tensor, Traversal]:
+        """x [T, B, I], of a cell [B, I], and the traversal: those of a PackedSequence in a batch with lengths."""
         if self.form.packed is None:
-            return self
-        return self._replace(x=self.form.padded(), traversal=self.traversal._replace(lengths=self.form.lengths()))
+            return self.x, self.traversal
+        return self.form.padded(), self.traversal._replace(lengths=self.form.lengths())
 
     def laid_out(self) -> "Call":
         """The same with x [T, B, I], and states ([1, B, P], [1, B, H]) of each layer and direction, [L*D]."""
-        if self.form.packed is not None:
-            return self.padded()._replace(states=self._rows())
-        if self.options.one_step:
-            return self._replace(x=self.x[None], states=self._rows())
-        return self._replace(states=self._rows())
-
-    def _rows(self) -> list[State]:
-        if not self.options.lead:
-            return [(h[None], c[None]) for h, c in self.states]
-        return [row for h, c in self.states for row in zip(h.split(1), c.split(1))]
+        x, steps, batch, states, weights, traversal, options, form, its_modes, learns = self
+        if form.packed is not None:
+            x, traversal = self.padded()
+        if options.one_step:
+            x = x[None]
+        if options.lead:
+            rows = [row for h, c in states for row in zip(h.split(1), c.split(1))]
+        else:
+            rows = [(h[None], c[None]) for h, c in states]
+        return Call(x, steps, batch, rows, weights, traversal, options, form, its_modes, learns)  # sooner than _replace
 
     def held(self, rows: list[State]) -> list[State]:
         """Final states that are laid out, as `self.states`."""
@@ -121,7 +121,9 @@ _UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False
 
 def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -> tuple[Form, Tensor]:
     """The form of an input, and the input as Call.x; hx is checked but for its sizes. Here a role reads its call."""
-    role, alone, form, x = options.role, options.one_state, _TIME_FIRST, input
+    role, alone = options.role, options.one_state
+    form: Form = _TIME_FIRST
+    x: Any = input
     if isinstance(input, PackedSequence):
         checks.check_packed(input)
         form, x = Packed(input, options.batch_first), input.data
@@ -189,7 +191,8 @@ def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
 
 def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
     """A user's states as Call.states, of which only sizes are left to check."""
-    states, alone, inside = [], options.one_state, form.batched and form.packed is None
+    states: list[State] = []
+    alone, inside = options.one_state, form.batched and form.packed is None
     for held, (_, hidden, projected) in zip(hx if options.by_layer else (hx,), options.blocks):
         h, c = (held, held) if alone else (held[0], held[1])  # of an unbatched hx torch ignores the rest
         if not inside:
