@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import layer_norm, projection
 from .cells import CELLS
-from .memory import ALIGNMENT, allocate, buffers_of, gradients_in
+from .memory import ALIGNMENT, allocate, buffers_of, gradients_in, steps_of
 from .ordering import in_order
-from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, steps_of
+from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop
 from .timeouts import raise_if_timed_out
 
 MOST_LAYERS = 1024  # that are kept; a program with more problems, say as many sizes of batches, makes them again

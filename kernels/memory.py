@@ -55,20 +55,26 @@ def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
     return Gradients(dgates, *map(memory.get, names))
 
 
+def steps_of(gates: Tensor) -> int:
+    """T of a call, the one size that no Problem has."""
+    return gates.shape[0]
+
+
 def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor, inputs: Inputs) -> dict[str, Tensor]:
     """The buffers of a launch over T = `steps`, on the device of `like`."""
     tensors, usual = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
-        if isinstance(fill, str):
-            tensors[name] = getattr(inputs, fill).clone()
-            continue
         size = size if times is None else (steps + times, *size)
         # Sizes one by one, which torch parses faster.
         t = like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
-        if fill == 0:
+        if fill is None:
+            pass
+        elif fill == 0:
             t.zero_()
-        elif fill is not None:
+        elif fill == EVERY_BIT:
             t.view(torch.int32).fill_(fill)
+        else:
+            t.copy_(getattr(inputs, fill))
         tensors[name] = t
     return tensors
 

@@ -173,11 +173,6 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
     )  # fmt: skip
 
 
-def steps_of(gates: Tensor) -> int:
-    """T of a call, the one size that no Problem has."""
-    return gates.shape[0]
-
-
 def end_index(p: Problem, lengths: Tensor | None, first: bool) -> Any:
     """Index into [T, B, *] of every sequence's first or last step; of an arbitrary time if a sequence has no step."""
     if first != p.reverse:

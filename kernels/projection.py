@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .problem import Gradients, Inputs, Prepared, Problem, Recurrence, end_index, steps_of
+from .memory import steps_of
+from .problem import Gradients, Inputs, Prepared, Problem, Recurrence, end_index
 
 
 def forward(

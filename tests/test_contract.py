@@ -33,7 +33,7 @@ from gpu_lstm.kernels.triton_rnn.states import load_gates
 KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
 MAY_ASK = {  # functions that may read a size from a tensor: to make the Problem, and to copy tensors as they are
-    "problem.py": {"problem_of", "steps_of"}, "memory.py": {"_with_margins", "_outside"}, "timeouts.py": {"__init__"},
+    "problem.py": {"problem_of"}, "memory.py": {"steps_of", "_with_margins", "_outside"}, "timeouts.py": {"__init__"},
     "private.py": {"saved_by_product"},
 }  # fmt: skip
 OF_TENSORS = {"shape", "numel", "ndim"}  # attributes; and methods

@@ -34,13 +34,13 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
               gpu_lstm/equations/lstm.py input_product
               kernels/layer.py Layer.forward
                 kernels/timeouts.py raise_if_timed_out
-                kernels/problem.py steps_of
+                kernels/memory.py steps_of
                 kernels/layer.py _check_count
                 kernels/layer.py Layer.prepared
                 kernels/layer.py aligned
                 kernels/layer.py Layer._aligned
                 kernels/triton_rnn/launch.py Prepared.forward
-                  kernels/problem.py steps_of
+                  kernels/memory.py steps_of
                   kernels/memory.py allocate
                   kernels/triton_rnn/launch.py Prepared._arguments
                   kernels/triton_rnn/launch.py Kernel.__call__
@@ -48,16 +48,16 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
         gpu_lstm/call/forms.py Padded.output
 """
 COUNTS = """
-T=1, inference: 37 calls, 19 files, 24 changes, 6 returns, 10 frames
-T=1, training: 67 calls, 21 files, 40 changes, 20 returns, 11 frames
-T=128, inference: 38 calls, 20 files, 26 changes, 7 returns, 11 frames
-T=128, training: 70 calls, 22 files, 44 changes, 23 returns, 12 frames
-lengths, inference: 44 calls, 20 files, 29 changes, 10 returns, 11 frames
-lengths, training: 78 calls, 22 files, 49 changes, 28 returns, 12 frames
-resets, inference: 43 calls, 20 files, 29 changes, 10 returns, 11 frames
-resets, training: 76 calls, 22 files, 47 changes, 26 returns, 12 frames
-two layers, bidirectional, inference: 94 calls, 21 files, 68 changes, 48 returns, 11 frames
-two layers, bidirectional, training: 224 calls, 22 files, 140 changes, 119 returns, 12 frames
+T=1, inference: 37 calls, 18 files, 23 changes, 6 returns, 10 frames
+T=1, training: 67 calls, 20 files, 38 changes, 19 returns, 11 frames
+T=128, inference: 38 calls, 19 files, 25 changes, 7 returns, 11 frames
+T=128, training: 70 calls, 21 files, 42 changes, 22 returns, 12 frames
+lengths, inference: 44 calls, 19 files, 28 changes, 10 returns, 11 frames
+lengths, training: 78 calls, 21 files, 47 changes, 27 returns, 12 frames
+resets, inference: 43 calls, 19 files, 28 changes, 10 returns, 11 frames
+resets, training: 76 calls, 21 files, 45 changes, 25 returns, 12 frames
+two layers, bidirectional, inference: 94 calls, 20 files, 64 changes, 45 returns, 11 frames
+two layers, bidirectional, training: 224 calls, 21 files, 132 changes, 112 returns, 12 frames
 """
 
 

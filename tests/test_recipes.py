@@ -51,9 +51,240 @@ class Copy:
         """Run a program in which gpu_lstm is the copy, and kernels are interpreted."""
         path = self.folder / "program.py"
         path.write_text(program)
-        alone = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        paths = f"{self.folder}{os.pathsep}{ROOT / 'tests'}"
+        alone = {"TRITON_INTERPRET": "1", "PYTHONPATH": paths, "XDG_CACHE_HOME": str(self.folder / "cache")}
         done = subprocess.run([sys.executable, path], env=os.environ | alone, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+COUPLED = '''
+"""The LSTM with coupled gates, f = 1 - i (Greff et al., 2017), in torch's operators:
+
+    i, o = sigmoid(z_i), sigmoid(z_o)      g = tanh(z_g)      c' = (1 - i) c + i g      m = o tanh(c')
+
+Gates f, i, g, o; x and h reach the last three pre-activations, in torch's order, too: rows i, g, o.
+"""
+
+import torch
+from torch.nn.functional import linear, pad
+
+from .lstm import Gates, output
+
+
+def gates_of(gates, c, h):
+    f, i, g, o = gates.chunk(4, dim=2)
+    return Gates(i, f, o, g, c, h)
+
+
+def input_product(x, weight, bias_ih, bias_hh, gain):
+    bias = None if bias_ih is None else bias_ih + bias_hh
+    return pad(linear(x, weight, bias), (len(weight) // 3, 0))
+
+
+def pre_activations(of_x, of_h):
+    return pad(of_x + of_h, (of_x.shape[1] // 3, 0))
+
+
+def step(z, c, peephole):
+    _, i, g, o = z.chunk(4, dim=1)
+    gates = 1 - i.sigmoid(), i.sigmoid(), g.tanh(), o.sigmoid()
+    return gates, next_cell(gates, c)
+
+
+def activate_in_place(z, peephole, c):
+    f, i, g, o = z.chunk(4, dim=2)
+    torch.sub(1, i.sigmoid_(), out=f)
+    g.tanh_()
+    o.sigmoid_()
+    return z
+
+
+def next_cell(gates, c):
+    _, i, g, _ = gates
+    return c + i.to(c.dtype) * (g - c)
+'''
+
+COUPLED_IN_TRITON = '''
+"""The LSTM with coupled gates on a tile of [rows, units], in float32; gates f, i, g, o as in torch's operators."""
+
+import triton
+import triton.language as tl
+
+from .lstm import sigmoid, tanh
+
+
+@triton.jit
+def coupled_next_cell(gates, c_prev):
+    return c_prev + gates[1] * (gates[2] - c_prev)
+
+
+@triton.jit
+def coupled_forward(x, z, c_prev):
+    i = sigmoid(x[1] + z[1])
+    gates = (1.0 - i, i, tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
+    return gates, coupled_next_cell(gates, c_prev)
+
+
+@triton.jit
+def coupled_backward(gates, c_prev, dz_o, dc):
+    f, i, g, _ = gates
+    return (tl.zeros_like(dc), dc * (g - c_prev) * i * f, dc * i * (1.0 - g * g), dz_o), dc * f
+'''
+
+COUPLED_LSTM = '''
+"""CoupledLSTM."""
+
+from ..kernels.cells import CELLS
+from .lstm import LSTM
+
+
+class CoupledLSTM(LSTM):
+    """An LSTM with f = 1 - i."""
+
+    _cell = CELLS["coupled"]
+'''
+
+COUPLED_COMPARED = """
+import places
+import pytest
+import torch
+
+import gpu_lstm
+from gpu_lstm import CoupledLSTM
+from gpu_lstm.backends import verify
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.kernels.problem import Pass, problem_of
+from gpu_lstm.kernels.tensors import Inputs
+
+I, H = 2, 4
+
+
+def plain_loop(module, x, state, left, lengths, resets):
+    # h [T, B, D * H] and the final states [D, B, H] of a module with one layer.
+    T, B, _ = x.shape
+    outputs, finals = [], []
+    for d in range(1 + module.bidirectional):
+        ending = "_l0" + "_reverse" * d
+        w_x, w_h, *biases = (p.double() for name, p in module.named_parameters() if name.endswith(ending))
+        for b in range(B):
+            h, c = state[0][d, b], state[1][d, b]
+            found = [torch.zeros_like(h)] * T
+            for s in range(lengths[b]):
+                t = lengths[b] - 1 - s if d else s
+                at = t + d  # a reset at t separates t - 1 from t
+                if at < lengths[b] and resets[at, b]:
+                    h, c = (torch.zeros_like(h),) * 2 if left is None else (left[0][d, at, b], left[1][d, at, b])
+                i, g, o = (w_x @ x[t, b] + w_h @ h + sum(biases)).chunk(3)
+                c = (1 - i.sigmoid()) * c + i.sigmoid() * g.tanh()
+                found[t] = h = o.sigmoid() * c.tanh()
+            outputs.append(torch.stack(found))
+            finals.append((h, c))
+    y = torch.stack(outputs).unflatten(0, (-1, B)).permute(2, 1, 0, 3).flatten(2)
+    return y, *(torch.stack(each).unflatten(0, (-1, B)) for each in zip(*finals))
+
+
+def compare(backend, wrap=lambda module: module, T=3, B=2, ragged=True, given=True, **options):
+    # Results and all gradients.
+    torch.manual_seed(0)
+    module = CoupledLSTM(I, H, backend=backend, **options)
+    directions = 1 + module.bidirectional
+    x, lengths, resets = torch.randn(T, B, I), torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)
+    state, left = ([torch.randn(directions, *more, B, H) for _ in "hc"] for more in ((), (T,)))
+    leaves, arguments = [x, *state, *module.parameters()], {}
+    if ragged:
+        lengths, resets = torch.randint(1, T + 1, (B,)), torch.rand(T, B) < 0.4
+        arguments = dict(lengths=lengths, resets=resets)
+    if ragged and given:
+        leaves, arguments = [*leaves, *left], arguments | dict(reset_states=tuple(left))
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y, final = wrap(module)(x, tuple(state), **arguments)
+    state, left = ([t.double() for t in states] for states in (state, left))
+    truth = plain_loop(module, x.double(), state, left if given else None, lengths, resets)
+    ours = y, *final
+    d = [torch.randn_like(t) for t in ours]
+    pairs = [*zip(ours, truth), *zip(*(
+        torch.autograd.grad(results, leaves, [d.to(t.dtype) for d, t in zip(d, results)]) for results in (ours, truth)
+    ))]
+    for k, (our, true) in enumerate(pairs):
+        torch.testing.assert_close(
+            our.double(), true.double(), rtol=1e-4, atol=1e-5,
+            msg=lambda text: f"{backend}, {options}, tensor {k}: {text}")
+
+
+for backend in ("reference", "triton"):
+    compare(backend, bidirectional=True, recompute=True)
+    compare(backend, bias=False, given=False)
+compare("triton", lambda module: torch.compile(module, backend="eager", fullgraph=True))
+for family in ("resident", "cooperative/4/1/4", "step", "held", "pointwise", "split/4"):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        places.KERNELS[family].force(monkeypatch)
+        places.forget()
+        compare("triton", recompute=family == "step")
+places.forget()
+
+# As on a card, where kernels are verified before they run: against the reference, since torch has no such cell.
+inputs = Inputs(
+    x=torch.randn(3, 2, I), h0=torch.randn(1, 2, H), c0=torch.randn(1, 2, H), weight_ih=torch.randn(3 * H, I),
+    weight_hh=torch.randn(3 * H, H))
+layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "coupled", False, "ieee"), inputs.x.device)
+for pass_ in (Pass(), Pass(True)):
+    assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
+
+lstm, x = CoupledLSTM(I, H), torch.randn(4, 3, I)
+assert repr(lstm) == "gpu_lstm.CoupledLSTM(2, 4)"
+said = gpu_lstm.explain(lstm, x)
+assert "COUPLED 2 -> 4" in said.problem and said.others["torch"] == "it does not support coupled cells", said
+with torch.no_grad():
+    y, (h, c) = lstm(x)
+    stream = gpu_lstm.Stream(lstm, batch=3)
+    torch.testing.assert_close(torch.stack([stream(step) for step in x]), y)
+    torch.testing.assert_close(stream.state, (h, c))
+    gates = gpu_lstm.trace(lstm, x).layers[0][0]
+    torch.testing.assert_close(gates.forget, 1 - gates.input)
+for backend in ("torch", "cupy"):
+    lstm.backend = backend
+    with pytest.raises(ValueError, match=f"^backend '{backend}' does not support coupled cells; use "):
+        lstm(x)
+with pytest.warns(match="left as it is: the model itself .gpu_lstm.CoupledLSTM., a subclass"):
+    gpu_lstm.to_torch(lstm)
+with pytest.raises(ValueError, match="^CoupledLSTM has a cell of its own, and would be scripted as a torch.nn.LSTM$"):
+    torch.jit.script(lstm)
+with pytest.raises(ValueError, match="^coupled cells have no peepholes and no layer norm$"):
+    CoupledLSTM(I, H, layer_norm=True)
+"""
+
+
+def test_a_cell_is_a_line_of_a_list_its_equations_and_a_class(tmp_path):
+    """Coupled gates, f = 1 - i: on the reference and on every family of Triton kernels."""
+    copy, branches, modules = Copy(tmp_path), "kernels/triton_rnn/equations/__init__.py", "gpu_lstm/modules/__init__.py"
+    line = """
+COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normalises=False)  # f, i, g, o"""
+    copy.enter("kernels/cells.py", "of_torch=True, normalises=False)", line)
+    copy.enter("kernels/cells.py", "for cell in (LSTM, GRU", ", COUPLED")
+    imported = "from .coupled import coupled_backward, coupled_forward, coupled_next_cell\n"
+    copy.enter(branches, "import triton.language as tl\n\n", imported)
+    for function, arguments, says in (
+        ("forward", "x, z, c_prev", "(four gates, c)"), ("next_cell", "gates, c_prev", "c, [rows, units]"),
+        ("backward", "gates, c_prev, dz_o, dc", "(of the four pre-activations; of c_prev)"),
+    ):  # fmt: skip
+        branch = f'coupled_{function}({arguments}) if S.CELL == "coupled" else '
+        copy.enter(branches, f'{says}."""\n    return ', branch)
+    copy.enter(modules, "from .cell import GRUCell, LSTMCell\n", "from .coupled import CoupledLSTM\n")
+    copy.enter("gpu_lstm/__init__.py", "from .modules import GRU, LSTM, ", "CoupledLSTM, ")
+    new = {
+        "gpu_lstm/equations/coupled.py": COUPLED, "gpu_lstm/modules/coupled.py": COUPLED_LSTM,
+        "kernels/triton_rnn/equations/coupled.py": COUPLED_IN_TRITON,
+    }  # fmt: skip
+    for path, text in new.items():
+        copy.add(path, text)
+    assert copy.changes() == {path: (len(text.splitlines()), 0) for path, text in new.items()} | {
+        "kernels/cells.py": (2, 1),
+        branches: (4, 3),
+        modules: (1, 0),
+        "gpu_lstm/__init__.py": (1, 1),
+    }
+    copy.run(COUPLED_COMPARED)
 
 
 NOISE = '''

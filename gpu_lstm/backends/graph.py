@@ -67,7 +67,7 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, 
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.torch_has_it:
         call = call._replace(x=call.x.to(dtype))
         return torch_rnn.layer_by_layer(call, dtype, partial(_both_directions, call, dtype))
-    return run_layers(call, dtype, backend.value, partial(_run_part, call, dtype, backend))
+    return run_layers(call, dtype, backend, partial(_run_part, call, dtype, backend))
 
 
 def _run_part(call: Call, dtype: torch.dtype, backend: Backend, part: Part) -> tuple[Tensor, State]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..call.checks import is_exact
+from ..call.choices import Backend
 from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.prepare import Call
@@ -40,7 +41,7 @@ RunPart = Callable[[Part], tuple[Tensor, State]]
 """run(part): h [T, B, P] and the final state. Each backend has one such function."""
 
 
-def run_layers(call: Call, dtype: torch.dtype, backend: str, run: RunPart) -> tuple[Tensor, list[State]]:
+def run_layers(call: Call, dtype: torch.dtype, backend: Backend, run: RunPart) -> tuple[Tensor, list[State]]:
     """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states, laid out."""
     options, traversal, x = call.options, call.traversal, call.x
     noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else (None, None)
@@ -94,7 +95,7 @@ def without_autocast(call: Call) -> contextlib.AbstractContextManager:
     return NOTHING if call.modes.autocast is None else torch.autocast(call.x.device.type, enabled=False)
 
 
-def named(layer: int, direction: int | None, backend: str) -> contextlib.AbstractContextManager:
+def named(layer: int, direction: int | None, backend: Backend) -> contextlib.AbstractContextManager:
     """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; without a profiler, nothing.
 
     Layers are numbered from the bottom. Direction 1 is the reverse one; None: all.
@@ -102,4 +103,4 @@ def named(layer: int, direction: int | None, backend: str) -> contextlib.Abstrac
     if not is_profiled() or torch.compiler.is_compiling():
         return NOTHING
     way = {None: "", 0: " forward", 1: " reverse"}[direction]
-    return torch.profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend}")
+    return torch.profiler.record_function(f"gpu_lstm layer {layer}{way}, {backend.value}")

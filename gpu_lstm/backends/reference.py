@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..call.choices import Backend
 from ..call.noise import NO_NOISE, operand
 from ..call.prepare import Call
 from ..call.regularisers import AFTER
@@ -37,7 +38,7 @@ class Steps(NamedTuple):
 
 def run_call(call: Call, dtype: torch.dtype, record: list[Steps] | None = None) -> tuple[Tensor, list[State]]:
     """All layers of a call that is laid out, in `dtype`: output [T, B, D*P] and final states as Call.states."""
-    return run_layers(call, dtype, "reference", partial(_run_part, call, dtype, record))
+    return run_layers(call, dtype, Backend.REFERENCE, partial(_run_part, call, dtype, record))
 
 
 def _run_part(call: Call, dtype: torch.dtype, record: list[Steps] | None, part: Part) -> tuple[Tensor, State]:

@@ -72,18 +72,18 @@ def run_call(
     in_one_piece = schedule.longest >= call.steps and schedule.streams[0] is None
     run = run_layers if in_one_piece else partial(_in_chunks, schedule)
     if dtype is torch.float32 and call.modes.autocast is None:
-        return run(call, dtype, backend.value, run_part)
+        return run(call, dtype, backend, run_part)
     states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
     weights = [[one.to(dtype) for one in layer] for layer in call.weights]
     # Cell states are float32, also from chunk to chunk.
     cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
     with without_autocast(call):  # everything is cast once, rather than for every chunk
-        y, finals = run(cast, dtype, backend.value, run_part)
+        y, finals = run(cast, dtype, backend, run_part)
     return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
 
 
 def _in_chunks(
-    schedule: Schedule, call: Call, dtype: torch.dtype, backend: str, run: RunPart
+    schedule: Schedule, call: Call, dtype: torch.dtype, backend: Backend, run: RunPart
 ) -> tuple[Tensor, list[State]]:
     """As run_layers."""
     options, x, states = call.options, call.x, list(call.states)
@@ -97,7 +97,7 @@ def _in_chunks(
 
 
 def _through(
-    call: Call, run: RunPart, schedule: Schedule, backend: str, states: list[State],
+    call: Call, run: RunPart, schedule: Schedule, backend: Backend, states: list[State],
     layers: Sequence[int], x: Tensor, drawn: tuple[Any, Any],
 ) -> Tensor:  # fmt: skip
     """x [T, B, I] -> [T, B, D*P], chunk by chunk, through several layers of one direction or one layer of two.

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..call.checks import is_exact
+from ..call.choices import Backend
 from ..call.modes import is_transformed
 from ..call.noise import draw
 from ..call.prepare import Call
@@ -58,7 +59,7 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of any other call, laid out, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
     options = call.options
     if not call.traversal.is_plain() or not options.torch_has_it:
-        return run_layers(call, dtype, "torch", partial(_run_part, call, dtype))
+        return run_layers(call, dtype, Backend.TORCH, partial(_run_part, call, dtype))
     if not options.in_one_call:
         return layer_by_layer(call, dtype, partial(_run_both, call))
     y, final = stack(options.cell, call.x, _joined(call.states), call.weights, options.dropout, options.training)
@@ -85,7 +86,7 @@ def layer_by_layer(
     _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
     finals: list[State] = []
     for k, layer in enumerate(call.weights):
-        with named(k, None, "torch"):
+        with named(k, None, Backend.TORCH):
             y, final = run(x, _joined(list(itertools.islice(left, len(layer)))), layer)
         finals += _split(final)
         x = connect(x, y, call.traversal.lengths, kept[k], options)

@@ -135,30 +135,22 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
         check_pair(hx, "lstm_cell")
 
 
-def check_pairs(pairs: Any, layers: int, name: str, error: type[Exception]) -> None:
-    """Raise unless `pairs` is [(h, c), ...], two tensors for each layer; a wrong number raises `error`."""
-    expected = f"{name} should be a list of pairs (h, c), one a layer"
-    if not isinstance(pairs, (list, tuple)):
-        raise TypeError(f"{expected}, got: {type(pairs).__name__}")
-    for k, pair in enumerate(pairs):
+def check_states(states: Any, options: Options, name: str, error: type[Exception]) -> None:
+    """Raise unless `states` has (h, c), or h where a user holds that alone, for each layer; a wrong number: `error`."""
+    kind = "tensors" if options.one_state else "pairs"
+    expected = f"{name} should be a list of {kind}{' (h, c)' * (kind == 'pairs')}, one a layer"
+    if not isinstance(states, (list, tuple)):
+        raise TypeError(f"{expected}, got: {type(states).__name__}")
+    for k, state in enumerate(states):
+        pair = (state,) if options.one_state else state
         if not isinstance(pair, (list, tuple)):
             raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
-        if len(pair) != 2:
+        if len(pair) != len(options.cell.states):
             raise error(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
-        for letter, state in zip("hc", pair):
-            check_tensor(state, f"{letter} of layer {k}")
-    if len(pairs) != layers:
-        raise error(f"Expected {name} of {layers} pairs, one a layer, got {len(pairs)}")
-
-
-def check_states(states: Any, layers: int, name: str, error: type[Exception]) -> None:
-    """Raise unless `states` is [h, ...], a tensor for each layer; a wrong number raises `error`."""
-    if not isinstance(states, (list, tuple)):
-        raise TypeError(f"{name} should be a list of tensors, one a layer, got: {type(states).__name__}")
-    for k, state in enumerate(states):
-        check_tensor(state, f"h of layer {k}")
-    if len(states) != layers:
-        raise error(f"Expected {name} of {layers} tensors, one a layer, got {len(states)}")
+        for letter, tensor in zip("hc", pair):
+            check_tensor(tensor, f"{letter} of layer {k}")
+    if len(states) != len(options.sizes):
+        raise error(f"Expected {name} of {len(options.sizes)} {kind}, one a layer, got {len(states)}")
 
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
@@ -171,18 +163,15 @@ def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weig
         RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
-def check_sizes_of_states(options: Options, x: Tensor, batch: int, hx: State) -> None:
-    """Raise, in torch's words, unless h_0 and c_0 of an LSTM have the right sizes."""
-    for i, (state, features) in enumerate(zip(hx, (options.width, options.hidden))):
-        expected = options.rows, batch, features
+def check_sizes_of_states(options: Options, x: Tensor, batch: int, block: int, hx: State) -> None:
+    """Raise, in torch's words, unless h and c of a block, [*, B, F], have the right sizes."""
+    size = options.blocks[block]
+    for i, (state, features) in enumerate(zip(hx, (size.width, size.hidden))):
+        expected = *options.lead, batch, features
         if state.shape != expected:
-            check_size_of_state(f"hidden[{i}]", state, expected, x)
-
-
-def check_size_of_state(name: str, state: Tensor, expected: tuple[int, ...], x: Tensor) -> None:
-    """Raise, in torch's words, that a state is not of the size `expected`, [*, B, F]."""
-    hint = _other_way_round(state.shape, (*expected[:-2], x.shape[0], expected[-1]))
-    raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}{hint}")
+            name = f"{'hc'[i]} of layer {block}" if options.by_layer else "hidden" + f"[{i}]" * (not options.one_state)
+            hint = _other_way_round(state.shape, (*options.lead, x.shape[0], features))
+            raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}{hint}")
 
 
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:

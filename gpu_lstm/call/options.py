@@ -77,12 +77,15 @@ class Options:
         self.dropout = next((rate for thing, rate in self.on if thing.name == "dropout"), 0.0)
         self.drops_weights = any([thing.changes_weights for thing, _ in self.on])
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
-        # Rows of states per tensor: a module has all in one tensor, a stack those of a layer.
-        self.blocks = (self.directions,) * len(self.sizes) if self.role == "stack" else (self.rows,)
-        # Whether these tensors have rows at all: states of one layer and direction are [B, *] elsewhere.
-        self.leading = self.role == "module" or (self.role == "stack" and self.directions == 2)
-        self.one_row = self.leading and self.rows == 1  # then they are laid out
+        self.by_layer = self.role == "stack"  # a user has states in a list, those of a layer together
+        self.blocks = self.sizes if self.by_layer else self.sizes[:1]  # of the user's tensors of states
+        # Their rows, if they have any: states of one layer and direction are [B, *] but in a module, which has all rows
+        # in one tensor.
+        rows = self.directions if self.by_layer else self.rows
+        self.lead = (rows,) if self.role == "module" or (self.by_layer and rows == 2) else ()
+        self.one_row = bool(self.lead) and self.rows == 1  # then they are laid out
         self.one_step = self.role == "cell"
+        self.ranks = (1, 2) if self.one_step else (2, 3)  # of an input, unbatched and batched
         self.as_given = self.role in ("module", "cell")  # torch's own operator takes x and states as a user has them
         self.torch_has_it = self.role != "layer"
         self.of_rnn_base = self.role in ("module", "stack")  # it says what an input has to be

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     x: Tensor  # [T, B, I]; as torch's own accept it: for a PackedSequence its data [N, I], for a cell [B, I]
     steps: int
     batch: int
-    # Of each of the user's tensors ([*, B, P], [*, B, H]), with options.blocks rows; for a GRU c = h.
+    # Of each of the user's tensors ([*, B, P], [*, B, H]), with options.lead rows; for a GRU c = h.
     states: list[State]
     weights: list[list[Weights]]  # [L][D]
     traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
@@ -32,32 +32,32 @@ class Call(NamedTuple):
     modes: Modes
     learns: bool  # whether autograd records
 
-    def padded(self) -> "Call":
-        """The same with x [T, B, I] and lengths for a PackedSequence."""
+    def padded(self) -> tuple[Tensor, Traversal]:
+        """x [T, B, I], of a cell [B, I], and the traversal: those of a PackedSequence in a batch with lengths."""
         if self.form.packed is None:
-            return self
-        return self._replace(x=self.form.padded(), traversal=self.traversal._replace(lengths=self.form.lengths()))
+            return self.x, self.traversal
+        return self.form.padded(), self.traversal._replace(lengths=self.form.lengths())
 
     def laid_out(self) -> "Call":
         """The same with x [T, B, I], and states ([1, B, P], [1, B, H]) of each layer and direction, [L*D]."""
-        if self.form.packed is not None:
-            return self.padded()._replace(states=self._rows())
-        if self.options.one_step:
-            return self._replace(x=self.x[None], states=self._rows())
-        return self._replace(states=self._rows())
-
-    def _rows(self) -> list[State]:
-        if not self.options.leading:
-            return [(h[None], c[None]) for h, c in self.states]
-        return [row for h, c in self.states for row in zip(h.split(1), c.split(1))]
+        x, steps, batch, states, weights, traversal, options, form, its_modes, learns = self
+        if form.packed is not None:
+            x, traversal = self.padded()
+        if options.one_step:
+            x = x[None]
+        if options.lead:
+            rows = [row for h, c in states for row in zip(h.split(1), c.split(1))]
+        else:
+            rows = [(h[None], c[None]) for h, c in states]
+        return Call(x, steps, batch, rows, weights, traversal, options, form, its_modes, learns)  # sooner than _replace
 
     def held(self, rows: list[State]) -> list[State]:
         """Final states that are laid out, as `self.states`."""
-        if not self.options.leading:
+        if not self.options.lead:
             return [(h.squeeze(0), c.squeeze(0)) for h, c in rows]
         left, out = iter(rows), []
-        for count in self.options.blocks:
-            h, c = zip(*itertools.islice(left, count))
+        for _ in self.options.blocks:
+            h, c = zip(*itertools.islice(left, *self.options.lead))
             out.append((torch.cat(h), torch.cat(c)))
         return out
 
@@ -71,7 +71,7 @@ class Call(NamedTuple):
             out = [form.state_out(state[kept]) for state in states]
         elif form.packed is not None or not form.batched:
             out = [(form.state_out(h), form.state_out(c)) for h, c in states]
-        return form.output(y), out if self.options.role == "stack" else out[0]
+        return form.output(y), out if self.options.by_layer else out[0]
 
 
 def prepare(
@@ -120,31 +120,45 @@ _UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False
 
 
 def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -> tuple[Form, Tensor]:
-    """The form of an input and the input as Call.x; hx is checked as far as that depends on the form alone."""
-    role, pairs = options.role, not options.one_state
+    """The form of an input, and the input as Call.x; hx is checked but for its sizes. Here a role reads its call."""
+    role, alone = options.role, options.one_state
+    form: Form = _TIME_FIRST
+    x: Any = input
     if isinstance(input, PackedSequence):
-        if role == "module" and pairs and hx is not None:
-            checks.check_pair(hx)
         checks.check_packed(input)
-        return Packed(input, options.batch_first), input.data
-    if role == "cell":
-        rank = checks.check_rank_and_layout(input, options.name, (1, 2))
-        return (_TIME_FIRST, input) if rank == 2 else (_UNBATCHED, input.unsqueeze(0))
-    if role == "layer":
+        form, x = Packed(input, options.batch_first), input.data
+    elif role == "layer":
         checks.check_dense(input, options.name)
         if input.dim() != 3:
             raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
         if not input.is_floating_point():
             raise TypeError(f"input should be of a floating point dtype, got: {input.dtype}")
-        return _TIME_FIRST, input
-    if role == "stack":
-        checks.check_tensor(input, "input")
-    rank = checks.check_rank_and_layout(input, options.name, (2, 3))
-    if hx is not None and role == "module":
-        (checks.check_rank_of_states if pairs else checks.check_rank_of_state)(rank, hx)
-    if rank == 2:
-        return _UNBATCHED, input.unsqueeze(1)
-    return (_BATCH_FIRST, input.transpose(0, 1)) if options.batch_first else (_TIME_FIRST, input)
+    else:
+        if role == "stack":
+            checks.check_tensor(input, "input")
+        rank = checks.check_rank_and_layout(input, options.name, options.ranks)
+        if rank == options.ranks[0]:
+            form, x = _UNBATCHED, input.unsqueeze(0 if role == "cell" else 1)
+        elif options.batch_first:
+            form, x = _BATCH_FIRST, input.transpose(0, 1)
+    if hx is None:
+        pass
+    elif role == "cell":
+        if alone:
+            checks.check_rank_of_hidden(hx, options.name)
+        elif type(hx) is not tuple or len(hx) != 2:
+            checks.check_states_of_a_cell(hx, form.batched)
+    elif role == "stack":
+        checks.check_states(hx, options, "hx", RuntimeError)
+    elif role == "module" and form.packed is None:
+        (checks.check_rank_of_state if alone else checks.check_rank_of_states)(rank, hx)
+    elif alone:
+        checks.check_tensor(hx, "hx")
+    else:
+        checks.check_pair(hx)
+        for i, state in enumerate(hx):
+            checks.check_tensor(state, f"hidden[{i}]")
+    return form, x
 
 
 def _traversal(
@@ -167,71 +181,33 @@ def _traversal(
 def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
     """Initial states of zeros. Where both of a pair have the same size they may be one tensor."""
     states = []
-    for rows, size in zip(options.blocks, options.sizes):
-        lead = (rows,) if options.leading else ()
-        c = x.new_zeros(*lead, batch, size.hidden)
+    for _, hidden, projected in options.blocks:
+        c = x.new_zeros(*options.lead, batch, hidden)
         # But torch.compile does not let an operator have the same tensor twice.
-        one = not size.projected and not torch.compiler.is_compiling()
-        states.append((c if one else x.new_zeros(*lead, batch, size.width), c))
+        one = not projected and not torch.compiler.is_compiling()
+        states.append((c if one else x.new_zeros(*options.lead, batch, projected or hidden), c))
     return states
 
 
 def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
-    """A user's states, checked, as Call.states."""
-    if options.one_state:
-        return _single_states(options, form, x, batch, hx)
-    match options.role:
-        case "module":
-            h, c = (hx[0], hx[1]) if form.packed is None and form.batched else map(form.state_in, hx[:2])
-            if h.shape != (options.rows, batch, options.width) or c.shape != (options.rows, batch, options.hidden):
+    """A user's states as Call.states, of which only sizes are left to check."""
+    states: list[State] = []
+    alone, inside = options.one_state, form.batched and form.packed is None
+    for held, (_, hidden, projected) in zip(hx if options.by_layer else (hx,), options.blocks):
+        h, c = (held, held) if alone else (held[0], held[1])  # of an unbatched hx torch ignores the rest
+        if not inside:
+            h = h[None] if options.one_step else form.state_in(h)
+            c = h if alone else c[None] if options.one_step else form.state_in(c)
+        if not options.one_step:  # of which torch's operator says what is wrong
+            size = *options.lead, batch, hidden
+            if c.shape != size or h.shape != ((*options.lead, batch, projected) if projected else size):
                 checks.check_input(options, form, x, None)
-                checks.check_sizes_of_states(options, x, batch, (h, c))
-            return [(h, c)]
-        case "cell":
-            if type(hx) is not tuple or len(hx) != 2:
-                checks.check_states_of_a_cell(hx, form.batched)
-            h, c = hx[0], hx[1]  # as torch does with an unbatched hx, of which it ignores the rest
-            return [(h, c) if form.batched else (h.unsqueeze(0), c.unsqueeze(0))]
-        case "layer":
-            checks.check_pair(hx)
-            for i, (state, features) in enumerate(zip(hx, (options.sizes[0].width, options.sizes[0].hidden))):
-                checks.check_tensor(state, f"hidden[{i}]")
-                if state.shape != (batch, features):
-                    raise RuntimeError(f"Expected hidden[{i}] size {(batch, features)}, got {list(state.shape)}")
-            return [(hx[0], hx[1])]
-    checks.check_pairs(hx, len(options.sizes), "hx", RuntimeError)
-    states = []
-    for k, (pair, size) in enumerate(zip(hx, options.sizes)):
-        wanted = [2] * (options.directions == 2) + [batch] * form.batched + [size.hidden]
-        for name, state in zip("hc", pair):
-            if list(state.shape) != wanted:
-                raise RuntimeError(f"Expected {name} of layer {k} of size {wanted}, got {list(state.shape)}")
-        states.append((form.state_in(pair[0]), form.state_in(pair[1])))
-    return states
-
-
-def _single_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
-    """As _states, for a user who holds h alone."""
-    named = [("hidden", hx)]
-    if options.role == "stack":
-        checks.check_states(hx, len(options.sizes), "hx", RuntimeError)
-        named = [(f"h of layer {k}", h) for k, h in enumerate(hx)]
-    states = []
-    for (name, state), rows, size in zip(named, options.blocks, options.sizes):
-        if options.role == "cell":
-            checks.check_rank_of_hidden(state, options.name)
-            h = state if form.batched else state.unsqueeze(0)
-        else:
-            checks.check_tensor(state, "hx" if name == "hidden" else name)
-            h = form.state_in(state)
-        expected = (*([rows] if options.leading else []), batch, size.hidden)
-        if h.shape != expected and options.role != "cell":
-            checks.check_input(options, form, x, None)
-            checks.check_size_of_state(name, h, expected, x)
-        if options.role != "cell" and checks.is_exact(h, x):
-            states.append((h.to(x.dtype), h))
-        else:  # torch.compile does not let an operator have the same tensor twice
-            states.append((h, h.clone() if torch.compiler.is_compiling() else h))
+                checks.check_sizes_of_states(options, x, batch, len(states), (h, c))
+            if alone and checks.is_exact(h, x):
+                h = h.to(x.dtype)
+        if c is h and torch.compiler.is_compiling():  # which does not let an operator have the same tensor twice
+            c = h.clone()
+        states.append((h, c))
     return states
 
 
@@ -270,7 +246,7 @@ def _check_tensors(
             plain = False
         if asks and (h.requires_grad or c.requires_grad):
             learns = True
-    if options.role == "cell":
+    if options.one_step:
         checks.check_cell(options, form, x, states[0], weights[0][0], alike)
     elif not alike or x.shape[-1] != options.input_size:
         checks.check_input(options, form, x, weights)
@@ -282,9 +258,8 @@ def _reset_states(
     options: Options, form: Form, x: Tensor, sizes: tuple[int, int], traversal: Traversal, reset_states: Any
 ) -> list[State]:
     """A user's states to reset to, checked: (h [T, B, P], c [T, B, H]) of each layer and direction, [L*D]."""
-    if options.role == "stack":
-        check = checks.check_states if options.one_state else checks.check_pairs
-        check(reset_states, len(options.sizes), RESET_STATES, ValueError)
+    if options.by_layer:
+        checks.check_states(reset_states, options, RESET_STATES, ValueError)
         named = [(state, f"{RESET_STATES} of layer {k}") for k, state in enumerate(reset_states)]
     else:
         check_one = checks.check_tensor if options.one_state else checks.check_reset_pair
@@ -296,8 +271,9 @@ def _reset_states(
     of_batch = [batch] * form.batched
     of_steps = [batch, steps] if form.batch_first else [steps, *of_batch]
     rows: list[State] = []
-    for (pair, name), count, size in zip(named, options.blocks, options.sizes):
-        lead, states = [count] * options.leading, []
+    lead = options.lead
+    for (pair, name), size in zip(named, options.blocks):
+        states = []
         pair = (pair, pair) if options.one_state else pair
         for letter, state, features in zip("hc", pair, (size.width, size.hidden)):
             a_sequence, a_step = [*lead, *of_batch, features], [*lead, *of_steps, features]
@@ -308,7 +284,7 @@ def _reset_states(
                 state = form.state_in(state.transpose(-3, -2) if form.batch_first else state)
             states.append(state)  # [*lead, T, B, features]
         h, c = states
-        rows += zip(h.unbind(0), c.unbind(0)) if options.leading else [(h, c)]
+        rows += zip(h.unbind(0), c.unbind(0)) if lead else [(h, c)]
     return rows
 
 

@@ -182,16 +182,17 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
 
     It raises RivalFailed if the backend fails, but errors of the device as they are.
     """
-    call = call.padded()._replace(form=Padded(batched=True, batch_first=False))
+    x, traversal = call.padded()
     steps = min(call.steps, LONGEST)
-    shape = call.x.shape if steps == call.steps else (steps, *call.x.shape[1:])
+    shape = x.shape if steps == call.steps else (steps, *x.shape[1:])
     # Uniform numbers; the caller has forked the generators.
-    data = torch.rand(shape, dtype=torch.float32, device=call.x.device).to(call.x.dtype)
+    data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
-    part = call.traversal.within(None if steps == call.steps else slice(0, steps))
+    part = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
-    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=part)
+    form = Padded(batched=True, batch_first=False)
+    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=part, form=form)
     route = build(sample, kind, backend)
 
     def run() -> None:

@@ -145,14 +145,15 @@ class Called(Protocol[Given, Returned]):
 
 def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """torch's module, for torch.jit.script."""
-    if not type(module).forward.__module__.startswith(__package__.rsplit(".", 1)[0] + "."):
-        raise ValueError(
-            f"{type(module).__qualname__} has a forward of its own, and would be scripted as a torch.nn.{cls.__name__}"
-        )
+    ours: Any = module
+    runs_ours = type(module).forward.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
+    if not runs_ours or not ours._cell.of_torch:
+        own = f"{type(module).__qualname__} has a {'cell' if runs_ours else 'forward'} of its own"
+        raise ValueError(f"{own}, and would be scripted as a torch.nn.{cls.__name__}")
     for name in NOT_OF_TORCH:
         if value := getattr(module, name, False):
-            ours, theirs = f"the {type(module).__name__} has {name}={value!r}", f"a torch.nn.{cls.__name__}"
-            raise ValueError(f"{ours}, and would be scripted as {theirs}, which has none")
+            has = f"the {type(module).__name__} has {name}={value!r}"
+            raise ValueError(f"{has}, and would be scripted as a torch.nn.{cls.__name__}, which has none")
     return recast(module, cls)
 
 

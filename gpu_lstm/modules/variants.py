@@ -47,6 +47,8 @@ class HasVariants:
 
     def _add_variants(self: Any, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
         """The parameters of one layer and direction, where its others are: peepholes initialised as weights are."""
+        if (peepholes or norms) and not self._cell.normalises:
+            raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
         like, hidden = next(self.parameters()), self.hidden_size
         if peepholes:
             self._peepholes = True

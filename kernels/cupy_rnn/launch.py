@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..cards import cuda_obstacle
 from ..layer import Chosen, Refuses
-from ..memory import EVERY_BIT, Buffer, allocate, buffers_of, checking, gradients_in, margins
+from ..memory import EVERY_BIT, Buffer, allocate, buffers_of, checking, gradients_in, margins, steps_of
 from ..operands import as_words, transposed_gates
-from ..problem import Gradients, Pass, Problem, Recurrence, steps_of
+from ..problem import Gradients, Pass, Problem, Recurrence
 from ..timeouts import error_word
 from .planning import HOST, SEQUENCES, Plan, card_of, choose_plan, words_of
 from .source import CELLS, KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in

@@ -16,8 +16,8 @@ from .. import cache
 from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
 from ..layer import Chosen, Refuses
-from ..memory import allocate, buffers_of, checking, gradients_in, margins
-from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop, steps_of
+from ..memory import allocate, buffers_of, checking, gradients_in, margins, steps_of
+from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop
 from ..timeouts import error_word
 from . import choose as choosing
 from . import features
