@@ -30,7 +30,7 @@ from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
-from .fused import Saved, traversal_of, weights_of
+from .fused import Saved, part_of
 from .layer_loop import Part, cast, run_layers, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
@@ -127,24 +127,22 @@ def _without_kernels(
     tensors: Sequence[Any], cell: str, reverse: bool, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
-    inputs, second = Inputs(*tensors[:SECOND]), tensors[SECOND:]
-    x, h0, c0, *_ = inputs
-    directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
+    second = tensors[SECOND:]
+    _, x, state, weights, traversal, noise = part_of(Inputs(*tensors[:SECOND]), reverse)
+    directions = [weights, *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
-        traversal = traversal_of(inputs, reverse)
         if traversal.is_plain() and not reverse:
-            h, (h_n, c_n) = torch_rnn.stack(CELLS[cell], x, (h0, c0), [directions])
+            h, (h_n, c_n) = torch_rnn.stack(CELLS[cell], x, state, [directions])
         else:
-            h, (h_n, c_n) = torch_rnn.run_layer(CELLS[cell], x, (h0, c0), directions[0], traversal)
+            h, (h_n, c_n) = torch_rnn.run_layer(CELLS[cell], x, state, weights, traversal)
         return h, h_n, c_n
-    if len(directions) == 1:
-        return reference.run_inputs(inputs, cell, reverse)
-    rows = zip(h0.split(1), c0.split(1), directions)
-    parts = [
-        reference.run_inputs(Inputs(x, *state, *weights), cell, d == 1) for d, (*state, weights) in enumerate(rows)
+    results = [
+        reference.run_layer(cell, x, (h0, c0), weights, traversal.backwards() if d else traversal, noise)
+        for d, (weights, h0, c0) in enumerate(zip(directions, *(t.split(1) for t in state)))
     ]
-    hs, h_ns, c_ns = zip(*parts)
-    return torch.cat(hs, 2), torch.cat(h_ns), torch.cat(c_ns)
+    hs, finals = zip(*results)
+    h_n, c_n = map(torch.cat, zip(*finals))
+    return torch.cat(hs, 2), h_n, c_n
 
 
 def _with_autograd(
