@@ -49,15 +49,15 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
 """
 COUNTS = """
 T=1, inference: 37 calls, 19 files, 24 changes, 6 returns, 10 frames
-T=1, training: 67 calls, 21 files, 40 changes, 20 returns, 11 frames
+T=1, training: 66 calls, 21 files, 39 changes, 19 returns, 11 frames
 T=128, inference: 38 calls, 20 files, 26 changes, 7 returns, 11 frames
-T=128, training: 70 calls, 22 files, 44 changes, 23 returns, 12 frames
+T=128, training: 69 calls, 22 files, 43 changes, 22 returns, 12 frames
 lengths, inference: 44 calls, 20 files, 29 changes, 10 returns, 11 frames
-lengths, training: 78 calls, 22 files, 49 changes, 28 returns, 12 frames
+lengths, training: 77 calls, 22 files, 47 changes, 26 returns, 12 frames
 resets, inference: 43 calls, 20 files, 29 changes, 10 returns, 11 frames
-resets, training: 76 calls, 22 files, 47 changes, 26 returns, 12 frames
+resets, training: 75 calls, 22 files, 46 changes, 25 returns, 12 frames
 two layers, bidirectional, inference: 94 calls, 21 files, 68 changes, 48 returns, 11 frames
-two layers, bidirectional, training: 224 calls, 22 files, 140 changes, 119 returns, 12 frames
+two layers, bidirectional, training: 220 calls, 22 files, 136 changes, 115 returns, 12 frames
 """
 
 

@@ -234,15 +234,15 @@ class InTransforms(torch.autograd.Function):
 def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
 
-    def part(k: int, of: Any, dims: Any) -> Any:
-        if isinstance(of, list):
-            return [part(k, *each) for each in zip(of, dims or [None] * len(of))]
-        return of if dims is None else of.select(dims, k)
+    def part(k: int, t: Any, dims: Any) -> Any:
+        if isinstance(t, list):
+            return [part(k, *each) for each in zip(t, dims or [None] * len(t))]
+        return t if dims is None else t.select(dims, k)
 
     every = [operator(*part(k, [*arguments], in_dims)) for k in range(info.batch_size)]
-    kind = type(every[0])  # a tuple or a list
-    results = kind(torch.stack(tensors) for tensors in zip(*every))
-    return results, kind([0]) * len(results)
+    collected = type(every[0])  # a tuple or a list
+    results = collected(torch.stack(tensors) for tensors in zip(*every))
+    return results, collected([0]) * len(results)
 
 
 for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _backward, _backward_fake):
@@ -255,9 +255,10 @@ torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_conte
 
 def _products(tensors: Sequence[Any]) -> dict[str, int]:
     """Operations of each matrix's product over all steps, by its name; a multiply-add counts as two, as in torch."""
-    rows = tensors[0].shape[0] * tensors[0].shape[1]  # T B
-    names = [name if name.startswith(("weight_ih", "weight_hh", "weight_hr")) else None for name in NAMES]
-    return {name: 2 * rows * t.numel() for name, t in zip(names, tensors) if name is not None and t is not None}
+    steps, batch, _ = tensors[0].shape
+    matrices = "weight_ih", "weight_hh", "weight_hr"
+    present = ((name, t) for name, t in zip(NAMES, tensors) if name.startswith(matrices) and t is not None)
+    return {name: 2 * steps * batch * t.numel() for name, t in present}
 
 
 def _forward_flops(cell: str, reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:

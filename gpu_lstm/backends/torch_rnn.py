@@ -14,7 +14,6 @@ weights, which may have changed, are put there at every call.
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -81,12 +80,12 @@ def layer_by_layer(
     call: Call, dtype: torch.dtype, run: Callable[[Tensor, State, list[Weights]], tuple[Tensor, State]]
 ) -> tuple[Tensor, list[State]]:
     """As run_layers, both directions at once, each layer by run(x, ([D, B, P], [D, B, H]), weights [D])."""
-    options, x, left = call.options, call.x, iter(call.states)
+    options, x = call.options, call.x
     _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
     finals: list[State] = []
     for k, layer in enumerate(call.weights):
         with named(k, None, "torch"):
-            y, final = run(x, _joined(list(itertools.islice(left, len(layer)))), layer)
+            y, final = run(x, _joined(call.states[len(finals) : len(finals) + len(layer)]), layer)
         finals += _split(final)
         x = connect(x, y, call.traversal.lengths, kept[k], options)
     return x, finals
@@ -189,11 +188,10 @@ def _with_gates_shut(
         unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
         added = len(shut) + -(inputs + len(shut)) % unit
         features = F.pad(torch.stack([feature for feature, _ in shut], dim=2), (0, added - len(shut)))  # [S, B, added]
-        rows = len(weight)
         # Not in place: graph.py records views of no tensor.
-        columns = [F.pad(w, (k * hidden, rows - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]  # each its gate
-        of_features = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [rows, added]
-        weight_ih = torch.cat([weight, of_features], dim=1)
-        x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
+        columns = [F.pad(w, (k * hidden, len(weight) - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]
+        huge_weights = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [4H or 3H, added]
+        weights = weights._replace(weight_ih=torch.cat([weight, huge_weights], dim=1))
+        x = torch.cat([x, features], dim=2)
     y, (_, c_n) = stack(cell, x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
     return y, c_n[0]

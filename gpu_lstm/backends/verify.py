@@ -90,7 +90,7 @@ def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.devic
 
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
-    problem = problem._replace(batch=0, side_by_side=1)  # a plan's identity has what the launch depends on of them
+    problem = problem._replace(batch=0, side_by_side=1)  # plan.identity has what the launch needs of these two
     return cache.machine(device) | plan.identity | problem.as_json() | pass_._asdict()
 
 
@@ -132,15 +132,15 @@ class Small:
 
         steps, features = (1 if p.steps == 1 else STEPS), like.weight_ih.shape[1]
         sizes = sizes_of(p, steps, features)
-        row, column = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
+        time, sequence = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
         tensors = {}
         for name, tensor in like._asdict().items():
             if tensor is None:
                 continue
             if name == "lengths":
-                values = (steps - column) % (steps + 1)
+                values = (steps - sequence) % (steps + 1)
             elif name == "resets":
-                values = (row + column) % 3 == 1
+                values = (time + sequence) % 3 == 1
             elif name.startswith("zoneout"):
                 values = normal(*sizes[name]) > 0 if tensor.dim() else torch.tensor(RATE, device=device)
             elif name == "dropout_h":
