@@ -113,11 +113,6 @@ class AllSteps:
         c: Tensor = self.equations.next_cell(self.gates.chunk(4, dim=2), self.c_before())
         return c
 
-    def m(self) -> Tensor:
-        """What each step projected, [T, B, H]; zero in padding."""
-        m = self.equations.output(self.gates.chunk(4, dim=2), self.c_after(), None, None)
-        return without_padding(m, self.inputs.lengths)
-
     def recompute_gates(self, cell: Cell, h_prev: Tensor) -> None:
         """All h are known by now, so that one product serves all steps."""
         i, peephole = self.inputs, self.inputs.weight_peephole
@@ -176,7 +171,8 @@ def gradients(
         dbias = loop.dgates.sum((0, 1))  # [4H]
         d["bias_ih"], d["bias_hh"] = cell.to_torch(cell.of_x(dbias, hidden), hidden), cell.of_h(dbias, hidden)
     if "weight_hr" in needed:
-        d["weight_hr"] = loop.dh_total.flatten(0, 1).T @ steps.m().flatten(0, 1)
+        m = steps.equations.output(steps.gates.chunk(4, dim=2), steps.c_after(), None, None)  # [T, B, H]
+        d["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, i.lengths).flatten(0, 1)
     if "weight_peephole" in needed:
         d["weight_peephole"] = _of_peepholes(steps, loop.dgates)
     if "reset_h" in needed:

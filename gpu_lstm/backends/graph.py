@@ -23,7 +23,9 @@ from torch import Tensor
 
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import Recording, are_batched, constant_when_traced, gradients_are_differentiated, recurrent_precision
+from ..call.noise import NO_NOISE
 from ..call.prepare import Call
+from ..call.sequences import EVERY_STEP
 from ..call.weights import State, Weights
 from ..kernels import private
 from ..kernels.cells import CELLS
@@ -31,7 +33,7 @@ from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved, part_of
-from .layer_loop import Part, cast, run_layers, without_autocast
+from .layer_loop import Part, run_layers, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
@@ -77,9 +79,8 @@ def _run_part(call: Call, dtype: torch.dtype, backend: Backend, part: Part) -> t
 def _both_directions(
     call: Call, dtype: torch.dtype, x: Tensor, state: State, weights: list[Weights]
 ) -> tuple[Tensor, State]:
-    x, state, first = cast(x, state, weights[0], dtype)
-    second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
-    return _ask(call, Backend.TORCH, [*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
+    first = fused.inputs_of(Part(0, x, state, weights[0], EVERY_STEP, NO_NOISE).to(dtype))
+    return _ask(call, Backend.TORCH, [*first, *(t for second in weights[1:] for t in second.to(dtype))], False)
 
 
 def _ask(call: Call, backend: Backend, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:

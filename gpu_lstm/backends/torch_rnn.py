@@ -29,7 +29,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.private import storage_of
-from .layer_loop import Part, cast, connect, named, run_layers, without_autocast
+from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
@@ -65,11 +65,11 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
 
 
 def _run_part(call: Call, dtype: torch.dtype, part: Part) -> tuple[Tensor, State]:
-    cell, (_, x, state, weights, traversal, _) = call.options.cell, part
-    if not x.is_cuda:  # whatever torch casts, the weights are its casts
-        return run_layer(cell, x, state, weights.to(call.modes.autocast or dtype), traversal)
+    if not part.x.is_cuda:  # whatever torch casts, the weights are its casts
+        part = part._replace(weights=part.weights.to(call.modes.autocast or dtype))
+        return run_layer(call.options.cell, *part[1:5])
     with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-        return run_layer(cell, *cast(x, state, weights, dtype), traversal)
+        return run_layer(call.options.cell, *part.to(dtype)[1:5])
 
 
 def _run_both(call: Call, x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
