@@ -97,11 +97,11 @@ def run_layer(
         """t [T, B, F] from the order of time to that of steps, or back."""
         return t.gather(0, time[:, :, None].expand_as(t))
 
-    x, many = reordered(inside(x)), (*traversal.reset_to(), *noise)
-    many = [t if t is None else reordered(t.to(x.dtype)) if t.dim() == 3 else t.to(x.dtype) for t in many]
+    x, others = reordered(inside(x)), (*traversal.reset_to(), *noise)
+    given = [t if t is None else reordered(t.to(x.dtype)) if t.dim() == 3 else t.to(x.dtype) for t in others]
     outputs, every_step = [], []
     for t in range(len(x)):
-        reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in many]
+        reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in given]
         before = _where(reset, t, (reset_h, reset_c), (h, c))
         gates, after = _step(EQUATIONS[cell], x[t], before, weights, Noise(*now))
         outputs.append(after[0])
