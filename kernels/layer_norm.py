@@ -25,3 +25,8 @@ def gradient(d: Tensor, gain: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
     d_unit, unit = d.to(exact) * gain, unit.to(exact)
     of_v = d_unit - d_unit.mean(-1, keepdim=True) - unit * (d_unit * unit).mean(-1, keepdim=True)
     return (scale[..., None] * of_v).to(d.dtype)
+
+
+def backward(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
+    """Gradient d of LN(v) [T, B, N] -> gradients of v and of the gain [N]."""
+    return gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))

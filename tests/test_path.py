@@ -49,15 +49,15 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
 """
 COUNTS = """
 T=1, inference: 37 calls, 18 files, 23 changes, 6 returns, 10 frames
-T=1, training: 67 calls, 20 files, 38 changes, 19 returns, 11 frames
+T=1, training: 66 calls, 20 files, 37 changes, 18 returns, 11 frames
 T=128, inference: 38 calls, 19 files, 25 changes, 7 returns, 11 frames
-T=128, training: 70 calls, 21 files, 42 changes, 22 returns, 12 frames
+T=128, training: 69 calls, 21 files, 41 changes, 21 returns, 12 frames
 lengths, inference: 44 calls, 19 files, 28 changes, 10 returns, 11 frames
-lengths, training: 78 calls, 21 files, 47 changes, 27 returns, 12 frames
+lengths, training: 77 calls, 21 files, 45 changes, 25 returns, 12 frames
 resets, inference: 43 calls, 19 files, 28 changes, 10 returns, 11 frames
-resets, training: 76 calls, 21 files, 45 changes, 25 returns, 12 frames
-two layers, bidirectional, inference: 94 calls, 20 files, 64 changes, 45 returns, 11 frames
-two layers, bidirectional, training: 224 calls, 21 files, 132 changes, 112 returns, 12 frames
+resets, training: 75 calls, 21 files, 44 changes, 24 returns, 12 frames
+two layers, bidirectional, inference: 93 calls, 20 files, 64 changes, 45 returns, 11 frames
+two layers, bidirectional, training: 219 calls, 21 files, 128 changes, 108 returns, 12 frames
 """
 
 

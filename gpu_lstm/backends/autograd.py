@@ -17,7 +17,7 @@ from .layer_loop import NOTHING, Part
 
 
 def run_layer(layers: Sequence[Layer], recompute: bool, modes: Modes, part: Part) -> tuple[Tensor, State]:
-    """As layers.RunPart, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
+    """As layer_loop.RunPart, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
 
     The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h. `modes`:
     as `prepare` found them, since autograd is off inside Function.forward.

@@ -5,7 +5,7 @@ The kernels compute only the recurrence. The input product and every weight grad
 
 from collections.abc import Sequence, Set
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,27 +18,11 @@ from ..equations import EQUATIONS, lstm
 from ..kernels import layer_norm
 from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
-from ..kernels.problem import NO_UNIT, Gradients, Inputs, Problem, Recurrence, Unit
+from ..kernels.problem import NO_UNIT, Inputs, Problem, Recurrence
 from ..kernels.tensors import Noise
 from .layer_loop import Part
 
 _weights, _noise = attrgetter(*Weights._fields), attrgetter(*Noise._fields)
-
-
-def weights_of(inputs: Inputs) -> Weights:
-    """The Weights among the Inputs of a layer."""
-    return Weights(*_weights(inputs))
-
-
-def noise_of(inputs: Inputs) -> Noise:
-    """The Noise among them."""
-    return Noise(*_noise(inputs))
-
-
-def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
-    """How a layer with these Inputs goes through the batch."""
-    states = None if inputs.reset_h is None or inputs.reset_c is None else [(inputs.reset_h, inputs.reset_c)]
-    return Traversal(inputs.lengths, inputs.resets, reverse, states)
 
 
 def inputs_of(part: Part) -> Inputs:
@@ -51,6 +35,18 @@ def inputs_of(part: Part) -> Inputs:
     return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)
 
 
+def part_of(inputs: Inputs, reverse: bool) -> Part:
+    """The Part, of row 0, that these are the Inputs of."""
+    i = inputs
+    return Part(0, i.x, (i.h0, i.c0), Weights(*_weights(i)), traversal_of(i, reverse), Noise(*_noise(i)))
+
+
+def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
+    """How a layer with these Inputs goes through the batch."""
+    states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
+    return Traversal(inputs.lengths, inputs.resets, reverse, states)
+
+
 def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """h [T, B, P], h_n [1, B, P], c_n [1, B, H]; gates [T, B, 4H], activated if `save`; c [T, B, H], or None.
 
@@ -58,16 +54,22 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     """
     i, problem = inputs, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-    known = added(i) if ADDING else None  # of the operand of W_hh before the time loop, which has h = 0 at resets
-    if i.reset_h is not None:
-        at_resets = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
-        known = at_resets if known is None else known + at_resets
-    if known is not None:
-        _add_product(CELLS[problem.cell], gates, i, known)
-    if inputs.c0.dtype is not torch.float32:
-        inputs = inputs._replace(c0=inputs.c0.float())
-    h, h_n, c_n, c = layer.forward(gates, Recurrence(inputs), save)
+    if ADDING or i.reset_h is not None:
+        _add_known(CELLS[problem.cell], gates, i, problem.reverse)
+    if i.c0.dtype is not torch.float32:
+        i = i._replace(c0=i.c0.float())
+    h, h_n, c_n, c = layer.forward(gates, Recurrence(i), save)
     return h, h_n, c_n, gates, c
+
+
+def _add_known(cell: Cell, z: Tensor, i: Inputs, reverse: bool) -> None:
+    """Add to z what W_hh multiplies besides the h of the time loop, which is 0 at resets: noise, states to reset to."""
+    known = added(i)
+    if i.reset_h is not None:
+        to_reset = _at_resets(scaled(i.reset_h, i), traversal_of(i, reverse))
+        known = to_reset if known is None else known + to_reset
+    if known is not None:
+        _add_product(cell, z, i, known)
 
 
 def _add_product(cell: Cell, z: Tensor, i: Inputs, h: Tensor) -> None:
@@ -80,8 +82,7 @@ def _add_product(cell: Cell, z: Tensor, i: Inputs, h: Tensor) -> None:
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
     """t [T, B, F], with zeros where no step is reset."""
-    reset = traversal.resets_in_time()
-    assert reset is not None, "states to reset to come with resets"
+    reset: Any = traversal.resets_in_time()  # there are some, where there are states to reset to
     return torch.where(reset[:, :, None], t, 0)
 
 
@@ -93,76 +94,76 @@ class Saved(NamedTuple):
     gates: Tensor  # [T, B, 4H] activated, anything in padding; empty if they are to be recomputed
     c: Tensor  # [T, B, H] float32; zero in padding
 
-    def cell_before(self, traversal: Traversal) -> Tensor:
-        """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
-        return traversal.states_before(self.c, self.inputs.c0.float(), self.inputs.reset_c)
 
-    def cell_after(self, cell: str, traversal: Traversal) -> Tensor:
+class AllSteps:
+    """What forward saved of all steps, and what follows from it."""
+
+    def __init__(self, problem: Problem, saved: Saved) -> None:
+        self.inputs, self.h, self.gates, self.c = saved
+        self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(saved.inputs, problem.reverse)
+
+    def c_before(self) -> Tensor:
+        """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
+        return self.traversal.states_before(self.c, self.inputs.c0.float(), self.inputs.reset_c)
+
+    def c_after(self) -> Tensor:
         """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
         if self.inputs.zoneout_c is None:
             return self.c
-        c: Tensor = EQUATIONS[cell].next_cell(self.gates.chunk(4, dim=2), self.cell_before(traversal))
+        c: Tensor = self.equations.next_cell(self.gates.chunk(4, dim=2), self.c_before())
         return c
 
-    def with_gates(self, cell: str, h_prev: Tensor, traversal: Traversal) -> "Saved":
-        """With gates that forward did not keep: all h are known by now, so that one product serves all steps."""
+    def recompute_gates(self, cell: Cell, h_prev: Tensor) -> None:
+        """All h are known by now, so that one product serves all steps."""
         i, peephole = self.inputs, self.inputs.weight_peephole
-        z = EQUATIONS[cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-        _add_product(CELLS[cell], z, i, h_prev)
-        c_prev = None if peephole is None else self.cell_before(traversal)
-        return self._replace(gates=EQUATIONS[cell].activate_in_place(z, peephole, c_prev))
+        z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+        _add_product(cell, z, i, h_prev)
+        self.gates = self.equations.activate_in_place(z, peephole, None if peephole is None else self.c_before())
 
 
 def gradients(
     layer: Layer, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Set[str]
 ) -> dict[str, Tensor | None]:
     """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
-    inputs, problem = saved.inputs, layer.problem
-    traversal = traversal_of(inputs, problem.reverse)
+    i, cell, hidden = saved.inputs, CELLS[layer.problem.cell], layer.problem.hidden
+    steps, unit_hh, unit_c = AllSteps(layer.problem, saved), NO_UNIT, NO_UNIT
+
+    # What forward did not keep.
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
-    if gates_were_dropped or "weight_hh" in needed or inputs.gain_hh is not None:
-        h_prev = traversal.states_before(saved.h, inputs.h0, inputs.reset_h)
-        h_prev = h_prev if _noise(inputs) == NO_NOISE else operand(h_prev, inputs)  # which is four calls
+    if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
+        h_prev = steps.traversal.states_before(saved.h, i.h0, i.reset_h)
+        h_prev = h_prev if _noise(i) == NO_NOISE else operand(h_prev, i)  # which is four calls
     if gates_were_dropped:
-        saved = saved.with_gates(problem.cell, h_prev, traversal)
-    unit_hh = unit_c = NO_UNIT
-    if inputs.gain_hh is not None:
-        unit_hh = layer_norm.unit_of(h_prev @ inputs.weight_hh.T, 4 * problem.hidden)
-    if inputs.gain_c is not None:
-        unit_c = layer_norm.unit_of(saved.cell_after(problem.cell, traversal), problem.hidden)
+        steps.recompute_gates(cell, h_prev)
+    if i.gain_hh is not None:
+        unit_hh = layer_norm.unit_of(h_prev @ i.weight_hh.T, 4 * hidden)
+    if i.gain_c is not None:
+        unit_c = layer_norm.unit_of(steps.c_after(), hidden)
+
+    # The time loop.
     dh, dh_n, dc_n = output_gradients
     dc_n = None if dc_n is None else dc_n.float()
-    exact = inputs if inputs.c0.dtype is torch.float32 else inputs._replace(c0=inputs.c0.float())
-    r = Recurrence(exact, unit_hh, unit_c)
-    loop = layer.backward(dh, dh_n, dc_n, saved.gates, saved.c, r, "h0" in needed)
-    return _over_all_steps(problem, saved, h_prev, r, loop, needed)
+    r = Recurrence(i if i.c0.dtype is torch.float32 else i._replace(c0=i.c0.float()), unit_hh, unit_c)
+    loop = layer.backward(dh, dh_n, dc_n, steps.gates, saved.c, r, "h0" in needed)
 
-
-def _over_all_steps(
-    problem: Problem, saved: Saved, h_prev: Tensor, r: Recurrence, loop: Gradients, needed: Set[str]
-) -> dict[str, Tensor | None]:
-    """The gradients that are `needed`, from those of the time `loop`: products and sums over all steps."""
-    inputs, cell, hidden = saved.inputs, CELLS[problem.cell], problem.hidden
-    traversal = traversal_of(inputs, problem.reverse)
+    # Products and sums over all steps. Gradients are zero in padding, but zero times a NaN in there is NaN.
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
-    # Of W_ih x and of W_hh h. Zero in padding, but zero times a NaN in there is NaN.
-    dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)
-    if inputs.gain_ih is not None and not needed.isdisjoint(("x", "weight_ih", "gain_ih")):
-        z_x = without_padding(inputs.x, inputs.lengths) @ inputs.weight_ih.T
-        dz_x, d["gain_ih"] = _through_norm(dz_x, inputs.gain_ih, layer_norm.unit_of(z_x, 4 * hidden))
-    if inputs.gain_hh is not None and not needed.isdisjoint(("weight_hh", "gain_hh", "reset_h")):
-        dz_h, d["gain_hh"] = _through_norm(dz_h, inputs.gain_hh, r.unit_hh)
-    if inputs.gain_c is not None and not needed.isdisjoint(("gain_c", "bias_c")):
-        d["gain_c"], d["bias_c"] = _gradients_of_norm_of_c(saved, loop.dh_total, inputs.gain_c, r.unit_c.unit)
-    dz_x_rows = dz_x.flatten(0, 1).T  # [4H, T*B]
+    x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
+    dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # of W_ih x and of W_hh h
+    if i.gain_ih is not None:
+        dz_x, d["gain_ih"] = layer_norm.backward(dz_x, i.gain_ih, layer_norm.unit_of(x @ i.weight_ih.T, 4 * hidden))
+    if i.gain_hh is not None:
+        dz_h, d["gain_hh"] = layer_norm.backward(dz_h, i.gain_hh, unit_hh)
+    if i.gain_c is not None:
+        d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, unit_c.unit, loop.dh_total)
+    dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
     dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
-        d["x"] = dz_x @ cell.from_torch(inputs.weight_ih, hidden)
+        d["x"] = dz_x @ cell.from_torch(i.weight_ih, hidden)
     if "c0" in needed:
-        d["c0"] = loop.dc0.to(inputs.c0.dtype)
+        d["c0"] = loop.dc0.to(i.c0.dtype)
     if "weight_ih" in needed:
-        x = inputs.x if inputs.lengths is None else without_padding(inputs.x, inputs.lengths)
         d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
     if "weight_hh" in needed:
         d["weight_hh"] = dz_h_rows @ h_prev.flatten(0, 1)
@@ -170,35 +171,34 @@ def _over_all_steps(
         dbias = loop.dgates.sum((0, 1))  # [4H]
         d["bias_ih"], d["bias_hh"] = cell.to_torch(cell.of_x(dbias, hidden), hidden), cell.of_h(dbias, hidden)
     if "weight_hr" in needed:
-        c = saved.cell_after(problem.cell, traversal)
-        m = EQUATIONS[problem.cell].output(saved.gates.chunk(4, dim=2), c, None, None)  # [T, B, H]
-        d["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, inputs.lengths).flatten(0, 1)
+        m = steps.equations.output(steps.gates.chunk(4, dim=2), steps.c_after(), None, None)  # [T, B, H]
+        d["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, i.lengths).flatten(0, 1)
     if "weight_peephole" in needed:
-        d["weight_peephole"] = _gradient_of_peepholes(saved, problem.cell, loop.dgates, traversal)
+        d["weight_peephole"] = _of_peepholes(steps, loop.dgates)
     if "reset_h" in needed:
-        dreset_h = scaled(_at_resets(dz_h, traversal) @ inputs.weight_hh, inputs)
-        d["reset_h"] = dreset_h if loop.dreset_h is None else dreset_h + loop.dreset_h.to(dreset_h.dtype)
+        d["reset_h"] = _of_reset_h(steps, dz_h, loop.dreset_h)
     return d
 
 
-def _through_norm(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
-    """Gradient d [T, B, N] of a layer norm's result -> gradients of (its input, its gain [N])."""
-    return layer_norm.gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
-
-
-def _gradients_of_norm_of_c(saved: Saved, dm: Tensor, gain: Tensor, unit: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[H]: of gain_c and of bias_c, from dm [T, B, H], that of m = o tanh(LN(c))."""
-    bias, lengths = saved.inputs.bias_c, saved.inputs.lengths
+def _of_norm_of_c(steps: AllSteps, unit: Tensor, dm: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[H]: the gradients of gain_c and of bias_c, from dm [T, B, H], that of m = o tanh(LN(c))."""
+    gain, bias, lengths = steps.inputs.gain_c, steps.inputs.bias_c, steps.inputs.lengths
     normed = unit * gain if bias is None else unit * gain + bias
-    d = dm * saved.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
+    d = dm * steps.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
     dgain, dbias = (without_padding(t, lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
     return dgain, None if bias is None else dbias
 
 
-def _gradient_of_peepholes(saved: Saved, cell: str, dgates: Tensor, traversal: Traversal) -> Tensor:
+def _of_peepholes(steps: AllSteps, dgates: Tensor) -> Tensor:
     """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
     dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
-    before = saved.cell_before(traversal)
-    after = without_padding(saved.cell_after(cell, traversal), saved.inputs.lengths)
+    before, after = steps.c_before(), without_padding(steps.c_after(), steps.inputs.lengths)
     sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
     return torch.cat(sums).to(dgates.dtype)
+
+
+def _of_reset_h(steps: AllSteps, dz_h: Tensor, through_zoneout: Tensor | None) -> Tensor:
+    """[T, B, P], from dz_h [T, B, 4H], that of W_hh h."""
+    i = steps.inputs
+    dreset_h = scaled(_at_resets(dz_h, steps.traversal) @ i.weight_hh, i)
+    return dreset_h if through_zoneout is None else dreset_h + through_zoneout.to(dreset_h.dtype)

@@ -23,15 +23,17 @@ from torch import Tensor
 
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import Recording, are_batched, constant_when_traced, gradients_are_differentiated, recurrent_precision
+from ..call.noise import NO_NOISE
 from ..call.prepare import Call
+from ..call.sequences import EVERY_STEP
 from ..call.weights import State, Weights
 from ..kernels import private
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, problem_of
 from . import fused, reference, torch_rnn, verify
-from .fused import Saved, traversal_of, weights_of
-from .layer_loop import Part, cast, run_layers, without_autocast
+from .fused import Saved, part_of
+from .layer_loop import Part, run_layers, without_autocast
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
@@ -77,9 +79,8 @@ def _run_part(call: Call, dtype: torch.dtype, backend: Backend, part: Part) -> t
 def _both_directions(
     call: Call, dtype: torch.dtype, x: Tensor, state: State, weights: list[Weights]
 ) -> tuple[Tensor, State]:
-    x, state, first = cast(x, state, weights[0], dtype)
-    second = [t for of_second in weights[1:] for t in of_second.to(dtype)]
-    return _ask(call, Backend.TORCH, [*Inputs(x, *state, *first), *second], False)  # type: ignore[arg-type]
+    first = fused.inputs_of(Part(0, x, state, weights[0], EVERY_STEP, NO_NOISE).to(dtype))
+    return _ask(call, Backend.TORCH, [*first, *(t for second in weights[1:] for t in second.to(dtype))], False)
 
 
 def _ask(call: Call, backend: Backend, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
@@ -127,24 +128,22 @@ def _without_kernels(
     tensors: Sequence[Any], cell: str, reverse: bool, backend: Backend
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h, h_n and c_n, by torch's operators, which autograd records."""
-    inputs, second = Inputs(*tensors[:SECOND]), tensors[SECOND:]
-    x, h0, c0, *_ = inputs
-    directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
+    second = tensors[SECOND:]
+    _, x, state, weights, traversal, noise = part_of(Inputs(*tensors[:SECOND]), reverse)
+    directions = [weights, *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
-        traversal = traversal_of(inputs, reverse)
         if traversal.is_plain() and not reverse:
-            h, (h_n, c_n) = torch_rnn.stack(CELLS[cell], x, (h0, c0), [directions])
+            h, (h_n, c_n) = torch_rnn.stack(CELLS[cell], x, state, [directions])
         else:
-            h, (h_n, c_n) = torch_rnn.run_layer(CELLS[cell], x, (h0, c0), directions[0], traversal)
+            h, (h_n, c_n) = torch_rnn.run_layer(CELLS[cell], x, state, weights, traversal)
         return h, h_n, c_n
-    if len(directions) == 1:
-        return reference.run_inputs(inputs, cell, reverse)
-    rows = zip(h0.split(1), c0.split(1), directions)
-    parts = [
-        reference.run_inputs(Inputs(x, *state, *weights), cell, d == 1) for d, (*state, weights) in enumerate(rows)
+    results = [
+        reference.run_layer(cell, x, (h0, c0), weights, traversal.backwards() if d else traversal, noise)
+        for d, (weights, h0, c0) in enumerate(zip(directions, *(t.split(1) for t in state)))
     ]
-    hs, h_ns, c_ns = zip(*parts)
-    return torch.cat(hs, 2), torch.cat(h_ns), torch.cat(c_ns)
+    hs, finals = zip(*results)
+    h_n, c_n = map(torch.cat, zip(*finals))
+    return torch.cat(hs, 2), h_n, c_n
 
 
 def _with_autograd(
@@ -236,15 +235,15 @@ class InTransforms(torch.autograd.Function):
 def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
 
-    def part(k: int, of: Any, dims: Any) -> Any:
-        if isinstance(of, list):
-            return [part(k, *each) for each in zip(of, dims or [None] * len(of))]
-        return of if dims is None else of.select(dims, k)
+    def part(k: int, t: Any, dims: Any) -> Any:
+        if isinstance(t, list):
+            return [part(k, *each) for each in zip(t, dims or [None] * len(t))]
+        return t if dims is None else t.select(dims, k)
 
     every = [operator(*part(k, [*arguments], in_dims)) for k in range(info.batch_size)]
-    kind = type(every[0])  # a tuple or a list
-    results = kind(torch.stack(tensors) for tensors in zip(*every))
-    return results, kind([0]) * len(results)
+    collected = type(every[0])  # a tuple or a list
+    results = collected(torch.stack(tensors) for tensors in zip(*every))
+    return results, collected([0]) * len(results)
 
 
 for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _backward, _backward_fake):
@@ -257,9 +256,10 @@ torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_conte
 
 def _products(tensors: Sequence[Any]) -> dict[str, int]:
     """Operations of each matrix's product over all steps, by its name; a multiply-add counts as two, as in torch."""
-    rows = tensors[0].shape[0] * tensors[0].shape[1]  # T B
-    names = [name if name.startswith(("weight_ih", "weight_hh", "weight_hr")) else None for name in NAMES]
-    return {name: 2 * rows * t.numel() for name, t in zip(names, tensors) if name is not None and t is not None}
+    steps, batch, _ = tensors[0].shape
+    matrices = "weight_ih", "weight_hh", "weight_hr"
+    present = ((name, t) for name, t in zip(NAMES, tensors) if name.startswith(matrices) and t is not None)
+    return {name: 2 * steps * batch * t.numel() for name, t in present}
 
 
 def _forward_flops(cell: str, reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:

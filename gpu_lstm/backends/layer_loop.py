@@ -33,8 +33,12 @@ class Part(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> Part:
         """The same in `dtype`, but c stays float32 if the user passed a float32 c with a half-precision x."""
-        x, state, weights = cast(self.x, self.state, self.weights, dtype)
-        return Part(self.row, x, state, weights, self.traversal, self.noise)
+        row, x, (h, c), weights, traversal, noise = self
+        if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
+            return self
+        stays = is_exact(c, x) or (x.is_cpu and weights.weight_hr is not None)  # there torch's autocast casts no c
+        state = h.to(dtype), c if stays else c.to(dtype)
+        return Part(row, x.to(dtype), state, weights.to(dtype), traversal, noise)
 
 
 RunPart = Callable[[Part], tuple[Tensor, State]]
@@ -79,15 +83,6 @@ def connect(
     if kept is None:
         return y
     return y * (kept.to(y.dtype) / (1 - options.dropout) if options.dropout < 1 else 0)
-
-
-def cast(x: Tensor, state: State, weights: Weights, dtype: torch.dtype) -> tuple[Tensor, State, Weights]:
-    """The same in `dtype`, but c stays float32 if the user passed a float32 c with a half-precision x."""
-    h, c = state
-    if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
-        return x, state, weights
-    stays = is_exact(c, x) or (x.is_cpu and weights.weight_hr is not None)  # where torch's autocast casts no c either
-    return x.to(dtype), (h.to(dtype), c if stays else c.to(dtype)), weights.to(dtype)
 
 
 def without_autocast(call: Call) -> contextlib.AbstractContextManager:

@@ -22,9 +22,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
-from ..kernels.problem import Inputs
 from ..kernels.tensors import Noise
-from .fused import noise_of, traversal_of, weights_of
 from .layer_loop import Part, run_layers, without_autocast
 
 
@@ -45,13 +43,6 @@ def _run_part(call: Call, dtype: torch.dtype, record: list[Steps] | None, part: 
     _, x, state, weights, traversal, noise = part.to(dtype)
     with without_autocast(call):
         return run_layer(call.options.cell.name, x, state, weights, traversal, noise, record)
-
-
-def run_inputs(tensors: Sequence[Tensor | None], cell: str, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """h, h_n and c_n of one layer in one direction, from its Inputs."""
-    i = Inputs(*tensors)
-    h, (h_n, c_n) = run_layer(cell, i.x, (i.h0, i.c0), weights_of(i), traversal_of(i, reverse), noise_of(i))
-    return h, h_n, c_n
 
 
 def gradients(
@@ -92,11 +83,12 @@ def run_layer(
     Returns:
         h [T, B, P] and (h_n [1, B, P], c_n [1, B, H]), in the dtypes of x, h0 and c0.
     """
-    h0, c0 = state[0][0], state[1][0]  # [B, P], [B, H]
-    dtype, cell_dtype = x.dtype, c0.dtype
+    h, c = state[0][0], state[1][0]  # [B, P], [B, H]
+    dtype, cell_dtype = x.dtype, c.dtype
     if dtype in (torch.float16, torch.bfloat16):
-        x, h0, c0, weights = x.float(), h0.float(), c0.float(), weights.to(torch.float32)
+        x, h, c, weights = x.float(), h.float(), c.float(), weights.to(torch.float32)
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
+    ended = None if valid is None else ~valid
 
     def inside(t: Tensor) -> Tensor:
         """t [T, B, F] with zeros past the end of a sequence, where it may be NaN, and steps and times are the same."""
@@ -106,44 +98,39 @@ def run_layer(
         """t [T, B, F] from the order of time to that of steps, or back."""
         return t.gather(0, time[:, :, None].expand_as(t))
 
-    steps, x = len(x), reordered(inside(x))
-    reset_h, reset_c = (None if t is None else reordered(t.to(x.dtype)) for t in traversal.reset_to())
-    noise = [None if t is None else reordered(t.to(x.dtype)) if t.dim() == 3 else t.to(x.dtype) for t in noise]
-    noise = noise if any([t is not None for t in noise]) else None
-
-    h, c = h0, c0
+    x, others = reordered(inside(x)), (*traversal.reset_to(), *noise)
+    given = [t if t is None else reordered(t.to(x.dtype)) if t.dim() == 3 else t.to(x.dtype) for t in others]
     outputs, every_step = [], []
-    for t in range(steps):
-        h_prev, c_prev = h, c
-        if reset is not None:
-            h_prev = torch.where(reset[t, :, None], 0 if reset_h is None else reset_h[t], h)
-            c_prev = torch.where(reset[t, :, None], 0 if reset_c is None else reset_c[t], c)
-        now = None if noise is None else Noise(*[n[t] if n is not None and n.dim() == 3 else n for n in noise])
-        gates, c_next, h_next = _step(EQUATIONS[cell], x[t], h_prev, c_prev, weights, now)
+    for t in range(len(x)):
+        reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in given]
+        before = _where(reset, t, (reset_h, reset_c), (h, c))
+        gates, after = _step(EQUATIONS[cell], x[t], before, weights, Noise(*now))
+        outputs.append(after[0])
         if record is not None:
-            every_step.append((torch.cat(gates, 1), c_next, h_next))
-        outputs.append(h_next)
-        if valid is None:
-            h, c = h_next, c_next
-        else:
-            h, c = (torch.where(valid[t, :, None], *both) for both in ((h_next, h), (c_next, c)))
+            every_step.append((torch.cat(gates, 1), *reversed(after)))
+        h, c = _where(ended, t, (h, c), after)
 
     if record is not None:
         record.append(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
     return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(cell_dtype)[None])
 
 
-def _step(
-    cell: ModuleType, x: Tensor, h: Tensor, c: Tensor, weights: Weights, noise: Noise | None
-) -> tuple[FourGates, Tensor, Tensor]:  # fmt: skip
-    """One step of x [B, I], from the states before it: its gates, c and h, [B, *]; `noise` is that of the step."""
-    w = weights
-    h_in = h if noise is None else operand(h, noise)
-    of_x, of_h = linear(x, w.weight_ih, w.bias_ih, w.gain_ih), linear(h_in, w.weight_hh, w.bias_hh, w.gain_hh)
-    gates, c_next = cell.step(cell.pre_activations(of_x, of_h), c, w.weight_peephole)  # [B, H] each
-    h_next = cell.output(gates, c_next, w.gain_c, w.bias_c)
-    if w.weight_hr is not None:
-        h_next = F.linear(h_next, w.weight_hr)
-    for thing in () if noise is None else AFTER:
-        h_next, c_next = thing.after((h, c), (h_next, c_next), noise)
-    return gates, c_next, h_next
+def _where(mask: Tensor | None, t: int, these: Sequence[Tensor | None], others: State) -> State:
+    """States [B, *], at step t: these, of which None is zero, where the mask [T, B] is true, else the others."""
+    if mask is None:
+        return others
+    h, c = [torch.where(mask[t, :, None], 0 if a is None else a, b) for a, b in zip(these, others)]
+    return h, c
+
+
+def _step(cell: ModuleType, x: Tensor, state: State, weights: Weights, noise: Noise) -> tuple[FourGates, State]:
+    """One step of x [B, I], from the state before it: its gates and the state after it, all [B, *]."""
+    w, (h, c) = weights, state
+    z_x = linear(x, w.weight_ih, w.bias_ih, w.gain_ih)
+    z_h = linear(operand(h, noise), w.weight_hh, w.bias_hh, w.gain_hh)
+    gates, c = cell.step(cell.pre_activations(z_x, z_h), c, w.weight_peephole)
+    h = cell.output(gates, c, w.gain_c, w.bias_c)
+    after = h if w.weight_hr is None else F.linear(h, w.weight_hr), c
+    for thing in AFTER:
+        after = thing.after(state, after, noise)
+    return gates, after

@@ -67,7 +67,7 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
 def run_call(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
-    """All layers of a call that is laid out, in `dtype`, by the kernels of `layers` [L*D]: as layers.run_layers."""
+    """All layers of a call that is laid out, in `dtype`, by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
     run_part = partial(autograd.run_layer, layers, call.options.recompute, call.modes)
     in_one_piece = schedule.longest >= call.steps and schedule.streams[0] is None
     run = run_layers if in_one_piece else partial(_in_chunks, schedule)
@@ -114,32 +114,33 @@ def _through(
         # Chunks are copied into place as they come, so that there is never a second output. It is allocated on the
         # stream that all others wait for, since several of them write to it.
         whole = x.new_empty(*x.shape[:2], directions * width)
-    for k in layers:  # whatever was made on the current stream; views share the memory
-        for d, weights in enumerate(call.weights[k]):
-            row, (lengths, resets, *_) = directions * k + d, call.traversal
-            read = *states[row], *weights, lengths, resets, *call.traversal.of(row).reset_to(), *noise[k][d], kept[k]
-            hold(streams[d if directions == 2 else k], (whole, *read))
+    parts = [
+        (k, d, directions * k + d, weights, streams[d if directions == 2 else k])
+        for k in layers for d, weights in enumerate(call.weights[k])
+    ]  # fmt: skip
+    lengths, resets, *_ = call.traversal
+    for k, d, row, weights, stream in parts:  # whatever was made on the current stream; views share the memory
+        reset_to = call.traversal.of(row).reset_to()
+        hold(stream, (whole, *states[row], *weights, lengths, resets, *reset_to, *noise[k][d], kept[k]))
     for spans in zip(all_spans, reversed(all_spans)):
         ways = [call.traversal.within(span) for span in spans[:directions]]
         h = x
-        for k in layers:
-            for d, weights in enumerate(call.weights[k]):
-                row, span = directions * k + d, spans[d]
-                way, stream = ways[d].of(row), streams[d if directions == 2 else k]
-                below = cut(x, span) if k == layers[0] else h
-                hold(stream, (below, way.lengths))  # those of a chunk
-                with on(stream, streams[k - 1] if k > layers[0] else None):
-                    if d:
-                        way = way.backwards()
-                        states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row])
-                    with named(k, d, backend):
-                        h, states[row] = run(Part(row, below, states[row], weights, way, within(noise[k][d], span)))
-                    if directions == 1:
-                        h = connect(below, h, way.lengths, cut(kept[k], span), call.options)
-                    if k == last and whole is not None:
-                        whole[span, :, d * width : (d + 1) * width] = h
-                    elif k == last:
-                        pieces[d].insert(0 if d else len(pieces[d]), h)
+        for k, d, row, weights, stream in parts:
+            span, way = spans[d], ways[d].of(row)
+            below = cut(x, span) if k == layers[0] else h
+            hold(stream, (below, way.lengths))  # those of a chunk
+            with on(stream, streams[k - 1] if k > layers[0] else None):
+                if d:
+                    way = way.backwards()
+                    states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row])
+                with named(k, d, backend):
+                    h, states[row] = run(Part(row, below, states[row], weights, way, within(noise[k][d], span)))
+                if directions == 1:
+                    h = connect(below, h, way.lengths, cut(kept[k], span), call.options)
+                if k == last and whole is not None:
+                    whole[span, :, d * width : (d + 1) * width] = h
+                elif k == last:
+                    pieces[d].insert(0 if d else len(pieces[d]), h)
     finals = states[directions * layers[0] : directions * (last + 1)]
     join(streams, [*itertools.chain(*pieces), *itertools.chain(*finals)])
     return _cat([_cat(each, 0) for each in pieces], 2) if whole is None else whole

@@ -41,13 +41,13 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, valid: Tens
     if (h.detach().sum() + c_n.detach().sum()).isfinite():
         return h, c_n
     spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))  # [B]
-    rows, (h0, c0) = spoilt.nonzero()[:, 0], state
+    sequences, (h0, c0) = spoilt.nonzero()[:, 0], state
     # Without them, so that no gradient of the others meets their NaN.
     others = torch.where(spoilt[:, None], 0, h0), torch.where(spoilt[:, None], 0, c0)
     h, c_n = _in_a_grid(run, torch.where(spoilt[:, None], 0, x), others, valid, reset)
-    its_valid = None if valid is None else valid[:, rows]
-    its_h, its_c_n = _from_reset_to_reset(run, x[:, rows], (h0[rows], c0[rows]), its_valid, reset[:, rows])
-    return h.index_copy(1, rows, its_h), c_n.index_copy(0, rows, its_c_n)
+    x, state, reset = x[:, sequences], (h0[sequences], c0[sequences]), reset[:, sequences]
+    right_h, right_c_n = _from_reset_to_reset(run, x, state, None if valid is None else valid[:, sequences], reset)
+    return h.index_copy(1, sequences, right_h), c_n.index_copy(0, sequences, right_c_n)
 
 
 def _without_values(run: Run, x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> Result:
@@ -98,18 +98,18 @@ def _in_a_grid(run: Run, x: Tensor, state: State, valid: Tensor | None, reset: T
     between two copies of the batch, K = 2, S = T: steps run one after another, sequences in parallel.
     """
     steps, batch, inputs = x.shape
-    episode, row = reset.cumsum(0, dtype=torch.long), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
+    episode, step = reset.cumsum(0, dtype=torch.long), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
     if on_host:
-        row, copy, copies, rows = row + episode, 0 * episode, 1, steps + int(episode[-1].max())
+        step, copy, copies, height = step + episode, 0 * episode, 1, steps + int(episode[-1].max())
     else:
-        copy, copies, rows = episode % 2, 2, steps
-    grid, column = (rows, copies * batch), copy * batch + torch.arange(batch, device=x.device)
-    place = (row * copies * batch + column).flatten()  # [T*B]
-    nowhere = torch.zeros(rows * copies * batch, dtype=torch.bool, device=x.device)
+        copy, copies, height = episode % 2, 2, steps
+    grid, column = (height, copies * batch), copy * batch + torch.arange(batch, device=x.device)
+    place = (step * copies * batch + column).flatten()  # [T*B]
+    nowhere = torch.zeros(height * copies * batch, dtype=torch.bool, device=x.device)
     opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, K*B]
     clears = ~opens
     if on_host:
-        clears = clears & (torch.arange(rows, device=x.device)[:, None] < row[-1])  # after the last step hold
+        clears = clears & (torch.arange(height, device=x.device)[:, None] < step[-1])  # after the last step hold
     if valid is not None:
         opens = nowhere.index_copy(0, place, valid.flatten()).view(grid)
     x = x.new_zeros(len(nowhere), inputs).index_copy(0, place, x.flatten(0, 1)).view(*grid, inputs)

@@ -14,7 +14,6 @@ weights, which may have changed, are put there at every call.
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -31,7 +30,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.private import storage_of
-from .layer_loop import Part, cast, connect, named, run_layers, without_autocast
+from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
@@ -67,11 +66,11 @@ def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
 
 
 def _run_part(call: Call, dtype: torch.dtype, part: Part) -> tuple[Tensor, State]:
-    cell, (_, x, state, weights, traversal, _) = call.options.cell, part
-    if not x.is_cuda:  # whatever torch casts, the weights are its casts
-        return run_layer(cell, x, state, weights.to(call.modes.autocast or dtype), traversal)
+    if not part.x.is_cuda:  # whatever torch casts, the weights are its casts
+        part = part._replace(weights=part.weights.to(call.modes.autocast or dtype))
+        return run_layer(call.options.cell, *part[1:5])
     with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-        return run_layer(cell, *cast(x, state, weights, dtype), traversal)
+        return run_layer(call.options.cell, *part.to(dtype)[1:5])
 
 
 def _run_both(call: Call, x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
@@ -82,12 +81,12 @@ def layer_by_layer(
     call: Call, dtype: torch.dtype, run: Callable[[Tensor, State, list[Weights]], tuple[Tensor, State]]
 ) -> tuple[Tensor, list[State]]:
     """As run_layers, both directions at once, each layer by run(x, ([D, B, P], [D, B, H]), weights [D])."""
-    options, x, left = call.options, call.x, iter(call.states)
+    options, x = call.options, call.x
     _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
     finals: list[State] = []
     for k, layer in enumerate(call.weights):
         with named(k, None, Backend.TORCH):
-            y, final = run(x, _joined(list(itertools.islice(left, len(layer)))), layer)
+            y, final = run(x, _joined(call.states[len(finals) : len(finals) + len(layer)]), layer)
         finals += _split(final)
         x = connect(x, y, call.traversal.lengths, kept[k], options)
     return x, finals
@@ -190,11 +189,10 @@ def _with_gates_shut(
         unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
         added = len(shut) + -(inputs + len(shut)) % unit
         features = F.pad(torch.stack([feature for feature, _ in shut], dim=2), (0, added - len(shut)))  # [S, B, added]
-        rows = len(weight)
         # Not in place: graph.py records views of no tensor.
-        columns = [F.pad(w, (k * hidden, rows - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]  # each its gate
-        of_features = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [rows, added]
-        weight_ih = torch.cat([weight, of_features], dim=1)
-        x, weights = torch.cat([x, features], dim=2), weights._replace(weight_ih=weight_ih)
+        columns = [F.pad(w, (k * hidden, len(weight) - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]
+        huge_weights = F.pad(torch.stack(columns, dim=1), (0, added - len(shut)))  # [4H or 3H, added]
+        weights = weights._replace(weight_ih=torch.cat([weight, huge_weights], dim=1))
+        x = torch.cat([x, features], dim=2)
     y, (_, c_n) = stack(cell, x, (h0[None], c0[None]), [[weights]])  # [S, B, P], [1, B, H]
     return y, c_n[0]

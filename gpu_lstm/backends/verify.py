@@ -7,9 +7,7 @@ gradient is compared with the reference in float64: its error may be at most twi
 dtype. Nothing may be written outside a launch's tensors. The verdict is cached on disk.
 """
 
-import functools
 import logging
-from collections.abc import Callable
 from math import ceil
 from typing import Any, cast
 
@@ -26,7 +24,8 @@ from ..kernels.problem import Inputs, Pass, Problem, sizes_of
 from ..kernels.tensors import COMPARED, LEARNT, NOISE, VARIANT, names_of
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
-from .fused import Saved, noise_of, traversal_of, weights_of
+from .fused import Saved, part_of
+from .layer_loop import RunPart
 from .reference import Steps
 
 KIND = cache.CHECKS
@@ -89,7 +88,7 @@ def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.devic
 
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
-    problem = problem._replace(batch=0, side_by_side=1)  # a plan's identity has what the launch depends on of them
+    problem = problem._replace(batch=0, side_by_side=1)  # plan.identity has what the launch needs of these two
     return cache.machine(device) | plan.identity | problem.as_json() | pass_._asdict()
 
 
@@ -131,15 +130,15 @@ class Small:
 
         steps, features = (1 if p.steps == 1 else STEPS), like.weight_ih.shape[1]
         sizes = sizes_of(p, steps, features)
-        row, column = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
+        time, sequence = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
         tensors = {}
         for name, tensor in like._asdict().items():
             if tensor is None:
                 continue
             if name == "lengths":
-                values = (steps - column) % (steps + 1)
+                values = (steps - sequence) % (steps + 1)
             elif name == "resets":
-                values = (row + column) % 3 == 1
+                values = (time + sequence) % 3 == 1
             elif name.startswith("zoneout"):
                 values = normal(*sizes[name]) > 0 if tensor.dim() else torch.tensor(RATE, device=device)
             elif name == "dropout_h":
@@ -161,8 +160,8 @@ class Small:
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
         record: list[Steps] = []
-        run = functools.partial(reference.run_layer, self.problem.cell, noise=noise_of(self.inputs), record=record)
-        return self.results(run, dtype), record[0]
+        cell = self.problem.cell
+        return self.results(lambda part: reference.run_layer(cell, *part[1:], record=record), dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
         """Results of torch's own operator; of the reference where torch has no such cell, or cuDNN fails.
@@ -174,19 +173,19 @@ class Small:
         without |= p.reset_c or any(getattr(self.inputs, name) is not None for name in names_of(VARIANT, NOISE))
         if not without:
             try:
-                return self.results(functools.partial(torch_rnn.run_layer, cell))
+                return self.results(lambda part: torch_rnn.run_layer(cell, *part[1:5]))
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:
                 logger.info("torch's own is no yardstick for %s: %s", p, error)
         return self.by_reference(p.dtype)[0]
 
-    def results(self, run: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Results of forward, or gradients of backward, by run(x, state, weights, traversal); in any dtype."""
+    def results(self, run: RunPart, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Results of forward, or gradients of backward, by run(part); in any dtype."""
         learns, dtype = self.pass_.backward, dtype or self.problem.dtype
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
-        h, (h_n, c_n) = run(g.x, (g.h0, g.c0), weights_of(g), traversal_of(g, self.problem.reverse))
+        h, (h_n, c_n) = run(part_of(g, self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
         pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
