@@ -178,6 +178,11 @@ def steps_of(gates: Tensor) -> int:
     return gates.shape[0]
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def end_index(p: Problem, lengths: Tensor | None, first: bool) -> Any:
     """Index into [T, B, *] of every sequence's first or last step; of an arbitrary time if a sequence has no step."""
     if first != p.reverse:

@@ -154,7 +154,7 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
         verdicts = [cached_verdict(plan, layer.problem, each, layer.device) for each in (pass_, *others)]
         bounds = {}
         if card is not planning.INTERPRETER:
-            bounds = planning.expected(layer.problem, card, plan, pass_.backward).terms
+            bounds = planning.expected(layer.problem, card, plan, pass_.backward)
         passes.append(PassPlan(
             "backward" if pass_.backward else "forward", plan.family.name, tiles_of(plan), plan.why,
             "measured by autotune" if measured else "expected to be the fastest",
