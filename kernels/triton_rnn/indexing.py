@@ -165,8 +165,8 @@ def rows_of_tile(z, ORDERED: tl.constexpr):
 @triton.jit
 def columns_of_gates(unit_tile, S: tl.constexpr):
     """(index into 4H, unit), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
-    n = tl.arange(0, 4 * S.UNITS)
-    unit = unit_tile * S.UNITS + n // 4
+    first_unit, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
+    unit = first_unit + n // 4
     return n % 4 * S.H + unit, unit
 
 
