@@ -71,8 +71,8 @@ def rows(card: Card, dtype: torch.dtype, direction: str) -> list[Row]:
         plan = plans(problem, card, backward)[0]
         expected = planning.expected(problem, card, plan, backward)
         bound_by, bound = max(bounds(problem, card, plan, backward).items(), key=lambda item: item[1])
-        largest = max(expected.terms, key=expected.terms.__getitem__)
-        found.append(Row(f"{hidden} | {batch}", plan.family.name, expected.seconds, bound, bound_by, largest))
+        largest = max(expected, key=expected.__getitem__)
+        found.append(Row(f"{hidden} | {batch}", plan.family.name, sum(expected.values()), bound, bound_by, largest))
     return found
 
 

@@ -186,17 +186,17 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         plan, *others = choose.plans(problem, card, backward)
         expected = planning.expected(problem, card, plan, backward)
         as_json = plan.as_json() | {"family": plan.family.name}
-        found[name] = dict(plan=as_json, expected_seconds=expected.seconds, expected_terms=expected.terms)
+        found[name] = dict(plan=as_json, expected_seconds=sum(expected.values()), expected_terms=expected)
         lines += [
             f"\n{name}: {plan.family.name}, {plan.why}",
             f"  tiles    {plan.tiles}; one after another in a program: {plan.tiles_per_program}",
             *(f"  {size:8} {value}" for size, value in dataclasses.asdict(plan.family).items()),
             f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {card.shared >> 10} KB",
-            f"  a step   {expected.seconds * 1e6:.2f} us (expected, not measured):",
-            *(f"           {term}" for term in terms_of(expected.terms)),
+            f"  a step   {sum(expected.values()) * 1e6:.2f} us (expected, not measured):",
+            *(f"           {term}" for term in terms_of(expected)),
         ]
         for each in others:
-            seconds = planning.expected(problem, card, each, backward).seconds
+            seconds = sum(planning.expected(problem, card, each, backward).values())
             lines.append(f"  else     {seconds * 1e6:.2f} us: {each.family.name}, {each.tiles}")
     return found, "\n".join(lines)
 

@@ -15,6 +15,6 @@ def as_words(x: Tensor, hidden: int, size: int = 4) -> Tensor:
     return x.view(torch.int32)
 
 
-def transposed_gates(weight_hh: Tensor, parts: int, hidden: int, size: int = 4) -> Tensor:
-    """W_hh [GATES H, H] -> the words of W_hh^T of each part's gates, [parts, H, GATES / parts, W] int32."""
-    return as_words(weight_hh.view(parts, -1, hidden, hidden).permute(0, 3, 1, 2), hidden, size)
+def transposed_gates(weight_hh: Tensor, partners: int, hidden: int, size: int = 4) -> Tensor:
+    """W_hh [GATES H, H] -> the words of W_hh^T of each partner's gates, [partners, H, GATES / partners, W] int32."""
+    return as_words(weight_hh.view(partners, -1, hidden, hidden).permute(0, 3, 1, 2), hidden, size)

@@ -44,22 +44,19 @@ def in_order(at_once: int, device: torch.device, launch: Callable[..., R], *argu
     stream = torch.cuda.current_stream(device)
     with latest.lock:
         # Only launches of one copy share the card; in_order stands for the copy.
-        _await_others(latest, stream if at_once == 1 else (in_order, at_once), stream, device)
+        group: Hashable = stream if at_once == 1 else (in_order, at_once)
+        if group != latest.group:
+            events = [event for earlier, event in latest.streams.items() if earlier != stream]
+            if None in events:  # the first switch of a program, or a launch that raised; the stream may be gone by now
+                torch.cuda.synchronize(device)
+            latest.before = [event for event in events if event is not None]
+            latest.several = latest.several or latest.group is not None
+            latest.group, latest.streams = group, {}
+        if stream not in latest.streams:
+            for event in latest.before:
+                stream.wait_event(event)
+        latest.streams[stream] = None  # last: a call that is interrupted must not count as having waited
         results = launch(*arguments)
         if latest.several:
             latest.streams[stream] = stream.record_event()
     return results
-
-
-def _await_others(latest: _Launched, group: Hashable, stream: torch.cuda.Stream, device: torch.device) -> None:
-    if group != latest.group:
-        events = [event for earlier, event in latest.streams.items() if earlier != stream]
-        if None in events:  # the first switch of a program, or a launch that raised; the stream may be gone by now
-            torch.cuda.synchronize(device)
-        latest.before = [event for event in events if event is not None]
-        latest.several = latest.several or latest.group is not None
-        latest.group, latest.streams = group, {}
-    if stream not in latest.streams:
-        for event in latest.before:
-            stream.wait_event(event)
-    latest.streams[stream] = None  # last: a call that is interrupted must not count as having waited

@@ -173,6 +173,11 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
     )  # fmt: skip
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def end_index(p: Problem, lengths: Tensor | None, first: bool) -> Any:
     """Index into [T, B, *] of every sequence's first or last step; of an arbitrary time if a sequence has no step."""
     if first != p.reverse:

@@ -6,10 +6,12 @@ call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, an
 """
 
 import atexit
+import contextlib
 import ctypes
 import os
 import sys
 import threading
+from math import inf
 from typing import Any
 
 import torch
@@ -66,13 +68,10 @@ def timeout_seconds() -> float:
         ValueError: it is not a number above 0.
     """
     text = os.environ.get(TIMEOUT) or str(SECONDS)
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"expected a number of seconds above 0 in the environment variable {TIMEOUT}, got {text!r}")
-    return seconds
+    with contextlib.suppress(ValueError):
+        if 0 < (seconds := float(text)) < inf:
+            return seconds
+    raise ValueError(f"expected a number of seconds above 0 in the environment variable {TIMEOUT}, got {text!r}")
 
 
 def spare_multiprocessors(count: int) -> int:
@@ -98,8 +97,8 @@ _whole_card = False  # whether a plan may use all of it, since there was one ran
 
 
 def _several_ranks() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    d = torch.distributed
+    return d.is_available() and d.is_initialized() and d.get_world_size() > 1
 
 
 def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
@@ -121,7 +120,7 @@ def raise_if_timed_out(device: torch.device) -> None:
         RuntimeError: with the kernel, the step and the device. It is raised once.
     """
     global _whole_card
-    if _whole_card and torch.distributed.is_initialized() and _several_ranks():
+    if _whole_card and _several_ranks():
         _whole_card = False  # plans that are in use keep theirs: graphs and saved tensors hold them
         cache.warn_once(
             "kernels were chosen for the whole card before torch.distributed had several ranks, and leave none of it "

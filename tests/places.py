@@ -29,11 +29,12 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.cupy_rnn.planning import Plan as CupyPlan
 from gpu_lstm.kernels.cupy_rnn.planning import plans as cupy_plans
+from gpu_lstm.kernels.problem import power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Cooperative, Held, Plan, Step, power_of_two
+from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Cooperative, Held, Plan, Step
 from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_rnn.resident import plans as resident_plans
-from gpu_lstm.kernels.triton_rnn.step import step_plan
+from gpu_lstm.kernels.triton_rnn.step_plans import step_plan
 
 INTERPRETED = launch.INTERPRETED
 

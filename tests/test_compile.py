@@ -33,11 +33,11 @@ import torch
 from dev.compile_table import triton_kernels
 from dev.compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import cooperative, pointwise, resident, step
+from gpu_lstm.kernels.triton_rnn import cooperative, pointwise, resident, step, step_plans
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative
-from gpu_lstm.kernels.triton_rnn.step import held_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.step_plans import held_plans, step_plan
 
 ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
 STEP, PRODUCT = "B=64 H=130 P=33 ragged peepholes masks", "B=4096 H=1024"
@@ -105,7 +105,7 @@ def kinds_of_held():  # of whatever is proposed: every kind of tile, and of K
         return as_json(pool.map(report_of_plan, *zip(*kinds)))
 
 def in_two_blocks():  # a tile whose W_hh, [K, units], is in two blocks of 64 units, with 256 and 512 rows of K
-    step.HELD_BACKWARD, step.BLOCK_ROWS = [(64, 32, 4)], 512
+    step_plans.HELD_BACKWARD, step_plans.BLOCK_ROWS = [(64, 32, 4)], 512
     problems = [Problem(2, 512, hidden, torch.bfloat16) for hidden in (256, 512)]
     return as_json(report_of_plan(p, True, held_plans(p, DEVICES["h100"], True)[0]) for p in problems)
 

@@ -240,7 +240,7 @@ def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S
 
 def by_the_kernels(cell, of_x, of_h, c, dm, dc):
     """[12, N] of `cell_kernel`; of_x and of_h [4, N], the others [N]."""
-    out, sizes = torch.full((12, c.numel()), torch.nan).to(c), launch.Sizes(cell.name, cell.rows, *[None] * 10)
+    out, sizes = torch.full((12, c.numel()), torch.nan).to(c), launch.Sizes(cell.name, cell.rows, *[None] * 11)
     cell_kernel[(1,)](of_x, of_h, c, dm, dc, out, c.numel(), sizes)
     return out
 

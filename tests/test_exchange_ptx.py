@@ -19,7 +19,7 @@ SCRIPT = """
 import json
 import torch
 from dev.compile_table.triton_kernels import compile_for
-from gpu_lstm.kernels.triton_rnn import cooperative, step
+from gpu_lstm.kernels.triton_rnn import cooperative, step, step_plans
 from gpu_lstm.kernels.triton_rnn.choose import plans
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
@@ -42,8 +42,8 @@ def compiled(family, name, card, backward, parts=1):
     cell, device = "gru" if name.endswith("GRU") else "lstm", DEVICES[card]
     problem = Problem(2, *PROBLEMS[name])._replace(cell=cell, **normed)
     if family is step:
-        plan = [*step.held_plans(problem, device, backward), step.step_plan(problem, device, backward)][0]
-        plan = step.split_plans(problem, device, backward)[0] if parts > 1 else plan
+        plan = [*step_plans.held_plans(problem, device, backward), step_plans.step_plan(problem, device, backward)][0]
+        plan = step_plans.split_plans(problem, device, backward)[0] if parts > 1 else plan
     else:
         proposed = [p for p in plans(problem, device, backward) if p.family.name == "cooperative"]
         plan = next(p for p in proposed if p.family.partners == parts)

@@ -34,7 +34,7 @@ from gpu_lstm.dispatch.build import build
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels.triton_rnn import launch, step
+from gpu_lstm.kernels.triton_rnn import launch, step_plans
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
@@ -251,9 +251,9 @@ X = torch.rand(5, 2, 2)
 ], ids=["training", "inference"])  # fmt: skip
 def test_explain_names_the_kernels_that_run(monkeypatch, arguments, given):
     """In their order, before the call and after it. A plan's `why` is made to tell the problem that it is of."""
-    launched, real, whys = as_a_card(monkeypatch), step.step_plan, []
+    launched, real, whys = as_a_card(monkeypatch), step_plans.step_plan, []
     told_of = lambda *given: dataclasses.replace(real(*given), why=f"{given[0]}, {given[2]}")  # noqa: E731
-    monkeypatch.setattr(step, "step_plan", told_of)
+    monkeypatch.setattr(step_plans, "step_plan", told_of)
     for way in ("forward", "backward"):
         run = getattr(launch.Prepared, way)
         recorded = lambda prepared, *given, run=run: whys.append(prepared.plan.why) or run(prepared, *given)  # noqa: E731

@@ -20,11 +20,11 @@ from gpu_lstm.backends import graph, schedule
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import build
-from gpu_lstm.dispatch.kind import kind_of, size_class
+from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
 from gpu_lstm.kernels.layer import kept_layer
-from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.problem import Pass, Problem, power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.choose import candidates, plans
 from gpu_lstm.tools.stream import captured
@@ -168,7 +168,7 @@ def schedule_of(monkeypatch):
 
     def schedule_of(options, steps, is_cuda=True, **facts):
         x = SimpleNamespace(is_cuda=is_cuda, device=CUDA)
-        return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), steps, x=x, **facts), size_class(steps), 4)
+        return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), steps, x=x, **facts), power_of_two(steps), 4)
 
     return schedule_of
 

@@ -406,8 +406,8 @@ CALLS = [
        f"gpu_lstm.resets_from_dones(RESETS, zeros({value}, dtype=BOOL))")
       for got, value in (("[3] on cpu", "3"), ("[2] on meta", "2, device=META"))),
     # autotune, check
-    ("ValueError: hidden_size must be at least 1, got 0", "gpu_lstm.autotune(0, 1)"),
-    ("ValueError: batch must be at least 1, got -1", "gpu_lstm.autotune(4, -1)"),
+    ("ValueError: hidden_size must be greater than zero", "gpu_lstm.autotune(0, 1)"),
+    ("ValueError: batch must be greater than zero", "gpu_lstm.autotune(4, -1)"),
     (an_int("steps", "float"), "gpu_lstm.autotune(4, 1, steps=2.5)"),
     (an_int("hidden_size", "str"), "gpu_lstm.autotune('4', 1)"),
     ("ValueError: proj_size has to be smaller than hidden_size, got 4 and 4", "gpu_lstm.autotune(4, 1, proj_size=4)"),

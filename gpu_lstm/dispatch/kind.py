@@ -9,7 +9,7 @@ from ..call.prepare import Call
 from ..call.regularisers import REGULARISERS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import CELLS
-from ..kernels.problem import Pass, Problem
+from ..kernels.problem import Pass, Problem, power_of_two
 from ..kernels.tensors import NOISE, TRAVERSAL, VARIANT, names_of
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
@@ -17,7 +17,7 @@ _FLAGS = tuple(n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._f
 
 
 class Kind(NamedTuple):
-    """A kind of call: what the keys of decisions, of races, of plans and of their verification are made of."""
+    """A kind of call: the keys of decisions, races, plans and verdicts are made of it."""
 
     cell: str
     layers: tuple[Size, ...]  # [L]
@@ -79,7 +79,7 @@ class Kind(NamedTuple):
         return {
             "cell": self.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
             "dtype": str(self.dtype), "precision": self.precision, "training": self.training,
-            "recompute": self.recompute, "steps": self.steps, "batch": size_class(self.batch),
+            "recompute": self.recompute, "steps": self.steps, "batch": power_of_two(self.batch),
             "lengths": self.lengths is not None, "resets": self.resets, "noise": self.noise,
             "reset_states": self.reset_states, "variant": self.variant,
         }  # fmt: skip
@@ -98,7 +98,7 @@ def kind_of(call: Call) -> Kind:
     return Kind(
         options.cell.name, options.sizes, options.directions, dtype,
         call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
-        size_class(steps + (steps == MOST_OF_CUDNN + 1)), int(call.batch), options.reverse, lengths,
+        power_of_two(steps + (steps == MOST_OF_CUDNN + 1)), int(call.batch), options.reverse, lengths,
         traversal.resets is not None, traversal.reset_states is not None, options.noise, **flags,
     )  # fmt: skip
 
@@ -114,11 +114,6 @@ def dtype_of(call: Call) -> torch.dtype:
     if call.x.is_cpu and (options.one_state or options.one_step):
         return torch.promote_types(autocast, call.states[0][1].dtype)
     return autocast
-
-
-def size_class(n: int) -> int:
-    """n, rounded up to a power of two."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def describe(key: dict[str, Any]) -> str:

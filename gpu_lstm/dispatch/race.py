@@ -19,20 +19,21 @@ import torch
 from ..backends import verify
 from ..backends.run import run_by
 from ..call import choices
-from ..call.choices import KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
+from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import Padded
 from ..call.modes import Recording, Setting, Transforms, alone
 from ..call.prepare import Call
 from ..kernels import cache
 from ..kernels.private import default_store, is_profiled
+from ..kernels.problem import power_of_two
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multiprocessors
 from .build import build
-from .kind import Kind, describe, size_class
+from .kind import Kind, describe
 
 KIND = cache.RACES
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
-MOST_CALLS, MOST_TURNS = 64, 200  # of a round; of a race
+MOST_CALLS, MOST_ROUNDS = 64, 200  # of a round; of a race
 LONGEST = 256  # steps of a race: with more, only the time of a step matters
 MOST_DECISIONS = 4096  # that are kept
 FAILED = "the kernels fail"
@@ -64,16 +65,14 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
-        who = (
-            "gpu_lstm.backend(...)" if choices.chosen_backends[0].value else f"the variable {choices.BACKEND_VARIABLE}"
-        )
+        who = "gpu_lstm.backend(...)" if choices.chosen_backends[0].value else f"the variable {BACKEND_VARIABLE}"
         return Decision(able, f"asked for by {who if call.options.backend is None else 'the argument `backend`'}")
     if able not in KERNEL_BACKENDS:
         return Decision(able, "backend 'auto' chooses it where no kernels run")
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, mode = call.x.device, requested_racing()
-    key = kind._replace(batch=size_class(kind.batch)), able, device, mode
+    key = kind._replace(batch=power_of_two(kind.batch)), able, device, mode
     if key in decided:
         return decided[key]
     if dry or call.modes.capturing:  # the next call races
@@ -228,13 +227,13 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
         calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
     times: dict[str, list[float]] = {name: [] for name in rivals}
     end = now() + BUDGET
-    for turn in range(MOST_TURNS):  # whatever the clock says
+    for number in range(MOST_ROUNDS):  # whatever the clock says
         for name, run in rivals.items():
             start = now()
             for _ in range(calls[name]):
                 run()
             times[name].append((now() - start) / calls[name])
-        if turn >= 2 and now() >= end:
+        if number >= 2 and now() >= end:
             break
     return times
 

@@ -1,6 +1,6 @@
 """Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM or GRU.
 
-Keras's matrices are transposed, and its LSTM has one bias where torch's has two. kinds.py has the order of gates.
+Keras's matrices are transposed, and its LSTM has one bias where torch's has two. common.py has the order of gates.
 """
 
 import math
@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.rnn import GRU as TorchGRU
-from torch.nn.modules.rnn import LSTM as TorchLSTM
-from torch.nn.modules.rnn import GRUCell as TorchGRUCell
-from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import Traversal
 from ..kernels.private import copy_all
-from ..modules import GRU, LSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
+from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
-from .kinds import KINDS, Kind, check_equations, import_keras
+from ..tools.convert import OURS
+from .common import PAIRS, Pair, check_equations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
 Rnn = LSTM | StackedLSTM | GRU | StackedGRU
-FORGETTING = (LSTM, LSTMCell, TorchLSTM, TorchLSTMCell)  # with a forget gate
-RECURRENT = (*FORGETTING, GRU, GRUCell, TorchGRU, TorchGRUCell)
+RECURRENT = (*OURS, *OURS.values())
+FORGETTING = tuple(cls for cls in RECURRENT if "LSTM" in cls.__name__)  # with a forget gate
 BIASES = ("bias_ih", "bias_hh")
 _ACCEPTED = "an LSTM, a GRU or a stack of them"
 
@@ -76,6 +73,7 @@ class GoBackwards(nn.Module):
         return output.take_along_dim(time, 1).flip(1), states
 
 
+@torch.no_grad()
 def from_keras(
     layer: Any, *, freeze_second_bias: bool = True, backend: BackendName | Backend | None = None
 ) -> Rnn | GoBackwards:
@@ -107,7 +105,7 @@ def from_keras(
     keras = import_keras()
     from . import layer as ours
 
-    layers = [getattr(of, kind.name) for kind in KINDS for of in (keras.layers, ours)]
+    layers = [getattr(of, pair.name) for pair in PAIRS for of in (keras.layers, ours)]
     both = type(layer) is keras.layers.Bidirectional
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
     for rnn in rnns:
@@ -120,23 +118,21 @@ def from_keras(
         _refuse("go_backwards", rnns[0].go_backwards, " in the forward layer of a Bidirectional")
     stacked = not both and type(layer.cell) is keras.layers.StackedRNNCells
     cells = layer.cell.cells if stacked else [rnn.cell for rnn in rnns]
-    kinds = [_kind_of(keras, cell) for cell in cells]
+    pair, *_ = [_pair_of(keras, cell) for cell in cells]
     _same("type", [type(cell).__name__ for cell in cells])
-    kind = kinds[0]
 
     shared: Any = dict(bias=_same("use_bias", [cell.use_bias for cell in cells]), batch_first=True, backend=backend)
     shared["dtype"] = getattr(torch, _same("dtype", [cell.kernel.dtype for cell in cells]))
     inputs, sizes = cells[0].kernel.shape[0], [cell.units for cell in cells]
-    module: Rnn = kind.stack(inputs, sizes, **shared) if stacked else kind.module(
+    module: Rnn = pair.stack(inputs, sizes, **shared) if stacked else pair.module(
         inputs, _same("units", sizes), bidirectional=both, **shared)  # fmt: skip
-    with torch.no_grad():
-        for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
-            matrices = [_tensor(cell.kernel).T, _tensor(cell.recurrent_kernel).T]
-            biases = [*_tensor(cell.bias).reshape(-1, len(matrices[0]))] if cell.use_bias else []  # of an LSTM one
-            for tensor, rows in zip(weights.present(), [*matrices, *biases]):
-                tensor.copy_(kind.to_torch(rows)).requires_grad_(cell.trainable)
-            if weights.bias_hh is not None and len(biases) == 1:
-                weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
+    for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
+        matrices = [_tensor(cell.kernel).T, _tensor(cell.recurrent_kernel).T]
+        biases = [*_tensor(cell.bias).reshape(-1, len(matrices[0]))] if cell.use_bias else []  # of an LSTM one
+        for tensor, rows in zip(weights.present(), [*matrices, *biases]):
+            tensor.copy_(pair.to_torch(rows)).requires_grad_(cell.trainable)
+        if weights.bias_hh is not None and len(biases) == 1:
+            weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
     return GoBackwards(module) if not both and layer.go_backwards else module
 
 
@@ -159,10 +155,10 @@ def to_keras(module: nn.Module) -> Any:
     """
     backwards = isinstance(module, GoBackwards)
     rnn: Any = module.module if isinstance(module, GoBackwards) else module
-    if ours := {kind.torchs: kind.module for kind in KINDS}.get(type(rnn)):
+    if ours := OURS.get(type(rnn)):
         rnn = recast(rnn, ours)
-    kind = next((kind for kind in KINDS if takes_sequences(rnn) and rnn._cell is kind.module._cell), None)
-    if kind is None:
+    pair = next((pair for pair in PAIRS if takes_sequences(rnn) and rnn._cell is pair.module._cell), None)
+    if pair is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
     keras = import_keras()
     layers = len(rnn._weights())
@@ -179,11 +175,11 @@ def to_keras(module: nn.Module) -> Any:
         of_cell["recurrent_initializer"] = "glorot_uniform"  # building draws values, and torch has no QR in half
     of_layer = dict(return_sequences=True, return_state=True, go_backwards=backwards)
     if layers > 1:
-        make_cell = getattr(keras.layers, f"{kind.name}Cell")
+        make_cell = getattr(keras.layers, f"{pair.name}Cell")
         cells = [make_cell(w.weight_hh.shape[1], **of_cell) for w in weights]
         layer = keras.layers.RNN(cells, dtype=dtype, **of_layer)
     else:
-        layer = getattr(keras.layers, kind.name)(weights[0].weight_hh.shape[1], **of_cell, **of_layer)
+        layer = getattr(keras.layers, pair.name)(weights[0].weight_hh.shape[1], **of_cell, **of_layer)
         cells = [layer.cell]
     if rnn.bidirectional:
         layer = keras.layers.Bidirectional(layer, dtype=dtype)
@@ -191,7 +187,7 @@ def to_keras(module: nn.Module) -> Any:
     layer.build((None, None, rnn.input_size))
     for cell, w in zip(cells, weights):
         # In float64, which holds the numbers of every other dtype, even of one that NumPy does not know.
-        weight_ih, weight_hh, *biases = [kind.to_keras(tensor.detach().cpu().double()) for tensor in w.present()]
+        weight_ih, weight_hh, *biases = [pair.to_keras(tensor.detach().cpu().double()) for tensor in w.present()]
         cell.kernel.assign(weight_ih.T.numpy())
         cell.recurrent_kernel.assign(weight_hh.T.numpy())
         if biases:
@@ -284,24 +280,24 @@ def _assign(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str,
     copy_all([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
 
 
-def _held(module: nn.Module, kinds: tuple[type, ...], what: str) -> list:
+def _held(module: nn.Module, classes: tuple[type, ...], what: str) -> list:
     modules = module.modules() if isinstance(module, nn.Module) else ()
-    held = [child for child in modules if isinstance(child, kinds)]
+    held = [child for child in modules if isinstance(child, classes)]
     if not held:
         raise TypeError(f"Expected {what} or a module that holds one, got {type(module).__name__}")
     return held
 
 
-def _kind_of(keras: ModuleType, cell: Any) -> Kind:
-    kinds = [kind for kind in KINDS if type(cell) is getattr(keras.layers, f"{kind.name}Cell")]
-    if not kinds:
+def _pair_of(keras: ModuleType, cell: Any) -> Pair:
+    pairs = [pair for pair in PAIRS if type(cell) is getattr(keras.layers, f"{pair.name}Cell")]
+    if not pairs:
         raise TypeError(f"Expected cells of type LSTMCell or GRUCell, got {type(cell).__name__}")
     if not cell.built:
         raise ValueError("the layer has no weights yet: build it first, by layer.build((None, None, features))")
     check_equations(keras, cell)
     for name in ("dropout", "recurrent_dropout"):
         _refuse(name, getattr(cell, name), "; set it to 0 in the layer's cell for the numbers of inference")
-    return kinds[0]
+    return pairs[0]
 
 
 def _refuse(argument: str, value: Any, hint: str) -> None:

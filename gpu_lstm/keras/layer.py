@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional import gru_layer, lstm_layer
-from .kinds import OF_GRU, OF_LSTM, check_equations
+from .common import OF_GRU, OF_LSTM, check_equations
 
 
 class _OnOurKernels:
@@ -17,7 +17,7 @@ class _OnOurKernels:
     def __init__(self: Any, units: int, *args: Any, **kwargs: Any) -> None:
         if keras.backend.backend() != "torch":
             raise ValueError(
-                f"gpu_lstm.keras.{self._kind.name} needs Keras on torch, not on {keras.backend.backend()}: set "
+                f"gpu_lstm.keras.{self._pair.name} needs Keras on torch, not on {keras.backend.backend()}: set "
                 "KERAS_BACKEND=torch in the environment before keras is imported"
             )
         super().__init__(units, *args, **kwargs)  # type: ignore[call-arg]  # Keras's
@@ -45,7 +45,7 @@ class _OnOurKernels:
         if cell.use_bias:
             bias = to_tensor(cell.bias)
             weights += bias.unbind() if bias.dim() == 2 else (bias, torch.zeros_like(bias))
-        weights = list(map(self._kind.to_torch, weights))
+        weights = list(map(self._pair.to_torch, weights))
         x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
         if training and cell.dropout:
             x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps
@@ -105,7 +105,7 @@ class LSTM(_OnOurKernels, keras.layers.LSTM):
             what keras.layers.LSTM raises.
     """
 
-    _kind = OF_LSTM
+    _pair = OF_LSTM
 
 
 @keras.saving.register_keras_serializable("gpu_lstm")
@@ -121,4 +121,4 @@ class GRU(_OnOurKernels, keras.layers.GRU):
         ValueError: as LSTM; reset_after=False, where the reset gate multiplies h before the product.
     """
 
-    _kind = OF_GRU
+    _pair = OF_GRU

@@ -10,6 +10,7 @@ from ..dispatch.available import why_unavailable
 from ..dispatch.route import forget
 from ..kernels.cells import CELLS
 from ..kernels.problem import Problem
+from ..modules.arguments import check_size
 
 
 def autotune(
@@ -37,13 +38,8 @@ def autotune(
         ImportError, RuntimeError, TypeError: the Triton kernels cannot run on this device or dtype, and why.
         RuntimeError: a CUDA graph is being captured.
     """
-    for name, size, least in (
-        ("hidden_size", hidden_size, 1), ("batch", batch, 1), ("steps", steps, 1), ("proj_size", proj_size, 0),
-    ):  # fmt: skip
-        if not isinstance(size, int):
-            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-        if size < least:
-            raise ValueError(f"{name} must be at least {least}, got {size}")
+    for name, size in dict(hidden_size=hidden_size, batch=batch, steps=steps, proj_size=proj_size or 1).items():
+        check_size(name, size)
     if cell not in CELLS:
         raise ValueError(f"cell should be one of {', '.join(map(repr, CELLS))}, got {cell!r}")
     if proj_size and len(CELLS[cell].states) == 1:

@@ -21,10 +21,10 @@ from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
 _log = logging.getLogger("gpu_lstm")
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
-_OURS: Classes = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell, TorchGRU: GRU, TorchGRUCell: GRUCell}
+OURS: Classes = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell, TorchGRU: GRU, TorchGRUCell: GRUCell}
 _INSTANCES: Classes = {TorchLSTM: drop_in.LSTM, TorchGRU: drop_in.GRU}
-_COMPAT: Classes = {**_OURS, **_INSTANCES, LSTM: drop_in.LSTM, GRU: drop_in.GRU}
-_THEIRS: Classes = {ours: torchs for table in (_OURS, _INSTANCES) for torchs, ours in table.items()}
+_COMPAT: Classes = {**OURS, **_INSTANCES, LSTM: drop_in.LSTM, GRU: drop_in.GRU}
+_THEIRS: Classes = {ours: torchs for table in (OURS, _INSTANCES) for torchs, ours in table.items()}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -60,7 +60,7 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
         TypeError: `model` is not a module, or `compat` no bool.
     """
     check_bool("compat", compat)
-    return _swap(model, _COMPAT if compat else _OURS, "convert")
+    return _swap(model, _COMPAT if compat else OURS, "convert")
 
 
 @overload
@@ -101,7 +101,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
         if to_theirs:
             _check_that_torch_has_it(repr(path) if path else where, module)
         if goal := classes.get(cls):
-            twins[module] = recast(module, _COMPAT[cls] if classes is _OURS and module in checked else goal)
+            twins[module] = recast(module, _COMPAT[cls] if classes is OURS and module in checked else goal)
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
         elif isinstance(module, tuple(classes.values())) and not (to_theirs and isinstance(module, tuple(classes))):

@@ -16,7 +16,7 @@ from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import takes_sequences
 
-Held = tuple[Tensor, ...]  # (h, c); of a GRU (h,)
+States = tuple[Tensor, ...]  # (h, c); of a GRU (h,)
 
 
 class _StepGraph(NamedTuple):
@@ -67,7 +67,7 @@ class Stream:
         zeros = self._accepted(None)  # of which two may be one tensor
         wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
-            self._state: list[Held] = [(*map(torch.clone, rest), last.to(wide, copy=True)) for *rest, last in zeros]
+            self._state: list[States] = [(*map(torch.clone, rest), last.to(wide, copy=True)) for *rest, last in zeros]
         self._graph: _StepGraph | None = None
         if hx is not None:
             self.state = hx
@@ -81,7 +81,7 @@ class Stream:
     def state(self, hx: Any) -> None:
         self._update(_each(torch.clone, self._accepted(hx)))
 
-    def _accepted(self, hx: Any) -> list[Held]:
+    def _accepted(self, hx: Any) -> list[States]:
         """The states that `module` would begin with, checked as its call checks hx."""
         module = self.module
         if not (hx is None or self._one_state or self._is_stack):
@@ -189,7 +189,7 @@ class Stream:
             graph.active.fill_(True) if active is None else graph.active.copy_(active)
         return graph.replay().clone()
 
-    def _update(self, states: list[Held]) -> None:
+    def _update(self, states: list[States]) -> None:
         """Set all states at once, so that an interrupt mixes no steps; in place on CUDA, where a graph reads them."""
         before, after = [t for state in self._state for t in state], [t for state in states for t in state]
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
@@ -198,7 +198,7 @@ class Stream:
         else:
             self._state = states
 
-    def _as_hx(self, states: list[Held]) -> Any:
+    def _as_hx(self, states: list[States]) -> Any:
         """As `module` accepts and returns them."""
         of_layers: Any = [h for (h,) in states] if self._one_state else states
         return of_layers if self._is_stack else of_layers[0]
@@ -232,5 +232,5 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     return replay
 
 
-def _each(function: Callable[[Tensor], Tensor], states: list[Held]) -> list[Held]:
+def _each(function: Callable[[Tensor], Tensor], states: list[States]) -> list[States]:
     return [tuple(map(function, state)) for state in states]

@@ -21,6 +21,7 @@ from ..equations.gru import Gates as GRUGates
 from ..equations.lstm import Gates as LSTMGates
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import recast, takes_sequences
+from .convert import OURS
 
 Gates = TypeVar("Gates", LSTMGates, GRUGates)
 
@@ -75,7 +76,7 @@ def trace(
         gates = gpu_lstm.trace(lstm, x).layers[0][0]
         loss = loss + 0.01 * (1 - gates.forget).mean()
     """
-    if ours := {TorchLSTM: LSTM, TorchGRU: GRU}.get(type(module)):
+    if ours := OURS.get(type(module)):
         module = recast(module, ours)
     if not takes_sequences(module):
         raise TypeError(f"trace accepts an LSTM, a GRU or a stack of either, got {type(module).__name__}")

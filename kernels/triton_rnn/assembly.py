@@ -6,9 +6,9 @@ from .features import constexpr_function
 
 
 @constexpr_function
-def constraints(*kinds: str | int) -> str:
-    """Given as a kind, how many results or arguments are of that kind, the next kind..."""
-    return ",".join(",".join([kind] * count) for kind, count in zip(kinds[::2], kinds[1::2]))
+def constraints(*letters: str | int) -> str:
+    """Given as a letter of PTX's, how many results or arguments have it, the next letter..."""
+    return ",".join(",".join([letter] * count) for letter, count in zip(letters[::2], letters[1::2]))
 
 
 @constexpr_function

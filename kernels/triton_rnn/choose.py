@@ -1,7 +1,4 @@
-"""Which plan runs a pass of a problem: kernel families propose plans, measured ones first; the first that fits runs.
-
-A plan is compiled for the card before it is chosen. Triton keeps the compiled kernel, which is then launched.
-"""
+"""Which plan runs a pass of a problem: the first that compiles and fits, of those that families propose or measured."""
 
 import bisect
 import contextlib
@@ -25,12 +22,12 @@ from ..cards import Card
 from ..layer import plans_in_use
 from ..ordering import in_order
 from ..private import load_kernel
-from ..problem import Pass, Problem
+from ..problem import Pass, Problem, power_of_two
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
-from . import cooperative, pointwise, resident, step
+from . import cooperative, pointwise, resident, step, step_plans
 from .features import OPTIONS
 from .parameters import in_tuples
-from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected, power_of_two
+from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
@@ -73,7 +70,7 @@ def empty_kernel():
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """The plans to try, in this order, before any is measured. The step family's is always among them.
 
-    They are those of the next power of two of sequences, so that batches share kernels; or of this batch alone, if its
+    They are made for the next power of two of sequences, so that batches share kernels; or for this batch alone, if its
     best one is estimated to be much faster. What was called before does not matter.
     """
     alone = _plans(problem, card, backward)
@@ -87,26 +84,23 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 @functools.lru_cache(256)
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
-
-    def seconds(plan: Plan) -> float:
-        return expected_seconds(problem, card, plan, backward)
-
-    always, by_product = [step.step_plan(problem, card, backward)], pointwise.pointwise_plan(problem)
+    seconds = partial(expected_seconds, problem, card, backward=backward)
+    always, by_product = [step_plans.step_plan(problem, card, backward)], pointwise.pointwise_plan(problem)
     if by_product is not None and seconds(by_product) < seconds(always[0]):
         always = [by_product, *always]
     if problem.steps == 1:
         return always  # holding W_hh on chip pays off from the second step on
-    shared = list(cooperative.plans(problem, card, backward))
-    if not shared and problem.side_by_side > 1:  # W_hh does not fit a part of the card: one after another, on all of it
-        shared = list(cooperative.plans(problem._replace(side_by_side=1), card, backward))
-    of_step = [*step.held_plans(problem, card, backward), *step.split_plans(problem, card, backward)]
+    # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
+    alone = problem._replace(side_by_side=1)
+    shared = [*cooperative.plans(problem, card, backward)] or [*cooperative.plans(alone, card, backward)]
+    of_step = [*step_plans.held_plans(problem, card, backward), *step_plans.split_plans(problem, card, backward)]
     return sorted([*resident.plans(problem, card, backward), *shared, *of_step, *always], key=seconds)
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Estimated time of a step of all layers or directions that run at once, by the model."""
-    turns = problem.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
-    return turns * expected(problem, card, plan, backward).seconds
+    rounds = problem.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
+    return rounds * sum(expected(problem, card, plan, backward).values())
 
 
 def card_of(device: torch.device) -> Card:
@@ -160,7 +154,7 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
 def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
     """The plans of a pass to try: first the measured one, if there is one."""
     if card is INTERPRETER:
-        return [step.step_plan(problem, card, pass_.backward)]  # others are written thread by thread: slow there
+        return [step_plans.step_plan(problem, card, pass_.backward)]  # others are written thread by thread: slow there
     measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
     # Whatever a file says, only a proposed and verified plan runs.
     return [plan for plan in proposed if measured and plan.as_json() == measured] + proposed
@@ -173,7 +167,6 @@ def choose_plan(
     """The best plan whose kernels the device can run.
 
     Args:
-        problem, device, pass_: what to run.
         launches: launches(plan) is what a plan would launch.
         refuses: refuses(plan) says why a plan that compiles is not used all the same; None if it is.
 
@@ -184,10 +177,13 @@ def choose_plan(
     proposed = candidates(problem, card, pass_)
     if device.type != "cuda":
         return proposed[0]
-    always = step.step_plan(problem, card, pass_.backward)
+    always = step_plans.step_plan(problem, card, pass_.backward)
     tried = [*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == always)]
-    identity = partial(_identity, problem, device, pass_)
     capturing, refused = torch.cuda.is_current_stream_capturing(), []
+
+    def identity(plan: Plan) -> tuple:  # what decides whether a plan can be used: all but how many sequences there are
+        return problem._replace(batch=0, side_by_side=1), device, pass_, *plan.identity.values()
+
     if capturing:  # when nothing is verified
         tried.sort(key=lambda plan: identity(plan) not in plans_in_use)
     for plan in tried:
@@ -204,11 +200,6 @@ def choose_plan(
         refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
         logger.info("a plan does not fit: %s", refused[-1])
     raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
-
-
-def _identity(problem: Problem, device: torch.device, pass_: Pass, plan: Plan) -> tuple:
-    """What decides whether a plan can be used: all but how many sequences there are."""
-    return problem._replace(batch=0, side_by_side=1), device, pass_, *plan.identity.values()
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:

@@ -99,8 +99,8 @@ def first_word(S: tl.constexpr):
 
 @triton.jit
 def load_rows(weights_ptr, first_unit, K: tl.constexpr, GATES: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
-    """Weights of the program, rows of K words: for `GATES` gates of its units W_hh, whose row number r is of gate
-    r // UNITS of unit r % UNITS. Backward GATES is 1, for one W_hh^T, and the units are those of all partners."""
+    """The program's weights, rows of K words: W_hh, where row r is gate r // UNITS, unit r % UNITS, GATES gates in all.
+    Backward GATES is 1, for one W_hh^T, and the units are those of all partners."""
     UNITS: tl.constexpr = S.PARTNERS * S.UNITS
     rows = ()
     for n in tl.static_range((GATES * UNITS + 15) // 16 * 2):
@@ -220,7 +220,7 @@ def cooperative_forward_kernel(
 
 @triton.jit
 def dgates_after(step, tile, words_ptr, batch, K: tl.constexpr, S: tl.constexpr):
-    """The Words of dgates of the step after, K of each sequence. Those of padding and after resets are awaited, too:
+    """The Words of the next step's dgates, K for each sequence. Padding, and what resets cut off, is awaited, too: so
     none overwrites sums that another waits for."""
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     row = indexing.row_of(indexing.time_of(step + 1, sequence.length, S.REVERSE), sequence.index, batch.B)
@@ -230,7 +230,7 @@ def dgates_after(step, tile, words_ptr, batch, K: tl.constexpr, S: tl.constexpr)
 
 @triton.jit
 def sums_of_thread(first_unit, ROW: tl.constexpr, S: tl.constexpr):
-    """The Sums of every thread: that of its cell, or with partners those that it publishes, of the units of all."""
+    """Every thread's Sums: its cell's, or with partners those that it publishes, for the units of all."""
     ROWS: tl.constexpr = S.PARTNERS * S.UNITS
     SUM_ROW: tl.constexpr = ROW if S.PARTNERS == 1 else ROWS  # sums of a sequence, with those that nobody needs
     rows, columns, units, published = (), (), (), ()
@@ -351,18 +351,18 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
             rows = ceil(own_rows / 16) * 16
             programs = partners * ceil(problem.hidden / (partners * units))
             registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
-            tiles = ceil(problem.batch / 8)
+            tiles = ceil(problem.batch / SEQUENCES.value)
             groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
-            shared = 2 * warps * rows * 8 * 4  # twice the sums of all warps
+            shared = 2 * warps * rows * SEQUENCES.value * 4  # twice the sums of all warps
             fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
             if fits and own_rows in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
                 what = ("dgates" if backward else "h") + ", and sums for layer norms" * problem.normalised
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
                 family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)
                 yield Plan(
-                    family, 8, units, programs, groups, warps, shared, why, tiles_per_program=ceil(tiles / groups),
+                    family, SEQUENCES.value, units, programs, groups, warps, shared, why,
                     side_by_side=problem.side_by_side,
-                )  # fmt: skip
+                ).fitted(problem)  # fmt: skip
 
 
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
@@ -386,7 +386,7 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     return written
 
 
-def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """What forward reads besides the tensors of a call."""
     h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, H or one more]
     if _row(p) > p.hidden:
@@ -398,8 +398,8 @@ def forward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Te
     return operands | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
 
 
-def backward_operands(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """As forward_operands, for backward."""
+def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """As forward_arguments, for backward."""
     weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p.hidden)
     words = memory["words_ptr" if p.gain_hh else "dgates_ptr"].view(torch.int32)
     return {"weights_ptr": weights, "words_ptr": words} | ({} if p.gain_hh else {"dgates_ptr": None})
@@ -419,7 +419,7 @@ def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
 
 FAMILY = Family(
     (cooperative_forward_kernel, cooperative_backward_kernel), lambda *_: True, buffers,
-    operands=(forward_operands, backward_operands), results=(h_of, dgates_of),
+    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
 )  # fmt: skip
 
 

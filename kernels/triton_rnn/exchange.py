@@ -95,11 +95,8 @@ def publish(word_ptr, words, mask):
 
 @triton.jit
 def grid_barrier(arrivals, times, poll_limit, step):
-    """All programs wait for each other: what any of them stored before, all can load after.
-
-    `times` is the number of barriers so far, this one included: arrivals are counted up and never reset. Returns the
-    poll limit of later barriers, 0 if this one timed out.
-    """
+    """All programs wait for each other: what any of them stored before, all can load after. `times` is the number of
+    barriers so far, this one included: arrivals are counted up and never reset. Returns what `wait_for` returns."""
     arrive(arrivals.arrivals_ptr, poll_limit)
     return wait_for(arrivals.arrivals_ptr, times * tl.num_programs(0), poll_limit, arrivals.error_ptr, step)
 
@@ -114,11 +111,9 @@ def arrive(arrivals_ptr, poll_limit):
 
 @triton.jit
 def wait_for(arrivals_ptr, expected, poll_limit, error_ptr, step):
-    """Wait for so many arrivals; returns the poll limit of later waits, 0 if this one timed out.
-
-    The first warp polls, and a barrier tells the others whether they are there: what is loaded after it comes after the
-    acquire. Past 2^31 arrivals the count wraps around below zero, which the difference ignores.
-    """
+    """Wait for so many arrivals; returns the poll limit of later waits, 0 if this one timed out. The first warp polls,
+    and a barrier tells the others: what is loaded after it comes after the acquire. Past 2^31 arrivals the count wraps
+    around below zero, which the difference ignores."""
     if INTERPRETED:
         arrived, polls = tl.atomic_add(arrivals_ptr, 0, sem="acquire"), 0
         while (arrived - expected < 0) & (polls < poll_limit):

@@ -164,12 +164,8 @@ def rows_of_tile(z, ORDERED: tl.constexpr):
 
 @triton.jit
 def columns_of_gates(unit_tile, S: tl.constexpr):
-    """The columns of a product of all four gates of a tile's units: (index into 4H, unit), each [4 * UNITS].
-
-    Number n is gate n % 4 of unit n // 4.
-    """
-    first_unit = unit_tile * S.UNITS
-    n = tl.arange(0, 4 * S.UNITS)
+    """(index into 4H, unit), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
+    first_unit, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
     unit = first_unit + n // 4
     return n % 4 * S.H + unit, unit
 
@@ -178,10 +174,7 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
 def row_of_gate(gate, unit, S: tl.constexpr):
     """The row of W_hh for a gate of units; -1 where there is none."""
     FIRST: tl.constexpr = 4 - S.GATES  # h does not reach the gates before
-    row = tl.where(unit < S.H, gate * S.H + unit, -1)
-    if FIRST > 0:
-        row = tl.where((unit < S.H) & (gate >= FIRST), (gate - FIRST) * S.H + unit, -1)
-    return row
+    return tl.where((unit < S.H) & (gate >= FIRST), (gate - FIRST) * S.H + unit, -1)
 
 
 @triton.jit

@@ -94,7 +94,7 @@ class Prepared:
         self._start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan), options), launch)
         self._error = error_word(device, kernel.__name__, trial) if waits else None
         self._buffers, self._result = family.buffers(problem, plan, pass_), family.results[backward]
-        self._operands = family.operands[backward]
+        self._of_family = family.arguments[backward]
         if (loop := family.loops[backward]) is not None:  # a launch a step
             self._start = partial(loop, self._start, p=problem)
         names = tuple(in_the_loop(problem, problem.steps))
@@ -128,8 +128,8 @@ class Prepared:
         arguments.update(zip(self._pointers, self._tensors(r.inputs)))
         arguments |= memory
         arguments |= read
-        if self._operands is not None:
-            arguments |= self._operands(self._problem, self.plan, r, memory)
+        if self._of_family is not None:
+            arguments |= self._of_family(self._problem, self.plan, r, memory)
         return arguments
 
 
@@ -140,7 +140,8 @@ def _sizes(p: Problem, plan: Plan) -> Sizes:
     return Sizes(
         CELL=p.cell, GATES=CELLS[p.cell].rows, H=p.hidden, P=p.width, REVERSE=p.reverse, PRECISION=p.precision,
         PER=per, W=ceil(p.hidden / per),
-        BLOCK_B=plan.rows, UNITS=plan.units, WARPS=plan.num_warps, HELD=plan.on_chip, **of_family,
+        BLOCK_B=plan.rows, UNITS=plan.units, TILES=ceil(p.hidden / plan.units), WARPS=plan.num_warps,
+        HELD=plan.on_chip, **of_family,
     )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | N
     card = card_of(device)
     plan = plan or candidates(problem, card, pass_)[0]
     measured = plan.as_json() == measured_plan(problem, card, pass_.backward)
-    bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward).terms
+    bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward)
     each_step = FAMILIES[type(plan.family)].loops[pass_.backward] is not None
     return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step, bounds)
 

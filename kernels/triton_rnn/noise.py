@@ -68,8 +68,7 @@ def zoneout_of_h(h, hidden, h_prev_ptr, prev_at, cells):
 
 @triton.jit
 def zoneout_of_h_backward(dh, hidden, cells):
-    """Gradient of h by the product and as given -> of the h that the step computed. What stayed of the step after is
-    in dh_from_zoneout, and is replaced by what stayed of this one."""
+    """Gradient of h -> of the h that the step computed. dh_from_zoneout hands what stayed to the step before."""
     if hidden.zoneout_h_ptr is not None:
         dh += tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
         dh, stayed = zoneout_backward(dh, hidden.zoneout_h_ptr, cells)

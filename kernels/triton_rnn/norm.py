@@ -12,9 +12,10 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
+from .. import layer_norm
 from .features import nothing
 
-EPS = tl.constexpr(1e-5)  # as torch.nn.LayerNorm, and kernels/layer_norm.py
+EPS = tl.constexpr(layer_norm.EPS)
 
 # The pointers of NormHH or of NormC, which says what they are.
 Norm = namedtuple("Norm", "gain_ptr bias_ptr unit_ptr scale_ptr pairs_ptr")
@@ -34,7 +35,7 @@ def normalise(v, mean, scale, affine):
 
 @triton.jit
 def normalise_backward(d, unit, scale, mean_d, mean_d_unit):
-    """Gradient of unit = (v - mean) scale -> of v. The means are those of d and of d * unit over all units."""
+    """Gradient d of unit = (v - mean) scale -> of v. mean_d and mean_d_unit: of d and d * unit, over all units."""
     return scale * (d - mean_d - unit * mean_d_unit)
 
 
@@ -93,8 +94,8 @@ def normalised(v, norm, normed):
 
 @triton.jit
 def unit_backward(d, normed, DTYPE: tl.constexpr):
-    """Gradient d of LN(v), as it is stored in DTYPE -> (of unit; the sums of that, and of that times unit, over the
-    numbers of a unit)."""
+    """Gradient d of LN(v), as it is stored in DTYPE -> (d_unit, that of unit; the sums of d_unit and of d_unit * unit
+    over a unit's numbers)."""
     unit, _, gain, _ = normed
     d_unit, products = (), ()
     for n in tl.static_range(len(d)):

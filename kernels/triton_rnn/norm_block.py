@@ -60,8 +60,7 @@ def normalise_products(z, norm_hh, affine, owned, H: tl.constexpr):
 
 @triton.jit
 def moments_of_c(norm_c, before, z, peepholes, owned, S: tl.constexpr):
-    """(mean, scale) of c as the cells compute it, for `normalise_c`. Who computes it again does so at no cost: the
-    compiler leaves one of the two out."""
+    """(mean, scale) of c as the cells compute it. (They do so again, and the compiler leaves one of the two out.)"""
     found = nothing()
     if norm_c.gain_ptr is not None:
         c = ()

@@ -34,7 +34,7 @@ def exchange_pairs(
     there is none. Programs without units do nothing. It is called at every step: no phase is skipped."""
     THREADS: tl.constexpr = first.shape[0]
     ROW: tl.constexpr = THREADS // SEQUENCES
-    PROGRAMS: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
+    PROGRAMS: tl.constexpr = S.TILES
     COUNT: tl.constexpr = (PROGRAMS + ROW - 1) // ROW
     local = tl.arange(0, THREADS) % ROW
     program = tl.zeros_like(local) + tl.program_id(0)

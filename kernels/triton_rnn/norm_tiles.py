@@ -25,17 +25,17 @@ def store_pair(pairs_ptr, tile, B, first, second):
 
 
 @triton.jit
-def load_pairs(pairs_ptr, tile, index, mask, B, TILES: tl.constexpr):
+def load_pairs(pairs_ptr, tile, index, mask, B, S: tl.constexpr):
     """The numbers of some tiles, (first, second), each [AT_ONCE, BB]; zero where there is no such tile."""
     pair_ptr = pairs_ptr + (tile[:, None].to(tl.int64) * B + index[None, :]) * 2
-    is_there = (tile < TILES)[:, None] & mask[None, :]
+    is_there = (tile < S.TILES)[:, None] & mask[None, :]
     first = tl.load(pair_ptr, mask=is_there, other=0.0, cache_modifier=".cg")
     return first, tl.load(pair_ptr + 1, mask=is_there, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def store_moments(pairs_ptr, tile, v, mask, COUNT: tl.constexpr, B, S: tl.constexpr):
-    """Mean of a tile's v [BB, columns], of which COUNT are of each unit, and the sum of squares about it."""
+    """Store the mean of a tile's v [BB, columns], COUNT columns a unit, and the sum of squares about it."""
     mean = tl.sum(tl.where(mask, v, 0.0), axis=1) / (COUNT * tl.minimum(S.H - tile.unit_tile * S.UNITS, S.UNITS))
     distance = tl.where(mask, v - mean[:, None], 0.0)
     store_pair(pairs_ptr, tile, B, mean, tl.sum(distance * distance, axis=1))
@@ -44,18 +44,17 @@ def store_moments(pairs_ptr, tile, v, mask, COUNT: tl.constexpr, B, S: tl.conste
 @triton.jit
 def moments_of_tiles(pairs_ptr, sequence, B, COUNT: tl.constexpr, S: tl.constexpr):
     """(mean, scale) of COUNT * H elements whose moments tiles have stored, each [BB, 1]."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
     index, in_batch = sequence.index, sequence.in_batch
     mean = tl.zeros(index.shape, tl.float32)
-    for start in range(0, TILES, AT_ONCE):
+    for start in range(0, S.TILES, AT_ONCE):
         tile = start + tl.arange(0, AT_ONCE)
-        means, _ = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
+        means, _ = load_pairs(pairs_ptr, tile, index, in_batch, B, S)
         mean += tl.sum(means * norm.units_of(tile, S)[:, None], axis=0)
     mean = mean / S.H
     squares = tl.zeros(index.shape, tl.float32)
-    for start in range(0, TILES, AT_ONCE):
+    for start in range(0, S.TILES, AT_ONCE):
         tile = start + tl.arange(0, AT_ONCE)
-        means, of_tiles = load_pairs(pairs_ptr, tile, index, in_batch, B, TILES)
+        means, of_tiles = load_pairs(pairs_ptr, tile, index, in_batch, B, S)
         squares += tl.sum(
             norm.squares_about(mean[None, :], means, of_tiles, COUNT * norm.units_of(tile, S)[:, None]), axis=0
         )
@@ -64,13 +63,11 @@ def moments_of_tiles(pairs_ptr, sequence, B, COUNT: tl.constexpr, S: tl.constexp
 
 @triton.jit
 def means_of_tiles(pairs_ptr, index, mask, B, COUNT: tl.constexpr, S: tl.constexpr):
-    """The sums that tiles have stored, over all units, divided by COUNT * H, each [BB]: the means of
-    `normalise_backward`."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
+    """The means of `normalise_backward`, each [BB]: sums that tiles have stored, divided by COUNT * H."""
     first = tl.zeros(index.shape, tl.float32)
     second = tl.zeros(index.shape, tl.float32)
-    for start in range(0, TILES, AT_ONCE):
-        some_first, some_second = load_pairs(pairs_ptr, start + tl.arange(0, AT_ONCE), index, mask, B, TILES)
+    for start in range(0, S.TILES, AT_ONCE):
+        some_first, some_second = load_pairs(pairs_ptr, start + tl.arange(0, AT_ONCE), index, mask, B, S)
         first += tl.sum(some_first, axis=0)
         second += tl.sum(some_second, axis=0)
     return first / (COUNT * S.H), second / (COUNT * S.H)
@@ -79,8 +76,7 @@ def means_of_tiles(pairs_ptr, index, mask, B, COUNT: tl.constexpr, S: tl.constex
 @triton.jit
 def product_at(tile, S: tl.constexpr):
     """Where a tile of W_hh h lies in [B, tiles, 4 BH]."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
-    number = tile.sequence.index[:, None].to(tl.int64) * TILES + tile.unit_tile
+    number = tile.sequence.index[:, None].to(tl.int64) * S.TILES + tile.unit_tile
     return number * (4 * S.UNITS) + tl.arange(0, 4 * S.UNITS)[None, :]
 
 
@@ -105,7 +101,7 @@ def load_product(product_ptr, norm_hh, tile, B, S: tl.constexpr):
 
 @triton.jit
 def store_c(o, c, cell_ptr, norm_c, tile, B, S: tl.constexpr):
-    """With a norm of c: store what the output of a tile is made of, [BB, BH], and the moments of c."""
+    """With a norm of c: store o and c of a tile, [BB, BH], which the output needs, and the moments of c."""
     if norm_c.gain_ptr is not None:
         cells = tile.cells
         tl.store(cell_ptr + cells.state_at, o, mask=cells.valid)
@@ -133,8 +129,7 @@ def load_normed(of, tile, COUNT: tl.constexpr, H: tl.constexpr):
 @triton.jit
 def pairs_of_step(of, step, B, S: tl.constexpr):
     """Those of W_hh h: two steps alternate, since one is written while the other is read."""
-    TILES: tl.constexpr = (S.H + S.UNITS - 1) // S.UNITS
-    return of.pairs_ptr + tl.cast(step % 2, tl.int64) * (TILES * 2) * B
+    return of.pairs_ptr + tl.cast(step % 2, tl.int64) * (S.TILES * 2) * B
 
 
 @triton.jit
@@ -168,7 +163,7 @@ def load_normed_rows(norm_hh, tile, step, after, first, B, S: tl.constexpr):
 
 @triton.jit
 def rows_backward(a, normed, at, mask, k, K: tl.constexpr):
-    """Columns k of rows of the gradient of LN(W_hh h), which lie `at` -> of W_hh h."""
+    """Gradient a of LN(W_hh h), columns k of rows, which lie `at` -> of W_hh h."""
     if len(normed) > 0:
         unit = tl.load(normed.unit_ptr + at, mask=mask, other=0.0).to(tl.float32)
         gain = tl.load(normed.gain_ptr + k, mask=k < K, other=0.0).to(tl.float32)

@@ -23,6 +23,7 @@ class Sizes(NamedTuple):
     W: int  # words of a row of H elements
     BLOCK_B: int  # sequences of a tile
     UNITS: int  # of a tile, or of a program
+    TILES: int  # of UNITS units, that have H
     WARPS: int
     HELD: bool  # whether W_hh stays on chip; and as planning.py explains them, of each family:
     BLOCK_K: int = 0
@@ -101,16 +102,16 @@ def name_in_profiles(kernel: str) -> Callable[[Any], str]:
 
 def names_of(kernel: Any) -> list[tuple[str, ...]]:
     """Of each parameter of a kernel but its Sizes: the names of its pointers, if it is such a tuple; else its own."""
-    kinds = kernel.fn.__annotations__
-    return [getattr(kinds.get(name), "_fields", (name,)) for name in kernel.arg_names[:-1]]
+    types = kernel.fn.__annotations__
+    return [getattr(types.get(name), "_fields", (name,)) for name in kernel.arg_names[:-1]]
 
 
 def in_tuples(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names of pointers -> by those of the kernel's parameters."""
-    rest, kinds = dict(arguments), kernel.fn.__annotations__
+    rest, types = dict(arguments), kernel.fn.__annotations__
     tuples = {
-        name: kinds[name](*(rest.pop(field, None) for field in kinds[name]._fields))
+        name: types[name](*(rest.pop(field, None) for field in types[name]._fields))
         for name in kernel.arg_names
-        if hasattr(kinds.get(name), "_fields")
+        if hasattr(types.get(name), "_fields")
     }
     return tuples | rest

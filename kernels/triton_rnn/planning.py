@@ -72,7 +72,7 @@ class Held:
     """The step family, where programs hold W_hh of their units in shared memory."""
 
     name: ClassVar = "step"
-    k: int  # of a part of K, all of which is multiplied at a time; a power of two
+    k: int  # a part of K, multiplied at once; padded to a power of two
     parts: int = 1  # of K, backward, each for programs of its own
     ahead: bool = False  # whether the next batch tile's operand is loaded before the cells of this one
 
@@ -132,7 +132,7 @@ class Plan:
         tiles = ceil(problem.batch / self.rows)
         if isinstance(self.family, Step):
             tiles *= ceil(max(problem.hidden, problem.projected) / self.units)
-            programs = min(self.programs, tiles)
+            programs = max(1, min(self.programs, tiles))
             return replace(self, programs=programs, tiles_per_program=ceil(tiles / programs))
         groups = min(self.groups, tiles)
         return replace(self, groups=groups, tiles_per_program=ceil(tiles / groups))
@@ -154,7 +154,7 @@ class Family(NamedTuple):
     kernels: tuple[Any, Any]
     waits: Callable[[Problem, Plan], bool] = lambda p, plan: False  # whether its programs wait for each other
     buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)  # written
-    operands: tuple[Any, Any] = None, None  # operands(p, plan, r, memory): what is read besides the call's tensors
+    arguments: tuple[Any, Any] = None, None  # arguments(p, plan, r, memory): what is read besides the call's tensors
     loops: tuple[Any, Any] = None, None  # loop(launch, arguments, p): all steps, where each is a launch
     results: tuple[Callable[[Problem, dict[str, Tensor]], Tensor], ...] = (
         lambda p, memory: memory["h_ptr"], lambda p, memory: memory["dgates_ptr"]
@@ -164,28 +164,12 @@ class Family(NamedTuple):
 
 def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
     """A real card. Rates that torch does not know, or the card reports as 0, are those of the most similar card."""
-    architecture, multiprocessors = properties.major * 10 + properties.minor, properties.multi_processor_count
-
-    def unlike(other: Card) -> tuple[int, int]:
-        return abs(other.architecture - architecture), abs(other.multiprocessors - multiprocessors)
-
-    alike = min(DEVICES.values(), key=unlike)
+    architecture, count = properties.major * 10 + properties.minor, properties.multi_processor_count
+    alike = min(DEVICES.values(), key=lambda c: (abs(c.architecture - architecture), abs(c.multiprocessors - count)))
     names = "clock_rate", "memory_clock_rate", "memory_bus_width"  # kHz, with two transfers a clock; bits
     clock, memory_clock, bits = (getattr(properties, name, 0) for name in names)
     rates = 1e3 * clock or alike.clock, 2e3 * memory_clock * bits / 8 or alike.memory
-    return Card(architecture, multiprocessors, properties.name, *rates)
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
-class Expected(NamedTuple):
-    """The estimated time of one step of a plan. None of it was measured."""
-
-    seconds: float
-    terms: dict[str, float]  # what they are made of
+    return Card(architecture, count, properties.name, *rates)
 
 
 # Clocks of an H100. Latencies are published ones, see cards.py. Fitted values are fitted to the cycles of
@@ -199,7 +183,7 @@ TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; f
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as long until all have seen it
 ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
-TURN = 145  # one of the step family's loop over K: barriers, fragments and products; fitted
+LOOP = 145  # a pass of the step family's loop over K: barriers, fragments and products; fitted
 # Gates and cell, and waits for loads that nothing hides; fitted. Of a tuple, forward and backward.
 RESIDENT_CELL = 470, 820
 COOPERATIVE_CELL = 400
@@ -216,12 +200,12 @@ RESIDENT_INSTRUCTIONS = (65, 6), (82, 18)
 COOPERATIVE_INSTRUCTIONS = (130, 16), (198, 20)
 
 
-def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> Expected:
-    """The estimated time of a step of `plan` on a card, by a model that is meant for ranking plans."""
+def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
+    """The estimated seconds of a step of `plan`, by cause; none was measured. A model to rank plans by their sum."""
     clocks = CLOCKS[type(plan.family)](problem, card, plan, backward)
     terms = {name: each / card.clock for name, each in clocks.items()}
     terms["memory, beyond the rest"] = max(0.0, memory_seconds(problem, card, plan, backward) - sum(terms.values()))
-    return Expected(sum(terms.values()), terms)
+    return terms
 
 
 def memory_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
@@ -330,15 +314,15 @@ def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
     of_tile, of_cell = STEP_CELL[backward]
     for units, gates, k in rounds:
         tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.units) / plan.programs)
-        columns, turns = gates * plan.units, ceil(k / plan.family.k)
+        columns, passes = gates * plan.units, ceil(k / plan.family.k)
         # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
         rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(card)
         products = plan.rows * columns * plan.family.k / rate
         l2 = _l2_clocks((plan.rows + columns) * plan.family.k * problem.size, card, plan)
-        turn = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + TURN)  # loads of so many turns are in flight
+        each_pass = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + LOOP)  # so many passes' loads are in flight
         clocks = {
-            "L2: weights, states": turns * l2,
-            "products, and loads in flight": turns * (turn - l2),
+            "L2: weights, states": passes * l2,
+            "products, and loads in flight": passes * (each_pass - l2),
             "gates and cell": of_tile + of_cell * plan.rows * plan.units / (32 * plan.num_warps),
         }
         for name, each in clocks.items():
@@ -384,7 +368,7 @@ def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
 
 
 # For a step by cuBLAS and a kernel.
-CUBLAS = (0.65, 0.85)  # the fraction that large products reach of the rate of tensor cores, and of that of float32
+CUBLAS = (0.65, 0.85)  # large products reach this share of the tensor cores' rate, and of float32's
 CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
 CUBLAS_K = 512  # where tiles are few, K is split among multiprocessors, in parts of so many or more
 FASTER = {90: 2, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)

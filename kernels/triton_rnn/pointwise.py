@@ -15,12 +15,12 @@ import triton.language as tl
 
 from ..cells import CELLS
 from ..memory import Buffer, buffers_of
-from ..problem import Pass, Problem
+from ..problem import Pass, Problem, power_of_two
 from ..projection import products_in
 from . import indexing, noise, reset, states
 from .equations import cell_backward, cell_forward, next_cell, output, output_backward
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
-from .planning import Family, Plan, Pointwise, power_of_two
+from .planning import Family, Plan, Pointwise
 
 
 @triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])

@@ -18,14 +18,14 @@ import triton.language as tl
 from ..cards import Card
 from ..cells import CELLS
 from ..operands import as_words, transposed_gates
-from ..problem import Problem
+from ..problem import Problem, power_of_two
 from . import indexing, noise, norm_block, reset, states
 from .equations import cell_backward, cell_forward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
 from .norm import Norm, load_affine, normalised
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved, name_in_profiles
-from .planning import Family, Plan, Resident, power_of_two
+from .planning import Family, Plan, Resident
 
 # All fields are tuples of CELLS, an element for each cell of a thread. What it owns: units [THREADS], columns [THREADS]
 # of the batch tile, and Sequences.
@@ -94,7 +94,6 @@ def resident_forward_kernel(
 ):  # fmt: skip
     """All steps of a batch tile."""
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
-    H: tl.constexpr = S.H
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = Batch(lengths_ptr, resets_ptr, T, B)
@@ -111,16 +110,16 @@ def resident_forward_kernel(
     first = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         unit, cells = owned.units[n], Cells(*first[n])
-        peepholes = peepholes + (states.load_peepholes(cell.weight_peephole_ptr, unit, H),)
-        affine_hh = affine_hh + (load_affine(norm_hh, unit, 4, H),)
-        affine_c = affine_c + (load_affine(norm_c, unit, 1, H),)
+        peepholes = peepholes + (states.load_peepholes(cell.weight_peephole_ptr, unit, S.H),)
+        affine_hh = affine_hh + (load_affine(norm_hh, unit, 4, S.H),)
+        affine_c = affine_c + (load_affine(norm_c, unit, 1, S.H),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
         c = c + (tl.load(cell.c0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
-        before = load_step(h, c, now, hidden, cell, H)  # the product hides its latency
+        before = load_step(h, c, now, hidden, cell, S.H)  # the product hides its latency
         z = product_with_h(weights, before.operand, owned, step % 2, S)
-        z = norm_block.normalise_products(z, norm_hh, affine_hh, owned, H)
+        z = norm_block.normalise_products(z, norm_hh, affine_hh, owned, S.H)
         moments_c = norm_block.moments_of_c(norm_c, before, z, peepholes, owned, S)
         h, c = (), ()
         for n in tl.static_range(CELLS):
@@ -133,7 +132,7 @@ def resident_forward_kernel(
             h_next = noise.zoneout(h_next, h_prev, hidden.zoneout_h_ptr, cells)
             h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
-            states.save(gates, c_next, cell, cells, H)
+            states.save(gates, c_next, cell, cells, S.H)
             h = h + (tl.where(cells.valid, h_next, before.h[n]),)
             c = c + (tl.where(cells.valid, c_next, c_prev),)
     for n in tl.static_range(CELLS):
@@ -207,7 +206,6 @@ def resident_backward_kernel(
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
-    H: tl.constexpr = S.H
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = Batch(lengths_ptr, resets_ptr, T, B)
@@ -218,17 +216,17 @@ def resident_backward_kernel(
     dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         cells, dh_n = Cells(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
-        peepholes = peepholes + (states.load_peepholes(cell.weight_peephole_ptr, owned.units[n], H),)
+        peepholes = peepholes + (states.load_peepholes(cell.weight_peephole_ptr, owned.units[n], S.H),)
         if hidden.dh_n_ptr is not None:
             dh_n += tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
         dh, dc = dh + (dh_n,), dc + (tl.load(cell.dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
     for back in range(T):
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
-        normed_c = norm_block.load_normed(norm_c, now, owned, 1, H)
+        normed_c = norm_block.load_normed(norm_c, now, owned, 1, S.H)
         activations, outputs, dc_by_m, dz, dc_prev = (), (), (), (), ()
         for n in tl.static_range(CELLS):
-            activations = activations + (states.load_saved(saved, step, Cells(*now.cells[n]), H),)
+            activations = activations + (states.load_saved(saved, step, Cells(*now.cells[n]), S.H),)
 
         # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
         for n in tl.static_range(CELLS):
@@ -238,22 +236,22 @@ def resident_backward_kernel(
             c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
             dz_o, d = output_backward(gates[3], normalised((c,), norm_c, normed_c[n])[0], dm, S)
             outputs, dc_by_m = outputs + ((dm, dh_stayed, dz_o),), dc_by_m + ((d,),)
-        dc_by_m = norm_block.backward_over_block(dc_by_m, norm_c, normed_c, tl.float32, H)
+        dc_by_m = norm_block.backward_over_block(dc_by_m, norm_c, normed_c, tl.float32, S.H)
         for n in tl.static_range(CELLS):
             cells = Cells(*now.cells[n])
             gates, _, c_prev = activations[n]
             d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), cell.zoneout_c_ptr, cells)
             dz_n, d = cell_backward(gates, c_prev, outputs[n][2], d + dc_by_m[n][0], peepholes[n], S)
             dz, dc_prev = dz + (dz_n,), dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)
-        normed_hh = norm_block.load_normed(norm_hh, now, owned, 4, H)
-        dz_hh = norm_block.backward_over_block(dz, norm_hh, normed_hh, DTYPE, H)
+        normed_hh = norm_block.load_normed(norm_hh, now, owned, 4, S.H)
+        dz_hh = norm_block.backward_over_block(dz, norm_hh, normed_hh, DTYPE, S.H)
         dh_prev = product_with_dz(weights, dz_hh, elements, owned, back % 2, DTYPE, S)
 
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
             cells = Cells(*now.cells[n])
             dm, dh_stayed, _ = outputs[n]
-            states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz[n], H)
+            states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz[n], S.H)
             states.store_gradient_of_m(dm, dh_total_ptr, cells)
             d = gradient_before(dh_prev[n], dh_stayed, hidden, cells, step)
             if cell.dreset_c_ptr is not None:
@@ -277,17 +275,18 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     gates = CELLS[problem.cell].rows if backward else 4  # forward a tile of a product has four
     registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
     if warps <= 8 and registers <= MOST_REGISTERS:
-        shared = 2 * 8 * units * problem.size * (gates if backward else 1)
-        shared += 32 * warps * problem.normalised  # sums of 8 sequences that each warp hands the others
+        rows = SEQUENCES.value
+        shared = 2 * rows * units * problem.size * (gates if backward else 1)
+        shared += 4 * rows * warps * problem.normalised  # sums of the sequences that each warp hands the others
         yield Plan(
-            Resident(units * problem.size // 64), 8, units, 1, ceil(problem.batch / 8), warps, shared,
+            Resident(units * problem.size // 64), rows, units, 1, ceil(problem.batch / rows), warps, shared,
             f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
         )  # fmt: skip
 
 
 FAMILY = Family(
     (resident_forward_kernel, resident_backward_kernel),
-    operands=(
+    arguments=(
         lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden)},
         lambda p, plan, r, memory: {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p.hidden)},
     ),

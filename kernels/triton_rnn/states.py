@@ -1,15 +1,10 @@
 """What a step loads of its cells, from memory or as forward saved it, and what it stores: by the offsets of `Cells`."""
 
-from collections import namedtuple
-
 import triton
 import triton.language as tl
 
 from .noise import dropout, zoneout_of_h, zoneout_of_h_backward
 from .reset import reset_to
-
-# What forward saved of a step of some cells: the four activated gates, c after zoneout, and c before the step.
-Activations = namedtuple("Activations", "gates c c_prev")
 
 
 @triton.jit
@@ -58,10 +53,10 @@ def save(gates, c, cell, cells, H: tl.constexpr):
 
 @triton.jit
 def load_saved(saved, step, cells, H: tl.constexpr, AS_STORED: tl.constexpr = False):
-    """The Activations of a step; gates AS_STORED as in `load_gates`."""
+    """(The four activated gates of a step, as `load_gates` has them; c after zoneout; c before the step.)"""
     gates = load_gates(saved.gates_ptr, cells.gates_at, cells.valid, H, AS_STORED)
     c = tl.load(saved.c_ptr + cells.at, mask=cells.valid, other=0.0)
-    return Activations(gates, c, load_c_before(saved, step, cells))
+    return gates, c, load_c_before(saved, step, cells)
 
 
 @triton.jit
@@ -75,8 +70,7 @@ def load_c_before(saved, step, cells):
 
 @triton.jit
 def store_hidden(h, hidden, h_prev_ptr, cells):
-    """Store h after zoneout, and h_n where a sequence ends; returns that h. The state before the step is in h_prev_ptr,
-    h0 or h."""
+    """Store h after zoneout, and h_n where a sequence ends; returns that h. h_prev_ptr is h0 or h, before the step."""
     h = zoneout_of_h(h, hidden, h_prev_ptr, cells.prev_at, cells)
     tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
     tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & cells.is_last)

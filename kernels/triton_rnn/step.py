@@ -10,7 +10,6 @@ Where W_hh of a tile's units fits in shared memory, a program can hold it: all i
 the sequences of its group. Before the product a tile waits for the other units' tiles of the same sequences, no others.
 """
 
-import itertools
 from collections import namedtuple
 from math import ceil
 from typing import NamedTuple
@@ -19,19 +18,17 @@ import torch
 import triton
 import triton.language as tl
 
-from ..cards import Card
-from ..cells import CELLS
 from ..memory import Buffer, buffers_of
 from ..problem import Pass, Problem
 from . import indexing, noise, norm_tiles, reset, states
 from .equations import cell_backward, cell_forward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
-from .features import MOST_ROWS, nothing
+from .features import nothing
 from .indexing import Batch, rows_of_product
 from .norm import Norm, normalised
 from .norm_tiles import load_normed, pairs_of_step
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Pointer, Saved, name_in_profiles
-from .planning import Family, Held, Plan, Step, expected, power_of_two
+from .planning import Family, Plan
 
 # Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask` [rows], else times factors
 # [*, K] or None.
@@ -75,10 +72,8 @@ def product(rows, columns, normed, K: tl.constexpr, STRIDE: tl.constexpr, S: tl.
 
 @triton.jit
 def product_of_held(held, a, S: tl.constexpr):
-    """a @ held^T of weights `held` [columns, K] and rows of a [rows, K] -> [rows, columns] float32.
-
-    Computed as held a^T: wgmma takes 64 rows, or a multiple, and 8 columns or more.
-    """
+    """a [rows, K] @ held^T [K, columns] -> [rows, columns] float32, computed as held a^T: wgmma takes 64 rows, or a
+    multiple, and 8 columns or more."""
     return tl.trans(tl.dot(held, tl.trans(a), input_precision=S.PRECISION))
 
 
@@ -141,8 +136,8 @@ def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
 
 @triton.jit
 def rows_of_dgates(dgates_ptr, row, part, S: tl.constexpr):
-    """(Pointer, rows) of one part of K of dgates [T*B, 4H], of the gates that h reaches; rows are of K, or of 4H. Not
-    Rows, since functions of Triton 3.4 cannot return None."""
+    """(Pointer, rows) of one part of K in dgates [T*B, 4H], the gates that h reaches; a row has K elements, or 4H. Not
+    Rows, since functions in Triton 3.4 cannot return None."""
     if S.GATES == 4:
         row = row * S.PARTS + part
     else:
@@ -466,97 +461,6 @@ def step_backward_kernel(
         poll_limit = cell_round_backward(step, times, call, poll_limit, S)
         if (WAITS and not S.HELD) and step > 0:
             poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
-
-
-def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
-    """A plan that works for every problem: no more programs than fit the card at once, and tiles that fill them.
-
-    The product of a step is small, so many programs must share it: tiles are the narrowest that still fill tensor-core
-    instructions.
-    """
-    rows = 16 if problem.batch <= 16 else 32 if problem.batch <= 32 else 64
-    heavy = problem.regularised or problem.normalised  # masks and norms need registers
-    most, stages = (32, 2) if heavy else (MOST_ROWS, 3)
-    if heavy and problem.projected:
-        most = min(most, MOST_ROWS // 2)  # with more, Triton 3.4 spills
-    if problem.exact_float32:
-        most //= 2  # and products without tensor cores do, too
-    rows = max(16, min(rows, most))
-    units = 16  # of which a forward product has four gates
-    tiles = ceil(problem.batch / rows) * ceil(max(problem.hidden, problem.projected) / units)
-    programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
-    k = 128 // problem.size  # 128 bytes of each row at a time
-    stage = (rows + units * (1 if backward else 4)) * k * problem.size
-    why = "W_hh is read from L2 at every step"
-    if problem.normalised:
-        why += "; layer norms need sums over all units, for one or two more grid-wide barriers"
-    return Plan(
-        Step(k), rows, units, programs, 1, 8 if problem.exact_float32 else 4, 2 * stage, why, num_stages=stages,
-        tiles_per_program=ceil(tiles / programs), side_by_side=problem.side_by_side,
-    )  # fmt: skip
-
-
-# Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
-HELD_FORWARD = [(rows, units, 1) for rows in (16, 32, 64) for units in (16, 32)]
-HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
-# Backward, in half precision, W_hh of a tile is [K, units] in shared memory, in blocks of 64 units. From Triton 3.6 on
-# a kernel stores each block whole, one after another, but wgmma looks for 256 rows of every block before the next 256
-# (dev/compile_table/triton_issue.md). Those are the same for one block, or up to 256 rows: nothing else is proposed.
-BLOCK_UNITS, BLOCK_ROWS = 64, 256
-
-
-def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory.
-
-    For products by wgmma, whose operands are there; backward, also of parts of K. A resident program holds up to 128
-    units, and beyond 512 these plans gain nothing.
-    """
-    able = card.architecture == 90 and not problem.exact_float32
-    if not able or not 128 < problem.hidden <= 512 or problem.normalised or problem.projects_in_loop:
-        return []
-    plans, multiprocessors, gates = [], card.multiprocessors // problem.side_by_side, CELLS[problem.cell].rows
-    for rows, units, parts in HELD_BACKWARD if backward else HELD_FORWARD:
-        inner = problem.hidden * (gates if backward else 1) // parts
-        k = power_of_two(inner)
-        batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * units))
-        shared = (rows + units * (parts if backward else 4)) * k * problem.size
-        # While one block of a multiprocessor waits another one computes.
-        blocks = 2 if programs * batch_tiles > multiprocessors and card.has_room(2, shared) else 1
-        groups = min(batch_tiles, blocks * multiprocessors // programs)
-        warps = 4 if rows * units == 256 else 16 if (rows, units, blocks) == (64, 32, 1) else 8
-        # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
-        room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
-        ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner
-        as_stored = not backward or units * parts <= BLOCK_UNITS or k <= BLOCK_ROWS
-        if groups > 0 and shared <= card.shared and as_stored and gates * problem.hidden % parts == 0:
-            plans.append(Plan(
-                Held(k, parts, ahead), rows, units, programs, groups, warps, shared,
-                "programs hold W_hh in shared memory", blocks=blocks,
-                tiles_per_program=ceil(batch_tiles / groups), side_by_side=problem.side_by_side,
-            ))  # fmt: skip
-    return sorted(plans, key=lambda plan: expected(problem, card, plan, backward).seconds)[:3]
-
-
-def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The best two plans, by expected time, whose backward splits the product into parts of K.
-
-    A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
-    """
-    if not backward or problem.projected or problem.normalised or problem.exact_float32:
-        return []
-    plans, inner = [], CELLS[problem.cell].rows * problem.hidden
-    for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
-        tiles, shared = ceil(problem.batch / rows) * ceil(problem.hidden / units), 3 * 128 * (rows + parts * units)
-        programs = max(1, min(tiles, card.multiprocessors // problem.side_by_side))
-        in_words = inner * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
-        fits = rows <= max(16, power_of_two(problem.batch)) and rows * units <= 2048 and shared <= card.shared
-        if in_words and fits:
-            plans.append(Plan(
-                Step(128 // problem.size, parts), rows, units, programs, 1, max(4, rows * units // 128), shared,
-                "W_hh is read from L2 at every step, for products of parts of K", num_stages=3,
-                tiles_per_program=ceil(tiles / programs), side_by_side=problem.side_by_side,
-            ))  # fmt: skip
-    return sorted(plans, key=lambda plan: expected(problem, card, plan, backward).seconds)[:2]
 
 
 def waits(p: Problem, plan: Plan) -> bool:

@@ -6,13 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import GRU as TorchGRU
-from torch.nn.modules.rnn import LSTM as TorchLSTM
 
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
 
-class Kind(NamedTuple):
+class Pair(NamedTuple):
     """LSTM or GRU: the order of its gates, which have H rows of a weight each, and the classes that compute it."""
 
     name: str  # of Keras's layer; its cell's is f"{name}Cell"
@@ -20,7 +18,6 @@ class Kind(NamedTuple):
     torch_gates: str
     module: type[LSTM] | type[GRU]
     stack: type[StackedLSTM] | type[StackedGRU]
-    torchs: type[TorchLSTM] | type[TorchGRU]
 
     def to_torch(self, rows: Tensor) -> Tensor:
         """Rows of a weight or bias, from Keras's order to torch's."""
@@ -31,9 +28,9 @@ class Kind(NamedTuple):
         return _reordered(rows, self.torch_gates, self.keras_gates)
 
 
-OF_LSTM = Kind("LSTM", "ifgo", "ifgo", LSTM, StackedLSTM, TorchLSTM)
-OF_GRU = Kind("GRU", "zrn", "rzn", GRU, StackedGRU, TorchGRU)
-KINDS = (OF_LSTM, OF_GRU)
+OF_LSTM = Pair("LSTM", "ifgo", "ifgo", LSTM, StackedLSTM)
+OF_GRU = Pair("GRU", "zrn", "rzn", GRU, StackedGRU)
+PAIRS = (OF_LSTM, OF_GRU)
 
 
 def _reordered(rows: Tensor, before: str, after: str) -> Tensor:
