@@ -255,29 +255,6 @@ def test_a_stack_is_refused(kind, states):
         to_torch(getattr(gpu_lstm, f"Stacked{kind}")(3, [4, 5]))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_the_gru_of_torchrls_module_becomes_one_that_its_checks_accept():
-    """Over trajectories of several episodes, which is_init tells apart."""
-    modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
-    torch.manual_seed(0)
-    policy = modules.GRUModule(gru=nn.GRU(3, 4, batch_first=True), in_keys=["x", "h"], out_keys=["y", ("next", "h")])
-    data = {"x": torch.randn(2, 5, 3), "h": torch.zeros(2, 5, 1, 4), "is_init": torch.rand(2, 5, 1) < 0.4}
-
-    def found():
-        with modules.set_recurrent_mode(True):
-            done = policy(TensorDict(data, [2, 5]))
-        return done["y"], done["next", "h"]
-
-    expected, given = found(), policy.gru
-    policy.gru = gpu_lstm.GRU(3, 4, batch_first=True)
-    with pytest.raises(TypeError, match=r"GRU accepts lengths, and no mask .* hand it a gpu_lstm.compat.GRU"):
-        found()
-    policy.gru = given
-    assert gpu_lstm.convert(policy) is policy
-    assert type(policy.gru) is gpu_lstm.compat.GRU
-    torch.testing.assert_close(found(), expected)
-
-
 def to_onnx(model, x, file, free):
     shapes = ({dimension: torch.export.Dim(name) for dimension, name in free.items()},)
     torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=shapes)
