@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from unittest.mock import Mock
 
 import pytest
@@ -252,8 +253,10 @@ def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
     assert given.isfinite().all()
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("way", ["torch", "reference", "triton", "lengths", "zoneout", "vmap", "compiled"])
+@pytest.mark.parametrize(("way", "half"), [
+    *product(["torch", "reference", "triton", "lengths", "zoneout", "vmap"], [torch.bfloat16, torch.float16]),
+    ("compiled", torch.bfloat16), pytest.param("compiled", torch.float16, marks=pytest.mark.deep),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("kind", ["LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU"])
 def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     """It casts a whole LSTM there, but of a GRU and of cells products alone, so that the dtype of states counts."""

@@ -1,4 +1,4 @@
-"""The CuPy backend's launcher, and what its kernels compile to: no GPU. That kernels get their arguments: test_layer.py."""
+"""The CuPy backend's launcher, and what its kernels compile to. Which arguments they get is tested by their results."""
 
 import itertools
 import re
