@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
 from unittest.mock import Mock
 
 import pytest
@@ -94,7 +93,6 @@ def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
 @pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize(("learns", "options"), [(True, dict(cache_enabled=False)), (False, {})], ids=str)
 def test_where_torch_casts_at_every_call_so_do_we(learns, options):
-    """With autocast's cache off, and weights that do not learn."""
     for module in modules("reference"):
         with Casts() as casts, autocast(**options):
             loop(module.requires_grad_(learns), inputs())
@@ -123,7 +121,6 @@ def test_a_weight_that_changes_within_a_block_stays_as_torch_cast_it(backend, ki
 
 
 def test_a_block_within_another_has_its_own_casts():
-    """Of its own dtype."""
     (_, module), x = modules("reference", "LSTM"), inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
         outer = module(x)[0]
@@ -253,10 +250,8 @@ def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
     assert given.isfinite().all()
 
 
-@pytest.mark.parametrize(("way", "half"), [
-    *product(["torch", "reference", "triton", "lengths", "zoneout", "vmap"], [torch.bfloat16, torch.float16]),
-    ("compiled", torch.bfloat16), pytest.param("compiled", torch.float16, marks=pytest.mark.deep),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", ["torch", "reference", "triton", "lengths", "zoneout", "vmap", "compiled"])
 @pytest.mark.parametrize("kind", ["LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU"])
 def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     """It casts a whole LSTM there, but of a GRU and of cells products alone, so that the dtype of states counts."""
@@ -264,6 +259,8 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     is_cell, is_stack = "Cell" in kind, "Stacked" in kind
     if way == "triton" and (DEVICE != "cpu" or options or half is torch.bfloat16):
         pytest.skip("the interpreter's are right in float16, and c of a projection is as on a card")
+    if way == "compiled" and (half is torch.float16) != is_cell:
+        pytest.skip("compiling takes long: cells do in float16, modules in bfloat16")
     if way in ("lengths", "zoneout") and is_cell:
         pytest.skip("a cell has none")
     if way in ("torch", "lengths") and half is torch.float16 and kind in ("LSTM", "StackedLSTM"):

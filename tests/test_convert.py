@@ -28,7 +28,6 @@ both_cells = pytest.mark.parametrize("first", [0, 2], ids=["LSTM", "GRU"])  # of
 
 
 def tagger() -> nn.Module:
-    """A model with LSTMs and GRUs at several depths, float64."""
     torch.manual_seed(0)
     encoders = nn.ModuleList([nn.LSTM(5, 4, batch_first=True), nn.Sequential(nn.LSTM(4, 6, proj_size=2))])
     cells = dict(cell=nn.LSTMCell(2, 4, bias=False), gru=nn.GRU(4, 3, 2), gru_cell=nn.GRUCell(3, 4))

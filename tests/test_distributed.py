@@ -68,14 +68,12 @@ def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer, rank
 
 
 def ddp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """The gradients of one backward."""
     model = DistributedDataParallel(Tagger(backend, seed=rank))  # which hands out the weights of rank 0
     backward_of(model, 0, rank)
     return {name: p.grad for name, p in model.module.named_parameters()}
 
 
 def fsdp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """The whole weights after three steps."""
     model = Tagger(backend)
     fully_shard(model.lstm)
     fully_shard(model)

@@ -56,7 +56,6 @@ def draw(*shape, dtype="float32", seed=0):
 
 
 def states(one, **how):
-    """Random initial states."""
     return [draw(B, H, seed=k, **how) for k, _ in enumerate(keras.tree.flatten(one.cell.state_size), 1)]
 
 

@@ -24,13 +24,11 @@ from gpu_lstm.call.choices import BackendName
 
 
 def says(python: Path | str, code: str, **options) -> list[str]:
-    """The lines that a program prints."""
     return run([str(python), "-c", textwrap.dedent(code)], **options).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> list[Path]:
-    """A wheel and an sdist."""
     return build(tmp_path_factory.mktemp("built"), "wheel", "sdist")
 
 
