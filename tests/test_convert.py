@@ -247,13 +247,6 @@ def test_what_torch_has_not_is_refused_and_nothing_is_swapped(module, name, valu
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
 
 
-@pytest.mark.parametrize(("kind", "states"), [("LSTM", "pair of states"), ("GRU", "tensor of states")])
-def test_a_stack_is_refused(kind, states):
-    text = f"is a Stacked{kind} of sizes .4, 5., with a {states} a layer; a torch.nn.{kind} has layers of one size, "
-    with pytest.raises(TypeError, match=f"^the model itself {text}and one {states} for all$"):
-        to_torch(getattr(gpu_lstm, f"Stacked{kind}")(3, [4, 5]))
-
-
 def to_onnx(model, x, file, free):
     shapes = ({dimension: torch.export.Dim(name) for dimension, name in free.items()},)
     torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=shapes)
