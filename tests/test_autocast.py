@@ -16,7 +16,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
@@ -140,18 +139,6 @@ def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (gradient,) = torch.autograd.grad(second[1].float().sum(), [module.weight_hh_l0], retain_graph=True)
     assert gradient.dtype is torch.float32
     assert torch.autograd.grad(second[0].float().sum(), [module.weight_ih_l0])[0].any()
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_under_checkpoint_casts_need_nothing_that_it_drops(kind):
-    """torch.utils.checkpoint computes all again at the first saved tensor that is read."""
-    (_, module), x = modules("torch", kind, "cpu"), inputs().cpu()
-    gradients = []
-    for run in partial(checkpoint, module, use_reentrant=False), module:
-        with torch.autocast("cpu", torch.bfloat16):
-            y, _ = run(x, lengths=torch.full((B,), T))
-        gradients.append(torch.autograd.grad(y.float().sum(), list(module.parameters())))
-    assert all(map(torch.equal, *gradients))
 
 
 def test_nothing_is_kept_past_the_block():
