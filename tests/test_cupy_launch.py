@@ -132,11 +132,17 @@ def architectures() -> list[int]:
 
 @pytest.fixture(scope="module")
 def rows() -> list:
-    """On every architecture in bfloat16, on an H100 in all; `python -m dev.compile_table --all` has more sizes."""
+    """On every architecture in bfloat16, on an H100 in all; `python -m dev.compile_table --all` has more sizes.
+
+    Any two of architecture, direction, cell and where the weights are meet; on an H100 in bfloat16 all do.
+    """
     known = architectures()
     cases = [case for case in cuda_kernels.cases(h100=False) if case.card.architecture in known]
     cases = [case for case in cases if case.problem.hidden == 768 and (
         case.problem.dtype is torch.bfloat16 or case.card.architecture == 90)]  # fmt: skip
+    facts = [(case, case.backward + (case.problem.cell == "gru") + (case.plan.chunks > 0)) for case in cases]
+    cases = [case for case, count in facts if (str(case).startswith("bfloat16") and case.card.architecture == 90)
+             or (count + known.index(case.card.architecture)) % 2]  # fmt: skip
     assert set(known) == {case.card.architecture for case in cases} >= {80, 86, 89, 90}  # 100 and 120 from CUDA 12.8 on
     assert {cuda_kernels.compile_for(case).log for case in cases} == {""}
     return list(zip(cases, cuda_kernels.reports(cases)))
@@ -174,7 +180,7 @@ def test_a_kernel_reads_no_argument_that_is_not_given(backward):
         ptx = cuda_kernels.compile_for(case, frozenset(given)).ptx
         return {name for name in names if re.search(rf"ld\.param\S* [^;]*_param_{numbers[name]}\]", ptx)}
 
-    for given in (names, names[::2], names[1::2], ()):
+    for given in (names[::2], names[1::2]):
         assert read(given) == set(given)
 
 
