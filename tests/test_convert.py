@@ -253,18 +253,18 @@ def to_onnx(model, x, file, free):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_onnx_computes_the_same_for_any_batch(tmp_path, kind):
+def test_onnx_computes_the_same_for_any_batch(tmp_path):
     """In a process of its own: after an export of an LSTM with a fixed T, torch fixes that of all later ones."""
-    model, inputs = getattr(gpu_lstm, kind)(3, 4).eval(), [torch.randn(5, n, 3) for n in (2, 7)]
-    file = tmp_path / "model.onnx"
+    inputs, file = [torch.randn(5, n, 3) for n in (2, 7)], tmp_path / "model.onnx"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(to_onnx, (model, inputs[0], file, {1: "batch"}))
-    assert [node.op_type for node in onnx.load(file).graph.node].count(kind) == 1
-    session = onnxruntime.InferenceSession(file)
-    for x in inputs:
-        found, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        np.testing.assert_allclose(found, model(x)[0].detach(), rtol=0, atol=1e-6)
+        for kind in ("LSTM", "GRU"):
+            model = getattr(gpu_lstm, kind)(3, 4).eval()
+            pool.apply(to_onnx, (model, inputs[0], file, {1: "batch"}))
+            assert [node.op_type for node in onnx.load(file).graph.node].count(kind) == 1
+            session = onnxruntime.InferenceSession(file)
+            for x in inputs:
+                found, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+                np.testing.assert_allclose(found, model(x)[0].detach(), rtol=0, atol=1e-6)
 
 
 def of_file(file, *inputs):
