@@ -252,6 +252,9 @@ def result_of(module: nn.Module, call: Call, words: set[str], seed: int, form: C
     """Every result and, unless the call is without, every gradient."""
     module.train(not words & {"expected", "stream"})
     x, hx, rest = call
+    if seed % 2:  # parts of a tensor, which are not contiguous
+        like = next(module.parameters())
+        x, hx = tree_map_only(Tensor, lambda t: t.to(like).repeat_interleave(2, -1)[..., ::2], (x, hx))
     with torch.set_grad_enabled("no-grad" not in words):
         return results(module, x, hx, call=form and partial(form, module), seed=seed, **rest)
 

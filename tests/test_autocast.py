@@ -16,7 +16,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
@@ -93,7 +92,6 @@ def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
 @pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize(("learns", "options"), [(True, dict(cache_enabled=False)), (False, {})], ids=str)
 def test_where_torch_casts_at_every_call_so_do_we(learns, options):
-    """With autocast's cache off, and weights that do not learn."""
     for module in modules("reference"):
         with Casts() as casts, autocast(**options):
             loop(module.requires_grad_(learns), inputs())
@@ -122,7 +120,6 @@ def test_a_weight_that_changes_within_a_block_stays_as_torch_cast_it(backend, ki
 
 
 def test_a_block_within_another_has_its_own_casts():
-    """Of its own dtype."""
     (_, module), x = modules("reference", "LSTM"), inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
         outer = module(x)[0]
@@ -142,18 +139,6 @@ def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (gradient,) = torch.autograd.grad(second[1].float().sum(), [module.weight_hh_l0], retain_graph=True)
     assert gradient.dtype is torch.float32
     assert torch.autograd.grad(second[0].float().sum(), [module.weight_ih_l0])[0].any()
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_under_checkpoint_casts_need_nothing_that_it_drops(kind):
-    """torch.utils.checkpoint computes all again at the first saved tensor that is read."""
-    (_, module), x = modules("torch", kind, "cpu"), inputs().cpu()
-    gradients = []
-    for run in partial(checkpoint, module, use_reentrant=False), module:
-        with torch.autocast("cpu", torch.bfloat16):
-            y, _ = run(x, lengths=torch.full((B,), T))
-        gradients.append(torch.autograd.grad(y.float().sum(), list(module.parameters())))
-    assert all(map(torch.equal, *gradients))
 
 
 def test_nothing_is_kept_past_the_block():
@@ -261,6 +246,8 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     is_cell, is_stack = "Cell" in kind, "Stacked" in kind
     if way == "triton" and (DEVICE != "cpu" or options or half is torch.bfloat16):
         pytest.skip("the interpreter's are right in float16, and c of a projection is as on a card")
+    if way == "compiled" and (half is torch.float16) != is_cell:
+        pytest.skip("compiling takes long: cells do in float16, modules in bfloat16")
     if way in ("lengths", "zoneout") and is_cell:
         pytest.skip("a cell has none")
     if way in ("torch", "lengths") and half is torch.float16 and kind in ("LSTM", "StackedLSTM"):

@@ -270,7 +270,6 @@ def test_who_cannot_be_captured_keeps_its_times_and_nobody_else_is_judged_withou
 
 
 def test_the_commit_of_a_base_is_imported_in_a_process_of_its_own(monkeypatch, tmp_path):
-    """Of a repository whose first commit has a gpu_lstm."""
     git, names = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"], ("gpu_lstm", "kernels")
     for name in names:
         (tmp_path / name).mkdir()
@@ -366,54 +365,41 @@ def test_bench_gpu_goes_on_where_nothing_is_measured_and_ends_with_the_reason(
     assert end == f"Nothing was measured: {tmp_path / 'out' / 'results.csv'} has no row. The reason is above."
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """gpu.command(module), stopped by an error once `begun` is in the pipe, which nobody can write to afterwards."""
+def test_tests_that_run_out_of_time_say_why_others_failed_before_and_nothing_that_they_started_runs_on(
+    tmp_path, monkeypatch
+):
+    """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe.
+
+    Also where interrupts are ignored, as behind a shell's "&".
+    """
     os.mkfifo(path := tmp_path / "pipe")
     wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-
-    def stopped(error, module):
-        def once_it_has_begun(process, timeout=None):
-            if timeout != 600.0:
-                return wait(process, timeout)
-            assert select.select([pipe], [], [], 60)[0]
-            assert os.read(pipe, 9) == b"begun\n"
-            raise error
-
-        monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
-        return gpu.command(module, 600.0, tmp_path / "log")
-
-    yield stopped
-    assert select.select([pipe], [], [], 20)[0]
-    assert os.read(pipe, 9) == b"", "nobody can write any more"
-    os.close(pipe)
-
-
-def test_what_a_stopped_command_has_started_is_stopped_too(tmp_path, command):
-    """As pytest's workers, one of which may hold the card beside what is timed next. Here it holds a pipe."""
-    code = f"import subprocess; subprocess.run(['sh', '-c', 'exec > {tmp_path}/pipe; echo begun; sleep 600'])"
-    with pytest.raises(KeyboardInterrupt):
-        command(KeyboardInterrupt(), ["timeit", "-n", "1", code])
-
-
-def test_tests_that_run_out_of_time_say_why_others_failed_before(tmp_path, command):
-    """Also where interrupts are ignored, as behind a shell's "&"."""
     (file := tmp_path / "test_kernels.py").write_text(f"""
-import time
+import subprocess
 
 def test_wrong():
     assert False, "the RMS error of h is 0.3"
 
 def test_hangs():
-    with open("{tmp_path}/pipe", "w") as pipe:
-        print("begun", file=pipe, flush=True)
-        time.sleep(600)
+    subprocess.run(["sh", "-c", "exec > {path}; echo begun; sleep 600"])
 """)
+
+    def once_it_has_begun(process, timeout=None):
+        if timeout != 600.0:
+            return wait(process, timeout)
+        assert select.select([pipe], [], [], 60)[0]
+        assert os.read(pipe, 9) == b"begun\n"
+        raise subprocess.TimeoutExpired("pytest", 600.0)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        out_of_time = subprocess.TimeoutExpired("pytest", 600.0)
-        said, code = command(out_of_time, ["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)])
+        command = ["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)]
+        said, code = gpu.command(command, 600.0, tmp_path / "log")
     finally:
         signal.signal(signal.SIGINT, before)
     assert code is None
     assert re.search("(?m)^FAILED .*test_wrong - AssertionError: the RMS error of h is 0.3$", said)
+    assert select.select([pipe], [], [], 20)[0]
+    assert os.read(pipe, 9) == b"", "nobody can write any more"
+    os.close(pipe)

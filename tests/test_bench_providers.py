@@ -47,7 +47,6 @@ DONE = {  # which cases a provider does; it is unable to do the others
 
 
 def assert_right(name: str, inputs: Inputs, truth) -> None:
-    """All results and gradients are those of float64."""
     found = Trial(name, inputs).results()
     assert found.keys() == truth.keys()
     for result, true in truth.items():
@@ -89,7 +88,6 @@ def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypa
 
 
 def test_a_peer_that_needs_cuda_by_what_its_documentation_says(monkeypatch):
-    """A stand-in of the same interface and layout."""
     monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(LSTM=HasteLSTM))
     inputs = Inputs.of(PLAIN, "cpu")
     assert_right("haste", inputs, results_in(torch.float64, inputs))

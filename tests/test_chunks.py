@@ -92,7 +92,6 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
 
 @pytest.mark.parametrize(("cell", "half"), [("LSTM", True), ("LSTM", False), ("GRU", True)])
 def test_cell_states_go_from_chunk_to_chunk_in_float32(two_steps, device, cell, half):
-    """In half precision, of the module or of autocast."""
     module = getattr(gpu_lstm, cell)(4, 6, device=device, backend="triton")
     x, results = torch.randn(9, 3, 4, device=device), []
     module, x = (module.half(), x.half()) if half else (module, x)

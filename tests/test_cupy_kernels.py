@@ -28,7 +28,6 @@ pytestmark = pytest.mark.usefixtures("exact_float32_products", "nan_in_fresh_mem
 
 @pytest.fixture
 def device(monkeypatch, host_or_card) -> str:
-    """Where the kernels run, with the plans that are made there."""
     cuda(monkeypatch, launch.choose_plan, host_or_card)
     return host_or_card
 
@@ -117,16 +116,6 @@ FAULTS = {  # the part, the text that is replaced, and by what
                             "unit % PER_WORD<E> == 0, h + at.row * W + unit / PER_WORD<E>, word ^ 0x8000);"),
     "a missing barrier": ("products", "odd[tile][2 + n]};\n        __syncthreads();", "odd[tile][2 + n]};"),
 }  # fmt: skip
-GRU_FAULTS = {
-    "r before the sum with x": ("equations/gru", "tanh_of(z[N] + cell.gates[R] * z[S])",
-                                "tanh_of(cell.gates[R] * (z[N] + z[S]))"),
-    "no r": ("equations/gru", "tanh_of(z[N] + cell.gates[R] * z[S])", "tanh_of(z[N] + z[S])"),
-    "z and 1 - z swapped": ("equations/gru", "cell.gates[N] + cell.gates[Z] * (c_prev - cell.gates[N])",
-                            "c_prev + cell.gates[Z] * (cell.gates[N] - c_prev)"),
-    "n does not depend on r": ("equations/gru", "dz[R] = dz[N] * gates[S] * r * (1.0f - r);", "dz[R] = 0.0f;"),
-    "s without its factor r": ("equations/gru", "dz[S] = dz[N] * r;", "dz[S] = dz[N];"),
-    "the gradient of h past the step lost": ("equations/gru", "return d * update;", "return 0.0f;"),
-}  # fmt: skip
 READ_FAULTS = {
     "a missing barrier": ("products", "= sums[n][s];\n        __syncthreads();", "= sums[n][s];"),
     "a warp reads before all have laid down": ("products", "x.quad[chunk];\n            barrier_of_warp();",
@@ -134,13 +123,12 @@ READ_FAULTS = {
 }  # fmt: skip
 
 
-QUICK = {None, "h of the wrong step", "a stale word is taken for new", "a missing barrier", "published too early",
-         "no r", "z and 1 - z swapped", "n does not depend on r"}  # fmt: skip
+QUICK = {None, "h of the wrong step", "a stale word is taken for new", "a missing barrier", "published too early"}
 
 
 @pytest.mark.parametrize(("faults", "change"), [
     pytest.param(faults, fault, id=f"{name}-{fault}", marks=() if fault in QUICK else pytest.mark.deep)
-    for name, faults in (("kept", FAULTS), ("read", READ_FAULTS), ("gru", GRU_FAULTS)) for fault in (*faults, None)
+    for name, faults in (("kept", FAULTS), ("read", READ_FAULTS)) for fault in (*faults, None)
 ])  # fmt: skip
 def test_a_planted_fault_is_detected(monkeypatch, faults, change):
     changes = {}
@@ -151,23 +139,20 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
         changes[part] = found.replace(text, fault)
     # In registers by one group of blocks, which computes two batch tiles.
     choose, dtype, size = cupy_plan(True, 4, multiprocessors=12), torch.float16, (5, 9, 3, 33)
-    words = "ragged resets reverse"
     if faults is READ_FAULTS:
         choose, dtype, size = CUPY_PLANS["read/4"], torch.float32, (3, 9, 3, 75)
-    if faults is GRU_FAULTS:
-        choose, size, words = CUPY_PLANS["kept/1"], (4, 3, 3, 9), f"gru {words}"
 
     def is_detected(seed: int) -> bool:
         cuda(monkeypatch, choose, seeds=itertools.repeat(seed), changes=changes)
         try:
-            check(size, words, "cupy", dtype, seeds=1)
+            check(size, "ragged resets reverse", "cupy", dtype, seeds=1)
         except AssertionError:
             return True
         except RuntimeError as error:  # words that never come
             return "timed out" in str(error)
         return False
 
-    seeds = range(300 if change else 4)  # in few of them a warp gets far ahead
+    seeds = range(300 if change else 2)  # in few of them a warp gets far ahead
     found = any(map(is_detected, seeds))
     with contextlib.suppress(RuntimeError):  # where a launch also timed out
         timeouts.check()

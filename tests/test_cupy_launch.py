@@ -1,18 +1,16 @@
-"""The CuPy backend's launcher, every argument compared with cooperative.cu; what its kernels compile to: no GPU."""
+"""The CuPy backend's launcher, and what its kernels compile to. Which arguments they get is tested by their results."""
 
-import collections
 import itertools
 import re
 import sys
 from collections.abc import Iterable
-from math import ceil, prod
+from math import ceil
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
-from standing_in import H100, recurrence, torch_finds
-from torch import Tensor
+from standing_in import H100, torch_finds
 
 from dev.compile_table import cuda_kernels
 from gpu_lstm.call.choices import Backend
@@ -21,92 +19,12 @@ from gpu_lstm.kernels import cupy_rnn, memory
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch, planning, source
 from gpu_lstm.kernels.cupy_rnn.planning import Card, Plan, choose_plan, plans
-from gpu_lstm.kernels.layer import kept_layer
-from gpu_lstm.kernels.problem import Problem, problem_of
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import exchange
 
 SOURCE = source.join(source.parts())
 DTYPES = tuple(source.ELEMENTS)
-T, B, H, P = 3, 5, 6, 4
 SUPPORTED = "backend 'cupy' supports float16, bfloat16 and float32"
-Parameter = collections.namedtuple("Parameter", "type name shape nullable")
-"""Of a kernel, as it declares it: its type without const; the shape of what a pointer points to, or None."""
-
-
-def _parameters(kernel: str) -> list[Parameter]:
-    found = re.search(rf"__global__ void __\w+__\([^)]*\) {kernel}\((.*?)\) \{{", SOURCE, re.DOTALL)
-    parameters = []
-    for line in found[1].strip().splitlines():
-        declared, _, comment = line.partition("//")
-        for one in filter(None, map(str.strip, declared.split(","))):
-            type_, name = one.rsplit(" ", 1)
-            shape = re.search(r"\[.*?\]", comment)
-            parameters.append(Parameter(type_.removeprefix("const "), name, shape and shape[0], "null" in comment))
-    return parameters
-
-
-def _elements(shape: str, sizes: dict[str, int]) -> int:
-    """How many "[T*B + B, 4H]" has, with numbers for the letters."""
-    for letter, size in sizes.items():
-        shape = re.sub(rf"\b(\d+){letter}\b", rf"(\1 * {size})", shape)
-        shape = re.sub(rf"\b{letter}\b", str(size), shape)
-    return prod(eval(dimension.replace("/", "//")) for dimension in shape[1:-1].split(", "))
-
-
-@pytest.fixture
-def launched(monkeypatch) -> Mock:
-    """Replaces launch_kernel."""
-    monkeypatch.setattr(launch, "launch_kernel", Mock())
-    return launch.launch_kernel
-
-
-def _call(dtype, projected=0, ragged=False, backward=False, precision="ieee", rows=4) -> None:
-    width, c = projected or H, torch.zeros(T, B, H)
-    sizes = (T, B, 4 * H), (T, B, width), (B, width), (rows * H, width), (projected, H)
-    gates, h, h0, weight_hh, weight_hr = (torch.zeros(size, dtype=dtype) for size in sizes)
-    more = dict(weight_hr=weight_hr) if projected else {}
-    if ragged:
-        more |= dict(lengths=torch.tensor([3, 0, 1, 2, 3]), resets=torch.zeros(T, B).bool(), reset_c=c)
-    r = recurrence(gates, weight_hh=weight_hh, h0=h0, c0=c[0], **more)
-    layer = kept_layer(launch, problem_of(r.inputs, "lstm" if rows == 4 else "gru", ragged, precision), gates.device)
-    if backward:
-        layer.backward(*((h, h0, c[0]) if ragged else (None, None, None)), gates, c, r)
-    else:
-        layer.forward(gates, r, save=ragged)
-
-
-@pytest.mark.parametrize(("dtype", "projected", "ragged", "rows"), [
-    (torch.float32, 0, False, 4), (torch.bfloat16, 0, True, 4), (torch.float16, P, True, 4),
-    (torch.float32, P, False, 4), (torch.bfloat16, 0, True, 3), (torch.float32, 0, False, 3),
-])  # fmt: skip
-@pytest.mark.parametrize("backward", [False, True])
-def test_every_argument_is_as_the_kernel_declares_it(launched, backward, rows, ragged, projected, dtype):
-    """Of an LSTM, and of a GRU, whose W_hh has three rows a unit."""
-    _call(dtype, projected, ragged, backward, rows=rows)
-    (kernel, of_dtype, plan), arguments = launched.call_args
-    assert (launched.call_count, kernel, of_dtype) == (1, source.KERNELS[backward], dtype)
-    sizes = {"T": T, "B": B, "H": H, "W": planning.words_of(Problem(2, B, H, dtype)), "PARTNERS": plan.partners}
-    sizes["OF_H"] = rows
-    types = {"E*": dtype, "float*": torch.float32, "int*": torch.int32, "bool*": torch.bool}
-    parameters = _parameters(kernel)
-    assert source.parameters(kernel) == tuple(parameter.name for parameter in parameters)
-    for parameter, argument in zip(parameters, source.in_order(kernel, arguments)):
-        where = f"{kernel}, {parameter.name}"
-        match argument:
-            case None:
-                assert parameter.nullable, where
-            case Tensor() if parameter.type == "unsigned*":  # words
-                assert argument.data_ptr() % 16 == 0 or parameter.name == "partials", where
-                found = argument.is_contiguous(), argument.nbytes
-                assert found == (True, 4 * _elements(parameter.shape, sizes)), where
-            case Tensor():
-                expected = argument.numel() or 1 if parameter.name == "error" else _elements(parameter.shape, sizes)
-                found = argument.dtype, argument.is_contiguous(), argument.numel()
-                assert found == (types[parameter.type], True, expected), where
-            case bool():
-                assert (parameter.type, parameter.name, argument) == ("bool", "reverse", ragged), where
-            case int():
-                assert (parameter.type, argument) == ("int", sizes[parameter.name]), where
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -213,11 +131,17 @@ def architectures() -> list[int]:
 
 @pytest.fixture(scope="module")
 def rows() -> list:
-    """On every architecture in bfloat16, on an H100 in all; `python -m dev.compile_table --all` has more sizes."""
+    """On every architecture in bfloat16, on an H100 in all; `python -m dev.compile_table --all` has more sizes.
+
+    Any two of architecture, direction, cell and where the weights are meet; on an H100 in bfloat16 all do.
+    """
     known = architectures()
     cases = [case for case in cuda_kernels.cases(h100=False) if case.card.architecture in known]
     cases = [case for case in cases if case.problem.hidden == 768 and (
         case.problem.dtype is torch.bfloat16 or case.card.architecture == 90)]  # fmt: skip
+    facts = [(case, case.backward + (case.problem.cell == "gru") + (case.plan.chunks > 0)) for case in cases]
+    cases = [case for case, count in facts if (str(case).startswith("bfloat16") and case.card.architecture == 90)
+             or (count + known.index(case.card.architecture)) % 2]  # fmt: skip
     assert set(known) == {case.card.architecture for case in cases} >= {80, 86, 89, 90}  # 100 and 120 from CUDA 12.8 on
     assert {cuda_kernels.compile_for(case).log for case in cases} == {""}
     return list(zip(cases, cuda_kernels.reports(cases)))
@@ -255,7 +179,7 @@ def test_a_kernel_reads_no_argument_that_is_not_given(backward):
         ptx = cuda_kernels.compile_for(case, frozenset(given)).ptx
         return {name for name in names if re.search(rf"ld\.param\S* [^;]*_param_{numbers[name]}\]", ptx)}
 
-    for given in (names, names[::2], names[1::2], ()):
+    for given in (names[::2], names[1::2]):
         assert read(given) == set(given)
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from comparing import SECOND, assert_same, every_backend
+from comparing import BACKENDS, SECOND, assert_same
 from pairs import B, I, T, pair, random_inputs
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
@@ -15,12 +15,17 @@ pytestmark = pytest.mark.usefixtures("exact_float32_products")
 RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
 
 
-@every_backend
-@pytest.mark.parametrize(("kind", "arguments"), [
+PENALISED = [
     ("LSTM", dict(bidirectional=True, proj_size=2)), ("LSTMCell", {}), ("StackedLSTM", {}),
     ("GRU", dict(bidirectional=True, num_layers=2)), ("GRUCell", {}), ("StackedGRU", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "arguments", "backend", "how"), [
+    *((*kind, backend, "eager") for kind in PENALISED for backend in BACKENDS),
+    *(pytest.param(*kind, backend, "compiled", marks=pytest.mark.deep)
+      for kind, backend in zip(PENALISED, 2 * BACKENDS)),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("how", ["eager", pytest.param("compiled", marks=pytest.mark.deep)])
 def test_gradient_penalty(backend, kind, arguments, how):
     """Gradients of (|d loss / d inputs| - 1)^2."""
 

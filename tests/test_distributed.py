@@ -68,14 +68,12 @@ def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer, rank
 
 
 def ddp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """The gradients of one backward."""
     model = DistributedDataParallel(Tagger(backend, seed=rank))  # which hands out the weights of rank 0
     backward_of(model, 0, rank)
     return {name: p.grad for name, p in model.module.named_parameters()}
 
 
 def fsdp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
-    """The whole weights after three steps."""
     model = Tagger(backend)
     fully_shard(model.lstm)
     fully_shard(model)
@@ -147,7 +145,7 @@ def test_ddp_and_fsdp2_are_as_one_process_on_the_joint_batch(folder, backend):
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
-@pytest.mark.parametrize(("dtype", "use_reentrant"), [(None, False), (torch.float16, True)], ids=str)
+@pytest.mark.parametrize(("dtype", "use_reentrant"), [(None, True), (torch.float16, False)], ids=str)
 @every_backend
 def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
     model = Tagger(backend, dropout=0.5).to(DEVICE)

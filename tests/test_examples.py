@@ -1,6 +1,5 @@
 """The examples learn, check what they say that they check, and print what they should; and the benchmark of one."""
 
-import copy
 import itertools
 import re
 import shutil
@@ -32,36 +31,6 @@ def clock():
 # recurrent_ppo.py, and python -m bench ppo
 
 
-def _differing(found, expected):
-    """The names of what differs by more than 1e-10 of its largest element."""
-    assert set(found) == set(expected)
-    return {name for name, value in expected.items() if (found[name] - value).abs().max() > 1e-10 * value.abs().max()}
-
-
-def test_the_update_in_one_call_is_that_of_a_loop_over_steps():
-    """In float64, of a random rollout: an episode starts within each environment, and some of the policy is clipped."""
-    batch = ppo.random_batch(example, 24, 5, 16, "cpu")
-    batch.starts[[7, 3, 0, 15, 23], torch.arange(5)] = True
-    fields = (field.double() if field.is_floating_point() else field for field in batch[:-1])
-    batch = example.Rollout(*fields, tuple(each.double() for each in batch.state))
-    torch.manual_seed(0)
-    agent = example.Agent(16).double()
-    with torch.no_grad():
-        agent.actor.weight.mul_(100)
-    by_steps = copy.deepcopy(agent)  # with torch.nn.LSTM called for every step
-    by_steps.lstm = ppo.StepLoop(16, 16).double()
-    by_steps.load_state_dict(agent.state_dict())
-    expected = ppo.loss_and_gradients(example, by_steps, batch)
-    assert all(value.abs().max() > 1e-6 for value in expected.values())
-    assert not _differing(ppo.loss_and_gradients(example, agent, batch), expected)
-    for shift in (1, -1):  # a step late or early makes every gradient another
-        shifted = batch._replace(starts=batch.starts.roll(shift, dims=0))
-        assert _differing(ppo.loss_and_gradients(example, agent, shifted), expected) == set(expected)
-    part = batch.of(torch.tensor([3, 1]))  # a minibatch uses the states of its environments
-    values, of_part = (agent(some.observations, some.state, some.starts)[1] for some in (batch, part))
-    torch.testing.assert_close(of_part, values[:, [3, 1]])
-
-
 @pytest.mark.parametrize("remembers", [True, False])
 def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     torch.manual_seed(0)
@@ -79,6 +48,9 @@ def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     assert error() < 1e-5
     assert (error(starts=rollout.starts.roll(1, dims=0)) > 1e-3) == remembers
     assert (error(state=tuple(map(torch.zeros_like, rollout.state))) > 1e-3) == remembers
+    part = rollout.of(torch.tensor([3, 1]))  # a minibatch uses the states of its environments
+    values, of_part = (agent(some.observations, some.state, some.starts)[1] for some in (rollout, part))
+    torch.testing.assert_close(of_part, values[:, [3, 1]])
 
 
 def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
@@ -103,6 +75,9 @@ def test_it_learns_and_only_with_memory(tmp_path):
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
+    """The update in one call has the loss and gradients of a loop over steps, but not where resets are late."""
+    monkeypatch.setattr(ppo.timing, "interleaved", lambda calls, *_: set(calls))
+    assert ppo.measure("cpu", 24, 5, 16) == {"one_call", "loop"}
     forward = ppo.StepLoop.forward
     late = lambda self, x, state, resets: forward(self, x, state, resets.roll(1, dims=0))  # noqa: E731
     monkeypatch.setattr(ppo.StepLoop, "forward", late)
@@ -165,12 +140,8 @@ def test_a_line_for_each_shape_and_one_to_send(isaac, capsys):
     assert line.endswith("; ".join(f"{shape} 1000.00 1000.00 1000.00" for shape in shapes))
 
 
-def test_padding_and_pieces_are_what_one_call_gives_and_differ_without_resets(isaac):
-    lstm, ways, cuts = isaac.prepare(24, 40, 5, torch.device("cpu"))
-    assert 5 < cuts <= 24
-    expected = ways["one call"]()
-    for name in ("pieces", "padded"):
-        torch.testing.assert_close(ways[name](), expected)
+def test_nothing_is_timed_where_padding_and_pieces_differ(isaac):
+    lstm, ways, _ = isaac.prepare(24, 40, 5, torch.device("cpu"))
     lstm.forward = lambda x, state, resets: type(lstm).forward(lstm, x, state)
     with pytest.raises(RuntimeError, match=r"one call and pieces differ by"):
         isaac.measure(lstm, ways, 1)

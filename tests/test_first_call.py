@@ -21,7 +21,7 @@ from places import forget
 from standing_in import CUDA, H100, plan_of, torch_finds
 
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.dispatch import available, route
+from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
 from gpu_lstm.kernels import cupy_rnn, triton_rnn
 from gpu_lstm.kernels import layer as layers
@@ -378,14 +378,3 @@ def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, t
     said = pytest.raises(ImportError, match=f"Triton {triton} needs NumPy below 2.4, got {numpy}: pip install")
     with contextlib.nullcontext() if runs else said:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-def test_every_kind_of_call_and_every_device_has_a_layer_of_its_own():
-    keys = (PROBLEM, CUDA), (PROBLEM, torch.device("cpu")), (PROBLEM._replace(reverse=True), CUDA)
-    assert len({id(kept_layer(launch, *key)) for key in 2 * keys}) == 3
-
-
-def test_what_routes_forget_layers_forget():
-    layer = kept_layer(launch, PROBLEM, CUDA)
-    route.forget()
-    assert kept_layer(launch, PROBLEM, CUDA) is not layer

@@ -80,59 +80,44 @@ def hugging_face(kind, backend, folder, half=False) -> Found:
     return found[0]
 
 
-KEYS = dict(in_keys=["x", "h", "c"], out_keys=["y", ("next", "h"), ("next", "c")])  # of TorchRL's LSTMModule
-
-
-def torchrl(kind, backend, folder, rate=0.0) -> Found:
-    """LSTMModule, step by step and over trajectories, which it tells apart by is_init. It asks for nn.LSTM's class."""
-    modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
-    kind = gpu_lstm.compat.LSTM if kind is gpu_lstm.LSTM else kind
-    torch.manual_seed(0)
-    policy = modules.LSTMModule(lstm=lstm(kind, backend, num_layers=2), **KEYS)
-    given = {"is_init": torch.rand(N, T, 1) < rate, **{name: torch.randn(N, T, 2, H) for name in "hc"}}
-    whole = TensorDict({"x": data()[0], **given}, [N, T])
-    with modules.set_recurrent_mode(False):
-        step = policy(whole[:, 0].clone())
-    with modules.set_recurrent_mode(True):
-        whole = policy(whole)
-    gradients = torch.autograd.grad(whole["y"].square().sum(), list(policy.parameters()))
-    return [t.detach() for t in (step["y"], step["next", "c"], whole["y"], whole["next", "h"], *gradients)]
-
-
-@pytest.mark.parametrize(("run", "options"), [
-    (hugging_face, {}), (torchrl, {}), (torchrl, dict(rate=0.4)),
-], ids=lambda run: getattr(run, "__name__", str(run)))  # fmt: skip
-def test_what_torch_nn_lstm_gives(run, options, tmp_path):
+def test_what_torch_nn_lstm_gives(tmp_path):
     """The same by torch's own LSTM, also with autocast; close by the kernels."""
-    expected = run(nn.LSTM, None, tmp_path, **options)
+    expected = hugging_face(nn.LSTM, None, tmp_path)
     assert all(tensor.any() for tensor in expected)
     for backend, tolerance in ((None, 0.0), ("triton", 1e-4)):
-        found = run(gpu_lstm.LSTM, backend, tmp_path, **options)
+        found = hugging_face(gpu_lstm.LSTM, backend, tmp_path)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    if run is hugging_face:
-        assert all(map(torch.equal, *(run(kind, None, tmp_path, half=True) for kind in (gpu_lstm.LSTM, nn.LSTM))))
+    assert all(map(torch.equal, *(hugging_face(kind, None, tmp_path, half=True) for kind in (gpu_lstm.LSTM, nn.LSTM))))
 
 
-def test_torchrl_resets_to_the_states_that_are_stored():
-    """As LSTMModule where a trajectory starts; gradients flow into the states there. `convert` does for it."""
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
+    """As its own module where a trajectory starts; gradients flow into the states there. `convert` does for it."""
     modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
     torch.manual_seed(0)
-    x, starts = data()[0], torch.rand(N, T) < 0.4
-    h, c = (torch.randn(N, T, 2, H, requires_grad=True) for _ in range(2))
-    policy = modules.LSTMModule(lstm=lstm(nn.LSTM, None, num_layers=2), recurrent_backend="pad", **KEYS)
+    x, starts, letters = data()[0], torch.rand(N, T, 1) < 0.4, "hc" if kind == "LSTM" else "h"
+    states = {letter: torch.randn(N, T, 2, H, requires_grad=True) for letter in letters}
+    keys = dict(in_keys=["x", *letters], out_keys=["y", *(("next", letter) for letter in letters)])
+    module, name = getattr(modules, f"{kind}Module"), kind.lower()
+    policy = module(**{name: lstm(getattr(nn, kind), None, num_layers=2)}, recurrent_backend="pad", **keys)
 
     def found(policy):
+        whole = TensorDict({"x": x, "is_init": starts, **states}, [N, T])
+        with modules.set_recurrent_mode(False):
+            step = policy(whole[:, 0].clone())
         with modules.set_recurrent_mode(True):
-            y = policy(TensorDict({"x": x, "is_init": starts[:, :, None], "h": h, "c": c}, [N, T]))["y"]
-        return [y, *torch.autograd.grad(y.square().sum(), [h, c, *policy.parameters()])]
+            whole = policy(whole)
+        gradients = torch.autograd.grad(whole["y"].square().sum(), [*states.values(), *policy.parameters()])
+        return [step["y"], step["next", letters[-1]], whole["y"], whole["next", "h"], *gradients]
 
     expected = found(policy)
     assert all(tensor.any() for tensor in expected)
     gpu_lstm.convert(policy)
-    assert type(policy.lstm) is gpu_lstm.compat.LSTM
+    assert type(getattr(policy, name)) is getattr(gpu_lstm.compat, kind)
     torch.testing.assert_close(found(policy), expected, rtol=0, atol=0)
-    scan = modules.LSTMModule(lstm=policy.lstm, recurrent_backend="scan", **KEYS)
-    torch.testing.assert_close(found(scan), expected, rtol=1e-5, atol=1e-6)
+    scan = module(**{name: getattr(policy, name)}, recurrent_backend="scan", **keys)
+    for backend, each in (("triton", policy), ("auto", scan)):
+        torch.testing.assert_close(gpu_lstm.backend(backend)(found)(each), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):

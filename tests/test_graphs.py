@@ -60,7 +60,7 @@ def call_of(ours, steps, batch, ragged=False):
     ("StackedLSTM", True, True, "torch"), ("LSTM", False, "marked", "torch"), ("LSTM", True, "states", "triton"),
     ("GRU", True, "marked", "torch"), ("GRU", True, "states", "triton"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("LSTM", True, False, "torch"), ("StackedLSTM", True, False, "triton"), ("LSTM", False, "marked", "triton"),
+        ("LSTM", True, False, "torch"), ("StackedLSTM", True, False, "triton"),
         ("StackedGRU", True, True, "torch"), ("GRU", False, "marked", "triton"),
         ("StackedLSTM", False, "states", "reference"))),  # in float64: what resets leave is not rounded on its way
 ])  # fmt: skip
@@ -96,9 +96,8 @@ def test_a_layer_of_torch_is_one_operator_and_steps_are_none(cls):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_by_inductor_a_training_step_of_two_layers(quick_gpp, kind):
-    ours, twin = module(kind, "torch", num_layers=2)
+def test_by_inductor_a_training_step_of_two_layers(quick_gpp):
+    ours, twin = module("GRU", "torch", num_layers=2)  # an LSTM: ahead of time, below
     compiled = torch.compile(ours, fullgraph=True, dynamic=True)
     for size in SIZES[:2]:
         x, options = call_of(ours, *size, ragged=True)
@@ -163,10 +162,10 @@ def test_transforms_inside_a_graph(kind):
     def loss(parameters, x):
         return functional_call(ours, parameters, (x,))[0].square().sum()
 
-    for transformed in (
-        grad(loss, argnums=(0, 1)), vmap(grad(loss), in_dims=(None, 1)),  # of each sequence by itself
-        lambda _, x: jacrev(lambda x: ours(x)[0][-1])(x), lambda _, x: jvp(lambda x: ours(x)[0], (x,), (x,)),
-    ):  # fmt: skip
+    for transformed in {
+        "LSTM": (grad(loss, argnums=(0, 1)), lambda _, x: jvp(lambda x: ours(x)[0], (x,), (x,))),
+        "GRU": (vmap(grad(loss), in_dims=(None, 1)), lambda _, x: jacrev(lambda x: ours(x)[0][-1])(x)),
+    }[kind]:  # compiling takes long
         torch._dynamo.reset()
         compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(parameters, x), transformed(parameters, x), rtol=1e-10, atol=1e-10)
@@ -294,11 +293,11 @@ def learnt(given) -> list[bool]:
     ("ragged resets reverse", "torch"), (NORMS, "reference"), ("ragged resets reverse", "triton"),
     ("gru ragged resets reverse", "torch"), ("gru ragged states masks reverse", "triton"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("", "torch"), ("both directions", "torch"), (MASKS, "triton"),
+        ("both directions", "torch"), (MASKS, "triton"),
         ("ragged states peepholes reverse norms masks", "triton"))),
 ])  # fmt: skip
 def test_an_operator(words, backend, device):
-    """Forward with and without what backward reads; backward of all, of the output alone, of the states alone."""
+    """Forward with and without what backward reads; backward of the output alone, and of the states alone."""
     (given, reverse), recompute = given_to(words, device), backend == "triton" and "norm" not in words
     how = "gru" if "gru" in words else "lstm", reverse, backend
     torch.library.opcheck(graph.OPERATOR, (*how, False, recompute, *given))
@@ -307,7 +306,7 @@ def test_an_operator(words, backend, device):
     torch.library.opcheck(graph.OPERATOR, (*how, True, recompute, *leaves))
     h, h_n, c_n, *kept = graph.OPERATOR(*how, True, recompute, *given)
     one = [k == 1 for k in range(len(given))]
-    for needed, gradients in ((there, [h, h_n, c_n]), (there, [h, None, None]), (one, [None, h_n, c_n])):
+    for needed, gradients in ((there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(graph.BACKWARD, (*how, gradients, [h, *kept], needed, given))
 
 

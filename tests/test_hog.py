@@ -44,7 +44,6 @@ def occupy(memory_ptr, nanoseconds, BLOCK: tl.constexpr):
     ("LSTM", 0.2, None), ("LSTM", 8.0, None), ("LSTM", 8.0, 1.0), ("GRU", 8.0, 1.0),  # whose cells make NaN, too
 ])  # fmt: skip
 def test_a_grid_waits_for_multiprocessors_that_another_kernel_holds(cell, seconds, limit):
-    """Or, where its time limit is shorter, reports a timeout."""
     lstm = getattr(gpu_lstm, cell)(768, 768, device="cuda", dtype=torch.bfloat16, backend="triton")
     x = torch.randn(64, 16, 768, device="cuda", dtype=torch.bfloat16)
     memory = torch.zeros(HELD * BLOCK, dtype=torch.int32, device="cuda")

@@ -50,7 +50,6 @@ def on_the_cpu():
 
 
 def build(kind, dtype="float32", use_bias=True, **options):
-    """A layer of `kind` with random weights, biases too."""
     layer = KINDS[kind]({"dtype": dtype, "use_bias": use_bias}, return_sequences=True, return_state=True, **options)
     layer.build((None, None, I))
     random = np.random.default_rng(0)
@@ -72,7 +71,6 @@ def in_torch_order(variable, gradient):
 
 
 def drawn(seed, *sizes, dtype=torch.float64):
-    """Random tensors, the same for a seed."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(*size, generator=generator, dtype=dtype) for size in sizes]
 

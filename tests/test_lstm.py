@@ -27,7 +27,7 @@ def moved(module, *inputs):
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @pytest.mark.parametrize("lengths", [[4, 2, 1], [2, 1, 4]], ids=["sorted", "not sorted"])
 def test_a_packed_sequence_is_packed_as_torchs(backend, kind, lengths):
-    """Its numbers are compared in test_layer.py, and those of other arguments in test_conformance.py."""
+    """Its numbers, and those of other arguments, are compared in test_layer.py."""
     is_sorted = lengths[0] == 4
     theirs, ours = pair(kind, backend, num_layers=2, bidirectional=True, batch_first=True)
     outputs = []

@@ -21,7 +21,6 @@ PAGE = (ROOT / "docs" / "reinforcement_learning.md").read_text()
 
 @pytest.fixture(scope="module")
 def recipes():
-    """What the code of the page's section defines."""
     section = re.search(r"## Your trainer\n(.*?)\n## ", PAGE, flags=re.DOTALL)[1]
     names = {"torch": torch, "gpu_lstm": gpu_lstm}
     for block in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
