@@ -208,7 +208,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 def prepared_once() -> Iterator[None]:
     """In a launch, device functions are prepared at their first call, in turns; the stock interpreter does it at each.
 
-    That walks and fills their module's globals, once for all of its functions, and takes a fifth of the time of a launch.
+    That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time.
     """
     lock, bodies, modules, call = threading.Lock(), {}, set(), interpreter.InterpretedFunction.__call__
 
@@ -232,10 +232,7 @@ def prepared_once() -> Iterator[None]:
 
 
 def make_types_once() -> None:
-    """From now on, in this process: a type of a shape is made once, where the stock interpreter makes it at each operation.
-
-    That takes a third of its time.
-    """
+    """From now on a type of a shape is made once; the stock interpreter makes it at each operation, a third of its time."""
     block, tensor, facts = tl.block_type.__init__, tl.tensor.__init__, {}
 
     def block_type(self: tl.block_type, element_ty: tl.dtype, shape: Sequence) -> None:
