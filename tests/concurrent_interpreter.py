@@ -232,7 +232,7 @@ def prepared_once() -> Iterator[None]:
 
 
 def make_types_once() -> None:
-    """From now on a type of a shape is made once; the stock interpreter makes it at each operation, a third of its time."""
+    """From now on a type of a shape is made once. The stock interpreter makes it at each operation."""
     block, tensor, facts = tl.block_type.__init__, tl.tensor.__init__, {}
 
     def block_type(self: tl.block_type, element_ty: tl.dtype, shape: Sequence) -> None:

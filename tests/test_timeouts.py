@@ -144,7 +144,9 @@ def test_a_plan_for_the_whole_card_that_came_before_several_ranks_is_warned_of_i
     timeouts.raise_if_timed_out(CPU)  # which asks nobody any more
 
 
-def test_the_end_of_the_program_reports_what_has_ended_waits_for_no_kernel_and_is_not_a_forked_childs(monkeypatch, capsys):
+def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended_but_in_no_forked_child(
+    monkeypatch, capsys
+):
     """Another's kernel may never end: NCCL's, whose peer is gone."""
     words = timeouts._Words(CPU)
     monkeypatch.setattr(timeouts, "_words", {torch.device("cuda", 1): words})
