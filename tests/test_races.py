@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from standing_in import CUDA, H100, the_cpu_is_a_card, torch_finds
+from standing_in import CUDA, H100, as_another_process, the_cpu_is_a_card, torch_finds
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,12 +77,6 @@ def _backend_of(lstm=LSTM, x=X):
         return route.run_by.call_args.args[0].backend.value
 
 
-def _forget_all_but_files():
-    """As another process would begin."""
-    route.forget()
-    cache._read.cache_clear()
-
-
 @pytest.mark.parametrize("winner", ["triton", "torch"])
 @pytest.mark.parametrize(("training", "module"), [(False, LSTM), (True, LSTM), (True, GRU)])
 def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training, module):
@@ -93,7 +87,7 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
         assert caplog.text.count(f"{type(module).__name__} 4 -> 5, T <= 4, B <= 4, float32") == 1
         times = "triton 1 ms, torch 2 ms" if winner == "triton" else "triton 2 ms, torch 1 ms"
         assert f"{winner}: won a race, 2.00 times as fast ({times})" in caplog.text
-        _forget_all_but_files()
+        as_another_process()
         assert (_backend_of(module), ran.count("race")) == (winner, 1), "not again, in another process either"
     entry = json.loads(next(card.glob("*.json")).read_text())
     assert (entry["key"]["training"], entry["value"]["seconds"]) == (training, pytest.approx(seconds))
@@ -173,7 +167,7 @@ def test_modes(stubbed, monkeypatch, mode, raced, winner):
     assert (_backend_of(), ran.count("race")) == (winner, raced)
     with gpu_lstm.racing("on"):
         assert _backend_of() == "triton", "a block counts before the environment"
-    _forget_all_but_files()
+    as_another_process()
     assert _backend_of() == ("torch" if mode == "off" else "triton"), "what is cached is read"
     with pytest.raises(ValueError, match="unknown mode of racing 'fast'; expected one of 'on', 'read', 'off'"):
         gpu_lstm.racing("fast").__enter__()
@@ -214,7 +208,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     cache.write(verify.KIND, {}, "right")
     card.parent.rename(tmp_path / "shared")
     monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
-    _forget_all_but_files()
+    as_another_process()
     LSTM(X)
     GRU(X)
     assert ran.count("race") == 2

@@ -10,13 +10,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from standing_in import plans_are_verified_on_the_cpu
+from standing_in import as_another_process, plans_are_verified_on_the_cpu
 from test_verify import CPU, FORWARD, MASKS, NORMS, PLAIN, RATES, _verify
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_rnn import launch
@@ -33,11 +32,6 @@ pytestmark = [
 def card(monkeypatch):
     """The CPU as a card, where the only plan is the step family's, which is verified as on one."""
     plans_are_verified_on_the_cpu(monkeypatch)
-
-
-def as_another_process():
-    for forget in (cache._read.cache_clear, cache.machine.cache_clear, route.forget):
-        forget()
 
 
 def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
