@@ -56,7 +56,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
      (2, "3,3,4,5", "cell", "stream deep", "layer ragged states both", "batch-first state", "chunks deep states"),
      (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
      (1, "3,1,3,8", "unbatched states"), (1, "4,3,3,4", "stack norms both ragged", "deep both masks peepholes"),
-     (1, "4,3,3,3", "residual", "residual masks ragged resets")),
+     (1, "4,3,3,3", "residual masks ragged resets")),
     ("triton", F16, (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks")),
     # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h; two tiles of units
     ("step", F32, (1, "4,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
@@ -71,9 +71,8 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("held/2", F32, (1, "4,3,3,18", "no-hx packed both")),
     ("held/ahead", F32, (1, "4,35,3,18", MIX)),
     # Whole sequences in one launch of programs that need nobody
-    ("resident", F32, (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), (1, "3,11,3,33", "no-hx deep"),
-     (1, "5,3,3,11", f"{ONCE} masks")),
-    ("resident", F16, (1, "5,3,3,7", MIX), (2, "5,3,3,11", f"{OF_ALL} both")),
+    ("resident", F32, (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), (1, "3,11,3,33", "no-hx deep")),
+    ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,11", f"{OF_ALL} both")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
     ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
     ("cooperative/4/1/4", F16, (1, "5,3,3,11", OF_ALL)),  # 3 and 4 programs, of which one has no units
