@@ -72,7 +72,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("held/ahead", F32, (1, "4,35,3,18", MIX)),
     # Whole sequences in one launch of programs that need nobody
     ("resident", F32, (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), (1, "3,11,3,33", "no-hx deep")),
-    ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,11", f"{OF_ALL} both")),
+    ("resident", F16, (1, "5,3,3,7", MIX), (2, "5,3,3,11", f"{OF_ALL} both")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
     ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
     ("cooperative/4/1/4", F16, (1, "5,3,3,11", OF_ALL)),  # 3 and 4 programs, of which one has no units
