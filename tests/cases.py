@@ -119,7 +119,6 @@ def call_of(module: nn.Module, size: tuple[int, ...], words: set[str], seed: int
 
 
 def packed(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor, **rest: Any) -> tuple:
-    """The call with a PackedSequence."""
     first = module.batch_first
     y, states = module(pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False), *hx, **rest)
     return pad_packed_sequence(y, batch_first=first)[0], states
@@ -260,7 +259,6 @@ def result_of(module: nn.Module, call: Call, words: set[str], seed: int, form: C
 
 
 def arrays_of(module: nn.Module, call: Call, words: set[str], seed: int, kind: type[np.ndarray]) -> dict:
-    """As comparing.Truth."""
     return {name: t.numpy() for name, t in truth_of(module, call, words, seed, kind).items()}
 
 

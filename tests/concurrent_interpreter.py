@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import triton
+import triton.language as tl
 from memory_checks import ADDRESS
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
@@ -207,14 +208,16 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 def prepared_once() -> Iterator[None]:
     """In a launch, device functions are prepared at their first call, in turns; the stock interpreter does it at each.
 
-    That walks and fills their module's globals, and takes a fifth of the time of a launch.
+    That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time.
     """
-    lock, bodies, call = threading.Lock(), {}, interpreter.InterpretedFunction.__call__
+    lock, bodies, modules, call = threading.Lock(), {}, set(), interpreter.InterpretedFunction.__call__
 
     def call_device_function(function: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
         with lock:
             if function.fn not in bodies:
-                interpreter._patch_lang(function.fn)
+                if function.fn.__module__ not in modules:
+                    interpreter._patch_lang(function.fn)
+                    modules.add(function.fn.__module__)
                 bodies[function.fn] = function.rewrite()
         try:
             return bodies[function.fn](*args, **kwargs)
@@ -226,6 +229,27 @@ def prepared_once() -> Iterator[None]:
         yield
     finally:
         interpreter.InterpretedFunction.__call__ = call
+
+
+def make_types_once() -> None:
+    """From now on a type of a shape is made once. The stock interpreter makes it at each operation."""
+    block, tensor, facts = tl.block_type.__init__, tl.tensor.__init__, {}
+
+    def block_type(self: tl.block_type, element_ty: tl.dtype, shape: Sequence) -> None:
+        key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
+        if key not in facts:
+            block(self, element_ty, shape)
+            facts[key] = vars(self)
+        self.__dict__ = facts[key]
+
+    def tensor_of_type(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+        if (found := facts.get(type.name)) is None:
+            tensor(self, handle, type)
+            facts[type.name] = self.shape, self.numel
+        else:
+            self.handle, self.type, self.dtype, (self.shape, self.numel) = handle, type, type.scalar, found
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor_of_type
 
 
 @contextmanager

@@ -124,11 +124,12 @@ def pytest_collection_finish():
 def quick_interpreter():
     if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
         import triton.language as tl
-        from concurrent_interpreter import prepared_once
+        from concurrent_interpreter import make_types_once, prepared_once
         from memory_checks import check_interpreted_kernels
         from triton.runtime import interpreter
 
         check_interpreted_kernels()
+        make_types_once()
         interpreter.GridExecutor.__call__ = prepared_once()(interpreter.GridExecutor.__call__)
         of_scalar = functools.cache(interpreter._get_np_dtype)  # which makes a table at each call
         interpreter._get_np_dtype = lambda t: (

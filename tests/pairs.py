@@ -60,7 +60,6 @@ def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
 
 
 def seeded(call, *arguments, **options):
-    """A call after a fixed seed."""
     torch.manual_seed(7)
     return call(*arguments, **options)
 

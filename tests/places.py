@@ -61,7 +61,6 @@ def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None
 
 
 def resident(monkeypatch) -> None:
-    """Every launch is resident."""
     _force(monkeypatch, lambda problem, backward: next(iter(resident_plans(problem, INTERPRETER, backward))))
 
 

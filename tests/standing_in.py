@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import available
-from gpu_lstm.kernels import timeouts
+from gpu_lstm.dispatch import available, route
+from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
@@ -60,6 +60,12 @@ def plans_are_verified_on_the_cpu(patch) -> None:
     patch.setattr(launch, "choose_plan", lambda problem, _, *given: choose_plan(problem, CUDA, *given))
     patch.setattr(choose, "card_of", lambda _: INTERPRETER)
     patch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0))
+
+
+def as_another_process() -> None:
+    """Only files are left of what was decided."""
+    for forget in (cache._read.cache_clear, cache.machine.cache_clear, route.forget):
+        forget()
 
 
 RESULTS = {

@@ -151,23 +151,7 @@ def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
     assert_same(dict(output=found), dict(output=wanted))
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-@pytest.mark.parametrize(("kind", "backend", "arguments"), [
-    ("LSTM", "torch", dict(proj_size=2)), ("LSTM", "reference", dict(num_layers=2, bidirectional=True)),
-    ("LSTMCell", "torch", {}), ("GRU", "torch", dict(num_layers=2)), ("GRUCell", "torch", {})], ids=str)  # fmt: skip
-def test_cpu_autocast_gives_the_dtypes_of_torch(kind, backend, arguments):
-    theirs, ours = (module.float() for module in pair(kind, backend, **arguments))
-    x, hx = random_inputs(ours, B)
-    every_step = dict(lengths=torch.full((B,), T), resets=torch.zeros(T, B, dtype=torch.bool))
-    for given, options in (((x,), {}), ((x, hx), {} if "Cell" in kind else every_step)):
-        got, dtypes = [], []
-        for module, how in ((ours, options), (theirs, {})):
-            with torch.autocast("cpu", torch.bfloat16):
-                got.append(tree_leaves(module(*given, **how)))
-            gradients = torch.autograd.grad(got[-1][0].float().square().sum(), list(module.parameters()))
-            dtypes.append([t.dtype for t in (*got[-1], *gradients)])
-        assert dtypes[0] == dtypes[1]
-        torch.testing.assert_close(*got, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # which lets dtypes differ
+def test_under_autocast_without_gradients_dtypes_may_differ():
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         layer = lstm_layer(torch.ones(T, B, I).bfloat16(), [torch.ones(4 * H, n) for n in (I, H)])
     assert {t.dtype for t in tree_leaves(layer)} == {torch.bfloat16}

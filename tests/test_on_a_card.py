@@ -101,7 +101,7 @@ def test_a_kernel(n):
 
 
 @pytest.mark.parametrize(("options", "passed"), [
-    ("-n 1", 11), ("-n 2 --dist worksteal", 11), ("", 3),  # without workers pytest ends
+    ("-n 2 --dist worksteal", 11), ("", 3),  # without workers pytest ends
 ])  # fmt: skip
 def test_a_process_ends_where_the_card_fails_and_another_runs_the_other_tests(tmp_path, options, passed):
     """And the traceback is there before the end."""

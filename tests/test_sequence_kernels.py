@@ -46,44 +46,33 @@ def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkey
     check((4, 2, 3, 11), "always norm-c", "triton", F32, seeds=1)
 
 
-@pytest.mark.parametrize("family", ["step", "split/4", "held", "resident", "cooperative/4/1/4", "pointwise"])
-def test_h_of_a_gru_is_carried_in_float32(monkeypatch, family):
-    """As the cell of an LSTM, below: c is h, which is rounded where it is an operand and where it is returned."""
+@pytest.mark.parametrize(("cell", "family"), [
+    *itertools.product(("lstm", "gru"), ("step", "split/4", "held", "resident", "cooperative/4/1/4")),
+    ("gru", "pointwise"),
+])  # fmt: skip
+def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, family):
+    """Saved and final c, of a GRU h, is that of a recurrence in float32, since W_hh is zero.
+
+    So it is rounded where it is an operand and where it is returned.
+    """
     KERNELS[family].force(monkeypatch)
     torch.manual_seed(0)
-    steps, batch, hidden = 12, 3, 8
-    gates, h0 = torch.randn(steps, batch, 4 * hidden).half(), torch.randn(batch, hidden).half()
-    gates[:, :, 3 * hidden :] = 0  # s, which x does not reach, and h not by a W_hh of zeros
-    lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(3 * hidden, hidden)
-    n_first = torch.eye(3 * hidden).roll(-hidden, 0)  # from n, r, z
-    tensors = gates[:, :, : 3 * hidden], h0, h0, n_first, weight_hh
-    out, expected, *_ = oracle.gru_layer(*(t.double().numpy() for t in tensors), lengths=lengths)
-    r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=h0.float(), lengths=lengths)
-    layer = kept_layer(launch, problem_of(r.inputs, "gru", False, "ieee"), gates.device)
-    _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
-    (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
-    valid = torch.arange(steps)[:, None] < lengths
-    for ours, true in ((c_n, expected), (unsaved, expected), (c[valid], out[valid.numpy()])):
-        torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("family", ["step", "split/4", "held", "resident", "cooperative/4/1/4"])
-def test_the_cell_is_kept_in_float32(monkeypatch, family):
-    """c, saved and final, is that of a recurrence in float32; W_hh is zero, so that the rounding of h plays no part."""
-    KERNELS[family].force(monkeypatch)
-    torch.manual_seed(0)
-    steps, batch, hidden = 12, 3, 8
-    sizes = (steps, batch, 4 * hidden), (batch, hidden), (batch, hidden)
-    gates, h0, c0 = (torch.randn(size).half() for size in sizes)
-    lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(4 * hidden, hidden)
-    tensors = gates, h0, c0, torch.eye(4 * hidden), weight_hh
-    _, _, expected, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
+    steps, batch, hidden, rows = 12, 3, 8, 4 if cell == "lstm" else 3
+    gates, h0, c0 = (torch.randn(steps, batch, 4 * hidden).half(), *torch.randn(2, batch, hidden).half())
+    gates[:, :, rows * hidden :] = 0  # of a GRU s, which x does not reach, and h not by a W_hh of zeros
+    c0 = c0 if cell == "lstm" else h0
+    lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(rows * hidden, hidden)
+    weight_ih = torch.eye(rows * hidden).roll(0 if cell == "lstm" else -hidden, 0)  # a GRU's n, r, z from n first
+    tensors = gates[:, :, : rows * hidden], h0, c0, weight_ih, weight_hh
+    of_oracle = oracle.layer if cell == "lstm" else oracle.gru_layer
+    out, h_n, c_n, tape = of_oracle(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=c0.float(), lengths=lengths)
-    layer = kept_layer(launch, problem_of(r.inputs, "lstm", False, "ieee"), gates.device)
-    _, _, (c_n,), c = layer.forward(gates.clone(), r, save=True)
+    layer = kept_layer(launch, problem_of(r.inputs, cell, False, "ieee"), gates.device)
+    _, _, (final,), c = layer.forward(gates.clone(), r, save=True)
     (unsaved,) = layer.forward(gates.clone(), r, save=False)[2]
-    found = [c_n, unsaved, *(c[t, b] for b, t, *_ in tape)]
-    for ours, true in zip(found, [expected, expected, *(c_new for *_, c_new, _, _, _ in tape)], strict=True):
+    expected = c_n if cell == "lstm" else h_n
+    of_steps = [(c[t, b], values[7] if cell == "lstm" else out[t, b]) for b, t, *values in tape]
+    for ours, true in ((final, expected), (unsaved, expected), *of_steps):
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
 
 

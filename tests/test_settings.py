@@ -124,7 +124,7 @@ SETTINGS = ALONE | {"together": together}
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(("backend", "setting"), [
     pytest.param(backend, setting, marks=[pytest.mark.deep] * (backend == "triton" or setting == "anomaly"))
-    for backend in BACKENDS for setting in (["together", "inference"] if backend == "triton" else ALONE)])  # fmt: skip
+    for backend in BACKENDS for setting in (ALONE if backend == "torch" else ["together", "inference"])])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
     got = results(backend, SETTINGS[setting])
     for name, tensors in expected(backend).items():

@@ -12,6 +12,7 @@ from unittest.mock import MagicMock, Mock, call
 import pytest
 import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
+from test_threads import lock_that_announces
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpu_lstm
@@ -83,15 +84,11 @@ def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_
     assert streams.synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
 
 
-def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams):
+def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams, monkeypatch):
     with ThreadPoolExecutor(1) as thread:
         streams.launched(1, "a")
         assert streams.launched(2, "b") == {1}
-        state, asked = ordering._launched[CUDA], threading.Event()
-        lock, state.lock = state.lock, MagicMock()  # which tells when a thread asks for it
-        state.lock.__enter__.side_effect = lambda: asked.set() or lock.acquire()
-        state.lock.__exit__.side_effect = lambda *_: lock.release()
-        second = []
+        asked, second = lock_that_announces(monkeypatch, ordering._launched[CUDA]), []
 
         def meanwhile():
             asked.clear()

@@ -116,31 +116,26 @@ def test_half_precision_keeps_the_cell_in_float32(kind):
 
 
 @every_backend
-@pytest.mark.parametrize("options", [{"num_layers": 2}, {"bidirectional": True}], ids=str)
-def test_a_cell_state_in_float32_with_half_precision(backend, options):
-    lstm, x = built("LSTM", backend, dtype=torch.float16, **options)
-    h_0, c_0 = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
-    y, (h_n, c_n) = lstm(x, (h_0.half(), c_0))
-    assert (y.dtype, h_n.dtype, c_n.dtype) == (torch.float16, torch.float16, torch.float32)
-    _, (_, c_rounded) = lstm(x, (h_0.half(), c_0.half()))
-    assert c_rounded.dtype is torch.float16
-    torch.testing.assert_close(c_n.half(), c_rounded, rtol=0, atol=4e-3)
-    for wrong in ((h_0, c_0), (h_0.half(), c_0.double())):
-        with pytest.raises(RuntimeError, match="dtype"):  # in torch's words, which on its backend depend on the device
-            lstm(x, wrong)
-
-
-@every_backend
-@pytest.mark.parametrize("lengths", [None, [T, 0, 4]], ids=["full", "ragged"])
-def test_h_of_a_gru_in_float32_with_half_precision(backend, lengths):
-    gru, x = built("GRU", backend, dtype=torch.float16, bidirectional=True)
+@pytest.mark.parametrize(("kind", "options", "lengths"), [
+    ("LSTM", {"num_layers": 2}, None), ("LSTM", {"bidirectional": True}, None), ("GRU", {"bidirectional": True}, None),
+    ("GRU", {"bidirectional": True}, [T, 0, 4]),
+], ids=str)  # fmt: skip
+def test_a_state_in_float32_with_half_precision(backend, kind, options, lengths):
+    """The cell state, of a GRU h."""
+    module, x = built(kind, backend, dtype=torch.float16, **options)
     ragged = {} if lengths is None else dict(lengths=torch.tensor(lengths, device=x.device))
-    h_0 = (torch.randn(2, B, H) * 0.5).to(x.device)
-    (y, h_n), (_, rounded) = gru(x, h_0, **ragged), gru(x, h_0.half(), **ragged)
-    assert (y.dtype, h_n.dtype, rounded.dtype) == (torch.float16, torch.float32, torch.float16)
-    torch.testing.assert_close(h_n.half(), rounded, rtol=0, atol=2e-3)
-    with pytest.raises(RuntimeError, match="dtype"):
-        gru(x, h_0.double())
+    h, c = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
+    given = dict(exact=(h.half(), c), rounded=(h.half(), c.half()), wide=(h, c), double=(h.half(), c.double()))
+    given = given if kind == "LSTM" else dict(exact=h, rounded=h.half(), double=h.double())
+    y, states = module(x, given["exact"], **ragged)
+    *others, kept = tree_leaves(states)
+    assert {t.dtype for t in (y, *others)} == {torch.float16}
+    rounded = tree_leaves(module(x, given["rounded"], **ragged)[1])[-1]
+    assert (kept.dtype, rounded.dtype) == (torch.float32, torch.float16)
+    torch.testing.assert_close(kept.half(), rounded, rtol=0, atol=4e-3 if kind == "LSTM" else 2e-3)
+    for wrong in given.keys() - {"exact", "rounded"}:
+        with pytest.raises(RuntimeError, match="dtype"):  # in torch's words, which on its backend depend on the device
+            module(x, given[wrong])
 
 
 @pytest.fixture
@@ -212,14 +207,8 @@ def test_another_thread_does_not_break_a_capture(monkeypatch):
                 other.submit(unsafe).result()
         return torch.ones(1)
 
-    fakes = dict(
-        device=contextlib.nullcontext,
-        stream=contextlib.nullcontext,
-        Stream=Mock,
-        CUDAGraph=Mock,
-        graph=graph,
-        current_stream=Mock(),
-    )
+    fakes = dict(device=contextlib.nullcontext, stream=contextlib.nullcontext, Stream=Mock, CUDAGraph=Mock, graph=graph,
+                 current_stream=Mock())  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     assert torch.equal(stream_module.captured(step, torch.device("cuda", 0))(), torch.ones(1))

@@ -93,17 +93,17 @@ def test_random_numbers_are_as_if_nobody_had_raced_where_races_overlap(another):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def lock_that_announces(monkeypatch):
-    """An event that is set whenever a thread asks for the lock of products."""
-    asked, lock, announced = threading.Event(), threading.RLock(), MagicMock()
+def lock_that_announces(monkeypatch, place):
+    """An event that is set whenever a thread asks for the lock of a module or object."""
+    asked, lock, announced = threading.Event(), place.lock, MagicMock()
     announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
     announced.__exit__.side_effect = lambda *_: lock.release()
-    monkeypatch.setattr(projection, "lock", announced)
+    monkeypatch.setattr(place, "lock", announced)
     return asked
 
 
 def test_products_have_their_precision_though_another_thread_asks_for_another_one(another, monkeypatch):
-    matmul, asked, seen = torch.backends.cuda.matmul, lock_that_announces(monkeypatch), threading.Event()
+    matmul, asked, seen = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, projection), threading.Event()
 
     def in_another():
         with projection.products_in("tf32"):
@@ -123,7 +123,7 @@ def test_products_have_their_precision_though_another_thread_asks_for_another_on
 
 def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(another, monkeypatch):
     """Otherwise a verification would set back what a projection in another thread has set for a moment."""
-    matmul, asked, entered = torch.backends.cuda.matmul, lock_that_announces(monkeypatch), threading.Event()
+    matmul, asked, entered = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, projection), threading.Event()
 
     def in_another():
         with projection.products_in("tf32"):

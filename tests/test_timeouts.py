@@ -4,14 +4,13 @@ import os
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import interpreted
 import pytest
 import torch
 from places import cooperative
-from standing_in import few_polls
+from standing_in import CUDA, few_polls, torch_finds
 
 import gpu_lstm
 from gpu_lstm.kernels import cache, timeouts
@@ -63,9 +62,11 @@ timeouts.error_word(torch.device("cpu"), "cooperative_backward_kernel")[0] = 8
     assert "timed out at step 7 on cpu" in ended.stderr
 
 
-def test_a_plan_on_trial_is_reported_too():
-    timeouts.error_word(CPU, "step_forward_kernel", trial=True)[0] = 3
-    with pytest.raises(RuntimeError, match="step_forward_kernel timed out at step 2 on cpu"):
+@pytest.mark.parametrize(("kernel", "trial"), [("step_forward_kernel", True), ("new_kernel", False)])
+def test_a_plan_on_trial_and_a_kernel_that_nobody_listed_are_reported_but_not_of_another_device(kernel, trial):
+    timeouts.error_word(CPU, kernel, trial=trial)[0] = 3
+    timeouts.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to report
+    with pytest.raises(RuntimeError, match=f"{kernel} timed out at step 2 on cpu"):
         timeouts.raise_if_timed_out(CPU)
     timeouts.raise_if_timed_out(CPU)  # it is reported once
 
@@ -77,19 +78,6 @@ def test_any_kernel_has_a_word_of_its_own_and_where_there_is_none_left_it_is_no_
     assert len(places) == 2 * len(kernels)
     with pytest.raises(IndexError):
         words.of("one more")
-
-
-def test_a_kernel_that_nobody_listed_is_reported():
-    _time_out("new_kernel", 5)
-    with pytest.raises(RuntimeError, match="new_kernel timed out at step 5 on cpu"):
-        timeouts.raise_if_timed_out(CPU)
-
-
-def test_devices_do_not_share_words():
-    _time_out()
-    timeouts.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to report
-    with pytest.raises(RuntimeError, match=EXPECTED):
-        timeouts.check()
 
 
 def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
@@ -135,13 +123,8 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     assert timeouts.spare_multiprocessors(132) == 3
     with pytest.raises(ValueError, match="expected a number below 3 in"):
         timeouts.spare_multiprocessors(3)
-    properties = SimpleNamespace(
-        name="a card", major=9, minor=0, multi_processor_count=132, max_threads_per_multi_processor=2048
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # where the driver is not asked
-    cuda = torch.device("cuda", 0)
-    assert choose.card_of(cuda).multiprocessors == planning.card_of(cuda).multiprocessors == 129
+    torch_finds(monkeypatch, is_current_stream_capturing=True)  # where the driver is not asked
+    assert choose.card_of(CUDA).multiprocessors == planning.card_of(CUDA).multiprocessors == 129
 
 
 def test_a_plan_for_the_whole_card_that_came_before_several_ranks_is_warned_of_in_the_next_call(monkeypatch, recwarn):
@@ -161,28 +144,20 @@ def test_a_plan_for_the_whole_card_that_came_before_several_ranks_is_warned_of_i
     timeouts.raise_if_timed_out(CPU)  # which asks nobody any more
 
 
-def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended(monkeypatch, capsys):
+def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended_but_in_no_forked_child(
+    monkeypatch, capsys
+):
     """Another's kernel may never end: NCCL's, whose peer is gone."""
     words = timeouts._Words(CPU)
     monkeypatch.setattr(timeouts, "_words", {torch.device("cuda", 1): words})
     monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=AssertionError("the process stays")))
-    timeouts._report_at_exit()
-    assert capsys.readouterr().err == ""
-    words.of("a_kernel")[0] = 3
-    timeouts._report_at_exit()
-    assert "timed out at step 2 on cuda:1" in capsys.readouterr().err
-
-
-def test_a_forked_child_does_not_report_at_exit(monkeypatch, capsys):
-    words = timeouts._Words(CPU)
-    monkeypatch.setattr(timeouts, "_words", {CPU: words})
-    words.of("a_kernel")[0] = 3
-    words.process += 1
-    timeouts._report_at_exit()
-    assert capsys.readouterr().err == ""
-    words.process -= 1
-    timeouts._report_at_exit()
-    assert "timed out at step 2 on cpu" in capsys.readouterr().err
+    for ended, of_child in ((False, False), (True, True), (True, False)):
+        words.of("a_kernel")[0] = 3 * ended
+        words.process += of_child
+        timeouts._report_at_exit()
+        words.process -= of_child
+        said = capsys.readouterr().err
+        assert ("timed out at step 2 on cuda:1" in said) if ended and not of_child else said == ""
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

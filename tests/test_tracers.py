@@ -38,37 +38,25 @@ def test_of_torch_fx_a_module_is_a_leaf_as_torchs_own_is(kind):
     assert prepared(x).shape == (4, 3, 2)
 
 
-def test_of_torch_fx_keywords_and_cells_are_kept():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.cell = gpu_lstm.LSTM(5, 6), gpu_lstm.LSTMCell(6, 6)
-
-        def forward(self, x, lengths):
-            y, (h, c) = self.lstm(x, lengths=lengths)
-            return y, self.cell(y[0], (h[0], c[0]))
-
-    torch.manual_seed(0)
-    model, x, lengths = Model(), torch.randn(4, 3, 5), torch.tensor([4, 1, 2])
-    traced = torch.fx.symbolic_trace(model)
-    torch.testing.assert_close(traced(x, lengths), model(x, lengths), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell", "compat.LSTM", "compat.GRU", "StackedGRU"])
-def test_of_torch_fx_an_input_may_be_a_constant(kind):
+def test_of_torch_fx_keywords_are_kept_and_an_input_may_be_a_constant(kind):
+    is_cell, is_ragged = "Cell" in kind, "Cell" not in kind and "compat" not in kind
+
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.rnn = operator.attrgetter(kind)(gpu_lstm)(5, [6] if "Stacked" in kind else 6)
-            self.register_buffer("start", torch.randn(3, 5) if "Cell" in kind else torch.randn(4, 3, 5))
+            self.register_buffer("start", torch.randn(3, 5) if is_cell else torch.randn(4, 3, 5))
+            self.register_buffer("lengths", torch.tensor([4, 1, 2]))
 
         def forward(self, hx):
-            return self.rnn(self.start, hx)
+            return self.rnn(self.start, hx, **dict(lengths=self.lengths) if is_ragged else {})
 
-    h = torch.randn(3, 6) if "Cell" in kind or "Stacked" in kind else torch.randn(1, 3, 6)
+    h = torch.randn(3, 6) if is_cell or "Stacked" in kind else torch.randn(1, 3, 6)
     model, hx = Model(), (h, h.flip(0)) if "LSTM" in kind else [h] if "Stacked" in kind else h
     traced = torch.fx.symbolic_trace(model)
-    assert [node.op for node in traced.graph.nodes] == ["placeholder", "get_attr", "call_module", "output"]
+    constants = ["get_attr"] * (1 + is_ragged)
+    assert [node.op for node in traced.graph.nodes] == ["placeholder", *constants, "call_module", "output"]
     torch.testing.assert_close(traced(hx), model(hx), rtol=0, atol=0)
 
 

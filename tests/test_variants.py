@@ -82,38 +82,26 @@ def by_onnx(operator, given, outputs, **attributes):
     return [y.transpose(1, 2).flatten(2), *states]
 
 
-def test_onnxs_lstm_gives_the_same():
-    """Its operator has peepholes to i, o and f, and gates in the order i, o, f, c, by their equations there."""
-    lstm = gpu_lstm.LSTM(I, H, bidirectional=True, peepholes=True)
-    x, (h0, c0) = random_inputs(lstm, B)
-    weights = {name: t.detach().numpy() for name, t in lstm.named_parameters()}
+@pytest.mark.parametrize(("kind", "order", "variant", "attributes"), [
+    ("LSTM", (0, 3, 1, 2), dict(peepholes=True), {}), ("GRU", (1, 0, 2), {}, dict(linear_before_reset=1)),
+], ids=["LSTM", "GRU"])  # fmt: skip
+def test_onnxs_operator_gives_the_same(kind, order, variant, attributes):
+    """By its equations there: the LSTM's gates in the order i, o, f, c, peepholes to i, o and f; the GRU's z, r, h."""
+    module = getattr(gpu_lstm, kind)(I, H, bidirectional=True, **variant)
+    x, hx = random_inputs(module, B)
+    weights = {name: t.detach().numpy() for name, t in module.named_parameters()}
 
-    def of_both(kind, order=(0, 3, 1, 2)):
-        parts = [np.split(weights[f"{kind}_l0{suffix}"], len(order)) for suffix in ("", "_reverse")]
+    def of_both(name, order=order):
+        parts = [np.split(weights[f"{name}_l0{suffix}"], len(order)) for suffix in ("", "_reverse")]
         return np.stack([np.concatenate([part[k] for k in order]) for part in parts])
 
-    given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
-                 B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
-                 h=h0.numpy(), c=c0.numpy(), P=of_both("weight_peephole", (0, 2, 1)))  # fmt: skip
-    outputs = by_onnx("LSTM", given, ["Y", "Y_h", "Y_c"])
-    torch.testing.assert_close(tree_leaves(lstm(x, (h0, c0))), outputs, rtol=1e-5, atol=1e-6)
-
-
-def test_onnxs_gru_gives_the_same():
-    """By its equations there, with linear_before_reset = 1; its gates are in the order z, r, h."""
-    gru = gpu_lstm.GRU(I, H, bidirectional=True)
-    x, h0 = random_inputs(gru, B)
-    weights = {name: t.detach().numpy() for name, t in gru.named_parameters()}
-
-    def of_both(kind):
-        parts = [np.split(weights[f"{kind}_l0{suffix}"], 3) for suffix in ("", "_reverse")]
-        return np.stack([np.concatenate([z, r, n]) for r, z, n in parts])
-
-    given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"),
-                 B=np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1), lengths=np.full(B, T, np.int32),
-                 h=h0.numpy())  # fmt: skip
-    outputs = by_onnx("GRU", given, ["Y", "Y_h"], linear_before_reset=1)
-    torch.testing.assert_close(tree_leaves(gru(x, h0)), outputs, rtol=1e-5, atol=1e-6)
+    biases = np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1)
+    given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"), B=biases, lengths=np.full(B, T, np.int32))
+    given |= zip("hc", (t.numpy() for t in tree_leaves(hx)))
+    if variant:
+        given["P"] = of_both("weight_peephole", (0, 2, 1))
+    outputs = by_onnx(kind, given, ["Y", *(f"Y_{letter}" for letter in pairs.letters_of(module))], **attributes)
+    torch.testing.assert_close(tree_leaves(module(x, hx)), outputs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "option", "frozen"), [
@@ -285,18 +273,14 @@ def test_parameters(cls, variant, names):
     ("kind", "name"),
     [("StackedLSTM", "layer_norm"), *((kind, name) for kind in ("LSTM", "GRU", "StackedGRU") for name in NOISE)],
 )
-def test_a_backend_that_cannot_says_so(kind, name):
+def test_a_backend_that_cannot_says_so_and_explain_does(kind, name):
     module, said = made(kind, "torch", name).float(), f"does not support {name}"
     with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'triton' or 'reference'$"):
         module(*random_inputs(module, B))
+    explained = gpu_lstm.explain(made(kind, None, name), torch.zeros(T, 1, I))
+    assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
     if name == "recurrent_dropout":  # in eval() it is off
         module.eval()(*random_inputs(module, B))
-
-
-@pytest.mark.parametrize(("kind", "name"), [("StackedLSTM", "layer_norm"), *(("LSTM", name) for name in NOISE)])
-def test_why_a_backend_cannot_is_explained(kind, name):
-    explained = gpu_lstm.explain(made(kind, None, name), torch.zeros(T, 1, I))
-    assert (explained.backend, explained.others["torch"]) == ("reference", f"it does not support {name}")
 
 
 @pytest.mark.parametrize("kind", ["recomputed", "one of a stack", "GRU", "StackedGRU"])

@@ -10,13 +10,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from standing_in import plans_are_verified_on_the_cpu
+from standing_in import as_another_process, plans_are_verified_on_the_cpu
 from test_verify import CPU, FORWARD, MASKS, NORMS, PLAIN, RATES, _verify
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_rnn import launch
@@ -33,11 +32,6 @@ pytestmark = [
 def card(monkeypatch):
     """The CPU as a card, where the only plan is the step family's, which is verified as on one."""
     plans_are_verified_on_the_cpu(monkeypatch)
-
-
-def as_another_process():
-    for forget in (cache._read.cache_clear, cache.machine.cache_clear, route.forget):
-        forget()
 
 
 def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
@@ -74,8 +68,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:gpu_lstm. a kernel failed")
-@pytest.mark.parametrize("module", [gpu_lstm.LSTM, gpu_lstm.GRU])
-def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monkeypatch, module):
+def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monkeypatch):
     """The version of a checkout is always the same."""
 
     def process(sources, *, broken):
@@ -84,7 +77,7 @@ def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monk
             patch.setattr(cache, "sources", lambda *_: sources)
             if broken:
                 patch.setattr(launch, "launch_kernel", lambda *_, **__: None)
-            module(3, 8, backend="triton")(torch.randn(4, 2, 3))
+            gpu_lstm.LSTM(3, 8, backend="triton")(torch.randn(4, 2, 3))
 
     for sources, broken in (("first", True), ("second", False), ("third", True)):
         wrong = pytest.raises(RuntimeError, match="no Triton kernel can run") if broken else contextlib.nullcontext()
@@ -178,15 +171,13 @@ def trying():
 
 
 @pytest.mark.filterwarnings("ignore:gpu_lstm. a kernel failed")
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_kernel_during_whose_trial_a_process_was_killed_is_refused_until_that_is_forgotten(trying, cell):
-    problem = PLAIN._replace(cell=cell)
-    trying(problem, lambda: os.kill(os.getpid(), signal.SIGKILL)).join()
-    assert _verify(problem) == verify.ENDED
+def test_a_kernel_during_whose_trial_a_process_was_killed_is_refused_until_that_is_forgotten(trying):
+    trying(PLAIN, lambda: os.kill(os.getpid(), signal.SIGKILL)).join()
+    assert _verify(PLAIN) == verify.ENDED
     assert "`python -m gpu_lstm races --clear` forgets that" in verify.ENDED
-    assert _verify(problem, Pass(True)) is None, "another kernel"
+    assert _verify(PLAIN, Pass(True)) is None, "another kernel"
     assert main(["races", "--clear"]) == 0
-    assert _verify(problem) is None
+    assert _verify(PLAIN) is None
 
 
 def test_processes_that_try_a_kernel_at_once_do_not_refuse_it(trying, tmp_path):
