@@ -56,8 +56,8 @@ lengths, inference: 44 calls, 19 files, 28 changes, 10 returns, 11 frames
 lengths, training: 78 calls, 21 files, 47 changes, 27 returns, 12 frames
 resets, inference: 43 calls, 19 files, 28 changes, 10 returns, 11 frames
 resets, training: 76 calls, 21 files, 45 changes, 25 returns, 12 frames
-two layers, bidirectional, inference: 94 calls, 20 files, 64 changes, 45 returns, 11 frames
-two layers, bidirectional, training: 224 calls, 21 files, 132 changes, 112 returns, 12 frames
+two layers, bidirectional, inference: 93 calls, 20 files, 64 changes, 45 returns, 11 frames
+two layers, bidirectional, training: 223 calls, 21 files, 132 changes, 112 returns, 12 frames
 """
 
 
