@@ -81,6 +81,10 @@ def input_product(x, weight, bias_ih, bias_hh, gain):
     return pad(linear(x, weight, bias), (len(weight) // 3, 0))
 
 
+def add_product(z, h, weight, gain):
+    z[:, :, h.shape[2] :] += h @ weight.T
+
+
 def pre_activations(of_x, of_h):
     return pad(of_x + of_h, (of_x.shape[1] // 3, 0))
 
