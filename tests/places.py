@@ -7,6 +7,7 @@ are planned and launched; tests of numbers do not.
 """
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -128,7 +129,7 @@ def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[
 
         monkeypatch.setattr(cupy, "obstacle", lambda *_: None)
         monkeypatch.setattr(cupy_rnn, "import_packages", lambda: None)
-        monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
+        monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
         monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
 
 

@@ -164,7 +164,7 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     assert caplog.messages == [
         "convert swapped encoder (torch.nn.LSTM), step (torch.nn.LSTMCell), gru (torch.nn.GRU); "
         + LEFT.format("mine", "MyLSTM"),
-        f"convert swapped nothing: {NONE} torch.nn.modules.container.ModuleDict; {LEFT.format('mine', 'MyLSTM')}",
+        f"convert swapped nothing: {NONE} torch.nn.ModuleDict; {LEFT.format('mine', 'MyLSTM')}",
         "convert swapped the model itself (torch.nn.LSTM), which cannot be swapped in place: the one that is returned "
         "is new",
         "to_torch swapped encoder (gpu_lstm.LSTM), step (gpu_lstm.LSTMCell), gru (gpu_lstm.GRU)",
@@ -173,7 +173,7 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
 
 @pytest.mark.parametrize(("swap", "model", "text"), [
     (gpu_lstm.convert, nn.ModuleList([MyLSTM(3, 4)]),
-     f"{NONE} torch.nn.modules.container.ModuleList; {LEFT.format('0', 'MyLSTM')}"),
+     f"{NONE} torch.nn.ModuleList; {LEFT.format('0', 'MyLSTM')}"),
     (gpu_lstm.to_torch, Ours(3, 4), f"{NONE_OF_OURS} {__name__}.Ours; {LEFT.format('the model itself', 'Ours')}"),
 ], ids=["a subclass", "a subclass of ours"])  # fmt: skip
 def test_where_nothing_was_swapped_a_warning_says_why(swap, model, text):

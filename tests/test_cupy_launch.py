@@ -1,5 +1,6 @@
 """The CuPy backend's launcher, and what its kernels compile to. Which arguments they get is tested by their results."""
 
+import inspect
 import itertools
 import re
 import sys
@@ -71,7 +72,7 @@ def test_why_it_is_unavailable(monkeypatch, facts, kind, text):
     """The tensors, the card, or CuPy, which is named with its extra."""
     absent = "absent" in facts
     torch_finds(monkeypatch, get_device_capability=facts.get("capability"))
-    monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
+    monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
     monkeypatch.setitem(sys.modules, "cupy", None if absent else Mock())
     monkeypatch.setattr(torch.version, "cuda", facts.get("absent"))
     monkeypatch.delitem(sys.modules, cupy_rnn.__name__)  # so that it is imported again

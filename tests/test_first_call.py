@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib.util
+import inspect
 import logging
 import math
 import os
@@ -357,7 +358,7 @@ def test_a_torch_for_amd_is_named(monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
 def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
-    monkeypatch.setattr(available, "import_problem", available.import_problem.__wrapped__)
+    monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
     for package in (cupy_rnn, triton_rnn):
         monkeypatch.setattr(package, "import_packages", Mock(side_effect=error))
     with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
