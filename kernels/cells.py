@@ -29,11 +29,12 @@ class Cell(NamedTuple):
 
     def of_x(self, z: Tensor, hidden: int) -> Tensor:
         """Gradients z [..., 4H] of the pre-activations -> those that x reaches, [..., rows H]."""
-        return z if self.x_end - self.x_start == 4 else z[..., self.x_start * hidden : self.x_end * hidden]
+        count = self.x_end - self.x_start
+        return z if count == 4 else z.narrow(-1, self.x_start * hidden, count * hidden)
 
     def of_h(self, z: Tensor, hidden: int) -> Tensor:
         """The same of h, in torch's order."""
-        return z if self.h_start == 0 else z[..., self.h_start * hidden :]
+        return z if self.h_start == 0 else z.narrow(-1, self.h_start * hidden, (4 - self.h_start) * hidden)
 
     def from_torch(self, t: Tensor, hidden: int) -> Tensor:
         """W_ih [rows H, ...], from torch's order to that of the gradients."""

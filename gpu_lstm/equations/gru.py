@@ -33,9 +33,9 @@ def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
 
 def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: None, gain: None) -> Tensor:
     """What kernels are given of the pre-activations, [T, B, 4H]: W_ih x + b_ih, and a place for s."""
-    steps, batch, features = x.shape
-    z, x = x.new_empty(steps, batch, len(weight) // 3 * 4), x.reshape(steps * batch, features)
-    of_x = z.view(steps * batch, -1)[:, : len(weight)]
+    rows, width = len(weight), len(weight) // 3 * 4
+    z, x = x.new_empty(*x.shape[:2], width), x.flatten(0, 1)
+    of_x = z.as_strided((len(x), rows), (width, 1))
     if bias_ih is None:
         torch.mm(x, weight.T, out=of_x)
     else:
