@@ -44,6 +44,7 @@ PLAIN, HALF = (Problem(2, 3, 20, dtype) for dtype in (torch.float32, torch.float
 RAGGED = dict(lengths=torch.int64, resets=True)
 MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
 NORMS = dict(gain_hh=True, gain_c=True, bias_c=True)
+OF_GRU = dict(cell="gru", bias_hh=True)
 
 
 def _given(problem):
@@ -111,8 +112,8 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
 @pytest.mark.parametrize(("family", "options"), [
     *((family, dict(weight_peephole=True)) for family in ("cooperative", "pointwise", "step")),
     pytest.param("resident", dict(projected=5, weight_peephole=True), marks=pytest.mark.deep),
-    *((family, dict(cell="gru")) for family in ("pointwise", "resident")),
-    *(pytest.param(family, dict(cell="gru"), marks=pytest.mark.deep) for family in ("cooperative", "step")),
+    *((family, OF_GRU) for family in ("pointwise", "resident")),
+    *(pytest.param(family, OF_GRU, marks=pytest.mark.deep) for family in ("cooperative", "step")),
 ])  # fmt: skip
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, options):
     run = Mock(side_effect=ConcurrentRun(seed=0))
@@ -233,7 +234,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
     problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault,
                              weight_peephole="GRU" not in fault)  # fmt: skip
     if "GRU" in fault:
-        problem = problem._replace(cell="gru")
+        problem = problem._replace(**OF_GRU)
     plant(monkeypatch, fault)
     if "norms" in fault:
         problem = problem._replace(**NORMS)
