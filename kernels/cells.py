@@ -1,6 +1,6 @@
 """What a layer knows of a cell: the sizes of its weights, and which of its pre-activations x and h reach.
 
-A unit has four pre-activations and four gates, z [T, B, 4H], whatever its cell: so all kernels have the same tiles. The
+A unit has four gates, [T, B, 4H], and four pre-activations, whatever its cell: so all kernels have the same tiles. The
 equations are in triton_rnn/equations/ and cupy_rnn/cuda/equations/, and in torch's operators in gpu_lstm/equations/.
 """
 
@@ -22,16 +22,22 @@ class Cell(NamedTuple):
     of_torch: bool  # torch has it, and so cuDNN
     normalises: bool  # m is made of its last gate and c: it may have peepholes, and layer norms of c and of W_hh h
 
+    @property
+    def has_constant(self) -> bool:
+        """Whether x does not reach its last pre-activation: before the time loop that is a bias, which kernels add."""
+        return self.x_end < 4
+
     def of_x(self, z: Tensor, hidden: int) -> Tensor:
-        """z [..., 4H] -> those that x reaches, [..., rows H]."""
-        return z if self.x_end - self.x_start == 4 else z[..., self.x_start * hidden : self.x_end * hidden]
+        """Gradients z [..., 4H] of the pre-activations -> those that x reaches, [..., rows H]."""
+        count = self.x_end - self.x_start
+        return z if count == 4 else z.narrow(-1, self.x_start * hidden, count * hidden)
 
     def of_h(self, z: Tensor, hidden: int) -> Tensor:
-        """z [..., 4H] -> those that h reaches, [..., rows H], in torch's order."""
-        return z if self.h_start == 0 else z[..., self.h_start * hidden :]
+        """The same of h, in torch's order."""
+        return z if self.h_start == 0 else z.narrow(-1, self.h_start * hidden, (4 - self.h_start) * hidden)
 
     def from_torch(self, t: Tensor, hidden: int) -> Tensor:
-        """W_ih or b_ih [rows H, ...], from torch's order to that of the pre-activations."""
+        """W_ih [rows H, ...], from torch's order to that of the gradients."""
         return t if self.h_start == self.x_start else t.roll((self.h_start - self.x_start) * hidden, 0)
 
     def to_torch(self, t: Tensor, hidden: int) -> Tensor:
@@ -40,6 +46,7 @@ class Cell(NamedTuple):
 
 
 LSTM = Cell("lstm", ("h", "c"), 4, 0, 4, 0, (5, 1), of_torch=True, normalises=True)  # i, f, g, o
-# n, r, z, s: the candidate has n of x and s of h; torch's order is r, z, n
+# The candidate has n of x and s of h. Gates are in the order r, z, n, s, where x reaches the first three, as in torch;
+# gradients in the order n, r, z, s, where what x and what h reach are neighbours.
 GRU = Cell("gru", ("h",), 3, 0, 3, 1, (3, 0), of_torch=True, normalises=False)
 CELLS = {cell.name: cell for cell in (LSTM, GRU)}

@@ -114,8 +114,8 @@ class Layer:
         """The recurrence.
 
         Args:
-            gates: [T, B, 4H], x W_ih^T + b_ih + b_hh. Overwritten by the activated gates if `save`; with a projection,
-                and without `save`, at every sequence's first step.
+            gates: [T, B, 4H], x W_ih^T + b_ih + b_hh, of a GRU without b_hh and s. Overwritten by the activated gates
+                if `save`; with a projection, and without `save`, at every sequence's first step.
             r: weights, initial states, lengths and the rest.
             save: keep what backward needs.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .tensors import TENSORS, Inputs
+from .tensors import KNOWN, TENSORS, Inputs
 
 MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
@@ -35,6 +35,13 @@ class Problem(NamedTuple):
     gain_c: bool = False
     bias_c: bool = False
     cell: str = "lstm"  # of cells.CELLS
+    bias_hh: bool = False  # of a cell that has_constant
+    known_h: bool = False  # of such a cell: h that is known before the loop has its product in the gates
+
+    @property
+    def from_x(self) -> int:
+        """How many of the four gates come with something in them."""
+        return 4 if self.known_h else CELLS[self.cell].x_end
 
     @property
     def size(self) -> int:
@@ -97,7 +104,7 @@ NO_UNIT = Unit(None, None)
 
 
 class Recurrence(NamedTuple):
-    """What the time loop reads: the Inputs that `in_the_loop` names, since x, W_ih and biases are in the gates.
+    """What the time loop reads: the Inputs that `in_the_loop` names, since x, W_ih and b_ih are in the gates.
 
     States are [1, B, P] and [1, B, H], c0 float32. Layer norms are those in the loop, of W_hh h and of c in tanh(c). A
     reset step begins with h = 0, and with c = 0 or `reset_c`; for another h, its product with W_hh is in the gates.
@@ -163,14 +170,20 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
 def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
     """The problem of a call with these tensors."""
     i, (steps, batch, _), (hidden,) = inputs, inputs.x.shape, inputs.c0.shape[-1:]
+    known = any([getattr(i, name) is not None for name in KNOWN])
     dimensions = [None if t is None else t.dim() for t in (i.zoneout_h, i.zoneout_c)]
     return Problem(
         1 if steps == 1 else 2, batch, hidden, i.x.dtype, 0 if i.weight_hr is None else i.h0.shape[-1],
         precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
         i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
         i.reset_c is not None, i.weight_peephole is not None, i.gain_hh is not None, i.gain_c is not None,
-        i.bias_c is not None, cell,
+        i.bias_c is not None, cell, *of_constant(cell, i.bias_hh is not None, known),
     )  # fmt: skip
+
+
+def of_constant(cell: str, bias_hh: bool, known_h: bool) -> tuple[bool, bool]:
+    """The flags `bias_hh` and `known_h` of a Problem, of what there is."""
+    return (bias_hh, known_h) if CELLS[cell].has_constant else (False, False)
 
 
 def power_of_two(n: int) -> int:

@@ -26,7 +26,7 @@ class Row(NamedTuple):
     size: str  # T steps, B sequences, I input features, H units, P features of h; of a GRU 4H of a weight is 3H
     dtype: torch.dtype | None  # None: that of x
     role: str
-    loop: bool  # the time loop reads it; x, W_ih and the biases are in the gates
+    loop: bool  # the time loop reads it; x, W_ih and b_ih are in the gates
     gradient: str | None
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ TENSORS = tuple(Row(*row) for row in (
     ("weight_ih",       "4H I",  None, WEIGHT,    not LOOP, AFTER),
     ("weight_hh",       "4H P",  None, WEIGHT,    LOOP,     BY_LOOP),
     ("bias_ih",         "4H",    None, WEIGHT,    not LOOP, AFTER),  # from here on a tensor may be None: not there
-    ("bias_hh",         "4H",    None, WEIGHT,    not LOOP, AFTER),
+    ("bias_hh",         "4H",    None, WEIGHT,    LOOP,     AFTER),  # of a GRU; an LSTM's is in the gates
     ("weight_hr",       "P H",   None, WEIGHT,    LOOP,     AFTER),  # None without projection, then P = H
     ("weight_peephole", "3H",    None, VARIANT,   LOOP,     AFTER),  # to the gates i, f and o
     ("gain_ih",         "4H",    None, VARIANT,   not LOOP, AFTER),  # of the layer norm of W_ih x; its bias: bias_ih
@@ -66,8 +66,9 @@ def names_of(*roles: str) -> tuple[str, ...]:
 
 
 LEARNT = tuple(row.name for row in TENSORS if row.gradient is not NONE)
+KNOWN = tuple(row.name for row in TENSORS if row.name == "reset_h" or (row.role == NOISE and not row.loop))
 COMPARED = tuple(row.name for row in TENSORS if row.gradient == BY_LOOP)
-"""What may have a gradient, and whose gradient verification compares."""
+"""What may have a gradient; what makes h known before the time loop; whose gradient verification compares."""
 
 
 Inputs: Any = namedtuple("Inputs", BY_NAME, defaults=[None] * (len(TENSORS) - [*BY_NAME].index("bias_ih")))

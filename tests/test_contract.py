@@ -234,17 +234,23 @@ def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S
 
 def by_the_kernels(cell, of_x, of_h, c, dm, dc):
     """[12, N] of `cell_kernel`; of_x and of_h [4, N], the others [N]."""
-    out, sizes = torch.full((12, c.numel()), torch.nan).to(c), launch.Sizes(cell.name, cell.rows, *[None] * 11)
+    out, sizes = torch.full((12, c.numel()), torch.nan).to(c), launch.Sizes(cell.name, cell.rows, *[None] * 12)
     cell_kernel[(1,)](of_x, of_h, c, dm, dc, out, c.numel(), sizes)
     return out
 
 
 def by_torch(cell, of_x, of_h, c, dm, dc):
     """The same of the equations in torch's operators, by its autograd."""
-    equations, z, c = EQUATIONS[cell.name], (of_x + of_h).requires_grad_(), c.clone().requires_grad_()
-    gates, after = equations.step(z.view(1, -1), c[None], None)
+    equations, c = EQUATIONS[cell.name], c.clone().requires_grad_()
+    sent = of_x.flatten()[: cell.rows * N].requires_grad_(), cell.of_h(of_h.flatten(), N).requires_grad_()
+    z = equations.pre_activations(*(t[None] for t in sent))
+    gates, after = equations.step(z, c[None], None)
     m = equations.output(gates, after, None, None)
-    dz, dc_prev = torch.autograd.grad([m, after], [z, c], [dm[None], dc[None]])
+    dz_x, dz_h, dc_prev = torch.autograd.grad([m, after], [*sent, c], [dm[None], dc[None]])
+    dz = torch.zeros(4 * N)
+    cell.of_h(dz, N).copy_(dz_h)
+    cell.of_x(dz, N).copy_(cell.from_torch(dz_x, N))
+    dz = dz.view(4, N)
     in_place = equations.activate_in_place(z.detach().view(1, 1, -1).clone(), None, c.detach()[None, None])
     torch.testing.assert_close(in_place.view(4, -1), torch.cat(gates))
     again = equations.next_cell(gates, c[None])
@@ -273,7 +279,7 @@ N = 64
 
 
 def given_to_a_cell(device, cell, dtype=F32):
-    """of_x and of_h [4, N], zero where x or h does not reach, and c, dm, dc [N]."""
+    """of_x [4, N] in the order of gates, of_h [4, N] in that of gradients, zero elsewhere; c, dm, dc [N]."""
     torch.manual_seed(0)
     of_x, of_h = torch.randn(4, N, device=device).to(dtype), torch.randn(4, N, device=device)
     of_x[: cell.x_start] = of_x[cell.x_end :] = 0
@@ -296,14 +302,13 @@ def test_a_cell_gives_zeros_for_zeros(device, half, cell):
 @EVERY_CELL
 @HALVES
 def test_dz_are_gradients_of_pre_activations_of_which_x_and_h_reach_those_that_the_cell_says(device, half, cell):
-    def sent(z):  # [4, N] -> what x and what h sends, or their gradients, in torch's order
-        return cell.to_torch(cell.of_x(z.flatten(), N), N), cell.of_h(z.flatten(), N)
-
     x, h, *rest = given_to_a_cell(device, cell)
     found = half(cell, x, h, *rest).double().cpu()
     c, again, m, dc_prev = found[[4, 5, 6, 11]]
-    expected = by_the_oracle(cell, sent(x)[0], sent(h)[1], *rest)
-    for ours, true in zip((c, m, *sent(found[7:11]), dc_prev), expected, strict=True):
+    dz = found[7:11].flatten()
+    dz_x, dz_h = cell.to_torch(cell.of_x(dz, N), N), cell.of_h(dz, N)
+    expected = by_the_oracle(cell, x.flatten()[: cell.rows * N], cell.of_h(h.flatten(), N), *rest)
+    for ours, true in zip((c, m, dz_x, dz_h, dc_prev), expected, strict=True):
         torch.testing.assert_close(ours, torch.from_numpy(true).flatten(), rtol=0, atol=2e-6)
     torch.testing.assert_close(again, c, rtol=0, atol=2e-6)
 

@@ -105,7 +105,7 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     arguments = dict.fromkeys(source.parameters(kernel), tensor) | dict(c=None, T=7, B=5, reverse=True)
     launch.launch_kernel(kernel, torch.float16, plan, **arguments)
     *before, made, after = asked.mock_calls
-    name = "cooperative_forward<float16, Lstm, 768, 12, 8, 3, false, true, true, true, true>"  # c is None
+    name = "cooperative_forward<float16, Lstm, 768, 12, 8, 3, true, false, true, true, true, true>"  # c is None
     loading = dict(code=SOURCE, options=source.OPTIONS, name_expressions=[name], enable_cooperative_groups=True)
     module, stream = call.cupy.RawModule(**loading), call.stream(device)
     assert before == [module, call.cupy.RawModule().get_function(name), stream, call.stream().__enter__()]

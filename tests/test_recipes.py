@@ -81,6 +81,10 @@ def input_product(x, weight, bias_ih, bias_hh, gain):
     return pad(linear(x, weight, bias), (len(weight) // 3, 0))
 
 
+def add_product(z, h, weight, gain):
+    z[:, :, h.shape[2] :] += h @ weight.T
+
+
 def pre_activations(of_x, of_h):
     return pad(of_x + of_h, (of_x.shape[1] // 3, 0))
 
@@ -515,8 +519,8 @@ class Plan(NamedTuple):
         return min(problem.batch, 3)
 
 
-def lstm_forward(z, c):
-    i, f, g, o = z.chunk(4, 1)
+def lstm_forward(x, of_h, c):
+    i, f, g, o = (x + of_h).chunk(4, 1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
     c = f * c + i * g
     return (i, f, g, o), o * c.tanh(), c
@@ -529,16 +533,16 @@ def lstm_backward(gates, c_prev, c, dm, dc):
     return [d * s for d, s in zip((dc * g, dc * c_prev, dc * i, dm * tanh_c), slopes)], dc * f
 
 
-def gru_forward(z, c):
-    n, r, u, s = z.chunk(4, 1)
-    r, u = r.sigmoid(), u.sigmoid()
+def gru_forward(x, of_h, c):
+    (x_r, x_u, n, _), (h_r, h_u, s) = x.chunk(4, 1), of_h.chunk(3, 1)
+    r, u = (x_r + h_r).sigmoid(), (x_u + h_u).sigmoid()
     n = (n + r * s).tanh()
     c = (1 - u) * n + u * c
-    return (n, r, u, s), c, c
+    return (r, u, n, s), c, c
 
 
 def gru_backward(gates, c_prev, c, dm, dc):
-    (n, r, u, s), d = gates, dm + dc
+    (r, u, n, s), d = gates, dm + dc
     dn = d * (1 - u) * (1 - n**2)
     return [dn, dn * s * r * (1 - r), d * (c_prev - n) * u * (1 - u), dn * r], d * u
 
@@ -571,12 +575,11 @@ class Prepared:
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As layer.Layer.forward."""
         p, i = self.problem, r.inputs
-        h, c, cell = i.h0[0], i.c0[0], CELLS[p.cell]
+        h, c, bias = i.h0[0], i.c0[0], i.bias_hh if p.bias_hh else None
         every_h, every_c = gates.new_zeros(*gates.shape[:2], p.hidden), c.new_zeros(*gates.shape[:2], p.hidden)
         for at, valid, goes_on in self.steps(gates, r):
-            z, c_prev = gates[at].float(), c.masked_fill(~goes_on, 0)
-            cell.of_h(z, p.hidden).add_(h.masked_fill(~goes_on, 0) @ i.weight_hh.T)
-            activated, m, c_next = self.next(z, c_prev)
+            of_h = torch.nn.functional.linear(h.masked_fill(~goes_on, 0), i.weight_hh, bias)
+            activated, m, c_next = self.next(gates[at].float(), of_h, c.masked_fill(~goes_on, 0))
             h, c = torch.where(valid, m.to(h.dtype), h), torch.where(valid, c_next, c)
             every_h[at], every_c[at] = torch.where(valid, h, every_h[at]), torch.where(valid, c, every_c[at])
             if self.save:
@@ -726,7 +729,7 @@ with gpu_lstm.racing("off"):
 # A card it cannot use, a package that is missing, numbers that are wrong.
 route.forget()
 lstm = gpu_lstm.LSTM(I, H + 1, backend="loop")
-launch.lstm_forward.__code__ = (lambda z, c: (z.chunk(4, 1), c * 0, c)).__code__
+launch.lstm_forward.__code__ = (lambda x, of_h, c: (x.chunk(4, 1), c * 0, c)).__code__
 with torch.no_grad():
     import warnings
     with warnings.catch_warnings():

@@ -44,6 +44,7 @@ PLAIN, HALF = (Problem(2, 3, 20, dtype) for dtype in (torch.float32, torch.float
 RAGGED = dict(lengths=torch.int64, resets=True)
 MASKS, RATES = (dict(zoneout_h=n, zoneout_c=n) for n in (3, 0))
 NORMS = dict(gain_hh=True, gain_c=True, bias_c=True)
+OF_GRU = dict(cell="gru", bias_hh=True)
 
 
 def _given(problem):
@@ -111,8 +112,8 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
 @pytest.mark.parametrize(("family", "options"), [
     *((family, dict(weight_peephole=True)) for family in ("cooperative", "pointwise", "step")),
     pytest.param("resident", dict(projected=5, weight_peephole=True), marks=pytest.mark.deep),
-    *((family, dict(cell="gru")) for family in ("pointwise", "resident")),
-    *(pytest.param(family, dict(cell="gru"), marks=pytest.mark.deep) for family in ("cooperative", "step")),
+    *((family, OF_GRU) for family in ("pointwise", "resident")),
+    *(pytest.param(family, OF_GRU, marks=pytest.mark.deep) for family in ("cooperative", "step")),
 ])  # fmt: skip
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, options):
     run = Mock(side_effect=ConcurrentRun(seed=0))
@@ -171,16 +172,16 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
 
 # Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
 cell_forward, lstm_backward, sequences = equations.cell_forward, lstm.lstm_backward, indexing.sequences
-load_peepholes, load_affine = states.load_peepholes, norm.load_affine
+load_constants, load_affine = states.load_constants, norm.load_affine
 gru_forward, gru_backward, tanh = gru.gru_forward, gru.gru_backward, lstm.tanh
 
 
 def gru_with(candidate):
     """The GRU's forward with another candidate n."""
 
-    def forward(x, z, c_prev):
-        (_, r, update, s), _ = gru_forward(x, z, c_prev)
-        gates = (candidate(x, z, r), r, update, s)
+    def forward(x, z, c_prev, bias_hh):
+        (r, update, _, s), _ = gru_forward(x, z, c_prev, bias_hh)
+        gates = (r, update, candidate(x, s, r, bias_hh), s)
         return gates, gru.gru_next_cell(gates, c_prev)
 
     return forward
@@ -196,8 +197,8 @@ FAULTS = {  # of each option of a call: the device function, and what stands in 
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
     "cell gradient lost": ("lstm_backward", lambda *given: (
         lstm_backward(*given)[0], lstm_backward(*given)[1] * 0.0)),
-    "peepholes in another order": ("load_peepholes", lambda *given: tuple(
-        load_peepholes(*given)[k] for k in (0, 2, 1))),
+    "peepholes in another order": ("load_constants", lambda *given: tuple(
+        load_constants(*given)[k] for k in ((0, 2, 1) if given[0] is not None else ()))),
     "resets ignored": ("is_reset", lambda time, *_: time < 0),
     "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
         length=tl.zeros_like(index) + batch.T)),
@@ -208,9 +209,9 @@ FAULTS = {  # of each option of a call: the device function, and what stands in 
         "normalise_backward", lambda d, unit, scale, mean_d, _: scale * (d - mean_d)),
 }  # fmt: skip
 GRU_FAULTS = {
-    "b_hn outside r": ("gru_forward", gru_with(lambda x, z, r: tanh(x[0] + x[3] + r * z[3]))),
+    "b_hn outside r": ("gru_forward", gru_with(lambda x, s, r, b: tanh(x[2] + b[2] + r * (s - b[2])))),
     "r and z swapped": ("gru_forward", lambda x, z, *given: gru_forward(
-        (x[0], x[2], x[1], x[3]), (z[0], z[2], z[1], z[3]), *given)),
+        (x[1], x[0], *x[2:]), (z[0], z[2], z[1], z[3]), *given)),
     "n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, dc: (
         (dz[0], dz[1] * 0.0, dz[2], dz[3]), dc))),
     "dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
@@ -233,7 +234,7 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
     problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault,
                              weight_peephole="GRU" not in fault)  # fmt: skip
     if "GRU" in fault:
-        problem = problem._replace(cell="gru")
+        problem = problem._replace(**OF_GRU)
     plant(monkeypatch, fault)
     if "norms" in fault:
         problem = problem._replace(**NORMS)

@@ -14,7 +14,7 @@ from ..call.noise import NO_NOISE, added, operand, scaled
 from ..call.regularisers import ADDING
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import Weights
-from ..equations import EQUATIONS, lstm
+from ..equations import EQUATIONS
 from ..kernels import layer_norm
 from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
@@ -55,29 +55,21 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     i, problem = inputs, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if ADDING or i.reset_h is not None:
-        _add_known(CELLS[problem.cell], gates, i, problem.reverse)
+        _add_known(problem, gates, i)
     if i.c0.dtype is not torch.float32:
         i = i._replace(c0=i.c0.float())
     h, h_n, c_n, c = layer.forward(gates, Recurrence(i), save)
     return h, h_n, c_n, gates, c
 
 
-def _add_known(cell: Cell, z: Tensor, i: Inputs, reverse: bool) -> None:
+def _add_known(problem: Problem, z: Tensor, i: Inputs) -> None:
     """Add to z what W_hh multiplies besides the h of the time loop, which is 0 at resets: noise, states to reset to."""
     known = added(i)
     if i.reset_h is not None:
-        to_reset = _at_resets(scaled(i.reset_h, i), traversal_of(i, reverse))
+        to_reset = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
         known = to_reset if known is None else known + to_reset
     if known is not None:
-        _add_product(cell, z, i, known)
-
-
-def _add_product(cell: Cell, z: Tensor, i: Inputs, h: Tensor) -> None:
-    """Add h W_hh^T to z [T, B, 4H]; `h` [T, B, P] is the operand of W_hh."""
-    if i.gain_hh is None:
-        cell.of_h(z, i.c0.shape[-1]).flatten(0, 1).addmm_(h.flatten(0, 1), i.weight_hh.T)
-    else:
-        z += lstm.linear(h, i.weight_hh, None, i.gain_hh)
+        EQUATIONS[problem.cell].add_product(z, known, i.weight_hh, i.gain_hh)
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
@@ -115,10 +107,12 @@ class AllSteps:
 
     def recompute_gates(self, cell: Cell, h_prev: Tensor) -> None:
         """All h are known by now, so that one product serves all steps."""
-        i, peephole = self.inputs, self.inputs.weight_peephole
+        i = self.inputs
+        c_prev = None if i.weight_peephole is None else self.c_before()
         z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-        _add_product(cell, z, i, h_prev)
-        self.gates = self.equations.activate_in_place(z, peephole, None if peephole is None else self.c_before())
+        self.equations.add_product(z, h_prev, i.weight_hh, i.gain_hh)
+        constants = i.bias_hh if cell.has_constant else i.weight_peephole
+        self.gates = self.equations.activate_in_place(z, constants, c_prev)
 
 
 def gradients(

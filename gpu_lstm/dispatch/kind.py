@@ -9,11 +9,12 @@ from ..call.prepare import Call
 from ..call.regularisers import REGULARISERS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import CELLS
-from ..kernels.problem import Pass, Problem, power_of_two
-from ..kernels.tensors import NOISE, TRAVERSAL, VARIANT, names_of
+from ..kernels.problem import Pass, Problem, of_constant, power_of_two
+from ..kernels.tensors import KNOWN, NOISE, TRAVERSAL, VARIANT, names_of
 
 MOST_OF_CUDNN = 65_535  # steps of a sequence
-_FLAGS = tuple(n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._fields)  # tensors of the time loop
+_OPTIONAL = (n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._fields)
+_FLAGS = (*_OPTIONAL, "bias_hh", "known_h")  # of what the time loop reads
 
 
 class Kind(NamedTuple):
@@ -41,6 +42,8 @@ class Kind(NamedTuple):
     dropout_h: bool = False
     zoneout_h: int | None = None  # dimensions: 0 for a rate, 3 for a mask
     zoneout_c: int | None = None
+    bias_hh: bool = False  # that kernels add
+    known_h: bool = False  # see Problem
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -94,6 +97,10 @@ def kind_of(call: Call) -> Kind:
     flags: dict[str, Any] = {name: getattr(weights, name) is not None for name in names_of(VARIANT)}
     for thing, rate in options.on:
         flags |= thing.flags(rate, options.training)
+    known = traversal.reset_states is not None or any(
+        not set(thing.tensors).isdisjoint(KNOWN) for thing, _ in options.on
+    )
+    flags["bias_hh"], flags["known_h"] = of_constant(options.cell.name, weights.bias_hh is not None, known)
     steps = int(call.steps)
     return Kind(
         options.cell.name, options.sizes, options.directions, dtype,

@@ -6,5 +6,5 @@ from types import ModuleType
 from ..kernels.cells import CELLS
 
 EQUATIONS: dict[str, ModuleType] = {name: importlib.import_module(f".{name}", __name__) for name in CELLS}
-"""By a cell's name. Each has Gates, input_product, pre_activations, step, activate_in_place, next_cell, output, and
-gates_of."""
+"""By a cell's name. Each has Gates, gates_of, input_product, add_product, pre_activations, step, activate_in_place,
+next_cell and output."""

@@ -2,8 +2,9 @@
 
     r, z = sigmoid(z_r), sigmoid(z_z)      n = tanh(z_n + r s)      h' = (1 - z) n + z h
 
-where z_n = W_in x + b_in and s = W_hn h + b_hn. A unit has four pre-activations, like that of an LSTM: n, r, z, s. Of
-these x reaches the first three, and h the last three: no product over all steps has rows of zeros. c is h in float32:
+where z_n = W_in x + b_in and s = W_hn h + b_hn. A unit has four pre-activations, like that of an LSTM: r, z, n, s. Of
+these x reaches the first three, in torch's order; s is b_hn before the time loop. Their gradients are in the order
+n, r, z, s, where what x and h reach are neighbours: no product over all steps has rows of zeros. c is h in float32:
 h is carried from step to step unrounded, and rounded where it is an operand of W_hh.
 """
 
@@ -26,47 +27,50 @@ class Gates(NamedTuple):
 
 def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
     """The Gates of [T, B, 4H] and h [T, B, H]."""
-    n, r, z, _ = gates.chunk(4, dim=2)
+    r, z, n, _ = gates.chunk(4, dim=2)
     return Gates(r, z, n, h)
 
 
-def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, gain: None) -> Tensor:
-    """What is known of the pre-activations before the time loop, [T, B, 4H]: for s its bias."""
-    steps, batch, features = x.shape
-    hidden = len(weight) // 3
-    parts, z = (2 * hidden,), x.new_empty(steps * batch, 4 * hidden)
-    n, r_z, s = z.tensor_split((hidden, 3 * hidden), 1)
-    x, (of_r_z, of_n) = x.reshape(steps * batch, features), weight.tensor_split(parts)
-    # By two products, since W_ih in the order of z would be a copy.
-    if bias_ih is None or bias_hh is None:
-        torch.mm(x, of_n.T, out=n)
-        torch.mm(x, of_r_z.T, out=r_z)
-        s.zero_()
+def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: None, gain: None) -> Tensor:
+    """What kernels are given of the pre-activations, [T, B, 4H]: W_ih x + b_ih, and a place for s."""
+    rows, width = len(weight), len(weight) // 3 * 4
+    z, x = x.new_empty(*x.shape[:2], width), x.flatten(0, 1)
+    of_x = z.as_strided((len(x), rows), (width, 1))
+    if bias_ih is None:
+        torch.mm(x, weight.T, out=of_x)
     else:
-        (x_r_z, x_n), (h_r_z, h_s) = bias_ih.tensor_split(parts), bias_hh.tensor_split(parts)
-        torch.addmm(x_n, x, of_n.T, out=n)
-        torch.addmm(x_r_z + h_r_z, x, of_r_z.T, out=r_z)
-        s.copy_(h_s)
-    return z.view(steps, batch, 4 * hidden)
+        torch.addmm(bias_ih, x, weight.T, out=of_x)
+    return z
+
+
+def add_product(z: Tensor, h: Tensor, weight: Tensor, gain: None) -> None:
+    """Add h W_hh^T to z [T, B, 4H], of which s has nothing yet; h [T, B, H]."""
+    r_z, s = (h @ weight.T).tensor_split((2 * h.shape[2],), dim=2)
+    z[:, :, : 2 * h.shape[2]] += r_z
+    z[:, :, 3 * h.shape[2] :] = s
 
 
 def pre_activations(of_x: Tensor, of_h: Tensor) -> Tensor:
-    """n, r, z, s [B, 4H] from W_ih x + b_ih and W_hh h + b_hh, [B, 3H] each, r, z, n in torch's order."""
+    """r, z, n, s [B, 4H] from W_ih x + b_ih and W_hh h + b_hh, [B, 3H] each, r, z, n in torch's order."""
     (x_r, x_z, n), (h_r, h_z, s) = of_x.chunk(3, dim=1), of_h.chunk(3, dim=1)
-    return torch.cat([n, x_r + h_r, x_z + h_z, s], dim=1)
+    return torch.cat([x_r + h_r, x_z + h_z, n, s], dim=1)
 
 
 def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
-    """Pre-activations [B, 4H] and h before -> (n, r, z, s) and h', each [B, H]."""
-    n, r, update, s = z.chunk(4, dim=1)
+    """Pre-activations [B, 4H] and h before -> (r, z, n, s) and h', each [B, H]."""
+    r, update, n, s = z.chunk(4, dim=1)
     r, update = r.sigmoid(), update.sigmoid()
-    gates = (n + r * s).tanh(), r, update, s
+    gates = r, update, (n + r * s).tanh(), s
     return gates, next_cell(gates, c)
 
 
-def activate_in_place(z: Tensor, peephole: None, c: None) -> Tensor:
-    """Pre-activations [T, B, 4H] -> gates in the same memory."""
-    n, r, update, s = z.chunk(4, dim=2)
+def activate_in_place(z: Tensor, bias_hh: Tensor | None, c: Tensor) -> Tensor:
+    """Pre-activations [T, B, 4H] but for b_hh -> gates in the same memory."""
+    hidden = z.shape[2] // 4
+    if bias_hh is not None:
+        z[:, :, : 2 * hidden] += bias_hh[: 2 * hidden]
+        z[:, :, 3 * hidden :] += bias_hh[2 * hidden :]
+    r, update, n, s = z.chunk(4, dim=2)
     r.sigmoid_()
     update.sigmoid_()
     n.addcmul_(r, s).tanh_()
@@ -75,7 +79,7 @@ def activate_in_place(z: Tensor, peephole: None, c: None) -> Tensor:
 
 def next_cell(gates: FourGates, c: Tensor) -> Tensor:
     """h' in the dtype of c, each [..., H]."""
-    n, _, update, _ = gates
+    _, update, n, _ = gates
     return n.to(c.dtype) + update * (c - n)
 
 

@@ -64,6 +64,14 @@ def input_product(
     return normalised(F.linear(x, weight), gain, bias).contiguous()
 
 
+def add_product(z: Tensor, h: Tensor, weight: Tensor, gain: Tensor | None) -> None:
+    """Add W_hh h, which is normalised where there is a gain, to z [T, B, 4H]; h [T, B, P]."""
+    if gain is None:
+        z.flatten(0, 1).addmm_(h.flatten(0, 1), weight.T)
+    else:
+        z += linear(h, weight, None, gain)
+
+
 def pre_activations(of_x: Tensor, of_h: Tensor) -> Tensor:
     """z [B, 4H] from W_ih x + b_ih and W_hh h + b_hh, [B, 4H] each."""
     return of_x + of_h

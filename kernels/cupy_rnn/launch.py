@@ -48,7 +48,16 @@ class Prepared:
         _clear_words_without_unit(h, p)
         h[-1].zero_()
         h[-1, :, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-        self._launch(gates, r, weights=as_words(r.inputs.weight_hh, p.hidden, PACK), h=h, h_n=h_n, c=c, c_n=c_n)
+        self._launch(
+            gates,
+            r,
+            weights=as_words(r.inputs.weight_hh, p.hidden, PACK),
+            h=h,
+            h_n=h_n,
+            c=c,
+            c_n=c_n,
+            bias_hh=r.inputs.bias_hh if p.bias_hh else None,
+        )
         return h[:-1, :, : p.hidden].contiguous(), h_n, c_n, c
 
     def backward(

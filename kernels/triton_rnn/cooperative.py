@@ -172,7 +172,7 @@ def cooperative_forward_kernel(
     first_unit = tl.program_id(0) * S.UNITS
     weights = load_rows(weights_ptr, first_unit, S.W, S.GATES, DTYPE, S)
     owned = cell_of_thread(first_unit, ROW, S)
-    peepholes = states.load_peepholes(cell.weight_peephole_ptr, owned.unit, S.H)
+    constants = states.load_constants_forward(cell, owned.unit, S.H)
     affine_hh, affine_c = load_affine(norm_hh, owned.unit, 4, S.H), load_affine(norm_c, owned.unit, 1, S.H)
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
@@ -183,7 +183,7 @@ def cooperative_forward_kernel(
         # Load before waiting: the data arrive meanwhile. As stored, since to convert them is to wait for them.
         here = here_at(step, tile, owned, batch, S)
         cells = here.cells
-        x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True)
+        x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
         c_prev = reset.load_state(cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
 
         # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
@@ -200,7 +200,7 @@ def cooperative_forward_kernel(
         # Gates, cell and output.
         group = Group(here.sequence, owned.is_cell, Wait(error_ptr, step, delay, step % 2))
         z = normalise_over_group(z, norm_hh, affine_hh, group, S)
-        gates, c = cell_forward(x, z, c_prev, peepholes, S)
+        gates, c = cell_forward(x, z, c_prev, constants, S)
         h = output(gates[3], normalise_over_group((c,), norm_c, affine_c, group, S)[0], S)
         c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr)
@@ -286,7 +286,7 @@ def cooperative_backward_kernel(
     partner, first_unit = tl.program_id(0) % S.PARTNERS, tl.program_id(0) // S.PARTNERS * (S.PARTNERS * S.UNITS)
     weights = load_rows(weights_ptr, first_unit, K, 1, DTYPE, S)
     owned, sums = cell_of_thread(first_unit + partner * S.UNITS, ROW, S), sums_of_thread(first_unit, ROW, S)
-    peepholes = states.load_peepholes(cell.weight_peephole_ptr, owned.unit, S.H)
+    peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     affine_hh, affine_c = load_affine(norm_hh, owned.unit, 4, S.H), load_affine(norm_c, owned.unit, 1, S.H)
     dgates_ptr = words_ptr + (4 - S.GATES) * S.W + partner * K  # of the program's gates
 
@@ -298,7 +298,7 @@ def cooperative_backward_kernel(
         # Load before waiting: the data arrive meanwhile. As stored, as forward.
         here = here_at(step, tile, owned, batch, S)
         cells, position = here.cells, here.position
-        gates, c, c_prev = states.load_saved(saved, step, cells, S.H, True)
+        gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
         normed_hh = load_normed(norm_hh, affine_hh, position, cells, S.H)
         normed_c = load_normed(norm_c, affine_c, position, cells, S.H)
@@ -318,7 +318,7 @@ def cooperative_backward_kernel(
 
         # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
         group = Group(here.sequence, owned.is_cell, Wait(error_ptr, step, delay, wait.phase))
-        gates = states.as_float(gates)
+        gates, c, c_prev = states.as_float(gates, c, c_prev)
         dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
         c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, d = output_backward(gates[3], normalised((c,), norm_c, normed_c)[0], dh, S)

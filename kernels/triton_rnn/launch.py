@@ -138,8 +138,8 @@ def _sizes(p: Problem, plan: Plan) -> Sizes:
     of_family = {"BLOCK_K" if name == "k" else name.upper(): n for name, n in dataclasses.asdict(plan.family).items()}
     per = max(1, 4 // p.size)
     return Sizes(
-        CELL=p.cell, GATES=CELLS[p.cell].rows, H=p.hidden, P=p.width, REVERSE=p.reverse, PRECISION=p.precision,
-        PER=per, W=ceil(p.hidden / per),
+        CELL=p.cell, GATES=CELLS[p.cell].rows, FROM_X=p.from_x, H=p.hidden, P=p.width, REVERSE=p.reverse,
+        PRECISION=p.precision, PER=per, W=ceil(p.hidden / per),
         BLOCK_B=plan.rows, UNITS=plan.units, TILES=ceil(p.hidden / plan.units), WARPS=plan.num_warps,
         HELD=plan.on_chip, **of_family,
     )  # fmt: skip

@@ -59,13 +59,13 @@ def normalise_products(z, norm_hh, affine, owned, H: tl.constexpr):
 
 
 @triton.jit
-def moments_of_c(norm_c, before, z, peepholes, owned, S: tl.constexpr):
+def moments_of_c(norm_c, before, z, constants, owned, S: tl.constexpr):
     """(mean, scale) of c as the cells compute it. (They do so again, and the compiler leaves one of the two out.)"""
     found = nothing()
     if norm_c.gain_ptr is not None:
         c = ()
         for n in tl.static_range(len(z)):
-            c = c + ((cell_forward(before.x[n], z[n], before.c[n], peepholes[n], S)[1],),)
+            c = c + ((cell_forward(before.x[n], z[n], before.c[n], constants[n], S)[1],),)
         found = moments(c, owned, S.H)
     return found
 

@@ -15,6 +15,7 @@ class Sizes(NamedTuple):
 
     CELL: str
     GATES: int  # How many rows of W_hh a unit has. They belong to its last GATES gates.
+    FROM_X: int  # How many of the four gates come with something in them: the first of them.
     H: int
     P: int
     REVERSE: bool
@@ -43,8 +44,9 @@ class Hidden(NamedTuple):
 
 
 class Cell(NamedTuple):
-    gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih + b_hh; out, if c_ptr: activated
+    gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih, of an LSTM + b_hh; out, if c_ptr: activated
     weight_peephole_ptr: Pointer  # [3H]
+    bias_hh_ptr: Pointer  # [3H] of a GRU
     c0_ptr: Pointer  # [B, H] float32
     c_ptr: Pointer  # [T*B, H] float32 out, for backward
     c_n_ptr: Pointer  # [B, H] float32 out: c after every step; in the cooperative family c0 beforehand
@@ -81,7 +83,7 @@ class Saved(NamedTuple):
 # step family [tiles, B, 2], backward of W_hh h [2, tiles, B, 2].
 class NormHH(NamedTuple):
     gain_hh_ptr: Pointer  # [4H]
-    bias_hh_ptr: None  # this norm has none
+    no_bias_ptr: None
     unit_hh_ptr: Pointer  # [T*B, 4H]
     scale_hh_ptr: Pointer  # [T*B] float32
     pairs_hh_ptr: Pointer

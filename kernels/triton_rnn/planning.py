@@ -211,7 +211,7 @@ def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[s
 def memory_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Time of a step's memory traffic: forward x W_ih^T, h, c and the gates; backward the gates, c, dh and dgates."""
     c = 8 if backward and not isinstance(plan.family, Pointwise) else 4  # bytes of a cell: of two steps, or of one
-    moved = problem.batch * problem.hidden * ((13 if backward else 9) * problem.size + c)
+    moved = problem.batch * problem.hidden * ((13 if backward else 5 + problem.from_x) * problem.size + c)
     return moved * plan.side_by_side / card.memory
 
 
@@ -337,7 +337,7 @@ def _held_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
     """W_hh is in shared memory, and each tile waits for those of the same sequences."""
     of_tile, of_cell, beyond_four = HELD_CELL[backward]
     cells, parts = plan.rows * plan.units, plan.family.parts
-    read = cells * (5 * problem.size + 16 if backward else 4 * problem.size + 8)
+    read = cells * (5 * problem.size + 16 if backward else problem.from_x * problem.size + 8)
     operand = plan.rows * plan.family.k * problem.size
     ahead = plan.family.ahead and plan.tiles_per_program > 1
     if not ahead:  # else h or dgates are loaded while the cells before are computed, but for the first tile

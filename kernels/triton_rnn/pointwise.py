@@ -36,19 +36,18 @@ def pointwise_forward_kernel(
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     tile = indexing.tile_at(tl.program_id(0), step, batch, S.H, S)
     cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
-    x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H)
+    x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X)
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
         z = states.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.valid, S.H)
     if SAVE:
         saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
-        c_prev = states.load_c_before(saved, step, cells)
+        c_prev = states.total(states.load_c_before(saved, step, cells))
     else:
         c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
-    peepholes = states.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
-    # In padding h is zero, since all was loaded as zero.
-    gates, c = cell_forward(x, z, c_prev, peepholes, S)
-    h = output(gates[3], c, S)
+    constants = states.load_constants_forward(cell, unit, S.H)
+    gates, c = cell_forward(x, z, c_prev, constants, S)
+    h = tl.where(cells.valid, output(gates[3], c, S), 0.0)
     c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
     tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & cells.is_last if SAVE else cells.valid)
     states.save(gates, c, cell, cells, S.H)
@@ -73,11 +72,11 @@ def pointwise_backward_kernel(
     dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
     dh = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
     gates = states.load_gates(saved.gates_ptr, cells.gates_at, cells.valid, S.H)
-    c_prev = states.load_c_before(saved, step, cells)
+    c_prev = states.total(states.load_c_before(saved, step, cells))
     c = next_cell(gates, c_prev, S)  # not loaded: memory is what large batches wait for
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
     dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
-    peepholes = states.load_peepholes(cell.weight_peephole_ptr, unit, S.H)
+    peepholes = states.load_constants(cell.weight_peephole_ptr, unit, S.H)
     dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
     dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, peepholes, S)
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
@@ -103,7 +102,7 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     """See planning.Family."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
     written, backward = buffers_of(p, pass_), pass_.backward
-    if scattered:
+    if scattered or (CELLS[p.cell].has_constant and not backward):  # else in the gates
         written["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
     if backward or scattered or p.resets or p.dropout_h:  # else the next product's operand is h
         written["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))

@@ -62,13 +62,13 @@ def cells_at_step(step, owned, batch, S: tl.constexpr):
 
 
 @triton.jit
-def load_step(h, c, now, hidden, cell, H: tl.constexpr):
+def load_step(h, c, now, hidden, cell, S: tl.constexpr):
     """What is Before the step."""
     DTYPE: tl.constexpr = hidden.h_ptr.dtype.element_ty
     x, h_prev, operand, c_prev = (), (), (), ()
     for n in tl.static_range(len(h)):
         cells = Cells(*now.cells[n])
-        x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, H),)
+        x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
         h_prev = h_prev + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
         h_float = noise.dropout(h_prev[n].to(tl.float32), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
         operand = operand + (h_float.to(DTYPE),)
@@ -106,26 +106,26 @@ def resident_forward_kernel(
         rows = rows + (indexing.row_of_gate(n % 4, unit, S),)
     weights = load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
 
-    h, c, peepholes, affine_hh, affine_c = (), (), (), (), ()
+    h, c, constants, affine_hh, affine_c = (), (), (), (), ()
     first = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         unit, cells = owned.units[n], Cells(*first[n])
-        peepholes = peepholes + (states.load_peepholes(cell.weight_peephole_ptr, unit, S.H),)
+        constants = constants + (states.load_constants_forward(cell, unit, S.H),)
         affine_hh = affine_hh + (load_affine(norm_hh, unit, 4, S.H),)
         affine_c = affine_c + (load_affine(norm_c, unit, 1, S.H),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
         c = c + (tl.load(cell.c0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
-        before = load_step(h, c, now, hidden, cell, S.H)  # the product hides its latency
+        before = load_step(h, c, now, hidden, cell, S)  # the product hides its latency
         z = product_with_h(weights, before.operand, owned, step % 2, S)
         z = norm_block.normalise_products(z, norm_hh, affine_hh, owned, S.H)
-        moments_c = norm_block.moments_of_c(norm_c, before, z, peepholes, owned, S)
+        moments_c = norm_block.moments_of_c(norm_c, before, z, constants, owned, S)
         h, c = (), ()
         for n in tl.static_range(CELLS):
             cells, c_prev = Cells(*now.cells[n]), before.c[n]
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
-            gates, c_next = cell_forward(before.x[n], z[n], c_prev, peepholes[n], S)
+            gates, c_next = cell_forward(before.x[n], z[n], c_prev, constants[n], S)
             h_next = output(gates[3], norm_block.normalise_c(c_next, norm_c, moments_c, affine_c[n], n), S)
             c_next = noise.zoneout(c_next, c_prev, cell.zoneout_c_ptr, cells)
             h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
@@ -216,7 +216,7 @@ def resident_backward_kernel(
     dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         cells, dh_n = Cells(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
-        peepholes = peepholes + (states.load_peepholes(cell.weight_peephole_ptr, owned.units[n], S.H),)
+        peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
         if hidden.dh_n_ptr is not None:
             dh_n += tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
         dh, dc = dh + (dh_n,), dc + (tl.load(cell.dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
@@ -226,7 +226,8 @@ def resident_backward_kernel(
         normed_c = norm_block.load_normed(norm_c, now, owned, 1, S.H)
         activations, outputs, dc_by_m, dz, dc_prev = (), (), (), (), ()
         for n in tl.static_range(CELLS):
-            activations = activations + (states.load_saved(saved, step, Cells(*now.cells[n]), S.H),)
+            gates, c, c_prev = states.load_saved(saved, step, Cells(*now.cells[n]), S.H)
+            activations = activations + (states.as_float(gates, c, c_prev),)
 
         # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
         for n in tl.static_range(CELLS):

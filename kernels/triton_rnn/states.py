@@ -8,20 +8,13 @@ from .reset import reset_to
 
 
 @triton.jit
-def load_gates(gates_ptr, at, mask, H: tl.constexpr, AS_STORED: tl.constexpr = False):
-    """The four gates of a [rows, 4H] tensor; `at` is the offset of the first. AS_STORED: not converted to float32."""
+def load_gates(gates_ptr, at, mask, H: tl.constexpr, AS_STORED: tl.constexpr = False, COUNT: tl.constexpr = 4):
+    """COUNT gates of a [rows, 4H] tensor; `at` is the offset of the first. AS_STORED: not converted to float32."""
     gates = ()
-    for n in tl.static_range(4):
+    for n in tl.static_range(COUNT):
         gate = tl.load(gates_ptr + at + n * H, mask=mask, other=0.0)
         gates = gates + (gate if AS_STORED else gate.to(tl.float32),)
     return gates
-
-
-@triton.jit
-def as_float(gates):
-    """What load_gates loaded AS_STORED."""
-    i, f, g, o = gates
-    return i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
 
 
 @triton.jit
@@ -33,14 +26,20 @@ def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
 
 
 @triton.jit
-def load_peepholes(weight_peephole_ptr, unit, H: tl.constexpr):
-    """The peepholes of some units, from [3H]: a tuple of three, of none in a cell without."""
-    peepholes = ()
-    if weight_peephole_ptr is not None:
+def load_constants(constants_ptr, unit, H: tl.constexpr):
+    """Of some units, from [3H]: peepholes, or b_hh: a tuple of three, of none in a cell without."""
+    constants = ()
+    if constants_ptr is not None:
         for n in tl.static_range(3):
-            weight = tl.load(weight_peephole_ptr + n * H + unit, mask=unit < H, other=0.0)
-            peepholes = peepholes + (weight.to(tl.float32),)
-    return peepholes
+            constant = tl.load(constants_ptr + n * H + unit, mask=unit < H, other=0.0)
+            constants = constants + (constant.to(tl.float32),)
+    return constants
+
+
+@triton.jit
+def load_constants_forward(cell, unit, H: tl.constexpr):
+    """The constants of the cell forward."""
+    return load_constants(cell.weight_peephole_ptr, unit, H) + load_constants(cell.bias_hh_ptr, unit, H)
 
 
 @triton.jit
@@ -52,20 +51,39 @@ def save(gates, c, cell, cells, H: tl.constexpr):
 
 
 @triton.jit
-def load_saved(saved, step, cells, H: tl.constexpr, AS_STORED: tl.constexpr = False):
-    """(The four activated gates of a step, as `load_gates` has them; c after zoneout; c before the step.)"""
-    gates = load_gates(saved.gates_ptr, cells.gates_at, cells.valid, H, AS_STORED)
+def load_saved(saved, step, cells, H: tl.constexpr):
+    """(Four activated gates of a step, c after zoneout, c before the step): for `as_float`, which waits for them."""
+    gates = load_gates(saved.gates_ptr, cells.gates_at, cells.valid, H, True)
     c = tl.load(saved.c_ptr + cells.at, mask=cells.valid, other=0.0)
     return gates, c, load_c_before(saved, step, cells)
 
 
 @triton.jit
 def load_c_before(saved, step, cells):
-    """c before a step, as forward saved it."""
+    """c before a step, as forward saved it: parts, of which one is not zero."""
     is_first = tl.zeros(cells.prev_at.shape, tl.int32) + step == 0
-    c_prev = tl.load(saved.c0_ptr + cells.prev_at, mask=cells.continues & is_first, other=0.0)
-    c_prev += tl.load(saved.c_ptr + cells.prev_at, mask=cells.continues & ~is_first, other=0.0)
-    return reset_to(c_prev, saved.reset_c_ptr, cells)
+    first = tl.load(saved.c0_ptr + cells.prev_at, mask=cells.continues & is_first, other=0.0)
+    later = tl.load(saved.c_ptr + cells.prev_at, mask=cells.continues & ~is_first, other=0.0)
+    parts = (first, later)
+    if saved.reset_c_ptr is not None:
+        parts = parts + (reset_to(0.0, saved.reset_c_ptr, cells),)
+    return parts
+
+
+@triton.jit
+def as_float(gates, c, c_prev):
+    """What `load_saved` loaded, in float32."""
+    i, f, g, o = gates
+    return (i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)), c, total(c_prev)
+
+
+@triton.jit
+def total(parts):
+    """What load_c_before loaded."""
+    c_prev = parts[0] + parts[1]
+    if len(parts) == 3:
+        c_prev += parts[2]
+    return c_prev
 
 
 @triton.jit

@@ -176,9 +176,9 @@ def product_round(step, call, poll_limit, S: tl.constexpr):
 
 
 @triton.jit
-def load_cells(call, cells, H: tl.constexpr):
+def load_cells(call, cells, S: tl.constexpr):
     """What comes to a tile's gates from the input, as stored, and c before the step."""
-    x = states.load_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, H, True)
+    x = states.load_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
     return x, reset.load_state(call.c_prev_ptr, cells.state_at, call.cell.reset_c_ptr, cells)
 
 
@@ -199,21 +199,21 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         if S.HELD and not S.AHEAD:
             poll_limit, h_prev = h_before(tile.batch_tile, step, call, poll_limit, S)
         if S.HELD or NORM_HH:
-            x, c_prev = load_cells(call, cells, S.H)
+            x, c_prev = load_cells(call, cells, S)
         if S.HELD:
             z = product_of_held(call.held, h_prev, S)
         elif NORM_HH:
             z = norm_tiles.load_product(call.products.product_ptr, call.norm_hh, tile, call.batch.B, S)
         else:
             z = product_with_h(tile, call, S)
-            x, c_prev = load_cells(call, cells, S.H)
+            x, c_prev = load_cells(call, cells, S)
         z = unless_timed_out(z, poll_limit)
         if S.AHEAD:  # these cells are computed while h of the next tile is loaded
             poll_limit, h_prev = h_before(number + stride, step, call, poll_limit, S)
 
         # Gates, cell and output. Padding gets zeros.
-        peepholes = states.load_peepholes(call.cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-        gates, c = cell_forward(x, indexing.split_gates(z), c_prev, peepholes, S)
+        constants = states.load_constants_forward(call.cell, tile.unit[None, :], S.H)
+        gates, c = cell_forward(x, indexing.split_gates(z), c_prev, constants, S)
         norm_tiles.store_c(gates[3], c, call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
         m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
         c = noise.zoneout(c, c_prev, call.cell.zoneout_c_ptr, cells)
@@ -406,12 +406,13 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
             gates, c, c_prev = states.load_saved(call.saved, step, cells, S.H)
 
         # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
+        gates, c, c_prev = states.as_float(gates, c, c_prev)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
         dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
         c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, dc_by_m = output_backward(gates[3], normalised((c,), call.norm_c, normed)[0], dm, S)
         dc_by_m = norm_tiles.c_backward(dc_by_m, call.norm_c, normed, tile, B, S)
-        peepholes = states.load_peepholes(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
+        peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
         dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, peepholes, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
 

@@ -46,10 +46,11 @@ struct Walk {
     }
 };
 
-template <typename E, typename Cell, int H, int UNITS, int WARPS, int CHUNKS, bool WITH_C, bool WITH_LENGTHS, bool WITH_RESETS,
-          bool WITH_RESET_C, bool WITH_REVERSE>
+template <typename E, typename Cell, int H, int UNITS, int WARPS, int CHUNKS, bool WITH_BIAS_HH, bool WITH_C,
+          bool WITH_LENGTHS, bool WITH_RESETS, bool WITH_RESET_C, bool WITH_REVERSE>
 __global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
-    E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih + b_hh; out, where c is given: activated gates
+    E* gates,                 // [T*B, 4H] in: x W_ih^T + b_ih, of an LSTM + b_hh; out, where c is given: activated gates
+    const E* bias_hh,         // [OF_H * H] of a GRU, or null
     const unsigned* weights,  // [OF_H * H, W] W_hh
     unsigned* h,              // [T*B + B, W] out and the exchange, sentinels beforehand; then h0
     E* h_n,                   // [B, H] out, of sequences that have a step
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
     const float* reset_c,     // [T*B, H] what c is reset to; null: zeros
     int* error,               // [1]
     int T, int B, bool reverse) {
+    if (!WITH_BIAS_HH) bias_hh = nullptr;
     if (!WITH_C) c = nullptr;
     if (!WITH_LENGTHS) lengths = nullptr;
     if (!WITH_RESETS) resets = nullptr;
@@ -67,6 +69,7 @@ __global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
     if (!WITH_REVERSE) reverse = false;
     constexpr int W = WORDS<E, H>;
     constexpr int OF_H = Cell::OF_H;
+    constexpr int FROM_X = Cell::HAS_CONSTANT & !WITH_RESET_C ? GATES - 1 : GATES;  // gates that come with something
     using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates 0 and 1, then 2 and 3, of a unit
     const Own<UNITS, WARPS> own;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
@@ -96,9 +99,12 @@ __global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
             const bool valid = has_cell & at.valid, in_batch = has_cell & batch < B;
             const long long state_at = static_cast<long long>(batch) * H + unit;
             E* const my_gates = gates + at.row * 4 * H + unit;
-            E gates_x[GATES];
+            E gates_x[GATES] = {}, biases[3] = {};
 #pragma unroll
-            for (int gate = 0; gate < GATES; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
+            for (int gate = 0; gate < FROM_X; ++gate) gates_x[gate] = load_if(valid, my_gates + gate * H);
+            if (bias_hh != nullptr)
+#pragma unroll
+                for (int n = 0; n < 3; ++n) biases[n] = load_if(has_cell, bias_hh + n * H + unit);
             float c_prev = load_if(has_cell & at.continues, c_n + state_at);
             if (reset_c != nullptr) c_prev += load_if(valid & !at.continues, reset_c + at.row * H + unit);
 
@@ -112,11 +118,15 @@ __global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
             // Gates and cell.
             const float2 low = Rows::sum(own.unit, own.sequence, turn);
             const float2 high = Rows::sum(UNITS + own.unit, own.sequence, turn);
-            float z[GATES] = {low.x, low.y, high.x, high.y};
+            float x[GATES], of_h[GATES] = {low.x, low.y, high.x, high.y}, bias[3];
 #pragma unroll
-            for (int gate = 0; gate < GATES; ++gate)
-                z[gate] = to_float(gates_x[gate]) + (at.continues ? z[gate] : 0.0f);
-            const Cell cell = Cell::forward(z, c_prev);
+            for (int gate = 0; gate < GATES; ++gate) {
+                x[gate] = to_float(gates_x[gate]);
+                of_h[gate] = at.continues ? of_h[gate] : 0.0f;
+            }
+#pragma unroll
+            for (int n = 0; n < 3; ++n) bias[n] = to_float(biases[n]);
+            const Cell cell = Cell::forward(x, of_h, bias, c_prev);
             const float h_next = valid ? cell.m : 0.0f;
 
             // Publish, before anything else is stored. Padding gets zeros.

@@ -8,9 +8,9 @@ from .lstm import lstm_backward, lstm_forward, lstm_next_cell, lstm_output, lstm
 
 
 @triton.jit
-def cell_forward(x, z, c_prev, peepholes, S: tl.constexpr):
+def cell_forward(x, z, c_prev, constants, S: tl.constexpr):
     """The parts of the pre-activations from the input and from h, and c before the step -> (four gates, c)."""
-    return gru_forward(x, z, c_prev) if S.CELL == "gru" else lstm_forward(x, z, c_prev, peepholes)
+    return gru_forward(x, z, c_prev, constants) if S.CELL == "gru" else lstm_forward(x, z, c_prev, constants)
 
 
 @triton.jit

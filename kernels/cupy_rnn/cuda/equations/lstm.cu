@@ -24,11 +24,15 @@ __device__ inline float tanh_of(float x) {
 // The cell after a step. With a projection m is the input of W_hr.
 struct Lstm {
     static constexpr int OF_H = 4;
+    static constexpr bool HAS_CONSTANT = false;
     float gates[GATES];
     float c, m;
 
-    // From the pre-activations and the cell state before the step.
-    __device__ static Lstm forward(const float (&z)[GATES], float c_prev) {
+    // From the parts of the pre-activations that come from the input and from h, and the cell state before the step.
+    __device__ static Lstm forward(const float (&x)[GATES], const float (&of_h)[GATES], const float (&)[3], float c_prev) {
+        float z[GATES];
+#pragma unroll
+        for (int gate = 0; gate < GATES; ++gate) z[gate] = x[gate] + of_h[gate];
         Lstm cell;
         cell.gates[I] = sigmoid(z[I]);
         cell.gates[F] = sigmoid(z[F]);
