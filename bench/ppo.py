@@ -52,7 +52,7 @@ def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, 
 
 @timing.float32_products("fp32")
 def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str], np.ndarray]:
-    """Seconds of every round in float32, by cell and way. RuntimeError unless both ways' loss and gradients are equal."""
+    """Seconds of every round in float32, by cell and way. RuntimeError unless loss and gradients are equal."""
     torch.set_num_threads(1)  # as in `measure.measure`
     example = load_example()
     batch, calls = random_batch(example, T, N, H, device), {}
