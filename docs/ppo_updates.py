@@ -1,7 +1,7 @@
 """A picture of docs/reinforcement_learning.md: an update of recurrent PPO in one call, and by a loop over the steps.
 
 python docs/ppo_updates.py draws docs/pictures/ppo_updates.png from the figures in ppo_updates.csv beside it. With
---measure it first measures them on this machine, in about two minutes, and writes them there.
+--measure it first measures them on this machine, in about three minutes, and writes them there.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT))  # for bench, which is not installed
 TABLE = ROOT / "docs" / "pictures" / "ppo_updates.csv"
 PICTURE = TABLE.with_suffix(".png")
 SIZES = [(128, B, 128) for B in (2, 8, 16, 64)]  # T, B environments, H
-RUNS = 3  # one after another, since other programs on the machine come and go
+RUNS = 4  # one after another, since other programs on the machine come and go
 COLOURS = {"LSTM": "#1f5fa8", "GRU": "#d9730d"}
 
 
@@ -26,8 +27,9 @@ def measured() -> pd.DataFrame:
     """A row for each size and cell, over the rounds of all runs: medians, of the ratio in a round too."""
     from bench import ppo, results
 
-    runs = [[ppo.measure("cpu", *sizes) for sizes in SIZES] for _ in range(RUNS)]
+    torch.set_num_threads(1)  # as ppo.measure does, and the device says
     where = {name: results.provenance("cpu")[name] for name in ("device", "torch", "gpu_lstm", "commit", "date")}
+    runs = [[ppo.measure("cpu", *sizes) for sizes in SIZES] for _ in range(RUNS)]
     rows = []
     for ((T, B, H), of_size), cell in itertools.product(zip(SIZES, zip(*runs)), ppo.CELLS):
         loop, one_call = (np.concatenate([seconds[cell, way] for seconds in of_size]) for way in ("loop", "one call"))

@@ -94,7 +94,7 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
 
 
 @pytest.mark.parametrize(("training", "of_input", "kind"), [
-    (True, True, gpu_lstm.LSTM), (True, False, gpu_lstm.LSTM), (False, True, gpu_lstm.LSTM), (True, False, gpu_lstm.GRU),
+    *((*wanted, gpu_lstm.LSTM) for wanted in ((True, True), (True, False), (False, True))), (True, False, gpu_lstm.GRU),
 ])  # fmt: skip
 def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input, kind):
     """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
