@@ -175,7 +175,8 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     """Where the figures come from, and two tables: the usual workarounds, and torch.nn itself."""
     lines, around = by_case(rows), instead(rows, every_case)
     wrapped = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
-    text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
+    dtypes, where = "/".join(rows["dtype"].unique()), "GPU" if on_gpu else "CPU, not a GPU"
+    text = f"{where}: {origin(rows)}; {dtypes}; from [{link.removeprefix('../')}]({link})."
     starred = lines["torch ms"].str.endswith("*")
     text += f" \\{STARRED}." if starred.any() else ""
     if every_case:
@@ -187,19 +188,19 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     if not every_case:
         plain, told = lines["variant"] == "plain", []
         for kind, which in (
-            ("A call that torch.nn can make too takes", ~starred),
-            ("With lengths or resets it takes", starred & plain & (lines["mode"] != "step")),
-            ("With peepholes, layer norm, zoneout, recurrent dropout or states to reset to it takes", ~plain),
-        ):
+            ("plain", ~starred), ("with lengths or resets", starred & plain & (lines["mode"] != "step")),
+            ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
+        ):  # fmt: skip
             if len(its := 1 / lines["speed"][which].dropna()):
-                told.append(f"{kind} {digits(min(its))} to {digits(max(its))} times as long")
-        text = f"{'. '.join(told)} as one of torch.nn that ignores them."
-        return "\n".join([*written, "", wrapped(text)])
+                told.append(f"{kind} {digits(min(its))} to {digits(max(its))}")
+        text = f"One call's time over that of torch.nn, which ignores what it lacks: {'; '.join(told)}."
+        return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # which all have
     lines = lines[~_names(lines).isin(around["case"])]
     cells = {"case": _names(lines),
              "torch.nn, ms": lines["torch ms"].str.replace("*", r"\*"), "gpu_lstm, ms": lines["ours ms"],
              "times as fast": lines["times as fast"].str.split(" ").str[0], "of the bound": lines["bound"]}  # fmt: skip
-    return "\n".join([*written, _markdown(pd.DataFrame(cells).replace("-", "not run"))])
+    written.append(_markdown(pd.DataFrame(cells).replace("-", "not run")))
+    return "\n".join(written).replace(f" {dtypes} T", " T")
 
 
 def _names(lines: pd.DataFrame) -> pd.Series:

@@ -42,7 +42,7 @@ def measured() -> pd.DataFrame:
 
 def drawn(rows: pd.DataFrame) -> Figure:
     """For each number of environments how many times as fast one call is, a bar a cell, with its percentiles."""
-    figure = Figure(figsize=(5.6, 3.5), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     axes = figure.subplots()
     for offset, (cell, its) in zip((-0.2, 0.2), rows.groupby("cell", sort=False)):
         places, ratios = np.arange(len(its)) + offset, its["times_as_fast"]
@@ -57,7 +57,7 @@ def drawn(rows: pd.DataFrame) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(0, 1.15 * rows["p80"].max())
     axes.invert_yaxis()
-    axes.set_title("One update of recurrent PPO: the loop's time over one call's", size=10, weight="bold", loc="left")
+    axes.set_title("An update of recurrent PPO:\nthe loop's time over one call's", size=10, weight="bold", loc="left")
     first = rows.iloc[0]
     caption = (
         "loop: torch.nn's module called for every step, its state multiplied by 0 at a reset; 128 steps, 128 units,\n"
