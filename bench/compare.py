@@ -83,7 +83,7 @@ def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
         lines.append([row.case, row.provider + " (graph)" * row.graph, *cells, verdict])
     if lines:
         table = pd.DataFrame(lines, columns=["case", "provider", "before", "now", "ratio", "verdict"])
-        console.print(report.table(table, "Changes (x: times as fast as torch.nn.LSTM)", folded=("case",)))
+        console.print(report.table(table, "Changes (x: times as fast as torch.nn)", folded=("case",)))
     before, now = (", ".join(sorted(set(side["torch"]))) for side in (old, new))
     console.print(f"torch {before} before, {now} now; within the noise: {(rows['verdict'] == '').sum()}")
     count = rows["is_regression"].sum()

@@ -51,9 +51,8 @@ def instead(rows: pd.DataFrame) -> Figure | None:
     axes = figure.subplots()
     axes.axvline(1, color="black", linewidth=1, linestyle="-")
     for provider, its in lines.groupby("provider", sort=False):
-        ratios = its["over_ours"].fillna(its["median_s"] / its["ours_s"])
         marker, colour = LOOKS[provider]
-        axes.plot(ratios, its["case"].map(places), marker, color=colour, label=report.COLUMN[provider])
+        axes.plot(its["ratio"], its["case"].map(places), marker, color=colour, label=report.COLUMN[provider])
     axes.set_yticks(range(len(cases)), [report.sizes(case, base) for case in cases["object"]])
     axes.set(xscale="log", xlabel="a workaround's time over that of one call: to the right of 1 one call is faster")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -61,7 +60,7 @@ def instead(rows: pd.DataFrame) -> Figure | None:
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(LOOKS))
-    figure.suptitle("The usual workarounds around torch.nn.LSTM, and one call of gpu_lstm", fontsize=10)
+    figure.suptitle("The usual workarounds around torch.nn, and one call of gpu_lstm", fontsize=10)
     sizes = (
         f"Medians, forward and backward. All: {report.sizes(base)} (T steps, B batch, H hidden) but for what is named."
     )

@@ -18,9 +18,11 @@ import gpu_lstm
 from . import report, results, timing
 from .isolated import ROOT
 from .measure import relative_errors
-from .providers.torchs import StepLoop
+from .providers.engine import as_hx
+from .providers.torchs import LOOPS
 
-SIZES = [(128, N, H) for H in (128, 256) for N in (8, 64)]  # T, N environments, H; each is timed for 4 s
+SIZES = [(128, N, H) for H in (128, 256) for N in (8, 64)]  # T, N environments, H; each is timed for 4 s a cell
+CELLS = "LSTM", "GRU"
 TOLERANCE = 1e-4  # by which loss and gradients may differ, relative to their norm
 
 
@@ -49,23 +51,27 @@ def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, 
 
 
 @timing.float32_products("fp32")
-def measure(device: str, T: int, N: int, H: int) -> dict[str, np.ndarray]:
-    """Seconds of every round in float32, for both ways. RuntimeError unless their losses and gradients are equal."""
+def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str], np.ndarray]:
+    """Seconds of every round in float32, by cell and way. RuntimeError unless loss and gradients are equal."""
     torch.set_num_threads(1)  # as in `measure.measure`
     example = load_example()
-    agents = {name: example.Agent(H).to(device) for name in ("one_call", "loop")}
-    agents["loop"].lstm = StepLoop(H, H, device=device)
-    agents["loop"].load_state_dict(agents["one_call"].state_dict())
-    batch = random_batch(example, T, N, H, device)
-    one_call, loop = (loss_and_gradients(example, agent, batch) for agent in agents.values())
-    for name, error in relative_errors(one_call, {name: value.double() for name, value in loop.items()}).items():
-        if not error <= TOLERANCE:
-            raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
-    calls = {}
-    for name, agent in agents.items():
-        optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)  # which leaves the weights as they are
-        calls[name] = partial(example.training_step, agent, optimiser, batch)
-    return timing.interleaved(calls, device, 4.0)
+    batch, calls = random_batch(example, T, N, H, device), {}
+    for cell in CELLS:
+        found = {}
+        for way, package in (("one call", gpu_lstm), ("loop", LOOPS)):
+            torch.manual_seed(0)
+            agent = example.Agent(H).to(device)
+            agent.lstm = getattr(package, cell)(H, H, device=device)
+            state = batch.state[: 2 if cell == "LSTM" else 1]
+            given = batch._replace(state=state if way == "loop" else as_hx(state))
+            found[way] = loss_and_gradients(example, agent, given)
+            optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)  # which leaves the weights as they are
+            calls[cell, way] = partial(example.training_step, agent, optimiser, given)
+        truth = {name: value.double() for name, value in found["loop"].items()}
+        for name, error in relative_errors(found["one call"], truth).items():
+            if not error <= TOLERANCE:
+                raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
+    return timing.interleaved(calls, device, 4.0 * len(CELLS))
 
 
 def run(device: str) -> int:
@@ -78,11 +84,13 @@ def run(device: str) -> int:
     cells = []
     for sizes in track(SIZES, "recurrent PPO", console=Console(stderr=True), transient=True):
         seconds = measure(device, *sizes)
-        speed, low, high = timing.percentiles(np.divide(seconds["loop"], seconds["one_call"]))
-        ms = [f"{1e3 * np.median(seconds[name]):.2f}" for name in ("loop", "one_call")]
-        cells.append([*map(str, sizes), *ms, f"{speed:.2f}", f"{low:.2f}-{high:.2f}"])
+        for cell in CELLS:
+            loop, one_call = (seconds[cell, way] for way in ("loop", "one call"))
+            speed, low, high = timing.percentiles(np.divide(loop, one_call))
+            ms = [f"{1e3 * np.median(each):.2f}" for each in (loop, one_call)]
+            cells.append([cell, *map(str, sizes), *ms, f"{speed:.2f}", f"{low:.2f}-{high:.2f}"])
     backend = gpu_lstm.explain(gpu_lstm.LSTM(8, 8, device=device), torch.zeros(1, 1, 8, device=device)).backend
     where = f"one call by {backend}; {results.provenance(device)['device']}, torch {torch.__version__}"
-    table = pd.DataFrame(cells, columns=["T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80"])
+    table = pd.DataFrame(cells, columns=["cell", "T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80"])
     Console().print(report.table(table, "An update of recurrent PPO, float32", where))
     return 0

@@ -33,7 +33,7 @@ COLUMN = {
     "rsl_rl-padded": "padded",
 }
 AROUND = ["case", "usual workaround", "ms", "gpu_lstm, ms", "times as fast"]
-STARRED = "* nn.LSTM timed without the lengths, resets or variant, which it does not support"
+STARRED = "* torch.nn timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
@@ -65,7 +65,7 @@ def is_ours(rows: pd.DataFrame) -> pd.Series:
 
 
 def stars(rows: pd.DataFrame) -> pd.Series:
-    """A star for each row of torch.nn.LSTM at a case that it does not support: see STARRED."""
+    """A star for each row of torch.nn at a case that it does not support: see STARRED."""
     return rows["status"].eq("yardstick").map({True: "*", False: ""})
 
 
@@ -95,12 +95,13 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
-    """The usual workarounds, in `every_case` or the first of each group: AROUND as text, `ours_s` of gpu_lstm."""
+    """The usual workarounds, in `every_case` or the first of each group: AROUND as text, `ratio` of the times."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
     its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["case"].isin(ours.dropna().index)]
     its = its.assign(ours_s=its["case"].map(ours), group=its["case"].map(by_case(rows)["group"]))
     its = its if every_case else its.drop_duplicates(["group", "provider"])
-    speed = texts(its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
+    its = its.assign(ratio=its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
+    speed = texts(its["ratio"])
     interval = (" (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")").replace(" (-)", "")
     words = [WRITTEN[name].replace("LSTM", case.cell.upper()) for name, case in zip(its["provider"], its["object"])]
     columns = _names(its), words, texts(1e3 * its["median_s"]), texts(1e3 * its["ours_s"])
@@ -108,7 +109,7 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> Table:
-    """One line per case: torch.nn.LSTM, ours and the best other."""
+    """One line per case: torch.nn, ours and the best other."""
     rows = measured(rows)
     lines, base = by_case(rows), headline_of(rows)
     broken = rows[rows["status"].isin(results.BROKEN)].value_counts(["status", "contender"])
@@ -116,7 +117,7 @@ def summary(rows: pd.DataFrame) -> Table:
     notes = [origin(rows), *[STARRED] * ("*" in set(stars(rows))), "; ".join(told)]
     cells = lines.assign(case=[sizes(case, base) for case in lines["object"]])
     cells = cells[["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]]
-    title = "gpu_lstm and torch.nn.LSTM (T steps, B batch, H hidden, L layers, D directions)"
+    title = "gpu_lstm and torch.nn (T steps, B batch, H hidden, L layers, D directions)"
     return table(cells, title, "\n".join(notes).strip(), lines["group"])
 
 
@@ -171,31 +172,35 @@ def slug(device: str) -> str:
 
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
-    """Where the figures come from, and two tables: the usual workarounds, and torch.nn.LSTM itself."""
+    """Where the figures come from, and two tables: the usual workarounds, and torch.nn itself."""
     lines, around = by_case(rows), instead(rows, every_case)
     wrapped = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
-    text = f"{'GPU' if on_gpu else 'CPU, not a GPU'}: {origin(rows)}; from [{link.removeprefix('../')}]({link})."
+    dtypes, where = "/".join(rows["dtype"].unique()), "GPU" if on_gpu else "CPU, not a GPU"
+    text = f"{where}: {origin(rows)}; {dtypes}; from [{link.removeprefix('../')}]({link})."
     starred = lines["torch ms"].str.endswith("*")
+    text += f" \\{STARRED}." if starred.any() else ""
     if every_case:
-        text += f" \\{STARRED}." if starred.any() else ""
         roofline = "a roofline (FLOPs and bytes at rates measured on this machine)"
         text += f' "Of the bound": the fraction of {roofline}, {BEYOND}.'
     written = [wrapped(text)]
     if len(around):
-        written.append(_markdown(_over_ours(around, lines) if every_case else around[AROUND]))
+        written.append(_markdown(_over_ours(around, lines)))
     if not every_case:
-        plain, beyond = (1 / lines["speed"][which].dropna() for which in (~starred, starred))
-        low, high = (digits(bound(plain)) if len(plain) else "" for bound in (min, max))
-        text = f"A call that nn.LSTM can make too takes {low} to {high} times as long."
-        if len(beyond):
-            with_more = "With lengths, resets or a variant it takes"
-            text += f" {with_more} up to {digits(max(beyond))} times as long as nn.LSTM's call that ignores them."
-        return "\n".join([*written, "", wrapped(text)])
+        plain, told = lines["variant"] == "plain", []
+        for kind, which in (
+            ("plain", ~starred), ("with lengths or resets", starred & plain & (lines["mode"] != "step")),
+            ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
+        ):  # fmt: skip
+            if len(its := 1 / lines["speed"][which].dropna()):
+                told.append(f"{kind} {digits(min(its))} to {digits(max(its))}")
+        text = f"One call's time over that of torch.nn, which ignores what it lacks: {'; '.join(told)}."
+        return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # which all have
     lines = lines[~_names(lines).isin(around["case"])]
     cells = {"case": _names(lines),
-             "torch.nn.LSTM, ms": lines["torch ms"].str.replace("*", r"\*"), "gpu_lstm, ms": lines["ours ms"],
+             "torch.nn, ms": lines["torch ms"].str.replace("*", r"\*"), "gpu_lstm, ms": lines["ours ms"],
              "times as fast": lines["times as fast"].str.split(" ").str[0], "of the bound": lines["bound"]}  # fmt: skip
-    return "\n".join([*written, _markdown(pd.DataFrame(cells).replace("-", "not run"))])
+    written.append(_markdown(pd.DataFrame(cells).replace("-", "not run")))
+    return "\n".join(written).replace(f" {dtypes} T", " T")
 
 
 def _names(lines: pd.DataFrame) -> pd.Series:
@@ -203,13 +208,21 @@ def _names(lines: pd.DataFrame) -> pd.Series:
 
 
 def _over_ours(around: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
-    """A line for each case with a workaround: our time; how many times as long nn.LSTM and each workaround take."""
-    cells = around.drop_duplicates("case").set_index("case")[["gpu_lstm, ms"]]
-    cells[r"nn.LSTM\*"] = texts(lines.set_index(_names(lines))["speed"])
+    """A line for each case with a workaround: our time; how many times as long torch.nn and each workaround take.
+
+    Of forward alone one line for all cases, with the least and the greatest.
+    """
+    trained, torchs = around["mode"] == "training", lines.set_index(_names(lines))["speed"]
+    cells = around[trained].drop_duplicates("case").set_index("case")[["gpu_lstm, ms"]]
+    ratios = {r"torch.nn\*": torchs[torchs.index.isin(around["case"])]}
+    cells[r"torch.nn\*"] = texts(torchs)
     for provider, column in COLUMN.items():
-        its = around[around["provider"] == provider].set_index("case")["times as fast"]
-        cells[column] = its.reindex(cells.index).fillna("")
-    return cells.reset_index()
+        its = around[around["provider"] == provider].set_index("case")
+        cells[column], ratios[column] = its["times as fast"].reindex(cells.index).fillna(""), its["ratio"]
+    if others := around[~trained]["case"].nunique():
+        ends = [its[its.index.isin(around[~trained]["case"])].agg(["min", "max"]).dropna() for its in ratios.values()]
+        cells.loc[f"forward, {others} cases"] = ["", *(" to ".join(map(digits, each)) for each in ends)]
+    return cells.reset_index(names="case")
 
 
 def _markdown(cells: pd.DataFrame) -> str:

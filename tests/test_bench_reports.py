@@ -1,5 +1,7 @@
 """What the benchmark reports: its tables, its pictures, the README, and the comparison of two runs."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 from installed import ROOT
@@ -44,6 +46,28 @@ def test_readme_and_page_are_those_of_the_stored_results(tmp_path):
     (readme := tmp_path / "README.md").write_text(report.BEGIN)
     with pytest.raises(ValueError, match=f"README.md: no {report.END}"):
         report.update_page(readme, files)
+
+
+def test_a_page_tells_variants_from_lengths_and_resets_and_has_forward_alone_in_one_line(tmp_path):
+    begun = replace(HEADLINE, reset_rate=0.02)
+    forward, gru = replace(begun, mode="forward"), replace(HEADLINE, cell="gru")
+    speeds = {HEADLINE: 1.0, gru: 0.5, begun: 0.8, forward: 0.625, replace(forward, cell="gru"): 0.1,
+              replace(HEADLINE, variant="peepholes"): 0.25}  # fmt: skip
+    results.create(file := tmp_path / "a.csv")
+    for case, speed in speeds.items():
+        status = "measured" if case.plain() == case else "yardstick"
+        of_case = [row(case, speed), row(case, 1.0, provider="torch", status=status)]
+        of_case += [row(case, provider="cleanrl-loop", over_ours=2 / speed)] * (case.reset_rate > 0)
+        for each in of_case:
+            results.append(file, each | {"cuda": None})
+    texts = []
+    for pictures in (None, []):  # README, and the page with all cases
+        (page := tmp_path / "page.md").write_text(f"{report.BEGIN}\n{report.END}")
+        report.update_page(page, [file], pictures)
+        texts.append(" ".join(page.read_text().split()))
+    assert "lacks: plain 1.00 to 2.00; with lengths or resets 1.25 to 10.0; with peepholes, layer norm" in texts[0]
+    assert "states to reset to 4.00 to 4.00." in texts[0]
+    assert "| forward, 2 cases | | 0.100 to 0.625 | 3.20 to 20.0 |" in texts[1]
 
 
 def run(**cases):

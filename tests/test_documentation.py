@@ -55,15 +55,17 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def test_the_figures_of_the_pages_are_those_of_the_stored_results_and_what_explain_prints_is_so(monkeypatch):
-    readme, changelog, page = ((ROOT / name).read_text() for name in (
-        "README.md", "CHANGELOG.md", "docs/reinforcement_learning.md"))  # fmt: skip
+    readme, changelog, page, of_gru = ((ROOT / name).read_text() for name in (
+        "README.md", "CHANGELOG.md", "docs/reinforcement_learning.md", "docs/gru.md"))  # fmt: skip
     updates = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")
     (stored,) = (ROOT / "bench" / "results").glob("*.csv")
     around = report.instead(report.measured(results.read(stored)), every_case=True)
     better = around[around["provider"].isin(["rl_games-pieces", "rsl_rl-padded"]) & (around["mode"] == "training")]
-    fast, around = updates["times_as_fast"], better["over_ours"]
+    fast, around = updates.groupby("cell")["times_as_fast"].agg(["min", "max"]), better["over_ours"]
+    lstm, gru = ("{:.1f} to {:.1f}".format(*fast.loc[cell]) for cell in ("LSTM", "GRU"))
     for text, said in (
-        (readme, f"update of recurrent PPO is {fast.min():.1f} to {fast.max():.1f} times as fast"),
+        *((text, f"{lstm} times as fast") for text in (readme, page, of_gru)),
+        *((text, f"GRU {gru}") for text in (readme, page, of_gru)),
         (readme, f"take {around.min():.2g} to {around.max():.2g} times as long as one call"),
         (readme, "estimates for six cards"), (changelog, "recipes for seven trainers"),
         (page, f"medians over at least {updates['rounds'].min()} rounds"),

@@ -93,12 +93,14 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
     assert (entry["key"]["training"], entry["value"]["seconds"]) == (training, pytest.approx(seconds))
 
 
-@pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
-def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input):
+@pytest.mark.parametrize(("training", "of_input", "kind"), [
+    *((*wanted, gpu_lstm.LSTM) for wanted in ((True, True), (True, False), (False, True))), (True, False, gpu_lstm.GRU),
+])  # fmt: skip
+def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input, kind):
     """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
     monkeypatch.setattr(race, "run_by", Mock(side_effect=race.run_by))
     stubbed()
-    lstm, x = gpu_lstm.LSTM(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
+    lstm, x = kind(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
     before = [p.clone() for p in lstm.parameters()]
     with torch.set_grad_enabled(training):
         call, random = _call(lstm, x), torch.get_rng_state()
@@ -111,12 +113,13 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
     assert all(map(torch.equal, lstm.parameters(), before))
 
 
-def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
+@pytest.mark.parametrize("module", [LSTM, GRU])
+def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch, module):
     """With its lengths and resets up to there: with longer ones the kernels would fail, and lose."""
     monkeypatch.setattr(race, "LONGEST", 2)
     monkeypatch.setattr(race, "run_by", Mock(side_effect=race.run_by))
     ran, resets = stubbed(), torch.rand(3, 3) < 0.5
-    LSTM(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
+    module(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
     assert ran == ["race", "triton", "torch"]
     for _, sample in (each.args for each in race.run_by.call_args_list):
         assert (sample.steps, sample.x.shape, sample.traversal.lengths.tolist()) == (2, (2, 3, 4), [2, 0, 1])
@@ -324,9 +327,10 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
     assert (keys[0] == keys[1], len(set(keys))) == (True, 4)
 
 
+@pytest.mark.parametrize("module", [LSTM, GRU])
 @pytest.mark.parametrize("at", [0, 4])
 @pytest.mark.parametrize("rival", ["triton", "torch"])
-def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
+def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at, module):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""
     calls, run_by = itertools.count(), race.run_by
 
@@ -340,10 +344,11 @@ def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, 
     other = "torch" if rival == "triton" else "triton"
     said = pytest.warns(UserWarning, match="timed out at step 3") if rival == "triton" else contextlib.nullcontext()
     with said:
-        assert _backend_of() == other
+        assert _backend_of(module) == other
 
 
-def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatch):
+@pytest.mark.parametrize("module", [LSTM, GRU])
+def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatch, module):
     """Which no later call of theirs reports, as none follows: nor does the user's."""
 
     def race_with_a_late_timeout(rivals, now):
@@ -352,5 +357,5 @@ def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatc
 
     monkeypatch.setattr(race, "race", race_with_a_late_timeout)
     with pytest.warns(UserWarning, match="step_forward_kernel timed out at step 3"):
-        assert _backend_of() == "torch"
+        assert _backend_of(module) == "torch"
     gpu_lstm.check()

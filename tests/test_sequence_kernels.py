@@ -129,7 +129,9 @@ COUNT = interpreted, "count_missing"
 OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
     "published before the data": ((cooperative_kernels, "publish"), announce_early, ""),
     "no repeated load": (COUNT, lambda *_: 0, ""),
+    "no repeated load, GRU": (COUNT, lambda *_: 0, "gru"),
     "the phase is not looked at": (COUNT, any_phase, ""),
+    "nor that of a GRU": (COUNT, any_phase, "gru"),
     "nor that of a norm of W_hh h": (COUNT, any_phase, "norm-hh"),
     "nor that of a norm of c": (COUNT, any_phase, "norm-c"),
     "none": (COUNT, count_missing, ""),
@@ -146,7 +148,10 @@ often, by_parts = partial(step, yield_rate=0.3), partial(split, yield_rate=0.3)
 FAULTS = [  # how kernels are forced, which of them are faulty, where the fault is and what, a layer in which it shows
     *(pytest.param(four_units, "", where, fault, (6, 3, 3, 8), words, F16, id=name, marks=deep)
       for name, (where, fault, words) in OF_EXCHANGES.items()),
-    pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40), "", F32, id="no barrier"),
+    *(pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40), words, F32, id=f"no barrier {words}".rstrip())
+      for words in ("", "gru")),
+    pytest.param(partial(held, yield_rate=0.3), "", TILE, OF_TILES["no wait"], (5, 18, 3, 40), "gru", F32,
+                 id="no wait-held gru"),
     pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40, 5), "", F32, id="no barrier, projection"),
     *(pytest.param(by_parts, "backward", BARRIER, barrier_after_some(after == "products"), (5, 3, 3, 40), "", F32,
                    id=f"no barrier after {after}") for after in ("products", "cells")),
@@ -207,23 +212,29 @@ FAULTS_OF_WAITS = [  # the kernel and how it is forced, the size of a projection
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kernel", "projected", "fault"), FAULTS_OF_WAITS)
-def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, projected, fault):
+@pytest.mark.parametrize(("kernel", "projected", "fault", "kind"), [
+    *((*each, "LSTM") for each in FAULTS_OF_WAITS),
+    *((name, 0, fault, "GRU") for name, projected, fault in FAULTS_OF_WAITS if not projected
+      and ("cooperative" in name or name in ("step_backward_kernel", "step_forward_kernel held"))),
+])  # fmt: skip
+def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, projected, fault, kind):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     kernel, _, way = kernel.partition(" ")
     torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(3, 8, proj_size=projected, backend="triton")
-    x, h0, c0 = (torch.randn(size, requires_grad=True) for size in ((5, 3, 3), (1, 3, projected or 8), (1, 3, 8)))
+    options, sizes = {"proj_size": projected} if projected else {}, [(5, 3, 3), (1, 3, projected or 8), (1, 3, 8)]
+    module = getattr(gpu_lstm, kind)(3, 8, backend="triton", **options)
+    x, *state = (torch.randn(size, requires_grad=True) for size in sizes[: 3 if kind == "LSTM" else 2])
+    hx = tuple(state) if kind == "LSTM" else state[0]
 
     def gradients(h):
-        return torch.autograd.grad(h.sum(), (x, h0, c0))
+        return torch.autograd.grad(h.sum(), (x, *state))
 
     force = WAYS_OF_STEP[way] if "step" in kernel else partial(cooperative, units=4)
     force(monkeypatch)
-    h, states = lstm(x, (h0, c0))
+    h, states = module(x, hx)
     right = h, *states, *gradients(h)
     launch_with(monkeypatch, *fault, kernel, few_polls)
-    h, states = lstm(x, (h0, c0))
+    h, states = module(x, hx)
     forward, report = "forward" in kernel, pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d")
     if forward:
         with report:  # once
@@ -231,13 +242,13 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     found = (h, *states, *(() if forward else gradients(h)))
     for ours, true in zip(found, right):  # nothing is stale
         assert (ours.isnan() | (ours == true)).all()
-    assert (found[0][-1] if forward else found[3][0]).isnan().all()
+    assert (found[0][-1] if forward else found[1 + len(state)][0]).isnan().all()
     monkeypatch.undo()
     forget()
     if not forward:
         with report:
-            lstm(x)
-    lstm(x)
+            module(x)
+    module(x)
 
 
 @pytest.mark.parametrize(("family", "tiles_per_program", "cell"), [

@@ -88,12 +88,15 @@ class StepLoop(Loop, nn.LSTM): ...  # type: ignore[misc]
 class GRULoop(Loop, nn.GRU): ...  # type: ignore[misc]
 
 
+LOOPS = SimpleNamespace(LSTM=StepLoop, GRU=GRULoop)  # in the place of a package
+
+
 def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
-    """StepLoop: one step at a time, as in CleanRL; or in pieces, whose ends every call reads, as in rl_games."""
+    """A Loop: one step at a time, as in CleanRL; or in pieces, whose ends every call reads, as in rl_games."""
     if expect(inputs.case, "layers", "resets", "reset_states", "gru").reset_rate == 0:
         raise Unable(NO_RESETS)
     options = dict(resets=inputs.resets, stored=inputs.reset_states, in_pieces=in_pieces)
-    loop = module_like_torchs(SimpleNamespace(LSTM=StepLoop, GRU=GRULoop), inputs)
+    loop = module_like_torchs(LOOPS, inputs)
     return Engine(partial(loop, **options), dict(loop.named_parameters()))
 
 
