@@ -22,7 +22,7 @@ def gru_next_cell(gates, c_prev):
 def gru_forward(x, z, c_prev):
     """The parts of the pre-activations from the input and from h, and h before the step -> ((n, r, z, s), h)."""
     r, update, s = sigmoid(x[1] + z[1]), sigmoid(x[2] + z[2]), x[3] + z[3]
-    gates = (tanh(x[0] + r * s), r, update, s)
+    gates = (tanh(x[0] + r * s, x[0].dtype), r, update, s)
     return gates, gru_next_cell(gates, c_prev)
 
 
