@@ -27,7 +27,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Held
 
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
-    "bf16 H=768 B=16 GRU": (16, 768, torch.bfloat16),
+    "bf16 H=768 B=16 GRU": (16, 768, torch.bfloat16), "fp16 H=33 B=17 GRU": (17, 33, torch.float16),
     "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),
     "fp16 H=33 B=17": (17, 33, torch.float16), "tf32 H=33 B=3": (3, 33, torch.float32, 0, "tf32"),
     "bf16 H=768 layer norm": (16, 768, torch.bfloat16, 0, "ieee"),
@@ -64,10 +64,10 @@ def compiled(family, name, card, backward, parts=1):
     return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words,
                 ahead=ahead, held=held, rounds=1 if held and parts == 1 else 2)
 
-gru, *held, of_tiles, of_next, last = PROBLEMS
+gru, half, *held, of_tiles, of_next, last = PROBLEMS
 forward = [*zip(held, 3 * ("h100", "a100")), ("tf32 H=33 B=3", "h100")]
 both = [(*case, *way) for case, parts in zip(forward, 3 * (1, 4, 2)) for way in ((False,), (True, parts))]
-both += [(gru, "h100", False), (gru, "h100", True), (gru, "a100", True, 3)]
+both += [(gru, "h100", False), (gru, "h100", True), (half, "h100", False), (gru, "a100", True, 3)]
 print(json.dumps({
     "cooperative": [compiled(cooperative, *case) for case in both],
     "step": [*(compiled(step, last, *one) for one in (("a100", False), ("h100", False), ("h100", True))),
@@ -169,10 +169,16 @@ def _of_barriers(kernel: dict) -> list[str]:
 PROBLEMS = {"cooperative": _of_words, "step": _of_barriers}
 
 
-@pytest.mark.parametrize(("family", "count"), [("cooperative", 17), ("step", 7)])
+@pytest.mark.parametrize(("family", "count"), [("cooperative", 18), ("step", 7)])
 def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
     found = {kernel["name"]: PROBLEMS[family](kernel) for kernel in kernels[family]}
     assert (len(found), {name: problems for name, problems in found.items() if problems}) == (count, {})
+
+
+def test_the_instruction_for_tanh_is_that_of_a_gru_in_bfloat16(kernels):
+    """Forward, for n: see test_tanh.py."""
+    using = [kernel["name"] for kernel in kernels["cooperative"] if "tanh.approx" in kernel["ptx"]]
+    assert using == ["cooperative_forward_kernel bf16 H=768 B=16 GRU h100"]
 
 
 STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"

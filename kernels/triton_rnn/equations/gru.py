@@ -31,7 +31,7 @@ def gru_forward(x, z, c_prev, bias_hh):
     if len(x) == 4:
         s += x[3]
     r = sigmoid(z_r)
-    gates = (r, sigmoid(z_z), tanh(x[2] + r * s), s)
+    gates = (r, sigmoid(z_z), tanh(x[2] + r * s, x[2].dtype), s)
     return gates, gru_next_cell(gates, c_prev)
 
 
