@@ -219,7 +219,7 @@ COUNTS = {
     ("resident_backward", MANY): Loop(470, barriers=1, products=32, shared=288, loads=32, stores=16),
     ("cooperative_forward", NORMED): Loop(637, barriers=1, products=18, shared=176, loads=18, stores=13),
     ("cooperative_backward", NORMED): Loop(756, barriers=1, products=24, shared=48, loads=40, stores=15),
-    ("cooperative_forward", f"{PLAIN} GRU"): Loop(268, barriers=1, products=18, shared=144, loads=10, stores=9),
+    ("cooperative_forward", f"{PLAIN} GRU"): Loop(268, barriers=1, products=18, shared=144, loads=9, stores=9),
     ("resident_backward", f"{MANY} GRU"): Loop(336, barriers=1, products=24, shared=216, loads=28, stores=16),
 }
 
