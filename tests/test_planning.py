@@ -181,8 +181,8 @@ def by_the_model(row):
 
 @pytest.mark.parametrize("row", CYCLES, ids=["-".join(list(row.values())[:7]) for row in CYCLES])
 def test_the_models_agree_with_cycles_estimated_from_sass(row):
-    """To 25 %, of whatever plan the simulation was of: cycles.csv says how it was made."""
-    assert by_the_model(row) == pytest.approx(int(row["cycles"]), rel=0.25)
+    """To 16 %, of whatever plan the simulation was of; resident to 25 %. cycles.csv says how it was made."""
+    assert by_the_model(row) == pytest.approx(int(row["cycles"]), rel=0.25 if row["family"] == RESIDENT else 0.16)
 
 
 def test_of_the_plans_of_a_size_the_model_puts_none_first_that_is_a_tenth_slower_than_another():
