@@ -16,7 +16,7 @@ from gpu_lstm.kernels.cupy_rnn import planning as cupy
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import planning
 from gpu_lstm.kernels.triton_rnn.choose import plans
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative, Held, Plan, Pointwise, Resident, Step, expected
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
 from gpu_lstm.kernels.triton_rnn.step_plans import held_plans, split_plans, step_plan
 
 BF16 = torch.bfloat16
@@ -93,7 +93,7 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
 
 
 @pytest.mark.parametrize(("hidden", "batch", "tiles"), [
-    (2048, 16, (16, 16, 8)), (1024, 128, (64, 16, 8)), (768, 256, (64, 32, 4)),
+    (384, 512, (64, 32, 4)), (1024, 128, (64, 16, 8)), (640, 256, (128, 16, 8)),
 ])  # fmt: skip
 def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     """First on an H100. Never forward, with more rounds, without tensor cores, or where a part is not read in words."""
@@ -151,13 +151,12 @@ def test_a_plan_does_not_depend_on_the_number_of_steps():
 
 
 LINES = Path(__file__).with_name("cycles.csv").read_text().splitlines()
-CYCLES = list(csv.DictReader((line for line in LINES if not line.startswith("#")), restval="0"))
+CYCLES = list(csv.DictReader(line for line in LINES if not line.startswith("#")))
 
 
-@pytest.mark.parametrize("row", CYCLES, ids=["-".join(list(row.values())[:6]) for row in CYCLES])
-def test_the_models_agree_with_cycles_estimated_from_sass(row):
-    """To 25 %, of whatever plan the simulation was of: cycles.csv says how it was made."""
-    family, cell = row["family"], row["cell"].replace("0", "lstm")
+def by_the_model(row):
+    """Cycles of the plan that a row of cycles.csv is of."""
+    family, cell = row["family"], row["cell"]
     row = {name: int(number) for name, number in row.items() if name not in ("family", "cell")}
     backward = bool(row["backward"])
     problem = Problem(1024, row["batch"], row["hidden"], BF16, cell=cell)
@@ -165,20 +164,38 @@ def test_the_models_agree_with_cycles_estimated_from_sass(row):
         found = cupy.plans(problem, Card(90, 132), backward)
         sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
         (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.partners] == sizes)
-    else:
-        family = {
-            "resident": Resident(row["k"]), "cooperative": Cooperative(row["k"], row["parts"], row["ahead"] > 0),
-            "pointwise": Pointwise(), "step": Step(row["k"], row["parts"]),
-        }[family]  # fmt: skip
-        if row["held"]:
-            family = Held(row["k"], row["parts"], row["ahead"] > 0)
-        sizes = (row[name] for name in ("rows", "columns", "programs", "groups", "warps"))
-        plan = Plan(
-            family, *sizes, shared=0, why="", num_stages=row["stages"], blocks=max(1, row["held"]),
-            tiles_per_program=row["tiles_per_program"],
-        )  # fmt: skip
-        cycles = sum(expected(problem, H100, plan, backward).values()) * H100.clock
-    assert cycles == pytest.approx(row["cycles"], rel=0.25)
+        return cycles
+    family = {
+        "resident": Resident(row["k"]), "cooperative": Cooperative(row["k"], row["parts"], row["ahead"] > 0),
+        "step": Step(row["k"], row["parts"]),
+    }[family]  # fmt: skip
+    if row["held"]:
+        family = Held(row["k"], row["parts"], row["ahead"] > 0)
+    sizes = (row[name] for name in ("rows", "columns", "programs", "groups", "warps"))
+    plan = Plan(
+        family, *sizes, shared=0, why="", num_stages=row["stages"], blocks=max(1, row["held"]),
+        tiles_per_program=row["tiles_per_program"],
+    )  # fmt: skip
+    return sum(expected(problem, H100, plan, backward).values()) * H100.clock
+
+
+@pytest.mark.parametrize("row", CYCLES, ids=["-".join(list(row.values())[:7]) for row in CYCLES])
+def test_the_models_agree_with_cycles_estimated_from_sass(row):
+    """To 16 %, of whatever plan the simulation was of; resident to 25 %. cycles.csv says how it was made."""
+    assert by_the_model(row) == pytest.approx(int(row["cycles"]), rel=0.25 if row["family"] == RESIDENT else 0.16)
+
+
+def test_of_the_plans_of_a_size_the_model_puts_none_first_that_is_a_tenth_slower_than_another():
+    """By the cycles of cycles.csv, of Triton's."""
+    sizes = {}
+    for row in CYCLES:
+        if row["family"] != "cuda":
+            key = tuple(row[name] for name in ("cell", "hidden", "batch", "backward"))
+            sizes.setdefault(key, []).append((by_the_model(row), int(row["cycles"])))
+    several = {size: found for size, found in sizes.items() if len(found) > 1}
+    assert len(several) > 10
+    slower = {size: min(found)[1] / min(cycles for _, cycles in found) for size, found in several.items()}
+    assert {size: ratio for size, ratio in slower.items() if ratio > 1.1} == {}
 
 
 def test_a_real_card_with_and_without_its_rates():

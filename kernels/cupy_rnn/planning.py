@@ -21,7 +21,7 @@ MOST_REGISTERS = 192  # of a thread's 255 that may hold weights, words and sums
 # Clocks of an H100, for the order of plans. Rates are published ones, see cards.py; the last two are fitted to the
 # cycles of tests/cycles.csv, which were estimated instruction by instruction from SASS.
 MULTIPLY_ADDS = 128  # per clock and multiprocessor
-PRODUCTS = 2.0  # clocks per product of 16 rows by 8 words by 8 sequences on tensor cores
+PRODUCTS = 1.57  # clocks per product of 16 rows by 8 words by 8 sequences on tensor cores
 TURN = 1240  # per batch tile: until words arrive, gates and cell, the barrier
 PARTIAL_SUMS = 950  # from a store until all that share gates have it
 

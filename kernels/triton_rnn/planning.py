@@ -175,25 +175,27 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
 # Clocks of an H100. Latencies are published ones, see cards.py. Fitted values are fitted to the cycles of
 # tests/cycles.csv, which were estimated instruction by instruction from SASS.
 BARRIER = 30  # a block's, from the arrival of its last warp
-PRODUCT = 33  # until the next product of a chain can start
+PRODUCT = 25  # until the next product of a chain can start
 LOAD = 270  # from L2
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
 PARTIAL_SUMS = 900, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
-TURN_AHEAD = 1050  # the shortest turn where words are requested a turn ahead; fitted
+TURN_AHEAD = 1080  # the shortest turn where words are requested a turn ahead; fitted
+GATES_AHEAD = 640  # until gates are there, which nothing hides in some of these; fitted
 SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as long until all have seen it
 ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
 LOOP = 145  # a pass of the step family's loop over K: barriers, fragments and products; fitted
 # Gates and cell, and waits for loads that nothing hides; fitted. Of a tuple, forward and backward.
-RESIDENT_CELL = 470, 820
-COOPERATIVE_CELL = 400
-STEP_CELL = (0, 535), (1000, 150)  # for each tile, and for each cell of a thread
-STEP_PART = 2400  # a tile of a part of K: until its first operands are there, and after the last; fitted
+RESIDENT_CELL = 530, 1050
+COOPERATIVE_CELL = 350, 530
+STEP_CELL = (300, 500), (1000, 150)  # for each tile, and for each cell of a thread
+STEP_PART = 2500, 90  # a tile of a part of K: until its first operands are there, and after the last; each warp; fitted
 # The same where W_hh is held: for each tile, each of its cells, and each cell of a thread beyond four.
 HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)
 HELD_PARTS = 2060  # for each tile, where the product is split into parts of K; fitted
 HELD_BESIDE = 0.65  # the share of reads that shows where a multiprocessor has two blocks, one of which computes; fitted
-HELD_ARRIVALS = 700  # the part of GRID_BARRIER that is not in these
+HELD_AHEAD = 0.6  # the share of an operand's read that shows where it is asked for a tile ahead; fitted
+HELD_ARRIVALS = 950  # the part of GRID_BARRIER that is not in these
 # Instructions that no tile size changes, and those of each sigmoid or tanh, forward and backward: of each cell of a
 # thread in the resident family, of its only cell in the cooperative one; fitted.
 RESIDENT_INSTRUCTIONS = (65, 6), (82, 18)
@@ -240,15 +242,17 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
     turn: dict[str, float] = {
         "instructions, shared memory, or words from L2": max(count, shared, words),
         "products": products,
-        "gates and cell": COOPERATIVE_CELL,
+        "gates and cell": COOPERATIVE_CELL[backward],
         "barriers": BARRIER,
     }
     if not (backward or problem.normalised) and 32 % plan.units:  # two sums of a warp's cells lie in the same bank
-        turn["bank conflicts"] = 4 * plan.num_warps * ceil(plan.rows * plan.units / 32)
+        turn["bank conflicts"] = CELLS[problem.cell].rows * plan.num_warps * ceil(plan.rows * plan.units / 32)
     # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
     # but gates from memory, and words from L2, take as long.
     ahead = plan.family.ahead and several_tiles
     turn["exchange"] = max(0.0, TURN_AHEAD - sum(turn.values())) if ahead else EXCHANGE
+    if ahead and plan.rows * plan.units == 32 * plan.num_warps:  # all warps have cells: ptxas lets them wait for gates
+        turn |= {"exchange": 0.0, "gates from memory": GATES_AHEAD}
     if backward and partners > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS[several_tiles]
     if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
@@ -294,12 +298,12 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     return instructions, 2 * chunks * rows // 16, rows + 4 * sums * warps
 
 
-def product_clocks(card: Card) -> int:
+def product_clocks(card: Card) -> float:
     """From one product on a tensor core to the next: mma.sync of 16 x 8 x 16 half precision, or 16 x 8 x 8 TF32.
 
-    By the data sheets' rates; with sums in float32 that of GeForce cards is a quarter.
+    By the data sheets' rates, but as measured on an H100; with sums in float32 that of GeForce cards is a quarter.
     """
-    return 8 if card.architecture in (80, 90, 100, 103) else 32
+    return {80: 8, 90: 6.26, 100: 8, 103: 8}.get(card.architecture, 32)
 
 
 def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
@@ -329,7 +333,7 @@ def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
             step[name] = step.get(name, 0) + tiles * each
     if parts > 1:  # float32, written and read; and there what cells read and write hides behind nothing
         of_sums = _l2_clocks((8 * parts + 10 * problem.size) * plan.rows * plan.units, card, plan)
-        step["partial sums"] = plan.tiles_per_program * (of_sums + STEP_PART)
+        step["partial sums"] = plan.tiles_per_program * (of_sums + STEP_PART[0] + STEP_PART[1] * plan.num_warps)
     return step
 
 
@@ -340,8 +344,7 @@ def _held_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
     read = cells * (5 * problem.size + 16 if backward else problem.from_x * problem.size + 8)
     operand = plan.rows * plan.family.k * problem.size
     ahead = plan.family.ahead and plan.tiles_per_program > 1
-    if not ahead:  # else h or dgates are loaded while the cells before are computed, but for the first tile
-        read += operand
+    read += operand * (HELD_AHEAD if ahead else 1)  # h or dgates, ahead while the cells before are computed
     if parts > 1:  # sums in float32, written and read
         of_tile, read = HELD_PARTS, read + 8 * parts * cells
     beside = HELD_BESIDE if plan.blocks > 1 else 1
@@ -351,8 +354,8 @@ def _held_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
         "gates and cell": of_tile + of_cell * cells + beyond_four * max(0, cells / (32 * plan.num_warps) - 4),
     }
     step = {name: plan.tiles_per_program * clocks for name, clocks in tile.items()}
-    step["L2: states, gates"] += _l2_clocks(operand, card, plan) * ahead
-    return step | {"arrivals": HELD_ARRIVALS * (2 if parts > 1 else 1)}
+    # With parts one for the sums, too, of which half hides behind other tiles.
+    return step | {"arrivals": HELD_ARRIVALS * (1 + (parts > 1) * (plan.tiles_per_program + 1) / 2)}
 
 
 def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
@@ -371,7 +374,7 @@ def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
 CUBLAS = (0.65, 0.85)  # large products reach this share of the tensor cores' rate, and of float32's
 CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
 CUBLAS_K = 512  # where tiles are few, K is split among multiprocessors, in parts of so many or more
-FASTER = {90: 2, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)
+FASTER = {90: 6.26 / 4, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)
 LAUNCH_SECONDS = 2.2e-6  # of a short kernel
 HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
 
