@@ -15,15 +15,20 @@ import torch
 from . import __version__, modules
 from .backends import verify
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
+from .call.options import Size
 from .dispatch import race
 from .dispatch.available import import_problem, select, why_unavailable
-from .dispatch.kind import describe
+from .dispatch.kind import Kind, describe
 from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cells import CELLS
 from .kernels.layer import package_of
 from .kernels.problem import Problem
 from .tools.explain import explain, terms_of
+
+ANY = Kind(
+    "lstm", (Size(8, 8, 0),), 1, torch.float32, "ieee", False, False, 1, 1, False, None, False, False, False
+)  # a kind that every backend supports
 
 _DTYPES = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"),
@@ -135,7 +140,7 @@ def _summary(device: torch.device) -> str:
         requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm raises: {error}"
-    backend, on_cpu = select(Backend.AUTO, device, torch.float32, None, False), device.type == "cpu"
+    backend, on_cpu = select(Backend.AUTO, device, ANY, None, False), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
         why = why_no_cuda() if on_cpu else why_unavailable(KERNEL_BACKENDS[0], device, torch.float32)
@@ -161,7 +166,7 @@ def _diagnosis(device: torch.device) -> dict[str, Any]:
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
     problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
     return {
-        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, torch.float32, None, False).value,
+        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, ANY, None, False).value,
         "backends": {backend: problem and str(problem) for backend, problem in problems.items()},
     }  # fmt: skip
 

@@ -6,10 +6,14 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import zeros
+from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
 from gpu_lstm.backends import reference
+from gpu_lstm.call import choices
+from gpu_lstm.dispatch import available
 from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels.triton_rnn import launch
 
 F64 = torch.float64
 X, *WEIGHTS = (zeros(size, dtype=F64) for size in ((5, 2, 3), (16, 3), (16, 4)))
@@ -69,11 +73,60 @@ def test_a_backend_that_is_chosen_without_with_is_told():
         del block
 
 
-def test_a_block_inside_a_compiled_function():
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_block_inside_a_compiled_function(compiler):
+    """It chooses the graph's backend, which refuses what it does in eager mode; what is left out of the graph, too."""
     lstm, x = gpu_lstm.LSTM(3, 4), torch.randn(2, 1, 3)
+    seen = []
+    torch.compiler.reset()  # after an error a function is left out of graphs
 
-    def inside(x):
-        with gpu_lstm.backend("reference"):
+    def inside(x, backend="reference"):
+        with gpu_lstm.backend(backend):
             return lstm(x)[0]
 
-    torch.testing.assert_close(torch.compile(inside, backend="eager", fullgraph=True)(x), inside(x))
+    @torch.compiler.disable
+    def left_out():
+        seen.append(choices.requested_racing())
+
+    def racing(x):
+        with gpu_lstm.racing("off"):
+            left_out()
+        return x + 1
+
+    def graph(module, _):
+        [layer] = [node for node in module.graph.nodes if "gpu_lstm" in str(node.target)]
+        assert "reference" in layer.args
+        return module
+
+    torch.testing.assert_close(torch.compile(inside, backend=graph, fullgraph=True)(x), inside(x))
+    lstm.double()
+    with refuses_float64():
+        torch.compile(inside, backend=compiler)(x.double(), "triton")
+    torch.compile(racing, backend=compiler)(x)
+    assert seen == [choices.Racing.OFF]
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "watched"])
+def test_auto_skips_kernels_that_lack_something_without_a_name(way, monkeypatch):
+    """An explicit choice is refused."""
+    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(available, "why_unavailable", lambda name, *_: OSError() if name.value == "cupy" else None)
+    monkeypatch.setattr(launch, "lacks", lambda problem: "projections" if problem.projected else None)
+    lstm, x = gpu_lstm.LSTM(3, 8, proj_size=4), torch.randn(2, 1, 3)
+
+    def in_a_mode(lstm):
+        with FlopCounterMode(display=False):
+            return lstm(x)
+
+    runs = dict(
+        eager=lambda lstm: lstm(x), compiled=torch.compile(lambda lstm: lstm(x), backend="eager", fullgraph=True),
+        watched=in_a_mode,
+    )  # fmt: skip
+    expected = gpu_lstm.LSTM(3, 8, proj_size=4, backend="torch")
+    expected.load_state_dict(lstm.state_dict())
+    with gpu_lstm.racing("off"), torch.no_grad():
+        torch.testing.assert_close(runs[way](lstm), expected(x))
+        assert gpu_lstm.explain(lstm, x).others["triton"] == "it has no projections"
+        lstm.backend = "triton"
+        with pytest.raises(ValueError, match=r"^backend 'triton' has no projections$"):
+            lstm(x)

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import gpu_lstm
 
 COUNT = Path(__file__).parents[1] / "dev/path_count.py"
 PATH = """
@@ -66,3 +69,21 @@ def test_the_path_of_a_call(arguments, expected):
     command, without_gpu = [sys.executable, COUNT, *arguments], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=without_gpu, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == expected.strip()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_a_cell_on_a_cpu_comes_soon_to_torchs_operator(kind):
+    x, state, called, cell = torch.zeros(2, 3), torch.zeros(2, 4), [], getattr(gpu_lstm, f"{kind}Cell")(3, 4)
+
+    def profile(frame, event, _):
+        code = frame.f_code
+        if event == "call" and "/gpu_lstm/" in code.co_filename and code.co_name[0] != "<":
+            called.append(code.co_name)
+
+    cell(x)
+    sys.setprofile(profile)
+    try:
+        cell(x, (state, state) if kind == "LSTM" else state)
+    finally:
+        sys.setprofile(None)
+    assert called == ["forward", "_options", "options_of", "weights_of", "_fits", "only_torch_runs", "run_step"]

@@ -41,17 +41,20 @@ def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
     options, weights = call.options, call.weights
     if not options.as_given or not call.traversal.is_plain():
         return None
-    w = weights[0][0]
-    if not options.one_step:
-        sizes = None if call.form.packed is None else call.form.packed.batch_sizes
-        y, state = stack(options.cell, call.x, call.states[0], weights, options.dropout, options.training, sizes)
-    elif options.one_state:
-        y = gru_cell(call.x, call.states[0][0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
-        state = y, y
-    else:
-        state = lstm_cell(call.x, call.states[0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
-        y = state[0]
+    if options.one_step:
+        state = run_step(options.cell, call.x, call.states[0], weights[0][0])
+        return state[0], [state]
+    sizes = None if call.form.packed is None else call.form.packed.batch_sizes
+    y, state = stack(options.cell, call.x, call.states[0], weights, options.dropout, options.training, sizes)
     return y, [state]
+
+
+def run_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
+    """What torch's own operator of a cell returns of x [B, I] and ([B, H], [B, H]); of a GRU twice h."""
+    if cell is GRU:
+        h = gru_cell(x, state[0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
+        return h, h
+    return lstm_cell(x, state, w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
 
 
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:

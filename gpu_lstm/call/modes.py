@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels import private, projection
 from ..kernels.private import TransformType, any_autocast, constant_when_traced, forward_level
-from .choices import BACKEND_VARIABLE, RACE_VARIABLE, chosen_backends, chosen_racings
+from .choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, chosen_backends, chosen_racings
 
 _ONLY_BY_REFERENCE = (TransformType.Vmap, TransformType.Jvp, TransformType.Functionalize)
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -75,6 +75,19 @@ def modes(x: Tensor) -> Modes:
         (chosen_backends[0].value or _environment.get(_BACKEND), chosen_racings[0].value or _environment.get(_RACE)),
         x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
+
+
+def only_torch_runs(backend: str | None) -> bool:
+    """Whether nothing but torch's own operator can run a call that it can, on a device where no kernels run.
+
+    False: another backend is chosen, by `backend` or by the user, or there is more to find out.
+    """
+    if (backend or chosen_backends[0].value or _environment.get(_BACKEND)) not in _TORCHS:
+        return False
+    return not (any_autocast() or _is_compiling() or _interpreter() is not None or forward_level() >= 0)
+
+
+_TORCHS = (None, Backend.AUTO, "auto", Backend.TORCH, "torch")
 
 
 def _same(t: Tensor) -> Tensor:

@@ -93,6 +93,8 @@ class Options:
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         names = NAMES if self.role == "layer" else NAMES[: len(self.names[0][0])]
         self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
+        of_first = zip(self.names[0][0], self.weight_sizes[0])
+        self.sizes_of_first = [size for name, size in of_first if name is not None]  # of the tensors that are present
         # With layers of one size, torch's own runs all of them in one call.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers

@@ -8,6 +8,7 @@ from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.regularisers import REFERENCE_ONLY
 from ..kernels import cache
 from ..kernels.layer import launcher_of, package_of
+from .kind import Kind
 
 KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,12 +21,13 @@ def backends_with(feature: str) -> tuple[Backend, ...]:
 
 
 def select(
-    argument: str | Backend | None, device: torch.device, dtype: torch.dtype, feature: str | None, transformed: bool
+    argument: str | Backend | None, device: torch.device, kind: Kind, feature: str | None, transformed: bool
 ) -> Backend:
-    """The backend that will run tensors of this device and dtype unless another wins a race: never AUTO.
+    """The backend that will run a kind of call on this device unless another wins a race: never AUTO.
 
     `feature` is the one of a call that the fewest backends support; `transformed`, whether it is within torch.func.vmap
-    or a forward-mode derivative: those the reference runs, whatever was chosen and can run.
+    or a forward-mode derivative: those the reference runs, whatever was chosen and can run. Sizes of batch and time
+    decide nothing here.
 
     Raises:
         ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
@@ -36,15 +38,21 @@ def select(
         choice = Backend.TORCH if feature is None else Backend.REFERENCE
         for kernels in KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ():
             supported = feature is None or kernels in backends_with(feature)
-            if supported and why_unavailable(kernels, device, dtype) is None:
+            if supported and why_unavailable(kernels, device, kind.dtype) is None and lacking(kernels, kind) is None:
                 choice = kernels
                 break
     elif feature is not None and choice not in backends_with(feature):
         able = " or ".join(repr(b.value) for b in backends_with(feature))
         raise ValueError(f"backend {choice.value!r} does not support {feature}; use {able}")
-    elif (problem := why_unavailable(choice, device, dtype)) is not None:
+    elif (problem := why_unavailable(choice, device, kind.dtype)) is not None:
         raise problem
     return Backend.REFERENCE if transformed else choice
+
+
+def lacking(kernels: Backend, kind: Kind) -> str | None:
+    """What of a layer or direction a backend of kernels, which is available, does not support; None: it runs all."""
+    rows = range(len(kind.layers) * kind.directions)
+    return next(filter(None, [launcher_of(kernels.value).lacks(kind.problem(row)) for row in rows]), None)
 
 
 def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:

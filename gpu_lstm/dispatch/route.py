@@ -84,7 +84,8 @@ def able_to_run(call: Call) -> Backend:
         ValueError, ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot, and why.
     """
     transformed = call.modes.transforms == Transforms.REFERENCE
-    return available.select(call.options.backend, call.x.device, dtype_of(call), feature_of(call), transformed)
+    kind = kind_of(call._replace(steps=1, batch=1))  # both may be symbols
+    return available.select(call.options.backend, call.x.device, kind, feature_of(call), transformed)
 
 
 def feature_of(call: Call) -> str | None:
@@ -124,9 +125,10 @@ def _route_in_a_graph(call: Call) -> Route:
         noise=options.noise, dropout_h=options.noise, weight_peephole=variant == PEEPHOLES,
         gain_ih=normed, gain_hh=normed, gain_c=normed, bias_c=normed,
     )  # fmt: skip
-    transformed, chosen = call.modes.transforms == Transforms.REFERENCE, chosen_backends[0].value
-    # `chosen` binds the graph to an open block.
-    name, problem = _answer(options.backend, chosen, call.x.device, feature_of(call), transformed, *kind)
+    transformed = call.modes.transforms == Transforms.REFERENCE
+    # A block that the traced function opens is known to the tracer alone; one around it binds the graph.
+    chosen = options.backend or chosen_backends[0].value
+    name, problem = _answer(chosen, call.x.device, feature_of(call), transformed, *kind)
     if problem:
         raise getattr(builtins, name)(problem)
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
@@ -135,15 +137,15 @@ def _route_in_a_graph(call: Call) -> Route:
 
 @constant_when_traced
 def _answer(
-    argument: str | None, _: object, device: torch.device, feature: str | None, transformed: bool, *kind: Any
+    chosen: str | Backend | None, device: torch.device, feature: str | None, transformed: bool, *kind: Any
 ) -> tuple[str, str]:
     """The backend's name and "", or an error's and its text: torch.compile carries strings, but no exception."""
     asked = Kind(*kind)
     layers = tuple(Size(*size) for size in asked.layers)
     asked = asked._replace(precision=recurrent_precision(asked.dtype), layers=layers)
     try:
-        able = available.select(argument, device, asked.dtype, feature, transformed)
-        if able in KERNEL_BACKENDS and requested_backend(argument) is Backend.AUTO:
+        able = available.select(chosen, device, asked, feature, transformed)
+        if able in KERNEL_BACKENDS and requested_backend(chosen) is Backend.AUTO:
             able = race.expected_winner(asked, able, device).backend
         return able.value, ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:

@@ -63,10 +63,8 @@ class HasVariants:
 
 
 _FIELDS = Arguments._fields
-OF_CELLS = _FIELDS[_FIELDS.index("input_size") : _FIELDS.index("bidirectional")]
-"""The Arguments that every module has as attributes."""
 OF_LAYERS = _FIELDS[_FIELDS.index("input_size") : _FIELDS.index("proj_size")]
-"""Those that all but cells have."""
+"""The Arguments that all but cells have as attributes; cells have those up to the backend."""
 
 
 def weights_of(module: Any, names: tuple) -> list[list[Weights]]:

@@ -160,6 +160,8 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
         return str(problem)
     if feature is not None and other not in available.backends_with(feature):
         return f"it does not support {feature}"
+    if other in KERNEL_BACKENDS and (lacking := available.lacking(other, kind)) is not None:
+        return f"it has no {lacking}"
     if requested_backend(call.options.backend) is not Backend.AUTO or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
     if {other.value, decision.backend.value} <= times.keys():
