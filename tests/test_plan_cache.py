@@ -45,7 +45,7 @@ KEYS = [  # changes of a problem for which another plan may be the fastest
 ]  # fmt: skip
 NO_KEYS = [  # and for which it is not
     dict(steps=1), dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
-    dict(reset_c=True), dict(weight_peephole=True), dict(bias_c=True),
+    dict(reset_c=True), dict(weight_peephole=True), dict(bias_c=True), dict(bias_hh=True), dict(known_h=True),
 ]  # fmt: skip
 assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem._fields)
 

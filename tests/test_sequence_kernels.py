@@ -62,8 +62,7 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
     gates[:, :, rows * hidden :] = 0  # of a GRU s, which x does not reach, and h not by a W_hh of zeros
     c0 = c0 if cell == "lstm" else h0
     lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(rows * hidden, hidden)
-    weight_ih = torch.eye(rows * hidden).roll(0 if cell == "lstm" else -hidden, 0)  # a GRU's n, r, z from n first
-    tensors = gates[:, :, : rows * hidden], h0, c0, weight_ih, weight_hh
+    tensors = gates[:, :, : rows * hidden], h0, c0, torch.eye(rows * hidden), weight_hh
     of_oracle = oracle.layer if cell == "lstm" else oracle.gru_layer
     out, h_n, c_n, tape = of_oracle(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=c0.float(), lengths=lengths)
