@@ -274,8 +274,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     of_unit, functions = cell.rows, cell.functions[backward]
     if isinstance(plan.family, Resident):
         cells = units // (4 * warps)  # of a thread
-        products, gates = 2 * chunks * cells, of_unit if backward else 1
-        products = products * of_unit // 4 if backward else products  # forward a tile has rows of zeros
+        products, gates = 2 * chunks * ceil(of_unit * units / (16 * warps)), of_unit if backward else 1
         of_cell, of_function = RESIDENT_INSTRUCTIONS[backward]
         instructions = (of_cell + of_function * functions) * cells + products
         shared = gates * (cells * problem.size + 16 * chunks)
