@@ -196,7 +196,7 @@ HELD_BESIDE = 0.65  # the share of reads that shows where a multiprocessor has t
 HELD_ARRIVALS = 700  # the part of GRID_BARRIER that is not in these
 # Instructions that no tile size changes, and those of each sigmoid or tanh, forward and backward: of each cell of a
 # thread in the resident family, of its only cell in the cooperative one; fitted.
-RESIDENT_INSTRUCTIONS = (65, 6), (82, 18)
+RESIDENT_INSTRUCTIONS = (40, 11), (82, 18)
 COOPERATIVE_INSTRUCTIONS = (130, 16), (198, 20)
 
 

@@ -4,7 +4,7 @@
 // The batch tiles of 8 sequences are split among groups, which never wait for each other. All blocks of a launch must
 // be resident at once.
 //
-// forward    A block holds the rows of W_hh for its units' four gates, and publishes h of its units.
+// forward    A block holds the rows of W_hh for its units' gates, OF_H each, and publishes h of its units.
 //
 // backward   dh of a unit needs the dgates of all units, four times as wide as h. PARTNERS blocks own PARTNERS * UNITS
 //            units together. Each holds W_hh^T of all of these for its own share of the gates, reads that share of
