@@ -220,6 +220,7 @@ COUNTS = {
     ("cooperative_forward", NORMED): Loop(637, barriers=1, products=18, shared=176, loads=18, stores=13),
     ("cooperative_backward", NORMED): Loop(756, barriers=1, products=24, shared=48, loads=40, stores=15),
     ("cooperative_forward", f"{PLAIN} GRU"): Loop(268, barriers=1, products=18, shared=144, loads=9, stores=9),
+    ("resident_forward", f"{MANY} GRU"): Loop(305, barriers=1, products=24, shared=72, loads=12, stores=24),
     ("resident_backward", f"{MANY} GRU"): Loop(336, barriers=1, products=24, shared=216, loads=28, stores=16),
 }
 

@@ -71,6 +71,12 @@ def test_a_nan_is_data_and_stays_in_its_sequence(monkeypatch, device):
     assert (h[:, 2].isfinite().all(), h[0, 1].isfinite().all()) == (True, True)
 
 
+def test_a_gru_of_blocks_whose_third_gate_is_in_both_halves_of_tiles(monkeypatch):
+    """Of 16 units: three blocks have no fewer for 45."""
+    cuda(monkeypatch, cupy_plan(True, 1, multiprocessors=3))
+    check((3, 9, 3, 45), "gru ragged resets", "cupy", torch.float16, seeds=1)
+
+
 @pytest.mark.gpu
 def test_more_elements_than_32_bits_count():
     T, B, H = 70_000, 64, 128

@@ -158,8 +158,8 @@ def test_no_kernel_spills_weights_stay_in_registers_and_a_step_has_one_barrier(r
         assert found == (kept, kept, row.architecture < 75)
         if row.loop is not None:
             assert row.loop.barriers == 1
-            products = 2 * case.plan.chunks * case.plan.units * (case.plan.partners if case.backward else 4) // 16
-            assert row.loop.products == products
+            of_unit = case.plan.partners if case.backward else CELLS[case.problem.cell].rows
+            assert row.loop.products == 2 * case.plan.chunks * ceil(case.plan.units * of_unit / 16)
 
 
 def a_case(backward: bool) -> cuda_kernels.Case:

@@ -113,7 +113,7 @@ GRUS = [
     ("held", F16, (1, "4,18,3,40", "ragged states masks")), ("held/2", F32, (1, "4,3,3,18", "no-hx packed both")),
     ("held/ahead", F32, (1, "4,35,3,18", "ragged resets")),
     ("resident", F32, (1, "5,11,3,33", "no-hx deep"), (1, "5,3,3,11", f"{MIX} masks")),
-    ("resident", F16, (1, "5,3,3,7", MIX), (1, "5,3,3,11", "ragged states masks")),
+    ("resident", F16, (1, "3,3,3,70", MIX), (1, "5,3,3,11", "ragged states masks")),
     ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged states masks")),

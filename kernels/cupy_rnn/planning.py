@@ -100,8 +100,9 @@ def _plan(
 ) -> Iterator[Plan]:
     """The plan of these sizes, if there are kernels for them, and all blocks can be resident at once."""
     # Rows: gates of a block's units; backward units of all the blocks that it shares gates with.
-    rows = units * (partners if backward else 4)
-    k = words_of(problem) * (CELLS[problem.cell].rows // partners if backward else 1)
+    gates = CELLS[problem.cell].rows
+    rows = units * partners if backward else ceil(units * gates / 16) * 16
+    k = words_of(problem) * (gates // partners if backward else 1)
     chunks = ceil(k / (CHUNK * warps)) if kept else 0
     if kept:
         tensor_cores = card.architecture >= 80 and not problem.exact_float32

@@ -171,13 +171,6 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
 
 
 @triton.jit
-def row_of_gate(gate, unit, S: tl.constexpr):
-    """The row of W_hh for a gate of units; -1 where there is none."""
-    FIRST: tl.constexpr = 4 - S.GATES  # h does not reach the gates before
-    return tl.where((unit < S.H) & (gate >= FIRST), (gate - FIRST) * S.H + unit, -1)
-
-
-@triton.jit
 def split_gates(z):
     """[rows, 4 * UNITS] with those columns -> (i, f, g, o), each [rows, UNITS]."""
     ig, fo = tl.split(tl.reshape(z, (z.shape[0], z.shape[1] // 4, 2, 2)))

@@ -198,7 +198,7 @@ HELD_AHEAD = 0.6  # the share of an operand's read that shows where it is asked 
 HELD_ARRIVALS = 950  # the part of GRID_BARRIER that is not in these
 # Instructions that no tile size changes, and those of each sigmoid or tanh, forward and backward: of each cell of a
 # thread in the resident family, of its only cell in the cooperative one; fitted.
-RESIDENT_INSTRUCTIONS = (65, 6), (82, 18)
+RESIDENT_INSTRUCTIONS = (40, 11), (82, 18)
 COOPERATIVE_INSTRUCTIONS = (130, 16), (198, 20)
 
 
@@ -278,8 +278,7 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
     of_unit, functions = cell.rows, cell.functions[backward]
     if isinstance(plan.family, Resident):
         cells = units // (4 * warps)  # of a thread
-        products, gates = 2 * chunks * cells, of_unit if backward else 1
-        products = products * of_unit // 4 if backward else products  # forward a tile has rows of zeros
+        products, gates = 2 * chunks * ceil(of_unit * units / (16 * warps)), of_unit if backward else 1
         of_cell, of_function = RESIDENT_INSTRUCTIONS[backward]
         instructions = (of_cell + of_function * functions) * cells + products
         shared = gates * (cells * problem.size + 16 * chunks)

@@ -77,13 +77,29 @@ def load_step(h, c, now, hidden, cell, S: tl.constexpr):
 
 
 @triton.jit
+def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
+    """W_hh of the warp's units. A tile has 8 rows twice. Each 8 are a gate of 8 units: all gates of the first 8 units,
+    then of the next; at the end there may be 8 rows of zeros."""
+    GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
+    rows = ()
+    for n in tl.static_range(GATES * len(owned.units) // 2):
+        unit = owned.units[n // GATES * 2]
+        rows = rows + (tl.where(unit < S.H, n % GATES * S.H + unit, -1),)
+    if len(rows) % 2 > 0:
+        rows = rows + (tl.full((32 * S.WARPS,), -1, tl.int32),)
+    return load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
+
+
+@triton.jit
 def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
-    """W_hh h: the four gates of each cell."""
+    """W_hh h: the four gates of each cell; 0 for the first where h does not reach it."""
+    SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
     shared = share(h, owned.columns, owned.units, buffer, S.CHUNKS)
     products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), h[0].dtype)
     z = ()
     for n in tl.static_range(len(h)):
-        z = z + (products[n // 2 * 8 + n % 2 : n // 2 * 8 + 8 : 2],)  # both of a tile's cells alternate
+        of_h = products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2]
+        z = z + ((0.0,) + of_h if S.GATES < 4 else of_h,)
     return z
 
 
@@ -99,13 +115,7 @@ def resident_forward_kernel(
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
 
-    # The four gates' rows of the warp's units, once: a pair of tiles is 8 units, i and f of the first, g and o.
-    rows = ()
-    for n in tl.static_range(2 * CELLS):
-        unit = owned.units[n // 4 * 2]
-        rows = rows + (indexing.row_of_gate(n % 4, unit, S),)
-    weights = load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
-
+    weights = load_rows(weights_ptr, owned, DTYPE, S)
     h, c, constants, affine_hh, affine_c = (), (), (), (), ()
     first = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
@@ -273,7 +283,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)
-    gates = CELLS[problem.cell].rows if backward else 4  # forward a tile of a product has four
+    gates = CELLS[problem.cell].rows
     registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
     if warps <= 8 and registers <= MOST_REGISTERS:
         rows = SEQUENCES.value

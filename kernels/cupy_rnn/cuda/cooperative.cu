@@ -4,7 +4,7 @@
 // The batch tiles of 8 sequences are split among groups, which never wait for each other. All blocks of a launch must
 // be resident at once.
 //
-// forward    A block holds the rows of W_hh for its units' four gates, and publishes h of its units.
+// forward    A block holds the rows of W_hh for its units' gates, OF_H each, and publishes h of its units.
 //
 // backward   dh of a unit needs the dgates of all units, four times as wide as h. PARTNERS blocks own PARTNERS * UNITS
 //            units together. Each holds W_hh^T of all of these for its own share of the gates, reads that share of
@@ -70,15 +70,18 @@ __global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
     constexpr int W = WORDS<E, H>;
     constexpr int OF_H = Cell::OF_H;
     constexpr int FROM_X = Cell::HAS_CONSTANT & !WITH_RESET_C ? GATES - 1 : GATES;  // gates that come with something
-    using Rows = Product<E, 4 * UNITS, W, WARPS, CHUNKS>;  // pairs are the gates 0 and 1, then 2 and 3, of a unit
+    // Pairs are gates 0 and 1 of each unit. After them come 2 and 3; or where there are three, halves of the units.
+    constexpr int PAIRS = (OF_H * UNITS + 15) / 16 * 8, REST = PAIRS - UNITS;
+    using Rows = Product<E, 2 * PAIRS, W, WARPS, CHUNKS>;
     const Own<UNITS, WARPS> own;
     const Walk<(CHUNKS > 0)> begin(blockIdx.x, gridDim.x, UNITS, H);
 
     Rows product(weights);
     const auto load_rows_of = [&](int first_unit) {
         product.load([=](int pair, int half) {
-            const int unit = first_unit + pair % UNITS, gate = 2 * (pair / UNITS) + half - (GATES - OF_H);
-            return unit < H & gate >= 0 ? gate * H + unit : -1;
+            const int row = pair < UNITS ? half * UNITS + pair : UNITS + half * REST + pair;  // gate after gate
+            const int unit = first_unit + row % UNITS, gate = row / UNITS;
+            return unit < H & gate < OF_H ? gate * H + unit : -1;
         });
     };
     load_rows_of(begin.row);
@@ -117,8 +120,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) cooperative_forward(
 
             // Gates and cell.
             const float2 low = Rows::sum(own.unit, own.sequence, turn);
-            const float2 high = Rows::sum(UNITS + own.unit, own.sequence, turn);
+            const float2 high = Rows::sum(UNITS + own.unit % REST, own.sequence, turn);
             float x[GATES], of_h[GATES] = {low.x, low.y, high.x, high.y}, bias[3];
+            if (OF_H == 3) of_h[0] = 0, of_h[1] = low.x, of_h[2] = low.y, of_h[3] = own.unit < REST ? high.x : high.y;
 #pragma unroll
             for (int gate = 0; gate < GATES; ++gate) {
                 x[gate] = to_float(gates_x[gate]);
