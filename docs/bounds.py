@@ -84,8 +84,8 @@ load:
 
 It is not in: the launch must be cooperative, too, and CuPy's `cuLaunchCooperativeKernel` is not documented to launch
 clusters. The one report [is a failure](https://github.com/cupy/cupy/issues/8778), and CuPy [will not launch
-clusters itself](https://github.com/cupy/cupy/issues/8780). `cuLaunchKernelEx` does both, but needs a launcher of our own, which
-nobody can try without a card."""
+clusters itself](https://github.com/cupy/cupy/issues/8780). `cuLaunchKernelEx` does both, but needs a launcher of our
+own, which nobody can try without a card."""
 
 
 class Row(NamedTuple):
