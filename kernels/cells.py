@@ -46,7 +46,7 @@ class Cell(NamedTuple):
 
 
 LSTM = Cell("lstm", ("h", "c"), 4, 0, 4, 0, (5, 1), of_torch=True, normalises=True)  # i, f, g, o
-# The candidate has n of x and s of h. Gates are in the order r, z, n, s, where x reaches the first three, as in torch;
-# gradients in the order n, r, z, s, where what x and what h reach are neighbours.
+# The candidate is made of n, from x, and s, from h. Gates are in the order r, z, n, s, where x reaches the first three,
+# as in torch; gradients in the order n, r, z, s, where what x and what h reach are neighbours.
 GRU = Cell("gru", ("h",), 3, 0, 3, 1, (3, 0), of_torch=True, normalises=False)
 CELLS = {cell.name: cell for cell in (LSTM, GRU)}

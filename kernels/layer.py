@@ -26,7 +26,7 @@ class Plan(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its numbers may depend on, as JSON values; how many sequences there are need not be among it."""
+        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
 
     def sequences_enough(self, problem: Problem) -> int:
         """How many of a problem's sequences show all that its kernel does, for verification."""
@@ -37,7 +37,7 @@ class Chosen(NamedTuple):
 
     plan: Any  # the backend's own
     measured: bool = False  # by autotune; else the first that fits in the order of estimated times
-    family: str = ""  # the kind of kernel
+    family: str = ""  # of kernels
     tiles: str = ""  # how its programs share a layer, in words
     why: str = ""
     each_step: bool = False  # whether it is launched at every step

@@ -182,7 +182,7 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
 
 
 def of_constant(cell: str, bias_hh: bool, known_h: bool) -> tuple[bool, bool]:
-    """The flags `bias_hh` and `known_h` of a Problem, of what there is."""
+    """A Problem's flags `bias_hh` and `known_h`, from what there is."""
     return (bias_hh, known_h) if CELLS[cell].has_constant else (False, False)
 
 

@@ -136,11 +136,11 @@ def stack(
 
 def packed(weights: list[Tensor]) -> list[Tensor]:
     """The same weights as parts of one buffer in cuDNN's order, matrices before biases: cuDNN copies other orders."""
-    parts = sorted(weights, key=Tensor.dim, reverse=True)
-    if parts[-1].dim() == 2:  # cuDNN always has biases
-        parts.append(parts[0].new_zeros(sum(len(t) for t in weights if len(t) == len(weights[0]))))
-    pieces = torch.cat([t.flatten() for t in parts]).split([t.numel() for t in parts])
-    views = {t: piece.view_as(t) for t, piece in zip(parts, pieces)}
+    ordered = sorted(weights, key=Tensor.dim, reverse=True)
+    if ordered[-1].dim() == 2:  # cuDNN always has biases
+        ordered.append(ordered[0].new_zeros(sum(len(t) for t in weights if len(t) == len(weights[0]))))
+    pieces = torch.cat([t.flatten() for t in ordered]).split([t.numel() for t in ordered])
+    views = {t: piece.view_as(t) for t, piece in zip(ordered, pieces)}
     return [views[t] for t in weights]
 
 

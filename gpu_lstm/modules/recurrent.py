@@ -54,8 +54,8 @@ class Recurrent(Regularised):
         weights = [w for w in self._flat_weights if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
         if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none are tied, as torch requires
             with torch.no_grad():
-                for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
-                    weight.set_(part)  # type: ignore[call-overload]
+                for weight, view in zip(weights, packed(weights)):  # type: ignore[arg-type]
+                    weight.set_(view)  # type: ignore[call-overload]
 
     def forward(
         self: Any, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,

@@ -103,13 +103,13 @@ class Stack(Regularised, nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""
-        parts = [f"{self.input_size}, {self.hidden_sizes}"]
+        sizes = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
             recompute=False, **dict.fromkeys(OURS, 0.0), peepholes=False, layer_norm=False,
         )  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in defaults.items()}
-        return ", ".join(parts + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])
+        return ", ".join(sizes + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])
 
 
 class StackedLSTM(Stack):

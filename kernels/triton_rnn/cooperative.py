@@ -393,9 +393,9 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
         h.zero_()
     if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
         h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-    operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
-    operands |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
-    return operands | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
+    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
+    arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
+    return arguments | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
 
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
