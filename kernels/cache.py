@@ -87,7 +87,7 @@ def version_of(package: str) -> str | None:
 
 
 def read(kind: str, key: Key) -> Any:
-    """The value of a cached result, of one of KINDS; None if there is none."""
+    """A cached result's value, of one of KINDS; None if there is none."""
     return _read(folders(), kind, _text(key))
 
 

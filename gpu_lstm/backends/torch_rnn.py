@@ -153,7 +153,7 @@ def run_layer(cell: Cell, x: Tensor, state: State, weights: Weights, traversal: 
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
 
     def reordered(t: Tensor) -> Tensor:
-        """t [T, B, F] from the order of time to that of steps, or back; zero past the end of a sequence."""
+        """t [T, B, F] by time -> by step, or back; zero past the end of a sequence."""
         t = t if valid is None else torch.where(valid[:, :, None], t, 0)
         return t.gather(0, time[:, :, None].expand_as(t)) if traversal.reverse else t
 

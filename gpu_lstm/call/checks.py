@@ -43,7 +43,7 @@ def _other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
 
 
 def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
-    """Return the rank of the input of module `name`; raise unless it is one of `ranks`, and the input dense."""
+    """The rank of module `name`'s input; raise unless it is one of `ranks`, and the input dense."""
     try:
         rank = input.dim()
     except AttributeError as error:  # torch.nn.LSTM's error

@@ -36,7 +36,7 @@ class Racing(enum.Enum):
 
 
 KERNEL_BACKENDS = tuple(b for b in Backend if b.value not in ("auto", "torch", "reference"))
-"""Those of kernels/NAME_rnn. Of those that can run a call, `auto` takes the first."""
+"""Those in kernels/NAME_rnn. `auto` takes the first that can run a call."""
 
 
 class Block(contextlib.ContextDecorator, Generic[E]):

@@ -107,9 +107,7 @@ class Options:
 
 
 def _names(a: Any, role: str, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
-    """The names of the parameters of each layer and direction, [L][D], in the order of Weights up to the last that is
-    there; None for absent ones before it.
-    """
+    """Parameter names by layer and direction, [L][D], in the order of Weights up to the last there is; None: absent."""
     optional = dict(
         bias_ih=a.bias, bias_hh=a.bias, weight_hr=a.proj_size > 0, weight_peephole=a.peepholes, gain_ih="ih" in a.norms,
         gain_hh="hh" in a.norms, gain_c="c" in a.norms, bias_c="c" in a.norms and a.bias,

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     x: Tensor  # [T, B, I]; as torch's own accept it: for a PackedSequence its data [N, I], for a cell [B, I]
     steps: int
     batch: int
-    # Of each of the user's tensors ([*, B, P], [*, B, H]), with options.lead rows; for a GRU c = h.
+    # A pair ([*, B, P], [*, B, H]) for each of the user's, with options.lead rows; for a GRU c = h.
     states: list[State]
     weights: list[list[Weights]]  # [L][D]
     traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     learns: bool  # whether autograd records
 
     def padded(self) -> tuple[Tensor, Traversal]:
-        """x [T, B, I], of a cell [B, I], and the traversal: those of a PackedSequence in a batch with lengths."""
+        """x [T, B, I], of a cell [B, I], and the traversal; a PackedSequence as a batch with lengths."""
         if self.form.packed is None:
             return self.x, self.traversal
         return self.form.padded(), self.traversal._replace(lengths=self.form.lengths())

@@ -114,7 +114,7 @@ def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
 
 
 def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
-    """The result of a race of a kind of call on a device, if there was one, and it may be used."""
+    """The cached race of a kind on a device, if there is one that may be used."""
     entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None

@@ -18,7 +18,7 @@ NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, i
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
-    """The value of an argument as the attribute `name` of a module, checked; for other attributes the value as it is.
+    """The value of a module's argument `name`, checked; for other attributes the value as it is.
 
     Zoneout of a `cell` with one state is no pair, which is for h and c.
 

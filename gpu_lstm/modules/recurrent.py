@@ -29,7 +29,7 @@ class Recurrent(Regularised):
     def _make(self: Any, torchs: tuple, **ours: Any) -> None:
         """Check our own arguments before RNNBase, with torch's, draws initial weights.
 
-        RNNBase has as many of them as one of torch's classes, of which it wants the name, has: that with as many rows.
+        RNNBase knows torch's classes alone, by name: it is given the one whose weights have as many rows.
         """
         accepted_ours = {name: accepted(name, value, self._cell) for name, value in ours.items()}
         mode = "LSTM" if self._cell.rows == LSTM.rows else "GRU"

@@ -35,7 +35,7 @@ class Stack(Regularised, nn.Module):
         self, sizes: tuple[int, Sequence[int]], flags: dict[str, bool], ours: dict[str, Any],
         make: Callable[[int, int], nn.Module],
     ) -> None:  # fmt: skip
-        """Of an input of sizes[0] features and layers of sizes[1] units, each by make(features, units)."""
+        """`sizes`: input features, and each layer's units; make(features, units) is a layer."""
         super().__init__()
         # All arguments are checked before initial weights are drawn.
         input_size, hidden_sizes = sizes[0], layer_sizes(sizes[1])

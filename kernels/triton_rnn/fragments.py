@@ -5,7 +5,7 @@ kernel can say what every thread does. It keeps W_hh in registers for the whole 
 uses h as the other operand as it arrives, without a change of layout and without a barrier.
 
 A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
-and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring elements of half precision, or one of float32.
+and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring half-precision elements, or one float32.
 Every thread of a warp has elements of A, B and D, by its
 
     column   lane // 4: a sequence in B; the rows column and column + 8 in A and D
