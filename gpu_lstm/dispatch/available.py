@@ -24,8 +24,8 @@ def select(
 ) -> Backend:
     """The backend that will run tensors of this device and dtype unless another wins a race: never AUTO.
 
-    `feature` is the call's feature that the fewest backends support. If it is `transformed`, in torch.func.vmap or a
-    forward-mode derivative, the reference runs it, whatever was chosen and can run.
+    `feature` is the one of a call that the fewest backends support; `transformed`, whether it is within torch.func.vmap
+    or a forward-mode derivative: those the reference runs, whatever was chosen and can run.
 
     Raises:
         ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
