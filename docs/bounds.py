@@ -71,16 +71,15 @@ steps. A sigmoid by this instruction is off by up to 2^-12 near 1, after 1,024 s
 ### Partners in a cluster
 
 Backward at H = 768 every program reads 48 KB of dgates a step. Four partners read a quarter each, but hand each other
-their sums through L2. As blocks of a cluster they could write them to each other's shared memory. A kernel in CUDA C++
-that does so, compiled for sm_90 and counted, not run, with 200 cycles (150 to 400) from the last store to the first
-load:
+their sums through L2. As blocks of a cluster they could write them to each other's shared memory. Kernels compiled for
+sm_90 and counted, not run, if it takes 150 to 400 cycles from the last store to the first load:
 
-| | if L2 gives all multiprocessors 28.7 bytes a clock | if 40 |
-|---|--:|--:|
-| Triton | 2,969 | 2,616 |
-| CUDA C++ | 2,820 | 2,468 |
-| partners in a cluster, `barrier.cluster`, a fence of the whole GPU | 2,506 (2,456 to 2,706) | 2,452 (2,402 to 2,652) |
-| partners in a cluster, `st.async` to an mbarrier | 2,212 (2,162 to 2,412) | 2,149 (2,099 to 2,349) |
+| | cycles |
+|---|--:|
+| Triton | 2,969 |
+| CUDA C++ | 2,820 |
+| in a cluster, `barrier.cluster`, a fence of the whole GPU | 2,456 to 2,706 |
+| in a cluster, `st.async` to an mbarrier | 2,162 to 2,412 |
 
 It is not in: the launch must be cooperative, too, and CuPy's `cuLaunchCooperativeKernel` is not documented to launch
 clusters. The one report [is a failure](https://github.com/cupy/cupy/issues/8778), and CuPy [will not launch
