@@ -92,15 +92,13 @@ A GRU's forward that looks ahead for 32 units waits for gates from memory at eac
 H=512 B=256 takes 7,032 cycles by count, and 5,263 where W_hh is held."""
 TRIED = """## What was tried for a step's latency
 
-Cycles are estimates from SASS for an H100 in bfloat16, B = 16, if what a program stores is found 400 cycles later.
+Cycles are estimates from SASS for an H100 in bfloat16, B = 16, if a load sees a store 400 cycles later.
 
 ### Tanh by an instruction
 
-`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it: forward 1,758 to 1,712 cycles at H = 768, 1,387 to
-1,339 at 256, 1,207 to 1,159 at 128. No other does, by the limit of [the tests](testing.md). A simulation of the
-kernels' roundings decided, with T = 1,024, H = 16 and 64, short and long memories, up to five seeds, and each tanh off
-by all of 2^-11, always to one side or in turns. The yardstick was the same with an exact tanh. The greatest RMS errors,
-in limits:
+`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it, which saves 46 of 1,758 cycles forward at H = 768,
+48 of 1,207 at 128. The others do not: the kernels' roundings were simulated over 1,024 steps, each tanh off by
+2^-11, always to one side or in turns. The greatest RMS errors, as multiples of the limit of [the tests](testing.md):
 
 | | to one side | in turns |
 |---|--:|--:|
@@ -110,29 +108,26 @@ in limits:
 | LSTM, bfloat16: g | 6.5 | 1.2 |
 | LSTM, bfloat16: both | 6.6 | 1.7 |
 
-An LSTM (1,893 to 1,765 cycles at H = 768, 1,277 to 1,220 at 128) whose forget gate stays near 1 adds up what every step
-is off by, in c, and by h in later gates; even beside torch's own on a CPU, which rounds c at every step, it is 1.7
-limits. A sigmoid by this instruction is off by up to 2^-12 near 1, which 1,024 steps make 22 % of c.
+It would save an LSTM 128 of 1,893 cycles at H = 768. But where a forget gate stays near 1, c adds up the errors of all
+steps. A sigmoid by this instruction is off by up to 2^-12 near 1, after 1,024 steps by 22 % of c.
 
 ### Partners in a cluster
 
-Backward at H = 768 most of a step are 48 KB of dgates that every program reads. Four partners read a quarter each, but
-hand each other their sums through L2. As blocks of a cluster they can write them to each other's shared memory. A
-kernel in CUDA C++ that does so, compiled for sm_90 and counted, not run, with 200 cycles (150 to 400) from the last
-store to the first load:
+Backward at H = 768 every program reads 48 KB of dgates a step. Four partners read a quarter each, but hand each other
+their sums through L2. As blocks of a cluster they could write them to each other's shared memory. Kernels compiled for
+sm_90 and counted, not run, if it takes 150 to 400 cycles from the last store to the first load:
 
-| | if L2 gives all multiprocessors 28.7 bytes a clock | if 40 |
-|---|--:|--:|
-| Triton | 2,969 | 2,616 |
-| CUDA C++ | 2,820 | 2,468 |
-| partners in a cluster, `barrier.cluster`, a fence of the whole GPU | 2,506 (2,456 to 2,706) | 2,452 (2,402 to 2,652) |
-| partners in a cluster, `st.async` to an mbarrier | 2,212 (2,162 to 2,412) | 2,149 (2,099 to 2,349) |
+| | cycles |
+|---|--:|
+| Triton | 2,969 |
+| CUDA C++ | 2,820 |
+| in a cluster, `barrier.cluster`, a fence of the whole GPU | 2,456 to 2,706 |
+| in a cluster, `st.async` to an mbarrier | 2,162 to 2,412 |
 
-It would be worth it, but is not in. All blocks must be resident, so the launch must be cooperative. CuPy makes one with
-`cuLaunchCooperativeKernel`, of which NVIDIA does not say that it launches a kernel with `__cluster_dims__`; the one
-report [is a failure](https://github.com/cupy/cupy/issues/8778), and CuPy [will not launch clusters
-itself](https://github.com/cupy/cupy/issues/8780). `cuLaunchKernelEx` does both, but would be a launcher of our own for
-one kernel, which nobody can try without a card, and which runs only for who asks for `cupy`."""
+It is not in: the launch must be cooperative, too, and CuPy's `cuLaunchCooperativeKernel` is not documented to launch
+clusters. The one report [is a failure](https://github.com/cupy/cupy/issues/8778), and CuPy [will not launch
+clusters itself](https://github.com/cupy/cupy/issues/8780). `cuLaunchKernelEx` does both, but needs a launcher of our
+own, which nobody can try without a card."""
 
 
 class Row(NamedTuple):

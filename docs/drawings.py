@@ -46,7 +46,7 @@ def data_flow() -> Figure:
     """One call, from the module to the kernels."""
     figure, axes = canvas(92, 90)
     box(axes, 17, 1, (58, 6), "modules/, functional.py",
-        "LSTM, StackedLSTM, LSTMCell; lstm_layer: arguments and weights as they are now", PYTHON)  # fmt: skip
+        "LSTM, GRU, stacks, cells; lstm_layer: arguments and weights as they are now", PYTHON)  # fmt: skip
     arrow(axes, (46, 7), (46, 11), "Options, weights, input, hx, lengths, resets, reset_states")
     box(axes, 17, 11, (58, 6), "call/prepare.py", "every check of a call; what the process has set", PYTHON)
     arrow(axes, (46, 17), (46, 21), "Call: x and states as given, weights, Traversal, Modes")
@@ -63,7 +63,7 @@ def data_flow() -> Figure:
         (71, "reference.py", "a plain loop: any device,\nany dtype, differentiable\nto any order", TORCH),
     ):
         box(axes, left, 34, (20, 9), name, text, colour)
-    arrow(axes, (34, 43), (34, 48), "one direction of one layer")
+    arrow(axes, (34, 43), (34, 48), "layer_loop.py: a Part, one layer in one direction")
     box(axes, 13, 48, (48, 8), "autograd.py, fused.py",
         "what is saved for backward; gates_x = x W_ih^T + b: one product\n"
         "gradients of weights: products over all steps", PYTHON)  # fmt: skip

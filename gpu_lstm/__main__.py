@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from . import __version__, modules
-from .backends import verify
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .call.options import Size
-from .dispatch import race
 from .dispatch.available import import_problem, select, why_unavailable
 from .dispatch.kind import Kind, describe
 from .dispatch.race import Decision
@@ -147,7 +145,7 @@ def _summary(device: torch.device) -> str:
         return f"On this machine gpu_lstm runs torch's own LSTM and GRU on {where}: {why}"
     verdicts, decisions = (
         [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]
-        for kind in (verify.KIND, race.KIND)
+        for kind in (cache.CHECKS, cache.RACES)
     )
     wrong = len(verdicts) - verdicts.count("right")
     won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)
@@ -210,8 +208,8 @@ def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """How a layer with as many features as hidden units runs on the first CUDA device, or the CPU."""
     dtype, precision = _DTYPES[options.dtype]
     made: Any = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
-    kind = getattr(modules, options.cell.upper())
-    module = kind(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
+    cls = getattr(modules, options.cell.upper())
+    module = cls(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
     x = torch.empty(options.steps, options.batch, options.hidden, **made)
     tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
     with torch.set_grad_enabled(not options.inference), tf32:
@@ -244,7 +242,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     """A cached result in words; raises one of several errors if it has other fields."""
-    if kind == race.KIND:
+    if kind == cache.RACES:
         return f"{describe(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == cache.PLANS else key
     direction, dtype = "backward" if of["backward"] else "forward", of["dtype"].removeprefix("torch.")

@@ -60,7 +60,7 @@ def machine(device: torch.device) -> Key:
 
 @functools.cache
 def sources(*names: str) -> str:
-    """A digest of this package's folders: an edit ends what they decided. A wheel and a checkout have the same."""
+    """A digest of this package's folders: an edit voids their results. A wheel and a checkout have the same."""
     digest = hashlib.sha256()
     for root in map(Path, sys.modules[__package__.rpartition(".")[0]].__path__):  # two in a checkout, for the kernels
         for file in sorted(file for name in names for file in (root / name).rglob("*.*")):
@@ -87,12 +87,12 @@ def version_of(package: str) -> str | None:
 
 
 def read(kind: str, key: Key) -> Any:
-    """The value of a cached result, of one of KINDS; None if there is none."""
+    """A cached result's value, of one of KINDS; None if there is none."""
     return _read(folders(), kind, _text(key))
 
 
-def write(kind: str, key: Key, value: Any, held: contextlib.ExitStack | None = None) -> bool:
-    """Write a result; return whether that succeeded. With `held` its file is locked, and unread, until that is left."""
+def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = None) -> bool:
+    """Write a result; return whether that succeeded. With `lock` its file is locked, and unread, until that is left."""
     ours = folder()
     try:
         if ours is None:
@@ -106,11 +106,11 @@ def write(kind: str, key: Key, value: Any, held: contextlib.ExitStack | None = N
             stack.callback(Path(file.name).unlink, missing_ok=True)
             json.dump({"key": key, "value": value}, file, indent=1)
             file.flush()
-            if held is None:
+            if lock is None:
                 file.close()
             else:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                held.enter_context(stack.pop_all())
+                lock.enter_context(stack.pop_all())
             Path(file.name).replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
     except OSError as error:
         warn_once(f"a result ({kind}) is not cached: {error}")
@@ -126,10 +126,10 @@ def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
     Meanwhile the result's file is locked, so that processes that try the same at once do not see it. The system unlocks
     it when the process ends, in whatever way. If the block raises, there is no result.
     """
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as lock:
         try:
             if fcntl is not None:
-                write(kind, key, value, held)
+                write(kind, key, value, lock)
             yield
         except BaseException:
             forget(kind, key)

@@ -1,4 +1,4 @@
-"""What a layer knows of a cell: the sizes of its weights, and which of its pre-activations x and h reach.
+"""What a layer knows of a cell: its weights' sizes, and which pre-activations x and h reach.
 
 A unit has four gates, [T, B, 4H], and four pre-activations, whatever its cell: so all kernels have the same tiles. The
 equations are in triton_rnn/equations/ and cupy_rnn/cuda/equations/, and in torch's operators in gpu_lstm/equations/.
@@ -18,7 +18,7 @@ class Cell(NamedTuple):
     x_start: int  # x reaches the pre-activations from this one on
     x_end: int  # and before this one
     h_start: int  # h reaches this one and those after it
-    functions: tuple[int, int]  # sigmoid and tanh that a unit's kernels compute, forward and backward
+    functions: tuple[int, int]  # how many sigmoids and tanhs a unit takes, forward and backward
     of_torch: bool  # torch has it, and so cuDNN
     normalises: bool  # m is made of its last gate and c: it may have peepholes, and layer norms of c and of W_hh h
 
@@ -46,7 +46,7 @@ class Cell(NamedTuple):
 
 
 LSTM = Cell("lstm", ("h", "c"), 4, 0, 4, 0, (5, 1), of_torch=True, normalises=True)  # i, f, g, o
-# The candidate has n of x and s of h. Gates are in the order r, z, n, s, where x reaches the first three, as in torch;
-# gradients in the order n, r, z, s, where what x and what h reach are neighbours.
+# The candidate is made of n, from x, and s, from h. Gates are in the order r, z, n, s, where x reaches the first three,
+# as in torch; gradients in the order n, r, z, s, where what x and what h reach are neighbours.
 GRU = Cell("gru", ("h",), 3, 0, 3, 1, (3, 0), of_torch=True, normalises=False)
 CELLS = {cell.name: cell for cell in (LSTM, GRU)}

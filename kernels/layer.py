@@ -16,7 +16,7 @@ from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop
 from .timeouts import raise_if_timed_out
 
-MOST_LAYERS = 1024  # that are kept; a program with more problems, say as many sizes of batches, makes them again
+MOST_LAYERS = 1024  # that are kept; a program with more problems, say more batch sizes, makes them again
 
 
 class Plan(Protocol):
@@ -26,7 +26,7 @@ class Plan(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its numbers may depend on, as JSON values; how many sequences there are need not be among it."""
+        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
 
     def sequences_enough(self, problem: Problem) -> int:
         """How many of a problem's sequences show all that its kernel does, for verification."""
@@ -37,7 +37,7 @@ class Chosen(NamedTuple):
 
     plan: Any  # the backend's own
     measured: bool = False  # by autotune; else the first that fits in the order of estimated times
-    family: str = ""  # the kind of kernel
+    family: str = ""  # of kernels
     tiles: str = ""  # how its programs share a layer, in words
     why: str = ""
     each_step: bool = False  # whether it is launched at every step
@@ -234,7 +234,7 @@ def forget() -> None:
 
 
 def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
-    """A backend's Layer of a problem on a device; every call returns the same one."""
+    """A backend's Layer for a problem on a device, the same at every call."""
     layer = _layers.get((launcher, problem, device))
     if layer is None:
         if len(_layers) >= MOST_LAYERS:

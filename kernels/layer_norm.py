@@ -28,5 +28,5 @@ def gradient(d: Tensor, gain: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
 
 
 def backward(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
-    """Gradient d of LN(v) [T, B, N] -> gradients of v and of the gain [N]."""
+    """Gradient d of LN(v) [T, B, N] -> gradients of v and the gain [N]."""
     return gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))

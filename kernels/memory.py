@@ -1,4 +1,4 @@
-"""The memory of a launch: where results, gradients and scratch are allocated, and the check that nothing lies outside.
+"""A launch's memory: results, gradients and scratch, and the check that nothing is written outside.
 
 Sizes come from a Problem and a plan. A launch that is checked gets a copy of every tensor with a margin on both sides,
 which holds a pattern that must still be there afterwards.

@@ -29,7 +29,7 @@ class _Launched:
 
 
 # All copies of the library in this process share it: Hugging Face's `kernels` loads one, and a reload leaves one.
-# Raise the number when the fields of _Launched change: copies of two numbers do not know of each other's launches.
+# Raise the number when the fields of _Launched change: copies with two numbers do not know each other's launches.
 _launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_1", {})
 
 

@@ -36,11 +36,11 @@ class Problem(NamedTuple):
     bias_c: bool = False
     cell: str = "lstm"  # of cells.CELLS
     bias_hh: bool = False  # of a cell that has_constant
-    known_h: bool = False  # of such a cell: h that is known before the loop has its product in the gates
+    known_h: bool = False  # of such a cell: the gates have W_hh h where h is known before the loop
 
     @property
     def from_x(self) -> int:
-        """How many of the four gates come with something in them."""
+        """How many of the four gates arrive with numbers in them."""
         return 4 if self.known_h else CELLS[self.cell].x_end
 
     @property
@@ -121,7 +121,7 @@ class Gradients(NamedTuple):
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
     dh0: Tensor | None  # [1, B, P]; from Prepared.backward: float32, and through zoneout of the first step only
     dc0: Tensor  # [1, B, H] float32
-    dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m with a layer norm of c
+    dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m if c is normalised
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
 
@@ -182,7 +182,7 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
 
 
 def of_constant(cell: str, bias_hh: bool, known_h: bool) -> tuple[bool, bool]:
-    """The flags `bias_hh` and `known_h` of a Problem, of what there is."""
+    """A Problem's flags `bias_hh` and `known_h`, from what there is."""
     return (bias_hh, known_h) if CELLS[cell].has_constant else (False, False)
 
 

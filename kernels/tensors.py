@@ -23,7 +23,7 @@ class Row(NamedTuple):
     """What is known of a tensor whatever the problem is."""
 
     name: str
-    size: str  # T steps, B sequences, I input features, H units, P features of h; of a GRU 4H of a weight is 3H
+    size: str  # T steps, B sequences, I input features, H units, P features of h; a GRU's weights have 3H for 4H
     dtype: torch.dtype | None  # None: that of x
     role: str
     loop: bool  # the time loop reads it; x, W_ih and b_ih are in the gates

@@ -40,8 +40,8 @@ class _Words:
         with torch.inference_mode(False):
             size = 2, MOST_KERNELS, APART
             self.tensor = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-            for of, seconds in zip(self.tensor, (timeout_seconds(), SECONDS_OF_TRIALS)):
-                of[:, 1] = min(max(1, int(seconds * POLLS_A_SECOND)), 2**31 - 1)
+            for words, seconds in zip(self.tensor, (timeout_seconds(), SECONDS_OF_TRIALS)):
+                words[:, 1] = min(max(1, int(seconds * POLLS_A_SECOND)), 2**31 - 1)
         # The same memory, since it is read at every call, and reading the tensor would take microseconds.
         self.memory: Any = (ctypes.c_int32 * self.tensor.numel()).from_address(self.tensor.data_ptr())
         self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
@@ -131,9 +131,9 @@ def raise_if_timed_out(device: torch.device) -> None:
         return
     timeouts = []
     for place, kernel in enumerate(words.kernels[:MOST_KERNELS]):
-        for at in place * APART, (MOST_KERNELS + place) * APART:
-            if step := words.memory[at]:
-                words.memory[at] = 0  # and no others: one may be written at this moment
+        for n in place * APART, (MOST_KERNELS + place) * APART:
+            if step := words.memory[n]:
+                words.memory[n] = 0  # and no others: one may be written at this moment
                 timeouts.append(f"{kernel} timed out at step {step - 1}")
     if timeouts:  # else another thread was faster
         raise RuntimeError(
@@ -154,7 +154,7 @@ def check() -> None:
 
 
 def wait_and_check(device: torch.device) -> None:
-    """The same for one device; also raises what else failed on it."""
+    """The same for one device; its other errors are raised, too."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     raise_if_timed_out(device)

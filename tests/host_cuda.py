@@ -14,7 +14,7 @@ from memory_checks import bytes_of, refusal
 from torch import Tensor
 
 from gpu_lstm.kernels.cupy_rnn.planning import Plan
-from gpu_lstm.kernels.cupy_rnn.source import in_order, join, name_expression, parameters, parts, present_in
+from gpu_lstm.kernels.cupy_rnn.source import in_order, join, name_expression, parameters, present_in, texts
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (
@@ -53,7 +53,7 @@ def _function(source: str, expression: str) -> Callable[..., int]:
 
 def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[..., None]:
     """A stand-in for launch.launch_kernel, of the source with some parts changed; a seed is an order of turns."""
-    source = join({name: text for name, text in (parts() | (changes or {})).items() if name != "instructions"})
+    source = join({name: text for name, text in (texts() | (changes or {})).items() if name != "instructions"})
 
     def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
         given, count = in_order(kernel, arguments), len(arguments)

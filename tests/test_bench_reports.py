@@ -48,11 +48,11 @@ def test_readme_and_page_are_those_of_the_stored_results(tmp_path):
         report.update_page(readme, files)
 
 
-def test_a_page_tells_variants_from_lengths_and_resets_and_has_forward_alone_in_one_line(tmp_path):
+def test_a_page_tells_variants_from_lengths_and_resets_and_has_forward_alone_and_rare_resets_in_a_line_each(tmp_path):
     begun = replace(HEADLINE, reset_rate=0.02)
     forward, gru = replace(begun, mode="forward"), replace(HEADLINE, cell="gru")
     speeds = {HEADLINE: 1.0, gru: 0.5, begun: 0.8, forward: 0.625, replace(forward, cell="gru"): 0.1,
-              replace(HEADLINE, variant="peepholes"): 0.25}  # fmt: skip
+              replace(HEADLINE, variant="peepholes"): 0.25, replace(begun, reset_rate=0.005): 0.4}  # fmt: skip
     results.create(file := tmp_path / "a.csv")
     for case, speed in speeds.items():
         status = "measured" if case.plain() == case else "yardstick"
@@ -68,6 +68,7 @@ def test_a_page_tells_variants_from_lengths_and_resets_and_has_forward_alone_in_
     assert "lacks: plain 1.00 to 2.00; with lengths or resets 1.25 to 10.0; with peepholes, layer norm" in texts[0]
     assert "states to reset to 4.00 to 4.00." in texts[0]
     assert "| forward, 2 cases | | 0.100 to 0.625 | 3.20 to 20.0 |" in texts[1]
+    assert "| training resets 0.5%, 1 cases | | 0.400 to 0.400 | 5.00 to 5.00 |" in texts[1]
 
 
 def run(**cases):

@@ -140,7 +140,7 @@ def test_a_planted_fault_is_detected(monkeypatch, faults, change):
     changes = {}
     if change is not None:
         part, text, fault = faults[change]
-        found = source.parts()[part]
+        found = source.texts()[part]
         assert found.count(text) == 1, f"{part}: {text}"
         changes[part] = found.replace(text, fault)
     # In registers by one group of blocks, which computes two batch tiles.
@@ -180,7 +180,7 @@ def test_a_launch_whose_blocks_are_not_all_there_ends_and_is_reported(monkeypatc
 def test_blocks_that_timed_out_remember_it_where_nobody_sees_the_error_word(monkeypatch):
     """Another thread may clear it, in host memory, before the launch ends: later waits take one look each."""
     count = "store_to_host(error + 2, load_from_host(error + 2) + 1);"
-    text = source.parts()["exchange"].replace("store_to_host(error, step + 1);", "")
+    text = source.texts()["exchange"].replace("store_to_host(error, step + 1);", "")
     changes = {"exchange": text.replace("if (lost) return false;", f"if (lost) return false;\n{count}")}
     plan = CUPY_PLANS["kept/4"](Problem(2, 3, 33, torch.float16), Card(80, 16), False)
     lacking, polls = replace(plan, grid=(plan.grid[0] - 1, 1)), []

@@ -23,7 +23,7 @@ from gpu_lstm.kernels.cupy_rnn.planning import Card, Plan, choose_plan, plans
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import exchange
 
-SOURCE = source.join(source.parts())
+SOURCE = source.join(source.texts())
 DTYPES = tuple(source.ELEMENTS)
 SUPPORTED = "backend 'cupy' supports float16, bfloat16 and float32"
 
@@ -187,12 +187,12 @@ def test_a_kernel_reads_no_argument_that_is_not_given(backward):
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_warp_waits_before_its_first_poll(monkeypatch, backward):
     """By a loop with a vote; without it nothing votes before words are loaded."""
-    case, texts = a_case(backward), source.parts()
+    case, texts = a_case(backward), source.texts()
 
     def votes_before() -> bool:
         return "vote.sync.any" in cuda_kernels.compile_for.__wrapped__(case).ptx.partition("ld.relaxed.gpu")[0]
 
     assert votes_before()
     without = texts | {"cooperative": texts["cooperative"].replace(" delay.pass();", "")}
-    monkeypatch.setattr(cuda_kernels, "parts", lambda: without)
+    monkeypatch.setattr(cuda_kernels, "texts", lambda: without)
     assert not votes_before()

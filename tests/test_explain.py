@@ -46,7 +46,7 @@ def _kind(lstm):
 def _won(lstm):
     """As if kernels had won a race against torch."""
     value = dict(backend="triton", why="won a race, 1.80 times as fast", seconds=TIMES)
-    cache.write(race.KIND, race._key(_kind(lstm), Backend.TRITON, CPU), value)
+    cache.write(cache.RACES, race._key(_kind(lstm), Backend.TRITON, CPU), value)
 
 
 def test_a_race_that_was_won_is_told_with_both_times(card):
@@ -109,7 +109,7 @@ def test_what_the_verification_of_a_kernel_came_to(card):
 
     assert checked() == ["not checked yet"] * 4
     for verdict, words in (("right", "checked"), ("an error of 1", "failed: an error of 1")):
-        cache.write(verify.KIND, verify._key(plan, problem, Pass(), CPU), verdict)
+        cache.write(cache.CHECKS, verify._key(plan, problem, Pass(), CPU), verdict)
         assert checked() == [words] + ["not checked yet"] * 3, "neither backward nor the reverse direction"
     assert checked(lengths=torch.full((16,), 5)) == ["not checked yet"] * 4
 
@@ -183,5 +183,5 @@ def test_nothing_changes_and_all_of_it_is_data(card):
     found = gpu_lstm.explain(lstm, X, (torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)))
     assert torch.equal(torch.get_rng_state(), before)
     assert route._routes == race.decided == {}
-    assert not list(cache.entries(race.KIND))
+    assert not list(cache.entries(cache.RACES))
     assert json.loads(json.dumps(dataclasses.asdict(found)))["backend"] == "torch"

@@ -46,7 +46,7 @@ def run(family: str, T: int = 2, H: int = H, module: type[nn.Module] = gpu_lstm.
 
 @in_cuda
 def test_an_access_in_cuda_by_a_plain_pointer_is_detected(monkeypatch, family):
-    text, checked = source.parts()["cooperative"], "load_if(valid, my_gates + gate * H)"
+    text, checked = source.texts()["cooperative"], "load_if(valid, my_gates + gate * H)"
     assert checked in text
     KERNELS[family].force(monkeypatch)
     plain = text.replace(checked, "valid ? my_gates[gate * H] : E{}")

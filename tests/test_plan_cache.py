@@ -29,7 +29,7 @@ PLAN = plans(PROBLEM, H100, False)[0]
 
 @pytest.fixture(autouse=True)
 def folder(nothing_cached) -> Path:
-    return nothing_cached / choose.KIND
+    return nothing_cached / cache.PLANS
 
 
 def _entry(without: str = "", **changes) -> str:
@@ -63,7 +63,7 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(place, name, other)
             assert measured_plan(PROBLEM, H100, False) is None
-    assert cache.forget(choose.KIND) == 1
+    assert cache.forget(cache.PLANS) == 1
     assert measured_plan(PROBLEM, H100, False) is None
 
 
@@ -210,7 +210,7 @@ def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100):
     assert _chosen(PROBLEM, False) == other
     odd = dict(rows="8"), dict(family="odd"), dict(family="step"), dict(chunks=None), dict(surprise=1)
     for change in (dict(programs=1), dict(groups=9), dict(tiles_per_program=7), dict(rows=16), *odd):
-        cache.write(choose.KIND, choose._key(PROBLEM, H100, False), other.as_json() | change)
+        cache.write(cache.PLANS, choose._key(PROBLEM, H100, False), other.as_json() | change)
         assert _chosen(PROBLEM, False) == best
 
 

@@ -41,7 +41,7 @@ def card(monkeypatch, nothing_cached):
     """The CPU as a card that nothing is known of, for inference; the folder of its races."""
     the_cpu_is_a_card(monkeypatch)
     with torch.no_grad():
-        yield nothing_cached / race.KIND
+        yield nothing_cached / cache.RACES
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     LSTM(X)
     GRU(X)
     assert ran.count("race") == 2, "one cell says nothing of another"
-    cache.write(verify.KIND, {}, "right")
+    cache.write(cache.CHECKS, {}, "right")
     card.parent.rename(tmp_path / "shared")
     monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
     as_another_process()
@@ -216,9 +216,9 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     GRU(X)
     assert ran.count("race") == 2
     gpu_lstm.LSTM(4, 9)(X)
-    assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / race.KIND, card)] == [2, 1]
-    cache.write(verify.KIND, {}, "another verdict")
-    assert cache.read(verify.KIND, {}) == "right"
+    assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / cache.RACES, card)] == [2, 1]
+    cache.write(cache.CHECKS, {}, "another verdict")
+    assert cache.read(cache.CHECKS, {}) == "right"
 
 
 def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):
@@ -296,12 +296,12 @@ def test_a_cached_race_that_lies_is_ignored_with_one_line():
     kind = kind_of(_call())
     key = race._key(kind, Backend.TRITON, X.device)
     for value in (*LIES, DECISION | {"backend": "cupy"}):  # the last may be right of another call
-        cache.write(race.KIND, key, value)
+        cache.write(cache.RACES, key, value)
         cache.warn_once.cache_clear()
         with pytest.warns(UserWarning, match="is ignored") as warned:
             assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON) is None
         assert len(warned) == 1
-    cache.write(race.KIND, key, DECISION)
+    cache.write(cache.RACES, key, DECISION)
     assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON).backend is Backend.TORCH
 
 

@@ -693,7 +693,7 @@ for kind in ("LSTM", "GRU"):
     compare(kind, ragged, compiled=True)
 compare("LSTM", dict(resets=RESETS), proj_size=3)
 # Every kernel was verified before its first call.
-verdicts = [verdict for _, key, verdict in cache.entries(verify.KIND) if key["kernel"] == "loop"]
+verdicts = [verdict for _, key, verdict in cache.entries(cache.CHECKS) if key["kernel"] == "loop"]
 assert set(verdicts) == {"right"} and len(verdicts) > 8, verdicts
 
 # What it lacks is refused, and an explicit choice never falls back.

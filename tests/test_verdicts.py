@@ -102,7 +102,7 @@ def test_what_says_nothing_about_the_kernel_is_not_cached(monkeypatch, error):
             with pytest.raises(type(error), match="planted") as raised:
                 _verify(PLAIN)
             assert raised.value is error
-    assert list(cache.entries(verify.KIND)) == []
+    assert list(cache.entries(cache.CHECKS)) == []
     assert _verify(PLAIN) is None
 
 
@@ -184,10 +184,10 @@ def test_processes_that_try_a_kernel_at_once_do_not_refuse_it(trying, tmp_path):
     """What one finds is not undone when the other ends."""
     other = trying(PLAIN, lambda: time.sleep(60))
     assert verify.cached_verdict(plans(PLAIN, INTERPRETER, False)[-1], PLAIN, FORWARD, CPU) is None
-    assert list(cache.entries(verify.KIND)) == []
+    assert list(cache.entries(cache.CHECKS)) == []
     cache._read.cache_clear()
     assert _verify(PLAIN) is None
     other.kill()
     other.join()
     cache._read.cache_clear()
-    assert [verdict for *_, verdict in cache.entries(verify.KIND)] == ["right"]
+    assert [verdict for *_, verdict in cache.entries(cache.CHECKS)] == ["right"]

@@ -261,7 +261,7 @@ def test_a_kernel_that_times_out_is_found(monkeypatch):
     monkeypatch.setattr(launch, "launch_kernel", one_arrival_is_lost)
     with pytest.warns(UserWarning, match="timed out at step"):
         assert "step_forward_kernel timed out" in _verify(PLAIN)
-    assert list(cache.entries(verify.KIND)) == []
+    assert list(cache.entries(cache.CHECKS)) == []
     gpu_lstm.check()  # nothing is left to tell
 
 
@@ -418,4 +418,4 @@ def test_kernels_in_cuda_are_verified_too_and_win_where_they_are_right(a_v100, m
     assert limits[0] == int(timeouts.SECONDS_OF_TRIALS * timeouts.POLLS_A_SECOND)
     if how == "right":
         assert limits[-1] == timeouts.SECONDS * timeouts.POLLS_A_SECOND, "in calls, as these are, longer"
-        assert [verdict for *_, verdict in cache.entries(verify.KIND)] == ["right"] * 2, "forward and backward"
+        assert [verdict for *_, verdict in cache.entries(cache.CHECKS)] == ["right"] * 2, "forward and backward"

@@ -13,7 +13,7 @@ import torch
 
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cupy_rnn.planning import Plan, plans
-from gpu_lstm.kernels.cupy_rnn.source import KERNELS, OPTIONS, join, name_expression, optional, parts
+from gpu_lstm.kernels.cupy_rnn.source import KERNELS, OPTIONS, join, name_expression, optional, texts
 from gpu_lstm.kernels.problem import Problem
 
 from .report import PRECISIONS, Report, read
@@ -134,7 +134,7 @@ def compile_for(case: Case, present: frozenset[str] | None = None) -> Binary:
     present = frozenset(optional(kernel)) if present is None else present
     expression = name_expression(kernel, case.problem.dtype, template, present).encode()
     options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{case.card.architecture}")]
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(parts()).encode(), b"lstm.cu", 0, None, None))
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(texts()).encode(), b"lstm.cu", 0, None, None))
     try:
         check(nvrtc.nvrtcAddNameExpression(program, expression))
         check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)))

@@ -175,7 +175,7 @@ def gradients(
 
 
 def _of_norm_of_c(steps: AllSteps, unit: Tensor, dm: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[H]: the gradients of gain_c and of bias_c, from dm [T, B, H], that of m = o tanh(LN(c))."""
+    """The gradients of gain_c and bias_c, [H], from dm [T, B, H], where m = o tanh(LN(c))."""
     gain, bias, lengths = steps.inputs.gain_c, steps.inputs.bias_c, steps.inputs.lengths
     normed = unit * gain if bias is None else unit * gain + bias
     d = dm * steps.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32

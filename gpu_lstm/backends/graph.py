@@ -235,12 +235,12 @@ class InTransforms(torch.autograd.Function):
 def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
     """How an operator is vmapped: one call after another, say for Jacobians row by row."""
 
-    def part(k: int, t: Any, dims: Any) -> Any:
+    def example(k: int, t: Any, dims: Any) -> Any:
         if isinstance(t, list):
-            return [part(k, *each) for each in zip(t, dims or [None] * len(t))]
+            return [example(k, *each) for each in zip(t, dims or [None] * len(t))]
         return t if dims is None else t.select(dims, k)
 
-    every = [operator(*part(k, [*arguments], in_dims)) for k in range(info.batch_size)]
+    every = [operator(*example(k, [*arguments], in_dims)) for k in range(info.batch_size)]
     collected = type(every[0])  # a tuple or a list
     results = collected(torch.stack(tensors) for tensors in zip(*every))
     return results, collected([0]) * len(results)

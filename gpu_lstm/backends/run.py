@@ -33,13 +33,13 @@ def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None
         call = call._replace(weights=with_weight_drop(call.weights, call.options))
     if backend is Backend.TORCH and not as_operators and (given := torch_rnn.run_as_given(call)) is not None:
         return call.results(*given)
-    rows = call if call.options.one_row and call.form.packed is None else call.laid_out()
+    laid_out = call if call.options.one_row and call.form.packed is None else call.laid_out()
     if scheduled is not None:
-        y, states = schedule.run_call(rows, dtype, backend, layers, scheduled)
+        y, states = schedule.run_call(laid_out, dtype, backend, layers, scheduled)
     elif as_operators:
-        y, states = graph.run_call(rows, dtype, backend)
+        y, states = graph.run_call(laid_out, dtype, backend)
     elif backend is Backend.TORCH:
-        y, states = torch_rnn.run_call(rows, dtype)
+        y, states = torch_rnn.run_call(laid_out, dtype)
     else:
-        y, states = reference.run_call(rows, dtype, record)
-    return call.results(y, states if call.options.one_row else call.held(states))
+        y, states = reference.run_call(laid_out, dtype, record)
+    return call.results(y, states if call.options.one_row else call.joined(states))

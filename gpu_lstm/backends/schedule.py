@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
 
 
 def schedule_of(call: Call, steps: int, size: int) -> Schedule:
-    """The schedule of calls of up to `steps` steps of `size`-byte elements. Layers run side by side if that may pay."""
+    """The schedule for up to `steps` steps and `size`-byte elements. Layers run side by side if that may pay."""
     options = call.options
     widest = max(hidden for _, hidden, _ in options.sizes)
     kept = call.learns and not options.recompute

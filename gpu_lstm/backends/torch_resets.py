@@ -82,13 +82,13 @@ def _from_reset_to_reset(run: Run, x: Tensor, state: State, valid: Tensor | None
     changes = reset if valid is None else reset | (valid != valid.roll(1, 0))
     zeroed = reset if valid is None else reset | ~valid  # what comes after the end of a sequence starts from zeros, too
     starts = sorted({0, *changes.any(1).nonzero().flatten().tolist(), len(x)})
-    (h, c), parts = state, []
+    (h, c), outputs = state, []
     for start, end in itertools.pairwise(starts):
         h, c_before = (torch.where(zeroed[start, :, None], 0, t) for t in (h, c))
         y, c_after = run(x[start:end], (h, c_before), None, None)
         h, c = y[-1], c_after if valid is None else torch.where(valid[start, :, None], c_after, c.to(c_after.dtype))
-        parts.append(y)
-    return torch.cat(parts), c
+        outputs.append(y)
+    return torch.cat(outputs), c
 
 
 def _in_a_grid(run: Run, x: Tensor, state: State, valid: Tensor | None, reset: Tensor, on_host: bool = True) -> Result:

@@ -139,11 +139,11 @@ def stack(
 
 def packed(weights: list[Tensor]) -> list[Tensor]:
     """The same weights as parts of one buffer in cuDNN's order, matrices before biases: cuDNN copies other orders."""
-    parts = sorted(weights, key=Tensor.dim, reverse=True)
-    if parts[-1].dim() == 2:  # cuDNN always has biases
-        parts.append(parts[0].new_zeros(sum(len(t) for t in weights if len(t) == len(weights[0]))))
-    pieces = torch.cat([t.flatten() for t in parts]).split([t.numel() for t in parts])
-    views = {t: piece.view_as(t) for t, piece in zip(parts, pieces)}
+    ordered = sorted(weights, key=Tensor.dim, reverse=True)
+    if ordered[-1].dim() == 2:  # cuDNN always has biases
+        ordered.append(ordered[0].new_zeros(sum(len(t) for t in weights if len(t) == len(weights[0]))))
+    pieces = torch.cat([t.flatten() for t in ordered]).split([t.numel() for t in ordered])
+    views = {t: piece.view_as(t) for t, piece in zip(ordered, pieces)}
     return [views[t] for t in weights]
 
 
@@ -156,7 +156,7 @@ def run_layer(cell: Cell, x: Tensor, state: State, weights: Weights, traversal: 
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
 
     def reordered(t: Tensor) -> Tensor:
-        """t [T, B, F] from the order of time to that of steps, or back; zero past the end of a sequence."""
+        """t [T, B, F] by time -> by step, or back; zero past the end of a sequence."""
         t = t if valid is None else torch.where(valid[:, :, None], t, 0)
         return t.gather(0, time[:, :, None].expand_as(t)) if traversal.reverse else t
 

@@ -28,7 +28,6 @@ from .fused import Saved, part_of
 from .layer_loop import RunPart
 from .reference import Steps
 
-KIND = cache.CHECKS
 STEPS = 4  # T, where there is more than one
 ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
 AGAIN = "`python -m gpu_lstm races --clear` forgets that"
@@ -60,15 +59,15 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
         wait_and_check(device)  # for errors of earlier launches
         key, checking.kernel = _key(plan, problem, pass_, device), None
         try:
-            with cache.trial(KIND, key, ENDED), products.changed(EXACT):  # a user's TF32 is no fault of the kernel
+            with cache.trial(cache.CHECKS, key, ENDED), products.changed(EXACT):  # TF32 is no fault of the kernel
                 verdict = _verdict(layer, pass_, inputs, plan)
-                cache.write(KIND, key, verdict)
+                cache.write(cache.CHECKS, key, verdict)
         except torch.OutOfMemoryError:
             raise
         except torch.AcceleratorError as error:
             if checking.kernel is None or "captur" in str(error):  # by another thread, of a graph
                 raise
-            cache.write(KIND, key, f"{str(error).splitlines()[0]}; {AGAIN}")
+            cache.write(cache.CHECKS, key, f"{str(error).splitlines()[0]}; {AGAIN}")
             tried = f"{error}\nThis came when {checking.kernel} was tried on {card}, for {problem}, {pass_}"
             named = torch.AcceleratorError(f"{tried}. The next process does not use it; {AGAIN}.{report}")
             named.__dict__ |= vars(error)  # CUDA's code
@@ -84,7 +83,7 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
 
 def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> str | None:
     """The cached verdict on a kernel on a device: "right", or what is wrong; None: it was not verified yet."""
-    return cast("str | None", cache.read(KIND, _key(plan, problem, pass_, device)))
+    return cast("str | None", cache.read(cache.CHECKS, _key(plan, problem, pass_, device)))
 
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:

@@ -1,7 +1,7 @@
-"""Within a block of torch.autocast a weight is cast once for all calls, by torch, for its own operators as for ours.
+"""In a block of torch.autocast a weight is cast once for all calls, as by torch's own operators.
 
-Casts are kept in a dict, which hangs on a cast of torch's own cache, so that it goes when torch drops that one: see
-`_casts_of_this_block`. As in torch, a weight that is changed in place is cast again only in the next block.
+The casts are in a dict that is attached to a cast in torch's cache, and goes with it: see `_casts_of_this_block`. As in
+torch, a weight that is changed in place is cast again only in the next block.
 """
 
 import contextlib
@@ -47,9 +47,9 @@ def _is_kept(weight: Tensor) -> bool:
 
 
 def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """torch's own cast: what a product by it, of no rows, saves for backward.
+    """torch's own cast: what a product with it, of no rows, saves for backward.
 
-    In a block within another one of ours, since torch may hold one to the outer dtype, and would use that.
+    In an inner block a cast of ours, since torch may have one to the outer dtype, and would use that.
     """
     torch.autocast_increment_nesting()
     is_inner = torch.autocast_decrement_nesting() > 1

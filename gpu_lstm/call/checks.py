@@ -43,7 +43,7 @@ def _other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
 
 
 def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
-    """Return the rank of the input of module `name`; raise unless it is one of `ranks`, and the input dense."""
+    """The rank of module `name`'s input; raise unless it is one of `ranks`, and the input dense."""
     try:
         rank = input.dim()
     except AttributeError as error:  # torch.nn.LSTM's error
@@ -65,8 +65,7 @@ def check_dense(input: Tensor, name: str) -> None:
 def check_pair(hx: object, function: str = "lstm") -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
     if not isinstance(hx, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
-        kind = type(hx).__name__
-        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {kind}"
+        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
         raise TypeError(f"{function}(): {what}{_cure_of_one(hx, function)}")
     if len(hx) != 2:
         raise RuntimeError(f"{function} expects two hidden states")
@@ -86,9 +85,9 @@ def check_packed(input: PackedSequence) -> None:
 def check_rank_of_states(rank: int, hx: State) -> None:
     """Raise unless h_0 and c_0 of an LSTM are of the input's rank."""
     if hx[0].dim() != rank or hx[1].dim() != rank:
-        kind = "batched" if rank == 3 else "unbatched"
+        form = "batched" if rank == 3 else "unbatched"
         raise RuntimeError(
-            f"For {kind} {rank}-D input, hx and cx should also be {rank}-D "
+            f"For {form} {rank}-D input, hx and cx should also be {rank}-D "
             f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{_cure_of_one(hx, 'lstm')}"
         )
     if rank == 3:  # torch uses the first two states of an unbatched hx
@@ -99,8 +98,8 @@ def check_rank_of_state(rank: int, hx: Any) -> None:
     """Raise, in torch's words, unless h_0 of a GRU is of the input's rank."""
     found = _rank_of_only_state(hx)
     if found != rank:
-        kind = "batched" if rank == 3 else "unbatched"
-        raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
+        form = "batched" if rank == 3 else "unbatched"
+        raise RuntimeError(f"For {form} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
 
 
 def check_rank_of_hidden(hx: Any, name: str) -> None:
@@ -137,8 +136,8 @@ def check_states_of_a_cell(hx: Any, batched: bool) -> None:
 
 def check_states(states: Any, options: Options, name: str, error: type[Exception]) -> None:
     """Raise unless `states` has (h, c), or h where a user holds that alone, for each layer; a wrong number: `error`."""
-    kind = "tensors" if options.one_state else "pairs"
-    expected = f"{name} should be a list of {kind}{' (h, c)' * (kind == 'pairs')}, one a layer"
+    what = "tensors" if options.one_state else "pairs"
+    expected = f"{name} should be a list of {what}{' (h, c)' * (what == 'pairs')}, one a layer"
     if not isinstance(states, (list, tuple)):
         raise TypeError(f"{expected}, got: {type(states).__name__}")
     for k, state in enumerate(states):
@@ -150,7 +149,7 @@ def check_states(states: Any, options: Options, name: str, error: type[Exception
         for letter, tensor in zip("hc", pair):
             check_tensor(tensor, f"{letter} of layer {k}")
     if len(states) != len(options.sizes):
-        raise error(f"Expected {name} of {len(options.sizes)} {kind}, one a layer, got {len(states)}")
+        raise error(f"Expected {name} of {len(options.sizes)} {what}, one a layer, got {len(states)}")
 
 
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
@@ -187,7 +186,7 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
         raise RuntimeError("bias_c should be given together with gain_c")
 
 
-def check_same_parts(weights: list[list[Weights]]) -> None:
+def check_same_tensors(weights: list[list[Weights]]) -> None:
     """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
     for name in names_of(VARIANT):
         if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
@@ -255,16 +254,16 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
     mixed_allowed = autocasts(x)
     tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
     tensors += [("hidden", tensor, is_cell) for state in states for tensor, is_cell in zip(state, (False, True))]
-    for kind, tensor, is_cell in tensors:
+    for what, tensor, is_cell in tensors:
         if tensor.device != x.device:
             raise RuntimeError(
-                f"Input and {kind} tensors are not at the same device, "
-                f"found input tensor at {x.device} and {kind} tensor at {tensor.device}"
+                f"Input and {what} tensors are not at the same device, "
+                f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
             )
         if tensor.dtype != x.dtype and not mixed_allowed and not (is_cell and is_exact(tensor, x)):
             raise RuntimeError(
-                f"Input and {kind} tensors are not the same dtype, "
-                f"found input tensor with {x.dtype} and {kind} tensor with {tensor.dtype}"
+                f"Input and {what} tensors are not the same dtype, "
+                f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
             )
 
 

@@ -36,7 +36,7 @@ class Racing(enum.Enum):
 
 
 KERNEL_BACKENDS = tuple(b for b in Backend if b.value not in ("auto", "torch", "reference"))
-"""Those of kernels/NAME_rnn. Of those that can run a call, `auto` takes the first."""
+"""Those in kernels/NAME_rnn. `auto` takes the first that can run a call."""
 
 
 class Block(contextlib.ContextDecorator, Generic[E]):
@@ -110,14 +110,14 @@ def parse_backend_name(name: str | Backend) -> BackendName:
     return cast(BackendName, _parse(Backend, name, "backend").value)
 
 
-def _parse(kind: type[E], name: object, what: str, source: str = "") -> E:
+def _parse(enum: type[E], name: object, what: str, source: str = "") -> E:
     """The member of that name; `source` says where the name comes from, if not from the call itself."""
-    if isinstance(name, kind):
+    if isinstance(name, enum):
         return name
     try:
-        return kind(name)
+        return enum(name)
     except ValueError:
-        expected = ", ".join(repr(member.value) for member in kind)
+        expected = ", ".join(repr(member.value) for member in enum)
         raise ValueError(f"unknown {what} {name!r}{source}; expected one of {expected}") from None
 
 

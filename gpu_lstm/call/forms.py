@@ -74,7 +74,7 @@ class Packed(NamedTuple):
         return self.inside().sum(0).to(self.packed.data.device)
 
     def rows(self) -> Tensor:
-        """time * B + batch of each of the N rows of data."""
+        """[N]: time * B + batch for each row of data."""
         return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)
 
     def padded(self) -> Tensor:

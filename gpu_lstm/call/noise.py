@@ -27,9 +27,9 @@ def within(noise: Noise, span: slice | None) -> Noise:
 def draw(
     layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:
-    """The noise of one call, [L][D]; and of each layer's output, [L] of bool [T, B, D*P], which elements dropout keeps.
+    """A call's noise, [L][D]; and which elements of a layer's output dropout keeps, [L] of bool [T, B, D*P].
 
-    The latter is None without dropout, and for the last layer. `sizes` is (T, B), `dtype` that which layers compute in.
+    The latter is None without dropout, and for the last layer. `sizes` is (T, B); layers compute in `dtype`.
     """
     if not options.noisy:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
@@ -68,7 +68,7 @@ def scaled(h: Tensor, noise: Noise) -> Tensor:
 
 
 def added(noise: Noise) -> Tensor | None:
-    """What they add to that; None: nothing."""
+    """What all regularisers add to it; None: nothing."""
     total = None
     for thing in ADDING:
         if (more := thing.added(noise)) is not None:

@@ -79,8 +79,7 @@ class Options:
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
         self.by_layer = self.role == "stack"  # a user has states in a list, those of a layer together
         self.blocks = self.sizes if self.by_layer else self.sizes[:1]  # of the user's tensors of states
-        # Their rows, if they have any: states of one layer and direction are [B, *] but in a module, which has all rows
-        # in one tensor.
+        # How many rows these have. A module's have all; elsewhere states of one layer and direction are [B, *].
         rows = self.directions if self.by_layer else self.rows
         self.lead = (rows,) if self.role == "module" or (self.by_layer and rows == 2) else ()
         self.one_row = bool(self.lead) and self.rows == 1  # then they are laid out
@@ -110,22 +109,20 @@ class Options:
 
 
 def _names(a: Any, role: str, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
-    """The names of the parameters of each layer and direction, [L][D], in the order of Weights up to the last that is
-    there; None for absent ones before it.
-    """
+    """Parameter names by layer and direction, [L][D], in the order of Weights up to the last there is; None: absent."""
     optional = dict(
         bias_ih=a.bias, bias_hh=a.bias, weight_hr=a.proj_size > 0, weight_peephole=a.peepholes, gain_ih="ih" in a.norms,
         gain_hh="hh" in a.norms, gain_c="c" in a.norms, bias_c="c" in a.norms and a.bias,
     )  # fmt: skip
-    kinds = [name if optional.get(name, True) else None for name in NAMES]
-    kinds = kinds[: 1 + max(k for k, kind in enumerate(kinds) if kind)]
+    names = [name if optional.get(name, True) else None for name in NAMES]
+    names = names[: 1 + max(k for k, name in enumerate(names) if name)]
     layers = []
     for k in range(len(a.hidden_sizes)):
         suffix = {"cell": "", "stack": "_l0"}.get(role, f"_l{k}")
         layer = []
         for d in range(directions):
             ending = suffix + "_reverse" * d
-            layer.append(tuple([kind and kind + ending for kind in kinds]))
+            layer.append(tuple([name and name + ending for name in names]))
         layers.append(tuple(layer))
     return tuple(layers)
 

@@ -23,7 +23,7 @@ class Call(NamedTuple):
     x: Tensor  # [T, B, I]; as torch's own accept it: for a PackedSequence its data [N, I], for a cell [B, I]
     steps: int
     batch: int
-    # Of each of the user's tensors ([*, B, P], [*, B, H]), with options.lead rows; for a GRU c = h.
+    # A pair ([*, B, P], [*, B, H]) for each of the user's, with options.lead rows; for a GRU c = h.
     states: list[State]
     weights: list[list[Weights]]  # [L][D]
     traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
@@ -33,7 +33,7 @@ class Call(NamedTuple):
     learns: bool  # whether autograd records
 
     def padded(self) -> tuple[Tensor, Traversal]:
-        """x [T, B, I], of a cell [B, I], and the traversal: those of a PackedSequence in a batch with lengths."""
+        """x [T, B, I], of a cell [B, I], and the traversal; a PackedSequence as a batch with lengths."""
         if self.form.packed is None:
             return self.x, self.traversal
         return self.form.padded(), self.traversal._replace(lengths=self.form.lengths())
@@ -51,7 +51,7 @@ class Call(NamedTuple):
             rows = [(h[None], c[None]) for h, c in states]
         return Call(x, steps, batch, rows, weights, traversal, options, form, its_modes, learns)  # sooner than _replace
 
-    def held(self, rows: list[State]) -> list[State]:
+    def joined(self, rows: list[State]) -> list[State]:
         """Final states that are laid out, as `self.states`."""
         if not self.options.lead:
             return [(h.squeeze(0), c.squeeze(0)) for h, c in rows]
@@ -120,7 +120,7 @@ _UNBATCHED, _TIME_FIRST, _BATCH_FIRST = Padded(False, False), Padded(True, False
 
 
 def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -> tuple[Form, Tensor]:
-    """The form of an input, and the input as Call.x; hx is checked but for its sizes. Here a role reads its call."""
+    """The form of an input, and the input as Call.x; hx is checked but for its sizes. Only here the role counts."""
     role, alone = options.role, options.one_state
     form: Form = _TIME_FIRST
     x: Any = input
@@ -190,11 +190,11 @@ def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
 
 
 def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
-    """A user's states as Call.states, of which only sizes are left to check."""
+    """A user's states as Call.states, their sizes checked, but a cell's."""
     states: list[State] = []
     alone, inside = options.one_state, form.batched and form.packed is None
-    for held, (_, hidden, projected) in zip(hx if options.by_layer else (hx,), options.blocks):
-        h, c = (held, held) if alone else (held[0], held[1])  # of an unbatched hx torch ignores the rest
+    for state, (_, hidden, projected) in zip(hx if options.by_layer else (hx,), options.blocks):
+        h, c = (state, state) if alone else (state[0], state[1])  # of an unbatched hx torch ignores the rest
         if not inside:
             h = h[None] if options.one_step else form.state_in(h)
             c = h if alone else c[None] if options.one_step else form.state_in(c)
@@ -217,7 +217,7 @@ def _check_tensors(
     """Raise unless all tensors fit together.
 
     Returns:
-        Whether autograd, which records if `grad`, has to; and whether no weight or state is of a subclass of Tensor.
+        Whether autograd has to record, which it does if `grad`; whether no weight or state is of a subclass of Tensor.
     """
     dtype, device, learns, alike, plain = x.dtype, x.device, grad and x.requires_grad, True, True
     asks = grad and not learns
@@ -238,7 +238,7 @@ def _check_tensors(
             if not fits or present != options.present:
                 checks.check_input(options, form, x, weights)
                 checks.check_sizes(one, sizes)
-                checks.check_same_parts(weights)
+                checks.check_same_tensors(weights)
     for h, c in states:
         if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
             alike = False

@@ -1,4 +1,4 @@
-"""What regularises a layer: each is of this class, knows all of itself, and stands in the list of regularisers.py."""
+"""What regularises a layer: a subclass that knows all about itself, in the list in regularisers.py."""
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
@@ -29,7 +29,7 @@ class Regulariser:
     name: str
     of_torch = False  # torch.nn.LSTM has it, too
     changes_weights = False
-    tensors: tuple[str, ...] = ()  # of kernels/tensors.py, that a layer and direction has of it
+    tensors: tuple[str, ...] = ()  # its tensors for a layer and direction, in kernels/tensors.py
     reference_only: tuple[str, ...] = ()  # features that no kernels have: it, or it beside something else, in words
 
     def accepted(self, value: Any, cell: Cell) -> Any:
@@ -48,7 +48,7 @@ class Regulariser:
         return self.name if self.tensors else None
 
     def flags(self, rate: Any, training: bool) -> dict[str, Any]:
-        """Of a Problem, about its tensors in the time loop."""
+        """A Problem's flags for its tensors in the time loop."""
         return {}
 
     def draw(self, rate: Any, of: Drawing) -> tuple[Tensor | None, ...]:
@@ -60,7 +60,7 @@ class Regulariser:
         return weight
 
     def scaled(self, h: Tensor, noise: Noise) -> Tensor:
-        """Factors of h in the product with W_hh; so also the gradient of h, from that of the product's operand."""
+        """h times its factors in the product with W_hh; likewise the gradient of h, from what that product returns."""
         return h
 
     def added(self, noise: Noise) -> Tensor | None:

@@ -14,13 +14,13 @@ from .regulariser import Drawing, Regulariser, is_probability
 
 
 class Dropout(Regulariser):
-    """Of each layer's output but the last one's: drawn in noise.py, applied in backends/layer_loop.py."""
+    """On each layer's output but the last one's: drawn in noise.py, applied in backends/layer_loop.py."""
 
     name, of_torch = "dropout", True
 
 
 class RecurrentDropout(Regulariser):
-    """Of h in the product with W_hh, the same at every step (Gal & Ghahramani, 2016): dropout_h, 0 or 1 / (1 - p)."""
+    """On h in the product with W_hh, the same at every step (Gal & Ghahramani, 2016): dropout_h, 0 or 1 / (1 - p)."""
 
     name, tensors = "recurrent_dropout", ("dropout_h",)
 

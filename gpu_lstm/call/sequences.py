@@ -88,7 +88,7 @@ class Traversal(NamedTuple):
         return (None, None) if self.reset_states is None else self.reset_states[0]
 
     def within(self, span: slice | None) -> "Traversal":
-        """The traversal of the times of a span; None: of all times."""
+        """The traversal of a span's times; None: of all."""
         if span is None:
             return self
         lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, span.stop - span.start)
@@ -97,7 +97,7 @@ class Traversal(NamedTuple):
         return Traversal(lengths, resets, self.reverse, states)
 
     def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor) -> State:
-        """The state with which a layer enters a span in reverse: reset where a reset is at the time just past it."""
+        """The state with which a layer enters a span in reverse, reset where the time just past it has a reset."""
         if self.resets is None or span is None or span.stop == len(self.resets):
             return h, c
         separated = self.resets[span.stop]  # [B]

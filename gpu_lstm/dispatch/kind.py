@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     training: bool  # forward and backward
     recompute: bool
     steps: int  # T, rounded up to a power of two; more than MOST_OF_CUDNN + 1 where cuDNN refuses it
-    batch: int  # B; in keys of decisions and of races rounded up to a power of two
+    batch: int  # B; rounded up to a power of two in keys of decisions and races
     reverse: bool  # of lstm_layer
     lengths: torch.dtype | None
     resets: bool

@@ -30,7 +30,6 @@ from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multipro
 from .build import build
 from .kind import Kind, describe
 
-KIND = cache.RACES
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_ROUNDS = 64, 200  # of a round; of a race
@@ -115,8 +114,8 @@ def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
 
 
 def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
-    """The result of a race of a kind of call on a device, if there was one, and it may be used."""
-    entry = None if mode is Racing.OFF else cache.read(KIND, _key(kind, able, device))
+    """The cached race of a kind on a device, if there is one that may be used."""
+    entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None
     rivals = [able.value, _other(kind).value]
@@ -163,7 +162,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     decision, is_certain = judge(times, expected)
     if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
-        cache.write(KIND, _key(kind, able, call.x.device), value)
+        cache.write(cache.RACES, _key(kind, able, call.x.device), value)
     return decision
 
 
@@ -188,10 +187,10 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
-    part = traversal.within(None if steps == call.steps else slice(0, steps))
+    first = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
     form = Padded(batched=True, batch_first=False)
-    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=part, form=form)
+    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=form)
     route = build(sample, kind, backend)
 
     def run() -> None:

@@ -231,7 +231,7 @@ def keras_init(module: Module) -> Module:
     Raises:
         TypeError: there is none in `module`.
     """
-    _assign(_held(module, RECURRENT, "an LSTM, a GRU"), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
+    _assign(_modules_in(module, RECURRENT, "an LSTM, a GRU"), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
     return module
 
 
@@ -257,7 +257,7 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
         TypeError: there is no LSTM in `module`, or `value` is not a number.
         ValueError: an LSTM with bias=False, or a value that is not finite. Either way nothing is set.
     """
-    lstms = _held(module, FORGETTING, "an LSTM")
+    lstms = _modules_in(module, FORGETTING, "an LSTM")
     if not isinstance(value, numbers.Real):
         raise TypeError(f"value should be a number, got: {type(value).__name__}")
     if not math.isfinite(value):
@@ -280,12 +280,12 @@ def _assign(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str,
     copy_all([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
 
 
-def _held(module: nn.Module, classes: tuple[type, ...], what: str) -> list:
+def _modules_in(module: nn.Module, classes: tuple[type, ...], what: str) -> list:
     modules = module.modules() if isinstance(module, nn.Module) else ()
-    held = [child for child in modules if isinstance(child, classes)]
-    if not held:
+    found = [child for child in modules if isinstance(child, classes)]
+    if not found:
         raise TypeError(f"Expected {what} or a module that holds one, got {type(module).__name__}")
-    return held
+    return found
 
 
 def _pair_of(keras: ModuleType, cell: Any) -> Pair:

@@ -18,7 +18,7 @@ NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, i
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
-    """The value of an argument as the attribute `name` of a module, checked; for other attributes the value as it is.
+    """The value of a module's argument `name`, checked; for other attributes the value as it is.
 
     Zoneout of a `cell` with one state is no pair, which is for h and c.
 
@@ -52,11 +52,11 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
     return tuple(norm for norm in NORMS if norm in layer_norm)
 
 
-def no_mask(kind: str) -> str:
+def no_mask(name: str) -> str:
     """Why an LSTM or a GRU accepts no mask."""
     return (
-        f"{kind} accepts lengths, and no mask as TorchRL's {kind}Module gives to what is no torch.nn.{kind}: hand it "
-        f"a gpu_lstm.compat.{kind}"
+        f"{name} accepts lengths, and no mask as TorchRL's {name}Module gives to what is no torch.nn.{name}: hand it "
+        f"a gpu_lstm.compat.{name}"
     )
 
 
@@ -82,10 +82,10 @@ def check_size(name: str, size: object) -> None:
 class Checked:
     """A module whose attributes are checked like its arguments when they are set."""
 
-    # What every call of it says. (Users' subclasses may well have a `cell` of their own.)
+    # What it tells every call. (Users' subclasses may have a `cell` of their own.)
     _cell: Cell
     _role: str  # as in Options
-    # On the class, so that modules pickled by older versions have them; others have their own if they are not these.
+    # Defaults, on the class, so that modules pickled by older versions have them.
     backend: BackendName | None = None
     _peepholes: bool = False
     _norms: tuple[str, ...] = ()
@@ -160,7 +160,7 @@ def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """`module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
 
-    For a class of torch's without our own arguments, except regularisers that are on.
+    A class of torch's gets none of our arguments but regularisers that are on.
     """
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
@@ -175,7 +175,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def repr_of(module: nn.Module, names: Sequence[str]) -> str:
-    """The backend, if one was chosen, and those of the other arguments that are on."""
+    """The backend, if one was chosen, and the other arguments that are on."""
     backend: Any = module.backend
     text = "" if backend is None else f", backend={backend!r}"
     return text + "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name, None))

@@ -29,7 +29,7 @@ class Recurrent(Regularised):
     def _make(self: Any, torchs: tuple, **ours: Any) -> None:
         """Check our own arguments before RNNBase, with torch's, draws initial weights.
 
-        RNNBase has as many of them as one of torch's classes, of which it wants the name, has: that with as many rows.
+        RNNBase knows torch's classes alone, by name: it is given the one whose weights have as many rows.
         """
         accepted_ours = {name: accepted(name, value, self._cell) for name, value in ours.items()}
         mode = "LSTM" if self._cell.rows == LSTM.rows else "GRU"
@@ -54,8 +54,8 @@ class Recurrent(Regularised):
         weights = [w for w in self._flat_weights if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
         if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none are tied, as torch requires
             with torch.no_grad():
-                for weight, part in zip(weights, packed(weights)):  # type: ignore[arg-type]
-                    weight.set_(part)  # type: ignore[call-overload]
+                for weight, view in zip(weights, packed(weights)):  # type: ignore[arg-type]
+                    weight.set_(view)  # type: ignore[call-overload]
 
     def forward(
         self: Any, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,

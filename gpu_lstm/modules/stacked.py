@@ -35,7 +35,7 @@ class Stack(Regularised, nn.Module):
         self, sizes: tuple[int, Sequence[int]], flags: dict[str, bool], ours: dict[str, Any],
         make: Callable[[int, int], nn.Module],
     ) -> None:  # fmt: skip
-        """Of an input of sizes[0] features and layers of sizes[1] units, each by make(features, units)."""
+        """`sizes`: input features, and each layer's units; make(features, units) is a layer."""
         super().__init__()
         # All arguments are checked before initial weights are drawn.
         input_size, hidden_sizes = sizes[0], layer_sizes(sizes[1])
@@ -103,13 +103,13 @@ class Stack(Regularised, nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""
-        parts = [f"{self.input_size}, {self.hidden_sizes}"]
+        sizes = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
             recompute=False, **dict.fromkeys(OURS, 0.0), peepholes=False, layer_norm=False,
         )  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in defaults.items()}
-        return ", ".join(parts + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])
+        return ", ".join(sizes + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])
 
 
 class StackedLSTM(Stack):

@@ -42,7 +42,7 @@ class HasVariants:
                 nn.init.uniform_(parameter, -bound, bound)
 
     def _bound(self) -> float:
-        """Of initial weights, as torch's; a cell may have no units."""
+        """The bound of initial weights, torch's; a cell may have no units."""
         return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
 
     def _add_variants(self: Any, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:

@@ -127,10 +127,10 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
 
 def _check_that_torch_has_it(where: str, module: Any) -> None:
     if takes_sequences(module) and module._role == "stack":
-        kind, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
+        cls, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
         raise TypeError(
-            f"{where} is a Stacked{kind} of sizes {module.hidden_sizes}, with {states} of states a layer; a "
-            f"torch.nn.{kind} has layers of one size, and {states.replace('a ', 'one ')} of states for all"
+            f"{where} is a Stacked{cls} of sizes {module.hidden_sizes}, with {states} of states a layer; a "
+            f"torch.nn.{cls} has layers of one size, and {states.replace('a ', 'one ')} of states for all"
         )
     for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
         if value := getattr(module, name, 0.0):

@@ -150,8 +150,8 @@ class Stream:
         """Raise unless `value` has an element for each sequence, on the device of the states."""
         check_tensor(value, name)
         if value.shape != (self.batch,) or value.dtype not in dtypes:
-            kind = str(dtypes[0]).removeprefix("torch.")
-            raise ValueError(f"expected {kind} of shape ({self.batch},), got {value.dtype} {tuple(value.shape)}")
+            dtype = str(dtypes[0]).removeprefix("torch.")
+            raise ValueError(f"expected {dtype} of shape ({self.batch},), got {value.dtype} {tuple(value.shape)}")
         if value.device != self._state[0][0].device:
             raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {value.device}")
 

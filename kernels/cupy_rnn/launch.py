@@ -18,7 +18,7 @@ from ..operands import as_words, transposed_gates
 from ..problem import Gradients, Pass, Problem, Recurrence
 from ..timeouts import error_word
 from .planning import HOST, SEQUENCES, Plan, card_of, choose_plan, words_of
-from .source import CELLS, KERNELS, OPTIONS, in_order, join, name_expression, parts, present_in
+from .source import CELLS, KERNELS, OPTIONS, in_order, join, name_expression, present_in, texts
 
 PACK = 16  # bytes that a thread reads at once
 
@@ -154,7 +154,7 @@ def _loaded(
 
     name = name_expression(kernel, dtype, template, present)
     module = cupy.RawModule(
-        code=join(parts()), options=OPTIONS, name_expressions=[name], enable_cooperative_groups=True
+        code=join(texts()), options=OPTIONS, name_expressions=[name], enable_cooperative_groups=True
     )
     function = module.get_function(name)
     function.max_dynamic_shared_size_bytes = card_of(device).shared

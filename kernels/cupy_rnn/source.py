@@ -10,28 +10,28 @@ import torch
 
 FOLDER = Path(__file__).with_name("cuda")
 CELLS = ("lstm", "gru")  # of equations/
-PARTS = ("instructions", *(f"equations/{cell}" for cell in CELLS), "indexing", "exchange", "products", "cooperative")
-"""Files of the folder; each knows those before it."""
+FILES = ("instructions", *(f"equations/{cell}" for cell in CELLS), "indexing", "exchange", "products", "cooperative")
+"""Of the folder; each knows those before it."""
 
 KERNELS = ("cooperative_forward", "cooperative_backward")
 OPTIONS = ("-std=c++17",)
 ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
-def join(parts: dict[str, str]) -> str:
-    """All parts as one text, for which the compiler's messages still name file and line."""
-    return "\n".join(f'#line 1 "{name}.cu"\n{text}' for name, text in parts.items())
+def join(texts: dict[str, str]) -> str:
+    """All files as one text, for which the compiler's messages still name file and line."""
+    return "\n".join(f'#line 1 "{name}.cu"\n{text}' for name, text in texts.items())
 
 
 @functools.cache
-def parts() -> dict[str, str]:
-    """The text of each part."""
-    return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in PARTS}
+def texts() -> dict[str, str]:
+    """The text of each file."""
+    return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in FILES}
 
 
 def found(pattern: str) -> str:
-    """What a pattern's group matches in the text of all parts."""
-    match = re.search(pattern, join(parts()), re.DOTALL)
+    """What a pattern's group matches in the text of all files."""
+    match = re.search(pattern, join(texts()), re.DOTALL)
     assert match is not None
     return match[1]
 

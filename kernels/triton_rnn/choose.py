@@ -32,7 +32,6 @@ from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident,
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
 SLOW_S = 2.0  # after which a log line says what is happening
-KIND = cache.PLANS  # of cached results
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
@@ -301,13 +300,13 @@ def _log_if_slow() -> Iterator[None]:
 
 def measured_plan(problem: Problem, card: Card, backward: bool) -> dict[str, Any] | None:
     """The plan that was fastest for problems like this on this card, as JSON; None if none was measured."""
-    plan: dict[str, Any] | None = cache.read(KIND, _key(problem, card, backward))
+    plan: dict[str, Any] | None = cache.read(cache.PLANS, _key(problem, card, backward))
     return plan
 
 
 def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> None:
     """Write a measured plan to the cache."""
-    cache.write(KIND, _key(problem, card, backward), plan.as_json())
+    cache.write(cache.PLANS, _key(problem, card, backward), plan.as_json())
 
 
 def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:

@@ -92,7 +92,7 @@ def here_at(step, tile, owned, batch, S: tl.constexpr):
 
 @triton.jit
 def first_word(S: tl.constexpr):
-    """The first of the words of a row that a thread has, four of every 16 WARPS; see fragments.py."""
+    """The first word of a row that a thread has, four of every 16 WARPS; see fragments.py."""
     thread = threads(S.WARPS)
     return thread.warp * 16 + thread.quarter * 4
 
@@ -162,7 +162,7 @@ def cooperative_forward_kernel(
     hidden: Hidden,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, W] int32
     cell: Cell, norm_hh: NormHH, norm_c: NormC, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps of the units of a program; grid (programs of a group, groups)."""
+    """All steps of a program's units; grid (programs of a group, groups)."""
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     NORMED: tl.constexpr = norm_hh.gain_ptr is not None or norm_c.gain_ptr is not None
@@ -275,7 +275,7 @@ def cooperative_backward_kernel(
     saved: Saved, norm_hh: NormHH, norm_c: NormC, dh_total_ptr, lengths_ptr, resets_ptr, error_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
-    """All steps, from the last to the first, of the units of a program; grid (programs of a group, groups)."""
+    """All steps of a program's units, from the last to the first; grid (programs of a group, groups)."""
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     NORMED: tl.constexpr = norm_hh.gain_ptr is not None or norm_c.gain_ptr is not None
@@ -393,9 +393,9 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
         h.zero_()
     if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
         h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-    operands = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
-    operands |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
-    return operands | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
+    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
+    arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
+    return arguments | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
 
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -424,5 +424,5 @@ FAMILY = Family(
 
 
 def _row(p: Problem) -> int:
-    """Elements of a row of H units that is a whole number of words."""
+    """Elements of a row of H units, in whole words."""
     return p.hidden + p.hidden * p.size % 4 // p.size

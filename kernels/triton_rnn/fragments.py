@@ -5,7 +5,7 @@ kernel can say what every thread does. It keeps W_hh in registers for the whole 
 uses h as the other operand as it arrives, without a change of layout and without a barrier.
 
 A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
-and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring elements of half precision, or one of float32.
+and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring half-precision elements, or one float32.
 Every thread of a warp has elements of A, B and D, by its
 
     column   lane // 4: a sequence in B; the rows column and column + 8 in A and D
@@ -191,7 +191,7 @@ def place(row, sequence):
 @constexpr_function
 def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
     """PTX of `product`: $0 on are the sums, then the weights, then x."""
-    kind = {
+    shape = {
         tl.float16: "m16n8k16.row.col.f32.f16.f16.f32",
         tl.bfloat16: "m16n8k16.row.col.f32.bf16.bf16.f32",
         tl.float32: "m16n8k8.row.col.f32.tf32.tf32.f32",
@@ -206,7 +206,7 @@ def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
             a, b = a0 + (n // 2 * tiles + tile) * 8 + n % 2 * 4, b0 + 2 * n
             d = ", ".join(f"odd{i}" if n % chains else f"${4 * tile + i}" for i in range(4))
             lines.append(
-                f"mma.sync.aligned.{kind} {{{d}}}, {{${a}, ${a + 1}, ${a + 2}, ${a + 3}}}, {{${b}, ${b + 1}}}, "
+                f"mma.sync.aligned.{shape} {{{d}}}, {{${a}, ${a + 1}, ${a + 2}, ${a + 3}}}, {{${b}, ${b + 1}}}, "
                 f"{{{zeros if n < chains else d}}};"
             )
     if chains == 2:

@@ -41,7 +41,7 @@ def zoneout(new, before, zoneout_ptr, cells):
 
 @triton.jit
 def zoneout_backward(d, zoneout_ptr, cells):
-    """Gradient of the state after a step -> (of what the step computed, of the state before as far as that stayed)."""
+    """Gradient of the state after a step -> (of what the step computed, of what stayed of the state before)."""
     stayed = tl.zeros_like(d)
     if zoneout_ptr is not None:
         share = load_share(zoneout_ptr, cells)

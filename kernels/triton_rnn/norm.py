@@ -55,7 +55,7 @@ def units_of(tile, S: tl.constexpr):
 
 @triton.jit
 def load_affine(norm, unit, COUNT: tl.constexpr, H: tl.constexpr):
-    """(gains, biases) of some units, of the shape of `unit`; zeros where there is no bias."""
+    """(gains, biases) of some units, each like `unit`; zeros where there is no bias."""
     gain, bias = (), ()
     if norm.gain_ptr is not None:
         for n in tl.static_range(COUNT):
@@ -94,8 +94,8 @@ def normalised(v, norm, normed):
 
 @triton.jit
 def unit_backward(d, normed, DTYPE: tl.constexpr):
-    """Gradient d of LN(v), as it is stored in DTYPE -> (d_unit, that of unit; the sums of d_unit and of d_unit * unit
-    over a unit's numbers)."""
+    """Gradient d of LN(v), as it is stored in DTYPE -> (d_unit, that of unit; sums of d_unit and d_unit * unit over a
+    unit's numbers)."""
     unit, _, gain, _ = normed
     d_unit, products = (), ()
     for n in tl.static_range(len(d)):

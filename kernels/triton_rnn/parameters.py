@@ -15,7 +15,7 @@ class Sizes(NamedTuple):
 
     CELL: str
     GATES: int  # How many rows of W_hh a unit has. They belong to its last GATES gates.
-    FROM_X: int  # How many of the four gates come with something in them: the first of them.
+    FROM_X: int  # How many of the four gates, from the first on, arrive with numbers in them.
     H: int
     P: int
     REVERSE: bool

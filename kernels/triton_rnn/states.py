@@ -60,14 +60,14 @@ def load_saved(saved, step, cells, H: tl.constexpr):
 
 @triton.jit
 def load_c_before(saved, step, cells):
-    """c before a step, as forward saved it: parts, of which one is not zero."""
+    """c before a step, as forward saved it: terms, of which one is not zero."""
     is_first = tl.zeros(cells.prev_at.shape, tl.int32) + step == 0
     first = tl.load(saved.c0_ptr + cells.prev_at, mask=cells.continues & is_first, other=0.0)
     later = tl.load(saved.c_ptr + cells.prev_at, mask=cells.continues & ~is_first, other=0.0)
-    parts = (first, later)
+    terms = (first, later)
     if saved.reset_c_ptr is not None:
-        parts = parts + (reset_to(0.0, saved.reset_c_ptr, cells),)
-    return parts
+        terms = terms + (reset_to(0.0, saved.reset_c_ptr, cells),)
+    return terms
 
 
 @triton.jit
@@ -78,11 +78,11 @@ def as_float(gates, c, c_prev):
 
 
 @triton.jit
-def total(parts):
+def total(terms):
     """What load_c_before loaded."""
-    c_prev = parts[0] + parts[1]
-    if len(parts) == 3:
-        c_prev += parts[2]
+    c_prev = terms[0] + terms[1]
+    if len(terms) == 3:
+        c_prev += terms[2]
     return c_prev
 
 
