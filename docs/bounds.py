@@ -43,8 +43,9 @@ problem.
 
 ## All cards
 
-{len(HIDDEN) * len(BATCH)} sizes, with H from {HIDDEN[0]} to {HIDDEN[-1]} and B from {BATCH[0]} to {BATCH[-1]}:
-the median of *x*, how many are over {FAR}, and where *x* is greatest, with the largest term of the estimate there."""
+At {len(HIDDEN) * len(BATCH)} sizes, H from {HIDDEN[0]} to {HIDDEN[-1]} and B from {BATCH[0]} to {BATCH[-1]}, both
+directions: the median of *x*, how many are over {FAR}, and where *x* is greatest, with the largest term of the
+estimate there."""
 
 
 PUBLISHED = {  # units of a head, milliseconds, what was predicted of that at first and with the constants of now
@@ -56,21 +57,19 @@ PUBLISHED = {  # units of a head, milliseconds, what was predicted of that at fi
 OTHERS = """## What was predicted of others' kernels
 
 The model is fitted to the cycles in `tests/cycles.csv`, counted by an estimator that issues a kernel's machine code in
-order, with published latencies. It was held against kernels whose times on an H100 are published: FlashRNN's LSTM, 768
-units in heads, B=16, T=1024, bfloat16 (head_dim--lstm.svg in its repository; a whole call; backward is forward+backward
-less forward). The clock is taken to be 1.755 GHz. *At first* all constants were the project's own. *Now* DRAM (570
-cycles), mma.sync (25 cycles, one each 6.26) and their grid-wide barrier (2,157; the one of kernels here 1,500) are as
-others measured them on an H100, a load counts by the lines of L1 that it touches, and a call in CUDA has 0.2 ms of
-copies. The last columns are the predicted time as a multiple of the published one."""
+order, with published latencies. It was held against FlashRNN's LSTM on an H100, 768 units in heads, B=16, T=1024,
+bfloat16 (head_dim--lstm.svg in its repository; backward is forward+backward less forward), at a clock of 1.755 GHz. *At
+first* all constants were the project's own. *Now* DRAM (570 cycles), mma.sync (25 cycles, one each 6.26) and their
+grid-wide barrier (2,157; the one of kernels here 1,500) are as others measured them, a load counts by the lines of L1
+that it touches, and a call in CUDA has 0.2 ms of copies. The last columns: predicted over published time."""
 PROVEN = """\
-- **Shown:** inside one multiprocessor the estimator is right to about 15 %. Triton's kernels run a program for each
-  head; nothing was fitted to them. The backward of heads of 64 spills registers, which is not in the estimate.
-- **Shown less well:** across programs. The CUDA kernel ends each step with a barrier of 96 programs. The estimates were
-  too low. The barrier has since been taken from a measurement, but lines of L1 are counted as they fit these rows.
-- **Not shown:** the exchange without a barrier that the cooperative family rests on; none of these kernels has one. 300
-  to 500 cycles from a store to a load that finds it follow from 564 ns, published, from a release to an acquire of two
-  programs; the last of 48 may take longer. Nor the clock under load, 1.755 or 1.98 GHz, nor anything of cuDNN. No
-  kernel of this project has run.
+- **Shown:** inside one multiprocessor the estimator is right to about 15 %: Triton's kernels, a program for each head,
+  to which nothing was fitted. The backward of heads of 64 spills registers, which is not in the estimate.
+- **Shown less well:** across programs. The CUDA kernel ends each step with a barrier of 96 programs. That is now as
+  measured; lines of L1 are counted as they fit these rows.
+- **Not shown:** the exchange without a barrier in the cooperative family. 300 to 500 cycles from a store to a load that
+  finds it follow from 564 ns, published, from a release to an acquire of two programs; the last of 48 may take longer.
+  Nor the clock under load. No kernel of this project has run.
 
 So a step of H=768, B=16 in bfloat16 is expected to take 1.11 us (0.91 to 1.31) forward and 1.71 us (1.51 to 2.0)
 backward by the estimator, {model} us by the model. In the same figure torch's nn.LSTM, by cuDNN in fp16, takes 1.96
@@ -78,18 +77,9 @@ and 3.1 us a step; that includes the product of x and W_ih, these do not.
 
 ## What these constants changed
 
-Of the first plans for an H100 in bfloat16, H from 64 to 2048 and B from 1 to 4096 by powers of two (H also 192, 384,
-768 and 1536), 29 of 520 became others, 15 of them of another family:
-
-| cell, direction | changed | of another family | what |
-|---|--:|--:|---|
-| LSTM forward | 3 of 130 | 1 | H=512 B=4096 pointwise; H=384 B=32, 64 other tiles |
-| LSTM backward | 7 of 130 | 7 | H=2048 B=1 to 16 and H=768 B=256 pointwise; H=512 B=128 cooperative |
-| GRU forward | 15 of 130 | 6 | fewer units than 32 where it looks ahead, or W_hh held |
-| GRU backward | 4 of 130 | 1 | H=1024 B=16 to 64 other tiles; H=384 B=512 cooperative |
-
-A GRU's forward that looks ahead for 32 units waits for gates from memory at each turn, which the model did not know:
-H=512 B=256 takes 7,032 cycles by count, and 5,263 where W_hh is held."""
+Of 520 first plans for an H100 in bfloat16, H from 64 to 2048 and B from 1 to 4096, 29 became others, 15 of them of
+another family; 15 are a GRU's forward. Where that looks ahead for 32 units it waits for gates from memory at each turn,
+which the model did not know: H=512 B=256 takes 7,032 cycles by count, and 5,263 where W_hh is held."""
 TRIED = """## What was tried for a step's latency
 
 Cycles are estimates from SASS for an H100 in bfloat16, B = 16, if a load sees a store 400 cycles later.
@@ -203,14 +193,14 @@ def in_full(card: Card) -> str:
 
 
 def summary() -> str:
-    """A line for each card, dtype and direction: the middle and the greatest ratio, and why."""
+    """A line for each card and dtype: the middle and the greatest ratio, and why."""
     lines = []
-    for card, dtype, direction in product(planning.DEVICES, DTYPES, DIRECTIONS):
-        found = rows(planning.DEVICES[card], DTYPES[dtype], direction)
+    for card, dtype in product(planning.DEVICES, DTYPES):
+        found = [row for direction in DIRECTIONS for row in rows(planning.DEVICES[card], DTYPES[dtype], direction)]
         far, worst = [row for row in found if row.ratio > FAR], max(found, key=lambda row: row.ratio)
         ratios = f"{median(row.ratio for row in found):.1f}", str(len(far)), f"{worst.ratio:.1f}"
-        lines.append([f"`{card}`", f"{dtype}, {direction}", *ratios, worst.size, worst.family, worst.largest])
-    return table(f"card | case | median x | over {FAR} | greatest x | H | B | family | largest term", lines)
+        lines.append([f"`{card}`", dtype, *ratios, worst.size, worst.family, worst.largest])
+    return table(f"card | dtype | median x | over {FAR} | greatest x | H | B | family | largest term", lines)
 
 
 def others() -> str:
