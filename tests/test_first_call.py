@@ -21,6 +21,7 @@ import torch
 from places import forget
 from standing_in import CUDA, H100, plan_of, torch_finds
 
+from gpu_lstm import __main__ as doctor
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
@@ -186,7 +187,7 @@ def test_a_line_says_what_takes_long(an_h100, monkeypatch, caplog):
 
 
 def _selected(asked: str | None = None) -> Backend:
-    return select(asked, CUDA, torch.float32, None, False)
+    return select(asked, CUDA, doctor.ANY, None, False)
 
 
 @pytest.fixture
