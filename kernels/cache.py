@@ -141,10 +141,8 @@ def _is_locked(file: Any) -> bool:
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # this file system has no locks, so there was no trial
-        pass
+    except OSError as error:  # another is of a file system without locks, which has no trials
+        return isinstance(error, BlockingIOError)
     return False
 
 

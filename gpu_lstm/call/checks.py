@@ -13,7 +13,7 @@ from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
 from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .forms import Form
-from .modes import autocasts, need_the_reference
+from .modes import PLAIN, autocasts, need_the_reference
 from .options import Options
 from .weights import LAYER_NORM, NAMES, State, Weights, variant_of
 
@@ -244,6 +244,18 @@ def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: W
 def is_exact(c: Tensor, x: Tensor) -> bool:
     """Whether c is float32 though x is in half precision: the kernels keep it so, unrounded."""
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
+
+
+def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
+    """Whether torch's operator for a cell takes all as it is, on the CPU. If not, `prepare` makes it so, or raises."""
+    if type(x) is not Tensor or not x.is_cpu or options.feature is not None:
+        return False
+    if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
+        return False
+    dtype, batch = x.dtype, len(x)
+    found = [t.shape for t in (x, *state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
+    sizes = [(batch, options.input_size), *[(batch, options.hidden)] * len(options.cell.states)]
+    return found == sizes + options.sizes_of_first
 
 
 def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]) -> None:

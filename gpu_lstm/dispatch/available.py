@@ -5,6 +5,7 @@ import functools
 import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
+from ..call.modes import only_torch_runs
 from ..call.regularisers import REFERENCE_ONLY
 from ..kernels import cache
 from ..kernels.layer import launcher_of, package_of
@@ -47,6 +48,11 @@ def select(
     elif (problem := why_unavailable(choice, device, kind.dtype)) is not None:
         raise problem
     return Backend.REFERENCE if transformed else choice
+
+
+def only_torch_on_a_cpu(argument: str | None) -> bool:
+    """Whether a call there that torch's own operator can run has nothing else to run it; see modes.only_torch_runs."""
+    return "cpu" not in KERNEL_DEVICES and only_torch_runs(argument)
 
 
 def lacking(kernels: Backend, kind: Kind) -> str | None:

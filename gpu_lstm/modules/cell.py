@@ -10,13 +10,12 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNCellBase
 
 from ..backends.torch_rnn import run_step
-from ..call.checks import check_bool
+from ..call.checks import check_bool, fits_torchs_cell
 from ..call.choices import Backend, BackendName
-from ..call.modes import PLAIN, only_torch_runs
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
-from ..dispatch import available
+from ..call.weights import LAYER_NORM, PEEPHOLES, State
+from ..dispatch.available import only_torch_on_a_cpu
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
@@ -51,7 +50,7 @@ class RecurrentCell(Checked):
                 return instead
         options = self._options()
         weights, state = weights_of(self, options.names), hx if type(hx) is tuple else (hx,)
-        if _fits(options, input, state, weights[0][0]) and only_torch_runs(options.backend):
+        if fits_torchs_cell(options, input, state, weights[0][0]) and only_torch_on_a_cpu(options.backend):
             found = run_step(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]
@@ -64,21 +63,6 @@ class RecurrentCell(Checked):
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""
         return RNNCellBase.extra_repr(self) + repr_of(self, (PEEPHOLES, LAYER_NORM))
-
-
-def _fits(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
-    """Whether torch's operator takes all as it is, on the CPU, and no kernels run there.
-
-    If not, `prepare` makes it so, or says what is wrong.
-    """
-    if type(x) is not Tensor or not x.is_cpu or "cpu" in available.KERNEL_DEVICES or options.feature is not None:
-        return False
-    if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
-        return False
-    dtype, batch = x.dtype, len(x)
-    found = [t.shape for t in (x, *state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
-    sizes = [(batch, options.input_size), *[(batch, options.hidden)] * len(options.cell.states)]
-    return found == sizes + options.sizes_of_first
 
 
 class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
