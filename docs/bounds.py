@@ -79,7 +79,7 @@ and 3.1 us a step; that includes the product of x and W_ih, these do not.
 
 Of 520 first plans for an H100 in bfloat16, H from 64 to 2048 and B from 1 to 4096, 29 became others, 15 of them of
 another family; 15 are a GRU's forward. Where that looks ahead for 32 units it waits for gates from memory at each turn,
-which the model did not know: H=512 B=256 takes 7,032 cycles by count, and 5,263 where W_hh is held."""
+which the model did not know: H=512 B=256 takes 6,831 cycles by count, and 5,760 where W_hh is held."""
 TRIED = """## What was tried for a step's latency
 
 Cycles are estimates from SASS for an H100 in bfloat16, B = 16, if a load sees a store 400 cycles later.
