@@ -56,7 +56,8 @@ def lstm_layer(
     gains = named.gain_ih, named.gain_hh, named.gain_c
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
     arguments = Arguments(
-        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, features, named.bias_ih is not None,
+        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms,
+        heads_of(named, hidden), features, named.bias_ih is not None,
         None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
@@ -86,10 +87,18 @@ def gru_layer(
     check_tensor(x, "input")
     check_bool("reverse", reverse)
     named = named_weights(weights, GRU)
-    hidden, features = named.weight_hh.shape[1], x.shape[-1] if x.dim() == 3 else 0
+    hidden, features = named.weight_hh.shape[0] // GRU.rows, x.shape[-1] if x.dim() == 3 else 0
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
     name = None if backend is None else parse_backend_name(backend)
     bias = named.bias_ih is not None
-    arguments = Arguments(GRU.name, "layer", (hidden,), False, (), features, bias, name, reverse=reverse)
+    arguments = Arguments(
+        GRU.name, "layer", (hidden,), False, (), heads_of(named, hidden), features, bias, name, reverse=reverse
+    )
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
+
+
+def heads_of(weights: Weights, hidden: int) -> int:
+    """By the columns of W_hh; 1 if they are not those of heads either."""
+    columns = weights.weight_hh.shape[1]
+    return hidden // columns if weights.weight_hr is None and columns and hidden % columns == 0 else 1

@@ -6,6 +6,7 @@ equations are in triton_rnn/equations/ and cupy_rnn/cuda/equations/, and in torc
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,18 @@ class Cell(NamedTuple):
     functions: tuple[int, int]  # how many sigmoids and tanhs a unit takes, forward and backward
     of_torch: bool  # torch has it, and so cuDNN
     normalises: bool  # m is made of its last gate and c: it may have peepholes, and layer norms of c and of W_hh h
+    empty: tuple[float, ...] = (
+        0.0,
+    )  # c of a unit before its first step; numbers after the first backward does not read
+
+    @property
+    def kept(self) -> int:
+        """How many float32 numbers of a unit c has, K; c of all steps, which backward reads, has the first alone."""
+        return len(self.empty)
+
+    def empty_like(self, c: Tensor) -> Tensor | float:
+        """What a reset leaves, to be broadcast with c [K, B, H]."""
+        return 0.0 if self.kept == 1 else torch.cat([c.new_full((1, 1, 1), value) for value in self.empty])
 
     @property
     def has_constant(self) -> bool:
@@ -49,4 +62,8 @@ LSTM = Cell("lstm", ("h", "c"), 4, 0, 4, 0, (5, 1), of_torch=True, normalises=Tr
 # The candidate is made of n, from x, and s, from h. Gates are in the order r, z, n, s, where x reaches the first three,
 # as in torch; gradients in the order n, r, z, s, where what x and what h reach are neighbours.
 GRU = Cell("gru", ("h",), 3, 0, 3, 1, (3, 0), of_torch=True, normalises=False)
-CELLS = {cell.name: cell for cell in (LSTM, GRU)}
+# u, v, g, o; c is q, the mean of all g, and l, the logarithm of the sum of their weights.
+SLSTM = Cell(
+    "slstm", ("h", "c", "n", "m"), 4, 0, 4, 0, (6, 0), of_torch=False, normalises=False, empty=(0.0, -float("inf"))
+)
+CELLS = {cell.name: cell for cell in (LSTM, GRU, SLSTM)}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from . import layer_norm, projection
+from . import heads, layer_norm, projection
 from .cells import CELLS
 from .memory import ALIGNMENT, allocate, buffers_of, gradients_in, steps_of
 from .ordering import in_order
@@ -120,7 +120,7 @@ class Layer:
             save: keep what backward needs.
 
         Returns:
-            h [T, B, P], h_n [1, B, P], c_n [1, B, H] float32, and c: float32 [T, B, H] if `save`, else None.
+            h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32, and c: float32 [T, B, H] if `save`, else None.
 
         Raises:
             RuntimeError: an earlier launch timed out; or no kernel can run the problem.
@@ -266,7 +266,7 @@ def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | No
         first = layer_norm.gradient(first, inputs.gain_hh, r.unit_hh.unit[at], r.unit_hh.scale[at])
     if inputs.resets is not None and not p.reverse:
         first = first.masked_fill(inputs.resets[0, :, None], 0)
-    dh0 = (first @ inputs.weight_hh)[None]
+    dh0 = heads.gradient_of_h(first, inputs.weight_hh, p.width)[None]
     if inputs.dropout_h is not None:
         dh0 = inputs.dropout_h * dh0
     if gradients.dh0 is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .cells import CELLS
 from .problem import Gradients, Inputs, Pass, Problem
 
 EVERY_BIT = -1  # fills a Buffer; it is also the sentinel of the exchanges
@@ -32,12 +33,13 @@ class Buffer(NamedTuple):
 def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
     """What a pass returns, by the names that kernels have for it; of backward see problem.Gradients."""
     f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
+    every_c = CELLS[p.cell].kept, *of_c
     if not pass_.backward:
         h0, c0 = (None, None) if p.lengths is None else ("h0", "c0")  # what sequences of length 0 end with
         buffers = {"h_ptr": Buffer(p.dtype, of_h, 0), "h_n_ptr": Buffer(p.dtype, (1, *of_h), fill=h0)}
-        buffers["c_n_ptr"] = Buffer(f32, (1, *of_c), fill=c0)
+        buffers["c_n_ptr"] = Buffer(f32, every_c, fill=c0)
         return buffers | ({"c_ptr": Buffer(f32, of_c, 0)} if pass_.save else {})
-    buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, (1, *of_c), fill=0)}
+    buffers = {"dgates_ptr": Buffer(p.dtype, (p.batch, 4 * p.hidden), 0), "dc_ptr": Buffer(f32, every_c, fill=0)}
     if p.zoneout_h is not None:
         buffers["dh_from_zoneout_ptr"] = Buffer(f32, (1, *of_h), fill=0)
     if p.projected or p.gain_c:

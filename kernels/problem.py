@@ -37,11 +37,25 @@ class Problem(NamedTuple):
     cell: str = "lstm"  # of cells.CELLS
     bias_hh: bool = False  # of a cell that has_constant
     known_h: bool = False  # of such a cell: the gates have W_hh h where h is known before the loop
+    heads: int = 1  # groups of units that follow one another, of which W_hh connects each with itself alone
 
     @property
     def from_x(self) -> int:
         """How many of the four gates arrive with numbers in them."""
         return 4 if self.known_h else CELLS[self.cell].x_end
+
+    @property
+    def columns(self) -> int:
+        """Of W_hh, D: features of h, P, or the units of a head."""
+        return self.width // self.heads
+
+    @property
+    def of_head(self) -> "Problem":
+        """A head as a layer of its own: heads share the card like layers that run side by side."""
+        if self.heads == 1:
+            return self
+        shared = self.heads * self.side_by_side
+        return self._replace(hidden=self.columns, heads=1, side_by_side=shared)
 
     @property
     def size(self) -> int:
@@ -106,7 +120,7 @@ NO_UNIT = Unit(None, None)
 class Recurrence(NamedTuple):
     """What the time loop reads: the Inputs that `in_the_loop` names, since x, W_ih and b_ih are in the gates.
 
-    States are [1, B, P] and [1, B, H], c0 float32. Layer norms are those in the loop, of W_hh h and of c in tanh(c). A
+    States are [1, B, P] and [K, B, H], c0 float32. Layer norms are those in the loop, of W_hh h and of c in tanh(c). A
     reset step begins with h = 0, and with c = 0 or `reset_c`; for another h, its product with W_hh is in the gates.
     """
 
@@ -120,7 +134,7 @@ class Gradients(NamedTuple):
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
     dh0: Tensor | None  # [1, B, P]; from Prepared.backward: float32, and through zoneout of the first step only
-    dc0: Tensor  # [1, B, H] float32
+    dc0: Tensor  # [K, B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m if c is normalised
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
@@ -152,7 +166,7 @@ class Like(NamedTuple):
 def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, ...]]:
     """The sizes of all tensors of a problem, whether they are there or not; T = `steps`, I = `features`."""
     letters = {"1": 1, "T": steps, "B": p.batch, "I": features, "H": p.hidden, "P": p.width, "3H": 3 * p.hidden}
-    letters["4H"] = CELLS[p.cell].rows * p.hidden
+    letters |= {"4H": CELLS[p.cell].rows * p.hidden, "D": p.columns, "K": CELLS[p.cell].kept}
     return {row.name: row.sized(letters) for row in TENSORS}
 
 
@@ -170,6 +184,7 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
 def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
     """The problem of a call with these tensors."""
     i, (steps, batch, _), (hidden,) = inputs, inputs.x.shape, inputs.c0.shape[-1:]
+    heads = i.h0.shape[-1] // max(1, i.weight_hh.shape[1])
     known = any([getattr(i, name) is not None for name in KNOWN])
     dimensions = [None if t is None else t.dim() for t in (i.zoneout_h, i.zoneout_c)]
     return Problem(
@@ -177,7 +192,7 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
         precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
         i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
         i.reset_c is not None, i.weight_peephole is not None, i.gain_hh is not None, i.gain_c is not None,
-        i.bias_c is not None, cell, *of_constant(cell, i.bias_hh is not None, known),
+        i.bias_c is not None, cell, *of_constant(cell, i.bias_hh is not None, known), max(1, heads),
     )  # fmt: skip
 
 

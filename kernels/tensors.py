@@ -23,7 +23,9 @@ class Row(NamedTuple):
     """What is known of a tensor whatever the problem is."""
 
     name: str
-    size: str  # T steps, B sequences, I input features, H units, P features of h; a GRU's weights have 3H for 4H
+    # T steps, B sequences, I input features, H units, P features of h, D of these that W_hh multiplies with each other:
+    # all, or those of a head; K numbers of a unit, see cells.py. A GRU's weights have 3H for 4H.
+    size: str
     dtype: torch.dtype | None  # None: that of x
     role: str
     loop: bool  # the time loop reads it; x, W_ih and b_ih are in the gates
@@ -38,9 +40,9 @@ F32, BOOL = torch.float32, torch.bool
 TENSORS = tuple(Row(*row) for row in (
     ("x",               "T B I", None, X,         not LOOP, BY_LOOP),
     ("h0",              "1 B P", None, STATE,     LOOP,     BY_LOOP),  # as torch.nn.LSTM has it for one layer
-    ("c0",              "1 B H", F32,  STATE,     LOOP,     BY_LOOP),  # outside the loop maybe in the dtype of x
+    ("c0",              "K B H", F32,  STATE,     LOOP,     BY_LOOP),  # outside the loop maybe in the dtype of x
     ("weight_ih",       "4H I",  None, WEIGHT,    not LOOP, AFTER),
-    ("weight_hh",       "4H P",  None, WEIGHT,    LOOP,     BY_LOOP),
+    ("weight_hh",       "4H D",  None, WEIGHT,    LOOP,     BY_LOOP),
     ("bias_ih",         "4H",    None, WEIGHT,    not LOOP, AFTER),  # from here on a tensor may be None: not there
     ("bias_hh",         "4H",    None, WEIGHT,    LOOP,     AFTER),  # of a GRU; an LSTM's is in the gates
     ("weight_hr",       "P H",   None, WEIGHT,    LOOP,     AFTER),  # None without projection, then P = H

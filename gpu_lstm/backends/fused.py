@@ -15,7 +15,7 @@ from ..call.regularisers import ADDING
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import Weights
 from ..equations import EQUATIONS
-from ..kernels import layer_norm
+from ..kernels import heads, layer_norm
 from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
 from ..kernels.problem import NO_UNIT, Inputs, Problem, Recurrence
@@ -131,7 +131,7 @@ def gradients(
     if gates_were_dropped:
         steps.recompute_gates(cell, h_prev)
     if i.gain_hh is not None:
-        unit_hh = layer_norm.unit_of(h_prev @ i.weight_hh.T, 4 * hidden)
+        unit_hh = layer_norm.unit_of(heads.product(h_prev, i.weight_hh), 4 * hidden)
     if i.gain_c is not None:
         unit_c = layer_norm.unit_of(steps.c_after(), hidden)
 
@@ -152,15 +152,14 @@ def gradients(
     if i.gain_c is not None:
         d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, unit_c.unit, loop.dh_total)
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
-    dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
-        d["x"] = dz_x @ cell.from_torch(i.weight_ih, hidden)
+        d["x"] = dz_x if i.weight_ih is None else dz_x @ cell.from_torch(i.weight_ih, hidden)
     if "c0" in needed:
         d["c0"] = loop.dc0.to(i.c0.dtype)
     if "weight_ih" in needed:
         d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
     if "weight_hh" in needed:
-        d["weight_hh"] = dz_h_rows @ h_prev.flatten(0, 1)
+        d["weight_hh"] = heads.gradient_of_weight(dz_h, h_prev, layer.problem.heads)
     if "bias_ih" in needed or "bias_hh" in needed:
         dbias = loop.dgates.sum((0, 1))  # [4H]
         d["bias_ih"], d["bias_hh"] = cell.to_torch(cell.of_x(dbias, hidden), hidden), cell.of_h(dbias, hidden)
@@ -194,5 +193,5 @@ def _of_peepholes(steps: AllSteps, dgates: Tensor) -> Tensor:
 def _of_reset_h(steps: AllSteps, dz_h: Tensor, through_zoneout: Tensor | None) -> Tensor:
     """[T, B, P], from dz_h [T, B, 4H], that of W_hh h."""
     i = steps.inputs
-    dreset_h = scaled(_at_resets(dz_h, steps.traversal) @ i.weight_hh, i)
+    dreset_h = scaled(heads.gradient_of_h(_at_resets(dz_h, steps.traversal), i.weight_hh, i.h0.shape[2]), i)
     return dreset_h if through_zoneout is None else dreset_h + through_zoneout.to(dreset_h.dtype)

@@ -36,7 +36,9 @@ class Part(NamedTuple):
         row, x, (h, c), weights, traversal, noise = self
         if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
             return self
-        stays = is_exact(c, x) or (x.is_cpu and weights.weight_hr is not None)  # there torch's autocast casts no c
+        stays = (
+            is_exact(c, x) or len(c) > len(h) or (x.is_cpu and weights.weight_hr is not None)
+        )  # there torch's autocast casts no c
         state = h.to(dtype), c if stays else c.to(dtype)
         return Part(row, x.to(dtype), state, weights.to(dtype), traversal, noise)
 

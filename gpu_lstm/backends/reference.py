@@ -22,6 +22,7 @@ from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
+from ..kernels.cells import CELLS
 from ..kernels.tensors import Noise
 from .layer_loop import Part, run_layers, without_autocast
 
@@ -72,7 +73,7 @@ def run_layer(
     cell: str, x: Tensor, state: State, weights: Weights, traversal: Traversal,
     noise: Noise = NO_NOISE, record: list[Steps] | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """One layer, one direction, step by step, from x [T, B, I] and ([1, B, P], [1, B, H]). At each step, see
+    """One layer, one direction, step by step, from x [T, B, I] and ([1, B, P], [K, B, H]). At each step, see
     equations/, for an LSTM:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
@@ -81,10 +82,10 @@ def run_layer(
     What all steps compute is appended to `record`, if there is one.
 
     Returns:
-        h [T, B, P] and (h_n [1, B, P], c_n [1, B, H]), in the dtypes of x, h0 and c0.
+        h [T, B, P] and (h_n [1, B, P], c_n [K, B, H]), in the dtypes of x, h0 and c0.
     """
-    h, c = state[0][0], state[1][0]  # [B, P], [B, H]
-    dtype, cell_dtype = x.dtype, c.dtype
+    h, c = state[0][0], state[1].squeeze(0)  # [B, P], [B, H]; with K > 1 [K, B, H]
+    dtype, cell_dtype, empty = x.dtype, c.dtype, CELLS[cell].empty_like(c)
     if dtype in (torch.float16, torch.bfloat16):
         x, h, c, weights = x.float(), h.float(), c.float(), weights.to(torch.float32)
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
@@ -103,23 +104,23 @@ def run_layer(
     outputs, every_step = [], []
     for t in range(len(x)):
         reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in given]
-        before = _where(reset, t, (reset_h, reset_c), (h, c))
+        before = _where(reset, t, (0.0 if reset_h is None else reset_h, empty if reset_c is None else reset_c), (h, c))
         gates, after = _step(EQUATIONS[cell], x[t], before, weights, Noise(*now))
         outputs.append(after[0])
         if record is not None:
-            every_step.append((torch.cat(gates, 1), *reversed(after)))
+            every_step.append((torch.cat(gates, 1), after[1] if CELLS[cell].kept == 1 else after[1][0], after[0]))
         h, c = _where(ended, t, (h, c), after)
 
     if record is not None:
         record.append(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
-    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(cell_dtype)[None])
+    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(cell_dtype).view_as(state[1]))
 
 
-def _where(mask: Tensor | None, t: int, these: Sequence[Tensor | None], others: State) -> State:
-    """States [B, *], at step t: these, of which None is zero, where the mask [T, B] is true, else the others."""
+def _where(mask: Tensor | None, t: int, these: tuple[Any, Any], others: State) -> State:
+    """States [B, *], at step t: these where the mask [T, B] is true, else the others."""
     if mask is None:
         return others
-    h, c = [torch.where(mask[t, :, None], 0 if a is None else a, b) for a, b in zip(these, others)]
+    h, c = [torch.where(mask[t, :, None], a, b) for a, b in zip(these, others)]
     return h, c
 
 

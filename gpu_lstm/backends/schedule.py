@@ -53,7 +53,7 @@ class Schedule(NamedTuple):
 def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     """The schedule for up to `steps` steps and `size`-byte elements. Layers run side by side if that may pay."""
     options = call.options
-    widest = max(hidden for _, hidden, _ in options.sizes)
+    widest = max(size.hidden for size in options.sizes)
     kept = call.learns and not options.recompute
     longest = 2**31 if kept else max(1, WORKSPACE // max(4 * call.batch * widest * size, 1))  # fits in the workspace
     count = len(options.sizes) if options.directions == 1 else options.directions
@@ -73,7 +73,7 @@ def run_call(
     run = run_layers if in_one_piece else partial(_in_chunks, schedule)
     if dtype is torch.float32 and call.modes.autocast is None:
         return run(call, dtype, backend, run_part)
-    states = [(h.to(dtype), c if is_exact(c, call.x) else c.to(dtype)) for h, c in call.states]
+    states = [(h.to(dtype), c if is_exact(c, call.x) or len(c) > len(h) else c.to(dtype)) for h, c in call.states]
     weights = [[one.to(dtype) for one in layer] for layer in call.weights]
     # Cell states are float32, also from chunk to chunk.
     cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
@@ -132,7 +132,7 @@ def _through(
             with on(stream, streams[k - 1] if k > layers[0] else None):
                 if d:
                     way = way.backwards()
-                    states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row])
+                    states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row], call.options.cell)
                 with named(k, d, backend):
                     h, states[row] = run(Part(row, below, states[row], weights, way, within(noise[k][d], span)))
                 if directions == 1:

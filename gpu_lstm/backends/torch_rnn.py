@@ -29,6 +29,7 @@ from ..call.prepare import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
+from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
@@ -51,10 +52,11 @@ def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
 
 def run_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
     """What torch's own operator of a cell returns of x [B, I] and ([B, H], [B, H]); of a GRU twice h."""
+    weight_hh = dense(w.weight_hh, state[0].shape[1])
     if cell is GRU:
-        h = gru_cell(x, state[0], w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
+        h = gru_cell(x, state[0], w.weight_ih, weight_hh, w.bias_ih, w.bias_hh)
         return h, h
-    return lstm_cell(x, state, w.weight_ih, w.weight_hh, w.bias_ih, w.bias_hh)
+    return lstm_cell(x, state, w.weight_ih, weight_hh, w.bias_ih, w.bias_hh)
 
 
 def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
@@ -117,6 +119,8 @@ def stack(
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
+    if layers[0][0].weight_hh.shape[1] != h0.shape[2]:  # of heads
+        layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:
         flat = packed(flat)

@@ -152,6 +152,24 @@ def check_states(states: Any, options: Options, name: str, error: type[Exception
         raise error(f"Expected {name} of {len(options.sizes)} {what}, one a layer, got {len(states)}")
 
 
+def check_every_state(hx: Any, names: Sequence[str]) -> None:
+    """Raise unless hx has a tensor for each of these states."""
+    expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"{expected}, got: {type(hx).__name__}")
+    if len(hx) != len(names):
+        raise RuntimeError(f"{expected}, got {len(hx)}")
+    for name, state in zip(names, hx):
+        check_tensor(state, name)
+
+
+def check_size_of_states(names: Sequence[str], states: Sequence[Tensor], size: tuple[int, ...]) -> None:
+    """Raise unless all states are of one size."""
+    for name, state in zip(names, states):
+        if state.shape != size:
+            raise RuntimeError(f"Expected {name} size {size}, got {list(state.shape)}")
+
+
 def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
     """Raise, in torch's words, unless x [..., I] has the first layer's features and, with weights, its dtype."""
     if not options.of_rnn_base:
@@ -223,7 +241,7 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
 
 def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
     """Raise, in torch's words, unless x [B, I] and a cell's states fit; `alike`: all have one dtype and device."""
-    (inputs, hidden, _), (h, c), (batch, features) = options.sizes[0], state, x.shape
+    (inputs, hidden, _, _), (h, c), (batch, features) = options.sizes[0], state, x.shape
     expected = batch, hidden
     if alike and features == inputs and h.shape == expected and c.shape == expected:
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.tensors import Noise
-from .options import Options
+from .options import Options, Size
 from .regulariser import Drawing
 from .regularisers import ADDING, SCALING
 from .weights import Weights
@@ -36,19 +36,18 @@ def draw(
     steps, batch = sizes
     device = layers[0][0].weight_hh.device
 
-    def of_direction(weights: Weights) -> Noise:
-        rows, width = weights.weight_hh.shape
-        sizes, hidden = (steps, batch, width), rows // options.cell.rows
-        of = Drawing(sizes, hidden, dtype, device, options.training, options.one_state)
+    def of_direction(size: Size) -> Noise:
+        sizes = steps, batch, size.width
+        of = Drawing(sizes, size.hidden, dtype, device, options.training, options.one_state)
         drawn: dict[str, Tensor | None] = {}
         for thing, rate in options.on:
             drawn.update(zip(thing.tensors, thing.draw(rate, of)))
         return Noise(**drawn)
 
-    noise = [[of_direction(weights) for weights in layer] for layer in layers]
+    noise = [[of_direction(size) for _ in layer] for size, layer in zip(options.sizes, layers)]
     kept: list[Tensor | None] = [None] * len(layers)
-    for k, layer in enumerate(layers[:-1] if options.dropout else ()):
-        width = sum(weights.weight_hh.shape[1] for weights in layer)
+    for k, size in enumerate(options.sizes[:-1] if options.dropout else ()):
+        width = options.directions * size.width
         kept[k] = torch.empty(steps, batch, width, dtype=torch.bool, device=device).bernoulli_(1 - options.dropout)
     return noise, kept
 

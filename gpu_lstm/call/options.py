@@ -24,6 +24,7 @@ class Size(NamedTuple):
     inputs: int  # I
     hidden: int  # H
     projected: int  # P; 0 without a projection
+    heads: int = 1
 
     @property
     def width(self) -> int:
@@ -34,6 +35,7 @@ class Size(NamedTuple):
         """The sizes of the weights of these names, with `rows` to a unit."""
         hidden = self.hidden
         letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}
+        letters["D"] = self.width // self.heads
         return tuple([BY_NAME[name].sized(letters) for name in names])
 
 
@@ -43,6 +45,7 @@ _FIELDS = (
     "hidden_sizes",  # tuple [L]
     "peepholes",
     "norms",  # tuple of some NORMS
+    "heads",
     "input_size", "bias",
     "backend",  # a name, or None; up to here what a cell has, too
     "bidirectional", "batch_first", "training",
@@ -69,7 +72,7 @@ class Options:
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
         inputs = [a.input_size, *(self.directions * (a.proj_size or hidden) for hidden in a.hidden_sizes)]
-        self.sizes = tuple([Size(i, hidden, a.proj_size) for i, hidden in zip(inputs, a.hidden_sizes)])
+        self.sizes = tuple([Size(i, hidden, a.proj_size, a.heads) for i, hidden in zip(inputs, a.hidden_sizes)])
         self.input_size = a.input_size
         self.hidden, self.width = self.sizes[0].hidden, self.sizes[0].width  # of the first layer
         rates = [(thing, thing.rate(getattr(a, thing.name), a.training)) for thing in REGULARISERS]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
+from ..equations import EQUATIONS
 from . import checks
 from .forms import Form, Packed, Padded
 from .modes import PLAIN, Modes, Recording, modes
@@ -23,7 +24,7 @@ class Call(NamedTuple):
     x: Tensor  # [T, B, I]; as torch's own accept it: for a PackedSequence its data [N, I], for a cell [B, I]
     steps: int
     batch: int
-    # A pair ([*, B, P], [*, B, H]) for each of the user's, with options.lead rows; for a GRU c = h.
+    # A pair ([*, B, P], [*, B, H]) for each of the user's, with options.lead rows, in c K to each; for a GRU c = h.
     states: list[State]
     weights: list[list[Weights]]  # [L][D]
     traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
@@ -46,9 +47,9 @@ class Call(NamedTuple):
         if options.one_step:
             x = x[None]
         if options.lead:
-            rows = [row for h, c in states for row in zip(h.split(1), c.split(1))]
+            rows = [row for h, c in states for row in zip(h.split(1), c.split(options.cell.kept))]
         else:
-            rows = [(h[None], c[None]) for h, c in states]
+            rows = [(h[None], c if options.cell.kept > 1 else c[None]) for h, c in states]
         return Call(x, steps, batch, rows, weights, traversal, options, form, its_modes, learns)  # sooner than _replace
 
     def joined(self, rows: list[State]) -> list[State]:
@@ -69,6 +70,10 @@ class Call(NamedTuple):
             h, c = self.states[0]
             kept = int(h.dtype is not c.dtype)  # in float32 it is c alone
             out = [form.state_out(state[kept]) for state in states]
+        elif self.options.cell.kept > 1:
+            h, c = states[0]
+            numbers = [c[k :: self.options.cell.kept].view_as(h) for k in range(self.options.cell.kept)]
+            out = [tuple(map(form.state_out, (h, *EQUATIONS[self.options.cell.name].states_of(*numbers))))]
         elif form.packed is not None or not form.batched:
             out = [(form.state_out(h), form.state_out(c)) for h, c in states]
         return form.output(y), out if self.options.by_layer else out[0]
@@ -94,7 +99,10 @@ def prepare(
     traversal = EVERY_STEP
     if lengths is not None or resets is not None:
         traversal = _traversal(form, x, (steps, batch), lengths, resets)
-    states = _zeros(options, x, batch) if hx is None else _states(options, form, x, batch, hx)
+    if options.cell.kept > 1:
+        states = [_kept_states(options, form, x, batch, hx)]
+    else:
+        states = _zeros(options, x, batch) if hx is None else _states(options, form, x, batch, hx)
     now = modes(x)
     learns, plain = _check_tensors(options, form, x, states, weights, now.grad)
     if steps == 0:
@@ -110,7 +118,13 @@ def prepare(
         now = now._replace(recording=Recording.WATCHED)
     if options.reverse:
         traversal = traversal.backwards()
-    elif resets is not None and steps == 1 and reset_states is None and now.recording < Recording.COMPILED:
+    elif (
+        resets is not None
+        and steps == 1
+        and options.cell.kept == 1
+        and reset_states is None
+        and now.recording < Recording.COMPILED
+    ):
         states, traversal = _reset_before_the_only_step(options, states, traversal)
     return Call(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
@@ -141,7 +155,7 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
             form, x = _UNBATCHED, input.unsqueeze(0 if role == "cell" else 1)
         elif options.batch_first:
             form, x = _BATCH_FIRST, input.transpose(0, 1)
-    if hx is None:
+    if hx is None or options.cell.kept > 1:
         pass
     elif role == "cell":
         if alone:
@@ -181,7 +195,7 @@ def _traversal(
 def _zeros(options: Options, x: Tensor, batch: int) -> list[State]:
     """Initial states of zeros. Where both of a pair have the same size they may be one tensor."""
     states = []
-    for _, hidden, projected in options.blocks:
+    for _, hidden, projected, _ in options.blocks:
         c = x.new_zeros(*options.lead, batch, hidden)
         # But torch.compile does not let an operator have the same tensor twice.
         one = not projected and not torch.compiler.is_compiling()
@@ -193,7 +207,7 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
     """A user's states as Call.states, their sizes checked, but a cell's."""
     states: list[State] = []
     alone, inside = options.one_state, form.batched and form.packed is None
-    for state, (_, hidden, projected) in zip(hx if options.by_layer else (hx,), options.blocks):
+    for state, (_, hidden, projected, _) in zip(hx if options.by_layer else (hx,), options.blocks):
         h, c = (state, state) if alone else (state[0], state[1])  # of an unbatched hx torch ignores the rest
         if not inside:
             h = h[None] if options.one_step else form.state_in(h)
@@ -209,6 +223,20 @@ def _states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> lis
             c = h.clone()
         states.append((h, c))
     return states
+
+
+def _kept_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -> State:
+    """A user's states, of a cell that keeps several numbers of a unit, as Call.states; all but h in float32 or more."""
+    cell, size = options.cell, (*options.lead, batch, options.hidden)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    if hx is None:
+        empty: Any = cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
+        return x.new_zeros(size), empty.repeat(options.rows, 1, 1).expand(-1, *size[-2:])
+    checks.check_every_state(hx, cell.states)
+    h, *others = map(form.state_in, hx)
+    checks.check_size_of_states(cell.states, (h, *others), size)
+    numbers = EQUATIONS[cell.name].states_from(*[t.to(exact) for t in others])  # K of [*lead, B, H]
+    return h, torch.stack(numbers, -3).flatten(0, -3)
 
 
 def _check_tensors(

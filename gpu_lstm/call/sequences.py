@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.cells import Cell
 from .checks import check_tensor
 from .weights import State
 
@@ -96,15 +97,16 @@ class Traversal(NamedTuple):
         states = None if self.reset_states is None else [(h[span], c[span]) for h, c in self.reset_states]
         return Traversal(lengths, resets, self.reverse, states)
 
-    def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor) -> State:
+    def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor, cell: Cell) -> State:
         """The state with which a layer enters a span in reverse, reset where the time just past it has a reset."""
         if self.resets is None or span is None or span.stop == len(self.resets):
             return h, c
         separated = self.resets[span.stop]  # [B]
         if self.lengths is not None:
             separated = separated & (self.lengths > span.stop)
-        to_h, to_c = (0 if t is None else t[span.stop].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
-        return torch.where(separated[:, None], to_h, h), torch.where(separated[:, None], to_c, c)
+        to_h, to_c = (None if t is None else t[span.stop].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
+        h = torch.where(separated[:, None], 0 if to_h is None else to_h, h)
+        return h, torch.where(separated[:, None], cell.empty_like(c) if to_c is None else to_c, c)
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(time, valid, reset) [T, B] of the steps of x [T, B, *]. The permutation `time` is its own inverse.

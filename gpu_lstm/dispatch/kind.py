@@ -70,11 +70,11 @@ class Kind(NamedTuple):
     def problem(self, row: int, side_by_side: int = 1) -> Problem:
         """What the kernels of one layer and direction, `row` among [L*D], are asked to do."""
         layer, d = divmod(row, self.directions)
-        _, hidden, projected = self.layers[layer]
+        _, hidden, projected, heads = self.layers[layer]
         return Problem(
             min(self.steps, 2), self.batch, hidden, self.dtype, projected, self.precision, side_by_side,
             reverse=self.reverse or d == 1, reset_h=self.reset_states and self.zoneout_h is not None,
-            reset_c=self.reset_states, cell=self.cell, **{name: getattr(self, name) for name in _FLAGS},
+            reset_c=self.reset_states, cell=self.cell, heads=heads, **{name: getattr(self, name) for name in _FLAGS},
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:

@@ -114,9 +114,12 @@ def _route_in_a_graph(call: Call) -> Route:
     normed = variant == LAYER_NORM
     # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
     sizes: Any = [
-        (w.weight_ih.shape[1], len(w.weight_hh) // rows, 0 if w.weight_hr is None else w.weight_hh.shape[1])
+        (
+            w.weight_ih.shape[1], hidden := len(w.weight_hh) // rows,
+            *((0, hidden // w.weight_hh.shape[1]) if w.weight_hr is None else (w.weight_hh.shape[1], 1)),
+        )
         for w, *_ in call.weights
-    ]
+    ]  # fmt: skip
     kind = Kind(
         options.cell.name, tuple(sizes), len(call.weights[0]), dtype, "", training=True, recompute=False,
         steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, reverse=False,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import heads
 from .lstm import FourGates
 
 
@@ -45,7 +46,7 @@ def input_product(x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: No
 
 def add_product(z: Tensor, h: Tensor, weight: Tensor, gain: None) -> None:
     """Add h W_hh^T to z [T, B, 4H], of which s has nothing yet; h [T, B, H]."""
-    r_z, s = (h @ weight.T).tensor_split((2 * h.shape[2],), dim=2)
+    r_z, s = heads.product(h, weight).tensor_split((2 * h.shape[2],), dim=2)
     z[:, :, : 2 * h.shape[2]] += r_z
     z[:, :, 3 * h.shape[2] :] = s
 

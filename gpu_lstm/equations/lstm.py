@@ -20,6 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels import heads
 from ..kernels.layer_norm import EPS
 
 FourGates = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,11 +43,17 @@ def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
     return Gates(i, f, o, g, c, h)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> Tensor:
-    """x W^T + bias, of which x W^T is normalised where there is a gain: x [..., K], W [N, K] -> [..., N]."""
-    if gain is None:
+def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None) -> Tensor:
+    """x W^T + bias, of which x W^T is normalised where there is a gain: x [..., K], W [N, K] -> [..., N].
+
+    W may be of heads, [N, D]; without one x is the product.
+    """
+    if weight is not None and weight.shape[1] == x.shape[-1] and gain is None:
         return F.linear(x, weight, bias)
-    return normalised(F.linear(x, weight), gain, bias)
+    product = x if weight is None else heads.product(x, weight)
+    if gain is not None:
+        return normalised(product, gain, bias)
+    return product if bias is None else product + bias
 
 
 def normalised(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,7 +64,7 @@ def normalised(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
 def input_product(
     x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, gain: Tensor | None
 ) -> Tensor:
-    """What is known of z before the time loop, [T, B, 4H]: W_ih x + b_ih + b_hh."""
+    """What is known of z before the time loop, [T, B, 4H]: W_ih x + b_ih + b_hh, in new memory."""
     bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
     if gain is None:
         return F.linear(x, weight, bias)
@@ -66,7 +73,7 @@ def input_product(
 
 def add_product(z: Tensor, h: Tensor, weight: Tensor, gain: Tensor | None) -> None:
     """Add W_hh h, which is normalised where there is a gain, to z [T, B, 4H]; h [T, B, P]."""
-    if gain is None:
+    if gain is None and weight.shape[1] == h.shape[2]:
         z.flatten(0, 1).addmm_(h.flatten(0, 1), weight.T)
     else:
         z += linear(h, weight, None, gain)

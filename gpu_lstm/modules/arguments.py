@@ -79,6 +79,20 @@ def check_size(name: str, size: object) -> None:
         raise ValueError(f"{name} must be greater than zero")
 
 
+def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str] = ()) -> None:
+    """Raise unless it is a number of heads that divides the units, with nothing that reaches over heads."""
+    check_size("heads", heads)
+    if heads == 1:
+        return
+    check_size("hidden_size", hidden)
+    if hidden % heads:
+        raise ValueError(f"hidden_size must be divisible by heads, got hidden_size={hidden} and heads={heads}")
+    if projected:
+        raise ValueError(f"heads are not defined with a projection: expected proj_size 0, got {projected}")
+    if not {"hh", "c"}.isdisjoint(norms):
+        raise ValueError(f"{LAYER_NORM} of 'hh' or 'c' is over all units: expected heads=1, got {heads}")
+
+
 class Checked:
     """A module whose attributes are checked like its arguments when they are set."""
 
@@ -89,9 +103,33 @@ class Checked:
     backend: BackendName | None = None
     _peepholes: bool = False
     _norms: tuple[str, ...] = ()
+    heads = 1
+    hidden_size: int
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, accepted(name, value, self._cell))
+
+    def reset_parameters(self: Any) -> None:
+        """Draw all weights and biases again, in the order of the parameters; gains become ones, bias_c zero.
+
+        So the same seed gives the weights that the constructor drew. Bounds are torch's, 1 / sqrt(H), but 1 / sqrt(D)
+        of the W_hh of heads, each of which is like that of a layer of D units.
+        """
+        columns = self.hidden_size // self.heads
+        for name, parameter in list(self.named_parameters()):
+            of_heads = self.heads > 1 and name.startswith("weight_hh")
+            if of_heads and parameter.shape[1] != columns:  # as torch's constructor made it
+                parameter = nn.Parameter(parameter.new_empty(len(parameter), columns))
+                setattr(self, name, parameter)
+            if name.startswith(("gain_", "bias_c")):
+                nn.init.constant_(parameter, float(name.startswith("gain_")))
+            else:
+                bound = columns**-0.5 if of_heads else self._bound()
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def _bound(self) -> float:
+        """The bound of initial weights, torch's; a cell may have no units."""
+        return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
 
     def _get_name(self) -> str:
         """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
@@ -177,5 +215,6 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def repr_of(module: nn.Module, names: Sequence[str]) -> str:
     """The backend, if one was chosen, and the other arguments that are on."""
     backend: Any = module.backend
-    text = "" if backend is None else f", backend={backend!r}"
+    text = f", heads={module.heads}" * (module.heads != 1)  # type: ignore[operator]
+    text += "" if backend is None else f", backend={backend!r}"
     return text + "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name, None))

@@ -19,7 +19,7 @@ from ..dispatch.available import only_torch_on_a_cpu
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
-from .arguments import Checked, accepted, norms_of, repr_of, scriptable
+from .arguments import Checked, accepted, check_heads, norms_of, repr_of, scriptable
 from .tracing import traced
 from .variants import HasVariants, weights_of
 
@@ -55,9 +55,15 @@ class RecurrentCell(Checked):
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]
 
+    def _make(self: Any, sizes: tuple, heads: int, of: tuple) -> None:
+        """Draw initial weights."""
+        if heads != 1:
+            self.heads = heads  # which reset_parameters reads
+        RNNCellBase.__init__(self, *sizes, self._cell.rows, *of)
+
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
-        variants, of_all = (self._peepholes, self._norms), (self.input_size, self.bias, self.backend)
+        variants, of_all = (self._peepholes, self._norms, self.heads), (self.input_size, self.bias, self.backend)
         return options_of(self._cell.name, self._role, (self.hidden_size,), *variants, *of_all)
 
     def extra_repr(self: Any) -> str:
@@ -76,6 +82,7 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
         backend: as for LSTM.
         peepholes, layer_norm: as for LSTM; the parameters are weight_peephole, gain_ih, gain_hh, gain_c and bias_c.
             Default: False
+        heads: as for LSTM. Default: 1
 
     Raises:
         ValueError, TypeError: as LSTM for these.
@@ -91,12 +98,13 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, peepholes: bool = False,
-        layer_norm: bool | Sequence[str] = False,
+        layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         name = accepted("backend", backend)
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
-        RNNCellBase.__init__(self, input_size, hidden_size, bias, self._cell.rows, device, dtype)
+        check_heads(heads, hidden_size, norms=norms)
+        self._make((input_size, hidden_size, bias), heads, (device, dtype))
         self.backend = name
         self._add_variants("", peepholes, norms)
 
@@ -113,7 +121,7 @@ class GRUCell(RecurrentCell, RNNCellBase):
     """A drop-in for torch.nn.GRUCell: one step of one layer, with the same parameters, results and errors.
 
     Args:
-        input_size, hidden_size, bias, device, dtype, backend: as for LSTMCell.
+        input_size, hidden_size, bias, device, dtype, backend, heads: as for LSTMCell.
 
     Raises:
         ValueError, TypeError: as GRU for these.
@@ -128,10 +136,11 @@ class GRUCell(RecurrentCell, RNNCellBase):
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None,
+        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, heads: int = 1,
     ) -> None:  # fmt: skip
         name = accepted("backend", backend)
-        RNNCellBase.__init__(self, input_size, hidden_size, bias, self._cell.rows, device, dtype)
+        check_heads(heads, hidden_size)
+        self._make((input_size, hidden_size, bias), heads, (device, dtype))
         self.backend = name
 
     if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch.nn.modules.rnn import RNNBase
 
 from ..call.choices import Backend, BackendName
 from ..kernels.cells import GRU as CELL
-from .arguments import Called, scriptable
+from .arguments import Called, check_heads, scriptable
 from .recurrent import Recurrent
 
 
@@ -27,6 +27,7 @@ class GRU(Recurrent, RNNBase):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM.
         backend, recompute, recurrent_dropout, weight_drop: as for LSTM.
         zoneout: as for LSTM, of the one state. Default: 0
+        heads: as for LSTM; weight_hh_l{k} is (3H, H / heads). Default: 1
 
     There is no projection, no peepholes and no layer norm. See `forward` for calls.
 
@@ -48,13 +49,15 @@ class GRU(Recurrent, RNNBase):
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, recompute: bool = False,
-        recurrent_dropout: float = 0.0, zoneout: float = 0.0, weight_drop: float = 0.0, proj_size: None = None,
+        recurrent_dropout: float = 0.0, zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
+        proj_size: None = None,
     ) -> None:  # fmt: skip
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
+        check_heads(heads, hidden_size)
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
         self._make(
-            (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+            (*sizes, device, dtype), heads, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
             zoneout=zoneout, weight_drop=weight_drop,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from ..call.checks import check_bool, check_unprojected
 from ..call.choices import Backend, BackendName
 from ..call.weights import PEEPHOLES, State
 from ..kernels.cells import LSTM as CELL
-from .arguments import Called, norms_of, scriptable
+from .arguments import Called, check_heads, norms_of, scriptable
 from .recurrent import Recurrent
 from .variants import HasVariants
 
@@ -63,14 +63,20 @@ class LSTM(Recurrent, HasVariants, RNNBase):
 
                 z = LN(W_ih x) + b_ih + LN(W_hh h) + b_hh      h' = o tanh(LN(c') + bias_c)
 
+        heads: groups of H / heads units, of which W_hh connects each with itself alone: weight_hh_l{k} is (4H, H /
+            heads). Its rows are torch's, each with the weights of the units of its own head, drawn like those of an
+            LSTM with H / heads units. Divides `hidden_size`. Not with proj_size, nor with a layer norm of "hh" or
+            "c". Default: 1
+
     Recurrent dropout, zoneout, peepholes and layer norms run on the backends "triton" and "reference"; "auto" chooses
     between these two. See `forward` for calls.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, a
-            regulariser that is not a probability, or a layer norm of something else or with proj_size; TypeError for
-            `recompute` or `peepholes` that is not a bool. `dropout` and these, except `peepholes` and `layer_norm`, may
-            be set later as attributes, and raise the same errors then.
+            regulariser that is not a probability, or a layer norm of something else or with proj_size, or heads that
+            do not go with the rest; TypeError for `recompute` or `peepholes` that is not a bool. `dropout` and these,
+            except `peepholes`, `layer_norm` and `heads`, may be set later as attributes, and raise the same errors
+            then.
 
     Example::
 
@@ -86,14 +92,15 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
         backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
-        layer_norm: bool | Sequence[str] = False,
+        layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         check_bool(PEEPHOLES, peepholes)
         norms = norms_of(layer_norm)
         check_unprojected(bool(norms), proj_size)
+        check_heads(heads, hidden_size, proj_size, norms)
         sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
         self._make(
-            (*sizes, device, dtype), backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
+            (*sizes, device, dtype), heads, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
             zoneout=zoneout, weight_drop=weight_drop,
         )  # fmt: skip
         for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:

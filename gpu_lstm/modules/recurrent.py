@@ -26,12 +26,14 @@ class Recurrent(Regularised):
     recompute: bool = False
     _role = "module"
 
-    def _make(self: Any, torchs: tuple, **ours: Any) -> None:
+    def _make(self: Any, torchs: tuple, heads: int, **ours: Any) -> None:
         """Check our own arguments before RNNBase, with torch's, draws initial weights.
 
         RNNBase knows torch's classes alone, by name: it is given the one whose weights have as many rows.
         """
         accepted_ours = {name: accepted(name, value, self._cell) for name, value in ours.items()}
+        if heads != 1:
+            self.heads = heads  # which reset_parameters reads
         mode = "LSTM" if self._cell.rows == LSTM.rows else "GRU"
         # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
         RNNBase.__init__(self, mode, *torchs)
@@ -50,6 +52,8 @@ class Recurrent(Regularised):
 
     def flatten_parameters(self: Any) -> None:
         """As torch's, but also for bfloat16, which torch skips: cuDNN would copy the weights at every call."""
+        if self.heads > 1:  # cuDNN has none
+            return
         RNNBase.flatten_parameters(self)
         weights = [w for w in self._flat_weights if type(w) is nn.Parameter and w.is_cuda and w.dtype is torch.bfloat16]
         if len({w.data_ptr() for w in weights}) == len(self._flat_weights_names):  # none are tied, as torch requires
@@ -111,7 +115,8 @@ class Recurrent(Regularised):
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
-        return options_of(self._cell.name, self._role, sizes, self._peepholes, self._norms, *of_all, self.proj_size)
+        variants = self._peepholes, self._norms, self.heads
+        return options_of(self._cell.name, self._role, sizes, *variants, *of_all, self.proj_size)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the module has them now."""

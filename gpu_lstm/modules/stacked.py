@@ -16,7 +16,7 @@ from ..call.regularisers import OURS
 from ..call.weights import PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import Called, Regularised, check_size, layer_sizes, norms_of
+from .arguments import Called, Regularised, check_heads, check_size, layer_sizes, norms_of
 from .gru import GRU
 from .lstm import LSTM
 from .tracing import traced
@@ -40,6 +40,8 @@ class Stack(Regularised, nn.Module):
         # All arguments are checked before initial weights are drawn.
         input_size, hidden_sizes = sizes[0], layer_sizes(sizes[1])
         check_size("input_size", input_size)
+        for size in hidden_sizes:
+            check_heads(ours["heads"], size)
         for name in ("batch_first", "bidirectional", "residual"):
             check_bool(name, flags[name])
         directions = 2 if flags["bidirectional"] else 1
@@ -94,7 +96,7 @@ class Stack(Regularised, nn.Module):
     def _options(self) -> Options:
         """From the attributes as they are now."""
         first, sizes = cast(Any, self.layers[0]), tuple(self.hidden_sizes)
-        of_all, variants = [getattr(self, name) for name in OF_LAYERS], (first._peepholes, first._norms)
+        of_all, variants = [getattr(self, name) for name in OF_LAYERS], (first._peepholes, first._norms, self.heads)
         return options_of(self._cell.name, self._role, sizes, *variants, *of_all, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
@@ -106,7 +108,7 @@ class Stack(Regularised, nn.Module):
         sizes = [f"{self.input_size}, {self.hidden_sizes}"]
         defaults = dict(
             bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
-            recompute=False, **dict.fromkeys(OURS, 0.0), peepholes=False, layer_norm=False,
+            recompute=False, **dict.fromkeys(OURS, 0.0), peepholes=False, layer_norm=False, heads=1,
         )  # fmt: skip
         given = {name: getattr(self, name, default) for name, default in defaults.items()}
         return ", ".join(sizes + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])
@@ -122,7 +124,7 @@ class StackedLSTM(Stack):
         input_size: features of the input, I.
         hidden_sizes: hidden units of each layer, H_k.
         bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm: as for LSTM.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm, heads: as for LSTM.
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
 
@@ -146,17 +148,18 @@ class StackedLSTM(Stack):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
         backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
-        layer_norm: bool | Sequence[str] = False,
+        layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         check_bool(PEEPHOLES, peepholes)
         norms_of(layer_norm)
-        shared: Any = dict(bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, peepholes=peepholes)
+        shared: Any = dict(bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, heads=heads)
+        shared |= dict(peepholes=peepholes, layer_norm=layer_norm)
         super().__init__(
             (input_size, hidden_sizes),
             dict(bias=bias, batch_first=batch_first, bidirectional=bidirectional, residual=residual),
             dict(dropout=dropout, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-                 zoneout=zoneout, weight_drop=weight_drop),
-            lambda features, size: LSTM(features, size, layer_norm=layer_norm, **shared),
+                 zoneout=zoneout, weight_drop=weight_drop, heads=heads),
+            lambda features, size: LSTM(features, size, **shared),
         )  # fmt: skip
 
     @property
@@ -180,7 +183,7 @@ class StackedGRU(Stack):
     Args:
         input_size, hidden_sizes, bias, batch_first, dropout, bidirectional, residual, device, dtype: as for
             StackedLSTM, of layers that are a GRU each.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop: as for GRU.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, heads: as for GRU.
 
     See `forward` for calls.
 
@@ -200,14 +203,14 @@ class StackedGRU(Stack):
         dropout: float = 0.0, bidirectional: bool = False, residual: bool = False,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
         backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
-        zoneout: float = 0.0, weight_drop: float = 0.0,
+        zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
     ) -> None:  # fmt: skip
-        shared: Any = dict(bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
+        shared: Any = dict(bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, heads=heads)
         super().__init__(
             (input_size, hidden_sizes),
             dict(bias=bias, batch_first=batch_first, bidirectional=bidirectional, residual=residual),
             dict(dropout=dropout, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-                 zoneout=zoneout, weight_drop=weight_drop),
+                 zoneout=zoneout, weight_drop=weight_drop, heads=heads),
             lambda features, size: GRU(features, size, **shared),
         )  # fmt: skip
 

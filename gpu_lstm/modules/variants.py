@@ -17,7 +17,6 @@ class HasVariants:
     _peepholes: bool
     _norms: tuple[str, ...]
     bias: bool
-    hidden_size: int
 
     @property
     def peepholes(self) -> bool:
@@ -28,22 +27,6 @@ class HasVariants:
     def layer_norm(self) -> bool | tuple[str, ...]:
         """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, like peepholes."""
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
-
-    def reset_parameters(self) -> None:
-        """Draw all weights and biases again, in the order of the parameters; gains become ones, bias_c zero.
-
-        So the same seed gives the weights that the constructor drew.
-        """
-        bound = self._bound()
-        for name, parameter in self.named_parameters():  # type: ignore[attr-defined]
-            if name.startswith(("gain_", "bias_c")):
-                nn.init.constant_(parameter, float(name.startswith("gain_")))
-            else:
-                nn.init.uniform_(parameter, -bound, bound)
-
-    def _bound(self) -> float:
-        """The bound of initial weights, torch's; a cell may have no units."""
-        return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
 
     def _add_variants(self: Any, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
         """The parameters of one layer and direction, where its others are: peepholes initialised as weights are."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cards import cuda_obstacle
+from ..cells import CELLS as GATES
 from ..layer import Chosen, Refuses
 from ..memory import EVERY_BIT, Buffer, allocate, buffers_of, checking, gradients_in, margins, steps_of
 from ..operands import as_words, transposed_gates
@@ -72,7 +73,7 @@ class Prepared:
             dc.copy_(dc_n)
         self._launch(
             gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.inputs.c0, dgates=dgates, partials=memory.get("partials_ptr"),
-            weights=transposed_gates(r.inputs.weight_hh, self.plan.partners, p.hidden, PACK), dc=dc,
+            weights=transposed_gates(r.inputs.weight_hh, self.plan.partners, GATES[p.cell].rows, PACK), dc=dc,
             dreset_c=memory.get("dreset_c_ptr"),
         )  # fmt: skip
         return gradients_in(memory, dgates[..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden))
@@ -104,6 +105,8 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
 def lacks(problem: Problem) -> str | None:
     if problem.cell not in CELLS:
         return f"cell {problem.cell!r}"
+    if problem.heads > 1:
+        return "heads"
     without = problem.regularised or problem.weight_peephole or problem.normalised
     return "recurrent dropout, zoneout, peepholes or layer norms" if without else None
 

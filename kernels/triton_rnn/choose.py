@@ -83,6 +83,9 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 @functools.lru_cache(256)
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
+    if problem.heads > 1:
+        of_head = _plans(problem.of_head, card, backward)
+        return [dataclasses.replace(plan, heads=problem.heads) for plan in of_head]
     seconds = partial(expected_seconds, problem, card, backward=backward)
     always, by_product = [step_plans.step_plan(problem, card, backward)], pointwise.pointwise_plan(problem)
     if by_product is not None and seconds(by_product) < seconds(always[0]):
@@ -315,6 +318,6 @@ def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
         sources=cache.sources("kernels"), triton=triton.__version__, card=card.name,
         multiprocessors=card.multiprocessors, cell=problem.cell, batch=problem.batch, hidden=problem.hidden,
         projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
-        side_by_side=problem.side_by_side, regularised=problem.regularised, normalised=problem.normalised,
-        backward=backward,
+        heads=problem.heads, side_by_side=problem.side_by_side, regularised=problem.regularised,
+        normalised=problem.normalised, backward=backward,
     )  # fmt: skip

@@ -185,6 +185,7 @@ def cooperative_forward_kernel(
         cells = here.cells
         x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
         c_prev = reset.load_state(cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
+        rest_prev = states.load_rest_before(cell.c_n_ptr, cells, B, S)
 
         # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
         if not S.AHEAD:
@@ -200,7 +201,7 @@ def cooperative_forward_kernel(
         # Gates, cell and output.
         group = Group(here.sequence, owned.is_cell, Wait(error_ptr, step, delay, step % 2))
         z = normalise_over_group(z, norm_hh, affine_hh, group, S)
-        gates, c = cell_forward(x, z, c_prev, constants, S)
+        gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
         h = output(gates[3], normalise_over_group((c,), norm_c, affine_c, group, S)[0], S)
         c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr)
@@ -214,6 +215,7 @@ def cooperative_forward_kernel(
         # Store.
         tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.valid)
         tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
+        states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
         states.save(gates, c, cell, cells, S.H)
         step, tile = next_step, next_tile
 
@@ -300,6 +302,7 @@ def cooperative_backward_kernel(
         cells, position = here.cells, here.position
         gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
         normed_hh = load_normed(norm_hh, affine_hh, position, cells, S.H)
         normed_c = load_normed(norm_c, affine_c, position, cells, S.H)
         dh_given = states.load_gradients_given(hidden, cells)
@@ -323,7 +326,7 @@ def cooperative_backward_kernel(
         c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, d = output_backward(gates[3], normalised((c,), norm_c, normed_c)[0], dh, S)
         dc_by_m, lost = backward_over_group((d,), norm_c, normed_c, group, lost, tl.float32, S)
-        dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m[0], peepholes, S)
+        dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m[0], drest, peepholes, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
 
         # Publish dgates; with a layer norm of W_hh h store them, and publish their gradient through it. Then store.
@@ -333,6 +336,7 @@ def cooperative_backward_kernel(
         for n in tl.static_range(4):
             publish(word_ptr + n * S.W, pack(dz[n], DTYPE), owned.is_word & here.sequence.in_batch)
         reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
+        states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
         states.store_gradient_of_m(dh, dh_total_ptr, cells)
         step, tile = next_turn(step, tile, -1, B)
 
@@ -400,7 +404,7 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As forward_arguments, for backward."""
-    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p.hidden)
+    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, CELLS[p.cell].rows)
     words = memory["words_ptr" if p.gain_hh else "dgates_ptr"].view(torch.int32)
     return {"weights_ptr": weights, "words_ptr": words} | ({} if p.gain_hh else {"dgates_ptr": None})
 

@@ -110,6 +110,15 @@ def position(step, sequence, batch, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def units_at(place, S: tl.constexpr):
+    """(The units at these places of the program's head, which places are there.) The grid's last axis is the head."""
+    unit = place
+    if S.HEADS > 1:
+        unit += tl.program_id(2) * S.D
+    return unit, place < S.D
+
+
+@triton.jit
 def cells_at(sequence, position, unit, in_units, H):
     """The Cells of some Sequences at their Position: a unit of each, where `in_units`."""
     at, prev_at, gates_at = position.row * H + unit, position.row_prev * H + unit, position.row * (4 * H) + unit

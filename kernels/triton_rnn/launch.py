@@ -84,7 +84,7 @@ class Prepared:
         if self.projects_outside:
             problem = problem._replace(projected=0)
         waits = family.waits(problem, plan)
-        self.at_once = plan.side_by_side if waits else None
+        self.at_once = plan.side_by_side // plan.heads if waits else None
         self._problem, self._batch = problem, problem.batch
         kernel = family.kernels[backward]
         options = dict(
@@ -136,11 +136,11 @@ class Prepared:
 def _sizes(p: Problem, plan: Plan) -> Sizes:
     """The constants of all families' kernels."""
     of_family = {"BLOCK_K" if name == "k" else name.upper(): n for name, n in dataclasses.asdict(plan.family).items()}
-    per = max(1, 4 // p.size)
+    per, units = max(1, 4 // p.size), p.hidden // p.heads
     return Sizes(
-        CELL=p.cell, GATES=CELLS[p.cell].rows, FROM_X=p.from_x, H=p.hidden, P=p.width, REVERSE=p.reverse,
-        PRECISION=p.precision, PER=per, W=ceil(p.hidden / per),
-        BLOCK_B=plan.rows, UNITS=plan.units, TILES=ceil(p.hidden / plan.units), WARPS=plan.num_warps,
+        CELL=p.cell, GATES=CELLS[p.cell].rows, FROM_X=p.from_x, KEPT=CELLS[p.cell].kept, H=p.hidden, P=p.width,
+        HEADS=p.heads, D=units, REVERSE=p.reverse, PRECISION=p.precision, PER=per, W=ceil(units / per),
+        BLOCK_B=plan.rows, UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps,
         HELD=plan.on_chip, **of_family,
     )  # fmt: skip
 

@@ -65,7 +65,7 @@ def moments_of_c(norm_c, before, z, constants, owned, S: tl.constexpr):
     if norm_c.gain_ptr is not None:
         c = ()
         for n in tl.static_range(len(z)):
-            c = c + ((cell_forward(before.x[n], z[n], before.c[n], constants[n], S)[1],),)
+            c = c + ((cell_forward(before.x[n], z[n], before.c[n], (), constants[n], S)[1],),)
         found = moments(c, owned, S.H)
     return found
 

@@ -16,15 +16,18 @@ class Sizes(NamedTuple):
     CELL: str
     GATES: int  # How many rows of W_hh a unit has. They belong to its last GATES gates.
     FROM_X: int  # How many of the four gates, from the first on, arrive with numbers in them.
+    KEPT: int  # float32 numbers that a unit's c has, see kernels/cells.py
     H: int
     P: int
+    HEADS: int
+    D: int  # units of a head: without heads all H
     REVERSE: bool
     PRECISION: str  # of products of float32
     PER: int  # elements of a word of 32 bits
-    W: int  # words of a row of H elements
+    W: int  # words of a row of D elements
     BLOCK_B: int  # sequences of a tile
     UNITS: int  # of a tile, or of a program
-    TILES: int  # of UNITS units, that have H
+    TILES: int  # of UNITS units, that have D
     WARPS: int
     HELD: bool  # whether W_hh stays on chip; and as planning.py explains them, of each family:
     BLOCK_K: int = 0
@@ -47,9 +50,9 @@ class Cell(NamedTuple):
     gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih, of an LSTM + b_hh; out, if c_ptr: activated
     weight_peephole_ptr: Pointer  # [3H]
     bias_hh_ptr: Pointer  # [3H] of a GRU
-    c0_ptr: Pointer  # [B, H] float32
-    c_ptr: Pointer  # [T*B, H] float32 out, for backward
-    c_n_ptr: Pointer  # [B, H] float32 out: c after every step; in the cooperative family c0 beforehand
+    c0_ptr: Pointer  # [KEPT, B, H] float32
+    c_ptr: Pointer  # [T*B, H] float32 out, for backward: the first number
+    c_n_ptr: Pointer  # [KEPT, B, H] float32 out: c after every step; in the cooperative family c0 beforehand
     zoneout_c_ptr: Pointer  # [T*B, H], or one float32
     reset_c_ptr: Pointer  # [T*B, H] float32
 
@@ -66,7 +69,7 @@ class HiddenBackward(NamedTuple):
 class CellBackward(NamedTuple):
     dgates_ptr: Pointer  # [T*B, 4H] out: of the pre-activations
     weight_peephole_ptr: Pointer  # [3H]
-    dc_ptr: Pointer  # [B, H] float32 of c_n; out: of c before every step
+    dc_ptr: Pointer  # [KEPT, B, H] float32 of c_n; out: of c before every step
     zoneout_c_ptr: Pointer  # [T*B, H], or one float32
     dreset_c_ptr: Pointer  # [T*B, H] float32 zeros; out at resets: of c before the step
 
@@ -74,7 +77,7 @@ class CellBackward(NamedTuple):
 class Saved(NamedTuple):
     gates_ptr: Pointer  # [T*B, 4H] activated
     c_ptr: Pointer  # [T*B, H] float32
-    c0_ptr: Pointer  # [B, H] float32
+    c0_ptr: Pointer  # [KEPT, B, H] float32
     reset_c_ptr: Pointer  # [T*B, H] float32
 
 

@@ -92,13 +92,15 @@ class Plan:
     num_stages: int = 1  # of a product's loads
     blocks: int = 1  # programs of a multiprocessor, which must have room for them
     tiles_per_program: int = 1  # which it processes one after another at every step
-    side_by_side: int = 1  # launches of this plan that fit the card at once
+    side_by_side: int = 1  # launches of this plan that fit the card at once; with heads, of those of one head
+    heads: int = 1  # the rest is a plan of one of them, Problem.of_head
 
     @property
     def grid(self) -> tuple[int, ...]:
         """The grid of a launch."""
         in_groups = isinstance(self.family, Cooperative | Held)
-        return (self.programs, self.groups) if in_groups else (self.programs * self.groups,)
+        grid = (self.programs, self.groups) if in_groups else (self.programs * self.groups, 1)
+        return (*grid, self.heads) if self.heads > 1 else grid if in_groups else grid[:1]
 
     @property
     def on_chip(self) -> bool:
@@ -114,7 +116,8 @@ class Plan:
     @property
     def tiles(self) -> str:
         """How its programs share a layer, in words."""
-        return f"{self.rows} sequences x {self.units} units, {self.programs} programs x {self.groups} groups"
+        of_head = f"{self.rows} sequences x {self.units} units, {self.programs} programs x {self.groups} groups"
+        return of_head + f" x {self.heads} heads" * (self.heads > 1)
 
     def as_json(self) -> dict[str, Any]:
         """All fields, with those of the family among them."""
@@ -129,6 +132,7 @@ class Plan:
 
     def fitted(self, problem: Problem) -> "Plan":
         """The same for fewer sequences, with no more programs, or groups of them, than have a batch tile."""
+        problem = problem.of_head
         tiles = ceil(problem.batch / self.rows)
         if isinstance(self.family, Step):
             tiles *= ceil(max(problem.hidden, problem.projected) / self.units)
@@ -143,7 +147,7 @@ class Plan:
         """
         tiles = 2
         if self.tiles_per_program > 1:
-            of_one = ceil(problem.hidden / self.units) if isinstance(self.family, Step) else self.programs
+            of_one = ceil(problem.of_head.hidden / self.units) if isinstance(self.family, Step) else self.programs
             tiles = max(tiles, self.programs * self.groups // of_one)
         return min(problem.batch, (tiles + 1) * self.rows - self.rows // 2)
 
@@ -204,6 +208,7 @@ COOPERATIVE_INSTRUCTIONS = (130, 16), (198, 20)
 
 def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """The estimated seconds of a step of `plan`, by cause; none was measured. A model to rank plans by their sum."""
+    problem = problem.of_head
     clocks = CLOCKS[type(plan.family)](problem, card, plan, backward)
     terms = {name: each / card.clock for name, each in clocks.items()}
     terms["memory, beyond the rest"] = max(0.0, memory_seconds(problem, card, plan, backward) - sum(terms.values()))
@@ -224,7 +229,7 @@ def _l2_clocks(count: float, card: Card, plan: Plan) -> float:
 
 def _resident_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     count, products, shared = _on_chip(problem, card, plan, backward)
-    waves = ceil(plan.groups / card.multiprocessors)  # of programs, where not all are resident at once
+    waves = ceil(plan.groups * plan.heads / card.multiprocessors)  # of programs, where not all are resident at once
     return {
         "instructions or shared memory": waves * max(count, shared),
         "products": waves * products,

@@ -45,11 +45,13 @@ def pointwise_forward_kernel(
         c_prev = states.total(states.load_c_before(saved, step, cells))
     else:
         c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
+    rest_prev = states.load_rest_before(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells, B, S)
     constants = states.load_constants_forward(cell, unit, S.H)
-    gates, c = cell_forward(x, z, c_prev, constants, S)
+    gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
     h = tl.where(cells.valid, output(gates[3], c, S), 0.0)
     c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
     tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & cells.is_last if SAVE else cells.valid)
+    states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
     states.save(gates, c, cell, cells, S.H)
     h = states.store_hidden(h, hidden, hidden.h0_ptr if step == 0 else hidden.h_ptr, cells)
     if h_next_ptr is not None:
@@ -78,12 +80,14 @@ def pointwise_backward_kernel(
     dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
     peepholes = states.load_constants(cell.weight_peephole_ptr, unit, S.H)
     dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
-    dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, peepholes, S)
+    drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
+    dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
     # In padding every factor was loaded as zero, so its gradients are zero.
     states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
     states.store_gates(dz_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.in_tile, dz, S.H)
     reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
+    states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
 
 
 def pointwise_plan(problem: Problem) -> Plan | None:

@@ -1,6 +1,6 @@
 """The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
 
-A program owns 8 sequences and all hidden units, for hidden sizes whose W_hh fits the registers of one block. The units
+A program owns 8 sequences and all hidden units, or those of a head, if their W_hh fits the registers of one block. They
 are split over the warps: each holds the rows of its units as operands of products (fragments.py), reads h of all units
 from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
 written thread by thread; a thread has CELLS cells: number n is the unit 8 (n // 2) + column of its warp's, and the
@@ -20,16 +20,16 @@ from ..cells import CELLS
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, power_of_two
 from . import indexing, noise, norm_block, reset, states
-from .equations import cell_backward, cell_forward, output, output_backward
+from .equations import EMPTY_REST, cell_backward, cell_forward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
 from .norm import Norm, load_affine, normalised
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved, name_in_profiles
 from .planning import Family, Plan, Resident
 
-# All fields are tuples of CELLS, an element for each cell of a thread. What it owns: units [THREADS], columns [THREADS]
-# of the batch tile, and Sequences.
-Owned = namedtuple("Owned", "units columns sequences")
+# All fields are tuples of CELLS, an element for each cell of a thread. What it owns, all [THREADS]: units, their places
+# in the program's head, columns of the batch tile; and Sequences.
+Owned = namedtuple("Owned", "units places columns sequences")
 # Where that is at a step: Position and Cells.
 Now = namedtuple("Now", "positions cells")
 # What a step starts from: four [THREADS] that come to the gates from the input; [THREADS] h as stored, the operand of
@@ -41,12 +41,13 @@ Before = namedtuple("Before", "x h operand c")
 def cells_of_thread(batch, S: tl.constexpr):
     """What every thread owns."""
     thread = threads(S.WARPS)
-    units, columns, sequences = (), (), ()
+    units, places, columns, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
-        units = units + (thread.warp * (S.UNITS // S.WARPS) + n // 2 * 8 + thread.column,)
+        places = places + (thread.warp * (S.UNITS // S.WARPS) + n // 2 * 8 + thread.column,)
+        units = units + (indexing.units_at(places[n], S)[0],)
         columns = columns + (2 * thread.quarter + n % 2,)
         sequences = sequences + (indexing.sequences(tl.program_id(0) * SEQUENCES + columns[n], batch),)
-    return Owned(units, columns, sequences)
+    return Owned(units, places, columns, sequences)
 
 
 @triton.jit
@@ -57,7 +58,7 @@ def cells_at_step(step, owned, batch, S: tl.constexpr):
         unit, sequence = owned.units[n], Sequences(*owned.sequences[n])
         position = indexing.position(step, sequence, batch, S.REVERSE)
         positions = positions + (position,)
-        cells = cells + (indexing.cells_at(sequence, position, unit, unit < S.H, S.H),)
+        cells = cells + (indexing.cells_at(sequence, position, unit, owned.places[n] < S.D, S.H),)
     return Now(positions, cells)
 
 
@@ -83,8 +84,8 @@ def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     rows = ()
     for n in tl.static_range(GATES * len(owned.units) // 2):
-        unit = owned.units[n // GATES * 2]
-        rows = rows + (tl.where(unit < S.H, n % GATES * S.H + unit, -1),)
+        unit, place = owned.units[n // GATES * 2], owned.places[n // GATES * 2]
+        rows = rows + (tl.where(place < S.D, n % GATES * S.H + unit, -1),)
     if len(rows) % 2 > 0:
         rows = rows + (tl.full((32 * S.WARPS,), -1, tl.int32),)
     return load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
@@ -94,7 +95,7 @@ def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
 def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
     """W_hh h: the four gates of each cell; 0 for the first where h does not reach it."""
     SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
-    shared = share(h, owned.columns, owned.units, buffer, S.CHUNKS)
+    shared = share(h, owned.columns, owned.places, buffer, S.CHUNKS)
     products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), h[0].dtype)
     z = ()
     for n in tl.static_range(len(h)):
@@ -116,7 +117,7 @@ def resident_forward_kernel(
     owned = cells_of_thread(batch, S)
 
     weights = load_rows(weights_ptr, owned, DTYPE, S)
-    h, c, constants, affine_hh, affine_c = (), (), (), (), ()
+    h, c, rest, constants, affine_hh, affine_c = (), (), (), (), (), ()
     first = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         unit, cells = owned.units[n], Cells(*first[n])
@@ -125,17 +126,20 @@ def resident_forward_kernel(
         affine_c = affine_c + (load_affine(norm_c, unit, 1, S.H),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
         c = c + (tl.load(cell.c0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
+        rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, EMPTY_REST, S),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
         before = load_step(h, c, now, hidden, cell, S)  # the product hides its latency
         z = product_with_h(weights, before.operand, owned, step % 2, S)
         z = norm_block.normalise_products(z, norm_hh, affine_hh, owned, S.H)
         moments_c = norm_block.moments_of_c(norm_c, before, z, constants, owned, S)
-        h, c = (), ()
+        rest_before = rest
+        h, c, rest = (), (), ()
         for n in tl.static_range(CELLS):
             cells, c_prev = Cells(*now.cells[n]), before.c[n]
+            rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY_REST,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
-            gates, c_next = cell_forward(before.x[n], z[n], c_prev, constants[n], S)
+            gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
             h_next = output(gates[3], norm_block.normalise_c(c_next, norm_c, moments_c, affine_c[n], n), S)
             c_next = noise.zoneout(c_next, c_prev, cell.zoneout_c_ptr, cells)
             h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
@@ -145,10 +149,12 @@ def resident_forward_kernel(
             states.save(gates, c_next, cell, cells, S.H)
             h = h + (tl.where(cells.valid, h_next, before.h[n]),)
             c = c + (tl.where(cells.valid, c_next, c_prev),)
+            rest = rest + (states.select(cells.valid, rest_next, rest_prev),)
     for n in tl.static_range(CELLS):
         cells = Cells(*first[n])
         tl.store(hidden.h_n_ptr + cells.state_at, h[n], mask=cells.in_tile)
         tl.store(cell.c_n_ptr + cells.state_at, c[n], mask=cells.in_tile)
+        states.store_rest(cell.c_n_ptr, rest[n], cells, cells.in_tile, B, S)
 
 
 @triton.jit
@@ -157,13 +163,13 @@ def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     rows, weights, elements = (), (), ()
     for n in tl.static_range(0, len(owned.units), 2):
-        rows = rows + (tl.where(owned.units[n] < S.H, owned.units[n], -1),)
+        rows = rows + (tl.where(owned.places[n] < S.D, owned.units[n], -1),)
     for gate in tl.static_range(GATES):
         gate_ptr = weights_ptr + gate * S.H * S.W
         quads = load_weights(gate_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
         weights = weights + (quads,)
         for n in tl.static_range(len(owned.units)):  # the gates of UNITS units are a row of K
-            elements = elements + (gate * S.UNITS + owned.units[n],)
+            elements = elements + (gate * S.UNITS + owned.places[n],)
     return weights, elements
 
 
@@ -223,18 +229,19 @@ def resident_backward_kernel(
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
-    dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S).cells
+    dh, dc, drest, peepholes, first = (), (), (), (), cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         cells, dh_n = Cells(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
         peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
         if hidden.dh_n_ptr is not None:
             dh_n += tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
         dh, dc = dh + (dh_n,), dc + (tl.load(cell.dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
+        drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.in_tile, B, 0.0, S),)
     for back in range(T):
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
         normed_c = norm_block.load_normed(norm_c, now, owned, 1, S.H)
-        activations, outputs, dc_by_m, dz, dc_prev = (), (), (), (), ()
+        activations, outputs, dc_by_m, dz, dc_prev, drest_prev = (), (), (), (), (), ()
         for n in tl.static_range(CELLS):
             gates, c, c_prev = states.load_saved(saved, step, Cells(*now.cells[n]), S.H)
             activations = activations + (states.as_float(gates, c, c_prev),)
@@ -252,13 +259,15 @@ def resident_backward_kernel(
             cells = Cells(*now.cells[n])
             gates, _, c_prev = activations[n]
             d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), cell.zoneout_c_ptr, cells)
-            dz_n, d = cell_backward(gates, c_prev, outputs[n][2], d + dc_by_m[n][0], peepholes[n], S)
+            drest_n = states.select(cells.valid, drest[n], (0.0,))
+            dz_n, d, drest_n = cell_backward(gates, c_prev, outputs[n][2], d + dc_by_m[n][0], drest_n, peepholes[n], S)
+            drest_prev = drest_prev + (drest_n,)
             dz, dc_prev = dz + (dz_n,), dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)
         normed_hh = norm_block.load_normed(norm_hh, now, owned, 4, S.H)
         dz_hh = norm_block.backward_over_block(dz, norm_hh, normed_hh, DTYPE, S.H)
         dh_prev = product_with_dz(weights, dz_hh, elements, owned, back % 2, DTYPE, S)
 
-        dh_after, dc_after, dh, dc = dh, dc, (), ()
+        dh_after, dc_after, drest_after, dh, dc, drest = dh, dc, drest, (), (), ()
         for n in tl.static_range(CELLS):
             cells = Cells(*now.cells[n])
             dm, dh_stayed, _ = outputs[n]
@@ -270,8 +279,12 @@ def resident_backward_kernel(
             # No gradient flows past a reset.
             dh = dh + (tl.where(cells.valid, tl.where(cells.continues, d, 0.0), dh_after[n]),)
             dc = dc + (tl.where(cells.valid, tl.where(cells.continues, dc_prev[n], 0.0), dc_after[n]),)
+            drest_n = states.select(cells.continues, drest_prev[n], (0.0,))
+            drest = drest + (states.select(cells.valid, drest_n, drest_after[n]),)
     for n in tl.static_range(CELLS):
-        tl.store(cell.dc_ptr + Cells(*first[n]).state_at, dc[n], mask=Cells(*first[n]).in_tile)
+        cells = Cells(*first[n])
+        tl.store(cell.dc_ptr + cells.state_at, dc[n], mask=cells.in_tile)
+        states.store_rest(cell.dc_ptr, drest[n], cells, cells.in_tile, B, S)
 
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
@@ -298,7 +311,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
 FAMILY = Family(
     (resident_forward_kernel, resident_backward_kernel),
     arguments=(
-        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden)},
-        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p.hidden)},
+        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.columns)},
+        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(r.inputs.weight_hh, *2 * (CELLS[p.cell].rows,))},
     ),
 )

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .equations import EMPTY_REST
 from .noise import dropout, zoneout_of_h, zoneout_of_h_backward
 from .reset import reset_to
 
@@ -84,6 +85,55 @@ def total(terms):
     if len(terms) == 3:
         c_prev += terms[2]
     return c_prev
+
+
+# What a cell keeps of a unit beside c, see equations/: in c0, c_n and their gradients, [KEPT, B, H], after c.
+
+
+@triton.jit
+def load_rest(c_ptr, cells, mask, B, OTHER: tl.constexpr, S: tl.constexpr):
+    """A tuple of it where `mask`; elsewhere OTHER."""
+    rest = ()
+    if S.KEPT > 1:
+        rest = (tl.load(c_ptr + tl.cast(B, tl.int64) * S.H + cells.state_at, mask=mask, other=OTHER),)
+    return rest
+
+
+@triton.jit
+def select(mask, rest, others):
+    """The rest where `mask`, elsewhere the others."""
+    selected = ()
+    for n in tl.static_range(len(rest)):
+        selected = selected + (tl.where(mask, rest[n], others[n]),)
+    return selected
+
+
+@triton.jit
+def load_rest_before(c_ptr, cells, B, S: tl.constexpr):
+    """That before a step: the one that lies there, or after a reset an empty one."""
+    return load_rest(c_ptr, cells, cells.continues, B, EMPTY_REST, S)
+
+
+@triton.jit
+def load_gradient_of_rest(dc_ptr, cells, B, S: tl.constexpr):
+    """That of what follows a step."""
+    return load_rest(dc_ptr, cells, cells.valid, B, 0.0, S)
+
+
+@triton.jit
+def store_rest(c_ptr, rest, cells, mask, B, S: tl.constexpr):
+    """The reverse of load_rest."""
+    if S.KEPT > 1:
+        tl.store(c_ptr + tl.cast(B, tl.int64) * S.H + cells.state_at, rest[0], mask=mask)
+
+
+@triton.jit
+def store_gradient_of_rest(dc_ptr, drest, cells, B, S: tl.constexpr):
+    """Of what was there before a step; none flows past a reset."""
+    if S.KEPT > 1:
+        tl.store(
+            dc_ptr + tl.cast(B, tl.int64) * S.H + cells.state_at, tl.where(cells.continues, drest[0], 0.0), cells.valid
+        )
 
 
 @triton.jit

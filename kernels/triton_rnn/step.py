@@ -177,9 +177,10 @@ def product_round(step, call, poll_limit, S: tl.constexpr):
 
 @triton.jit
 def load_cells(call, cells, S: tl.constexpr):
-    """What comes to a tile's gates from the input, as stored, and c before the step."""
+    """What comes to a tile's gates from the input, as stored; c, and the rest, before the step."""
     x = states.load_gates(call.cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
-    return x, reset.load_state(call.c_prev_ptr, cells.state_at, call.cell.reset_c_ptr, cells)
+    c_prev = reset.load_state(call.c_prev_ptr, cells.state_at, call.cell.reset_c_ptr, cells)
+    return x, c_prev, states.load_rest_before(call.c_prev_ptr, cells, call.batch.B, S)
 
 
 @triton.jit
@@ -199,27 +200,28 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         if S.HELD and not S.AHEAD:
             poll_limit, h_prev = h_before(tile.batch_tile, step, call, poll_limit, S)
         if S.HELD or NORM_HH:
-            x, c_prev = load_cells(call, cells, S)
+            x, c_prev, rest_prev = load_cells(call, cells, S)
         if S.HELD:
             z = product_of_held(call.held, h_prev, S)
         elif NORM_HH:
             z = norm_tiles.load_product(call.products.product_ptr, call.norm_hh, tile, call.batch.B, S)
         else:
             z = product_with_h(tile, call, S)
-            x, c_prev = load_cells(call, cells, S)
+            x, c_prev, rest_prev = load_cells(call, cells, S)
         z = unless_timed_out(z, poll_limit)
         if S.AHEAD:  # these cells are computed while h of the next tile is loaded
             poll_limit, h_prev = h_before(number + stride, step, call, poll_limit, S)
 
         # Gates, cell and output. Padding gets zeros.
         constants = states.load_constants_forward(call.cell, tile.unit[None, :], S.H)
-        gates, c = cell_forward(x, indexing.split_gates(z), c_prev, constants, S)
+        gates, c, rest = cell_forward(x, indexing.split_gates(z), c_prev, rest_prev, constants, S)
         norm_tiles.store_c(gates[3], c, call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
         m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
         c = noise.zoneout(c, c_prev, call.cell.zoneout_c_ptr, cells)
 
         # Store.
         tl.store(call.cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
+        states.store_rest(call.cell.c_n_ptr, rest, cells, cells.valid, call.batch.B, S)
         states.save(gates, c, call.cell, cells, S.H)
         if PROJECT:
             tl.store(call.products.m_ptr + cells.state_at, m, mask=cells.in_tile)
@@ -413,7 +415,8 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
         dz_o, dc_by_m = output_backward(gates[3], normalised((c,), call.norm_c, normed)[0], dm, S)
         dc_by_m = norm_tiles.c_backward(dc_by_m, call.norm_c, normed, tile, B, S)
         peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-        dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, peepholes, S)
+        drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
+        dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
 
         # Store.
@@ -422,6 +425,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
             norm_tiles.store_sums(dz, normed_hh, pairs_ptr, tile, B, DTYPE)
         states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
         reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
+        states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
         if S.HELD and step > 0:
             arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit

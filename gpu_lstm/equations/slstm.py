@@ -1,0 +1,85 @@
+"""The sLSTM cell (Beck et al., 2024) in torch's operators, in two numbers a unit instead of three:
+
+    a = l + log sigmoid(z_f) - z_i      u = sigmoid(-a)      q' = q + u (tanh(z_g) - q)
+    l' = z_i + softplus(a)              o = sigmoid(z_o)     h' = o q'
+
+The paper has c' = f c + i g, n' = f n + i and h' = o c' / n', where i = exp(z_i) and f = sigmoid(z_f), and keeps c
+and n times e^-m, so that they are finite. Here q = c / n is the mean of all g so far, and l = m + log n the logarithm
+of the sum of their weights: u is the share that the new g has in it. So nothing overflows, there is no quotient, and
+an empty state is q = 0 and l = -inf. Gates are u, v = sigmoid(-z_f), g and o: backward needs no others, and no l.
+Both u and v are near 0 where a state is kept, where half precision is fine; near 1 it is coarse.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import lstm
+from .lstm import FourGates, add_product, pre_activations
+
+__all__ = ["Gates", "activate_in_place", "add_product", "gates_of", "input_product", "next_cell", "output",
+           "pre_activations", "states_from", "states_of", "step"]  # fmt: skip
+
+
+class Gates(NamedTuple):
+    """What one layer computes in one direction, at every step; zero past the end of a sequence."""
+
+    share: Tensor  # [T, B, H] u, from 0 to 1: how much of the new mean is the candidate
+    forget: Tensor  # [T, B, H] f = sigmoid(z_f), from 0 to 1
+    output: Tensor  # [T, B, H] o, from 0 to 1
+    candidate: Tensor  # [T, B, H] g, from -1 to 1
+    mean: Tensor  # [T, B, H] q = c / n, after the step
+    hidden: Tensor  # [T, B, H] h, after the step
+
+
+def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
+    """The Gates of [T, B, 4H], of q and of h, [T, B, H]."""
+    u, v, g, o = gates.chunk(4, dim=2)
+    return Gates(u, 1 - v, o, g, c, h)
+
+
+def input_product(x: Tensor, weight: Tensor | None, bias: Tensor | None, bias_hh: Tensor | None, gain: None) -> Tensor:
+    """What is known of z before the time loop, [T, B, 4H], in new memory; without W_ih x is the product already."""
+    if weight is not None:
+        return lstm.input_product(x, weight, bias, bias_hh, gain)
+    return x.clone() if bias is None or bias_hh is None else x + (bias + bias_hh)
+
+
+def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
+    """Pre-activations [B, 4H] and the state before, q and l [2, B, H] -> (u, v, g, o), each [B, H], and the state."""
+    (i, f, g, o), (q, l) = z.chunk(4, dim=1), c
+    a = l + F.logsigmoid(f) - i
+    gates = (-a).sigmoid(), (-f).sigmoid(), g.tanh(), o.sigmoid()
+    return gates, torch.stack([next_cell(gates, q), i - F.logsigmoid(-a)])
+
+
+def activate_in_place(z: Tensor, peephole: None, c: None) -> Tensor:
+    """Not from pre-activations alone: u needs l, which no step keeps."""
+    raise NotImplementedError
+
+
+def next_cell(gates: FourGates, c: Tensor) -> Tensor:
+    """q' in the dtype of q, each [..., H]."""
+    u, _, g, _ = gates
+    return c + u.to(c.dtype) * (g - c)
+
+
+def output(gates: FourGates, c: Tensor, gain: None, bias: None) -> Tensor:
+    """h' in the dtype of o, [..., H], of q and l after the step, [2, ..., H]."""
+    o = gates[3]
+    return o * c[0].to(o.dtype)
+
+
+def states_from(c: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """The paper's c, n and m -> q and l. Where n = 0 the state is empty."""
+    there = n != 0
+    n = torch.where(there, n, 1)
+    return torch.where(there, c / n, 0), torch.where(there, m + n.log(), -float("inf"))
+
+
+def states_of(q: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reverse: c, n and m with n = 1 and m = l, an equal state; zeros where it is empty."""
+    there = l > -float("inf")
+    return q, there.to(q.dtype), torch.where(there, l, 0)

@@ -1,0 +1,41 @@
+"""Products with W_hh, outside the time loop: [GATES H, D], where a row has the weights of its own head's D units alone.
+
+Without heads D is all of h.
+"""
+
+import torch
+from torch import Tensor
+
+
+def product(h: Tensor, weight: Tensor) -> Tensor:
+    """W_hh h: h [..., P] -> [..., GATES H]."""
+    if (head := weight.shape[1]) == h.shape[-1]:
+        return h @ weight.T
+    by_head = h.unflatten(-1, (-1, head))  # [..., heads, D]
+    return torch.einsum("...ne,gnde->...gnd", by_head, weight.view(-1, by_head.shape[-2], head, head)).flatten(-3)
+
+
+def gradient_of_h(dz: Tensor, weight: Tensor, width: int) -> Tensor:
+    """W_hh^T dz: dz [..., GATES H] -> [..., P], P = `width`."""
+    if (head := weight.shape[1]) == width:
+        return dz @ weight
+    weight = weight.view(-1, width // head, head, head)
+    return torch.einsum("...gnd,gnde->...ne", dz.unflatten(-1, weight.shape[:3]), weight).flatten(-2)
+
+
+def gradient_of_weight(dz: Tensor, h: Tensor, heads: int) -> Tensor:
+    """dW_hh [GATES H, D] from dz [T, B, GATES H] and h [T, B, P], for all steps."""
+    dz, h = dz.flatten(0, 1), h.flatten(0, 1)
+    if heads == 1:
+        return dz.T @ h
+    h = h.unflatten(-1, (heads, -1))
+    return torch.einsum("rgnd,rne->gnde", dz.unflatten(-1, (-1, heads, h.shape[-1])), h).flatten(0, 2)
+
+
+def dense(weight: Tensor, width: int) -> Tensor:
+    """W_hh of one head that computes the same: [GATES H, P], P = `width`, with zeros between heads."""
+    if (head := weight.shape[1]) == width:
+        return weight
+    heads = width // head
+    blocks = torch.diag_embed(weight.view(-1, heads, head, head).permute(0, 2, 3, 1))  # [GATES, D, D, heads, heads]
+    return blocks.permute(0, 3, 1, 4, 2).flatten(3).flatten(0, 2)
