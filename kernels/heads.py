@@ -24,12 +24,9 @@ def gradient_of_h(dz: Tensor, weight: Tensor, width: int) -> Tensor:
 
 
 def gradient_of_weight(dz: Tensor, h: Tensor, heads: int) -> Tensor:
-    """dW_hh [GATES H, D] from dz [T, B, GATES H] and h [T, B, P], for all steps."""
-    dz, h = dz.flatten(0, 1), h.flatten(0, 1)
-    if heads == 1:
-        return dz.T @ h
-    h = h.unflatten(-1, (heads, -1))
-    return torch.einsum("rgnd,rne->gnde", dz.unflatten(-1, (-1, heads, h.shape[-1])), h).flatten(0, 2)
+    """dW_hh [GATES H, D] from dz [GATES H, T*B] and h [T*B, H]."""
+    h = h.unflatten(-1, (heads, -1))  # [T*B, heads, D]
+    return torch.einsum("gndr,rne->gnde", dz.unflatten(0, (-1, heads, h.shape[-1])), h).flatten(0, 2)
 
 
 def dense(weight: Tensor, width: int) -> Tensor:

@@ -15,10 +15,7 @@ def as_words(x: Tensor, hidden: int, size: int = 4) -> Tensor:
     return x.view(torch.int32)
 
 
-def transposed_gates(weight_hh: Tensor, partners: int, gates: int, size: int = 4) -> Tensor:
+def transposed_gates(weight_hh: Tensor, partners: int, gates: int, columns: int, size: int = 4) -> Tensor:
     """W_hh [GATES H, D] -> the words of W_hh^T of each partner's gates, [partners, H, GATES / partners, W] int32."""
-    columns = weight_hh.shape[1]
-    by_gate = weight_hh.view(partners, gates // partners, -1, columns, columns)  # [.., heads, units, columns]
-    return as_words(
-        by_gate.permute(0, 2, 4, 1, 3), columns, size
-    )  # [partners, heads, columns, gates / partners, units]
+    by_gate = weight_hh.view(partners, gates // partners, -1, columns, columns)  # [.., .., heads, D, D]
+    return as_words(by_gate.permute(0, 2, 4, 1, 3), columns, size)

@@ -35,6 +35,7 @@ KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
 MAY_ASK = {  # functions that may read a size from a tensor: to make the Problem, and to copy tensors as they are
     "problem.py": {"problem_of"}, "memory.py": {"steps_of", "_with_margins", "_outside"}, "timeouts.py": {"__init__"},
+    "heads.py": {"product", "gradient_of_h", "gradient_of_weight", "dense"},  # outside the loop, where no Problem is
     "private.py": {"saved_by_product"},
 }  # fmt: skip
 OF_TENSORS = {"shape", "numel", "ndim"}  # attributes; and methods
@@ -177,7 +178,8 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
 
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "triton_rnn/equations/__init__.py", "triton_rnn/equations/gru.py",
-                "cupy_rnn/cuda/equations/gru.cu", "cupy_rnn/source.py"},  # the list of those in CUDA C++
+                "triton_rnn/equations/slstm.py", "cupy_rnn/cuda/equations/gru.cu",
+                "cupy_rnn/source.py"},  # the list of those in CUDA C++
     "gpu_lstm/equations": set(),
     "gpu_lstm/call": set(),
     "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
@@ -212,15 +214,19 @@ def test_beneath_the_modules_only_the_cells_and_two_tables_name_a_cell_and_nothi
 
 @triton.jit
 def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S: tl.constexpr):
-    """The device half of a cell for N units: four gates, c, c again, m, the gradients of four z and of c before."""
+    """The device half of a cell for N units: four gates, c, c again, m, the gradients of four z and of c before; then
+    of what c has besides: after, and the gradient before."""
     at = tl.arange(0, N)[None, :]
     x = load_gates(x_ptr, at, at < N, N, True)
     z = load_gates(z_ptr, at, at < N, N)
     c_prev, dm, dc = tl.load(c_ptr + at), tl.load(dm_ptr + at), tl.load(dc_ptr + at)
-    gates, c = cell_forward(x, z, c_prev, (), S)
+    rest_prev, drest = (), ()
+    if S.KEPT > 1:
+        rest_prev, drest = (tl.load(c_ptr + N + at),), (tl.load(dc_ptr + N + at),)
+    gates, c, rest = cell_forward(x, z, c_prev, rest_prev, (), S)
     m = output(gates[3], c, S)
     dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
-    dz, dc_prev = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, (), S)
+    dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, (), S)
     tl.static_assert(c.dtype == tl.float32)
     tl.static_assert(dc_prev.dtype == tl.float32)
     for k in tl.static_range(4):
@@ -230,38 +236,48 @@ def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S
     tl.store(out_ptr + 5 * N + at, next_cell(gates, c_prev, S))
     tl.store(out_ptr + 6 * N + at, m)
     tl.store(out_ptr + 11 * N + at, dc_prev)
+    for k in tl.static_range(len(rest)):
+        tl.store(out_ptr + (12 + 2 * k) * N + at, rest[k])
+        tl.store(out_ptr + (13 + 2 * k) * N + at, drest[k])
 
 
 def by_the_kernels(cell, of_x, of_h, c, dm, dc):
-    """[12, N] of `cell_kernel`; of_x and of_h [4, N], the others [N]."""
-    out, sizes = torch.full((12, c.numel()), torch.nan).to(c), launch.Sizes(cell.name, cell.rows, *[None] * 12)
-    cell_kernel[(1,)](of_x, of_h, c, dm, dc, out, c.numel(), sizes)
+    """[10 + 2 K, N] of `cell_kernel`; of_x and of_h [4, N], dm [N], the others [K, N]."""
+    out = torch.full((10 + 2 * cell.kept, c.shape[1]), torch.nan).to(c)
+    sizes = launch.Sizes(cell.name, cell.rows, *[None] * 15)._replace(KEPT=cell.kept)
+    cell_kernel[(1,)](of_x, of_h, c, dm, dc, out, c.shape[1], sizes)
     return out
 
 
 def by_torch(cell, of_x, of_h, c, dm, dc):
     """The same of the equations in torch's operators, by its autograd."""
     equations, c = EQUATIONS[cell.name], c.clone().requires_grad_()
+    before = c[:, None] if cell.kept > 1 else c  # [K, 1, N]; [1, N]
     sent = of_x.flatten()[: cell.rows * N].requires_grad_(), cell.of_h(of_h.flatten(), N).requires_grad_()
     z = equations.pre_activations(*(t[None] for t in sent))
-    gates, after = equations.step(z, c[None], None)
+    gates, after = equations.step(z, before, None)
     m = equations.output(gates, after, None, None)
-    dz_x, dz_h, dc_prev = torch.autograd.grad([m, after], [*sent, c], [dm[None], dc[None]])
+    dz_x, dz_h, dc_prev = torch.autograd.grad([m, after], [*sent, c], [dm[None], dc.view_as(after)])
     dz = torch.zeros(4 * N)
     cell.of_h(dz, N).copy_(dz_h)
     cell.of_x(dz, N).copy_(cell.from_torch(dz_x, N))
     dz = dz.view(4, N)
-    in_place = equations.activate_in_place(z.detach().view(1, 1, -1).clone(), None, c.detach()[None, None])
-    torch.testing.assert_close(in_place.view(4, -1), torch.cat(gates))
-    again = equations.next_cell(gates, c[None])
-    return torch.cat([*gates, after, again, m, dz, dc_prev[None]]).detach()
+    if cell.kept == 1:  # else gates cannot be recomputed
+        in_place = equations.activate_in_place(z.detach().view(1, 1, -1).clone(), None, c.detach()[None])
+        torch.testing.assert_close(in_place.view(4, -1), torch.cat(gates))
+    after, again = after.view(-1, 1, N), equations.next_cell(gates, c[:1])
+    rest = [t for pair in zip(after[1:], dc_prev[1:, None]) for t in pair]
+    return torch.cat([*gates, after[0], again, m, dz, dc_prev[:1], *rest]).detach()
 
 
 def by_the_oracle(cell, of_x, of_h, c, dm, dc):
     """c, m, and the gradients of what x sends, of what h sends, and of c before: of one step where W_ih = 1, W_hh = 0.
 
-    Given are what x and h send, [rows N] in torch's order, and [N].
+    Given are what x and h send, [rows N] in torch's order, dm [N], c and dc [K, N].
     """
+    if cell.name == "slstm":
+        return by_the_paper(of_x, of_h, c, dm, dc)
+    c, dc = c[0], dc[0]
     of_x, of_h, c, dm, dc = (t.double().cpu().numpy() for t in (of_x, of_h, c, dm, dc))
     zero, alone = np.zeros((1, N)), cell.states == ("h",)
     weights = np.eye(len(of_x)), np.zeros((len(of_x), N)), np.zeros_like(of_x), of_h
@@ -273,29 +289,47 @@ def by_the_oracle(cell, of_x, of_h, c, dm, dc):
     return h[0] if alone else c_n, h[0], dx[0], db_hh, dh0 if alone else dc0
 
 
+def by_the_paper(of_x, of_h, c, dm, dc):
+    """The same of an sLSTM by equations 8 to 17 of Beck et al. (2024), float64, from n = 1."""
+    z, c, dm, dc = (t.double().cpu() for t in (of_x + of_h, c, dm, dc))
+    z.requires_grad_()
+    c.requires_grad_()
+    (z_i, z_f, z_g, z_o), (q, m) = z.chunk(4), c
+    log_f = z_f.sigmoid().log()
+    m_next = torch.maximum(log_f + m, z_i)
+    i, f = (z_i - m_next).exp(), (log_f + m - m_next).exp()
+    c_next, n_next = f * q + i * z_g.tanh(), f + i
+    mean = c_next / n_next
+    h, after = z_o.sigmoid() * mean, torch.stack([mean, m_next + n_next.log()])
+    dz, dc_prev = torch.autograd.grad([h, after], [z, c], [dm, dc])
+    return [t.detach().numpy() for t in (after, h, dz, dz, dc_prev)]
+
+
 HALVES = pytest.mark.parametrize("half", [by_the_kernels, by_torch])
 EVERY_CELL = pytest.mark.parametrize("cell", CELLS.values(), ids=list(CELLS))
 N = 64
 
 
 def given_to_a_cell(device, cell, dtype=F32):
-    """of_x [4, N] in the order of gates, of_h [4, N] in that of gradients, zero elsewhere; c, dm, dc [N]."""
+    """of_x [4, N] in the order of gates, of_h [4, N] in that of gradients, else 0; c [K, N], dm [N], dc [K, N]."""
     torch.manual_seed(0)
     of_x, of_h = torch.randn(4, N, device=device).to(dtype), torch.randn(4, N, device=device)
     of_x[: cell.x_start] = of_x[cell.x_end :] = 0
     of_h[: cell.h_start] = 0
-    return of_x, of_h, *torch.randn(3, N, device=device)
+    return of_x, of_h, *(torch.randn(*size, N, device=device) for size in ((cell.kept,), (), (cell.kept,)))
 
 
 @EVERY_CELL
 @HALVES
 def test_a_cell_gives_zeros_for_zeros(device, half, cell):
-    """What is masked is loaded as zero. And no gradient comes of none."""
+    """What is masked is loaded as zero, but for what c has beside its first number. And no gradient comes of none."""
     x, h, c, *gradients = given_to_a_cell(device, cell)
     found = half(cell, *(torch.zeros_like(t) for t in (x, h, c, *gradients)))
-    assert not found[4:].any()
+    assert not found[4:12].any()
+    assert not found[13::2].any()
     found = half(cell, x, h, c, *(torch.zeros_like(t) for t in gradients))
-    assert not found[7:].any()
+    assert not found[7:12].any()
+    assert not found[13::2].any()
     assert found[:7].all()
 
 
@@ -304,13 +338,13 @@ def test_a_cell_gives_zeros_for_zeros(device, half, cell):
 def test_dz_are_gradients_of_pre_activations_of_which_x_and_h_reach_those_that_the_cell_says(device, half, cell):
     x, h, *rest = given_to_a_cell(device, cell)
     found = half(cell, x, h, *rest).double().cpu()
-    c, again, m, dc_prev = found[[4, 5, 6, 11]]
+    again, m, c, dc_prev = found[5], found[6], found[[4, *range(12, len(found), 2)]], found[11::2]
     dz = found[7:11].flatten()
     dz_x, dz_h = cell.to_torch(cell.of_x(dz, N), N), cell.of_h(dz, N)
     expected = by_the_oracle(cell, x.flatten()[: cell.rows * N], cell.of_h(h.flatten(), N), *rest)
     for ours, true in zip((c, m, dz_x, dz_h, dc_prev), expected, strict=True):
-        torch.testing.assert_close(ours, torch.from_numpy(true).flatten(), rtol=0, atol=2e-6)
-    torch.testing.assert_close(again, c, rtol=0, atol=2e-6)
+        torch.testing.assert_close(ours.flatten(), torch.from_numpy(true).flatten(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(again, c[0], rtol=0, atol=2e-6)
 
 
 @EVERY_CELL
@@ -321,7 +355,7 @@ def test_c_is_float32_and_each_unit_is_alone(device, half, cell):
     found, order = half(cell, *given), torch.randperm(N, device=device)
     assert torch.equal(half(cell, *(t[..., order].contiguous() for t in given)), found[:, order])
     gates = tuple(found[:4].half())
-    after = EQUATIONS[cell.name].next_cell(gates, given[2])
+    after = EQUATIONS[cell.name].next_cell(gates, given[2][0])
     assert after.dtype == F32
-    torch.testing.assert_close(after, EQUATIONS[cell.name].next_cell(tuple(g.float() for g in gates), given[2]))
+    torch.testing.assert_close(after, EQUATIONS[cell.name].next_cell(tuple(g.float() for g in gates), given[2][0]))
     assert not torch.equal(after.half().float(), after)

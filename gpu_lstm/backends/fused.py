@@ -152,6 +152,7 @@ def gradients(
     if i.gain_c is not None:
         d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, unit_c.unit, loop.dh_total)
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
+    dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
         d["x"] = dz_x if i.weight_ih is None else dz_x @ cell.from_torch(i.weight_ih, hidden)
     if "c0" in needed:
@@ -159,7 +160,8 @@ def gradients(
     if "weight_ih" in needed:
         d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
     if "weight_hh" in needed:
-        d["weight_hh"] = heads.gradient_of_weight(dz_h, h_prev, layer.problem.heads)
+        h_rows, count = h_prev.flatten(0, 1), layer.problem.heads
+        d["weight_hh"] = dz_h_rows @ h_rows if count == 1 else heads.gradient_of_weight(dz_h_rows, h_rows, count)
     if "bias_ih" in needed or "bias_hh" in needed:
         dbias = loop.dgates.sum((0, 1))  # [4H]
         d["bias_ih"], d["bias_hh"] = cell.to_torch(cell.of_x(dbias, hidden), hidden), cell.of_h(dbias, hidden)

@@ -51,3 +51,12 @@ def variant_of(weights: Weights) -> str | None:
     if not weights.gain_ih is weights.gain_hh is weights.gain_c is None:
         return LAYER_NORM
     return None if weights.weight_peephole is None else PEEPHOLES
+
+
+def size_of(weights: Weights, rows: int) -> tuple[int, int, int, int]:
+    """(I, H, P, heads) as in options.Size, by the sizes of weights; without heads where none fit."""
+    (_, inputs), (count, columns) = weights.weight_ih.shape, weights.weight_hh.shape
+    hidden = columns if count % rows else count // rows
+    if weights.weight_hr is not None:
+        return inputs, hidden, columns, 1
+    return inputs, hidden, 0, hidden // columns if columns and hidden % columns == 0 else 1

@@ -11,7 +11,7 @@ from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_
 from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.options import RESET_STATES, Options, Size
 from ..call.prepare import Call
-from ..call.weights import LAYER_NORM, PEEPHOLES, variant_of
+from ..call.weights import LAYER_NORM, PEEPHOLES, size_of, variant_of
 from ..kernels import layer
 from . import available, race
 from .build import build
@@ -113,13 +113,7 @@ def _route_in_a_graph(call: Call) -> Route:
     rows, variant = options.cell.rows, variant_of(call.weights[0][0])
     normed = variant == LAYER_NORM
     # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
-    sizes: Any = [
-        (
-            w.weight_ih.shape[1], hidden := len(w.weight_hh) // rows,
-            *((0, hidden // w.weight_hh.shape[1]) if w.weight_hr is None else (w.weight_hh.shape[1], 1)),
-        )
-        for w, *_ in call.weights
-    ]  # fmt: skip
+    sizes: Any = [size_of(w, rows) for w, *_ in call.weights]
     kind = Kind(
         options.cell.name, tuple(sizes), len(call.weights[0]), dtype, "", training=True, recompute=False,
         steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, reverse=False,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import Traversal
+from ..kernels.heads import dense
 from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
@@ -169,6 +170,7 @@ def to_keras(module: nn.Module) -> Any:
         _refuse("bidirectional", rnn.bidirectional, f" in Keras with {layers} layers")
 
     weights = [w for layer in rnn._weights() for w in layer]  # [L * D]
+    weights = [w._replace(weight_hh=dense(w.weight_hh, len(w.weight_hh) // pair.module._cell.rows)) for w in weights]
     dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
     of_cell = dict(use_bias=rnn.bias, dtype=dtype)
     if dtype in ("float16", "bfloat16"):
@@ -222,7 +224,8 @@ def lengths_of(mask: Tensor) -> Tensor:
 def keras_init(module: Module) -> Module:
     """Give every LSTM and GRU in `module`, in place, initial values as Keras draws them, and return `module`.
 
-    weight_ih and weight_hr (which Keras lacks) are glorot_uniform. weight_hh is orthogonal, all gates as one matrix.
+    weight_ih and weight_hr (which Keras lacks) are glorot_uniform. weight_hh is orthogonal, all gates as one matrix, of
+    each head.
     Biases are 0, of forget gates 1 (see forget_bias). Peepholes and layer norms stay as they are.
 
     Args:
@@ -239,7 +242,9 @@ def _drawn(owner: nn.Module, name: str, parameter: Tensor) -> Tensor:
     new = torch.zeros_like(parameter)
     if name.startswith("weight_hh"):
         wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR in half
-        return nn.init.orthogonal_(wide).to(new.dtype)
+        heads, columns = getattr(owner, "heads", 1), new.shape[1]
+        each = [nn.init.orthogonal_(part.clone()) for part in wide.chunk(heads)]  # [4 D, D]
+        return torch.stack([t.unflatten(0, (-1, columns)) for t in each], 1).flatten(0, 2).to(new.dtype)
     if not name.startswith(BIASES):
         return nn.init.xavier_uniform_(new)
     return _with_forget_bias(name, new, 1.0) if isinstance(owner, FORGETTING) else new

@@ -13,6 +13,7 @@ from ..call.options import NORMS
 from ..call.regularisers import BY_NAME, NAMES, OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import LSTM, Cell
+from ..kernels.heads import dense
 
 NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
@@ -198,7 +199,7 @@ def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """`module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
 
-    A class of torch's gets none of our arguments but regularisers that are on.
+    A class of torch's gets none of our arguments but regularisers that are on, and of heads a new, block-diagonal W_hh.
     """
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
@@ -207,6 +208,11 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()
+    if not issubclass(cls, Checked) and getattr(module, "heads", 1) > 1:  # which torch's have not
+        for name, weight in twin._parameters.items():
+            if name.startswith("weight_hh") and weight is not None:
+                twin._parameters[name] = nn.Parameter(dense(weight.detach(), module.hidden_size), weight.requires_grad)
+        del twin.heads
     if isinstance(twin, RNNBase):
         twin._init_flat_weights()
     return twin

@@ -55,7 +55,7 @@ class RecurrentCell(Checked):
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]
 
-    def _make(self: Any, sizes: tuple, heads: int, of: tuple) -> None:
+    def _make(self: Any, sizes: tuple[int, int, bool], heads: int, of: tuple[Any, Any]) -> None:
         """Draw initial weights."""
         if heads != 1:
             self.heads = heads  # which reset_parameters reads

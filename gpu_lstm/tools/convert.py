@@ -77,7 +77,8 @@ def to_torch(model: nn.Module) -> nn.Module:
     """Swap every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, for torch.nn's.
 
     The inverse of `convert`, with the same promises and results; but a UserWarning says if a subclass of one of these
-    was left. The backend and `recompute` are dropped. torch's modules accept neither lengths nor resets.
+    was left. The backend and `recompute` are dropped; heads become a block-diagonal
+    weight_hh, a new Parameter. torch's modules accept neither lengths nor resets.
 
     Raises:
         TypeError: `model` is not a module, or there is a StackedLSTM or a StackedGRU in it.

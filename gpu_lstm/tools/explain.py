@@ -50,6 +50,7 @@ class Direction:
     input_size: int
     hidden_size: int
     proj_size: int
+    heads: int
     passes: list[PassPlan]  # [] without kernels
 
 
@@ -72,7 +73,7 @@ class Explanation:
         lines += [f"  how        {self.how}", f"  products   {self.precision}"]
         lines += [f"  not used   {name}: {why_not}" for name, why_not in self.others.items()]
         for d in self.layers:
-            projected = f", projected to {d.proj_size}" if d.proj_size else ""
+            projected = f", projected to {d.proj_size}" if d.proj_size else f" of {d.heads} heads" * (d.heads > 1)
             lines.append(f"  layer {d.layer}, {d.name}: {d.input_size} -> {d.hidden_size}{projected}")
             for each in d.passes:
                 lines.append(f"    {each.name}: {each.family}, {each.tiles}; {each.origin}, {each.checked}")

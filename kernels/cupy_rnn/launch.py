@@ -73,7 +73,7 @@ class Prepared:
             dc.copy_(dc_n)
         self._launch(
             gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.inputs.c0, dgates=dgates, partials=memory.get("partials_ptr"),
-            weights=transposed_gates(r.inputs.weight_hh, self.plan.partners, GATES[p.cell].rows, PACK), dc=dc,
+            weights=transposed_gates(r.inputs.weight_hh, self.plan.partners, GATES[p.cell].rows, p.hidden, PACK), dc=dc,
             dreset_c=memory.get("dreset_c_ptr"),
         )  # fmt: skip
         return gradients_in(memory, dgates[..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden))

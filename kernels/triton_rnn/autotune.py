@@ -63,7 +63,7 @@ def _call(
     """
     gates = torch.randn(steps, problem.batch, 4 * problem.hidden, dtype=problem.dtype, device=device)
     _, r = call_of(problem, device)
-    for weight, width in ((r.inputs.weight_hh, problem.width), (r.inputs.weight_hr, problem.hidden)):
+    for weight, width in ((r.inputs.weight_hh, problem.columns), (r.inputs.weight_hr, problem.hidden)):
         if weight is not None:
             weight.normal_(std=width**-0.5)
     if forward is not None:

@@ -404,7 +404,7 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As forward_arguments, for backward."""
-    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, CELLS[p.cell].rows)
+    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, CELLS[p.cell].rows, p.columns)
     words = memory["words_ptr" if p.gain_hh else "dgates_ptr"].view(torch.int32)
     return {"weights_ptr": weights, "words_ptr": words} | ({} if p.gain_hh else {"dgates_ptr": None})
 

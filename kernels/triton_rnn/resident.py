@@ -311,7 +311,9 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
 FAMILY = Family(
     (resident_forward_kernel, resident_backward_kernel),
     arguments=(
-        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.columns)},
-        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(r.inputs.weight_hh, *2 * (CELLS[p.cell].rows,))},
+        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden // p.heads)},
+        lambda p, plan, r, memory: {
+            "weights_ptr": transposed_gates(r.inputs.weight_hh, *2 * [CELLS[p.cell].rows], p.hidden // p.heads)
+        },
     ),
 )
