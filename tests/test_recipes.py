@@ -268,12 +268,12 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
     copy.enter("kernels/cells.py", "for cell in (LSTM, GRU", ", COUPLED")
     imported = "from .coupled import coupled_backward, coupled_forward, coupled_next_cell\n"
     copy.enter(branches, "import triton.language as tl\n\n", imported)
-    for function, arguments, says in (
-        ("forward", "x, z, c_prev", "(four gates, c)"), ("next_cell", "gates, c_prev", "c, [rows, units]"),
-        ("backward", "gates, c_prev, dz_o, dc", "(of the four pre-activations; of c_prev)"),
-    ):  # fmt: skip
-        branch = f'coupled_{function}({arguments}) if S.CELL == "coupled" else '
-        copy.enter(branches, f'{says}."""\n    return ', branch)
+    for after, branch in (
+        ("rest = (l,)\n", "gates, c = coupled_forward(x, z, c_prev)"),
+        ("drest_prev = (dl,)\n", "dz, dc_prev = coupled_backward(gates, c_prev, dz_o, dc)"),
+        ("c = slstm_next_cell(gates, c_prev)\n", "c = coupled_next_cell(gates, c_prev)"),
+    ):
+        copy.enter(branches, after, f'    elif S.CELL == "coupled":\n        {branch}\n')
     copy.enter(modules, "from .cell import GRUCell, LSTMCell\n", "from .coupled import CoupledLSTM\n")
     copy.enter("gpu_lstm/__init__.py", "from .modules import GRU, LSTM, ", "CoupledLSTM, ")
     new = {
@@ -284,7 +284,7 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
         copy.add(path, text)
     assert copy.changes() == {path: (len(text.splitlines()), 0) for path, text in new.items()} | {
         "kernels/cells.py": (2, 1),
-        branches: (4, 3),
+        branches: (7, 0),
         modules: (1, 0),
         "gpu_lstm/__init__.py": (1, 1),
     }
