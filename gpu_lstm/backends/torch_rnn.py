@@ -34,17 +34,21 @@ from ..kernels.private import storage_of
 from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
+LEAST_OF_A_CALL = 64, 256  # units of a head, and H, from which a CPU runs a call a head sooner than one with zeros between
+
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
 
 
 def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
-    """What torch's own operator returns of a call of a module or a cell; None: there are lengths, resets or a stack."""
+    """What torch's own operator returns of a call of a module or a cell; None: it does not take all of it as it is."""
     options, weights = call.options, call.weights
     if not options.as_given or not call.traversal.is_plain():
         return None
     if options.one_step:
         state = run_step(options.cell, call.x, call.states[0], weights[0][0])
         return state[0], [state]
+    if not options.in_one_call:
+        return None
     sizes = None if call.form.packed is None else call.form.packed.batch_sizes
     y, state = stack(options.cell, call.x, call.states[0], weights, options.dropout, options.training, sizes)
     return y, [state]
@@ -119,7 +123,9 @@ def stack(
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
-    if layers[0][0].weight_hh.shape[1] != h0.shape[2]:  # of heads
+    if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # of heads, in one layer
+        if x.is_cpu and (columns, h0.shape[2]) >= LEAST_OF_A_CALL:
+            return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:
@@ -139,6 +145,20 @@ def stack(
     else:
         y, h_n, c_n = lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
+
+
+def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:
+    """`stack` of one layer of heads, each of which has so many units and is a layer of its own."""
+    parts = []
+    for n, of_head in enumerate(zip(*[t.split(columns, 2) for t in state])):
+        own = [
+            [None if t is None else t.unflatten(0, (cell.rows, -1, columns))[:, n].flatten(0, 1) for t in w]
+            for w in layer
+        ]
+        y, final = stack(cell, x, of_head, [[Weights(*w) for w in own]])
+        parts.append((y.unflatten(2, (len(layer), columns)), *final))
+    y, h_n, c_n = [torch.cat(each, -1) for each in zip(*parts)]  # y [T, B, D, H]
+    return y.flatten(2), (h_n, c_n)
 
 
 def packed(weights: list[Tensor]) -> list[Tensor]:

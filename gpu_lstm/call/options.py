@@ -98,8 +98,8 @@ class Options:
         self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
         of_first = zip(self.names[0][0], self.weight_sizes[0])
         self.sizes_of_first = [size for name, size in of_first if name is not None]  # of the tensors that are present
-        # With layers of one size, torch's own runs all of them in one call.
-        self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1
+        # With layers of one size, torch's own runs all of them in one call; of heads it knows nothing.
+        self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1 and a.heads == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
         self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
         self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
