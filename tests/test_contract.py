@@ -95,7 +95,7 @@ def test_a_layer_of_what_a_backend_lacks_is_refused_and_others_know_their_backen
     assert of_backends == ["triton", "cupy"]
     with pytest.raises(ValueError, match="backend 'cupy' has no recurrent dropout, zoneout, peepholes or layer norms"):
         layers.kept_layer(cupy, Problem(2, 3, 8, F32, weight_peephole=True), torch.device("cpu"))
-    with pytest.raises(ValueError, match="^backend 'cupy' has no heads$"):
+    with pytest.raises(ValueError, match=r"^backend 'cupy' has no heads$"):
         layers.kept_layer(cupy, Problem(2, 3, 8, F32, heads=2), torch.device("cpu"))
 
 

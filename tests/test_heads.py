@@ -136,16 +136,16 @@ def test_to_torch_cut_and_back(kind):
     with pytest.raises(RuntimeError, match=sizes):
         again.load_state_dict(theirs.state_dict())
     theirs.weight_hh_l1.data[0, -1] = 0.5
-    with pytest.raises(ValueError, match="^Expected zeros between the 3 heads of weight_hh, got 1 other weights$"):
+    with pytest.raises(ValueError, match=r"^Expected zeros between the 3 heads of weight_hh, got 1 other weights$"):
         functional.of_heads(theirs.weight_hh_l1, HEADS)
-    with pytest.raises(ValueError, match="^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"):
+    with pytest.raises(ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"):
         functional.of_heads(theirs.weight_hh_l0, 5)
 
 
 @KINDS
 def test_functions_streams_traces_and_explanations(kind):
     module, x = kind(I, H, heads=HEADS, dtype=F64, backend="reference").eval(), x_of(T, B, I)
-    y, state = module(x)
+    y, _ = module(x)
     layer = getattr(functional, f"{kind.__name__.lower()}_layer")
     assert torch.equal(layer(x, [*module.parameters()], backend="reference")[0], y)
     stream = gpu_lstm.Stream(module, B)
@@ -203,12 +203,12 @@ def test_what_heads_do_not_go_with():
             gpu_lstm.LSTM(I, H, **arguments)
     for make in (gpu_lstm.GRU, gpu_lstm.LSTMCell, gpu_lstm.GRUCell):
         with pytest.raises(
-            ValueError, match="^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"
+            ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"
         ):
             make(I, H, heads=5)
-    with pytest.raises(ValueError, match="^hidden_size must be divisible by heads, got hidden_size=7 and heads=2$"):
+    with pytest.raises(ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=7 and heads=2$"):
         gpu_lstm.StackedGRU(I, [6, 7], heads=2)
-    with pytest.raises(TypeError, match="^heads should be of type int, got: float$"):
+    with pytest.raises(TypeError, match=r"^heads should be of type int, got: float$"):
         gpu_lstm.LSTM(I, H, heads=2.0)
     assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn
     gpu_lstm.LSTM(I, H, heads=2, layer_norm=("ih",), peepholes=True)(x_of(T, B, I, dtype=torch.float32))
