@@ -34,5 +34,6 @@ def dense(weight: Tensor, width: int) -> Tensor:
     if (head := weight.shape[1]) == width:
         return weight
     heads = width // head
-    blocks = torch.diag_embed(weight.view(-1, heads, head, head).permute(0, 2, 3, 1))  # [GATES, D, D, heads, heads]
-    return blocks.permute(0, 3, 1, 4, 2).flatten(3).flatten(0, 2)
+    number = torch.arange(heads, device=weight.device)
+    here = (number[:, None] == number)[:, None, :, None]  # [heads, 1, heads, 1]; ONNX has no eye of bool
+    return torch.where(here, weight.view(-1, heads, head, 1, head), 0).flatten(3).flatten(0, 2)

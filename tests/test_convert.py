@@ -280,7 +280,14 @@ OF_ONNX = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::Futu
 @OF_ONNX
 @pytest.mark.parametrize(
     "make",
-    [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.compat.LSTM, gpu_lstm.compat.GRU, lambda I, H: gpu_lstm.StackedGRU(I, [H])],
+    [
+        gpu_lstm.LSTM,
+        gpu_lstm.GRU,
+        gpu_lstm.compat.LSTM,
+        gpu_lstm.compat.GRU,
+        lambda I, H: gpu_lstm.StackedGRU(I, [H]),
+        lambda I, H: gpu_lstm.LSTM(I, H, 2, bidirectional=True, heads=2),
+    ],
 )
 def test_the_older_onnx_exporter_accepts_a_module_by_itself(make):
     """It passes all arguments by position, keyword-only ones, too."""
