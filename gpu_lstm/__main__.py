@@ -22,6 +22,7 @@ from .kernels import cache
 from .kernels.cells import CELLS
 from .kernels.layer import package_of
 from .kernels.problem import Problem
+from .modules.arguments import check_heads
 from .tools.explain import explain, terms_of
 
 ANY = Kind(
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
         command.add_argument("--cell", choices=CELLS, default="lstm", help="default: %(default)s")
         command.add_argument("--hidden", type=_positive, required=True, help="hidden units")
+        command.add_argument("--heads", type=_positive, default=1, help="that W_hh does not connect with each other")
         command.add_argument("--batch", type=_positive, required=True, help="sequences")
         command.add_argument("--steps", type=_positive, default=1024, help="time steps")
         command.add_argument("--dtype", choices=_DTYPES, default=dtype, help="of the tensors; tf32, fp32: float32")
@@ -176,14 +178,17 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if (card := planning.DEVICES.get(options.device)) is None:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
+    check_heads(options.heads, options.hidden)
     problem = Problem(
         min(options.steps, 2), options.batch, options.hidden, dtype, precision=precision,
-        side_by_side=options.directions, cell=options.cell,
+        side_by_side=options.directions, cell=options.cell, heads=options.heads,
     )  # fmt: skip
     if (weights := CELLS[problem.cell].rows * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
         raise ValueError(f"{takes}, more than any known card has")
-    sizes = f"T={options.steps} B={options.batch} H={options.hidden}"
+    sizes = f"T={options.steps} B={options.batch} H={options.hidden}" + f" of {problem.heads} heads" * (
+        problem.heads > 1
+    )
     found, lines = {}, [f"{card.name}: {options.cell.upper()} {sizes} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)
@@ -209,7 +214,14 @@ def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     dtype, precision = _DTYPES[options.dtype]
     made: Any = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
     cls = getattr(modules, options.cell.upper())
-    module = cls(options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, **made)
+    module = cls(
+        options.hidden,
+        options.hidden,
+        options.layers,
+        bidirectional=options.directions == 2,
+        heads=options.heads,
+        **made,
+    )
     x = torch.empty(options.steps, options.batch, options.hidden, **made)
     tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
     with torch.set_grad_enabled(not options.inference), tf32:
@@ -251,6 +263,7 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
         return f"B = {of['batch']}: {tiles}"
     there = [name for name in Problem._fields if key[name] is True or (key[name] and name in ("projected", "lengths"))]
     words = [tiles, key["precision"], *there]
+    words += [f"{key['heads']} heads"] * (key["heads"] > 1)
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
     return f"{', '.join(words)}: {value}"
 

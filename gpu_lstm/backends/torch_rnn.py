@@ -34,7 +34,10 @@ from ..kernels.private import storage_of
 from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
-LEAST_OF_A_CALL = 64, 256  # units of a head, and H, from which a CPU runs a call a head sooner than one with zeros between
+LEAST_OF_A_CALL = (
+    64,
+    256,
+)  # units of a head, and H, from which a CPU runs a call a head sooner than one with zeros between
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
 
