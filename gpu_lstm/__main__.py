@@ -183,12 +183,10 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         min(options.steps, 2), options.batch, options.hidden, dtype, precision=precision,
         side_by_side=options.directions, cell=options.cell, heads=options.heads,
     )  # fmt: skip
-    if (weights := CELLS[problem.cell].rows * problem.hidden**2 * problem.size) > LARGEST_MEMORY:
+    if (weights := CELLS[problem.cell].rows * problem.hidden * problem.columns * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
         raise ValueError(f"{takes}, more than any known card has")
-    sizes = f"T={options.steps} B={options.batch} H={options.hidden}" + f" of {problem.heads} heads" * (
-        problem.heads > 1
-    )
+    sizes = f"T={options.steps} B={options.batch} H={options.hidden}" + f"/{problem.heads}" * (problem.heads > 1)
     found, lines = {}, [f"{card.name}: {options.cell.upper()} {sizes} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)
@@ -214,15 +212,9 @@ def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     dtype, precision = _DTYPES[options.dtype]
     made: Any = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
     cls = getattr(modules, options.cell.upper())
-    module = cls(
-        options.hidden,
-        options.hidden,
-        options.layers,
-        bidirectional=options.directions == 2,
-        heads=options.heads,
-        **made,
-    )
-    x = torch.empty(options.steps, options.batch, options.hidden, **made)
+    made |= dict(bidirectional=options.directions == 2, heads=options.heads)
+    module = cls(options.hidden, options.hidden, options.layers, **made)
+    x = next(module.parameters()).new_empty(options.steps, options.batch, options.hidden)
     tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
     with torch.set_grad_enabled(not options.inference), tf32:
         explanation = explain(module, x)

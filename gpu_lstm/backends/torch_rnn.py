@@ -34,10 +34,7 @@ from ..kernels.private import storage_of
 from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
-LEAST_OF_A_CALL = (
-    64,
-    256,
-)  # units of a head, and H, from which a CPU runs a call a head sooner than one with zeros between
+LEAST_OF_A_CALL = 64, 256  # units of a head, and H, from which a call a head is faster on a CPU than zeros between
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
 
@@ -152,13 +149,14 @@ def stack(
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:
     """`stack` of one layer of heads, each of which has so many units and is a layer of its own."""
+
+    def of_head(weights: Weights, n: int) -> Weights:
+        rows = [t if t is None else t.unflatten(0, (cell.rows, -1, columns))[:, n].flatten(0, 1) for t in weights]
+        return Weights(*rows)  # type: ignore[arg-type]
+
     parts = []
-    for n, of_head in enumerate(zip(*[t.split(columns, 2) for t in state])):
-        own = [
-            [None if t is None else t.unflatten(0, (cell.rows, -1, columns))[:, n].flatten(0, 1) for t in w]
-            for w in layer
-        ]
-        y, final = stack(cell, x, of_head, [[Weights(*w) for w in own]])
+    for n, own in enumerate(zip(*[t.split(columns, 2) for t in state])):
+        y, final = stack(cell, x, own, [[of_head(weights, n) for weights in layer]])
         parts.append((y.unflatten(2, (len(layer), columns)), *final))
     y, h_n, c_n = [torch.cat(each, -1) for each in zip(*parts)]  # y [T, B, D, H]
     return y.flatten(2), (h_n, c_n)
