@@ -1,9 +1,15 @@
 """A GRU takes the noise out of a sound frame by frame, while the sound arrives: python examples/denoise.py
 
 The voice is synthetic. Every 16 ms the GRU says of the last 32 ms which frequencies are voice; Stream keeps its state.
+What it hears and what it makes of that are in out/denoise.wav, one after the other, and drawn in out/denoise.png.
 """
 
+import argparse
+import wave
+from pathlib import Path
+
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import fold, mse_loss
 
@@ -33,7 +39,7 @@ class Denoiser(nn.Module):
         return fold(pieces.permute(1, 2, 0), (1, sound.shape[1]), (1, FRAME), stride=(1, HOP)).flatten(1)  # overlapping
 
 
-def main(updates: int = 40) -> tuple[float, float]:
+def main(updates: int = 40, out: Path = Path("out")) -> tuple[float, float]:
     """Train, and stream three seconds. The voice over the noise in dB, before and after."""
     torch.manual_seed(0)
     optimiser = torch.optim.Adam((model := Denoiser()).parameters(), lr=3e-3)
@@ -51,10 +57,34 @@ def main(updates: int = 40) -> tuple[float, float]:
             clean[:, frame] += model(noisy[:, frame], stream)  # now the first HOP of these samples are final
         torch.testing.assert_close(clean, model(noisy), rtol=0, atol=1e-5)  # as in one call
     before, after = (10 * (voice.norm() / (sound - voice).norm()).square().log10().item() for sound in (noisy, clean))
-    print(f"voice over noise: {before:.1f} dB, denoised {after:.1f} dB")
+    print(
+        f"voice over noise: {before:.1f} dB, denoised {after:.1f} dB; to see and to hear in {out}/denoise.png and .wav"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    draw({f"before, {before:.1f} dB": noisy[0], f"after, {after:.1f} dB": clean[0]}, out / "denoise.png")
+    with wave.open(str(out / "denoise.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        both = torch.cat([noisy[0], clean[0]])
+        file.writeframes((both / both.abs().max() * 32767).short().numpy().tobytes())
     return before, after
+
+
+def draw(sounds: dict[str, Tensor], path: Path) -> None:
+    """A spectrogram of each sound."""
+    figure = Figure(figsize=(5, 2.8), layout="constrained")
+    for axes, (title, sound) in zip(figure.subplots(1, 2, sharey=True), sounds.items()):
+        spectrum = torch.fft.rfft(sound.unfold(0, FRAME, HOP) * WINDOW).abs().log10().T  # [frequencies, T]
+        extent = 0, len(sound) / RATE, 0, RATE / 2000
+        axes.imshow(spectrum, vmin=-1, vmax=2, origin="lower", aspect="auto", extent=extent, cmap="gray_r")
+        axes.set(title=title, xlabel="s")
+    figure.axes[0].set_ylabel("kHz")
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # more do not help a model as small as this
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=40, help="default: %(default)s")
+    main(**vars(parser.parse_args()))

@@ -12,10 +12,11 @@ of episodes as `resets` instead. Your own program needs only that policy and gpu
     gpu_lstm.convert(model.policy)
     model.learn(...)
 
-Here a model learns by one call. At every update sb3-contrib's own policy makes the same update from the same weights
-and rollout, after their gradients were found equal, and both are timed. The plot is out/sb3_recurrent_ppo.png.
+Here models learn by one call, a seed each. At every update sb3-contrib's own policy makes the same update from the same
+weights and rollout, after their gradients were found equal, and both are timed. The plot is out/sb3_recurrent_ppo.png.
 """
 
+import argparse
 import copy
 import math
 import time
@@ -74,6 +75,7 @@ class WithoutVelocities(gymnasium.ObservationWrapper):
 class Measured(NamedTuple):
     """One rollout and the updates from it."""
 
+    seed: int
     steps: int  # of all environments, up to here
     episode: float  # mean length, in steps
     acting: float  # seconds
@@ -88,10 +90,10 @@ class Timed(RecurrentPPO):
     The two take turns, one of the `epochs` each, so that the machine's load is the same for both.
     """
 
-    def __init__(self, twin: RecurrentPPO, epochs: int, *arguments, **named) -> None:
+    def __init__(self, twin: RecurrentPPO, epochs: int, measured: list[Measured], *arguments, **named) -> None:
         super().__init__(OneCall, *arguments, n_epochs=1, **named)
         gpu_lstm.convert(self.policy)
-        self.twin, self.epochs, self.measured = twin, epochs, []
+        self.twin, self.epochs, self.measured = twin, epochs, measured
         twin.set_logger(configure(None, []))
 
     def collect_rollouts(self, *arguments, **named) -> bool:
@@ -115,7 +117,8 @@ class Timed(RecurrentPPO):
                 learn[name]()
                 seconds[name] += time.perf_counter() - began
         updates = self.epochs * math.ceil(self.n_steps * self.n_envs / self.batch_size)
-        self.measured.append(Measured(self.num_timesteps, 1 / starts, self.acting, **seconds, updates=updates))
+        steps = self.num_timesteps
+        self.measured.append(Measured(self.seed, steps, 1 / starts, self.acting, **seconds, updates=updates))
 
 
 def check(twin: RecurrentPPO, buffer, ours: RecurrentPPO) -> None:
@@ -135,20 +138,26 @@ def check(twin: RecurrentPPO, buffer, ours: RecurrentPPO) -> None:
             raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
 
 
-def main(rollouts: int = 24, hidden: int = 256, epochs: int = 4, out: Path = Path("out")) -> list[Measured]:
+def main(
+    rollouts: int = 6, seeds: int = 1, hidden: int = 256, epochs: int = 4, out: Path = Path("out")
+) -> list[Measured]:
     """Learn, time, print and plot. RuntimeError if the two differ."""
     torch.set_num_threads(1)
 
-    def environments():
-        return make_vec_env("CartPole-v1", ENVIRONMENTS, seed=0, wrapper_class=WithoutVelocities)
-
-    settings = {"seed": 0, "policy_kwargs": {"lstm_hidden_size": hidden}, "device": "cpu"}
-    twin = RecurrentPPO(RecurrentActorCriticPolicy, environments(), n_epochs=1, **settings)
-    model = Timed(twin, epochs, environments(), **settings)
-    for _ in track(range(rollouts), description="RecurrentPPO"):
+    measured: list[Measured] = []
+    models = []
+    for seed in range(seeds):
+        environments = [
+            make_vec_env("CartPole-v1", ENVIRONMENTS, seed=seed, wrapper_class=WithoutVelocities) for _ in range(2)
+        ]
+        settings = {"seed": seed, "policy_kwargs": {"lstm_hidden_size": hidden}, "device": "cpu"}
+        twin = RecurrentPPO(RecurrentActorCriticPolicy, environments[0], n_epochs=1, **settings)
+        models.append(Timed(twin, epochs, measured, environments[1], **settings))
+    for number in track(range(rollouts * seeds), description="RecurrentPPO"):
+        model = models[number % seeds]
         model.learn(model.n_steps * ENVIRONMENTS, reset_num_timesteps=False)
-    measured = model.measured
-    table = Table("", "loop", "one call", "times as fast", "p20-p80", title=f"RecurrentPPO, H = {hidden}, 1 thread")
+    title = f"RecurrentPPO, H = {hidden}, 1 thread, {seeds} x {rollouts} rollouts"
+    table = Table("", "loop", "one call", "times as fast", "p20-p80", title=title)
     for name, acting in (("updates a second", False), ("rollout and its updates, s", True)):
         loop, one_call = (
             np.array([getattr(each, way) + acting * each.acting for each in measured]) for way in ("loop", "one_call")
@@ -163,29 +172,33 @@ def main(rollouts: int = 24, hidden: int = 256, epochs: int = 4, out: Path = Pat
 
 
 def plot(measured: list[Measured], hidden: int, path: Path) -> None:
-    """Draw, for each rollout, updates a second and how many times as fast one call was."""
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    figure.suptitle(f"sb3-contrib's RecurrentPPO, CartPole-v1 without velocities, H = {hidden}, CPU, 1 thread")
-    above, below = figure.subplots(2, sharex=True)
-    steps = [each.steps for each in measured]
-    for label, way, colour in (("one call", "one_call", "black"), ("sb3-contrib's loop", "loop", "0.6")):
-        speeds = [each.updates / getattr(each, way) for each in measured]
-        above.plot(steps, speeds, "o-", color=colour, markersize=4, label=f"{label}, median {np.median(speeds):.1f}")
-    above.set(ylabel="updates a second")
-    ratios = [each.loop / each.one_call for each in measured]
-    low, median, high = np.percentile(ratios, [20, 50, 80])
-    label = f"one call over the loop, median {median:.1f}"
-    below.plot(steps, ratios, "o-", color="black", markersize=4, label=label)
-    below.axhspan(low, high, color="0.9", label=f"20th to 80th percentile, {low:.1f} to {high:.1f}")
-    below.set(xlabel="steps of the agent", ylabel="times as fast")
-    for axes, place in ((above, "upper left"), (below, "lower right")):
-        axes.set_ylim(bottom=0)
-        axes.grid(color="0.9")
-        axes.legend(loc=place)
+    """Draw updates a second by each, rollout by rollout, and how many times as fast one call was, also with acting."""
+    figure = Figure(figsize=(5, 2.8), layout="constrained")
+    update, whole = (
+        np.median([(each.loop + acting * each.acting) / (each.one_call + acting * each.acting) for each in measured])
+        for acting in (False, True)
+    )
+    figure.suptitle(f"RecurrentPPO, H = {hidden}, one CPU core: {update:.1f} times the updates\n"
+                    f"a second; with its rollouts {whole:.1f} times as fast", fontsize=10)  # fmt: skip
+    axes = figure.subplots()
+    for way, label, colour in (("one_call", "one call", "black"), ("loop", "sb3-contrib's loop", "0.6")):
+        for seed in sorted({each.seed for each in measured}):
+            its = [each for each in measured if each.seed == seed]
+            speeds = [each.updates / getattr(each, way) for each in its]
+            axes.plot([each.steps for each in its], speeds, "o-", color=colour, markersize=4, label=label)
+            label = None
+    axes.set(xlabel="steps of the agent", ylabel="updates a second")
+    axes.set_ylim(bottom=0)
+    axes.grid(color="0.9")
+    axes.legend(loc="center right")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=200)
     print(f"Plot: {path}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rollouts", type=int, default=6, help="of each seed; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--hidden", type=int, default=256, help="units; default: %(default)s")
+    main(**vars(parser.parse_args()))

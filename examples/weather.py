@@ -13,6 +13,7 @@ One of the three, a ridge regression on the last two days, is as good as the sta
 depends little on what was before yesterday. A task that cannot be solved without memory is in highlight.py.
 """
 
+import argparse
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -216,4 +217,7 @@ def step_times(models: list[nn.Module], windows: Tensor, changes: Tensor) -> np.
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=40, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    main(**vars(parser.parse_args()))

@@ -2,8 +2,11 @@
 
 import itertools
 import re
+import runpy
 import shutil
 import signal
+import sys
+import wave
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -100,8 +103,8 @@ def sb3():
 @pytest.mark.deep
 def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sb3, "time", clock)
-    measured = sb3.main(rollouts=2, hidden=8, epochs=1, out=tmp_path)
-    assert [each.steps for each in measured] == [1024, 2048]
+    measured = sb3.main(rollouts=2, seeds=2, hidden=8, epochs=1, out=tmp_path)
+    assert [(each.seed, each.steps) for each in measured] == [(0, 1024), (1, 1024), (0, 2048), (1, 2048)]
     for each in measured:
         assert (each.updates, each.acting, each.loop, each.one_call, 10 < each.episode < 60) == (8, 1.0, 1.0, 1.0, True)
     assert (tmp_path / "sb3_recurrent_ppo.png").stat().st_size > 10_000
@@ -203,11 +206,16 @@ def test_there_is_nothing_to_resume(tmp_path):
 # denoise.py
 
 
-def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(monkeypatch, capsys):
+def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(
+    monkeypatch, capsys, tmp_path
+):
     denoise = load(EXAMPLES / "denoise.py")
-    before, after = denoise.main(updates=3)
+    before, after = denoise.main(updates=3, out=tmp_path)
     assert after > before + 4  # 10 after 40 updates
     assert f"denoised {after:.1f} dB" in capsys.readouterr().out
+    assert (tmp_path / "denoise.png").stat().st_size > 10_000
+    with wave.open(str(tmp_path / "denoise.wav")) as file:
+        assert (file.getframerate(), file.getnframes()) == (8000, 2 * (256 + 180 * 128))
 
     class Forgetful(gpu_lstm.Stream):
         def __call__(self, input):
@@ -216,7 +224,7 @@ def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_sta
 
     monkeypatch.setattr(gpu_lstm, "Stream", Forgetful)
     with pytest.raises(AssertionError, match="not close"):
-        denoise.main(updates=0)
+        denoise.main(updates=0, out=tmp_path)
 
 
 # weather.py
@@ -276,3 +284,11 @@ def test_heat_maps_are_of_one_sequence_of_a_trace(kind, fields, of_gates):
     assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
     panels = heat_maps(gpu_lstm.trace(gpu_lstm.LSTM(4, 5, proj_size=2), torch.randn(6, 3, 4))).axes
     assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(5, 6)] * 5 + [(2, 6)]  # h's own units
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py") if "__main__" in p.read_text()))
+def test_an_example_says_what_it_does_and_trains_nothing(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: {name}")
