@@ -289,6 +289,6 @@ def test_heat_maps_are_of_one_sequence_of_a_trace(kind, fields, of_gates):
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py") if "__main__" in p.read_text()))
 def test_an_example_says_what_it_does_and_trains_nothing(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: {name}")
