@@ -7,7 +7,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-NAMES = [file.parent.relative_to(ROOT).as_posix() for file in ROOT.glob("kernels/**/__init__.py")]
+SOURCES = (file for pattern in ("__init__.py", "*.cu") for file in ROOT.glob(f"kernels/**/{pattern}"))
+NAMES = sorted({file.parent.relative_to(ROOT).as_posix() for file in SOURCES})  # of .cu alone, too: setuptools asks for it
 FOLDERS = {f"gpu_lstm.{name.replace('/', '.')}": name for name in NAMES}
 REPOSITORY = "gpu-lstm/gpu_lstm"
 
