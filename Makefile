@@ -11,10 +11,14 @@ ON_ALL_CORES := -n auto --dist worksteal
 # Kernels are interpreted only where no GPU is visible.
 NO_GPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo lesson lesson-page docs kernels-page bounds-page hub test test-deep test-versions mutants soak bench lint clean
+.PHONY: demo agree lesson lesson-page docs kernels-page bounds-page hub test test-deep test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/highlight.py
+
+# Both kernels in Triton's interpreter, beside torch's own.
+agree: $(INSTALLED)
+	$(NO_GPU) $(BIN)/python dev/agree.py
 
 # Opens the notebook. What is there of its outputs was stored by make lesson-page.
 lesson: $(FOR_LESSON)

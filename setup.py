@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 SOURCES = (file for pattern in ("__init__.py", "*.cu") for file in ROOT.glob(f"kernels/**/{pattern}"))
-NAMES = sorted({file.parent.relative_to(ROOT).as_posix() for file in SOURCES})  # of .cu alone, too: setuptools asks for it
+NAMES = sorted({file.parent.relative_to(ROOT).as_posix() for file in SOURCES})  # those of .cu, too, or it warns
 FOLDERS = {f"gpu_lstm.{name.replace('/', '.')}": name for name in NAMES}
 REPOSITORY = "gpu-lstm/gpu_lstm"
 

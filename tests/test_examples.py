@@ -1,6 +1,7 @@
 """The examples learn, check what they say that they check, and print what they should; and the benchmark of one."""
 
 import itertools
+import os
 import re
 import runpy
 import shutil
@@ -292,3 +293,19 @@ def test_an_example_says_what_it_does_and_trains_nothing(name, monkeypatch, caps
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: {name}")
+
+
+# dev/agree.py
+
+
+def test_what_make_agree_says(monkeypatch, capsys):
+    monkeypatch.setitem(os.environ, "TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
+    agree = load(ROOT / "dev/agree.py")
+    monkeypatch.setattr(agree, "T", 4)
+    monkeypatch.setattr(agree, "H", 6)
+    assert agree.main()
+    assert "They agree, and with resets." in capsys.readouterr().out
+    right = gpu_lstm.LSTM.forward
+    late = lambda self, x, resets=None: right(self, x, resets=resets if resets is None else resets.roll(1, 0))  # noqa: E731
+    monkeypatch.setattr(gpu_lstm.LSTM, "forward", late)
+    assert not agree.main()

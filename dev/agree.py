@@ -1,0 +1,67 @@
+"""Runs both kernels of an LSTM and of a GRU, forward and backward, in Triton's interpreter, beside torch's own: make agree
+
+Everything a user's call does is done, but the kernels are executed by NumPy, program by program. Each result and gradient
+is compared with torch's own in float64; beside it stands the error that torch's own has in float32.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+import gpu_lstm
+
+T, B, I, H = 16, 5, 8, 20
+MOST = 4.0  # how many times torch's error is allowed; the root mean square of few numbers, not of many
+
+
+def results(module: nn.Module, x: Tensor, resets: Tensor | None = None) -> dict[str, Tensor]:
+    """The output, and the gradients of its sum of squares."""
+    x = x.clone().requires_grad_()
+    y, _ = module(x) if resets is None else module(x, resets=resets)
+    names, leaves = zip(("x", x), *module.named_parameters())
+    gradients = torch.autograd.grad(y.square().sum(), leaves)
+    return {"output": y.detach()} | {f"gradient of {name}": d for name, d in zip(names, gradients)}
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    return float((found - true).double().square().mean().sqrt() / true.square().mean().sqrt())
+
+
+def main() -> bool:
+    """Print a table; whether all agree."""
+    torch.manual_seed(0)
+    table = Table("", "of the kernels", "of torch's own", title="relative error, beside torch's own in float64")
+    x, agree = torch.randn(T, B, I), True
+    for name in track(("LSTM", "GRU"), description="Kernels, interpreted"):
+        theirs = getattr(nn, name)(I, H)
+        exact = getattr(nn, name)(I, H, dtype=torch.float64)
+        exact.load_state_dict(theirs.state_dict())
+        true, of_torch = results(exact, x.double()), results(theirs, x)
+        ours = gpu_lstm.convert(theirs)
+        ours.backend = "triton"
+        for what, found in results(ours, x).items():
+            kernels, torchs = error(found, true[what]), error(of_torch[what], true[what])
+            agree &= kernels <= MOST * torchs
+            table.add_row(f"{name}, {what}", f"{kernels:.1e}", f"{torchs:.1e}")
+        starts = torch.rand(T, B) < 0.1
+        y, _ = ours(x, resets=starts)
+        h_and_c = None
+        for t in range(T):  # the loop that `resets` is instead of
+            if h_and_c is not None:
+                keep = (~starts[t]).float()[:, None]
+                h_and_c = tuple(keep * s for s in h_and_c) if name == "LSTM" else keep * h_and_c
+            step, h_and_c = exact(x[t : t + 1].double(), None if h_and_c is None else h_and_c)
+            agree &= error(y[t : t + 1].detach(), step.detach()) < 1e-6
+    Console().print(table)
+    print("They agree, and with resets." if agree else "They do not agree.")
+    return agree
+
+
+if __name__ == "__main__":
+    raise SystemExit(not main())
