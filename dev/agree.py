@@ -1,7 +1,7 @@
-"""Runs both kernels of an LSTM and of a GRU, forward and backward, in Triton's interpreter, beside torch's own: make agree
+"""make agree: the kernels of an LSTM and of a GRU, forward and backward, in Triton's interpreter, beside torch's own.
 
-Everything a user's call does is done, but the kernels are executed by NumPy, program by program. Each result and gradient
-is compared with torch's own in float64; beside it stands the error that torch's own has in float32.
+All that a user's call does is done, but NumPy executes the kernels, program by program. Each result and gradient is
+compared with torch's own in float64; beside it stands the error that torch's own has in float32.
 """
 
 import os
