@@ -128,8 +128,23 @@ def cells_at(sequence, position, unit, in_units, H):
 
 
 @triton.jit
-def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
-    """A program's Tile, of rows of H units. Neighbours have the same units, whose weights they read.
+def by_gate(k, first, S: tl.constexpr):
+    """With heads: first + k counts a head's units, gate by gate -> the same in rows of all units, of the first head."""
+    if S.HEADS > 1:
+        k = (first + k) // S.D * S.H + (first + k) % S.D
+    return k
+
+
+@triton.jit
+def places_of(unit_tile, PARTS: tl.constexpr, S: tl.constexpr):
+    """The places of a tile's units in the program's head, see `tile_at`."""
+    return unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
+
+
+@triton.jit
+def tile_at(number, step, batch, H: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr = 1):
+    """A program's Tile, of rows of H units, or of its head in them. Neighbours have the same units, whose weights they
+    read.
 
     With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
@@ -137,13 +152,14 @@ def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
     if not S.HELD:
         batch_tile, unit_tile = number % tl.cdiv(batch.B, S.BLOCK_B), number // tl.cdiv(batch.B, S.BLOCK_B)
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
-    unit = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
-    place = position(step, sequence, batch, S.REVERSE)
+    place = places_of(unit_tile, PARTS, S)
+    unit, _ = units_at(place, S)
+    now = position(step, sequence, batch, S.REVERSE)
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
-    rows, rows_prev = place.row[:, None], place.row_prev[:, None]
-    at_rows = Position(None, rows, rows_prev, place.valid[:, None], place.continues[:, None], place.is_last[:, None])
-    cells = cells_at(of_rows, at_rows, unit[None, :], (unit < H)[None, :], H)
-    return Tile(batch_tile, unit_tile, unit, sequence, place, cells)
+    rows, rows_prev = now.row[:, None], now.row_prev[:, None]
+    at_rows = Position(None, rows, rows_prev, now.valid[:, None], now.continues[:, None], now.is_last[:, None])
+    cells = cells_at(of_rows, at_rows, unit[None, :], (place < H // S.HEADS)[None, :], H)
+    return Tile(batch_tile, unit_tile, unit, sequence, now, cells)
 
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
@@ -173,10 +189,11 @@ def rows_of_tile(z, ORDERED: tl.constexpr):
 
 @triton.jit
 def columns_of_gates(unit_tile, S: tl.constexpr):
-    """(index into 4H, unit), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
-    first_unit, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
-    unit = first_unit + n // 4
-    return n % 4 * S.H + unit, unit
+    """(index into 4H, place in the head), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
+    first_place, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
+    place = first_place + n // 4
+    unit, _ = units_at(place, S)
+    return n % 4 * S.H + unit, place
 
 
 @triton.jit

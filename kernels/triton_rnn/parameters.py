@@ -21,6 +21,7 @@ class Sizes(NamedTuple):
     P: int
     HEADS: int
     D: int  # units of a head: without heads all H
+    COLUMNS: int  # of W_hh: P, or with heads D
     REVERSE: bool
     PRECISION: str  # of products of float32
     PER: int  # elements of a word of 32 bits

@@ -11,7 +11,8 @@ from .planning import Held, Plan, Step, expected
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
-    """A plan that works for every problem: no more programs than fit the card at once, and tiles that fill them.
+    """A plan that works for every problem: no more programs than fit the card at once, and tiles that fill them. Where
+    not even the heads fit, each has one program, which waits for no other.
 
     The product of a step is small, so many programs must share it: tiles are the narrowest that still fill tensor-core
     instructions.
@@ -26,12 +27,13 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     units = 16  # of which a forward product has four gates
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + units * (1 if backward else 4)) * k * problem.size
+    side_by_side = problem.of_head.side_by_side
     why = "W_hh is read from L2 at every step"
     if problem.normalised:
         why += "; layer norms need sums over all units, for one or two more grid-wide barriers"
     return Plan(
-        Step(k), rows, units, card.multiprocessors // problem.side_by_side, 1, 8 if problem.exact_float32 else 4,
-        2 * stage, why, num_stages=stages, side_by_side=problem.side_by_side,
+        Step(k), rows, units, card.multiprocessors // side_by_side, 1, 8 if problem.exact_float32 else 4,
+        2 * stage, why, num_stages=stages, side_by_side=side_by_side, heads=problem.heads,
     ).fitted(problem)  # fmt: skip
 
 
@@ -80,7 +82,8 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
     A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
     """
-    if not backward or problem.projected or problem.normalised or problem.exact_float32:
+    fits = problem.side_by_side <= card.multiprocessors
+    if not (backward and fits) or problem.projected or problem.normalised or problem.exact_float32:
         return []
     plans, inner = [], CELLS[problem.cell].rows * problem.hidden
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
