@@ -189,7 +189,7 @@ def rows_of_tile(z, ORDERED: tl.constexpr):
 
 @triton.jit
 def columns_of_gates(unit_tile, S: tl.constexpr):
-    """(index into 4H, place in the head), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
+    """(index into 4H, place), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
     first_place, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
     place = first_place + n // 4
     unit, _ = units_at(place, S)
