@@ -24,7 +24,7 @@ from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem, power_of_two
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
-from . import cooperative, pointwise, resident, step, step_plans
+from . import cooperative, pointwise, resident, step_plans
 from .features import OPTIONS
 from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
@@ -35,8 +35,8 @@ SLOW_S = 2.0  # after which a log line says what is happening
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
-    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step.STEP,
-    Held: step.HELD,
+    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step_plans.STEP,
+    Held: step_plans.HELD,
 }  # fmt: skip
 """By the class of a plan's family."""
 

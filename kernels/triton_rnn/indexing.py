@@ -17,8 +17,9 @@ import triton.language as tl
 Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common: [B], [T*B], how many
 # Some sequences, [BB] or one for each of [THREADS]: where in the batch, whether there is one, and its length.
 Sequences = namedtuple("Sequences", "index in_batch length")
-# Some sequences and units at a step: numbers of both tiles, units [BH], Sequences and Position [BB], Cells [BB, BH].
-Tile = namedtuple("Tile", "batch_tile unit_tile unit sequence position cells")
+# Some sequences and units at a step: numbers of both tiles, places in the head and units [BH], Sequences and Position
+# [BB], Cells [BB, BH].
+Tile = namedtuple("Tile", "batch_tile unit_tile place unit sequence position cells")
 
 
 class Position(NamedTuple):
@@ -130,21 +131,12 @@ def cells_at(sequence, position, unit, in_units, H):
 @triton.jit
 def by_gate(k, first, S: tl.constexpr):
     """With heads: first + k counts a head's units, gate by gate -> the same in rows of all units, of the first head."""
-    if S.HEADS > 1:
-        k = (first + k) // S.D * S.H + (first + k) % S.D
-    return k
-
-
-@triton.jit
-def places_of(unit_tile, PARTS: tl.constexpr, S: tl.constexpr):
-    """The places of a tile's units in the program's head, see `tile_at`."""
-    return unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
+    return (first + k) // S.D * S.H + (first + k) % S.D if S.HEADS > 1 else k
 
 
 @triton.jit
 def tile_at(number, step, batch, H: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr = 1):
-    """A program's Tile, of rows of H units, or of its head in them. Neighbours have the same units, whose weights they
-    read.
+    """A program's Tile, of rows of H units. Neighbours have the same units, whose weights they read.
 
     With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
@@ -152,14 +144,14 @@ def tile_at(number, step, batch, H: tl.constexpr, S: tl.constexpr, PARTS: tl.con
     if not S.HELD:
         batch_tile, unit_tile = number % tl.cdiv(batch.B, S.BLOCK_B), number // tl.cdiv(batch.B, S.BLOCK_B)
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
-    place = places_of(unit_tile, PARTS, S)
+    place = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
     unit, _ = units_at(place, S)
     now = position(step, sequence, batch, S.REVERSE)
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
     rows, rows_prev = now.row[:, None], now.row_prev[:, None]
     at_rows = Position(None, rows, rows_prev, now.valid[:, None], now.continues[:, None], now.is_last[:, None])
     cells = cells_at(of_rows, at_rows, unit[None, :], (place < H // S.HEADS)[None, :], H)
-    return Tile(batch_tile, unit_tile, unit, sequence, now, cells)
+    return Tile(batch_tile, unit_tile, place, unit, sequence, now, cells)
 
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
@@ -192,8 +184,7 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
     """(index into 4H, place), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
     first_place, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
     place = first_place + n // 4
-    unit, _ = units_at(place, S)
-    return n % 4 * S.H + unit, place
+    return n % 4 * S.H + units_at(place, S)[0], place
 
 
 @triton.jit

@@ -4,22 +4,18 @@ One launch for the whole sequence. A step is a round over tiles of sequences and
 Tiles are [batch, units]. A grid-wide barrier (exchange.grid_barrier) ends a round, since the next one needs the results
 of all. More rounds belong to a step where something needs all units of a sequence: a projection (h = W_hr m; m is the
 output of the cell, see equations/), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
-programs must be resident at once.
+programs must be resident at once. Those of a head wait for each other alone, or for nobody where a head has just one.
 
 Where W_hh of a tile's units fits in shared memory, a program can hold it: all its tiles have the same units, and are of
 the sequences of its group. Before the product a tile waits for the other units' tiles of the same sequences, no others.
 """
 
 from collections import namedtuple
-from math import ceil
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from ..memory import Buffer, buffers_of
-from ..problem import Pass, Problem
 from . import indexing, noise, norm_tiles, reset, states
 from .equations import cell_backward, cell_forward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
@@ -28,13 +24,12 @@ from .indexing import Batch, rows_of_product
 from .norm import Norm, normalised
 from .norm_tiles import load_normed, pairs_of_step
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Pointer, Saved, name_in_profiles
-from .planning import Family, Plan
 
 # Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask` [rows], else times factors
 # [*, K] or None.
 Rows = namedtuple("Rows", "ptr row mask factors_ptr factors_row")
-# Columns [columns] of weights: offset of each one's first element, whether there is one, from one k to the next. What
-# is called `first` is the k of a head from which on rows and columns are multiplied, see indexing.by_gate.
+# Columns [columns] of weights: offset of each one's first element, whether there is one, from one k to the next.
+# The `first` k of a part counts from the head's, see indexing.by_gate.
 Columns = namedtuple("Columns", "ptr at mask stride")
 
 
@@ -48,7 +43,9 @@ class Products(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, how many programs have arrived; None: see `waits`
+    arrivals_ptr: (
+        Pointer  # [HEADS, tiles of sequences] int32, how many programs have arrived; None: see step_plans.waits
+    )
     error_ptr: Pointer  # [1] int32, and after it the poll limit
 
 
@@ -109,11 +106,9 @@ def tiles_of_program(B, width, S: tl.constexpr):
 
 @triton.jit
 def of_head(arrivals, B, S: tl.constexpr):
-    """Those of the program's head: its programs wait for each other alone."""
-    ptr = arrivals.arrivals_ptr
-    if S.HEADS > 1:
-        ptr += tl.program_id(2) * tl.cdiv(B, S.BLOCK_B)
-    return Arrivals(ptr, arrivals.error_ptr)
+    """Those of the program's head, whose programs wait for no others."""
+    first = tl.program_id(2) * tl.cdiv(B, S.BLOCK_B) if S.HEADS > 1 else 0
+    return Arrivals(arrivals.arrivals_ptr + first, arrivals.error_ptr)
 
 
 @triton.jit
@@ -145,9 +140,8 @@ def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
     part = tl.program_id(0) % S.PARTS
     dgates_ptr, row = rows_of_dgates(call.cell.dgates_ptr, after.row, part, S)
     rows = Rows(dgates_ptr, row, after.continues, None, row)
-    K: tl.constexpr = S.GATES * S.D // S.PARTS
-    STRIDE: tl.constexpr = K if S.GATES == 4 and S.HEADS == 1 else 4 * S.H
-    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), K, STRIDE, S, part * K)[0]
+    STRIDE: tl.constexpr = S.K if S.GATES == 4 and S.HEADS == 1 else 4 * S.H
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.K, STRIDE, S, part * S.K)[0]
 
 
 @triton.jit
@@ -159,7 +153,7 @@ def rows_of_dgates(dgates_ptr, row, part, S: tl.constexpr):
     elif S.GATES == 4:
         row = row * S.PARTS + part
     else:
-        dgates_ptr += (4 - S.GATES) * S.H + part * (S.GATES * S.H // S.PARTS)
+        dgates_ptr += (4 - S.GATES) * S.H + part * S.K
     return dgates_ptr, row
 
 
@@ -184,16 +178,10 @@ def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
 
 
 @triton.jit
-def weights_of_units(weight_hh_ptr, unit_tile, S: tl.constexpr):
-    """A part of W_hh, of PARTS tiles' units, as Columns."""
-    P: tl.constexpr = S.COLUMNS  # Triton 3.4 takes no field of a tuple into another tuple
-    K: tl.constexpr = S.GATES * S.D // S.PARTS
-    if S.HEADS > 1:
-        weight_hh_ptr += tl.cast(tl.program_id(2), tl.int64) * (S.D * P)
-    else:
-        weight_hh_ptr += tl.cast(unit_tile % S.PARTS, tl.int64) * (K * P)
-    place = indexing.places_of(unit_tile, S.PARTS, S)
-    return Columns(weight_hh_ptr, place, place < P, P)
+def rows_of_weights(weight_hh_ptr, part, S: tl.constexpr):
+    """W_hh from the first row of a part of K on; with heads from the head's first."""
+    number = tl.program_id(2) if S.HEADS > 1 else part
+    return weight_hh_ptr + tl.cast(number, tl.int64) * (S.D * S.COLUMNS if S.HEADS > 1 else S.K * S.COLUMNS)
 
 
 @triton.jit
@@ -295,9 +283,7 @@ def step_forward_kernel(
     ROUNDS: tl.constexpr = 1 + NORM_HH + OUTPUT
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
-    held = None
-    if WAITS:
-        arrivals = of_head(arrivals, B, S)
+    arrivals, held = of_head(arrivals, B, S) if WAITS else arrivals, None
     if S.HELD:
         weights = weights_of_gates(products.weight_hh_ptr, tl.program_id(0), S)
         held = tl.trans(load_weights(weights, 0, S.COLUMNS, S))
@@ -324,24 +310,25 @@ def step_forward_kernel(
 def product_with_dgates(tile, step, call, S: tl.constexpr):
     """dgates of the step after times W_hh, [BB, units]; of the tile's part of K alone, if there are several."""
     NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
-    K: tl.constexpr = S.GATES * S.D // S.PARTS
-    STRIDE: tl.constexpr = K if S.GATES == 4 and S.HEADS == 1 else 4 * S.H
+    P: tl.constexpr = S.COLUMNS
+    STRIDE: tl.constexpr = S.K if S.GATES == 4 and S.HEADS == 1 else 4 * S.H
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, call.batch, S.REVERSE)
-    normed = norm_tiles.load_normed_rows(call.norm_hh, tile, step, after, part * K, call.batch.B, S)
+    normed = norm_tiles.load_normed_rows(call.norm_hh, tile, step, after, part * S.K, call.batch.B, S)
     dgates_ptr, row = rows_of_dgates(call.cell.dgates_ptr, after.row, part, S)
     row, continues = rows_of_product(row, not NORM_HH), rows_of_product(after.continues, not NORM_HH)
     dgates = Rows(dgates_ptr, row, continues, None, row)
-    columns = weights_of_units(call.products.weight_hh_ptr, tile.unit_tile, S)
-    dh = product(dgates, columns, normed, K, STRIDE, S, part * K)
+    weight_ptr = rows_of_weights(call.products.weight_hh_ptr, part, S)
+    columns = Columns(weight_ptr, tile.place, tile.place < P, P)
+    dh = product(dgates, columns, normed, S.K, STRIDE, S, part * S.K)
     return indexing.rows_of_tile(dh, not NORM_HH)
 
 
 @triton.jit
 def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     """Products of parts of K, for PARTS times as many units: such tiles read less. The cells' round adds them up."""
-    UNITS: tl.constexpr = S.PARTS * S.UNITS
-    first, end, stride = tiles_of_program(call.batch.B, tl.cdiv(S.COLUMNS, UNITS) * UNITS, S)
+    units = tl.cdiv(S.COLUMNS, S.PARTS * S.UNITS) * (S.PARTS * S.UNITS)
+    first, end, stride = tiles_of_program(call.batch.B, units, S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S, S.PARTS)
         if S.HELD:
@@ -478,14 +465,14 @@ def step_backward_kernel(
     ROUNDS: tl.constexpr = 1 + OUTPUT + (S.PARTS > 1)
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
-    K: tl.constexpr = S.GATES * S.D // S.PARTS
+    P: tl.constexpr = S.COLUMNS
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
-    held = None
-    if WAITS:
-        arrivals = of_head(arrivals, B, S)
+    arrivals, held = of_head(arrivals, B, S) if WAITS else arrivals, None
     if S.HELD:
-        weights = weights_of_units(products.weight_hh_ptr, tl.program_id(0), S)
-        held = tl.trans(load_weights(weights, 0, K, S, tl.program_id(0) % S.PARTS * K))
+        part = tl.program_id(0) % S.PARTS
+        weight_ptr = rows_of_weights(products.weight_hh_ptr, part, S)
+        column = tl.program_id(0) // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
+        held = tl.trans(load_weights(Columns(weight_ptr, column, column < P, P), 0, S.K, S, part * S.K))
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     call = Backward(batch, arrivals, products, held, hidden, cell, saved, norm_hh, norm_c, dh_total_ptr)
     for back in range(T):
@@ -503,34 +490,3 @@ def step_backward_kernel(
             poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
         if not WAITS and S.HEADS > 1:
             tl.debug_barrier()
-
-
-def waits(p: Problem, plan: Plan) -> bool:
-    """Unless the launch is one round of tiles, or each head has one program: so any number of heads has a plan."""
-    if p.heads > 1 and plan.programs == plan.family.parts == 1 and not plan.on_chip:
-        return False
-    return p.steps > 1 or plan.family.parts > 1 or p.projected > 0 or p.normalised
-
-
-def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
-    """See planning.Family."""
-    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
-    scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
-    if waits(p, plan):  # counts the programs of each batch tile that have arrived
-        scratch["arrivals_ptr"] = Buffer(torch.int32, (p.heads * ceil(p.batch / plan.rows),), fill=0)
-    scratch |= {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
-    if plan.family.parts > 1:
-        scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
-    if p.gain_hh and pass_.backward:
-        scratch["pairs_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    elif p.gain_hh:
-        scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
-    if p.gain_c and not pass_.backward:
-        scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
-    if p.projected and not pass_.backward:
-        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    return buffers_of(p, pass_) | scratch
-
-
-HELD = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
-STEP = HELD._replace(projects=True)

@@ -1,13 +1,18 @@
-"""The plans of the step family: which tiles, how many programs, and whether they hold W_hh or split the product."""
+"""The plans of the step family: which tiles, how many programs, and whether they hold W_hh or split the product; and
+what the launcher must know of it."""
 
 import itertools
 from math import ceil
 
+import torch
+
 from ..cards import Card
 from ..cells import CELLS
-from ..problem import Problem, power_of_two
+from ..memory import Buffer, buffers_of
+from ..problem import Pass, Problem, power_of_two
 from .features import MOST_ROWS
-from .planning import Held, Plan, Step, expected
+from .planning import Family, Held, Plan, Step, expected
+from .step import step_backward_kernel, step_forward_kernel
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
@@ -97,3 +102,34 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
                 num_stages=3, side_by_side=problem.side_by_side,
             ).fitted(problem))  # fmt: skip
     return sorted(plans, key=lambda plan: sum(expected(problem, card, plan, backward).values()))[:2]
+
+
+def waits(p: Problem, plan: Plan) -> bool:
+    """Unless the launch is one round of tiles, or each head has one program: so any number of heads has a plan."""
+    if p.heads > 1 and plan.programs == plan.family.parts == 1 and not plan.on_chip:
+        return False
+    return p.steps > 1 or plan.family.parts > 1 or p.projected > 0 or p.normalised
+
+
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See planning.Family."""
+    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
+    scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
+    if waits(p, plan):  # counts the programs of each batch tile that have arrived
+        scratch["arrivals_ptr"] = Buffer(torch.int32, (p.heads * ceil(p.batch / plan.rows),), fill=0)
+    scratch |= {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
+    if plan.family.parts > 1:
+        scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
+    if p.gain_hh and pass_.backward:
+        scratch["pairs_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
+    elif p.gain_hh:
+        scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
+    if p.gain_c and not pass_.backward:
+        scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
+    if p.projected and not pass_.backward:
+        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
+    return buffers_of(p, pass_) | scratch
+
+
+HELD = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
+STEP = HELD._replace(projects=True)
