@@ -35,12 +35,13 @@ PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=256 B=1024": (1024, 256, torch.bfloat16),  # where programs of the step family hold W_hh
     "bf16 H=512 B=1024": (1024, 512, torch.bfloat16),  # and ask ahead
     "bf16 H=33 P=7": (3, 33, torch.bfloat16, 7),  # which only the step family takes
+    "bf16 H=128 two heads": (3, 128, torch.bfloat16), "bf16 H=32 two heads": (3, 32, torch.bfloat16),  # of one program
 }
 
 def compiled(family, name, card, backward, parts=1):
     normed = dict.fromkeys(("gain_hh", "gain_c", "bias_c"), "layer norm" in name)
     cell, device = "gru" if name.endswith("GRU") else "lstm", DEVICES[card]
-    problem = Problem(2, *PROBLEMS[name])._replace(cell=cell, **normed)
+    problem = Problem(2, *PROBLEMS[name])._replace(cell=cell, heads=1 + name.endswith("two heads"), **normed)
     if family is step:
         plan = [*step_plans.held_plans(problem, device, backward), step_plans.step_plan(problem, device, backward)][0]
         plan = step_plans.split_plans(problem, device, backward)[0] if parts > 1 else plan
@@ -60,20 +61,22 @@ def compiled(family, name, card, backward, parts=1):
         programs = -(-problem.hidden // plan.units)
         words |= {f"{access} pairs_{norm}": 2 * -(-programs // 32) if access == "load" else 1
                   for access in ("load", "store") for norm in ("hh", "c")}
-    ptx = compile_for(launch, device.architecture).asm["ptx"]
-    return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, arguments=arguments, words=words,
-                ahead=ahead, held=held, rounds=1 if held and parts == 1 else 2)
+    asm = compile_for(launch, device.architecture).asm
+    ptx, ir = asm["ptx"], asm["ttir"]
+    return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, ir=ir, arguments=arguments, words=words,
+                ahead=ahead, held=held, rounds=1 + (parts > 1 or problem.projected > 0))
 
-gru, half, *held, of_tiles, of_next, last = PROBLEMS
+gru, half, *held, of_tiles, of_next, last, of_heads, alone = PROBLEMS
 forward = [*zip(held, 3 * ("h100", "a100")), ("tf32 H=33 B=3", "h100")]
 both = [(*case, *way) for case, parts in zip(forward, 3 * (1, 4, 2)) for way in ((False,), (True, parts))]
 both += [(gru, "h100", False), (gru, "h100", True), (half, "h100", False), (gru, "a100", True, 3)]
 print(json.dumps({
     "cooperative": [compiled(cooperative, *case) for case in both],
     "step": [*(compiled(step, last, *one) for one in (("a100", False), ("h100", False), ("h100", True))),
-             compiled(step, "bf16 H=768 B=16", "h100", True, parts=8),
+             compiled(step, "bf16 H=768 B=16", "h100", True, parts=8), compiled(step, of_heads, "h100", True),
              *(compiled(step, of_tiles, "h100", backward) for backward in (False, True)),
              compiled(step, of_next, "h100", False)],
+    "alone": [compiled(step, alone, "h100", backward) for backward in (False, True)],
 }))
 """
 
@@ -169,10 +172,18 @@ def _of_barriers(kernel: dict) -> list[str]:
 PROBLEMS = {"cooperative": _of_words, "step": _of_barriers}
 
 
-@pytest.mark.parametrize(("family", "count"), [("cooperative", 18), ("step", 7)])
+@pytest.mark.parametrize(("family", "count"), [("cooperative", 18), ("step", 8)])
 def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
     found = {kernel["name"]: PROBLEMS[family](kernel) for kernel in kernels[family]}
     assert (len(found), {name: problems for name, problems in found.items() if problems}) == (count, {})
+
+
+def test_the_only_program_of_a_head_waits_for_its_own_threads_alone(kernels):
+    """After the last store of a step, so that any of them can load what another one stored."""
+    for kernel in kernels["alone"]:
+        assert not re.search(r"\b(atom|red)\.|\.acquire\b", kernel["ptx"])
+        found = re.findall(r"tt\.store|barrier|\n    }", kernel["ir"].partition("scf.for")[2])  # and the end of its loop
+        assert found[-3:] == ["tt.store", "barrier", "\n    }"]
 
 
 def test_the_instruction_for_tanh_is_that_of_a_gru_in_bfloat16(kernels):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import itertools
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import planning as cupy
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import planning
-from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn.choose import FAMILIES, expected_seconds, plans
 from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
 from gpu_lstm.kernels.triton_rnn.step_plans import held_plans, split_plans, step_plan
 
@@ -25,6 +26,12 @@ PROBLEMS = [
     Problem(steps, batch, hidden, dtype, precision="tf32", side_by_side=directions, cell=cell)
     for steps, batch, hidden, dtype, directions, cell in itertools.product(
         (1, 128), (1, 7, 100, 256), (1, 33, 64, 200, 768, 1024, 4096), (BF16, torch.float32), (1, 2), CELLS
+    )
+]
+PROBLEMS += [  # of units of a head; and more heads than any card has multiprocessors
+    Problem(steps, batch, heads * units, dtype, precision=precision, side_by_side=directions, heads=heads)
+    for heads, units, (dtype, precision), batch, directions, steps in itertools.product(
+        (2, 4, 67, 300), (1, 16, 128, 200, 768), ((BF16, "ieee"), (torch.float32, "ieee")), (1, 256), (1, 2), (1, 128)
     )
 ]
 both_ways = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -37,7 +44,8 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
         proposed = plans(problem, device, backward)
         seconds = []
         for plan in proposed:
-            times = problem.side_by_side // plan.side_by_side if plan.family.name == COOPERATIVE else 1
+            of_all = problem.heads * problem.side_by_side
+            times = of_all // plan.side_by_side if plan.family.name == COOPERATIVE else 1
             seconds.append(times * sum(expected(problem, device, plan, backward).values()))
         if problem.batch in (1, 256):  # others have the order of the next power of two, see test_first_call.py
             assert seconds == sorted(seconds)
@@ -46,26 +54,54 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
         for plan in proposed:
             assert plan.shared <= device.shared
             at_a_time = plan.programs * plan.groups * plan.rows * plan.units
-            assert at_a_time * plan.tiles_per_program >= problem.batch * problem.hidden, (
+            assert at_a_time * plan.tiles_per_program >= problem.batch * problem.columns, (
                 "every unit of every sequence has a tile"
             )
+            assert plan.grid[2:] == ((problem.heads,) if problem.heads > 1 else ())
+            if FAMILIES[type(plan.family)].waits(problem, plan):
+                at_once = prod(plan.grid) * (plan.side_by_side // plan.heads)
+                assert 0 < at_once <= plan.blocks * device.multiprocessors, "who waits is resident at once"
             if isinstance(plan.family, Step):
-                assert plan.programs * plan.side_by_side <= max(device.multiprocessors, problem.side_by_side)
                 continue
-            assert plan.programs * plan.units >= problem.hidden, "every unit has a program"
+            assert plan.programs * plan.units >= problem.columns, "every unit has a program"
             assert plan.rows * plan.groups * plan.tiles_per_program >= problem.batch, "every sequence has a tile"
             if isinstance(plan.family, Held):
-                at_once = plan.programs * plan.groups * plan.side_by_side
-                assert at_once <= plan.blocks * device.multiprocessors, "and so are these"
-                assert plan.blocks * (plan.shared + KB) <= device.shared + KB, "and have the shared memory"
+                assert plan.blocks * (plan.shared + KB) <= device.shared + KB, "they have the shared memory"
                 assert 65536 // (32 * plan.num_warps * plan.blocks) >= 128, "registers"
             if isinstance(plan.family, Cooperative):
-                at_once = plan.programs * plan.groups * plan.side_by_side
-                assert at_once <= device.multiprocessors, "programs that wait for each other are resident at once"
                 assert plan.programs % plan.family.partners == 0, "programs that share gates are all there"
                 assert CELLS[problem.cell].rows % plan.family.partners == 0, "and each has as many gates"
-                assert plan.side_by_side in (1, problem.side_by_side)
+                assert plan.side_by_side in (problem.heads, problem.of_head.side_by_side)
                 assert plan.family.partners == 1 or backward
+
+
+@both_ways
+def test_heads_have_the_plans_of_layers_side_by_side(backward):
+    """Each on a share of the card, and with one launch for all: four of 128 units are faster than one of 512."""
+    for batch, cell in itertools.product((1, 16, 64), CELLS):
+        problem = Problem(128, batch, 512, BF16, cell=cell, heads=4)
+        side_by_side = plans(Problem(128, batch, 128, BF16, cell=cell, side_by_side=4), H100, backward)
+        proposed = plans(problem, H100, backward)
+        assert [dataclasses.replace(plan, heads=1) for plan in proposed] == side_by_side
+        assert RESIDENT in [plan.family.name for plan in proposed]
+        both = problem, problem._replace(heads=1)
+        seconds, dense = (expected_seconds(p, H100, plans(p, H100, backward)[0], backward) for p in both)
+        assert seconds < min(dense, 1.25e-6)
+    # Where W_hh does not fit a share for each head of each layer, layers run one after another, their heads at once.
+    for units, found in ((512, {4}), (1024, {2}), (1280, set())):
+        large = plans(Problem(128, 1, 2 * units, BF16, side_by_side=2, heads=2), H100, backward)
+        assert {plan.side_by_side for plan in large if plan.family.name == COOPERATIVE} == found
+
+
+@both_ways
+def test_any_number_of_heads_has_a_plan(backward):
+    """Of more heads than multiprocessors none waits for another, nor for anybody: so no program need be resident."""
+    for batch, (dtype, units) in itertools.product((0, 1, 64), ((torch.float32, 200), (BF16, 16), (BF16, 768))):
+        problem = Problem(128, batch, 300 * units, dtype, heads=300)
+        for plan in (proposed := plans(problem, H100, backward)):
+            assert not FAMILIES[type(plan.family)].waits(problem, plan)
+        assert proposed
+        assert step_plan(problem, H100, backward).grid == (1, 1, 300)
 
 
 @both_ways

@@ -24,7 +24,7 @@ from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem, power_of_two
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
-from . import cooperative, pointwise, resident, step, step_plans
+from . import cooperative, pointwise, resident, step_plans
 from .features import OPTIONS
 from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
@@ -35,8 +35,8 @@ SLOW_S = 2.0  # after which a log line says what is happening
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
-    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step.STEP,
-    Held: step.HELD,
+    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step_plans.STEP,
+    Held: step_plans.HELD,
 }  # fmt: skip
 """By the class of a plan's family."""
 
@@ -83,25 +83,22 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 @functools.lru_cache(256)
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
-    if problem.heads > 1:
-        of_head = _plans(problem.of_head, card, backward)
-        return [dataclasses.replace(plan, heads=problem.heads) for plan in of_head]
-    seconds = partial(expected_seconds, problem, card, backward=backward)
-    always, by_product = [step_plans.step_plan(problem, card, backward)], pointwise.pointwise_plan(problem)
-    if by_product is not None and seconds(by_product) < seconds(always[0]):
-        always = [by_product, *always]
-    if problem.steps == 1:
-        return always  # holding W_hh on chip pays off from the second step on
-    # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
-    alone = problem._replace(side_by_side=1)
-    shared = [*cooperative.plans(problem, card, backward)] or [*cooperative.plans(alone, card, backward)]
-    of_step = [*step_plans.held_plans(problem, card, backward), *step_plans.split_plans(problem, card, backward)]
-    return sorted([*resident.plans(problem, card, backward), *shared, *of_step, *always], key=seconds)
+    seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
+    found, by_product = [step_plans.step_plan(head, card, backward)], pointwise.pointwise_plan(head)
+    if by_product is not None and seconds(by_product) < seconds(found[0]):
+        found += [by_product]
+    if problem.steps > 1:  # holding W_hh on chip pays off from the second step on
+        # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
+        alone = problem._replace(side_by_side=1).of_head
+        found += [*cooperative.plans(head, card, backward)] or cooperative.plans(alone, card, backward)
+        found += [*step_plans.held_plans(head, card, backward), *step_plans.split_plans(head, card, backward)]
+        found += resident.plans(head, card, backward)
+    return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Estimated time of a step of all layers or directions that run at once, by the model."""
-    rounds = problem.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
+    rounds = problem.of_head.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
     return rounds * sum(expected(problem, card, plan, backward).values())
 
 

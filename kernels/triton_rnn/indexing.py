@@ -17,8 +17,9 @@ import triton.language as tl
 Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common: [B], [T*B], how many
 # Some sequences, [BB] or one for each of [THREADS]: where in the batch, whether there is one, and its length.
 Sequences = namedtuple("Sequences", "index in_batch length")
-# Some sequences and units at a step: numbers of both tiles, units [BH], Sequences and Position [BB], Cells [BB, BH].
-Tile = namedtuple("Tile", "batch_tile unit_tile unit sequence position cells")
+# Some sequences and units at a step: numbers of both tiles, places in the head and units [BH], Sequences and Position
+# [BB], Cells [BB, BH].
+Tile = namedtuple("Tile", "batch_tile unit_tile place unit sequence position cells")
 
 
 class Position(NamedTuple):
@@ -128,7 +129,13 @@ def cells_at(sequence, position, unit, in_units, H):
 
 
 @triton.jit
-def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
+def by_gate(k, first, S: tl.constexpr):
+    """With heads: first + k counts a head's units, gate by gate -> the same in rows of all units, of the first head."""
+    return (first + k) // S.D * S.H + (first + k) % S.D if S.HEADS > 1 else k
+
+
+@triton.jit
+def tile_at(number, step, batch, H: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr = 1):
     """A program's Tile, of rows of H units. Neighbours have the same units, whose weights they read.
 
     With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
@@ -137,13 +144,14 @@ def tile_at(number, step, batch, H, S: tl.constexpr, PARTS: tl.constexpr = 1):
     if not S.HELD:
         batch_tile, unit_tile = number % tl.cdiv(batch.B, S.BLOCK_B), number // tl.cdiv(batch.B, S.BLOCK_B)
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
-    unit = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
-    place = position(step, sequence, batch, S.REVERSE)
+    place = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
+    unit, _ = units_at(place, S)
+    now = position(step, sequence, batch, S.REVERSE)
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
-    rows, rows_prev = place.row[:, None], place.row_prev[:, None]
-    at_rows = Position(None, rows, rows_prev, place.valid[:, None], place.continues[:, None], place.is_last[:, None])
-    cells = cells_at(of_rows, at_rows, unit[None, :], (unit < H)[None, :], H)
-    return Tile(batch_tile, unit_tile, unit, sequence, place, cells)
+    rows, rows_prev = now.row[:, None], now.row_prev[:, None]
+    at_rows = Position(None, rows, rows_prev, now.valid[:, None], now.continues[:, None], now.is_last[:, None])
+    cells = cells_at(of_rows, at_rows, unit[None, :], (place < H // S.HEADS)[None, :], H)
+    return Tile(batch_tile, unit_tile, place, unit, sequence, now, cells)
 
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
@@ -173,10 +181,10 @@ def rows_of_tile(z, ORDERED: tl.constexpr):
 
 @triton.jit
 def columns_of_gates(unit_tile, S: tl.constexpr):
-    """(index into 4H, unit), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
-    first_unit, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
-    unit = first_unit + n // 4
-    return n % 4 * S.H + unit, unit
+    """(index into 4H, place), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
+    first_place, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
+    place = first_place + n // 4
+    return n % 4 * S.H + units_at(place, S)[0], place
 
 
 @triton.jit

@@ -21,6 +21,7 @@ class Sizes(NamedTuple):
     P: int
     HEADS: int
     D: int  # units of a head: without heads all H
+    COLUMNS: int  # of W_hh: P, or with heads D
     REVERSE: bool
     PRECISION: str  # of products of float32
     PER: int  # elements of a word of 32 bits
@@ -30,6 +31,7 @@ class Sizes(NamedTuple):
     TILES: int  # of UNITS units, that have D
     WARPS: int
     HELD: bool  # whether W_hh stays on chip; and as planning.py explains them, of each family:
+    K: int  # of a part, backward in the step family
     BLOCK_K: int = 0
     PARTS: int = 1
     PARTNERS: int = 1

@@ -219,7 +219,7 @@ def memory_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> 
     """Time of a step's memory traffic: forward x W_ih^T, h, c and the gates; backward the gates, c, dh and dgates."""
     c = 8 if backward and not isinstance(plan.family, Pointwise) else 4  # bytes of a cell: of two steps, or of one
     moved = problem.batch * problem.hidden * ((13 if backward else 5 + problem.from_x) * problem.size + c)
-    return moved * plan.side_by_side / card.memory
+    return moved * max(plan.side_by_side, plan.heads) / card.memory
 
 
 def _l2_clocks(count: float, card: Card, plan: Plan) -> float:
@@ -320,8 +320,9 @@ def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
     barriers = len(rounds) + (parts > 1) + problem.normalised * (1 if backward else 2)
     step: dict[str, float] = {"grid-wide barriers": barriers * GRID_BARRIER}
     of_tile, of_cell = STEP_CELL[backward]
+    at_once = min(plan.programs, card.multiprocessors / plan.side_by_side)  # less than one of more heads than fit
     for units, gates, k in rounds:
-        tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.units) / plan.programs)
+        tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.units) / at_once)
         columns, passes = gates * plan.units, ceil(k / plan.family.k)
         # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
         rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(card)
@@ -394,7 +395,7 @@ def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) 
     rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
         rate = CUBLAS[0] * FASTER.get(card.architecture, 1) * 4 * 4096 / size / product_clocks(card)
-    of_tiles = ceil(tiles * parts / multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
+    of_tiles = ceil(tiles * parts * problem.side_by_side / card.multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
     weights = outputs * k * size * problem.side_by_side  # from L2, which is assumed to hold them
     # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
     moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side

@@ -23,9 +23,16 @@ from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_
 from .planning import Family, Plan, Pointwise
 
 
+@triton.jit
+def at_in_z(tile, S: tl.constexpr):
+    """Where a tile's first gates are in z [B, 4H], of heads [B, HEADS, 4 D]."""
+    others = tl.program_id(2) * (3 * S.D) if S.HEADS > 1 else 0  # gates of the heads before
+    return tile.sequence.index[:, None].to(tl.int64) * (4 * S.H) + tile.unit[None, :] + others
+
+
 @triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])
 def pointwise_forward_kernel(
-    z_ptr,  # [B, 4H] W_hh h of the step; None if the gates have it already
+    z_ptr,  # [B, 4H], of heads [B, HEADS, 4 D], W_hh h of the step; None if the gates have it already
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
     hidden: Hidden,
     cell: Cell,  # c_n, where c is saved, only where a sequence ends
@@ -39,7 +46,7 @@ def pointwise_forward_kernel(
     x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X)
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
-        z = states.load_gates(z_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.valid, S.H)
+        z = states.load_gates(z_ptr, at_in_z(tile, S), cells.valid, S.D)
     if SAVE:
         saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
         c_prev = states.total(states.load_c_before(saved, step, cells))
@@ -63,7 +70,7 @@ def pointwise_forward_kernel(
 @triton.jit(repr=name_in_profiles("pointwise_backward_kernel"), do_not_specialize=["step", "T", "B"])
 def pointwise_backward_kernel(
     dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
-    dz_ptr,  # [B, 4H] out: dgates of the step, or None
+    dz_ptr,  # like z_ptr, out: dgates of the step, or None
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """One step, before its product."""
@@ -85,7 +92,7 @@ def pointwise_backward_kernel(
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
     # In padding every factor was loaded as zero, so its gradients are zero.
     states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
-    states.store_gates(dz_ptr, sequence.index[:, None].to(tl.int64) * (4 * S.H) + unit, cells.in_tile, dz, S.H)
+    states.store_gates(dz_ptr, at_in_z(tile, S), cells.in_tile, dz, S.D)
     reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
     states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
 
@@ -106,11 +113,19 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     """See planning.Family."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
     written, backward = buffers_of(p, pass_), pass_.backward
-    if scattered or (CELLS[p.cell].has_constant and not backward):  # else in the gates
+    if scattered or (CELLS[p.cell].has_constant and not backward) or p.heads > 1:  # else in the gates
         written["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
     if backward or scattered or p.resets or p.dropout_h:  # else the next product's operand is h
         written["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
     return written
+
+
+def by_head(weight_hh: torch.Tensor, p: Problem) -> tuple[Callable[..., Any], Callable[..., Any], torch.Tensor]:
+    """(A product, the form that it takes [B, *] in, W_hh); of heads in batches of them, for which W_hh is copied."""
+    if p.heads == 1:
+        return torch.mm, lambda x: x, weight_hh
+    weight = weight_hh.unflatten(0, (-1, p.heads, p.columns)).transpose(0, 1).flatten(1, 2)  # [heads, GATES D, D]
+    return torch.bmm, lambda x: x.unflatten(1, (p.heads, -1)).transpose(0, 1), weight  # [heads, B, *]
 
 
 def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str, Any], p: Problem) -> None:
@@ -121,18 +136,18 @@ def forward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str,
     if arguments["gates_ptr"].is_meta:
         return launch(arguments | {"step": 0})
     gates, z, h, h_next = (arguments.get(name) for name in ("gates_ptr", "z_ptr", "h_ptr", "h_next_ptr"))
-    operand, weight = arguments["h0_ptr"][0], arguments["weight_hh_ptr"].T
+    operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
     if p.dropout_h:
         operand = arguments["dropout_h_ptr"] * operand
     if p.resets and not p.reverse:  # in reverse none is before the first step
         operand = operand.masked_fill(arguments["resets_ptr"][0, :, None], 0)
-    times, cell = range(arguments["T"]), CELLS[p.cell]
+    times, cell, weight = range(arguments["T"]), CELLS[p.cell], weight.mT
     with products_in(p.precision):
         for step, time in enumerate(reversed(times) if p.reverse else times):
             if z is None:
                 cell.of_h(gates[time], p.hidden).addmm_(operand, weight)
             else:
-                torch.mm(operand, weight, out=cell.of_h(z, p.hidden))
+                product(in_heads(operand), weight, out=cell.of_h(in_heads(z), p.columns))
             launch(arguments | {"step": step})
             operand = h[time] if h_next is None else h_next
 
@@ -143,12 +158,13 @@ def backward_steps(launch: Callable[[dict[str, Any]], None], arguments: dict[str
         return launch(arguments | {"step": 0})
     dgates, dz, dh_next = (arguments.get(name) for name in ("dgates_ptr", "dz_ptr", "dh_next_ptr"))
     times, cell = range(arguments["T"]), CELLS[p.cell]
+    product, in_heads, weight = by_head(arguments["weight_hh_ptr"], p)
     with products_in(p.precision):
         for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
             launch(arguments | {"step": step})
             if step:
-                of_h = cell.of_h(dgates[time] if dz is None else dz, p.hidden)
-                torch.mm(of_h, arguments["weight_hh_ptr"], out=dh_next)
+                of_h = cell.of_h(in_heads(dgates[time] if dz is None else dz), p.columns)
+                product(of_h, weight, out=in_heads(dh_next))
 
 
 FAMILY = Family(

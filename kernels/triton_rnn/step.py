@@ -4,22 +4,18 @@ One launch for the whole sequence. A step is a round over tiles of sequences and
 Tiles are [batch, units]. A grid-wide barrier (exchange.grid_barrier) ends a round, since the next one needs the results
 of all. More rounds belong to a step where something needs all units of a sequence: a projection (h = W_hr m; m is the
 output of the cell, see equations/), the layer norms of W_hh h and of c (norm.py), of which a projection has none. All
-programs must be resident at once.
+programs must be resident at once. Those of a head wait for each other alone, or for nobody where a head has just one.
 
 Where W_hh of a tile's units fits in shared memory, a program can hold it: all its tiles have the same units, and are of
 the sequences of its group. Before the product a tile waits for the other units' tiles of the same sequences, no others.
 """
 
 from collections import namedtuple
-from math import ceil
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
-from ..memory import Buffer, buffers_of
-from ..problem import Pass, Problem
 from . import indexing, noise, norm_tiles, reset, states
 from .equations import cell_backward, cell_forward, output, output_backward
 from .exchange import arrive, grid_barrier, unless_timed_out, wait_for
@@ -28,17 +24,17 @@ from .indexing import Batch, rows_of_product
 from .norm import Norm, normalised
 from .norm_tiles import load_normed, pairs_of_step
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Pointer, Saved, name_in_profiles
-from .planning import Family, Plan
 
 # Rows [rows] of a tensor [*, K or more] that other programs wrote: zeros where not `mask` [rows], else times factors
 # [*, K] or None.
 Rows = namedtuple("Rows", "ptr row mask factors_ptr factors_row")
 # Columns [columns] of weights: offset of each one's first element, whether there is one, from one k to the next.
+# The `first` k of a part counts from the head's, see indexing.by_gate.
 Columns = namedtuple("Columns", "ptr at mask stride")
 
 
 class Products(NamedTuple):
-    weight_hh_ptr: Pointer  # [GATES H, P]
+    weight_hh_ptr: Pointer  # [GATES H, P], of heads [GATES H, D]
     weight_hr_ptr: Pointer  # [P, H]
     m_ptr: Pointer  # [B, H] forward: m of a step
     product_ptr: Pointer  # [B, 4H, in full tiles] float32 forward, with a layer norm of W_hh h: that of a step
@@ -47,7 +43,9 @@ class Products(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    arrivals_ptr: Pointer  # [tiles of sequences] int32, how many programs have arrived; None with one round alone
+    arrivals_ptr: (
+        Pointer  # [HEADS, tiles of sequences] int32, how many programs have arrived; None: see step_plans.waits
+    )
     error_ptr: Pointer  # [1] int32, and after it the poll limit
 
 
@@ -58,15 +56,15 @@ Backward = namedtuple("Backward", "batch arrivals products held hidden cell save
 
 
 @triton.jit
-def product(rows, columns, normed, K: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr):
+def product(rows, columns, normed, K: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, first=0):
     """Rows @ Columns, [rows, columns] float32, over K in tiles; rows are STRIDE apart. With NormedRows they are the
     gradient of a layer norm's result, and the product is of the gradient of what was normalised."""
     acc = tl.zeros((rows.row.shape[0], columns.at.shape[0]), tl.float32)
     for k_start in range(0, K, S.BLOCK_K):
         k = k_start + tl.arange(0, S.BLOCK_K)
-        a, at, in_a = load_rows(rows, k, K, STRIDE)
+        a, at, in_a = load_rows(rows, k, K, STRIDE, S, first)
         a = norm_tiles.rows_backward(a, normed, at, in_a, k, K)
-        acc = tl.dot(a, load_weights(columns, k_start, K, S.BLOCK_K), acc, input_precision=S.PRECISION)
+        acc = tl.dot(a, load_weights(columns, k_start, K, S, first), acc, input_precision=S.PRECISION)
     return acc
 
 
@@ -78,19 +76,23 @@ def product_of_held(held, a, S: tl.constexpr):
 
 
 @triton.jit
-def load_rows(rows, k, K: tl.constexpr, STRIDE: tl.constexpr):
+def load_rows(rows, k, K: tl.constexpr, STRIDE: tl.constexpr, S: tl.constexpr, first=0):
     """Returns (the rows' columns k times the factors, their offsets, their mask)."""
-    at, in_a = rows.row[:, None] * STRIDE + k[None, :], rows.mask[:, None] & (k < K)[None, :]
+    column, _ = indexing.units_at(indexing.by_gate(k, first, S), S)
+    at, in_a = rows.row[:, None] * STRIDE + column[None, :], rows.mask[:, None] & (k < K)[None, :]
     a = tl.load(rows.ptr + at, mask=in_a, other=0.0, cache_modifier=".cg")
-    return noise.dropout(a, rows.factors_ptr, rows.factors_row[:, None] * K + k[None, :], in_a), at, in_a
+    return noise.dropout(a, rows.factors_ptr, rows.factors_row[:, None] * STRIDE + column[None, :], in_a), at, in_a
 
 
 @triton.jit
-def load_weights(columns, k_start, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def load_weights(columns, k_start, K: tl.constexpr, S: tl.constexpr, first=0):
     """BLOCK_K rows of Columns, from k_start on."""
-    offset = tl.arange(0, BLOCK_K)
-    k_ptr = columns.ptr + columns.at[None, :] + offset[:, None] * columns.stride
-    start = tl.cast(k_start, tl.int64) * columns.stride  # K times the stride may be more than int32 holds
+    offset = tl.arange(0, S.BLOCK_K)
+    row, start = offset, k_start
+    if S.HEADS > 1:
+        row, start = indexing.by_gate(k_start + offset, first, S).to(tl.int64), 0
+    k_ptr = columns.ptr + columns.at[None, :] + row[:, None] * columns.stride
+    start = tl.cast(start, tl.int64) * columns.stride  # K times the stride may be more than int32 holds
     return tl.load(k_ptr + start, mask=(k_start + offset < K)[:, None] & columns.mask[None, :], other=0.0)
 
 
@@ -100,6 +102,13 @@ def tiles_of_program(B, width, S: tl.constexpr):
     AXIS: tl.constexpr = 1 if S.HELD else 0
     batch_tiles = tl.cdiv(B, S.BLOCK_B)
     return tl.program_id(AXIS), batch_tiles * (1 if S.HELD else tl.cdiv(width, S.UNITS)), tl.num_programs(AXIS)
+
+
+@triton.jit
+def of_head(arrivals, B, S: tl.constexpr):
+    """Those of the program's head, whose programs wait for no others."""
+    first = tl.program_id(2) * tl.cdiv(B, S.BLOCK_B) if S.HEADS > 1 else 0
+    return Arrivals(arrivals.arrivals_ptr + first, arrivals.error_ptr)
 
 
 @triton.jit
@@ -118,7 +127,7 @@ def h_before(batch_tile, step, call, poll_limit, S: tl.constexpr):
     sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
     here, index = indexing.position(step, sequence, call.batch, S.REVERSE), sequence.index.to(tl.int64)
     rows = Rows(call.h_prev_ptr, here.row_prev, here.continues, call.hidden.dropout_h_ptr, index)
-    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.P, S.P)[0]
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.COLUMNS, S.P, S)[0]
 
 
 @triton.jit
@@ -128,20 +137,23 @@ def dgates_after(batch_tile, step, times, call, poll_limit, S: tl.constexpr):
         poll_limit = wait_for_tile(call.arrivals, batch_tile, times, poll_limit, step)
     sequence = indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), call.batch)
     after = indexing.position(step + 1, sequence, call.batch, S.REVERSE)
-    dgates_ptr, row = rows_of_dgates(call.cell.dgates_ptr, after.row, tl.program_id(0) % S.PARTS, S)
+    part = tl.program_id(0) % S.PARTS
+    dgates_ptr, row = rows_of_dgates(call.cell.dgates_ptr, after.row, part, S)
     rows = Rows(dgates_ptr, row, after.continues, None, row)
-    K: tl.constexpr = S.GATES * S.H // S.PARTS
-    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), K, K if S.GATES == 4 else 4 * S.H)[0]
+    STRIDE: tl.constexpr = S.K if S.GATES == 4 and S.HEADS == 1 else 4 * S.H
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.K, STRIDE, S, part * S.K)[0]
 
 
 @triton.jit
 def rows_of_dgates(dgates_ptr, row, part, S: tl.constexpr):
-    """(Pointer, rows) of one part of K in dgates [T*B, 4H], the gates that h reaches; a row has K elements, or 4H. Not
-    Rows, since functions in Triton 3.4 cannot return None."""
-    if S.GATES == 4:
+    """(Pointer, rows) of one part of K in dgates [T*B, 4H], the gates that h reaches; a row has K elements, or 4H; with
+    heads of all K. Not Rows, since functions in Triton 3.4 cannot return None."""
+    if S.HEADS > 1:
+        dgates_ptr += (4 - S.GATES) * S.H
+    elif S.GATES == 4:
         row = row * S.PARTS + part
     else:
-        dgates_ptr += (4 - S.GATES) * S.H + part * (S.GATES * S.H // S.PARTS)
+        dgates_ptr += (4 - S.GATES) * S.H + part * S.K
     return dgates_ptr, row
 
 
@@ -150,25 +162,32 @@ def product_with_h(tile, call, S: tl.constexpr):
     """W_hh h: all four gates of a tile's units, [BB, 4 BH]."""
     index = tile.sequence.index.to(tl.int64)
     h = Rows(call.h_prev_ptr, tile.position.row_prev, tile.position.continues, call.hidden.dropout_h_ptr, index)
-    return product(h, weights_of_gates(call.products.weight_hh_ptr, tile.unit_tile, S), nothing(), S.P, S.P, S)
+    return product(h, weights_of_gates(call.products.weight_hh_ptr, tile.unit_tile, S), nothing(), S.COLUMNS, S.P, S)
 
 
 @triton.jit
 def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
     """W_hh of all gates of a tile's units, as Columns; zeros for a gate that h does not reach."""
     FIRST: tl.constexpr = 4 - S.GATES
-    column, unit = indexing.columns_of_gates(unit_tile, S)
-    mask = unit < S.H
+    column, place = indexing.columns_of_gates(unit_tile, S)
+    mask = place < S.D
     if FIRST > 0:
         mask &= column >= FIRST * S.H
         column -= FIRST * S.H
-    return Columns(weight_hh_ptr, column.to(tl.int64) * S.P, mask, 1)
+    return Columns(weight_hh_ptr, column.to(tl.int64) * S.COLUMNS, mask, 1)
+
+
+@triton.jit
+def rows_of_weights(weight_hh_ptr, part, S: tl.constexpr):
+    """W_hh from the first row of a part of K on; with heads from the head's first."""
+    number = tl.program_id(2) if S.HEADS > 1 else part
+    return weight_hh_ptr + tl.cast(number, tl.int64) * (S.D * S.COLUMNS if S.HEADS > 1 else S.K * S.COLUMNS)
 
 
 @triton.jit
 def product_round(step, call, poll_limit, S: tl.constexpr):
     """W_hh h of all units, and the moments that its layer norm needs."""
-    first, end, stride = tiles_of_program(call.batch.B, S.H, S)
+    first, end, stride = tiles_of_program(call.batch.B, S.D, S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.H, S)
         z = unless_timed_out(product_with_h(tile, call, S), poll_limit)
@@ -189,7 +208,7 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
     NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
     NORM_C: tl.constexpr = call.norm_c.gain_ptr is not None
     PROJECT: tl.constexpr = call.products.weight_hr_ptr is not None
-    first, end, stride = tiles_of_program(call.batch.B, S.H, S)
+    first, end, stride = tiles_of_program(call.batch.B, S.D, S)
     if S.AHEAD:
         poll_limit, h_prev = h_before(first, step, call, poll_limit, S)
     for number in range(first, end, stride):
@@ -264,10 +283,10 @@ def step_forward_kernel(
     ROUNDS: tl.constexpr = 1 + NORM_HH + OUTPUT
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
-    held = None
+    arrivals, held = of_head(arrivals, B, S) if WAITS else arrivals, None
     if S.HELD:
         weights = weights_of_gates(products.weight_hh_ptr, tl.program_id(0), S)
-        held = tl.trans(load_weights(weights, 0, S.P, S.BLOCK_K))
+        held = tl.trans(load_weights(weights, 0, S.COLUMNS, S))
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
@@ -283,30 +302,33 @@ def step_forward_kernel(
             output_round(step, call, poll_limit, S)
         if (WAITS and not S.HELD) and step + 1 < T:
             poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
+        if not WAITS and S.HEADS > 1:  # the only program of a head
+            tl.debug_barrier()
 
 
 @triton.jit
 def product_with_dgates(tile, step, call, S: tl.constexpr):
     """dgates of the step after times W_hh, [BB, units]; of the tile's part of K alone, if there are several."""
     NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
-    P: tl.constexpr = S.P
-    K: tl.constexpr = S.GATES * S.H // S.PARTS
+    P: tl.constexpr = S.COLUMNS
+    STRIDE: tl.constexpr = S.K if S.GATES == 4 and S.HEADS == 1 else 4 * S.H
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, call.batch, S.REVERSE)
-    normed = norm_tiles.load_normed_rows(call.norm_hh, tile, step, after, part * K, call.batch.B, S)
+    normed = norm_tiles.load_normed_rows(call.norm_hh, tile, step, after, part * S.K, call.batch.B, S)
     dgates_ptr, row = rows_of_dgates(call.cell.dgates_ptr, after.row, part, S)
     row, continues = rows_of_product(row, not NORM_HH), rows_of_product(after.continues, not NORM_HH)
     dgates = Rows(dgates_ptr, row, continues, None, row)
-    weight_ptr = call.products.weight_hh_ptr + tl.cast(part, tl.int64) * (K * P)
-    columns = Columns(weight_ptr, tile.unit, tile.unit < P, P)
-    dh = product(dgates, columns, normed, K, K if S.GATES == 4 else 4 * S.H, S)
+    weight_ptr = rows_of_weights(call.products.weight_hh_ptr, part, S)
+    columns = Columns(weight_ptr, tile.place, tile.place < P, P)
+    dh = product(dgates, columns, normed, S.K, STRIDE, S, part * S.K)
     return indexing.rows_of_tile(dh, not NORM_HH)
 
 
 @triton.jit
 def product_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     """Products of parts of K, for PARTS times as many units: such tiles read less. The cells' round adds them up."""
-    first, end, stride = tiles_of_program(call.batch.B, tl.cdiv(S.P, S.PARTS * S.UNITS) * (S.PARTS * S.UNITS), S)
+    units = tl.cdiv(S.COLUMNS, S.PARTS * S.UNITS) * (S.PARTS * S.UNITS)
+    first, end, stride = tiles_of_program(call.batch.B, units, S)
     for number in range(first, end, stride):
         tile = indexing.tile_at(number, step, call.batch, S.P, S, S.PARTS)
         if S.HELD:
@@ -384,7 +406,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
     DTYPE: tl.constexpr = call.cell.dgates_ptr.dtype.element_ty
     EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
     cell, B = call.cell, call.batch.B
-    first, end, stride = tiles_of_program(B, S.H, S)
+    first, end, stride = tiles_of_program(B, S.D, S)
     if S.AHEAD:
         poll_limit, dgates = dgates_after(first, step, times, call, poll_limit, S)
     for number in range(first, end, stride):
@@ -442,15 +464,15 @@ def step_backward_kernel(
     OUTPUT: tl.constexpr = products.weight_hr_ptr is not None or norm_c.gain_ptr is not None
     ROUNDS: tl.constexpr = 1 + OUTPUT + (S.PARTS > 1)
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
-    tl.static_assert(S.GATES * S.H % S.PARTS == 0, "parts of K are equal")
-    K: tl.constexpr = S.GATES * S.H // S.PARTS
-    P: tl.constexpr = S.P
+    tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
+    P: tl.constexpr = S.COLUMNS
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
-    held = None
+    arrivals, held = of_head(arrivals, B, S) if WAITS else arrivals, None
     if S.HELD:
-        weight_ptr = products.weight_hh_ptr + tl.cast(tl.program_id(0) % S.PARTS, tl.int64) * (K * P)
+        part = tl.program_id(0) % S.PARTS
+        weight_ptr = rows_of_weights(products.weight_hh_ptr, part, S)
         column = tl.program_id(0) // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
-        held = tl.trans(load_weights(Columns(weight_ptr, column, column < P, P), 0, K, S.BLOCK_K))
+        held = tl.trans(load_weights(Columns(weight_ptr, column, column < P, P), 0, S.K, S, part * S.K))
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     call = Backward(batch, arrivals, products, held, hidden, cell, saved, norm_hh, norm_c, dh_total_ptr)
     for back in range(T):
@@ -466,32 +488,5 @@ def step_backward_kernel(
         poll_limit = cell_round_backward(step, times, call, poll_limit, S)
         if (WAITS and not S.HELD) and step > 0:
             poll_limit = grid_barrier(arrivals, times + ROUNDS, poll_limit, step)
-
-
-def waits(p: Problem, plan: Plan) -> bool:
-    """Unless the launch is one round of tiles."""
-    return p.steps > 1 or plan.family.parts > 1 or p.projected > 0 or p.normalised
-
-
-def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
-    """See planning.Family."""
-    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
-    scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
-    if waits(p, plan):  # counts the programs of each batch tile that have arrived
-        scratch["arrivals_ptr"] = Buffer(torch.int32, (ceil(p.batch / plan.rows),), fill=0)
-    scratch |= {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
-    if plan.family.parts > 1:
-        scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
-    if p.gain_hh and pass_.backward:
-        scratch["pairs_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    elif p.gain_hh:
-        scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
-    if p.gain_c and not pass_.backward:
-        scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
-    if p.projected and not pass_.backward:
-        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    return buffers_of(p, pass_) | scratch
-
-
-HELD = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
-STEP = HELD._replace(projects=True)
+        if not WAITS and S.HEADS > 1:
+            tl.debug_barrier()
