@@ -44,7 +44,7 @@ class Chain(nn.Module):
 def letters_of(module: nn.Module) -> str:
     """Of the states of a layer: "hc", or "h" of a GRU, of three rows a unit."""
     weight_hh = next(p for name, p in module.named_parameters() if "weight_hh" in name)
-    return "h" if len(weight_hh) == 3 * weight_hh.shape[1] and len(weight_hh) else "hc"
+    return "h" if len(weight_hh) == 3 * weight_hh.shape[1] * getattr(module, "heads", 1) and len(weight_hh) else "hc"
 
 
 def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
@@ -174,7 +174,11 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
         for name, (_, pull), d in zip(names_of(finals, letters, "dreset_"), forms, leaves_of(module, dleft)):
             named[name] = pull(torch.from_numpy(np.asarray(d)))[0].numpy()
     of_weights = dict(zip(*([t for layer in every for row in layer for t in row] for every in (names, dweights))))
-    named |= {f"d{name}": of_weights[name] for name, _ in module.named_parameters()}
+    for name, p in module.named_parameters():
+        named[f"d{name}"] = of_weights[name]
+        if "weight_hh" in name and p.shape != of_weights[name].shape:  # of heads
+            rows = enumerate(of_weights[name])
+            named[f"d{name}"] = np.stack([d[units_of_head(module, row, len(d))] for row, d in rows])
     return {name: torch.from_numpy(np.asarray(value, order="C")) for name, value in named.items()}
 
 
@@ -226,7 +230,24 @@ def weights_of(module: nn.Module) -> tuple[list, list]:
     count = len(module.layers) if hasattr(module, "layers") else module.num_layers
     names = [[[form.format(kind, k, suffix) for kind in NAMES] for suffix in suffixes] for k in range(count)]
     values = {name: p.detach().cpu().double().numpy() for name, p in module.named_parameters()}
+    values = {name: dense(module, a) if "weight_hh" in name else a for name, a in values.items()}
     return names, [[[values.get(name) for name in direction] for direction in layer] for layer in names]
+
+
+def units_of_head(module: nn.Module, row: int, hidden: int) -> slice:
+    """The columns of W_hh that are those of the head which a row belongs to."""
+    size = hidden // getattr(module, "heads", 1)
+    return slice(row % hidden // size * size, (row % hidden // size + 1) * size)
+
+
+def dense(module: nn.Module, weight_hh: np.ndarray) -> np.ndarray:
+    """W_hh of heads as that of one, with zeros between them."""
+    if (heads := getattr(module, "heads", 1)) == 1:
+        return weight_hh
+    whole = np.zeros((len(weight_hh), heads * weight_hh.shape[1]))
+    for row, of_head in enumerate(weight_hh):
+        whole[row, units_of_head(module, row, whole.shape[1])] = of_head
+    return whole
 
 
 def rows_of(module: nn.Module, leaves: list) -> list[list[tuple]]:
