@@ -82,6 +82,11 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged resets")),  # a row ends in half a word
     ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX), (2, "3,3,3,1", "")),  # backward in one piece
     ("cooperative/16/1/1", F32, (1, "5,3,3,11", f"{ONCE} masks")),
+    # Heads of their own: a program each; groups each, of which one has two batch tiles, and gates of a head in pieces
+    ("resident", F16, (1, "4,11,3,22", "heads ragged states masks"), (1, "3,3,3,33", "three-heads both")),
+    ("cooperative/8/2/4", F32, (1, "3,20,3,32", "heads ragged states masks")),
+    ("cooperative/8/1/2", F16, (1, "4,3,3,32", "heads ragged states masks both")),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", "three-heads ragged resets both")),  # rows end in half a word
     # And of a launch a step, after a product
     ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""),
      (1, "4,3,3,33", f"{ONCE} masks"), (1, "4,5,3,15", "three-heads", f"three-heads {MIX}")),
@@ -121,6 +126,9 @@ GRUS = [
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged states masks")),
     ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX)),
+    ("resident", F32, (1, "4,11,3,32", "heads ragged states masks")),
+    ("cooperative/4/1/4", F32, (1, "3,9,3,32", "heads ragged states masks")),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", "three-heads ragged states masks both")),
     ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,33", "ragged states masks", "three-heads ragged states masks")),
     ("pointwise", F16, (1, "5,3,3,40", "")),
     ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both")), ("kept/4", F16, (1, KEPT, MIX)),
@@ -146,6 +154,8 @@ DEEP = [
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", OF_C)), ("cooperative/8/1/2", F32, (1, "4,3,3,20", OF_ALL)),
     ("cooperative/8/1/2", F16, (1, "4,9,3,33", "gru ragged resets")),
     ("cooperative/16/1/1", F32, (1, "5,3,3,20", OF_HH), (1, "4,9,3,36", OF_C), (1, "5,3,3,11", "gru expected states")),
+    ("cooperative/8/1/2", F32, (1, "2,3,3,86", "heads both peepholes")),  # several chunks, of words that lie apart
+    ("cooperative/16/1/1", F32, (1, "2,3,3,140", "heads", "gru heads")),
     ("kept/2", F16, (1, KEPT, MIX, f"gru {MIX}")), ("kept/1", F16, (1, KEPT, "ragged states both")),
     ("kept/4", F16, (2, "3,9,3,8", "chunks"), (4, "1,3,3,8", "both"), (2, "3,3,3,8", "no-hx deep")),
     ("read/4", BF16, (1, READ, "ragged resets")),
@@ -255,7 +265,8 @@ EVERYWHERE = [
     ("kept/4", "gru resets both", F16), ("read/4", "gru resets", F32),
     *(pytest.param(*case, marks=forced) for case in (
         ("resident", "states peepholes norms zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16),
-        ("resident", "gru states zoneout both", None), ("cooperative/4/1/4", "gru states zoneout", F16))),
+        ("resident", "gru states zoneout both", None), ("cooperative/4/1/4", "gru states zoneout", F16),
+        ("resident", "heads states zoneout", None), ("cooperative/4/1/4", "heads states zoneout", F16))),
     *(pytest.param(*case, marks=[forced, pytest.mark.deep]) for case in (
         ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes norms zoneout", None),
         ("cooperative/4/1/4", "states peepholes norms zoneout", None), ("pointwise", "gru states zoneout both", F16),

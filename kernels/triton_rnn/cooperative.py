@@ -13,6 +13,9 @@ backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units toget
 In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
 one unit of one sequence. Words (exchange.py) have PER units: a row of H units is W = ceil(H / PER) words, of which the
 last may be half empty; so the weights are passed as words, too. A step of one batch tile is a *turn*.
+
+Each head has groups of its own, the last axis of the grid; what is said here of H is of its D units. A row has W words
+of each head, in dgates of each gate: so a program multiplies a head's gates in pieces, each by a share of its warps.
 """
 
 from collections import namedtuple
@@ -42,9 +45,9 @@ from .planning import Cooperative, Family, Plan
 
 SENTINEL = tl.constexpr(EVERY_BIT)  # as int32: the word for data that are not there yet, which `pack` never returns
 
-# The cell of each thread, all [THREADS]: the number of its unit among the program's, its unit, the column of the batch
-# tile that is its sequence, whether it has one, and whether it publishes a word.
-Owned = namedtuple("Owned", "local unit column is_cell is_word")
+# The cell of each thread, all [THREADS]: the number of its unit among the program's, its place in the head, its unit,
+# the column of the batch tile that is its sequence, whether it has one, and whether it publishes a word.
+Owned = namedtuple("Owned", "local place unit column is_cell is_word")
 # Where that is in a turn: the number of the batch tile, and of all [THREADS] the unit, Sequences, Position and Cells.
 Here = namedtuple("Here", "tile unit sequence position cells")
 # The h that a turn starts from, of the sequence in each thread's column, [THREADS]: its Words, the sequence's index in
@@ -71,14 +74,15 @@ def next_turn(step, tile, steps: tl.constexpr, B):
 
 
 @triton.jit
-def cell_of_thread(first_unit, ROW: tl.constexpr, S: tl.constexpr):
-    """What each thread owns where a sequence has ROW threads, and the program UNITS units from `first_unit` on."""
+def cell_of_thread(first_place, ROW: tl.constexpr, S: tl.constexpr):
+    """What each thread owns where a sequence has ROW threads, and the program UNITS units from `first_place` on."""
     thread = tl.arange(0, 32 * S.WARPS)
     local, column = thread % ROW, thread // ROW
-    unit = first_unit + local
+    place = first_place + local
     is_unit = (column < SEQUENCES) & (local < S.UNITS)
-    is_word = is_unit & (unit < S.W * S.PER) & (thread % S.PER == 0)
-    return Owned(local % S.UNITS, unit, column % SEQUENCES, is_unit & (unit < S.H), is_word)
+    is_word = is_unit & (place < S.W * S.PER) & (thread % S.PER == 0)
+    unit, in_head = indexing.units_at(place, S)
+    return Owned(local % S.UNITS, place, unit, column % SEQUENCES, is_unit & in_head, is_word)
 
 
 @triton.jit
@@ -91,27 +95,47 @@ def here_at(step, tile, owned, batch, S: tl.constexpr):
 
 
 @triton.jit
-def first_word(S: tl.constexpr):
-    """The first word of a row that a thread has, four of every 16 WARPS; see fragments.py."""
-    thread = threads(S.WARPS)
-    return thread.warp * 16 + thread.quarter * 4
+def of_head(words_ptr, S: tl.constexpr):
+    """Where the words of the program's head begin in a row of all heads."""
+    if S.HEADS > 1:
+        words_ptr += tl.program_id(2) * S.W
+    return words_ptr
 
 
 @triton.jit
-def load_rows(weights_ptr, first_unit, K: tl.constexpr, GATES: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
-    """The program's weights, rows of K words: W_hh, where row r is gate r // UNITS, unit r % UNITS, GATES gates in all.
-    Backward GATES is 1, for one W_hh^T, and the units are those of all partners."""
+def first_word(S: tl.constexpr, PIECES: tl.constexpr = 1):
+    """The first word of a piece of a row that a thread has, four of every 16 WARPS / PIECES; see fragments.py."""
+    thread = threads(S.WARPS)
+    warp = thread.warp if PIECES == 1 else thread.warp % (S.WARPS // PIECES)
+    return warp * 16 + thread.quarter * 4
+
+
+@triton.jit
+def piece_of_thread(PIECES: tl.constexpr, S: tl.constexpr):
+    """Which piece that is: each is for as many warps."""
+    return 0 if PIECES == 1 else threads(S.WARPS).warp // (S.WARPS // PIECES)
+
+
+@triton.jit
+def load_rows(
+    weights_ptr, first_place, K: tl.constexpr, PIECES: tl.constexpr, GATES: tl.constexpr, DTYPE: tl.constexpr,
+    S: tl.constexpr,
+):  # fmt: skip
+    """The program's weights, rows of PIECES of K words: W_hh, where row r is gate r // UNITS, unit r % UNITS, GATES
+    gates in all. Backward GATES is 1, for one W_hh^T, and the units are those of all partners."""
     UNITS: tl.constexpr = S.PARTNERS * S.UNITS
+    THERE: tl.constexpr = S.GATES // S.PARTNERS if PIECES > 1 else 1  # pieces, the last ones; else there are zeros
+    STRIDE: tl.constexpr = 16 * S.WARPS // PIECES
+    piece = piece_of_thread(PIECES, S) - (PIECES - THERE)
     rows = ()
     for n in tl.static_range((GATES * UNITS + 15) // 16 * 2):
         row = 8 * n + threads(S.WARPS).column
-        unit = first_unit + row % UNITS if GATES > 1 else first_unit + row
-        is_row = unit < S.H
+        unit, is_row = indexing.units_at(first_place + row % UNITS if GATES > 1 else first_place + row, S)
         if GATES * UNITS % 16 > 0:
             is_row &= row < GATES * UNITS
         gate = row // UNITS if GATES > 1 else tl.program_id(0) % S.PARTNERS
-        rows = rows + (tl.where(is_row, gate * S.H + unit, -1),)
-    return load_weights(weights_ptr, rows, first_word(S), K, 16 * S.WARPS, DTYPE, S.CHUNKS)
+        rows = rows + (tl.where(is_row & (piece >= 0), (gate * S.H + unit) * THERE + piece, -1),)
+    return load_weights(weights_ptr, rows, first_word(S, PIECES), K, STRIDE, DTYPE, tl.cdiv(K, STRIDE))
 
 
 @triton.jit
@@ -122,7 +146,7 @@ def h_before(step, tile, words_ptr, batch, NORMED: tl.constexpr, S: tl.constexpr
     continues = indexing.position(step, sequence, batch, S.REVERSE).continues
     row = indexing.row_in_h_then_h0(step - 1, sequence, batch, S.REVERSE)
     left = tl.where(sequence.in_batch if NORMED else continues, S.W - first_word(S), 0)
-    words = Words(words_ptr + row * S.W + first_word(S), left)
+    words = Words(words_ptr + row * (S.HEADS * S.W) + first_word(S), left)
     seen = look(words, S.CHUNKS, 4, 16 * S.WARPS, neighbours(S.W)) if S.AHEAD else nothing()
     return Before(words, sequence.index, continues, seen)
 
@@ -138,7 +162,7 @@ def collect_h(before, wait, dropout_h_ptr, NORMED: tl.constexpr, DTYPE: tl.const
             zeroed = zeroed + (tl.where(before.continues | (h[n] == SENTINEL), h[n], 0),)
         h = zeroed
     if dropout_h_ptr is not None:
-        factors_ptr = dropout_h_ptr + before.index.to(tl.int64) * S.W + first_word(S)
+        factors_ptr = of_head(dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first_word(S)
         h = scale(h, factors_ptr, before.words.left, 16 * S.WARPS, DTYPE)
     return h, delay
 
@@ -158,20 +182,20 @@ def gates_of_cell(products, owned, turn, ROW: tl.constexpr, S: tl.constexpr):
 @triton.jit(repr=name_in_profiles("cooperative_forward_kernel"), do_not_specialize=["T", "B"])
 def cooperative_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
-    words_ptr,  # [T*B + B, W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
-    hidden: Hidden,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, W] int32
+    words_ptr,  # [T*B + B, HEADS W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
+    hidden: Hidden,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, HEADS W] int32
     cell: Cell, norm_hh: NormHH, norm_c: NormC, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps of a program's units; grid (programs of a group, groups)."""
+    """All steps of a program's units; grid (programs of a group, groups, heads)."""
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     NORMED: tl.constexpr = norm_hh.gain_ptr is not None or norm_c.gain_ptr is not None
     ROW: tl.constexpr = 4 * S.WARPS if NORMED else S.UNITS  # threads for the cells of a sequence
 
     # W_hh of the program's units, once.
-    first_unit = tl.program_id(0) * S.UNITS
-    weights = load_rows(weights_ptr, first_unit, S.W, S.GATES, DTYPE, S)
-    owned = cell_of_thread(first_unit, ROW, S)
+    first_place = tl.program_id(0) * S.UNITS
+    weights = load_rows(weights_ptr, first_place, S.W, 1, S.GATES, DTYPE, S)
+    owned, words_ptr = cell_of_thread(first_place, ROW, S), of_head(words_ptr, S)
     constants = states.load_constants_forward(cell, owned.unit, S.H)
     affine_hh, affine_c = load_affine(norm_hh, owned.unit, 4, S.H), load_affine(norm_c, owned.unit, 1, S.H)
 
@@ -209,7 +233,7 @@ def cooperative_forward_kernel(
 
         # Publish first: the others wait for it. Padding gets zeros.
         h = tl.where(cells.valid, h, 0.0)
-        word_ptr = words_ptr + here.position.row * S.W + owned.unit // S.PER
+        word_ptr = words_ptr + here.position.row * (S.HEADS * S.W) + owned.place // S.PER
         publish(word_ptr, pack(h, DTYPE), owned.is_word & here.sequence.in_batch)
 
         # Store.
@@ -221,17 +245,18 @@ def cooperative_forward_kernel(
 
 
 @triton.jit
-def dgates_after(step, tile, words_ptr, batch, K: tl.constexpr, S: tl.constexpr):
-    """The Words of the next step's dgates, K for each sequence. Padding, and what resets cut off, is awaited, too: so
-    none overwrites sums that another waits for."""
+def dgates_after(step, tile, words_ptr, batch, K: tl.constexpr, PIECES: tl.constexpr, S: tl.constexpr):
+    """The Words of the next step's dgates, PIECES of K for each sequence. Padding, and what resets cut off, is awaited,
+    too: so none overwrites sums that another waits for."""
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     row = indexing.row_of(indexing.time_of(step + 1, sequence.length, S.REVERSE), sequence.index, batch.B)
-    left = tl.where(sequence.in_batch & (step < batch.T - 1), K - first_word(S), 0)
-    return Words(words_ptr + row * (4 * S.W) + first_word(S), left)
+    left = tl.where(sequence.in_batch & (step < batch.T - 1), K - first_word(S, PIECES), 0)
+    first_ptr = words_ptr + (4 * row + piece_of_thread(PIECES, S)) * (S.HEADS * S.W) + first_word(S, PIECES)
+    return Words(first_ptr, left)
 
 
 @triton.jit
-def sums_of_thread(first_unit, ROW: tl.constexpr, S: tl.constexpr):
+def sums_of_thread(first_place, ROW: tl.constexpr, S: tl.constexpr):
     """Every thread's Sums: its cell's, or with partners those that it publishes, for the units of all."""
     ROWS: tl.constexpr = S.PARTNERS * S.UNITS
     SUM_ROW: tl.constexpr = ROW if S.PARTNERS == 1 else ROWS  # sums of a sequence, with those that nobody needs
@@ -240,8 +265,9 @@ def sums_of_thread(first_unit, ROW: tl.constexpr, S: tl.constexpr):
         number = tl.arange(0, 32 * S.WARPS) + n * 32 * S.WARPS
         rows = rows + (number % SUM_ROW % ROWS,)
         columns = columns + (number // SUM_ROW % SEQUENCES,)
-        units = units + (first_unit + rows[n],)
-        published = published + ((number < SEQUENCES * ROWS) & (units[n] < S.H),)
+        unit, in_head = indexing.units_at(first_place + rows[n], S)
+        units = units + (unit,)
+        published = published + ((number < SEQUENCES * ROWS) & in_head,)
     return Sums(rows, columns, units, published, threads(S.WARPS).number < SEQUENCES * SUM_ROW)
 
 
@@ -270,27 +296,32 @@ def sum_of_partners(found, sums, partials_ptr, here, wait, B, S: tl.constexpr):
 @triton.jit(repr=name_in_profiles("cooperative_backward_kernel"), do_not_specialize=["T", "B"])
 def cooperative_backward_kernel(
     weights_ptr,  # [PARTNERS, H, GATES / PARTNERS * W] int32: W_hh^T of each partner's gates
-    words_ptr,  # [T*B, 4, W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
+    words_ptr,  # [T*B, 4, HEADS W] int32: dgates, or their gradient through the norm of W_hh h; sentinels beforehand
     partials_ptr,  # [B, PARTNERS, H] int32: float32 words whose last bits are one beforehand; None without partners
     hidden: HiddenBackward,
     cell: CellBackward,  # dgates_ptr is None, for the words, without a norm of W_hh h
     saved: Saved, norm_hh: NormHH, norm_c: NormC, dh_total_ptr, lengths_ptr, resets_ptr, error_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
-    """All steps of a program's units, from the last to the first; grid (programs of a group, groups)."""
+    """All steps of a program's units, from the last to the first; grid (programs of a group, groups, heads)."""
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     NORMED: tl.constexpr = norm_hh.gain_ptr is not None or norm_c.gain_ptr is not None
     ROW: tl.constexpr = 4 * S.WARPS if NORMED else S.UNITS  # threads for the cells of a sequence
-    K: tl.constexpr = S.GATES // S.PARTNERS * S.W  # words of dgates that the program multiplies
+    # Gates whose words of dgates the program multiplies, in pieces of K; of a GRU's heads the first, too, by zeros.
+    OWN: tl.constexpr = (S.GATES if S.HEADS == 1 else 4) // S.PARTNERS
+    PIECES: tl.constexpr = 1 if S.HEADS == 1 else OWN
+    K: tl.constexpr = OWN * S.W // PIECES
+    STRIDE: tl.constexpr = 16 * S.WARPS // PIECES
 
     # W_hh^T of the program's gates for the units of all partners, once.
-    partner, first_unit = tl.program_id(0) % S.PARTNERS, tl.program_id(0) // S.PARTNERS * (S.PARTNERS * S.UNITS)
-    weights = load_rows(weights_ptr, first_unit, K, 1, DTYPE, S)
-    owned, sums = cell_of_thread(first_unit + partner * S.UNITS, ROW, S), sums_of_thread(first_unit, ROW, S)
+    partner, first_place = tl.program_id(0) % S.PARTNERS, tl.program_id(0) // S.PARTNERS * (S.PARTNERS * S.UNITS)
+    weights = load_rows(weights_ptr, first_place, K, PIECES, 1, DTYPE, S)
+    owned, sums = cell_of_thread(first_place + partner * S.UNITS, ROW, S), sums_of_thread(first_place, ROW, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     affine_hh, affine_c = load_affine(norm_hh, owned.unit, 4, S.H), load_affine(norm_c, owned.unit, 1, S.H)
-    dgates_ptr = words_ptr + (4 - S.GATES) * S.W + partner * K  # of the program's gates
+    words_ptr = of_head(words_ptr, S)
+    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * OWN) * (S.HEADS * S.W)  # of the program's gates
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = T - 1, tl.program_id(1)
@@ -310,9 +341,9 @@ def cooperative_backward_kernel(
 
         # Collect dgates of the step after, and multiply: dh of the partners' units, as far as it comes from this
         # program's gates. Add up what the warps found, then the partners.
-        words = dgates_after(step, tile, dgates_ptr, batch, K, S)
+        words = dgates_after(step, tile, dgates_ptr, batch, K, PIECES, S)
         wait = Wait(error_ptr, step, delay, None)
-        dgates, delay = collect(words, wait, nothing(), S.CHUNKS, 4, 16 * S.WARPS, neighbours(K))
+        dgates, delay = collect(words, wait, nothing(), tl.cdiv(K, STRIDE), 4, STRIDE, neighbours(K))
         products = product(weights, dgates, DTYPE)
         found = sum_over_warps(products, sums.rows, sums.columns, sums.wanted, turn % 2, S.WARPS)
         wait = Wait(error_ptr, step, delay_of_sums, (T - 1 - step) % 2)
@@ -332,9 +363,9 @@ def cooperative_backward_kernel(
         # Publish dgates; with a layer norm of W_hh h store them, and publish their gradient through it. Then store.
         states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
         dz, lost = backward_over_group(dz, norm_hh, normed_hh, group, lost, DTYPE, S)
-        word_ptr = words_ptr + position.row * (4 * S.W) + owned.unit // S.PER
+        word_ptr = words_ptr + position.row * (4 * S.HEADS * S.W) + owned.place // S.PER
         for n in tl.static_range(4):
-            publish(word_ptr + n * S.W, pack(dz[n], DTYPE), owned.is_word & here.sequence.in_batch)
+            publish(word_ptr + n * (S.HEADS * S.W), pack(dz[n], DTYPE), owned.is_word & here.sequence.in_batch)
         reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
         states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
         states.store_gradient_of_m(dh, dh_total_ptr, cells)
@@ -392,14 +423,15 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
 
 def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """What forward reads besides the tensors of a call."""
-    h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, H or one more]
+    h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, _row(p)]
     if _row(p) > p.hidden:
-        h.zero_()
+        h = _without_padding(p, h.zero_())
     if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
-        h[:, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden), "words_ptr": memory["h_ptr"].view(torch.int32)}
+        h.copy_(torch.where(h0.isnan(), torch.nan, h0).view(h.shape))  # any NaN but the sentinel
+    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.columns), "words_ptr": memory["h_ptr"].view(torch.int32)}
     arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
-    return arguments | ({"dropout_h_ptr": as_words(r.inputs.dropout_h, p.hidden)} if p.dropout_h else {})
+    of_heads = r.inputs.dropout_h.view(-1, p.columns) if p.dropout_h else None  # [B heads, D]
+    return arguments | ({"dropout_h_ptr": as_words(of_heads, p.columns)} if p.dropout_h else {})
 
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
@@ -412,13 +444,15 @@ def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, 
 def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     """h without h0 and padding of rows. It is no view, since autograd forbids changing one in place."""
     h = memory["h_ptr"]
-    return h[:-1, :, : p.hidden].contiguous() if _row(p) > p.hidden else h.resize_(len(h) - 1, p.batch, p.hidden)
+    if _row(p) > p.hidden:
+        return _without_padding(p, h[:-1]).flatten(2).contiguous()
+    return h.resize_(len(h) - 1, p.batch, p.hidden)
 
 
 def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     """dgates without padding of rows."""
-    dgates = memory["dgates_ptr"]  # [T, B, 4, H or one more], but with a norm of W_hh h
-    return dgates if p.gain_hh else dgates[..., : p.hidden].flatten(2)
+    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)], but with a norm of W_hh h
+    return (dgates if p.gain_hh or _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
 
 
 FAMILY = Family(
@@ -428,5 +462,10 @@ FAMILY = Family(
 
 
 def _row(p: Problem) -> int:
-    """Elements of a row of H units, in whole words."""
-    return p.hidden + p.hidden * p.size % 4 // p.size
+    """Elements of a row of H units, those of each head in whole words."""
+    return p.heads * (p.columns + p.columns * p.size % 4 // p.size)
+
+
+def _without_padding(p: Problem, rows: Tensor) -> Tensor:
+    """The units of rows [..., _row(p)], [..., heads, D]."""
+    return rows.unflatten(-1, (p.heads, -1))[..., : p.columns]
