@@ -1,16 +1,16 @@
-"""An LSTM or GRU layer as a function."""
+"""An LSTM, GRU or sLSTM layer as a function."""
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from .call.checks import check_bool, check_tensor, named_weights
+from .call.checks import check_bool, check_size_of_states, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State, Weights
 from .dispatch.route import run
-from .kernels.cells import GRU, LSTM
+from .kernels.cells import GRU, LSTM, SLSTM
 
 
 def lstm_layer(
@@ -96,6 +96,44 @@ def gru_layer(
         GRU.name, "layer", (hidden,), False, (), heads_of(named, hidden), features, bias, name, reverse=reverse
     )
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
+
+
+def slstm_layer(
+    z: Tensor, weight_hh: Tensor, bias: Tensor | None = None, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *,
+    lengths: Tensor | None = None, resets: Tensor | None = None, reverse: bool = False,
+    backend: BackendName | Backend | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """One sLSTM layer in one direction, see `SLSTM`, of a product with its input that is there already.
+
+    Args:
+        z: W_ih x, floating point [T, B, 4H], in the order i, f, g (the paper's z), o.
+        weight_hh: [4H, D], of heads of D units; D = H: one head. As the bias, in the dtype of z.
+        bias: [4H], of b_ih + b_hh. Default: zeros
+        hx: initial states (h, c, n, m), [B, H] each; zeros if None.
+        lengths, resets, reverse, backend: as for `lstm_layer`.
+
+    Returns:
+        h [T, B, H], zero past the end of a sequence, and (h_n, c_n, n_n, m_n), [B, H] each, after its last step.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
+    """
+    check_bool("reverse", reverse)
+    named = {"z": (z, 3), "weight_hh": (weight_hh, 2)} | ({} if bias is None else {"bias": (bias, 1)})
+    for name, (tensor, dimensions) in named.items():
+        check_tensor(tensor, name)
+        if tensor.dim() != dimensions:
+            raise RuntimeError(f"{name} must have {dimensions} dimensions, got {tensor.dim()}")
+    hidden = len(weight_hh) // SLSTM.rows
+    if hidden == 0:
+        raise ValueError("hidden_size must be greater than zero")
+    check_size_of_states(["z"], [z], (*z.shape[:2], SLSTM.rows * hidden))
+    weights, name = Weights(None, weight_hh, bias), None if backend is None else parse_backend_name(backend)
+    heads = heads_of(weights, hidden)
+    arguments = Arguments(
+        SLSTM.name, "layer", (hidden,), False, (), heads, None, bias is not None, name, reverse=reverse
+    )
+    return run(prepare(options_of(*arguments), [[weights]], z, hx, lengths, resets))
 
 
 def heads_of(weights: Weights, hidden: int) -> int:

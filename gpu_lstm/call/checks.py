@@ -194,7 +194,7 @@ def check_sizes_of_states(options: Options, x: Tensor, batch: int, block: int, h
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
     """Raise unless the tensors of a layer have the `sizes`, which are in the order of Weights."""
     for name, tensor, size in zip(NAMES, layer, sizes):
-        if tensor is None and name in ("weight_ih", "weight_hh"):
+        if tensor is None and name in ("weight_ih", "weight_hh") and None not in size:
             raise TypeError(f"{name} should be a tensor, got: NoneType")
         if tensor is not None and tensor.shape != size:
             raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")

@@ -19,7 +19,7 @@ class Weights(NamedTuple):
     A GRU has the first four, of 3H rows.
     """
 
-    weight_ih: Tensor  # [4H, I]
+    weight_ih: Tensor | None  # [4H, I]; None: x is W_ih x already
     weight_hh: Tensor  # [4H, P]
     bias_ih: Tensor | None = None  # [4H]
     bias_hh: Tensor | None = None  # [4H]

@@ -18,7 +18,7 @@ from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.race import Decision
 from ..dispatch.route import able_to_run, feature_of
-from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import takes_sequences
 
 
@@ -86,7 +86,7 @@ class Explanation:
 
 
 def explain(
-    module: LSTM | GRU | StackedLSTM | StackedGRU, x: Tensor | PackedSequence, hx: Any = None, *,
+    module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, x: Tensor | PackedSequence, hx: Any = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Explanation:  # fmt: skip
     """Say how a call made at the same place would run, and why: nothing is run, raced, or cached.
@@ -94,7 +94,7 @@ def explain(
     The place matters: autograd on or off, training, autocast, `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
-        module: an LSTM, GRU, StackedLSTM or StackedGRU.
+        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU.
         x, hx, lengths, resets, reset_states: as `module` accepts them. Only the shape, dtype, device and requires_grad
             of x matter, and whether lengths, resets and reset_states are given; hx is ignored.
 
@@ -116,7 +116,7 @@ def explain(
     able, kind = able_to_run(call), kind_of(call)
     decision = race.decide(call, kind, able, dry=True)
     route, backend = build(call, kind, decision.backend), decision.backend
-    rows = [(k, way, *size) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
+    rows = [(k, way, *size[:3]) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
     layers = [Direction(*row, _passes(call, kind, route, number)) for number, row in enumerate(rows)]
     launches = sum(each.launches for d in layers for each in d.passes) if backend in KERNEL_BACKENDS else None
     sizes = {"steps": call.steps, "batch": call.batch} | ({} if call.x.is_cuda else {"precision": ""})
