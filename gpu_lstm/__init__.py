@@ -21,8 +21,8 @@ from .tools.xlstm import use_for_slstm
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU", "LSTM", "SLSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune", "backend",
-    "check", "compat", "convert",
+    "GRU", "LSTM", "SLSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune",
+    "backend", "check", "compat", "convert",
     "explain", "functional", "keras", "racing", "resets_from_dones", "to_torch", "trace",
     "use_for_slstm",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """An LSTM, GRU or sLSTM layer as a function."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -8,8 +9,9 @@ from .call.checks import check_bool, check_size_of_states, check_tensor, named_w
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
-from .call.weights import State, Weights
+from .call.weights import State, Weights, size_of
 from .dispatch.route import run
+from .kernels import heads as products
 from .kernels.cells import GRU, LSTM, SLSTM
 
 
@@ -24,8 +26,9 @@ def lstm_layer(
         x: input, floating point [T, B, I].
         weights: (weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H], bias_hh [4H], weight_hr [P, H],
             weight_peephole [3H], gain_ih [4H], gain_hh [4H], gain_c [H], bias_c [H]) in the dtype of x; from bias_ih
-            on they may be None or left out. P = H without weight_hr. Peepholes are for the gates i, f and o; gains turn
-            on a layer norm, see `LSTM`, not with weight_hr. Both run on the backends "triton" and "reference".
+            on they may be None or left out. P = H without weight_hr; of heads weight_hh is [4H, H / heads]. Peepholes
+            are for the gates i, f and o; gains turn on a layer norm, see `LSTM`, not with weight_hr. Both run on the
+            backends "triton" and "reference".
         hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
         resets: bool [T, B]; True at t zeroes the state before step t, or in the reverse direction before step t - 1.
@@ -48,7 +51,7 @@ def lstm_layer(
     check_tensor(x, "input")
     check_bool("reverse", reverse)
     named = named_weights(weights, LSTM)
-    hidden, features = named.weight_hh.shape[0] // LSTM.rows, x.shape[-1] if x.dim() == 3 else 0
+    (_, hidden, _, heads), features = size_of(named, LSTM.rows), x.shape[-1] if x.dim() == 3 else 0
     projected = None if named.weight_hr is None else named.weight_hr.shape[0]
     for name, size in (("hidden_size", hidden), ("proj_size", projected)):
         if size == 0:
@@ -56,9 +59,9 @@ def lstm_layer(
     gains = named.gain_ih, named.gain_hh, named.gain_c
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
     arguments = Arguments(
-        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms,
-        heads_of(named, hidden), features, named.bias_ih is not None,
-        None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
+        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, heads, features,
+        named.bias_ih is not None, None if backend is None else parse_backend_name(backend),
+        proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
 
@@ -72,8 +75,8 @@ def gru_layer(
 
     Args:
         x: input, floating point [T, B, I].
-        weights: (weight_ih [3H, I], weight_hh [3H, H], bias_ih [3H], bias_hh [3H]) in the dtype of x, with rows in
-            torch's order r, z, n; the biases may be None or left out.
+        weights: (weight_ih [3H, I], weight_hh [3H, H], of heads [3H, H / heads], bias_ih [3H], bias_hh [3H]) in the
+            dtype of x, with rows in torch's order r, z, n; the biases may be None or left out.
         hx: initial state h0 [B, H]; zeros if None.
         lengths, resets, reverse, backend: as for `lstm_layer`.
         reset_states: the states that resets set instead of zeros, [B, H] or [T, B, H].
@@ -87,21 +90,19 @@ def gru_layer(
     check_tensor(x, "input")
     check_bool("reverse", reverse)
     named = named_weights(weights, GRU)
-    hidden, features = named.weight_hh.shape[0] // GRU.rows, x.shape[-1] if x.dim() == 3 else 0
+    (_, hidden, _, heads), features = size_of(named, GRU.rows), x.shape[-1] if x.dim() == 3 else 0
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
     name = None if backend is None else parse_backend_name(backend)
     bias = named.bias_ih is not None
-    arguments = Arguments(
-        GRU.name, "layer", (hidden,), False, (), heads_of(named, hidden), features, bias, name, reverse=reverse
-    )
+    arguments = Arguments(GRU.name, "layer", (hidden,), False, (), heads, features, bias, name, reverse=reverse)
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
 
 
 def slstm_layer(
-    z: Tensor, weight_hh: Tensor, bias: Tensor | None = None, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *,
-    lengths: Tensor | None = None, resets: Tensor | None = None, reverse: bool = False,
-    backend: BackendName | Backend | None = None,
+    z: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
+    hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
+    resets: Tensor | None = None, reverse: bool = False, backend: BackendName | Backend | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """One sLSTM layer in one direction, see `SLSTM`, of a product with its input that is there already.
 
@@ -119,24 +120,39 @@ def slstm_layer(
         RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
     """
     check_bool("reverse", reverse)
-    named = {"z": (z, 3), "weight_hh": (weight_hh, 2)} | ({} if bias is None else {"bias": (bias, 1)})
-    for name, (tensor, dimensions) in named.items():
-        check_tensor(tensor, name)
+    has_bias = bias is not None
+    given: Any = (("z", z, 3), ("weight_hh", weight_hh, 2), ("bias", bias, 1))[: 2 + has_bias]
+    for argument, tensor, dimensions in given:
+        check_tensor(tensor, argument)
         if tensor.dim() != dimensions:
-            raise RuntimeError(f"{name} must have {dimensions} dimensions, got {tensor.dim()}")
-    hidden = len(weight_hh) // SLSTM.rows
+            raise RuntimeError(f"{argument} must have {dimensions} dimensions, got {tensor.dim()}")
+    weights, name = Weights(None, weight_hh, bias), None if backend is None else parse_backend_name(backend)
+    _, hidden, _, heads = size_of(weights, SLSTM.rows)
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
-    check_size_of_states(["z"], [z], (*z.shape[:2], SLSTM.rows * hidden))
-    weights, name = Weights(None, weight_hh, bias), None if backend is None else parse_backend_name(backend)
-    heads = heads_of(weights, hidden)
-    arguments = Arguments(
-        SLSTM.name, "layer", (hidden,), False, (), heads, None, bias is not None, name, reverse=reverse
-    )
+    for argument, tensor, _ in given[::2]:
+        check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))
+    arguments = Arguments(SLSTM.name, "layer", (hidden,), False, (), heads, None, has_bias, name, reverse=reverse)
     return run(prepare(options_of(*arguments), [[weights]], z, hx, lengths, resets))
 
 
-def heads_of(weights: Weights, hidden: int) -> int:
-    """By the columns of W_hh; 1 if they are not those of heads either."""
-    columns = weights.weight_hh.shape[1]
-    return hidden // columns if weights.weight_hr is None and columns and hidden % columns == 0 else 1
+def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
+    """Cut a block-diagonal W_hh, [4H, H] or [3H, H], into that of heads, [4H, H / heads]; the reverse: `dense`.
+
+    Raises:
+        ValueError: `heads` does not divide H, or a weight between two heads is not zero.
+    """
+    hidden = weight_hh.shape[1]
+    if heads < 1 or hidden % heads:
+        raise ValueError(f"hidden_size must be divisible by heads, got hidden_size={hidden} and heads={heads}")
+    head = hidden // heads
+    blocks = weight_hh.view(-1, heads, head, heads, head).diagonal(dim1=1, dim2=3)  # [GATES, D, D, heads]
+    cut = blocks.permute(0, 3, 1, 2).flatten(0, 2)
+    if (lost := int((weight_hh != 0).sum() - (cut != 0).sum())) > 0:
+        raise ValueError(f"Expected zeros between the {heads} heads of weight_hh, got {lost} other weights")
+    return cut
+
+
+def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
+    """W_hh of heads, [4H, H / heads] or [3H, H / heads] -> the block-diagonal one that computes the same, [4H, H]."""
+    return products.dense(weight_hh, hidden_size)

@@ -16,7 +16,8 @@ T, B, I, H = 4, 3, 3, 8
 LENGTHS, RESETS = torch.tensor([4, 2, 3]), torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
 RAGGED = dict(lengths=LENGTHS, resets=RESETS)
 CASES = {
-    "plain": ({}, {}), "from nothing": ({}, {"hx": None}), "2 heads": ({"heads": 2}, {}), "no bias": ({"bias": False}, {}),
+    "plain": ({}, {}), "from nothing": ({}, {"hx": None}), "2 heads": ({"heads": 2}, {}),
+    "no bias": ({"bias": False}, {}),
     "4 heads, both directions, ragged": ({"heads": 4, "bidirectional": True}, RAGGED),
     "2 layers, both directions, ragged": ({"num_layers": 2, "bidirectional": True}, RAGGED),
     "2 layers of 2 heads, from nothing, ragged": ({"num_layers": 2, "heads": 2}, RAGGED | {"hx": None}),
@@ -79,7 +80,8 @@ def truth_of(call, kind=np.ndarray):
     dh, dcnm = (np.stack(each) for each in zip(*(state for layer in dstates for state in layer)))
     results = dict(zip(("y", "h", "c", "m", "dx"), (*found, dx)))
     results |= {} if call.hx is None else dict(zip(("dh", "dc", "dn", "dm"), (dh, *dcnm.swapaxes(0, 1))))
-    of_weights = {n: d for of, ds in zip(sum(names, []), sum(dweights, [])) for n, d in zip(of, ds)}
+    pairs = (each for layer in zip(names, dweights) for direction in zip(*layer) for each in zip(*direction))
+    of_weights = dict(pairs)
     return results | {f"d{name}": of_weights[name] for name in named}
 
 

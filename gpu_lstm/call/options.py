@@ -21,7 +21,7 @@ _NAMES = {"module": "{}", "stack": "Stacked{}", "cell": "{}Cell", "layer": "{}_l
 class Size(NamedTuple):
     """The sizes of a layer."""
 
-    inputs: int | None  # I; None: x is W_ih x already
+    inputs: int | Any  # I; None: x is W_ih x already
     hidden: int  # H
     projected: int  # P; 0 without a projection
     heads: int = 1
@@ -69,6 +69,7 @@ class Options:
         self.name = _NAMES[a.role].format(a.cell if a.role == "layer" else a.cell.upper())
         self.batch_first, self.training, self.backend = a.batch_first, a.training, a.backend
         self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
+        self.kept = self.cell.kept  # the numbers of a unit in c, K
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
         inputs = [a.input_size, *(self.directions * (a.proj_size or hidden) for hidden in a.hidden_sizes)]

@@ -47,9 +47,9 @@ class Call(NamedTuple):
         if options.one_step:
             x = x[None]
         if options.lead:
-            rows = [row for h, c in states for row in zip(h.split(1), c.split(options.cell.kept))]
+            rows = [row for h, c in states for row in zip(h.split(1), c.split(options.kept))]
         else:
-            rows = [(h[None], c if options.cell.kept > 1 else c[None]) for h, c in states]
+            rows = [(h[None], c if options.kept > 1 else c[None]) for h, c in states]
         return Call(x, steps, batch, rows, weights, traversal, options, form, its_modes, learns)  # sooner than _replace
 
     def joined(self, rows: list[State]) -> list[State]:
@@ -70,9 +70,9 @@ class Call(NamedTuple):
             h, c = self.states[0]
             kept = int(h.dtype is not c.dtype)  # in float32 it is c alone
             out = [form.state_out(state[kept]) for state in states]
-        elif self.options.cell.kept > 1:
+        elif self.options.kept > 1:
             h, c = states[0]
-            numbers = [c[k :: self.options.cell.kept].view_as(h) for k in range(self.options.cell.kept)]
+            numbers = [c[k :: self.options.kept].view_as(h) for k in range(self.options.kept)]
             out = [tuple(map(form.state_out, (h, *EQUATIONS[self.options.cell.name].states_of(*numbers))))]
         elif form.packed is not None or not form.batched:
             out = [(form.state_out(h), form.state_out(c)) for h, c in states]
@@ -99,7 +99,7 @@ def prepare(
     traversal = EVERY_STEP
     if lengths is not None or resets is not None:
         traversal = _traversal(form, x, (steps, batch), lengths, resets)
-    if options.cell.kept > 1:
+    if options.kept > 1:
         states = [_kept_states(options, form, x, batch, hx)]
     else:
         states = _zeros(options, x, batch) if hx is None else _states(options, form, x, batch, hx)
@@ -108,7 +108,7 @@ def prepare(
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reset_states is not None:
-        if options.cell.kept > 1:
+        if options.kept > 1:
             raise ValueError(f"{RESET_STATES} are not supported by {options.name}: its resets leave an empty state")
         pairs = _reset_states(options, form, x, (steps, batch), traversal, reset_states)
         traversal = traversal._replace(reset_states=pairs)
@@ -123,7 +123,7 @@ def prepare(
     elif (
         resets is not None
         and steps == 1
-        and options.cell.kept == 1
+        and options.kept == 1
         and reset_states is None
         and now.recording < Recording.COMPILED
     ):
@@ -157,7 +157,7 @@ def _form_and_input(options: Options, input: Tensor | PackedSequence, hx: Any) -
             form, x = _UNBATCHED, input.unsqueeze(0 if role == "cell" else 1)
         elif options.batch_first:
             form, x = _BATCH_FIRST, input.transpose(0, 1)
-    if hx is None or options.cell.kept > 1:
+    if hx is None or options.kept > 1:
         pass
     elif role == "cell":
         if alone:

@@ -126,7 +126,9 @@ def dtype_of(call: Call) -> torch.dtype:
 def describe(key: dict[str, Any]) -> str:
     """A kind of call in few words, from its as_json()."""
     first, *_ = layers = key["layers"]
-    sizes = " -> ".join([str(first[0]), *(f"{h}" + f" (P={p})" * bool(p) for _, h, p, *_ in layers)])
+    sizes = " -> ".join(
+        [str(first[0]), *(f"{h}" + f" (P={p})" * bool(p) + f" ({n} heads)" * (n > 1) for _, h, p, n in layers)]
+    )
     words = ["both directions"] * (key["directions"] - 1)
     words += [name for name in ("lengths", "resets", "noise", "reset_states", "recompute") if key[name]]
     words += [key["variant"]] * bool(key["variant"])

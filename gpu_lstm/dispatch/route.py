@@ -11,7 +11,7 @@ from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_
 from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.options import RESET_STATES, Options, Size
 from ..call.prepare import Call
-from ..call.weights import LAYER_NORM, PEEPHOLES, Weights, variant_of
+from ..call.weights import LAYER_NORM, PEEPHOLES, size_of, variant_of
 from ..kernels import layer
 from . import available, race
 from .build import build
@@ -110,10 +110,12 @@ def _route_in_a_graph(call: Call) -> Route:
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
         # The file would say that T is free, and fail for any T but the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
-    variant = variant_of(call.weights[0][0])
+    rows, variant = options.cell.rows, variant_of(call.weights[0][0])
     normed = variant == LAYER_NORM
+    # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
+    sizes: Any = [size_of(w, rows) for w, *_ in call.weights]
     kind = Kind(
-        options.cell.name, tuple([_size_of(w, options.cell.rows) for w, *_ in call.weights]), len(call.weights[0]), dtype, "", training=True, recompute=False,
+        options.cell.name, tuple(sizes), len(call.weights[0]), dtype, "", training=True, recompute=False,
         steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, reverse=False,
         lengths=torch.int64 if traversal.lengths is not None or call.form.packed is not None else None,
         resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
@@ -128,13 +130,6 @@ def _route_in_a_graph(call: Call) -> Route:
         raise getattr(builtins, name)(problem)
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
     return Route(backend, dtype, not transformed and (compiled or backend in KERNEL_BACKENDS))
-
-
-def _size_of(w: Weights, rows: int) -> Any:
-    """A layer's Size, from its weights, whose sizes are constants; a module's attributes are symbols with dynamic=True."""
-    hidden, columns = len(w.weight_hh) // rows, w.weight_hh.shape[1]
-    inputs = None if w.weight_ih is None else w.weight_ih.shape[1]
-    return (inputs, hidden, 0, hidden // columns) if w.weight_hr is None else (inputs, hidden, columns, 1)
 
 
 @constant_when_traced

@@ -32,7 +32,9 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
         case "recompute":
             check_bool(name, value)
             if value and cell.kept > 1:
-                raise ValueError(f"recompute is not supported by {cell.name.upper()}: its gates need states of all steps")
+                raise ValueError(
+                    f"recompute is not supported by {cell.name.upper()}: its gates depend on states that are not kept"
+                )
         case _ if name in BY_NAME:
             return BY_NAME[name].accepted(value, cell)
     return value

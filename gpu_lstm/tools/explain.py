@@ -50,6 +50,7 @@ class Direction:
     input_size: int
     hidden_size: int
     proj_size: int
+    heads: int
     passes: list[PassPlan]  # [] without kernels
 
 
@@ -72,7 +73,7 @@ class Explanation:
         lines += [f"  how        {self.how}", f"  products   {self.precision}"]
         lines += [f"  not used   {name}: {why_not}" for name, why_not in self.others.items()]
         for d in self.layers:
-            projected = f", projected to {d.proj_size}" if d.proj_size else ""
+            projected = f", projected to {d.proj_size}" if d.proj_size else f" of {d.heads} heads" * (d.heads > 1)
             lines.append(f"  layer {d.layer}, {d.name}: {d.input_size} -> {d.hidden_size}{projected}")
             for each in d.passes:
                 lines.append(f"    {each.name}: {each.family}, {each.tiles}; {each.origin}, {each.checked}")
@@ -116,7 +117,7 @@ def explain(
     able, kind = able_to_run(call), kind_of(call)
     decision = race.decide(call, kind, able, dry=True)
     route, backend = build(call, kind, decision.backend), decision.backend
-    rows = [(k, way, *size[:3]) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
+    rows = [(k, way, *size) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
     layers = [Direction(*row, _passes(call, kind, route, number)) for number, row in enumerate(rows)]
     launches = sum(each.launches for d in layers for each in d.passes) if backend in KERNEL_BACKENDS else None
     sizes = {"steps": call.steps, "batch": call.batch} | ({} if call.x.is_cuda else {"precision": ""})

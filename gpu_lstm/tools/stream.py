@@ -31,8 +31,9 @@ class _StepGraph(NamedTuple):
 class Stream:
     """Runs `module` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
 
-    Inference only. In float16 and bfloat16 the cell state (of a GRU h, of an SLSTM c, n, m) is held in float32. On CUDA the first step is
-    captured in a graph that later ones replay, and again if a parameter is replaced (not if one is changed in place).
+    Inference only. In float16 and bfloat16 the cell state (of a GRU h, of an SLSTM c, n, m) is held in float32. On CUDA
+    the first step is captured in a graph that later ones replay, and again if a parameter is replaced (not if one is
+    changed in place).
 
     Args:
         module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, in eval() if it has dropout; one direction.

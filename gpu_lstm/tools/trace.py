@@ -65,7 +65,7 @@ def trace(
     module: Any, x: Tensor | PackedSequence, hx: Any = None, *, lengths: Tensor | None = None,
     resets: Tensor | None = None, reset_states: Any = None,
 ) -> Trace[Any]:  # fmt: skip
-    """Call an LSTM, a GRU or an SLSTM, on the reference, and record gates and states of every step, layer and direction.
+    """Call an LSTM, a GRU or an SLSTM, on the reference, and record all gates and states by layer and direction.
 
     Dropout is applied as in any call: to trace inference, call `eval()` first.
 
