@@ -176,7 +176,7 @@ def gru_layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=N
 
 
 def of_heads(rows, hidden, units):
-    """[rows, D]: the columns of a dense W_hh, [rows, H], where one of heads of D `units`, [rows, D], has its weights."""
+    """[rows, D]: the columns of a dense W_hh, [rows, H], where that of heads of D `units` has its weights."""
     return (np.arange(rows) % hidden // units * units)[:, None] + np.arange(units)
 
 
