@@ -234,7 +234,7 @@ def _kept_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -
     if hx is None:
         empty: Any = cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
         return x.new_zeros(size), empty.repeat(options.rows, 1, 1).expand(-1, *size[-2:])
-    checks.check_every_state(hx, cell.states)
+    checks.check_every_state(hx, cell.states, x)
     checks.check_size_of_states(cell.states, hx, size if form.batched else (*options.lead, options.hidden))
     h, *others = map(form.state_in, hx)
     numbers = EQUATIONS[cell.name].states_from(*[t.to(exact) for t in others])  # K of [*lead, B, H]
