@@ -154,9 +154,6 @@ class StandIn(nn.Module):
         self._recurrent_kernel_ = nn.Parameter(torch.empty(HEADS, units, 4 * units))
         self._bias_ = nn.Parameter(torch.empty(4 * H))
 
-    def _permute_output(self, h):
-        return h.view(*h.shape[:2], HEADS, -1).permute(1, 2, 0, 3)
-
 
 StandIn.__module__, StandIn.__qualname__ = "tirex.models.slstm.cell", "sLSTMCell"
 

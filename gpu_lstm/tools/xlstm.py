@@ -76,16 +76,19 @@ class _ByOurs(nn.Module):
 
     def forward(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As theirs: input [B, S, 4H] or as config.input_shape says, gates i, f, z, o; state [4, B, H] h, c, n, m."""
-        own: Any = self
         z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)  # [S, B, 4H]
-        # xlstm keeps them in other layouts, which it can undo; then they are [N, D of h, 4, D of z] and [N, 4, D].
-        kernel, bias = own._recurrent_kernel_, own._bias_
-        if hasattr(self, "_recurrent_kernel_int2ext"):
-            kernel, bias = own._recurrent_kernel_int2ext(kernel), own._bias_int2ext(bias)
-        heads, units = kernel.shape[:2]
-        weight_hh = kernel.reshape(heads, units, 4, units).permute(2, 0, 3, 1).reshape(-1, units)  # [4H, D]
-        bias = bias.reshape(heads, 4, units).transpose(0, 1).reshape(-1)  # [4H]
+        kernel: Tensor = self.get_parameter("_recurrent_kernel_")
+        bias: Tensor = self.get_parameter("_bias_")
+        heads, rows, columns = kernel.shape
+        if rows > columns:  # vanilla: [N, 4 D of z, D of h] and [4, N, D]
+            weight = kernel.unflatten(1, (4, -1)).transpose(0, 1)
+        else:  # [N, D of h, 4 D of z] and [N, 4, D]
+            weight = kernel.unflatten(2, (4, -1)).permute(2, 0, 3, 1)
+            bias = bias.unflatten(0, (heads, 4, -1)).transpose(0, 1)
+        weight, bias = weight.flatten(0, 2).to(z.dtype), bias.flatten().to(z.dtype)  # [4H, D] and [4H]
         hx = None if state is None else (state[0].to(z.dtype), *state[1:])
-        h, final = slstm_layer(z, weight_hh.to(z.dtype), bias.to(z.dtype), hx)
-        exact = torch.promote_types(z.dtype, torch.float32)
-        return own._permute_output(h), torch.stack([each.to(exact) for each in final])
+        h, final = slstm_layer(z, weight, bias, hx)
+        exact, of_heads = torch.promote_types(z.dtype, torch.float32), h.unflatten(2, (heads, -1))  # [S, B, N, D]
+        forms = {"SBH": h, "BSH": h.transpose(0, 1), "SBNH": of_heads, "BNSH": of_heads.permute(1, 2, 0, 3)}
+        output = forms[getattr(self.config, "output_shape", "BNSH")]
+        return output, torch.stack([each.to(exact) for each in final])
