@@ -16,7 +16,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gpu_lstm
+from gpu_lstm.backends import verify
+from gpu_lstm.call.choices import Backend
 from gpu_lstm.functional import slstm_layer
+from gpu_lstm.kernels.problem import Pass, problem_of
+from gpu_lstm.kernels.tensors import Inputs
 
 T, B, I, H = 4, 3, 3, 8
 LENGTHS, RESETS = torch.tensor([4, 2, 3]), torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
@@ -342,6 +346,17 @@ def test_dropout_is_between_layers():
     upper = gpu_lstm.SLSTM(H, H)
     upper.load_state_dict({name.replace("_l1", "_l0"): t for name, t in slstm.state_dict().items() if "_l1" in name})
     torch.testing.assert_close(slstm(x)[0], upper(torch.zeros(T, B, H))[0])
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_kernels_are_verified_as_on_a_card(product):
+    torch.manual_seed(0)
+    weight_ih = None if product else torch.randn(4 * H, I)
+    x, weight_hh = torch.randn(T, B, 4 * H if product else I), torch.randn(4 * H, H)
+    inputs = Inputs(x, torch.randn(1, B, H), torch.randn(2, B, H), weight_ih, weight_hh)
+    layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "slstm", False, "ieee"), x.device)
+    for pass_ in (Pass(), Pass(True)):
+        assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
 
 
 def layer_of(module, x, hx, **options):

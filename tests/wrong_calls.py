@@ -395,11 +395,11 @@ CALLS = [
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
       for function in ("explain", "trace") for value in ("None", "LINEAR")),
-    ("TypeError: explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got torch.nn.modules.rnn.LSTM...",
+    ("TypeError: explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got torch.nn.modules.rnn.LSTM...",
      "gpu_lstm.explain(TORCHS, X)"),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     # Stream
-    ("TypeError: Stream accepts an LSTM, a GRU or a stack of either, got LSTM of torch.nn: convert it...",
+    ("TypeError: Stream accepts an LSTM, a GRU, an SLSTM or a stack, got LSTM of torch.nn: convert it...",
      "gpu_lstm.Stream(TORCHS, 2)"),
     ("ValueError: Stream runs one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),

@@ -109,7 +109,7 @@ def explain(
     if not takes_sequences(module):
         cls = type(module)
         raise TypeError(
-            f"explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got {cls.__module__}.{cls.__name__}"
+            f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {cls.__module__}.{cls.__name__}"
         )
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")

@@ -56,7 +56,7 @@ class Stream:
         if not takes_sequences(module):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
             cls = type(module).__name__
-            raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {cls}{advice}")
+            raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {cls}{advice}")
         if module.bidirectional:
             raise ValueError("Stream runs one direction, got bidirectional=True: the reverse one begins at the end")
         if not isinstance(batch, int):

@@ -88,7 +88,7 @@ def trace(
     if ours := OURS.get(type(module)):
         module = recast(module, ours)
     if not takes_sequences(module):
-        raise TypeError(f"trace accepts an LSTM, a GRU or a stack of either, got {type(module).__name__}")
+        raise TypeError(f"trace accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     record: list[Steps] = []
