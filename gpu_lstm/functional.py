@@ -1,17 +1,18 @@
-"""An LSTM or GRU layer as a function."""
+"""An LSTM, GRU or sLSTM layer as a function."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .call.checks import check_bool, check_tensor, named_weights
+from .call.checks import check_bool, check_size_of_states, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State, Weights, size_of
 from .dispatch.route import run
 from .kernels import heads as products
-from .kernels.cells import GRU, LSTM
+from .kernels.cells import GRU, LSTM, SLSTM
 
 
 def lstm_layer(
@@ -96,6 +97,43 @@ def gru_layer(
     bias = named.bias_ih is not None
     arguments = Arguments(GRU.name, "layer", (hidden,), False, (), heads, features, bias, name, reverse=reverse)
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
+
+
+def slstm_layer(
+    z: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
+    hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
+    resets: Tensor | None = None, reverse: bool = False, backend: BackendName | Backend | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """One sLSTM layer in one direction, see `SLSTM`, of a product with its input that is there already.
+
+    Args:
+        z: W_ih x, floating point [T, B, 4H], in the order i, f, g (the paper's z), o.
+        weight_hh: [4H, D], of heads of D units; D = H: one head. As the bias, in the dtype of z.
+        bias: [4H], of b_ih + b_hh. Default: zeros
+        hx: initial states (h, c, n, m), [B, H] each; zeros if None.
+        lengths, resets, reverse, backend: as for `lstm_layer`.
+
+    Returns:
+        h [T, B, H], zero past the end of a sequence, and (h_n, c_n, n_n, m_n), [B, H] each, after its last step.
+
+    Raises:
+        RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
+    """
+    check_bool("reverse", reverse)
+    has_bias = bias is not None
+    given: Any = (("z", z, 3), ("weight_hh", weight_hh, 2), ("bias", bias, 1))[: 2 + has_bias]
+    for argument, tensor, dimensions in given:
+        check_tensor(tensor, argument)
+        if tensor.dim() != dimensions:
+            raise RuntimeError(f"{argument} must have {dimensions} dimensions, got {tensor.dim()}")
+    weights, name = Weights(None, weight_hh, bias), None if backend is None else parse_backend_name(backend)
+    _, hidden, _, heads = size_of(weights, SLSTM.rows)
+    if hidden == 0:
+        raise ValueError("hidden_size must be greater than zero")
+    for argument, tensor, _ in given[::2]:
+        check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))
+    arguments = Arguments(SLSTM.name, "layer", (hidden,), False, (), heads, None, has_bias, name, reverse=reverse)
+    return run(prepare(options_of(*arguments), [[weights]], z, hx, lengths, resets))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:

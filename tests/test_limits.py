@@ -13,7 +13,8 @@ import torch
 
 F32 = torch.float32
 OF_A_LAYER = [f for f in ast.parse(inspect.getsource(oracle)).body
-              if isinstance(f, ast.FunctionDef) and not {"stack", "functions"} & {*f.name.split("_")}]  # fmt: skip
+              if isinstance(f, ast.FunctionDef)
+              and not {"stack", "functions", "heads"} & {*f.name.split("_")}]  # fmt: skip
 NO_TERMS = "1", "1.0", "1e-05", "t"
 T, B, I, H, P = 2, 1, 3, 3, 2
 INPUTS = dict(x=(T, B, I), h0=(B, P), c0=(B, H), weight_ih=(4 * H, I), weight_hh=(4 * H, P), bias_ih=(4 * H,),
@@ -24,6 +25,9 @@ OF_GRU = dict(h0=(B, H), weight_ih=(3 * H, I), weight_hh=(3 * H, H), bias_ih=(3 
 LEFT_OF_GRU, GRADIENTS_OF_GRU = dict(reset_h=(T, B, H)), dict(dh=(T, B, H), dh_n=(B, H))
 NAMES = "h", "h_n", "c_n", *(f"d{name}" for name in (*INPUTS, *LEFT))
 NAMES_OF_GRU = "h", "h_n", *(f"d{name}" for name in ("x", *OF_GRU, *LEFT_OF_GRU))
+OF_SLSTM = dict(h0=(B, H), c0=(3, B, H), weight_hh=(4 * H, 1))  # each unit is a head
+GRADIENTS_OF_SLSTM = dict(dh=(T, B, H), dh_n=(B, H), dc_n=(3, B, H))
+NAMES_OF_SLSTM = "h", "h_n", "c_n", *(f"d{name}" for name in [*INPUTS][:7])
 
 
 def terms() -> dict[str, tuple[ast.AST, str]]:
@@ -44,8 +48,8 @@ TERMS = terms()
 
 
 def results(seed: int, kind: type[np.ndarray] = np.ndarray, formulas: ModuleType = oracle) -> dict[str, np.ndarray]:
-    """Results and gradients of an LSTM and a GRU of few elements with every option that a layer has, in arrays of a
-    kind."""
+    """Results and gradients of an LSTM, a GRU and an sLSTM of few elements with every option that a layer has, in
+    arrays of a kind."""
     generator = np.random.default_rng(seed)
 
     def random(name, shape):
@@ -59,6 +63,14 @@ def results(seed: int, kind: type[np.ndarray] = np.ndarray, formulas: ModuleType
     *found, tape = formulas.layer(**given, **left, **noise, resets=np.ones((T, B), bool), reverse=True)
     found += formulas.layer_gradients(**given, **left, **noise, tape=tape, **gradients)
     named = dict(zip(NAMES, found, strict=True))
+
+    of_slstm = {name: given[name] for name in [*INPUTS][:7]}
+    of_slstm |= {name: random(name, shape) for name, shape in OF_SLSTM.items()}
+    of_slstm["c0"][1] = np.abs(of_slstm["c0"][1]) + 1  # n
+    *found, tape = formulas.slstm_layer(**of_slstm, reverse=True)
+    gradients = {name: random(name, shape) for name, shape in GRADIENTS_OF_SLSTM.items()}
+    found += formulas.slstm_layer_gradients(**of_slstm, tape=tape, **gradients)[:-2]
+    named |= {f"{name} of an sLSTM": values for name, values in zip(NAMES_OF_SLSTM, found, strict=True)}
 
     given |= {name: random(name, shape) for name, shape in OF_GRU.items()}
     given = {name: given[name] for name in ("x", "h0", "c0", *list(OF_GRU)[1:])}

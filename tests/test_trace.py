@@ -65,7 +65,7 @@ def test_other_inputs_and_modules():
             assert_close((traced.output, traced.states), module(*given))
             assert traced.layers[0][0].hidden.shape == (T, B, H)  # time first
         assert type(first) is theirs
-    with pytest.raises(TypeError, match="trace accepts an LSTM, a GRU or a stack of either, got RNN"):
+    with pytest.raises(TypeError, match="trace accepts an LSTM, a GRU, an SLSTM or a stack, got RNN"):
         gpu_lstm.trace(nn.RNN(I, H), x)
 
 

@@ -1,5 +1,6 @@
 """A user's program that covers the public API: test_packaging.py checks it with mypy and pyright, and runs it."""
 
+import contextlib
 import dataclasses
 
 import torch
@@ -11,6 +12,7 @@ import gpu_lstm
 from gpu_lstm.call.choices import BackendName
 
 State = tuple[Tensor, Tensor]
+OfSLSTM = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Tagger(nn.Module):
@@ -44,7 +46,13 @@ def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
     lstm = gpu_lstm.LSTM(6, 8, backend=gpu_lstm.Backend.TORCH)
     stack, cell = gpu_lstm.StackedLSTM(6, [4, 5]), gpu_lstm.LSTMCell(6, 8)
     gru, grus = gpu_lstm.GRU(6, 8), gpu_lstm.StackedGRU(6, [4, 5])
+    slstm = gpu_lstm.SLSTM(6, 8, heads=2)
     assert_type(lstm(x), tuple[Tensor, State])
+    assert_type(slstm(x), tuple[Tensor, OfSLSTM])
+    assert_type(slstm(packed)[0], PackedSequence)
+    assert_type(gpu_lstm.functional.slstm_layer(x[..., :4], torch.zeros(4, 1)), tuple[Tensor, OfSLSTM])
+    assert_type(gpu_lstm.Stream(slstm, batch=3)(x[0]), Tensor)
+    assert_type(gpu_lstm.trace(slstm, x).layers[0][0].share, Tensor)
     assert_type(lstm(x, resets=x[..., 0] > 0), tuple[Tensor, State])
     assert_type(lstm(packed), tuple[PackedSequence, State])
     assert_type(lstm.forward(x, resets=x[..., 0] > 0), tuple[Tensor, State])
@@ -85,6 +93,9 @@ def main() -> None:
     with gpu_lstm.backend("torch"), gpu_lstm.racing("read"):
         print(shape("reference"), len(mixed), read.hidden_size)
         print(dataclasses.asdict(gpu_lstm.explain(ours, torch.randn(5, 2, 6)))["backend"])
+    with contextlib.suppress(ValueError):  # it has no cell of xlstm or TiRex
+        cells: int = gpu_lstm.use_for_slstm(tagger)
+        print(cells)
     gpu_lstm.check()
     if torch.cuda.is_available():
         fastest: dict[str, str] = gpu_lstm.autotune(64, 16, dtype=torch.bfloat16)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import gpu_lstm
 from gpu_lstm import keras
 from gpu_lstm.call.choices import requested_racing
-from gpu_lstm.functional import gru_layer, lstm_layer
+from gpu_lstm.functional import gru_layer, lstm_layer, slstm_layer
 
 BOOL, F64, F16, INT, COMPLEX, META = torch.bool, torch.float64, torch.float16, torch.int64, torch.complex64, "meta"
 X, H, C, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4), zeros(5, 2, dtype=BOOL)
@@ -64,7 +64,8 @@ def modules(backend):
         backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS, of_another=MyLSTM(3, 4),
         gru=gpu_lstm.GRU(3, 4, **by), gru_cell=gpu_lstm.GRUCell(3, 4, **by),
         gru_both=gpu_lstm.GRU(3, 4, 2, bidirectional=True, **by), gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise),
-        gru_first=gpu_lstm.GRU(3, 4, batch_first=True, **by), gru_triton=gpu_lstm.GRU(3, 4, backend="triton"), **by
+        slstm=gpu_lstm.SLSTM(3, 4, heads=2), gru_first=gpu_lstm.GRU(3, 4, batch_first=True, **by),
+        gru_triton=gpu_lstm.GRU(3, 4, backend="triton"), **by
     )  # fmt: skip
 
 
@@ -82,6 +83,10 @@ def layer(m, **arguments):
 
 def gru(m, **arguments):
     return gru_layer(**dict(x=X, weights=GRU_WEIGHTS, backend=m.backend) | arguments)
+
+
+def slstm(**arguments):
+    return slstm_layer(**dict(z=zeros(5, 2, 16), weight_hh=WEIGHTS[1], backend="reference") | arguments)
 
 
 def handed(module, name, *size):
@@ -118,6 +123,7 @@ ZONEOUT = f"ValueError: zoneout {RANGE} staying as it was, or a pair of them for
 PROJECTED = "ValueError: layer_norm is not defined with a projection: expected proj_size 0, got 2"
 TWO = "RuntimeError: lstm expects two hidden states"
 FEATURES = "RuntimeError: input.size(-1) must be equal to input_size. Expected 3, got 4"
+FOUR = "hx should be a tuple of 4 tensors (h, c, n, m), got"
 FLOAT64 = "ValueError: ...input...torch.float64..."
 NAMES = ("'cuda'", "'Triton'", "''", "1", "['torch']")
 
@@ -318,6 +324,46 @@ CALLS = [
     (size("weight_hh", "(12, 4)", "[16, 4]"), "gru(m, weights=(GRU_WEIGHTS[0], WEIGHTS[1]))"),
     ("ValueError: hidden_size must be greater than zero", "gru(m, weights=(zeros(0, 3), zeros(0, 0)))"),
     (a_tensor("input", "NoneType"), "gru(m, x=None)"), (a_bool("reverse", "str"), "gru(m, reverse='no')"),
+    # SLSTM, slstm_layer, use_for_slstm
+    (f"RuntimeError: {FOUR} 2", "m.slstm(X, (H, C))", "m.slstm(PACKED, (H, C))", "gpu_lstm.Stream(m.slstm, 2, (H, C))",
+     "gpu_lstm.trace(m.slstm, X, (H, C))", "slstm(hx=(H2, H2))"),
+    (f"TypeError: {FOUR}: Tensor", "m.slstm(X, H)", "m.slstm(X, RESETS)", "slstm(hx=H2)"),
+    (a_tensor("m", "NoneType"), "m.slstm(X, (H, C, C, None))"),
+    (size("n", "(1, 2, 4)", "[1, 3, 4]"), "m.slstm(X, (H, C, zeros(1, 3, 4), C))",
+     "m.slstm(PACKED, (H, C, zeros(1, 3, 4), C))"),
+    (size("h", "(1, 4)", "[1, 2, 4]"), "m.slstm(X[:, 0], (H, H, H, H))"),
+    (size("c", "(2, 4)", "[1, 2, 4]"), "slstm(hx=(H2, C, H2, H2))"),
+    (dtypes("hidden", "float32", "float64"), "m.slstm(X, (H.double(), C, C, C))"),
+    (devices("hidden", "cpu", META), "m.slstm(X, (H, C, C.to(META), C))", "slstm(hx=(H2.to(META), H2, H2, H2))"),
+    ("ValueError: hidden_size must be divisible by heads, got hidden_size=4 and heads=3",
+     "gpu_lstm.SLSTM(3, 4, heads=3)"), (an_int("heads", "float"), "gpu_lstm.SLSTM(3, 4, heads=2.0)"),
+    *((f"TypeError: ...unexpected keyword argument '{name}'...", f"gpu_lstm.SLSTM(3, 4, {name}={value})")
+      for name, value in (("recompute", "True"), ("zoneout", "0.1"), ("peepholes", "True"), ("proj_size", "2"))),
+    ("ValueError: recompute is not supported by SLSTM: its gates depend on states that are not kept",
+     "setattr(m.slstm, 'recompute', True)"),
+    ("ValueError: zoneout is not supported by SLSTM: it would have to choose among 4 states",
+     "setattr(m.slstm, 'zoneout', 0.1)", "setattr(m.slstm, 'zoneout', (0.1, 0.0))"),
+    ("ValueError: reset_states are not supported by SLSTM: its resets leave an empty state",
+     "m.slstm(X, resets=RESETS, reset_states=(H, C, C, C))", "m.slstm(X, reset_states=(H, C))"),
+    *((f"ValueError: backend '{backend}' does not support slstm cells; use 'triton' or 'reference'",
+       f"gpu_lstm.backend('{backend}')(m.slstm)(X)", f"slstm(backend='{backend}')") for backend in ("torch", "cupy")),
+    (size("weight_hh", "(16, 2)", "[16, 4]"), "handed(m.slstm, 'weight_hh_l0', 16, 4)",
+     "assigned(m.slstm, 'weight_hh_l0', 16, 4)"),
+    (size("weight_ih", "(16, 3)", "[16, 4]"), "handed(m.slstm, 'weight_ih_l0', 16, 4)"),
+    (a_tensor("weight_ih", "NoneType"), "assigned(m.slstm, 'weight_ih_l0')"),
+    (a_tensor("z", "NoneType"), "slstm(z=None)"), (a_tensor("weight_hh", "NoneType"), "slstm(weight_hh=None)"),
+    ("RuntimeError: z must have 3 dimensions, got 2", "slstm(z=zeros(2, 16))"),
+    ("RuntimeError: weight_hh must have 2 dimensions, got 1", "slstm(weight_hh=zeros(16))"),
+    (size("z", "(5, 2, 16)", "[5, 2, 3]"), "slstm(z=X)"), (size("bias", "(16,)", "[4]"), "slstm(bias=zeros(4))"),
+    (size("weight_hh", "(16, 4)", "[16, 3]"), "slstm(weight_hh=WEIGHTS[0])"),
+    (dtypes("parameter", "float64", "float32"), "slstm(z=zeros(5, 2, 16, dtype=F64))"),
+    ("ValueError: hidden_size must be greater than zero", "slstm(weight_hh=zeros(0, 4))"),
+    (a_bool("reverse", "int"), "slstm(reverse=1)"), (unknown("'none'"), "slstm(backend='none')"),
+    (dense("slstm_layer", SPARSE), "slstm(z=zeros(5, 2, 16).to_sparse())"),
+    ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "slstm(z=zeros(0, 2, 16))"),
+    ("TypeError: use_for_slstm accepts a torch.nn.Module, got list", "gpu_lstm.use_for_slstm([LINEAR])"),
+    ("ValueError: there is none of xlstm.blocks.slstm.cell.sLSTMCell_vanilla, ... in the Linear",
+     "gpu_lstm.use_for_slstm(LINEAR)"), (a_bool("on", "int"), "gpu_lstm.use_for_slstm(LINEAR, 1)"),
     # functional.lstm_layer
     (a_tensor("input", "NoneType"), "layer(m, x=None)", "m.backwards(None)"),
     (a_tensor("input", "PackedSequence"), "layer(m, x=PACKED)"), (dense("lstm_layer", A_NESTED), "layer(m, x=NESTED)"),
@@ -349,11 +395,11 @@ CALLS = [
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
       for function in ("explain", "trace") for value in ("None", "LINEAR")),
-    ("TypeError: explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got torch.nn.modules.rnn.LSTM...",
+    ("TypeError: explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got torch.nn.modules.rnn.LSTM...",
      "gpu_lstm.explain(TORCHS, X)"),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     # Stream
-    ("TypeError: Stream accepts an LSTM, a GRU or a stack of either, got LSTM of torch.nn: convert it...",
+    ("TypeError: Stream accepts an LSTM, a GRU, an SLSTM or a stack, got LSTM of torch.nn: convert it...",
      "gpu_lstm.Stream(TORCHS, 2)"),
     ("ValueError: Stream runs one direction, got bidirectional=True...", "gpu_lstm.Stream(m.both, 2)"),
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),

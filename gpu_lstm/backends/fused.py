@@ -164,7 +164,8 @@ def gradients(
         d["weight_hh"] = dz_h_rows @ h_rows if count == 1 else heads.gradient_of_weight(dz_h_rows, h_rows, count)
     if "bias_ih" in needed or "bias_hh" in needed:
         dbias = loop.dgates.sum((0, 1))  # [4H]
-        d["bias_ih"], d["bias_hh"] = cell.to_torch(cell.of_x(dbias, hidden), hidden), cell.of_h(dbias, hidden)
+        d["bias_ih"] = cell.to_torch(cell.of_x(dbias, hidden), hidden)
+        d["bias_hh"] = None if i.bias_hh is None else cell.of_h(dbias, hidden)
     if "weight_hr" in needed:
         m = steps.equations.output(steps.gates.chunk(4, dim=2), steps.c_after(), None, None)  # [T, B, H]
         d["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, i.lengths).flatten(0, 1)

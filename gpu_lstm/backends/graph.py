@@ -139,7 +139,7 @@ def _without_kernels(
         return h, h_n, c_n
     results = [
         reference.run_layer(cell, x, (h0, c0), weights, traversal.backwards() if d else traversal, noise)
-        for d, (weights, h0, c0) in enumerate(zip(directions, *(t.split(1) for t in state)))
+        for d, (weights, h0, c0) in enumerate(zip(directions, state[0].split(1), state[1].split(CELLS[cell].kept)))
     ]
     hs, finals = zip(*results)
     h_n, c_n = map(torch.cat, zip(*finals))

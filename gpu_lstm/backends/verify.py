@@ -127,7 +127,7 @@ class Small:
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
 
-        steps, features = (1 if p.steps == 1 else STEPS), like.weight_ih.shape[1]
+        steps, features = (1 if p.steps == 1 else STEPS), like.x.shape[-1]
         sizes = sizes_of(p, steps, features)
         time, sequence = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
         tensors = {}

@@ -152,8 +152,8 @@ def check_states(states: Any, options: Options, name: str, error: type[Exception
         raise error(f"Expected {name} of {len(options.sizes)} {what}, one a layer, got {len(states)}")
 
 
-def check_every_state(hx: Any, names: Sequence[str]) -> None:
-    """Raise unless hx has a tensor for each of these states."""
+def check_every_state(hx: Any, names: Sequence[str], x: Tensor) -> None:
+    """Raise unless hx has a tensor for each of these states, on the device of x."""
     expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
     if not isinstance(hx, (tuple, list)):
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
@@ -161,6 +161,7 @@ def check_every_state(hx: Any, names: Sequence[str]) -> None:
         raise RuntimeError(f"{expected}, got {len(hx)}")
     for name, state in zip(names, hx):
         check_tensor(state, name)
+        _check_device("hidden", state, x)
 
 
 def check_size_of_states(names: Sequence[str], states: Sequence[Tensor], size: tuple[int, ...]) -> None:
@@ -194,7 +195,7 @@ def check_sizes_of_states(options: Options, x: Tensor, batch: int, block: int, h
 def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
     """Raise unless the tensors of a layer have the `sizes`, which are in the order of Weights."""
     for name, tensor, size in zip(NAMES, layer, sizes):
-        if tensor is None and name in ("weight_ih", "weight_hh"):
+        if tensor is None and name in ("weight_ih", "weight_hh") and None not in size:
             raise TypeError(f"{name} should be a tensor, got: NoneType")
         if tensor is not None and tensor.shape != size:
             raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
@@ -285,16 +286,20 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
     tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
     tensors += [("hidden", tensor, is_cell) for state in states for tensor, is_cell in zip(state, (False, True))]
     for what, tensor, is_cell in tensors:
-        if tensor.device != x.device:
-            raise RuntimeError(
-                f"Input and {what} tensors are not at the same device, "
-                f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
-            )
+        _check_device(what, tensor, x)
         if tensor.dtype != x.dtype and not mixed_allowed and not (is_cell and is_exact(tensor, x)):
             raise RuntimeError(
                 f"Input and {what} tensors are not the same dtype, "
                 f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
             )
+
+
+def _check_device(what: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise RuntimeError(
+            f"Input and {what} tensors are not at the same device, "
+            f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
+        )
 
 
 def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: torch.device) -> None:

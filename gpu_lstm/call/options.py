@@ -21,7 +21,7 @@ _NAMES = {"module": "{}", "stack": "Stacked{}", "cell": "{}Cell", "layer": "{}_l
 class Size(NamedTuple):
     """The sizes of a layer."""
 
-    inputs: int  # I
+    inputs: int | Any  # I; None: x is W_ih x already
     hidden: int  # H
     projected: int  # P; 0 without a projection
     heads: int = 1
@@ -115,8 +115,9 @@ class Options:
 def _names(a: Any, role: str, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
     """Parameter names by layer and direction, [L][D], in the order of Weights up to the last there is; None: absent."""
     optional = dict(
-        bias_ih=a.bias, bias_hh=a.bias, weight_hr=a.proj_size > 0, weight_peephole=a.peepholes, gain_ih="ih" in a.norms,
-        gain_hh="hh" in a.norms, gain_c="c" in a.norms, bias_c="c" in a.norms and a.bias,
+        weight_ih=a.input_size is not None, bias_ih=a.bias, bias_hh=a.bias and a.input_size is not None,
+        weight_hr=a.proj_size > 0, weight_peephole=a.peepholes, gain_ih="ih" in a.norms, gain_hh="hh" in a.norms,
+        gain_c="c" in a.norms, bias_c="c" in a.norms and a.bias,
     )  # fmt: skip
     names = [name if optional.get(name, True) else None for name in NAMES]
     names = names[: 1 + max(k for k, name in enumerate(names) if name)]

@@ -108,6 +108,8 @@ def prepare(
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if reset_states is not None:
+        if options.kept > 1:
+            raise ValueError(f"{RESET_STATES} are not supported by {options.name}: its resets leave an empty state")
         pairs = _reset_states(options, form, x, (steps, batch), traversal, reset_states)
         traversal = traversal._replace(reset_states=pairs)
         learns = learns or (now.grad and any(t.requires_grad for pair in pairs for t in pair))
@@ -232,9 +234,9 @@ def _kept_states(options: Options, form: Form, x: Tensor, batch: int, hx: Any) -
     if hx is None:
         empty: Any = cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
         return x.new_zeros(size), empty.repeat(options.rows, 1, 1).expand(-1, *size[-2:])
-    checks.check_every_state(hx, cell.states)
+    checks.check_every_state(hx, cell.states, x)
+    checks.check_size_of_states(cell.states, hx, size if form.batched else (*options.lead, options.hidden))
     h, *others = map(form.state_in, hx)
-    checks.check_size_of_states(cell.states, (h, *others), size)
     numbers = EQUATIONS[cell.name].states_from(*[t.to(exact) for t in others])  # K of [*lead, B, H]
     return h, torch.stack(numbers, -3).flatten(0, -3)
 

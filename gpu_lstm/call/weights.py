@@ -1,6 +1,6 @@
 """The tensors of one layer, named as in torch.nn.LSTM and GRU."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class Weights(NamedTuple):
     A GRU has the first four, of 3H rows.
     """
 
-    weight_ih: Tensor  # [4H, I]
+    weight_ih: Tensor | Any  # [4H, I]; None: x is W_ih x already
     weight_hh: Tensor  # [4H, P]
     bias_ih: Tensor | None = None  # [4H]
     bias_hh: Tensor | None = None  # [4H]
@@ -53,9 +53,10 @@ def variant_of(weights: Weights) -> str | None:
     return None if weights.weight_peephole is None else PEEPHOLES
 
 
-def size_of(weights: Weights, rows: int) -> tuple[int, int, int, int]:
+def size_of(weights: Weights, rows: int) -> tuple[int | Any, int, int, int]:
     """(I, H, P, heads) as in options.Size, by the sizes of weights; without heads where none fit."""
-    (_, inputs), (count, columns) = weights.weight_ih.shape, weights.weight_hh.shape
+    inputs = None if weights.weight_ih is None else weights.weight_ih.shape[1]
+    count, columns = weights.weight_hh.shape
     hidden = columns if count % rows else count // rows
     if weights.weight_hr is not None:
         return inputs, hidden, columns, 1

@@ -3,6 +3,7 @@
 from .cell import GRUCell, LSTMCell
 from .gru import GRU
 from .lstm import LSTM
+from .slstm import SLSTM
 from .stacked import StackedGRU, StackedLSTM
 
-__all__ = ["GRU", "LSTM", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM"]
+__all__ = ["GRU", "LSTM", "SLSTM", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM"]

@@ -32,6 +32,10 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
             return None if value is None else parse_backend_name(value)
         case "recompute":
             check_bool(name, value)
+            if value and cell.kept > 1:
+                raise ValueError(
+                    f"recompute is not supported by {cell.name.upper()}: its gates depend on states that are not kept"
+                )
         case _ if name in BY_NAME:
             return BY_NAME[name].accepted(value, cell)
     return value

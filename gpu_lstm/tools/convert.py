@@ -16,7 +16,7 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from .. import compat as drop_in
 from ..call.checks import check_bool
 from ..modules import GRU, LSTM, GRUCell, LSTMCell
-from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
+from ..modules.arguments import NOT_OF_TORCH, Checked, recast, takes_sequences
 
 _log = logging.getLogger("gpu_lstm")
 
@@ -76,9 +76,9 @@ def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
     """Swap every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, for torch.nn's.
 
-    The inverse of `convert`, with the same promises and results; but a UserWarning says if a subclass of one of these
-    was left. The backend and `recompute` are dropped; heads become a block-diagonal
-    weight_hh, a new Parameter. torch's modules accept neither lengths nor resets.
+    The inverse of `convert`, with the same promises and results; but a UserWarning says if a subclass of one of these,
+    or an SLSTM, was left. The backend and `recompute` are dropped, and heads become a new, block-diagonal weight_hh.
+    torch's modules accept neither lengths nor resets.
 
     Raises:
         TypeError: `model` is not a module, or there is a StackedLSTM or a StackedGRU in it.
@@ -109,6 +109,9 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
             done = True  # a compat.LSTM is both
         elif isinstance(module, tuple(classes)):
             left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
+        elif isinstance(module, Checked) and not module._cell.of_torch:
+            done = True
+            left += [f"{where} ({_name(cls)}), a cell that torch.nn has not"] * to_theirs
     with contextlib.ExitStack() as undo:
         for module in modules.values():
             children = twins.get(module, module)._modules  # a twin has children of its own

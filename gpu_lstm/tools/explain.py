@@ -18,7 +18,7 @@ from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.race import Decision
 from ..dispatch.route import able_to_run, feature_of
-from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import takes_sequences
 
 
@@ -87,7 +87,7 @@ class Explanation:
 
 
 def explain(
-    module: LSTM | GRU | StackedLSTM | StackedGRU, x: Tensor | PackedSequence, hx: Any = None, *,
+    module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, x: Tensor | PackedSequence, hx: Any = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Explanation:  # fmt: skip
     """Say how a call made at the same place would run, and why: nothing is run, raced, or cached.
@@ -95,7 +95,7 @@ def explain(
     The place matters: autograd on or off, training, autocast, `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
-        module: an LSTM, GRU, StackedLSTM or StackedGRU.
+        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU.
         x, hx, lengths, resets, reset_states: as `module` accepts them. Only the shape, dtype, device and requires_grad
             of x matter, and whether lengths, resets and reset_states are given; hx is ignored.
 
@@ -109,7 +109,7 @@ def explain(
     if not takes_sequences(module):
         cls = type(module)
         raise TypeError(
-            f"explain accepts a gpu_lstm.LSTM, a GRU or a stack of either, got {cls.__module__}.{cls.__name__}"
+            f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {cls.__module__}.{cls.__name__}"
         )
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")

@@ -1,4 +1,4 @@
-"""An LSTM or a GRU that runs as its input arrives, by steps or chunks, with the state kept between calls."""
+"""An LSTM, a GRU or an SLSTM that runs as its input arrives, by steps or chunks, with the state kept between calls."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
 from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
-from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import takes_sequences
 
-States = tuple[Tensor, ...]  # (h, c); of a GRU (h,)
+States = tuple[Tensor, ...]  # (h, c); of a GRU (h,), of an SLSTM (h, c, n, m)
 
 
 class _StepGraph(NamedTuple):
@@ -31,11 +31,12 @@ class _StepGraph(NamedTuple):
 class Stream:
     """Runs `module` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
 
-    Inference only. In float16 and bfloat16 the cell state, of a GRU h, is held in float32. On CUDA the first step is
-    captured in a graph that later ones replay, and again if a parameter is replaced (not if one is changed in place).
+    Inference only. In float16 and bfloat16 the cell state (of a GRU h, of an SLSTM c, n, m) is held in float32. On CUDA
+    the first step is captured in a graph that later ones replay, and again if a parameter is replaced (not if one is
+    changed in place).
 
     Args:
-        module: an LSTM, GRU, StackedLSTM or StackedGRU, in eval() if it has dropout; one direction.
+        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, in eval() if it has dropout; one direction.
         batch: sequences, N.
         hx: the initial states, as `module` accepts them for a batch; they are copied. Default: zeros
 
@@ -51,11 +52,11 @@ class Stream:
             y = stream(x)       # (1, H)
     """
 
-    def __init__(self, module: LSTM | GRU | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
+    def __init__(self, module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
         if not takes_sequences(module):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
             cls = type(module).__name__
-            raise TypeError(f"Stream accepts an LSTM, a GRU or a stack of either, got {cls}{advice}")
+            raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {cls}{advice}")
         if module.bidirectional:
             raise ValueError("Stream runs one direction, got bidirectional=True: the reverse one begins at the end")
         if not isinstance(batch, int):
@@ -84,14 +85,17 @@ class Stream:
     def _accepted(self, hx: Any) -> list[States]:
         """The states that `module` would begin with, checked as its call checks hx."""
         module = self.module
-        if not (hx is None or self._one_state or self._is_stack):
+        options = module._options()
+        if not (hx is None or self._is_stack) and len(options.cell.states) == 2:
             check_pair(hx)
             for name, state in zip(("h_0", "c_0"), hx):
                 check_tensor(state, name)
         sizes = (self.batch, 1) if module.batch_first else (1, self.batch)
         step = next(module.parameters()).new_empty(*sizes, module.input_size)
-        pairs = prepare(module._options(), module._weights(), step, hx).states
-        return [(c,) for _, c in pairs] if self._one_state else list(pairs)
+        call = prepare(options, module._weights(), step, hx)
+        states = call.results(step, call.states)[1]
+        of_layers = states if self._is_stack else [states]
+        return [(h,) for h in of_layers] if self._one_state else list(of_layers)
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).

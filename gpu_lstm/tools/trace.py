@@ -19,16 +19,17 @@ from ..dispatch.kind import dtype_of
 from ..equations import EQUATIONS
 from ..equations.gru import Gates as GRUGates
 from ..equations.lstm import Gates as LSTMGates
-from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
+from ..equations.slstm import Gates as SLSTMGates
+from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import recast, takes_sequences
 from .convert import OURS
 
-Gates = TypeVar("Gates", LSTMGates, GRUGates)
+Gates = TypeVar("Gates", LSTMGates, GRUGates, SLSTMGates)
 
 
 @dataclass(frozen=True)
 class Trace(Generic[Gates]):
-    """Everything that a call of an LSTM or a GRU computes, differentiable."""
+    """Everything that a call of an LSTM, a GRU or an SLSTM computes, differentiable."""
 
     output: Tensor | PackedSequence  # the call's results
     states: Any
@@ -52,16 +53,24 @@ def trace(
     ...
 
 
+@overload
+def trace(
+    module: SLSTM, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *,
+    lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: None = None,
+) -> Trace[SLSTMGates]:  # fmt: skip
+    ...
+
+
 def trace(
     module: Any, x: Tensor | PackedSequence, hx: Any = None, *, lengths: Tensor | None = None,
     resets: Tensor | None = None, reset_states: Any = None,
 ) -> Trace[Any]:  # fmt: skip
-    """Call an LSTM or a GRU, on the reference, and record gates and states of every step, layer and direction.
+    """Call an LSTM, a GRU or an SLSTM, on the reference, and record all gates and states by layer and direction.
 
     Dropout is applied as in any call: to trace inference, call `eval()` first.
 
     Args:
-        module: a gpu_lstm.LSTM, GRU, StackedLSTM or StackedGRU, or a torch.nn.LSTM or GRU.
+        module: a gpu_lstm.LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a torch.nn.LSTM or GRU.
         x, hx, lengths, resets, reset_states: as `module` accepts them.
 
     Returns:
@@ -79,7 +88,7 @@ def trace(
     if ours := OURS.get(type(module)):
         module = recast(module, ours)
     if not takes_sequences(module):
-        raise TypeError(f"trace accepts an LSTM, a GRU or a stack of either, got {type(module).__name__}")
+        raise TypeError(f"trace accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     record: list[Steps] = []

@@ -1,0 +1,94 @@
+"""sLSTM cells of the packages xlstm and tirex-ts compute by ours, in place."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..call.checks import check_bool
+from ..functional import slstm_layer
+
+_CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
+          "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
+_OTHERS = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")  # options of xlstm's CUDA kernels
+
+
+def use_for_slstm(model: nn.Module, on: bool = True) -> int:
+    """Let every sLSTM cell of xlstm and TiRex in `model` compute by `functional.slstm_layer`, in place.
+
+    They need no nvcc then. Parameters, state_dict, hooks, flags and the form of inputs, outputs and states stay theirs.
+    All is computed in the input's dtype, under autocast in its own: TiRex's torch backend rounds everything to bfloat16
+    at each step, xlstm's CUDA kernels compute in the dtype of their config. States are returned in float32, or float64:
+    c, n and m in other numbers, see `SLSTM`.
+
+    Args:
+        model: any module; a cell itself, too.
+        on: False: they compute by their own package again. Default: True
+
+    Returns:
+        How many cells there are.
+
+    Raises:
+        TypeError: `model` is not a module, or `on` no bool.
+        ValueError: there is no such cell, or one computes something else (function="lstm", clipped or cut gradients or
+            outputs); nothing is changed.
+    """
+    check_bool("on", on)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"use_for_slstm accepts a torch.nn.Module, got {type(model).__name__}")
+    cells: dict[nn.Module, type] = {}
+    for path, module in model.named_modules():
+        theirs = getattr(module, "_theirs", type(module))
+        if f"{theirs.__module__}.{theirs.__qualname__}" not in _CELLS:
+            continue
+        for name, expected in (("function", ("slstm",)), *((name, (None, False)) for name in _OTHERS)):
+            if (value := getattr(module.config, name, expected[0])) not in expected:
+                where = f"the cell {path!r}" if path else "the model itself"
+                raise ValueError(f"{where} has {name}={value!r}, which slstm_layer has not")
+        cells[module] = theirs
+    if not cells:
+        raise ValueError(f"there is none of {', '.join(_CELLS)} in the {type(model).__name__}")
+    ours = {theirs: _by_ours(theirs) for theirs in cells.values()}  # one class each, so that a graph serves all cells
+    for cell, theirs in cells.items():
+        cell.__class__ = ours[theirs] if on else theirs
+    return len(cells)
+
+
+def _by_ours(theirs: type) -> type:
+    """A subclass of a cell's class, of its name."""
+    return type(theirs.__name__, (_ByOurs, theirs), {"_theirs": theirs})
+
+
+def _remade(theirs: type) -> Any:
+    """An instance for pickle, which finds no class that was made by a call."""
+    cls: Any = _by_ours(theirs)
+    return cls.__new__(cls)
+
+
+class _ByOurs(nn.Module):
+    """A mixin before their class. Sizes: B, S = T, N heads of D units, H = N D."""
+
+    _theirs: Any
+    config: Any
+
+    def __reduce__(self) -> tuple:
+        return _remade, (self._theirs,), self.__dict__
+
+    def forward(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As theirs: input [B, S, 4H] or as config.input_shape says, gates i, f, z, o; state [4, B, H] h, c, n, m."""
+        z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)  # [S, B, 4H]
+        kernel: Tensor = self.get_parameter("_recurrent_kernel_")
+        bias: Tensor = self.get_parameter("_bias_")
+        heads, rows, columns = kernel.shape
+        if rows > columns:  # vanilla: [N, 4 D of z, D of h] and [4, N, D]
+            weight = kernel.unflatten(1, (4, -1)).transpose(0, 1)
+        else:  # [N, D of h, 4 D of z] and [N, 4, D]
+            weight = kernel.unflatten(2, (4, -1)).permute(2, 0, 3, 1)
+            bias = bias.unflatten(0, (heads, 4, -1)).transpose(0, 1)
+        weight, bias = weight.flatten(0, 2).to(z.dtype), bias.flatten().to(z.dtype)  # [4H, D] and [4H]
+        hx = None if state is None else (state[0].to(z.dtype), *state[1:])
+        h, final = slstm_layer(z, weight, bias, hx)
+        exact, of_heads = torch.promote_types(z.dtype, torch.float32), h.unflatten(2, (heads, -1))  # [S, B, N, D]
+        forms = {"SBH": h, "BSH": h.transpose(0, 1), "SBNH": of_heads, "BNSH": of_heads.permute(1, 2, 0, 3)}
+        output = forms[getattr(self.config, "output_shape", "BNSH")]
+        return output, torch.stack([each.to(exact) for each in final])

@@ -1,0 +1,211 @@
+"""use_for_slstm: cells of xlstm, which judge ours, and of TiRex compute by slstm_layer.
+
+xlstm is of the extra `interop`. What needs it, or tirex-ts, is skipped where it is not installed; a stand-in with the
+layouts of TiRex, and of xlstm's CUDA kernels, runs everywhere.
+"""
+
+import copy
+import pickle
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import gpu_lstm
+
+B, S, HEADS, H = 3, 5, 2, 8
+
+
+def cell_of_xlstm(**options):
+    module = pytest.importorskip("xlstm.blocks.slstm.cell", reason="xlstm is not installed")
+    options = dict(hidden_size=H, num_heads=HEADS, backend="vanilla", dtype="float32") | options
+    skip = dict(skip_backend_init=True) if options["backend"] == "cuda" else {}  # it would call nvcc
+    return drawn(module.sLSTMCell(module.sLSTMCellConfig(**options), **skip))
+
+
+def drawn(module, std=0.5):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module
+
+
+def tensors_for(dtype):
+    """An input [B, S, 4H] and a state [4, B, H], of which n is from 1 to 2."""
+    torch.manual_seed(1)
+    state = torch.randn(4, B, H)
+    state[2] = torch.rand(B, H) + 1
+    return torch.randn(B, S, 4 * H).to(dtype), state.to(dtype)
+
+
+def numbers_of(cell, x, state=None):
+    """Output, what states of any form have in common, and gradients of a random sum of all."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, state) if t is not None]
+    y, (h, c, n, m) = cell(*leaves)
+    found = [y, h, c / n, m + n.log()]
+    torch.manual_seed(2)
+    weights = [torch.randn(t.shape).to(t) for t in found]
+    return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weights)]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_xlstms_own_cell_is_of_one_mind_in_float64(given):
+    cell = cell_of_xlstm().double()
+    x, state = tensors_for(torch.float64)
+    theirs = numbers_of(cell, x, state if given else None)
+    assert gpu_lstm.use_for_slstm(cell) == 1
+    for our, their in zip(numbers_of(cell, x, state if given else None), theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=0, atol=2e-15 * max(1.0, their.abs().max().item()))
+
+
+def test_the_layout_of_its_cuda_kernels():
+    vanilla, cuda = cell_of_xlstm(), cell_of_xlstm(backend="cuda")
+    with torch.no_grad():
+        kernel = vanilla._recurrent_kernel_int2ext(vanilla._recurrent_kernel_)
+        cuda._recurrent_kernel_[:] = cuda._recurrent_kernel_ext2int(kernel)
+        cuda._bias_[:] = cuda._bias_ext2int(vanilla._bias_int2ext(vanilla._bias_))
+    assert cuda._recurrent_kernel_.shape != vanilla._recurrent_kernel_.shape
+    gpu_lstm.use_for_slstm(cuda)
+    x, state = tensors_for(torch.float32)
+    torch.testing.assert_close(cuda(x, state)[0], vanilla(x, state)[0])
+
+
+@pytest.mark.parametrize("shapes", [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")])
+def test_its_shapes_of_inputs_and_outputs(shapes):
+    cell = cell_of_xlstm(input_shape=shapes[0], output_shape=shapes[1])
+    x, state = tensors_for(torch.float32)
+    x = x if shapes[0] == "BSGNH" else x.transpose(0, 1).contiguous()
+    theirs = cell(x, state)[0]
+    gpu_lstm.use_for_slstm(cell)
+    torch.testing.assert_close(cell(x, state)[0], theirs)
+
+
+def model_of_xlstm():
+    """Two blocks of sLSTM and one of mLSTM, which stays as it is."""
+    xlstm = pytest.importorskip("xlstm", reason="xlstm is not installed")
+    slstm = xlstm.sLSTMBlockConfig(slstm=xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=HEADS, dtype="float32"))
+    mlstm = xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(num_heads=HEADS))
+    blocks = dict(slstm_block=slstm, mlstm_block=mlstm, num_blocks=3, slstm_at=[0, 2])
+    return drawn(xlstm.xLSTMBlockStack(xlstm.xLSTMBlockStackConfig(embedding_dim=H, context_length=8, **blocks)), 0.3)
+
+
+# Where c, n and m are rounded at each step, results are wrong by a few units of bfloat16's last place, of 1.
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_a_model_of_xlstm_and_back(dtype, limit):
+    model = model_of_xlstm().to(dtype).eval()
+    x, parameters, keys = torch.randn(B, S, H).to(dtype), list(model.parameters()), list(model.state_dict())
+    with torch.no_grad():
+        theirs = model(x)
+        assert gpu_lstm.use_for_slstm(model) == gpu_lstm.use_for_slstm(model) == 2
+        ours = model(x)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
+        assert not torch.equal(ours, theirs)
+        state, steps = {}, []
+        for t in range(S):
+            y, state = model.step(x[:, t : t + 1], state)
+            steps.append(y)
+        torch.testing.assert_close(torch.cat(steps, 1), ours, rtol=0, atol=limit)
+        assert torch.equal(copy.deepcopy(model)(x), ours)
+        assert list(model.state_dict()) == keys
+        assert all(map(torch.Tensor.is_set_to, model.parameters(), parameters))
+        assert not any(module.training for module in model.modules())
+        assert gpu_lstm.use_for_slstm(model, False) == 2
+        assert torch.equal(model(x), theirs)
+
+
+def test_under_autocast_and_in_a_graph():
+    model = model_of_xlstm()
+    x = torch.randn(B, S, H)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = model(x)
+        gpu_lstm.use_for_slstm(model)
+        torch.testing.assert_close(model(x), theirs, rtol=0, atol=0.1)
+    cell, (x, state) = model.blocks[0].xlstm.slstm_cell, tensors_for(torch.float32)
+    expected = numbers_of(cell, x, state)
+    torch._dynamo.reset()
+    cell.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(numbers_of(cell, x, state), expected)
+
+
+def test_a_cell_that_computes_something_else_is_refused_and_nothing_is_changed():
+    x, state = tensors_for(torch.float32)
+    for options, text in (
+        ({"function": "lstm"}, "the cell '1' has function='lstm', which slstm_layer has not"),
+        ({"gradient_recurrent_cut": True}, "the cell '1' has gradient_recurrent_cut=True, which slstm_layer has not"),
+        ({"forward_clipval": 1.0}, "the cell '1' has forward_clipval=1.0, which slstm_layer has not"),
+    ):
+        model = nn.ModuleList([cell_of_xlstm(), cell_of_xlstm(**options)])
+        theirs = model[0](x, state)[0]
+        with pytest.raises(ValueError, match=re.escape(text)):
+            gpu_lstm.use_for_slstm(model)
+        assert torch.equal(model[0](x, state)[0], theirs)
+
+
+class StandIn(nn.Module):
+    """A cell with the parameters and the form of TiRex's: W [N, D of h, 4 D of z], a bias [N, 4, D] that is flat."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, units = SimpleNamespace(num_heads=HEADS), H // HEADS
+        self._recurrent_kernel_ = nn.Parameter(torch.empty(HEADS, units, 4 * units))
+        self._bias_ = nn.Parameter(torch.empty(4 * H))
+
+
+StandIn.__module__, StandIn.__qualname__ = "tirex.models.slstm.cell", "sLSTMCell"
+
+
+def test_the_layout_of_tirex_against_the_oracle():
+    cell = drawn(StandIn()).double()
+    x, state = tensors_for(torch.float64)
+    assert gpu_lstm.use_for_slstm(nn.Sequential(cell)) == 1
+    y, (h, c, n, m) = cell(x, state)
+    kernel, bias = (p.detach().numpy() for p in (cell._recurrent_kernel_, cell._bias_))
+    units, weight, flat = H // HEADS, np.zeros((4 * H, H // HEADS)), np.zeros(4 * H)
+    for gate in range(4):
+        for head in range(HEADS):
+            for unit in range(units):
+                row = gate * H + head * units + unit
+                weight[row] = kernel[head, :, gate * units + unit]
+                flat[row] = bias[(head * 4 + gate) * units + unit]
+    z = (x.numpy() + flat).swapaxes(0, 1)
+    true, h_n, (c_n, n_n, m_n), _ = oracle.slstm_layer(z, state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight)
+    pairs = (y.permute(2, 0, 1, 3).flatten(2), true), (h, h_n), (c / n, c_n / n_n), (m + n.log(), m_n + np.log(n_n))
+    for our, truth in pairs:
+        np.testing.assert_allclose(our.detach().numpy(), truth, rtol=1e-12, atol=1e-12)
+
+
+def test_tirex_rounds_to_bfloat16_where_ours_does_not():
+    cells = pytest.importorskip("tirex.models.slstm.cell", reason="tirex-ts is not installed")
+    cell = drawn(cells.sLSTMCell(cells.sLSTMBlockConfig(embedding_dim=H, num_heads=HEADS), "torch"), 0.3)
+    x, state = tensors_for(torch.float32)
+    theirs, exact = cell(x, state)[0], copy.deepcopy(cell).double()
+    gpu_lstm.use_for_slstm(nn.ModuleList([cell, exact]))
+    truth = exact(x.double(), state.double())[0]
+    (y, final), twin = cell(x, state), pickle.loads(pickle.dumps(cell))
+    assert (y - truth).abs().max() < 1e-6 < 1e-3 < (theirs - truth).abs().max() < 2e-2
+    assert torch.equal(twin(x, state)[0], y)
+    for dtype in (torch.float32, torch.bfloat16):  # in pieces
+        cell.to(dtype)
+        (y, _), (first, middle) = cell(x.to(dtype), state), cell(x[:, :2].to(dtype), state)
+        assert middle.dtype is final.dtype is torch.float32
+        second, _ = cell(x[:, 2:].to(dtype), middle)
+        torch.testing.assert_close(torch.cat([first, second], 2), y, rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_a_model_of_tirex():
+    TiRexZero = pytest.importorskip("tirex.models.tirex", reason="tirex-ts is not installed").TiRexZero
+    sizes = dict(input_patch_size=4, output_patch_size=4, quantiles=[0.1, 0.5, 0.9], input_ff_dim=8)
+    blocks = dict(embedding_dim=H, num_heads=HEADS, num_blocks=2)
+    model = drawn(TiRexZero("torch", sizes | {"block_kwargs": blocks}, train_ctx_len=64), 0.3).eval()
+    x = torch.randn(B, 8, 4)
+    with torch.no_grad():
+        theirs, *_ = model._forward_model_tokenized(x, torch.ones_like(x))
+        assert gpu_lstm.use_for_slstm(model) == 2
+        ours, *_ = model._forward_model_tokenized(x, torch.ones_like(x))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
+        assert gpu_lstm.use_for_slstm(model, False) == 2
+        assert torch.equal(model._forward_model_tokenized(x, torch.ones_like(x))[0], theirs)
