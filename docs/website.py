@@ -27,6 +27,7 @@ def write() -> None:
     for source in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         name = "index.md" if source.name == "README.md" else source.name
         text = page(source.read_text(), source.relative_to(ROOT).as_posix(), repository)
+        text = with_docstrings(text) if name == "api.md" else text
         (PAGES / name).write_text(text)
 
 
@@ -63,6 +64,18 @@ def target(link: str, source: str, repository: str) -> str:
     else:
         path = f"{repository}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
     return path + "".join(anchor)
+
+
+def with_docstrings(text: str) -> str:
+    """A list of names, "- `gpu_lstm.Stream` with `reset`: text", as what mkdocstrings replaces by their docstrings."""
+
+    def described(match: re.Match[str]) -> str:
+        name, members, says = match.groups()
+        options = [f"members: [{(members or '').replace('`', '')}]", "show_if_no_docstring: true"]
+        options += [f"heading: {says}"] * name.endswith(".forward")
+        return "\n".join([f"\n::: {name}", "    options:", *(f"      {option}" for option in options)])
+
+    return re.sub(r"(?m)^- `([\w.]+)`(?: with ([^:]*))?: (.*)$", described, text)
 
 
 class Docstrings(Extension):

@@ -211,7 +211,7 @@ def test_beneath_the_modules_only_the_cells_and_two_tables_name_a_cell_and_nothi
     for folder, expected in NAMES_A_CELL.items():
         assert {name for name, text in code_of(folder).items() if any(c in text.lower() for c in OTHERS)} == expected
     asking = {name for name, text in code_of("gpu_lstm").items() if any(repr(cell) in text for cell in OTHERS)}
-    assert not asking
+    assert asking == {"tools/xlstm.py"}  # an option of other packages
 
 
 @triton.jit
@@ -246,7 +246,8 @@ def cell_kernel(x_ptr, z_ptr, c_ptr, dm_ptr, dc_ptr, out_ptr, N: tl.constexpr, S
 def by_the_kernels(cell, of_x, of_h, c, dm, dc):
     """[10 + 2 K, N] of `cell_kernel`; of_x and of_h [4, N], dm [N], the others [K, N]."""
     out = torch.full((10 + 2 * cell.kept, c.shape[1]), torch.nan).to(c)
-    sizes = launch.Sizes(cell.name, cell.rows, *[None] * 15)._replace(KEPT=cell.kept)
+    none = launch.Sizes(*[None] * len(launch.Sizes._fields))
+    sizes = none._replace(CELL=cell.name, GATES=cell.rows, KEPT=cell.kept)
     cell_kernel[(1,)](of_x, of_h, c, dm, dc, out, c.shape[1], sizes)
     return out
 

@@ -74,19 +74,17 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("held/ahead", F32, (1, "4,35,3,18", MIX), (1, "3,35,3,36", "heads ragged")),
     # Whole sequences in one launch of programs that need nobody
     ("resident", F32, (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), (1, "3,11,3,33", "no-hx deep")),
-    ("resident", F16, (1, "5,3,3,7", MIX), (2, "5,3,3,11", f"{OF_ALL} both")),
+    ("resident", F16, (1, "5,3,3,7", MIX), (2, "5,3,3,11", f"{OF_ALL} both"),
+     (1, "4,11,3,22", "heads ragged states masks"), (1, "3,3,3,33", "three-heads both")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
     ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
     ("cooperative/4/1/4", F16, (1, "5,3,3,11", OF_ALL)),  # 3 and 4 programs, of which one has no units
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),  # three batch tiles in two groups
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged resets")),  # a row ends in half a word
-    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX), (2, "3,3,3,1", "")),  # backward in one piece
+    ("cooperative/8/2/4", F32, (1, "3,20,3,32", "heads ragged states masks")),  # groups of each head
+    ("cooperative/8/1/2", F16, (1, "4,3,3,32", "heads ragged states masks both")),  # with its gates in two pieces
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX, f"three-heads {MIX}"), (2, "3,3,3,1", "")),  # backward at once
     ("cooperative/16/1/1", F32, (1, "5,3,3,11", f"{ONCE} masks")),
-    # Heads of their own: a program each; groups each, of which one has two batch tiles, and gates of a head in pieces
-    ("resident", F16, (1, "4,11,3,22", "heads ragged states masks"), (1, "3,3,3,33", "three-heads both")),
-    ("cooperative/8/2/4", F32, (1, "3,20,3,32", "heads ragged states masks")),
-    ("cooperative/8/1/2", F16, (1, "4,3,3,32", "heads ragged states masks both")),
-    ("cooperative/16/1/1", F16, (1, "4,3,3,33", "three-heads ragged resets both")),  # rows end in half a word
     # And of a launch a step, after a product
     ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""),
      (1, "4,3,3,33", f"{ONCE} masks"), (1, "4,5,3,15", "three-heads", f"three-heads {MIX}")),
@@ -121,14 +119,14 @@ GRUS = [
     ("held/2", F32, (1, "4,3,3,18", "no-hx packed both"), (1, "4,3,3,36", "heads")),
     ("held/ahead", F32, (1, "4,35,3,18", "ragged resets")),
     ("resident", F32, (1, "5,11,3,33", "no-hx deep"), (1, "5,3,3,11", f"{MIX} masks")),
-    ("resident", F16, (1, "3,3,3,70", MIX), (1, "5,3,3,11", "ragged states masks")),
-    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
+    ("resident", F16, (1, "3,3,3,70", MIX), (1, "5,3,3,11", "ragged states masks"),
+     (1, "4,11,3,32", "heads ragged states masks")),
+    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets"),
+     (1, "3,9,3,32", "heads ragged states masks")),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", "three-heads ragged states masks both")),
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged states masks")),
     ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX)),
-    ("resident", F32, (1, "4,11,3,32", "heads ragged states masks")),
-    ("cooperative/4/1/4", F32, (1, "3,9,3,32", "heads ragged states masks")),
-    ("cooperative/16/1/1", F16, (1, "4,3,3,33", "three-heads ragged states masks both")),
     ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,33", "ragged states masks", "three-heads ragged states masks")),
     ("pointwise", F16, (1, "5,3,3,40", "")),
     ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both")), ("kept/4", F16, (1, KEPT, MIX)),

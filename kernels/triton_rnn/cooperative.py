@@ -427,7 +427,7 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
     if _row(p) > p.hidden:
         h = _without_padding(p, h.zero_())
     if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
-        h.copy_(torch.where(h0.isnan(), torch.nan, h0).view(h.shape))  # any NaN but the sentinel
+        h.copy_(torch.where(h0.isnan(), torch.nan, h0).view_as(h))  # any NaN but the sentinel
     arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.columns), "words_ptr": memory["h_ptr"].view(torch.int32)}
     arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
     of_heads = r.inputs.dropout_h.view(-1, p.columns) if p.dropout_h else None  # [B heads, D]
