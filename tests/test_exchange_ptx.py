@@ -182,7 +182,7 @@ def test_the_only_program_of_a_head_waits_for_its_own_threads_alone(kernels):
     """After the last store of a step, so that any of them can load what another one stored."""
     for kernel in kernels["alone"]:
         assert not re.search(r"\b(atom|red)\.|\.acquire\b", kernel["ptx"])
-        found = re.findall(r"tt\.store|barrier|\n    }", kernel["ir"].partition("scf.for")[2])  # and the end of its loop
+        found = re.findall(r"tt\.store|barrier|\n    }", kernel["ir"].partition("scf.for")[2])  # the end of its loop
         assert found[-3:] == ["tt.store", "barrier", "\n    }"]
 
 
