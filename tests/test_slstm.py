@@ -401,6 +401,9 @@ def test_slstm_layer_of_any_strides_in_reverse_in_graphs_and_transforms(backend)
     before = z.detach().clone()
     dz = torch.autograd.grad(run(z, weight_hh, bias)[0].square().sum(), z)[0]
     assert torch.equal(z, before)
+    other = before.contiguous().requires_grad_()
+    expected = torch.autograd.grad(run(other, weight_hh, bias, backend="reference")[0].square().sum(), other)[0]
+    torch.testing.assert_close(dz, expected)
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(torch.autograd.grad(compiled(z, weight_hh, bias)[0].square().sum(), z)[0], dz)

@@ -153,7 +153,7 @@ class Small:
             for h, c in (("h0", "c0"), ("reset_h", "reset_c"), ("zoneout_h", "zoneout_c")):
                 if c in tensors:
                     tensors[c] = laid_out(tensors[h].to(tensors[c].dtype), tensors[c])
-        self.inputs = Inputs(**tensors)
+        self.inputs = Inputs(**{"weight_ih": None} | tensors)  # which a problem may lack
         dh, dh_n = normal(steps, batch, p.width), normal(1, batch, p.width)
         self.output_gradients = dh if pass_.dh else None, dh_n if pass_.dh_n else None
 

@@ -44,7 +44,7 @@ def input_product(x: Tensor, weight: Tensor | None, bias: Tensor | None, bias_hh
     """What is known of z before the time loop, [T, B, 4H], in new memory; without W_ih x is the product already."""
     if weight is not None:
         return lstm.input_product(x, weight, bias, bias_hh, gain)
-    z = x.new_empty(x.shape)  # contiguous, as kernels need it
+    z = x.new_empty(x.shape)  # contiguous: kernels would copy what is not
     return z.copy_(x) if bias is None else torch.add(x, bias, out=z)
 
 
