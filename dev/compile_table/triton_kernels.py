@@ -219,9 +219,13 @@ def _parameters(launch: RecordedLaunch) -> list[str]:
 
 def _misplaced(ptx: str, launch: RecordedLaunch, case: Case, plan: Plan) -> int:
     """As `misplaced`, of W_hh [4H, D], whose k are the features of h, or the gates in backward."""
-    size, blocks = case.problem.size, plan.units * (plan.family.parts if case.backward else 4) // 64
-    apart = size * (case.problem.columns if case.backward else 1)
-    return misplaced(ptx, _parameters(launch).index("weight_hh_ptr"), apart, size, blocks)
+    p, blocks = case.problem, plan.units * (plan.family.parts if case.backward else 4) // 64
+
+    def place(k: int) -> int:
+        gate, unit = divmod(k, p.hidden // p.heads)  # of one head
+        return p.size * ((gate * p.hidden + unit) * p.columns if case.backward else k)
+
+    return misplaced(ptx, _parameters(launch).index("weight_hh_ptr"), place, p.size, blocks)
 
 
 # Operations whose result points where their operand does.
