@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-ROWS = {"lstm": 4, "gru": 3}  # of weights, in units of H, by the cell
+ROWS = {"lstm": 4, "gru": 3, "slstm": 4}  # of weights, in units of H, by the cell
 # The dtype of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 # Variants of the cell by gpu_lstm.LSTM's argument: its value, and n for each of the weights [n * H] that it adds.
@@ -18,7 +18,7 @@ VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """An LSTM or a GRU and a batch for it."""
+    """An LSTM, a GRU or an sLSTM, and a batch for it."""
 
     mode: str  # "forward" without autograd; "training", forward and backward; "step", one step of inference
     dtype: str  # of DTYPES
@@ -33,6 +33,7 @@ class Case:
     reset_rate: float = 0.0  # of all steps
     variant: str = "plain"  # else one of VARIANTS; or "reset_states", to which resets set the states instead of zeros
     cell: str = "lstm"  # of ROWS
+    heads: int = 1  # each with H / heads of the units, which read no other head's h
 
     @property
     def name(self) -> str:
@@ -40,7 +41,8 @@ class Case:
         name += f"-L{self.layers}" * (self.layers > 1) + "-both-directions" * (self.directions > 1)
         name += f"-{self.sequences}" * (self.sequences != "full")
         name += f"-resets-{self.reset_rate:.1%}" * (self.reset_rate > 0)
-        return name + f"-{self.variant}" * (self.variant != "plain") + f"-{self.cell}" * (self.cell != "lstm")
+        name += f"-{self.variant}" * (self.variant != "plain") + f"-{self.cell}" * (self.cell != "lstm")
+        return name + f"-heads{self.heads}" * (self.heads > 1)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,7 +59,8 @@ class Case:
     def operations(self) -> int:
         """Floating-point operations of the matmuls, 2 a multiply-add; backward needs twice those of forward."""
         H, D, rows = self.hidden_size, self.directions, ROWS[self.cell] * self.hidden_size
-        elements = rows * D * ((self.input_size + H) + (self.layers - 1) * (D * H + H))  # of the matrices
+        each = H // self.heads  # columns of W_hh
+        elements = rows * D * ((self.input_size + each) + (self.layers - 1) * (D * H + each))  # of the matrices
         return 2 * self.steps * self.batch * elements * (3 if self.training else 1)
 
     def bytes_moved(self) -> int:
@@ -77,10 +80,11 @@ GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of
     "cuda": (Case("training", "bf16", steps=1024, batch=16, input_size=768, hidden_size=768), {
         "hidden_size": (128, 512, 1024, 64, 129, 256, 1536, 2048), "batch": (1, 64, 4, 256, 12), "steps": (128, 4096),
         "dtype": ("fp16", "tf32", "fp32"), "reset_rate": (0.02, 0.005, 0.1), "rl_dtype": ("tf32", "bf16"), "rl": RL,
+        "heads": (16, 256, 1, 64, 1024),
     }),
     "cpu": (Case("training", "fp32", steps=128, batch=16, input_size=128, hidden_size=128), {
         "hidden_size": (32, 256, 512), "batch": (1, 64), "steps": (32, 512), "dtype": (), "reset_rate": (0.02, 0.1),
-        "rl_dtype": ("fp32",), "rl": (*((T, max(8, B // 128), H) for T, B, H in RL),),
+        "heads": (16, 1), "rl_dtype": ("fp32",), "rl": (*((T, max(8, B // 128), H) for T, B, H in RL),),
     }),
 }  # fmt: skip
 
@@ -93,8 +97,8 @@ def grid(kind: str) -> dict[str, list[Case]]:
         values = (dict.fromkeys(fields, value) for value in varied[fields[0]])
         return [replace(headline, mode=mode, **changes) for changes in values for mode in modes]
 
-    def as_gru(*its: Case) -> list[Case]:
-        return [replace(case, cell="gru") for case in its]
+    def of(cell: str, *its: Case) -> list[Case]:
+        return [replace(case, cell=cell) for case in its]
 
     varied_rl = itertools.product(modes, (0.03, 0.005), varied["rl_dtype"], varied["rl"])
     rl = [Case(mode, dtype, T, B, H, H, reset_rate=rate) for mode, rate, dtype, (T, B, H) in varied_rl]
@@ -103,10 +107,12 @@ def grid(kind: str) -> dict[str, list[Case]]:
     others = replace(resets[0], variant="reset_states"), replace(step, sequences="active")
     both, ragged = [replace(headline, mode=mode) for mode in modes], replace(headline, sequences="ragged")
     first = len(varied["rl"])
-    rl[first:first] = as_gru(*rl[:first])
+    rl[first:first] = of("gru", *rl[:first])
+    of_512 = [replace(case, input_size=512, hidden_size=512, heads=n) for n in (4, 8, 1) for case in both]
+    heads = [replace(case, batch=B) for B in varied["heads"] for case in of_512]
     return {
         "headline": both,
-        "gru": as_gru(*both, resets[0], ragged, replace(step, batch=1)),
+        "gru": of("gru", *both, resets[0], ragged, replace(step, batch=1)),
         "rl": rl,
         "hidden": each("hidden_size", "input_size"),
         "dtypes": each("dtype"),
@@ -117,6 +123,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
         "variants": [*(replace(headline, variant=name) for name in VARIANTS), *others],
         "batch": each("batch"),
         "steps": each("steps"),
+        "heads": heads + of("slstm", *(case for case in heads if case.heads == 4 and case.batch in (1, 16, 256))),
     }
 
 

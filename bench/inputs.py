@@ -20,7 +20,7 @@ class Inputs:
     case: Case
     weights: dict[str, Tensor]
     x: Tensor  # [T, B, I]
-    states: tuple[Tensor, ...]  # h0 and, of an LSTM, c0, [R, B, H]
+    states: tuple[Tensor, ...]  # h0; of an LSTM c0, too; of an sLSTM c0, n0 and m0; each [R, B, H]
     lengths: Tensor | None  # [B]
     resets: Tensor | None  # [T, B] bool
     reset_states: tuple[Tensor, ...] | None  # h and c, each [R, T, B, H]; as stored, without gradients
@@ -30,22 +30,25 @@ class Inputs:
     def of(cls, case: Case, device: str) -> "Inputs":
         """Random tensors, the same for the same case wherever it runs."""
         T, B, H, D = case.steps, case.batch, case.hidden_size, case.directions
-        held = "h" if case.cell == "gru" else "hc"
+        held = {"gru": "h", "lstm": "hc", "slstm": "hcnm"}[case.cell]
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape) * scale).to(device, case.torch_dtype)
 
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            kind = getattr(nn, case.cell.upper())
-            module = kind(case.input_size, H, case.layers, bidirectional=D == 2).to(device, case.torch_dtype)
+            like = nn.GRU if case.cell == "gru" else nn.LSTM
+            module = like(case.input_size, H, case.layers, bidirectional=D == 2).to(device, case.torch_dtype)
             least = 0 if case.sequences == "active" else 1
             lengths = torch.randint(least, T + 1, (B,)).index_fill(0, torch.tensor(0), T).to(device)
             resets = (torch.rand(T, B) < case.reset_rate).to(device)
             x = normal(T, B, case.input_size)
             states = tuple(normal(case.layers * D, B, H, scale=0.5) for _ in held)
+            # An n from 1 on never falls below, and FlashRNN's is never less.
+            states = tuple(t.abs() + 1 if name == "n" else t for name, t in zip(held, states))
             weights, dy = module.requires_grad_(False).state_dict(), normal(T, B, D * H)
             for name in [name for name in weights if name.startswith("weight_hh")]:
+                weights[name] = weights[name][:, : H // case.heads].clone()
                 for kind, n in VARIANTS.get(case.variant, (None, {}))[1].items():
                     weights[name.replace("weight_hh", kind)] = normal(n * H, scale=0.1) + kind.startswith("gain")
             left = [normal(D * case.layers, T, B, H, scale=0.5) for _ in held * (case.variant == "reset_states")]
@@ -67,7 +70,7 @@ class Inputs:
 def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
     """Results and gradients, step by step, without gpu_lstm: the truth in float64; else with torch's own rounding."""
     torch.manual_seed(NOISE_SEED)
-    leaves = dict(zip(("x", "h0", "c0"), (inputs.x, *inputs.states))) | inputs.weights
+    leaves = dict(zip(("x", "h0", "c0", "n0", "m0"), (inputs.x, *inputs.states))) | inputs.weights
     leaves = {name: t.detach().to(dtype).requires_grad_(inputs.case.training) for name, t in leaves.items()}
     y, *states = list(leaves.values())[: 1 + len(inputs.states)]
     finals = list[Any]()
@@ -76,23 +79,44 @@ def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
             weights = [t for name, t in leaves.items() if name.endswith(f"_l{layer}{suffix}")]
             finals.append(_direction(inputs, y, [each[len(finals)] for each in states], len(finals), weights))
         y = torch.cat([outputs for outputs, *_ in finals[-inputs.case.directions :]], dim=2)
-    results = {"output": y} | dict(zip(("h_n", "c_n"), map(torch.stack, zip(*(last for _, *last in finals)))))
+    results = {"output": y} | named_finals(tuple(map(torch.stack, zip(*(last for _, *last in finals)))))
     if inputs.case.training:
         gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy.to(dtype))
-        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients)}
+        results |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients) if name != "m0"}
     return {name: t.detach() for name, t in results.items()}
+
+
+def named_finals(states: tuple[Any, ...]) -> dict[str, Any]:
+    """Final states by name; of an sLSTM h, c / n and m + log n, since one state has many c, n and m."""
+    if len(states) == 4:
+        h, (c, n, m) = states[0], (each.double() for each in states[1:])
+        states = h, c / n, m + n.log()
+    return dict(zip(("h_n", "c_n", "n_n"), states))
+
+
+def dense(weight_hh: Tensor, heads: int) -> Tensor:
+    """W_hh of heads, [n * H, H / heads], as [n * H, H]: zero where a unit would read another head."""
+    gates = weight_hh.unflatten(0, (-1, heads * weight_hh.shape[1]))
+    return torch.cat([torch.block_diag(*gate.chunk(heads)) for gate in gates])
+
+
+def blocks(weight_hh: Tensor, heads: int) -> Tensor:
+    """The reverse of `dense`."""
+    gates = weight_hh.unflatten(0, (-1, heads, weight_hh.shape[1] // heads)).unflatten(3, (heads, -1))
+    return gates.diagonal(dim1=1, dim2=3).movedim(3, 1).flatten(0, 2)
 
 
 def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Tensor]) -> tuple[Tensor, ...]:
     """Outputs [T, B, H] and final states of a layer in one direction, that of a `row` of the states."""
     (factor, stays), lengths, steps = _noise(inputs), inputs.lengths, range(len(x))
+    weights = [weights[0], dense(weights[1], inputs.case.heads), *weights[2:]]
     left = [each[row].to(x.dtype) for each in inputs.reset_states or ()]  # [T, B, H]
     reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # of which every one is replaced
     for t in reversed(steps) if reverse else steps:
         boundary = t + reverse  # a reset there separates this step from the one before
         if inputs.resets is not None and boundary in steps:
             reset = (inputs.resets[boundary] & (True if lengths is None else boundary < lengths))[:, None]
-            to: Any = [each[boundary] for each in left] or [0, 0]
+            to: Any = [each[boundary] for each in left] or [0] * len(state)
             state = tuple(torch.where(reset, *each) for each in zip(to, state))
         before = state
         state = _cell(inputs.case, x[t], (factor * state[0], *state[1:]), weights)
@@ -119,6 +143,13 @@ def _cell(case: Case, x: Tensor, state: tuple[Tensor, ...], weights: list[Tensor
     weight_ih, weight_hh, bias_ih, bias_hh, *added = weights
     if case.cell == "gru":
         return (torch.gru_cell(x, *state, *weights),)
+    if case.cell == "slstm":  # Beck et al., 2024
+        h, c, n, m = state
+        i, f, z, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)
+        after = torch.maximum(F.logsigmoid(f) + m, i)
+        i, f = (i - after).exp(), (F.logsigmoid(f) + m - after).exp()
+        c, n = f * c + i * z.tanh(), f * n + i
+        return o.sigmoid() * c / n, c, n, after
     h, c = state
     if case.variant == "peepholes":  # Gers & Schmidhuber, 2000
         i, f, g, o = (F.linear(x, weight_ih, bias_ih) + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=1)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_packed_sequence
 
 from . import results, timing
 from .cases import Case, grid
-from .inputs import NOISE_SEED, Inputs, results_in
+from .inputs import NOISE_SEED, Inputs, named_finals, results_in
 from .isolated import ProviderFailed, Worker
 from .providers import OURS, PROVIDERS, YARDSTICK, YARDSTICKS, taking_part
 from .providers.engine import Unable
@@ -170,13 +170,13 @@ class Trial:
         """As `inputs.results_in` names them."""
         torch.manual_seed(NOISE_SEED)
         (y, *finals), gradients = self.call()
-        of_states = [f"d{name}0" for name, _ in zip("hc", finals)]
-        named = dict(zip(("output", "h_n", "c_n"), (y, *finals))) | dict(zip(("dx", *of_states), gradients))
+        of_states = [f"d{name}0" for name, _ in zip("hcn", self.inputs.states)]  # dm0 is taken for zero by some
+        named = {"output": y} | named_finals(tuple(finals)) | dict(zip(("dx", *of_states), gradients))
         if self.form is not None:
             for name in named.keys() & {"output", "dx"}:
                 packed = self.form._replace(data=named[name])
                 named[name] = pad_packed_sequence(packed, total_length=self.inputs.case.steps)[0]
-        return named | (self.engine.named(gradients[1 + len(finals) :]) if self.training else {})
+        return named | (self.engine.named(gradients[1 + len(self.inputs.states) :]) if self.training else {})
 
 
 class Gate:

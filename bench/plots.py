@@ -18,7 +18,7 @@ LOOK: Any = {
 }  # fmt: skip
 LOOKS = {  # marker and colour, by the provider of a workaround
     "cleanrl-loop": ("s", "0.6"), "torch-packed": ("P", "#3f7d0a"), "rl_games-pieces": ("o", "#1f5fa8"),
-    "rsl_rl-padded": ("D", "#d9730d"),
+    "rsl_rl-padded": ("D", "#d9730d"), "head-loop": ("^", "#8a3fa8"), "xlstm-vanilla": ("v", "#a83f3f"),
 }  # fmt: skip
 
 
@@ -32,10 +32,8 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
             if figure is not None:
                 paths.append(folder / f"instead-{report.slug(device)}.png")
                 figure.savefig(paths[-1], dpi=150)
-                few = (
-                    Image.open(paths[-1]).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
-                )  # a third of the bytes
-                few.save(paths[-1], optimize=True)
+                few = Image.open(paths[-1]).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
+                few.save(paths[-1], optimize=True)  # a third of the bytes
     return paths
 
 
@@ -61,9 +59,7 @@ def instead(rows: pd.DataFrame) -> Figure | None:
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(LOOKS))
     figure.suptitle("The usual workarounds around torch.nn, and one call of gpu_lstm", fontsize=10)
-    sizes = (
-        f"Medians, forward and backward. All: {report.sizes(base)} (T steps, B batch, H hidden) but for what is named."
-    )
-    caption = f"{sizes}\n{report.origin(lines)}"
+    sizes = f"{report.sizes(base)} (T steps, B batch, H hidden) but for what is named."
+    caption = f"Medians, forward and backward. All: {sizes}\n{report.origin(lines)}"
     figure.supxlabel(caption, x=0.01, ha="left", fontsize=6.5, color="0.35", wrap=True)
     return figure

@@ -21,17 +21,17 @@ from .providers import OURS, YARDSTICK
 EVEN = 0.02  # a time that differs by less is called even
 MIB = 2**20
 WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
+    "head-loop": "an nn.LSTM for each head",
+    "xlstm-vanilla": "xlstm's cell in torch's operators, a step at a time",
     "cleanrl-loop": "nn.LSTM called at every step, its state masked",
     "torch-packed": "sequences sorted, packed and unpacked",
     "rl_games-pieces": "nn.LSTM called between any two resets, its state masked",
     "rsl_rl-padded": "trajectories padded to T, from reset to reset",
 }
 COLUMN = {
-    "cleanrl-loop": "step by step",
-    "torch-packed": "packed",
-    "rl_games-pieces": "in pieces",
-    "rsl_rl-padded": "padded",
-}
+    "cleanrl-loop": "step by step", "torch-packed": "packed", "rl_games-pieces": "in pieces", "rsl_rl-padded": "padded",
+    "head-loop": "head by head", "xlstm-vanilla": "xlstm",
+}  # fmt: skip
 AROUND = ["case", "usual workaround", "ms", "gpu_lstm, ms", "times as fast"]
 STARRED = "* torch.nn timed without the lengths, resets or variant, which it does not support"
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
@@ -75,6 +75,8 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     base = headline_of(rows)
 
     def group(case: Case) -> str:
+        if case.heads > 1:
+            return "heads"
         differing = (name for name in results.CASE if getattr(case, name) != getattr(base, name))
         changed = sorted({TOGETHER.get(name, name) for name in differing} - {"mode"})
         return case.mode if case.mode == "step" else " ".join(changed) if len(changed) < 3 else "several"  # as in rl
@@ -187,9 +189,10 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
     if len(around):
         written.append(_markdown(_over_ours(around, lines)))
     if not every_case:
-        plain, told = lines["variant"] == "plain", []
+        plain, told, heads = lines["variant"] == "plain", [], lines["heads"] > 1
         for kind, which in (
-            ("plain", ~starred), ("with lengths or resets", starred & plain & (lines["mode"] != "step")),
+            ("plain", ~starred & ~heads), ("with heads, whose W_hh is block-diagonal there", heads),
+            ("with lengths or resets", starred & plain & (lines["mode"] != "step")),
             ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
         ):  # fmt: skip
             if len(its := 1 / lines["speed"][which].dropna()):
@@ -218,7 +221,7 @@ def _over_ours(around: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
     cells = around[trained & ~rare].drop_duplicates("case").set_index("case")[["gpu_lstm, ms"]]
     ratios = {r"torch.nn\*": torchs[torchs.index.isin(around["case"])]}
     cells[r"torch.nn\*"] = texts(torchs)
-    for provider, column in COLUMN.items():
+    for provider, column in ((name, COLUMN[name]) for name in COLUMN if name in set(around["provider"])):
         its = around[around["provider"] == provider].set_index("case")
         cells[column], ratios[column] = its["times as fast"].reindex(cells.index).fillna(""), its["ratio"]
     for name, others in (f"training {RARE}", around[rare]["case"]), ("forward", around[~trained]["case"]):
@@ -238,14 +241,15 @@ def sizes(case: Case, base: Case | None = None) -> str:
     """A case in words, without its mode; only what differs from `base`, if anything does."""
 
     def parts(case: Case) -> list[str]:
-        size = f"I{case.input_size} " * (case.input_size != case.hidden_size) + f"H{case.hidden_size}"
+        heads = f"{case.heads}x" * (case.heads > 1)
+        size = f"I{case.input_size} " * (case.input_size != case.hidden_size)
+        size += f"H{heads}{case.hidden_size // case.heads}"
         rest = [f"L{case.layers}", f"D{case.directions}", case.sequences, f"resets {100 * case.reset_rate:.3g}%"]
         return [case.cell.upper(), case.dtype, f"T{case.steps}", f"B{case.batch}", size, *rest, case.variant]
 
     changed = [part for part, same in zip(parts(case), parts(base)) if part != same] if base else []
-    return " ".join(
-        changed or (part for part in parts(case) if part not in ("LSTM", "L1", "D1", "full", "resets 0%", "plain"))
-    )
+    usual = "LSTM", "L1", "D1", "full", "resets 0%", "plain"
+    return " ".join(changed or (part for part in parts(case) if part not in usual))
 
 
 def digits(value: float) -> str:

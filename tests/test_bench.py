@@ -19,11 +19,13 @@ import torch
 from installed import ROOT
 from torch import nn
 
+import gpu_lstm
 from bench import __main__ as command_line
 from bench import cases, gpu, isolated, measure, providers, results, timing
 from bench.cases import Case
 from bench.inputs import Inputs, results_in
-from bench.providers import Provider, torchs
+from bench.providers import Provider, ours, torchs
+from gpu_lstm.modules.slstm import SLSTM
 
 SMALL = Case("training", "fp32", steps=5, batch=3, input_size=4, hidden_size=6)
 FORWARD = replace(SMALL, mode="forward")
@@ -48,16 +50,21 @@ def test_every_case_has_a_name_of_its_own(monkeypatch):
     monkeypatch.undo()
     for kind in ("cuda", "cpu"):
         grid = cases.grid(kind)
-        every = [case for group in grid.values() for case in group]
-        assert len({case.name for case in every}) == len(set(every)) == len(every)
+        every = [*dict.fromkeys(case for group in grid.values() for case in group)]  # some are in two
+        assert len({case.name for case in every}) == len(every)
         assert cases.choose(kind, None) == every
         assert {case.cell for case in every[:4]} == {"lstm", "gru"}  # what time is left for on a card
         assert cases.choose(kind, ["step", every[0].name]) == [*grid["step"], every[0]]
 
 
-@pytest.mark.parametrize(("cell", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU)])
-def test_operations_and_bytes_are_those_of_the_tensors(cell, kind):
-    case = Case("forward", "bf16", steps=7, batch=2, input_size=3, hidden_size=4, layers=2, directions=2, cell=cell)
+@pytest.mark.parametrize(("cell", "heads", "kind"), [
+    ("lstm", 1, nn.LSTM), ("gru", 1, nn.GRU), ("lstm", 2, partial(gpu_lstm.LSTM, heads=2)),
+    ("slstm", 2, partial(SLSTM, heads=2)),
+])  # fmt: skip
+def test_operations_and_bytes_are_those_of_the_tensors(cell, heads, kind):
+    case = Case(
+        "forward", "bf16", 7, batch=2, input_size=3, hidden_size=4, layers=2, directions=2, cell=cell, heads=heads
+    )
     parameters, training = list(kind(3, 4, 2, bidirectional=True).parameters()), replace(case, mode="training")
     assert case.operations() == 2 * 7 * 2 * sum(p.numel() for p in parameters if p.dim() == 2)
     assert case.bytes_moved() == 2 * (sum(p.numel() for p in parameters) + 7 * 2 * (3 + 8))
@@ -121,6 +128,26 @@ def test_a_provider_that_is_wrong_is_named_and_not_timed(monkeypatch, result, ch
     assert (rows["torch"]["status"], rows["faulty"]["status"]) == ("measured", "wrong")
     assert f"error of {result} is" in rows["faulty"]["note"]
     assert "median_s" not in rows["faulty"]
+
+
+def doubled(given):
+    """An sLSTM that takes the m that its states begin with twice."""
+    engine = ours.build("reference", given)
+    return replace(engine, call=lambda x, state: engine.call(x, (*state[:3], 2 * state[3])))
+
+
+@pytest.mark.parametrize(("case", "build"), [
+    (replace(SMALL, heads=2), lambda given: torchs.plain(replace(given, weights=given.weights | {
+        "weight_hh_l0": given.weights["weight_hh_l0"].roll(3, 0)}))),  # blocks of the next head
+    (replace(SMALL, heads=2), lambda given: replace(torchs.plain(given), to_torch=dict)),  # the dense W_hh's gradient
+    (replace(SMALL, cell="slstm"), doubled),
+], ids=["blocks", "gradient", "m"])  # fmt: skip
+def test_a_fault_of_heads_or_of_an_slstm_is_seen(monkeypatch, case, build):
+    monkeypatch.setitem(providers.PROVIDERS, "faulty", Provider(build))
+    rows = run_case(case, "torch", "ours", "faulty")
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "torch": "measured" if case.heads > 1 else "unable", "ours": "measured", "faulty": "wrong"}  # fmt: skip
+    assert ("speed" in rows["ours"]) == (case.heads > 1)
 
 
 @pytest.mark.parametrize(("error", "status"), [(1.9, "measured"), (2.1, "wrong")])
@@ -201,8 +228,8 @@ def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
 
 
 @pytest.mark.parametrize(("old", "new", "said"), [
-    (r",6$", ",99", "a.csv: schema 99.*reads schema 6"), ("case", "cause", r"other columns: \['case', 'cause'\]"),
-    (r",6$", "", "a.csv: line 2 has no schema"), (r"^20", "\n20", "a.csv: line 2 has no date"),
+    (r",7$", ",99", "a.csv: schema 99.*reads schema 7"), ("case", "cause", r"other columns: \['case', 'cause'\]"),
+    (r",7$", "", "a.csv: line 2 has no schema"), (r"^20", "\n20", "a.csv: line 2 has no date"),
     ("False", "perhaps", "a.csv: line 2 has no graph"), (",3,", ",three,", "a.csv: .*three"),
     ("measured", "guessed", "a.csv: line 2 has no status"), ("fp32", "fp\0", "a.csv: it holds NUL bytes; expected wh"),
 ])  # fmt: skip

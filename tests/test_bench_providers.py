@@ -30,19 +30,30 @@ CASES = {
     "gru-to-states": replace(SHORT, layers=2, reset_rate=0.3, variant="reset_states", cell="gru"),
     "gru-resets": replace(SHORT, layers=2, reset_rate=0.3, cell="gru"),
     "gru-step": replace(PLAIN, mode="step", steps=1, cell="gru"),
+    "heads": replace(SHORT, heads=4), "gru-heads": replace(SHORT, heads=2, cell="gru"),
+    "heads-directions": replace(SHORT, steps=3, layers=2, directions=2, heads=4),
+    "slstm": replace(SHORT, cell="slstm"), "slstm-heads": replace(SHORT, heads=4, cell="slstm"),
+    "slstm-resets": replace(SHORT, layers=2, directions=2, heads=2, reset_rate=0.3, sequences="ragged", cell="slstm"),
+    "slstm-step": replace(PLAIN, mode="step", steps=1, heads=2, cell="slstm"),
     "step": replace(PLAIN, mode="step", steps=1), "active": replace(PLAIN, mode="step", steps=1, sequences="active"),
 } | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
+SLSTM = [name for name, case in CASES.items() if case.cell == "slstm"]
+OF_HEADS = [name for name, case in CASES.items() if case.heads > 1 or case.cell == "slstm"]
 RESETS, OF_GRU = "resets resets-layers to-states", "gru-resets gru-to-states"
 DONE = {  # which cases a provider does; it is unable to do the others
-    "torch": "plain layers directions packed step gru gru-step", "torch-packed": "ragged ragged-directions gru-ragged",
+    "torch": "plain layers directions packed step gru gru-step heads gru-heads "
+             "heads-directions",
+    "head-loop": "heads gru-heads", "xlstm-vanilla": "slstm slstm-heads slstm-step",
+    "torch-packed": "ragged ragged-directions gru-ragged",
     "torch-flat": "", "flashrnn-cuda": "",  # nothing in fp32
     "cell-loop": "plain step", "compiled-loop": "plain", "haste": "plain step", "keras": "plain step",
     **dict.fromkeys(("cleanrl-loop", "rl_games-pieces"), f"{RESETS} {OF_GRU}"),
     "rsl_rl-padded": "resets resets-layers gru-resets",
     "torchrl-pad": f"plain layers {RESETS} step", "torchrl-triton": f"plain layers {RESETS} step",
-    **dict.fromkeys(("ours", "ours-triton", "ours-reference"), " ".join(CASES)), "ours-stream": "step active gru-step",
-    "ours-cupy": " ".join(name for name in CASES if name not in VARIANTS),
-    "ours-torch": " ".join(name for name in CASES if name not in (*VARIANTS, "to-states", "gru-to-states")),
+    **dict.fromkeys(("ours", "ours-triton", "ours-reference"), " ".join(CASES)),
+    "ours-stream": "step active gru-step",
+    "ours-cupy": " ".join(name for name in CASES if name not in (*VARIANTS, *OF_HEADS)),
+    "ours-torch": " ".join(name for name in CASES if name not in (*VARIANTS, "to-states", "gru-to-states", *SLSTM)),
 }  # fmt: skip
 
 

@@ -71,6 +71,34 @@ def test_a_page_tells_variants_from_lengths_and_resets_and_has_forward_alone_and
     assert "| training resets 0.5%, 1 cases | | 0.400 to 0.400 | 5.00 to 5.00 |" in texts[1]
 
 
+def test_cases_of_heads_are_a_group_whose_workarounds_are_on_the_page(tmp_path):
+    heads = replace(HEADLINE, hidden_size=512, input_size=512, heads=4)
+    few, slstm = replace(heads, batch=1), replace(heads, cell="slstm")
+    of_case = [row(HEADLINE, 1.0), row(HEADLINE, 1.0, provider="torch"), row(HEADLINE, provider="haste")]
+    for case, speed, others in ((heads, 2.0, ["head-loop"]), (few, 4.0, []), (slstm, None, ["xlstm-vanilla"])):
+        of_case.append(row(case, speed or float("nan")))
+        of_case += [row(case, 1.0, provider="torch")] if speed else [row(case, provider="torch", status="unable")]
+        of_case += [row(case, provider=name, over_ours=3.0) for name in others]
+    rows = report.measured(frame(of_case))
+    lines = report.by_case(rows)
+    assert list(lines["object"].map(report.sizes).groupby(lines["group"]).agg(list)) == [
+        ["bf16 T1024 B16 H768"],
+        ["bf16 T1024 B1 H4x128", "bf16 T1024 B16 H4x128", "SLSTM bf16 T1024 B16 H4x128"],
+    ]  # fmt: skip
+    results.create(file := tmp_path / "a.csv")
+    for each in of_case:
+        results.append(file, {name: value for name, value in each.items() if value == value} | {"cuda": None})
+    texts = []
+    for pictures in (None, []):  # README, and the page with all cases
+        (page := tmp_path / "page.md").write_text(f"{report.BEGIN}\n{report.END}")
+        report.update_page(page, [file], pictures)
+        texts.append(" ".join(page.read_text().split()))
+    assert "plain 1.00 to 1.00; with heads, whose W_hh is block-diagonal there 0.250 to 0.500." in texts[0]
+    assert r"| case | gpu_lstm, ms | torch.nn\* | head by head | xlstm |" in texts[1]
+    assert "| training T1024 B16 H4x128 | 1000 | 2.00 | 3.00 | |" in texts[1]
+    assert "| training SLSTM T1024 B16 H4x128 | 1000 | | | 3.00 |" in texts[1]
+
+
 def run(**cases):
     """Rows of a case, or of `case_2` and so on."""
     return frame([row(**changes) | {"case": case[0]} for case, changes in cases.items()])

@@ -20,10 +20,10 @@ class Unable(Exception):
 
 @dataclass(frozen=True)
 class Engine:
-    """An LSTM or GRU with the weights of the inputs: a callable, and leaves whose gradients are compared."""
+    """A recurrent layer with the weights of the inputs: a callable, and leaves whose gradients are compared."""
 
-    # x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n), as torch.nn.LSTM, of a GRU (h0,) to (h_n,);
-    # None for a state not computed
+    # x [T, B, I], (h0, c0) [R, B, H] to output [T, B, D*H], (h_n, c_n), as torch.nn.LSTM, of a GRU (h0,) to (h_n,),
+    # of an sLSTM (h0, c0, n0, m0) to as many; None for a state not computed
     call: Callable[..., tuple[Any, Any]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
@@ -56,8 +56,9 @@ class Provider:
 
 
 def expect(case: Case, *features: str) -> Case:
-    """The case. Unable if it has features but these: "layers", "directions", "resets", its sequences, variant, cell."""
+    """The case. Unable if it has others than these: "layers", "directions", "resets", "heads", its sequences etc."""
     has = ["layers"] * (case.layers > 1) + ["directions"] * (case.directions > 1) + ["resets"] * (case.reset_rate > 0)
+    has += ["heads"] * (case.heads > 1)
     if beyond := {*has, case.sequences, case.variant, case.cell} - {*features, "full", "plain", "lstm"}:
         raise Unable(f"does not do {' or '.join(sorted(beyond))}")
     return case

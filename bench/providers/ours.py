@@ -1,7 +1,8 @@
-"""gpu_lstm.LSTM and GRU: as it chooses for itself, by each backend, and as a stream of steps."""
+"""gpu_lstm.LSTM, GRU and SLSTM: as it chooses for itself, by each backend, and as a stream of steps."""
 
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from .engine import Engine, Provider, Unable, as_hx, expect, module_like_torchs
 
 # Features of backends, more than torch.nn.LSTM's own. Those that are not named here support every variant, too.
 PLAIN = "layers", "directions", "ragged", "packed", "active", "resets", "gru"
-SUPPORTED = {"torch": PLAIN, "cupy": (*PLAIN, "reset_states")}
+SUPPORTED = {"torch": (*PLAIN, "heads"), "cupy": (*PLAIN, "reset_states")}
 
 
 def absent(backend: Any, device: str) -> str | None:
@@ -29,9 +30,11 @@ def absent(backend: Any, device: str) -> str | None:
 
 def build(backend: str | None, inputs: Inputs) -> Engine:
     """The module on one backend; where Triton's kernels run, with their families: "cooperative / step"."""
-    case = expect(inputs.case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS)))
+    case = expect(inputs.case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS, "heads", "slstm")))
     on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
-    module: Any = module_like_torchs(gpu_lstm, inputs, backend=backend, **on)
+    on |= {"heads": case.heads} if case.heads > 1 else {}  # which another commit may not accept
+    package = import_module("gpu_lstm.modules.slstm") if case.cell == "slstm" else gpu_lstm
+    module: Any = module_like_torchs(package, inputs, backend=backend, **on)
     options: dict[str, Any] = {
         "resets": inputs.resets,
         "lengths": None if case.sequences == "packed" else inputs.lengths,

@@ -1,4 +1,4 @@
-"""The LSTMs of other packages: flashrnn, haste_pytorch, TorchRL and Keras, each imported when it runs."""
+"""The LSTMs of other packages: flashrnn, haste_pytorch, xlstm, TorchRL and Keras, each imported when it runs."""
 
 import os
 from functools import partial
@@ -13,16 +13,17 @@ from .engine import Engine, Provider, Unable, absence, expect, module_like_torch
 
 
 def flashrnn(inputs: Inputs) -> Engine:
-    """The input's matmul, then one call of flashrnn's fused CUDA kernels, with one head. Written against 1.0.8.
+    """The input's matmul, then one call of flashrnn's fused CUDA kernels. Written against 1.0.8.
 
-    Wx [B, T, 4, heads, H], R [4, heads, H, H], bias [4, heads, H], states [2, B, 1, heads, H], gates in torch's order.
+    Wx [B, T, 4, heads, D], R [4, heads, D, D], bias [4, heads, D], states [2 or 4, B, 1, heads, D], gates as torch's.
     Its kernels store the four gates of a unit together, [H, 4]; the leaves do, too, so that nothing is copied.
     """
-    case, H = expect(inputs.case), inputs.case.hidden_size
+    case, H = expect(inputs.case, "heads", "slstm"), inputs.case.hidden_size
+    D = H // case.heads
     if case.dtype == "fp32":
         raise Unable("takes products of float32 tensors in TF32")
-    if H % 16:
-        raise Unable("H is no multiple of 16, the units of a tile of the CUDA kernels")
+    if D % 16:
+        raise Unable("a head's units are no multiple of 16, as many as a tile of the CUDA kernels has")
     function = import_module("flashrnn").flashrnn
     weight_ih, weight_hh, bias_ih, bias_hh = inputs.weights.values()
     W, R, b = (
@@ -33,11 +34,11 @@ def flashrnn(inputs: Inputs) -> Engine:
     def call(x, state):
         gates_x = F.linear(x, W.flatten(0, 1)).unflatten(2, (H, 4))  # [T, B, H, 4]
         states, last = function(
-            gates_x.transpose(2, 3).transpose(0, 1)[:, :, :, None], R.transpose(0, 1)[:, None], b.T[:, None],
-            states=torch.cat(state)[:, :, None, None], function="lstm", backend="cuda_fused",
-            dtype=str(case.torch_dtype).removeprefix("torch."),
+            gates_x.transpose(2, 3).transpose(0, 1).unflatten(3, (-1, D)), R.transpose(0, 1).unflatten(1, (-1, D)),
+            b.T.unflatten(1, (-1, D)), states=torch.cat(state)[:, :, None].unflatten(3, (-1, D)), function=case.cell,
+            backend="cuda_fused", dtype=str(case.torch_dtype).removeprefix("torch."),
         )  # fmt: skip
-        return states[0, :, :, 0].transpose(0, 1), tuple(last[:, :, :, 0].transpose(1, 2))
+        return states[0].flatten(2).transpose(0, 1), tuple(last.flatten(3).transpose(1, 2))
 
     def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # [4H, *] again
         return {name: gradient.transpose(0, 1).flatten(0, 1) for name, gradient in gradients.items()}
@@ -59,6 +60,34 @@ def haste(inputs: Inputs) -> Engine:
         return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
 
     return Engine.of(lstm.train(case.training).requires_grad_(case.training), to_torch)
+
+
+def xlstm(inputs: Inputs) -> Engine:
+    """The product of the input, then xlstm's own cell in torch's operators, a step at a time. Written against 2.0.6.
+
+    Gates in torch's order; R [heads, 4 * D, D], one bias, states [4, B, H].
+    """
+    if (case := expect(inputs.case, "heads", "slstm")).cell != "slstm":
+        raise Unable("only for an sLSTM")
+    module, dtype = import_module("xlstm.blocks.slstm.cell"), str(case.torch_dtype).removeprefix("torch.")
+    cell = module.sLSTMCell(module.sLSTMCellConfig(
+        hidden_size=case.hidden_size, num_heads=case.heads, backend="vanilla", dtype=dtype, dtype_b=dtype,
+        input_shape="SBGNH", output_shape="SBH",
+    ))  # fmt: skip
+    weight_ih, weight_hh, bias_ih, bias_hh = inputs.weights.values()
+    R = weight_hh.unflatten(0, (4, case.heads, -1)).transpose(0, 1).flatten(1, 2)
+    leaves = [nn.Parameter(t.clone(), case.training) for t in (weight_ih, R, bias_ih + bias_hh)]
+    W, cell._recurrent_kernel_, cell._bias_ = leaves
+
+    def call(x, state):
+        y, last = cell(F.linear(x, W), torch.cat(state))
+        return y, tuple(last[:, None])
+
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        dR = gradients["weight_hh_l0"].unflatten(1, (4, -1)).transpose(0, 1).flatten(0, 2)
+        return gradients | {"weight_hh_l0": dR}
+
+    return Engine(call, dict(zip(("weight_ih_l0", "weight_hh_l0", "bias_l0"), leaves)), to_torch)
 
 
 def torchrl(backend: str, inputs: Inputs) -> Engine:
@@ -130,6 +159,7 @@ needs_torchrl = partial(absence, "torchrl", "pip install 'torchrl>=0.13'")  # th
 PROVIDERS = {
     "flashrnn-cuda": Provider(flashrnn, partial(absence, "flashrnn", "pip install flashrnn")),
     "haste": Provider(haste, partial(absence, "haste_pytorch", "pip install --no-build-isolation haste_pytorch")),
+    "xlstm-vanilla": Provider(xlstm, partial(absence, "xlstm", "pip install xlstm", cuda=False), everywhere=True),
     "torchrl-pad": Provider(partial(torchrl, "pad"), partial(needs_torchrl, cuda=False), everywhere=True),
     "torchrl-triton": Provider(partial(torchrl, "triton"), needs_torchrl, everywhere=True),
     "keras": Provider(keras, keras_absent),

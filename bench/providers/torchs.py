@@ -1,8 +1,10 @@
 """What PyTorch offers: torch.nn.LSTM and GRU, and the loops that people write for what these lack."""
 
 import itertools
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.backends.cudnn.rnn import get_cudnn_mode
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..inputs import Inputs
+from ..inputs import Inputs, blocks, dense
 from .engine import Engine, Provider, Unable, as_hx, expect, module_like_torchs
 
 NO_RESETS = "only for batches with resets"
@@ -18,9 +20,14 @@ CHUNK = 16  # steps that are compiled at once: compiling unrolls the loop, so th
 
 
 def plain(inputs: Inputs) -> Engine:
-    """The module: ATen on the CPU, cuDNN on CUDA."""
-    expect(inputs.case, "layers", "directions", "packed", "gru")
-    return Engine.of(module_like_torchs(nn, inputs))
+    """The module: ATen on the CPU, cuDNN on CUDA. It takes heads for a W_hh that is zero outside the blocks."""
+    heads = expect(inputs.case, "layers", "directions", "packed", "gru", "heads").heads
+
+    def of_hh(change: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: change(t, heads) if name.startswith("weight_hh") else t for name, t in tensors.items()}
+
+    inputs = replace(inputs, weights=of_hh(dense, inputs.weights))
+    return Engine.of(module_like_torchs(nn, inputs), partial(of_hh, blocks))
 
 
 def flat(inputs: Inputs) -> Engine:
@@ -32,6 +39,29 @@ def flat(inputs: Inputs) -> Engine:
     with torch.no_grad():
         torch._cudnn_rnn_flatten_weight(list(engine.parameters.values()), 4, *sizes, False, case.directions == 2)
     return engine
+
+
+def head_loop(inputs: Inputs) -> Engine:
+    """A torch.nn module for each head, with the rows of its units."""
+    if (case := expect(inputs.case, "gru", "heads")).heads == 1:
+        raise Unable("only for heads")
+    one = replace(case, hidden_size=case.hidden_size // case.heads, heads=1)
+    build = flat if inputs.x.is_cuda and case.torch_dtype is torch.bfloat16 else plain
+    weights = {name: t.unflatten(0, (-1, case.heads, one.hidden_size)) for name, t in inputs.weights.items()}
+    of_heads = [{name: t[:, n].flatten(0, 1) for name, t in weights.items()} for n in range(case.heads)]
+    engines = [build(replace(inputs, case=one, weights=its)) for its in of_heads]
+    leaves: Any = dict(enumerate(t for engine in engines for t in engine.parameters.values()))
+
+    def call(x, state):
+        parts = zip(*(each.chunk(case.heads, dim=2) for each in state))  # of each head
+        outputs, finals = zip(*(engine.call(x, [t.contiguous() for t in part]) for engine, part in zip(engines, parts)))
+        return torch.cat(outputs, dim=2), tuple(torch.cat(each, dim=2) for each in zip(*finals))
+
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # rows in the order of gates, then heads
+        parts = [t.unflatten(0, (-1, one.hidden_size)) for t in gradients.values()]
+        return {name: torch.stack(parts[n :: len(weights)], 1).flatten(0, 2) for n, name in enumerate(weights)}
+
+    return Engine(call, leaves, to_torch)
 
 
 def packed(inputs: Inputs) -> Engine:
@@ -152,6 +182,7 @@ def compiled_loop(inputs: Inputs) -> Engine:
 PROVIDERS = {
     "torch": Provider(plain, everywhere=True, graphed=True),
     "torch-flat": Provider(flat, everywhere=True, graphed=True),
+    "head-loop": Provider(head_loop, everywhere=True),
     "torch-packed": Provider(packed, everywhere=True),
     "cell-loop": Provider(cell_loop),
     "compiled-loop": Provider(compiled_loop),

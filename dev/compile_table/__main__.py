@@ -37,8 +37,8 @@ FAMILIES = {  # by what the names of their kernels begin with; those in CUDA C++
 CUDA = "CUDA C++, through CuPy"
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
 states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`;
-*peepholes*, *layer norm*: with those; *GRU*: of a GRU, all others of an LSTM. Of the kernels in CUDA C++ those without
-`mma` read W_hh at every step."""
+*peepholes*, *layer norm*: with those; 4x128: 4 heads of 128 units; *GRU*, *sLSTM*: of those, all others of an LSTM. Of
+the kernels in CUDA C++ those without `mma` read W_hh at every step."""
 
 
 def _of_loop(name: str) -> Callable[[Report], object]:

@@ -6,6 +6,7 @@ instructions that use them.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,13 +60,13 @@ class _Block:
         return None if begin is None else begin + int(offset or 0) + 0 * self.threads
 
 
-def misplaced(ptx: str, weights: int, apart: int, size: int, blocks: int) -> int:
+def misplaced(ptx: str, weights: int, place: Callable[[int], int], size: int, blocks: int) -> int:
     """How many products of a chain over K do not begin at what the kernel stored for them.
 
     Args:
         ptx: of a kernel that loads all weights before its time loop, and multiplies with them on the left of wgmma.
         weights: which parameter they are.
-        apart: bytes in global memory from one k to the next of the same column.
+        place: bytes in global memory from the first k of a column to the k-th.
         size: bytes of an element.
         blocks: of 64 columns of weights.
     """
@@ -87,9 +88,9 @@ def misplaced(ptx: str, weights: int, apart: int, size: int, blocks: int) -> int
             begin = ((block.value(descriptor) & 0x3FFF) << 4) + 0 * block.threads
             for warpgroup, at in enumerate(begin[::128].tolist()):
                 chains.setdefault((sums, warpgroup), []).append(at)
-    first, wrong, step = set(), 0, _K_BYTES // size * apart
+    first, wrong, k = set(), 0, _K_BYTES // size
     for chain in chains.values():
         source = stored[chain[0]]
         first.add(source)
-        wrong += sum(stored.get(at) != source + j * step for j, at in enumerate(chain))
+        wrong += sum(stored.get(at) != source + place(j * k) for j, at in enumerate(chain))
     return wrong + abs(len(first) - blocks)

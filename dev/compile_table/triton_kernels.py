@@ -78,8 +78,10 @@ class Case:
     def __str__(self) -> str:
         p = self.problem
         name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
-        name += f" B={p.batch} H={p.hidden}" + f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
-        name += " GRU" * (p.cell == "gru") + " peepholes" * p.weight_peephole + " layer norm" * p.normalised
+        name += f" B={p.batch} H=" + f"{p.heads}x" * (p.heads > 1) + f"{p.hidden // p.heads}"
+        name += f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
+        name += {"lstm": "", "gru": " GRU", "slstm": " sLSTM"}[p.cell]
+        name += " peepholes" * p.weight_peephole + " layer norm" * p.normalised
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
@@ -90,6 +92,8 @@ VARIANTS = {
     "peepholes": dict(weight_peephole=True),
     "norms": dict(gain_hh=True, gain_c=True, bias_c=True),
     "gru": dict(cell="gru"),
+    "slstm": dict(cell="slstm"),
+    "heads": dict(heads=4),
 }
 
 
@@ -114,6 +118,7 @@ def step_cases() -> list[Case]:
         (16, 768, 0, ""), (64, 130, 33, "ragged"), (64, 130, 0, "ragged masks"), (64, 130, 33, "ragged masks"),
         (64, 130, 0, "ragged rates"), (16, 768, 0, "peepholes"), (64, 130, 33, "ragged masks peepholes"),
         (16, 768, 0, "norms"), (64, 130, 0, "ragged masks peepholes norms"), (64, 130, 0, "ragged masks gru"),
+        (64, 520, 0, "ragged masks heads"), (64, 130, 0, "ragged slstm"), (64, 520, 0, "slstm heads"),
     )  # fmt: skip
     return [
         Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), words), backward, card, True)
@@ -146,6 +151,10 @@ def sequence_cases() -> list[Case]:
     kinds += [(64, 768, every)]
     kinds += [(16, 64, "gru"), (16, 64, "ragged masks gru"), (4096, 128, "gru"), (512, 256, "gru")]
     kinds += itertools.product((16,), (512, 768, 1536), ("gru",))
+    kinds += itertools.product((16, 256), (512, 1024), ("heads",))  # of 128 units, and of 256
+    kinds += itertools.product((16, 256), (512,), ("ragged masks heads", "slstm heads", "ragged slstm heads"))
+    kinds += itertools.product((16,), (1024,), ("ragged masks heads", "slstm heads"))
+    kinds += [(256, 512, "ragged heads"), (16, 512, "gru heads"), (16, 128, "slstm"), (16, 768, "slstm")]
     return [
         Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), backward, card)
         for (dtype, precision), (batch, hidden, words), backward, card
@@ -155,7 +164,7 @@ def sequence_cases() -> list[Case]:
 
 def large_cases() -> list[Case]:
     """For the pointwise family; and ragged, with noise and peepholes."""
-    kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes", "gru"
+    kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes", "gru", "heads", "slstm"
     return [
         Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), words), backward, card)
         for (dtype, precision), words, backward, card
@@ -209,10 +218,14 @@ def _parameters(launch: RecordedLaunch) -> list[str]:
 
 
 def _misplaced(ptx: str, launch: RecordedLaunch, case: Case, plan: Plan) -> int:
-    """As `misplaced`, of W_hh [4H, P], whose k are the features of h, or the gates in backward."""
-    size, blocks = case.problem.size, plan.units * (plan.family.parts if case.backward else 4) // 64
-    apart = size * (launch.arguments["S"].P if case.backward else 1)
-    return misplaced(ptx, _parameters(launch).index("weight_hh_ptr"), apart, size, blocks)
+    """As `misplaced`, of W_hh [4H, D], whose k are the features of h, or the gates in backward."""
+    p, blocks = case.problem, plan.units * (plan.family.parts if case.backward else 4) // 64
+
+    def place(k: int) -> int:
+        gate, unit = divmod(k, p.hidden // p.heads)  # of one head
+        return p.size * ((gate * p.hidden + unit) * p.columns if case.backward else k)
+
+    return misplaced(ptx, _parameters(launch).index("weight_hh_ptr"), place, p.size, blocks)
 
 
 # Operations whose result points where their operand does.
