@@ -268,6 +268,15 @@ def test_the_page_is_red_where_the_cell_is_far_from_its_median_and_in_letters_of
     assert (columns[0], rows[0]) == (pytest.approx(6 + 36 * 7, abs=2), pytest.approx(24 + 14.5, abs=2))
 
 
+# lesson_answers.py
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_the_answer_of_an_exercise_is_right(number, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # for weather.py
+    getattr(load(EXAMPLES / "lesson_answers.py"), f"exercise_{number}")()
+
+
 # lesson_plots.py
 
 
