@@ -12,7 +12,7 @@ a table of what followed up to 16 characters, and the same LSTM with its state z
 
 Prints how often each is right, and how long an update takes: one call with resets, and torch.nn.LSTM called for each
 piece between two starts of files. Draws a page of an unseen file, and the cell that knows of the quote, in
-out/highlight.png.
+out/highlight.png, and what this cell holds at each character of the page in out/highlight_cell.png.
 """
 
 import copy
@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgba, to_rgba_array
+from matplotlib.colors import to_rgba_array
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -115,6 +115,7 @@ def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) ->
         f"{HIDDEN_SIZES[-1]} LSTM units": guesses["StackedLSTM"],
     }
     draw(test[file], rows, cell, {name: its[rows, file] for name, its in pages.items()}, out / "highlight.png")
+    draw_cell(test[file].text[rows], cell, out / "highlight_cell.png")
     return scores
 
 
@@ -388,7 +389,7 @@ def draw(source: Source, rows: slice, cell: np.ndarray, pages: dict[str, Tensor]
     axes.set_title("What one of the LSTM's cells holds while the page below is read, character by character", **TITLE)
     for number, (name, labels) in enumerate(pages.items()):
         axes = panel(gap + number * (wide + gap), gap, wide, high)
-        write(axes, source.text[rows], labels)
+        write(axes, source.text[rows], labels, to_rgba_array(TINT)[labels.numpy()])
         wrong = 100 * (labels != truth).double().mean()
         axes.set_title(f"{name}: {wrong:.1f} % wrong" if number else name, **TITLE)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -396,13 +397,28 @@ def draw(source: Source, rows: slice, cell: np.ndarray, pages: dict[str, Tensor]
     print(f"Picture: {path}, with lines of {source.name}")
 
 
-def write(axes: Axes, text: str, labels: Tensor) -> None:
-    """LINES of text in the colours of labels [characters]."""
+def draw_cell(text: str, cell: np.ndarray, path: Path) -> None:
+    """The page, where the characters are the redder the farther the cell's state [characters] is from its median."""
+    away = np.abs(cell - np.median(cell))
+    wide, high, gap, above = COLUMNS * 7, LINES * 14.5, 6, 24  # dots
+    figure = Figure(figsize=((wide + 2 * gap) / DOTS, (high + gap + above) / DOTS))
+    area = gap, gap, wide, high
+    axes = figure.add_axes([part / whole for part, whole in zip(area, 2 * tuple(DOTS * figure.get_size_inches()))])
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_color("0.8")
+    axes.set_title("White: the cell is at its median. Red: it is far from it", **TITLE)
+    tints = to_rgba_array(["#e8402a"] * len(cell), alpha=away / away.max())
+    write(axes, text, torch.zeros(len(cell), dtype=torch.long), tints)
+    figure.savefig(path, dpi=DOTS)
+
+
+def write(axes: Axes, text: str, labels: Tensor, tints: np.ndarray) -> None:
+    """LINES of text in the ink of labels [characters], on tints [characters, RGBA]."""
     colours, begin = np.ones((LINES, COLUMNS, 4)), 0  # RGBA, white
     for number, line in enumerate(text.split("\n")[:-1]):
-        its = labels[begin : begin + len(line)]
-        for kind, run in runs(its):
-            colours[number, run] = to_rgba(TINT[kind])
+        its = slice(begin, begin + len(line))
+        colours[number, : len(line)] = tints[its]
+        for kind, run in runs(labels[its]):
             style = {"fontsize": FONT, "family": "monospace", "va": "center", "parse_math": False}
             axes.text(run.start, number + 0.55, line[run], color=INK[kind], **style)
         begin += len(line) + 1

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 
 from gpu_lstm.tools.trace import Trace
@@ -202,16 +201,4 @@ def losses(curve: Sequence[tuple[float, float]], baseline: float) -> Figure:
     axes.axhline(baseline, color=OTHER[0], linestyle="--", label="2015, forecast: same as today")
     axes.set(xlabel="epoch", ylabel="mean squared error", ylim=(None, 1.03 * baseline))
     axes.legend(frameon=False, loc="lower left")
-    return figure
-
-
-def forecast(dates: np.ndarray, truth: np.ndarray, today: np.ndarray, ours: np.ndarray) -> Figure:
-    """What was measured and what was forecast the day before, [days], in °C."""
-    figure, ((axes,),) = panels(1, 2.8)
-    axes.plot(dates, truth, "o", color=GREY, markersize=4, label="measured")
-    axes.plot(dates, today, color=OTHER[0], linewidth=1, linestyle="--", label="same as today")
-    axes.plot(dates, ours, color=INK, linewidth=1.8, label="the stack")
-    axes.set(ylabel="daily maximum, °C", ylim=(None, truth.max() + 6))
-    axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))
-    axes.legend(frameon=False, ncols=3, loc="upper right")
     return figure

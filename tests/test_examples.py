@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from installed import ROOT, load
+from matplotlib import image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._pytree import tree_leaves_with_path
@@ -260,7 +261,29 @@ def test_only_with_a_long_memory_are_strings_and_comments_told_from_code(tmp_pat
     assert len(scores) == 2
     for rival in scores.values():
         assert all(share > its + 0.1 for share, its in zip(ours, rival))
-    assert (tmp_path / "highlight.png").stat().st_size > 10_000
+    assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("highlight", "highlight_cell"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_page_is_red_where_the_cell_is_far_from_its_median_and_in_letters_of_seven_dots(tmp_path, sign):
+    highlight = load(EXAMPLES / "highlight.py")
+    text = "a" * 72 + "\n" + "b" * 36 + "c" * 36 + "\n" + 26 * "\n"
+    cell = sign * torch.tensor([0.5 + 2 * (character == "c") for character in text]).numpy()
+    highlight.draw_cell(text, cell, tmp_path / "cell.png")
+    pixels = torch.from_numpy(image.imread(tmp_path / "cell.png"))[..., :3]  # [height, width, RGB]
+    red = (pixels[..., 0] > 0.8) & (pixels[..., 2] < 0.5)
+    rows, columns = (red.any(dim=other).nonzero().flatten() for other in (1, 0))
+    assert (columns.numel(), rows.numel()) == (pytest.approx(36 * 7, abs=2), pytest.approx(14.5, abs=2))
+    assert (columns[0], rows[0]) == (pytest.approx(6 + 36 * 7, abs=2), pytest.approx(24 + 14.5, abs=2))
+
+
+# lesson_answers.py
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_the_answer_of_an_exercise_is_right(number, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # for weather.py
+    getattr(load(EXAMPLES / "lesson_answers.py"), f"exercise_{number}")()
 
 
 # lesson_plots.py
