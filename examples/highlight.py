@@ -15,6 +15,7 @@ piece between two starts of files. Draws a page of an unseen file, and the cell 
 out/highlight.png, and what this cell holds at each character of the page in out/highlight_cell.png.
 """
 
+import argparse
 import copy
 import hashlib
 import io
@@ -426,4 +427,7 @@ def write(axes: Axes, text: str, labels: Tensor, tints: np.ndarray) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--files", type=int, default=TRAINING_FILES, help="to learn from; default: %(default)s")
+    main(**vars(parser.parse_args()))
