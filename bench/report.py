@@ -19,6 +19,7 @@ from .cases import Case
 from .providers import OURS, YARDSTICK
 
 EVEN = 0.02  # a time that differs by less is called even
+EVEN_ON_A_CPU = 0.07  # there torch's own runs plain calls: such a case is one of a range on a page
 MIB = 2**20
 WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
     "head-loop": "an nn.LSTM for each head",
@@ -200,10 +201,16 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
         text = f"One call's time over that of torch.nn, which ignores what it lacks: {'; '.join(told)}."
         return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # which all have
     lines = lines[~_names(lines).isin(around["case"])]
+    starred = starred[lines.index]
+    same = ~starred & (lines["mode"] != "step") & ((lines["speed"] - 1).abs() < EVEN_ON_A_CPU) & (not on_gpu)
+    its, lines = lines["speed"][same], lines[~same]
     cells = {"case": _names(lines),
              "torch.nn, ms": lines["torch ms"].str.replace("*", r"\*"), "gpu_lstm, ms": lines["ours ms"],
              "times as fast": lines["times as fast"].str.split(" ").str[0], "of the bound": lines["bound"]}  # fmt: skip
     written.append(_markdown(pd.DataFrame(cells).replace("-", "not run")))
+    if len(its):
+        text = f"{len(its)} more cases, which torch's own runs, are {digits(min(its))} to {digits(max(its))} times as fast."
+        written += ["", wrapped(text)]
     return "\n".join(written).replace(f" {dtypes} T", " T")
 
 
