@@ -48,7 +48,7 @@ OF_H100 = {  # in bf16, by whether it is backward
     False: [*IN_BOTH, "B=16 H=512", "B=16 H=64 ragged masks", "B=16 H=64 ragged peepholes layer norm masks",
             "B=16 H=768 ragged peepholes masks", f"{PRODUCT} ragged peepholes masks"],
     True: [*IN_BOTH, "B=16 H=1536", "B=16 H=64 ragged rates", "B=16 H=768 ragged rates", "B=16 H=768 peepholes",
-           "B=4096 H=128 ragged peepholes", f"{PRODUCT} ragged peepholes rates"],
+           "B=256 H=4x256", "B=4096 H=128 ragged peepholes", f"{PRODUCT} ragged peepholes rates"],
 }
 SLOWER = {  # or no two of their facts are new
     False: ["B=16 H=128 layer norm", "B=256 H=768", "B=16 H=1536", "B=16 H=768 peepholes",
