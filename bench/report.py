@@ -209,7 +209,8 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
              "times as fast": lines["times as fast"].str.split(" ").str[0], "of the bound": lines["bound"]}  # fmt: skip
     written.append(_markdown(pd.DataFrame(cells).replace("-", "not run")))
     if len(its):
-        text = f"{len(its)} more cases, which torch's own runs, are {digits(min(its))} to {digits(max(its))} times as fast."
+        ends = f"{digits(min(its))} to {digits(max(its))}"
+        text = f"{len(its)} more cases, which torch's own runs, are {ends} times as fast."
         written += ["", wrapped(text)]
     return "\n".join(written).replace(f" {dtypes} T", " T")
 

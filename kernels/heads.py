@@ -7,12 +7,21 @@ import torch
 from torch import Tensor
 
 
+def arranged(weight: Tensor, width: int) -> Tensor:
+    """W_hh for many products with h of `width` features: of several heads [heads, D, GATES D], of one as it is."""
+    if (head := weight.shape[1]) == width:
+        return weight
+    return weight.view(-1, width // head, head, head).permute(1, 3, 0, 2).flatten(2)
+
+
 def product(h: Tensor, weight: Tensor) -> Tensor:
-    """W_hh h: h [..., P] -> [..., GATES H]."""
-    if (head := weight.shape[1]) == h.shape[-1]:
+    """W_hh h: h [..., P] -> [..., GATES H]; W_hh may be arranged."""
+    weight = arranged(weight, h.shape[-1]) if weight.dim() == 2 else weight
+    if weight.dim() == 2:
         return h @ weight.T
-    by_head = h.unflatten(-1, (-1, head))  # [..., heads, D]
-    return torch.einsum("...ne,gnde->...gnd", by_head, weight.view(-1, by_head.shape[-2], head, head)).flatten(-3)
+    head = weight.shape[1]
+    by_head = torch.bmm(h.reshape(-1, len(weight), head).transpose(0, 1), weight)  # [heads, rows, GATES D]
+    return by_head.unflatten(2, (-1, head)).permute(1, 2, 0, 3).reshape(*h.shape[:-1], -1)
 
 
 def gradient_of_h(dz: Tensor, weight: Tensor, width: int) -> Tensor:

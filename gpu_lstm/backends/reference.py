@@ -23,6 +23,7 @@ from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
 from ..kernels.cells import CELLS
+from ..kernels.heads import arranged
 from ..kernels.tensors import Noise
 from .layer_loop import Part, run_layers, without_autocast
 
@@ -88,6 +89,7 @@ def run_layer(
     dtype, cell_dtype, empty = x.dtype, c.dtype, CELLS[cell].empty_like(c)
     if dtype in (torch.float16, torch.bfloat16):
         x, h, c, weights = x.float(), h.float(), c.float(), weights.to(torch.float32)
+    weights = weights._replace(weight_hh=arranged(weights.weight_hh, h.shape[1]))
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
     ended = None if valid is None else ~valid
 
