@@ -35,7 +35,7 @@ KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32
 MAY_ASK = {  # functions that may read a size from a tensor: to make the Problem, and to copy tensors as they are
     "problem.py": {"problem_of"}, "memory.py": {"steps_of", "_with_margins", "_outside"}, "timeouts.py": {"__init__"},
-    "heads.py": {"arranged", "product", "gradient_of_h", "gradient_of_weight", "dense"},  # outside the loop, where no Problem is
+    "heads.py": {"arranged", "product", "gradient_of_h", "gradient_of_weight", "dense"},  # outside the loop
     "private.py": {"saved_by_product"},
 }  # fmt: skip
 OF_TENSORS = {"shape", "numel", "ndim"}  # attributes; and methods

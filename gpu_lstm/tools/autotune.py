@@ -27,7 +27,7 @@ def autotune(
         batch: sequences, B.
         steps: time steps to measure with, T.
         device: a CUDA device.
-        cell: of kernels.cells.CELLS.
+        cell: "lstm", "gru" or "slstm".
 
     Returns:
         For "forward" and "backward" the fastest family of kernels and why it was proposed.
