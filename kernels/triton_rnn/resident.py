@@ -229,22 +229,23 @@ def resident_backward_kernel(
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
-    dh, dc, drest, peepholes, first = (), (), (), (), cells_at_step(0, owned, batch, S).cells
+    dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         cells, dh_n = Cells(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
         peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
         if hidden.dh_n_ptr is not None:
             dh_n += tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
         dh, dc = dh + (dh_n,), dc + (tl.load(cell.dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
-        drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.in_tile, B, 0.0, S),)
     for back in range(T):
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
         normed_c = norm_block.load_normed(norm_c, now, owned, 1, S.H)
-        activations, outputs, dc_by_m, dz, dc_prev, drest_prev = (), (), (), (), (), ()
+        activations, outputs, drest, dc_by_m, dz, dc_prev = (), (), (), (), (), ()
         for n in tl.static_range(CELLS):
             gates, c, c_prev = states.load_saved(saved, step, Cells(*now.cells[n]), S.H)
             activations = activations + (states.as_float(gates, c, c_prev),)
+            # From memory, since there are no registers for it during the product.
+            drest = drest + (states.load_gradient_of_rest(cell.dc_ptr, Cells(*now.cells[n]), B, S),)
 
         # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
         for n in tl.static_range(CELLS):
@@ -259,15 +260,14 @@ def resident_backward_kernel(
             cells = Cells(*now.cells[n])
             gates, _, c_prev = activations[n]
             d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), cell.zoneout_c_ptr, cells)
-            drest_n = states.select(cells.valid, drest[n], (0.0,))
-            dz_n, d, drest_n = cell_backward(gates, c_prev, outputs[n][2], d + dc_by_m[n][0], drest_n, peepholes[n], S)
-            drest_prev = drest_prev + (drest_n,)
+            dz_n, d, drest_n = cell_backward(gates, c_prev, outputs[n][2], d + dc_by_m[n][0], drest[n], peepholes[n], S)
+            states.store_gradient_of_rest(cell.dc_ptr, drest_n, cells, B, S)
             dz, dc_prev = dz + (dz_n,), dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)
         normed_hh = norm_block.load_normed(norm_hh, now, owned, 4, S.H)
         dz_hh = norm_block.backward_over_block(dz, norm_hh, normed_hh, DTYPE, S.H)
         dh_prev = product_with_dz(weights, dz_hh, elements, owned, back % 2, DTYPE, S)
 
-        dh_after, dc_after, drest_after, dh, dc, drest = dh, dc, drest, (), (), ()
+        dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
             cells = Cells(*now.cells[n])
             dm, dh_stayed, _ = outputs[n]
@@ -279,12 +279,8 @@ def resident_backward_kernel(
             # No gradient flows past a reset.
             dh = dh + (tl.where(cells.valid, tl.where(cells.continues, d, 0.0), dh_after[n]),)
             dc = dc + (tl.where(cells.valid, tl.where(cells.continues, dc_prev[n], 0.0), dc_after[n]),)
-            drest_n = states.select(cells.continues, drest_prev[n], (0.0,))
-            drest = drest + (states.select(cells.valid, drest_n, drest_after[n]),)
     for n in tl.static_range(CELLS):
-        cells = Cells(*first[n])
-        tl.store(cell.dc_ptr + cells.state_at, dc[n], mask=cells.in_tile)
-        states.store_rest(cell.dc_ptr, drest[n], cells, cells.in_tile, B, S)
+        tl.store(cell.dc_ptr + Cells(*first[n]).state_at, dc[n], mask=Cells(*first[n]).in_tile)
 
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
