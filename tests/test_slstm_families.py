@@ -1,4 +1,4 @@
-"""The sLSTM on the families of Triton kernels that hold W_hh, against the reference in float64."""
+"""The sLSTM, with and without heads, on every family of Triton kernels, against the reference in float64."""
 
 import copy
 
@@ -8,7 +8,7 @@ from comparing import assert_same
 from pairs import weighing
 from places import INTERPRETED, KERNELS, forget
 
-from gpu_lstm.modules.slstm import SLSTM
+import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products", "nan_in_fresh_memory")
 
@@ -28,7 +28,11 @@ def numbers(module, x, hx, **ragged):
 @pytest.mark.parametrize(("place", "dtype", "size", "heads"), [
     ("resident", torch.float16, (4, 3, 3, 11), 1), ("resident", torch.float32, (4, 9, 3, 22), 2),
     ("cooperative/8/2/4", torch.float32, (3, 17, 3, 20), 1), ("cooperative/8/2/4", torch.float32, (3, 17, 3, 20), 2),
-    ("cooperative/16/1/1", torch.float16, (4, 3, 3, 33), 3),
+    ("cooperative/16/1/1", torch.float16, (4, 3, 3, 33), 3), ("triton", torch.float32, (1, 3, 3, 15), 3),
+    ("step", torch.float32, (3, 3, 3, 20), 1), ("step", torch.float32, (4, 18, 3, 40), 2),
+    ("split/4", torch.float32, (3, 3, 3, 40), 2), ("held", torch.float32, (4, 18, 3, 36), 2),
+    ("held/2", torch.float32, (3, 3, 3, 18), 1), ("held/ahead", torch.float32, (4, 35, 3, 36), 2),
+    ("pointwise", torch.float32, (4, 3, 3, 9), 1), ("pointwise", torch.float32, (4, 3, 3, 15), 3),
 ])  # fmt: skip
 def test_every_result_and_gradient(monkeypatch, place, dtype, size, heads):
     """In both directions, with lengths from 0 on and resets, from states of which one is empty."""
@@ -36,7 +40,7 @@ def test_every_result_and_gradient(monkeypatch, place, dtype, size, heads):
     forget()
     steps, batch, inputs, hidden = size
     torch.manual_seed(0)
-    module = SLSTM(inputs, hidden, bidirectional=True, heads=heads, backend="triton").to(dtype)
+    module = gpu_lstm.SLSTM(inputs, hidden, bidirectional=True, heads=heads, backend="triton").to(dtype)
     x, hx = torch.randn(steps, batch, inputs).to(dtype), torch.randn(4, 2, batch, hidden).to(dtype)
     hx[2] = hx[2].abs() + 0.5
     hx[2, :, 0] = 0
