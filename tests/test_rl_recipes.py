@@ -235,3 +235,20 @@ def test_benchmarl(recipes, starts, kind):
 
     weights, is_init = list(stacked.values()), starts.t()[:, :, None, None].expand(N, T, 3, 1)
     check(call, weights, expected, weights, is_init, 1)
+
+
+def test_stored_state_and_burn_in(kind):
+    """The states before steps 5, 10 and 15 are those of a trace; after the burn-in outputs are those of one call."""
+    (block,) = re.findall(r"### Stored state.*?```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    _, ours = pair(kind)
+    x, starts, hx = torch.randn(20, N, I), torch.rand(20, N) < 0.1, taken(torch.randn(1 + (kind == "LSTM"), L, N, H))
+    starts[[5, 11], 0] = True  # where a piece begins, which its state does not know yet, and in the burn-in
+    exec(block.replace("(h_0, c_0)", "hx"), names := dict(torch=torch, lstm=ours, x=x, starts=starts, hx=hx))
+    trace = gpu_lstm.trace(ours, x, hx, resets=starts)
+    names_of = ("hidden", "cell")[: len(given(hx))]
+    everywhere = [torch.stack([getattr(gates, name) for (gates,) in trace.layers]) for name in names_of]
+    for place, before in enumerate(names["before"][1:]):
+        for each, of_steps in zip(given(before), everywhere):
+            close([each], [of_steps[:, 5 * place + 4]])
+            assert (each - of_steps[:, 5 * place + 5]).abs().max() > 1e-3
+    close([names["output"]], [trace.output[13:]])
