@@ -156,7 +156,7 @@ def test_rl_games(recipes, starts, kind, states):
 
 
 def test_rsl_rl(recipes, ends, kind, states):
-    """dones [T, N, 1] are ends. Acting zeroes the state in place where an episode ended; minibatches are of some of N."""
+    """dones [T, N, 1] are ends. Acting zeroes the state in place at an end; minibatches are of some of N."""
     (theirs, ours), x = pair(kind), torch.randn(T, N, I)
     y, *_ = loop(theirs, x, states, after(ends))
     memory = SimpleNamespace(rnn=ours, hidden_state=taken([each.clone() for each in states]))
