@@ -119,20 +119,20 @@ def check(call, parameters, expected, of_theirs, resets, steps=0):
         close(with_gradients(call(resets.roll(1, steps)), parameters), expected)
 
 
-def test_cleanrl(recipes, starts, state):
+def test_cleanrl(recipes, starts, kind, states):
     """x, dones and outputs are flat, [T*N, ...]; dones are starts, as floats."""
-    theirs, ours = pair()
+    theirs, ours = pair(kind)
     agent, images = SimpleNamespace(network=nn.Linear(I, I), lstm=ours), 255 * torch.rand(T * N, I)
-    y, *states = loop(theirs, agent.network(images / 255).view(T, N, I), state, starts)
+    y, *finals = loop(theirs, agent.network(images / 255).view(T, N, I), states, starts)
 
     def call(starts):
-        y, states = recipes.get_states(agent, images, state, starts.double().flatten())
-        return [y, *states]
+        y, after = recipes.get_states(agent, images, taken(states), starts.double().flatten())
+        return [y, *given(after)]
 
     of_network = list(agent.network.parameters())
-    compared = [*of_network, *ours.parameters()], [y.flatten(0, 1), *states], [*of_network, *theirs.parameters()]
+    compared = [*of_network, *ours.parameters()], [y.flatten(0, 1), *finals], [*of_network, *theirs.parameters()]
     check(call, *compared, starts)
-    close(recipes.get_states(agent, images[:N], state, starts[0].double())[:1], y[:1])  # acting
+    close(recipes.get_states(agent, images[:N], taken(states), starts[0].double())[:1], y[:1])  # acting
 
 
 def test_rl_games(recipes, starts, kind, states):
@@ -156,7 +156,7 @@ def test_rl_games(recipes, starts, kind, states):
 
 
 def test_rsl_rl(recipes, ends, kind, states):
-    """dones [T, N] are ends. Acting zeroes the state in place where an episode ended; minibatches are of some of N."""
+    """dones [T, N, 1] are ends. Acting zeroes the state in place at an end; minibatches are of some of N."""
     (theirs, ours), x = pair(kind), torch.randn(T, N, I)
     y, *_ = loop(theirs, x, states, after(ends))
     memory = SimpleNamespace(rnn=ours, hidden_state=taken([each.clone() for each in states]))
@@ -165,7 +165,8 @@ def test_rsl_rl(recipes, ends, kind, states):
             close(recipes.forward(memory, x_t), y_t[None])
             for each in given(memory.hidden_state):
                 each[:, done] = 0
-    found = list(recipes.minibatches(x, ends.byte(), taken(states), 2))
+    saved = [torch.cat([each[None], torch.randn(T - 1, L, N, H)]) for each in states]  # of every step; the first counts
+    found = list(recipes.minibatches(x, ends.byte().unsqueeze(-1), saved, 2))
     assert [each.shape for each, _, _ in found] == [(T, 3, I), (T, 2, I)]
     for some, (part, resets, first) in zip(([0, 1, 2], [3, 4]), found):
         y, *_ = loop(theirs, x[:, some], [each[:, some] for each in states], after(ends)[:, some])
@@ -213,14 +214,14 @@ def test_torchrl(recipes, starts, kind, names):
     check(call, *compared, starts.t()[:, :, None], 1)
 
 
-def test_benchmarl(recipes, starts):
+def test_benchmarl(recipes, starts, kind):
     """Agents by torch.vmap, with weights of their own: x [N, T, agents, I], states [N, agents, L, H]."""
-    x, states = torch.randn(N, T, 3, I), torch.randn(2, N, 3, L, H).unbind()
-    networks, theirs = [recipes.AgentsLSTM(I, H, "cpu", L, 0.0, True) for _ in range(3)], nn.LSTM(I, H, L)
+    x, states = torch.randn(N, T, 3, I), torch.randn(1 + (kind == "LSTM"), N, 3, L, H).unbind()
+    networks, theirs = [getattr(recipes, f"Agents{kind}")(I, H, "cpu", L, 0.0, True) for _ in range(3)], pair(kind)[0]
     stacked, _ = stack_module_state(networks)
     found = []
     for agent in range(3):
-        weights = {name.removeprefix("lstm."): weight[agent] for name, weight in stacked.items()}
+        weights = {name.removeprefix("rnn."): weight[agent] for name, weight in stacked.items()}
         one = lambda *given: functional_call(theirs, weights, given)  # noqa: B023, E731
         found.append(loop(one, x[:, :, agent].transpose(0, 1), [s[:, agent].transpose(0, 1) for s in states], starts))
     y, *finals = (torch.stack(each, 2) for each in zip(*found))
@@ -228,8 +229,26 @@ def test_benchmarl(recipes, starts):
 
     def call(is_init):
         one = lambda weights, *given: functional_call(networks[0], weights, given)  # noqa: E731
-        vmapped = torch.vmap(one, in_dims=(0, -2, -2, -3, -3), out_dims=(-2, -3, -3))
+        many = [-3] * len(states)
+        vmapped = torch.vmap(one, in_dims=(0, -2, -2, *many), out_dims=(-2, *many))
         return vmapped(stacked, x, is_init, *states)
 
     weights, is_init = list(stacked.values()), starts.t()[:, :, None, None].expand(N, T, 3, 1)
     check(call, weights, expected, weights, is_init, 1)
+
+
+def test_stored_state_and_burn_in(kind):
+    """The states before steps 5, 10 and 15 are those of a trace; after the burn-in outputs are those of one call."""
+    (block,) = re.findall(r"### Stored state.*?```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    _, ours = pair(kind)
+    x, starts, hx = torch.randn(20, N, I), torch.rand(20, N) < 0.1, taken(torch.randn(1 + (kind == "LSTM"), L, N, H))
+    starts[[5, 11], 0] = True  # where a piece begins, which its state does not know yet, and in the burn-in
+    exec(block.replace("(h_0, c_0)", "hx"), names := dict(torch=torch, lstm=ours, x=x, starts=starts, hx=hx))
+    trace = gpu_lstm.trace(ours, x, hx, resets=starts)
+    names_of = ("hidden", "cell")[: len(given(hx))]
+    everywhere = [torch.stack([getattr(gates, name) for (gates,) in trace.layers]) for name in names_of]
+    for place, before in enumerate(names["before"][1:]):
+        for each, of_steps in zip(given(before), everywhere):
+            close([each], [of_steps[:, 5 * place + 4]])
+            assert (each - of_steps[:, 5 * place + 5]).abs().max() > 1e-3
+    close([names["output"]], [trace.output[13:]])

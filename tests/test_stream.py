@@ -1,6 +1,7 @@
 """Streams: steps and chunks, one after another, give the results of the whole sequence at once."""
 
 import contextlib
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -9,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from comparing import PLACES, every_backend
+from installed import ROOT
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -48,6 +50,21 @@ def test_pieces_are_the_whole(build, backend):
     assert not any(part.requires_grad for part in parts)
     found = [torch.cat(parts, 1), *tree_leaves(stream.state)]
     torch.testing.assert_close(found, [whole, *tree_leaves(states)], rtol=0, atol=4 * torch.finfo(whole.dtype).eps)
+
+
+@pytest.mark.filterwarnings("ignore")  # of either exporter
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_the_recipe_for_a_step_as_an_onnx_file_notices_a_state_that_is_lost(dynamo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.onnx, "export", partial(torch.onnx.export, dynamo=dynamo))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "streaming.md").read_text(), flags=re.DOTALL)
+    (recipe,) = (block for block in blocks if "onnxruntime" in block)
+    kept, lost = "y, *state = session.run(", "y, *_ = session.run("
+    assert recipe.count(kept) == 1
+    exec(blocks[0], names := {})
+    exec(recipe, names)  # it compares every step of an LSTM and of a GRU
+    with pytest.raises(AssertionError, match="not close"):
+        exec(recipe.replace(kept, lost), names)
 
 
 def test_one_made_in_inference_mode_runs_outside_and_the_other_way_round():
