@@ -86,38 +86,19 @@ Cycles are estimates from SASS for an H100 in bfloat16, B = 16, if a load sees a
 
 ### Tanh by an instruction
 
-`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it, which saves 46 of 1,758 cycles forward at H = 768,
-48 of 1,207 at 128. The others do not: the kernels' roundings were simulated over 1,024 steps, each tanh off by
-2^-11, always to one side or in turns. The greatest RMS errors, as multiples of the limit of [the tests](testing.md):
-
-| | to one side | in turns |
-|---|--:|--:|
-| GRU, bfloat16: n | 0.7 | 0.8 |
-| GRU, float16: n | 2.0 | 1.1 |
-| LSTM, bfloat16: tanh(c) | 6.8 | 1.1 |
-| LSTM, bfloat16: g | 6.5 | 1.2 |
-| LSTM, bfloat16: both | 6.6 | 1.7 |
-
-It would save an LSTM 128 of 1,893 cycles at H = 768. But where a forget gate stays near 1, c adds up the errors of all
-steps. A sigmoid by this instruction is off by up to 2^-12 near 1, after 1,024 steps by 22 % of c.
+`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it: 46 of 1,758 cycles less forward at H = 768. Simulated
+over 1,024 steps, with each tanh off by that to one side, the greatest RMS error is 0.7 of the limit of [the
+tests](testing.md); of a GRU in float16 2.0, of an LSTM in bfloat16 6.8, since c adds up the errors of all steps where a forget
+gate stays near 1. So these do not use it, though an LSTM would save 128 of 1,893 cycles.
 
 ### Partners in a cluster
 
-Backward at H = 768 every program reads 48 KB of dgates a step. Four partners read a quarter each, but hand each other
-their sums through L2. As blocks of a cluster they could write them to each other's shared memory. Kernels compiled for
-sm_90 and counted, not run, if it takes 150 to 400 cycles from the last store to the first load:
-
-| | cycles |
-|---|--:|
-| Triton | 2,969 |
-| CUDA C++ | 2,820 |
-| in a cluster, `barrier.cluster`, a fence of the whole GPU | 2,456 to 2,706 |
-| in a cluster, `st.async` to an mbarrier | 2,162 to 2,412 |
-
-It is not in: the launch must be cooperative, too, and CuPy's `cuLaunchCooperativeKernel` is not documented to launch
-clusters. The one report [is a failure](https://github.com/cupy/cupy/issues/8778), and CuPy [will not launch
-clusters itself](https://github.com/cupy/cupy/issues/8780). `cuLaunchKernelEx` does both, but needs a launcher of our
-own, which nobody can try without a card."""
+Backward at H = 768 four programs read a quarter of dgates each, and hand each other their sums through L2: 2,969 cycles a
+step, in CUDA C++ 2,820. As blocks of a cluster, by `st.async` to each other's shared memory, it would be 2,162 to 2,412:
+compiled and counted, not run. It is not in: the launch must be cooperative, too, and CuPy's `cuLaunchCooperativeKernel` is
+not documented to launch clusters ([a failure](https://github.com/cupy/cupy/issues/8778), [no
+plan](https://github.com/cupy/cupy/issues/8780)).
+"""
 
 
 class Row(NamedTuple):

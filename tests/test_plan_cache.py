@@ -41,7 +41,7 @@ def _entry(without: str = "", **changes) -> str:
 KEYS = [  # changes of a problem for which another plan may be the fastest
     dict(batch=17), dict(hidden=769), dict(dtype=torch.float16), dict(projected=64), dict(precision="tf32"),
     dict(side_by_side=2), dict(dropout_h=True), dict(zoneout_h=0), dict(zoneout_c=3), dict(gain_hh=True),
-    dict(gain_c=True), dict(cell="gru"),
+    dict(gain_c=True), dict(cell="gru"), dict(heads=3),
 ]  # fmt: skip
 NO_KEYS = [  # and for which it is not
     dict(steps=1), dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
