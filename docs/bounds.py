@@ -86,18 +86,18 @@ Cycles are estimates from SASS for an H100 in bfloat16, B = 16, if a load sees a
 
 ### Tanh by an instruction
 
-`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it: 46 of 1,758 cycles less forward at H = 768. Simulated
-over 1,024 steps, with each tanh off by that to one side, the greatest RMS error is 0.7 of the limit of [the
-tests](testing.md); of a GRU in float16 2.0, of an LSTM in bfloat16 6.8, since c adds up the errors of all steps where a forget
-gate stays near 1. So these do not use it, though an LSTM would save 128 of 1,893 cycles.
+`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it: 46 of 1,758 cycles less forward at H = 768.
+Simulated over 1,024 steps, with each tanh off by that to one side, the greatest RMS error is 0.7 of the limit of
+[the tests](testing.md); of a GRU in float16 2.0, of an LSTM in bfloat16 6.8, since c adds up the errors of all
+steps where a forget gate stays near 1. So these do not use it, though an LSTM would save 128 of 1,893 cycles.
 
 ### Partners in a cluster
 
-Backward at H = 768 four programs read a quarter of dgates each, and hand each other their sums through L2: 2,969 cycles a
-step, in CUDA C++ 2,820. As blocks of a cluster, by `st.async` to each other's shared memory, it would be 2,162 to 2,412:
-compiled and counted, not run. It is not in: the launch must be cooperative, too, and CuPy's `cuLaunchCooperativeKernel` is
-not documented to launch clusters ([a failure](https://github.com/cupy/cupy/issues/8778), [no
-plan](https://github.com/cupy/cupy/issues/8780)).
+Backward at H = 768 four programs read a quarter of dgates each, and hand each other their sums through L2: 2,969
+cycles a step, in CUDA C++ 2,820. As blocks of a cluster, by `st.async` to each other's shared memory, it would be
+2,162 to 2,412: compiled and counted, not run. It is not in: the launch must be cooperative, too, and CuPy's
+`cuLaunchCooperativeKernel` is not documented to launch clusters ([a
+failure](https://github.com/cupy/cupy/issues/8778), [no plan](https://github.com/cupy/cupy/issues/8780)).
 """
 
 
