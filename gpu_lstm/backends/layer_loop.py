@@ -36,9 +36,8 @@ class Part(NamedTuple):
         row, x, (h, c), weights, traversal, noise = self
         if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
             return self
-        stays = (
-            is_exact(c, x) or len(c) > len(h) or (x.is_cpu and weights.weight_hr is not None)
-        )  # there torch's autocast casts no c
+        # On a CPU torch's autocast casts no c of a projection. Several numbers of a unit need float32.
+        stays = is_exact(c, x) or len(c) > len(h) or (x.is_cpu and weights.weight_hr is not None)
         state = h.to(dtype), c if stays else c.to(dtype)
         return Part(row, x.to(dtype), state, weights.to(dtype), traversal, noise)
 

@@ -34,7 +34,7 @@ from ..kernels.private import storage_of
 from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
-LEAST_OF_A_CALL = 64, 256  # units of a head, and H, from which a call a head is faster on a CPU than zeros between
+LEAST_HEAD, LEAST_OF_ALL = 64, 256  # units from which on a CPU a call a head is faster than zeros between them
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
 
@@ -124,7 +124,7 @@ def stack(
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # of heads, in one layer
-        if x.is_cpu and (columns, h0.shape[2]) >= LEAST_OF_A_CALL:
+        if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
