@@ -19,6 +19,7 @@ from .cases import Case
 from .providers import OURS, YARDSTICK
 
 EVEN = 0.02  # a time that differs by less is called even
+OF_HEADS = "head-loop", "xlstm-vanilla"  # whose cases are a table of their own
 EVEN_ON_A_CPU = 0.07  # there torch's own runs plain calls: such a case is one of a range on a page
 MIB = 2**20
 WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
@@ -187,12 +188,14 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
         roofline = "a roofline (FLOPs and bytes at rates measured on this machine)"
         text += f' "Of the bound": the fraction of {roofline}, {BEYOND}.'
     written = [wrapped(text)]
-    if len(around):
-        written.append(_markdown(_over_ours(around, lines)))
+    of_heads = around["provider"].isin(OF_HEADS)
+    for its in (around[~of_heads], around[of_heads])[: 1 + every_case]:
+        if len(its):
+            written.append(_markdown(_over_ours(its, lines)))
     if not every_case:
         plain, told, heads = lines["variant"] == "plain", [], lines["heads"] > 1
         for kind, which in (
-            ("plain", ~starred & ~heads), ("with heads, whose W_hh is block-diagonal there", heads),
+            ("plain", ~starred & ~heads), ("with heads", heads),
             ("with lengths or resets", starred & plain & (lines["mode"] != "step")),
             ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
         ):  # fmt: skip

@@ -93,7 +93,7 @@ def test_cases_of_heads_are_a_group_whose_workarounds_are_on_the_page(tmp_path):
         (page := tmp_path / "page.md").write_text(f"{report.BEGIN}\n{report.END}")
         report.update_page(page, [file], pictures)
         texts.append(" ".join(page.read_text().split()))
-    assert "plain 1.00 to 1.00; with heads, whose W_hh is block-diagonal there 0.250 to 0.500." in texts[0]
+    assert "plain 1.00 to 1.00; with heads 0.250 to 0.500." in texts[0]
     assert r"| case | gpu_lstm, ms | torch.nn\* | head by head | xlstm |" in texts[1]
     assert "| training T1024 B16 H4x128 | 1000 | 2.00 | 3.00 | |" in texts[1]
     assert "| training SLSTM T1024 B16 H4x128 | 1000 | | | 3.00 |" in texts[1]
