@@ -126,13 +126,13 @@ def coupled_next_cell(gates, c_prev):
 def coupled_forward(x, z, c_prev):
     i = sigmoid(x[1] + z[1])
     gates = (1.0 - i, i, tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
-    return gates, coupled_next_cell(gates, c_prev)
+    return gates, coupled_next_cell(gates, c_prev), ()
 
 
 @triton.jit
 def coupled_backward(gates, c_prev, dz_o, dc):
     f, i, g, _ = gates
-    return (tl.zeros_like(dc), dc * (g - c_prev) * i * f, dc * i * (1.0 - g * g), dz_o), dc * f
+    return (tl.zeros_like(dc), dc * (g - c_prev) * i * f, dc * i * (1.0 - g * g), dz_o), dc * f, ()
 '''
 
 COUPLED_LSTM = '''
@@ -268,12 +268,12 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
     copy.enter("kernels/cells.py", "for cell in (LSTM, GRU", ", COUPLED")
     imported = "from .coupled import coupled_backward, coupled_forward, coupled_next_cell\n"
     copy.enter(branches, "import triton.language as tl\n\n", imported)
-    for after, branch in (
-        ("rest = (l,)\n", "gates, c = coupled_forward(x, z, c_prev)"),
-        ("drest_prev = (dl,)\n", "dz, dc_prev = coupled_backward(gates, c_prev, dz_o, dc)"),
-        ("c = slstm_next_cell(gates, c_prev)\n", "c = coupled_next_cell(gates, c_prev)"),
-    ):
-        copy.enter(branches, after, f'    elif S.CELL == "coupled":\n        {branch}\n')
+    for function, arguments, more in (
+        ("forward", "x, z, c_prev", ", rest"), ("next_cell", "gates, c_prev", ""),
+        ("backward", "gates, c_prev, dz_o, dc", ", drest"),
+    ):  # fmt: skip
+        after = f'slstm_{function}({arguments}{more}) if S.CELL == "slstm" else\n'
+        copy.enter(branches, after, f'        coupled_{function}({arguments}) if S.CELL == "coupled" else\n')
     copy.enter(modules, "from .cell import GRUCell, LSTMCell\n", "from .coupled import CoupledLSTM\n")
     copy.enter("gpu_lstm/__init__.py", "from .modules import GRU, LSTM, ", "CoupledLSTM, ")
     new = {
@@ -284,7 +284,7 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
         copy.add(path, text)
     assert copy.changes() == {path: (len(text.splitlines()), 0) for path, text in new.items()} | {
         "kernels/cells.py": (2, 1),
-        branches: (7, 0),
+        branches: (4, 0),
         modules: (1, 0),
         "gpu_lstm/__init__.py": (1, 1),
     }

@@ -118,10 +118,10 @@ def prepare(
         plain = plain and type(lengths) in _OPTIONAL and type(resets) in _OPTIONAL
     if not plain and now.recording == Recording.NOBODY:
         now = now._replace(recording=Recording.WATCHED)
-    one_step = steps == options.kept == 1
+    zeroed = resets is not None and options.kept == 1 and reset_states is None
     if options.reverse:
         traversal = traversal.backwards()
-    elif resets is not None and one_step and reset_states is None and now.recording < Recording.COMPILED:
+    elif zeroed and steps == 1 and now.recording < Recording.COMPILED:
         states, traversal = _reset_before_the_only_step(options, states, traversal)
     return Call(x, steps, batch, states, weights, traversal, options, form, now, learns)
 

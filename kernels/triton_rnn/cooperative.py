@@ -135,7 +135,7 @@ def load_rows(
             is_row &= row < GATES * UNITS
         gate = row // UNITS if GATES > 1 else tl.program_id(0) % S.PARTNERS
         rows = rows + (tl.where(is_row & (piece >= 0), (gate * S.H + unit) * THERE + piece, -1),)
-    return load_weights(weights_ptr, rows, first_word(S, PIECES), K, STRIDE, DTYPE, tl.cdiv(K, STRIDE))
+    return load_weights(weights_ptr, rows, first_word(S, PIECES), K, STRIDE, DTYPE, (K + STRIDE - 1) // STRIDE)
 
 
 @triton.jit
@@ -343,7 +343,7 @@ def cooperative_backward_kernel(
         # program's gates. Add up what the warps found, then the partners.
         words = dgates_after(step, tile, dgates_ptr, batch, K, PIECES, S)
         wait = Wait(error_ptr, step, delay, None)
-        dgates, delay = collect(words, wait, nothing(), tl.cdiv(K, STRIDE), 4, STRIDE, neighbours(K))
+        dgates, delay = collect(words, wait, nothing(), (K + STRIDE - 1) // STRIDE, 4, STRIDE, neighbours(K))
         products = product(weights, dgates, DTYPE)
         found = sum_over_warps(products, sums.rows, sums.columns, sums.wanted, turn % 2, S.WARPS)
         wait = Wait(error_ptr, step, delay_of_sums, (T - 1 - step) % 2)

@@ -22,7 +22,7 @@ def gru_next_cell(gates, c_prev):
 @triton.jit
 def gru_forward(x, z, c_prev, bias_hh):
     """The parts of the pre-activations from the input, of s only if h of some steps was known, and from h, its biases,
-    and h before the step -> ((r, z, n, s), h)."""
+    and h before the step -> ((r, z, n, s), h, ())."""
     z_r, z_z, s = x[0] + z[1], x[1] + z[2], z[3]
     if len(bias_hh) > 0:
         z_r += bias_hh[0]
@@ -32,13 +32,13 @@ def gru_forward(x, z, c_prev, bias_hh):
         s += x[3]
     r = sigmoid(z_r)
     gates = (r, sigmoid(z_z), tanh(x[2] + r * s, x[2].dtype), s)
-    return gates, gru_next_cell(gates, c_prev)
+    return gates, gru_next_cell(gates, c_prev), ()
 
 
 @triton.jit
 def gru_backward(gates, c_prev, d):
-    """Gradient of h, by what it multiplies and from the next step -> ((dz_n, dz_r, dz_z, ds), gradient of c_prev)."""
+    """Gradient of h, by what it multiplies and from the next step -> ((dz_n, dz_r, dz_z, ds), of c_prev, ())."""
     r, update, n, s = gates
     dz_n = d * (1.0 - update) * (1.0 - n * n)
     dz_r, dz_z = dz_n * s * r * (1.0 - r), d * (c_prev - n) * update * (1.0 - update)
-    return (dz_n, dz_r, dz_z, dz_n * r), d * update
+    return (dz_n, dz_r, dz_z, dz_n * r), d * update, ()

@@ -66,7 +66,7 @@ def lstm_next_cell(gates, c_prev):
 
 @triton.jit
 def lstm_forward(x, z, c_prev, peepholes):
-    """The parts of the pre-activations from the input and from h, and c before the step -> ((i, f, g, o), c)."""
+    """The parts of the pre-activations from the input and from h, and c before the step -> ((i, f, g, o), c, ())."""
     z_i, z_f, z_g, z_o = x[0] + z[0], x[1] + z[1], x[2] + z[2], x[3] + z[3]
     if len(peepholes) > 0:
         z_i += peepholes[0] * c_prev
@@ -75,7 +75,7 @@ def lstm_forward(x, z, c_prev, peepholes):
     c = lstm_next_cell((i, f, g), c_prev)
     if len(peepholes) > 0:
         z_o += peepholes[2] * c
-    return (i, f, g, sigmoid(z_o)), c
+    return (i, f, g, sigmoid(z_o)), c, ()
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def lstm_output_backward(o, v, dm):
 
 @triton.jit
 def lstm_backward(gates, c_prev, dz_o, dc, peepholes):
-    """dz_o, and the gradient of c from m and the next step -> ((dz_i, dz_f, dz_g, dz_o), gradient of c_prev)."""
+    """dz_o, and the gradient of c from m and the next step -> ((dz_i, dz_f, dz_g, dz_o), of c_prev, ())."""
     i, f, g, _ = gates
     if len(peepholes) > 0:
         dc += dz_o * peepholes[2]
@@ -103,4 +103,4 @@ def lstm_backward(gates, c_prev, dz_o, dc, peepholes):
     dc_prev = dc * f
     if len(peepholes) > 0:
         dc_prev += dz_i * peepholes[0] + dz_f * peepholes[1]
-    return (dz_i, dz_f, dz_g, dz_o), dc_prev
+    return (dz_i, dz_f, dz_g, dz_o), dc_prev, ()

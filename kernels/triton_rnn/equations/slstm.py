@@ -26,13 +26,13 @@ def slstm_next_cell(gates, q_prev):
 
 
 @triton.jit
-def slstm_forward(x, z, q_prev, l_prev):
+def slstm_forward(x, z, q_prev, rest_prev):
     """The parts of the pre-activations from the input and from h, and the state before the step
-    -> ((u, v, g, o), q, l)."""
+    -> ((u, v, g, o), q, (l,))."""
     z_i, z_f = x[0] + z[0], x[1] + z[1]
-    a = l_prev - softplus(-z_f) - z_i
+    a = rest_prev[0] - softplus(-z_f) - z_i
     gates = (sigmoid(-a), sigmoid(-z_f), tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
-    return gates, slstm_next_cell(gates, q_prev), z_i + softplus(a)
+    return gates, slstm_next_cell(gates, q_prev), (z_i + softplus(a),)
 
 
 @triton.jit
@@ -48,10 +48,10 @@ def slstm_output_backward(o, q, dm):
 
 
 @triton.jit
-def slstm_backward(gates, q_prev, dz_o, dq, dl):
+def slstm_backward(gates, q_prev, dz_o, dq, drest):
     """dz_o, and the gradients of q and l from m and the next step
-    -> ((dz_i, dz_f, dz_g, dz_o), of q_prev, of l_prev)."""
+    -> ((dz_i, dz_f, dz_g, dz_o), of q_prev, (of l_prev,))."""
     u, v, g, _ = gates
-    stays = 1.0 - u
+    stays, dl = 1.0 - u, drest[0]
     da = (dq * (q_prev - g) * u + dl) * stays
-    return (dl - da, da * v, dq * u * (1.0 - g * g), dz_o), dq * stays, da
+    return (dl - da, da * v, dq * u * (1.0 - g * g), dz_o), dq * stays, (da,)
