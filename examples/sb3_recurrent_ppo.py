@@ -5,8 +5,9 @@ Run it from the root of the repository::
     pip install -e ".[examples]" "sb3-contrib>=2.6"
     python examples/sb3_recurrent_ppo.py
 
-sb3-contrib cuts a minibatch into its episodes and calls torch.nn.LSTM at every step of them. OneCall passes the starts
-of episodes as `resets` instead. Your own program needs only that policy and gpu_lstm.convert::
+sb3-contrib cuts a minibatch into its episodes and calls torch.nn.LSTM at every step of them. OneCall makes one call,
+with the starts of episodes as `resets`. (None is inside these sequences: torch.nn.LSTM with its first state masked
+would do, too.) Your own program needs only that policy and gpu_lstm.convert::
 
     model = RecurrentPPO(OneCall, env)
     gpu_lstm.convert(model.policy)

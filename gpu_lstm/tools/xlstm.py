@@ -16,10 +16,11 @@ _OTHERS = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clip
 def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     """Let every sLSTM cell of xlstm and TiRex in `model` compute by `functional.slstm_layer`, in place.
 
-    They need no nvcc then. Parameters, state_dict, hooks, flags and the form of inputs, outputs and states stay theirs.
-    All is computed in the input's dtype, under autocast in its own: TiRex's torch backend rounds everything to bfloat16
-    at each step, xlstm's CUDA kernels compute in the dtype of their config. States are returned in float32, or float64:
-    c, n and m in other numbers, see `SLSTM`.
+    xlstm's cells of backend "vanilla" and TiRex's need no nvcc; xlstm's of "cuda" compile when they are made.
+    Parameters, state_dict, hooks, flags and the form of inputs, outputs and states stay theirs. All is computed in
+    the input's dtype, under autocast in its own: TiRex's torch backend rounds everything to bfloat16 at each step,
+    xlstm's CUDA kernels compute in the dtype of their config. States are returned in float32, or float64: c, n and m
+    in other numbers, see `SLSTM`.
 
     Args:
         model: any module; a cell itself, too.
