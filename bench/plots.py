@@ -57,7 +57,7 @@ def instead(rows: pd.DataFrame) -> Figure | None:
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_yaxis()
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(LOOKS))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     figure.suptitle("The usual workarounds around torch.nn, and one call of gpu_lstm", fontsize=10)
     sizes = f"{report.sizes(base)} (T steps, B batch, H hidden) but for what is named."
     caption = f"Medians, forward and backward. All: {sizes}\n{report.origin(lines)}"
