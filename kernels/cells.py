@@ -19,7 +19,7 @@ class Cell(NamedTuple):
     x_start: int  # x reaches the pre-activations from this one on
     x_end: int  # and before this one
     h_start: int  # h reaches this one and those after it
-    functions: tuple[int, int]  # how many sigmoids and tanhs a unit takes, forward and backward
+    functions: tuple[int, int]  # how many sigmoids, tanhs, exps and logs a unit takes, forward and backward
     of_torch: bool  # torch has it, and so cuDNN
     normalises: bool  # m is made of its last gate and c: it may have peepholes, and layer norms of c and of W_hh h
     empty: tuple[float, ...] = (
@@ -62,8 +62,9 @@ LSTM = Cell("lstm", ("h", "c"), 4, 0, 4, 0, (5, 1), of_torch=True, normalises=Tr
 # The candidate is made of n, from x, and s, from h. Gates are in the order r, z, n, s, where x reaches the first three,
 # as in torch; gradients in the order n, r, z, s, where what x and what h reach are neighbours.
 GRU = Cell("gru", ("h",), 3, 0, 3, 1, (3, 0), of_torch=True, normalises=False)
-# u, v, g, o; c is q, the mean of all g, and l, the logarithm of the sum of their weights.
+# u, v, g, o; c is q, the mean of all g, and l, the logarithm of the sum of their weights. A softplus is two functions;
+# backward has none, but 1 fits the instructions.
 SLSTM = Cell(
-    "slstm", ("h", "c", "n", "m"), 4, 0, 4, 0, (6, 0), of_torch=False, normalises=False, empty=(0.0, -float("inf"))
+    "slstm", ("h", "c", "n", "m"), 4, 0, 4, 0, (8, 1), of_torch=False, normalises=False, empty=(0.0, -float("inf"))
 )
 CELLS = {cell.name: cell for cell in (LSTM, GRU, SLSTM)}

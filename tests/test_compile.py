@@ -17,6 +17,7 @@ import torch
 import triton
 
 from dev.compile_table.report import Loop, Report, time_loop
+from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn.planning import Cooperative, Plan, Resident, counts_of_turn
 
@@ -43,7 +44,8 @@ ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 a
 STEP, PRODUCT = "B=64 H=130 P=33 ragged peepholes masks", "B=4096 H=1024"
 IN_BOTH = [*(f"B=16 H={case}" for case in ("128", "768", "768 layer norm", "4096")), "B=512 H=256", "B=1024 H=256",
            "B=4096 H=128", "B=64 H=130 ragged rates", "B=64 H=130 ragged GRU masks", "B=16 H=64 ragged GRU masks",
-           *(f"{case} GRU" for case in ("B=16 H=64", "B=16 H=768", "B=4096 H=128", "B=512 H=256", PRODUCT))]
+           *(f"{case} GRU" for case in ("B=16 H=64", "B=16 H=768", "B=4096 H=128", "B=512 H=256", PRODUCT)),
+           "B=16 H=768 sLSTM", "B=256 H=4x128 sLSTM", "B=16 H=4x256"]
 OF_H100 = {  # in bf16, by whether it is backward
     False: [*IN_BOTH, "B=16 H=512", "B=16 H=64 ragged masks", "B=16 H=64 ragged peepholes layer norm masks",
             "B=16 H=768 ragged peepholes masks", f"{PRODUCT} ragged peepholes masks"],
@@ -148,6 +150,10 @@ def _dtype(row):
     return row["case"].split(" B=")[0]
 
 
+def _cell(row):
+    return next((cell for cell in ("gru", "slstm") if cell in row["case"].lower()), "lstm")
+
+
 def _barriers(row):
     """The most per step where W_hh is held: one, and more in resident programs whose layer norms sum over all warps."""
     sums = "resident" in row["kernel"] and "layer norm" in row["case"]
@@ -187,9 +193,9 @@ def test_no_kernel_has_this_fault(rows, fault):
 
 
 def test_a_profiler_shows_the_cell_that_a_kernel_computes(rows):
-    assert {"GRU" in row["case"] for row in rows} == {False, True}
+    assert {_cell(row) for row in rows} == set(CELLS)
     for row in rows:
-        assert row["in_profiles"] == f"{'gru' if 'GRU' in row['case'] else 'lstm'}_{row['kernel']}"
+        assert row["in_profiles"] == f"{_cell(row)}_{row['kernel']}"
 
 
 def test_the_step_family_holds_weights_where_that_is_planned(rows):
@@ -210,7 +216,7 @@ def test_products_read_held_weights_where_they_were_stored(compiled):
     assert (of_256, of_512 > 0) == (0, TRITON >= (3, 6))
 
 
-# Of a pass of the time loop on an H100, in bf16; of instructions, the most on any Triton from 3.4 on.
+# Of a pass of the time loop on an H100, in bf16; of instructions, the most of Triton 3.9, and 9 % more of older ones.
 PLAIN, NORMED, MANY = "B=16 H=768", "B=16 H=768 layer norm", "B=4096 H=128"
 COUNTS = {
     ("cooperative_forward", PLAIN): Loop(330, barriers=1, products=24, shared=192, loads=10, stores=9),
@@ -230,14 +236,14 @@ def test_the_counts_of_a_step(rows, kernel, case):
     facts = f"{kernel}_kernel", f"bfloat16 {case}", 90
     (row,) = (row for row in rows if (row["kernel"], row["case"], row["architecture"]) == facts)
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, case]
-    assert loop.instructions <= expected.instructions * (1.05 if OLDER_TRITON else 1)  # they are Triton 3.9's
+    assert loop.instructions <= expected.instructions * (1.09 if OLDER_TRITON else 1)
     assert dataclasses.replace(loop, instructions=expected.instructions) == expected
 
 
 def test_the_model_of_planning_knows_the_counts(rows):
     """Of families that hold W_hh, in plain calls: products and bytes in shared memory exactly, instructions to 12 %.
 
-    Those are Triton 3.9's; older ones may have 5 % more, as in the test above.
+    Those are Triton 3.9's; older ones may have 5 % more.
     """
     plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
     held = [row for row in plain if row["plan"]["family"] in HELD and not (OLDER_TRITON and _barriers(row) > 1)]
@@ -249,8 +255,7 @@ def test_the_model_of_planning_knows_the_counts(rows):
             holds = Cooperative(sizes["chunks"], sizes["partners"], sizes["ahead"])
         plan = Plan(holds, 8, sizes["units"], sizes["programs"], sizes["groups"], sizes["num_warps"], 0, "")
         dtype = torch.float32 if "float32" in row["case"] else torch.bfloat16
-        cell = "gru" if "GRU" in row["case"] else "lstm"
-        problem = Problem(2, 16, 1, dtype, cell=cell, gain_hh="layer norm" in row["case"])
+        problem = Problem(2, 16, 1, dtype, cell=_cell(row), gain_hh="layer norm" in row["case"])
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
         assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
         assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.17 if OLDER_TRITON else 0.12), row

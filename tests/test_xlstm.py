@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from installed import ROOT
 from torch import nn
 
 import gpu_lstm
@@ -72,6 +73,11 @@ def test_the_layout_of_its_cuda_kernels():
     gpu_lstm.use_for_slstm(cuda)
     x, state = tensors_for(torch.float32)
     torch.testing.assert_close(cuda(x, state)[0], vanilla(x, state)[0])
+    (recipe,) = re.findall(r"(?s)```python\n(def to_vanilla.*?)```", (ROOT / "docs/slstm.md").read_text())
+    exec(recipe, names := {})
+    again = copy.deepcopy(vanilla)
+    again.load_state_dict(names["to_vanilla"](cuda.state_dict(), HEADS))
+    assert all(map(torch.equal, again.parameters(), vanilla.parameters()))
 
 
 @pytest.mark.parametrize("shapes", [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")])
