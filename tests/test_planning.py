@@ -195,7 +195,7 @@ def by_the_model(row):
     family, cell = row["family"], row["cell"]
     row = {name: int(number) for name, number in row.items() if name not in ("family", "cell")}
     backward = bool(row["backward"])
-    problem = Problem(1024, row["batch"], row["hidden"], BF16, cell=cell)
+    problem = Problem(1024, row["batch"], row["hidden"], BF16, cell=cell, heads=row["heads"])
     if family == "cuda":
         found = cupy.plans(problem, Card(90, 132), backward)
         sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
@@ -210,7 +210,7 @@ def by_the_model(row):
     sizes = (row[name] for name in ("rows", "columns", "programs", "groups", "warps"))
     plan = Plan(
         family, *sizes, shared=0, why="", num_stages=row["stages"], blocks=max(1, row["held"]),
-        tiles_per_program=row["tiles_per_program"],
+        tiles_per_program=row["tiles_per_program"], side_by_side=row["heads"], heads=row["heads"],
     )  # fmt: skip
     return sum(expected(problem, H100, plan, backward).values()) * H100.clock
 
@@ -226,7 +226,7 @@ def test_of_the_plans_of_a_size_the_model_puts_none_first_that_is_a_tenth_slower
     sizes = {}
     for row in CYCLES:
         if row["family"] != "cuda":
-            key = tuple(row[name] for name in ("cell", "hidden", "batch", "backward"))
+            key = tuple(row[name] for name in ("cell", "hidden", "heads", "batch", "backward"))
             sizes.setdefault(key, []).append((by_the_model(row), int(row["cycles"])))
     several = {size: found for size, found in sizes.items() if len(found) > 1}
     assert len(several) > 10
