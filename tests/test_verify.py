@@ -180,15 +180,15 @@ def gru_with(candidate):
     """The GRU's forward with another candidate n."""
 
     def forward(x, z, c_prev, bias_hh):
-        (r, update, _, s), _ = gru_forward(x, z, c_prev, bias_hh)
+        (r, update, _, s), _, rest = gru_forward(x, z, c_prev, bias_hh)
         gates = (r, update, candidate(x, s, r, bias_hh), s)
-        return gates, gru.gru_next_cell(gates, c_prev)
+        return gates, gru.gru_next_cell(gates, c_prev), rest
 
     return forward
 
 
 def gru_gradients(change):
-    """The GRU's backward, of which change(gates, dz, dc_prev) returns what is wrong."""
+    """The GRU's backward, of which change(gates, dz, dc_prev, rest) returns what is wrong."""
     return lambda gates, c_prev, d: change(gates, *gru_backward(gates, c_prev, d))
 
 
@@ -196,7 +196,7 @@ FAULTS = {  # of each option of a call: the device function, and what stands in 
     "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
     "cell gradient lost": ("lstm_backward", lambda *given: (
-        lstm_backward(*given)[0], lstm_backward(*given)[1] * 0.0)),
+        lstm_backward(*given)[0], lstm_backward(*given)[1] * 0.0, ())),
     "peepholes in another order": ("load_constants", lambda *given: tuple(
         load_constants(*given)[k] for k in ((0, 2, 1) if given[0] is not None else ()))),
     "resets ignored": ("is_reset", lambda time, *_: time < 0),
@@ -212,8 +212,8 @@ GRU_FAULTS = {
     "b_hn outside r": ("gru_forward", gru_with(lambda x, s, r, b: tanh(x[2] + b[2] + r * (s - b[2])))),
     "r and z swapped": ("gru_forward", lambda x, z, *given: gru_forward(
         (x[1], x[0], *x[2:]), (z[0], z[2], z[1], z[3]), *given)),
-    "n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, dc: (
-        (dz[0], dz[1] * 0.0, dz[2], dz[3]), dc))),
+    "n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, *rest: (
+        (dz[0], dz[1] * 0.0, dz[2], dz[3]), *rest))),
     "dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
 }  # fmt: skip
 FAULTS |= {f"GRU: {name}": fault for name, fault in GRU_FAULTS.items()}
