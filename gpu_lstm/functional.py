@@ -13,6 +13,7 @@ from .call.weights import State, Weights, size_of
 from .dispatch.route import run
 from .kernels import heads as products
 from .kernels.cells import GRU, LSTM, SLSTM
+from .modules.arguments import check_heads
 
 
 def lstm_layer(
@@ -140,11 +141,11 @@ def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
     """Cut a block-diagonal W_hh, [4H, H] or [3H, H], into that of heads, [4H, H / heads]; the reverse: `dense`.
 
     Raises:
+        TypeError: `heads` is no int.
         ValueError: `heads` does not divide H, or a weight between two heads is not zero.
     """
     hidden = weight_hh.shape[1]
-    if heads < 1 or hidden % heads:
-        raise ValueError(f"hidden_size must be divisible by heads, got hidden_size={hidden} and heads={heads}")
+    check_heads(heads, hidden)
     head = hidden // heads
     blocks = weight_hh.view(-1, heads, head, heads, head).diagonal(dim1=1, dim2=3)  # [GATES, D, D, heads]
     cut = blocks.permute(0, 3, 1, 2).flatten(0, 2)

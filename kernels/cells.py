@@ -22,9 +22,7 @@ class Cell(NamedTuple):
     functions: tuple[int, int]  # how many sigmoids, tanhs, exps and logs a unit takes, forward and backward
     of_torch: bool  # torch has it, and so cuDNN
     normalises: bool  # m is made of its last gate and c: it may have peepholes, and layer norms of c and of W_hh h
-    empty: tuple[float, ...] = (
-        0.0,
-    )  # c of a unit before its first step; numbers after the first backward does not read
+    empty: tuple[float, ...] = (0.0,)  # c of a unit before its first step; backward reads the first number alone
 
     @property
     def kept(self) -> int:

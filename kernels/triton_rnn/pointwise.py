@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..cells import CELLS
+from ..heads import arranged
 from ..memory import Buffer, buffers_of
 from ..problem import Pass, Problem, power_of_two
 from ..projection import products_in
@@ -124,7 +125,7 @@ def by_head(weight_hh: torch.Tensor, p: Problem) -> tuple[Callable[..., Any], Ca
     """(A product, the form that it takes [B, *] in, W_hh); of heads in batches of them, for which W_hh is copied."""
     if p.heads == 1:
         return torch.mm, lambda x: x, weight_hh
-    weight = weight_hh.unflatten(0, (-1, p.heads, p.columns)).transpose(0, 1).flatten(1, 2)  # [heads, GATES D, D]
+    weight = arranged(weight_hh, p.width).mT  # [heads, GATES D, D]
     return torch.bmm, lambda x: x.unflatten(1, (p.heads, -1)).transpose(0, 1), weight  # [heads, B, *]
 
 

@@ -43,9 +43,7 @@ class Products(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    arrivals_ptr: (
-        Pointer  # [HEADS, tiles of sequences] int32, how many programs have arrived; None: see step_plans.waits
-    )
+    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: step_plans.waits
     error_ptr: Pointer  # [1] int32, and after it the poll limit
 
 
