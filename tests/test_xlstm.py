@@ -59,6 +59,7 @@ def test_xlstms_own_cell_is_of_one_mind_in_float64(given):
     x, state = tensors_for(torch.float64)
     theirs = numbers_of(cell, x, state if given else None)
     assert gpu_lstm.use_for_slstm(cell) == 1
+    assert cell._theirs is type(cell).__mro__[2]
     for our, their in zip(numbers_of(cell, x, state if given else None), theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=0, atol=2e-15 * max(1.0, their.abs().max().item()))
 
@@ -87,7 +88,9 @@ def test_its_shapes_of_inputs_and_outputs(shapes):
     x = x if shapes[0] == "BSGNH" else x.transpose(0, 1).contiguous()
     theirs = cell(x, state)[0]
     gpu_lstm.use_for_slstm(cell)
-    torch.testing.assert_close(cell(x, state)[0], theirs)
+    ours = cell(x, state)[0]
+    assert cell._theirs is type(cell).__mro__[2]
+    torch.testing.assert_close(ours, theirs)
 
 
 def model_of_xlstm():
