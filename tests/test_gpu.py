@@ -69,6 +69,22 @@ def test_every_family(monkeypatch, family, hidden, cell):
     gpu_lstm.check()
 
 
+@pytest.mark.usefixtures("within_margins")
+@pytest.mark.parametrize(("batch", "hidden", "heads"), [(16, 64, 1), (16, 512, 4), (256, 1024, 4), (16, 768, 1)])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "SLSTM"])
+def test_heads_and_the_slstm(cell, batch, hidden, heads):
+    torch.manual_seed(0)
+    ours = kernels(32, hidden, cell=cell, heads=heads)
+    theirs = kernels(32, hidden, backend="reference", cell=cell, heads=heads).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, steps = random(12, batch, 32, requires_grad=True), torch.arange(batch, device="cuda") % 13
+    given = dict(lengths=steps, resets=random(12, batch) > 1)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found = results(ours, x, **given)
+    expected = results(theirs, x.double().detach().requires_grad_(), **given)
+    torch.testing.assert_close([t.double() for t in found], expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [
     {"num_layers": 3}, {"num_layers": 2, "bidirectional": True},
     {"num_layers": 2, "bidirectional": True, "cell": "GRU"},

@@ -22,6 +22,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.functional import slstm_layer
 from gpu_lstm.kernels.problem import Pass, problem_of
 from gpu_lstm.kernels.tensors import Inputs
+from gpu_lstm.kernels.triton_rnn import equations
 
 T, B, I, H = 4, 3, 3, 8
 LENGTHS, RESETS = torch.tensor([4, 2, 3]), torch.tensor([[0, 0, 1], [1, 0, 0], [0, 1, 1], [0, 0, 0]]).bool()
@@ -351,7 +352,7 @@ def test_dropout_is_between_layers():
 
 
 @pytest.mark.parametrize("product", [False, True])
-def test_kernels_are_verified_as_on_a_card(product):
+def test_kernels_are_verified_as_on_a_card(product, monkeypatch):
     torch.manual_seed(0)
     weight_ih = None if product else torch.randn(4 * H, I)
     x, weight_hh = torch.randn(T, B, 4 * H if product else I), torch.randn(4 * H, H)
@@ -359,6 +360,14 @@ def test_kernels_are_verified_as_on_a_card(product):
     layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "slstm", False, "ieee"), x.device)
     for pass_ in (Pass(), Pass(True)):
         assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
+    forward, backward = equations.slstm_forward, equations.slstm_backward
+    for pass_, name, fault in (
+        (Pass(), "slstm_forward", lambda x, z, q, rest: forward(x, z, q, (rest[0] * 0.5,))),
+        (Pass(True), "slstm_backward", lambda *given: backward(*given[:4], (given[4][0] * 0.0,))),
+    ):
+        monkeypatch.setattr(equations, name, fault)
+        verdict = verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan)
+        assert verdict.startswith("the RMS error of")
 
 
 def layer_of(module, x, hx, **options):
