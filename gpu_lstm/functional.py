@@ -131,6 +131,7 @@ def slstm_layer(
     _, hidden, _, heads = size_of(weights, SLSTM.rows)
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
+    check_size_of_states(["weight_hh"], [weight_hh], (SLSTM.rows * hidden, hidden // heads))
     for argument, tensor, _ in given[::2]:
         check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))
     arguments = Arguments(SLSTM.name, "layer", (hidden,), False, (), heads, None, has_bias, name, reverse=reverse)
@@ -141,10 +142,10 @@ def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
     """Cut a block-diagonal W_hh, [4H, H] or [3H, H], into that of heads, [4H, H / heads]; the reverse: `dense`.
 
     Raises:
-        TypeError: `heads` is no int.
-        ValueError: `heads` does not divide H, or a weight between two heads is not zero.
+        TypeError: `heads` is no int, or `weight_hh` no tensor.
+        ValueError: `heads` does not divide H, or H the rows, or a weight between two heads is not zero.
     """
-    hidden = weight_hh.shape[1]
+    hidden = _units_of_rows(weight_hh, None)
     check_heads(heads, hidden)
     head = hidden // heads
     blocks = weight_hh.view(-1, heads, head, heads, head).diagonal(dim1=1, dim2=3)  # [GATES, D, D, heads]
@@ -155,5 +156,21 @@ def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
 
 
 def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
-    """W_hh of heads, [4H, H / heads] or [3H, H / heads] -> the block-diagonal one that computes the same, [4H, H]."""
+    """W_hh of heads, [4H, H / heads] or [3H, H / heads] -> the block-diagonal one that computes the same, [4H, H].
+
+    Raises:
+        TypeError: `weight_hh` is no tensor.
+        ValueError: it has no such size with H = `hidden_size`.
+    """
+    _units_of_rows(weight_hh, hidden_size)
     return products.dense(weight_hh, hidden_size)
+
+
+def _units_of_rows(weight_hh: Tensor, hidden: int | None) -> int:
+    """H, by default the columns of a W_hh; raise unless it divides the rows, and the columns H."""
+    check_tensor(weight_hh, "weight_hh")
+    rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
+    hidden = columns if hidden is None else hidden
+    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
+        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
+    return hidden

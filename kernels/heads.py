@@ -21,7 +21,7 @@ def product(h: Tensor, weight: Tensor) -> Tensor:
         return h @ weight.T
     head = weight.shape[1]
     by_head = torch.bmm(h.reshape(-1, len(weight), head).transpose(0, 1), weight)  # [heads, rows, GATES D]
-    return by_head.unflatten(2, (-1, head)).permute(1, 2, 0, 3).reshape(*h.shape[:-1], -1)
+    return by_head.unflatten(2, (-1, head)).permute(1, 2, 0, 3).reshape(*h.shape[:-1], weight[:, 0].numel())
 
 
 def gradient_of_h(dz: Tensor, weight: Tensor, width: int) -> Tensor:

@@ -37,6 +37,7 @@ def one_head(module: nn.Module) -> nn.Module:
 def results(module, *args, **options):
     """Results of a call, and gradients of all parameters."""
     torch.manual_seed(0)
+    module.zero_grad()
     leaves = tree_leaves(module(*args, **options))
     sum((k + 1) * t.square().sum() for k, t in enumerate(leaves)).backward()
     return [*leaves, *(p.grad for p in module.parameters())]
@@ -63,6 +64,8 @@ def test_heads_compute_what_zeros_between_them_do(kind, backend):
     assert_as_one_head(stack, x_of(T, B, I), **RAGGED)
     cell = getattr(gpu_lstm, f"{kind.__name__}Cell")(I, H, heads=HEADS, dtype=F64, backend=backend)
     assert_as_one_head(cell, x_of(B, I))
+    assert_as_one_head(cell, x_of(0, I))
+    assert_as_one_head(kind(I, H, heads=HEADS, dtype=F64, backend=backend), x_of(T, 0, I))
     with torch.autocast("cpu"):
         x = x_of(T, B, I, dtype=torch.float32)
         assert_as_one_head(kind(I, H, heads=HEADS, backend=backend), x, tolerance=0.008)
@@ -132,6 +135,11 @@ def test_to_torch_cut_and_back(kind):
     theirs.weight_hh_l1.data[0, -1] = 0.5
     with pytest.raises(ValueError, match=r"^Expected zeros between the 3 heads of weight_hh, got 1 other weights$"):
         functional.of_heads(theirs.weight_hh_l1, HEADS)
+    for wrong in (lambda: functional.dense(module.weight_hh_l0, 11)), (lambda: functional.of_heads(x[0].T, 3)):
+        with pytest.raises(ValueError, match=r"^Expected weight_hh with a multiple of \d+ rows, got \[\d+, \d+\]$"):
+            wrong()
+    with pytest.raises(ValueError, match=r"^heads must be greater than zero$"):
+        module.heads = 0
     with pytest.raises(ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"):
         functional.of_heads(theirs.weight_hh_l0, 5)
 

@@ -30,6 +30,8 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
     match name:
         case "backend":
             return None if value is None else parse_backend_name(value)
+        case "heads":
+            check_size(name, value)
         case "recompute":
             check_bool(name, value)
             if value and cell.kept > 1:
