@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .call.checks import check_bool, check_size_of_states, check_tensor, named_weights
+from .call.checks import check_bool, check_rows_of_heads, check_size_of_states, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
@@ -145,7 +145,7 @@ def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
         TypeError: `heads` is no int, or `weight_hh` no tensor.
         ValueError: `heads` does not divide H, or H the rows, or a weight between two heads is not zero.
     """
-    hidden = _units_of_rows(weight_hh, None)
+    hidden = check_rows_of_heads(weight_hh)
     check_heads(heads, hidden)
     head = hidden // heads
     blocks = weight_hh.view(-1, heads, head, heads, head).diagonal(dim1=1, dim2=3)  # [GATES, D, D, heads]
@@ -162,15 +162,5 @@ def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
         TypeError: `weight_hh` is no tensor.
         ValueError: it has no such size with H = `hidden_size`.
     """
-    _units_of_rows(weight_hh, hidden_size)
+    check_rows_of_heads(weight_hh, hidden_size)
     return products.dense(weight_hh, hidden_size)
-
-
-def _units_of_rows(weight_hh: Tensor, hidden: int | None) -> int:
-    """H, by default the columns of a W_hh; raise unless it divides the rows, and the columns H."""
-    check_tensor(weight_hh, "weight_hh")
-    rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
-    hidden = columns if hidden is None else hidden
-    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
-        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
-    return hidden

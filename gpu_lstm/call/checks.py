@@ -205,6 +205,16 @@ def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
         raise RuntimeError("bias_c should be given together with gain_c")
 
 
+def check_rows_of_heads(weight_hh: Tensor, hidden: int | None = None) -> int:
+    """H, by default the columns of a W_hh; raise unless it divides the rows, and the columns H."""
+    check_tensor(weight_hh, "weight_hh")
+    rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
+    hidden = columns if hidden is None else hidden
+    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
+        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
+    return hidden
+
+
 def check_same_tensors(weights: list[list[Weights]]) -> None:
     """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
     for name in names_of(VARIANT):
