@@ -90,6 +90,9 @@ def test_nan_is_no_empty_state(backend, dtype):
     y, states = slstm_layer(z[2:3], weight, None, (torch.zeros_like(c), c, n, m), backend=backend)
     for t in (c, m, y[0], *states[:2], states[3]):
         assert t.isnan().nonzero().tolist() == [[0, 0]]
+    given, no_steps = (c[1:], 0 * c[1:], n[1:], torch.nan * c[1:]), torch.zeros(B - 1, dtype=torch.int64)
+    _, (*_, m) = slstm_layer(z[:, 1:], weight, None, given, lengths=no_steps, backend=backend)
+    assert m.isnan().all()
 
 
 def test_gradients_of_gates_that_are_nearly_shut_have_small_errors_for_their_size():
