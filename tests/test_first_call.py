@@ -10,6 +10,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -172,15 +173,53 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
     assert (plan.family.name, len(tried)) == ("step", choose.MOST + 1)
 
 
-def test_a_line_says_what_takes_long(an_h100, monkeypatch, caplog):
-    timer = Mock()
-    monkeypatch.setattr(choose.threading, "Timer", timer)
-    _choose(monkeypatch)
-    seconds, function, arguments = timer.call_args.args
-    assert seconds == choose.SLOW_S
-    assert timer.mock_calls[1:] == [call().start(), call().cancel()], "a quick compilation is not mentioned"
-    function(*arguments)
-    assert "compiling the kernels of a layer" in caplog.text
+@pytest.fixture
+def clock(monkeypatch):
+    """Of whoever tells what a user waits for, each time for clock.takes seconds, which pass before the wait begins."""
+    clock = SimpleNamespace(now=0.0, takes=0.0)
+
+    class Event:
+        def __init__(self):
+            self.end = clock.now + clock.takes
+
+        def wait(self, seconds):
+            clock.now = min(clock.now + seconds, self.end)
+            return clock.now == self.end
+
+        def set(self):
+            pass
+
+    def thread(target, daemon):
+        return SimpleNamespace(start=target, join=lambda: None)
+
+    monkeypatch.setattr(choose, "threading", SimpleNamespace(Event=Event, Thread=thread))
+    monkeypatch.setattr(choose, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_user_who_waits_is_told_what_for_and_how_long_it_has_taken(an_h100, monkeypatch, caplog, clock):
+    """Of the second plan, too; and a trial is not taken for a compilation."""
+    clock.takes, refuses = 20.0, Mock(side_effect=["wrong", None])
+    assert _choose(monkeypatch, verify=refuses)[0] == PLANS[1]
+    what = "cooperative_forward_kernel for LSTM, H = 256, torch.float16, plan {} of at most 4"
+    of_plan = f"compiling {what}; Triton keeps the result", f"waiting for the trial of {what}; if it hangs, end this"
+    said = [(text.format(number), seconds) for number in (1, 2) for text in of_plan for seconds in (2, 4, 8, 16)]
+    assert len(caplog.messages) == len(said)
+    for message, (text, seconds) in zip(caplog.messages, said):
+        assert message.startswith(text)
+        assert message.endswith(f": {seconds} s so far")
+
+
+def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch, caplog, clock):
+    clock.takes = choose.SLOW_S
+    _choose(monkeypatch, verify=lambda *_: None)
+    monkeypatch.undo()
+    threads = {*threading.enumerate()}
+    with pytest.raises(KeyboardInterrupt), choose._told_if_slow("a trial"):
+        assert len({*threading.enumerate()} - threads) == 1
+        raise KeyboardInterrupt
+    assert {*threading.enumerate()} <= threads
+    assert not caplog.messages
 
 
 # Where nothing can be launched

@@ -8,6 +8,7 @@ import functools
 import io
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident,
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
-SLOW_S = 2.0  # after which a log line says what is happening
+SLOW_S = 2.0  # after which a log line says what a user waits for
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
@@ -185,12 +186,16 @@ def choose_plan(
 
     if capturing:  # when nothing is verified
         tried.sort(key=lambda plan: identity(plan) not in plans_in_use)
-    for plan in tried:
+    for number, plan in enumerate(tried, start=1):
         if (key := identity(plan)) in plans_in_use:
             return plan
-        with _log_if_slow():
+        kernel = FAMILIES[type(plan.family)].kernels[pass_.backward].__name__
+        layer = f"{problem.cell.upper()}, H = {problem.hidden}, {problem.dtype}"
+        what = f"{kernel} for {layer}, plan {number} of at most {len(tried)}"
+        with _told_if_slow(f"compiling {what}; Triton keeps the result"):
             reason = why_it_does_not_fit(launches(plan), plan.blocks)
-            if reason is None and refuses is not None:
+        if reason is None and refuses is not None:
+            with _told_if_slow(f"waiting for the trial of {what}; if it hangs, end this process: the next avoids it"):
                 reason = refuses(plan)
         if reason is None:
             if not capturing:
@@ -286,16 +291,23 @@ def _load_problem(device: torch.device) -> str | None:
 
 
 @contextlib.contextmanager
-def _log_if_slow() -> Iterator[None]:
-    """Tell a user who waits that kernels are compiled, which takes seconds."""
-    text = "compiling the kernels of a layer; this happens once for each kind of layer, and Triton keeps the result"
-    timer = threading.Timer(SLOW_S, logger.warning, (text,))
-    timer.daemon = True
-    timer.start()
+def _told_if_slow(what: str) -> Iterator[None]:
+    """Log what a user waits for after SLOW_S, and again whenever it has taken twice as long."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        seconds = 0.0
+        while not ended.wait(max(SLOW_S, seconds)):
+            seconds = time.monotonic() - start
+            logger.warning("%s: %.0f s so far", what, seconds)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
+        teller.join()
 
 
 def measured_plan(problem: Problem, card: Card, backward: bool) -> dict[str, Any] | None:
