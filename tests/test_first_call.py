@@ -166,6 +166,8 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
     for _ in range(2):
         with pytest.raises(RuntimeError, match=reasons):
             _choose(monkeypatch, load)
+    with pytest.raises(RuntimeError, match=r"Read-only file system.*in TRITON_CACHE_DIR\)$"):
+        _choose(monkeypatch, Mock(side_effect=OSError(30, "Read-only file system")))
     with pytest.raises(torch.OutOfMemoryError):
         _choose(monkeypatch, Mock(side_effect=torch.OutOfMemoryError("80 GB")))
     assert len(PLANS) > choose.MOST + 1
@@ -245,15 +247,17 @@ CAUSES = {  # what Triton or the driver says, and a word of what the user is tol
     "no Python.h": (RuntimeError("Command '['gcc', 'main.c']' returned non-zero exit status 1."), "python3-dev"),
     "old driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "newer driver"),
     "old driver, PTX": (RuntimeError("the provided PTX was compiled with an unsupported toolchain."), "newer driver"),
-    "unknown": (OSError("no space left on device"), "no space left"),
-    "unknown card": (None, "compute capability 9.0: ptxas fatal: sm_90"),
+    "no room for its launcher": (OSError(28, "No space left on device"), "in TRITON_CACHE_DIR"),
+    "no room for kernels": ("PermissionError: [Errno 13] Permission denied: '/.triton'", "in TRITON_CACHE_DIR"),
+    "unknown": (OSError("no such thing"), "no such thing"),
+    "unknown card": ("ptxas fatal: sm_90", "compute capability 9.0: ptxas fatal: sm_90"),
 }
 
 
 @pytest.mark.parametrize(("error", "cure"), CAUSES.values(), ids=CAUSES)
 def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, error, cure):
-    if error is None:
-        monkeypatch.setattr(choose, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")
+    if isinstance(error, str):  # of the compiler
+        monkeypatch.setattr(choose, "compile_problem", lambda architecture: error)
     monkeypatch.setattr(choose, "load", Mock(side_effect=error))
     of_triton = available.import_problem(Backend.TRITON)
     monkeypatch.setattr(available, "import_problem", {Backend.TRITON: of_triton, Backend.CUPY: "not here"}.get)

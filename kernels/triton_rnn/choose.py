@@ -46,11 +46,15 @@ logger = logging.getLogger("gpu_lstm")
 _multiprocessors: dict[tuple[torch.device, int | None], int] = {}
 """Of each context that planned for a device."""
 
-CURES = {  # remedies for Triton's errors where nothing can be launched, by a part of the message
+CURES = {  # remedies for errors of Triton, its driver and the file system, by a part of the message
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
     "non-zero exit status": "Triton builds its launchers with Python's headers: install python3-dev",
     "kernel image": "the driver is older than what this Triton compiles for: use a newer driver, or an older Triton",
     "unsupported toolchain": "the driver is older than this Triton: use a newer driver, or an older Triton",
+    **dict.fromkeys(
+        ("Permission denied", "Read-only file system", "No space left", "Disk quota exceeded"),
+        "Triton keeps kernels in ~/.triton: name a folder that can be written in TRITON_CACHE_DIR",
+    ),
 }
 
 
@@ -203,7 +207,7 @@ def choose_plan(
             return plan
         refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
         logger.info("a plan does not fit: %s", refused[-1])
-    raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
+    raise RuntimeError(_with_cure(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}"))
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
@@ -272,9 +276,10 @@ def compile_problem(architecture: int) -> str | None:
 
 def launch_problem(device: torch.device, architecture: int) -> str | None:
     """Why Triton cannot launch kernels on a device, and what helps; None if it can, as far as an empty kernel shows."""
-    if (problem := compile_problem(architecture)) is not None or torch.cuda.is_current_stream_capturing():
-        return problem  # older drivers cannot load kernels during a capture
-    return _load_problem(device)
+    problem = compile_problem(architecture)
+    if problem is None and not torch.cuda.is_current_stream_capturing():  # when older drivers cannot load kernels
+        problem = _load_problem(device)
+    return problem and _with_cure(problem)
 
 
 @functools.cache
@@ -285,9 +290,13 @@ def _load_problem(device: torch.device) -> str | None:
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # from the C compiler or the driver
-        cure = next((cure for text, cure in CURES.items() if text in str(error)), None)
-        return f"{error}" + (f" ({cure})" if cure else "")
+        return str(error)
     return None
+
+
+def _with_cure(problem: str) -> str:
+    cure = next((cure for text, cure in CURES.items() if text in problem), None)
+    return f"{problem} ({cure})" if cure else problem
 
 
 @contextlib.contextmanager
