@@ -52,10 +52,12 @@ def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
     return kept_layer(launch, PROBLEM, CUDA, verify).prepared(pass_, GIVEN).plan, tried
 
 
-def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
+def test_the_first_plan_that_loads_is_chosen_kept_and_logged(an_h100, monkeypatch, caplog):
     assert kept_layer(launch, PROBLEM, CUDA).chosen(Pass())[:2] == (PLANS[0], False), "before there is a choice"
-    assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
-    assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
+    with caplog.at_level(logging.INFO, "gpu_lstm"):
+        assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
+        assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
+    assert caplog.messages == [f"{PROBLEM}, {FORWARD}: {PLANS[0]}"]
     for pass_ in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
         assert len(_choose(monkeypatch, pass_=pass_)[1]) == 1, "but other kernels are"
     forget()

@@ -91,10 +91,11 @@ rand = works
 cuda = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, synchronize=works)
 """
 TESTS = """
-import pytest, torch
+import logging, pytest, torch
 
 @pytest.mark.parametrize("n", range(12))
 def test_a_kernel(n):
+    logging.getLogger("gpu_lstm").info("plan %d", n)
     torch.broken |= n == 3
     torch.rand()
 """
@@ -104,7 +105,7 @@ def test_a_kernel(n):
     ("-n 2 --dist worksteal", 11), ("", 3),  # without workers pytest ends
 ])  # fmt: skip
 def test_a_process_ends_where_the_card_fails_and_another_runs_the_other_tests(tmp_path, options, passed):
-    """And the traceback is there before the end."""
+    """And before the end there is the traceback, with what was logged."""
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     for name, text in {"torch": TORCH, "test_kernels": TESTS}.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -116,4 +117,5 @@ def test_a_process_ends_where_the_card_fails_and_another_runs_the_other_tests(tm
     assert (done.returncode, int(re.search(r"(\d+) passed", after)[1])) == (1, passed), done.stdout
     assert set(re.findall("FAILED .*test_a_kernel(.*)]", after)) == {"[3"}
     assert "E   RuntimeError: CUDA error: an illegal memory access" in before
+    assert set(re.findall("INFO +gpu_lstm:.*plan (.*)", before)) == {"3"}
     assert "in this process any more, after test_kernels.py::test_a_kernel[3]: CUDA error" in done.stdout
