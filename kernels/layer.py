@@ -1,6 +1,7 @@
 """What a backend is, and its Layer: one layer in one direction on one card, prepared once and then only launched."""
 
 import importlib
+import logging
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
@@ -15,6 +16,8 @@ from .memory import ALIGNMENT, allocate, buffers_of, gradients_in, steps_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop
 from .timeouts import raise_if_timed_out
+
+logger = logging.getLogger("gpu_lstm")
 
 MOST_LAYERS = 1024  # that are kept; a program with more problems, say more batch sizes, makes them again
 
@@ -188,6 +191,7 @@ class Layer:
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
                 plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
+                logger.info("%s, %s: %s", self.problem, pass_, plan)
             prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
             if not capturing:
                 self._prepared[pass_] = prepared

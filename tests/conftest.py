@@ -33,6 +33,8 @@ def pytest_configure(config):
         from gpu_lstm.__main__ import why_no_cuda
 
         raise pytest.UsageError(f"--require-gpu: {why_no_cuda()}")
+    if torch.cuda.is_available() and config.option.log_level is None:
+        config.option.log_level = "INFO"  # a test that fails says which plans it ran
     if importlib.util.find_spec("triton"):
         try:
             import gpu_lstm.kernels.triton_rnn.features  # noqa: F401
@@ -45,7 +47,8 @@ def pytest_configure(config):
 class Progress:
     """Every 30 seconds a line says how many tests are done, and how long the others will take at this rate.
 
-    On a card a traceback is printed when its test fails: a kernel that hangs may leave no end to print it at.
+    On a card a traceback is printed when its test fails, and what was logged: a kernel that hangs may leave no end to
+    print it at.
     """
 
     EVERY = 30
@@ -67,7 +70,7 @@ class Progress:
     @pytest.hookimpl(trylast=True)  # behind pytest's own line
     def pytest_runtest_logreport(self, report):
         if report.failed and torch.cuda.is_available():
-            self.write(f"{report.nodeid}\n{report.longreprtext}")
+            self.write(f"{report.nodeid}\n{report.longreprtext}\n{report.caplog}")
         self.done += report.when == "teardown"
         now = time.monotonic()
         if now - self.told >= self.EVERY and self.done:

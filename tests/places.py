@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, route
-from gpu_lstm.kernels import cupy_rnn
+from gpu_lstm.kernels import cupy_rnn, heads
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
@@ -167,7 +167,7 @@ def tf32(monkeypatch, inputs: int) -> None:
     """float32 products in TF32: of the kernels, and of the reference at every step, where x has `inputs` features."""
 
     def linear(x: Tensor, w: Tensor, b: Tensor | None, gain: None) -> Tensor:
-        if w.shape[1] == inputs:
+        if w.dim() == 2 and w.shape[1] == inputs:
             return nn.functional.linear(x, w, b)
         return _CutLinear.apply(x, w) + (0 if b is None else b)
 
@@ -176,17 +176,22 @@ def tf32(monkeypatch, inputs: int) -> None:
 
 
 class _CutLinear(torch.autograd.Function):
-    """x W^T with operands truncated to the 10 bits that tensor cores use."""
+    """x W^T, W of one head or several, with operands truncated to the 10 bits that tensor cores use.
+
+    But for the gradient of W, which is no product of the recurrence.
+    """
 
     @staticmethod
     def forward(ctx, x, w):
         ctx.save_for_backward(x, w)
-        return _cut(x) @ _cut(w).T
+        return heads.product(_cut(x), _cut(w))
 
     @staticmethod
     def backward(ctx, d):
         x, w = ctx.saved_tensors
-        return _cut(d) @ _cut(w), d.T @ x
+        _, of_x = torch.func.vjp(lambda x: heads.product(x, _cut(w)), x)
+        _, of_w = torch.func.vjp(lambda w: heads.product(x, w), w)
+        return *of_x(_cut(d)), *of_w(d)
 
 
 def _cut(t: Tensor) -> Tensor:
