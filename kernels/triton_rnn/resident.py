@@ -196,9 +196,9 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
         words = take(shared, gate * S.CHUNKS, S.CHUNKS, GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
     for n in tl.static_range(len(dz)):
-        total = products[0][n]
-        for gate in tl.static_range(1, GATES):
-            total += products[gate][n]
+        total = products[0][n] + products[1][n]
+        if GATES > 2:
+            total += products[2][n] + products[3][n] if GATES == 4 else products[2][n]
         dh = dh + (total,)
     return dh
 
