@@ -232,6 +232,7 @@ def test_trace_and_explain():
     torch.testing.assert_close(traced.output, call.module(call.x, tuple(call.hx), **call.ragged)[0])
     for gates in (gates for layer in traced.layers for gates in layer):
         torch.testing.assert_close(gates.output * gates.mean, gates.hidden)
+        assert not any(t[LENGTHS[1] :, 1].any() or t[LENGTHS[2] :, 2].any() for t in gates)
     plain = gpu_lstm.trace(call.module, call.x).layers[0][0]
     torch.testing.assert_close(plain.mean[0], plain.candidate[0])  # the mean of one
     torch.testing.assert_close(plain.mean[1], torch.lerp(plain.mean[0], plain.candidate[1], plain.share[1]))

@@ -276,6 +276,7 @@ CALLS = [
     ("TypeError: ...unexpected keyword argument 'length'...", "m.lstm(X, length=tensor([5, 2]))"),
     ("TypeError: LSTM accepts lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
      "m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))"),
+    ("TypeError: SLSTM accepts lengths, and no mask", "m.slstm(X, mask=RESETS)"),
     # No steps, which torch refuses in these words
     ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "m.stack(zeros(0, 2, 3))",
      "m.stack(zeros(0, 0, 3))", "m.stream(zeros(0, 2, 3))", "layer(m, x=zeros(0, 0, 3), backend='triton')"),
