@@ -111,7 +111,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
     of_512 = [replace(case, input_size=512, hidden_size=512, heads=n) for n in (4, 8, 1) for case in both]
     heads = [replace(case, batch=B) for B in varied["heads"] for case in of_512]
     return {
-        "first": [headline, *of("gru", headline), heads[0], *of("slstm", heads[0])],  # of each kind, where time is short
+        "first": [headline, *of("gru", headline), heads[0], *of("slstm", heads[0])],  # where time is short
         "headline": both,
         "gru": of("gru", *both, resets[0], ragged, replace(step, batch=1)),
         "rl": rl,
