@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses torch's deterministic mode
 import torch
 
+if "WITHOUT_ONEDNN" in os.environ:  # which dev/cpus.py sets
+    torch.backends.mkldnn.enabled = False
+
 if not torch.cuda.is_available():
     # The Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -191,6 +194,12 @@ def exact_float32_products():
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.fixture
+def with_onednn(monkeypatch):
+    """torch gives an LSTM on a CPU to oneDNN, also where all other tests run without."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
 
 
 @pytest.fixture(autouse=True)

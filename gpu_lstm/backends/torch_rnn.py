@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..call import onednn
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.modes import is_transformed
+from ..call.modes import autocast_dtype, is_transformed
 from ..call.noise import draw
 from ..call.prepare import Call
 from ..call.sequences import Traversal
@@ -123,6 +124,10 @@ def stack(
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
+    if x.is_cpu and batch_sizes is None and (half := _refused_by_onednn(cell, x, layers[0][0])) is not None:
+        state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
+        with torch.autocast("cpu", enabled=False):
+            return stack(cell, x.to(half), state, layers, dropout, training)
     if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # of heads, in one layer
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
@@ -145,6 +150,14 @@ def stack(
     else:
         y, h_n, c_n = lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
+
+
+def _refused_by_onednn(cell: Cell, x: Tensor, weights: Weights) -> torch.dtype | None:
+    """The dtype to which autocast would cast an LSTM for oneDNN, which has none in it on this CPU; else None."""
+    half = None if cell is GRU or weights.weight_hr is not None else autocast_dtype(x)
+    if half is None or torch.compiler.is_compiling() or not onednn.is_on() or onednn.has_lstm(half):
+        return None
+    return half
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:

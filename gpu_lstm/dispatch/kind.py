@@ -113,14 +113,17 @@ def kind_of(call: Call) -> Kind:
 def dtype_of(call: Call) -> torch.dtype:
     """The dtype that layers compute in: the input's own, or under autocast that of torch's own results.
 
-    On a CPU torch casts a whole LSTM; of a GRU and of cells it casts products alone, to which the state is added.
+    On a CPU torch casts a whole LSTM; of a GRU, of a cell, of a PackedSequence and with oneDNN off it casts products
+    alone, to which the state is added. A projection is a product.
     """
     autocast, options = call.modes.autocast, call.options
-    if autocast is None:
-        return call.x.dtype
-    if call.x.is_cpu and (options.one_state or options.one_step):
-        return torch.promote_types(autocast, call.states[0][1].dtype)
-    return autocast
+    if autocast is None or not call.x.is_cpu:
+        return autocast or call.x.dtype
+    packed = call.form.packed is not None and options.as_given and options.in_one_call
+    products = options.one_state or options.one_step
+    if options.cell.of_torch and not options.sizes[0].projected:
+        products |= packed or not call.modes.whole
+    return torch.promote_types(autocast, call.states[0][1].dtype) if products else autocast
 
 
 def describe(key: dict[str, Any]) -> str:
