@@ -329,7 +329,7 @@ class States(nn.Module):
 
     def forward(self, x, h, c, n, m, resets, lengths):
         y, states = self.slstm(x, (h, c, n, m), resets=resets, lengths=lengths)
-        return y, *states, gpu_lstm.functional.slstm_layer(torch.cat([y, y], 2), self.slstm.weight_hh_l0)[0]
+        return y, *states, gpu_lstm.functional.slstm_layer(torch.cat([y, y], 2), self.slstm.weight_hh_l0, heads=2)[0]
 
 
 @OF_ONNX

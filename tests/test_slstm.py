@@ -375,6 +375,7 @@ def layer_of(module, x, hx, **options):
     """slstm_layer on the product of a module of one layer and direction."""
     z = x @ module.weight_ih_l0.T
     bias = module.bias_ih_l0 + module.bias_hh_l0 if module.bias else None
+    options |= dict(heads=module.heads)
     y, states = slstm_layer(z, module.weight_hh_l0, bias, hx and tuple(t[0] for t in hx), **options)
     return y, tuple(t[None] for t in states)
 
