@@ -7,7 +7,6 @@ import copy
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
-import onnxruntime
 import pytest
 import torch
 from comparing import BACKENDS, DEVICE
@@ -121,7 +120,8 @@ def test_in_traces_graphs_modes_and_transforms(half):
     torch._dynamo.reset()
     compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
     traced = torch.jit.trace(run, (x,), check_trace=False)
-    found = [torch.inference_mode()(run)(x), autocast(half, compiled, x)[0], traced(x)]
+    program = autocast(half, torch.export.export, lstm, (x,))
+    found = [torch.inference_mode()(run)(x), autocast(half, compiled, x)[0], traced(x), program.module()(x)[0]]
     with BaseTorchDispatchMode():
         found.append(run(x))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -137,17 +137,6 @@ def test_in_traces_graphs_modes_and_transforms(half):
     assert all(t.dtype is half for t in by_reference)
     for t in by_reference:
         torch.testing.assert_close(t, y, rtol=0, atol=8 * torch.finfo(half).eps)
-
-
-@pytest.mark.deep
-@pytest.mark.filterwarnings("ignore")
-def test_an_onnx_file_is_not_cast_under_autocast(lacking, tmp_path):
-    """Nor is that of torch's own."""
-    lstm, x = gpu_lstm.LSTM(I, H, backend="torch").eval(), torch.randn(T, B, I)
-    autocast(torch.float16, torch.onnx.export, lstm, (x,), tmp_path / "lstm.onnx", dynamo=True)
-    session = onnxruntime.InferenceSession(tmp_path / "lstm.onnx")
-    (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(y), lstm(x)[0])
 
 
 def runs(half):

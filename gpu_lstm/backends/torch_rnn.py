@@ -155,9 +155,7 @@ def stack(
 def _refused_by_onednn(cell: Cell, x: Tensor, weights: Weights) -> torch.dtype | None:
     """The dtype to which autocast would cast an LSTM for oneDNN, which has none in it on this CPU; else None."""
     half = None if cell is GRU or weights.weight_hr is not None else autocast_dtype(x)
-    if half is None or torch.compiler.is_compiling() or not onednn.is_on() or onednn.has_lstm(half):
-        return None
-    return half
+    return None if half is None or not onednn.is_on() or onednn.has_lstm(half) else half
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:

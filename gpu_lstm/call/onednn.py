@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..kernels.private import constant_when_traced
+from ..kernels.private import constant_when_traced, is_exporting
 
 
 @constant_when_traced
 def is_on() -> bool:
-    """Whether torch gives LSTMs on a CPU to oneDNN."""
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    """Whether torch gives LSTMs on a CPU to oneDNN. torch.export turns it off for as long as it exports."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled or is_exporting())
 
 
 @functools.cache
