@@ -13,7 +13,7 @@ import sys
 import warnings
 import weakref
 from types import SimpleNamespace
-from unittest.mock import ANY, Mock, call
+from unittest.mock import ANY, MagicMock, Mock, call
 
 import numpy as np
 import pytest
@@ -193,9 +193,12 @@ def _selected(asked: str | None = None) -> Backend:
 @pytest.fixture
 def card(monkeypatch, nothing_cached):
     """A card that cannot load kernels, as each test finds out anew."""
-    torch_finds(monkeypatch)
+    torch_finds(monkeypatch, synchronize=None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(choose, "compile_problem", lambda architecture: None)
+    monkeypatch.setattr(choose, "_context", lambda: 1)
+    monkeypatch.setattr(choose, "_multiprocessors", {})
+    monkeypatch.setattr(choose, "in_order", lambda at_once, device, run, *given: run(*given))
     choose._load_problem.cache_clear()
     yield
     choose._load_problem.cache_clear()
@@ -207,15 +210,22 @@ CAUSES = {  # what Triton or the driver says, and a word of what the user is tol
     "old driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "newer driver"),
     "old driver, PTX": (RuntimeError("the provided PTX was compiled with an unsupported toolchain."), "newer driver"),
     "unknown": (OSError("no space left on device"), "no space left"),
+    "no library of this name": (FileNotFoundError("Could not find module 'libcuda.so.1'"), "libcuda.so.1"),
+    "no cooperative launches": (RuntimeError("Triton Error [CUDA]: operation not supported"), "cooperative launches"),
     "unknown card": (None, "compute capability 9.0: ptxas fatal: sm_90"),
 }
 
 
-@pytest.mark.parametrize(("error", "cure"), CAUSES.values(), ids=CAUSES)
-def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, error, cure):
-    if error is None:
+@pytest.mark.parametrize("cause", CAUSES)
+def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, cause):
+    (error, cure), empty = CAUSES[cause], MagicMock()
+    monkeypatch.setattr(choose, "load", lambda *_: empty)
+    if cause == "unknown card":
         monkeypatch.setattr(choose, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")
-    monkeypatch.setattr(choose, "load", Mock(side_effect=error))
+    elif cause == "no cooperative launches":
+        empty.__getitem__.return_value.side_effect = error
+    else:
+        monkeypatch.setattr(choose, "_context" if "library" in cause else "load", Mock(side_effect=error))
     of_triton = available.import_problem(Backend.TRITON)
     monkeypatch.setattr(available, "import_problem", {Backend.TRITON: of_triton, Backend.CUPY: "not here"}.get)
     with pytest.warns(UserWarning, match="launches nothing on cuda:0.*Backend 'auto' does without it"):
@@ -229,7 +239,7 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
 
 def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
     loaded = []
-    monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__))
+    monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__) or MagicMock())
     for capturing in (True, False, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert _selected("triton") is Backend.TRITON
@@ -319,7 +329,7 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
                 raise RuntimeError("too many blocks in cooperative launch")
             return lambda: None
 
-    available_to, contexts = [H100.multiprocessors], iter([1, 1, 2, 1, 2])
+    available_to, contexts = [H100.multiprocessors], iter([1, 1, 2, 1, 2, 2, 3])
     monkeypatch.setattr(choose, "load", lambda *_: Empty())
     monkeypatch.setattr(choose, "in_order", in_order)
     monkeypatch.setattr(choose, "_context", lambda: next(contexts))
@@ -330,6 +340,8 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
     available_to[0] = 66
     with pytest.warns(UserWarning, match="kernels use 66 of the 132 multiprocessors of cuda:0"):
         assert [CARD_OF(CUDA).multiprocessors for _ in range(3)] == [66, 132, 66]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [CARD_OF(CUDA).multiprocessors for _ in range(2)] == [66, 132], "in a capture, as far as it is known"
     assert ordered == [(1, CUDA), None] * 2
 
 

@@ -156,6 +156,12 @@ def test_the_small_problem_is_laid_out_as_the_call_is():
     assert _verify(problem, given=given) is None
 
 
+@pytest.mark.parametrize("pass_", [FORWARD, Pass(True)])
+def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
+    """As autotune has it, which makes no x."""
+    assert _verify(PLAIN, pass_, given=launch.call_of(PLAIN, CPU)[1].inputs) is None
+
+
 def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
     run = launch.launch_kernel
 

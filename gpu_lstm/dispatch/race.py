@@ -24,9 +24,10 @@ from ..call.forms import Padded
 from ..call.modes import Recording, Setting, Transforms, alone
 from ..call.prepare import Call
 from ..kernels import cache
+from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
 from ..kernels.problem import power_of_two
-from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multiprocessors
+from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out
 from .build import build
 from .kind import Kind, describe
 
@@ -118,7 +119,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
     entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None
-    rivals = [able.value, _other(kind).value]
+    rivals = [able.value, other_than_kernels(kind).value]
     if entry["backend"] not in rivals:
         cache.warn_once(f"a race is ignored: expected {' or '.join(rivals)}, got {entry!r}")
         return None
@@ -126,15 +127,17 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
 
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
-    spare = spare_multiprocessors(count)
-    how = {"kernel": able.value, "multiprocessors": count, "spare": spare}
+    how = {"kernel": able.value, "multiprocessors": launcher_of(able.value).card_of(device).multiprocessors}
     return cache.machine(device) | how | kind.as_json()
 
 
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
-    """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all."""
-    other, expected = _other(kind), expected_winner(kind, able, call.x.device)
+    """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all.
+
+    Raises:
+        torch.OutOfMemoryError: they cannot be verified.
+    """
+    other, expected = other_than_kernels(kind), expected_winner(kind, able, call.x.device)
 
     def lost(name: str, error: BaseException | None) -> Decision:
         if name == other.value:
@@ -143,16 +146,17 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
         return Decision(other, f"{FAILED}: {error}")
 
     try:
-        rivals = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
         with alone(grad=kind.training):
-            rivals[able.value]()  # which compiles, and verifies
+            _sample(call, kind, able, 2)()  # which compiles, and verifies
             if mode is not Racing.ON or kind.only_ours:
                 return expected
-            rivals[other.value]()  # say cuDNN cannot be initialised
-            times = race(rivals, partial(clock, call.x.device))
+            try:
+                rivals = {backend.value: _sample(call, kind, backend, LONGEST) for backend in (able, other)}
+                rivals[other.value]()  # say cuDNN cannot be initialised
+                times = race(rivals, partial(clock, call.x.device))
+            except torch.OutOfMemoryError:  # for two calls: that the kernels are right is known by now
+                return expected
             raise_if_timed_out(call.x.device)  # in the kernels' last call
-    except torch.OutOfMemoryError:
-        return expected
     except RivalFailed as failure:
         return lost(failure.args[0], failure.__cause__)
     except DEVICE_ERRORS:
@@ -170,18 +174,18 @@ class RivalFailed(Exception):
     """A rival, of this name, raised; its error is the cause."""
 
 
-def _other(kind: Kind) -> Backend:
+def other_than_kernels(kind: Kind) -> Backend:
     """The backend that runs a kind of call without our kernels."""
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
-def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
-    """The call by a backend on random data, with its own weights; in training, backward too.
+def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
+    """The call by a backend on random data, `most` steps at most, with its own weights; in training, backward too.
 
     It raises RivalFailed if the backend fails, but errors of the device as they are.
     """
     x, traversal = call.padded()
-    steps = min(call.steps, LONGEST)
+    steps = min(call.steps, most)
     shape = x.shape if steps == call.steps else (steps, *x.shape[1:])
     # Uniform numbers; the caller has forked the generators.
     data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)
