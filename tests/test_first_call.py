@@ -87,6 +87,18 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
     assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
 
 
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+def test_a_layer_that_has_no_kernel_is_not_asked_again_and_has_none_in_a_capture(an_h100, monkeypatch):
+    """Unlike one for which memory was full."""
+    found, verify = [], Mock(side_effect=[torch.OutOfMemoryError("full"), *["wrong"] * 9])
+    layer = kept_layer(launch, PROBLEM, CUDA, verify)
+    for capturing in (False, False, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        found.append((layer.has_kernel(FORWARD, GIVEN), verify.call_count))
+    assert found == [(False, 1), *[(False, 1 + choose.MOST + 1)] * 3]
+    assert layer.has_kernel(Pass(save=False), GIVEN), "of another pass nothing is known, and nothing is verified now"
+
+
 @pytest.mark.parametrize("shift", [0, 1, 8])
 def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
     storage = torch.arange(200.0).to(torch.float16)

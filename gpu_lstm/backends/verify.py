@@ -76,7 +76,7 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
             verdict, report = f"{type(error).__name__}: {error}", ""
     if verdict == "right":
         return None
-    instead = f"It is not used: another one is, or with backend 'auto' torch's {problem.cell.upper()}."
+    instead = "It is not used: another one is, or with backend 'auto' another backend."
     cache.warn_once(f"a kernel failed its verification on {card}: {verdict}. {instead}{report}")
     return verdict
 
