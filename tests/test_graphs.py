@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import gpu_lstm
 from gpu_lstm.backends import graph, torch_rnn
 from gpu_lstm.backends.verify import LEARNT
+from gpu_lstm.dispatch import available
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs
 
@@ -178,6 +179,12 @@ def test_a_backend_that_cannot_run_gives_its_reason(fullgraph):
         compiled = torch.compile(gpu_lstm.LSTM(I, H, backend="cupy", **options), backend="eager", fullgraph=fullgraph)
         with pytest.raises(Exception, match=rf"backend \\?'cupy\\?' {reason}"):  # Dynamo shows texts as in Python
             compiled(torch.randn(2, 1, I))
+
+
+def test_an_error_of_torch_while_a_backend_is_chosen_is_told(monkeypatch):
+    monkeypatch.setattr(available, "select", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(Exception, match="CUDA out of memory"):
+        torch.compile(gpu_lstm.LSTM(I, H), backend="eager", fullgraph=True)(torch.randn(2, 1, I))
 
 
 @pytest.mark.parametrize("chosen", ["argument", "block", "environment"])

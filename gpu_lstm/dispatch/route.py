@@ -143,7 +143,7 @@ def _route_in_a_graph(call: Call) -> Route:
     chosen = options.backend or chosen_backends[0].value
     name, problem = _answer(chosen, call.x.device, feature_of(call), transformed, *kind)
     if problem:
-        raise getattr(builtins, name)(problem)
+        raise getattr(builtins, name, RuntimeError)(problem)  # torch's own, as where memory is full, are such
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
     return Route(backend, dtype, name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None)
 
