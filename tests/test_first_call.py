@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from types import SimpleNamespace
-from unittest.mock import ANY, Mock, call
+from unittest.mock import ANY, MagicMock, Mock, call
 
 import numpy as np
 import pytest
@@ -88,6 +88,18 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
     assert {each.args[0].problem for each in verify.call_args_list} == {PROBLEM}
     _choose(monkeypatch, pass_=Pass(True, dh=False, dh_n=False), verify=verify)
     assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+def test_a_layer_that_has_no_kernel_is_not_asked_again_and_has_none_in_a_capture(an_h100, monkeypatch):
+    """Unlike one for which memory was full."""
+    found, verify = [], Mock(side_effect=[torch.OutOfMemoryError("full"), *["wrong"] * 9])
+    layer = kept_layer(launch, PROBLEM, CUDA, verify)
+    for capturing in (False, False, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        found.append((layer.has_kernel(FORWARD, GIVEN), verify.call_count))
+    assert found == [(False, 1), *[(False, 1 + choose.MOST + 1)] * 3]
+    assert layer.has_kernel(Pass(save=False), GIVEN), "of another pass nothing is known, and nothing is verified now"
 
 
 @pytest.mark.parametrize("shift", [0, 1, 8])
@@ -236,9 +248,12 @@ def _selected(asked: str | None = None) -> Backend:
 @pytest.fixture
 def card(monkeypatch, nothing_cached):
     """A card that cannot load kernels, as each test finds out anew."""
-    torch_finds(monkeypatch)
+    torch_finds(monkeypatch, synchronize=None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(choose, "compile_problem", lambda architecture: None)
+    monkeypatch.setattr(choose, "_context", lambda: 1)
+    monkeypatch.setattr(choose, "_multiprocessors", {})
+    monkeypatch.setattr(choose, "in_order", lambda at_once, device, run, *given: run(*given))
     choose._load_problem.cache_clear()
     yield
     choose._load_problem.cache_clear()
@@ -252,15 +267,22 @@ CAUSES = {  # what Triton or the driver says, and a word of what the user is tol
     "no room for its launcher": (OSError(28, "No space left on device"), "in TRITON_CACHE_DIR"),
     "no room for kernels": ("PermissionError: [Errno 13] Permission denied: '/.triton'", "in TRITON_CACHE_DIR"),
     "unknown": (OSError("no such thing"), "no such thing"),
+    "no library of this name": (FileNotFoundError("Could not find module 'libcuda.so.1'"), "libcuda.so.1"),
+    "no cooperative launches": (RuntimeError("Triton Error [CUDA]: operation not supported"), "cooperative launches"),
     "unknown card": ("ptxas fatal: sm_90", "compute capability 9.0: ptxas fatal: sm_90"),
 }
 
 
-@pytest.mark.parametrize(("error", "cure"), CAUSES.values(), ids=CAUSES)
-def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, error, cure):
+@pytest.mark.parametrize("cause", CAUSES)
+def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, cause):
+    (error, cure), empty = CAUSES[cause], MagicMock()
+    monkeypatch.setattr(choose, "load", lambda *_: empty)
     if isinstance(error, str):  # of the compiler
         monkeypatch.setattr(choose, "compile_problem", lambda architecture: error)
-    monkeypatch.setattr(choose, "load", Mock(side_effect=error))
+    elif cause == "no cooperative launches":
+        empty.__getitem__.return_value.side_effect = error
+    else:
+        monkeypatch.setattr(choose, "_context" if "library" in cause else "load", Mock(side_effect=error))
     of_triton = available.import_problem(Backend.TRITON)
     monkeypatch.setattr(available, "import_problem", {Backend.TRITON: of_triton, Backend.CUPY: "not here"}.get)
     with pytest.warns(UserWarning, match="launches nothing on cuda:0.*Backend 'auto' does without it"):
@@ -274,7 +296,7 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
 
 def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
     loaded = []
-    monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__))
+    monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__) or MagicMock())
     for capturing in (True, False, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert _selected("triton") is Backend.TRITON
@@ -364,7 +386,7 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
                 raise RuntimeError("too many blocks in cooperative launch")
             return lambda: None
 
-    available_to, contexts = [H100.multiprocessors], iter([1, 1, 2, 1, 2])
+    available_to, contexts = [H100.multiprocessors], iter([1, 1, 2, 1, 2, 2, 3])
     monkeypatch.setattr(choose, "load", lambda *_: Empty())
     monkeypatch.setattr(choose, "in_order", in_order)
     monkeypatch.setattr(choose, "_context", lambda: next(contexts))
@@ -375,6 +397,8 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
     available_to[0] = 66
     with pytest.warns(UserWarning, match="kernels use 66 of the 132 multiprocessors of cuda:0"):
         assert [CARD_OF(CUDA).multiprocessors for _ in range(3)] == [66, 132, 66]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [CARD_OF(CUDA).multiprocessors for _ in range(2)] == [66, 132], "in a capture, as far as it is known"
     assert ordered == [(1, CUDA), None] * 2
 
 

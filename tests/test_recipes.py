@@ -541,8 +541,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..cards import Card
 from ..cells import CELLS
-from ..layer import Chosen, Refuses
+from ..layer import Chosen, NoKernel, Refuses
 from ..problem import Gradients, Pass, Problem, Recurrence
 
 
@@ -653,6 +654,10 @@ class Prepared:
 BACKEND, prepare = "loop", Prepared
 
 
+def card_of(device: torch.device) -> Card:
+    return Card(0, 1)
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
     return None
 
@@ -666,7 +671,7 @@ def lacks(problem: Problem) -> str | None:
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
     if refuses is not None and (reason := refuses(Plan())):
-        raise RuntimeError(f"the loop cannot run this layer: {reason}")
+        raise NoKernel(f"the loop cannot run this layer: {reason}")
     return Plan()
 
 

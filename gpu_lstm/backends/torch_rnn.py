@@ -32,12 +32,20 @@ from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
+from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
 from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
+MOST_STEPS = 65_535  # of cuDNN
 LEAST_HEAD, LEAST_OF_ALL = 64, 256  # units from which on a CPU a call a head is faster than zeros between them
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
+
+
+def has(cell: Cell, inputs: Inputs) -> bool:
+    """Whether torch has a layer of this cell with these tensors."""
+    more = (*names_of(VARIANT, NOISE), "reset_c")
+    return cell.of_torch and len(inputs.x) <= MOST_STEPS and all(getattr(inputs, name) is None for name in more)
 
 
 def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..cards import cuda_obstacle
 from ..cells import CELLS as GATES
-from ..layer import Chosen, Refuses
+from ..layer import Chosen, NoKernel, Refuses
 from ..memory import EVERY_BIT, Buffer, allocate, buffers_of, checking, gradients_in, margins, steps_of
 from ..operands import as_words, transposed_gates
 from ..problem import Gradients, Pass, Problem, Recurrence
@@ -115,7 +115,7 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
     card = card_of(device)
     plan = choose_plan(problem, card, pass_.backward)
     if refuses is not None and card is not HOST and (reason := refuses(plan)):
-        raise RuntimeError(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
+        raise NoKernel(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
     return plan
 
 

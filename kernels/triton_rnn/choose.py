@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import io
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from triton.compiler import ASTSource
 
 from .. import cache
 from ..cards import Card
-from ..layer import plans_in_use
+from ..layer import NoKernel, plans_in_use
 from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem, power_of_two
@@ -50,6 +51,7 @@ CURES = {  # remedies for errors of Triton, its driver and the file system, by a
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
     "non-zero exit status": "Triton builds its launchers with Python's headers: install python3-dev",
     "kernel image": "the driver is older than what this Triton compiles for: use a newer driver, or an older Triton",
+    "operation not supported": "the kernels need cooperative launches, which this driver refuses",
     "unsupported toolchain": "the driver is older than this Triton: use a newer driver, or an older Triton",
     **dict.fromkeys(
         ("Permission denied", "Read-only file system", "No space left", "Disk quota exceeded"),
@@ -113,20 +115,19 @@ def card_of(device: torch.device) -> Card:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     card, count = card_with(properties), properties.multi_processor_count
-    if not torch.cuda.is_current_stream_capturing():
-        with torch.cuda.device(device):
-            key = device, _context()
-            if key not in _multiprocessors:
-                of_all = device, count, properties.max_threads_per_multi_processor
-                _multiprocessors[key] = in_order(1, device, _multiprocessors_of_context, *of_all)
-            count = _multiprocessors[key]
+    with torch.cuda.device(device):
+        key = device, _context()
+        if key not in _multiprocessors and not torch.cuda.is_current_stream_capturing():
+            of_all = device, count, properties.max_threads_per_multi_processor
+            _multiprocessors[key] = in_order(1, device, _multiprocessors_of_context, *of_all)
+    count = _multiprocessors.get(key, count)
     return dataclasses.replace(card, multiprocessors=count - spare_multiprocessors(count))
 
 
 def _context() -> int | None:
     """The driver's current context. torch and Triton have loaded the driver."""
     context = ctypes.c_void_p()
-    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
     return context.value
 
 
@@ -175,7 +176,7 @@ def choose_plan(
         refuses: refuses(plan) says why a plan that compiles is not used all the same; None if it is.
 
     Raises:
-        RuntimeError: no kernel can be compiled, or none computes the right numbers.
+        NoKernel: none can be compiled, or none computes the right numbers.
     """
     card = card_of(device)
     proposed = candidates(problem, card, pass_)
@@ -207,7 +208,7 @@ def choose_plan(
             return plan
         refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
         logger.info("a plan does not fit: %s", refused[-1])
-    raise RuntimeError(_with_cure(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}"))
+    raise NoKernel(_with_cure(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}"))
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
@@ -285,8 +286,7 @@ def launch_problem(device: torch.device, architecture: int) -> str | None:
 @functools.cache
 def _load_problem(device: torch.device) -> str | None:
     try:
-        with torch.cuda.device(device):
-            load(empty_kernel, (1,), EMPTY)
+        card_of(device)  # which launches an empty kernel whose programs may wait for each other
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # from the C compiler or the driver
