@@ -34,7 +34,8 @@ OF_BOTH = ("LSTM", 1), ("GRU", 1), ("LSTM", 2), ("SLSTM", 2)
 of_ours, of_both = (pytest.mark.parametrize(("cell", "heads"), kinds) for kinds in (OF_OURS, OF_BOTH))
 in_tf32_and_bf16 = pytest.mark.parametrize("dtype", [F32, BF16], ids=["tf32", "bf16"])
 SIZE = 24, 40, 32  # T, B, I
-UNITS = {"resident": 50, "cooperative": 300, "step": 100, "split": 128, "held": 256, "pointwise": 100}  # of a head
+# Of a head, by the family; with Triton 3.9 none of these kernels spills.
+UNITS = {"resident": 48, "cooperative": 250, "step": 100, "split": 128, "held": 256, "pointwise": 100}
 SIZES = (16, 512, 4), (256, 1024, 4), (16, 64, 1), (16, 768, 1)  # B, H and heads whose families are chosen
 YARDSTICKS = {"LSTM": "torch", "GRU": "torch", "SLSTM": "reference"}  # torch has no sLSTM
 
