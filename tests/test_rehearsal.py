@@ -18,7 +18,7 @@ import torch
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 INCLUDE = Path(triton.__file__).parent / "backends/nvidia/include"
-SECONDS = 300
+SECONDS = 3600  # a scenario takes far less, also on a loaded machine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real driver")
 
