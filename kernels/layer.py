@@ -110,6 +110,9 @@ class Launches:
         fixed: arguments of every call.
     """
 
+    at_once: int | None = None
+    projects_outside = False
+
     def __init__(
         self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],
         result: Callable[[dict[str, Tensor]], Tensor], more: Any = None, **fixed: Any,

@@ -99,12 +99,17 @@ def gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S: tl.co
 
 
 @triton.jit
-def gates_and_cell_backward(gates, c_prev, dz_o, dc_by_m, dz_ptr, cell, tile, B, S: tl.constexpr):
+def load_gradient_of_c(cell, tile, S: tl.constexpr):
+    """(Gradient of c before zoneout, of what stayed; peepholes)."""
+    dc = tl.load(cell.dc_ptr + tile.cells.state_at, mask=tile.cells.valid, other=0.0)
+    dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, tile.cells)
+    return dc, dc_stayed, states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
+
+
+@triton.jit
+def gates_and_cell_backward(gates, c_prev, dz_o, dc_by_m, of_c, dz_ptr, cell, tile, B, S: tl.constexpr):
     """Stores the gradients of pre-activations, in padding 0 as every factor, and of the state before."""
-    cells = tile.cells
-    dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-    dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
-    peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
+    cells, (dc, dc_stayed, peepholes) = tile.cells, of_c
     drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
     dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
@@ -137,18 +142,18 @@ def pointwise_backward_kernel(
     else:
         gates = states.load_gates(saved.gates_ptr, cells.gates_at, cells.valid, S.H)
         c_prev = states.total(states.load_c_before(saved, step, cells))
-        if S.START == "c":
-            dz_o, dv = load_cell(o_ptr, cells), load_cell(v_ptr, cells)
-        elif S.END == "c":
-            v = tl.load(normed_c_ptr + cells.at, mask=cells.valid, other=0.0)
-            dz_o, dv = output_backward(gates[3], v, dm, S)
-        else:  # c is not loaded: memory is what large batches wait for
-            dz_o, dv = output_backward(gates[3], next_cell(gates, c_prev, S), dm, S)
         if S.END == "c":
+            dz_o, dv = output_backward(gates[3], tl.load(normed_c_ptr + cells.at, mask=cells.valid, other=0.0), dm, S)
             tl.store(o_ptr + cells.state_at, dz_o, mask=cells.valid)
             tl.store(v_ptr + cells.state_at, dv, mask=cells.valid)
         else:
-            gates_and_cell_backward(gates, c_prev, dz_o, dv, dz_ptr, cell, tile, B, S)
+            c = next_cell(gates, c_prev, S)  # not loaded: memory is what large batches wait for
+            of_c = load_gradient_of_c(cell, tile, S)
+            if S.START == "c":
+                dz_o, dv = load_cell(o_ptr, cells), load_cell(v_ptr, cells)
+            else:
+                dz_o, dv = output_backward(gates[3], c, dm, S)
+            gates_and_cell_backward(gates, c_prev, dz_o, dv, of_c, dz_ptr, cell, tile, B, S)
 
 
 def pointwise_plan(problem: Problem) -> Plan | None:
