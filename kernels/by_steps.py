@@ -53,7 +53,7 @@ def keeps_projection(p: Problem) -> bool:
 
 def parts_of(p: Problem, backward: bool) -> list[Part]:
     """The launches of a step, in their order."""
-    stops = "z" + "c" * p.gain_c + "m" * (p.projected > 0) + "h"
+    stops = "z" + "c" * p.gain_c + "m" * keeps_projection(p) + "h"
     of_h = p._replace(hidden=p.width, projected=0)
     parts = [Part(of_h if start == "m" else p, start, end) for start, end in pairwise(stops)]
     return [part._replace(start=part.end, end=part.start) for part in reversed(parts)] if backward else parts

@@ -145,4 +145,5 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
     why = "a product by cuBLAS and a launch for each step, which runs everything everywhere"
-    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step=True)
+    parts = by_steps.parts_of(problem, pass_.backward)
+    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step=len(parts))

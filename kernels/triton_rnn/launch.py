@@ -166,7 +166,8 @@ def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | N
     plan = plan or candidates(problem, card, pass_)[0]
     measured = plan.as_json() == measured_plan(problem, card, pass_.backward)
     bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward)
-    each_step = FAMILIES[type(plan.family)].loops[pass_.backward] is not None
+    by_step = FAMILIES[type(plan.family)].loops[pass_.backward] is not None
+    each_step = len(by_steps.parts_of(problem, pass_.backward)) if by_step else 0
     return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step, bounds)
 
 
