@@ -122,10 +122,10 @@ def test_a_call_in_which_only_states_to_reset_to_learn_is_training(learns):
     assert [each.name for each in layer.passes] == ["forward", "backward"][: 1 + learns]
 
 
-@pytest.mark.parametrize(("training", "family", "launches"), [
-    (False, "step", 6), (True, "pointwise", 4 * len(X)),
+@pytest.mark.parametrize(("training", "family", "norms", "launches"), [
+    (False, "step", False, 6), (True, "pointwise", False, 4 * len(X)), (True, "pointwise", True, 8 * len(X)),
 ])  # fmt: skip
-def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, launches):
+def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, norms, launches):
     """With a workspace for few steps, so that there are chunks where nothing is kept for backward."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
     if family == "pointwise":
@@ -133,7 +133,7 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, l
             monkeypatch.setattr(module, "candidates", lambda problem, *_: [pointwise_plan(problem)])
     launched = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", launched)
-    lstm = gpu_lstm.LSTM(4, 5, 2, backend="triton")
+    lstm = gpu_lstm.LSTM(4, 5, 2, layer_norm=norms, backend="triton")
     with torch.set_grad_enabled(training):
         found, (y, _) = gpu_lstm.explain(lstm, X), lstm(X)
         if training:

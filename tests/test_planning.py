@@ -11,13 +11,13 @@ import pytest
 import torch
 from standing_in import H100
 
-from gpu_lstm.kernels.cards import KB, Card
+from gpu_lstm.kernels.cards import KB
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_rnn import planning as cupy
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import planning
 from gpu_lstm.kernels.triton_rnn.choose import FAMILIES, expected_seconds, plans
 from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
+from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_rnn.step_plans import held_plans, split_plans, step_plan
 
 BF16 = torch.bfloat16
@@ -116,6 +116,22 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
 
 
 @both_ways
+def test_what_divides_a_step_by_cublas_costs_launches_and_a_small_projection_saves_more(backward):
+    """By the model: of W_hh and W_hr for their product, where that is much larger."""
+
+    def seconds(**change):
+        problem = Problem(128, 1024, 2048, BF16, **change)
+        return expected(problem, H100, pointwise_plan(problem), backward)
+
+    plain, normed, projected = (seconds(**c) for c in ({}, dict(gain_hh=True, gain_c=True), dict(projected=640)))
+    count = 9 if backward else 5
+    assert normed["launches"] == pytest.approx(plain["launches"] / 2 * count)
+    assert projected["launches"] == pytest.approx(plain["launches"] * 2)
+    assert sum(projected.values()) < sum(plain.values())
+    assert seconds(projected=1900) == plain
+
+
+@both_ways
 @pytest.mark.parametrize("change", [dict(projected=48), dict(dropout_h=True)], ids=str)
 def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change):
     """But for the step family, which has a projection in the time loop, and smaller tiles with noise."""
@@ -196,11 +212,6 @@ def by_the_model(row):
     row = {name: int(number) for name, number in row.items() if name not in ("family", "cell")}
     backward = bool(row["backward"])
     problem = Problem(1024, row["batch"], row["hidden"], BF16, cell=cell, heads=row["heads"])
-    if family == "cuda":
-        found = cupy.plans(problem, Card(90, 132), backward)
-        sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
-        (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.partners] == sizes)
-        return cycles
     family = {
         "resident": Resident(row["k"]), "cooperative": Cooperative(row["k"], row["parts"], row["ahead"] > 0),
         "step": Step(row["k"], row["parts"]),
@@ -222,12 +233,11 @@ def test_the_models_agree_with_cycles_estimated_from_sass(row):
 
 
 def test_of_the_plans_of_a_size_the_model_puts_none_first_that_is_a_tenth_slower_than_another():
-    """By the cycles of cycles.csv, of Triton's."""
+    """By the cycles of cycles.csv."""
     sizes = {}
     for row in CYCLES:
-        if row["family"] != "cuda":
-            key = tuple(row[name] for name in ("cell", "hidden", "heads", "batch", "backward"))
-            sizes.setdefault(key, []).append((by_the_model(row), int(row["cycles"])))
+        key = tuple(row[name] for name in ("cell", "hidden", "heads", "batch", "backward"))
+        sizes.setdefault(key, []).append((by_the_model(row), int(row["cycles"])))
     several = {size: found for size, found in sizes.items() if len(found) > 1}
     assert len(several) > 10
     slower = {size: min(found)[1] / min(cycles for _, cycles in found) for size, found in several.items()}

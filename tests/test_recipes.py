@@ -246,10 +246,11 @@ with torch.no_grad():
     torch.testing.assert_close(stream.state, (h, c))
     gates = gpu_lstm.trace(lstm, x).layers[0][0]
     torch.testing.assert_close(gates.forget, 1 - gates.input)
-for backend in ("torch", "cupy"):
-    lstm.backend = backend
-    with pytest.raises(ValueError, match=f"^backend '{backend}' does not support coupled cells; use "):
-        lstm(x)
+lstm.backend = "torch"
+with pytest.raises(ValueError, match="^backend 'torch' does not support coupled cells; use "):
+    lstm(x)
+with pytest.raises(ValueError, match="^backend 'cupy' has no cell 'coupled'$"):
+    verify.layer_of(Backend.CUPY, layer.problem, x.device)
 with pytest.warns(match="left as it is: the model itself .gpu_lstm.CoupledLSTM., a subclass"):
     gpu_lstm.to_torch(lstm)
 with pytest.raises(ValueError, match="^CoupledLSTM has a cell of its own, and would be scripted as a torch.nn.LSTM$"):
@@ -475,7 +476,7 @@ for backend in ("triton", "torch", "cupy"):
         assert str(error) == f"backend {backend!r} does not support step_dropout; use 'reference'", error
 
 # What cannot be combined is refused, with the reason.
-for backend, said in ("triton", recurrent_noise.NORMED), ("torch", "recurrent_noise"), ("cupy", "recurrent_noise"):
+for backend, said in ("triton", recurrent_noise.NORMED), ("torch", "recurrent_noise"):
     lstm = gpu_lstm.LSTM(I, H, backend=backend, layer_norm=backend == "triton")
     lstm.recurrent_noise = SCALE
     try:
@@ -536,28 +537,18 @@ LOOP_LAUNCHER = '''
 """The time loop in torch's operators, all sequences at once."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cards import Card
 from ..cells import CELLS
-from ..layer import Chosen, NoKernel, Refuses
+from ..layer import Chosen, NoKernel, OnlyPlan, Refuses
 from ..problem import Gradients, Pass, Problem, Recurrence
 
 
-class Plan(NamedTuple):
-    """There is one."""
-
-    slower: str = "a loop is slower"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"kernel": "loop"}
-
-    def sequences_enough(self, problem: Problem) -> int:
-        return min(problem.batch, 3)
+PLAN = OnlyPlan("loop", "a loop is slower")
 
 
 def lstm_forward(x, of_h, c):
@@ -596,7 +587,7 @@ class Prepared:
 
     at_once = None  # no program waits for another
 
-    def __init__(self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False) -> None:
+    def __init__(self, problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False):
         self.plan, self.problem, self.save = plan, problem, pass_.save
         self.projects_outside = problem.projected > 0
         self.next, self.back = EQUATIONS[problem.cell]
@@ -669,14 +660,14 @@ def lacks(problem: Problem) -> str | None:
     return "noise, peepholes, layer norms or states to reset to" if more else None
 
 
-def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
-    if refuses is not None and (reason := refuses(Plan())):
+def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
+    if refuses is not None and (reason := refuses(PLAN)):
         raise NoKernel(f"the loop cannot run this layer: {reason}")
-    return Plan()
+    return PLAN
 
 
-def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
-    return Chosen(plan or Plan(), family="loop", tiles="all at once", why="it shows what a backend is", each_step=True)
+def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
+    return Chosen(PLAN, family="loop", tiles="all at once", why="it shows what a backend is", each_step=1)
 '''
 
 LOOP_COMPARED = '''

@@ -92,7 +92,8 @@ def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
     found, by_product = [step_plans.step_plan(head, card, backward)], pointwise.pointwise_plan(head)
-    if by_product is not None and seconds(by_product) < seconds(found[0]):
+    elsewhere = problem.normalised or problem.projects_in_loop  # what other families have in one launch
+    if by_product is not None and not elsewhere and seconds(by_product) < seconds(found[0]):
         found += [by_product]
     if problem.steps > 1:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.

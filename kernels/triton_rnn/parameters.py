@@ -38,6 +38,8 @@ class Sizes(NamedTuple):
     PARTNERS: int = 1
     CHUNKS: int = 0
     AHEAD: bool = False
+    START: str = "z"  # what a launch of the pointwise family computes of a step, see by_steps.Part
+    END: str = "h"
 
 
 class Hidden(NamedTuple):

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..by_steps import keeps_projection, parts_of
 from ..cards import L2_BYTES, SHARED_BYTES, Card
 from ..cells import CELLS
 from ..memory import Buffer, buffers_of
@@ -159,11 +160,11 @@ class Family(NamedTuple):
     waits: Callable[[Problem, Plan], bool] = lambda p, plan: False  # whether its programs wait for each other
     buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)  # written
     arguments: tuple[Any, Any] = None, None  # arguments(p, plan, r, memory): what is read besides the call's tensors
-    loops: tuple[Any, Any] = None, None  # loop(launch, arguments, p): all steps, where each is a launch
+    loops: tuple[Any, Any] = None, None  # loop(binds, arguments, p): all steps, where each is a launch, see by_steps.py
     results: tuple[Callable[[Problem, dict[str, Tensor]], Tensor], ...] = (
         lambda p, memory: memory["h_ptr"], lambda p, memory: memory["dgates_ptr"]
     )  # fmt: skip  # h and dgates
-    projects: bool = False  # whether a projection is in the kernels' loop
+    projects: Callable[[Problem], bool] = lambda p: False  # whether a projection is in the loop
 
 
 def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
@@ -381,30 +382,38 @@ CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes
 CUBLAS_K = 512  # where tiles are few, K is split among multiprocessors, in parts of so many or more
 FASTER = {90: 6.26 / 4, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)
 LAUNCH_SECONDS = 2.2e-6  # of a short kernel
-HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
+HOST_SECONDS = 5e-6  # of a product or a launch, which nothing shorter hides
 
 
 def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """The product, then what its kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
     batch, hidden, size = problem.batch, problem.hidden, problem.size
     multiprocessors = max(1, card.multiprocessors // problem.side_by_side)
-    rows = CELLS[problem.cell].rows * hidden
-    outputs, k = (hidden, rows) if backward else (rows, hidden)
-    tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
-    parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
+    rows, width, kept = CELLS[problem.cell].rows * hidden, hidden, keeps_projection(problem)
+    if kept:
+        width = problem.projected
     rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
         rate = CUBLAS[0] * FASTER.get(card.architecture, 1) * 4 * 4096 / size / product_clocks(card)
-    of_tiles = ceil(tiles * parts * problem.side_by_side / card.multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
-    weights = outputs * k * size * problem.side_by_side  # from L2, which is assumed to hold them
+    product = 0.0
+    for inputs, outputs in [(width, rows), (hidden, width)][: 1 + kept]:  # of W_hh, and of W_hr
+        k, outputs = (outputs, inputs) if backward else (inputs, outputs)
+        tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
+        parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
+        of_tiles = ceil(tiles * parts * problem.side_by_side / card.multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
+        weights = outputs * k * size * problem.side_by_side  # from L2, which is assumed to hold them
+        product += max(of_tiles, weights / (L2_BYTES * card.multiprocessors))
     # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
     moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side
+    launches = 1 + kept + len(parts_of(problem, backward))
+    launches += (problem.gain_hh + problem.gain_c) * (3 if backward else 1)  # of torch's layer norm
     step = {
-        "product": max(of_tiles, weights / (L2_BYTES * card.multiprocessors)),
+        "product": product,
         "memory": card.clock * moved / card.memory,
-        "launches": 2 * card.clock * LAUNCH_SECONDS,
+        "launches": launches * card.clock * LAUNCH_SECONDS,
     }
-    return step | {"host, but in a CUDA graph": max(0.0, card.clock * HOST_SECONDS - sum(step.values()))}
+    host = launches * card.clock * HOST_SECONDS
+    return step | {"host, but in a CUDA graph": max(0.0, host - sum(step.values()))}
 
 
 CLOCKS = {

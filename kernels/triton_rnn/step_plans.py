@@ -132,4 +132,4 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
 
 
 HELD = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
-STEP = HELD._replace(projects=True)
+STEP = HELD._replace(projects=lambda p: True)
