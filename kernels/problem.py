@@ -88,6 +88,11 @@ class Problem(NamedTuple):
         return self.gain_hh or self.gain_c
 
     @property
+    def only_by_steps(self) -> bool:
+        """Whether something is in the middle of a step that only products and launches of each step run."""
+        return self.normalised or self.projects_in_loop
+
+    @property
     def exact_float32(self) -> bool:
         """Whether products are float32 without rounding, which tensor cores do not support."""
         return self.dtype is torch.float32 and self.precision == "ieee"

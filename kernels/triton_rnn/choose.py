@@ -67,7 +67,7 @@ def empty_kernel():
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The plans to try, in this order, before any is measured. The step family's is always among them.
+    """The plans to try, in this order, before any is measured. The one that always works is among them.
 
     They are made for the next power of two of sequences, so that batches share kernels; or for this batch alone, if its
     best one is estimated to be much faster. What was called before does not matter.
@@ -84,16 +84,23 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
-    found, by_product = [step_plans.step_plan(head, card, backward)], pointwise.pointwise_plan(head)
-    if by_product is not None and seconds(by_product) < seconds(found[0]):
+    found, by_product = [always(head, card, backward)], pointwise.pointwise_plan(head)
+    if seconds(by_product) < seconds(found[0]):
         found += [by_product]
-    if problem.steps > 1:  # holding W_hh on chip pays off from the second step on
+    if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
         alone = problem._replace(side_by_side=1).of_head
         found += [*cooperative.plans(head, card, backward)] or cooperative.plans(alone, card, backward)
         found += [*step_plans.held_plans(head, card, backward), *step_plans.split_plans(head, card, backward)]
         found += resident.plans(head, card, backward)
     return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)
+
+
+def always(problem: Problem, card: Card, backward: bool) -> Plan:
+    """The plan that works for every size."""
+    if problem.only_by_steps:
+        return pointwise.pointwise_plan(problem)
+    return step_plans.step_plan(problem, card, backward)
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
@@ -153,7 +160,7 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
 def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
     """The plans of a pass to try: first the measured one, if there is one."""
     if card is INTERPRETER:
-        return [step_plans.step_plan(problem, card, pass_.backward)]  # others are written thread by thread: slow there
+        return [always(problem, card, pass_.backward)]  # others are written thread by thread: slow there
     measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
     # Whatever a file says, only a proposed and verified plan runs.
     return [plan for plan in proposed if measured and plan.as_json() == measured] + proposed
@@ -176,8 +183,8 @@ def choose_plan(
     proposed = candidates(problem, card, pass_)
     if device.type != "cuda":
         return proposed[0]
-    always = step_plans.step_plan(problem, card, pass_.backward)
-    tried = [*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == always)]
+    last = always(problem, card, pass_.backward)
+    tried = [*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == last)]
     capturing, refused = torch.cuda.is_current_stream_capturing(), []
 
     def identity(plan: Plan) -> tuple:  # what decides whether a plan can be used: all but how many sequences there are

@@ -83,25 +83,6 @@ class Saved(NamedTuple):
     reset_c_ptr: Pointer  # [T*B, H] float32
 
 
-# Layer norms, see norm.py; units and scales are for backward. Pairs are two float32 numbers of each sequence and each
-# program or tile: in the cooperative family int32 words, [B, programs, 2], whose last bits are one beforehand; in the
-# step family [tiles, B, 2], backward of W_hh h [2, tiles, B, 2].
-class NormHH(NamedTuple):
-    gain_hh_ptr: Pointer  # [4H]
-    no_bias_ptr: None
-    unit_hh_ptr: Pointer  # [T*B, 4H]
-    scale_hh_ptr: Pointer  # [T*B] float32
-    pairs_hh_ptr: Pointer
-
-
-class NormC(NamedTuple):
-    gain_c_ptr: Pointer  # [H]
-    bias_c_ptr: Pointer  # [H]
-    unit_c_ptr: Pointer  # [T*B, H] float32
-    scale_c_ptr: Pointer  # [T*B] float32
-    pairs_c_ptr: Pointer
-
-
 def name_in_profiles(kernel: str) -> Callable[[Any], str]:
     """Of a kernel as it was compiled, for Triton's `repr`: gru_step_forward_kernel."""
     return lambda compiled: f"{compiled.constants['S'].CELL}_{kernel}"

@@ -135,7 +135,7 @@ class Plan:
         problem = problem.of_head
         tiles = ceil(problem.batch / self.rows)
         if isinstance(self.family, Step):
-            tiles *= ceil(max(problem.hidden, problem.projected) / self.units)
+            tiles *= ceil(problem.hidden / self.units)
             programs = max(1, min(self.programs, tiles))
             return replace(self, programs=programs, tiles_per_program=ceil(tiles / programs))
         groups = min(self.groups, tiles)
@@ -185,7 +185,6 @@ EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two l
 PARTIAL_SUMS = 900, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
 TURN_AHEAD = 1080  # the shortest turn where words are requested a turn ahead; fitted
 GATES_AHEAD = 640  # until gates are there, which nothing hides in some of these; fitted
-SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as long until all have seen it
 ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
 LOOP = 145  # a pass of the step family's loop over K: barriers, fragments and products; fitted
@@ -234,7 +233,7 @@ def _resident_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -
         "instructions or shared memory": waves * max(count, shared),
         "products": waves * products,
         "gates and cell": waves * RESIDENT_CELL[backward],
-        "barriers": waves * (9 if problem.normalised else 1) * BARRIER,
+        "barriers": waves * BARRIER,
     }
 
 
@@ -250,7 +249,7 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
         "gates and cell": COOPERATIVE_CELL[backward],
         "barriers": BARRIER,
     }
-    if not (backward or problem.normalised) and 32 % plan.units:  # two sums of a warp's cells lie in the same bank
+    if not backward and 32 % plan.units:  # two sums of a warp's cells lie in the same bank
         turn["bank conflicts"] = CELLS[problem.cell].rows * plan.num_warps * ceil(plan.rows * plan.units / 32)
     # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
     # but gates from memory, and words from L2, take as long.
@@ -260,8 +259,6 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
         turn |= {"exchange": 0.0, "gates from memory": GATES_AHEAD}
     if backward and partners > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS[several_tiles]
-    if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
-        turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
     return {name: plan.tiles_per_program * clocks for name, clocks in turn.items()}
 
 
@@ -287,14 +284,12 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
         of_cell, of_function = RESIDENT_INSTRUCTIONS[backward]
         instructions = (of_cell + of_function * functions) * cells + products
         shared = gates * (cells * problem.size + 16 * chunks)
-        if problem.normalised:  # eight sums over the block, of a word written and read each
-            instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
     partners = plan.family.partners
     rows = ceil(units * (partners if backward else of_unit) / 16) * 16  # of weights
     sums = ceil(rows / (4 * warps)) if backward else of_unit
     of_turn, of_function = COOPERATIVE_INSTRUCTIONS[backward]
-    instructions = of_turn + of_function * functions + 18 * chunks + 290 * problem.normalised
+    instructions = of_turn + of_function * functions + 18 * chunks
     if partners > 1:
         instructions += 27 + 42 * sums
     elif not backward:
@@ -312,30 +307,23 @@ def product_clocks(card: Card) -> float:
 
 def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is read tile by tile from L2, which is assumed to hold it; a barrier ends each round."""
-    hidden, width, parts = problem.hidden, problem.width, plan.family.parts
-    # Units of each round, columns of the product for each, and K.
-    rounds = [(width, parts, CELLS[problem.cell].rows * hidden // parts)] if backward else [(hidden, 4, width)]
-    if problem.projected:
-        rounds.append((hidden, 1, width) if backward else (width, 1, hidden))
-    barriers = len(rounds) + (parts > 1) + problem.normalised * (1 if backward else 2)
-    step: dict[str, float] = {"grid-wide barriers": barriers * GRID_BARRIER}
-    of_tile, of_cell = STEP_CELL[backward]
+    parts, (of_tile, of_cell) = plan.family.parts, STEP_CELL[backward]
+    # Columns of the product for each unit, and K.
+    gates, k = (parts, CELLS[problem.cell].rows * problem.hidden // parts) if backward else (4, problem.hidden)
     at_once = min(plan.programs, card.multiprocessors / plan.side_by_side)  # less than one of more heads than fit
-    for units, gates, k in rounds:
-        tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.units) / at_once)
-        columns, passes = gates * plan.units, ceil(k / plan.family.k)
-        # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
-        rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(card)
-        products = plan.rows * columns * plan.family.k / rate
-        l2 = _l2_clocks((plan.rows + columns) * plan.family.k * problem.size, card, plan)
-        each_pass = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + LOOP)  # so many passes' loads are in flight
-        clocks = {
-            "L2: weights, states": passes * l2,
-            "products, and loads in flight": passes * (each_pass - l2),
-            "gates and cell": of_tile + of_cell * plan.rows * plan.units / (32 * plan.num_warps),
-        }
-        for name, each in clocks.items():
-            step[name] = step.get(name, 0) + tiles * each
+    tiles = ceil(ceil(problem.batch / plan.rows) * ceil(problem.hidden / plan.units) / at_once)
+    columns, passes = gates * plan.units, ceil(k / plan.family.k)
+    # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
+    rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(card)
+    products = plan.rows * columns * plan.family.k / rate
+    l2 = _l2_clocks((plan.rows + columns) * plan.family.k * problem.size, card, plan)
+    each_pass = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + LOOP)  # so many passes' loads are in flight
+    step: dict[str, float] = {
+        "grid-wide barriers": (1 + (parts > 1)) * GRID_BARRIER,
+        "L2: weights, states": tiles * passes * l2,
+        "products, and loads in flight": tiles * passes * (each_pass - l2),
+        "gates and cell": tiles * (of_tile + of_cell * plan.rows * plan.units / (32 * plan.num_warps)),
+    }
     if parts > 1:  # float32, written and read; and there what cells read and write hides behind nothing
         of_sums = _l2_clocks((8 * parts + 10 * problem.size) * plan.rows * plan.units, card, plan)
         step["partial sums"] = plan.tiles_per_program * (of_sums + STEP_PART[0] + STEP_PART[1] * plan.num_warps)
@@ -390,7 +378,7 @@ def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) 
     multiprocessors = max(1, card.multiprocessors // problem.side_by_side)
     rows = CELLS[problem.cell].rows * hidden
     outputs, k = (hidden, rows) if backward else (rows, hidden)
-    tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
+    tiles = max(1, ceil(batch / CUBLAS_TILE)) * ceil(outputs / CUBLAS_TILE)
     parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
     rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
