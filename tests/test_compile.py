@@ -34,7 +34,7 @@ import torch
 from dev.compile_table import triton_kernels
 from dev.compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import cooperative, pointwise, resident, step, step_plans
+from gpu_lstm.kernels.triton_rnn import cooperative, held, pointwise, resident, step, step_plans
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative
@@ -112,7 +112,8 @@ def in_two_blocks():  # a tile whose W_hh, [K, units], is in two blocks of 64 un
     return as_json(report_of_plan(p, True, held_plans(p, DEVICES["h100"], True)[0]) for p in problems)
 
 def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
-    kernels = {name: each for module in (cooperative, pointwise, resident, step) for name, each in vars(module).items()}
+    modules = cooperative, held, pointwise, resident, step
+    kernels = {name: each for module in modules for name, each in vars(module).items()}
     return {
         name: [[n for names in names_of(kernel) for n in names if not n.endswith("_ptr")],
                [p.name for p in kernel.params if p.do_not_specialize]]
@@ -192,10 +193,10 @@ def test_a_profiler_shows_the_cell_that_a_kernel_computes(rows):
         assert row["in_profiles"] == f"{_cell(row)}_{row['kernel']}"
 
 
-def test_the_step_family_holds_weights_where_that_is_planned(rows):
+def test_programs_hold_weights_where_that_is_planned(rows):
     """For 64 sequences by wgmma, of as many registers as two programs of a multiprocessor may have."""
     held = [row for row in rows if row["plan"]["family"] == "held"]
-    assert {row["kernel"] for row in held} == {"step_forward_kernel", "step_backward_kernel"}
+    assert {row["kernel"] for row in held} == {"held_forward_kernel", "held_backward_kernel"}
     for row in held:
         assert row["tensor_core"] == "wgmma.mma_async"
         assert row["registers"] * row["threads"] * row["plan"]["blocks"] <= 65536

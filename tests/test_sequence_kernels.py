@@ -21,6 +21,7 @@ from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_rnn import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_rnn import exchange, fragments, launch
+from gpu_lstm.kernels.triton_rnn import held as held_kernels
 from gpu_lstm.kernels.triton_rnn import step as step_kernels
 
 pytestmark = [
@@ -77,7 +78,7 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
 
 # A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
 # constants are numbers.
-count_missing, wait_for_tile = interpreted.count_missing, step_kernels.wait_for_tile
+count_missing, wait_for_tile = interpreted.count_missing, held_kernels.wait_for_tile
 
 
 def announce_early(word_ptr, words, mask):
@@ -107,7 +108,7 @@ def barrier_after_some(even):
 
 
 HELD = {"held": {}, "ahead": dict(asks_ahead=True), "parts": dict(parts=2)}
-BARRIER, TILE = (step_kernels, "grid_barrier"), (step_kernels, "wait_for_tile")
+BARRIER, TILE = (step_kernels, "grid_barrier"), (held_kernels, "wait_for_tile")
 COUNT = interpreted, "count_missing"
 OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
     "published before the data": ((cooperative_kernels, "publish"), announce_early, ""),
@@ -180,21 +181,23 @@ def one_tile_more(arrivals_ptr, batch_tile, times, *given):
     return wait_for_tile(arrivals_ptr, batch_tile, times + 1, *given)
 
 
-WAYS_OF_STEP = {"": step, "split": split} | {way: partial(held, **options) for way, options in HELD.items()}
+WAYS = {"": partial(cooperative, units=4), "step": step, "split": split}
+WAYS |= {way: partial(held, **options) for way, options in HELD.items()}
 LATE_BARRIER, LATE_TILE = (*BARRIER, one_arrival_more), (*TILE, one_tile_more)
 FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
     ("cooperative_forward_kernel", (cooperative_kernels, "publish", lambda *_: None)),
     ("cooperative_backward_kernel", (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
     ("step_backward_kernel split", LATE_BARRIER),
-    *((f"step_{direction}_kernel {way}".rstrip(), LATE_TILE if way else LATE_BARRIER)
-      for direction, way in itertools.product(("forward", "backward"), ("", *HELD))),
+    ("step_forward_kernel step", LATE_BARRIER), ("step_backward_kernel step", LATE_BARRIER),
+    *((f"held_{direction}_kernel {way}", LATE_TILE)
+      for direction, way in itertools.product(("forward", "backward"), HELD)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kernel", "fault", "kind"), [
     *((*each, "LSTM") for each in FAULTS_OF_WAITS),
     *((name, fault, "GRU") for name, fault in FAULTS_OF_WAITS
-      if "cooperative" in name or name in ("step_backward_kernel", "step_forward_kernel held")),
+      if "cooperative" in name or name in ("step_backward_kernel step", "held_forward_kernel held")),
 ])  # fmt: skip
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
@@ -208,8 +211,7 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, *state))
 
-    force = WAYS_OF_STEP[way] if "step" in kernel else partial(cooperative, units=4)
-    force(monkeypatch)
+    WAYS[way](monkeypatch)
     h, states = module(x, hx)
     right = h, *states, *gradients(h)
     launch_with(monkeypatch, *fault, kernel, few_polls)

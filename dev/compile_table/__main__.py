@@ -32,12 +32,13 @@ FAMILIES = {  # by what the names of their kernels begin with; those in CUDA C++
     "resident": "Resident: W_hh in the registers of one program",
     "cooperative": "Cooperative: W_hh in the registers of many programs",
     "pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
-    "step": "Step: W_hh read from L2 at every step, or held in shared memory",
+    "held": "Held: W_hh in shared memory",
+    "step": "Step: W_hh read from L2 at every step",
 }
 CUDA = "CUDA C++, through CuPy"
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
 states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`;
-*peepholes*, *layer norm*: with those; 4x128: 4 heads of 128 units; *GRU*, *sLSTM*: of those, all others of an LSTM. Of
+*peepholes*: with those; 4x128: 4 heads of 128 units; *GRU*, *sLSTM*: of those, all others of an LSTM. Of
 the kernels in CUDA C++ those without `mma` read W_hh at every step."""
 
 

@@ -81,7 +81,7 @@ class Case:
         name += f" B={p.batch} H=" + f"{p.heads}x" * (p.heads > 1) + f"{p.hidden // p.heads}"
         name += f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
         name += {"lstm": "", "gru": " GRU", "slstm": " sLSTM"}[p.cell]
-        name += " peepholes" * p.weight_peephole + " layer norm" * p.normalised
+        name += " peepholes" * p.weight_peephole
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
@@ -90,7 +90,6 @@ VARIANTS = {
     "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training
     "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
     "peepholes": dict(weight_peephole=True),
-    "norms": dict(gain_hh=True, gain_c=True, bias_c=True),
     "gru": dict(cell="gru"),
     "slstm": dict(cell="slstm"),
     "heads": dict(heads=4),

@@ -135,14 +135,18 @@ def by_gate(k, first, S: tl.constexpr):
 
 
 @triton.jit
-def tile_at(number, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
-    """A program's Tile. Neighbours have the same units, whose weights they read.
+def tile_of(number, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
+    """The Tile of this number. Neighbours have the same units, whose weights they read."""
+    batch_tiles = tl.cdiv(batch.B, S.BLOCK_B)
+    return tile_at(number % batch_tiles, number // batch_tiles, step, batch, S, PARTS)
+
+
+@triton.jit
+def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
+    """The Tile of some sequences and units.
 
     With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
-    batch_tile, unit_tile = number, tl.program_id(0)
-    if not S.HELD:
-        batch_tile, unit_tile = number % tl.cdiv(batch.B, S.BLOCK_B), number // tl.cdiv(batch.B, S.BLOCK_B)
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
     place = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
     unit, _ = units_at(place, S)

@@ -141,7 +141,7 @@ def _sizes(p: Problem, plan: Plan) -> Sizes:
         CELL=p.cell, GATES=CELLS[p.cell].rows, FROM_X=p.from_x, KEPT=CELLS[p.cell].kept, H=p.hidden, P=p.width,
         HEADS=p.heads, D=units, COLUMNS=p.columns, REVERSE=p.reverse, PRECISION=p.precision, PER=per,
         W=ceil(units / per), K=CELLS[p.cell].rows * units // getattr(plan.family, "parts", 1), BLOCK_B=plan.rows,
-        UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps, HELD=plan.on_chip, **of_family,
+        UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps, **of_family,
     )  # fmt: skip
 
 

@@ -30,8 +30,7 @@ class Sizes(NamedTuple):
     UNITS: int  # of a tile, or of a program
     TILES: int  # of UNITS units, that have D
     WARPS: int
-    HELD: bool  # whether W_hh stays on chip; and as planning.py explains them, of each family:
-    K: int  # of a part, backward in the step family
+    K: int  # of a part, backward in the step and the held family; and as planning.py explains them, of each family:
     BLOCK_K: int = 0
     PARTS: int = 1
     PARTNERS: int = 1
@@ -81,6 +80,11 @@ class Saved(NamedTuple):
     c_ptr: Pointer  # [T*B, H] float32
     c0_ptr: Pointer  # [KEPT, B, H] float32
     reset_c_ptr: Pointer  # [T*B, H] float32
+
+
+class Arrivals(NamedTuple):
+    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: step_plans.waits
+    error_ptr: Pointer  # [1] int32, and after it the poll limit
 
 
 def name_in_profiles(kernel: str) -> Callable[[Any], str]:

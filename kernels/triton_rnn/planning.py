@@ -69,9 +69,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Held:
-    """The step family, where programs hold W_hh of their units in shared memory."""
+    """One launch; programs hold W_hh of their units in shared memory, and a tile waits for those of its sequences."""
 
-    name: ClassVar = "step"
+    name: ClassVar = "held"
     k: int  # a part of K, multiplied at once; padded to a power of two
     parts: int = 1  # of K, backward, each for programs of its own
     ahead: bool = False  # whether the next batch tile's operand is loaded before the cells of this one

@@ -42,7 +42,7 @@ def pointwise_forward_kernel(
     """One step, after its product."""
     SAVE: tl.constexpr = cell.c_ptr is not None
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = indexing.tile_at(tl.program_id(0), step, batch, S)
+    tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
     x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X)
     z = (0.0, 0.0, 0.0, 0.0)
@@ -76,7 +76,7 @@ def pointwise_backward_kernel(
 ):  # fmt: skip
     """One step, before its product."""
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = indexing.tile_at(tl.program_id(0), step, batch, S)
+    tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells, sequence, unit = tile.cells, tile.sequence, tile.unit[None, :]
     from_next = indexing.position(step + 1, sequence, batch, S.REVERSE).continues[:, None] & cells.valid
     dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)

@@ -11,6 +11,7 @@ from ..cells import CELLS
 from ..memory import Buffer, buffers_of
 from ..problem import Pass, Problem, power_of_two
 from .features import MOST_ROWS
+from .held import held_backward_kernel, held_forward_kernel
 from .planning import Family, Held, Plan, Step, expected
 from .step import step_backward_kernel, step_forward_kernel
 
@@ -103,7 +104,7 @@ def waits(p: Problem, plan: Plan) -> bool:
     """Unless the launch is one round of tiles, or each head has one program: so any number of heads has a plan."""
     if p.heads > 1 and plan.programs == plan.family.parts == 1 and not plan.on_chip:
         return False
-    return p.steps > 1 or plan.family.parts > 1
+    return plan.on_chip or p.steps > 1 or plan.family.parts > 1
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
@@ -116,4 +117,5 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     return written
 
 
-STEP = HELD = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
+STEP = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
+HELD = STEP._replace(kernels=(held_forward_kernel, held_backward_kernel))
