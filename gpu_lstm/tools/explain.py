@@ -179,7 +179,7 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
 def _how(call: Call, backend: Backend) -> str:
     """How a backend runs the call."""
     if backend in KERNEL_BACKENDS:
-        return "a layer's steps, or a chunk of them, in one launch, after one product with all inputs"
+        return "one product with all inputs of a layer, then the launches of its recurrence"
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
     packed, theirs = call.form.packed is not None, f"torch's own {call.options.cell.name.upper()}"
