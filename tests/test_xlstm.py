@@ -53,10 +53,12 @@ def numbers_of(cell, x, state=None):
     return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weights)]
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_xlstms_own_cell_is_of_one_mind_in_float64(given):
+@pytest.mark.parametrize(("given", "shut"), [(False, 0.0), (True, 0.0), (True, -1e9), (True, -float("inf"))])
+def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut):
+    """With input gates that are shut, too: where every n is 0 that cell forgets m, so that states are given."""
     cell = cell_of_xlstm().double()
     x, state = tensors_for(torch.float64)
+    x[..., :H] += torch.where(torch.rand(B, S, H) < 0.4, shut, 0.0)
     theirs = numbers_of(cell, x, state if given else None)
     assert gpu_lstm.use_for_slstm(cell) == 1
     assert cell._theirs is type(cell).__mro__[2]
