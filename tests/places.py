@@ -34,7 +34,7 @@ from gpu_lstm.kernels.problem import power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Cooperative, Held, Plan, Step
 from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
-from gpu_lstm.kernels.triton_rnn.resident import plans as resident_plans
+from gpu_lstm.kernels.triton_rnn.resident_plans import plans as resident_plans
 from gpu_lstm.kernels.triton_rnn.step_plans import step_plan
 
 INTERPRETED = launch.INTERPRETED

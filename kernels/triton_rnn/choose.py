@@ -24,7 +24,7 @@ from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem, power_of_two
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
-from . import cooperative, pointwise, resident, step_plans
+from . import cooperative_plans, pointwise, resident_plans, step_plans
 from .features import OPTIONS
 from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
@@ -35,8 +35,8 @@ SLOW_S = 2.0  # after which a log line says what is happening
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
-    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step_plans.STEP,
-    Held: step_plans.HELD,
+    Resident: resident_plans.FAMILY, Cooperative: cooperative_plans.FAMILY, Pointwise: pointwise.FAMILY,
+    Step: step_plans.STEP, Held: step_plans.HELD,
 }  # fmt: skip
 """By the class of a plan's family."""
 
@@ -90,9 +90,9 @@ def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
         alone = problem._replace(side_by_side=1).of_head
-        found += [*cooperative.plans(head, card, backward)] or cooperative.plans(alone, card, backward)
+        found += [*cooperative_plans.plans(head, card, backward)] or cooperative_plans.plans(alone, card, backward)
         found += [*step_plans.held_plans(head, card, backward), *step_plans.split_plans(head, card, backward)]
-        found += resident.plans(head, card, backward)
+        found += resident_plans.plans(head, card, backward)
     return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)
 
 

@@ -15,23 +15,15 @@ one unit of one sequence. Words (exchange.py) have PER units: a row of H units i
 last may be half empty; so the weights are passed as words, too. A step of one batch tile is a *turn*.
 
 Each head has groups of its own, the last axis of the grid; what is said here of H is of its D units. A row has W words
-of each head, in dgates of each gate: so a program multiplies a head's gates in pieces, each by a share of its warps.
+of each head, in dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps.
+What follows from that for K is in cooperative_plans.sizes.
 """
 
 from collections import namedtuple
-from collections.abc import Iterator
-from math import ceil
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..cards import KB, Card
-from ..cells import CELLS
-from ..memory import EVERY_BIT, Buffer, buffers_of
-from ..operands import as_words, transposed_gates
-from ..problem import Pass, Problem, Recurrence
 from . import indexing, noise, reset, states
 from .equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from .exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
@@ -39,7 +31,6 @@ from .features import nothing
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 from .indexing import Batch
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
-from .planning import Cooperative, Family, Plan
 
 # The cell of each thread, all [THREADS]: the number of its unit among the program's, its place in the head, its unit,
 # the column of the batch tile that is its sequence, whether it has one, and whether it publishes a word.
@@ -97,39 +88,33 @@ def of_head(words_ptr, S: tl.constexpr):
 
 
 @triton.jit
-def first_word(S: tl.constexpr, PIECES: tl.constexpr = 1):
-    """The first word of a piece of a row that a thread has, four of every 16 WARPS / PIECES; see fragments.py."""
+def first_word(S: tl.constexpr):
+    """The first word of a piece of a row that a thread has, four of every STRIDE; see fragments.py."""
     thread = threads(S.WARPS)
-    warp = thread.warp if PIECES == 1 else thread.warp % (S.WARPS // PIECES)
+    warp = thread.warp if S.PIECES == 1 else thread.warp % (S.WARPS // S.PIECES)
     return warp * 16 + thread.quarter * 4
 
 
 @triton.jit
-def piece_of_thread(PIECES: tl.constexpr, S: tl.constexpr):
+def piece_of_thread(S: tl.constexpr):
     """Which piece that is: each is for as many warps."""
-    return 0 if PIECES == 1 else threads(S.WARPS).warp // (S.WARPS // PIECES)
+    return 0 if S.PIECES == 1 else threads(S.WARPS).warp // (S.WARPS // S.PIECES)
 
 
 @triton.jit
-def load_rows(
-    weights_ptr, first_place, K: tl.constexpr, PIECES: tl.constexpr, GATES: tl.constexpr, DTYPE: tl.constexpr,
-    S: tl.constexpr,
-):  # fmt: skip
-    """The program's weights, rows of PIECES of K words: W_hh, where row r is gate r // UNITS, unit r % UNITS, GATES
-    gates in all. Backward GATES is 1, for one W_hh^T, and the units are those of all partners."""
-    UNITS: tl.constexpr = S.PARTNERS * S.UNITS
-    THERE: tl.constexpr = S.GATES // S.PARTNERS if PIECES > 1 else 1  # pieces, the last ones; else there are zeros
-    STRIDE: tl.constexpr = 16 * S.WARPS // PIECES
-    piece = piece_of_thread(PIECES, S) - (PIECES - THERE)
-    rows = ()
-    for n in tl.static_range((GATES * UNITS + 15) // 16 * 2):
+def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
+    """The program's weights, ROWS rows of PIECES of K words: forward W_hh, where row r is gate r // UNITS, unit
+    r % UNITS; backward a partner's W_hh^T, whose rows are the units of all partners."""
+    BY_GATE: tl.constexpr = ROWS > S.PARTNERS * S.UNITS
+    piece, rows = piece_of_thread(S) - S.ZEROS, ()
+    for n in tl.static_range((ROWS + 15) // 16 * 2):
         row = 8 * n + threads(S.WARPS).column
-        unit, is_row = indexing.units_at(first_place + row % UNITS if GATES > 1 else first_place + row, S)
-        if GATES * UNITS % 16 > 0:
-            is_row &= row < GATES * UNITS
-        gate = row // UNITS if GATES > 1 else tl.program_id(0) % S.PARTNERS
-        rows = rows + (tl.where(is_row & (piece >= 0), (gate * S.H + unit) * THERE + piece, -1),)
-    return load_weights(weights_ptr, rows, first_word(S, PIECES), K, STRIDE, DTYPE, (K + STRIDE - 1) // STRIDE)
+        unit, is_row = indexing.units_at(first_place + (row % S.UNITS if BY_GATE else row), S)
+        if ROWS % 16 > 0:
+            is_row &= row < ROWS
+        number = (row // S.UNITS if BY_GATE else tl.program_id(0) % S.PARTNERS) * S.H + unit
+        rows = rows + (tl.where(is_row & (piece >= 0), number * (S.PIECES - S.ZEROS) + piece, -1),)
+    return load_weights(weights_ptr, rows, first_word(S), S.K, S.STRIDE, DTYPE, S.CHUNKS)
 
 
 @triton.jit
@@ -138,19 +123,19 @@ def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     continues = indexing.position(step, sequence, batch, S.REVERSE).continues
     row = indexing.row_in_h_then_h0(step - 1, sequence, batch, S.REVERSE)
-    left = tl.where(continues, S.W - first_word(S), 0)
+    left = tl.where(continues, S.K - first_word(S), 0)
     words = Words(words_ptr + row * (S.HEADS * S.W) + first_word(S), left)
-    seen = look(words, S.CHUNKS, 4, 16 * S.WARPS, neighbours(S.W)) if S.AHEAD else nothing()
+    seen = look(words, S.CHUNKS, 4, S.STRIDE, neighbours(S.K)) if S.AHEAD else nothing()
     return Before(words, sequence.index, seen)
 
 
 @triton.jit
 def collect_h(before, wait, dropout_h_ptr, DTYPE: tl.constexpr, S: tl.constexpr):
     """(Words of h as W_hh multiplies it, the delay of the next wait for h)."""
-    h, delay = collect(before.words, wait, before.seen, S.CHUNKS, 4, 16 * S.WARPS, neighbours(S.W))
+    h, delay = collect(before.words, wait, before.seen, S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
     if dropout_h_ptr is not None:
         factors_ptr = of_head(dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first_word(S)
-        h = scale(h, factors_ptr, before.words.left, 16 * S.WARPS, DTYPE)
+        h = scale(h, factors_ptr, before.words.left, S.STRIDE, DTYPE)
     return h, delay
 
 
@@ -177,7 +162,7 @@ def cooperative_forward_kernel(
 
     # W_hh of the program's units, once.
     first_place = tl.program_id(0) * S.UNITS
-    weights = load_rows(weights_ptr, first_place, S.W, 1, S.GATES, DTYPE, S)
+    weights = load_rows(weights_ptr, first_place, S.GATES * S.UNITS, DTYPE, S)
     owned, words_ptr = cell_of_thread(first_place, S), of_head(words_ptr, S)
     constants = states.load_constants_forward(cell, owned.unit, S)
 
@@ -225,13 +210,13 @@ def cooperative_forward_kernel(
 
 
 @triton.jit
-def dgates_after(step, tile, words_ptr, batch, K: tl.constexpr, PIECES: tl.constexpr, S: tl.constexpr):
+def dgates_after(step, tile, words_ptr, batch, S: tl.constexpr):
     """The Words of the next step's dgates, PIECES of K for each sequence. Padding, and what resets cut off, is awaited,
     too: so none overwrites sums that another waits for."""
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     row = indexing.row_of(indexing.time_of(step + 1, sequence.length, S.REVERSE), sequence.index, batch.B)
-    left = tl.where(sequence.in_batch & (step < batch.T - 1), K - first_word(S, PIECES), 0)
-    first_ptr = words_ptr + (4 * row + piece_of_thread(PIECES, S)) * (S.HEADS * S.W) + first_word(S, PIECES)
+    left = tl.where(sequence.in_batch & (step < batch.T - 1), S.K - first_word(S), 0)
+    first_ptr = words_ptr + (4 * row + piece_of_thread(S)) * (S.HEADS * S.W) + first_word(S)
     return Words(first_ptr, left)
 
 
@@ -283,20 +268,13 @@ def cooperative_backward_kernel(
 ):  # fmt: skip
     """All steps of a program's units, from the last to the first; grid (programs of a group, groups, heads)."""
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
-    # Gates whose words of dgates the program multiplies, in pieces of K. Three pieces would not share out the warps: of
-    # the heads of a GRU the first gate is there, too, multiplied by zeros.
-    OWN: tl.constexpr = 4 if S.HEADS > 1 and S.GATES // S.PARTNERS == 3 else S.GATES // S.PARTNERS
-    PIECES: tl.constexpr = 1 if S.HEADS == 1 else OWN
-    K: tl.constexpr = OWN * S.W // PIECES
-    STRIDE: tl.constexpr = 16 * S.WARPS // PIECES
-
     # W_hh^T of the program's gates for the units of all partners, once.
     partner, first_place = tl.program_id(0) % S.PARTNERS, tl.program_id(0) // S.PARTNERS * (S.PARTNERS * S.UNITS)
-    weights = load_rows(weights_ptr, first_place, K, PIECES, 1, DTYPE, S)
+    weights = load_rows(weights_ptr, first_place, S.PARTNERS * S.UNITS, DTYPE, S)
     owned, sums = cell_of_thread(first_place + partner * S.UNITS, S), sums_of_thread(first_place, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     words_ptr = of_head(words_ptr, S)
-    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * OWN) * (S.HEADS * S.W)  # of the program's gates
+    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * S.OWN) * (S.HEADS * S.W)  # of the program's gates
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = T - 1, tl.program_id(1)
@@ -313,9 +291,9 @@ def cooperative_backward_kernel(
 
         # Collect dgates of the step after, and multiply: dh of the partners' units, as far as it comes from this
         # program's gates. Add up what the warps found, then the partners.
-        words = dgates_after(step, tile, dgates_ptr, batch, K, PIECES, S)
+        words = dgates_after(step, tile, dgates_ptr, batch, S)
         wait = Wait(error_ptr, step, delay, None)
-        dgates, delay = collect(words, wait, nothing(), (K + STRIDE - 1) // STRIDE, 4, STRIDE, neighbours(K))
+        dgates, delay = collect(words, wait, nothing(), S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
         products = product(weights, dgates, DTYPE)
         found = sum_over_warps(products, sums.rows, sums.columns, sums.wanted, turn % 2, S.WARPS)
         wait = Wait(error_ptr, step, delay_of_sums, (T - 1 - step) % 2)
@@ -337,97 +315,3 @@ def cooperative_backward_kernel(
         reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
         states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
         step, tile = next_turn(step, tile, -1, B)
-
-
-def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
-    if problem.batch == 0 or problem.exact_float32:
-        return
-    gates = CELLS[problem.cell].rows
-    for partners in [n for n in (1, 2, 3, 4) if gates % n == 0] if backward else (1,):
-        words = ceil(problem.hidden * problem.size / 4) * (gates // partners if backward else 1)
-        warps = 8 if words > 64 else 4
-        chunks = ceil(words / (16 * warps))
-        for units in range(4, 4 * warps + 1, 4):
-            own_rows = units * (partners if backward else gates)  # of weights; see the top of this file
-            rows = ceil(own_rows / 16) * 16
-            programs = partners * ceil(problem.hidden / (partners * units))
-            registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
-            tiles = ceil(problem.batch / SEQUENCES.value)
-            groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
-            shared = 2 * warps * rows * SEQUENCES.value * 4  # twice the sums of all warps
-            fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
-            if fits and own_rows in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
-                what = "dgates" if backward else "h"
-                why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
-                family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)
-                yield Plan(
-                    family, SEQUENCES.value, units, programs, groups, warps, shared, why,
-                    side_by_side=problem.side_by_side,
-                ).fitted(problem)  # fmt: skip
-
-
-MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
-STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
-
-
-def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
-    """See planning.Family. Rows of words are h, backward dgates."""
-    written = buffers_of(p, pass_)
-    if not pass_.backward:
-        written["h_ptr"] = Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)  # and h0 at its end
-        written["c_n_ptr"] = written["c_n_ptr"]._replace(fill="c0")  # where kernels read c at every step
-        return written
-    written["dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)
-    if plan.family.partners > 1:
-        written["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
-    return written
-
-
-def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """What forward reads besides the tensors of a call."""
-    h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, _row(p)]
-    if _row(p) > p.hidden:
-        h = _without_padding(p, h.zero_())
-    if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
-        h.copy_(torch.where(h0.isnan(), torch.nan, h0).view_as(h))  # any NaN but the sentinel
-    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.columns), "words_ptr": memory["h_ptr"].view(torch.int32)}
-    arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
-    of_heads = r.inputs.dropout_h.view(-1, p.columns) if p.dropout_h else None  # [B heads, D]
-    return arguments | ({"dropout_h_ptr": as_words(of_heads, p.columns)} if p.dropout_h else {})
-
-
-def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """As forward_arguments, for backward."""
-    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, CELLS[p.cell].rows, p.columns)
-    return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
-
-
-def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
-    """h without h0 and padding of rows. It is no view, since autograd forbids changing one in place."""
-    h = memory["h_ptr"]
-    if _row(p) > p.hidden:
-        return _without_padding(p, h[:-1]).flatten(2).contiguous()
-    return h.resize_(len(h) - 1, p.batch, p.hidden)
-
-
-def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
-    """dgates without padding of rows."""
-    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
-    return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
-
-
-FAMILY = Family(
-    (cooperative_forward_kernel, cooperative_backward_kernel), lambda *_: True, buffers,
-    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
-)  # fmt: skip
-
-
-def _row(p: Problem) -> int:
-    """Elements of a row of H units, those of each head in whole words."""
-    return p.heads * (p.columns + p.columns * p.size % 4 // p.size)
-
-
-def _without_padding(p: Problem, rows: Tensor) -> Tensor:
-    """The units of rows [..., _row(p)], [..., heads, D]."""
-    return rows.unflatten(-1, (p.heads, -1))[..., : p.columns]

@@ -1,7 +1,6 @@
 """The launches of the Triton backend: a plan of one problem and pass, prepared once and then only launched."""
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -91,7 +90,7 @@ class Prepared:
             num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
-        self._start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan), options), launch)
+        self._start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan, backward), options), launch)
         self._error = error_word(device, kernel.__name__, trial) if waits else None
         self._buffers, self._result = family.buffers(problem, plan, pass_), family.results[backward]
         self._of_family = family.arguments[backward]
@@ -133,15 +132,14 @@ class Prepared:
         return arguments
 
 
-def _sizes(p: Problem, plan: Plan) -> Sizes:
+def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
     """The constants of all families' kernels."""
-    of_family = {"BLOCK_K" if name == "k" else name.upper(): n for name, n in dataclasses.asdict(plan.family).items()}
     per, units, cell = max(1, 4 // p.size), p.hidden // p.heads, CELLS[p.cell]
     return Sizes(
         CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, P=p.width,
         HEADS=p.heads, D=units, COLUMNS=p.columns, REVERSE=p.reverse, PRECISION=p.precision, PER=per,
-        W=ceil(units / per), K=cell.rows * units // getattr(plan.family, "parts", 1), BLOCK_B=plan.rows,
-        UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps, **of_family,
+        W=ceil(units / per), BLOCK_B=plan.rows, UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps,
+        **FAMILIES[type(plan.family)].sizes(p, plan, backward),
     )  # fmt: skip
 
 

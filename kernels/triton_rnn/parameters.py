@@ -31,12 +31,17 @@ class Sizes(NamedTuple):
     UNITS: int  # of a tile, or of a program
     TILES: int  # of UNITS units, that have D
     WARPS: int
-    K: int  # of a part, backward in the step and the held family; and as planning.py explains them, of each family:
-    BLOCK_K: int = 0
-    PARTS: int = 1
-    PARTNERS: int = 1
-    CHUNKS: int = 0
-    AHEAD: bool = False
+    # Of families, by their `sizes`:
+    K: int = 0  # backward in the step and the held family, of a part; in the cooperative one words of a piece
+    BLOCK_K: int = 0  # of K, multiplied at a time
+    PARTS: int = 1  # of K, backward
+    AHEAD: bool = False  # as planning.py explains it
+    CHUNKS: int = 0  # of K, which a warp multiplies
+    STRIDE: int = 0  # words of K from one chunk of a warp to the next
+    PARTNERS: int = 1  # backward, which share the gates of their units
+    OWN: int = 0  # gates of a partner
+    PIECES: int = 1  # of K, each for a share of the warps
+    ZEROS: int = 0  # of these, the first ones, that are multiplied by zeros
 
 
 class Hidden(NamedTuple):

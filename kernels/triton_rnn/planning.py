@@ -156,6 +156,7 @@ class Family(NamedTuple):
     """What a family's module tells the launcher, in pairs forward and backward. `memory` is what a launch allocated."""
 
     kernels: tuple[Any, Any]
+    sizes: Callable[[Problem, Plan, bool], dict[str, int]] = lambda p, plan, backward: {}  # more of parameters.Sizes
     waits: Callable[[Problem, Plan], bool] = lambda p, plan: False  # whether its programs wait for each other
     buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)  # written
     arguments: tuple[Any, Any] = None, None  # arguments(p, plan, r, memory): what is read besides the call's tensors

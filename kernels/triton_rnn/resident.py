@@ -9,22 +9,15 @@ tuple in a tuple that grew: hence Cells(*cells[n]).)
 """
 
 from collections import namedtuple
-from collections.abc import Iterator
-from math import ceil
 
 import triton
 import triton.language as tl
 
-from ..cards import Card
-from ..cells import CELLS
-from ..operands import as_words, transposed_gates
-from ..problem import Problem, power_of_two
 from . import indexing, noise, reset, states
 from .equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
-from .planning import Family, Plan, Resident
 
 # All fields are tuples of CELLS, an element for each cell of a thread. What it owns, all [THREADS]: units, their places
 # in the program's head, columns of the batch tile; and Sequences.
@@ -267,34 +260,3 @@ def resident_backward_kernel(
             dc = dc + (tl.where(cells.valid, tl.where(cells.continues, dc_prev[n], 0.0), dc_after[n]),)
     for n in tl.static_range(CELLS):
         tl.store(cell.dc_ptr + Cells(*first[n]).state_at, dc[n], mask=Cells(*first[n]).in_tile)
-
-
-MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
-
-
-def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """Where the registers of one block hold W_hh as operands of tensor cores."""
-    if problem.batch == 0 or problem.exact_float32:
-        return
-    units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
-    warps = units // 16 if backward else min(8, units // 8)
-    gates = CELLS[problem.cell].rows
-    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
-    if warps <= 8 and registers <= MOST_REGISTERS:
-        rows = SEQUENCES.value
-        shared = 2 * rows * units * problem.size * (gates if backward else 1)
-        yield Plan(
-            Resident(units * problem.size // 64), rows, units, 1, ceil(problem.batch / rows), warps, shared,
-            f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
-        )  # fmt: skip
-
-
-FAMILY = Family(
-    (resident_forward_kernel, resident_backward_kernel),
-    arguments=(
-        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden // p.heads)},
-        lambda p, plan, r, memory: {
-            "weights_ptr": transposed_gates(r.inputs.weight_hh, *2 * [CELLS[p.cell].rows], p.hidden // p.heads)
-        },
-    ),
-)

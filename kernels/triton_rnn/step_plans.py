@@ -117,5 +117,11 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     return written
 
 
-STEP = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
+def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
+    """See planning.Family."""
+    parts, ahead = plan.family.parts, isinstance(plan.family, Held) and plan.family.ahead
+    return dict(K=CELLS[p.cell].rows * p.columns // parts, BLOCK_K=plan.family.k, PARTS=parts, AHEAD=ahead)
+
+
+STEP = Family((step_forward_kernel, step_backward_kernel), sizes, waits, buffers)
 HELD = STEP._replace(kernels=(held_forward_kernel, held_backward_kernel))
