@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import heads, layer_norm, projection
 from .cells import CELLS
-from .memory import ALIGNMENT, allocate, buffers_of, gradients_in, steps_of
+from .memory import ALIGNMENT, Buffer, allocate, buffers_of, gradients_in, steps_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop
 from .timeouts import raise_if_timed_out
@@ -82,6 +82,72 @@ class Launcher(Protocol):
 
     def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
         """What `Layer.chosen` returns for a plan; for None, of the plan that would be tried first."""
+
+
+class OnlyPlan(NamedTuple):
+    """The Plan of a backend that runs every problem in one way."""
+
+    backend: str
+    slower: str | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kernel": self.backend}
+
+    def sequences_enough(self, problem: Problem) -> int:
+        return min(problem.batch, 3)
+
+
+class Launches:
+    """A problem.Prepared of kernels: memory, and arguments by the names of pointers, for what makes the launches.
+
+    Args:
+        problem: as the kernels run it, without a projection if that is outside.
+        buffers: what they write.
+        start: start(arguments) makes all launches of a pass.
+        result: result(memory) is h, or dgates.
+        more: more(r, memory), what they read besides.
+        fixed: arguments of every call.
+    """
+
+    def __init__(
+        self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],
+        result: Callable[[dict[str, Tensor]], Tensor], more: Any = None, **fixed: Any,
+    ) -> None:  # fmt: skip
+        self.plan, self._buffers, self._start, self._result, self._more = plan, buffers, start, result, more
+        self._fixed, names = fixed | {"B": problem.batch}, tuple(in_the_loop(problem, problem.steps))
+        self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
+
+    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As layer.Layer.forward, without a projection unless it is in the time loop."""
+        steps = steps_of(gates)
+        memory = allocate(self._buffers, steps, gates, r.inputs)
+        self._start(self._arguments(gates, r, steps, memory, {}))
+        return self._result(memory), memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
+
+    def backward(
+        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
+    ) -> Gradients:
+        """As layer.Layer.backward."""
+        steps = steps_of(gates)
+        memory = allocate(self._buffers, steps, gates, r.inputs)
+        if dc_n is not None:  # the kernel makes it the gradient of c0
+            memory["dc_ptr"].copy_(dc_n)
+        read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c}
+        read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
+        self._start(self._arguments(gates, r, steps, memory, read))
+        return gradients_in(memory, self._result(memory))
+
+    def _arguments(
+        self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
+    ) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"gates_ptr": gates, "T": steps, **self._fixed}
+        arguments.update(zip(self._pointers, self._tensors(r.inputs)))
+        arguments |= memory
+        arguments |= read
+        if self._more is not None:
+            arguments |= self._more(r, memory)
+        return arguments
 
 
 class Layer:

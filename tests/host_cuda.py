@@ -1,83 +1,96 @@
-"""The kernels in CUDA C++ on the CPU, compiled by g++ with host_cuda.h, launched by a stand-in for launch_kernel."""
+"""The kernels in CUDA C++ on the CPU, compiled by g++ with host_cuda.h, in the place of what CuPy loads."""
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
+import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from memory_checks import bytes_of, refusal
 from torch import Tensor
 
-from gpu_lstm.kernels.cupy_rnn.planning import Plan
-from gpu_lstm.kernels.cupy_rnn.source import in_order, join, name_expression, parameters, present_in, texts
+from gpu_lstm.kernels.cupy_rnn import launch
 
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (
     "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w",
     "-fsanitize=bounds", "-fno-sanitize-recover=bounds",  # a thread's own arrays: what is past their end is not NaN
 )  # fmt: skip
-FAILURES = (
-    "", "a block wrote past its shared memory", "threads of a warp did different things",
-    "threads waited in vain for each other", "", "an access to no tensor, or by no function of instructions.cu",
-)  # fmt: skip
+PARTS = {"after_product": ("zh", "zc", "ch", "zm", "mh"), "before_product": ("hz", "hc", "cz", "hm", "mz")}
+RUN = "void const*, int, int, int, bool, host::Tensor*, int"
+
+
+class HostTensor(ctypes.Structure):
+    """As in host_cuda.h."""
+
+    _fields_ = ("start", ctypes.c_void_p), *((n, ctypes.c_longlong) for n in ("bytes", "allowed", "first", "size"))
 
 
 @functools.cache
-def _function(source: str, expression: str) -> Callable[..., int]:
-    """One kernel of a version of the source; kept for the next process."""
-    entry = (
-        'extern "C" int run(const int* grid, int threads, int shared, unsigned seed, void** args, '
-        "const long long* bytes, int count, host::Access* outside) { "
-        f"return host::run(host::Entry<{expression}>::with, {{grid[0], grid[1]}}, threads, shared, seed, args, bytes, "
-        "count, outside); }"
-    )
-    text = "\n".join((HEADER.read_text(), source, entry))
+def library(source: str, dtype: str, cell: str) -> ctypes.CDLL:
+    """All kernels of an element type and a cell, in a version of the source; kept for the next process."""
+    entries = "\n".join(
+        f'extern "C" void {kernel}_{a}{b}({", ".join(f"{kind} a{n}" for n, kind in enumerate(RUN.split(", ")))}) {{ '
+        f"host::run<{kernel}<{dtype}, {cell}, '{a}', '{b}'>, Call<{dtype}>>(a0, a1, a2, a3, a4, a5, a6); }}"
+        for kernel, parts in PARTS.items() for a, b in parts
+    )  # fmt: skip
+    text = "\n".join((HEADER.read_text(), source, entries))
     digest = hashlib.sha256("\0".join((text, *FLAGS)).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"gpu_lstm_host_cuda_{os.getuid()}")
     result = folder / f"{digest}.so"
     if not result.exists():
-        with tempfile.TemporaryDirectory() as build:
-            Path(build, "lstm.cpp").write_text(text)
-            subprocess.run(["g++", *FLAGS, "lstm.cpp", "-o", "lstm.so"], cwd=build, check=True)
-            folder.mkdir(exist_ok=True)
-            partial = folder / f"{digest}.{os.getpid()}"
-            partial.write_bytes(Path(build, "lstm.so").read_bytes())
-            partial.rename(result)
-    return ctypes.CDLL(str(result)).run
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as build:
+            Path(build, "steps.cpp").write_text(text)
+            subprocess.run(["g++", *FLAGS, "steps.cpp", "-o", "steps.so"], cwd=build, check=True)
+            Path(build, "steps.so").rename(result)  # at once, whoever else does it
+    return ctypes.CDLL(str(result))
 
 
-def launcher(changes: dict[str, str] | None = None, seed: int = 0) -> Callable[..., None]:
-    """A stand-in for launch.launch_kernel, of the source with some parts changed; a seed is an order of turns."""
-    source = join({name: text for name, text in (texts() | (changes or {})).items() if name != "instructions"})
-
-    def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
-        given, count = in_order(kernel, arguments), len(arguments)
-        values = [_by_value(a) for a in given]
-        addresses = (ctypes.c_void_p * count)(*(ctypes.addressof(v) for v in values))
-        sizes = (ctypes.c_longlong * count)(*(bytes_of(a) if isinstance(a, Tensor) else -1 for a in given))
-        outside = (ctypes.c_longlong * 4)()
-        run = _function(
-            source, name_expression(kernel, dtype, plan.template("backward" in kernel), present_in(kernel, arguments))
-        )
-        failure = run((ctypes.c_int * 2)(*plan.grid), plan.threads, plan.shared, seed, addresses, sizes, count, outside)
-        assert not failure, f"{kernel}: {FAILURES[failure] or _what_is(outside, parameters(kernel), given)}"
-
-    return launch_kernel
+def raising(kernel: str, name: str, said: str) -> None:
+    raise AssertionError(f"{kernel}: {said}")
 
 
-def _what_is(outside: ctypes.Array, names: Sequence[str], given: Sequence[Tensor]) -> str:
-    number, first, size, stores = outside
-    tensor = given[number]
-    return refusal("store" if stores else "load", size, first, bytes_of(tensor), names[number], tensor.shape)
+def stand_in(patch: Any, changes: dict[str, str] | None = None, less: int = 0, found: Callable = raising) -> None:
+    """CuPy's place is taken by kernels for the CPU, with `changes` to parts of the source.
 
+    Accesses outside of a tensor, or to the last elements of it, `less` many, go to found(kernel, name, what is said).
+    """
+    source = launch.join({name: t for name, t in (launch.texts() | (changes or {})).items() if name != "elements"})
+    seen: dict[int, Tensor] = {}
+    turn = itertools.count()
 
-def _by_value(argument: Tensor | int | None) -> ctypes._SimpleCData:
-    if argument is None or isinstance(argument, Tensor):
-        assert argument is None or argument.is_contiguous()
-        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
-    return (ctypes.c_bool if isinstance(argument, bool) else ctypes.c_int32)(argument)
+    def address(tensor: Tensor) -> int:
+        assert tensor.is_contiguous()
+        seen[tensor.data_ptr()] = tensor
+        return tensor.data_ptr()
+
+    def loaded(device: torch.device, name: str) -> Callable[..., None]:
+        kernel, dtype, cell, start, end = re.findall(r"\w+", name)
+        run = library(source, dtype, cell)[f"{kernel}_{start}{end}"]
+
+        def function(grid: tuple[int, int], block: tuple[int], arguments: tuple[Any]) -> None:
+            (call,) = arguments
+            names = [n for n in call.dtype.names if call.dtype[n].kind == "u" and call[n]]
+            tensors = [seen[int(call[n])] for n in names]
+            table = (HostTensor * len(names))(
+                *((t.data_ptr(), size := bytes_of(t), size - less * t.itemsize * (t.numel() > 1)) for t in tensors)
+            )
+            run(ctypes.c_void_p(call.ctypes.data), *grid, *block, next(turn) % 2 == 1, table, len(names))
+            for n, t, of in zip(names, tensors, table):
+                if of.size:
+                    found(kernel, n, refusal("access", of.size, of.first, of.allowed, n, t.shape))
+
+        return function
+
+    patch.setattr(launch, "address", address)
+    patch.setattr(launch, "loaded", loaded)
+    patch.setattr(launch, "stream", lambda device: contextlib.nullcontext())

@@ -2,8 +2,7 @@
 
 The Triton kernels run in the interpreter; families whose programs wait for each other use a thread for each program,
 started in shuffled order, with random pauses and with stores that become visible late. Those in CUDA C++ are compiled
-by g++ (host_cuda.py), and their threads take turns in an order that a seed decides. Only this file knows how kernels
-are planned and launched; tests of numbers do not.
+by g++ (host_cuda.py). Only this file knows how kernels are planned and launched; tests of numbers do not.
 """
 
 import dataclasses
@@ -16,24 +15,19 @@ from typing import NamedTuple
 
 import host_cuda
 import interpreted  # noqa: F401  # puts functions in the place of assembly
-import pytest
 import torch
 from concurrent_interpreter import ConcurrentRun
-from torch import Tensor, nn
 
-from gpu_lstm.backends import reference, torch_resets
+from gpu_lstm.backends import torch_resets
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, route
 from gpu_lstm.kernels import cupy_rnn
-from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
-from gpu_lstm.kernels.cupy_rnn.planning import Plan as CupyPlan
-from gpu_lstm.kernels.cupy_rnn.planning import plans as cupy_plans
 from gpu_lstm.kernels.problem import power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Cooperative, Held, Plan, Step
-from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
 from gpu_lstm.kernels.triton_rnn.resident_plans import plans as resident_plans
 from gpu_lstm.kernels.triton_rnn.step_plans import step_plan
 
@@ -124,73 +118,14 @@ def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> Non
     _force(monkeypatch, plan, yield_rate)
 
 
-def cuda(monkeypatch, choose: Callable, device="cpu", seeds=None, changes: dict[str, str] | None = None) -> None:
-    """The kernels in CUDA C++, as `choose` plans them; on the CPU, with a seed per launch and `changes` to parts."""
-    monkeypatch.setattr(cupy, "choose_plan", choose)
+def cuda(monkeypatch, device="cpu", changes: dict[str, str] | None = None) -> None:
+    """The kernels in CUDA C++; on the CPU compiled by g++, with `changes` to parts, and used without a verification."""
     if device == "cpu":
-        seeds = itertools.count() if seeds is None else seeds
-
-        def launch_kernel(*args, **arguments):
-            host_cuda.launcher(changes, next(seeds))(*args, **arguments)
-
+        monkeypatch.setattr(cupy, "choose", lambda *_: cupy.PLAN)
         monkeypatch.setattr(cupy, "obstacle", lambda *_: None)
         monkeypatch.setattr(cupy_rnn, "import_packages", lambda: None)
         monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
-        monkeypatch.setattr(cupy, "launch_kernel", launch_kernel)
-
-
-def cupy_plan(kept: bool, parts: int, multiprocessors: int = 16) -> Callable[..., CupyPlan]:
-    """Replaces choose_plan: weights kept in registers or read, and this many blocks that share gates backward."""
-
-    def choose(problem, card, backward) -> CupyPlan:
-        rows = CELLS[problem.cell].rows
-        share = parts if rows % parts == 0 else rows if parts > rows and kept else 1
-        wanted = kept, 4 if kept else 8, share if backward else 1
-        found = cupy_plans(problem, Card(card.architecture, multiprocessors), backward)
-        fitting = [plan for plan in found if (plan.chunks > 0, plan.warps, plan.partners) == wanted]
-        if not fitting and card.architecture < 80:
-            pytest.skip("weights in registers need tensor cores")
-        return min(fitting, key=lambda plan: plan.clocks)
-
-    return choose
-
-
-# W_hh in registers, by all ways to share gates backward; and read at every step, by so few blocks that each takes
-# several shares of rows.
-CUPY_PLANS = {
-    "kept/4": cupy_plan(True, 4), "kept/2": cupy_plan(True, 2), "kept/1": cupy_plan(True, 1),
-    "read/4": cupy_plan(False, 4, multiprocessors=4), "read/1": cupy_plan(False, 1),
-}  # fmt: skip
-
-
-def tf32(monkeypatch, inputs: int) -> None:
-    """float32 products in TF32: of the kernels, and of the reference at every step, where x has `inputs` features."""
-
-    def linear(x: Tensor, w: Tensor, b: Tensor | None, gain: None) -> Tensor:
-        if w.shape[1] == inputs:
-            return nn.functional.linear(x, w, b)
-        return _CutLinear.apply(x, w) + (0 if b is None else b)
-
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    monkeypatch.setattr(reference, "linear", linear)
-
-
-class _CutLinear(torch.autograd.Function):
-    """x W^T with operands truncated to the 10 bits that tensor cores use."""
-
-    @staticmethod
-    def forward(ctx, x, w):
-        ctx.save_for_backward(x, w)
-        return _cut(x) @ _cut(w).T
-
-    @staticmethod
-    def backward(ctx, d):
-        x, w = ctx.saved_tensors
-        return _cut(d) @ _cut(w), d.T @ x
-
-
-def _cut(t: Tensor) -> Tensor:
-    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if t.dtype is torch.float32 else t
+        host_cuda.stand_in(monkeypatch, changes)
 
 
 class Kernels(NamedTuple):
@@ -216,5 +151,5 @@ KERNELS = {
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))
        for plan in ((4, 1, 4), (8, 1, 4), (8, 2, 4), (8, 1, 2), (16, 1, 1))},
-    **{name: Kernels("cupy", partial(cuda, choose=choose)) for name, choose in CUPY_PLANS.items()},
+    "cupy": Kernels("cupy", cuda),
 }  # fmt: skip

@@ -15,12 +15,11 @@ from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available, route
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
-from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
 from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
 from gpu_lstm.kernels.triton_rnn.planning import DEVICES, INTERPRETER, Plan
-from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
@@ -39,7 +38,7 @@ def torch_finds(patch, card: Card = H100, **others: Any) -> None:
 def a_card(patch, card: Card = H100, **others: Any) -> None:
     """cuda:0 is this card, also for planning; kernels all load on it, and nothing is launched."""
     torch_finds(patch, card, **others)
-    for module in (launch, choose, autotune, cupy):
+    for module in (launch, choose, autotune):
         patch.setattr(module, "card_of", lambda _: card)
     loaded = SimpleNamespace(shared=0, target=SimpleNamespace(arch=card.architecture))
     patch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=loaded))

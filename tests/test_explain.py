@@ -23,7 +23,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import choose, launch
 from gpu_lstm.kernels.triton_rnn.choose import plans
 from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER
-from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
 
 pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
               pytest.mark.usefixtures("nothing_cached")]  # fmt: skip

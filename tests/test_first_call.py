@@ -339,11 +339,11 @@ def test_the_first_call_does_not_import_torchs_compiler():
     code = """if True:
         import sys, torch
         from gpu_lstm.kernels.problem import Pass, Problem
-        from gpu_lstm.kernels.triton_rnn import choose, launch, planning, pointwise
+        from gpu_lstm.kernels.triton_rnn import choose, launch, planning, pointwise_plans
         for backward, hidden in ((False, 64), (False, 768), (True, 768), (True, 1024)):
             problem = Problem(2, 64, hidden, torch.float16, resets=True, dropout_h=True)
             plans = choose.plans(problem, planning.DEVICES["h100"], backward)
-            for plan in {plan.family.name: plan for plan in (*plans, pointwise.pointwise_plan(problem))}.values():
+            for plan in {plan.family.name: plan for plan in (*plans, pointwise_plans.pointwise_plan(problem))}.values():
                 assert launch.recorded_launches(problem, Pass(backward), plan), plan
         assert "torch._dynamo" not in sys.modules
     """

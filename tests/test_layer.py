@@ -16,7 +16,7 @@ import torch
 from cases import built, call_of, check, with_random_parameters
 from comparing import PLACES
 from pairs import assert_identical, letters_of, results
-from places import INTERPRETED, KERNELS, tf32
+from places import INTERPRETED, KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.backends import schedule
@@ -29,7 +29,6 @@ MIX, MOST = "ragged resets both", "ragged states peepholes both"
 # With states to reset to, since the norm of a W_hh h that is almost zero multiplies every error.
 OF_HH, OF_C, OF_ALL = "norm-hh no-bias ragged states", "norm-c no-bias ragged resets", "ragged states peepholes norms"
 ONCE = "ragged states peepholes"
-KEPT, READ = "4,17,3,33", "3,9,3,75"  # more tiles, and more rows, than blocks of CUPY_PLANS
 # How a module is built and called. Kernels depend on little of it, so all of it is on the backends with the least work.
 MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-first state both", "no-bias resets",
            "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
@@ -87,13 +86,22 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""),
      (1, "4,3,3,33", f"{ONCE} masks"), (1, "4,5,3,15", "three-heads", f"three-heads {MIX}")),
     ("pointwise", F16, (1, "5,3,3,40", "", f"heads {ONCE} masks"), (1, "4,5,3,20", f"{MOST} expected")),
-    # CUDA C++, with W_hh in registers and read at every step
-    ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
-     (2, "5,4,3,13,7", "ragged states both")),
-    ("kept/4", F16, (3, "5,4,3,13,7", MIX), (1, KEPT, MIX)), ("kept/1", F16, (1, KEPT, ""), (4, "2,3,4,1", "")),
-    ("read/1", F16, (1, READ, "ragged resets")),
-    ("read/4", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, READ, "ragged states"),
-     (2, "5,4,3,13,1", MIX), (1, "2,1,2,520", "")),  # more words than are on their way at once
+    # Or of two, between which torch normalises c, or projects
+    ("pointwise", F32, (1, "5,3,3,11", OF_HH, OF_C, f"{OF_ALL} both", f"{OF_ALL} masks", f"{OF_ALL} both expected"),
+     (1, "1,3,3,11", f"{OF_ALL} no-grad"), (1, "4,5,3,9,4", f"{MOST} masks", "expected ragged no-grad")),
+    ("pointwise", F16, (1, "5,3,3,11", f"{OF_ALL} both masks"), (1, "5,4,3,9,4", f"{MOST} masks")),
+    # The same in CUDA C++
+    ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "5,4,3,13,7", MIX, "ragged states"),
+     (2, "5,3,4,6", f"{MIX} recompute", "no-hx deep", "reverse ragged", "no-grad both", "chunks resets"),
+     (1, "3,4,3,300", ""), (1, "4,3,3,33", f"{ONCE} masks", "dropout_h both", "zoneout_c both", "zoneout_h states"),
+     (1, "4,5,3,15", "three-heads", f"three-heads {MIX}"), (1, "4,5,3,20", f"heads {ONCE} masks"), (1, "1,3,3,1", "")),
+    ("cupy", F32, (1, "5,3,3,11", OF_HH, OF_C, f"{OF_ALL} both", f"{OF_ALL} masks", f"{OF_ALL} both expected"),
+     (1, "1,3,3,11", f"{OF_ALL} no-grad"), (2, "4,5,3,9,4", f"{MOST} masks", "expected ragged no-grad"),
+     (1, "3,4,3,9,140", "masks")),
+    ("cupy", F16, (3, "5,3,3,40", "", MIX, f"heads {ONCE} masks"), (1, "4,5,3,20", f"{MOST} expected"),
+     (1, "5,3,3,11", f"{OF_ALL} both masks"), (2, "5,4,3,9,4", f"{MOST} masks")),
+    ("cupy", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
+     (1, "5,3,3,11", f"{OF_ALL} both")),
 ]  # fmt: skip
 # With `gru`: what is of a cell is few lines of every kernel, of torch_rnn and of the reference, and all a user's forms.
 GRUS = [
@@ -127,9 +135,9 @@ GRUS = [
     ("cooperative/16/1/1", F16, (1, "4,3,3,33", MIX)),
     ("pointwise", F32, (1, "5,3,4,6", MIX), (1, "4,9,3,33", "ragged states masks", "three-heads ragged states masks")),
     ("pointwise", F16, (1, "5,3,3,40", "")),
-    ("kept/4", BF16, (4, "2,3,4,5", "", "ragged states both")), ("kept/4", F16, (1, KEPT, MIX)),
-    ("kept/1", F16, (1, KEPT, ""), (4, "2,3,4,1", "")), ("read/1", F16, (1, READ, "ragged resets")),
-    ("read/4", F32, (4, "2,3,4,5", "", MIX), (1, READ, "ragged states")),
+    ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "4,9,3,33", "ragged states masks",
+     "three-heads ragged states masks", "zoneout deep states", "expected no-grad")),
+    ("cupy", F16, (3, "5,3,3,40", "", MIX)), ("cupy", BF16, (2, "2,3,4,5", MIX)),
 ]  # fmt: skip
 # What no pair of a place, dtype, cell, option, projection, single step and number of tiles of the tables above has.
 DEEP = [
@@ -151,10 +159,6 @@ DEEP = [
     ("cooperative/16/1/1", F32, (1, "5,3,3,11", "gru expected states")),
     ("cooperative/8/1/2", F32, (1, "2,3,3,86", "heads both peepholes")),  # several chunks, of words that lie apart
     ("cooperative/16/1/1", F32, (1, "2,3,3,140", "heads", "gru heads")),
-    ("kept/2", F16, (1, KEPT, MIX, f"gru {MIX}")), ("kept/1", F16, (1, KEPT, "ragged states both")),
-    ("kept/4", F16, (2, "3,9,3,8", "chunks"), (4, "1,3,3,8", "both"), (2, "3,3,3,8", "no-hx deep")),
-    ("read/4", BF16, (1, READ, "ragged resets")),
-    ("read/4", F32, (2, "5,4,3,13,7", "deep no-hx"), (2, "3,3,3,5", "recompute")),
 ]  # fmt: skip
 
 
@@ -203,15 +207,9 @@ def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
 
 
 @fresh_memory_is_nan
-@cases("kept", "read")
+@cases("cupy")
 def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, host_or_card)
-
-
-@pytest.mark.parametrize("place", ["kept/4", pytest.param("kept/1", marks=pytest.mark.deep)])
-def test_cuda_in_tf32(monkeypatch, place, host_or_card):
-    tf32(monkeypatch, inputs=3)
-    every_result_and_gradient(monkeypatch, place, F32, 1, (4, 17, 3, 33), MIX, host_or_card, yardstick="reference")
 
 
 @pytest.mark.gpu
@@ -251,11 +249,11 @@ def test_second_derivatives_by_finite_differences(backend, size, words):
 
 
 EVERYWHERE = [
-    ("torch", "resets both", None), ("torch/two", "resets", None), ("kept/4", "resets both", F16),
-    ("read/4", "resets", F32), ("reference", "states peepholes norms zoneout both", None),
+    ("torch", "resets both", None), ("torch/two", "resets", None), ("cupy", "resets both", F16),
+    ("cupy", "states peepholes norms zoneout", F32), ("reference", "states peepholes norms zoneout both", None),
     ("triton", "states peepholes zoneout", F16), ("torch", "gru resets both", None), ("torch/two", "gru resets", None),
     ("reference", "gru states zoneout both", None), ("triton", "gru states zoneout", F16),
-    ("kept/4", "gru resets both", F16), ("read/4", "gru resets", F32),
+    ("cupy", "gru resets both", F16), ("cupy", "gru states zoneout", F32),
     *(pytest.param(*case, marks=forced) for case in (
         ("resident", "states peepholes zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16),
         ("resident", "gru states zoneout both", None), ("cooperative/4/1/4", "gru states zoneout", F16),

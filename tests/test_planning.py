@@ -11,9 +11,8 @@ import pytest
 import torch
 from standing_in import H100
 
-from gpu_lstm.kernels.cards import KB, Card
+from gpu_lstm.kernels.cards import KB
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_rnn import planning as cupy
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import planning
 from gpu_lstm.kernels.triton_rnn.choose import FAMILIES, always, expected_seconds, plans
@@ -195,11 +194,6 @@ def by_the_model(row):
     row = {name: int(number) for name, number in row.items() if name not in ("family", "cell")}
     backward = bool(row["backward"])
     problem = Problem(1024, row["batch"], row["hidden"], BF16, cell=cell, heads=row["heads"])
-    if family == "cuda":
-        found = cupy.plans(problem, Card(90, 132), backward)
-        sizes = [row[name] for name in ("columns", "warps", "k", "parts")]
-        (cycles,) = (plan.clocks for plan in found if [plan.units, plan.warps, plan.chunks, plan.partners] == sizes)
-        return cycles
     family = {
         "resident": Resident(row["k"]), "cooperative": Cooperative(row["k"], row["parts"], row["ahead"] > 0),
         "step": Step(row["k"], row["parts"]),
@@ -221,12 +215,11 @@ def test_the_models_agree_with_cycles_estimated_from_sass(row):
 
 
 def test_of_the_plans_of_a_size_the_model_puts_none_first_that_is_a_tenth_slower_than_another():
-    """By the cycles of cycles.csv, of Triton's."""
+    """By the cycles of cycles.csv."""
     sizes = {}
     for row in CYCLES:
-        if row["family"] != "cuda":
-            key = tuple(row[name] for name in ("cell", "hidden", "heads", "batch", "backward"))
-            sizes.setdefault(key, []).append((by_the_model(row), int(row["cycles"])))
+        key = tuple(row[name] for name in ("cell", "hidden", "heads", "batch", "backward"))
+        sizes.setdefault(key, []).append((by_the_model(row), int(row["cycles"])))
     several = {size: found for size, found in sizes.items() if len(found) > 1}
     assert len(several) > 10
     slower = {size: min(found)[1] / min(cycles for _, cycles in found) for size, found in several.items()}

@@ -14,7 +14,6 @@ from standing_in import CUDA, few_polls, torch_finds
 
 import gpu_lstm
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.cupy_rnn import planning
 from gpu_lstm.kernels.triton_rnn import choose, launch
 from gpu_lstm.kernels.triton_rnn import cooperative as cooperative_kernels
 
@@ -124,7 +123,7 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     with pytest.raises(ValueError, match="expected a number below 3 in"):
         timeouts.spare_multiprocessors(3)
     torch_finds(monkeypatch, is_current_stream_capturing=True)  # where the driver is not asked
-    assert choose.card_of(CUDA).multiprocessors == planning.card_of(CUDA).multiprocessors == 129
+    assert choose.card_of(CUDA).multiprocessors == 129
 
 
 def test_a_plan_for_the_whole_card_that_came_before_several_ranks_is_warned_of_in_the_next_call(monkeypatch, recwarn):

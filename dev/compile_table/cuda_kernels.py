@@ -9,33 +9,27 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from gpu_lstm.kernels.cards import Card
-from gpu_lstm.kernels.cupy_rnn.planning import Plan, plans
-from gpu_lstm.kernels.cupy_rnn.source import KERNELS, OPTIONS, join, name_expression, optional, texts
+from gpu_lstm.kernels.by_steps import parts_of
+from gpu_lstm.kernels.cells import CELLS
+from gpu_lstm.kernels.cupy_rnn.launch import ELEMENTS, KERNELS, OPTIONS, PLAN, THREADS, join, name_of, texts
 from gpu_lstm.kernels.problem import Problem
 
-from .report import PRECISIONS, Report, read
+from .report import Report, read
 
-CARDS = (Card(70, 80), Card(75, 40), Card(80, 108), Card(86, 84), Card(89, 58), Card(90, 132), Card(100, 148),
-         Card(120, 170))  # fmt: skip
-SIZES = (*((b, h, "lstm") for b, h in ((16, 64), (16, 256), (16, 768), (64, 1024), (16, 2048))), (16, 768, "gru"))
-"""Sequences, hidden units, and of which cell."""
+ARCHITECTURES = 70, 75, 80, 86, 89, 90, 100, 120
+DIVIDED = {}, dict(gain_c=True), dict(projected=1, dropout_h=True)
+"""What a step is launched for whole, or in two parts."""
 
 
 class Case(NamedTuple):
-    """A problem, and a plan for it."""
+    """A kernel, which is the same for all sizes."""
 
-    problem: Problem
-    backward: bool
-    card: Card
-    plan: Plan
+    kernel: str
+    name: str  # in C++
+    architecture: int
 
     def __str__(self) -> str:
-        p = self.problem
-        precision = f" {p.precision}" * (p.dtype is torch.float32)
-        return f"{str(p.dtype).removeprefix('torch.')}{precision} B={p.batch} H={p.hidden}" + " GRU" * (p.cell == "gru")
+        return self.name.partition("<")[2].rstrip(">").replace("float,", "float32,")
 
 
 class Binary(NamedTuple):
@@ -47,46 +41,31 @@ class Binary(NamedTuple):
 
 
 def cases(h100: bool) -> list[Case]:
-    """For every size the best plan that keeps the weights, and the best that reads them at every step.
-
-    If `h100`, only for an H100 and in bfloat16.
-    """
-    different: dict[tuple, Case] = {}
-    for card, (dtype, precision), (batch, hidden, cell), backward in product(CARDS, PRECISIONS, SIZES, (False, True)):
-        if h100 and (card.architecture != 90 or dtype is not torch.bfloat16):
-            continue
-        problem = Problem(2, batch, hidden, dtype, precision=precision, cell=cell)
-        for kept in (True, False):
-            of_kind = [plan for plan in plans(problem, card, backward) if (plan.chunks > 0) == kept]
-            if of_kind:
-                plan = min(of_kind, key=lambda plan: plan.clocks)
-                key = card, dtype, backward, plan.template(backward)
-                different.setdefault(key, Case(problem, backward, card, plan))
-    return list(different.values())
+    """All; if `h100`, only for an H100 and in bfloat16."""
+    names = {
+        (KERNELS[backward], name_of(part, backward)): None
+        for dtype, cell, change, backward in product(ELEMENTS, CELLS, DIVIDED, (False, True))
+        if not change or CELLS[cell].normalises
+        for part in parts_of(Problem(2, 1, 1, dtype, cell=cell)._replace(**change), backward)
+    }
+    every = [Case(*name, architecture) for name, architecture in product(names, ARCHITECTURES)]
+    return [case for case in every if not h100 or (case.architecture == 90 and "<bfloat16" in case.name)]
 
 
 def reports(cases: Iterable[Case]) -> Iterator[Report]:
     """A report of each case."""
     for case in cases:
-        architecture, plan, binary = case.card.architecture, case.plan, compile_for(case)
-        kept = f"{plan.chunks} chunks kept" if plan.chunks else "W_hh read"
-        instruction = re.search(r"mma\.sync\S+", binary.ptx)
-        # In the time loop: what follows the first wait for other blocks.
-        weight_loads = binary.ptx.partition("ld.relaxed.gpu")[2].count("ld.global.v4.b32")
-        yield Report(
-            KERNELS[case.backward], str(case), architecture, plan, plan.threads,
-            f"{plan.threads} threads x {plan.units} units, {kept}", **read(binary.cubin, architecture, plan.shared),
-            tensor_core=instruction[0] if instruction else "", weight_loads=weight_loads,
-        )  # fmt: skip
+        of_binary = read(compile_for(case).cubin, case.architecture, 0)
+        yield Report(case.kernel, str(case), case.architecture, PLAN, THREADS, "a thread for each cell", **of_binary)
 
 
 def architectures() -> list[int]:
-    """Those of CARDS that the installed NVRTC supports; from CUDA 13 on, none before sm_75."""
+    """Those of ARCHITECTURES that the installed NVRTC supports; from CUDA 13 on, none before sm_75."""
     count = ctypes.c_int()
     _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     known = (ctypes.c_int * count.value)()
     _nvrtc().nvrtcGetSupportedArchs(known)
-    return [card.architecture for card in CARDS if card.architecture in known]
+    return [architecture for architecture in ARCHITECTURES if architecture in known]
 
 
 @functools.cache
@@ -105,8 +84,8 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @functools.cache
-def compile_for(case: Case, present: frozenset[str] | None = None) -> Binary:
-    """The kernel of a case, compiled for its card as the launcher does it, for all optional arguments or those present.
+def compile_for(case: Case) -> Binary:
+    """A kernel, compiled as the launcher does it.
 
     Raises:
         ImportError: NVRTC is missing.
@@ -129,14 +108,10 @@ def compile_for(case: Case, present: frozenset[str] | None = None) -> Binary:
         lines = result("ProgramLog").rstrip(b"\0").decode().splitlines()
         return "\n".join(line for line in lines if not re.match("nvrtc: warning: Architectures prior to", line))
 
-    template = case.plan.template(case.backward)
-    kernel = KERNELS[case.backward]
-    present = frozenset(optional(kernel)) if present is None else present
-    expression = name_expression(kernel, case.problem.dtype, template, present).encode()
-    options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{case.card.architecture}")]
-    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(texts()).encode(), b"lstm.cu", 0, None, None))
+    options = [o.encode() for o in (*OPTIONS, f"--gpu-architecture=sm_{case.architecture}")]
+    check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), join(texts()).encode(), b"steps.cu", 0, None, None))
     try:
-        check(nvrtc.nvrtcAddNameExpression(program, expression))
+        check(nvrtc.nvrtcAddNameExpression(program, case.name.encode()))
         check(nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options)))
         return Binary(result("PTX").rstrip(b"\0").decode(), result("CUBIN"), log())
     finally:

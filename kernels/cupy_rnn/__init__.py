@@ -8,7 +8,7 @@ NEEDS = f'CuPy and NVRTC: pip install ".[{_EXTRA}]" in a clone'
 
 
 def supports(feature: str) -> bool:
-    return feature == "reset_states"
+    return True
 
 
 def import_packages() -> None:

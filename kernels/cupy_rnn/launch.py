@@ -1,97 +1,132 @@
-"""The launches of the CuPy backend: a plan of one problem and pass, prepared once and then only launched.
+"""The CuPy backend: the kernels of cuda/, which by_steps.py launches at every step.
 
-The kernels are in cuda/, compiled at first use, when CuPy is imported. torch allocates memory and computes products.
+They are compiled at first use, when CuPy is imported. torch allocates memory and computes products.
 """
 
-import contextlib
 import functools
-from math import ceil
+import re
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import by_steps
+from ..by_steps import Part
 from ..cards import cuda_obstacle
-from ..cells import CELLS as GATES
-from ..layer import Chosen, Refuses
-from ..memory import EVERY_BIT, Buffer, allocate, buffers_of, checking, gradients_in, margins, steps_of
-from ..operands import as_words, transposed_gates
-from ..problem import Gradients, Pass, Problem, Recurrence
-from ..timeouts import error_word
-from .planning import HOST, SEQUENCES, Plan, card_of, choose_plan, words_of
-from .source import CELLS, KERNELS, OPTIONS, in_order, join, name_expression, present_in, texts
+from ..layer import Chosen, Launches, OnlyPlan, Refuses
+from ..memory import checking, margins
+from ..problem import Pass, Problem
 
-PACK = 16  # bytes that a thread reads at once
-
-
-class Prepared:
-    """A plan of one problem and pass; see problem.Prepared. With a projection it runs the recurrence of m."""
-
-    def __init__(self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False) -> None:
-        self.plan, self.at_once, self.projects_outside = plan, plan.side_by_side, problem.projected > 0
-        self._problem = p = problem._replace(projected=0)
-        self._kernel = KERNELS[pass_.backward]
-        self._error = error_word(device, self._kernel, trial)
-        row, self._buffers = 4 * words_of(p) // p.size, buffers_of(p, pass_)  # elements of a row of words
-        if pass_.backward:
-            self._buffers["dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, row), 0, EVERY_BIT)
-            if plan.partners > 1:
-                self._buffers["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.partners, p.hidden), fill=EVERY_BIT)
-        else:
-            self._buffers["h_ptr"] = Buffer(p.dtype, (p.batch, row), 1, EVERY_BIT)  # and h0 at its end
-            self._buffers["c_n_ptr"] = self._buffers["c_n_ptr"]._replace(fill="c0")  # where c is read at every step
-
-    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward."""
-        p, h0 = self._problem, r.inputs.h0
-        memory = allocate(self._buffers, steps_of(gates), gates, r.inputs)
-        h, h_n, c_n, c = map(memory.get, ("h_ptr", "h_n_ptr", "c_n_ptr", "c_ptr"))
-        _clear_words_without_unit(h, p)
-        h[-1].zero_()
-        h[-1, :, : p.hidden] = torch.where(h0.isnan(), torch.nan, h0)  # any NaN but the sentinel
-        self._launch(
-            gates,
-            r,
-            weights=as_words(r.inputs.weight_hh, p.hidden, PACK),
-            h=h,
-            h_n=h_n,
-            c=c,
-            c_n=c_n,
-            bias_hh=r.inputs.bias_hh if p.bias_hh else None,
-        )
-        return h[:-1, :, : p.hidden].contiguous(), h_n, c_n, c
-
-    def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
-        """As layer.Layer.backward."""
-        p, steps = self._problem, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        dgates, dc = memory["dgates_ptr"], memory["dc_ptr"]
-        _clear_words_without_unit(dgates, p)
-        if dc_n is not None:  # the kernel makes it the gradient of c0
-            dc.copy_(dc_n)
-        self._launch(
-            gates, r, dh=dh, dh_n=dh_n, c=c, c0=r.inputs.c0, dgates=dgates, partials=memory.get("partials_ptr"),
-            weights=transposed_gates(r.inputs.weight_hh, self.plan.partners, GATES[p.cell].rows, p.hidden, PACK), dc=dc,
-            dreset_c=memory.get("dreset_c_ptr"),
-        )  # fmt: skip
-        return gradients_in(memory, dgates[..., : p.hidden].reshape(steps, p.batch, 4 * p.hidden))
-
-    def _launch(self, gates: Tensor, r: Recurrence, **of_pass: Tensor | None) -> None:
-        inputs, p = r.inputs, self._problem
-        arguments = of_pass | dict(
-            gates=gates, resets=inputs.resets, reset_c=inputs.reset_c,
-            lengths=None if inputs.lengths is None else inputs.lengths.int(),
-            error=self._error, T=steps_of(gates), B=p.batch, reverse=p.reverse,
-        )  # fmt: skip
-        with margins(self._kernel, arguments) if checking.on else contextlib.nullcontext(arguments) as inside:
-            launch_kernel(self._kernel, p.dtype, self.plan, **inside)
+FOLDER = Path(__file__).with_name("cuda")
+FILES = "elements", "equations/lstm", "equations/gru", "equations/slstm", "steps"
+"""Of the folder; each knows those before it."""
+KERNELS = "after_product", "before_product"
+ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+OPTIONS = ("-std=c++17",)
+THREADS = 128  # of a block, as in steps.cu
+PLAN = OnlyPlan("cupy", "cupy's kernels are slower")
 
 
-def _clear_words_without_unit(rows: Tensor, p: Problem) -> None:
-    """Zero what is past the last unit's word in rows [*, H and up to 16 bytes]: no block publishes it."""
-    rows.view(torch.int32)[..., ceil(p.hidden * p.size / 4) :] = 0
+@functools.cache
+def texts() -> dict[str, str]:
+    """The text of each file."""
+    return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in FILES}
+
+
+def join(texts: dict[str, str]) -> str:
+    """All files as one text, for which the compiler's messages still name file and line."""
+    return "\n".join(f'#line 1 "{name}.cu"\n{text}' for name, text in texts.items())
+
+
+@functools.cache
+def layout() -> Any:
+    """The dtype of `Call` in steps.cu."""
+    import numpy
+
+    body = re.search(r"struct Call \{(.*?)\};", re.sub("//.*", "", texts()["steps"]), re.DOTALL)
+    assert body is not None
+    fields = [field.split()[-1] for field in re.split("[,;]", body[1]) if field.strip()]
+    return numpy.dtype([(f.lstrip("*"), numpy.uint64 if "*" in f else numpy.int32) for f in fields], align=True)
+
+
+def put(call: Any, arguments: dict[str, Any]) -> Any:
+    """Put arguments into a `Call`, tensors as their addresses and None as a null pointer."""
+    for name, a in arguments.items():
+        call[name.removesuffix("_ptr")] = address(a) if isinstance(a, Tensor) else a or 0
+    return call
+
+
+address = Tensor.data_ptr  # tests replace these two
+"""Where a tensor is."""
+
+
+@functools.cache
+def loaded(device: torch.device, name: str) -> Callable[..., None]:
+    """A kernel, loaded on a device, which is the current one: called with grid, block and arguments."""
+    import cupy
+
+    return cupy.RawModule(code=join(texts()), options=OPTIONS, name_expressions=[name]).get_function(name)
+
+
+def name_of(part: Part, backward: bool) -> str:
+    """The C++ name of the kernel for a part of every step."""
+    p = part.problem
+    return f"{KERNELS[backward]}<{ELEMENTS[p.dtype]}, {p.cell.capitalize()}, '{part.start}', '{part.end}'>"
+
+
+def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, Any]) -> by_steps.Launch:
+    """See by_steps.Bind. CuPy passes a numpy array of one element by value."""
+    import numpy
+
+    p, function = part.problem, loaded(device, name_of(part, backward))
+    sizes = dict(H=p.hidden, heads=p.heads, from_x=p.from_x, reverse=p.reverse)
+    sizes |= dict(rate_h=p.zoneout_h == 0, rate_c=p.zoneout_c == 0)
+    given = {n: a for n, a in (arguments | sizes).items() if n.removesuffix("_ptr") in layout().names}
+    call, shape = put(numpy.zeros((), layout()), given), ((p.batch, -(-p.hidden // THREADS)), (THREADS,))
+
+    def launch(**changed: Any) -> None:
+        if checking.on:
+            with margins(KERNELS[backward], given | changed) as inside:
+                return function(*shape, (put(call, inside),))
+        function(*shape, (put(call, changed),))
+
+    return launch
+
+
+class Prepared(Launches):
+    """A problem and pass; see problem.Prepared."""
+
+    at_once = None  # no thread waits for another
+
+    def __init__(
+        self, problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False
+    ) -> None:
+        self.projects_outside = problem.projected > 0 and not by_steps.keeps_projection(problem)
+        p, backward = problem._replace(projected=0) if self.projects_outside else problem, pass_.backward
+        loop = by_steps.backward_steps if backward else by_steps.forward_steps
+        binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
+
+        def start(arguments: dict[str, Any]) -> None:
+            if p.lengths is torch.int64:
+                arguments["lengths_ptr"] = arguments["lengths_ptr"].int()
+            with stream(device):
+                loop(binds, arguments, p)
+
+        super().__init__(p, plan, by_steps.buffers(p, pass_), start, itemgetter("dgates_ptr" if backward else "h_ptr"))
+
+
+def stream(device: torch.device) -> Any:
+    """torch's current stream on a device, as CuPy knows it."""
+    import cupy
+
+    current = torch.cuda.current_stream(device)
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(current, "__cuda_stream__"):
+        return cupy.cuda.Stream.from_external(current)
+    return cupy.cuda.ExternalStream(current.cuda_stream, device.index)  # CuPy older than 14, or torch than its protocol
 
 
 BACKEND, prepare = "cupy", Prepared
@@ -103,72 +138,15 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
 
 
 def lacks(problem: Problem) -> str | None:
-    if problem.cell not in CELLS:
-        return f"cell {problem.cell!r}"
-    if problem.heads > 1:
-        return "heads"
-    without = problem.regularised or problem.weight_peephole or problem.normalised
-    return "recurrent dropout, zoneout, peepholes or layer norms" if without else None
+    return None
 
 
-def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
-    card = card_of(device)
-    plan = choose_plan(problem, card, pass_.backward)
-    if refuses is not None and card is not HOST and (reason := refuses(plan)):
+def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
+    if refuses is not None and (reason := refuses(PLAN)):
         raise RuntimeError(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
-    return plan
+    return PLAN
 
 
-def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
-    plan = choose_plan(problem, card_of(device), pass_.backward)
-    why = "W_hh stays in registers" if plan.chunks else "W_hh is read at every step"
-    tiles = f"{SEQUENCES} sequences x {plan.units} units, {plan.grid[0]} blocks x {plan.grid[1]} groups"
-    return Chosen(plan, False, "cooperative", tiles, why)
-
-
-def launch_kernel(kernel: str, dtype: torch.dtype, plan: Plan, **arguments: Tensor | int | None) -> None:
-    """Launch a kernel on torch's current stream. Tests replace this function to run the kernel elsewhere.
-
-    Arguments are named as the kernel's parameters; a tensor is passed as its address, None as a null pointer.
-
-    Raises:
-        TypeError: an argument is missing, or the kernel has no such parameter.
-    """
-    import numpy
-
-    def by_value(argument: Tensor | int | None) -> Any:
-        if isinstance(argument, int):
-            return (numpy.bool_ if isinstance(argument, bool) else numpy.int32)(argument)
-        return numpy.uint64(0 if argument is None else argument.data_ptr())
-
-    values = tuple(map(by_value, in_order(kernel, arguments)))
-    device = arguments["gates"].device
-    function = _loaded(device, kernel, dtype, plan.template("backward" in kernel), present_in(kernel, arguments))
-    with _stream(device):
-        function(plan.grid, (plan.threads,), values, shared_mem=plan.shared)
-
-
-@functools.cache
-def _loaded(
-    device: torch.device, kernel: str, dtype: torch.dtype, template: tuple[str | int, ...], present: frozenset[str]
-) -> Any:
-    """A kernel with these optional arguments, loaded on a device, which is the current one."""
-    import cupy
-
-    name = name_expression(kernel, dtype, template, present)
-    module = cupy.RawModule(
-        code=join(texts()), options=OPTIONS, name_expressions=[name], enable_cooperative_groups=True
-    )
-    function = module.get_function(name)
-    function.max_dynamic_shared_size_bytes = card_of(device).shared
-    return function
-
-
-def _stream(device: torch.device) -> Any:
-    """torch's current stream on a device, as CuPy knows it."""
-    import cupy
-
-    stream = torch.cuda.current_stream(device)
-    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
-        return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(stream.cuda_stream, device.index)  # CuPy older than 14, or torch than its protocol
+def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
+    why = "a product by cuBLAS and a launch for each step, which runs everything everywhere"
+    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step=True)

@@ -24,7 +24,7 @@ from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem, power_of_two
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
-from . import cooperative_plans, pointwise, resident_plans, step_plans
+from . import cooperative_plans, pointwise_plans, resident_plans, step_plans
 from .features import OPTIONS
 from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
@@ -35,7 +35,7 @@ SLOW_S = 2.0  # after which a log line says what is happening
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
-    Resident: resident_plans.FAMILY, Cooperative: cooperative_plans.FAMILY, Pointwise: pointwise.FAMILY,
+    Resident: resident_plans.FAMILY, Cooperative: cooperative_plans.FAMILY, Pointwise: pointwise_plans.FAMILY,
     Step: step_plans.STEP, Held: step_plans.HELD,
 }  # fmt: skip
 """By the class of a plan's family."""
@@ -84,7 +84,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
-    found, by_product = [always(head, card, backward)], pointwise.pointwise_plan(head)
+    found, by_product = [always(head, card, backward)], pointwise_plans.pointwise_plan(head)
     if seconds(by_product) < seconds(found[0]):
         found += [by_product]
     if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
@@ -99,7 +99,7 @@ def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
 def always(problem: Problem, card: Card, backward: bool) -> Plan:
     """The plan that works for every size."""
     if problem.only_by_steps:
-        return pointwise.pointwise_plan(problem)
+        return pointwise_plans.pointwise_plan(problem)
     return step_plans.step_plan(problem, card, backward)
 
 

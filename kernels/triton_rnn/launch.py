@@ -1,22 +1,23 @@
 """The launches of the Triton backend: a plan of one problem and pass, prepared once and then only launched."""
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
 from math import ceil
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import cache
+from .. import by_steps, cache
 from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
-from ..layer import Chosen, Refuses
-from ..memory import allocate, buffers_of, checking, gradients_in, margins, steps_of
-from ..problem import NO_UNIT, Gradients, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop
+from ..layer import Chosen, Launches, Refuses
+from ..memory import allocate, buffers_of, checking, margins
+from ..problem import NO_UNIT, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop
 from ..timeouts import error_word
 from . import choose as choosing
 from . import features
@@ -67,8 +68,23 @@ class Kernel:
             with errors_as_of_torch():
                 self._compiled(*self._in_tuples(tuple(inside.values())), self._sizes)
 
+    def bind(self, launch: Launch | None, arguments: dict[str, Any]) -> by_steps.Launch:
+        """See by_steps.Bind: once it is loaded, it has addresses. What changes is in none of its tuples."""
+        compiled = self._compiled
+        if launch or launch_kernel or compiled is None or checking.on:
+            return lambda **changed: self(launch, arguments | changed)
+        values = [a.data_ptr() if isinstance(a, Tensor) else a for a in map(arguments.get, self._names)]
+        given, parameters = list(self._in_tuples(tuple(values))), self._kernel.arg_names
 
-class Prepared:
+        def launch_again(**changed: Any) -> None:
+            for name, value in changed.items():
+                given[parameters.index(name)] = value
+            compiled(*given, self._sizes)
+
+        return launch_again
+
+
+class Prepared(Launches):
     """A plan of one problem and pass; see problem.Prepared. `launch` makes its launches, by default `launch_kernel`.
 
     On `trial` it waits a second for other programs, not as long as the user's calls.
@@ -79,57 +95,31 @@ class Prepared:
         launch: Launch | None = None,
     ) -> None:  # fmt: skip
         family, backward = FAMILIES[type(plan.family)], pass_.backward
-        self.plan, self.projects_outside = plan, problem.projected > 0 and not family.projects
+        self.projects_outside = problem.projected > 0 and not family.projects(problem)
         if self.projects_outside:
             problem = problem._replace(projected=0)
         waits = family.waits(problem, plan)
         self.at_once = plan.side_by_side // plan.heads if waits else None
-        self._problem, self._batch = problem, problem.batch
-        kernel = family.kernels[backward]
+        kernel, more = family.kernels[backward], family.arguments[backward]
         options = dict(
             num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
-        self._start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan, backward), options), launch)
+        if (loop := family.loops[backward]) is None:
+            start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan, backward), options), launch)
+        else:  # a launch a step, or several
+            binds = []
+            for part in by_steps.parts_of(problem, backward):
+                sizes = _sizes(part.problem, plan, backward)
+                grid = dataclasses.replace(plan, programs=sizes.TILES).grid
+                sizes = sizes._replace(START=part.start, END=part.end)
+                binds.append(partial(Kernel(kernel, grid, sizes, options).bind, launch))
+            start = partial(loop, binds, p=problem)
         self._error = error_word(device, kernel.__name__, trial) if waits else None
-        self._buffers, self._result = family.buffers(problem, plan, pass_), family.results[backward]
-        self._of_family = family.arguments[backward]
-        if (loop := family.loops[backward]) is not None:  # a launch a step
-            self._start = partial(loop, self._start, p=problem)
-        names = tuple(in_the_loop(problem, problem.steps))
-        self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
-
-    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward, without a projection unless it is in the time loop."""
-        steps = steps_of(gates)
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        self._start(self._arguments(gates, r, steps, memory, {}))
-        return self._result(self._problem, memory), memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
-
-    def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
-        """As layer.Layer.backward."""
-        p, steps = self._problem, steps_of(gates)
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        if dc_n is not None:  # the kernel makes it the gradient of c0
-            memory["dc_ptr"].copy_(dc_n)
-        read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c}
-        read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
-        self._start(self._arguments(gates, r, steps, memory, read))
-        return gradients_in(memory, self._result(p, memory))
-
-    def _arguments(
-        self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
-    ) -> dict[str, Any]:
-        """Of a launch, which writes to `memory`."""
-        arguments: dict[str, Any] = {"gates_ptr": gates, "error_ptr": self._error, "T": steps, "B": self._batch}
-        arguments.update(zip(self._pointers, self._tensors(r.inputs)))
-        arguments |= memory
-        arguments |= read
-        if self._of_family is not None:
-            arguments |= self._of_family(self._problem, self.plan, r, memory)
-        return arguments
+        super().__init__(
+            problem, plan, family.buffers(problem, plan, pass_), start, partial(family.results[backward], problem),
+            more and partial(more, problem, plan), error_ptr=self._error,
+        )  # fmt: skip
 
 
 def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:

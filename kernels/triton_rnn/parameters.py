@@ -42,6 +42,8 @@ class Sizes(NamedTuple):
     OWN: int = 0  # gates of a partner
     PIECES: int = 1  # of K, each for a share of the warps
     ZEROS: int = 0  # of these, the first ones, that are multiplied by zeros
+    START: str = "z"  # what a launch of the pointwise family computes of a step, see by_steps.Part
+    END: str = "h"
 
 
 class Hidden(NamedTuple):

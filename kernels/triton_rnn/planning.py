@@ -160,11 +160,11 @@ class Family(NamedTuple):
     waits: Callable[[Problem, Plan], bool] = lambda p, plan: False  # whether its programs wait for each other
     buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)  # written
     arguments: tuple[Any, Any] = None, None  # arguments(p, plan, r, memory): what is read besides the call's tensors
-    loops: tuple[Any, Any] = None, None  # loop(launch, arguments, p): all steps, where each is a launch
+    loops: tuple[Any, Any] = None, None  # loop(binds, arguments, p): all steps, where each is a launch, see by_steps.py
     results: tuple[Callable[[Problem, dict[str, Tensor]], Tensor], ...] = (
         lambda p, memory: memory["h_ptr"], lambda p, memory: memory["dgates_ptr"]
     )  # fmt: skip  # h and dgates
-    projects: bool = False  # whether a projection is in the kernels' loop
+    projects: Callable[[Problem], bool] = lambda p: False  # whether a projection is in the loop
 
 
 def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:

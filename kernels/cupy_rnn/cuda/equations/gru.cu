@@ -1,32 +1,27 @@
-// The GRU's cell, as torch.nn.GRU states it; gates in the order r, z, n, s, their gradients and W_hh h in n, r, z, s.
-//
-//     r, z = sigmoid(z_r), sigmoid(z_z)      n = tanh(z_n + r * s)      h = (1 - z) * n + z * h_prev
-//
-// z_n is W_in x + b_in, and s is W_hn h_prev + b_hn: h has no part in the first. c is h, and so is m.
+// The GRU's cell, as ../../../triton_rnn/equations/gru.py states it. Gates r, z, n, s; W_hh h and gradients n, r, z, s.
 struct Gru {
-    static constexpr int OF_H = 3;
-    static constexpr bool HAS_CONSTANT = true;  // s before the time loop, if h of no step is known, is b_hn
-    enum Gate { R, Z, N, S };
-    enum Gradient { OF_N, OF_R, OF_Z, OF_S };
-    float gates[GATES];
-    float c, m;
+    static constexpr int KEPT = 1;
 
-    __device__ static Gru forward(const float (&x)[GATES], const float (&of_h)[GATES], const float (&bias)[3], float c_prev) {
-        Gru cell;
-        cell.gates[R] = sigmoid(x[R] + of_h[OF_R] + bias[0]);
-        cell.gates[Z] = sigmoid(x[Z] + of_h[OF_Z] + bias[1]);
-        cell.gates[S] = x[S] + of_h[OF_S] + bias[2];
-        cell.gates[N] = tanh_of(x[N] + cell.gates[R] * cell.gates[S]);
-        cell.c = cell.m = cell.gates[N] + cell.gates[Z] * (c_prev - cell.gates[N]);
-        return cell;
+    __device__ static void forward(const Gates& x, const Gates& z, const Constants& of, State& state, Gates& gates) {
+        gates[0] = sigmoid(x[0] + z[1] + of.k[0]);
+        gates[1] = sigmoid(x[1] + z[2] + of.k[1]);
+        gates[3] = x[3] + z[3] + of.k[2];
+        gates[2] = tanhf(x[2] + gates[0] * gates[3]);
+        state.c = next(gates, state.c);
     }
 
-    __device__ float backward(float c_prev, float dm, float dc, float (&dz)[GATES]) const {
-        const float n = gates[N], r = gates[R], update = gates[Z], d = dm + dc;
-        dz[OF_N] = d * (1.0f - update) * (1.0f - n * n);
-        dz[OF_R] = dz[OF_N] * gates[S] * r * (1.0f - r);
-        dz[OF_Z] = d * (c_prev - n) * update * (1.0f - update);
-        dz[OF_S] = dz[OF_N] * r;
-        return d * update;
+    __device__ static float next(const Gates& gates, float c_prev) { return gates[2] + gates[1] * (c_prev - gates[2]); }
+
+    __device__ static float output(float, float v) { return v; }
+
+    __device__ static void output_backward(float, float, float dm, float& dz_o, float& dv) { dz_o = 0.0f, dv = dm; }
+
+    __device__ static void backward(const Gates& gates, float c_prev, float, const Constants&, State& d, Gates& dz) {
+        const float r = gates[0], update = gates[1], n = gates[2], s = gates[3];
+        dz[0] = d.c * (1.0f - update) * (1.0f - n * n);
+        dz[1] = dz[0] * s * r * (1.0f - r);
+        dz[2] = d.c * (c_prev - n) * update * (1.0f - update);
+        dz[3] = dz[0] * r;
+        d.c *= update;
     }
 };

@@ -1,0 +1,170 @@
+"""The time loop on the host: a step is a product by cuBLAS and a launch of one kernel, which does all else.
+
+For layers and batches so large that two launches are short compared with a step, and for what nothing else runs: layer
+norms inside the loop and, where h has noise, a projection. Nothing waits for anything, so all steps become part of a
+CUDA graph. A product covers the whole batch, as contiguous rows [B, *]: where sequences visit different times at the
+same step (reverse, with lengths), kernels gather and scatter them.
+
+A backend brings two kernels: of a step after its product, from z = W_hh h to h, and backward of a step before its
+product. What torch computes in the middle of a step divides it into two parts, and the kernel into two launches:
+
+    z -> h              most layers
+    z -> c, c -> h      between them LN(c), by torch's own operator
+    z -> m, m -> h      between them W_hr m; in the second, units are features of h
+
+LN(W_hh h) is between product and kernel.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS
+from .heads import arranged
+from .layer_norm import EPS
+from .memory import Buffer, buffers_of
+from .problem import Pass, Problem
+from .projection import products_in
+
+Launch = Callable[..., None]
+"""launch(step=, ...) launches a kernel whose arguments are bound, but for the step and pointers that change with it."""
+Bind = Callable[[dict[str, Any]], Launch]
+"""bind(arguments): by the names of pointers, and T and B. A kernel takes those that it knows."""
+
+MOST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches
+
+
+class Part(NamedTuple):
+    """What a launch computes of a step, from "z", "c" or "m" to "c", "m" or "h"; backward the other way."""
+
+    problem: Problem
+    start: str
+    end: str
+
+
+def keeps_projection(p: Problem) -> bool:
+    """Whether a projection stays in the loop: where it must, or W_hh and W_hr are much smaller than their product."""
+    saved = CELLS[p.cell].rows * p.hidden * (p.hidden - p.projected) - p.projected * p.hidden
+    return p.projected > 0 and (p.projects_in_loop or p.size * saved > MOST_SAVED)
+
+
+def parts_of(p: Problem, backward: bool) -> list[Part]:
+    """The launches of a step, in their order."""
+    stops = "z" + "c" * p.gain_c + "m" * (p.projected > 0) + "h"
+    of_h = p._replace(hidden=p.width, projected=0)
+    parts = [Part(of_h if start == "m" else p, start, end) for start, end in pairwise(stops)]
+    return [part._replace(start=part.end, end=part.start) for part in reversed(parts)] if backward else parts
+
+
+def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
+    """What the launches of a pass write."""
+    scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
+    written, backward, of_c = buffers_of(p, pass_), pass_.backward, (p.batch, p.hidden)
+    apart = p.heads > 1 or (not backward and (CELLS[p.cell].has_constant or p.gain_hh))
+    if scattered or apart:  # else in the gates
+        written["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
+    if backward or scattered or p.resets or p.dropout_h:  # else the next product's operand is h
+        written["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.width))
+    if p.gain_c:  # o and c, or the gradients of z_o and LN(c)
+        written |= {name: Buffer(torch.float32, of_c) for name in ("o_ptr", "v_ptr")}
+    if p.projected:  # m, or the gradient of W_hr m
+        written["m_ptr"] = Buffer(p.dtype, (p.batch, p.width) if backward else of_c)
+    return written
+
+
+def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) -> None:
+    """Run all steps; `binds` are of the parts of a step. Of launches that are only recorded, the first step's.
+
+    On the meta device products would import torch's compiler, which takes seconds.
+    """
+    launches = [bind(arguments) for bind in binds]
+    if arguments["gates_ptr"].is_meta:
+        return _record(launches)
+    names = "gates", "z", "h", "h_next", "v", "m", "weight_hr", "gain_hh", "gain_c", "bias_c"
+    gates, z, h, h_next, v, m, weight_hr, gain_hh, *of_c = (arguments.get(f"{name}_ptr") for name in names)
+    of_c = [None if t is None else t.float() for t in of_c]
+    operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
+    if p.dropout_h:
+        operand = arguments["dropout_h_ptr"] * operand
+    if p.resets and not p.reverse:  # in reverse none is before the first step
+        operand = operand.masked_fill(arguments["resets_ptr"][0, :, None], 0)
+    times, cell, weight = range(arguments["T"]), CELLS[p.cell], weight.mT
+    with products_in(p.precision):
+        for step, time in enumerate(reversed(times) if p.reverse else times):
+            normed = {}
+            if z is None:
+                cell.of_h(gates[time], p.hidden).addmm_(operand, weight)
+            else:
+                product(in_heads(operand), weight, out=cell.of_h(in_heads(z), p.columns))
+            if p.gain_hh:  # its bias is in the gates
+                normed["z_ptr"] = torch.native_layer_norm(z, (4 * p.hidden,), gain_hh, None, EPS)[0]
+            launches[0](step=step, **normed)
+            if p.gain_c:
+                launches[1](step=step, v_ptr=torch.native_layer_norm(v, (p.hidden,), *of_c, EPS)[0])
+            if p.projected:
+                launches[1](step=step, m_ptr=torch.mm(m, weight_hr.mT))
+            operand = h[time] if h_next is None else h_next
+
+
+def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) -> None:
+    """As forward_steps, from the last to the first."""
+    if p.gain_c:
+        gain, bias, unit = (arguments.get(f"{name}_c_ptr") for name in ("gain", "bias", "unit"))
+        arguments = arguments | {"normed_c_ptr": unit * gain if bias is None else unit * gain + bias}
+    launches = [bind(arguments) for bind in binds]
+    if arguments["gates_ptr"].is_meta:
+        return _record(launches)
+    names = "dgates", "dz", "dh_next", "v", "m", "weight_hr"
+    dgates, dz, dh_next, v, m, weight_hr = (arguments.get(f"{name}_ptr") for name in names)
+    times, cell = range(arguments["T"]), CELLS[p.cell]
+    product, in_heads, weight = by_head(arguments["weight_hh_ptr"], p)
+    of_c = _through_norm("c", p.hidden, arguments, p) if p.gain_c else None
+    of_hh = _through_norm("hh", 4 * p.hidden, arguments, p) if p.gain_hh else None
+    with products_in(p.precision):
+        for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
+            launches[0](step=step)
+            if p.projected:
+                launches[1](step=step, m_ptr=torch.mm(m, weight_hr))
+            if of_c is not None:
+                launches[1](step=step, v_ptr=of_c(v, step, time))
+            if step:
+                of_h = dgates[time] if dz is None else dz
+                if of_hh is not None:
+                    of_h = of_hh(of_h, step, time)
+                product(cell.of_h(in_heads(of_h), p.columns), weight, out=in_heads(dh_next))
+
+
+def by_head(weight_hh: Tensor, p: Problem) -> tuple[Callable[..., Any], Callable[..., Any], Tensor]:
+    """(A product, the form that it takes [B, *] in, W_hh); of heads in batches of them, for which W_hh is copied."""
+    if p.heads == 1:
+        return torch.mm, lambda x: x, weight_hh
+    weight = arranged(weight_hh, p.width).mT  # [heads, GATES D, D]
+    return torch.bmm, lambda x: x.unflatten(1, (p.heads, -1)).transpose(0, 1), weight  # [heads, B, *]
+
+
+def _record(launches: Sequence[Launch]) -> None:
+    for launch in launches:
+        launch(step=0)
+
+
+def _through_norm(of: str, features: int, arguments: dict[str, Any], p: Problem) -> Callable[..., Tensor]:
+    """through(d, step, time): gradient d [B, N] of LN(v) at a step -> of v, N = `features`; v is W_hh h ("hh") or c.
+
+    In float32, since torch's operator wants other dtypes on a CPU than on CUDA for half precision.
+    """
+    gain, unit, scale, lengths = (
+        arguments.get(f"{name}_ptr") for name in (f"gain_{of}", f"unit_{of}", f"scale_{of}", "lengths")
+    )
+    gain, mean, rstd = gain.float(), scale.new_zeros(p.batch, 1), scale.new_ones(p.batch, 1)  # of unit
+
+    def through(d: Tensor, step: int, time: int) -> Tensor:
+        at: Any = time
+        if p.reverse and lengths is not None:
+            at = torch.where(lengths > step, lengths - 1 - step, step), torch.arange(p.batch, device=d.device)
+        given = d * scale[at][:, None], unit[at].float(), (features,), mean, rstd, gain, None, [True, False, False]
+        return torch.ops.aten.native_layer_norm_backward(*given)[0].to(d.dtype)
+
+    return through
