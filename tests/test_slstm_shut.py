@@ -31,7 +31,7 @@ def drawn():
 def numbers_of(backend, dtype, z, weight, hx, **ragged):
     """Results, of which n is constant, and gradients of a random sum of them."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in (z, weight, *hx)]
-    y, (h, c, n, m) = slstm_layer(*leaves[:2], None, tuple(leaves[2:]), backend=backend, **ragged)
+    y, (h, c, _, m) = slstm_layer(*leaves[:2], None, tuple(leaves[2:]), backend=backend, **ragged)
     found = [y, h, c, m]
     gradients = torch.autograd.grad(found, leaves, weighing(found))
     return dict(zip(NAMES, (t.detach() for t in (*found, *gradients)), strict=True))
@@ -116,7 +116,7 @@ def test_derivatives_of_all_kinds_where_both_weights_are_equal_and_where_a_gate_
     z[1, 2, 2:4] = -1e30
 
     def run(z, c, m):
-        y, (h, c, _, m) = slstm_layer(z, weight, None, (torch.zeros_like(c), c, torch.ones_like(c), m))
+        y, (_, c, _, m) = slstm_layer(z, weight, None, (torch.zeros_like(c), c, torch.ones_like(c), m))
         return y, c, m
 
     leaves = tuple(t.requires_grad_() for t in (z, c, m))
