@@ -51,12 +51,25 @@ def keeps_projection(p: Problem) -> bool:
     return p.projected > 0 and (p.projects_in_loop or p.size * saved > MOST_SAVED)
 
 
+def within(p: Problem) -> Problem:
+    """What the loop runs of a problem: without its projection, where that is outside."""
+    return p if keeps_projection(p) else p._replace(projected=0)
+
+
 def parts_of(p: Problem, backward: bool) -> list[Part]:
-    """The launches of a step, in their order."""
+    """The launches of a kernel in a step, in their order."""
+    p = within(p)
     stops = "z" + "c" * p.gain_c + "m" * (p.projected > 0) + "h"
     of_h = p._replace(hidden=p.width, projected=0)
     parts = [Part(of_h if start == "m" else p, start, end) for start, end in pairwise(stops)]
     return [part._replace(start=part.end, end=part.start) for part in reversed(parts)] if backward else parts
+
+
+def launches_of(p: Problem, backward: bool) -> int:
+    """How many launches a step is in all: parts, products, and torch's layer norms with what they need."""
+    of_hh = 4 if p.size < 4 else 2  # backward: a product with its scale, and two casts
+    norms = p.gain_hh * of_hh + p.gain_c * 2 if backward else p.gain_hh + p.gain_c
+    return len(parts_of(p, backward)) + 1 + keeps_projection(p) + norms
 
 
 def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:

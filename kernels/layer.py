@@ -40,7 +40,7 @@ class Chosen(NamedTuple):
     family: str = ""  # of kernels
     tiles: str = ""  # how its programs share a layer, in words
     why: str = ""
-    each_step: bool = False  # whether it is launched at every step
+    each_step: int = 0  # launches of it at every step; 0: one for all
     bounds: dict[str, float] | None = None  # seconds of a step by cause, estimated
 
 

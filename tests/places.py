@@ -67,7 +67,7 @@ def resident(monkeypatch) -> None:
 
 def pointwise(monkeypatch) -> None:
     """Every launch is one step, after or before a product by torch."""
-    _force(monkeypatch, lambda problem, backward: pointwise_plan(problem))
+    _force(monkeypatch, lambda problem, backward: pointwise_plan(problem, backward))
 
 
 def step(monkeypatch, programs=3, yield_rate=0.05) -> None:

@@ -142,7 +142,7 @@ def as_a_card(monkeypatch):
 
 def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) -> Plan:
     """The first plan of a family of kernels; split: of the step family, backward with products of parts of K."""
-    every = [*choose.plans(problem, card, backward), pointwise_plan(problem)]
+    every = [*choose.plans(problem, card, backward), pointwise_plan(problem, backward)]
     in_parts = family == "split" and backward
     family = "step" if family == "split" else family
     return next(p for p in every if p.family.name == family and (family != "step" or (p.family.parts > 1) == in_parts))

@@ -671,7 +671,7 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
-    return Chosen(plan or Plan(), family="loop", tiles="all at once", why="it shows what a backend is", each_step=True)
+    return Chosen(plan or Plan(), family="loop", tiles="all at once", why="it shows what a backend is", each_step=1)
 '''
 
 LOOP_COMPARED = '''

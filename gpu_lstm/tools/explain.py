@@ -149,7 +149,7 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
             "backward" if pass_.backward else "forward", family, tiles, why,
             "measured by autotune" if measured else "expected to be the fastest",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
-            call.steps if each_step else launches, bounds or {},
+            call.steps * each_step or launches, bounds or {},
         ))  # fmt: skip
     return passes
 

@@ -84,7 +84,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
-    found, by_product = [always(head, card, backward)], pointwise_plans.pointwise_plan(head)
+    found, by_product = [always(head, card, backward)], pointwise_plans.pointwise_plan(head, backward)
     if seconds(by_product) < seconds(found[0]):
         found += [by_product]
     if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
@@ -99,7 +99,7 @@ def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
 def always(problem: Problem, card: Card, backward: bool) -> Plan:
     """The plan that works for every size."""
     if problem.only_by_steps:
-        return pointwise_plans.pointwise_plan(problem)
+        return pointwise_plans.pointwise_plan(problem, backward)
     return step_plans.step_plan(problem, card, backward)
 
 

@@ -23,7 +23,7 @@ from . import choose as choosing
 from . import features
 from .choose import FAMILIES, RecordedLaunch, candidates, card_of, choose_plan, errors_as_of_torch, load, measured_plan
 from .parameters import Sizes, in_tuples, names_of
-from .planning import INTERPRETER, Plan, expected
+from .planning import INTERPRETER, Plan, Pointwise, expected
 
 INTERPRETED: bool = features.INTERPRETED.value
 
@@ -165,7 +165,7 @@ def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | N
     plan = plan or candidates(problem, card, pass_)[0]
     measured = plan.as_json() == measured_plan(problem, card, pass_.backward)
     bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward)
-    each_step = FAMILIES[type(plan.family)].loops[pass_.backward] is not None
+    each_step = len(by_steps.parts_of(problem, pass_.backward)) if isinstance(plan.family, Pointwise) else 0
     return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step, bounds)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..by_steps import launches_of, within
 from ..cards import L2_BYTES, SHARED_BYTES, Card
 from ..cells import CELLS
 from ..memory import Buffer, buffers_of
@@ -364,36 +365,42 @@ def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
     return each * blocks * (plan.rows // sequences) * plan.family.k * problem.size / 32
 
 
-# For a step by cuBLAS and a kernel.
+# For a step by cuBLAS and kernels.
 CUBLAS = (0.65, 0.85)  # large products reach this share of the tensor cores' rate, and of float32's
 CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
 CUBLAS_K = 512  # where tiles are few, K is split among multiprocessors, in parts of so many or more
 FASTER = {90: 6.26 / 4, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)
 LAUNCH_SECONDS = 2.2e-6  # of a short kernel
-HOST_SECONDS = 10e-6  # of a product and a launch, which nothing shorter hides
+HOST_SECONDS = 5e-6  # of a launch, which nothing shorter hides
 
 
 def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
-    """The product, then what its kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
-    batch, hidden, size = problem.batch, problem.hidden, problem.size
+    """Products, then what the kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
+    problem = within(problem)
+    batch, hidden, width, size = problem.batch, problem.hidden, problem.width, problem.size
+    sizes = [(CELLS[problem.cell].rows * hidden, width)] + [(width, hidden)] * (problem.projected > 0)
+    # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
+    moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side
+    launches = launches_of(problem, backward)
+    step = {
+        "products": sum(_cublas_clocks(problem, card, *(of[::-1] if backward else of)) for of in sizes),
+        "memory": card.clock * moved / card.memory,
+        "launches": launches * card.clock * LAUNCH_SECONDS,
+    }
+    return step | {"host, but in a CUDA graph": max(0.0, launches * card.clock * HOST_SECONDS - sum(step.values()))}
+
+
+def _cublas_clocks(problem: Problem, card: Card, outputs: int, k: int) -> float:
+    """A product of a whole batch with weights [outputs, k]."""
     multiprocessors = max(1, card.multiprocessors // problem.side_by_side)
-    rows = CELLS[problem.cell].rows * hidden
-    outputs, k = (hidden, rows) if backward else (rows, hidden)
-    tiles = max(1, ceil(batch / CUBLAS_TILE)) * ceil(outputs / CUBLAS_TILE)
+    tiles = max(1, ceil(problem.batch / CUBLAS_TILE)) * ceil(outputs / CUBLAS_TILE)
     parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
     rate = CUBLAS[1] * 128  # multiply-adds a clock
     if not problem.exact_float32:
-        rate = CUBLAS[0] * FASTER.get(card.architecture, 1) * 4 * 4096 / size / product_clocks(card)
+        rate = CUBLAS[0] * FASTER.get(card.architecture, 1) * 4 * 4096 / problem.size / product_clocks(card)
     of_tiles = ceil(tiles * parts * problem.side_by_side / card.multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
-    weights = outputs * k * size * problem.side_by_side  # from L2, which is assumed to hold them
-    # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
-    moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side
-    step = {
-        "product": max(of_tiles, weights / (L2_BYTES * card.multiprocessors)),
-        "memory": card.clock * moved / card.memory,
-        "launches": 2 * card.clock * LAUNCH_SECONDS,
-    }
-    return step | {"host, but in a CUDA graph": max(0.0, card.clock * HOST_SECONDS - sum(step.values()))}
+    weights = outputs * k * problem.size * problem.side_by_side  # from L2, which is assumed to hold them
+    return max(of_tiles, weights / (L2_BYTES * card.multiprocessors))
 
 
 CLOCKS = {

@@ -8,13 +8,17 @@ from .planning import Family, Plan, Pointwise
 from .pointwise import pointwise_backward_kernel, pointwise_forward_kernel
 
 
-def pointwise_plan(problem: Problem) -> Plan:
+def pointwise_plan(problem: Problem, backward: bool) -> Plan:
     """16 bytes of every tensor for each of 128 threads."""
+    count = by_steps.launches_of(problem, backward)
+    why = f"{count} launches for each step, with the product by cuBLAS, where a step takes much longer than they do"
+    if problem.only_by_steps:
+        what = "layer norms of all units" if problem.normalised else "a projection of h that has noise"
+        why = f"{count} launches for each step, with products by cuBLAS: {what} are not in the loops of other families"
     units = min(256, power_of_two(problem.hidden))
     rows = max(1, 2048 // problem.size // units)
     return Plan(
-        Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), num_warps=4, shared=0,
-        why="a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
+        Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), 4, 0, why,
     )  # fmt: skip
 
 
