@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import layer_norm
 from .cells import CELLS
 from .heads import arranged
 from .layer_norm import EPS
@@ -66,10 +67,8 @@ def parts_of(p: Problem, backward: bool) -> list[Part]:
 
 
 def launches_of(p: Problem, backward: bool) -> int:
-    """How many launches a step is in all: parts, products, and torch's layer norms with what they need."""
-    of_hh = 4 if p.size < 4 else 2  # backward: a product with its scale, and two casts
-    norms = p.gain_hh * of_hh + p.gain_c * 2 if backward else p.gain_hh + p.gain_c
-    return len(parts_of(p, backward)) + 1 + keeps_projection(p) + norms
+    """How many launches a step is in all: parts, products, and layer norms."""
+    return len(parts_of(p, backward)) + 1 + keeps_projection(p) + p.gain_hh + p.gain_c
 
 
 def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
@@ -124,9 +123,11 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
 
 def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) -> None:
     """As forward_steps, from the last to the first."""
-    if p.gain_c:
-        gain, bias, unit = (arguments.get(f"{name}_c_ptr") for name in ("gain", "bias", "unit"))
-        arguments = arguments | {"normed_c_ptr": unit * gain if bias is None else unit * gain + bias}
+    norm_hh, norm_c, bias_c = (arguments.get(name) for name in ("norm_hh", "norm_c", "bias_c_ptr"))
+    if norm_c is not None:
+        normed = norm_c.gain, None if bias_c is None else bias_c.float(), EPS
+        normed = norm_c.v if norm_c.v.is_meta else torch.native_layer_norm(norm_c.v, (p.hidden,), *normed)[0]
+        arguments = arguments | {"normed_c_ptr": normed}
     launches = [bind(arguments) for bind in binds]
     if arguments["gates_ptr"].is_meta:
         return _record(launches)
@@ -134,19 +135,19 @@ def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem)
     dgates, dz, dh_next, v, m, weight_hr = (arguments.get(f"{name}_ptr") for name in names)
     times, cell = range(arguments["T"]), CELLS[p.cell]
     product, in_heads, weight = by_head(arguments["weight_hh_ptr"], p)
-    of_c = _through_norm("c", p.hidden, arguments, p) if p.gain_c else None
-    of_hh = _through_norm("hh", 4 * p.hidden, arguments, p) if p.gain_hh else None
     with products_in(p.precision):
         for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
             launches[0](step=step)
             if p.projected:
                 launches[1](step=step, m_ptr=torch.mm(m, weight_hr))
-            if of_c is not None:
-                launches[1](step=step, v_ptr=of_c(v, step, time))
+            if norm_c is not None:
+                of_step = layer_norm.at(norm_c, _times_at(step, time, arguments, p))
+                launches[1](step=step, v_ptr=layer_norm.gradient(v, of_step, p.hidden))
             if step:
                 of_h = dgates[time] if dz is None else dz
-                if of_hh is not None:
-                    of_h = of_hh(of_h, step, time)
+                if norm_hh is not None:
+                    of_step = layer_norm.at(norm_hh, _times_at(step, time, arguments, p))
+                    of_h = layer_norm.gradient(of_h, of_step, 4 * p.hidden)
                 product(cell.of_h(in_heads(of_h), p.columns), weight, out=in_heads(dh_next))
 
 
@@ -163,21 +164,9 @@ def _record(launches: Sequence[Launch]) -> None:
         launch(step=0)
 
 
-def _through_norm(of: str, features: int, arguments: dict[str, Any], p: Problem) -> Callable[..., Tensor]:
-    """through(d, step, time): gradient d [B, N] of LN(v) at a step -> of v, N = `features`; v is W_hh h ("hh") or c.
-
-    In float32, since torch's operator wants other dtypes on a CPU than on CUDA for half precision.
-    """
-    gain, unit, scale, lengths = (
-        arguments.get(f"{name}_ptr") for name in (f"gain_{of}", f"unit_{of}", f"scale_{of}", "lengths")
-    )
-    gain, mean, rstd = gain.float(), scale.new_zeros(p.batch, 1), scale.new_ones(p.batch, 1)  # of unit
-
-    def through(d: Tensor, step: int, time: int) -> Tensor:
-        at: Any = time
-        if p.reverse and lengths is not None:
-            at = torch.where(lengths > step, lengths - 1 - step, step), torch.arange(p.batch, device=d.device)
-        given = d * scale[at][:, None], unit[at].float(), (features,), mean, rstd, gain, None, [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(*given)[0].to(d.dtype)
-
-    return through
+def _times_at(step: int, time: int, arguments: dict[str, Any], p: Problem) -> Any:
+    """An index into [T, B, *]: what sequences visit at a step."""
+    if not p.reverse or p.lengths is None:
+        return time
+    lengths = arguments["lengths_ptr"]
+    return torch.where(lengths > step, lengths - 1 - step, step), torch.arange(p.batch, device=lengths.device)

@@ -110,7 +110,6 @@ def one_pass(problem: Problem, pass_: Pass, steps: int, layer: Layer) -> dict:
     named = {f"{name}_ptr": t for name, t in r.inputs._asdict().items()}
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
     if pass_.backward:
-        named |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
         h0, c0 = r.inputs.h0, r.inputs.c0
         dh, dh_n, saved = h0.new_zeros(steps, *h0.shape[1:]), h0.clone(), c0.new_zeros(steps, *c0.shape[1:])
         found = layer.backward(dh, dh_n, c0.clone(), gates, saved, r, of_h0=False)

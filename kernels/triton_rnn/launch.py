@@ -17,7 +17,7 @@ from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
 from ..layer import Chosen, Launches, Refuses
 from ..memory import allocate, buffers_of, checking, margins
-from ..problem import NO_UNIT, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop
+from ..problem import Inputs, Normed, Pass, Problem, Recurrence, in_the_loop
 from ..timeouts import error_word
 from . import choose as choosing
 from . import features
@@ -198,11 +198,11 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
     def zeros(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    unit_hh = unit_c = NO_UNIT
-    if p.gain_hh:
-        unit_hh = Unit(zeros(p.steps, p.batch, 4 * p.hidden), zeros(p.steps, p.batch, dtype=f32))
-    if p.gain_c:
-        unit_c = Unit(zeros(p.steps, p.batch, p.hidden, dtype=f32), zeros(p.steps, p.batch, dtype=f32))
+    def normed(features: int, dtype: torch.dtype) -> Normed:
+        moments = [zeros(p.steps, p.batch, 1, dtype=f32) for _ in range(2)]
+        return Normed(zeros(p.steps, p.batch, features, dtype=dtype), *moments, zeros(features, dtype=dtype))
+
+    norm_hh, norm_c = normed(4 * p.hidden, p.dtype) if p.gain_hh else None, normed(p.hidden, f32) if p.gain_c else None
     in_loop = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
     inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)
-    return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, unit_hh, unit_c)
+    return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, norm_hh, norm_c)
