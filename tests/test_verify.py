@@ -27,7 +27,7 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import equations, fragments, indexing, launch, noise, reset, states
+from gpu_lstm.kernels.triton_rnn import cells, equations, fragments, indexing, launch, noise, reset, states
 from gpu_lstm.kernels.triton_rnn import step as step_family
 from gpu_lstm.kernels.triton_rnn.choose import plans
 from gpu_lstm.kernels.triton_rnn.equations import gru, lstm
@@ -219,7 +219,7 @@ FIRST = *list(FAULTS)[:4], "GRU: b_hn outside r", "GRU: r and z swapped", "GRU: 
 def plant(monkeypatch, fault: str) -> None:
     """A fault wherever kernels of the step family find the function."""
     name, function = FAULTS[fault]
-    for module in (step_family, fragments, indexing, states, noise, reset, equations, lstm):
+    for module in (step_family, cells, fragments, indexing, states, noise, reset, equations, lstm):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)
 
