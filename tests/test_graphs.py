@@ -173,9 +173,13 @@ def test_transforms_inside_a_graph(kind):
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_backend_that_cannot_run_gives_its_reason(fullgraph):
-    for options, reason in ({}, "(needs CuPy and NVRTC|runs on CUDA)"), (dict(peepholes=True), "does not support peep"):
-        compiled = torch.compile(gpu_lstm.LSTM(I, H, backend="cupy", **options), backend="eager", fullgraph=fullgraph)
-        with pytest.raises(Exception, match=rf"backend \\?'cupy\\?' {reason}"):  # Dynamo shows texts as in Python
+    cupy, torchs = (
+        ("cupy", {}, "(needs CuPy and NVRTC|runs on CUDA)"),
+        ("torch", dict(peepholes=True), "does not support"),
+    )
+    for name, options, reason in cupy, torchs:
+        compiled = torch.compile(gpu_lstm.LSTM(I, H, backend=name, **options), backend="eager", fullgraph=fullgraph)
+        with pytest.raises(Exception, match=rf"backend \\?'{name}\\?' {reason}"):  # Dynamo shows texts as in Python
             compiled(torch.randn(2, 1, I))
 
 

@@ -1,4 +1,4 @@
-"""The sLSTM, with and without heads, on every family of Triton kernels, against the reference in float64."""
+"""The sLSTM, with and without heads, on every family of kernels, against the reference in float64."""
 
 import copy
 
@@ -33,6 +33,8 @@ def numbers(module, x, hx, **ragged):
     ("split/4", torch.float32, (3, 3, 3, 40), 2), ("held", torch.float32, (4, 18, 3, 36), 2),
     ("held/2", torch.float32, (3, 3, 3, 18), 1), ("held/ahead", torch.float32, (4, 35, 3, 36), 2),
     ("pointwise", torch.float32, (4, 3, 3, 9), 1), ("pointwise", torch.float32, (4, 3, 3, 15), 3),
+    ("cupy", torch.float32, (4, 3, 3, 9), 1), ("cupy", torch.float32, (4, 3, 3, 15), 3),
+    ("cupy", torch.float16, (4, 5, 3, 130), 1),
 ])  # fmt: skip
 def test_every_result_and_gradient(monkeypatch, place, dtype, size, heads):
     """In both directions, with lengths from 0 on and resets, from states of which one is empty."""
@@ -40,13 +42,14 @@ def test_every_result_and_gradient(monkeypatch, place, dtype, size, heads):
     forget()
     steps, batch, inputs, hidden = size
     torch.manual_seed(0)
-    module = gpu_lstm.SLSTM(inputs, hidden, bidirectional=True, heads=heads, backend="triton").to(dtype)
+    module = gpu_lstm.SLSTM(inputs, hidden, bidirectional=True, heads=heads, backend=KERNELS[place].backend).to(dtype)
     x, hx = torch.randn(steps, batch, inputs).to(dtype), torch.randn(4, 2, batch, hidden).to(dtype)
     hx[2] = hx[2].abs() + 0.5
     hx[2, :, 0] = 0
     lengths = torch.randint(steps + 1, (batch,))
     lengths[0], lengths[1] = steps, 0
     ragged = dict(lengths=lengths, resets=torch.rand(steps, batch) < 0.3)
+    ragged["resets"][steps // 2, 0] = True  # also in the middle of a sequence
     twin = copy.deepcopy(module).double()
     twin.backend = "reference"
     assert_same(numbers(module, x, hx, **ragged), numbers(twin, x, hx, **ragged))

@@ -22,7 +22,8 @@ from ..memory import checking, margins
 from ..problem import Pass, Problem
 
 FOLDER = Path(__file__).with_name("cuda")
-FILES = "elements", "equations/lstm", "equations/gru", "equations/slstm", "steps"
+CELLS = "lstm", "gru", "slstm"  # of equations/
+FILES = ("elements", *(f"equations/{cell}" for cell in CELLS), "steps")
 """Of the folder; each knows those before it."""
 KERNELS = "after_product", "before_product"
 ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -138,7 +139,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
 
 
 def lacks(problem: Problem) -> str | None:
-    return None
+    return None if problem.cell in CELLS else f"cell {problem.cell!r}"
 
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
