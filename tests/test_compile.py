@@ -318,6 +318,6 @@ def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(
 
 def test_the_numbers_of_steps_and_sequences_are_never_specialised(compiled):
     """A kernel compiled for one T and B serves all: their values change no key of the compile cache."""
-    assert len(compiled["parameters"]) == 8
+    assert len(compiled["parameters"]) == 10
     for name, (numbers, free) in compiled["parameters"].items():
         assert set(numbers) == set(free) == {"T", "B", *["step"] * ("pointwise" in name)}
