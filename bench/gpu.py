@@ -12,7 +12,7 @@ from pathlib import Path
 from . import cases, measure
 from .isolated import ROOT
 
-FIRST, HELD, STREAM, *OF_CUPY = (f"tests/test_{name}.py" for name in ("gpu", "hog", "stream", "layer", "cupy_kernels"))
+FIRST, HELD, STREAM, *OF_CUPY = (f"tests/test_{name}.py" for name in ("gpu", "hog", "stream", "layer", "cupy"))
 PYTEST = ["pytest", "-v", "-m", "gpu", "--require-gpu", "-rfE", "--tb=short"]
 TO_REPORT_S = 20.0  # for pytest, once it is interrupted: pytest-xdist waits 10 seconds for its workers
 # Name, arguments (with -n auto as many processes compile kernels at once as the machine can hold), and when it ends, of

@@ -34,14 +34,14 @@ GROWTH = 32 << 20  # bytes that an allocator may still take after it
 def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str]:
     """Random options of an example that a place supports, at most one of each conflict."""
     (backend, _), (family, *_) = KERNELS[place], place.split("/")
-    known = OF_TORCH if backend in ("torch", "cupy") else OURS
+    known = OF_TORCH if backend == "torch" else OURS
     words = rng.sample(known, rng.randint(1, min(4, len(known))))
     for conflict in CONFLICTS:
         for word in [word for word in words if word in conflict][1:]:
             words.remove(word)
     # A layer norm is not defined with a projection. Of few units that are alike it multiplies rounding errors, and in
     # kernels up to twenty times as much as in the reference: test_layer compares kernels, of other numbers.
-    if len(shape) == 5 or backend == "triton":
+    if len(shape) == 5 or backend in ("triton", "cupy"):
         words = [word for word in words if word not in NORMS]
     if len(shape) == 5 and family in ("step", "split", "held", "resident", "cooperative"):
         words = [word for word in words if word not in NOISE]

@@ -36,7 +36,7 @@ greatest of three bounds:
   (step), or two launches (pointwise).
 
 Where all multiprocessors read from L2, each reads {L2_BYTES} bytes a clock, and at most {L2_ALONE}.
-The estimate has the {1e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph.
+The estimate has the {2e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph.
 
 In a clone `python docs/bounds.py h100` prints every size on one card, and `python -m gpu_lstm plan` all terms of one
 problem.
@@ -94,10 +94,9 @@ steps where a forget gate stays near 1. So these do not use it, though an LSTM w
 ### Partners in a cluster
 
 Backward at H = 768 four programs read a quarter of dgates each, and hand each other their sums through L2: 2,969
-cycles a step, in CUDA C++ 2,820. As blocks of a cluster, by `st.async` to each other's shared memory, it would be
-2,162 to 2,412: compiled and counted, not run. It is not in: the launch must be cooperative, too, and CuPy's
-`cuLaunchCooperativeKernel` is not documented to launch clusters ([a
-failure](https://github.com/cupy/cupy/issues/8778), [no plan](https://github.com/cupy/cupy/issues/8780)).
+cycles a step. As blocks of a cluster, by `st.async` to each other's shared memory, it would be 2,162 to 2,412 in CUDA
+C++: compiled and counted, not run. It is not in: see
+[the family that CUDA C++ had](design.md#in-cuda-c).
 """
 
 

@@ -82,7 +82,7 @@ def data_flow() -> Figure:
         "resident.py: one program | cooperative.py: many, exchange h\n"
         "step.py: many, a grid-wide barrier after each step | pointwise.py: cuBLAS at each step", KERNEL)  # fmt: skip
     box(axes, 51, 71, (40, 8), "kernels/cupy_rnn/launch.py",
-        "CUDA C++, where Triton cannot run:\ncooperative programs", KERNEL)  # fmt: skip
+        "CUDA C++, where Triton cannot run:\ncuBLAS and a kernel at each step", KERNEL)  # fmt: skip
     arrow(axes, (24, 79), (24, 83))
     arrow(axes, (67, 79), (67, 83))
     box(axes, 1, 83, (90, 6), "GPU memory",

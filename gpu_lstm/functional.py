@@ -29,7 +29,7 @@ def lstm_layer(
             weight_peephole [3H], gain_ih [4H], gain_hh [4H], gain_c [H], bias_c [H]) in the dtype of x; from bias_ih
             on they may be None or left out. P = H without weight_hr; of heads weight_hh is [4H, H / heads]. Peepholes
             are for the gates i, f and o; gains turn on a layer norm, see `LSTM`, not with weight_hr. Both run on the
-            backends "triton" and "reference".
+            backends "triton", "cupy" and "reference".
         hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
         resets: bool [T, B]; True at t zeroes the state before step t, or in the reverse direction before step t - 1.

@@ -1,9 +1,9 @@
 """The time loop on the host: a step is a product by cuBLAS and a launch of one kernel, which does all else.
 
-For layers and batches so large that two launches are short compared with a step, and for what nothing else runs: layer
-norms inside the loop and, where h has noise, a projection. Nothing waits for anything, so all steps become part of a
-CUDA graph. A product covers the whole batch, as contiguous rows [B, *]: where sequences visit different times at the
-same step (reverse, with lengths), kernels gather and scatter them.
+For layers and batches so large that two launches are short compared with a step, and for whatever else: it runs every
+problem, of any size, on any card. Nothing waits for anything, so all steps become part of a CUDA graph. A product
+covers the whole batch, as contiguous rows [B, *]: where sequences visit different times at the same step (reverse, with
+lengths), kernels gather and scatter them.
 
 A backend brings two kernels: of a step after its product, from z = W_hh h to h, and backward of a step before its
 product. What torch computes in the middle of a step divides it into two parts, and the kernel into two launches:
@@ -35,7 +35,7 @@ Launch = Callable[..., None]
 Bind = Callable[[dict[str, Any]], Launch]
 """bind(arguments): by the names of pointers, and T and B. A kernel takes those that it knows."""
 
-MOST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches
+LEAST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches
 
 
 class Part(NamedTuple):
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 def keeps_projection(p: Problem) -> bool:
     """Whether a projection stays in the loop: where it must, or W_hh and W_hr are much smaller than their product."""
     saved = CELLS[p.cell].rows * p.hidden * (p.hidden - p.projected) - p.projected * p.hidden
-    return p.projected > 0 and (p.projects_in_loop or p.size * saved > MOST_SAVED)
+    return p.projected > 0 and (p.projects_in_loop or p.size * saved > LEAST_SAVED)
 
 
 def within(p: Problem) -> Problem:
@@ -96,8 +96,8 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
     if arguments["gates_ptr"].is_meta:
         return _record(launches)
     names = "gates", "z", "h", "h_next", "v", "m", "weight_hr", "gain_hh", "gain_c", "bias_c"
-    gates, z, h, h_next, v, m, weight_hr, gain_hh, *of_c = (arguments.get(f"{name}_ptr") for name in names)
-    of_c = [None if t is None else t.float() for t in of_c]
+    gates, z, h, h_next, v, m, weight_hr, gain_hh, *affine = (arguments.get(f"{name}_ptr") for name in names)
+    affine = [None if t is None else t.float() for t in affine]
     operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
     if p.dropout_h:
         operand = arguments["dropout_h_ptr"] * operand
@@ -115,7 +115,7 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
                 normed["z_ptr"] = torch.native_layer_norm(z, (4 * p.hidden,), gain_hh, None, EPS)[0]
             launches[0](step=step, **normed)
             if p.gain_c:
-                launches[1](step=step, v_ptr=torch.native_layer_norm(v, (p.hidden,), *of_c, EPS)[0])
+                launches[1](step=step, v_ptr=torch.native_layer_norm(v, (p.hidden,), *affine, EPS)[0])
             if p.projected:
                 launches[1](step=step, m_ptr=torch.mm(m, weight_hr.mT))
             operand = h[time] if h_next is None else h_next

@@ -40,7 +40,7 @@ class Chosen(NamedTuple):
     family: str = ""  # of kernels
     tiles: str = ""  # how its programs share a layer, in words
     why: str = ""
-    each_step: int = 0  # launches of it at every step; 0: one for all
+    each_step: int = 0  # launches at every step; 0: all steps are in one
     bounds: dict[str, float] | None = None  # seconds of a step by cause, estimated
 
 
@@ -109,6 +109,9 @@ class Launches:
         more: more(r, memory), what they read besides.
         fixed: arguments of every call.
     """
+
+    at_once: int | None = None
+    projects_outside = False
 
     def __init__(
         self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],

@@ -1,10 +1,10 @@
 // As much of CUDA as kernels/cupy_rnn/cuda uses, on the CPU: g++ compiles the very same source after this, in which it
-// stands for elements.cu. Threads run one after another, since none waits for another: of every other launch from the
+// stands for instructions.cu. Threads run one after another, since none waits for another: of every other launch from the
 // last to the first, so that a thread which reads what another one writes shows.
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #define __device__
@@ -15,27 +15,12 @@ inline struct {
     int x, y;
 } blockIdx, threadIdx;
 
+inline float __uint_as_float(std::uint32_t x) { return std::bit_cast<float>(x); }
+inline std::uint32_t __float_as_uint(float x) { return std::bit_cast<std::uint32_t>(x); }
+
 using float16 = _Float16;
-struct bfloat16 {
-    std::uint16_t bits;
-};
-
-inline float to_float(float x) { return x; }
 inline float to_float(float16 x) { return x; }
-inline float to_float(bfloat16 x) {
-    const std::uint32_t bits = std::uint32_t{x.bits} << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
-}
-
-inline void round_to(float& y, float x) { y = x; }
 inline void round_to(float16& y, float x) { y = static_cast<float16>(x); }
-inline void round_to(bfloat16& y, float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    y.bits = std::isnan(x) ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-}
 
 inline float reciprocal(float x) { return 1.0f / x; }
 

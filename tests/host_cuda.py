@@ -64,7 +64,7 @@ def stand_in(patch: Any, changes: dict[str, str] | None = None, less: int = 0, f
 
     Accesses outside of a tensor, or to the last elements of it, `less` many, go to found(kernel, name, what is said).
     """
-    source = launch.join({name: t for name, t in (launch.texts() | (changes or {})).items() if name != "elements"})
+    source = launch.join({name: t for name, t in (launch.texts() | (changes or {})).items() if name != "instructions"})
     seen: dict[int, Tensor] = {}
     turn = itertools.count()
 

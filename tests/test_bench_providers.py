@@ -50,9 +50,8 @@ DONE = {  # which cases a provider does; it is unable to do the others
     **dict.fromkeys(("cleanrl-loop", "rl_games-pieces"), f"{RESETS} {OF_GRU}"),
     "rsl_rl-padded": "resets resets-layers gru-resets",
     "torchrl-pad": f"plain layers {RESETS} step", "torchrl-triton": f"plain layers {RESETS} step",
-    **dict.fromkeys(("ours", "ours-triton", "ours-reference"), " ".join(CASES)),
+    **dict.fromkeys(("ours", "ours-triton", "ours-cupy", "ours-reference"), " ".join(CASES)),
     "ours-stream": "step active gru-step",
-    "ours-cupy": " ".join(name for name in CASES if name not in (*VARIANTS, *OF_HEADS)),
     "ours-torch": " ".join(name for name in CASES if name not in (*VARIANTS, "to-states", "gru-to-states", *SLSTM)),
 }  # fmt: skip
 

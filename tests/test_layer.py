@@ -20,6 +20,8 @@ from places import INTERPRETED, KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.backends import schedule
+from gpu_lstm.kernels import by_steps
+from gpu_lstm.kernels.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -210,6 +212,18 @@ def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
 @cases("cupy")
 def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, host_or_card)
+
+
+@forced
+@fresh_memory_is_nan
+@pytest.mark.parametrize("place", ["pointwise", "cupy"])
+def test_a_projection_that_is_much_smaller_stays_in_the_loop(monkeypatch, place):
+    size = 4, 5, 3, 9, 3
+    assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
+    monkeypatch.setattr(by_steps, "LEAST_SAVED", 0)
+    assert by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
+    assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 8))
+    every_result_and_gradient(monkeypatch, place, F32, 2, size, MIX)
 
 
 @pytest.mark.gpu

@@ -42,10 +42,10 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
                 kernels/layer.py Layer.prepared
                 kernels/layer.py aligned
                 kernels/layer.py Layer._aligned
-                kernels/triton_rnn/launch.py Prepared.forward
+                kernels/layer.py Launches.forward
                   kernels/memory.py steps_of
                   kernels/memory.py allocate
-                  kernels/triton_rnn/launch.py Prepared._arguments
+                  kernels/layer.py Launches._arguments
                   kernels/triton_rnn/launch.py Kernel.__call__
       gpu_lstm/call/prepare.py Call.results
         gpu_lstm/call/forms.py Padded.output
@@ -53,14 +53,14 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
 COUNTS = """
 T=1, inference: 37 calls, 18 files, 23 changes, 6 returns, 10 frames
 T=1, training: 66 calls, 20 files, 37 changes, 18 returns, 11 frames
-T=128, inference: 38 calls, 19 files, 25 changes, 7 returns, 11 frames
-T=128, training: 69 calls, 21 files, 41 changes, 21 returns, 12 frames
-lengths, inference: 44 calls, 19 files, 28 changes, 10 returns, 11 frames
-lengths, training: 77 calls, 21 files, 45 changes, 25 returns, 12 frames
-resets, inference: 43 calls, 19 files, 28 changes, 10 returns, 11 frames
-resets, training: 75 calls, 21 files, 44 changes, 24 returns, 12 frames
-two layers, bidirectional, inference: 93 calls, 20 files, 64 changes, 45 returns, 11 frames
-two layers, bidirectional, training: 219 calls, 21 files, 128 changes, 108 returns, 12 frames
+T=128, inference: 38 calls, 19 files, 24 changes, 6 returns, 11 frames
+T=128, training: 69 calls, 21 files, 39 changes, 19 returns, 12 frames
+lengths, inference: 44 calls, 19 files, 27 changes, 9 returns, 11 frames
+lengths, training: 77 calls, 21 files, 43 changes, 23 returns, 12 frames
+resets, inference: 43 calls, 19 files, 27 changes, 9 returns, 11 frames
+resets, training: 75 calls, 21 files, 42 changes, 22 returns, 12 frames
+two layers, bidirectional, inference: 93 calls, 20 files, 60 changes, 41 returns, 11 frames
+two layers, bidirectional, training: 219 calls, 21 files, 120 changes, 100 returns, 12 frames
 """
 
 

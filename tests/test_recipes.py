@@ -537,27 +537,17 @@ LOOP_LAUNCHER = '''
 """The time loop in torch's operators, all sequences at once."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cells import CELLS
-from ..layer import Chosen, Refuses
+from ..layer import Chosen, OnlyPlan, Refuses
 from ..problem import Gradients, Pass, Problem, Recurrence
 
 
-class Plan(NamedTuple):
-    """There is one."""
-
-    slower: str = "a loop is slower"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"kernel": "loop"}
-
-    def sequences_enough(self, problem: Problem) -> int:
-        return min(problem.batch, 3)
+PLAN = OnlyPlan("loop", "a loop is slower")
 
 
 def lstm_forward(x, of_h, c):
@@ -596,7 +586,7 @@ class Prepared:
 
     at_once = None  # no program waits for another
 
-    def __init__(self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False) -> None:
+    def __init__(self, problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False):
         self.plan, self.problem, self.save = plan, problem, pass_.save
         self.projects_outside = problem.projected > 0
         self.next, self.back = EQUATIONS[problem.cell]
@@ -665,14 +655,14 @@ def lacks(problem: Problem) -> str | None:
     return "noise, peepholes, layer norms or states to reset to" if more else None
 
 
-def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
-    if refuses is not None and (reason := refuses(Plan())):
+def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
+    if refuses is not None and (reason := refuses(PLAN)):
         raise RuntimeError(f"the loop cannot run this layer: {reason}")
-    return Plan()
+    return PLAN
 
 
-def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
-    return Chosen(plan or Plan(), family="loop", tiles="all at once", why="it shows what a backend is", each_step=1)
+def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
+    return Chosen(PLAN, family="loop", tiles="all at once", why="it shows what a backend is", each_step=1)
 '''
 
 LOOP_COMPARED = '''

@@ -16,7 +16,7 @@ from .engine import Engine, Provider, Unable, as_hx, expect, module_like_torchs
 
 # Features of backends, more than torch.nn.LSTM's own. Those that are not named here support every variant, too.
 PLAIN = "layers", "directions", "ragged", "packed", "active", "resets", "gru"
-SUPPORTED = {"torch": (*PLAIN, "heads"), "cupy": (*PLAIN, "reset_states")}
+SUPPORTED = {"torch": (*PLAIN, "heads")}
 
 
 def absent(backend: Any, device: str) -> str | None:

@@ -28,18 +28,18 @@ spills or does not fit.
 
 [CONTRIBUTING.md](../../CONTRIBUTING.md#reading-the-compile-table) says what the columns are. From `instructions` on
 they count what one pass of the time loop does; where W_hh stays on chip, the last one is 0."""
-FAMILIES = {  # by what the names of their kernels begin with; those in CUDA C++ do not end with _kernel
+FAMILIES = {  # by what the names of their kernels begin with
     "resident": "Resident: W_hh in the registers of one program",
     "cooperative": "Cooperative: W_hh in the registers of many programs",
     "pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
     "held": "Held: W_hh in shared memory",
     "step": "Step: W_hh read from L2 at every step",
+    ("after", "before"): "CUDA C++, through CuPy: a launch a step, next to a product by cuBLAS",
 }
-CUDA = "CUDA C++, through CuPy"
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given
 states, in reverse; *masks* and *rates*: with recurrent dropout and zoneout, in training and in `eval()`;
-*peepholes*: with those; 4x128: 4 heads of 128 units; *GRU*, *sLSTM*: of those, all others of an LSTM. Of
-the kernels in CUDA C++ those without `mma` read W_hh at every step."""
+*peepholes*, *layer norm*: with those; 4x128: 4 heads of 128 units; *GRU*, *sLSTM*: of those, all others of an LSTM. In
+CUDA C++ there are the part of a step and the cell, for all sizes."""
 
 
 def _of_loop(name: str) -> Callable[[Report], object]:
@@ -76,11 +76,11 @@ def tables(rows: Iterable[Report], count: int) -> list[str]:
     """Titles and tables of all families, in Markdown, with the first `count` columns."""
     columns = list(COLUMNS)[:count]
     head = f"| {' | '.join(columns)} |\n|---|---|{'--:|' * (count - 2)}"
-    lines = {title: [head] for title in (*FAMILIES.values(), CUDA)}
+    lines = {title: [head] for title in FAMILIES.values()}
     for row in rows:
         (title,) = (title for begin, title in FAMILIES.items() if row.kernel.startswith(begin))
         cells = [str(COLUMNS[column](row)) for column in columns]
-        lines[title if row.kernel.endswith("_kernel") else CUDA].append(f"| {' | '.join(cells)} |")
+        lines[title].append(f"| {' | '.join(cells)} |")
     return [part for title, table in lines.items() for part in (f"## {title}", "\n".join(table))]
 
 

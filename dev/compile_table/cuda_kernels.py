@@ -29,7 +29,9 @@ class Case(NamedTuple):
     architecture: int
 
     def __str__(self) -> str:
-        return self.name.partition("<")[2].rstrip(">").replace("float,", "float32,")
+        element, cell, start, end = re.findall(r"\w+", self.name.partition("<")[2])
+        dtype = {"float": "float32"}.get(element, element)
+        return f"{dtype} {cell}, {start} to {end}"
 
 
 class Binary(NamedTuple):

@@ -183,8 +183,8 @@ def report_of(case: Case) -> Report:
     else:
         proposed = sorted(plans(*of), key=lambda plan: isinstance(plan.family, Step))
     for plan in proposed:
-        launch, *_ = recorded_launches(case.problem, Pass(case.backward), plan)  # those of other steps are alike
-        row = report(launch, case, plan)
+        rows = [report(launch, case, plan) for launch in recorded_launches(case.problem, Pass(case.backward), plan)]
+        row = max(rows, key=lambda row: (not row.fits, row.registers))  # of the parts of a step
         if row.fits:
             break
     return row

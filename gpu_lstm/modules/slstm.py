@@ -29,7 +29,7 @@ class SLSTM(Recurrent, RNNBase):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM, and
             initial weights, too.
-        backend: as for LSTM. It runs on the backends "triton" and "reference".
+        backend: as for LSTM. It runs on the backends "triton", "cupy" and "reference".
         heads: as for LSTM. Default: 1
 
     A call is that of an LSTM, see `forward`, but hx, and what is returned, is (h, c, n, m), each (D*L, N, H), unbatched

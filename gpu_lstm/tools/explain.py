@@ -149,7 +149,7 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
             "backward" if pass_.backward else "forward", family, tiles, why,
             "measured by autotune" if measured else "expected to be the fastest",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
-            call.steps * each_step or launches, bounds or {},
+            each_step * call.steps or launches, bounds or {},
         ))  # fmt: skip
     return passes
 
@@ -179,7 +179,7 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
 def _how(call: Call, backend: Backend) -> str:
     """How a backend runs the call."""
     if backend in KERNEL_BACKENDS:
-        return "one product with all inputs of a layer, then the launches of its recurrence"
+        return "one product with all inputs of a layer, then its steps, or a chunk of them, by the kernels below"
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
     packed, theirs = call.form.packed is not None, f"torch's own {call.options.cell.name.upper()}"

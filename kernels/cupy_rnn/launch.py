@@ -23,7 +23,7 @@ from ..problem import Pass, Problem
 
 FOLDER = Path(__file__).with_name("cuda")
 CELLS = "lstm", "gru", "slstm"  # of equations/
-FILES = ("elements", *(f"equations/{cell}" for cell in CELLS), "steps")
+FILES = ("instructions", "elements", *(f"equations/{cell}" for cell in CELLS), "steps")
 """Of the folder; each knows those before it."""
 KERNELS = "after_product", "before_product"
 ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -98,26 +98,22 @@ def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, 
     return launch
 
 
-class Prepared(Launches):
-    """A problem and pass; see problem.Prepared."""
+def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
+    """See layer.Launcher; as what follows below."""
+    outside, backward = problem.projected > 0 and not by_steps.keeps_projection(problem), pass_.backward
+    p = problem._replace(projected=0) if outside else problem
+    loop = by_steps.backward_steps if backward else by_steps.forward_steps
+    binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
 
-    at_once = None  # no thread waits for another
+    def start(arguments: dict[str, Any]) -> None:
+        if p.lengths is torch.int64:
+            arguments["lengths_ptr"] = arguments["lengths_ptr"].int()
+        with stream(device):
+            loop(binds, arguments, p)
 
-    def __init__(
-        self, problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False
-    ) -> None:
-        self.projects_outside = problem.projected > 0 and not by_steps.keeps_projection(problem)
-        p, backward = problem._replace(projected=0) if self.projects_outside else problem, pass_.backward
-        loop = by_steps.backward_steps if backward else by_steps.forward_steps
-        binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
-
-        def start(arguments: dict[str, Any]) -> None:
-            if p.lengths is torch.int64:
-                arguments["lengths_ptr"] = arguments["lengths_ptr"].int()
-            with stream(device):
-                loop(binds, arguments, p)
-
-        super().__init__(p, plan, by_steps.buffers(p, pass_), start, itemgetter("dgates_ptr" if backward else "h_ptr"))
+    prepared = Launches(p, plan, by_steps.buffers(p, pass_), start, itemgetter("dgates_ptr" if backward else "h_ptr"))
+    prepared.projects_outside = outside
+    return prepared
 
 
 def stream(device: torch.device) -> Any:
@@ -130,8 +126,7 @@ def stream(device: torch.device) -> Any:
     return cupy.cuda.ExternalStream(current.cuda_stream, device.index)  # CuPy older than 14, or torch than its protocol
 
 
-BACKEND, prepare = "cupy", Prepared
-"""See layer.Launcher; as what follows."""
+BACKEND = "cupy"
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:

@@ -371,7 +371,7 @@ CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes
 CUBLAS_K = 512  # where tiles are few, K is split among multiprocessors, in parts of so many or more
 FASTER = {90: 6.26 / 4, 100: 4, 103: 4}  # how many times as fast as mma.sync cuBLAS's products are there (data sheets)
 LAUNCH_SECONDS = 2.2e-6  # of a short kernel
-HOST_SECONDS = 5e-6  # of a launch, which nothing shorter hides
+HOST_SECONDS = 5e-6  # of a product or a launch, which nothing shorter hides
 
 
 def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:

@@ -110,16 +110,14 @@ def pointwise_backward_kernel(
     else:
         gates = states.load_gates(saved.gates_ptr, cells.gates_at, cells.valid, S.H)
         c_prev = states.total(states.load_c_before(saved, step, cells))
-        if S.START == "c":
-            dz_o, dv = load_cell(o_ptr, cells), load_cell(v_ptr, cells)
-        elif S.END == "c":
-            v = tl.load(normed_c_ptr + cells.at, mask=cells.valid, other=0.0)
-            dz_o, dv = output_backward(gates[3], v, dm, S)
-        else:  # c is not loaded: memory is what large batches wait for
-            dz_o, dv = output_backward(gates[3], next_cell(gates, c_prev, S), dm, S)
         if S.END == "c":
+            dz_o, dv = output_backward(gates[3], tl.load(normed_c_ptr + cells.at, mask=cells.valid, other=0.0), dm, S)
             tl.store(o_ptr + cells.state_at, dz_o, mask=cells.valid)
             tl.store(v_ptr + cells.state_at, dv, mask=cells.valid)
         else:
+            if S.START == "c":
+                dz_o, dv = load_cell(o_ptr, cells), load_cell(v_ptr, cells)
+            else:  # c is not loaded: memory is what large batches wait for
+                dz_o, dv = output_backward(gates[3], next_cell(gates, c_prev, S), dm, S)
             dz = backward_cells(gates, c_prev, dz_o, dv, cell, tile, B, S)
             states.store_gates(dz_ptr, at_in_z(tile, S), cells.in_tile, dz, S.D)

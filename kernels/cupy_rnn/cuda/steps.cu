@@ -55,17 +55,6 @@ struct Place : Position {
           rest_at(a.B * H + state_at), z_at(sequence * 4 * H + unit / D * 3 * D + unit) {}
 };
 
-// 0 where there is no tensor, or not `yes`.
-template <typename E>
-__device__ float load(const E* from, long long at, bool yes = true) {
-    return from && yes ? to_float(element(from, at)) : 0.0f;
-}
-
-template <typename E>
-__device__ void store(E* to, long long at, float x, bool yes = true) {
-    if (to && yes) round_to(element(to, at), x);
-}
-
 template <typename E>
 __device__ void load_gates(Gates& gates, const E* from, long long at, long long H, int count = GATES) {
     for (int n = 0; n < GATES; ++n) gates[n] = load(from, at + n * H, n < count);
@@ -133,17 +122,10 @@ __global__ void __launch_bounds__(THREADS) after_product(const Call<E> a) {
     if (START == 'z' && p.valid) gates_and_cell<E, Cell>(a, p, o, v);
     if (START == 'z' && !p.valid) store(a.c, p.at, 0.0f);
     if (START == 'c') o = load(a.o, p.state_at, p.valid), v = load(a.v, p.state_at, p.valid);
-    if (END == 'c') {
-        store(a.o, p.state_at, o);
-        store(a.v, p.state_at, v);
-        return;
-    }
+    if (END == 'c') return store(a.o, p.state_at, o), store(a.v, p.state_at, v);
     if (START == 'm') m = load(a.m, p.state_at, p.valid);
     else if (p.valid) m = Cell::output(o, v);
-    if (END == 'm') {
-        store(a.m, p.state_at, m);
-        return;
-    }
+    if (END == 'm') return store(a.m, p.state_at, m);
     if (a.zoneout_h && p.valid) m = zoneout(m, load_h_before(a, p), share_of(a.zoneout_h, a.rate_h, p.at));
     store(a.h, p.at, m);
     store(a.h_n, p.state_at, m, p.last);
@@ -191,10 +173,7 @@ __global__ void __launch_bounds__(THREADS) before_product(const Call<E> a) {
         store(a.dh_total, p.at, dm);
     }
     if (START == 'm') dm = load(a.m, p.state_at, p.valid);
-    if (END == 'm') {
-        store(a.m, p.state_at, dm);
-        return;
-    }
+    if (END == 'm') return store(a.m, p.state_at, dm);
     Gates gates, dz = {};
     if (p.valid) {
         load_gates(gates, a.gates, p.gates_at, a.H);
@@ -202,11 +181,7 @@ __global__ void __launch_bounds__(THREADS) before_product(const Call<E> a) {
         if (START == 'c') dz_o = load(a.o, p.state_at), dv = load(a.v, p.state_at);
         else Cell::output_backward(gates[3], END == 'c' ? load(a.normed_c, p.at) : Cell::next(gates, c_prev), dm, dz_o, dv);
     }
-    if (END == 'c') {
-        store(a.o, p.state_at, dz_o);
-        store(a.v, p.state_at, dv);
-        return;
-    }
+    if (END == 'c') return store(a.o, p.state_at, dz_o), store(a.v, p.state_at, dv);
     if (p.valid) gradients_of_gates_and_cell<E, Cell>(a, p, gates, c_prev, dz_o, dv, dz);
     store_gates(a.dgates, p.gates_at, a.H, dz);
     store_gates(a.dz, p.z_at, a.H / a.heads, dz);
