@@ -43,7 +43,7 @@ def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str
     # kernels up to twenty times as much as in the reference: test_layer compares kernels, of other numbers.
     if len(shape) == 5 or backend in ("triton", "cupy"):
         words = [word for word in words if word not in NORMS]
-    if len(shape) == 5 and family in ("held", "resident", "cooperative"):
+    if len(shape) == 5 and family in ("step", "split", "held", "resident", "cooperative"):
         words = [word for word in words if word not in NOISE]
     return words
 

@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--steps", type=_positive, default=1024, help="time steps")
         command.add_argument("--dtype", choices=_DTYPES, default=dtype, help="of the tensors; tf32, fp32: float32")
         command.add_argument("--directions", type=int, choices=(1, 2), default=1, help="that run side by side")
+    plan.add_argument("--layer-norm", action="store_true", help="of W_hh h and of c; of an LSTM")
     plan.add_argument("--device", required=True, help="h100, a100, l4, rtx4090, rtx5090, b200")
     commands["explain"].add_argument("--layers", type=_positive, default=1, help="on top of each other")
     commands["explain"].add_argument("--inference", action="store_true", help="without gradients")
@@ -206,14 +207,17 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]
     check_heads(options.heads, options.hidden)
+    if (normed := options.layer_norm) and (options.heads > 1 or not CELLS[options.cell].normalises):
+        raise ValueError(f"--layer-norm is of an LSTM without heads, got {options.cell} with {options.heads}")
     problem = Problem(
-        min(options.steps, 2), options.batch, options.hidden, dtype, precision=precision,
-        side_by_side=options.directions, cell=options.cell, heads=options.heads,
+        min(options.steps, 2), options.batch, options.hidden, dtype, precision=precision, gain_hh=normed, gain_c=normed,
+        side_by_side=options.directions, cell=options.cell, heads=options.heads, bias_c=normed,
     )  # fmt: skip
     if (weights := CELLS[problem.cell].rows * problem.hidden * problem.columns * problem.size) > LARGEST_MEMORY:
         takes = f"W_hh of {problem.hidden} units takes {weights / 1e9:.0f} GB"
         raise ValueError(f"{takes}, more than any known card has")
     sizes = f"T={options.steps} B={options.batch} H={options.hidden}" + f"/{problem.heads}" * (problem.heads > 1)
+    sizes += " layer norm" * normed
     found, lines = {}, [f"{card.name}: {options.cell.upper()} {sizes} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)

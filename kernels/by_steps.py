@@ -1,9 +1,9 @@
 """The time loop on the host: a step is a product by cuBLAS and a launch of one kernel, which does all else.
 
-For layers and batches so large that two launches are short compared with a step, and for what nothing else runs: layer
-norms inside the loop and, where h has noise, a projection. Nothing waits for anything, so all steps become part of a
-CUDA graph. A product covers the whole batch, as contiguous rows [B, *]: where sequences visit different times at the
-same step (reverse, with lengths), kernels gather and scatter them.
+For layers and batches so large that two launches are short compared with a step, and for whatever else: it runs every
+problem, of any size, on any card. Nothing waits for anything, so all steps become part of a CUDA graph. A product
+covers the whole batch, as contiguous rows [B, *]: where sequences visit different times at the same step (reverse, with
+lengths), kernels gather and scatter them.
 
 A backend brings two kernels: of a step after its product, from z = W_hh h to h, and backward of a step before its
 product. What torch computes in the middle of a step divides it into two parts, and the kernel into two launches:
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import layer_norm
 from .cells import CELLS
 from .heads import arranged
 from .layer_norm import EPS
@@ -34,7 +35,7 @@ Launch = Callable[..., None]
 Bind = Callable[[dict[str, Any]], Launch]
 """bind(arguments): by the names of pointers, and T and B. A kernel takes those that it knows."""
 
-MOST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches
+LEAST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches
 
 
 class Part(NamedTuple):
@@ -48,15 +49,26 @@ class Part(NamedTuple):
 def keeps_projection(p: Problem) -> bool:
     """Whether a projection stays in the loop: where it must, or W_hh and W_hr are much smaller than their product."""
     saved = CELLS[p.cell].rows * p.hidden * (p.hidden - p.projected) - p.projected * p.hidden
-    return p.projected > 0 and (p.projects_in_loop or p.size * saved > MOST_SAVED)
+    return p.projected > 0 and (p.projects_in_loop or p.size * saved > LEAST_SAVED)
+
+
+def within(p: Problem) -> Problem:
+    """What the loop runs of a problem: without its projection, where that is outside."""
+    return p if keeps_projection(p) else p._replace(projected=0)
 
 
 def parts_of(p: Problem, backward: bool) -> list[Part]:
-    """The launches of a step, in their order."""
-    stops = "z" + "c" * p.gain_c + "m" * keeps_projection(p) + "h"
+    """The launches of a kernel in a step, in their order."""
+    p = within(p)
+    stops = "z" + "c" * p.gain_c + "m" * (p.projected > 0) + "h"
     of_h = p._replace(hidden=p.width, projected=0)
     parts = [Part(of_h if start == "m" else p, start, end) for start, end in pairwise(stops)]
     return [part._replace(start=part.end, end=part.start) for part in reversed(parts)] if backward else parts
+
+
+def launches_of(p: Problem, backward: bool) -> int:
+    """How many launches a step is in all: parts, products, and layer norms."""
+    return len(parts_of(p, backward)) + 1 + keeps_projection(p) + p.gain_hh + p.gain_c
 
 
 def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
@@ -84,8 +96,8 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
     if arguments["gates_ptr"].is_meta:
         return _record(launches)
     names = "gates", "z", "h", "h_next", "v", "m", "weight_hr", "gain_hh", "gain_c", "bias_c"
-    gates, z, h, h_next, v, m, weight_hr, gain_hh, *of_c = (arguments.get(f"{name}_ptr") for name in names)
-    of_c = [None if t is None else t.float() for t in of_c]
+    gates, z, h, h_next, v, m, weight_hr, gain_hh, *affine = (arguments.get(f"{name}_ptr") for name in names)
+    affine = [None if t is None else t.float() for t in affine]
     operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
     if p.dropout_h:
         operand = arguments["dropout_h_ptr"] * operand
@@ -103,7 +115,7 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
                 normed["z_ptr"] = torch.native_layer_norm(z, (4 * p.hidden,), gain_hh, None, EPS)[0]
             launches[0](step=step, **normed)
             if p.gain_c:
-                launches[1](step=step, v_ptr=torch.native_layer_norm(v, (p.hidden,), *of_c, EPS)[0])
+                launches[1](step=step, v_ptr=torch.native_layer_norm(v, (p.hidden,), *affine, EPS)[0])
             if p.projected:
                 launches[1](step=step, m_ptr=torch.mm(m, weight_hr.mT))
             operand = h[time] if h_next is None else h_next
@@ -111,9 +123,11 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
 
 def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) -> None:
     """As forward_steps, from the last to the first."""
-    if p.gain_c:
-        gain, bias, unit = (arguments.get(f"{name}_c_ptr") for name in ("gain", "bias", "unit"))
-        arguments = arguments | {"normed_c_ptr": unit * gain if bias is None else unit * gain + bias}
+    norm_hh, norm_c, bias_c = (arguments.get(name) for name in ("norm_hh", "norm_c", "bias_c_ptr"))
+    if norm_c is not None:
+        normed = norm_c.gain, None if bias_c is None else bias_c.float(), EPS
+        normed = norm_c.v if norm_c.v.is_meta else torch.native_layer_norm(norm_c.v, (p.hidden,), *normed)[0]
+        arguments = arguments | {"normed_c_ptr": normed}
     launches = [bind(arguments) for bind in binds]
     if arguments["gates_ptr"].is_meta:
         return _record(launches)
@@ -121,19 +135,19 @@ def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem)
     dgates, dz, dh_next, v, m, weight_hr = (arguments.get(f"{name}_ptr") for name in names)
     times, cell = range(arguments["T"]), CELLS[p.cell]
     product, in_heads, weight = by_head(arguments["weight_hh_ptr"], p)
-    of_c = _through_norm("c", p.hidden, arguments, p) if p.gain_c else None
-    of_hh = _through_norm("hh", 4 * p.hidden, arguments, p) if p.gain_hh else None
     with products_in(p.precision):
         for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
             launches[0](step=step)
             if p.projected:
                 launches[1](step=step, m_ptr=torch.mm(m, weight_hr))
-            if of_c is not None:
-                launches[1](step=step, v_ptr=of_c(v, step, time))
+            if norm_c is not None:
+                of_step = layer_norm.at(norm_c, _times_at(step, time, arguments, p))
+                launches[1](step=step, v_ptr=layer_norm.gradient(v, of_step, p.hidden))
             if step:
                 of_h = dgates[time] if dz is None else dz
-                if of_hh is not None:
-                    of_h = of_hh(of_h, step, time)
+                if norm_hh is not None:
+                    of_step = layer_norm.at(norm_hh, _times_at(step, time, arguments, p))
+                    of_h = layer_norm.gradient(of_h, of_step, 4 * p.hidden)
                 product(cell.of_h(in_heads(of_h), p.columns), weight, out=in_heads(dh_next))
 
 
@@ -150,21 +164,9 @@ def _record(launches: Sequence[Launch]) -> None:
         launch(step=0)
 
 
-def _through_norm(of: str, features: int, arguments: dict[str, Any], p: Problem) -> Callable[..., Tensor]:
-    """through(d, step, time): gradient d [B, N] of LN(v) at a step -> of v, N = `features`; v is W_hh h ("hh") or c.
-
-    In float32, since torch's operator wants other dtypes on a CPU than on CUDA for half precision.
-    """
-    gain, unit, scale, lengths = (
-        arguments.get(f"{name}_ptr") for name in (f"gain_{of}", f"unit_{of}", f"scale_{of}", "lengths")
-    )
-    gain, mean, rstd = gain.float(), scale.new_zeros(p.batch, 1), scale.new_ones(p.batch, 1)  # of unit
-
-    def through(d: Tensor, step: int, time: int) -> Tensor:
-        at: Any = time
-        if p.reverse and lengths is not None:
-            at = torch.where(lengths > step, lengths - 1 - step, step), torch.arange(p.batch, device=d.device)
-        given = d * scale[at][:, None], unit[at].float(), (features,), mean, rstd, gain, None, [True, False, False]
-        return torch.ops.aten.native_layer_norm_backward(*given)[0].to(d.dtype)
-
-    return through
+def _times_at(step: int, time: int, arguments: dict[str, Any], p: Problem) -> Any:
+    """An index into [T, B, *]: what sequences visit at a step."""
+    if not p.reverse or p.lengths is None:
+        return time
+    lengths = arguments["lengths_ptr"]
+    return torch.where(lengths > step, lengths - 1 - step, step), torch.arange(p.batch, device=lengths.device)

@@ -147,13 +147,12 @@ class Launches:
         memory = allocate(self._buffers, steps, gates, r.inputs)
         if dc_n is not None:  # the kernel makes it the gradient of c0
             memory["dc_ptr"].copy_(dc_n)
-        read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c}
-        read |= zip(("unit_hh_ptr", "scale_hh_ptr", "unit_c_ptr", "scale_c_ptr"), (*r.unit_hh, *r.unit_c))
+        read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
         self._start(self._arguments(gates, r, steps, memory, read))
         return gradients_in(memory, self._result(memory))
 
     def _arguments(
-        self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Tensor | None]
+        self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Any]
     ) -> dict[str, Any]:
         arguments: dict[str, Any] = {"gates_ptr": gates, "T": steps, **self._fixed}
         arguments.update(zip(self._pointers, self._tensors(r.inputs)))
@@ -362,8 +361,8 @@ def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | No
     """dh0 [1, B, P]: through the first step, unless it is reset; dh_n [1, B, P] where a sequence has no step."""
     inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
     first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H]; zero where length is 0
-    if inputs.gain_hh is not None:
-        first = layer_norm.gradient(first, inputs.gain_hh, r.unit_hh.unit[at], r.unit_hh.scale[at])
+    if r.norm_hh is not None:
+        first = layer_norm.gradient(first, layer_norm.at(r.norm_hh, at), 4 * p.hidden)
     if inputs.resets is not None and not p.reverse:
         first = first.masked_fill(inputs.resets[0, :, None], 0)
     dh0 = heads.gradient_of_h(first, inputs.weight_hh, p.width)[None]

@@ -1,32 +1,38 @@
-"""Layer norm (Ba, Kiros & Hinton, 2016) in torch's operators: what backward needs of it outside the time loop.
+"""Layer norm (Ba, Kiros & Hinton, 2016) by torch's own operators: what backward needs of it, in the loop and after it.
 
-LN(v) = gain * unit + bias, where unit = (v - mean(v)) * scale and scale = 1 / sqrt(var(v) + EPS), over the last
-dimension.
+LN(v) = gain * (v - mean(v)) * scale + bias, where scale = 1 / sqrt(var(v) + EPS), over the last dimension.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .problem import Unit
+from .problem import Normed
 
 EPS = 1e-5  # as torch.nn.LayerNorm
 
 
-def unit_of(v: Tensor, features: int) -> Unit:
-    """The Unit of v [..., N], N = `features`."""
-    exact = torch.promote_types(v.dtype, torch.float32)
-    unit, _, scale = torch.native_layer_norm(v.to(exact), (features,), None, None, EPS)
-    return Unit(unit.to(v.dtype), scale[..., 0])
+def normed_of(v: Tensor, gain: Tensor, features: int) -> Normed:
+    """What backward reads of LN(v), v [..., N], N = `features`."""
+    _, mean, scale = torch.native_layer_norm(v.float(), (features,), None, None, EPS)
+    # Beside moments in float32 torch's operator wants gains in the dtype of v on CUDA, in float32 on a CPU.
+    return Normed(v, mean, scale, gain.to(v.dtype) if v.is_cuda else gain.float())
 
 
-def gradient(d: Tensor, gain: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
-    """Gradient d of LN(v) [..., N] -> of v, in the dtype of d."""
-    exact = torch.promote_types(d.dtype, torch.float32)
-    d_unit, unit = d.to(exact) * gain, unit.to(exact)
-    of_v = d_unit - d_unit.mean(-1, keepdim=True) - unit * (d_unit * unit).mean(-1, keepdim=True)
-    return (scale[..., None] * of_v).to(d.dtype)
+def at(of: Normed, times: Any) -> Normed:
+    """The same of some times: an index, or several and that of each sequence."""
+    return Normed(of.v[times], of.mean[times], of.scale[times], of.gain)
 
 
-def backward(d: Tensor, gain: Tensor, unit: Unit) -> tuple[Tensor, Tensor]:
-    """Gradient d of LN(v) [T, B, N] -> gradients of v and the gain [N]."""
-    return gradient(d, gain, *unit), (d * unit.unit).sum((0, 1))
+def gradient(d: Tensor, of: Normed, features: int) -> Tensor:
+    """Gradient d of LN(v) [..., N] -> of v."""
+    given = d, of.v, (features,), of.mean, of.scale, of.gain
+    return torch.ops.aten.native_layer_norm_backward(*given, None, [True, False, False])[0]
+
+
+def gradients(d: Tensor, of: Normed, features: int) -> tuple[Tensor, Tensor]:
+    """Gradient d of LN(v) [T, B, N] -> of v, and of the gain [N], in the dtype of d; sums are in float32."""
+    given = d.float(), of.v.float(), (features,), of.mean, of.scale, of.gain.float()
+    dv, dgain, _ = torch.ops.aten.native_layer_norm_backward(*given, None, [True, True, False])
+    return dv.to(d.dtype), dgain.to(d.dtype)

@@ -88,6 +88,11 @@ class Problem(NamedTuple):
         return self.gain_hh or self.gain_c
 
     @property
+    def only_by_steps(self) -> bool:
+        """Whether something is in the middle of a step that only products and launches of each step run."""
+        return self.normalised or self.projects_in_loop
+
+    @property
     def exact_float32(self) -> bool:
         """Whether products are float32 without rounding, which tensor cores do not support."""
         return self.dtype is torch.float32 and self.precision == "ieee"
@@ -107,14 +112,13 @@ class Pass(NamedTuple):
     dh_n: bool = True  # of h_n
 
 
-class Unit(NamedTuple):
-    """What a layer norm computes at every step before its gain: values of mean 0 and variance 1, and their scale."""
+class Normed(NamedTuple):
+    """What backward reads of a layer norm of all steps, see layer_norm.py."""
 
-    unit: Tensor | None  # [..., N] in the dtype of what was normalised
-    scale: Tensor | None  # [...] float32, or float64
-
-
-NO_UNIT = Unit(None, None)
+    v: Tensor  # [T, B, N], what was normalised
+    mean: Tensor  # [T, B, 1] float32
+    scale: Tensor  # [T, B, 1] float32
+    gain: Tensor  # [N]
 
 
 class Recurrence(NamedTuple):
@@ -125,8 +129,8 @@ class Recurrence(NamedTuple):
     """
 
     inputs: Inputs
-    unit_hh: Unit = NO_UNIT  # for backward: [T, B, 4H], and scale [T, B]
-    unit_c: Unit = NO_UNIT  # for backward: [T, B, H] float32, and scale [T, B]
+    norm_hh: Normed | None = None  # for backward: of W_hh h [T, B, 4H]
+    norm_c: Normed | None = None  # for backward: of c [T, B, H] float32
 
 
 class Gradients(NamedTuple):

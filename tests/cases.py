@@ -80,7 +80,7 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
 def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module]:
     """What errors are measured by, and its module: torch's own, or our backend "torch" or "reference"."""
     own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "gru", "stack", *FORMS} - {"reverse"}
-    backend = "torch" if words <= own | {"reverse", "ragged", "resets", "always", "residual"} else "reference"
+    backend = "torch" if words <= own | {"reverse", "ragged", "resets", "residual"} else "reference"
     if words <= own and not is_wide(size):
         return backend, built(size, words, own=True)
     return backend, built(size, words, backend=backend)
@@ -110,8 +110,8 @@ def call_of(module: nn.Module, size: tuple[int, ...], words: set[str], seed: int
             rest["lengths"][0] = int("packed" in words)
         if batch > 1 or "packed" in words:
             rest["lengths"][-1] = steps
-    if words & {"resets", "always", "state", "states"}:
-        resets = torch.rand(steps, batch) < (1 if "always" in words else 0.4)
+    if words & {"resets", "state", "states"}:
+        resets = torch.rand(steps, batch) < 0.4
         resets[0, -1] |= batch > 2  # of the longest: states and gradients end before the first step, too
         rest["resets"] = resets.T if module.batch_first else resets
     if words & {"state", "states"}:

@@ -10,7 +10,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from gpu_lstm.kernels.triton_rnn import cooperative, exchange, features, fragments, norm_exchange, resident
+from gpu_lstm.kernels.triton_rnn import cooperative, exchange, features, fragments, resident
 
 FLOATS = {tl.float32: np.float32, tl.float16: np.float16}  # bfloat16 is wrong in the interpreter
 rounded_to_tf32 = fragments.to_tf32
@@ -102,7 +102,7 @@ def are_missing(words, left, phase, SIZE, STRIDE):
     return absent & (left.handle.data > n // SIZE * STRIDE + n % SIZE)
 
 
-for _module in (exchange, fragments, cooperative, norm_exchange, resident):
+for _module in (exchange, fragments, cooperative, resident):
     for _function in (to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect):
         if features.INTERPRETED and hasattr(_module, _function.__name__):
             setattr(_module, _function.__name__, _function)

@@ -28,8 +28,8 @@ from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.problem import power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Cooperative, Held, Plan, Step
-from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
-from gpu_lstm.kernels.triton_rnn.resident import plans as resident_plans
+from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.resident_plans import plans as resident_plans
 from gpu_lstm.kernels.triton_rnn.step_plans import step_plan
 
 INTERPRETED = launch.INTERPRETED
@@ -68,7 +68,7 @@ def resident(monkeypatch) -> None:
 
 def pointwise(monkeypatch) -> None:
     """Every launch is one step, after or before a product by torch."""
-    _force(monkeypatch, lambda problem, backward: pointwise_plan(problem))
+    _force(monkeypatch, lambda problem, backward: pointwise_plan(problem, backward))
 
 
 def step(monkeypatch, programs=3, yield_rate=0.05) -> None:

@@ -19,8 +19,8 @@ from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
 from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES, INTERPRETER, Held, Plan
-from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, INTERPRETER, Plan
+from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
@@ -144,20 +144,12 @@ def as_a_card(monkeypatch):
 def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) -> Plan:
     """The first plan of a family of kernels, also where it is not proposed since it is slower.
 
-    Of the step family: held, where programs hold W_hh; split, backward with products of parts of K; step, without.
+    Split: of the step family, backward with products of parts of K.
     """
-    every = choose.plans(problem, card, backward)
-    if (by_product := pointwise_plan(problem.of_head)) is not None:
-        every += [dataclasses.replace(by_product, heads=problem.heads)]
-
-    def fits(plan: Plan) -> bool:
-        if family == "held":
-            return isinstance(plan.family, Held)
-        if family not in ("split", "step"):
-            return plan.family.name == family
-        return plan.family.name == "step" and (plan.family.parts > 1) == (family == "split" and backward)
-
-    return next(filter(fits, every))
+    by_product = dataclasses.replace(pointwise_plan(problem.of_head, backward), heads=problem.heads)
+    every, in_parts = [*choose.plans(problem, card, backward), by_product], family == "split" and backward
+    family = "step" if family == "split" else family
+    return next(p for p in every if p.family.name == family and (family != "step" or (p.family.parts > 1) == in_parts))
 
 
 def flat(results):

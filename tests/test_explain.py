@@ -23,7 +23,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import choose, launch
 from gpu_lstm.kernels.triton_rnn.choose import plans
 from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER
-from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
 
 pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
               pytest.mark.usefixtures("nothing_cached")]  # fmt: skip
@@ -122,18 +122,20 @@ def test_a_call_in_which_only_states_to_reset_to_learn_is_training(learns):
     assert [each.name for each in layer.passes] == ["forward", "backward"][: 1 + learns]
 
 
-@pytest.mark.parametrize(("training", "family", "norms", "launches"), [
-    (False, "step", False, 6), (True, "pointwise", False, 4 * len(X)), (True, "pointwise", True, 8 * len(X)),
+@pytest.mark.parametrize(("training", "options", "launches"), [
+    (False, {}, 6), (True, {}, 4 * len(X)), (True, dict(layer_norm=True), 8 * len(X)),
+    (True, dict(proj_size=2, zoneout=0.1), 8 * len(X)), (True, dict(proj_size=2), 4),
 ])  # fmt: skip
-def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, norms, launches):
-    """With a workspace for few steps, so that there are chunks where nothing is kept for backward."""
+def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, options, launches):
+    """With a workspace for few steps, so that there are chunks where nothing is kept for backward. A layer norm or a
+    projection in the loop divides a step into two."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
-    if family == "pointwise":
+    if training and not options:
         for module in (choose, launch):
-            monkeypatch.setattr(module, "candidates", lambda problem, *_: [pointwise_plan(problem)])
+            monkeypatch.setattr(module, "candidates", lambda problem, *_: [pointwise_plan(problem, False)])
     launched = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", launched)
-    lstm = gpu_lstm.LSTM(4, 5, 2, layer_norm=norms, backend="triton")
+    lstm = gpu_lstm.LSTM(4, 5, 2, backend="triton", **options)
     with torch.set_grad_enabled(training):
         found, (y, _) = gpu_lstm.explain(lstm, X), lstm(X)
         if training:

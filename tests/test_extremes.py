@@ -145,11 +145,8 @@ def test_more_than_kernels_can_count_to_is_refused(launcher, name, steps, batch,
 F16 = torch.float16
 HUGE = {
     "step, rows": ("step", Problem(3, 2**30, 5, F16)),
-    "step, rows, projection": ("step", Problem(3, 2**30, 5, F16, projected=3)),
     "step, rows, masks": ("step", Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
-    "step, rows, norms": ("step", Problem(3, 2**30, 5, F16, gain_hh=True, gain_c=True, bias_c=True)),
     "step, W_hh": ("step", Problem(2, 17, 23_200, F16)),
-    "step, W_hh and W_hr": ("step", Problem(2, 17, 46_400, F16, projected=46_400)),
     "split, rows": ("split", Problem(3, 2**30, 64, F16)),  # where a program has a tile of products and one of cells
     "split, W_hh": ("split", Problem(2, 17, 23_232, F16)),
     "resident, rows": ("resident", Problem(3, 2**30, 5, F16)),
@@ -173,7 +170,7 @@ def _launches(name: str, backward: bool) -> list:
     plan = plan_of("step" if family == "split" else family, problem, backward)  # whose tiles are those of parts, too
     # No more than a tile for each program, and wide tiles of K, so that the interpreter is soon done.
     if family in ("step", "split"):
-        tiles = ceil(problem.batch / plan.rows) * ceil(max(problem.hidden, problem.projected) / plan.units)
+        tiles = ceil(problem.batch / plan.rows) * ceil(problem.hidden / plan.units)
         parts = 4 if family == "split" and backward else 1
         plan = dataclasses.replace(plan, family=Step(4096, parts), programs=tiles)
     else:

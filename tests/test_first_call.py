@@ -128,13 +128,12 @@ def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step"])
+@pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "held"])
 def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     """Its warps, stages, registers, programs; and cooperatively wherever programs wait for each other."""
-    batch, hidden, steps = 40, 64, 4
+    batch, hidden, steps = 40, 256 if family in ("cooperative", "held") else 64, 4
     problem = Problem(steps, batch, hidden, torch.float16)
-    of = problem._replace(hidden=256) if family == "cooperative" else problem
-    plan = plan_of(family, of, backward)
+    plan = plan_of(family, problem, backward)
     h, record = torch.zeros(steps, batch, hidden).half(), Mock()
     gates, r = launch.call_of(problem, torch.device("cpu"))
     monkeypatch.setattr(launch, "launch_kernel", record)
@@ -150,7 +149,7 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     assert kernel.__name__ == f"{family}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
     options = dict(num_warps=plan.num_warps, maxnreg=min(255, 65536 // (32 * plan.num_warps)), enable_fp_fusion=True)
-    options["launch_cooperative_grid"] = family in ("cooperative", "step")
+    options["launch_cooperative_grid"] = family in ("cooperative", "step", "held")
     if family == "step":
         options["num_stages"] = plan.num_stages
     assert {name: arguments.get(name, False) for name in options} == options
@@ -408,11 +407,12 @@ def test_the_first_call_does_not_import_torchs_compiler():
     code = """if True:
         import sys, torch
         from gpu_lstm.kernels.problem import Pass, Problem
-        from gpu_lstm.kernels.triton_rnn import choose, launch, planning, pointwise
+        from gpu_lstm.kernels.triton_rnn import choose, launch, planning, pointwise_plans
         for backward, hidden in ((False, 64), (False, 768), (True, 768), (True, 1024)):
             problem = Problem(2, 64, hidden, torch.float16, resets=True, dropout_h=True)
             plans = choose.plans(problem, planning.DEVICES["h100"], backward)
-            for plan in {plan.family.name: plan for plan in (*plans, pointwise.pointwise_plan(problem))}.values():
+            plans += [pointwise_plans.pointwise_plan(problem, backward)]
+            for plan in {plan.family.name: plan for plan in plans}.values():
                 assert launch.recorded_launches(problem, Pass(backward), plan), plan
         assert "torch._dynamo" not in sys.modules
     """

@@ -20,6 +20,8 @@ from places import INTERPRETED, KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.backends import schedule
+from gpu_lstm.kernels import by_steps
+from gpu_lstm.kernels.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -58,14 +60,12 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
      (1, "4,3,3,3", "residual masks ragged resets"),
      (1, "4,18,3,40", "heads ragged resets both"), (1, "1,3,3,15", "three-heads")),
     ("triton", F16, (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks")),
-    # Several programs with a grid-wide barrier: 3 tiles; 4 tiles, and 6 of h; two tiles of units
+    # Several programs with a grid-wide barrier: 3 tiles; 4 tiles; two tiles of units
     ("step", F32, (1, "4,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
-     (1, "3,18,3,20,33", "layer ragged resets both"), (1, "5,3,3,11", OF_ALL),
-     (1, "4,18,3,40", "heads ragged resets")),
-    ("step", F16, (1, "4,3,3,40,5", f"{ONCE} masks"), (1, "4,3,3,15", f"three-heads {ONCE} masks")),
+     (1, "3,18,3,20,33", "layer ragged resets both"), (1, "4,18,3,40", "heads ragged resets")),
+    ("step", F16, (1, "4,3,3,40,5", ONCE), (1, "4,3,3,15", f"three-heads {ONCE} masks")),
     # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone
-    ("split/4", F32, (1, "3,18,3,70", "ragged resets", "heads resets"), (1, "4,3,3,20,70", "layer states peepholes"),
-     (1, "5,3,3,11", OF_HH)),
+    ("split/4", F32, (1, "3,18,3,70", "ragged resets", "heads resets"), (1, "4,3,3,20,70", "layer states peepholes")),
     # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
     ("held", F32, (1, "4,35,3,18", MIX), (1, "3,18,3,15", "three-heads ragged resets")),
     ("held", F16, (1, "4,18,3,40", f"{ONCE} masks", f"heads {ONCE} masks"), (1, "3,3,3,18", "no-grad both")),
@@ -73,11 +73,11 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("held/ahead", F32, (1, "4,35,3,18", MIX), (1, "3,35,3,36", "heads ragged")),
     # Whole sequences in one launch of programs that need nobody
     ("resident", F32, (2, "4,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), (1, "3,11,3,33", "no-hx deep")),
-    ("resident", F16, (1, "5,3,3,7", MIX), (2, "5,3,3,11", f"{OF_ALL} both"),
+    ("resident", F16, (1, "5,3,3,7", MIX), (2, "5,3,3,11", f"{ONCE} both"),
      (1, "4,11,3,22", "heads ragged states masks"), (1, "3,3,3,33", "three-heads both")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
     ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "4,3,3,8", "chunks resets")),
-    ("cooperative/4/1/4", F16, (1, "5,3,3,11", OF_ALL)),  # 3 and 4 programs, of which one has no units
+    ("cooperative/4/1/4", F16, (1, "5,3,3,11", ONCE)),  # 3 and 4 programs, of which one has no units
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),  # three batch tiles in two groups
     ("cooperative/8/1/4", F16, (1, "4,3,3,33", "ragged resets")),  # a row ends in half a word
     ("cooperative/8/2/4", F32, (1, "3,20,3,32", "heads ragged states masks")),  # groups of each head
@@ -146,20 +146,19 @@ DEEP = [
     ("triton", F32, (1, "1,17,5,33", "both"), (2, "2,1,2,130", ""), (1, "3,17,3,33", OF_ALL),
      (1, "4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c")),
     ("step", F32, (1, "3,1,3,20", "unbatched expected state")),
-    ("split/4", F32, (1, "1,3,3,40", MIX), (1, "5,3,3,11", f"{OF_C} both")),
-    ("split/8", F16, (1, "5,3,3,10", OF_ALL), (1, "4,18,3,40", f"{ONCE} masks", "gru ragged states masks")),
+    ("split/4", F32, (1, "1,3,3,40", MIX)),
+    ("split/8", F16, (1, "5,3,3,10", ONCE), (1, "4,18,3,40", f"{ONCE} masks", "gru ragged states masks")),
     ("held", F32, (1, "4,18,3,18,7", "deep states")), ("held/2", F32, (1, "4,35,3,18", "")),
     ("held/4", F32, (1, "4,35,3,20", "gru ragged resets")), ("held/4", F16, (1, "4,18,3,40", f"{ONCE} masks")),
     ("held/ahead", F16, (1, "4,50,3,18", f"{ONCE} masks")),
     ("held/ahead", F32, (1, "3,3,3,18", "deep no-hx expected")),
     ("resident", F16, (1, "5,3,3,11", "peepholes states expected")),
     ("cooperative/4/1/4", F32, (1, "5,3,3,11,5", "ragged states"), (1, "12,2,2,6", "ragged resets"),
-     (1, "3,2,3,36", "norms"), (1, "5,3,3,11", f"{MOST} masks")),  # more programs, 9, than threads of a row, 8
-    ("cooperative/4/1/4", F16, (1, "4,9,3,20", OF_HH), (1, "5,3,3,11", "states peepholes expected")),
-    ("cooperative/8/2/4", F32, (1, "3,17,3,20", OF_C)), ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "packed")),
-    ("cooperative/8/1/4", F16, (1, "4,3,3,33", OF_C)), ("cooperative/8/1/2", F32, (1, "4,3,3,20", OF_ALL)),
+     (1, "5,3,3,11", f"{MOST} masks")),
+    ("cooperative/4/1/4", F16, (1, "5,3,3,11", "states peepholes expected")),
+    ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "packed")), ("cooperative/8/1/2", F32, (1, "4,3,3,20", ONCE)),
     ("cooperative/8/1/2", F16, (1, "4,9,3,33", "gru ragged resets")),
-    ("cooperative/16/1/1", F32, (1, "5,3,3,20", OF_HH), (1, "4,9,3,36", OF_C), (1, "5,3,3,11", "gru expected states")),
+    ("cooperative/16/1/1", F32, (1, "5,3,3,11", "gru expected states")),
     ("cooperative/8/1/2", F32, (1, "2,3,3,86", "heads both peepholes")),  # several chunks, of words that lie apart
     ("cooperative/16/1/1", F32, (1, "2,3,3,140", "heads", "gru heads")),
 ]  # fmt: skip
@@ -182,8 +181,6 @@ def cases(*backends: str) -> pytest.MarkDecorator:
 def every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device="cpu", **how) -> None:
     backend, force = KERNELS[place]
     options = dict(device=device) if backend == "cupy" else {}
-    if place.startswith("cooperative") and "norm" in words:
-        options = dict(yield_rate=0.2)
     force(monkeypatch, **options)
     if "chunks" in words:  # of two steps
         monkeypatch.setattr(schedule, "WORKSPACE", 2 * size[1] * 4 * size[3] * dtype.itemsize)
@@ -215,6 +212,18 @@ def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
 @cases("cupy")
 def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, host_or_card)
+
+
+@forced
+@fresh_memory_is_nan
+@pytest.mark.parametrize("place", ["pointwise", "cupy"])
+def test_a_projection_that_is_much_smaller_stays_in_the_loop(monkeypatch, place):
+    size = 4, 5, 3, 9, 3
+    assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
+    monkeypatch.setattr(by_steps, "LEAST_SAVED", 0)
+    assert by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
+    assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 8))
+    every_result_and_gradient(monkeypatch, place, F32, 2, size, MIX)
 
 
 @pytest.mark.gpu
@@ -260,12 +269,12 @@ EVERYWHERE = [
     ("reference", "gru states zoneout both", None), ("triton", "gru states zoneout", F16),
     ("cupy", "gru resets both", F16), ("cupy", "gru states zoneout", F32),
     *(pytest.param(*case, marks=forced) for case in (
-        ("resident", "states peepholes norms zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16),
+        ("resident", "states peepholes zoneout both", None), ("cooperative/4/1/4", "states zoneout", F16),
         ("resident", "gru states zoneout both", None), ("cooperative/4/1/4", "gru states zoneout", F16),
         ("resident", "heads states zoneout", None), ("cooperative/4/1/4", "heads states zoneout", F16))),
     *(pytest.param(*case, marks=[forced, pytest.mark.deep]) for case in (
-        ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes norms zoneout", None),
-        ("cooperative/4/1/4", "states peepholes norms zoneout", None), ("pointwise", "gru states zoneout both", F16),
+        ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes zoneout", None),
+        ("cooperative/4/1/4", "states peepholes zoneout", None), ("pointwise", "gru states zoneout both", F16),
         ("step", "gru states zoneout", None))),
 ]  # fmt: skip
 

@@ -71,6 +71,19 @@ def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, d
     assert torch.backends.cudnn.allow_tf32 == switch
 
 
+def test_plan_shows_what_layer_norms_take(capsys):
+    """More launches at every step, of products, kernels and the norms."""
+    asked = ["plan", "--device", "h100", "--hidden", "1024", "--batch", "4096", "--json"]
+    plain, normed = (printed_by(capsys, *asked, *more) for more in ([], ["--layer-norm"]))
+    for way in ("forward", "backward"):
+        assert normed[way]["plan"]["family"] == plain[way]["plan"]["family"] == "pointwise"
+        assert "5 launches for each step" in normed[way]["plan"]["why"]
+        of_plain, of_normed = (found[way]["expected_terms"]["launches"] for found in (plain, normed))
+        assert of_normed == pytest.approx(of_plain * 5 / 2)
+    assert main([*asked, "--layer-norm", "--cell", "gru"]) == 2
+    assert capsys.readouterr().err == "--layer-norm is of an LSTM without heads, got gru with 1\n"
+
+
 @pytest.mark.parametrize(("steps", "counted"), [("1", 1), ("2", 2), ("1024", 2)])
 def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, counted):
     asked = Mock(side_effect=plans)

@@ -45,9 +45,8 @@ def run(family: str, T: int = 2, H: int = H, module: type[nn.Module] = gpu_lstm.
 
 # The last element of some is not needed: the error's is the host's, c of the last step is computed again.
 @pytest.mark.parametrize(("family", "options", "unread"), [
-    ("step", NORMS, "error_ptr"), ("step", PEEPHOLES | dict(proj_size=5), "error_ptr"),
-    ("split/4", PEEPHOLES, "error_ptr"), ("held/ahead", PEEPHOLES, "error_ptr"), ("held/2", PEEPHOLES, "error_ptr"),
-    ("resident", NORMS, ""), ("cooperative/4/1/4", NORMS, "error_ptr"), ("pointwise", PEEPHOLES | dict(T=3), "c_ptr"),
+    *((family, PEEPHOLES, "error_ptr") for family in ("step", "split/4", "held/ahead", "held/2", "cooperative/4/1/4")),
+    ("resident", PEEPHOLES, ""), ("pointwise", PEEPHOLES | dict(T=3), "c_ptr"),
     *((family, GRU, "error_ptr") for family in ("step", "held/ahead", "held/2", "cooperative/4/1/4")),
     ("split/4", GRU | dict(H=8), "error_ptr"),  # whose 3H has four parts
     ("resident", GRU, ""), ("pointwise", GRU | dict(T=3), "c_ptr"),

@@ -15,7 +15,7 @@ from gpu_lstm.kernels.cards import KB
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import planning
-from gpu_lstm.kernels.triton_rnn.choose import FAMILIES, expected_seconds, plans
+from gpu_lstm.kernels.triton_rnn.choose import FAMILIES, always, expected_seconds, plans
 from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
 from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
 from gpu_lstm.kernels.triton_rnn.step_plans import held_plans, split_plans, step_plan
@@ -107,12 +107,15 @@ def test_any_number_of_heads_has_a_plan(backward):
 @both_ways
 @pytest.mark.parametrize(("dtype", "precision"), [(BF16, "ieee"), (torch.float32, "tf32")])
 def test_large_steps_are_products_by_cublas(dtype, precision, backward):
-    """Of many sequences and units, also a single one; not where something is between products and cells."""
+    """Of many sequences and units, also a single one; and all of what has something in the middle of a step."""
     for (batch, hidden), steps in itertools.product(((4096, 1024), (1024, 1024), (1024, 2048)), (1, 4)):
         problem = Problem(steps, batch, hidden, dtype, precision=precision)
         assert plans(problem, H100, backward)[0].family.name == POINTWISE
-        for change in (dict(gain_hh=True), dict(projected=hidden // 2, dropout_h=True)):
-            assert POINTWISE not in [plan.family.name for plan in plans(problem._replace(**change), H100, backward)]
+        for change in (dict(gain_hh=True), dict(gain_c=True), dict(projected=hidden // 2, dropout_h=True)):
+            small = problem._replace(batch=3, hidden=64, **change)
+            for only in (problem._replace(**change), small, small._replace(batch=0)):
+                assert plans(only, H100, backward) == [always(only, H100, backward)]
+                assert always(only, H100, backward).family.name == POINTWISE
 
 
 @both_ways
@@ -134,7 +137,7 @@ def test_what_divides_a_step_by_cublas_costs_launches_and_a_small_projection_sav
 @both_ways
 @pytest.mark.parametrize("change", [dict(projected=48), dict(dropout_h=True)], ids=str)
 def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change):
-    """But for the step family, which has a projection in the time loop, and smaller tiles with noise."""
+    """But for the step family, which has smaller tiles with noise."""
     for hidden in (64, 768):
         plain = Problem(128, 16, hidden, BF16)
         both = (plans(problem, H100, backward) for problem in (plain, plain._replace(**change)))
@@ -148,13 +151,13 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
     (384, 512, (64, 32, 4)), (1024, 128, (64, 16, 8)), (640, 256, (128, 16, 8)),
 ])  # fmt: skip
 def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
-    """First on an H100. Never forward, with more rounds, without tensor cores, or where a part is not read in words."""
+    """First on an H100. Never forward, without tensor cores, or where a part is not read in words."""
     problem = Problem(128, batch, hidden, BF16)
     first, second = split_plans(problem, H100, True)
     assert ((first.rows, first.units, first.family.parts), plans(problem, H100, True)[0]) == (tiles, first)
     assert second in plans(problem, H100, True)
     assert split_plans(problem, H100, False) == []
-    for change in (dict(projected=64), dict(gain_c=True), dict(dtype=torch.float32), dict(hidden=66)):
+    for change in (dict(dtype=torch.float32), dict(hidden=66)):
         assert split_plans(problem._replace(**change), H100, True) == []
     assert {plan.family.parts for plan in split_plans(problem._replace(hidden=hidden - 8), H100, True)} == {4}
 
@@ -173,9 +176,7 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
     assert (found, plans(problem, H100, backward)[0]) == ((*tile, 1)[:5], first)
     assert len(others) <= 2
     assert held_plans(problem, DEVICES["b200"], backward) == []
-    norms, noise = dict(gain_c=True), dict(projected=64, dropout_h=True)
-    exact = dict(dtype=torch.float32, precision="ieee")
-    for change in (norms, noise, exact, dict(hidden=128), dict(hidden=520)):
+    for change in (dict(dtype=torch.float32, precision="ieee"), dict(hidden=128), dict(hidden=520)):
         assert held_plans(problem._replace(**change), H100, backward) == []
 
 
@@ -190,10 +191,8 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k():
     assert [(units, k) for units, k in found if units > 64 and k > 256] == []
 
 
-def test_a_projection_with_noise_and_a_single_step_use_the_step_family():
-    noisy = Problem(128, 16, 128, BF16, projected=64, dropout_h=True)
-    for problem in (noisy, Problem(1, 16, 128, BF16)):
-        assert [plan.family.name for plan in plans(problem, H100, False)] == [STEP]
+def test_a_single_step_uses_the_step_family():
+    assert [plan.family.name for plan in plans(Problem(1, 16, 128, BF16), H100, False)] == [STEP]
 
 
 def test_a_plan_does_not_depend_on_the_number_of_steps():

@@ -79,7 +79,7 @@ def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehe
     """Every argument in its position; the grid; and all programs resident at once where they wait, and only there."""
     results = rehearse("arguments", TRITON_CACHE_DIR=str(tmp_path / "triton"))  # where nothing was compiled before
     families, precisions = ({result[key] for result in results} for key in ("family", "precision"))
-    assert len(families) == len(precisions) == 4
+    assert (len(families), len(precisions)) == (5, 4)
     for each in results:
         first, steps = each["steps"] == 5, each["steps"] if each["family"] == "pointwise" else 1
         assert each["mistakes"] == [], each["case"]
@@ -87,7 +87,7 @@ def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehe
         assert len(each["launches"]) == steps, each["case"]
         for launched in each["launches"]:
             assert [*launched["grid"], launched["threads"]] == each["size"], each["case"]
-            assert launched["waits"] == (each["family"] in ("cooperative", "step")), each["case"]
+            assert launched["waits"] == (each["family"] in ("cooperative", "step", "held")), each["case"]
             assert launched["result"] == 0, each["case"]
 
 

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import threading
-import time
 from functools import partial
 
 import interpreted
@@ -23,6 +21,7 @@ from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_rnn import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_rnn import exchange, fragments, launch
+from gpu_lstm.kernels.triton_rnn import held as held_kernels
 from gpu_lstm.kernels.triton_rnn import step as step_kernels
 
 pytestmark = [
@@ -30,20 +29,6 @@ pytestmark = [
     pytest.mark.usefixtures("nan_in_fresh_memory"),
 ]
 F32, F16 = torch.float32, torch.float16
-
-
-def test_programs_of_a_norm_wait_for_each_other_where_every_step_is_reset(monkeypatch):
-    """No step needs the h of others, but nobody may run ahead of one who has yet to read the numbers of his units."""
-    cooperative(monkeypatch, units=4)
-    look = interpreted.look
-
-    def look_late(words, GROUPS, SIZE, *strides):
-        if SIZE == 2 and threading.current_thread().index[0] == 0:
-            time.sleep(0.1)
-        return look(words, GROUPS, SIZE, *strides)
-
-    monkeypatch.setattr(interpreted, "look", look_late)
-    check((4, 2, 3, 11), "always norm-c", "triton", F32, seeds=1)
 
 
 @pytest.mark.parametrize(("cell", "family"), [
@@ -93,7 +78,7 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
 
 # A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
 # constants are numbers.
-count_missing, wait_for_tile = interpreted.count_missing, step_kernels.wait_for_tile
+count_missing, wait_for_tile = interpreted.count_missing, held_kernels.wait_for_tile
 
 
 def announce_early(word_ptr, words, mask):
@@ -123,7 +108,7 @@ def barrier_after_some(even):
 
 
 HELD = {"held": {}, "ahead": dict(asks_ahead=True), "parts": dict(parts=2)}
-BARRIER, TILE = (step_kernels, "grid_barrier"), (step_kernels, "wait_for_tile")
+BARRIER, TILE = (step_kernels, "grid_barrier"), (held_kernels, "wait_for_tile")
 COUNT = interpreted, "count_missing"
 OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
     "published before the data": ((cooperative_kernels, "publish"), announce_early, ""),
@@ -131,8 +116,6 @@ OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
     "no repeated load, GRU": (COUNT, lambda *_: 0, "gru"),
     "the phase is not looked at": (COUNT, any_phase, ""),
     "nor that of a GRU": (COUNT, any_phase, "gru"),
-    "nor that of a norm of W_hh h": (COUNT, any_phase, "norm-hh"),
-    "nor that of a norm of c": (COUNT, any_phase, "norm-c"),
     "none": (COUNT, count_missing, ""),
 }
 OF_TILES = {  # of those that hold W_hh
@@ -151,7 +134,6 @@ FAULTS = [  # how kernels are forced, which of them are faulty, where the fault 
       for words in ("", "gru")),
     pytest.param(partial(held, yield_rate=0.3), "", TILE, OF_TILES["no wait"], (5, 18, 3, 40), "gru", F32,
                  id="no wait-held gru"),
-    pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40, 5), "", F32, id="no barrier, projection"),
     *(pytest.param(by_parts, "backward", BARRIER, barrier_after_some(after == "products"), (5, 3, 3, 40), "", F32,
                    id=f"no barrier after {after}") for after in ("products", "cells")),
     *(pytest.param(partial(held, yield_rate=0.3, **HELD[way]), "", TILE, fault,
@@ -199,37 +181,37 @@ def one_tile_more(arrivals_ptr, batch_tile, times, *given):
     return wait_for_tile(arrivals_ptr, batch_tile, times + 1, *given)
 
 
-WAYS_OF_STEP = {"": step, "split": split} | {way: partial(held, **options) for way, options in HELD.items()}
+WAYS = {"": partial(cooperative, units=4), "step": step, "split": split}
+WAYS |= {way: partial(held, **options) for way, options in HELD.items()}
 LATE_BARRIER, LATE_TILE = (*BARRIER, one_arrival_more), (*TILE, one_tile_more)
-FAULTS_OF_WAITS = [  # the kernel and how it is forced, the size of a projection, and the fault
-    ("cooperative_forward_kernel", 0, (cooperative_kernels, "publish", lambda *_: None)),
-    ("cooperative_backward_kernel", 0, (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
-    ("step_backward_kernel split", 0, LATE_BARRIER), ("step_backward_kernel split", 4, LATE_BARRIER),
-    *((f"step_{direction}_kernel {way}".rstrip(), projected, LATE_TILE if way else LATE_BARRIER)
-      for direction, way in itertools.product(("forward", "backward"), ("", *HELD))
-      for projected in ((0,) if way in ("ahead", "parts") else (0, 4))),
+FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
+    ("cooperative_forward_kernel", (cooperative_kernels, "publish", lambda *_: None)),
+    ("cooperative_backward_kernel", (cooperative_kernels, "in_phase", lambda words, phase: words & -2)),
+    ("step_backward_kernel split", LATE_BARRIER),
+    ("step_forward_kernel step", LATE_BARRIER), ("step_backward_kernel step", LATE_BARRIER),
+    *((f"held_{direction}_kernel {way}", LATE_TILE)
+      for direction, way in itertools.product(("forward", "backward"), HELD)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kernel", "projected", "fault", "kind"), [
+@pytest.mark.parametrize(("kernel", "fault", "kind"), [
     *((*each, "LSTM") for each in FAULTS_OF_WAITS),
-    *((name, 0, fault, "GRU") for name, projected, fault in FAULTS_OF_WAITS if not projected
-      and ("cooperative" in name or name in ("step_backward_kernel", "step_forward_kernel held"))),
+    *((name, fault, "GRU") for name, fault in FAULTS_OF_WAITS
+      if "cooperative" in name or name in ("step_backward_kernel step", "held_forward_kernel held")),
 ])  # fmt: skip
-def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, projected, fault, kind):
+def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     kernel, _, way = kernel.partition(" ")
     torch.manual_seed(0)
-    options, sizes = {"proj_size": projected} if projected else {}, [(5, 3, 3), (1, 3, projected or 8), (1, 3, 8)]
-    module = getattr(gpu_lstm, kind)(3, 8, backend="triton", **options)
-    x, *state = (torch.randn(size, requires_grad=True) for size in sizes[: 3 if kind == "LSTM" else 2])
+    module = getattr(gpu_lstm, kind)(3, 8, backend="triton")
+    sizes = [(5, 3, 3), (1, 3, 8), (1, 3, 8)][: 3 if kind == "LSTM" else 2]
+    x, *state = (torch.randn(size, requires_grad=True) for size in sizes)
     hx = tuple(state) if kind == "LSTM" else state[0]
 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, *state))
 
-    force = WAYS_OF_STEP[way] if "step" in kernel else partial(cooperative, units=4)
-    force(monkeypatch)
+    WAYS[way](monkeypatch)
     h, states = module(x, hx)
     right = h, *states, *gradients(h)
     launch_with(monkeypatch, *fault, kernel, few_polls)

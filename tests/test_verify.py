@@ -27,7 +27,7 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import equations, fragments, indexing, launch, noise, norm, norm_tiles, reset, states
+from gpu_lstm.kernels.triton_rnn import cells, equations, fragments, indexing, launch, noise, reset, states
 from gpu_lstm.kernels.triton_rnn import step as step_family
 from gpu_lstm.kernels.triton_rnn.choose import plans
 from gpu_lstm.kernels.triton_rnn.equations import gru, lstm, slstm
@@ -78,11 +78,14 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch, recorded
     lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
     for pass_ in (Pass(), Pass(True, dh_n=False)):
         _verify(HALF._replace(**RAGGED, **NORMS, weight_peephole=True, reset_c=True), pass_)
-    *calls, forward, backward = [
-        (each.args[0], {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()})
-        for each in recorded.call_args_list
-    ]
-    assert calls == [forward, backward]
+    launches = {}  # of each part of a step, the kinds: of two parts, since c is normalised
+    for each in recorded.call_args_list:
+        kind = {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()}
+        launches.setdefault((each.args[0].__name__, each.kwargs["S"][-2:]), []).append(kind)
+    assert len(launches) == 4
+    for kinds in launches.values():
+        assert len(kinds) == 3 + verify.STEPS
+        assert all(kind == kinds[0] for kind in kinds)
 
 
 @pytest.mark.parametrize("name", ["x", "h0", "c0", "weight_hh", "reset_h", "reset_c"])
@@ -178,7 +181,7 @@ def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
 
 # Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
 cell_forward, lstm_backward, sequences = equations.cell_forward, lstm.lstm_backward, indexing.sequences
-load_constants, load_affine = states.load_constants, norm.load_affine
+load_constants = states.load_constants
 gru_forward, gru_backward, tanh = gru.gru_forward, gru.gru_backward, lstm.tanh
 
 
@@ -209,10 +212,6 @@ FAULTS = {  # of each option of a call: the device function, and what stands in 
     "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
         length=tl.zeros_like(index) + batch.T)),
     "zeros for the state given": ("reset_to", lambda before, *_: before),
-    "norms: gain of the next unit": ("load_affine", lambda of, unit, count, H: (
-        load_affine(of, (unit + 1) % H, count, H)[0], load_affine(of, unit, count, H)[1])),
-    "norms: nothing through the deviation": (
-        "normalise_backward", lambda d, unit, scale, mean_d, _: scale * (d - mean_d)),
 }  # fmt: skip
 GRU_FAULTS = {
     "b_hn outside r": ("gru_forward", gru_with(lambda x, s, r, b: tanh(x[2] + b[2] + r * (s - b[2])))),
@@ -229,7 +228,7 @@ FIRST = *list(FAULTS)[:4], "GRU: b_hn outside r", "GRU: r and z swapped", "GRU: 
 def plant(monkeypatch, fault: str) -> None:
     """A fault wherever kernels of the step family find the function."""
     name, function = FAULTS[fault]
-    for module in (step_family, fragments, indexing, states, noise, reset, norm, norm_tiles, equations, lstm):
+    for module in (step_family, cells, fragments, indexing, states, noise, reset, equations, lstm):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)
 
@@ -242,8 +241,6 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
     if "GRU" in fault:
         problem = problem._replace(**OF_GRU)
     plant(monkeypatch, fault)
-    if "norms" in fault:
-        problem = problem._replace(**NORMS)
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")

@@ -32,7 +32,8 @@ FAMILIES = {  # by what the names of their kernels begin with
     "resident": "Resident: W_hh in the registers of one program",
     "cooperative": "Cooperative: W_hh in the registers of many programs",
     "pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
-    "step": "Step: W_hh read from L2 at every step, or held in shared memory",
+    "held": "Held: W_hh in shared memory",
+    "step": "Step: W_hh read from L2 at every step",
     ("after", "before"): "CUDA C++, through CuPy: a launch a step, next to a product by cuBLAS",
 }
 NOTES = """In a case B is sequences, H hidden units, P projected features; *ragged*: with lengths, and resets to given

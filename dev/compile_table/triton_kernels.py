@@ -81,7 +81,7 @@ class Case:
         name += f" B={p.batch} H=" + f"{p.heads}x" * (p.heads > 1) + f"{p.hidden // p.heads}"
         name += f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
         name += {"lstm": "", "gru": " GRU", "slstm": " sLSTM"}[p.cell]
-        name += " peepholes" * p.weight_peephole + " layer norm" * p.normalised
+        name += " peepholes" * p.weight_peephole
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
@@ -90,7 +90,6 @@ VARIANTS = {
     "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training
     "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
     "peepholes": dict(weight_peephole=True),
-    "norms": dict(gain_hh=True, gain_c=True, bias_c=True),
     "gru": dict(cell="gru"),
     "slstm": dict(cell="slstm"),
     "heads": dict(heads=4),
@@ -112,17 +111,16 @@ def cases(h100: bool) -> list[Case]:
 
 
 def step_cases() -> list[Case]:
-    """Every dtype, precision and architecture; with a projection and without; regularised and not; and variants."""
+    """Every dtype, precision and architecture; regularised and not; and variants."""
     cards = [Card(architecture, 1) for architecture in STEP_ARCHITECTURES]
     kinds = (
-        (16, 768, 0, ""), (64, 130, 33, "ragged"), (64, 130, 0, "ragged masks"), (64, 130, 33, "ragged masks"),
-        (64, 130, 0, "ragged rates"), (16, 768, 0, "peepholes"), (64, 130, 33, "ragged masks peepholes"),
-        (16, 768, 0, "norms"), (64, 130, 0, "ragged masks peepholes norms"), (64, 130, 0, "ragged masks gru"),
-        (64, 520, 0, "ragged masks heads"), (64, 130, 0, "ragged slstm"), (64, 520, 0, "slstm heads"),
+        (16, 768, ""), (64, 130, "ragged"), (64, 130, "ragged masks"), (64, 130, "ragged rates"),
+        (16, 768, "peepholes"), (64, 130, "ragged masks peepholes"), (64, 130, "ragged masks gru"),
+        (64, 520, "ragged masks heads"), (64, 130, "ragged slstm"), (64, 520, "slstm heads"),
     )  # fmt: skip
     return [
-        Case(problem_with(Problem(2, batch, hidden, dtype, projected, precision), words), backward, card, True)
-        for (dtype, precision), (batch, hidden, projected, words), backward, card
+        Case(problem_with(Problem(2, batch, hidden, dtype, 0, precision), words), backward, card, True)
+        for (dtype, precision), (batch, hidden, words), backward, card
         in itertools.product(PRECISIONS, kinds, (False, True), cards)
     ]  # fmt: skip
 
@@ -140,15 +138,12 @@ def split_cases() -> list[Case]:
 
 def sequence_cases() -> list[Case]:
     """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; variants."""
-    every = "ragged masks peepholes norms"
     kinds = [(batch, hidden, "") for hidden, batch in itertools.product(HIDDEN, BATCHES)]
     kinds += [(512, 256, ""), (1024, 256, "")]  # where programs of the step family hold W_hh
     kinds += itertools.product((16,), (64, 768), ("masks", "rates", "ragged masks", "ragged rates"))
     kinds += itertools.product((16,), HIDDEN, ("ragged",))
     kinds += itertools.product((16,), (128, 768, 1536), ("peepholes",))
-    kinds += [(16, 768, "ragged masks peepholes"), (16, 64, every)]
-    kinds += itertools.product((16,), (32, 64, 128, 256, 768), ("norms",))
-    kinds += [(64, 768, every)]
+    kinds += [(batch, hidden, "ragged masks peepholes") for batch, hidden in ((16, 768), (16, 64), (64, 768))]
     kinds += [(16, 64, "gru"), (16, 64, "ragged masks gru"), (4096, 128, "gru"), (512, 256, "gru")]
     kinds += itertools.product((16,), (512, 768, 1536), ("gru",))
     kinds += itertools.product((16, 256), (512, 1024), ("heads",))  # of 128 units, and of 256

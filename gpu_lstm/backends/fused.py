@@ -18,7 +18,7 @@ from ..equations import EQUATIONS
 from ..kernels import heads, layer_norm
 from ..kernels.cells import CELLS, Cell
 from ..kernels.layer import Layer
-from ..kernels.problem import NO_UNIT, Inputs, Problem, Recurrence
+from ..kernels.problem import Inputs, Normed, Problem, Recurrence
 from ..kernels.tensors import Noise
 from .layer_loop import Part
 
@@ -120,7 +120,7 @@ def gradients(
 ) -> dict[str, Tensor | None]:
     """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
     i, cell, hidden = saved.inputs, CELLS[layer.problem.cell], layer.problem.hidden
-    steps, unit_hh, unit_c = AllSteps(layer.problem, saved), NO_UNIT, NO_UNIT
+    steps, norm_hh, norm_c = AllSteps(layer.problem, saved), None, None
 
     # What forward did not keep.
     gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
@@ -131,14 +131,14 @@ def gradients(
     if gates_were_dropped:
         steps.recompute_gates(cell, h_prev)
     if i.gain_hh is not None:
-        unit_hh = layer_norm.unit_of(heads.product(h_prev, i.weight_hh), 4 * hidden)
+        norm_hh = layer_norm.normed_of(heads.product(h_prev, i.weight_hh), i.gain_hh, 4 * hidden)
     if i.gain_c is not None:
-        unit_c = layer_norm.unit_of(steps.c_after(), hidden)
+        norm_c = layer_norm.normed_of(without_padding(steps.c_after(), i.lengths), i.gain_c, hidden)
 
     # The time loop.
     dh, dh_n, dc_n = output_gradients
     dc_n = None if dc_n is None else dc_n.float()
-    r = Recurrence(i if i.c0.dtype is torch.float32 else i._replace(c0=i.c0.float()), unit_hh, unit_c)
+    r = Recurrence(i if i.c0.dtype is torch.float32 else i._replace(c0=i.c0.float()), norm_hh, norm_c)
     loop = layer.backward(dh, dh_n, dc_n, steps.gates, saved.c, r, "h0" in needed)
 
     # Products and sums over all steps. Gradients are zero in padding, but zero times a NaN in there is NaN.
@@ -146,11 +146,12 @@ def gradients(
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
     dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # of W_ih x and of W_hh h
     if i.gain_ih is not None:
-        dz_x, d["gain_ih"] = layer_norm.backward(dz_x, i.gain_ih, layer_norm.unit_of(x @ i.weight_ih.T, 4 * hidden))
-    if i.gain_hh is not None:
-        dz_h, d["gain_hh"] = layer_norm.backward(dz_h, i.gain_hh, unit_hh)
-    if i.gain_c is not None:
-        d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, unit_c.unit, loop.dh_total)
+        norm_ih = layer_norm.normed_of(x @ i.weight_ih.T, i.gain_ih, 4 * hidden)
+        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, norm_ih, 4 * hidden)
+    if norm_hh is not None:
+        dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, norm_hh, 4 * hidden)
+    if norm_c is not None:
+        d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, norm_c, loop.dh_total)
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
     dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
@@ -176,12 +177,13 @@ def gradients(
     return d
 
 
-def _of_norm_of_c(steps: AllSteps, unit: Tensor, dm: Tensor) -> tuple[Tensor, Tensor | None]:
+def _of_norm_of_c(steps: AllSteps, norm: Normed, dm: Tensor) -> tuple[Tensor, Tensor | None]:
     """The gradients of gain_c and bias_c, [H], from dm [T, B, H], where m = o tanh(LN(c))."""
-    gain, bias, lengths = steps.inputs.gain_c, steps.inputs.bias_c, steps.inputs.lengths
-    normed = unit * gain if bias is None else unit * gain + bias
+    unit, bias = (norm.v - norm.mean) * norm.scale, steps.inputs.bias_c
+    normed = unit * norm.gain if bias is None else unit * norm.gain + bias
     d = dm * steps.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
-    dgain, dbias = (without_padding(t, lengths).sum((0, 1)).to(dm.dtype) for t in (d * unit, d))
+    d = without_padding(d, steps.inputs.lengths)
+    dgain, dbias = ((t.sum((0, 1))).to(dm.dtype) for t in (d * unit, d))
     return dgain, None if bias is None else dbias
 
 

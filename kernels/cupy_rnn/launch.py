@@ -149,6 +149,7 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
-    why = "a product by cuBLAS and a launch for each step, which runs everything everywhere"
-    parts = by_steps.parts_of(problem, pass_.backward)
-    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step=len(parts))
+    count = by_steps.launches_of(problem, pass_.backward)
+    why = f"{count} launches for each step, with the product by cuBLAS: they run everything everywhere"
+    each_step = len(by_steps.parts_of(problem, pass_.backward))
+    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step)

@@ -26,7 +26,7 @@ from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem, power_of_two
 from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
-from . import cooperative, pointwise, resident, step_plans
+from . import cooperative_plans, pointwise_plans, resident_plans, step_plans
 from .features import OPTIONS
 from .parameters import in_tuples
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
@@ -37,8 +37,8 @@ SLOW_S = 2.0  # after which a log line says what a user waits for
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
-    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY, Step: step_plans.STEP,
-    Held: step_plans.HELD,
+    Resident: resident_plans.FAMILY, Cooperative: cooperative_plans.FAMILY, Pointwise: pointwise_plans.FAMILY,
+    Step: step_plans.STEP, Held: step_plans.HELD,
 }  # fmt: skip
 """By the class of a plan's family."""
 
@@ -74,7 +74,7 @@ def empty_kernel():
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The plans to try, in this order, before any is measured. The step family's is always among them.
+    """The plans to try, in this order, before any is measured. The one that always works is among them.
 
     They are made for the next power of two of sequences, so that batches share kernels; or for this batch alone, if its
     best one is estimated to be much faster. What was called before does not matter.
@@ -91,17 +91,23 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
-    found, by_product = [step_plans.step_plan(head, card, backward)], pointwise.pointwise_plan(head)
-    elsewhere = problem.normalised or problem.projects_in_loop  # what other families have in one launch
-    if by_product is not None and not elsewhere and seconds(by_product) < seconds(found[0]):
+    found, by_product = [always(head, card, backward)], pointwise_plans.pointwise_plan(head, backward)
+    if seconds(by_product) < seconds(found[0]):
         found += [by_product]
-    if problem.steps > 1:  # holding W_hh on chip pays off from the second step on
+    if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
         alone = problem._replace(side_by_side=1).of_head
-        found += [*cooperative.plans(head, card, backward)] or cooperative.plans(alone, card, backward)
+        found += [*cooperative_plans.plans(head, card, backward)] or cooperative_plans.plans(alone, card, backward)
         found += [*step_plans.held_plans(head, card, backward), *step_plans.split_plans(head, card, backward)]
-        found += resident.plans(head, card, backward)
+        found += resident_plans.plans(head, card, backward)
     return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)
+
+
+def always(problem: Problem, card: Card, backward: bool) -> Plan:
+    """The plan that works for every size."""
+    if problem.only_by_steps:
+        return pointwise_plans.pointwise_plan(problem, backward)
+    return step_plans.step_plan(problem, card, backward)
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
@@ -160,7 +166,7 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
 def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
     """The plans of a pass to try: first the measured one, if there is one."""
     if card is INTERPRETER:
-        return [step_plans.step_plan(problem, card, pass_.backward)]  # others are written thread by thread: slow there
+        return [always(problem, card, pass_.backward)]  # others are written thread by thread: slow there
     measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
     # Whatever a file says, only a proposed and verified plan runs.
     return [plan for plan in proposed if measured and plan.as_json() == measured] + proposed
@@ -183,8 +189,8 @@ def choose_plan(
     proposed = candidates(problem, card, pass_)
     if device.type != "cuda":
         return proposed[0]
-    always = step_plans.step_plan(problem, card, pass_.backward)
-    tried = [*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == always)]
+    last = always(problem, card, pass_.backward)
+    tried = [*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == last)]
     capturing, refused = torch.cuda.is_current_stream_capturing(), []
 
     def identity(plan: Plan) -> tuple:  # what decides whether a plan can be used: all but how many sequences there are

@@ -135,14 +135,18 @@ def by_gate(k, first, S: tl.constexpr):
 
 
 @triton.jit
-def tile_at(number, step, batch, H: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr = 1):
-    """A program's Tile, of rows of H units. Neighbours have the same units, whose weights they read.
+def tile_of(number, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
+    """The Tile of this number. Neighbours have the same units, whose weights they read."""
+    batch_tiles = tl.cdiv(batch.B, S.BLOCK_B)
+    return tile_at(number % batch_tiles, number // batch_tiles, step, batch, S, PARTS)
+
+
+@triton.jit
+def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
+    """The Tile of some sequences and units.
 
     With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
     """
-    batch_tile, unit_tile = number, tl.program_id(0)
-    if not S.HELD:
-        batch_tile, unit_tile = number % tl.cdiv(batch.B, S.BLOCK_B), number // tl.cdiv(batch.B, S.BLOCK_B)
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
     place = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
     unit, _ = units_at(place, S)
@@ -150,29 +154,29 @@ def tile_at(number, step, batch, H: tl.constexpr, S: tl.constexpr, PARTS: tl.con
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
     rows, rows_prev = now.row[:, None], now.row_prev[:, None]
     at_rows = Position(None, rows, rows_prev, now.valid[:, None], now.continues[:, None], now.is_last[:, None])
-    cells = cells_at(of_rows, at_rows, unit[None, :], (place < H // S.HEADS)[None, :], H)
+    cells = cells_at(of_rows, at_rows, unit[None, :], (place < S.D)[None, :], S.H)
     return Tile(batch_tile, unit_tile, place, unit, sequence, now, cells)
 
 
 # Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
 # every 8 columns two neighbours. Memory is read and written by threads that have 16 neighbouring bytes of rows farther
-# apart. Which row is which sequence is free: if ORDERED it is such that fewer products go to another thread.
+# apart. Which row is which sequence is free: it is such that fewer products go to another thread.
 
 
 @triton.jit
-def rows_of_product(x, ORDERED: tl.constexpr):
-    """Reorders a [rows] vector if ORDERED: blocks of 8 rows alternate between the first and the second half."""
+def rows_of_product(x):
+    """Reorders a [rows] vector: blocks of 8 rows alternate between the first and the second half."""
     ROWS: tl.constexpr = x.shape[0]
-    if ORDERED and ROWS >= 16:
+    if ROWS >= 16:
         x = tl.reshape(tl.permute(tl.reshape(x, (2, ROWS // 16, 8)), (1, 0, 2)), (ROWS,))
     return x
 
 
 @triton.jit
-def rows_of_tile(z, ORDERED: tl.constexpr):
+def rows_of_tile(z):
     """The reverse of rows_of_product, for a product [rows, columns]."""
     ROWS: tl.constexpr = z.shape[0]
-    if ORDERED and ROWS >= 16:
+    if ROWS >= 16:
         shape: tl.constexpr = z.shape
         z = tl.permute(tl.reshape(z, (ROWS // 16, 2, 8, z.shape[1])), (1, 0, 2, 3))
         z = tl.reshape(z, shape)

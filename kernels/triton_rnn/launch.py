@@ -17,13 +17,13 @@ from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
 from ..layer import Chosen, Launches, Refuses
 from ..memory import allocate, buffers_of, checking, margins
-from ..problem import NO_UNIT, Inputs, Pass, Problem, Recurrence, Unit, in_the_loop
+from ..problem import Inputs, Normed, Pass, Problem, Recurrence, in_the_loop
 from ..timeouts import error_word
 from . import choose as choosing
 from . import features
 from .choose import FAMILIES, RecordedLaunch, candidates, card_of, choose_plan, errors_as_of_torch, load, measured_plan
 from .parameters import Sizes, in_tuples, names_of
-from .planning import INTERPRETER, Plan, expected
+from .planning import INTERPRETER, Plan, Pointwise, expected
 
 INTERPRETED: bool = features.INTERPRETED.value
 
@@ -106,11 +106,11 @@ class Prepared(Launches):
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
         if (loop := family.loops[backward]) is None:
-            start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan), options), launch)
+            start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan, backward), options), launch)
         else:  # a launch a step, or several
             binds = []
             for part in by_steps.parts_of(problem, backward):
-                sizes = _sizes(part.problem, plan)
+                sizes = _sizes(part.problem, plan, backward)
                 grid = dataclasses.replace(plan, programs=sizes.TILES).grid
                 sizes = sizes._replace(START=part.start, END=part.end)
                 binds.append(partial(Kernel(kernel, grid, sizes, options).bind, launch))
@@ -122,15 +122,14 @@ class Prepared(Launches):
         )  # fmt: skip
 
 
-def _sizes(p: Problem, plan: Plan) -> Sizes:
+def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
     """The constants of all families' kernels."""
-    of_family = {"BLOCK_K" if name == "k" else name.upper(): n for name, n in dataclasses.asdict(plan.family).items()}
     per, units, cell = max(1, 4 // p.size), p.hidden // p.heads, CELLS[p.cell]
     return Sizes(
         CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, P=p.width,
         HEADS=p.heads, D=units, COLUMNS=p.columns, REVERSE=p.reverse, PRECISION=p.precision, PER=per,
-        W=ceil(units / per), K=cell.rows * units // getattr(plan.family, "parts", 1), BLOCK_B=plan.rows,
-        UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps, HELD=plan.on_chip, **of_family,
+        W=ceil(units / per), BLOCK_B=plan.rows, UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps,
+        **FAMILIES[type(plan.family)].sizes(p, plan, backward),
     )  # fmt: skip
 
 
@@ -166,8 +165,7 @@ def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | N
     plan = plan or candidates(problem, card, pass_)[0]
     measured = plan.as_json() == measured_plan(problem, card, pass_.backward)
     bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward)
-    by_step = FAMILIES[type(plan.family)].loops[pass_.backward] is not None
-    each_step = len(by_steps.parts_of(problem, pass_.backward)) if by_step else 0
+    each_step = len(by_steps.parts_of(problem, pass_.backward)) if isinstance(plan.family, Pointwise) else 0
     return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step, bounds)
 
 
@@ -200,11 +198,11 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
     def zeros(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    unit_hh = unit_c = NO_UNIT
-    if p.gain_hh:
-        unit_hh = Unit(zeros(p.steps, p.batch, 4 * p.hidden), zeros(p.steps, p.batch, dtype=f32))
-    if p.gain_c:
-        unit_c = Unit(zeros(p.steps, p.batch, p.hidden, dtype=f32), zeros(p.steps, p.batch, dtype=f32))
+    def normed(features: int, dtype: torch.dtype) -> Normed:
+        moments = [zeros(p.steps, p.batch, 1, dtype=f32) for _ in range(2)]
+        return Normed(zeros(p.steps, p.batch, features, dtype=dtype), *moments, zeros(features, dtype=dtype))
+
+    norm_hh, norm_c = normed(4 * p.hidden, p.dtype) if p.gain_hh else None, normed(p.hidden, f32) if p.gain_c else None
     in_loop = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
     inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)
-    return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, unit_hh, unit_c)
+    return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, norm_hh, norm_c)

@@ -31,13 +31,17 @@ class Sizes(NamedTuple):
     UNITS: int  # of a tile, or of a program
     TILES: int  # of UNITS units, that have D
     WARPS: int
-    HELD: bool  # whether W_hh stays on chip; and as planning.py explains them, of each family:
-    K: int  # of a part, backward in the step family
-    BLOCK_K: int = 0
-    PARTS: int = 1
-    PARTNERS: int = 1
-    CHUNKS: int = 0
-    AHEAD: bool = False
+    # Of families, by their `sizes`:
+    K: int = 0  # backward in the step and the held family, of a part; in the cooperative one words of a piece
+    BLOCK_K: int = 0  # of K, multiplied at a time
+    PARTS: int = 1  # of K, backward
+    AHEAD: bool = False  # as planning.py explains it
+    CHUNKS: int = 0  # of K, which a warp multiplies
+    STRIDE: int = 0  # words of K from one chunk of a warp to the next
+    PARTNERS: int = 1  # backward, which share the gates of their units
+    OWN: int = 0  # gates of a partner
+    PIECES: int = 1  # of K, each for a share of the warps
+    ZEROS: int = 0  # of these, the first ones, that are multiplied by zeros
     START: str = "z"  # what a launch of the pointwise family computes of a step, see by_steps.Part
     END: str = "h"
 
@@ -86,23 +90,9 @@ class Saved(NamedTuple):
     reset_c_ptr: Pointer  # [T*B, H] float32
 
 
-# Layer norms, see norm.py; units and scales are for backward. Pairs are two float32 numbers of each sequence and each
-# program or tile: in the cooperative family int32 words, [B, programs, 2], whose last bits are one beforehand; in the
-# step family [tiles, B, 2], backward of W_hh h [2, tiles, B, 2].
-class NormHH(NamedTuple):
-    gain_hh_ptr: Pointer  # [4H]
-    no_bias_ptr: None
-    unit_hh_ptr: Pointer  # [T*B, 4H]
-    scale_hh_ptr: Pointer  # [T*B] float32
-    pairs_hh_ptr: Pointer
-
-
-class NormC(NamedTuple):
-    gain_c_ptr: Pointer  # [H]
-    bias_c_ptr: Pointer  # [H]
-    unit_c_ptr: Pointer  # [T*B, H] float32
-    scale_c_ptr: Pointer  # [T*B] float32
-    pairs_c_ptr: Pointer
+class Arrivals(NamedTuple):
+    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: step_plans.waits
+    error_ptr: Pointer  # [1] int32, and after it the poll limit
 
 
 def name_in_profiles(kernel: str) -> Callable[[Any], str]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..by_steps import keeps_projection, parts_of
+from ..by_steps import launches_of, within
 from ..cards import L2_BYTES, SHARED_BYTES, Card
 from ..cells import CELLS
 from ..memory import Buffer, buffers_of
@@ -70,9 +70,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Held:
-    """The step family, where programs hold W_hh of their units in shared memory."""
+    """One launch; programs hold W_hh of their units in shared memory, and a tile waits for those of its sequences."""
 
-    name: ClassVar = "step"
+    name: ClassVar = "held"
     k: int  # a part of K, multiplied at once; padded to a power of two
     parts: int = 1  # of K, backward, each for programs of its own
     ahead: bool = False  # whether the next batch tile's operand is loaded before the cells of this one
@@ -136,7 +136,7 @@ class Plan:
         problem = problem.of_head
         tiles = ceil(problem.batch / self.rows)
         if isinstance(self.family, Step):
-            tiles *= ceil(max(problem.hidden, problem.projected) / self.units)
+            tiles *= ceil(problem.hidden / self.units)
             programs = max(1, min(self.programs, tiles))
             return replace(self, programs=programs, tiles_per_program=ceil(tiles / programs))
         groups = min(self.groups, tiles)
@@ -157,6 +157,7 @@ class Family(NamedTuple):
     """What a family's module tells the launcher, in pairs forward and backward. `memory` is what a launch allocated."""
 
     kernels: tuple[Any, Any]
+    sizes: Callable[[Problem, Plan, bool], dict[str, int]] = lambda p, plan, backward: {}  # more of parameters.Sizes
     waits: Callable[[Problem, Plan], bool] = lambda p, plan: False  # whether its programs wait for each other
     buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)  # written
     arguments: tuple[Any, Any] = None, None  # arguments(p, plan, r, memory): what is read besides the call's tensors
@@ -186,7 +187,6 @@ EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two l
 PARTIAL_SUMS = 900, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
 TURN_AHEAD = 1080  # the shortest turn where words are requested a turn ahead; fitted
 GATES_AHEAD = 640  # until gates are there, which nothing hides in some of these; fitted
-SHUFFLES = 145  # a sum over the threads of a warp: five, one after another, and an addition each
 GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as long until all have seen it
 ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
 LOOP = 145  # a pass of the step family's loop over K: barriers, fragments and products; fitted
@@ -235,7 +235,7 @@ def _resident_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -
         "instructions or shared memory": waves * max(count, shared),
         "products": waves * products,
         "gates and cell": waves * RESIDENT_CELL[backward],
-        "barriers": waves * (9 if problem.normalised else 1) * BARRIER,
+        "barriers": waves * BARRIER,
     }
 
 
@@ -251,7 +251,7 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
         "gates and cell": COOPERATIVE_CELL[backward],
         "barriers": BARRIER,
     }
-    if not (backward or problem.normalised) and 32 % plan.units:  # two sums of a warp's cells lie in the same bank
+    if not backward and 32 % plan.units:  # two sums of a warp's cells lie in the same bank
         turn["bank conflicts"] = CELLS[problem.cell].rows * plan.num_warps * ceil(plan.rows * plan.units / 32)
     # With several batch tiles, forward requests the words of the next one ahead. In backward they arrive in time, too,
     # but gates from memory, and words from L2, take as long.
@@ -261,8 +261,6 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
         turn |= {"exchange": 0.0, "gates from memory": GATES_AHEAD}
     if backward and partners > 1:
         turn["exchange of partial sums"] = PARTIAL_SUMS[several_tiles]
-    if problem.normalised:  # of W_hh h and of c, whose sums over all units nothing hides
-        turn["exchanges of layer norms"] = 2 * (EXCHANGE + (2 if backward else 3) * SHUFFLES)
     return {name: plan.tiles_per_program * clocks for name, clocks in turn.items()}
 
 
@@ -288,14 +286,12 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
         of_cell, of_function = RESIDENT_INSTRUCTIONS[backward]
         instructions = (of_cell + of_function * functions) * cells + products
         shared = gates * (cells * problem.size + 16 * chunks)
-        if problem.normalised:  # eight sums over the block, of a word written and read each
-            instructions, shared = instructions + (400 if backward else 170), shared + 8 * 8
         return instructions, products, shared
     partners = plan.family.partners
     rows = ceil(units * (partners if backward else of_unit) / 16) * 16  # of weights
     sums = ceil(rows / (4 * warps)) if backward else of_unit
     of_turn, of_function = COOPERATIVE_INSTRUCTIONS[backward]
-    instructions = of_turn + of_function * functions + 18 * chunks + 290 * problem.normalised
+    instructions = of_turn + of_function * functions + 18 * chunks
     if partners > 1:
         instructions += 27 + 42 * sums
     elif not backward:
@@ -313,30 +309,23 @@ def product_clocks(card: Card) -> float:
 
 def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is read tile by tile from L2, which is assumed to hold it; a barrier ends each round."""
-    hidden, width, parts = problem.hidden, problem.width, plan.family.parts
-    # Units of each round, columns of the product for each, and K.
-    rounds = [(width, parts, CELLS[problem.cell].rows * hidden // parts)] if backward else [(hidden, 4, width)]
-    if problem.projected:
-        rounds.append((hidden, 1, width) if backward else (width, 1, hidden))
-    barriers = len(rounds) + (parts > 1) + problem.normalised * (1 if backward else 2)
-    step: dict[str, float] = {"grid-wide barriers": barriers * GRID_BARRIER}
-    of_tile, of_cell = STEP_CELL[backward]
+    parts, (of_tile, of_cell) = plan.family.parts, STEP_CELL[backward]
+    # Columns of the product for each unit, and K.
+    gates, k = (parts, CELLS[problem.cell].rows * problem.hidden // parts) if backward else (4, problem.hidden)
     at_once = min(plan.programs, card.multiprocessors / plan.side_by_side)  # less than one of more heads than fit
-    for units, gates, k in rounds:
-        tiles = ceil(ceil(problem.batch / plan.rows) * ceil(units / plan.units) / at_once)
-        columns, passes = gates * plan.units, ceil(k / plan.family.k)
-        # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
-        rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(card)
-        products = plan.rows * columns * plan.family.k / rate
-        l2 = _l2_clocks((plan.rows + columns) * plan.family.k * problem.size, card, plan)
-        each_pass = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + LOOP)  # so many passes' loads are in flight
-        clocks = {
-            "L2: weights, states": passes * l2,
-            "products, and loads in flight": passes * (each_pass - l2),
-            "gates and cell": of_tile + of_cell * plan.rows * plan.units / (32 * plan.num_warps),
-        }
-        for name, each in clocks.items():
-            step[name] = step.get(name, 0) + tiles * each
+    tiles = ceil(ceil(problem.batch / plan.rows) * ceil(problem.hidden / plan.units) / at_once)
+    columns, passes = gates * plan.units, ceil(k / plan.family.k)
+    # Multiply-adds a clock, without tensor cores by the CUDA C++ Programming Guide.
+    rate = 128 if problem.exact_float32 else 4 * 4096 / problem.size / product_clocks(card)
+    products = plan.rows * columns * plan.family.k / rate
+    l2 = _l2_clocks((plan.rows + columns) * plan.family.k * problem.size, card, plan)
+    each_pass = max(l2, products, (LOAD + l2) / (plan.num_stages - 1) + LOOP)  # so many passes' loads are in flight
+    step: dict[str, float] = {
+        "grid-wide barriers": (1 + (parts > 1)) * GRID_BARRIER,
+        "L2: weights, states": tiles * passes * l2,
+        "products, and loads in flight": tiles * passes * (each_pass - l2),
+        "gates and cell": tiles * (of_tile + of_cell * plan.rows * plan.units / (32 * plan.num_warps)),
+    }
     if parts > 1:  # float32, written and read; and there what cells read and write hides behind nothing
         of_sums = _l2_clocks((8 * parts + 10 * problem.size) * plan.rows * plan.units, card, plan)
         step["partial sums"] = plan.tiles_per_program * (of_sums + STEP_PART[0] + STEP_PART[1] * plan.num_warps)
@@ -376,7 +365,7 @@ def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:
     return each * blocks * (plan.rows // sequences) * plan.family.k * problem.size / 32
 
 
-# For a step by cuBLAS and a kernel.
+# For a step by cuBLAS and kernels.
 CUBLAS = (0.65, 0.85)  # large products reach this share of the tensor cores' rate, and of float32's
 CUBLAS_TILE = 64  # rows and columns of a product that a multiprocessor computes at a time, or more
 CUBLAS_K = 512  # where tiles are few, K is split among multiprocessors, in parts of so many or more
@@ -386,34 +375,32 @@ HOST_SECONDS = 5e-6  # of a product or a launch, which nothing shorter hides
 
 
 def _pointwise_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
-    """The product, then what its kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
-    batch, hidden, size = problem.batch, problem.hidden, problem.size
-    multiprocessors = max(1, card.multiprocessors // problem.side_by_side)
-    rows, width, kept = CELLS[problem.cell].rows * hidden, hidden, keeps_projection(problem)
-    if kept:
-        width = problem.projected
-    rate = CUBLAS[1] * 128  # multiply-adds a clock
-    if not problem.exact_float32:
-        rate = CUBLAS[0] * FASTER.get(card.architecture, 1) * 4 * 4096 / size / product_clocks(card)
-    product = 0.0
-    for inputs, outputs in [(width, rows), (hidden, width)][: 1 + kept]:  # of W_hh, and of W_hr
-        k, outputs = (outputs, inputs) if backward else (inputs, outputs)
-        tiles = ceil(batch / CUBLAS_TILE) * ceil(outputs / CUBLAS_TILE)
-        parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
-        of_tiles = ceil(tiles * parts * problem.side_by_side / card.multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
-        weights = outputs * k * size * problem.side_by_side  # from L2, which is assumed to hold them
-        product += max(of_tiles, weights / (L2_BYTES * card.multiprocessors))
+    """Products, then what the kernel moves through memory. Plans are chosen as if there were no CUDA graph."""
+    problem = within(problem)
+    batch, hidden, width, size = problem.batch, problem.hidden, problem.width, problem.size
+    sizes = [(CELLS[problem.cell].rows * hidden, width)] + [(width, hidden)] * (problem.projected > 0)
     # The gates twice, c twice, h and what the next product reads; backward dh twice, c before, and dc twice.
     moved = batch * hidden * (10 * size + (12 if backward else 8)) * problem.side_by_side
-    launches = 1 + kept + len(parts_of(problem, backward))
-    launches += (problem.gain_hh + problem.gain_c) * (3 if backward else 1)  # of torch's layer norm
+    launches = launches_of(problem, backward)
     step = {
-        "product": product,
+        "products": sum(_cublas_clocks(problem, card, *(of[::-1] if backward else of)) for of in sizes),
         "memory": card.clock * moved / card.memory,
         "launches": launches * card.clock * LAUNCH_SECONDS,
     }
-    host = launches * card.clock * HOST_SECONDS
-    return step | {"host, but in a CUDA graph": max(0.0, host - sum(step.values()))}
+    return step | {"host, but in a CUDA graph": max(0.0, launches * card.clock * HOST_SECONDS - sum(step.values()))}
+
+
+def _cublas_clocks(problem: Problem, card: Card, outputs: int, k: int) -> float:
+    """A product of a whole batch with weights [outputs, k]."""
+    multiprocessors = max(1, card.multiprocessors // problem.side_by_side)
+    tiles = max(1, ceil(problem.batch / CUBLAS_TILE)) * ceil(outputs / CUBLAS_TILE)
+    parts = max(1, min(multiprocessors // tiles, k // CUBLAS_K))
+    rate = CUBLAS[1] * 128  # multiply-adds a clock
+    if not problem.exact_float32:
+        rate = CUBLAS[0] * FASTER.get(card.architecture, 1) * 4 * 4096 / problem.size / product_clocks(card)
+    of_tiles = ceil(tiles * parts * problem.side_by_side / card.multiprocessors) * CUBLAS_TILE**2 * k / parts / rate
+    weights = outputs * k * problem.size * problem.side_by_side  # from L2, which is assumed to hold them
+    return max(of_tiles, weights / (L2_BYTES * card.multiprocessors))
 
 
 CLOCKS = {

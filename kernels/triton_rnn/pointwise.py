@@ -3,17 +3,13 @@
 Of a divided step a kernel has one part, from S.START to S.END, see by_steps.Part.
 """
 
-from math import ceil
-
 import triton
 import triton.language as tl
 
-from .. import by_steps
-from ..problem import Problem, power_of_two
 from . import indexing, noise, reset, states
-from .equations import cell_backward, cell_forward, next_cell, output, output_backward
+from .cells import backward_cells, forward_cells
+from .equations import next_cell, output, output_backward
 from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
-from .planning import Family, Plan, Pointwise
 
 
 @triton.jit
@@ -31,7 +27,7 @@ def load_cell(ptr, cells):
 
 @triton.jit
 def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
-    """Stores gates and c. Returns (o, c before zoneout, m)."""
+    """See cells.forward_cells."""
     SAVE: tl.constexpr = cell.c_ptr is not None
     cells = tile.cells
     x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X)
@@ -44,14 +40,7 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
     else:
         c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
     rest_prev = states.load_rest_before(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells, B, S)
-    constants = states.load_constants_forward(cell, tile.unit[None, :], S)
-    gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
-    m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
-    c_next = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
-    tl.store(cell.c_n_ptr + cells.state_at, c_next, mask=cells.valid & cells.is_last if SAVE else cells.valid)
-    states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
-    states.save(gates, c_next, cell, cells, S.H)
-    return gates[3], c, m
+    return forward_cells(x, z, c_prev, rest_prev, cell, tile, B, S, SAVE)
 
 
 @triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])
@@ -66,10 +55,10 @@ def pointwise_forward_kernel(
 ):  # fmt: skip
     """One step, after its product."""
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = indexing.tile_at(tl.program_id(0), step, batch, S.H, S)
+    tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells = tile.cells
     if S.START == "z":
-        o, v, m = gates_and_cell(z_ptr, cell, tile, step, B, S)
+        m, o, v = gates_and_cell(z_ptr, cell, tile, step, B, S)
     elif S.START == "c":
         m = tl.where(cells.valid, output(load_cell(o_ptr, cells), load_cell(v_ptr, cells), S), 0.0)
     else:
@@ -98,27 +87,6 @@ def gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S: tl.co
     return dm
 
 
-@triton.jit
-def load_gradient_of_c(cell, tile, S: tl.constexpr):
-    """(Gradient of c before zoneout, of what stayed; peepholes)."""
-    dc = tl.load(cell.dc_ptr + tile.cells.state_at, mask=tile.cells.valid, other=0.0)
-    dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, tile.cells)
-    return dc, dc_stayed, states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-
-
-@triton.jit
-def gates_and_cell_backward(gates, c_prev, dz_o, dc_by_m, of_c, dz_ptr, cell, tile, B, S: tl.constexpr):
-    """Stores the gradients of pre-activations, in padding 0 as every factor, and of the state before."""
-    cells, (dc, dc_stayed, peepholes) = tile.cells, of_c
-    drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
-    dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
-    dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
-    states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
-    states.store_gates(dz_ptr, at_in_z(tile, S), cells.in_tile, dz, S.D)
-    reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
-    states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
-
-
 @triton.jit(repr=name_in_profiles("pointwise_backward_kernel"), do_not_specialize=["step", "T", "B"])
 def pointwise_backward_kernel(
     dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
@@ -131,7 +99,7 @@ def pointwise_backward_kernel(
 ):  # fmt: skip
     """One step, before its product."""
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
-    tile = indexing.tile_at(tl.program_id(0), step, batch, S.H, S)
+    tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells = tile.cells
     if S.START == "h":
         dm = gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S)
@@ -147,28 +115,9 @@ def pointwise_backward_kernel(
             tl.store(o_ptr + cells.state_at, dz_o, mask=cells.valid)
             tl.store(v_ptr + cells.state_at, dv, mask=cells.valid)
         else:
-            c = next_cell(gates, c_prev, S)  # not loaded: memory is what large batches wait for
-            of_c = load_gradient_of_c(cell, tile, S)
             if S.START == "c":
                 dz_o, dv = load_cell(o_ptr, cells), load_cell(v_ptr, cells)
-            else:
-                dz_o, dv = output_backward(gates[3], c, dm, S)
-            gates_and_cell_backward(gates, c_prev, dz_o, dv, of_c, dz_ptr, cell, tile, B, S)
-
-
-def pointwise_plan(problem: Problem) -> Plan | None:
-    """16 bytes of every tensor for each of 128 threads."""
-    if problem.batch == 0:
-        return None
-    units = min(256, power_of_two(problem.hidden))
-    rows = max(1, 2048 // problem.size // units)
-    return Plan(
-        Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), num_warps=4, shared=0,
-        why="a product by cuBLAS and one more launch for each step, where a step takes much longer than two launches",
-    )  # fmt: skip
-
-
-FAMILY = Family(
-    (pointwise_forward_kernel, pointwise_backward_kernel), buffers=lambda p, plan, pass_: by_steps.buffers(p, pass_),
-    loops=(by_steps.forward_steps, by_steps.backward_steps), projects=by_steps.keeps_projection,
-)  # fmt: skip
+            else:  # c is not loaded: memory is what large batches wait for
+                dz_o, dv = output_backward(gates[3], next_cell(gates, c_prev, S), dm, S)
+            dz = backward_cells(gates, c_prev, dz_o, dv, cell, tile, B, S)
+            states.store_gates(dz_ptr, at_in_z(tile, S), cells.in_tile, dz, S.D)

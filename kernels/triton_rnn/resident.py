@@ -9,23 +9,15 @@ tuple in a tuple that grew: hence Cells(*cells[n]).)
 """
 
 from collections import namedtuple
-from collections.abc import Iterator
-from math import ceil
 
 import triton
 import triton.language as tl
 
-from ..cards import Card
-from ..cells import CELLS
-from ..operands import as_words, transposed_gates
-from ..problem import Problem, power_of_two
-from . import indexing, noise, norm_block, reset, states
+from . import indexing, noise, reset, states
 from .equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
-from .norm import Norm, load_affine, normalised
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, NormC, NormHH, Saved, name_in_profiles
-from .planning import Family, Plan, Resident
+from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 
 # All fields are tuples of CELLS, an element for each cell of a thread. What it owns, all [THREADS]: units, their places
 # in the program's head, columns of the batch tile; and Sequences.
@@ -107,10 +99,9 @@ def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
 @triton.jit(repr=name_in_profiles("resident_forward_kernel"), do_not_specialize=["T", "B"])
 def resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
-    hidden: Hidden, cell: Cell, norm_hh: NormHH, norm_c: NormC, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
+    hidden: Hidden, cell: Cell, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile."""
-    norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     EMPTY: tl.constexpr = S.EMPTY  # Triton 3.4 takes no field of a tuple into another tuple
@@ -118,13 +109,11 @@ def resident_forward_kernel(
     owned = cells_of_thread(batch, S)
 
     weights = load_rows(weights_ptr, owned, DTYPE, S)
-    h, c, rest, constants, affine_hh, affine_c = (), (), (), (), (), ()
+    h, c, rest, constants = (), (), (), ()
     first = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         unit, cells = owned.units[n], Cells(*first[n])
         constants = constants + (states.load_constants_forward(cell, unit, S),)
-        affine_hh = affine_hh + (load_affine(norm_hh, unit, 4, S.H),)
-        affine_c = affine_c + (load_affine(norm_c, unit, 1, S.H),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
         c = c + (tl.load(cell.c0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
         rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, S.EMPTY, S),)
@@ -132,8 +121,6 @@ def resident_forward_kernel(
         now = cells_at_step(step, owned, batch, S)
         before = load_step(h, c, now, hidden, cell, S)  # the product hides its latency
         z = product_with_h(weights, before.operand, owned, step % 2, S)
-        z = norm_block.normalise_products(z, norm_hh, affine_hh, owned, S.H)
-        moments_c = norm_block.moments_of_c(norm_c, before, z, constants, owned, S)
         rest_before = rest
         h, c, rest = (), (), ()
         for n in tl.static_range(CELLS):
@@ -141,7 +128,7 @@ def resident_forward_kernel(
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
             gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
-            h_next = output(gates[3], norm_block.normalise_c(c_next, norm_c, moments_c, affine_c[n], n), S)
+            h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, c_prev, cell.zoneout_c_ptr, cells)
             h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
             h_next = noise.zoneout(h_next, h_prev, hidden.zoneout_h_ptr, cells)
@@ -220,11 +207,9 @@ def gradient_before(d, stayed, hidden, cells, step):
 def resident_backward_kernel(
     weights_ptr,  # [GATES, H, W] int32: W_hh^T of each gate
     hidden: HiddenBackward,  # dh_from_zoneout is written at the first step alone
-    cell: CellBackward, saved: Saved, norm_hh: NormHH, norm_c: NormC, dh_total_ptr, lengths_ptr, resets_ptr, T, B,
-    S: tl.constexpr,
+    cell: CellBackward, saved: Saved, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
-    norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = Batch(lengths_ptr, resets_ptr, T, B)
@@ -242,8 +227,7 @@ def resident_backward_kernel(
     for back in range(T):
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
-        normed_c = norm_block.load_normed(norm_c, now, owned, 1, S.H)
-        activations, outputs, drest, dc_by_m, dz, dc_prev = (), (), (), (), (), ()
+        activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
         for n in tl.static_range(CELLS):
             gates, c, c_prev = states.load_saved(saved, step, Cells(*now.cells[n]), S.H)
             activations = activations + (states.as_float(gates, c, c_prev),)
@@ -254,29 +238,21 @@ def resident_backward_kernel(
         for n in tl.static_range(CELLS):
             cells = Cells(*now.cells[n])
             gates, c, c_prev = activations[n]
-            dm, dh_stayed = gradient_of_m(dh[n], hidden, cells)
+            dm, stayed = gradient_of_m(dh[n], hidden, cells)
             c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
-            dz_o, d = output_backward(gates[3], normalised((c,), norm_c, normed_c[n])[0], dm, S)
-            outputs, dc_by_m = outputs + ((dm, dh_stayed, dz_o),), dc_by_m + ((d,),)
-        dc_by_m = norm_block.backward_over_block(dc_by_m, norm_c, normed_c, tl.float32, S.H)
-        for n in tl.static_range(CELLS):
-            cells = Cells(*now.cells[n])
-            gates, _, c_prev = activations[n]
+            dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
             d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), cell.zoneout_c_ptr, cells)
-            dz_n, d, drest_n = cell_backward(gates, c_prev, outputs[n][2], d + dc_by_m[n][0], drest[n], peepholes[n], S)
+            dz_n, d, drest_n = cell_backward(gates, c_prev, dz_o, d + dc_by_m, drest[n], peepholes[n], S)
             states.store_gradient_of_rest(cell.dc_ptr, drest_n, cells, B, S)
-            dz, dc_prev = dz + (dz_n,), dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)
-        normed_hh = norm_block.load_normed(norm_hh, now, owned, 4, S.H)
-        dz_hh = norm_block.backward_over_block(dz, norm_hh, normed_hh, DTYPE, S.H)
-        dh_prev = product_with_dz(weights, dz_hh, elements, owned, back % 2, DTYPE, S)
+            dh_stayed, dz = dh_stayed + (stayed,), dz + (dz_n,)
+            dc_prev = dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)
+        dh_prev = product_with_dz(weights, dz, elements, owned, back % 2, DTYPE, S)
 
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(CELLS):
             cells = Cells(*now.cells[n])
-            dm, dh_stayed, _ = outputs[n]
             states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz[n], S.H)
-            states.store_gradient_of_m(dm, dh_total_ptr, cells)
-            d = gradient_before(dh_prev[n], dh_stayed, hidden, cells, step)
+            d = gradient_before(dh_prev[n], dh_stayed[n], hidden, cells, step)
             if cell.dreset_c_ptr is not None:
                 tl.store(cell.dreset_c_ptr + cells.at, dc_prev[n], mask=cells.reset)
             # No gradient flows past a reset.
@@ -284,35 +260,3 @@ def resident_backward_kernel(
             dc = dc + (tl.where(cells.valid, tl.where(cells.continues, dc_prev[n], 0.0), dc_after[n]),)
     for n in tl.static_range(CELLS):
         tl.store(cell.dc_ptr + Cells(*first[n]).state_at, dc[n], mask=Cells(*first[n]).in_tile)
-
-
-MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
-
-
-def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """Where the registers of one block hold W_hh as operands of tensor cores."""
-    if problem.projects_in_loop or problem.batch == 0 or problem.exact_float32:
-        return
-    units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
-    warps = units // 16 if backward else min(8, units // 8)
-    gates = CELLS[problem.cell].rows
-    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
-    if warps <= 8 and registers <= MOST_REGISTERS:
-        rows = SEQUENCES.value
-        shared = 2 * rows * units * problem.size * (gates if backward else 1)
-        shared += 4 * rows * warps * problem.normalised  # sums of the sequences that each warp hands the others
-        yield Plan(
-            Resident(units * problem.size // 64), rows, units, 1, ceil(problem.batch / rows), warps, shared,
-            f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
-        )  # fmt: skip
-
-
-FAMILY = Family(
-    (resident_forward_kernel, resident_backward_kernel),
-    arguments=(
-        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden // p.heads)},
-        lambda p, plan, r, memory: {
-            "weights_ptr": transposed_gates(r.inputs.weight_hh, *2 * [CELLS[p.cell].rows], p.hidden // p.heads)
-        },
-    ),
-)

@@ -11,21 +11,19 @@ from ..cells import CELLS
 from ..memory import Buffer, buffers_of
 from ..problem import Pass, Problem, power_of_two
 from .features import MOST_ROWS
+from .held import held_backward_kernel, held_forward_kernel
 from .planning import Family, Held, Plan, Step, expected
 from .step import step_backward_kernel, step_forward_kernel
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
-    """A plan that works for every problem: no more programs than fit the card at once, and tiles that fill them. Where
+    """A plan that works for every size: no more programs than fit the card at once, and tiles that fill them. Where
     not even the heads fit, each has one program, which waits for no other.
 
     The product of a step is small, so many programs must share it: tiles are the narrowest that still fill tensor-core
     instructions.
     """
-    heavy = problem.regularised or problem.normalised  # masks and norms need registers
-    most, stages = (32, 2) if heavy else (MOST_ROWS, 3)
-    if heavy and problem.projected:
-        most = min(most, MOST_ROWS // 2)  # with more, Triton 3.4 spills
+    most, stages = (32, 2) if problem.regularised else (MOST_ROWS, 3)  # masks need registers
     if problem.exact_float32:
         most //= 2  # and products without tensor cores do, too
     rows = max(16, min(power_of_two(problem.batch), most))
@@ -33,12 +31,10 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + units * (1 if backward else 4)) * k * problem.size
     side_by_side = problem.of_head.side_by_side
-    why = "W_hh is read from L2 at every step"
-    if problem.normalised:
-        why += "; layer norms need sums over all units, for one or two more grid-wide barriers"
     return Plan(
         Step(k), rows, units, card.multiprocessors // side_by_side, 1, 8 if problem.exact_float32 else 4,
-        2 * stage, why, num_stages=stages, side_by_side=side_by_side, heads=problem.heads,
+        2 * stage, "W_hh is read from L2 at every step", num_stages=stages, side_by_side=side_by_side,
+        heads=problem.heads,
     ).fitted(problem)  # fmt: skip
 
 
@@ -58,7 +54,7 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     units, and beyond 512 these plans gain nothing.
     """
     able = card.architecture == 90 and not problem.exact_float32
-    if not able or not 128 < problem.hidden <= 512 or problem.normalised or problem.projects_in_loop:
+    if not able or not 128 < problem.hidden <= 512:
         return []
     plans, multiprocessors, gates = [], card.multiprocessors // problem.side_by_side, CELLS[problem.cell].rows
     for rows, units, parts in HELD_BACKWARD if backward else HELD_FORWARD:
@@ -88,7 +84,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
     """
     fits = problem.side_by_side <= card.multiprocessors
-    if not (backward and fits) or problem.projected or problem.normalised or problem.exact_float32:
+    if not (backward and fits) or problem.exact_float32:
         return []
     plans, inner = [], CELLS[problem.cell].rows * problem.hidden
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
@@ -108,28 +104,24 @@ def waits(p: Problem, plan: Plan) -> bool:
     """Unless the launch is one round of tiles, or each head has one program: so any number of heads has a plan."""
     if p.heads > 1 and plan.programs == plan.family.parts == 1 and not plan.on_chip:
         return False
-    return p.steps > 1 or plan.family.parts > 1 or p.projected > 0 or p.normalised
+    return plan.on_chip or p.steps > 1 or plan.family.parts > 1
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     """See planning.Family."""
-    f32, tiles = torch.float32, ceil(p.hidden / plan.units)
-    scratch, pairs = {}, Buffer(f32, (tiles, p.batch, 2))
+    written = buffers_of(p, pass_)
     if waits(p, plan):  # counts the programs of each batch tile that have arrived
-        scratch["arrivals_ptr"] = Buffer(torch.int32, (p.heads * ceil(p.batch / plan.rows),), fill=0)
-    scratch |= {name: pairs for name, there in (("pairs_hh_ptr", p.gain_hh), ("pairs_c_ptr", p.gain_c)) if there}
+        written["arrivals_ptr"] = Buffer(torch.int32, (p.heads * ceil(p.batch / plan.rows),), fill=0)
     if plan.family.parts > 1:
-        scratch["sums_ptr"] = Buffer(f32, (plan.family.parts, p.batch, p.width))
-    if p.gain_hh and pass_.backward:
-        scratch["pairs_hh_ptr"] = Buffer(f32, (2, tiles, p.batch, 2), fill=0)
-    elif p.gain_hh:
-        scratch["product_ptr"] = Buffer(f32, (p.batch, tiles, 4 * plan.units))
-    if p.gain_c and not pass_.backward:
-        scratch["cell_ptr"] = Buffer(f32, (2, p.batch, p.hidden))
-    if p.projected and not pass_.backward:
-        scratch["m_ptr"] = Buffer(p.dtype, (p.batch, p.hidden))
-    return buffers_of(p, pass_) | scratch
+        written["sums_ptr"] = Buffer(torch.float32, (plan.family.parts, p.batch, p.hidden))
+    return written
 
 
-HELD = Family((step_forward_kernel, step_backward_kernel), waits, buffers)
-STEP = HELD._replace(projects=lambda p: True)
+def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
+    """See planning.Family."""
+    parts, ahead = plan.family.parts, isinstance(plan.family, Held) and plan.family.ahead
+    return dict(K=CELLS[p.cell].rows * p.columns // parts, BLOCK_K=plan.family.k, PARTS=parts, AHEAD=ahead)
+
+
+STEP = Family((step_forward_kernel, step_backward_kernel), sizes, waits, buffers)
+HELD = STEP._replace(kernels=(held_forward_kernel, held_backward_kernel))

@@ -1,0 +1,47 @@
+"""The cells of a tile at a step, which all families of tiles share: what lies between the products of two steps."""
+
+import triton
+import triton.language as tl
+
+from . import noise, reset, states
+from .equations import cell_backward, cell_forward, output
+
+
+@triton.jit
+def load_cells(c_prev_ptr, cell, cells, B, S: tl.constexpr):
+    """What comes to the gates from the input, as stored; c, and the rest, before the step."""
+    x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
+    c_prev = reset.load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
+    return x, c_prev, states.load_rest_before(c_prev_ptr, cells, B, S)
+
+
+@triton.jit
+def forward_cells(x, z, c_prev, rest_prev, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False):
+    """The cells of a step, from W_hh h -> (m, zero in padding; of which it is made: the last gate, c before zoneout).
+    All else is stored: c_n at every step or, if AT_END, where a sequence ends."""
+    cells = tile.cells
+    constants = states.load_constants_forward(cell, tile.unit[None, :], S)
+    gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
+    m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
+    c_next = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
+    tl.store(cell.c_n_ptr + cells.state_at, c_next, mask=cells.valid & cells.is_last if AT_END else cells.valid)
+    states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
+    states.save(gates, c_next, cell, cells, S.H)
+    return m, gates[3], c
+
+
+@triton.jit
+def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr):
+    """Gradients by way of m, of the last pre-activation and of c before zoneout -> of all pre-activations. They are
+    stored, and those of the state before. In padding all that was loaded is zero, and so are they."""
+    cells = tile.cells
+    dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
+    dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+    drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
+    peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
+    dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
+    dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
+    states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
+    reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
+    states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
+    return dz

@@ -1,0 +1,125 @@
+"""The plans of the cooperative family, and what the launcher must know of it."""
+
+from collections.abc import Iterator
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from ..cards import KB, Card
+from ..cells import CELLS
+from ..memory import EVERY_BIT, Buffer, buffers_of
+from ..operands import as_words, transposed_gates
+from ..problem import Pass, Problem, Recurrence
+from .cooperative import cooperative_backward_kernel, cooperative_forward_kernel
+from .fragments import SEQUENCES
+from .planning import Cooperative, Family, Plan
+
+MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
+STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
+
+
+def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
+    """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
+    if problem.batch == 0 or problem.exact_float32:
+        return
+    gates = CELLS[problem.cell].rows
+    for partners in [n for n in (1, 2, 3, 4) if gates % n == 0] if backward else (1,):
+        words = ceil(problem.hidden * problem.size / 4) * (gates // partners if backward else 1)
+        warps = 8 if words > 64 else 4
+        chunks = ceil(words / (16 * warps))
+        for units in range(4, 4 * warps + 1, 4):
+            own_rows = units * (partners if backward else gates)  # of weights; see the top of this file
+            rows = ceil(own_rows / 16) * 16
+            programs = partners * ceil(problem.hidden / (partners * units))
+            registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
+            tiles = ceil(problem.batch / SEQUENCES.value)
+            groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
+            shared = 2 * warps * rows * SEQUENCES.value * 4  # twice the sums of all warps
+            fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
+            if fits and own_rows in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
+                what = "dgates" if backward else "h"
+                why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
+                family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)
+                yield Plan(
+                    family, SEQUENCES.value, units, programs, groups, warps, shared, why,
+                    side_by_side=problem.side_by_side,
+                ).fitted(problem)  # fmt: skip
+
+
+def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
+    """See planning.Family: how K of a program's product, in words, is shared out among its warps.
+
+    Forward that is a row of h; backward, rows of dgates of OWN gates. They lie together, so K is one piece of them all,
+    but where there are other heads between them: then each is a piece, for a share of the warps. Three would not share
+    these out, so of a cell with three the gate before them is there, too, multiplied by ZEROS.
+    """
+    of_all, words = CELLS[p.cell].rows // plan.family.partners, ceil(p.columns * p.size / 4)
+    apart = backward and p.heads > 1
+    own = 4 if apart and of_all == 3 else of_all
+    pieces = own if apart else 1
+    k, stride = words if apart or not backward else own * words, 16 * plan.num_warps // pieces
+    more = dict(PARTNERS=plan.family.partners, AHEAD=plan.family.ahead, CHUNKS=ceil(k / stride))
+    return more | dict(OWN=own, PIECES=pieces, ZEROS=own - of_all, K=k, STRIDE=stride)
+
+
+def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See planning.Family. Rows of words are h, backward dgates."""
+    written = buffers_of(p, pass_)
+    if not pass_.backward:
+        written["h_ptr"] = Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)  # and h0 at its end
+        written["c_n_ptr"] = written["c_n_ptr"]._replace(fill="c0")  # where kernels read c at every step
+        return written
+    written["dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)
+    if plan.family.partners > 1:
+        written["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
+    return written
+
+
+def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """What forward reads besides the tensors of a call."""
+    h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, _row(p)]
+    if _row(p) > p.hidden:
+        h = _without_padding(p, h.zero_())
+    if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
+        h.copy_(torch.where(h0.isnan(), torch.nan, h0).view_as(h))  # any NaN but the sentinel
+    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.columns), "words_ptr": memory["h_ptr"].view(torch.int32)}
+    arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
+    of_heads = r.inputs.dropout_h.view(-1, p.columns) if p.dropout_h else None  # [B heads, D]
+    return arguments | ({"dropout_h_ptr": as_words(of_heads, p.columns)} if p.dropout_h else {})
+
+
+def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """As forward_arguments, for backward."""
+    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, CELLS[p.cell].rows, p.columns)
+    return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
+
+
+def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
+    """h without h0 and padding of rows. It is no view, since autograd forbids changing one in place."""
+    h = memory["h_ptr"]
+    if _row(p) > p.hidden:
+        return _without_padding(p, h[:-1]).flatten(2).contiguous()
+    return h.resize_(len(h) - 1, p.batch, p.hidden)
+
+
+def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
+    """dgates without padding of rows."""
+    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
+    return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
+
+
+FAMILY = Family(
+    (cooperative_forward_kernel, cooperative_backward_kernel), sizes, lambda *_: True, buffers,
+    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
+)  # fmt: skip
+
+
+def _row(p: Problem) -> int:
+    """Elements of a row of H units, those of each head in whole words."""
+    return p.heads * (p.columns + p.columns * p.size % 4 // p.size)
+
+
+def _without_padding(p: Problem, rows: Tensor) -> Tensor:
+    """The units of rows [..., _row(p)], [..., heads, D]."""
+    return rows.unflatten(-1, (p.heads, -1))[..., : p.columns]

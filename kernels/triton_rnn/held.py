@@ -1,0 +1,160 @@
+"""The held family: as the step family, but W_hh stays in shared memory.
+
+A program has some units, and the sequences of its group, tile by tile; it loads W_hh of the units once. Before a
+product a tile waits for the other units' tiles of the same sequences, by a counter each, and for no others. AHEAD: what
+a program's next tile multiplies is loaded before the cells of this one are computed.
+
+Backward, with PARTS a program has a part of K for PARTS times as many units, and a step is two rounds: of products, and
+of cells, which add them up.
+"""
+
+from collections import namedtuple
+
+import triton
+import triton.language as tl
+
+from . import indexing, noise, states, tiles
+from .cells import backward_cells, forward_cells, load_cells
+from .equations import output_backward
+from .exchange import arrive, unless_timed_out, wait_for
+from .indexing import Batch
+from .parameters import Arrivals, Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from .tiles import Rows, load_rows, load_weights, of_head
+
+# What h before a step, [B or T*B, H], and dgates [T*B, 4H] of the step after it are awaited and loaded by.
+Before = namedtuple("Before", "h_prev_ptr dropout_h_ptr batch arrivals")
+After = namedtuple("After", "dgates_ptr batch arrivals")
+
+
+@triton.jit
+def product(held, a, S: tl.constexpr):
+    """a [rows, K] @ held^T [K, columns] -> [rows, columns] float32, computed as held a^T: wgmma takes 64 rows, or a
+    multiple, and 8 columns or more."""
+    return tl.trans(tl.dot(held, tl.trans(a), input_precision=S.PRECISION))
+
+
+@triton.jit
+def wait_for_tile(arrivals, batch_tile, times, poll_limit, step):
+    """Wait until all programs that have units of a tile's sequences have arrived so many times; see wait_for."""
+    expected = times * tl.num_programs(0)
+    return wait_for(arrivals.arrivals_ptr + batch_tile, expected, poll_limit, arrivals.error_ptr, step)
+
+
+@triton.jit
+def await_tile(of, batch_tile, times, step, poll_limit, S: tl.constexpr):
+    """(The poll limit after the wait for so many arrivals; a tile's Sequences). Past the last tile there is nothing to
+    wait for."""
+    if batch_tile < tl.cdiv(of.batch.B, S.BLOCK_B):
+        poll_limit = wait_for_tile(of.arrivals, batch_tile, times, poll_limit, step)
+    return poll_limit, indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), of.batch)
+
+
+@triton.jit
+def await_h(before, batch_tile, step, poll_limit, S: tl.constexpr):
+    """(The poll limit; h before a step of all units of a tile's sequences, with dropout, [BB, BK])."""
+    poll_limit, sequence = await_tile(before, batch_tile, step, step, poll_limit, S)
+    here = indexing.position(step, sequence, before.batch, S.REVERSE)
+    rows = tiles.h_before(before.h_prev_ptr, before.dropout_h_ptr, sequence, here, S)
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.D, S)
+
+
+@triton.jit(repr=name_in_profiles("held_forward_kernel"), do_not_specialize=["T", "B"])
+def held_forward_kernel(
+    weight_hh_ptr,  # [GATES H, D]
+    hidden: Hidden, cell: Cell, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
+):  # fmt: skip
+    """All steps; grid (programs of a group, groups, heads)."""
+    batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
+    poll_limit = tl.load(arrivals.error_ptr + 1)
+    unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    held = tl.trans(load_weights(tiles.weights_of_gates(weight_hh_ptr, unit_tile, S), 0, S.D, S))  # [4 BH, BK]
+    for step in range(T):
+        h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
+        c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
+        before = Before(h_prev_ptr, hidden.dropout_h_ptr, batch, arrivals)
+        if S.AHEAD:
+            poll_limit, h_prev = await_h(before, first, step, poll_limit, S)
+        for batch_tile in range(first, tl.cdiv(B, S.BLOCK_B), stride):
+            # W_hh h: all four gates of a tile's units, [BB, 4 BH].
+            tile = indexing.tile_at(batch_tile, unit_tile, step, batch, S)
+            if not S.AHEAD:
+                poll_limit, h_prev = await_h(before, batch_tile, step, poll_limit, S)
+            x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
+            z = unless_timed_out(product(held, h_prev, S), poll_limit)
+            if S.AHEAD:
+                poll_limit, h_prev = await_h(before, batch_tile + stride, step, poll_limit, S)
+
+            h, _, _ = forward_cells(x, indexing.split_gates(z), c_prev, rest_prev, cell, tile, B, S)
+            states.store_hidden(h, hidden, h_prev_ptr, tile.cells)
+            if step + 1 < T:
+                arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)
+
+
+@triton.jit
+def await_dgates(after, batch_tile, times, step, poll_limit, S: tl.constexpr):
+    """(The poll limit; the program's part of K of dgates of the step after, [BB, BK])."""
+    poll_limit, sequence = await_tile(after, batch_tile, times, step, poll_limit, S)
+    there, part = indexing.position(step + 1, sequence, after.batch, S.REVERSE), tl.program_id(0) % S.PARTS
+    dgates_ptr, at = tiles.dgates_of_part(after.dgates_ptr, there.row, part, S)
+    rows = Rows(dgates_ptr, at, there.continues, None, at)
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.K, S, part * S.K)
+
+
+@triton.jit
+def product_round(held, after, sums_ptr, times, step, poll_limit, S: tl.constexpr):
+    """Products of the program's part of K, for PARTS times as many units. Returns the poll limit after its waits."""
+    for batch_tile in range(tl.program_id(1), tl.cdiv(after.batch.B, S.BLOCK_B), tl.num_programs(1)):
+        tile = indexing.tile_at(batch_tile, tl.program_id(0), step, after.batch, S, S.PARTS)
+        poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
+        tiles.store_sum(unless_timed_out(product(held, dgates, S), poll_limit), sums_ptr, tile, after.batch.B, S)
+        arrive(after.arrivals.arrivals_ptr + batch_tile, poll_limit)
+    return poll_limit
+
+
+@triton.jit(repr=name_in_profiles("held_backward_kernel"), do_not_specialize=["T", "B"])
+def held_backward_kernel(
+    weight_hh_ptr,
+    sums_ptr,  # [PARTS, B, H] float32: products of parts of K, if there are several
+    hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
+    S: tl.constexpr,
+):  # fmt: skip
+    """All steps, from the last to the first."""
+    EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
+    ROUNDS: tl.constexpr = 2 if S.PARTS > 1 else 1  # at each of which a program arrives
+    tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
+    batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
+    poll_limit, after = tl.load(arrivals.error_ptr + 1), After(cell.dgates_ptr, batch, arrivals)
+    unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    part, place = unit_tile % S.PARTS, unit_tile // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
+    held = tl.trans(load_weights(tiles.weights_of_part(weight_hh_ptr, part, place, S), 0, S.K, S, part * S.K))
+    for back in range(T):
+        step, times = T - 1 - back, ROUNDS * back
+        if S.PARTS > 1:
+            poll_limit = product_round(held, after, sums_ptr, times, step, poll_limit, S)
+        elif S.AHEAD:
+            poll_limit, dgates = await_dgates(after, first, times, step, poll_limit, S)
+        for batch_tile in range(first, tl.cdiv(B, S.BLOCK_B), stride):
+            # The gradient of h.
+            tile = indexing.tile_at(batch_tile, unit_tile, step, batch, S)
+            if S.PARTS == 1 and not S.AHEAD:
+                poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
+            if EARLY:
+                gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
+            if S.PARTS > 1:
+                poll_limit = wait_for_tile(arrivals, batch_tile, times + 1, poll_limit, step)
+            dh = tiles.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product(held, dgates, S)
+            dh = unless_timed_out(dh, poll_limit)
+            if S.AHEAD:
+                poll_limit, dgates = await_dgates(after, batch_tile + stride, times, step, poll_limit, S)
+            dh_given = states.load_gradients_given(hidden, tile.cells)
+            dh = states.gradient_of_h(dh, dh_given, hidden, tile.cells)
+            if not EARLY:
+                gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
+
+            # Those of output and cell.
+            gates, c, c_prev = states.as_float(gates, c, c_prev)
+            c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
+            dz_o, dc = output_backward(gates[3], c, dh, S)
+            backward_cells(gates, c_prev, dz_o, dc, cell, tile, B, S)
+            if step > 0:
+                arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)
