@@ -96,7 +96,7 @@ def test_heads_and_the_slstm_run_by_every_family_of_an_h100_in_tf32_and_half_pre
     for backward in (False, True):
         problems = [of_ours("SLSTM", heads, H // heads, dtype, batch) for batch, H, heads in test_gpu.SIZES]
         chosen = {choose.plans(p, H100, backward)[0].family.name for p in problems}
-        assert chosen == {"resident", "cooperative", "step"}
+        assert chosen == {"resident", "cooperative", "held"}
 
 
 @pytest.fixture
