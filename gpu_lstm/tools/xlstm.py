@@ -98,7 +98,7 @@ class _ByOurs(nn.Module):
             bias = bias.unflatten(0, (heads, 4, -1)).transpose(0, 1)
         weight, bias = weight.flatten(0, 2).to(z.dtype), bias.flatten().to(z.dtype)  # [4H, D] and [4H]
         hx = None if state is None else (state[0].to(z.dtype), *state[1:])
-        h, final = slstm_layer(z, weight, bias, hx)
+        h, final = slstm_layer(z, weight, bias, hx, heads=heads)
         exact, of_heads = torch.promote_types(z.dtype, torch.float32), h.unflatten(2, (heads, -1))  # [S, B, N, D]
         forms = {"SBH": h, "BSH": h.transpose(0, 1), "SBNH": of_heads, "BNSH": of_heads.permute(1, 2, 0, 3)}
         output = forms[getattr(self.config, "output_shape", "BNSH")]
