@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpu_lstm
 from gpu_lstm.call import modes
+from gpu_lstm.kernels import by_steps
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Problem
@@ -63,6 +64,45 @@ def test_the_host_reads_no_number_in_a_call_unless_the_test_asks_for_margins(
     with Reads() as reads:
         module(x)[0].sum().backward()
     assert (reads.count > 0) == checked
+
+
+class Launches(TorchDispatchMode):
+    """How many operators are run that launch something on a card."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, dict(layer_norm=("hh",)), dict(layer_norm=("c",)), dict(layer_norm=("hh", "c")), dict(proj_size=3, zoneout=0.1),
+], ids=str)  # fmt: skip
+def test_a_step_is_as_many_launches_as_are_estimated(monkeypatch, options, dtype):
+    """What a call of one step more launches more: kernels, products, and what torch does for layer norms."""
+    KERNELS["pointwise"].force(monkeypatch)
+    launched, lstm, counts = mock.Mock(), gpu_lstm.LSTM(4, 8, dtype=dtype, backend="triton", **options).eval(), []
+    monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is counted is of a call that nobody watches
+    monkeypatch.setattr(triton, "launch_kernel", launched)
+
+    def launches(act):
+        launched.reset_mock()
+        with Launches() as operators:
+            result = act()
+        counts.append(operators.count + launched.call_count)
+        return result
+
+    for steps in (4, 5):
+        x = torch.zeros(steps, 2, 4, dtype=dtype)
+        y, _ = launches(lambda x=x: lstm(x))
+        launches(lambda y=y: torch.autograd.grad(y.sum(), [*lstm.parameters()]))
+    norms = options.get("layer_norm", ())
+    problem = Problem(2, 2, 8, dtype, options.get("proj_size", 0), zoneout_h=0 if "zoneout" in options else None,
+                      gain_hh="hh" in norms, gain_c="c" in norms)  # fmt: skip
+    expected = [by_steps.launches_of(problem, backward) for backward in (False, True)]
+    assert [counts[2] - counts[0], counts[3] - counts[1]] == expected
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

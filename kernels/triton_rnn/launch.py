@@ -126,9 +126,9 @@ def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
     """The constants of all families' kernels."""
     per, units, cell = max(1, 4 // p.size), p.hidden // p.heads, CELLS[p.cell]
     return Sizes(
-        CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, P=p.width,
-        HEADS=p.heads, D=units, COLUMNS=p.columns, REVERSE=p.reverse, PRECISION=p.precision, PER=per,
-        W=ceil(units / per), BLOCK_B=plan.rows, UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps,
+        CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, HEADS=p.heads,
+        D=units, REVERSE=p.reverse, PRECISION=p.precision, PER=per, W=ceil(units / per), BLOCK_B=plan.rows,
+        UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps,
         **FAMILIES[type(plan.family)].sizes(p, plan, backward),
     )  # fmt: skip
 

@@ -18,11 +18,9 @@ class Sizes(NamedTuple):
     FROM_X: int  # How many of the four gates, from the first on, arrive with numbers in them.
     KEPT: int  # float32 numbers that a unit's c has, see kernels/cells.py
     EMPTY: float  # the last of them before the first step, and after a reset
-    H: int
-    P: int
+    H: int  # of a part of a step that computes h of W_hr m, P
     HEADS: int
     D: int  # units of a head: without heads all H
-    COLUMNS: int  # of W_hh: P, or with heads D
     REVERSE: bool
     PRECISION: str  # of products of float32
     PER: int  # elements of a word of 32 bits

@@ -167,6 +167,6 @@ def gradient_of_h(dh, given, hidden, cells):
 
 @triton.jit
 def store_gradient_of_m(dm, dh_total_ptr, cells):
-    """With a layer norm of c, whose gain and bias have gradients of it, after the loop."""
+    """With a layer norm of c, or a projection, whose gradients are made of it after the loop."""
     if dh_total_ptr is not None:
         tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)

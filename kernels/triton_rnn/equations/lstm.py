@@ -10,7 +10,7 @@ With peepholes (Gers & Schmidhuber, 2000) gates depend on the cell state of thei
 
     z_i += p_i * c_prev      z_f += p_f * c_prev      z_o += p_o * c
 
-With a layer norm of c (../norm.py) m = o * tanh(LN(c)). m is the cell's output, named as by Sak, Senior & Beaufays
+With a layer norm of c m = o * tanh(LN(c)). m is the cell's output, named as by Sak, Senior & Beaufays
 (2014): with a projection h = W_hr m, without one h = m.
 """
 
