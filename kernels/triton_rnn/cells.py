@@ -16,11 +16,10 @@ def load_cells(c_prev_ptr, cell, cells, B, S: tl.constexpr):
 
 
 @triton.jit
-def forward_cells(x, z, c_prev, rest_prev, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False):
+def forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False):
     """The cells of a step, from W_hh h -> (m, zero in padding; of which it is made: the last gate, c before zoneout).
     All else is stored: c_n at every step or, if AT_END, where a sequence ends."""
     cells = tile.cells
-    constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
     c_next = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)

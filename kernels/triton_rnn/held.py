@@ -64,6 +64,7 @@ def held_forward_kernel(
     hidden: Hidden, cell: Cell, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps; grid (programs of a group, groups, heads)."""
+    EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 128 * S.WARPS  # a thread has registers for four cells
     batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
     poll_limit = tl.load(arrivals.error_ptr + 1)
     unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -79,12 +80,17 @@ def held_forward_kernel(
             tile = indexing.tile_at(batch_tile, unit_tile, step, batch, S)
             if not S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile, step, poll_limit, S)
+            if EARLY:
+                constants = states.load_constants_forward(cell, tile.unit[None, :], S)
             x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = unless_timed_out(product(held, h_prev, S), poll_limit)
             if S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile + stride, step, poll_limit, S)
 
-            h, _, _ = forward_cells(x, indexing.split_gates(z), c_prev, rest_prev, cell, tile, B, S)
+            if not EARLY:
+                constants = states.load_constants_forward(cell, tile.unit[None, :], S)
+            z = indexing.split_gates(z)
+            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S)
             states.store_hidden(h, hidden, h_prev_ptr, tile.cells)
             if step + 1 < T:
                 arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)

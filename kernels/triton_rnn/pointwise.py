@@ -40,7 +40,8 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
     else:
         c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
     rest_prev = states.load_rest_before(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells, B, S)
-    return forward_cells(x, z, c_prev, rest_prev, cell, tile, B, S, SAVE)
+    constants = states.load_constants_forward(cell, tile.unit[None, :], S)
+    return forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S, SAVE)
 
 
 @triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])

@@ -56,7 +56,8 @@ def step_forward_kernel(
             x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = indexing.split_gates(unless_timed_out(z, poll_limit))
 
-            h, _, _ = forward_cells(x, z, c_prev, rest_prev, cell, tile, B, S)
+            constants = states.load_constants_forward(cell, tile.unit[None, :], S)
+            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S)
             states.store_hidden(h, hidden, h_prev_ptr, tile.cells)
         if WAITS and step + 1 < T:
             poll_limit = grid_barrier(arrivals, step + 1, poll_limit, step)
