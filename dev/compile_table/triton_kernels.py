@@ -81,7 +81,7 @@ class Case:
         name += f" B={p.batch} H=" + f"{p.heads}x" * (p.heads > 1) + f"{p.hidden // p.heads}"
         name += f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
         name += {"lstm": "", "gru": " GRU", "slstm": " sLSTM"}[p.cell]
-        name += " peepholes" * p.weight_peephole
+        name += " peepholes" * p.weight_peephole + " layer norm" * p.normalised
         return name + (" masks" if p.dropout_h else " rates") * p.regularised
 
 
@@ -90,6 +90,8 @@ VARIANTS = {
     "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training
     "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
     "peepholes": dict(weight_peephole=True),
+    "norms": dict(gain_hh=True, gain_c=True, bias_c=True),
+    "projected": dict(projected=512),
     "gru": dict(cell="gru"),
     "slstm": dict(cell="slstm"),
     "heads": dict(heads=4),
@@ -158,8 +160,9 @@ def sequence_cases() -> list[Case]:
 
 
 def large_cases() -> list[Case]:
-    """For the pointwise family; and ragged, with noise and peepholes."""
+    """For the pointwise family; and ragged, with noise and peepholes; and where two launches divide a step."""
     kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes", "gru", "heads", "slstm"
+    kinds += "norms", "ragged masks peepholes norms", "ragged masks projected"
     return [
         Case(problem_with(Problem(2, 4096, 1024, dtype, 0, precision), words), backward, card)
         for (dtype, precision), words, backward, card
