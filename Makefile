@@ -11,7 +11,7 @@ ON_ALL_CORES := -n auto --dist worksteal
 # Kernels are interpreted only where no GPU is visible.
 NO_GPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo agree lesson lesson-page docs kernels-page bounds-page hub test test-deep test-versions mutants soak bench lint clean
+.PHONY: demo agree lesson lesson-page docs kernels-page bounds-page hub test test-deep test-cpus test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/highlight.py
@@ -56,6 +56,19 @@ test: $(INSTALLED)
 # What takes longest and tells least: larger tables of the interpreter, every kind compiled, other libraries.
 test-deep: $(INSTALLED)
 	$(NO_GPU) $(BIN)/python -m pytest $(ON_ALL_CORES) -m deep $(PYTEST)
+
+# What a CPU decides, as on other CPUs: their instructions, for oneDNN and for torch itself; no oneDNN; two threads.
+ON_A_CPU = $(NO_GPU) $(BIN)/python -m pytest -q -m "not deep" $(PYTEST) \
+	-k "not (triton or kernels or resident or compiled or graphs or chunks)" \
+	$(patsubst %,tests/test_%.py,lstm heads torch_backend onednn autocast variants slstm)
+# Threads that wait leave the cores to others.
+TWO_THREADS := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+test-cpus: $(INSTALLED)
+	ONEDNN_MAX_CPU_ISA=SSE41 $(ON_A_CPU) $(ON_ALL_CORES)
+	ATEN_CPU_CAPABILITY=default $(ON_A_CPU) $(ON_ALL_CORES)
+	WITHOUT_ONEDNN=1 $(ON_A_CPU) $(ON_ALL_CORES)
+	ONEDNN_MAX_CPU_ISA=AVX2 $(TWO_THREADS) $(ON_A_CPU)
+	$(TWO_THREADS) $(ON_A_CPU)
 
 test-versions: $(INSTALLED)
 	$(NO_GPU) $(BIN)/python dev/versions.py $(PYTEST)

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses torch's deterministic mode
 import torch
 
-if "WITHOUT_ONEDNN" in os.environ:  # which dev/cpus.py sets
+if "WITHOUT_ONEDNN" in os.environ:  # see `make test-cpus`
     torch.backends.mkldnn.enabled = False
 
 if not torch.cuda.is_available():
