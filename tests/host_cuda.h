@@ -34,6 +34,8 @@ struct Tensor {
 };
 inline Tensor *tensors, *end;  // of the launch
 
+using Run = void(const void*, int, int, int, bool, Tensor*, int);
+
 template <auto KERNEL, typename Call>
 void run(const void* call, int columns, int rows, int threads, bool backwards, Tensor* given, int count) {
     tensors = given, end = given + count;

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -25,7 +26,6 @@ FLAGS = (
     "-fsanitize=bounds", "-fno-sanitize-recover=bounds",  # a thread's own arrays: what is past their end is not NaN
 )  # fmt: skip
 PARTS = {"after_product": ("zh", "zc", "ch", "zm", "mh"), "before_product": ("hz", "hc", "cz", "hm", "mz")}
-RUN = "void const*, int, int, int, bool, host::Tensor*, int"
 
 
 class HostTensor(ctypes.Structure):
@@ -34,12 +34,16 @@ class HostTensor(ctypes.Structure):
     _fields_ = ("start", ctypes.c_void_p), *((n, ctypes.c_longlong) for n in ("bytes", "allowed", "first", "size"))
 
 
+Run = ctypes.CFUNCTYPE(
+    None, ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_bool, ctypes.POINTER(HostTensor), ctypes.c_int
+)
+
+
 @functools.cache
 def library(source: str, dtype: str, cell: str) -> ctypes.CDLL:
     """All kernels of an element type and a cell, in a version of the source; kept for the next process."""
     entries = "\n".join(
-        f'extern "C" void {kernel}_{a}{b}({", ".join(f"{kind} a{n}" for n, kind in enumerate(RUN.split(", ")))}) {{ '
-        f"host::run<{kernel}<{dtype}, {cell}, '{a}', '{b}'>, Call<{dtype}>>(a0, a1, a2, a3, a4, a5, a6); }}"
+        f"extern \"C\" host::Run* {kernel}_{a}{b} = host::run<{kernel}<{dtype}, {cell}, '{a}', '{b}'>, Call<{dtype}>>;"
         for kernel, parts in PARTS.items() for a, b in parts
     )  # fmt: skip
     text = "\n".join((HEADER.read_text(), source, entries))
@@ -48,10 +52,12 @@ def library(source: str, dtype: str, cell: str) -> ctypes.CDLL:
     result = folder / f"{digest}.so"
     if not result.exists():
         folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as build:
-            Path(build, "steps.cpp").write_text(text)
-            subprocess.run(["g++", *FLAGS, "steps.cpp", "-o", "steps.so"], cwd=build, check=True)
-            Path(build, "steps.so").rename(result)  # at once, whoever else does it
+        with tempfile.TemporaryDirectory(dir=folder) as build, open(folder / f"{digest}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes wait for the first
+            if not result.exists():
+                Path(build, "steps.cpp").write_text(text)
+                subprocess.run(["g++", *FLAGS, "steps.cpp", "-o", "steps.so"], cwd=build, check=True)
+                Path(build, "steps.so").rename(result)
     return ctypes.CDLL(str(result))
 
 
@@ -75,7 +81,7 @@ def stand_in(patch: Any, changes: dict[str, str] | None = None, less: int = 0, f
 
     def loaded(device: torch.device, name: str) -> Callable[..., None]:
         kernel, dtype, cell, start, end = re.findall(r"\w+", name)
-        run = library(source, dtype, cell)[f"{kernel}_{start}{end}"]
+        run = Run.in_dll(library(source, dtype, cell), f"{kernel}_{start}{end}")
 
         def function(grid: tuple[int, int], block: tuple[int], arguments: tuple[Any]) -> None:
             (call,) = arguments
@@ -84,7 +90,7 @@ def stand_in(patch: Any, changes: dict[str, str] | None = None, less: int = 0, f
             table = (HostTensor * len(names))(
                 *((t.data_ptr(), size := bytes_of(t), size - less * t.itemsize * (t.numel() > 1)) for t in tensors)
             )
-            run(ctypes.c_void_p(call.ctypes.data), *grid, *block, next(turn) % 2 == 1, table, len(names))
+            run(call.ctypes.data, *grid, *block, next(turn) % 2 == 1, table, len(names))
             for n, t, of in zip(names, tensors, table):
                 if of.size:
                     found(kernel, n, refusal("access", of.size, of.first, of.allowed, n, t.shape))

@@ -37,7 +37,7 @@ def test_the_wheel_has_the_package_and_a_long_description_with_links_that_work_a
         files = (path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu", ".typed"))
         source |= {f"{name}/{path.relative_to(ROOT / folder)}" for path in files}
     assert {name for name in archive.namelist() if ".dist-info/" not in name} == source
-    assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_rnn/cuda/cooperative.cu"} <= source
+    assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_rnn/cuda/steps.cu"} <= source
 
     (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
     metadata = email.message_from_bytes(archive.read(name))
@@ -57,7 +57,7 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
     tracked = listing.stdout.splitlines() if listing.returncode == 0 else []  # an sdist's own tests have no git
     assert {name for name in tracked if (ROOT / name).exists()} - names <= {".gitignore"}
     assert {"tests/host_cuda.h", "tests/driver_stub.c", "docs/pictures/gates.png"} <= names
-    assert "kernels/cupy_rnn/cuda/cooperative.cu" in names
+    assert "kernels/cupy_rnn/cuda/steps.cu" in names
 
 
 @pytest.mark.deep

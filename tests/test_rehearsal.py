@@ -83,8 +83,8 @@ def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehe
     for each in results:
         first, steps = each["steps"] == 5, each["steps"] if each["family"] == "pointwise" else 1
         assert each["mistakes"] == [], each["case"]
-        assert (each["compiled"], each["loads"]) == ((1, 1) if first else (0, 0)), each["case"]
-        assert len(each["launches"]) == steps, each["case"]
+        assert (each["compiled"], each["loads"]) == ((each["parts"],) * 2 if first else (0, 0)), each["case"]
+        assert len(each["launches"]) == steps * each["parts"], each["case"]
         for launched in each["launches"]:
             assert [*launched["grid"], launched["threads"]] == each["size"], each["case"]
             assert launched["waits"] == (each["family"] in ("cooperative", "step", "held")), each["case"]
