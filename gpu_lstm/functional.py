@@ -59,7 +59,7 @@ def lstm_layer(
             raise ValueError(f"{name} must be greater than zero")
     gains = named.gain_ih, named.gain_hh, named.gain_c
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
-    check_heads(heads, hidden, projected or 0, norms)
+    check_heads(heads, int(hidden), projected or 0, norms)
     arguments = Arguments(
         LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, heads, features,
         named.bias_ih is not None, None if backend is None else parse_backend_name(backend),
@@ -95,7 +95,7 @@ def gru_layer(
     (_, hidden, *_), features = size_of(named, GRU.rows), x.shape[-1] if x.dim() == 3 else 0
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
-    check_heads(heads, hidden)
+    check_heads(heads, int(hidden))
     name = None if backend is None else parse_backend_name(backend)
     bias = named.bias_ih is not None
     arguments = Arguments(GRU.name, "layer", (hidden,), False, (), heads, features, bias, name, reverse=reverse)
@@ -133,7 +133,7 @@ def slstm_layer(
     _, hidden, *_ = size_of(weights, SLSTM.rows)
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
-    check_heads(heads, hidden)
+    check_heads(heads, int(hidden))
     check_size_of_states(["weight_hh"], [weight_hh], (SLSTM.rows * hidden, hidden // heads))
     for argument, tensor, _ in given[::2]:
         check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))

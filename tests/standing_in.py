@@ -69,10 +69,11 @@ def as_another_process() -> None:
 
 
 RESULTS = {
-    False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr"),
-    True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr"),
-}  # of kernels, forward and backward
-SCRATCH = ("m_ptr", "product_ptr", "pairs_hh_ptr", "cell_ptr", "pairs_c_ptr")
+    False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr", "h_next_ptr", "o_ptr", "v_ptr", "m_ptr"),
+    True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr", "dz_ptr",
+           "o_ptr", "v_ptr", "m_ptr"),
+}  # fmt: skip  # of kernels, forward and backward
+SCRATCH = ("dh_next_ptr",)  # which no product has written before the last step
 
 
 def stand_in(kernel, grid, **arguments):

@@ -11,6 +11,7 @@ from places import INTERPRETED, KERNELS, forget
 
 import gpu_lstm
 from gpu_lstm import functional
+from gpu_lstm.call import options
 from gpu_lstm.equations import EQUATIONS
 from gpu_lstm.kernels.cells import CELLS, SLSTM, Cell
 from gpu_lstm.kernels.triton_rnn import equations
@@ -94,7 +95,7 @@ def test_two_rows_a_unit(monkeypatch, place, heads):
     leaves = [torch.randn(n, requires_grad=True) for n in ((steps, batch, inputs), (batch, hidden), *weights)]
     given = torch.randn(steps, batch, hidden), torch.randn(batch, hidden)
     x, h, *weights = leaves
-    ours = functional.gru_layer(x, weights, h, backend="triton")
+    ours = functional.gru_layer(x, weights, h, heads=heads, backend="triton")
     truth = plain_loop(*(t.double() for t in (x, h)), [w.double() for w in weights])
     gradients = (torch.autograd.grad(y, leaves, [d.to(y[0].dtype) for d in given]) for y in (ours, truth))
     for our, true in zip((*ours, *next(gradients)), (*truth, *next(gradients)), strict=True):
@@ -105,6 +106,7 @@ def test_two_rows_a_unit(monkeypatch, place, heads):
 def test_what_a_reset_leaves_is_what_the_cell_says(monkeypatch, place):
     """Of an sLSTM's l a half, say; as on the reference, which asks the same cell."""
     monkeypatch.setitem(CELLS, SLSTM.name, SLSTM._replace(empty=(0.0, 0.5)))
+    monkeypatch.setattr(options, "_cached", options._cached.__wrapped__)  # which later tests would get
     KERNELS[place].force(monkeypatch)
     forget()
     torch.manual_seed(0)

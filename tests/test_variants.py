@@ -276,7 +276,7 @@ def test_parameters(cls, variant, names):
 )
 def test_a_backend_that_cannot_says_so_and_explain_does(kind, name):
     module, said = made(kind, "torch", name).float(), f"does not support {name}"
-    with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'triton' or 'reference'$"):
+    with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'triton' or 'cupy' or 'reference'$"):
         module(*random_inputs(module, B))
     explained = gpu_lstm.explain(made(kind, None, name), torch.zeros(T, 1, I))
     assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
