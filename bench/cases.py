@@ -111,6 +111,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
     of_512 = [replace(case, input_size=512, hidden_size=512, heads=n) for n in (4, 8, 1) for case in both]
     heads = [replace(case, batch=B) for B in varied["heads"] for case in of_512]
     return {
+        "first": [headline, *of("gru", headline), heads[0], *of("slstm", heads[0])],  # where time is short
         "headline": both,
         "gru": of("gru", *both, resets[0], ragged, replace(step, batch=1)),
         "rl": rl,
@@ -120,10 +121,10 @@ def grid(kind: str) -> dict[str, list[Case]]:
         "ragged": [ragged, replace(headline, sequences="packed")],
         "stacks": [replace(headline, layers=layers, directions=D) for layers, D in ((2, 1), (1, 2), (2, 2))],
         "step": [replace(step, batch=1), step],
+        "heads": heads + of("slstm", *(case for case in heads if case.heads == 4 and case.batch in (1, 16, 256))),
         "variants": [*(replace(headline, variant=name) for name in VARIANTS), *others],
         "batch": each("batch"),
         "steps": each("steps"),
-        "heads": heads + of("slstm", *(case for case in heads if case.heads == 4 and case.batch in (1, 16, 256))),
     }
 
 

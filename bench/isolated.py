@@ -48,6 +48,7 @@ class Worker:
             failure = running, f"hung: no sign for {limit_s:.0f} s"
             self.close()
         except (EOFError, ConnectionError):
+            self._process.join(START_S)  # which sets its exit code
             failure = running, f"its process died, exit code {self.close()}"
         raise ProviderFailed(*failure)
 
@@ -56,7 +57,6 @@ class Worker:
         process, self._process = self._process, None
         if process is None:
             return None
-        process.join(1)  # one that dies by itself has a second to set its exit code
         process.kill()
         process.join()
         self._connection.close()

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn.utils.rnn import pad_packed_sequence
 
@@ -46,9 +45,10 @@ def measure(
         run: dict[Path, Any] = dict.fromkeys(sides, run_case)
         if device != "cpu" or len(sides) > 1:  # in processes of their own
             run = {file: stack.enter_context(closing(Worker(run_case, path))) for file, path in sides.items()}
-        for number, case in enumerate(track(cases, "cases", transient=True)):
+        for number, case in enumerate(cases):
             if time.monotonic() > deadline:
                 return cases[number:]
+            print(f"case {number + 1} of {len(cases)}: {case.name}", flush=True)
             for file in list(sides)[:: -1 if number % 2 else 1]:  # now the one side first, now the other
                 for row in rows_of(case, taking_part(names, case in headline), device, run[file]):
                     results.append(file, row)

@@ -1,11 +1,13 @@
 """python -m gpu_lstm: the doctor, the plan for a problem, how an LSTM or GRU runs here, and what is cached."""
 
 import argparse
+import ctypes
 import dataclasses
 import importlib
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +36,8 @@ _DTYPES = {
     "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee"),
 }  # fmt: skip
 LARGEST_MEMORY = 192e9  # bytes; of a B200
+SMI = "nvidia-smi", "--query-gpu=index,name,driver_version,mig.mode.current,compute_mode,memory.free", "--format=csv"
+MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED, of cuda.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +115,7 @@ def why_no_cuda() -> str:
 def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """What a user gets, versions, environment and each device's backends: None where available, else why not."""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices()))]
-    variables = (BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET")
+    variables = BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
     packages = ["numpy", *(name for b in KERNEL_BACKENDS for name in package_of(b.value).PACKAGES)]
     state: dict[str, Any] = {
         "summary": _summary(devices[:2][-1]),
@@ -121,14 +125,16 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
             "CUDA of torch": torch.version.cuda, "cuDNN of torch": cache.cudnn_version(),
         },
         "environment": {name: os.environ.get(name) for name in variables},
+        "nvidia-smi": _smi(),
         "devices": [_diagnosis(device) for device in devices],
     }  # fmt: skip
     lines = [state["summary"]]
     for title in ("versions", "environment"):
-        lines += ["", title, *(f"  {name:<22} {value or '-'}" for name, value in state[title].items())]
-    lines += ["", "devices"]
+        lines += ["", title, *(f"  {name:<34} {value or '-'}" for name, value in state[title].items())]
+    lines += ["", "nvidia-smi", *(f"  {line}" for line in state["nvidia-smi"]), "", "devices"]
     for device in state["devices"]:
         lines.append(f"  {device['device']:<22} {device['name']}; float32 goes to {device['auto']!r} by default")
+        lines += [f"    {name:<20} {value}" for name, value in device["card"].items()]
         for name, why_not in device["backends"].items():
             lines.append(f"    {name:<20} {'available' if why_not is None else 'not available: ' + why_not}")
     return state, "\n".join(lines)
@@ -160,15 +166,36 @@ def _summary(device: torch.device) -> str:
 
 
 def _diagnosis(device: torch.device) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
+    name, card = platform.processor() or platform.machine(), {}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        card = {"free memory": f"{free:.1f} of {total:.1f} GiB", "multiprocessors": count, "MPS": _mps(device)}
     problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
     return {
-        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, ANY, None, False).value,
+        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, ANY, None, False).value, "card": card,
         "backends": {backend: problem and str(problem) for backend, problem in problems.items()},
     }  # fmt: skip
+
+
+def _smi() -> list[str]:
+    """What nvidia-smi says of all cards here, a line each: the driver's build, MIG, who may use it, free memory."""
+    try:
+        done = subprocess.run(SMI, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [str(error)]
+    return done.stdout.splitlines()
+
+
+def _mps(device: torch.device) -> str:
+    """Whether processes share a card through MPS, which may give each some of its multiprocessors."""
+    if sys.platform != "linux":  # the only system that has MPS
+        return "off"
+    enabled = ctypes.c_int()
+    code = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(enabled), MPS_ENABLED, device.index)
+    return f"the driver does not say: error {code}" if code else "on" if enabled.value else "off"
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -19,7 +19,7 @@ from .modules.arguments import check_heads
 def lstm_layer(
     x: Tensor, weights: Weights | Sequence[Tensor | None], hx: State | None = None, *, lengths: Tensor | None = None,
     resets: Tensor | None = None, reset_states: State | None = None, reverse: bool = False,
-    backend: BackendName | Backend | None = None,
+    backend: BackendName | Backend | None = None, heads: int = 1,
 ) -> tuple[Tensor, State]:  # fmt: skip
     """One LSTM layer in one direction.
 
@@ -27,16 +27,16 @@ def lstm_layer(
         x: input, floating point [T, B, I].
         weights: (weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H], bias_hh [4H], weight_hr [P, H],
             weight_peephole [3H], gain_ih [4H], gain_hh [4H], gain_c [H], bias_c [H]) in the dtype of x; from bias_ih
-            on they may be None or left out. P = H without weight_hr; of heads weight_hh is [4H, H / heads]. Peepholes
-            are for the gates i, f and o; gains turn on a layer norm, see `LSTM`, not with weight_hr. Both run on the
-            backends "triton", "cupy" and "reference".
+            on they may be None or left out. P = H without weight_hr; with heads weight_hh is [4H, H / heads].
+            Peepholes are for the gates i, f and o; gains turn on a layer norm, see `LSTM`, not with weight_hr. Both
+            run on the backends "triton", "cupy" and "reference".
         hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
         resets: bool [T, B]; True at t zeroes the state before step t, or in the reverse direction before step t - 1.
         reset_states: the states that resets set instead of zeros: h [B, P] and c [B, H], or one per step, [T, B, P] and
             [T, B, H], of which only those at resets are used. On the backends "triton", "cupy", "reference".
         reverse: from each sequence's last step to its first.
-        backend: as for `LSTM`.
+        backend, heads: as for `LSTM`.
 
     Returns:
         h [T, B, P], zero past the end of a sequence, and (h_n [B, P], c_n [B, H]) after its last step.
@@ -45,20 +45,21 @@ def lstm_layer(
         RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; not exactly two states.
         TypeError: an argument that is not a tensor, or not a bool.
         ValueError: wrong lengths, resets or reset_states, or a backend that does not support these, peepholes or a
-            layer norm; a layer norm with weight_hr; fewer than two weights or more than ten; H = 0 or P = 0; more
-            steps, sequences or units than the backend's kernels can count to; an unknown backend.
+            layer norm; a layer norm with weight_hr; heads as `LSTM` refuses; fewer than two weights or more than ten;
+            H = 0 or P = 0; more steps, sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
     check_tensor(x, "input")
     check_bool("reverse", reverse)
     named = named_weights(weights, LSTM)
-    (_, hidden, _, heads), features = size_of(named, LSTM.rows), x.shape[-1] if x.dim() == 3 else 0
+    (_, hidden, *_), features = size_of(named, LSTM.rows), x.shape[-1] if x.dim() == 3 else 0
     projected = None if named.weight_hr is None else named.weight_hr.shape[0]
     for name, size in (("hidden_size", hidden), ("proj_size", projected)):
         if size == 0:
             raise ValueError(f"{name} must be greater than zero")
     gains = named.gain_ih, named.gain_hh, named.gain_c
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
+    check_heads(heads, hidden, projected or 0, norms)
     arguments = Arguments(
         LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, heads, features,
         named.bias_ih is not None, None if backend is None else parse_backend_name(backend),
@@ -70,16 +71,16 @@ def lstm_layer(
 def gru_layer(
     x: Tensor, weights: Weights | Sequence[Tensor | None], hx: Tensor | None = None, *, lengths: Tensor | None = None,
     resets: Tensor | None = None, reset_states: Tensor | None = None, reverse: bool = False,
-    backend: BackendName | Backend | None = None,
+    backend: BackendName | Backend | None = None, heads: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One GRU layer in one direction.
 
     Args:
         x: input, floating point [T, B, I].
-        weights: (weight_ih [3H, I], weight_hh [3H, H], of heads [3H, H / heads], bias_ih [3H], bias_hh [3H]) in the
-            dtype of x, with rows in torch's order r, z, n; the biases may be None or left out.
+        weights: (weight_ih [3H, I], weight_hh [3H, H / heads], bias_ih [3H], bias_hh [3H]) in the dtype of x, with rows
+            in torch's order r, z, n; the biases may be None or left out.
         hx: initial state h0 [B, H]; zeros if None.
-        lengths, resets, reverse, backend: as for `lstm_layer`.
+        lengths, resets, reverse, backend, heads: as for `lstm_layer`.
         reset_states: the states that resets set instead of zeros, [B, H] or [T, B, H].
 
     Returns:
@@ -91,9 +92,10 @@ def gru_layer(
     check_tensor(x, "input")
     check_bool("reverse", reverse)
     named = named_weights(weights, GRU)
-    (_, hidden, _, heads), features = size_of(named, GRU.rows), x.shape[-1] if x.dim() == 3 else 0
+    (_, hidden, *_), features = size_of(named, GRU.rows), x.shape[-1] if x.dim() == 3 else 0
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
+    check_heads(heads, hidden)
     name = None if backend is None else parse_backend_name(backend)
     bias = named.bias_ih is not None
     arguments = Arguments(GRU.name, "layer", (hidden,), False, (), heads, features, bias, name, reverse=reverse)
@@ -103,16 +105,16 @@ def gru_layer(
 def slstm_layer(
     z: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
     hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
-    resets: Tensor | None = None, reverse: bool = False, backend: BackendName | Backend | None = None,
+    resets: Tensor | None = None, reverse: bool = False, backend: BackendName | Backend | None = None, heads: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """One sLSTM layer in one direction, see `SLSTM`, of a product with its input that is there already.
 
     Args:
         z: W_ih x, floating point [T, B, 4H], in the order i, f, g (the paper's z), o.
-        weight_hh: [4H, D], of heads of D units; D = H: one head. As the bias, in the dtype of z.
+        weight_hh: [4H, H / heads]. As the bias, in the dtype of z.
         bias: [4H], of b_ih + b_hh. Default: zeros
         hx: initial states (h, c, n, m), [B, H] each; zeros if None.
-        lengths, resets, reverse, backend: as for `lstm_layer`.
+        lengths, resets, reverse, backend, heads: as for `lstm_layer`.
 
     Returns:
         h [T, B, H], zero past the end of a sequence, and (h_n, c_n, n_n, m_n), [B, H] each, after its last step.
@@ -128,9 +130,10 @@ def slstm_layer(
         if tensor.dim() != dimensions:
             raise RuntimeError(f"{argument} must have {dimensions} dimensions, got {tensor.dim()}")
     weights, name = Weights(None, weight_hh, bias), None if backend is None else parse_backend_name(backend)
-    _, hidden, _, heads = size_of(weights, SLSTM.rows)
+    _, hidden, *_ = size_of(weights, SLSTM.rows)
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
+    check_heads(heads, hidden)
     check_size_of_states(["weight_hh"], [weight_hh], (SLSTM.rows * hidden, hidden // heads))
     for argument, tensor, _ in given[::2]:
         check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))

@@ -60,7 +60,7 @@ LSTM = Cell("lstm", ("h", "c"), 4, 0, 4, 0, (5, 1), of_torch=True, normalises=Tr
 # The candidate is made of n, from x, and s, from h. Gates are in the order r, z, n, s, where x reaches the first three,
 # as in torch; gradients in the order n, r, z, s, where what x and what h reach are neighbours.
 GRU = Cell("gru", ("h",), 3, 0, 3, 1, (3, 0), of_torch=True, normalises=False)
-# u, v, g, o; c is q, the mean of all g, and l, the logarithm of the sum of their weights. A softplus is two functions;
+# u, v, g, o; c is q, the mean of all g, and l, the logarithm of the sum of their weights. Two logs have two exps;
 # backward has none, but 1 fits the instructions.
 SLSTM = Cell(
     "slstm", ("h", "c", "n", "m"), 4, 0, 4, 0, (8, 1), of_torch=False, normalises=False, empty=(0.0, -float("inf"))

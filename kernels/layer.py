@@ -1,6 +1,7 @@
 """What a backend is, and its Layer: one layer in one direction on one card, prepared once and then only launched."""
 
 import importlib
+import logging
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
@@ -9,12 +10,15 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from . import heads, layer_norm, projection
+from . import cache, heads, layer_norm, projection
+from .cards import Card
 from .cells import CELLS
 from .memory import ALIGNMENT, Buffer, allocate, buffers_of, gradients_in, steps_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop
 from .timeouts import raise_if_timed_out
+
+logger = logging.getLogger("gpu_lstm")
 
 MOST_LAYERS = 1024  # that are kept; a program with more problems, say more batch sizes, makes them again
 
@@ -44,6 +48,10 @@ class Chosen(NamedTuple):
     bounds: dict[str, float] | None = None  # seconds of a step by cause, estimated
 
 
+class NoKernel(RuntimeError):
+    """No kernel of a backend can run a pass of a problem on a card, or none computes the right numbers there."""
+
+
 Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
 """verify(layer, pass_, inputs, plan): why a plan's numbers are not right on the layer's device; None if they are."""
 Refuses = Callable[[Any], str | None]
@@ -68,6 +76,9 @@ class Launcher(Protocol):
 
     BACKEND: str  # its name
 
+    def card_of(self, device: torch.device) -> Card:
+        """What plans may use of a device: its context may have fewer multiprocessors, and some are left to others."""
+
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> Exception | None:
         """Why it cannot run tensors of this device and dtype, to be raised; None if it can."""
 
@@ -75,7 +86,7 @@ class Launcher(Protocol):
         """What of a problem it does not support; None if it runs it."""
 
     def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
-        """The plan for a pass, the best one that `refuses` does not refuse."""
+        """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none."""
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
         """A plan, ready to be launched. In a trial it waits for other programs only briefly."""
@@ -176,6 +187,7 @@ class Layer:
         self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Prepared] = {}
+        self._without: set[Pass] = set()  # for which there is no kernel
         self._names = tuple(in_the_loop(problem, problem.steps))
         self._tensors = attrgetter(*self._names)
 
@@ -257,10 +269,29 @@ class Layer:
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
                 plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
+                logger.info("%s, %s: %s", self.problem, pass_, plan)
             prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
             if not capturing:
                 self._prepared[pass_] = prepared
         return prepared
+
+    def has_kernel(self, pass_: Pass, inputs: Inputs) -> bool:
+        """Whether a kernel runs a pass of a call with these inputs. If not, one warning says why.
+
+        No is final, unless memory is full while a kernel is verified: the next call tries again.
+        """
+        if pass_ not in self._without:
+            try:
+                with torch.cuda.device(-1 if self._index is None else self._index):
+                    self.prepared(pass_, inputs)
+                return True
+            except torch.OutOfMemoryError:
+                why = "memory is full, where a kernel has to be verified"
+            except NoKernel as error:
+                why = str(error)
+                self._without.add(pass_)
+            cache.warn_once(f"backend 'auto' does without the kernels of {self.backend!r} for {self.problem}: {why}")
+        return False
 
     def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
         """The same layer, or that of a similar problem, with a plan that is to be tried."""

@@ -153,6 +153,7 @@ def by_layers(
         outputs, final = [], []
         for d, own in enumerate(names):
             given = ragged | dict(reverse=reverse or d == 1, backend=module.backend, hx=states and states[k][d])
+            given |= dict(heads=module.heads)
             weights = [parameters.get(name) for name in own[: 4 if one_state else None]]
             y, state = function(x, weights, reset_states=left and left[k][d], **given)
             outputs.append(y)

@@ -58,7 +58,7 @@ def judge(errors: Errors, dtype: torch.dtype, yardstick: str, truths: Sequence[T
                 f"({yardstick}'s own {their_leans:.2f}): is something cut off, not rounded?"
             )
         allowed = 2 * max(_rms(theirs), least)
-        small = next(iter(errors.values()))[0][2].size <= LARGE
+        small = len(truths) > 0 and next(iter(errors.values()))[0][2].size <= LARGE
         if small and allowed < _rms(ours) < FAR * allowed:
             limits = limits or counted(truths, dtype)
             rms, independent = limits[name]

@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
 SWITCH_INTERVAL = 1e-4  # seconds a thread may run before another one gets its turn; Python's own is 5e-3
 LONGEST_PAUSE = 1e-3  # seconds between two operations, or the parts of one; most pauses are far shorter
 LONGEST_DELAY = 5e-3  # seconds from a store to its being visible, long enough for the others to come and look
-TIME_TO_STOP = 10.0  # seconds for a program to come to its next operation, where it ends
+MOST_IN_VAIN = 1_000_000  # operations of all programs without a store, when none will; those that work have taken 7,500
 
 
 class ConcurrentRun:
@@ -43,14 +43,14 @@ class ConcurrentRun:
 
     `seed`: of the order in which programs start, and of all that happens to them, at each memory operation with
     probability `yield_rate`. The system schedules threads, so a seed makes it likely that a failure recurs, but not
-    certain. `timeout`: seconds that a launch may last.
+    certain. `most_in_vain`: operations without a store after which a launch counts as one that never ends.
     """
 
-    def __init__(self, seed: int = 0, yield_rate: float = 0.05, timeout: float = 60.0) -> None:
-        self.seed, self.yield_rate, self.timeout, self.launches = seed, yield_rate, timeout, 0
+    def __init__(self, seed: int = 0, yield_rate: float = 0.05, most_in_vain: int = MOST_IN_VAIN) -> None:
+        self.seed, self.yield_rate, self.most_in_vain, self.launches = seed, yield_rate, most_in_vain, 0
 
     def __call__(self, kernel: Any, grid: Sequence[int], **arguments: Any) -> None:
-        """Launch `kernel` and wait for its end. Programs are stopped if one raises, or time is up: it is named."""
+        """Launch `kernel` and wait for its end. Programs are stopped if one raises, or none stores: it is named."""
 
         launches = self.launches
 
@@ -68,29 +68,38 @@ class ConcurrentRun:
         grid += (1,) * (3 - len(grid))
         indices, seed = list(itertools.product(*map(range, grid))), (self.seed, self.launches)
         np.random.default_rng(seed).shuffle(indices)
-        errors, stop, late = [], threading.Event(), {}
+        launch, late = _Launch(self.most_in_vain), {}
         programs = [
-            _Program(index, body, np.random.default_rng([*seed, *index]), self.yield_rate, stop, errors)
-            for index in indices
+            _Program(index, body, np.random.default_rng([*seed, *index]), self.yield_rate, launch) for index in indices
         ]
         with _concurrent_builder(grid):
             try:
-                deadline = time.monotonic() + self.timeout
                 for program in programs:
                     program.start()
-                for program in programs:
-                    program.join(max(0.0, deadline - time.monotonic()))
-                late = {program.index: program.line() for program in programs if program.is_alive()}
+                while (running := list(filter(_Program.is_alive, programs))) and launch.in_vain <= launch.most_in_vain:
+                    running[0].join(0.1)
+                late = {program.index: program.line() for program in running}
             finally:
-                stop.set()
+                launch.stop.set()
                 for program in filter(_Program.is_alive, programs):
-                    program.join(TIME_TO_STOP)
-        if errors:
-            index, error = errors[0]
+                    program.join()
+        if launch.errors:
+            index, error = launch.errors[0]
             raise InterpreterError(f"{name}, program {index}: {error!r}") from error
         if late:
             where = ", ".join(f"{index} in line {line}" for index, line in sorted(late.items()))
-            raise TimeoutError(f"{name}: after {self.timeout} s still running, of {len(programs)} programs: {where}")
+            said = f"no store in {launch.most_in_vain:,} operations; still running, of {len(programs)} programs"
+            raise TimeoutError(f"{name}: {said}: {where}")
+
+
+@dataclass(eq=False)
+class _Launch:
+    """What the programs of a launch share."""
+
+    most_in_vain: int
+    in_vain: int = 0  # operations since the last store; another program's may be lost
+    stop: threading.Event = field(default_factory=threading.Event)
+    errors: list[tuple[tuple[int, ...], BaseException]] = field(default_factory=list)
 
 
 class _Stopped(BaseException):
@@ -105,8 +114,7 @@ class _Program(threading.Thread):
     body: Callable[[], None]
     rng: np.random.Generator
     yield_rate: float
-    stop: threading.Event
-    errors: list[tuple[tuple[int, ...], BaseException]]
+    launch: _Launch
     held: tuple[np.ndarray, Callable[[], None]] | None = None  # a store not yet visible: where, and do it
 
     def __post_init__(self) -> None:
@@ -116,11 +124,11 @@ class _Program(threading.Thread):
         try:
             self.body()
             self.perform_held()
-        except _Stopped:  # by an error of another program, which is there, or because time is up, which is told
+        except _Stopped:  # by an error of another program, which is there, or because none stores, which is told
             pass
         except BaseException as error:
-            self.errors.append((self.index, error))
-            self.stop.set()
+            self.launch.errors.append((self.index, error))
+            self.launch.stop.set()
 
     def line(self) -> int | None:
         """The line of the kernel that the program has reached."""
@@ -129,9 +137,11 @@ class _Program(threading.Thread):
         lines = [entry.lineno for entry in traceback.extract_stack(frame) if entry.filename == file]
         return lines[-1] if frame and lines else None
 
-    def end_if_told(self) -> None:
-        if self.stop.is_set():
+    def counts(self) -> None:
+        """Count an operation. The program ends here if it is told to."""
+        if self.launch.stop.is_set():
             raise _Stopped
+        self.launch.in_vain += 1
 
     def happens(self) -> bool:
         return self.rng.random() < self.yield_rate
@@ -147,7 +157,7 @@ class _Program(threading.Thread):
     @contextmanager
     def operation(self, ptrs: interpreter.TensorHandle, releases: bool = False) -> Iterator[None]:
         """Around a memory operation: a store that was held back is performed after it, or before it if it must be."""
-        self.end_if_told()
+        self.counts()
         if self.held and (releases or np.isin(_chunks(ptrs), self.held[0]).any()):
             self.perform_held()
         if self.happens():
@@ -180,7 +190,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
     grid_idx = property(lambda self: threading.current_thread().index)
 
     def binary_op(self, *args: Any) -> Any:
-        threading.current_thread().end_if_told()  # a loop without end need not touch memory
+        threading.current_thread().counts()  # a loop without end need not touch memory
         return super().binary_op(*args)
 
     def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *policy: Any, **named: Any) -> Any:
@@ -193,6 +203,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *policy: Any) -> None:
         program, store = threading.current_thread(), super().create_masked_store
         with program.operation(ptrs):
+            program.launch.in_vain = 0
             if program.happens():
                 program.held = _chunks(ptrs), lambda: store(ptrs, value, mask, *policy)
             else:
@@ -200,7 +211,10 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
                     store(ptrs, value, part, *policy)
 
     def create_atomic_rmw(self, rmw_op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
-        with threading.current_thread().operation(ptr, releases="RELEASE" in sem.name):
+        program = threading.current_thread()
+        with program.operation(ptr, releases="RELEASE" in sem.name):
+            if val.data.any():  # else it reads
+                program.launch.in_vain = 0
             return super().create_atomic_rmw(rmw_op, ptr, val, mask, sem, scope)
 
 

@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses torch's deterministic mode
 import torch
 
+if "WITHOUT_ONEDNN" in os.environ:  # which dev/cpus.py sets
+    torch.backends.mkldnn.enabled = False
+
 if not torch.cuda.is_available():
     # The Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -33,6 +36,8 @@ def pytest_configure(config):
         from gpu_lstm.__main__ import why_no_cuda
 
         raise pytest.UsageError(f"--require-gpu: {why_no_cuda()}")
+    if torch.cuda.is_available() and config.option.log_level is None:
+        config.option.log_level = "INFO"  # a test that fails says which plans it ran
     if importlib.util.find_spec("triton"):
         try:
             import gpu_lstm.kernels.triton_rnn.features  # noqa: F401
@@ -45,7 +50,8 @@ def pytest_configure(config):
 class Progress:
     """Every 30 seconds a line says how many tests are done, and how long the others will take at this rate.
 
-    On a card a traceback is printed when its test fails: a kernel that hangs may leave no end to print it at.
+    On a card a traceback is printed when its test fails, and what was logged: a kernel that hangs may leave no end to
+    print it at.
     """
 
     EVERY = 30
@@ -67,7 +73,7 @@ class Progress:
     @pytest.hookimpl(trylast=True)  # behind pytest's own line
     def pytest_runtest_logreport(self, report):
         if report.failed and torch.cuda.is_available():
-            self.write(f"{report.nodeid}\n{report.longreprtext}")
+            self.write(f"{report.nodeid}\n{report.longreprtext}\n{report.caplog}")
         self.done += report.when == "teardown"
         now = time.monotonic()
         if now - self.told >= self.EVERY and self.done:
@@ -188,6 +194,12 @@ def exact_float32_products():
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.fixture
+def with_onednn(monkeypatch):
+    """torch gives an LSTM on a CPU to oneDNN, also where all other tests run without."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ def hang_or_die(what, tell):
     tell(what)
     if what == "dies":
         os._exit(7)
-    time.sleep(60)
+    time.sleep(600)
 
 
 def found(tell):

@@ -203,7 +203,7 @@ def slstm_layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *ab
             before = h, c, n
             z = weight_ih @ x[t, b] + dense @ h + (0.0 if bias_ih is None else bias_ih + bias_hh)
             z_i, z_f, z_g, z_o = np.split(z, 4)
-            log_f, g, o = -np.log1p(np.exp(-z_f)), np.tanh(z_g), sigmoid(z_o)
+            log_f, g, o = -np.logaddexp(0.0, -z_f), np.tanh(z_g), sigmoid(z_o)
             kept = log_f + m
             m = np.maximum(kept, z_i)
             i, f = np.exp(z_i - m), np.exp(kept - m)

@@ -17,11 +17,12 @@ import host_cuda
 import interpreted  # noqa: F401  # puts functions in the place of assembly
 import torch
 from concurrent_interpreter import ConcurrentRun
+from torch import Tensor, nn
 
-from gpu_lstm.backends import torch_resets
+from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
 from gpu_lstm.dispatch import available, route
-from gpu_lstm.kernels import cupy_rnn
+from gpu_lstm.kernels import cupy_rnn, heads
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.problem import power_of_two
@@ -126,6 +127,41 @@ def cuda(monkeypatch, device="cpu", changes: dict[str, str] | None = None) -> No
         monkeypatch.setattr(cupy_rnn, "import_packages", lambda: None)
         monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
         host_cuda.stand_in(monkeypatch, changes)
+
+
+def tf32(monkeypatch, inputs: int) -> None:
+    """float32 products in TF32: of the kernels, and of the reference at every step, where x has `inputs` features."""
+
+    def linear(x: Tensor, w: Tensor, b: Tensor | None, gain: None) -> Tensor:
+        if w.dim() == 2 and w.shape[1] == inputs:
+            return nn.functional.linear(x, w, b)
+        return _CutLinear.apply(x, w) + (0 if b is None else b)
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(reference, "linear", linear)
+
+
+class _CutLinear(torch.autograd.Function):
+    """x W^T, W of one head or several, with operands truncated to the 10 bits that tensor cores use.
+
+    But for the gradient of W, which is no product of the recurrence.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return heads.product(_cut(x), _cut(w))
+
+    @staticmethod
+    def backward(ctx, d):
+        x, w = ctx.saved_tensors
+        _, of_x = torch.func.vjp(lambda x: heads.product(x, _cut(w)), x)
+        _, of_w = torch.func.vjp(lambda w: heads.product(x, w), w)
+        return *of_x(_cut(d)), *of_w(d)
+
+
+def _cut(t: Tensor) -> Tensor:
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if t.dtype is torch.float32 else t
 
 
 class Kernels(NamedTuple):

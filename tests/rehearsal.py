@@ -56,9 +56,10 @@ def be_a_card() -> None:
                 is_current_stream_capturing=lambda: ctypes.c_int.in_dll(DRIVER, "capturing").value != 0)  # fmt: skip
     the_cpu_is_a_card(patch)
     torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDriverVersion = lambda device: 0, lambda: 13000
-    unavailable, layer_of = available.why_unavailable, verify.layer_of
+    unavailable, layer_of, card_of = available.why_unavailable, verify.layer_of, launch.card_of
     available.why_unavailable = lambda choice, device, dtype: unavailable(choice, CUDA, dtype)
     verify.layer_of = lambda backend, problem, device: layer_of(backend, problem, CUDA)
+    launch.card_of = lambda device: card_of(CUDA)
     race.race = lambda runs, now: {name: [1.0 + (name == "torch")] * 3 for name in runs}
     timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
 

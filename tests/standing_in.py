@@ -1,6 +1,7 @@
 """Cards that are not here: one that torch and the planner see, and the CPU as one, whose kernels may need no time."""
 
 import contextlib
+import dataclasses
 import zlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
 from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES, INTERPRETER, Plan
+from gpu_lstm.kernels.triton_rnn.planning import DEVICES, INTERPRETER, Held, Plan
 from gpu_lstm.kernels.triton_rnn.pointwise import pointwise_plan
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
@@ -42,7 +43,7 @@ def a_card(patch, card: Card = H100, **others: Any) -> None:
         patch.setattr(module, "card_of", lambda _: card)
     loaded = SimpleNamespace(shared=0, target=SimpleNamespace(arch=card.architecture))
     patch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=loaded))
-    patch.setattr(autotune, "_call", lambda *_: None)
+    patch.setattr(autotune, "_call", lambda *_: (None, None))
     patch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)
 
 
@@ -141,11 +142,22 @@ def as_a_card(monkeypatch):
 
 
 def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) -> Plan:
-    """The first plan of a family of kernels; split: of the step family, backward with products of parts of K."""
-    every = [*choose.plans(problem, card, backward), pointwise_plan(problem)]
-    in_parts = family == "split" and backward
-    family = "step" if family == "split" else family
-    return next(p for p in every if p.family.name == family and (family != "step" or (p.family.parts > 1) == in_parts))
+    """The first plan of a family of kernels, also where it is not proposed since it is slower.
+
+    Of the step family: held, where programs hold W_hh; split, backward with products of parts of K; step, without.
+    """
+    every = choose.plans(problem, card, backward)
+    if (by_product := pointwise_plan(problem.of_head)) is not None:
+        every += [dataclasses.replace(by_product, heads=problem.heads)]
+
+    def fits(plan: Plan) -> bool:
+        if family == "held":
+            return isinstance(plan.family, Held)
+        if family not in ("split", "step"):
+            return plan.family.name == family
+        return plan.family.name == "step" and (plan.family.parts > 1) == (family == "split" and backward)
+
+    return next(filter(fits, every))
 
 
 def flat(results):

@@ -3,23 +3,24 @@
 import gc
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import BACKENDS, DEVICE
+from comparing import DEVICE
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from subjects import states_for
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
 
+pytestmark = pytest.mark.usefixtures("with_onednn")  # else float32 on a CPU, see test_onednn.py
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
 autocast = partial(torch.autocast, DEVICE, DTYPE)
@@ -56,11 +57,10 @@ def loop(module: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(hs)
 
 
-@pytest.fixture
-def without_onednn():
-    """It has no LSTM in float16 on every CPU."""
-    with torch.backends.mkldnn.flags(enabled=False):
-        yield
+def without_onednn(module: nn.Module | None = None):
+    """A block for torch's own modules, for which oneDNN has no LSTM in float16 on most CPUs; for ours, nothing."""
+    is_ours = module is not None and module.__module__.startswith("gpu_lstm")
+    return nullcontext() if is_ours else torch.backends.mkldnn.flags(enabled=False)
 
 
 def inputs(seed: int = 1) -> Tensor:
@@ -71,13 +71,12 @@ def rms(error: Tensor) -> float:
     return error.double().square().mean().sqrt().item()
 
 
-@pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
     found = []
     for each, half in (*((each, True) for each in modules(backend, kind)), (modules(backend, kind)[0].double(), False)):
-        with Casts() as casts:
+        with without_onednn(each), Casts() as casts:
             for _ in range(2):
                 with autocast(enabled=half):
                     autocast(enabled=False)(each.eval)()  # an inner block ends nothing
@@ -89,11 +88,10 @@ def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
         assert rms(our - true) <= 2 * max(rms(their - true), torch.finfo(DTYPE).eps * true.abs().max().item())
 
 
-@pytest.mark.usefixtures("without_onednn")
 @pytest.mark.parametrize(("learns", "options"), [(True, dict(cache_enabled=False)), (False, {})], ids=str)
 def test_where_torch_casts_at_every_call_so_do_we(learns, options):
     for module in modules("reference"):
-        with Casts() as casts, autocast(**options):
+        with without_onednn(module), Casts() as casts, autocast(**options):
             loop(module.requires_grad_(learns), inputs())
         assert casts.count == 4 * T
 
@@ -215,10 +213,10 @@ def train(lstm: nn.Module, exact: bool = False, skipped: Sequence[int] = ()) -> 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_training_with_a_grad_scaler_is_as_exact_as_with_torchs(backend, kind):
     of_torch = getattr(nn, kind)
-    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN has no LSTM in float16 on every CPU
+    with without_onednn():
         theirs, skipped = train(of_torch(I, H))
-        ours, skipped_by_ours = train(getattr(gpu_lstm, kind)(I, H, backend=backend))
-        truth, _ = train(of_torch(I, H), exact=True, skipped=skipped)
+    ours, skipped_by_ours = train(getattr(gpu_lstm, kind)(I, H, backend=backend))
+    truth, _ = train(of_torch(I, H), exact=True, skipped=skipped)
     assert skipped == skipped_by_ours
     assert 0 < len(skipped) < 6
     assert 1e-6 < rms(theirs - truth) < 1e-2
@@ -235,44 +233,3 @@ def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
     given = stack.call_args[0][3][0][0].weight_ih
     assert given.dtype is torch.float16
     assert given.isfinite().all()
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("way", ["torch", "reference", "triton", "lengths", "zoneout", "vmap", "compiled"])
-@pytest.mark.parametrize("kind", ["LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU"])
-def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
-    """It casts a whole LSTM there, but of a GRU and of cells products alone, so that the dtype of states counts."""
-    kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
-    is_cell, is_stack = "Cell" in kind, "Stacked" in kind
-    if way == "triton" and (DEVICE != "cpu" or options or half is torch.bfloat16):
-        pytest.skip("the interpreter's are right in float16, and c of a projection is as on a card")
-    if way == "compiled" and (half is torch.float16) != is_cell:
-        pytest.skip("compiling takes long: cells do in float16, modules in bfloat16")
-    if way in ("lengths", "zoneout") and is_cell:
-        pytest.skip("a cell has none")
-    if way in ("torch", "lengths") and half is torch.float16 and kind in ("LSTM", "StackedLSTM"):
-        pytest.skip("oneDNN has no LSTM in float16 on every CPU")
-    sizes = I, H + len(options)
-    theirs = getattr(nn, kind.removeprefix("Stacked"))(*sizes, **options)
-    ours = getattr(gpu_lstm, kind)(I, [H]) if is_stack else getattr(gpu_lstm, kind)(*sizes, **options)
-    hx = (torch.zeros(B, H),) * 2 if kind == "LSTMCell" else states_for(ours, [B], torch.zeros)
-    call, x = ours, inputs()[0].cpu() if is_cell else inputs().cpu()
-    if way in BACKENDS:
-        ours.backend = way
-    elif way == "lengths":
-        call = partial(ours, lengths=torch.full((B,), T))
-    elif way == "zoneout":
-        ours.zoneout = 0.5
-    elif way == "vmap":
-        call = vmap(ours, -2)
-    else:
-        torch._dynamo.reset()
-        call = torch.compile(ours, backend="eager", fullgraph=True)
-    own_hx = tree_map(lambda t: t[None], hx[0]) if is_stack else hx
-    for x_in_half, hx_in_half in (False, False), (True, False), (True, True):
-        results = []
-        for module, given, dtype in (call, hx, half), (theirs, own_hx, torch.bfloat16):  # where oneDNN has an LSTM
-            of_x, of_hx = (dtype if in_half else torch.float32 for in_half in (x_in_half, hx_in_half))
-            with torch.autocast("cpu", dtype):
-                results.append(tree_leaves(module(x.to(of_x), tree_map(lambda t, of_hx=of_hx: t.to(of_hx), given))))
-        assert [t.dtype for t in results[0]] == [half if t.dtype is torch.bfloat16 else t.dtype for t in results[1]]

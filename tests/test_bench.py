@@ -10,6 +10,8 @@ import time
 import warnings
 from dataclasses import replace
 from functools import partial
+from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import faulty_worker
@@ -53,7 +55,8 @@ def test_every_case_has_a_name_of_its_own(monkeypatch):
         every = [*dict.fromkeys(case for group in grid.values() for case in group)]  # some are in two
         assert len({case.name for case in every}) == len(every)
         assert cases.choose(kind, None) == every
-        assert {case.cell for case in every[:4]} == {"lstm", "gru"}  # what time is left for on a card
+        kinds = [(case.cell, case.heads) for case in every[:4]]  # what time is left for on a card
+        assert kinds == [("lstm", 1), ("gru", 1), ("lstm", 4), ("slstm", 4)]
         assert cases.choose(kind, ["step", every[0].name]) == [*grid["step"], every[0]]
 
 
@@ -251,8 +254,10 @@ def test_a_stopped_run_keeps_what_it_has_and_no_case_is_begun_after_the_deadline
     assert set(results.read(b)["case"]) == {SMALL.name}
 
 
-def test_what_hangs_or_dies_is_named_and_the_next_call_starts_another_process():
-    worker = isolated.Worker(faulty_worker.hang_or_die, limit_s=1.0)
+def test_what_hangs_or_dies_is_named_and_the_next_call_starts_another_process(monkeypatch):
+    worker, poll = isolated.Worker(faulty_worker.hang_or_die, limit_s=1.0), Connection.poll
+    limits = iter([None, None, 0.1, None, None, None])  # so that only one that hangs takes too long, on any machine
+    monkeypatch.setattr(Connection, "poll", lambda connection, _: poll(connection, next(limits)))
     for what, args in (("hangs", "hung: no sign for 1 s"), ("dies", "its process died, exit code 7")):
         with pytest.raises(isolated.ProviderFailed) as raised:
             worker(what)
@@ -342,6 +347,7 @@ def test_a_run_ends_with_the_table_and_fails_where_ours_is_wrong(capsys, tmp_pat
         options = f"--device cpu --cases headline --providers ours cell-loop --out {tmp_path / str(factor)}"
         assert command_line.main(options.split()) == factor - 1
         said = capsys.readouterr().out
+        assert f"case 2 of 2: {FORWARD.name}\n" in said
         assert said.index("All providers") < said.index("gpu_lstm and torch.nn (")
         assert ("WRONG training-fp32" in said) == (factor == 2)
         assert {path.suffix for path in (tmp_path / str(factor)).iterdir()} == {".csv"}
@@ -412,13 +418,14 @@ def test_hangs():
 """)
 
     def once_it_has_begun(process, timeout=None):
-        if timeout != 600.0:
+        if timeout != gpu.EVERY_S:
             return wait(process, timeout)
-        assert select.select([pipe], [], [], 60)[0]
+        assert select.select([pipe], [], [], 600)[0]
         assert os.read(pipe, 9) == b"begun\n"
-        raise subprocess.TimeoutExpired("pytest", 600.0)
+        raise subprocess.TimeoutExpired("pytest", timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=partial(next, iter([0.0, 0.0, 600.0, 600.0]))))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         command = ["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)]
@@ -427,6 +434,27 @@ def test_hangs():
         signal.signal(signal.SIGINT, before)
     assert code is None
     assert re.search("(?m)^FAILED .*test_wrong - AssertionError: the RMS error of h is 0.3$", said)
-    assert select.select([pipe], [], [], 20)[0]
+    assert select.select([pipe], [], [], 600)[0]
     assert os.read(pipe, 9) == b"", "nobody can write any more"
     os.close(pipe)
+
+
+def test_the_screen_says_how_far_a_part_of_bench_gpu_is(tmp_path, monkeypatch, capsys):
+    """Every ten seconds: its seconds, how many tests are done, and the last that its log has."""
+    (log := tmp_path / "tests-families.txt").write_text("")
+    now, said = [0.0], iter(["[gw1] [  8%] PASSED test_a[1]\ntest_a[2] \n\n", "[gw0] [ 90%] FAILED test_a[9]\n"])
+
+    def wait(timeout):
+        now[0] += timeout
+        if (text := next(said, None)) is None:
+            return 3
+        log.write_text(log.read_text() + text)
+        raise subprocess.TimeoutExpired("pytest", timeout)
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    assert gpu._wait(Mock(wait=wait), 25.0, log) == 3
+    lines = ["10 s: 8% test_a[2]", "20 s: 90% [gw0] [ 90%] FAILED test_a[9]"]
+    assert capsys.readouterr().out.splitlines() == [f"tests-families, {line}" for line in lines]
+    assert now == [25.0]
+    said = iter(["", ""])
+    assert gpu._wait(Mock(wait=wait), 12.0, log) is None

@@ -155,8 +155,8 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
     run = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", run)
     monkeypatch.setattr(Layer, "forward", recorded)
-    found = autotune._call(problem, cpu, steps, None)(plans[0])()
-    backward = autotune._call(problem, cpu, steps, plans[0])(plans[1])
+    found = autotune._call(problem, cpu, steps, None)[1](plans[0])()
+    backward = autotune._call(problem, cpu, steps, plans[0])[1](plans[1])
     gates, given = sent[0]
     assert (gates.shape, gates.std() > 0.5, given.weight_hh.std() > 0.1) == ((steps, 3, 32), True, True)
 

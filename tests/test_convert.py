@@ -320,6 +320,35 @@ def test_onnx_with_resets_some_after_a_nan(kind, dynamo):
         assert expected[0].isnan().any()
 
 
+class States(nn.Module):
+    """An SLSTM with its states, resets and lengths, and a layer of it whose product is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.slstm = gpu_lstm.SLSTM(3, 4, bidirectional=True, heads=2)
+
+    def forward(self, x, h, c, n, m, resets, lengths):
+        y, states = self.slstm(x, (h, c, n, m), resets=resets, lengths=lengths)
+        return y, *states, gpu_lstm.functional.slstm_layer(torch.cat([y, y], 2), self.slstm.weight_hh_l0, heads=2)[0]
+
+
+@OF_ONNX
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.deep)])
+def test_an_slstm_in_a_file_of_onnx(dynamo):
+    torch.manual_seed(0)
+    model, file = States().eval(), io.BytesIO()
+
+    def given():
+        state = torch.randn(4, 2, 2, 4)
+        state[2] = state[2].clamp(min=0)
+        return torch.randn(3, 2, 3), *state, torch.rand(3, 2) < 0.3, torch.randint(4, (2,))
+
+    torch.onnx.export(model, given(), file, dynamo=dynamo)
+    for _ in range(2):
+        args = given()
+        torch.testing.assert_close(of_file(file, *args), list(model(*args)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.deep
 @OF_ONNX
 def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():

@@ -139,6 +139,7 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, family, n
         if training:
             y.sum().backward()
     assert found.launches == launched.call_count == launches
+    assert "one launch" not in str(found)
 
 
 def test_what_a_user_asked_for_is_named(monkeypatch):

@@ -10,10 +10,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
 from types import SimpleNamespace
-from unittest.mock import ANY, Mock, call
+from unittest.mock import ANY, MagicMock, Mock, call
 
 import numpy as np
 import pytest
@@ -51,10 +52,12 @@ def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
     return kept_layer(launch, PROBLEM, CUDA, verify).prepared(pass_, GIVEN).plan, tried
 
 
-def test_the_first_plan_that_loads_is_chosen_and_kept(an_h100, monkeypatch):
+def test_the_first_plan_that_loads_is_chosen_kept_and_logged(an_h100, monkeypatch, caplog):
     assert kept_layer(launch, PROBLEM, CUDA).chosen(Pass())[:2] == (PLANS[0], False), "before there is a choice"
-    assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
-    assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
+    with caplog.at_level(logging.INFO, "gpu_lstm"):
+        assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
+        assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
+    assert caplog.messages == [f"{PROBLEM}, {FORWARD}: {PLANS[0]}"]
     for pass_ in (Pass(save=False), Pass(True), Pass(True, dh=False), Pass(True, dh_n=False)):
         assert len(_choose(monkeypatch, pass_=pass_)[1]) == 1, "but other kernels are"
     forget()
@@ -85,6 +88,18 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
     assert {each.args[0].problem for each in verify.call_args_list} == {PROBLEM}
     _choose(monkeypatch, pass_=Pass(True, dh=False, dh_n=False), verify=verify)
     assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+def test_a_layer_that_has_no_kernel_is_not_asked_again_and_has_none_in_a_capture(an_h100, monkeypatch):
+    """Unlike one for which memory was full."""
+    found, verify = [], Mock(side_effect=[torch.OutOfMemoryError("full"), *["wrong"] * 9])
+    layer = kept_layer(launch, PROBLEM, CUDA, verify)
+    for capturing in (False, False, False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        found.append((layer.has_kernel(FORWARD, GIVEN), verify.call_count))
+    assert found == [(False, 1), *[(False, 1 + choose.MOST + 1)] * 3]
+    assert layer.has_kernel(Pass(save=False), GIVEN), "of another pass nothing is known, and nothing is verified now"
 
 
 @pytest.mark.parametrize("shift", [0, 1, 8])
@@ -165,6 +180,8 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
     for _ in range(2):
         with pytest.raises(RuntimeError, match=reasons):
             _choose(monkeypatch, load)
+    with pytest.raises(RuntimeError, match=r"Read-only file system.*in TRITON_CACHE_DIR\)$"):
+        _choose(monkeypatch, Mock(side_effect=OSError(30, "Read-only file system")))
     with pytest.raises(torch.OutOfMemoryError):
         _choose(monkeypatch, Mock(side_effect=torch.OutOfMemoryError("80 GB")))
     assert len(PLANS) > choose.MOST + 1
@@ -172,15 +189,53 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
     assert (plan.family.name, len(tried)) == ("step", choose.MOST + 1)
 
 
-def test_a_line_says_what_takes_long(an_h100, monkeypatch, caplog):
-    timer = Mock()
-    monkeypatch.setattr(choose.threading, "Timer", timer)
-    _choose(monkeypatch)
-    seconds, function, arguments = timer.call_args.args
-    assert seconds == choose.SLOW_S
-    assert timer.mock_calls[1:] == [call().start(), call().cancel()], "a quick compilation is not mentioned"
-    function(*arguments)
-    assert "compiling the kernels of a layer" in caplog.text
+@pytest.fixture
+def clock(monkeypatch):
+    """Of whoever tells what a user waits for, each time for clock.takes seconds, which pass before the wait begins."""
+    clock = SimpleNamespace(now=0.0, takes=0.0)
+
+    class Event:
+        def __init__(self):
+            self.end = clock.now + clock.takes
+
+        def wait(self, seconds):
+            clock.now = min(clock.now + seconds, self.end)
+            return clock.now == self.end
+
+        def set(self):
+            pass
+
+    def thread(target, daemon):
+        return SimpleNamespace(start=target, join=lambda: None)
+
+    monkeypatch.setattr(choose, "threading", SimpleNamespace(Event=Event, Thread=thread))
+    monkeypatch.setattr(choose, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_a_user_who_waits_is_told_what_for_and_how_long_it_has_taken(an_h100, monkeypatch, caplog, clock):
+    """Of the second plan, too; and a trial is not taken for a compilation."""
+    clock.takes, refuses = 20.0, Mock(side_effect=["wrong", None])
+    assert _choose(monkeypatch, verify=refuses)[0] == PLANS[1]
+    what = "cooperative_forward_kernel for LSTM, H = 256, torch.float16, plan {} of at most 4"
+    of_plan = f"compiling {what}; Triton keeps the result", f"waiting for the trial of {what}; if it hangs, end this"
+    said = [(text.format(number), seconds) for number in (1, 2) for text in of_plan for seconds in (2, 4, 8, 16)]
+    assert len(caplog.messages) == len(said)
+    for message, (text, seconds) in zip(caplog.messages, said):
+        assert message.startswith(text)
+        assert message.endswith(f": {seconds} s so far")
+
+
+def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch, caplog, clock):
+    clock.takes = choose.SLOW_S
+    _choose(monkeypatch, verify=lambda *_: None)
+    monkeypatch.undo()
+    threads = {*threading.enumerate()}
+    with contextlib.suppress(KeyboardInterrupt), choose._told_if_slow("a trial"):
+        assert len({*threading.enumerate()} - threads) == 1
+        raise KeyboardInterrupt
+    assert {*threading.enumerate()} <= threads
+    assert not caplog.messages
 
 
 # Where nothing can be launched
@@ -193,9 +248,12 @@ def _selected(asked: str | None = None) -> Backend:
 @pytest.fixture
 def card(monkeypatch, nothing_cached):
     """A card that cannot load kernels, as each test finds out anew."""
-    torch_finds(monkeypatch)
+    torch_finds(monkeypatch, synchronize=None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(choose, "compile_problem", lambda architecture: None)
+    monkeypatch.setattr(choose, "_context", lambda: 1)
+    monkeypatch.setattr(choose, "_multiprocessors", {})
+    monkeypatch.setattr(choose, "in_order", lambda at_once, device, run, *given: run(*given))
     choose._load_problem.cache_clear()
     yield
     choose._load_problem.cache_clear()
@@ -206,16 +264,25 @@ CAUSES = {  # what Triton or the driver says, and a word of what the user is tol
     "no Python.h": (RuntimeError("Command '['gcc', 'main.c']' returned non-zero exit status 1."), "python3-dev"),
     "old driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "newer driver"),
     "old driver, PTX": (RuntimeError("the provided PTX was compiled with an unsupported toolchain."), "newer driver"),
-    "unknown": (OSError("no space left on device"), "no space left"),
-    "unknown card": (None, "compute capability 9.0: ptxas fatal: sm_90"),
+    "no room for its launcher": (OSError(28, "No space left on device"), "in TRITON_CACHE_DIR"),
+    "no room for kernels": ("PermissionError: [Errno 13] Permission denied: '/.triton'", "in TRITON_CACHE_DIR"),
+    "unknown": (OSError("no such thing"), "no such thing"),
+    "no library of this name": (FileNotFoundError("Could not find module 'libcuda.so.1'"), "libcuda.so.1"),
+    "no cooperative launches": (RuntimeError("Triton Error [CUDA]: operation not supported"), "cooperative launches"),
+    "unknown card": ("ptxas fatal: sm_90", "compute capability 9.0: ptxas fatal: sm_90"),
 }
 
 
-@pytest.mark.parametrize(("error", "cure"), CAUSES.values(), ids=CAUSES)
-def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, error, cure):
-    if error is None:
-        monkeypatch.setattr(choose, "compile_problem", lambda architecture: f"ptxas fatal: sm_{architecture}")
-    monkeypatch.setattr(choose, "load", Mock(side_effect=error))
+@pytest.mark.parametrize("cause", CAUSES)
+def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, cause):
+    (error, cure), empty = CAUSES[cause], MagicMock()
+    monkeypatch.setattr(choose, "load", lambda *_: empty)
+    if isinstance(error, str):  # of the compiler
+        monkeypatch.setattr(choose, "compile_problem", lambda architecture: error)
+    elif cause == "no cooperative launches":
+        empty.__getitem__.return_value.side_effect = error
+    else:
+        monkeypatch.setattr(choose, "_context" if "library" in cause else "load", Mock(side_effect=error))
     of_triton = available.import_problem(Backend.TRITON)
     monkeypatch.setattr(available, "import_problem", {Backend.TRITON: of_triton, Backend.CUPY: "not here"}.get)
     with pytest.warns(UserWarning, match="launches nothing on cuda:0.*Backend 'auto' does without it"):
@@ -229,7 +296,7 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
 
 def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
     loaded = []
-    monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__))
+    monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__) or MagicMock())
     for capturing in (True, False, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
         assert _selected("triton") is Backend.TRITON
@@ -319,7 +386,7 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
                 raise RuntimeError("too many blocks in cooperative launch")
             return lambda: None
 
-    available_to, contexts = [H100.multiprocessors], iter([1, 1, 2, 1, 2])
+    available_to, contexts = [H100.multiprocessors], iter([1, 1, 2, 1, 2, 2, 3])
     monkeypatch.setattr(choose, "load", lambda *_: Empty())
     monkeypatch.setattr(choose, "in_order", in_order)
     monkeypatch.setattr(choose, "_context", lambda: next(contexts))
@@ -330,6 +397,8 @@ def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, mo
     available_to[0] = 66
     with pytest.warns(UserWarning, match="kernels use 66 of the 132 multiprocessors of cuda:0"):
         assert [CARD_OF(CUDA).multiprocessors for _ in range(3)] == [66, 132, 66]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert [CARD_OF(CUDA).multiprocessors for _ in range(2)] == [66, 132], "in a capture, as far as it is known"
     assert ordered == [(1, CUDA), None] * 2
 
 

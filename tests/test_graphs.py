@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 import gpu_lstm
 from gpu_lstm.backends import graph, torch_rnn
 from gpu_lstm.backends.verify import LEARNT
+from gpu_lstm.dispatch import available
+from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs
 
 SIZES = ((5, 2), (3, 4), (12, 3))  # T, B
@@ -183,6 +185,12 @@ def test_a_backend_that_cannot_run_gives_its_reason(fullgraph):
             compiled(torch.randn(2, 1, I))
 
 
+def test_an_error_of_torch_while_a_backend_is_chosen_is_told(monkeypatch):
+    monkeypatch.setattr(available, "select", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(Exception, match="CUDA out of memory"):
+        torch.compile(gpu_lstm.LSTM(I, H), backend="eager", fullgraph=True)(torch.randn(2, 1, I))
+
+
 @pytest.mark.parametrize("chosen", ["argument", "block", "environment"])
 def test_a_choice_is_kept_by_the_graph_and_a_new_choice_makes_a_new_one(chosen, monkeypatch, calls):
     lstm, x = gpu_lstm.LSTM(I, H, backend="reference" if chosen == "argument" else None), torch.randn(3, 1, I)
@@ -296,12 +304,18 @@ def learnt(given) -> list[bool]:
 @pytest.mark.parametrize(("words", "backend"), [
     ("ragged resets reverse", "torch"), (NORMS, "reference"), ("ragged resets reverse", "triton"),
     ("gru ragged resets reverse", "torch"), ("gru ragged states masks reverse", "triton"),
+    ("ragged resets reverse", "auto triton"), ("gru ragged states masks reverse", "auto triton"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("both directions", "torch"), (MASKS, "triton"),
         ("ragged states peepholes reverse norms masks", "triton"))),
 ])  # fmt: skip
-def test_an_operator(words, backend, device):
-    """Forward with and without what backward reads; backward of the output alone, and of the states alone."""
+def test_an_operator(monkeypatch, words, backend, device):
+    """Forward with and without what backward reads; backward of the output alone, and of the states alone.
+
+    With "auto", where no kernel is right: what runs instead returns tensors of the same sizes, dtypes and strides.
+    """
+    if "auto" in backend:
+        monkeypatch.setattr(Layer, "has_kernel", lambda *_: False)
     (given, reverse), recompute = given_to(words, device), backend == "triton" and "norm" not in words
     how = "gru" if "gru" in words else "lstm", reverse, backend
     torch.library.opcheck(graph.OPERATOR, (*how, False, recompute, *given))

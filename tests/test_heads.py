@@ -149,7 +149,7 @@ def test_functions_streams_traces_and_explanations(kind):
     module, x = kind(I, H, heads=HEADS, dtype=F64, backend="reference").eval(), x_of(T, B, I)
     y, _ = module(x)
     layer = getattr(functional, f"{kind.__name__.lower()}_layer")
-    assert torch.equal(layer(x, [*module.parameters()], backend="reference")[0], y)
+    assert torch.equal(layer(x, [*module.parameters()], backend="reference", heads=HEADS)[0], y)
     stream = gpu_lstm.Stream(module, B)
     torch.testing.assert_close(torch.stack([stream(step) for step in x]), y, rtol=0, atol=1e-12)
     assert torch.equal(gpu_lstm.trace(module, x).layers[0][0].hidden, y)

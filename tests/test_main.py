@@ -12,6 +12,7 @@ from standing_in import H100, the_cpu_is_a_card, torch_finds
 
 from bench import __main__ as bench_main
 from bench import results
+from gpu_lstm import __main__ as doctor
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
@@ -80,19 +81,45 @@ def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, caps
 
 
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):
-    """Of the environment it shows four variables of ours and Triton's, which hold no secrets."""
+    """Of the environment it shows five variables of ours, Triton's and CUDA's, which hold no secrets."""
     for name in ("AWS_SECRET_ACCESS_KEY", "GPU_LSTM_TOKEN", "TRITON_PASSWORD", "HF_TOKEN"):
         monkeypatch.setenv(name, "a-secret")
     found = printed_by(capsys, "--json")
     assert "a-secret" not in str([found, printed_by(capsys), printed_by(capsys, "races")])
-    environment = ["GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_SHARED_CACHE", "TRITON_INTERPRET"]
-    assert sorted(found["environment"]) == environment
+    ours = ["GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_SHARED_CACHE"]
+    assert sorted(found["environment"]) == ["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", *ours, "TRITON_INTERPRET"]
     assert next(iter(found)) == "summary"
     assert found["versions"]["torch"] == torch.__version__
     devices = {device["device"]: device for device in found["devices"]}
     assert set(devices) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() * torch.cuda.is_available()))}
     assert set(devices["cpu"]["backends"]) == {backend.value for backend in Backend} - {"auto"}
     assert (devices["cpu"]["auto"], devices["cpu"]["backends"]["torch"]) == ("torch", None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+@pytest.mark.parametrize(("code", "enabled", "said"), [(0, 1, "on"), (0, 0, "off"), (1, 0, "the driver does not say")])
+def test_the_doctor_knows_the_build_of_the_driver_mig_mps_and_free_memory(
+    nothing_cached, monkeypatch, capsys, tmp_path, code, enabled, said
+):
+    """By an nvidia-smi that says what it is asked, and a libcuda that says whether there is MPS."""
+
+    def attribute(value, which, device):
+        assert (which, device) == (133, 0)  # of cuda.h
+        value._obj.value = enabled
+        return code
+
+    (tool := tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$1" | tr , "\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(cache, "driver_version", lambda: 13000)
+    monkeypatch.setattr(cache, "machine", cache.machine.__wrapped__)
+    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Mock(cuDeviceGetAttribute=attribute))
+    torch_finds(monkeypatch, is_available=True, device_count=1, mem_get_info=(3 << 29, 80 << 30))
+    asked = "driver_version", "mig.mode.current", "compute_mode", "memory.free"
+    assert set(asked) < set(printed_by(capsys, "--json")["nvidia-smi"])
+    printed = "\n".join(printed_by(capsys))
+    for pattern in (*asked, "free memory +1.5 of 80.0 GiB", "multiprocessors +132", f"MPS +{said}"):
+        assert re.search(rf"^ +{pattern}", printed, re.MULTILINE), pattern
 
 
 @pytest.mark.parametrize("name", [BACKEND_VARIABLE, RACE_VARIABLE])

@@ -53,7 +53,7 @@ ENDS = {
     "passes": ("def test_it():\n    pass\n", ""), "fails": ("def test_it():\n    assert False\n", "a.py::test_it"),
     "cannot be imported": ("import nothing_of_this_name\n", "a.py"),
     "crashes": ("import os\n\ndef test_it():\n    os.abort()\n", "killed by SIGABRT"),
-    "takes too long": ("import time\n\ndef test_it():\n    time.sleep(60)\n", "time"), "has no test": ("", ""),
+    "takes too long": ("import time\n\ndef test_it():\n    time.sleep(600)\n", "time"), "has no test": ("", ""),
 }  # fmt: skip
 
 
@@ -63,10 +63,10 @@ def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, 
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_a.py").write_text(body)
     with capfd.disabled():  # a fork's output goes where the fork sends it
-        seconds = 0.5 if found == "time" else 60
+        seconds = 0.5 if found == "time" else 600
         assert mutants.first_failure(tmp_path, ["tests/test_a.py"], seconds, object) == found
         with pytest.raises(RuntimeError, match=r"tests/test_b.py did not run"):
-            mutants.first_failure(tmp_path, ["tests/test_b.py"], 60, object)
+            mutants.first_failure(tmp_path, ["tests/test_b.py"], 600, object)
 
 
 def test_what_tests_and_their_processes_execute_is_recorded_and_those_that_are_chosen_run_alone(tmp_path, capfd):
@@ -82,9 +82,9 @@ def test_what_tests_and_their_processes_execute_is_recorded_and_those_that_are_c
     )
     folder, files = tmp_path / "recorded", ["tests/test_a.py"]
     with capfd.disabled():
-        assert mutants.first_failure(tmp_path, files, 60, partial(mutants.Recording, folder)) == "a.py::test_two"
+        assert mutants.first_failure(tmp_path, files, 600, partial(mutants.Recording, folder)) == "a.py::test_two"
         one = partial(mutants.Chosen, ["tests/test_a.py::test_one"])
-        assert mutants.first_failure(tmp_path, files, 60, one) == ""
+        assert mutants.first_failure(tmp_path, files, 600, one) == ""
     lines = {}
     for file in folder.glob("lines.*"):
         recorded = coverage.CoverageData(file)

@@ -1,5 +1,6 @@
 """What the tests do on a card, without one: their settings, their tables, and what becomes of a broken process."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gpu_lstm
 from gpu_lstm.call import modes
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
+from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import choose
 from gpu_lstm.kernels.triton_rnn import launch as triton
@@ -44,7 +46,7 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "SLSTM"])
 @pytest.mark.parametrize("place", ["held", "resident", "cooperative/4/1/4", "pointwise", "cupy"])
 @pytest.mark.parametrize("checked", [False, True])
 def test_the_host_reads_no_number_in_a_call_unless_the_test_asks_for_margins(
@@ -76,6 +78,62 @@ def test_every_family_runs_on_an_h100_with_both_cells(cell):
         assert plan.family.name == name
 
 
+def of_ours(cell, heads, units, dtype, batch=test_gpu.SIZE[1], exact=False):
+    precision = "tf32" if dtype is torch.float32 and not exact else "ieee"
+    ragged = dict(lengths=torch.int64, resets=True)
+    return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell.lower(), heads=heads, **ragged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tf32", "bf16"])
+def test_heads_and_the_slstm_run_by_every_family_of_an_h100_in_tf32_and_half_precision(dtype):
+    """As they are forced; and as they are chosen."""
+    assert {"LSTM", "GRU", "SLSTM"} == {cell for cell, heads in test_gpu.OF_OURS if heads > 1}
+    for cell, heads in test_gpu.OF_OURS:
+        problems = {family: of_ours(cell, heads, units, dtype) for family, units in test_gpu.UNITS.items()}
+        plans = [plan_of(family, p, backward) for family, p in problems.items() for backward in (False, True)]
+        assert {type(plan.family) for plan in plans} == choose.FAMILIES.keys()
+        assert {plan.heads for plan in plans} == {heads}
+    for backward in (False, True):
+        problems = [of_ours("SLSTM", heads, H // heads, dtype, batch) for batch, H, heads in test_gpu.SIZES]
+        chosen = {choose.plans(p, H100, backward)[0].family.name for p in problems}
+        assert chosen == {"resident", "cooperative", "step"}
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """Tests of test_gpu.py run on the CPU, by plans that it can run: where there are no streams and no graphs."""
+
+    def captured(run):
+        found = run()
+        return found, lambda: [t.data.copy_(again) for t, again in zip(found.values(), run().values())]
+
+    changes = dict(CARD="cpu", SIZE=(3, 9, 3), UNITS=dict.fromkeys(KERNELS, 9), card_of=lambda _: H100,
+                   YARDSTICKS=dict.fromkeys(test_gpu.YARDSTICKS, "reference"),
+                   force=lambda patch, place: KERNELS[place].force(patch), captured=captured,
+                   on_a_stream=lambda run: run())  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setattr(test_gpu, name, value)
+
+
+@pytest.mark.parametrize(("place", "cell", "heads", "dtype"), [
+    ("resident", "SLSTM", 2, torch.float16), ("cooperative/16/1/1", "LSTM", 2, torch.float32),
+    ("held", "GRU", 2, torch.float16), ("pointwise", "SLSTM", 1, torch.float32), ("step", "LSTM", 2, torch.float16),
+])  # fmt: skip
+@pytest.mark.parametrize("fault", [False, True])
+def test_heads_and_the_slstm_rehearsed(rehearsed, monkeypatch, place, cell, heads, dtype, fault):
+    """What a family of kernels must be for the test of it on a card to pass; and that one with a fault fails."""
+    forward = Layer.forward
+
+    def of_the_unit_before(layer, gates, r, save):
+        inputs = r.inputs._replace(weight_hh=r.inputs.weight_hh.roll(1, 0))
+        return forward(layer, gates, r._replace(inputs=inputs), save)
+
+    if fault:
+        monkeypatch.setattr(Layer, "forward", of_the_unit_before)
+    with pytest.raises(AssertionError, match=r"RMS error|away from zero") if fault else contextlib.nullcontext():
+        test_gpu.test_every_family_of_heads_and_of_the_slstm(monkeypatch, place, cell, heads, dtype)
+
+
 TORCH = """  # on a card that a test breaks for its process
 import sys
 from types import SimpleNamespace
@@ -91,10 +149,11 @@ rand = works
 cuda = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, synchronize=works)
 """
 TESTS = """
-import pytest, torch
+import logging, pytest, torch
 
 @pytest.mark.parametrize("n", range(12))
 def test_a_kernel(n):
+    logging.getLogger("gpu_lstm").info("plan %d", n)
     torch.broken |= n == 3
     torch.rand()
 """
@@ -104,7 +163,7 @@ def test_a_kernel(n):
     ("-n 2 --dist worksteal", 11), ("", 3),  # without workers pytest ends
 ])  # fmt: skip
 def test_a_process_ends_where_the_card_fails_and_another_runs_the_other_tests(tmp_path, options, passed):
-    """And the traceback is there before the end."""
+    """And before the end there is the traceback, with what was logged."""
     shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
     for name, text in {"torch": TORCH, "test_kernels": TESTS}.items():
         (tmp_path / f"{name}.py").write_text(text)
@@ -116,4 +175,5 @@ def test_a_process_ends_where_the_card_fails_and_another_runs_the_other_tests(tm
     assert (done.returncode, int(re.search(r"(\d+) passed", after)[1])) == (1, passed), done.stdout
     assert set(re.findall("FAILED .*test_a_kernel(.*)]", after)) == {"[3"}
     assert "E   RuntimeError: CUDA error: an illegal memory access" in before
+    assert set(re.findall("INFO +gpu_lstm:.*plan (.*)", before)) == {"3"}
     assert "in this process any more, after test_kernels.py::test_a_kernel[3]: CUDA error" in done.stdout

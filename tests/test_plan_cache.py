@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import logging
 import multiprocessing
 import shutil
 import warnings
@@ -17,7 +18,8 @@ from places import forget
 from standing_in import CUDA, H100
 
 import gpu_lstm
-from gpu_lstm.kernels import cache
+from gpu_lstm.backends.verify import verify
+from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
@@ -217,7 +219,38 @@ def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100):
 def test_where_no_plan_can_be_compiled_autotune_says_why(an_h100, monkeypatch):
     monkeypatch.setattr(autotune, "recorded_launches", lambda *given: given)
     monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda *_: "it spills")
-    with pytest.raises(RuntimeError, match=r"no plan for the forward pass of this layer can be compiled .*: it spills"):
+    with pytest.raises(RuntimeError, match=r"no plan for the forward pass of this layer can be timed .*: it spills"):
+        autotune.autotune(PROBLEM, CUDA, 256)
+
+
+def test_a_plan_that_fails_is_left_out_and_the_fastest_of_the_others_kept(an_h100, monkeypatch, caplog):
+    """Whether it is refused before, which is on disk by then, times out while it is timed, or in its last launch."""
+    refused, out, late, fourth, *_ = plans(PROBLEM, H100, False)
+    verified, timed = [], []
+
+    def refuses(layer, pass_, inputs, plan):
+        verified.append(plan)
+        return "the process that tried it ended meanwhile" if plan == refused else None
+
+    def time_plan(plan, call):
+        assert verified[-1] == plan
+        timed.append(plan)
+        if plan == out:
+            raise RuntimeError("cooperative_forward_kernel timed out at step 1")
+        if plan == late:
+            timeouts.error_word(CUDA, "kernel")[0] = 4
+        return len(timed)
+
+    monkeypatch.setattr(autotune, "time_plan", time_plan)
+    monkeypatch.setitem(timeouts._words, CUDA, timeouts._Words(torch.device("cpu")))
+    with caplog.at_level(logging.INFO, "gpu_lstm"):
+        assert autotune.autotune(PROBLEM, CUDA, 256, refuses)["forward"] == fourth
+    assert refused not in timed
+    assert measured_plan(PROBLEM, H100, False) == fourth.as_json()
+    for said in ("ended meanwhile", "timed out at step 1", "timed out at step 3"):
+        assert said in caplog.text
+    monkeypatch.setattr(autotune, "time_plan", Mock(side_effect=torch.AcceleratorError("illegal memory access")))
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
         autotune.autotune(PROBLEM, CUDA, 256)
 
 
@@ -238,10 +271,11 @@ def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
     for steps in (1, 7):
         gpu_lstm.autotune(64, 3, steps=steps, dtype=torch.float16, proj_size=16, device="cpu")
         x, h0, c0 = (torch.zeros(*size, dtype=torch.float16) for size in ((steps, 3, 8), (1, 3, 16), (1, 3, 64)))
-        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), "lstm", False, "ieee"), cpu, steps)
-    gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, device="cpu", cell="gru")
-    measure.assert_called_with(Problem(2, 3, 64, torch.float16, cell="gru"), cpu, 7)
-    for wrong, text in ((dict(cell="rnn"), "cell should be one of 'lstm', 'gru', 'slstm', got 'rnn'"),
+        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), "lstm", False, "ieee"), cpu, steps, verify)
+    gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, device="cpu", cell="slstm", heads=4)
+    measure.assert_called_with(Problem(2, 3, 64, torch.float16, cell="slstm", heads=4), cpu, 7, verify)
+    for wrong, text in ((dict(heads=3), "hidden_size must be divisible by heads, got hidden_size=64 and heads=3"),
+                        (dict(cell="rnn"), "cell should be one of 'lstm', 'gru', 'slstm', got 'rnn'"),
                         (dict(cell="gru", proj_size=4), "proj_size should be 0 for a GRU.* got 4")):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             gpu_lstm.autotune(64, 3, device="cpu", **wrong)

@@ -1,6 +1,7 @@
 """`auto` races the kernels against torch's own LSTM: the CPU counts as a card, with a stubbed clock."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -269,7 +270,7 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
 
 
 @pytest.mark.parametrize(("kind", "options", "winner"), [
-    ("LSTM", {}, "torch"), ("LSTM", dict(lengths=torch.tensor([3, 1, 2])), "triton"), ("GRU", {}, "torch"),
+    ("LSTM", {}, "torch"), ("LSTM", dict(lengths=torch.tensor([3, 1, 2])), "auto triton"), ("GRU", {}, "torch"),
 ])  # fmt: skip
 def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, kind, options, winner):
     """On a card where the larger one does not stay on chip; its kernels are not run."""
@@ -317,14 +318,18 @@ def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch):
 
 
 def test_a_part_of_a_card_is_another_card(monkeypatch):
-    """As MIG makes it, by the same name; or what is left to other kernels."""
-    kind, keys = kind_of(_call()), []
-    for card, count, spare in (("a", 132, 0), ("a", 132, 0), ("b", 132, 0), ("a", 60, 0), ("a", 132, 2)):
-        torch_finds(monkeypatch, get_device_properties=SimpleNamespace(multi_processor_count=count))
-        monkeypatch.setattr(cache, "machine", lambda device, card=card: {"card": card})
-        monkeypatch.setattr(race, "spare_multiprocessors", lambda count, spare=spare: spare)
+    """As MIG makes it, by the same name; or a context that has a share of it; or what is left to other kernels."""
+    kind, keys, whole = kind_of(_call()), [], (H100, 132, "")
+    mig = dataclasses.replace(H100, multiprocessors=60)
+    another = dataclasses.replace(H100, name="another")
+    monkeypatch.setattr(choose, "_context", lambda: 1)
+    for card, of_context, spare in (whole, whole, (another, 132, ""), (mig, 60, ""), (H100, 66, ""), (H100, 132, "2")):
+        torch_finds(monkeypatch, card)
+        monkeypatch.setattr(cache, "machine", lambda device, card=card: {"card": card.name})
+        monkeypatch.setattr(choose, "_multiprocessors", {(CUDA, 1): of_context})
+        monkeypatch.setenv(timeouts.SPARE, spare)
         keys.append(str(race._key(kind, Backend.TRITON, CUDA)))
-    assert (keys[0] == keys[1], len(set(keys))) == (True, 4)
+    assert (keys[0] == keys[1], len(set(keys))) == (True, 5)
 
 
 @pytest.mark.parametrize("module", [LSTM, GRU])

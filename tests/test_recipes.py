@@ -327,6 +327,22 @@ class RecurrentNoise(Regulariser):
 
     def added(self, noise: Noise) -> Tensor | None:
         return noise.noise_h
+
+
+class StepDropout(Regulariser):
+    """Factors of h, drawn again for every step, step_h [T, B, P]: no flag tells kernels to read them."""
+
+    name = "step_dropout"
+    tensors = ("step_h",)
+
+    def feature(self, norms: tuple[str, ...]) -> str:
+        return "what no list says"
+
+    def draw(self, rate: float, of: Drawing) -> tuple[Tensor | None, ...]:
+        return (torch.nn.functional.dropout(torch.ones(of.sizes, dtype=of.dtype, device=of.device), rate),)
+
+    def scaled(self, h: Tensor, noise: Noise) -> Tensor:
+        return h if noise.step_h is None else noise.step_h * h
 '''
 
 COMPARED = '''
@@ -438,6 +454,27 @@ for pass_ in (Pass(), Pass(True)):
     for name, truth in small.by_reference(torch.float64)[0].items():
         torch.testing.assert_close(small.yardstick()[name].double(), truth, rtol=1e-4, atol=1e-5)
 
+# What changes the time loop without a flag runs on the reference alone, whatever its class forgot to say.
+lstm, x = gpu_lstm.LSTM(I, H), torch.randn(T, B, I)
+lstm.step_dropout = 0.5
+torch.manual_seed(0)
+y, _ = lstm(x)
+torch.manual_seed(0)
+factors = torch.nn.functional.dropout(torch.ones(T, B, H), 0.5).double()
+w = {name.removesuffix("_l0"): p.double() for name, p in lstm.named_parameters()}
+for b in range(B):
+    h, c = torch.zeros(2, H, dtype=torch.float64)
+    for t in range(T):
+        h, c = one_step(w, x[t, b].double(), h, c, (factors[t, b] - 1) * h)
+        torch.testing.assert_close(y[t, b].double(), h, rtol=1e-4, atol=1e-5)
+for backend in ("triton", "torch", "cupy"):
+    lstm.backend = backend
+    try:
+        lstm(x)
+        raise AssertionError(f"{backend} ran it")
+    except ValueError as error:
+        assert str(error) == f"backend {backend!r} does not support step_dropout; use 'reference'", error
+
 # What cannot be combined is refused, with the reason.
 for backend, said in ("triton", recurrent_noise.NORMED), ("torch", "recurrent_noise"):
     lstm = gpu_lstm.LSTM(I, H, backend=backend, layer_norm=backend == "triton")
@@ -461,19 +498,22 @@ assert lstm.eval()(torch.randn(T, B, I))[0].shape == (T, B, H)  # there is none 
 
 
 def test_a_regulariser_is_a_file_an_entry_of_the_list_and_rows_of_the_table_of_tensors(tmp_path):
-    """Gaussian noise on the recurrent h: on the reference, and on the kernels by a product before the time loop."""
+    """Gaussian noise on the recurrent h: on the reference, and on the kernels by a product before the time loop. And
+    dropout at every step, which kernels do not know of."""
     copy = Copy(tmp_path)
     the_list, row = (
         "gpu_lstm/call/regularisers.py",
         """
-    ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE),  # added to h in the recurrent product""",
+    ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE),  # added to h in the recurrent product
+    ("step_h",          "T B P", None, NOISE,     not LOOP, NONE),  # its factors at a step""",
     )
     copy.add("gpu_lstm/call/recurrent_noise.py", NOISE)
-    copy.enter(the_list, "from ..kernels.tensors import Noise\n", "from .recurrent_noise import RecurrentNoise\n")
-    copy.enter(the_list, "    RecurrentDropout(),\n", "    RecurrentNoise(),\n")
+    imported = "from .recurrent_noise import RecurrentNoise, StepDropout\n"
+    copy.enter(the_list, "from ..kernels.tensors import Noise\n", imported)
+    copy.enter(the_list, "    RecurrentDropout(),\n", "    RecurrentNoise(),\n    StepDropout(),\n")
     copy.enter("kernels/tensors.py", "# factors of h in the recurrent product", row)
     assert copy.changes() == {
-        the_list: (2, 0), "kernels/tensors.py": (1, 0),
+        the_list: (3, 0), "kernels/tensors.py": (2, 0),
         "gpu_lstm/call/recurrent_noise.py": (len(NOISE.splitlines()), 0),
     }  # fmt: skip
     copy.run(COMPARED)
@@ -502,8 +542,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cards import Card
 from ..cells import CELLS
-from ..layer import Chosen, OnlyPlan, Refuses
+from ..layer import Chosen, NoKernel, OnlyPlan, Refuses
 from ..problem import Gradients, Pass, Problem, Recurrence
 
 
@@ -604,6 +645,10 @@ class Prepared:
 BACKEND, prepare = "loop", Prepared
 
 
+def card_of(device: torch.device) -> Card:
+    return Card(0, 1)
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
     return None
 
@@ -617,7 +662,7 @@ def lacks(problem: Problem) -> str | None:
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
     if refuses is not None and (reason := refuses(PLAN)):
-        raise RuntimeError(f"the loop cannot run this layer: {reason}")
+        raise NoKernel(f"the loop cannot run this layer: {reason}")
     return PLAN
 
 

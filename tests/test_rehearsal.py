@@ -18,7 +18,7 @@ import torch
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 INCLUDE = Path(triton.__file__).parent / "backends/nvidia/include"
-SECONDS = 300
+SECONDS = 3600  # a scenario takes far less, also on a loaded machine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real driver")
 
@@ -127,7 +127,12 @@ def test_where_nothing_can_be_launched_auto_is_torch_and_says_why(rehearse, tmp_
     ("failed=710", "AcceleratorError: CUDA error: device-side assert triggered"),
 ], ids=["full memory", "an assertion of somebody else's kernel"])  # fmt: skip
 def test_an_error_of_the_device_is_raised_as_it_is_until_it_is_over_and_blamed_on_nobody(rehearse, fault, error):
+    """But that memory is full is no error where `auto` can use torch's."""
     *failed, auto, kernels = rehearse("before_and_after", fault)
+    if "OutOfMemory" in error:
+        assert [(each["error"], each["right"]) for each in failed[::2]] == [(None, True)] * 2
+        assert ["uses 'torch' for LSTM 8 -> 32" in each["said"] for each in failed[::2]] == [True, False], "once"
+        failed = failed[1::2]
     assert {(each["error"], each["said"]) for each in failed} == {(error, "")}
     assert all(each["stored"] == NOTHING for each in failed)
     assert auto["error"] is kernels["error"] is None
@@ -158,4 +163,4 @@ def test_a_second_process_compiles_verifies_and_races_nothing_but_of_the_other_c
     for each, cell in (third, "lstm"), (gru, "gru"):
         launches = [event["kernel"] for event in each["events"] if event["event"] == "launch"]
         assert launches[-2:] == [f"{cell}_resident_{way}_kernel" for way in ("forward", "backward")]
-        assert len(launches) == 2 or cell == "gru", "which is verified and raced"
+        assert len(launches) == 4 or cell == "gru", "which is verified and raced; two steps are tried before a call"

@@ -68,7 +68,8 @@ FACTS = ATTRIBUTES | {
     "grad": (torch.enable_grad, torch.no_grad, torch.inference_mode), "precision": ("tf32", "ieee"),
     "block": (None, "auto", "triton", "torch", "reference"), "racing": (None, "on", "off", "read"),
     BACKEND_VARIABLE: ("", "triton", "torch", "cupy", "nonsense"), RACE_VARIABLE: ("", "off", "nonsense"),
-    "autocast": (None, torch.float16, torch.bfloat16), "around": ("nothing", "vmap", "grad", "mode", "trace"),
+    "autocast": (None, torch.float16, torch.bfloat16), "onednn": (True, False),
+    "around": ("nothing", "vmap", "grad", "mode", "trace"),
 }  # fmt: skip
 BLOCKS = dict(block=gpu_lstm.backend, racing=gpu_lstm.racing, autocast=lambda dtype: torch.autocast("cpu", dtype))
 OF_A_CALL = ("steps", "batch", "form", "lengths", "resets", "hx", "x_learns")
@@ -181,6 +182,7 @@ class Routes(RuleBasedStateMachine):
             stack.enter_context(patch.dict(os.environ, variables))
             stack.callback(setattr, rnn, "fp32_precision", rnn.fp32_precision)
             rnn.fp32_precision = facts["precision"]
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=facts["onednn"]))
             stack.enter_context(facts["grad"]())
             for name, enter in BLOCKS.items():
                 if facts[name] is not None:

@@ -232,6 +232,7 @@ def test_trace_and_explain():
     torch.testing.assert_close(traced.output, call.module(call.x, tuple(call.hx), **call.ragged)[0])
     for gates in (gates for layer in traced.layers for gates in layer):
         torch.testing.assert_close(gates.output * gates.mean, gates.hidden)
+        assert not any(t[LENGTHS[1] :, 1].any() or t[LENGTHS[2] :, 2].any() for t in gates)
     plain = gpu_lstm.trace(call.module, call.x).layers[0][0]
     torch.testing.assert_close(plain.mean[0], plain.candidate[0])  # the mean of one
     torch.testing.assert_close(plain.mean[1], torch.lerp(plain.mean[0], plain.candidate[1], plain.share[1]))
@@ -374,6 +375,7 @@ def layer_of(module, x, hx, **options):
     """slstm_layer on the product of a module of one layer and direction."""
     z = x @ module.weight_ih_l0.T
     bias = module.bias_ih_l0 + module.bias_hh_l0 if module.bias else None
+    options |= dict(heads=module.heads)
     y, states = slstm_layer(z, module.weight_hh_l0, bias, hx and tuple(t[0] for t in hx), **options)
     return y, tuple(t[None] for t in states)
 

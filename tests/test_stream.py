@@ -232,13 +232,15 @@ def test_another_thread_does_not_break_a_capture(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+@pytest.mark.parametrize(("cell", "heads"), [("LSTM", 1), ("GRU", 1), ("LSTM", 4), ("SLSTM", 4)])
 @pytest.mark.parametrize("hidden", [64, 512])
-def test_a_step_is_replayed_from_a_graph(hidden, cell):
-    lstm = getattr(gpu_lstm, cell)(32, hidden, 2, device="cuda", dtype=torch.bfloat16, backend="triton").eval()
-    stream, x = Stream(lstm, 4), torch.randn(50, 4, 32, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize(("dtype", "last_place"), [(torch.float32, 2**-10), (torch.bfloat16, 2**-7)], ids=str)
+def test_a_step_is_replayed_from_a_graph(hidden, cell, heads, dtype, last_place):
+    """In TF32 and in half precision."""
+    lstm = getattr(gpu_lstm, cell)(32, hidden, 2, heads=heads, device="cuda", dtype=dtype, backend="triton").eval()
+    stream, x = Stream(lstm, 4), torch.randn(50, 4, 32, device="cuda", dtype=dtype)
     steps = torch.stack([stream(x_t) for x_t in x])
-    torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * torch.finfo(torch.bfloat16).eps)
+    torch.testing.assert_close(steps, lstm(x)[0], rtol=0, atol=8 * last_place)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(B, 1), torch.zeros(B, I, dtype=torch.float64)], ids=["size", "dtype"])

@@ -122,7 +122,8 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     assert timeouts.spare_multiprocessors(132) == 3
     with pytest.raises(ValueError, match="expected a number below 3 in"):
         timeouts.spare_multiprocessors(3)
-    torch_finds(monkeypatch, is_current_stream_capturing=True)  # where the driver is not asked
+    torch_finds(monkeypatch, is_current_stream_capturing=True)  # where the driver launches nothing
+    monkeypatch.setattr(choose, "_context", lambda: 1)
     assert choose.card_of(CUDA).multiprocessors == 129
 
 

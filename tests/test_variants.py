@@ -211,6 +211,7 @@ def test_weight_drop_runs_everywhere(backend, kind, rate):
     torch.testing.assert_close(lstm(packed)[0].data, plain(packed)[0].data, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("with_onednn")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 @every_able
 def test_autocast(backend, kind, device):

@@ -30,7 +30,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import equations, fragments, indexing, launch, noise, norm, norm_tiles, reset, states
 from gpu_lstm.kernels.triton_rnn import step as step_family
 from gpu_lstm.kernels.triton_rnn.choose import plans
-from gpu_lstm.kernels.triton_rnn.equations import gru, lstm
+from gpu_lstm.kernels.triton_rnn.equations import gru, lstm, slstm
 from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER
 
 pytestmark = [
@@ -156,6 +156,12 @@ def test_the_small_problem_is_laid_out_as_the_call_is():
     assert _verify(problem, given=given) is None
 
 
+@pytest.mark.parametrize("pass_", [FORWARD, Pass(True)])
+def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
+    """As autotune has it, which makes no x."""
+    assert _verify(PLAIN, pass_, given=launch.call_of(PLAIN, CPU)[1].inputs) is None
+
+
 def test_a_kernel_that_writes_outside_of_its_tensors_is_found(monkeypatch):
     run = launch.launch_kernel
 
@@ -241,6 +247,20 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("fault", [None, "softplus", "c_n"])
+def test_the_state_that_calls_begin_with_is_verified(monkeypatch, fault):
+    """An sLSTM's is empty, l = -inf, and where a sequence has no step it ends so: equal infinities are right."""
+    problem, run = PLAIN._replace(cell="slstm", lengths=torch.int64, batch=5), verify.Small.by_kernels
+    if fault == "softplus":  # right for all finite numbers of this size
+        monkeypatch.setattr(slstm, "softplus", lambda x: x + tl.log(1.0 + lstm.exp(-x)))
+    if fault == "c_n":
+        by_kernels = lambda *given: (found := run(*given)) | dict(c_n=found["c_n"].nan_to_num(neginf=0))  # noqa: E731
+        monkeypatch.setattr(verify.Small, "by_kernels", by_kernels)
+    with pytest.warns(UserWarning, match="the RMS error") if fault else contextlib.nullcontext():
+        assert (_verify(problem) is None) == (fault is None)
 
 
 def test_a_kernel_that_gives_nan_is_found(monkeypatch):

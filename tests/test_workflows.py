@@ -128,6 +128,16 @@ def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs
     assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
 
 
+def test_tests_on_a_card_have_processes_that_are_replaced_where_it_fails_and_leave_time_for_the_benchmark():
+    """As in `make test`: in one process the first fault ends all."""
+    (job,) = (job for (name, _), job in JOBS.items() if name == "gpu")
+    (step,) = (step for step in job["steps"] if "pytest" in step.get("run", ""))
+    (on_all_cores,) = re.findall("^ON_ALL_CORES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert on_all_cores in step["run"]
+    bench = next(int(s["with"]["minutes"].split("'")[-2]) for s in job["steps"] if "minutes" in s.get("with", ()))
+    assert step["timeout-minutes"] + 2 * bench < job["timeout-minutes"]
+
+
 @pytest.mark.deep
 def test_a_gpu_that_is_required_and_cannot_be_used_is_an_error_at_once_with_torchs_reason():
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--require-gpu", "tests/test_hog.py"]

@@ -212,7 +212,7 @@ COMMANDS = [
     (BENCH, "readme", "old.csv: schema 1.*"),
     (BENCH, "gpu --out {absent}", "there is no CUDA device that torch can use: "),
     (BENCH, "gpu --minutes nan", "argument --minutes: expected more than 0 minutes, got 'nan'$"),
-    (BENCH, "--cases nonsense", "^python -m bench: unknown case 'nonsense'; known groups: headline, "),
+    (BENCH, "--cases nonsense", "^python -m bench: unknown case 'nonsense'; known groups: first, headline, "),
     (BENCH, "--out {folder} --device cpu", "^python -m bench: .*File exists: '")]  # fmt: skip
 
 

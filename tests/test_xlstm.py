@@ -15,6 +15,8 @@ import pytest
 import torch
 from installed import ROOT
 from torch import nn
+from torch.func import functional_call
+from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 
 import gpu_lstm
 
@@ -53,15 +55,71 @@ def numbers_of(cell, x, state=None):
     return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weights)]
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_xlstms_own_cell_is_of_one_mind_in_float64(given):
+@pytest.mark.parametrize(("given", "shut"), [(False, 0.0), (True, 0.0), (True, -1e9), (True, -float("inf"))])
+def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut):
+    """With input gates that are shut, too: where every n is 0 that cell forgets m, so that states are given."""
     cell = cell_of_xlstm().double()
     x, state = tensors_for(torch.float64)
+    x[..., :H] += torch.where(torch.rand(B, S, H) < 0.4, shut, 0.0)
     theirs = numbers_of(cell, x, state if given else None)
     assert gpu_lstm.use_for_slstm(cell) == 1
     assert cell._theirs is type(cell).__mro__[2]
     for our, their in zip(numbers_of(cell, x, state if given else None), theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=0, atol=2e-15 * max(1.0, their.abs().max().item()))
+
+
+KERNEL = "_recurrent_kernel_"
+MADE_AND_UNDONE = {
+    "parametrized": (lambda *named: parametrize.register_parametrization(*named, nn.Tanh()),
+                     parametrize.remove_parametrizations),
+    "weight_norm": (weight_norm, remove_weight_norm),
+    "parametrizations.weight_norm": (parametrizations.weight_norm, parametrize.remove_parametrizations),
+    "pruned": (lambda *named: prune.l1_unstructured(*named, 0.3), prune.remove),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("first", ["ours", "made", "ours, undone"])
+@pytest.mark.parametrize("way", MADE_AND_UNDONE)
+def test_weights_that_are_made_of_others(way, first):
+    cell, (make, undo) = cell_of_xlstm().double(), MADE_AND_UNDONE[way]
+    own, (x, state) = type(cell), tensors_for(torch.float64)
+    if first == "made":
+        make(cell, KERNEL)
+        gpu_lstm.use_for_slstm(cell)
+    else:
+        gpu_lstm.use_for_slstm(cell)
+        make(cell, KERNEL)
+    ours = numbers_of(cell, x, state)
+    if parametrize.is_parametrized(cell):
+        with pytest.raises(RuntimeError, match="Serialization of parametrized modules"):
+            pickle.dumps(cell)
+    if first == "ours, undone":
+        undo(cell, KERNEL)
+        assert torch.equal(cell(x, state)[0], ours[0])
+    assert cell._theirs is own
+    gpu_lstm.use_for_slstm(cell, False)
+    theirs = numbers_of(cell, x, state)
+    if first != "ours, undone":
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-14)
+        undo(cell, KERNEL)
+    assert type(cell) is own
+    torch.testing.assert_close(cell(x, state)[0], ours[0], rtol=0, atol=1e-14)
+
+
+def test_weights_that_are_given_to_a_call():
+    cell = cell_of_xlstm().double()
+    x, state = tensors_for(torch.float64)
+    given = {name: (2 * p.detach()).requires_grad_() for name, p in cell.named_parameters()}
+
+    def numbers():
+        y, _ = functional_call(cell, given, (x,), dict(state=state, lengths=None))
+        return [y, *torch.autograd.grad(y.square().sum(), list(given.values()))]
+
+    theirs = numbers()
+    gpu_lstm.use_for_slstm(cell)
+    torch.testing.assert_close(numbers(), theirs, rtol=0, atol=1e-13)
+    assert torch.equal(cell(x, state, torch.tensor([1, 2, 3]))[0], cell(x, state)[0])  # as theirs
 
 
 def test_the_layout_of_its_cuda_kernels():

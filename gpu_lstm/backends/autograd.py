@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.modes import Modes, Transforms, are_batched, gradients_are_differentiated, is_transformed
+from ..call.choices import Backend, requested_backend
+from ..call.modes import Transforms, are_batched, gradients_are_differentiated, is_transformed
+from ..call.prepare import Call
 from ..call.weights import State
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs
@@ -16,20 +18,19 @@ from .fused import Saved
 from .layer_loop import NOTHING, Part
 
 
-def run_layer(layers: Sequence[Layer], recompute: bool, modes: Modes, part: Part) -> tuple[Tensor, State]:
+def run_layer(layers: Sequence[Layer], call: Call, part: Part) -> tuple[Tensor, State]:
     """As layer_loop.RunPart, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
 
-    The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h. `modes`:
-    as `prepare` found them, since autograd is off inside Function.forward.
+    The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h.
     """
-    layer, inputs = layers[part.row], fused.inputs_of(part)
+    layer, inputs, modes, recompute = layers[part.row], fused.inputs_of(part), call.modes, call.options.recompute
     if not modes.grad or not any([t is not None and t.requires_grad for t in inputs]):
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
         return h, (h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype))
     if modes.transforms != Transforms.NONE:
-        h, h_n, c_n, *_ = graph.InTransforms.apply(
-            layer.problem.cell, layer.problem.reverse, layer.backend, True, recompute, *inputs
-        )
+        name = graph.named(Backend(layer.backend), requested_backend(call.options.backend) is not Backend.AUTO)
+        how = layer.problem.cell, layer.problem.reverse, name, True, recompute
+        h, h_n, c_n, *_ = graph.InTransforms.apply(*how, *inputs)
     else:
         count = len(inputs)
         while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults

@@ -30,7 +30,7 @@ from ..call.weights import State, Weights
 from ..kernels import private
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
-from ..kernels.problem import Inputs, problem_of
+from ..kernels.problem import Inputs, Pass, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved, part_of
 from .layer_loop import Part, run_layers, without_autocast
@@ -56,8 +56,25 @@ OPERATOR = getattr(torch.ops, NAMESPACE).layer.default
 BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
 
 
-def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, list[State]]:
-    """All layers of a call that is laid out, in `dtype`, by operators: output [T, B, D*P] and states as Call.states."""
+AUTO = "auto "
+"""Before the name of a backend of kernels that nobody asked for: another one runs where these have no right one."""
+
+
+def named(backend: Backend, asked: bool) -> str:
+    """A backend, as operators are told of it."""
+    return backend.value if asked or backend not in KERNEL_BACKENDS else AUTO + backend.value
+
+
+def _parsed(name: str) -> tuple[Backend, bool]:
+    """The reverse: the backend, and whether another may run in its place."""
+    return Backend(name.removeprefix(AUTO)), name.startswith(AUTO)
+
+
+def run_call(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tuple[Tensor, list[State]]:
+    """All layers of a call that is laid out, in `dtype`, by operators: output [T, B, D*P] and states as Call.states.
+
+    `name`: the backend, as `named` says it.
+    """
     if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
@@ -69,24 +86,24 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend) -> tuple[Tensor, 
     if backend is Backend.TORCH and call.traversal.is_plain() and call.options.torch_has_it:
         call = call._replace(x=call.x.to(dtype))
         return torch_rnn.layer_by_layer(call, dtype, partial(_both_directions, call, dtype))
-    return run_layers(call, dtype, backend, partial(_run_part, call, dtype, backend))
+    return run_layers(call, dtype, backend, partial(_run_part, call, dtype, name))
 
 
-def _run_part(call: Call, dtype: torch.dtype, backend: Backend, part: Part) -> tuple[Tensor, State]:
-    return _ask(call, backend, fused.inputs_of(part.to(dtype)), part.traversal.reverse)
+def _run_part(call: Call, dtype: torch.dtype, name: str, part: Part) -> tuple[Tensor, State]:
+    return _ask(call, name, fused.inputs_of(part.to(dtype)), part.traversal.reverse)
 
 
 def _both_directions(
     call: Call, dtype: torch.dtype, x: Tensor, state: State, weights: list[Weights]
 ) -> tuple[Tensor, State]:
     first = fused.inputs_of(Part(0, x, state, weights[0], EVERY_STEP, NO_NOISE).to(dtype))
-    return _ask(call, Backend.TORCH, [*first, *(t for second in weights[1:] for t in second.to(dtype))], False)
+    return _ask(call, Backend.TORCH.value, [*first, *(t for second in weights[1:] for t in second.to(dtype))], False)
 
 
-def _ask(call: Call, backend: Backend, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
+def _ask(call: Call, backend: str, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:
     save = call.modes.grad and any([t is not None and t.requires_grad for t in tensors])
     with without_autocast(call):
-        how = call.options.cell.name, reverse, backend.value, save, call.options.recompute
+        how = call.options.cell.name, reverse, backend, save, call.options.recompute
         h, h_n, c_n, *_ = OPERATOR(*how, *tensors)
     return h, (h_n, c_n)
 
@@ -122,6 +139,24 @@ def gradients_of(
 def _kernels_for(inputs: Inputs, cell: str, reverse: bool, backend: Backend) -> Layer:
     problem = problem_of(inputs, cell, reverse, recurrent_precision(inputs.x.dtype))
     return verify.layer_of(backend, problem, inputs.x.device)
+
+
+def _in_place_of_kernels(cell: str, inputs: Inputs) -> Backend:
+    """What runs where none is right."""
+    return Backend.TORCH if torch_rnn.has(CELLS[cell], inputs) else Backend.REFERENCE
+
+
+def _as_by_kernels(inputs: Inputs, cell: str, reverse: bool, save: bool) -> tuple[Any, ...]:
+    """What fused.forward returns, by other means: what is saved, only the reference computes."""
+    with _apart(inputs.x, record=False):
+        if not save:
+            h, h_n, c_n = _without_kernels(inputs, cell, reverse, _in_place_of_kernels(cell, inputs))
+            return h.contiguous(), h_n.clone(), c_n.clone(), None, None
+        wide = (t.float() if t is not None and t.is_floating_point() else t for t in inputs)  # as c is saved
+        record: list[reference.Steps] = []
+        h, (h_n, c_n) = reference.run_layer(cell, *part_of(Inputs(*wide), reverse)[1:], record=record)
+        h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, record[0].gates))
+        return h, h_n, c_n.clone(), gates, record[0].cell
 
 
 def _without_kernels(
@@ -167,11 +202,15 @@ def _apart(x: Tensor, record: bool) -> Iterator[None]:
 
 
 def _forward(cell, reverse, backend, save, recompute, *tensors):
-    inputs, backend = Inputs(*tensors[:SECOND]), Backend(backend)
+    inputs, (backend, may_differ) = Inputs(*tensors[:SECOND]), _parsed(backend)
     x, _, c0, *_ = inputs
     nothing, no_c = x.new_empty(0), c0.new_empty(0, dtype=torch.float32)
     if backend in KERNEL_BACKENDS:
-        h, h_n, c_n, gates, c = fused.forward(_kernels_for(inputs, cell, reverse, backend), inputs, save)
+        layer = _kernels_for(inputs, cell, reverse, backend)
+        if may_differ and not layer.has_kernel(Pass(save=save), inputs):
+            h, h_n, c_n, gates, c = _as_by_kernels(inputs, cell, reverse, save)
+        else:
+            h, h_n, c_n, gates, c = fused.forward(layer, inputs, save)
         return h, h_n, c_n.to(c0.dtype), nothing if recompute or not save else gates, no_c if c is None else c
     leaves, results = _with_autograd(tensors, cell, reverse, backend, save)
     if save:
@@ -182,17 +221,21 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
 
 def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
     h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
-    by_kernels = Backend(backend) in KERNEL_BACKENDS and save
+    by_kernels = _parsed(backend)[0] in KERNEL_BACKENDS and save
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
     c = c0.new_empty((*x.shape[:2], c0.shape[-1]) if by_kernels else (0,), dtype=torch.float32)
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
 
 
 def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
-    (h, gates, c), backend = saved, Backend(backend)
+    (h, gates, c), (dh, dh_n, _), (backend, may_differ) = saved, gradients, _parsed(backend)
+    inputs = Inputs(*tensors[:SECOND])
     if backend in KERNEL_BACKENDS:
-        inputs, wanted = Inputs(*tensors[:SECOND]), [name for name, need in zip(NAMES, needed) if need]
-        layer = _kernels_for(inputs, cell, reverse, backend)
+        layer, pass_ = _kernels_for(inputs, cell, reverse, backend), Pass(True, True, dh is not None, dh_n is not None)
+        if may_differ and not layer.has_kernel(pass_, inputs):
+            backend = _in_place_of_kernels(cell, inputs)
+    if backend in KERNEL_BACKENDS:
+        wanted = [name for name, need in zip(NAMES, needed) if need]
         by_name = fused.gradients(layer, Saved(inputs, h, gates, c), gradients, set(wanted))
         results = [by_name[name] for name in wanted]
     else:

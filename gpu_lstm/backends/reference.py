@@ -85,7 +85,7 @@ def run_layer(
     Returns:
         h [T, B, P] and (h_n [1, B, P], c_n [K, B, H]), in the dtypes of x, h0 and c0.
     """
-    h, c = state[0][0], state[1].squeeze(0)  # [B, P], [B, H]; with K > 1 [K, B, H]
+    h, c = state[0][0], state[1][0] if CELLS[cell].kept == 1 else state[1]  # [B, P], [B, H] or [K, B, H]
     dtype, cell_dtype, empty = x.dtype, c.dtype, CELLS[cell].empty_like(c)
     if dtype in (torch.float16, torch.bfloat16):
         x, h, c, weights = x.float(), h.float(), c.float(), weights.to(torch.float32)

@@ -18,7 +18,7 @@ class Route(NamedTuple):
 
     backend: Backend
     dtype: torch.dtype  # that layers compute in
-    as_operators: bool = False  # for graphs and dispatch modes
+    operators: str | None = None  # for graphs and dispatch modes: the backend, as operators are told of it
     layers: Sequence[Layer] = ()  # [L*D], where kernels run in eager mode
     schedule: Schedule | None = None  # likewise
 
@@ -28,16 +28,16 @@ def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None
 
     The reference appends the Steps of every layer and direction to `record`, if there is one.
     """
-    backend, dtype, as_operators, layers, scheduled = route
+    backend, dtype, operators, layers, scheduled = route
     if call.options.drops_weights:
         call = call._replace(weights=with_weight_drop(call.weights, call.options))
-    if backend is Backend.TORCH and not as_operators and (given := torch_rnn.run_as_given(call)) is not None:
+    if backend is Backend.TORCH and operators is None and (given := torch_rnn.run_as_given(call)) is not None:
         return call.results(*given)
     laid_out = call if call.options.one_row and call.form.packed is None else call.laid_out()
     if scheduled is not None:
         y, states = schedule.run_call(laid_out, dtype, backend, layers, scheduled)
-    elif as_operators:
-        y, states = graph.run_call(laid_out, dtype, backend)
+    elif operators is not None:
+        y, states = graph.run_call(laid_out, dtype, backend, operators)
     elif backend is Backend.TORCH:
         y, states = torch_rnn.run_call(laid_out, dtype)
     else:

@@ -68,7 +68,7 @@ def run_call(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
     """All layers of a call that is laid out, in `dtype`, by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
-    run_part = partial(autograd.run_layer, layers, call.options.recompute, call.modes)
+    run_part = partial(autograd.run_layer, layers, call)
     in_one_piece = schedule.longest >= call.steps and schedule.streams[0] is None
     run = run_layers if in_one_piece else partial(_in_chunks, schedule)
     if dtype is torch.float32 and call.modes.autocast is None:

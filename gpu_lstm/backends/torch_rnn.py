@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..call import onednn
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.modes import is_transformed
+from ..call.modes import autocast_dtype, is_transformed
 from ..call.noise import draw
 from ..call.prepare import Call
 from ..call.sequences import Traversal
@@ -31,12 +32,20 @@ from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
+from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
 from .layer_loop import Part, connect, named, run_layers, without_autocast
 from .torch_resets import with_resets
 
+MOST_STEPS = 65_535  # of cuDNN
 LEAST_HEAD, LEAST_OF_ALL = 64, 256  # units from which on a CPU a call a head is faster than zeros between them
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
+
+
+def has(cell: Cell, inputs: Inputs) -> bool:
+    """Whether torch has a layer of this cell with these tensors."""
+    more = (*names_of(VARIANT, NOISE), "reset_c")
+    return cell.of_torch and len(inputs.x) <= MOST_STEPS and all(getattr(inputs, name) is None for name in more)
 
 
 def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
@@ -123,6 +132,10 @@ def stack(
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
+    if x.is_cpu and batch_sizes is None and (half := _refused_by_onednn(cell, x, layers[0][0])) is not None:
+        state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
+        with torch.autocast("cpu", enabled=False):
+            return stack(cell, x.to(half), state, layers, dropout, training)
     if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # of heads, in one layer
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
@@ -145,6 +158,12 @@ def stack(
     else:
         y, h_n, c_n = lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
+
+
+def _refused_by_onednn(cell: Cell, x: Tensor, weights: Weights) -> torch.dtype | None:
+    """The dtype to which autocast would cast an LSTM for oneDNN, which has none in it on this CPU; else None."""
+    half = None if cell is GRU or weights.weight_hr is not None else autocast_dtype(x)
+    return None if half is None or not onednn.is_on() or onednn.has_lstm(half) else half
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..kernels import private, projection
 from ..kernels.private import TransformType, any_autocast, constant_when_traced, forward_level
+from . import onednn
 from .choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, chosen_backends, chosen_racings
 
 _ONLY_BY_REFERENCE = (TransformType.Vmap, TransformType.Jvp, TransformType.Functionalize)
@@ -47,7 +48,8 @@ class Modes(NamedTuple):
     """The state of the process that decides how a call is run, in the key of its route."""
 
     grad: bool  # whether autograd records
-    autocast: torch.dtype | None  # what it casts to; None: it is off, or x is float64, which it leaves as it is
+    autocast: torch.dtype | None  # see autocast_dtype
+    whole: bool  # it casts all of torch's own LSTM, not its products alone
     recording: int  # see Recording
     transforms: int  # see Transforms
     precision: str  # of float32 products in the recurrence, for Triton: "tf32" or "ieee"
@@ -61,14 +63,14 @@ def modes(x: Tensor) -> Modes:
         # Precision and choices are read where the decision is made, so that no graph is bound to them.
         recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
-        return Modes(torch.is_grad_enabled(), _autocast_dtype(x), recording, transforms, "ieee", (), False)
+        return Modes(torch.is_grad_enabled(), *_autocast(x), recording, transforms, "ieee", (), False)
     transforms = Transforms.NONE
     if _interpreter() is not None or forward_level() >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
     watched = _dispatch_modes() > 0 or type(x) not in PLAIN or _is_tracing()
     return Modes(
         _is_grad_enabled(),
-        _autocast_dtype(x) if any_autocast() else None,
+        *(_autocast(x) if any_autocast() else _NO_AUTOCAST),
         Recording.WATCHED if watched else Recording.NOBODY,
         transforms,
         recurrent_precision(x.dtype),
@@ -180,8 +182,19 @@ def autocasts(x: Tensor) -> bool:
     return any_autocast() and _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts x to; None: it is off, or x is float64, which it leaves as it is."""
     return torch.get_autocast_dtype(x.device.type) if x.dtype is not torch.float64 and autocasts(x) else None
+
+
+_NO_AUTOCAST = None, True
+
+
+def _autocast(x: Tensor) -> tuple[torch.dtype | None, bool]:
+    """Modes.autocast and Modes.whole."""
+    if (dtype := autocast_dtype(x)) is None:
+        return _NO_AUTOCAST
+    return dtype, not x.is_cpu or onednn.is_on()
 
 
 @constant_when_traced

@@ -79,7 +79,7 @@ class Options:
         rates = [(thing, thing.rate(getattr(a, thing.name), a.training)) for thing in REGULARISERS]
         self.on = tuple([(thing, rate) for thing, rate in rates if rate])
         self.dropout = next((rate for thing, rate in self.on if thing.name == "dropout"), 0.0)
-        self.drops_weights = any([thing.changes_weights for thing, _ in self.on])
+        self.drops_weights = any([thing.overrides("weight_hh") for thing, _ in self.on])
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
         self.by_layer = self.role == "stack"  # a user has states in a list, those of a layer together
         self.blocks = self.sizes if self.by_layer else self.sizes[:1]  # of the user's tensors of states
@@ -107,7 +107,7 @@ class Options:
         self.feature = LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell
         """The feature that the fewest backends support; None: all support all."""
         for thing, _ in self.on:
-            feature = thing.feature(a.norms)
+            feature = thing.name if thing.unknown_to_kernels else thing.feature(a.norms)
             if feature and self.feature not in REFERENCE_ONLY:
                 self.feature = feature
 

@@ -55,7 +55,7 @@ class Call(NamedTuple):
     def joined(self, rows: list[State]) -> list[State]:
         """Final states that are laid out, as `self.states`."""
         if not self.options.lead:
-            return [(h.squeeze(0), c.squeeze(0)) for h, c in rows]
+            return [(h.squeeze(0), c if self.options.kept > 1 else c.squeeze(0)) for h, c in rows]
         left, out = iter(rows), []
         for _ in self.options.blocks:
             h, c = zip(*itertools.islice(left, *self.options.lead))

@@ -28,9 +28,17 @@ class Regulariser:
 
     name: str
     of_torch = False  # torch.nn.LSTM has it, too
-    changes_weights = False
     tensors: tuple[str, ...] = ()  # its tensors for a layer and direction, in kernels/tensors.py
-    reference_only: tuple[str, ...] = ()  # features that no kernels have: it, or it beside something else, in words
+    reference_only: tuple[str, ...] = ()  # features that no kernels have: it beside something else, in words
+
+    @property
+    def unknown_to_kernels(self) -> bool:
+        """Whether it changes the time loop, and no flag of a Problem says so: then only the reference runs it."""
+        return self.overrides("scaled", "after") and not self.overrides("flags")
+
+    def overrides(self, *hooks: str) -> bool:
+        """Whether its class has one of these methods of its own."""
+        return any([getattr(type(self), hook) is not getattr(Regulariser, hook) for hook in hooks])
 
     def accepted(self, value: Any, cell: Cell) -> Any:
         """A user's value, checked."""

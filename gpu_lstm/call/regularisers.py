@@ -89,7 +89,7 @@ class Zoneout(Regulariser):
 class WeightDrop(Regulariser):
     """DropConnect on W_hh (Merity et al., 2018): the same at all steps of a call."""
 
-    name, changes_weights = "weight_drop", True
+    name = "weight_drop"
 
     def weight_hh(self, weight: Tensor, rate: float) -> Tensor:
         return F.dropout(weight, rate)
@@ -105,8 +105,9 @@ REGULARISERS: tuple[Regulariser, ...] = (
 BY_NAME = {thing.name: thing for thing in REGULARISERS}
 NAMES = tuple(BY_NAME)
 OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
-REFERENCE_ONLY = tuple(feature for thing in REGULARISERS for feature in thing.reference_only)
+REFERENCE_ONLY = tuple(
+    feature for thing in REGULARISERS for feature in (*thing.reference_only, *[thing.name] * thing.unknown_to_kernels)
+)
 SCALING, ADDING, AFTER = (
-    tuple(thing for thing in REGULARISERS if getattr(type(thing), way) is not getattr(Regulariser, way))
-    for way in ("scaled", "added", "after")
+    tuple(thing for thing in REGULARISERS if thing.overrides(way)) for way in ("scaled", "added", "after")
 )

@@ -15,4 +15,4 @@ def build(call: Call, kind: Kind, backend: Backend) -> Route:
     schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
     problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
-    return Route(backend, kind.dtype, False, layers, schedule)
+    return Route(backend, kind.dtype, None, layers, schedule)

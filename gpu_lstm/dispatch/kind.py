@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends.torch_rnn import MOST_STEPS
 from ..call.options import Size
 from ..call.prepare import Call
 from ..call.regularisers import REGULARISERS
@@ -12,7 +13,6 @@ from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem, of_constant, power_of_two
 from ..kernels.tensors import KNOWN, NOISE, TRAVERSAL, VARIANT, names_of
 
-MOST_OF_CUDNN = 65_535  # steps of a sequence
 _OPTIONAL = (n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._fields)
 _FLAGS = (*_OPTIONAL, "bias_hh", "known_h")  # of what the time loop reads
 
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     precision: str  # of float32 products: "tf32" or "ieee"
     training: bool  # forward and backward
     recompute: bool
-    steps: int  # T, rounded up to a power of two; more than MOST_OF_CUDNN + 1 where cuDNN refuses it
+    steps: int  # T, rounded up to a power of two; more than MOST_STEPS + 1 where cuDNN refuses it
     batch: int  # B; rounded up to a power of two in keys of decisions and races
     reverse: bool  # of lstm_layer
     lengths: torch.dtype | None
@@ -63,8 +63,8 @@ class Kind(NamedTuple):
             return "such cell"
         if self.noise:
             return " or ".join(thing.name.replace("_", " ") for thing in REGULARISERS if thing.tensors)
-        if self.steps > MOST_OF_CUDNN + 1:
-            return f"sequences of more than {MOST_OF_CUDNN:,} steps"
+        if self.steps > MOST_STEPS + 1:
+            return f"sequences of more than {MOST_STEPS:,} steps"
         return "states to reset to" if self.reset_states else self.variant and self.variant.replace("_", " ")
 
     def problem(self, row: int, side_by_side: int = 1) -> Problem:
@@ -105,7 +105,7 @@ def kind_of(call: Call) -> Kind:
     return Kind(
         options.cell.name, options.sizes, options.directions, dtype,
         call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
-        power_of_two(steps + (steps == MOST_OF_CUDNN + 1)), int(call.batch), options.reverse, lengths,
+        power_of_two(steps + (steps == MOST_STEPS + 1)), int(call.batch), options.reverse, lengths,
         traversal.resets is not None, traversal.reset_states is not None, options.noise, **flags,
     )  # fmt: skip
 
@@ -113,14 +113,17 @@ def kind_of(call: Call) -> Kind:
 def dtype_of(call: Call) -> torch.dtype:
     """The dtype that layers compute in: the input's own, or under autocast that of torch's own results.
 
-    On a CPU torch casts a whole LSTM; of a GRU and of cells it casts products alone, to which the state is added.
+    On a CPU torch casts a whole LSTM; of a GRU, of a cell, of a PackedSequence and with oneDNN off it casts products
+    alone, to which the state is added. A projection is a product.
     """
     autocast, options = call.modes.autocast, call.options
-    if autocast is None:
-        return call.x.dtype
-    if call.x.is_cpu and (options.one_state or options.one_step):
-        return torch.promote_types(autocast, call.states[0][1].dtype)
-    return autocast
+    if autocast is None or not call.x.is_cpu:
+        return autocast or call.x.dtype
+    packed = call.form.packed is not None and options.as_given and options.in_one_call
+    products = options.one_state or options.one_step
+    if options.cell.of_torch and not options.sizes[0].projected:
+        products |= packed or not call.modes.whole
+    return torch.promote_types(autocast, call.states[0][1].dtype) if products else autocast
 
 
 def describe(key: dict[str, Any]) -> str:

@@ -24,9 +24,10 @@ from ..call.forms import Padded
 from ..call.modes import Recording, Setting, Transforms, alone
 from ..call.prepare import Call
 from ..kernels import cache
+from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
 from ..kernels.problem import power_of_two
-from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, spare_multiprocessors
+from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from .build import build
 from .kind import Kind, describe
 
@@ -60,7 +61,11 @@ decided: dict[tuple, Decision] = {}
 
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
-    """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known."""
+    """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known.
+
+    Raises:
+        torch.OutOfMemoryError: memory is full, so that the kernels cannot be verified. Nothing is decided.
+    """
     if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
     if requested_backend(call.options.backend) is not Backend.AUTO:
@@ -71,22 +76,27 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, mode = call.x.device, requested_racing()
-    key = kind._replace(batch=power_of_two(kind.batch)), able, device, mode
-    if key in decided:
-        return decided[key]
+    own, alike = ((each, able, device, mode) for each in (kind, kind._replace(batch=power_of_two(kind.batch))))
+    known = decided.get(own) or decided.get(alike)
+    decision = known or _cached(kind, able, device, mode)
     if dry or call.modes.capturing:  # the next call races
-        if decision := _cached(kind, able, device, mode):
-            return decision
-        expected = expected_winner(kind, able, device)
-        then = "; the first call races it" if dry and mode is Racing.ON and not kind.only_ours else ""
+        expected = decision or expected_winner(kind, able, device)
+        then = "; the first call races it" if not decision and dry and mode is Racing.ON and not kind.only_ours else ""
         return expected._replace(why=expected.why + then)
-    # No lock: a race waits for autograd's thread, which may be deciding as well, in a checkpoint that it recomputes.
-    # Threads that decide at the same time each do so for themselves, and the first result is kept.
-    with _generator(torch.device("cpu")).changed(), _generator(device).changed():
-        decision = _cached(kind, able, device, mode) or _judge(call, kind, able, mode)
+    if decision is None or decision.backend is able:
+        # No lock: a race waits for autograd's thread, which may be deciding as well, in a checkpoint that it
+        # recomputes. Threads that decide at the same time each do so for themselves, and the first result is kept.
+        with _generator(torch.device("cpu")).changed(), _generator(device).changed():
+            # Another batch may have other kernels, and another process other verdicts.
+            decision = _failure(call, kind, able) or decision or _judge(call, kind, able, mode)
+    if decision is known:
+        return decision
     if len(decided) >= MOST_DECISIONS:
         decided.clear()
-    decision = decided.setdefault(key, _agreed(decision, _key(kind, able, device)))
+    if known is None:
+        decision = decided.setdefault(alike, _agreed(decision, _key(kind, able, device)))
+    else:  # those of this batch alone fail
+        decided[own] = decision
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
 
@@ -118,7 +128,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
     entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None
-    rivals = [able.value, _other(kind).value]
+    rivals = [able.value, other_than_kernels(kind).value]
     if entry["backend"] not in rivals:
         cache.warn_once(f"a race is ignored: expected {' or '.join(rivals)}, got {entry!r}")
         return None
@@ -126,39 +136,29 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
 
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
-    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
-    spare = spare_multiprocessors(count)
-    how = {"kernel": able.value, "multiprocessors": count, "spare": spare}
+    how = {"kernel": able.value, "multiprocessors": launcher_of(able.value).card_of(device).multiprocessors}
     return cache.machine(device) | how | kind.as_json()
 
 
 def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
-    """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all."""
-    other, expected = _other(kind), expected_winner(kind, able, call.x.device)
-
-    def lost(name: str, error: BaseException | None) -> Decision:
-        if name == other.value:
-            return Decision(able, f"torch's {kind.cell.upper()} fails: {error}")
-        cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {error}")
-        return Decision(other, f"{FAILED}: {error}")
-
+    """Decide by a race of kernels that run, if one is allowed; else the expected winner."""
+    other, expected = other_than_kernels(kind), expected_winner(kind, able, call.x.device)
+    if mode is not Racing.ON or kind.only_ours:
+        return expected
     try:
-        rivals = {backend.value: _sample(call, kind, backend) for backend in (able, other)}
         with alone(grad=kind.training):
-            rivals[able.value]()  # which compiles, and verifies
-            if mode is not Racing.ON or kind.only_ours:
-                return expected
+            rivals = {backend.value: _sample(call, kind, backend, LONGEST) for backend in (able, other)}
             rivals[other.value]()  # say cuDNN cannot be initialised
             times = race(rivals, partial(clock, call.x.device))
             raise_if_timed_out(call.x.device)  # in the kernels' last call
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # for calls of both; that the kernels are right is known by now
         return expected
-    except RivalFailed as failure:
-        return lost(failure.args[0], failure.__cause__)
     except DEVICE_ERRORS:
         raise
-    except RuntimeError as error:  # kernels time out, which shows after the launch
-        return lost(able.value, error)
+    except (RivalFailed, RuntimeError) as error:  # the latter if kernels time out, which shows after the launch
+        if error.args[:1] == (other.value,):
+            return Decision(able, f"torch's {kind.cell.upper()} fails: {error.__cause__}")
+        return _failed(kind, error)
     decision, is_certain = judge(times, expected)
     if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
@@ -166,22 +166,41 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     return decision
 
 
+def _failure(call: Call, kind: Kind, able: Backend) -> Decision | None:
+    """Run the kernels of a call for two steps, which compiles and verifies them. None if they do not fail."""
+    try:
+        with alone(grad=kind.training):
+            _sample(call, kind, able, 2)()
+            wait_and_check(call.x.device)
+    except DEVICE_ERRORS:
+        raise
+    except (RivalFailed, RuntimeError) as error:
+        return _failed(kind, error)
+    return None
+
+
+def _failed(kind: Kind, error: Exception) -> Decision:
+    other, why = other_than_kernels(kind), error.__cause__ or error
+    cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {why}")
+    return Decision(other, f"{FAILED}: {why}")
+
+
 class RivalFailed(Exception):
     """A rival, of this name, raised; its error is the cause."""
 
 
-def _other(kind: Kind) -> Backend:
+def other_than_kernels(kind: Kind) -> Backend:
     """The backend that runs a kind of call without our kernels."""
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
-def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
-    """The call by a backend on random data, with its own weights; in training, backward too.
+def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
+    """The call by a backend on random data, `most` steps at most, with its own weights; in training, backward too.
 
     It raises RivalFailed if the backend fails, but errors of the device as they are.
     """
     x, traversal = call.padded()
-    steps = min(call.steps, LONGEST)
+    steps = min(call.steps, most)
     shape = x.shape if steps == call.steps else (steps, *x.shape[1:])
     # Uniform numbers; the caller has forked the generators.
     data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)

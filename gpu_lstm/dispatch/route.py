@@ -7,19 +7,20 @@ import torch
 
 from ..backends import graph
 from ..backends.run import Route, run_by
+from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.options import RESET_STATES, Options, Size
 from ..call.prepare import Call
 from ..call.weights import LAYER_NORM, PEEPHOLES, size_of, variant_of
-from ..kernels import layer
+from ..kernels import cache, layer
 from . import available, race
 from .build import build
-from .kind import MOST_OF_CUDNN, Kind, dtype_of, kind_of
+from .kind import Kind, describe, dtype_of, kind_of
 
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
-TOO_MANY = MOST_OF_CUDNN + 1  # steps: of a class with more, as in `kind_of`, though they are a power of two
+TOO_MANY = MOST_STEPS + 1  # steps: of a class with more, as in `kind_of`, though they are a power of two
 
 
 class RouteKey(NamedTuple):
@@ -41,7 +42,8 @@ class RouteKey(NamedTuple):
 
 
 _routes: dict[RouteKey, Route] = {}
-_BY_NAME = {backend.value: backend for backend in Backend}  # torch.compile of torch 2.9 does not trace Backend(name)
+# By what operators are told of it; torch.compile of torch 2.9 does not trace Backend(name).
+_BY_NAME = {graph.named(backend, asked): backend for backend in Backend for asked in (True, False)}
 
 
 def run(call: Call) -> tuple[Any, Any]:
@@ -61,13 +63,25 @@ def route_of(call: Call) -> Route:
     )  # fmt: skip
     route = _routes.get(key)
     if route is None:
-        able, kind = able_to_run(call), kind_of(call)
-        route = build(call, kind, race.decide(call, kind, able).backend)
+        kind = kind_of(call)
+        try:
+            route = build(call, kind, race.decide(call, kind, able_to_run(call)).backend)
+        except torch.OutOfMemoryError:
+            if requested_backend(call.options.backend) is not Backend.AUTO:
+                raise
+            return _while_memory_is_full(call, kind)  # the next call tries again
         if not call.modes.capturing:  # when nothing is verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
             _routes[key] = route
     return route
+
+
+def _while_memory_is_full(call: Call, kind: Kind) -> Route:
+    backend = race.other_than_kernels(kind)
+    what = f"backend 'auto' uses {backend.value!r} for {describe(kind.as_json())}"
+    cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
+    return build(call, kind, backend)
 
 
 def forget() -> None:
@@ -96,9 +110,11 @@ def feature_of(call: Call) -> str | None:
 def _route_while_watched(call: Call) -> Route:
     """Nothing is raced; kernels run as operators. Sizes may be symbols, or tensors of torch.jit.trace."""
     backend = able_to_run(call)
-    if backend in KERNEL_BACKENDS:
-        graph.count_flops()
-    return Route(backend, dtype_of(call), backend in KERNEL_BACKENDS)
+    if backend not in KERNEL_BACKENDS:
+        return Route(backend, dtype_of(call))
+    graph.count_flops()
+    asked = requested_backend(call.options.backend) is not Backend.AUTO
+    return Route(backend, dtype_of(call), graph.named(backend, asked))
 
 
 def _route_in_a_graph(call: Call) -> Route:
@@ -127,23 +143,26 @@ def _route_in_a_graph(call: Call) -> Route:
     chosen = options.backend or chosen_backends[0].value
     name, problem = _answer(chosen, call.x.device, feature_of(call), transformed, *kind)
     if problem:
-        raise getattr(builtins, name)(problem)
+        raise getattr(builtins, name, RuntimeError)(problem)  # torch's own, as where memory is full, are such
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
-    return Route(backend, dtype, not transformed and (compiled or backend in KERNEL_BACKENDS))
+    return Route(backend, dtype, name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None)
 
 
 @constant_when_traced
 def _answer(
     chosen: str | Backend | None, device: torch.device, feature: str | None, transformed: bool, *kind: Any
 ) -> tuple[str, str]:
-    """The backend's name and "", or an error's and its text: torch.compile carries strings, but no exception."""
+    """What operators are told of the backend and "", or an error's name and its text.
+
+    torch.compile carries strings, but no exception.
+    """
     asked = Kind(*kind)
     layers = tuple(Size(*size) for size in asked.layers)
     asked = asked._replace(precision=recurrent_precision(asked.dtype), layers=layers)
     try:
         able = available.select(chosen, device, asked, feature, transformed)
         if able in KERNEL_BACKENDS and requested_backend(chosen) is Backend.AUTO:
-            able = race.expected_winner(asked, able, device).backend
+            return graph.named(race.expected_winner(asked, able, device).backend, asked=False), ""
         return able.value, ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         return type(error).__name__, str(error)

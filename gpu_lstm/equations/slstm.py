@@ -1,7 +1,7 @@
 """The sLSTM cell (Beck et al., 2024) in torch's operators, in two numbers a unit instead of three:
 
-    a = l + log sigmoid(z_f) - z_i      u = sigmoid(-a)      q' = q + u (tanh(z_g) - q)
-    l' = z_i + softplus(a)              o = sigmoid(z_o)     h' = o q'
+    k = l + log sigmoid(z_f)    a = z_i - k    u = sigmoid(a)      q' = q + u (tanh(z_g) - q)
+    l' = log(e^k + e^z_i) = max(k, z_i) + log(1 + e^-|a|)    o = sigmoid(z_o)    h' = o q'
 
 The paper has c' = f c + i g, n' = f n + i and h' = o c' / n', where i = exp(z_i) and f = sigmoid(z_f), and keeps c
 and n times e^-m, so that they are finite. Here q = c / n is the mean of all g so far, and l = m + log n the logarithm
@@ -51,9 +51,12 @@ def input_product(x: Tensor, weight: Tensor | None, bias: Tensor | None, bias_hh
 def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
     """Pre-activations [B, 4H] and the state before, q and l [2, B, H] -> (u, v, g, o), each [B, H], and the state."""
     (i, f, g, o), (q, l) = z.chunk(4, dim=1), c
-    a = l + F.logsigmoid(f) - i
-    gates = (-a).sigmoid(), (-f).sigmoid(), g.tanh(), o.sigmoid()
-    return gates, torch.stack([next_cell(gates, q), i - F.logsigmoid(-a)])
+    k = l + F.logsigmoid(f)
+    a = i - k.clamp(min=torch.finfo(k.dtype).min)  # -inf, not NaN, where both are -inf
+    gates = a.sigmoid(), (-f).sigmoid(), g.tanh(), o.sigmoid()
+    newer = a > 0  # not maximum and abs, whose second derivatives are wrong where both are equal
+    l = torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
+    return gates, torch.stack([next_cell(gates, q), l])
 
 
 def activate_in_place(z: Tensor, peephole: None, c: None) -> Tensor:
@@ -82,5 +85,5 @@ def states_from(c: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 
 def states_of(q: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The reverse: c, n and m with n = 1 and m = l, an equal state; zeros where it is empty."""
-    there = l > -float("inf")
+    there = (l != -float("inf")) | (q != 0)  # so NaN is; and a mean whose weight is 0, after z_i = z_f = -inf
     return q, there.to(q.dtype), torch.where(there, l, 0)

@@ -59,12 +59,11 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
     return tuple(norm for norm in NORMS if norm in layer_norm)
 
 
-def no_mask(name: str) -> str:
-    """Why an LSTM or a GRU accepts no mask."""
-    return (
-        f"{name} accepts lengths, and no mask as TorchRL's {name}Module gives to what is no torch.nn.{name}: hand it "
-        f"a gpu_lstm.compat.{name}"
-    )
+def no_mask(cell: Cell) -> str:
+    """Why a module of this cell accepts no mask."""
+    name = cell.name.upper()
+    of_torchrl = f"TorchRL's {name}Module gives to what is no torch.nn.{name}: hand it a gpu_lstm.compat.{name}"
+    return f"{name} accepts lengths, and no mask" + f" as {of_torchrl}" * cell.of_torch
 
 
 def layer_sizes(hidden_sizes: Sequence[int]) -> list[int]:

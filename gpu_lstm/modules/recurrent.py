@@ -104,7 +104,7 @@ class Recurrent(Regularised):
             if instead is not None:
                 return instead
         if mask is not None:
-            raise TypeError(no_mask(self.mode))
+            raise TypeError(no_mask(self._cell))
         options = self._options()
         return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
 

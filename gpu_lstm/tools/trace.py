@@ -14,6 +14,7 @@ from ..backends.run import Route, run_by
 from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.prepare import prepare
+from ..call.sequences import without_padding
 from ..call.weights import State
 from ..dispatch.kind import dtype_of
 from ..equations import EQUATIONS
@@ -96,6 +97,8 @@ def trace(
     output, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
     directions = call.options.directions
     named = [EQUATIONS[call.options.cell.name].gates_of(*steps) for steps in record]
+    ends = call.padded()[1].lengths
+    named = [type(gates)(*[without_padding(t, ends) for t in gates]) for gates in named]
     layers = [named[k : k + directions] for k in range(0, len(named), directions)]
     if isinstance(x, PackedSequence):
         lengths = pad_packed_sequence(x)[1].to(x.data.device)

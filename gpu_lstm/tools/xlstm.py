@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ..call.checks import check_bool
 from ..functional import slstm_layer
@@ -39,7 +40,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         raise TypeError(f"use_for_slstm accepts a torch.nn.Module, got {type(model).__name__}")
     cells: dict[nn.Module, type] = {}
     for path, module in model.named_modules():
-        theirs = getattr(module, "_theirs", type(module))
+        theirs = getattr(module, "_theirs", type_before_parametrizations(module))
         if f"{theirs.__module__}.{theirs.__qualname__}" not in _CELLS:
             continue
         for name, expected in (("function", ("slstm",)), *((name, (None, False)) for name in _OTHERS)):
@@ -51,7 +52,11 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         raise ValueError(f"there is none of {', '.join(_CELLS)} in the {type(model).__name__}")
     ours = {theirs: _by_ours(theirs) for theirs in cells.values()}  # one class each, so that a graph serves all cells
     for cell, theirs in cells.items():
-        cell.__class__ = ours[theirs] if on else theirs
+        cls = ours[theirs] if on else theirs
+        if is_parametrized(cell):  # torch's class, with a property for each such weight, stays on top
+            top = type(cell)
+            cls = type(top.__name__, (cls,), dict(vars(top)))
+        cell.__class__ = cls
     return len(cells)
 
 
@@ -71,15 +76,20 @@ class _ByOurs(nn.Module):
 
     _theirs: Any
     config: Any
+    _recurrent_kernel_: Tensor  # a parameter, or what has taken its place
+    _bias_: Tensor
 
     def __reduce__(self) -> tuple:
-        return _remade, (self._theirs,), self.__dict__
+        state = getattr(self, "__getstate__", self.__dict__.copy)()  # torch's raises where a weight is parametrized
+        return _remade, (self._theirs,), state
 
-    def forward(self, input: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As theirs: input [B, S, 4H] or as config.input_shape says, gates i, f, z, o; state [4, B, H] h, c, n, m."""
+    def forward(self, input: Tensor, state: Tensor | None = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
+        """As theirs: input [B, S, 4H] or as config.input_shape says, gates i, f, z, o; state [4, B, H] h, c, n, m.
+
+        Like theirs it accepts `lengths` and does not use them.
+        """
         z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)  # [S, B, 4H]
-        kernel: Tensor = self.get_parameter("_recurrent_kernel_")
-        bias: Tensor = self.get_parameter("_bias_")
+        kernel, bias = self._recurrent_kernel_, self._bias_
         heads, rows, columns = kernel.shape
         if rows > columns:  # vanilla: [N, 4 D of z, D of h] and [4, N, D]
             weight = kernel.unflatten(1, (4, -1)).transpose(0, 1)
@@ -88,7 +98,7 @@ class _ByOurs(nn.Module):
             bias = bias.unflatten(0, (heads, 4, -1)).transpose(0, 1)
         weight, bias = weight.flatten(0, 2).to(z.dtype), bias.flatten().to(z.dtype)  # [4H, D] and [4H]
         hx = None if state is None else (state[0].to(z.dtype), *state[1:])
-        h, final = slstm_layer(z, weight, bias, hx)
+        h, final = slstm_layer(z, weight, bias, hx, heads=heads)
         exact, of_heads = torch.promote_types(z.dtype, torch.float32), h.unflatten(2, (heads, -1))  # [S, B, N, D]
         forms = {"SBH": h, "BSH": h.transpose(0, 1), "SBNH": of_heads, "BNSH": of_heads.permute(1, 2, 0, 3)}
         output = forms[getattr(self.config, "output_shape", "BNSH")]

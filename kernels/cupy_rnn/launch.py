@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import by_steps
 from ..by_steps import Part
-from ..cards import cuda_obstacle
-from ..layer import Chosen, Launches, OnlyPlan, Refuses
+from ..cards import Card, cuda_obstacle
+from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import checking, margins
 from ..problem import Pass, Problem
 
@@ -62,7 +62,6 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
 
 
 address = Tensor.data_ptr  # tests replace these two
-"""Where a tensor is."""
 
 
 @functools.cache
@@ -129,6 +128,11 @@ def stream(device: torch.device) -> Any:
 BACKEND = "cupy"
 
 
+def card_of(device: torch.device) -> Card:
+    properties = torch.cuda.get_device_properties(device)
+    return Card(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
 def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
     return cuda_obstacle(BACKEND, device, (7, 0))
 
@@ -139,11 +143,11 @@ def lacks(problem: Problem) -> str | None:
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
     if refuses is not None and (reason := refuses(PLAN)):
-        raise RuntimeError(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
+        raise NoKernel(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
     return PLAN
 
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
     why = "a product by cuBLAS and a launch for each step, which runs everything everywhere"
-    parts = by_steps.parts_of(problem, pass_.backward)
-    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step=len(parts))
+    each_step = len(by_steps.parts_of(problem, pass_.backward))
+    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step)

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 import triton
 
-from ..layer import Layer, forget
-from ..problem import Pass, Problem
+from ..layer import Layer, Verify, forget
+from ..problem import Inputs, Pass, Problem
+from ..timeouts import raise_if_timed_out
 from . import launch
 from .choose import card_of, keep_measured, plans, why_it_does_not_fit
 from .launch import call_of, recorded_launches
@@ -17,11 +18,14 @@ from .planning import Plan
 logger = logging.getLogger("gpu_lstm")
 
 
-def autotune(problem: Problem, device: torch.device, steps: int) -> dict[str, Plan]:
+def autotune(problem: Problem, device: torch.device, steps: int, verify: Verify | None = None) -> dict[str, Plan]:
     """Time the plans of a problem with T = `steps`, forward and backward, and keep the fastest of each.
 
+    Those that `verify` refuses are not timed: its verdict is on disk before a plan runs, lest the next process tries
+    one again that ended this one.
+
     Raises:
-        RuntimeError: a CUDA graph is being captured, and would include the timing; or no plan can be compiled.
+        RuntimeError: a CUDA graph is being captured, and would include the timing; or no plan can be timed.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("autotune cannot time kernels while a CUDA graph is captured; call it before the capture")
@@ -31,18 +35,26 @@ def autotune(problem: Problem, device: torch.device, steps: int) -> dict[str, Pl
     fastest = {}
     with torch.cuda.device(device):
         for name, pass_ in (("forward", Pass()), ("backward", Pass(backward=True, dh_n=False))):
-            call = _call(problem, device, steps, fastest.get("forward"))
+            inputs, call = _call(problem, device, steps, fastest.get("forward"))
+            refuses = verify and partial(verify, Layer(problem, device, launch), pass_, inputs)
             proposed = plans(problem, card, pass_.backward)
             milliseconds = {}
             for number, plan in enumerate(proposed, start=1):
-                result = why_it_does_not_fit(recorded_launches(problem, pass_, plan), plan.blocks)
-                if result is None:
-                    milliseconds[plan] = time_plan(plan, call)
-                    result = f"{milliseconds[plan]:.3g} ms"
+                try:
+                    result = why_it_does_not_fit(recorded_launches(problem, pass_, plan), plan.blocks)
+                    result = result or (refuses and refuses(plan))
+                    if result is None:
+                        time = time_plan(plan, call)
+                        raise_if_timed_out(device)
+                        milliseconds[plan], result = time, f"{time:.3g} ms"
+                except torch.AcceleratorError:
+                    raise
+                except RuntimeError as error:  # it times out, or memory is full: the others may be faster
+                    result = f"{type(error).__name__}: {error}"
                 tile = f"{plan.family.name} {plan.rows}x{plan.units}"
                 logger.info("%s, plan %d of %d: %s: %s", name, number, len(proposed), tile, result)
             if not milliseconds:
-                raise RuntimeError(f"no plan for the {name} pass of this layer can be compiled on this card: {result}")
+                raise RuntimeError(f"no plan for the {name} pass of this layer can be timed on this card: {result}")
             fastest[name] = min(milliseconds, key=milliseconds.__getitem__)
             keep_measured(problem, card, pass_.backward, fastest[name])
     forget()
@@ -56,8 +68,8 @@ def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float
 
 def _call(
     problem: Problem, device: torch.device, steps: int, forward: Plan | None
-) -> Callable[[Plan], Callable[[], object]]:
-    """call(plan)() runs a plan on random data and saves everything.
+) -> tuple[Inputs, Callable[[Plan], Callable[[], object]]]:
+    """Inputs, of which x has no features; and call(plan)() runs a plan on them and random gates, and saves everything.
 
     With a plan `forward`, it runs backward of what that plan computes, with a gradient of every h.
     """
@@ -75,4 +87,4 @@ def _call(
             return partial(layer.backward, h, None, None, gates, c, r)
         return partial(layer.forward, gates, r, save=True)
 
-    return call
+    return r.inputs, call

@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import io
 import logging
+import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from triton.compiler import ASTSource
 
 from .. import cache
 from ..cards import Card
-from ..layer import plans_in_use
+from ..layer import NoKernel, plans_in_use
 from ..ordering import in_order
 from ..private import load_kernel
 from ..problem import Pass, Problem, power_of_two
@@ -31,7 +33,7 @@ from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident,
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
-SLOW_S = 2.0  # after which a log line says what is happening
+SLOW_S = 2.0  # after which a log line says what a user waits for
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
@@ -45,11 +47,16 @@ logger = logging.getLogger("gpu_lstm")
 _multiprocessors: dict[tuple[torch.device, int | None], int] = {}
 """Of each context that planned for a device."""
 
-CURES = {  # remedies for Triton's errors where nothing can be launched, by a part of the message
+CURES = {  # remedies for errors of Triton, its driver and the file system, by a part of the message
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
     "non-zero exit status": "Triton builds its launchers with Python's headers: install python3-dev",
     "kernel image": "the driver is older than what this Triton compiles for: use a newer driver, or an older Triton",
+    "operation not supported": "the kernels need cooperative launches, which this driver refuses",
     "unsupported toolchain": "the driver is older than this Triton: use a newer driver, or an older Triton",
+    **dict.fromkeys(
+        ("Permission denied", "Read-only file system", "No space left", "Disk quota exceeded"),
+        "Triton keeps kernels in ~/.triton: name a folder that can be written in TRITON_CACHE_DIR",
+    ),
 }
 
 
@@ -109,20 +116,19 @@ def card_of(device: torch.device) -> Card:
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
     card, count = card_with(properties), properties.multi_processor_count
-    if not torch.cuda.is_current_stream_capturing():
-        with torch.cuda.device(device):
-            key = device, _context()
-            if key not in _multiprocessors:
-                of_all = device, count, properties.max_threads_per_multi_processor
-                _multiprocessors[key] = in_order(1, device, _multiprocessors_of_context, *of_all)
-            count = _multiprocessors[key]
+    with torch.cuda.device(device):
+        key = device, _context()
+        if key not in _multiprocessors and not torch.cuda.is_current_stream_capturing():
+            of_all = device, count, properties.max_threads_per_multi_processor
+            _multiprocessors[key] = in_order(1, device, _multiprocessors_of_context, *of_all)
+    count = _multiprocessors.get(key, count)
     return dataclasses.replace(card, multiprocessors=count - spare_multiprocessors(count))
 
 
 def _context() -> int | None:
     """The driver's current context. torch and Triton have loaded the driver."""
     context = ctypes.c_void_p()
-    ctypes.CDLL("libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
     return context.value
 
 
@@ -171,7 +177,7 @@ def choose_plan(
         refuses: refuses(plan) says why a plan that compiles is not used all the same; None if it is.
 
     Raises:
-        RuntimeError: no kernel can be compiled, or none computes the right numbers.
+        NoKernel: none can be compiled, or none computes the right numbers.
     """
     card = card_of(device)
     proposed = candidates(problem, card, pass_)
@@ -186,12 +192,16 @@ def choose_plan(
 
     if capturing:  # when nothing is verified
         tried.sort(key=lambda plan: identity(plan) not in plans_in_use)
-    for plan in tried:
+    for number, plan in enumerate(tried, start=1):
         if (key := identity(plan)) in plans_in_use:
             return plan
-        with _log_if_slow():
+        kernel = FAMILIES[type(plan.family)].kernels[pass_.backward].__name__
+        layer = f"{problem.cell.upper()}, H = {problem.hidden}, {problem.dtype}"
+        what = f"{kernel} for {layer}, plan {number} of at most {len(tried)}"
+        with _told_if_slow(f"compiling {what}; Triton keeps the result"):
             reason = why_it_does_not_fit(launches(plan), plan.blocks)
-            if reason is None and refuses is not None:
+        if reason is None and refuses is not None:
+            with _told_if_slow(f"waiting for the trial of {what}; if it hangs, end this process: the next avoids it"):
                 reason = refuses(plan)
         if reason is None:
             if not capturing:
@@ -199,7 +209,7 @@ def choose_plan(
             return plan
         refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
         logger.info("a plan does not fit: %s", refused[-1])
-    raise RuntimeError(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}")
+    raise NoKernel(_with_cure(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}"))
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
@@ -268,35 +278,46 @@ def compile_problem(architecture: int) -> str | None:
 
 def launch_problem(device: torch.device, architecture: int) -> str | None:
     """Why Triton cannot launch kernels on a device, and what helps; None if it can, as far as an empty kernel shows."""
-    if (problem := compile_problem(architecture)) is not None or torch.cuda.is_current_stream_capturing():
-        return problem  # older drivers cannot load kernels during a capture
-    return _load_problem(device)
+    problem = compile_problem(architecture)
+    if problem is None and not torch.cuda.is_current_stream_capturing():  # when older drivers cannot load kernels
+        problem = _load_problem(device)
+    return problem and _with_cure(problem)
 
 
 @functools.cache
 def _load_problem(device: torch.device) -> str | None:
     try:
-        with torch.cuda.device(device):
-            load(empty_kernel, (1,), EMPTY)
+        card_of(device)  # which launches an empty kernel whose programs may wait for each other
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # from the C compiler or the driver
-        cure = next((cure for text, cure in CURES.items() if text in str(error)), None)
-        return f"{error}" + (f" ({cure})" if cure else "")
+        return str(error)
     return None
 
 
+def _with_cure(problem: str) -> str:
+    cure = next((cure for text, cure in CURES.items() if text in problem), None)
+    return f"{problem} ({cure})" if cure else problem
+
+
 @contextlib.contextmanager
-def _log_if_slow() -> Iterator[None]:
-    """Tell a user who waits that kernels are compiled, which takes seconds."""
-    text = "compiling the kernels of a layer; this happens once for each kind of layer, and Triton keeps the result"
-    timer = threading.Timer(SLOW_S, logger.warning, (text,))
-    timer.daemon = True
-    timer.start()
+def _told_if_slow(what: str) -> Iterator[None]:
+    """Log what a user waits for after SLOW_S, and again whenever it has taken twice as long."""
+    ended, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        seconds = 0.0
+        while not ended.wait(max(SLOW_S, seconds)):
+            seconds = time.monotonic() - start
+            logger.warning("%s: %.0f s so far", what, seconds)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
     try:
         yield
     finally:
-        timer.cancel()
+        ended.set()
+        teller.join()
 
 
 def measured_plan(problem: Problem, card: Card, backward: bool) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ from ..memory import EVERY_BIT, Buffer, buffers_of
 from ..operands import as_words, transposed_gates
 from ..problem import Pass, Problem, Recurrence
 from . import indexing, noise, reset, states
-from .equations import cell_backward, cell_forward, output, output_backward
+from .equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from .exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
 from .features import nothing
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
@@ -175,8 +175,7 @@ def gates_of_cell(products, owned, turn, ROW: tl.constexpr, S: tl.constexpr):
     for n in tl.static_range(GATES):
         rows = rows + (owned.local + n * S.UNITS,)
     wanted = threads(S.WARPS).number < SEQUENCES * ROW
-    z = sum_over_warps(products, rows, (owned.column,), wanted, turn % 2, S.WARPS)
-    return (0.0,) + z if GATES < 4 else z
+    return after_zeros(sum_over_warps(products, rows, (owned.column,), wanted, turn % 2, S.WARPS))
 
 
 @triton.jit(repr=name_in_profiles("cooperative_forward_kernel"), do_not_specialize=["T", "B"])
@@ -196,7 +195,7 @@ def cooperative_forward_kernel(
     first_place = tl.program_id(0) * S.UNITS
     weights = load_rows(weights_ptr, first_place, S.W, 1, S.GATES, DTYPE, S)
     owned, words_ptr = cell_of_thread(first_place, ROW, S), of_head(words_ptr, S)
-    constants = states.load_constants_forward(cell, owned.unit, S.H)
+    constants = states.load_constants_forward(cell, owned.unit, S)
     affine_hh, affine_c = load_affine(norm_hh, owned.unit, 4, S.H), load_affine(norm_c, owned.unit, 1, S.H)
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
@@ -308,8 +307,9 @@ def cooperative_backward_kernel(
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     NORMED: tl.constexpr = norm_hh.gain_ptr is not None or norm_c.gain_ptr is not None
     ROW: tl.constexpr = 4 * S.WARPS if NORMED else S.UNITS  # threads for the cells of a sequence
-    # Gates whose words of dgates the program multiplies, in pieces of K; of a GRU's heads the first, too, by zeros.
-    OWN: tl.constexpr = (S.GATES if S.HEADS == 1 else 4) // S.PARTNERS
+    # Gates whose words of dgates the program multiplies, in pieces of K. Three pieces would not share out the warps: of
+    # the heads of a GRU the first gate is there, too, multiplied by zeros.
+    OWN: tl.constexpr = 4 if S.HEADS > 1 and S.GATES // S.PARTNERS == 3 else S.GATES // S.PARTNERS
     PIECES: tl.constexpr = 1 if S.HEADS == 1 else OWN
     K: tl.constexpr = OWN * S.W // PIECES
     STRIDE: tl.constexpr = 16 * S.WARPS // PIECES

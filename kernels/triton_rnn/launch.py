@@ -125,11 +125,11 @@ class Prepared(Launches):
 def _sizes(p: Problem, plan: Plan) -> Sizes:
     """The constants of all families' kernels."""
     of_family = {"BLOCK_K" if name == "k" else name.upper(): n for name, n in dataclasses.asdict(plan.family).items()}
-    per, units = max(1, 4 // p.size), p.hidden // p.heads
+    per, units, cell = max(1, 4 // p.size), p.hidden // p.heads, CELLS[p.cell]
     return Sizes(
-        CELL=p.cell, GATES=CELLS[p.cell].rows, FROM_X=p.from_x, KEPT=CELLS[p.cell].kept, H=p.hidden, P=p.width,
+        CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, P=p.width,
         HEADS=p.heads, D=units, COLUMNS=p.columns, REVERSE=p.reverse, PRECISION=p.precision, PER=per,
-        W=ceil(units / per), K=CELLS[p.cell].rows * units // getattr(plan.family, "parts", 1), BLOCK_B=plan.rows,
+        W=ceil(units / per), K=cell.rows * units // getattr(plan.family, "parts", 1), BLOCK_B=plan.rows,
         UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps, HELD=plan.on_chip, **of_family,
     )  # fmt: skip
 

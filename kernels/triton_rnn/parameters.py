@@ -17,6 +17,7 @@ class Sizes(NamedTuple):
     GATES: int  # How many rows of W_hh a unit has. They belong to its last GATES gates.
     FROM_X: int  # How many of the four gates, from the first on, arrive with numbers in them.
     KEPT: int  # float32 numbers that a unit's c has, see kernels/cells.py
+    EMPTY: float  # the last of them before the first step, and after a reset
     H: int
     P: int
     HEADS: int
@@ -53,7 +54,7 @@ class Hidden(NamedTuple):
 class Cell(NamedTuple):
     gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih, of an LSTM + b_hh; out, if c_ptr: activated
     weight_peephole_ptr: Pointer  # [3H]
-    bias_hh_ptr: Pointer  # [3H] of a GRU
+    bias_hh_ptr: Pointer  # [GATES H] of a GRU
     c0_ptr: Pointer  # [KEPT, B, H] float32
     c_ptr: Pointer  # [T*B, H] float32 out, for backward: the first number
     c_n_ptr: Pointer  # [KEPT, B, H] float32 out: c after every step; in the cooperative family c0 beforehand

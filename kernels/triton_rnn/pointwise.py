@@ -44,7 +44,7 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
     else:
         c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
     rest_prev = states.load_rest_before(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells, B, S)
-    constants = states.load_constants_forward(cell, tile.unit[None, :], S.H)
+    constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
     c_next = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)

@@ -20,7 +20,7 @@ from ..cells import CELLS
 from ..operands import as_words, transposed_gates
 from ..problem import Problem, power_of_two
 from . import indexing, noise, norm_block, reset, states
-from .equations import EMPTY_REST, cell_backward, cell_forward, output, output_backward
+from .equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 from .indexing import Batch, Cells, Sequences
 from .norm import Norm, load_affine, normalised
@@ -93,14 +93,14 @@ def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
-    """W_hh h: the four gates of each cell; 0 for the first where h does not reach it."""
+    """W_hh h: the four gates of each cell; 0 for those that h does not reach."""
     SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
     shared = share(h, owned.columns, owned.places, buffer, S.CHUNKS)
     products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), h[0].dtype)
     z = ()
     for n in tl.static_range(len(h)):
         of_h = products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2]
-        z = z + ((0.0,) + of_h if S.GATES < 4 else of_h,)
+        z = z + (after_zeros(of_h),)
     return z
 
 
@@ -113,6 +113,7 @@ def resident_forward_kernel(
     norm_hh, norm_c = Norm(*norm_hh), Norm(*norm_c)
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
+    EMPTY: tl.constexpr = S.EMPTY  # Triton 3.4 takes no field of a tuple into another tuple
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
 
@@ -121,12 +122,12 @@ def resident_forward_kernel(
     first = cells_at_step(0, owned, batch, S).cells
     for n in tl.static_range(CELLS):
         unit, cells = owned.units[n], Cells(*first[n])
-        constants = constants + (states.load_constants_forward(cell, unit, S.H),)
+        constants = constants + (states.load_constants_forward(cell, unit, S),)
         affine_hh = affine_hh + (load_affine(norm_hh, unit, 4, S.H),)
         affine_c = affine_c + (load_affine(norm_c, unit, 1, S.H),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
         c = c + (tl.load(cell.c0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
-        rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, EMPTY_REST, S),)
+        rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, S.EMPTY, S),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
         before = load_step(h, c, now, hidden, cell, S)  # the product hides its latency
@@ -137,7 +138,7 @@ def resident_forward_kernel(
         h, c, rest = (), (), ()
         for n in tl.static_range(CELLS):
             cells, c_prev = Cells(*now.cells[n]), before.c[n]
-            rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY_REST,))
+            rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
             gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
             h_next = output(gates[3], norm_block.normalise_c(c_next, norm_c, moments_c, affine_c[n], n), S)
@@ -195,8 +196,10 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
         words = take(shared, gate * S.CHUNKS, S.CHUNKS, GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
     for n in tl.static_range(len(dz)):
-        of_two = products[0][n] + products[1][n]
-        dh = dh + (of_two + (products[2][n] + products[3][n] if GATES == 4 else products[2][n]),)
+        total = products[0][n] + products[1][n]
+        if GATES > 2:
+            total += products[2][n] + products[3][n] if GATES == 4 else products[2][n]
+        dh = dh + (total,)
     return dh
 
 

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from .equations import EMPTY_REST
 from .noise import dropout, zoneout_of_h, zoneout_of_h_backward
 from .reset import reset_to
 
@@ -27,20 +26,21 @@ def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
 
 
 @triton.jit
-def load_constants(constants_ptr, unit, H: tl.constexpr):
-    """Of some units, from [3H]: peepholes, or b_hh: a tuple of three, of none in a cell without."""
+def load_constants(constants_ptr, unit, H: tl.constexpr, COUNT: tl.constexpr = 3):
+    """Of some units, from [COUNT H]: three peepholes, or b_hh of the gates; a tuple, empty in a cell without."""
     constants = ()
     if constants_ptr is not None:
-        for n in tl.static_range(3):
+        for n in tl.static_range(COUNT):
             constant = tl.load(constants_ptr + n * H + unit, mask=unit < H, other=0.0)
             constants = constants + (constant.to(tl.float32),)
     return constants
 
 
 @triton.jit
-def load_constants_forward(cell, unit, H: tl.constexpr):
+def load_constants_forward(cell, unit, S: tl.constexpr):
     """The constants of the cell forward."""
-    return load_constants(cell.weight_peephole_ptr, unit, H) + load_constants(cell.bias_hh_ptr, unit, H)
+    peepholes = load_constants(cell.weight_peephole_ptr, unit, S.H)
+    return peepholes + load_constants(cell.bias_hh_ptr, unit, S.H, S.GATES)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def select(mask, rest, others):
 @triton.jit
 def load_rest_before(c_ptr, cells, B, S: tl.constexpr):
     """That before a step: the one that lies there, or after a reset an empty one."""
-    return load_rest(c_ptr, cells, cells.continues, B, EMPTY_REST, S)
+    return load_rest(c_ptr, cells, cells.continues, B, S.EMPTY, S)
 
 
 @triton.jit

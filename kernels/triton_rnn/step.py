@@ -230,7 +230,7 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
             poll_limit, h_prev = h_before(number + stride, step, call, poll_limit, S)
 
         # Gates, cell and output. Padding gets zeros.
-        constants = states.load_constants_forward(call.cell, tile.unit[None, :], S.H)
+        constants = states.load_constants_forward(call.cell, tile.unit[None, :], S)
         gates, c, rest = cell_forward(x, indexing.split_gates(z), c_prev, rest_prev, constants, S)
         norm_tiles.store_c(gates[3], c, call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
         m = tl.where(cells.valid, output(gates[3], c, S), 0.0)

@@ -10,7 +10,11 @@ from .gru import gru_backward, gru_forward, gru_next_cell
 from .lstm import lstm_backward, lstm_forward, lstm_next_cell, lstm_output, lstm_output_backward
 from .slstm import slstm_backward, slstm_forward, slstm_next_cell, slstm_output, slstm_output_backward
 
-EMPTY_REST = tl.constexpr(-float("inf"))  # before the first step, and after a reset
+
+@triton.jit
+def after_zeros(z):
+    """What h sends to the last gates -> to all four: zeros to those that it does not reach."""
+    return (0.0,) * (4 - len(z)) + z
 
 
 @triton.jit

@@ -1,0 +1,43 @@
+"""oneDNN, which torch gives an LSTM on a CPU.
+
+torch's autocast casts all of such an LSTM, also to a dtype in which oneDNN has none on this CPU: torch's own raises.
+With oneDNN off it casts the products alone.
+"""
+
+import functools
+import logging
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from ..kernels.private import constant_when_traced, is_exporting
+
+
+@constant_when_traced
+def is_on() -> bool:
+    """Whether torch gives LSTMs on a CPU to oneDNN. torch.export turns it off for as long as it exports."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled or is_exporting())
+
+
+@functools.cache
+def has_lstm(half: torch.dtype) -> bool:
+    """Whether oneDNN has an LSTM in half precision on this CPU.
+
+    Tried in a thread of its own, where no mode, trace or transform of the caller acts.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_runs_under_autocast, half).result()
+
+
+def _runs_under_autocast(half: torch.dtype) -> bool:
+    x = state = torch.zeros(1, 1, 1, dtype=torch.float32)
+    weights = [torch.zeros(4, 1, dtype=torch.float32, requires_grad=True) for _ in range(2)]
+    torch.autocast_increment_nesting()  # in this thread; the end of the outermost block drops the casts of all
+    try:
+        with torch.autocast("cpu", half, cache_enabled=False):
+            y, *_ = torch.lstm(x, (state, state), weights, False, 1, 0.0, True, False, False)
+        torch.autograd.grad(y.sum(), weights)
+    except RuntimeError as error:
+        logging.getLogger("gpu_lstm").info("there is no LSTM under autocast to %s on this CPU: %s", half, error)
+        return False
+    return True

@@ -1,0 +1,304 @@
+"""LSTMs under autocast on a CPU, which torch gives to oneDNN: where that has none in half precision, or is off.
+
+Most CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN says so; `make test-cpus` has such CPUs.
+"""
+
+import copy
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import pytest
+import torch
+from comparing import BACKENDS, DEVICE
+from pairs import LENGTHS, RESETS, B, H, I, T, assert_identical, pair, random_inputs, results
+from subjects import states_for
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import grad, jvp, vmap
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._python_dispatch import BaseTorchDispatchMode, TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import gpu_lstm
+from gpu_lstm.backends import torch_rnn
+from gpu_lstm.call import onednn
+from gpu_lstm.functional import lstm_layer
+
+halves = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+switched = torch.backends.mkldnn.flags  # a block
+
+
+@pytest.fixture
+def lacking(with_onednn, monkeypatch):
+    """As on a CPU without AVX-512."""
+    monkeypatch.setattr(onednn, "has_lstm", lambda half: False)
+
+
+def autocast(half, call, *given, **options):
+    with torch.autocast("cpu", half):
+        return call(*given, **options)
+
+
+def packed(module, x, *hx):
+    return module(pack_padded_sequence(x, [2, 1, 4][: x.shape[1]], enforce_sorted=False), *hx)
+
+
+def layer(module, x, hx, **options):
+    return lstm_layer(x, list(module.parameters()), tree_map(lambda t: t[0], hx), backend="torch", **options)
+
+
+WIDE = dict(hidden_size=4 * torch_rnn.LEAST_HEAD, heads=4)  # a call for each head
+CALLS = {  # of a kind, its arguments, what a call is given, the call
+    "plain": ("LSTM", {}, {}, None), "no bias": ("LSTM", dict(bias=False), {}, None),
+    "dropout": ("LSTM", dict(num_layers=2, bidirectional=True, dropout=0.5), {}, None),
+    "stack": ("StackedLSTM", {}, {}, None), "packed, heads": ("LSTM", dict(heads=2), {}, packed),
+    "lengths": ("LSTM", dict(bidirectional=True), dict(lengths=LENGTHS), None),
+    "resets": ("LSTM", {}, dict(resets=RESETS), None),
+    "both": ("LSTM", dict(num_layers=2, bidirectional=True), dict(lengths=LENGTHS, resets=RESETS), None),
+    "heads": ("LSTM", dict(heads=2, num_layers=2), {}, None), "wide heads": ("LSTM", WIDE, dict(resets=RESETS), None),
+    "function": ("LSTM", {}, dict(lengths=LENGTHS), layer),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("lacking")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", CALLS)
+@halves
+def test_what_onednn_lacks_is_computed_as_by_a_module_in_half_precision(half, name, training):
+    """To the bit, gradients too: torch's own module where it can be called so, ours elsewhere."""
+    kind, arguments, ragged, way = CALLS[name]
+    if ragged or "heads" in arguments:
+        torch.manual_seed(1)
+        ours = getattr(gpu_lstm, kind)(**dict(input_size=I, hidden_size=H) | arguments, backend="torch")
+        twin = copy.deepcopy(ours)
+    else:
+        twin, ours = pair(kind, "torch", **arguments)
+    ours, twin = ours.to(half).float().train(training), twin.to(half).train(training)
+    x, hx = tree_map(lambda t: t.to(half), random_inputs(ours, B))
+    with torch.set_grad_enabled(training):
+        call, twins = (module if way is None else partial(way, module) for module in (ours, twin))
+        found = results(ours, x, hx, call=partial(autocast, half, call), **ragged)
+        expected = results(twin, x, hx, call=twins, **ragged)
+    assert found["output"].dtype is half
+    assert all(t.dtype is torch.float32 for key, t in found.items() if key.startswith("d"))
+    expected = dict(zip(found, expected.values(), strict=True))  # a chain has other names of parameters
+    if training:  # the sum over directions, in float32 or in half
+        dx = found.pop("dx"), expected.pop("dx").float()
+        torch.testing.assert_close(*dx, rtol=0, atol=torch.finfo(half).eps * float(dx[1].abs().max()))
+    assert_identical(found, {key: t.to(found[key].dtype) for key, t in expected.items()})
+
+
+@pytest.mark.usefixtures("lacking")
+@pytest.mark.parametrize(("kind", "arguments", "way"), [
+    ("LSTM", dict(proj_size=2), nn.Module.__call__), ("LSTM", dict(num_layers=2), packed),
+    ("GRU", {}, nn.Module.__call__), ("LSTMCell", {}, nn.Module.__call__),
+], ids=["projected", "packed", "GRU", "cell"])  # fmt: skip
+@halves
+def test_what_onednn_is_not_asked_for_stays_torchs_own(half, kind, arguments, way):
+    """On other backends its dtypes, with a state in half precision, too."""
+    theirs, ours = (module.float() for module in pair(kind, "torch", **arguments))
+    x, hx = random_inputs(ours, B)
+    calls = [partial(autocast, half, way, module) for module in (ours, theirs)]
+    assert_identical(*(results(module, x, hx, call=call) for module, call in zip((ours, theirs), calls)))
+    ours.backend = "reference"
+    for dtype in (torch.float32, half):
+        found, expected = (tree_leaves(call(x, tree_map(lambda t: t.to(dtype), hx))) for call in calls)  # noqa: B023
+        assert [t.dtype for t in found] == [t.dtype for t in expected]
+
+
+@pytest.mark.usefixtures("lacking")
+@pytest.mark.filterwarnings("ignore")  # torch says that its traces are deprecated, and warns of Python values
+@halves
+def test_in_traces_graphs_modes_and_transforms(half):
+    lstm, x = gpu_lstm.LSTM(I, H, backend="torch").requires_grad_(False), torch.randn(T, B, I)
+
+    def run(x):
+        return autocast(half, lstm, x)[0]
+
+    y, (h_n, c_n) = autocast(half, lstm, x)
+    assert {t.dtype for t in (y, h_n, c_n)} == {half}
+    torch._dynamo.reset()
+    compiled = torch.compile(lstm, backend="aot_eager", fullgraph=True)
+    traced = torch.jit.trace(run, (x,), check_trace=False)
+    program = autocast(half, torch.export.export, lstm, (x,))
+    found = [torch.inference_mode()(run)(x), autocast(half, compiled, x)[0], traced(x), program.module()(x)[0]]
+    with BaseTorchDispatchMode():
+        found.append(run(x))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run(mode.from_tensor(x)).dtype is half
+    assert all(torch.equal(t, y) for t in found)
+
+    def loss(x):
+        return run(x).float().square().sum()
+
+    gradients = grad(loss)(x), torch.autograd.functional.vjp(loss, x)[1]
+    torch.testing.assert_close(*gradients, rtol=0, atol=torch.finfo(half).eps)
+    by_reference = vmap(run, 1, 1)(x[:, :, None])[:, :, 0], jvp(run, (x,), (x,))[0]
+    assert all(t.dtype is half for t in by_reference)
+    for t in by_reference:
+        torch.testing.assert_close(t, y, rtol=0, atol=8 * torch.finfo(half).eps)
+
+
+def runs(half):
+    """Whether torch's own LSTM runs under autocast here."""
+    module = nn.LSTM(I, H)
+    try:
+        y, _ = autocast(half, module, torch.zeros(T, B, I))
+    except RuntimeError:
+        return False
+    y.float().sum().backward()
+    return True
+
+
+class Counted(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+PLACES = {
+    "nowhere": nullcontext, "inference mode": torch.inference_mode, "fake tensors": FakeTensorMode, "a mode": Counted,
+    "another device": partial(torch.device, "meta"), "float64": float64_by_default,
+}  # fmt: skip
+
+
+@pytest.fixture
+def asked(with_onednn, monkeypatch):
+    """What oneDNN is asked for, from now on."""
+    run, dtypes = onednn._runs_under_autocast, []
+    monkeypatch.setattr(onednn, "_runs_under_autocast", lambda half: dtypes.append(half) or run(half))
+    onednn.has_lstm.cache_clear()
+    return dtypes
+
+
+@pytest.mark.parametrize("place", PLACES)
+@halves
+def test_onednn_is_asked_apart_from_what_its_caller_does(asked, half, place):
+    expected, before = runs(half), torch.get_rng_state()
+    with PLACES[place]() as block:
+        assert onednn.has_lstm(half) is expected
+    assert asked == [half]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert place != "a mode" or block.names == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@halves
+def test_a_trace_a_transform_and_casts_of_the_block_do_not_notice_that_onednn_is_asked(asked, half):
+    expected, x, linear = runs(half), torch.ones(2, 2), nn.Linear(2, 2, bias=False)
+
+    def twice(x):
+        assert onednn.has_lstm(half) is expected
+        return 2 * x
+
+    traced = torch.jit.trace(twice, (x,), check_trace=False)
+    assert [node.kind() for node in traced.graph.nodes() if "Constant" not in node.kind()] == ["aten::mul"]
+    onednn.has_lstm.cache_clear()
+    assert grad(lambda x: twice(x).sum())(x).eq(2).all()
+    onednn.has_lstm.cache_clear()
+    with torch.autocast("cpu", half), Counted() as counted:
+        for _ in range(2):
+            linear(x)
+            twice(x)
+    assert counted.names.count("_to_copy") == 3, "x each time, the weight once"
+    assert asked == [half] * 3
+
+
+def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
+    x, lstm = torch.zeros(T, B, I), gpu_lstm.LSTM(I, H, num_layers=2)
+    for half in (torch.bfloat16, torch.float16):
+        for other in (gpu_lstm.GRU(I, H), gpu_lstm.LSTM(I, H, proj_size=2), gpu_lstm.LSTM(I, H, backend="reference")):
+            autocast(half, other, x)
+        autocast(half, gpu_lstm.LSTMCell(I, H), x[0])
+        autocast(half, copy.deepcopy(lstm).double(), x.double())
+        copy.deepcopy(lstm).to(half)(x.to(half))
+    lstm(x)
+    assert asked == []
+    for half in (torch.bfloat16, torch.float16) * 2:
+        autocast(half, lstm, x, lengths=LENGTHS)
+        autocast(half, lstm.eval(), x)
+    assert asked == [torch.bfloat16, torch.float16]
+
+
+@halves
+@pytest.mark.parametrize("way", ["torch", "reference", "triton", "lengths", "zoneout", "vmap", "compiled"])
+@pytest.mark.parametrize("kind", ["LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU"])
+def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
+    """By oneDNN it casts a whole LSTM there, but of all others products alone, so that the dtype of states counts.
+
+    oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on hardly any. Elsewhere torch's own raises unless the input
+    is in half precision. Ours is cast all the same.
+    """
+    lacks = kind in ("LSTM", "StackedLSTM") and onednn.is_on() and not onednn.has_lstm(half)
+    kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
+    is_cell, is_stack = "Cell" in kind, "Stacked" in kind
+    if way == "triton" and (DEVICE != "cpu" or options or half is torch.bfloat16):
+        pytest.skip("the interpreter's are right in float16, and c of a projection is as on a card")
+    if way == "compiled" and (half is torch.float16) != is_cell:
+        pytest.skip("compiling takes long: cells do in float16, modules in bfloat16")
+    if way in ("lengths", "zoneout") and is_cell:
+        pytest.skip("a cell has none")
+    sizes = I, H + len(options)
+    theirs = getattr(nn, kind.removeprefix("Stacked"))(*sizes, **options)
+    ours = getattr(gpu_lstm, kind)(I, [H]) if is_stack else getattr(gpu_lstm, kind)(*sizes, **options)
+    hx = (torch.zeros(B, H),) * 2 if kind == "LSTMCell" else states_for(ours, [B], torch.zeros)
+    call, x = ours, torch.randn(B, I) if is_cell else torch.randn(T, B, I)
+    if way in BACKENDS:
+        ours.backend = way
+    elif way == "lengths":
+        call = partial(ours, lengths=torch.full((B,), T))
+    elif way == "zoneout":
+        ours.zoneout = 0.5
+    elif way == "vmap":
+        call = vmap(ours, -2)
+    else:
+        torch._dynamo.reset()
+        call = torch.compile(ours, backend="eager", fullgraph=True)
+    own_hx = tree_map(lambda t: t[None], hx[0]) if is_stack else hx
+    for x_in_half, hx_in_half in (False, False), (True, False), (True, True):
+        found = []
+        for module, given in (call, hx), (theirs, own_hx):
+            of_x, of_hx = (half if in_half else torch.float32 for in_half in (x_in_half, hx_in_half))
+            given = x.to(of_x), tree_map(lambda t, of_hx=of_hx: t.to(of_hx), given)
+            if module is theirs and lacks:
+                found.append([half] * 3)
+            else:
+                with torch.autocast("cpu", half):
+                    found.append([t.dtype for t in tree_leaves(module(*given))])
+        assert found[0] == found[1], (x_in_half, hx_in_half)
+
+
+@halves
+def test_where_onednn_is_off_every_backend_has_the_dtype_of_torchs(half):
+    """Where autocast casts products alone; also where a module was called with it on before."""
+    (theirs, ours), x = (module.float() for module in pair("LSTM", "torch")), torch.randn(T, B, I)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    with switched(enabled=False):
+        expected = autocast(half, theirs, x)[0]
+    assert expected.dtype is torch.float32
+    for off in (False, True, False):
+        for ours.backend in ("torch", "reference"):
+            with switched(enabled=not off):
+                found = [autocast(half, ours, x, **given)[0] for given in ({}, dict(lengths=torch.full((B,), T)))]
+                if off:
+                    found += [autocast(half, call, x)[0] for call in (compiled, vmap(ours, 1, 1))]
+            assert {t.dtype for t in found} == {torch.float32 if off else half}
+            for y in found:
+                torch.testing.assert_close(y.float(), expected, rtol=0, atol=16 * torch.finfo(half).eps)
+            assert not off or ours.backend != "torch" or torch.equal(found[0], expected)
