@@ -62,7 +62,6 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
 
 
 address = Tensor.data_ptr  # tests replace these two
-"""Where a tensor is."""
 
 
 @functools.cache
@@ -149,7 +148,6 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
-    count = by_steps.launches_of(problem, pass_.backward)
+    parts, count = by_steps.parts_of(problem, pass_.backward), by_steps.launches_of(problem, pass_.backward)
     why = f"{count} launches for each step, with the product by cuBLAS: they run everything everywhere"
-    each_step = len(by_steps.parts_of(problem, pass_.backward))
-    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, each_step)
+    return Chosen(PLAN, False, "pointwise", "a thread for each cell", why, len(parts))
