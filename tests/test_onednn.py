@@ -4,12 +4,13 @@ Most CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN s
 """
 
 import copy
+import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
 import torch
-from comparing import BACKENDS, DEVICE
+from comparing import BACKENDS
 from pairs import LENGTHS, RESETS, B, H, I, T, assert_identical, pair, random_inputs, results
 from subjects import states_for
 from torch import nn
@@ -247,7 +248,7 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     lacks = kind in ("LSTM", "StackedLSTM") and onednn.is_on() and not onednn.has_lstm(half)
     kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
     is_cell, is_stack = "Cell" in kind, "Stacked" in kind
-    if way == "triton" and (DEVICE != "cpu" or options or half is torch.bfloat16):
+    if way == "triton" and (torch.cuda.is_available() or options or half is torch.bfloat16):
         pytest.skip("the interpreter's are right in float16, and c of a projection is as on a card")
     if way == "compiled" and (half is torch.float16) != is_cell:
         pytest.skip("compiling takes long: cells do in float16, modules in bfloat16")
@@ -283,14 +284,24 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
         assert found[0] == found[1], (x_in_half, hx_in_half)
 
 
+def test_this_process_has_the_cpu_that_its_environment_asks_for():
+    """As `make test-cpus` does."""
+    asked = os.environ.get
+    assert torch.backends.mkldnn.enabled == (asked("WITHOUT_ONEDNN") is None)
+    assert torch.get_num_threads() == int(asked("OMP_NUM_THREADS"))
+    assert asked("ATEN_CPU_CAPABILITY") != "default" or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    assert asked("ONEDNN_MAX_CPU_ISA") not in ("SSE41", "AVX2") or not onednn.has_lstm(torch.bfloat16)
+
+
 @halves
 def test_where_onednn_is_off_every_backend_has_the_dtype_of_torchs(half):
-    """Where autocast casts products alone; also where a module was called with it on before."""
+    """Where autocast casts products alone; also where a module was called with it on before. An SLSTM stays whole."""
     (theirs, ours), x = (module.float() for module in pair("LSTM", "torch")), torch.randn(T, B, I)
     torch._dynamo.reset()
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     with switched(enabled=False):
         expected = autocast(half, theirs, x)[0]
+        assert autocast(half, gpu_lstm.SLSTM(I, H), x)[0].dtype is half
     assert expected.dtype is torch.float32
     for off in (False, True, False):
         for ours.backend in ("torch", "reference"):
