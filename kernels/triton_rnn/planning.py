@@ -184,11 +184,12 @@ BARRIER = 30  # a block's, from the arrival of its last warp
 PRODUCT = 25  # until the next product of a chain can start
 LOAD = 270  # from L2
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
-PARTIAL_SUMS = 900, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
+PARTIAL_SUMS = 1060, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
 TURN_AHEAD = 1080  # the shortest turn where words are requested a turn ahead; fitted
 GATES_AHEAD = 640  # until gates are there, which nothing hides in some of these; fitted
 GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as long until all have seen it
 ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
+IN_EXCHANGE = 0.33  # the share of these that the exchange does not hide, backward with one batch tile; fitted
 LOOP = 145  # a pass of the step family's loop over K: barriers, fragments and products; fitted
 # Gates and cell, and waits for loads that nothing hides; fitted. Of a tuple, forward and backward.
 RESIDENT_CELL = 530, 1050
@@ -230,11 +231,17 @@ def _l2_clocks(count: float, card: Card, plan: Plan) -> float:
 
 def _resident_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     count, products, shared = _on_chip(problem, card, plan, backward)
-    waves = ceil(plan.groups * plan.heads / card.multiprocessors)  # of programs, where not all are resident at once
+    programs = plan.groups * plan.heads
+    waves = ceil(programs / card.multiprocessors)  # of programs, where not all are resident at once
+    # What the cells read, and dgates. Beside other programs that takes longer than what is fitted, which is of a few.
+    of_cell = 9 * problem.size + 4 * CELLS[problem.cell].kept if backward else problem.from_x * problem.size
+    moved = plan.rows * problem.hidden * of_cell
+    beside = moved / card.l2_bytes(min(programs, card.multiprocessors)) - moved / card.l2_bytes(1)
     return {
         "instructions or shared memory": waves * max(count, shared),
         "products": waves * products,
         "gates and cell": waves * RESIDENT_CELL[backward],
+        "L2: gates, states": waves * beside,
         "barriers": waves * BARRIER,
     }
 
@@ -243,6 +250,8 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
     """A program processes its batch tiles one after another, each in a turn."""
     count, products, shared = _on_chip(problem, card, plan, backward)
     partners, several_tiles = plan.family.partners, plan.tiles_per_program > 1
+    if backward and not several_tiles:
+        count *= IN_EXCHANGE
     gates = CELLS[problem.cell].rows // partners if backward else 1
     words = _l2_clocks(gates * plan.rows * problem.hidden * problem.size, card, plan)
     turn: dict[str, float] = {
