@@ -73,9 +73,9 @@ PROVEN = """\
   Nor the clock under load. No kernel of this project has run.
 
 So a step of H=768, B=16 in bfloat16 is expected to take {forward} us forward (0.86 to 1.29: the exchange at 300 to 500
-cycles, and 15 % of the rest) and {backward} us backward (1.41 to 2.04) by the estimator, {model} us by the model. In the
-same figure torch's nn.LSTM, by cuDNN in fp16, takes 1.96 and 3.1 us a step; that includes the product of x and W_ih,
-these do not.
+cycles, and 15 % of the rest) and {backward} us backward (1.41 to 2.04) by the estimator, {model} us by the model. In
+the same figure torch's nn.LSTM, by cuDNN in fp16, takes 1.96 and 3.1 us a step; that includes the product of x and
+W_ih, these do not.
 
 ## What these constants changed
 
