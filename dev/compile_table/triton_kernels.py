@@ -245,7 +245,7 @@ def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
         result = re.match(r"\s*(%\w+)(?::\d+)? = (\S+)", line)
         if result and result[2] in _OF_POINTERS and names & of_weights:
             of_weights.add(result[1])
-        if loops and re.search(r"tt\.load|ttg\.async_copy", line) and names & of_weights:
+        if loops and re.search(r"tt\.load|ttg\.async_copy|inline_asm.*\bld\.", line) and names & of_weights:
             loads += 1
         if "scf.for" in line or "scf.while" in line:
             loops.append(depth)

@@ -209,6 +209,8 @@ def cooperative_forward_kernel(
         x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
         c_prev = reset.load_state(cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
         rest_prev = states.load_rest_before(cell.c_n_ptr, cells, B, S)
+        share_c = noise.load_share(cell.zoneout_c_ptr, cells)
+        h_kept = noise.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
 
         # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
         if not S.AHEAD:
@@ -226,9 +228,7 @@ def cooperative_forward_kernel(
         z = normalise_over_group(z, norm_hh, affine_hh, group, S)
         gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
         h = output(gates[3], normalise_over_group((c,), norm_c, affine_c, group, S)[0], S)
-        c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
-        h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr)
-        h = noise.zoneout_of_h(h, hidden, h_prev_ptr, cells.state_at, cells)
+        c, h = noise.zoneout(c, c_prev, share_c), noise.zoneout_of_h(h, h_kept)
 
         # Publish first: the others wait for it. Padding gets zeros.
         h = tl.where(cells.valid, h, 0.0)
@@ -336,7 +336,7 @@ def cooperative_backward_kernel(
         drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
         normed_hh = load_normed(norm_hh, affine_hh, position, cells, S.H)
         normed_c = load_normed(norm_c, affine_c, position, cells, S.H)
-        dh_given = states.load_gradients_given(hidden, cells)
+        dh_given, share_c = states.load_gradients_given(hidden, cells), noise.load_share(cell.zoneout_c_ptr, cells)
         next_continues = indexing.position(step + 1, here.sequence, batch, S.REVERSE).continues
 
         # Collect dgates of the step after, and multiply: dh of the partners' units, as far as it comes from this
@@ -353,7 +353,7 @@ def cooperative_backward_kernel(
         # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
         group = Group(here.sequence, owned.is_cell, Wait(error_ptr, step, delay, wait.phase))
         gates, c, c_prev = states.as_float(gates, c, c_prev)
-        dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+        dc, dc_stayed = noise.zoneout_backward(dc, share_c)
         c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, d = output_backward(gates[3], normalised((c,), norm_c, normed_c)[0], dh, S)
         dc_by_m, lost = backward_over_group((d,), norm_c, normed_c, group, lost, tl.float32, S)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .assembly import constraints, types
+from .exchange import Words, look, neighbours
 from .features import constexpr_function
 
 SEQUENCES = tl.constexpr(8)  # of a product
@@ -46,14 +47,14 @@ def load_weights(
     DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
-    weights = ()
+    quads, weights = (), ()
+    for n in tl.static_range(len(rows)):  # a load a word would take Triton many times as long to compile
+        words = Words(words_ptr + rows[n].to(tl.int64) * W + first, tl.where(rows[n] < 0, 0, W - first))
+        quads = quads + (look(words, CHUNKS, 4, STRIDE, neighbours(W)),)
     for chunk in tl.static_range(CHUNKS):
         for n in tl.static_range(4 * len(rows)):
-            row = rows[n // 8 * 2 + n % 2]
-            word = first + chunk * STRIDE + n % 8 // 2
-            there = (row >= 0) & (word < W)
-            loaded = tl.load(words_ptr + row.to(tl.int64) * W + word, mask=there, other=0)
-            weights = weights + (to_tf32(loaded) if tl.float32 == DTYPE else loaded,)
+            word = quads[n // 8 * 2 + n % 2][4 * chunk + n % 8 // 2]
+            weights = weights + (to_tf32(word) if tl.float32 == DTYPE else word,)
     return weights
 
 

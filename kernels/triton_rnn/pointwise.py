@@ -57,11 +57,12 @@ def pointwise_forward_kernel(
     constants = states.load_constants_forward(cell, unit, S)
     gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
     h = tl.where(cells.valid, output(gates[3], c, S), 0.0)
-    c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
+    c = noise.zoneout(c, c_prev, noise.load_share(cell.zoneout_c_ptr, cells))
     tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid & cells.is_last if SAVE else cells.valid)
     states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
     states.save(gates, c, cell, cells, S.H)
-    h = states.store_hidden(h, hidden, hidden.h0_ptr if step == 0 else hidden.h_ptr, cells)
+    h_kept = noise.load_h_before(hidden, hidden.h0_ptr if step == 0 else hidden.h_ptr, cells.prev_at, cells)
+    h = states.store_hidden(h, hidden, h_kept, cells)
     if h_next_ptr is not None:
         next_continues = indexing.position(step + 1, sequence, batch, S.REVERSE).continues
         h = noise.dropout(h.to(hidden.h_ptr.dtype.element_ty), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
@@ -85,7 +86,7 @@ def pointwise_backward_kernel(
     c_prev = states.total(states.load_c_before(saved, step, cells))
     c = next_cell(gates, c_prev, S)  # not loaded: memory is what large batches wait for
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-    dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+    dc, dc_stayed = noise.zoneout_backward(dc, noise.load_share(cell.zoneout_c_ptr, cells))
     peepholes = states.load_constants(cell.weight_peephole_ptr, unit, S.H)
     dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
     drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)

@@ -201,11 +201,22 @@ def load_cells(call, cells, S: tl.constexpr):
 
 
 @triton.jit
+def load_beside(call, tile, S: tl.constexpr):
+    """What else a tile's cells read: constants; with zoneout the share of c that stays, and noise.load_h_before."""
+    constants = states.load_constants_forward(call.cell, tile.unit[None, :], S)
+    h_before = ()
+    if call.products.weight_hr_ptr is None and call.norm_c.gain_ptr is None:  # else the next round has h
+        h_before = noise.load_h_before(call.hidden, call.h_prev_ptr, tile.cells.prev_at, tile.cells)
+    return constants, noise.load_share(call.cell.zoneout_c_ptr, tile.cells), h_before
+
+
+@triton.jit
 def cell_round(step, call, poll_limit, S: tl.constexpr):
     """The cells, and h if that needs no other units. Returns the poll limit after its waits for h before."""
     NORM_HH: tl.constexpr = call.norm_hh.gain_ptr is not None
     NORM_C: tl.constexpr = call.norm_c.gain_ptr is not None
     PROJECT: tl.constexpr = call.products.weight_hr_ptr is not None
+    EARLY: tl.constexpr = S.HELD and S.BLOCK_B * S.UNITS <= 128 * S.WARPS  # a thread has registers for four cells
     first, end, stride = tiles_of_program(call.batch.B, S.D, S)
     if S.AHEAD:
         poll_limit, h_prev = h_before(first, step, call, poll_limit, S)
@@ -216,6 +227,8 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         # Load, and product: all four gates of the tile's units, [BB, 4 BH].
         if S.HELD and not S.AHEAD:
             poll_limit, h_prev = h_before(tile.batch_tile, step, call, poll_limit, S)
+        if EARLY:
+            beside = load_beside(call, tile, S)
         if S.HELD or NORM_HH:
             x, c_prev, rest_prev = load_cells(call, cells, S)
         if S.HELD:
@@ -230,11 +243,13 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
             poll_limit, h_prev = h_before(number + stride, step, call, poll_limit, S)
 
         # Gates, cell and output. Padding gets zeros.
-        constants = states.load_constants_forward(call.cell, tile.unit[None, :], S)
+        if not EARLY:
+            beside = load_beside(call, tile, S)
+        constants, share_c, h_kept = beside
         gates, c, rest = cell_forward(x, indexing.split_gates(z), c_prev, rest_prev, constants, S)
         norm_tiles.store_c(gates[3], c, call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
         m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
-        c = noise.zoneout(c, c_prev, call.cell.zoneout_c_ptr, cells)
+        c = noise.zoneout(c, c_prev, share_c)
 
         # Store.
         tl.store(call.cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
@@ -243,7 +258,7 @@ def cell_round(step, call, poll_limit, S: tl.constexpr):
         if PROJECT:
             tl.store(call.products.m_ptr + cells.state_at, m, mask=cells.in_tile)
         elif not NORM_C:
-            states.store_hidden(m, call.hidden, call.h_prev_ptr, cells)
+            states.store_hidden(m, call.hidden, h_kept, cells)
         if S.HELD and step + 1 < call.batch.T:
             arrive(call.arrivals.arrivals_ptr + tile.batch_tile, poll_limit)
     return poll_limit
@@ -265,7 +280,8 @@ def output_round(step, call, poll_limit, S: tl.constexpr):
             o, v = norm_tiles.load_c(call.products.cell_ptr, call.norm_c, tile, call.batch.B, S)
             h = output(o, v, S)
         h = tl.where(tile.cells.valid, unless_timed_out(h, poll_limit), 0.0)
-        states.store_hidden(h, call.hidden, call.h_prev_ptr, tile.cells)
+        h_kept = noise.load_h_before(call.hidden, call.h_prev_ptr, tile.cells.prev_at, tile.cells)
+        states.store_hidden(h, call.hidden, h_kept, tile.cells)
 
 
 @triton.jit(repr=name_in_profiles("step_forward_kernel"), do_not_specialize=["T", "B"])
@@ -430,7 +446,7 @@ def cell_round_backward(step, times, call, poll_limit, S: tl.constexpr):
         # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
         gates, c, c_prev = states.as_float(gates, c, c_prev)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+        dc, dc_stayed = noise.zoneout_backward(dc, noise.load_share(cell.zoneout_c_ptr, cells))
         c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, dc_by_m = output_backward(gates[3], normalised((c,), call.norm_c, normed)[0], dm, S)
         dc_by_m = norm_tiles.c_backward(dc_by_m, call.norm_c, normed, tile, B, S)
