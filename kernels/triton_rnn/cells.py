@@ -16,13 +16,23 @@ def load_cells(c_prev_ptr, cell, cells, B, S: tl.constexpr):
 
 
 @triton.jit
-def forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False):
+def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
+    """What else cells read: constants; with zoneout the share of c that stays, and noise.load_h_before."""
+    constants = states.load_constants_forward(cell, tile.unit[None, :], S)
+    h_before = noise.load_h_before(hidden, h_prev_ptr, tile.cells.prev_at, tile.cells)
+    return constants, noise.load_share(cell.zoneout_c_ptr, tile.cells), h_before
+
+
+@triton.jit
+def forward_cells(
+    x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False
+):  # fmt: skip
     """The cells of a step, from W_hh h -> (m, zero in padding; of which it is made: the last gate, c before zoneout).
     All else is stored: c_n at every step or, if AT_END, where a sequence ends."""
     cells = tile.cells
     gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
-    c_next = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
+    c_next = noise.zoneout(c, c_prev, share_c)
     tl.store(cell.c_n_ptr + cells.state_at, c_next, mask=cells.valid & cells.is_last if AT_END else cells.valid)
     states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
     states.save(gates, c_next, cell, cells, S.H)
@@ -35,7 +45,7 @@ def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr)
     stored, and those of the state before. In padding all that was loaded is zero, and so are they."""
     cells = tile.cells
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-    dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+    dc, dc_stayed = noise.zoneout_backward(dc, noise.load_share(cell.zoneout_c_ptr, cells))
     drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
     dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)

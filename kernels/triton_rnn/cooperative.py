@@ -177,6 +177,8 @@ def cooperative_forward_kernel(
         x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
         c_prev = reset.load_state(cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
         rest_prev = states.load_rest_before(cell.c_n_ptr, cells, B, S)
+        share_c = noise.load_share(cell.zoneout_c_ptr, cells)
+        h_kept = noise.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
 
         # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
         if not S.AHEAD:
@@ -192,9 +194,7 @@ def cooperative_forward_kernel(
         # Gates, cell and output.
         gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
         h = output(gates[3], c, S)
-        c = noise.zoneout(c, c_prev, cell.zoneout_c_ptr, cells)
-        h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr)
-        h = noise.zoneout_of_h(h, hidden, h_prev_ptr, cells.state_at, cells)
+        c, h = noise.zoneout(c, c_prev, share_c), noise.zoneout_of_h(h, h_kept)
 
         # Publish first: the others wait for it. Padding gets zeros.
         h = tl.where(cells.valid, h, 0.0)
@@ -286,7 +286,7 @@ def cooperative_backward_kernel(
         gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
         drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
-        dh_given = states.load_gradients_given(hidden, cells)
+        dh_given, share_c = states.load_gradients_given(hidden, cells), noise.load_share(cell.zoneout_c_ptr, cells)
         next_continues = indexing.position(step + 1, here.sequence, batch, S.REVERSE).continues
 
         # Collect dgates of the step after, and multiply: dh of the partners' units, as far as it comes from this
@@ -302,7 +302,7 @@ def cooperative_backward_kernel(
 
         # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
         gates, c, c_prev = states.as_float(gates, c, c_prev)
-        dc, dc_stayed = noise.zoneout_backward(dc, cell.zoneout_c_ptr, cells)
+        dc, dc_stayed = noise.zoneout_backward(dc, share_c)
         c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
         dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from . import indexing, noise, states, tiles
-from .cells import backward_cells, forward_cells, load_cells
+from .cells import backward_cells, forward_cells, load_beside, load_cells
 from .equations import output_backward
 from .exchange import arrive, unless_timed_out, wait_for
 from .indexing import Batch
@@ -81,17 +81,17 @@ def held_forward_kernel(
             if not S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile, step, poll_limit, S)
             if EARLY:
-                constants = states.load_constants_forward(cell, tile.unit[None, :], S)
+                constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
             x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = unless_timed_out(product(held, h_prev, S), poll_limit)
             if S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile + stride, step, poll_limit, S)
 
             if not EARLY:
-                constants = states.load_constants_forward(cell, tile.unit[None, :], S)
+                constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
             z = indexing.split_gates(z)
-            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S)
-            states.store_hidden(h, hidden, h_prev_ptr, tile.cells)
+            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S)
+            states.store_hidden(h, hidden, h_kept, tile.cells)
             if step + 1 < T:
                 arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)
 

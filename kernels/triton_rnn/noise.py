@@ -22,30 +22,32 @@ def dropout(x, factors_ptr, at, mask):
 
 @triton.jit
 def load_share(zoneout_ptr, cells):
-    """The share of the state before that stays: of each cell, or one float32 for all."""
-    if zoneout_ptr.dtype.element_ty == tl.float32:
-        share = tl.load(zoneout_ptr)
-    else:
-        share = tl.load(zoneout_ptr + cells.at, mask=cells.valid, other=0).to(tl.float32)
+    """The share of the state before that stays, as stored: of each cell, or one for all. A tuple, empty without."""
+    share = ()
+    if zoneout_ptr is not None:
+        if zoneout_ptr.dtype.element_ty == tl.float32:
+            share = (tl.load(zoneout_ptr),)
+        else:
+            share = (tl.load(zoneout_ptr + cells.at, mask=cells.valid, other=0),)
     return share
 
 
 @triton.jit
-def zoneout(new, before, zoneout_ptr, cells):
+def zoneout(new, before, share):
     """The state after a step that computed `new`."""
-    if zoneout_ptr is not None:
-        share = load_share(zoneout_ptr, cells)
-        new = share * before + (1.0 - share) * new
+    for n in tl.static_range(len(share)):
+        stays = share[n].to(tl.float32)
+        new = stays * before + (1.0 - stays) * new
     return new
 
 
 @triton.jit
-def zoneout_backward(d, zoneout_ptr, cells):
+def zoneout_backward(d, share):
     """Gradient of the state after a step -> (of what the step computed, of what stayed of the state before)."""
     stayed = tl.zeros_like(d)
-    if zoneout_ptr is not None:
-        share = load_share(zoneout_ptr, cells)
-        d, stayed = (1.0 - share) * d, share * d
+    for n in tl.static_range(len(share)):
+        stays = share[n].to(tl.float32)
+        d, stayed = (1.0 - stays) * d, stays * d
     return d, stayed
 
 
@@ -58,21 +60,40 @@ def add_stayed(d, stayed, zoneout_ptr):
 
 
 @triton.jit
-def zoneout_of_h(h, hidden, h_prev_ptr, prev_at, cells):
-    """`zoneout` of h, with the one before it from memory."""
+def load_h_before(hidden, h_prev_ptr, prev_at, cells):
+    """For `zoneout_of_h`: h before a step, and the share of it that stays; a tuple, empty without zoneout."""
+    before = ()
     if hidden.zoneout_h_ptr is not None:
         h_prev = load_state(h_prev_ptr, prev_at, hidden.reset_h_ptr, cells)
-        h = zoneout(h, h_prev, hidden.zoneout_h_ptr, cells)
+        before = (h_prev,) + load_share(hidden.zoneout_h_ptr, cells)
+    return before
+
+
+@triton.jit
+def zoneout_of_h(h, before):
+    """h after a step that computed h; `before` is of load_h_before."""
+    if len(before) > 0:
+        h = zoneout(h, before[0], before[1:])
     return h
 
 
 @triton.jit
-def zoneout_of_h_backward(dh, hidden, cells):
-    """Gradient of h -> of the h that the step computed. dh_from_zoneout hands what stayed to the step before."""
+def load_stayed(hidden, cells):
+    """For `zoneout_of_h_backward`: what stayed of the gradient of h after the step after, and the share of h that
+    stays; a tuple, empty without zoneout."""
+    stayed = ()
     if hidden.zoneout_h_ptr is not None:
-        dh += tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        dh, stayed = zoneout_backward(dh, hidden.zoneout_h_ptr, cells)
-        store_gradient(stayed, hidden.dh_from_zoneout_ptr, hidden.dreset_h_ptr, cells)
+        dh = tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        stayed = (dh,) + load_share(hidden.zoneout_h_ptr, cells)
+    return stayed
+
+
+@triton.jit
+def zoneout_of_h_backward(dh, stayed, hidden, cells):
+    """Gradient of h -> of the h that the step computed. dh_from_zoneout hands what stays to the step before."""
+    if len(stayed) > 0:
+        dh, stays = zoneout_backward(dh + stayed[0], stayed[1:])
+        store_gradient(stays, hidden.dh_from_zoneout_ptr, hidden.dreset_h_ptr, cells)
     return dh
 
 

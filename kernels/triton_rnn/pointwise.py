@@ -41,7 +41,8 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
         c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
     rest_prev = states.load_rest_before(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells, B, S)
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
-    return forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S, SAVE)
+    share_c = noise.load_share(cell.zoneout_c_ptr, cells)
+    return forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S, SAVE)
 
 
 @triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])
@@ -70,7 +71,8 @@ def pointwise_forward_kernel(
     elif S.END == "m":
         tl.store(m_ptr + cells.state_at, m, mask=cells.in_tile)
     else:
-        h = states.store_hidden(m, hidden, hidden.h0_ptr if step == 0 else hidden.h_ptr, cells)
+        h_prev_ptr = hidden.h0_ptr if step == 0 else hidden.h_ptr
+        h = states.store_hidden(m, hidden, noise.load_h_before(hidden, h_prev_ptr, cells.prev_at, cells), cells)
         if h_next_ptr is not None:
             next_continues = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None]
             h = noise.dropout(h.to(hidden.h_ptr.dtype.element_ty), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)

@@ -129,9 +129,9 @@ def resident_forward_kernel(
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
             gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
             h_next = output(gates[3], c_next, S)
-            c_next = noise.zoneout(c_next, c_prev, cell.zoneout_c_ptr, cells)
+            c_next = noise.zoneout(c_next, c_prev, noise.load_share(cell.zoneout_c_ptr, cells))
             h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
-            h_next = noise.zoneout(h_next, h_prev, hidden.zoneout_h_ptr, cells)
+            h_next = noise.zoneout(h_next, h_prev, noise.load_share(hidden.zoneout_h_ptr, cells))
             h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
             states.save(gates, c_next, cell, cells, S.H)
@@ -167,7 +167,7 @@ def gradient_of_m(dh, hidden, cells):
     dm = tl.where(cells.valid, dh, 0.0)
     if hidden.dh_ptr is not None:
         dm += tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
-    return noise.zoneout_backward(dm, hidden.zoneout_h_ptr, cells)
+    return noise.zoneout_backward(dm, noise.load_share(hidden.zoneout_h_ptr, cells))
 
 
 @triton.jit
@@ -183,8 +183,8 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
         words = take(shared, gate * S.CHUNKS, S.CHUNKS, GATES * S.CHUNKS, S.WARPS)
         products = products + (product(weights[gate], words, DTYPE),)
     for n in tl.static_range(len(dz)):
-        total = products[0][n] + products[1][n]
-        if GATES > 2:
+        total = products[0][n] if GATES == 1 else products[0][n] + products[1][n]
+        if GATES > 2:  # two by two: one after the other would take a register more, and spill
             total += products[2][n] + products[3][n] if GATES == 4 else products[2][n]
         dh = dh + (total,)
     return dh
@@ -241,7 +241,8 @@ def resident_backward_kernel(
             dm, stayed = gradient_of_m(dh[n], hidden, cells)
             c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
             dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
-            d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), cell.zoneout_c_ptr, cells)
+            share_c = noise.load_share(cell.zoneout_c_ptr, cells)
+            d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), share_c)
             dz_n, d, drest_n = cell_backward(gates, c_prev, dz_o, d + dc_by_m, drest[n], peepholes[n], S)
             states.store_gradient_of_rest(cell.dc_ptr, drest_n, cells, B, S)
             dh_stayed, dz = dh_stayed + (stayed,), dz + (dz_n,)

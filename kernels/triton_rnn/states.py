@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .noise import dropout, zoneout_of_h, zoneout_of_h_backward
+from .noise import dropout, load_stayed, zoneout_of_h, zoneout_of_h_backward
 from .reset import reset_to
 
 
@@ -137,9 +137,9 @@ def store_gradient_of_rest(dc_ptr, drest, cells, B, S: tl.constexpr):
 
 
 @triton.jit
-def store_hidden(h, hidden, h_prev_ptr, cells):
-    """Store h after zoneout, and h_n where a sequence ends; returns that h. h_prev_ptr is h0 or h, before the step."""
-    h = zoneout_of_h(h, hidden, h_prev_ptr, cells.prev_at, cells)
+def store_hidden(h, hidden, before, cells):
+    """Store h after zoneout, and h_n where a sequence ends; returns that h. `before` is of noise.load_h_before."""
+    h = zoneout_of_h(h, before)
     tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
     tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & cells.is_last)
     return h
@@ -147,22 +147,25 @@ def store_hidden(h, hidden, h_prev_ptr, cells):
 
 @triton.jit
 def load_gradients_given(hidden, cells):
-    """The gradients that backward is given, as they are stored: of the step's h, and of h_n where a sequence ends."""
+    """(The gradients that backward is given, of the step's h, and of h_n where a sequence ends; noise.load_stayed.) As
+    they are stored: to convert them is to wait for them."""
     given = ()
     if hidden.dh_ptr is not None:
         given = given + (tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0),)
     if hidden.dh_n_ptr is not None:
         given = given + (tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.valid & cells.is_last, other=0.0),)
-    return given
+    return given, load_stayed(hidden, cells)
 
 
 @triton.jit
-def gradient_of_h(dh, given, hidden, cells):
-    """What the product of the step after returned, and the gradients given -> that of the h that the step computed."""
+def gradient_of_h(dh, loaded, hidden, cells):
+    """What the product of the step after returned, and what load_gradients_given did -> that of the h that the step
+    computed."""
+    given, stayed = loaded
     dh = dropout(dh, hidden.dropout_h_ptr, cells.state_at, cells.valid)
     for n in tl.static_range(len(given)):
         dh += given[n].to(tl.float32)
-    return zoneout_of_h_backward(dh, hidden, cells)
+    return zoneout_of_h_backward(dh, stayed, hidden, cells)
 
 
 @triton.jit

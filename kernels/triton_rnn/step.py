@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import indexing, noise, states, tiles
-from .cells import backward_cells, forward_cells, load_cells
+from .cells import backward_cells, forward_cells, load_beside, load_cells
 from .equations import output_backward
 from .exchange import grid_barrier, unless_timed_out
 from .indexing import Batch, rows_of_product
@@ -56,9 +56,9 @@ def step_forward_kernel(
             x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = indexing.split_gates(unless_timed_out(z, poll_limit))
 
-            constants = states.load_constants_forward(cell, tile.unit[None, :], S)
-            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, cell, tile, B, S)
-            states.store_hidden(h, hidden, h_prev_ptr, tile.cells)
+            constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
+            h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S)
+            states.store_hidden(h, hidden, h_kept, tile.cells)
         if WAITS and step + 1 < T:
             poll_limit = grid_barrier(arrivals, step + 1, poll_limit, step)
         if not WAITS and S.HEADS > 1:  # the only program of a head
