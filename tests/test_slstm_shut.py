@@ -6,13 +6,21 @@ import pytest
 import torch
 from comparing import assert_same
 from pairs import weighing
+from places import cuda
 
 from gpu_lstm.functional import slstm_layer
 
 T, B, H, INF = 6, 3, 4, float("inf")
 RAGGED = dict(lengths=torch.tensor([6, 4, 6]), resets=torch.arange(T * B).view(T, B) % 7 == 5)
 NAMES = "y", "h", "c", "m", "dz", "dweight", "dh", "dc", "dn", "dm"
-BY_BOTH = pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float64), ("triton", torch.float32)])
+BY_ALL = pytest.mark.parametrize(("backend", "dtype"), [
+    ("reference", torch.float64), ("triton", torch.float32), ("cupy", torch.float32),
+])  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def in_cuda(monkeypatch):
+    cuda(monkeypatch)
 
 
 def drawn():
@@ -50,7 +58,7 @@ def truth_of(z, weight, hx, **ragged):
     return dict(zip(NAMES, found, strict=True))
 
 
-@BY_BOTH
+@BY_ALL
 @pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["plain", "ragged"])
 def test_a_state_behind_a_shut_gate_is_kept(backend, dtype, ragged):
     given = drawn()
@@ -60,7 +68,7 @@ def test_a_state_behind_a_shut_gate_is_kept(backend, dtype, ragged):
     assert all(map(torch.equal, numbers_of(backend, dtype, z, *given[1:], **ragged).values(), found.values()))
 
 
-@BY_BOTH
+@BY_ALL
 def test_where_nothing_comes_a_mean_stays_though_its_weight_is_zero_and_what_is_empty_stays_so(backend, dtype):
     """z_i = -inf at three steps, z_f at two of them; from states of which the first sequence's is empty."""
     _, weight, hx = drawn()
@@ -82,7 +90,7 @@ def test_where_nothing_comes_a_mean_stays_though_its_weight_is_zero_and_what_is_
         assert k > 3 or not any(t[0].any() for t in states)
 
 
-@BY_BOTH
+@BY_ALL
 def test_nan_is_no_empty_state(backend, dtype):
     torch.manual_seed(0)
     z, weight = torch.randn(T, B, 4 * H).to(dtype), torch.zeros(4 * H, H).to(dtype)
