@@ -96,7 +96,7 @@ CASES = [  # a family and its problem: each dtype, and each option, forward and 
     ("cooperative", Problem(2, 5, 64, F16, **RATES)),
     ("pointwise", Problem(2, 5, 32, F32, **RAGGED, **MASKS)),
     ("pointwise", Problem(2, 5, 32, BF16, **RATES, weight_peephole=True)),
-    ("pointwise", Problem(2, 5, 32, F16, **RAGGED, gain_hh=True, gain_c=True, bias_c=True)),
+    ("pointwise", Problem(2, 5, 32, F32, **RAGGED, gain_hh=True, gain_c=True, bias_c=True)),
     ("step", Problem(2, 5, 32, F32)),
     ("held", Problem(2, 70, 256, BF16)),
     ("step", Problem(2, 5, 32, F16, **RAGGED, **RATES)),

@@ -85,7 +85,8 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
     with torch.no_grad(), Allocations() as allocations:
         y, _ = module(x)
     output, outputs = y.numel() * y.element_size(), module.num_layers if module.bidirectional else 1
-    largest = sorted(allocations.sizes, reverse=True)
+    of_both = 4 * 6 * 6 * x.element_size() if "proj_size" in options else 0  # W_hh W_hr, whatever T is
+    largest = sorted((size for size in allocations.sizes if size != of_both), reverse=True)
     assert largest[:outputs] == [output] * outputs
     assert largest[outputs] <= schedule.WORKSPACE < output
 
