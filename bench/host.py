@@ -81,8 +81,8 @@ def stub() -> None:
     os.environ["GPU_LSTM_RACE"] = "off"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # buffers that no kernel wrote are read
-    plans, won = resolve_name(f"{TRITON}.choose:plans"), resolve_name("gpu_lstm.dispatch.race:Decision")
-    h100 = resolve_name(f"{TRITON}.planning:DEVICES")["h100"]
+    plans, won = resolve_name(f"{TRITON}.plans.choose:plans"), resolve_name("gpu_lstm.dispatch.race:Decision")
+    h100 = resolve_name(f"{TRITON}.plans.planning:DEVICES")["h100"]
     patch("gpu_lstm.dispatch.race.expected_winner", lambda kind, kernel, *_: won(kernel, "")).start()
     if CARD == "cpu":
         patch.multiple("gpu_lstm.dispatch.available", KERNEL_DEVICES=("cpu",), why_unavailable=nothing).start()

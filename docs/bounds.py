@@ -14,8 +14,8 @@ import torch
 
 from gpu_lstm.kernels.cards import L2_ALONE, L2_BYTES, Card
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_rnn import planning
-from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn.plans import planning
+from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 
 PAGE = Path(__file__).with_suffix(".md")
 HIDDEN, BATCH = (64, 128, 256, 512, 768, 1024, 2048), (1, 16, 64, 256, 1024, 4096)
@@ -27,8 +27,8 @@ HEAD = f"""<!-- make bounds-page writes this page: change docs/bounds.py. -->
 
 # How far a step is from its bound
 
-Nothing here was measured: the model that orders plans (`kernels/triton_rnn/planning.py`) estimates all figures. They
-are for training a plain layer by the first plan of the list. *x* is the estimated time of a step, divided by the
+Nothing here was measured: the model that orders plans (`kernels/triton_rnn/plans/planning.py`) estimates all figures.
+They are for training a plain layer by the first plan of the list. *x* is the estimated time of a step, divided by the
 greatest of three bounds:
 
 - **memory**: what a step reads and writes, at the data sheet's rate;

@@ -201,8 +201,8 @@ def _mps(device: torch.device) -> str:
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The plans of a problem, forward and backward, and the estimated time of a step."""
-    planning = importlib.import_module(".kernels.triton_rnn.planning", __package__)
-    choose = importlib.import_module(".kernels.triton_rnn.choose", __package__)
+    planning = importlib.import_module(".kernels.triton_rnn.plans.planning", __package__)
+    choose = importlib.import_module(".kernels.triton_rnn.plans.choose", __package__)
     if (card := planning.DEVICES.get(options.device)) is None:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]

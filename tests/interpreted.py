@@ -10,7 +10,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
-from gpu_lstm.kernels.triton_rnn import cooperative, exchange, features, fragments, resident
+from gpu_lstm.kernels.triton_rnn import exchange, features
+from gpu_lstm.kernels.triton_rnn.threads import cooperative, fragments, resident
 
 FLOATS = {tl.float32: np.float32, tl.float16: np.float16}  # bfloat16 is wrong in the interpreter
 rounded_to_tf32 = fragments.to_tf32

@@ -27,10 +27,10 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.problem import power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Cooperative, Held, Plan, Step
-from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
-from gpu_lstm.kernels.triton_rnn.resident_plans import plans as resident_plans
-from gpu_lstm.kernels.triton_rnn.step_plans import step_plan
+from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER, Cooperative, Held, Plan, Step
+from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.plans.resident import plans as resident_plans
+from gpu_lstm.kernels.triton_rnn.plans.step import step_plan
 
 INTERPRETED = launch.INTERPRETED
 

@@ -28,8 +28,9 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.by_steps import parts_of
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import choose, launch
+from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
+from gpu_lstm.kernels.triton_rnn.plans import choose
 
 DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
 CPU = torch.device("cpu")

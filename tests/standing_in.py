@@ -18,9 +18,10 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
-from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES, INTERPRETER, Plan
-from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import autotune, choose
+from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, INTERPRETER, Plan
+from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 

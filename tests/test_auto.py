@@ -15,7 +15,8 @@ from standing_in import plans_are_verified_on_the_cpu
 import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import race, route
-from gpu_lstm.kernels.triton_rnn import choose, launch
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import choose
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),

@@ -19,7 +19,7 @@ import triton
 from dev.compile_table.report import Loop, Report, time_loop
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_rnn.planning import Cooperative, Plan, Resident, counts_of_turn
+from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Plan, Resident, counts_of_turn
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 OLDER_TRITON = TRITON < (3, 9)
@@ -34,11 +34,13 @@ import torch
 from dev.compile_table import triton_kernels
 from dev.compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import cooperative, held, pointwise, resident, step, step_plans
+from gpu_lstm.kernels.triton_rnn.threads import cooperative, resident
+from gpu_lstm.kernels.triton_rnn.tiles import held, pointwise, step
+from gpu_lstm.kernels.triton_rnn.plans import step as step_plans
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative
-from gpu_lstm.kernels.triton_rnn.step_plans import held_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Cooperative
+from gpu_lstm.kernels.triton_rnn.plans.step import held_plans, step_plan
 
 ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
 STEP, PRODUCT = "B=64 H=130 ragged peepholes masks", "B=4096 H=1024"

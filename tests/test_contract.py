@@ -25,11 +25,12 @@ from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X
-from gpu_lstm.kernels.triton_rnn import autotune, launch
-from gpu_lstm.kernels.triton_rnn.choose import FAMILIES
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.cell.states import load_gates
 from gpu_lstm.kernels.triton_rnn.equations import cell_backward, cell_forward, next_cell, output, output_backward
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
-from gpu_lstm.kernels.triton_rnn.states import load_gates
+from gpu_lstm.kernels.triton_rnn.plans import autotune
+from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES
 
 KERNELS = Path(problem.__file__).parent
 F16, F32 = torch.float16, torch.float32

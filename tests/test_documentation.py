@@ -26,7 +26,7 @@ from bench import __main__ as bench_main
 from bench import cases, report, results
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels.triton_rnn.features import MOST_ROWS
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES
+from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES
 
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"

@@ -19,12 +19,14 @@ SCRIPT = """
 import json
 import torch
 from dev.compile_table.triton_kernels import compile_for
-from gpu_lstm.kernels.triton_rnn import cooperative, step, step_plans
-from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn.threads import cooperative
+from gpu_lstm.kernels.triton_rnn.tiles import step
+from gpu_lstm.kernels.triton_rnn.plans import step as step_plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Held
+from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Held
 
 PROBLEMS = {  # of which one load takes four words of a row, two, and one
     "bf16 H=768 B=16 GRU": (16, 768, torch.bfloat16), "fp16 H=33 B=17 GRU": (17, 33, torch.float16),

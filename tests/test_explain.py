@@ -20,10 +20,11 @@ from gpu_lstm.dispatch import available, race, route
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import choose, launch
-from gpu_lstm.kernels.triton_rnn.choose import plans
-from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER
-from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import choose
+from gpu_lstm.kernels.triton_rnn.plans.choose import plans
+from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
+from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
 
 pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
               pytest.mark.usefixtures("nothing_cached")]  # fmt: skip

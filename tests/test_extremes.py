@@ -26,9 +26,10 @@ from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels.cupy_rnn import launch as cupy_launch
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_rnn import indexing, launch
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.cell import indexing
 from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
-from gpu_lstm.kernels.triton_rnn.planning import Step
+from gpu_lstm.kernels.triton_rnn.plans.planning import Step
 
 T, I, H = 3, 3, 4
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels have the GPU's memory")

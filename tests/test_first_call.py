@@ -31,7 +31,8 @@ from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import choose, features, launch
+from gpu_lstm.kernels.triton_rnn import features, launch
+from gpu_lstm.kernels.triton_rnn.plans import choose
 
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
@@ -407,7 +408,8 @@ def test_the_first_call_does_not_import_torchs_compiler():
     code = """if True:
         import sys, torch
         from gpu_lstm.kernels.problem import Pass, Problem
-        from gpu_lstm.kernels.triton_rnn import choose, launch, planning, pointwise_plans
+        from gpu_lstm.kernels.triton_rnn.plans import choose, planning, pointwise as pointwise_plans
+        from gpu_lstm.kernels.triton_rnn import launch
         for backward, hidden in ((False, 64), (False, 768), (True, 768), (True, 1024)):
             problem = Problem(2, 64, hidden, torch.float16, resets=True, dropout_h=True)
             plans = choose.plans(problem, planning.DEVICES["h100"], backward)

@@ -18,7 +18,7 @@ from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.choose import card_of
+from gpu_lstm.kernels.triton_rnn.plans.choose import card_of
 
 pytestmark = pytest.mark.gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16

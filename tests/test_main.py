@@ -21,9 +21,10 @@ from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import choose, launch
-from gpu_lstm.kernels.triton_rnn.choose import keep_measured, plans
-from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import choose
+from gpu_lstm.kernels.triton_rnn.plans.choose import keep_measured, plans
+from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 
 CPU = torch.device("cpu")
 KIND = Kind(

@@ -22,8 +22,8 @@ from gpu_lstm.kernels import by_steps
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_rnn import choose
 from gpu_lstm.kernels.triton_rnn import launch as triton
+from gpu_lstm.kernels.triton_rnn.plans import choose
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="a card is here")
 

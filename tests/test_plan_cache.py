@@ -22,8 +22,9 @@ from gpu_lstm.backends.verify import verify
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_rnn import autotune, choose, launch
-from gpu_lstm.kernels.triton_rnn.choose import keep_measured, measured_plan, plans
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import autotune, choose
+from gpu_lstm.kernels.triton_rnn.plans.choose import keep_measured, measured_plan, plans
 
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
 PLAN = plans(PROBLEM, H100, False)[0]

@@ -14,11 +14,11 @@ from standing_in import H100
 from gpu_lstm.kernels.cards import KB
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_rnn import planning
-from gpu_lstm.kernels.triton_rnn.choose import FAMILIES, always, expected_seconds, plans
-from gpu_lstm.kernels.triton_rnn.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
-from gpu_lstm.kernels.triton_rnn.pointwise_plans import pointwise_plan
-from gpu_lstm.kernels.triton_rnn.step_plans import held_plans, split_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.plans import planning
+from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES, always, expected_seconds, plans
+from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
+from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.plans.step import held_plans, split_plans, step_plan
 
 BF16 = torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"

@@ -27,8 +27,9 @@ from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import Chosen
-from gpu_lstm.kernels.triton_rnn import choose, launch
-from gpu_lstm.kernels.triton_rnn.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import choose
+from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
 

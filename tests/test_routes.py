@@ -34,7 +34,8 @@ from gpu_lstm.dispatch.build import build
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels.triton_rnn import launch, step_plans
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import step as step_plans
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),

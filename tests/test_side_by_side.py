@@ -27,7 +27,7 @@ from gpu_lstm.kernels import memory, ordering
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem, power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.choose import candidates, plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import candidates, plans
 from gpu_lstm.tools.stream import captured
 
 

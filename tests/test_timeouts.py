@@ -14,8 +14,9 @@ from standing_in import CUDA, few_polls, torch_finds
 
 import gpu_lstm
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.triton_rnn import choose, launch
-from gpu_lstm.kernels.triton_rnn import cooperative as cooperative_kernels
+from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels.triton_rnn.plans import choose
+from gpu_lstm.kernels.triton_rnn.threads import cooperative as cooperative_kernels
 
 CPU = torch.device("cpu")
 EXPECTED = (

@@ -18,8 +18,8 @@ from gpu_lstm.backends import verify
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.choose import plans
-from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER, Held, Step
+from gpu_lstm.kernels.triton_rnn.plans.choose import plans
+from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER, Held, Step
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),

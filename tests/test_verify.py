@@ -28,11 +28,14 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import cells, equations, fragments, indexing, launch, noise, reset, states
-from gpu_lstm.kernels.triton_rnn import step as step_family
-from gpu_lstm.kernels.triton_rnn.choose import plans
+from gpu_lstm.kernels.triton_rnn import equations, launch
+from gpu_lstm.kernels.triton_rnn.cell import indexing, noise, reset, states
 from gpu_lstm.kernels.triton_rnn.equations import gru, lstm, slstm
-from gpu_lstm.kernels.triton_rnn.planning import INTERPRETER
+from gpu_lstm.kernels.triton_rnn.plans.choose import plans
+from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
+from gpu_lstm.kernels.triton_rnn.threads import fragments
+from gpu_lstm.kernels.triton_rnn.tiles import cells
+from gpu_lstm.kernels.triton_rnn.tiles import step as step_family
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),

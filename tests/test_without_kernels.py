@@ -22,8 +22,9 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import race
 from gpu_lstm.kernels import cache
-from gpu_lstm.kernels.triton_rnn import choose, launch
+from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.equations import slstm
+from gpu_lstm.kernels.triton_rnn.plans import choose
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),

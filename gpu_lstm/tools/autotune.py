@@ -60,7 +60,7 @@ def autotune(
         raise RuntimeError("autotune times compiled kernels: TRITON_INTERPRET=1 is in the environment")
     precision = recurrent_precision(dtype)
     layer = Problem(min(steps, 2), batch, hidden_size, dtype, proj_size, precision, cell=cell, heads=heads)
-    measure = importlib.import_module("..kernels.triton_rnn.autotune", __package__).autotune
+    measure = importlib.import_module("..kernels.triton_rnn.plans.autotune", __package__).autotune
     fastest = measure(layer, device, steps, verify)
     forget()
     return {name: f"{plan.family.name}: {plan.why}" for name, plan in fastest.items()}

@@ -19,11 +19,11 @@ from ..layer import Chosen, Launches, Refuses
 from ..memory import allocate, buffers_of, checking, margins
 from ..problem import Inputs, Normed, Pass, Problem, Recurrence, in_the_loop
 from ..timeouts import error_word
-from . import choose as choosing
 from . import features
-from .choose import FAMILIES, RecordedLaunch, candidates, card_of, choose_plan, errors_as_of_torch, load, measured_plan
 from .parameters import Sizes, in_tuples, names_of
-from .planning import INTERPRETER, Plan, Pointwise, expected
+from .plans import choose as choosing
+from .plans.choose import FAMILIES, RecordedLaunch, card_of, choose_plan, errors_as_of_torch, load
+from .plans.planning import INTERPRETER, Plan, Pointwise, expected
 
 INTERPRETED: bool = features.INTERPRETED.value
 
@@ -162,8 +162,8 @@ def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
     card = card_of(device)
-    plan = plan or candidates(problem, card, pass_)[0]
-    measured = plan.as_json() == measured_plan(problem, card, pass_.backward)
+    plan = plan or choosing.candidates(problem, card, pass_)[0]
+    measured = plan.as_json() == choosing.measured_plan(problem, card, pass_.backward)
     bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward)
     each_step = len(by_steps.parts_of(problem, pass_.backward)) if isinstance(plan.family, Pointwise) else 0
     return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step, bounds)

@@ -89,7 +89,7 @@ class Saved(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: step_plans.waits
+    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: plans/step.py, waits
     error_ptr: Pointer  # [1] int32, and after it the poll limit
 
 

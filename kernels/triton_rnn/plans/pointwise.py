@@ -2,10 +2,10 @@
 
 from math import ceil
 
-from .. import by_steps
-from ..problem import Problem, power_of_two
+from ... import by_steps
+from ...problem import Problem, power_of_two
+from ..tiles.pointwise import pointwise_backward_kernel, pointwise_forward_kernel
 from .planning import Family, Plan, Pointwise
-from .pointwise import pointwise_backward_kernel, pointwise_forward_kernel
 
 
 def pointwise_plan(problem: Problem, backward: bool) -> Plan:

@@ -5,8 +5,8 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from . import indexing, noise
-from .parameters import Arrivals
+from ..cell import indexing, noise
+from ..parameters import Arrivals
 
 # Rows of a tensor: where each begins [rows], zeros where not `mask` [rows]; times factors, which begin at factors_at
 # [rows], or None.

@@ -13,13 +13,14 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from . import indexing, noise, states, tiles
+from ..cell import indexing, noise, states
+from ..cell.indexing import Batch
+from ..equations import output_backward
+from ..exchange import arrive, unless_timed_out, wait_for
+from ..parameters import Arrivals, Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from . import operands
 from .cells import backward_cells, forward_cells, load_beside, load_cells
-from .equations import output_backward
-from .exchange import arrive, unless_timed_out, wait_for
-from .indexing import Batch
-from .parameters import Arrivals, Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
-from .tiles import Rows, load_rows, load_weights, of_head
+from .operands import Rows, load_rows, load_weights, of_head
 
 # What h before a step, [B or T*B, H], and dgates [T*B, 4H] of the step after it are awaited and loaded by.
 Before = namedtuple("Before", "h_prev_ptr dropout_h_ptr batch arrivals")
@@ -54,7 +55,7 @@ def await_h(before, batch_tile, step, poll_limit, S: tl.constexpr):
     """(The poll limit; h before a step of all units of a tile's sequences, with dropout, [BB, BK])."""
     poll_limit, sequence = await_tile(before, batch_tile, step, step, poll_limit, S)
     here = indexing.position(step, sequence, before.batch, S.REVERSE)
-    rows = tiles.h_before(before.h_prev_ptr, before.dropout_h_ptr, sequence, here, S)
+    rows = operands.h_before(before.h_prev_ptr, before.dropout_h_ptr, sequence, here, S)
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.D, S)
 
 
@@ -68,7 +69,7 @@ def held_forward_kernel(
     batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
     poll_limit = tl.load(arrivals.error_ptr + 1)
     unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    held = tl.trans(load_weights(tiles.weights_of_gates(weight_hh_ptr, unit_tile, S), 0, S.D, S))  # [4 BH, BK]
+    held = tl.trans(load_weights(operands.weights_of_gates(weight_hh_ptr, unit_tile, S), 0, S.D, S))  # [4 BH, BK]
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
         c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
@@ -101,7 +102,7 @@ def await_dgates(after, batch_tile, times, step, poll_limit, S: tl.constexpr):
     """(The poll limit; the program's part of K of dgates of the step after, [BB, BK])."""
     poll_limit, sequence = await_tile(after, batch_tile, times, step, poll_limit, S)
     there, part = indexing.position(step + 1, sequence, after.batch, S.REVERSE), tl.program_id(0) % S.PARTS
-    dgates_ptr, at = tiles.dgates_of_part(after.dgates_ptr, there.row, part, S)
+    dgates_ptr, at = operands.dgates_of_part(after.dgates_ptr, there.row, part, S)
     rows = Rows(dgates_ptr, at, there.continues, None, at)
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.K, S, part * S.K)
 
@@ -112,7 +113,7 @@ def product_round(held, after, sums_ptr, times, step, poll_limit, S: tl.constexp
     for batch_tile in range(tl.program_id(1), tl.cdiv(after.batch.B, S.BLOCK_B), tl.num_programs(1)):
         tile = indexing.tile_at(batch_tile, tl.program_id(0), step, after.batch, S, S.PARTS)
         poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
-        tiles.store_sum(unless_timed_out(product(held, dgates, S), poll_limit), sums_ptr, tile, after.batch.B, S)
+        operands.store_sum(unless_timed_out(product(held, dgates, S), poll_limit), sums_ptr, tile, after.batch.B, S)
         arrive(after.arrivals.arrivals_ptr + batch_tile, poll_limit)
     return poll_limit
 
@@ -132,7 +133,7 @@ def held_backward_kernel(
     poll_limit, after = tl.load(arrivals.error_ptr + 1), After(cell.dgates_ptr, batch, arrivals)
     unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     part, place = unit_tile % S.PARTS, unit_tile // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
-    held = tl.trans(load_weights(tiles.weights_of_part(weight_hh_ptr, part, place, S), 0, S.K, S, part * S.K))
+    held = tl.trans(load_weights(operands.weights_of_part(weight_hh_ptr, part, place, S), 0, S.K, S, part * S.K))
     for back in range(T):
         step, times = T - 1 - back, ROUNDS * back
         if S.PARTS > 1:
@@ -148,7 +149,7 @@ def held_backward_kernel(
                 gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
             if S.PARTS > 1:
                 poll_limit = wait_for_tile(arrivals, batch_tile, times + 1, poll_limit, step)
-            dh = tiles.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product(held, dgates, S)
+            dh = operands.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product(held, dgates, S)
             dh = unless_timed_out(dh, poll_limit)
             if S.AHEAD:
                 poll_limit, dgates = await_dgates(after, batch_tile + stride, times, step, poll_limit, S)

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from math import ceil
 
-from ..cards import Card
-from ..cells import CELLS
-from ..operands import as_words, transposed_gates
-from ..problem import Problem, power_of_two
-from .fragments import SEQUENCES
+from ...cards import Card
+from ...cells import CELLS
+from ...operands import as_words, transposed_gates
+from ...problem import Problem, power_of_two
+from ..threads.fragments import SEQUENCES
+from ..threads.resident import resident_backward_kernel, resident_forward_kernel
 from .planning import Family, Plan, Resident
-from .resident import resident_backward_kernel, resident_forward_kernel
 
 MOST_REGISTERS = 160  # of a thread's 255 that may hold weights
 

@@ -19,16 +19,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .. import cache
-from ..cards import Card
-from ..layer import NoKernel, plans_in_use
-from ..ordering import in_order
-from ..private import load_kernel
-from ..problem import Pass, Problem, power_of_two
-from ..timeouts import DEVICE_ERRORS, spare_multiprocessors
-from . import cooperative_plans, pointwise_plans, resident_plans, step_plans
-from .features import OPTIONS
-from .parameters import in_tuples
+from ... import cache
+from ...cards import Card
+from ...layer import NoKernel, plans_in_use
+from ...ordering import in_order
+from ...private import load_kernel
+from ...problem import Pass, Problem, power_of_two
+from ...timeouts import DEVICE_ERRORS, spare_multiprocessors
+from ..features import OPTIONS
+from ..parameters import in_tuples
+from . import cooperative, pointwise, resident, step
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
@@ -37,8 +37,8 @@ SLOW_S = 2.0  # after which a log line says what a user waits for
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
-    Resident: resident_plans.FAMILY, Cooperative: cooperative_plans.FAMILY, Pointwise: pointwise_plans.FAMILY,
-    Step: step_plans.STEP, Held: step_plans.HELD,
+    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY,
+    Step: step.STEP, Held: step.HELD,
 }  # fmt: skip
 """By the class of a plan's family."""
 
@@ -91,23 +91,23 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """Those for this batch alone, the best estimate first."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
-    found, by_product = [always(head, card, backward)], pointwise_plans.pointwise_plan(head, backward)
+    found, by_product = [always(head, card, backward)], pointwise.pointwise_plan(head, backward)
     if seconds(by_product) < seconds(found[0]):
         found += [by_product]
     if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
         alone = problem._replace(side_by_side=1).of_head
-        found += [*cooperative_plans.plans(head, card, backward)] or cooperative_plans.plans(alone, card, backward)
-        found += [*step_plans.held_plans(head, card, backward), *step_plans.split_plans(head, card, backward)]
-        found += resident_plans.plans(head, card, backward)
+        found += [*cooperative.plans(head, card, backward)] or cooperative.plans(alone, card, backward)
+        found += [*step.held_plans(head, card, backward), *step.split_plans(head, card, backward)]
+        found += resident.plans(head, card, backward)
     return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)
 
 
 def always(problem: Problem, card: Card, backward: bool) -> Plan:
     """The plan that works for every size."""
     if problem.only_by_steps:
-        return pointwise_plans.pointwise_plan(problem, backward)
-    return step_plans.step_plan(problem, card, backward)
+        return pointwise.pointwise_plan(problem, backward)
+    return step.step_plan(problem, card, backward)
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:

@@ -8,7 +8,7 @@ zoneout   a share of each state stays as it was before the step (Krueger et al.,
 import triton
 import triton.language as tl
 
-from .equations import next_cell
+from ..equations import next_cell
 from .reset import load_state, store_gradient
 
 

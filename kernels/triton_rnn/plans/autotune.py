@@ -7,12 +7,12 @@ from functools import partial
 import torch
 import triton
 
-from ..layer import Layer, Verify, forget
-from ..problem import Inputs, Pass, Problem
-from ..timeouts import raise_if_timed_out
-from . import launch
+from ...layer import Layer, Verify, forget
+from ...problem import Inputs, Pass, Problem
+from ...timeouts import raise_if_timed_out
+from .. import launch
+from ..launch import call_of, recorded_launches
 from .choose import card_of, keep_measured, plans, why_it_does_not_fit
-from .launch import call_of, recorded_launches
 from .planning import Plan
 
 logger = logging.getLogger("gpu_lstm")

@@ -9,13 +9,14 @@ alone, or for nobody where a head has just one.
 import triton
 import triton.language as tl
 
-from . import indexing, noise, states, tiles
+from ..cell import indexing, noise, states
+from ..cell.indexing import Batch, rows_of_product
+from ..equations import output_backward
+from ..exchange import grid_barrier, unless_timed_out
+from ..parameters import Arrivals, Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from . import operands
 from .cells import backward_cells, forward_cells, load_beside, load_cells
-from .equations import output_backward
-from .exchange import grid_barrier, unless_timed_out
-from .indexing import Batch, rows_of_product
-from .parameters import Arrivals, Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
-from .tiles import Rows, load_rows, load_weights, of_head
+from .operands import Rows, load_rows, load_weights, of_head
 
 
 @triton.jit
@@ -51,8 +52,8 @@ def step_forward_kernel(
         for number in range(first, end, stride):
             # W_hh h: all four gates of a tile's units, [BB, 4 BH].
             tile = indexing.tile_of(number, step, batch, S)
-            h_prev = tiles.h_before(h_prev_ptr, hidden.dropout_h_ptr, tile.sequence, tile.position, S)
-            z = product(h_prev, tiles.weights_of_gates(weight_hh_ptr, tile.unit_tile, S), S.D, S)
+            h_prev = operands.h_before(h_prev_ptr, hidden.dropout_h_ptr, tile.sequence, tile.position, S)
+            z = product(h_prev, operands.weights_of_gates(weight_hh_ptr, tile.unit_tile, S), S.D, S)
             x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = indexing.split_gates(unless_timed_out(z, poll_limit))
 
@@ -70,9 +71,9 @@ def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.cons
     """dgates of the step after times W_hh, [BB, units]; of the tile's part of K alone, if there are several."""
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, batch, S.REVERSE)
-    dgates_ptr, at = tiles.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
+    dgates_ptr, at = operands.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
     dgates = Rows(dgates_ptr, at, rows_of_product(after.continues), None, at)
-    columns = tiles.weights_of_part(weight_hh_ptr, part, tile.place, S)
+    columns = operands.weights_of_part(weight_hh_ptr, part, tile.place, S)
     return indexing.rows_of_tile(product(dgates, columns, S.K, S, part * S.K))
 
 
@@ -83,7 +84,7 @@ def product_round(weight_hh_ptr, dgates_ptr, sums_ptr, step, batch, poll_limit, 
     for number in range(first, end, stride):
         tile = indexing.tile_of(number, step, batch, S, S.PARTS)
         dh = unless_timed_out(product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S), poll_limit)
-        tiles.store_sum(dh, sums_ptr, tile, batch.B, S)
+        operands.store_sum(dh, sums_ptr, tile, batch.B, S)
 
 
 @triton.jit(repr=name_in_profiles("step_backward_kernel"), do_not_specialize=["T", "B"])
@@ -110,7 +111,7 @@ def step_backward_kernel(
             # The gradient of h.
             tile = indexing.tile_of(number, step, batch, S)
             if S.PARTS > 1:
-                dh = tiles.sum_of_parts(sums_ptr, tile, B, S)
+                dh = operands.sum_of_parts(sums_ptr, tile, B, S)
             else:
                 dh = product_with_dgates(weight_hh_ptr, cell.dgates_ptr, tile, step, batch, S)
             dh_given = states.load_gradients_given(hidden, tile.cells)

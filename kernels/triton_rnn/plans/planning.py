@@ -12,11 +12,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..by_steps import launches_of, within
-from ..cards import L2_BYTES, SHARED_BYTES, Card
-from ..cells import CELLS
-from ..memory import Buffer, buffers_of
-from ..problem import Pass, Problem
+from ...by_steps import launches_of, within
+from ...cards import L2_BYTES, SHARED_BYTES, Card
+from ...cells import CELLS
+from ...memory import Buffer, buffers_of
+from ...problem import Pass, Problem
 
 # Data sheets.
 DEVICES = {

@@ -13,11 +13,11 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from . import indexing, noise, reset, states
-from .equations import after_zeros, cell_backward, cell_forward, output, output_backward
+from ..cell import indexing, noise, reset, states
+from ..cell.indexing import Batch, Cells, Sequences
+from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
+from ..parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
-from .indexing import Batch, Cells, Sequences
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 
 # All fields are tuples of CELLS, an element for each cell of a thread. What it owns, all [THREADS]: units, their places
 # in the program's head, columns of the batch tile; and Sequences.

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from . import noise, reset, states
-from .equations import cell_backward, cell_forward, output
+from ..cell import noise, reset, states
+from ..equations import cell_backward, cell_forward, output
 
 
 @triton.jit

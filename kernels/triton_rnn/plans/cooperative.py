@@ -6,13 +6,13 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ..cards import KB, Card
-from ..cells import CELLS
-from ..memory import EVERY_BIT, Buffer, buffers_of
-from ..operands import as_words, transposed_gates
-from ..problem import Pass, Problem, Recurrence
-from .cooperative import cooperative_backward_kernel, cooperative_forward_kernel
-from .fragments import SEQUENCES
+from ...cards import KB, Card
+from ...cells import CELLS
+from ...memory import EVERY_BIT, Buffer, buffers_of
+from ...operands import as_words, transposed_gates
+from ...problem import Pass, Problem, Recurrence
+from ..threads.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
+from ..threads.fragments import SEQUENCES
 from .planning import Cooperative, Family, Plan
 
 MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums

@@ -16,7 +16,7 @@ last may be half empty; so the weights are passed as words, too. A step of one b
 
 Each head has groups of its own, the last axis of the grid; what is said here of H is of its D units. A row has W words
 of each head, in dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps.
-What follows from that for K is in cooperative_plans.sizes.
+What follows from that for K is in plans/cooperative.py, sizes.
 """
 
 from collections import namedtuple
@@ -24,13 +24,13 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from . import indexing, noise, reset, states
-from .equations import after_zeros, cell_backward, cell_forward, output, output_backward
-from .exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
-from .features import nothing
+from ..cell import indexing, noise, reset, states
+from ..cell.indexing import Batch
+from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
+from ..exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
+from ..features import nothing
+from ..parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
-from .indexing import Batch
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 
 # The cell of each thread, all [THREADS]: the number of its unit among the program's, its place in the head, its unit,
 # the column of the batch tile that is its sequence, whether it has one, and whether it publishes a word.

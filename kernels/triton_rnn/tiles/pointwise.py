@@ -6,10 +6,10 @@ Of a divided step a kernel has one part, from S.START to S.END, see by_steps.Par
 import triton
 import triton.language as tl
 
-from . import indexing, noise, reset, states
+from ..cell import indexing, noise, reset, states
+from ..equations import next_cell, output, output_backward
+from ..parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 from .cells import backward_cells, forward_cells
-from .equations import next_cell, output, output_backward
-from .parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
 
 
 @triton.jit

@@ -6,14 +6,14 @@ from math import ceil
 
 import torch
 
-from ..cards import Card
-from ..cells import CELLS
-from ..memory import Buffer, buffers_of
-from ..problem import Pass, Problem, power_of_two
-from .features import MOST_ROWS
-from .held import held_backward_kernel, held_forward_kernel
+from ...cards import Card
+from ...cells import CELLS
+from ...memory import Buffer, buffers_of
+from ...problem import Pass, Problem, power_of_two
+from ..features import MOST_ROWS
+from ..tiles.held import held_backward_kernel, held_forward_kernel
+from ..tiles.step import step_backward_kernel, step_forward_kernel
 from .planning import Family, Held, Plan, Step, expected
-from .step import step_backward_kernel, step_forward_kernel
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:

@@ -20,9 +20,9 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .assembly import constraints, types
-from .exchange import Words, look, neighbours
-from .features import constexpr_function
+from ..assembly import constraints, types
+from ..exchange import Words, look, neighbours
+from ..features import constexpr_function
 
 SEQUENCES = tl.constexpr(8)  # of a product
 
