@@ -20,7 +20,6 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.options import Size
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race, route
 from gpu_lstm.dispatch.kind import kind_of
@@ -239,7 +238,7 @@ def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_
     assert ran.count("race") == 1
 
 
-NOISE, RESETS = dict(noise=True, dropout_h=True), dict(resets=True)
+RESETS = dict(resets=True)
 
 
 def layers_of(monkeypatch, plan):
@@ -254,8 +253,7 @@ def layers_of(monkeypatch, plan):
     ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
     ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
-    ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
-    ("step", 1, dict(weight_peephole=True), "triton"), ("step", 1, dict(reset_states=True), "triton"),
+    ("step", 1, dict(projected=3), "triton"), ("step", 1, dict(feature="zoneout"), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
@@ -263,7 +261,10 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     families = {"resident": Resident(2), "cooperative": Cooperative(3), "step held": Held(64), "step": Step(64)}
     plan = Plan(families.get(family, Pointwise()), 8, 8, 1, 1, 4, 0, "", tiles_per_program=tiles_per_program)
     asked = layers_of(monkeypatch, lambda problem: plan)
-    kind = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True)))._replace(**options)
+    kind = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True)))
+    changes = {**options}
+    feature = changes.pop("feature", None)
+    kind = kind._replace(feature=feature, problems=tuple(p._replace(**changes) for p in kind.problems))
     able = Backend.TRITON if family else Backend.CUPY
     assert race.expected_winner(kind, able, X.device).backend.value == winner
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])

@@ -26,7 +26,6 @@ from ..call.prepare import Call
 from ..kernels import cache
 from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
-from ..kernels.problem import power_of_two
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from .build import build
 from .kind import Kind, describe
@@ -76,7 +75,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return Decision(able, "nothing is raced while a call is watched")
     device, mode = call.x.device, requested_racing()
-    own, alike = ((each, able, device, mode) for each in (kind, kind._replace(batch=power_of_two(kind.batch))))
+    own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
     decision = known or _cached(kind, able, device, mode)
     if dry or call.modes.capturing:  # the next call races
@@ -278,13 +277,13 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     """
     theirs = f"torch's {kind.cell.upper()}"
     if kind.only_ours:
-        return Decision(able, f"{theirs} has no {kind.only_ours}")
-    slow = ["lengths"] * (kind.lengths is not None) + ["resets"] * kind.resets
-    slow += ["a projection"] * any(size.projected for size in kind.layers)
-    if slow:
-        return Decision(able, f"expected: {theirs} is slow with {' and '.join(slow)}")
-    for row in range(0, len(kind.layers) * kind.directions, kind.directions):
-        layer = verify.layer_of(able, kind.problem(row, kind.directions), device)
+        return Decision(able, f"torch's own does not support {kind.only_ours}")
+    first, *_ = kind.problems
+    slow = {"lengths": first.lengths, "resets": first.resets, "a projection": any(p.projected for p in kind.problems)}
+    if any(slow.values()):
+        return Decision(able, f"expected: {theirs} is slow with {' and '.join(filter(slow.get, slow))}")
+    for problem in kind.problems[:: kind.directions]:
+        layer = verify.layer_of(able, problem._replace(side_by_side=kind.directions), device)
         for pass_ in kind.passes:
             if (slower := layer.chosen(pass_).plan.slower) is not None:
                 return Decision(Backend.TORCH, f"expected: {slower}")
