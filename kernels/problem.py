@@ -29,15 +29,15 @@ class Problem(NamedTuple):
     dropout_h: bool = False
     zoneout_h: int | None = None  # dimensions of the tensor: 0 for a rate, 3 for a mask
     zoneout_c: int | None = None
-    reset_h: bool = False  # h to reset to, for zoneout_h; without it, it is in the gates
+    reset_h: bool = False  # the loop reads h to reset to, which zoneout needs; else its product is in the gates
     reset_c: bool = False
     weight_peephole: bool = False
     gain_hh: bool = False
     gain_c: bool = False
     bias_c: bool = False
     cell: str = "lstm"  # of cells.CELLS
-    bias_hh: bool = False  # of a cell that has_constant
-    known_h: bool = False  # of such a cell: the gates have W_hh h where h is known before the loop
+    bias_hh: bool = False  # which kernels add; of a cell that has_constant
+    known_h: bool = False  # of such a cell: its last gate arrives with W_hh h of the h that are known before the loop
     heads: int = 1  # groups of units that follow one another, of which W_hh connects each with itself alone
 
     @property
@@ -218,6 +218,11 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
 def power_of_two(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def unless_reset(p: Problem, t: Tensor, resets: Tensor | None) -> Tensor:
+    """t [B, *] of the h that the first step reads: zero where a reset is before that step. In reverse none is."""
+    return t if resets is None or p.reverse else t.masked_fill(resets[0, :, None], 0)
 
 
 def end_index(p: Problem, lengths: Tensor | None, first: bool) -> Any:

@@ -7,6 +7,7 @@ loop reads also needs a field in `problem.Problem`. Rows of one role stand toget
 """
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +18,8 @@ X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL = "x", "state", "weight", "va
 LOOP = True
 BY_LOOP, AFTER, NONE = "by the loop", "after the loop", None
 """Where a gradient comes from: the time loop, or products and sums over all steps after it."""
-
-
-def there(t: Tensor) -> bool:
-    """What a Problem is told of most tensors."""
-    return True
-
-
-def dtype_of(t: Tensor) -> torch.dtype:
-    """What it is told of lengths."""
-    return t.dtype
+THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, attrgetter("dtype")
+"""What a Problem is told of a tensor."""
 
 
 class Row(NamedTuple):
@@ -56,20 +49,20 @@ TENSORS = tuple(Row(*row) for row in (
     ("weight_ih",       "4H I",  None, WEIGHT,    not LOOP, AFTER,   None,       "matrix"),
     ("weight_hh",       "4H D",  None, WEIGHT,    LOOP,     BY_LOOP, None,       "matrix"),
     ("bias_ih",         "4H",    None, WEIGHT,    not LOOP, AFTER),  # from here on a tensor may be None: not there
-    ("bias_hh",         "4H",    None, WEIGHT,    LOOP,     AFTER,   there),
+    ("bias_hh",         "4H",    None, WEIGHT,    LOOP,     AFTER,   THERE),
     ("weight_hr",       "P H",   None, WEIGHT,    LOOP,     AFTER,   None,       "matrix"),
-    ("weight_peephole", "3H",    None, VARIANT,   LOOP,     AFTER,   there),
+    ("weight_peephole", "3H",    None, VARIANT,   LOOP,     AFTER,   THERE),
     ("gain_ih",         "4H",    None, VARIANT,   not LOOP, AFTER,   None,       "near one"),
-    ("gain_hh",         "4H",    None, VARIANT,   LOOP,     AFTER,   there,      "near one"),
-    ("gain_c",          "H",     None, VARIANT,   LOOP,     AFTER,   there,      "near one"),
-    ("bias_c",          "H",     None, VARIANT,   LOOP,     AFTER,   there,      "near one"),
-    ("reset_h",         "T B P", None, RESET,     LOOP,     BY_LOOP, there),
-    ("reset_c",         "T B H", F32,  RESET,     LOOP,     BY_LOOP, there),  # float64 with an x of float64
-    ("dropout_h",       "B P",   None, NOISE,     LOOP,     NONE,    there,      "factors"),
-    ("zoneout_h",       "T B P", BOOL, NOISE,     LOOP,     NONE,    Tensor.dim, "mask"),  # or a rate, float32 []
-    ("zoneout_c",       "T B H", BOOL, NOISE,     LOOP,     NONE,    Tensor.dim, "mask"),
-    ("lengths",         "B",     None, TRAVERSAL, LOOP,     NONE,    dtype_of,   "lengths"),  # int32 or int64
-    ("resets",          "T B",   BOOL, TRAVERSAL, LOOP,     NONE,    there,      "resets"),
+    ("gain_hh",         "4H",    None, VARIANT,   LOOP,     AFTER,   THERE,      "near one"),
+    ("gain_c",          "H",     None, VARIANT,   LOOP,     AFTER,   THERE,      "near one"),
+    ("bias_c",          "H",     None, VARIANT,   LOOP,     AFTER,   THERE,      "near one"),
+    ("reset_h",         "T B P", None, RESET,     LOOP,     BY_LOOP, THERE),
+    ("reset_c",         "T B H", F32,  RESET,     LOOP,     BY_LOOP, THERE),  # float64 with an x of float64
+    ("dropout_h",       "B P",   None, NOISE,     LOOP,     NONE,    THERE,      "factors"),
+    ("zoneout_h",       "T B P", BOOL, NOISE,     LOOP,     NONE,    DIMENSIONS, "mask"),  # or a rate, float32 []
+    ("zoneout_c",       "T B H", BOOL, NOISE,     LOOP,     NONE,    DIMENSIONS, "mask"),
+    ("lengths",         "B",     None, TRAVERSAL, LOOP,     NONE,    DTYPE,      "lengths"),  # int32 or int64
+    ("resets",          "T B",   BOOL, TRAVERSAL, LOOP,     NONE,    THERE,      "resets"),
 ))  # fmt: skip
 BY_NAME = {row.name: row for row in TENSORS}
 
@@ -80,7 +73,7 @@ def names_of(*roles: str) -> tuple[str, ...]:
 
 
 LEARNT = tuple(row.name for row in TENSORS if row.gradient is not NONE)
-KNOWN = tuple(row.name for row in TENSORS if row.name == "reset_h" or (row.role == NOISE and not row.loop))
+KNOWN = tuple(row.name for row in TENSORS if row.name == "reset_h" or (row.told is not None and not row.loop))
 COMPARED = tuple(row.name for row in TENSORS if row.gradient == BY_LOOP)
 """What may have a gradient; what makes h known before the time loop; whose gradient verification compares."""
 

@@ -1,7 +1,7 @@
 """The one path of every call: its route, decided once per kind of call and state of the process, then looked up."""
 
 import builtins
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -9,8 +9,7 @@ from ..backends import graph
 from ..backends.run import Route, run_by
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
-from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
-from ..call.options import Options
+from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.prepare import Call
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
@@ -20,28 +19,10 @@ from .kind import Kind, describe, dtype_of, kind_of
 
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
-TOO_MANY = MOST_STEPS + 1  # steps: of a class with more, as in `kind_of`, though they are a power of two
+TOO_MANY = MOST_STEPS + 1  # steps, which are a power of two and count as the next one, as in `kind_of`
 
 
-class RouteKey(NamedTuple):
-    """What a route depends on, as a call has it at hand. All of `kind_of` follows from it."""
-
-    options: Options
-    dtype: torch.dtype
-    dtype_of_c: torch.dtype
-    device: torch.device
-    steps: int  # the power of two that they are rounded up to
-    batch: int
-    is_padded: bool
-    lengths: torch.dtype | None
-    no_resets: bool
-    no_reset_states: bool
-    learns: bool
-    modes: Modes
-    no_bias_c: bool  # the only tensor of lstm_layer that options say nothing about
-
-
-_routes: dict[RouteKey, Route] = {}
+_routes: dict[tuple, Route] = {}
 # By what operators are told of it; torch.compile of torch 2.9 does not trace Backend(name).
 _BY_NAME = {graph.named(backend, asked): backend for backend in Backend for asked in (True, False)}
 
@@ -56,7 +37,9 @@ def route_of(call: Call) -> Route:
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, steps, (lengths, resets, _, reset_states) = call.x, call.steps, call.traversal
-    key = RouteKey(
+    # What a route depends on, as a call has it at hand: all of `kind_of` follows from it. Steps are those of a power of
+    # two; bias_c is the only tensor of lstm_layer that options say nothing about.
+    key = (
         call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - (steps != TOO_MANY)).bit_length(),
         call.batch, call.form.packed is None, None if lengths is None else lengths.dtype, resets is None,
         reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
