@@ -7,7 +7,6 @@ loop reads also needs a field in `problem.Problem`. Rows of one role stand toget
 """
 
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL = "x", "state", "weight", "va
 LOOP = True
 BY_LOOP, AFTER, NONE = "by the loop", "after the loop", None
 """Where a gradient comes from: the time loop, or products and sums over all steps after it."""
-THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, attrgetter("dtype")
+THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, lambda t: t.dtype  # which torch.compile traces
 """What a Problem is told of a tensor."""
 
 
