@@ -188,12 +188,12 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
 
 def told(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
     """What a Problem is told of tensors, by their names: of those that are there what TENSORS says."""
-    found = {name: BY_NAME[name].told for name, t in tensors.items() if t is not None}
-    return {name: tell(tensors[name]) for name, tell in found.items() if tell is not None}
+    found = [(BY_NAME[name], t) for name, t in tensors.items() if t is not None]
+    return {row.name: row.told(t) for row, t in found if row.told is not None}
 
 
-def problem_with(told: dict[str, Any], cell: str, **facts: Any) -> Problem:
-    """The Problem of a layer, from what is `told` of its tensors, and all else.
+def problem_with(told: dict[str, Any], cell: str, steps: int, **facts: Any) -> Problem:
+    """The Problem of a layer, from what is `told` of its tensors, and all else; T = `steps`.
 
     The time loop reads h to reset to for zoneout alone: its product with W_hh is in the gates. A bias b_hh, and whether
     h is known before the loop, matter to cells with a constant.
@@ -202,14 +202,14 @@ def problem_with(told: dict[str, Any], cell: str, **facts: Any) -> Problem:
     flags["reset_h"] = "reset_h" in told and "zoneout_h" in told
     flags["bias_hh"] = "bias_hh" in told and CELLS[cell].has_constant
     flags["known_h"] = CELLS[cell].has_constant and any([name in told for name in KNOWN])
-    return Problem(cell=cell, **flags, **facts)
+    return Problem(min(steps, 2), cell=cell, **flags, **facts)
 
 
 def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
     """The problem of a call with these tensors."""
     (steps, batch, _), (_, _, hidden), width = inputs.x.shape, inputs.c0.shape, inputs.h0.shape[-1]
     return problem_with(
-        told(inputs._asdict()), cell, steps=min(steps, 2), batch=batch, hidden=hidden, dtype=inputs.x.dtype,
+        told(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
         projected=0 if inputs.weight_hr is None else width, precision=precision, side_by_side=side_by_side,
         reverse=reverse, heads=max(1, width // max(1, inputs.weight_hh.shape[1])),
     )  # fmt: skip

@@ -79,7 +79,7 @@ def kind_of(call: Call) -> Kind:
     steps, batch = int(call.steps), int(call.batch)
     problems = [
         problem_with(
-            of_tensors, cell.name, steps=min(steps, 2), batch=batch, hidden=hidden, dtype=dtype, projected=projected,
+            of_tensors, cell.name, steps, batch=batch, hidden=hidden, dtype=dtype, projected=projected,
             precision=call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse or d == 1,
             heads=heads,
         )

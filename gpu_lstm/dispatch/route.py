@@ -21,7 +21,6 @@ MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides 
 BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
 TOO_MANY = MOST_STEPS + 1  # steps, which are a power of two and count as the next one, as in `kind_of`
 
-
 _routes: dict[tuple, Route] = {}
 # By what operators are told of it; torch.compile of torch 2.9 does not trace Backend(name).
 _BY_NAME = {graph.named(backend, asked): backend for backend in Backend for asked in (True, False)}
