@@ -16,7 +16,6 @@ import torch
 
 from . import __version__, modules
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
-from .call.options import Size
 from .dispatch.available import import_problem, select, why_unavailable
 from .dispatch.kind import Kind, describe
 from .dispatch.race import Decision
@@ -27,9 +26,7 @@ from .kernels.problem import Problem
 from .modules.arguments import check_heads
 from .tools.explain import explain, terms_of
 
-ANY = Kind(
-    "lstm", (Size(8, 8, 0),), 1, torch.float32, "ieee", False, False, 1, 1, False, None, False, False, False
-)  # a kind that every backend supports
+ANY = Kind((Problem(1, 1, 8, torch.float32),), (8,), 1, False, False, None)  # a kind that every backend supports
 
 _DTYPES = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"),
@@ -147,7 +144,7 @@ def _summary(device: torch.device) -> str:
         requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm raises: {error}"
-    backend, on_cpu = select(Backend.AUTO, device, ANY, None, False), device.type == "cpu"
+    backend, on_cpu = select(Backend.AUTO, device, ANY, False), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
         why = why_no_cuda() if on_cpu else why_unavailable(KERNEL_BACKENDS[0], device, torch.float32)
@@ -176,7 +173,7 @@ def _diagnosis(device: torch.device) -> dict[str, Any]:
         card = {"free memory": f"{free:.1f} of {total:.1f} GiB", "multiprocessors": count, "MPS": _mps(device)}
     problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
     return {
-        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, ANY, None, False).value, "card": card,
+        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, ANY, False).value, "card": card,
         "backends": {backend: problem and str(problem) for backend, problem in problems.items()},
     }  # fmt: skip
 

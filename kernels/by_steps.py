@@ -27,7 +27,7 @@ from .cells import CELLS
 from .heads import arranged
 from .layer_norm import EPS
 from .memory import Buffer, buffers_of
-from .problem import Pass, Problem
+from .problem import Pass, Problem, unless_reset
 from .projection import products_in
 
 Launch = Callable[..., None]
@@ -101,8 +101,7 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
     operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
     if p.dropout_h:
         operand = arguments["dropout_h_ptr"] * operand
-    if p.resets and not p.reverse:  # in reverse none is before the first step
-        operand = operand.masked_fill(arguments["resets_ptr"][0, :, None], 0)
+    operand = unless_reset(p, operand, arguments.get("resets_ptr"))
     times, cell, weight = range(arguments["T"]), CELLS[p.cell], weight.mT
     with products_in(p.precision):
         for step, time in enumerate(reversed(times) if p.reverse else times):

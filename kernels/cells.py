@@ -25,6 +25,11 @@ class Cell(NamedTuple):
     empty: tuple[float, ...] = (0.0,)  # c of a unit before its first step; backward reads the first number alone
 
     @property
+    def one_state(self) -> bool:
+        """Whether a user holds h alone: inside c is h."""
+        return len(self.states) == 1
+
+    @property
     def kept(self) -> int:
         """How many float32 numbers of a unit c has, K; c of all steps, which backward reads, has the first alone."""
         return len(self.empty)
@@ -56,13 +61,16 @@ class Cell(NamedTuple):
         return t if self.h_start == self.x_start else t.roll((self.x_start - self.h_start) * hidden, 0)
 
 
-LSTM = Cell("lstm", ("h", "c"), 4, 0, 4, 0, (5, 1), of_torch=True, normalises=True)  # i, f, g, o
+LSTM = Cell(  # i, f, g, o
+    "lstm", ("h", "c"), rows=4, x_start=0, x_end=4, h_start=0, functions=(5, 1), of_torch=True, normalises=True
+)
 # The candidate is made of n, from x, and s, from h. Gates are in the order r, z, n, s, where x reaches the first three,
 # as in torch; gradients in the order n, r, z, s, where what x and what h reach are neighbours.
-GRU = Cell("gru", ("h",), 3, 0, 3, 1, (3, 0), of_torch=True, normalises=False)
+GRU = Cell("gru", ("h",), rows=3, x_start=0, x_end=3, h_start=1, functions=(3, 0), of_torch=True, normalises=False)
 # u, v, g, o; c is q, the mean of all g, and l, the logarithm of the sum of their weights. Two logs have two exps;
-# backward has none, but 1 fits the instructions.
+# backward computes none, but 1 brings the estimate to the count of its instructions.
 SLSTM = Cell(
-    "slstm", ("h", "c", "n", "m"), 4, 0, 4, 0, (8, 1), of_torch=False, normalises=False, empty=(0.0, -float("inf"))
-)
+    "slstm", ("h", "c", "n", "m"), rows=4, x_start=0, x_end=4, h_start=0, functions=(8, 1), of_torch=False,
+    normalises=False, empty=(0.0, -float("inf")),
+)  # fmt: skip
 CELLS = {cell.name: cell for cell in (LSTM, GRU, SLSTM)}

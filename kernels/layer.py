@@ -15,7 +15,7 @@ from .cards import Card
 from .cells import CELLS
 from .memory import ALIGNMENT, Buffer, allocate, buffers_of, gradients_in, steps_of
 from .ordering import in_order
-from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop
+from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
 
 logger = logging.getLogger("gpu_lstm")
@@ -264,7 +264,7 @@ class Layer:
         if (prepared := self._prepared.get(pass_)) is None:
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if (plan := self._trial) is None:
-                # Without dh and dh_n backward is zero but for what dc_n contributes, which all plans compute alike.
+                # What backward computes of dc_n alone is the same by all plans: there is nothing to verify.
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
                 plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
@@ -363,9 +363,7 @@ def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | No
     first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H]; zero where length is 0
     if r.norm_hh is not None:
         first = layer_norm.gradient(first, layer_norm.at(r.norm_hh, at), 4 * p.hidden)
-    if inputs.resets is not None and not p.reverse:
-        first = first.masked_fill(inputs.resets[0, :, None], 0)
-    dh0 = heads.gradient_of_h(first, inputs.weight_hh, p.width)[None]
+    dh0 = heads.gradient_of_h(unless_reset(p, first, inputs.resets), inputs.weight_hh, p.width)[None]
     if inputs.dropout_h is not None:
         dh0 = inputs.dropout_h * dh0
     if gradients.dh0 is not None:

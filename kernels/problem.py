@@ -1,12 +1,13 @@
 """The contract of a layer: a Problem, which decides the kernels and has all sizes, and the tensors of one call."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .tensors import KNOWN, TENSORS, Inputs
+from .tensors import BY_NAME, KNOWN, TENSORS, Inputs
 
 MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
@@ -28,15 +29,15 @@ class Problem(NamedTuple):
     dropout_h: bool = False
     zoneout_h: int | None = None  # dimensions of the tensor: 0 for a rate, 3 for a mask
     zoneout_c: int | None = None
-    reset_h: bool = False  # h to reset to, for zoneout_h; without it, it is in the gates
+    reset_h: bool = False  # the loop reads h to reset to, which zoneout needs; else its product is in the gates
     reset_c: bool = False
     weight_peephole: bool = False
     gain_hh: bool = False
     gain_c: bool = False
     bias_c: bool = False
     cell: str = "lstm"  # of cells.CELLS
-    bias_hh: bool = False  # of a cell that has_constant
-    known_h: bool = False  # of such a cell: the gates have W_hh h where h is known before the loop
+    bias_hh: bool = False  # which kernels add; of a cell that has_constant
+    known_h: bool = False  # of such a cell: its last gate arrives with W_hh h of the h that are known before the loop
     heads: int = 1  # groups of units that follow one another, of which W_hh connects each with itself alone
 
     @property
@@ -185,29 +186,43 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
     return found
 
 
+def told(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+    """What a Problem is told of tensors, by their names: of those that are there what TENSORS says."""
+    found = [(BY_NAME[name], t) for name, t in tensors.items() if t is not None]
+    return {row.name: row.told(t) for row, t in found if row.told is not None}
+
+
+def problem_with(told: dict[str, Any], cell: str, steps: int, **facts: Any) -> Problem:
+    """The Problem of a layer, from what is `told` of its tensors, and all else; T = `steps`.
+
+    The time loop reads h to reset to for zoneout alone: its product with W_hh is in the gates. A bias b_hh, and whether
+    h is known before the loop, matter to cells with a constant.
+    """
+    flags = {name: value for name, value in told.items() if name in Problem._fields}
+    flags["reset_h"] = "reset_h" in told and "zoneout_h" in told
+    flags["bias_hh"] = "bias_hh" in told and CELLS[cell].has_constant
+    flags["known_h"] = CELLS[cell].has_constant and any([name in told for name in KNOWN])
+    return Problem(min(steps, 2), cell=cell, **flags, **facts)
+
+
 def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by_side: int = 1) -> Problem:
     """The problem of a call with these tensors."""
-    i, (steps, batch, _), (hidden,) = inputs, inputs.x.shape, inputs.c0.shape[-1:]
-    heads = i.h0.shape[-1] // max(1, i.weight_hh.shape[1])
-    known = any([getattr(i, name) is not None for name in KNOWN])
-    dimensions = [None if t is None else t.dim() for t in (i.zoneout_h, i.zoneout_c)]
-    return Problem(
-        1 if steps == 1 else 2, batch, hidden, i.x.dtype, 0 if i.weight_hr is None else i.h0.shape[-1],
-        precision, side_by_side, reverse, None if i.lengths is None else i.lengths.dtype, i.resets is not None,
-        i.dropout_h is not None, *dimensions, i.reset_h is not None and i.zoneout_h is not None,
-        i.reset_c is not None, i.weight_peephole is not None, i.gain_hh is not None, i.gain_c is not None,
-        i.bias_c is not None, cell, *of_constant(cell, i.bias_hh is not None, known), max(1, heads),
+    (steps, batch, _), (_, _, hidden), width = inputs.x.shape, inputs.c0.shape, inputs.h0.shape[-1]
+    return problem_with(
+        told(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
+        projected=0 if inputs.weight_hr is None else width, precision=precision, side_by_side=side_by_side,
+        reverse=reverse, heads=max(1, width // max(1, inputs.weight_hh.shape[1])),
     )  # fmt: skip
-
-
-def of_constant(cell: str, bias_hh: bool, known_h: bool) -> tuple[bool, bool]:
-    """A Problem's flags `bias_hh` and `known_h`, from what there is."""
-    return (bias_hh, known_h) if CELLS[cell].has_constant else (False, False)
 
 
 def power_of_two(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def unless_reset(p: Problem, t: Tensor, resets: Tensor | None) -> Tensor:
+    """t [B, *] of the h that the first step reads: zero where a reset is before that step. In reverse none is."""
+    return t if resets is None or p.reverse else t.masked_fill(resets[0, :, None], 0)
 
 
 def end_index(p: Problem, lengths: Tensor | None, first: bool) -> Any:

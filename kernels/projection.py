@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .memory import steps_of
-from .problem import Gradients, Inputs, Prepared, Problem, Recurrence, end_index
+from .problem import Gradients, Inputs, Prepared, Problem, Recurrence, end_index, unless_reset
 
 
 def forward(
@@ -22,9 +22,7 @@ def forward(
     """As layer.Layer.forward, with a plan that runs the recurrence of m; gates of the first steps are overwritten."""
     inputs = r.inputs
     with products_in(p.precision):
-        share = inputs.h0[0] @ inputs.weight_hh.T  # [B, 4H], unless a reset is before the first step
-        if inputs.resets is not None and not p.reverse:
-            share = share.masked_fill(inputs.resets[0, :, None], 0)
+        share = unless_reset(p, inputs.h0[0] @ inputs.weight_hh.T, inputs.resets)  # [B, 4H]
         gates[end_index(p, inputs.lengths, first=True)] += _of_sequences_with_steps(share, inputs)
         m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(p, r))  # [T, B, H]
         h = m @ inputs.weight_hr.T  # [T, B, P]

@@ -4,6 +4,7 @@ import ast
 import itertools
 import re
 from pathlib import Path
+from typing import get_type_hints
 from unittest.mock import Mock
 
 import numpy as np
@@ -32,7 +33,7 @@ from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans import autotune
 from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES
 
-KERNELS = Path(problem.__file__).parent
+KERNELS, X0 = Path(problem.__file__).parent, torch.zeros(())
 F16, F32 = torch.float16, torch.float32
 MAY_ASK = {  # functions that may read a size from a tensor: to make the Problem, and to copy tensors as they are
     "problem.py": {"problem_of"}, "memory.py": {"steps_of", "_with_margins", "_outside"}, "timeouts.py": {"__init__"},
@@ -61,11 +62,14 @@ def sizes_read(source: str) -> list[tuple[str, int]]:
 
 def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
     assert Weights._fields == tensors.names_of(WEIGHT, VARIANT)
-    always = {"h0", "c0", "weight_hh"}
-    for row in TENSORS:
-        assert not row.loop or row.name in always or hasattr(Problem, row.name), f"no flag for {row.name}"
+    assert tensors.Noise._fields == tensors.names_of(NOISE)
     by_role = map(tensors.names_of, (X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL))
-    assert Inputs._fields == tuple(itertools.chain(*by_role)), "the order in which fused.inputs_of is given them"
+    assert Inputs._fields == tuple(row.name for row in TENSORS) == tuple(itertools.chain(*by_role))
+    always = {"h0", "c0", "weight_hh", "weight_hr"}  # and a projection, of which a Problem has the size
+    assert {row.name for row in TENSORS if row.loop} - always == set(problem.told(dict.fromkeys(tensors.BY_NAME, X0)))
+    assert {row.name for row in TENSORS if row.told} <= set(Problem._fields)
+    for name, note in get_type_hints(Inputs).items():
+        assert (note == torch.Tensor | None) == (name == "weight_ih" or name in Inputs._field_defaults)
 
 
 def test_sizes_come_from_the_problem_and_never_from_a_tensor():

@@ -16,7 +16,6 @@ from gpu_lstm import __main__ as doctor
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
-from gpu_lstm.call.options import Size
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
 from gpu_lstm.kernels import cache
@@ -27,11 +26,8 @@ from gpu_lstm.kernels.triton_rnn.plans.choose import keep_measured, plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 
 CPU = torch.device("cpu")
-KIND = Kind(
-    "lstm", (Size(6, 32, 0),), 1, torch.float32, "tf32", training=True, recompute=False, steps=64, batch=8,
-    reverse=False, lengths=torch.int64, resets=False, reset_states=False, noise=False,
-)  # fmt: skip
 SMALL = Problem(2, 8, 32, torch.float32, precision="tf32", reverse=True, lengths=torch.int64)
+KIND = Kind((SMALL._replace(reverse=False),), (6,), steps=64, training=True, recompute=False, feature=None)
 CHECK = verify._key(plans(SMALL, INTERPRETER, True)[-1], SMALL, Pass(True), CPU)
 
 

@@ -20,9 +20,8 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.options import Size
 from gpu_lstm.call.prepare import prepare
-from gpu_lstm.dispatch import race, route
+from gpu_lstm.dispatch import race, route, stopwatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
@@ -160,7 +159,7 @@ def test_a_race_is_fair_and_short():
     times = race_of(a=1e-4, b=1e-2)
     assert {name: {round(s, 9) for s in found} for name, found in times.items()} == {"a": {1e-4}, "b": {1e-2}}
     assert len(times["a"]) == len(times["b"]) >= 3
-    assert time < race.BUDGET + 0.1
+    assert time < stopwatch.BUDGET + 0.1
     assert order.count("a") > 15 * order.count("b"), "2 ms of calls between looks at the clock"
     assert {name: len(found) for name, found in race_of(a=1.0, b=2.0).items()} == {"a": 3, "b": 3}
 
@@ -240,7 +239,7 @@ def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_
     assert ran.count("race") == 1
 
 
-NOISE, RESETS = dict(noise=True, dropout_h=True), dict(resets=True)
+RESETS = dict(resets=True)
 
 
 def layers_of(monkeypatch, plan):
@@ -255,8 +254,7 @@ def layers_of(monkeypatch, plan):
     ("resident", 1, {}, "triton"), ("cooperative", 1, {}, "triton"), ("cooperative", 2, {}, "torch"),
     ("step", 1, {}, "torch"), ("step held", 1, {}, "triton"), ("step held", 2, {}, "torch"),
     ("pointwise", 1, {}, "torch"), ("step", 1, dict(lengths=torch.int64), "triton"), ("step", 1, RESETS, "triton"),
-    ("step", 1, dict(layers=(Size(4, 5, 3),)), "triton"), ("step", 1, NOISE, "triton"),
-    ("step", 1, dict(weight_peephole=True), "triton"), ("step", 1, dict(reset_states=True), "triton"),
+    ("step", 1, dict(projected=3), "triton"), ("step", 1, dict(feature="zoneout"), "triton"),
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
@@ -264,7 +262,10 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     families = {"resident": Resident(2), "cooperative": Cooperative(3), "step held": Held(64), "step": Step(64)}
     plan = Plan(families.get(family, Pointwise()), 8, 8, 1, 1, 4, 0, "", tiles_per_program=tiles_per_program)
     asked = layers_of(monkeypatch, lambda problem: plan)
-    kind = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True)))._replace(**options)
+    kind = kind_of(_call(gpu_lstm.LSTM(4, 5, bidirectional=True)))
+    changes = {**options}
+    feature = changes.pop("feature", None)
+    kind = kind._replace(feature=feature, problems=tuple(p._replace(**changes) for p in kind.problems))
     able = Backend.TRITON if family else Backend.CUPY
     assert race.expected_winner(kind, able, X.device).backend.value == winner
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])

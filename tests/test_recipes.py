@@ -504,16 +504,21 @@ def test_a_regulariser_is_a_file_an_entry_of_the_list_and_rows_of_the_table_of_t
     the_list, row = (
         "gpu_lstm/call/regularisers.py",
         """
-    ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE),  # added to h in the recurrent product
-    ("step_h",          "T B P", None, NOISE,     not LOOP, NONE),  # its factors at a step""",
+    ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE,    THERE),
+    ("step_h",          "T B P", None, NOISE,     not LOOP, NONE),""",
     )
+    fields = """
+    noise_h: Tensor | None = None  # [T, B, P], added to h in the recurrent product
+    step_h: Tensor | None = None  # [T, B, P], its factors at a step"""
     copy.add("gpu_lstm/call/recurrent_noise.py", NOISE)
     imported = "from .recurrent_noise import RecurrentNoise, StepDropout\n"
     copy.enter(the_list, "from ..kernels.tensors import Noise\n", imported)
     copy.enter(the_list, "    RecurrentDropout(),\n", "    RecurrentNoise(),\n    StepDropout(),\n")
-    copy.enter("kernels/tensors.py", "# factors of h in the recurrent product", row)
+    places = '"factors"),', "# [B, P], factors of h in the recurrent product", "# as in Noise"
+    for line, entry in zip(places, (row, fields, fields), strict=True):
+        copy.enter("kernels/tensors.py", line, entry)
     assert copy.changes() == {
-        the_list: (3, 0), "kernels/tensors.py": (2, 0),
+        the_list: (3, 0), "kernels/tensors.py": (6, 0),
         "gpu_lstm/call/recurrent_noise.py": (len(NOISE.splitlines()), 0),
     }  # fmt: skip
     copy.run(COMPARED)

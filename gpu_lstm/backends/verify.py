@@ -9,6 +9,8 @@ launch's tensors. The verdict is cached on disk.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from math import ceil
 from typing import Any, cast
 
@@ -22,7 +24,7 @@ from ..kernels.cells import CELLS
 from ..kernels.layer import Layer, kept_layer, launcher_of
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of
-from ..kernels.tensors import COMPARED, LEARNT
+from ..kernels.tensors import BY_NAME, COMPARED, LEARNT
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
 from .fused import Saved, part_of
@@ -33,7 +35,7 @@ STEPS = 4  # T, where there is more than one
 ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
 AGAIN = "`python -m gpu_lstm races --clear` forgets that"
 ENDED = f"the process that tried it ended meanwhile; {AGAIN}"
-RATE = 0.25  # of zoneout, where it is the same for all elements
+RATE = 0.25  # of zoneout in eval()
 logger = logging.getLogger("gpu_lstm")
 
 
@@ -120,82 +122,78 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
     return "right"
 
 
+SAMPLES: dict[str, Callable[..., Tensor]] = {  # by Row.sample; normal(*size, scale=1) rounds to the problem's dtype
+    "normal": lambda normal, size, steps: normal(*size),
+    "matrix": lambda normal, size, steps: normal(*size, scale=max(1, size[1]) ** -0.5),
+    "near one": lambda normal, size, steps: 1 + normal(*size, scale=0.3),
+    "factors": lambda normal, size, steps: (normal(*size) > 0) * 2,
+    "mask": lambda normal, size, steps: normal(*size) > 0 if size else torch.tensor(RATE),
+    "lengths": lambda normal, size, steps: (steps - torch.arange(*size)) % (steps + 1),
+    "resets": lambda normal, size, steps: (torch.arange(steps)[:, None] + torch.arange(size[1])) % 3 == 1,
+}
+
+
 class Small:
     """Inputs of a small `problem` like those of a call (`like`): random numbers that are exact in its dtype."""
 
     def __init__(self, problem: Problem, pass_: Pass, like: Inputs, seed: int = 0) -> None:
-        self.problem, self.pass_ = p, _ = problem, pass_
-        batch, device = p.batch, like.x.device
-        generator = torch.Generator().manual_seed(seed)
+        self.problem, self.pass_, self.cell = p, _, cell = problem, pass_, CELLS[problem.cell]
+        generator, steps = torch.Generator().manual_seed(seed), 1 if p.steps == 1 else STEPS
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*size, generator=generator) * scale).to(device, p.dtype)
+            return (torch.randn(*size, generator=generator) * scale).to(p.dtype)
 
-        steps, features = (1 if p.steps == 1 else STEPS), max(1, like.x.shape[-1])  # kernels read no x
-        sizes = sizes_of(p, steps, features)
-        time, sequence = torch.arange(steps, device=device)[:, None], torch.arange(batch, device=device)
-        tensors = {}
+        sizes, tensors = sizes_of(p, steps, features=max(1, like.x.shape[-1])), {}  # kernels read no x
         for name, tensor in like._asdict().items():
             if tensor is None:
                 continue
-            if name == "lengths":
-                values = (steps - sequence) % (steps + 1)
-            elif name == "resets":
-                values = (time + sequence) % 3 == 1
-            elif name.startswith("zoneout"):
-                values = normal(*sizes[name]) > 0 if tensor.dim() else torch.tensor(RATE, device=device)
-            elif name == "dropout_h":
-                values = (normal(*sizes[name]) > 0) * 2
-            elif name.startswith("gain") or name == "bias_c":
-                values = 1 + normal(*sizes[name], scale=0.3)
-            else:
-                is_matrix = name.startswith("weight") and tensor.dim() == 2
-                values = normal(*sizes[name], scale=max(1, sizes[name][1]) ** -0.5 if is_matrix else 1.0)
+            values = SAMPLES[BY_NAME[name].sample](normal, sizes[name] if tensor.dim() else (), steps)
             if name == "c0":  # every second unit is empty, as all are where a call is given no state
-                is_empty = (torch.arange(p.hidden, device=device) + sequence[:, None] + seed) % 2 == 0
-                values = values.where(~is_empty, CELLS[p.cell].empty_like(values))
-            tensors[name] = laid_out(values.to(tensor.dtype), tensor)
-        self.one_state = len(CELLS[p.cell].states) == 1
-        if self.one_state:  # c is h
+                is_empty = (torch.arange(p.hidden) + torch.arange(p.batch)[:, None] + seed) % 2 == 0
+                values = values.where(~is_empty, cell.empty_like(values))
+            tensors[name] = laid_out(values.to(tensor.device, tensor.dtype), tensor)
+        if cell.one_state:
             for h, c in (("h0", "c0"), ("reset_h", "reset_c"), ("zoneout_h", "zoneout_c")):
                 if c in tensors:
                     tensors[c] = laid_out(tensors[h].to(tensors[c].dtype), tensors[c])
-        self.inputs = Inputs(**{"weight_ih": None} | tensors)  # which a problem may lack
-        dh, dh_n = normal(steps, batch, p.width), normal(1, batch, p.width)
+        self.inputs = like._replace(**tensors)
+        self.compared = tuple([name for name in COMPARED if name in tensors])  # of whose gradients
+        dh, dh_n = (normal(*size, p.batch, p.width).to(like.x.device) for size in ((steps,), (1,)))
         self.output_gradients = dh if pass_.dh else None, dh_n if pass_.dh_n else None
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
+        """Results in any dtype, and what every step computed."""
         record: list[Steps] = []
-        cell = self.problem.cell
-        return self.results(lambda part: reference.run_layer(cell, *part[1:], record=record), dtype), record[0]
+        run = partial(reference.run_layer, self.cell.name, record=record)
+        return self.results(lambda part: run(*part[1:]), dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
         """Results of torch's own operator; of the reference where torch has no such cell, or cuDNN fails.
 
         And of the reference for gradients of a GRU, which are compared by way of h and of c; torch has their sum.
         """
-        p, cell = self.problem, CELLS[self.problem.cell]
-        if torch_rnn.has(cell, self.inputs) and not (self.one_state and self.pass_.backward):
+        p, cell = self.problem, self.cell
+        if torch_rnn.has(cell, self.inputs) and not (cell.one_state and self.pass_.backward):
             try:
-                return self.results(lambda part: torch_rnn.run_layer(cell, *part[1:5]))
+                return self.results(lambda part: torch_rnn.run_layer(cell, *part[1:5]), p.dtype)
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:
                 logger.info("torch's own is no yardstick for %s: %s", p, error)
         return self.by_reference(p.dtype)[0]
 
-    def results(self, run: RunPart, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Results of forward, or gradients of backward, by run(part); in any dtype."""
-        learns, dtype = self.pass_.backward, dtype or self.problem.dtype
+    def results(self, run: RunPart, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Results of forward, or gradients of backward, by run(part)."""
+        learns = self.pass_.backward
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
         h, (h_n, c_n) = run(part_of(g, self.problem.reverse))
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
         pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]
-        wanted = {name: t for name in COMPARED if (t := getattr(g, name)) is not None}
-        gradients = torch.autograd.grad([y for y, _ in pairs], list(wanted.values()), [d for _, d in pairs])
-        return {f"the gradient of {name}": gradient for name, gradient in zip(wanted, gradients)}
+        wanted = [getattr(g, name) for name in self.compared]
+        gradients = torch.autograd.grad([y for y, _ in pairs], wanted, [d for _, d in pairs])
+        return {f"the gradient of {name}": gradient for name, gradient in zip(self.compared, gradients)}
 
     def by_kernels(self, layer: Layer, steps: Steps) -> dict[str, Tensor]:
         """The same by a Layer; backward reads the reference's gates and states."""
@@ -204,9 +202,8 @@ class Small:
             h, h_n, c_n, *_ = fused.forward(layer, inputs, self.pass_.save)
             return dict(h=h, h_n=h_n, c_n=c_n)
         saved = Saved(inputs, steps.hidden.to(dtype), steps.gates.to(dtype), steps.cell.float())
-        needed = {name for name in COMPARED if getattr(inputs, name) is not None}
-        gradients = fused.gradients(layer, saved, (*self.output_gradients, None), needed)
-        return {f"the gradient of {name}": gradients[name] for name in needed}  # type: ignore[misc]
+        gradients = fused.gradients(layer, saved, (*self.output_gradients, None), set(self.compared))
+        return {f"the gradient of {name}": gradients[name] for name in self.compared}  # type: ignore[misc]
 
 
 def laid_out(values: Tensor, like: Tensor) -> Tensor:

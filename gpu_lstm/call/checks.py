@@ -15,7 +15,7 @@ from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .forms import Form
 from .modes import PLAIN, autocasts, need_the_reference
 from .options import Options
-from .weights import LAYER_NORM, NAMES, State, Weights, variant_of
+from .weights import NAMES, State, Weights
 
 _STRIDED = torch.strided
 
@@ -240,7 +240,7 @@ def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Wei
             if tensor.dim() != expected:
                 raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
     if named.weight_hr is not None:
-        check_unprojected(variant_of(named) == LAYER_NORM, len(named.weight_hr))
+        check_unprojected(not named.gain_ih is named.gain_hh is named.gain_c is None, len(named.weight_hr))
     return named
 
 

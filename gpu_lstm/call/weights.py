@@ -46,13 +46,6 @@ class Weights(NamedTuple):
 NAMES = Weights._fields
 
 
-def variant_of(weights: Weights) -> str | None:
-    """What torch's own cell lacks; of two such features, the one that the fewest backends support."""
-    if not weights.gain_ih is weights.gain_hh is weights.gain_c is None:
-        return LAYER_NORM
-    return None if weights.weight_peephole is None else PEEPHOLES
-
-
 def size_of(weights: Weights, rows: int) -> tuple[int | Any, int, int, int]:
     """(I, H, P, heads) as in options.Size, by the sizes of weights; without heads where none fit."""
     inputs = None if weights.weight_ih is None else weights.weight_ih.shape[1]

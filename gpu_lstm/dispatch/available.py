@@ -21,20 +21,17 @@ def backends_with(feature: str) -> tuple[Backend, ...]:
     return *(b for b in kernels if package_of(b.value).supports(feature)), Backend.REFERENCE
 
 
-def select(
-    argument: str | Backend | None, device: torch.device, kind: Kind, feature: str | None, transformed: bool
-) -> Backend:
+def select(argument: str | Backend | None, device: torch.device, kind: Kind, transformed: bool) -> Backend:
     """The backend that will run a kind of call on this device unless another wins a race: never AUTO.
 
-    `feature` is the one of a call that the fewest backends support; `transformed`, whether it is within torch.func.vmap
-    or a forward-mode derivative: those the reference runs, whatever was chosen and can run. Sizes of batch and time
-    decide nothing here.
+    `transformed`: whether the call is within torch.func.vmap or a forward-mode derivative. The reference runs those,
+    whatever was chosen and can run. Sizes of batch and time decide nothing here.
 
     Raises:
         ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
         ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot run, and why.
     """
-    choice = requested_backend(argument)
+    choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:
         choice = Backend.TORCH if feature is None else Backend.REFERENCE
         for kernels in KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ():
@@ -57,8 +54,7 @@ def only_torch_on_a_cpu(argument: str | None) -> bool:
 
 def lacking(kernels: Backend, kind: Kind) -> str | None:
     """What of a layer or direction a backend of kernels, which is available, does not support; None: it runs all."""
-    rows = range(len(kind.layers) * kind.directions)
-    return next(filter(None, [launcher_of(kernels.value).lacks(kind.problem(row)) for row in rows]), None)
+    return next(filter(None, map(launcher_of(kernels.value).lacks, kind.problems)), None)
 
 
 def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:

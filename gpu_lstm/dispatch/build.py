@@ -13,6 +13,6 @@ def build(call: Call, kind: Kind, backend: Backend) -> Route:
     if backend not in KERNEL_BACKENDS:
         return Route(backend, kind.dtype)
     schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
-    problems = [kind.problem(row, schedule.side_by_side) for row in range(call.options.rows)]
+    problems = [problem._replace(side_by_side=schedule.side_by_side) for problem in kind.problems]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
     return Route(backend, kind.dtype, None, layers, schedule)

@@ -5,45 +5,38 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends.torch_rnn import MOST_STEPS
-from ..call.options import Size
+from ..call.modes import Recording
+from ..call.options import RESET_STATES, Size
 from ..call.prepare import Call
-from ..call.regularisers import REGULARISERS
-from ..call.weights import LAYER_NORM, PEEPHOLES
-from ..kernels.cells import CELLS
-from ..kernels.problem import Pass, Problem, of_constant, power_of_two
-from ..kernels.tensors import KNOWN, NOISE, TRAVERSAL, VARIANT, names_of
-
-_OPTIONAL = (n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._fields)
-_FLAGS = (*_OPTIONAL, "bias_hh", "known_h")  # of what the time loop reads
+from ..call.weights import NAMES, size_of
+from ..kernels.problem import Pass, Problem, power_of_two, problem_with, told
+from ..kernels.tensors import KNOWN
 
 
 class Kind(NamedTuple):
-    """A kind of call: the keys of decisions, races, plans and verdicts are made of it."""
+    """A kind of call: its problems, and what else decides. The keys of decisions and races are made of it."""
 
-    cell: str
-    layers: tuple[Size, ...]  # [L]
-    directions: int
-    dtype: torch.dtype  # that layers compute in
-    precision: str  # of float32 products: "tf32" or "ieee"
+    problems: tuple[Problem, ...]  # [L*D]: what the kernels of each layer and direction are asked to do
+    inputs: tuple[int | None, ...]  # [L], I
+    steps: int  # T, rounded up to a power of two; more than MOST_STEPS + 1 where cuDNN refuses it
     training: bool  # forward and backward
     recompute: bool
-    steps: int  # T, rounded up to a power of two; more than MOST_STEPS + 1 where cuDNN refuses it
-    batch: int  # B; rounded up to a power of two in keys of decisions and races
-    reverse: bool  # of lstm_layer
-    lengths: torch.dtype | None
-    resets: bool
-    reset_states: bool
-    noise: bool  # a regulariser that torch's own lacks, even if the time loop reads none of it
-    weight_peephole: bool = False  # from here on tensors by their names
-    gain_ih: bool = False  # of a layer norm outside the time loop
-    gain_hh: bool = False
-    gain_c: bool = False
-    bias_c: bool = False
-    dropout_h: bool = False
-    zoneout_h: int | None = None  # dimensions: 0 for a rate, 3 for a mask
-    zoneout_c: int | None = None
-    bias_hh: bool = False  # that kernels add
-    known_h: bool = False  # see Problem
+    feature: str | None  # the feature that the fewest backends support, as errors name it; None: all support all of it
+
+    @property
+    def cell(self) -> str:
+        """The name of its cell."""
+        return self.problems[0].cell
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What layers compute in."""
+        return self.problems[0].dtype
+
+    @property
+    def directions(self) -> int:
+        """Of each layer, D."""
+        return len(self.problems) // len(self.inputs)
 
     @property
     def passes(self) -> tuple[Pass, ...]:
@@ -51,63 +44,50 @@ class Kind(NamedTuple):
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
-    def variant(self) -> str | None:
-        """The variant of the cell, see weights.variant_of."""
-        normed = self.gain_ih or self.gain_hh or self.gain_c
-        return LAYER_NORM if normed else PEEPHOLES if self.weight_peephole else None
-
-    @property
     def only_ours(self) -> str | None:
-        """What torch's own lacks; None: it can run all of it."""
-        if not CELLS[self.cell].of_torch:
-            return "such cell"
-        if self.noise:
-            return " or ".join(thing.name.replace("_", " ") for thing in REGULARISERS if thing.tensors)
-        if self.steps > MOST_STEPS + 1:
-            return f"sequences of more than {MOST_STEPS:,} steps"
-        return "states to reset to" if self.reset_states else self.variant and self.variant.replace("_", " ")
+        """What torch's own lacks, in words; None: it can run all of it."""
+        too_long = self.steps > MOST_STEPS + 1
+        return self.feature or (f"sequences of more than {MOST_STEPS:,} steps" if too_long else None)
 
-    def problem(self, row: int, side_by_side: int = 1) -> Problem:
-        """What the kernels of one layer and direction, `row` among [L*D], are asked to do."""
-        layer, d = divmod(row, self.directions)
-        _, hidden, projected, heads = self.layers[layer]
-        return Problem(
-            min(self.steps, 2), self.batch, hidden, self.dtype, projected, self.precision, side_by_side,
-            reverse=self.reverse or d == 1, reset_h=self.reset_states and self.zoneout_h is not None,
-            reset_c=self.reset_states, cell=self.cell, heads=heads, **{name: getattr(self, name) for name in _FLAGS},
-        )  # fmt: skip
+    def rounded(self) -> "Kind":
+        """The kind that one race is about: batches of all sizes up to a power of two."""
+        return self._replace(problems=tuple([p._replace(batch=power_of_two(p.batch)) for p in self.problems]))
 
     def as_json(self) -> dict[str, Any]:
-        """The key of a race as JSON values: sizes that vary from call to call are rounded up to powers of two."""
-        return {
-            "cell": self.cell, "layers": [list(size) for size in self.layers], "directions": self.directions,
-            "dtype": str(self.dtype), "precision": self.precision, "training": self.training,
-            "recompute": self.recompute, "steps": self.steps, "batch": power_of_two(self.batch),
-            "lengths": self.lengths is not None, "resets": self.resets, "noise": self.noise,
-            "reset_states": self.reset_states, "variant": self.variant,
+        """The key of a race as JSON values: the first problem's, which differs from the others in sizes alone."""
+        of_layers = zip(self.inputs, self.problems[:: self.directions])
+        layers = [[inputs, p.hidden, p.projected, p.heads] for inputs, p in of_layers]
+        return self.rounded().problems[0].as_json() | {
+            "layers": layers, "directions": self.directions, "steps": self.steps, "training": self.training,
+            "recompute": self.recompute, "feature": self.feature,
         }  # fmt: skip
 
 
 def kind_of(call: Call) -> Kind:
     """What decides how a call runs."""
-    options, weights, dtype, traversal = call.options, call.weights[0][0], dtype_of(call), call.traversal
-    lengths = torch.int64 if call.form.packed is not None else None
-    if traversal.lengths is not None:
-        lengths = traversal.lengths.dtype
-    flags: dict[str, Any] = {name: getattr(weights, name) is not None for name in names_of(VARIANT)}
+    options, traversal, cell, dtype = call.options, call.traversal, call.options.cell, dtype_of(call)
+    of_tensors = told(dict(zip(NAMES, call.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
+    if call.form.packed is not None:
+        of_tensors["lengths"] = torch.int64
+    if traversal.reset_states is not None:
+        of_tensors |= {"reset_h": True, "reset_c": True}
     for thing, rate in options.on:
-        flags |= thing.flags(rate, options.training)
-    known = traversal.reset_states is not None or any(
-        not set(thing.tensors).isdisjoint(KNOWN) for thing, _ in options.on
-    )
-    flags["bias_hh"], flags["known_h"] = of_constant(options.cell.name, weights.bias_hh is not None, known)
-    steps = int(call.steps)
-    return Kind(
-        options.cell.name, options.sizes, options.directions, dtype,
-        call.modes.precision if dtype is torch.float32 else "ieee", call.learns, options.recompute,
-        power_of_two(steps + (steps == MOST_STEPS + 1)), int(call.batch), options.reverse, lengths,
-        traversal.resets is not None, traversal.reset_states is not None, options.noise, **flags,
-    )  # fmt: skip
+        of_tensors |= {name: True for name in thing.tensors if name in KNOWN} | thing.flags(rate, options.training)
+    sizes = options.sizes
+    if call.modes.recording >= Recording.COMPILED:  # its sizes may be symbols, while those of weights are constants
+        sizes = tuple([Size(*size_of(weights, cell.rows)) for weights, *_ in call.weights])
+    steps, batch = int(call.steps), int(call.batch)
+    problems = [
+        problem_with(
+            of_tensors, cell.name, steps, batch=batch, hidden=hidden, dtype=dtype, projected=projected,
+            precision=call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse or d == 1,
+            heads=heads,
+        )
+        for _, hidden, projected, heads in sizes for d in range(options.directions)
+    ]  # fmt: skip
+    feature = options.feature or (RESET_STATES if traversal.reset_states is not None else None)
+    power = power_of_two(steps + (steps == MOST_STEPS + 1))
+    return Kind(tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature)
 
 
 def dtype_of(call: Call) -> torch.dtype:
@@ -128,15 +108,14 @@ def dtype_of(call: Call) -> torch.dtype:
 
 def describe(key: dict[str, Any]) -> str:
     """A kind of call in few words, from its as_json()."""
-    first, *_ = layers = key["layers"]
-    sizes = " -> ".join(
-        [str(first[0]), *(f"{h}" + f" (P={p})" * bool(p) + f" ({n} heads)" * (n > 1) for _, h, p, n in layers)]
-    )
+    layers = key["layers"]
+    sizes = [f"{h}" + f" (P={p})" * bool(p) + f" ({n} heads)" * (n > 1) for _, h, p, n in layers]
     words = ["both directions"] * (key["directions"] - 1)
-    words += [name for name in ("lengths", "resets", "noise", "reset_states", "recompute") if key[name]]
-    words += [key["variant"]] * bool(key["variant"])
+    words += [name for name in ("lengths", "resets", "recompute") if key[name]]
+    words += [key["feature"]] * bool(key["feature"])
     words.append("training" if key["training"] else "inference")
     dtype = key["dtype"].removeprefix("torch.")
     if dtype == "float32" and key["precision"]:
         dtype += f" ({key['precision']})"
-    return f"{key['cell'].upper()} {sizes}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"
+    widths = " -> ".join([str(layers[0][0]), *sizes])
+    return f"{key['cell'].upper()} {widths}, T <= {key['steps']}, B <= {key['batch']}, {dtype}, {', '.join(words)}"

@@ -7,12 +7,9 @@ race, the expected winner runs.
 import json
 import logging
 import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from math import ceil
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -26,38 +23,21 @@ from ..call.prepare import Call
 from ..kernels import cache
 from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
-from ..kernels.problem import power_of_two
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from .build import build
 from .kind import Kind, describe
+from .stopwatch import Decision, clock, judge, race
 
-BUDGET = 0.3  # seconds that a race may last, after everything is compiled
-ROUND = 2e-3  # seconds of calls between two looks at the clock
-MOST_CALLS, MOST_ROUNDS = 64, 200  # of a round; of a race
 LONGEST = 256  # steps of a race: with more, only the time of a step matters
 MOST_DECISIONS = 4096  # that are kept
 FAILED = "the kernels fail"
-UNCERTAIN = 0.5  # if a rival's quartiles differ by more than this share of its median, nothing is cached
 
 logger = logging.getLogger("gpu_lstm")
 
-
-class Decision(NamedTuple):
-    """Which backend runs a kind of call, and why."""
-
-    backend: Backend
-    why: str
-    seconds: dict[str, float] | None = None  # the median of each rival's calls; None: there was no race
-
-    def __str__(self) -> str:
-        times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in (self.seconds or {}).items())
-        return f"{self.backend.value}: {self.why}" + (f" ({times})" if times else "")
-
-
-_generators: dict[torch.device, Setting] = {}
-# What this process decided. The cache has less (no noisy races, kernels that fail, or expected winners), and neither a
-# batch of another size nor a capture may decide again.
 decided: dict[tuple, Decision] = {}
+"""What this process decided, also what is not on disk: noisy races, kernels that fail, expected winners. So neither a
+batch of another size nor a capture changes a decision."""
+_generators: dict[torch.device, Setting] = {}
 
 
 def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
@@ -66,61 +46,44 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     Raises:
         torch.OutOfMemoryError: memory is full, so that the kernels cannot be verified. Nothing is decided.
     """
-    if call.modes.transforms == Transforms.REFERENCE:
-        return Decision(able, "only it runs inside vmap and forward-mode derivatives")
-    if requested_backend(call.options.backend) is not Backend.AUTO:
-        who = "gpu_lstm.backend(...)" if choices.chosen_backends[0].value else f"the variable {BACKEND_VARIABLE}"
-        return Decision(able, f"asked for by {who if call.options.backend is None else 'the argument `backend`'}")
-    if able not in KERNEL_BACKENDS:
-        return Decision(able, "backend 'auto' chooses it where no kernels run")
-    if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
-        return Decision(able, "nothing is raced while a call is watched")
+    if (why := _why_nobody_races(call, able)) is not None:
+        return Decision(able, why)
     device, mode = call.x.device, requested_racing()
-    own, alike = ((each, able, device, mode) for each in (kind, kind._replace(batch=power_of_two(kind.batch))))
+    own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
     decision = known or _cached(kind, able, device, mode)
     if dry or call.modes.capturing:  # the next call races
-        expected = decision or expected_winner(kind, able, device)
-        then = "; the first call races it" if not decision and dry and mode is Racing.ON and not kind.only_ours else ""
-        return expected._replace(why=expected.why + then)
+        if decision is not None:
+            return decision
+        expected = expected_winner(kind, able, device)
+        races = dry and mode is Racing.ON and not kind.only_ours
+        return expected._replace(why=f"{expected.why}; the first call races it") if races else expected
     if decision is None or decision.backend is able:
-        # No lock: a race waits for autograd's thread, which may be deciding as well, in a checkpoint that it
-        # recomputes. Threads that decide at the same time each do so for themselves, and the first result is kept.
-        with _generator(torch.device("cpu")).changed(), _generator(device).changed():
-            # Another batch may have other kernels, and another process other verdicts.
-            decision = _failure(call, kind, able) or decision or _judge(call, kind, able, mode)
+        decision = _settle(call, kind, able, mode, decision)
     if decision is known:
         return decision
     if len(decided) >= MOST_DECISIONS:
         decided.clear()
     if known is None:
         decision = decided.setdefault(alike, _agreed(decision, _key(kind, able, device)))
-    else:  # those of this batch alone fail
+    else:  # the kernels of this batch alone fail
         decided[own] = decision
     logger.info("%s: %s", describe(kind.as_json()), decision)
     return decision
 
 
-def _generator(device: torch.device) -> Setting:
-    """The state of a device's random numbers, which a race draws."""
-    if device not in _generators:
-        cuda = device.type == "cuda"
-        generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
-        _generators.setdefault(device, Setting(generator.get_state, generator.set_state))
-    return _generators[device]
-
-
-def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
-    """The decision of the rank of torch.distributed that decided first, except on a rank whose kernels fail.
-
-    It is in the store of the process group, so no rank waits for another, whatever calls they make.
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
-        return decision
-    ours = json.dumps((decision.backend.value, *decision[1:]))
-    backend, *rest = json.loads(default_store().compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", ours))
-    return Decision(Backend(backend), *rest)
+def _why_nobody_races(call: Call, able: Backend) -> str | None:
+    """Why the backend that is able to run a call runs it without a race; None: `auto` decides."""
+    if call.modes.transforms == Transforms.REFERENCE:
+        return "only it runs inside vmap and forward-mode derivatives"
+    if requested_backend(call.options.backend) is not Backend.AUTO:
+        who = "gpu_lstm.backend(...)" if choices.chosen_backends[0].value else f"the variable {BACKEND_VARIABLE}"
+        return f"asked for by {who if call.options.backend is None else 'the argument `backend`'}"
+    if able not in KERNEL_BACKENDS:
+        return "backend 'auto' chooses it where no kernels run"
+    if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
+        return "nothing is raced while a call is watched"
+    return None
 
 
 def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
@@ -140,8 +103,66 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
     return cache.machine(device) | how | kind.as_json()
 
 
-def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
-    """Decide by a race of kernels that run, if one is allowed; else the expected winner."""
+def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
+    """The backend for a kind that was not raced. Nothing here was measured.
+
+    The kernels, where torch cannot run it, or not at the speed of a plain batch; and where no layer's plan is expected
+    to be slower (Triton's are not where W_hh stays on chip). Everywhere else, torch.
+    """
+    if kind.only_ours:
+        return Decision(able, f"torch's own does not support {kind.only_ours}")
+    first, *_ = kind.problems
+    slow = {"lengths": first.lengths, "resets": first.resets, "a projection": any(p.projected for p in kind.problems)}
+    if words := [word for word, is_there in slow.items() if is_there]:
+        return Decision(able, f"expected: torch's {kind.cell.upper()} is slow with {' and '.join(words)}")
+    for problem in kind.problems[:: kind.directions]:
+        layer = verify.layer_of(able, problem._replace(side_by_side=kind.directions), device)
+        for pass_ in kind.passes:
+            if (slower := layer.chosen(pass_).plan.slower) is not None:
+                return Decision(Backend.TORCH, f"expected: {slower}")
+    return Decision(able, "expected: W_hh stays on chip")
+
+
+def _settle(call: Call, kind: Kind, able: Backend, mode: Racing, decision: Decision | None) -> Decision:
+    """The decision, if there is one and the kernels do not fail: another batch may have others. Else a race decides.
+
+    There is no lock. A race waits for autograd's thread, which may be deciding as well, in a checkpoint that it
+    recomputes. Threads that decide at the same time each do so for themselves, and the first result is kept.
+    """
+    with _generator(torch.device("cpu")).changed(), _generator(call.x.device).changed():
+        return _failure(call, kind, able) or decision or _race(call, kind, able, mode)
+
+
+def _generator(device: torch.device) -> Setting:
+    """The state of a device's random numbers, which a race draws."""
+    if device not in _generators:
+        cuda = device.type == "cuda"
+        generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
+        _generators.setdefault(device, Setting(generator.get_state, generator.set_state))
+    return _generators[device]
+
+
+def _failure(call: Call, kind: Kind, able: Backend) -> Decision | None:
+    """Run the kernels of a call for two steps, which compiles and verifies them. None if they do not fail."""
+    try:
+        with alone(grad=kind.training):
+            _sample(call, kind, able, 2)()
+            wait_and_check(call.x.device)
+    except DEVICE_ERRORS:
+        raise
+    except (RivalFailed, RuntimeError) as error:
+        return _failed(kind, error)
+    return None
+
+
+def _failed(kind: Kind, error: Exception) -> Decision:
+    other, why = other_than_kernels(kind), error.__cause__ or error
+    cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {why}")
+    return Decision(other, f"{FAILED}: {why}")
+
+
+def _race(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
+    """The winner of a race of kernels that run, if one is allowed; else the expected winner."""
     other, expected = other_than_kernels(kind), expected_winner(kind, able, call.x.device)
     if mode is not Racing.ON or kind.only_ours:
         return expected
@@ -166,32 +187,8 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     return decision
 
 
-def _failure(call: Call, kind: Kind, able: Backend) -> Decision | None:
-    """Run the kernels of a call for two steps, which compiles and verifies them. None if they do not fail."""
-    try:
-        with alone(grad=kind.training):
-            _sample(call, kind, able, 2)()
-            wait_and_check(call.x.device)
-    except DEVICE_ERRORS:
-        raise
-    except (RivalFailed, RuntimeError) as error:
-        return _failed(kind, error)
-    return None
-
-
-def _failed(kind: Kind, error: Exception) -> Decision:
-    other, why = other_than_kernels(kind), error.__cause__ or error
-    cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {why}")
-    return Decision(other, f"{FAILED}: {why}")
-
-
 class RivalFailed(Exception):
     """A rival, of this name, raised; its error is the cause."""
-
-
-def other_than_kernels(kind: Kind) -> Backend:
-    """The backend that runs a kind of call without our kernels."""
-    return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
 def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
@@ -226,66 +223,19 @@ def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[],
     return run
 
 
-def clock(device: torch.device) -> float:
-    """The time in seconds, once the device's queued work is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def other_than_kernels(kind: Kind) -> Backend:
+    """The backend that runs a kind of call without our kernels."""
+    return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
-def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each, and once more
-    before that, which may compile.
+def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
+    """The decision of the rank of torch.distributed that decided first, except on a rank whose kernels fail.
+
+    It is in the store of the process group, so no rank waits for another, whatever calls they make.
     """
-    calls = {}
-    for name, run in rivals.items():
-        run()
-        start = now()
-        run()
-        calls[name] = min(MOST_CALLS, max(1, ceil(ROUND / max(now() - start, 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in rivals}
-    end = now() + BUDGET
-    for number in range(MOST_ROUNDS):  # whatever the clock says
-        for name, run in rivals.items():
-            start = now()
-            for _ in range(calls[name]):
-                run()
-            times[name].append((now() - start) / calls[name])
-        if number >= 2 and now() >= end:
-            break
-    return times
-
-
-def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
-    """The winner, and whether it is certain enough to be cached. A difference within the times' spread is a tie."""
-    quartiles = {name: statistics.quantiles(seconds, n=4) for name, seconds in times.items()}
-    medians = {name: middle for name, (_, middle, _) in quartiles.items()}
-    spread = max(high - low for low, _, high in quartiles.values())
-    first, second = sorted(medians, key=medians.__getitem__)
-    if any(middle <= 0 or high - low > UNCERTAIN * middle for low, middle, high in quartiles.values()):
-        return Decision(expected.backend, f"its times are too noisy; {expected.why}", medians), False
-    if medians[second] - medians[first] <= spread:
-        return Decision(expected.backend, f"a tie; {expected.why}", medians), True
-    why = f"won a race, {medians[second] / medians[first]:.2f} times as fast"
-    return Decision(Backend(first), why, medians), True
-
-
-def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
-    """The backend for a kind that was not raced. Nothing here was measured.
-
-    The kernels, where torch cannot run it, or not at the speed of a plain batch; and where no layer's plan is expected
-    to be slower (Triton's are not where W_hh stays on chip). Everywhere else, torch.
-    """
-    theirs = f"torch's {kind.cell.upper()}"
-    if kind.only_ours:
-        return Decision(able, f"{theirs} has no {kind.only_ours}")
-    slow = ["lengths"] * (kind.lengths is not None) + ["resets"] * kind.resets
-    slow += ["a projection"] * any(size.projected for size in kind.layers)
-    if slow:
-        return Decision(able, f"expected: {theirs} is slow with {' and '.join(slow)}")
-    for row in range(0, len(kind.layers) * kind.directions, kind.directions):
-        layer = verify.layer_of(able, kind.problem(row, kind.directions), device)
-        for pass_ in kind.passes:
-            if (slower := layer.chosen(pass_).plan.slower) is not None:
-                return Decision(Backend.TORCH, f"expected: {slower}")
-    return Decision(able, "expected: W_hh stays on chip")
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):
+        return decision
+    ours = json.dumps((decision.backend.value, *decision[1:]))
+    backend, *rest = json.loads(default_store().compare_set(f"gpu_lstm/{json.dumps(key, sort_keys=True)}", "", ours))
+    return Decision(Backend(backend), *rest)

@@ -1,7 +1,7 @@
 """The one path of every call: its route, decided once per kind of call and state of the process, then looked up."""
 
 import builtins
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -9,39 +9,19 @@ from ..backends import graph
 from ..backends.run import Route, run_by
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
-from ..call.modes import Modes, Recording, Transforms, constant_when_traced, recurrent_precision
-from ..call.options import RESET_STATES, Options, Size
+from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.prepare import Call
-from ..call.weights import LAYER_NORM, PEEPHOLES, size_of, variant_of
 from ..kernels import cache, layer
+from ..kernels.problem import Problem
 from . import available, race
 from .build import build
 from .kind import Kind, describe, dtype_of, kind_of
 
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
-TOO_MANY = MOST_STEPS + 1  # steps: of a class with more, as in `kind_of`, though they are a power of two
+TOO_MANY = MOST_STEPS + 1  # steps, which are a power of two and count as the next one, as in `kind_of`
 
-
-class RouteKey(NamedTuple):
-    """What a route depends on, as a call has it at hand. All of `kind_of` follows from it."""
-
-    options: Options
-    dtype: torch.dtype
-    dtype_of_c: torch.dtype
-    device: torch.device
-    steps: int  # the power of two that they are rounded up to
-    batch: int
-    is_padded: bool
-    lengths: torch.dtype | None
-    no_resets: bool
-    no_reset_states: bool
-    learns: bool
-    modes: Modes
-    no_bias_c: bool  # the only tensor of lstm_layer that options say nothing about
-
-
-_routes: dict[RouteKey, Route] = {}
+_routes: dict[tuple, Route] = {}
 # By what operators are told of it; torch.compile of torch 2.9 does not trace Backend(name).
 _BY_NAME = {graph.named(backend, asked): backend for backend in Backend for asked in (True, False)}
 
@@ -56,7 +36,9 @@ def route_of(call: Call) -> Route:
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, steps, (lengths, resets, _, reset_states) = call.x, call.steps, call.traversal
-    key = RouteKey(
+    # What a route depends on, as a call has it at hand: all of `kind_of` follows from it. Steps are those of a power of
+    # two; bias_c is the only tensor of lstm_layer that options say nothing about.
+    key = (
         call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - (steps != TOO_MANY)).bit_length(),
         call.batch, call.form.packed is None, None if lengths is None else lengths.dtype, resets is None,
         reset_states is None, call.learns, call.modes, call.weights[0][0].bias_c is None,
@@ -99,12 +81,7 @@ def able_to_run(call: Call) -> Backend:
     """
     transformed = call.modes.transforms == Transforms.REFERENCE
     kind = kind_of(call._replace(steps=1, batch=1))  # both may be symbols
-    return available.select(call.options.backend, call.x.device, kind, feature_of(call), transformed)
-
-
-def feature_of(call: Call) -> str | None:
-    """The feature of a call that the fewest backends support; None: all support it."""
-    return call.options.feature or (RESET_STATES if call.traversal.reset_states is not None else None)
+    return available.select(call.options.backend, call.x.device, kind, transformed)
 
 
 def _route_while_watched(call: Call) -> Route:
@@ -122,47 +99,35 @@ def _route_in_a_graph(call: Call) -> Route:
 
     torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM or GRU.
     """
-    options, traversal, dtype = call.options, call.traversal, dtype_of(call)
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
         # The file would say that T is free, and fail for any T but the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
-    rows, variant = options.cell.rows, variant_of(call.weights[0][0])
-    normed = variant == LAYER_NORM
-    # From the weights, whose sizes are constants; a module's attributes are symbols with dynamic=True.
-    sizes: Any = [size_of(w, rows) for w, *_ in call.weights]
-    kind = Kind(
-        options.cell.name, tuple(sizes), len(call.weights[0]), dtype, "", training=True, recompute=False,
-        steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, reverse=False,
-        lengths=torch.int64 if traversal.lengths is not None or call.form.packed is not None else None,
-        resets=traversal.resets is not None, reset_states=traversal.reset_states is not None,
-        noise=options.noise, dropout_h=options.noise, weight_peephole=variant == PEEPHOLES,
-        gain_ih=normed, gain_hh=normed, gain_c=normed, bias_c=normed,
-    )  # fmt: skip
+    kind = kind_of(call._replace(steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, learns=True))
     transformed = call.modes.transforms == Transforms.REFERENCE
     # A block that the traced function opens is known to the tracer alone; one around it binds the graph.
-    chosen = options.backend or chosen_backends[0].value
-    name, problem = _answer(chosen, call.x.device, feature_of(call), transformed, *kind)
+    chosen = call.options.backend or chosen_backends[0].value
+    name, problem = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
     if problem:
         raise getattr(builtins, name, RuntimeError)(problem)  # torch's own, as where memory is full, are such
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
-    return Route(backend, dtype, name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None)
+    operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
+    return Route(backend, kind.dtype, operators)
 
 
 @constant_when_traced
 def _answer(
-    chosen: str | Backend | None, device: torch.device, feature: str | None, transformed: bool, *kind: Any
+    chosen: str | Backend | None, device: torch.device, transformed: bool, problems: tuple[tuple, ...], *others: Any
 ) -> tuple[str, str]:
-    """What operators are told of the backend and "", or an error's name and its text.
+    """What operators are told of the backend for a Kind, in plain tuples, and ""; or an error's name and its text.
 
     torch.compile carries strings, but no exception.
     """
-    asked = Kind(*kind)
-    layers = tuple(Size(*size) for size in asked.layers)
-    asked = asked._replace(precision=recurrent_precision(asked.dtype), layers=layers)
+    precision = recurrent_precision(Problem(*problems[0]).dtype)
+    kind = Kind(tuple([Problem(*each)._replace(precision=precision) for each in problems]), *others)
     try:
-        able = available.select(chosen, device, asked, feature, transformed)
+        able = available.select(chosen, device, kind, transformed)
         if able in KERNEL_BACKENDS and requested_backend(chosen) is Backend.AUTO:
-            return graph.named(race.expected_winner(asked, able, device).backend, asked=False), ""
+            return graph.named(race.expected_winner(kind, able, device).backend, asked=False), ""
         return able.value, ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         return type(error).__name__, str(error)

@@ -44,7 +44,7 @@ def autotune(
         check_size(name, size)
     if cell not in CELLS:
         raise ValueError(f"cell should be one of {', '.join(map(repr, CELLS))}, got {cell!r}")
-    if proj_size and len(CELLS[cell].states) == 1:
+    if proj_size and CELLS[cell].one_state:
         raise ValueError(f"proj_size should be 0 for a {cell.upper()}, which has no projection, got {proj_size}")
     if proj_size >= hidden_size:
         raise ValueError(f"proj_size has to be smaller than hidden_size, got {proj_size} and {hidden_size}")

@@ -17,7 +17,7 @@ from ..dispatch import available, race
 from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.race import Decision
-from ..dispatch.route import able_to_run, feature_of
+from ..dispatch.route import able_to_run
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import takes_sequences
 
@@ -117,8 +117,11 @@ def explain(
     able, kind = able_to_run(call), kind_of(call)
     decision = race.decide(call, kind, able, dry=True)
     route, backend = build(call, kind, decision.backend), decision.backend
-    rows = [(k, way, *size) for k, size in enumerate(kind.layers) for way in ("forward", "reverse")[: kind.directions]]
-    layers = [Direction(*row, _passes(call, kind, route, number)) for number, row in enumerate(rows)]
+    layers = []
+    for row, p in enumerate(kind.problems):
+        (k, d), passes = divmod(row, kind.directions), _passes(call, kind, route, row)
+        name = ("forward", "reverse")[d]
+        layers.append(Direction(k, name, kind.inputs[k], p.hidden, p.projected, p.heads, passes))  # type: ignore[arg-type]
     launches = sum(each.launches for d in layers for each in d.passes) if backend in KERNEL_BACKENDS else None
     sizes = {"steps": call.steps, "batch": call.batch} | ({} if call.x.is_cuda else {"precision": ""})
     return Explanation(
@@ -156,7 +159,7 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
 
 def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
     """Why a backend does not run the call."""
-    device, feature, times = call.x.device, feature_of(call), decision.seconds or {}
+    device, feature, times = call.x.device, kind.feature, decision.seconds or {}
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
     if feature is not None and other not in available.backends_with(feature):
@@ -195,7 +198,7 @@ def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
     name = str(kind.dtype).removeprefix("torch.")
     if kind.dtype is not torch.float32 or device.type != "cuda":
         return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"
-    switches = kind.precision, torch.backends.cuda.matmul.fp32_precision
+    switches = kind.problems[0].precision, torch.backends.cuda.matmul.fp32_precision
     inner, wide = ("TF32" if switch == "tf32" else "float32, exactly" for switch in switches)
     text = f"in the recurrence {inner} (torch.backends.cudnn.rnn.fp32_precision)"
     if backend is Backend.TORCH:
