@@ -145,7 +145,7 @@ def loaded(path, name, kind) -> tuple:
         [p.kind for p in inspect.signature(c.forward).parameters.values()] for c in (layer, getattr(nn, kind))
     ]
     own = {member for member, _ in inspect.getmembers(layer)} - {member for member, _ in inspect.getmembers(nn.Module)}
-    return own, layer.__init__ is nn.Module.__init__, *signatures, other.__all__, other.backends.graph.NAMESPACE
+    return own, layer.__init__ is nn.Module.__init__, *signatures, other.__all__, other.backends.operators.NAMESPACE
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])

@@ -66,8 +66,8 @@ def card(monkeypatch):
         ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"))),
 ], ids=str)  # fmt: skip
 def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
-    verified, chosen = card(place), Mock(side_effect=route.run_by)
-    monkeypatch.setattr(route, "run_by", chosen)
+    verified, chosen = card(place), Mock(side_effect=route.execute)
+    monkeypatch.setattr(route, "execute", chosen)
     check(size, words, None, dtype, seeds=1)
     family, (_, batch, _, hidden, *_) = place.partition("/")[0], size
     assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}

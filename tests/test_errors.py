@@ -32,8 +32,8 @@ def refuses_float64(name="triton"):
 @pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABLES)
 def test_what_chooses_the_backend(call, monkeypatch):
     """The argument overrides `with`, and `with` the environment, which means auto if empty."""
-    layer = Mock(side_effect=reference.run_layer)
-    monkeypatch.setattr(reference, "run_layer", layer)
+    layer = Mock(side_effect=reference.layer_by_reference)
+    monkeypatch.setattr(reference, "layer_by_reference", layer)
 
     def by_reference(**arguments) -> bool:
         layer.reset_mock()

@@ -36,7 +36,7 @@ X, TIMES = torch.zeros(5, 3, 4), {"triton": 1e-3, "torch": 1.8e-3}
 def card(monkeypatch):
     """The CPU as a card, on which nothing is run."""
     the_cpu_is_a_card(monkeypatch)
-    for module, name in ((route, "run_by"), (race, "run_by"), (race, "race"), (launch, "choose_plan")):
+    for module, name in ((route, "execute"), (race, "execute"), (race, "race"), (launch, "choose_plan")):
         monkeypatch.setattr(module, name, Mock(side_effect=AssertionError("something was run")))
 
 

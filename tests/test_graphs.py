@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.backends import graph, torch_rnn
+from gpu_lstm.backends.operators import BACKWARD, NAMES, OPERATOR
 from gpu_lstm.backends.verify import LEARNT
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels.layer import Layer
@@ -94,7 +95,7 @@ def test_a_layer_of_torch_is_one_operator_and_steps_are_none(cls):
         (recorded,) = recorder.graphs
         operators.append(Counter(node.target for node in recorded.graph.nodes if node.op == "call_function"))
     assert operators[0] == operators[1]
-    assert operators[0][graph.OPERATOR] == 3
+    assert operators[0][OPERATOR] == 3
 
 
 @pytest.mark.deep
@@ -148,7 +149,7 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
     assert all(map(torch.equal, first, second))
     assert calls.call_count == 1
     zeros = torch.zeros(1, 2, H).double()
-    kept = graph.OPERATOR("lstm", False, "torch", True, False, x, zeros, zeros, *ours.parameters())[3]
+    kept = OPERATOR("lstm", False, "torch", True, False, x, zeros, zeros, *ours.parameters())[3]
     assert kept.numel() == 0
     (leaf, *_), _ = kept.graph
     assert leaf.data_ptr() == x.data_ptr()  # no copy of what is there already
@@ -298,7 +299,7 @@ def given_to(words, device) -> tuple[list, bool]:
 
 def learnt(given) -> list[bool]:
     """Which of the tensors are there and may have a gradient."""
-    return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(graph.NAMES, given)]
+    return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(NAMES, given)]
 
 
 @pytest.mark.parametrize(("words", "backend"), [
@@ -318,24 +319,24 @@ def test_an_operator(monkeypatch, words, backend, device):
         monkeypatch.setattr(Layer, "has_kernel", lambda *_: False)
     (given, reverse), recompute = given_to(words, device), backend == "triton" and "norm" not in words
     how = "gru" if "gru" in words else "lstm", reverse, backend
-    torch.library.opcheck(graph.OPERATOR, (*how, False, recompute, *given))
+    torch.library.opcheck(OPERATOR, (*how, False, recompute, *given))
     there = learnt(given)
     leaves = [t.clone().requires_grad_() if learns else t for t, learns in zip(given, there)]
-    torch.library.opcheck(graph.OPERATOR, (*how, True, recompute, *leaves))
-    h, h_n, c_n, *kept = graph.OPERATOR(*how, True, recompute, *given)
+    torch.library.opcheck(OPERATOR, (*how, True, recompute, *leaves))
+    h, h_n, c_n, *kept = OPERATOR(*how, True, recompute, *given)
     one = [k == 1 for k in range(len(given))]
     for needed, gradients in ((there, [h, None, None]), (one, [None, h_n, c_n])):
-        torch.library.opcheck(graph.BACKWARD, (*how, gradients, [h, *kept], needed, given))
+        torch.library.opcheck(BACKWARD, (*how, gradients, [h, *kept], needed, given))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
     given, reverse = given_to("ragged resets reverse", device)
     how = "lstm", reverse, "triton"
-    h, h_n, c_n, *kept = graph.OPERATOR(*how, True, recompute, *given)
+    h, h_n, c_n, *kept = OPERATOR(*how, True, recompute, *given)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     before, needed = [t.nan_to_num() for t in kept], learnt(given)
     ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
-    first, *others = (graph.BACKWARD(*how, [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
+    first, *others = (BACKWARD(*how, [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
     assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))
     assert all(torch.equal(a, b) for again in others for a, b in zip(again, first, strict=True))

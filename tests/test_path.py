@@ -28,11 +28,11 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
     gpu_lstm/call/prepare.py _check_tensors
   gpu_lstm/dispatch/route.py run
     gpu_lstm/dispatch/route.py route_of
-    gpu_lstm/backends/run.py run_by
-      gpu_lstm/backends/schedule.py run_call
+    gpu_lstm/backends/run.py execute
+      gpu_lstm/backends/schedule.py by_kernels
         gpu_lstm/backends/layer_loop.py run_layers
-          gpu_lstm/backends/autograd.py run_layer
-            gpu_lstm/backends/fused.py inputs_of
+          gpu_lstm/backends/layer_loop.py inputs_of
+          gpu_lstm/backends/autograd.py layer_by_kernels
             gpu_lstm/backends/fused.py forward
               gpu_lstm/equations/lstm.py input_product
               kernels/layer.py Layer.forward
@@ -93,6 +93,6 @@ def test_a_cell_on_a_cpu_comes_soon_to_torchs_operator(kind):
         "fits_torchs_cell",
         "only_torch_on_a_cpu",
         "only_torch_runs",
-        "run_step",
+        "one_step",
     )
     assert called == ["forward", *way]

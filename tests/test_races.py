@@ -73,9 +73,9 @@ def _call(lstm=LSTM, x=X):
 
 def _backend_of(lstm=LSTM, x=X):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route, "run_by", Mock(side_effect=route.run_by))
+        patch.setattr(route, "execute", Mock(side_effect=route.execute))
         lstm(x)
-        return route.run_by.call_args.args[0].backend.value
+        return route.execute.call_args.args[0].backend.value
 
 
 @pytest.mark.parametrize("winner", ["triton", "torch"])
@@ -99,14 +99,14 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
 ])  # fmt: skip
 def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input, kind):
     """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
-    monkeypatch.setattr(race, "run_by", Mock(side_effect=race.run_by))
+    monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
     stubbed()
     lstm, x = kind(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
     before = [p.clone() for p in lstm.parameters()]
     with torch.set_grad_enabled(training):
         call, random = _call(lstm, x), torch.get_rng_state()
         race.decide(call, kind_of(call), Backend.TRITON)
-    samples = [each.args[1] for each in race.run_by.call_args_list]
+    samples = [each.args[1] for each in race.execute.call_args_list]
     asked = {(call.x.requires_grad, call.weights[0][0].weight_hh.requires_grad) for call in samples}
     assert torch.equal(torch.get_rng_state(), random)
     assert asked == {(training and of_input, training)}
@@ -118,11 +118,11 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
 def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch, module):
     """With its lengths and resets up to there: with longer ones the kernels would fail, and lose."""
     monkeypatch.setattr(race, "LONGEST", 2)
-    monkeypatch.setattr(race, "run_by", Mock(side_effect=race.run_by))
+    monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
     ran, resets = stubbed(), torch.rand(3, 3) < 0.5
     module(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
     assert ran == ["race", "triton", "torch"]
-    for _, sample in (each.args for each in race.run_by.call_args_list):
+    for _, sample in (each.args for each in race.execute.call_args_list):
         assert (sample.steps, sample.x.shape, sample.traversal.lengths.tolist()) == (2, (2, 3, 4), [2, 0, 1])
         assert torch.equal(sample.traversal.resets, resets[:2])
 
@@ -339,14 +339,14 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
 @pytest.mark.parametrize("rival", ["triton", "torch"])
 def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at, module):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""
-    calls, run_by = itertools.count(), race.run_by
+    calls, execute = itertools.count(), race.execute
 
     def one_fails(route, call):
         if route.backend.value == rival and next(calls) > at:  # the first call is before the race
             raise RuntimeError("step_forward_kernel timed out at step 3")
-        return run_by(route, call)
+        return execute(route, call)
 
-    monkeypatch.setattr(race, "run_by", one_fails)
+    monkeypatch.setattr(race, "execute", one_fails)
     monkeypatch.setattr(race, "race", lambda rivals, now: REAL_RACE(rivals, itertools.count().__next__))
     other = "torch" if rival == "triton" else "triton"
     said = pytest.warns(UserWarning, match="timed out at step 3") if rival == "triton" else contextlib.nullcontext()

@@ -132,14 +132,14 @@ class Routes(RuleBasedStateMachine):
         return module
 
     def outcome(self, module):
-        ran, run_by = [], dispatch.run_by
+        ran, execute = [], dispatch.execute
 
         def recorded(route, call):
             ran.append(route._replace(layers=[layer.problem for layer in route.layers]))
             self.launched.clear()  # what a race launched
-            return run_by(route, call)
+            return execute(route, call)
 
-        with patch.object(dispatch, "run_by", recorded):
+        with patch.object(dispatch, "execute", recorded):
             try:
                 numbers = self.numbers(module)
             except (ValueError, ImportError, RuntimeError, TypeError) as error:

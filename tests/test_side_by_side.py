@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import graph, schedule
+from gpu_lstm.backends import operators, schedule
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import build
@@ -257,9 +257,9 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     with FakeTensorMode():
         sizes = (T, B, I), (1, B, H), (1, B, H), (4 * H, I), (4 * H, H)
         given = [torch.empty(size, device=device) for size in sizes]
-        h, _, _, gates, c = graph._forward("lstm", False, "triton", True, False, *given)
+        h, _, _, gates, c = operators._forward("lstm", False, "triton", True, False, *given)
         needed = [k == 1 for k in range(len(sizes))]
-        graph._backward("lstm", False, "triton", [h, None, None], [h, gates, c], needed, given)
+        operators._backward("lstm", False, "triton", [h, None, None], [h, gates, c], needed, given)
     assert current == [torch.device(device).index] * 2
     assert driver.current == 0, "and afterwards it is the one before"
 

@@ -193,8 +193,8 @@ def faults(monkeypatch):
         contexts = torch.autograd.set_detect_anomaly(True, check_nan=False), torch.set_grad_enabled(learns)
         autocast = torch.autocast("cpu", torch.float16, enabled=case == "autocast")
         if way == "raises":
-            layers = iter([autograd.run_layer] * 5)  # of the second layer or, of one layer, the third chunk
-            monkeypatch.setattr(autograd, "run_layer", lambda *given: next(layers)(*given))
+            layers = iter([autograd.layer_by_kernels] * 5)  # of the second layer or, of one layer, the third chunk
+            monkeypatch.setattr(autograd, "layer_by_kernels", lambda *given: next(layers)(*given))
         with model, contexts[0], contexts[1], autocast, contextlib.suppress(StopIteration):
             # Nobody but the call keeps what it is given.
             if case == "weights of the caller":
@@ -230,5 +230,5 @@ def test_what_is_not_held_shows(faults, monkeypatch, kind, case):
 
 @every_kind
 def test_a_stream_that_does_not_wait_shows(faults, monkeypatch, kind):
-    monkeypatch.setattr(schedule, "on", lambda stream, after: torch.cuda.stream(stream))
+    monkeypatch.setattr(schedule, "on", lambda stream: torch.cuda.stream(stream))
     assert any("does not wait" in fault for fault in faults(kind, "plain"))

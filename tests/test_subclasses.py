@@ -65,13 +65,13 @@ def assert_close(ours, theirs):
 @pytest.fixture
 def routes(monkeypatch):
     """Of the calls, in order: the backend, and whether kernels ran as operators."""
-    found, run_by = [], dispatch.run_by
+    found, execute = [], dispatch.execute
 
     def recorded(route, call):
         found.append((route.backend.value, route.operators is not None))
-        return run_by(route, call)
+        return execute(route, call)
 
-    monkeypatch.setattr(dispatch, "run_by", recorded)
+    monkeypatch.setattr(dispatch, "execute", recorded)
     return found
 
 

@@ -1,4 +1,4 @@
-"""One layer in one direction by kernels, for autograd: what is saved, backward, and gradients of gradients."""
+"""One layer in one direction by kernels, for autograd: what is saved, and backward."""
 
 from collections.abc import Sequence
 from itertools import compress
@@ -8,29 +8,32 @@ import torch
 from torch import Tensor
 
 from ..call.choices import Backend, requested_backend
-from ..call.modes import Transforms, are_batched, gradients_are_differentiated, is_transformed
+from ..call.modes import Transforms, are_differentiated, is_transformed
 from ..call.prepare import Call
 from ..call.weights import State
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs
-from . import fused, graph
+from . import derivatives, fused
 from .fused import Saved
-from .layer_loop import NOTHING, Part
+from .layer_loop import NOTHING
+from .operators import How, named
 
 
-def run_layer(layers: Sequence[Layer], call: Call, part: Part) -> tuple[Tensor, State]:
-    """As layer_loop.RunPart, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
+def layer_by_kernels(
+    layers: Sequence[Layer], call: Call, inputs: Inputs, row: int, reverse: bool
+) -> tuple[Tensor, State]:
+    """As layer_loop.RunLayer, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
 
     The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h.
     """
-    layer, inputs, modes, recompute = layers[part.row], fused.inputs_of(part), call.modes, call.options.recompute
+    layer, modes, recompute = layers[row], call.modes, call.options.recompute
     if not modes.grad or not any([t is not None and t.requires_grad for t in inputs]):
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
         return h, (h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype))
     if modes.transforms != Transforms.NONE:
-        name = graph.named(Backend(layer.backend), requested_backend(call.options.backend) is not Backend.AUTO)
-        how = layer.problem.cell, layer.problem.reverse, name, True, recompute
-        h, h_n, c_n, *_ = graph.InTransforms.apply(*how, *inputs)
+        name = named(Backend(layer.backend), requested_backend(call.options.backend) is not Backend.AUTO)
+        how = How(layer.problem.cell, layer.problem.reverse, name, save=True, recompute=recompute)
+        h, h_n, c_n, *_ = derivatives.InTransforms.apply(*how, *inputs)
     else:
         count = len(inputs)
         while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
@@ -40,7 +43,7 @@ def run_layer(layers: Sequence[Layer], call: Call, part: Part) -> tuple[Tensor, 
 
 
 class RecurrentLayer(torch.autograd.Function):
-    """Forward saves gates and cell states for backward; gradients of gradients are computed by reference.py."""
+    """Forward saves gates and cell states for backward."""
 
     @staticmethod
     def forward(ctx: Any, layer: Layer, recompute: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -56,14 +59,15 @@ class RecurrentLayer(torch.autograd.Function):
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple:
         """None where no gradient is needed."""
         (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
-        every, kept = (h, gates, c, *tensors, *output_gradients), (h, gates, c)
-        if is_transformed() or are_batched(output_gradients) or gradients_are_differentiated(h, every):
-            how = layer.problem.cell, layer.problem.reverse, layer.backend
-            return None, None, *graph.gradients_of(*how, output_gradients, kept, needed, tensors)
+        how = How(layer.problem.cell, layer.problem.reverse, layer.backend)
+        if are_differentiated(h, (gates, c, *tensors), output_gradients):
+            return None, None, *derivatives.by_reference(how, output_gradients, needed, tensors)
+        if is_transformed():
+            return None, None, *derivatives.by_operator(how, output_gradients, (h, gates, c), needed, tensors)
         names = Inputs._fields[: len(tensors)]
         wanted = set(compress(names, needed))
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-            gradients = fused.gradients(layer, Saved(Inputs(*tensors), *kept), output_gradients, wanted)
+            gradients = fused.gradients(layer, Saved(Inputs(*tensors), h, gates, c), output_gradients, wanted)
         return None, None, *map(gradients.get, names)
 
 

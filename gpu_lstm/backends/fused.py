@@ -4,47 +4,23 @@ The kernels compute only the recurrence. The input product and every weight grad
 """
 
 from collections.abc import Sequence, Set
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..call.noise import NO_NOISE, added, operand, scaled
+from ..call.noise import added, operand, scaled
 from ..call.regularisers import ADDING
 from ..call.sequences import Traversal, without_padding
-from ..call.weights import Weights
 from ..equations import EQUATIONS
 from ..kernels import heads, layer_norm
-from ..kernels.cells import CELLS, Cell
+from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
-from ..kernels.problem import Inputs, Normed, Problem, Recurrence
-from ..kernels.tensors import Noise
-from .layer_loop import Part
+from ..kernels.problem import Gradients, Inputs, Normed, Problem, Recurrence
+from ..kernels.tensors import NOISE, names_of
+from .layer_loop import traversal_of
 
-_weights, _noise = attrgetter(*Weights._fields), attrgetter(*Noise._fields)
-
-
-def inputs_of(part: Part) -> Inputs:
-    """The tensors of a layer, all in the dtype of x except cell states."""
-    _, x, state, weights, (lengths, resets, _, reset_states), noise = part
-    reset_h = reset_c = None
-    if reset_states is not None:
-        reset_h, reset_c = reset_states[0][0].to(x.dtype), reset_states[0][1]
-        reset_c = reset_c if x.dtype is torch.float64 else reset_c.float()
-    return Inputs(x, *state, *weights, reset_h, reset_c, *noise, lengths, resets)
-
-
-def part_of(inputs: Inputs, reverse: bool) -> Part:
-    """The Part, of row 0, that these are the Inputs of."""
-    i = inputs
-    return Part(0, i.x, (i.h0, i.c0), Weights(*_weights(i)), traversal_of(i, reverse), Noise(*_noise(i)))
-
-
-def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
-    """How a layer with these Inputs goes through the batch."""
-    states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
-    return Traversal(inputs.lengths, inputs.resets, reverse, states)
+_NOISE = names_of(NOISE)
 
 
 def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
@@ -88,11 +64,36 @@ class Saved(NamedTuple):
 
 
 class AllSteps:
-    """What forward saved of all steps, and what follows from it."""
+    """What forward saved of all steps, and what it did not keep as far as the `needed` gradients ask for it."""
 
-    def __init__(self, problem: Problem, saved: Saved) -> None:
-        self.inputs, self.h, self.gates, self.c = saved
-        self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(saved.inputs, problem.reverse)
+    def __init__(self, problem: Problem, saved: Saved, needed: Set[str]) -> None:
+        i, h = saved.inputs, saved.h
+        self.inputs, self.gates, self.c = i, saved.gates, saved.c
+        self.cell, self.hidden, self.heads = CELLS[problem.cell], problem.hidden, problem.heads
+        self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(i, problem.reverse)
+        self.norm_hh: Normed | None = None
+        self.norm_c: Normed | None = None
+        gates_were_dropped = self.gates.dim() < self.c.dim()  # not by elements: an empty batch has none
+        if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
+            h = self.traversal.states_before(h, i.h0, i.reset_h)
+            if any([getattr(i, name) is not None for name in _NOISE]):  # else this is four calls for nothing
+                h = operand(h, i)
+        self.operand = h  # [T, B, P], of W_hh at each step, if it is needed; anything finite in padding
+        if gates_were_dropped:
+            self._recompute_gates()
+        if i.gain_hh is not None:
+            self.norm_hh = layer_norm.normed_of(heads.product(h, i.weight_hh), i.gain_hh, 4 * self.hidden)
+        if i.gain_c is not None:
+            self.norm_c = layer_norm.normed_of(without_padding(self.c_after(), i.lengths), i.gain_c, self.hidden)
+
+    def _recompute_gates(self) -> None:
+        """All h are known by now, so that one product serves all steps."""
+        i = self.inputs
+        c_prev = None if i.weight_peephole is None else self.c_before()
+        z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+        self.equations.add_product(z, self.operand, i.weight_hh, i.gain_hh)
+        constants = i.bias_hh if self.cell.has_constant else i.weight_peephole
+        self.gates = self.equations.activate_in_place(z, constants, c_prev)
 
     def c_before(self) -> Tensor:
         """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
@@ -105,53 +106,33 @@ class AllSteps:
         c: Tensor = self.equations.next_cell(self.gates.chunk(4, dim=2), self.c_before())
         return c
 
-    def recompute_gates(self, cell: Cell, h_prev: Tensor) -> None:
-        """All h are known by now, so that one product serves all steps."""
-        i = self.inputs
-        c_prev = None if i.weight_peephole is None else self.c_before()
-        z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-        self.equations.add_product(z, h_prev, i.weight_hh, i.gain_hh)
-        constants = i.bias_hh if cell.has_constant else i.weight_peephole
-        self.gates = self.equations.activate_in_place(z, constants, c_prev)
-
 
 def gradients(
     layer: Layer, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Set[str]
 ) -> dict[str, Tensor | None]:
     """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
-    i, cell, hidden = saved.inputs, CELLS[layer.problem.cell], layer.problem.hidden
-    steps, norm_hh, norm_c = AllSteps(layer.problem, saved), None, None
-
-    # What forward did not keep.
-    gates_were_dropped = saved.gates.dim() < saved.c.dim()  # not by elements: an empty batch has none
-    h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
-    if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
-        h_prev = steps.traversal.states_before(saved.h, i.h0, i.reset_h)
-        h_prev = h_prev if _noise(i) == NO_NOISE else operand(h_prev, i)  # which is four calls
-    if gates_were_dropped:
-        steps.recompute_gates(cell, h_prev)
-    if i.gain_hh is not None:
-        norm_hh = layer_norm.normed_of(heads.product(h_prev, i.weight_hh), i.gain_hh, 4 * hidden)
-    if i.gain_c is not None:
-        norm_c = layer_norm.normed_of(without_padding(steps.c_after(), i.lengths), i.gain_c, hidden)
-
-    # The time loop.
-    dh, dh_n, dc_n = output_gradients
+    steps, i, (dh, dh_n, dc_n) = AllSteps(layer.problem, saved, needed), saved.inputs, output_gradients
+    if i.c0.dtype is not torch.float32:
+        i = i._replace(c0=i.c0.float())
     dc_n = None if dc_n is None else dc_n.float()
-    r = Recurrence(i if i.c0.dtype is torch.float32 else i._replace(c0=i.c0.float()), norm_hh, norm_c)
+    r = Recurrence(i, steps.norm_hh, steps.norm_c)
     loop = layer.backward(dh, dh_n, dc_n, steps.gates, saved.c, r, "h0" in needed)
+    return _after_the_loop(steps, loop, needed)
 
-    # Products and sums over all steps. Gradients are zero in padding, but zero times a NaN in there is NaN.
+
+def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[str, Tensor | None]:
+    """`gradients` by products and sums over all steps. Those of padding are zero, but zero times a NaN there is NaN."""
+    i, cell, hidden = steps.inputs, steps.cell, steps.hidden
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
     dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # of W_ih x and of W_hh h
     if i.gain_ih is not None:
         norm_ih = layer_norm.normed_of(x @ i.weight_ih.T, i.gain_ih, 4 * hidden)
         dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, norm_ih, 4 * hidden)
-    if norm_hh is not None:
-        dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, norm_hh, 4 * hidden)
-    if norm_c is not None:
-        d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, norm_c, loop.dh_total)
+    if steps.norm_hh is not None:
+        dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, steps.norm_hh, 4 * hidden)
+    if steps.norm_c is not None:
+        d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, steps.norm_c, loop.dh_total)
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
     dz_h_rows = dz_x_rows if dz_h is dz_x else dz_h.flatten(0, 1).T
     if "x" in needed:
@@ -161,8 +142,9 @@ def gradients(
     if "weight_ih" in needed:
         d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
     if "weight_hh" in needed:
-        h_rows, count = h_prev.flatten(0, 1), layer.problem.heads
-        d["weight_hh"] = dz_h_rows @ h_rows if count == 1 else heads.gradient_of_weight(dz_h_rows, h_rows, count)
+        h = steps.operand.flatten(0, 1)  # [T*B, P]
+        one = steps.heads == 1
+        d["weight_hh"] = dz_h_rows @ h if one else heads.gradient_of_weight(dz_h_rows, h, steps.heads)
     if "bias_ih" in needed or "bias_hh" in needed:
         dbias = loop.dgates.sum((0, 1))  # [4H]
         d["bias_ih"] = cell.to_torch(cell.of_x(dbias, hidden), hidden)

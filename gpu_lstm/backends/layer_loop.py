@@ -4,7 +4,7 @@ from __future__ import annotations  # torch.compile tries to evaluate those of n
 
 import contextlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,75 +15,114 @@ from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.prepare import Call
 from ..call.sequences import Traversal, without_padding
-from ..call.weights import State, Weights
+from ..call.weights import NAMES, State, Weights
 from ..kernels.private import is_profiled
+from ..kernels.tensors import Inputs
 
 NOTHING = contextlib.nullcontext()
 
-
-class Part(NamedTuple):
-    """What a call asks of one layer in one direction."""
-
-    row: int  # its number among [L*D]
-    x: Tensor  # [T, B, I]
-    state: State  # ([1, B, P], [1, B, H])
-    weights: Weights
-    traversal: Traversal
-    noise: Noise
-
-    def to(self, dtype: torch.dtype) -> Part:
-        """The same in `dtype`, but c stays float32 if the user passed a float32 c with a half-precision x."""
-        row, x, (h, c), weights, traversal, noise = self
-        if all([t.dtype is dtype for t in (x, h, c, *weights) if t is not None]):
-            return self
-        # On a CPU torch's autocast casts no c of a projection. Several numbers of a unit need float32.
-        stays = is_exact(c, x) or len(c) > len(h) or (x.is_cpu and weights.weight_hr is not None)
-        state = h.to(dtype), c if stays else c.to(dtype)
-        return Part(row, x.to(dtype), state, weights.to(dtype), traversal, noise)
+RunLayer = Callable[[Inputs, int, bool], tuple[Tensor, State]]
+"""run(inputs, row, reverse): h [T, B, P] and the final state of one layer in one direction, number `row` of [L*D]. Each
+backend has one such function."""
+RunDirections = Callable[[int, Tensor, list[State], list[Noise]], tuple[Tensor, list[State]]]
+"""run(k, x, states [D], noise [D]): the output [T, B, D*P] and the final states of all directions of layer k."""
+Drawn = tuple[list[list[Noise]], list[Tensor | None]]
+"""As noise.draw returns it."""
 
 
-RunPart = Callable[[Part], tuple[Tensor, State]]
-"""run(part): h [T, B, P] and the final state. Each backend has one such function."""
-
-
-def run_layers(call: Call, dtype: torch.dtype, backend: Backend, run: RunPart) -> tuple[Tensor, list[State]]:
+def run_layers(
+    call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer, drawn: Drawn | None = None
+) -> tuple[Tensor, list[State]]:
     """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states, laid out."""
     options, traversal, x = call.options, call.traversal, call.x
-    noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else (None, None)
+    if drawn is None and options.noisy:
+        drawn = draw(call.weights, (call.steps, call.batch), dtype, options)
     finals: list[State] = []
     for k, directions in enumerate(call.weights):
         outputs = []
-        for d, weights in enumerate(directions):
+        for d in range(len(directions)):
             row = len(finals)
-            way = traversal if traversal.reset_states is None else traversal.of(row)
-            if d:
-                way = way.backwards()
-            part = Part(row, x, call.states[row], weights, way, noise[k][d] if noise else NO_NOISE)
+            inputs = inputs_of(call, k, d, x, drawn[0][k][d] if drawn else NO_NOISE)
+            reverse = traversal.reverse or d == 1
             if is_profiled():
                 with named(k, d, backend):
-                    h, final = run(part)
+                    h, final = run(inputs, row, reverse)
             else:  # a context that does nothing costs two calls
-                h, final = run(part)
+                h, final = run(inputs, row, reverse)
             outputs.append(h)
             finals.append(final)
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
-        x = connect(x, y, traversal.lengths, kept[k] if kept else None, options) if options.connects else y
+        x = connect(x, y, traversal.lengths, drawn[1][k] if drawn else None, options) if options.connects else y
     return x, finals
+
+
+def layer_by_layer(call: Call, dtype: torch.dtype, run: RunDirections) -> tuple[Tensor, list[State]]:
+    """As run_layers, both directions of a layer at once."""
+    noise, undropped = draw(call.weights, (call.steps, call.batch), dtype, call.options)
+    finals: list[State] = []
+    x, directions = call.x, call.options.directions
+    for k in range(len(call.weights)):
+        y, states = run(k, x, call.states[len(finals) : len(finals) + directions], noise[k])
+        x = connect(x, y, call.traversal.lengths, undropped[k], call.options)
+        finals += states
+    return x, finals
+
+
+def inputs_of(call: Call, k: int, d: int, x: Tensor, noise: Noise) -> Inputs:
+    """What a call that is laid out gives layer k in direction d, of which x is the input."""
+    row, (lengths, resets, _, reset_states) = len(call.weights[0]) * k + d, call.traversal
+    reset_h: Any = None
+    reset_c: Any = None
+    if reset_states is not None:
+        way = call.traversal.of(row)
+        reset_h, reset_c = (way.backwards() if d else way).reset_to()
+        reset_h, reset_c = reset_h.to(x.dtype), reset_c if x.dtype is torch.float64 else reset_c.float()
+    return Inputs(x, *call.states[row], *call.weights[k][d], reset_h, reset_c, *noise, lengths, resets)
+
+
+def weights_of(inputs: Inputs) -> Weights:
+    """The weights among these tensors."""
+    return Weights(*[getattr(inputs, name) for name in NAMES])
+
+
+def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
+    """How a layer with these inputs goes through the batch."""
+    states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
+    return Traversal(inputs.lengths, inputs.resets, reverse, states)
+
+
+def with_weights(inputs: Inputs, weights: Weights) -> Inputs:
+    """The same with other weights."""
+    return inputs._replace(**dict(zip(NAMES, weights)))
+
+
+def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    """The same in `dtype`, but c stays as it is where the user gave float32 beside an x in half precision.
+
+    It also does where a cell keeps several numbers of a unit, and, as in torch, beside a projection on a CPU.
+    """
+    i, weights = inputs, weights_of(inputs)
+    if all([t.dtype is dtype for t in (i.x, i.h0, i.c0, *weights) if t is not None]):
+        return i
+    stays = is_exact(i.c0, i.x) or len(i.c0) > len(i.h0) or (i.x.is_cpu and i.weight_hr is not None)
+    reset_h = None if i.reset_h is None else i.reset_h.to(dtype)
+    i = i._replace(x=i.x.to(dtype), h0=i.h0.to(dtype), c0=i.c0 if stays else i.c0.to(dtype), reset_h=reset_h)
+    return with_weights(i, weights.to(dtype))
 
 
 def connect(
     x: Tensor,  # [t, B, I], a layer's input
     y: Tensor,  # [t, B, F], its output
     lengths: Tensor | None,  # [B], within these t steps
-    kept: Tensor | None,  # bool [t, B, F], as noise.draw returns it
+    undropped: Tensor | None,  # bool [t, B, F], as noise.draw returns it
     options: Options,
 ) -> Tensor:
     """The next layer's input: the output, plus the input if it is residual and equally wide, after dropout."""
     if options.residual and y.shape == x.shape:
         y = y + without_padding(x, lengths)
-    if kept is None:
+    if undropped is None:
         return y
-    return y * (kept.to(y.dtype) / (1 - options.dropout) if options.dropout < 1 else 0)
+    return y * (undropped.to(y.dtype) / (1 - options.dropout) if options.dropout < 1 else 0)
 
 
 def without_autocast(call: Call) -> contextlib.AbstractContextManager:

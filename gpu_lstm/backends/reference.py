@@ -5,7 +5,7 @@ Every other backend is compared with it. Inputs in half precision are computed i
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,17 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..call.choices import Backend
-from ..call.noise import NO_NOISE, operand
+from ..call.noise import operand
 from ..call.prepare import Call
 from ..call.regularisers import AFTER
-from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
 from ..kernels.cells import CELLS
 from ..kernels.heads import arranged
-from ..kernels.tensors import Noise
-from .layer_loop import Part, run_layers, without_autocast
+from ..kernels.tensors import Inputs, Noise
+from .layer_loop import in_dtype, run_layers, traversal_of, weights_of, without_autocast
 
 
 class Steps(NamedTuple):
@@ -36,60 +35,39 @@ class Steps(NamedTuple):
     hidden: Tensor  # [T, B, P] h, after the step; P = H without a projection
 
 
-def run_call(call: Call, dtype: torch.dtype, record: list[Steps] | None = None) -> tuple[Tensor, list[State]]:
+Record = Callable[[Steps], None]
+
+
+def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -> tuple[Tensor, list[State]]:
     """All layers of a call that is laid out, in `dtype`: output [T, B, D*P] and final states as Call.states."""
-    return run_layers(call, dtype, Backend.REFERENCE, partial(_run_part, call, dtype, record))
+    return run_layers(call, dtype, Backend.REFERENCE, partial(_run_layer, call, dtype, record))
 
 
-def _run_part(call: Call, dtype: torch.dtype, record: list[Steps] | None, part: Part) -> tuple[Tensor, State]:
-    _, x, state, weights, traversal, noise = part.to(dtype)
+def _run_layer(
+    call: Call, dtype: torch.dtype, record: Record | None, inputs: Inputs, row: int, reverse: bool
+) -> tuple[Tensor, State]:
     with without_autocast(call):
-        return run_layer(call.options.cell.name, x, state, weights, traversal, noise, record)
+        return layer_by_reference(call.options.cell.name, in_dtype(inputs, dtype), reverse, record)
 
 
-def gradients(
-    run: Callable[[list[Any]], tuple[Tensor, ...]],
-    tensors: Sequence[Tensor | None],  # what `run` accepts
-    output_gradients: Sequence[Tensor | None],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of the first `tensors`, where `needed`, themselves differentiable: run(tensors) is recomputed."""
-    wanted = [k for k, need in enumerate(needed) if need]
-    present = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
-
-    def recomputed(*those_wanted: Tensor) -> tuple[Tensor, ...]:
-        every: list[Any] = list(tensors)
-        for k, tensor in zip(wanted, those_wanted):
-            every[k] = tensor
-        outputs = run(every)
-        return tuple(outputs[k] for k in present)
-
-    # torch.func.vjp, not autograd.grad: inputs may be one tensor, depend on each other, or belong to a transform.
-    _, pull = torch.func.vjp(recomputed, *(tensors[k] for k in wanted))[:2]
-    by_place = dict(zip(wanted, pull(tuple(output_gradients[k] for k in present))))
-    return [by_place.get(k) for k in range(len(needed))]
-
-
-def run_layer(
-    cell: str, x: Tensor, state: State, weights: Weights, traversal: Traversal,
-    noise: Noise = NO_NOISE, record: list[Steps] | None = None,
-) -> tuple[Tensor, State]:  # fmt: skip
-    """One layer, one direction, step by step, from x [T, B, I] and ([1, B, P], [K, B, H]). At each step, see
-    equations/, for an LSTM:
+def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record | None = None) -> tuple[Tensor, State]:
+    """One layer, one direction, step by step. At each step, see equations/, for an LSTM:
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
-    With `noise`, see call/regularisers.py, W_hh multiplies another h, and other states follow the step.
-    What all steps compute is appended to `record`, if there is one.
+    With noise, see call/regularisers.py, W_hh multiplies another h, and other states follow the step. What all steps
+    compute is told to `record`, if there is one.
 
     Returns:
         h [T, B, P] and (h_n [1, B, P], c_n [K, B, H]), in the dtypes of x, h0 and c0.
     """
-    h, c = state[0][0], state[1][0] if CELLS[cell].kept == 1 else state[1]  # [B, P], [B, H] or [K, B, H]
-    dtype, cell_dtype, empty = x.dtype, c.dtype, CELLS[cell].empty_like(c)
+    x, h0, c0, *_ = inputs
+    dtype, kept, traversal = x.dtype, CELLS[cell].kept, traversal_of(inputs, reverse)
+    h, c, weights = h0[0], c0[0] if kept == 1 else c0, weights_of(inputs)  # [B, P], [B, H] or [K, B, H]
     if dtype in (torch.float16, torch.bfloat16):
         x, h, c, weights = x.float(), h.float(), c.float(), weights.to(torch.float32)
     weights = weights._replace(weight_hh=arranged(weights.weight_hh, h.shape[1]))
+    empty = CELLS[cell].empty_like(c)
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
     ended = None if valid is None else ~valid
 
@@ -101,7 +79,7 @@ def run_layer(
         """t [T, B, F] from the order of time to that of steps, or back."""
         return t.gather(0, time[:, :, None].expand_as(t))
 
-    x, others = reordered(inside(x)), (*traversal.reset_to(), *noise)
+    x, others = reordered(inside(x)), [getattr(inputs, name) for name in ("reset_h", "reset_c", *Noise._fields)]
     given = [t if t is None else reordered(t.to(x.dtype)) if t.dim() == 3 else t.to(x.dtype) for t in others]
     outputs, every_step = [], []
     for t in range(len(x)):
@@ -110,12 +88,12 @@ def run_layer(
         gates, after = _step(EQUATIONS[cell], x[t], before, weights, Noise(*now))
         outputs.append(after[0])
         if record is not None:
-            every_step.append((torch.cat(gates, 1), after[1] if CELLS[cell].kept == 1 else after[1][0], after[0]))
+            every_step.append((torch.cat(gates, 1), after[1] if kept == 1 else after[1][0], after[0]))
         h, c = _where(ended, t, (h, c), after)
 
     if record is not None:
-        record.append(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
-    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(cell_dtype).view_as(state[1]))
+        record(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
+    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(c0.dtype).view_as(c0))
 
 
 def _where(mask: Tensor | None, t: int, these: tuple[Any, Any], others: State) -> State:
@@ -126,9 +104,9 @@ def _where(mask: Tensor | None, t: int, these: tuple[Any, Any], others: State) -
     return h, c
 
 
-def _step(cell: ModuleType, x: Tensor, state: State, weights: Weights, noise: Noise) -> tuple[FourGates, State]:
+def _step(cell: ModuleType, x: Tensor, state: State, w: Weights, noise: Noise) -> tuple[FourGates, State]:
     """One step of x [B, I], from the state before it: its gates and the state after it, all [B, *]."""
-    w, (h, c) = weights, state
+    h, c = state
     z_x = linear(x, w.weight_ih, w.bias_ih, w.gain_ih)
     z_h = linear(operand(h, noise), w.weight_hh, w.bias_hh, w.gain_hh)
     gates, c = cell.step(cell.pre_activations(z_x, z_h), c, w.weight_peephole)

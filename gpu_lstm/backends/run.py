@@ -23,23 +23,23 @@ class Route(NamedTuple):
     schedule: Schedule | None = None  # likewise
 
 
-def run_by(route: Route, call: Call, record: list[reference.Steps] | None = None) -> tuple[Any, Any]:
+def execute(route: Route, call: Call, record: reference.Record | None = None) -> tuple[Any, Any]:
     """The output and the final states, in the user's form.
 
-    The reference appends the Steps of every layer and direction to `record`, if there is one.
+    The reference tells `record`, if there is one, the Steps of every layer and direction.
     """
     backend, dtype, operators, layers, scheduled = route
     if call.options.drops_weights:
         call = call._replace(weights=with_weight_drop(call.weights, call.options))
-    if backend is Backend.TORCH and operators is None and (given := torch_rnn.run_as_given(call)) is not None:
+    if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(call)) is not None:
         return call.results(*given)
     laid_out = call if call.options.one_row and call.form.packed is None else call.laid_out()
     if scheduled is not None:
-        y, states = schedule.run_call(laid_out, dtype, backend, layers, scheduled)
+        y, states = schedule.by_kernels(laid_out, dtype, backend, layers, scheduled)
     elif operators is not None:
-        y, states = graph.run_call(laid_out, dtype, backend, operators)
+        y, states = graph.by_operators(laid_out, dtype, backend, operators)
     elif backend is Backend.TORCH:
-        y, states = torch_rnn.run_call(laid_out, dtype)
+        y, states = torch_rnn.by_torch(laid_out, dtype)
     else:
-        y, states = reference.run_call(laid_out, dtype, record)
+        y, states = reference.by_reference(laid_out, dtype, record)
     return call.results(y, states if call.options.one_row else call.joined(states))

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.noise import draw, within
+from ..call.noise import Noise, draw, within
 from ..call.prepare import Call
 from ..call.weights import State
 from ..kernels.layer import Layer
+from ..kernels.tensors import Inputs
 from . import autograd
-from .layer_loop import Part, RunPart, connect, named, run_layers, without_autocast
+from .layer_loop import RunLayer, inputs_of, layer_by_layer, named, run_layers, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not saved for backward
 WAVEFRONT = 8  # chunks of a sequence where layers run side by side
@@ -54,8 +55,8 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     """The schedule for up to `steps` steps and `size`-byte elements. Layers run side by side if that may pay."""
     options = call.options
     widest = max(size.hidden for size in options.sizes)
-    kept = call.learns and not options.recompute
-    longest = 2**31 if kept else max(1, WORKSPACE // max(4 * call.batch * widest * size, 1))  # fits in the workspace
+    saved = call.learns and not options.recompute
+    longest = 2**31 if saved else max(1, WORKSPACE // max(4 * call.batch * widest * size, 1))  # fits in the workspace
     count = len(options.sizes) if options.directions == 1 else options.directions
     if not call.x.is_cuda or count == 1 or (options.directions == 1 and steps <= 2 * SHORTEST):
         return Schedule(longest, (None,) * count, 1)
@@ -64,86 +65,118 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
     return Schedule(longest, (None,) * count if call.modes.capturing else _streams(call.x.device, count), count)
 
 
-def run_call(
+def by_kernels(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
     """All layers of a call that is laid out, in `dtype`, by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
-    run_part = partial(autograd.run_layer, layers, call)
+    run_layer = partial(autograd.layer_by_kernels, layers, call)
     in_one_piece = schedule.longest >= call.steps and schedule.streams[0] is None
     run = run_layers if in_one_piece else partial(_in_chunks, schedule)
     if dtype is torch.float32 and call.modes.autocast is None:
-        return run(call, dtype, backend, run_part)
+        return run(call, dtype, backend, run_layer)
     states = [(h.to(dtype), c if is_exact(c, call.x) or len(c) > len(h) else c.to(dtype)) for h, c in call.states]
     weights = [[one.to(dtype) for one in layer] for layer in call.weights]
     # Cell states are float32, also from chunk to chunk.
     cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
     with without_autocast(call):  # everything is cast once, rather than for every chunk
-        y, finals = run(cast, dtype, backend, run_part)
+        y, finals = run(cast, dtype, backend, run_layer)
     return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
 
 
 def _in_chunks(
-    schedule: Schedule, call: Call, dtype: torch.dtype, backend: Backend, run: RunPart
+    schedule: Schedule, call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer
 ) -> tuple[Tensor, list[State]]:
     """As run_layers."""
-    options, x, states = call.options, call.x, list(call.states)
-    noise, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
-    through = partial(_through, call, run, schedule, backend, states)
-    if options.directions == 1:
-        return through(range(len(call.weights)), x, (noise, kept)), states
-    for k in range(len(call.weights)):
-        x = connect(x, through([k], x, (noise, {k: None})), call.traversal.lengths, kept[k], options)
-    return x, states
+    if call.options.directions == 2:
+        return layer_by_layer(call, dtype, partial(_both_directions, schedule, call, backend, run))
+    return _all_layers(schedule, call, dtype, backend, run)
 
 
-def _through(
-    call: Call, run: RunPart, schedule: Schedule, backend: Backend, states: list[State],
-    layers: Sequence[int], x: Tensor, drawn: tuple[Any, Any],
-) -> Tensor:  # fmt: skip
-    """x [T, B, I] -> [T, B, D*P], chunk by chunk, through several layers of one direction or one layer of two.
+def _all_layers(
+    schedule: Schedule, call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer
+) -> tuple[Tensor, list[State]]:
+    """Each chunk through all layers, of one direction. On its stream a layer computes one while the next computes the
+    one before."""
+    (noise, undropped), states = draw(call.weights, (call.steps, call.batch), dtype, call.options), call.states
+    spans, streams, traversal = schedule.spans(call.steps, 1), schedule.streams, call.traversal
+    output = Output(call.x, states[-1][0].shape[2], spans)
+    for k, stream in enumerate(streams):
+        hold(stream, (*_given(call, k, 0, noise[k]), output.whole, undropped[k]))
+    for span in reversed(spans) if traversal.reverse else spans:
+        if traversal.reverse:
+            states = [traversal.reset_at_end_of(span, *state, call.options.cell) for state in states]
+        with contextlib.ExitStack() as entered:
 
-    `states` [L*D] are updated; `drawn`, by layer: as noise.draw returns it. Where each layer has a stream, it computes
-    a chunk while the layer above computes the previous one; where each direction has one, the reverse one starts at the
-    end.
-    """
-    directions, streams, last, (noise, kept) = call.options.directions, schedule.streams, layers[-1], drawn
-    all_spans, width = schedule.spans(call.steps, directions), states[directions * last][0].shape[2]
-    pieces: list[list[Tensor]] = [[] for _ in range(directions)]
-    whole = None
-    if not torch.is_grad_enabled() and len(all_spans) > 1:
-        # Chunks are copied into place as they come, so that there is never a second output. It is allocated on the
-        # stream that all others wait for, since several of them write to it.
-        whole = x.new_empty(*x.shape[:2], directions * width)
-    parts = [
-        (k, d, directions * k + d, weights, streams[d if directions == 2 else k])
-        for k in layers for d, weights in enumerate(call.weights[k])
-    ]  # fmt: skip
-    lengths, resets, *_ = call.traversal
-    for k, d, row, weights, stream in parts:  # whatever was made on the current stream; views share the memory
-        reset_to = call.traversal.of(row).reset_to()
-        hold(stream, (whole, *states[row], *weights, lengths, resets, *reset_to, *noise[k][d], kept[k]))
-    for spans in zip(all_spans, reversed(all_spans)):
-        ways = [call.traversal.within(span) for span in spans[:directions]]
-        h = x
-        for k, d, row, weights, stream in parts:
-            span, way = spans[d], ways[d].of(row)
-            below = cut(x, span) if k == layers[0] else h
-            hold(stream, (below, way.lengths))  # those of a chunk
-            with on(stream, streams[k - 1] if k > layers[0] else None):
+            def on_its_stream(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+                hold(streams[row], (inputs.x, inputs.lengths))
+                entered.enter_context(on(streams[row]))  # for what comes after the layer, too
+                return run(inputs, row, reverse)
+
+            chunk = call._replace(x=cut(call.x, span), states=states, traversal=traversal.within(span))
+            drawn = [[within(each, span) for each in layer] for layer in noise], [cut(t, span) for t in undropped]
+            y, states = run_layers(chunk, dtype, backend, on_its_stream, drawn)
+            output.put(y, span, 0)
+    join(streams, [*output.pieces.values(), *itertools.chain(*states)])
+    return output.joined(), states
+
+
+def _both_directions(
+    schedule: Schedule, call: Call, backend: Backend, run: RunLayer,
+    k: int, x: Tensor, states: list[State], noise: list[Noise],
+) -> tuple[Tensor, list[State]]:  # fmt: skip
+    """Layer k, as layer_loop.RunDirections: chunk by chunk, the reverse direction from the end, each on its stream."""
+    spans, streams, states = schedule.spans(call.steps, 2), schedule.streams, list(states)
+    output = Output(x, 2 * states[0][0].shape[2], spans)
+    for d, stream in enumerate(streams):
+        hold(stream, (*_given(call, k, d, noise), output.whole))
+    for turn in zip(spans, reversed(spans)):
+        for d, span in enumerate(turn):
+            chunk, below = call._replace(traversal=call.traversal.within(span)), cut(x, span)
+            hold(streams[d], (below, chunk.traversal.lengths))
+            with on(streams[d]), named(k, d, backend):
                 if d:
-                    way = way.backwards()
-                    states[row] = call.traversal.of(row).reset_at_end_of(span, *states[row], call.options.cell)
-                with named(k, d, backend):
-                    h, states[row] = run(Part(row, below, states[row], weights, way, within(noise[k][d], span)))
-                if directions == 1:
-                    h = connect(below, h, way.lengths, cut(kept[k], span), call.options)
-                if k == last and whole is not None:
-                    whole[span, :, d * width : (d + 1) * width] = h
-                elif k == last:
-                    pieces[d].insert(0 if d else len(pieces[d]), h)
-    finals = states[directions * layers[0] : directions * (last + 1)]
-    join(streams, [*itertools.chain(*pieces), *itertools.chain(*finals)])
-    return _cat([_cat(each, 0) for each in pieces], 2) if whole is None else whole
+                    way = call.traversal.of(2 * k + 1)
+                    states[d] = way.reset_at_end_of(span, *states[d], call.options.cell)
+                h0, c0 = states[d]
+                inputs = inputs_of(chunk, k, d, below, within(noise[d], span))._replace(h0=h0, c0=c0)
+                h, states[d] = run(inputs, 2 * k + d, d == 1)
+                output.put(h, span, d)
+    join(streams, [*output.pieces.values(), *itertools.chain(*states)])
+    return output.joined(), states
+
+
+def _given(call: Call, k: int, d: int, noise: list[Noise]) -> list[Tensor | None]:
+    """What layer k reads in direction d at any time, but x; views share the memory."""
+    row, (lengths, resets, *_) = call.options.directions * k + d, call.traversal
+    reset_to = call.traversal.of(row).reset_to()
+    return [*call.states[row], *call.weights[k][d], lengths, resets, *reset_to, *noise[d]]
+
+
+class Output:
+    """What comes chunk by chunk, [T, B, D*P]: of one direction, or of both side by side.
+
+    Without autograd chunks are copied into place as they come, so that there is never a second output.
+    """
+
+    def __init__(self, x: Tensor, features: int, spans: list[Span]) -> None:
+        self.pieces: dict[tuple[int, int], Tensor] = {}  # by direction and start
+        self.whole: Tensor | None = None
+        if not torch.is_grad_enabled() and len(spans) > 1:
+            self.whole = x.new_empty(*x.shape[:2], features)  # on the stream that all others wait for
+
+    def put(self, h: Tensor, span: Span, d: int) -> None:
+        """A chunk of direction d, [t, B, P]."""
+        if self.whole is None:
+            self.pieces[d, 0 if span is None else span.start] = h
+        else:
+            self.whole[span, :, d * h.shape[2] : (d + 1) * h.shape[2]] = h
+
+    def joined(self) -> Tensor:
+        """All of it."""
+        if self.whole is not None:
+            return self.whole
+        by_direction = itertools.groupby(sorted(self.pieces), key=lambda place: place[0])
+        return _cat([_cat([self.pieces[place] for place in places], 0) for _, places in by_direction], 2)
 
 
 def _cat(tensors: list[Tensor], dim: int) -> Tensor:
@@ -166,12 +199,12 @@ def _streams(device: torch.device, count: int) -> Streams:
 
 
 @contextlib.contextmanager
-def on(stream: Stream, after: Stream) -> Iterator[None]:
-    """Work on `stream`, once what is queued on `after` (by default the current stream) is done."""
+def on(stream: Stream) -> Iterator[None]:
+    """Work on `stream`, once what is queued on the current one is done."""
     if stream is None:
         yield
         return
-    stream.wait_stream(after or torch.cuda.current_stream(stream.device))
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         yield
 

@@ -14,7 +14,6 @@ weights, which may have changed, are put there at every call.
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,15 +24,23 @@ from ..call import onednn
 from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.modes import autocast_dtype, is_transformed
-from ..call.noise import draw
+from ..call.noise import Noise
 from ..call.prepare import Call
-from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
-from .layer_loop import Part, connect, named, run_layers, without_autocast
+from .layer_loop import (
+    in_dtype,
+    layer_by_layer,
+    named,
+    run_layers,
+    traversal_of,
+    weights_of,
+    with_weights,
+    without_autocast,
+)
 from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # of cuDNN
@@ -48,13 +55,13 @@ def has(cell: Cell, inputs: Inputs) -> bool:
     return cell.of_torch and len(inputs.x) <= MOST_STEPS and all(getattr(inputs, name) is None for name in more)
 
 
-def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
+def as_given(call: Call) -> tuple[Tensor, list[State]] | None:
     """What torch's own operator returns of a call of a module or a cell; None: it does not take all of it as it is."""
     options, weights = call.options, call.weights
     if not options.as_given or not call.traversal.is_plain():
         return None
     if options.one_step:
-        state = run_step(options.cell, call.x, call.states[0], weights[0][0])
+        state = one_step(options.cell, call.x, call.states[0], weights[0][0])
         return state[0], [state]
     if not options.in_one_call:
         return None
@@ -63,7 +70,7 @@ def run_as_given(call: Call) -> tuple[Tensor, list[State]] | None:
     return y, [state]
 
 
-def run_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
+def one_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
     """What torch's own operator of a cell returns of x [B, I] and ([B, H], [B, H]); of a GRU twice h."""
     weight_hh = dense(w.weight_hh, state[0].shape[1])
     if cell is GRU:
@@ -72,52 +79,41 @@ def run_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
     return lstm_cell(x, state, w.weight_ih, weight_hh, w.bias_ih, w.bias_hh)
 
 
-def run_call(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
+def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of any other call, laid out, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
     options = call.options
     if not call.traversal.is_plain() or not options.torch_has_it:
-        return run_layers(call, dtype, Backend.TORCH, partial(_run_part, call, dtype))
+        return run_layers(call, dtype, Backend.TORCH, partial(_run_layer, call, dtype))
     if not options.in_one_call:
-        return layer_by_layer(call, dtype, partial(_run_both, call))
-    y, final = stack(options.cell, call.x, _joined(call.states), call.weights, options.dropout, options.training)
-    return y, _split(final)
+        return layer_by_layer(call, dtype, partial(_run_directions, call))
+    y, final = stack(options.cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
+    return y, split(final)
 
 
-def _run_part(call: Call, dtype: torch.dtype, part: Part) -> tuple[Tensor, State]:
-    if not part.x.is_cuda:  # whatever torch casts, the weights are its casts
-        part = part._replace(weights=part.weights.to(call.modes.autocast or dtype))
-        return run_layer(call.options.cell, *part[1:5])
+def _run_layer(call: Call, dtype: torch.dtype, inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+    if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
+        inputs = with_weights(inputs, weights_of(inputs).to(call.modes.autocast or dtype))
+        return layer_by_torch(call.options.cell, inputs, reverse)
     with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-        return run_layer(call.options.cell, *part.to(dtype)[1:5])
+        return layer_by_torch(call.options.cell, in_dtype(inputs, dtype), reverse)
 
 
-def _run_both(call: Call, x: Tensor, state: State, layer: list[Weights]) -> tuple[Tensor, State]:
-    return stack(call.options.cell, x, state, [layer], training=call.options.training)
-
-
-def layer_by_layer(
-    call: Call, dtype: torch.dtype, run: Callable[[Tensor, State, list[Weights]], tuple[Tensor, State]]
+def _run_directions(
+    call: Call, k: int, x: Tensor, states: list[State], noise: list[Noise]
 ) -> tuple[Tensor, list[State]]:
-    """As run_layers, both directions at once, each layer by run(x, ([D, B, P], [D, B, H]), weights [D])."""
-    options, x = call.options, call.x
-    _, kept = draw(call.weights, (call.steps, call.batch), dtype, options)
-    finals: list[State] = []
-    for k, layer in enumerate(call.weights):
-        with named(k, None, Backend.TORCH):
-            y, final = run(x, _joined(call.states[len(finals) : len(finals) + len(layer)]), layer)
-        finals += _split(final)
-        x = connect(x, y, call.traversal.lengths, kept[k], options)
-    return x, finals
+    with named(k, None, Backend.TORCH):
+        y, final = stack(call.options.cell, x, joined(states), [call.weights[k]], training=call.options.training)
+    return y, split(final)
 
 
-def _joined(rows: list[State]) -> State:
+def joined(rows: list[State]) -> State:
     """([n, B, P], [n, B, H]) of n layers and directions."""
     h, c = zip(*rows)
     return torch.cat(h), torch.cat(c)
 
 
-def _split(state: State) -> list[State]:
-    """The reverse of `_joined`."""
+def split(state: State) -> list[State]:
+    """The reverse of `joined`."""
     return list(zip(*[t.split(1) for t in state]))
 
 
@@ -191,25 +187,26 @@ def packed(weights: list[Tensor]) -> list[Tensor]:
     return [views[t] for t in weights]
 
 
-def run_layer(cell: Cell, x: Tensor, state: State, weights: Weights, traversal: Traversal) -> tuple[Tensor, State]:
+def layer_by_torch(cell: Cell, inputs: Inputs, reverse: bool) -> tuple[Tensor, State]:
     """One layer, one direction, in one call: x [T, B, I] -> h [T, B, P] and states ([1, B, P], [1, B, H]).
 
     torch runs the reverse direction only together with the forward one, so here time is reversed before and after.
     """
-    h0, c0 = state = state[0][0], state[1][0]  # [B, P], [B, H]
-    time, valid, reset = traversal.steps(x)  # [T, B] each, or None
+    weights, x, lengths = weights_of(inputs), inputs.x, inputs.lengths
+    h0, c0 = state = inputs.h0[0], inputs.c0[0]  # [B, P], [B, H]
+    time, valid, reset = traversal_of(inputs, reverse).steps(x)  # [T, B] each, or None
 
     def reordered(t: Tensor) -> Tensor:
         """t [T, B, F] by time -> by step, or back; zero past the end of a sequence."""
         t = t if valid is None else torch.where(valid[:, :, None], t, 0)
-        return t.gather(0, time[:, :, None].expand_as(t)) if traversal.reverse else t
+        return t.gather(0, time[:, :, None].expand_as(t)) if reverse else t
 
     run = partial(_with_gates_shut, cell, weights)
     if reset is None:
         h, c_n = run(reordered(x), state, None if valid is None else ~valid, None)
     else:
         h, c_n = with_resets(run, reordered(x), state, weights, valid, reset)
-    h_n, lengths = h[-1], traversal.lengths
+    h_n = h[-1]
     if lengths is not None:
         last = (lengths.long() - 1).clamp(min=0)
         h_n = h.gather(0, last[None, :, None].expand_as(h[:1]))[0]
@@ -232,9 +229,11 @@ def _with_gates_shut(
                 shut.append((clear, -weights.bias_ih[2 * hidden :]))
         else:  # i, f
             shut = [(-hold - clear, huge), (hold - clear, huge)]
-        # Tensor cores need rows of whole 16 bytes; in float16 torch lets cuDNN keep W_hh on chip if 128 divides I.
-        unit = 1 if x.is_cpu or x.dtype.itemsize > 2 else 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
-        added = len(shut) + -(inputs + len(shut)) % unit
+        multiple = 1
+        if not x.is_cpu and x.dtype.itemsize == 2:
+            # Tensor cores need rows of whole 16 bytes; in float16 torch lets cuDNN keep W_hh on chip if 128 divides I.
+            multiple = 128 if x.dtype is torch.float16 and inputs % 128 == 0 else 8
+        added = len(shut) + -(inputs + len(shut)) % multiple
         features = F.pad(torch.stack([feature for feature, _ in shut], dim=2), (0, added - len(shut)))  # [S, B, added]
         # Not in place: graph.py records views of no tensor.
         columns = [F.pad(w, (k * hidden, len(weight) - (k + 1) * hidden)) for k, (_, w) in enumerate(shut)]

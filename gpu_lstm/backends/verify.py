@@ -27,8 +27,7 @@ from ..kernels.problem import Inputs, Pass, Problem, sizes_of
 from ..kernels.tensors import BY_NAME, COMPARED, LEARNT
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
-from .fused import Saved, part_of
-from .layer_loop import RunPart
+from .fused import Saved
 from .reference import Steps
 
 STEPS = 4  # T, where there is more than one
@@ -164,8 +163,8 @@ class Small:
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
         """Results in any dtype, and what every step computed."""
         record: list[Steps] = []
-        run = partial(reference.run_layer, self.cell.name, record=record)
-        return self.results(lambda part: run(*part[1:]), dtype), record[0]
+        run = partial(reference.layer_by_reference, self.cell.name, record=record.append)
+        return self.results(run, dtype), record[0]
 
     def yardstick(self) -> dict[str, Tensor]:
         """Results of torch's own operator; of the reference where torch has no such cell, or cuDNN fails.
@@ -175,19 +174,19 @@ class Small:
         p, cell = self.problem, self.cell
         if torch_rnn.has(cell, self.inputs) and not (cell.one_state and self.pass_.backward):
             try:
-                return self.results(lambda part: torch_rnn.run_layer(cell, *part[1:5]), p.dtype)
+                return self.results(partial(torch_rnn.layer_by_torch, cell), p.dtype)
             except DEVICE_ERRORS:
                 raise
             except RuntimeError as error:
                 logger.info("torch's own is no yardstick for %s: %s", p, error)
         return self.by_reference(p.dtype)[0]
 
-    def results(self, run: RunPart, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Results of forward, or gradients of backward, by run(part)."""
+    def results(self, run: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Results of forward, or gradients of backward, by run(inputs, reverse)."""
         learns = self.pass_.backward
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
-        h, (h_n, c_n) = run(part_of(g, self.problem.reverse))
+        h, (h_n, c_n) = run(g, self.problem.reverse)
         if not learns:
             return dict(h=h, h_n=h_n, c_n=c_n)
         pairs = [(y, d.to(dtype)) for y, d in zip((h, h_n), self.output_gradients) if d is not None]

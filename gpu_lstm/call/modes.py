@@ -7,7 +7,7 @@ vmap, forward-mode derivatives and functionalize, an LSTM in torch's own operato
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -222,18 +222,16 @@ def is_transformed() -> bool:
     return _interpreter() is not None
 
 
-def are_batched(gradients: Iterable[Tensor | None]) -> bool:
-    """Whether autograd propagates several at once (`is_grads_batched`): by a vmap of its own, not torch.func's."""
-    return any([d is not None and private.is_batched(d) for d in gradients])
+def are_differentiated(output: Tensor, tensors: Iterable[Tensor | None], gradients: Sequence[Tensor | None]) -> bool:
+    """In backward: whether what is computed from `tensors` and `gradients` may itself be differentiated.
 
-
-def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None]) -> bool:
-    """In backward: whether the gradients, which are computed from `tensors`, may be differentiated.
-
-    torch.func.grad always asks for a graph. It is needed only inside another transform, or if a tensor underneath takes
-    part in plain autograd. `output`, a saved result of forward, has the level of the transform that forward ran in;
-    that one may have ended, as it has when the function that torch.func.vjp returned is called.
+    Also where autograd propagates several gradients at once (`is_grads_batched`), by a vmap of its own. torch.func.grad
+    always asks for a graph. It is needed only inside another transform, or if a tensor underneath takes part in plain
+    autograd. `output`, a saved result of forward, has the level of the transform that forward ran in; that one may have
+    ended, as it has when the function that torch.func.vjp returned is called.
     """
+    if any([d is not None and private.is_batched(d) for d in gradients]):
+        return True
     if _is_compiling():
         return False
     if forward_level() >= 0:
@@ -246,4 +244,5 @@ def gradients_are_differentiated(output: Tensor, tensors: Iterable[Tensor | None
     if any(transform.key() == TransformType.Grad for transform in others):
         return True
     wrapped, unwrapped = private.is_wrapped, private.unwrapped
-    return any((unwrapped(t) if wrapped(t) else t).requires_grad for t in tensors if t is not None)
+    every = (t for t in (output, *tensors, *gradients) if t is not None)
+    return any((unwrapped(t) if wrapped(t) else t).requires_grad for t in every)

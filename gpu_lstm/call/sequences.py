@@ -104,7 +104,8 @@ class Traversal(NamedTuple):
         separated = self.resets[span.stop]  # [B]
         if self.lengths is not None:
             separated = separated & (self.lengths > span.stop)
-        to_h, to_c = (None if t is None else t[span.stop].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
+        at = span.stop - self.reverse  # see reset_states
+        to_h, to_c = (None if t is None else t[at].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
         h = torch.where(separated[:, None], 0 if to_h is None else to_h, h)
         return h, torch.where(separated[:, None], cell.empty_like(c) if to_c is None else to_c, c)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backends import verify
-from ..backends.run import run_by
+from ..backends.run import execute
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import Padded
@@ -211,7 +211,7 @@ def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[],
 
     def run() -> None:
         try:
-            y, _ = run_by(route, sample)
+            y, _ = execute(route, sample)
             if kind.training:
                 inputs = [t for layer in weights for one in layer for t in one.present()] + [data] * data.requires_grad
                 torch.autograd.grad(y, inputs, torch.ones_like(y))

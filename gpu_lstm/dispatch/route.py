@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..backends import graph
-from ..backends.run import Route, run_by
+from ..backends.operators import count_flops, named
+from ..backends.run import Route, execute
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
@@ -23,12 +23,12 @@ TOO_MANY = MOST_STEPS + 1  # steps, which are a power of two and count as the ne
 
 _routes: dict[tuple, Route] = {}
 # By what operators are told of it; torch.compile of torch 2.9 does not trace Backend(name).
-_BY_NAME = {graph.named(backend, asked): backend for backend in Backend for asked in (True, False)}
+_BY_NAME = {named(backend, asked): backend for backend in Backend for asked in (True, False)}
 
 
 def run(call: Call) -> tuple[Any, Any]:
     """The output and the final states, in the user's form, by the route of the call."""
-    return run_by(route_of(call), call)
+    return execute(route_of(call), call)
 
 
 def route_of(call: Call) -> Route:
@@ -89,9 +89,9 @@ def _route_while_watched(call: Call) -> Route:
     backend = able_to_run(call)
     if backend not in KERNEL_BACKENDS:
         return Route(backend, dtype_of(call))
-    graph.count_flops()
+    count_flops()
     asked = requested_backend(call.options.backend) is not Backend.AUTO
-    return Route(backend, dtype_of(call), graph.named(backend, asked))
+    return Route(backend, dtype_of(call), named(backend, asked))
 
 
 def _route_in_a_graph(call: Call) -> Route:
@@ -127,7 +127,7 @@ def _answer(
     try:
         able = available.select(chosen, device, kind, transformed)
         if able in KERNEL_BACKENDS and requested_backend(chosen) is Backend.AUTO:
-            return graph.named(race.expected_winner(kind, able, device).backend, asked=False), ""
+            return named(race.expected_winner(kind, able, device).backend, asked=False), ""
         return able.value, ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         return type(error).__name__, str(error)

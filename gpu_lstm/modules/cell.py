@@ -9,7 +9,7 @@ from torch.nn.modules.rnn import GRUCell as TorchGRUCell
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNCellBase
 
-from ..backends.torch_rnn import run_step
+from ..backends.torch_rnn import one_step
 from ..call.checks import check_bool, fits_torchs_cell
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
@@ -51,7 +51,7 @@ class RecurrentCell(Checked):
         options = self._options()
         weights, state = weights_of(self, options.names), hx if type(hx) is tuple else (hx,)
         if fits_torchs_cell(options, input, state, weights[0][0]) and only_torch_on_a_cpu(options.backend):
-            found = run_step(options.cell, input, (state[0], state[-1]), weights[0][0])
+            found = one_step(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]
 

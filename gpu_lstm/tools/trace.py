@@ -10,7 +10,7 @@ from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ..backends.reference import Steps
-from ..backends.run import Route, run_by
+from ..backends.run import Route, execute
 from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.prepare import prepare
@@ -94,7 +94,7 @@ def trace(
         check_tensor(x, "x")
     record: list[Steps] = []
     call = prepare(module._options(), module._weights(), x, hx, lengths, resets, reset_states)
-    output, states = run_by(Route(Backend.REFERENCE, dtype_of(call)), call, record)
+    output, states = execute(Route(Backend.REFERENCE, dtype_of(call)), call, record.append)
     directions = call.options.directions
     named = [EQUATIONS[call.options.cell.name].gates_of(*steps) for steps in record]
     ends = call.padded()[1].lengths

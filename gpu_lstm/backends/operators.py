@@ -1,0 +1,239 @@
+"""A layer as one operator, gpu_lstm::layer, and its backward: what graphs, exported programs and dispatch modes see.
+
+Traced by itself, torch's LSTM would be decomposed into its steps, and lose dropout and autocast's dtype.
+
+What oneDNN and cuDNN save for backward has a size that only they know, so a graph of tensors cannot hold it. On the
+backends without kernels of ours, forward therefore records an autograd graph of its own. Instead of the gates it
+returns an empty tensor with this graph as an attribute, which lives as long as what a user's graph saves. Where only
+elements were saved (by hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call.choices import KERNEL_BACKENDS, Backend
+from ..call.modes import recurrent_precision
+from ..call.weights import Weights
+from ..kernels import private
+from ..kernels.cells import CELLS
+from ..kernels.layer import Layer
+from ..kernels.problem import Inputs, Pass, problem_of
+from . import fused, reference, torch_rnn, verify
+from .fused import Saved
+from .layer_loop import weights_of, with_weights
+
+# As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
+_names = (__name__.split(".backends")[0].replace(".", "_") + f"_{n}" * (n > 1) for n in itertools.count(1))
+NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+# An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.
+NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
+SECOND = len(Inputs._fields)
+_TENSORS = ", ".join(f"Tensor? {name}=None" for name in NAMES)
+for _schema in (
+    f"layer(str cell, bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
+    "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
+    "layer_backward(str cell, bool reverse, str backend, Tensor?[] gradients, Tensor[] saved, bool[] needed, "
+    "Tensor?[] tensors) -> Tensor[]",
+):
+    LIBRARY.define(_schema, tags=(torch.Tag.needs_exact_strides,))
+OPERATOR = getattr(torch.ops, NAMESPACE).layer.default
+BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
+
+
+class How(NamedTuple):
+    """What the operator is told besides tensors; backward is told the first three."""
+
+    cell: str
+    reverse: bool
+    backend: str  # as `named` says it
+    save: bool = False  # return what backward reads
+    recompute: bool = False  # but no gates
+
+
+AUTO = "auto "
+"""Before the name of a backend of kernels that nobody asked for: another one runs where these have no right one."""
+
+
+def named(backend: Backend, asked: bool) -> str:
+    """A backend, as operators are told of it."""
+    return backend.value if asked or backend not in KERNEL_BACKENDS else AUTO + backend.value
+
+
+def _backend_of(how: How) -> Backend:
+    return Backend(how.backend.removeprefix(AUTO))
+
+
+def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
+    """What runs a pass: kernels; or torch's own or the reference, also in place of kernels that nobody asked for."""
+    backend = _backend_of(how)
+    if backend not in KERNEL_BACKENDS:
+        return backend
+    problem = problem_of(inputs, how.cell, how.reverse, recurrent_precision(inputs.x.dtype))
+    layer = verify.layer_of(backend, problem, inputs.x.device)
+    if how.backend == backend.value or layer.has_kernel(pass_, inputs):
+        return layer
+    return Backend.TORCH if torch_rnn.has(CELLS[how.cell], inputs) else Backend.REFERENCE
+
+
+def without_kernels(
+    tensors: Sequence[Any], how: How, backend: Backend = Backend.REFERENCE
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h, h_n and c_n, by torch's operators, which autograd records."""
+    inputs, second = Inputs(*tensors[:SECOND]), tensors[SECOND:]
+    directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
+    if backend is Backend.TORCH:
+        if how.reverse or inputs.lengths is not None or inputs.resets is not None:
+            h, (h_n, c_n) = torch_rnn.layer_by_torch(CELLS[how.cell], inputs, how.reverse)
+        else:
+            h, (h_n, c_n) = torch_rnn.stack(CELLS[how.cell], inputs.x, (inputs.h0, inputs.c0), [directions])
+        return h, h_n, c_n
+    results = []
+    states = zip(inputs.h0.split(1), inputs.c0.split(CELLS[how.cell].kept))
+    for d, (weights, (h0, c0)) in enumerate(zip(directions, states)):
+        one = with_weights(inputs, weights)._replace(h0=h0, c0=c0)
+        results.append(reference.layer_by_reference(how.cell, one, how.reverse or d == 1))
+    hs, finals = zip(*results)
+    h_n, c_n = map(torch.cat, zip(*finals))
+    return torch.cat(hs, 2), h_n, c_n
+
+
+def _as_saved_by_kernels(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
+    """What fused.forward returns where it saves, by the reference, which alone computes the same gates."""
+    steps: list[reference.Steps] = []
+    with _apart(inputs.x, record=False):
+        wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))  # as c is saved
+        h, (h_n, c_n) = reference.layer_by_reference(how.cell, wide, how.reverse, steps.append)
+        h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, steps[0].gates))
+        return h, h_n, c_n.clone(), gates, steps[0].cell
+
+
+def _with_autograd(
+    tensors: Sequence[Any], how: How, backend: Backend, record: bool
+) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
+    """Forward, with its own autograd graph if `record`: the leaves (the tensors, detached), and h, h_n, c_n."""
+    with _apart(tensors[0], record):
+        leaves = [t if t is None else t.detach().requires_grad_(record and t.is_floating_point()) for t in tensors]
+        return leaves, without_kernels(leaves, how, backend)
+
+
+@contextlib.contextmanager
+def _apart(x: Tensor, record: bool) -> Iterator[None]:
+    """A block inside an operator, where autograd is off: turned on if `record`; no autocast; on x's device."""
+    with (
+        private.autograd_inside_an_operator(), torch.set_grad_enabled(record),
+        torch.autocast(x.device.type, enabled=False),
+        torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext(),
+    ):  # fmt: skip
+        yield
+
+
+def _forward(cell, reverse, backend, save, recompute, *tensors):
+    how, inputs = How(cell, reverse, backend, save, recompute), Inputs(*tensors[:SECOND])
+    no_gates, no_c = inputs.x.new_empty(0), inputs.c0.new_empty(0, dtype=torch.float32)
+    runner = _runner(how, inputs, Pass(save=save))
+    if isinstance(runner, Layer):
+        results = fused.forward(runner, inputs, save)
+    elif save and _backend_of(how) in KERNEL_BACKENDS:
+        results = _as_saved_by_kernels(inputs, how)
+    else:
+        leaves, outputs = _with_autograd(tensors, how, runner, save)
+        if save:
+            no_gates.graph = leaves, outputs
+        h, h_n, c_n = (t.detach() for t in outputs)
+        return h.contiguous(), h_n.clone(), c_n.clone(), no_gates, no_c
+    h, h_n, c_n, gates, c = results
+    return h, h_n, c_n.to(inputs.c0.dtype), gates if save and not recompute else no_gates, no_c if c is None else c
+
+
+def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
+    h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
+    by_kernels = _backend_of(How(cell, reverse, backend)) in KERNEL_BACKENDS and save
+    gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
+    c = c0.new_empty((*x.shape[:2], c0.shape[-1]) if by_kernels else (0,), dtype=torch.float32)
+    return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
+
+
+def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
+    (h, gates, c), (dh, dh_n, _), how = saved, gradients, How(cell, reverse, backend)
+    inputs = Inputs(*tensors[:SECOND])
+    runner = _runner(how, inputs, Pass(True, True, dh is not None, dh_n is not None))
+    if isinstance(runner, Layer):
+        wanted = list(itertools.compress(NAMES, needed))
+        by_name = fused.gradients(runner, Saved(inputs, h, gates, c), gradients, set(wanted))
+        results = [by_name[name] for name in wanted]
+    else:
+        graph = getattr(gates, "graph", None)
+        leaves, outputs = graph or _with_autograd(tensors, how, runner, record=True)
+        outputs = [y for y, d in zip(outputs, gradients) if d is not None]
+        gradients = [d for d in gradients if d is not None]
+        wanted = list(itertools.compress(leaves, needed))
+        with _apart(tensors[0], record=False):
+            results = torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, materialize_grads=True)
+    # The gradients of both biases may be the same tensor.
+    return [d.clone() if d.dim() == 1 else d.contiguous() for d in results]
+
+
+def _backward_fake(cell, reverse, backend, gradients, saved, needed, tensors):
+    wanted = itertools.compress(tensors, needed)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in wanted]
+
+
+def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+    """How an operator is vmapped: one call after another, say for Jacobians row by row."""
+
+    def example(k: int, t: Any, dims: Any) -> Any:
+        if isinstance(t, list):
+            return [example(k, *each) for each in zip(t, dims or [None] * len(t))]
+        return t if dims is None else t.select(dims, k)
+
+    every = [operator(*example(k, [*arguments], in_dims)) for k in range(info.batch_size)]
+    collected = type(every[0])  # a tuple or a list
+    results = collected(torch.stack(tensors) for tensors in zip(*every))
+    return results, collected([0]) * len(results)
+
+
+for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _backward, _backward_fake):
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(_operator, _run, _key)
+    torch.library.register_fake(_operator, _fake, lib=LIBRARY)
+    torch.library.register_vmap(_operator, partial(_one_after_another, _operator), lib=LIBRARY)
+
+
+def _products(tensors: Sequence[Any]) -> dict[str, int]:
+    """Operations of each matrix's product over all steps, by its name; a multiply-add counts as two, as in torch."""
+    steps, batch, _ = tensors[0].shape
+    matrices = "weight_ih", "weight_hh", "weight_hr"
+    present = ((name, t) for name, t in zip(NAMES, tensors) if name.startswith(matrices) and t is not None)
+    return {name: 2 * steps * batch * t.numel() for name, t in present}
+
+
+def _forward_flops(cell: str, reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:
+    return sum(_products(tensors).values())
+
+
+def _backward_flops(
+    cell: str, reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
+) -> int:
+    """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
+    (_, gates, c), total, needs = saved, 0, dict(zip(NAMES, needed))
+    for name, operations in _products(tensors).items():
+        of_operand = needs["x"] if name.startswith("weight_ih") else True
+        recomputed = gates.dim() < c.dim() and name in ("weight_ih", "weight_hh")
+        total += operations * (needs[name] + of_operand + recomputed)
+    return total
+
+
+def count_flops() -> None:
+    """Register the operators with every open FlopCounterMode, whose registry is a copy made when it was created."""
+    for mode in private.dispatch_modes():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if registry is not None:
+            registry.setdefault(OPERATOR.overloadpacket, _forward_flops)
+            registry.setdefault(BACKWARD.overloadpacket, _backward_flops)
