@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .call.checks import check_bool, check_rows_of_heads, check_size_of_states, check_tensor, named_weights
+from .call import roles
+from .call.checks import check_bool, check_rows_of_heads, check_size, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
@@ -60,7 +61,7 @@ def lstm_layer(
     gains = named.gain_ih, named.gain_hh, named.gain_c
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
     arguments = Arguments(
-        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, heads, features,
+        LSTM.name, roles.Function, (hidden,), named.weight_peephole is not None, norms, heads, features,
         named.bias_ih is not None, None if backend is None else parse_backend_name(backend),
         proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
@@ -96,7 +97,7 @@ def gru_layer(
         raise ValueError("hidden_size must be greater than zero")
     name = None if backend is None else parse_backend_name(backend)
     bias = named.bias_ih is not None
-    arguments = Arguments(GRU.name, "layer", (hidden,), False, (), heads, features, bias, name, reverse=reverse)
+    arguments = Arguments(GRU.name, roles.Function, (hidden,), False, (), heads, features, bias, name, reverse=reverse)
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
 
 
@@ -131,10 +132,12 @@ def slstm_layer(
     _, hidden, _, heads = size_of(weights, SLSTM.rows)
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
-    check_size_of_states(["weight_hh"], [weight_hh], (SLSTM.rows * hidden, hidden // heads))
+    check_size("weight_hh", weight_hh, (SLSTM.rows * hidden, hidden // heads))
     for argument, tensor, _ in given[::2]:
-        check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))
-    arguments = Arguments(SLSTM.name, "layer", (hidden,), False, (), heads, None, has_bias, name, reverse=reverse)
+        check_size(argument, tensor, (*tensor.shape[:-1], SLSTM.rows * hidden))
+    arguments = Arguments(
+        SLSTM.name, roles.Function, (hidden,), False, (), heads, None, has_bias, name, reverse=reverse
+    )
     return run(prepare(options_of(*arguments), [[weights]], z, hx, lengths, resets))
 
 

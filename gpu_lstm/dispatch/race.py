@@ -20,9 +20,9 @@ from ..backends import verify
 from ..backends.run import run_by
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
-from ..call.forms import Padded
+from ..call.forms import TIME_FIRST
 from ..call.modes import Recording, Setting, Transforms, alone
-from ..call.prepare import Call
+from ..call.request import Request
 from ..kernels import cache
 from ..kernels.private import default_store, is_profiled
 from ..kernels.problem import power_of_two
@@ -59,7 +59,7 @@ _generators: dict[torch.device, Setting] = {}
 decided: dict[tuple, Decision] = {}
 
 
-def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
+def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known."""
     if call.modes.transforms == Transforms.REFERENCE:
         return Decision(able, "only it runs inside vmap and forward-mode derivatives")
@@ -132,7 +132,7 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
     return cache.machine(device) | how | kind.as_json()
 
 
-def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
+def _judge(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Decide by a race, if one is allowed; else the expected winner, once the kernels have run at all."""
     other, expected = _other(kind), expected_winner(kind, able, call.x.device)
 
@@ -175,7 +175,7 @@ def _other(kind: Kind) -> Backend:
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
-def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
+def _sample(call: Request, kind: Kind, backend: Backend) -> Callable[[], None]:
     """The call by a backend on random data, with its own weights; in training, backward too.
 
     It raises RivalFailed if the backend fails, but errors of the device as they are.
@@ -189,8 +189,7 @@ def _sample(call: Call, kind: Kind, backend: Backend) -> Callable[[], None]:
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     first = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
-    form = Padded(batched=True, batch_first=False)
-    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=form)
+    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=TIME_FIRST)
     route = build(sample, kind, backend)
 
     def run() -> None:
