@@ -1,10 +1,12 @@
 """The checks of a call. Comparisons are cheap; texts are made only on failure, in torch's words where it has them."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..kernels.cells import Cell
@@ -71,6 +73,12 @@ def cure_of_one(hx: object, function: str) -> str:
         return ""
     cure = "a cell expects (h, c)" if function == "lstm_cell" else "lengths and resets are given by keyword"
     return f"; hx is one tensor: {cure}"
+
+
+def check_as_torch(x: Tensor, features: int, weight: Tensor) -> None:
+    """Raise, in torch's words, unless x [..., I] has so many features, and the dtype of a weight."""
+    as_torchs: Any = SimpleNamespace(input_size=features, _flat_weights=[weight])
+    RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
 def check_list(states: Any, names: Sequence[str], layers: int, name: str, error: type[Exception]) -> Any:

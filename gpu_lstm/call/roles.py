@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import GRUCell, LSTMCell, RNNBase
+from torch.nn.modules.rnn import GRUCell, LSTMCell
 from torch.nn.utils.rnn import PackedSequence
 
 from ..equations import EQUATIONS
@@ -119,7 +119,8 @@ class Role:
         return (hx,)
 
     def _refuse(self, x: Tensor, batch: int, k: int, block: State) -> None:
-        """Raise, in torch's words, for the tensor of a block that has a wrong size."""
+        """Raise, in torch's words, for what has a wrong size, x or a tensor of a block."""
+        checks.check_as_torch(x, self.inputs, x)
         for i, (state, features) in enumerate(zip(block, (self.sizes[k].width, self.sizes[k].hidden))):
             name = "hidden" if self.one_state else f"hidden[{i}]"
             name = f"{'hc'[i]} of layer {k}" if self.by_layer else name
@@ -220,8 +221,7 @@ class Module(Role):
         """Raise, in torch's words, unless x has the right features, and all tensors one dtype and device."""
         weight = x if form.packed is not None else weights[0][0].weight_ih
         if x.shape[-1] != self.inputs or not (x.dtype is weight.dtype or autocasts(x)):
-            as_torchs: Any = SimpleNamespace(input_size=self.inputs, _flat_weights=[weight])
-            RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
+            checks.check_as_torch(x, self.inputs, weight)
         super().check_tensors(form, x, states, weights)
 
 
