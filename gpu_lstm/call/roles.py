@@ -1,13 +1,14 @@
 """Who calls: a module, a stack, a cell or a function. Each has its own input, states in and states out.
 
-    role      input                    hx and (h_n, c_n); of a GRU h alone, of an sLSTM (h, c, n, m)
-    Module    (T, N, I), (N, T, I),    (L*D, N, P), (L*D, N, H)
-    Stack     (T, I), packed           a list: of each layer (N, H_k), (N, H_k); with two directions (2, N, H_k) each
-    Cell      (N, I), (I,)             (N, H), (N, H)
-    Function  (T, N, I)                (N, P), (N, H)
+    role        input                       hx and the states returned: (h, c), of a GRU h, of an sLSTM (h, c, n, m)
+    Module      [T, B, I], [B, T, I],       [L*D, B, P], [L*D, B, H]
+    Stack       [T, I], a PackedSequence    a list, for each layer [B, H_k] twice, or [2, B, H_k] with two directions
+    Cell        [B, I], [I]                 [B, H], [B, H]
+    Function    [T, B, I]                   [B, P], [B, H]
 
-A *block* is (h, c) as a user has them: of all layers and directions, of a layer or of one direction. Inside, it always
-has N, a GRU's c is h, and an sLSTM's c has K numbers of a unit. Layers get *rows*, ([1, N, P], [K, N, H]) each.
+Such a pair is a *block*: of all layers and directions, or of one layer. It has no B where the input has none; inside it
+always has. There a GRU's c is h, and an sLSTM's c has K numbers of each unit, as [* K, B, H]. For layers a block is cut
+into *rows*, ([1, B, P], [K, B, H]): one for each layer and direction.
 """
 
 from collections.abc import Sequence
@@ -36,21 +37,21 @@ class Role:
 
     title = "{0}"  # what errors call it, by the name of its cell
     suffix = "_l{}"  # of the parameters of a layer
-    by_layer = False  # a user has a list of blocks, one a layer; else one block
+    by_layer = False  # whether a user's states are a list of blocks, one a layer
 
     def __init__(self, cell: cells.Cell, sizes: tuple[Size, ...], directions: int, batch_first: bool) -> None:
         self.cell, self.sizes, self.inputs, self.batch_first = cell, sizes, sizes[0].inputs, batch_first
         self.name = self.title.format(cell.name.upper(), cell.name)
         self.one_state, self.kept = len(cell.states) == 1, cell.kept
-        self.blocks = sizes if self.by_layer else sizes[:1]
-        self.lead = self.axis_of_rows(len(sizes), directions)
+        self.blocks = sizes if self.by_layer else sizes[:1]  # the size of each block's layers
+        self.lead = self.lead_of_block(len(sizes), directions)
 
-    def axis_of_rows(self, layers: int, directions: int) -> tuple[int, ...]:
-        """The sizes of a block before N."""
+    def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
+        """What the size of a block has before B: how many rows there are, or nothing."""
         return ()
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
-        """An input, checked: its form; x [T, B, I], of a PackedSequence its data [N, I], of a cell [B, I]; (T, B)."""
+        """The form of an input, checked; x [T, B, I], of a PackedSequence its data [N, I], of a cell [B, I]; (T, B)."""
         form: Form = TIME_FIRST
         if isinstance(input, PackedSequence):
             checks.check_packed(input)
@@ -78,7 +79,7 @@ class Role:
         return rank
 
     def zeros(self, x: Tensor, batch: int) -> list[State]:
-        """Blocks without a past. Where h and c have one size they may be one tensor."""
+        """The blocks without hx. Where h and c have one size they are one tensor."""
         blocks = []
         for _, hidden, projected, _ in self.blocks:
             c = x.new_zeros(*self.lead, batch, hidden)
@@ -90,11 +91,11 @@ class Role:
         return blocks
 
     def states_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
-        """A user's blocks, checked."""
+        """The blocks of hx, checked."""
         if self.kept > 1:
             return [self._numbers_in(form, x, batch, hx)]
         states = []
-        for k, block in enumerate(self.listed(form, x, hx)):
+        for k, block in enumerate(self.blocks_of(form, x, hx)):
             h, c = (block, block) if self.one_state else (block[0], block[1])
             if form.packed is not None or not form.batched:
                 h = form.state_in(h)
@@ -108,8 +109,8 @@ class Role:
             states.append((h, c))
         return states
 
-    def listed(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """The blocks of hx; raise, as torch's operators do, unless it is (h, c), of a GRU h."""
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        """A user's blocks; raise, as torch's operators do, unless hx is (h, c), of a GRU h."""
         if self.one_state:
             checks.check_tensor(hx, "hx")
         else:
@@ -119,7 +120,7 @@ class Role:
         return (hx,)
 
     def _refuse(self, x: Tensor, batch: int, k: int, block: State) -> None:
-        """Raise, in torch's words, for what has a wrong size, x or a tensor of a block."""
+        """Raise, in torch's words, where x or a tensor of block k has a wrong size."""
         checks.check_as_torch(x, self.inputs, x)
         for i, (state, features) in enumerate(zip(block, (self.sizes[k].width, self.sizes[k].hidden))):
             name = "hidden" if self.one_state else f"hidden[{i}]"
@@ -127,7 +128,7 @@ class Role:
             checks.check_size(name, state, (*self.lead, batch, features), (*self.lead, x.shape[0], features))
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
-        """The block of an sLSTM, checked: h [*lead, B, H], and c in float32, K numbers of each unit."""
+        """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
         size = (*self.lead, batch, self.sizes[0].hidden)
         checks.check_states(hx, self.cell.states, size if form.batched else (*size[:-2], size[-1]), x)
         h, *others = map(form.state_in, hx)
@@ -135,11 +136,11 @@ class Role:
         return h, torch.stack(numbers, -3).flatten(0, -3)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
-        """Raise, in torch's words, unless x has the right features, and all tensors fit together."""
+        """Raise, in torch's words, unless all tensors have one dtype and device, and x the right features."""
         checks.check_alike(x, states, weights)
 
     def call(self, request: Request) -> Call:
-        """The request for layers: x [T, B, I], and the blocks' rows."""
+        """What layers are asked to do: x [T, B, I], and the blocks cut into rows."""
         x, steps, batch, states, weights, traversal, options, form, modes, learns = request
         if form.packed is not None:
             x, traversal = request.padded()
@@ -153,7 +154,7 @@ class Role:
         return Call(x, steps, batch, states, weights, traversal, options, modes, learns)
 
     def states_out(self, form: Form, states: list[State]) -> Any:
-        """The final states as a user has them, from blocks or their rows."""
+        """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""
         if (count := len(states) // len(self.blocks)) > 1:
             each = [states[k : k + count] for k in range(0, len(states), count)]
             states = [(torch.cat([h for h, _ in rows]), torch.cat([c for _, c in rows])) for rows in each]
@@ -172,7 +173,7 @@ class Role:
         return out if self.by_layer else out[0]
 
     def reset_states_in(self, form: Form, x: Tensor, sizes: tuple[int, int], given: Any) -> list[State]:
-        """A user's states to reset to, checked: (h [T, B, P], c [T, B, H]) of each row."""
+        """A user's states to reset to, checked and cut into rows, (h [T, B, P], c [T, B, H]) each."""
         if self.by_layer:
             checks.check_list(given, self.cell.states, len(self.blocks), RESET_STATES, ValueError)
         steps, batch = sizes
@@ -195,30 +196,29 @@ class Role:
 
 
 class Module(Role):
-    """An LSTM, GRU or SLSTM, as torch's: one block of all layers and directions."""
+    """An LSTM, GRU or SLSTM: one block for all layers and directions, as torch's have."""
 
-    def axis_of_rows(self, layers: int, directions: int) -> tuple[int, ...]:
+    def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
         """[L*D]."""
         return (layers * directions,)
 
-    def listed(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """The block; raise, in torch's words, unless it is (h_0, c_0), of a GRU h_0, of the input's rank."""
-        rank, batched = (3, "batched") if form.batched else (2, "unbatched")
-        expected = f"For {batched} {rank}-D input, {{}} should also be {rank}-D but got {{}}"
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        """The user's block; raise, in torch's words, unless it is (h_0, c_0), of a GRU h_0, of the input's rank."""
         if form.packed is not None:
-            return super().listed(form, x, hx)
+            return super().blocks_of(form, x, hx)
+        rank, kind = (3, "batched") if form.batched else (2, "unbatched")
         if self.one_state:
             if (found := checks.rank_of_hx(hx)) != rank:
-                raise RuntimeError(expected.format("hx", f"{found}-D tensor"))
+                raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
         elif hx[0].dim() != rank or hx[1].dim() != rank:
             ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx, 'lstm')}"
-            raise RuntimeError(expected.format("hx and cx", ranks))
+            raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")
         elif rank == 3 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):  # of an unbatched hx it takes two
             checks.check_pair(hx)
         return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
-        """Raise, in torch's words, unless x has the right features, and all tensors one dtype and device."""
+        """Raise, first in RNNBase's words, unless all tensors have one dtype and device, and x the right features."""
         weight = x if form.packed is not None else weights[0][0].weight_ih
         if x.shape[-1] != self.inputs or not (x.dtype is weight.dtype or autocasts(x)):
             checks.check_as_torch(x, self.inputs, weight)
@@ -230,41 +230,41 @@ class Stack(Module):
 
     title, suffix, by_layer = "Stacked{0}", "_l0", True
 
-    def axis_of_rows(self, layers: int, directions: int) -> tuple[int, ...]:
-        """[D], of two directions."""
+    def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
+        """[2] with two directions, else nothing."""
         return (2,) if directions == 2 else ()
 
     def rank_of(self, input: Any, ranks: tuple[int, int]) -> int:
-        """The rank of a tensor."""
+        """As of a module, but what is no tensor is a TypeError."""
         checks.check_tensor(input, "input")
         return super().rank_of(input, ranks)
 
-    def listed(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """The blocks, checked."""
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        """The user's list, checked."""
         return checks.check_list(hx, self.cell.states, len(self.blocks), "hx", RuntimeError)
 
 
 class Cell(Role):
-    """An LSTMCell or GRUCell, as torch's: one step. x is [B, I], as torch's own operator has it."""
+    """An LSTMCell or GRUCell: one step, with which torch's own cell finds fault in its own words."""
 
     title, suffix = "{0}Cell", ""
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
-        """An input, checked: its form, x [B, I] and (1, B)."""
+        """The form of an input, checked; x [B, I]; (1, B)."""
         form, x = (TIME_FIRST, input) if self.rank_of(input, (1, 2)) == 2 else (UNBATCHED, input[None])
         if x.shape[-1] != self.inputs:
             self._ask_torch(x, None)
         return form, x, (1, x.shape[0])
 
-    def listed(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """The block; torch's own cell raises unless it is (h, c), of a GRU h, each [B, H]."""
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        """The user's block; torch's own cell raises unless it is (h, c), of a GRU h, [B, H] each."""
         states, size = (hx,) if self.one_state else hx, (len(x), self.sizes[0].hidden)[not form.batched :]
         if type(states) is not tuple or [getattr(t, "shape", None) for t in states] != [size] * len(self.cell.states):
             self._ask_torch(x if form.batched else x[0], hx)
         return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
-        """Raise, in torch's words, unless x has the right features, and all tensors one dtype and device."""
+        """Raise, in the words of torch's own cell if it has any, unless all tensors have one dtype and device."""
         try:
             super().check_tensors(form, x, states, weights)
         except RuntimeError:
@@ -290,7 +290,7 @@ class Function(Role):
     title = "{1}_layer"
 
     def rank_of(self, input: Any, ranks: tuple[int, int]) -> int:
-        """3."""
+        """3; raise unless the input has it, and floating point numbers."""
         if input.dim() != 3:
             raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
         if not input.is_floating_point():
