@@ -53,7 +53,7 @@ def data_flow() -> Figure:
         17,
         11,
         (58, 6),
-        "call/prepare.py, call/roles.py",
+        "call/prepare.py, roles.py",
         "every check of a call; what the process has set",
         PYTHON,
     )

@@ -42,7 +42,7 @@ lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.g
 
 def run_as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     """What torch's own operator returns of what a module or a cell was given; None: it does not take all as it is."""
-    options, weights, (state, *_) = request.options, request.weights, request.states
+    options, weights, state = request.options, request.weights, request.states[0]
     if not request.traversal.is_plain():
         return None
     if isinstance(options.role, roles.Cell):

@@ -139,7 +139,7 @@ def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights:
         return False
     if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
         return False
-    (inputs, hidden, *_), dtype, batch = options.sizes[0], x.dtype, len(x)
+    dtype, batch, role = x.dtype, len(x), options.role
     found = [t.shape for t in (x, *state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
-    sizes = [(batch, inputs), *[(batch, hidden)] * len(options.cell.states)]
+    sizes = [(batch, role.inputs), *[(batch, role.hidden)] * len(options.cell.states)]
     return found == sizes + options.sizes_of_first

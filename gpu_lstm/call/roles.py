@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import GRUCell, LSTMCell
+from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..equations import EQUATIONS
@@ -29,7 +29,6 @@ from .request import Call, Request
 from .weights import Size, State, Weights
 
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it
-TORCHS: dict[str, Any] = {"lstm": LSTMCell, "gru": GRUCell}
 
 
 class Role:
@@ -40,7 +39,8 @@ class Role:
     by_layer = False  # whether a user's states are a list of blocks, one a layer
 
     def __init__(self, cell: cells.Cell, sizes: tuple[Size, ...], directions: int, batch_first: bool) -> None:
-        self.cell, self.sizes, self.inputs, self.batch_first = cell, sizes, sizes[0].inputs, batch_first
+        self.cell, self.sizes, self.batch_first = cell, sizes, batch_first
+        self.inputs, self.hidden = sizes[0].inputs, sizes[0].hidden  # of the first layer
         self.name = self.title.format(cell.name.upper(), cell.name)
         self.one_state, self.kept = len(cell.states) == 1, cell.kept
         self.blocks = sizes if self.by_layer else sizes[:1]  # the size of each block's layers
@@ -129,7 +129,7 @@ class Role:
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
         """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
-        size = (*self.lead, batch, self.sizes[0].hidden)
+        size = (*self.lead, batch, self.hidden)
         checks.check_states(hx, self.cell.states, size if form.batched else (*size[:-2], size[-1]), x)
         h, *others = map(form.state_in, hx)
         numbers = EQUATIONS[self.cell.name].states_from(*[t.to(checks.exact(x)) for t in others])  # K of [*lead, B, H]
@@ -155,7 +155,8 @@ class Role:
 
     def states_out(self, form: Form, states: list[State]) -> Any:
         """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""
-        if (count := len(states) // len(self.blocks)) > 1:
+        if len(states) > len(self.blocks):
+            count = len(states) // len(self.blocks)
             each = [states[k : k + count] for k in range(0, len(states), count)]
             states = [(torch.cat([h for h, _ in rows]), torch.cat([c for _, c in rows])) for rows in each]
         out: list[Any] = []
@@ -258,8 +259,9 @@ class Cell(Role):
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
         """The user's block; torch's own cell raises unless it is (h, c), of a GRU h, [B, H] each."""
-        states, size = (hx,) if self.one_state else hx, (len(x), self.sizes[0].hidden)[not form.batched :]
-        if type(states) is not tuple or [getattr(t, "shape", None) for t in states] != [size] * len(self.cell.states):
+        h, c = hx if type(hx) is tuple and len(hx) == 2 and not self.one_state else (hx, hx if self.one_state else None)
+        size = (len(x), self.hidden) if form.batched else (self.hidden,)
+        if not getattr(h, "shape", None) == getattr(c, "shape", None) == size:
             self._ask_torch(x if form.batched else x[0], hx)
         return (hx,)
 
@@ -273,12 +275,12 @@ class Cell(Role):
 
     def _ask_torch(self, x: Tensor, hx: Any, weights: Weights | None = None) -> None:
         """Raise what torch's own cell raises, if it does; by default with weights of the right sizes."""
-        hidden = self.sizes[0].hidden
         if weights is None:
-            weights = Weights(*[x.new_empty(self.cell.rows * hidden, columns) for columns in (self.inputs, hidden)])
-        as_torchs: Any = SimpleNamespace(hidden_size=hidden, **weights._asdict())
+            rows = self.cell.rows * self.hidden
+            weights = Weights(x.new_empty(rows, self.inputs), x.new_empty(rows, self.hidden))
+        as_torchs: Any = SimpleNamespace(hidden_size=self.hidden, **weights._asdict())
         try:
-            TORCHS[self.cell.name].forward(as_torchs, x, hx)
+            getattr(rnn, self.name).forward(as_torchs, x, hx)
         except (AttributeError, TypeError) as error:
             cure = "; hx is one tensor" if self.one_state else checks.cure_of_one(hx, "lstm_cell")
             raise type(error)(f"{error}{cure}") from None
