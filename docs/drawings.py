@@ -48,15 +48,7 @@ def data_flow() -> Figure:
     box(axes, 17, 1, (58, 6), "modules/, functional.py",
         "LSTM, GRU, stacks, cells; lstm_layer: arguments and weights as they are now", PYTHON)  # fmt: skip
     arrow(axes, (46, 7), (46, 11), "Options, weights, input, hx, lengths, resets, reset_states")
-    box(
-        axes,
-        17,
-        11,
-        (58, 6),
-        "call/prepare.py, roles.py",
-        "every check of a call; what the process has set",
-        PYTHON,
-    )
+    box(axes, 17, 11, (58, 6), "call/prepare.py, roles.py", "all checks of a call; what the process has set", PYTHON)
     arrow(axes, (46, 17), (46, 21), "Request: x and states as given, weights, Traversal, Modes")
     box(axes, 17, 21, (58, 8), "dispatch/route.py, backends/run.py",
         "the Route of the call, looked up; decided once for each kind of call:\n"

@@ -58,15 +58,6 @@ def check_packed(input: PackedSequence) -> None:
         raise RuntimeError(f"Expected batch_sizes that never grow and are never negative, got {sizes}")
 
 
-def rank_of_hx(hx: Any) -> int:
-    """The rank of an only state, or torch's error."""
-    try:
-        rank: int = hx.dim()
-    except AttributeError as error:  # torch.nn.GRU's error
-        raise AttributeError(f"{error}; hx is one tensor") from None
-    return rank
-
-
 def cure_of_one(hx: object, function: str) -> str:
     """What to do where hx is one tensor: one state of two, or lengths."""
     if not isinstance(hx, Tensor):
@@ -120,8 +111,8 @@ def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequen
         raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
-def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
-    """Raise unless the tensors of a layer have the `sizes`, which are in the order of Weights."""
+def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
+    """Raise unless the tensors of a layer have the `sizes`, in the order of Weights, and all layers have the same."""
     for name, tensor, size in zip(NAMES, layer, sizes):
         if tensor is None and name in ("weight_ih", "weight_hh") and None not in size:
             raise TypeError(f"{name} should be a tensor, got: NoneType")
@@ -131,6 +122,9 @@ def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
         raise RuntimeError("bias_ih and bias_hh should be given together")
     if layer.bias_c is not None and layer.gain_c is None:
         raise RuntimeError("bias_c should be given together with gain_c")
+    for name in names_of(VARIANT):
+        if len({getattr(one, name) is None for directions in weights for one in directions}) > 1:
+            raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
 def check_rows_of_heads(weight_hh: Tensor, hidden: int | None = None) -> int:
@@ -141,13 +135,6 @@ def check_rows_of_heads(weight_hh: Tensor, hidden: int | None = None) -> int:
     if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
         raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
     return hidden
-
-
-def check_same_tensors(weights: list[list[Weights]]) -> None:
-    """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
-    for name in names_of(VARIANT):
-        if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
-            raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
 def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
@@ -176,11 +163,6 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
     """Raise unless layer norm or the projection is off: Ba et al. (2016) do not say which comes first."""
     if layer_norm and projected:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
-
-
-def exact(x: Tensor) -> torch.dtype:
-    """float32, or float64 of such an x."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def is_exact(c: Tensor, x: Tensor) -> bool:

@@ -104,8 +104,7 @@ def _check_tensors(
                     if asks and tensor.requires_grad:
                         learns, asks = True, False
             if not fits or present != options.present:
-                checks.check_weights(one, sizes)
-                checks.check_same_tensors(weights)
+                checks.check_weights(one, sizes, weights)
     for h, c in states:
         if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
             alike = False
@@ -139,7 +138,7 @@ def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights:
         return False
     if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
         return False
-    dtype, batch, role = x.dtype, len(x), options.role
-    found = [t.shape for t in (x, *state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
-    sizes = [(batch, role.inputs), *[(batch, role.hidden)] * len(options.cell.states)]
-    return found == sizes + options.sizes_of_first
+    dtype, (batch, features), role = x.dtype, x.shape, options.role
+    found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
+    sizes = [(batch, role.hidden)] * len(options.cell.states)
+    return features == role.inputs and found == sizes + options.sizes_of_first

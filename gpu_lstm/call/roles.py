@@ -67,6 +67,8 @@ class Role:
 
     def rank_of(self, input: Any, ranks: tuple[int, int]) -> int:
         """The rank of an input; raise unless it is one of `ranks`, and the input dense."""
+        if self.by_layer:  # which torch has not
+            checks.check_tensor(input, "input")
         try:
             rank: int = input.dim()
         except AttributeError as error:  # torch.nn.LSTM's error
@@ -85,7 +87,8 @@ class Role:
             c = x.new_zeros(*self.lead, batch, hidden)
             h = x.new_zeros(*self.lead, batch, projected) if projected else c
             if self.kept > 1:
-                empty: Any = self.cell.empty_like(x.new_empty(0, dtype=checks.exact(x)))  # [K, 1, 1]
+                exact = torch.promote_types(x.dtype, torch.float32)
+                empty: Any = self.cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
                 c = empty.repeat(*self.lead or (1,), 1, 1).expand(-1, batch, hidden)
             blocks.append((h, c))
         return blocks
@@ -103,7 +106,7 @@ class Role:
             _, hidden, projected, _ = self.sizes[k]
             size = *self.lead, batch, hidden
             if c.shape != size or h.shape != ((*self.lead, batch, projected) if projected else size):
-                self._refuse(x, batch, k, (h, c))
+                self._refuse_sizes(x, batch, k, (h, c))
             if self.one_state and checks.is_exact(h, x):
                 h = h.to(x.dtype)
             states.append((h, c))
@@ -119,7 +122,7 @@ class Role:
                 checks.check_tensor(state, f"hidden[{i}]")
         return (hx,)
 
-    def _refuse(self, x: Tensor, batch: int, k: int, block: State) -> None:
+    def _refuse_sizes(self, x: Tensor, batch: int, k: int, block: State) -> None:
         """Raise, in torch's words, where x or a tensor of block k has a wrong size."""
         checks.check_as_torch(x, self.inputs, x)
         for i, (state, features) in enumerate(zip(block, (self.sizes[k].width, self.sizes[k].hidden))):
@@ -131,8 +134,8 @@ class Role:
         """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
         size = (*self.lead, batch, self.hidden)
         checks.check_states(hx, self.cell.states, size if form.batched else (*size[:-2], size[-1]), x)
-        h, *others = map(form.state_in, hx)
-        numbers = EQUATIONS[self.cell.name].states_from(*[t.to(checks.exact(x)) for t in others])  # K of [*lead, B, H]
+        (h, *others), exact = map(form.state_in, hx), torch.promote_types(x.dtype, torch.float32)
+        numbers = EQUATIONS[self.cell.name].states_from(*[t.to(exact) for t in others])  # K of [*lead, B, H]
         return h, torch.stack(numbers, -3).flatten(0, -3)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
@@ -200,16 +203,18 @@ class Module(Role):
     """An LSTM, GRU or SLSTM: one block for all layers and directions, as torch's have."""
 
     def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
-        """[L*D]."""
         return (layers * directions,)
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """The user's block; raise, in torch's words, unless it is (h_0, c_0), of a GRU h_0, of the input's rank."""
         if form.packed is not None:
             return super().blocks_of(form, x, hx)
         rank, kind = (3, "batched") if form.batched else (2, "unbatched")
         if self.one_state:
-            if (found := checks.rank_of_hx(hx)) != rank:
+            try:
+                found = hx.dim()
+            except AttributeError as error:  # torch.nn.GRU's error
+                raise AttributeError(f"{error}; hx is one tensor") from None
+            if found != rank:
                 raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
         elif hx[0].dim() != rank or hx[1].dim() != rank:
             ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx, 'lstm')}"
@@ -219,7 +224,6 @@ class Module(Role):
         return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
-        """Raise, first in RNNBase's words, unless all tensors have one dtype and device, and x the right features."""
         weight = x if form.packed is not None else weights[0][0].weight_ih
         if x.shape[-1] != self.inputs or not (x.dtype is weight.dtype or autocasts(x)):
             checks.check_as_torch(x, self.inputs, weight)
@@ -232,16 +236,9 @@ class Stack(Module):
     title, suffix, by_layer = "Stacked{0}", "_l0", True
 
     def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
-        """[2] with two directions, else nothing."""
         return (2,) if directions == 2 else ()
 
-    def rank_of(self, input: Any, ranks: tuple[int, int]) -> int:
-        """As of a module, but what is no tensor is a TypeError."""
-        checks.check_tensor(input, "input")
-        return super().rank_of(input, ranks)
-
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """The user's list, checked."""
         return checks.check_list(hx, self.cell.states, len(self.blocks), "hx", RuntimeError)
 
 
@@ -251,22 +248,22 @@ class Cell(Role):
     title, suffix = "{0}Cell", ""
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
-        """The form of an input, checked; x [B, I]; (1, B)."""
         form, x = (TIME_FIRST, input) if self.rank_of(input, (1, 2)) == 2 else (UNBATCHED, input[None])
         if x.shape[-1] != self.inputs:
             self._ask_torch(x, None)
         return form, x, (1, x.shape[0])
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """The user's block; torch's own cell raises unless it is (h, c), of a GRU h, [B, H] each."""
-        h, c = hx if type(hx) is tuple and len(hx) == 2 and not self.one_state else (hx, hx if self.one_state else None)
-        size = (len(x), self.hidden) if form.batched else (self.hidden,)
-        if not getattr(h, "shape", None) == getattr(c, "shape", None) == size:
+        states = (hx,) if self.one_state else hx
+        if type(states) is not tuple or len(states) != len(self.cell.states):
             self._ask_torch(x if form.batched else x[0], hx)
+        size = (len(x), self.hidden) if form.batched else (self.hidden,)
+        for state in states:
+            if not isinstance(state, Tensor) or state.shape != size:
+                self._ask_torch(x if form.batched else x[0], hx)
         return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
-        """Raise, in the words of torch's own cell if it has any, unless all tensors have one dtype and device."""
         try:
             super().check_tensors(form, x, states, weights)
         except RuntimeError:
@@ -292,7 +289,6 @@ class Function(Role):
     title = "{1}_layer"
 
     def rank_of(self, input: Any, ranks: tuple[int, int]) -> int:
-        """3; raise unless the input has it, and floating point numbers."""
         if input.dim() != 3:
             raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
         if not input.is_floating_point():
