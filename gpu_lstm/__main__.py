@@ -16,7 +16,7 @@ import torch
 
 from . import __version__, modules
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
-from .call.options import Size
+from .call.weights import Size
 from .dispatch.available import import_problem, select, why_unavailable
 from .dispatch.kind import Kind, describe
 from .dispatch.race import Decision

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .call.checks import check_bool, check_rows_of_heads, check_size_of_states, check_tensor, named_weights
+from .call import roles
+from .call.checks import check_bool, check_rows_of_heads, check_size, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
@@ -61,7 +62,7 @@ def lstm_layer(
     norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
     check_heads(heads, int(hidden), projected or 0, norms)
     arguments = Arguments(
-        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, heads, features,
+        LSTM.name, roles.Function, (hidden,), named.weight_peephole is not None, norms, heads, features,
         named.bias_ih is not None, None if backend is None else parse_backend_name(backend),
         proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
@@ -98,7 +99,7 @@ def gru_layer(
     check_heads(heads, int(hidden))
     name = None if backend is None else parse_backend_name(backend)
     bias = named.bias_ih is not None
-    arguments = Arguments(GRU.name, "layer", (hidden,), False, (), heads, features, bias, name, reverse=reverse)
+    arguments = Arguments(GRU.name, roles.Function, (hidden,), False, (), heads, features, bias, name, reverse=reverse)
     return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
 
 
@@ -134,10 +135,12 @@ def slstm_layer(
     if hidden == 0:
         raise ValueError("hidden_size must be greater than zero")
     check_heads(heads, int(hidden))
-    check_size_of_states(["weight_hh"], [weight_hh], (SLSTM.rows * hidden, hidden // heads))
+    check_size("weight_hh", weight_hh, (SLSTM.rows * hidden, hidden // heads))
     for argument, tensor, _ in given[::2]:
-        check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))
-    arguments = Arguments(SLSTM.name, "layer", (hidden,), False, (), heads, None, has_bias, name, reverse=reverse)
+        check_size(argument, tensor, (*tensor.shape[:-1], SLSTM.rows * hidden))
+    arguments = Arguments(
+        SLSTM.name, roles.Function, (hidden,), False, (), heads, None, has_bias, name, reverse=reverse
+    )
     return run(prepare(options_of(*arguments), [[weights]], z, hx, lengths, resets))
 
 

@@ -16,7 +16,7 @@ from gpu_lstm import __main__ as doctor
 from gpu_lstm.__main__ import main
 from gpu_lstm.backends import verify
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
-from gpu_lstm.call.options import Size
+from gpu_lstm.call.weights import Size
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
 from gpu_lstm.kernels import cache

@@ -20,8 +20,8 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.options import Size
 from gpu_lstm.call.prepare import prepare
+from gpu_lstm.call.weights import Size
 from gpu_lstm.dispatch import race, route
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision

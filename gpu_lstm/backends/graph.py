@@ -24,7 +24,8 @@ from torch import Tensor
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import Recording, are_batched, constant_when_traced, gradients_are_differentiated, recurrent_precision
 from ..call.noise import NO_NOISE
-from ..call.prepare import Call
+from ..call.request import Call
+from ..call.roles import Function
 from ..call.sequences import EVERY_STEP
 from ..call.weights import State, Weights
 from ..kernels import private
@@ -71,7 +72,7 @@ def _parsed(name: str) -> tuple[Backend, bool]:
 
 
 def run_call(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tuple[Tensor, list[State]]:
-    """All layers of a call that is laid out, in `dtype`, by operators: output [T, B, D*P] and states as Call.states.
+    """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and states as Call.states.
 
     `name`: the backend, as `named` says it.
     """
@@ -83,7 +84,7 @@ def run_call(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tup
     if private.is_exporting():
         _tell_what_a_program_needs()
 
-    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.torch_has_it:
+    if backend is Backend.TORCH and call.traversal.is_plain() and not isinstance(call.options.role, Function):
         call = call._replace(x=call.x.to(dtype))
         return torch_rnn.layer_by_layer(call, dtype, partial(_both_directions, call, dtype))
     return run_layers(call, dtype, backend, partial(_run_part, call, dtype, name))

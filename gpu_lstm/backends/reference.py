@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from ..call.choices import Backend
 from ..call.noise import NO_NOISE, operand
-from ..call.prepare import Call
 from ..call.regularisers import AFTER
+from ..call.request import Call
 from ..call.sequences import Traversal
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
@@ -37,7 +37,7 @@ class Steps(NamedTuple):
 
 
 def run_call(call: Call, dtype: torch.dtype, record: list[Steps] | None = None) -> tuple[Tensor, list[State]]:
-    """All layers of a call that is laid out, in `dtype`: output [T, B, D*P] and final states as Call.states."""
+    """All layers of a call, in `dtype`: output [T, B, D*P] and final states as Call.states."""
     return run_layers(call, dtype, Backend.REFERENCE, partial(_run_part, call, dtype, record))
 
 

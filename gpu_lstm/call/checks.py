@@ -12,12 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
 from ..kernels.tensors import BY_NAME, VARIANT, names_of
-from .forms import Form
-from .modes import PLAIN, autocasts, need_the_reference
-from .options import Options
+from .modes import autocasts, need_the_reference
 from .weights import LAYER_NORM, NAMES, State, Weights, variant_of
-
-_STRIDED = torch.strided
 
 
 def check_bool(name: str, value: object) -> None:
@@ -29,44 +25,24 @@ def check_bool(name: str, value: object) -> None:
 def check_tensor(value: object, name: str) -> None:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{_cure_of(value)}")
+        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")
 
 
-def _cure_of(value: object) -> str:
+def cure_of(value: object) -> str:
     """How to make a tensor of a value that a user may mistake for one."""
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
-def _other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
+def other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
     """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
     return "; it fits if the input's first two dimensions change places, see batch_first" if shape == swapped else ""
-
-
-def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
-    """The rank of module `name`'s input; raise unless it is one of `ranks`, and the input dense."""
-    try:
-        rank = input.dim()
-    except AttributeError as error:  # torch.nn.LSTM's error
-        raise AttributeError(f"{error}; expected a tensor{_cure_of(input)}") from None
-    if rank not in ranks:
-        low, high = ranks
-        raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {rank}D instead")
-    check_dense(input, name)
-    return rank
-
-
-def check_dense(input: Tensor, name: str) -> None:
-    """Raise RuntimeError unless the input of `name` is dense: neither sparse nor nested."""
-    if input.layout is not _STRIDED or input.is_nested:
-        what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
-        raise RuntimeError(f"{name}: Expected input to be a dense tensor, got {what}")
 
 
 def check_pair(hx: object, function: str = "lstm") -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
     if not isinstance(hx, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
         what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
-        raise TypeError(f"{function}(): {what}{_cure_of_one(hx, function)}")
+        raise TypeError(f"{function}(): {what}{cure_of_one(hx, function)}")
     if len(hx) != 2:
         raise RuntimeError(f"{function} expects two hidden states")
 
@@ -82,42 +58,7 @@ def check_packed(input: PackedSequence) -> None:
         raise RuntimeError(f"Expected batch_sizes that never grow and are never negative, got {sizes}")
 
 
-def check_rank_of_states(rank: int, hx: State) -> None:
-    """Raise unless h_0 and c_0 of an LSTM are of the input's rank."""
-    if hx[0].dim() != rank or hx[1].dim() != rank:
-        form = "batched" if rank == 3 else "unbatched"
-        raise RuntimeError(
-            f"For {form} {rank}-D input, hx and cx should also be {rank}-D "
-            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{_cure_of_one(hx, 'lstm')}"
-        )
-    if rank == 3:  # torch uses the first two states of an unbatched hx
-        check_pair(hx)
-
-
-def check_rank_of_state(rank: int, hx: Any) -> None:
-    """Raise, in torch's words, unless h_0 of a GRU is of the input's rank."""
-    found = _rank_of_only_state(hx)
-    if found != rank:
-        form = "batched" if rank == 3 else "unbatched"
-        raise RuntimeError(f"For {form} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
-
-
-def check_rank_of_hidden(hx: Any, name: str) -> None:
-    """Raise, in torch's words, unless the only state of a cell called `name` is 1D or 2D."""
-    rank = _rank_of_only_state(hx)
-    if rank not in (1, 2):
-        raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {rank}D instead")
-
-
-def _rank_of_only_state(hx: Any) -> int:
-    try:
-        rank: int = hx.dim()
-    except AttributeError as error:  # torch.nn.GRU's error
-        raise AttributeError(f"{error}; hx is one tensor") from None
-    return rank
-
-
-def _cure_of_one(hx: object, function: str) -> str:
+def cure_of_one(hx: object, function: str) -> str:
     """What to do where hx is one tensor: one state of two, or lengths."""
     if not isinstance(hx, Tensor):
         return ""
@@ -125,35 +66,33 @@ def _cure_of_one(hx: object, function: str) -> str:
     return f"; hx is one tensor: {cure}"
 
 
-def check_states_of_a_cell(hx: Any, batched: bool) -> None:
-    """Raise unless it is (h, c), each 1D or 2D."""
-    for i, state in enumerate(hx):
-        if state.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
-    if batched:
-        check_pair(hx, "lstm_cell")
+def check_as_torch(x: Tensor, features: int, weight: Tensor) -> None:
+    """Raise, in torch's words, unless x [..., I] has so many features, and the dtype of a weight."""
+    as_torchs: Any = SimpleNamespace(input_size=features, _flat_weights=[weight])
+    RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
-def check_states(states: Any, options: Options, name: str, error: type[Exception]) -> None:
-    """Raise unless `states` has (h, c), or h where a user holds that alone, for each layer; a wrong number: `error`."""
-    what = "tensors" if options.one_state else "pairs"
-    expected = f"{name} should be a list of {what}{' (h, c)' * (what == 'pairs')}, one a layer"
+def check_list(states: Any, names: Sequence[str], layers: int, name: str, error: type[Exception]) -> Any:
+    """`states`; raise unless it has (h, c), of a GRU h, for each layer. A wrong number: `error`."""
+    what, in_full = ("tensors", "tensors") if len(names) == 1 else ("pairs", "pairs (h, c)")
+    expected = f"{name} should be a list of {in_full}, one a layer, got"
     if not isinstance(states, (list, tuple)):
-        raise TypeError(f"{expected}, got: {type(states).__name__}")
+        raise TypeError(f"{expected}: {type(states).__name__}")
     for k, state in enumerate(states):
-        pair = (state,) if options.one_state else state
-        if not isinstance(pair, (list, tuple)):
-            raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
-        if len(pair) != len(options.cell.states):
-            raise error(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
-        for letter, tensor in zip("hc", pair):
+        block = (state,) if len(names) == 1 else state
+        if not isinstance(block, (list, tuple)):
+            raise TypeError(f"{expected} for layer {k}: {type(block).__name__}")
+        if len(block) != len(names):
+            raise error(f"Expected two states (h, c) of layer {k}, got {len(block)}")
+        for letter, tensor in zip(names, block):
             check_tensor(tensor, f"{letter} of layer {k}")
-    if len(states) != len(options.sizes):
-        raise error(f"Expected {name} of {len(options.sizes)} {what}, one a layer, got {len(states)}")
+    if len(states) != layers:
+        raise error(f"Expected {name} of {layers} {what}, one a layer, got {len(states)}")
+    return states
 
 
-def check_every_state(hx: Any, names: Sequence[str], x: Tensor) -> None:
-    """Raise unless hx has a tensor for each of these states, on the device of x."""
+def check_states(hx: Any, names: Sequence[str], size: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless hx has a tensor of this size for each of these states, on the device of x."""
     expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
     if not isinstance(hx, (tuple, list)):
         raise TypeError(f"{expected}, got: {type(hx).__name__}")
@@ -162,47 +101,30 @@ def check_every_state(hx: Any, names: Sequence[str], x: Tensor) -> None:
     for name, state in zip(names, hx):
         check_tensor(state, name)
         _check_device("hidden", state, x)
+        check_size(name, state, size)
 
 
-def check_size_of_states(names: Sequence[str], states: Sequence[Tensor], size: tuple[int, ...]) -> None:
-    """Raise unless all states are of one size."""
-    for name, state in zip(names, states):
-        if state.shape != size:
-            raise RuntimeError(f"Expected {name} size {size}, got {list(state.shape)}")
+def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
+    """Raise, in torch's words, unless a tensor has this size; `swapped`: see `other_way_round`."""
+    if tensor.shape != size:
+        hint = other_way_round(tensor.shape, swapped)
+        raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
-def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
-    """Raise, in torch's words, unless x [..., I] has the first layer's features and, with weights, its dtype."""
-    if not options.of_rnn_base:
-        return
-    weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih
-    if weight is not None and (x.shape[-1] != options.input_size or (x.dtype is not weight.dtype and not autocasts(x))):
-        as_torchs: Any = SimpleNamespace(input_size=options.input_size, _flat_weights=[weight])
-        RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
-
-
-def check_sizes_of_states(options: Options, x: Tensor, batch: int, block: int, hx: State) -> None:
-    """Raise, in torch's words, unless h and c of a block, [*, B, F], have the right sizes."""
-    size = options.blocks[block]
-    for i, (state, features) in enumerate(zip(hx, (size.width, size.hidden))):
-        expected = *options.lead, batch, features
-        if state.shape != expected:
-            name = f"{'hc'[i]} of layer {block}" if options.by_layer else "hidden" + f"[{i}]" * (not options.one_state)
-            hint = _other_way_round(state.shape, (*options.lead, x.shape[0], features))
-            raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}{hint}")
-
-
-def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
-    """Raise unless the tensors of a layer have the `sizes`, which are in the order of Weights."""
+def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
+    """Raise unless the tensors of a layer have the `sizes`, in the order of Weights, and all layers have the same."""
     for name, tensor, size in zip(NAMES, layer, sizes):
         if tensor is None and name in ("weight_ih", "weight_hh") and None not in size:
             raise TypeError(f"{name} should be a tensor, got: NoneType")
-        if tensor is not None and tensor.shape != size:
-            raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
+        if tensor is not None:
+            check_size(name, tensor, size)
     if (layer.bias_ih is None) != (layer.bias_hh is None):
         raise RuntimeError("bias_ih and bias_hh should be given together")
     if layer.bias_c is not None and layer.gain_c is None:
         raise RuntimeError("bias_c should be given together with gain_c")
+    for name in names_of(VARIANT):
+        if len({getattr(one, name) is None for directions in weights for one in directions}) > 1:
+            raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
 def check_rows_of_heads(weight_hh: Tensor, hidden: int | None = None) -> int:
@@ -213,13 +135,6 @@ def check_rows_of_heads(weight_hh: Tensor, hidden: int | None = None) -> int:
     if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
         raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
     return hidden
-
-
-def check_same_tensors(weights: list[list[Weights]]) -> None:
-    """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
-    for name in names_of(VARIANT):
-        if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
-            raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
 def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
@@ -250,41 +165,9 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
-def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
-    """Raise, in torch's words, unless x [B, I] and a cell's states fit; `alike`: all have one dtype and device."""
-    (inputs, hidden, _, _), (h, c), (batch, features) = options.sizes[0], state, x.shape
-    expected = batch, hidden
-    if alike and features == inputs and h.shape == expected and c.shape == expected:
-        return
-    if not options.one_state:
-        check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
-    operator, hx = getattr(torch, f"{options.cell.name}_cell"), h if options.one_state else state
-    of_torch = weights.weight_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh
-    if features == inputs and h.shape == c.shape == expected:
-        try:
-            return check_alike(x, [state], [[weights]])
-        except RuntimeError:
-            operator(x, hx, *of_torch)
-            raise
-    operator(x, hx, *of_torch)
-    raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
-
-
 def is_exact(c: Tensor, x: Tensor) -> bool:
     """Whether c is float32 though x is in half precision: the kernels keep it so, unrounded."""
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
-
-
-def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
-    """Whether torch's operator for a cell takes all as it is, on the CPU. If not, `prepare` makes it so, or raises."""
-    if type(x) is not Tensor or not x.is_cpu or options.feature is not None:
-        return False
-    if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
-        return False
-    dtype, batch = x.dtype, len(x)
-    found = [t.shape for t in (x, *state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
-    sizes = [(batch, options.input_size), *[(batch, options.hidden)] * len(options.cell.states)]
-    return found == sizes + options.sizes_of_first
 
 
 def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]) -> None:
@@ -351,18 +234,22 @@ def _check_place(
     name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, swapped: tuple[int, ...]
 ) -> None:
     if tensor.shape != shape:
-        hint = _other_way_round(tensor.shape, swapped)
+        hint = other_way_round(tensor.shape, swapped)
         raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(tensor.shape)}{hint}")
     if tensor.device != device:
         raise ValueError(f"Expected {name} on {device}, where the input is, got {tensor.device}")
 
 
-def check_reset_pair(pair: object, name: str) -> None:
-    """Raise unless states to reset to are (h, c)."""
-    if not isinstance(pair, (tuple, list)):
-        raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
-    if len(pair) != 2:
-        raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
+def pair_to_reset_to(block: Any, name: str, one_state: bool) -> tuple[Any, Any]:
+    """(h, c) of states to reset to, of a GRU twice h; raise unless it is such a block."""
+    if one_state:
+        check_tensor(block, name)
+        return block, block
+    if not isinstance(block, (tuple, list)):
+        raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(block).__name__}")
+    if len(block) != 2:
+        raise ValueError(f"Expected {name} of two states (h, c), got {len(block)}")
+    return block[0], block[1]
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:

@@ -35,6 +35,9 @@ class Padded(NamedTuple):
         return state if self.batched else state.squeeze(-2)
 
 
+UNBATCHED, TIME_FIRST, BATCH_FIRST = Padded(False, False), Padded(True, False), Padded(True, True)
+
+
 class Packed(NamedTuple):
     """A PackedSequence. Inside, sequences are sorted by length, as in its data."""
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.tensors import Noise
-from .options import Options, Size
+from .options import Options
 from .regulariser import Drawing
 from .regularisers import ADDING, SCALING
-from .weights import Weights
+from .weights import Size, Weights
 
 NO_NOISE = Noise()
 

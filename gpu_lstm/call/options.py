@@ -2,46 +2,21 @@
 
 import functools
 from collections import namedtuple
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..kernels.cells import CELLS
-from ..kernels.tensors import BY_NAME
+from . import roles
 from .regularisers import REFERENCE_ONLY, REGULARISERS
-from .weights import LAYER_NORM, NAMES, PEEPHOLES
+from .weights import LAYER_NORM, NAMES, PEEPHOLES, Size
 
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
-RESET_STATES = "reset_states"  # the argument of a call, as errors name it
-
-_NAMES = {"module": "{}", "stack": "Stacked{}", "cell": "{}Cell", "layer": "{}_layer"}  # in errors
-
-
-class Size(NamedTuple):
-    """The sizes of a layer."""
-
-    inputs: int | Any  # I; None: x is W_ih x already
-    hidden: int  # H
-    projected: int  # P; 0 without a projection
-    heads: int = 1
-
-    @property
-    def width(self) -> int:
-        """Features of h."""
-        return self.projected or self.hidden
-
-    def of(self, names: Sequence[str], rows: int) -> tuple[tuple[int, ...], ...]:
-        """The sizes of the weights of these names, with `rows` to a unit."""
-        hidden = self.hidden
-        letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}
-        letters["D"] = self.width // self.heads
-        return tuple([BY_NAME[name].sized(letters) for name in names])
 
 
 _FIELDS = (
     "cell",  # of kernels.cells.CELLS
-    "role",  # "module", "stack", "cell" (one step) or "layer" (a function)
+    "role",  # a class of roles.py
     "hidden_sizes",  # tuple [L]
     "peepholes",
     "norms",  # tuple of some NORMS
@@ -65,36 +40,22 @@ class Options:
     """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
 
     def __init__(self, a: Any) -> None:
-        self.cell, self.role = CELLS[a.cell], a.role
-        self.name = _NAMES[a.role].format(a.cell if a.role == "layer" else a.cell.upper())
-        self.batch_first, self.training, self.backend = a.batch_first, a.training, a.backend
+        self.cell = CELLS[a.cell]
         self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
-        self.kept = self.cell.kept  # the numbers of a unit in c, K
+        self.backend, self.training = a.backend, a.training
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
         inputs = [a.input_size, *(self.directions * (a.proj_size or hidden) for hidden in a.hidden_sizes)]
         self.sizes = tuple([Size(i, hidden, a.proj_size, a.heads) for i, hidden in zip(inputs, a.hidden_sizes)])
-        self.input_size = a.input_size
-        self.hidden, self.width = self.sizes[0].hidden, self.sizes[0].width  # of the first layer
+        self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
+        self.role = a.role(self.cell, self.sizes, self.directions, a.batch_first)
         rates = [(thing, thing.rate(getattr(a, thing.name), a.training)) for thing in REGULARISERS]
         self.on = tuple([(thing, rate) for thing, rate in rates if rate])
         self.dropout = next((rate for thing, rate in self.on if thing.name == "dropout"), 0.0)
         self.drops_weights = any([thing.overrides("weight_hh") for thing, _ in self.on])
-        self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
-        self.by_layer = self.role == "stack"  # a user has states in a list, those of a layer together
-        self.blocks = self.sizes if self.by_layer else self.sizes[:1]  # of the user's tensors of states
-        # How many rows these have. A module's have all; elsewhere states of one layer and direction are [B, *].
-        rows = self.directions if self.by_layer else self.rows
-        self.lead = (rows,) if self.role == "module" or (self.by_layer and rows == 2) else ()
-        self.one_row = bool(self.lead) and self.rows == 1  # then they are laid out
-        self.one_step = self.role == "cell"
-        self.ranks = (1, 2) if self.one_step else (2, 3)  # of an input, unbatched and batched
-        self.as_given = self.role in ("module", "cell")  # torch's own operator takes x and states as a user has them
-        self.torch_has_it = self.role != "layer"
-        self.of_rnn_base = self.role in ("module", "stack")  # it says what an input has to be
-        self.names = _names(a, self.role, self.directions)
+        self.names = _names(a, self.directions)
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
-        names = NAMES if self.role == "layer" else NAMES[: len(self.names[0][0])]
+        names = NAMES if a.role is roles.Function else NAMES[: len(self.names[0][0])]
         self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
         of_first = zip(self.names[0][0], self.weight_sizes[0])
         self.sizes_of_first = [size for name, size in of_first if name is not None]  # of the tensors that are present
@@ -112,7 +73,7 @@ class Options:
                 self.feature = feature
 
 
-def _names(a: Any, role: str, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
+def _names(a: Any, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
     """Parameter names by layer and direction, [L][D], in the order of Weights up to the last there is; None: absent."""
     optional = dict(
         weight_ih=a.input_size is not None, bias_ih=a.bias, bias_hh=a.bias and a.input_size is not None,
@@ -123,12 +84,8 @@ def _names(a: Any, role: str, directions: int) -> tuple[tuple[tuple[str | None, 
     names = names[: 1 + max(k for k, name in enumerate(names) if name)]
     layers = []
     for k in range(len(a.hidden_sizes)):
-        suffix = {"cell": "", "stack": "_l0"}.get(role, f"_l{k}")
-        layer = []
-        for d in range(directions):
-            ending = suffix + "_reverse" * d
-            layer.append(tuple([name and name + ending for name in names]))
-        layers.append(tuple(layer))
+        endings = [a.role.suffix.format(k) + "_reverse" * d for d in range(directions)]
+        layers.append(tuple([tuple([name and name + ending for name in names]) for ending in endings]))
     return tuple(layers)
 
 

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends.torch_rnn import MOST_STEPS
-from ..call.options import Size
-from ..call.prepare import Call
+from ..call import roles
 from ..call.regularisers import REGULARISERS
-from ..call.weights import LAYER_NORM, PEEPHOLES
+from ..call.request import Request
+from ..call.weights import LAYER_NORM, PEEPHOLES, Size
 from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem, of_constant, power_of_two
 from ..kernels.tensors import KNOWN, NOISE, TRAVERSAL, VARIANT, names_of
@@ -88,7 +88,7 @@ class Kind(NamedTuple):
         }  # fmt: skip
 
 
-def kind_of(call: Call) -> Kind:
+def kind_of(call: Request) -> Kind:
     """What decides how a call runs."""
     options, weights, dtype, traversal = call.options, call.weights[0][0], dtype_of(call), call.traversal
     lengths = torch.int64 if call.form.packed is not None else None
@@ -110,7 +110,7 @@ def kind_of(call: Call) -> Kind:
     )  # fmt: skip
 
 
-def dtype_of(call: Call) -> torch.dtype:
+def dtype_of(call: Request) -> torch.dtype:
     """The dtype that layers compute in: the input's own, or under autocast that of torch's own results.
 
     On a CPU torch casts a whole LSTM; of a GRU, of a cell, of a PackedSequence and with oneDNN off it casts products
@@ -119,8 +119,8 @@ def dtype_of(call: Call) -> torch.dtype:
     autocast, options = call.modes.autocast, call.options
     if autocast is None or not call.x.is_cpu:
         return autocast or call.x.dtype
-    packed = call.form.packed is not None and options.as_given and options.in_one_call
-    products = options.one_state or options.one_step
+    packed = call.form.packed is not None and type(options.role) is roles.Module and options.in_one_call
+    products = options.one_state or isinstance(options.role, roles.Cell)
     if options.cell.of_torch and not options.sizes[0].projected:
         products |= packed or not call.modes.whole
     return torch.promote_types(autocast, call.states[0][1].dtype) if products else autocast

@@ -20,9 +20,9 @@ from ..backends import verify
 from ..backends.run import run_by
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
-from ..call.forms import Padded
+from ..call.forms import TIME_FIRST
 from ..call.modes import Recording, Setting, Transforms, alone
-from ..call.prepare import Call
+from ..call.request import Request
 from ..kernels import cache
 from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
@@ -60,7 +60,7 @@ _generators: dict[torch.device, Setting] = {}
 decided: dict[tuple, Decision] = {}
 
 
-def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
+def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known.
 
     Raises:
@@ -140,7 +140,7 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
     return cache.machine(device) | how | kind.as_json()
 
 
-def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
+def _judge(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """Decide by a race of kernels that run, if one is allowed; else the expected winner."""
     other, expected = other_than_kernels(kind), expected_winner(kind, able, call.x.device)
     if mode is not Racing.ON or kind.only_ours:
@@ -166,7 +166,7 @@ def _judge(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
     return decision
 
 
-def _failure(call: Call, kind: Kind, able: Backend) -> Decision | None:
+def _failure(call: Request, kind: Kind, able: Backend) -> Decision | None:
     """Run the kernels of a call for two steps, which compiles and verifies them. None if they do not fail."""
     try:
         with alone(grad=kind.training):
@@ -194,7 +194,7 @@ def other_than_kernels(kind: Kind) -> Backend:
     return Backend.REFERENCE if kind.only_ours else Backend.TORCH
 
 
-def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
+def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
     """The call by a backend on random data, `most` steps at most, with its own weights; in training, backward too.
 
     It raises RivalFailed if the backend fails, but errors of the device as they are.
@@ -208,8 +208,7 @@ def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[],
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     first = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
-    form = Padded(batched=True, batch_first=False)
-    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=form)
+    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=TIME_FIRST)
     route = build(sample, kind, backend)
 
     def run() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from ..call import roles
 from ..call.checks import check_bool
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS
@@ -104,7 +105,7 @@ class Checked:
 
     # What it tells every call. (Users' subclasses may have a `cell` of their own.)
     _cell: Cell
-    _role: str  # as in Options
+    _role: type[roles.Role]
     # Defaults, on the class, so that modules pickled by older versions have them.
     backend: BackendName | None = None
     _peepholes: bool = False
@@ -162,7 +163,7 @@ for _name in OURS:  # on the class, so that modules pickled by older versions ha
 
 def takes_sequences(module: object) -> bool:
     """Whether it is one of ours, and not a cell."""
-    return isinstance(module, Checked) and module._role != "cell"
+    return isinstance(module, Checked) and module._role is not roles.Cell
 
 
 Given = TypeVar("Given", contravariant=True)

@@ -10,10 +10,11 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNCellBase
 
 from ..backends.torch_rnn import run_step
-from ..call.checks import check_bool, fits_torchs_cell
+from ..call import roles
+from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
-from ..call.prepare import prepare
+from ..call.prepare import fits_torchs_cell, prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
 from ..dispatch.available import only_torch_on_a_cpu
 from ..dispatch.route import run
@@ -27,7 +28,7 @@ from .variants import HasVariants, weights_of
 class RecurrentCell(Checked):
     """What LSTMCell and GRUCell share, next to torch's RNNCellBase."""
 
-    _role = "cell"
+    _role = roles.Cell
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
         """Compute one step.

@@ -8,6 +8,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.torch_rnn import packed
+from ..call import roles
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
 from ..call.weights import Weights
@@ -24,7 +25,7 @@ class Recurrent(Regularised):
 
     # On the class, so that they are there in pickles of older modules.
     recompute: bool = False
-    _role = "module"
+    _role = roles.Module
 
     def _make(self: Any, torchs: tuple, heads: int, **ours: Any) -> None:
         """Check our own arguments before RNNBase, with torch's, draws initial weights.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..call import roles
 from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
@@ -29,7 +30,7 @@ class Stack(Regularised, nn.Module):
     input_size: int
     hidden_sizes: list[int]
     dropout: float
-    _role = "stack"
+    _role = roles.Stack
 
     def __init__(
         self, sizes: tuple[int, Sequence[int]], flags: dict[str, bool], ours: dict[str, Any],

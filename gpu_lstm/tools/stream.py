@@ -9,6 +9,7 @@ from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 
 from ..backends.layer_loop import NOTHING
+from ..call import roles
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
 from ..kernels.private import assert_on_device, copy_all
@@ -64,7 +65,7 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        self._one_state, self._is_stack = module._options().one_state, module._role == "stack"
+        self._one_state, self._is_stack = module._options().one_state, module._role is roles.Stack
         zeros = self._accepted(None)  # of which two may be one tensor
         wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
@@ -92,8 +93,8 @@ class Stream:
                 check_tensor(state, name)
         sizes = (self.batch, 1) if module.batch_first else (1, self.batch)
         step = next(module.parameters()).new_empty(*sizes, module.input_size)
-        call = prepare(options, module._weights(), step, hx)
-        states = call.results(step, call.states)[1]
+        request = prepare(options, module._weights(), step, hx)
+        states = options.role.states_out(request.form, options.role.call(request).states)
         of_layers = states if self._is_stack else [states]
         return [(h,) for h in of_layers] if self._one_state else list(of_layers)
 
