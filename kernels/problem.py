@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .tensors import KNOWN, TENSORS, Inputs
+from .tensors import TENSORS, Inputs
 
 MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
@@ -189,7 +189,7 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
     """The problem of a call with these tensors."""
     i, (steps, batch, _), (hidden,) = inputs, inputs.x.shape, inputs.c0.shape[-1:]
     heads = i.h0.shape[-1] // max(1, i.weight_hh.shape[1])
-    known = any([getattr(i, name) is not None for name in KNOWN])
+    known = i.reset_h is not None
     dimensions = [None if t is None else t.dim() for t in (i.zoneout_h, i.zoneout_c)]
     return Problem(
         1 if steps == 1 else 2, batch, hidden, i.x.dtype, 0 if i.weight_hr is None else i.h0.shape[-1],

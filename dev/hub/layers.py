@@ -49,8 +49,8 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
         return instead
     sizes = (module.hidden_size,) * module.num_layers
     asked = Arguments(module.mode.lower(), roles.Module, sizes, False, (), 1, module.input_size, module.bias, None,
-                      module.bidirectional, module.batch_first, module.training, module.dropout,
-                      proj_size=module.proj_size)  # fmt: skip
+                      module.bidirectional, module.batch_first, module.training, False,
+                      (module.dropout, *Arguments._field_defaults["rates"][1:]), module.proj_size)  # fmt: skip
     return run(prepare(options := options_of(*asked), weights_of(module, options.names), input, hx))
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.noise import NO_NOISE, added, operand, scaled
-from ..call.regularisers import ADDING
+from ..call.noise import NO_NOISE, scaled
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import Weights
 from ..equations import EQUATIONS
@@ -54,22 +53,13 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     """
     i, problem = inputs, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-    if ADDING or i.reset_h is not None:
-        _add_known(problem, gates, i)
+    if i.reset_h is not None:  # in the time loop h is 0 at resets, and so W_hh h
+        known = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
+        EQUATIONS[problem.cell].add_product(gates, known, i.weight_hh, i.gain_hh)
     if i.c0.dtype is not torch.float32:
         i = i._replace(c0=i.c0.float())
     h, h_n, c_n, c = layer.forward(gates, Recurrence(i), save)
     return h, h_n, c_n, gates, c
-
-
-def _add_known(problem: Problem, z: Tensor, i: Inputs) -> None:
-    """Add to z what W_hh multiplies besides the h of the time loop, which is 0 at resets: noise, states to reset to."""
-    known = added(i)
-    if i.reset_h is not None:
-        to_reset = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
-        known = to_reset if known is None else known + to_reset
-    if known is not None:
-        EQUATIONS[problem.cell].add_product(z, known, i.weight_hh, i.gain_hh)
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
@@ -127,7 +117,7 @@ def gradients(
     h_prev = saved.h  # [T, B, P] the operand of W_hh at each step; anything finite in padding
     if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
         h_prev = steps.traversal.states_before(saved.h, i.h0, i.reset_h)
-        h_prev = h_prev if _noise(i) == NO_NOISE else operand(h_prev, i)  # which is four calls
+        h_prev = h_prev if _noise(i) == NO_NOISE else scaled(h_prev, i)  # which is two calls
     if gates_were_dropped:
         steps.recompute_gates(cell, h_prev)
     if i.gain_hh is not None:

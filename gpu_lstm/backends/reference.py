@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..call.choices import Backend
-from ..call.noise import NO_NOISE, operand
+from ..call.noise import NO_NOISE, scaled
 from ..call.regularisers import AFTER
 from ..call.request import Call
 from ..call.sequences import Traversal
@@ -130,7 +130,7 @@ def _step(cell: ModuleType, x: Tensor, state: State, weights: Weights, noise: No
     """One step of x [B, I], from the state before it: its gates and the state after it, all [B, *]."""
     w, (h, c) = weights, state
     z_x = linear(x, w.weight_ih, w.bias_ih, w.gain_ih)
-    z_h = linear(operand(h, noise), w.weight_hh, w.bias_hh, w.gain_hh)
+    z_h = linear(scaled(h, noise), w.weight_hh, w.bias_hh, w.gain_hh)
     gates, c = cell.step(cell.pre_activations(z_x, z_h), c, w.weight_peephole)
     h = cell.output(gates, c, w.gain_c, w.bias_c)
     after = h if w.weight_hr is None else F.linear(h, w.weight_hr), c

@@ -28,34 +28,26 @@ def check_tensor(value: object, name: str) -> None:
         raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")
 
 
+def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
+    """Raise unless a tensor has so many dimensions."""
+    if tensor.dim() != count:
+        raise RuntimeError(f"{name} must have {count} dimensions, got {tensor.dim()}")
+
+
+def check_count(values: Any, counts: Sequence[int], type_error: str, wrong: str, error: type[Exception]) -> None:
+    """Raise TypeError unless `values` is a tuple or list, `error` unless its length is one of `counts`.
+
+    To their texts what was given is added.
+    """
+    if not isinstance(values, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
+        raise TypeError(f"{type_error}: {type(values).__name__}")
+    if len(values) not in counts:
+        raise error(f"{wrong}, got {len(values)}")
+
+
 def cure_of(value: object) -> str:
     """How to make a tensor of a value that a user may mistake for one."""
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
-
-
-def other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
-    """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
-    return "; it fits if the input's first two dimensions change places, see batch_first" if shape == swapped else ""
-
-
-def check_pair(hx: object, function: str = "lstm") -> None:
-    """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
-    if not isinstance(hx, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
-        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
-        raise TypeError(f"{function}(): {what}{cure_of_one(hx, function)}")
-    if len(hx) != 2:
-        raise RuntimeError(f"{function} expects two hidden states")
-
-
-def check_packed(input: PackedSequence) -> None:
-    """Raise unless a PackedSequence, which anyone may make, has a row for each step of each sequence."""
-    sizes, data = input.batch_sizes.tolist(), input.data
-    if data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-    if sum(sizes) != len(data):
-        raise RuntimeError(f"Expected data of {sum(sizes)} rows, the sum of batch_sizes, got {len(data)}")
-    if sizes != sorted(sizes, reverse=True) or min(sizes, default=0) < 0:
-        raise RuntimeError(f"Expected batch_sizes that never grow and are never negative, got {sizes}")
 
 
 def cure_of_one(hx: object, function: str) -> str:
@@ -66,38 +58,49 @@ def cure_of_one(hx: object, function: str) -> str:
     return f"; hx is one tensor: {cure}"
 
 
+def check_packed(input: PackedSequence) -> None:
+    """Raise unless a PackedSequence, which anyone may make, has a row for each step of each sequence."""
+    sizes, data = input.batch_sizes.tolist(), input.data
+    check_dimensions("input", data, 2)
+    if sum(sizes) != len(data):
+        raise RuntimeError(f"Expected data of {sum(sizes)} rows, the sum of batch_sizes, got {len(data)}")
+    if sizes != sorted(sizes, reverse=True) or min(sizes, default=0) < 0:
+        raise RuntimeError(f"Expected batch_sizes that never grow and are never negative, got {sizes}")
+
+
 def check_as_torch(x: Tensor, features: int, weight: Tensor) -> None:
     """Raise, in torch's words, unless x [..., I] has so many features, and the dtype of a weight."""
     as_torchs: Any = SimpleNamespace(input_size=features, _flat_weights=[weight])
     RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
+def check_pair(hx: Any) -> None:
+    """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
+    if not isinstance(hx, (tuple, list)):
+        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
+        raise TypeError(f"lstm(): {what}{cure_of_one(hx, 'lstm')}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+
+
 def check_list(states: Any, names: Sequence[str], layers: int, name: str, error: type[Exception]) -> Any:
     """`states`; raise unless it has (h, c), of a GRU h, for each layer. A wrong number: `error`."""
     what, in_full = ("tensors", "tensors") if len(names) == 1 else ("pairs", "pairs (h, c)")
     expected = f"{name} should be a list of {in_full}, one a layer, got"
-    if not isinstance(states, (list, tuple)):
-        raise TypeError(f"{expected}: {type(states).__name__}")
-    for k, state in enumerate(states):
+    for k, state in enumerate(states if isinstance(states, (tuple, list)) else ()):
         block = (state,) if len(names) == 1 else state
-        if not isinstance(block, (list, tuple)):
-            raise TypeError(f"{expected} for layer {k}: {type(block).__name__}")
-        if len(block) != len(names):
-            raise error(f"Expected two states (h, c) of layer {k}, got {len(block)}")
+        two = f"Expected two states (h, c) of layer {k}"
+        check_count(block, (len(names),), f"{expected} for layer {k}", two, error)
         for letter, tensor in zip(names, block):
             check_tensor(tensor, f"{letter} of layer {k}")
-    if len(states) != layers:
-        raise error(f"Expected {name} of {layers} {what}, one a layer, got {len(states)}")
+    check_count(states, (layers,), expected, f"Expected {name} of {layers} {what}, one a layer", error)
     return states
 
 
 def check_states(hx: Any, names: Sequence[str], size: tuple[int, ...], x: Tensor) -> None:
     """Raise unless hx has a tensor of this size for each of these states, on the device of x."""
     expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
-    if not isinstance(hx, (tuple, list)):
-        raise TypeError(f"{expected}, got: {type(hx).__name__}")
-    if len(hx) != len(names):
-        raise RuntimeError(f"{expected}, got {len(hx)}")
+    check_count(hx, (len(names),), f"{expected}, got", expected, RuntimeError)
     for name, state in zip(names, hx):
         check_tensor(state, name)
         _check_device("hidden", state, x)
@@ -105,17 +108,17 @@ def check_states(hx: Any, names: Sequence[str], size: tuple[int, ...], x: Tensor
 
 
 def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
-    """Raise, in torch's words, unless a tensor has this size; `swapped`: see `other_way_round`."""
+    """Raise, in torch's words, unless a tensor has this size; `swapped`: see `_other_way_round`."""
     if tensor.shape != size:
-        hint = other_way_round(tensor.shape, swapped)
+        hint = _other_way_round(tensor, swapped)
         raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
 def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
     """Raise unless the tensors of a layer have the `sizes`, in the order of Weights, and all layers have the same."""
     for name, tensor, size in zip(NAMES, layer, sizes):
-        if tensor is None and name in ("weight_ih", "weight_hh") and None not in size:
-            raise TypeError(f"{name} should be a tensor, got: NoneType")
+        if None not in size:
+            _check_weight(name, tensor)
         if tensor is not None:
             check_size(name, tensor, size)
     if (layer.bias_ih is None) != (layer.bias_hh is None):
@@ -127,36 +130,26 @@ def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: lis
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
-def check_rows_of_heads(weight_hh: Tensor, hidden: int | None = None) -> int:
-    """H, by default the columns of a W_hh; raise unless it divides the rows, and the columns H."""
-    check_tensor(weight_hh, "weight_hh")
-    rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
-    hidden = columns if hidden is None else hidden
-    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
-        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
-    return hidden
-
-
 def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
     """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
     most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
-    if not 2 <= len(weights) <= most:
-        names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
-        raise ValueError(f"Expected weights of 2 to {most} tensors ({names}), got {len(weights)}")
-    named = Weights(*weights)  # type: ignore[arg-type]
-    for name, tensor in zip(NAMES, named):
-        if tensor is None and name in ("weight_ih", "weight_hh"):
-            raise TypeError(f"{name} should be a tensor, got: NoneType")
+    names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
+    expected = "weights should be a tuple or list of tensors, got"
+    check_count(weights, range(2, most + 1), expected, f"Expected weights of 2 to {most} tensors ({names})", ValueError)
+    for name, tensor in zip(NAMES, weights):
+        _check_weight(name, tensor)
         if tensor is not None:
-            check_tensor(tensor, name)
-            expected = len(BY_NAME[name].size.split())
-            if tensor.dim() != expected:
-                raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
+            check_dimensions(name, tensor, len(BY_NAME[name].size.split()))
+    named = Weights(*weights)  # type: ignore[arg-type]
     if named.weight_hr is not None:
         check_unprojected(variant_of(named) == LAYER_NORM, len(named.weight_hr))
     return named
+
+
+def _check_weight(name: str, tensor: Any) -> None:
+    """Raise TypeError unless it is a tensor, or None and not one of those that every layer has."""
+    if tensor is not None or name in ("weight_ih", "weight_hh"):
+        check_tensor(tensor, name)
 
 
 def check_unprojected(layer_norm: bool, projected: int) -> None:
@@ -170,17 +163,18 @@ def is_exact(c: Tensor, x: Tensor) -> bool:
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
 
 
-def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]) -> None:
-    """Raise, in torch's own words, unless all tensors are of one device and dtype.
+def _fits(tensor: Tensor, x: Tensor, is_c: bool) -> bool:
+    """Whether the dtype of a tensor goes with that of x: it is the same, or under autocast any; c may be exact."""
+    return tensor.dtype is x.dtype or autocasts(x) or (is_c and is_exact(tensor, x))
 
-    Under autocast dtypes may differ, and a cell state may be float32 with half precision.
-    """
-    mixed_allowed = autocasts(x)
+
+def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]) -> None:
+    """Raise, in torch's own words, unless all tensors are of one device and their dtypes go together."""
     tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
-    tensors += [("hidden", tensor, is_cell) for state in states for tensor, is_cell in zip(state, (False, True))]
-    for what, tensor, is_cell in tensors:
+    tensors += [("hidden", tensor, is_c) for state in states for tensor, is_c in zip(state, (False, True))]
+    for what, tensor, is_c in tensors:
         _check_device(what, tensor, x)
-        if tensor.dtype != x.dtype and not mixed_allowed and not (is_cell and is_exact(tensor, x)):
+        if not _fits(tensor, x, is_c):
             raise RuntimeError(
                 f"Input and {what} tensors are not the same dtype, "
                 f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
@@ -195,8 +189,8 @@ def _check_device(what: str, tensor: Tensor, x: Tensor) -> None:
         )
 
 
-def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `lengths` is an int tensor of `shape` on `device` with values from 0 to `steps`.
+def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless `lengths` is an int tensor of `shape` where x is, with values from 0 to `steps`.
 
     On CUDA the values are asserted on the device, without a synchronisation; elsewhere at once.
     """
@@ -204,7 +198,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
     if lengths.dtype not in (torch.int32, torch.int64):
         cure = "; use lengths.long()" if lengths.is_floating_point() else ""
         raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}{cure}")
-    _check_place("lengths", lengths, shape, device, (steps,) * len(shape))
+    _check_place("lengths", lengths, shape, x, (steps,) * len(shape))
     if need_the_reference():  # inside vmap there is no value to look at
         return
     has_values = type(lengths) is Tensor and not (lengths.is_cuda or lengths.is_meta) and lengths.numel() > 0
@@ -222,47 +216,36 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
         assert_on_device(fits, f"Expected lengths from 0 to {steps}, the number of steps")
 
 
-def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `resets` is a bool tensor of `shape` on `device`."""
+def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless `resets` is a bool tensor of `shape` where x is."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")
-    _check_place("resets", resets, shape, device, shape[::-1])
+    _check_place("resets", resets, shape, x, shape[::-1])
 
 
-def _check_place(
-    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, swapped: tuple[int, ...]
-) -> None:
+def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swapped: Sequence[int] = ()) -> None:
+    """Raise, in our words, unless a tensor has this shape, and the device of x; `swapped`: see `_other_way_round`."""
     if tensor.shape != shape:
-        hint = other_way_round(tensor.shape, swapped)
+        hint = _other_way_round(tensor, swapped)
         raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(tensor.shape)}{hint}")
-    if tensor.device != device:
-        raise ValueError(f"Expected {name} on {device}, where the input is, got {tensor.device}")
+    if tensor.device != x.device:
+        raise ValueError(f"Expected {name} on {x.device}, where the input is, got {tensor.device}")
 
 
-def pair_to_reset_to(block: Any, name: str, one_state: bool) -> tuple[Any, Any]:
-    """(h, c) of states to reset to, of a GRU twice h; raise unless it is such a block."""
-    if one_state:
-        check_tensor(block, name)
-        return block, block
-    if not isinstance(block, (tuple, list)):
-        raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(block).__name__}")
-    if len(block) != 2:
-        raise ValueError(f"Expected {name} of two states (h, c), got {len(block)}")
-    return block[0], block[1]
+def _other_way_round(tensor: Tensor, swapped: Sequence[int]) -> str:
+    """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
+    hint = "; it fits if the input's first two dimensions change places, see batch_first"
+    return hint if tensor.shape == swapped else ""
 
 
-def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:
-    """Raise unless `state` has one of two sizes, a state per sequence or per step, and the dtype and device of x.
-
-    As for any state, dtypes may differ under autocast, and a cell state may be float32 with half precision.
-    """
+def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_c: bool) -> None:
+    """Raise unless `state` has one of two sizes, a state per sequence or per step, and a dtype and device as x."""
     check_tensor(state, name)
     if list(state.shape) not in sizes:
         raise ValueError(
             f"Expected {name} of size {sizes[0]}, one a sequence, or {sizes[1]}, one a step, got {list(state.shape)}"
         )
-    if state.dtype != x.dtype and not autocasts(x) and not (is_cell and is_exact(state, x)):
+    if not _fits(state, x, is_c):
         raise ValueError(f"Expected {name} of dtype {x.dtype}, got {state.dtype}")
-    if state.device != x.device:
-        raise ValueError(f"Expected {name} on {x.device}, where the input is, got {state.device}")
+    _check_place(name, state, state.shape, x)

@@ -1,8 +1,7 @@
 """What a module's arguments ask of a call: sizes, names of its parameters, regularisers, the backend."""
 
 import functools
-from collections import namedtuple
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,32 +13,32 @@ from .weights import LAYER_NORM, NAMES, PEEPHOLES, Size
 NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
 
 
-_FIELDS = (
-    "cell",  # of kernels.cells.CELLS
-    "role",  # a class of roles.py
-    "hidden_sizes",  # tuple [L]
-    "peepholes",
-    "norms",  # tuple of some NORMS
-    "heads",
-    "input_size", "bias",
-    "backend",  # a name, or None; up to here what a cell has, too
-    "bidirectional", "batch_first", "training",
-    *(thing.name for thing in REGULARISERS),
-    "recompute",  # kernels save no gates for backward
-    "proj_size",
-    "residual",  # a layer whose output is as wide as its input adds the two
-    "reverse",  # only for lstm_layer
-)  # fmt: skip
-_DEFAULTS = (False, False, False, *[0.0] * len(REGULARISERS), False, 0, False, False)  # of those that no cell has
-_class: Any = namedtuple  # as mypy does not know it, which accepts literals alone
-Arguments = _class("Arguments", _FIELDS, defaults=_DEFAULTS)
-"""What a module asks of every call, from its attributes as they are now."""
+class Arguments(NamedTuple):
+    """What a module asks of every call, from its attributes as they are now."""
+
+    cell: str  # of kernels.cells.CELLS
+    role: type[roles.Role]
+    hidden_sizes: tuple[int, ...]  # [L]
+    peepholes: bool
+    norms: tuple[str, ...]  # some NORMS
+    heads: int
+    input_size: int | None  # None: x is W_ih x already
+    bias: bool
+    backend: str | None  # up to here what a cell has, too
+    bidirectional: bool = False
+    batch_first: bool = False
+    training: bool = False
+    recompute: bool = False  # kernels save no gates for backward
+    rates: tuple[Any, ...] = (0.0,) * len(REGULARISERS)  # of REGULARISERS, as a user gave them
+    proj_size: int = 0
+    residual: bool = False  # a layer whose output is as wide as its input adds the two
+    reverse: bool = False  # only for lstm_layer
 
 
 class Options:
     """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
 
-    def __init__(self, a: Any) -> None:
+    def __init__(self, a: Arguments) -> None:
         self.cell = CELLS[a.cell]
         self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
         self.backend, self.training = a.backend, a.training
@@ -49,7 +48,7 @@ class Options:
         self.sizes = tuple([Size(i, hidden, a.proj_size, a.heads) for i, hidden in zip(inputs, a.hidden_sizes)])
         self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
         self.role = a.role(self.cell, self.sizes, self.directions, a.batch_first)
-        rates = [(thing, thing.rate(getattr(a, thing.name), a.training)) for thing in REGULARISERS]
+        rates = [(thing, thing.rate(value, a.training)) for thing, value in zip(REGULARISERS, a.rates)]
         self.on = tuple([(thing, rate) for thing, rate in rates if rate])
         self.dropout = next((rate for thing, rate in self.on if thing.name == "dropout"), 0.0)
         self.drops_weights = any([thing.overrides("weight_hh") for thing, _ in self.on])
@@ -65,15 +64,13 @@ class Options:
         self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
         self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
-        self.feature = LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell
+        variant = LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell
+        features = [thing.name for thing, _ in self.on if thing.tensors or thing.name in REFERENCE_ONLY]
+        self.feature = [variant, *sorted(features, key=REFERENCE_ONLY.__contains__)][-1]
         """The feature that the fewest backends support; None: all support all."""
-        for thing, _ in self.on:
-            feature = thing.name if thing.unknown_to_kernels else thing.feature(a.norms)
-            if feature and self.feature not in REFERENCE_ONLY:
-                self.feature = feature
 
 
-def _names(a: Any, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
+def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
     """Parameter names by layer and direction, [L][D], in the order of Weights up to the last there is; None: absent."""
     optional = dict(
         weight_ih=a.input_size is not None, bias_ih=a.bias, bias_hh=a.bias and a.input_size is not None,

@@ -29,11 +29,11 @@ def prepare(
 ) -> Request:
     """The request, checked. The modules and `lstm_layer` document what a user may give, and what is raised."""
     role = options.role
-    form, x, (steps, batch) = role.input(input)
+    form, x, sizes = role.input(input)
+    steps, batch = sizes
     states = role.zeros(x, batch) if hx is None else role.states_in(form, x, batch, hx)
-    traversal = EVERY_STEP
-    if lengths is not None or resets is not None:
-        traversal = _traversal(form, x, (steps, batch), lengths, resets)
+    is_ragged = lengths is not None or resets is not None
+    traversal = _traversal(form, x, sizes, lengths, resets) if is_ragged else EVERY_STEP
     now = modes(x)
     learns, plain = _check_tensors(options, form, x, states, weights, now.grad)
     if steps == 0:
@@ -43,12 +43,12 @@ def prepare(
             raise ValueError(f"{RESET_STATES} are not supported by {role.name}: its resets leave an empty state")
         if resets is None:
             raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
-        pairs = role.reset_states_in(form, x, (steps, batch), reset_states)
+        pairs = role.reset_states_in(form, x, sizes, reset_states)
         traversal = traversal._replace(reset_states=pairs)
         learns = learns or (now.grad and any(t.requires_grad for pair in pairs for t in pair))
         plain = plain and all(type(t) in PLAIN for pair in pairs for t in pair)
-    if lengths is not None or resets is not None:
-        plain = plain and type(lengths) in _OPTIONAL and type(resets) in _OPTIONAL
+    if is_ragged:
+        plain = plain and all([t is None or type(t) in PLAIN for t in (lengths, resets)])
     if not plain and now.recording == Recording.NOBODY:
         now = now._replace(recording=Recording.WATCHED)
     zeroed = resets is not None and reset_states is None and role.kept == 1
@@ -59,9 +59,6 @@ def prepare(
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
 
-_OPTIONAL = (*PLAIN, type(None))
-
-
 def _traversal(
     form: Form, x: Tensor, sizes: tuple[int, int], lengths: Tensor | None, resets: Tensor | None
 ) -> Traversal:
@@ -70,11 +67,10 @@ def _traversal(
     if form.packed is not None and lengths is not None:
         raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
     if lengths is not None:
-        checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x.device)
+        checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x)
         lengths = lengths.reshape(batch)
     if resets is not None:
-        shape = (batch, steps) if form.batch_first else (steps, batch) if form.batched else (steps,)
-        checks.check_resets(resets, shape, x.device)
+        checks.check_resets(resets, sizes[::-1] if form.batch_first else sizes if form.batched else sizes[:1], x)
         resets = form.time_major(resets)
     return Traversal(lengths, resets)
 
@@ -87,7 +83,8 @@ def _check_tensors(
     Returns:
         Whether autograd has to record, which it does if `grad`; whether no weight or state is of a subclass of Tensor.
     """
-    dtype, device, learns, alike, plain = x.dtype, x.device, grad and x.requires_grad, True, True
+    dtype, device = x.dtype, x.device
+    learns, alike, plain = grad and x.requires_grad, True, True
     asks = grad and not learns
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:

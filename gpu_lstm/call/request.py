@@ -44,7 +44,9 @@ class Request(NamedTuple):
     learns: bool
 
     def padded(self) -> tuple[Tensor, Traversal]:
-        """x and the traversal, of a PackedSequence as a batch [T, B, I] with lengths."""
+        """x and the traversal, of a PackedSequence as a batch [T, B, I] with lengths and zeros in the padding."""
         if self.form.packed is None:
             return self.x, self.traversal
-        return self.form.padded(), self.traversal._replace(lengths=self.form.lengths())
+        x = self.x.new_zeros(self.steps * self.batch, self.x.shape[1]).index_copy(0, self.form.rows(), self.x)
+        lengths = self.form.inside().sum(0).to(x.device)
+        return x.view(self.steps, self.batch, -1), self.traversal._replace(lengths=lengths)

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..equations import EQUATIONS
 from ..kernels import cells
 from . import checks
-from .forms import BATCH_FIRST, TIME_FIRST, UNBATCHED, Form, Packed
+from .forms import BATCH_FIRST, TIME_FIRST, UNBATCHED, Form
 from .modes import Recording, autocasts
 from .request import Call, Request
 from .weights import Size, State, Weights
@@ -36,7 +36,9 @@ class Role:
 
     title = "{0}"  # what errors call it, by the name of its cell
     suffix = "_l{}"  # of the parameters of a layer
+    ranks = 2, 3  # of an input without B, and with it
     by_layer = False  # whether a user's states are a list of blocks, one a layer
+    one_row_is_kept = False  # whether a block of one row has a dimension for it
 
     def __init__(self, cell: cells.Cell, sizes: tuple[Size, ...], directions: int, batch_first: bool) -> None:
         self.cell, self.sizes, self.batch_first = cell, sizes, batch_first
@@ -44,28 +46,24 @@ class Role:
         self.name = self.title.format(cell.name.upper(), cell.name)
         self.one_state, self.kept = len(cell.states) == 1, cell.kept
         self.blocks = sizes if self.by_layer else sizes[:1]  # the size of each block's layers
-        self.lead = self.lead_of_block(len(sizes), directions)
-
-    def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
-        """What the size of a block has before B: how many rows there are, or nothing."""
-        return ()
+        rows = directions * len(sizes) // len(self.blocks)
+        self.lead = (rows,) if rows > 1 or self.one_row_is_kept else ()  # what the size of a block has before B
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
         """The form of an input, checked; x [T, B, I], of a PackedSequence its data [N, I], of a cell [B, I]; (T, B)."""
-        form: Form = TIME_FIRST
         if isinstance(input, PackedSequence):
             checks.check_packed(input)
             counts = input.batch_sizes
-            return Packed(input, self.batch_first), input.data, (len(counts), int(counts[0]))
-        rank, x = self.rank_of(input, (2, 3)), input
-        if rank == 2:
+            return Form(True, self.batch_first, input), input.data, (len(counts), int(counts[0]))
+        form, x = TIME_FIRST, input
+        if self.rank_of(input) == 2:
             form, x = UNBATCHED, input.unsqueeze(1)
         elif self.batch_first:
             form, x = BATCH_FIRST, input.transpose(0, 1)
         steps, batch, _ = x.shape
         return form, x, (steps, batch)
 
-    def rank_of(self, input: Any, ranks: tuple[int, int]) -> int:
+    def rank_of(self, input: Any) -> int:
         """The rank of an input; raise unless it is one of `ranks`, and the input dense."""
         if self.by_layer:  # which torch has not
             checks.check_tensor(input, "input")
@@ -73,8 +71,9 @@ class Role:
             rank: int = input.dim()
         except AttributeError as error:  # torch.nn.LSTM's error
             raise AttributeError(f"{error}; expected a tensor{checks.cure_of(input)}") from None
-        if rank not in ranks:
-            raise ValueError(f"{self.name}: Expected input to be {ranks[0]}D or {ranks[1]}D, got {rank}D instead")
+        if rank not in self.ranks:
+            expected = "{}D or {}D".format(*self.ranks)
+            raise ValueError(f"{self.name}: Expected input to be {expected}, got {rank}D instead")
         if input.layout is not torch.strided or input.is_nested:
             what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
             raise RuntimeError(f"{self.name}: Expected input to be a dense tensor, got {what}")
@@ -83,13 +82,13 @@ class Role:
     def zeros(self, x: Tensor, batch: int) -> list[State]:
         """The blocks without hx. Where h and c have one size they are one tensor."""
         blocks = []
-        for _, hidden, projected, _ in self.blocks:
-            c = x.new_zeros(*self.lead, batch, hidden)
-            h = x.new_zeros(*self.lead, batch, projected) if projected else c
+        for size in self.blocks:
+            c = x.new_zeros(*self.lead, batch, size.hidden)
+            h = x.new_zeros(*self.lead, batch, size.projected) if size.projected else c
             if self.kept > 1:
                 exact = torch.promote_types(x.dtype, torch.float32)
                 empty: Any = self.cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
-                c = empty.repeat(*self.lead or (1,), 1, 1).expand(-1, batch, hidden)
+                c = empty.repeat(*self.lead or (1,), 1, 1).expand(-1, batch, size.hidden)
             blocks.append((h, c))
         return blocks
 
@@ -103,7 +102,7 @@ class Role:
             if form.packed is not None or not form.batched:
                 h = form.state_in(h)
                 c = h if self.one_state else form.state_in(c)
-            _, hidden, projected, _ = self.sizes[k]
+            _, hidden, projected, _ = self.blocks[k]
             size = *self.lead, batch, hidden
             if c.shape != size or h.shape != ((*self.lead, batch, projected) if projected else size):
                 self._refuse_sizes(x, batch, k, (h, c))
@@ -125,9 +124,8 @@ class Role:
     def _refuse_sizes(self, x: Tensor, batch: int, k: int, block: State) -> None:
         """Raise, in torch's words, where x or a tensor of block k has a wrong size."""
         checks.check_as_torch(x, self.inputs, x)
-        for i, (state, features) in enumerate(zip(block, (self.sizes[k].width, self.sizes[k].hidden))):
-            name = "hidden" if self.one_state else f"hidden[{i}]"
-            name = f"{'hc'[i]} of layer {k}" if self.by_layer else name
+        for i, (state, features) in enumerate(zip(block, (self.blocks[k].width, self.blocks[k].hidden))):
+            name = f"{'hc'[i]} of layer {k}" if self.by_layer else "hidden" if self.one_state else f"hidden[{i}]"
             checks.check_size(name, state, (*self.lead, batch, features), (*self.lead, x.shape[0], features))
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
@@ -158,10 +156,9 @@ class Role:
 
     def states_out(self, form: Form, states: list[State]) -> Any:
         """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""
-        if len(states) > len(self.blocks):
-            count = len(states) // len(self.blocks)
-            each = [states[k : k + count] for k in range(0, len(states), count)]
-            states = [(torch.cat([h for h, _ in rows]), torch.cat([c for _, c in rows])) for rows in each]
+        if (count := len(states) // len(self.blocks)) > 1:
+            of_blocks = [zip(*states[k : k + count]) for k in range(0, len(states), count)]
+            states = [(torch.cat(h), torch.cat(c)) for h, c in of_blocks]
         out: list[Any] = []
         for h, c in states:
             if not self.lead and h.dim() == 3:  # a row
@@ -185,9 +182,13 @@ class Role:
         of_steps = [batch, steps] if form.batch_first else [steps, *of_batch]
         rows: list[State] = []
         for k, (block, size) in enumerate(zip(given if self.by_layer else (given,), self.blocks)):
-            name, states = RESET_STATES + f" of layer {k}" * self.by_layer, []
-            pair = checks.pair_to_reset_to(block, name, self.one_state)
-            for letter, state, features in zip("hc", pair, (size.width, size.hidden)):
+            name, states = f"{RESET_STATES} of layer {k}" if self.by_layer else RESET_STATES, []
+            if self.one_state:
+                checks.check_tensor(block, name)
+                block = block, block
+            pair = f"{name} should be a pair of tensors (h, c), got"
+            checks.check_count(block, (2,), pair, f"Expected {name} of two states (h, c)", ValueError)
+            for letter, state, features in zip("hc", block, (size.width, size.hidden)):
                 a_sequence, a_step = [*self.lead, *of_batch, features], [*self.lead, *of_steps, features]
                 checks.check_reset_state(state, f"{letter} of {name}", (a_sequence, a_step), x, letter == "c")
                 if state.dim() == len(a_sequence):
@@ -202,8 +203,7 @@ class Role:
 class Module(Role):
     """An LSTM, GRU or SLSTM: one block for all layers and directions, as torch's have."""
 
-    def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
-        return (layers * directions,)
+    one_row_is_kept = True
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
         if form.packed is not None:
@@ -233,10 +233,7 @@ class Module(Role):
 class Stack(Module):
     """A StackedLSTM or StackedGRU: a block for each layer."""
 
-    title, suffix, by_layer = "Stacked{0}", "_l0", True
-
-    def lead_of_block(self, layers: int, directions: int) -> tuple[int, ...]:
-        return (2,) if directions == 2 else ()
+    title, suffix, by_layer, one_row_is_kept = "Stacked{0}", "_l0", True, False
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
         return checks.check_list(hx, self.cell.states, len(self.blocks), "hx", RuntimeError)
@@ -245,22 +242,20 @@ class Stack(Module):
 class Cell(Role):
     """An LSTMCell or GRUCell: one step, with which torch's own cell finds fault in its own words."""
 
-    title, suffix = "{0}Cell", ""
+    title, suffix, ranks = "{0}Cell", "", (1, 2)
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
-        form, x = (TIME_FIRST, input) if self.rank_of(input, (1, 2)) == 2 else (UNBATCHED, input[None])
+        form, x = (TIME_FIRST, input) if self.rank_of(input) == 2 else (UNBATCHED, input[None])
         if x.shape[-1] != self.inputs:
             self._ask_torch(x, None)
         return form, x, (1, x.shape[0])
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
         states = (hx,) if self.one_state else hx
-        if type(states) is not tuple or len(states) != len(self.cell.states):
-            self._ask_torch(x if form.batched else x[0], hx)
         size = (len(x), self.hidden) if form.batched else (self.hidden,)
-        for state in states:
-            if not isinstance(state, Tensor) or state.shape != size:
-                self._ask_torch(x if form.batched else x[0], hx)
+        fits = type(states) is tuple and len(states) == len(self.cell.states)
+        if not fits or not all([isinstance(t, Tensor) and t.shape == size for t in states]):
+            self._ask_torch(x if form.batched else x[0], hx)
         return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
@@ -287,10 +282,3 @@ class Function(Role):
     """`lstm_layer` and its like: one layer in one direction."""
 
     title = "{1}_layer"
-
-    def rank_of(self, input: Any, ranks: tuple[int, int]) -> int:
-        if input.dim() != 3:
-            raise RuntimeError(f"input must have 3 dimensions, got {input.dim()}")
-        if not input.is_floating_point():
-            raise TypeError(f"input should be of a floating point dtype, got: {input.dtype}")
-        return super().rank_of(input, ranks)

@@ -11,7 +11,7 @@ from ..call.request import Request
 from ..call.weights import LAYER_NORM, PEEPHOLES, Size
 from ..kernels.cells import CELLS
 from ..kernels.problem import Pass, Problem, of_constant, power_of_two
-from ..kernels.tensors import KNOWN, NOISE, TRAVERSAL, VARIANT, names_of
+from ..kernels.tensors import NOISE, TRAVERSAL, VARIANT, names_of
 
 _OPTIONAL = (n for n in names_of(VARIANT, NOISE, TRAVERSAL) if n in Problem._fields)
 _FLAGS = (*_OPTIONAL, "bias_hh", "known_h")  # of what the time loop reads
@@ -97,9 +97,7 @@ def kind_of(call: Request) -> Kind:
     flags: dict[str, Any] = {name: getattr(weights, name) is not None for name in names_of(VARIANT)}
     for thing, rate in options.on:
         flags |= thing.flags(rate, options.training)
-    known = traversal.reset_states is not None or any(
-        not set(thing.tensors).isdisjoint(KNOWN) for thing, _ in options.on
-    )
+    known = traversal.reset_states is not None
     flags["bias_hh"], flags["known_h"] = of_constant(options.cell.name, weights.bias_hh is not None, known)
     steps = int(call.steps)
     return Kind(

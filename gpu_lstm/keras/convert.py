@@ -67,7 +67,7 @@ class GoBackwards(nn.Module):
         if lengths is None:
             return self.module(input.flip(1), hx)
         batch, steps, _ = input.shape
-        check_lengths(lengths, steps, (batch,), input.device)
+        check_lengths(lengths, steps, (batch,), input)
         # Each sequence is reversed within its length, and so is the output.
         time = Traversal(lengths, reverse=True).steps(input.transpose(0, 1))[0].T[:, :, None]  # [N, T, 1]
         output, states = self.module(input.take_along_dim(time, 1), hx, lengths=lengths)

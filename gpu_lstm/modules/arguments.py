@@ -11,7 +11,7 @@ from ..call import roles
 from ..call.checks import check_bool
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS
-from ..call.regularisers import BY_NAME, NAMES, OURS
+from ..call.regularisers import BY_NAME, OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
@@ -146,19 +146,11 @@ class Checked:
 
 
 class Regularised(Checked):
-    """One with all regularisers as attributes."""
+    """One with regularisers as attributes; those of call/regularisers.py that are not there are off."""
 
-    recurrent_dropout: float
-    zoneout: float | tuple[float, float]
-    weight_drop: float
-
-    def _rates(self) -> tuple[Any, ...]:
-        """As they are now, in the order of the list."""
-        return tuple([getattr(self, name) for name in NAMES])
-
-
-for _name in OURS:  # on the class, so that modules pickled by older versions have them
-    setattr(Regularised, _name, 0.0)
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_drop: float = 0.0
 
 
 def takes_sequences(module: object) -> bool:

@@ -22,7 +22,7 @@ from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
 from .arguments import Checked, accepted, check_heads, norms_of, repr_of, scriptable
 from .tracing import traced
-from .variants import HasVariants, weights_of
+from .variants import OF_CELLS, HasVariants, weights_of
 
 
 class RecurrentCell(Checked):
@@ -64,8 +64,8 @@ class RecurrentCell(Checked):
 
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
-        variants, of_all = (self._peepholes, self._norms, self.heads), (self.input_size, self.bias, self.backend)
-        return options_of(self._cell.name, self._role, (self.hidden_size,), *variants, *of_all)
+        of_all = [getattr(self, name) for name in OF_CELLS]
+        return options_of(self._cell.name, self._role, (self.hidden_size,), *of_all)
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""

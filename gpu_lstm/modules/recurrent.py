@@ -11,6 +11,7 @@ from ..backends.torch_rnn import packed
 from ..call import roles
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
+from ..call.regularisers import NAMES as REGULARISERS
 from ..call.weights import Weights
 from ..dispatch.route import run
 from ..kernels.cells import LSTM
@@ -116,8 +117,8 @@ class Recurrent(Regularised):
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
-        variants = self._peepholes, self._norms, self.heads
-        return options_of(self._cell.name, self._role, sizes, *variants, *of_all, self.proj_size)
+        rates = tuple([getattr(self, name, 0.0) for name in REGULARISERS])
+        return options_of(self._cell.name, self._role, sizes, *of_all, rates, self.proj_size)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the module has them now."""

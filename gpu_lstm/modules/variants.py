@@ -1,13 +1,13 @@
 """What peepholes and layer norms add to a module: parameters, which come after all others, and two properties.
 
-And how a call reads a module: Arguments from its attributes, Weights from its parameters.
+And how a call reads a module: Options from its attributes, Weights from its parameters.
 """
 
 from typing import Any
 
 from torch import nn
 
-from ..call.options import NORMS, Arguments
+from ..call.options import NORMS
 from ..call.weights import Weights
 
 
@@ -45,9 +45,9 @@ class HasVariants:
             self.register_parameter("bias_c" + suffix, nn.Parameter(like.new_zeros(hidden)))
 
 
-_FIELDS = Arguments._fields
-OF_LAYERS = _FIELDS[_FIELDS.index("input_size") : _FIELDS.index("proj_size")]
-"""The Arguments that all but cells have as attributes; cells have those up to the backend."""
+OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
+OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute")
+"""The attributes of cells, and of other modules, in the order of Arguments."""
 
 
 def weights_of(module: Any, names: tuple) -> list[list[Weights]]:

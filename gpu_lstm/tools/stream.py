@@ -119,7 +119,7 @@ class Stream:
         batch_axis, chunk = (0, "(N, T, I)") if module.batch_first else (-2, "(T, N, I)")
         if x.dim() not in (2, 3) or x.shape[batch_axis] != self.batch:
             raise ValueError(f"expected (N, I) or {chunk} with N = {self.batch}, got {tuple(x.shape)}")
-        if module.training and any(module._rates()):
+        if module.training and module._options().on:
             raise ValueError(f"the {type(module).__name__} drops out in training mode; call eval() on it first")
         if active is not None:
             self._check_for_each("active", active, torch.bool)
@@ -181,7 +181,7 @@ class Stream:
     def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
         """Run a step by its graph, captured first if there is none for these parameters, sizes and `active`."""
         module, graph = self.module, self._graph
-        key = x.shape, x.dtype, module.training, module._rates(), tuple(p.data_ptr() for p in module.parameters())
+        key = x.shape, x.dtype, module._options(), tuple(p.data_ptr() for p in module.parameters())
         if graph is None or graph.key != key or (graph.active is None and active is not None):
             before, read = _each(torch.clone, self._state), (x.clone(), None if active is None else active.clone())
             try:
