@@ -8,7 +8,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call import roles
-from ..call.checks import check_bool
+from ..call.checks import check_bool, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS
 from ..call.regularisers import BY_NAME, OURS
@@ -16,6 +16,7 @@ from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
 
+KEPT = ("backend", "recompute")  # what a call reads from the module, beside regularisers
 NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
 
@@ -116,6 +117,38 @@ class Checked:
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, accepted(name, value, self._cell))
 
+    def _get_name(self) -> str:
+        """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
+        cls = type(self)
+        ours = cls.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
+        return f"gpu_lstm.{cls.__name__}" if ours else cls.__name__
+
+
+class DropIn(Checked):
+    """One next to torch's RNNBase or RNNCellBase, with parameters of its own."""
+
+    _torchs: type[nn.Module]  # torch's module, for torch.jit.script
+
+    def _make(self: Any, given: dict[str, Any]) -> None:
+        """Make a module from locals() of its constructor: all arguments by name, and `self`.
+
+        Our own are checked before torch's class, which is given the others, draws initial weights.
+        """
+        del given["self"]
+        ours = {name: accepted(name, given.pop(name), self._cell) for name in (*KEPT, *OURS) if name in given}
+        peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
+        heads, projected = given.pop("heads"), given.get("proj_size", 0)
+        check_bool(PEEPHOLES, peepholes)
+        check_unprojected(bool(norms), projected)
+        check_heads(heads, given["hidden_size"], projected, norms)
+        if heads != 1:
+            self.heads = heads  # which reset_parameters reads
+        self._init_torchs(**given)
+        for name, value in ours.items():
+            setattr(self, name, value)
+        if peepholes or norms:
+            self._add_variants(peepholes, norms)
+
     def reset_parameters(self: Any) -> None:
         """Draw all weights and biases again, in the order of the parameters; gains become ones, bias_c zero.
 
@@ -138,11 +171,8 @@ class Checked:
         """The bound of initial weights, torch's; a cell may have no units."""
         return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
 
-    def _get_name(self) -> str:
-        """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
-        cls = type(self)
-        ours = cls.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
-        return f"gpu_lstm.{cls.__name__}" if ours else cls.__name__
+    def __prepare_scriptable__(self: Any) -> nn.Module:
+        return scriptable(self, self._torchs)
 
 
 class Regularised(Checked):
@@ -202,7 +232,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
     if not issubclass(cls, Checked):
-        dropped += ["backend", "recompute", *(name for name in OURS if not module.__dict__.get(name))]
+        dropped += [*KEPT, *(name for name in OURS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import RNNBase
 
 from ..call.choices import Backend, BackendName
 from ..kernels.cells import GRU as CELL
-from .arguments import Called, check_heads, scriptable
+from .arguments import Called
 from .recurrent import Recurrent
 
 
@@ -43,7 +43,7 @@ class GRU(Recurrent, RNNBase):
     """
 
     zoneout: float
-    _cell = CELL
+    _cell, _torchs = CELL, TorchGRU
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
@@ -54,16 +54,8 @@ class GRU(Recurrent, RNNBase):
     ) -> None:  # fmt: skip
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
-        check_heads(heads, hidden_size)
-        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        self._make(
-            (*sizes, device, dtype), heads, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-            zoneout=zoneout, weight_drop=weight_drop,
-        )  # fmt: skip
+        self._make(locals() | {"proj_size": 0})
 
     if TYPE_CHECKING:
         __call__: Called[Tensor, Tensor]
         forward: Called[Tensor, Tensor]  # type: ignore[assignment]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self, TorchGRU)

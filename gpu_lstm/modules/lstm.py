@@ -4,15 +4,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import RNNBase
 
-from ..call.checks import check_bool, check_unprojected
 from ..call.choices import Backend, BackendName
-from ..call.weights import PEEPHOLES, State
+from ..call.weights import State
 from ..kernels.cells import LSTM as CELL
-from .arguments import Called, check_heads, norms_of, scriptable
+from .arguments import Called
 from .recurrent import Recurrent
 from .variants import HasVariants
 
@@ -84,7 +82,7 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    _cell = CELL
+    _cell, _torchs = CELL, TorchLSTM
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
@@ -94,17 +92,7 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
-        check_bool(PEEPHOLES, peepholes)
-        norms = norms_of(layer_norm)
-        check_unprojected(bool(norms), proj_size)
-        check_heads(heads, hidden_size, proj_size, norms)
-        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size
-        self._make(
-            (*sizes, device, dtype), heads, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-            zoneout=zoneout, weight_drop=weight_drop,
-        )  # fmt: skip
-        for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
-            self._add_variants(suffix, peepholes, norms)
+        self._make(locals())
 
     if TYPE_CHECKING:
         __call__: Called[State, State]
@@ -114,6 +102,3 @@ class LSTM(Recurrent, HasVariants, RNNBase):
     get_expected_cell_size = TorchLSTM.get_expected_cell_size
     check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = TorchLSTM.permute_hidden  # type: ignore[assignment]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self, TorchLSTM)

@@ -16,31 +16,22 @@ from ..call.weights import Weights
 from ..dispatch.route import run
 from ..kernels.cells import LSTM
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import NOT_OF_TORCH, Regularised, accepted, no_mask, repr_of
+from .arguments import NOT_OF_TORCH, DropIn, Regularised, no_mask, repr_of
 from .tracing import in_eager_mode, traced
 from .variants import OF_LAYERS, weights_of
 
 
-class Recurrent(Regularised):
+class Recurrent(DropIn, Regularised):
     """A mixin of LSTM and GRU."""
 
     # On the class, so that they are there in pickles of older modules.
     recompute: bool = False
     _role = roles.Module
 
-    def _make(self: Any, torchs: tuple, heads: int, **ours: Any) -> None:
-        """Check our own arguments before RNNBase, with torch's, draws initial weights.
-
-        RNNBase knows torch's classes alone, by name: it is given the one whose weights have as many rows.
-        """
-        accepted_ours = {name: accepted(name, value, self._cell) for name, value in ours.items()}
-        if heads != 1:
-            self.heads = heads  # which reset_parameters reads
-        mode = "LSTM" if self._cell.rows == LSTM.rows else "GRU"
-        # Not super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
-        RNNBase.__init__(self, mode, *torchs)
-        for name, value in accepted_ours.items():
-            setattr(self, name, value)
+    def _init_torchs(self: Any, **arguments: Any) -> None:
+        # RNNBase knows torch's classes alone, by name: it is given the one whose weights have as many rows. And not
+        # super(): in compat.LSTM torch.nn.LSTM comes next, whose __init__ names the mode itself.
+        RNNBase.__init__(self, mode="LSTM" if self._cell.rows == LSTM.rows else "GRU", **arguments)
 
     # RNNBase caches the weights here. They are read from the module at every call instead, so that any way of replacing
     # one works: functional_call, weight_norm, pruning, assignment.

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 from torch.nn.modules.rnn import RNNBase
 
 from ..call.choices import Backend, BackendName
 from ..kernels.cells import SLSTM as CELL
-from .arguments import Called, check_heads, scriptable
+from .arguments import Called
 from .recurrent import Recurrent
 
 States = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -52,20 +52,15 @@ class SLSTM(Recurrent, RNNBase):
         output, (h_n, c_n, n_n, m_n) = slstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    _cell = CELL
+    _cell, _torchs = CELL, TorchLSTM
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, heads: int = 1,
     ) -> None:  # fmt: skip
-        check_heads(heads, hidden_size)
-        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0
-        self._make((*sizes, device, dtype), heads, backend=backend)
+        self._make(locals())
 
     if TYPE_CHECKING:
         __call__: Called[States, States]
         forward: Called[States, States]  # type: ignore[assignment]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self, TorchLSTM)

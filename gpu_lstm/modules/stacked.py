@@ -34,25 +34,27 @@ class Stack(Regularised, nn.Module):
     _role = roles.Stack
     _layer: type[nn.Module]
 
-    def _make(self, input_size: int, hidden_sizes: Sequence[int], of_layers: dict[str, Any], **ours: Any) -> None:
-        """Make the layers, each with its sizes and `of_layers`, and keep `ours`; all arguments are checked before."""
+    def _make(self, given: dict[str, Any]) -> None:
+        """Make a stack from locals() of its constructor: all arguments by name, and `self`."""
         nn.Module.__init__(self)
-        sizes = layer_sizes(hidden_sizes)
-        check_size("input_size", input_size)
+        del given["self"]
+        # All arguments are checked before initial weights are drawn.
+        of_layers = {name: given.pop(name) for name in ("device", "dtype", PEEPHOLES, LAYER_NORM) if name in given}
+        given |= {"_peepholes": of_layers.get(PEEPHOLES, False), "_norms": norms_of(of_layers.get(LAYER_NORM, False))}
+        sizes = given["hidden_sizes"] = layer_sizes(given["hidden_sizes"])
+        check_size("input_size", given["input_size"])
         for size in sizes:
-            check_heads(ours["heads"], size)
+            check_heads(given["heads"], size)
         for name in ("batch_first", "bidirectional", "residual"):
-            check_bool(name, ours[name])
-        directions = 2 if ours["bidirectional"] else 1
-        outputs = [directions * size for size in sizes]
-        inputs = [input_size, *outputs[:-1]]
-        if ours["residual"] and not any(i == o for i, o in zip(inputs, outputs)):
+            check_bool(name, given[name])
+        outputs = [2 * size if given["bidirectional"] else size for size in sizes]
+        inputs = [given["input_size"], *outputs[:-1]]
+        if given["residual"] and not any(i == o for i, o in zip(inputs, outputs)):
             raise ValueError(
                 "residual=True needs a layer whose output is as wide as its input, "
                 f"got inputs of {inputs} and outputs of {outputs} features"
             )
-        self.input_size, self.hidden_sizes = input_size, sizes
-        for name, value in ours.items():
+        for name, value in given.items():
             setattr(self, name, value)  # the backend becomes its name
         if self.dropout > 0 and len(sizes) == 1:
             warnings.warn(
@@ -60,7 +62,7 @@ class Stack(Regularised, nn.Module):
                 f"num_layers greater than 1, but got dropout={self.dropout} and num_layers=1",
                 stacklevel=3,
             )
-        of_layers |= {name: ours[name] for name in ("bias", "bidirectional", "heads")}
+        of_layers |= {name: given[name] for name in ("bias", "bidirectional", "heads")}
         self.layers = nn.ModuleList([self._layer(i, size, **of_layers) for i, size in zip(inputs, sizes)])
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -150,14 +152,7 @@ class StackedLSTM(Stack, HasVariants):
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
-        check_bool(PEEPHOLES, peepholes)
-        norms = norms_of(layer_norm)
-        self._make(
-            input_size, hidden_sizes, dict(device=device, dtype=dtype, peepholes=peepholes, layer_norm=layer_norm),
-            bias=bias, batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, residual=residual,
-            backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
-            weight_drop=weight_drop, heads=heads, _peepholes=peepholes, _norms=norms,
-        )  # fmt: skip
+        self._make(locals())
 
     if TYPE_CHECKING:
         __call__: Called[Sequence[State], list[State]]
@@ -192,12 +187,7 @@ class StackedGRU(Stack):
         backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
     ) -> None:  # fmt: skip
-        self._make(
-            input_size, hidden_sizes, dict(device=device, dtype=dtype),
-            bias=bias, batch_first=batch_first, dropout=dropout, bidirectional=bidirectional, residual=residual,
-            backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout, zoneout=zoneout,
-            weight_drop=weight_drop, heads=heads,
-        )  # fmt: skip
+        self._make(locals())
 
     if TYPE_CHECKING:
         __call__: Called[Sequence[Tensor], list[Tensor]]

@@ -28,21 +28,21 @@ class HasVariants:
         """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, like peepholes."""
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
 
-    def _add_variants(self: Any, suffix: str, peepholes: bool, norms: tuple[str, ...]) -> None:
-        """The parameters of one layer and direction, where its others are: peepholes initialised as weights are."""
-        if (peepholes or norms) and not self._cell.normalises:
+    def _add_variants(self: Any, peepholes: bool, norms: tuple[str, ...]) -> None:
+        """The parameters of each layer and direction, where its others are: peepholes initialised as weights are."""
+        if not self._cell.normalises:
             raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
+        self._peepholes, self._norms = peepholes, norms
         like, hidden = next(self.parameters()), self.hidden_size
-        if peepholes:
-            self._peepholes = True
-            weight = like.new_empty(3 * hidden).uniform_(-self._bound(), self._bound())
-            self.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
-        for norm in norms:
-            self._norms = norms
-            gain = like.new_ones(hidden if norm == "c" else 4 * hidden)
-            self.register_parameter(f"gain_{norm}{suffix}", nn.Parameter(gain))
-        if "c" in norms and self.bias:
-            self.register_parameter("bias_c" + suffix, nn.Parameter(like.new_zeros(hidden)))
+        for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
+            if peepholes:
+                weight = like.new_empty(3 * hidden).uniform_(-self._bound(), self._bound())
+                self.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
+            for norm in norms:
+                gain = like.new_ones(hidden if norm == "c" else 4 * hidden)
+                self.register_parameter(f"gain_{norm}{suffix}", nn.Parameter(gain))
+            if "c" in norms and self.bias:
+                self.register_parameter("bias_c" + suffix, nn.Parameter(like.new_zeros(hidden)))
 
 
 OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
