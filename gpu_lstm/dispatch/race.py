@@ -21,8 +21,9 @@ from ..backends.run import run_by
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.forms import TIME_FIRST
-from ..call.modes import Recording, Setting, Transforms, alone
+from ..call.modes import Recording, Transforms
 from ..call.request import Request
+from ..call.settings import Setting, alone
 from ..kernels import cache
 from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
