@@ -16,17 +16,16 @@ from ..call.weights import LAYER_NORM, PEEPHOLES
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
 
+PACKAGE = __package__.rsplit(".", 1)[0] + "."
 KEPT = ("backend", "recompute")  # what a call reads from the module, beside regularisers
 NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
-    """The value of a module's argument `name`, checked; for other attributes the value as it is.
-
-    Zoneout of a `cell` with one state is no pair, which is for h and c.
+    """The value of an attribute; checked, and maybe in another form, if it is an argument that may be set later.
 
     Raises:
-        ValueError: not a probability, or an unknown backend.
+        ValueError: a regulariser that `cell` has not, or that is not a probability; an unknown backend.
         TypeError: `recompute` that is not a bool.
     """
     match name:
@@ -59,13 +58,6 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
         known = ", ".join(map(repr, NORMS))
         raise ValueError(f"{LAYER_NORM} should be a bool, or name some of {known}, got {layer_norm!r}")
     return tuple(norm for norm in NORMS if norm in layer_norm)
-
-
-def no_mask(cell: Cell) -> str:
-    """Why a module of this cell accepts no mask."""
-    name = cell.name.upper()
-    of_torchrl = f"TorchRL's {name}Module gives to what is no torch.nn.{name}: hand it a gpu_lstm.compat.{name}"
-    return f"{name} accepts lengths, and no mask" + f" as {of_torchrl}" * cell.of_torch
 
 
 def layer_sizes(hidden_sizes: Sequence[int]) -> list[int]:
@@ -120,8 +112,7 @@ class Checked:
     def _get_name(self) -> str:
         """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
         cls = type(self)
-        ours = cls.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
-        return f"gpu_lstm.{cls.__name__}" if ours else cls.__name__
+        return f"gpu_lstm.{cls.__name__}" if cls.__module__.startswith(PACKAGE) else cls.__name__
 
 
 class DropIn(Checked):
@@ -172,7 +163,16 @@ class DropIn(Checked):
         return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
 
     def __prepare_scriptable__(self: Any) -> nn.Module:
-        return scriptable(self, self._torchs)
+        """torch's module, for torch.jit.script."""
+        would = f"and would be scripted as a torch.nn.{self._torchs.__name__}"
+        runs_ours = type(self).forward.__module__.startswith(PACKAGE)
+        if not runs_ours or not self._cell.of_torch:
+            own = "cell" if runs_ours else "forward"
+            raise ValueError(f"{type(self).__qualname__} has a {own} of its own, {would}")
+        for name in NOT_OF_TORCH:
+            if value := getattr(self, name, False):
+                raise ValueError(f"the {type(self).__name__} has {name}={value!r}, {would}, which has none")
+        return recast(self, self._torchs)
 
 
 class Regularised(Checked):
@@ -210,20 +210,6 @@ class Called(Protocol[Given, Returned]):
         ...
 
 
-def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """torch's module, for torch.jit.script."""
-    ours: Any = module
-    runs_ours = type(module).forward.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
-    if not runs_ours or not ours._cell.of_torch:
-        own = f"{type(module).__qualname__} has a {'cell' if runs_ours else 'forward'} of its own"
-        raise ValueError(f"{own}, and would be scripted as a torch.nn.{cls.__name__}")
-    for name in NOT_OF_TORCH:
-        if value := getattr(module, name, False):
-            has = f"the {type(module).__name__} has {name}={value!r}"
-            raise ValueError(f"{has}, and would be scripted as a torch.nn.{cls.__name__}, which has none")
-    return recast(module, cls)
-
-
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """`module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
 
@@ -246,9 +232,8 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return twin
 
 
-def repr_of(module: nn.Module, names: Sequence[str]) -> str:
-    """The backend, if one was chosen, and the other arguments that are on."""
-    backend: Any = module.backend
-    text = f", heads={module.heads}" * (module.heads != 1)  # type: ignore[operator]
-    text += "" if backend is None else f", backend={backend!r}"
-    return text + "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name, None))
+def repr_of(module: Any, names: Sequence[str]) -> str:
+    """The arguments of these names that are not at their defaults."""
+    changed = {"bias": not module.bias, "heads": module.heads > 1}  # all others are off, or there are none
+    on = [name for name in names if changed.get(name, getattr(module, name, None))]
+    return "".join(f", {name}={getattr(module, name)!r}" for name in on)

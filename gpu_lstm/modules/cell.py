@@ -44,10 +44,8 @@ class RecurrentCell(DropIn):
                 backend that supports no peepholes or layer norm.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor or fx_is_tracing():
-            instead = traced(self, input, hx)
-            if instead is not None:
-                return instead
+        if (type(input) is not Tensor or fx_is_tracing()) and (instead := traced(self, input, hx)) is not None:
+            return instead
         options = self._options()
         weights, state = weights_of(self, options.names), hx if type(hx) is tuple else (hx,)
         if fits_torchs_cell(options, input, state, weights[0][0]) and only_torch_on_a_cpu(options.backend):
@@ -65,7 +63,7 @@ class RecurrentCell(DropIn):
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""
-        return RNNCellBase.extra_repr(self) + repr_of(self, (PEEPHOLES, LAYER_NORM))
+        return RNNCellBase.extra_repr(self) + repr_of(self, ("heads", "backend", PEEPHOLES, LAYER_NORM))
 
 
 class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):

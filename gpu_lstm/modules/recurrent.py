@@ -16,9 +16,11 @@ from ..call.weights import Weights
 from ..dispatch.route import run
 from ..kernels.cells import LSTM
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import NOT_OF_TORCH, DropIn, Regularised, no_mask, repr_of
+from .arguments import KEPT, NOT_OF_TORCH, DropIn, Regularised, repr_of
 from .tracing import in_eager_mode, traced
 from .variants import OF_LAYERS, weights_of
+
+TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a gpu_lstm.compat.{0}"
 
 
 class Recurrent(DropIn, Regularised):
@@ -97,13 +99,14 @@ class Recurrent(DropIn, Regularised):
             if instead is not None:
                 return instead
         if mask is not None:
-            raise TypeError(no_mask(self._cell))
+            name, torchrls = self._cell.name.upper(), TORCHRLS if self._cell.of_torch else ""
+            raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
         options = self._options()
         return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""
-        return RNNBase.extra_repr(self) + repr_of(self, ("recompute", *NOT_OF_TORCH))
+        return RNNBase.extra_repr(self) + repr_of(self, ("heads", *KEPT, *NOT_OF_TORCH))
 
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""

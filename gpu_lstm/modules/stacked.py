@@ -18,7 +18,7 @@ from ..call.regularisers import OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import Called, Regularised, check_heads, check_size, layer_sizes, norms_of
+from .arguments import KEPT, Called, Regularised, check_heads, check_size, layer_sizes, norms_of, repr_of
 from .gru import GRU
 from .lstm import LSTM
 from .tracing import traced
@@ -108,12 +108,8 @@ class Stack(Regularised, nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""
-        names = ("bias", "batch_first", "dropout", "bidirectional", "residual", "backend", "recompute", *OURS)
-        changed = {"bias": not self.bias, "heads": self.heads > 1}  # others are off by default
-        text = f"{self.input_size}, {self.hidden_sizes}"
-        for name in (*names, PEEPHOLES, LAYER_NORM, "heads"):
-            text += f", {name}={getattr(self, name)!r}" if changed.get(name, getattr(self, name, None)) else ""
-        return text
+        names = ("bias", "batch_first", "dropout", "bidirectional", "residual", *KEPT, *OURS)
+        return f"{self.input_size}, {self.hidden_sizes}" + repr_of(self, (*names, PEEPHOLES, LAYER_NORM, "heads"))
 
 
 class StackedLSTM(Stack, HasVariants):
