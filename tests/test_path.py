@@ -46,7 +46,7 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
                   kernels/memory.py allocate
                   kernels/layer.py Launches._arguments
                   kernels/triton_rnn/launch.py Kernel.__call__
-      gpu_lstm/call/forms.py Form.output
+      gpu_lstm/call/request.py Form.output
       gpu_lstm/call/roles.py Role.states_out
 """
 COUNTS = """

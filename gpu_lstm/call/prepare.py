@@ -9,10 +9,9 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
-from .forms import Form
 from .modes import PLAIN, Recording, modes
 from .options import Options
-from .request import Request
+from .request import Form, Request
 from .roles import RESET_STATES
 from .sequences import EVERY_STEP, Traversal
 from .weights import State, Weights
@@ -32,8 +31,8 @@ def prepare(
     form, x, sizes = role.input(input)
     steps, batch = sizes
     states = role.zeros(x, batch) if hx is None else role.states_in(form, x, batch, hx)
-    is_ragged = lengths is not None or resets is not None
-    traversal = _traversal(form, x, sizes, lengths, resets) if is_ragged else EVERY_STEP
+    others = [t for t in (lengths, resets) if t is not None]
+    traversal = _traversal(form, x, sizes, lengths, resets) if others else EVERY_STEP
     now = modes(x)
     learns, plain = _check_tensors(options, form, x, states, weights, now.grad)
     if steps == 0:
@@ -45,11 +44,9 @@ def prepare(
             raise ValueError(f"Expected resets together with {RESET_STATES}, which say what they leave, got None")
         pairs = role.reset_states_in(form, x, sizes, reset_states)
         traversal = traversal._replace(reset_states=pairs)
-        learns = learns or (now.grad and any(t.requires_grad for pair in pairs for t in pair))
-        plain = plain and all(type(t) in PLAIN for pair in pairs for t in pair)
-    if is_ragged:
-        plain = plain and all([t is None or type(t) in PLAIN for t in (lengths, resets)])
-    if not plain and now.recording == Recording.NOBODY:
+        others += [t for pair in pairs for t in pair]
+        learns = learns or (now.grad and any(t.requires_grad for t in others))
+    if not (plain and all([type(t) in PLAIN for t in others])) and now.recording == Recording.NOBODY:
         now = now._replace(recording=Recording.WATCHED)
     zeroed = resets is not None and reset_states is None and role.kept == 1
     if options.reverse:

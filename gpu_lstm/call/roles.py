@@ -23,9 +23,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ..equations import EQUATIONS
 from ..kernels import cells
 from . import checks
-from .forms import BATCH_FIRST, TIME_FIRST, UNBATCHED, Form
 from .modes import Recording, autocasts
-from .request import Call, Request
+from .request import BATCH_FIRST, TIME_FIRST, UNBATCHED, Call, Form, Request
 from .weights import Size, State, Weights
 
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it

@@ -20,9 +20,8 @@ from ..backends import verify
 from ..backends.run import run_by
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
-from ..call.forms import TIME_FIRST
 from ..call.modes import Recording, Transforms
-from ..call.request import Request
+from ..call.request import TIME_FIRST, Request
 from ..call.settings import Setting, alone
 from ..kernels import cache
 from ..kernels.layer import launcher_of
