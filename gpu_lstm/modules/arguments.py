@@ -1,6 +1,6 @@
 """The arguments of the modules: checked when they are given or set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from torch.nn.utils.rnn import PackedSequence
 from ..call import roles
 from ..call.checks import check_bool, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
-from ..call.options import NORMS
+from ..call.options import NORMS, Options
 from ..call.regularisers import BY_NAME, OURS
-from ..call.weights import LAYER_NORM, PEEPHOLES
+from ..call.weights import LAYER_NORM, PEEPHOLES, Weights
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
 
@@ -175,17 +175,14 @@ class DropIn(Checked):
         return recast(self, self._torchs)
 
 
-class Regularised(Checked):
-    """One with regularisers as attributes; those of call/regularisers.py that are not there are off."""
+class Layers(Checked):
+    """A module that runs layers over sequences, which a cell does not. Its regularisers may be set at any time."""
 
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
-
-
-def takes_sequences(module: object) -> bool:
-    """Whether it is one of ours, and not a cell."""
-    return isinstance(module, Checked) and module._role is not roles.Cell
+    _options: Callable[[], Options]  # from the attributes as they are now
+    _weights: Callable[[], list[list[Weights]]]  # [L][D], likewise
 
 
 Given = TypeVar("Given", contravariant=True)

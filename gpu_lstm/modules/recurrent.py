@@ -16,14 +16,14 @@ from ..call.weights import Weights
 from ..dispatch.route import run
 from ..kernels.cells import LSTM
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import KEPT, NOT_OF_TORCH, DropIn, Regularised, repr_of
+from .arguments import KEPT, NOT_OF_TORCH, DropIn, Layers, repr_of
 from .tracing import in_eager_mode, traced
 from .variants import OF_LAYERS, weights_of
 
 TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a gpu_lstm.compat.{0}"
 
 
-class Recurrent(DropIn, Regularised):
+class Recurrent(DropIn, Layers):
     """A mixin of LSTM and GRU."""
 
     # On the class, so that they are there in pickles of older modules.

@@ -18,14 +18,14 @@ from ..call.regularisers import OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import KEPT, Called, Regularised, check_heads, check_size, layer_sizes, norms_of, repr_of
+from .arguments import KEPT, Called, Layers, check_heads, check_size, layer_sizes, norms_of, repr_of
 from .gru import GRU
 from .lstm import LSTM
 from .tracing import traced
 from .variants import OF_LAYERS, HasVariants, weights_of
 
 
-class Stack(Regularised, nn.Module):
+class Stack(Layers, nn.Module):
     """What StackedLSTM and StackedGRU share. A state of a layer is a pair (h, c), or h alone."""
 
     input_size: int

@@ -14,10 +14,10 @@ from torch.nn.modules.rnn import GRUCell as TorchGRUCell
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 
 from .. import compat as drop_in
-from ..call import roles
 from ..call.checks import check_bool
 from ..modules import GRU, LSTM, GRUCell, LSTMCell
-from ..modules.arguments import NOT_OF_TORCH, Checked, recast, takes_sequences
+from ..modules.arguments import NOT_OF_TORCH, Checked, recast
+from ..modules.stacked import Stack
 
 _log = logging.getLogger("gpu_lstm")
 
@@ -131,7 +131,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
 
 
 def _check_that_torch_has_it(where: str, module: Any) -> None:
-    if takes_sequences(module) and module._role is roles.Stack:
+    if isinstance(module, Stack):
         cls, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
         raise TypeError(
             f"{where} is a Stacked{cls} of sizes {module.hidden_sizes}, with {states} of states a layer; a "

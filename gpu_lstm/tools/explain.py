@@ -21,7 +21,7 @@ from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.race import Decision
 from ..dispatch.route import able_to_run, feature_of
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import takes_sequences
+from ..modules.arguments import Layers
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def explain(
         TypeError: `module` is of none of these classes.
         ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
-    if not takes_sequences(module):
+    if not isinstance(module, Layers):
         cls = type(module)
         raise TypeError(
             f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {cls.__module__}.{cls.__name__}"

@@ -15,7 +15,7 @@ from ..call.prepare import prepare
 from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import takes_sequences
+from ..modules.arguments import Layers
 
 States = tuple[Tensor, ...]  # (h, c); of a GRU (h,), of an SLSTM (h, c, n, m)
 
@@ -54,7 +54,7 @@ class Stream:
     """
 
     def __init__(self, module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
-        if not takes_sequences(module):
+        if not isinstance(module, Layers):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
             cls = type(module).__name__
             raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {cls}{advice}")
