@@ -1,7 +1,5 @@
 """GRU: a drop-in for torch.nn.GRU."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import GRU as TorchGRU
@@ -44,6 +42,8 @@ class GRU(Recurrent, RNNBase):
 
     zoneout: float
     _cell, _torchs = CELL, TorchGRU
+    __call__: Called[Tensor, Tensor]
+    forward: Called[Tensor, Tensor]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
@@ -55,7 +55,3 @@ class GRU(Recurrent, RNNBase):
         if proj_size is not None:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")  # torch's words
         self._make(locals() | {"proj_size": 0})
-
-    if TYPE_CHECKING:
-        __call__: Called[Tensor, Tensor]
-        forward: Called[Tensor, Tensor]  # type: ignore[assignment]

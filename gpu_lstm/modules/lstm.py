@@ -1,7 +1,6 @@
 """LSTM: a drop-in for torch.nn.LSTM."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.modules.rnn import LSTM as TorchLSTM
@@ -83,6 +82,8 @@ class LSTM(Recurrent, HasVariants, RNNBase):
     """
 
     _cell, _torchs = CELL, TorchLSTM
+    __call__: Called[State, State]
+    forward: Called[State, State]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
@@ -93,10 +94,6 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-        __call__: Called[State, State]
-        forward: Called[State, State]  # type: ignore[assignment]
 
     # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
     get_expected_cell_size = TorchLSTM.get_expected_cell_size

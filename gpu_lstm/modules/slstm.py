@@ -1,7 +1,5 @@
 """SLSTM: xLSTM's cell with a hidden state that feeds back."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import LSTM as TorchLSTM
@@ -53,6 +51,8 @@ class SLSTM(Recurrent, RNNBase):
     """
 
     _cell, _torchs = CELL, TorchLSTM
+    __call__: Called[States, States]
+    forward: Called[States, States]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
@@ -60,7 +60,3 @@ class SLSTM(Recurrent, RNNBase):
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-        __call__: Called[States, States]
-        forward: Called[States, States]  # type: ignore[assignment]

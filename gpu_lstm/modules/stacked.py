@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,8 @@ class StackedLSTM(Stack, HasVariants):
     """
 
     _cell, _layer = LSTM._cell, LSTM
+    __call__: Called[Sequence[State], list[State]]
+    forward: Called[Sequence[State], list[State]]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
@@ -149,10 +151,6 @@ class StackedLSTM(Stack, HasVariants):
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-        __call__: Called[Sequence[State], list[State]]
-        forward: Called[Sequence[State], list[State]]  # type: ignore[assignment]
 
 
 class StackedGRU(Stack):
@@ -175,6 +173,8 @@ class StackedGRU(Stack):
     """
 
     _cell, _layer = GRU._cell, GRU
+    __call__: Called[Sequence[Tensor], list[Tensor]]
+    forward: Called[Sequence[Tensor], list[Tensor]]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
@@ -184,7 +184,3 @@ class StackedGRU(Stack):
         zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
-
-    if TYPE_CHECKING:
-        __call__: Called[Sequence[Tensor], list[Tensor]]
-        forward: Called[Sequence[Tensor], list[Tensor]]  # type: ignore[assignment]
