@@ -54,10 +54,10 @@ T=1, inference: 36 calls, 18 files, 23 changes, 6 returns, 10 frames
 T=1, training: 65 calls, 20 files, 37 changes, 18 returns, 11 frames
 T=128, inference: 37 calls, 19 files, 24 changes, 6 returns, 11 frames
 T=128, training: 68 calls, 21 files, 39 changes, 19 returns, 12 frames
-lengths, inference: 43 calls, 20 files, 26 changes, 7 returns, 11 frames
-lengths, training: 76 calls, 22 files, 42 changes, 21 returns, 12 frames
-resets, inference: 42 calls, 20 files, 27 changes, 8 returns, 11 frames
-resets, training: 74 calls, 22 files, 42 changes, 21 returns, 12 frames
+lengths, inference: 42 calls, 20 files, 25 changes, 6 returns, 11 frames
+lengths, training: 75 calls, 22 files, 41 changes, 20 returns, 12 frames
+resets, inference: 41 calls, 20 files, 26 changes, 7 returns, 11 frames
+resets, training: 73 calls, 22 files, 41 changes, 20 returns, 12 frames
 two layers, bidirectional, inference: 90 calls, 20 files, 59 changes, 40 returns, 11 frames
 two layers, bidirectional, training: 216 calls, 21 files, 119 changes, 99 returns, 12 frames
 """

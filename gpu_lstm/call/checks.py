@@ -35,10 +35,7 @@ def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
 
 
 def check_count(values: Any, counts: Sequence[int], type_error: str, wrong: str, error: type[Exception]) -> None:
-    """Raise TypeError unless `values` is a tuple or list, `error` unless its length is one of `counts`.
-
-    To their texts what was given is added.
-    """
+    """Raise TypeError unless `values` is a tuple or list, `error` unless it has one of these lengths, and say which."""
     if not isinstance(values, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
         raise TypeError(f"{type_error}: {type(values).__name__}")
     if len(values) not in counts:
@@ -95,16 +92,6 @@ def check_list(states: Any, names: Sequence[str], layers: int, name: str, error:
             check_tensor(tensor, f"{letter} of layer {k}")
     check_count(states, (layers,), expected, f"Expected {name} of {layers} {what}, one a layer", error)
     return states
-
-
-def check_states(hx: Any, names: Sequence[str], size: tuple[int, ...], x: Tensor) -> None:
-    """Raise unless hx has a tensor of this size for each of these states, on the device of x."""
-    expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
-    check_count(hx, (len(names),), f"{expected}, got", expected, RuntimeError)
-    for name, state in zip(names, hx):
-        check_tensor(state, name)
-        _check_device("hidden", state, x)
-        check_size(name, state, size)
 
 
 def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
@@ -173,7 +160,7 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
     tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
     tensors += [("hidden", tensor, is_c) for state in states for tensor, is_c in zip(state, (False, True))]
     for what, tensor, is_c in tensors:
-        _check_device(what, tensor, x)
+        check_device(what, tensor, x)
         if not _fits(tensor, x, is_c):
             raise RuntimeError(
                 f"Input and {what} tensors are not the same dtype, "
@@ -181,7 +168,8 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
             )
 
 
-def _check_device(what: str, tensor: Tensor, x: Tensor) -> None:
+def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise, in torch's words, unless a tensor is on the device of x."""
     if tensor.device != x.device:
         raise RuntimeError(
             f"Input and {what} tensors are not at the same device, "

@@ -32,7 +32,15 @@ def prepare(
     steps, batch = sizes
     states = role.zeros(x, batch) if hx is None else role.states_in(form, x, batch, hx)
     others = [t for t in (lengths, resets) if t is not None]
-    traversal = _traversal(form, x, sizes, lengths, resets) if others else EVERY_STEP
+    if lengths is not None:
+        if form.packed is not None:
+            raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
+        checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x)
+        lengths = lengths.reshape(batch)
+    if resets is not None:
+        checks.check_resets(resets, sizes[::-1] if form.batch_first else sizes if form.batched else sizes[:1], x)
+        resets = form.time_major(resets)
+    traversal = Traversal(lengths, resets) if others else EVERY_STEP
     now = modes(x)
     learns, plain = _check_tensors(options, form, x, states, weights, now.grad)
     if steps == 0:
@@ -54,22 +62,6 @@ def prepare(
     elif zeroed and steps == 1 and now.recording < Recording.COMPILED:
         states, traversal = _reset_before_the_only_step(options, states, traversal)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
-
-
-def _traversal(
-    form: Form, x: Tensor, sizes: tuple[int, int], lengths: Tensor | None, resets: Tensor | None
-) -> Traversal:
-    """The traversal of a batch of `sizes` (T, B), checked; in the forward direction."""
-    steps, batch = sizes
-    if form.packed is not None and lengths is not None:
-        raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
-    if lengths is not None:
-        checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x)
-        lengths = lengths.reshape(batch)
-    if resets is not None:
-        checks.check_resets(resets, sizes[::-1] if form.batch_first else sizes if form.batched else sizes[:1], x)
-        resets = form.time_major(resets)
-    return Traversal(lengths, resets)
 
 
 def _check_tensors(

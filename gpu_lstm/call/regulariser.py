@@ -38,7 +38,8 @@ class Regulariser:
         """A user's value, checked."""
         if not is_probability(value):
             text = "should be a number in range [0, 1] representing the probability of an element being zeroed"
-            raise ValueError(f"{self.name} {text}" + f", got {value!r}" * (not self.of_torch))  # torch's own words
+            got = "" if self.of_torch else f", got {value!r}"  # torch's own words have not
+            raise ValueError(f"{self.name} {text}{got}")
         return float(value)
 
     def rate(self, value: Any, training: bool) -> Any:

@@ -129,8 +129,13 @@ class Role:
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
         """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
-        size = (*self.lead, batch, self.hidden)
-        checks.check_states(hx, self.cell.states, size if form.batched else (*size[:-2], size[-1]), x)
+        names, size = self.cell.states, (*self.lead, *((batch,) if form.batched else ()), self.hidden)
+        expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
+        checks.check_count(hx, (len(names),), f"{expected}, got", expected, RuntimeError)
+        for name, state in zip(names, hx):
+            checks.check_tensor(state, name)
+            checks.check_device("hidden", state, x)
+            checks.check_size(name, state, size)
         (h, *others), exact = map(form.state_in, hx), torch.promote_types(x.dtype, torch.float32)
         numbers = EQUATIONS[self.cell.name].states_from(*[t.to(exact) for t in others])  # K of [*lead, B, H]
         return h, torch.stack(numbers, -3).flatten(0, -3)
@@ -177,7 +182,7 @@ class Role:
         if self.by_layer:
             checks.check_list(given, self.cell.states, len(self.blocks), RESET_STATES, ValueError)
         steps, batch = sizes
-        of_batch = [batch] * form.batched
+        of_batch = [batch] if form.batched else []
         of_steps = [batch, steps] if form.batch_first else [steps, *of_batch]
         rows: list[State] = []
         for k, (block, size) in enumerate(zip(given if self.by_layer else (given,), self.blocks)):
@@ -245,20 +250,18 @@ class Cell(Role):
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
         form, x = (TIME_FIRST, input) if self.rank_of(input) == 2 else (UNBATCHED, input[None])
-        if x.shape[-1] != self.inputs:
-            self._ask_torch(x, None)
         return form, x, (1, x.shape[0])
 
-    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        states = (hx,) if self.one_state else hx
-        size = (len(x), self.hidden) if form.batched else (self.hidden,)
-        fits = type(states) is tuple and len(states) == len(self.cell.states)
-        if not fits or not all([isinstance(t, Tensor) and t.shape == size for t in states]):
+    def states_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
+        try:
+            return super().states_in(form, x, batch, hx)
+        except (RuntimeError, TypeError, IndexError):
             self._ask_torch(x if form.batched else x[0], hx)
-        return (hx,)
+            raise
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
         try:
+            checks.check_as_torch(x, self.inputs, x)
             super().check_tensors(form, x, states, weights)
         except RuntimeError:
             self._ask_torch(x, states[0][0] if self.one_state else states[0], weights[0][0])
