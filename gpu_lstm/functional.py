@@ -86,7 +86,7 @@ def slstm_layer(
     hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
     resets: Tensor | None = None, reverse: bool = False, backend: BackendName | Backend | None = None, heads: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """One sLSTM layer in one direction, see `SLSTM`, of a product with its input that is there already.
+    """One sLSTM layer in one direction, see `SLSTM`, whose input product W_ih x the caller has computed.
 
     Args:
         z: W_ih x, floating point [T, B, 4H], in the order i, f, g (the paper's z), o.

@@ -64,9 +64,10 @@ class Options:
         self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
         self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
-        variant = LAYER_NORM if a.norms else PEEPHOLES if a.peepholes else of_cell
-        features = [thing.name for thing, _ in self.on if thing.tensors or thing.name in REFERENCE_ONLY]
-        self.feature = [variant, *sorted(features, key=REFERENCE_ONLY.__contains__)][-1]
+        of_noise = [thing.name for thing, _ in self.on if thing.tensors or thing.name in REFERENCE_ONLY]
+        features = [of_cell, PEEPHOLES if a.peepholes else None, LAYER_NORM if a.norms else None]
+        features += sorted(of_noise, key=REFERENCE_ONLY.__contains__)
+        self.feature = next(filter(None, reversed(features)), None)
         """The feature that the fewest backends support; None: all support all."""
 
 

@@ -38,7 +38,8 @@ def prepare(
         checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x)
         lengths = lengths.reshape(batch)
     if resets is not None:
-        checks.check_resets(resets, sizes[::-1] if form.batch_first else sizes if form.batched else sizes[:1], x)
+        shape = sizes if form.batched else (steps,)
+        checks.check_resets(resets, shape[::-1] if form.batch_first else shape, x)
         resets = form.time_major(resets)
     traversal = Traversal(lengths, resets) if others else EVERY_STEP
     now = modes(x)

@@ -35,7 +35,7 @@ class RecurrentDropout(Regulariser):
 
 
 class Zoneout(Regulariser):
-    """Elements of h and of c stay as they were (Krueger et al., 2017); in eval() the expectation, of rates []."""
+    """Elements of h and of c stay as they were (Krueger et al., 2017). In eval() its tensors are the two rates, []."""
 
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
 

@@ -124,7 +124,8 @@ class Role:
         """Raise, in torch's words, where x or a tensor of block k has a wrong size."""
         checks.check_as_torch(x, self.inputs, x)
         for i, (state, features) in enumerate(zip(block, (self.blocks[k].width, self.blocks[k].hidden))):
-            name = f"{'hc'[i]} of layer {k}" if self.by_layer else "hidden" if self.one_state else f"hidden[{i}]"
+            name = "hidden" if self.one_state else f"hidden[{i}]"
+            name = f"{'hc'[i]} of layer {k}" if self.by_layer else name
             checks.check_size(name, state, (*self.lead, batch, features), (*self.lead, x.shape[0], features))
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
@@ -146,17 +147,17 @@ class Role:
 
     def call(self, request: Request) -> Call:
         """What layers are asked to do: x [T, B, I], and the blocks cut into rows."""
-        x, steps, batch, states, weights, traversal, options, form, modes, learns = request
-        if form.packed is not None:
-            x, traversal = request.padded()
-        if modes.recording >= Recording.COMPILED:  # torch.compile lets no operator have the same tensor twice
+        r, x, states, traversal = request, request.x, request.states, request.traversal
+        if r.form.packed is not None:
+            x, traversal = r.padded()
+        if r.modes.recording >= Recording.COMPILED:  # torch.compile lets no operator have the same tensor twice
             states = [(h, h.clone() if c is h else c) for h, c in states]
         if not self.lead:
             x = x if x.dim() == 3 else x[None]
             states = [(h[None], c if self.kept > 1 else c[None]) for h, c in states]
         elif (count := self.lead[0]) > 1:
             states = [row for h, c in states for row in zip(h.chunk(count), c.chunk(count))]
-        return Call(x, steps, batch, states, weights, traversal, options, modes, learns)
+        return Call(x, r.steps, r.batch, states, r.weights, traversal, r.options, r.modes, r.learns)
 
     def states_out(self, form: Form, states: list[State]) -> Any:
         """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""

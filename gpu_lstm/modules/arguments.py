@@ -17,7 +17,7 @@ from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
 
 PACKAGE = __package__.rsplit(".", 1)[0] + "."
-KEPT = ("backend", "recompute")  # what a call reads from the module, beside regularisers
+OWN = ("backend", "recompute")  # what a call reads from the module, beside regularisers
 NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
 
@@ -126,7 +126,7 @@ class DropIn(Checked):
         Our own are checked before torch's class, which is given the others, draws initial weights.
         """
         del given["self"]
-        ours = {name: accepted(name, given.pop(name), self._cell) for name in (*KEPT, *OURS) if name in given}
+        ours = {name: accepted(name, given.pop(name), self._cell) for name in (*OWN, *OURS) if name in given}
         peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
         heads, projected = given.pop("heads"), given.get("proj_size", 0)
         check_bool(PEEPHOLES, peepholes)
@@ -215,7 +215,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
     if not issubclass(cls, Checked):
-        dropped += [*KEPT, *(name for name in OURS if not module.__dict__.get(name))]
+        dropped += [*OWN, *(name for name in OURS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()

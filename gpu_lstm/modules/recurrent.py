@@ -16,7 +16,7 @@ from ..call.weights import Weights
 from ..dispatch.route import run
 from ..kernels.cells import LSTM
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import KEPT, NOT_OF_TORCH, DropIn, Layers, repr_of
+from .arguments import NOT_OF_TORCH, OWN, DropIn, Layers, repr_of
 from .tracing import in_eager_mode, traced
 from .variants import OF_LAYERS, weights_of
 
@@ -106,7 +106,7 @@ class Recurrent(DropIn, Layers):
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""
-        return RNNBase.extra_repr(self) + repr_of(self, ("heads", *KEPT, *NOT_OF_TORCH))
+        return RNNBase.extra_repr(self) + repr_of(self, ("heads", *OWN, *NOT_OF_TORCH))
 
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""

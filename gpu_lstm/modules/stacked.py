@@ -18,7 +18,7 @@ from ..call.regularisers import OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import KEPT, Called, Layers, check_heads, check_size, layer_sizes, norms_of, repr_of
+from .arguments import OWN, Called, Layers, check_heads, check_size, layer_sizes, norms_of, repr_of
 from .gru import GRU
 from .lstm import LSTM
 from .tracing import traced
@@ -108,7 +108,7 @@ class Stack(Layers, nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""
-        names = ("bias", "batch_first", "dropout", "bidirectional", "residual", *KEPT, *OURS)
+        names = ("bias", "batch_first", "dropout", "bidirectional", "residual", *OWN, *OURS)
         return f"{self.input_size}, {self.hidden_sizes}" + repr_of(self, (*names, PEEPHOLES, LAYER_NORM, "heads"))
 
 
