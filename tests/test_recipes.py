@@ -139,7 +139,7 @@ COUPLED_LSTM = '''
 """CoupledLSTM."""
 
 from ..kernels.cells import CELLS
-from .lstm import LSTM
+from .recurrent import LSTM
 
 
 class CoupledLSTM(LSTM):

@@ -19,8 +19,7 @@ from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
 from .arguments import OWN, Called, Layers, check_heads, check_size, layer_sizes, norms_of, repr_of
-from .gru import GRU
-from .lstm import LSTM
+from .recurrent import GRU, LSTM
 from .tracing import traced
 from .variants import OF_LAYERS, HasVariants, weights_of
 
