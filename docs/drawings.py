@@ -48,14 +48,14 @@ def data_flow() -> Figure:
     box(axes, 17, 1, (58, 6), "modules/, functional.py",
         "LSTM, GRU, stacks, cells; lstm_layer: arguments and weights as they are now", PYTHON)  # fmt: skip
     arrow(axes, (46, 7), (46, 11), "Options, weights, input, hx, lengths, resets, reset_states")
-    box(axes, 17, 11, (58, 6), "call/prepare.py", "every check of a call; what the process has set", PYTHON)
-    arrow(axes, (46, 17), (46, 21), "Call: x and states as given, weights, Traversal, Modes")
+    box(axes, 17, 11, (58, 6), "call/prepare.py, roles.py", "all checks of a call; what the process has set", PYTHON)
+    arrow(axes, (46, 17), (46, 21), "Request: x and states as given, weights, Traversal, Modes")
     box(axes, 17, 21, (58, 8), "dispatch/route.py, backends/run.py",
         "the Route of the call, looked up; decided once for each kind of call:\n"
         "available.py -> race.py -> build.py: backend, kernels, schedule", PYTHON)  # fmt: skip
     for start, end in (((24, 29), (11, 34)), ((38, 29), (34, 34)), ((54, 29), (58, 34)), ((68, 29), (81, 34))):
         arrow(axes, start, end)
-    axes.text(46, 31.5, "x [T, B, I], [L*D] of states", ha="center", va="center", size=6.8, color=INK)
+    axes.text(46, 31.5, "Call: x [T, B, I], [L*D] of states", ha="center", va="center", size=6.8, color=INK)
     for left, name, text, colour in (
         (1, "torch_rnn.py", "torch's own LSTM: ATen\non the CPU, cuDNN on CUDA;\nlengths and resets", TORCH),
         (24, "schedule.py", "layer on layer by kernels,\nin chunks of time,\nlayers side by side", PYTHON),

@@ -5,14 +5,15 @@ from typing import Any
 
 from torch import Tensor
 
-from .call.checks import check_bool, check_rows_of_heads, check_size_of_states, check_tensor, named_weights
+from .call import roles
+from .call.checks import check_bool, check_dimensions, check_size, check_tensor, named_weights
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State, Weights, size_of
 from .dispatch.route import run
 from .kernels import heads as products
-from .kernels.cells import GRU, LSTM, SLSTM
+from .kernels.cells import GRU, LSTM, SLSTM, Cell
 from .modules.arguments import check_heads
 
 
@@ -50,22 +51,8 @@ def lstm_layer(
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
     check_tensor(x, "input")
-    check_bool("reverse", reverse)
     named = named_weights(weights, LSTM)
-    (_, hidden, *_), features = size_of(named, LSTM.rows), x.shape[-1] if x.dim() == 3 else 0
-    projected = None if named.weight_hr is None else named.weight_hr.shape[0]
-    for name, size in (("hidden_size", hidden), ("proj_size", projected)):
-        if size == 0:
-            raise ValueError(f"{name} must be greater than zero")
-    gains = named.gain_ih, named.gain_hh, named.gain_c
-    norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
-    check_heads(heads, int(hidden), projected or 0, norms)
-    arguments = Arguments(
-        LSTM.name, "layer", (hidden,), named.weight_peephole is not None, norms, heads, features,
-        named.bias_ih is not None, None if backend is None else parse_backend_name(backend),
-        proj_size=projected or 0, reverse=reverse,
-    )  # fmt: skip
-    return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
+    return _run(LSTM, x, named, (hx, lengths, resets, reset_states), reverse, backend, heads)
 
 
 def gru_layer(
@@ -90,16 +77,8 @@ def gru_layer(
         RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
     """
     check_tensor(x, "input")
-    check_bool("reverse", reverse)
     named = named_weights(weights, GRU)
-    (_, hidden, *_), features = size_of(named, GRU.rows), x.shape[-1] if x.dim() == 3 else 0
-    if hidden == 0:
-        raise ValueError("hidden_size must be greater than zero")
-    check_heads(heads, int(hidden))
-    name = None if backend is None else parse_backend_name(backend)
-    bias = named.bias_ih is not None
-    arguments = Arguments(GRU.name, "layer", (hidden,), False, (), heads, features, bias, name, reverse=reverse)
-    return run(prepare(options_of(*arguments), [[named]], x, hx, lengths, resets, reset_states))
+    return _run(GRU, x, named, (hx, lengths, resets, reset_states), reverse, backend, heads)
 
 
 def slstm_layer(
@@ -107,7 +86,7 @@ def slstm_layer(
     hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
     resets: Tensor | None = None, reverse: bool = False, backend: BackendName | Backend | None = None, heads: int = 1,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """One sLSTM layer in one direction, see `SLSTM`, of a product with its input that is there already.
+    """One sLSTM layer in one direction, see `SLSTM`, whose input product W_ih x the caller has computed.
 
     Args:
         z: W_ih x, floating point [T, B, 4H], in the order i, f, g (the paper's z), o.
@@ -122,23 +101,38 @@ def slstm_layer(
     Raises:
         RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
     """
+    for name, tensor, dimensions in (("z", z, 3), ("weight_hh", weight_hh, 2), ("bias", bias, 1)):
+        if tensor is not None or name != "bias":
+            check_tensor(tensor, name)
+            check_dimensions(name, tensor, dimensions)  # type: ignore[arg-type]
+    return _run(SLSTM, z, Weights(None, weight_hh, bias), (hx, lengths, resets), reverse, backend, heads)
+
+
+def _run(
+    cell: Cell, x: Tensor, weights: Weights, given: tuple, reverse: bool, backend: Any, heads: int
+) -> tuple[Tensor, Any]:
+    """What a layer of a cell returns, from x [T, B, I], or W_ih x; `given`: the rest of what `prepare` takes."""
     check_bool("reverse", reverse)
-    has_bias = bias is not None
-    given: Any = (("z", z, 3), ("weight_hh", weight_hh, 2), ("bias", bias, 1))[: 2 + has_bias]
-    for argument, tensor, dimensions in given:
-        check_tensor(tensor, argument)
-        if tensor.dim() != dimensions:
-            raise RuntimeError(f"{argument} must have {dimensions} dimensions, got {tensor.dim()}")
-    weights, name = Weights(None, weight_hh, bias), None if backend is None else parse_backend_name(backend)
-    _, hidden, *_ = size_of(weights, SLSTM.rows)
-    if hidden == 0:
-        raise ValueError("hidden_size must be greater than zero")
-    check_heads(heads, int(hidden))
-    check_size_of_states(["weight_hh"], [weight_hh], (SLSTM.rows * hidden, hidden // heads))
-    for argument, tensor, _ in given[::2]:
-        check_size_of_states([argument], [tensor], (*tensor.shape[:-1], SLSTM.rows * hidden))
-    arguments = Arguments(SLSTM.name, "layer", (hidden,), False, (), heads, None, has_bias, name, reverse=reverse)
-    return run(prepare(options_of(*arguments), [[weights]], z, hx, lengths, resets))
+    check_dimensions("input", x, 3)
+    if not x.is_floating_point():
+        raise TypeError(f"input should be of a floating point dtype, got: {x.dtype}")
+    hidden = size_of(weights, cell.rows).hidden
+    projected = None if weights.weight_hr is None else len(weights.weight_hr)
+    for name, size in (("hidden_size", hidden), ("proj_size", projected)):
+        if size == 0:
+            raise ValueError(f"{name} must be greater than zero")
+    gains = weights.gain_ih, weights.gain_hh, weights.gain_c
+    norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
+    check_heads(heads, int(hidden), projected or 0, norms)
+    for name, tensor in (("z", x), ("bias", weights.bias_ih)) if weights.weight_ih is None else ():
+        if tensor is not None:
+            check_size(name, tensor, (*tensor.shape[:-1], cell.rows * hidden))
+    arguments = Arguments(
+        cell.name, roles.Function, (hidden,), weights.weight_peephole is not None, norms, heads,
+        None if weights.weight_ih is None else x.shape[-1], weights.bias_ih is not None,
+        None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
+    )  # fmt: skip
+    return run(prepare(options_of(*arguments), [[weights]], x, *given))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
@@ -148,7 +142,7 @@ def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
         TypeError: `heads` is no int, or `weight_hh` no tensor.
         ValueError: `heads` does not divide H, or H the rows, or a weight between two heads is not zero.
     """
-    hidden = check_rows_of_heads(weight_hh)
+    hidden = _hidden_of(weight_hh)
     check_heads(heads, hidden)
     head = hidden // heads
     blocks = weight_hh.view(-1, heads, head, heads, head).diagonal(dim1=1, dim2=3)  # [GATES, D, D, heads]
@@ -165,5 +159,15 @@ def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
         TypeError: `weight_hh` is no tensor.
         ValueError: it has no such size with H = `hidden_size`.
     """
-    check_rows_of_heads(weight_hh, hidden_size)
+    _hidden_of(weight_hh, hidden_size)
     return products.dense(weight_hh, hidden_size)
+
+
+def _hidden_of(weight_hh: Tensor, hidden: int | None = None) -> int:
+    """H, by default the columns of a W_hh; raise unless it divides the rows, and the columns H."""
+    check_tensor(weight_hh, "weight_hh")
+    rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
+    hidden = columns if hidden is None else hidden
+    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
+        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
+    return hidden

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .tensors import BY_NAME, KNOWN, TENSORS, Inputs
+from .tensors import BY_NAME, TENSORS, Inputs
 
 MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
@@ -201,7 +201,7 @@ def problem_with(told: dict[str, Any], cell: str, steps: int, **facts: Any) -> P
     flags = {name: value for name, value in told.items() if name in Problem._fields}
     flags["reset_h"] = "reset_h" in told and "zoneout_h" in told
     flags["bias_hh"] = "bias_hh" in told and CELLS[cell].has_constant
-    flags["known_h"] = CELLS[cell].has_constant and any([name in told for name in KNOWN])
+    flags["known_h"] = CELLS[cell].has_constant and "reset_h" in told
     return Problem(min(steps, 2), cell=cell, **flags, **facts)
 
 

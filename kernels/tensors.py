@@ -72,9 +72,8 @@ def names_of(*roles: str) -> tuple[str, ...]:
 
 
 LEARNT = tuple(row.name for row in TENSORS if row.gradient is not NONE)
-KNOWN = tuple(row.name for row in TENSORS if row.name == "reset_h" or (row.told is not None and not row.loop))
 COMPARED = tuple(row.name for row in TENSORS if row.gradient == BY_LOOP)
-"""What may have a gradient; what makes h known before the time loop; whose gradient verification compares."""
+"""What may have a gradient; whose gradient verification compares."""
 
 
 class Noise(NamedTuple):

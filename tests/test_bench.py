@@ -27,7 +27,7 @@ from bench import cases, gpu, isolated, measure, providers, results, timing
 from bench.cases import Case
 from bench.inputs import Inputs, results_in
 from bench.providers import Provider, ours, torchs
-from gpu_lstm.modules.slstm import SLSTM
+from gpu_lstm import SLSTM
 
 SMALL = Case("training", "fp32", steps=5, batch=3, input_size=4, hidden_size=6)
 FORWARD = replace(SMALL, mode="forward")

@@ -80,6 +80,23 @@ def test_sizes_come_from_the_problem_and_never_from_a_tensor():
     assert len(sizes_read(faulty)) == 3
 
 
+def test_whatever_options_and_roles_hold_is_read():
+    held, read = set(), set()
+    for path in (ROOT / "gpu_lstm").rglob("*.py"):
+        for scope in ast.parse(path.read_text()).body:
+            holds = path.parent.name == "call" and getattr(scope, "name", "") in {"Options", "Role"}
+            for node in (each for each in ast.walk(scope) if isinstance(each, ast.Attribute)):
+                owner = ast.unparse(node.value).split(".")[-1]
+                if holds and isinstance(node.ctx, ast.Store):
+                    held.add(node.attr)
+                elif owner in ("options", "role") or (
+                    path.parent.name == "call" and owner == "self" and scope.name != "Size"
+                ):
+                    read.add(node.attr)
+    assert len(held) > 20
+    assert held - read == set()
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "split", "held"])
 def test_a_launch_that_waits_has_an_error_word_and_nothing_is_allocated_that_no_kernel_takes(family, backward):

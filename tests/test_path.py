@@ -17,18 +17,17 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
     gpu_lstm/call/options.py options_of
   gpu_lstm/modules/variants.py weights_of
   gpu_lstm/call/prepare.py prepare
-    gpu_lstm/call/prepare.py _form_and_input
-      gpu_lstm/call/checks.py check_rank_and_layout
-        gpu_lstm/call/checks.py check_dense
-      gpu_lstm/call/checks.py check_rank_of_states
-        gpu_lstm/call/checks.py check_pair
-    gpu_lstm/call/prepare.py _states
+    gpu_lstm/call/roles.py Role.input
+      gpu_lstm/call/roles.py Role.rank_of
+    gpu_lstm/call/roles.py Role.states_in
+      gpu_lstm/call/roles.py Module.blocks_of
     gpu_lstm/call/modes.py modes
       gpu_lstm/call/modes.py recurrent_precision
     gpu_lstm/call/prepare.py _check_tensors
   gpu_lstm/dispatch/route.py run
     gpu_lstm/dispatch/route.py route_of
     gpu_lstm/backends/run.py execute
+      gpu_lstm/call/roles.py Role.call
       gpu_lstm/backends/schedule.py by_kernels
         gpu_lstm/backends/layer_loop.py run_layers
           gpu_lstm/backends/layer_loop.py inputs_of
@@ -47,20 +46,20 @@ gpu_lstm/modules/recurrent.py Recurrent.forward
                   kernels/memory.py allocate
                   kernels/layer.py Launches._arguments
                   kernels/triton_rnn/launch.py Kernel.__call__
-      gpu_lstm/call/prepare.py Call.results
-        gpu_lstm/call/forms.py Padded.output
+      gpu_lstm/call/request.py Form.output
+      gpu_lstm/call/roles.py Role.states_out
 """
 COUNTS = """
-T=1, inference: 37 calls, 18 files, 23 changes, 6 returns, 10 frames
-T=1, training: 66 calls, 20 files, 37 changes, 18 returns, 11 frames
-T=128, inference: 38 calls, 19 files, 24 changes, 6 returns, 11 frames
-T=128, training: 69 calls, 21 files, 39 changes, 19 returns, 12 frames
-lengths, inference: 44 calls, 19 files, 27 changes, 9 returns, 11 frames
-lengths, training: 77 calls, 21 files, 43 changes, 23 returns, 12 frames
-resets, inference: 43 calls, 19 files, 27 changes, 9 returns, 11 frames
-resets, training: 75 calls, 21 files, 42 changes, 22 returns, 12 frames
-two layers, bidirectional, inference: 93 calls, 20 files, 60 changes, 41 returns, 11 frames
-two layers, bidirectional, training: 219 calls, 21 files, 120 changes, 100 returns, 12 frames
+T=1, inference: 36 calls, 18 files, 23 changes, 6 returns, 10 frames
+T=1, training: 65 calls, 20 files, 37 changes, 18 returns, 11 frames
+T=128, inference: 37 calls, 19 files, 24 changes, 6 returns, 11 frames
+T=128, training: 68 calls, 21 files, 39 changes, 19 returns, 12 frames
+lengths, inference: 42 calls, 20 files, 25 changes, 6 returns, 11 frames
+lengths, training: 75 calls, 22 files, 41 changes, 20 returns, 12 frames
+resets, inference: 41 calls, 20 files, 26 changes, 7 returns, 11 frames
+resets, training: 73 calls, 22 files, 41 changes, 20 returns, 12 frames
+two layers, bidirectional, inference: 90 calls, 20 files, 59 changes, 40 returns, 11 frames
+two layers, bidirectional, training: 216 calls, 21 files, 119 changes, 99 returns, 12 frames
 """
 
 

@@ -139,7 +139,7 @@ COUPLED_LSTM = '''
 """CoupledLSTM."""
 
 from ..kernels.cells import CELLS
-from .lstm import LSTM
+from .recurrent import LSTM
 
 
 class CoupledLSTM(LSTM):
@@ -292,11 +292,8 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
     copy.run(COUPLED_COMPARED)
 
 
-NOISE = '''
-"""Gaussian noise on h in the product with W_hh, drawn again for every step (Jim, Giles & Horne, 1996)."""
-
-import numbers
-from typing import Any
+STEP_DROPOUT = '''
+"""Dropout of h in the product with W_hh, drawn again for every step."""
 
 import torch
 from torch import Tensor
@@ -304,39 +301,11 @@ from torch import Tensor
 from ..kernels.tensors import Noise
 from .regulariser import Drawing, Regulariser
 
-NORMED = "recurrent_noise with a layer norm of W_hh h, since the noise is added before the time loop, the norm in it"
-
-
-class RecurrentNoise(Regulariser):
-    """noise_h [T, B, P]."""
-
-    name = "recurrent_noise"
-    tensors = ("noise_h",)
-    reference_only = (NORMED,)
-
-    def accepted(self, value: Any, cell: Any) -> float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise ValueError(f"recurrent_noise should be a standard deviation, a number from 0 on, got {value!r}")
-        return float(value)
-
-    def feature(self, norms: tuple[str, ...]) -> str:
-        return NORMED if "hh" in norms else self.name
-
-    def draw(self, rate: float, of: Drawing) -> tuple[Tensor | None, ...]:
-        return (torch.randn(of.sizes, dtype=of.dtype, device=of.device) * rate,)
-
-    def added(self, noise: Noise) -> Tensor | None:
-        return noise.noise_h
-
 
 class StepDropout(Regulariser):
-    """Factors of h, drawn again for every step, step_h [T, B, P]: no flag tells kernels to read them."""
+    """Factors of h, step_h [T, B, P]: no flag tells kernels to read them."""
 
-    name = "step_dropout"
-    tensors = ("step_h",)
-
-    def feature(self, norms: tuple[str, ...]) -> str:
-        return "what no list says"
+    name, tensors = "step_dropout", ("step_h",)
 
     def draw(self, rate: float, of: Drawing) -> tuple[Tensor | None, ...]:
         return (torch.nn.functional.dropout(torch.ones(of.sizes, dtype=of.dtype, device=of.device), rate),)
@@ -345,183 +314,64 @@ class StepDropout(Regulariser):
         return h if noise.step_h is None else noise.step_h * h
 '''
 
-COMPARED = '''
+STEP_DROPOUT_COMPARED = """
 import torch
 
 import gpu_lstm
-from gpu_lstm.backends import verify
-from gpu_lstm.call import recurrent_noise
-from gpu_lstm.call.choices import Backend
-from gpu_lstm.kernels.problem import Pass, problem_of
-from gpu_lstm.kernels.tensors import Inputs
 
-T, B, I, H, SCALE = 4, 3, 2, 5, 0.3
+T, B, I, H = 4, 3, 2, 5
 
-
-def normed(v, gain):
-    return gain * (v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt()
-
-
-def one_step(w, x, h, c, noise):
-    """States [P] and [H] after a step of one sequence, by its weights w."""
-    of_x, of_h = w["weight_ih"] @ x, w["weight_hh"] @ (h + noise)
-    of_x = normed(of_x, w["gain_ih"]) if "gain_ih" in w else of_x
-    of_h = normed(of_h, w["gain_hh"]) if "gain_hh" in w else of_h
-    of_x, of_h = of_x + w["bias_ih"], of_h + w["bias_hh"]
-    if len(of_x) == 3 * H:
-        (r, z, n), (h_r, h_z, h_n) = of_x.chunk(3), of_h.chunk(3)
-        r, z = (r + h_r).sigmoid(), (z + h_z).sigmoid()
-        h = (1 - z) * (n + r * h_n).tanh() + z * h
-        return h, h
-    i, f, g, o = (of_x + of_h).chunk(4)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    m = o.sigmoid() * (normed(c, w["gain_c"]) + w["bias_c"] if "gain_c" in w else c).tanh()
-    return w["weight_hr"] @ m if "weight_hr" in w else m, c
-
-
-def plain_loop(module, x, state, left, noises, lengths, resets):
-    """h [T, B, D * P] and the final states, of a module with one layer; noises [D] of [T, B, P]."""
-    outputs, finals = [], []
-    for d, noise in enumerate(noises):
-        ending = "_l0_reverse" if d else "_l0"
-        w = {name.removesuffix(ending): p.double() for name, p in module.named_parameters() if name.endswith(ending)}
-        for b in range(B):
-            h, c = state[0][d, b], state[-1][d, b]
-            found = [torch.zeros_like(h)] * T
-            for s in range(lengths[b]):
-                t = lengths[b] - 1 - s if d else s
-                at = t + d  # a reset at t separates t - 1 from t
-                if at < lengths[b] and resets[at, b]:
-                    h, c = left[0][d, at, b], left[-1][d, at, b]
-                h, c = one_step(w, x[t, b], h, c, noise[t, b])
-                found[t] = h
-            outputs.append(torch.stack(found))
-            finals.append((h, c))
-    y = torch.stack(outputs).unflatten(0, (-1, B)).permute(2, 1, 0, 3).flatten(2)
-    return y, *(torch.stack(each).unflatten(0, (-1, B)) for each in zip(*finals))
-
-
-def compare(kind, backend, ragged=True, **options):
-    """Results and all gradients, with lengths, resets, and states to reset to."""
-    torch.manual_seed(0)
-    module = getattr(gpu_lstm, kind)(I, H, backend=backend, **options)
-    module.recurrent_noise = SCALE
-    assert "recurrent_noise=0.3" in repr(module)
-    count, width = 1 + module.bidirectional, module.proj_size or H
-    sizes = [width, H][: 2 - (kind == "GRU")]
-    x, lengths, resets = torch.randn(T, B, I), torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)
-    state, left = ([torch.randn(count, *more, B, size) for size in sizes] for more in ((), (T,)))
-    leaves, arguments = [x, *state, *module.parameters()], {}
-    form = tuple if kind == "LSTM" else lambda states: states[0]
-    if ragged:
-        lengths, resets, leaves = torch.tensor([4, 2, 3]), torch.rand(T, B) < 0.4, [*leaves, *left]
-        arguments = dict(lengths=lengths, resets=resets, reset_states=form(left))
-    for leaf in leaves:
-        leaf.requires_grad_()
-    torch.manual_seed(1)
-    y, final = module(x, form(state), **arguments)
-    torch.manual_seed(1)
-    noises = [(torch.randn(T, B, width) * SCALE).double() for _ in range(count)]
-    exact = ([t.double() for t in states] for states in (state, left))
-    truth = plain_loop(module, x.double(), *exact, noises, lengths, resets)[: 1 + len(sizes)]
-    ours = y, *(final if kind == "LSTM" else [final])
-    given = [torch.randn_like(t) for t in ours]
-    pairs = [*zip(ours, truth), *zip(*(
-        torch.autograd.grad(results, leaves, [d.to(y.dtype) for d, y in zip(given, results)])
-        for results in (ours, truth)))]
-    for k, (our, true) in enumerate(pairs):
-        torch.testing.assert_close(
-            our.double(), true.double(), rtol=1e-4, atol=1e-5,
-            msg=lambda text: f"{kind}, {backend}, {options}, tensor {k}: {text}")
-
-
-for kind in ("LSTM", "GRU"):
-    compare(kind, "triton", ragged=False)
-    for backend in ("triton", "reference"):
-        compare(kind, backend, bidirectional=True, recompute=True)
-compare("LSTM", "triton", proj_size=3)
-compare("LSTM", "triton", layer_norm=("ih", "c"))
-compare("LSTM", "reference", layer_norm=True)
-
-# As on a card, where kernels are verified before they run, against the reference with noise: torch's own has none.
-inputs = Inputs(
-    x=torch.randn(T, B, I), h0=torch.randn(1, B, H), c0=torch.randn(1, B, H), weight_ih=torch.randn(4 * H, I),
-    weight_hh=torch.randn(4 * H, H), noise_h=torch.randn(T, B, H))
-layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "lstm", False, "ieee"), inputs.x.device)
-for pass_ in (Pass(), Pass(True)):
-    assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
-    small = verify.Small(layer.problem, pass_, inputs)
-    for name, truth in small.by_reference(torch.float64)[0].items():
-        torch.testing.assert_close(small.yardstick()[name].double(), truth, rtol=1e-4, atol=1e-5)
-
-# What changes the time loop without a flag runs on the reference alone, whatever its class forgot to say.
+# What changes the time loop without a flag runs on the reference alone.
+torch.manual_seed(0)
 lstm, x = gpu_lstm.LSTM(I, H), torch.randn(T, B, I)
 lstm.step_dropout = 0.5
-torch.manual_seed(0)
+assert "step_dropout=0.5" in repr(lstm)
+torch.manual_seed(1)
 y, _ = lstm(x)
-torch.manual_seed(0)
+torch.manual_seed(1)
 factors = torch.nn.functional.dropout(torch.ones(T, B, H), 0.5).double()
-w = {name.removesuffix("_l0"): p.double() for name, p in lstm.named_parameters()}
-for b in range(B):
-    h, c = torch.zeros(2, H, dtype=torch.float64)
-    for t in range(T):
-        h, c = one_step(w, x[t, b].double(), h, c, (factors[t, b] - 1) * h)
-        torch.testing.assert_close(y[t, b].double(), h, rtol=1e-4, atol=1e-5)
+exact = gpu_lstm.to_torch(gpu_lstm.LSTMCell(I, H)).double()
+exact.load_state_dict({name.removesuffix("_l0"): p for name, p in lstm.state_dict().items()})
+h = c = torch.zeros(B, H, dtype=torch.float64)
+for t in range(T):
+    h, c = exact(x[t].double(), (factors[t] * h, c))
+    torch.testing.assert_close(y[t].double(), h, rtol=1e-4, atol=1e-5)
 for backend in ("triton", "torch", "cupy"):
-    lstm.backend = backend
+    lstm.train().backend = backend
     try:
         lstm(x)
         raise AssertionError(f"{backend} ran it")
     except ValueError as error:
         assert str(error) == f"backend {backend!r} does not support step_dropout; use 'reference'", error
-
-# What cannot be combined is refused, with the reason.
-for backend, said in ("triton", recurrent_noise.NORMED), ("torch", "recurrent_noise"):
-    lstm = gpu_lstm.LSTM(I, H, backend=backend, layer_norm=backend == "triton")
-    lstm.recurrent_noise = SCALE
-    try:
-        lstm(torch.randn(T, B, I))
-        raise AssertionError(f"{backend} ran it")
-    except ValueError as error:
-        assert str(error).startswith(f"backend {backend!r} does not support {said}; use "), error
-for act in (lambda: setattr(lstm, "recurrent_noise", -1), lambda: gpu_lstm.to_torch(lstm)):
+for act in (lambda: setattr(lstm, "step_dropout", -1), lambda: gpu_lstm.to_torch(lstm)):
     try:
         act()
         raise AssertionError("it was accepted")
     except ValueError as error:
-        assert "recurrent_noise" in str(error)
-lstm.backend = None
-assert lstm(torch.randn(T, B, I))[0].shape == (T, B, H)
+        assert "step_dropout" in str(error)
 lstm.backend = "torch"
-assert lstm.eval()(torch.randn(T, B, I))[0].shape == (T, B, H)  # there is none in eval()
-'''
+assert lstm.eval()(x)[0].shape == (T, B, H)  # there is none in eval()
+"""
 
 
 def test_a_regulariser_is_a_file_an_entry_of_the_list_and_rows_of_the_table_of_tensors(tmp_path):
-    """Gaussian noise on the recurrent h: on the reference, and on the kernels by a product before the time loop. And
-    dropout at every step, which kernels do not know of."""
-    copy = Copy(tmp_path)
-    the_list, row = (
-        "gpu_lstm/call/regularisers.py",
-        """
-    ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE,    THERE),
-    ("step_h",          "T B P", None, NOISE,     not LOOP, NONE),""",
+    """Dropout at every step, which kernels do not know of: the reference runs it, all others refuse it."""
+    copy, the_list = Copy(tmp_path), "gpu_lstm/call/regularisers.py"
+    row = """
+    ("step_h",          "T B P", None, NOISE,     not LOOP, NONE),  # factors of h at a step"""
+    copy.add("gpu_lstm/call/step_dropout.py", STEP_DROPOUT)
+    copy.enter(
+        the_list,
+        "from .regulariser import Drawing, Regulariser, is_probability\n",
+        "from .step_dropout import StepDropout\n",
     )
-    fields = """
-    noise_h: Tensor | None = None  # [T, B, P], added to h in the recurrent product
-    step_h: Tensor | None = None  # [T, B, P], its factors at a step"""
-    copy.add("gpu_lstm/call/recurrent_noise.py", NOISE)
-    imported = "from .recurrent_noise import RecurrentNoise, StepDropout\n"
-    copy.enter(the_list, "from ..kernels.tensors import Noise\n", imported)
-    copy.enter(the_list, "    RecurrentDropout(),\n", "    RecurrentNoise(),\n    StepDropout(),\n")
-    places = '"factors"),', "# [B, P], factors of h in the recurrent product", "# as in Noise"
-    for line, entry in zip(places, (row, fields, fields), strict=True):
-        copy.enter("kernels/tensors.py", line, entry)
+    copy.enter(the_list, "    RecurrentDropout(),\n", "    StepDropout(),\n")
+    copy.enter("kernels/tensors.py", "# factors of h in the recurrent product", row)
     assert copy.changes() == {
-        the_list: (3, 0), "kernels/tensors.py": (6, 0),
-        "gpu_lstm/call/recurrent_noise.py": (len(NOISE.splitlines()), 0),
+        the_list: (2, 0), "kernels/tensors.py": (1, 0),
+        "gpu_lstm/call/step_dropout.py": (len(STEP_DROPOUT.splitlines()), 0),
     }  # fmt: skip
-    copy.run(COMPARED)
+    copy.run(STEP_DROPOUT_COMPARED)
 
 
 LOOP_PACKAGE = '''

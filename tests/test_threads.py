@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gpu_lstm
-from gpu_lstm.call import modes
+from gpu_lstm.call import settings
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
@@ -71,10 +71,10 @@ def test_computations_of_our_own_that_overlap_leave_the_process_as_it_was(anothe
     try:
         with torch.autograd.set_detect_anomaly(True, check_nan=False):
             before = facts()
-            overlap(another, modes.alone(True), modes.alone(True))
+            overlap(another, settings.alone(True), settings.alone(True))
             assert facts() == before
-            with modes.alone(True):
-                with modes.alone(True):
+            with settings.alone(True):
+                with settings.alone(True):
                     pass
                 assert facts() == (torch.float32, False, True), "the inner one ends nothing"
     finally:
@@ -134,7 +134,7 @@ def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(an
     before = matmul.fp32_precision
     other = another.submit(in_another)
     entered.wait()
-    with modes.products.changed(modes.EXACT):
+    with settings.products.changed(settings.EXACT):
         other.result()
         assert matmul.fp32_precision == "ieee"
     assert matmul.fp32_precision == before

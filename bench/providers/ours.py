@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -33,8 +32,7 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
     case = expect(inputs.case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS, "heads", "slstm")))
     on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
     on |= {"heads": case.heads} if case.heads > 1 else {}  # which another commit may not accept
-    package = import_module("gpu_lstm.modules.slstm") if case.cell == "slstm" else gpu_lstm
-    module: Any = module_like_torchs(package, inputs, backend=backend, **on)
+    module: Any = module_like_torchs(gpu_lstm, inputs, backend=backend, **on)
     options: dict[str, Any] = {
         "resets": inputs.resets,
         "lengths": None if case.sequences == "packed" else inputs.lengths,

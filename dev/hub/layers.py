@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from .call import roles
 from .call.options import Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State
@@ -47,9 +48,9 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
     if isinstance(input, PackedSequence) and (instead := traced(module, input, hx)) is not None:
         return instead
     sizes = (module.hidden_size,) * module.num_layers
-    asked = Arguments(module.mode.lower(), "module", sizes, False, (), 1, module.input_size, module.bias, None,
-                      module.bidirectional, module.batch_first, module.training, module.dropout,
-                      proj_size=module.proj_size)  # fmt: skip
+    asked = Arguments(module.mode.lower(), roles.Module, sizes, False, (), 1, module.input_size, module.bias, None,
+                      module.bidirectional, module.batch_first, module.training, False,
+                      (module.dropout, *Arguments._field_defaults["rates"][1:]), module.proj_size)  # fmt: skip
     return run(prepare(options := options_of(*asked), weights_of(module, options.names), input, hx))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..call.choices import Backend, requested_backend
 from ..call.modes import Transforms, are_differentiated, is_transformed
-from ..call.prepare import Call
+from ..call.request import Call
 from ..call.weights import State
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.noise import added, operand, scaled
-from ..call.regularisers import ADDING
+from ..call.noise import scaled
 from ..call.sequences import Traversal, without_padding
 from ..equations import EQUATIONS
 from ..kernels import heads, layer_norm
@@ -30,22 +29,13 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     """
     i, problem = inputs, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-    if ADDING or i.reset_h is not None:
-        _add_known(problem, gates, i)
+    if i.reset_h is not None:  # in the time loop h is 0 at resets, and so W_hh h
+        known = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
+        EQUATIONS[problem.cell].add_product(gates, known, i.weight_hh, i.gain_hh)
     if i.c0.dtype is not torch.float32:
         i = i._replace(c0=i.c0.float())
     h, h_n, c_n, c = layer.forward(gates, Recurrence(i), save)
     return h, h_n, c_n, gates, c
-
-
-def _add_known(problem: Problem, z: Tensor, i: Inputs) -> None:
-    """Add to z what W_hh multiplies besides the h of the time loop, which is 0 at resets: noise, states to reset to."""
-    known = added(i)
-    if i.reset_h is not None:
-        to_reset = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
-        known = to_reset if known is None else known + to_reset
-    if known is not None:
-        EQUATIONS[problem.cell].add_product(z, known, i.weight_hh, i.gain_hh)
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
@@ -76,8 +66,8 @@ class AllSteps:
         gates_were_dropped = self.gates.dim() < self.c.dim()  # not by elements: an empty batch has none
         if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
             h = self.traversal.states_before(h, i.h0, i.reset_h)
-            if any([getattr(i, name) is not None for name in _NOISE]):  # else this is four calls for nothing
-                h = operand(h, i)
+            if any([getattr(i, name) is not None for name in _NOISE]):  # else this is two calls for nothing
+                h = scaled(h, i)
         self.operand = h  # [T, B, P], of W_hh at each step, if it is needed; anything finite in padding
         if gates_were_dropped:
             self._recompute_gates()

@@ -13,7 +13,8 @@ from torch import Tensor
 from ..call.choices import Backend
 from ..call.modes import Recording, constant_when_traced
 from ..call.noise import Noise
-from ..call.prepare import Call
+from ..call.request import Call
+from ..call.roles import Function
 from ..call.weights import State
 from ..kernels import private
 from ..kernels.tensors import Inputs
@@ -25,7 +26,7 @@ _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
 
 def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tuple[Tensor, list[State]]:
-    """All layers of a call that is laid out, in `dtype`, by operators: output [T, B, D*P] and states as Call.states.
+    """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and states as Call.states.
 
     `name`: the backend, as operators.named says it.
     """
@@ -37,7 +38,7 @@ def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) ->
     if private.is_exporting():
         _tell_what_a_program_needs()
 
-    if backend is Backend.TORCH and call.traversal.is_plain() and call.options.torch_has_it:
+    if backend is Backend.TORCH and call.traversal.is_plain() and not isinstance(call.options.role, Function):
         call = call._replace(x=call.x.to(dtype))
         return layer_by_layer(call, dtype, partial(_run_directions, call, dtype))
     return run_layers(call, dtype, backend, partial(_run_layer, call, dtype, name))

@@ -13,7 +13,7 @@ from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
-from ..call.prepare import Call
+from ..call.request import Call
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import NAMES, State, Weights
 from ..kernels.private import is_profiled
@@ -33,7 +33,7 @@ Drawn = tuple[list[list[Noise]], list[Tensor | None]]
 def run_layers(
     call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer, drawn: Drawn | None = None
 ) -> tuple[Tensor, list[State]]:
-    """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states, laid out."""
+    """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states as Call.states."""
     options, traversal, x = call.options, call.traversal, call.x
     if drawn is None and options.noisy:
         drawn = draw(call.weights, (call.steps, call.batch), dtype, options)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..call.choices import Backend
-from ..call.noise import operand
-from ..call.prepare import Call
+from ..call.noise import scaled
 from ..call.regularisers import AFTER
+from ..call.request import Call
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
@@ -39,7 +39,7 @@ Record = Callable[[Steps], None]
 
 
 def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -> tuple[Tensor, list[State]]:
-    """All layers of a call that is laid out, in `dtype`: output [T, B, D*P] and final states as Call.states."""
+    """All layers of a call, in `dtype`: output [T, B, D*P] and final states as Call.states."""
     return run_layers(call, dtype, Backend.REFERENCE, partial(_run_layer, call, dtype, record))
 
 
@@ -108,7 +108,7 @@ def _step(cell: ModuleType, x: Tensor, state: State, w: Weights, noise: Noise) -
     """One step of x [B, I], from the state before it: its gates and the state after it, all [B, *]."""
     h, c = state
     z_x = linear(x, w.weight_ih, w.bias_ih, w.gain_ih)
-    z_h = linear(operand(h, noise), w.weight_hh, w.bias_hh, w.gain_hh)
+    z_h = linear(scaled(h, noise), w.weight_hh, w.bias_hh, w.gain_hh)
     gates, c = cell.step(cell.pre_activations(z_x, z_h), c, w.weight_peephole)
     h = cell.output(gates, c, w.gain_c, w.bias_c)
     after = h if w.weight_hr is None else F.linear(h, w.weight_hr), c

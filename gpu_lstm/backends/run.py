@@ -7,7 +7,7 @@ import torch
 
 from ..call.choices import Backend
 from ..call.noise import with_weight_drop
-from ..call.prepare import Call
+from ..call.request import Request
 from ..kernels.layer import Layer
 from . import graph, reference, schedule, torch_rnn
 from .schedule import Schedule
@@ -23,23 +23,25 @@ class Route(NamedTuple):
     schedule: Schedule | None = None  # likewise
 
 
-def execute(route: Route, call: Call, record: reference.Record | None = None) -> tuple[Any, Any]:
+def execute(route: Route, request: Request, record: reference.Record | None = None) -> tuple[Any, Any]:
     """The output and the final states, in the user's form.
 
     The reference tells `record`, if there is one, the Steps of every layer and direction.
     """
     backend, dtype, operators, layers, scheduled = route
-    if call.options.drops_weights:
-        call = call._replace(weights=with_weight_drop(call.weights, call.options))
-    if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(call)) is not None:
-        return call.results(*given)
-    laid_out = call if call.options.one_row and call.form.packed is None else call.laid_out()
+    options, form = request.options, request.form
+    if options.drops_weights:
+        request = request._replace(weights=with_weight_drop(request.weights, options))
+    if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(request)) is not None:
+        y, states = given
+        return form.output(y), options.role.states_out(form, states)
+    call = options.role.call(request)
     if scheduled is not None:
-        y, states = schedule.by_kernels(laid_out, dtype, backend, layers, scheduled)
+        y, states = schedule.by_kernels(call, dtype, backend, layers, scheduled)
     elif operators is not None:
-        y, states = graph.by_operators(laid_out, dtype, backend, operators)
+        y, states = graph.by_operators(call, dtype, backend, operators)
     elif backend is Backend.TORCH:
-        y, states = torch_rnn.by_torch(laid_out, dtype)
+        y, states = torch_rnn.by_torch(call, dtype)
     else:
-        y, states = reference.by_reference(laid_out, dtype, record)
-    return call.results(y, states if call.options.one_row else call.joined(states))
+        y, states = reference.by_reference(call, dtype, record)
+    return form.output(y), options.role.states_out(form, states)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.noise import Noise, draw, within
-from ..call.prepare import Call
+from ..call.request import Call, Request
 from ..call.weights import State
 from ..kernels.layer import Layer
 from ..kernels.tensors import Inputs
@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
         return [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
 
 
-def schedule_of(call: Call, steps: int, size: int) -> Schedule:
+def schedule_of(call: Request, steps: int, size: int) -> Schedule:
     """The schedule for up to `steps` steps and `size`-byte elements. Layers run side by side if that may pay."""
     options = call.options
     widest = max(size.hidden for size in options.sizes)
@@ -68,7 +68,7 @@ def schedule_of(call: Call, steps: int, size: int) -> Schedule:
 def by_kernels(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
-    """All layers of a call that is laid out, in `dtype`, by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
+    """All layers of a call, in `dtype`, by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
     run_layer = partial(autograd.layer_by_kernels, layers, call)
     in_one_piece = schedule.longest >= call.steps and schedule.streams[0] is None
     run = run_layers if in_one_piece else partial(_in_chunks, schedule)

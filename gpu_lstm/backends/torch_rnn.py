@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..call import onednn
+from ..call import onednn, roles
 from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.modes import autocast_dtype, is_transformed
 from ..call.noise import Noise
-from ..call.prepare import Call
+from ..call.request import Call, Request
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
@@ -55,18 +55,18 @@ def has(cell: Cell, inputs: Inputs) -> bool:
     return cell.of_torch and len(inputs.x) <= MOST_STEPS and all(getattr(inputs, name) is None for name in more)
 
 
-def as_given(call: Call) -> tuple[Tensor, list[State]] | None:
-    """What torch's own operator returns of a call of a module or a cell; None: it does not take all of it as it is."""
-    options, weights = call.options, call.weights
-    if not options.as_given or not call.traversal.is_plain():
+def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
+    """What torch's own operator returns of what a module or a cell was given; None: it does not take all as it is."""
+    options, weights, state = request.options, request.weights, request.states[0]
+    if not request.traversal.is_plain():
         return None
-    if options.one_step:
-        state = one_step(options.cell, call.x, call.states[0], weights[0][0])
+    if isinstance(options.role, roles.Cell):
+        state = one_step(options.cell, request.x, state, weights[0][0])
         return state[0], [state]
-    if not options.in_one_call:
+    if type(options.role) is not roles.Module or not options.in_one_call:
         return None
-    sizes = None if call.form.packed is None else call.form.packed.batch_sizes
-    y, state = stack(options.cell, call.x, call.states[0], weights, options.dropout, options.training, sizes)
+    sizes = None if request.form.packed is None else request.form.packed.batch_sizes
+    y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
     return y, [state]
 
 
@@ -80,9 +80,9 @@ def one_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
 
 
 def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
-    """All layers of any other call, laid out, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
+    """All layers of any other call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
     options = call.options
-    if not call.traversal.is_plain() or not options.torch_has_it:
+    if not call.traversal.is_plain() or isinstance(options.role, roles.Function):
         return run_layers(call, dtype, Backend.TORCH, partial(_run_layer, call, dtype))
     if not options.in_one_call:
         return layer_by_layer(call, dtype, partial(_run_directions, call))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..call.choices import Backend
-from ..call.modes import EXACT, alone, products
+from ..call.settings import EXACT, alone, products
 from ..kernels import cache
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer, kept_layer, launcher_of

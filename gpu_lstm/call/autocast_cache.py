@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.private import is_tracing, is_view, saved_by_product
-from .modes import autocasts, is_transformed, without_hooks
+from .modes import autocasts, is_transformed
+from .settings import without_hooks
 
 
 def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:

@@ -12,12 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
 from ..kernels.tensors import BY_NAME, VARIANT, names_of
-from .forms import Form
-from .modes import PLAIN, autocasts, need_the_reference
-from .options import Options
+from .modes import autocasts, need_the_reference
 from .weights import NAMES, State, Weights
-
-_STRIDED = torch.strided
 
 
 def check_bool(name: str, value: object) -> None:
@@ -29,95 +25,29 @@ def check_bool(name: str, value: object) -> None:
 def check_tensor(value: object, name: str) -> None:
     """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{_cure_of(value)}")
+        raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")
 
 
-def _cure_of(value: object) -> str:
+def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
+    """Raise unless a tensor has so many dimensions."""
+    if tensor.dim() != count:
+        raise RuntimeError(f"{name} must have {count} dimensions, got {tensor.dim()}")
+
+
+def check_count(values: Any, counts: Sequence[int], type_error: str, wrong: str, error: type[Exception]) -> None:
+    """Raise TypeError unless `values` is a tuple or list, `error` unless it has one of these lengths, and say which."""
+    if not isinstance(values, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
+        raise TypeError(f"{type_error}: {type(values).__name__}")
+    if len(values) not in counts:
+        raise error(f"{wrong}, got {len(values)}")
+
+
+def cure_of(value: object) -> str:
     """How to make a tensor of a value that a user may mistake for one."""
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
-def _other_way_round(shape: Sequence[int], swapped: Sequence[int]) -> str:
-    """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
-    return "; it fits if the input's first two dimensions change places, see batch_first" if shape == swapped else ""
-
-
-def check_rank_and_layout(input: Tensor, name: str, ranks: tuple[int, int]) -> int:
-    """The rank of module `name`'s input; raise unless it is one of `ranks`, and the input dense."""
-    try:
-        rank = input.dim()
-    except AttributeError as error:  # torch.nn.LSTM's error
-        raise AttributeError(f"{error}; expected a tensor{_cure_of(input)}") from None
-    if rank not in ranks:
-        low, high = ranks
-        raise ValueError(f"{name}: Expected input to be {low}D or {high}D, got {rank}D instead")
-    check_dense(input, name)
-    return rank
-
-
-def check_dense(input: Tensor, name: str) -> None:
-    """Raise RuntimeError unless the input of `name` is dense: neither sparse nor nested."""
-    if input.layout is not _STRIDED or input.is_nested:
-        what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
-        raise RuntimeError(f"{name}: Expected input to be a dense tensor, got {what}")
-
-
-def check_pair(hx: object, function: str = "lstm") -> None:
-    """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
-    if not isinstance(hx, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
-        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
-        raise TypeError(f"{function}(): {what}{_cure_of_one(hx, function)}")
-    if len(hx) != 2:
-        raise RuntimeError(f"{function} expects two hidden states")
-
-
-def check_packed(input: PackedSequence) -> None:
-    """Raise unless a PackedSequence, which anyone may make, has a row for each step of each sequence."""
-    sizes, data = input.batch_sizes.tolist(), input.data
-    if data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-    if sum(sizes) != len(data):
-        raise RuntimeError(f"Expected data of {sum(sizes)} rows, the sum of batch_sizes, got {len(data)}")
-    if sizes != sorted(sizes, reverse=True) or min(sizes, default=0) < 0:
-        raise RuntimeError(f"Expected batch_sizes that never grow and are never negative, got {sizes}")
-
-
-def check_rank_of_states(rank: int, hx: State) -> None:
-    """Raise unless h_0 and c_0 of an LSTM are of the input's rank."""
-    if hx[0].dim() != rank or hx[1].dim() != rank:
-        form = "batched" if rank == 3 else "unbatched"
-        raise RuntimeError(
-            f"For {form} {rank}-D input, hx and cx should also be {rank}-D "
-            f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{_cure_of_one(hx, 'lstm')}"
-        )
-    if rank == 3:  # torch uses the first two states of an unbatched hx
-        check_pair(hx)
-
-
-def check_rank_of_state(rank: int, hx: Any) -> None:
-    """Raise, in torch's words, unless h_0 of a GRU is of the input's rank."""
-    found = _rank_of_only_state(hx)
-    if found != rank:
-        form = "batched" if rank == 3 else "unbatched"
-        raise RuntimeError(f"For {form} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
-
-
-def check_rank_of_hidden(hx: Any, name: str) -> None:
-    """Raise, in torch's words, unless the only state of a cell called `name` is 1D or 2D."""
-    rank = _rank_of_only_state(hx)
-    if rank not in (1, 2):
-        raise ValueError(f"{name}: Expected hidden to be 1D or 2D, got {rank}D instead")
-
-
-def _rank_of_only_state(hx: Any) -> int:
-    try:
-        rank: int = hx.dim()
-    except AttributeError as error:  # torch.nn.GRU's error
-        raise AttributeError(f"{error}; hx is one tensor") from None
-    return rank
-
-
-def _cure_of_one(hx: object, function: str) -> str:
+def cure_of_one(hx: object, function: str) -> str:
     """What to do where hx is one tensor: one state of two, or lengths."""
     if not isinstance(hx, Tensor):
         return ""
@@ -125,123 +55,88 @@ def _cure_of_one(hx: object, function: str) -> str:
     return f"; hx is one tensor: {cure}"
 
 
-def check_states_of_a_cell(hx: Any, batched: bool) -> None:
-    """Raise unless it is (h, c), each 1D or 2D."""
-    for i, state in enumerate(hx):
-        if state.dim() not in (1, 2):
-            raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
-    if batched:
-        check_pair(hx, "lstm_cell")
+def check_packed(input: PackedSequence) -> None:
+    """Raise unless a PackedSequence, which anyone may make, has a row for each step of each sequence."""
+    sizes, data = input.batch_sizes.tolist(), input.data
+    check_dimensions("input", data, 2)
+    if sum(sizes) != len(data):
+        raise RuntimeError(f"Expected data of {sum(sizes)} rows, the sum of batch_sizes, got {len(data)}")
+    if sizes != sorted(sizes, reverse=True) or min(sizes, default=0) < 0:
+        raise RuntimeError(f"Expected batch_sizes that never grow and are never negative, got {sizes}")
 
 
-def check_states(states: Any, options: Options, name: str, error: type[Exception]) -> None:
-    """Raise unless `states` has (h, c), or h where a user holds that alone, for each layer; a wrong number: `error`."""
-    what = "tensors" if options.one_state else "pairs"
-    expected = f"{name} should be a list of {what}{' (h, c)' * (what == 'pairs')}, one a layer"
-    if not isinstance(states, (list, tuple)):
-        raise TypeError(f"{expected}, got: {type(states).__name__}")
-    for k, state in enumerate(states):
-        pair = (state,) if options.one_state else state
-        if not isinstance(pair, (list, tuple)):
-            raise TypeError(f"{expected}, got for layer {k}: {type(pair).__name__}")
-        if len(pair) != len(options.cell.states):
-            raise error(f"Expected two states (h, c) of layer {k}, got {len(pair)}")
-        for letter, tensor in zip("hc", pair):
-            check_tensor(tensor, f"{letter} of layer {k}")
-    if len(states) != len(options.sizes):
-        raise error(f"Expected {name} of {len(options.sizes)} {what}, one a layer, got {len(states)}")
+def check_as_torch(x: Tensor, features: int, weight: Tensor) -> None:
+    """Raise, in torch's words, unless x [..., I] has so many features, and the dtype of a weight."""
+    as_torchs: Any = SimpleNamespace(input_size=features, _flat_weights=[weight])
+    RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
-def check_every_state(hx: Any, names: Sequence[str], x: Tensor) -> None:
-    """Raise unless hx has a tensor for each of these states, on the device of x."""
-    expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
+def check_pair(hx: Any) -> None:
+    """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
     if not isinstance(hx, (tuple, list)):
-        raise TypeError(f"{expected}, got: {type(hx).__name__}")
-    if len(hx) != len(names):
-        raise RuntimeError(f"{expected}, got {len(hx)}")
-    for name, state in zip(names, hx):
-        check_tensor(state, name)
-        _check_device("hidden", state, x)
+        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
+        raise TypeError(f"lstm(): {what}{cure_of_one(hx, 'lstm')}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
 
 
-def check_size_of_states(names: Sequence[str], states: Sequence[Tensor], size: tuple[int, ...]) -> None:
-    """Raise unless all states are of one size."""
-    for name, state in zip(names, states):
-        if state.shape != size:
-            raise RuntimeError(f"Expected {name} size {size}, got {list(state.shape)}")
+def check_list(states: Any, names: Sequence[str], layers: int, name: str, error: type[Exception]) -> Any:
+    """`states`; raise unless it has (h, c), of a GRU h, for each layer. A wrong number: `error`."""
+    what, in_full = ("tensors", "tensors") if len(names) == 1 else ("pairs", "pairs (h, c)")
+    expected = f"{name} should be a list of {in_full}, one a layer, got"
+    for k, state in enumerate(states if isinstance(states, (tuple, list)) else ()):
+        block = (state,) if len(names) == 1 else state
+        two = f"Expected two states (h, c) of layer {k}"
+        check_count(block, (len(names),), f"{expected} for layer {k}", two, error)
+        for letter, tensor in zip(names, block):
+            check_tensor(tensor, f"{letter} of layer {k}")
+    check_count(states, (layers,), expected, f"Expected {name} of {layers} {what}, one a layer", error)
+    return states
 
 
-def check_input(options: Options, form: Form, x: Tensor, weights: list[list[Weights]] | None) -> None:
-    """Raise, in torch's words, unless x [..., I] has the first layer's features and, with weights, its dtype."""
-    if not options.of_rnn_base:
-        return
-    weight = x if weights is None or form.packed is not None else weights[0][0].weight_ih
-    if weight is not None and (x.shape[-1] != options.input_size or (x.dtype is not weight.dtype and not autocasts(x))):
-        as_torchs: Any = SimpleNamespace(input_size=options.input_size, _flat_weights=[weight])
-        RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
+def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
+    """Raise, in torch's words, unless a tensor has this size; `swapped`: see `_other_way_round`."""
+    if tensor.shape != size:
+        hint = _other_way_round(tensor, swapped)
+        raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
-def check_sizes_of_states(options: Options, x: Tensor, batch: int, block: int, hx: State) -> None:
-    """Raise, in torch's words, unless h and c of a block, [*, B, F], have the right sizes."""
-    size = options.blocks[block]
-    for i, (state, features) in enumerate(zip(hx, (size.width, size.hidden))):
-        expected = *options.lead, batch, features
-        if state.shape != expected:
-            name = f"{'hc'[i]} of layer {block}" if options.by_layer else "hidden" + f"[{i}]" * (not options.one_state)
-            hint = _other_way_round(state.shape, (*options.lead, x.shape[0], features))
-            raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}{hint}")
-
-
-def check_sizes(layer: Weights, sizes: Sequence[tuple[int, ...]]) -> None:
-    """Raise unless the tensors of a layer have the `sizes`, which are in the order of Weights."""
+def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
+    """Raise unless the tensors of a layer have the `sizes`, in the order of Weights, and all layers have the same."""
     for name, tensor, size in zip(NAMES, layer, sizes):
-        if tensor is None and name in ("weight_ih", "weight_hh") and None not in size:
-            raise TypeError(f"{name} should be a tensor, got: NoneType")
-        if tensor is not None and tensor.shape != size:
-            raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}")
+        if None not in size:
+            _check_weight(name, tensor)
+        if tensor is not None:
+            check_size(name, tensor, size)
     if (layer.bias_ih is None) != (layer.bias_hh is None):
         raise RuntimeError("bias_ih and bias_hh should be given together")
     if layer.bias_c is not None and layer.gain_c is None:
         raise RuntimeError("bias_c should be given together with gain_c")
-
-
-def check_rows_of_heads(weight_hh: Tensor, hidden: int | None = None) -> int:
-    """H, by default the columns of a W_hh; raise unless it divides the rows, and the columns H."""
-    check_tensor(weight_hh, "weight_hh")
-    rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
-    hidden = columns if hidden is None else hidden
-    if not (rows and columns and hidden > 0) or rows % hidden or hidden % columns:
-        raise ValueError(f"Expected weight_hh with a multiple of {hidden} rows, got {list(weight_hh.shape)}")
-    return hidden
-
-
-def check_same_tensors(weights: list[list[Weights]]) -> None:
-    """Raise unless peepholes, and each tensor of layer norms, are in all layers and directions or in none."""
     for name in names_of(VARIANT):
-        if len({getattr(one, name) is None for layer in weights for one in layer}) > 1:
+        if len({getattr(one, name) is None for directions in weights for one in directions}) > 1:
             raise RuntimeError(f"{name} should be given in every layer and direction, or in none")
 
 
 def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
     """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
     most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
-    if not isinstance(weights, (list, tuple)):
-        raise TypeError(f"weights should be a tuple or list of tensors, got: {type(weights).__name__}")
-    if not 2 <= len(weights) <= most:
-        names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
-        raise ValueError(f"Expected weights of 2 to {most} tensors ({names}), got {len(weights)}")
-    named = Weights(*weights)  # type: ignore[arg-type]
-    for name, tensor in zip(NAMES, named):
-        if tensor is None and name in ("weight_ih", "weight_hh"):
-            raise TypeError(f"{name} should be a tensor, got: NoneType")
+    names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
+    expected = "weights should be a tuple or list of tensors, got"
+    check_count(weights, range(2, most + 1), expected, f"Expected weights of 2 to {most} tensors ({names})", ValueError)
+    for name, tensor in zip(NAMES, weights):
+        _check_weight(name, tensor)
         if tensor is not None:
-            check_tensor(tensor, name)
-            expected = len(BY_NAME[name].size.split())
-            if tensor.dim() != expected:
-                raise RuntimeError(f"{name} must have {expected} dimensions, got {tensor.dim()}")
+            check_dimensions(name, tensor, len(BY_NAME[name].size.split()))
+    named = Weights(*weights)  # type: ignore[arg-type]
     if named.weight_hr is not None:
         check_unprojected(not named.gain_ih is named.gain_hh is named.gain_c is None, len(named.weight_hr))
     return named
+
+
+def _check_weight(name: str, tensor: Any) -> None:
+    """Raise TypeError unless it is a tensor, or None and not one of those that every layer has."""
+    if tensor is not None or name in ("weight_ih", "weight_hh"):
+        check_tensor(tensor, name)
 
 
 def check_unprojected(layer_norm: bool, projected: int) -> None:
@@ -250,61 +145,31 @@ def check_unprojected(layer_norm: bool, projected: int) -> None:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
-def check_cell(options: Options, form: Form, x: Tensor, state: State, weights: Weights, alike: bool) -> None:
-    """Raise, in torch's words, unless x [B, I] and a cell's states fit; `alike`: all have one dtype and device."""
-    (inputs, hidden, _, _), (h, c), (batch, features) = options.sizes[0], state, x.shape
-    expected = batch, hidden
-    if alike and features == inputs and h.shape == expected and c.shape == expected:
-        return
-    if not options.one_state:
-        check_states_of_a_cell(state if form.batched else (h[0], c[0]), form.batched)
-    operator, hx = getattr(torch, f"{options.cell.name}_cell"), h if options.one_state else state
-    of_torch = weights.weight_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh
-    if features == inputs and h.shape == c.shape == expected:
-        try:
-            return check_alike(x, [state], [[weights]])
-        except RuntimeError:
-            operator(x, hx, *of_torch)
-            raise
-    operator(x, hx, *of_torch)
-    raise RuntimeError(f"Expected hx of size {expected}, got {list(h.shape)} and {list(c.shape)}")
-
-
 def is_exact(c: Tensor, x: Tensor) -> bool:
     """Whether c is float32 though x is in half precision: the kernels keep it so, unrounded."""
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
 
 
-def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
-    """Whether torch's operator for a cell takes all as it is, on the CPU. If not, `prepare` makes it so, or raises."""
-    if type(x) is not Tensor or not x.is_cpu or options.feature is not None:
-        return False
-    if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
-        return False
-    dtype, batch = x.dtype, len(x)
-    found = [t.shape for t in (x, *state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
-    sizes = [(batch, options.input_size), *[(batch, options.hidden)] * len(options.cell.states)]
-    return found == sizes + options.sizes_of_first
+def _fits(tensor: Tensor, x: Tensor, is_c: bool) -> bool:
+    """Whether the dtype of a tensor goes with that of x: it is the same, or under autocast any; c may be exact."""
+    return tensor.dtype is x.dtype or autocasts(x) or (is_c and is_exact(tensor, x))
 
 
 def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]) -> None:
-    """Raise, in torch's own words, unless all tensors are of one device and dtype.
-
-    Under autocast dtypes may differ, and a cell state may be float32 with half precision.
-    """
-    mixed_allowed = autocasts(x)
+    """Raise, in torch's own words, unless all tensors are of one device and their dtypes go together."""
     tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
-    tensors += [("hidden", tensor, is_cell) for state in states for tensor, is_cell in zip(state, (False, True))]
-    for what, tensor, is_cell in tensors:
-        _check_device(what, tensor, x)
-        if tensor.dtype != x.dtype and not mixed_allowed and not (is_cell and is_exact(tensor, x)):
+    tensors += [("hidden", tensor, is_c) for state in states for tensor, is_c in zip(state, (False, True))]
+    for what, tensor, is_c in tensors:
+        check_device(what, tensor, x)
+        if not _fits(tensor, x, is_c):
             raise RuntimeError(
                 f"Input and {what} tensors are not the same dtype, "
                 f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
             )
 
 
-def _check_device(what: str, tensor: Tensor, x: Tensor) -> None:
+def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise, in torch's words, unless a tensor is on the device of x."""
     if tensor.device != x.device:
         raise RuntimeError(
             f"Input and {what} tensors are not at the same device, "
@@ -312,8 +177,8 @@ def _check_device(what: str, tensor: Tensor, x: Tensor) -> None:
         )
 
 
-def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `lengths` is an int tensor of `shape` on `device` with values from 0 to `steps`.
+def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless `lengths` is an int tensor of `shape` where x is, with values from 0 to `steps`.
 
     On CUDA the values are asserted on the device, without a synchronisation; elsewhere at once.
     """
@@ -321,7 +186,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
     if lengths.dtype not in (torch.int32, torch.int64):
         cure = "; use lengths.long()" if lengths.is_floating_point() else ""
         raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}{cure}")
-    _check_place("lengths", lengths, shape, device, (steps,) * len(shape))
+    _check_place("lengths", lengths, shape, x, (steps,) * len(shape))
     if need_the_reference():  # inside vmap there is no value to look at
         return
     has_values = type(lengths) is Tensor and not (lengths.is_cuda or lengths.is_meta) and lengths.numel() > 0
@@ -339,43 +204,36 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], device: t
         assert_on_device(fits, f"Expected lengths from 0 to {steps}, the number of steps")
 
 
-def check_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `resets` is a bool tensor of `shape` on `device`."""
+def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless `resets` is a bool tensor of `shape` where x is."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")
-    _check_place("resets", resets, shape, device, shape[::-1])
+    _check_place("resets", resets, shape, x, shape[::-1])
 
 
-def _check_place(
-    name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, swapped: tuple[int, ...]
-) -> None:
+def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swapped: Sequence[int] = ()) -> None:
+    """Raise, in our words, unless a tensor has this shape, and the device of x; `swapped`: see `_other_way_round`."""
     if tensor.shape != shape:
-        hint = _other_way_round(tensor.shape, swapped)
+        hint = _other_way_round(tensor, swapped)
         raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(tensor.shape)}{hint}")
-    if tensor.device != device:
-        raise ValueError(f"Expected {name} on {device}, where the input is, got {tensor.device}")
+    if tensor.device != x.device:
+        raise ValueError(f"Expected {name} on {x.device}, where the input is, got {tensor.device}")
 
 
-def check_reset_pair(pair: object, name: str) -> None:
-    """Raise unless states to reset to are (h, c)."""
-    if not isinstance(pair, (tuple, list)):
-        raise TypeError(f"{name} should be a pair of tensors (h, c), got: {type(pair).__name__}")
-    if len(pair) != 2:
-        raise ValueError(f"Expected {name} of two states (h, c), got {len(pair)}")
+def _other_way_round(tensor: Tensor, swapped: Sequence[int]) -> str:
+    """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
+    hint = "; it fits if the input's first two dimensions change places, see batch_first"
+    return hint if tensor.shape == swapped else ""
 
 
-def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_cell: bool) -> None:
-    """Raise unless `state` has one of two sizes, a state per sequence or per step, and the dtype and device of x.
-
-    As for any state, dtypes may differ under autocast, and a cell state may be float32 with half precision.
-    """
+def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_c: bool) -> None:
+    """Raise unless `state` has one of two sizes, a state per sequence or per step, and a dtype and device as x."""
     check_tensor(state, name)
     if list(state.shape) not in sizes:
         raise ValueError(
             f"Expected {name} of size {sizes[0]}, one a sequence, or {sizes[1]}, one a step, got {list(state.shape)}"
         )
-    if state.dtype != x.dtype and not autocasts(x) and not (is_cell and is_exact(state, x)):
+    if not _fits(state, x, is_c):
         raise ValueError(f"Expected {name} of dtype {x.dtype}, got {state.dtype}")
-    if state.device != x.device:
-        raise ValueError(f"Expected {name} on {x.device}, where the input is, got {state.device}")
+    _check_place(name, state, state.shape, x)

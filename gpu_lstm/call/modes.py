@@ -4,16 +4,14 @@ torch.func.grad and vjp run through the fused kernels, except in a graph of torc
 vmap, forward-mode derivatives and functionalize, an LSTM in torch's own operators is needed, which the reference is.
 """
 
-import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import private, projection
+from ..kernels import private
 from ..kernels.private import TransformType, any_autocast, constant_when_traced, forward_level
 from . import onednn
 from .choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, chosen_backends, chosen_racings
@@ -90,81 +88,6 @@ def only_torch_runs(backend: str | None) -> bool:
 
 
 _TORCHS = (None, Backend.AUTO, "auto", Backend.TORCH, "torch")
-
-
-def _same(t: Tensor) -> Tensor:
-    return t
-
-
-class Setting:
-    """A setting of the whole process that `with` blocks change.
-
-    The first open block saves the old value, and the last one restores it, in whatever thread. If each restored what it
-    found, the last of two threads would restore what the other had set.
-    """
-
-    def __init__(self, get: Callable[[], Any], set: Callable[..., Any]) -> None:
-        self._get, self._set, self._lock = get, set, threading.Lock()
-        self._open, self._before = 0, None
-
-    @contextlib.contextmanager
-    def changed(self, *value: Any) -> Iterator[None]:
-        """A block with another value; none: the block itself changes it."""
-        with self._lock:
-            if not self._open:
-                self._before = self._get()
-            self._open += 1
-        try:
-            if value:
-                self._set(*value)
-            yield
-        finally:
-            with self._lock:
-                self._open -= 1
-                if not self._open:
-                    self._set(self._before)
-
-
-_default_dtype = Setting(torch.get_default_dtype, torch.set_default_dtype)
-_anomalies = Setting(
-    lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
-    lambda mode: torch.set_anomaly_enabled(*mode),
-)
-
-
-def _products() -> tuple[str, bool]:
-    with projection.lock:  # whose blocks set back what they found
-        return _matmul.fp32_precision, _matmul.allow_fp16_accumulation
-
-
-def _set_products(facts: tuple[str, bool]) -> None:
-    with projection.lock:
-        _matmul.fp32_precision, _matmul.allow_fp16_accumulation = facts
-
-
-_matmul, EXACT = torch.backends.cuda.matmul, ("ieee", False)
-products = Setting(_products, _set_products)
-"""The precision of cuBLAS, EXACT or less, for float32 and half. The recurrence obeys other switches."""
-
-
-def without_hooks() -> contextlib.AbstractContextManager:
-    """A block in which no hooks of saved tensors act, such as torch.utils.checkpoint's."""
-    hooks = torch.autograd.graph.saved_tensors_hooks
-    return hooks(_same, _same) if private.hooks_are_enabled() else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def alone(grad: bool) -> Iterator[None]:
-    """A block for computations of our own inside a user's call: none of the caller's contexts acts on them.
-
-    That is, no hooks of saved tensors, anomaly detection, function modes (such as a default device), default dtype or
-    inference mode; autograd is on if `grad`.
-    """
-    with (
-        _default_dtype.changed(torch.float32), _anomalies.changed((False, True)), private.WithoutTorchFunction(),
-        torch.inference_mode(False), torch.set_grad_enabled(grad), without_hooks(),
-    ):  # fmt: skip
-        yield
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..kernels.tensors import Noise
-from .options import Options, Size
+from .options import Options
 from .regulariser import Drawing
-from .regularisers import ADDING, SCALING
-from .weights import Weights
+from .regularisers import SCALING
+from .weights import Size, Weights
 
 NO_NOISE = Noise()
 
@@ -60,22 +60,7 @@ def with_weight_drop(layers: list[list[Weights]], options: Options) -> list[list
 
 
 def scaled(h: Tensor, noise: Noise) -> Tensor:
-    """h with the factors of all regularisers; `noise` may be Inputs, which have its tensors."""
+    """What W_hh multiplies: h with the factors of all regularisers; `noise` may be Inputs, which have its tensors."""
     for thing in SCALING:
         h = thing.scaled(h, noise)
     return h
-
-
-def added(noise: Noise) -> Tensor | None:
-    """What all regularisers add to it; None: nothing."""
-    total = None
-    for thing in ADDING:
-        if (more := thing.added(noise)) is not None:
-            total = more if total is None else total + more
-    return total
-
-
-def operand(h: Tensor, noise: Noise) -> Tensor:
-    """What W_hh multiplies."""
-    h, more = scaled(h, noise), added(noise)
-    return h if more is None else h + more

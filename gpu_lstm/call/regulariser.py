@@ -29,12 +29,6 @@ class Regulariser:
     name: str
     of_torch = False  # torch.nn.LSTM has it, too
     tensors: tuple[str, ...] = ()  # its tensors for a layer and direction, in kernels/tensors.py
-    reference_only: tuple[str, ...] = ()  # features that no kernels have: it beside something else, in words
-
-    @property
-    def unknown_to_kernels(self) -> bool:
-        """Whether it changes the time loop, and no flag of a Problem says so: then only the reference runs it."""
-        return self.overrides("scaled", "after") and not self.overrides("flags")
 
     def overrides(self, *hooks: str) -> bool:
         """Whether its class has one of these methods of its own."""
@@ -44,16 +38,13 @@ class Regulariser:
         """A user's value, checked."""
         if not is_probability(value):
             text = "should be a number in range [0, 1] representing the probability of an element being zeroed"
-            raise ValueError(f"{self.name} {text}" + f", got {value!r}" * (not self.of_torch))  # torch's own words
+            got = "" if self.of_torch else f", got {value!r}"  # torch's own words have not
+            raise ValueError(f"{self.name} {text}{got}")
         return float(value)
 
     def rate(self, value: Any, training: bool) -> Any:
         """What a call uses of the value; false where it is off."""
         return value if training else 0.0
-
-    def feature(self, norms: tuple[str, ...]) -> str | None:
-        """What a backend must have to run it in a layer with these norms, in words; None: all can."""
-        return self.name if self.tensors else None
 
     def flags(self, rate: Any, training: bool) -> dict[str, Any]:
         """A Problem's flags for its tensors in the time loop."""
@@ -70,10 +61,6 @@ class Regulariser:
     def scaled(self, h: Tensor, noise: Noise) -> Tensor:
         """h times its factors in the product with W_hh; likewise the gradient of h, from what that product returns."""
         return h
-
-    def added(self, noise: Noise) -> Tensor | None:
-        """What is added to the scaled h, [T, B, P], by time: its product with W_hh is known before the time loop."""
-        return None
 
     def after(self, before: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], noise: Noise) -> tuple[Tensor, Tensor]:
         """(h, c) after a step that computed `new` from those `before`; `noise` is that of the step."""

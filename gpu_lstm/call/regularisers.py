@@ -35,7 +35,7 @@ class RecurrentDropout(Regulariser):
 
 
 class Zoneout(Regulariser):
-    """Elements of h and of c stay as they were (Krueger et al., 2017); in eval() the expectation, of rates []."""
+    """Elements of h and of c stay as they were (Krueger et al., 2017). In eval() its tensors are the two rates, []."""
 
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
 
@@ -105,9 +105,6 @@ REGULARISERS: tuple[Regulariser, ...] = (
 BY_NAME = {thing.name: thing for thing in REGULARISERS}
 NAMES = tuple(BY_NAME)
 OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
-REFERENCE_ONLY = tuple(
-    feature for thing in REGULARISERS for feature in (*thing.reference_only, *[thing.name] * thing.unknown_to_kernels)
-)
-SCALING, ADDING, AFTER = (
-    tuple(thing for thing in REGULARISERS if thing.overrides(way)) for way in ("scaled", "added", "after")
-)
+SCALING, AFTER = (tuple(thing for thing in REGULARISERS if thing.overrides(way)) for way in ("scaled", "after"))
+REFERENCE_ONLY = tuple(thing.name for thing in (*SCALING, *AFTER) if not thing.overrides("flags"))
+"""Those that change the time loop, and no flag of a Problem tells kernels so: only the reference runs them."""

@@ -1,10 +1,12 @@
 """The tensors of one layer, named as in torch.nn.LSTM and GRU."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..kernels.tensors import BY_NAME
 from .autocast_cache import cast
 
 State = tuple[Tensor, Tensor]
@@ -46,11 +48,32 @@ class Weights(NamedTuple):
 NAMES = Weights._fields
 
 
-def size_of(weights: Weights, rows: int) -> tuple[int | Any, int, int, int]:
-    """(I, H, P, heads) as in options.Size, by the sizes of weights; without heads where none fit."""
+class Size(NamedTuple):
+    """The sizes of a layer."""
+
+    inputs: int | Any  # I; None: x is W_ih x already
+    hidden: int  # H
+    projected: int  # P; 0 without a projection
+    heads: int = 1
+
+    @property
+    def width(self) -> int:
+        """Features of h."""
+        return self.projected or self.hidden
+
+    def of(self, names: Sequence[str], rows: int) -> tuple[tuple[int, ...], ...]:
+        """The sizes of the weights of these names, with `rows` to a unit."""
+        hidden = self.hidden
+        letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}
+        letters["D"] = self.width // self.heads
+        return tuple([BY_NAME[name].sized(letters) for name in names])
+
+
+def size_of(weights: Weights, rows: int) -> Size:
+    """By the sizes of weights; without heads where none fit."""
     inputs = None if weights.weight_ih is None else weights.weight_ih.shape[1]
     count, columns = weights.weight_hh.shape
     hidden = columns if count % rows else count // rows
     if weights.weight_hr is not None:
-        return inputs, hidden, columns, 1
-    return inputs, hidden, 0, hidden // columns if columns and hidden % columns == 0 else 1
+        return Size(inputs, hidden, columns)
+    return Size(inputs, hidden, 0, hidden // columns if columns and hidden % columns == 0 else 1)

@@ -4,11 +4,11 @@ from ..backends import verify
 from ..backends.run import Route
 from ..backends.schedule import schedule_of
 from ..call.choices import KERNEL_BACKENDS, Backend
-from ..call.prepare import Call
+from ..call.request import Request
 from .kind import Kind
 
 
-def build(call: Call, kind: Kind, backend: Backend) -> Route:
+def build(call: Request, kind: Kind, backend: Backend) -> Route:
     """The route of a call by a backend."""
     if backend not in KERNEL_BACKENDS:
         return Route(backend, kind.dtype)

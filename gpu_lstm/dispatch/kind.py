@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends.torch_rnn import MOST_STEPS
+from ..call import roles
 from ..call.modes import Recording
-from ..call.options import RESET_STATES, Size
-from ..call.prepare import Call
+from ..call.request import Request
+from ..call.roles import RESET_STATES
 from ..call.weights import NAMES, size_of
 from ..kernels.problem import Pass, Problem, power_of_two, problem_with, told
-from ..kernels.tensors import KNOWN
 
 
 class Kind(NamedTuple):
@@ -63,7 +63,7 @@ class Kind(NamedTuple):
         }  # fmt: skip
 
 
-def kind_of(call: Call) -> Kind:
+def kind_of(call: Request) -> Kind:
     """What decides how a call runs."""
     options, traversal, cell, dtype = call.options, call.traversal, call.options.cell, dtype_of(call)
     of_tensors = told(dict(zip(NAMES, call.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
@@ -72,10 +72,10 @@ def kind_of(call: Call) -> Kind:
     if traversal.reset_states is not None:
         of_tensors |= {"reset_h": True, "reset_c": True}
     for thing, rate in options.on:
-        of_tensors |= {name: True for name in thing.tensors if name in KNOWN} | thing.flags(rate, options.training)
+        of_tensors |= thing.flags(rate, options.training)
     sizes = options.sizes
     if call.modes.recording >= Recording.COMPILED:  # its sizes may be symbols, while those of weights are constants
-        sizes = tuple([Size(*size_of(weights, cell.rows)) for weights, *_ in call.weights])
+        sizes = tuple([size_of(weights, cell.rows) for weights, *_ in call.weights])
     steps, batch = int(call.steps), int(call.batch)
     problems = [
         problem_with(
@@ -90,7 +90,7 @@ def kind_of(call: Call) -> Kind:
     return Kind(tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature)
 
 
-def dtype_of(call: Call) -> torch.dtype:
+def dtype_of(call: Request) -> torch.dtype:
     """The dtype that layers compute in: the input's own, or under autocast that of torch's own results.
 
     On a CPU torch casts a whole LSTM; of a GRU, of a cell, of a PackedSequence and with oneDNN off it casts products
@@ -99,8 +99,8 @@ def dtype_of(call: Call) -> torch.dtype:
     autocast, options = call.modes.autocast, call.options
     if autocast is None or not call.x.is_cpu:
         return autocast or call.x.dtype
-    packed = call.form.packed is not None and options.as_given and options.in_one_call
-    products = options.one_state or options.one_step
+    packed = call.form.packed is not None and type(options.role) is roles.Module and options.in_one_call
+    products = options.one_state or isinstance(options.role, roles.Cell)
     if options.cell.of_torch and not options.sizes[0].projected:
         products |= packed or not call.modes.whole
     return torch.promote_types(autocast, call.states[0][1].dtype) if products else autocast

@@ -17,9 +17,9 @@ from ..backends import verify
 from ..backends.run import execute
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
-from ..call.forms import Padded
-from ..call.modes import Recording, Setting, Transforms, alone
-from ..call.prepare import Call
+from ..call.modes import Recording, Transforms
+from ..call.request import TIME_FIRST, Request
+from ..call.settings import Setting, alone
 from ..kernels import cache
 from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
@@ -40,7 +40,7 @@ batch of another size nor a capture changes a decision."""
 _generators: dict[torch.device, Setting] = {}
 
 
-def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision:
+def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known.
 
     Raises:
@@ -72,7 +72,7 @@ def decide(call: Call, kind: Kind, able: Backend, dry: bool = False) -> Decision
     return decision
 
 
-def _why_nobody_races(call: Call, able: Backend) -> str | None:
+def _why_nobody_races(call: Request, able: Backend) -> str | None:
     """Why the backend that is able to run a call runs it without a race; None: `auto` decides."""
     if call.modes.transforms == Transforms.REFERENCE:
         return "only it runs inside vmap and forward-mode derivatives"
@@ -123,7 +123,7 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     return Decision(able, "expected: W_hh stays on chip")
 
 
-def _settle(call: Call, kind: Kind, able: Backend, mode: Racing, decision: Decision | None) -> Decision:
+def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: Decision | None) -> Decision:
     """The decision, if there is one and the kernels do not fail: another batch may have others. Else a race decides.
 
     There is no lock. A race waits for autograd's thread, which may be deciding as well, in a checkpoint that it
@@ -142,7 +142,7 @@ def _generator(device: torch.device) -> Setting:
     return _generators[device]
 
 
-def _failure(call: Call, kind: Kind, able: Backend) -> Decision | None:
+def _failure(call: Request, kind: Kind, able: Backend) -> Decision | None:
     """Run the kernels of a call for two steps, which compiles and verifies them. None if they do not fail."""
     try:
         with alone(grad=kind.training):
@@ -161,7 +161,7 @@ def _failed(kind: Kind, error: Exception) -> Decision:
     return Decision(other, f"{FAILED}: {why}")
 
 
-def _race(call: Call, kind: Kind, able: Backend, mode: Racing) -> Decision:
+def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """The winner of a race of kernels that run, if one is allowed; else the expected winner."""
     other, expected = other_than_kernels(kind), expected_winner(kind, able, call.x.device)
     if mode is not Racing.ON or kind.only_ours:
@@ -191,7 +191,7 @@ class RivalFailed(Exception):
     """A rival, of this name, raised; its error is the cause."""
 
 
-def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
+def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
     """The call by a backend on random data, `most` steps at most, with its own weights; in training, backward too.
 
     It raises RivalFailed if the backend fails, but errors of the device as they are.
@@ -205,8 +205,7 @@ def _sample(call: Call, kind: Kind, backend: Backend, most: int) -> Callable[[],
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     first = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
-    form = Padded(batched=True, batch_first=False)
-    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=form)
+    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=TIME_FIRST)
     route = build(sample, kind, backend)
 
     def run() -> None:

@@ -10,7 +10,7 @@ from ..backends.run import Route, execute
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
-from ..call.prepare import Call
+from ..call.request import Request
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
 from . import available, race
@@ -26,12 +26,12 @@ _routes: dict[tuple, Route] = {}
 _BY_NAME = {named(backend, asked): backend for backend in Backend for asked in (True, False)}
 
 
-def run(call: Call) -> tuple[Any, Any]:
+def run(call: Request) -> tuple[Any, Any]:
     """The output and the final states, in the user's form, by the route of the call."""
     return execute(route_of(call), call)
 
 
-def route_of(call: Call) -> Route:
+def route_of(call: Request) -> Route:
     """How a call runs: looked up, or decided now."""
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
@@ -59,7 +59,7 @@ def route_of(call: Call) -> Route:
     return route
 
 
-def _while_memory_is_full(call: Call, kind: Kind) -> Route:
+def _while_memory_is_full(call: Request, kind: Kind) -> Route:
     backend = race.other_than_kernels(kind)
     what = f"backend 'auto' uses {backend.value!r} for {describe(kind.as_json())}"
     cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
@@ -73,7 +73,7 @@ def forget() -> None:
     layer.forget()
 
 
-def able_to_run(call: Call) -> Backend:
+def able_to_run(call: Request) -> Backend:
     """The backend that runs a call unless another wins a race.
 
     Raises:
@@ -84,7 +84,7 @@ def able_to_run(call: Call) -> Backend:
     return available.select(call.options.backend, call.x.device, kind, transformed)
 
 
-def _route_while_watched(call: Call) -> Route:
+def _route_while_watched(call: Request) -> Route:
     """Nothing is raced; kernels run as operators. Sizes may be symbols, or tensors of torch.jit.trace."""
     backend = able_to_run(call)
     if backend not in KERNEL_BACKENDS:
@@ -94,7 +94,7 @@ def _route_while_watched(call: Call) -> Route:
     return Route(backend, dtype_of(call), named(backend, asked))
 
 
-def _route_in_a_graph(call: Call) -> Route:
+def _route_in_a_graph(call: Request) -> Route:
     """In a graph of torch.compile, for all sizes: nothing is raced, and every backend is one operator per layer.
 
     torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM or GRU.

@@ -18,7 +18,7 @@ from ..call.sequences import Traversal
 from ..kernels.heads import dense
 from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
+from ..modules.arguments import NOT_OF_TORCH, Layers, recast
 from ..tools.convert import OURS
 from .common import PAIRS, Pair, check_equations, import_keras
 
@@ -46,7 +46,7 @@ class GoBackwards(nn.Module):
 
     def __init__(self, module: Rnn) -> None:
         super().__init__()
-        if not takes_sequences(module):
+        if not isinstance(module, Layers):
             raise TypeError(f"GoBackwards accepts {_ACCEPTED}, got {type(module).__name__}")
         if module.bidirectional or not module.batch_first:
             raise ValueError(
@@ -67,7 +67,7 @@ class GoBackwards(nn.Module):
         if lengths is None:
             return self.module(input.flip(1), hx)
         batch, steps, _ = input.shape
-        check_lengths(lengths, steps, (batch,), input.device)
+        check_lengths(lengths, steps, (batch,), input)
         # Each sequence is reversed within its length, and so is the output.
         time = Traversal(lengths, reverse=True).steps(input.transpose(0, 1))[0].T[:, :, None]  # [N, T, 1]
         output, states = self.module(input.take_along_dim(time, 1), hx, lengths=lengths)
@@ -158,7 +158,7 @@ def to_keras(module: nn.Module) -> Any:
     rnn: Any = module.module if isinstance(module, GoBackwards) else module
     if ours := OURS.get(type(rnn)):
         rnn = recast(rnn, ours)
-    pair = next((pair for pair in PAIRS if takes_sequences(rnn) and rnn._cell is pair.module._cell), None)
+    pair = next((pair for pair in PAIRS if isinstance(rnn, Layers) and rnn._cell is pair.module._cell), None)
     if pair is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
     keras = import_keras()

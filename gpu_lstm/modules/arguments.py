@@ -1,30 +1,31 @@
 """The arguments of the modules: checked when they are given or set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from ..call.checks import check_bool
+from ..call import roles
+from ..call.checks import check_bool, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
-from ..call.options import NORMS
-from ..call.regularisers import BY_NAME, NAMES, OURS
-from ..call.weights import LAYER_NORM, PEEPHOLES
+from ..call.options import NORMS, Options
+from ..call.regularisers import BY_NAME, OURS
+from ..call.weights import LAYER_NORM, PEEPHOLES, Weights
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
 
+PACKAGE = __package__.rsplit(".", 1)[0] + "."
+OWN = ("backend", "recompute")  # what a call reads from the module, beside regularisers
 NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
-    """The value of a module's argument `name`, checked; for other attributes the value as it is.
-
-    Zoneout of a `cell` with one state is no pair, which is for h and c.
+    """The value of an attribute; checked, and maybe in another form, if it is an argument that may be set later.
 
     Raises:
-        ValueError: not a probability, or an unknown backend.
+        ValueError: a regulariser that `cell` has not, or that is not a probability; an unknown backend.
         TypeError: `recompute` that is not a bool.
     """
     match name:
@@ -57,13 +58,6 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
         known = ", ".join(map(repr, NORMS))
         raise ValueError(f"{LAYER_NORM} should be a bool, or name some of {known}, got {layer_norm!r}")
     return tuple(norm for norm in NORMS if norm in layer_norm)
-
-
-def no_mask(cell: Cell) -> str:
-    """Why a module of this cell accepts no mask."""
-    name = cell.name.upper()
-    of_torchrl = f"TorchRL's {name}Module gives to what is no torch.nn.{name}: hand it a gpu_lstm.compat.{name}"
-    return f"{name} accepts lengths, and no mask" + f" as {of_torchrl}" * cell.of_torch
 
 
 def layer_sizes(hidden_sizes: Sequence[int]) -> list[int]:
@@ -104,7 +98,7 @@ class Checked:
 
     # What it tells every call. (Users' subclasses may have a `cell` of their own.)
     _cell: Cell
-    _role: str  # as in Options
+    _role: type[roles.Role]
     # Defaults, on the class, so that modules pickled by older versions have them.
     backend: BackendName | None = None
     _peepholes: bool = False
@@ -114,6 +108,37 @@ class Checked:
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, accepted(name, value, self._cell))
+
+    def _get_name(self) -> str:
+        """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
+        cls = type(self)
+        return f"gpu_lstm.{cls.__name__}" if cls.__module__.startswith(PACKAGE) else cls.__name__
+
+
+class DropIn(Checked):
+    """One next to torch's RNNBase or RNNCellBase, with parameters of its own."""
+
+    _torchs: type[nn.Module]  # torch's module, for torch.jit.script
+
+    def _make(self: Any, given: dict[str, Any]) -> None:
+        """Make a module from locals() of its constructor: all arguments by name, and `self`.
+
+        Our own are checked before torch's class, which is given the others, draws initial weights.
+        """
+        del given["self"]
+        ours = {name: accepted(name, given.pop(name), self._cell) for name in (*OWN, *OURS) if name in given}
+        peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
+        heads, projected = given.pop("heads"), given.get("proj_size", 0)
+        check_bool(PEEPHOLES, peepholes)
+        check_unprojected(bool(norms), projected)
+        check_heads(heads, given["hidden_size"], projected, norms)
+        if heads != 1:
+            self.heads = heads  # which reset_parameters reads
+        self._init_torchs(**given)
+        for name, value in ours.items():
+            setattr(self, name, value)
+        if peepholes or norms:
+            self._add_variants(peepholes, norms)
 
     def reset_parameters(self: Any) -> None:
         """Draw all weights and biases again, in the order of the parameters; gains become ones, bias_c zero.
@@ -137,32 +162,27 @@ class Checked:
         """The bound of initial weights, torch's; a cell may have no units."""
         return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
 
-    def _get_name(self) -> str:
-        """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
-        cls = type(self)
-        ours = cls.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
-        return f"gpu_lstm.{cls.__name__}" if ours else cls.__name__
+    def __prepare_scriptable__(self: Any) -> nn.Module:
+        """torch's module, for torch.jit.script."""
+        would = f"and would be scripted as a torch.nn.{self._torchs.__name__}"
+        runs_ours = type(self).forward.__module__.startswith(PACKAGE)
+        if not runs_ours or not self._cell.of_torch:
+            own = "cell" if runs_ours else "forward"
+            raise ValueError(f"{type(self).__qualname__} has a {own} of its own, {would}")
+        for name in NOT_OF_TORCH:
+            if value := getattr(self, name, False):
+                raise ValueError(f"the {type(self).__name__} has {name}={value!r}, {would}, which has none")
+        return recast(self, self._torchs)
 
 
-class Regularised(Checked):
-    """One with all regularisers as attributes."""
+class Layers(Checked):
+    """A module that runs layers over sequences, which a cell does not. Its regularisers may be set at any time."""
 
-    recurrent_dropout: float
-    zoneout: float | tuple[float, float]
-    weight_drop: float
-
-    def _rates(self) -> tuple[Any, ...]:
-        """As they are now, in the order of the list."""
-        return tuple([getattr(self, name) for name in NAMES])
-
-
-for _name in OURS:  # on the class, so that modules pickled by older versions have them
-    setattr(Regularised, _name, 0.0)
-
-
-def takes_sequences(module: object) -> bool:
-    """Whether it is one of ours, and not a cell."""
-    return isinstance(module, Checked) and module._role != "cell"
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_drop: float = 0.0
+    _options: Callable[[], Options]  # from the attributes as they are now
+    _weights: Callable[[], list[list[Weights]]]  # [L][D], likewise
 
 
 Given = TypeVar("Given", contravariant=True)
@@ -187,20 +207,6 @@ class Called(Protocol[Given, Returned]):
         ...
 
 
-def scriptable(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """torch's module, for torch.jit.script."""
-    ours: Any = module
-    runs_ours = type(module).forward.__module__.startswith(__package__.rsplit(".", 1)[0] + ".")
-    if not runs_ours or not ours._cell.of_torch:
-        own = f"{type(module).__qualname__} has a {'cell' if runs_ours else 'forward'} of its own"
-        raise ValueError(f"{own}, and would be scripted as a torch.nn.{cls.__name__}")
-    for name in NOT_OF_TORCH:
-        if value := getattr(module, name, False):
-            has = f"the {type(module).__name__} has {name}={value!r}"
-            raise ValueError(f"{has}, and would be scripted as a torch.nn.{cls.__name__}, which has none")
-    return recast(module, cls)
-
-
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """`module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
 
@@ -209,7 +215,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
     if not issubclass(cls, Checked):
-        dropped += ["backend", "recompute", *(name for name in OURS if not module.__dict__.get(name))]
+        dropped += [*OWN, *(name for name in OURS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()
@@ -223,9 +229,8 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return twin
 
 
-def repr_of(module: nn.Module, names: Sequence[str]) -> str:
-    """The backend, if one was chosen, and the other arguments that are on."""
-    backend: Any = module.backend
-    text = f", heads={module.heads}" * (module.heads != 1)  # type: ignore[operator]
-    text += "" if backend is None else f", backend={backend!r}"
-    return text + "".join(f", {name}={getattr(module, name)!r}" for name in names if getattr(module, name, None))
+def repr_of(module: Any, names: Sequence[str]) -> str:
+    """The arguments of these names that are not at their defaults."""
+    changed = {"bias": not module.bias, "heads": module.heads > 1}  # all others are off, or there are none
+    on = [name for name in names if changed.get(name, getattr(module, name, None))]
+    return "".join(f", {name}={getattr(module, name)!r}" for name in on)

@@ -4,30 +4,30 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.rnn import GRUCell as TorchGRUCell
 from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from torch.nn.modules.rnn import RNNCellBase
 
 from ..backends.torch_rnn import one_step
-from ..call.checks import check_bool, fits_torchs_cell
+from ..call import roles
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
-from ..call.prepare import prepare
+from ..call.prepare import fits_torchs_cell, prepare
 from ..call.weights import LAYER_NORM, PEEPHOLES, State
 from ..dispatch.available import only_torch_on_a_cpu
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
-from .arguments import Checked, accepted, check_heads, norms_of, repr_of, scriptable
+from .arguments import DropIn, repr_of
 from .tracing import traced
-from .variants import HasVariants, weights_of
+from .variants import OF_CELLS, HasVariants, weights_of
 
 
-class RecurrentCell(Checked):
+class RecurrentCell(DropIn):
     """What LSTMCell and GRUCell share, next to torch's RNNCellBase."""
 
-    _role = "cell"
+    _role = roles.Cell
 
     def forward(self: Any, input: Tensor, hx: Any = None) -> Any:
         """Compute one step.
@@ -44,10 +44,8 @@ class RecurrentCell(Checked):
                 backend that supports no peepholes or layer norm.
             ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
         """
-        if type(input) is not Tensor or fx_is_tracing():
-            instead = traced(self, input, hx)
-            if instead is not None:
-                return instead
+        if (type(input) is not Tensor or fx_is_tracing()) and (instead := traced(self, input, hx)) is not None:
+            return instead
         options = self._options()
         weights, state = weights_of(self, options.names), hx if type(hx) is tuple else (hx,)
         if fits_torchs_cell(options, input, state, weights[0][0]) and only_torch_on_a_cpu(options.backend):
@@ -55,20 +53,17 @@ class RecurrentCell(Checked):
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]
 
-    def _make(self: Any, sizes: tuple[int, int, bool], heads: int, of: tuple[Any, Any]) -> None:
-        """Draw initial weights."""
-        if heads != 1:
-            self.heads = heads  # which reset_parameters reads
-        RNNCellBase.__init__(self, *sizes, self._cell.rows, *of)
+    def _init_torchs(self: Any, **arguments: Any) -> None:
+        RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)
 
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
-        variants, of_all = (self._peepholes, self._norms, self.heads), (self.input_size, self.bias, self.backend)
-        return options_of(self._cell.name, self._role, (self.hidden_size,), *variants, *of_all)
+        of_all = [getattr(self, name) for name in OF_CELLS]
+        return options_of(self._cell.name, self._role, (self.hidden_size,), *of_all)
 
     def extra_repr(self: Any) -> str:
         """As torch's, and our own arguments that are not at their defaults."""
-        return RNNCellBase.extra_repr(self) + repr_of(self, (PEEPHOLES, LAYER_NORM))
+        return RNNCellBase.extra_repr(self) + repr_of(self, ("heads", "backend", PEEPHOLES, LAYER_NORM))
 
 
 class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
@@ -93,28 +88,19 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
         h, c = cell(torch.randn(3, 10))
     """
 
-    _cell = LSTM
+    _cell, _torchs = LSTM, TorchLSTMCell
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
-        name = accepted("backend", backend)
-        check_bool(PEEPHOLES, peepholes)
-        norms = norms_of(layer_norm)
-        check_heads(heads, hidden_size, norms=norms)
-        self._make((input_size, hidden_size, bias), heads, (device, dtype))
-        self.backend = name
-        self._add_variants("", peepholes, norms)
+        self._make(locals())
 
     if TYPE_CHECKING:
 
         def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
         def forward(self, input: Tensor, hx: State | None = None) -> State: ...
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self, TorchLSTMCell)
 
 
 class GRUCell(RecurrentCell, RNNCellBase):
@@ -132,21 +118,15 @@ class GRUCell(RecurrentCell, RNNCellBase):
         h = cell(torch.randn(3, 10))
     """
 
-    _cell = GRU
+    _cell, _torchs = GRU, TorchGRUCell
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
         dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, heads: int = 1,
     ) -> None:  # fmt: skip
-        name = accepted("backend", backend)
-        check_heads(heads, hidden_size)
-        self._make((input_size, hidden_size, bias), heads, (device, dtype))
-        self.backend = name
+        self._make(locals())
 
     if TYPE_CHECKING:
 
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
         def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self, TorchGRUCell)

@@ -1,66 +1,68 @@
 """StackedLSTM and StackedGRU: layers of different sizes."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..call import roles
 from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
+from ..call.regularisers import NAMES as REGULARISERS
 from ..call.regularisers import OURS
-from ..call.weights import PEEPHOLES, State, Weights
+from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import Called, Regularised, check_heads, check_size, layer_sizes, norms_of
-from .gru import GRU
-from .lstm import LSTM
+from .arguments import OWN, Called, Layers, check_heads, check_size, layer_sizes, norms_of, repr_of
+from .recurrent import GRU, LSTM
 from .tracing import traced
-from .variants import OF_LAYERS, weights_of
+from .variants import OF_LAYERS, HasVariants, weights_of
 
 
-class Stack(Regularised, nn.Module):
+class Stack(Layers, nn.Module):
     """What StackedLSTM and StackedGRU share. A state of a layer is a pair (h, c), or h alone."""
 
     input_size: int
     hidden_sizes: list[int]
     dropout: float
-    _role = "stack"
+    _role = roles.Stack
+    _layer: type[nn.Module]
 
-    def __init__(
-        self, sizes: tuple[int, Sequence[int]], flags: dict[str, bool], ours: dict[str, Any],
-        make: Callable[[int, int], nn.Module],
-    ) -> None:  # fmt: skip
-        """`sizes`: input features, and each layer's units; make(features, units) is a layer."""
-        super().__init__()
+    def _make(self, given: dict[str, Any]) -> None:
+        """Make a stack from locals() of its constructor: all arguments by name, and `self`."""
+        nn.Module.__init__(self)
+        del given["self"]
         # All arguments are checked before initial weights are drawn.
-        input_size, hidden_sizes = sizes[0], layer_sizes(sizes[1])
-        check_size("input_size", input_size)
-        for size in hidden_sizes:
-            check_heads(ours["heads"], size)
+        of_layers = {name: given.pop(name) for name in ("device", "dtype", PEEPHOLES, LAYER_NORM) if name in given}
+        given |= {"_peepholes": of_layers.get(PEEPHOLES, False), "_norms": norms_of(of_layers.get(LAYER_NORM, False))}
+        sizes = given["hidden_sizes"] = layer_sizes(given["hidden_sizes"])
+        check_size("input_size", given["input_size"])
+        for size in sizes:
+            check_heads(given["heads"], size)
         for name in ("batch_first", "bidirectional", "residual"):
-            check_bool(name, flags[name])
-        directions = 2 if flags["bidirectional"] else 1
-        layer_inputs = [input_size, *(directions * size for size in hidden_sizes[:-1])]
-        outputs = [directions * size for size in hidden_sizes]
-        if flags["residual"] and not any(i == o for i, o in zip(layer_inputs, outputs)):
+            check_bool(name, given[name])
+        outputs = [2 * size if given["bidirectional"] else size for size in sizes]
+        inputs = [given["input_size"], *outputs[:-1]]
+        if given["residual"] and not any(i == o for i, o in zip(inputs, outputs)):
             raise ValueError(
                 "residual=True needs a layer whose output is as wide as its input, "
-                f"got inputs of {layer_inputs} and outputs of {outputs} features"
+                f"got inputs of {inputs} and outputs of {outputs} features"
             )
-        for name, value in (dict(input_size=input_size, hidden_sizes=hidden_sizes) | flags | ours).items():
+        for name, value in given.items():
             setattr(self, name, value)  # the backend becomes its name
-        if self.dropout > 0 and len(hidden_sizes) == 1:
+        if self.dropout > 0 and len(sizes) == 1:
             warnings.warn(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
                 f"num_layers greater than 1, but got dropout={self.dropout} and num_layers=1",
                 stacklevel=3,
             )
-        self.layers = nn.ModuleList(map(make, layer_inputs, hidden_sizes))
+        of_layers |= {name: given[name] for name in ("bias", "bidirectional", "heads")}
+        self.layers = nn.ModuleList([self._layer(i, size, **of_layers) for i, size in zip(inputs, sizes)])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "residual":
@@ -95,9 +97,9 @@ class Stack(Regularised, nn.Module):
 
     def _options(self) -> Options:
         """From the attributes as they are now."""
-        first, sizes = cast(Any, self.layers[0]), tuple(self.hidden_sizes)
-        of_all, variants = [getattr(self, name) for name in OF_LAYERS], (first._peepholes, first._norms, self.heads)
-        return options_of(self._cell.name, self._role, sizes, *variants, *of_all, 0, self.residual)
+        sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
+        rates = tuple([getattr(self, name, 0.0) for name in REGULARISERS])
+        return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the layers have them now."""
@@ -105,16 +107,11 @@ class Stack(Regularised, nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""
-        sizes = [f"{self.input_size}, {self.hidden_sizes}"]
-        defaults = dict(
-            bias=True, batch_first=False, dropout=0.0, bidirectional=False, residual=False, backend=None,
-            recompute=False, **dict.fromkeys(OURS, 0.0), peepholes=False, layer_norm=False, heads=1,
-        )  # fmt: skip
-        given = {name: getattr(self, name, default) for name, default in defaults.items()}
-        return ", ".join(sizes + [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]])
+        names = ("bias", "batch_first", "dropout", "bidirectional", "residual", *OWN, *OURS)
+        return f"{self.input_size}, {self.hidden_sizes}" + repr_of(self, (*names, PEEPHOLES, LAYER_NORM, "heads"))
 
 
-class StackedLSTM(Stack):
+class StackedLSTM(Stack, HasVariants):
     """LSTM layers of different sizes on top of each other, with one pair of states per layer.
 
     Layer k, an LSTM in ``layers``, has hidden_sizes[k] units; its input is the output of layer k - 1. A stack of equal
@@ -140,7 +137,9 @@ class StackedLSTM(Stack):
         output, [(h1, c1), (h2, c2)] = stack(torch.randn(2, 3, 6))
     """
 
-    _cell = LSTM._cell
+    _cell, _layer = LSTM._cell, LSTM
+    __call__: Called[Sequence[State], list[State]]
+    forward: Called[Sequence[State], list[State]]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
@@ -150,31 +149,7 @@ class StackedLSTM(Stack):
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
-        check_bool(PEEPHOLES, peepholes)
-        norms_of(layer_norm)
-        shared: Any = dict(bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, heads=heads)
-        shared |= dict(peepholes=peepholes, layer_norm=layer_norm)
-        super().__init__(
-            (input_size, hidden_sizes),
-            dict(bias=bias, batch_first=batch_first, bidirectional=bidirectional, residual=residual),
-            dict(dropout=dropout, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-                 zoneout=zoneout, weight_drop=weight_drop, heads=heads),
-            lambda features, size: LSTM(features, size, **shared),
-        )  # fmt: skip
-
-    @property
-    def peepholes(self) -> bool:
-        """As for LSTM."""
-        return cast(LSTM, self.layers[0]).peepholes
-
-    @property
-    def layer_norm(self) -> bool | tuple[str, ...]:
-        """As for LSTM."""
-        return cast(LSTM, self.layers[0]).layer_norm
-
-    if TYPE_CHECKING:
-        __call__: Called[Sequence[State], list[State]]
-        forward: Called[Sequence[State], list[State]]  # type: ignore[assignment]
+        self._make(locals())
 
 
 class StackedGRU(Stack):
@@ -196,7 +171,9 @@ class StackedGRU(Stack):
         output, [h1, h2] = stack(torch.randn(2, 3, 6))
     """
 
-    _cell = GRU._cell
+    _cell, _layer = GRU._cell, GRU
+    __call__: Called[Sequence[Tensor], list[Tensor]]
+    forward: Called[Sequence[Tensor], list[Tensor]]  # type: ignore[assignment]
 
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
@@ -205,15 +182,4 @@ class StackedGRU(Stack):
         backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
     ) -> None:  # fmt: skip
-        shared: Any = dict(bias=bias, bidirectional=bidirectional, device=device, dtype=dtype, heads=heads)
-        super().__init__(
-            (input_size, hidden_sizes),
-            dict(bias=bias, batch_first=batch_first, bidirectional=bidirectional, residual=residual),
-            dict(dropout=dropout, backend=backend, recompute=recompute, recurrent_dropout=recurrent_dropout,
-                 zoneout=zoneout, weight_drop=weight_drop, heads=heads),
-            lambda features, size: GRU(features, size, **shared),
-        )  # fmt: skip
-
-    if TYPE_CHECKING:
-        __call__: Called[Sequence[Tensor], list[Tensor]]
-        forward: Called[Sequence[Tensor], list[Tensor]]  # type: ignore[assignment]
+        self._make(locals())

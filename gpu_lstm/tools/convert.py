@@ -16,7 +16,8 @@ from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
 from .. import compat as drop_in
 from ..call.checks import check_bool
 from ..modules import GRU, LSTM, GRUCell, LSTMCell
-from ..modules.arguments import NOT_OF_TORCH, Checked, recast, takes_sequences
+from ..modules.arguments import NOT_OF_TORCH, Checked, recast
+from ..modules.stacked import Stack
 
 _log = logging.getLogger("gpu_lstm")
 
@@ -130,7 +131,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
 
 
 def _check_that_torch_has_it(where: str, module: Any) -> None:
-    if takes_sequences(module) and module._role == "stack":
+    if isinstance(module, Stack):
         cls, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
         raise TypeError(
             f"{where} is a Stacked{cls} of sizes {module.hidden_sizes}, with {states} of states a layer; a "

@@ -12,14 +12,16 @@ from ..backends.verify import cached_verdict
 from ..call.checks import check_tensor
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.modes import Transforms
-from ..call.prepare import Call, prepare
+from ..call.prepare import prepare
+from ..call.request import Request
+from ..call.roles import Module
 from ..dispatch import available, race
 from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.race import Decision
 from ..dispatch.route import able_to_run
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import takes_sequences
+from ..modules.arguments import Layers
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def explain(
         TypeError: `module` is of none of these classes.
         ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
-    if not takes_sequences(module):
+    if not isinstance(module, Layers):
         cls = type(module)
         raise TypeError(
             f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {cls.__module__}.{cls.__name__}"
@@ -137,7 +139,7 @@ def terms_of(terms: dict[str, float]) -> list[str]:
     return [f"{seconds * 1e6:.2f} us {cause}" for cause, seconds in sorted(terms.items(), key=lambda item: -item[1])]
 
 
-def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
+def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     """The passes of one layer and direction by kernels: with the chosen plans, or those that would be tried first."""
     if route.schedule is None:
         return []
@@ -157,7 +159,7 @@ def _passes(call: Call, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     return passes
 
 
-def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
+def _why_not(call: Request, kind: Kind, decision: Decision, other: Backend) -> str:
     """Why a backend does not run the call."""
     device, feature, times = call.x.device, kind.feature, decision.seconds or {}
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
@@ -179,14 +181,14 @@ def _why_not(call: Call, kind: Kind, decision: Decision, other: Backend) -> str:
     return decision.why
 
 
-def _how(call: Call, backend: Backend) -> str:
+def _how(call: Request, backend: Backend) -> str:
     """How a backend runs the call."""
     if backend in KERNEL_BACKENDS:
         return "one product with all inputs of a layer, then its steps, or a chunk of them, by the kernels below"
     if backend is Backend.REFERENCE:
         return "a loop over steps in torch's operators"
     packed, theirs = call.form.packed is not None, f"torch's own {call.options.cell.name.upper()}"
-    if packed and call.traversal.resets is None and call.options.as_given:
+    if packed and call.traversal.resets is None and type(call.options.role) is Module:
         return f"{theirs} runs the PackedSequence as it is"
     if packed or not call.traversal.is_plain():
         return f"{theirs}, a call for each layer and direction; gates are shut from outside at ends and resets"

@@ -9,12 +9,13 @@ from torch.nn.modules.rnn import GRU as TorchGRU
 from torch.nn.modules.rnn import LSTM as TorchLSTM
 
 from ..backends.layer_loop import NOTHING
+from ..call import roles
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
 from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import takes_sequences
+from ..modules.arguments import Layers
 
 States = tuple[Tensor, ...]  # (h, c); of a GRU (h,), of an SLSTM (h, c, n, m)
 
@@ -53,7 +54,7 @@ class Stream:
     """
 
     def __init__(self, module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
-        if not takes_sequences(module):
+        if not isinstance(module, Layers):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
             cls = type(module).__name__
             raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {cls}{advice}")
@@ -64,7 +65,7 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        self._one_state, self._is_stack = module._options().one_state, module._role == "stack"
+        self._one_state, self._is_stack = module._options().one_state, module._role is roles.Stack
         zeros = self._accepted(None)  # of which two may be one tensor
         wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
@@ -92,8 +93,8 @@ class Stream:
                 check_tensor(state, name)
         sizes = (self.batch, 1) if module.batch_first else (1, self.batch)
         step = next(module.parameters()).new_empty(*sizes, module.input_size)
-        call = prepare(options, module._weights(), step, hx)
-        states = call.results(step, call.states)[1]
+        request = prepare(options, module._weights(), step, hx)
+        states = options.role.states_out(request.form, options.role.call(request).states)
         of_layers = states if self._is_stack else [states]
         return [(h,) for h in of_layers] if self._one_state else list(of_layers)
 
@@ -118,7 +119,7 @@ class Stream:
         batch_axis, chunk = (0, "(N, T, I)") if module.batch_first else (-2, "(T, N, I)")
         if x.dim() not in (2, 3) or x.shape[batch_axis] != self.batch:
             raise ValueError(f"expected (N, I) or {chunk} with N = {self.batch}, got {tuple(x.shape)}")
-        if module.training and any(module._rates()):
+        if module.training and module._options().on:
             raise ValueError(f"the {type(module).__name__} drops out in training mode; call eval() on it first")
         if active is not None:
             self._check_for_each("active", active, torch.bool)
@@ -180,7 +181,7 @@ class Stream:
     def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
         """Run a step by its graph, captured first if there is none for these parameters, sizes and `active`."""
         module, graph = self.module, self._graph
-        key = x.shape, x.dtype, module.training, module._rates(), tuple(p.data_ptr() for p in module.parameters())
+        key = x.shape, x.dtype, module._options(), tuple(p.data_ptr() for p in module.parameters())
         if graph is None or graph.key != key or (graph.active is None and active is not None):
             before, read = _each(torch.clone, self._state), (x.clone(), None if active is None else active.clone())
             try:

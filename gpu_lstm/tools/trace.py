@@ -22,7 +22,7 @@ from ..equations.gru import Gates as GRUGates
 from ..equations.lstm import Gates as LSTMGates
 from ..equations.slstm import Gates as SLSTMGates
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import recast, takes_sequences
+from ..modules.arguments import Layers, recast
 from .convert import OURS
 
 Gates = TypeVar("Gates", LSTMGates, GRUGates, SLSTMGates)
@@ -88,7 +88,7 @@ def trace(
     """
     if ours := OURS.get(type(module)):
         module = recast(module, ours)
-    if not takes_sequences(module):
+    if not isinstance(module, Layers):
         raise TypeError(f"trace accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")

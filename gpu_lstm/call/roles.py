@@ -1,0 +1,287 @@
+"""Who calls: a module, a stack, a cell or a function. Each has its own input, states in and states out.
+
+    role        input                       hx and the states returned: (h, c), of a GRU h, of an sLSTM (h, c, n, m)
+    Module      [T, B, I], [B, T, I],       [L*D, B, P], [L*D, B, H]
+    Stack       [T, I], a PackedSequence    a list, for each layer [B, H_k] twice, or [2, B, H_k] with two directions
+    Cell        [B, I], [I]                 [B, H], [B, H]
+    Function    [T, B, I]                   [B, P], [B, H]
+
+Such a pair is a *block*: of all layers and directions, or of one layer. It has no B where the input has none; inside it
+always has. There a GRU's c is h, and an sLSTM's c has K numbers of each unit, as [* K, B, H]. For layers a block is cut
+into *rows*, ([1, B, P], [K, B, H]): one for each layer and direction.
+"""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import rnn
+from torch.nn.utils.rnn import PackedSequence
+
+from ..equations import EQUATIONS
+from ..kernels import cells
+from . import checks
+from .modes import Recording, autocasts
+from .request import BATCH_FIRST, TIME_FIRST, UNBATCHED, Call, Form, Request
+from .weights import Size, State, Weights
+
+RESET_STATES = "reset_states"  # the argument of a call, as errors name it
+
+
+class Role:
+    """What the roles share."""
+
+    title = "{0}"  # what errors call it, by the name of its cell
+    suffix = "_l{}"  # of the parameters of a layer
+    ranks = 2, 3  # of an input without B, and with it
+    by_layer = False  # whether a user's states are a list of blocks, one a layer
+    one_row_is_kept = False  # whether a block of one row has a dimension for it
+
+    def __init__(self, cell: cells.Cell, sizes: tuple[Size, ...], directions: int, batch_first: bool) -> None:
+        self.cell, self.sizes, self.batch_first = cell, sizes, batch_first
+        self.inputs, self.hidden = sizes[0].inputs, sizes[0].hidden  # of the first layer
+        self.name = self.title.format(cell.name.upper(), cell.name)
+        self.one_state, self.kept = len(cell.states) == 1, cell.kept
+        self.blocks = sizes if self.by_layer else sizes[:1]  # the size of each block's layers
+        rows = directions * len(sizes) // len(self.blocks)
+        self.lead = (rows,) if rows > 1 or self.one_row_is_kept else ()  # what the size of a block has before B
+
+    def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
+        """The form of an input, checked; x [T, B, I], of a PackedSequence its data [N, I], of a cell [B, I]; (T, B)."""
+        if isinstance(input, PackedSequence):
+            checks.check_packed(input)
+            counts = input.batch_sizes
+            return Form(True, self.batch_first, input), input.data, (len(counts), int(counts[0]))
+        form, x = TIME_FIRST, input
+        if self.rank_of(input) == 2:
+            form, x = UNBATCHED, input.unsqueeze(1)
+        elif self.batch_first:
+            form, x = BATCH_FIRST, input.transpose(0, 1)
+        steps, batch, _ = x.shape
+        return form, x, (steps, batch)
+
+    def rank_of(self, input: Any) -> int:
+        """The rank of an input; raise unless it is one of `ranks`, and the input dense."""
+        if self.by_layer:  # which torch has not
+            checks.check_tensor(input, "input")
+        try:
+            rank: int = input.dim()
+        except AttributeError as error:  # torch.nn.LSTM's error
+            raise AttributeError(f"{error}; expected a tensor{checks.cure_of(input)}") from None
+        if rank not in self.ranks:
+            expected = "{}D or {}D".format(*self.ranks)
+            raise ValueError(f"{self.name}: Expected input to be {expected}, got {rank}D instead")
+        if input.layout is not torch.strided or input.is_nested:
+            what = "a nested tensor" if input.is_nested else f"a tensor of layout {input.layout}"
+            raise RuntimeError(f"{self.name}: Expected input to be a dense tensor, got {what}")
+        return rank
+
+    def zeros(self, x: Tensor, batch: int) -> list[State]:
+        """The blocks without hx. Where h and c have one size they are one tensor."""
+        blocks = []
+        for size in self.blocks:
+            c = x.new_zeros(*self.lead, batch, size.hidden)
+            h = x.new_zeros(*self.lead, batch, size.projected) if size.projected else c
+            if self.kept > 1:
+                exact = torch.promote_types(x.dtype, torch.float32)
+                empty: Any = self.cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
+                c = empty.repeat(*self.lead or (1,), 1, 1).expand(-1, batch, size.hidden)
+            blocks.append((h, c))
+        return blocks
+
+    def states_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
+        """The blocks of hx, checked."""
+        if self.kept > 1:
+            return [self._numbers_in(form, x, batch, hx)]
+        states = []
+        for k, block in enumerate(self.blocks_of(form, x, hx)):
+            h, c = (block, block) if self.one_state else (block[0], block[1])
+            if form.packed is not None or not form.batched:
+                h = form.state_in(h)
+                c = h if self.one_state else form.state_in(c)
+            _, hidden, projected, _ = self.blocks[k]
+            size = *self.lead, batch, hidden
+            if c.shape != size or h.shape != ((*self.lead, batch, projected) if projected else size):
+                self._refuse_sizes(x, batch, k, (h, c))
+            if self.one_state and checks.is_exact(h, x):
+                h = h.to(x.dtype)
+            states.append((h, c))
+        return states
+
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        """A user's blocks; raise, as torch's operators do, unless hx is (h, c), of a GRU h."""
+        if self.one_state:
+            checks.check_tensor(hx, "hx")
+        else:
+            checks.check_pair(hx)
+            for i, state in enumerate(hx):
+                checks.check_tensor(state, f"hidden[{i}]")
+        return (hx,)
+
+    def _refuse_sizes(self, x: Tensor, batch: int, k: int, block: State) -> None:
+        """Raise, in torch's words, where x or a tensor of block k has a wrong size."""
+        checks.check_as_torch(x, self.inputs, x)
+        for i, (state, features) in enumerate(zip(block, (self.blocks[k].width, self.blocks[k].hidden))):
+            name = "hidden" if self.one_state else f"hidden[{i}]"
+            name = f"{'hc'[i]} of layer {k}" if self.by_layer else name
+            checks.check_size(name, state, (*self.lead, batch, features), (*self.lead, x.shape[0], features))
+
+    def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
+        """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
+        names, size = self.cell.states, (*self.lead, *((batch,) if form.batched else ()), self.hidden)
+        expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
+        checks.check_count(hx, (len(names),), f"{expected}, got", expected, RuntimeError)
+        for name, state in zip(names, hx):
+            checks.check_tensor(state, name)
+            checks.check_device("hidden", state, x)
+            checks.check_size(name, state, size)
+        (h, *others), exact = map(form.state_in, hx), torch.promote_types(x.dtype, torch.float32)
+        numbers = EQUATIONS[self.cell.name].states_from(*[t.to(exact) for t in others])  # K of [*lead, B, H]
+        return h, torch.stack(numbers, -3).flatten(0, -3)
+
+    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
+        """Raise, in torch's words, unless all tensors have one dtype and device, and x the right features."""
+        checks.check_alike(x, states, weights)
+
+    def call(self, request: Request) -> Call:
+        """What layers are asked to do: x [T, B, I], and the blocks cut into rows."""
+        r, x, states, traversal = request, request.x, request.states, request.traversal
+        if r.form.packed is not None:
+            x, traversal = r.padded()
+        if r.modes.recording >= Recording.COMPILED:  # torch.compile lets no operator have the same tensor twice
+            states = [(h, h.clone() if c is h else c) for h, c in states]
+        if not self.lead:
+            x = x if x.dim() == 3 else x[None]
+            states = [(h[None], c if self.kept > 1 else c[None]) for h, c in states]
+        elif (count := self.lead[0]) > 1:
+            states = [row for h, c in states for row in zip(h.chunk(count), c.chunk(count))]
+        return Call(x, r.steps, r.batch, states, r.weights, traversal, r.options, r.modes, r.learns)
+
+    def states_out(self, form: Form, states: list[State]) -> Any:
+        """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""
+        if (count := len(states) // len(self.blocks)) > 1:
+            of_blocks = [zip(*states[k : k + count]) for k in range(0, len(states), count)]
+            states = [(torch.cat(h), torch.cat(c)) for h, c in of_blocks]
+        out: list[Any] = []
+        for h, c in states:
+            if not self.lead and h.dim() == 3:  # a row
+                h, c = h.squeeze(0), c if self.kept > 1 else c.squeeze(0)  # ONNX's fails where K is not 1
+            if self.one_state:
+                out.append(form.state_out(h if h.dtype is c.dtype else c))  # in float32 it is c alone
+            elif self.kept > 1:
+                numbers = [c[k :: self.kept].view_as(h) for k in range(self.kept)]
+                out.append((*map(form.state_out, (h, *EQUATIONS[self.cell.name].states_of(*numbers))),))
+            else:
+                plain = form.packed is None and form.batched
+                out.append((h, c) if plain else (form.state_out(h), form.state_out(c)))
+        return out if self.by_layer else out[0]
+
+    def reset_states_in(self, form: Form, x: Tensor, sizes: tuple[int, int], given: Any) -> list[State]:
+        """A user's states to reset to, checked and cut into rows, (h [T, B, P], c [T, B, H]) each."""
+        if self.by_layer:
+            checks.check_list(given, self.cell.states, len(self.blocks), RESET_STATES, ValueError)
+        steps, batch = sizes
+        of_batch = [batch] if form.batched else []
+        of_steps = [batch, steps] if form.batch_first else [steps, *of_batch]
+        rows: list[State] = []
+        for k, (block, size) in enumerate(zip(given if self.by_layer else (given,), self.blocks)):
+            name, states = f"{RESET_STATES} of layer {k}" if self.by_layer else RESET_STATES, []
+            if self.one_state:
+                checks.check_tensor(block, name)
+                block = block, block
+            pair = f"{name} should be a pair of tensors (h, c), got"
+            checks.check_count(block, (2,), pair, f"Expected {name} of two states (h, c)", ValueError)
+            for letter, state, features in zip("hc", block, (size.width, size.hidden)):
+                a_sequence, a_step = [*self.lead, *of_batch, features], [*self.lead, *of_steps, features]
+                checks.check_reset_state(state, f"{letter} of {name}", (a_sequence, a_step), x, letter == "c")
+                if state.dim() == len(a_sequence):
+                    state = form.state_in(state).unsqueeze(-3).expand(*self.lead, steps, batch, features)
+                else:
+                    state = form.state_in(state.transpose(-3, -2) if form.batch_first else state)
+                states.append(state.unbind(0) if self.lead else [state])  # of [T, B, features]
+            rows += zip(*states)
+        return rows
+
+
+class Module(Role):
+    """An LSTM, GRU or SLSTM: one block for all layers and directions, as torch's have."""
+
+    one_row_is_kept = True
+
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        if form.packed is not None:
+            return super().blocks_of(form, x, hx)
+        rank, kind = (3, "batched") if form.batched else (2, "unbatched")
+        if self.one_state:
+            try:
+                found = hx.dim()
+            except AttributeError as error:  # torch.nn.GRU's error
+                raise AttributeError(f"{error}; hx is one tensor") from None
+            if found != rank:
+                raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
+        elif hx[0].dim() != rank or hx[1].dim() != rank:
+            ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx, 'lstm')}"
+            raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")
+        elif rank == 3 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):  # of an unbatched hx it takes two
+            checks.check_pair(hx)
+        return (hx,)
+
+    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
+        weight = x if form.packed is not None else weights[0][0].weight_ih
+        if x.shape[-1] != self.inputs or not (x.dtype is weight.dtype or autocasts(x)):
+            checks.check_as_torch(x, self.inputs, weight)
+        super().check_tensors(form, x, states, weights)
+
+
+class Stack(Module):
+    """A StackedLSTM or StackedGRU: a block for each layer."""
+
+    title, suffix, by_layer, one_row_is_kept = "Stacked{0}", "_l0", True, False
+
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        return checks.check_list(hx, self.cell.states, len(self.blocks), "hx", RuntimeError)
+
+
+class Cell(Role):
+    """An LSTMCell or GRUCell: one step, with which torch's own cell finds fault in its own words."""
+
+    title, suffix, ranks = "{0}Cell", "", (1, 2)
+
+    def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
+        form, x = (TIME_FIRST, input) if self.rank_of(input) == 2 else (UNBATCHED, input[None])
+        return form, x, (1, x.shape[0])
+
+    def states_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
+        try:
+            return super().states_in(form, x, batch, hx)
+        except (RuntimeError, TypeError, IndexError):
+            self._ask_torch(x if form.batched else x[0], hx)
+            raise
+
+    def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
+        try:
+            checks.check_as_torch(x, self.inputs, x)
+            super().check_tensors(form, x, states, weights)
+        except RuntimeError:
+            self._ask_torch(x, states[0][0] if self.one_state else states[0], weights[0][0])
+            raise
+
+    def _ask_torch(self, x: Tensor, hx: Any, weights: Weights | None = None) -> None:
+        """Raise what torch's own cell raises, if it does; by default with weights of the right sizes."""
+        if weights is None:
+            rows = self.cell.rows * self.hidden
+            weights = Weights(x.new_empty(rows, self.inputs), x.new_empty(rows, self.hidden))
+        as_torchs: Any = SimpleNamespace(hidden_size=self.hidden, **weights._asdict())
+        try:
+            getattr(rnn, self.name).forward(as_torchs, x, hx)
+        except (AttributeError, TypeError) as error:
+            cure = "; hx is one tensor" if self.one_state else checks.cure_of_one(hx, "lstm_cell")
+            raise type(error)(f"{error}{cure}") from None
+
+
+class Function(Role):
+    """`lstm_layer` and its like: one layer in one direction."""
+
+    title = "{1}_layer"
