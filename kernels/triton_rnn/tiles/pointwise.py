@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..cell import indexing, noise, reset, states
 from ..equations import next_cell, output, output_backward
-from ..parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .cells import backward_cells, forward_cells
 
 
@@ -51,8 +51,8 @@ def pointwise_forward_kernel(
     o_ptr, v_ptr,  # [B, H] float32, of a step with LN(c): out o and c; in o and LN(c)
     m_ptr,  # [B, H], of a step with a projection: out m; in W_hr m
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
-    hidden: Hidden,
-    cell: Cell,  # c_n, where c is saved, only where a sequence ends
+    hidden: HiddenPointers,
+    cell: CellPointers,  # c_n, where c is saved, only where a sequence ends
     lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """One step, after its product."""
@@ -86,7 +86,8 @@ def gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S: tl.co
     from_next = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None] & cells.valid
     dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
     dm = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
-    states.store_gradient_of_m(dm, dh_total_ptr, cells)
+    if dh_total_ptr is not None:
+        tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)
     return dm
 
 
