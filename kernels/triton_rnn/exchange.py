@@ -97,7 +97,7 @@ def grid_barrier(arrivals, times, poll_limit, step):
     """All programs wait for each other: what any of them stored before, all can load after. `times` counts the barriers
     so far, with this one, since arrivals are never reset. Returns what `wait_for` returns."""
     arrive(arrivals.arrivals_ptr, poll_limit)
-    return wait_for(arrivals.arrivals_ptr, times * tl.num_programs(0), poll_limit, arrivals.error_ptr, step)
+    return wait_for(arrivals, 0, times, poll_limit, step)
 
 
 @triton.jit
@@ -109,10 +109,11 @@ def arrive(arrivals_ptr, poll_limit):
 
 
 @triton.jit
-def wait_for(arrivals_ptr, expected, poll_limit, error_ptr, step):
-    """Wait for so many arrivals; returns the poll limit of later waits, 0 if this one timed out. The first warp polls,
-    and a barrier tells the others: what is loaded after it comes after the acquire. Past 2^31 arrivals the count wraps
-    around below zero, which the difference ignores."""
+def wait_for(arrivals, tile, times, poll_limit, step):
+    """Wait until each program of the group has arrived `times` times at the counter of a tile of sequences; returns the
+    poll limit of later waits, 0 if this one timed out. The first warp polls, and a barrier tells the others: what is
+    loaded after it comes after the acquire. Past 2^31 arrivals the count wraps around, which the difference ignores."""
+    arrivals_ptr, error_ptr, expected = arrivals.arrivals_ptr + tile, arrivals.error_ptr, times * tl.num_programs(0)
     if INTERPRETED:
         arrived, polls = tl.atomic_add(arrivals_ptr, 0, sem="acquire"), 0
         while (arrived - expected < 0) & (polls < poll_limit):
@@ -145,8 +146,8 @@ Wait = namedtuple("Wait", "error_ptr step delay phase")
 
 @constexpr_function
 def neighbours(row: int) -> int:
-    """How many words one load takes from rows of `row` words, all of which begin at a multiple of that."""
-    return 4 if row % 4 == 0 else 2 if row % 2 == 0 else 1
+    """How many words one load takes from rows of `row` words: up to four, as long as all rows begin at a multiple."""
+    return min(4, row & -row)
 
 
 @triton.jit

@@ -98,10 +98,8 @@ class Prepared(Launches):
         launch: Launch | None = None,
     ) -> None:  # fmt: skip
         family, backward = FAMILIES[type(plan.family)], pass_.backward
-        self.projects_outside = problem.projected > 0 and not family.projects(problem)
-        if self.projects_outside:
-            problem = problem._replace(projected=0)
-        waits = family.waits(problem, plan)
+        p = family.within(problem)
+        waits, self.projects_outside = family.waits(p, plan), p != problem
         self.at_once = plan.side_by_side // plan.heads if waits else None
         kernel, more, loop = (each[backward] for each in (family.kernels, family.arguments, family.loops))
         options = dict(
@@ -109,15 +107,14 @@ class Prepared(Launches):
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
         kernels = []
-        for part in by_steps.parts_of(problem, backward):  # one, but for the pointwise family
+        for part in by_steps.parts_of(p, backward):  # one, but for the pointwise family
             sizes = _sizes(part.problem, plan, backward)._replace(START=part.start, END=part.end)
             grid = dataclasses.replace(plan, programs=sizes.TILES).grid if loop else plan.grid
             kernels.append(Kernel(kernel, grid, sizes, options, launch))
-        start = partial(loop, [each.bind for each in kernels], p=problem) if loop else kernels[0]
+        start = partial(loop, [each.bind for each in kernels], p=p) if loop else kernels[0]
         super().__init__(
-            problem, plan, family.buffers(problem, plan, pass_), start, partial(family.results[backward], problem),
-            more and partial(more, problem, plan),
-            error_ptr=error_word(device, kernel.__name__, trial) if waits else None,
+            p, plan, family.buffers(p, plan, pass_), start, partial(family.results[backward], p),
+            more and partial(more, p, plan), error_ptr=error_word(device, kernel.__name__, trial) if waits else None,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ class Position(NamedTuple):
     """Where sequences are at a step, each [BB] or [THREADS]."""
 
     row: tl.tensor  # of [T*B, *]
-    row_prev: tl.tensor  # see row_before
+    row_prev: tl.tensor  # of the state that the step starts from: in h0 [B, *] at step 0, in h [T*B, *] after
     valid: tl.tensor  # no padding
     continues: tl.tensor  # and not reset before the step
     is_last: tl.tensor  # the sequence ends
@@ -69,13 +69,6 @@ def row_of(time, index, B):
 
 
 @triton.jit
-def row_before(step, time, index, B, REVERSE: tl.constexpr):
-    """Row of the state that `step` starts from: in h0 or c0 [B, width] at step 0, in h or c [T * B, width] after."""
-    before = time + 1 if REVERSE else time - 1
-    return tl.where(step == 0, index.to(tl.int64), row_of(before, index, B))
-
-
-@triton.jit
 def row_in_h_then_h0(step, sequence, batch, REVERSE: tl.constexpr):
     """Row of h after `step` in [T * B + B, P]: h of every step, and last h0, which is h after step -1."""
     time = time_of(step, sequence.length, REVERSE)
@@ -102,17 +95,17 @@ def position(step, sequence, batch, REVERSE: tl.constexpr):
     row = row_of(time, sequence.index, batch.B)
     valid = sequence.in_batch & (step < sequence.length)
     continues = valid & ~is_reset(time, sequence, batch, REVERSE)
-    row_prev = row_before(step, time, sequence.index, batch.B, REVERSE)
+    row_prev = row_of(time + 1 if REVERSE else time - 1, sequence.index, batch.B)
+    row_prev = tl.where(step == 0, sequence.index.to(tl.int64), row_prev)
     return Position(row, row_prev, valid, continues, step == sequence.length - 1)
 
 
 @triton.jit
 def units_at(place, S: tl.constexpr):
-    """(The units at these places of the program's head, which places are there.) The grid's last axis is the head."""
-    unit = place
+    """The units at these places of the program's head, which is the grid's last axis."""
     if S.HEADS > 1:
-        unit += tl.program_id(2) * S.D
-    return unit, place < S.D
+        place += tl.program_id(2) * S.D
+    return place
 
 
 @triton.jit
@@ -143,7 +136,7 @@ def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.const
     parts of a product."""
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
     place = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
-    unit, _ = units_at(place, S)
+    unit = units_at(place, S)
     now = position(step, sequence, batch, S.REVERSE)
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
     rows, rows_prev = now.row[:, None], now.row_prev[:, None]
@@ -152,9 +145,9 @@ def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.const
     return Tile(unit_tile, place, unit, sequence, now, cells)
 
 
-# Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
-# every 8 columns two neighbours. Memory is read and written by threads that have 16 neighbouring bytes of rows farther
-# apart. Which row is which sequence is free: it is such that fewer products go to another thread.
+# Tensor cores leave a product [rows, columns] in threads that have two rows each, 8 apart, of a warp's 16, and two
+# neighbours of every 8 columns. Threads that read and write memory have 16 neighbouring bytes, of rows farther apart.
+# Which row is which sequence is free: this order moves fewer products to another thread.
 
 
 @triton.jit
@@ -182,7 +175,7 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
     """(index into 4H, place), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
     first_place, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
     place = first_place + n // 4
-    return n % 4 * S.H + units_at(place, S)[0], place
+    return n % 4 * S.H + units_at(place, S), place
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def load_cells(c_prev_ptr, cell, cells, B, S: tl.constexpr):
     """(What comes to the gates from the input, as stored; c and the rest before the step.)"""
     x = load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
     c_prev = load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
-    return x, c_prev, load_rest_before(c_prev_ptr, cells, B, S)
+    return x, c_prev, load_rest(c_prev_ptr, cells, cells.continues, B, S.EMPTY, S)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def total(terms):
 
 @triton.jit
 def load_rest(c_ptr, cells, mask, B, OTHER: tl.constexpr, S: tl.constexpr):
-    """The rest where `mask`; elsewhere OTHER."""
+    """The rest where `mask`, elsewhere OTHER; or its gradient."""
     rest = ()
     if S.KEPT > 1:
         rest = (tl.load(c_ptr + tl.cast(B, tl.int64) * S.H + cells.state_at, mask=mask, other=OTHER),)
@@ -115,18 +115,6 @@ def select(mask, rest, others):
     for n in tl.static_range(len(rest)):
         selected = selected + (tl.where(mask, rest[n], others[n]),)
     return selected
-
-
-@triton.jit
-def load_rest_before(c_ptr, cells, B, S: tl.constexpr):
-    """The rest before a step; after a reset it is empty."""
-    return load_rest(c_ptr, cells, cells.continues, B, S.EMPTY, S)
-
-
-@triton.jit
-def load_gradient_of_rest(dc_ptr, cells, B, S: tl.constexpr):
-    """The gradient of the rest after a step."""
-    return load_rest(dc_ptr, cells, cells.valid, B, 0.0, S)
 
 
 @triton.jit

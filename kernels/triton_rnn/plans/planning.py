@@ -115,7 +115,7 @@ class Plan:
     def tiles(self) -> str:
         """How its programs share a layer, in words."""
         of_head = f"{self.rows} sequences x {self.units} units, {self.programs} programs x {self.groups} groups"
-        return of_head + f" x {self.heads} heads" * (self.heads > 1)
+        return of_head if self.heads == 1 else f"{of_head} x {self.heads} heads"
 
     def as_json(self) -> dict[str, Any]:
         """All fields, the family's among them."""
@@ -160,7 +160,7 @@ class Family(NamedTuple):
     results: tuple[Callable[[Problem, dict[str, Tensor]], Tensor], ...] = (
         lambda p, memory: memory["h_ptr"], lambda p, memory: memory["dgates_ptr"]
     )  # fmt: skip  # h and dgates
-    projects: Callable[[Problem], bool] = lambda p: False  # whether a projection is in the loop
+    within: Callable[[Problem], Problem] = lambda p: p._replace(projected=0)  # what the loop runs of a problem
 
 
 def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:

@@ -62,7 +62,9 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
         # While one block of a multiprocessor waits another one computes.
         blocks = 2 if programs * batch_tiles > multiprocessors and card.has_room(2, shared) else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
-        warps = 4 if rows * units == 256 else 16 if (rows, units, blocks) == (64, 32, 1) else 8
+        warps = 4 if rows * units == 256 else 8
+        if (rows, units, blocks) == (64, 32, 1):
+            warps = 16
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner

@@ -65,8 +65,8 @@ def cell_of_thread(first_place, S: tl.constexpr):
     local, column = thread % S.UNITS, thread // S.UNITS
     place, in_tile = first_place + local, column < SEQUENCES
     is_word = in_tile & (place < S.W * S.PER) & (thread % S.PER == 0)
-    unit, in_head = indexing.units_at(place, S)
-    return Owned(local, place, unit, column % SEQUENCES, in_tile & in_head, is_word)
+    is_cell, unit = in_tile & (place < S.D), indexing.units_at(place, S)
+    return Owned(local, place, unit, column % SEQUENCES, is_cell, is_word)
 
 
 @triton.jit
@@ -105,10 +105,11 @@ def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr,
     piece, rows = piece - S.ZEROS, ()
     for n in tl.static_range((ROWS + 15) // 16 * 2):
         row = 8 * n + threads(S.WARPS).column
-        unit, is_row = indexing.units_at(first_place + (row % S.UNITS if BY_GATE else row), S)
+        place = first_place + (row % S.UNITS if BY_GATE else row)
+        is_row = place < S.D
         if ROWS % 16 > 0:
             is_row &= row < ROWS
-        number = (row // S.UNITS if BY_GATE else tl.program_id(0) % S.PARTNERS) * S.H + unit
+        number = (row // S.UNITS if BY_GATE else tl.program_id(0) % S.PARTNERS) * S.H + indexing.units_at(place, S)
         rows = rows + (tl.where(is_row & (piece >= 0), number * (S.PIECES - S.ZEROS) + piece, -1),)
     return load_weights(weights_ptr, rows, first, S.K, S.STRIDE, DTYPE, S.CHUNKS)
 
@@ -224,9 +225,9 @@ def sums_of_thread(first_place, S: tl.constexpr):
         number = tl.arange(0, 32 * S.WARPS) + n * 32 * S.WARPS
         rows = rows + (number % ROWS,)
         columns = columns + (number // ROWS % SEQUENCES,)
-        unit, in_head = indexing.units_at(first_place + rows[n], S)
-        units = units + (unit,)
-        published = published + ((number < SEQUENCES * ROWS) & in_head,)
+        place = first_place + rows[n]
+        units = units + (indexing.units_at(place, S),)
+        published = published + ((number < SEQUENCES * ROWS) & (place < S.D),)
     return Sums(rows, columns, units, published, threads(S.WARPS).number < SEQUENCES * ROWS)
 
 
@@ -280,7 +281,7 @@ def cooperative_backward_kernel(
         cells, position = here.cells, here.position
         gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
+        drest = states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S)
         dh_given, share_c = states.load_gradients_given(hidden, cells), noise.load_share(cell.zoneout_c_ptr, cells)
         next_continues = indexing.position(step + 1, here.sequence, batch, S.REVERSE).continues
 

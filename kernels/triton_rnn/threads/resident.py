@@ -34,7 +34,7 @@ def cells_of_thread(batch, S: tl.constexpr):
     units, places, columns, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
         places = places + (thread.warp * (S.UNITS // S.WARPS) + n // 2 * 8 + thread.column,)
-        units = units + (indexing.units_at(places[n], S)[0],)
+        units = units + (indexing.units_at(places[n], S),)
         columns = columns + (2 * thread.quarter + n % 2,)
         sequences = sequences + (indexing.sequences(tl.program_id(0) * SEQUENCES + columns[n], batch),)
     return Owned(units, places, columns, sequences)
@@ -226,10 +226,11 @@ def resident_backward_kernel(
         now = cells_at_step(step, owned, batch, S)
         activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
         for n in tl.static_range(OF_THREAD):
-            gates, c, c_prev = states.load_saved(saved, step, Offsets(*now[n]), S.H)
+            cells = Offsets(*now[n])
+            gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
             activations = activations + (states.as_float(gates, c, c_prev),)
             # From memory, since there are no registers for it during the product.
-            drest = drest + (states.load_gradient_of_rest(cell.dc_ptr, Offsets(*now[n]), B, S),)
+            drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
 
         # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
         for n in tl.static_range(OF_THREAD):

@@ -38,7 +38,7 @@ def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr)
     cells = tile.cells
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
     dc, dc_stayed = noise.zoneout_backward(dc, noise.load_share(cell.zoneout_c_ptr, cells))
-    drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
+    drest = states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
     dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)

@@ -35,17 +35,10 @@ def product_of_held(held, a, S: tl.constexpr):
 
 
 @triton.jit
-def wait_for_tile(arrivals, batch_tile, times, poll_limit, step):
-    """Wait until all programs of the group have arrived `times` times at a tile of sequences; see wait_for."""
-    expected = times * tl.num_programs(0)
-    return wait_for(arrivals.arrivals_ptr + batch_tile, expected, poll_limit, arrivals.error_ptr, step)
-
-
-@triton.jit
 def await_tile(of, batch_tile, times, step, poll_limit, S: tl.constexpr):
     """(The poll limit after the wait, a tile's Sequences). Past the last tile there is nothing to wait for."""
     if batch_tile < tl.cdiv(of.batch.B, S.BLOCK_B):
-        poll_limit = wait_for_tile(of.arrivals, batch_tile, times, poll_limit, step)
+        poll_limit = wait_for(of.arrivals, batch_tile, times, poll_limit, step)
     return poll_limit, indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), of.batch)
 
 
@@ -148,7 +141,7 @@ def held_backward_kernel(
             if EARLY:
                 gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
             if S.PARTS > 1:
-                poll_limit = wait_for_tile(arrivals, batch_tile, times + 1, poll_limit, step)
+                poll_limit = wait_for(arrivals, batch_tile, times + 1, poll_limit, step)
             dh = operands.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product_of_held(held, dgates, S)
             dh = unless_timed_out(dh, poll_limit)
             if S.AHEAD:

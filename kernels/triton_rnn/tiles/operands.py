@@ -19,7 +19,7 @@ Columns = namedtuple("Columns", "ptr at mask stride")
 @triton.jit
 def load_rows(rows, k, K: tl.constexpr, S: tl.constexpr, first=0):
     """Columns k of the rows, times the factors, [rows, k]; zeros past K."""
-    column, _ = indexing.units_at(indexing.by_gate(k, first, S), S)
+    column = indexing.units_at(indexing.by_gate(k, first, S), S)
     in_a = rows.mask[:, None] & (k < K)[None, :]
     a = tl.load(rows.ptr + (rows.at[:, None] + column[None, :]), mask=in_a, other=0.0, cache_modifier=".cg")
     return noise.dropout(a, rows.factors_ptr, rows.factors_at[:, None] + column[None, :], in_a)

@@ -34,12 +34,13 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
         z = states.load_gates(z_ptr, at_in_z(tile, S), cells.valid, S.D)
+    c_prev_ptr = cell.c0_ptr if step == 0 else cell.c_n_ptr
     if SAVE:
         saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
         c_prev = states.total(states.load_c_before(saved, step, cells))
     else:
-        c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
-    rest_prev = states.load_rest_before(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells, B, S)
+        c_prev = reset.load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
+    rest_prev = states.load_rest(c_prev_ptr, cells, cells.continues, B, S.EMPTY, S)
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     share_c = noise.load_share(cell.zoneout_c_ptr, cells)
     return forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S, SAVE)
