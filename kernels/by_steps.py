@@ -1,11 +1,10 @@
 """The time loop on the host: a step is a product by cuBLAS and a launch of one kernel, which does all else.
 
-For layers and batches so large that two launches are short compared with a step, and for whatever else: it runs every
-problem, of any size, on any card. Nothing waits for anything, so all steps become part of a CUDA graph. A product
-covers the whole batch, as contiguous rows [B, *]: where sequences visit different times at the same step (reverse, with
-lengths), kernels gather and scatter them.
+It pays off where two launches are short compared with a step; and it runs every problem, of any size, on any card. No
+program waits for another, so a CUDA graph can have all steps. A product covers the whole batch, as contiguous rows
+[B, *]: where sequences visit different times at the same step (reverse, with lengths), kernels gather and scatter.
 
-A backend brings two kernels: of a step after its product, from z = W_hh h to h, and backward of a step before its
+A backend brings two kernels: forward of a step after its product, from z = W_hh h to h; backward of a step before its
 product. What torch computes in the middle of a step divides it into two parts, and the kernel into two launches:
 
     z -> h              most layers
@@ -33,7 +32,7 @@ from .projection import products_in
 Launch = Callable[..., None]
 """launch(step=, ...) launches a kernel whose arguments are bound, but for the step and pointers that change with it."""
 Bind = Callable[[dict[str, Any]], Launch]
-"""bind(arguments): by the names of pointers, and T and B. A kernel takes those that it knows."""
+"""bind(arguments) has them by the names of pointers, and T and B. A kernel takes those that it knows."""
 
 LEAST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches
 
@@ -60,7 +59,7 @@ def within(p: Problem) -> Problem:
 def parts_of(p: Problem, backward: bool) -> list[Part]:
     """The launches of a kernel in a step, in their order."""
     p = within(p)
-    stops = "z" + "c" * p.gain_c + "m" * (p.projected > 0) + "h"
+    stops = [stop for stop, is_there in (("z", True), ("c", p.gain_c), ("m", p.weight_hr), ("h", True)) if is_there]
     of_h = p._replace(hidden=p.width, projected=0)
     parts = [Part(of_h if start == "m" else p, start, end) for start, end in pairwise(stops)]
     return [part._replace(start=part.end, end=part.start) for part in reversed(parts)] if backward else parts

@@ -91,8 +91,8 @@ def read(kind: str, key: Key) -> Any:
     return _read(folders(), kind, _text(key))
 
 
-def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = None) -> bool:
-    """Write a result; return whether that succeeded. With `lock` its file is locked, and unread, until that is left."""
+def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = None) -> None:
+    """Write a result. With `lock` its file is locked, and nobody reads it, until that is left."""
     ours = folder()
     try:
         if ours is None:
@@ -114,9 +114,7 @@ def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = N
             Path(file.name).replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
     except OSError as error:
         warn_once(f"a result ({kind}) is not cached: {error}")
-        return False
     _read.cache_clear()
-    return True
 
 
 @contextlib.contextmanager

@@ -127,13 +127,13 @@ def arguments() -> list[dict]:
     """Each case by two lengths of sequences, the second twice: what the driver was asked for, and mistakes."""
     given, call, bind = [], launch.Kernel.__call__, launch.Kernel.bind
 
-    def recorded(kernel, launch, arguments):
+    def recorded(kernel, arguments):
         given.append((kernel._kernel, arguments))
-        call(kernel, launch, arguments)
+        call(kernel, arguments)
 
-    def bound(kernel, launch, arguments):
+    def bound(kernel, arguments):
         """What is bound once a kernel is loaded calls no Kernel."""
-        run, again = bind(kernel, launch, arguments), kernel._compiled is not None
+        run, again = bind(kernel, arguments), kernel._compiled is not None
 
         def launched(**changed):
             given.extend([(kernel._kernel, arguments | changed)] * again)
@@ -162,7 +162,7 @@ def arguments() -> list[dict]:
             mistakes += [m for (_, a), e in zip(given, launches) for m in _mistakes(kernel, a, e["arguments"], named)]
             results.append(dict(
                 case=f"{kernel.__name__} {problem}", family=family, precision=f"{problem.dtype} {problem.precision}",
-                steps=steps, size=[*(*plan.grid, 1, 1)[:3], 32 * plan.num_warps], launches=launches,
+                steps=steps, size=[*plan.grid, 32 * plan.num_warps], launches=launches,
                 loads=len(asked) - len(launches), compiled=compiled() - before, mistakes=mistakes,
                 parts=len(parts_of(problem, pass_.backward)) if family == "pointwise" else 1,
             ))  # fmt: skip

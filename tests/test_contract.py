@@ -108,7 +108,7 @@ def test_a_launch_that_waits_has_an_error_word_and_nothing_is_allocated_that_no_
         plan = plan_of(family, p, backward)
         prepared = launch.Prepared(p, Pass(backward), plan, torch.device("meta"))
         waits = family not in ("resident", "pointwise") and (steps > 1 or (backward and family == "split"))
-        assert (prepared._error is not None, prepared.at_once is not None) == (waits, waits)
+        assert (prepared._fixed["error_ptr"] is not None, prepared.at_once is not None) == (waits, waits)
         taken = set(itertools.chain(*names_of(FAMILIES[type(plan.family)].kernels[backward])))
         assert prepared._buffers.keys() <= taken, "as those of family.buffers"
 

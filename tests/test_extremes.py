@@ -184,7 +184,7 @@ def _launches(name: str, backward: bool) -> list:
 @pytest.mark.parametrize("name", HUGE | AT_THE_LIMIT)
 def test_grids_are_those_of_a_gpu(name, backward):
     for one in _launches(name, backward):
-        x, y = (*one.grid, 1)[:2]
+        x, y, _ = one.grid
         assert (0 < x < 2**31, 0 < y < 2**16) == (True, True), one.grid
 
 
@@ -214,7 +214,7 @@ def _run_last_program(monkeypatch, one) -> int:
     """Launch only the last program of a recorded kernel, without memory; return the largest index it touched."""
     memory, native = NoMemory(one.arguments["T"]), interpreter._interpreter
     names = ("load", "store", "atomic_rmw")
-    last = tuple(n - 1 for n in (*one.grid, 1, 1)[:3])
+    last = tuple(n - 1 for n in one.grid)
     with monkeypatch.context() as patch:
         patch.setattr(interpreter, "_interpreter", SimpleNamespace(
             **{name: getattr(native, name) for name in dir(native) if name not in names},

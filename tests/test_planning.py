@@ -57,7 +57,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
             assert at_a_time * plan.tiles_per_program >= problem.batch * problem.columns, (
                 "every unit of every sequence has a tile"
             )
-            assert plan.grid[2:] == ((problem.heads,) if problem.heads > 1 else ())
+            assert plan.grid[2] == problem.heads
             if FAMILIES[type(plan.family)].waits(problem, plan):
                 at_once = prod(plan.grid) * (plan.side_by_side // plan.heads)
                 assert 0 < at_once <= plan.blocks * device.multiprocessors, "who waits is resident at once"

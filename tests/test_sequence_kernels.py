@@ -79,7 +79,7 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
 
 # A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
 # constants are numbers.
-count_missing, wait_for_tile = interpreted.count_missing, held_kernels.wait_for_tile
+count_missing, wait_for_tile = interpreted.count_missing, held_kernels.wait_for
 
 
 def announce_early(word_ptr, words, mask):
@@ -109,7 +109,7 @@ def barrier_after_some(even):
 
 
 HELD = {"held": {}, "ahead": dict(asks_ahead=True), "parts": dict(parts=2)}
-BARRIER, TILE = (step_kernels, "grid_barrier"), (held_kernels, "wait_for_tile")
+BARRIER, TILE = (step_kernels, "grid_barrier"), (held_kernels, "wait_for")
 COUNT = interpreted, "count_missing"
 OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
     "published before the data": ((cooperative_kernels, "publish"), announce_early, ""),

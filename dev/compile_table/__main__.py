@@ -101,5 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    refusal = "kernels cannot be compiled with TRITON_INTERPRET=1 in the environment" * triton_kernels.INTERPRETED
-    sys.exit(refusal or main())
+    if triton_kernels.INTERPRETED:
+        sys.exit("kernels cannot be compiled with TRITON_INTERPRET=1 in the environment")
+    sys.exit(main())

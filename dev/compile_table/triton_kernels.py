@@ -77,12 +77,20 @@ class Case:
 
     def __str__(self) -> str:
         p = self.problem
-        name = str(p.dtype).removeprefix("torch.") + f" {p.precision}" * (p.dtype is torch.float32)
-        name += f" B={p.batch} H=" + f"{p.heads}x" * (p.heads > 1) + f"{p.hidden // p.heads}"
-        name += f" P={p.projected}" * bool(p.projected) + " ragged" * bool(p.lengths)
-        name += {"lstm": "", "gru": " GRU", "slstm": " sLSTM"}[p.cell]
-        name += " peepholes" * p.weight_peephole + " layer norm" * p.normalised
-        return name + (" masks" if p.dropout_h else " rates") * p.regularised
+        words = {
+            str(p.dtype).removeprefix("torch."): True,
+            p.precision: p.dtype is torch.float32,
+            f"B={p.batch}": True,
+            f"H={p.hidden}" if p.heads == 1 else f"H={p.heads}x{p.hidden // p.heads}": True,
+            f"P={p.projected}": p.projected,
+            "ragged": p.lengths,
+            "GRU": p.cell == "gru",
+            "sLSTM": p.cell == "slstm",
+            "peepholes": p.weight_peephole,
+            "layer norm": p.normalised,
+            "masks" if p.dropout_h else "rates": p.regularised,
+        }
+        return " ".join(word for word, is_said in words.items() if is_said)
 
 
 VARIANTS = {

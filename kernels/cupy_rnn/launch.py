@@ -99,8 +99,7 @@ def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
     """See layer.Launcher; as what follows below."""
-    outside, backward = problem.projected > 0 and not by_steps.keeps_projection(problem), pass_.backward
-    p = problem._replace(projected=0) if outside else problem
+    p, backward = by_steps.within(problem), pass_.backward
     loop = by_steps.backward_steps if backward else by_steps.forward_steps
     binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
 
@@ -111,7 +110,7 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
             loop(binds, arguments, p)
 
     prepared = Launches(p, plan, by_steps.buffers(p, pass_), start, itemgetter("dgates_ptr" if backward else "h_ptr"))
-    prepared.projects_outside = outside
+    prepared.projects_outside = p != problem
     return prepared
 
 

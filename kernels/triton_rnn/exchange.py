@@ -2,15 +2,15 @@
 
 No memory is overwritten while a program may still read it, and none is reset inside a launch. Two exchanges:
 
-    words         of 32 bits, each its own ready flag: an element of float32 or two neighbouring ones of half precision.
+    words         Words of 32 bits are their own ready flags: an element of float32, or two of half precision.
                   Either every step's words have memory of their own, initialised with a sentinel that `pack` never
                   returns; or two steps alternate in the same memory, and a word's last bit is its step's phase.
-    grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load. Or
-                  by halves, `arrive` and `wait_for`, with a counter for each tile of sequences.
+    grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load. Its
+                  halves are `arrive` and `wait_for`; tiles of sequences may have a counter each.
 
 Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
-wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as NaN.
-A program remembers that, since the host may have cleared the error word by then, and looks once where it would wait.
+wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as NaN. The
+program remembers it, since the host may clear the error word, and from then on looks once where it would wait.
 """
 
 from collections import namedtuple
@@ -21,10 +21,9 @@ import triton.language as tl
 from .assembly import constraints, types
 from .features import INTERPRETED, constexpr_function
 
-# How long a warp waits before it polls first, in sixteenths of a pass of a loop, which takes some 30 clocks. A poll in
-# vain costs as much as what it loads, ten passes or more; so next time it waits two passes longer, and each time that
-# words are there at once a sixteenth of a pass less.
-LONGER, SHORTER, LONGEST = 32, 1, 4096
+# A warp waits before its first poll, in sixteenths of a pass of a loop, of some 30 clocks. A poll in vain costs
+# as much as what it loads, ten passes or more: then the next wait is two passes longer, else a sixteenth shorter.
+LONGER, SHORTER, LONGEST = tl.constexpr(32), tl.constexpr(1), tl.constexpr(4096)
 
 AGAIN = tl.constexpr("""\
 add.s32 polls, polls, 1; and.b32 rest, polls, 63; setp.ne.s32 any, rest, 0;
@@ -72,7 +71,7 @@ def pack(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def in_phase(words, phase):
-    """Words of float32 whose last bit is a phase, 0 or 1: it costs half a unit in the last place."""
+    """Words of float32, each with a phase, 0 or 1, as its last bit, which costs half a unit in the last place."""
     return (words & -2) | phase
 
 
@@ -95,25 +94,26 @@ def publish(word_ptr, words, mask):
 
 @triton.jit
 def grid_barrier(arrivals, times, poll_limit, step):
-    """All programs wait for each other: what any of them stored before, all can load after. `times` is the number of
-    barriers so far, this one included: arrivals are counted up and never reset. Returns what `wait_for` returns."""
+    """All programs wait for each other: what any of them stored before, all can load after. `times` counts the barriers
+    so far, with this one, since arrivals are never reset. Returns what `wait_for` returns."""
     arrive(arrivals.arrivals_ptr, poll_limit)
-    return wait_for(arrivals.arrivals_ptr, times * tl.num_programs(0), poll_limit, arrivals.error_ptr, step)
+    return wait_for(arrivals, 0, times, poll_limit, step)
 
 
 @triton.jit
 def arrive(arrivals_ptr, poll_limit):
-    """Count this program in: who waits for it can load what it stored before."""
+    """Count this program in: programs that wait for it can load what it stored before."""
     tl.debug_barrier()  # every thread's stores come before the one thread's release
     count = tl.where(poll_limit > 0, 1, 0)  # after a timeout none arrives: later arrivals would release others
     tl.atomic_add(arrivals_ptr, count, sem="release")
 
 
 @triton.jit
-def wait_for(arrivals_ptr, expected, poll_limit, error_ptr, step):
-    """Wait for so many arrivals; returns the poll limit of later waits, 0 if this one timed out. The first warp polls,
-    and a barrier tells the others: what is loaded after it comes after the acquire. Past 2^31 arrivals the count wraps
-    around below zero, which the difference ignores."""
+def wait_for(arrivals, tile, times, poll_limit, step):
+    """Wait until each program of the group has arrived `times` times at the counter of a tile of sequences; returns the
+    poll limit of later waits, 0 if this one timed out. The first warp polls, and a barrier tells the others: what is
+    loaded after it comes after the acquire. Past 2^31 arrivals the count wraps around, which the difference ignores."""
+    arrivals_ptr, error_ptr, expected = arrivals.arrivals_ptr + tile, arrivals.error_ptr, times * tl.num_programs(0)
     if INTERPRETED:
         arrived, polls = tl.atomic_add(arrivals_ptr, 0, sem="acquire"), 0
         while (arrived - expected < 0) & (polls < poll_limit):
@@ -136,29 +136,28 @@ def unless_timed_out(x, poll_limit):
     return tl.where(poll_limit > 0, x, float("nan"))
 
 
-# The words that each thread reads, [THREADS]: a pointer to the first one, and how many there are from there on; none
-# where that is not positive. They are GROUPS of SIZE neighbours, one STRIDE words after the other.
+# The words that each thread reads, [THREADS]: where the first one is, and how many remain from there, if any. They are
+# GROUPS groups of SIZE neighbours, STRIDE words apart.
 Words = namedtuple("Words", "first_ptr left")
-# How a program waits for words at a step: the delay before the first poll, [THREADS], see LONGER, or -1 once a wait of
-# the program timed out; the last bit of words that are there, or None if any word but the sentinel is there.
+# How a program waits for words at a step: the delay before its first poll [THREADS], or -1 once a wait timed out; the
+# last bit of words that have arrived, or None if all have but the sentinel.
 Wait = namedtuple("Wait", "error_ptr step delay phase")
 
 
 @constexpr_function
 def neighbours(row: int) -> int:
-    """How many words one load takes where rows have so many: they lie at a multiple of that."""
-    return 4 if row % 4 == 0 else 2 if row % 2 == 0 else 1
+    """How many words one load takes from rows of `row` words: up to four, as long as all rows begin at a multiple."""
+    return min(4, row & -row)
 
 
 @triton.jit
 def collect(
     words, wait,
-    seen,  # what `look` returned for the same words, instead of a delay and a first poll; or `nothing`
+    seen,  # what `look` returned for the same words, instead of a delay and a first poll; or ()
     GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr,  # see `neighbours`
 ):  # fmt: skip
     """Wait for words that other programs publish -> (a tuple of GROUPS * SIZE [THREADS] int32, zero where there is no
-    word; the delay of the next wait for the same words). Loads are relaxed, of gpu scope, and repeated until a word is
-    there; each warp polls for itself."""
+    word; the delay of the next wait for these words). Loads are relaxed, of gpu scope; each warp polls for itself."""
     PHASED: tl.constexpr = wait.phase is not None
     COUNT: tl.constexpr = GROUPS * SIZE
     phase = wait.phase if PHASED else 0
@@ -173,46 +172,11 @@ def collect(
 
 @triton.jit
 def look(words, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
-    """The words of `collect` as they are now, for its `seen`. A thread does not wait for them until it uses them."""
+    """The words of `collect` as they are now, for its `seen`. A thread waits for the loads only when it uses them."""
     return tl.inline_asm_elementwise(
         polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, once=True), constraints("=&r", GROUPS * SIZE, "l", 1, "r", 1),
         words, dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
     )  # fmt: skip
-
-
-COLLECT = tl.constexpr(f"""{{{{
-.reg .pred any, yes, lost, {{missing}}; .reg .b32 seen, polls, rest, step; .reg .b64 error;
-mov.b32 polls, 0; mov.b64 error, {{error}}; mov.b32 step, {{step}}; setp.lt.s32 lost, {{delay}}, 0;
-{{start}}
-{{before}}
-POLL:
-{{load}}
-SEEN:
-setp.ne.u32 any, polls, polls;
-{{check}}
-vote.sync.any.pred any, any, -1;
-@!any bra DONE;
-@lost bra TIMED_OUT;
-{AGAIN.value}
-setp.eq.s32 lost, polls, polls;
-{{give_up}}
-DONE:
-mov.b32 rest, 0;
-{{learn}}
-selp.b32 {{next_delay}}, -1, rest, lost;
-}}}}""")
-"""PTX of `collect`. A poll loads at once all groups of neighbours of which one is still missing. A warp's lanes loop
-together, by vote."""
-
-SPIN = tl.constexpr("""shr.s32 rest, {delay}, 4;
-DELAY:
-add.s32 rest, rest, -1; setp.ge.s32 any, rest, 0; vote.sync.any.pred any, any, -1;
-@any bra DELAY;""")
-"""Before the first poll. The vote keeps the compiler from leaving out a loop that computes nothing."""
-
-LEARN = tl.constexpr(f"""setp.eq.s32 any, polls, 0; selp.b32 rest, -{SHORTER}, {LONGER}, any;
-add.s32 rest, rest, {{delay}}; max.s32 rest, rest, 0; min.s32 rest, rest, {LONGEST};""")
-"""The delay of the next wait, by whether the first poll found all words."""
 
 
 @constexpr_function
@@ -220,10 +184,11 @@ def polling_loop(
     groups: int, size: int, stride: int, together: int,
     phased: bool = False, seen: bool = False, once: bool = False,
 ) -> str:  # fmt: skip
-    """COLLECT with what depends on the loads, or these `once`. Missing words become the sentinel, a NaN.
+    """PTX of `collect`, or `once` of `look`. A poll loads at once all groups of neighbours of which one is missing. The
+    lanes of a warp loop together, by vote. Missing words become the sentinel, a NaN.
 
-    $0 on are the words and, unless `once`, the next delay; the place of the first, how many are left; unless `once` the
-    phase, the error word, its value, the delay, and the words of a look if they were `seen`.
+    Operands: the words and, unless `once`, the next delay; the first word's place, how many are left; unless `once` the
+    phase, the error word's place, its value, the delay, and the words that a look found if they were `seen`.
     """
     given = groups * size + (not once)
     first_ptr, left, phase, error, step, delay = (f"${given + n}" for n in range(6))
@@ -244,11 +209,23 @@ def polling_loop(
             check += [f"mov.b32 seen, {words[0]};", *(f"max.u32 seen, seen, {word};" for word in words[1:])]
             check += [f"setp.eq.u32 {is_missing}, seen, -1;"]
         check += [f"or.pred any, any, {is_missing};"]
-    names, text, spin, learn = ", ".join(missing), COLLECT.value, SPIN.value, LEARN.value
     if once:
-        return "\n".join(["{ .reg .pred " + names + ";", *start, *load, "}"])
-    before, learn = ("bra SEEN;", "") if seen else (spin.format(delay=delay), learn.format(delay=delay))
-    return text.format(
-        missing=names, error=error, step=step, delay=delay, next_delay=f"${given - 1}", before=before, learn=learn,
-        start="\n".join(start), load="\n".join(load), check="\n".join(check), give_up="\n".join(give_up),
-    ).replace("\n\n", "\n")  # fmt: skip
+        return "\n".join([f"{{ .reg .pred {', '.join(missing)};", *start, *load, "}"])
+    before, learn = ["bra SEEN;"], []
+    if not seen:  # the vote keeps the compiler from leaving out a loop that computes nothing
+        before = [
+            f"shr.s32 rest, {delay}, 4;", "DELAY:",
+            "add.s32 rest, rest, -1; setp.ge.s32 any, rest, 0; vote.sync.any.pred any, any, -1;", "@any bra DELAY;",
+        ]  # fmt: skip
+        learn = [
+            f"setp.eq.s32 any, polls, 0; selp.b32 rest, -{SHORTER.value}, {LONGER.value}, any;",
+            f"add.s32 rest, rest, {delay}; max.s32 rest, rest, 0; min.s32 rest, rest, {LONGEST.value};",
+        ]
+    return "\n".join([
+        "{", f".reg .pred any, yes, lost, {', '.join(missing)}; .reg .b32 seen, polls, rest, step; .reg .b64 error;",
+        f"mov.b32 polls, 0; mov.b64 error, {error}; mov.b32 step, {step}; setp.lt.s32 lost, {delay}, 0;",
+        *start, *before, "POLL:", *load, "SEEN:", "setp.ne.u32 any, polls, polls;", *check,
+        "vote.sync.any.pred any, any, -1;", "@!any bra DONE;", "@lost bra TIMED_OUT;", AGAIN.value,
+        "setp.eq.s32 lost, polls, polls;", *give_up, "DONE:", "mov.b32 rest, 0;", *learn,
+        f"selp.b32 ${given - 1}, -1, rest, lost;", "}",
+    ])  # fmt: skip

@@ -25,9 +25,3 @@ if INTERPRETED and _VERSION < (3, 7):  # there it takes an array of one element 
             f"TRITON_INTERPRET=1: the interpreter of Triton {triton.__version__} needs NumPy below 2.4, got "
             f"{numpy.__version__}: pip install 'numpy<2.4', or Triton 3.7 or newer"
         )
-
-
-@triton.jit
-def nothing():
-    """What stands for a value that a call does not have: a tuple of none. (In Triton 3.4 no function returns None.)"""
-    return ()

@@ -42,8 +42,11 @@ launch_kernel: Launch | None = _interpret if INTERPRETED else None
 class Kernel:
     """A kernel as one plan launches it: its sizes and options are fixed, and a call passes the rest."""
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], sizes: Sizes, options: dict[str, Any]) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], sizes: Sizes, options: dict[str, Any], launch: Launch | None
+    ) -> None:
         self._kernel, self._grid, self._sizes, self._fixed = kernel, grid, sizes, {"S": sizes} | options
+        self._launch = launch
         parameters = names_of(kernel)
         self._names = tuple(itertools.chain(*parameters))
         ends = itertools.accumulate(map(len, parameters), initial=0)
@@ -51,9 +54,9 @@ class Kernel:
         self._in_tuples = itemgetter(*(slice(*ab) if ab[1] - ab[0] > 1 else ab[0] for ab in itertools.pairwise(ends)))
         self._compiled: Callable[..., None] | None = None
 
-    def __call__(self, launch: Launch | None, arguments: dict[str, Any]) -> None:
+    def __call__(self, arguments: dict[str, Any]) -> None:
         """Launch it with the arguments that it has parameters for, and None for absent ones."""
-        launch = launch or launch_kernel
+        launch = self._launch or launch_kernel
         if launch is None and self._compiled is not None and not checking.on:
             self._compiled(*self._in_tuples(tuple(map(arguments.get, self._names))), self._sizes)
             return
@@ -64,15 +67,15 @@ class Kernel:
                 launch(self._kernel, self._grid, **inside, **self._fixed)
                 return
             if self._compiled is None:
-                self._compiled = load(self._kernel, self._grid, inside | self._fixed)[(*self._grid, 1, 1)[:3]]
+                self._compiled = load(self._kernel, self._grid, inside | self._fixed)[self._grid]
             with errors_as_of_torch():
                 self._compiled(*self._in_tuples(tuple(inside.values())), self._sizes)
 
-    def bind(self, launch: Launch | None, arguments: dict[str, Any]) -> by_steps.Launch:
+    def bind(self, arguments: dict[str, Any]) -> by_steps.Launch:
         """See by_steps.Bind: once it is loaded, it has addresses. What changes is in none of its tuples."""
         compiled = self._compiled
-        if launch or launch_kernel or compiled is None or checking.on:
-            return lambda **changed: self(launch, arguments | changed)
+        if self._launch or launch_kernel or compiled is None or checking.on:
+            return lambda **changed: self(arguments | changed)
         values = [a.data_ptr() if isinstance(a, Tensor) else a for a in map(arguments.get, self._names)]
         given, parameters = list(self._in_tuples(tuple(values))), self._kernel.arg_names
 
@@ -95,30 +98,23 @@ class Prepared(Launches):
         launch: Launch | None = None,
     ) -> None:  # fmt: skip
         family, backward = FAMILIES[type(plan.family)], pass_.backward
-        self.projects_outside = problem.projected > 0 and not family.projects(problem)
-        if self.projects_outside:
-            problem = problem._replace(projected=0)
-        waits = family.waits(problem, plan)
+        p = family.within(problem)
+        waits, self.projects_outside = family.waits(p, plan), p != problem
         self.at_once = plan.side_by_side // plan.heads if waits else None
-        kernel, more = family.kernels[backward], family.arguments[backward]
+        kernel, more, loop = (each[backward] for each in (family.kernels, family.arguments, family.loops))
         options = dict(
             num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
             maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
         )  # fmt: skip
-        if (loop := family.loops[backward]) is None:
-            start = partial(Kernel(kernel, plan.grid, _sizes(problem, plan, backward), options), launch)
-        else:  # a launch a step, or several
-            binds = []
-            for part in by_steps.parts_of(problem, backward):
-                sizes = _sizes(part.problem, plan, backward)
-                grid = dataclasses.replace(plan, programs=sizes.TILES).grid
-                sizes = sizes._replace(START=part.start, END=part.end)
-                binds.append(partial(Kernel(kernel, grid, sizes, options).bind, launch))
-            start = partial(loop, binds, p=problem)
-        self._error = error_word(device, kernel.__name__, trial) if waits else None
+        kernels = []
+        for part in by_steps.parts_of(p, backward):  # one, but for the pointwise family
+            sizes = _sizes(part.problem, plan, backward)._replace(START=part.start, END=part.end)
+            grid = dataclasses.replace(plan, programs=sizes.TILES).grid if loop else plan.grid
+            kernels.append(Kernel(kernel, grid, sizes, options, launch))
+        start = partial(loop, [each.bind for each in kernels], p=p) if loop else kernels[0]
         super().__init__(
-            problem, plan, family.buffers(problem, plan, pass_), start, partial(family.results[backward], problem),
-            more and partial(more, problem, plan), error_ptr=self._error,
+            p, plan, family.buffers(p, plan, pass_), start, partial(family.results[backward], p),
+            more and partial(more, p, plan), error_ptr=error_word(device, kernel.__name__, trial) if waits else None,
         )  # fmt: skip
 
 

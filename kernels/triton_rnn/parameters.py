@@ -1,4 +1,4 @@
-"""What kernels are passed: pointers, those that belong together in one named tuple, and all constants in another.
+"""What kernels are passed: pointers, in named tuples of those that belong together, and one of all constants.
 
 A pointer's name and shape mean the same in every kernel, for H units and P features of h (H without a projection).
 Besides those here: lengths [B]; resets [T*B]; error [1] int32, and after it the poll limit, see timeouts.py.
@@ -37,14 +37,15 @@ class Sizes(NamedTuple):
     CHUNKS: int = 0  # of K, which a warp multiplies
     STRIDE: int = 0  # words of K from one chunk of a warp to the next
     PARTNERS: int = 1  # backward, which share the gates of their units
-    OWN: int = 0  # gates of a partner
+    FIRST: int = 0  # the first gate that the partners multiply
+    OWN: int = 0  # how many gates each of them does
     PIECES: int = 1  # of K, each for a share of the warps
     ZEROS: int = 0  # of these, the first ones, that are multiplied by zeros
     START: str = "z"  # what a launch of the pointwise family computes of a step, see by_steps.Part
     END: str = "h"
 
 
-class Hidden(NamedTuple):
+class HiddenPointers(NamedTuple):
     h0_ptr: Pointer  # [B, P]
     h_ptr: Pointer  # [T*B, P] out: of every step
     h_n_ptr: Pointer  # [B, P] out: of every sequence's last
@@ -53,7 +54,7 @@ class Hidden(NamedTuple):
     reset_h_ptr: Pointer  # [T*B, P], read with zoneout_h alone
 
 
-class Cell(NamedTuple):
+class CellPointers(NamedTuple):
     gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih, of an LSTM + b_hh; out, if c_ptr: activated
     weight_peephole_ptr: Pointer  # [3H]
     bias_hh_ptr: Pointer  # [GATES H] of a GRU

@@ -17,27 +17,23 @@ import triton.language as tl
 Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common: [B], [T*B], how many
 # Some sequences, [BB] or one for each of [THREADS]: where in the batch, whether there is one, and its length.
 Sequences = namedtuple("Sequences", "index in_batch length")
-# Some sequences and units at a step: numbers of both tiles, places in the head and units [BH], Sequences and Position
-# [BB], Cells [BB, BH].
-Tile = namedtuple("Tile", "batch_tile unit_tile place unit sequence position cells")
+# Some sequences and units at a step: the number of the units' tile, places in the head and units [BH], Sequences and
+# Position [BB], Offsets [BB, BH].
+Tile = namedtuple("Tile", "unit_tile place unit sequence position cells")
 
 
 class Position(NamedTuple):
     """Where sequences are at a step, each [BB] or [THREADS]."""
 
-    time: tl.tensor
     row: tl.tensor  # of [T*B, *]
-    row_prev: tl.tensor  # see row_before
+    row_prev: tl.tensor  # of the state that the step starts from: in h0 [B, *] at step 0, in h [T*B, *] after
     valid: tl.tensor  # no padding
     continues: tl.tensor  # and not reset before the step
     is_last: tl.tensor  # the sequence ends
 
 
-class Cells(NamedTuple):
-    """Where cells are at a step, each a unit of a sequence, and which of them there are: [BB, BH] or [THREADS].
-
-    What is called `at` is an offset from the pointer to a tensor, in elements.
-    """
+class Offsets(NamedTuple):
+    """Where cells, each a unit of a sequence, are in tensors, in elements; which there are: [BB, BH] or [THREADS]."""
 
     at: tl.tensor  # in [T*B, H]
     prev_at: tl.tensor  # of the state before, in [B, H] at step 0, in [T*B, H] after
@@ -73,13 +69,6 @@ def row_of(time, index, B):
 
 
 @triton.jit
-def row_before(step, time, index, B, REVERSE: tl.constexpr):
-    """Row of the state that `step` starts from: in h0 or c0 [B, width] at step 0, in h or c [T * B, width] after."""
-    before = time + 1 if REVERSE else time - 1
-    return tl.where(step == 0, index.to(tl.int64), row_of(before, index, B))
-
-
-@triton.jit
 def row_in_h_then_h0(step, sequence, batch, REVERSE: tl.constexpr):
     """Row of h after `step` in [T * B + B, P]: h of every step, and last h0, which is h after step -1."""
     time = time_of(step, sequence.length, REVERSE)
@@ -106,31 +95,31 @@ def position(step, sequence, batch, REVERSE: tl.constexpr):
     row = row_of(time, sequence.index, batch.B)
     valid = sequence.in_batch & (step < sequence.length)
     continues = valid & ~is_reset(time, sequence, batch, REVERSE)
-    row_prev = row_before(step, time, sequence.index, batch.B, REVERSE)
-    return Position(time, row, row_prev, valid, continues, step == sequence.length - 1)
+    row_prev = row_of(time + 1 if REVERSE else time - 1, sequence.index, batch.B)
+    row_prev = tl.where(step == 0, sequence.index.to(tl.int64), row_prev)
+    return Position(row, row_prev, valid, continues, step == sequence.length - 1)
 
 
 @triton.jit
 def units_at(place, S: tl.constexpr):
-    """(The units at these places of the program's head, which places are there.) The grid's last axis is the head."""
-    unit = place
+    """The units at these places of the program's head, which is the grid's last axis."""
     if S.HEADS > 1:
-        unit += tl.program_id(2) * S.D
-    return unit, place < S.D
+        place += tl.program_id(2) * S.D
+    return place
 
 
 @triton.jit
 def cells_at(sequence, position, unit, in_units, H):
-    """The Cells of some Sequences at their Position: a unit of each, where `in_units`."""
+    """The Offsets of some Sequences at their Position: a unit of each, where `in_units`."""
     at, prev_at, gates_at = position.row * H + unit, position.row_prev * H + unit, position.row * (4 * H) + unit
     state_at, in_tile = sequence.index.to(tl.int64) * H + unit, sequence.in_batch & in_units
     valid, continues = position.valid & in_units, position.continues & in_units
-    return Cells(at, prev_at, gates_at, state_at, in_tile, valid, continues, valid & ~continues, position.is_last)
+    return Offsets(at, prev_at, gates_at, state_at, in_tile, valid, continues, valid & ~continues, position.is_last)
 
 
 @triton.jit
 def by_gate(k, first, S: tl.constexpr):
-    """With heads: first + k counts a head's units, gate by gate -> the same in rows of all units, of the first head."""
+    """With heads: an index first + k in a head's [GATES, D] -> the index in [GATES, H], for head 0."""
     return (first + k) // S.D * S.H + (first + k) % S.D if S.HEADS > 1 else k
 
 
@@ -143,24 +132,22 @@ def tile_of(number, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
 
 @triton.jit
 def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
-    """The Tile of some sequences and units.
-
-    With PARTS a tile has the units of PARTS neighbours, whose numbers stand for parts of a product.
-    """
+    """The Tile of some sequences and units. With PARTS it has the units of PARTS neighbours, whose numbers stand for
+    parts of a product."""
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
     place = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
-    unit, _ = units_at(place, S)
+    unit = units_at(place, S)
     now = position(step, sequence, batch, S.REVERSE)
     of_rows = Sequences(sequence.index[:, None], sequence.in_batch[:, None], None)
     rows, rows_prev = now.row[:, None], now.row_prev[:, None]
-    at_rows = Position(None, rows, rows_prev, now.valid[:, None], now.continues[:, None], now.is_last[:, None])
+    at_rows = Position(rows, rows_prev, now.valid[:, None], now.continues[:, None], now.is_last[:, None])
     cells = cells_at(of_rows, at_rows, unit[None, :], (place < S.D)[None, :], S.H)
-    return Tile(batch_tile, unit_tile, place, unit, sequence, now, cells)
+    return Tile(unit_tile, place, unit, sequence, now, cells)
 
 
-# Tensor cores leave a product [rows, columns] in threads of which each has two rows, 8 apart, of its warp's 16, and of
-# every 8 columns two neighbours. Memory is read and written by threads that have 16 neighbouring bytes of rows farther
-# apart. Which row is which sequence is free: it is such that fewer products go to another thread.
+# Tensor cores leave a product [rows, columns] in threads that have two rows each, 8 apart, of a warp's 16, and two
+# neighbours of every 8 columns. Threads that read and write memory have 16 neighbouring bytes, of rows farther apart.
+# Which row is which sequence is free: this order moves fewer products to another thread.
 
 
 @triton.jit
@@ -188,7 +175,7 @@ def columns_of_gates(unit_tile, S: tl.constexpr):
     """(index into 4H, place), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
     first_place, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
     place = first_place + n // 4
-    return n % 4 * S.H + units_at(place, S)[0], place
+    return n % 4 * S.H + units_at(place, S), place
 
 
 @triton.jit

@@ -1,10 +1,10 @@
-"""What a step loads of its cells, from memory or as forward saved it, and what it stores: by the offsets of `Cells`."""
+"""What a step loads of its cells, from memory or as forward saved it, and what it stores, by their `Offsets`."""
 
 import triton
 import triton.language as tl
 
 from .noise import dropout, load_stayed, zoneout_of_h, zoneout_of_h_backward
-from .reset import reset_to
+from .reset import load_state, reset_to
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def store_gates(gates_ptr, at, mask, gates, H: tl.constexpr):
 
 @triton.jit
 def load_constants(constants_ptr, unit, H: tl.constexpr, COUNT: tl.constexpr = 3):
-    """Of some units, from [COUNT H]: three peepholes, or b_hh of the gates; a tuple, empty in a cell without."""
+    """COUNT constants of some units, from [COUNT H]: peepholes, or b_hh of the gates; empty in a cell without."""
     constants = ()
     if constants_ptr is not None:
         for n in tl.static_range(COUNT):
@@ -41,6 +41,14 @@ def load_constants_forward(cell, unit, S: tl.constexpr):
     """The constants of the cell forward."""
     peepholes = load_constants(cell.weight_peephole_ptr, unit, S.H)
     return peepholes + load_constants(cell.bias_hh_ptr, unit, S.H, S.GATES)
+
+
+@triton.jit
+def load_cells(c_prev_ptr, cell, cells, B, S: tl.constexpr):
+    """(What comes to the gates from the input, as stored; c and the rest before the step.)"""
+    x = load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
+    c_prev = load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
+    return x, c_prev, load_rest(c_prev_ptr, cells, cells.continues, B, S.EMPTY, S)
 
 
 @triton.jit
@@ -87,12 +95,13 @@ def total(terms):
     return c_prev
 
 
-# What a cell keeps of a unit beside c, see equations/: in c0, c_n and their gradients, [KEPT, B, H], after c.
+# The rest is what a cell keeps of a unit beside c, a tuple, see equations/: in c0, c_n and their gradients [KEPT, B, H]
+# it comes after c.
 
 
 @triton.jit
 def load_rest(c_ptr, cells, mask, B, OTHER: tl.constexpr, S: tl.constexpr):
-    """A tuple of it where `mask`; elsewhere OTHER."""
+    """The rest where `mask`, elsewhere OTHER; or its gradient."""
     rest = ()
     if S.KEPT > 1:
         rest = (tl.load(c_ptr + tl.cast(B, tl.int64) * S.H + cells.state_at, mask=mask, other=OTHER),)
@@ -109,18 +118,6 @@ def select(mask, rest, others):
 
 
 @triton.jit
-def load_rest_before(c_ptr, cells, B, S: tl.constexpr):
-    """That before a step: the one that lies there, or after a reset an empty one."""
-    return load_rest(c_ptr, cells, cells.continues, B, S.EMPTY, S)
-
-
-@triton.jit
-def load_gradient_of_rest(dc_ptr, cells, B, S: tl.constexpr):
-    """That of what follows a step."""
-    return load_rest(dc_ptr, cells, cells.valid, B, 0.0, S)
-
-
-@triton.jit
 def store_rest(c_ptr, rest, cells, mask, B, S: tl.constexpr):
     """The reverse of load_rest."""
     if S.KEPT > 1:
@@ -129,11 +126,8 @@ def store_rest(c_ptr, rest, cells, mask, B, S: tl.constexpr):
 
 @triton.jit
 def store_gradient_of_rest(dc_ptr, drest, cells, B, S: tl.constexpr):
-    """Of what was there before a step; none flows past a reset."""
-    if S.KEPT > 1:
-        tl.store(
-            dc_ptr + tl.cast(B, tl.int64) * S.H + cells.state_at, tl.where(cells.continues, drest[0], 0.0), cells.valid
-        )
+    """Store the gradient of the rest before a step; none flows past a reset."""
+    store_rest(dc_ptr, select(cells.continues, drest, (0.0,)), cells, cells.valid, B, S)
 
 
 @triton.jit
@@ -147,8 +141,8 @@ def store_hidden(h, hidden, before, cells):
 
 @triton.jit
 def load_gradients_given(hidden, cells):
-    """(The gradients that backward is given, of the step's h, and of h_n where a sequence ends; noise.load_stayed.) As
-    they are stored: to convert them is to wait for them."""
+    """(The gradients of the step's h that backward is given, and of h_n where a sequence ends; noise.load_stayed.) They
+    are as stored: to convert them is to wait for them."""
     given = ()
     if hidden.dh_ptr is not None:
         given = given + (tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0),)
@@ -159,17 +153,10 @@ def load_gradients_given(hidden, cells):
 
 @triton.jit
 def gradient_of_h(dh, loaded, hidden, cells):
-    """What the product of the step after returned, and what load_gradients_given did -> that of the h that the step
+    """From dh, the next step's product, and what load_gradients_given loaded: the gradient of the h that this step
     computed."""
     given, stayed = loaded
     dh = dropout(dh, hidden.dropout_h_ptr, cells.state_at, cells.valid)
     for n in tl.static_range(len(given)):
         dh += given[n].to(tl.float32)
     return zoneout_of_h_backward(dh, stayed, hidden, cells)
-
-
-@triton.jit
-def store_gradient_of_m(dm, dh_total_ptr, cells):
-    """With a layer norm of c, or a projection, whose gradients are made of it after the loop."""
-    if dh_total_ptr is not None:
-        tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)

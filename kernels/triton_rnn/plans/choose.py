@@ -1,4 +1,4 @@
-"""Which plan runs a pass of a problem: the first that compiles and fits, of those that families propose or measured."""
+"""Which plan runs a pass of a problem: the first that compiles and fits, of those proposed or measured."""
 
 import bisect
 import contextlib
@@ -77,7 +77,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """The plans to try, in this order, before any is measured. The one that always works is among them.
 
     They are made for the next power of two of sequences, so that batches share kernels; or for this batch alone, if its
-    best one is estimated to be much faster. What was called before does not matter.
+    best plan is estimated to be much faster. Calls before do not matter.
     """
     alone = _plans(problem, card, backward)
     if problem.batch in (0, most := power_of_two(problem.batch)):
@@ -89,7 +89,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
 @functools.lru_cache(256)
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
-    """Those for this batch alone, the best estimate first."""
+    """The plans for this batch alone, by estimated time."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
     found, by_product = [always(head, card, backward)], pointwise.pointwise_plan(head, backward)
     if seconds(by_product) < seconds(found[0]):
@@ -111,13 +111,13 @@ def always(problem: Problem, card: Card, backward: bool) -> Plan:
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
-    """Estimated time of a step of all layers or directions that run at once, by the model."""
+    """Estimated time of a step of all layers or directions that run side by side."""
     rounds = problem.of_head.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
     return rounds * sum(expected(problem, card, plan, backward).values())
 
 
 def card_of(device: torch.device) -> Card:
-    """What planning knows of a device, without what is left to other kernels. Tests replace this to simulate a card."""
+    """See layer.Launcher. Tests replace it to simulate a card."""
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
@@ -140,9 +140,7 @@ def _context() -> int | None:
 
 def _multiprocessors_of_context(device: torch.device, count: int, threads: int) -> int:
     """How many of a card's multiprocessors the current context has: fewer in a green context, or with a share of MPS.
-
-    It is found as the largest cooperative grid of an empty kernel that the driver accepts.
-    """
+    So many blocks are in the largest cooperative grid of an empty kernel that the driver accepts."""
     blocks = threads // (32 * EMPTY["num_warps"])  # of a multiprocessor
     empty = load(empty_kernel, (1,), EMPTY)
 
@@ -164,7 +162,7 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
 
 
 def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
-    """The plans of a pass to try: first the measured one, if there is one."""
+    """The plans of a pass to try, the measured one first."""
     if card is INTERPRETER:
         return [always(problem, card, pass_.backward)]  # others are written thread by thread: slow there
     measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
@@ -219,7 +217,7 @@ def choose_plan(
 
 
 def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
-    """Why launches cannot be made on the current device, with `blocks` to a multiprocessor; None if they can."""
+    """Why launches cannot run on the current device, `blocks` at once on a multiprocessor; None if they can."""
     try:
         for kernel, grid, arguments in launches:
             loaded = load(kernel, grid, arguments)
@@ -271,7 +269,7 @@ def errors_as_of_torch() -> Iterator[None]:
 
 @functools.cache
 def compile_problem(architecture: int) -> str | None:
-    """Why the installed Triton cannot compile for an architecture, e.g. one newer than its ptxas; None if it can."""
+    """Why this Triton cannot compile for an architecture, which may be newer than its ptxas; None if it can."""
     target = GPUTarget("cuda", architecture, 32)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where Triton would print the whole kernel
@@ -285,7 +283,7 @@ def compile_problem(architecture: int) -> str | None:
 def launch_problem(device: torch.device, architecture: int) -> str | None:
     """Why Triton cannot launch kernels on a device, and what helps; None if it can, as far as an empty kernel shows."""
     problem = compile_problem(architecture)
-    if problem is None and not torch.cuda.is_current_stream_capturing():  # when older drivers cannot load kernels
+    if problem is None and not torch.cuda.is_current_stream_capturing():  # when older drivers load nothing
         problem = _load_problem(device)
     return problem and _with_cure(problem)
 
@@ -338,7 +336,7 @@ def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> N
 
 
 def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
-    """What decides which plan is fastest. Direction, lengths, resets and the like do not change the order of plans."""
+    """What decides which plan is fastest: not the direction, lengths, resets and the like."""
     return dict(
         sources=cache.sources("kernels"), triton=triton.__version__, card=card.name,
         multiprocessors=card.multiprocessors, cell=problem.cell, batch=problem.batch, hidden=problem.hidden,

@@ -50,17 +50,19 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     """See planning.Family: how K of a program's product, in words, is shared out among its warps.
 
-    Forward that is a row of h; backward, rows of dgates of OWN gates. They lie together, so K is one piece of them all,
-    but where there are other heads between them: then each is a piece, for a share of the warps. Three would not share
-    these out, so of a cell with three the gate before them is there, too, multiplied by ZEROS.
+    Forward K is a row of h; backward it is the rows of OWN gates in dgates, which are neighbours: one piece. With other
+    heads between them each row is a piece, for a share of the warps. Warps cannot be shared out among three, so a cell
+    with three gates multiplies the gate before them, too, by ZEROS.
     """
-    of_all, words = CELLS[p.cell].rows // plan.family.partners, ceil(p.columns * p.size / 4)
-    apart = backward and p.heads > 1
-    own = 4 if apart and of_all == 3 else of_all
+    partners, words = plan.family.partners, ceil(p.columns * p.size / 4)
+    gates, apart = CELLS[p.cell].rows // partners, backward and p.heads > 1
+    own = 4 if apart and gates == 3 else gates
     pieces = own if apart else 1
-    k, stride = words if apart or not backward else own * words, 16 * plan.num_warps // pieces
-    more = dict(PARTNERS=plan.family.partners, AHEAD=plan.family.ahead, CHUNKS=ceil(k / stride))
-    return more | dict(OWN=own, PIECES=pieces, ZEROS=own - of_all, K=k, STRIDE=stride)
+    k, stride = own * words // pieces if backward else words, 16 * plan.num_warps // pieces
+    return dict(
+        PARTNERS=partners, FIRST=4 - partners * own, OWN=own, PIECES=pieces, ZEROS=own - gates, K=k, STRIDE=stride,
+        CHUNKS=ceil(k / stride), AHEAD=plan.family.ahead,
+    )  # fmt: skip
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:

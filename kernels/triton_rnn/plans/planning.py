@@ -1,7 +1,7 @@
-"""Cards, plans and their estimated times, for all kernel families. Pure Python, so that it is tested without a GPU.
+"""Plans and their estimated times, for all kernel families. Pure Python, so that it is tested without a GPU.
 
-A plan is a proposal. Registers depend on the Triton version, so the launcher uses the first plan of a list whose
-kernel compiles without spills on the Triton and card at hand; that of the step family always works.
+A plan is a proposal, since registers depend on Triton's version: the launcher uses the first one of a list whose kernel
+compiles without spills. That of the step family always works.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,6 @@ DEVICES = {
 }
 INTERPRETER = Card(0, 1, "Triton's interpreter")
 """It runs programs one after another, so that one cannot wait for another."""
-
-
-# How the time loop is run, with the sizes that only the kernels of this family have.
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class Step:
     name: ClassVar = "step"
     k: int  # how much of K is multiplied at a time
     parts: int = 1  # of K, backward, each for programs of its own
+    ahead: ClassVar = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Plan:
-    """A family with its tiles, warps and grid."""
+    """A family, with sizes that only its kernels have, and its tiles, warps and grid."""
 
     family: Resident | Cooperative | Pointwise | Step | Held
     rows: int  # sequences of a batch tile
@@ -93,24 +91,23 @@ class Plan:
     num_stages: int = 1  # of a product's loads
     blocks: int = 1  # programs of a multiprocessor, which must have room for them
     tiles_per_program: int = 1  # which it processes one after another at every step
-    side_by_side: int = 1  # launches of this plan that fit the card at once; with heads, of those of one head
-    heads: int = 1  # the rest is a plan of one of them, Problem.of_head
+    side_by_side: int = 1  # launches of this plan, or of one of its heads, that fit the card at once
+    heads: int = 1  # all else is a plan of one head, Problem.of_head
 
     @property
-    def grid(self) -> tuple[int, ...]:
-        """The grid of a launch."""
+    def grid(self) -> tuple[int, int, int]:
+        """(Programs of a group, groups, heads), or (programs, 1, heads) where programs belong to no group."""
         in_groups = isinstance(self.family, Cooperative | Held)
-        grid = (self.programs, self.groups) if in_groups else (self.programs * self.groups, 1)
-        return (*grid, self.heads) if self.heads > 1 else grid if in_groups else grid[:1]
+        return *((self.programs, self.groups) if in_groups else (self.programs * self.groups, 1)), self.heads
 
     @property
     def on_chip(self) -> bool:
-        """Whether W_hh stays there from step to step."""
+        """Whether W_hh stays on chip from step to step."""
         return isinstance(self.family, Resident | Cooperative | Held)
 
     @property
     def slower(self) -> str | None:
-        """Where W_hh is read at every step, or a group of programs has several batch tiles."""
+        """See layer.Plan: where W_hh is read at every step, or a group of programs has several batch tiles."""
         fast = self.on_chip and self.tiles_per_program == 1
         return None if fast else f"a kernel of the {self.family.name} family is slower"
 
@@ -118,21 +115,21 @@ class Plan:
     def tiles(self) -> str:
         """How its programs share a layer, in words."""
         of_head = f"{self.rows} sequences x {self.units} units, {self.programs} programs x {self.groups} groups"
-        return of_head + f" x {self.heads} heads" * (self.heads > 1)
+        return of_head if self.heads == 1 else f"{of_head} x {self.heads} heads"
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, with those of the family among them."""
+        """All fields, the family's among them."""
         return asdict(self) | asdict(self.family) | {"family": type(self.family).__name__.lower()}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its numbers may depend on, as JSON values; how many groups there are is not among it."""
+        """See layer.Plan: all fields, except for how many groups and tiles there are, beyond one."""
         others = "groups", "tiles_per_program", "side_by_side", "shared", "why"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
         return {name: value for name, value in self.as_json().items() if name not in others} | several
 
     def fitted(self, problem: Problem) -> "Plan":
-        """The same for fewer sequences, with no more programs, or groups of them, than have a batch tile."""
+        """The same plan for fewer sequences: all programs, or groups of them, have a batch tile."""
         problem = problem.of_head
         tiles = ceil(problem.batch / self.rows)
         if isinstance(self.family, Step):
@@ -143,9 +140,7 @@ class Plan:
         return replace(self, groups=groups, tiles_per_program=ceil(tiles / groups))
 
     def sequences_enough(self, problem: Problem) -> int:
-        """How many of a problem's sequences show all that its programs do: two batch tiles and part of a third, or more
-        where programs, or groups of them, have several tiles.
-        """
+        """See layer.Plan: two batch tiles and part of a third; more where programs, or groups, have several tiles."""
         tiles = 2
         if self.tiles_per_program > 1:
             of_one = ceil(problem.of_head.hidden / self.units) if isinstance(self.family, Step) else self.programs
@@ -154,7 +149,7 @@ class Plan:
 
 
 class Family(NamedTuple):
-    """What a family's module tells the launcher, in pairs forward and backward. `memory` is what a launch allocated."""
+    """What the launcher must know of a family; pairs are forward and backward. `memory` is what a launch allocated."""
 
     kernels: tuple[Any, Any]
     sizes: Callable[[Problem, Plan, bool], dict[str, int]] = lambda p, plan, backward: {}  # more of parameters.Sizes
@@ -165,7 +160,7 @@ class Family(NamedTuple):
     results: tuple[Callable[[Problem, dict[str, Tensor]], Tensor], ...] = (
         lambda p, memory: memory["h_ptr"], lambda p, memory: memory["dgates_ptr"]
     )  # fmt: skip  # h and dgates
-    projects: Callable[[Problem], bool] = lambda p: False  # whether a projection is in the loop
+    within: Callable[[Problem], Problem] = lambda p: p._replace(projected=0)  # what the loop runs of a problem
 
 
 def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
@@ -178,11 +173,10 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
     return Card(architecture, count, properties.name, *rates)
 
 
-# Clocks of an H100. Latencies are published ones, see cards.py. Fitted values are fitted to the cycles of
-# tests/cycles.csv, which were estimated instruction by instruction from SASS.
+# Clocks of an H100, of pairs forward and backward. Latencies are published, see cards.py; "fitted" is to the cycles in
+# tests/cycles.csv, which were estimated from SASS, instruction by instruction.
 BARRIER = 30  # a block's, from the arrival of its last warp
-PRODUCT = 25  # until the next product of a chain can start
-LOAD = 270  # from L2
+PRODUCT, LOAD = 25, 270  # until the next product of a chain can start; from L2
 EXCHANGE = 800  # from a store until all readers have it; 650 to 850, from two latencies of L2 and a poll
 PARTIAL_SUMS = 1060, 600  # the same for the second exchange of a step, with one batch tile and with several; fitted
 TURN_AHEAD = 1080  # the shortest turn where words are requested a turn ahead; fitted
@@ -191,21 +185,16 @@ GRID_BARRIER = 1500  # a barrier, a fence and an atomic of all programs, and as 
 ISSUE = 0.6  # of each instruction's clock; the rest falls into waits of other warps; fitted
 IN_EXCHANGE = 0.33  # the share of these that the exchange does not hide, backward with one batch tile; fitted
 LOOP = 145  # a pass of the step family's loop over K: barriers, fragments and products; fitted
-# Gates and cell, and waits for loads that nothing hides; fitted. Of a tuple, forward and backward.
-RESIDENT_CELL = 530, 1050
-COOPERATIVE_CELL = 350, 530
-STEP_CELL = (300, 500), (1000, 150)  # for each tile, and for each cell of a thread
+RESIDENT_CELL, COOPERATIVE_CELL = (530, 1050), (350, 530)  # gates and cell, and loads that nothing hides; fitted
+STEP_CELL = (300, 500), (1000, 150)  # the same: a tile, and a thread's cell
 STEP_PART = 2500, 90  # a tile of a part of K: until its first operands are there, and after the last; each warp; fitted
-# The same where W_hh is held: for each tile, each of its cells, and each cell of a thread beyond four.
-HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)
+HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)  # a tile, each of its cells, and a thread's cell beyond the fourth
 HELD_PARTS = 2060  # for each tile, where the product is split into parts of K; fitted
 HELD_BESIDE = 0.65  # the share of reads that shows where a multiprocessor has two blocks, one of which computes; fitted
 HELD_AHEAD = 0.6  # the share of an operand's read that shows where it is asked for a tile ahead; fitted
 HELD_ARRIVALS = 950  # the part of GRID_BARRIER that is not in these
-# Instructions that no tile size changes, and those of each sigmoid or tanh, forward and backward: of each cell of a
-# thread in the resident family, of its only cell in the cooperative one; fitted.
-RESIDENT_INSTRUCTIONS = (40, 11), (82, 18)
-COOPERATIVE_INSTRUCTIONS = (130, 16), (198, 20)
+# Instructions of a thread's cell that no tile size changes, and of each sigmoid or tanh; fitted.
+RESIDENT_INSTRUCTIONS, COOPERATIVE_INSTRUCTIONS = ((40, 11), (82, 18)), ((130, 16), (198, 20))
 
 
 def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
@@ -274,7 +263,7 @@ def _cooperative_clocks(problem: Problem, card: Card, plan: Plan, backward: bool
 
 
 def _on_chip(problem: Problem, card: Card, plan: Plan, backward: bool) -> tuple[float, float, float]:
-    """Clocks of a turn of families that hold W_hh in registers: its instructions, products, and shared memory."""
+    """Clocks of a turn where W_hh is in registers: (instructions, products, shared memory)."""
     share = plan.num_warps / 4  # warps of each of a multiprocessor's four schedulers
     count, products, shared = counts_of_turn(problem, plan, backward)
     chain = min(2 * plan.family.chunks, products // 2) * PRODUCT
@@ -287,15 +276,14 @@ def counts_of_turn(problem: Problem, plan: Plan, backward: bool) -> tuple[float,
 
     Instructions are fitted to it, to 10 %; the others are exact.
     """
-    units, warps, chunks, cell = plan.units, plan.num_warps, plan.family.chunks, CELLS[problem.cell]
-    of_unit, functions = cell.rows, cell.functions[backward]
+    units, warps, chunks = plan.units, plan.num_warps, plan.family.chunks
+    of_unit, functions = CELLS[problem.cell].rows, CELLS[problem.cell].functions[backward]
     if isinstance(plan.family, Resident):
         cells = units // (4 * warps)  # of a thread
         products, gates = 2 * chunks * ceil(of_unit * units / (16 * warps)), of_unit if backward else 1
         of_cell, of_function = RESIDENT_INSTRUCTIONS[backward]
         instructions = (of_cell + of_function * functions) * cells + products
-        shared = gates * (cells * problem.size + 16 * chunks)
-        return instructions, products, shared
+        return instructions, products, gates * (cells * problem.size + 16 * chunks)
     partners = plan.family.partners
     rows = ceil(units * (partners if backward else of_unit) / 16) * 16  # of weights
     sums = ceil(rows / (4 * warps)) if backward else of_unit
@@ -319,7 +307,6 @@ def product_clocks(card: Card) -> float:
 def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is read tile by tile from L2, which is assumed to hold it; a barrier ends each round."""
     parts, (of_tile, of_cell) = plan.family.parts, STEP_CELL[backward]
-    # Columns of the product for each unit, and K.
     gates, k = (parts, CELLS[problem.cell].rows * problem.hidden // parts) if backward else (4, problem.hidden)
     at_once = min(plan.programs, card.multiprocessors / plan.side_by_side)  # less than one of more heads than fit
     tiles = ceil(ceil(problem.batch / plan.rows) * ceil(problem.hidden / plan.units) / at_once)

@@ -24,5 +24,5 @@ def pointwise_plan(problem: Problem, backward: bool) -> Plan:
 
 FAMILY = Family(
     (pointwise_forward_kernel, pointwise_backward_kernel), buffers=lambda p, plan, pass_: by_steps.buffers(p, pass_),
-    loops=(by_steps.forward_steps, by_steps.backward_steps), projects=by_steps.keeps_projection,
+    loops=(by_steps.forward_steps, by_steps.backward_steps), within=by_steps.within,
 )  # fmt: skip

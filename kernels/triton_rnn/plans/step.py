@@ -1,5 +1,4 @@
-"""The plans of the step family: which tiles, how many programs, and whether they hold W_hh or split the product; and
-what the launcher must know of it."""
+"""The plans of the step and the held family, and what the launcher must know of them."""
 
 import itertools
 from math import ceil
@@ -17,11 +16,10 @@ from .planning import Family, Held, Plan, Step, expected
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
-    """A plan that works for every size: no more programs than fit the card at once, and tiles that fill them. Where
-    not even the heads fit, each has one program, which waits for no other.
+    """A plan that works for every size: no more programs than fit the card at once. Where not even the heads fit, each
+    has one program, which waits for no other.
 
-    The product of a step is small, so many programs must share it: tiles are the narrowest that still fill tensor-core
-    instructions.
+    The product of a step is small, and many programs share it: so tiles are the narrowest that fill tensor cores.
     """
     most, stages = (32, 2) if problem.regularised else (MOST_ROWS, 3)  # masks need registers
     if problem.exact_float32:
@@ -41,17 +39,16 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 # Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
 HELD_FORWARD = [(rows, units, 1) for rows in (16, 32, 64) for units in (16, 32)]
 HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
-# Backward, in half precision, W_hh of a tile is [K, units] in shared memory, in blocks of 64 units. From Triton 3.6 on
-# a kernel stores each block whole, one after another, but wgmma looks for 256 rows of every block before the next 256
-# (dev/compile_table/triton_issue.md). Those are the same for one block, or up to 256 rows: nothing else is proposed.
+# Backward, in half precision, shared memory has W_hh of a tile, [K, units], in blocks of 64 units. From Triton 3.6 on a
+# kernel stores block after block, but wgmma expects 256 rows of every block before the next 256 rows
+# (dev/compile_table/triton_issue.md). For one block, or up to 256 rows, that is the same: nothing else is proposed.
 BLOCK_UNITS, BLOCK_ROWS = 64, 256
 
 
 def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory.
+    """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory, for wgmma.
 
-    For products by wgmma, whose operands are there; backward, also of parts of K. A resident program holds up to 128
-    units, and beyond 512 these plans gain nothing.
+    Up to 128 units a resident program holds all of it, and beyond 512 these plans gain nothing.
     """
     able = card.architecture == 90 and not problem.exact_float32
     if not able or not 128 < problem.hidden <= 512:
@@ -65,7 +62,9 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
         # While one block of a multiprocessor waits another one computes.
         blocks = 2 if programs * batch_tiles > multiprocessors and card.has_room(2, shared) else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
-        warps = 4 if rows * units == 256 else 16 if (rows, units, blocks) == (64, 32, 1) else 8
+        warps = 4 if rows * units == 256 else 8
+        if (rows, units, blocks) == (64, 32, 1):
+            warps = 16
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner
@@ -83,8 +82,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
     A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
     """
-    fits = problem.side_by_side <= card.multiprocessors
-    if not (backward and fits) or problem.exact_float32:
+    if not backward or problem.side_by_side > card.multiprocessors or problem.exact_float32:
         return []
     plans, inner = [], CELLS[problem.cell].rows * problem.hidden
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
@@ -101,10 +99,9 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
 
 def waits(p: Problem, plan: Plan) -> bool:
-    """Unless the launch is one round of tiles, or each head has one program: so any number of heads has a plan."""
-    if p.heads > 1 and plan.programs == plan.family.parts == 1 and not plan.on_chip:
-        return False
-    return plan.on_chip or p.steps > 1 or plan.family.parts > 1
+    """Unless there is one round of tiles, or one program for each head: so any number of heads has a plan."""
+    alone = p.heads > 1 and plan.programs == 1
+    return plan.on_chip or plan.family.parts > 1 or (p.steps > 1 and not alone)
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
@@ -119,8 +116,9 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
 
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     """See planning.Family."""
-    parts, ahead = plan.family.parts, isinstance(plan.family, Held) and plan.family.ahead
-    return dict(K=CELLS[p.cell].rows * p.columns // parts, BLOCK_K=plan.family.k, PARTS=parts, AHEAD=ahead)
+    family = plan.family
+    k = CELLS[p.cell].rows * p.columns // family.parts
+    return dict(K=k, BLOCK_K=family.k, PARTS=family.parts, AHEAD=family.ahead)
 
 
 STEP = Family((step_forward_kernel, step_backward_kernel), sizes, waits, buffers)

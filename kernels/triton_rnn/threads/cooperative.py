@@ -1,22 +1,22 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
 The programs of one batch tile are a group, which never waits for another. Each owns UNITS hidden units, and keeps its
-rows of W_hh in registers. A group may have several batch tiles: forward requests the words of one before it computes
-the cell of the other. All programs of a launch must be resident at once.
+rows of W_hh in registers. A group may have several batch tiles: forward requests the words of the next one before it
+computes the cells of this one. All programs of a launch must be resident at once.
 
 forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
 backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
            GATES / PARTNERS gates for all of these, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the dgates of
-           these gates. With partners it publishes its sums in a second, small exchange, and adds up those of all
-           partners for its own units.
+           these gates. Partners exchange their sums in a second, small exchange, and each adds up those of all for
+           its own units.
 
 In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
 one unit of one sequence. Words (exchange.py) have PER units: a row of H units is W = ceil(H / PER) words, of which the
 last may be half empty; so the weights are passed as words, too. A step of one batch tile is a *turn*.
 
-Each head has groups of its own, the last axis of the grid; what is said here of H is of its D units. A row has W words
-of each head, in dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps.
-What follows from that for K is in plans/cooperative.py, sizes.
+Each head has groups of its own, the last axis of the grid; H here means its D units. A row has W words of each head, in
+dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps. `sizes` in
+plans/cooperative.py says what that makes of K.
 """
 
 from collections import namedtuple
@@ -28,20 +28,19 @@ from ..cell import indexing, noise, reset, states
 from ..cell.indexing import Batch
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from ..exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
-from ..features import nothing
-from ..parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 
 # The cell of each thread, all [THREADS]: the number of its unit among the program's, its place in the head, its unit,
 # the column of the batch tile that is its sequence, whether it has one, and whether it publishes a word.
 Owned = namedtuple("Owned", "local place unit column is_cell is_word")
-# Where that is in a turn: the number of the batch tile, and of all [THREADS] the unit, Sequences, Position and Cells.
+# Where that cell is in a turn: the number of the batch tile; unit, Sequences, Position and Offsets [THREADS].
 Here = namedtuple("Here", "tile unit sequence position cells")
-# The h that a turn starts from, of the sequence in each thread's column, [THREADS]: its Words, the sequence's index in
-# the batch; and 4 CHUNKS words as a look ahead found them, or `nothing`.
+# The h that a turn starts from, of the sequence in each thread's column: its Words, the sequence's index in the batch
+# [THREADS], and what a look ahead found there, 4 CHUNKS words [THREADS] or none.
 Before = namedtuple("Before", "words index seen")
-# For each of a thread's sums over the warps' products, tuples of [THREADS]: its row and column in the product, its
-# unit, and whether it is published to the partners; last, [THREADS], whether the thread has any.
+# A thread's sums over the warps' products: for each its row and column in the product, its unit, and whether it is
+# published to the partners, tuples of [THREADS]; last whether the thread has any sum, [THREADS].
 Sums = namedtuple("Sums", "rows columns units published wanted")
 
 
@@ -66,8 +65,8 @@ def cell_of_thread(first_place, S: tl.constexpr):
     local, column = thread % S.UNITS, thread // S.UNITS
     place, in_tile = first_place + local, column < SEQUENCES
     is_word = in_tile & (place < S.W * S.PER) & (thread % S.PER == 0)
-    unit, in_head = indexing.units_at(place, S)
-    return Owned(local, place, unit, column % SEQUENCES, in_tile & in_head, is_word)
+    is_cell, unit = in_tile & (place < S.D), indexing.units_at(place, S)
+    return Owned(local, place, unit, column % SEQUENCES, is_cell, is_word)
 
 
 @triton.jit
@@ -88,17 +87,13 @@ def of_head(words_ptr, S: tl.constexpr):
 
 
 @triton.jit
-def first_word(S: tl.constexpr):
-    """The first word of a piece of a row that a thread has, four of every STRIDE; see fragments.py."""
-    thread = threads(S.WARPS)
-    warp = thread.warp if S.PIECES == 1 else thread.warp % (S.WARPS // S.PIECES)
-    return warp * 16 + thread.quarter * 4
-
-
-@triton.jit
-def piece_of_thread(S: tl.constexpr):
-    """Which piece that is: each is for as many warps."""
-    return 0 if S.PIECES == 1 else threads(S.WARPS).warp // (S.WARPS // S.PIECES)
+def place_in_row(S: tl.constexpr):
+    """(Which piece of a row a thread multiplies, its first word there): it has four words of every STRIDE."""
+    thread, piece = threads(S.WARPS), 0
+    warp = thread.warp
+    if S.PIECES > 1:  # each is for as many warps
+        piece, warp = warp // (S.WARPS // S.PIECES), warp % (S.WARPS // S.PIECES)
+    return piece, warp * 16 + thread.quarter * 4
 
 
 @triton.jit
@@ -106,26 +101,28 @@ def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr,
     """The program's weights, ROWS rows of PIECES of K words: forward W_hh, where row r is gate r // UNITS, unit
     r % UNITS; backward a partner's W_hh^T, whose rows are the units of all partners."""
     BY_GATE: tl.constexpr = ROWS > S.PARTNERS * S.UNITS
-    piece, rows = piece_of_thread(S) - S.ZEROS, ()
+    piece, first = place_in_row(S)
+    piece, rows = piece - S.ZEROS, ()
     for n in tl.static_range((ROWS + 15) // 16 * 2):
         row = 8 * n + threads(S.WARPS).column
-        unit, is_row = indexing.units_at(first_place + (row % S.UNITS if BY_GATE else row), S)
+        place = first_place + (row % S.UNITS if BY_GATE else row)
+        is_row = place < S.D
         if ROWS % 16 > 0:
             is_row &= row < ROWS
-        number = (row // S.UNITS if BY_GATE else tl.program_id(0) % S.PARTNERS) * S.H + unit
+        number = (row // S.UNITS if BY_GATE else tl.program_id(0) % S.PARTNERS) * S.H + indexing.units_at(place, S)
         rows = rows + (tl.where(is_row & (piece >= 0), number * (S.PIECES - S.ZEROS) + piece, -1),)
-    return load_weights(weights_ptr, rows, first_word(S), S.K, S.STRIDE, DTYPE, S.CHUNKS)
+    return load_weights(weights_ptr, rows, first, S.K, S.STRIDE, DTYPE, S.CHUNKS)
 
 
 @triton.jit
 def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
-    """The h Before a turn; nothing where it is reset, and in padding."""
+    """The h Before a turn; no words where it is reset, and in padding."""
+    _, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     continues = indexing.position(step, sequence, batch, S.REVERSE).continues
     row = indexing.row_in_h_then_h0(step - 1, sequence, batch, S.REVERSE)
-    left = tl.where(continues, S.K - first_word(S), 0)
-    words = Words(words_ptr + row * (S.HEADS * S.W) + first_word(S), left)
-    seen = look(words, S.CHUNKS, 4, S.STRIDE, neighbours(S.K)) if S.AHEAD else nothing()
+    words = Words(words_ptr + row * (S.HEADS * S.W) + first, tl.where(continues, S.K - first, 0))
+    seen = look(words, S.CHUNKS, 4, S.STRIDE, neighbours(S.K)) if S.AHEAD else ()
     return Before(words, sequence.index, seen)
 
 
@@ -134,7 +131,8 @@ def collect_h(before, wait, dropout_h_ptr, DTYPE: tl.constexpr, S: tl.constexpr)
     """(Words of h as W_hh multiplies it, the delay of the next wait for h)."""
     h, delay = collect(before.words, wait, before.seen, S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
     if dropout_h_ptr is not None:
-        factors_ptr = of_head(dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first_word(S)
+        _, first = place_in_row(S)
+        factors_ptr = of_head(dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first
         h = scale(h, factors_ptr, before.words.left, S.STRIDE, DTYPE)
     return h, delay
 
@@ -154,8 +152,8 @@ def gates_of_cell(products, owned, turn, S: tl.constexpr):
 def cooperative_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
     words_ptr,  # [T*B + B, HEADS W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
-    hidden: Hidden,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, HEADS W] int32
-    cell: Cell, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,
+    hidden: HiddenPointers,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, HEADS W] int32
+    cell: CellPointers, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps of a program's units; grid (programs of a group, groups, heads)."""
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
@@ -174,9 +172,7 @@ def cooperative_forward_kernel(
         # Load before waiting: the data arrive meanwhile. As stored, since to convert them is to wait for them.
         here = here_at(step, tile, owned, batch, S)
         cells = here.cells
-        x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
-        c_prev = reset.load_state(cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
-        rest_prev = states.load_rest_before(cell.c_n_ptr, cells, B, S)
+        x, c_prev, rest_prev = states.load_cells(cell.c_n_ptr, cell, cells, B, S)
         share_c = noise.load_share(cell.zoneout_c_ptr, cells)
         h_kept = noise.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
 
@@ -211,34 +207,34 @@ def cooperative_forward_kernel(
 
 @triton.jit
 def dgates_after(step, tile, words_ptr, batch, S: tl.constexpr):
-    """The Words of the next step's dgates, PIECES of K for each sequence. Padding, and what resets cut off, is awaited,
-    too: so none overwrites sums that another waits for."""
+    """The Words of the next step's dgates, PIECES of K for each sequence. It waits in padding and at resets, too:
+    otherwise it could run ahead and overwrite sums that another has not read."""
+    piece, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     row = indexing.row_of(indexing.time_of(step + 1, sequence.length, S.REVERSE), sequence.index, batch.B)
-    left = tl.where(sequence.in_batch & (step < batch.T - 1), S.K - first_word(S), 0)
-    first_ptr = words_ptr + (4 * row + piece_of_thread(S)) * (S.HEADS * S.W) + first_word(S)
-    return Words(first_ptr, left)
+    left = tl.where(sequence.in_batch & (step < batch.T - 1), S.K - first, 0)
+    return Words(words_ptr + (4 * row + piece) * (S.HEADS * S.W) + first, left)
 
 
 @triton.jit
 def sums_of_thread(first_place, S: tl.constexpr):
-    """Every thread's Sums: its cell's, or with partners those that it publishes, for the units of all."""
+    """Every thread's Sums: of its own cell, or with partners those that it publishes, for the units of all."""
     ROWS: tl.constexpr = S.PARTNERS * S.UNITS
     rows, columns, units, published = (), (), (), ()
     for n in tl.static_range((ROWS + 4 * S.WARPS - 1) // (4 * S.WARPS)):
         number = tl.arange(0, 32 * S.WARPS) + n * 32 * S.WARPS
         rows = rows + (number % ROWS,)
         columns = columns + (number // ROWS % SEQUENCES,)
-        unit, in_head = indexing.units_at(first_place + rows[n], S)
-        units = units + (unit,)
-        published = published + ((number < SEQUENCES * ROWS) & in_head,)
+        place = first_place + rows[n]
+        units = units + (indexing.units_at(place, S),)
+        published = published + ((number < SEQUENCES * ROWS) & (place < S.D),)
     return Sums(rows, columns, units, published, threads(S.WARPS).number < SEQUENCES * ROWS)
 
 
 @triton.jit
 def sum_of_partners(found, sums, partials_ptr, here, wait, B, S: tl.constexpr):
-    """(What all partners found for the thread's cell, the delay of the next wait for that); `found` are this program's
-    Sums, which it publishes for its partners, if it has any."""
+    """(What all partners found for the thread's cell, the delay of the next wait for that). A program that has partners
+    publishes for them what it `found`, its Sums."""
     PARTNERS: tl.constexpr = S.PARTNERS  # Triton 3.4 takes no field of a tuple for static_range
     total, delay = found[0], wait.delay
     if PARTNERS > 1:
@@ -250,7 +246,7 @@ def sum_of_partners(found, sums, partials_ptr, here, wait, B, S: tl.constexpr):
             publish(word_ptr, in_phase(pack(found[n], tl.float32), wait.phase), sums.published[n] & (index < B))
         first_ptr = partials_ptr + here.sequence.index.to(tl.int64) * ROW + here.unit
         words = Words(first_ptr, tl.where(here.cells.in_tile, ROW, 0))  # at every step: no phase is skipped
-        of_partners, delay = collect(words, wait, nothing(), PARTNERS, 1, S.H, 1)
+        of_partners, delay = collect(words, wait, (), PARTNERS, 1, S.H, 1)
         total = of_partners[0].to(tl.float32, bitcast=True)
         for n in tl.static_range(1, PARTNERS):
             total += of_partners[n].to(tl.float32, bitcast=True)
@@ -274,7 +270,7 @@ def cooperative_backward_kernel(
     owned, sums = cell_of_thread(first_place + partner * S.UNITS, S), sums_of_thread(first_place, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     words_ptr = of_head(words_ptr, S)
-    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * S.OWN) * (S.HEADS * S.W)  # of the program's gates
+    dgates_ptr = words_ptr + (S.FIRST + partner * S.OWN) * (S.HEADS * S.W)  # of the program's gates
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = T - 1, tl.program_id(1)
@@ -285,15 +281,15 @@ def cooperative_backward_kernel(
         cells, position = here.cells, here.position
         gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
+        drest = states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S)
         dh_given, share_c = states.load_gradients_given(hidden, cells), noise.load_share(cell.zoneout_c_ptr, cells)
         next_continues = indexing.position(step + 1, here.sequence, batch, S.REVERSE).continues
 
-        # Collect dgates of the step after, and multiply: dh of the partners' units, as far as it comes from this
+        # Collect dgates of the step after, and multiply: the part of dh of all partners' units that comes from this
         # program's gates. Add up what the warps found, then the partners.
         words = dgates_after(step, tile, dgates_ptr, batch, S)
         wait = Wait(error_ptr, step, delay, None)
-        dgates, delay = collect(words, wait, nothing(), S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
+        dgates, delay = collect(words, wait, (), S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
         products = product(weights, dgates, DTYPE)
         found = sum_over_warps(products, sums.rows, sums.columns, sums.wanted, turn % 2, S.WARPS)
         wait = Wait(error_ptr, step, delay_of_sums, (T - 1 - step) % 2)

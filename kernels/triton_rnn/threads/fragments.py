@@ -11,8 +11,8 @@ Every thread of a warp has elements of A, B and D, by its
     column   lane // 4: a sequence in B; the rows column and column + 8 in A and D
     quarter  lane % 4: two words of K in A and B; the sequences 2 quarter and 2 quarter + 1 in D
 
-Which words of K are multiplied together is free as long as A and B agree. Here a thread has a quad, four neighbouring
-words (16 bytes), for two successive products; the four quads of a row are a chunk of K, 16 words.
+The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes), for two
+successive products; the four quads of a row are a chunk of K, 16 words.
 """
 
 from collections import namedtuple
@@ -25,8 +25,6 @@ from ..exchange import Words, look, neighbours
 from ..features import constexpr_function
 
 SEQUENCES = tl.constexpr(8)  # of a product
-
-
 Threads = namedtuple("Threads", "number warp column quarter")  # of a program, each [THREADS]
 
 
@@ -65,12 +63,9 @@ def to_tf32(words):
 
 
 @triton.jit
-def product(
-    weights,  # of load_weights
-    x,  # tuple of CHUNKS quads of [THREADS] words: B
-    DTYPE: tl.constexpr,
-):
-    """D: for each tile the rows column and column + 8, of each two sequences: a tuple of 4 TILES [THREADS] float32."""
+def product(weights, x, DTYPE: tl.constexpr):
+    """D, a tuple of 4 TILES [THREADS] float32: of each tile the rows column and column + 8, each of two sequences. A is
+    from `load_weights`, B is x, a tuple of CHUNKS quads of [THREADS] words."""
     CHUNKS: tl.constexpr = len(x) // 4
     TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
     return tl.inline_asm_elementwise(
@@ -101,7 +96,7 @@ def scale(
 
 @triton.jit
 def multiply_halves(a, b, DTYPE: tl.constexpr):
-    """The low halves' product, int32."""
+    """The product of the low halves, int32."""
     a, b = a.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32), b.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
     return (a * b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
@@ -129,14 +124,9 @@ def share(
 
 
 @triton.jit
-def take(
-    shared,  # from `share`
-    FIRST: tl.constexpr,  # chunk of a row; even
-    COUNT: tl.constexpr,  # chunks
-    CHUNKS: tl.constexpr,  # of a row
-    WARPS: tl.constexpr,
-):
-    """COUNT quads of the thread's column, a tuple of 4 COUNT [THREADS] words: B."""
+def take(shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
+    """B for COUNT chunks of a row's CHUNKS, from the even chunk FIRST on, of the thread's column: a tuple of 4 COUNT
+    [THREADS] words. `shared` is from `share`."""
     thread = threads(WARPS)
     even = shared + shared_place(thread.column, 16 * thread.quarter, CHUNKS)
     odd = shared + shared_place(thread.column, 16 * thread.quarter + 64, CHUNKS)

@@ -3,9 +3,9 @@
 A program owns 8 sequences and all hidden units, or those of a head, if their W_hh fits the registers of one block. They
 are split over the warps: each holds the rows of its units as operands of products (fragments.py), reads h of all units
 from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
-written thread by thread; a thread has CELLS cells: number n is the unit 8 (n // 2) + column of its warp's, and the
-sequence 2 quarter + n % 2. What is of each cell is a tuple of CELLS. (Triton 3.4 to 3.6 forget the names of a named
-tuple in a tuple that grew: hence Cells(*cells[n]).)
+written thread by thread; a thread has OF_THREAD cells: number n is the unit 8 (n // 2) + column of its warp's, and the
+sequence 2 quarter + n % 2. What is of each cell is a tuple of OF_THREAD. (Triton 3.4 to 3.6 forget the names of a named
+tuple in a tuple that grew: hence Offsets(*cells[n]).)
 """
 
 from collections import namedtuple
@@ -14,18 +14,16 @@ import triton
 import triton.language as tl
 
 from ..cell import indexing, noise, reset, states
-from ..cell.indexing import Batch, Cells, Sequences
+from ..cell.indexing import Batch, Offsets, Sequences
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
-from ..parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 
-# All fields are tuples of CELLS, an element for each cell of a thread. What it owns, all [THREADS]: units, their places
-# in the program's head, columns of the batch tile; and Sequences.
+# Fields are tuples of OF_THREAD. What a thread owns, all [THREADS]: units, their places in the program's head, columns
+# of the batch tile; and Sequences.
 Owned = namedtuple("Owned", "units places columns sequences")
-# Where that is at a step: Position and Cells.
-Now = namedtuple("Now", "positions cells")
-# What a step starts from: four [THREADS] that come to the gates from the input; [THREADS] h as stored, the operand of
-# the product, which is h with dropout, and c.
+# What a step starts from: what comes to the gates from the input, a tuple of [THREADS]; [THREADS] h as stored, the
+# operand of the product, which is h with dropout, and c.
 Before = namedtuple("Before", "x h operand c")
 
 
@@ -36,7 +34,7 @@ def cells_of_thread(batch, S: tl.constexpr):
     units, places, columns, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
         places = places + (thread.warp * (S.UNITS // S.WARPS) + n // 2 * 8 + thread.column,)
-        units = units + (indexing.units_at(places[n], S)[0],)
+        units = units + (indexing.units_at(places[n], S),)
         columns = columns + (2 * thread.quarter + n % 2,)
         sequences = sequences + (indexing.sequences(tl.program_id(0) * SEQUENCES + columns[n], batch),)
     return Owned(units, places, columns, sequences)
@@ -44,14 +42,13 @@ def cells_of_thread(batch, S: tl.constexpr):
 
 @triton.jit
 def cells_at_step(step, owned, batch, S: tl.constexpr):
-    """Where they are Now."""
-    positions, cells = (), ()
+    """The Offsets of each cell at a step."""
+    cells = ()
     for n in tl.static_range(len(owned.units)):
-        unit, sequence = owned.units[n], Sequences(*owned.sequences[n])
+        sequence = Sequences(*owned.sequences[n])
         position = indexing.position(step, sequence, batch, S.REVERSE)
-        positions = positions + (position,)
-        cells = cells + (indexing.cells_at(sequence, position, unit, owned.places[n] < S.D, S.H),)
-    return Now(positions, cells)
+        cells = cells + (indexing.cells_at(sequence, position, owned.units[n], owned.places[n] < S.D, S.H),)
+    return cells
 
 
 @triton.jit
@@ -60,7 +57,7 @@ def load_step(h, c, now, hidden, cell, S: tl.constexpr):
     DTYPE: tl.constexpr = hidden.h_ptr.dtype.element_ty
     x, h_prev, operand, c_prev = (), (), (), ()
     for n in tl.static_range(len(h)):
-        cells = Cells(*now.cells[n])
+        cells = Offsets(*now[n])
         x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
         h_prev = h_prev + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
         h_float = noise.dropout(h_prev[n].to(tl.float32), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
@@ -99,20 +96,20 @@ def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
 @triton.jit(repr=name_in_profiles("resident_forward_kernel"), do_not_specialize=["T", "B"])
 def resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
-    hidden: Hidden, cell: Cell, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
+    hidden: HiddenPointers, cell: CellPointers, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps of a batch tile."""
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
-    CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     EMPTY: tl.constexpr = S.EMPTY  # Triton 3.4 takes no field of a tuple into another tuple
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
+    OF_THREAD: tl.constexpr = len(owned.units)
 
     weights = load_rows(weights_ptr, owned, DTYPE, S)
     h, c, rest, constants = (), (), (), ()
-    first = cells_at_step(0, owned, batch, S).cells
-    for n in tl.static_range(CELLS):
-        unit, cells = owned.units[n], Cells(*first[n])
+    first = cells_at_step(0, owned, batch, S)
+    for n in tl.static_range(OF_THREAD):
+        unit, cells = owned.units[n], Offsets(*first[n])
         constants = constants + (states.load_constants_forward(cell, unit, S),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
         c = c + (tl.load(cell.c0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
@@ -123,8 +120,8 @@ def resident_forward_kernel(
         z = product_with_h(weights, before.operand, owned, step % 2, S)
         rest_before = rest
         h, c, rest = (), (), ()
-        for n in tl.static_range(CELLS):
-            cells, c_prev = Cells(*now.cells[n]), before.c[n]
+        for n in tl.static_range(OF_THREAD):
+            cells, c_prev = Offsets(*now[n]), before.c[n]
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
             gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
@@ -138,8 +135,8 @@ def resident_forward_kernel(
             h = h + (tl.where(cells.valid, h_next, before.h[n]),)
             c = c + (tl.where(cells.valid, c_next, c_prev),)
             rest = rest + (states.select(cells.valid, rest_next, rest_prev),)
-    for n in tl.static_range(CELLS):
-        cells = Cells(*first[n])
+    for n in tl.static_range(OF_THREAD):
+        cells = Offsets(*first[n])
         tl.store(hidden.h_n_ptr + cells.state_at, h[n], mask=cells.in_tile)
         tl.store(cell.c_n_ptr + cells.state_at, c[n], mask=cells.in_tile)
         states.store_rest(cell.c_n_ptr, rest[n], cells, cells.in_tile, B, S)
@@ -211,15 +208,15 @@ def resident_backward_kernel(
 ):  # fmt: skip
     """All steps of a batch tile, from the last to the first."""
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
-    CELLS: tl.constexpr = S.UNITS // S.WARPS // 4
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
+    OF_THREAD: tl.constexpr = len(owned.units)
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
-    dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S).cells
-    for n in tl.static_range(CELLS):
-        cells, dh_n = Cells(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
+    dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S)
+    for n in tl.static_range(OF_THREAD):
+        cells, dh_n = Offsets(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
         peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
         if hidden.dh_n_ptr is not None:
             dh_n += tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
@@ -228,15 +225,16 @@ def resident_backward_kernel(
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
         activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
-        for n in tl.static_range(CELLS):
-            gates, c, c_prev = states.load_saved(saved, step, Cells(*now.cells[n]), S.H)
+        for n in tl.static_range(OF_THREAD):
+            cells = Offsets(*now[n])
+            gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
             activations = activations + (states.as_float(gates, c, c_prev),)
             # From memory, since there are no registers for it during the product.
-            drest = drest + (states.load_gradient_of_rest(cell.dc_ptr, Cells(*now.cells[n]), B, S),)
+            drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
 
         # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
-        for n in tl.static_range(CELLS):
-            cells = Cells(*now.cells[n])
+        for n in tl.static_range(OF_THREAD):
+            cells = Offsets(*now[n])
             gates, c, c_prev = activations[n]
             dm, stayed = gradient_of_m(dh[n], hidden, cells)
             c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
@@ -250,8 +248,8 @@ def resident_backward_kernel(
         dh_prev = product_with_dz(weights, dz, elements, owned, back % 2, DTYPE, S)
 
         dh_after, dc_after, dh, dc = dh, dc, (), ()
-        for n in tl.static_range(CELLS):
-            cells = Cells(*now.cells[n])
+        for n in tl.static_range(OF_THREAD):
+            cells = Offsets(*now[n])
             states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz[n], S.H)
             d = gradient_before(dh_prev[n], dh_stayed[n], hidden, cells, step)
             if cell.dreset_c_ptr is not None:
@@ -259,5 +257,5 @@ def resident_backward_kernel(
             # No gradient flows past a reset.
             dh = dh + (tl.where(cells.valid, tl.where(cells.continues, d, 0.0), dh_after[n]),)
             dc = dc + (tl.where(cells.valid, tl.where(cells.continues, dc_prev[n], 0.0), dc_after[n]),)
-    for n in tl.static_range(CELLS):
-        tl.store(cell.dc_ptr + Cells(*first[n]).state_at, dc[n], mask=Cells(*first[n]).in_tile)
+    for n in tl.static_range(OF_THREAD):
+        tl.store(cell.dc_ptr + Offsets(*first[n]).state_at, dc[n], mask=Offsets(*first[n]).in_tile)

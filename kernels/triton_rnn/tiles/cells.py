@@ -8,16 +8,8 @@ from ..equations import cell_backward, cell_forward, output
 
 
 @triton.jit
-def load_cells(c_prev_ptr, cell, cells, B, S: tl.constexpr):
-    """What comes to the gates from the input, as stored; c, and the rest, before the step."""
-    x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
-    c_prev = reset.load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
-    return x, c_prev, states.load_rest_before(c_prev_ptr, cells, B, S)
-
-
-@triton.jit
 def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
-    """What else cells read: constants; with zoneout the share of c that stays, and noise.load_h_before."""
+    """(Constants, the share of c that stays with zoneout, noise.load_h_before): what cells read beside load_cells."""
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     h_before = noise.load_h_before(hidden, h_prev_ptr, tile.cells.prev_at, tile.cells)
     return constants, noise.load_share(cell.zoneout_c_ptr, tile.cells), h_before
@@ -27,8 +19,8 @@ def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
 def forward_cells(
     x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False
 ):  # fmt: skip
-    """The cells of a step, from W_hh h -> (m, zero in padding; of which it is made: the last gate, c before zoneout).
-    All else is stored: c_n at every step or, if AT_END, where a sequence ends."""
+    """The cells of a step, from z = W_hh h. Returns m, zero in padding, and what it is made of: the last gate, and c
+    before zoneout. All else is stored: c_n at every step or, if AT_END, where a sequence ends."""
     cells = tile.cells
     gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
@@ -41,12 +33,12 @@ def forward_cells(
 
 @triton.jit
 def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr):
-    """Gradients by way of m, of the last pre-activation and of c before zoneout -> of all pre-activations. They are
-    stored, and those of the state before. In padding all that was loaded is zero, and so are they."""
+    """The gradients of all pre-activations, from those that come by way of m: of the last one, dz_o, and of c before
+    zoneout. They are stored, as are those of the state before. In padding all that was loaded is zero; so are they."""
     cells = tile.cells
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
     dc, dc_stayed = noise.zoneout_backward(dc, noise.load_share(cell.zoneout_c_ptr, cells))
-    drest = states.load_gradient_of_rest(cell.dc_ptr, cells, B, S)
+    drest = states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
     dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)

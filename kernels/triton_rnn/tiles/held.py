@@ -1,11 +1,11 @@
 """The held family: as the step family, but W_hh stays in shared memory.
 
-A program has some units, and the sequences of its group, tile by tile; it loads W_hh of the units once. Before a
-product a tile waits for the other units' tiles of the same sequences, by a counter each, and for no others. AHEAD: what
-a program's next tile multiplies is loaded before the cells of this one are computed.
+A program has some units, whose W_hh it loads once, and the sequences of its group, tile by tile. Before a product it
+waits for the other units' tiles of the same sequences alone: each tile of sequences has a counter. AHEAD: what a
+program's next tile multiplies is loaded before the cells of this one are computed.
 
-Backward, with PARTS a program has a part of K for PARTS times as many units, and a step is two rounds: of products, and
-of cells, which add them up.
+Backward, with PARTS a program multiplies a part of K for PARTS times as many units, and a step is two rounds: products,
+and cells, which add them up.
 """
 
 from collections import namedtuple
@@ -17,42 +17,34 @@ from ..cell import indexing, noise, states
 from ..cell.indexing import Batch
 from ..equations import output_backward
 from ..exchange import arrive, unless_timed_out, wait_for
-from ..parameters import Arrivals, Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from ..parameters import Arrivals, CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from . import operands
-from .cells import backward_cells, forward_cells, load_beside, load_cells
+from .cells import backward_cells, forward_cells, load_beside
 from .operands import Rows, load_rows, load_weights, of_head
 
-# What h before a step, [B or T*B, H], and dgates [T*B, 4H] of the step after it are awaited and loaded by.
+# What it takes to await and load h before a step, [B, H] or [T*B, H], and dgates [T*B, 4H] of the step after.
 Before = namedtuple("Before", "h_prev_ptr dropout_h_ptr batch arrivals")
 After = namedtuple("After", "dgates_ptr batch arrivals")
 
 
 @triton.jit
-def product(held, a, S: tl.constexpr):
-    """a [rows, K] @ held^T [K, columns] -> [rows, columns] float32, computed as held a^T: wgmma takes 64 rows, or a
-    multiple, and 8 columns or more."""
+def product_of_held(held, a, S: tl.constexpr):
+    """a [rows, K] @ held^T [K, columns] -> [rows, columns] float32, computed as (held a^T)^T: wgmma takes a multiple of
+    64 rows, and 8 columns or more."""
     return tl.trans(tl.dot(held, tl.trans(a), input_precision=S.PRECISION))
 
 
 @triton.jit
-def wait_for_tile(arrivals, batch_tile, times, poll_limit, step):
-    """Wait until all programs that have units of a tile's sequences have arrived so many times; see wait_for."""
-    expected = times * tl.num_programs(0)
-    return wait_for(arrivals.arrivals_ptr + batch_tile, expected, poll_limit, arrivals.error_ptr, step)
-
-
-@triton.jit
 def await_tile(of, batch_tile, times, step, poll_limit, S: tl.constexpr):
-    """(The poll limit after the wait for so many arrivals; a tile's Sequences). Past the last tile there is nothing to
-    wait for."""
+    """(The poll limit after the wait, a tile's Sequences). Past the last tile there is nothing to wait for."""
     if batch_tile < tl.cdiv(of.batch.B, S.BLOCK_B):
-        poll_limit = wait_for_tile(of.arrivals, batch_tile, times, poll_limit, step)
+        poll_limit = wait_for(of.arrivals, batch_tile, times, poll_limit, step)
     return poll_limit, indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), of.batch)
 
 
 @triton.jit
 def await_h(before, batch_tile, step, poll_limit, S: tl.constexpr):
-    """(The poll limit; h before a step of all units of a tile's sequences, with dropout, [BB, BK])."""
+    """(The poll limit after the wait, h before a step, with dropout [BB, BK]). Past the last tile h is zero."""
     poll_limit, sequence = await_tile(before, batch_tile, step, step, poll_limit, S)
     here = indexing.position(step, sequence, before.batch, S.REVERSE)
     rows = operands.h_before(before.h_prev_ptr, before.dropout_h_ptr, sequence, here, S)
@@ -62,7 +54,7 @@ def await_h(before, batch_tile, step, poll_limit, S: tl.constexpr):
 @triton.jit(repr=name_in_profiles("held_forward_kernel"), do_not_specialize=["T", "B"])
 def held_forward_kernel(
     weight_hh_ptr,  # [GATES H, D]
-    hidden: Hidden, cell: Cell, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
+    hidden: HiddenPointers, cell: CellPointers, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps; grid (programs of a group, groups, heads)."""
     EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 128 * S.WARPS  # a thread has registers for four cells
@@ -83,8 +75,8 @@ def held_forward_kernel(
                 poll_limit, h_prev = await_h(before, batch_tile, step, poll_limit, S)
             if EARLY:
                 constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
-            x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
-            z = unless_timed_out(product(held, h_prev, S), poll_limit)
+            x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
+            z = unless_timed_out(product_of_held(held, h_prev, S), poll_limit)
             if S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile + stride, step, poll_limit, S)
 
@@ -99,7 +91,7 @@ def held_forward_kernel(
 
 @triton.jit
 def await_dgates(after, batch_tile, times, step, poll_limit, S: tl.constexpr):
-    """(The poll limit; the program's part of K of dgates of the step after, [BB, BK])."""
+    """(The poll limit after the wait, the program's part of K in dgates of the step after [BB, BK])."""
     poll_limit, sequence = await_tile(after, batch_tile, times, step, poll_limit, S)
     there, part = indexing.position(step + 1, sequence, after.batch, S.REVERSE), tl.program_id(0) % S.PARTS
     dgates_ptr, at = operands.dgates_of_part(after.dgates_ptr, there.row, part, S)
@@ -109,11 +101,12 @@ def await_dgates(after, batch_tile, times, step, poll_limit, S: tl.constexpr):
 
 @triton.jit
 def product_round(held, after, sums_ptr, times, step, poll_limit, S: tl.constexpr):
-    """Products of the program's part of K, for PARTS times as many units. Returns the poll limit after its waits."""
+    """Products of the program's part of K, for PARTS times as many units. Returns the poll limit after the waits."""
     for batch_tile in range(tl.program_id(1), tl.cdiv(after.batch.B, S.BLOCK_B), tl.num_programs(1)):
         tile = indexing.tile_at(batch_tile, tl.program_id(0), step, after.batch, S, S.PARTS)
         poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
-        operands.store_sum(unless_timed_out(product(held, dgates, S), poll_limit), sums_ptr, tile, after.batch.B, S)
+        dh = unless_timed_out(product_of_held(held, dgates, S), poll_limit)
+        operands.store_sum(dh, sums_ptr, tile, after.batch.B, S)
         arrive(after.arrivals.arrivals_ptr + batch_tile, poll_limit)
     return poll_limit
 
@@ -148,8 +141,8 @@ def held_backward_kernel(
             if EARLY:
                 gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
             if S.PARTS > 1:
-                poll_limit = wait_for_tile(arrivals, batch_tile, times + 1, poll_limit, step)
-            dh = operands.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product(held, dgates, S)
+                poll_limit = wait_for(arrivals, batch_tile, times + 1, poll_limit, step)
+            dh = operands.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product_of_held(held, dgates, S)
             dh = unless_timed_out(dh, poll_limit)
             if S.AHEAD:
                 poll_limit, dgates = await_dgates(after, batch_tile + stride, times, step, poll_limit, S)

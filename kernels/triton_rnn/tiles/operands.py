@@ -8,18 +8,18 @@ import triton.language as tl
 from ..cell import indexing, noise
 from ..parameters import Arrivals
 
-# Rows of a tensor: where each begins [rows], zeros where not `mask` [rows]; times factors, which begin at factors_at
-# [rows], or None.
+# Rows of a tensor: where each begins [rows]; which there are [rows], the others are zeros; factors of them, which begin
+# at factors_at [rows], or None.
 Rows = namedtuple("Rows", "ptr at mask factors_ptr factors_at")
-# Columns [columns] of weights: offset of each one's first element, whether there is one, from one k to the next.
-# The `first` k of a part counts from the head's, see indexing.by_gate.
+# Columns of weights: where each begins [columns]; which there are [columns]; how far it is from one k to the next.
+# `first`, of both, is where a part of K begins, counted within the head, see indexing.by_gate.
 Columns = namedtuple("Columns", "ptr at mask stride")
 
 
 @triton.jit
 def load_rows(rows, k, K: tl.constexpr, S: tl.constexpr, first=0):
-    """The rows' columns k times the factors, [rows, k]; zeros past K."""
-    column, _ = indexing.units_at(indexing.by_gate(k, first, S), S)
+    """Columns k of the rows, times the factors, [rows, k]; zeros past K."""
+    column = indexing.units_at(indexing.by_gate(k, first, S), S)
     in_a = rows.mask[:, None] & (k < K)[None, :]
     a = tl.load(rows.ptr + (rows.at[:, None] + column[None, :]), mask=in_a, other=0.0, cache_modifier=".cg")
     return noise.dropout(a, rows.factors_ptr, rows.factors_at[:, None] + column[None, :], in_a)
@@ -46,7 +46,7 @@ def h_before(h_prev_ptr, dropout_h_ptr, sequence, position, S: tl.constexpr):
 
 @triton.jit
 def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
-    """W_hh of all gates of a tile's units, as Columns; zeros for a gate that h does not reach."""
+    """Columns of W_hh, four gates for each unit of a tile; a gate that h does not reach has none."""
     FIRST: tl.constexpr = 4 - S.GATES
     column, place = indexing.columns_of_gates(unit_tile, S)
     mask = place < S.D
@@ -58,8 +58,8 @@ def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
 
 @triton.jit
 def dgates_of_part(dgates_ptr, row, part, S: tl.constexpr):
-    """(Pointer, where rows begin) of a part of K in dgates [T*B, 4H], of the gates that h reaches; with heads of all K.
-    Not Rows, since functions in Triton 3.4 cannot return None."""
+    """Where a part of K lies in dgates [T*B, 4H]: (pointer, where the rows begin). With heads parts are not neighbours,
+    so by_gate finds them. Not as Rows, since no function of Triton 3.4 returns None."""
     at = row * (4 * S.H)
     if S.HEADS > 1:
         dgates_ptr += (4 - S.GATES) * S.H
@@ -72,7 +72,7 @@ def dgates_of_part(dgates_ptr, row, part, S: tl.constexpr):
 
 @triton.jit
 def weights_of_part(weight_hh_ptr, part, place, S: tl.constexpr):
-    """W_hh^T of the units at these places of the head, as Columns, from the first row of a part of K on."""
+    """Columns of W_hh, which begin where a part of K does, for the units at these places of the head."""
     number = tl.program_id(2) if S.HEADS > 1 else part
     weight_hh_ptr += tl.cast(number, tl.int64) * (S.D * S.D if S.HEADS > 1 else S.K * S.D)
     return Columns(weight_hh_ptr, place, place < S.D, S.D)
@@ -98,6 +98,6 @@ def sum_of_parts(sums_ptr, tile, B, S: tl.constexpr):
 
 @triton.jit
 def of_head(arrivals, B, S: tl.constexpr):
-    """Those of the program's head, whose programs wait for no others."""
+    """The Arrivals of this program's head: programs of different heads never wait for each other."""
     first = tl.program_id(2) * tl.cdiv(B, S.BLOCK_B) if S.HEADS > 1 else 0
     return Arrivals(arrivals.arrivals_ptr + first, arrivals.error_ptr)

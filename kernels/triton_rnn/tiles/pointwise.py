@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..cell import indexing, noise, reset, states
 from ..equations import next_cell, output, output_backward
-from ..parameters import Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .cells import backward_cells, forward_cells
 
 
@@ -34,12 +34,13 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
     z = (0.0, 0.0, 0.0, 0.0)
     if z_ptr is not None:
         z = states.load_gates(z_ptr, at_in_z(tile, S), cells.valid, S.D)
+    c_prev_ptr = cell.c0_ptr if step == 0 else cell.c_n_ptr
     if SAVE:
         saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
         c_prev = states.total(states.load_c_before(saved, step, cells))
     else:
-        c_prev = reset.load_state(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells.state_at, cell.reset_c_ptr, cells)
-    rest_prev = states.load_rest_before(cell.c0_ptr if step == 0 else cell.c_n_ptr, cells, B, S)
+        c_prev = reset.load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
+    rest_prev = states.load_rest(c_prev_ptr, cells, cells.continues, B, S.EMPTY, S)
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     share_c = noise.load_share(cell.zoneout_c_ptr, cells)
     return forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S, SAVE)
@@ -51,8 +52,8 @@ def pointwise_forward_kernel(
     o_ptr, v_ptr,  # [B, H] float32, of a step with LN(c): out o and c; in o and LN(c)
     m_ptr,  # [B, H], of a step with a projection: out m; in W_hr m
     h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
-    hidden: Hidden,
-    cell: Cell,  # c_n, where c is saved, only where a sequence ends
+    hidden: HiddenPointers,
+    cell: CellPointers,  # c_n, where c is saved, only where a sequence ends
     lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """One step, after its product."""
@@ -86,7 +87,8 @@ def gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S: tl.co
     from_next = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None] & cells.valid
     dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
     dm = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
-    states.store_gradient_of_m(dm, dh_total_ptr, cells)
+    if dh_total_ptr is not None:
+        tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)
     return dm
 
 

@@ -13,15 +13,15 @@ from ..cell import indexing, noise, states
 from ..cell.indexing import Batch, rows_of_product
 from ..equations import output_backward
 from ..exchange import grid_barrier, unless_timed_out
-from ..parameters import Arrivals, Cell, CellBackward, Hidden, HiddenBackward, Saved, name_in_profiles
+from ..parameters import Arrivals, CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from . import operands
-from .cells import backward_cells, forward_cells, load_beside, load_cells
+from .cells import backward_cells, forward_cells, load_beside
 from .operands import Rows, load_rows, load_weights, of_head
 
 
 @triton.jit
-def product(rows, columns, K: tl.constexpr, S: tl.constexpr, first=0):
-    """Rows @ Columns, [rows, columns] float32, over K in tiles."""
+def product_over_k(rows, columns, K: tl.constexpr, S: tl.constexpr, first=0):
+    """Rows @ Columns, [rows, columns] float32, K tile by tile."""
     acc = tl.zeros((rows.at.shape[0], columns.at.shape[0]), tl.float32)
     for k_start in range(0, K, S.BLOCK_K):
         a = load_rows(rows, k_start + tl.arange(0, S.BLOCK_K), K, S, first)
@@ -29,16 +29,10 @@ def product(rows, columns, K: tl.constexpr, S: tl.constexpr, first=0):
     return acc
 
 
-@triton.jit
-def tiles_of_program(B, unit_tiles, S: tl.constexpr):
-    """(The first tile of a program, the end, from one to the next)."""
-    return tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * unit_tiles, tl.num_programs(0)
-
-
 @triton.jit(repr=name_in_profiles("step_forward_kernel"), do_not_specialize=["T", "B"])
 def step_forward_kernel(
     weight_hh_ptr,  # [GATES H, D]
-    hidden: Hidden, cell: Cell, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
+    hidden: HiddenPointers, cell: CellPointers, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
     """All steps."""
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
@@ -48,13 +42,12 @@ def step_forward_kernel(
     for step in range(T):
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
         c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
-        first, end, stride = tiles_of_program(B, S.TILES, S)
-        for number in range(first, end, stride):
+        for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
             # W_hh h: all four gates of a tile's units, [BB, 4 BH].
             tile = indexing.tile_of(number, step, batch, S)
             h_prev = operands.h_before(h_prev_ptr, hidden.dropout_h_ptr, tile.sequence, tile.position, S)
-            z = product(h_prev, operands.weights_of_gates(weight_hh_ptr, tile.unit_tile, S), S.D, S)
-            x, c_prev, rest_prev = load_cells(c_prev_ptr, cell, tile.cells, B, S)
+            z = product_over_k(h_prev, operands.weights_of_gates(weight_hh_ptr, tile.unit_tile, S), S.D, S)
+            x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = indexing.split_gates(unless_timed_out(z, poll_limit))
 
             constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
@@ -68,20 +61,20 @@ def step_forward_kernel(
 
 @triton.jit
 def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.constexpr):
-    """dgates of the step after times W_hh, [BB, units]; of the tile's part of K alone, if there are several."""
+    """W_hh^T dgates of the step after, [BB, units]; if there are several parts of K, of the tile's part alone."""
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, batch, S.REVERSE)
     dgates_ptr, at = operands.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
     dgates = Rows(dgates_ptr, at, rows_of_product(after.continues), None, at)
     columns = operands.weights_of_part(weight_hh_ptr, part, tile.place, S)
-    return indexing.rows_of_tile(product(dgates, columns, S.K, S, part * S.K))
+    return indexing.rows_of_tile(product_over_k(dgates, columns, S.K, S, part * S.K))
 
 
 @triton.jit
 def product_round(weight_hh_ptr, dgates_ptr, sums_ptr, step, batch, poll_limit, S: tl.constexpr):
-    """Products of parts of K, for PARTS times as many units: such tiles read less. The next round adds them up."""
-    first, end, stride = tiles_of_program(batch.B, tl.cdiv(S.TILES, S.PARTS) * S.PARTS, S)
-    for number in range(first, end, stride):
+    """Products of parts of K, each for PARTS times as many units, which reads less. The next round adds them up."""
+    unit_tiles = tl.cdiv(S.TILES, S.PARTS) * S.PARTS
+    for number in range(tl.program_id(0), tl.cdiv(batch.B, S.BLOCK_B) * unit_tiles, tl.num_programs(0)):
         tile = indexing.tile_of(number, step, batch, S, S.PARTS)
         dh = unless_timed_out(product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S), poll_limit)
         operands.store_sum(dh, sums_ptr, tile, batch.B, S)
@@ -106,8 +99,7 @@ def step_backward_kernel(
         if S.PARTS > 1:
             product_round(weight_hh_ptr, cell.dgates_ptr, sums_ptr, step, batch, poll_limit, S)
             poll_limit = grid_barrier(arrivals, ROUNDS * back + 1, poll_limit, step)
-        first, end, stride = tiles_of_program(B, S.TILES, S)
-        for number in range(first, end, stride):
+        for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
             # The gradient of h.
             tile = indexing.tile_of(number, step, batch, S)
             if S.PARTS > 1:
