@@ -72,6 +72,21 @@ def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
         assert (note == torch.Tensor | None) == (name == "weight_ih" or name in Inputs._field_defaults)
 
 
+def test_what_a_problem_is_told_of_tensors():
+    """Of h to reset to only where zoneout reads it, and of b_hh and of h known before the loop only a GRU."""
+    mask, lengths = torch.zeros(2, 3, 5, dtype=torch.bool), torch.zeros(3, dtype=torch.int32)
+    tensors = dict(bias_hh=X0, reset_h=X0, reset_c=X0, zoneout_c=mask, lengths=lengths, resets=None, gain_ih=X0)
+    expected = dict(reset_c=True, zoneout_c=3, lengths=torch.int32)
+    for cell, more, told in (
+        ("lstm", {}, {}), ("gru", {}, dict(bias_hh=True, known_h=True)),
+        ("lstm", dict(zoneout_h=X0), dict(zoneout_h=0, reset_h=True)),
+        ("gru", dict(reset_h=None, reset_c=None), dict(bias_hh=True, reset_c=False)),
+    ):  # fmt: skip
+        given = problem.told(tensors | more)
+        found = problem.problem_with(given, cell, 7, batch=3, hidden=5, dtype=F32)
+        assert found == Problem(2, 3, 5, F32, cell=cell, **expected | told)
+
+
 def test_sizes_come_from_the_problem_and_never_from_a_tensor():
     for path in KERNELS.rglob("*.py"):
         for function, line in sizes_read(path.read_text()):
