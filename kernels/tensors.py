@@ -2,8 +2,8 @@
 
 Everyone uses these names, for their gradients and for the kernels' pointers, too. To add a tensor, add its row; an
 optional one that the time loop reads also needs a flag of its name in `problem.Problem` and in gpu_lstm's `Kind`, a
-weight a field in gpu_lstm/call/weights.py. Rows of one role stand together, in the order in which `fused.inputs_of` is
-given them.
+weight a field in gpu_lstm/call/weights.py. Rows of one role stand together, in the order in which
+`layer_loop.inputs_of` is given them.
 """
 
 from collections import namedtuple

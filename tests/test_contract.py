@@ -64,7 +64,7 @@ def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
     for row in TENSORS:
         assert not row.loop or row.name in always or hasattr(Problem, row.name), f"no flag for {row.name}"
     by_role = map(tensors.names_of, (X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL))
-    assert Inputs._fields == tuple(itertools.chain(*by_role)), "the order in which fused.inputs_of is given them"
+    assert Inputs._fields == tuple(itertools.chain(*by_role)), "the order in which layer_loop.inputs_of is given them"
 
 
 def test_sizes_come_from_the_problem_and_never_from_a_tensor():

@@ -59,8 +59,8 @@ lengths, inference: 44 calls, 19 files, 27 changes, 9 returns, 11 frames
 lengths, training: 77 calls, 21 files, 43 changes, 23 returns, 12 frames
 resets, inference: 43 calls, 19 files, 27 changes, 9 returns, 11 frames
 resets, training: 75 calls, 21 files, 42 changes, 22 returns, 12 frames
-two layers, bidirectional, inference: 93 calls, 20 files, 60 changes, 41 returns, 11 frames
-two layers, bidirectional, training: 219 calls, 21 files, 120 changes, 100 returns, 12 frames
+two layers, bidirectional, inference: 91 calls, 19 files, 61 changes, 43 returns, 11 frames
+two layers, bidirectional, training: 217 calls, 21 files, 121 changes, 101 returns, 12 frames
 """
 
 
