@@ -63,7 +63,7 @@ def data_flow() -> Figure:
         (71, "reference.py", "a plain loop: any device,\nany dtype, differentiable\nto any order", TORCH),
     ):
         box(axes, left, 34, (20, 9), name, text, colour)
-    arrow(axes, (34, 43), (34, 48), "layer_loop.py: a Part, one layer in one direction")
+    arrow(axes, (34, 43), (34, 48), "layer_loop.py: the Inputs of one layer in one direction")
     box(axes, 13, 48, (48, 8), "autograd.py, fused.py",
         "what is saved for backward; gates_x = x W_ih^T + b: one product\n"
         "gradients of weights: products over all steps", PYTHON)  # fmt: skip

@@ -3,7 +3,7 @@
 Everyone uses these names, for their gradients and for the kernels' pointers, too. To add a tensor, add its row, and a
 field of `Inputs`, for noise of `Noise`, too, for a weight of gpu_lstm/call/weights.py. An optional tensor that the time
 loop reads also needs a field in `problem.Problem`. Rows of one role stand together, in the order in which
-`fused.inputs_of` is given them.
+`layer_loop.inputs_of` is given them.
 """
 
 from collections.abc import Callable, Mapping

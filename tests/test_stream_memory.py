@@ -163,7 +163,7 @@ def states(lstm, *lead):
 # Of each: options of the LSTM, and the further arguments of a call, which nobody else keeps.
 CASES = {
     "plain": ({}, lambda lstm: {}),
-    "autocast": ({}, lambda lstm: {}),
+    "autocast": ({}, lambda lstm: dict(resets=torch.rand(T, B) < 0.3, reset_states=states(lstm, T))),
     "weights of the caller": ({}, lambda lstm: {}),
     "weight_drop": (dict(weight_drop=0.3), lambda lstm: {}),
     "dropout": (dict(dropout=0.3), lambda lstm: {}),

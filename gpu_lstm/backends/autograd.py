@@ -1,4 +1,8 @@
-"""One layer in one direction by kernels, for autograd: what is saved, and backward."""
+"""Gradients of a layer, to any order: by kernels in eager mode, and of the operator in graphs.
+
+First ones come from the kernels, or from the operator's backward. What may itself be differentiated, and several
+gradients at once, are computed by the reference, from the inputs.
+"""
 
 from collections.abc import Sequence
 from itertools import compress
@@ -11,12 +15,15 @@ from ..call.choices import Backend, requested_backend
 from ..call.modes import Transforms, are_differentiated, is_transformed
 from ..call.request import Call
 from ..call.weights import State
+from ..kernels import private
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs
-from . import derivatives, fused
+from . import fused
 from .fused import Saved
 from .layer_loop import NOTHING
-from .operators import How, named
+from .operators import BACKWARD, LIBRARY, OPERATOR, How, named, without_kernels
+
+Tensors = Sequence[Tensor | None]
 
 
 def layer_by_kernels(
@@ -33,7 +40,7 @@ def layer_by_kernels(
     if modes.transforms != Transforms.NONE:
         name = named(Backend(layer.backend), requested_backend(call.options.backend) is not Backend.AUTO)
         how = How(layer.problem.cell, layer.problem.reverse, name, save=True, recompute=recompute)
-        h, h_n, c_n, *_ = derivatives.InTransforms.apply(*how, *inputs)
+        h, h_n, c_n, *_ = InTransforms.apply(*how, *inputs)
     else:
         count = len(inputs)
         while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
@@ -61,9 +68,9 @@ class RecurrentLayer(torch.autograd.Function):
         (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
         how = How(layer.problem.cell, layer.problem.reverse, layer.backend)
         if are_differentiated(h, (gates, c, *tensors), output_gradients):
-            return None, None, *derivatives.by_reference(how, output_gradients, needed, tensors)
+            return None, None, *by_reference(how, output_gradients, needed, tensors)
         if is_transformed():
-            return None, None, *derivatives.by_operator(how, output_gradients, (h, gates, c), needed, tensors)
+            return None, None, *by_operator(how, output_gradients, (h, gates, c), needed, tensors)
         names = Inputs._fields[: len(tensors)]
         wanted = set(compress(names, needed))
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
@@ -73,3 +80,63 @@ class RecurrentLayer(torch.autograd.Function):
 
 # Skips what Function.apply does for transforms, argument by argument.
 _apply = super(torch.autograd.Function, RecurrentLayer).apply
+
+
+def by_operator(
+    how: How, output_gradients: Tensors, saved: Sequence[Tensor], needed: Sequence[bool], tensors: Tensors
+) -> list[Tensor | None]:
+    """Gradients of the operator's `tensors` where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c."""
+    with torch.no_grad():
+        lists = (list(each) for each in (output_gradients, saved, needed, tensors))
+        those_needed = iter(BACKWARD(how.cell, how.reverse, how.backend, *lists))
+    return [next(those_needed) if need else None for need in needed]
+
+
+def by_reference(how: How, output_gradients: Tensors, needed: Sequence[bool], tensors: Tensors) -> list[Tensor | None]:
+    """The same, differentiable to any order, or several of each at once."""
+    # Other transforms do not accept the wrappers of those that have ended.
+    tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
+    wanted = list(compress(range(len(tensors)), needed))
+    present = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
+
+    def recomputed(*those_wanted: Tensor) -> tuple[Tensor, ...]:
+        every: list[Any] = list(tensors)
+        for k, tensor in zip(wanted, those_wanted):
+            every[k] = tensor
+        outputs = without_kernels(every, how)
+        return tuple(outputs[k] for k in present)
+
+    # torch.func.vjp, not autograd.grad: inputs may be one tensor, depend on each other, or belong to a transform.
+    _, pull = torch.func.vjp(recomputed, *(tensors[k] for k in wanted))[:2]
+    by_place = dict(zip(wanted, pull(tuple(output_gradients[k] for k in present))))
+    return [by_place.get(k) for k in range(len(needed))]
+
+
+_HOW = (None,) * len(How._fields)  # which have no gradients
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    h, _, _, gates, c = output
+    ctx.how = How(*inputs[: len(_HOW)])
+    ctx.mark_non_differentiable(gates, c)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(h, gates, c, *inputs[len(_HOW) :])
+
+
+def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
+    (h, gates, c, *tensors), needed = ctx.saved_tensors, ctx.needs_input_grad[len(_HOW) :]
+    output_gradients = dh, dh_n, dc_n
+    if are_differentiated(h, (gates, c, *tensors), output_gradients):
+        return *_HOW, *by_reference(ctx.how, output_gradients, needed, tensors)
+    return *_HOW, *by_operator(ctx.how, output_gradients, (h, gates, c), needed, tensors)
+
+
+class InTransforms(torch.autograd.Function):
+    """The operator for transforms of torch.func, which refuse what is registered below."""
+
+    forward = staticmethod(OPERATOR)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_gradients)
+
+
+torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_context, lib=LIBRARY)

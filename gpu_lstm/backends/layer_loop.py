@@ -92,14 +92,15 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
 
 
 def with_weights(inputs: Inputs, weights: Weights) -> Inputs:
-    """The same with other weights."""
+    """The same tensors with other weights."""
     return inputs._replace(**dict(zip(NAMES, weights)))
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same in `dtype`, but c stays as it is where the user gave float32 beside an x in half precision.
+    """The same tensors in `dtype`.
 
-    It also does where a cell keeps several numbers of a unit, and, as in torch, beside a projection on a CPU.
+    c keeps its dtype if the user gave float32 beside an x in half precision, if a unit has several numbers, and with a
+    projection on a CPU, as in torch.
     """
     i, weights = inputs, weights_of(inputs)
     if all([t.dtype is dtype for t in (i.x, i.h0, i.c0, *weights) if t is not None]):

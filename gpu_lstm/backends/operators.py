@@ -66,13 +66,13 @@ def named(backend: Backend, asked: bool) -> str:
     return backend.value if asked or backend not in KERNEL_BACKENDS else AUTO + backend.value
 
 
-def _backend_of(how: How) -> Backend:
-    return Backend(how.backend.removeprefix(AUTO))
+def _is_of_kernels(name: str) -> bool:
+    return Backend(name.removeprefix(AUTO)) in KERNEL_BACKENDS
 
 
 def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
     """What runs a pass: kernels; or torch's own or the reference, also in place of kernels that nobody asked for."""
-    backend = _backend_of(how)
+    backend = Backend(how.backend.removeprefix(AUTO))
     if backend not in KERNEL_BACKENDS:
         return backend
     problem = problem_of(inputs, how.cell, how.reverse, recurrent_precision(inputs.x.dtype))
@@ -140,7 +140,7 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
     runner = _runner(how, inputs, Pass(save=save))
     if isinstance(runner, Layer):
         results = fused.forward(runner, inputs, save)
-    elif save and _backend_of(how) in KERNEL_BACKENDS:
+    elif save and _is_of_kernels(backend):
         results = _as_saved_by_kernels(inputs, how)
     else:
         leaves, outputs = _with_autograd(tensors, how, runner, save)
@@ -154,7 +154,7 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
 
 def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
     h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
-    by_kernels = _backend_of(How(cell, reverse, backend)) in KERNEL_BACKENDS and save
+    by_kernels = save and _is_of_kernels(backend)
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
     c = c0.new_empty((*x.shape[:2], c0.shape[-1]) if by_kernels else (0,), dtype=torch.float32)
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c

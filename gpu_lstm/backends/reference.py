@@ -46,8 +46,9 @@ def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -
 def _run_layer(
     call: Call, dtype: torch.dtype, record: Record | None, inputs: Inputs, row: int, reverse: bool
 ) -> tuple[Tensor, State]:
+    inputs = in_dtype(inputs, dtype)  # in a block of autocast by its cache
     with without_autocast(call):
-        return layer_by_reference(call.options.cell.name, in_dtype(inputs, dtype), reverse, record)
+        return layer_by_reference(call.options.cell.name, inputs, reverse, record)
 
 
 def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record | None = None) -> tuple[Tensor, State]:

@@ -95,10 +95,10 @@ def _in_chunks(
 def _all_layers(
     schedule: Schedule, call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer
 ) -> tuple[Tensor, list[State]]:
-    """Each chunk through all layers, of one direction. On its stream a layer computes one while the next computes the
-    one before."""
-    (noise, undropped), states = draw(call.weights, (call.steps, call.batch), dtype, call.options), call.states
-    spans, streams, traversal = schedule.spans(call.steps, 1), schedule.streams, call.traversal
+    """Layers of one direction: each chunk goes through all of them. Where each has a stream, the next chunk follows on
+    the first while this one is in the second."""
+    noise, undropped = draw(call.weights, (call.steps, call.batch), dtype, call.options)
+    spans, streams, traversal, states = schedule.spans(call.steps, 1), schedule.streams, call.traversal, call.states
     output = Output(call.x, states[-1][0].shape[2], spans)
     for k, stream in enumerate(streams):
         hold(stream, (*_given(call, k, 0, noise[k]), output.whole, undropped[k]))
@@ -108,7 +108,7 @@ def _all_layers(
         with contextlib.ExitStack() as entered:
 
             def on_its_stream(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-                hold(streams[row], (inputs.x, inputs.lengths))
+                hold(streams[row], (inputs.x, inputs.lengths, inputs.reset_h, inputs.reset_c))  # made for this chunk
                 entered.enter_context(on(streams[row]))  # for what comes after the layer, too
                 return run(inputs, row, reverse)
 
@@ -134,10 +134,9 @@ def _both_directions(
             chunk, below = call._replace(traversal=call.traversal.within(span)), cut(x, span)
             hold(streams[d], (below, chunk.traversal.lengths))
             with on(streams[d]), named(k, d, backend):
-                if d:
-                    way = call.traversal.of(2 * k + 1)
-                    states[d] = way.reset_at_end_of(span, *states[d], call.options.cell)
                 h0, c0 = states[d]
+                if d:
+                    h0, c0 = call.traversal.of(2 * k + 1).reset_at_end_of(span, h0, c0, call.options.cell)
                 inputs = inputs_of(chunk, k, d, below, within(noise[d], span))._replace(h0=h0, c0=c0)
                 h, states[d] = run(inputs, 2 * k + d, d == 1)
                 output.put(h, span, d)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from . import lstm
 from .lstm import FourGates, add_product, pre_activations
 
-__all__ = ["Gates", "activate_in_place", "add_product", "gates_of", "input_product", "next_cell", "output",
+__all__ = ["Gates", "add_product", "gates_of", "input_product", "next_cell", "output",
            "pre_activations", "states_from", "states_of", "step"]  # fmt: skip
 
 
@@ -57,11 +57,6 @@ def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
     newer = a > 0  # not maximum and abs, whose second derivatives are wrong where both are equal
     l = torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
     return gates, torch.stack([next_cell(gates, q), l])
-
-
-def activate_in_place(z: Tensor, peephole: None, c: None) -> Tensor:
-    """Not from pre-activations alone: u needs l, which no step keeps."""
-    raise NotImplementedError
 
 
 def next_cell(gates: FourGates, c: Tensor) -> Tensor:
