@@ -56,8 +56,6 @@ class Options:
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         names = NAMES if a.role is roles.Function else NAMES[: len(self.names[0][0])]
         self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
-        of_first = zip(self.names[0][0], self.weight_sizes[0])
-        self.sizes_of_first = [size for name, size in of_first if name is not None]  # of the tensors that are present
         # With layers of one size, torch's own runs all of them in one call; of heads it knows nothing.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1 and a.heads == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
@@ -80,11 +78,12 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
     )  # fmt: skip
     names = [name if optional.get(name, True) else None for name in NAMES]
     names = names[: 1 + max(k for k, name in enumerate(names) if name)]
-    layers = []
-    for k in range(len(a.hidden_sizes)):
-        endings = [a.role.suffix.format(k) + "_reverse" * d for d in range(directions)]
-        layers.append(tuple([tuple([name and name + ending for name in names]) for ending in endings]))
-    return tuple(layers)
+    ways, suffixes = ("", "_reverse")[:directions], [a.role.suffix.format(k) for k in range(len(a.hidden_sizes))]
+
+    def ending(end: str) -> tuple[str | None, ...]:
+        return tuple([name and name + end for name in names])
+
+    return tuple([tuple([ending(suffix + way) for way in ways]) for suffix in suffixes])
 
 
 def options_of(*arguments: Any) -> Options:

@@ -1,4 +1,4 @@
-"""The arguments of the modules: checked when they are given or set."""
+"""What the modules share: arguments, which are checked when they are given or set, and how a call reads them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, overload
@@ -22,12 +22,7 @@ NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, i
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
-    """The value of an attribute; checked, and maybe in another form, if it is an argument that may be set later.
-
-    Raises:
-        ValueError: a regulariser that `cell` has not, or that is not a probability; an unknown backend.
-        TypeError: `recompute` that is not a bool.
-    """
+    """The value of an attribute; checked, and maybe in another form, if it is an argument that may be set later."""
     match name:
         case "backend":
             return None if value is None else parse_backend_name(value)
@@ -45,11 +40,7 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
 
 
 def norms_of(layer_norm: object) -> tuple[str, ...]:
-    """The argument of the modules, checked, as names in the order of NORMS.
-
-    Raises:
-        TypeError, ValueError: neither a bool nor a tuple or list of some of NORMS.
-    """
+    """The argument of the modules, checked, as names in the order of NORMS."""
     if isinstance(layer_norm, bool):
         return NORMS if layer_norm else ()
     if not isinstance(layer_norm, (tuple, list)):
@@ -91,6 +82,11 @@ def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str
         raise ValueError(f"heads are not defined with a projection: expected proj_size 0, got {projected}")
     if not {"hh", "c"}.isdisjoint(norms):
         raise ValueError(f"{LAYER_NORM} of 'hh' or 'c' is over all units: expected heads=1, got {heads}")
+
+
+OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
+OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute")
+"""The attributes of cells, and of other modules, in the order of Arguments."""
 
 
 class Checked:
@@ -175,14 +171,61 @@ class DropIn(Checked):
         return recast(self, self._torchs)
 
 
+class HasVariants:
+    """A mixin of LSTM and LSTMCell, next to torch's RNNBase or RNNCellBase."""
+
+    _peepholes: bool
+    _norms: tuple[str, ...]
+    bias: bool
+
+    @property
+    def peepholes(self) -> bool:
+        """Whether there are peepholes; fixed, since their weights are parameters."""
+        return self._peepholes
+
+    @property
+    def layer_norm(self) -> bool | tuple[str, ...]:
+        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, like peepholes."""
+        return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
+
+    def _add_variants(self: Any, peepholes: bool, norms: tuple[str, ...]) -> None:
+        """The parameters of each layer and direction, where its others are: peepholes initialised as weights are."""
+        if not self._cell.normalises:
+            raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
+        self._peepholes, self._norms = peepholes, norms
+        like, hidden = next(self.parameters()), self.hidden_size
+        for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
+            if peepholes:
+                weight = like.new_empty(3 * hidden).uniform_(-self._bound(), self._bound())
+                self.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
+            for norm in norms:
+                gain = like.new_ones(hidden if norm == "c" else 4 * hidden)
+                self.register_parameter(f"gain_{norm}{suffix}", nn.Parameter(gain))
+            if "c" in norms and self.bias:
+                self.register_parameter("bias_c" + suffix, nn.Parameter(like.new_zeros(hidden)))
+
+
 class Layers(Checked):
     """A module that runs layers over sequences, which a cell does not. Its regularisers may be set at any time."""
 
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
+    recompute: bool = False
     _options: Callable[[], Options]  # from the attributes as they are now
-    _weights: Callable[[], list[list[Weights]]]  # [L][D], likewise
+
+    def _weights(self) -> list[list[Weights]]:
+        """[L][D], as the module has them now."""
+        return weights_of(self, self._options().names)
+
+
+def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
+    """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
+    parameters = module._parameters
+    try:
+        return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
+    except KeyError:  # another tensor has taken a parameter's place, as weight_norm's does
+        return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
 
 
 Given = TypeVar("Given", contravariant=True)

@@ -19,9 +19,8 @@ from ..dispatch.available import only_torch_on_a_cpu
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
-from .arguments import DropIn, repr_of
+from .arguments import OF_CELLS, DropIn, HasVariants, repr_of, weights_of
 from .tracing import traced
-from .variants import OF_CELLS, HasVariants, weights_of
 
 
 class RecurrentCell(DropIn):

@@ -15,14 +15,13 @@ from ..call import roles
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import NAMES as REGULARISERS
-from ..call.weights import State, Weights
+from ..call.regularisers import NAMES
+from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels import cells
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import NOT_OF_TORCH, OWN, Called, DropIn, Layers, repr_of
+from .arguments import NOT_OF_TORCH, OF_LAYERS, OWN, Called, DropIn, HasVariants, Layers, repr_of, weights_of
 from .tracing import in_eager_mode, traced
-from .variants import OF_LAYERS, HasVariants, weights_of
 
 # torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
@@ -33,8 +32,6 @@ TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a 
 class Recurrent(DropIn, Layers):
     """A mixin of LSTM and GRU."""
 
-    # On the class, so that they are there in pickles of older modules.
-    recompute: bool = False
     _role = roles.Module
 
     def _init_torchs(self: Any, **arguments: Any) -> None:
@@ -118,12 +115,8 @@ class Recurrent(DropIn, Layers):
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in REGULARISERS])
+        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, self.proj_size)
-
-    def _weights(self) -> list[list[Weights]]:
-        """[L][D], as the module has them now."""
-        return weights_of(self, self._options().names)
 
 
 class LSTM(Recurrent, HasVariants, RNNBase):
