@@ -142,21 +142,21 @@ class DropIn(Checked):
         So the same seed gives the weights that the constructor drew. Bounds are torch's, 1 / sqrt(H), but 1 / sqrt(D)
         of the W_hh of heads, each of which is like that of a layer of D units.
         """
-        columns = self.hidden_size // self.heads
         for name, parameter in list(self.named_parameters()):
-            of_heads = self.heads > 1 and name.startswith("weight_hh")
-            if of_heads and parameter.shape[1] != columns:  # as torch's constructor made it
-                parameter = nn.Parameter(parameter.new_empty(len(parameter), columns))
-                setattr(self, name, parameter)
-            if name.startswith(("gain_", "bias_c")):
-                nn.init.constant_(parameter, float(name.startswith("gain_")))
-            else:
-                bound = columns**-0.5 if of_heads else self._bound()
-                nn.init.uniform_(parameter, -bound, bound)
+            self._draw(name, parameter)
 
-    def _bound(self) -> float:
-        """The bound of initial weights, torch's; a cell may have no units."""
-        return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
+    def _draw(self: Any, name: str, parameter: nn.Parameter) -> None:
+        units = self.hidden_size
+        if self.heads > 1 and name.startswith("weight_hh"):
+            units = self.hidden_size // self.heads
+            if parameter.shape[1] != units:  # as torch's constructor made it
+                parameter = nn.Parameter(parameter.new_empty(len(parameter), units))
+                setattr(self, name, parameter)
+        if name.startswith(("gain_", "bias_c")):
+            nn.init.constant_(parameter, float(name.startswith("gain_")))
+        else:
+            bound = units**-0.5 if units > 0 else 0.0  # a cell may have no units
+            nn.init.uniform_(parameter, -bound, bound)
 
     def __prepare_scriptable__(self: Any) -> nn.Module:
         """torch's module, for torch.jit.script."""
@@ -189,20 +189,16 @@ class HasVariants:
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
 
     def _add_variants(self: Any, peepholes: bool, norms: tuple[str, ...]) -> None:
-        """The parameters of each layer and direction, where its others are: peepholes initialised as weights are."""
+        """The parameters of each layer and direction, where its others are."""
         if not self._cell.normalises:
             raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
         self._peepholes, self._norms = peepholes, norms
-        like, hidden = next(self.parameters()), self.hidden_size
-        for suffix in [name.removeprefix("weight_hh") for name, _ in self.named_parameters() if "weight_hh" in name]:
-            if peepholes:
-                weight = like.new_empty(3 * hidden).uniform_(-self._bound(), self._bound())
-                self.register_parameter("weight_peephole" + suffix, nn.Parameter(weight))
-            for norm in norms:
-                gain = like.new_ones(hidden if norm == "c" else 4 * hidden)
-                self.register_parameter(f"gain_{norm}{suffix}", nn.Parameter(gain))
-            if "c" in norms and self.bias:
-                self.register_parameter("bias_c" + suffix, nn.Parameter(like.new_zeros(hidden)))
+        options, like = self._options(), next(self.parameters())
+        for directions, sizes in zip(options.names, options.weight_sizes):
+            for name, size in [each for names in directions for each in zip(names, sizes)]:
+                if name is not None and name not in self._parameters:
+                    self.register_parameter(name, nn.Parameter(like.new_empty(size)))
+                    self._draw(name, self._parameters[name])
 
 
 class Layers(Checked):
