@@ -64,11 +64,7 @@ def prepare(
 def _check_tensors(
     options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]], grad: bool
 ) -> tuple[bool, bool]:
-    """Raise unless all tensors fit together.
-
-    Returns:
-        Whether autograd has to record, which it does if `grad`; whether no weight or state is of a subclass of Tensor.
-    """
+    """Whether a tensor learns, if `grad`; whether none is of a subclass of Tensor. Raise unless they fit together."""
     dtype, device = x.dtype, x.device
     learns, alike, plain = grad and x.requires_grad, True, True
     asks = grad and not learns

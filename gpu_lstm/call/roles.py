@@ -253,12 +253,12 @@ class Cell(Role):
         form, x = (TIME_FIRST, input) if self.rank_of(input) == 2 else (UNBATCHED, input[None])
         return form, x, (1, x.shape[0])
 
-    def states_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
-        try:
-            return super().states_in(form, x, batch, hx)
-        except (RuntimeError, TypeError, IndexError):
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        states, size = (hx,) if self.one_state else hx, (len(x), self.hidden) if form.batched else (self.hidden,)
+        fits = type(states) is tuple and len(states) == len(self.cell.states)
+        if not fits or not all([isinstance(t, Tensor) and t.shape == size for t in states]):
             self._ask_torch(x if form.batched else x[0], hx)
-            raise
+        return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
         try:

@@ -235,15 +235,13 @@ class Called(Protocol[Given, Returned]):
     def __call__(
         self, input: Tensor, hx: Given | None = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
         reset_states: Given | None = None,
-    ) -> tuple[Tensor, Returned]:  # fmt: skip
-        ...
+    ) -> tuple[Tensor, Returned]: ...  # fmt: skip
 
     @overload
     def __call__(
         self, input: PackedSequence, hx: Given | None = None, *, lengths: None = None, resets: Tensor | None = None,
         reset_states: Given | None = None,
-    ) -> tuple[PackedSequence, Returned]:  # fmt: skip
-        ...
+    ) -> tuple[PackedSequence, Returned]: ...  # fmt: skip
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

@@ -69,8 +69,7 @@ class Recurrent(DropIn, Layers):
         Args:
             input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
             hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N; of a GRU h_0. Default: zeros.
-            lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
-                Default: T.
+            lengths: (N,), unbatched (). int32 or int64 on the input's device, from 0 to T, in any order. Default: T
             resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
             reset_states: (h, c), of a GRU h, that resets set instead of zeros: one per sequence, as hx, or one per
                 step, of which only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first
