@@ -111,9 +111,8 @@ def _reset_before_the_only_step(
 
 def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
     """Whether torch's operator for a cell takes all as it is, on the CPU. If not, `prepare` makes it so, or raises."""
-    if type(x) is not Tensor or not x.is_cpu or options.feature is not None:
-        return False
-    if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
+    is_plain = type(x) is Tensor and x.is_cpu and x.dim() == 2 and x.layout is torch.strided and not x.is_nested
+    if not is_plain or options.feature is not None:
         return False
     dtype, (batch, features), role = x.dtype, x.shape, options.role
     found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]

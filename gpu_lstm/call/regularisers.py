@@ -40,14 +40,12 @@ class Zoneout(Regulariser):
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
 
     def accepted(self, value: Any, cell: Cell) -> Any:
+        name, count = cell.name.upper(), len(cell.states)
         if cell.kept > 1 and value != 0:
-            name, count = cell.name.upper(), len(cell.states)
             raise ValueError(f"zoneout is not supported by {name}: it would have to choose among {count} states")
-        if len(cell.states) == 1 and isinstance(value, tuple):
-            raise ValueError(
-                f"zoneout of a {cell.name.upper()} should be one number in range [0, 1], for its one state, "
-                f"got {value!r}"
-            )
+        if count == 1 and isinstance(value, tuple):
+            one = "one number in range [0, 1], for its one state"
+            raise ValueError(f"zoneout of a {name} should be {one}, got {value!r}")
         pair = value if isinstance(value, tuple) else (value, value)
         if len(pair) != 2 or not all(map(is_probability, pair)):
             raise ValueError(

@@ -31,9 +31,8 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
         case "recompute":
             check_bool(name, value)
             if value and cell.kept > 1:
-                raise ValueError(
-                    f"recompute is not supported by {cell.name.upper()}: its gates depend on states that are not kept"
-                )
+                why = "its gates depend on states that are not kept"
+                raise ValueError(f"recompute is not supported by {cell.name.upper()}: {why}")
         case _ if name in BY_NAME:
             return BY_NAME[name].accepted(value, cell)
     return value
@@ -100,7 +99,6 @@ class Checked:
     _peepholes: bool = False
     _norms: tuple[str, ...] = ()
     heads = 1
-    hidden_size: int
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, accepted(name, value, self._cell))
@@ -117,10 +115,7 @@ class DropIn(Checked):
     _torchs: type[nn.Module]  # torch's module, for torch.jit.script
 
     def _make(self: Any, given: dict[str, Any]) -> None:
-        """Make a module from locals() of its constructor: all arguments by name, and `self`.
-
-        Our own are checked before torch's class, which is given the others, draws initial weights.
-        """
+        """Make a module from its constructor's locals(). Our arguments are checked before torch's class draws weights."""
         del given["self"]
         ours = {name: accepted(name, given.pop(name), self._cell) for name in (*OWN, *OURS) if name in given}
         peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
@@ -171,12 +166,8 @@ class DropIn(Checked):
         return recast(self, self._torchs)
 
 
-class HasVariants:
-    """A mixin of LSTM and LSTMCell, next to torch's RNNBase or RNNCellBase."""
-
-    _peepholes: bool
-    _norms: tuple[str, ...]
-    bias: bool
+class HasVariants(Checked):
+    """An LSTM, stack of LSTMs or LSTMCell."""
 
     @property
     def peepholes(self) -> bool:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.rnn import GRU as TorchGRU
-from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
@@ -23,7 +22,7 @@ from ..kernels.private import compiler_callback, fx_is_tracing
 from .arguments import NOT_OF_TORCH, OF_LAYERS, OWN, Called, DropIn, HasVariants, Layers, repr_of, weights_of
 from .tracing import in_eager_mode, traced
 
-# torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
+# torch's classes are bound when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
 States = tuple[Tensor, Tensor, Tensor, Tensor]
 TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a gpu_lstm.compat.{0}"
@@ -77,12 +76,11 @@ class Recurrent(DropIn, Layers):
                 and "reference".
             mask: None. TorchRL's modules pass one to what is not torch's LSTM or GRU: give them one of compat.
 
-        By keyword from `lengths` on: others are for torch.onnx, which passes all by position.
-
         ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
         gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
         t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
-        t with the state given for t, and the reverse one step t - 1, each from its own rows.
+        t with the state given for t, and the reverse one step t - 1, each from its own rows. All of these are given by
+        keyword; torch.onnx alone passes them by position.
 
         Returns:
             output: as the input, with D*P features; zero past the end of a sequence.
@@ -183,7 +181,7 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    _cell, _torchs = cells.LSTM, TorchLSTM
+    _cell, _torchs = cells.LSTM, rnn.LSTM
     __call__: Called[State, State]
     forward: Called[State, State]  # type: ignore[assignment]
 
@@ -198,9 +196,9 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         self._make(locals())
 
     # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
-    get_expected_cell_size = TorchLSTM.get_expected_cell_size
-    check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = TorchLSTM.permute_hidden  # type: ignore[assignment]
+    get_expected_cell_size = rnn.LSTM.get_expected_cell_size
+    check_forward_args = rnn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = rnn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
 class GRU(Recurrent, RNNBase):
@@ -233,7 +231,7 @@ class GRU(Recurrent, RNNBase):
     """
 
     zoneout: float
-    _cell, _torchs = cells.GRU, TorchGRU
+    _cell, _torchs = cells.GRU, rnn.GRU
     __call__: Called[Tensor, Tensor]
     forward: Called[Tensor, Tensor]  # type: ignore[assignment]
 
@@ -286,7 +284,7 @@ class SLSTM(Recurrent, RNNBase):
         output, (h_n, c_n, n_n, m_n) = slstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    _cell, _torchs = cells.SLSTM, TorchLSTM
+    _cell, _torchs = cells.SLSTM, rnn.LSTM
     __call__: Called[States, States]
     forward: Called[States, States]  # type: ignore[assignment]
 
