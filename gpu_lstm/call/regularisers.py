@@ -48,10 +48,8 @@ class Zoneout(Regulariser):
             raise ValueError(f"zoneout of a {name} should be {one}, got {value!r}")
         pair = value if isinstance(value, tuple) else (value, value)
         if len(pair) != 2 or not all(map(is_probability, pair)):
-            raise ValueError(
-                "zoneout should be a number in range [0, 1] representing the probability of an element staying as "
-                f"it was, or a pair of them for h and c, got {value!r}"
-            )
+            text = "a number in range [0, 1] representing the probability of an element staying as it was"
+            raise ValueError(f"zoneout should be {text}, or a pair of them for h and c, got {value!r}")
         h, c = map(float, pair)
         return h if h == c else (h, c)
 
@@ -101,7 +99,6 @@ REGULARISERS: tuple[Regulariser, ...] = (
 )
 """In the order in which they draw, and are applied."""
 BY_NAME = {thing.name: thing for thing in REGULARISERS}
-NAMES = tuple(BY_NAME)
 OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
 SCALING, AFTER = (tuple(thing for thing in REGULARISERS if thing.overrides(way)) for way in ("scaled", "after"))
 REFERENCE_ONLY = tuple(thing.name for thing in (*SCALING, *AFTER) if not thing.overrides("flags"))

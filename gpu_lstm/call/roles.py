@@ -85,8 +85,7 @@ class Role:
             c = x.new_zeros(*self.lead, batch, size.hidden)
             h = x.new_zeros(*self.lead, batch, size.projected) if size.projected else c
             if self.kept > 1:
-                exact = torch.promote_types(x.dtype, torch.float32)
-                empty: Any = self.cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
+                empty: Any = self.cell.empty_like(x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)))
                 c = empty.repeat(*self.lead or (1,), 1, 1).expand(-1, batch, size.hidden)
             blocks.append((h, c))
         return blocks
