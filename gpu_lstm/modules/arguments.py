@@ -115,7 +115,7 @@ class DropIn(Checked):
     _torchs: type[nn.Module]  # torch's module, for torch.jit.script
 
     def _make(self: Any, given: dict[str, Any]) -> None:
-        """Make a module from its constructor's locals(). Ours are checked before torch's class draws initial weights."""
+        """Make a module from its constructor's locals(). Ours are checked before torch's class draws weights."""
         del given["self"]
         ours = {name: accepted(name, given.pop(name), self._cell) for name in (*OWN, *OURS) if name in given}
         peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
