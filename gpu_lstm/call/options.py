@@ -62,10 +62,10 @@ class Options:
         self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
         self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
-        of_noise = [thing.name for thing, _ in self.on if thing.tensors or thing.name in REFERENCE_ONLY]
         features = [of_cell, PEEPHOLES if a.peepholes else None, LAYER_NORM if a.norms else None]
-        features += sorted(of_noise, key=REFERENCE_ONLY.__contains__)
-        self.feature = next(filter(None, reversed(features)), None)
+        features += [thing.name for thing, _ in self.on if thing.tensors]
+        features += [thing.name for thing, _ in self.on if thing.name in REFERENCE_ONLY]
+        self.feature = next((feature for feature in features[::-1] if feature), None)
         """The feature that the fewest backends support; None: all support all."""
 
 
@@ -78,12 +78,11 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
     )  # fmt: skip
     names = [name if optional.get(name, True) else None for name in NAMES]
     names = names[: 1 + max(k for k, name in enumerate(names) if name)]
-    ways, suffixes = ("", "_reverse")[:directions], [a.role.suffix.format(k) for k in range(len(a.hidden_sizes))]
-
-    def ending(end: str) -> tuple[str | None, ...]:
-        return tuple([name and name + end for name in names])
-
-    return tuple([tuple([ending(suffix + way) for way in ways]) for suffix in suffixes])
+    layers = []
+    for k in range(len(a.hidden_sizes)):
+        endings = [a.role.suffix.format(k) + way for way in ("", "_reverse")[:directions]]
+        layers.append(tuple([tuple([name and name + ending for name in names]) for ending in endings]))
+    return tuple(layers)
 
 
 def options_of(*arguments: Any) -> Options:

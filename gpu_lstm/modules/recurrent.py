@@ -14,7 +14,7 @@ from ..call import roles
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import BY_NAME
+from ..call.regularisers import NAMES
 from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels import cells
@@ -112,7 +112,7 @@ class Recurrent(DropIn, Layers):
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in BY_NAME])
+        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, self.proj_size)
 
 

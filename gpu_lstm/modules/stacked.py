@@ -13,7 +13,7 @@ from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import BY_NAME, OURS
+from ..call.regularisers import NAMES, OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
@@ -107,7 +107,7 @@ class Stack(Layers, nn.Module):
     def _options(self) -> Options:
         """From the attributes as they are now."""
         sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in BY_NAME])
+        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
