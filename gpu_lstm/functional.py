@@ -50,9 +50,7 @@ def lstm_layer(
             H = 0 or P = 0; more steps, sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
-    check_tensor(x, "input")
-    named = named_weights(weights, LSTM)
-    return _run(LSTM, x, named, (hx, lengths, resets, reset_states), reverse, backend, heads)
+    return _run(LSTM, x, named_weights(weights, LSTM), (hx, lengths, resets, reset_states), reverse, backend, heads)
 
 
 def gru_layer(
@@ -76,9 +74,7 @@ def gru_layer(
     Raises:
         RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
     """
-    check_tensor(x, "input")
-    named = named_weights(weights, GRU)
-    return _run(GRU, x, named, (hx, lengths, resets, reset_states), reverse, backend, heads)
+    return _run(GRU, x, named_weights(weights, GRU), (hx, lengths, resets, reset_states), reverse, backend, heads)
 
 
 def slstm_layer(
@@ -113,6 +109,7 @@ def _run(
 ) -> tuple[Tensor, Any]:
     """What a layer of a cell returns, from x [T, B, I], or W_ih x; `given`: the rest of what `prepare` takes."""
     check_bool("reverse", reverse)
+    check_tensor(x, "input")
     check_dimensions("input", x, 3)
     if not x.is_floating_point():
         raise TypeError(f"input should be of a floating point dtype, got: {x.dtype}")

@@ -15,7 +15,7 @@ PATH = """
 gpu_lstm/modules/recurrent.py Recurrent.forward
   gpu_lstm/modules/recurrent.py Recurrent._options
     gpu_lstm/call/options.py options_of
-  gpu_lstm/modules/variants.py weights_of
+  gpu_lstm/modules/arguments.py weights_of
   gpu_lstm/call/prepare.py prepare
     gpu_lstm/call/roles.py Role.input
       gpu_lstm/call/roles.py Role.rank_of

@@ -48,6 +48,7 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
 
 @pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
 def test_a_stack_has_the_initial_values_of_a_deep_module_and_takes_device_and_dtype(cls):
+    assert not hasattr(cls(I, [H]), "reset_parameters")  # which tools call of any module that has it
     deep = seeded(getattr(nn, cls.__name__.removeprefix("Stacked")), I, H, num_layers=3, bidirectional=True)
     assert same_weights(seeded(cls, I, [H, H, H], bidirectional=True), deep)
     stack = cls(I, [4, 2], device="meta", dtype=torch.float64)

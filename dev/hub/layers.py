@@ -12,8 +12,8 @@ from .call.options import Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State
 from .dispatch.route import run
+from .modules.arguments import weights_of
 from .modules.tracing import traced
-from .modules.variants import weights_of
 
 
 class LSTM(nn.Module):

@@ -49,10 +49,8 @@ def cure_of(value: object) -> str:
 
 def cure_of_one(hx: object, function: str) -> str:
     """What to do where hx is one tensor: one state of two, or lengths."""
-    if not isinstance(hx, Tensor):
-        return ""
     cure = "a cell expects (h, c)" if function == "lstm_cell" else "lengths and resets are given by keyword"
-    return f"; hx is one tensor: {cure}"
+    return f"; hx is one tensor: {cure}" if isinstance(hx, Tensor) else ""
 
 
 def check_packed(input: PackedSequence) -> None:
@@ -162,19 +160,15 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
     for what, tensor, is_c in tensors:
         check_device(what, tensor, x)
         if not _fits(tensor, x, is_c):
-            raise RuntimeError(
-                f"Input and {what} tensors are not the same dtype, "
-                f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
-            )
+            found = f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
+            raise RuntimeError(f"Input and {what} tensors are not the same dtype, {found}")
 
 
 def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
     """Raise, in torch's words, unless a tensor is on the device of x."""
     if tensor.device != x.device:
-        raise RuntimeError(
-            f"Input and {what} tensors are not at the same device, "
-            f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
-        )
+        found = f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
+        raise RuntimeError(f"Input and {what} tensors are not at the same device, {found}")
 
 
 def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor) -> None:
@@ -193,9 +187,8 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
     if has_values and not torch.compiler.is_compiling():
         least, most = map(int, lengths.aminmax())  # half the time of comparisons
         if least < 0 or most > steps:
-            raise ValueError(
-                f"Expected lengths from 0 to {steps}, the number of steps, got lengths from {least} to {most}"
-            )
+            expected = f"Expected lengths from 0 to {steps}, the number of steps"
+            raise ValueError(f"{expected}, got lengths from {least} to {most}")
         return
     fits = ((lengths >= 0) & (lengths <= steps)).all()
     if torch.compiler.is_compiling():  # a text with the number in it would need a graph for each number
@@ -231,9 +224,8 @@ def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int
     """Raise unless `state` has one of two sizes, a state per sequence or per step, and a dtype and device as x."""
     check_tensor(state, name)
     if list(state.shape) not in sizes:
-        raise ValueError(
-            f"Expected {name} of size {sizes[0]}, one a sequence, or {sizes[1]}, one a step, got {list(state.shape)}"
-        )
+        expected = f"{sizes[0]}, one a sequence, or {sizes[1]}, one a step"
+        raise ValueError(f"Expected {name} of size {expected}, got {list(state.shape)}")
     if not _fits(state, x, is_c):
         raise ValueError(f"Expected {name} of dtype {x.dtype}, got {state.dtype}")
     _check_place(name, state, state.shape, x)

@@ -123,10 +123,9 @@ def _parse(enum: type[E], name: object, what: str, source: str = "") -> E:
 
 def requested_backend(argument: str | Backend | None) -> Backend:
     """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
-    if argument is not None:
-        return _parse(Backend, argument, "backend")
-    if chosen_backends[0].value is not None:
-        return chosen_backends[0].value
+    chosen = chosen_backends[0].value if argument is None else argument
+    if chosen is not None:
+        return _parse(Backend, chosen, "backend")
     name = os.environ.get(BACKEND_VARIABLE) or Backend.AUTO
     return _parse(Backend, name, "backend", f" in the environment variable {BACKEND_VARIABLE}")
 

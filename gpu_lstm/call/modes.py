@@ -66,15 +66,12 @@ def modes(x: Tensor) -> Modes:
     if _interpreter() is not None or forward_level() >= 0:
         transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
     watched = _dispatch_modes() > 0 or type(x) not in PLAIN or _is_tracing()
-    return Modes(
-        _is_grad_enabled(),
-        *(_autocast(x) if any_autocast() else _NO_AUTOCAST),
-        Recording.WATCHED if watched else Recording.NOBODY,
-        transforms,
-        recurrent_precision(x.dtype),
-        (chosen_backends[0].value or _environment.get(_BACKEND), chosen_racings[0].value or _environment.get(_RACE)),
-        x.is_cuda and torch.cuda.is_current_stream_capturing(),
-    )
+    recording = Recording.WATCHED if watched else Recording.NOBODY
+    autocast = _autocast(x) if any_autocast() else _NO_AUTOCAST
+    choices = chosen_backends[0].value or _environment.get(_BACKEND), chosen_racings[0].value or _environment.get(_RACE)
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    precision = recurrent_precision(x.dtype)
+    return Modes(_is_grad_enabled(), *autocast, recording, transforms, precision, choices, capturing)
 
 
 def only_torch_runs(backend: str | None) -> bool:

@@ -21,10 +21,7 @@ def is_on() -> bool:
 
 @functools.cache
 def has_lstm(half: torch.dtype) -> bool:
-    """Whether oneDNN has an LSTM in half precision on this CPU.
-
-    Tried in a thread of its own, where no mode, trace or transform of the caller acts.
-    """
+    """Whether oneDNN has an LSTM in half precision on this CPU: tried in a thread, where no mode of the caller acts."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_runs_under_autocast, half).result()
 

@@ -56,18 +56,16 @@ class Options:
         self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
         names = NAMES if a.role is roles.Function else NAMES[: len(self.names[0][0])]
         self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
-        of_first = zip(self.names[0][0], self.weight_sizes[0])
-        self.sizes_of_first = [size for name, size in of_first if name is not None]  # of the tensors that are present
         # With layers of one size, torch's own runs all of them in one call; of heads it knows nothing.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1 and a.heads == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
         self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
         self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
-        of_noise = [thing.name for thing, _ in self.on if thing.tensors or thing.name in REFERENCE_ONLY]
         features = [of_cell, PEEPHOLES if a.peepholes else None, LAYER_NORM if a.norms else None]
-        features += sorted(of_noise, key=REFERENCE_ONLY.__contains__)
-        self.feature = next(filter(None, reversed(features)), None)
+        features += [thing.name for thing, _ in self.on if thing.tensors]
+        features += [thing.name for thing, _ in self.on if thing.name in REFERENCE_ONLY]
+        self.feature = next((feature for feature in features[::-1] if feature), None)
         """The feature that the fewest backends support; None: all support all."""
 
 
@@ -82,7 +80,7 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
     names = names[: 1 + max(k for k, name in enumerate(names) if name)]
     layers = []
     for k in range(len(a.hidden_sizes)):
-        endings = [a.role.suffix.format(k) + "_reverse" * d for d in range(directions)]
+        endings = [a.role.suffix.format(k) + way for way in ("", "_reverse")[:directions]]
         layers.append(tuple([tuple([name and name + ending for name in names]) for ending in endings]))
     return tuple(layers)
 

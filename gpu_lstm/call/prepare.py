@@ -18,15 +18,10 @@ from .weights import State, Weights
 
 
 def prepare(
-    options: Options,
-    weights: list[list[Weights]],  # [L][D]
-    input: Tensor | PackedSequence,
-    hx: Any = None,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
-    reset_states: Any = None,
-) -> Request:
-    """The request, checked. The modules and `lstm_layer` document what a user may give, and what is raised."""
+    options: Options, weights: list[list[Weights]], input: Tensor | PackedSequence, hx: Any = None,
+    lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
+) -> Request:  # fmt: skip
+    """The request, checked; weights [L][D]. The modules and `lstm_layer` document what a user may give, and errors."""
     role = options.role
     form, x, sizes = role.input(input)
     steps, batch = sizes
@@ -61,18 +56,15 @@ def prepare(
     if options.reverse:
         traversal = traversal.backwards()
     elif zeroed and steps == 1 and now.recording < Recording.COMPILED:
-        states, traversal = _reset_before_the_only_step(options, states, traversal)
+        states = _reset_before_the_only_step(states, lengths, resets, options.directions == 2)
+        traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
 
 def _check_tensors(
     options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]], grad: bool
 ) -> tuple[bool, bool]:
-    """Raise unless all tensors fit together.
-
-    Returns:
-        Whether autograd has to record, which it does if `grad`; whether no weight or state is of a subclass of Tensor.
-    """
+    """Whether a tensor learns, if `grad`; whether none is of a subclass of Tensor. Raise unless they fit together."""
     dtype, device = x.dtype, x.device
     learns, alike, plain = grad and x.requires_grad, True, True
     asks = grad and not learns
@@ -105,27 +97,24 @@ def _check_tensors(
 
 
 def _reset_before_the_only_step(
-    options: Options, states: Sequence[State], traversal: Traversal
-) -> tuple[list[State], Traversal]:
+    states: list[State], lengths: Tensor | None, resets: Any, both_directions: bool
+) -> list[State]:
     """With one step, a reset zeroes the initial state; in the reverse direction no reset comes before the step."""
-    lengths, resets, *_ = traversal
-    assert resets is not None
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]
-    if options.directions == 2:
+    if both_directions:
         forward = torch.arange(states[0][0].shape[0], device=reset.device) % 2 == 0  # rows of a block
         reset = reset & forward[:, None, None]
-    return [(h.masked_fill(reset, 0), c.masked_fill(reset, 0)) for h, c in states], Traversal(lengths)
+    return [(h.masked_fill(reset, 0), c.masked_fill(reset, 0)) for h, c in states]
 
 
 def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
     """Whether torch's operator for a cell takes all as it is, on the CPU. If not, `prepare` makes it so, or raises."""
-    if type(x) is not Tensor or not x.is_cpu or options.feature is not None:
-        return False
-    if x.dim() != 2 or x.layout is not torch.strided or x.is_nested:
+    is_plain = type(x) is Tensor and x.is_cpu and x.dim() == 2 and x.layout is torch.strided and not x.is_nested
+    if not is_plain or options.feature is not None:
         return False
     dtype, (batch, features), role = x.dtype, x.shape, options.role
     found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
     sizes = [(batch, role.hidden)] * len(options.cell.states)
-    return features == role.inputs and found == sizes + options.sizes_of_first
+    return features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # without variants all are there

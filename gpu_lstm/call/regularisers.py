@@ -40,20 +40,16 @@ class Zoneout(Regulariser):
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
 
     def accepted(self, value: Any, cell: Cell) -> Any:
+        name, count = cell.name.upper(), len(cell.states)
         if cell.kept > 1 and value != 0:
-            name, count = cell.name.upper(), len(cell.states)
             raise ValueError(f"zoneout is not supported by {name}: it would have to choose among {count} states")
-        if cell.one_state and isinstance(value, tuple):
-            raise ValueError(
-                f"zoneout of a {cell.name.upper()} should be one number in range [0, 1], for its one state, "
-                f"got {value!r}"
-            )
+        if count == 1 and isinstance(value, tuple):
+            one = "one number in range [0, 1], for its one state"
+            raise ValueError(f"zoneout of a {name} should be {one}, got {value!r}")
         pair = value if isinstance(value, tuple) else (value, value)
         if len(pair) != 2 or not all(map(is_probability, pair)):
-            raise ValueError(
-                "zoneout should be a number in range [0, 1] representing the probability of an element staying as "
-                f"it was, or a pair of them for h and c, got {value!r}"
-            )
+            text = "a number in range [0, 1] representing the probability of an element staying as it was"
+            raise ValueError(f"zoneout should be {text}, or a pair of them for h and c, got {value!r}")
         h, c = map(float, pair)
         return h if h == c else (h, c)
 

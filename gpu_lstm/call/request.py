@@ -57,15 +57,13 @@ class Form(NamedTuple):
         indices = None if self.packed is None else self.packed.unsorted_indices
         return state if indices is None else state.index_select(-2, indices)
 
-    # Of a PackedSequence alone:
-
     def inside(self) -> Tensor:
-        """Bool [T, B], on the CPU: whether a sequence has that step."""
+        """Bool [T, B], on the CPU: whether a sequence, of a PackedSequence, has that step."""
         sizes = self.packed.batch_sizes  # type: ignore[union-attr]
         return torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]
 
     def rows(self) -> Tensor:
-        """[N]: time * B + batch for each row of data."""
+        """[N]: time * B + batch for each row of a PackedSequence's data."""
         return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)  # type: ignore[union-attr]
 
 

@@ -37,7 +37,7 @@ class Role:
     suffix = "_l{}"  # of the parameters of a layer
     ranks = 2, 3  # of an input without B, and with it
     by_layer = False  # whether a user's states are a list of blocks, one a layer
-    one_row_is_kept = False  # whether a block of one row has a dimension for it
+    has_rows = False  # whether a block has a dimension for its rows even if there is one
 
     def __init__(self, cell: cells.Cell, sizes: tuple[Size, ...], directions: int, batch_first: bool) -> None:
         self.cell, self.sizes, self.batch_first = cell, sizes, batch_first
@@ -46,7 +46,7 @@ class Role:
         self.one_state, self.kept = len(cell.states) == 1, cell.kept
         self.blocks = sizes if self.by_layer else sizes[:1]  # the size of each block's layers
         rows = directions * len(sizes) // len(self.blocks)
-        self.lead = (rows,) if rows > 1 or self.one_row_is_kept else ()  # what the size of a block has before B
+        self.lead = (rows,) if rows > 1 or self.has_rows else ()  # what the size of a block has before B
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
         """The form of an input, checked; x [T, B, I], of a PackedSequence its data [N, I], of a cell [B, I]; (T, B)."""
@@ -85,8 +85,7 @@ class Role:
             c = x.new_zeros(*self.lead, batch, size.hidden)
             h = x.new_zeros(*self.lead, batch, size.projected) if size.projected else c
             if self.kept > 1:
-                exact = torch.promote_types(x.dtype, torch.float32)
-                empty: Any = self.cell.empty_like(x.new_empty(0, dtype=exact))  # [K, 1, 1]
+                empty: Any = self.cell.empty_like(x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32)))
                 c = empty.repeat(*self.lead or (1,), 1, 1).expand(-1, batch, size.hidden)
             blocks.append((h, c))
         return blocks
@@ -208,7 +207,7 @@ class Role:
 class Module(Role):
     """An LSTM, GRU or SLSTM: one block for all layers and directions, as torch's have."""
 
-    one_row_is_kept = True
+    has_rows = True
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
         if form.packed is not None:
@@ -238,7 +237,7 @@ class Module(Role):
 class Stack(Module):
     """A StackedLSTM or StackedGRU: a block for each layer."""
 
-    title, suffix, by_layer, one_row_is_kept = "Stacked{0}", "_l0", True, False
+    title, suffix, by_layer, has_rows = "Stacked{0}", "_l0", True, False
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
         return checks.check_list(hx, self.cell.states, len(self.blocks), "hx", RuntimeError)
@@ -253,12 +252,12 @@ class Cell(Role):
         form, x = (TIME_FIRST, input) if self.rank_of(input) == 2 else (UNBATCHED, input[None])
         return form, x, (1, x.shape[0])
 
-    def states_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
-        try:
-            return super().states_in(form, x, batch, hx)
-        except (RuntimeError, TypeError, IndexError):
+    def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
+        states, size = (hx,) if self.one_state else hx, (len(x), self.hidden) if form.batched else (self.hidden,)
+        fits = type(states) is tuple and len(states) == len(self.cell.states)
+        if not fits or not all([isinstance(t, Tensor) and t.shape == size for t in states]):
             self._ask_torch(x if form.batched else x[0], hx)
-            raise
+        return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
         try:

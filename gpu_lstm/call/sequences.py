@@ -38,10 +38,8 @@ def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
         first = torch.zeros_like(dones[0])
     check_tensor(first, "first")
     if first.dtype is not torch.bool or first.shape != dones[0].shape or first.device != dones.device:
-        raise ValueError(
-            f"Expected bool first {list(dones[0].shape)} on {dones.device}, got {first.dtype} {list(first.shape)} on "
-            f"{first.device}"
-        )
+        expected = f"Expected bool first {list(dones[0].shape)} on {dones.device}"
+        raise ValueError(f"{expected}, got {first.dtype} {list(first.shape)} on {first.device}")
     return torch.cat([first[None], dones[:-1]])
 
 

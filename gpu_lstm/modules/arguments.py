@@ -1,4 +1,4 @@
-"""The arguments of the modules: checked when they are given or set."""
+"""What the modules share: arguments, which are checked when they are given or set, and how a call reads them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, overload
@@ -22,12 +22,7 @@ NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, i
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
-    """The value of an attribute; checked, and maybe in another form, if it is an argument that may be set later.
-
-    Raises:
-        ValueError: a regulariser that `cell` has not, or that is not a probability; an unknown backend.
-        TypeError: `recompute` that is not a bool.
-    """
+    """The value of an attribute; checked, and maybe in another form, if it is an argument that may be set later."""
     match name:
         case "backend":
             return None if value is None else parse_backend_name(value)
@@ -36,20 +31,15 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
         case "recompute":
             check_bool(name, value)
             if value and cell.kept > 1:
-                raise ValueError(
-                    f"recompute is not supported by {cell.name.upper()}: its gates depend on states that are not kept"
-                )
+                why = "its gates depend on states that are not kept"
+                raise ValueError(f"recompute is not supported by {cell.name.upper()}: {why}")
         case _ if name in BY_NAME:
             return BY_NAME[name].accepted(value, cell)
     return value
 
 
 def norms_of(layer_norm: object) -> tuple[str, ...]:
-    """The argument of the modules, checked, as names in the order of NORMS.
-
-    Raises:
-        TypeError, ValueError: neither a bool nor a tuple or list of some of NORMS.
-    """
+    """The argument of the modules, checked, as names in the order of NORMS."""
     if isinstance(layer_norm, bool):
         return NORMS if layer_norm else ()
     if not isinstance(layer_norm, (tuple, list)):
@@ -93,6 +83,11 @@ def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str
         raise ValueError(f"{LAYER_NORM} of 'hh' or 'c' is over all units: expected heads=1, got {heads}")
 
 
+OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
+OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute")
+"""The attributes of cells, and of other modules, in the order of Arguments."""
+
+
 class Checked:
     """A module whose attributes are checked like its arguments when they are set."""
 
@@ -104,7 +99,6 @@ class Checked:
     _peepholes: bool = False
     _norms: tuple[str, ...] = ()
     heads = 1
-    hidden_size: int
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, accepted(name, value, self._cell))
@@ -121,10 +115,7 @@ class DropIn(Checked):
     _torchs: type[nn.Module]  # torch's module, for torch.jit.script
 
     def _make(self: Any, given: dict[str, Any]) -> None:
-        """Make a module from locals() of its constructor: all arguments by name, and `self`.
-
-        Our own are checked before torch's class, which is given the others, draws initial weights.
-        """
+        """Make a module from its constructor's locals(). Ours are checked before torch's class draws weights."""
         del given["self"]
         ours = {name: accepted(name, given.pop(name), self._cell) for name in (*OWN, *OURS) if name in given}
         peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
@@ -146,21 +137,21 @@ class DropIn(Checked):
         So the same seed gives the weights that the constructor drew. Bounds are torch's, 1 / sqrt(H), but 1 / sqrt(D)
         of the W_hh of heads, each of which is like that of a layer of D units.
         """
-        columns = self.hidden_size // self.heads
         for name, parameter in list(self.named_parameters()):
-            of_heads = self.heads > 1 and name.startswith("weight_hh")
-            if of_heads and parameter.shape[1] != columns:  # as torch's constructor made it
-                parameter = nn.Parameter(parameter.new_empty(len(parameter), columns))
-                setattr(self, name, parameter)
-            if name.startswith(("gain_", "bias_c")):
-                nn.init.constant_(parameter, float(name.startswith("gain_")))
-            else:
-                bound = columns**-0.5 if of_heads else self._bound()
-                nn.init.uniform_(parameter, -bound, bound)
+            self._draw(name, parameter)
 
-    def _bound(self) -> float:
-        """The bound of initial weights, torch's; a cell may have no units."""
-        return self.hidden_size**-0.5 if self.hidden_size > 0 else 0.0
+    def _draw(self: Any, name: str, parameter: nn.Parameter) -> None:
+        units = self.hidden_size
+        if self.heads > 1 and name.startswith("weight_hh"):
+            units = self.hidden_size // self.heads
+            if parameter.shape[1] != units:  # as torch's constructor made it
+                parameter = nn.Parameter(parameter.new_empty(len(parameter), units))
+                setattr(self, name, parameter)
+        if name.startswith(("gain_", "bias_c")):
+            nn.init.constant_(parameter, float(name.startswith("gain_")))
+        else:
+            bound = units**-0.5 if units > 0 else 0.0  # a cell may have no units
+            nn.init.uniform_(parameter, -bound, bound)
 
     def __prepare_scriptable__(self: Any) -> nn.Module:
         """torch's module, for torch.jit.script."""
@@ -175,14 +166,53 @@ class DropIn(Checked):
         return recast(self, self._torchs)
 
 
+class HasVariants(Checked):
+    """An LSTM, stack of LSTMs or LSTMCell."""
+
+    @property
+    def peepholes(self) -> bool:
+        """Whether there are peepholes; fixed, since their weights are parameters."""
+        return self._peepholes
+
+    @property
+    def layer_norm(self) -> bool | tuple[str, ...]:
+        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, like peepholes."""
+        return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
+
+    def _add_variants(self: Any, peepholes: bool, norms: tuple[str, ...]) -> None:
+        """The parameters of each layer and direction, where its others are."""
+        if not self._cell.normalises:
+            raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
+        self._peepholes, self._norms = peepholes, norms
+        options, like = self._options(), next(self.parameters())
+        for directions, sizes in zip(options.names, options.weight_sizes):
+            for name, size in [each for names in directions for each in zip(names, sizes)]:
+                if name is not None and name not in self._parameters:
+                    self.register_parameter(name, nn.Parameter(like.new_empty(size)))
+                    self._draw(name, self._parameters[name])
+
+
 class Layers(Checked):
     """A module that runs layers over sequences, which a cell does not. Its regularisers may be set at any time."""
 
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
+    recompute: bool = False
     _options: Callable[[], Options]  # from the attributes as they are now
-    _weights: Callable[[], list[list[Weights]]]  # [L][D], likewise
+
+    def _weights(self) -> list[list[Weights]]:
+        """[L][D], as the module has them now."""
+        return weights_of(self, self._options().names)
+
+
+def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
+    """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
+    parameters = module._parameters
+    try:
+        return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
+    except KeyError:  # another tensor has taken a parameter's place, as weight_norm's does
+        return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
 
 
 Given = TypeVar("Given", contravariant=True)
@@ -196,15 +226,13 @@ class Called(Protocol[Given, Returned]):
     def __call__(
         self, input: Tensor, hx: Given | None = None, *, lengths: Tensor | None = None, resets: Tensor | None = None,
         reset_states: Given | None = None,
-    ) -> tuple[Tensor, Returned]:  # fmt: skip
-        ...
+    ) -> tuple[Tensor, Returned]: ...  # fmt: skip
 
     @overload
     def __call__(
         self, input: PackedSequence, hx: Given | None = None, *, lengths: None = None, resets: Tensor | None = None,
         reset_states: Given | None = None,
-    ) -> tuple[PackedSequence, Returned]:  # fmt: skip
-        ...
+    ) -> tuple[PackedSequence, Returned]: ...  # fmt: skip
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import GRUCell as TorchGRUCell
-from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
 
 from ..backends.torch_rnn import one_step
@@ -19,9 +18,8 @@ from ..dispatch.available import only_torch_on_a_cpu
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
-from .arguments import DropIn, repr_of
+from .arguments import OF_CELLS, DropIn, HasVariants, repr_of, weights_of
 from .tracing import traced
-from .variants import OF_CELLS, HasVariants, weights_of
 
 
 class RecurrentCell(DropIn):
@@ -88,7 +86,7 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
         h, c = cell(torch.randn(3, 10))
     """
 
-    _cell, _torchs = LSTM, TorchLSTMCell
+    _cell, _torchs = LSTM, rnn.LSTMCell
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
@@ -118,7 +116,7 @@ class GRUCell(RecurrentCell, RNNCellBase):
         h = cell(torch.randn(3, 10))
     """
 
-    _cell, _torchs = GRU, TorchGRUCell
+    _cell, _torchs = GRU, rnn.GRUCell
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.rnn import GRU as TorchGRU
-from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
@@ -15,16 +14,15 @@ from ..call import roles
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import NAMES as REGULARISERS
-from ..call.weights import State, Weights
+from ..call.regularisers import NAMES
+from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels import cells
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import NOT_OF_TORCH, OWN, Called, DropIn, Layers, repr_of
+from .arguments import NOT_OF_TORCH, OF_LAYERS, OWN, Called, DropIn, HasVariants, Layers, repr_of, weights_of
 from .tracing import in_eager_mode, traced
-from .variants import OF_LAYERS, HasVariants, weights_of
 
-# torch's classes are bound above, when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
+# torch's classes are bound when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
 States = tuple[Tensor, Tensor, Tensor, Tensor]
 TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a gpu_lstm.compat.{0}"
@@ -33,8 +31,6 @@ TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a 
 class Recurrent(DropIn, Layers):
     """A mixin of LSTM and GRU."""
 
-    # On the class, so that they are there in pickles of older modules.
-    recompute: bool = False
     _role = roles.Module
 
     def _init_torchs(self: Any, **arguments: Any) -> None:
@@ -72,8 +68,7 @@ class Recurrent(DropIn, Layers):
         Args:
             input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
             hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N; of a GRU h_0. Default: zeros.
-            lengths: (N,), unbatched (). int32 or int64 on the input's device, each from 0 to T, in any order.
-                Default: T.
+            lengths: (N,), unbatched (). int32 or int64 on the input's device, from 0 to T, in any order. Default: T
             resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
             reset_states: (h, c), of a GRU h, that resets set instead of zeros: one per sequence, as hx, or one per
                 step, of which only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first
@@ -81,12 +76,11 @@ class Recurrent(DropIn, Layers):
                 and "reference".
             mask: None. TorchRL's modules pass one to what is not torch's LSTM or GRU: give them one of compat.
 
-        By keyword from `lengths` on: others are for torch.onnx, which passes all by position.
-
         ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
         gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
         t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
-        t with the state given for t, and the reverse one step t - 1, each from its own rows.
+        t with the state given for t, and the reverse one step t - 1, each from its own rows. All of these are given by
+        keyword; torch.onnx alone passes them by position.
 
         Returns:
             output: as the input, with D*P features; zero past the end of a sequence.
@@ -118,12 +112,8 @@ class Recurrent(DropIn, Layers):
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in REGULARISERS])
+        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, self.proj_size)
-
-    def _weights(self) -> list[list[Weights]]:
-        """[L][D], as the module has them now."""
-        return weights_of(self, self._options().names)
 
 
 class LSTM(Recurrent, HasVariants, RNNBase):
@@ -191,7 +181,7 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    _cell, _torchs = cells.LSTM, TorchLSTM
+    _cell, _torchs = cells.LSTM, rnn.LSTM
     __call__: Called[State, State]
     forward: Called[State, State]  # type: ignore[assignment]
 
@@ -206,9 +196,9 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         self._make(locals())
 
     # The rest of torch.nn.LSTM's public methods, which RNNBase has for a single state only.
-    get_expected_cell_size = TorchLSTM.get_expected_cell_size
-    check_forward_args = TorchLSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = TorchLSTM.permute_hidden  # type: ignore[assignment]
+    get_expected_cell_size = rnn.LSTM.get_expected_cell_size
+    check_forward_args = rnn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = rnn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
 class GRU(Recurrent, RNNBase):
@@ -241,7 +231,7 @@ class GRU(Recurrent, RNNBase):
     """
 
     zoneout: float
-    _cell, _torchs = cells.GRU, TorchGRU
+    _cell, _torchs = cells.GRU, rnn.GRU
     __call__: Called[Tensor, Tensor]
     forward: Called[Tensor, Tensor]  # type: ignore[assignment]
 
@@ -294,7 +284,7 @@ class SLSTM(Recurrent, RNNBase):
         output, (h_n, c_n, n_n, m_n) = slstm(torch.randn(5, 3, 10), lengths=torch.tensor([5, 2, 4]))
     """
 
-    _cell, _torchs = cells.SLSTM, TorchLSTM
+    _cell, _torchs = cells.SLSTM, rnn.LSTM
     __call__: Called[States, States]
     forward: Called[States, States]  # type: ignore[assignment]
 

@@ -13,15 +13,25 @@ from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import NAMES as REGULARISERS
-from ..call.regularisers import OURS
+from ..call.regularisers import NAMES, OURS
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import OWN, Called, Layers, check_heads, check_size, layer_sizes, norms_of, repr_of
+from .arguments import (
+    OF_LAYERS,
+    OWN,
+    Called,
+    HasVariants,
+    Layers,
+    check_heads,
+    check_size,
+    layer_sizes,
+    norms_of,
+    repr_of,
+    weights_of,
+)
 from .recurrent import GRU, LSTM
 from .tracing import traced
-from .variants import OF_LAYERS, HasVariants, weights_of
 
 
 class Stack(Layers, nn.Module):
@@ -34,10 +44,9 @@ class Stack(Layers, nn.Module):
     _layer: type[nn.Module]
 
     def _make(self, given: dict[str, Any]) -> None:
-        """Make a stack from locals() of its constructor: all arguments by name, and `self`."""
+        """Make a stack from its constructor's locals(). All arguments are checked before initial weights are drawn."""
         nn.Module.__init__(self)
         del given["self"]
-        # All arguments are checked before initial weights are drawn.
         of_layers = {name: given.pop(name) for name in ("device", "dtype", PEEPHOLES, LAYER_NORM) if name in given}
         given |= {"_peepholes": of_layers.get(PEEPHOLES, False), "_norms": norms_of(of_layers.get(LAYER_NORM, False))}
         sizes = given["hidden_sizes"] = layer_sizes(given["hidden_sizes"])
@@ -98,7 +107,7 @@ class Stack(Layers, nn.Module):
     def _options(self) -> Options:
         """From the attributes as they are now."""
         sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in REGULARISERS])
+        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
@@ -115,7 +124,7 @@ class StackedLSTM(Stack, HasVariants):
     """LSTM layers of different sizes on top of each other, with one pair of states per layer.
 
     Layer k, an LSTM in ``layers``, has hidden_sizes[k] units; its input is the output of layer k - 1. A stack of equal
-    sizes gives the results of an LSTM with the same weights.
+    sizes gives the results of an LSTM with the same weights. See `forward` for calls.
 
     Args:
         input_size: features of the input, I.
@@ -124,8 +133,6 @@ class StackedLSTM(Stack, HasVariants):
         backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm, heads: as for LSTM.
         residual: add a layer's input to its output wherever both have the same number of features (before dropout).
             At least one layer must allow it. Default: False
-
-    See `forward` for calls.
 
     Raises:
         ValueError, TypeError: as LSTM; hidden_sizes that is not a sequence of ints, or empty; `residual` that is not a
@@ -153,14 +160,12 @@ class StackedLSTM(Stack, HasVariants):
 
 
 class StackedGRU(Stack):
-    """GRU layers of different sizes on top of each other, with one state per layer.
+    """GRU layers of different sizes on top of each other, with one state per layer. See `forward` for calls.
 
     Args:
         input_size, hidden_sizes, bias, batch_first, dropout, bidirectional, residual, device, dtype: as for
             StackedLSTM, of layers that are a GRU each.
         backend, recompute, recurrent_dropout, zoneout, weight_drop, heads: as for GRU.
-
-    See `forward` for calls.
 
     Raises:
         ValueError, TypeError: as StackedLSTM, and as GRU.
