@@ -45,7 +45,7 @@ class _OnOurKernels:
         if cell.use_bias:
             bias = to_tensor(cell.bias)
             weights += bias.unbind() if bias.dim() == 2 else (bias, torch.zeros_like(bias))
-        weights = list(map(self._pair.to_torch, weights))
+        weights = list(map(self._pair.reordered, weights))
         x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
         if training and cell.dropout:
             x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps
