@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import onnx
@@ -267,57 +268,17 @@ def test_onnx_computes_the_same_for_any_batch(tmp_path):
                 np.testing.assert_allclose(found, model(x)[0].detach(), rtol=0, atol=1e-6)
 
 
-def of_file(file, *inputs):
-    session = onnxruntime.InferenceSession(file.getvalue())
-    names = [each.name for each in session.get_inputs()]
-    return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))]
-
-
 OF_ONNX = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning",
                                      "ignore::torch.jit.TracerWarning")  # fmt: skip
 
 
-@OF_ONNX
-@pytest.mark.parametrize(
-    "make",
-    [
-        gpu_lstm.LSTM,
-        gpu_lstm.GRU,
-        gpu_lstm.compat.LSTM,
-        gpu_lstm.compat.GRU,
-        lambda I, H: gpu_lstm.StackedGRU(I, [H]),
-        lambda I, H: gpu_lstm.LSTM(I, H, 2, bidirectional=True, heads=2),
-    ],
-)
-def test_the_older_onnx_exporter_accepts_a_module_by_itself(make):
-    """It passes all arguments by position, keyword-only ones, too."""
-    module, x, file = make(3, 4).eval(), torch.randn(5, 2, 3), io.BytesIO()
-    torch.onnx.export(module, (x,), file, dynamo=False)
-    torch.testing.assert_close(of_file(file, x), tree_leaves(module(x)), rtol=0, atol=1e-6)
-
-
 class Episodes(nn.Module):
-    def __init__(self, rnn):
+    def __init__(self, kind):
         super().__init__()
-        self.rnn = rnn
+        self.rnn = getattr(gpu_lstm, kind)(3, 4, bidirectional=True)
 
     def forward(self, x, resets):
         return self.rnn(x, resets=resets)
-
-
-@OF_ONNX
-@pytest.mark.parametrize(("kind", "dynamo"), [
-    ("LSTM", False), ("GRU", False), pytest.param("LSTM", True, marks=pytest.mark.deep)])  # fmt: skip
-def test_onnx_with_resets_some_after_a_nan(kind, dynamo):
-    torch.manual_seed(0)
-    model, file = Episodes(getattr(gpu_lstm, kind)(3, 4, bidirectional=True).eval()), io.BytesIO()
-    torch.onnx.export(model, (torch.randn(6, 3, 3), torch.rand(6, 3) < 0.4), file, dynamo=dynamo)
-    for given in range(3):
-        x, resets = torch.randn(6, 3, 3), torch.rand(6, 3) < 0.2 * given
-        x[2, 0] = torch.nan
-        expected = tree_leaves(model(x, resets))
-        torch.testing.assert_close(of_file(file, x, resets), expected, rtol=0, atol=1e-6, equal_nan=True)
-        assert expected[0].isnan().any()
 
 
 class States(nn.Module):
@@ -332,21 +293,43 @@ class States(nn.Module):
         return y, *states, gpu_lstm.functional.slstm_layer(torch.cat([y, y], 2), self.slstm.weight_hh_l0, heads=2)[0]
 
 
+def inputs_with_resets():
+    """Some of them after a NaN."""
+    x = torch.randn(6, 3, 3)
+    x[2, 0] = torch.nan
+    return x, torch.rand(6, 3) < 0.3
+
+
+def inputs_with_states():
+    state = torch.randn(4, 2, 2, 4)
+    state[2] = state[2].clamp(min=0)
+    return torch.randn(3, 2, 3), *state, torch.rand(3, 2) < 0.3, torch.randint(4, (2,))
+
+
 @OF_ONNX
-@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.deep)])
-def test_an_slstm_in_a_file_of_onnx(dynamo):
+@pytest.mark.parametrize(("make", "given", "dynamo"), [
+    # The older exporter passes all arguments by position, keyword-only ones, too.
+    *((make, lambda: [torch.randn(5, 2, 3)], False) for make in (
+        *(partial(getattr(of, kind), 3, 4) for of in (gpu_lstm, gpu_lstm.compat) for kind in ("LSTM", "GRU")),
+        partial(gpu_lstm.StackedGRU, 3, [4]), partial(gpu_lstm.LSTM, 3, 4, 2, bidirectional=True, heads=2))),
+    (partial(Episodes, "LSTM"), inputs_with_resets, False), (partial(Episodes, "GRU"), inputs_with_resets, False),
+    (States, inputs_with_states, False),
+    *(pytest.param(*row, True, marks=pytest.mark.deep) for row in (
+        (partial(Episodes, "LSTM"), inputs_with_resets), (States, inputs_with_states))),
+])  # fmt: skip
+def test_a_file_of_onnx_computes_the_same(make, given, dynamo):
     torch.manual_seed(0)
-    model, file = States().eval(), io.BytesIO()
-
-    def given():
-        state = torch.randn(4, 2, 2, 4)
-        state[2] = state[2].clamp(min=0)
-        return torch.randn(3, 2, 3), *state, torch.rand(3, 2) < 0.3, torch.randint(4, (2,))
-
-    torch.onnx.export(model, given(), file, dynamo=dynamo)
-    for _ in range(2):
-        args = given()
-        torch.testing.assert_close(of_file(file, *args), list(model(*args)), rtol=0, atol=1e-6)
+    model, file = make().eval(), io.BytesIO()
+    torch.onnx.export(model, tuple(given()), file, dynamo=dynamo)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    names = [each.name for each in session.get_inputs()]
+    for _ in range(3):
+        inputs = given()
+        found = session.run(None, dict(zip(names, (t.numpy() for t in inputs), strict=True)))
+        expected = [t.detach().numpy() for t in tree_leaves(model(*inputs))]
+        for y, true in zip(found, expected, strict=True):
+            np.testing.assert_allclose(y, true, rtol=0, atol=1e-6)
+        assert given is not inputs_with_resets or np.isnan(expected[0]).any()
 
 
 @pytest.mark.deep
