@@ -104,8 +104,14 @@ def test_compile_table_in_the_interpreters_environment_says_so_in_a_line():
         runpy.run_module("dev.compile_table", run_name="__main__")
 
 
-def test_importing_it_is_cheap_and_writes_nothing():
-    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads."""
+def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_broken_stop_nobody(tmp_path):
+    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads.
+
+    Neither does a call on the CPU import a compiler of torch's, which takes a second. The doctor says what is broken.
+    """
+    for name in ("triton", "cupy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise OSError('broken here')\n")
     code = """
         import sys
         import torch
@@ -128,30 +134,15 @@ def test_importing_it_is_cheap_and_writes_nothing():
         print(touched, new - ours - of_python, kernels, len(of_python) <= 12 or of_python, len(ours) <= 80 or ours)
         gpu_lstm.keras.keras_init(gpu_lstm.LSTM(2, 3))
         gpu_lstm.keras.lengths_of(torch.ones(2, 3, dtype=torch.bool))
-        print("keras" in sys.modules)
-    """
-    printed = says(sys.executable, code, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
-    assert printed == ["[] set() set() True True", "False"]
-
-
-@pytest.mark.deep
-def test_packages_that_are_broken_stop_nobody(tmp_path):
-    """Neither the import, nor a call, nor the doctor, who says what is broken; nor auto: test_first_call.py.
-
-    A call on the CPU imports no compiler of torch's, which takes a second, and imports Triton.
-    """
-    for name in ("triton", "cupy"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise OSError('broken here')\n")
-    code = """
-        import sys, torch, gpu_lstm
         output, _ = gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 3]))
-        print(*output.shape, "torch._dynamo" in sys.modules)
+        print("keras" in sys.modules, "torch._dynamo" in sys.modules)
         from gpu_lstm.__main__ import main
         main(["doctor"])
     """
-    first, *doctor = says(sys.executable, code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    assert first == "5 2 4 False"
+    first, second, *doctor = says(
+        sys.executable, code, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    )
+    assert (first, second) == ("[] set() set() True True", "False False")
     for backend, package in (("triton", "Triton: pip install triton"), ("cupy", "CuPy and NVRTC")):
         assert any(f"'{backend}' needs {package}" in line and "OSError: broken here" in line for line in doctor)
 
