@@ -151,14 +151,21 @@ def test_stateful(mask, kinds):
 
 
 @MASKED_OR_NOT
-@pytest.mark.parametrize(("merge", "options"), [("concat", {}), ("sum", ALL)], ids=str)
-def test_bidirectional(merge, options, mask, kinds, calls):
-    layers = pair(kinds, lambda one: BOTH(one, merge_mode=merge), **options)
-    compare(layers, draw(B, T, I), (1e-6, 1e-5), mask=mask)
+@pytest.mark.parametrize(("merge", "options", "use_cudnn"), [("concat", {}, True), ("sum", ALL, "auto")], ids=str)
+def test_bidirectional_whatever_use_cudnn_is_which_reads_back_as_given(
+    merge, options, use_cudnn, mask, kinds, calls, monkeypatch
+):
+    """Also where Keras would call cuDNN instead of the layers."""
+    name, fused = kinds[0].__name__.lower(), Mock(side_effect=AssertionError("cuDNN instead of the layers"))
+    monkeypatch.setattr(keras.src.backend, f"bidirectional_{name}", fused, raising=FUSED)
+    ours, theirs = pair(kinds, lambda one: BOTH(one, merge_mode=merge), use_cudnn=use_cudnn, **options)
+    assert [one.use_cudnn for one in (ours.forward_layer, ours.backward_layer)] == [use_cudnn] * 2
+    theirs.forward_layer.use_cudnn = theirs.backward_layer.use_cudnn = False  # its loop
+    compare((ours, theirs), draw(B, T, I), (1e-6, 1e-5), mask=mask)
     assert len(calls) == 2
     if FUSED:
-        fused = [getattr(one, f"_can_attempt_fused_{kinds[0].__name__.lower()}")(None) for one in layers]
-        assert fused == [False, True], "on a GPU cuDNN would run in our place"
+        asks = [getattr(one, f"_can_attempt_fused_{name}")(None) for one in (ours, pair(kinds, BOTH)[1])]
+        assert asks == [False, True], "on a GPU cuDNN would run in our place"
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
@@ -206,21 +213,6 @@ def test_a_symbolic_call_and_a_module_with_its_weights(kinds):
     output, states = from_keras(one)(draw(B, T, I))
     close((output, *(state[0] for state in keras.tree.flatten(states))), one(draw(B, T, I)), 1e-6)
     assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
-
-
-@pytest.mark.skipif(not FUSED, reason="in this Keras a Bidirectional always calls its layers")
-@pytest.mark.parametrize("use_cudnn", [True, False, "auto"])
-def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_cudnn, monkeypatch, kinds, calls):
-    """Also where Keras would call cuDNN instead of them."""
-    ours, called = kinds[0], Mock(side_effect=AssertionError("cuDNN instead of the layers"))
-    monkeypatch.setattr(keras.src.backend, f"bidirectional_{ours.__name__.lower()}", called)
-    both = BOTH(ours(H, use_cudnn=use_cudnn))
-    both(draw(B, T, I))
-    both(draw(B, T, I))  # built
-    assert len(calls) == 4
-    assert [one.use_cudnn for one in (ours(H, use_cudnn=use_cudnn), both.forward_layer, both.backward_layer)] == [
-        use_cudnn
-    ] * 3
 
 
 def test_keras_own_test_passes_with_our_layer_in_place_of_its_own(kinds, monkeypatch, calls):
