@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -238,6 +237,3 @@ def test_what_is_refused(monkeypatch, kinds):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ValueError, match=f"{name} needs Keras on torch, not on jax: set KERAS_BACKEND=torch"):
         ours(H)
-    monkeypatch.setitem(sys.modules, "keras", None)
-    with pytest.raises(ImportError, match=r'pip install "\.\[keras\]" from a clone'):
-        getattr(gpu_lstm.keras, name)
