@@ -197,7 +197,7 @@ LAYERS = [  # a ValueError where an option is named, a TypeError where a class i
     (lambda: built(BOTH, RNN([CELL(H)])), "got StackedRNNCells"),
     (lambda: built(RNN, [CELL(H), GRU_CELL(H)]), r"same type in all cells, got \['LSTMCell', 'GRUCell'\]"),
     (lambda: built(BOTH, LSTM(H), **OTHER_KIND), r"same type in all cells, got \['LSTMCell', 'GRUCell'\]"),
-    (partial(LSTM, H), "build it first"), (partial(KINDS["cells GRU"], {"dtype": "float32"}), "build it first")]  # fmt: skip
+    *((partial(KINDS[kind], {"dtype": "float32"}), "build it first") for kind in ("LSTM", "cells GRU"))]  # fmt: skip
 MODULES = [
     *((gpu_lstm.LSTM(I, H, num_layers=2, **{name: value}), f"{name}={value}") for name, value in dict(
         proj_size=2, dropout=0.5, bidirectional=True, recurrent_dropout=0.3, zoneout=0.1, peepholes=True).items()),

@@ -1,6 +1,7 @@
 """What the conversion and the layers both need of Keras."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +27,14 @@ class Pair(NamedTuple):
             return rows
         first, second, third = rows.chunk(3)
         return torch.cat([second, first, third])
+
+    def weights_of(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
+        """W_ih, W_hh and, with a bias, b_ih and b_hh of a Keras cell. An LSTM's b_hh, which Keras lacks, is 0."""
+        weights = [tensor_of(cell.kernel).T, tensor_of(cell.recurrent_kernel).T]
+        if cell.use_bias:
+            bias = tensor_of(cell.bias)
+            weights += bias.unbind() if bias.dim() == 2 else (bias, torch.zeros_like(bias))
+        return list(map(self.reordered, weights))
 
 
 OF_LSTM = Pair("LSTM", LSTM, StackedLSTM)

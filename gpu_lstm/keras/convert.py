@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from ..call.checks import check_bool, check_lengths, check_tensor
 from ..call.choices import Backend, BackendName
 from ..call.sequences import Traversal
-from ..call.weights import Weights
 from ..kernels.heads import dense
 from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, recast, takes_sequences
 from ..tools.convert import OURS
-from .common import PAIRS, Pair, check_equations, import_keras
+from .common import OF_LSTM, PAIRS, Pair, check_equations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
 Rnn = LSTM | StackedLSTM | GRU | StackedGRU
@@ -117,14 +116,11 @@ def from_keras(
         module = pair.stack(inputs, sizes, **shared)
     else:
         module = pair.module(inputs, _same("units", sizes), bidirectional=both, **shared)
-    for weights, cell in zip(_weights_of(module), cells):
-        tensors = [_tensor(cell.kernel).T, _tensor(cell.recurrent_kernel).T]
-        if cell.use_bias:
-            tensors += _tensor(cell.bias).reshape(-1, len(tensors[0]))  # of an LSTM one
-        for parameter, rows in zip(weights.present(), tensors):
-            parameter.copy_(pair.reordered(rows)).requires_grad_(cell.trainable)
-        if weights.bias_hh is not None and len(tensors) == 3:
-            weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
+    for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
+        for parameter, new in zip(weights.present(), pair.weights_of(cell, _tensor)):
+            parameter.copy_(new).requires_grad_(cell.trainable)
+        if weights.bias_hh is not None and pair is OF_LSTM:
+            weights.bias_hh.requires_grad_(cell.trainable and not freeze_second_bias)
     return GoBackwards(module) if not both and layer.go_backwards else module
 
 
@@ -153,7 +149,7 @@ def to_keras(module: nn.Module) -> Any:
     if pair is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
     keras = import_keras()
-    weights, layers = _weights_of(rnn), len(rnn._weights())
+    weights, layers = [w for layer in rnn._weights() for w in layer], len(rnn._weights())  # [L * D]
     for name in ("proj_size", "residual", *NOT_OF_TORCH):
         _refuse(name, getattr(rnn, name, None), " in Keras")
     if layers > 1:
@@ -282,13 +278,8 @@ def _modules_in(module: nn.Module, classes: tuple[type, ...], what: str) -> list
     return found
 
 
-def _weights_of(module: Rnn) -> list[Weights]:
-    """Those of each layer and direction, [L*D]."""
-    return [weights for layer in module._weights() for weights in layer]
-
-
 def _cells_of(keras: ModuleType, layer: Any) -> list:
-    """The cells of a Keras layer, as `_weights_of`; an error if it is no recurrent one, or has no counterpart."""
+    """The cells of a Keras layer, of each layer and direction; an error if it has no counterpart."""
     from . import layer as ours
 
     both = type(layer) is keras.layers.Bidirectional
