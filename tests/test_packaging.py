@@ -11,6 +11,7 @@ import sys
 import tarfile
 import textwrap
 import zipfile
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import get_args
 
@@ -223,14 +224,13 @@ def test_forward_says_what_it_accepts_and_raises(cls):
     assert all(title in said for title in ("Args:", "Returns:", "Raises:"))
 
 
-def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
-    """The modules of the checkout that a file imports."""
-    (name,) = (each for each, file in modules.items() if file == path)
-    package, found = name.split(".")[: None if path.name == "__init__.py" else -1], set()
+def imported_by(name: str, modules: dict[str, Path]) -> set[str]:
+    """The modules of the checkout that one imports."""
+    path, found = modules[name], set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) + 1 - node.level] if node.level else []
-            source = ".".join([*parents, *filter(None, [node.module])])
+            source = resolve_name("." * node.level + (node.module or ""), package)
             found |= {inner if (inner := f"{source}.{alias.name}") in modules else source for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -238,13 +238,12 @@ def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
 
 
 def test_imports_have_no_circle():
-    files = [path for folder in ("gpu_lstm", "kernels", "bench", "dev") for path in (ROOT / folder).rglob("*.py")]
     modules = {}
-    for path in files:
+    for path in (path for folder in ("gpu_lstm", "kernels", "bench", "dev") for path in (ROOT / folder).rglob("*.py")):
         place = path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
         modules[f"gpu_lstm.{place}" if place.startswith("kernels") else place] = path
-    assert imported_by(ROOT / "gpu_lstm/compat.py", modules) == {"gpu_lstm.modules", "gpu_lstm.modules.recurrent"}
-    graphlib.TopologicalSorter({name: imported_by(path, modules) for name, path in modules.items()}).prepare()
+    assert imported_by("gpu_lstm.compat", modules) == {"gpu_lstm.modules", "gpu_lstm.modules.recurrent"}
+    graphlib.TopologicalSorter({name: imported_by(name, modules) for name in modules}).prepare()
 
 
 INHERITED = {"_parameters", "_modules", "_flat_weights_names", "_init_flat_weights"}  # by our modules
