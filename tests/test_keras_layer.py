@@ -174,37 +174,28 @@ def test_dtype_policies(policy, mask, kinds):
     compare(layers, draw(B, T, I), (2e-2, 0.1), mask=mask)
 
 
-def model(kind):
-    keras.utils.set_random_seed(1)
-    first, second = kind(H, return_sequences=True, **options_of(kind)), kind(H)
-    built = keras.Sequential([keras.Input((T, I)), keras.layers.Masking(), first, second, keras.layers.Dense(1)])
-    built.compile(keras.optimizers.SGD(0.5), "mse")
-    return built
-
-
-def options_of(kind):
-    own = dict(unit_forget_bias=False) if issubclass(kind, keras.layers.LSTM) else {}
-    return own | ZERO | dict(
-        kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
-        bias_initializer="ones")  # fmt: skip
-
-
-X, Y = draw(2 * B, T, I).numpy(), draw(2 * B, 1, seed=1).numpy()
-X[1, 3:] = X[2, :2] = 0  # what Masking masks
-
-
 def test_fit_gives_the_same_weights(kinds):
     """Files, and models that are cloned, are in docs/keras_layer.md."""
-    ours, theirs = (kind(H, name="a", **options_of(kind)).get_config() for kind in kinds)
-    assert ours == theirs
-    both = [model(kind) for kind in kinds]
-    before = [one.get_weights() for one in both]
-    losses = [one.fit(X, Y, batch_size=B, shuffle=False, verbose=0).history["loss"] for one in both]
-    np.testing.assert_allclose(*losses, rtol=1e-6)
-    for mine, start, theirs, drawn in zip(both[0].get_weights(), before[0], both[1].get_weights(), before[1]):
-        assert np.array_equal(start, drawn)  # from the same seed
-        assert not np.array_equal(mine, start)
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+    options = ZERO | dict(
+        kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
+        bias_initializer="ones") | (dict(unit_forget_bias=False) if kinds[0] is LSTM else {})  # fmt: skip
+    x, y = draw(2 * B, T, I).numpy(), draw(2 * B, 1, seed=1).numpy()
+    x[1, 3:] = x[2, :2] = 0  # what Masking masks
+    of_both = []
+    for kind in kinds:
+        keras.utils.set_random_seed(1)
+        first, second = kind(H, name="a", return_sequences=True, **options), kind(H)
+        model = keras.Sequential([keras.Input((T, I)), keras.layers.Masking(), first, second, keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.5), "mse")
+        before = model.get_weights()
+        losses = model.fit(x, y, batch_size=B, shuffle=False, verbose=0).history["loss"]
+        assert not any(map(np.array_equal, before, model.get_weights()))
+        of_both.append((first.get_config(), before, losses, model.get_weights()))
+    (config, *ours), (expected_config, *theirs) = of_both
+    assert config == expected_config
+    for found, expected, tolerance in zip(ours, theirs, (0, 1e-6, 1e-6)):  # from the same seed
+        for a, e in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=0, atol=tolerance)
 
 
 def test_a_symbolic_call_and_a_module_with_its_weights(kinds):
