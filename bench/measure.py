@@ -115,15 +115,22 @@ def run_case(
     uncaptured = [name for name in names if name + GRAPH in failed and (name, False) in calls]
     notes = {name: f"not captured: {failed[name + GRAPH]}" for name in uncaptured}
     rows += [_row(case, name, device, graph=True, status="failed", note=notes[name]) for name in uncaptured]
+    for (name, graph), figures in _figures(seconds).items():
+        rows.append(_row(case, name, device, graph=graph, **figures, **of_all, **outcomes[name]))
+    return rows
+
+
+def _figures(seconds: dict[tuple[str, bool], np.ndarray]) -> dict[tuple[str, bool], Row]:
+    """The columns of times, by provider and whether it ran as a graph, from its seconds in each round."""
     best = min((seconds[name, False] for name in YARDSTICKS if (name, False) in seconds), key=np.median, default=None)
-    for (name, graph), mine in seconds.items():
-        figures = dict(zip(("median_s", "p20_s", "p80_s"), timing.percentiles(mine)))
+    rows: dict[tuple[str, bool], Row] = {}
+    for each, mine in seconds.items():
+        rows[each] = {"rounds": len(mine), **dict(zip(("median_s", "p20_s", "p80_s"), timing.percentiles(mine)))}
         if best is not None:
-            figures |= zip(("speed", "speed_p20", "speed_p80"), timing.percentiles(best / mine))
+            rows[each] |= zip(("speed", "speed_p20", "speed_p80"), timing.percentiles(best / mine))
         if (OURS, False) in seconds:
             ratios = timing.bootstrapped(mine / seconds[OURS, False])
-            figures |= zip(("over_ours", "over_ours_low", "over_ours_high"), ratios)
-        rows.append(_row(case, name, device, graph=graph, rounds=len(mine), **figures, **of_all, **outcomes[name]))
+            rows[each] |= zip(("over_ours", "over_ours_low", "over_ours_high"), ratios)
     return rows
 
 

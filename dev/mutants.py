@@ -4,17 +4,15 @@
     make mutants MUTANTS="--count 50 --only kernels/triton_rnn"
 
 First all tests run without a fault, under coverage.py, which records the lines that each of them executes; then, for
-each fault, the tests that execute its statement. Each worker has a copy of the tree, in which it plants a fault; the
-checkout itself is never touched. Results go to files, a line for each fault, so that a run that was stopped continues
-where it was. Faults that survived are planted again, since tests may have been added. docs/testing.md says
-how runs ended.
+each fault, the tests that execute its statement. A worker plants faults in its own copy of the tree, never in the
+checkout. Results go to files, a line for each fault, so that a run that was stopped continues where it was. Faults that
+survived are planted again, since tests may have been added. docs/testing.md says how runs ended.
 """
 
 import argparse
 import ast
 import bisect
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import itertools
@@ -31,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -124,10 +122,6 @@ def _is_left_alone(node: ast.AST) -> bool:
     return False
 
 
-def _names_in(node: ast.AST) -> set[str]:
-    return {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
-
-
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
     """(kind, the node whose text is replaced, by what)."""
 
@@ -145,10 +139,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
             yield swapped("and, or", op=SWAPS[type(node.op)]())
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield "sign, not", node, f"({ast.unparse(node.operand)})"
-        case ast.Constant(value=bool()):
-            yield "constant", node, str(not node.value)
-        case ast.Constant(value=int() | float()):
-            yield "constant", node, str(node.value + 1)
+        case ast.Constant(value=int() | float() as value):
+            yield "constant", node, str(not value if isinstance(value, bool) else value + 1)
         case ast.Return(value=ast.AST()) if ast.unparse(node.value) != "None":
             yield "return of None", node.value, "None"
         case ast.Expr(value=ast.Call()):
@@ -163,7 +155,9 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
     match node:  # faults of several lines, and what was forgotten
         case ast.If(orelse=[]) | ast.For() | ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield "statement left out", node, "pass"
-        case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in _names_in(value):
+        case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in {
+            getattr(n, "id", "") for n in ast.walk(value)
+        }:
             yield "statement left out", node, "pass"
     if isinstance(node, ast.If | ast.While | ast.IfExp) and not isinstance(node.test, ast.UnaryOp):
         yield "condition negated", node.test, f"(not ({ast.unparse(node.test)}))"
@@ -179,9 +173,7 @@ def _lines_of(statement: ast.stmt) -> tuple[int, int]:
 
 def of_python(path: str, source: bytes) -> Iterator[Mutant]:
     """Every fault of a Python file."""
-    before = [0]  # bytes before each line
-    for line in source.splitlines(keepends=True):
-        before.append(before[-1] + len(line))
+    before = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]  # bytes before each line
     nodes: list[tuple[ast.AST, tuple[int, int], bool]] = [(ast.parse(source), IMPORTED, False)]
     while nodes:
         node, lines, called = nodes.pop()
@@ -226,7 +218,7 @@ def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
     return [m for m in itertools.chain(*itertools.zip_longest(*of_kinds)) if m is not None][:count]
 
 
-@functools.cache  # one in each process
+@cache  # one in each process
 def own_copy(snapshot: Path) -> Path:
     """A copy of the tree in which this process plants faults; forks of the process, which has torch, run test files."""
     tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
@@ -292,7 +284,7 @@ class Recording:
 
     def __init__(self, folder: Path) -> None:
         self.seconds, self.folder, config = {}, folder, folder / "coverage.ini"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         of = "".join(f"    {Path.cwd() / one}\n" for one in ("gpu_lstm/*", "kernels/*", HOST))
         self.config, self.text = config, f"[run]\nparallel = true\ndata_file = {folder}/lines\ninclude =\n{of}"
         config.write_text(self.text)
@@ -337,8 +329,7 @@ def outcome(snapshot: Path, mutant: Mutant, batches: list[tuple[list[str], float
     with planted(tree, mutant):
         for tests, seconds in batches:
             files = list(dict.fromkeys(test.partition("::")[0] for test in tests))
-            limit = max(LEAST_SECONDS, TIMES_AS_LONG * seconds)
-            if by := first_failure(tree, files, limit, partial(Chosen, tests)):
+            if by := first_failure(tree, files, max(LEAST_SECONDS, TIMES_AS_LONG * seconds), partial(Chosen, tests)):
                 break
     result = {"": "survived", "time": "timed out"}.get(by, "caught")
     return {"result": result, "by": by, "seconds": round(time.monotonic() - start, 1)}
@@ -407,17 +398,15 @@ def covered(tree: Path, pool: Executor) -> Covered:
         data.unlink(missing_ok=True)
         recorded, combined, times = RESULTS / "recorded", coverage.CoverageData(data), {}
         shutil.rmtree(recorded, ignore_errors=True)
-        recorded.mkdir()
         tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py") and file.name != OWN]
-        asked = {pool.submit(without_a_fault, tree, test, recorded / Path(test).stem): test for test in tests}
+        asked = {pool.submit(without_a_fault, tree, test, (to := recorded / Path(test).stem)): to for test in tests}
         failures = []
         for done in track(as_completed(asked), "without a fault", total=len(asked)):
             failure, where = done.result()
             failures += [failure] if failure else []
-            folder = recorded / Path(asked[done]).stem
-            if (file := folder / "seconds.json").exists():
+            if (file := asked[done] / "seconds.json").exists():
                 times |= json.loads(file.read_text())
-            for file in folder.glob("lines.*"):
+            for file in asked[done].glob("lines.*"):
                 part = coverage.CoverageData(file)
                 part.read()
                 combined.update(part, map_path=lambda path, where=where: os.path.relpath(path, where))
@@ -432,11 +421,8 @@ def covered(tree: Path, pool: Executor) -> Covered:
 def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
     """All of it, on copies of a tree."""
     console, file = Console(highlight=False), RESULTS / "results.jsonl"
-    possible = [
-        mutant
-        for mutant in all_mutants(tree)
-        if mutant.path.startswith(options.only) and mutant.kind.startswith(options.kind)
-    ]
+    every = all_mutants(tree)
+    possible = [m for m in every if m.path.startswith(options.only) and m.kind.startswith(options.kind)]
     chosen = sample(possible, options.count, options.seed)
     console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
     file.touch()
@@ -448,9 +434,8 @@ def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
         asked[pool.submit(outcome, tree, mutant, batches)] = mutant
     for done in track(as_completed(asked), "planted", total=len(asked)):
         mutant = asked[done]
-        known[mutant.name] = dict(
-            name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind, **done.result()
-        )
+        about = dict(name=mutant.name, part=str(Path(mutant.path).parent), kind=mutant.kind)
+        known[mutant.name] = about | done.result()
         with file.open("a") as results:
             results.write(json.dumps(known[mutant.name]) + "\n")
     rows = pd.DataFrame([known[mutant.name] for mutant in chosen], columns=["name", "part", "kind", "result"])

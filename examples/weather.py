@@ -88,19 +88,14 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
     near = np.minimum(apart, 366 - apart) <= 15
     mean = near @ temp_max[:split] / near.sum(axis=1)
     forecasts = {
-        "StackedLSTM": today + change,
-        f"ridge, last {RIDGE_DAYS} days": today + linear,
-        "same as today": today,
-        "day-of-year mean": mean,
-    }
+        "StackedLSTM": today + change, f"ridge, last {RIDGE_DAYS} days": today + linear,
+        "same as today": today, "day-of-year mean": mean,
+    }  # fmt: skip
+    errors = {name: errors_of(forecast - truth) for name, forecast in forecasts.items()}
     table = Table("forecast", "MAE (°C)", "RMSE (°C)", title=f"Daily maximum temperature, Seattle, {TEST_YEAR}")
-    errors = {}
-    for name, forecast in forecasts.items():
-        off = forecast - truth
-        errors[name] = Errors(mae=np.abs(off).mean(), rmse=np.sqrt((off**2).mean()))
-        table.add_row(name, f"{errors[name].mae:.2f}", f"{errors[name].rmse:.2f}")
+    for name, error in errors.items():
+        table.add_row(name, f"{error.mae:.2f}", f"{error.rmse:.2f}")
     Console().print(table)
-
     print("The linear forecast sees two days only: what is left to remember is little. highlight.py needs memory.")
     plot(weather.dates[split:], forecasts, truth, errors, out / "weather.png")
 
@@ -160,6 +155,11 @@ class TorchStack(nn.ModuleList):
         for k, layer in enumerate(self):
             x, _ = layer(nn.functional.dropout(x, DROPOUT, self.training) if k > 0 else x)
         return x, None
+
+
+def errors_of(off: np.ndarray) -> Errors:
+    """From the difference of a forecast from the truth, [test days]."""
+    return Errors(mae=np.abs(off).mean(), rmse=np.sqrt((off**2).mean()))
 
 
 def training_step(model: nn.Module, optimiser: torch.optim.Optimizer, windows: Tensor, changes: Tensor) -> None:

@@ -44,13 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_doctor)
     subparsers, commands = parser.add_subparsers(dest="command", metavar="COMMAND"), {}
-    for name, run, text in (
-        ("doctor", _doctor, "versions, devices, and which backends can run (the default)"),
-        ("plan", _plan, "which kernels a problem uses on a card, and how long a step is (estimated)"),
-        ("explain", _explain, "which backend would run an LSTM or GRU on this machine, how, and why"),
-        ("races", _races, "cached results: races, verification of kernels, measured plans"),
-    ):
-        commands[name] = command = subparsers.add_parser(name, help=text)
+    for run in (_doctor, _plan, _explain, _races):
+        name = run.__name__.removeprefix("_")
+        commands[name] = command = subparsers.add_parser(name, help=run.__doc__)
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         command.set_defaults(run=run)
     plan = commands["plan"]
@@ -107,11 +103,11 @@ def why_no_cuda() -> str:
     return f"there is no CUDA device that torch can use: {problem}"
 
 
-# A command returns what --json prints, and the text without it.
+# A command returns what --json prints, and the text without it. Its docstring is its line of --help.
 
 
 def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What a user gets, versions, environment and each device's backends: None where available, else why not."""
+    """versions, devices, and which backends can run (the default)"""
     devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(cuda_devices()))]
     variables = BACKEND_VARIABLE, RACE_VARIABLE, cache.SHARED, "TRITON_INTERPRET", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
     packages = ["numpy", *(name for b in KERNEL_BACKENDS for name in package_of(b.value).PACKAGES)]
@@ -197,7 +193,7 @@ def _mps(device: torch.device) -> str:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """The plans of a problem, forward and backward, and the estimated time of a step."""
+    """which kernels a problem uses on a card, and how long a step is (estimated)"""
     planning = importlib.import_module(".kernels.triton_rnn.plans.planning", __package__)
     choose = importlib.import_module(".kernels.triton_rnn.plans.choose", __package__)
     if (card := planning.DEVICES.get(options.device)) is None:
@@ -236,12 +232,12 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """How a layer with as many features as hidden units runs on the first CUDA device, or the CPU."""
-    dtype, precision = _DTYPES[options.dtype]
-    made: Any = dict(device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
-    cls = getattr(modules, options.cell.upper())
-    made |= dict(bidirectional=options.directions == 2, heads=options.heads)
-    module = cls(options.hidden, options.hidden, options.layers, **made)
+    """which backend would run an LSTM or GRU on this machine, how, and why"""
+    (dtype, precision), device = _DTYPES[options.dtype], "cuda" if torch.cuda.is_available() else "cpu"
+    module = getattr(modules, options.cell.upper())(
+        options.hidden, options.hidden, options.layers, bidirectional=options.directions == 2, heads=options.heads,
+        device=device, dtype=dtype,
+    )  # fmt: skip
     x = next(module.parameters()).new_empty(options.steps, options.batch, options.hidden)
     tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "tf32")
     with torch.set_grad_enabled(not options.inference), tf32:
@@ -250,7 +246,7 @@ def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _races(options: argparse.Namespace) -> tuple[Any, str]:
-    """List or clear cached results."""
+    """cached results: races, verification of kernels, measured plans"""
     if options.clear:
         cleared = sum(map(cache.forget, cache.KINDS))
         return {"cleared": cleared}, f"cached results cleared: {cleared}"

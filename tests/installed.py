@@ -28,22 +28,16 @@ def build(folder: Path, *targets: str) -> list[Path]:
     return [folder / name for name in names.stdout.splitlines()[-1].split("/")]
 
 
-def environment(folder: Path, *, without: Collection[str] = (), install: Collection[str] = ()) -> Path:
-    """The interpreter of a new environment, which lacks the packages `without`; `install` is what pip is given."""
+def environment(folder: Path, install: Collection[str]) -> Path:
+    """The interpreter of a new environment; `install` is what pip is given."""
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
-    if without:
-        for entry in (entry for outer in PACKAGES for entry in outer.iterdir()):
-            name, link = entry.name.lower().replace("-", "_"), packages / entry.name
-            if entry.suffix != ".pth" and not link.exists() and not name.startswith(tuple(without)):
-                link.symlink_to(entry)
-    else:  # a .pth file inside of them, as that of an editable install, is not read
-        (packages / "outer.pth").write_text("\n".join(map(str, PACKAGES)))
-    if install:
-        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
-        done = run([*pip, "--verbose", "--ignore-installed", *install])
-        assert not re.search("warning|deprecat", done.stdout + done.stderr, re.IGNORECASE), done.stdout + done.stderr
+    # A .pth file inside of them, as that of an editable install, is not read.
+    (packages / "outer.pth").write_text("\n".join(map(str, PACKAGES)))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
+    done = run([*pip, "--verbose", "--ignore-installed", *install])
+    assert not re.search("warning|deprecat", done.stdout + done.stderr, re.IGNORECASE), done.stdout + done.stderr
     return python
 
 

@@ -30,7 +30,7 @@ from bench.providers import Provider, ours, torchs
 from gpu_lstm import SLSTM
 
 SMALL = Case("training", "fp32", steps=5, batch=3, input_size=4, hidden_size=6)
-FORWARD = replace(SMALL, mode="forward")
+FORWARD, GIVEN = replace(SMALL, mode="forward"), Inputs.of(SMALL, "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -117,46 +117,34 @@ def test_speeds_are_over_the_faster_yardstick_and_nobody_else_has_weights_copied
     assert "not part of single contiguous chunk" in rows["copying"]["note"]
 
 
-@pytest.mark.parametrize(("result", "change"), [
-    *((name, lambda t: 1.0001 * t) for name in results_in(torch.float64, Inputs.of(SMALL, "cpu"))),
-    ("c_n", lambda t: t / 0), ("h_n", lambda t: t[0]),
-])  # fmt: skip
-def test_a_provider_that_is_wrong_is_named_and_not_timed(monkeypatch, result, change):
-    right = measure.Trial.results
-    monkeypatch.setitem(providers.PROVIDERS, "faulty", Provider(torchs.plain))
-    faults = {"torch": {}, "faulty": {result: change}}
-    monkeypatch.setattr(measure.Trial, "results", lambda trial: (found := right(trial)) | {
-        name: change(found[name]) for name, change in faults[trial.name].items()})  # fmt: skip
-    rows = run_case(SMALL, "torch", "faulty")
-    assert (rows["torch"]["status"], rows["faulty"]["status"]) == ("measured", "wrong")
-    assert f"error of {result} is" in rows["faulty"]["note"]
-    assert "median_s" not in rows["faulty"]
+@pytest.mark.parametrize("case", [SMALL, replace(SMALL, cell="slstm", heads=2)], ids=["LSTM", "SLSTM of heads"])
+def test_a_provider_that_is_wrong_is_named_and_not_timed(monkeypatch, case):
+    right, given = measure.Trial.results, Inputs.of(case, "cpu")
+    names = results_in(torch.float64, given).keys()
+    assert {"c_n", "dx", "dh0", "dweight_hh_l0"} | ({"n_n"} if case.cell == "slstm" else set()) <= names
+    assert all(state.any() for state in given.states)  # so that it is seen who leaves one out
+    faults = {name: ("", None) for name in ("torch", "ours")}
+    faults |= {f"a little {name}": (name, lambda t: 1.0001 * t) for name in names}
+    faults |= {"infinite": ("c_n", lambda t: t / 0), "of another shape": ("h_n", lambda t: t[0])}
 
+    def results(trial):
+        (name, change), found = faults[trial.name], right(trial)
+        return found | ({name: change(found[name])} if change else {})
 
-def doubled(given):
-    """An sLSTM that takes the m that its states begin with twice."""
-    engine = ours.build("reference", given)
-    return replace(engine, call=lambda x, state: engine.call(x, (*state[:3], 2 * state[3])))
-
-
-@pytest.mark.parametrize(("case", "build"), [
-    (replace(SMALL, heads=2), lambda given: torchs.plain(replace(given, weights=given.weights | {
-        "weight_hh_l0": given.weights["weight_hh_l0"].roll(3, 0)}))),  # blocks of the next head
-    (replace(SMALL, heads=2), lambda given: replace(torchs.plain(given), to_torch=dict)),  # the dense W_hh's gradient
-    (replace(SMALL, cell="slstm"), doubled),
-], ids=["blocks", "gradient", "m"])  # fmt: skip
-def test_a_fault_of_heads_or_of_an_slstm_is_seen(monkeypatch, case, build):
-    monkeypatch.setitem(providers.PROVIDERS, "faulty", Provider(build))
-    rows = run_case(case, "torch", "ours", "faulty")
-    assert {name: row["status"] for name, row in rows.items()} == {
-        "torch": "measured" if case.heads > 1 else "unable", "ours": "measured", "faulty": "wrong"}  # fmt: skip
-    assert ("speed" in rows["ours"]) == (case.heads > 1)
+    monkeypatch.setattr(measure.Trial, "results", results)
+    for name in faults.keys() - {"torch", "ours"}:
+        monkeypatch.setitem(providers.PROVIDERS, name, Provider(partial(ours.build, "reference")))
+    rows = run_case(case, *faults)
+    assert rows.pop("torch")["status"] == ("measured" if case is SMALL else "unable")
+    assert ("speed" in rows["ours"], rows.pop("ours")["status"]) == (case is SMALL, "measured")
+    for name, row in rows.items():
+        assert (row["status"], "median_s" in row) == ("wrong", False), name
+        assert f"error of {faults[name][0]} is" in row["note"]
 
 
 @pytest.mark.parametrize(("error", "status"), [(1.9, "measured"), (2.1, "wrong")])
 def test_at_most_twice_torchs_own_error_is_allowed_which_is_compared_with_its_cells(monkeypatch, error, status):
-    given = Inputs.of(SMALL, "cpu")
-    true, trials = results_in(torch.float64, given), [measure.Trial(name, given) for name in ("torch", "ours")]
+    true, trials = results_in(torch.float64, GIVEN), [measure.Trial(name, GIVEN) for name in ("torch", "ours")]
 
     def off(by):
         return {name: result * (1 + by) for name, result in true.items()}
@@ -230,17 +218,17 @@ def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
     assert row["device"].endswith((", 1 thread", " threads"))
 
 
-@pytest.mark.parametrize(("old", "new", "said"), [
-    (r",7$", ",99", "a.csv: schema 99.*reads schema 7"), ("case", "cause", r"other columns: \['case', 'cause'\]"),
-    (r",7$", "", "a.csv: line 2 has no schema"), (r"^20", "\n20", "a.csv: line 2 has no date"),
-    ("False", "perhaps", "a.csv: line 2 has no graph"), (",3,", ",three,", "a.csv: .*three"),
-    ("measured", "guessed", "a.csv: line 2 has no status"), ("fp32", "fp\0", "a.csv: it holds NUL bytes; expected wh"),
-])  # fmt: skip
-def test_a_broken_file_is_named(tmp_path, row, old, new, said):
-    path = write(tmp_path / "a.csv", row)
-    path.write_text(re.sub(old, new, path.read_text().rstrip(), flags=re.MULTILINE))
-    with pytest.raises(ValueError, match=said):
-        results.read(path)
+def test_a_broken_file_is_named(tmp_path, row):
+    whole = write(tmp_path / "a.csv", row).read_text().rstrip()
+    for old, new, said in (
+        (r",7$", ",99", "a.csv: schema 99.*reads schema 7"), ("case", "cause", r"other columns: \['case', 'cause'\]"),
+        (r",7$", "", "a.csv: line 2 has no schema"), (r"^20", "\n20", "a.csv: line 2 has no date"),
+        ("False", "perhaps", "a.csv: line 2 has no graph"), (",3,", ",three,", "a.csv: .*three"),
+        ("measured", "guessed", "a.csv: line 2 has no status"), ("fp32", "fp\0", "a.csv: it holds NUL bytes; ex"),
+    ):  # fmt: skip
+        (tmp_path / "a.csv").write_text(re.sub(old, new, whole, flags=re.MULTILINE))
+        with pytest.raises(ValueError, match=said):
+            results.read(tmp_path / "a.csv")
 
 
 def test_a_stopped_run_keeps_what_it_has_and_no_case_is_begun_after_the_deadline(tmp_path, monkeypatch):
@@ -322,8 +310,10 @@ def as_torch(factor=1):
     return Provider(lambda g: torchs.plain(replace(g, weights={name: factor * t for name, t in g.weights.items()})))
 
 
-def test_base_measures_both_in_turns_and_fails_where_ours_is_broken_now(monkeypatch, tmp_path, capsys):
-    turns = []
+def test_a_base_and_a_run_are_measured_in_turns_and_told_in_tables_and_ours_that_is_broken_now_is_a_failure(
+    monkeypatch, tmp_path, capsys
+):
+    turns, out = [], tmp_path / "out"
 
     def worker(function, path):
         def run(*arguments):
@@ -336,74 +326,66 @@ def test_base_measures_both_in_turns_and_fails_where_ours_is_broken_now(monkeypa
 
     monkeypatch.setattr(measure, "Worker", worker)
     monkeypatch.setattr(command_line, "checkout", contextlib.nullcontext)
-    assert command_line.main(["--device", "cpu", "--out", str(tmp_path / "out"), "--base", "a base"]) == 1
+    assert command_line.main(["--device", "cpu", "--out", str(out), "--base", "a base"]) == 1
     assert turns == ["a base", None, None, "a base"]
-    assert "regressions of gpu_lstm: 2," in capsys.readouterr().out
-
-
-def test_a_run_ends_with_the_table_and_fails_where_ours_is_wrong(capsys, tmp_path, monkeypatch):
-    for factor in (1, 2):
-        monkeypatch.setitem(providers.PROVIDERS, "ours", as_torch(factor))
-        options = f"--device cpu --cases headline --providers ours cell-loop --out {tmp_path / str(factor)}"
-        assert command_line.main(options.split()) == factor - 1
+    said = capsys.readouterr().out
+    assert f"case 2 of 2: {FORWARD.name}\n" in said
+    assert "regressions of gpu_lstm: 2," in said
+    for name, status in (("base.csv", 0), ("results.csv", 1)):  # as a run without a base ends
+        assert command_line.show(out / name) == status
         said = capsys.readouterr().out
-        assert f"case 2 of 2: {FORWARD.name}\n" in said
         assert said.index("All providers") < said.index("gpu_lstm and torch.nn (")
-        assert ("WRONG training-fp32" in said) == (factor == 2)
-        assert {path.suffix for path in (tmp_path / str(factor)).iterdir()} == {".csv"}
+        assert ("WRONG training-fp32" in said) == (status == 1)
+    assert {path.suffix for path in out.iterdir()} == {".csv"}
 
 
-def test_bench_gpu_rehearsed_on_a_cpu(capsys, tmp_path, monkeypatch):
-    """All parts in their order; queries of the device are stubbed. One test fails in each."""
-    asked = []
-    right = {name: Provider(torchs.plain) for name in ("torch", "torch-flat", "ours")}
-    monkeypatch.setattr(providers, "PROVIDERS", right)
-    monkeypatch.setattr(measure, "PROVIDERS", right)
-    monkeypatch.setattr(gpu, "command", lambda *asking: asked.append(asking) or ("FAILED tests/a\n1 failed", 1))
-    assert gpu.run(1.0, tmp_path, device="cpu") == 6
-    assert "FAILED tests/a\nheadline: pytest ended with 1\nFAILED tests/a\nfamilies" in capsys.readouterr().out
-    assert set(results.read(tmp_path / "results.csv")["provider"]) == {*right}
-    assert [command[0] for command, *_ in asked] == ["gpu_lstm", "pytest", "pytest", "pytest"]
-    marks = r"^(@|pytestmark = )pytest\.mark\.gpu|^def .*host_or_card"
-    marked = {path for path in (ROOT / "tests").glob("test_*.py") if re.search(marks, path.read_text(), re.MULTILINE)}
-    words = [word for command, *_ in asked for word in command]
-    assert {word for word in words if word.startswith("tests/")} == {f"tests/{path.name}" for path in marked}
-    monkeypatch.setattr(gpu, "command", lambda *asking: ("FAILED tests/a - 0.3\n1 failed", None))
-    failures = gpu.tests("families", [], time.monotonic() - 1, tmp_path)
-    assert failures == ["FAILED tests/a - 0.3", "STOPPED families: after 1 s; the last line was: 1 failed"]
-
-
-@pytest.mark.parametrize(("error", "why"), [
-    (OSError("no space"), "STOPPED benchmark: OSError: no space"),
-    (None, f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}"),
-], ids=["raises", "no time"])  # fmt: skip
-def test_bench_gpu_goes_on_where_nothing_is_measured_and_ends_with_the_reason(
-    capsys, tmp_path, monkeypatch, error, why
+@pytest.mark.parametrize(("command", "error", "why"), [
+    ("gpu", OSError("no space"), "STOPPED benchmark: OSError: no space"),
+    ("gpu", None, f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}"),
+    ("--device cpu --providers ours haste", None, ""),
+])  # fmt: skip
+def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_with_the_reason(
+    capsys, tmp_path, monkeypatch, command, error, why
 ):
-    def measured(chosen, names, device, sides, deadline):
+    """Queries of the device are stubbed. One test fails in each part."""
+
+    def measured(chosen, names, device, sides, deadline=None):
+        assert (chosen, names) == ([SMALL, FORWARD], None if command == "gpu" else ["ours", "haste"])
         results.create(*sides)
         if error is not None:
             raise error
         return chosen
 
-    asked = Mock(return_value=("FAILED tests/a\n1 failed", 1))
+    asked = Mock(return_value=("FAILED tests/a - 0.3\n1 failed", 1))
     for owner, name, function in ((torch.cuda, "is_available", lambda: True), (measure, "measure", measured),
                                   (gpu, "command", asked)):  # fmt: skip
         monkeypatch.setattr(owner, name, function)
     monkeypatch.setenv("COLUMNS", "300")
-    assert command_line.main(["gpu", "--out", str(tmp_path / "out")]) == 1
-    assert set(gpu.OF_CUPY) <= set(asked.mock_calls[-1].args[0])
+    assert command_line.main([*command.split(), "--out", str(tmp_path / "out")]) == 1
     *said, end = capsys.readouterr().out.splitlines()
-    assert why in said
     assert end == f"Nothing was measured: {tmp_path / 'out' / 'results.csv'} has no row. The reason is above."
+    if command != "gpu":
+        return
+    assert why in said
+    lines = "FAILED tests/a - 0.3\nheadline: pytest ended with 1\nFAILED tests/a - 0.3\nfamilies: pytest ended with 1"
+    assert lines in "\n".join(said)
+    assert [call.args[0][0] for call in asked.mock_calls] == ["gpu_lstm", "pytest", "pytest", "pytest"]
+    marks = r"^(@|pytestmark = )pytest\.mark\.gpu|^def .*host_or_card"
+    marked = {path for path in (ROOT / "tests").glob("test_*.py") if re.search(marks, path.read_text(), re.MULTILINE)}
+    words = [word for call in asked.mock_calls for word in call.args[0]]
+    assert {word for word in words if word.startswith("tests/")} == {f"tests/{path.name}" for path in marked}
+    assert set(gpu.OF_CUPY) <= set(asked.mock_calls[-1].args[0])
+    asked.return_value = "FAILED tests/a - 0.3\n1 failed", None
+    failures = gpu.tests("families", [], time.monotonic() - 1, tmp_path)
+    assert failures == ["FAILED tests/a - 0.3", "STOPPED families: after 1 s; the last line was: 1 failed"]
 
 
 def test_tests_that_run_out_of_time_say_why_others_failed_before_and_nothing_that_they_started_runs_on(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
     """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe.
 
-    Also where interrupts are ignored, as behind a shell's "&".
+    Also where interrupts are ignored, as behind a shell's "&". Meanwhile the screen says how far they are.
     """
     os.mkfifo(path := tmp_path / "pipe")
     wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -433,28 +415,8 @@ def test_hangs():
     finally:
         signal.signal(signal.SIGINT, before)
     assert code is None
+    assert re.fullmatch(r"log, 600 s: 50% .*test_hangs ?\n", capsys.readouterr().out)
     assert re.search("(?m)^FAILED .*test_wrong - AssertionError: the RMS error of h is 0.3$", said)
     assert select.select([pipe], [], [], 600)[0]
     assert os.read(pipe, 9) == b"", "nobody can write any more"
     os.close(pipe)
-
-
-def test_the_screen_says_how_far_a_part_of_bench_gpu_is(tmp_path, monkeypatch, capsys):
-    """Every ten seconds: its seconds, how many tests are done, and the last that its log has."""
-    (log := tmp_path / "tests-families.txt").write_text("")
-    now, said = [0.0], iter(["[gw1] [  8%] PASSED test_a[1]\ntest_a[2] \n\n", "[gw0] [ 90%] FAILED test_a[9]\n"])
-
-    def wait(timeout):
-        now[0] += timeout
-        if (text := next(said, None)) is None:
-            return 3
-        log.write_text(log.read_text() + text)
-        raise subprocess.TimeoutExpired("pytest", timeout)
-
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    assert gpu._wait(Mock(wait=wait), 25.0, log) == 3
-    lines = ["10 s: 8% test_a[2]", "20 s: 90% [gw0] [ 90%] FAILED test_a[9]"]
-    assert capsys.readouterr().out.splitlines() == [f"tests-families, {line}" for line in lines]
-    assert now == [25.0]
-    said = iter(["", ""])
-    assert gpu._wait(Mock(wait=wait), 12.0, log) is None

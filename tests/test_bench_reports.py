@@ -48,55 +48,13 @@ def test_readme_and_page_are_those_of_the_stored_results(tmp_path):
         report.update_page(readme, files)
 
 
-def test_a_page_tells_variants_from_lengths_and_resets_and_has_forward_alone_and_rare_resets_in_a_line_each(tmp_path):
-    begun = replace(HEADLINE, reset_rate=0.02)
-    forward, gru = replace(begun, mode="forward"), replace(HEADLINE, cell="gru")
-    speeds = {HEADLINE: 1.0, gru: 0.5, begun: 0.8, forward: 0.625, replace(forward, cell="gru"): 0.1,
-              replace(HEADLINE, variant="peepholes"): 0.25, replace(begun, reset_rate=0.005): 0.4}  # fmt: skip
-    results.create(file := tmp_path / "a.csv")
-    for case, speed in speeds.items():
-        status = "measured" if case.plain() == case else "yardstick"
-        of_case = [row(case, speed), row(case, 1.0, provider="torch", status=status)]
-        of_case += [row(case, provider="cleanrl-loop", over_ours=2 / speed)] * (case.reset_rate > 0)
-        for each in of_case:
-            results.append(file, each | {"cuda": None})
-    texts = []
-    for pictures in (None, []):  # README, and the page with all cases
-        (page := tmp_path / "page.md").write_text(f"{report.BEGIN}\n{report.END}")
-        report.update_page(page, [file], pictures)
-        texts.append(" ".join(page.read_text().split()))
-    assert "lacks: plain 1.00 to 2.00; with lengths or resets 1.25 to 10.0; with peepholes, layer norm" in texts[0]
-    assert "states to reset to 4.00 to 4.00." in texts[0]
-    assert "| forward, 2 cases | | 0.100 to 0.625 | 3.20 to 20.0 |" in texts[1]
-    assert "| training resets 0.5%, 1 cases | | 0.400 to 0.400 | 5.00 to 5.00 |" in texts[1]
-
-
-def test_cases_of_heads_are_a_group_whose_workarounds_are_on_the_page(tmp_path):
+def test_cases_of_heads_are_a_group():
     heads = replace(HEADLINE, hidden_size=512, input_size=512, heads=4)
-    few, slstm = replace(heads, batch=1), replace(heads, cell="slstm")
-    of_case = [row(HEADLINE, 1.0), row(HEADLINE, 1.0, provider="torch"), row(HEADLINE, provider="haste")]
-    for case, speed, others in ((heads, 2.0, ["head-loop"]), (few, 4.0, []), (slstm, None, ["xlstm-vanilla"])):
-        of_case.append(row(case, speed or float("nan")))
-        of_case += [row(case, 1.0, provider="torch")] if speed else [row(case, provider="torch", status="unable")]
-        of_case += [row(case, provider=name, over_ours=3.0) for name in others]
-    rows = report.measured(frame(of_case))
-    lines = report.by_case(rows)
-    assert list(lines["object"].map(report.sizes).groupby(lines["group"]).agg(list)) == [
-        ["bf16 T1024 B16 H768"],
-        ["bf16 T1024 B1 H4x128", "bf16 T1024 B16 H4x128", "SLSTM bf16 T1024 B16 H4x128"],
-    ]  # fmt: skip
-    results.create(file := tmp_path / "a.csv")
-    for each in of_case:
-        results.append(file, {name: value for name, value in each.items() if value == value} | {"cuda": None})
-    texts = []
-    for pictures in (None, []):  # README, and the page with all cases
-        (page := tmp_path / "page.md").write_text(f"{report.BEGIN}\n{report.END}")
-        report.update_page(page, [file], pictures)
-        texts.append(" ".join(page.read_text().split()))
-    assert "plain 1.00 to 1.00; with heads 0.250 to 0.500." in texts[0]
-    assert r"| case | gpu_lstm, ms | torch.nn\* | head by head | xlstm |" in texts[1]
-    assert "| training T1024 B16 H4x128 | 1000 | 2.00 | 3.00 | |" in texts[1]
-    assert "| training SLSTM T1024 B16 H4x128 | 1000 | | | 3.00 |" in texts[1]
+    chosen = HEADLINE, heads, replace(heads, batch=1), replace(heads, cell="slstm")
+    lines = report.by_case(report.measured(frame([row(case) for case in chosen])))
+    groups = lines["object"].map(report.sizes).groupby(lines["group"]).agg(list)
+    of_heads = ["bf16 T1024 B1 H4x128", "bf16 T1024 B16 H4x128", "SLSTM bf16 T1024 B16 H4x128"]
+    assert list(groups) == [["bf16 T1024 B16 H768"], of_heads]
 
 
 def run(**cases):

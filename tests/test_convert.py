@@ -5,6 +5,7 @@ import io
 import multiprocessing
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import onnx
@@ -143,18 +144,6 @@ def test_compat_also_swaps_what_was_converted_before_and_keeps_our_arguments(fir
     assert gpu_lstm.convert(model, compat=True)[0] is gpu_lstm.convert(model)[0] is module
 
 
-@pytest.mark.parametrize("library", [gpu_lstm, gpu_lstm.compat], ids=lambda library: library.__name__)
-@both_cells
-def test_to_torch_says_what_it_leaves_among_what_it_swaps(library, first):
-    kind = KINDS[first]
-    normed = nn.utils.parametrizations.weight_norm(getattr(library, kind)(3, 4), "weight_hh_l0")
-    model = nn.Sequential(getattr(gpu_lstm, kind)(3, 3), nn.Sequential(normed))
-    with pytest.warns(UserWarning, match=rf"to_torch swapped 0 .*; left as it is: 1\.0 .*Parametrized{kind}\)"):
-        to_torch(model)
-    assert type(model[0]) is getattr(nn, kind)
-    assert model[1][0] is normed
-
-
 def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     model = nn.ModuleDict(dict(encoder=nn.LSTM(3, 4), mine=MyLSTM(3, 4), step=nn.LSTMCell(3, 4), gru=nn.GRU(3, 4)))
     with caplog.at_level("INFO", "gpu_lstm"):
@@ -171,15 +160,25 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     ]
 
 
+def with_a_normed(library, kind):
+    """A model with one of a library's modules, and another to which weight_norm gives a class of its own."""
+    module, other = (getattr(library, kind)(3, 4) for _ in range(2))
+    return nn.Sequential(module, nn.Sequential(nn.utils.parametrizations.weight_norm(other, "weight_hh_l0")))
+
+
 @pytest.mark.parametrize(("swap", "model", "text"), [
     (gpu_lstm.convert, nn.ModuleList([MyLSTM(3, 4)]),
-     f"{NONE} torch.nn.ModuleList; {LEFT.format('0', 'MyLSTM')}"),
-    (gpu_lstm.to_torch, Ours(3, 4), f"{NONE_OF_OURS} {__name__}.Ours; {LEFT.format('the model itself', 'Ours')}"),
-], ids=["a subclass", "a subclass of ours"])  # fmt: skip
-def test_where_nothing_was_swapped_a_warning_says_why(swap, model, text):
+     f"swapped nothing: {NONE} torch.nn.ModuleList; {LEFT.format('0', 'MyLSTM')}"),
+    (to_torch, Ours(3, 4),
+     f"swapped nothing: {NONE_OF_OURS} {__name__}.Ours; {LEFT.format('the model itself', 'Ours')}"),
+    *((to_torch, with_a_normed(library, kind), f"swapped 0 ({library.__name__}.{kind}); left as it is: 1.0 "
+       f"(torch.nn.utils.parametrize.Parametrized{kind}), a subclass, which may do anything in its forward")
+      for library in (gpu_lstm, gpu_lstm.compat) for kind in ("LSTM", "GRU")),
+], ids=lambda each: getattr(each, "__name__", ""))  # fmt: skip
+def test_a_warning_says_what_was_not_swapped_and_why(swap, model, text):
     with pytest.warns(UserWarning, match="^gpu_lstm: ") as told:
         assert swap(model) is model
-    assert [str(warning.message) for warning in told] == [f"gpu_lstm: {swap.__name__} swapped nothing: {text}"]
+    assert [str(warning.message) for warning in told] == [f"gpu_lstm: {swap.__name__} {text}"]
     assert told[0].filename == __file__
 
 
@@ -267,57 +266,17 @@ def test_onnx_computes_the_same_for_any_batch(tmp_path):
                 np.testing.assert_allclose(found, model(x)[0].detach(), rtol=0, atol=1e-6)
 
 
-def of_file(file, *inputs):
-    session = onnxruntime.InferenceSession(file.getvalue())
-    names = [each.name for each in session.get_inputs()]
-    return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))]
-
-
 OF_ONNX = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning",
                                      "ignore::torch.jit.TracerWarning")  # fmt: skip
 
 
-@OF_ONNX
-@pytest.mark.parametrize(
-    "make",
-    [
-        gpu_lstm.LSTM,
-        gpu_lstm.GRU,
-        gpu_lstm.compat.LSTM,
-        gpu_lstm.compat.GRU,
-        lambda I, H: gpu_lstm.StackedGRU(I, [H]),
-        lambda I, H: gpu_lstm.LSTM(I, H, 2, bidirectional=True, heads=2),
-    ],
-)
-def test_the_older_onnx_exporter_accepts_a_module_by_itself(make):
-    """It passes all arguments by position, keyword-only ones, too."""
-    module, x, file = make(3, 4).eval(), torch.randn(5, 2, 3), io.BytesIO()
-    torch.onnx.export(module, (x,), file, dynamo=False)
-    torch.testing.assert_close(of_file(file, x), tree_leaves(module(x)), rtol=0, atol=1e-6)
-
-
 class Episodes(nn.Module):
-    def __init__(self, rnn):
+    def __init__(self, kind):
         super().__init__()
-        self.rnn = rnn
+        self.rnn = getattr(gpu_lstm, kind)(3, 4, bidirectional=True)
 
     def forward(self, x, resets):
         return self.rnn(x, resets=resets)
-
-
-@OF_ONNX
-@pytest.mark.parametrize(("kind", "dynamo"), [
-    ("LSTM", False), ("GRU", False), pytest.param("LSTM", True, marks=pytest.mark.deep)])  # fmt: skip
-def test_onnx_with_resets_some_after_a_nan(kind, dynamo):
-    torch.manual_seed(0)
-    model, file = Episodes(getattr(gpu_lstm, kind)(3, 4, bidirectional=True).eval()), io.BytesIO()
-    torch.onnx.export(model, (torch.randn(6, 3, 3), torch.rand(6, 3) < 0.4), file, dynamo=dynamo)
-    for given in range(3):
-        x, resets = torch.randn(6, 3, 3), torch.rand(6, 3) < 0.2 * given
-        x[2, 0] = torch.nan
-        expected = tree_leaves(model(x, resets))
-        torch.testing.assert_close(of_file(file, x, resets), expected, rtol=0, atol=1e-6, equal_nan=True)
-        assert expected[0].isnan().any()
 
 
 class States(nn.Module):
@@ -332,21 +291,43 @@ class States(nn.Module):
         return y, *states, gpu_lstm.functional.slstm_layer(torch.cat([y, y], 2), self.slstm.weight_hh_l0, heads=2)[0]
 
 
+def inputs_with_resets():
+    """Some of them after a NaN."""
+    x = torch.randn(6, 3, 3)
+    x[2, 0] = torch.nan
+    return x, torch.rand(6, 3) < 0.3
+
+
+def inputs_with_states():
+    state = torch.randn(4, 2, 2, 4)
+    state[2] = state[2].clamp(min=0)
+    return torch.randn(3, 2, 3), *state, torch.rand(3, 2) < 0.3, torch.randint(4, (2,))
+
+
 @OF_ONNX
-@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.deep)])
-def test_an_slstm_in_a_file_of_onnx(dynamo):
+@pytest.mark.parametrize(("make", "given", "dynamo"), [
+    # The older exporter passes all arguments by position, keyword-only ones, too.
+    *((make, lambda: [torch.randn(5, 2, 3)], False) for make in (
+        *(partial(getattr(of, kind), 3, 4) for of in (gpu_lstm, gpu_lstm.compat) for kind in ("LSTM", "GRU")),
+        partial(gpu_lstm.StackedGRU, 3, [4]), partial(gpu_lstm.LSTM, 3, 4, 2, bidirectional=True, heads=2))),
+    (partial(Episodes, "LSTM"), inputs_with_resets, False), (partial(Episodes, "GRU"), inputs_with_resets, False),
+    (States, inputs_with_states, False),
+    *(pytest.param(*row, True, marks=pytest.mark.deep) for row in (
+        (partial(Episodes, "LSTM"), inputs_with_resets), (States, inputs_with_states))),
+])  # fmt: skip
+def test_a_file_of_onnx_computes_the_same(make, given, dynamo):
     torch.manual_seed(0)
-    model, file = States().eval(), io.BytesIO()
-
-    def given():
-        state = torch.randn(4, 2, 2, 4)
-        state[2] = state[2].clamp(min=0)
-        return torch.randn(3, 2, 3), *state, torch.rand(3, 2) < 0.3, torch.randint(4, (2,))
-
-    torch.onnx.export(model, given(), file, dynamo=dynamo)
-    for _ in range(2):
-        args = given()
-        torch.testing.assert_close(of_file(file, *args), list(model(*args)), rtol=0, atol=1e-6)
+    model, file = make().eval(), io.BytesIO()
+    torch.onnx.export(model, tuple(given()), file, dynamo=dynamo)
+    session = onnxruntime.InferenceSession(file.getvalue())
+    names = [each.name for each in session.get_inputs()]
+    for _ in range(3):
+        inputs = given()
+        found = session.run(None, dict(zip(names, (t.numpy() for t in inputs), strict=True)))
+        expected = [t.detach().numpy() for t in tree_leaves(model(*inputs))]
+        for y, true in zip(found, expected, strict=True):
+            np.testing.assert_allclose(y, true, rtol=0, atol=1e-6)
+        assert given is not inputs_with_resets or np.isnan(expected[0]).any()
 
 
 @pytest.mark.deep

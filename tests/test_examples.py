@@ -8,13 +8,13 @@ import shutil
 import signal
 import sys
 import wave
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from installed import ROOT, load
-from matplotlib import image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.utils._pytree import tree_leaves_with_path
@@ -125,18 +125,14 @@ def test_resets_a_step_late_are_detected(sb3, tmp_path, monkeypatch):
 # isaac_shapes.py
 
 
-@pytest.fixture
-def isaac(monkeypatch, clock):
-    example = load(EXAMPLES / "isaac_shapes.py")
-    monkeypatch.setattr(example, "time", clock)
+def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_padding_and_pieces_differ(
+    clock, capsys, monkeypatch, request
+):
+    isaac = load(EXAMPLES / "isaac_shapes.py")
+    monkeypatch.setattr(isaac, "time", clock)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32  # which main() sets
-    yield example
-    matmul.allow_tf32, cudnn.allow_tf32 = before
-
-
-def test_a_line_for_each_shape_and_one_to_send(isaac, capsys):
+    for of in (torch.backends.cuda.matmul, torch.backends.cudnn):  # which main() sets
+        request.addfinalizer(partial(setattr, of, "allow_tf32", of.allow_tf32))
     line = isaac.main(["--environments", "64", "--hidden", "4", "--rounds", "2"])
     *rows, empty, last = capsys.readouterr().out.splitlines()
     assert (empty, last) == ("", line)
@@ -145,9 +141,6 @@ def test_a_line_for_each_shape_and_one_to_send(isaac, capsys):
         assert re.fullmatch(rf"\w+ +{shape}, [1-9]\d* pieces( +1000\.00){{3}} +1\.00, 1\.00", row), row
     assert "gpu_lstm 0." in line
     assert line.endswith("; ".join(f"{shape} 1000.00 1000.00 1000.00" for shape in shapes))
-
-
-def test_nothing_is_timed_where_padding_and_pieces_differ(isaac):
     lstm, ways, _ = isaac.prepare(24, 40, 5, torch.device("cpu"))
     lstm.forward = lambda x, state, resets: type(lstm).forward(lstm, x, state)
     with pytest.raises(RuntimeError, match=r"one call and pieces differ by"):
@@ -264,19 +257,6 @@ def test_only_with_a_long_memory_are_strings_and_comments_told_from_code(tmp_pat
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("highlight", "highlight_cell"))
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_page_is_red_where_the_cell_is_far_from_its_median_and_in_letters_of_seven_dots(tmp_path, sign):
-    highlight = load(EXAMPLES / "highlight.py")
-    text = "a" * 72 + "\n" + "b" * 36 + "c" * 36 + "\n" + 26 * "\n"
-    cell = sign * torch.tensor([0.5 + 2 * (character == "c") for character in text]).numpy()
-    highlight.draw_cell(text, cell, tmp_path / "cell.png")
-    pixels = torch.from_numpy(image.imread(tmp_path / "cell.png"))[..., :3]  # [height, width, RGB]
-    red = (pixels[..., 0] > 0.8) & (pixels[..., 2] < 0.5)
-    rows, columns = (red.any(dim=other).nonzero().flatten() for other in (1, 0))
-    assert (columns.numel(), rows.numel()) == (pytest.approx(36 * 7, abs=2), pytest.approx(14.5, abs=2))
-    assert (columns[0], rows[0]) == (pytest.approx(6 + 36 * 7, abs=2), pytest.approx(24 + 14.5, abs=2))
-
-
 # lesson_answers.py
 
 
@@ -284,30 +264,6 @@ def test_the_page_is_red_where_the_cell_is_far_from_its_median_and_in_letters_of
 def test_the_answer_of_an_exercise_is_right(number, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)  # for weather.py
     getattr(load(EXAMPLES / "lesson_answers.py"), f"exercise_{number}")()
-
-
-# lesson_plots.py
-
-
-@pytest.mark.parametrize(("kind", "fields", "of_gates"), [
-    (gpu_lstm.LSTM, "input forget output candidate cell hidden", 3), (gpu_lstm.GRU, "reset update candidate hidden", 2),
-])  # fmt: skip
-def test_heat_maps_are_of_one_sequence_of_a_trace(kind, fields, of_gates):
-    heat_maps, fields = load(EXAMPLES / "lesson_plots.py").heat_maps, fields.split()
-    traced = gpu_lstm.trace(kind(4, 5, 2, bidirectional=True), torch.randn(6, 3, 4), lengths=torch.tensor([6, 0, 3]))
-    figure, n = heat_maps(traced, 2), len(fields)
-    panels, bars = figure.axes[: 4 * n], figure.axes[4 * n :]
-    assert [axes.get_title() for axes in panels[:n]] == fields
-    assert (panels[n].get_ylabel(), panels[-1].get_xlabel()) == ("layer 0, reverse\nunit", "step")
-    figure.canvas.draw()
-    lefts = [axes.get_position().x0 for axes in (*panels[:of_gates], bars[0], *panels[of_gates:n], bars[1])]
-    assert lefts == sorted(lefts)  # gates, their colour bar, states, theirs
-    gate, state = (panels[n * 2 + k].images[0] for k in (1, n - 1))  # layer 1, forward
-    torch.testing.assert_close(torch.tensor(gate.get_array().data), traced.layers[1][0][1][:3, 2].T)
-    assert (gate.get_clim(), state.get_clim()) == ((0.0, 1.0), (-1.0, 1.0))
-    assert [axes.get_ylim() for axes in bars] == [(0, 1), (-1, 1)]  # one for gates, one for states
-    panels = heat_maps(gpu_lstm.trace(gpu_lstm.LSTM(4, 5, proj_size=2), torch.randn(6, 3, 4))).axes
-    assert [axes.images[0].get_array().shape for axes in panels[:6]] == [(5, 6)] * 5 + [(2, 6)]  # h's own units
 
 
 OTHERS = {"lesson_answers.py", "lesson_plots.py", "lesson_drawings.py"}  # of the lesson, and over in seconds

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import sys
 from unittest.mock import Mock
 
 import numpy as np
@@ -151,14 +150,21 @@ def test_stateful(mask, kinds):
 
 
 @MASKED_OR_NOT
-@pytest.mark.parametrize(("merge", "options"), [("concat", {}), ("sum", ALL)], ids=str)
-def test_bidirectional(merge, options, mask, kinds, calls):
-    layers = pair(kinds, lambda one: BOTH(one, merge_mode=merge), **options)
-    compare(layers, draw(B, T, I), (1e-6, 1e-5), mask=mask)
+@pytest.mark.parametrize(("merge", "options", "use_cudnn"), [("concat", {}, True), ("sum", ALL, "auto")], ids=str)
+def test_bidirectional_whatever_use_cudnn_is_which_reads_back_as_given(
+    merge, options, use_cudnn, mask, kinds, calls, monkeypatch
+):
+    """Also where Keras would call cuDNN instead of the layers."""
+    name, fused = kinds[0].__name__.lower(), Mock(side_effect=AssertionError("cuDNN instead of the layers"))
+    monkeypatch.setattr(keras.src.backend, f"bidirectional_{name}", fused, raising=FUSED)
+    ours, theirs = pair(kinds, lambda one: BOTH(one, merge_mode=merge), use_cudnn=use_cudnn, **options)
+    assert [one.use_cudnn for one in (ours.forward_layer, ours.backward_layer)] == [use_cudnn] * 2
+    theirs.forward_layer.use_cudnn = theirs.backward_layer.use_cudnn = False  # its loop
+    compare((ours, theirs), draw(B, T, I), (1e-6, 1e-5), mask=mask)
     assert len(calls) == 2
     if FUSED:
-        fused = [getattr(one, f"_can_attempt_fused_{kinds[0].__name__.lower()}")(None) for one in layers]
-        assert fused == [False, True], "on a GPU cuDNN would run in our place"
+        asks = [getattr(one, f"_can_attempt_fused_{name}")(None) for one in (ours, pair(kinds, BOTH)[1])]
+        assert asks == [False, True], "on a GPU cuDNN would run in our place"
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
@@ -168,37 +174,28 @@ def test_dtype_policies(policy, mask, kinds):
     compare(layers, draw(B, T, I), (2e-2, 0.1), mask=mask)
 
 
-def model(kind):
-    keras.utils.set_random_seed(1)
-    first, second = kind(H, return_sequences=True, **options_of(kind)), kind(H)
-    built = keras.Sequential([keras.Input((T, I)), keras.layers.Masking(), first, second, keras.layers.Dense(1)])
-    built.compile(keras.optimizers.SGD(0.5), "mse")
-    return built
-
-
-def options_of(kind):
-    own = dict(unit_forget_bias=False) if issubclass(kind, keras.layers.LSTM) else {}
-    return own | ZERO | dict(
-        kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
-        bias_initializer="ones")  # fmt: skip
-
-
-X, Y = draw(2 * B, T, I).numpy(), draw(2 * B, 1, seed=1).numpy()
-X[1, 3:] = X[2, :2] = 0  # what Masking masks
-
-
 def test_fit_gives_the_same_weights(kinds):
     """Files, and models that are cloned, are in docs/keras_layer.md."""
-    ours, theirs = (kind(H, name="a", **options_of(kind)).get_config() for kind in kinds)
-    assert ours == theirs
-    both = [model(kind) for kind in kinds]
-    before = [one.get_weights() for one in both]
-    losses = [one.fit(X, Y, batch_size=B, shuffle=False, verbose=0).history["loss"] for one in both]
-    np.testing.assert_allclose(*losses, rtol=1e-6)
-    for mine, start, theirs, drawn in zip(both[0].get_weights(), before[0], both[1].get_weights(), before[1]):
-        assert np.array_equal(start, drawn)  # from the same seed
-        assert not np.array_equal(mine, start)
-        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+    options = ZERO | dict(
+        kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
+        bias_initializer="ones") | (dict(unit_forget_bias=False) if kinds[0] is LSTM else {})  # fmt: skip
+    x, y = draw(2 * B, T, I).numpy(), draw(2 * B, 1, seed=1).numpy()
+    x[1, 3:] = x[2, :2] = 0  # what Masking masks
+    of_both = []
+    for kind in kinds:
+        keras.utils.set_random_seed(1)
+        first, second = kind(H, name="a", return_sequences=True, **options), kind(H)
+        model = keras.Sequential([keras.Input((T, I)), keras.layers.Masking(), first, second, keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.5), "mse")
+        before = model.get_weights()
+        losses = model.fit(x, y, batch_size=B, shuffle=False, verbose=0).history["loss"]
+        assert not any(map(np.array_equal, before, model.get_weights()))
+        of_both.append((first.get_config(), before, losses, model.get_weights()))
+    (config, *ours), (expected_config, *theirs) = of_both
+    assert config == expected_config
+    for found, expected, tolerance in zip(ours, theirs, (0, 1e-6, 1e-6)):  # from the same seed
+        for a, e in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, e, rtol=0, atol=tolerance)
 
 
 def test_a_symbolic_call_and_a_module_with_its_weights(kinds):
@@ -206,21 +203,6 @@ def test_a_symbolic_call_and_a_module_with_its_weights(kinds):
     output, states = from_keras(one)(draw(B, T, I))
     close((output, *(state[0] for state in keras.tree.flatten(states))), one(draw(B, T, I)), 1e-6)
     assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
-
-
-@pytest.mark.skipif(not FUSED, reason="in this Keras a Bidirectional always calls its layers")
-@pytest.mark.parametrize("use_cudnn", [True, False, "auto"])
-def test_use_cudnn_reads_back_as_given_and_a_bidirectional_calls_its_layers(use_cudnn, monkeypatch, kinds, calls):
-    """Also where Keras would call cuDNN instead of them."""
-    ours, called = kinds[0], Mock(side_effect=AssertionError("cuDNN instead of the layers"))
-    monkeypatch.setattr(keras.src.backend, f"bidirectional_{ours.__name__.lower()}", called)
-    both = BOTH(ours(H, use_cudnn=use_cudnn))
-    both(draw(B, T, I))
-    both(draw(B, T, I))  # built
-    assert len(calls) == 4
-    assert [one.use_cudnn for one in (ours(H, use_cudnn=use_cudnn), both.forward_layer, both.backward_layer)] == [
-        use_cudnn
-    ] * 3
 
 
 def test_keras_own_test_passes_with_our_layer_in_place_of_its_own(kinds, monkeypatch, calls):
@@ -246,6 +228,3 @@ def test_what_is_refused(monkeypatch, kinds):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
     with pytest.raises(ValueError, match=f"{name} needs Keras on torch, not on jax: set KERAS_BACKEND=torch"):
         ours(H)
-    monkeypatch.setitem(sys.modules, "keras", None)
-    with pytest.raises(ImportError, match=r'pip install "\.\[keras\]" from a clone'):
-        getattr(gpu_lstm.keras, name)

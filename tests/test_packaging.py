@@ -11,6 +11,7 @@ import sys
 import tarfile
 import textwrap
 import zipfile
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import get_args
 
@@ -60,43 +61,6 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
     assert "kernels/cupy_rnn/cuda/steps.cu" in names
 
 
-@pytest.mark.deep
-def test_a_checkout_on_pythonpath_works_and_for_a_package_that_is_missing_names_the_command_of_pip(tmp_path):
-    """Where gpu_lstm is not installed."""
-    missing = ["gpu_lstm", "__editable__", "triton", "cupy", "matplotlib", "rich"]
-    python = environment(tmp_path / "environment", without=missing)
-    code = """
-        import contextlib, importlib, sys
-        import torch, gpu_lstm
-        from gpu_lstm.__main__ import main
-        x = torch.zeros(5, 2, 3)
-        for call in (lambda: gpu_lstm.LSTM(3, 4, backend="triton")(x), lambda: gpu_lstm.LSTM(3, 4, backend="cupy")(x),
-                     lambda: importlib.import_module("bench")):
-            try:
-                call()
-            except ImportError as error:
-                print(error)
-        print(main(["plan", "--hidden", "8", "--batch", "2", "--device", "h100"]), main(["races", "--json"]))
-        with contextlib.redirect_stderr(sys.stdout):
-            print(main("plan --hidden 8 --batch 1 --device h100".split()))
-        output, _ = gpu_lstm.convert(torch.nn.Sequential(torch.nn.LSTM(3, 4)))(x)
-        output.sum().backward()
-        print(gpu_lstm.__file__)
-    """
-    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
-    environ = {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
-    assert says(python, code, cwd=tmp_path, env=environ) == [
-        "backend 'triton' needs Triton: pip install triton (No module named 'triton')",
-        f"backend 'cupy' needs CuPy and NVRTC: pip install \".[{extra}]\" in a clone (No module named 'cupy')",
-        'bench needs matplotlib: pip install --editable ".[bench]"',
-        "[]",
-        "1 0",
-        "python -m gpu_lstm plan needs Triton: pip install triton (No module named 'triton')",
-        "1",
-        str(ROOT / "gpu_lstm/__init__.py"),
-    ]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
 def test_compile_table_in_the_interpreters_environment_says_so_in_a_line():
     said = "^kernels cannot be compiled with TRITON_INTERPRET=1 in the environment$"
@@ -104,11 +68,17 @@ def test_compile_table_in_the_interpreters_environment_says_so_in_a_line():
         runpy.run_module("dev.compile_table", run_name="__main__")
 
 
-def test_importing_it_is_cheap_and_writes_nothing():
-    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads."""
+def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_or_broken_stop_nobody(tmp_path):
+    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads.
+
+    Neither does a call on the CPU import a compiler of torch's, which takes a second. Who needs a package is told how
+    to install it, here with Triton broken, and CuPy and matplotlib missing.
+    """
+    (tmp_path / "triton.py").write_text("raise OSError('broken here')")
     code = """
-        import sys
+        import contextlib, importlib, sys
         import torch
+        sys.modules |= dict.fromkeys(("cupy", "matplotlib"))
         before, touched = set(sys.modules), []
 
         def audit(event, arguments):
@@ -128,32 +98,35 @@ def test_importing_it_is_cheap_and_writes_nothing():
         print(touched, new - ours - of_python, kernels, len(of_python) <= 12 or of_python, len(ours) <= 80 or ours)
         gpu_lstm.keras.keras_init(gpu_lstm.LSTM(2, 3))
         gpu_lstm.keras.lengths_of(torch.ones(2, 3, dtype=torch.bool))
-        print("keras" in sys.modules)
-    """
-    printed = says(sys.executable, code, env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
-    assert printed == ["[] set() set() True True", "False"]
-
-
-@pytest.mark.deep
-def test_packages_that_are_broken_stop_nobody(tmp_path):
-    """Neither the import, nor a call, nor the doctor, who says what is broken; nor auto: test_first_call.py.
-
-    A call on the CPU imports no compiler of torch's, which takes a second, and imports Triton.
-    """
-    for name in ("triton", "cupy"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise OSError('broken here')\n")
-    code = """
-        import sys, torch, gpu_lstm
-        output, _ = gpu_lstm.LSTM(3, 4)(torch.randn(5, 2, 3), lengths=torch.tensor([5, 3]))
-        print(*output.shape, "torch._dynamo" in sys.modules)
+        x = torch.zeros(5, 2, 3)
+        output, _ = gpu_lstm.convert(torch.nn.Sequential(torch.nn.LSTM(3, 4)))(x)
+        output.sum().backward()
+        print("keras" in sys.modules, "torch._dynamo" in sys.modules, gpu_lstm.__file__)
+        for call in (lambda: gpu_lstm.LSTM(3, 4, backend="triton")(x), lambda: gpu_lstm.LSTM(3, 4, backend="cupy")(x),
+                     lambda: importlib.import_module("bench")):
+            try:
+                call()
+            except ImportError as error:
+                print(error)
         from gpu_lstm.__main__ import main
+        with contextlib.redirect_stderr(sys.stdout):
+            print(main("plan --hidden 8 --batch 1 --device h100".split()))
         main(["doctor"])
     """
-    first, *doctor = says(sys.executable, code, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
-    assert first == "5 2 4 False"
-    for backend, package in (("triton", "Triton: pip install triton"), ("cupy", "CuPy and NVRTC")):
-        assert any(f"'{backend}' needs {package}" in line and "OSError: broken here" in line for line in doctor)
+    environ = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    *said, doctor = "\n".join(says(sys.executable, code, env=environ)).split("\n", 7)
+    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
+    needs_triton = "needs Triton: pip install triton (OSError: broken here)"
+    needs_cupy = (
+        f'needs CuPy and NVRTC: pip install ".[{extra}]" in a clone (import of cupy halted; None in sys.modules)'
+    )
+    assert said == [
+        "[] set() set() True True", f"False False {ROOT / 'gpu_lstm/__init__.py'}", f"backend 'triton' {needs_triton}",
+        f"backend 'cupy' {needs_cupy}", 'bench needs matplotlib: pip install --editable ".[bench]"',
+        f"python -m gpu_lstm plan {needs_triton}", "1",
+    ]  # fmt: skip
+    assert needs_triton in doctor
+    assert needs_cupy in doctor
 
 
 # types, of a user's program over all of the public API
@@ -196,7 +169,7 @@ MISTAKES = [
 def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path, built, checker, interpreter, install):
     """No error in the one file, and one in every line of the other."""
     folder = tmp_path / "environment"
-    python = environment(folder, install=[str(built[0])] if install == "wheel" else ["--editable", str(ROOT)])
+    python = environment(folder, [str(built[0])] if install == "wheel" else ["--editable", str(ROOT)])
     for file in says(python, "import gpu_lstm, gpu_lstm.kernels as k; print(gpu_lstm.__file__, k.__file__, sep='\\n')",
                      cwd=tmp_path):  # fmt: skip
         assert Path(file).is_relative_to(folder if install == "wheel" else ROOT)
@@ -232,14 +205,13 @@ def test_forward_says_what_it_accepts_and_raises(cls):
     assert all(title in said for title in ("Args:", "Returns:", "Raises:"))
 
 
-def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
-    """The modules of the checkout that a file imports."""
-    (name,) = (each for each, file in modules.items() if file == path)
-    package, found = name.split(".")[: None if path.name == "__init__.py" else -1], set()
+def imported_by(name: str, modules: dict[str, Path]) -> set[str]:
+    """The modules of the checkout that one imports."""
+    path, found = modules[name], set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) + 1 - node.level] if node.level else []
-            source = ".".join([*parents, *filter(None, [node.module])])
+            source = resolve_name("." * node.level + (node.module or ""), package)
             found |= {inner if (inner := f"{source}.{alias.name}") in modules else source for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -247,13 +219,12 @@ def imported_by(path: Path, modules: dict[str, Path]) -> set[str]:
 
 
 def test_imports_have_no_circle():
-    files = [path for folder in ("gpu_lstm", "kernels", "bench", "dev") for path in (ROOT / folder).rglob("*.py")]
     modules = {}
-    for path in files:
+    for path in (path for folder in ("gpu_lstm", "kernels", "bench", "dev") for path in (ROOT / folder).rglob("*.py")):
         place = path.relative_to(ROOT).with_suffix("").as_posix().removesuffix("/__init__").replace("/", ".")
         modules[f"gpu_lstm.{place}" if place.startswith("kernels") else place] = path
-    assert imported_by(ROOT / "gpu_lstm/compat.py", modules) == {"gpu_lstm.modules", "gpu_lstm.modules.recurrent"}
-    graphlib.TopologicalSorter({name: imported_by(path, modules) for name, path in modules.items()}).prepare()
+    assert imported_by("gpu_lstm.compat", modules) == {"gpu_lstm.modules", "gpu_lstm.modules.recurrent"}
+    graphlib.TopologicalSorter({name: imported_by(name, modules) for name in modules}).prepare()
 
 
 INHERITED = {"_parameters", "_modules", "_flat_weights_names", "_init_flat_weights"}  # by our modules

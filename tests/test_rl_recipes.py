@@ -58,14 +58,9 @@ def kind(request):
 
 
 @pytest.fixture
-def state():
-    return torch.randn(L, N, H), torch.randn(L, N, H)
-
-
-@pytest.fixture
-def states(kind, state):
+def states(kind):
     """A pair, or of a GRU a tuple of one."""
-    return state[: 1 + (kind == "LSTM")]
+    return torch.randn(1 + (kind == "LSTM"), L, N, H).unbind()
 
 
 def after(ends):

@@ -1,7 +1,5 @@
 """Looking inside: gates and states of every step against the oracle, and what profilers see."""
 
-from functools import partial
-
 import numpy as np
 import oracle
 import pytest
@@ -74,20 +72,17 @@ def test_other_inputs_and_modules():
 X = torch.randn(2, 3, 4)
 
 
-@pytest.mark.parametrize(("options", "lengths", "expected"), [
-    (dict(bidirectional=True, backend="triton"), None, ["0 forward, triton", "0 reverse, triton"]),
-    (dict(bidirectional=True, backend="reference"), None, ["0 forward, reference", "0 reverse, reference"]),
-    (dict(num_layers=2, backend="torch"), [2, 2, 1], ["0 forward, torch", "1 forward, torch"]),
-    (dict(backend="torch"), None, []),  # torch's own LSTM takes all layers in one call
-    (dict(hidden_sizes=[5, 6], backend="torch"), None, ["0, torch", "1, torch"]),
-    (dict(kind=gpu_lstm.GRU, backend="triton"), [2, 2, 1], ["0 forward, triton"]),
+@pytest.mark.parametrize(("module", "lengths", "expected"), [
+    (gpu_lstm.LSTM(4, 5, bidirectional=True, backend="triton"), None, ["0 forward, triton", "0 reverse, triton"]),
+    (gpu_lstm.LSTM(4, 5, backend="reference"), None, ["0 forward, reference"]),
+    (gpu_lstm.LSTM(4, 5, 2, backend="torch"), [2, 2, 1], ["0 forward, torch", "1 forward, torch"]),
+    (gpu_lstm.LSTM(4, 5, backend="torch"), None, []),  # torch's own LSTM takes all layers in one call
+    (gpu_lstm.StackedLSTM(4, [5, 6], backend="torch"), None, ["0, torch", "1, torch"]),
+    (gpu_lstm.GRU(4, 5, backend="triton"), [2, 2, 1], ["0 forward, triton"]),
 ])  # fmt: skip
-def test_torch_profiler_names_layers_and_directions(device, options, lengths, expected):
-    kind, options = options.get("kind", gpu_lstm.LSTM), {k: v for k, v in options.items() if k != "kind"}
-    kind = gpu_lstm.StackedLSTM if "hidden_sizes" in options else partial(kind, hidden_size=5)
-    lstm, lengths = kind(4, **options).to(device), lengths and torch.tensor(lengths, device=device)
+def test_torch_profiler_names_layers_and_directions(device, module, lengths, expected):
     with profile() as profiler:
-        lstm(X.to(device), lengths=lengths)
+        module.to(device)(X.to(device), lengths=lengths and torch.tensor(lengths, device=device))
     names = {event.name for event in profiler.events() if event.name.startswith("gpu_lstm ")}
     assert sorted(names) == [f"gpu_lstm layer {name}" for name in expected]
 
@@ -99,11 +94,10 @@ def test_without_a_profiler_nothing_is_recorded(monkeypatch, device):
 
 def test_operations_are_counted_as_those_of_the_reference(device):
     """And so, where ATen has a plain product for it, as those of torch.nn.LSTM. Gates are recomputed by products."""
-    counts = {}
+    counts, hx = {}, [torch.zeros(4, 3, size, device=device, requires_grad=True) for size in (2, 5)]
     # The first one twice: each FlopCounterMode has operators of its own.
     for backend, recompute in (("triton", False), ("triton", False), ("reference", False), ("triton", True)):
         lstm = gpu_lstm.LSTM(4, 5, 2, bidirectional=True, proj_size=2, backend=backend, recompute=recompute).to(device)
-        hx = [torch.zeros(4, 3, size, device=device, requires_grad=True) for size in (2, 5)]
         with FlopCounterMode(display=False) as counter:
             y, _ = lstm(X.to(device), hx)
             forward = counter.get_total_flops()

@@ -1,6 +1,7 @@
 """What the conversion and the layers both need of Keras."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -11,33 +12,34 @@ from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 
 
 class Pair(NamedTuple):
-    """LSTM or GRU: the order of its gates, which have H rows of a weight each, and the classes that compute it."""
+    """LSTM or GRU: its name in Keras, and the classes that compute it here."""
 
     name: str  # of Keras's layer; its cell's is f"{name}Cell"
-    keras_gates: str  # where Keras writes c for g, and h for n
-    torch_gates: str
     module: type[LSTM] | type[GRU]
     stack: type[StackedLSTM] | type[StackedGRU]
 
-    def to_torch(self, rows: Tensor) -> Tensor:
-        """Rows of a weight or bias, from Keras's order to torch's."""
-        return _reordered(rows, self.keras_gates, self.torch_gates)
+    def reordered(self, rows: Tensor) -> Tensor:
+        """Rows of a weight or bias, H a gate, from Keras's order of gates to torch's, or back.
 
-    def to_keras(self, rows: Tensor) -> Tensor:
-        """The reverse."""
-        return _reordered(rows, self.torch_gates, self.keras_gates)
+        An LSTM's are i, f, g, o in both. A GRU's are z, r, n in Keras and r, z, n in torch.
+        """
+        if self.name == "LSTM":
+            return rows
+        first, second, third = rows.chunk(3)
+        return torch.cat([second, first, third])
+
+    def weights_of(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
+        """W_ih, W_hh and, with a bias, b_ih and b_hh of a Keras cell. An LSTM's b_hh, which Keras lacks, is 0."""
+        weights = [tensor_of(cell.kernel).T, tensor_of(cell.recurrent_kernel).T]
+        if cell.use_bias:
+            bias = tensor_of(cell.bias)
+            weights += bias.unbind() if bias.dim() == 2 else (bias, torch.zeros_like(bias))
+        return list(map(self.reordered, weights))
 
 
-OF_LSTM = Pair("LSTM", "ifgo", "ifgo", LSTM, StackedLSTM)
-OF_GRU = Pair("GRU", "zrn", "rzn", GRU, StackedGRU)
+OF_LSTM = Pair("LSTM", LSTM, StackedLSTM)
+OF_GRU = Pair("GRU", GRU, StackedGRU)
 PAIRS = (OF_LSTM, OF_GRU)
-
-
-def _reordered(rows: Tensor, before: str, after: str) -> Tensor:
-    if before == after:
-        return rows
-    of_gate = dict(zip(before, rows.chunk(len(before))))
-    return torch.cat([of_gate[gate] for gate in after])
 
 
 def import_keras() -> ModuleType:

@@ -1,6 +1,6 @@
 """Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM or GRU.
 
-Keras's matrices are transposed, and its LSTM has one bias where torch's has two. common.py has the order of gates.
+Keras's matrices are transposed, its LSTM has one bias where torch's has two, and its GRU another order of gates.
 """
 
 import math
@@ -20,7 +20,7 @@ from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, Layers, recast
 from ..tools.convert import OURS
-from .common import PAIRS, Pair, check_equations, import_keras
+from .common import OF_LSTM, PAIRS, Pair, check_equations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
 Rnn = LSTM | StackedLSTM | GRU | StackedGRU
@@ -104,36 +104,23 @@ def from_keras(
     """
     check_bool("freeze_second_bias", freeze_second_bias)
     keras = import_keras()
-    from . import layer as ours
-
-    layers = [getattr(of, pair.name) for pair in PAIRS for of in (keras.layers, ours)]
-    both = type(layer) is keras.layers.Bidirectional
-    rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
-    for rnn in rnns:
-        if type(rnn) not in (*layers, keras.layers.RNN):
-            raise TypeError(f"from_keras accepts an LSTM, GRU, RNN or Bidirectional layer, got {type(rnn).__name__}")
-        _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
-    if both:
-        if layer.merge_mode != "concat":
-            raise ValueError(f"merge_mode={layer.merge_mode!r} has no counterpart; expected 'concat'")
-        _refuse("go_backwards", rnns[0].go_backwards, " in the forward layer of a Bidirectional")
-    stacked = not both and type(layer.cell) is keras.layers.StackedRNNCells
-    cells = layer.cell.cells if stacked else [rnn.cell for rnn in rnns]
+    cells, both = _cells_of(keras, layer), type(layer) is keras.layers.Bidirectional
     pair, *_ = [_pair_of(keras, cell) for cell in cells]
     _same("type", [type(cell).__name__ for cell in cells])
 
     shared: Any = dict(bias=_same("use_bias", [cell.use_bias for cell in cells]), batch_first=True, backend=backend)
     shared["dtype"] = getattr(torch, _same("dtype", [cell.kernel.dtype for cell in cells]))
     inputs, sizes = cells[0].kernel.shape[0], [cell.units for cell in cells]
-    module: Rnn = pair.stack(inputs, sizes, **shared) if stacked else pair.module(
-        inputs, _same("units", sizes), bidirectional=both, **shared)  # fmt: skip
+    module: Rnn
+    if not both and type(layer.cell) is keras.layers.StackedRNNCells:
+        module = pair.stack(inputs, sizes, **shared)
+    else:
+        module = pair.module(inputs, _same("units", sizes), bidirectional=both, **shared)
     for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
-        matrices = [_tensor(cell.kernel).T, _tensor(cell.recurrent_kernel).T]
-        biases = [*_tensor(cell.bias).reshape(-1, len(matrices[0]))] if cell.use_bias else []  # of an LSTM one
-        for tensor, rows in zip(weights.present(), [*matrices, *biases]):
-            tensor.copy_(pair.to_torch(rows)).requires_grad_(cell.trainable)
-        if weights.bias_hh is not None and len(biases) == 1:
-            weights.bias_hh.zero_().requires_grad_(cell.trainable and not freeze_second_bias)
+        for parameter, new in zip(weights.present(), pair.weights_of(cell, _tensor)):
+            parameter.copy_(new).requires_grad_(cell.trainable)
+        if weights.bias_hh is not None and pair is OF_LSTM:
+            weights.bias_hh.requires_grad_(cell.trainable and not freeze_second_bias)
     return GoBackwards(module) if not both and layer.go_backwards else module
 
 
@@ -155,48 +142,47 @@ def to_keras(module: nn.Module) -> Any:
         ImportError: Keras is not installed.
     """
     backwards = isinstance(module, GoBackwards)
-    rnn: Any = module.module if isinstance(module, GoBackwards) else module
+    rnn: Any = module.module if backwards else module
     if ours := OURS.get(type(rnn)):
         rnn = recast(rnn, ours)
     pair = next((pair for pair in PAIRS if isinstance(rnn, Layers) and rnn._cell is pair.module._cell), None)
     if pair is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
     keras = import_keras()
-    layers = len(rnn._weights())
+    weights, layers = [w for layer in rnn._weights() for w in layer], len(rnn._weights())  # [L * D]
     for name in ("proj_size", "residual", *NOT_OF_TORCH):
         _refuse(name, getattr(rnn, name, None), " in Keras")
     if layers > 1:
         _refuse("dropout", rnn.dropout, " in Keras; set it to 0 for the numbers of eval()")
         _refuse("bidirectional", rnn.bidirectional, f" in Keras with {layers} layers")
 
-    weights = [w for layer in rnn._weights() for w in layer]  # [L * D]
-    weights = [w._replace(weight_hh=dense(w.weight_hh, len(w.weight_hh) // pair.module._cell.rows)) for w in weights]
+    units = [len(w.weight_hh) // pair.module._cell.rows for w in weights]
     dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
-    of_cell = dict(use_bias=rnn.bias, dtype=dtype)
-    if dtype in ("float16", "bfloat16"):
-        of_cell["recurrent_initializer"] = "glorot_uniform"  # building draws values, and torch has no QR in half
-    of_layer = dict(return_sequences=True, return_state=True, go_backwards=backwards)
-    if layers > 1:
-        make_cell = getattr(keras.layers, f"{pair.name}Cell")
-        cells = [make_cell(w.weight_hh.shape[1], **of_cell) for w in weights]
-        layer = keras.layers.RNN(cells, dtype=dtype, **of_layer)
+    # Building draws values, and torch has no QR in half precision.
+    drawn = dict(recurrent_initializer="glorot_uniform") if dtype in ("float16", "bfloat16") else {}
+    of_layer = dict(return_sequences=True, return_state=True, go_backwards=backwards, dtype=dtype)
+    if layers == 1:
+        layer = getattr(keras.layers, pair.name)(units[0], use_bias=rnn.bias, **drawn, **of_layer)
     else:
-        layer = getattr(keras.layers, pair.name)(weights[0].weight_hh.shape[1], **of_cell, **of_layer)
-        cells = [layer.cell]
+        of_cell = dict(use_bias=rnn.bias, dtype=dtype, **drawn)
+        layer = keras.layers.RNN([getattr(keras.layers, f"{pair.name}Cell")(n, **of_cell) for n in units], **of_layer)
     if rnn.bidirectional:
         layer = keras.layers.Bidirectional(layer, dtype=dtype)
-        cells = [layer.forward_layer.cell, layer.backward_layer.cell]
     layer.build((None, None, rnn.input_size))
-    for cell, w in zip(cells, weights):
-        # In float64, which holds the numbers of every other dtype, even of one that NumPy does not know.
-        weight_ih, weight_hh, *biases = [pair.to_keras(tensor.detach().cpu().double()) for tensor in w.present()]
-        cell.kernel.assign(weight_ih.T.numpy())
-        cell.recurrent_kernel.assign(weight_hh.T.numpy())
-        if biases:
-            both = torch.stack(biases).numpy()
-            cell.bias.assign(both if len(cell.bias.shape) == 2 else both.sum(0))
+    for cell, w, size in zip(_cells_of(keras, layer), weights, units):
+        _assign_to(cell, [pair.reordered(t) for t in w._replace(weight_hh=dense(w.weight_hh, size)).present()])
     layer.trainable = any(parameter.requires_grad for parameter in rnn.parameters())
     return layer
+
+
+def _assign_to(cell: Any, tensors: list[Tensor]) -> None:
+    """Set the variables of a Keras cell, by way of float64, which holds the numbers of every dtype."""
+    weight_ih, weight_hh, *biases = [tensor.detach().cpu().double() for tensor in tensors]
+    cell.kernel.assign(weight_ih.T.numpy())
+    cell.recurrent_kernel.assign(weight_hh.T.numpy())
+    if biases:
+        both = torch.stack(biases).numpy()
+        cell.bias.assign(both if len(cell.bias.shape) == 2 else both.sum(0))
 
 
 def lengths_of(mask: Tensor) -> Tensor:
@@ -224,9 +210,8 @@ def lengths_of(mask: Tensor) -> Tensor:
 def keras_init(module: Module) -> Module:
     """Give every LSTM and GRU in `module`, in place, initial values as Keras draws them, and return `module`.
 
-    weight_ih and weight_hr (which Keras lacks) are glorot_uniform. weight_hh is orthogonal, all gates as one matrix, of
-    each head.
-    Biases are 0, of forget gates 1 (see forget_bias). Peepholes and layer norms stay as they are.
+    weight_ih and weight_hr (which Keras lacks) are glorot_uniform. weight_hh is orthogonal, all gates of a head as one
+    matrix. Biases are 0, of forget gates 1 (see forget_bias). Peepholes and layer norms stay as they are.
 
     Args:
         module: an LSTM, GRU, a stack or cell of these, torch's own, or a module that holds some.
@@ -234,7 +219,7 @@ def keras_init(module: Module) -> Module:
     Raises:
         TypeError: there is none in `module`.
     """
-    _assign(_modules_in(module, RECURRENT, "an LSTM, a GRU"), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
+    _set(_modules_in(module, RECURRENT, "an LSTM, a GRU"), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
     return module
 
 
@@ -269,7 +254,7 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
         raise ValueError(f"value should be finite, got {value}")
     if not all(lstm.bias for lstm in lstms):
         raise ValueError("Expected an LSTM with a bias, got bias=False")
-    _assign(lstms, BIASES, lambda _, name, bias: _with_forget_bias(name, bias.clone(), value))
+    _set(lstms, BIASES, lambda _, name, bias: _with_forget_bias(name, bias.clone(), value))
     return module
 
 
@@ -278,7 +263,7 @@ def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
     return bias
 
 
-def _assign(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str, Tensor], Tensor]) -> None:
+def _set(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str, Tensor], Tensor]) -> None:
     """Set parameters, by how their names begin, to new(owner, name, parameter); an error or interrupt changes none."""
     every = [(owner, *each) for owner in owners for each in owner.named_parameters(recurse=False)]
     chosen = [each for each in every if each[1].startswith(names)]
@@ -291,6 +276,25 @@ def _modules_in(module: nn.Module, classes: tuple[type, ...], what: str) -> list
     if not found:
         raise TypeError(f"Expected {what} or a module that holds one, got {type(module).__name__}")
     return found
+
+
+def _cells_of(keras: ModuleType, layer: Any) -> list:
+    """The cells of a Keras layer, of each layer and direction; an error if it has no counterpart."""
+    from . import layer as ours
+
+    both = type(layer) is keras.layers.Bidirectional
+    rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
+    for rnn in rnns:
+        if type(rnn) not in (keras.layers.RNN, *(getattr(of, p.name) for p in PAIRS for of in (keras.layers, ours))):
+            raise TypeError(f"from_keras accepts an LSTM, GRU, RNN or Bidirectional layer, got {type(rnn).__name__}")
+        _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
+    if both:
+        if layer.merge_mode != "concat":
+            raise ValueError(f"merge_mode={layer.merge_mode!r} has no counterpart; expected 'concat'")
+        _refuse("go_backwards", rnns[0].go_backwards, " in the forward layer of a Bidirectional")
+    elif type(layer.cell) is keras.layers.StackedRNNCells:
+        return layer.cell.cells
+    return [rnn.cell for rnn in rnns]
 
 
 def _pair_of(keras: ModuleType, cell: Any) -> Pair:

@@ -41,11 +41,7 @@ class _OnOurKernels:
         if training and cell.implementation == 1 and (cell.dropout or cell.recurrent_dropout):
             return keras.layers.RNN.inner_loop(self, sequences, initial_state, mask, training=training)
 
-        weights = [to_tensor(cell.kernel).T, to_tensor(cell.recurrent_kernel).T]
-        if cell.use_bias:
-            bias = to_tensor(cell.bias)
-            weights += bias.unbind() if bias.dim() == 2 else (bias, torch.zeros_like(bias))
-        weights = list(map(self._pair.to_torch, weights))
+        weights = self._pair.weights_of(cell, to_tensor)
         x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
         if training and cell.dropout:
             x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps

@@ -146,15 +146,15 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
     layer, launches = route.layers[row], len(route.schedule.spans(call.steps, kind.directions))
     passes = []
     for pass_ in kind.passes:
-        plan, measured, family, tiles, why, each_step, bounds = layer.chosen(pass_)
+        chosen = layer.chosen(pass_)
         # Backward is verified for each set of gradients that it may be given.
         others = [pass_._replace(dh_n=False), pass_._replace(dh=False)] if pass_.backward else []
-        verdicts = [cached_verdict(plan, layer.problem, each, layer.device) for each in (pass_, *others)]
+        verdicts = [cached_verdict(chosen.plan, layer.problem, each, layer.device) for each in (pass_, *others)]
         passes.append(PassPlan(
-            "backward" if pass_.backward else "forward", family, tiles, why,
-            "measured by autotune" if measured else "expected to be the fastest",
+            "backward" if pass_.backward else "forward", chosen.family, chosen.tiles, chosen.why,
+            "measured by autotune" if chosen.measured else "expected to be the fastest",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
-            each_step * call.steps or launches, bounds or {},
+            chosen.each_step * call.steps or launches, chosen.bounds or {},
         ))  # fmt: skip
     return passes
 

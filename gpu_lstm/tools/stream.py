@@ -17,8 +17,6 @@ from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
 
-States = tuple[Tensor, ...]  # (h, c); of a GRU (h,), of an SLSTM (h, c, n, m)
-
 
 class _StepGraph(NamedTuple):
     """One step as a CUDA graph that updates the stream's states in place."""
@@ -65,11 +63,8 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        self._one_state, self._is_stack = module._options().one_state, module._role is roles.Stack
-        zeros = self._accepted(None)  # of which two may be one tensor
-        wide = torch.promote_types(zeros[0][0].dtype, torch.float32)
         with torch.inference_mode(False):  # so that the states can be updated in any mode
-            self._state: list[States] = [(*map(torch.clone, rest), last.to(wide, copy=True)) for *rest, last in zeros]
+            self._state = _held(self._accepted(None))  # as `module` accepts and returns them
         self._graph: _StepGraph | None = None
         if hx is not None:
             self.state = hx
@@ -77,26 +72,23 @@ class Stream:
     @property
     def state(self) -> Any:
         """A copy of the state after the last step, as `module` returns it. Set it, as hx, to continue from another."""
-        return self._as_hx(_each(torch.clone, self._state))
+        return _each(torch.clone, self._state)
 
     @state.setter
     def state(self, hx: Any) -> None:
         self._update(_each(torch.clone, self._accepted(hx)))
 
-    def _accepted(self, hx: Any) -> list[States]:
+    def _accepted(self, hx: Any) -> Any:
         """The states that `module` would begin with, checked as its call checks hx."""
-        module = self.module
-        options = module._options()
-        if not (hx is None or self._is_stack) and len(options.cell.states) == 2:
+        module, options = self.module, self.module._options()
+        if hx is not None and module._role is not roles.Stack and len(options.cell.states) == 2:
             check_pair(hx)
             for name, state in zip(("h_0", "c_0"), hx):
                 check_tensor(state, name)
         sizes = (self.batch, 1) if module.batch_first else (1, self.batch)
         step = next(module.parameters()).new_empty(*sizes, module.input_size)
         request = prepare(options, module._weights(), step, hx)
-        states = options.role.states_out(request.form, options.role.call(request).states)
-        of_layers = states if self._is_stack else [states]
-        return [(h,) for h in of_layers] if self._one_state else list(of_layers)
+        return options.role.states_out(request.form, options.role.call(request).states)
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
@@ -157,24 +149,18 @@ class Stream:
         if value.shape != (self.batch,) or value.dtype not in dtypes:
             dtype = str(dtypes[0]).removeprefix("torch.")
             raise ValueError(f"expected {dtype} of shape ({self.batch},), got {value.dtype} {tuple(value.shape)}")
-        if value.device != self._state[0][0].device:
-            raise ValueError(f"Expected {name} on {self._state[0][0].device}, got {value.device}")
+        if value.device != (device := _tensors(self._state)[0].device):
+            raise ValueError(f"Expected {name} on {device}, got {value.device}")
 
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
         """Run a step or a chunk, and update the states of sequences that are active."""
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
-        y, after = self.module(chunk, self._as_hx(self._state))
-        states: Any = after if self._is_stack else [after]
-        if self._one_state:
-            states = [(h,) for h in states]
+        y, states = self.module(chunk, self._state)
         if active is not None:
             mask = active[:, None]  # [N, 1]
             y = torch.where(mask[:, None] if self.module.batch_first else mask, y, 0)
-            states = [
-                tuple(torch.where(mask, *both) for both in zip(state, before))
-                for state, before in zip(states, self._state)
-            ]
+            states = _each(lambda after, before: torch.where(mask, after, before), states, self._state)
         self._update(states)
         return y if x.dim() == 3 else y.squeeze(time_axis)
 
@@ -194,19 +180,14 @@ class Stream:
             graph.active.fill_(True) if active is None else graph.active.copy_(active)
         return graph.replay().clone()
 
-    def _update(self, states: list[States]) -> None:
+    def _update(self, states: Any) -> None:
         """Set all states at once, so that an interrupt mixes no steps; in place on CUDA, where a graph reads them."""
-        before, after = [t for state in self._state for t in state], [t for state in states for t in state]
+        before, after = _tensors(self._state), _tensors(states)
         if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
             with torch.no_grad():
                 copy_all(before, after)
         else:
             self._state = states
-
-    def _as_hx(self, states: list[States]) -> Any:
-        """As `module` accepts and returns them."""
-        of_layers: Any = [h for (h,) in states] if self._one_state else states
-        return of_layers if self._is_stack else of_layers[0]
 
 
 def on_cuda(x: Tensor) -> bool:
@@ -237,5 +218,24 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     return replay
 
 
-def _each(function: Callable[[Tensor], Tensor], states: list[States]) -> list[States]:
-    return [tuple(map(function, state)) for state in states]
+# States as a module has them: a tensor, or a tuple of some, or a list of either with an element for each layer.
+
+
+def _each(function: Callable[..., Tensor], *states: Any) -> Any:
+    """The same with function(tensor, ...) for each tensor of one or more."""
+    if isinstance(states[0], Tensor):
+        return function(*states)
+    return type(states[0])(_each(function, *each) for each in zip(*states))
+
+
+def _tensors(states: Any) -> list[Tensor]:
+    return [states] if isinstance(states, Tensor) else [t for each in states for t in _tensors(each)]
+
+
+def _held(states: Any) -> Any:
+    """Copies, in float32 or more but for an LSTM's h, which the output has in the same numbers."""
+    if isinstance(states, list):
+        return list(map(_held, states))
+    if isinstance(states, tuple):
+        return states[0].clone(), *map(_held, states[1:])
+    return states.to(torch.promote_types(states.dtype, torch.float32), copy=True)
