@@ -107,13 +107,9 @@ class WroteOutside(RuntimeError):
 
 @contextlib.contextmanager
 def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A block for a launch: its arguments, with tensors copied between margins; afterwards they are copied back.
-
-    Error words are passed as they are: the host reads them at any time.
-
-    Raises:
-        WroteOutside: a margin has changed. It names the kernel and the buffer, and how far outside it was written.
-    """
+    """A block for a launch: its arguments, with tensors copied between margins; afterwards they are copied back. Error
+    words are passed as they are, since the host reads them at any time. WroteOutside, if a margin has changed, names
+    the kernel, the buffer, and how far outside it was written."""
     tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and not t.is_meta and "error" not in n}
     wide = {name: _with_margins(t.detach()) for name, t in tensors.items()}
     checking.kernel = kernel

@@ -1,8 +1,8 @@
 """Timeouts of kernels whose programs wait for each other.
 
-A kernel that times out writes the step + 1 into its error word and ends; its results are NaN from there on. The words
-are in pinned host memory: reading them costs nothing, but shows a timeout only after the launch has ended. The next
-call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and the end of the program read them.
+A kernel that times out writes the step + 1 into its error word and ends; its results are NaN from there on. Error words
+are in pinned host memory: to read one costs nothing, but a timeout shows only after the launch has ended. They are read
+by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and the end of the program.
 """
 
 import atexit
@@ -22,19 +22,17 @@ from . import cache
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """RuntimeErrors that say nothing about what was run when they were raised."""
 
-TIMEOUT = "GPU_LSTM_TIMEOUT"  # environment variable: about how many seconds programs wait for each other
-SPARE = "GPU_LSTM_SPARE_MULTIPROCESSORS"  # environment variable: how many of them plans leave to other kernels
+# Environment variables: about how many seconds programs wait, how many multiprocessors plans leave to other kernels.
+TIMEOUT, SPARE = "GPU_LSTM_TIMEOUT", "GPU_LSTM_SPARE_MULTIPROCESSORS"
 SECONDS = 120.0  # NCCL's kernels may hold multiprocessors as long, while they wait for a slow rank
 SECONDS_OF_TRIALS = 1.0
 POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
-SPARE_OF_RANKS = 1 / 8  # of the card, where torch.distributed has several ranks
-
 APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
 MOST_KERNELS = 8  # that have words on a device; it is pinned memory, which stays where it is
 
 
 class _Words:
-    """The error words of a device, for users' calls and for plans that are tried, each followed by its poll limit."""
+    """The error words of a device, for users' calls and for trials, each followed by its poll limit."""
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -62,11 +60,7 @@ _giving_out = threading.Lock()
 
 
 def timeout_seconds() -> float:
-    """Seconds that the programs of a launch wait for each other, as the environment sets them.
-
-    Raises:
-        ValueError: it is not a number above 0.
-    """
+    """Seconds that the programs of a launch wait for each other, by the environment: a ValueError if that is wrong."""
     text = os.environ.get(TIMEOUT) or str(SECONDS)
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) < inf:
@@ -75,19 +69,15 @@ def timeout_seconds() -> float:
 
 
 def spare_multiprocessors(count: int) -> int:
-    """How many of a card's multiprocessors plans leave to other kernels, whose blocks may hold them for a long time.
-
-    By the environment; else an eighth where torch.distributed has several ranks, for the kernels of NCCL.
-
-    Raises:
-        ValueError: the environment does not name a number below `count`.
+    """How many of a card's multiprocessors plans leave to other kernels, whose blocks may hold them for a long time: by
+    the environment, a ValueError if that is wrong; else an eighth where torch.distributed has several ranks, for NCCL.
     """
     global _whole_card
     text = os.environ.get(SPARE)
     if not text:
         several = _several_ranks()
         _whole_card |= count > 0 and not several and torch.distributed.is_available()
-        return int(count * SPARE_OF_RANKS) if several else 0
+        return count // 8 if several else 0
     if not text.isdecimal() or int(text) >= count:
         raise ValueError(f"expected a number below {count} in the environment variable {SPARE}, got {text!r}")
     return int(text)
@@ -102,10 +92,7 @@ def _several_ranks() -> bool:
 
 
 def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
-    """The word of a kernel on a device, for a user's call or for a plan on `trial`.
-
-    int32 [APART]: the error, and how many polls a wait may take.
-    """
+    """A kernel's int32 [APART] on a device, for users' calls or a `trial`: the error, how many polls a wait takes."""
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
@@ -114,11 +101,7 @@ def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor
 
 
 def raise_if_timed_out(device: torch.device) -> None:
-    """Raise if an earlier launch on `device`, one that has ended, timed out.
-
-    Raises:
-        RuntimeError: with the kernel, the step and the device. It is raised once.
-    """
+    """Raise a RuntimeError, once, if a launch on `device` that has ended timed out: with kernel, step and device."""
     global _whole_card
     if _whole_card and _several_ranks():
         _whole_card = False  # plans that are in use keep theirs: graphs and saved tensors hold them
@@ -154,7 +137,7 @@ def check() -> None:
 
 
 def wait_and_check(device: torch.device) -> None:
-    """The same for one device; its other errors are raised, too."""
+    """As `check`, for one device; its other errors are raised, too."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     raise_if_timed_out(device)

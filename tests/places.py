@@ -28,9 +28,8 @@ from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.problem import power_of_two
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER, Cooperative, Held, Plan, Step
-from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
-from gpu_lstm.kernels.triton_rnn.plans.resident import plans as resident_plans
-from gpu_lstm.kernels.triton_rnn.plans.step import step_plan
+from gpu_lstm.kernels.triton_rnn.plans.threads import resident_plans
+from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan, step_plan
 
 INTERPRETED = launch.INTERPRETED
 

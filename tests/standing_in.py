@@ -21,7 +21,7 @@ from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, p
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import autotune, choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, INTERPRETER, Plan
-from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 

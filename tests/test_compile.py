@@ -36,11 +36,11 @@ from dev.compile_table.triton_kernels import PRECISIONS, Case, problem_with
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn.threads import cooperative, resident
 from gpu_lstm.kernels.triton_rnn.tiles import held, pointwise, step
-from gpu_lstm.kernels.triton_rnn.plans import step as step_plans
+from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Cooperative
-from gpu_lstm.kernels.triton_rnn.plans.step import held_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.plans.tiles import held_plans, step_plan
 
 ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
 STEP, PRODUCT = "B=64 H=130 ragged peepholes masks", "B=4096 H=1024"

@@ -21,7 +21,7 @@ import torch
 from dev.compile_table.triton_kernels import compile_for
 from gpu_lstm.kernels.triton_rnn.threads import cooperative
 from gpu_lstm.kernels.triton_rnn.tiles import step
-from gpu_lstm.kernels.triton_rnn.plans import step as step_plans
+from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
 from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of

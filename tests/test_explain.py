@@ -24,7 +24,7 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
-from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
+from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
 
 pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
               pytest.mark.usefixtures("nothing_cached")]  # fmt: skip
@@ -135,8 +135,7 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, options, 
     projection in the loop divides a step into two."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
     if training and not options:
-        for module in (choose, launch):
-            monkeypatch.setattr(module, "candidates", lambda problem, *_: [pointwise_plan(problem, False)])
+        monkeypatch.setattr(choose, "candidates", lambda problem, *_: [pointwise_plan(problem, False)])
     launched = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", launched)
     lstm = gpu_lstm.LSTM(4, 5, 2, backend="triton", **options)

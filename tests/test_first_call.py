@@ -408,7 +408,7 @@ def test_the_first_call_does_not_import_torchs_compiler():
     code = """if True:
         import sys, torch
         from gpu_lstm.kernels.problem import Pass, Problem
-        from gpu_lstm.kernels.triton_rnn.plans import choose, planning, pointwise as pointwise_plans
+        from gpu_lstm.kernels.triton_rnn.plans import choose, planning, tiles as pointwise_plans
         from gpu_lstm.kernels.triton_rnn import launch
         for backward, hidden in ((False, 64), (False, 768), (True, 768), (True, 1024)):
             problem = Problem(2, 64, hidden, torch.float16, resets=True, dropout_h=True)

@@ -17,8 +17,7 @@ from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn.plans import planning
 from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES, always, expected_seconds, plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
-from gpu_lstm.kernels.triton_rnn.plans.pointwise import pointwise_plan
-from gpu_lstm.kernels.triton_rnn.plans.step import held_plans, split_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.plans.tiles import held_plans, pointwise_plan, split_plans, step_plan
 
 BF16 = torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"

@@ -35,7 +35,7 @@ from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.plans import step as step_plans
+from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
 
 pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),

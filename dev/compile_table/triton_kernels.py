@@ -23,7 +23,7 @@ from gpu_lstm.kernels.triton_rnn.launch import INTERPRETED, recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import Sizes, in_tuples, names_of
 from gpu_lstm.kernels.triton_rnn.plans.choose import RecordedLaunch, plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Held, Plan, Step
-from gpu_lstm.kernels.triton_rnn.plans.step import split_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.plans.tiles import split_plans, step_plan
 
 from .placement import misplaced
 from .report import PRECISIONS, Report, read

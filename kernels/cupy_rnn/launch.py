@@ -1,7 +1,4 @@
-"""The CuPy backend: the kernels of cuda/, which by_steps.py launches at every step.
-
-They are compiled at first use, when CuPy is imported. torch allocates memory and computes products.
-"""
+"""The CuPy backend: the kernels of cuda/, compiled at first use, which by_steps.py launches at every step."""
 
 import functools
 import re

@@ -18,8 +18,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from .assembly import constraints, types
-from .features import INTERPRETED, constexpr_function
+from .features import INTERPRETED, constexpr_function, constraints, types
 
 # A warp waits before its first poll, in sixteenths of a pass of a loop, of some 30 clocks. A poll in vain costs
 # as much as what it loads, ten passes or more: then the next wait is two passes longer, else a sixteenth shorter.

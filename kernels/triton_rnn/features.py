@@ -1,4 +1,4 @@
-"""What depends on Triton's version, which only this file asks for."""
+"""What depends on Triton's version, which only this file asks for; and what all inline assembly needs."""
 
 import triton
 import triton.language as tl
@@ -25,3 +25,15 @@ if INTERPRETED and _VERSION < (3, 7):  # there it takes an array of one element 
             f"TRITON_INTERPRET=1: the interpreter of Triton {triton.__version__} needs NumPy below 2.4, got "
             f"{numpy.__version__}: pip install 'numpy<2.4', or Triton 3.7 or newer"
         )
+
+
+@constexpr_function
+def constraints(*letters: str | int) -> str:
+    """Those of inline assembly: a letter of PTX's, how many results or arguments have it, the next letter..."""
+    return ",".join(",".join([letter] * count) for letter, count in zip(letters[::2], letters[1::2]))
+
+
+@constexpr_function
+def types(dtype: tl.dtype, count: int) -> tuple[tl.dtype, ...]:
+    """The types of its results."""
+    return (dtype,) * count

@@ -90,7 +90,7 @@ class Saved(NamedTuple):
 
 
 class Arrivals(NamedTuple):
-    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: plans/step.py, waits
+    arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: plans/tiles.py, waits
     error_ptr: Pointer  # [1] int32, and after it the poll limit
 
 

@@ -171,16 +171,8 @@ def rows_of_tile(z):
 
 
 @triton.jit
-def columns_of_gates(unit_tile, S: tl.constexpr):
-    """(index into 4H, place), each [4 * UNITS], of a tile's columns: number n is gate n % 4 of unit n // 4."""
-    first_place, n = unit_tile * S.UNITS, tl.arange(0, 4 * S.UNITS)
-    place = first_place + n // 4
-    return n % 4 * S.H + units_at(place, S), place
-
-
-@triton.jit
 def split_gates(z):
-    """[rows, 4 * UNITS] with those columns -> (i, f, g, o), each [rows, UNITS]."""
+    """[rows, 4 * UNITS], where column n is gate n % 4 of unit n // 4 -> (i, f, g, o), each [rows, UNITS]."""
     ig, fo = tl.split(tl.reshape(z, (z.shape[0], z.shape[1] // 4, 2, 2)))
     i, g = tl.split(ig)
     f, o = tl.split(fo)

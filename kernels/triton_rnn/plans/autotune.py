@@ -19,13 +19,11 @@ logger = logging.getLogger("gpu_lstm")
 
 
 def autotune(problem: Problem, device: torch.device, steps: int, verify: Verify | None = None) -> dict[str, Plan]:
-    """Time the plans of a problem with T = `steps`, forward and backward, and keep the fastest of each.
+    """Time the plans of a problem with T = `steps`, forward and backward, and keep the fastest of each. A RuntimeError
+    if a CUDA graph is being captured, which would include the timing, or no plan can be timed.
 
-    Those that `verify` refuses are not timed: its verdict is on disk before a plan runs, lest the next process tries
-    one again that ended this one.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured, and would include the timing; or no plan can be timed.
+    Plans that `verify` refuses are not timed. Its verdict is on disk before a plan runs: if a plan ends this process,
+    the next one does not try it again.
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("autotune cannot time kernels while a CUDA graph is captured; call it before the capture")
@@ -69,10 +67,8 @@ def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float
 def _call(
     problem: Problem, device: torch.device, steps: int, forward: Plan | None
 ) -> tuple[Inputs, Callable[[Plan], Callable[[], object]]]:
-    """Inputs, of which x has no features; and call(plan)() runs a plan on them and random gates, and saves everything.
-
-    With a plan `forward`, it runs backward of what that plan computes, with a gradient of every h.
-    """
+    """(Inputs, whose x has no features; call). call(plan)() runs a plan on them and random gates, and saves everything.
+    With a plan `forward` it runs backward of what that one computed, with a gradient of every h."""
     gates = torch.randn(steps, problem.batch, 4 * problem.hidden, dtype=problem.dtype, device=device)
     _, r = call_of(problem, device)
     for weight, width in ((r.inputs.weight_hh, problem.columns), (r.inputs.weight_hr, problem.hidden)):

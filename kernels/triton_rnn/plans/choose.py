@@ -28,7 +28,7 @@ from ...problem import Pass, Problem, power_of_two
 from ...timeouts import DEVICE_ERRORS, spare_multiprocessors
 from ..features import OPTIONS
 from ..parameters import in_tuples
-from . import cooperative, pointwise, resident, step
+from . import threads, tiles
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
@@ -37,8 +37,8 @@ SLOW_S = 2.0  # after which a log line says what a user waits for
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
 FAMILIES = {
-    Resident: resident.FAMILY, Cooperative: cooperative.FAMILY, Pointwise: pointwise.FAMILY,
-    Step: step.STEP, Held: step.HELD,
+    Resident: threads.RESIDENT, Cooperative: threads.COOPERATIVE, Pointwise: tiles.POINTWISE,
+    Step: tiles.STEP, Held: tiles.HELD,
 }  # fmt: skip
 """By the class of a plan's family."""
 
@@ -91,23 +91,23 @@ def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     """The plans for this batch alone, by estimated time."""
     seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
-    found, by_product = [always(head, card, backward)], pointwise.pointwise_plan(head, backward)
+    found, by_product = [always(head, card, backward)], tiles.pointwise_plan(head, backward)
     if seconds(by_product) < seconds(found[0]):
         found += [by_product]
     if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
         alone = problem._replace(side_by_side=1).of_head
-        found += [*cooperative.plans(head, card, backward)] or cooperative.plans(alone, card, backward)
-        found += [*step.held_plans(head, card, backward), *step.split_plans(head, card, backward)]
-        found += resident.plans(head, card, backward)
+        found += [*threads.cooperative_plans(head, card, backward)] or threads.cooperative_plans(alone, card, backward)
+        found += [*tiles.held_plans(head, card, backward), *tiles.split_plans(head, card, backward)]
+        found += threads.resident_plans(head, card, backward)
     return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)
 
 
 def always(problem: Problem, card: Card, backward: bool) -> Plan:
     """The plan that works for every size."""
     if problem.only_by_steps:
-        return pointwise.pointwise_plan(problem, backward)
-    return step.step_plan(problem, card, backward)
+        return tiles.pointwise_plan(problem, backward)
+    return tiles.step_plan(problem, card, backward)
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
@@ -174,15 +174,8 @@ def choose_plan(
     problem: Problem, device: torch.device, pass_: Pass, launches: Callable[[Plan], Iterable[RecordedLaunch]],
     refuses: Callable[[Plan], str | None] | None = None,
 ) -> Plan:  # fmt: skip
-    """The best plan whose kernels the device can run.
-
-    Args:
-        launches: launches(plan) is what a plan would launch.
-        refuses: refuses(plan) says why a plan that compiles is not used all the same; None if it is.
-
-    Raises:
-        NoKernel: none can be compiled, or none computes the right numbers.
-    """
+    """The best plan whose kernels, launches(plan), compile and fit, and for which refuses(plan) has no reason to refuse
+    it. NoKernel if there is none."""
     card = card_of(device)
     proposed = candidates(problem, card, pass_)
     if device.type != "cuda":
@@ -235,12 +228,8 @@ def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str 
 
 
 def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
-    """A kernel, compiled and loaded on the current device. Tests replace this function to simulate a driver.
-
-    Raises:
-        Exception: it cannot be compiled, or needs more shared memory than a block may have.
-        torch.OutOfMemoryError, torch.AcceleratorError: see errors_as_of_torch.
-    """
+    """A kernel, compiled and loaded on the current device. Tests replace it to simulate a driver. Errors are those of
+    errors_as_of_torch, or of any kind if it does not compile, or a block may not have so much shared memory."""
     with errors_as_of_torch():
         compiled = kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
         load_kernel(compiled)
@@ -249,12 +238,8 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def errors_as_of_torch() -> Iterator[None]:
-    """Around calls of Triton's driver, whose errors are all RuntimeErrors, and may come from another kernel.
-
-    Raises:
-        torch.OutOfMemoryError: memory is full.
-        torch.AcceleratorError: an earlier operation failed; or a CUDA graph is being captured.
-    """
+    """Around calls of Triton's driver, whose errors are all RuntimeErrors: where memory is full an OutOfMemoryError;
+    where an earlier operation failed, or a CUDA graph is being captured, an AcceleratorError."""
     try:
         yield
     except RuntimeError as error:

@@ -16,7 +16,7 @@ last may be half empty; so the weights are passed as words, too. A step of one b
 
 Each head has groups of its own, the last axis of the grid; H here means its D units. A row has W words of each head, in
 dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps. `sizes` in
-plans/cooperative.py says what that makes of K.
+plans/threads.py says what that makes of K.
 """
 
 from collections import namedtuple

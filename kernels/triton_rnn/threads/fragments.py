@@ -20,9 +20,8 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..assembly import constraints, types
 from ..exchange import Words, look, neighbours
-from ..features import constexpr_function
+from ..features import constexpr_function, constraints, types
 
 SEQUENCES = tl.constexpr(8)  # of a product
 Threads = namedtuple("Threads", "number warp column quarter")  # of a program, each [THREADS]
@@ -75,13 +74,9 @@ def product(weights, x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def scale(
-    x,  # as for `product`
-    factors_ptr,  # [THREADS] pointers to words: of the first quad
-    left,  # [THREADS] how many words there are from here on
-    STRIDE: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """x times the factors there, rounded to DTYPE."""
+def scale(x, factors_ptr, left, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
+    """x, as for `product`, times factors, rounded to DTYPE: they lie like the Words of x, by factors_ptr and left, both
+    [THREADS]."""
     scaled = ()
     for n in tl.static_range(len(x)):
         offset = n // 4 * STRIDE + n % 4

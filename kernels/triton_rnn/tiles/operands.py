@@ -46,10 +46,12 @@ def h_before(h_prev_ptr, dropout_h_ptr, sequence, position, S: tl.constexpr):
 
 @triton.jit
 def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
-    """Columns of W_hh, four gates for each unit of a tile; a gate that h does not reach has none."""
+    """Columns of W_hh, four gates for each unit of a tile, as split_gates takes them; of a gate that h does not reach
+    there is none."""
     FIRST: tl.constexpr = 4 - S.GATES
-    column, place = indexing.columns_of_gates(unit_tile, S)
-    mask = place < S.D
+    n = tl.arange(0, 4 * S.UNITS)
+    place = unit_tile * S.UNITS + n // 4
+    column, mask = n % 4 * S.H + indexing.units_at(place, S), place < S.D
     if FIRST > 0:
         mask &= column >= FIRST * S.H
         column -= FIRST * S.H

@@ -1,4 +1,7 @@
-"""The plans of the cooperative family, and what the launcher must know of it."""
+"""The plans of the families of threads, cooperative and resident, and what the launcher must know of them.
+
+Their kernels read weights and masks as words of 32 bits: an element of float32, or two of half precision.
+"""
 
 from collections.abc import Iterator
 from math import ceil
@@ -9,17 +12,18 @@ from torch import Tensor
 from ...cards import KB, Card
 from ...cells import CELLS
 from ...memory import EVERY_BIT, Buffer, buffers_of
-from ...operands import as_words, transposed_gates
-from ...problem import Pass, Problem, Recurrence
+from ...problem import Pass, Problem, Recurrence, power_of_two
 from ..threads.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
 from ..threads.fragments import SEQUENCES
-from .planning import Cooperative, Family, Plan
+from ..threads.resident import resident_backward_kernel, resident_forward_kernel
+from .planning import Cooperative, Family, Plan, Resident
 
-MOST_REGISTERS = 190  # of a thread's 255 that may hold weights, words and sums
+MOST_WEIGHTS = 160  # of a thread's 255 registers, in the resident family
+MOST_REGISTERS = 190  # of these, for weights, words and sums, in the cooperative one
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
 
 
-def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
+def cooperative_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
     """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
     if problem.batch == 0 or problem.exact_float32:
         return
@@ -29,7 +33,7 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
         warps = 8 if words > 64 else 4
         chunks = ceil(words / (16 * warps))
         for units in range(4, 4 * warps + 1, 4):
-            own_rows = units * (partners if backward else gates)  # of weights; see the top of this file
+            own_rows = units * (partners if backward else gates)  # of weights, see threads/cooperative.py
             rows = ceil(own_rows / 16) * 16
             programs = partners * ceil(problem.hidden / (partners * units))
             registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
@@ -38,13 +42,30 @@ def plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
             shared = 2 * warps * rows * SEQUENCES.value * 4  # twice the sums of all warps
             fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
             if fits and own_rows in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
-                what = "dgates" if backward else "h"
-                why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange {what}"
+                why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange "
+                why += "dgates" if backward else "h"
                 family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)
                 yield Plan(
                     family, SEQUENCES.value, units, programs, groups, warps, shared, why,
                     side_by_side=problem.side_by_side,
                 ).fitted(problem)  # fmt: skip
+
+
+def as_words(x: Tensor, p: Problem) -> Tensor:
+    """[*, D] -> [*, W] int32, with zeros past D."""
+    missing = -p.columns * x.itemsize % 4 // x.itemsize
+    if missing:
+        x = torch.nn.functional.pad(x, (0, missing))
+    # With D = 1 a tensor counts as contiguous whatever its strides are, which must be multiples of a word.
+    if p.columns == 1 or not x.is_contiguous() or x.storage_offset() * x.itemsize % 4:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.int32)
+
+
+def transposed_gates(weight_hh: Tensor, partners: int, p: Problem) -> Tensor:
+    """W_hh [GATES H, D] -> the words of W_hh^T of each partner's gates, [partners, H, GATES / partners, W] int32."""
+    by_gate = weight_hh.view(partners, CELLS[p.cell].rows // partners, p.heads, p.columns, p.columns)
+    return as_words(by_gate.permute(0, 2, 4, 1, 3), p)
 
 
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
@@ -85,15 +106,16 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
         h = _without_padding(p, h.zero_())
     if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
         h.copy_(torch.where(h0.isnan(), torch.nan, h0).view_as(h))  # any NaN but the sentinel
-    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.columns), "words_ptr": memory["h_ptr"].view(torch.int32)}
+    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p), "words_ptr": memory["h_ptr"].view(torch.int32)}
     arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
-    of_heads = r.inputs.dropout_h.view(-1, p.columns) if p.dropout_h else None  # [B heads, D]
-    return arguments | ({"dropout_h_ptr": as_words(of_heads, p.columns)} if p.dropout_h else {})
+    if p.dropout_h:
+        arguments["dropout_h_ptr"] = as_words(r.inputs.dropout_h.view(-1, p.columns), p)  # [B heads, D]
+    return arguments
 
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As forward_arguments, for backward."""
-    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, CELLS[p.cell].rows, p.columns)
+    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p)
     return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
 
 
@@ -111,12 +133,6 @@ def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
 
 
-FAMILY = Family(
-    (cooperative_forward_kernel, cooperative_backward_kernel), sizes, lambda *_: True, buffers,
-    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
-)  # fmt: skip
-
-
 def _row(p: Problem) -> int:
     """Elements of a row of H units, those of each head in whole words."""
     return p.heads * (p.columns + p.columns * p.size % 4 // p.size)
@@ -125,3 +141,34 @@ def _row(p: Problem) -> int:
 def _without_padding(p: Problem, rows: Tensor) -> Tensor:
     """The units of rows [..., _row(p)], [..., heads, D]."""
     return rows.unflatten(-1, (p.heads, -1))[..., : p.columns]
+
+
+def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
+    """Where the registers of one block hold W_hh as operands of tensor cores."""
+    if problem.batch == 0 or problem.exact_float32:
+        return
+    units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
+    warps = units // 16 if backward else min(8, units // 8)
+    gates = CELLS[problem.cell].rows
+    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
+    if warps <= 8 and registers <= MOST_WEIGHTS:
+        rows = SEQUENCES.value
+        shared = 2 * rows * units * problem.size * (gates if backward else 1)
+        yield Plan(
+            Resident(units * problem.size // 64), rows, units, 1, ceil(problem.batch / rows), warps, shared,
+            f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
+        )  # fmt: skip
+
+
+COOPERATIVE = Family(
+    (cooperative_forward_kernel, cooperative_backward_kernel), sizes, lambda *_: True, buffers,
+    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
+)  # fmt: skip
+RESIDENT = Family(
+    (resident_forward_kernel, resident_backward_kernel),
+    lambda p, plan, backward: {"CHUNKS": plan.family.chunks},
+    arguments=(
+        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p)},
+        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p)},
+    ),
+)

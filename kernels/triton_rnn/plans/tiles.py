@@ -1,18 +1,20 @@
-"""The plans of the step and the held family, and what the launcher must know of them."""
+"""The plans of the families of tiles, step, held and pointwise, and what the launcher must know of them."""
 
 import itertools
 from math import ceil
 
 import torch
 
+from ... import by_steps
 from ...cards import Card
 from ...cells import CELLS
 from ...memory import Buffer, buffers_of
 from ...problem import Pass, Problem, power_of_two
 from ..features import MOST_ROWS
 from ..tiles.held import held_backward_kernel, held_forward_kernel
+from ..tiles.pointwise import pointwise_backward_kernel, pointwise_forward_kernel
 from ..tiles.step import step_backward_kernel, step_forward_kernel
-from .planning import Family, Held, Plan, Step, expected
+from .planning import Family, Held, Plan, Pointwise, Step, expected
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
@@ -121,5 +123,23 @@ def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     return dict(K=k, BLOCK_K=family.k, PARTS=family.parts, AHEAD=family.ahead)
 
 
+def pointwise_plan(problem: Problem, backward: bool) -> Plan:
+    """16 bytes of every tensor for each of 128 threads."""
+    count = by_steps.launches_of(problem, backward)
+    why = f"{count} launches for each step, with the product by cuBLAS, where a step takes much longer than they do"
+    if problem.only_by_steps:
+        what = "layer norms of all units" if problem.normalised else "a projection of h that has noise"
+        why = f"{count} launches for each step, with products by cuBLAS: {what} are not in the loops of other families"
+    units = min(256, power_of_two(problem.hidden))
+    rows = max(1, 2048 // problem.size // units)
+    return Plan(
+        Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), 4, 0, why,
+    )  # fmt: skip
+
+
 STEP = Family((step_forward_kernel, step_backward_kernel), sizes, waits, buffers)
 HELD = STEP._replace(kernels=(held_forward_kernel, held_backward_kernel))
+POINTWISE = Family(
+    (pointwise_forward_kernel, pointwise_backward_kernel), buffers=lambda p, plan, pass_: by_steps.buffers(p, pass_),
+    loops=(by_steps.forward_steps, by_steps.backward_steps), within=by_steps.within,
+)  # fmt: skip
