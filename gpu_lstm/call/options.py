@@ -68,7 +68,7 @@ class Options:
         self.cell, self.role = CELLS[a.cell], a.role
         self.name = _NAMES[a.role].format(a.cell if a.role == "layer" else a.cell.upper())
         self.batch_first, self.training, self.backend = a.batch_first, a.training, a.backend
-        self.one_state = self.cell.one_state  # a user holds h; inside c is h
+        self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
         self.kept = self.cell.kept  # the numbers of a unit in c, K
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1

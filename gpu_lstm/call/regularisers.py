@@ -43,7 +43,7 @@ class Zoneout(Regulariser):
         if cell.kept > 1 and value != 0:
             name, count = cell.name.upper(), len(cell.states)
             raise ValueError(f"zoneout is not supported by {name}: it would have to choose among {count} states")
-        if cell.one_state and isinstance(value, tuple):
+        if len(cell.states) == 1 and isinstance(value, tuple):
             raise ValueError(
                 f"zoneout of a {cell.name.upper()} should be one number in range [0, 1], for its one state, "
                 f"got {value!r}"
