@@ -24,11 +24,6 @@ class Kind(NamedTuple):
     feature: str | None  # the feature that the fewest backends support, as errors name it; None: all support all of it
 
     @property
-    def cell(self) -> str:
-        """The name of its cell."""
-        return self.problems[0].cell
-
-    @property
     def dtype(self) -> torch.dtype:
         """What layers compute in."""
         return self.problems[0].dtype
