@@ -64,9 +64,6 @@ class Package(Protocol):
     PACKAGES: tuple[str, ...]  # whose versions users are asked for
     NEEDS: str  # what to install, and how
 
-    def supports(self, feature: str) -> bool:
-        """Whether it has a feature that not all backends have, as errors name it."""
-
     def import_packages(self) -> None:
         """Import what it needs. If that raises anything, the backend is not used."""
 

@@ -186,7 +186,7 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
     return found
 
 
-def told(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+def told_of(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
     """What a Problem is told of tensors, by their names: of those that are there what TENSORS says."""
     found = [(BY_NAME[name], t) for name, t in tensors.items() if t is not None]
     return {row.name: row.told(t) for row, t in found if row.told is not None}
@@ -209,7 +209,7 @@ def problem_of(inputs: Inputs, cell: str, reverse: bool, precision: str, side_by
     """The problem of a call with these tensors."""
     (steps, batch, _), (_, _, hidden), width = inputs.x.shape, inputs.c0.shape, inputs.h0.shape[-1]
     return problem_with(
-        told(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
+        told_of(inputs._asdict()), cell, steps, batch=batch, hidden=hidden, dtype=inputs.x.dtype,
         projected=0 if inputs.weight_hr is None else width, precision=precision, side_by_side=side_by_side,
         reverse=reverse, heads=max(1, width // max(1, inputs.weight_hh.shape[1])),
     )  # fmt: skip

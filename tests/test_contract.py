@@ -66,7 +66,8 @@ def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
     by_role = map(tensors.names_of, (X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL))
     assert Inputs._fields == tuple(row.name for row in TENSORS) == tuple(itertools.chain(*by_role))
     always = {"h0", "c0", "weight_hh", "weight_hr"}  # and a projection, of which a Problem has the size
-    assert {row.name for row in TENSORS if row.loop} - always == set(problem.told(dict.fromkeys(tensors.BY_NAME, X0)))
+    told = problem.told_of(dict.fromkeys(tensors.BY_NAME, X0))
+    assert {row.name for row in TENSORS if row.loop} - always == set(told)
     assert {row.name for row in TENSORS if row.told} <= set(Problem._fields)
     for name, note in get_type_hints(Inputs).items():
         assert (note == torch.Tensor | None) == (name == "weight_ih" or name in Inputs._field_defaults)
@@ -82,7 +83,7 @@ def test_what_a_problem_is_told_of_tensors():
         ("lstm", dict(zoneout_h=X0), dict(zoneout_h=0, reset_h=True)),
         ("gru", dict(reset_h=None, reset_c=None), dict(bias_hh=True, reset_c=False)),
     ):  # fmt: skip
-        given = problem.told(tensors | more)
+        given = problem.told_of(tensors | more)
         found = problem.problem_with(given, cell, 7, batch=3, hidden=5, dtype=F32)
         assert found == Problem(2, 3, 5, F32, cell=cell, **expected | told)
 

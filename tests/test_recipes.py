@@ -380,10 +380,6 @@ LOOP_PACKAGE = '''
 PACKAGES, NEEDS = ("sympy",), "nothing but torch"
 
 
-def supports(feature: str) -> bool:
-    return False
-
-
 def import_packages() -> None:
     pass
 '''
@@ -532,7 +528,6 @@ import torch
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available, route
 from gpu_lstm.kernels import cache, loop_rnn
 from gpu_lstm.kernels.loop_rnn import launch
@@ -589,16 +584,12 @@ assert set(verdicts) == {"right"} and len(verdicts) > 8, verdicts
 
 # What it lacks is refused, and an explicit choice never falls back.
 x, left = torch.randn(T, B, I), torch.randn(1, T, B, H)
+said = "backend 'loop' has no noise, peepholes, layer norms or states to reset to"
 for options in (dict(layer_norm=True), dict(peepholes=True), dict(zoneout=0.1)):
-    said = f"backend 'loop' does not support {[*options][0]}; use 'triton' or 'cupy' or 'reference'"
     refused(ValueError, said, lambda: gpu_lstm.LSTM(I, H, backend="loop", **options)(x))
 gru = gpu_lstm.GRU(I, H, backend="loop")
-said = "backend 'loop' does not support reset_states; use 'triton' or 'cupy' or 'reference'"
 refused(ValueError, said, lambda: gru(x, resets=RESETS, reset_states=left))
 refused(TypeError, "backend 'loop' supports float16, bfloat16 and float32, got", lambda: gru.double()(x.double()))
-problem = next(iter(gpu_lstm.kernels.layer._layers))[1]
-layer = lambda: verify.layer_of(gpu_lstm.Backend("loop"), problem._replace(reset_c=True), x.device)
-refused(ValueError, "backend 'loop' has no noise, peepholes, layer norms or states to reset to", layer)
 
 # The doctor lists it.
 with contextlib.redirect_stdout(io.StringIO()) as printed:

@@ -16,9 +16,8 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def backends_with(feature: str) -> tuple[Backend, ...]:
-    """The backends that support a feature that not all do: states to reset to, a variant of the cell, a regulariser."""
-    kernels = () if feature in REFERENCE_ONLY else KERNEL_BACKENDS
-    return *(b for b in kernels if package_of(b.value).supports(feature)), Backend.REFERENCE
+    """The backends that support a feature that torch's own lacks, as far as its name tells; see `lacking`."""
+    return *(() if feature in REFERENCE_ONLY else KERNEL_BACKENDS), Backend.REFERENCE
 
 
 def select(argument: str | Backend | None, device: torch.device, kind: Kind, transformed: bool) -> Backend:
@@ -34,9 +33,8 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
     choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:
         choice = Backend.TORCH if feature is None else Backend.REFERENCE
-        for kernels in KERNEL_BACKENDS if device.type in KERNEL_DEVICES else ():
-            supported = feature is None or kernels in backends_with(feature)
-            if supported and why_unavailable(kernels, device, kind.dtype) is None and lacking(kernels, kind) is None:
+        for kernels in KERNEL_BACKENDS if device.type in KERNEL_DEVICES and feature not in REFERENCE_ONLY else ():
+            if why_unavailable(kernels, device, kind.dtype) is None and lacking(kernels, kind) is None:
                 choice = kernels
                 break
     elif feature is not None and choice not in backends_with(feature):

@@ -10,7 +10,7 @@ from ..call.modes import Recording
 from ..call.request import Request
 from ..call.roles import RESET_STATES
 from ..call.weights import NAMES, size_of
-from ..kernels.problem import Pass, Problem, power_of_two, problem_with, told
+from ..kernels.problem import Pass, Problem, power_of_two, problem_with, told_of
 
 
 class Kind(NamedTuple):
@@ -22,11 +22,6 @@ class Kind(NamedTuple):
     training: bool  # forward and backward
     recompute: bool
     feature: str | None  # the feature that the fewest backends support, as errors name it; None: all support all of it
-
-    @property
-    def cell(self) -> str:
-        """The name of its cell."""
-        return self.problems[0].cell
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,20 +61,20 @@ class Kind(NamedTuple):
 def kind_of(call: Request) -> Kind:
     """What decides how a call runs."""
     options, traversal, cell, dtype = call.options, call.traversal, call.options.cell, dtype_of(call)
-    of_tensors = told(dict(zip(NAMES, call.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
+    told = told_of(dict(zip(NAMES, call.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
     if call.form.packed is not None:
-        of_tensors["lengths"] = torch.int64
+        told["lengths"] = torch.int64
     if traversal.reset_states is not None:
-        of_tensors |= {"reset_h": True, "reset_c": True}
+        told |= {"reset_h": True, "reset_c": True}
     for thing, rate in options.on:
-        of_tensors |= thing.flags(rate, options.training)
+        told |= thing.flags(rate, options.training)
     sizes = options.sizes
     if call.modes.recording >= Recording.COMPILED:  # its sizes may be symbols, while those of weights are constants
         sizes = tuple([size_of(weights, cell.rows) for weights, *_ in call.weights])
     steps, batch = int(call.steps), int(call.batch)
     problems = [
         problem_with(
-            of_tensors, cell.name, steps, batch=batch, hidden=hidden, dtype=dtype, projected=projected,
+            told, cell.name, steps, batch=batch, hidden=hidden, dtype=dtype, projected=projected,
             precision=call.modes.precision if dtype is torch.float32 else "ieee", reverse=options.reverse or d == 1,
             heads=heads,
         )

@@ -114,7 +114,7 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     first, *_ = kind.problems
     slow = {"lengths": first.lengths, "resets": first.resets, "a projection": any(p.projected for p in kind.problems)}
     if words := [word for word, is_there in slow.items() if is_there]:
-        return Decision(able, f"expected: torch's {kind.cell.upper()} is slow with {' and '.join(words)}")
+        return Decision(able, f"expected: torch's {first.cell.upper()} is slow with {' and '.join(words)}")
     for problem in kind.problems[:: kind.directions]:
         layer = verify.layer_of(able, problem._replace(side_by_side=kind.directions), device)
         for pass_ in kind.passes:
@@ -178,7 +178,7 @@ def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
         raise
     except (RivalFailed, RuntimeError) as error:  # the latter if kernels time out, which shows after the launch
         if error.args[:1] == (other.value,):
-            return Decision(able, f"torch's {kind.cell.upper()} fails: {error.__cause__}")
+            return Decision(able, f"torch's {kind.problems[0].cell.upper()} fails: {error.__cause__}")
         return _failed(kind, error)
     decision, is_certain = judge(times, expected)
     if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):

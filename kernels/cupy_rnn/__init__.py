@@ -7,10 +7,6 @@ _EXTRA = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
 NEEDS = f'CuPy and NVRTC: pip install ".[{_EXTRA}]" in a clone'
 
 
-def supports(feature: str) -> bool:
-    return True
-
-
 def import_packages() -> None:
     import cupy
 

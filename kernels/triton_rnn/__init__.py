@@ -3,9 +3,5 @@
 PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
 
 
-def supports(feature: str) -> bool:
-    return True
-
-
 def import_packages() -> None:
     from . import launch  # noqa: F401
