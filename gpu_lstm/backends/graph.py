@@ -47,6 +47,9 @@ def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) ->
 def _run_layer(
     call: Call, dtype: torch.dtype, name: str, inputs: Inputs, row: int, reverse: bool
 ) -> tuple[Tensor, State]:
+    if inputs.reset_h is not None:
+        exact = torch.promote_types(dtype, torch.float32)
+        inputs = inputs._replace(reset_h=inputs.reset_h.to(dtype), reset_c=inputs.reset_c.to(exact))
     return _ask(call, name, in_dtype(inputs, dtype), reverse)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations  # torch.compile tries to evaluate those of n
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +69,11 @@ def layer_by_layer(call: Call, dtype: torch.dtype, run: RunDirections) -> tuple[
 
 def inputs_of(call: Call, k: int, d: int, x: Tensor, noise: Noise) -> Inputs:
     """What a call that is laid out gives layer k in direction d, of which x is the input."""
-    row, (lengths, resets, _, reset_states) = len(call.weights[0]) * k + d, call.traversal
-    reset_h: Any = None
-    reset_c: Any = None
-    if reset_states is not None:
+    row, (lengths, resets, _, reset_to) = len(call.weights[0]) * k + d, call.traversal
+    reset_h = reset_c = None
+    if reset_to is not None:
         way = call.traversal.of(row)
         reset_h, reset_c = (way.backwards() if d else way).reset_to()
-        reset_h, reset_c = reset_h.to(x.dtype), reset_c if x.dtype is torch.float64 else reset_c.float()
     return Inputs(x, *call.states[row], *call.weights[k][d], reset_h, reset_c, *noise, lengths, resets)
 
 
@@ -97,7 +94,7 @@ def with_weights(inputs: Inputs, weights: Weights) -> Inputs:
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same tensors in `dtype`.
+    """The same with x, states and weights in `dtype`.
 
     c keeps its dtype if the user gave float32 beside an x in half precision, if a unit has several numbers, and with a
     projection on a CPU, as in torch.
@@ -106,8 +103,7 @@ def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     if all([t.dtype is dtype for t in (i.x, i.h0, i.c0, *weights) if t is not None]):
         return i
     stays = is_exact(i.c0, i.x) or len(i.c0) > len(i.h0) or (i.x.is_cpu and i.weight_hr is not None)
-    reset_h = None if i.reset_h is None else i.reset_h.to(dtype)
-    i = i._replace(x=i.x.to(dtype), h0=i.h0.to(dtype), c0=i.c0 if stays else i.c0.to(dtype), reset_h=reset_h)
+    i = i._replace(x=i.x.to(dtype), h0=i.h0.to(dtype), c0=i.c0 if stays else i.c0.to(dtype))
     return with_weights(i, weights.to(dtype))
 
 

@@ -78,6 +78,9 @@ def by_kernels(
     weights = [[one.to(dtype) for one in layer] for layer in call.weights]
     # Cell states are float32, also from chunk to chunk.
     cast = call._replace(x=call.x.to(dtype), states=[(h, c.float()) for h, c in states], weights=weights)
+    if (reset_to := call.traversal.reset_states) is not None:
+        cast_to = [(h.to(dtype), c.float()) for h, c in reset_to]
+        cast = cast._replace(traversal=call.traversal._replace(reset_states=cast_to))
     with without_autocast(call):  # everything is cast once, rather than for every chunk
         y, finals = run(cast, dtype, backend, run_layer)
     return y, [(h, c.to(c0.dtype)) for (h, c), (_, c0) in zip(finals, states)]
@@ -108,7 +111,7 @@ def _all_layers(
         with contextlib.ExitStack() as entered:
 
             def on_its_stream(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-                hold(streams[row], (inputs.x, inputs.lengths, inputs.reset_h, inputs.reset_c))  # made for this chunk
+                hold(streams[row], (inputs.x, inputs.lengths))
                 entered.enter_context(on(streams[row]))  # for what comes after the layer, too
                 return run(inputs, row, reverse)
 
