@@ -40,7 +40,7 @@ class Options:
 
     def __init__(self, a: Arguments) -> None:
         self.cell = CELLS[a.cell]
-        self.one_state = len(self.cell.states) == 1  # a user holds h; inside c is h
+        self.one_state = self.cell.one_state  # a user holds h; inside c is h
         self.backend, self.training = a.backend, a.training
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1

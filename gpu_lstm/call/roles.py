@@ -43,7 +43,7 @@ class Role:
         self.cell, self.sizes, self.batch_first = cell, sizes, batch_first
         self.inputs, self.hidden = sizes[0].inputs, sizes[0].hidden  # of the first layer
         self.name = self.title.format(cell.name.upper(), cell.name)
-        self.one_state, self.kept = len(cell.states) == 1, cell.kept
+        self.one_state, self.kept = cell.one_state, cell.kept
         self.blocks = sizes if self.by_layer else sizes[:1]  # the size of each block's layers
         rows = directions * len(sizes) // len(self.blocks)
         self.lead = (rows,) if rows > 1 or self.has_rows else ()  # what the size of a block has before B
