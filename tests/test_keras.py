@@ -296,12 +296,7 @@ def test_keras_init_is_keras_own(layer, ours):
         assert torch.equal(row, getattr(keras_init(ours(I, 64)), name).double())
 
 
-def test_keras_init_prefers_no_sign_and_has_half_precision():
-    """Without a correction for the signs that QR chooses, the diagonal would not be balanced around zero."""
-    torch.manual_seed(0)
-    cell = gpu_lstm.LSTMCell(2, 2)
-    corners = torch.stack([keras_init(cell).weight_hh.diagonal().detach().clone() for _ in range(400)])
-    assert (corners.mean(0).abs() < 5 * corners.std(0) / 400**0.5).all()
+def test_keras_init_has_half_precision():
     weight_hh = keras_init(gpu_lstm.LSTM(24, 64, dtype=torch.bfloat16)).weight_hh_l0.float()
     torch.testing.assert_close(weight_hh.T @ weight_hh, torch.eye(64), rtol=0, atol=2e-2)
 
