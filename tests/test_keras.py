@@ -124,9 +124,9 @@ ZERO, BACK = dict(zero_output_for_mask=True), dict(go_backwards=True)
 @pytest.mark.parametrize(("kind", "use_bias", "initial", "masked", "options"), [
     *((kind, not masked, True, masked, ZERO) for kind in KINDS for masked in (False, True)),
     # Backwards masked steps come first, where Keras has no output to repeat but zero.
-    *((kind, True, masked, masked, BACK | (ZERO if masked else {})) for kind in ONE_WAY for masked in (False, True)),
+    *((kind, True, True, True, BACK | ZERO) for kind in ONE_WAY),
     *((kind, True, *row) for kind in ("LSTM", "GRU") for row in (
-        (False, True, BACK), (True, False, dict(unroll=True)),
+        (False, False, BACK), (True, False, dict(unroll=True)),
         (True, False, dict(activation=keras.ops.tanh, recurrent_activation=keras.activations.sigmoid)))),
 ], ids=lambda each: re.sub(" at 0x[0-9a-f]+", "", str(each)))  # fmt: skip
 def test_results_and_gradients_are_equal(kind, use_bias, initial, masked, options):
@@ -296,12 +296,7 @@ def test_keras_init_is_keras_own(layer, ours):
         assert torch.equal(row, getattr(keras_init(ours(I, 64)), name).double())
 
 
-def test_keras_init_prefers_no_sign_and_has_half_precision():
-    """Without a correction for the signs that QR chooses, the diagonal would not be balanced around zero."""
-    torch.manual_seed(0)
-    cell = gpu_lstm.LSTMCell(2, 2)
-    corners = torch.stack([keras_init(cell).weight_hh.diagonal().detach().clone() for _ in range(400)])
-    assert (corners.mean(0).abs() < 5 * corners.std(0) / 400**0.5).all()
+def test_keras_init_has_half_precision():
     weight_hh = keras_init(gpu_lstm.LSTM(24, 64, dtype=torch.bfloat16)).weight_hh_l0.float()
     torch.testing.assert_close(weight_hh.T @ weight_hh, torch.eye(64), rtol=0, atol=2e-2)
 
