@@ -68,7 +68,7 @@ def product(weights, x, DTYPE: tl.constexpr):
     CHUNKS: tl.constexpr = len(x) // 4
     TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
     return tl.inline_asm_elementwise(
-        products(CHUNKS, TILES, DTYPE), constraints("=&f", 4 * TILES, "r", len(weights) + len(x)),
+        multiplication(CHUNKS, TILES, DTYPE), constraints("=&f", 4 * TILES, "r", len(weights) + len(x)),
         weights + x, dtype=types(tl.float32, 4 * TILES), is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -175,7 +175,7 @@ def place(row, sequence):
 
 
 @constexpr_function
-def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
+def multiplication(chunks: int, tiles: int, dtype: tl.dtype) -> str:
     """PTX of `product`: $0 on are the sums, then the weights, then x."""
     shape = {
         tl.float16: "m16n8k16.row.col.f32.f16.f16.f32",
