@@ -94,9 +94,8 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
     launches = [bind(arguments) for bind in binds]
     if arguments["gates_ptr"].is_meta:
         return _record(launches)
-    names = "gates", "z", "h", "h_next", "v", "m", "weight_hr", "gain_hh", "gain_c", "bias_c"
-    gates, z, h, h_next, v, m, weight_hr, gain_hh, *affine = (arguments.get(f"{name}_ptr") for name in names)
-    affine = [None if t is None else t.float() for t in affine]
+    gates, z, h, h_next = (arguments.get(f"{name}_ptr") for name in ("gates", "z", "h", "h_next"))
+    of_c = [None if t is None else t.float() for t in map(arguments.get, ("gain_c_ptr", "bias_c_ptr"))]
     operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
     if p.dropout_h:
         operand = arguments["dropout_h_ptr"] * operand
@@ -110,12 +109,12 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
             else:
                 product(in_heads(operand), weight, out=cell.of_h(in_heads(z), p.columns))
             if p.gain_hh:  # its bias is in the gates
-                normed["z_ptr"] = torch.native_layer_norm(z, (4 * p.hidden,), gain_hh, None, EPS)[0]
+                normed["z_ptr"] = torch.native_layer_norm(z, (4 * p.hidden,), arguments["gain_hh_ptr"], None, EPS)[0]
             launches[0](step=step, **normed)
             if p.gain_c:
-                launches[1](step=step, v_ptr=torch.native_layer_norm(v, (p.hidden,), *affine, EPS)[0])
+                launches[1](step=step, v_ptr=torch.native_layer_norm(arguments["v_ptr"], (p.hidden,), *of_c, EPS)[0])
             if p.projected:
-                launches[1](step=step, m_ptr=torch.mm(m, weight_hr.mT))
+                launches[1](step=step, m_ptr=torch.mm(arguments["m_ptr"], arguments["weight_hr_ptr"].mT))
             operand = h[time] if h_next is None else h_next
 
 
@@ -129,18 +128,17 @@ def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem)
     launches = [bind(arguments) for bind in binds]
     if arguments["gates_ptr"].is_meta:
         return _record(launches)
-    names = "dgates", "dz", "dh_next", "v", "m", "weight_hr"
-    dgates, dz, dh_next, v, m, weight_hr = (arguments.get(f"{name}_ptr") for name in names)
+    dgates, dz, dh_next = (arguments.get(f"{name}_ptr") for name in ("dgates", "dz", "dh_next"))
     times, cell = range(arguments["T"]), CELLS[p.cell]
     product, in_heads, weight = by_head(arguments["weight_hh_ptr"], p)
     with products_in(p.precision):
         for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
             launches[0](step=step)
             if p.projected:
-                launches[1](step=step, m_ptr=torch.mm(m, weight_hr))
+                launches[1](step=step, m_ptr=torch.mm(arguments["m_ptr"], arguments["weight_hr_ptr"]))
             if norm_c is not None:
                 of_step = layer_norm.at(norm_c, _times_at(step, time, arguments, p))
-                launches[1](step=step, v_ptr=layer_norm.gradient(v, of_step, p.hidden))
+                launches[1](step=step, v_ptr=layer_norm.gradient(arguments["v_ptr"], of_step, p.hidden))
             if step:
                 of_h = dgates[time] if dz is None else dz
                 if norm_hh is not None:

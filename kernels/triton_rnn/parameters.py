@@ -18,7 +18,7 @@ class Sizes(NamedTuple):
     FROM_X: int  # How many of the four gates, from the first on, arrive with numbers in them.
     KEPT: int  # float32 numbers that a unit's c has, see kernels/cells.py
     EMPTY: float  # the last of them before the first step, and after a reset
-    H: int  # of a part of a step that computes h of W_hr m, P
+    H: int  # units; P in a part of a step that begins with W_hr m
     HEADS: int
     D: int  # units of a head: without heads all H
     REVERSE: bool
@@ -30,7 +30,7 @@ class Sizes(NamedTuple):
     TILES: int  # of UNITS units, that have D
     WARPS: int
     # Of families, by their `sizes`:
-    K: int = 0  # backward in the step and the held family, of a part; in the cooperative one words of a piece
+    K: int = 0  # what a product adds up: backward of a tile, of a part; in the cooperative family, words of a piece
     BLOCK_K: int = 0  # of K, multiplied at a time
     PARTS: int = 1  # of K, backward
     AHEAD: bool = False  # as planning.py explains it
@@ -95,12 +95,12 @@ class Arrivals(NamedTuple):
 
 
 def name_in_profiles(kernel: str) -> Callable[[Any], str]:
-    """Of a kernel as it was compiled, for Triton's `repr`: gru_step_forward_kernel."""
+    """The name of a kernel as it was compiled, for Triton's `repr`: gru_step_forward_kernel."""
     return lambda compiled: f"{compiled.constants['S'].CELL}_{kernel}"
 
 
 def names_of(kernel: Any) -> list[tuple[str, ...]]:
-    """Of each parameter of a kernel but its Sizes: the names of its pointers, if it is such a tuple; else its own."""
+    """For each parameter of a kernel but its Sizes the names of its pointers, if it is such a tuple; else its own."""
     types = kernel.fn.__annotations__
     return [getattr(types.get(name), "_fields", (name,)) for name in kernel.arg_names[:-1]]
 

@@ -33,11 +33,11 @@ def load_share(zoneout_ptr, cells):
 
 
 @triton.jit
-def zoneout(new, before, share):
-    """The state after a step that computed `new`."""
-    for n in tl.static_range(len(share)):
-        stays = share[n].to(tl.float32)
-        new = stays * before + (1.0 - stays) * new
+def zoneout(new, before):
+    """The state after a step that computed `new`; `before` is the state before it and, with zoneout, load_share."""
+    for n in tl.static_range(1, len(before)):
+        stays = before[n].to(tl.float32)
+        new = stays * before[0] + (1.0 - stays) * new
     return new
 
 
@@ -61,20 +61,12 @@ def add_stayed(d, stayed, zoneout_ptr):
 
 @triton.jit
 def load_h_before(hidden, h_prev_ptr, prev_at, cells):
-    """For `zoneout_of_h`: h before a step, and the share of it that stays; a tuple, empty without zoneout."""
+    """For `zoneout`: h before a step, and the share of it that stays; empty without zoneout."""
     before = ()
     if hidden.zoneout_h_ptr is not None:
         h_prev = load_state(h_prev_ptr, prev_at, hidden.reset_h_ptr, cells)
         before = (h_prev,) + load_share(hidden.zoneout_h_ptr, cells)
     return before
-
-
-@triton.jit
-def zoneout_of_h(h, before):
-    """h after a step that computed h; `before` is of load_h_before."""
-    if len(before) > 0:
-        h = zoneout(h, before[0], before[1:])
-    return h
 
 
 @triton.jit

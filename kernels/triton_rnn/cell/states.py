@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .noise import dropout, load_stayed, zoneout_of_h, zoneout_of_h_backward
+from .noise import dropout, load_stayed, zoneout, zoneout_of_h_backward
 from .reset import load_state, reset_to
 
 
@@ -133,7 +133,7 @@ def store_gradient_of_rest(dc_ptr, drest, cells, B, S: tl.constexpr):
 @triton.jit
 def store_hidden(h, hidden, before, cells):
     """Store h after zoneout, and h_n where a sequence ends; returns that h. `before` is of noise.load_h_before."""
-    h = zoneout_of_h(h, before)
+    h = zoneout(h, before)
     tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
     tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & cells.is_last)
     return h

@@ -35,7 +35,7 @@ def output(o, v, S: tl.constexpr):
 
 @triton.jit
 def output_backward(o, v, dm, S: tl.constexpr):
-    """Gradient of m -> (as far as it comes from m: of the last pre-activation; of v)."""
+    """The gradients (of the last pre-activation, of v), as far as they come from that of m."""
     return (
         slstm_output_backward(o, v, dm) if S.CELL == "slstm" else
         (tl.zeros_like(dm), dm) if S.CELL == "gru" else lstm_output_backward(o, v, dm)
@@ -54,7 +54,7 @@ def cell_backward(gates, c_prev, dz_o, dc, drest, peepholes, S: tl.constexpr):
 
 @triton.jit
 def next_cell(gates, c_prev, S: tl.constexpr):
-    """c, [rows, units]."""
+    """c after a step, [rows, units]."""
     return (
         slstm_next_cell(gates, c_prev) if S.CELL == "slstm" else
         gru_next_cell(gates, c_prev) if S.CELL == "gru" else lstm_next_cell(gates, c_prev)

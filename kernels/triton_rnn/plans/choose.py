@@ -29,7 +29,7 @@ from ...timeouts import DEVICE_ERRORS, spare_multiprocessors
 from ..features import OPTIONS
 from ..parameters import in_tuples
 from . import threads, tiles
-from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected
+from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected_seconds
 
 MOST = 3  # plans that a first call compiles before it falls back on the step family's
 MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
@@ -108,12 +108,6 @@ def always(problem: Problem, card: Card, backward: bool) -> Plan:
     if problem.only_by_steps:
         return tiles.pointwise_plan(problem, backward)
     return tiles.step_plan(problem, card, backward)
-
-
-def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
-    """Estimated time of a step of all layers or directions that run side by side."""
-    rounds = problem.of_head.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
-    return rounds * sum(expected(problem, card, plan, backward).values())
 
 
 def card_of(device: torch.device) -> Card:
@@ -311,8 +305,7 @@ def _told_if_slow(what: str) -> Iterator[None]:
 
 def measured_plan(problem: Problem, card: Card, backward: bool) -> dict[str, Any] | None:
     """The plan that was fastest for problems like this on this card, as JSON; None if none was measured."""
-    plan: dict[str, Any] | None = cache.read(cache.PLANS, _key(problem, card, backward))
-    return plan
+    return cache.read(cache.PLANS, _key(problem, card, backward))
 
 
 def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> None:

@@ -206,6 +206,12 @@ def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[s
     return terms
 
 
+def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
+    """Estimated time of a step of all layers or directions that run side by side."""
+    rounds = problem.of_head.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
+    return rounds * sum(expected(problem, card, plan, backward).values())
+
+
 def memory_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Time of a step's memory traffic: forward x W_ih^T, h, c and the gates; backward the gates, c, dh and dgates."""
     c = 8 if backward and not isinstance(plan.family, Pointwise) else 4  # bytes of a cell: of two steps, or of one

@@ -1,6 +1,7 @@
 """The plans of the families of tiles, step, held and pointwise, and what the launcher must know of them."""
 
 import itertools
+from functools import partial
 from math import ceil
 
 import torch
@@ -14,7 +15,7 @@ from ..features import MOST_ROWS
 from ..tiles.held import held_backward_kernel, held_forward_kernel
 from ..tiles.pointwise import pointwise_backward_kernel, pointwise_forward_kernel
 from ..tiles.step import step_backward_kernel, step_forward_kernel
-from .planning import Family, Held, Plan, Pointwise, Step, expected
+from .planning import Family, Held, Plan, Pointwise, Step, expected_seconds
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
@@ -76,7 +77,7 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
                 Held(k, parts, ahead), rows, units, programs, groups, warps, shared,
                 "programs hold W_hh in shared memory", blocks=blocks, side_by_side=problem.side_by_side,
             ).fitted(problem))  # fmt: skip
-    return sorted(plans, key=lambda plan: sum(expected(problem, card, plan, backward).values()))[:3]
+    return sorted(plans, key=partial(expected_seconds, problem, card, backward=backward))[:3]
 
 
 def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
@@ -97,7 +98,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
                 max(4, rows * units // 128), shared, "W_hh is read from L2 at every step, for products of parts of K",
                 num_stages=3, side_by_side=problem.side_by_side,
             ).fitted(problem))  # fmt: skip
-    return sorted(plans, key=lambda plan: sum(expected(problem, card, plan, backward).values()))[:2]
+    return sorted(plans, key=partial(expected_seconds, problem, card, backward=backward))[:2]
 
 
 def waits(p: Problem, plan: Plan) -> bool:

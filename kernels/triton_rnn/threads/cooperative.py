@@ -190,7 +190,7 @@ def cooperative_forward_kernel(
         # Gates, cell and output.
         gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
         h = output(gates[3], c, S)
-        c, h = noise.zoneout(c, c_prev, share_c), noise.zoneout_of_h(h, h_kept)
+        c, h = noise.zoneout(c, (c_prev,) + share_c), noise.zoneout(h, h_kept)
 
         # Publish first: the others wait for it. Padding gets zeros.
         h = tl.where(cells.valid, h, 0.0)

@@ -39,11 +39,10 @@ def load_weights(
     words_ptr,  # [rows, W] int32
     rows,  # tuple of 2 TILES row numbers [THREADS], for each tile those of the rows column and column + 8; -1: zeros
     first,  # [THREADS] the first word of the thread's first quad
-    W: tl.constexpr,
-    STRIDE: tl.constexpr,  # words from one chunk of the thread to the next
-    DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
+    W: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A of TILES x 16 rows and CHUNKS chunks: a tuple of [THREADS] words, which stays in registers."""
+    """A of TILES x 16 rows and CHUNKS chunks, of which a thread's are STRIDE words apart: a tuple of [THREADS] words,
+    which stays in registers."""
     quads, weights = (), ()
     for n in tl.static_range(len(rows)):  # a load a word would take Triton many times as long to compile
         words = Words(words_ptr + rows[n].to(tl.int64) * W + first, tl.where(rows[n] < 0, 0, W - first))
@@ -68,7 +67,7 @@ def product(weights, x, DTYPE: tl.constexpr):
     CHUNKS: tl.constexpr = len(x) // 4
     TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
     return tl.inline_asm_elementwise(
-        products(CHUNKS, TILES, DTYPE), constraints("=&f", 4 * TILES, "r", len(weights) + len(x)),
+        multiplication(CHUNKS, TILES, DTYPE), constraints("=&f", 4 * TILES, "r", len(weights) + len(x)),
         weights + x, dtype=types(tl.float32, 4 * TILES), is_pure=True, pack=1,
     )  # fmt: skip
 
@@ -99,13 +98,12 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
 @triton.jit
 def share(
     values,  # tuple of [THREADS]
-    sequences,  # tuple of [THREADS]: to which sequence each belongs, repeated as often as needed
-    elements,  # tuple of [THREADS]: and which element of its row
+    sequences, elements,  # tuples of [THREADS]: the sequence of each value, in turn; its element of that row
     buffer,  # 0 and 1 alternately, so that a call does not write where the one before did
     CHUNKS: tl.constexpr,  # of a row; even
-):
-    """Share 8 rows of K, of which each of a program's threads has some elements, with all its warps, through shared
-    memory [2, 8 sequences, 16 CHUNKS words] with one barrier, as `sum_over_warps`. Returns their place, for `take`."""
+):  # fmt: skip
+    """Share 8 rows of K, of which each thread has some elements, with all warps of the program, through shared memory
+    [2, 8 sequences, 16 CHUNKS words], with one barrier, as `sum_over_warps`. Returns where they are, for `take`."""
     COUNT: tl.constexpr = len(values)
     SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
     bits, places = (), ()
@@ -142,16 +140,15 @@ def shared_place(sequence, byte, CHUNKS: tl.constexpr):
 @triton.jit
 def sum_over_warps(
     products,  # of `product`: each warp has multiplied other words of K
-    rows,  # tuple of [THREADS]: which rows of the sum a thread wants
-    sequences,  # tuple of [THREADS]: and of which sequence, repeated as often as needed
+    rows, sequences,  # tuples of [THREADS]: which elements of the sum a thread wants, sequences in turn
     wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; elsewhere sums are undefined
     buffer,  # as for `share`
     WARPS: tl.constexpr,
-):
-    """Elements of the sum of all warps' products, as many [THREADS] float32, in the same order every time.
+):  # fmt: skip
+    """Elements of the sum of all warps' products, as many [THREADS] float32, added up in the same order every time.
 
-    In shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: while one buffer is read, the other is
-    written. Warps that want nothing leave its bandwidth to the others.
+    In shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: one buffer is read while the other is
+    written. Warps that want nothing leave bandwidth to the others.
     """
     COUNT: tl.constexpr = len(rows)
     TILES: tl.constexpr = len(products) // 4
@@ -175,7 +172,7 @@ def place(row, sequence):
 
 
 @constexpr_function
-def products(chunks: int, tiles: int, dtype: tl.dtype) -> str:
+def multiplication(chunks: int, tiles: int, dtype: tl.dtype) -> str:
     """PTX of `product`: $0 on are the sums, then the weights, then x."""
     shape = {
         tl.float16: "m16n8k16.row.col.f32.f16.f16.f32",

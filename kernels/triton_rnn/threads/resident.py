@@ -126,9 +126,9 @@ def resident_forward_kernel(
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
             gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
             h_next = output(gates[3], c_next, S)
-            c_next = noise.zoneout(c_next, c_prev, noise.load_share(cell.zoneout_c_ptr, cells))
+            c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))
             h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
-            h_next = noise.zoneout(h_next, h_prev, noise.load_share(hidden.zoneout_h_ptr, cells))
+            h_next = noise.zoneout(h_next, (h_prev,) + noise.load_share(hidden.zoneout_h_ptr, cells))
             h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
             states.save(gates, c_next, cell, cells, S.H)

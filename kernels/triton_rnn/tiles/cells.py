@@ -24,7 +24,7 @@ def forward_cells(
     cells = tile.cells
     gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
-    c_next = noise.zoneout(c, c_prev, share_c)
+    c_next = noise.zoneout(c, (c_prev,) + share_c)
     tl.store(cell.c_n_ptr + cells.state_at, c_next, mask=cells.valid & cells.is_last if AT_END else cells.valid)
     states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
     states.save(gates, c_next, cell, cells, S.H)

@@ -35,11 +35,11 @@ def product_of_held(held, a, S: tl.constexpr):
 
 
 @triton.jit
-def await_tile(of, batch_tile, times, step, poll_limit, S: tl.constexpr):
+def await_tile(source, batch_tile, times, step, poll_limit, S: tl.constexpr):
     """(The poll limit after the wait, a tile's Sequences). Past the last tile there is nothing to wait for."""
-    if batch_tile < tl.cdiv(of.batch.B, S.BLOCK_B):
-        poll_limit = wait_for(of.arrivals, batch_tile, times, poll_limit, step)
-    return poll_limit, indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), of.batch)
+    if batch_tile < tl.cdiv(source.batch.B, S.BLOCK_B):
+        poll_limit = wait_for(source.arrivals, batch_tile, times, poll_limit, step)
+    return poll_limit, indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), source.batch)
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def await_h(before, batch_tile, step, poll_limit, S: tl.constexpr):
     """(The poll limit after the wait, h before a step, with dropout [BB, BK]). Past the last tile h is zero."""
     poll_limit, sequence = await_tile(before, batch_tile, step, step, poll_limit, S)
     here = indexing.position(step, sequence, before.batch, S.REVERSE)
-    rows = operands.h_before(before.h_prev_ptr, before.dropout_h_ptr, sequence, here, S)
+    at, factors_at = here.row_prev * S.H, sequence.index.to(tl.int64) * S.H
+    rows = Rows(before.h_prev_ptr, at, here.continues, before.dropout_h_ptr, factors_at)
     return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.D, S)
 
 

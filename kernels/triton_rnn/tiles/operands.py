@@ -9,7 +9,7 @@ from ..cell import indexing, noise
 from ..parameters import Arrivals
 
 # Rows of a tensor: where each begins [rows]; which there are [rows], the others are zeros; factors of them, which begin
-# at factors_at [rows], or None.
+# at factors_at [rows], or None. (No function of Triton 3.4 returns None, in a tuple neither: so none returns Rows.)
 Rows = namedtuple("Rows", "ptr at mask factors_ptr factors_at")
 # Columns of weights: where each begins [columns]; which there are [columns]; how far it is from one k to the next.
 # `first`, of both, is where a part of K begins, counted within the head, see indexing.by_gate.
@@ -38,13 +38,6 @@ def load_weights(columns, k_start, K: tl.constexpr, S: tl.constexpr, first=0):
 
 
 @triton.jit
-def h_before(h_prev_ptr, dropout_h_ptr, sequence, position, S: tl.constexpr):
-    """The Rows of h before a step, in h0 [B, H] or h [T*B, H]."""
-    at, factors_at = position.row_prev * S.H, sequence.index.to(tl.int64) * S.H
-    return Rows(h_prev_ptr, at, position.continues, dropout_h_ptr, factors_at)
-
-
-@triton.jit
 def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
     """Columns of W_hh, four gates for each unit of a tile, as split_gates takes them; of a gate that h does not reach
     there is none."""
@@ -61,7 +54,7 @@ def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
 @triton.jit
 def dgates_of_part(dgates_ptr, row, part, S: tl.constexpr):
     """Where a part of K lies in dgates [T*B, 4H]: (pointer, where the rows begin). With heads parts are not neighbours,
-    so by_gate finds them. Not as Rows, since no function of Triton 3.4 returns None."""
+    so by_gate finds them."""
     at = row * (4 * S.H)
     if S.HEADS > 1:
         dgates_ptr += (4 - S.GATES) * S.H
@@ -75,9 +68,10 @@ def dgates_of_part(dgates_ptr, row, part, S: tl.constexpr):
 @triton.jit
 def weights_of_part(weight_hh_ptr, part, place, S: tl.constexpr):
     """Columns of W_hh, which begin where a part of K does, for the units at these places of the head."""
+    D: tl.constexpr = S.D  # Triton 3.4 takes no field of a tuple into another tuple
     number = tl.program_id(2) if S.HEADS > 1 else part
-    weight_hh_ptr += tl.cast(number, tl.int64) * (S.D * S.D if S.HEADS > 1 else S.K * S.D)
-    return Columns(weight_hh_ptr, place, place < S.D, S.D)
+    weight_hh_ptr += tl.cast(number, tl.int64) * (D * D if S.HEADS > 1 else S.K * D)
+    return Columns(weight_hh_ptr, place, place < D, D)
 
 
 @triton.jit

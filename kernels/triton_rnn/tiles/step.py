@@ -45,7 +45,8 @@ def step_forward_kernel(
         for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
             # W_hh h: all four gates of a tile's units, [BB, 4 BH].
             tile = indexing.tile_of(number, step, batch, S)
-            h_prev = operands.h_before(h_prev_ptr, hidden.dropout_h_ptr, tile.sequence, tile.position, S)
+            at, factors_at = tile.position.row_prev * S.H, tile.sequence.index.to(tl.int64) * S.H
+            h_prev = Rows(h_prev_ptr, at, tile.position.continues, hidden.dropout_h_ptr, factors_at)
             z = product_over_k(h_prev, operands.weights_of_gates(weight_hh_ptr, tile.unit_tile, S), S.D, S)
             x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = indexing.split_gates(unless_timed_out(z, poll_limit))
