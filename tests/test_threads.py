@@ -47,7 +47,7 @@ def test_a_first_call_of_autograds_thread_does_not_wait_for_a_race_that_waits_fo
         return Decision(Backend.TORCH, "second")
 
     others = []
-    monkeypatch.setattr(race, "_judge", judge)
+    monkeypatch.setattr(race, "_race", judge)
     before = torch.get_rng_state()
     decision = decide(4)
     assert others == [Decision(Backend.TRITON, "first")]

@@ -129,8 +129,20 @@ def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: De
     There is no lock. A race waits for autograd's thread, which may be deciding as well, in a checkpoint that it
     recomputes. Threads that decide at the same time each do so for themselves, and the first result is kept.
     """
-    with _generator(torch.device("cpu")).changed(), _generator(call.x.device).changed():
-        return _failure(call, kind, able) or decision or _race(call, kind, able, mode)
+    other = other_than_kernels(kind)
+    with _generator(torch.device("cpu")).changed(), _generator(call.x.device).changed(), alone(grad=kind.training):
+        try:
+            _sample(call, kind, able, 2)()  # which compiles and verifies the kernels
+            wait_and_check(call.x.device)
+            return decision or _race(call, kind, able, mode)
+        except DEVICE_ERRORS:
+            raise
+        except (RivalFailed, RuntimeError) as error:  # the latter if kernels time out, which shows after the launch
+            why = error.__cause__ or error
+            if error.args[:1] == (other.value,):
+                return Decision(able, f"torch's {kind.problems[0].cell.upper()} fails: {why}")
+            cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {why}")
+            return Decision(other, f"{FAILED}: {why}")
 
 
 def _generator(device: torch.device) -> Setting:
@@ -142,48 +154,22 @@ def _generator(device: torch.device) -> Setting:
     return _generators[device]
 
 
-def _failure(call: Request, kind: Kind, able: Backend) -> Decision | None:
-    """Run the kernels of a call for two steps, which compiles and verifies them. None if they do not fail."""
-    try:
-        with alone(grad=kind.training):
-            _sample(call, kind, able, 2)()
-            wait_and_check(call.x.device)
-    except DEVICE_ERRORS:
-        raise
-    except (RivalFailed, RuntimeError) as error:
-        return _failed(kind, error)
-    return None
-
-
-def _failed(kind: Kind, error: Exception) -> Decision:
-    other, why = other_than_kernels(kind), error.__cause__ or error
-    cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {why}")
-    return Decision(other, f"{FAILED}: {why}")
-
-
 def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """The winner of a race of kernels that run, if one is allowed; else the expected winner."""
-    other, expected = other_than_kernels(kind), expected_winner(kind, able, call.x.device)
+    device, other, expected = call.x.device, other_than_kernels(kind), expected_winner(kind, able, call.x.device)
     if mode is not Racing.ON or kind.only_ours:
         return expected
     try:
-        with alone(grad=kind.training):
-            rivals = {backend.value: _sample(call, kind, backend, LONGEST) for backend in (able, other)}
-            rivals[other.value]()  # say cuDNN cannot be initialised
-            times = race(rivals, partial(clock, call.x.device))
-            raise_if_timed_out(call.x.device)  # in the kernels' last call
+        rivals = {backend.value: _sample(call, kind, backend, LONGEST) for backend in (able, other)}
+        rivals[other.value]()  # say cuDNN cannot be initialised
+        times = race(rivals, partial(clock, device))
+        raise_if_timed_out(device)  # in the kernels' last call
     except torch.OutOfMemoryError:  # for calls of both; that the kernels are right is known by now
         return expected
-    except DEVICE_ERRORS:
-        raise
-    except (RivalFailed, RuntimeError) as error:  # the latter if kernels time out, which shows after the launch
-        if error.args[:1] == (other.value,):
-            return Decision(able, f"torch's {kind.problems[0].cell.upper()} fails: {error.__cause__}")
-        return _failed(kind, error)
     decision, is_certain = judge(times, expected)
     if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
         value = decision._asdict() | {"backend": decision.backend.value}
-        cache.write(cache.RACES, _key(kind, able, call.x.device), value)
+        cache.write(cache.RACES, _key(kind, able, device), value)
     return decision
 
 
