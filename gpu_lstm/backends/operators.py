@@ -29,7 +29,8 @@ from .fused import Saved
 from .layer_loop import weights_of, with_weights
 
 # As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
-_names = (__name__.split(".backends")[0].replace(".", "_") + f"_{n}" * (n > 1) for n in itertools.count(1))
+_package = __name__.split(".backends")[0].replace(".", "_")
+_names = itertools.chain([_package], (f"{_package}_{n}" for n in itertools.count(2)))
 NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.

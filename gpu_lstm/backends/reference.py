@@ -81,7 +81,8 @@ def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record 
         return t.gather(0, time[:, :, None].expand_as(t))
 
     x, others = reordered(inside(x)), [getattr(inputs, name) for name in ("reset_h", "reset_c", *Noise._fields)]
-    given = [t if t is None else reordered(t.to(x.dtype)) if t.dim() == 3 else t.to(x.dtype) for t in others]
+    given = [t if t is None else t.to(x.dtype) for t in others]
+    given = [reordered(t) if t is not None and t.dim() == 3 else t for t in given]
     outputs, every_step = [], []
     for t in range(len(x)):
         reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in given]
