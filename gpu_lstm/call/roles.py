@@ -250,6 +250,8 @@ class Cell(Role):
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
         form, x = (TIME_FIRST, input) if self.rank_of(input) == 2 else (UNBATCHED, input[None])
+        if x.shape[-1] != self.inputs:
+            self._ask_torch(x, None)
         return form, x, (1, x.shape[0])
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
@@ -261,7 +263,6 @@ class Cell(Role):
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
         try:
-            checks.check_as_torch(x, self.inputs, x)
             super().check_tensors(form, x, states, weights)
         except RuntimeError:
             self._ask_torch(x, states[0][0] if self.one_state else states[0], weights[0][0])
