@@ -230,6 +230,8 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     assert text.count("<math") > 50
     assert ('display="block"' in text, text.count("<mtr>") > 1, "&<" in text) == (True, True, False)
     assert "$" not in re.sub(r"<(pre|script|code).*?</\1>", "", text, flags=re.DOTALL)
+    own = re.findall(r"\]\(#[^)]+\)", (DOCS / "design.md").read_text())
+    assert own == re.findall(r"\]\(#[^)]+\)", (tmp_path / "out/docs/design.md").read_text()) != []
     assert "/blob/main/CONTRIBUTING.md" in (site / "index.html").read_text()  # what the site has not
     assert "/tree/main/bench/results" in pages["benchmarks"].read_text()
     api = pages["api"].read_text()
