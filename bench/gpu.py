@@ -23,7 +23,7 @@ EVERY_S = 10.0  # a line on the screen says how far a part is
 HEADLINE = "headline", [FIRST, HELD, "-k", "headline and LSTM or hog"], 0.3
 FAMILIES = "families", [FIRST, STREAM, "-k", "not headline or GRU", "-n", "auto"], 0.65
 GRID_UNTIL = 0.87
-CUPY = "cupy", [*OF_CUPY, "-n", "auto"], 1.0  # which may not be there
+CUPY = "cupy", [*OF_CUPY, "-n", "auto"], 1.0  # CuPy may not be there
 
 
 def run(minutes: float, out: Path, device: str = "cuda") -> int:

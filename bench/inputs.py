@@ -111,7 +111,7 @@ def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Te
     (factor, stays), lengths, steps = _noise(inputs), inputs.lengths, range(len(x))
     weights = [weights[0], dense(weights[1], inputs.case.heads), *weights[2:]]
     left = [each[row].to(x.dtype) for each in inputs.reset_states or ()]  # [T, B, H]
-    reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # of which every one is replaced
+    reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # every one is replaced below
     for t in reversed(steps) if reverse else steps:
         boundary = t + reverse  # a reset there separates this step from the one before
         if inputs.resets is not None and boundary in steps:

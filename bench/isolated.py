@@ -32,7 +32,7 @@ class Worker:
             limit_s, context = START_S, multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-            with patch.object(sys, "path", [*self._path, *sys.path]):  # of which a new process gets a copy
+            with patch.object(sys, "path", [*self._path, *sys.path]):  # a new process gets a copy of it
                 self._process.start()
             theirs.close()
         try:

@@ -213,7 +213,7 @@ class Gate:
 
 
 def relative_errors(values: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Of every true result: relative, in the Euclidean norm; absolute where it is zero; NaN where none was computed."""
+    """Errors of all results: relative, in the Euclidean norm; absolute where the truth is 0; NaN if it is missing."""
     errors = dict.fromkeys(true, math.nan)
     for name, truth in true.items():
         if name in values and values[name].shape == truth.shape:

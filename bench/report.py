@@ -131,7 +131,7 @@ def details(rows: pd.DataFrame) -> list[Table]:
     rows = measured(rows)
     base, around = headline_of(rows), instead(rows, every_case=True)
     memory = "peak_bytes" if rows["peak_bytes"].notna().any() else "kept_bytes"
-    its = rows[rows["object"] == base].sort_values("median_s", kind="stable")  # those without a time last
+    its = rows[rows["object"] == base].sort_values("median_s", kind="stable")  # rows without a time come last
     timed = its[its["median_s"].notna()]
     median, low, high = (texts(1e3 * timed[f"{name}_s"]) for name in ("median", "p20", "p80"))
     cells = pd.DataFrame({
@@ -202,7 +202,7 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
             if len(its := 1 / lines["speed"][which].dropna()):
                 told.append(f"{kind} {digits(min(its))} to {digits(max(its))}")
         text = f"One call's time over that of torch.nn, which ignores what it lacks: {'; '.join(told)}."
-        return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # which all have
+        return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # a dtype that all have
     lines = lines[~_names(lines).isin(around["case"])]
     starred = starred[lines.index]
     same = ~starred & (lines["mode"] != "step") & ((lines["speed"] - 1).abs() < EVEN_ON_A_CPU) & (not on_gpu)

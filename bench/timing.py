@@ -73,7 +73,7 @@ def ceilings(dtype: str, device: str) -> tuple[float, float]:
     (source, target), size = torch.ones(2, COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
     a, b, product = torch.randn(3, size, size, device=device).to(DTYPES[dtype])
     calls: dict[str, Any] = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
-    taken = interleaved(calls, device, CEILING_SECONDS)  # of which the best counts: no ceiling is exceeded
+    taken = interleaved(calls, device, CEILING_SECONDS)  # the best round counts: no ceiling is exceeded
     return 2 * COPY_BYTES[kind] / float(taken["copy"].min()), 2 * size**3 / float(taken["product"].min())
 
 

@@ -18,7 +18,7 @@ from bench.providers import PROVIDERS, engine
 from bench.providers.engine import Unable
 
 PLAIN = Case("training", "fp32", steps=16, batch=3, input_size=5, hidden_size=16)
-SHORT = replace(PLAIN, steps=6)
+SHORT = replace(PLAIN, steps=4)
 CASES = {
     "plain": PLAIN, "layers": replace(SHORT, layers=2), "directions": replace(SHORT, layers=2, directions=2),
     "ragged": replace(SHORT, sequences="ragged"), "packed": replace(SHORT, sequences="packed"),

@@ -34,7 +34,7 @@ PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
 WITHOUT_EXAMPLES = ("api", "benchmarks", "bounds", "ci", "compared", "design", "first_gpu_run", "lesson", "testing",
                     "versions")  # fmt: skip
 WITH_EXAMPLES = [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)]
-bounds = load(DOCS / "bounds.py")
+website, bounds = (load(DOCS / f"{name}.py") for name in ("website", "bounds"))
 
 
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
@@ -183,6 +183,23 @@ def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_
     assert kept | {"gates.png": (folder / "gates.png").read_bytes()} == pictures
 
 
+def test_links_stay_on_the_site_or_go_to_the_repository_formulas_become_mathml_and_code_stays_as_it_is():
+    repository, code = "https://example.org/r", "`a[0](../x)`, `$x$`\n```python\ny = f[0](docs/x) # $5 $6\n```\n"
+    for source, link, expected in (
+        ("README.md", "docs/keras.md", "keras.md"), ("README.md", "#a", "#a"),
+        ("README.md", "CONTRIBUTING.md", f"{repository}/blob/main/CONTRIBUTING.md"),
+        ("docs/keras.md", "../README.md#performance", "index.md#performance"),
+        ("docs/keras.md", "../bench/results", f"{repository}/tree/main/bench/results"),
+        ("docs/keras.md", "drawings.py", f"{repository}/blob/main/docs/drawings.py"),
+    ):  # fmt: skip
+        found = website.page(f"see [that\none]({link}). {code}", source, repository)
+        assert found == f"see [that\none]({expected}). {code}"
+    found = website.page("$c_t$, $\\log f$", "docs/lesson.md", repository)
+    inside = "<mrow><msub><mi>c</mi><mi>t</mi></msub></mrow>"
+    assert re.match(rf'<span><math [^>]*display="inline">{inside}</math></span>, ', found)
+    assert re.search(r"<mi>log</mi><mspace [^>]*/><mi>f</mi>", found)
+
+
 def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
     from dev.compile_table import triton_kernels
 
@@ -230,8 +247,6 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     assert text.count("<math") > 50
     assert ('display="block"' in text, text.count("<mtr>") > 1, "&<" in text) == (True, True, False)
     assert "$" not in re.sub(r"<(pre|script|code).*?</\1>", "", text, flags=re.DOTALL)
-    assert "/blob/main/CONTRIBUTING.md" in (site / "index.html").read_text()  # what the site has not
-    assert "/tree/main/bench/results" in pages["benchmarks"].read_text()
     api = pages["api"].read_text()
     assert all(text in api for text in ("(D*L, N, P) and (D*L, N, H)", "<strong>Example</strong>"))
     assert "Bases: " not in api

@@ -164,25 +164,20 @@ def test_the_doctor_says_why_a_backend_is_not_available(monkeypatch, capsys):
         assert re.search(pattern, printed), pattern
 
 
-@pytest.fixture
-def old_driver(monkeypatch):
-    """A driver of CUDA 12.4 under a torch for CUDA 13: one card is counted, and not to be used. What torch says."""
-    told = "The NVIDIA driver on your system is too old (found version 12040).\nPlease update your GPU driver."
-    refuse = Mock(side_effect=RuntimeError(told))
+def test_under_a_driver_that_is_too_old_for_torch_the_doctor_and_the_benchmark_say_so(monkeypatch, capsys, tmp_path):
+    """A driver of CUDA 12.4 under a torch for CUDA 13: one card is counted, and not to be used."""
+    told = "The NVIDIA driver on your system is too old (found version 12040)"
+    refuse = Mock(side_effect=RuntimeError(f"{told}.\n"))
     torch_finds(monkeypatch, init=refuse, get_device_capability=refuse, get_device_name=refuse, is_available=False,
                 device_count=1)  # fmt: skip
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    return told.replace("\n", " ").removesuffix(".")
-
-
-def test_under_a_driver_that_is_too_old_for_torch_the_doctor_and_the_benchmark_say_so(old_driver, capsys, tmp_path):
     found = printed_by(capsys, "--json")
     assert [device["device"] for device in found["devices"]] == ["cpu"]
-    assert f"there is no CUDA device that torch can use: {old_driver}. This torch is for CUDA 13.2" in found["summary"]
+    assert f"there is no CUDA device that torch can use: {told}. This torch is for CUDA 13.2" in found["summary"]
     assert "pip install torch --index-url https://download.pytorch.org/whl/cu126" in printed_by(capsys)[0]
     assert bench_main._parser().parse_args([]).device == "cpu"
     assert bench_main.main(["gpu", "--out", str(tmp_path / "out")]) == 2
-    assert old_driver in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_a_cudnn_that_torch_refuses_is_named_and_stops_neither_the_doctor_nor_the_cache(monkeypatch, capsys):

@@ -4,7 +4,7 @@ from . import ours, packages, torchs
 from .engine import Provider
 
 YARDSTICK, OURS = "torch", "ours"  # torch.nn.LSTM, which all are compared with, and gpu_lstm as it chooses for itself
-YARDSTICKS = (YARDSTICK, "torch-flat")  # of which the faster counts
+YARDSTICKS = (YARDSTICK, "torch-flat")  # the faster one counts
 PROVIDERS: dict[str, Provider] = torchs.PROVIDERS | ours.PROVIDERS | packages.PROVIDERS
 
 

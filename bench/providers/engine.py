@@ -32,7 +32,7 @@ class Engine:
 
     @classmethod
     def of(cls, module: nn.Module, to_torch: Any = dict, **options: Any) -> "Engine":
-        """Of a module that is called as torch's own is, with further keyword arguments."""
+        """The engine of a module that is called as torch's own is, with further keyword arguments."""
 
         def call(x: Tensor, state: tuple[Tensor]) -> tuple[Tensor, tuple[Tensor]]:
             y, h_n = module(x, *state, **options)

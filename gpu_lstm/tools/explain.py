@@ -30,11 +30,11 @@ class PassPlan:
 
     name: str  # "forward" or "backward"
     family: str
-    tiles: str  # of its plan
+    tiles: str  # how its programs share a layer
     why: str
     origin: str  # whether the plan was measured
-    verdict: str | None  # of the verification on this card: "right", or what is wrong; None: it was not verified yet
-    launches: int  # of the kernel of the recurrence
+    verdict: str | None  # what verification on this card said: "right", or what is wrong; None: nothing yet
+    launches: int  # how often a call launches its kernels
     bounds: dict[str, float]  # seconds of a step, by cause: estimated, not measured; {} without an estimate
 
     @property
@@ -61,13 +61,13 @@ class Explanation:
     """How a call runs, and why. `str()` is for readers, `dataclasses.asdict()` for programs."""
 
     problem: str
-    backend: str  # of all its layers and directions
+    backend: str  # which runs all its layers and directions
     why: str
     seconds: dict[str, float] | None  # a call of each rival in the race; None: there was none
     how: str  # in which way the backend runs it
-    precision: str  # of products
+    precision: str  # how products are computed
     others: dict[str, str]  # the backends that do not run it: why not
-    launches: int | None  # of the recurrence's kernels; None: there are none
+    launches: int | None  # of all kernels of the recurrence; None: the backend has no kernels
     layers: list[Direction]
 
     def __str__(self) -> str:

@@ -218,11 +218,11 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     return replay
 
 
-# States as a module has them: a tensor, or a tuple of some, or a list of either with an element for each layer.
+# A module's states are a tensor, a tuple of tensors or, in a stack, a list with one of these for each layer.
 
 
 def _each(function: Callable[..., Tensor], *states: Any) -> Any:
-    """The same with function(tensor, ...) for each tensor of one or more."""
+    """States of function(tensor, ...), for the tensors at the same place of one or more states."""
     if isinstance(states[0], Tensor):
         return function(*states)
     return type(states[0])(_each(function, *each) for each in zip(*states))
@@ -233,7 +233,7 @@ def _tensors(states: Any) -> list[Tensor]:
 
 
 def _held(states: Any) -> Any:
-    """Copies, in float32 or more but for an LSTM's h, which the output has in the same numbers."""
+    """Copies of states in float32 or more; but beside others h keeps its dtype, as the output has the same numbers."""
     if isinstance(states, list):
         return list(map(_held, states))
     if isinstance(states, tuple):

@@ -84,9 +84,9 @@ class _ByOurs(nn.Module):
         return _remade, (self._theirs,), state
 
     def forward(self, input: Tensor, state: Tensor | None = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
-        """As theirs: input [B, S, 4H] or as config.input_shape says, gates i, f, z, o; state [4, B, H] h, c, n, m.
+        """Input [B, S, 4H] or as config.input_shape says, gates i, f, z, o; state [4, B, H] h, c, n, m.
 
-        Like theirs it accepts `lengths` and does not use them.
+        Like their forward it accepts `lengths` and does not use them.
         """
         z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)  # [S, B, 4H]
         kernel, bias = self._recurrent_kernel_, self._bias_
