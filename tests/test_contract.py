@@ -1,6 +1,8 @@
 """The contracts: callers of kernels send what their Problem says, sizes are in one place, and cells obey their laws."""
 
 import ast
+import importlib
+import inspect
 import itertools
 import re
 from pathlib import Path
@@ -15,6 +17,7 @@ import triton.language as tl
 from installed import ROOT
 from standing_in import plan_of, recurrence
 
+from gpu_lstm.call.choices import KERNEL_BACKENDS
 from gpu_lstm.call.weights import Weights
 from gpu_lstm.equations import EQUATIONS
 from gpu_lstm.functional import lstm_layer
@@ -89,6 +92,20 @@ def test_a_launch_that_waits_has_an_error_word_and_nothing_is_allocated_that_no_
         assert (prepared._error is not None, prepared.at_once is not None) == (waits, waits)
         taken = set(itertools.chain(*names_of(FAMILIES[type(plan.family)].kernels[backward])))
         assert prepared._buffers.keys() <= taken, "as those of family.buffers"
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_a_backend_has_what_its_package_and_its_launcher_list(backend):
+    folder = f"gpu_lstm.kernels.{backend.value}_rnn"
+    for protocol, module in (layers.Package, folder), (layers.Launcher, f"{folder}.launch"):
+        of_backend = importlib.import_module(module)
+        assert vars(of_backend).keys() >= protocol.__annotations__.keys()
+        for name, method in inspect.getmembers(protocol, inspect.isfunction):
+            if not name.startswith("_"):
+                _, *expected = inspect.signature(method).parameters
+                found = [*inspect.signature(getattr(of_backend, name)).parameters]
+                assert found[: len(expected)] == expected, name
+    assert backend.value == of_backend.BACKEND
 
 
 def test_a_layer_of_what_a_backend_lacks_is_refused_and_others_know_their_backend(monkeypatch):

@@ -1,17 +1,15 @@
-"""CONTRIBUTING's recipes, carried out: in a copy of the library each adds files and lines of lists, and nothing else.
+"""CONTRIBUTING's recipe for a cell, carried out: in a copy of the library it adds files and lines of lists, no more.
 
 A child process imports the copy, and compares it with a plain loop in float64, which shares no code with it.
 """
 
 import difflib
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import setuptools
 from installed import ROOT
 
 FOLDERS = "gpu_lstm", "kernels"
@@ -257,11 +255,31 @@ with pytest.raises(ValueError, match="^CoupledLSTM has a cell of its own, and wo
     torch.jit.script(lstm)
 with pytest.raises(ValueError, match="^coupled cells have no peepholes and no layer norm$"):
     CoupledLSTM(I, H, layer_norm=True)
+
+for backend in ("triton", "torch", "cupy"):
+    lstm = gpu_lstm.LSTM(I, H, backend=backend)
+    lstm.fading = 0.5
+    with pytest.raises(ValueError, match=f"^backend '{backend}' does not support fading; use 'reference'$"):
+        lstm(x)
 """
+
+FADING = '''
+"""A regulariser that forgot to say what it has: no flag, no tensor, though a hook of the time loop is its own."""
+
+from .regulariser import Regulariser
+
+
+class Fading(Regulariser):
+    name = "fading"
+
+    def scaled(self, h, noise):
+        return h
+'''
 
 
 def test_a_cell_is_a_line_of_a_list_its_equations_and_a_class(tmp_path):
-    """Coupled gates, f = 1 - i: on the reference and on every family of Triton kernels."""
+    """Coupled gates, f = 1 - i: on the reference and on every family of Triton kernels. And a regulariser beside it of
+    which kernels know nothing is left to the reference."""
     copy, branches, modules = Copy(tmp_path), "kernels/triton_rnn/equations/__init__.py", "gpu_lstm/modules/__init__.py"
     line = """
 COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normalises=False)  # f, i, g, o"""
@@ -289,512 +307,8 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
         modules: (1, 0),
         "gpu_lstm/__init__.py": (1, 1),
     }
+    copy.add("gpu_lstm/call/fading.py", FADING)
+    the_list = "gpu_lstm/call/regularisers.py"
+    copy.enter(the_list, "import Cell\n", "from .fading import Fading\n")
+    copy.enter(the_list, "    RecurrentDropout(),\n", "    Fading(),\n")
     copy.run(COUPLED_COMPARED)
-
-
-NOISE = '''
-"""Gaussian noise on h in the product with W_hh, drawn again for every step (Jim, Giles & Horne, 1996)."""
-
-import numbers
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from ..kernels.tensors import Noise
-from .regulariser import Drawing, Regulariser
-
-NORMED = "recurrent_noise with a layer norm of W_hh h, since the noise is added before the time loop, the norm in it"
-
-
-class RecurrentNoise(Regulariser):
-    """noise_h [T, B, P]."""
-
-    name = "recurrent_noise"
-    tensors = ("noise_h",)
-    reference_only = (NORMED,)
-
-    def accepted(self, value: Any, cell: Any) -> float:
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise ValueError(f"recurrent_noise should be a standard deviation, a number from 0 on, got {value!r}")
-        return float(value)
-
-    def feature(self, norms: tuple[str, ...]) -> str:
-        return NORMED if "hh" in norms else self.name
-
-    def draw(self, rate: float, of: Drawing) -> tuple[Tensor | None, ...]:
-        return (torch.randn(of.sizes, dtype=of.dtype, device=of.device) * rate,)
-
-    def added(self, noise: Noise) -> Tensor | None:
-        return noise.noise_h
-
-
-class StepDropout(Regulariser):
-    """Factors of h, drawn again for every step, step_h [T, B, P]: no flag tells kernels to read them."""
-
-    name = "step_dropout"
-    tensors = ("step_h",)
-
-    def feature(self, norms: tuple[str, ...]) -> str:
-        return "what no list says"
-
-    def draw(self, rate: float, of: Drawing) -> tuple[Tensor | None, ...]:
-        return (torch.nn.functional.dropout(torch.ones(of.sizes, dtype=of.dtype, device=of.device), rate),)
-
-    def scaled(self, h: Tensor, noise: Noise) -> Tensor:
-        return h if noise.step_h is None else noise.step_h * h
-'''
-
-COMPARED = '''
-import torch
-
-import gpu_lstm
-from gpu_lstm.backends import verify
-from gpu_lstm.call import recurrent_noise
-from gpu_lstm.call.choices import Backend
-from gpu_lstm.kernels.problem import Pass, problem_of
-from gpu_lstm.kernels.tensors import Inputs
-
-T, B, I, H, SCALE = 4, 3, 2, 5, 0.3
-
-
-def normed(v, gain):
-    return gain * (v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt()
-
-
-def one_step(w, x, h, c, noise):
-    """States [P] and [H] after a step of one sequence, by its weights w."""
-    of_x, of_h = w["weight_ih"] @ x, w["weight_hh"] @ (h + noise)
-    of_x = normed(of_x, w["gain_ih"]) if "gain_ih" in w else of_x
-    of_h = normed(of_h, w["gain_hh"]) if "gain_hh" in w else of_h
-    of_x, of_h = of_x + w["bias_ih"], of_h + w["bias_hh"]
-    if len(of_x) == 3 * H:
-        (r, z, n), (h_r, h_z, h_n) = of_x.chunk(3), of_h.chunk(3)
-        r, z = (r + h_r).sigmoid(), (z + h_z).sigmoid()
-        h = (1 - z) * (n + r * h_n).tanh() + z * h
-        return h, h
-    i, f, g, o = (of_x + of_h).chunk(4)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    m = o.sigmoid() * (normed(c, w["gain_c"]) + w["bias_c"] if "gain_c" in w else c).tanh()
-    return w["weight_hr"] @ m if "weight_hr" in w else m, c
-
-
-def plain_loop(module, x, state, left, noises, lengths, resets):
-    """h [T, B, D * P] and the final states, of a module with one layer; noises [D] of [T, B, P]."""
-    outputs, finals = [], []
-    for d, noise in enumerate(noises):
-        ending = "_l0_reverse" if d else "_l0"
-        w = {name.removesuffix(ending): p.double() for name, p in module.named_parameters() if name.endswith(ending)}
-        for b in range(B):
-            h, c = state[0][d, b], state[-1][d, b]
-            found = [torch.zeros_like(h)] * T
-            for s in range(lengths[b]):
-                t = lengths[b] - 1 - s if d else s
-                at = t + d  # a reset at t separates t - 1 from t
-                if at < lengths[b] and resets[at, b]:
-                    h, c = left[0][d, at, b], left[-1][d, at, b]
-                h, c = one_step(w, x[t, b], h, c, noise[t, b])
-                found[t] = h
-            outputs.append(torch.stack(found))
-            finals.append((h, c))
-    y = torch.stack(outputs).unflatten(0, (-1, B)).permute(2, 1, 0, 3).flatten(2)
-    return y, *(torch.stack(each).unflatten(0, (-1, B)) for each in zip(*finals))
-
-
-def compare(kind, backend, ragged=True, **options):
-    """Results and all gradients, with lengths, resets, and states to reset to."""
-    torch.manual_seed(0)
-    module = getattr(gpu_lstm, kind)(I, H, backend=backend, **options)
-    module.recurrent_noise = SCALE
-    assert "recurrent_noise=0.3" in repr(module)
-    count, width = 1 + module.bidirectional, module.proj_size or H
-    sizes = [width, H][: 2 - (kind == "GRU")]
-    x, lengths, resets = torch.randn(T, B, I), torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)
-    state, left = ([torch.randn(count, *more, B, size) for size in sizes] for more in ((), (T,)))
-    leaves, arguments = [x, *state, *module.parameters()], {}
-    form = tuple if kind == "LSTM" else lambda states: states[0]
-    if ragged:
-        lengths, resets, leaves = torch.tensor([4, 2, 3]), torch.rand(T, B) < 0.4, [*leaves, *left]
-        arguments = dict(lengths=lengths, resets=resets, reset_states=form(left))
-    for leaf in leaves:
-        leaf.requires_grad_()
-    torch.manual_seed(1)
-    y, final = module(x, form(state), **arguments)
-    torch.manual_seed(1)
-    noises = [(torch.randn(T, B, width) * SCALE).double() for _ in range(count)]
-    exact = ([t.double() for t in states] for states in (state, left))
-    truth = plain_loop(module, x.double(), *exact, noises, lengths, resets)[: 1 + len(sizes)]
-    ours = y, *(final if kind == "LSTM" else [final])
-    given = [torch.randn_like(t) for t in ours]
-    pairs = [*zip(ours, truth), *zip(*(
-        torch.autograd.grad(results, leaves, [d.to(y.dtype) for d, y in zip(given, results)])
-        for results in (ours, truth)))]
-    for k, (our, true) in enumerate(pairs):
-        torch.testing.assert_close(
-            our.double(), true.double(), rtol=1e-4, atol=1e-5,
-            msg=lambda text: f"{kind}, {backend}, {options}, tensor {k}: {text}")
-
-
-for kind in ("LSTM", "GRU"):
-    compare(kind, "triton", ragged=False)
-    for backend in ("triton", "reference"):
-        compare(kind, backend, bidirectional=True, recompute=True)
-compare("LSTM", "triton", proj_size=3)
-compare("LSTM", "triton", layer_norm=("ih", "c"))
-compare("LSTM", "reference", layer_norm=True)
-
-# As on a card, where kernels are verified before they run, against the reference with noise: torch's own has none.
-inputs = Inputs(
-    x=torch.randn(T, B, I), h0=torch.randn(1, B, H), c0=torch.randn(1, B, H), weight_ih=torch.randn(4 * H, I),
-    weight_hh=torch.randn(4 * H, H), noise_h=torch.randn(T, B, H))
-layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "lstm", False, "ieee"), inputs.x.device)
-for pass_ in (Pass(), Pass(True)):
-    assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
-    small = verify.Small(layer.problem, pass_, inputs)
-    for name, truth in small.by_reference(torch.float64)[0].items():
-        torch.testing.assert_close(small.yardstick()[name].double(), truth, rtol=1e-4, atol=1e-5)
-
-# What changes the time loop without a flag runs on the reference alone, whatever its class forgot to say.
-lstm, x = gpu_lstm.LSTM(I, H), torch.randn(T, B, I)
-lstm.step_dropout = 0.5
-torch.manual_seed(0)
-y, _ = lstm(x)
-torch.manual_seed(0)
-factors = torch.nn.functional.dropout(torch.ones(T, B, H), 0.5).double()
-w = {name.removesuffix("_l0"): p.double() for name, p in lstm.named_parameters()}
-for b in range(B):
-    h, c = torch.zeros(2, H, dtype=torch.float64)
-    for t in range(T):
-        h, c = one_step(w, x[t, b].double(), h, c, (factors[t, b] - 1) * h)
-        torch.testing.assert_close(y[t, b].double(), h, rtol=1e-4, atol=1e-5)
-for backend in ("triton", "torch", "cupy"):
-    lstm.backend = backend
-    try:
-        lstm(x)
-        raise AssertionError(f"{backend} ran it")
-    except ValueError as error:
-        assert str(error) == f"backend {backend!r} does not support step_dropout; use 'reference'", error
-
-# What cannot be combined is refused, with the reason.
-for backend, said in ("triton", recurrent_noise.NORMED), ("torch", "recurrent_noise"):
-    lstm = gpu_lstm.LSTM(I, H, backend=backend, layer_norm=backend == "triton")
-    lstm.recurrent_noise = SCALE
-    try:
-        lstm(torch.randn(T, B, I))
-        raise AssertionError(f"{backend} ran it")
-    except ValueError as error:
-        assert str(error).startswith(f"backend {backend!r} does not support {said}; use "), error
-for act in (lambda: setattr(lstm, "recurrent_noise", -1), lambda: gpu_lstm.to_torch(lstm)):
-    try:
-        act()
-        raise AssertionError("it was accepted")
-    except ValueError as error:
-        assert "recurrent_noise" in str(error)
-lstm.backend = None
-assert lstm(torch.randn(T, B, I))[0].shape == (T, B, H)
-lstm.backend = "torch"
-assert lstm.eval()(torch.randn(T, B, I))[0].shape == (T, B, H)  # there is none in eval()
-'''
-
-
-def test_a_regulariser_is_a_file_an_entry_of_the_list_and_rows_of_the_table_of_tensors(tmp_path):
-    """Gaussian noise on the recurrent h: on the reference, and on the kernels by a product before the time loop. And
-    dropout at every step, which kernels do not know of."""
-    copy = Copy(tmp_path)
-    the_list, row = (
-        "gpu_lstm/call/regularisers.py",
-        """
-    ("noise_h",         "T B P", None, NOISE,     not LOOP, NONE),  # added to h in the recurrent product
-    ("step_h",          "T B P", None, NOISE,     not LOOP, NONE),  # its factors at a step""",
-    )
-    copy.add("gpu_lstm/call/recurrent_noise.py", NOISE)
-    imported = "from .recurrent_noise import RecurrentNoise, StepDropout\n"
-    copy.enter(the_list, "from ..kernels.tensors import Noise\n", imported)
-    copy.enter(the_list, "    RecurrentDropout(),\n", "    RecurrentNoise(),\n    StepDropout(),\n")
-    copy.enter("kernels/tensors.py", "# factors of h in the recurrent product", row)
-    assert copy.changes() == {
-        the_list: (3, 0), "kernels/tensors.py": (2, 0),
-        "gpu_lstm/call/recurrent_noise.py": (len(NOISE.splitlines()), 0),
-    }  # fmt: skip
-    copy.run(COMPARED)
-
-
-LOOP_PACKAGE = '''
-"""A backend in torch's operators, a call of each for every step: what a backend is."""
-
-PACKAGES, NEEDS = ("sympy",), "nothing but torch"
-
-
-def supports(feature: str) -> bool:
-    return False
-
-
-def import_packages() -> None:
-    pass
-'''
-
-LOOP_LAUNCHER = '''
-"""The time loop in torch's operators, all sequences at once."""
-
-from collections.abc import Iterator
-from typing import Any
-
-import torch
-from torch import Tensor
-
-from ..cards import Card
-from ..cells import CELLS
-from ..layer import Chosen, NoKernel, OnlyPlan, Refuses
-from ..problem import Gradients, Pass, Problem, Recurrence
-
-
-PLAN = OnlyPlan("loop", "a loop is slower")
-
-
-def lstm_forward(x, of_h, c):
-    i, f, g, o = (x + of_h).chunk(4, 1)
-    i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-    c = f * c + i * g
-    return (i, f, g, o), o * c.tanh(), c
-
-
-def lstm_backward(gates, c_prev, c, dm, dc):
-    (i, f, g, o), tanh_c = gates, c.tanh()
-    dc = dc + dm * o * (1 - tanh_c**2)
-    slopes = i * (1 - i), f * (1 - f), 1 - g**2, o * (1 - o)
-    return [d * s for d, s in zip((dc * g, dc * c_prev, dc * i, dm * tanh_c), slopes)], dc * f
-
-
-def gru_forward(x, of_h, c):
-    (x_r, x_u, n, _), (h_r, h_u, s) = x.chunk(4, 1), of_h.chunk(3, 1)
-    r, u = (x_r + h_r).sigmoid(), (x_u + h_u).sigmoid()
-    n = (n + r * s).tanh()
-    c = (1 - u) * n + u * c
-    return (r, u, n, s), c, c
-
-
-def gru_backward(gates, c_prev, c, dm, dc):
-    (r, u, n, s), d = gates, dm + dc
-    dn = d * (1 - u) * (1 - n**2)
-    return [dn, dn * s * r * (1 - r), d * (c_prev - n) * u * (1 - u), dn * r], d * u
-
-
-EQUATIONS = {"lstm": (lstm_forward, lstm_backward), "gru": (gru_forward, gru_backward)}
-
-
-class Prepared:
-    """See problem.Prepared."""
-
-    at_once = None  # no program waits for another
-
-    def __init__(self, problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False):
-        self.plan, self.problem, self.save = plan, problem, pass_.save
-        self.projects_outside = problem.projected > 0
-        self.next, self.back = EQUATIONS[problem.cell]
-
-    def steps(self, t: Tensor, r: Recurrence) -> Iterator[tuple[Any, Tensor, Tensor]]:
-        """The times and sequences of each step; who has the step [B, 1]; who goes on from the step before [B, 1]."""
-        (count, batch), i, reverse = t.shape[:2], r.inputs, self.problem.reverse
-        rows = torch.arange(batch, device=t.device)
-        lengths = torch.full_like(rows, count) if i.lengths is None else i.lengths.long()
-        for step in range(count):
-            time = (lengths - 1 - step).clamp(min=0) if reverse else torch.full_like(rows, step)
-            starts = torch.zeros_like(rows, dtype=torch.bool)
-            if i.resets is not None:  # one at t separates t from t - 1
-                starts = i.resets[(time + reverse).clamp(max=count - 1), rows] & (time + reverse < lengths)
-            yield (time, rows), (step < lengths)[:, None], ~starts[:, None]
-
-    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward."""
-        p, i = self.problem, r.inputs
-        h, c, bias = i.h0[0], i.c0[0], i.bias_hh if p.bias_hh else None
-        every_h, every_c = gates.new_zeros(*gates.shape[:2], p.hidden), c.new_zeros(*gates.shape[:2], p.hidden)
-        for at, valid, goes_on in self.steps(gates, r):
-            of_h = torch.nn.functional.linear(h.masked_fill(~goes_on, 0), i.weight_hh, bias)
-            activated, m, c_next = self.next(gates[at].float(), of_h, c.masked_fill(~goes_on, 0))
-            h, c = torch.where(valid, m.to(h.dtype), h), torch.where(valid, c_next, c)
-            every_h[at], every_c[at] = torch.where(valid, h, every_h[at]), torch.where(valid, c, every_c[at])
-            if self.save:
-                gates[at] = torch.where(valid, torch.cat(activated, 1).to(gates.dtype), gates[at])
-        return every_h, h[None].clone(), c[None].clone(), every_c if self.save else None
-
-    def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
-        """As layer.Layer.backward."""
-        p, i, steps = self.problem, r.inputs, list(self.steps(gates, r))
-        dgates, c0, cell = torch.zeros_like(gates), i.c0[0], CELLS[p.cell]
-        from_next, dc = torch.zeros_like(c0), torch.zeros_like(c0) if dc_n is None else dc_n[0]
-        for step in reversed(range(len(steps))):
-            at, valid, goes_on = steps[step]
-            last = valid & ~steps[step + 1][1] if step + 1 < len(steps) else valid
-            dm = from_next
-            if dh is not None:
-                dm = dm + dh[at]
-            if dh_n is not None:
-                dm = dm + torch.where(last, dh_n[0], 0)
-            c_prev = (c[steps[step - 1][0]] if step else c0).masked_fill(~goes_on, 0)
-            dz, dc_prev = self.back(gates[at].float().chunk(4, 1), c_prev, c[at], dm, dc)
-            dz = torch.where(valid, torch.cat(dz, 1).to(gates.dtype), 0)
-            dgates[at] = torch.where(valid, dz, dgates[at])
-            dc = torch.where(valid, dc_prev.masked_fill(~goes_on, 0), dc)
-            from_next = (cell.of_h(dz, p.hidden) @ i.weight_hh).float().masked_fill(~goes_on, 0)
-        return Gradients(dgates, None, dc[None])
-
-
-BACKEND, prepare = "loop", Prepared
-
-
-def card_of(device: torch.device) -> Card:
-    return Card(0, 1)
-
-
-def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    return None
-
-
-def lacks(problem: Problem) -> str | None:
-    if problem.cell not in EQUATIONS:
-        return f"cell {problem.cell!r}"
-    more = problem.regularised or problem.weight_peephole or problem.normalised or problem.reset_c
-    return "noise, peepholes, layer norms or states to reset to" if more else None
-
-
-def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
-    if refuses is not None and (reason := refuses(PLAN)):
-        raise NoKernel(f"the loop cannot run this layer: {reason}")
-    return PLAN
-
-
-def describe(problem: Problem, device: torch.device, pass_: Pass, plan: OnlyPlan | None) -> Chosen:
-    return Chosen(PLAN, family="loop", tiles="all at once", why="it shows what a backend is", each_step=1)
-'''
-
-LOOP_COMPARED = '''
-import contextlib, copy, io, json
-
-import torch
-
-import gpu_lstm
-from gpu_lstm.__main__ import main
-from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import available, route
-from gpu_lstm.kernels import cache, loop_rnn
-from gpu_lstm.kernels.loop_rnn import launch
-
-T, B, I, H = 4, 3, 2, 5
-LENGTHS, RESETS = torch.tensor([4, 2, 0]), torch.tensor([[0, 1, 0], [0, 0, 1], [1, 1, 0], [1, 0, 1]], dtype=torch.bool)
-
-
-def compare(kind, arguments, compiled=False, **options):
-    """Results and all gradients, with those of the reference in float64."""
-    torch.manual_seed(0)
-    module = getattr(gpu_lstm, kind)(I, H, backend="loop", **options)
-    exact = copy.deepcopy(module).double()
-    exact.backend, found, x = "reference", [], torch.randn(T, B, I)
-    count, sizes = 1 + module.bidirectional, [module.proj_size or H, H][: 2 - (kind == "GRU")]
-    states = [torch.randn(count, B, size) for size in sizes]
-    for one in (module, exact):
-        leaves = [t.to(one.weight_hh_l0.dtype, copy=True).requires_grad_() for t in (x, *states)]
-        run = torch.compile(one, backend="eager", fullgraph=True) if compiled and one is module else one
-        y, final = run(leaves[0], tuple(leaves[1:]) if kind == "LSTM" else leaves[1], **arguments)
-        results = y, *(final if kind == "LSTM" else [final])
-        torch.manual_seed(1)
-        given = [torch.randn(t.shape).to(t.dtype) for t in results]
-        found.append([*results, *torch.autograd.grad(results, [*leaves, *one.parameters()], given)])
-    for k, (ours, true) in enumerate(zip(*found, strict=True)):
-        torch.testing.assert_close(
-            ours.double(), true, rtol=1e-4, atol=1e-5, msg=lambda text: f"{kind}, {arguments}, {options}, {k}: {text}")
-    return module, x
-
-
-def refused(error, text, act):
-    try:
-        act()
-    except error as raised:
-        assert text in str(raised), raised
-    else:
-        raise AssertionError(f"{text!r} was not said")
-
-
-ragged = dict(lengths=LENGTHS, resets=RESETS)
-for kind in ("LSTM", "GRU"):
-    module, x = compare(kind, {})
-    found = gpu_lstm.explain(module, x)
-    assert found.backend == "loop" and found.launches == 2 * T and "forward: loop, all at once; " in str(found)
-    stream = gpu_lstm.Stream(module, batch=B)
-    torch.testing.assert_close(torch.stack([stream(one) for one in x]), module(x)[0])
-    compare(kind, ragged, bidirectional=True)
-    compare(kind, ragged, bidirectional=True, recompute=True)
-    compare(kind, ragged, compiled=True)
-compare("LSTM", dict(resets=RESETS), proj_size=3)
-# Every kernel was verified before its first call.
-verdicts = [verdict for _, key, verdict in cache.entries(cache.CHECKS) if key["kernel"] == "loop"]
-assert set(verdicts) == {"right"} and len(verdicts) > 8, verdicts
-
-# What it lacks is refused, and an explicit choice never falls back.
-x, left = torch.randn(T, B, I), torch.randn(1, T, B, H)
-for options in (dict(layer_norm=True), dict(peepholes=True), dict(zoneout=0.1)):
-    said = f"backend 'loop' does not support {[*options][0]}; use 'triton' or 'cupy' or 'reference'"
-    refused(ValueError, said, lambda: gpu_lstm.LSTM(I, H, backend="loop", **options)(x))
-gru = gpu_lstm.GRU(I, H, backend="loop")
-said = "backend 'loop' does not support reset_states; use 'triton' or 'cupy' or 'reference'"
-refused(ValueError, said, lambda: gru(x, resets=RESETS, reset_states=left))
-refused(TypeError, "backend 'loop' supports float16, bfloat16 and float32, got", lambda: gru.double()(x.double()))
-problem = next(iter(gpu_lstm.kernels.layer._layers))[1]
-layer = lambda: verify.layer_of(gpu_lstm.Backend("loop"), problem._replace(reset_c=True), x.device)
-refused(ValueError, "backend 'loop' has no noise, peepholes, layer norms or states to reset to", layer)
-
-# The doctor lists it.
-with contextlib.redirect_stdout(io.StringIO()) as printed:
-    main(["--json"])
-state = json.loads(printed.getvalue())
-assert state["devices"][0]["backends"]["loop"] is None and state["versions"]["sympy"]
-
-# By default it is the last to be chosen; not at all, where another is expected to be faster.
-available.KERNEL_DEVICES, able = ("cpu",), available.why_unavailable
-available.why_unavailable = lambda choice, *of: able(choice, *of) if choice.value == "loop" else ImportError("not here")
-with gpu_lstm.racing("off"):
-    found = gpu_lstm.explain(gpu_lstm.LSTM(I, H), x)
-    assert (found.backend, found.why) == ("torch", "expected: a loop is slower")
-    assert gpu_lstm.explain(gpu_lstm.LSTM(I, H), x, lengths=LENGTHS).backend == "loop"
-    available.why_unavailable = able
-    others = gpu_lstm.explain(gpu_lstm.LSTM(I, H), x, lengths=LENGTHS).others
-    assert others["loop"] == "'auto' chooses its kernels only where those of 'triton' cannot run"
-
-# A card it cannot use, a package that is missing, numbers that are wrong.
-route.forget()
-lstm = gpu_lstm.LSTM(I, H + 1, backend="loop")
-launch.lstm_forward.__code__ = (lambda x, of_h, c: (x.chunk(4, 1), c * 0, c)).__code__
-with torch.no_grad():
-    import warnings
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        refused(RuntimeError, "the loop cannot run this layer: the RMS error of", lambda: lstm(x))
-route.forget()
-launch.obstacle = lambda device, dtype: RuntimeError(f"backend 'loop' does not like {device}")
-refused(RuntimeError, "backend 'loop' does not like cpu", lambda: lstm(x))
-loop_rnn.import_packages = lambda: __import__("no_such_package")
-available.import_problem.cache_clear()
-refused(ImportError, "backend 'loop' needs nothing but torch (No module named 'no_such_package')", lambda: lstm(x))
-'''
-
-
-def test_a_backend_is_a_folder_and_a_name(tmp_path, monkeypatch):
-    """A loop in torch's operators, which is then chosen, verified, explained and refused like those there are."""
-    copy, choices = Copy(tmp_path), "gpu_lstm/call/choices.py"
-    (tmp_path / "kernels/loop_rnn").mkdir()
-    copy.add("kernels/loop_rnn/__init__.py", LOOP_PACKAGE)
-    copy.add("kernels/loop_rnn/launch.py", LOOP_LAUNCHER)
-    copy.enter(choices, 'Literal["auto", "triton", "cupy", ', '"loop", ')
-    copy.enter(choices, "# fused CUDA C++ kernels, for where Triton cannot run\n", '    LOOP = "loop"\n')
-    assert copy.changes() == {
-        choices: (2, 1), "kernels/loop_rnn/__init__.py": (len(LOOP_PACKAGE.splitlines()), 0),
-        "kernels/loop_rnn/launch.py": (len(LOOP_LAUNCHER.splitlines()), 0),
-    }  # fmt: skip
-    copy.run(LOOP_COMPARED)
-    for name in ("setup.py", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    built = runpy.run_path(str(tmp_path / "setup.py"))["FOLDERS"]
-    assert built["gpu_lstm.kernels.loop_rnn"] == "kernels/loop_rnn"
