@@ -185,11 +185,11 @@ def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str
 # What a card can do
 
 
-def attempt(backend: str | None = None, hidden: int = 32, dtype: torch.dtype = F32, module: str = "LSTM") -> dict:
+def attempt(backend: str | None = None, hidden: int = 32, dtype: torch.dtype = F32) -> dict:
     """A call and its gradients, by modules with the same weights: what the user sees, and what is left behind."""
     torch.manual_seed(0)
-    our = partial(getattr(gpu_lstm, module), backend=backend)
-    ours, theirs = (m(8, hidden, dtype=dtype) for m in (our, getattr(torch.nn, module)))
+    our = partial(gpu_lstm.LSTM, backend=backend)
+    ours, theirs = (module(8, hidden, dtype=dtype) for module in (our, torch.nn.LSTM))
     theirs.load_state_dict(ours.state_dict())
     x, error, right = torch.randn(6, 3, 8, dtype=dtype), None, None
     with warnings.catch_warnings(record=True) as said:
@@ -260,12 +260,6 @@ def training() -> dict:
     """By what is fastest: the kernels, since they take no time."""
     believe()
     return attempt()
-
-
-def training_of_a_gru() -> dict:
-    """The same of a GRU."""
-    believe()
-    return attempt(module="GRU")
 
 
 if __name__ == "__main__":

@@ -100,27 +100,6 @@ def test_nothing_is_loaded_into_a_capture_after_a_call_and_without_one_the_error
     assert [event["event"] for event in outside] == ["load", "launch"], "what failed is not kept"
 
 
-NOTHING = {"races": [], "checks": [], "plans": []}  # cached
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize(("fault", "cure"), [
-    ("no compiler", "install gcc, or name one in CC"), ("old driver", "use a newer driver, or an older Triton"),
-])  # fmt: skip
-def test_where_nothing_can_be_launched_auto_is_torch_and_says_why(rehearse, tmp_path, fault, cure):
-    if fault == "no compiler":
-        auto, kernels = rehearse("two_calls", PATH="", TRITON_CACHE_DIR=str(tmp_path / "triton"))
-    else:
-        auto, kernels = rehearse("two_calls", "refused_loads=200")
-    assert auto["right"]
-    assert "Triton launches nothing on cuda:0" in auto["said"]
-    assert auto["said"].endswith("Backend 'auto' does without it.")
-    assert kernels["error"].startswith("RuntimeError: backend 'triton': Triton launches nothing on cuda:0")
-    assert cure in auto["said"]
-    assert cure in kernels["error"]
-    assert auto["stored"] == kernels["stored"] == NOTHING
-
-
 @pytest.mark.deep
 @pytest.mark.parametrize(("fault", "error"), [
     ("refused_loads=2", "OutOfMemoryError: Triton Error [CUDA]: out of memory"),
@@ -134,7 +113,7 @@ def test_an_error_of_the_device_is_raised_as_it_is_until_it_is_over_and_blamed_o
         assert ["uses 'torch' for LSTM 8 -> 32" in each["said"] for each in failed[::2]] == [True, False], "once"
         failed = failed[1::2]
     assert {(each["error"], each["said"]) for each in failed} == {(error, "")}
-    assert all(each["stored"] == NOTHING for each in failed)
+    assert not any(kind for each in failed for kind in each["stored"].values())
     assert auto["error"] is kernels["error"] is None
     assert any("kernel" in event for event in kernels["events"])
 
@@ -151,16 +130,13 @@ def test_plans_are_for_the_multiprocessors_of_the_context(rehearse):
 
 
 @pytest.mark.deep
-def test_a_second_process_compiles_verifies_and_races_nothing_but_of_the_other_cell(start):
-    """Nor do two at once disturb each other. A GRU has kernels of its own: no verdict and no race stands for both."""
+def test_a_second_process_compiles_verifies_and_races_nothing(start):
+    """Nor do two at once disturb each other."""
     twins = [results_of(process) for process in [start("training") for _ in range(2)]]
-    third, gru = (results_of(start(scenario)) for scenario in ("training", "training_of_a_gru"))
-    assert all(each["error"] is None for each in (*twins, third, gru))
+    third = results_of(start("training"))
     assert third["compiled"] == max(each["compiled"] for each in twins)
-    for each, cells in *((each, 1) for each in (*twins, third)), (gru, 2):
-        assert each["stored"]["checks"] == ["right", "right"] * cells
-        assert [race["backend"] for race in each["stored"]["races"]] == ["triton"] * cells
-    for each, cell in (third, "lstm"), (gru, "gru"):
-        launches = [event["kernel"] for event in each["events"] if event["event"] == "launch"]
-        assert launches[-2:] == [f"{cell}_resident_{way}_kernel" for way in ("forward", "backward")]
-        assert len(launches) == 4 or cell == "gru", "which is verified and raced; two steps are tried before a call"
+    for each in (*twins, third):
+        assert (each["error"], each["stored"]["checks"]) == (None, ["right", "right"])
+        assert [race["backend"] for race in each["stored"]["races"]] == ["triton"]
+    launches = [event["kernel"] for event in third["events"] if event["event"] == "launch"]
+    assert launches == [f"lstm_resident_{way}_kernel" for way in ("forward", "backward")] * 2, "two steps come first"
