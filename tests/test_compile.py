@@ -132,18 +132,6 @@ def test_the_model_of_planning_knows_the_counts(rows):
         assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.17 if OLDER_TRITON else 0.12), row
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize(("hidden", "family"), [
-    (128, "resident cooperative"), (512, "cooperative"), (1536, "cooperative pointwise"), (4096, "step pointwise"),
-])  # fmt: skip
-def test_the_families_on_an_h100(rows, hidden, family):
-    """In bf16 no hidden size up to 1,536 is left to the step family, whatever the batch."""
-    on_h100 = [row for row in rows if row["architecture"] == 90 and f" H={hidden}" in row["case"]]
-    families = {row["plan"]["family"] for row in on_h100 if _dtype(row) == "bfloat16"}
-    others = {"step", "pointwise"} if OLDER_TRITON else set()  # where one that holds W_hh spills
-    assert set() < families <= {*family.split(), *others}
-
-
 def test_the_checks_can_fail(compiled):
     """On loads of weights in the loop, which the step family has where it does not hold W_hh; on too few registers."""
     of_step = [row for row in compiled["rows"] if row["plan"]["family"] == "step"]

@@ -31,6 +31,7 @@ from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.timeouts import DEVICE_ERRORS
 from gpu_lstm.kernels.triton_rnn import choose, features, launch
 
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
@@ -291,6 +292,15 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
         assert _selected() is Backend.TORCH
+
+
+@pytest.mark.parametrize("error", DEVICE_ERRORS)
+def test_an_error_of_the_device_says_nothing_about_kernels_and_is_raised_as_it_is(card, monkeypatch, error):
+    """Once it is over they are launched."""
+    monkeypatch.setattr(choose, "load", Mock(side_effect=[error("planted"), MagicMock()]))
+    with pytest.raises(error, match="planted"):
+        _selected("triton")
+    assert _selected("triton") is Backend.TRITON
 
 
 def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
