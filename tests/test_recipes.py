@@ -173,7 +173,7 @@ def plain_loop(module, x, state, left, lengths, resets):
     return y, *(torch.stack(each).unflatten(0, (-1, B)) for each in zip(*finals))
 
 
-def compare(backend, wrap=lambda module: module, T=3, B=2, ragged=True, given=True, **options):
+def compare(backend, T=3, B=2, ragged=True, given=True, **options):
     # Results and all gradients.
     torch.manual_seed(0)
     module = CoupledLSTM(I, H, backend=backend, **options)
@@ -188,7 +188,7 @@ def compare(backend, wrap=lambda module: module, T=3, B=2, ragged=True, given=Tr
         leaves, arguments = [*leaves, *left], arguments | dict(reset_states=tuple(left))
     for leaf in leaves:
         leaf.requires_grad_()
-    y, final = wrap(module)(x, tuple(state), **arguments)
+    y, final = module(x, tuple(state), **arguments)
     state, left = ([t.double() for t in states] for states in (state, left))
     truth = plain_loop(module, x.double(), state, left if given else None, lengths, resets)
     ours = y, *final
@@ -205,7 +205,6 @@ def compare(backend, wrap=lambda module: module, T=3, B=2, ragged=True, given=Tr
 for backend in ("reference", "triton"):
     compare(backend, bidirectional=True, recompute=True)
     compare(backend, bias=False, given=False)
-compare("triton", lambda module: torch.compile(module, backend="eager", fullgraph=True))
 for family in ("resident", "cooperative/4/1/4", "step", "held", "pointwise", "split/4"):
     with pytest.MonkeyPatch.context() as monkeypatch:
         places.KERNELS[family].force(monkeypatch)
