@@ -129,7 +129,7 @@ def watched(module):
 
 def by_compiler(module):
     torch.compiler.reset()
-    return torch.compile(module, backend="aot_eager", fullgraph=True)
+    return torch.compile(module, backend="eager", fullgraph=True)
 
 
 class Row(NamedTuple):

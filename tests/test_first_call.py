@@ -356,6 +356,14 @@ def _power(batch):
     return next(2**n for n in range(20) if 2**n >= batch)
 
 
+def test_what_cannot_be_loaded_into_a_capture_says_what_to_do(monkeypatch):
+    """Triton's errors are all RuntimeErrors."""
+    torch_finds(monkeypatch, is_current_stream_capturing=True)
+    said = pytest.raises(torch.AcceleratorError, match="capturing, while .* call the layer once before the capture")
+    with said, choose.errors_as_of_torch():
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+
 def test_what_was_refused_before_a_capture_is_not_used_in_it(an_h100, monkeypatch):
     """Nor are other batches than those before: the kernels that are in use are known."""
     verify = Mock(side_effect=lambda *given: "wrong" if given[-1].units == PLANS[0].units else None)

@@ -69,6 +69,7 @@ def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehe
             assert launched["result"] == 0, each["case"]
 
 
+@pytest.mark.deep
 def test_nothing_is_loaded_into_a_capture_after_a_call_and_without_one_the_error_says_what_to_do(rehearse):
     captured, error, tried, outside = rehearse("capture")
     assert [(event["event"], event["result"]) for event in captured] == [("launch", 0)] * 2

@@ -119,6 +119,7 @@ def test_an_error_of_twice_torchs_or_of_the_last_place_is_allowed(monkeypatch, t
     pytest.param("resident", dict(projected=5, weight_peephole=True), marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, options):
+    monkeypatch.setattr(verify, "STEPS", 2)
     run = Mock(side_effect=ConcurrentRun(seed=0))
     monkeypatch.setattr(launch, "launch_kernel", run)
     problem = HALF._replace(**RAGGED, batch=99, **options)

@@ -84,9 +84,16 @@ def slstm(**arguments):
     return slstm_layer(**dict(z=zeros(5, 2, 16), weight_hh=WEIGHTS[1], backend="reference") | arguments)
 
 
+def given(module):
+    """What a module is called with: a cell with its states, so that torch's operator could run it at once."""
+    if isinstance(module, nn.RNNCellBase):
+        return H2[:, :3], H2 if isinstance(module, gpu_lstm.GRUCell) else PAIRS[0]
+    return (X,)
+
+
 def handed(module, name, *size):
     """A call with a tensor of another size instead of a parameter, by functional_call."""
-    return torch.func.functional_call(module, {name: zeros(size)}, H2[:, :3] if "_l" not in name else X)
+    return torch.func.functional_call(module, {name: zeros(size)}, given(module))
 
 
 def assigned(module, name, *size):
@@ -94,7 +101,7 @@ def assigned(module, name, *size):
     parameter = module._parameters[name]
     setattr(module, name, nn.Parameter(zeros(size)) if size else None)
     try:
-        return module(H2[:, :3] if "_l" not in name else X)
+        return module(*given(module))
     finally:
         setattr(module, name, parameter)
 
