@@ -359,7 +359,7 @@ def _power(batch):
 def test_what_cannot_be_loaded_into_a_capture_says_what_to_do(monkeypatch):
     """Triton's errors are all RuntimeErrors."""
     torch_finds(monkeypatch, is_current_stream_capturing=True)
-    said = pytest.raises(torch.AcceleratorError, match="capturing, while .* call the layer once before the capture")
+    said = pytest.raises(torch.AcceleratorError, match=r"capturing, while .* call the layer once before the capture")
     with said, choose.errors_as_of_torch():
         raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
 
