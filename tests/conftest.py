@@ -1,12 +1,16 @@
 """Options and the environment of the tests."""
 
 import dataclasses
+import fcntl
 import functools
 import gc
 import importlib.util
+import json
 import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+ROOT = Path(__file__).parents[1]
 BYTES_OF_A_WORKER = 4 << 30  # on a card: its context, what Triton loads, and the tensors of most tests
 
 
@@ -229,6 +234,23 @@ def an_h100(monkeypatch, nothing_cached):
     from standing_in import a_card
 
     a_card(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def compiled(request, tmp_path_factory) -> dict:
+    """What compiling.py prints: where slow tests are left out, of few cases; where versions.py asks, of more."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    how = "quick" if "not deep" in request.config.getoption("markexpr") else "usual"
+    how = "whole" if "WHOLE_TABLE" in os.environ else how
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    with open(base / "compiled.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other workers wait for the first
+        if not (base / "compiled.json").exists():
+            found = subprocess.check_output([sys.executable, ROOT / "tests/compiling.py", how], env=environment)
+            (base / "compiled.json").write_bytes(found)
+    return json.loads((base / "compiled.json").read_text())
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -3,7 +3,7 @@
 // It reads what it is to load, an ELF file: registers, stack, shared memory and the parameters of the kernel. It refuses
 // what a card would refuse: more shared memory than a block may have, and grids whose programs wait for each other and
 // would not all be resident. Modules and launches become lines of JSON in the file that DRIVER_STUB_LOG names. Nothing
-// is computed. The variables below are set by tests, through ctypes.
+// is computed.
 #include <elf.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -13,12 +13,9 @@
 
 #include "cuda.h"
 
-int refused_loads = 0;         // what loading a module returns
-int failed = 0;                // an earlier kernel failed: what everything returns from then on
-int multiprocessors = 132;     // of the context, which may have fewer than the card
-int capturing = 0;             // a graph is being captured, into which old drivers load nothing
+int capturing = 0;  // set by tests, through ctypes: a graph is being captured, into which old drivers load nothing
 
-enum { SHARED = 227 * 1024, SHARED_WITHOUT_OPT_IN = 48 * 1024, REGISTERS = 65536, THREADS = 2048, MOST = 64 };
+enum { MULTIPROCESSORS = 132, SHARED = 227 * 1024, SHARED_WITHOUT_OPT_IN = 48 * 1024, REGISTERS = 65536, THREADS = 2048, MOST = 64 };
 // Attributes in .nv.info sections, as readelf-like tools for cubins list them.
 enum { SIZED = 4, FRAME_SIZE = 0x11, PARAMETER = 0x17, REGISTER_COUNT = 0x2f };
 
@@ -66,7 +63,8 @@ static void read_attributes(Kernel *kernel, const unsigned char *at, const unsig
 }
 
 CUresult cuModuleLoadData(CUmodule *module, const void *data) {
-  int result = failed ? failed : capturing ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : refused_loads;
+  const char *refused = getenv("DRIVER_STUB_REFUSES");  // as an old driver
+  int result = capturing ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : refused ? CUDA_ERROR_INVALID_IMAGE : CUDA_SUCCESS;
   const Elf64_Ehdr *header = data;
   if (!result && memcmp(header->e_ident, ELFMAG, SELFMAG)) result = CUDA_ERROR_INVALID_IMAGE;
   record("{\"event\": \"load\", \"result\": %d}\n", result);
@@ -121,11 +119,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
   if (registers && REGISTERS / registers < at_once) at_once = REGISTERS / registers;
   if (dynamic + kernel->shared && SHARED / (dynamic + kernel->shared) < at_once)
     at_once = SHARED / (dynamic + kernel->shared);
-  int result = failed;
+  int result = CUDA_SUCCESS;
   int too_much = kernel->opt_in ? dynamic > kernel->opt_in : dynamic + kernel->shared > SHARED_WITHOUT_OPT_IN;
   if (!result && too_much) result = CUDA_ERROR_INVALID_VALUE;
   if (!result && !at_once) result = CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
-  if (!result && waits && blocks > at_once * multiprocessors) result = CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
+  if (!result && waits && blocks > at_once * MULTIPROCESSORS) result = CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE;
   record("{\"event\": \"launch\", \"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"threads\": %u, \"waits\": %u, ",
          kernel->name, config->gridDimX, config->gridDimY, config->gridDimZ, threads, waits);
   record("\"result\": %d, \"arguments\": [", result);
@@ -140,9 +138,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, voi
 
 CUresult cuGetErrorString(CUresult error, const char **text) {
   switch (error) {
-    case CUDA_ERROR_OUT_OF_MEMORY: *text = "out of memory"; break;
     case CUDA_ERROR_INVALID_IMAGE: *text = "device kernel image is invalid"; break;
-    case CUDA_ERROR_ASSERT: *text = "device-side assert triggered"; break;
     case CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE: *text = "too many blocks in cooperative launch"; break;
     case CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: *text = "operation not permitted when stream is capturing"; break;
     default: *text = "another error";
@@ -156,7 +152,7 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = 0; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = SHARED; break;
     case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = SHARED + 1024; break;
-    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = MULTIPROCESSORS; break;
     case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_BLOCK: *value = REGISTERS; break;
     case CU_DEVICE_ATTRIBUTE_WARP_SIZE: *value = 32; break;
     default: *value = 1;

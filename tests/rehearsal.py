@@ -1,6 +1,6 @@
 """A process with a card that lacks only its driver: driver_stub.c replaces it, and everything above it is real.
 
-    python tests/rehearsal.py NAME [SETTING=NUMBER]    # a function below; the last line is what it returns, as JSON
+    python tests/rehearsal.py NAME    # a function below; the last line is what it returns, as JSON
 
 Tensors are on the CPU, and layers are told that they run on cuda:0. Kernels compute nothing.
 """
@@ -10,8 +10,6 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from standing_in import CUDA, H100, plan_of, the_cpu_is_a_card, torch_finds
+from standing_in import CUDA, H100, plan_of, torch_finds
 
-import gpu_lstm
-from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import available, race
-from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.by_steps import parts_of
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
@@ -34,34 +29,17 @@ from gpu_lstm.kernels.triton_rnn.plans import choose
 
 DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
 CPU = torch.device("cpu")
+CAPTURING = ctypes.c_int.in_dll(DRIVER, "capturing")  # a variable of the driver
 STREAM = Mock(cuda_stream=0)
 LOG = Path(os.environ["DRIVER_STUB_LOG"])
 
 
-def plant(**values: int) -> None:
-    """Set variables of the driver."""
-    for name, value in values.items():
-        ctypes.c_int.in_dll(DRIVER, name).value = value
-
-
-def _synchronize(device: Any = None) -> None:
-    if ctypes.c_int.in_dll(DRIVER, "failed").value:
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
-
-
 def be_a_card() -> None:
-    """Stub torch.cuda as far as Triton's driver and the library need it; calls on CPU tensors count as on a card."""
-    patch = pytest.MonkeyPatch()
-    torch_finds(patch, dataclasses.replace(H100, name="a stub"), is_available=True, device_count=1, current_device=0,
-                set_device=None, current_stream=lambda _=None: STREAM, synchronize=_synchronize,
-                is_current_stream_capturing=lambda: ctypes.c_int.in_dll(DRIVER, "capturing").value != 0)  # fmt: skip
-    the_cpu_is_a_card(patch)
+    """Stub torch.cuda as far as Triton's driver and the library need it."""
+    torch_finds(pytest.MonkeyPatch(), dataclasses.replace(H100, name="a stub"), is_available=True, device_count=1,
+                current_device=0, set_device=None, current_stream=lambda _=None: STREAM, synchronize=None,
+                is_current_stream_capturing=lambda: CAPTURING.value != 0)  # fmt: skip
     torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDriverVersion = lambda device: 0, lambda: 13000
-    unavailable, layer_of, card_of = available.why_unavailable, verify.layer_of, launch.card_of
-    available.why_unavailable = lambda choice, device, dtype: unavailable(choice, CUDA, dtype)
-    verify.layer_of = lambda backend, problem, device: layer_of(backend, problem, CUDA)
-    launch.card_of = lambda device: card_of(CUDA)
-    race.race = lambda runs, now: {name: [1.0 + (name == "torch")] * 3 for name in runs}
     timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
 
 
@@ -183,60 +161,6 @@ def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str
     return found
 
 
-# What a card can do
-
-
-def attempt(backend: str | None = None, hidden: int = 32, dtype: torch.dtype = F32, module: str = "LSTM") -> dict:
-    """A call and its gradients, by modules with the same weights: what the user sees, and what is left behind."""
-    torch.manual_seed(0)
-    our = partial(getattr(gpu_lstm, module), backend=backend)
-    ours, theirs = (m(8, hidden, dtype=dtype) for m in (our, getattr(torch.nn, module)))
-    theirs.load_state_dict(ours.state_dict())
-    x, error, right = torch.randn(6, 3, 8, dtype=dtype), None, None
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            found = [[(y := each(x)[0]), *torch.autograd.grad(y.sum(), list(each.parameters()))]
-                     for each in (ours, theirs)]  # fmt: skip
-            right = all(torch.equal(a, b) for a, b in zip(*found))
-        except Exception as e:
-            error = f"{type(e).__name__}: {e}"
-    stored = {kind: [value for _, _, value in cache.entries(kind)] for kind in cache.KINDS}
-    return dict(
-        error=error, right=right, said=" ".join(str(w.message) for w in said), stored=stored, compiled=compiled(),
-        events=events(),
-    )  # fmt: skip
-
-
-def believe() -> None:
-    """Kernels that compute nothing pass their verification."""
-    verify._verdict = lambda *_: "right"
-
-
-def two_calls(**faults: int) -> list[dict]:
-    """By backend `auto`, and by the kernels."""
-    plant(**faults)
-    return [attempt(), attempt("triton")]
-
-
-def before_and_after(**faults: int) -> list[dict]:
-    """With a fault before the first call; the same once the card is known to launch kernels; and without it."""
-    believe()
-    results, nothing = two_calls(**faults), dict.fromkeys(faults, 0)
-    plant(**nothing)
-    assert choose.launch_problem(CUDA, 90) is None
-    return results + two_calls(**faults) + two_calls(**nothing)
-
-
-def fewer_multiprocessors() -> list[dict]:
-    """Than the card has; and then fewer still, for a layer that has its plan."""
-    believe()
-    plant(multiprocessors=66)
-    first = attempt("triton", 256, F16)
-    plant(multiprocessors=4)
-    return [first, attempt("triton", 256, F16)]
-
-
 def capture() -> list:
     """Events of a capture after a call like it; the error of one without; and events of that call outside."""
     problem = CASES[0][1]
@@ -244,7 +168,7 @@ def capture() -> list:
     for pass_ in (Pass(), Pass(True)):
         one_pass(problem, pass_, 5, layer)
     events()
-    plant(capturing=1)
+    CAPTURING.value = 1
     for pass_ in (Pass(), Pass(True)):
         one_pass(problem, pass_, 16, layer)
     results = [events()]
@@ -252,24 +176,16 @@ def capture() -> list:
         one_pass(problem, Pass(save=False), 5, layer)
     except torch.AcceleratorError as error:
         results += [str(error), events()]
-    plant(capturing=0)
+    CAPTURING.value = 0
     one_pass(problem, Pass(save=False), 5, layer)
     return [*results, events()]
 
 
-def training() -> dict:
-    """By what is fastest: the kernels, since they take no time."""
-    believe()
-    return attempt()
-
-
-def training_of_a_gru() -> dict:
-    """The same of a GRU."""
-    believe()
-    return attempt(module="GRU")
+def obstacle() -> str | None:
+    """Why nothing can be launched."""
+    return choose.launch_problem(CUDA, H100.architecture)
 
 
 if __name__ == "__main__":
     be_a_card()
-    name, *settings = sys.argv[1:]
-    print(json.dumps(globals()[name](**{name: int(value) for name, value in (s.split("=") for s in settings)})))
+    print(json.dumps(globals()[sys.argv[1]]()))

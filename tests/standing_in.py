@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available, route
-from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels import cache, memory, timeouts
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
@@ -123,6 +123,7 @@ def as_a_card(monkeypatch):
     """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem of its tensors) of layers launched."""
     the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(launch, "launch_kernel", stand_in)
+    monkeypatch.setattr(memory._Checking, "on", False)  # which takes half of the time, and finds nothing in a stand-in
     monkeypatch.setattr(verify, "verify", lambda *_: None)
     launched = []
 

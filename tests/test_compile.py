@@ -1,16 +1,10 @@
-"""The kernels, compiled ahead of time for every architecture. It needs no GPU.
+"""The kernels, compiled ahead of time for every architecture, by compiling.py. It needs no GPU.
 
-In processes of their own, since in this one the kernels may belong to Triton's interpreter. `make test` compiles what
-is counted, `make test-deep` what is needed so that any two of dtype, architecture and direction are combined, and every
-variant; `make test-versions` compiles more, and `python -m dev.compile_table --all` all.
+`python -m dev.compile_table --all` compiles all.
 """
 
 import dataclasses
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,124 +18,6 @@ from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Plan, Reside
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 OLDER_TRITON = TRITON < (3, 9)
 """Its compiler takes more registers and shared memory than is planned for. The launcher looks at what it became."""
-
-REPORTS = """
-import dataclasses
-import itertools
-import json
-import re
-import torch
-from dev.compile_table import triton_kernels
-from dev.compile_table.triton_kernels import PRECISIONS, Case, problem_with
-from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn.threads import cooperative, resident
-from gpu_lstm.kernels.triton_rnn.tiles import held, pointwise, step
-from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
-from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
-from gpu_lstm.kernels.triton_rnn.parameters import names_of
-from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Cooperative
-from gpu_lstm.kernels.triton_rnn.plans.tiles import held_plans, step_plan
-
-ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
-STEP, PRODUCT = "B=64 H=130 ragged peepholes masks", "B=4096 H=1024"
-IN_BOTH = [*(f"B=16 H={case}" for case in ("128", "768", "4096")), "B=512 H=256", "B=1024 H=256", "B=4096 H=128",
-           "B=64 H=130 ragged rates", "B=64 H=130 ragged GRU masks", "B=16 H=64 ragged GRU masks",
-           *(f"{case} GRU" for case in ("B=16 H=64", "B=16 H=768", "B=4096 H=128", "B=512 H=256", PRODUCT)),
-           "B=16 H=768 sLSTM", "B=256 H=4x128 sLSTM", "B=16 H=4x256"]
-OF_H100 = {  # in bf16, by whether it is backward
-    False: [*IN_BOTH, "B=16 H=512", "B=16 H=64 ragged masks", "B=16 H=64 ragged peepholes masks",
-            "B=16 H=768 ragged peepholes masks", f"{PRODUCT} ragged peepholes masks"],
-    True: [*IN_BOTH, "B=16 H=1536", "B=16 H=64 ragged rates", "B=16 H=768 ragged rates", "B=16 H=768 peepholes",
-           "B=256 H=4x256", "B=4096 H=128 ragged peepholes", f"{PRODUCT} ragged peepholes rates"],
-}
-SLOWER = {  # or no two of their facts are new
-    False: ["B=256 H=768", "B=16 H=1536", "B=16 H=768 peepholes", "B=64 H=768 ragged peepholes masks",
-            "B=4096 H=128 ragged peepholes"],
-    True: ["B=256 H=768", "B=16 H=512"],
-}
-
-def wanted(case):
-    dtype, name = re.split(" (?=B=)", str(case))
-    sm = case.card.architecture
-    if sm not in ARCHITECTURES:
-        return False
-    if not WHOLE and (name == STEP or (name == PRODUCT and sm == 90)):
-        # Any two of direction, dtype and architecture meet. Kernels without products depend little on the last.
-        kind = PRECISIONS.index((case.problem.dtype, case.problem.precision)) + ARCHITECTURES.index(sm)
-        return case.backward == kind % 2
-    if name == "B=16 H=768 ragged":
-        return (dtype, sm) in (("float16", 120), ("float32 tf32", 120 if case.backward else 90))
-    if WHOLE and (case.split or name.startswith((STEP, PRODUCT))):
-        return True
-    names = OF_H100[case.backward] + SLOWER[case.backward] * WHOLE
-    return (dtype, sm) == ("bfloat16", 90) and (case.split or name in names)
-
-def quick(case):
-    p = case.problem
-    small = p.batch == 16 and p.hidden in (128, 768)
-    large = p.batch in (1024, 4096) and case.card.architecture == 90
-    return p.dtype is torch.bfloat16 and not p.regularised and (small or large or p.hidden == 4096)
-
-def as_json(rows):
-    return [dataclasses.asdict(row) | {"fits": row.fits, "plan": row.plan.as_json()} for row in rows]
-
-def with_32_registers():  # a thread may have no more: its report, and the one without that limit
-    case = Case(Problem(2, 16, 64, torch.float32), False, triton_kernels.SEQUENCE_CARDS[0])
-    plan = step_plan(case.problem, case.card, False)
-    launch = recorded_launches(case.problem, Pass(), plan)[0]
-    few = launch._replace(arguments=launch.arguments | dict(maxnreg=32))
-    return as_json(triton_kernels.report(each, case, plan) for each in (few, launch))
-
-def report_of_plan(problem, backward, plan):
-    first, *_ = recorded_launches(problem, Pass(backward), plan)
-    return triton_kernels.report(first, Case(problem, backward, DEVICES["h100"]), plan)
-
-def kinds_of_held():  # of whatever is proposed: every kind of tile, and of K
-    found = {}
-    batches = 64, 256, 384, 512, 1024, 4096
-    cells = ("lstm", torch.bfloat16), ("lstm", torch.float32), ("gru", torch.bfloat16)
-    for (cell, dtype), backward, hidden, batch in itertools.product(cells, (False, True), (256, 384, 512), batches):
-        problem = Problem(2, batch, hidden, dtype, precision="tf32", cell=cell)
-        for plan in held_plans(problem, DEVICES["h100"], backward):
-            found.setdefault((cell, dtype, backward, plan.rows, plan.units, plan.family.k), (problem, backward, plan))
-    kinds = list(found.values())[:: 8 if QUICK else 1 if WHOLE else 2]  # in every second any two facts meet
-    with triton_kernels.ProcessPoolExecutor() as pool:
-        return as_json(pool.map(report_of_plan, *zip(*kinds)))
-
-def in_two_blocks():  # a tile whose W_hh, [K, units], is in two blocks of 64 units, with 256 and 512 rows of K
-    step_plans.HELD_BACKWARD, step_plans.BLOCK_ROWS = [(64, 32, 4)], 512
-    problems = [Problem(2, 512, hidden, torch.bfloat16) for hidden in (256, 512)]
-    return as_json(report_of_plan(p, True, held_plans(p, DEVICES["h100"], True)[0]) for p in problems)
-
-def parameters():  # of each kernel: the numbers that it takes, and those whose values make no kernel of their own
-    modules = cooperative, held, pointwise, resident, step
-    kernels = {name: each for module in modules for name, each in vars(module).items()}
-    return {
-        name: [[n for names in names_of(kernel) for n in names if not n.endswith("_ptr")],
-               [p.name for p in kernel.params if p.do_not_specialize]]
-        for name, kernel in kernels.items() if name.endswith("_kernel")
-    }
-
-if __name__ == "__main__":
-    more = (16, 4096, ""), (4096, 128, ""), (4096, 128, "ragged peepholes")
-    more = [Case(problem_with(Problem(2, batch, hidden, torch.bfloat16), words), backward, DEVICES["h100"])
-            for batch, hidden, words in more for backward in (False, True)]
-    cases = [case for case in triton_kernels.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
-    print(json.dumps(dict(
-        rows=as_json(triton_kernels.reports(cases)), with_32_registers=with_32_registers(), parameters=parameters(),
-        held=kinds_of_held(), in_two_blocks=in_two_blocks(),
-    )))
-"""
-
-
-@pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory) -> dict:
-    """What REPORTS prints: of many cases; where slow tests are left out, of few; where versions.py asks, of more."""
-    path = tmp_path_factory.mktemp("compile") / "script.py"  # a file, since the processes of reports import it
-    quick, whole = "not deep" in request.config.getoption("markexpr"), "WHOLE_TABLE" in os.environ
-    path.write_text(f"QUICK, WHOLE = {quick}, {whole}\n{REPORTS}")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return json.loads(subprocess.check_output([sys.executable, path], env=environment))
 
 
 @pytest.fixture(scope="module")
@@ -254,18 +130,6 @@ def test_the_model_of_planning_knows_the_counts(rows):
         instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
         assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
         assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.17 if OLDER_TRITON else 0.12), row
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize(("hidden", "family"), [
-    (128, "resident cooperative"), (512, "cooperative"), (1536, "cooperative pointwise"), (4096, "step pointwise"),
-])  # fmt: skip
-def test_the_families_on_an_h100(rows, hidden, family):
-    """In bf16 no hidden size up to 1,536 is left to the step family, whatever the batch."""
-    on_h100 = [row for row in rows if row["architecture"] == 90 and f" H={hidden}" in row["case"]]
-    families = {row["plan"]["family"] for row in on_h100 if _dtype(row) == "bfloat16"}
-    others = {"step", "pointwise"} if OLDER_TRITON else set()  # where one that holds W_hh spills
-    assert set() < families <= {*family.split(), *others}
 
 
 def test_the_checks_can_fail(compiled):

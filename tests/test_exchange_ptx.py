@@ -1,80 +1,14 @@
 """What the exchange of the sequence kernels compiles to in PTX: which instructions access it, and in which order.
 
-It is compiled in a separate process, without Triton's interpreter. An access belongs to a buffer if its address was
-computed from the pointer to it.
+It is compiled by compiling.py. An access belongs to a buffer if its address was computed from the pointer to it.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 from itertools import groupby
 
 import pytest
 
 from gpu_lstm.kernels.triton_rnn import exchange
-
-SCRIPT = """
-import json
-import torch
-from dev.compile_table.triton_kernels import compile_for
-from gpu_lstm.kernels.triton_rnn.threads import cooperative
-from gpu_lstm.kernels.triton_rnn.tiles import step
-from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
-from gpu_lstm.kernels.triton_rnn.plans.choose import plans
-from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
-from gpu_lstm.kernels.triton_rnn.parameters import names_of
-from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Held
-
-PROBLEMS = {  # of which one load takes four words of a row, two, and one
-    "bf16 H=768 B=16 GRU": (16, 768, torch.bfloat16), "fp16 H=33 B=17 GRU": (17, 33, torch.float16),
-    "bf16 H=768 B=16": (16, 768, torch.bfloat16), "bf16 H=100 B=9": (9, 100, torch.bfloat16),
-    "fp16 H=33 B=17": (17, 33, torch.float16), "tf32 H=33 B=3": (3, 33, torch.float32, 0, "tf32"),
-    "bf16 H=100 B=999": (999, 100, torch.bfloat16),  # several batch tiles a group
-    "bf16 H=256 B=1024": (1024, 256, torch.bfloat16),  # where programs of the step family hold W_hh
-    "bf16 H=512 B=1024": (1024, 512, torch.bfloat16),  # and ask ahead
-    "bf16 H=33": (3, 33, torch.bfloat16),  # of the step family
-    "bf16 H=128 two heads": (3, 128, torch.bfloat16), "bf16 H=32 two heads": (3, 32, torch.bfloat16),  # of one program
-}
-
-def compiled(family, name, card, backward, parts=1):
-    cell, device = "gru" if name.endswith("GRU") else "lstm", DEVICES[card]
-    problem = Problem(2, *PROBLEMS[name])._replace(cell=cell, heads=1 + name.endswith("two heads"))
-    if family is step:
-        plan = [*step_plans.held_plans(problem, device, backward), step_plans.step_plan(problem, device, backward)][0]
-        plan = step_plans.split_plans(problem, device, backward)[0] if parts > 1 else plan
-    else:
-        proposed = [p for p in plans(problem, device, backward) if p.family.name == "cooperative"]
-        plan = next(p for p in proposed if p.family.partners == parts)
-    (launch,) = recorded_launches(problem, Pass(backward), plan)
-    arguments = [n for names in names_of(launch.kernel) for n in names if launch.arguments[n] is not None]
-    ahead = getattr(plan.family, "ahead", False)  # a look before the loop, and one for the next turn
-    words = {"store words": 4 if backward else 1}  # of a thread
-    if family is cooperative:
-        words |= {"load words": 4 * plan.family.chunks * (3 if ahead else 1)}
-    held, parts = isinstance(plan.family, Held), getattr(plan.family, "parts", parts)
-    if parts > 1:
-        words |= {"load partials": parts, "store partials": -(-parts * plan.units // (4 * plan.num_warps))}
-    asm = compile_for(launch, device.architecture).asm
-    ptx, ir = asm["ptx"], asm["ttir"]
-    return dict(name=f"{launch.kernel.__name__} {name} {card}", ptx=ptx, ir=ir, arguments=arguments, words=words,
-                ahead=ahead, held=held, rounds=1 + (parts > 1))
-
-gru, half, *held, of_tiles, of_next, last, of_heads, alone = PROBLEMS
-forward = [*zip(held, 3 * ("h100", "a100")), ("tf32 H=33 B=3", "h100")]
-both = [(*case, *way) for case, parts in zip(forward, 3 * (1, 4, 2)) for way in ((False,), (True, parts))]
-both += [(gru, "h100", False), (gru, "h100", True), (half, "h100", False), (gru, "a100", True, 3)]
-print(json.dumps({
-    "cooperative": [compiled(cooperative, *case) for case in both],
-    "step": [*(compiled(step, last, *one) for one in (("a100", False), ("h100", False), ("h100", True))),
-             compiled(step, "bf16 H=768 B=16", "h100", True, parts=8), compiled(step, of_heads, "h100", True),
-             *(compiled(step, of_tiles, "h100", backward) for backward in (False, True)),
-             compiled(step, of_next, "h100", False)],
-    "alone": [compiled(step, alone, "h100", backward) for backward in (False, True)],
-}))
-"""
 
 MARKS = {"mma.sync": "product", "bar.sync": "barrier", "bar.red": "barrier", "POLL:": "poll", "bra POLL": "again"}
 WAIT = ["poll", "load words", "again", "product", "barrier"]
@@ -83,10 +17,9 @@ AHEAD = ["load words", *WAIT, "load words", "store words"]
 
 
 @pytest.fixture(scope="module")
-def kernels() -> dict[str, list[dict]]:
+def kernels(compiled) -> dict[str, list[dict]]:
     """The kernels of each family: their names, PTX and pointers, and how many words a thread exchanges."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return json.loads(subprocess.check_output([sys.executable, "-c", SCRIPT], env=environment))
+    return compiled["exchange"]
 
 
 def _addresses(kernel: dict, *buffers: str) -> dict[str, str]:
@@ -167,7 +100,7 @@ def _of_barriers(kernel: dict) -> list[str]:
 PROBLEMS = {"cooperative": _of_words, "step": _of_barriers}
 
 
-@pytest.mark.parametrize(("family", "count"), [("cooperative", 16), ("step", 8)])
+@pytest.mark.parametrize(("family", "count"), [("cooperative", 11), ("step", 7)])
 def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
     found = {kernel["name"]: PROBLEMS[family](kernel) for kernel in kernels[family]}
     assert (len(found), {name: problems for name, problems in found.items() if problems}) == (count, {})
@@ -184,7 +117,7 @@ def test_the_only_program_of_a_head_waits_for_its_own_threads_alone(kernels):
 def test_the_instruction_for_tanh_is_that_of_a_gru_in_bfloat16(kernels):
     """Forward, for n: see test_tanh.py."""
     using = [kernel["name"] for kernel in kernels["cooperative"] if "tanh.approx" in kernel["ptx"]]
-    assert using == ["cooperative_forward_kernel bf16 H=768 B=16 GRU h100"]
+    assert using == ["cooperative_forward_kernel bfloat16 B=16 H=768 GRU h100"]
 
 
 STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"

@@ -23,14 +23,14 @@ BF16 = torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"
 PROBLEMS = [
     Problem(steps, batch, hidden, dtype, precision="tf32", side_by_side=directions, cell=cell)
-    for steps, batch, hidden, dtype, directions, cell in itertools.product(
-        (1, 128), (1, 7, 100, 256), (1, 33, 64, 200, 768, 1024, 4096), (BF16, torch.float32), (1, 2), CELLS
+    for (steps, batch), hidden, dtype, directions, cell in itertools.product(
+        ((128, 1), (128, 100), (128, 256), (1, 7)), (1, 33, 200, 768, 4096), (BF16, torch.float32), (1, 2), CELLS
     )
 ]
 PROBLEMS += [  # of units of a head; and more heads than any card has multiprocessors
-    Problem(steps, batch, heads * units, dtype, precision=precision, side_by_side=directions, heads=heads)
-    for heads, units, (dtype, precision), batch, directions, steps in itertools.product(
-        (2, 4, 67, 300), (1, 16, 128, 200, 768), ((BF16, "ieee"), (torch.float32, "ieee")), (1, 256), (1, 2), (1, 128)
+    Problem(steps, batch, heads * units, dtype, side_by_side=directions, heads=heads)
+    for heads, units, dtype, (steps, batch), directions in itertools.product(
+        (2, 67, 300), (1, 128, 768), (BF16, torch.float32), ((128, 256), (1, 1)), (1, 2)
     )
 ]
 both_ways = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -58,6 +58,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
             )
             assert plan.grid[2] == problem.heads
             if FAMILIES[type(plan.family)].waits(problem, plan):
+                assert problem.heads < 300, "of more heads than multiprocessors none waits for another"
                 at_once = prod(plan.grid) * (plan.side_by_side // plan.heads)
                 assert 0 < at_once <= plan.blocks * device.multiprocessors, "who waits is resident at once"
             if isinstance(plan.family, Step):
@@ -90,17 +91,6 @@ def test_heads_have_the_plans_of_layers_side_by_side(backward):
     for units, found in ((512, {4}), (1024, {2}), (1280, set())):
         large = plans(Problem(128, 1, 2 * units, BF16, side_by_side=2, heads=2), H100, backward)
         assert {plan.side_by_side for plan in large if plan.family.name == COOPERATIVE} == found
-
-
-@both_ways
-def test_any_number_of_heads_has_a_plan(backward):
-    """Of more heads than multiprocessors none waits for another, nor for anybody: so no program need be resident."""
-    for batch, (dtype, units) in itertools.product((0, 1, 64), ((torch.float32, 200), (BF16, 16), (BF16, 768))):
-        problem = Problem(128, batch, 300 * units, dtype, heads=300)
-        for plan in (proposed := plans(problem, H100, backward)):
-            assert not FAMILIES[type(plan.family)].waits(problem, plan)
-        assert proposed
-        assert step_plan(problem, H100, backward).grid == (1, 1, 300)
 
 
 @both_ways
@@ -180,7 +170,7 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
 
 def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k():
     """Backward, where Triton's products read such an operand wrongly, see test_compile.py."""
-    found, sizes = set(), (range(132, 513, 12), (64, 256, 320, 448, 768, 4096), (BF16, torch.float32))
+    found, sizes = set(), (range(132, 513, 20), (64, 256, 320, 448, 768, 4096), (BF16, torch.float32))
     for hidden, batch, dtype in itertools.product(*sizes):
         proposed = plans(Problem(2, batch, hidden, dtype, precision="tf32"), H100, True)
         held = [plan for plan in proposed if isinstance(plan.family, Held)]
@@ -189,12 +179,9 @@ def test_no_plan_holds_two_blocks_of_64_units_with_more_than_256_rows_of_k():
     assert [(units, k) for units, k in found if units > 64 and k > 256] == []
 
 
-def test_a_single_step_uses_the_step_family():
-    assert [plan.family.name for plan in plans(Problem(1, 16, 128, BF16), H100, False)] == [STEP]
-
-
 def test_a_plan_does_not_depend_on_the_number_of_steps():
-    """So that another sequence length compiles nothing."""
+    """So that another sequence length compiles nothing. But a single one is the step family's."""
+    assert [plan.family.name for plan in plans(Problem(1, 16, 128, BF16), H100, False)] == [STEP]
     by_steps = [plans(Problem(steps, 16, 768, BF16), H100, True) for steps in (2, 3, 100_000)]
     assert by_steps[0] == by_steps[1] == by_steps[2]
 
@@ -223,10 +210,11 @@ def by_the_model(row):
     return sum(expected(problem, H100, plan, backward).values()) * H100.clock
 
 
-@pytest.mark.parametrize("row", CYCLES, ids=["-".join(list(row.values())[:7]) for row in CYCLES])
-def test_the_models_agree_with_cycles_estimated_from_sass(row):
+def test_the_models_agree_with_cycles_estimated_from_sass():
     """To 16 %, of whatever plan the simulation was of; resident to 25 %. cycles.csv says how it was made."""
-    assert by_the_model(row) == pytest.approx(int(row["cycles"]), rel=0.25 if row["family"] == RESIDENT else 0.16)
+    for row in CYCLES:
+        most = 0.25 if row["family"] == RESIDENT else 0.16
+        assert by_the_model(row) == pytest.approx(int(row["cycles"]), rel=most), row
 
 
 def test_of_the_plans_of_a_size_the_model_puts_none_first_that_is_a_tenth_slower_than_another():

@@ -79,7 +79,7 @@ def _backend_of(lstm=LSTM, x=X):
 
 
 @pytest.mark.parametrize("winner", ["triton", "torch"])
-@pytest.mark.parametrize(("training", "module"), [(False, LSTM), (True, LSTM), (True, GRU)])
+@pytest.mark.parametrize(("training", "module"), [(False, LSTM), (True, GRU)])
 def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, training, module):
     seconds = {"triton": 2e-3, "torch": 2e-3} | {winner: 1e-3}
     ran = stubbed(**seconds)
@@ -94,14 +94,12 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
     assert (entry["key"]["training"], entry["value"]["seconds"]) == (training, pytest.approx(seconds))
 
 
-@pytest.mark.parametrize(("training", "of_input", "kind"), [
-    *((*wanted, gpu_lstm.LSTM) for wanted in ((True, True), (True, False), (False, True))), (True, False, gpu_lstm.GRU),
-])  # fmt: skip
-def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input, kind):
+@pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
+def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input):
     """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
     monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
     stubbed()
-    lstm, x = kind(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
+    lstm, x = gpu_lstm.LSTM(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
     before = [p.clone() for p in lstm.parameters()]
     with torch.set_grad_enabled(training):
         call, random = _call(lstm, x), torch.get_rng_state()
@@ -114,13 +112,12 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
     assert all(map(torch.equal, lstm.parameters(), before))
 
 
-@pytest.mark.parametrize("module", [LSTM, GRU])
-def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch, module):
+def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
     """With its lengths and resets up to there: with longer ones the kernels would fail, and lose."""
     monkeypatch.setattr(race, "LONGEST", 2)
     monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
     ran, resets = stubbed(), torch.rand(3, 3) < 0.5
-    module(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
+    LSTM(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
     assert ran == ["race", "triton", "torch"]
     for _, sample in (each.args for each in race.execute.call_args_list):
         assert (sample.steps, sample.x.shape, sample.traversal.lengths.tolist()) == (2, (2, 3, 4), [2, 0, 1])
@@ -178,10 +175,9 @@ def test_modes(stubbed, monkeypatch, mode, raced, winner):
     assert choices.requested_racing() is choices.Racing(mode)
 
 
-@pytest.mark.parametrize(("mode", "module"), [("on", LSTM), ("off", LSTM), ("on", GRU)])
+@pytest.mark.parametrize(("mode", "module"), [("off", LSTM), ("on", GRU)])
 def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypatch, mode, module):
     """Or, where torch's own cannot run the call, with the reference's."""
-
     fails = Mock(side_effect=RuntimeError("no Triton kernel can run this layer on this card: planted"))
     monkeypatch.setattr(launch, "choose_plan", fails)
     ran, x = stubbed(), torch.randn(5, 3, 4)
@@ -272,7 +268,7 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
 
 
 @pytest.mark.parametrize(("kind", "options", "winner"), [
-    ("LSTM", {}, "torch"), ("LSTM", dict(lengths=torch.tensor([3, 1, 2])), "auto triton"), ("GRU", {}, "torch"),
+    ("LSTM", dict(lengths=torch.tensor([3, 1, 2])), "auto triton"), ("GRU", {}, "torch"),
 ])  # fmt: skip
 def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, kind, options, winner):
     """On a card where the larger one does not stay on chip; its kernels are not run."""
@@ -334,10 +330,9 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
     assert (keys[0] == keys[1], len(set(keys))) == (True, 5)
 
 
-@pytest.mark.parametrize("module", [LSTM, GRU])
 @pytest.mark.parametrize("at", [0, 4])
 @pytest.mark.parametrize("rival", ["triton", "torch"])
-def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at, module):
+def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""
     calls, execute = itertools.count(), race.execute
 
@@ -351,11 +346,10 @@ def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, 
     other = "torch" if rival == "triton" else "triton"
     said = pytest.warns(UserWarning, match="timed out at step 3") if rival == "triton" else contextlib.nullcontext()
     with said:
-        assert _backend_of(module) == other
+        assert _backend_of() == other
 
 
-@pytest.mark.parametrize("module", [LSTM, GRU])
-def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatch, module):
+def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatch):
     """Which no later call of theirs reports, as none follows: nor does the user's."""
 
     def race_with_a_late_timeout(rivals, now):
@@ -364,5 +358,5 @@ def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatc
 
     monkeypatch.setattr(race, "race", race_with_a_late_timeout)
     with pytest.warns(UserWarning, match="step_forward_kernel timed out at step 3"):
-        assert _backend_of(module) == "torch"
+        assert _backend_of() == "torch"
     gpu_lstm.check()

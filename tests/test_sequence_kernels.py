@@ -20,10 +20,10 @@ import gpu_lstm
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_rnn import exchange, launch
-from gpu_lstm.kernels.triton_rnn.threads import cooperative as cooperative_kernels
+from gpu_lstm.kernels.triton_rnn.plans.threads import cooperative as cooperative_kernels
+from gpu_lstm.kernels.triton_rnn.plans.tiles import held as held_kernels
+from gpu_lstm.kernels.triton_rnn.plans.tiles import step as step_kernels
 from gpu_lstm.kernels.triton_rnn.threads import fragments
-from gpu_lstm.kernels.triton_rnn.tiles import held as held_kernels
-from gpu_lstm.kernels.triton_rnn.tiles import step as step_kernels
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="compiled kernels hold their device functions"),

@@ -1,0 +1,275 @@
+"""Faults of kernels on a card, and what a user gets: right numbers, one warning that says why, and no second trial.
+
+The CPU counts as a card with one plan, the step family's, and faults are planted in its kernels and around them.
+test_verify.py has how they are found.
+"""
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest.mock import Mock
+
+import pytest
+import torch
+import triton.language as tl
+from comparing import assert_same
+from pairs import RAGGED, B, H, I, T, pair, random_inputs, results, truth, weighing
+from places import INTERPRETED
+from standing_in import as_another_process, few_polls, plans_are_verified_on_the_cpu
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import gpu_lstm
+from gpu_lstm.backends import verify
+from gpu_lstm.dispatch import race
+from gpu_lstm.kernels import cache
+from gpu_lstm.kernels.triton_rnn import equations, launch
+from gpu_lstm.kernels.triton_rnn.cell import indexing, noise, reset, states
+from gpu_lstm.kernels.triton_rnn.equations import gru, lstm, slstm
+from gpu_lstm.kernels.triton_rnn.plans import choose
+from gpu_lstm.kernels.triton_rnn.threads import fragments
+from gpu_lstm.kernels.triton_rnn.tiles import cells
+from gpu_lstm.kernels.triton_rnn.tiles import step as step_family
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
+    pytest.mark.usefixtures("nothing_cached", "exact_float32_products"),
+]
+
+# Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
+cell_forward, lstm_backward, sequences = equations.cell_forward, lstm.lstm_backward, indexing.sequences
+load_constants, launch_kernel = states.load_constants, launch.launch_kernel
+gru_forward, gru_backward, tanh = gru.gru_forward, gru.gru_backward, lstm.tanh
+
+
+def gru_with(candidate):
+    """The GRU's forward with another candidate n."""
+
+    def forward(x, z, c_prev, bias_hh):
+        (r, update, _, s), _, rest = gru_forward(x, z, c_prev, bias_hh)
+        gates = (r, update, candidate(x, s, r, bias_hh), s)
+        return gates, gru.gru_next_cell(gates, c_prev), rest
+
+    return forward
+
+
+def gru_gradients(change):
+    """The GRU's backward, of which change(gates, dz, dc_prev, rest) returns what is wrong."""
+    return lambda gates, c_prev, d: change(gates, *gru_backward(gates, c_prev, d))
+
+
+IN_KERNELS = {  # of each option of a call: the device function, and what stands in its place
+    "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
+        (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
+    "cell gradient lost": ("lstm_backward", lambda *given: (
+        lstm_backward(*given)[0], lstm_backward(*given)[1] * 0.0, ())),
+    "peepholes in another order": ("load_constants", lambda *given: tuple(
+        load_constants(*given)[k] for k in ((0, 2, 1) if given[0] is not None else ()))),
+    "resets ignored": ("is_reset", lambda time, *_: time < 0),
+    "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
+        length=tl.zeros_like(index) + batch.T)),
+    "zeros for the state given": ("reset_to", lambda before, *_: before),
+    "GRU: b_hn outside r": ("gru_forward", gru_with(lambda x, s, r, b: tanh(x[2] + b[2] + r * (s - b[2])))),
+    "GRU: r and z swapped": ("gru_forward", lambda x, z, *given: gru_forward(
+        (x[1], x[0], *x[2:]), (z[0], z[2], z[1], z[3]), *given)),
+    "GRU: n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, *rest: (
+        (dz[0], dz[1] * 0.0, dz[2], dz[3]), *rest))),
+    "GRU: dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
+}  # fmt: skip
+
+
+def plant(monkeypatch, fault: str) -> None:
+    """A fault wherever kernels of the step family find the function."""
+    name, function = IN_KERNELS[fault]
+    for module in (step_family, cells, fragments, indexing, states, noise, reset, equations, lstm):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, function)
+
+
+def writes_outside(kernel, grid, **arguments):
+    launch_kernel(kernel, grid, **arguments)
+    if (h := arguments.get("h_ptr")) is not None:
+        h.as_strided((3,), (1,), h.storage_offset() + h.numel()).fill_(1)
+
+
+def gives_nan(kernel, grid, **arguments):
+    launch_kernel(kernel, grid, **arguments)
+    arguments["dgates_ptr" if "dgates_ptr" in arguments else "h_ptr"].fill_(torch.nan)
+
+
+def times_out(kernel, grid, arrivals_ptr, **arguments):
+    """Its programs wait for one arrival more than there will be."""
+    with few_polls(kernel.__name__, trial=True):
+        launch_kernel(kernel, grid, arrivals_ptr=arrivals_ptr.sub_(1), **arguments)
+
+
+OF_LAUNCHES = {  # what stands in the place of a launch, and what is said
+    "writes outside": (writes_outside, r"step_forward_kernel wrote up to 12 bytes past the end of h \["),
+    "gives NaN": (gives_nan, "the RMS error of .* is nan"),
+    "times out": (times_out, "step_forward_kernel timed out at step"),
+    "cannot be launched": (Mock(side_effect=RuntimeError("planted")), "RuntimeError: planted"),
+}
+
+
+@pytest.fixture(autouse=True)
+def verdicts(monkeypatch):
+    """A Mock that gives them. Nothing is raced: where there are resets the kernels are expected to be faster."""
+    plans_are_verified_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
+    monkeypatch.setattr(verify, "_verdict", Mock(side_effect=verify._verdict))
+    with gpu_lstm.racing("off"):
+        yield verify._verdict
+
+
+def watched(module):
+    def call(*given, **options):
+        with FlopCounterMode(display=False):
+            return module(*given, **options)
+
+    return call
+
+
+def by_compiler(module):
+    torch.compiler.reset()
+    return torch.compile(module, backend="eager", fullgraph=True)
+
+
+class Row(NamedTuple):
+    """A fault, the module whose kernels have it, and how that is called."""
+
+    fault: str
+    kind: str = "LSTM"
+    arguments: dict = {}  # noqa: RUF012
+    way: Callable = lambda module: module
+
+
+X = random_inputs(gpu_lstm.LSTM(I, H), B)[0]
+EVERYTHING = dict(peepholes=True, recompute=True)
+
+
+@pytest.mark.parametrize("row", [
+    Row("gates i and f swapped"), Row("gates i and f swapped", way=watched), Row("cell gradient lost"),
+    Row("cell gradient lost", "LSTM", EVERYTHING, by_compiler), Row("GRU: b_hn outside r", "GRU"),
+    Row("GRU: n does not depend on r", "GRU", {}, watched), *map(Row, OF_LAUNCHES),
+], ids=lambda row: f"{row.fault}, {getattr(row.way, '__name__', 'eager')}")  # fmt: skip
+def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
+    """Forward or backward; as one warning says, and without another trial. What tells nothing about the kernel, such as
+    a timeout next to another process, is not cached."""
+    if row.fault in IN_KERNELS:
+        plant(monkeypatch, row.fault)
+    else:
+        monkeypatch.setattr(launch, "launch_kernel", OF_LAUNCHES[row.fault][0])
+    _, said = OF_LAUNCHES.get(row.fault, (None, "the RMS error of"))
+    ours = getattr(gpu_lstm, row.kind)(I, H, **row.arguments)
+    call, expected = row.way(ours), truth(ours, X, **RAGGED)
+    with pytest.warns(UserWarning, match=f"backend 'auto' .* no Triton kernel can run this layer .*{said}"):
+        assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
+    asked, stored = verdicts.call_count, [verdict for *_, verdict in cache.entries(cache.CHECKS)]
+    assert (stored == []) == (row.fault in ("times out", "cannot be launched"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "gpu_lstm")
+        assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
+        gpu_lstm.check()  # nothing is left to tell
+    assert verdicts.call_count == asked
+    with torch.no_grad():
+        torch.testing.assert_close(call(X, **RAGGED)[0].double(), expected["output"], rtol=0, atol=1e-6)
+    ours.backend = "triton"
+    with pytest.raises(RuntimeError, match=f"no Triton kernel can run this layer on this card.*{said}"):
+        results(ours, X, call=row.way(ours), **RAGGED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dtype):
+    """Which are right, where those of forward are not; of an SLSTM, which torch has not."""
+    above = slstm.above
+    monkeypatch.setattr(slstm, "above", lambda x: 2.0 * above(x))  # which backward does not need
+    ours = gpu_lstm.SLSTM(I, H).to(dtype)
+    twin, x, found = copy.deepcopy(ours).double(), X.to(dtype), []
+    twin.backend = "reference"
+    launched = Mock(side_effect=launch.launch_kernel)
+    monkeypatch.setattr(launch, "launch_kernel", launched)
+    for module in ours, twin:
+        y, _ = (watched(module) if module is ours else module)(x.to(module.weight_ih_l0), **RAGGED)
+        found.append([y, *torch.autograd.grad(y.sum(), list(module.parameters()))])
+    for our, true in zip(*found):
+        torch.testing.assert_close(
+            our.double(), true, rtol=0, atol=8 * torch.finfo(dtype).eps * float(true.abs().max())
+        )
+    (kernel, _), given = launched.call_args
+    assert (kernel.__name__, given["c_ptr"].dtype) == ("step_backward_kernel", torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
+    plant(monkeypatch, "gates i and f swapped")
+    ours, _ = pair("LSTM", None)[::-1]
+    found, pull = torch.func.vjp(lambda x: tuple(tree_leaves(ours(x, **RAGGED))), X)
+    torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, X, **RAGGED)["dx"])
+
+
+@pytest.mark.parametrize("way", [lambda module: module, by_compiler], ids=["eager", "compiled"])
+def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, way):
+    """Nothing is decided or cached; who chose the kernels gets the error."""
+    ours = pair("LSTM", None)[1]
+    expected, launched = truth(ours, X, **RAGGED), Mock(side_effect=launch.launch_kernel)
+    with monkeypatch.context() as patch:
+        patch.setattr(verify.Small, "by_reference", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+        for said in pytest.warns(UserWarning, match="memory is full"), warnings.catch_warnings(action="error"):
+            with said:
+                assert_same(results(ours, X, call=way(ours), **RAGGED), expected, condition=2)
+        assert verdicts.call_count > 1
+        ours.backend = "triton"
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            results(ours, X, call=way(ours), **RAGGED)
+    assert (race.decided, [*cache.entries(cache.CHECKS)], [*cache.entries(cache.RACES)]) == ({}, [], [])
+    ours.backend = "auto"
+    monkeypatch.setattr(launch, "launch_kernel", launched)
+    assert_same(results(ours, X, call=way(ours), **RAGGED), expected, condition=2)
+    assert launched.called
+
+
+def test_where_memory_is_too_full_for_a_race_the_expected_winner_runs(monkeypatch):
+    """Verified, as it is by a call of two steps. It is not cached: another process may have the memory."""
+    run_by, x = race.run_by, torch.randn(5, B, I)
+
+    def of_few_steps(route, call):
+        if call.steps > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run_by(route, call)
+
+    monkeypatch.setattr(race, "run_by", of_few_steps)
+    with gpu_lstm.racing("on"), torch.no_grad():
+        gpu_lstm.LSTM(I, H)(x, resets=torch.zeros(5, B, dtype=torch.bool))
+    assert [decision.backend.value for decision in race.decided.values()] == ["triton"]
+    assert [*cache.entries(cache.RACES)] == []
+    assert [verdict for *_, verdict in cache.entries(cache.CHECKS)] == ["right"]
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+def test_kernels_of_another_batch_or_process_are_verified_before_they_run(verdicts, monkeypatch):
+    """Batches of 3 and 4 are raced as one, and a race is on disk; but their kernels need not be the same."""
+    candidates, ours = choose.candidates, gpu_lstm.LSTM(I, H)
+
+    def of_batch(problem, card, pass_):
+        return [dataclasses.replace(plan, num_warps=problem.batch) for plan in candidates(problem, card, pass_)]
+
+    def call(batch):
+        y, _ = ours(torch.ones(T, batch, I), resets=torch.zeros(T, batch, dtype=torch.bool))
+        return [decision.backend.value for decision in race.decided.values()], y[:, 0]
+
+    monkeypatch.setattr(choose, "candidates", of_batch)
+    verdicts.side_effect = lambda layer, pass_, inputs, plan: "wrong" if plan.num_warps in wrong else "right"
+    monkeypatch.setattr(race, "race", lambda rivals, now: {name: [1.0 + (name == "torch")] * 9 for name in rivals})
+    with torch.no_grad(), gpu_lstm.racing("on"):
+        wrong = [4]
+        _, expected = call(3)
+        for batch, backends in (3, ["triton"]), (4, ["torch"]), (4, ["torch"]), (3, ["torch"]):
+            decided, y = call(batch)
+            assert decided == backends
+            torch.testing.assert_close(y, expected)
+        as_another_process()
+        assert (cache.forget(cache.CHECKS), len([*cache.entries(cache.RACES)])) == (2, 1)
+        wrong = [3]
+        assert call(3)[0] == ["torch"]
