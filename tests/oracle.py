@@ -175,22 +175,15 @@ def gru_layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=N
     return dx, into_h, np.zeros_like(into_h), dw_ih, dw_hh, db_ih, db_hh, *absent, dreset_h, None
 
 
-def of_heads(rows, hidden, units):
-    """[rows, D]: the columns of a dense W_hh, [rows, H], where that of heads of D `units` has its weights."""
-    return (np.arange(rows) % hidden // units * units)[:, None] + np.arange(units)
-
-
 def slstm_layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *absent, lengths=None, resets=None,
-                reverse=False):  # fmt: skip
-    """As `layer`, of an sLSTM (Beck et al., 2024), of which c0 and c_n are c, n and m, [3, B, H]; weight_hh [4H, D].
+                reverse=False, dropout_h=None):  # fmt: skip
+    """As `layer`, of an sLSTM (Beck et al., 2024), of which c0 and c_n are c, n and m, [3, B, H].
 
     c and n are those of c' = f c + i g and n' = f n + i, with i = exp(z_i), times e^-m. Where n = 0 the state is empty,
-    and m is -inf.
+    and m is -inf. c_n has what equal states have in common: c / n, 1 and m + log(n), or zeros if it is empty.
     """
     T, B, _ = x.shape
-    dense = np.zeros((len(weight_hh), h0.shape[1])).view(type(weight_hh))
-    np.put_along_axis(dense, of_heads(*dense.shape, weight_hh.shape[1]), weight_hh, 1)
-    out, tape, h_n, c_n = np.zeros((T, *h0.shape)), [], h0.copy(), c0.copy()
+    out, tape, h_n, last = np.zeros((T, *h0.shape)), [], h0.copy(), c0.copy()
     for b in range(B):
         length = T if lengths is None else int(lengths[b])
         h, (c, n, m) = h0[b], c0[:, b]
@@ -200,8 +193,9 @@ def slstm_layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *ab
             reset = resets is not None and (step > 0 or not reverse) and bool(resets[boundary, b])
             if reset:
                 h, c, n, m = np.zeros_like(h), np.zeros_like(c), np.zeros_like(n), np.full_like(m, -np.inf)
-            before = h, c, n
-            z = weight_ih @ x[t, b] + dense @ h + (0.0 if bias_ih is None else bias_ih + bias_hh)
+            h_in = h if dropout_h is None else h * dropout_h[b]
+            before = h_in, c, n
+            z = weight_ih @ x[t, b] + weight_hh @ h_in + (0.0 if bias_ih is None else bias_ih + bias_hh)
             z_i, z_f, z_g, z_o = np.split(z, 4)
             log_f, g, o = -np.logaddexp(0.0, -z_f), np.tanh(z_g), sigmoid(z_o)
             kept = log_f + m
@@ -210,19 +204,22 @@ def slstm_layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *ab
             c, n = f * c + i * g, f * n + i
             out[t, b] = h = o * c / n
             tape.append((b, t, reset, *before, i, f, sigmoid(-z_f), g, o, c, n, kept > z_i))
-        h_n[b], c_n[0, b], c_n[1, b], c_n[2, b] = h, c, n, m
-    return out, h_n, c_n, tape
+        h_n[b], last[0, b], last[1, b], last[2, b] = h, c, n, m
+    c, n, m = last
+    some = np.where(n == 0, 1.0, n)
+    c_n = np.where(n == 0, 0.0, [c / some, np.ones_like(n), m + np.log(some)]).view(type(n))
+    return out, h_n, c_n, (tape, last)
 
 
-def slstm_layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *absent, tape, dh, dh_n, dc_n):
+def slstm_layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *absent, tape, dh, dh_n, dc_n,
+                          dropout_h=None):  # fmt: skip
     """As `layer_gradients`, of an sLSTM, dc_n [3, B, H]; through m, too."""
-    every = x, weight_ih, bias_ih, bias_hh
-    dx, dw_ih, db_ih, db_hh = (None if a is None else np.zeros(a.shape) for a in every)
-    dense, ddense = (np.zeros((len(weight_hh), h0.shape[1])) for _ in range(2))
-    columns = of_heads(*dense.shape, weight_hh.shape[1])
-    np.put_along_axis(dense, columns, weight_hh, 1)
-    into_h, into_c = dh_n.copy(), dc_n.copy()
-    for b, t, reset, h_prev, c_prev, n_prev, i, f, not_f, g, o, c, n, m_is_kept in reversed(tape):
+    every = x, weight_ih, weight_hh, bias_ih, bias_hh
+    dx, dw_ih, dw_hh, db_ih, db_hh = (None if a is None else np.zeros(a.shape) for a in every)
+    tape, (c, n, _) = tape
+    some, (dq, _, dl) = np.where(n == 0, 1.0, n), np.where(n == 0, 0.0, dc_n)
+    into_h, into_c = dh_n.copy(), np.stack([dq / some, dl / some - dq * c / some**2, dl])
+    for b, t, reset, h_in, c_prev, n_prev, i, f, not_f, g, o, c, n, m_is_kept in reversed(tape):
         grad_h, (grad_c, grad_n, grad_m) = dh[t, b] + into_h[b], into_c[:, b]
         grad_c, grad_n = grad_c + grad_h * o / n, grad_n - grad_h * o * c / n**2
         of_i, of_f = (grad_c * g + grad_n) * i, (grad_c * c_prev + grad_n * n_prev) * f  # of z_i - m and of kept - m
@@ -231,15 +228,14 @@ def slstm_layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh
         dz = np.concatenate([dz_i, of_kept * not_f, grad_c * i * (1 - g**2), grad_h * c / n * o * (1 - o)])
         dx[t, b] = weight_ih.T @ dz
         dw_ih += np.outer(dz, x[t, b])
-        ddense += np.outer(dz, h_prev)
+        dw_hh += np.outer(dz, h_in)
         if bias_ih is not None:
             db_ih += dz
             db_hh += dz
-        into_h[b] = dense.T @ dz
+        into_h[b] = (1.0 if dropout_h is None else dropout_h[b]) * (weight_hh.T @ dz)
         into_c[0, b], into_c[1, b], into_c[2, b] = grad_c * f, grad_n * f, of_kept
         if reset:
             into_h[b], into_c[:, b] = 0, 0
-    dw_hh = np.take_along_axis(ddense, columns, 1)
     return dx, into_h, into_c, dw_ih, dw_hh, db_ih, db_hh, *absent, None, None
 
 

@@ -141,6 +141,24 @@ GRUS = [
      "three-heads ragged states masks", "zoneout deep states", "expected no-grad")),
     ("cupy", F16, (3, "5,3,3,40", "", MIX)), ("cupy", BF16, (2, "2,3,4,5", MIX)),
 ]  # fmt: skip
+# With `slstm`, whose reference is the paper's c, n and m in other numbers.
+SLSTMS = [
+    ("reference", F64, (2, "4,3,3,8", "", "no-hx ragged", "no-bias heads", f"deep heads {MIX}", f"deep no-hx {MIX}",
+                        "both packed", "batch-first", "stream deep", "layer no-bias", "dropout_h both ragged"),
+     (1, "4,1,3,8", "unbatched both")),
+    ("triton", F32, (1, "4,3,3,8", f"deep {MIX}", "layer heads", "no-hx no-bias dropout_h"),
+     (1, "1,3,3,15", f"three-heads {MIX}")),
+    ("step", F32, (1, "3,3,3,20", MIX), (1, "4,18,3,40", f"heads {MIX}")),
+    ("split/4", F32, (1, "3,3,3,40", f"heads {MIX}")),
+    ("held", F32, (1, "4,18,3,36", f"heads {MIX}")), ("held/2", F32, (1, "3,3,3,18", MIX)),
+    ("held/ahead", F32, (1, "4,35,3,36", "heads ragged resets")),
+    ("resident", F16, (2, "4,3,3,11", MIX)), ("resident", F32, (1, "4,9,3,22", f"heads {MIX}")),
+    ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets", "heads ragged resets")),
+    ("cooperative/16/1/1", F16, (1, "4,3,3,33", f"three-heads {MIX}")),
+    ("pointwise", F32, (1, "4,3,3,9", MIX), (1, "4,3,3,15", f"three-heads {MIX}")),
+    ("cupy", F32, (1, "4,3,3,9", MIX), (1, "4,3,3,15", f"three-heads {MIX}", "no-grad no-hx")),
+    ("cupy", F16, (1, "4,5,3,130", MIX)),
+]  # fmt: skip
 # What no pair of a place, dtype, cell, option, projection, single step and number of tiles of the tables above has.
 DEEP = [
     ("triton", F32, (1, "1,17,5,33", "both"), (2, "2,1,2,130", ""), (1, "3,17,3,33", OF_ALL),
@@ -164,7 +182,7 @@ DEEP = [
 ]  # fmt: skip
 
 
-TABLES = (TABLE, "", ()), (DEEP, "", pytest.mark.deep), (GRUS, "gru ", ())
+TABLES = (TABLE, "", ()), (DEEP, "", pytest.mark.deep), (GRUS, "gru ", ()), (SLSTMS, "slstm ", ())
 
 
 def cases(*backends: str) -> pytest.MarkDecorator:
