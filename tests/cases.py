@@ -1,8 +1,8 @@
 """Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle.
 
-A case is a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU and with "slstm" an SLSTM, a call,
-and a size "T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what an LSTM of the same weights computes, so
-they are words, too.
+A case is a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, with "slstm" an SLSTM, a call,
+and a size "T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what a module of the
+same weights computes, so they are words, too.
 """
 
 import copy
@@ -151,8 +151,7 @@ def by_layers(
     parameters, finals, letters = dict(module.named_parameters()), [], letters_of(module)
 
     def of_row(states: Any) -> Any:
-        state = tuple(t[len(finals)] for t in tree_leaves(states))
-        return (state[0] if letters == "h" else state) if state else None
+        return tree_map_only(Tensor, lambda t: t[len(finals)], states)
 
     for names in weights_of(module)[0]:
         outputs = []
@@ -174,7 +173,7 @@ def by_layers(
 
 def by_cell(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
     """The call by an LSTMCell or GRUCell with the same parameters, a step at a time."""
-    options, is_lstm = dict(backend=module.backend), isinstance(module, gpu_lstm.LSTM)
+    options, is_lstm = dict(backend=module.backend, heads=module.heads), isinstance(module, gpu_lstm.LSTM)
     if is_lstm:
         options |= dict(peepholes=module.peepholes, layer_norm=module.layer_norm)
     cls = gpu_lstm.LSTMCell if is_lstm else gpu_lstm.GRUCell

@@ -227,7 +227,7 @@ def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
 
 
 def zeros_for(layers: list, batch: int, letters: str = "hc") -> list[list[tuple]]:
-    """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with by default; c0 has an sLSTM's n and m."""
+    """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with; c0 has an sLSTM's n and m."""
     lead = (3, batch) if letters == "hcnm" else (batch,)
     return [[(np.zeros((batch, w[1].shape[1])), np.zeros((*lead, len(w[1]) // 4))) for w in layer] for layer in layers]
 

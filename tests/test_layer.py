@@ -50,6 +50,8 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
     ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
     ("reference", F64, (2, "6,4,5,5", "residual masks ragged", "residual masks state")),
+    ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
+    ("reference", F64, (1, "5,3,4,6", "heads states masks ragged", "heads layer deep", "heads stream")),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
      (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched")),
     # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
@@ -112,7 +114,9 @@ GRUS = [
                         "zoneout stack both"),
      (2, "1,4,3,5", "deep both ragged resets"), (2, "1,1,1,3", f"{MIX} masks", "unbatched both states", "cell"),
      (2, "5,1,3,4", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
-     (2, "6,4,5,5", "residual masks ragged")),
+     (2, "6,4,5,5", "residual masks ragged"),
+     (1, "5,3,4,6", "heads states masks ragged", "heads layer", "heads stream")),
+    ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
     ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES[:-1] if "state" not in words)),
      (2, "1,1,1,3", MIX, "cell", "unbatched")),
@@ -257,7 +261,8 @@ def test_larger_sizes_in_cuda(size, words, dtype):
     ("torch", (2, 2, 2, 2, 1), ""), ("torch", (2, 2, 2, 2, 1), MIX), ("reference", (2, 2, 2, 2), f"no-bias {MIX}"),
     ("reference", (2, 2, 2, 3, 2), f"{MOST} masks"), ("reference", (2, 2, 2, 3, 2), "ragged states peepholes expected"),
     ("reference", (2, 2, 2, 3), f"{OF_ALL} masks"), ("torch", (2, 2, 2, 2), f"gru {MIX}"),
-    ("reference", (2, 2, 2, 3), "gru ragged states both masks"),
+    ("reference", (2, 2, 2, 3), "gru ragged states both masks"), ("reference", (2, 2, 2, 4), "heads"),
+    ("reference", (2, 2, 2, 4), "gru heads"),
 ])  # fmt: skip
 def test_second_derivatives_by_finite_differences(backend, size, words):
     module, (x, hx, rest) = everywhere(backend, words, F64, size)

@@ -1,4 +1,4 @@
-"""The sLSTM: its states, and what goes round a call. Numbers against the oracle, the paper's c, n and m: test_layer.py."""
+"""The sLSTM: its states, and what goes round a call. Its numbers, beside the oracle: test_layer.py."""
 
 import copy
 import pickle
