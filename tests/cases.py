@@ -44,7 +44,7 @@ ARGUMENTS = OF_TORCH | {  # and ours
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
     "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # in eval()
-    "heads": dict(heads=2), "three-heads": dict(heads=3),
+    "heads": dict(heads=2), "three-heads": dict(heads=3), "four-heads": dict(heads=4),
     "gru": {}, "slstm": {}, "stack": {}, "residual": {},  # GRUs, StackedLSTMs or StackedGRUs
 }  # fmt: skip
 NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}

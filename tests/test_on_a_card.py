@@ -118,22 +118,22 @@ def test_every_family_runs_on_an_h100_with_both_cells(cell):
         assert plan.family.name == name
 
 
-def of_ours(cell, heads, units, dtype, batch=test_gpu.SIZE[1], exact=False):
-    precision = "tf32" if dtype is torch.float32 and not exact else "ieee"
+def of_ours(words, units, dtype, batch=test_gpu.SIZE[1]):
+    precision, heads = "tf32" if dtype is torch.float32 else "ieee", 4 if "four" in words else 1 + ("heads" in words)
+    cell = next((cell for cell in ("gru", "slstm") if cell in words.split()), "lstm")
     ragged = dict(lengths=torch.int64, resets=True)
-    return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell.lower(), heads=heads, **ragged)
+    return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell, heads=heads, **ragged)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tf32", "bf16"])
 def test_heads_and_the_slstm_run_by_every_family_of_an_h100_in_tf32_and_half_precision(dtype):
     """As they are forced; and as they are chosen."""
-    assert {"LSTM", "GRU", "SLSTM"} == {cell for cell, heads in test_gpu.OF_OURS if heads > 1}
-    for cell, heads in test_gpu.OF_OURS:
-        problems = {family: of_ours(cell, heads, units, dtype) for family, units in test_gpu.UNITS.items()}
+    for words in test_gpu.OF_OURS:
+        problems = {family: of_ours(words, units, dtype) for family, units in test_gpu.UNITS.items()}
         plans = [plan_of(family, p, backward) for family, p in problems.items() for backward in (False, True)]
         assert {type(plan.family) for plan in plans} == choose.FAMILIES.keys()
-        assert {plan.heads for plan in plans} == {heads}
-    problems = [of_ours("SLSTM", heads, H // heads, dtype, batch) for batch, H, heads in test_gpu.SIZES]
+    sizes = ((batch, H // 4 if heads else H, heads) for batch, H, heads in test_gpu.SIZES)
+    problems = [of_ours(f"slstm {heads}", units, dtype, batch) for batch, units, heads in sizes]
     chosen = {choose.plans(p, H100, backward)[0].family.name for p in problems for backward in (False, True)}
     assert chosen == {"resident", "cooperative", "held"}
 
@@ -144,22 +144,21 @@ def rehearsed(monkeypatch):
 
     def captured(run):
         found = run()
-        return found, lambda: [t.data.copy_(again) for t, again in zip(found.values(), run().values())]
+        return found, lambda: [t.data.copy_(again) for t, again in zip(found, run())]
 
     changes = dict(CARD="cpu", SIZE=(3, 9, 3), UNITS=dict.fromkeys(KERNELS, 9), card_of=lambda _: H100,
-                   YARDSTICKS=dict.fromkeys(test_gpu.YARDSTICKS, "reference"),
                    force=lambda patch, place: KERNELS[place].force(patch), captured=captured,
                    on_a_stream=lambda run: run())  # fmt: skip
     for name, value in changes.items():
         monkeypatch.setattr(test_gpu, name, value)
 
 
-@pytest.mark.parametrize(("place", "cell", "heads", "dtype"), [
-    ("resident", "SLSTM", 2, torch.float16), ("cooperative/16/1/1", "LSTM", 2, torch.float32),
-    ("held", "GRU", 2, torch.float16), ("pointwise", "SLSTM", 1, torch.float32), ("step", "LSTM", 2, torch.float16),
+@pytest.mark.parametrize(("place", "words", "dtype"), [
+    ("resident", "slstm heads", torch.float16), ("cooperative/16/1/1", "heads", torch.float32),
+    ("held", "gru heads", torch.float16), ("pointwise", "slstm", torch.float32), ("step", "heads", torch.float16),
 ])  # fmt: skip
 @pytest.mark.parametrize("fault", [False, True])
-def test_heads_and_the_slstm_rehearsed(rehearsed, monkeypatch, place, cell, heads, dtype, fault):
+def test_heads_and_the_slstm_rehearsed(rehearsed, monkeypatch, place, words, dtype, fault):
     """What a family of kernels must be for the test of it on a card to pass; and that one with a fault fails."""
     forward = Layer.forward
 
@@ -170,7 +169,7 @@ def test_heads_and_the_slstm_rehearsed(rehearsed, monkeypatch, place, cell, head
     if fault:
         monkeypatch.setattr(Layer, "forward", of_the_unit_before)
     with pytest.raises(AssertionError, match=r"RMS error|away from zero") if fault else contextlib.nullcontext():
-        test_gpu.test_every_family_of_heads_and_of_the_slstm(monkeypatch, place, cell, heads, dtype)
+        test_gpu.test_every_family_of_heads_and_of_the_slstm(monkeypatch, place, words, dtype)
 
 
 TORCH = """  # on a card that a test breaks for its process
