@@ -203,7 +203,7 @@ def slstm_layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *ab
             i, f = np.exp(z_i - m), np.exp(kept - m)
             c, n = f * c + i * g, f * n + i
             out[t, b] = h = o * c / n
-            tape.append((b, t, reset, *before, i, f, sigmoid(-z_f), g, o, c, n, kept > z_i))
+            tape.append((b, t, reset, *before, i, f, sigmoid(-z_f), g, o, c, n))
         h_n[b], last[0, b], last[1, b], last[2, b] = h, c, n, m
     c, n, m = last
     some = np.where(n == 0, 1.0, n)
@@ -213,18 +213,19 @@ def slstm_layer(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *ab
 
 def slstm_layer_gradients(x, h0, c0, weight_ih, weight_hh, bias_ih=None, bias_hh=None, *absent, tape, dh, dh_n, dc_n,
                           dropout_h=None):  # fmt: skip
-    """As `layer_gradients`, of an sLSTM, dc_n [3, B, H]; through m, too."""
+    """As `layer_gradients`, of an sLSTM, dc_n [3, B, H].
+
+    A step's m, which scales its c and n, has no gradient, since no result depends on it.
+    """
     every = x, weight_ih, weight_hh, bias_ih, bias_hh
     dx, dw_ih, dw_hh, db_ih, db_hh = (None if a is None else np.zeros(a.shape) for a in every)
     tape, (c, n, _) = tape
     some, (dq, _, dl) = np.where(n == 0, 1.0, n), np.where(n == 0, 0.0, dc_n)
     into_h, into_c = dh_n.copy(), np.stack([dq / some, dl / some - dq * c / some**2, dl])
-    for b, t, reset, h_in, c_prev, n_prev, i, f, not_f, g, o, c, n, m_is_kept in reversed(tape):
-        grad_h, (grad_c, grad_n, grad_m) = dh[t, b] + into_h[b], into_c[:, b]
-        grad_c, grad_n = grad_c + grad_h * o / n, grad_n - grad_h * o * c / n**2
-        of_i, of_f = (grad_c * g + grad_n) * i, (grad_c * c_prev + grad_n * n_prev) * f  # of z_i - m and of kept - m
-        grad_m = grad_m - of_i - of_f
-        dz_i, of_kept = of_i + grad_m * ~m_is_kept, of_f + grad_m * m_is_kept
+    for b, t, reset, h_in, c_prev, n_prev, i, f, not_f, g, o, c, n in reversed(tape):
+        grad_h = dh[t, b] + into_h[b]
+        grad_c, grad_n = into_c[0, b] + grad_h * o / n, into_c[1, b] - grad_h * o * c / n**2
+        dz_i, of_kept = (grad_c * g + grad_n) * i, (grad_c * c_prev + grad_n * n_prev) * f
         dz = np.concatenate([dz_i, of_kept * not_f, grad_c * i * (1 - g**2), grad_h * c / n * o * (1 - o)])
         dx[t, b] = weight_ih.T @ dz
         dw_ih += np.outer(dz, x[t, b])
