@@ -6,7 +6,6 @@ And the operators as torch.library checks them.
 import contextlib
 import copy
 import io
-from collections import Counter
 from unittest.mock import Mock
 
 import pytest
@@ -27,7 +26,7 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs
 
-SIZES = ((5, 2), (3, 4), (12, 3))  # T, B
+SIZES = ((3, 2), (2, 4), (5, 3))  # T, B
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +58,9 @@ def call_of(ours, steps, batch, ragged=False):
 
 
 @pytest.mark.parametrize(("kind", "training", "ragged", "backend"), [
-    ("StackedLSTM", True, True, "torch"), ("LSTM", False, "marked", "torch"), ("LSTM", True, "states", "triton"),
-    ("GRU", True, "marked", "torch"), ("GRU", True, "states", "triton"),
+    ("StackedLSTM", True, True, "torch"), ("LSTM", True, "states", "triton"), ("GRU", True, "marked", "torch"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
+        ("LSTM", False, "marked", "torch"), ("GRU", True, "states", "triton"),
         ("LSTM", True, False, "torch"), ("StackedLSTM", True, False, "triton"),
         ("StackedGRU", True, True, "torch"), ("GRU", False, "marked", "triton"),
         ("StackedLSTM", False, "states", "reference"))),  # in float64: what resets leave is not rounded on its way
@@ -86,15 +85,12 @@ def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(ki
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_a_layer_of_torch_is_one_operator_and_steps_are_none(cls):
-    operators = []
-    for steps in (5, 40):
-        torch._dynamo.reset()
-        recorder = EagerAndRecordGraphs()
-        torch.compile(cls(I, H, 3, bidirectional=True), backend=recorder)(torch.randn(steps, 2, I))
-        (recorded,) = recorder.graphs
-        operators.append(Counter(node.target for node in recorded.graph.nodes if node.op == "call_function"))
-    assert operators[0] == operators[1]
-    assert operators[0][graph.OPERATOR] == 3
+    recorder = EagerAndRecordGraphs()
+    torch.compile(cls(I, H, 3, bidirectional=True), backend=recorder)(torch.randn(100, 2, I))
+    (recorded,) = recorder.graphs
+    operators = [node.target for node in recorded.graph.nodes if node.op == "call_function"]
+    assert operators.count(graph.OPERATOR) == 3
+    assert len(operators) < 100
 
 
 @pytest.mark.deep
@@ -173,16 +169,14 @@ def test_transforms_inside_a_graph(kind):
         torch.testing.assert_close(compiled(parameters, x), transformed(parameters, x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_a_backend_that_cannot_run_gives_its_reason(fullgraph):
-    cupy, torchs = (
-        ("cupy", {}, "(needs CuPy and NVRTC|runs on CUDA)"),
-        ("torch", dict(peepholes=True), "does not support"),
-    )
-    for name, options, reason in cupy, torchs:
-        compiled = torch.compile(gpu_lstm.LSTM(I, H, backend=name, **options), backend="eager", fullgraph=fullgraph)
-        with pytest.raises(Exception, match=rf"backend \\?'{name}\\?' {reason}"):  # Dynamo shows texts as in Python
-            compiled(torch.randn(2, 1, I))
+@pytest.mark.parametrize(("name", "options", "reason", "fullgraph"), [
+    ("cupy", {}, "(needs CuPy and NVRTC|runs on CUDA)", True),
+    ("torch", dict(peepholes=True), "does not support", False),
+], ids=str)  # fmt: skip
+def test_a_backend_that_cannot_run_gives_its_reason(name, options, reason, fullgraph):
+    compiled = torch.compile(gpu_lstm.LSTM(I, H, backend=name, **options), backend="eager", fullgraph=fullgraph)
+    with pytest.raises(Exception, match=rf"backend \\?'{name}\\?' {reason}"):  # Dynamo shows texts as in Python
+        compiled(torch.randn(2, 1, I))
 
 
 def test_an_error_of_torch_while_a_backend_is_chosen_is_told(monkeypatch):
@@ -254,9 +248,8 @@ def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_torch_jit_trace_runs_kernels_only_without_gradients(kind):
-    ours, twin = module(kind, "triton", num_layers=2)
+def test_torch_jit_trace_runs_kernels_only_without_gradients():
+    ours, twin = module("LSTM", "triton", num_layers=2)
     example, x = (torch.randn(*size, I).to(ours.weight_ih_l0) for size in SIZES[:2])
     with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record the gradients of backend 'triton'"):
         torch.jit.trace(ours, (example,))
@@ -303,8 +296,8 @@ def learnt(given) -> list[bool]:
 
 @pytest.mark.parametrize(("words", "backend"), [
     ("ragged resets reverse", "torch"), (NORMS, "reference"), ("ragged resets reverse", "triton"),
-    ("gru ragged resets reverse", "torch"), ("gru ragged states masks reverse", "triton"),
-    ("ragged resets reverse", "auto triton"), ("gru ragged states masks reverse", "auto triton"),
+    ("gru ragged states masks reverse", "triton"), ("ragged resets reverse", "auto triton"),
+    ("gru ragged states masks reverse", "auto triton"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("both directions", "torch"), (MASKS, "triton"),
         ("ragged states peepholes reverse norms masks", "triton"))),
