@@ -261,18 +261,3 @@ def test_tirex_rounds_to_bfloat16_where_ours_does_not():
         assert middle.dtype is final.dtype is torch.float32
         second, _ = cell(x[:, 2:].to(dtype), middle)
         torch.testing.assert_close(torch.cat([first, second], 2), y, rtol=0, atol=4 * torch.finfo(dtype).eps)
-
-
-def test_a_model_of_tirex():
-    TiRexZero = pytest.importorskip("tirex.models.tirex", reason="tirex-ts is not installed").TiRexZero
-    sizes = dict(input_patch_size=4, output_patch_size=4, quantiles=[0.1, 0.5, 0.9], input_ff_dim=8)
-    blocks = dict(embedding_dim=H, num_heads=HEADS, num_blocks=2)
-    model = drawn(TiRexZero("torch", sizes | {"block_kwargs": blocks}, train_ctx_len=64), 0.3).eval()
-    x = torch.randn(B, 8, 4)
-    with torch.no_grad():
-        theirs, *_ = model._forward_model_tokenized(x, torch.ones_like(x))
-        assert gpu_lstm.use_for_slstm(model) == 2
-        ours, *_ = model._forward_model_tokenized(x, torch.ones_like(x))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
-        assert gpu_lstm.use_for_slstm(model, False) == 2
-        assert torch.equal(model._forward_model_tokenized(x, torch.ones_like(x))[0], theirs)
