@@ -103,16 +103,14 @@ def test_by_inductor_a_training_step_of_two_layers(quick_gpp):
 
 
 def test_dropout_drops_as_much_as_it_should():
-    lstm, x = gpu_lstm.LSTM(I, 64, 2, dropout=0.25), torch.randn(6, 5, I)
-    exported = torch.export.export(lstm, (x,), dynamic_shapes=({0: Dim("T"), 1: Dim("B")},)).module()
-    compiled = torch.compile(lstm, backend="aot_eager")
+    lstm, x = gpu_lstm.LSTM(I, 64, 2, dropout=0.25), torch.randn(1, 200, I)
+    exported, compiled = torch.export.export(lstm, (x,)).module(), torch.compile(lstm, backend="aot_eager")
     for call in (exported, compiled):
         assert not torch.equal(call(x)[0], call(x)[0])
     for name in ("weight_hh_l1", "weight_ih_l1", "bias_ih_l1", "bias_hh_l1"):
         nn.init.zeros_(getattr(lstm, name)[: 3 * 64])
     nn.init.eye_(lstm.weight_ih_l1[2 * 64 : 3 * 64])  # candidate k of the upper layer sees output k of the lower one
-    with torch.no_grad():
-        c_1 = torch.cat([compiled(torch.randn(1, 5, I))[1][1][1] for _ in range(40)])  # zero where it was dropped
+    c_1 = compiled(x)[1][1][1]  # [B, H], zero where it was dropped
     assert 0.22 < (c_1 == 0).double().mean() < 0.28
     lstm.eval()
     assert torch.equal(compiled(x)[0], compiled(x)[0])
@@ -185,7 +183,7 @@ def test_an_error_of_torch_while_a_backend_is_chosen_is_told(monkeypatch):
         torch.compile(gpu_lstm.LSTM(I, H), backend="eager", fullgraph=True)(torch.randn(2, 1, I))
 
 
-@pytest.mark.parametrize("chosen", ["argument", "block", "environment"])
+@pytest.mark.parametrize("chosen", ["argument", "block", pytest.param("environment", marks=pytest.mark.deep)])
 def test_a_choice_is_kept_by_the_graph_and_a_new_choice_makes_a_new_one(chosen, monkeypatch, calls):
     lstm, x = gpu_lstm.LSTM(I, H, backend="reference" if chosen == "argument" else None), torch.randn(3, 1, I)
     if chosen == "environment":
@@ -225,7 +223,7 @@ NEEDS = (
 )
 
 
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.deep), False])
 def test_an_export_says_once_that_the_program_needs_the_package(caplog, strict):
     graph._log_once.cache_clear()
     lstm, x = gpu_lstm.LSTM(I, H), torch.randn(5, 2, I)

@@ -196,8 +196,8 @@ FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
 
 @pytest.mark.parametrize(("kernel", "fault", "kind"), [
     *((*each, "LSTM") for each in FAULTS_OF_WAITS),
-    *((name, fault, "GRU") for name, fault in FAULTS_OF_WAITS
-      if "cooperative" in name or name in ("step_backward_kernel step", "held_forward_kernel held")),
+    *((name, fault, "GRU") for name, fault in FAULTS_OF_WAITS if name in ("cooperative_backward_kernel",
+                                                                           "held_forward_kernel held")),
 ])  # fmt: skip
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
