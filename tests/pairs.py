@@ -228,8 +228,12 @@ def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
 
 def zeros_for(layers: list, batch: int, letters: str = "hc") -> list[list[tuple]]:
     """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with; c0 has an sLSTM's n and m."""
-    lead = (3, batch) if letters == "hcnm" else (batch,)
-    return [[(np.zeros((batch, w[1].shape[1])), np.zeros((*lead, len(w[1]) // 4))) for w in layer] for layer in layers]
+    lead, rows = (3,) if letters == "hcnm" else (), 3 if letters == "h" else 4
+
+    def zeros(w):
+        return np.zeros((batch, w[1].shape[1])), np.zeros((*lead, batch, len(w[1]) // rows))
+
+    return [[*map(zeros, layer)] for layer in layers]
 
 
 def weights_of(module: nn.Module) -> tuple[list, list]:

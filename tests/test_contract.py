@@ -285,10 +285,9 @@ def by_the_oracle(cell, of_x, of_h, c, dm, dc):
     zero, alone = np.zeros((1, N)), cell.states == ("h",)
     weights = np.eye(len(of_x)), np.zeros((len(of_x), N)), np.zeros_like(of_x), of_h
     inputs = of_x[None, None], c[None] if alone else zero, c[None], *weights
-    forward, backward = oracle.functions_of(inputs[1], weights[1])
-    h, _, c_n, tape = forward(*inputs)
+    h, _, c_n, tape = oracle.layer(*inputs)
     given = dict(dh=dm[None, None], dh_n=dc[None] if alone else zero, dc_n=dc[None])
-    dx, dh0, dc0, _, _, _, db_hh, *_ = backward(*inputs, tape=tape, **given)
+    dx, dh0, dc0, _, _, _, db_hh, *_ = oracle.layer_gradients(*inputs, tape=tape, **given)
     return h[0] if alone else c_n, h[0], dx[0], db_hh, dh0 if alone else dc0
 
 

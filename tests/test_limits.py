@@ -14,10 +14,10 @@ import torch
 
 F32, SEEDS = torch.float32, range(2)
 OF_A_LAYER = [f for f in ast.parse(inspect.getsource(oracle)).body
-              if isinstance(f, ast.FunctionDef) and not {"stack", "functions"} & {*f.name.split("_")}]  # fmt: skip
+              if isinstance(f, ast.FunctionDef) and not {"stack", "cell", "named"} & {*f.name.split("_")}]  # fmt: skip
 NO_TERMS = "1", "1.0", "1e-05", "t"
 T, B, I, H, P = 2, 1, 3, 3, 2
-CELLS = "", "gru_", "slstm_"  # before the names of functions
+CELLS = "lstm", "gru", "slstm"
 
 
 def terms() -> dict[str, tuple[ast.AST, str]]:
@@ -40,13 +40,13 @@ DRAWN = random.Random(0).sample(sorted(TERMS), 40)
 
 def sizes_of(cell: str) -> tuple[dict, dict, dict]:
     """Of inputs, of what resets leave, and of gradients that are given."""
-    rows, width = 3 * H if cell == "gru_" else 4 * H, H if cell else P
-    c = (3, B, H) if cell == "slstm_" else (B, H)
+    rows, width = 3 * H if cell == "gru" else 4 * H, P if cell == "lstm" else H
+    c = (3, B, H) if cell == "slstm" else (B, H)
     inputs = dict(x=(T, B, I), h0=(B, width), c0=c, weight_ih=(rows, I), weight_hh=(rows, width), bias_ih=(rows,),
                   bias_hh=(rows,))  # fmt: skip
-    if not cell:
+    if cell == "lstm":
         inputs |= dict(weight_hr=(P, H), peephole=(3 * H,), gain_ih=(rows,), gain_hh=(rows,), gain_c=(H,), bias_c=(H,))
-    left = {} if cell == "slstm_" else dict(reset_h=(T, B, width), reset_c=(T, B, H))
+    left = {} if cell == "slstm" else dict(reset_h=(T, B, width), reset_c=(T, B, H))
     return inputs, left, dict(dh=(T, B, width), dh_n=(B, width), dc_n=c)
 
 
@@ -68,10 +68,10 @@ def results(seed: int, kind: type[np.ndarray] = np.ndarray, formulas: ModuleType
             ragged = dict(resets=np.ones((T, B), bool))
         else:
             given["c0"][1] = np.abs(given["c0"][1]) + 1  # n
-        *found, tape = getattr(formulas, f"{cell}layer")(**given, **noise, **ragged, reverse=True)
-        found += getattr(formulas, f"{cell}layer_gradients")(**given, **noise, tape=tape, **gradients)
-        names = "h", "h_n", "c_n", *(f"d{name}" for name in (*given, "reset_h", "reset_c"))
-        results |= {f"{cell}{name}": t for name, t in zip(names, found, strict=True) if t is not None}
+        *found, tape = formulas.layer(*given.values(), **noise, **ragged, reverse=True)
+        found += formulas.layer_gradients(*given.values(), **noise, tape=tape, **gradients)
+        names = "h", "h_n", "c_n", *(f"d{name}" for name in ("x", "h0", "c0", *oracle.NAMES, "reset_h", "reset_c"))
+        results |= {f"{cell} {name}": t for name, t in zip(names, found, strict=True) if t is not None}
     return results
 
 

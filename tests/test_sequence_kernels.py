@@ -48,8 +48,7 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
     c0 = c0 if cell == "lstm" else h0
     lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(rows * hidden, hidden)
     tensors = gates[:, :, : rows * hidden], h0, c0, torch.eye(rows * hidden), weight_hh
-    of_oracle = oracle.layer if cell == "lstm" else oracle.gru_layer
-    out, h_n, c_n, tape = of_oracle(*(t.double().numpy() for t in tensors), lengths=lengths)
+    out, h_n, c_n, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=c0.float(), lengths=lengths)
     layer = kept_layer(launch, problem_of(r.inputs, cell, False, "ieee"), gates.device)
     _, _, (final,), c = layer.forward(gates.clone(), r, save=True)

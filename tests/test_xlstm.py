@@ -239,7 +239,7 @@ def test_the_layout_of_tirex_against_the_oracle():
                 weight[row, head * units : (head + 1) * units] = kernel[head, :, gate * units + unit]
                 flat[row] = bias[(head * 4 + gate) * units + unit]
     z = (x.numpy() + flat).swapaxes(0, 1)
-    true, h_n, (c_n, _, m_n), _ = oracle.slstm_layer(z, state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight)
+    true, h_n, (c_n, _, m_n), _ = oracle.layer(z, state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight)
     pairs = (y.permute(2, 0, 1, 3).flatten(2), true), (h, h_n), (c / n, c_n), (m + n.log(), m_n)
     for our, truth in pairs:
         np.testing.assert_allclose(our.detach().numpy(), truth, rtol=1e-12, atol=1e-12)
