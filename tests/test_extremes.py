@@ -12,8 +12,6 @@ import memory_checks
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from comparing import BACKENDS, PLACES, every_backend
 from standing_in import plan_of, recurrence
 from subjects import SUBJECTS
@@ -26,7 +24,7 @@ from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels.cupy_rnn import launch as cupy_launch
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
-from gpu_lstm.kernels.triton_rnn import indexing, launch
+from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
 from gpu_lstm.kernels.triton_rnn.planning import Step
 
@@ -232,16 +230,3 @@ def _run_last_program(monkeypatch, one) -> int:
 def test_every_address_lies_in_its_tensor(monkeypatch, name, backward):
     largest = max(_run_last_program(monkeypatch, one) for one in _launches(name, backward))
     assert largest >= 2**31, "nothing was touched that int32 does not reach"
-
-
-@triton.jit
-def row_in_int32(time, batch, B):
-    return time.to(tl.int32) * B + batch
-
-
-@interpreted
-def test_an_offset_in_int32_is_detected(monkeypatch):
-    monkeypatch.setattr(indexing, "row_of", row_in_int32)
-    (one,) = _launches("step, rows", False)
-    with pytest.raises(Exception, match=r"bytes (before|past)"):
-        _run_last_program(monkeypatch, one)

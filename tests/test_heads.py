@@ -131,25 +131,20 @@ def test_graphs_and_transforms(kind, backend):
     torch.testing.assert_close(several[1], module(2 * x)[0])
 
 
-def test_what_heads_do_not_go_with():
+@pytest.mark.parametrize(("make", "says"), [
+    *((lambda cls=cls: cls(I, H, heads=5), "hidden_size must be divisible by heads, got hidden_size=12 and heads=5")
+      for cls in (gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.LSTMCell, gpu_lstm.GRUCell)),
+    (lambda: gpu_lstm.StackedGRU(I, [6, 7], heads=2),
+     "hidden_size must be divisible by heads, got hidden_size=7 and heads=2"),
+    (lambda: gpu_lstm.LSTM(I, H, heads=0), "heads must be greater than zero"),
+    (lambda: gpu_lstm.LSTM(I, H, heads=2, proj_size=2),
+     "heads are not defined with a projection: expected proj_size 0, got 2"),
+    *((lambda norms=norms: gpu_lstm.LSTM(I, H, heads=2, layer_norm=norms),
+       "layer_norm of 'hh' or 'c' is over all units: expected heads=1, got 2") for norms in (True, ("c",))),
+])  # fmt: skip
+def test_what_heads_do_not_go_with(make, says):
     before = torch.get_rng_state()
-    for arguments, says in (
-        (dict(heads=5), "hidden_size must be divisible by heads, got hidden_size=12 and heads=5"),
-        (dict(heads=0), "heads must be greater than zero"),
-        (dict(heads=2, proj_size=2), "heads are not defined with a projection: expected proj_size 0, got 2"),
-        (dict(heads=2, layer_norm=True), "layer_norm of 'hh' or 'c' is over all units: expected heads=1, got 2"),
-        (dict(heads=2, layer_norm=("c",)), "layer_norm of 'hh' or 'c' is over all units: expected heads=1, got 2"),
-    ):
-        with pytest.raises(ValueError, match=f"^{says}$"):
-            gpu_lstm.LSTM(I, H, **arguments)
-    for make in (gpu_lstm.GRU, gpu_lstm.LSTMCell, gpu_lstm.GRUCell):
-        with pytest.raises(
-            ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"
-        ):
-            make(I, H, heads=5)
-    with pytest.raises(ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=7 and heads=2$"):
-        gpu_lstm.StackedGRU(I, [6, 7], heads=2)
-    with pytest.raises(TypeError, match=r"^heads should be of type int, got: float$"):
-        gpu_lstm.LSTM(I, H, heads=2.0)
+    with pytest.raises(ValueError, match=f"^{says}$"):
+        make()
     assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn
     gpu_lstm.LSTM(I, H, heads=2, layer_norm=("ih",), peepholes=True)(torch.randn(T, B, I))

@@ -130,32 +130,6 @@ def test_torch_compile_leaves_out_a_compat_module_as_torchs_own(kind):
     assert counter.frame_count == 1
 
 
-class Recurrent(nn.Module):
-    """As pfrl's RecurrentSequential and joeynmt's decoder are."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(5, 5), nn.LSTM(5, 6)])
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)[0] if isinstance(layer, nn.LSTM) else layer(x)
-        return x
-
-
-def test_convert_makes_instances_of_torchs_lstm():
-    x, model = torch.randn(4, 3, 5), Recurrent()
-    expected = model(x)
-    gpu_lstm.convert(model)
-    with pytest.raises((AttributeError, TypeError)):
-        model(x).sum()
-    assert type(gpu_lstm.convert(model, compat=True).layers[1]) is gpu_lstm.compat.LSTM
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
-    assert type(gpu_lstm.to_torch(model).layers[1]) is nn.LSTM
-    with pytest.raises(TypeError, match="compat should be of type bool, got: int"):
-        gpu_lstm.convert(model, compat=1)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
 def test_a_script_module_has_torchs_module_and_no_forward_of_a_users_is_lost(kind):
