@@ -92,7 +92,8 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("pointwise", F16, (1, "4,3,3,40", "", f"heads {ONCE} masks"), (1, "3,5,3,20", f"{MOST} expected")),
     # Or of two, between which torch normalises c, or projects
     ("pointwise cupy", F32, (1, "4,3,3,11", OF_HH, OF_C, f"{OF_ALL} both", f"{OF_ALL} masks",
-                             f"{OF_ALL} both expected"), (1, "1,3,3,11", f"{OF_ALL} no-grad"), (1, "3,5,3,9,4", f"{MOST} masks", "expected ragged no-grad")),
+                             f"{OF_ALL} both expected"), (1, "1,3,3,11", f"{OF_ALL} no-grad"),
+     (1, "3,5,3,9,4", f"{MOST} masks", "expected ragged no-grad")),
     ("pointwise cupy", F16, (1, "4,3,3,11", f"{OF_ALL} both masks"), (1, "4,4,3,9,4", f"{MOST} masks")),
     # The same in CUDA C++
     ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "5,4,3,13,7", MIX, "ragged states"),
