@@ -130,7 +130,7 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
 
 
 def names_of(states: list, letters: str, of: str = "") -> list[str]:
-    """Of tensors h, c, h, c, ...; of a GRU h, h, ..."""
+    """Of tensors h, c, h, c, ...; of a GRU h, h, ...; of an sLSTM h, c, n, m, ..."""
     return [f"{of}{s}{k}" for k in range(len(states) // len(letters)) for s in letters]
 
 
