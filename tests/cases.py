@@ -1,8 +1,8 @@
 """Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle.
 
-A case is a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, a call, and a size "T,B,I,H" or
-"T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what an LSTM of the same weights computes, so
-they are words, too.
+A case is a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, with "slstm" an SLSTM, a call,
+and a size "T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what a module of the
+same weights computes, so they are words, too.
 """
 
 import copy
@@ -30,7 +30,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import gpu_lstm
-from gpu_lstm.functional import gru_layer, lstm_layer
+from gpu_lstm.functional import gru_layer, lstm_layer, slstm_layer
 from gpu_lstm.kernels.problem import Inputs
 
 OF_TORCH = {  # the words for arguments of a module, those of nn.LSTM
@@ -44,8 +44,8 @@ ARGUMENTS = OF_TORCH | {  # and ours
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
     "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # in eval()
-    "heads": dict(heads=2), "three-heads": dict(heads=3),
-    "gru": {}, "stack": {}, "residual": {},  # GRUs, StackedLSTMs or StackedGRUs
+    "heads": dict(heads=2), "three-heads": dict(heads=3), "four-heads": dict(heads=4),
+    "gru": {}, "slstm": {}, "stack": {}, "residual": {},  # GRUs, StackedLSTMs or StackedGRUs
 }  # fmt: skip
 NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
 UNITS = 16  # in the last place: what a yardstick may be off; at most 8 in the cases of test_layer.py
@@ -57,6 +57,10 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
     table = OF_TORCH if own else ARGUMENTS
     how |= {name: value for word in words if word in table for name, value in table[word].items()}
     kind = "GRU" if "gru" in words else "LSTM"
+    if "slstm" in words:
+        module = gpu_lstm.SLSTM(inputs, hidden, **{name: how[name] for name in how.keys() - {"recurrent_dropout"}})
+        module.recurrent_dropout = how.get("recurrent_dropout", 0.0)
+        return module
     if kind == "GRU" and "zoneout" in how:  # of its one state
         how["zoneout"] = max(how["zoneout"])
     stacked = partial(Chain, of=getattr(nn, kind)) if own else getattr(gpu_lstm, f"Stacked{kind}")
@@ -143,31 +147,33 @@ def unbatched(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor | None = N
 def by_layers(
     module: nn.Module, x: Tensor, hx: Any = None, *, reset_states: Any = None, reverse: bool = False, **ragged: Any
 ) -> tuple:
-    """The call by lstm_layer or gru_layer, a layer and direction at a time; `reverse`: the first direction, too."""
-    parameters, finals = dict(module.named_parameters()), []
-    states, left = (None if s is None else rows_of(module, tree_leaves(s)) for s in (hx, reset_states))
-    function, one_state = (gru_layer, True) if letters_of(module) == "h" else (lstm_layer, False)
-    if one_state:
-        states, left = (rows and [[h for h, _ in layer] for layer in rows] for rows in (states, left))
-    for k, names in enumerate(weights_of(module)[0]):
-        outputs, final = [], []
+    """The call by the functions, a layer and direction at a time; `reverse`: the first direction, too."""
+    parameters, finals, letters = dict(module.named_parameters()), [], letters_of(module)
+
+    def of_row(states: Any) -> Any:
+        return tree_map_only(Tensor, lambda t: t[len(finals)], states)
+
+    for names in weights_of(module)[0]:
+        outputs = []
         for d, own in enumerate(names):
-            given = ragged | dict(reverse=reverse or d == 1, backend=module.backend, hx=states and states[k][d])
-            given |= dict(heads=module.heads)
-            weights = [parameters.get(name) for name in own[: 4 if one_state else None]]
-            y, state = function(x, weights, reset_states=left and left[k][d], **given)
+            options = ragged | dict(reverse=reverse or d == 1, backend=module.backend, heads=module.heads)
+            weights, state = [parameters.get(name) for name in own], of_row(hx)
+            if letters == "hcnm":
+                w_ih, w_hh, b_ih, b_hh, *_ = weights
+                y, final = slstm_layer(x @ w_ih.T, w_hh, None if b_ih is None else b_ih + b_hh, state, **options)
+            else:
+                function, weights = (gru_layer, weights[:4]) if letters == "h" else (lstm_layer, weights)
+                y, final = function(x, weights, state, reset_states=of_row(reset_states), **options)
             outputs.append(y)
-            final.append(state)
+            finals.append(tree_leaves(final))
         x = torch.cat(outputs, 2)
-        finals.append(final)
-    if one_state:
-        return x, torch.stack([h for final in finals for h in final])
-    return x, tuple(torch.stack(t) for t in zip(*(state for final in finals for state in final)))
+    states = tuple(torch.stack(t) for t in zip(*finals))
+    return x, states[0] if letters == "h" else states
 
 
 def by_cell(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
     """The call by an LSTMCell or GRUCell with the same parameters, a step at a time."""
-    options, is_lstm = dict(backend=module.backend), isinstance(module, gpu_lstm.LSTM)
+    options, is_lstm = dict(backend=module.backend, heads=module.heads), isinstance(module, gpu_lstm.LSTM)
     if is_lstm:
         options |= dict(peepholes=module.peepholes, layer_norm=module.layer_norm)
     cls = gpu_lstm.LSTMCell if is_lstm else gpu_lstm.GRUCell
@@ -221,7 +227,8 @@ def check(
         found, true = result_of(ours, call, named, seed, form), truth_of(ours, call, named, seed)
         names = list(true)[: 1 + len(letters_of(ours)) if named & {"stream", "no-grad"} else None]
         assert list(found) == names
-        assert {t.dtype for t in found.values()} == {dtype}
+        of_dtype = [t.dtype for name, t in found.items() if "slstm" not in named or name not in ("c0", "n0", "m0")]
+        assert set(of_dtype) == {dtype}
         if dtype is torch.float64:
             for name in names:
                 torch.testing.assert_close(found[name], true[name], rtol=1e-12, atol=1e-12, msg=name)

@@ -29,16 +29,15 @@ Truth = Callable[[type[np.ndarray]], dict[str, np.ndarray]]
 def judge(errors: Errors, dtype: torch.dtype, yardstick: str, truths: Sequence[Truth], steps: int) -> None:
     """The RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
 
-    An RMS below the unit in the last place of the largest element counts as that unit; in half precision, where
-    torch's LSTM rounds at every step as the kernels do, below the RMS of the truth's own rounding. The reference rounds
-    results alone: kernels also round h and, of four gates, their gradients and themselves, whose roundings count four
-    times, since a slope s (1 - s) has twice the error of s; with the result, 22 independent roundings in each of T
-    steps. So sqrt(22 T) times the truth's own counts, where that is less and over many elements. And errors must not be
-    biased, as they are where results are truncated, not rounded.
+    An RMS below the unit in the last place of the largest element counts as that unit; in half precision, where torch's
+    LSTM rounds at every step, below the RMS of the truth's own rounding. The reference rounds results alone, kernels
+    also h, four gates and their gradients. A gate counts four times, since a slope s (1 - s) has twice the error of s:
+    22 independent roundings a step, so sqrt(22 T) times the truth's own counts, where that is less and over many
+    elements. And errors must not be biased, as they are where results are truncated, not rounded.
 
-    Where a few errors decide the yardstick's RMS, it is chance: now and then one library rounds them all luckily.
-    There results may be wrong by 4 times what `counted` makes of the roundings on the way to the `truths`, or by 2
-    times in half precision, where kernels round less than half as many numbers as the formulas have.
+    Where a few errors decide the yardstick's RMS, it is chance: now and then one library rounds them all luckily. There
+    results may be wrong by 4 times what `counted` makes of the roundings on the way to the `truths`, by 2 times in half
+    precision, where kernels round less than half as many numbers as the formulas have.
     """
     limits: dict[str, tuple[float, float]] = {}
     for name, found in errors.items():

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 from gpu_lstm.kernels.triton_rnn import exchange, features
-from gpu_lstm.kernels.triton_rnn.plans.threads import cooperative, fragments, resident
+from gpu_lstm.kernels.triton_rnn.threads import cooperative, fragments, resident
 
 FLOATS = {tl.float32: np.float32, tl.float16: np.float16}  # bfloat16 is wrong in the interpreter
 rounded_to_tf32 = fragments.to_tf32

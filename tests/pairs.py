@@ -42,7 +42,9 @@ class Chain(nn.Module):
 
 
 def letters_of(module: nn.Module) -> str:
-    """Of the states of a layer: "hc", or "h" of a GRU, of three rows a unit."""
+    """Of the states of a layer: "hc", or "h" of a GRU, of three rows a unit, or "hcnm" of an sLSTM."""
+    if isinstance(module, gpu_lstm.SLSTM):
+        return "hcnm"
     weight_hh = next(p for name, p in module.named_parameters() if "weight_hh" in name)
     return "h" if len(weight_hh) == 3 * weight_hh.shape[1] * getattr(module, "heads", 1) and len(weight_hh) else "hc"
 
@@ -75,7 +77,12 @@ def random_inputs(module: nn.Module, *batch: int, seed: int = 2, steps: int = T)
     if isinstance(module, nn.RNNBase):
         rows = module.num_layers * (1 + module.bidirectional), *batch
         h, c = torch.randn(*rows, module.proj_size or module.hidden_size), torch.randn(*rows, module.hidden_size)
-        return torch.randn(*time_and_batch, module.input_size), h if one_state else (h, c)
+        x = torch.randn(*time_and_batch, module.input_size)
+        if letters_of(module) == "hcnm":
+            n, m = torch.randn_like(c).exp(), torch.randn_like(c)
+            n[:, 1:2] *= batch[0] < 3  # of three sequences or more one begins with an empty state
+            return x, (h, c, n, m)
+        return x, h if one_state else (h, c)
     rows = (2, *batch) if module.bidirectional else batch
     hx = [tuple(torch.randn(2 - one_state, *rows, size)) for size in module.hidden_sizes]
     hx = [h for (h,) in hx] if one_state else hx
@@ -97,7 +104,7 @@ def states_left(module: nn.Module, hx: Any, steps: int, a_step: bool) -> Any:
 def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged) -> dict[str, Tensor]:
     """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters.
 
-    Without gradients where the call records none.
+    Without gradients where the call records none, as of an sLSTM's n, which is 1, or 0 of an empty state.
     """
     parameters = dict(module.named_parameters())
     like = next(iter(parameters.values()))
@@ -115,14 +122,15 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     if not found[0].requires_grad:
         return dict(zip(names, found, strict=True))
     states, left = ([] if given is None else tree_leaves(given) for given in (hx, left))
-    gradients = torch.autograd.grad(found, [x, *states, *left, *parameters.values()], weighing(found))
+    of = [(t, d) for t, d in zip(found, weighing(found), strict=True) if t.requires_grad]
+    gradients = torch.autograd.grad([t for t, _ in of], [x, *states, *left, *parameters.values()], [d for _, d in of])
     names += ["dx", *names_of(states, letters, "d"), *names_of(left, letters, "dreset_")]
     names += [f"d{name}" for name in parameters]
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
 
 
 def names_of(states: list, letters: str, of: str = "") -> list[str]:
-    """Of tensors h, c, h, c, ...; of a GRU h, h, ..."""
+    """Of tensors h, c, h, c, ...; of a GRU h, h, ...; of an sLSTM h, c, n, m, ..."""
     return [f"{of}{s}{k}" for k in range(len(states) // len(letters)) for s in letters]
 
 
@@ -151,7 +159,7 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
         return t.swapaxes(0, 1) if module.batch_first else t
 
     x = turned(x.double().numpy().view(kind))
-    states = zeros_for(layers, x.shape[1])
+    states = zeros_for(layers, x.shape[1], letters)
     if hx is not None:
         states = rows_of(module, [t.double().numpy().view(kind) for t in tree_leaves(hx)])
     if reset_states is not None:
@@ -218,9 +226,14 @@ def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
     return t.transpose(-2, -3) if module.batch_first else t
 
 
-def zeros_for(layers: list, batch: int) -> list[list[tuple]]:
-    """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with by default."""
-    return [[(np.zeros((batch, w[1].shape[1])), np.zeros((batch, len(w[1]) // 4))) for w in layer] for layer in layers]
+def zeros_for(layers: list, batch: int, letters: str = "hc") -> list[list[tuple]]:
+    """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with; c0 has an sLSTM's n and m."""
+    lead, rows = (3,) if letters == "hcnm" else (), 3 if letters == "h" else 4
+
+    def zeros(w):
+        return np.zeros((batch, w[1].shape[1])), np.zeros((*lead, batch, len(w[1]) // rows))
+
+    return [[*map(zeros, layer)] for layer in layers]
 
 
 def weights_of(module: nn.Module) -> tuple[list, list]:
@@ -251,10 +264,12 @@ def dense(module: nn.Module, weight_hh: np.ndarray) -> np.ndarray:
 
 
 def rows_of(module: nn.Module, leaves: list) -> list[list[tuple]]:
-    """(h, c) [L][D], each [B, *], of a module's states in a flat list; of a GRU (h, h)."""
+    """(h, c) [L][D], each [B, *], of a module's states in a flat list; of a GRU (h, h), of an sLSTM c is [3, B, H]."""
     directions = range(1 + module.bidirectional)
     if letters_of(module) == "h":
         leaves = [t for leaf in leaves for t in (leaf, leaf)]
+    if letters_of(module) == "hcnm":
+        leaves = [leaves[0], np.stack(leaves[1:], 1).view(type(leaves[0]))]
     if hasattr(module, "layers"):
         pairs = zip(leaves[::2], leaves[1::2])
         return [[(h[d], c[d]) for d in directions] if module.bidirectional else [(h, c)] for h, c in pairs]
@@ -267,7 +282,8 @@ def leaves_of(module: nn.Module, rows: list[list[tuple]]) -> list:
     count = len(letters_of(module))
     if hasattr(module, "layers"):
         return [np.stack(t) if module.bidirectional else t[0] for layer in rows for t in [*zip(*layer)][:count]]
-    return [np.stack(t) for t in [*zip(*(pair for layer in rows for pair in layer))][:count]]
+    found = [np.stack(t) for t in [*zip(*(pair for layer in rows for pair in layer))][:count]]
+    return [found[0], *found[1].swapaxes(0, 1)] if count == 4 else found
 
 
 def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -10,9 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from comparing import DEVICE
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch.func import functional_call, grad, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -160,28 +158,6 @@ def test_per_sample_gradients_under_autocast():
         whole, each = gradients(parameters, x), vmap(gradients, (None, 1))(parameters, x)
     total = {name: gradient.sum(0) for name, gradient in each.items()}
     torch.testing.assert_close(total, whole, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.deep
-def test_compiled_whole_each_weight_is_cast_once_as_torch_does():
-    counts = []
-
-    def count(graph, _):
-        values = [n.meta["val"] for n in graph.graph.nodes if n.target is torch.ops.aten._to_copy.default]
-        counts.append(sum(value.dtype is DTYPE and value.shape[0] == 4 * H for value in values))
-        return make_boxed_func(graph.forward)
-
-    as_inductor = aot_autograd(fw_compiler=count, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
-                               partition_fn=min_cut_rematerialization_partition)  # fmt: skip
-    for module in (modules("triton", "LSTMCell")[0], modules("triton")[1]):
-        torch._dynamo.reset()
-        compiled = torch.compile(loop, fullgraph=True, backend=as_inductor)
-        with autocast():
-            found, expected = (call(module, inputs()[:2]) for call in (compiled, loop))  # every step is traced
-        torch.testing.assert_close(found, expected)
-        gradients = (torch.autograd.grad(h.float().sum(), list(module.parameters())) for h in (found, expected))
-        torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-3)
-    assert counts == [4, 4]
 
 
 def train(lstm: nn.Module, exact: bool = False, skipped: Sequence[int] = ()) -> tuple[Tensor, list[int]]:

@@ -101,7 +101,9 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
 # What the kernels compile to, by NVRTC, and the layout of what they are given.
 
 
-@pytest.mark.parametrize(("architecture", "element"), [(70, "float16"), (75, "float"), (90, "bfloat16")])
+@pytest.mark.parametrize(("architecture", "element"), [
+    (75, "float16"), *(pytest.param(*case, marks=pytest.mark.deep) for case in ((70, "float"), (90, "bfloat16"))),
+])  # fmt: skip
 def test_every_kernel_compiles_without_warnings_and_spills(architecture, element):
     try:
         known = cuda_kernels.architectures()

@@ -1,8 +1,5 @@
 """Gradients of gradients, and torch.func. The truth is torch's own modules in float64."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from comparing import BACKENDS, SECOND, assert_same
@@ -22,7 +19,8 @@ PENALISED = [
 
 
 @pytest.mark.parametrize(("kind", "arguments", "backend", "how"), [
-    *((*kind, backend, "eager") for kind in PENALISED for backend in BACKENDS),
+    *((*kind, backend, "eager") for kind in PENALISED[::3] for backend in BACKENDS),
+    *((*kind, backend, "eager") for kind, backend in zip(PENALISED[1:3] + PENALISED[4:], 2 * BACKENDS[1:])),
     *(pytest.param(*kind, backend, "compiled", marks=pytest.mark.deep)
       for kind, backend in zip(PENALISED, 2 * BACKENDS)),
 ], ids=str)  # fmt: skip
@@ -189,16 +187,3 @@ def test_grad_goes_through_the_kernels_and_what_cannot_does_not():
             call(x)
         counts = {event.key: event.count for event in profile.key_averages()}
         assert counts.get("gpu_lstm::layer_backward", 0) == backward_kernels
-
-
-BITS = """import torch, gpu_lstm
-torch.manual_seed(7)
-lstm = gpu_lstm.LSTM(3, 4, 2, dropout=0.5, bidirectional=True, backend="triton")
-y, _ = lstm(torch.randn(4, 2, 3), resets=torch.rand(4, 2) < 0.3)
-print(y.tolist(), [g.tolist() for g in torch.autograd.grad(y.square().mean(), list(lstm.parameters()))])"""
-
-
-@pytest.mark.deep
-def test_the_same_seed_gives_the_same_bits_in_every_process():
-    first, second = (subprocess.check_output([sys.executable, "-c", BITS]) for _ in range(2))
-    assert first == second

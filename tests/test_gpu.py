@@ -1,16 +1,13 @@
 """What only a GPU can show: the compiled kernels, streams, graphs."""
 
-import copy
 import itertools
 from functools import partial
 
 import pytest
 import torch
-from cases import check, with_random_parameters
-from comparing import judge
+from cases import built, call_of, check
 from places import tf32
 from standing_in import plan_of
-from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
@@ -30,16 +27,14 @@ FORCED += (("split", 320),)
 CHOSEN = {"resident": (4, 64), "cooperative": (4, 512), "step": (4, 2048), "pointwise": (512, 1024)}
 CHOSEN |= {"held": (1024, 256)}
 CARD = "cuda"
-# Cells and heads that torch has not; and two that it has.
-OF_OURS = ("LSTM", 2), ("GRU", 2), ("SLSTM", 1), ("SLSTM", 2)
-OF_BOTH = ("LSTM", 1), ("GRU", 1), ("LSTM", 2), ("SLSTM", 2)
-of_ours, of_both = (pytest.mark.parametrize(("cell", "heads"), kinds) for kinds in (OF_OURS, OF_BOTH))
+OF_OURS = "heads", "gru heads", "slstm", "slstm heads"  # cells and heads that torch has not
+of_ours = pytest.mark.parametrize("words", OF_OURS)
 in_tf32_and_bf16 = pytest.mark.parametrize("dtype", [F32, BF16], ids=["tf32", "bf16"])
 SIZE = 24, 40, 32  # T, B, I
 # Of a head, by the family; with Triton 3.9 none of these kernels spills.
 UNITS = {"resident": 48, "cooperative": 250, "step": 100, "split": 128, "held": 256, "pointwise": 100}
-SIZES = (16, 512, 4), (256, 1024, 4), (16, 64, 1), (16, 768, 1)  # B, H and heads whose families are chosen
-YARDSTICKS = {"LSTM": "torch", "GRU": "torch", "SLSTM": "reference"}  # torch has no sLSTM
+SIZES = (16, 512, "four-heads"), (256, 1024, "four-heads"), (16, 64, ""), (16, 768, "")  # B and H, chosen families
+same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def kernels(inputs, hidden, backend="triton", cell="LSTM", **options):
@@ -55,48 +50,20 @@ def results(lstm, x, **given):
     return [y, *torch.autograd.grad(y.square().mean(), [t for t in (x, *lstm.parameters()) if t.requires_grad])]
 
 
-class Call:
-    """A call of a module of any backend and dtype, with tensors in one dtype."""
-
-    def __init__(self, module, batch, steps=SIZE[0]):
-        like, inputs = next(module.parameters()), module.input_size
-        lengths = 7 * torch.arange(batch, device=CARD) % (steps + 1)
-        lengths[-1] = steps
-        self.ragged = dict(lengths=lengths, resets=random(steps, batch) > 1)
-        self.x = random(steps, batch, inputs, dtype=like.dtype)
-        _, states = found = module(self.x)
-        self.hx = [random(*t.shape, dtype=like.dtype) for t in tree_leaves(states)]
-        if len(self.hx) == 4:  # c, n and m of an sLSTM: n is positive, or the state is empty
-            self.hx[2].exp_()[:, 0] = 0
-        self.weights = [random(*t.shape, dtype=like.dtype) for t in tree_leaves(found)]
-
-    def __call__(self, module):
-        """Output, final states, and the gradients of a weighted sum of them by all that was given, by name."""
-        like, names = next(module.parameters()), {1: "h", 2: "hc", 4: "hcnm"}[len(self.hx)]
-        x, *hx = leaves = [t.detach().to(like).requires_grad_() for t in (self.x, *self.hx)]
-        results = tree_leaves(module(x, tuple(hx) if len(hx) > 1 else hx[0], **self.ragged))
-        found = {name: t for name, t in zip(["output", *names], results, strict=True) if name != "n"}  # which is 1
-        weights = [w.to(t) for w, t in zip(self.weights, results, strict=True) if t.requires_grad]
-        gradients = torch.autograd.grad([*found.values()], [*leaves, *module.parameters()], weights)
-        of = ["x", *names, *(name for name, _ in module.named_parameters())]
-        return found | {f"d{name}": t for name, t in zip(of, gradients, strict=True)}
+def call_in(words, size, dtype):
+    """A module of these words, and x, lengths and resets for it."""
+    module = built(size, {*words.split()}, backend="triton").to(CARD, dtype)
+    x, _, rest = call_of(module, size, {*words.split()}, 0)
+    return module, x.to(CARD, dtype), {name: t.to(CARD) for name, t in rest.items()}
 
 
-def judged(monkeypatch, cell, heads, size, dtype, exact=False, **options):
-    """Kernels are as near to the reference in float64 as torch's own in their dtype: the module, and the call."""
-    torch.manual_seed(0)
-    steps, batch, inputs, hidden = size
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not exact)
-    if dtype is F32 and not exact:
-        tf32(monkeypatch, inputs)
-    ours = with_random_parameters(kernels(inputs, hidden, cell=cell, heads=heads, dtype=dtype, **options), 0)
-    call, truth, theirs = Call(ours, batch, steps), copy.deepcopy(ours).double(), copy.deepcopy(ours)
-    truth.backend, theirs.backend = "reference", YARDSTICKS[cell]
-    found, measured, true = ({name: t.detach().double().cpu().numpy() for name, t in call(module).items()}
-                             for module in (ours, theirs, truth))  # fmt: skip
-    errors = {name: [(found[name] - t, measured[name] - t, t)] for name, t in true.items()}
-    judge(errors, dtype, theirs.backend, (), steps)
-    return ours, call
+def judged(monkeypatch, words, size, dtype, exact=False):
+    """float32 in TF32 is judged by the reference in TF32."""
+    in_tf32 = dtype is F32 and not exact
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", in_tf32)
+    if in_tf32:
+        tf32(monkeypatch, size[2])
+    check(size, words, "triton", dtype, CARD, seeds=1, yardstick="reference" if in_tf32 else None)
 
 
 def force(monkeypatch, family):
@@ -156,60 +123,46 @@ def test_every_family(monkeypatch, family, hidden, cell):
 @in_tf32_and_bf16
 @of_ours
 @pytest.mark.parametrize("family", UNITS)
-def test_every_family_of_heads_and_of_the_slstm(monkeypatch, family, cell, heads, dtype):
-    """Beside the reference; and the same on a stream, and from a graph that was captured."""
+def test_every_family_of_heads_and_of_the_slstm(monkeypatch, family, words, dtype):
+    """And the same on a stream, and from a graph that was captured."""
     if family == "held" and card_of(torch.device(CARD, 0)).architecture != 90:
         pytest.skip("plans that hold W_hh in shared memory are for cards of compute capability 9.0")
     force(monkeypatch, family)
-    module, call = judged(monkeypatch, cell, heads, (*SIZE, heads * UNITS[family]), dtype)
+    words, size = f"{words} ragged resets", (*SIZE, (1 + ("heads" in words)) * UNITS[family])
+    judged(monkeypatch, words, size, dtype)
     memory._Checking.on = False  # which waits for every launch
-    same = partial(torch.testing.assert_close, rtol=0, atol=0)
-    same(on_a_stream(lambda: call(module)), call(module))
-    found, replay = captured(lambda: call(module))
-    call.x.normal_()
+    module, x, ragged = call_in(words, size, dtype)
+    run = partial(results, module, x, **ragged)
+    same(on_a_stream(run), run())
+    found, replay = captured(run)
+    x.normal_()
     replay()
-    same(found, call(module))
+    same(found, run())
     gpu_lstm.check()
 
 
 @pytest.mark.usefixtures("within_margins")
 @pytest.mark.parametrize("precision", ["exact", "tf32", "bf16"])
-@pytest.mark.parametrize(("cell", "size"), [
-    (cell, size) for size in SIZES for cell in ("LSTM", "GRU", "SLSTM") if size[-1] > 1 or cell == "SLSTM"
+@pytest.mark.parametrize(("size", "words"), [
+    *((size, cell) for size in SIZES for cell in ("", "gru", "slstm") if size[2] or cell == "slstm")
 ])  # fmt: skip
-def test_what_is_chosen_for_heads_and_the_slstm_is_right(monkeypatch, cell, size, precision):
+def test_what_is_chosen_for_heads_and_the_slstm_is_right(monkeypatch, size, words, precision):
     (batch, hidden, heads), dtype = size, BF16 if precision == "bf16" else F32
-    judged(monkeypatch, cell, heads, (SIZE[0], batch, SIZE[2], hidden), dtype, precision == "exact")
+    words, size = f"{words} {heads} ragged resets", (SIZE[0], batch, SIZE[2], hidden)
+    judged(monkeypatch, words, size, dtype, precision == "exact")
 
 
 @in_tf32_and_bf16
-@of_ours
-def test_layers_and_directions_of_heads_side_by_side(monkeypatch, cell, heads, dtype):
-    deep = dict(num_layers=2, bidirectional=True)
-    module, call = judged(monkeypatch, cell, heads, (100, 8, 32, 96), dtype, **deep)
-    first = call(module)
-    for _ in range(5):
-        torch.testing.assert_close(call(module), first, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("options", [
-    {"num_layers": 3}, {"num_layers": 2, "bidirectional": True},
-    {"num_layers": 2, "bidirectional": True, "cell": "GRU"},
-], ids=str)  # fmt: skip
-@pytest.mark.parametrize("recompute", [False, True])
-def test_layers_and_directions_side_by_side(options, recompute):
+@pytest.mark.parametrize("words", [*(f"{words} both" for words in OF_OURS), "", "recompute", "gru both", "both no-grad",
+                                   "recompute both"])  # fmt: skip
+def test_layers_and_directions_side_by_side(monkeypatch, words, dtype):
     """Streams hand tensors to each other: the numbers are those of one after another, run after run."""
-    torch.manual_seed(0)
-    ours = kernels(64, 96, recompute=recompute, **options)
-    theirs = kernels(64, 96, backend="reference", **options).double()
-    theirs.load_state_dict(ours.state_dict())
-    x, close = random(400, 8, 64, requires_grad=True), partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-    expected = results(theirs, x.double().detach().requires_grad_())
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for _ in range(5):
-            close([t.double() for t in results(ours, x)], expected)
-        with torch.no_grad():
-            close(ours(x)[0].double(), expected[0])
+    words, size = f"{words} deep", (400, 8, 32, 96)
+    judged(monkeypatch, words, size, dtype)
+    module, x, _ = call_in(words, size, dtype)
+    first = results(module, x)
+    for _ in range(5):
+        same(results(module, x), first)
 
 
 def test_two_grids_at_once():
@@ -218,7 +171,7 @@ def test_two_grids_at_once():
     models = [kernels(64, 1024, cell=cell, dtype=F16) for cell in ("LSTM", "GRU")]
     models.append(kernels(64, 512, bidirectional=True, dtype=F16))
     kinds = itertools.product(OF_OURS, (F32, BF16))
-    models += [kernels(64, 1024, cell=cell, heads=heads, dtype=dtype) for (cell, heads), dtype in kinds]
+    models += [call_in(words, (1, 16, 64, 1024), dtype)[0] for words, dtype in kinds]
     x = random(200, 16, 64)
     inputs = [x.to(next(model.parameters())) for model in models]
     with torch.no_grad():
@@ -234,12 +187,11 @@ def test_two_grids_at_once():
             assert all(map(torch.equal, alone, together))
 
 
-@of_both
+@pytest.mark.parametrize("words", ["", "gru", "heads", "slstm heads"])
 @pytest.mark.parametrize("hidden", [64, 512])
-def test_the_same_bits_every_run(hidden, cell, heads):
-    lstm = kernels(32, hidden, cell=cell, heads=heads, num_layers=2, dtype=BF16)
-    x = random(200, 16, 32, dtype=BF16)
-    assert all(map(torch.equal, results(lstm, x), results(lstm, x)))
+def test_the_same_bits_every_run(hidden, words):
+    module, x, _ = call_in(f"{words} deep", (200, 16, 32, hidden), BF16)
+    same(results(module, x), results(module, x))
 
 
 @every_cell

@@ -6,12 +6,12 @@ import host_cuda
 import memory_checks
 import places
 import pytest
-import torch
+from cases import built, call_of, with_random_parameters
+from pairs import results
 from places import KERNELS
-from torch import Tensor, nn, tensor, zeros
+from torch import Tensor
 from triton.runtime.errors import InterpreterError
 
-import gpu_lstm
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.triton_rnn import launch
 
@@ -20,39 +20,33 @@ pytestmark = [
     pytest.mark.usefixtures("exact_float32_products"),
 ]
 
-B, I, H = 3, 2, 6
 OUTSIDE = r"a \d+-byte (load|store|atomic|access) (begins|ends) \d+ bytes (before|past the end of) "
-NOISE = dict(recurrent_dropout=0.5, zoneout=0.3)
-PEEPHOLES, NORMS, GRU = dict(peepholes=True), dict(peepholes=True, layer_norm=True), dict(module=gpu_lstm.GRU)
+SIZE, LONGER = (2, 3, 2, 6), (3, 3, 2, 6)  # T, B, I, H
+PEEPHOLES, NORMS, GRU = "peepholes masks", "peepholes norms masks", "gru masks"
 
 
-def run(family: str, T: int = 2, H: int = H, module: type[nn.Module] = gpu_lstm.LSTM, **options) -> None:
+def run(family: str, words: str, size: tuple[int, ...]) -> None:
     """A call and its gradients. The last sequence is the longest.
 
     At its end it is reset, so that kernels need everything that they are given.
     """
-    torch.manual_seed(0)
-    dtype = torch.float32
-    layer = module(I, H, backend=KERNELS[family].backend, **options)
-    lengths, resets = tensor([1, T, T]), zeros(T, B, dtype=torch.bool)
-    resets[-1, -1] = True
-    left = [zeros(1, T, B, width, dtype=dtype, requires_grad=True) for width in (options.get("proj_size", H), H)]
-    left = left[:1] if module is gpu_lstm.GRU else left
-    given = dict(lengths=lengths, resets=resets, reset_states=left if len(left) > 1 else left[0])
-    y, state = layer(torch.randn(T, B, I, dtype=dtype), **given)
-    torch.autograd.grad(sum(t.square().sum() for t in (y, *state)), [*layer.parameters(), *left])
+    module = with_random_parameters(built(size, {*words.split()}, backend=KERNELS[family].backend), 0)
+    x, hx, rest = call_of(module, size, {"ragged", "states"}, 0)
+    rest["resets"].zero_()[-1, -1] = True
+    results(module, x, hx, **rest)
 
 
 # The last element of some is not needed: the error's is the host's, c of the last step is computed again.
-@pytest.mark.parametrize(("family", "options", "unread"), [
-    *((family, PEEPHOLES, "error_ptr") for family in ("step", "split/4", "held/ahead", "held/2", "cooperative/4/1/4")),
-    ("resident", PEEPHOLES, ""), ("pointwise", PEEPHOLES | dict(T=3), "c_ptr"),
-    *((family, GRU, "error_ptr") for family in ("step", "held/ahead", "held/2", "cooperative/4/1/4")),
-    ("split/4", GRU | dict(H=8), "error_ptr"),  # whose 3H has four parts
-    ("resident", GRU, ""), ("pointwise", GRU | dict(T=3), "c_ptr"),
-    ("pointwise", NORMS | dict(T=3), "c_ptr"), ("pointwise", PEEPHOLES | dict(T=3, proj_size=5), "c_ptr"),
+@pytest.mark.parametrize(("family", "words", "size", "unread"), [
+    *((family, PEEPHOLES, SIZE, "error_ptr")
+      for family in ("step", "split/4", "held/ahead", "held/2", "cooperative/4/1/4")),
+    ("resident", PEEPHOLES, SIZE, ""), ("pointwise", PEEPHOLES, LONGER, "c_ptr"),
+    *((family, GRU, SIZE, "error_ptr") for family in ("step", "held/ahead", "held/2", "cooperative/4/1/4")),
+    ("split/4", GRU, (2, 3, 2, 8), "error_ptr"),  # whose 3H has four parts
+    ("resident", GRU, SIZE, ""), ("pointwise", GRU, LONGER, "c_ptr"),
+    ("pointwise", NORMS, LONGER, "c_ptr"), ("pointwise", PEEPHOLES, (*LONGER, 5), "c_ptr"),
 ])  # fmt: skip
-def test_each_buffer_in_triton_that_is_one_element_short_is_detected(monkeypatch, family, options, unread):
+def test_each_buffer_in_triton_that_is_one_element_short_is_detected(monkeypatch, family, words, size, unread):
     """All tensors of all launches at once: what is detected is noted, and happens, since the memory is there."""
     KERNELS[family].force(monkeypatch)
     run_kernel, check, given, detected = launch.launch_kernel, memory_checks._check_each, set(), set()
@@ -70,7 +64,7 @@ def test_each_buffer_in_triton_that_is_one_element_short_is_detected(monkeypatch
 
     monkeypatch.setattr(memory_checks, "_check_each", note)
     monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
-    run(family, **NOISE | options)
+    run(family, words, size)
     assert {name for _, name in given - detected} == set(unread.split())
 
 
@@ -83,14 +77,14 @@ def test_an_atomic_operation_outside_its_tensor_is_detected(monkeypatch):
 
     monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
     with pytest.raises(InterpreterError, match="a 4-byte atomic ends 4 bytes past the end of arrivals_ptr "):
-        run("step")
+        run("step", "", SIZE)
 
 
 # Without zoneout products alone read h0.
-@pytest.mark.parametrize(("options", "unread"), [
-    (PEEPHOLES | NOISE, ""), (NORMS, "h0"), (PEEPHOLES | NOISE | dict(proj_size=5), ""), (GRU | NOISE, ""),
+@pytest.mark.parametrize(("words", "size", "unread"), [
+    (PEEPHOLES, LONGER, ""), ("peepholes norms", LONGER, "h0"), (PEEPHOLES, (*LONGER, 5), ""), (GRU, LONGER, ""),
 ])  # fmt: skip
-def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, options, unread):
+def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, words, size, unread):
     """All at once, as in Triton; in either kernel, since both are given all."""
     KERNELS["cupy"].force(monkeypatch)
     given, detected, bind = set(), set(), cupy.bind
@@ -107,5 +101,5 @@ def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, 
 
     host_cuda.stand_in(monkeypatch, less=1, found=note)
     monkeypatch.setattr(cupy, "bind", noted)
-    run("cupy", T=3, **options)
+    run("cupy", words, size)
     assert (given & set(cupy.layout().names)) - detected == set(unread.split())

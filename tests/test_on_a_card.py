@@ -28,22 +28,22 @@ def test_every_family_runs_on_an_h100_with_both_cells(cell):
         assert plan.family.name == name
 
 
-def of_ours(cell, heads, units, dtype, batch=test_gpu.SIZE[1]):
-    precision = "tf32" if dtype is torch.float32 else "ieee"
+def of_ours(words, units, dtype, batch=test_gpu.SIZE[1]):
+    precision, heads = "tf32" if dtype is torch.float32 else "ieee", 4 if "four" in words else 1 + ("heads" in words)
+    cell = next((cell for cell in ("gru", "slstm") if cell in words.split()), "lstm")
     ragged = dict(lengths=torch.int64, resets=True)
-    return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell.lower(), heads=heads, **ragged)
+    return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell, heads=heads, **ragged)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tf32", "bf16"])
 def test_heads_and_the_slstm_run_by_every_family_of_an_h100_in_tf32_and_half_precision(dtype):
     """As they are forced; and as they are chosen."""
-    assert {"LSTM", "GRU", "SLSTM"} == {cell for cell, heads in test_gpu.OF_OURS if heads > 1}
-    for cell, heads in test_gpu.OF_OURS:
-        problems = {family: of_ours(cell, heads, units, dtype) for family, units in test_gpu.UNITS.items()}
+    for words in test_gpu.OF_OURS:
+        problems = {family: of_ours(words, units, dtype) for family, units in test_gpu.UNITS.items()}
         plans = [plan_of(family, p, backward) for family, p in problems.items() for backward in (False, True)]
         assert {type(plan.family) for plan in plans} == choose.FAMILIES.keys()
-        assert {plan.heads for plan in plans} == {heads}
-    problems = [of_ours("SLSTM", heads, H // heads, dtype, batch) for batch, H, heads in test_gpu.SIZES]
+    sizes = ((batch, H // 4 if heads else H, heads) for batch, H, heads in test_gpu.SIZES)
+    problems = [of_ours(f"slstm {heads}", units, dtype, batch) for batch, units, heads in sizes]
     chosen = {choose.plans(p, H100, backward)[0].family.name for p in problems for backward in (False, True)}
     assert chosen == {"resident", "cooperative", "held"}
 
@@ -54,10 +54,9 @@ def rehearsed(monkeypatch):
 
     def captured(run):
         found = run()
-        return found, lambda: [t.data.copy_(again) for t, again in zip(found.values(), run().values())]
+        return found, lambda: [t.data.copy_(again) for t, again in zip(found, run())]
 
     changes = dict(CARD="cpu", SIZE=(3, 9, 3), UNITS=dict.fromkeys(KERNELS, 9), card_of=lambda _: H100,
-                   YARDSTICKS=dict.fromkeys(test_gpu.YARDSTICKS, "reference"),
                    force=lambda patch, place: KERNELS[place].force(patch), captured=captured,
                    on_a_stream=lambda run: run())  # fmt: skip
     for name, value in changes.items():
@@ -77,5 +76,5 @@ def test_a_test_of_heads_rehearsed(rehearsed, monkeypatch, fault):
         monkeypatch.setattr(Layer, "forward", of_the_unit_before)
     with pytest.raises(AssertionError, match=r"RMS error|away from zero") if fault else contextlib.nullcontext():
         test_gpu.test_every_family_of_heads_and_of_the_slstm(
-            monkeypatch, "cooperative/16/1/1", "SLSTM", 2, torch.float32
+            monkeypatch, "cooperative/16/1/1", "slstm heads", torch.float32
         )

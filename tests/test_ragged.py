@@ -34,7 +34,7 @@ def problems(draw, longest: int, most: int, left: bool):
 
 
 @pytest.mark.parametrize(("backend", "examples", "longest", "most"), [
-    ("torch", 60, 4, 4), ("reference", 60, 4, 4), pytest.param("triton", 12, 3, 3, marks=pytest.mark.deep),
+    ("torch", 30, 4, 4), ("reference", 30, 4, 4), pytest.param("triton", 12, 3, 3, marks=pytest.mark.deep),
 ])  # fmt: skip
 def test_any_problem_gives_the_numbers_of_the_oracle(backend, examples, longest, most):
     phases = [Phase.generate] if backend == "triton" else settings().phases  # shrinking takes minutes

@@ -20,10 +20,10 @@ import gpu_lstm
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_rnn import exchange, launch
-from gpu_lstm.kernels.triton_rnn.plans.threads import cooperative as cooperative_kernels
-from gpu_lstm.kernels.triton_rnn.plans.tiles import held as held_kernels
-from gpu_lstm.kernels.triton_rnn.plans.tiles import step as step_kernels
+from gpu_lstm.kernels.triton_rnn.threads import cooperative as cooperative_kernels
 from gpu_lstm.kernels.triton_rnn.threads import fragments
+from gpu_lstm.kernels.triton_rnn.tiles import held as held_kernels
+from gpu_lstm.kernels.triton_rnn.tiles import step as step_kernels
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="compiled kernels hold their device functions"),
@@ -49,8 +49,7 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
     c0 = c0 if cell == "lstm" else h0
     lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(rows * hidden, hidden)
     tensors = gates[:, :, : rows * hidden], h0, c0, torch.eye(rows * hidden), weight_hh
-    of_oracle = oracle.layer if cell == "lstm" else oracle.gru_layer
-    out, h_n, c_n, tape = of_oracle(*(t.double().numpy() for t in tensors), lengths=lengths)
+    out, h_n, c_n, tape = oracle.layer(*(t.double().numpy() for t in tensors), lengths=lengths)
     r = recurrence(gates, weight_hh=weight_hh.half(), h0=h0, c0=c0.float(), lengths=lengths)
     layer = kept_layer(launch, problem_of(r.inputs, cell, False, "ieee"), gates.device)
     _, _, (final,), c = layer.forward(gates.clone(), r, save=True)
@@ -197,8 +196,8 @@ FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
 
 @pytest.mark.parametrize(("kernel", "fault", "kind"), [
     *((*each, "LSTM") for each in FAULTS_OF_WAITS),
-    *((name, fault, "GRU") for name, fault in FAULTS_OF_WAITS
-      if "cooperative" in name or name in ("step_backward_kernel step", "held_forward_kernel held")),
+    *((name, fault, "GRU") for name, fault in FAULTS_OF_WAITS if name in ("cooperative_backward_kernel",
+                                                                           "held_forward_kernel held")),
 ])  # fmt: skip
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""

@@ -46,14 +46,14 @@ def numbers_of(backend, dtype, z, weight, hx, **ragged):
 
 
 def truth_of(z, weight, hx, **ragged):
-    """The same by the oracle: c / n and m + log(n) are what its c, n and m have in common with any equal state."""
+    """The same by the oracle."""
     z, weight, h, *cnm = (t.double().numpy() for t in (z, weight, *hx))
     inputs = z, h, np.stack(cnm), np.eye(4 * H), weight
-    y, h, (c, n, m), tape = oracle.slstm_layer(*inputs, **ragged)
-    found = [torch.from_numpy(t) for t in (y, h, c / n, m + np.log(n))]
-    dy, dh, dq, dl = (t.numpy() for t in weighing(found))
-    dc = np.stack([dq / n, dl / n - dq * c / n**2, dl])
-    dz, dh, dcnm, _, dweight, *_ = oracle.slstm_layer_gradients(*inputs, tape=tape, dh=dy, dh_n=dh, dc_n=dc)
+    y, h, (c, _, m), tape = oracle.layer(*inputs, **ragged)
+    found = [*map(torch.from_numpy, (y, h, c, m))]
+    dy, dh, dc, dm = (t.numpy() for t in weighing(found))
+    gradients = dict(dh=dy, dh_n=dh, dc_n=np.stack([dc, 0 * dc, dm]))
+    dz, dh, dcnm, _, dweight, *_ = oracle.layer_gradients(*inputs, tape=tape, **gradients)
     found += map(torch.from_numpy, (dz, dweight, dh, *dcnm))
     return dict(zip(NAMES, found, strict=True))
 

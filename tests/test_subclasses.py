@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from comparing import every_backend
 from subjects import SUBJECTS, states_for
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -75,8 +74,9 @@ def routes(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@every_backend
+@pytest.mark.parametrize(("backend", "kind"), [
+    *(("reference", kind) for kind in KINDS), *(("triton", kind) for kind in ("plain", "cell", "GRU")),
+    *(("torch", kind) for kind in ("plain", "stack", "GRU", "GRUCell"))])  # fmt: skip
 def test_weights_and_states(routes, backend, kind):
     """Before and after a call of the same kind with plain ones, which goes to the kernels as ever."""
     x, hx = given(kind)

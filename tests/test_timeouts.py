@@ -16,7 +16,7 @@ import gpu_lstm
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
-from gpu_lstm.kernels.triton_rnn.plans.threads import cooperative as cooperative_kernels
+from gpu_lstm.kernels.triton_rnn.threads import cooperative as cooperative_kernels
 
 CPU = torch.device("cpu")
 EXPECTED = (

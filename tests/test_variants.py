@@ -5,7 +5,6 @@ Against the oracle: test_layer.py.
 
 import copy
 import pickle
-from functools import partial
 
 import numpy as np
 import onnx
@@ -13,6 +12,7 @@ import onnxruntime
 import pairs
 import pytest
 import torch
+from cases import built, with_random_parameters
 from comparing import BACKENDS, PLACES, SECOND, assert_same, every_backend
 from pairs import LENGTHS, RAGGED, B, H, I, T, assert_identical, noises_of, random_inputs, results, states_left, truth
 from torch import nn
@@ -24,98 +24,69 @@ import gpu_lstm
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", "triton")
-every_able = pytest.mark.parametrize("backend", ABLE)
-LSTM, Stack = partial(gpu_lstm.LSTM, I, H), partial(gpu_lstm.StackedLSTM, I)
-KINDS = {
-    "LSTM": partial(LSTM, num_layers=2, bidirectional=True), "deep": partial(LSTM, num_layers=2),
-    "projected": partial(LSTM, proj_size=2, bidirectional=True, recompute=True),
-    "recomputed": partial(LSTM, recompute=True), "LSTMCell": partial(gpu_lstm.LSTMCell, I, H),
-    "StackedLSTM": partial(Stack, [H, H]), "one of a stack": partial(Stack, [H]),
-    "residual": partial(Stack, [I, I], residual=True), "GRU": partial(gpu_lstm.GRU, I, H, num_layers=2),
-    "recomputed GRU": partial(gpu_lstm.GRU, I, H, bidirectional=True, recompute=True),
-    "one GRU": partial(gpu_lstm.GRU, I, H), "StackedGRU": partial(gpu_lstm.StackedGRU, I, [H, 3])}  # fmt: skip
+OF_NORMS = 16  # their condition
 NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
 ALL, GRUS_ZONEOUT = dict(**NOISE, weight_drop=0.25), 0.4
-OPTIONS = {
-    "plain": {}, "peepholes": dict(peepholes=True), "layer_norm": dict(layer_norm=True),
-    "both": dict(peepholes=True, layer_norm=("c", "hh"), bias=False), "noise": NOISE, "noise in eval": NOISE,
-    "all noise": ALL, "all noise in eval": ALL, **{name: {name: value} for name, value in ALL.items()}}  # fmt: skip
-CONDITION = {"layer_norm": 16, "both": 16}
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
 
-def made(kind, backend, option="plain", **arguments):
-    torch.manual_seed(0)
-    options = OPTIONS[option] | arguments
-    if "GRU" in kind and "zoneout" in options:
-        options["zoneout"] = GRUS_ZONEOUT
-    module = KINDS[kind](**options, backend=backend).train("eval" not in option)
-    for name, parameter in module.named_parameters():  # not the ones and zeros that they begin with
-        if "gain" in name or "bias_c" in name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return module.to(**PLACES.get(backend, {}))
+def made(words, backend, **options):
+    """A module in words of cases.py, and "noise" or "all" of it; "residual" needs as many units as features."""
+    named = {*words.split()}
+    options = (NOISE if "noise" in named else ALL if "all" in named else {}) | options
+    size = (T, B, I, I if "residual" in named else H, *([2] if "projected" in named else []))
+    module = with_random_parameters(built(size, named, backend=backend, **options), 0)
+    return module.train("eval" not in named).to(**PLACES.get(backend, {}))
 
 
 def call_of(module, **how):
     return results(module, *random_inputs(module, B), **dict(seed=5) | how)
 
 
-@pytest.mark.parametrize(("backend", "kind"), [("reference", "LSTM"), ("triton", "residual")])
-def test_all_of_h_is_dropped(backend, kind):
-    ours = made(kind, backend, "noise", recurrent_dropout=1.0)
+@pytest.mark.parametrize(("backend", "words"), [("reference", "noise deep both"), ("triton", "noise residual")])
+def test_all_of_h_is_dropped(backend, words):
+    ours = made(words, backend, recurrent_dropout=1.0)
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, **RAGGED, noises=noises_of(ours, seed=5))
     assert_same(results(ours, x, hx, seed=5, **RAGGED), expected, backend)
 
 
-def by_onnx(operator, given, outputs, **attributes):
-    """The output and the final states by an operator of ONNX, both directions."""
-    info = onnx.helper.make_tensor_value_info
-    attributes |= dict(hidden_size=H, direction="bidirectional")
-    node = onnx.helper.make_node(operator, list(given), outputs, **attributes)
-    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
-    results = [info(n, onnx.TensorProto.FLOAT, None) for n in outputs]
-    graph, opset = onnx.helper.make_graph([node], operator, values, results), onnx.helper.make_opsetid("", 14)
-    model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y, *states = map(torch.from_numpy, session.run(None, given))
-    return [y.transpose(1, 2).flatten(2), *states]
-
-
-@pytest.mark.parametrize(("kind", "order", "variant", "attributes"), [
-    ("LSTM", (0, 3, 1, 2), dict(peepholes=True), {}), ("GRU", (1, 0, 2), {}, dict(linear_before_reset=1)),
-], ids=["LSTM", "GRU"])  # fmt: skip
-def test_onnxs_operator_gives_the_same(kind, order, variant, attributes):
-    """By its equations there: the LSTM's gates in the order i, o, f, c, peepholes to i, o and f; the GRU's z, r, h."""
-    module = getattr(gpu_lstm, kind)(I, H, bidirectional=True, **variant)
+def test_onnxs_operator_gives_the_same():
+    """By its equations there: gates in the order i, o, f, c, and peepholes to i, o and f."""
+    module = gpu_lstm.LSTM(I, H, bidirectional=True, peepholes=True)
     x, hx = random_inputs(module, B)
     weights = {name: t.detach().numpy() for name, t in module.named_parameters()}
 
-    def of_both(name, order=order):
+    def of_both(name, order=(0, 3, 1, 2)):
         parts = [np.split(weights[f"{name}_l0{suffix}"], len(order)) for suffix in ("", "_reverse")]
         return np.stack([np.concatenate([part[k] for k in order]) for part in parts])
 
     biases = np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1)
     given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"), B=biases, lengths=np.full(B, T, np.int32))
-    given |= zip("hc", (t.numpy() for t in tree_leaves(hx)))
-    if variant:
-        given["P"] = of_both("weight_peephole", (0, 2, 1))
-    outputs = by_onnx(kind, given, ["Y", *(f"Y_{letter}" for letter in pairs.letters_of(module))], **attributes)
-    torch.testing.assert_close(tree_leaves(module(x, hx)), outputs, rtol=1e-5, atol=1e-6)
+    given |= dict(h=hx[0].numpy(), c=hx[1].numpy(), P=of_both("weight_peephole", (0, 2, 1)))
+    info, outputs = onnx.helper.make_tensor_value_info, ["Y", "Y_h", "Y_c"]
+    node = onnx.helper.make_node("LSTM", list(given), outputs, hidden_size=H, direction="bidirectional")
+    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
+    graph = onnx.helper.make_graph([node], "g", values, [info(n, onnx.TensorProto.FLOAT, None) for n in outputs])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y, *states = map(torch.from_numpy, session.run(None, given))
+    expected = [y.transpose(1, 2).flatten(2), *states]
+    torch.testing.assert_close(tree_leaves(module(x, hx)), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "option", "frozen"), [
-    ("LSTMCell", "peepholes", "weight_peephole"), ("recomputed", "both", ""), ("recomputed", "both", "gain"),
-    ("projected", "peepholes", "weight_hh"), ("projected", "noise", ""), ("recomputed GRU", "noise", ""),
-    ("GRU", "plain", "weight_hh")])  # fmt: skip
-def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
+@pytest.mark.parametrize(("words", "frozen"), [
+    ("peepholes norm-hh-c no-bias recompute", ""), ("peepholes norm-hh-c no-bias recompute", "gain"),
+    ("projected both recompute peepholes", "weight_hh"), ("projected both recompute noise", ""),
+    ("gru both recompute noise", ""), ("gru deep", "weight_hh")])  # fmt: skip
+def test_gradients_of_gradients_by_the_kernels(words, frozen):
     """Of c alone, with parts frozen; or of everything, with states to reset to."""
     found = []
     for backend in ABLE:
-        module = made(kind, backend, option).to(PLACES["triton"]["dtype"])
+        module = made(words, backend).to(PLACES["triton"]["dtype"])
         place = next(module.parameters())
         given, ragged = [*random_inputs(module, B)], {}
-        if option == "noise":
+        if "noise" in words:
             given.append(states_left(module, given[1], T, a_step=True))
             ragged = {name: t.to(place.device) for name, t in RAGGED.items()}
         given = tree_map_only(torch.Tensor, lambda t: t.to(place).requires_grad_(), given)  # noqa: B023
@@ -131,27 +102,25 @@ def test_gradients_of_gradients_by_the_kernels(kind, option, frozen):
         second = torch.autograd.grad(sum(t.square().sum() for t in first), inputs, retain_graph=True)
         plain = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append({n: t.detach() for n, t in enumerate((*first, *second, *plain)) if t is not None})
-    assert_same(*found, condition=SECOND * CONDITION.get(option, 1))
+    assert_same(*found, condition=SECOND * (OF_NORMS if "norm" in words else 1))
 
 
-@pytest.mark.parametrize(("kind", "option", "how"), [
-    ("deep", "all noise", "ragged"), ("residual", "plain", "ragged"), ("projected", "plain", "states"),
-    ("GRU", "all noise", "states"),
-    *(pytest.param(*case, "ragged", marks=pytest.mark.deep) for case in (
-        ("recomputed", "both"), ("LSTM", "all noise"), ("deep", "all noise in eval"), ("projected", "all noise"))),
-])  # fmt: skip
-def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, kind, option, how):
+@pytest.mark.parametrize("words", [
+    "all deep", "residual", "projected both states", "all gru deep states",
+    *(pytest.param(words, marks=pytest.mark.deep) for words in (
+        "peepholes norm-hh-c no-bias", "all deep both", "all deep eval", "all projected both"))])  # fmt: skip
+def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatch, words):
     """Each chunk gets its part of the noise, of lengths, resets and states to reset to."""
-    between = dict(dropout=0.3) if kind in ("LSTM", "deep", "GRU") else {}
-    ours, expected = (made(kind, backend, option, **between).to(torch.float32) for backend in ("triton", "reference"))
+    between = dict(dropout=0.3) if "deep" in words else {}
+    ours, expected = (made(words, backend, **between).to(torch.float32) for backend in ("triton", "reference"))
     ours.recompute, ragged = False, dict(RAGGED)
-    if how == "states":
+    if "states" in words:
         ragged["reset_states"] = states_left(ours, random_inputs(ours, B)[1], T, a_step=True)
     whole = call_of(ours, **ragged)
-    noisy = bool(between or "noise" in option) and "eval" not in option
+    noisy = bool(between or "all" in words) and "eval" not in words
     true = call_of(expected, **ragged)
     assert noisy is not torch.equal(call_of(expected, seed=6, **ragged)["output"], true["output"])
-    assert_same(whole, true, condition=CONDITION.get(option, 1))
+    assert_same(whole, true, condition=OF_NORMS if "norm" in words else 1)
     ours.recompute = True
     monkeypatch.setattr("gpu_lstm.backends.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
     assert_same(call_of(ours, **ragged), whole)
@@ -161,7 +130,7 @@ def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatc
 
 
 def test_a_trace_shows_the_states_after_zoneout():
-    lstm = made("LSTM", "reference", "zoneout")
+    lstm = made("deep both", "reference", zoneout=NOISE["zoneout"])
     x = random_inputs(lstm, B)[0].to(lstm.weight_ih_l0)
     output, states = pairs.seeded(lstm, x, lengths=LENGTHS)
     traced = pairs.seeded(gpu_lstm.trace, lstm, x, lengths=LENGTHS)
@@ -172,10 +141,9 @@ def test_a_trace_shows_the_states_after_zoneout():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("option", ["plain", "noise in eval"])
-@pytest.mark.parametrize("kind", ["projected", "recomputed GRU"])
-def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, option, kind):
-    lstm = made(kind, "reference", option).to(dtype)
+@pytest.mark.parametrize("words", ["projected both", "projected noise eval", "gru both noise eval"])
+def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype, words):
+    lstm = made(words, "reference").to(dtype)
     x, hx = tree_map_only(torch.Tensor, lambda t: t.to(dtype), random_inputs(lstm, B))
     rounded, given = tree_leaves(lstm(x, hx, **RAGGED)), tree_map_only(torch.Tensor, torch.Tensor.float, (x, hx))
     exact = tree_leaves(lstm.float()(*given, **RAGGED))
@@ -185,21 +153,22 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
         assert all(torch.equal(a.to(dtype), b) for a, b in zip(tree_leaves(found), rounded, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "residual", "GRU", "StackedGRU"])
+@pytest.mark.parametrize("words", ["deep both", "residual", "gru deep", "gru stack"])
 @every_backend
-def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, kind):
-    dropped = made(kind, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
+def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, words):
+    dropped = made(words, backend, recurrent_dropout=0.5, weight_drop=0.5).eval()
     dropped.dropout = 0.5
-    assert_identical(call_of(dropped, **RAGGED), call_of(made(kind, backend).eval(), **RAGGED))
+    assert_identical(call_of(dropped, **RAGGED), call_of(made(words, backend).eval(), **RAGGED))
 
 
-@pytest.mark.parametrize(("backend", "kind", "rate"), [
-    *((backend, kind, 0.5) for backend in BACKENDS for kind in ("recomputed", "one GRU")),
-    ("torch", "one of a stack", 1.0)])  # fmt: skip
-def test_weight_drop_runs_everywhere(backend, kind, rate):
+@pytest.mark.parametrize(
+    ("backend", "words", "rate"),
+    [*((backend, words, 0.5) for backend in BACKENDS for words in ("recompute", "gru")), ("torch", "", 1.0)],
+)
+def test_weight_drop_runs_everywhere(backend, words, rate):
     """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
-    lstm, plain = made(kind, backend, weight_drop=rate), made(kind, "reference").to(**PLACES[backend])
-    name, weight_hh = next((n, p) for n, p in plain.named_parameters() if "weight_hh" in n)
+    lstm, plain = made(words, backend, weight_drop=rate), made(words, "reference").to(**PLACES[backend])
+    name, weight_hh = "weight_hh_l0", plain.weight_hh_l0
     torch.manual_seed(5)
     factors = dropout(torch.ones_like(weight_hh), rate)
     weight_hh.data *= factors
@@ -212,13 +181,13 @@ def test_weight_drop_runs_everywhere(backend, kind, rate):
 
 
 @pytest.mark.usefixtures("with_onednn")
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-@every_able
-def test_autocast(backend, kind, device):
-    lstm = made(kind, backend, "all noise").to(device, torch.float32)
+@pytest.mark.parametrize("words", ["all deep both", "all deep gru"])
+@pytest.mark.parametrize("backend", ABLE)
+def test_autocast(backend, words, device):
+    lstm = made(words, backend).to(device, torch.float32)
     x = random_inputs(lstm, B)[0].to(device)
     half = pairs.seeded(torch.autocast(device, torch.float16)(lstm), x)[0]
-    assert half.dtype is (torch.float32 if (kind, device) == ("GRU", "cpu") else torch.float16)
+    assert half.dtype is (torch.float32 if "gru" in words and device == "cpu" else torch.float16)
     torch.testing.assert_close(half.float(), pairs.seeded(lstm, x)[0], rtol=0, atol=5e-3)
 
 
@@ -243,15 +212,15 @@ def test_per_sample_noise_under_vmap(cls):
     assert len({tuple(o.flatten().tolist()) for o in outputs}) == 5
 
 
-@pytest.mark.parametrize(("cls", "variant", "names"), [
-    (gpu_lstm.LSTM, "peepholes", ["weight_peephole"]), 
-    (gpu_lstm.LSTMCell, "both", ["weight_peephole", "gain_hh", "gain_c"]),
-    (gpu_lstm.LSTM, "layer_norm", ["gain_ih", "gain_hh", "gain_c", "bias_c"]),
-])  # fmt: skip
-def test_parameters(cls, variant, names):
+@pytest.mark.parametrize(("cls", "options", "names"), [
+    (gpu_lstm.LSTM, dict(peepholes=True), ["weight_peephole"]),
+    (gpu_lstm.LSTMCell, dict(peepholes=True, layer_norm=("c", "hh"), bias=False),
+     ["weight_peephole", "gain_hh", "gain_c"]),
+    (gpu_lstm.LSTM, dict(layer_norm=True), ["gain_ih", "gain_hh", "gain_c", "bias_c"]),
+], ids=str)  # fmt: skip
+def test_parameters(cls, options, names):
     """Those of an LSTM without a variant first, from the same random numbers; all are saved, copied and shown."""
-    plain = pairs.seeded(cls, I, H, bias=OPTIONS[variant].get("bias", True))
-    lstm = pairs.seeded(cls, I, H, **OPTIONS[variant])
+    plain, lstm = (pairs.seeded(cls, I, H, **given) for given in (dict(bias=options.get("bias", True)), options))
     count = len(list(plain.parameters()))
     assert list(lstm.state_dict())[:count] == list(plain.state_dict())
     assert all(map(torch.equal, plain.parameters(), lstm.parameters()))
@@ -270,27 +239,26 @@ def test_parameters(cls, variant, names):
     assert_identical(lstm.state_dict(), before)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("StackedLSTM", "layer_norm"), *((kind, name) for kind in ("LSTM", "GRU", "StackedGRU") for name in NOISE)],
-)
-def test_a_backend_that_cannot_says_so_and_explain_does(kind, name):
-    module, said = made(kind, "torch", name).float(), f"does not support {name}"
+@pytest.mark.parametrize(("words", "name", "value"), [
+    ("stack", "layer_norm", True), *((words, *each) for words in ("deep both", "gru", "gru stack")
+                                     for each in NOISE.items())])  # fmt: skip
+def test_a_backend_that_cannot_says_so_and_explain_does(words, name, value):
+    module, said = made(words, "torch", **{name: value}).float(), f"does not support {name}"
     with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'triton' or 'cupy' or 'reference'$"):
         module(*random_inputs(module, B))
-    explained = gpu_lstm.explain(made(kind, None, name), torch.zeros(T, 1, I))
+    explained = gpu_lstm.explain(made(words, None, **{name: value}), torch.zeros(T, 1, I))
     assert (explained.backend, explained.others["torch"]) == ("reference", f"it {said}")
     if name == "recurrent_dropout":  # in eval() it is off
         module.eval()(*random_inputs(module, B))
 
 
-@pytest.mark.parametrize("kind", ["recomputed", "one of a stack", "GRU", "StackedGRU"])
-def test_pickles(kind):
-    twin, old = pickle.loads(pickle.dumps(made(kind, None, "all noise"))), made(kind, None)
-    expected = ALL | (dict(zoneout=GRUS_ZONEOUT) if "GRU" in kind else {})
+@pytest.mark.parametrize("words", ["recompute", "stack", "gru deep", "gru stack"])
+def test_pickles(words):
+    twin, old = pickle.loads(pickle.dumps(made(f"{words} all", None))), made(words, None)
+    expected = ALL | (dict(zoneout=GRUS_ZONEOUT) if "gru" in words else {})
     assert {name: getattr(twin, name) for name in ALL} == expected
     for name in ALL:
         del old.__dict__[name]  # as in a pickle from before there were any
     old = pickle.loads(pickle.dumps(old))
-    assert repr(old) == repr(made(kind, None))
+    assert repr(old) == repr(made(words, None))
     old(torch.zeros(2, 1, I))

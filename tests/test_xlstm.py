@@ -231,16 +231,16 @@ def test_the_layout_of_tirex_against_the_oracle():
     assert gpu_lstm.use_for_slstm(nn.Sequential(cell)) == 1
     y, (h, c, n, m) = cell(x, state)
     kernel, bias = (p.detach().numpy() for p in (cell._recurrent_kernel_, cell._bias_))
-    units, weight, flat = H // HEADS, np.zeros((4 * H, H // HEADS)), np.zeros(4 * H)
+    units, weight, flat = H // HEADS, np.zeros((4 * H, H)), np.zeros(4 * H)
     for gate in range(4):
         for head in range(HEADS):
             for unit in range(units):
                 row = gate * H + head * units + unit
-                weight[row] = kernel[head, :, gate * units + unit]
+                weight[row, head * units : (head + 1) * units] = kernel[head, :, gate * units + unit]
                 flat[row] = bias[(head * 4 + gate) * units + unit]
     z = (x.numpy() + flat).swapaxes(0, 1)
-    true, h_n, (c_n, n_n, m_n), _ = oracle.slstm_layer(z, state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight)
-    pairs = (y.permute(2, 0, 1, 3).flatten(2), true), (h, h_n), (c / n, c_n / n_n), (m + n.log(), m_n + np.log(n_n))
+    true, h_n, (c_n, _, m_n), _ = oracle.layer(z, state[0].numpy(), state[1:].numpy(), np.eye(4 * H), weight)
+    pairs = (y.permute(2, 0, 1, 3).flatten(2), true), (h, h_n), (c / n, c_n), (m + n.log(), m_n)
     for our, truth in pairs:
         np.testing.assert_allclose(our.detach().numpy(), truth, rtol=1e-12, atol=1e-12)
 
@@ -261,18 +261,3 @@ def test_tirex_rounds_to_bfloat16_where_ours_does_not():
         assert middle.dtype is final.dtype is torch.float32
         second, _ = cell(x[:, 2:].to(dtype), middle)
         torch.testing.assert_close(torch.cat([first, second], 2), y, rtol=0, atol=4 * torch.finfo(dtype).eps)
-
-
-def test_a_model_of_tirex():
-    TiRexZero = pytest.importorskip("tirex.models.tirex", reason="tirex-ts is not installed").TiRexZero
-    sizes = dict(input_patch_size=4, output_patch_size=4, quantiles=[0.1, 0.5, 0.9], input_ff_dim=8)
-    blocks = dict(embedding_dim=H, num_heads=HEADS, num_blocks=2)
-    model = drawn(TiRexZero("torch", sizes | {"block_kwargs": blocks}, train_ctx_len=64), 0.3).eval()
-    x = torch.randn(B, 8, 4)
-    with torch.no_grad():
-        theirs, *_ = model._forward_model_tokenized(x, torch.ones_like(x))
-        assert gpu_lstm.use_for_slstm(model) == 2
-        ours, *_ = model._forward_model_tokenized(x, torch.ones_like(x))
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02)
-        assert gpu_lstm.use_for_slstm(model, False) == 2
-        assert torch.equal(model._forward_model_tokenized(x, torch.ones_like(x))[0], theirs)
