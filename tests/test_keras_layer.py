@@ -188,7 +188,7 @@ X[1, 3:] = X[2, :2] = 0  # what Masking masks
 
 
 def test_fit_gives_the_same_weights(kinds):
-    """Files, and models that are cloned, are in docs/keras_layer.md."""
+    """Files, and models that are cloned, are in docs/keras.md."""
     ours, theirs = (kind(H, name="a", **options_of(kind)).get_config() for kind in kinds)
     assert ours == theirs
     both = [model(kind) for kind in kinds]
