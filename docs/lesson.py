@@ -50,20 +50,23 @@ def smaller(png: bytes) -> bytes:
 def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
     """The Markdown, and the pictures by their path in docs/pictures; that of a trace is gates.png.
 
-    The last comment of a picture's cell says what it shows.
+    The last comment of a picture's cell says what it shows; a line that only draws is left out.
     """
     parts, pictures = [HEAD], {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             parts.append(relink(cell.source))
             continue
-        parts.append(f"```python\n{cell.source}\n```")
+        draws = any("image/png" in output.get("data", {}) for output in cell.outputs)
+        source, _, shown = cell.source.rpartition("  # ") if draws else (cell.source, "", "")
+        if not draws or "\n" in source:
+            parts.append(f"```python\n{source}\n```")
         for output in cell.outputs:
             data = output.get("data", {})
             if "image/png" in data:
                 path = "gates.png" if "heat_maps(" in cell.source else f"lesson/{cell.execution_count:02}.png"
                 pictures[path] = base64.b64decode(data["image/png"])
-                parts.append(f"![{cell.source.rpartition('# ')[2]}](pictures/{path})")
+                parts.append(f"![{shown}](pictures/{path})")
             else:
                 text = output.get("text") or data["text/plain"]
                 parts.append(f"```text\n{text.rstrip()}\n```")
