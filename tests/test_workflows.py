@@ -1,4 +1,4 @@
-"""What .github has, and the page's section on CI: valid, safe, and every command, file, input and version that they name exists."""
+"""What .github has, and the section on CI of the pages: valid, safe, and what they name exists."""
 
 import os
 import re
