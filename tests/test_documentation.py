@@ -31,7 +31,8 @@ from gpu_lstm.kernels.triton_rnn.planning import DEVICES
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
 # The lesson's page is made from the notebook, which runs below.
-WITHOUT_EXAMPLES = "api benchmarks bounds compared design first_gpu_run lesson testing versions".split()
+WITHOUT_EXAMPLES = ("api", "benchmarks", "bounds", "compared", "design", "first_gpu_run", "lesson", "testing",
+                    "versions")  # fmt: skip
 WITH_EXAMPLES = [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)]
 website, bounds = (load(DOCS / f"{name}.py") for name in ("website", "bounds"))
 
