@@ -27,9 +27,9 @@ HEAD = f"""<!-- make bounds-page writes this page: change docs/bounds.py. -->
 
 # How far a step is from its bound
 
-Nothing here was measured: the model that orders plans (`kernels/triton_rnn/planning.py`) estimates all figures, for
-training a plain layer by the first plan of the list. *x* is the estimated time of a step, divided by the greatest of
-three bounds:
+Nothing here was measured: the model that orders plans (`kernels/triton_rnn/plans/planning.py`) estimates all figures,
+for training a plain layer by the first plan of the list. *x* is the estimated time of a step, divided by the greatest
+of three bounds:
 
 - **memory**: what a step reads and writes, at the data sheet's rate;
 - **products**: those with W_hh on the tensor cores of all multiprocessors, at the data sheet's rate;
