@@ -11,7 +11,7 @@ ON_ALL_CORES := -n auto --dist worksteal
 # Kernels are interpreted only where no GPU is visible.
 NO_GPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo agree lesson lesson-page docs kernels-page bounds-page hub test test-deep test-cpus test-versions mutants soak bench lint clean
+.PHONY: demo agree lesson lesson-run docs kernels-page bounds-page hub test test-deep test-cpus test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/highlight.py
@@ -20,13 +20,13 @@ demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 agree: $(INSTALLED)
 	$(NO_GPU) $(BIN)/python dev/agree.py
 
-# Opens the notebook. What is there of its outputs was stored by make lesson-page.
+# Opens the notebook. What is there of its outputs was stored by make lesson-run.
 lesson: $(FOR_LESSON)
 	$(BIN)/python -m notebook $(if $(filter 0,$(shell id -u)),--allow-root) examples/lstm_explained.ipynb
 
-# Executes the notebook from the first cell to the last, stores it, and writes docs/lesson.md from it.
-lesson-page: $(INSTALLED)
-	$(BIN)/python docs/lesson.py --run
+# Executes the notebook from the first cell to the last and stores it.
+lesson-run: $(INSTALLED)
+	$(BIN)/python docs/lesson.py
 
 # The site, in out/site; a link that leads nowhere stops it.
 docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))

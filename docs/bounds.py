@@ -22,34 +22,30 @@ HIDDEN, BATCH = (64, 128, 256, 512, 768, 1024, 2048), (1, 16, 64, 256, 1024, 409
 DTYPES = {"bfloat16": torch.bfloat16, "TF32": torch.float32}
 DIRECTIONS = ("forward", "backward")
 CYCLES_A_US = 1755  # of an H100
-FAR = 2  # times the bound: from there on the page says why
+FAR = 2  # times the bound: from there on the tables of a card say why
 HEAD = f"""<!-- make bounds-page writes this page: change docs/bounds.py. -->
 
 # How far a step is from its bound
 
-Nothing here was measured: the model that orders plans (`kernels/triton_rnn/plans/planning.py`) estimates all figures.
-They are for training a plain layer by the first plan of the list. *x* is the estimated time of a step, divided by the
-greatest of three bounds:
+Nothing here was measured: the model that orders plans (`kernels/triton_rnn/plans/planning.py`) estimates all figures,
+for training a plain layer by the first plan of the list. *x* is the estimated time of a step, divided by the greatest
+of three bounds:
 
 - **memory**: what a step reads and writes, at the data sheet's rate;
 - **products**: those with W_hh on the tensor cores of all multiprocessors, at the data sheet's rate;
 - **latency**: of the gates and the cell (resident), one exchange between programs (cooperative), one grid-wide barrier
   (step), or two launches (pointwise).
 
-Where all multiprocessors read from L2, each reads {L2_BYTES} bytes a clock, and at most {L2_ALONE}.
-The estimate has the {2e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph.
+Where all multiprocessors read from L2, each reads {L2_BYTES} bytes a clock, and at most {L2_ALONE}. The estimate has
+the {2e6 * planning.HOST_SECONDS:.0f} us that the host needs for two launches without a CUDA graph. In a clone
+`python docs/bounds.py h100` prints every size on one card, and `python -m gpu_lstm plan` all terms of one problem.
 
-In a clone `python docs/bounds.py h100` prints every size on one card, and `python -m gpu_lstm plan` all terms of one
-problem.
-
-## All cards
-
-At {len(HIDDEN) * len(BATCH)} sizes, H from {HIDDEN[0]} to {HIDDEN[-1]} and B from {BATCH[0]} to {BATCH[-1]}, both
-directions: the median of *x*, how many are over {FAR}, and where *x* is greatest, with the largest term of the
-estimate there."""
+For each card and dtype: the median of *x* at {len(HIDDEN) * len(BATCH)} sizes, H from {HIDDEN[0]} to {HIDDEN[-1]} and B
+from {BATCH[0]} to {BATCH[-1]}, both directions; how many are over {FAR}; the greatest, and where that is. In the step
+family the largest term is then reading weights and states from L2."""
 
 
-PUBLISHED = {  # units of a head, milliseconds, what was predicted of that at first and with the constants of now
+PUBLISHED = {  # by units of a head: milliseconds, what was predicted of that at first and with the constants of now
     "Triton, forward": "16 1.97 1.07 1.01; 32 1.44 0.89 0.87; 64 1.99 0.99 0.93; 128 3.23 0.95 0.93",
     "Triton, backward": "16 1.50 1.15 1.16; 32 2.66 1.00 1.00; 64 16.95 0.48 0.48",
     "CUDA, forward": "16 3.56 0.88 1.07; 32 2.90 0.72 0.96; 64 3.10 0.69 0.93; 128 3.22 0.75 1.01; "
@@ -59,46 +55,39 @@ OTHERS = """## What was predicted of others' kernels
 
 The model is fitted to the cycles in `tests/cycles.csv`, counted by an estimator that issues a kernel's machine code in
 order, with published latencies. It was held against FlashRNN's LSTM on an H100, 768 units in heads, B=16, T=1024,
-bfloat16 (head_dim--lstm.svg in its repository; backward is forward+backward less forward), at a clock of 1.755 GHz. *At
-first* all constants were the project's own. *Now* DRAM (570 cycles), mma.sync (25 cycles, one each 6.26) and their
-grid-wide barrier (2,157; the one of kernels here 1,500) are as others measured them, a load counts by the lines of L1
-that it touches, and a call in CUDA has 0.2 ms of copies. The last columns: predicted over published time."""
+bfloat16, at 1.755 GHz (head_dim--lstm.svg in its repository; backward is forward+backward less forward). By units of a
+head: published milliseconds and, in brackets, what was predicted as a multiple of them, at first, with the project's
+own constants, and now, with DRAM (570 cycles), mma.sync (25, one each 6.26) and FlashRNN's grid-wide barrier (2,157;
+the one here 1,500) as others measured them, loads counted by lines of L1, and 0.2 ms of copies for a call in CUDA."""
 PROVEN = """\
 - **Shown:** inside one multiprocessor the estimator is right to about 15 %: Triton's kernels, a program for each head,
   to which nothing was fitted. The backward of heads of 64 spills registers, which is not in the estimate.
-- **Shown less well:** across programs. The CUDA kernel ends each step with a barrier of 96 programs. That is now as
-  measured; lines of L1 are counted as they fit these rows.
+- **Shown less well:** across programs. The CUDA kernel ends each step with a barrier of 96 programs, now as measured;
+  lines of L1 are counted as they fit these rows.
 - **Not shown:** the exchange without a barrier in the cooperative family. 300 to 500 cycles from a store to a load that
   finds it follow from 564 ns, published, from a release to an acquire of two programs; the last of 48 may take longer.
-  Nor the clock under load. No kernel of this project has run.
+  Nor the clock under load.
 
 So a step of H=768, B=16 in bfloat16 is expected to take {forward} us forward (0.86 to 1.29: the exchange at 300 to 500
 cycles, and 15 % of the rest) and {backward} us backward (1.41 to 2.04) by the estimator, {model} us by the model. In
 the same figure torch's nn.LSTM, by cuDNN in fp16, takes 1.96 and 3.1 us a step; that includes the product of x and
-W_ih, these do not.
-
-## What these constants changed
-
-Of 520 first plans for an H100 in bfloat16, H from 64 to 2048 and B from 1 to 4096, 29 became others, 15 of them of
-another family; 15 are a GRU's forward. Where that looks ahead for 32 units it waits for gates from memory at each turn,
-which the model did not know: H=512 B=256 took 6,831 cycles by count, and 5,760 where W_hh is held, now 4,900."""
+W_ih, these do not."""
 TRIED = """## What was tried for a step's latency
 
-Cycles are estimates from SASS for an H100 in bfloat16, B = 16, if a load sees a store 400 cycles later.
+Cycles are estimates from SASS for an H100 in bfloat16, H = 768, B = 16, if a load sees a store 400 cycles later.
 
 ### Tanh by an instruction
 
-`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it: 46 of 1,758 cycles less forward at H = 768.
-Simulated over 1,024 steps, with each tanh off by that to one side, the greatest RMS error is 0.7 of the limit of
-[the tests](testing.md); of a GRU in float16 2.0, of an LSTM in bfloat16 6.8, since c adds up the errors of all
-steps where a forget gate stays near 1. So these do not use it, though an LSTM would save 128 of 1,893 cycles.
+`tanh.approx.f32` may be off by 2^-11. A GRU's n in bfloat16 uses it: 46 of 1,758 cycles less forward. Simulated over
+1,024 steps, with each tanh off by that to one side, the greatest RMS error is 0.7 of the limit of [the
+tests](testing.md); of a GRU in float16 2.0, of an LSTM in bfloat16 6.8, since c adds up the errors where a forget gate
+stays near 1. So these do not use it, though an LSTM would save 128 of 1,893 cycles.
 
 ### Partners in a cluster
 
-Backward at H = 768 four programs read a quarter of dgates each, and hand each other their sums through L2: 2,969
-cycles a step. As blocks of a cluster, by `st.async` to each other's shared memory, it would be 2,162 to 2,412 in CUDA
-C++: compiled and counted, not run. It is not in: see
-[the family that CUDA C++ had](design.md#in-cuda-c).
+Backward four programs read a quarter of dgates each, and hand each other their sums through L2: 2,969 cycles a step. As
+blocks of a cluster, by `st.async` to each other's shared memory, it would be 2,162 to 2,412 in CUDA C++: compiled and
+counted, not run.
 """
 
 
@@ -153,8 +142,8 @@ def bounds(problem: Problem, card: Card, plan: planning.Plan, backward: bool) ->
 def table(titles: str, lines: Iterable[Iterable[str]]) -> str:
     """In Markdown; numbers are aligned to the right."""
     columns = titles.split(" | ")
-    numbers = "H", "B", "us", "bound", f"over {FAR}", "head", "published ms", "at first", "now"
-    right = ["--:" if t in numbers or t.endswith("x") else "---" for t in columns]
+    numbers = "H", "B", "us", "bound", f"over {FAR}"
+    right = ["--:" if t in numbers or t.endswith("x") or t.isdigit() else "---" for t in columns]
     head = [f"| {titles} |", f"|{'|'.join(right)}|"]
     return "\n".join([*head, *(f"| {' | '.join(cells)} |" for cells in lines)])
 
@@ -175,24 +164,29 @@ def in_full(card: Card) -> str:
 
 
 def summary() -> str:
-    """A line for each card and dtype: the middle and the greatest ratio, and why."""
+    """A line for each card and dtype: the middle and the greatest ratio, and where that is."""
     lines = []
     for card, dtype in product(planning.DEVICES, DTYPES):
         found = [row for direction in DIRECTIONS for row in rows(planning.DEVICES[card], DTYPES[dtype], direction)]
-        far, worst = [row for row in found if row.ratio > FAR], max(found, key=lambda row: row.ratio)
-        ratios = f"{median(row.ratio for row in found):.1f}", str(len(far)), f"{worst.ratio:.1f}"
-        lines.append([f"`{card}`", dtype, *ratios, worst.size, worst.family, worst.largest])
-    return table(f"card | dtype | median x | over {FAR} | greatest x | H | B | family | largest term", lines)
+        far, worst = sum(row.ratio > FAR for row in found), max(found, key=lambda row: row.ratio)
+        ratios = f"{median(row.ratio for row in found):.1f}", str(far), f"{worst.ratio:.1f}"
+        lines.append([f"`{card}`", dtype, *ratios, "H={}, B={}, {}".format(*worst.size.split(" | "), worst.family)])
+    return table(f"card | dtype | median x | over {FAR} | greatest x | where", lines)
 
 
 def others() -> str:
     """What was predicted of kernels whose times are published, and what that is worth."""
-    lines = [[kernel, *row.split()] for kernel, heads in PUBLISHED.items() for row in heads.split("; ")]
+    figures = {
+        kernel: dict(("{} {} ({}, {})".format(*row.split()).split(" ", 1)) for row in heads.split("; "))
+        for kernel, heads in PUBLISHED.items()
+    }
+    heads = list(figures["CUDA, forward"])
+    lines = [[kernel, *(its.get(head, "") for head in heads)] for kernel, its in figures.items()]
     card, headline = planning.DEVICES["h100"], Problem(2, 16, 768, torch.bfloat16)
     first = [(plans(headline, card, backward)[0], backward) for backward in (False, True)]
     steps = [sum(planning.expected(headline, card, *each).values()) for each in first]
     model = " and ".join(f"{1e6 * seconds:.2f}" for seconds in steps)
-    ratios = table("kernel | head | published ms | at first | now", lines)
+    ratios = table(" | ".join(["kernel", *heads]), lines)
     counts = PAGE.parents[1].joinpath("tests", "cycles.csv").read_text().splitlines()
     counted = [int(row.rpartition(",")[2]) for row in counts if row.startswith("cooperative,lstm,768,16,")]
     forward, backward = (f"{cycles / CYCLES_A_US:.2f}" for cycles in counted)

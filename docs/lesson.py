@@ -1,13 +1,7 @@
-"""The lesson as a page: python docs/lesson.py writes docs/lesson.md and its pictures from the stored notebook.
-
-With --run it first executes the notebook from its first cell to its last and stores the outputs.
-"""
+"""Runs the lesson's notebook from its first cell to its last and stores it: python docs/lesson.py."""
 
 import base64
 import io
-import re
-import shutil
-import sys
 from pathlib import Path
 
 import nbformat
@@ -15,15 +9,10 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
-DOCS = Path(__file__).parent
-NOTEBOOK = DOCS.parent / "examples" / "lstm_explained.ipynb"
-PICTURES = DOCS / "pictures"
-HEAD = """<!-- make lesson-page writes this page from examples/lstm_explained.ipynb: change it there. -->
-
-The notebook [lstm_explained.ipynb](../examples/lstm_explained.ipynb) as a page."""
+NOTEBOOK = Path(__file__).parent.parent / "examples" / "lstm_explained.ipynb"
 
 
-def run() -> None:
+def main() -> None:
     """Execute the notebook and store its outputs, without anything specific to this run."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     folder = {"metadata": {"path": NOTEBOOK.parent}}
@@ -45,47 +34,6 @@ def smaller(png: bytes) -> bytes:
     reduced = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     reduced.save(kept, "PNG", optimize=True)
     return kept.getvalue()
-
-
-def page(notebook: NotebookNode) -> tuple[str, dict[str, bytes]]:
-    """The Markdown, and the pictures by their path in docs/pictures; that of a trace is gates.png.
-
-    The last comment of a picture's cell says what it shows.
-    """
-    parts, pictures = [HEAD], {}
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            parts.append(relink(cell.source))
-            continue
-        parts.append(f"```python\n{cell.source}\n```")
-        for output in cell.outputs:
-            data = output.get("data", {})
-            if "image/png" in data:
-                path = "gates.png" if "heat_maps(" in cell.source else f"lesson/{cell.execution_count:02}.png"
-                pictures[path] = base64.b64decode(data["image/png"])
-                parts.append(f"![{cell.source.rpartition('# ')[2]}](pictures/{path})")
-            else:
-                text = output.get("text") or data["text/plain"]
-                parts.append(f"```text\n{text.rstrip()}\n```")
-    return "\n\n".join(parts) + "\n", pictures
-
-
-def relink(text: str) -> str:
-    """Links lead from docs/, not from examples/."""
-    text = re.sub(r"\]\((?!https?:|#|\.\./)", "](../examples/", text)
-    return text.replace("](../docs/", "](")
-
-
-def main() -> None:
-    """Write the page again."""
-    if "--run" in sys.argv[1:]:
-        run()
-    text, pictures = page(nbformat.read(NOTEBOOK, as_version=4))
-    (DOCS / "lesson.md").write_text(text)
-    shutil.rmtree(PICTURES / "lesson", ignore_errors=True)
-    (PICTURES / "lesson").mkdir()
-    for path, picture in pictures.items():
-        (PICTURES / path).write_bytes(picture)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """The pages as the site has them, see mkdocs.yml: python docs/website.py writes them into out/docs/.
 
-They are those of docs/ and, as the first, the README. On GitHub they are read as they are; here links to files that the
-site does not have go to the repository, formulas become MathML, which browsers show by themselves, and 2^-10 has its
-exponent raised. What the docstrings have besides Google's sections is turned into Markdown, too.
+They are those of docs/, as the first the README, and the lesson, which is a notebook. On GitHub they are read as they
+are; here links to files that the site does not have go to the repository, formulas become MathML, which browsers show
+by themselves, and 2^-10 has its exponent raised. What the docstrings have besides Google's sections is turned into
+Markdown, too.
 """
 
+import base64
+import json
 import posixpath
 import re
 import shutil
@@ -17,6 +20,7 @@ from latex2mathml.converter import convert
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "out" / "docs"
+LESSON = "examples/lstm_explained.ipynb"
 
 
 def write() -> None:
@@ -29,6 +33,36 @@ def write() -> None:
         text = page(source.read_text(), source.relative_to(ROOT).as_posix(), repository)
         text = with_docstrings(text) if name == "api.md" else text
         (PAGES / name).write_text(text)
+    text, pictures = lesson(json.loads((ROOT / LESSON).read_text()))
+    (PAGES / "lesson.md").write_text(page(text, LESSON, repository))
+    for number, picture in pictures.items():
+        (PAGES / "pictures" / f"lesson_{number}.png").write_bytes(picture)
+
+
+def lesson(notebook: dict[str, Any]) -> tuple[str, dict[int, bytes]]:
+    """The Markdown of the notebook, and the pictures by the number of their cell.
+
+    The last comment of a picture's cell says what it shows; a line that only draws is left out.
+    """
+    parts, pictures = [f"The notebook [{LESSON}]({posixpath.basename(LESSON)}) as a page."], {}
+    for cell in notebook["cells"]:
+        source, shown = "".join(cell["source"]), ""
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        outputs = [(output.get("data", {}), output.get("text")) for output in cell["outputs"]]
+        draws = any("image/png" in data for data, _ in outputs)
+        if draws:
+            source, _, shown = source.rpartition("  # ")
+        if not draws or "\n" in source:
+            parts.append(f"```python\n{source}\n```")
+        for data, text in outputs:
+            if "image/png" in data:
+                pictures[cell["execution_count"]] = base64.b64decode(data["image/png"])
+                parts.append(f"![{shown}](../docs/pictures/lesson_{cell['execution_count']}.png)")
+            else:
+                parts.append(f"```text\n{''.join(text or data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def page(text: str, source: str, repository: str) -> str:
@@ -59,6 +93,7 @@ def target(link: str, source: str, repository: str) -> str:
     path, *anchor = re.split("(?=#)", link)
     path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     path = "docs/index.md" if path == "README.md" else path
+    path = "docs/lesson.md" if path == LESSON != source else path
     if path.startswith("docs/") and not path.endswith(".py"):
         path = path.removeprefix("docs/")
     else:

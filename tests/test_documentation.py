@@ -30,9 +30,7 @@ from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES
 
 DOCS, EXAMPLES, README = ROOT / "docs", ROOT / "examples", ROOT / "README.md"
 PAGES, LESSON = sorted(DOCS.glob("*.md")), EXAMPLES / "lstm_explained.ipynb"
-# The lesson's page is made from the notebook, which runs below.
-WITHOUT_EXAMPLES = ("api", "benchmarks", "bounds", "ci", "compared", "design", "first_gpu_run", "lesson", "testing",
-                    "versions")  # fmt: skip
+WITHOUT_EXAMPLES = "api", "benchmarks", "bounds", "compared", "design", "first_gpu_run", "testing", "versions"
 WITH_EXAMPLES = [README, *(page for page in PAGES if page.stem not in WITHOUT_EXAMPLES)]
 website, bounds = (load(DOCS / f"{name}.py") for name in ("website", "bounds"))
 
@@ -57,7 +55,7 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
 
 def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     readme, changelog, page, of_gru = ((ROOT / name).read_text() for name in (
-        "README.md", "CHANGELOG.md", "docs/reinforcement_learning.md", "docs/gru.md"))  # fmt: skip
+        "README.md", "CHANGELOG.md", "docs/reinforcement_learning.md", "docs/cells_and_options.md"))  # fmt: skip
     updates = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")
     (stored,) = (ROOT / "bench" / "results").glob("*.csv")
     around = report.instead(report.measured(results.read(stored)), every_case=True)
@@ -85,7 +83,8 @@ def links(text: str) -> list[str]:
 def test_every_page_is_in_the_readme_and_the_navigation_and_every_link_leads_somewhere():
     assert {f"docs/{page.name}" for page in PAGES} <= set(links(README.read_text()))
     named = re.findall(r"\w+\.md", str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    assert sorted(named) == sorted(["index.md", *(page.name for page in PAGES)])  # index.md is the README
+    made = ["index.md", "lesson.md"]  # of the README and of the notebook
+    assert sorted(named) == sorted([*made, *(page.name for page in PAGES)])
     markdown = "\n".join(cell.source for cell in lesson().cells if cell.cell_type == "markdown")
     texts = {LESSON: markdown} | {page: page.read_text() for page in (README, *PAGES)}
     for page, path in ((page, path) for page, text in texts.items() for path in links(text)):
@@ -132,7 +131,7 @@ def test_every_cell_of_the_lesson_runs_and_the_kinds_of_output_are_stored(tmp_pa
     examples = shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
     executed = lesson()
     for cell in code(executed):
-        cell.outputs = []  # and less training will do; make lesson-page has it all
+        cell.outputs = []  # and less training will do; make lesson-run has it all
         cell.source = re.sub(r"for seed in range\(\d\)", "for seed in range(1)", cell.source)
         cell.source = cell.source.replace("epochs=40", "epochs=12")
     execute(executed, examples)
@@ -164,7 +163,7 @@ def test_the_notebook_for_a_card_runs_on_a_cpu_too_and_ends_in_the_line_to_send_
     assert frozenset({"text/plain", "image/png"}) in kinds(code(notebook)[-2])
 
 
-def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_it_and_its_page_is_of_it():
+def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_it_and_its_page_has_it_all():
     stored = lesson()
     nbformat.validate(stored)
     cells = code(stored)
@@ -177,11 +176,13 @@ def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_
             assert re.search(r"  # [A-Z].{20,}$", cell.source), f"what does the picture show? {cell.source}"
     assert set(stored.metadata) == {"kernelspec", "language_info"}
     assert all(not cell.metadata for cell in stored.cells)  # among them times of execution
-    text, pictures = load(DOCS / "lesson.py").page(stored)
-    folder = DOCS / "pictures"
-    assert (DOCS / "lesson.md").read_text() == text, "make lesson-page"
-    kept = {path.relative_to(folder).as_posix(): path.read_bytes() for path in (folder / "lesson").iterdir()}
-    assert kept | {"gates.png": (folder / "gates.png").read_bytes()} == pictures
+    text, pictures = website.lesson(stored)
+    assert [n for n in range(1, len(cells) + 1) if f"(../docs/pictures/lesson_{n}.png)" in text] == [*pictures]
+    for cell in stored.cells:
+        shown = cell.source.rpartition("  # ")[0] if cell.get("execution_count") in pictures else cell.source
+        assert shown in text or "\n" not in shown
+        printed = [output["text"].rstrip() for output in cell.get("outputs", []) if output.output_type == "stream"]
+        assert all(each in text for each in printed)
 
 
 def test_links_stay_on_the_site_or_go_to_the_repository_formulas_become_mathml_and_code_stays_as_it_is():
@@ -192,10 +193,13 @@ def test_links_stay_on_the_site_or_go_to_the_repository_formulas_become_mathml_a
         ("docs/keras.md", "../README.md#performance", "index.md#performance"),
         ("docs/keras.md", "../bench/results", f"{repository}/tree/main/bench/results"),
         ("docs/keras.md", "drawings.py", f"{repository}/blob/main/docs/drawings.py"),
+        ("docs/keras.md", f"../{website.LESSON}#a", "lesson.md#a"),
+        (website.LESSON, "lstm_explained.ipynb", f"{repository}/blob/main/{website.LESSON}"),
+        (website.LESSON, "../docs/keras.md", "keras.md"),
     ):  # fmt: skip
         found = website.page(f"see [that\none]({link}). {code}", source, repository)
         assert found == f"see [that\none]({expected}). {code}"
-    found = website.page("$c_t$, $\\log f$", "docs/lesson.md", repository)
+    found = website.page("$c_t$, $\\log f$", website.LESSON, repository)
     inside = "<mrow><msub><mi>c</mi><mi>t</mi></msub></mrow>"
     assert re.match(rf'<span><math [^>]*display="inline">{inside}</math></span>, ', found)
     assert re.search(r"<mi>log</mi><mspace [^>]*/><mi>f</mi>", found)
@@ -228,7 +232,7 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("bench", "dev", "examples", "gpu_lstm", "kernels", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    with (tmp_path / "docs" / "faq.md").open("a") as file:
+    with (tmp_path / "docs" / "what_runs.md").open("a") as file:
         file.write("\n[x](nowhere.md) [x](design.md#nowhere) [x](../README.md#nowhere)\n")
     subprocess.run([sys.executable, "docs/website.py"], cwd=tmp_path, check=True)  # as make docs
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
@@ -238,7 +242,7 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     assert "griffe:" not in done.stdout, done.stdout
     site = tmp_path / "out" / "site"
     pages = {path.parent.name: path for path in site.rglob("index.html") if path.parent != site}
-    assert set(pages) == {page.stem for page in PAGES}
+    assert set(pages) == {"lesson", *(page.stem for page in PAGES)}
     loaded = r'<(?:script|img|link rel="?stylesheet)\b[^>]*?\b(?:src|href)="?([^">\s]+)'
     for path in pages.values():
         for target in re.findall(loaded, path.read_text()):

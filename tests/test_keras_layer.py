@@ -175,7 +175,7 @@ def test_dtype_policies(policy, mask, kinds):
 
 
 def test_fit_gives_the_same_weights(kinds):
-    """Files, and models that are cloned, are in docs/keras_layer.md."""
+    """Files, and models that are cloned, are in docs/keras.md."""
     options = ZERO | dict(
         kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
         bias_initializer="ones") | (dict(unit_forget_bias=False) if kinds[0] is LSTM else {})  # fmt: skip

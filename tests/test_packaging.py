@@ -57,7 +57,7 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tracked = listing.stdout.splitlines() if listing.returncode == 0 else []  # an sdist's own tests have no git
     assert {name for name in tracked if (ROOT / name).exists()} - names <= {".gitignore"}
-    assert {"tests/host_cuda.h", "tests/driver_stub.c", "docs/pictures/gates.png"} <= names
+    assert {"tests/host_cuda.h", "tests/driver_stub.c", "docs/pictures/denoise.png"} <= names
     assert "kernels/cupy_rnn/cuda/steps.cu" in names
 
 

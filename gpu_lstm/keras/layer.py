@@ -82,7 +82,7 @@ def _all_steps(
 class LSTM(_OnOurKernels, keras.layers.LSTM):
     """keras.layers.LSTM on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
 
-    All but the computation is Keras's own; weights load both ways. docs/keras_layer.md shows how to replace the layers
+    All but the computation is Keras's own; weights load both ways. docs/keras.md shows how to replace the layers
     of an existing model.
 
     - A mask may have any form. A masked step leaves the state as it is; its output repeats that of the last valid step
