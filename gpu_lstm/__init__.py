@@ -22,9 +22,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GRU", "LSTM", "SLSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune",
-    "backend", "check", "compat", "convert",
-    "explain", "functional", "keras", "racing", "resets_from_dones", "to_torch", "trace",
-    "use_for_slstm",
+    "backend", "check", "compat", "convert", "explain", "functional", "keras", "racing", "resets_from_dones",
+    "to_torch", "trace", "use_for_slstm",
 ]  # fmt: skip
 
 

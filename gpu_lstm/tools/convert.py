@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, overload
 
 from torch import nn
-from torch.nn.modules.rnn import GRU as TorchGRU
-from torch.nn.modules.rnn import LSTM as TorchLSTM
-from torch.nn.modules.rnn import GRUCell as TorchGRUCell
-from torch.nn.modules.rnn import LSTMCell as TorchLSTMCell
+from torch.nn.modules import rnn
 
 from .. import compat as drop_in
 from ..call.checks import check_bool
@@ -22,8 +19,8 @@ from ..modules.stacked import Stack
 _log = logging.getLogger("gpu_lstm")
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
-OURS: Classes = {TorchLSTM: LSTM, TorchLSTMCell: LSTMCell, TorchGRU: GRU, TorchGRUCell: GRUCell}
-_INSTANCES: Classes = {TorchLSTM: drop_in.LSTM, TorchGRU: drop_in.GRU}
+OURS: Classes = {rnn.LSTM: LSTM, rnn.LSTMCell: LSTMCell, rnn.GRU: GRU, rnn.GRUCell: GRUCell}
+_INSTANCES: Classes = {rnn.LSTM: drop_in.LSTM, rnn.GRU: drop_in.GRU}
 _COMPAT: Classes = {**OURS, **_INSTANCES, LSTM: drop_in.LSTM, GRU: drop_in.GRU}
 _THEIRS: Classes = {ours: torchs for table in (OURS, _INSTANCES) for torchs, ours in table.items()}
 
@@ -32,13 +29,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Types cannot say "exactly this class": to a type checker a subclass, which is left alone, is converted, too.
 @overload
-def convert(model: TorchLSTM, compat: bool = False) -> LSTM: ...  # type: ignore[overload-overlap]
+def convert(model: rnn.LSTM, compat: bool = False) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
-def convert(model: TorchLSTMCell, compat: bool = False) -> LSTMCell: ...  # type: ignore[overload-overlap]
+def convert(model: rnn.LSTMCell, compat: bool = False) -> LSTMCell: ...  # type: ignore[overload-overlap]
 @overload
-def convert(model: TorchGRU, compat: bool = False) -> GRU: ...  # type: ignore[overload-overlap]
+def convert(model: rnn.GRU, compat: bool = False) -> GRU: ...  # type: ignore[overload-overlap]
 @overload
-def convert(model: TorchGRUCell, compat: bool = False) -> GRUCell: ...  # type: ignore[overload-overlap]
+def convert(model: rnn.GRUCell, compat: bool = False) -> GRUCell: ...  # type: ignore[overload-overlap]
 @overload
 def convert(model: Model, compat: bool = False) -> Model: ...
 def convert(model: nn.Module, compat: bool = False) -> nn.Module:
@@ -65,13 +62,13 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
 
 
 @overload
-def to_torch(model: LSTM) -> TorchLSTM: ...  # type: ignore[overload-overlap]
+def to_torch(model: LSTM) -> rnn.LSTM: ...  # type: ignore[overload-overlap]
 @overload
-def to_torch(model: LSTMCell) -> TorchLSTMCell: ...  # type: ignore[overload-overlap]
+def to_torch(model: LSTMCell) -> rnn.LSTMCell: ...  # type: ignore[overload-overlap]
 @overload
-def to_torch(model: GRU) -> TorchGRU: ...  # type: ignore[overload-overlap]
+def to_torch(model: GRU) -> rnn.GRU: ...  # type: ignore[overload-overlap]
 @overload
-def to_torch(model: GRUCell) -> TorchGRUCell: ...  # type: ignore[overload-overlap]
+def to_torch(model: GRUCell) -> rnn.GRUCell: ...  # type: ignore[overload-overlap]
 @overload
 def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:

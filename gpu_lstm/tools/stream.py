@@ -5,8 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import GRU as TorchGRU
-from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules import rnn
 
 from ..backends.layer_loop import NOTHING
 from ..call import roles
@@ -53,7 +52,7 @@ class Stream:
 
     def __init__(self, module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
         if not isinstance(module, Layers):
-            advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, TorchLSTM | TorchGRU)
+            advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
             cls = type(module).__name__
             raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {cls}{advice}")
         if module.bidirectional:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
 from torch import Tensor
-from torch.nn.modules.rnn import GRU as TorchGRU
-from torch.nn.modules.rnn import LSTM as TorchLSTM
+from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ..backends.reference import Steps
@@ -40,26 +39,23 @@ class Trace(Generic[Gates]):
 
 @overload
 def trace(
-    module: TorchLSTM | LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
+    module: rnn.LSTM | LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: State | Sequence[State] | None = None,
-) -> Trace[LSTMGates]:  # fmt: skip
-    ...
+) -> Trace[LSTMGates]: ...  # fmt: skip
 
 
 @overload
 def trace(
-    module: TorchGRU | GRU | StackedGRU, x: Tensor | PackedSequence, hx: Tensor | Sequence[Tensor] | None = None, *,
+    module: rnn.GRU | GRU | StackedGRU, x: Tensor | PackedSequence, hx: Tensor | Sequence[Tensor] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Tensor | Sequence[Tensor] | None = None,
-) -> Trace[GRUGates]:  # fmt: skip
-    ...
+) -> Trace[GRUGates]: ...  # fmt: skip
 
 
 @overload
 def trace(
     module: SLSTM, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: None = None,
-) -> Trace[SLSTMGates]:  # fmt: skip
-    ...
+) -> Trace[SLSTMGates]: ...  # fmt: skip
 
 
 def trace(
