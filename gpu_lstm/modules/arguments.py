@@ -50,17 +50,6 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
     return tuple(norm for norm in NORMS if norm in layer_norm)
 
 
-def layer_sizes(hidden_sizes: Sequence[int]) -> list[int]:
-    """The argument of a stack as a list, checked."""
-    if not isinstance(hidden_sizes, Sequence) or isinstance(hidden_sizes, str | bytes):
-        raise TypeError(f"hidden_sizes should be a sequence of ints, got: {type(hidden_sizes).__name__}")
-    if not hidden_sizes:
-        raise ValueError("hidden_sizes must have at least one layer")
-    for size in hidden_sizes:
-        check_size("hidden_size", size)
-    return list(hidden_sizes)
-
-
 def check_size(name: str, size: object) -> None:
     """Raise, in torch's words, unless `size` is a positive int."""
     if not isinstance(size, int):
@@ -152,6 +141,10 @@ class DropIn(Checked):
         else:
             bound = units**-0.5 if units > 0 else 0.0  # a cell may have no units
             nn.init.uniform_(parameter, -bound, bound)
+
+    def extra_repr(self: Any) -> str:
+        """As torch's, and our own arguments that are not at their defaults."""
+        return super().extra_repr() + repr_of(self)  # type: ignore[misc]
 
     def __prepare_scriptable__(self: Any) -> nn.Module:
         """torch's module, for torch.jit.script."""
@@ -257,8 +250,8 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     return twin
 
 
-def repr_of(module: Any, names: Sequence[str]) -> str:
-    """The arguments of these names that are not at their defaults."""
+def repr_of(module: Any, *names: str) -> str:
+    """The arguments of these names, and our own, that are not at their defaults."""
     changed = {"bias": not module.bias, "heads": module.heads > 1}  # all others are off, or there are none
-    on = [name for name in names if changed.get(name, getattr(module, name, None))]
+    on = [name for name in (*names, "heads", *OWN, *NOT_OF_TORCH) if changed.get(name, getattr(module, name, None))]
     return "".join(f", {name}={getattr(module, name)!r}" for name in on)

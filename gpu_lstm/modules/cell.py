@@ -13,12 +13,12 @@ from ..call import roles
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import fits_torchs_cell, prepare
-from ..call.weights import LAYER_NORM, PEEPHOLES, State
+from ..call.weights import State
 from ..dispatch.available import only_torch_on_a_cpu
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
-from .arguments import OF_CELLS, DropIn, HasVariants, repr_of, weights_of
+from .arguments import OF_CELLS, DropIn, HasVariants, weights_of
 from .tracing import traced
 
 
@@ -59,23 +59,13 @@ class RecurrentCell(DropIn):
         of_all = [getattr(self, name) for name in OF_CELLS]
         return options_of(self._cell.name, self._role, (self.hidden_size,), *of_all)
 
-    def extra_repr(self: Any) -> str:
-        """As torch's, and our own arguments that are not at their defaults."""
-        return RNNCellBase.extra_repr(self) + repr_of(self, ("heads", "backend", PEEPHOLES, LAYER_NORM))
-
 
 class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
     """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
 
     Args:
-        input_size: features of the input, I.
-        hidden_size: hidden units, H.
-        bias: whether there are bias_ih and bias_hh. Default: True
-        device, dtype: of the parameters.
-        backend: as for LSTM.
-        peepholes, layer_norm: as for LSTM; the parameters are weight_peephole, gain_ih, gain_hh, gain_c and bias_c.
-            Default: False
-        heads: as for LSTM. Default: 1
+        input_size, hidden_size, bias, device, dtype, backend, peepholes, layer_norm, heads: as for LSTM. Names of
+            parameters do not end in _l{k}.
 
     Raises:
         ValueError, TypeError: as LSTM for these.

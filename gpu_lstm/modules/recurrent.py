@@ -19,7 +19,7 @@ from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels import cells
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import NOT_OF_TORCH, OF_LAYERS, OWN, Called, DropIn, HasVariants, Layers, repr_of, weights_of
+from .arguments import OF_LAYERS, Called, DropIn, HasVariants, Layers, weights_of
 from .tracing import in_eager_mode, traced
 
 # torch's classes are bound when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
@@ -104,10 +104,6 @@ class Recurrent(DropIn, Layers):
             raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
         options = self._options()
         return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
-
-    def extra_repr(self: Any) -> str:
-        """As torch's, and our own arguments that are not at their defaults."""
-        return RNNBase.extra_repr(self) + repr_of(self, ("heads", *OWN, *NOT_OF_TORCH))
 
     def _options(self: Any) -> Options:
         """From the attributes as they are now."""

@@ -13,23 +13,11 @@ from ..call.checks import check_bool
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import NAMES, OURS
+from ..call.regularisers import NAMES
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import (
-    OF_LAYERS,
-    OWN,
-    Called,
-    HasVariants,
-    Layers,
-    check_heads,
-    check_size,
-    layer_sizes,
-    norms_of,
-    repr_of,
-    weights_of,
-)
+from .arguments import OF_LAYERS, Called, HasVariants, Layers, check_heads, check_size, norms_of, repr_of, weights_of
 from .recurrent import GRU, LSTM
 from .tracing import traced
 
@@ -49,7 +37,14 @@ class Stack(Layers, nn.Module):
         del given["self"]
         of_layers = {name: given.pop(name) for name in ("device", "dtype", PEEPHOLES, LAYER_NORM) if name in given}
         given |= {"_peepholes": of_layers.get(PEEPHOLES, False), "_norms": norms_of(of_layers.get(LAYER_NORM, False))}
-        sizes = given["hidden_sizes"] = layer_sizes(given["hidden_sizes"])
+        sizes = given["hidden_sizes"]
+        if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
+            raise TypeError(f"hidden_sizes should be a sequence of ints, got: {type(sizes).__name__}")
+        if not sizes:
+            raise ValueError("hidden_sizes must have at least one layer")
+        given["hidden_sizes"] = list(sizes)
+        for size in sizes:
+            check_size("hidden_size", size)
         check_size("input_size", given["input_size"])
         for size in sizes:
             check_heads(given["heads"], size)
@@ -116,8 +111,8 @@ class Stack(Layers, nn.Module):
 
     def extra_repr(self) -> str:
         """The arguments that were not left at their defaults."""
-        names = ("bias", "batch_first", "dropout", "bidirectional", "residual", *OWN, *OURS)
-        return f"{self.input_size}, {self.hidden_sizes}" + repr_of(self, (*names, PEEPHOLES, LAYER_NORM, "heads"))
+        changed = repr_of(self, "bias", "batch_first", "dropout", "bidirectional", "residual")
+        return f"{self.input_size}, {self.hidden_sizes}{changed}"
 
 
 class StackedLSTM(Stack, HasVariants):
