@@ -77,7 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    """A number of the command line that is at least one."""
     if not text.removeprefix("-").isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}")
     if (count := int(text)) < 1:

@@ -289,5 +289,5 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
     copy.add("gpu_lstm/call/fading.py", FADING)
     the_list = "gpu_lstm/call/regularisers.py"
     copy.enter(the_list, "import Cell\n", "from .fading import Fading\n")
-    copy.enter(the_list, "    RecurrentDropout(),\n", "    Fading(),\n")
+    copy.enter(the_list, "RecurrentDropout(), ", "Fading(), ")
     copy.run(COUPLED_COMPARED)

@@ -23,13 +23,11 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_tensor(value: object, name: str) -> None:
-    """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")
 
 
 def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
-    """Raise unless a tensor has so many dimensions."""
     if tensor.dim() != count:
         raise RuntimeError(f"{name} must have {count} dimensions, got {tensor.dim()}")
 
@@ -47,9 +45,8 @@ def cure_of(value: object) -> str:
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
-def cure_of_one(hx: object, function: str) -> str:
+def cure_of_one(hx: object, cure: str = "lengths and resets are given by keyword") -> str:
     """What to do where hx is one tensor: one state of two, or lengths."""
-    cure = "a cell expects (h, c)" if function == "lstm_cell" else "lengths and resets are given by keyword"
     return f"; hx is one tensor: {cure}" if isinstance(hx, Tensor) else ""
 
 
@@ -73,7 +70,7 @@ def check_pair(hx: Any) -> None:
     """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
     if not isinstance(hx, (tuple, list)):
         what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
-        raise TypeError(f"lstm(): {what}{cure_of_one(hx, 'lstm')}")
+        raise TypeError(f"lstm(): {what}{cure_of_one(hx)}")
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
 

@@ -3,8 +3,6 @@
 Drawn once per call, for whole sequences: a seed gives the same noise on every backend, and in any chunks of time.
 """
 
-from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,7 @@ from ..kernels.tensors import Noise
 from .options import Options
 from .regulariser import Drawing
 from .regularisers import SCALING
-from .weights import Size, Weights
+from .weights import Weights
 
 NO_NOISE = Noise()
 
@@ -33,22 +31,17 @@ def draw(
     """
     if not options.noisy:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
-    steps, batch = sizes
-    device = layers[0][0].weight_hh.device
-
-    def of_direction(size: Size) -> Noise:
-        sizes = steps, batch, size.width
-        of = Drawing(sizes, size.hidden, dtype, device, options.training, options.one_state)
-        drawn: dict[str, Tensor | None] = {}
-        for thing, rate in options.on:
-            drawn.update(zip(thing.tensors, thing.draw(rate, of)))
-        return Noise(**drawn)
-
-    noise = [[of_direction(size) for _ in layer] for size, layer in zip(options.sizes, layers)]
+    device, noise = layers[0][0].weight_hh.device, []
+    for size, layer in zip(options.sizes, layers):
+        of = Drawing((*sizes, size.width), size.hidden, dtype, device, options.training, options.one_state)
+        noise.append([NO_NOISE] * len(layer))
+        for d in range(len(layer)):
+            for thing, rate in options.on:
+                noise[-1][d] = noise[-1][d]._replace(**dict(zip(thing.tensors, thing.draw(rate, of))))
     kept: list[Tensor | None] = [None] * len(layers)
     for k, size in enumerate(options.sizes[:-1] if options.dropout else ()):
         width = options.directions * size.width
-        kept[k] = torch.empty(steps, batch, width, dtype=torch.bool, device=device).bernoulli_(1 - options.dropout)
+        kept[k] = torch.empty(*sizes, width, dtype=torch.bool, device=device).bernoulli_(1 - options.dropout)
     return noise, kept
 
 

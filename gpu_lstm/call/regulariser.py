@@ -1,7 +1,5 @@
 """What regularises a layer: a subclass that knows all about itself, in the list in regularisers.py."""
 
-from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
-
 import numbers
 from typing import Any, NamedTuple
 
@@ -68,5 +66,4 @@ class Regulariser:
 
 
 def is_probability(value: object) -> bool:
-    """Whether `value` is a number from 0 to 1."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1

@@ -91,12 +91,7 @@ class WeightDrop(Regulariser):
         return F.dropout(weight, rate)
 
 
-REGULARISERS: tuple[Regulariser, ...] = (
-    Dropout(),
-    RecurrentDropout(),
-    Zoneout(),
-    WeightDrop(),
-)
+REGULARISERS: tuple[Regulariser, ...] = (Dropout(), RecurrentDropout(), Zoneout(), WeightDrop())
 """In the order in which they draw, and are applied."""
 BY_NAME = {thing.name: thing for thing in REGULARISERS}
 NAMES = tuple(BY_NAME)

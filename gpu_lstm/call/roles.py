@@ -103,7 +103,11 @@ class Role:
             _, hidden, projected, _ = self.blocks[k]
             size = *self.lead, batch, hidden
             if c.shape != size or h.shape != ((*self.lead, batch, projected) if projected else size):
-                self._refuse_sizes(x, batch, k, (h, c))
+                checks.check_as_torch(x, self.inputs, x)
+                for i, (state, features) in enumerate(((h, projected or hidden), (c, hidden))):
+                    name = "hidden" if self.one_state else f"hidden[{i}]"
+                    name = f"{'hc'[i]} of layer {k}" if self.by_layer else name
+                    checks.check_size(name, state, (*self.lead, batch, features), (*self.lead, x.shape[0], features))
             if self.one_state and checks.is_exact(h, x):
                 h = h.to(x.dtype)
             states.append((h, c))
@@ -118,14 +122,6 @@ class Role:
             for i, state in enumerate(hx):
                 checks.check_tensor(state, f"hidden[{i}]")
         return (hx,)
-
-    def _refuse_sizes(self, x: Tensor, batch: int, k: int, block: State) -> None:
-        """Raise, in torch's words, where x or a tensor of block k has a wrong size."""
-        checks.check_as_torch(x, self.inputs, x)
-        for i, (state, features) in enumerate(zip(block, (self.blocks[k].width, self.blocks[k].hidden))):
-            name = "hidden" if self.one_state else f"hidden[{i}]"
-            name = f"{'hc'[i]} of layer {k}" if self.by_layer else name
-            checks.check_size(name, state, (*self.lead, batch, features), (*self.lead, x.shape[0], features))
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
         """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
@@ -221,7 +217,7 @@ class Module(Role):
             if found != rank:
                 raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
         elif hx[0].dim() != rank or hx[1].dim() != rank:
-            ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx, 'lstm')}"
+            ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx)}"
             raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")
         elif rank == 3 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):  # of an unbatched hx it takes two
             checks.check_pair(hx)
@@ -277,7 +273,7 @@ class Cell(Role):
         try:
             getattr(rnn, self.name).forward(as_torchs, x, hx)
         except (AttributeError, TypeError) as error:
-            cure = "; hx is one tensor" if self.one_state else checks.cure_of_one(hx, "lstm_cell")
+            cure = "; hx is one tensor" if self.one_state else checks.cure_of_one(hx, "a cell expects (h, c)")
             raise type(error)(f"{error}{cure}") from None
 
 

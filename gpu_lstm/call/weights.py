@@ -37,7 +37,6 @@ class Weights(NamedTuple):
         return [tensor for tensor in self if tensor is not None]
 
     def to(self, dtype: torch.dtype) -> "Weights":
-        """The same in another dtype."""
         return Weights(*cast(self, dtype))  # type: ignore[arg-type]
 
     def detached(self, need_gradients: bool) -> "Weights":

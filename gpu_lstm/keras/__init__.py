@@ -5,8 +5,8 @@ Importing this does not import Keras. from_keras, to_keras and the names LSTM an
 
 from typing import TYPE_CHECKING, Any
 
-from .common import import_keras as _import_keras
 from .convert import GoBackwards, forget_bias, from_keras, keras_init, lengths_of, to_keras
+from .convert import import_keras as _import_keras
 
 if TYPE_CHECKING:
     from .layer import GRU as GRU

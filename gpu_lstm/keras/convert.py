@@ -3,11 +3,12 @@
 Keras's matrices are transposed, its LSTM has one bias where torch's has two, and its GRU another order of gates.
 """
 
+import importlib
 import math
 import numbers
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from ..kernels.private import copy_all
 from ..modules import GRU, LSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import NOT_OF_TORCH, Layers, recast
 from ..tools.convert import OURS
-from .common import OF_LSTM, PAIRS, Pair, check_equations, import_keras
 
 Module = TypeVar("Module", bound=nn.Module)
 Rnn = LSTM | StackedLSTM | GRU | StackedGRU
@@ -28,6 +28,60 @@ RECURRENT = (*OURS, *OURS.values())
 FORGETTING = tuple(cls for cls in RECURRENT if "LSTM" in cls.__name__)  # with a forget gate
 BIASES = ("bias_ih", "bias_hh")
 _ACCEPTED = "an LSTM, a GRU or a stack of them"
+
+
+class Pair(NamedTuple):
+    """LSTM or GRU: its name in Keras, and the classes that compute it here."""
+
+    name: str  # of Keras's layer; its cell's is f"{name}Cell"
+    module: type[LSTM] | type[GRU]
+    stack: type[StackedLSTM] | type[StackedGRU]
+
+    def reordered(self, rows: Tensor) -> Tensor:
+        """Rows of a weight or bias, H a gate, from Keras's order of gates to torch's, or back.
+
+        An LSTM's are i, f, g, o in both. A GRU's are z, r, n in Keras and r, z, n in torch.
+        """
+        if self.name == "LSTM":
+            return rows
+        first, second, third = rows.chunk(3)
+        return torch.cat([second, first, third])
+
+    def weights_of(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
+        """W_ih, W_hh and, with a bias, b_ih and b_hh of a Keras cell. An LSTM's b_hh, which Keras lacks, is 0."""
+        weights = [tensor_of(cell.kernel).T, tensor_of(cell.recurrent_kernel).T]
+        if cell.use_bias:
+            bias = tensor_of(cell.bias)
+            weights += bias.unbind() if bias.dim() == 2 else (bias, torch.zeros_like(bias))
+        return list(map(self.reordered, weights))
+
+
+OF_LSTM = Pair("LSTM", LSTM, StackedLSTM)
+OF_GRU = Pair("GRU", GRU, StackedGRU)
+PAIRS = (OF_LSTM, OF_GRU)
+
+
+def import_keras() -> ModuleType:
+    """Keras; an ImportError says what to install."""
+    try:
+        return importlib.import_module("keras")
+    except ImportError as error:
+        raise ImportError(
+            f'this needs Keras 3 and a backend for it ({error}): pip install ".[keras]" from a clone of gpu_lstm, and '
+            "to let Keras run on torch set KERAS_BACKEND=torch in the environment before it is imported"
+        ) from error
+
+
+def check_equations(keras: ModuleType, cell: Any) -> None:
+    """Raise ValueError unless a cell has tanh, sigmoid and, of a GRU, the reset gate after the product."""
+    for name, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
+        function = getattr(cell, name)
+        if function not in (getattr(keras.activations, expected), getattr(keras.ops, expected)):
+            actual = getattr(function, "__name__", function)
+            raise ValueError(f"{name}={actual!r} has no counterpart; expected {expected!r}")
+    if not getattr(cell, "reset_after", True):
+        here = "here the reset gate multiplies W_hn h + b_hn, and not h before the product"
+        raise ValueError(f"reset_after=False has no counterpart; expected True: {here}")
 
 
 class GoBackwards(nn.Module):
@@ -49,10 +103,8 @@ class GoBackwards(nn.Module):
         if not isinstance(module, Layers):
             raise TypeError(f"GoBackwards accepts {_ACCEPTED}, got {type(module).__name__}")
         if module.bidirectional or not module.batch_first:
-            raise ValueError(
-                "Expected a module with bidirectional=False and batch_first=True, "
-                f"got bidirectional={module.bidirectional} and batch_first={module.batch_first}"
-            )
+            got = f"bidirectional={module.bidirectional} and batch_first={module.batch_first}"
+            raise ValueError(f"Expected a module with bidirectional=False and batch_first=True, got {got}")
         self.module = module
 
     if TYPE_CHECKING:
@@ -199,10 +251,8 @@ def lengths_of(mask: Tensor) -> Tensor:
     gaps = (mask != (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).any(1).nonzero()
     if len(gaps):
         row = int(gaps[0])
-        raise ValueError(
-            f"Expected a mask that is True up to the end of each sequence and False after it; row {row} has a gap: "
-            f"step {int(mask[row].int().argmin())} is masked, but a later one is not"
-        )
+        gap = f"row {row} has a gap: step {int(mask[row].int().argmin())} is masked, but a later one is not"
+        raise ValueError(f"Expected a mask that is True up to the end of each sequence and False after it; {gap}")
     return lengths
 
 

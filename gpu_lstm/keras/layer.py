@@ -5,10 +5,9 @@ from typing import Any
 
 import keras
 import torch
-from torch import Tensor
 
 from ..functional import gru_layer, lstm_layer
-from .common import OF_GRU, OF_LSTM, check_equations
+from .convert import OF_GRU, OF_LSTM, check_equations
 
 
 class _OnOurKernels:
@@ -16,10 +15,9 @@ class _OnOurKernels:
 
     def __init__(self: Any, units: int, *args: Any, **kwargs: Any) -> None:
         if keras.backend.backend() != "torch":
-            raise ValueError(
-                f"gpu_lstm.keras.{self._pair.name} needs Keras on torch, not on {keras.backend.backend()}: set "
-                "KERAS_BACKEND=torch in the environment before keras is imported"
-            )
+            cure = "set KERAS_BACKEND=torch in the environment before keras is imported"
+            needs = f"gpu_lstm.keras.{self._pair.name} needs Keras on torch"
+            raise ValueError(f"{needs}, not on {keras.backend.backend()}: {cure}")
         super().__init__(units, *args, **kwargs)  # type: ignore[call-arg]  # Keras's
         check_equations(keras, self.cell)
 
@@ -50,32 +48,25 @@ class _OnOurKernels:
             hx = [state.clone() for state in hx]  # Keras writes the new states into the old, which backward reads
         if self.go_backwards:
             x = x.flip(0)
+        lengths = None
+        if mask is not None:
+            mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
+            if self.go_backwards:
+                mask = mask.flip(0)
+            # Valid steps of a sequence are put before its masked ones, so that a mask of any form becomes lengths.
+            x = x.take_along_dim((~mask).byte().argsort(dim=0, stable=True)[:, :, None], 0)
+            lengths = mask.sum(0)
+        one_state = self._pair.module._cell.one_state
+        run: Any = gru_layer if one_state else lstm_layer
+        y, found = run(x, weights, hx[0] if one_state else hx, lengths=lengths)  # y [T, B, H]
+        states = [found] if one_state else list(found)
         if mask is None:
-            y, states = _all_steps(x, weights, hx)
             return states[0], y.transpose(0, 1), states
-
-        mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
-        if self.go_backwards:
-            mask = mask.flip(0)
-        # The valid steps of each sequence are put before its masked ones, so that a mask of any form becomes lengths.
-        valid_first = (~mask).byte().argsort(dim=0, stable=True)
-        y, states = _all_steps(x.take_along_dim(valid_first[:, :, None], 0), weights, hx, mask.sum(0))
         number = mask.cumsum(0)  # of valid steps up to and including each
         shown = (mask if self.zero_output_for_mask else number > 0)[:, :, None]
         if self.return_sequences:
             y = torch.where(shown, y.take_along_dim((number - 1).clamp(min=0)[:, :, None], 0), 0)
         return torch.where(shown[-1], states[0], 0), y.transpose(0, 1), states
-
-
-def _all_steps(
-    x: Tensor, weights: list[Tensor], hx: list[Tensor], lengths: Tensor | None = None
-) -> tuple[Tensor, list[Tensor]]:
-    """h [T, B, H], zero past the end of a sequence, and the states after it."""
-    if len(hx) == 1:
-        y, state = gru_layer(x, weights, hx[0], lengths=lengths)
-        return y, [state]
-    y, states = lstm_layer(x, weights, (hx[0], hx[1]), lengths=lengths)
-    return y, list(states)
 
 
 @keras.saving.register_keras_serializable("gpu_lstm")

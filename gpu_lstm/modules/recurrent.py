@@ -106,7 +106,6 @@ class Recurrent(DropIn, Layers):
         return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
 
     def _options(self: Any) -> Options:
-        """From the attributes as they are now."""
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
         rates = tuple([getattr(self, name, 0.0) for name in NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, self.proj_size)
@@ -216,9 +215,7 @@ class GRU(Recurrent, RNNBase):
     There is no projection, no peepholes and no layer norm. See `forward` for calls.
 
     Raises:
-        ValueError, TypeError: as torch.nn.GRU for its arguments, in its words; ValueError for an unknown backend or a
-            regulariser that is not a probability; TypeError for `recompute` that is not a bool. `dropout` and these may
-            be set later as attributes, and raise the same errors then.
+        ValueError, TypeError: as torch.nn.GRU for its arguments, in its words, and as LSTM for all others.
 
     Example::
 

@@ -53,10 +53,8 @@ class Stack(Layers, nn.Module):
         outputs = [2 * size if given["bidirectional"] else size for size in sizes]
         inputs = [given["input_size"], *outputs[:-1]]
         if given["residual"] and not any(i == o for i, o in zip(inputs, outputs)):
-            raise ValueError(
-                "residual=True needs a layer whose output is as wide as its input, "
-                f"got inputs of {inputs} and outputs of {outputs} features"
-            )
+            got = f"inputs of {inputs} and outputs of {outputs} features"
+            raise ValueError(f"residual=True needs a layer whose output is as wide as its input, got {got}")
         for name, value in given.items():
             setattr(self, name, value)  # the backend becomes its name
         if self.dropout > 0 and len(sizes) == 1:
@@ -100,13 +98,11 @@ class Stack(Layers, nn.Module):
         return run(prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states))
 
     def _options(self) -> Options:
-        """From the attributes as they are now."""
         sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
         rates = tuple([getattr(self, name, 0.0) for name in NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
-        """[L][D], as the layers have them now."""
         return [weights_of(module, (names,))[0] for module, names in zip(self.layers, self._options().names)]
 
     def extra_repr(self) -> str:

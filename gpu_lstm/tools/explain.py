@@ -109,10 +109,8 @@ def explain(
         ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
     if not isinstance(module, Layers):
-        cls = type(module)
-        raise TypeError(
-            f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {cls.__module__}.{cls.__name__}"
-        )
+        got = "{0.__module__}.{0.__name__}".format(type(module))
+        raise TypeError(f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {got}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)
@@ -160,7 +158,6 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
 
 
 def _why_not(call: Request, kind: Kind, decision: Decision, other: Backend) -> str:
-    """Why a backend does not run the call."""
     device, feature, times = call.x.device, kind.feature, decision.seconds or {}
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
@@ -182,7 +179,6 @@ def _why_not(call: Request, kind: Kind, decision: Decision, other: Backend) -> s
 
 
 def _how(call: Request, backend: Backend) -> str:
-    """How a backend runs the call."""
     if backend in KERNEL_BACKENDS:
         return "one product with all inputs of a layer, then its steps, or a chunk of them, by the kernels below"
     if backend is Backend.REFERENCE:

@@ -61,7 +61,6 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
 
 
 def _by_ours(theirs: type) -> type:
-    """A subclass of a cell's class, of its name."""
     return type(theirs.__name__, (_ByOurs, theirs), {"_theirs": theirs})
 
 
