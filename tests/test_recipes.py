@@ -252,12 +252,10 @@ for backend in ("triton", "torch", "cupy"):
 """
 
 FADING = '''
-"""A regulariser that forgot to say what it has: no flag, no tensor, though a hook of the time loop is its own."""
-
-from .regulariser import Regulariser
-
 
 class Fading(Regulariser):
+    """It forgot to say what it has: no flag, no tensor, though a hook of the time loop is its own."""
+
     name = "fading"
 
     def scaled(self, h, noise):
@@ -286,8 +284,7 @@ COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normal
     copy.add("gpu_lstm/equations/coupled.py", COUPLED)
     copy.add("gpu_lstm/modules/coupled.py", COUPLED_LSTM)
     copy.add("kernels/triton_rnn/equations/coupled.py", COUPLED_IN_TRITON)
-    copy.add("gpu_lstm/call/fading.py", FADING)
     the_list = "gpu_lstm/call/regularisers.py"
-    copy.enter(the_list, "import Cell\n", "from .fading import Fading\n")
+    copy.enter(the_list, "        return F.dropout(weight, rate)\n", FADING)
     copy.enter(the_list, "RecurrentDropout(), ", "Fading(), ")
     copy.run(COUPLED_COMPARED)

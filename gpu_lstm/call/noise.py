@@ -8,8 +8,7 @@ from torch import Tensor
 
 from ..kernels.tensors import Noise
 from .options import Options
-from .regulariser import Drawing
-from .regularisers import SCALING
+from .regularisers import SCALING, Drawing
 from .weights import Weights
 
 NO_NOISE = Noise()
@@ -31,13 +30,16 @@ def draw(
     """
     if not options.noisy:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
-    device, noise = layers[0][0].weight_hh.device, []
+    device = layers[0][0].weight_hh.device
+    noise: list[list[Noise]] = []
     for size, layer in zip(options.sizes, layers):
         of = Drawing((*sizes, size.width), size.hidden, dtype, device, options.training, options.one_state)
-        noise.append([NO_NOISE] * len(layer))
-        for d in range(len(layer)):
+        noise.append([])
+        for _ in layer:
+            drawn: dict[str, Tensor | None] = {}
             for thing, rate in options.on:
-                noise[-1][d] = noise[-1][d]._replace(**dict(zip(thing.tensors, thing.draw(rate, of))))
+                drawn.update(zip(thing.tensors, thing.draw(rate, of)))
+            noise[-1].append(Noise(**drawn))
     kept: list[Tensor | None] = [None] * len(layers)
     for k, size in enumerate(options.sizes[:-1] if options.dropout else ()):
         width = options.directions * size.width

@@ -1,8 +1,6 @@
 """Sequences of different lengths and with resets inside: index arithmetic.
 
-*Steps* are counted in the order of processing. For a sequence of length L in a batch padded to T, the forward direction
-visits time s at step s, and the reverse direction time L - 1 - s. Steps s >= L are padding; both directions visit
-time s there.
+At step s the reverse direction visits time L - 1 - s of a sequence of length L; from L on both directions visit time s.
 """
 
 from typing import NamedTuple

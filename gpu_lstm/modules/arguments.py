@@ -117,8 +117,17 @@ class DropIn(Checked):
         self._init_torchs(**given)
         for name, value in ours.items():
             setattr(self, name, value)
-        if peepholes or norms:
-            self._add_variants(peepholes, norms)
+        if not (peepholes or norms):
+            return
+        if not self._cell.normalises:
+            raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
+        self._peepholes, self._norms = peepholes, norms
+        options, like = self._options(), next(self.parameters())
+        for directions, sizes in zip(options.names, options.weight_sizes):
+            for name, size in [each for names in directions for each in zip(names, sizes)]:
+                if name is not None and name not in self._parameters:  # next to the others of its layer and direction
+                    self.register_parameter(name, nn.Parameter(like.new_empty(size)))
+                    self._draw(name, self._parameters[name])
 
     def reset_parameters(self: Any) -> None:
         """Draw all weights and biases again, in the order of the parameters; gains become ones, bias_c zero.
@@ -171,18 +180,6 @@ class HasVariants(Checked):
     def layer_norm(self) -> bool | tuple[str, ...]:
         """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, like peepholes."""
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
-
-    def _add_variants(self: Any, peepholes: bool, norms: tuple[str, ...]) -> None:
-        """The parameters of each layer and direction, where its others are."""
-        if not self._cell.normalises:
-            raise ValueError(f"{self._cell.name} cells have no peepholes and no layer norm")
-        self._peepholes, self._norms = peepholes, norms
-        options, like = self._options(), next(self.parameters())
-        for directions, sizes in zip(options.names, options.weight_sizes):
-            for name, size in [each for names in directions for each in zip(names, sizes)]:
-                if name is not None and name not in self._parameters:
-                    self.register_parameter(name, nn.Parameter(like.new_empty(size)))
-                    self._draw(name, self._parameters[name])
 
 
 class Layers(Checked):

@@ -18,7 +18,6 @@ from ..call.roles import Module
 from ..dispatch import available, race
 from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
-from ..dispatch.race import Decision
 from ..dispatch.route import able_to_run
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
@@ -71,7 +70,7 @@ class Explanation:
     layers: list[Direction]
 
     def __str__(self) -> str:
-        lines = [self.problem, f"  backend    {Decision(Backend(self.backend), self.why, self.seconds)}"]
+        lines = [self.problem, f"  backend    {race.Decision(Backend(self.backend), self.why, self.seconds)}"]
         lines += [f"  how        {self.how}", f"  products   {self.precision}"]
         lines += [f"  not used   {name}: {why_not}" for name, why_not in self.others.items()]
         for d in self.layers:
@@ -157,7 +156,7 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
     return passes
 
 
-def _why_not(call: Request, kind: Kind, decision: Decision, other: Backend) -> str:
+def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend) -> str:
     device, feature, times = call.x.device, kind.feature, decision.seconds or {}
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)

@@ -1,7 +1,7 @@
 """An LSTM, a GRU or an SLSTM that runs as its input arrives, by steps or chunks, with the state kept between calls."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,6 @@ from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
-
-
-class _StepGraph(NamedTuple):
-    """One step as a CUDA graph that updates the stream's states in place."""
-
-    key: tuple  # what it was captured with
-    x: Tensor
-    active: Tensor | None  # None: all are
-    replay: Callable[[], Tensor]
 
 
 class Stream:
@@ -64,7 +55,8 @@ class Stream:
         self.module, self.batch = module, batch
         with torch.inference_mode(False):  # so that the states can be updated in any mode
             self._state = _held(self._accepted(None))  # as `module` accepts and returns them
-        self._graph: _StepGraph | None = None
+        # One step as a CUDA graph: what it was captured with, its x, its `active` or None, and how it is replayed.
+        self._graph: tuple[tuple, Tensor, Tensor | None, Callable[[], Tensor]] | None = None
         if hx is not None:
             self.state = hx
 
@@ -167,17 +159,18 @@ class Stream:
         """Run a step by its graph, captured first if there is none for these parameters, sizes and `active`."""
         module, graph = self.module, self._graph
         key = x.shape, x.dtype, module._options(), tuple(p.data_ptr() for p in module.parameters())
-        if graph is None or graph.key != key or (graph.active is None and active is not None):
+        if graph is None or graph[0] != key or (graph[2] is None and active is not None):
             before, read = _each(torch.clone, self._state), (x.clone(), None if active is None else active.clone())
             try:
-                graph = self._graph = _StepGraph(key, *read, captured(lambda: self._advance(*read), x.device))
+                graph = self._graph = key, *read, captured(lambda: self._advance(*read), x.device)
             finally:
                 self._update(before)  # warm-up steps do not count
+        _, its_x, its_active, replay = graph
         raise_if_timed_out(x.device)  # in the replays so far
-        graph.x.copy_(x)
-        if graph.active is not None:
-            graph.active.fill_(True) if active is None else graph.active.copy_(active)
-        return graph.replay().clone()
+        its_x.copy_(x)
+        if its_active is not None:
+            its_active.fill_(True) if active is None else its_active.copy_(active)
+        return replay().clone()
 
     def _update(self, states: Any) -> None:
         """Set all states at once, so that an interrupt mixes no steps; in place on CUDA, where a graph reads them."""
