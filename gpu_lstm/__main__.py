@@ -127,9 +127,8 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
     lines += ["", "nvidia-smi", *(f"  {line}" for line in state["nvidia-smi"]), "", "devices"]
     for device in state["devices"]:
         lines.append(f"  {device['device']:<22} {device['name']}; float32 goes to {device['auto']!r} by default")
-        lines += [f"    {name:<20} {value}" for name, value in device["card"].items()]
-        for name, why_not in device["backends"].items():
-            lines.append(f"    {name:<20} {'available' if why_not is None else 'not available: ' + why_not}")
+        can = {name: f"not available: {why}" if why else "available" for name, why in device["backends"].items()}
+        lines += [f"    {name:<20} {value}" for name, value in (device["card"] | can).items()]
     return state, "\n".join(lines)
 
 
@@ -152,10 +151,9 @@ def _summary(device: torch.device) -> str:
     won = sum(isinstance(value, dict) and value.get("backend") == backend.value for value in decisions)
     failed = f", of which {wrong} failed" if wrong else ""
     then = "; the first call of each kind races" if os.environ.get(RACE_VARIABLE, "on") == "on" else ""
-    return (
-        f"On this machine gpu_lstm runs the kernels of backend {backend.value!r} on {where} where they are faster: "
-        f"kernels checked {len(verdicts)}{failed}; kinds of problems raced {len(decisions)}, won {won}{then}"
-    )
+    found = f"kernels checked {len(verdicts)}{failed}; kinds of problems raced {len(decisions)}, won {won}{then}"
+    kernels = f"the kernels of backend {backend.value!r}"
+    return f"On this machine gpu_lstm runs {kernels} on {where} where they are faster: {found}"
 
 
 def _diagnosis(device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """In a block of torch.autocast a weight is cast once for all calls, as by torch's own operators.
 
-The casts are in a dict that is attached to a cast in torch's cache, and goes with it: see `_casts_of_this_block`. As in
-torch, a weight that is changed in place is cast again only in the next block.
+As in torch, a weight that is changed in place is cast again only in the next block.
 """
 
 import contextlib

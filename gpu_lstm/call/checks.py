@@ -17,7 +17,6 @@ from .weights import NAMES, State, Weights
 
 
 def check_bool(name: str, value: object) -> None:
-    """Raise TypeError, in torch's words, unless `value` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
@@ -162,7 +161,6 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
 
 
 def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
-    """Raise, in torch's words, unless a tensor is on the device of x."""
     if tensor.device != x.device:
         found = f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
         raise RuntimeError(f"Input and {what} tensors are not at the same device, {found}")
@@ -195,7 +193,6 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Raise unless `resets` is a bool tensor of `shape` where x is."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")

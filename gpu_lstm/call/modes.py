@@ -1,8 +1,4 @@
-"""What decides how a call is run, read from the process once per call: autograd, autocast, tracing, transforms, TF32.
-
-torch.func.grad and vjp run through the fused kernels, except in a graph of torch.compile. There, and everywhere for
-vmap, forward-mode derivatives and functionalize, an LSTM in torch's own operators is needed, which the reference is.
-"""
+"""What decides how a call is run, read from the process once per call: autograd, autocast, tracing, transforms, TF32."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -35,7 +31,7 @@ class Recording:
 
 
 class Transforms:
-    """The transforms of torch.func around a call."""
+    """The transforms of torch.func around a call. Most need an LSTM in torch's own operators, as the reference is."""
 
     NONE = 0
     GRAD = 1  # grad and vjp, which kernels can take part in
@@ -88,11 +84,9 @@ _TORCHS = (None, Backend.AUTO, "auto", Backend.TORCH, "torch")
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:
-    """Triton's `input_precision` for the recurrent product in `dtype`: "tf32" or "ieee".
+    """Triton's `input_precision` for the recurrent product, by cuDNN's switch, as torch.nn.LSTM: "tf32" or "ieee".
 
-    It obeys the switch that torch.nn.LSTM itself obeys on CUDA, cuDNN's: TF32 unless the user turned it off
-    (``torch.backends.cudnn.allow_tf32`` or ``torch.backends.cudnn.rnn.fp32_precision``). Products over all steps go
-    through torch.matmul and obey ``torch.backends.cuda.matmul``.
+    Products over all steps go through torch.matmul, and obey torch.backends.cuda.matmul.
     """
     return "tf32" if dtype is torch.float32 and _precision("cuda", "rnn") == "tf32" else "ieee"
 
@@ -138,7 +132,6 @@ def _need_the_reference(compiling: bool) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether the current call is inside a transform of torch.func."""
     return _interpreter() is not None
 
 

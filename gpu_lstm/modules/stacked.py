@@ -58,11 +58,9 @@ class Stack(Layers, nn.Module):
         for name, value in given.items():
             setattr(self, name, value)  # the backend becomes its name
         if self.dropout > 0 and len(sizes) == 1:
-            warnings.warn(
-                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={self.dropout} and num_layers=1",
-                stacklevel=3,
-            )
+            adds = "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects"
+            got = f"num_layers greater than 1, but got dropout={self.dropout} and num_layers=1"
+            warnings.warn(f"{adds} {got}", stacklevel=3)
         of_layers |= {name: given[name] for name in ("bias", "bidirectional", "heads")}
         self.layers = nn.ModuleList([self._layer(i, size, **of_layers) for i, size in zip(inputs, sizes)])
 

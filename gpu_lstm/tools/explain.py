@@ -191,7 +191,6 @@ def _how(call: Request, backend: Backend) -> str:
 
 
 def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
-    """How products are computed, and by which switch."""
     name = str(kind.dtype).removeprefix("torch.")
     if kind.dtype is not torch.float32 or device.type != "cuda":
         return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"

@@ -16,15 +16,12 @@ from ..call.prepare import prepare
 from ..call.sequences import without_padding
 from ..call.weights import State
 from ..dispatch.kind import dtype_of
-from ..equations import EQUATIONS
-from ..equations.gru import Gates as GRUGates
-from ..equations.lstm import Gates as LSTMGates
-from ..equations.slstm import Gates as SLSTMGates
+from ..equations import EQUATIONS, gru, lstm, slstm
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers, recast
 from .convert import OURS
 
-Gates = TypeVar("Gates", LSTMGates, GRUGates, SLSTMGates)
+Gates = TypeVar("Gates", lstm.Gates, gru.Gates, slstm.Gates)
 
 
 @dataclass(frozen=True)
@@ -41,21 +38,21 @@ class Trace(Generic[Gates]):
 def trace(
     module: rnn.LSTM | LSTM | StackedLSTM, x: Tensor | PackedSequence, hx: State | Sequence[State] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: State | Sequence[State] | None = None,
-) -> Trace[LSTMGates]: ...  # fmt: skip
+) -> Trace[lstm.Gates]: ...  # fmt: skip
 
 
 @overload
 def trace(
     module: rnn.GRU | GRU | StackedGRU, x: Tensor | PackedSequence, hx: Tensor | Sequence[Tensor] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Tensor | Sequence[Tensor] | None = None,
-) -> Trace[GRUGates]: ...  # fmt: skip
+) -> Trace[gru.Gates]: ...  # fmt: skip
 
 
 @overload
 def trace(
     module: SLSTM, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: None = None,
-) -> Trace[SLSTMGates]: ...  # fmt: skip
+) -> Trace[slstm.Gates]: ...  # fmt: skip
 
 
 def trace(
