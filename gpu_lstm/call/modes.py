@@ -1,4 +1,4 @@
-"""What decides how a call is run, read from the process once per call: autograd, autocast, tracing, transforms, TF32."""
+"""What decides how a call runs, read from the process once per call: autograd, autocast, tracing, transforms, TF32."""
 
 import os
 from collections.abc import Iterable, Sequence

@@ -46,7 +46,6 @@ class Options:
         self.directions = 2 if a.bidirectional else 1
         inputs = [a.input_size, *(self.directions * (a.proj_size or hidden) for hidden in a.hidden_sizes)]
         self.sizes = tuple([Size(i, hidden, a.proj_size, a.heads) for i, hidden in zip(inputs, a.hidden_sizes)])
-        self.rows = len(self.sizes) * self.directions  # of states: layer by layer, direction by direction
         self.role = a.role(self.cell, self.sizes, self.directions, a.batch_first)
         rates = [(thing, thing.rate(value, a.training)) for thing, value in zip(REGULARISERS, a.rates)]
         self.on = tuple([(thing, rate) for thing, rate in rates if rate])
@@ -59,8 +58,7 @@ class Options:
         # With layers of one size, torch's own runs all of them in one call; of heads it knows nothing.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1 and a.heads == 1
         self.connects = a.residual or self.dropout > 0  # something is done between layers
-        self.noise = any([thing.tensors for thing, _ in self.on])  # layers have random tensors, or rates
-        self.noisy = self.noise or self.dropout > 0  # they are drawn, or made
+        self.noisy = self.dropout > 0 or any([thing.tensors for thing, _ in self.on])  # tensors are drawn, or made
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
         features = [of_cell, PEEPHOLES if a.peepholes else None, LAYER_NORM if a.norms else None]
         features += [thing.name for thing, _ in self.on if thing.tensors]
