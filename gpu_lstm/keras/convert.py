@@ -66,10 +66,9 @@ def import_keras() -> ModuleType:
     try:
         return importlib.import_module("keras")
     except ImportError as error:
-        raise ImportError(
-            f'this needs Keras 3 and a backend for it ({error}): pip install ".[keras]" from a clone of gpu_lstm, and '
-            "to let Keras run on torch set KERAS_BACKEND=torch in the environment before it is imported"
-        ) from error
+        torchs = "to let Keras run on torch set KERAS_BACKEND=torch in the environment before it is imported"
+        cure = f'pip install ".[keras]" from a clone of gpu_lstm, and {torchs}'
+        raise ImportError(f"this needs Keras 3 and a backend for it ({error}): {cure}") from error
 
 
 def check_equations(keras: ModuleType, cell: Any) -> None:

@@ -43,10 +43,9 @@ class Stack(Layers, nn.Module):
         if not sizes:
             raise ValueError("hidden_sizes must have at least one layer")
         given["hidden_sizes"] = list(sizes)
-        for size in sizes:
-            check_size("hidden_size", size)
         check_size("input_size", given["input_size"])
         for size in sizes:
+            check_size("hidden_size", size)
             check_heads(given["heads"], size)
         for name in ("batch_first", "bidirectional", "residual"):
             check_bool(name, given[name])

@@ -16,8 +16,6 @@ from ..modules import GRU, LSTM, GRUCell, LSTMCell
 from ..modules.arguments import NOT_OF_TORCH, Checked, recast
 from ..modules.stacked import Stack
 
-_log = logging.getLogger("gpu_lstm")
-
 Classes = Mapping[type[nn.Module], type[nn.Module]]
 OURS: Classes = {rnn.LSTM: LSTM, rnn.LSTMCell: LSTMCell, rnn.GRU: GRU, rnn.GRUCell: GRUCell}
 _INSTANCES: Classes = {rnn.LSTM: drop_in.LSTM, rnn.GRU: drop_in.GRU}
@@ -121,7 +119,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
     nothing = f"nothing: there is no {' or '.join(map(_name, classes))} in the {_name(type(model))}"
     text = f"{function} swapped {', '.join(swapped) or nothing}" + f"; left as it is: {'; '.join(left)}" * bool(left)
     if (swapped or done) and not (to_theirs and left):
-        _log.info(text)
+        logging.getLogger("gpu_lstm").info(text)
     else:
         warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
     return twins.get(model, model)
