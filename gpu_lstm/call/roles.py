@@ -31,8 +31,6 @@ RESET_STATES = "reset_states"  # the argument of a call, as errors name it
 
 
 class Role:
-    """What the roles share."""
-
     title = "{0}"  # what errors call it, by the name of its cell
     suffix = "_l{}"  # of the parameters of a layer
     ranks = 2, 3  # of an input without B, and with it

@@ -329,12 +329,11 @@ def _modules_in(module: nn.Module, classes: tuple[type, ...], what: str) -> list
 
 def _cells_of(keras: ModuleType, layer: Any) -> list:
     """The cells of a Keras layer, of each layer and direction; an error if it has no counterpart."""
-    from . import layer as ours
-
     both = type(layer) is keras.layers.Bidirectional
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
+    theirs = keras.layers.RNN, *(getattr(keras.layers, pair.name) for pair in PAIRS)
     for rnn in rnns:
-        if type(rnn) not in (keras.layers.RNN, *(getattr(of, p.name) for p in PAIRS for of in (keras.layers, ours))):
+        if type(rnn) not in theirs and "_pair" not in vars(type(rnn)):  # which ours have, and a subclass inherits
             raise TypeError(f"from_keras accepts an LSTM, GRU, RNN or Bidirectional layer, got {type(rnn).__name__}")
         _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
     if both:

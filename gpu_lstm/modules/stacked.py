@@ -103,7 +103,6 @@ class Stack(Layers, nn.Module):
         return [weights_of(module, (names,))[0] for module, names in zip(self.layers, self._options().names)]
 
     def extra_repr(self) -> str:
-        """The arguments that were not left at their defaults."""
         changed = repr_of(self, "bias", "batch_first", "dropout", "bidirectional", "residual")
         return f"{self.input_size}, {self.hidden_sizes}{changed}"
 
