@@ -35,7 +35,7 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
     if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(request)) is not None:
         y, states = given
         return form.output(y), options.role.states_out(form, states)
-    call = options.role.call(request)
+    call = request.call()
     if scheduled is not None:
         y, states = schedule.by_kernels(call, dtype, backend, layers, scheduled)
     elif operators is not None:

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 from . import checks
 from .modes import PLAIN, Recording, modes
 from .options import Options
-from .request import Form, Request
-from .roles import RESET_STATES
+from .request import Request
+from .roles import RESET_STATES, Form
 from .sequences import EVERY_STEP, Traversal
 from .weights import State, Weights
 

@@ -1,73 +1,14 @@
-"""What a user asks for, in the form of its input, and what layers are asked to do."""
+"""What a user asks for, and what layers are asked to do."""
 
-from __future__ import annotations
+from typing import NamedTuple
 
-from typing import TYPE_CHECKING, NamedTuple
-
-import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from .modes import Modes
+from .modes import Modes, Recording
+from .options import Options
+from .roles import Form
 from .sequences import Traversal
 from .weights import State, Weights
-
-if TYPE_CHECKING:
-    from .options import Options
-
-
-class Form(NamedTuple):
-    """A tensor (T, N, I), with batch_first (N, T, I), or unbatched (T, I); or a PackedSequence.
-
-    Inside, the sequences of a PackedSequence are sorted by length, as in its data.
-    """
-
-    batched: bool
-    batch_first: bool  # False where the input is not batched; of a PackedSequence, of the tensors given with it
-    packed: PackedSequence | None = None
-
-    def time_major(self, t: Tensor) -> Tensor:
-        """A user's values for each step, (T, N, ...), (N, T, ...) or (T, ...) -> [T, B, ...]."""
-        if not self.batched:
-            return t.unsqueeze(1)
-        t = t.transpose(0, 1) if self.batch_first else t
-        indices = None if self.packed is None else self.packed.sorted_indices
-        return t if indices is None else t.index_select(1, indices)
-
-    def output(self, y: Tensor) -> Tensor | PackedSequence:
-        """[T, B, F] in the form of the input; of a PackedSequence also [N, F], as its data are."""
-        if self.packed is not None:
-            y = y if y.dim() == 2 else y.flatten(0, 1).index_select(0, self.rows())
-            return PackedSequence(y, *self.packed[1:])
-        if not self.batched:
-            return y.squeeze(1)
-        return y.transpose(0, 1) if self.batch_first else y
-
-    def state_in(self, state: Tensor) -> Tensor:
-        """A user's state, [*, B, H] or unbatched [*, H] -> [*, B, H]."""
-        if not self.batched:
-            return state.unsqueeze(-2)
-        indices = None if self.packed is None else self.packed.sorted_indices
-        return state if indices is None else state.index_select(-2, indices)
-
-    def state_out(self, state: Tensor) -> Tensor:
-        """The reverse of `state_in`."""
-        if not self.batched:
-            return state.squeeze(-2)
-        indices = None if self.packed is None else self.packed.unsorted_indices
-        return state if indices is None else state.index_select(-2, indices)
-
-    def inside(self) -> Tensor:
-        """Bool [T, B], on the CPU: whether a sequence, of a PackedSequence, has that step."""
-        sizes = self.packed.batch_sizes  # type: ignore[union-attr]
-        return torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]
-
-    def rows(self) -> Tensor:
-        """[N]: time * B + batch for each row of a PackedSequence's data."""
-        return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)  # type: ignore[union-attr]
-
-
-UNBATCHED, TIME_FIRST, BATCH_FIRST = Form(False, False), Form(True, False), Form(True, True)
 
 
 class Call(NamedTuple):
@@ -105,3 +46,17 @@ class Request(NamedTuple):
         x = self.x.new_zeros(self.steps * self.batch, self.x.shape[1]).index_copy(0, self.form.rows(), self.x)
         lengths = self.form.inside().sum(0).to(x.device)
         return x.view(self.steps, self.batch, -1), self.traversal._replace(lengths=lengths)
+
+    def call(self) -> Call:
+        """What layers are asked to do: x [T, B, I], and the blocks cut into rows."""
+        x, states, traversal, role = self.x, self.states, self.traversal, self.options.role
+        if self.form.packed is not None:
+            x, traversal = self.padded()
+        if self.modes.recording >= Recording.COMPILED:  # torch.compile lets no operator have the same tensor twice
+            states = [(h, h.clone() if c is h else c) for h, c in states]
+        if not role.lead:
+            x = x if x.dim() == 3 else x[None]
+            states = [(h[None], c if role.kept > 1 else c[None]) for h, c in states]
+        elif (count := role.lead[0]) > 1:
+            states = [row for h, c in states for row in zip(h.chunk(count), c.chunk(count))]
+        return Call(x, self.steps, self.batch, states, self.weights, traversal, self.options, self.modes, self.learns)

@@ -13,7 +13,7 @@ into *rows*, ([1, B, P], [K, B, H]): one for each layer and direction.
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +23,64 @@ from torch.nn.utils.rnn import PackedSequence
 from ..equations import EQUATIONS
 from ..kernels import cells
 from . import checks
-from .modes import Recording, autocasts
-from .request import BATCH_FIRST, TIME_FIRST, UNBATCHED, Call, Form, Request
+from .modes import autocasts
 from .weights import Size, State, Weights
 
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it
+
+
+class Form(NamedTuple):
+    """A tensor (T, N, I), with batch_first (N, T, I), or unbatched (T, I); or a PackedSequence.
+
+    Inside, the sequences of a PackedSequence are sorted by length, as in its data.
+    """
+
+    batched: bool
+    batch_first: bool  # False where the input is not batched; of a PackedSequence, of the tensors given with it
+    packed: PackedSequence | None = None
+
+    def time_major(self, t: Tensor) -> Tensor:
+        """A user's values for each step, (T, N, ...), (N, T, ...) or (T, ...) -> [T, B, ...]."""
+        if not self.batched:
+            return t.unsqueeze(1)
+        t = t.transpose(0, 1) if self.batch_first else t
+        indices = None if self.packed is None else self.packed.sorted_indices
+        return t if indices is None else t.index_select(1, indices)
+
+    def output(self, y: Tensor) -> Tensor | PackedSequence:
+        """[T, B, F] in the form of the input; of a PackedSequence also [N, F], as its data are."""
+        if self.packed is not None:
+            y = y if y.dim() == 2 else y.flatten(0, 1).index_select(0, self.rows())
+            return PackedSequence(y, *self.packed[1:])
+        if not self.batched:
+            return y.squeeze(1)
+        return y.transpose(0, 1) if self.batch_first else y
+
+    def state_in(self, state: Tensor) -> Tensor:
+        """A user's state, [*, B, H] or unbatched [*, H] -> [*, B, H]."""
+        if not self.batched:
+            return state.unsqueeze(-2)
+        indices = None if self.packed is None else self.packed.sorted_indices
+        return state if indices is None else state.index_select(-2, indices)
+
+    def state_out(self, state: Tensor) -> Tensor:
+        """The reverse of `state_in`."""
+        if not self.batched:
+            return state.squeeze(-2)
+        indices = None if self.packed is None else self.packed.unsorted_indices
+        return state if indices is None else state.index_select(-2, indices)
+
+    def inside(self) -> Tensor:
+        """Bool [T, B], on the CPU: whether a sequence, of a PackedSequence, has that step."""
+        sizes = self.packed.batch_sizes  # type: ignore[union-attr]
+        return torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]
+
+    def rows(self) -> Tensor:
+        """[N]: time * B + batch for each row of a PackedSequence's data."""
+        return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)  # type: ignore[union-attr]
+
+
+UNBATCHED, TIME_FIRST, BATCH_FIRST = Form(False, False), Form(True, False), Form(True, True)
 
 
 class Role:
@@ -137,20 +190,6 @@ class Role:
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
         """Raise, in torch's words, unless all tensors have one dtype and device, and x the right features."""
         checks.check_alike(x, states, weights)
-
-    def call(self, request: Request) -> Call:
-        """What layers are asked to do: x [T, B, I], and the blocks cut into rows."""
-        r, x, states, traversal = request, request.x, request.states, request.traversal
-        if r.form.packed is not None:
-            x, traversal = r.padded()
-        if r.modes.recording >= Recording.COMPILED:  # torch.compile lets no operator have the same tensor twice
-            states = [(h, h.clone() if c is h else c) for h, c in states]
-        if not self.lead:
-            x = x if x.dim() == 3 else x[None]
-            states = [(h[None], c if self.kept > 1 else c[None]) for h, c in states]
-        elif (count := self.lead[0]) > 1:
-            states = [row for h, c in states for row in zip(h.chunk(count), c.chunk(count))]
-        return Call(x, r.steps, r.batch, states, r.weights, traversal, r.options, r.modes, r.learns)
 
     def states_out(self, form: Form, states: list[State]) -> Any:
         """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""

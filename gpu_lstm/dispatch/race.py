@@ -18,7 +18,8 @@ from ..backends.run import execute
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.modes import Recording, Transforms
-from ..call.request import TIME_FIRST, Request
+from ..call.request import Request
+from ..call.roles import TIME_FIRST
 from ..call.settings import Setting, alone
 from ..kernels import cache
 from ..kernels.layer import launcher_of
