@@ -69,14 +69,6 @@ def row_of(time, index, B):
 
 
 @triton.jit
-def row_in_h_then_h0(step, sequence, batch, REVERSE: tl.constexpr):
-    """Row of h after `step` in [T * B + B, P]: h of every step, and last h0, which is h after step -1."""
-    time = time_of(step, sequence.length, REVERSE)
-    of_h0 = row_of(tl.zeros_like(time) + batch.T, sequence.index, batch.B)
-    return tl.where(step < 0, of_h0, row_of(time, sequence.index, batch.B))
-
-
-@triton.jit
 def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
     """Where the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1 in both
     directions; the reverse direction comes from time + 1."""

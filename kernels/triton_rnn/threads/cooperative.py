@@ -1,18 +1,16 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
 The programs of one batch tile are a group, which never waits for another. Each owns UNITS hidden units, and keeps its
-rows of W_hh in registers. A group may have several batch tiles: forward requests the words of the next one before it
-computes the cells of this one. All programs of a launch must be resident at once.
+rows of W_hh in registers. A group may have several batch tiles, one after another: a step of one is a *turn*.
 
 forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
 backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
            GATES / PARTNERS gates for all of these, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the dgates of
-           these gates. Partners exchange their sums in a second, small exchange, and each adds up those of all for
-           its own units.
+           these gates. Partners exchange their sums in a second exchange.
 
 In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
 one unit of one sequence. Words (exchange.py) have PER units: a row of H units is W = ceil(H / PER) words, of which the
-last may be half empty; so the weights are passed as words, too. A step of one batch tile is a *turn*.
+last may be half empty; so the weights are passed as words, too.
 
 Each head has groups of its own, the last axis of the grid; H here means its D units. A row has W words of each head, in
 dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps. `sizes` in
@@ -24,7 +22,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, reset, states
+from ..cell import indexing, noise, states
 from ..cell.indexing import Batch
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from ..exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
@@ -116,11 +114,12 @@ def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 
 @triton.jit
 def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
-    """The h Before a turn; no words where it is reset, and in padding."""
+    """The h Before a turn, in [T * B + B]: h of every step, and last h0; no words where it is reset, and in padding."""
     _, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     continues = indexing.position(step, sequence, batch, S.REVERSE).continues
-    row = indexing.row_in_h_then_h0(step - 1, sequence, batch, S.REVERSE)
+    row = indexing.row_of(indexing.time_of(step - 1, sequence.length, S.REVERSE), sequence.index, batch.B)
+    row = tl.where(step < 1, indexing.row_of(tl.zeros_like(sequence.index) + batch.T, sequence.index, batch.B), row)
     words = Words(words_ptr + row * (S.HEADS * S.W) + first, tl.where(continues, S.K - first, 0))
     seen = look(words, S.CHUNKS, 4, S.STRIDE, neighbours(S.K)) if S.AHEAD else ()
     return Before(words, sequence.index, seen)
@@ -174,7 +173,7 @@ def cooperative_forward_kernel(
         cells = here.cells
         x, c_prev, rest_prev = states.load_cells(cell.c_n_ptr, cell, cells, B, S)
         share_c = noise.load_share(cell.zoneout_c_ptr, cells)
-        h_kept = noise.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
+        h_kept = states.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
 
         # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
         if not S.AHEAD:
@@ -279,7 +278,7 @@ def cooperative_backward_kernel(
         # Load before waiting: the data arrive meanwhile. As stored, as forward.
         here = here_at(step, tile, owned, batch, S)
         cells, position = here.cells, here.position
-        gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
+        loaded = states.load_saved(saved, step, cells, S.H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
         drest = states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S)
         dh_given, share_c = states.load_gradients_given(hidden, cells), noise.load_share(cell.zoneout_c_ptr, cells)
@@ -297,9 +296,8 @@ def cooperative_backward_kernel(
         dh = states.gradient_of_h(tl.where(next_continues, dh, 0.0), dh_given, hidden, cells)
 
         # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
-        gates, c, c_prev = states.as_float(gates, c, c_prev)
+        gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
         dc, dc_stayed = noise.zoneout_backward(dc, share_c)
-        c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
         dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
@@ -308,6 +306,6 @@ def cooperative_backward_kernel(
         word_ptr = words_ptr + position.row * (4 * S.HEADS * S.W) + owned.place // S.PER
         for n in tl.static_range(4):
             publish(word_ptr + n * (S.HEADS * S.W), pack(dz[n], DTYPE), owned.is_word & here.sequence.in_batch)
-        reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
+        states.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
         states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
         step, tile = next_turn(step, tile, -1, B)

@@ -13,7 +13,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, reset, states
+from ..cell import indexing, noise, states
 from ..cell.indexing import Batch, Offsets, Sequences
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
@@ -62,7 +62,7 @@ def load_step(h, c, now, hidden, cell, S: tl.constexpr):
         h_prev = h_prev + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
         h_float = noise.dropout(h_prev[n].to(tl.float32), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
         operand = operand + (h_float.to(DTYPE),)
-        c_prev = c_prev + (reset.reset_to(tl.where(cells.reset, 0.0, c[n]), cell.reset_c_ptr, cells),)
+        c_prev = c_prev + (states.reset_to(tl.where(cells.reset, 0.0, c[n]), cell.reset_c_ptr, cells),)
     return Before(x, h_prev, operand, c_prev)
 
 
@@ -127,7 +127,7 @@ def resident_forward_kernel(
             gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))
-            h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
+            h_prev = states.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
             h_next = noise.zoneout(h_next, (h_prev,) + noise.load_share(hidden.zoneout_h_ptr, cells))
             h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
@@ -227,8 +227,8 @@ def resident_backward_kernel(
         activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
         for n in tl.static_range(OF_THREAD):
             cells = Offsets(*now[n])
-            gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
-            activations = activations + (states.as_float(gates, c, c_prev),)
+            loaded = states.load_saved(saved, step, cells, S.H)
+            activations = activations + (states.as_float(loaded, cell.zoneout_c_ptr, S),)
             # From memory, since there are no registers for it during the product.
             drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
 
@@ -237,7 +237,6 @@ def resident_backward_kernel(
             cells = Offsets(*now[n])
             gates, c, c_prev = activations[n]
             dm, stayed = gradient_of_m(dh[n], hidden, cells)
-            c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
             dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
             share_c = noise.load_share(cell.zoneout_c_ptr, cells)
             d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), share_c)

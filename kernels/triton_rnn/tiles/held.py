@@ -13,7 +13,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, states
+from ..cell import indexing, states
 from ..cell.indexing import Batch
 from ..equations import output_backward
 from ..exchange import arrive, unless_timed_out, wait_for
@@ -140,7 +140,7 @@ def held_backward_kernel(
             if S.PARTS == 1 and not S.AHEAD:
                 poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
             if EARLY:
-                gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
+                loaded = states.load_saved(saved, step, tile.cells, S.H)
             if S.PARTS > 1:
                 poll_limit = wait_for(arrivals, batch_tile, times + 1, poll_limit, step)
             dh = operands.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product_of_held(held, dgates, S)
@@ -150,11 +150,10 @@ def held_backward_kernel(
             dh_given = states.load_gradients_given(hidden, tile.cells)
             dh = states.gradient_of_h(dh, dh_given, hidden, tile.cells)
             if not EARLY:
-                gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
+                loaded = states.load_saved(saved, step, tile.cells, S.H)
 
             # Those of output and cell.
-            gates, c, c_prev = states.as_float(gates, c, c_prev)
-            c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
+            gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
             dz_o, dc = output_backward(gates[3], c, dh, S)
             backward_cells(gates, c_prev, dz_o, dc, cell, tile, B, S)
             if step > 0:

@@ -9,7 +9,7 @@ alone, or for nobody where a head has just one.
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, states
+from ..cell import indexing, states
 from ..cell.indexing import Batch, rows_of_product
 from ..equations import output_backward
 from ..exchange import grid_barrier, unless_timed_out
@@ -111,9 +111,8 @@ def step_backward_kernel(
             dh = states.gradient_of_h(unless_timed_out(dh, poll_limit), dh_given, hidden, tile.cells)
 
             # Those of output and cell.
-            gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
-            gates, c, c_prev = states.as_float(gates, c, c_prev)
-            c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
+            loaded = states.load_saved(saved, step, tile.cells, S.H)
+            gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
             dz_o, dc = output_backward(gates[3], c, dh, S)
             backward_cells(gates, c_prev, dz_o, dc, cell, tile, B, S)
         if WAITS and step > 0:
