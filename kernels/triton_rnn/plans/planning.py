@@ -1,8 +1,4 @@
-"""Plans and their estimated times, for all kernel families. Pure Python, so that it is tested without a GPU.
-
-A plan is a proposal, since registers depend on Triton's version: the launcher uses the first one of a list whose kernel
-compiles without spills. That of the step family always works.
-"""
+"""Plans and their estimated times, for all kernel families. Pure Python, so that it is tested without a GPU."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace

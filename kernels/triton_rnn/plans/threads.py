@@ -130,8 +130,7 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
 
 def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     """dgates without padding of rows."""
-    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
-    return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
+    return _without_padding(p, memory["dgates_ptr"]).flatten(2)  # of [T, B, 4, _row(p)]
 
 
 def _row(p: Problem) -> int:

@@ -1,11 +1,10 @@
 """The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
 
-A program owns 8 sequences and all hidden units, or those of a head, if their W_hh fits the registers of one block. They
-are split over the warps: each holds the rows of its units as operands of products (fragments.py), reads h of all units
-from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
-written thread by thread; a thread has OF_THREAD cells: number n is the unit 8 (n // 2) + column of its warp's, and the
-sequence 2 quarter + n % 2. What is of each cell is a tuple of OF_THREAD. (Triton 3.4 to 3.6 forget the names of a named
-tuple in a tuple that grew: hence Offsets(*cells[n]).)
+A program owns 8 sequences and all hidden units, or those of a head. They are split over the warps: each holds the rows
+of its units as operands of products (fragments.py), reads h of all units from shared memory, and computes the cells
+that its products belong to, so that a step has one barrier. A thread has OF_THREAD cells: number n is the unit
+8 (n // 2) + column of its warp's, and the sequence 2 quarter + n % 2. What is of each cell is a tuple of OF_THREAD.
+(Triton 3.4 to 3.6 forget the names of a named tuple in a tuple that grew: hence Offsets(*cells[n]).)
 """
 
 from collections import namedtuple
@@ -103,12 +102,11 @@ def resident_forward_kernel(
     EMPTY: tl.constexpr = S.EMPTY  # Triton 3.4 takes no field of a tuple into another tuple
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
-    OF_THREAD: tl.constexpr = len(owned.units)
 
     weights = load_rows(weights_ptr, owned, DTYPE, S)
     h, c, rest, constants = (), (), (), ()
     first = cells_at_step(0, owned, batch, S)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         unit, cells = owned.units[n], Offsets(*first[n])
         constants = constants + (states.load_constants_forward(cell, unit, S),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
@@ -120,7 +118,7 @@ def resident_forward_kernel(
         z = product_with_h(weights, before.operand, owned, step % 2, S)
         rest_before = rest
         h, c, rest = (), (), ()
-        for n in tl.static_range(OF_THREAD):
+        for n in tl.static_range(len(owned.units)):
             cells, c_prev = Offsets(*now[n]), before.c[n]
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
@@ -135,7 +133,7 @@ def resident_forward_kernel(
             h = h + (tl.where(cells.valid, h_next, before.h[n]),)
             c = c + (tl.where(cells.valid, c_next, c_prev),)
             rest = rest + (states.select(cells.valid, rest_next, rest_prev),)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         cells = Offsets(*first[n])
         tl.store(hidden.h_n_ptr + cells.state_at, h[n], mask=cells.in_tile)
         tl.store(cell.c_n_ptr + cells.state_at, c[n], mask=cells.in_tile)
@@ -210,12 +208,11 @@ def resident_backward_kernel(
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
-    OF_THREAD: tl.constexpr = len(owned.units)
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
     dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         cells, dh_n = Offsets(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
         peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
         if hidden.dh_n_ptr is not None:
@@ -225,7 +222,7 @@ def resident_backward_kernel(
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
         activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
-        for n in tl.static_range(OF_THREAD):
+        for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             loaded = states.load_saved(saved, step, cells, S.H)
             activations = activations + (states.as_float(loaded, cell.zoneout_c_ptr, S),)
@@ -233,7 +230,7 @@ def resident_backward_kernel(
             drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
 
         # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
-        for n in tl.static_range(OF_THREAD):
+        for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             gates, c, c_prev = activations[n]
             dm, stayed = gradient_of_m(dh[n], hidden, cells)
@@ -247,7 +244,7 @@ def resident_backward_kernel(
         dh_prev = product_with_dz(weights, dz, elements, owned, back % 2, DTYPE, S)
 
         dh_after, dc_after, dh, dc = dh, dc, (), ()
-        for n in tl.static_range(OF_THREAD):
+        for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz[n], S.H)
             d = gradient_before(dh_prev[n], dh_stayed[n], hidden, cells, step)
@@ -256,5 +253,5 @@ def resident_backward_kernel(
             # No gradient flows past a reset.
             dh = dh + (tl.where(cells.valid, tl.where(cells.continues, d, 0.0), dh_after[n]),)
             dc = dc + (tl.where(cells.valid, tl.where(cells.continues, dc_prev[n], 0.0), dc_after[n]),)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         tl.store(cell.dc_ptr + Offsets(*first[n]).state_at, dc[n], mask=Offsets(*first[n]).in_tile)

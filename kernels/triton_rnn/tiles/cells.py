@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..cell import noise, states
-from ..equations import cell_backward, cell_forward, output
+from ..equations import cell_backward, cell_forward, output, output_backward
 
 
 @triton.jit
@@ -29,6 +29,18 @@ def forward_cells(
     states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
     states.save(gates, c_next, cell, cells, S.H)
     return m, gates[3], c
+
+
+@triton.jit
+def backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S: tl.constexpr):
+    """The cells of a step, from dh, what the step after sends, and what was loaded of `saved`, if it was: see below."""
+    given = states.load_gradients_given(hidden, tile.cells)
+    dm = states.gradient_of_h(dh, given, hidden, tile.cells)
+    if len(loaded) == 0:
+        loaded = states.load_saved(saved, step, tile.cells, S.H)
+    gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
+    dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
+    backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S)
 
 
 @triton.jit
