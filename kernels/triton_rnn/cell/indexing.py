@@ -48,7 +48,6 @@ class Offsets(NamedTuple):
 
 @triton.jit
 def sequences(index, batch):
-    """The Sequences at `index` in the batch."""
     in_batch = index < batch.B
     length = tl.zeros_like(index) + batch.T
     if batch.lengths_ptr is not None:
@@ -82,7 +81,6 @@ def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
 
 @triton.jit
 def position(step, sequence, batch, REVERSE: tl.constexpr):
-    """The Position of some Sequences."""
     time = time_of(step, sequence.length, REVERSE)
     row = row_of(time, sequence.index, batch.B)
     valid = sequence.in_batch & (step < sequence.length)

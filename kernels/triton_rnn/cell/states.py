@@ -108,7 +108,8 @@ def load_c_before(saved, step, cells):
 @triton.jit
 def as_float(loaded, zoneout_c_ptr, S: tl.constexpr):
     """What `load_saved` loaded, in float32, with c as the step computed it, before zoneout."""
-    (i, f, g, o), c, terms = loaded
+    stored, c, terms = loaded
+    i, f, g, o = stored
     gates, c_prev = (i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)), total(terms)
     if zoneout_c_ptr is not None:
         c = next_cell(gates, c_prev, S)

@@ -82,8 +82,8 @@ def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     pieces = own if apart else 1
     k, stride = own * words // pieces if backward else words, 16 * plan.num_warps // pieces
     return dict(
-        PARTNERS=partners, FIRST=4 - partners * own, OWN=own, PIECES=pieces, ZEROS=own - gates, K=k, STRIDE=stride,
-        CHUNKS=ceil(k / stride), AHEAD=plan.family.ahead,
+        PARTNERS=partners, OWN=own, PIECES=pieces, ZEROS=own - gates, K=k, STRIDE=stride, CHUNKS=ceil(k / stride),
+        AHEAD=plan.family.ahead,
     )  # fmt: skip
 
 
@@ -128,11 +128,6 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     return h.resize_(len(h) - 1, p.batch, p.hidden)
 
 
-def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
-    """dgates without padding of rows."""
-    return _without_padding(p, memory["dgates_ptr"]).flatten(2)  # of [T, B, 4, _row(p)]
-
-
 def _row(p: Problem) -> int:
     """Elements of a row of H units, those of each head in whole words."""
     return p.heads * (p.columns + p.columns * p.size % 4 // p.size)
@@ -162,7 +157,8 @@ def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Pla
 
 COOPERATIVE = Family(
     (cooperative_forward_kernel, cooperative_backward_kernel), sizes, lambda *_: True, buffers,
-    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
+    arguments=(forward_arguments, backward_arguments),
+    results=(h_of, lambda p, memory: _without_padding(p, memory["dgates_ptr"]).flatten(2)),
 )  # fmt: skip
 RESIDENT = Family(
     (resident_forward_kernel, resident_backward_kernel),

@@ -44,7 +44,6 @@ Sums = namedtuple("Sums", "rows columns units published wanted")
 
 @triton.jit
 def tiles_of_group(B):
-    """How many batch tiles the group has."""
     return tl.cdiv(tl.cdiv(B, SEQUENCES) - tl.program_id(1), tl.num_programs(1))
 
 
@@ -118,8 +117,9 @@ def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
     _, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     continues = indexing.position(step, sequence, batch, S.REVERSE).continues
-    row = indexing.row_of(indexing.time_of(step - 1, sequence.length, S.REVERSE), sequence.index, batch.B)
-    row = tl.where(step < 1, indexing.row_of(tl.zeros_like(sequence.index) + batch.T, sequence.index, batch.B), row)
+    time = indexing.time_of(step - 1, sequence.length, S.REVERSE)
+    of_h0 = indexing.row_of(tl.zeros_like(time) + batch.T, sequence.index, batch.B)
+    row = tl.where(step < 1, of_h0, indexing.row_of(time, sequence.index, batch.B))
     words = Words(words_ptr + row * (S.HEADS * S.W) + first, tl.where(continues, S.K - first, 0))
     seen = look(words, S.CHUNKS, 4, S.STRIDE, neighbours(S.K)) if S.AHEAD else ()
     return Before(words, sequence.index, seen)
@@ -196,7 +196,6 @@ def cooperative_forward_kernel(
         word_ptr = words_ptr + here.position.row * (S.HEADS * S.W) + owned.place // S.PER
         publish(word_ptr, pack(h, DTYPE), owned.is_word & here.sequence.in_batch)
 
-        # Store.
         tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.valid)
         tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
         states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
@@ -269,7 +268,7 @@ def cooperative_backward_kernel(
     owned, sums = cell_of_thread(first_place + partner * S.UNITS, S), sums_of_thread(first_place, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     words_ptr = of_head(words_ptr, S)
-    dgates_ptr = words_ptr + (S.FIRST + partner * S.OWN) * (S.HEADS * S.W)  # of the program's gates
+    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * S.OWN) * (S.HEADS * S.W)  # of the program's gates
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = T - 1, tl.program_id(1)

@@ -28,7 +28,6 @@ Before = namedtuple("Before", "x h operand c")
 
 @triton.jit
 def cells_of_thread(batch, S: tl.constexpr):
-    """What every thread owns."""
     thread = threads(S.WARPS)
     units, places, columns, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
@@ -52,7 +51,6 @@ def cells_at_step(step, owned, batch, S: tl.constexpr):
 
 @triton.jit
 def load_step(h, c, now, hidden, cell, S: tl.constexpr):
-    """What is Before the step."""
     DTYPE: tl.constexpr = hidden.h_ptr.dtype.element_ty
     x, h_prev, operand, c_prev = (), (), (), ()
     for n in tl.static_range(len(h)):
