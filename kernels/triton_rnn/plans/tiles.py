@@ -102,7 +102,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def waits(p: Problem, plan: Plan) -> bool:
     """Unless there is one round of tiles, or one program for each head: so any number of heads has a plan."""
     alone = p.heads > 1 and plan.programs == 1
-    return plan.on_chip or plan.family.parts > 1 or (p.steps > 1 and not alone)
+    return isinstance(plan.family, Held) or plan.family.parts > 1 or (p.steps > 1 and not alone)
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
