@@ -126,17 +126,6 @@ def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
 
 
 @triton.jit
-def collect_h(before, wait, dropout_h_ptr, DTYPE: tl.constexpr, S: tl.constexpr):
-    """(Words of h as W_hh multiplies it, the delay of the next wait for h)."""
-    h, delay = collect(before.words, wait, before.seen, S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
-    if dropout_h_ptr is not None:
-        _, first = place_in_row(S)
-        factors_ptr = of_head(dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first
-        h = scale(h, factors_ptr, before.words.left, S.STRIDE, DTYPE)
-    return h, delay
-
-
-@triton.jit
 def gates_of_cell(products, owned, turn, S: tl.constexpr):
     """W_hh h of the thread's cell, of all four gates, from the warps' products."""
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
@@ -178,7 +167,12 @@ def cooperative_forward_kernel(
         # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
         if not S.AHEAD:
             before = h_before(step, tile, words_ptr, batch, S)
-        h_prev, delay = collect_h(before, Wait(error_ptr, step, delay, None), hidden.dropout_h_ptr, DTYPE, S)
+        wait = Wait(error_ptr, step, delay, None)
+        h_prev, delay = collect(before.words, wait, before.seen, S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
+        if hidden.dropout_h_ptr is not None:
+            _, first = place_in_row(S)
+            factors_ptr = of_head(hidden.dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first
+            h_prev = scale(h_prev, factors_ptr, before.words.left, S.STRIDE, DTYPE)
         z = gates_of_cell(product(weights, h_prev, DTYPE), owned, turn, S)
 
         # The words of the next turn arrive while the cell of this one is computed.

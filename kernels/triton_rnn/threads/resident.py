@@ -155,15 +155,6 @@ def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def gradient_of_m(dh, hidden, cells):
-    """Gradient of h after the step -> (of the h that the step computed; of h before, as far as that stayed)."""
-    dm = tl.where(cells.valid, dh, 0.0)
-    if hidden.dh_ptr is not None:
-        dm += tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
-    return noise.zoneout_backward(dm, noise.load_share(hidden.zoneout_h_ptr, cells))
-
-
-@triton.jit
 def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S: tl.constexpr):
     """W_hh^T dz of each cell, gate by gate: of each gate and then cell, `elements` is the place in a row of dz."""
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
@@ -181,19 +172,6 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
             total += products[2][n] + products[3][n] if GATES == 4 else products[2][n]
         dh = dh + (total,)
     return dh
-
-
-@triton.jit
-def gradient_before(d, stayed, hidden, cells, step):
-    """What the product returned for h before the step, and what stayed of h -> its gradient, stored where it leaves."""
-    d = noise.dropout(d, hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
-    if hidden.zoneout_h_ptr is not None:
-        d += stayed
-        is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
-        tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, stayed, mask=is_first)
-    if hidden.dreset_h_ptr is not None:
-        tl.store(hidden.dreset_h_ptr + cells.at, stayed, mask=cells.reset)
-    return d
 
 
 @triton.jit(repr=name_in_profiles("resident_backward_kernel"), do_not_specialize=["T", "B"])
@@ -231,7 +209,10 @@ def resident_backward_kernel(
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             gates, c, c_prev = activations[n]
-            dm, stayed = gradient_of_m(dh[n], hidden, cells)
+            dm = tl.where(cells.valid, dh[n], 0.0)
+            if hidden.dh_ptr is not None:
+                dm += tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
+            dm, stayed = noise.zoneout_backward(dm, noise.load_share(hidden.zoneout_h_ptr, cells))
             dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
             share_c = noise.load_share(cell.zoneout_c_ptr, cells)
             d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), share_c)
@@ -245,7 +226,13 @@ def resident_backward_kernel(
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz[n], S.H)
-            d = gradient_before(dh_prev[n], dh_stayed[n], hidden, cells, step)
+            d = noise.dropout(dh_prev[n], hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
+            if hidden.zoneout_h_ptr is not None:
+                d += dh_stayed[n]
+                is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
+                tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, dh_stayed[n], mask=is_first)
+            if hidden.dreset_h_ptr is not None:
+                tl.store(hidden.dreset_h_ptr + cells.at, dh_stayed[n], mask=cells.reset)
             if cell.dreset_c_ptr is not None:
                 tl.store(cell.dreset_c_ptr + cells.at, dc_prev[n], mask=cells.reset)
             # No gradient flows past a reset.
