@@ -180,7 +180,6 @@ def cooperative_forward_kernel(
         if S.AHEAD:
             before = h_before(next_step, next_tile, words_ptr, batch, S)
 
-        # Gates, cell and output.
         gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
         h = output(gates[3], c, S)
         c, h = noise.zoneout(c, (c_prev,) + share_c), noise.zoneout(h, h_kept)

@@ -21,9 +21,6 @@ from .fragments import SEQUENCES, load_weights, product, share, take, threads
 # Fields are tuples of OF_THREAD. What a thread owns, all [THREADS]: units, their places in the program's head, columns
 # of the batch tile; and Sequences.
 Owned = namedtuple("Owned", "units places columns sequences")
-# What a step starts from: what comes to the gates from the input, a tuple of [THREADS]; [THREADS] h as stored, the
-# operand of the product, which is h with dropout, and c.
-Before = namedtuple("Before", "x h operand c")
 
 
 @triton.jit
@@ -50,20 +47,6 @@ def cells_at_step(step, owned, batch, S: tl.constexpr):
 
 
 @triton.jit
-def load_step(h, c, now, hidden, cell, S: tl.constexpr):
-    DTYPE: tl.constexpr = hidden.h_ptr.dtype.element_ty
-    x, h_prev, operand, c_prev = (), (), (), ()
-    for n in tl.static_range(len(h)):
-        cells = Offsets(*now[n])
-        x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
-        h_prev = h_prev + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
-        h_float = noise.dropout(h_prev[n].to(tl.float32), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
-        operand = operand + (h_float.to(DTYPE),)
-        c_prev = c_prev + (states.reset_to(tl.where(cells.reset, 0.0, c[n]), cell.reset_c_ptr, cells),)
-    return Before(x, h_prev, operand, c_prev)
-
-
-@triton.jit
 def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
     """W_hh of the warp's units. A tile has 8 rows twice. Each 8 are a gate of 8 units: all gates of the first 8 units,
     then of the next; at the end there may be 8 rows of zeros."""
@@ -77,19 +60,6 @@ def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
     return load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
 
 
-@triton.jit
-def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
-    """W_hh h: the four gates of each cell; 0 for those that h does not reach."""
-    SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
-    shared = share(h, owned.columns, owned.places, buffer, S.CHUNKS)
-    products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), h[0].dtype)
-    z = ()
-    for n in tl.static_range(len(h)):
-        of_h = products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2]
-        z = z + (after_zeros(of_h),)
-    return z
-
-
 @triton.jit(repr=name_in_profiles("resident_forward_kernel"), do_not_specialize=["T", "B"])
 def resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
@@ -98,6 +68,7 @@ def resident_forward_kernel(
     """All steps of a batch tile."""
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     EMPTY: tl.constexpr = S.EMPTY  # Triton 3.4 takes no field of a tuple into another tuple
+    SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
 
@@ -112,23 +83,35 @@ def resident_forward_kernel(
         rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, S.EMPTY, S),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
-        before = load_step(h, c, now, hidden, cell, S)  # the product hides its latency
-        z = product_with_h(weights, before.operand, owned, step % 2, S)
-        rest_before = rest
+        # What the gates get from the input, and the state before: loaded here, where the product hides its latency.
+        x, h_before, operand, c_before, rest_before = (), (), (), (), rest
+        for n in tl.static_range(len(owned.units)):
+            cells = Offsets(*now[n])
+            x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
+            h_before = h_before + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
+            h_float = h_before[n].to(tl.float32)
+            h_float = noise.dropout(h_float, hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
+            operand = operand + (h_float.to(DTYPE),)
+            c_prev = tl.where(cells.reset, 0.0, c[n])
+            c_before = c_before + (states.reset_to(c_prev, cell.reset_c_ptr, cells),)
+        shared = share(operand, owned.columns, owned.places, step % 2, S.CHUNKS)
+        products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), DTYPE)
+
         h, c, rest = (), (), ()
         for n in tl.static_range(len(owned.units)):
-            cells, c_prev = Offsets(*now[n]), before.c[n]
+            cells, c_prev = Offsets(*now[n]), c_before[n]
+            z = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
-            gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
+            gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], S)
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))
-            h_prev = states.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
+            h_prev = states.reset_to(h_before[n].to(tl.float32), hidden.reset_h_ptr, cells)
             h_next = noise.zoneout(h_next, (h_prev,) + noise.load_share(hidden.zoneout_h_ptr, cells))
             h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
             states.save(gates, c_next, cell, cells, S.H)
-            h = h + (tl.where(cells.valid, h_next, before.h[n]),)
+            h = h + (tl.where(cells.valid, h_next, h_before[n]),)
             c = c + (tl.where(cells.valid, c_next, c_prev),)
             rest = rest + (states.select(cells.valid, rest_next, rest_prev),)
     for n in tl.static_range(len(owned.units)):

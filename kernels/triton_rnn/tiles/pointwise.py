@@ -80,18 +80,6 @@ def pointwise_forward_kernel(
             tl.store(h_next_ptr + cells.state_at, tl.where(next_continues, h, 0.0), mask=cells.in_tile)
 
 
-@triton.jit
-def gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S: tl.constexpr):
-    """The gradient of m, or of W_hr m; in padding 0."""
-    cells = tile.cells
-    from_next = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None] & cells.valid
-    dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
-    dm = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
-    if dh_total_ptr is not None:
-        tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)
-    return dm
-
-
 @triton.jit(repr=name_in_profiles("pointwise_backward_kernel"), do_not_specialize=["step", "T", "B"])
 def pointwise_backward_kernel(
     dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
@@ -107,7 +95,11 @@ def pointwise_backward_kernel(
     tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells = tile.cells
     if S.START == "h":
-        dm = gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S)
+        next_continues = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None]
+        dh = tl.load(dh_next_ptr + cells.state_at, mask=next_continues & cells.valid, other=0.0).to(tl.float32)
+        dm = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
+        if dh_total_ptr is not None:
+            tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)
     elif S.START == "m":
         dm = load_cell(m_ptr, cells)
     if S.END == "m":
