@@ -26,7 +26,7 @@ from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import race
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_rnn import equations, launch
-from gpu_lstm.kernels.triton_rnn.cell import indexing, noise, reset, states
+from gpu_lstm.kernels.triton_rnn.cell import indexing, noise, states
 from gpu_lstm.kernels.triton_rnn.equations import gru, lstm, slstm
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.threads import fragments
@@ -83,7 +83,7 @@ IN_KERNELS = {  # of each option of a call: the device function, and what stands
 def plant(monkeypatch, fault: str) -> None:
     """A fault wherever kernels of the step family find the function."""
     name, function = IN_KERNELS[fault]
-    for module in (step_family, cells, fragments, indexing, states, noise, reset, equations, lstm):
+    for module in (step_family, cells, fragments, indexing, states, noise, equations, lstm):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)
 

@@ -1,16 +1,11 @@
 """How the programs of one launch exchange what all of them need at the next step; docs/design.md says why it is sound.
 
-No memory is overwritten while a program may still read it, and none is reset inside a launch. Two exchanges:
+Words are published and collected, each its own ready flag. Elsewhere programs count arrivals, all at once in
+`grid_barrier`, or for each tile of sequences by its halves, `arrive` and `wait_for`.
 
-    words         Words of 32 bits are their own ready flags: an element of float32, or two of half precision.
-                  Either every step's words have memory of their own, initialised with a sentinel that `pack` never
-                  returns; or two steps alternate in the same memory, and a word's last bit is its step's phase.
-    grid_barrier  A counter of arrivals: store everything, count up (release), wait for it (acquire), then load. Its
-                  halves are `arrive` and `wait_for`; tiles of sequences may have a counter each.
-
-Waits are bounded. A poll is one load of a counter or of words, and the word after the error word limits the polls of a
-wait (timeouts.py). A longer wait times out: the error word is set to step + 1, and the missing values count as NaN. The
-program remembers it, since the host may clear the error word, and from then on looks once where it would wait.
+A poll is one load of a counter or of words, and the word after the error word limits the polls of a wait (timeouts.py).
+A longer wait times out: the error word is set to step + 1, and the missing values count as NaN. The program remembers
+it, since the host may clear the error word, and from then on looks once where it would wait.
 """
 
 from collections import namedtuple

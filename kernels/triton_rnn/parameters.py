@@ -37,8 +37,7 @@ class Sizes(NamedTuple):
     CHUNKS: int = 0  # of K, which a warp multiplies
     STRIDE: int = 0  # words of K from one chunk of a warp to the next
     PARTNERS: int = 1  # backward, which share the gates of their units
-    FIRST: int = 0  # the first gate that the partners multiply
-    OWN: int = 0  # how many gates each of them does
+    OWN: int = 0  # of the last gates, how many each of them multiplies
     PIECES: int = 1  # of K, each for a share of the warps
     ZEROS: int = 0  # of these, the first ones, that are multiplied by zeros
     START: str = "z"  # what a launch of the pointwise family computes of a step, see by_steps.Part

@@ -1,8 +1,6 @@
 // One step of a layer, but for its product with W_hh: a thread computes a cell, one unit of one sequence, in float32.
-// kernels/by_steps.py launches it, of a divided step the part from START to END: 'z', 'c', 'm' or 'h'.
-//
-// A step counts in the order of processing. Of a sequence of length L in a batch padded to T step s visits time s, in
-// reverse L - 1 - s; in padding, s >= L, time s in both directions, so that each padded position is visited once.
+// kernels/by_steps.py launches it, of a divided step the part from START to END: 'z', 'c', 'm' or 'h'. Which time a step
+// visits is said in triton_rnn/cell/indexing.py.
 
 constexpr int THREADS = 128;  // of a block
 

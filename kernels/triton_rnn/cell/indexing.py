@@ -48,7 +48,6 @@ class Offsets(NamedTuple):
 
 @triton.jit
 def sequences(index, batch):
-    """The Sequences at `index` in the batch."""
     in_batch = index < batch.B
     length = tl.zeros_like(index) + batch.T
     if batch.lengths_ptr is not None:
@@ -69,14 +68,6 @@ def row_of(time, index, B):
 
 
 @triton.jit
-def row_in_h_then_h0(step, sequence, batch, REVERSE: tl.constexpr):
-    """Row of h after `step` in [T * B + B, P]: h of every step, and last h0, which is h after step -1."""
-    time = time_of(step, sequence.length, REVERSE)
-    of_h0 = row_of(tl.zeros_like(time) + batch.T, sequence.index, batch.B)
-    return tl.where(step < 0, of_h0, row_of(time, sequence.index, batch.B))
-
-
-@triton.jit
 def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
     """Where the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1 in both
     directions; the reverse direction comes from time + 1."""
@@ -90,7 +81,6 @@ def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
 
 @triton.jit
 def position(step, sequence, batch, REVERSE: tl.constexpr):
-    """The Position of some Sequences."""
     time = time_of(step, sequence.length, REVERSE)
     row = row_of(time, sequence.index, batch.B)
     valid = sequence.in_batch & (step < sequence.length)

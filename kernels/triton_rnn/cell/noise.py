@@ -8,9 +8,6 @@ zoneout   a share of each state stays as it was before the step (Krueger et al.,
 import triton
 import triton.language as tl
 
-from ..equations import next_cell
-from .reset import load_state, store_gradient
-
 
 @triton.jit
 def dropout(x, factors_ptr, at, mask):
@@ -57,41 +54,3 @@ def add_stayed(d, stayed, zoneout_ptr):
     if zoneout_ptr is not None:
         d += stayed
     return d
-
-
-@triton.jit
-def load_h_before(hidden, h_prev_ptr, prev_at, cells):
-    """For `zoneout`: h before a step, and the share of it that stays; empty without zoneout."""
-    before = ()
-    if hidden.zoneout_h_ptr is not None:
-        h_prev = load_state(h_prev_ptr, prev_at, hidden.reset_h_ptr, cells)
-        before = (h_prev,) + load_share(hidden.zoneout_h_ptr, cells)
-    return before
-
-
-@triton.jit
-def load_stayed(hidden, cells):
-    """For `zoneout_of_h_backward`: what stayed of the gradient of h after the step after, and the share of h that
-    stays; a tuple, empty without zoneout."""
-    stayed = ()
-    if hidden.zoneout_h_ptr is not None:
-        dh = tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
-        stayed = (dh,) + load_share(hidden.zoneout_h_ptr, cells)
-    return stayed
-
-
-@triton.jit
-def zoneout_of_h_backward(dh, stayed, hidden, cells):
-    """Gradient of h -> of the h that the step computed. dh_from_zoneout hands what stays to the step before."""
-    if len(stayed) > 0:
-        dh, stays = zoneout_backward(dh + stayed[0], stayed[1:])
-        store_gradient(stays, hidden.dh_from_zoneout_ptr, hidden.dreset_h_ptr, cells)
-    return dh
-
-
-@triton.jit
-def without_zoneout(c, gates, c_prev, zoneout_c_ptr, S: tl.constexpr):
-    """c as the step computed it, from c after zoneout."""
-    if zoneout_c_ptr is not None:
-        c = next_cell(gates, c_prev, S)
-    return c

@@ -1,10 +1,36 @@
-"""What a step loads of its cells, from memory or as forward saved it, and what it stores, by their `Offsets`."""
+"""What a step loads of its cells, from memory or as forward saved it, and what it stores, by their `Offsets`.
+
+A reset makes the state before a step zero, or one that the call gives: its pointer is None if it gives none.
+"""
 
 import triton
 import triton.language as tl
 
-from .noise import dropout, load_stayed, zoneout, zoneout_of_h_backward
-from .reset import load_state, reset_to
+from ..equations import next_cell
+from .noise import dropout, load_share, zoneout, zoneout_backward
+
+
+@triton.jit
+def reset_to(before, reset_ptr, cells):
+    """The state before a step, zero where it is reset -> there what it is reset to."""
+    if reset_ptr is not None:
+        before += tl.load(reset_ptr + cells.at, mask=cells.reset, other=0.0).to(tl.float32)
+    return before
+
+
+@triton.jit
+def load_state(state_ptr, at, reset_ptr, cells):
+    """The state before a step: the one that lies `at`, or what it is reset to."""
+    before = tl.load(state_ptr + at, mask=cells.continues, other=0.0).to(tl.float32)
+    return reset_to(before, reset_ptr, cells)
+
+
+@triton.jit
+def store_gradient(d, gradient_ptr, dreset_ptr, cells):
+    """Store the gradient d of the state before a step. None flows past a reset: there it is that of the state given."""
+    if dreset_ptr is not None:
+        tl.store(dreset_ptr + cells.at, d, mask=cells.reset)
+    tl.store(gradient_ptr + cells.state_at, tl.where(cells.continues, d, 0.0), mask=cells.valid)
 
 
 @triton.jit
@@ -80,10 +106,14 @@ def load_c_before(saved, step, cells):
 
 
 @triton.jit
-def as_float(gates, c, c_prev):
-    """What `load_saved` loaded, in float32."""
-    i, f, g, o = gates
-    return (i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)), c, total(c_prev)
+def as_float(loaded, zoneout_c_ptr, S: tl.constexpr):
+    """What `load_saved` loaded, in float32, with c as the step computed it, before zoneout."""
+    stored, c, terms = loaded
+    i, f, g, o = stored
+    gates, c_prev = (i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)), total(terms)
+    if zoneout_c_ptr is not None:
+        c = next_cell(gates, c_prev, S)
+    return gates, c, c_prev
 
 
 @triton.jit
@@ -131,8 +161,18 @@ def store_gradient_of_rest(dc_ptr, drest, cells, B, S: tl.constexpr):
 
 
 @triton.jit
+def load_h_before(hidden, h_prev_ptr, prev_at, cells):
+    """For `zoneout`: h before a step, and the share of it that stays; empty without zoneout."""
+    before = ()
+    if hidden.zoneout_h_ptr is not None:
+        h_prev = load_state(h_prev_ptr, prev_at, hidden.reset_h_ptr, cells)
+        before = (h_prev,) + load_share(hidden.zoneout_h_ptr, cells)
+    return before
+
+
+@triton.jit
 def store_hidden(h, hidden, before, cells):
-    """Store h after zoneout, and h_n where a sequence ends; returns that h. `before` is of noise.load_h_before."""
+    """Store h after zoneout, and h_n where a sequence ends; returns that h. `before` is of `load_h_before`."""
     h = zoneout(h, before)
     tl.store(hidden.h_ptr + cells.at, h, mask=cells.in_tile)
     tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.in_tile & cells.is_last)
@@ -141,22 +181,28 @@ def store_hidden(h, hidden, before, cells):
 
 @triton.jit
 def load_gradients_given(hidden, cells):
-    """(The gradients of the step's h that backward is given, and of h_n where a sequence ends; noise.load_stayed.) They
-    are as stored: to convert them is to wait for them."""
-    given = ()
+    """(The gradients of the step's h that backward is given, and of h_n where a sequence ends; with zoneout, what
+    stayed of the next h's, and the share of h that stays.) They are as stored: to convert them is to wait for them."""
+    given, stayed = (), ()
     if hidden.dh_ptr is not None:
         given = given + (tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0),)
     if hidden.dh_n_ptr is not None:
         given = given + (tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.valid & cells.is_last, other=0.0),)
-    return given, load_stayed(hidden, cells)
+    if hidden.zoneout_h_ptr is not None:
+        dh = tl.load(hidden.dh_from_zoneout_ptr + cells.state_at, mask=cells.valid, other=0.0)
+        stayed = (dh,) + load_share(hidden.zoneout_h_ptr, cells)
+    return given, stayed
 
 
 @triton.jit
 def gradient_of_h(dh, loaded, hidden, cells):
     """From dh, the next step's product, and what load_gradients_given loaded: the gradient of the h that this step
-    computed."""
+    computed. dh_from_zoneout hands what stays to the step before."""
     given, stayed = loaded
     dh = dropout(dh, hidden.dropout_h_ptr, cells.state_at, cells.valid)
     for n in tl.static_range(len(given)):
         dh += given[n].to(tl.float32)
-    return zoneout_of_h_backward(dh, stayed, hidden, cells)
+    if len(stayed) > 0:
+        dh, stays = zoneout_backward(dh + stayed[0], stayed[1:])
+        store_gradient(stays, hidden.dh_from_zoneout_ptr, hidden.dreset_h_ptr, cells)
+    return dh

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from .gru import gru_backward, gru_forward, gru_next_cell
-from .lstm import lstm_backward, lstm_forward, lstm_next_cell, lstm_output, lstm_output_backward
-from .slstm import slstm_backward, slstm_forward, slstm_next_cell, slstm_output, slstm_output_backward
+from .lstm import lstm_backward, lstm_forward, lstm_next_cell, lstm_output_backward, tanh
+from .slstm import slstm_backward, slstm_forward, slstm_next_cell, slstm_output_backward
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def cell_forward(x, z, c_prev, rest, constants, S: tl.constexpr):
 @triton.jit
 def output(o, v, S: tl.constexpr):
     """m, the cell's output, of its last gate o and v, which is c or, in a cell that `normalises`, LN(c)."""
-    return slstm_output(o, v) if S.CELL == "slstm" else v if S.CELL == "gru" else lstm_output(o, v)
+    return o * v if S.CELL == "slstm" else v if S.CELL == "gru" else o * tanh(v)
 
 
 @triton.jit

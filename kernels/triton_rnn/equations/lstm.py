@@ -79,12 +79,6 @@ def lstm_forward(x, z, c_prev, peepholes):
 
 
 @triton.jit
-def lstm_output(o, v):
-    """m = o tanh(v), [rows, units]; v is c, or LN(c)."""
-    return o * tanh(v)
-
-
-@triton.jit
 def lstm_output_backward(o, v, dm):
     """Gradient of m = o tanh(v) -> (dz_o, gradient of v). dz is of a pre-activation: sigmoid' = s (1 - s)."""
     t = tanh(v)

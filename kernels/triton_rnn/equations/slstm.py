@@ -39,12 +39,6 @@ def slstm_forward(x, z, q_prev, rest_prev):
 
 
 @triton.jit
-def slstm_output(o, q):
-    """m = o q, [rows, units]."""
-    return o * q
-
-
-@triton.jit
 def slstm_output_backward(o, q, dm):
     """Gradient of m = o q -> (dz_o, gradient of q)."""
     return dm * q * o * (1.0 - o), dm * o

@@ -33,7 +33,7 @@ def autotune(problem: Problem, device: torch.device, steps: int, verify: Verify 
     fastest = {}
     with torch.cuda.device(device):
         for name, pass_ in (("forward", Pass()), ("backward", Pass(backward=True, dh_n=False))):
-            inputs, call = _call(problem, device, steps, fastest.get("forward"))
+            inputs, run = _call(problem, device, steps, fastest.get("forward"))
             refuses = verify and partial(verify, Layer(problem, device, launch), pass_, inputs)
             proposed = plans(problem, card, pass_.backward)
             milliseconds = {}
@@ -42,7 +42,7 @@ def autotune(problem: Problem, device: torch.device, steps: int, verify: Verify 
                     result = why_it_does_not_fit(recorded_launches(problem, pass_, plan), plan.blocks)
                     result = result or (refuses and refuses(plan))
                     if result is None:
-                        time = time_plan(plan, call)
+                        time = time_plan(plan, partial(run, Layer(problem, device, launch, trial=plan)))
                         raise_if_timed_out(device)
                         milliseconds[plan], result = time, f"{time:.3g} ms"
                 except torch.AcceleratorError:
@@ -59,28 +59,20 @@ def autotune(problem: Problem, device: torch.device, steps: int, verify: Verify 
     return fastest
 
 
-def time_plan(plan: Plan, call: Callable[[Plan], Callable[[], object]]) -> float:
+def time_plan(plan: Plan, run: Callable[[], object]) -> float:
     """Milliseconds that a plan needs, the median of many runs."""
-    return triton.testing.do_bench(call(plan), return_mode="median")
+    return triton.testing.do_bench(run, return_mode="median")
 
 
-def _call(
-    problem: Problem, device: torch.device, steps: int, forward: Plan | None
-) -> tuple[Inputs, Callable[[Plan], Callable[[], object]]]:
-    """(Inputs, whose x has no features; call). call(plan)() runs a plan on them and random gates, and saves everything.
-    With a plan `forward` it runs backward of what that one computed, with a gradient of every h."""
+def _call(problem: Problem, device: torch.device, steps: int, forward: Plan | None) -> tuple[Inputs, Callable]:
+    """(Inputs, whose x has no features; what runs a Layer on them and random gates, and saves everything). With a plan
+    `forward` it runs backward of what that one computed, with a gradient of every h."""
     gates = torch.randn(steps, problem.batch, 4 * problem.hidden, dtype=problem.dtype, device=device)
     _, r = call_of(problem, device)
     for weight, width in ((r.inputs.weight_hh, problem.columns), (r.inputs.weight_hr, problem.hidden)):
         if weight is not None:
             weight.normal_(std=width**-0.5)
-    if forward is not None:
-        h, _, _, c = Layer(problem, device, launch, trial=forward).forward(gates, r, save=True)
-
-    def call(plan: Plan) -> Callable[[], object]:
-        layer = Layer(problem, device, launch, trial=plan)
-        if forward is not None:
-            return partial(layer.backward, h, None, None, gates, c, r)
-        return partial(layer.forward, gates, r, save=True)
-
-    return r.inputs, call
+    if forward is None:
+        return r.inputs, partial(Layer.forward, gates=gates, r=r, save=True)
+    h, _, _, c = Layer(problem, device, launch, trial=forward).forward(gates, r, save=True)
+    return r.inputs, partial(Layer.backward, dh=h, dh_n=None, dc_n=None, gates=gates, c=c, r=r)

@@ -40,7 +40,6 @@ FAMILIES = {
     Resident: threads.RESIDENT, Cooperative: threads.COOPERATIVE, Pointwise: tiles.POINTWISE,
     Step: tiles.STEP, Held: tiles.HELD,
 }  # fmt: skip
-"""By the class of a plan's family."""
 
 logger = logging.getLogger("gpu_lstm")
 
@@ -76,8 +75,7 @@ def empty_kernel():
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """The plans to try, in this order, before any is measured. The one that always works is among them.
 
-    They are made for the next power of two of sequences, so that batches share kernels; or for this batch alone, if its
-    best plan is estimated to be much faster. Calls before do not matter.
+    They are made for the next power of two of sequences, or for this batch alone, if that is estimated much faster.
     """
     alone = _plans(problem, card, backward)
     if problem.batch in (0, most := power_of_two(problem.batch)):

@@ -1,8 +1,4 @@
-"""Plans and their estimated times, for all kernel families. Pure Python, so that it is tested without a GPU.
-
-A plan is a proposal, since registers depend on Triton's version: the launcher uses the first one of a list whose kernel
-compiles without spills. That of the step family always works.
-"""
+"""Plans and their estimated times, for all kernel families. Pure Python, so that it is tested without a GPU."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -101,14 +97,9 @@ class Plan:
         return *((self.programs, self.groups) if in_groups else (self.programs * self.groups, 1)), self.heads
 
     @property
-    def on_chip(self) -> bool:
-        """Whether W_hh stays on chip from step to step."""
-        return isinstance(self.family, Resident | Cooperative | Held)
-
-    @property
     def slower(self) -> str | None:
         """See layer.Plan: where W_hh is read at every step, or a group of programs has several batch tiles."""
-        fast = self.on_chip and self.tiles_per_program == 1
+        fast = isinstance(self.family, Resident | Cooperative | Held) and self.tiles_per_program == 1
         return None if fast else f"a kernel of the {self.family.name} family is slower"
 
     @property

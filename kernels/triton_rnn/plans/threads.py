@@ -51,8 +51,9 @@ def cooperative_plans(problem: Problem, card: Card, backward: bool) -> Iterator[
                 ).fitted(problem)  # fmt: skip
 
 
-def as_words(x: Tensor, units: int) -> Tensor:
-    """[*, D] -> [*, W] int32, with zeros past D = `units`."""
+def as_words(x: Tensor) -> Tensor:
+    """[*, D] -> [*, W] int32, with zeros past D."""
+    units = x.shape[-1]
     missing = -units * x.itemsize % 4 // x.itemsize
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))
@@ -62,10 +63,10 @@ def as_words(x: Tensor, units: int) -> Tensor:
     return x.view(torch.int32)
 
 
-def transposed_gates(weight_hh: Tensor, partners: int, p: Problem, units: int) -> Tensor:
+def transposed_gates(p: Problem, r: Recurrence, partners: int) -> Tensor:
     """W_hh [GATES H, D] -> the words of W_hh^T of each partner's gates, [partners, H, GATES / partners, W] int32."""
-    by_gate = weight_hh.view(partners, CELLS[p.cell].rows // partners, p.heads, units, units)
-    return as_words(by_gate.permute(0, 2, 4, 1, 3), units)
+    by_gate = r.inputs.weight_hh.view(partners, CELLS[p.cell].rows // partners, p.heads, p.columns, p.columns)
+    return as_words(by_gate.permute(0, 2, 4, 1, 3))
 
 
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
@@ -81,8 +82,8 @@ def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     pieces = own if apart else 1
     k, stride = own * words // pieces if backward else words, 16 * plan.num_warps // pieces
     return dict(
-        PARTNERS=partners, FIRST=4 - partners * own, OWN=own, PIECES=pieces, ZEROS=own - gates, K=k, STRIDE=stride,
-        CHUNKS=ceil(k / stride), AHEAD=plan.family.ahead,
+        PARTNERS=partners, OWN=own, PIECES=pieces, ZEROS=own - gates, K=k, STRIDE=stride, CHUNKS=ceil(k / stride),
+        AHEAD=plan.family.ahead,
     )  # fmt: skip
 
 
@@ -106,16 +107,16 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
         h = _without_padding(p, h.zero_())
     if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
         h.copy_(torch.where(h0.isnan(), torch.nan, h0).view_as(h))  # any NaN but the sentinel
-    arguments = {"weights_ptr": as_words(r.inputs.weight_hh, p.columns), "words_ptr": memory["h_ptr"].view(torch.int32)}
-    arguments |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
-    if p.dropout_h:
-        arguments["dropout_h_ptr"] = as_words(r.inputs.dropout_h.view(-1, p.columns), p.columns)  # [B heads, D]
-    return arguments
+    dropout_h = as_words(r.inputs.dropout_h.view(-1, p.columns)) if p.dropout_h else None  # [B heads, D]
+    return {
+        "weights_ptr": as_words(r.inputs.weight_hh), "words_ptr": memory["h_ptr"].view(torch.int32),
+        "dropout_h_ptr": dropout_h, "h_ptr": None, "c0_ptr": None,  # these are in the words, and beforehand in c_n
+    }  # fmt: skip
 
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As forward_arguments, for backward."""
-    weights = transposed_gates(r.inputs.weight_hh, plan.family.partners, p, p.columns)
+    weights = transposed_gates(p, r, plan.family.partners)
     return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
 
 
@@ -125,12 +126,6 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     if _row(p) > p.hidden:
         return _without_padding(p, h[:-1]).flatten(2).contiguous()
     return h.resize_(len(h) - 1, p.batch, p.hidden)
-
-
-def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
-    """dgates without padding of rows."""
-    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
-    return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
 
 
 def _row(p: Problem) -> int:
@@ -162,15 +157,14 @@ def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Pla
 
 COOPERATIVE = Family(
     (cooperative_forward_kernel, cooperative_backward_kernel), sizes, lambda *_: True, buffers,
-    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
+    arguments=(forward_arguments, backward_arguments),
+    results=(h_of, lambda p, memory: _without_padding(p, memory["dgates_ptr"]).flatten(2)),
 )  # fmt: skip
 RESIDENT = Family(
     (resident_forward_kernel, resident_backward_kernel),
     lambda p, plan, backward: {"CHUNKS": plan.family.chunks},
     arguments=(
-        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh, p.hidden // p.heads)},
-        lambda p, plan, r, memory: {
-            "weights_ptr": transposed_gates(r.inputs.weight_hh, CELLS[p.cell].rows, p, p.hidden // p.heads)
-        },
+        lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh)},
+        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(p, r, CELLS[p.cell].rows)},
     ),
 )

@@ -42,9 +42,7 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
 # Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
 HELD_FORWARD = [(rows, units, 1) for rows in (16, 32, 64) for units in (16, 32)]
 HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
-# Backward, in half precision, shared memory has W_hh of a tile, [K, units], in blocks of 64 units. From Triton 3.6 on a
-# kernel stores block after block, but wgmma expects 256 rows of every block before the next 256 rows
-# (dev/compile_table/triton_issue.md). For one block, or up to 256 rows, that is the same: nothing else is proposed.
+# Backward wgmma reads W_hh of several blocks and of more rows elsewhere than it is (dev/compile_table/triton_issue.md).
 BLOCK_UNITS, BLOCK_ROWS = 64, 256
 
 
@@ -104,7 +102,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def waits(p: Problem, plan: Plan) -> bool:
     """Unless there is one round of tiles, or one program for each head: so any number of heads has a plan."""
     alone = p.heads > 1 and plan.programs == 1
-    return plan.on_chip or plan.family.parts > 1 or (p.steps > 1 and not alone)
+    return isinstance(plan.family, Held) or plan.family.parts > 1 or (p.steps > 1 and not alone)
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:

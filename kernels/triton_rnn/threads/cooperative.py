@@ -1,18 +1,16 @@
 """The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
 
 The programs of one batch tile are a group, which never waits for another. Each owns UNITS hidden units, and keeps its
-rows of W_hh in registers. A group may have several batch tiles: forward requests the words of the next one before it
-computes the cells of this one. All programs of a launch must be resident at once.
+rows of W_hh in registers. A group may have several batch tiles, one after another: a step of one is a *turn*.
 
 forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
 backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
            GATES / PARTNERS gates for all of these, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the dgates of
-           these gates. Partners exchange their sums in a second, small exchange, and each adds up those of all for
-           its own units.
+           these gates. Partners exchange their sums in a second exchange.
 
 In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
 one unit of one sequence. Words (exchange.py) have PER units: a row of H units is W = ceil(H / PER) words, of which the
-last may be half empty; so the weights are passed as words, too. A step of one batch tile is a *turn*.
+last may be half empty; so the weights are passed as words, too.
 
 Each head has groups of its own, the last axis of the grid; H here means its D units. A row has W words of each head, in
 dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps. `sizes` in
@@ -24,7 +22,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, reset, states
+from ..cell import indexing, noise, states
 from ..cell.indexing import Batch
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from ..exchange import Wait, Words, collect, in_phase, look, neighbours, pack, publish
@@ -46,7 +44,6 @@ Sums = namedtuple("Sums", "rows columns units published wanted")
 
 @triton.jit
 def tiles_of_group(B):
-    """How many batch tiles the group has."""
     return tl.cdiv(tl.cdiv(B, SEQUENCES) - tl.program_id(1), tl.num_programs(1))
 
 
@@ -116,25 +113,16 @@ def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 
 @triton.jit
 def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
-    """The h Before a turn; no words where it is reset, and in padding."""
+    """The h Before a turn, in [T * B + B]: h of every step, and last h0; no words where it is reset, and in padding."""
     _, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     continues = indexing.position(step, sequence, batch, S.REVERSE).continues
-    row = indexing.row_in_h_then_h0(step - 1, sequence, batch, S.REVERSE)
+    time = indexing.time_of(step - 1, sequence.length, S.REVERSE)
+    of_h0 = indexing.row_of(tl.zeros_like(time) + batch.T, sequence.index, batch.B)
+    row = tl.where(step < 1, of_h0, indexing.row_of(time, sequence.index, batch.B))
     words = Words(words_ptr + row * (S.HEADS * S.W) + first, tl.where(continues, S.K - first, 0))
     seen = look(words, S.CHUNKS, 4, S.STRIDE, neighbours(S.K)) if S.AHEAD else ()
     return Before(words, sequence.index, seen)
-
-
-@triton.jit
-def collect_h(before, wait, dropout_h_ptr, DTYPE: tl.constexpr, S: tl.constexpr):
-    """(Words of h as W_hh multiplies it, the delay of the next wait for h)."""
-    h, delay = collect(before.words, wait, before.seen, S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
-    if dropout_h_ptr is not None:
-        _, first = place_in_row(S)
-        factors_ptr = of_head(dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first
-        h = scale(h, factors_ptr, before.words.left, S.STRIDE, DTYPE)
-    return h, delay
 
 
 @triton.jit
@@ -174,12 +162,17 @@ def cooperative_forward_kernel(
         cells = here.cells
         x, c_prev, rest_prev = states.load_cells(cell.c_n_ptr, cell, cells, B, S)
         share_c = noise.load_share(cell.zoneout_c_ptr, cells)
-        h_kept = noise.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
+        h_kept = states.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
 
         # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
         if not S.AHEAD:
             before = h_before(step, tile, words_ptr, batch, S)
-        h_prev, delay = collect_h(before, Wait(error_ptr, step, delay, None), hidden.dropout_h_ptr, DTYPE, S)
+        wait = Wait(error_ptr, step, delay, None)
+        h_prev, delay = collect(before.words, wait, before.seen, S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
+        if hidden.dropout_h_ptr is not None:
+            _, first = place_in_row(S)
+            factors_ptr = of_head(hidden.dropout_h_ptr, S) + before.index.to(tl.int64) * (S.HEADS * S.W) + first
+            h_prev = scale(h_prev, factors_ptr, before.words.left, S.STRIDE, DTYPE)
         z = gates_of_cell(product(weights, h_prev, DTYPE), owned, turn, S)
 
         # The words of the next turn arrive while the cell of this one is computed.
@@ -187,7 +180,6 @@ def cooperative_forward_kernel(
         if S.AHEAD:
             before = h_before(next_step, next_tile, words_ptr, batch, S)
 
-        # Gates, cell and output.
         gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
         h = output(gates[3], c, S)
         c, h = noise.zoneout(c, (c_prev,) + share_c), noise.zoneout(h, h_kept)
@@ -197,7 +189,6 @@ def cooperative_forward_kernel(
         word_ptr = words_ptr + here.position.row * (S.HEADS * S.W) + owned.place // S.PER
         publish(word_ptr, pack(h, DTYPE), owned.is_word & here.sequence.in_batch)
 
-        # Store.
         tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.valid)
         tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
         states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
@@ -270,7 +261,7 @@ def cooperative_backward_kernel(
     owned, sums = cell_of_thread(first_place + partner * S.UNITS, S), sums_of_thread(first_place, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     words_ptr = of_head(words_ptr, S)
-    dgates_ptr = words_ptr + (S.FIRST + partner * S.OWN) * (S.HEADS * S.W)  # of the program's gates
+    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * S.OWN) * (S.HEADS * S.W)  # of the program's gates
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = T - 1, tl.program_id(1)
@@ -279,7 +270,7 @@ def cooperative_backward_kernel(
         # Load before waiting: the data arrive meanwhile. As stored, as forward.
         here = here_at(step, tile, owned, batch, S)
         cells, position = here.cells, here.position
-        gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
+        loaded = states.load_saved(saved, step, cells, S.H)
         dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
         drest = states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S)
         dh_given, share_c = states.load_gradients_given(hidden, cells), noise.load_share(cell.zoneout_c_ptr, cells)
@@ -297,9 +288,8 @@ def cooperative_backward_kernel(
         dh = states.gradient_of_h(tl.where(next_continues, dh, 0.0), dh_given, hidden, cells)
 
         # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
-        gates, c, c_prev = states.as_float(gates, c, c_prev)
+        gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
         dc, dc_stayed = noise.zoneout_backward(dc, share_c)
-        c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
         dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
         dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
@@ -308,6 +298,6 @@ def cooperative_backward_kernel(
         word_ptr = words_ptr + position.row * (4 * S.HEADS * S.W) + owned.place // S.PER
         for n in tl.static_range(4):
             publish(word_ptr + n * (S.HEADS * S.W), pack(dz[n], DTYPE), owned.is_word & here.sequence.in_batch)
-        reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
+        states.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
         states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
         step, tile = next_turn(step, tile, -1, B)

@@ -1,8 +1,6 @@
 """Products on tensor cores, written thread by thread.
 
-A tensor with as many elements as a program has threads has one element in each: element t belongs to thread t. So a
-kernel can say what every thread does. It keeps W_hh in registers for the whole sequence, as operands of products, and
-uses h as the other operand as it arrives, without a change of layout and without a barrier.
+Of a tensor with as many elements as a program has threads, [THREADS], element t belongs to thread t.
 
 A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
 and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring half-precision elements, or one float32.
@@ -147,8 +145,7 @@ def sum_over_warps(
 ):  # fmt: skip
     """Elements of the sum of all warps' products, as many [THREADS] float32, added up in the same order every time.
 
-    In shared memory [2, WARPS, 16 TILES rows, 8 sequences], with one barrier: one buffer is read while the other is
-    written. Warps that want nothing leave bandwidth to the others.
+    In shared memory [2, WARPS, 16 TILES rows, 8 sequences]. Warps that want nothing leave bandwidth to the others.
     """
     COUNT: tl.constexpr = len(rows)
     TILES: tl.constexpr = len(products) // 4

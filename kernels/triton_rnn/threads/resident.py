@@ -1,11 +1,10 @@
 """The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
 
-A program owns 8 sequences and all hidden units, or those of a head, if their W_hh fits the registers of one block. They
-are split over the warps: each holds the rows of its units as operands of products (fragments.py), reads h of all units
-from shared memory, and computes the cells that its products belong to, so that a step has one barrier. Kernels are
-written thread by thread; a thread has OF_THREAD cells: number n is the unit 8 (n // 2) + column of its warp's, and the
-sequence 2 quarter + n % 2. What is of each cell is a tuple of OF_THREAD. (Triton 3.4 to 3.6 forget the names of a named
-tuple in a tuple that grew: hence Offsets(*cells[n]).)
+A program owns 8 sequences and all hidden units, or those of a head. They are split over the warps: each holds the rows
+of its units as operands of products (fragments.py), reads h of all units from shared memory, and computes the cells
+that its products belong to, so that a step has one barrier. A thread has OF_THREAD cells: number n is the unit
+8 (n // 2) + column of its warp's, and the sequence 2 quarter + n % 2. What is of each cell is a tuple of OF_THREAD.
+(Triton 3.4 to 3.6 forget the names of a named tuple in a tuple that grew: hence Offsets(*cells[n]).)
 """
 
 from collections import namedtuple
@@ -13,7 +12,7 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, reset, states
+from ..cell import indexing, noise, states
 from ..cell.indexing import Batch, Offsets, Sequences
 from ..equations import after_zeros, cell_backward, cell_forward, output, output_backward
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
@@ -22,14 +21,10 @@ from .fragments import SEQUENCES, load_weights, product, share, take, threads
 # Fields are tuples of OF_THREAD. What a thread owns, all [THREADS]: units, their places in the program's head, columns
 # of the batch tile; and Sequences.
 Owned = namedtuple("Owned", "units places columns sequences")
-# What a step starts from: what comes to the gates from the input, a tuple of [THREADS]; [THREADS] h as stored, the
-# operand of the product, which is h with dropout, and c.
-Before = namedtuple("Before", "x h operand c")
 
 
 @triton.jit
 def cells_of_thread(batch, S: tl.constexpr):
-    """What every thread owns."""
     thread = threads(S.WARPS)
     units, places, columns, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
@@ -52,21 +47,6 @@ def cells_at_step(step, owned, batch, S: tl.constexpr):
 
 
 @triton.jit
-def load_step(h, c, now, hidden, cell, S: tl.constexpr):
-    """What is Before the step."""
-    DTYPE: tl.constexpr = hidden.h_ptr.dtype.element_ty
-    x, h_prev, operand, c_prev = (), (), (), ()
-    for n in tl.static_range(len(h)):
-        cells = Offsets(*now[n])
-        x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
-        h_prev = h_prev + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
-        h_float = noise.dropout(h_prev[n].to(tl.float32), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
-        operand = operand + (h_float.to(DTYPE),)
-        c_prev = c_prev + (reset.reset_to(tl.where(cells.reset, 0.0, c[n]), cell.reset_c_ptr, cells),)
-    return Before(x, h_prev, operand, c_prev)
-
-
-@triton.jit
 def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
     """W_hh of the warp's units. A tile has 8 rows twice. Each 8 are a gate of 8 units: all gates of the first 8 units,
     then of the next; at the end there may be 8 rows of zeros."""
@@ -80,19 +60,6 @@ def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
     return load_weights(weights_ptr, rows, threads(S.WARPS).quarter * 4, S.W, 16, DTYPE, S.CHUNKS)
 
 
-@triton.jit
-def product_with_h(weights, h, owned, buffer, S: tl.constexpr):
-    """W_hh h: the four gates of each cell; 0 for those that h does not reach."""
-    SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
-    shared = share(h, owned.columns, owned.places, buffer, S.CHUNKS)
-    products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), h[0].dtype)
-    z = ()
-    for n in tl.static_range(len(h)):
-        of_h = products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2]
-        z = z + (after_zeros(of_h),)
-    return z
-
-
 @triton.jit(repr=name_in_profiles("resident_forward_kernel"), do_not_specialize=["T", "B"])
 def resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
@@ -101,14 +68,14 @@ def resident_forward_kernel(
     """All steps of a batch tile."""
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     EMPTY: tl.constexpr = S.EMPTY  # Triton 3.4 takes no field of a tuple into another tuple
+    SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
-    OF_THREAD: tl.constexpr = len(owned.units)
 
     weights = load_rows(weights_ptr, owned, DTYPE, S)
     h, c, rest, constants = (), (), (), ()
     first = cells_at_step(0, owned, batch, S)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         unit, cells = owned.units[n], Offsets(*first[n])
         constants = constants + (states.load_constants_forward(cell, unit, S),)
         h = h + (tl.load(hidden.h0_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
@@ -116,26 +83,38 @@ def resident_forward_kernel(
         rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, S.EMPTY, S),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
-        before = load_step(h, c, now, hidden, cell, S)  # the product hides its latency
-        z = product_with_h(weights, before.operand, owned, step % 2, S)
-        rest_before = rest
+        # What the gates get from the input, and the state before: loaded here, where the product hides its latency.
+        x, h_before, operand, c_before, rest_before = (), (), (), (), rest
+        for n in tl.static_range(len(owned.units)):
+            cells = Offsets(*now[n])
+            x = x + (states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X),)
+            h_before = h_before + (tl.where(cells.reset, 0.0, h[n]).to(DTYPE),)
+            h_float = h_before[n].to(tl.float32)
+            h_float = noise.dropout(h_float, hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
+            operand = operand + (h_float.to(DTYPE),)
+            c_prev = tl.where(cells.reset, 0.0, c[n])
+            c_before = c_before + (states.reset_to(c_prev, cell.reset_c_ptr, cells),)
+        shared = share(operand, owned.columns, owned.places, step % 2, S.CHUNKS)
+        products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), DTYPE)
+
         h, c, rest = (), (), ()
-        for n in tl.static_range(OF_THREAD):
-            cells, c_prev = Offsets(*now[n]), before.c[n]
+        for n in tl.static_range(len(owned.units)):
+            cells, c_prev = Offsets(*now[n]), c_before[n]
+            z = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
-            gates, c_next, rest_next = cell_forward(before.x[n], z[n], c_prev, rest_prev, constants[n], S)
+            gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], S)
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))
-            h_prev = reset.reset_to(before.h[n].to(tl.float32), hidden.reset_h_ptr, cells)
+            h_prev = states.reset_to(h_before[n].to(tl.float32), hidden.reset_h_ptr, cells)
             h_next = noise.zoneout(h_next, (h_prev,) + noise.load_share(hidden.zoneout_h_ptr, cells))
             h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
             tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
             states.save(gates, c_next, cell, cells, S.H)
-            h = h + (tl.where(cells.valid, h_next, before.h[n]),)
+            h = h + (tl.where(cells.valid, h_next, h_before[n]),)
             c = c + (tl.where(cells.valid, c_next, c_prev),)
             rest = rest + (states.select(cells.valid, rest_next, rest_prev),)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         cells = Offsets(*first[n])
         tl.store(hidden.h_n_ptr + cells.state_at, h[n], mask=cells.in_tile)
         tl.store(cell.c_n_ptr + cells.state_at, c[n], mask=cells.in_tile)
@@ -159,15 +138,6 @@ def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def gradient_of_m(dh, hidden, cells):
-    """Gradient of h after the step -> (of the h that the step computed; of h before, as far as that stayed)."""
-    dm = tl.where(cells.valid, dh, 0.0)
-    if hidden.dh_ptr is not None:
-        dm += tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
-    return noise.zoneout_backward(dm, noise.load_share(hidden.zoneout_h_ptr, cells))
-
-
-@triton.jit
 def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S: tl.constexpr):
     """W_hh^T dz of each cell, gate by gate: of each gate and then cell, `elements` is the place in a row of dz."""
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
@@ -187,19 +157,6 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
     return dh
 
 
-@triton.jit
-def gradient_before(d, stayed, hidden, cells, step):
-    """What the product returned for h before the step, and what stayed of h -> its gradient, stored where it leaves."""
-    d = noise.dropout(d, hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
-    if hidden.zoneout_h_ptr is not None:
-        d += stayed
-        is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
-        tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, stayed, mask=is_first)
-    if hidden.dreset_h_ptr is not None:
-        tl.store(hidden.dreset_h_ptr + cells.at, stayed, mask=cells.reset)
-    return d
-
-
 @triton.jit(repr=name_in_profiles("resident_backward_kernel"), do_not_specialize=["T", "B"])
 def resident_backward_kernel(
     weights_ptr,  # [GATES, H, W] int32: W_hh^T of each gate
@@ -210,12 +167,11 @@ def resident_backward_kernel(
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
-    OF_THREAD: tl.constexpr = len(owned.units)
 
     # Gradients of the state after the current step: at a sequence's last step, those of the final state.
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
     dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         cells, dh_n = Offsets(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
         peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
         if hidden.dh_n_ptr is not None:
@@ -225,19 +181,21 @@ def resident_backward_kernel(
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
         activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
-        for n in tl.static_range(OF_THREAD):
+        for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
-            gates, c, c_prev = states.load_saved(saved, step, cells, S.H)
-            activations = activations + (states.as_float(gates, c, c_prev),)
+            loaded = states.load_saved(saved, step, cells, S.H)
+            activations = activations + (states.as_float(loaded, cell.zoneout_c_ptr, S),)
             # From memory, since there are no registers for it during the product.
             drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
 
         # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
-        for n in tl.static_range(OF_THREAD):
+        for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             gates, c, c_prev = activations[n]
-            dm, stayed = gradient_of_m(dh[n], hidden, cells)
-            c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
+            dm = tl.where(cells.valid, dh[n], 0.0)
+            if hidden.dh_ptr is not None:
+                dm += tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
+            dm, stayed = noise.zoneout_backward(dm, noise.load_share(hidden.zoneout_h_ptr, cells))
             dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
             share_c = noise.load_share(cell.zoneout_c_ptr, cells)
             d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), share_c)
@@ -248,14 +206,20 @@ def resident_backward_kernel(
         dh_prev = product_with_dz(weights, dz, elements, owned, back % 2, DTYPE, S)
 
         dh_after, dc_after, dh, dc = dh, dc, (), ()
-        for n in tl.static_range(OF_THREAD):
+        for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz[n], S.H)
-            d = gradient_before(dh_prev[n], dh_stayed[n], hidden, cells, step)
+            d = noise.dropout(dh_prev[n], hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
+            if hidden.zoneout_h_ptr is not None:
+                d += dh_stayed[n]
+                is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
+                tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, dh_stayed[n], mask=is_first)
+            if hidden.dreset_h_ptr is not None:
+                tl.store(hidden.dreset_h_ptr + cells.at, dh_stayed[n], mask=cells.reset)
             if cell.dreset_c_ptr is not None:
                 tl.store(cell.dreset_c_ptr + cells.at, dc_prev[n], mask=cells.reset)
             # No gradient flows past a reset.
             dh = dh + (tl.where(cells.valid, tl.where(cells.continues, d, 0.0), dh_after[n]),)
             dc = dc + (tl.where(cells.valid, tl.where(cells.continues, dc_prev[n], 0.0), dc_after[n]),)
-    for n in tl.static_range(OF_THREAD):
+    for n in tl.static_range(len(owned.units)):
         tl.store(cell.dc_ptr + Offsets(*first[n]).state_at, dc[n], mask=Offsets(*first[n]).in_tile)

@@ -3,15 +3,15 @@
 import triton
 import triton.language as tl
 
-from ..cell import noise, reset, states
-from ..equations import cell_backward, cell_forward, output
+from ..cell import noise, states
+from ..equations import cell_backward, cell_forward, output, output_backward
 
 
 @triton.jit
 def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
-    """(Constants, the share of c that stays with zoneout, noise.load_h_before): what cells read beside load_cells."""
+    """(Constants, the share of c that stays with zoneout, states.load_h_before): what cells read beside load_cells."""
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
-    h_before = noise.load_h_before(hidden, h_prev_ptr, tile.cells.prev_at, tile.cells)
+    h_before = states.load_h_before(hidden, h_prev_ptr, tile.cells.prev_at, tile.cells)
     return constants, noise.load_share(cell.zoneout_c_ptr, tile.cells), h_before
 
 
@@ -32,6 +32,18 @@ def forward_cells(
 
 
 @triton.jit
+def backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S: tl.constexpr):
+    """The cells of a step, from dh, what the step after sends, and what was loaded of `saved`, if it was: see below."""
+    given = states.load_gradients_given(hidden, tile.cells)
+    dm = states.gradient_of_h(dh, given, hidden, tile.cells)
+    if len(loaded) == 0:
+        loaded = states.load_saved(saved, step, tile.cells, S.H)
+    gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
+    dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
+    backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S)
+
+
+@triton.jit
 def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr):
     """The gradients of all pre-activations, from those that come by way of m: of the last one, dz_o, and of c before
     zoneout. They are stored, as are those of the state before. In padding all that was loaded is zero; so are they."""
@@ -43,6 +55,6 @@ def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr)
     dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
     states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
-    reset.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
+    states.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)
     states.store_gradient_of_rest(cell.dc_ptr, drest, cells, B, S)
     return dz

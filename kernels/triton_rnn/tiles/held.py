@@ -2,10 +2,7 @@
 
 A program has some units, whose W_hh it loads once, and the sequences of its group, tile by tile. Before a product it
 waits for the other units' tiles of the same sequences alone: each tile of sequences has a counter. AHEAD: what a
-program's next tile multiplies is loaded before the cells of this one are computed.
-
-Backward, with PARTS a program multiplies a part of K for PARTS times as many units, and a step is two rounds: products,
-and cells, which add them up.
+program's next tile multiplies is loaded before the cells of this one are computed. PARTS are as in the step family.
 """
 
 from collections import namedtuple
@@ -13,13 +10,12 @@ from collections import namedtuple
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, states
+from ..cell import indexing, states
 from ..cell.indexing import Batch
-from ..equations import output_backward
 from ..exchange import arrive, unless_timed_out, wait_for
 from ..parameters import Arrivals, CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from . import operands
-from .cells import backward_cells, forward_cells, load_beside
+from .cells import backward_step, forward_cells, load_beside
 from .operands import Rows, load_rows, load_weights, of_head
 
 # What it takes to await and load h before a step, [B, H] or [T*B, H], and dgates [T*B, 4H] of the step after.
@@ -135,27 +131,16 @@ def held_backward_kernel(
         elif S.AHEAD:
             poll_limit, dgates = await_dgates(after, first, times, step, poll_limit, S)
         for batch_tile in range(first, tl.cdiv(B, S.BLOCK_B), stride):
-            # The gradient of h.
             tile = indexing.tile_at(batch_tile, unit_tile, step, batch, S)
             if S.PARTS == 1 and not S.AHEAD:
                 poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
-            if EARLY:
-                gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
+            loaded = states.load_saved(saved, step, tile.cells, S.H) if EARLY else ()
             if S.PARTS > 1:
                 poll_limit = wait_for(arrivals, batch_tile, times + 1, poll_limit, step)
             dh = operands.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product_of_held(held, dgates, S)
             dh = unless_timed_out(dh, poll_limit)
             if S.AHEAD:
                 poll_limit, dgates = await_dgates(after, batch_tile + stride, times, step, poll_limit, S)
-            dh_given = states.load_gradients_given(hidden, tile.cells)
-            dh = states.gradient_of_h(dh, dh_given, hidden, tile.cells)
-            if not EARLY:
-                gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
-
-            # Those of output and cell.
-            gates, c, c_prev = states.as_float(gates, c, c_prev)
-            c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
-            dz_o, dc = output_backward(gates[3], c, dh, S)
-            backward_cells(gates, c_prev, dz_o, dc, cell, tile, B, S)
+            backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S)
             if step > 0:
                 arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)

@@ -6,7 +6,7 @@ Of a divided step a kernel has one part, from S.START to S.END, see by_steps.Par
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, reset, states
+from ..cell import indexing, noise, states
 from ..equations import next_cell, output, output_backward
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .cells import backward_cells, forward_cells
@@ -39,7 +39,7 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
         saved = Saved(cell.gates_ptr, cell.c_ptr, cell.c0_ptr, cell.reset_c_ptr)
         c_prev = states.total(states.load_c_before(saved, step, cells))
     else:
-        c_prev = reset.load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
+        c_prev = states.load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
     rest_prev = states.load_rest(c_prev_ptr, cells, cells.continues, B, S.EMPTY, S)
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     share_c = noise.load_share(cell.zoneout_c_ptr, cells)
@@ -73,23 +73,11 @@ def pointwise_forward_kernel(
         tl.store(m_ptr + cells.state_at, m, mask=cells.in_tile)
     else:
         h_prev_ptr = hidden.h0_ptr if step == 0 else hidden.h_ptr
-        h = states.store_hidden(m, hidden, noise.load_h_before(hidden, h_prev_ptr, cells.prev_at, cells), cells)
+        h = states.store_hidden(m, hidden, states.load_h_before(hidden, h_prev_ptr, cells.prev_at, cells), cells)
         if h_next_ptr is not None:
             next_continues = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None]
             h = noise.dropout(h.to(hidden.h_ptr.dtype.element_ty), hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
             tl.store(h_next_ptr + cells.state_at, tl.where(next_continues, h, 0.0), mask=cells.in_tile)
-
-
-@triton.jit
-def gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S: tl.constexpr):
-    """The gradient of m, or of W_hr m; in padding 0."""
-    cells = tile.cells
-    from_next = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None] & cells.valid
-    dh = tl.load(dh_next_ptr + cells.state_at, mask=from_next, other=0.0).to(tl.float32)
-    dm = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
-    if dh_total_ptr is not None:
-        tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)
-    return dm
 
 
 @triton.jit(repr=name_in_profiles("pointwise_backward_kernel"), do_not_specialize=["step", "T", "B"])
@@ -107,7 +95,11 @@ def pointwise_backward_kernel(
     tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells = tile.cells
     if S.START == "h":
-        dm = gradient_of_m(dh_next_ptr, dh_total_ptr, hidden, tile, step, batch, S)
+        next_continues = indexing.position(step + 1, tile.sequence, batch, S.REVERSE).continues[:, None]
+        dh = tl.load(dh_next_ptr + cells.state_at, mask=next_continues & cells.valid, other=0.0).to(tl.float32)
+        dm = states.gradient_of_h(dh, states.load_gradients_given(hidden, cells), hidden, cells)
+        if dh_total_ptr is not None:
+            tl.store(dh_total_ptr + cells.at, dm, mask=cells.in_tile)
     elif S.START == "m":
         dm = load_cell(m_ptr, cells)
     if S.END == "m":

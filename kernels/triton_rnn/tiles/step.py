@@ -1,21 +1,19 @@
 """The step family: every hidden size, batch and dtype; W_hh is read from L2 at every step.
 
-One launch for the whole sequence. A step is a round over tiles of sequences and units, which the programs share out;
-backward, where products are split into parts of K, it is two. A grid-wide barrier (exchange.grid_barrier) ends a round,
-since the next one needs the results of all. All programs must be resident at once. Those of a head wait for each other
-alone, or for nobody where a head has just one.
+A step is a round over tiles of sequences and units, which the programs share out. Backward, with PARTS, it is two: of
+products, each of a part of K, and of cells, which add them up. A grid-wide barrier ends a round, since the next one
+needs the results of all programs. Those of a head wait for each other alone, or for nobody where a head has just one.
 """
 
 import triton
 import triton.language as tl
 
-from ..cell import indexing, noise, states
+from ..cell import indexing, states
 from ..cell.indexing import Batch, rows_of_product
-from ..equations import output_backward
 from ..exchange import grid_barrier, unless_timed_out
 from ..parameters import Arrivals, CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from . import operands
-from .cells import backward_cells, forward_cells, load_beside
+from .cells import backward_step, forward_cells, load_beside
 from .operands import Rows, load_rows, load_weights, of_head
 
 
@@ -101,21 +99,12 @@ def step_backward_kernel(
             product_round(weight_hh_ptr, cell.dgates_ptr, sums_ptr, step, batch, poll_limit, S)
             poll_limit = grid_barrier(arrivals, ROUNDS * back + 1, poll_limit, step)
         for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
-            # The gradient of h.
             tile = indexing.tile_of(number, step, batch, S)
             if S.PARTS > 1:
                 dh = operands.sum_of_parts(sums_ptr, tile, B, S)
             else:
                 dh = product_with_dgates(weight_hh_ptr, cell.dgates_ptr, tile, step, batch, S)
-            dh_given = states.load_gradients_given(hidden, tile.cells)
-            dh = states.gradient_of_h(unless_timed_out(dh, poll_limit), dh_given, hidden, tile.cells)
-
-            # Those of output and cell.
-            gates, c, c_prev = states.load_saved(saved, step, tile.cells, S.H)
-            gates, c, c_prev = states.as_float(gates, c, c_prev)
-            c = noise.without_zoneout(c, gates, c_prev, cell.zoneout_c_ptr, S)
-            dz_o, dc = output_backward(gates[3], c, dh, S)
-            backward_cells(gates, c_prev, dz_o, dc, cell, tile, B, S)
+            backward_step(unless_timed_out(dh, poll_limit), (), hidden, cell, saved, tile, step, B, S)
         if WAITS and step > 0:
             poll_limit = grid_barrier(arrivals, ROUNDS * (back + 1), poll_limit, step)
         if not WAITS and S.HEADS > 1:
