@@ -1,8 +1,7 @@
 """A projection, h = W_hr m, moved out of the time loop, where the product is W_hh h = (W_hh W_hr) m.
 
-So the recurrence of m is that of a cell without a projection, whose weights are W_hh W_hr; h and the gradient of m are
-products over all steps. Only h0 is not computed from an m: its share is added to the gates of the first step. With
-zoneout of h or recurrent dropout the step is not linear in m, and this does not hold.
+Only h0 is not computed from an m: its share is added to the gates of the first step. With zoneout of h or recurrent
+dropout the step is not linear in m, and this does not hold.
 """
 
 import contextlib

@@ -67,25 +67,26 @@ class RecurrentLayer(torch.autograd.Function):
         """None where no gradient is needed."""
         (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
         how = How(layer.problem.cell, layer.problem.reverse, layer.backend)
-        if are_differentiated(h, (gates, c, *tensors), output_gradients):
-            return None, None, *by_reference(how, output_gradients, needed, tensors)
-        if is_transformed():
-            return None, None, *by_operator(how, output_gradients, (h, gates, c), needed, tensors)
+        if is_transformed() or are_differentiated(h, (gates, c, *tensors), output_gradients):
+            return None, None, *gradients(how, output_gradients, (h, gates, c), needed, tensors)
         names = Inputs._fields[: len(tensors)]
         wanted = set(compress(names, needed))
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-            gradients = fused.gradients(layer, Saved(Inputs(*tensors), h, gates, c), output_gradients, wanted)
-        return None, None, *map(gradients.get, names)
+            by_name = fused.gradients(layer, Saved(Inputs(*tensors), h, gates, c), output_gradients, wanted)
+        return None, None, *map(by_name.get, names)
 
 
 # Skips what Function.apply does for transforms, argument by argument.
 _apply = super(torch.autograd.Function, RecurrentLayer).apply
 
 
-def by_operator(
+def gradients(
     how: How, output_gradients: Tensors, saved: Sequence[Tensor], needed: Sequence[bool], tensors: Tensors
 ) -> list[Tensor | None]:
     """Gradients of the operator's `tensors` where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c."""
+    h, *others = saved
+    if are_differentiated(h, (*others, *tensors), output_gradients):
+        return by_reference(how, output_gradients, needed, tensors)
     with torch.no_grad():
         lists = (list(each) for each in (output_gradients, saved, needed, tensors))
         those_needed = iter(BACKWARD(how.cell, how.reverse, how.backend, *lists))
@@ -125,10 +126,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
     (h, gates, c, *tensors), needed = ctx.saved_tensors, ctx.needs_input_grad[len(_HOW) :]
-    output_gradients = dh, dh_n, dc_n
-    if are_differentiated(h, (gates, c, *tensors), output_gradients):
-        return *_HOW, *by_reference(ctx.how, output_gradients, needed, tensors)
-    return *_HOW, *by_operator(ctx.how, output_gradients, (h, gates, c), needed, tensors)
+    return *_HOW, *gradients(ctx.how, (dh, dh_n, dc_n), (h, gates, c), needed, tensors)
 
 
 class InTransforms(torch.autograd.Function):

@@ -88,11 +88,6 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 
 
-def with_weights(inputs: Inputs, weights: Weights) -> Inputs:
-    """The same tensors with other weights."""
-    return inputs._replace(**dict(zip(NAMES, weights)))
-
-
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The same with x, states and weights in `dtype`.
 
@@ -104,7 +99,7 @@ def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
         return i
     stays = is_exact(i.c0, i.x) or len(i.c0) > len(i.h0) or (i.x.is_cpu and i.weight_hr is not None)
     i = i._replace(x=i.x.to(dtype), h0=i.h0.to(dtype), c0=i.c0 if stays else i.c0.to(dtype))
-    return with_weights(i, weights.to(dtype))
+    return i._replace(**dict(zip(NAMES, weights.to(dtype))))
 
 
 def connect(

@@ -26,21 +26,12 @@ from ..call.choices import Backend
 from ..call.modes import autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
-from ..call.weights import State, Weights
+from ..call.weights import NAMES, State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
-from .layer_loop import (
-    in_dtype,
-    layer_by_layer,
-    named,
-    run_layers,
-    traversal_of,
-    weights_of,
-    with_weights,
-    without_autocast,
-)
+from .layer_loop import in_dtype, layer_by_layer, named, run_layers, traversal_of, weights_of, without_autocast
 from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # of cuDNN
@@ -92,7 +83,7 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
 
 def _run_layer(call: Call, dtype: torch.dtype, inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
     if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
-        inputs = with_weights(inputs, weights_of(inputs).to(call.modes.autocast or dtype))
+        inputs = inputs._replace(**dict(zip(NAMES, weights_of(inputs).to(call.modes.autocast or dtype))))
         return layer_by_torch(call.options.cell, inputs, reverse)
     with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
         return layer_by_torch(call.options.cell, in_dtype(inputs, dtype), reverse)
@@ -128,10 +119,12 @@ def stack(
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
-    if x.is_cpu and batch_sizes is None and (half := _refused_by_onednn(cell, x, layers[0][0])) is not None:
-        state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
-        with torch.autocast("cpu", enabled=False):
-            return stack(cell, x.to(half), state, layers, dropout, training)
+    if x.is_cpu and batch_sizes is None and cell is not GRU and layers[0][0].weight_hr is None:
+        half = autocast_dtype(x)  # to which autocast casts it for oneDNN, which may have no LSTM in it on this CPU
+        if half is not None and onednn.is_on() and not onednn.has_lstm(half):
+            state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
+            with torch.autocast("cpu", enabled=False):
+                return stack(cell, x.to(half), state, layers, dropout, training)
     if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # of heads, in one layer
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
@@ -149,17 +142,8 @@ def stack(
         y, h_n = gru(x, h0, *options, False) if batch_sizes is None else gru(x, batch_sizes, h0, *options)
         return y, (h_n, h_n.float() if exact else h_n)
     hx = h0, c0.to(x.dtype) if exact else c0
-    if batch_sizes is None:
-        y, h_n, c_n = lstm(x, hx, *options, False)
-    else:
-        y, h_n, c_n = lstm(x, batch_sizes, hx, *options)
+    y, h_n, c_n = lstm(x, hx, *options, False) if batch_sizes is None else lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
-
-
-def _refused_by_onednn(cell: Cell, x: Tensor, weights: Weights) -> torch.dtype | None:
-    """The dtype to which autocast would cast an LSTM for oneDNN, which has none in it on this CPU; else None."""
-    half = None if cell is GRU or weights.weight_hr is not None else autocast_dtype(x)
-    return None if half is None or not onednn.is_on() or onednn.has_lstm(half) else half
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:
