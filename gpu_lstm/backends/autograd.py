@@ -85,17 +85,12 @@ def gradients(
 ) -> list[Tensor | None]:
     """Gradients of the operator's `tensors` where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c."""
     h, *others = saved
-    if are_differentiated(h, (*others, *tensors), output_gradients):
-        return by_reference(how, output_gradients, needed, tensors)
-    with torch.no_grad():
-        lists = (list(each) for each in (output_gradients, saved, needed, tensors))
-        those_needed = iter(BACKWARD(how.cell, how.reverse, how.backend, *lists))
-    return [next(those_needed) if need else None for need in needed]
-
-
-def by_reference(how: How, output_gradients: Tensors, needed: Sequence[bool], tensors: Tensors) -> list[Tensor | None]:
-    """The same, differentiable to any order, or several of each at once."""
-    # Other transforms do not accept the wrappers of those that have ended.
+    if not are_differentiated(h, (*others, *tensors), output_gradients):
+        with torch.no_grad():
+            lists = (list(each) for each in (output_gradients, saved, needed, tensors))
+            those_needed = iter(BACKWARD(how.cell, how.reverse, how.backend, *lists))
+        return [next(those_needed) if need else None for need in needed]
+    # By the reference, to any order. Other transforms do not accept the wrappers of those that have ended.
     tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
     wanted = list(compress(range(len(tensors)), needed))
     present = [k for k, gradient in enumerate(output_gradients) if gradient is not None]

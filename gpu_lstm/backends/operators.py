@@ -132,7 +132,7 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
     if isinstance(runner, Layer):
         h, h_n, c_n, gates, c = fused.forward(runner, inputs, save)
     elif save and _is_of_kernels(backend):  # what kernels save, by the reference, which alone computes the same gates
-        steps: list[reference.Steps] = []
+        steps = []
         with _apart(inputs.x, record=False):
             wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))  # as c is
             h, (h_n, c_n) = reference.layer_by_reference(cell, wide, reverse, steps.append)

@@ -72,29 +72,27 @@ def one_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
 
 def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of any other call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
-    options = call.options
-    if not call.traversal.is_plain() or isinstance(options.role, roles.Function):
-        return run_layers(call, dtype, Backend.TORCH, partial(_run_layer, call, dtype))
-    if not options.in_one_call:
-        return layer_by_layer(call, dtype, partial(_run_directions, call))
-    y, final = stack(options.cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
-    return y, split(final)
+    options, cell = call.options, call.options.cell
+    is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
+    if is_plain and options.in_one_call:
+        y, final = stack(cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
+        return y, split(final)
 
+    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+        if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
+            inputs = inputs._replace(**dict(zip(NAMES, weights_of(inputs).to(call.modes.autocast or dtype))))
+            return layer_by_torch(cell, inputs, reverse)
+        with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
+            return layer_by_torch(cell, in_dtype(inputs, dtype), reverse)
 
-def _run_layer(call: Call, dtype: torch.dtype, inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-    if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
-        inputs = inputs._replace(**dict(zip(NAMES, weights_of(inputs).to(call.modes.autocast or dtype))))
-        return layer_by_torch(call.options.cell, inputs, reverse)
-    with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-        return layer_by_torch(call.options.cell, in_dtype(inputs, dtype), reverse)
+    def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
+        with named(k, None, Backend.TORCH):
+            y, final = stack(cell, x, joined(states), [call.weights[k]], training=options.training)
+        return y, split(final)
 
-
-def _run_directions(
-    call: Call, k: int, x: Tensor, states: list[State], noise: list[Noise]
-) -> tuple[Tensor, list[State]]:
-    with named(k, None, Backend.TORCH):
-        y, final = stack(call.options.cell, x, joined(states), [call.weights[k]], training=call.options.training)
-    return y, split(final)
+    if is_plain:
+        return layer_by_layer(call, dtype, run_directions)
+    return run_layers(call, dtype, Backend.TORCH, run_layer)
 
 
 def joined(rows: list[State]) -> State:
