@@ -29,10 +29,7 @@ Tensors = Sequence[Tensor | None]
 def layer_by_kernels(
     layers: Sequence[Layer], call: Call, inputs: Inputs, row: int, reverse: bool
 ) -> tuple[Tensor, State]:
-    """As layer_loop.RunLayer, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
-
-    The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h.
-    """
+    """As layer_loop.RunLayer, by `layers` [L*D], differentiable to any order; states in the dtypes of h0 and c0."""
     layer, modes, recompute = layers[row], call.modes, call.options.recompute
     if not modes.grad or not any([t is not None and t.requires_grad for t in inputs]):
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)

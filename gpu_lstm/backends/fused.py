@@ -1,7 +1,4 @@
-"""One layer in one direction by the kernels of a backend: forward and its gradients.
-
-The kernels compute only the recurrence. The input product and every weight gradient are products over all steps.
-"""
+"""One layer in one direction by the kernels of a backend and products over all steps: forward and its gradients."""
 
 from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
@@ -24,10 +21,7 @@ _NOISE = names_of(NOISE)
 
 
 def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """h [T, B, P], h_n [1, B, P], c_n [1, B, H]; gates [T, B, 4H], activated if `save`; c [T, B, H], or None.
-
-    c and c_n are float32.
-    """
+    """h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32; gates [T, B, 4H], activated if `save`; c float32, or None."""
     i, problem = inputs, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if i.reset_h is not None:  # in the time loop h is 0 at resets, and so W_hh h

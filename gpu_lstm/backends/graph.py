@@ -25,10 +25,7 @@ _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
 
 def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and states as Call.states.
-
-    `name`: the backend, as operators.named says it.
-    """
+    """As layer_loop.run_layers, by operators, which are told of the backend by its `name`, see operators.named."""
     if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "

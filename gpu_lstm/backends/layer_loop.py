@@ -123,10 +123,7 @@ def without_autocast(call: Call) -> contextlib.AbstractContextManager:
 
 
 def named(layer: int, direction: int | None, backend: Backend) -> contextlib.AbstractContextManager:
-    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; without a profiler, nothing.
-
-    Layers are numbered from the bottom. Direction 1 is the reverse one; None: all.
-    """
+    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; direction None: both."""
     if not is_profiled() or torch.compiler.is_compiling():
         return NOTHING
     way = {None: "", 0: " forward", 1: " reverse"}[direction]

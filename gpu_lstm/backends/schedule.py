@@ -1,8 +1,7 @@
 """All layers of a call by kernels: in one piece, or in chunks of time and side by side on CUDA streams.
 
-Chunks bound the memory for pre-activations, and let layers run side by side; cell states go from chunk to chunk in
-float32. A tensor that is read on another stream is held for it, so that its memory is not reused too early: in backward
-autograd releases what was saved as soon as a node is queued.
+Chunks bound the memory for pre-activations. A tensor that is read on another stream is held for it, so that its memory
+is not reused too early: in backward autograd releases what was saved as soon as a node is queued.
 """
 
 import contextlib
@@ -146,15 +145,12 @@ def _given(call: Call, k: int, d: int, noise: list[Noise]) -> list[Tensor | None
 
 
 class Output:
-    """What comes chunk by chunk, [T, B, D*P]: of one direction, or of both side by side.
-
-    Without autograd chunks are copied into place as they come, so that there is never a second output.
-    """
+    """What comes chunk by chunk, [T, B, D*P]: of one direction, or of both side by side."""
 
     def __init__(self, x: Tensor, features: int, spans: list[Span]) -> None:
         self.pieces: dict[tuple[int, int], Tensor] = {}  # by direction and start
         self.whole: Tensor | None = None
-        if not torch.is_grad_enabled() and len(spans) > 1:
+        if not torch.is_grad_enabled() and len(spans) > 1:  # chunks are copied into place, so it is there once
             self.whole = x.new_empty(*x.shape[:2], features)  # on the stream that all others wait for
 
     def put(self, h: Tensor, span: Span, d: int) -> None:

@@ -7,9 +7,6 @@ weights, turn a step into one that
     clears   LSTM i = f = 0, GRU r = z = n = 0: it becomes zero         between two episodes, which a reset separates
 
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
-
-cuDNN needs all weights in one buffer. Parameters of a module are put there once (`flatten_parameters`); other
-weights, which may have changed, are put there at every call.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
@@ -128,7 +125,7 @@ def stack(
             return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
-    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:
+    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:  # a module's have one
         flat = packed(flat)
     bias = layers[0][0].bias_ih is not None
     if not training:
