@@ -79,11 +79,12 @@ checking = _Checking()
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
     """A block whose launches are checked; see `margins`."""
-    before, checking.on = checking.on, True
+    outermost, checking.on = "on" not in vars(checking), True
     try:
         yield
     finally:
-        checking.on = before
+        if outermost:
+            del checking.on  # this thread's attribute; the class's is False
 
 
 class WroteOutside(RuntimeError):
