@@ -1,17 +1,11 @@
-"""The time loop on the host: a step is a product by cuBLAS and a launch of one kernel, which does all else.
-
-It pays off where two launches are short compared with a step; and it runs every problem, of any size, on any card. No
-program waits for another, so a CUDA graph can have all steps. A product covers the whole batch, as contiguous rows
-[B, *]: where sequences visit different times at the same step (reverse, with lengths), kernels gather and scatter.
-
-A backend brings two kernels: forward of a step after its product, from z = W_hh h to h; backward of a step before its
-product. What torch computes in the middle of a step divides it into two parts, and the kernel into two launches:
+"""The time loop on the host, see "Launches" in docs/design.md: a step is a product by cuBLAS and a kernel, in parts:
 
     z -> h              most layers
     z -> c, c -> h      between them LN(c), by torch's own operator
     z -> m, m -> h      between them W_hr m; in the second, units are features of h
 
-LN(W_hh h) is between product and kernel.
+where z = W_hh h, or LN(W_hh h). No program waits for another, so a CUDA graph can have all steps. A product covers the
+whole batch: where sequences visit different times at the same step, kernels gather and scatter.
 """
 
 from collections.abc import Callable, Sequence
@@ -138,12 +132,12 @@ def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem)
                 launches[1](step=step, m_ptr=torch.mm(arguments["m_ptr"], arguments["weight_hr_ptr"]))
             if norm_c is not None:
                 of_step = layer_norm.at(norm_c, _times_at(step, time, arguments, p))
-                launches[1](step=step, v_ptr=layer_norm.gradient(arguments["v_ptr"], of_step, p.hidden))
+                launches[1](step=step, v_ptr=layer_norm.gradient(arguments["v_ptr"], of_step))
             if step:
                 of_h = dgates[time] if dz is None else dz
                 if norm_hh is not None:
                     of_step = layer_norm.at(norm_hh, _times_at(step, time, arguments, p))
-                    of_h = layer_norm.gradient(of_h, of_step, 4 * p.hidden)
+                    of_h = layer_norm.gradient(of_h, of_step)
                 product(cell.of_h(in_heads(of_h), p.columns), weight, out=in_heads(dh_next))
 
 

@@ -134,16 +134,6 @@ def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
             raise
 
 
-def _is_locked(file: Any) -> bool:
-    """Whether the block of a `trial` still runs, in any process."""
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:  # another is of a file system without locks, which has no trials
-        return isinstance(error, BlockingIOError)
-    return False
-
-
 def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
     """(file, key, value) of all results of a kind."""
     for path in folders():
@@ -193,8 +183,12 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
     """A file's content, for one key if `text` is given. None if it is missing, on trial or, with a warning, broken."""
     try:
         with path.open() as file:
-            if _is_locked(file):
-                return None
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):  # the block of a `trial` still runs, in any process
+                    return None  # else the file system has no locks, and no trials
             entry = json.load(file)  # the errors of JSON and Unicode are ValueErrors
         if not _is_valid(kind, entry) or text not in (None, _text(entry["key"])):
             raise ValueError(f"it is not of this kind, or of another key: {entry!r:.300}")

@@ -1,8 +1,4 @@
-"""What a layer knows of a cell: its weights' sizes, and which pre-activations x and h reach.
-
-A unit has four gates, [T, B, 4H], and four pre-activations, whatever its cell: so all kernels have the same tiles. The
-equations are in triton_rnn/equations/ and cupy_rnn/cuda/equations/, and in torch's operators in gpu_lstm/equations/.
-"""
+"""What a layer knows of a cell without its equations, see "The contract of a cell" in docs/design.md."""
 
 from typing import NamedTuple
 
@@ -11,7 +7,7 @@ from torch import Tensor
 
 
 class Cell(NamedTuple):
-    """What is known of a cell without its equations. In a Problem, and so in every key, stands its name."""
+    """What is known of a cell. In a Problem, and so in every key, stands its name."""
 
     name: str
     states: tuple[str, ...]  # what a user holds; inside always h, and c in float32

@@ -1,7 +1,4 @@
-"""Products with W_hh, outside the time loop: [GATES H, D], where a row has the weights of its own head's D units alone.
-
-Without heads D is all of h.
-"""
+"""Products with W_hh [GATES H, D] outside the time loop: a row has the weights of its own head alone, D of h or all."""
 
 import torch
 from torch import Tensor

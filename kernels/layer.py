@@ -4,7 +4,7 @@ import importlib
 import logging
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cache, heads, layer_norm, projection
 from .cards import Card
 from .cells import CELLS
-from .memory import ALIGNMENT, Buffer, allocate, buffers_of, gradients_in, steps_of
+from .memory import ALIGNMENT, Buffer, allocate, buffers_of, steps_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
@@ -146,7 +146,8 @@ class Launches:
             memory["dc_ptr"].copy_(dc_n)
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
         self._start(self._arguments(gates, r, steps, memory, read))
-        return gradients_in(memory, self._result(memory))
+        names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
+        return Gradients(self._result(memory), *map(memory.get, names))
 
     def _arguments(
         self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Any]
@@ -207,11 +208,7 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        steps = steps_of(gates)
-        _check_count("steps", steps)
-        if self.problem.batch == 0:
-            empty = allocate(buffers_of(self.problem, SAVE if save else NO_SAVE), steps, gates, r.inputs)
-            return empty["h_ptr"], empty["h_n_ptr"], empty["c_n_ptr"], empty.get("c_ptr")
+        _check_count("steps", steps_of(gates))
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
         overwritten, r = aligned(gates), self._aligned(r)
@@ -234,18 +231,12 @@ class Layer:
             gates, c: saved by forward: activated gates [T, B, 4H], float32 [T, B, H]. Not written to.
             r: as for forward.
             of_h0: whether the gradient of h0 is needed.
-
-        Raises:
-            RuntimeError: as forward.
         """
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
                 return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
         raise_if_timed_out(self.device)
         p = self.problem
-        if p.batch == 0:
-            empty = allocate(buffers_of(p, Pass(True)), steps_of(gates), gates, r.inputs)
-            return gradients_in(empty, empty["dgates_ptr"])._replace(dh0=torch.empty_like(r.inputs.h0))
         prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
         r = self._aligned(r)
         dh, dh_n, dc_n, gates, c = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
@@ -259,6 +250,9 @@ class Layer:
     def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
+            if self.problem.batch == 0:  # nothing is launched
+                result = itemgetter("dgates_ptr" if pass_.backward else "h_ptr")
+                return Launches(self.problem, None, buffers_of(self.problem, pass_), lambda arguments: None, result)
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if (plan := self._trial) is None:
                 # What backward computes of dc_n alone is the same by all plans: there is nothing to verify.
@@ -359,7 +353,7 @@ def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | No
     inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
     first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H]; zero where length is 0
     if r.norm_hh is not None:
-        first = layer_norm.gradient(first, layer_norm.at(r.norm_hh, at), 4 * p.hidden)
+        first = layer_norm.gradient(first, layer_norm.at(r.norm_hh, at))
     dh0 = heads.gradient_of_h(unless_reset(p, first, inputs.resets), inputs.weight_hh, p.width)[None]
     if inputs.dropout_h is not None:
         dh0 = inputs.dropout_h * dh0

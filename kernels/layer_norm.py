@@ -1,7 +1,4 @@
-"""Layer norm (Ba, Kiros & Hinton, 2016) by torch's own operators: what backward needs of it, in the loop and after it.
-
-LN(v) = gain * (v - mean(v)) * scale + bias, where scale = 1 / sqrt(var(v) + EPS), over the last dimension.
-"""
+"""Layer norm, as in gpu_lstm/equations/lstm.py, by torch's own operators: what backward needs of it."""
 
 from typing import Any
 
@@ -13,9 +10,9 @@ from .problem import Normed
 EPS = 1e-5  # as torch.nn.LayerNorm
 
 
-def normed_of(v: Tensor, gain: Tensor, features: int) -> Normed:
-    """What backward reads of LN(v), v [..., N], N = `features`."""
-    _, mean, scale = torch.native_layer_norm(v.float(), (features,), None, None, EPS)
+def normed_of(v: Tensor, gain: Tensor) -> Normed:
+    """What backward reads of LN(v), v [..., N]."""
+    _, mean, scale = torch.native_layer_norm(v.float(), (len(gain),), None, None, EPS)
     # Beside moments in float32 torch's operator wants gains in the dtype of v on CUDA, in float32 on a CPU.
     return Normed(v, mean, scale, gain.to(v.dtype) if v.is_cuda else gain.float())
 
@@ -25,14 +22,14 @@ def at(of: Normed, times: Any) -> Normed:
     return Normed(of.v[times], of.mean[times], of.scale[times], of.gain)
 
 
-def gradient(d: Tensor, of: Normed, features: int) -> Tensor:
+def gradient(d: Tensor, of: Normed) -> Tensor:
     """Gradient d of LN(v) [..., N] -> of v."""
-    given = d, of.v, (features,), of.mean, of.scale, of.gain
+    given = d, of.v, (len(of.gain),), of.mean, of.scale, of.gain
     return torch.ops.aten.native_layer_norm_backward(*given, None, [True, False, False])[0]
 
 
-def gradients(d: Tensor, of: Normed, features: int) -> tuple[Tensor, Tensor]:
+def gradients(d: Tensor, of: Normed) -> tuple[Tensor, Tensor]:
     """Gradient d of LN(v) [T, B, N] -> of v, and of the gain [N], in the dtype of d; sums are in float32."""
-    given = d.float(), of.v.float(), (features,), of.mean, of.scale, of.gain.float()
+    given = d.float(), of.v.float(), (len(of.gain),), of.mean, of.scale, of.gain.float()
     dv, dgain, _ = torch.ops.aten.native_layer_norm_backward(*given, None, [True, True, False])
     return dv.to(d.dtype), dgain.to(d.dtype)

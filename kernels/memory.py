@@ -1,8 +1,4 @@
-"""A launch's memory: results, gradients and scratch, and the check that nothing is written outside.
-
-Sizes come from a Problem and a plan. A launch that is checked gets a copy of every tensor with a margin on both sides,
-which holds a pattern that must still be there afterwards.
-"""
+"""A launch's memory: results, gradients and scratch, and the check that nothing is written outside."""
 
 import contextlib
 import threading
@@ -13,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .problem import Gradients, Inputs, Pass, Problem
+from .problem import Inputs, Pass, Problem
 
 EVERY_BIT = -1  # fills a Buffer; it is also the sentinel of the exchanges
 PATTERN = 0x7FFF  # two bytes of a margin: NaN in every dtype, so that a read there shows too; never the sentinel
@@ -51,12 +47,6 @@ def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
     return buffers
 
 
-def gradients_in(memory: dict[str, Tensor], dgates: Tensor) -> Gradients:
-    """The gradients that a launch wrote, from its memory."""
-    names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
-    return Gradients(dgates, *map(memory.get, names))
-
-
 def steps_of(gates: Tensor) -> int:
     """T of a call, the one size that no Problem has."""
     return gates.shape[0]
@@ -69,14 +59,10 @@ def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor, inputs: Input
         size = size if times is None else (steps + times, *size)
         # Sizes one by one, which torch parses faster.
         t = like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
-        if fill is None:
-            pass
-        elif fill == 0:
-            t.zero_()
-        elif fill == EVERY_BIT:
-            t.view(torch.int32).fill_(fill)
-        else:
+        if isinstance(fill, str):
             t.copy_(getattr(inputs, fill))
+        elif fill is not None:
+            (t.view(torch.int32) if fill else t).fill_(fill)
         tensors[name] = t
     return tensors
 

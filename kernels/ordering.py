@@ -1,8 +1,7 @@
 """Cooperative launches from several streams: which may run at once.
 
-All programs of a cooperative launch must be resident, since they wait for each other. Two launches from different
-streams, each holding half the card, would wait for ever. So launches run at once only if they were planned to share the
-card; all others wait for those before them. In a graph that is being captured all work goes to one stream.
+Two launches whose programs wait for each other, each holding half the card, would wait for ever. So launches run at
+once only if they were planned to share it. In a graph that is being captured all work goes to one stream.
 """
 
 import threading

@@ -33,12 +33,9 @@ copy_all = torch._foreach_copy_  # -> copies one by one, between which an interr
 storage_of = lambda t: t.untyped_storage()._cdata  # -> its data_ptr(), which FakeTensors lack: ONNX's exporter has some
 
 # Where there is none. Without the names of functorch, calls inside torch.func's transforms have to be refused:
-TransformType, current_transform, transforms = (
-    _functorch.TransformType, _functorch.peek_interpreter_stack, retrieve_all_functorch_interpreters
-)  # fmt: skip
-level_of, is_wrapped, unwrapped = (
-    _functorch.maybe_get_level, _functorch.is_functorch_wrapped_tensor, _functorch.get_unwrapped
-)  # fmt: skip
+TransformType, current_transform = _functorch.TransformType, _functorch.peek_interpreter_stack
+transforms, level_of = retrieve_all_functorch_interpreters, _functorch.maybe_get_level
+is_wrapped, unwrapped = _functorch.is_functorch_wrapped_tensor, _functorch.get_unwrapped
 unwrapped_if_ended, is_batched = _functorch.unwrap_if_dead, _functorch.is_legacy_batchedtensor
 forward_level = partial(getattr, forward_ad, "_current_level")  # -1: no dual_level is open
 # Without these, layers are no operators under dispatch modes, a compat.LSTM in a model is compiled, and hooks and

@@ -118,7 +118,7 @@ class Normed(NamedTuple):
 
     v: Tensor  # [T, B, N], what was normalised
     mean: Tensor  # [T, B, 1] float32
-    scale: Tensor  # [T, B, 1] float32
+    scale: Tensor  # [T, B, 1] float32, 1 / sqrt(var(v) + EPS)
     gain: Tensor  # [N]
 
 

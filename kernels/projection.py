@@ -1,8 +1,7 @@
 """A projection, h = W_hr m, moved out of the time loop, where the product is W_hh h = (W_hh W_hr) m.
 
-So the recurrence of m is that of a cell without a projection, whose weights are W_hh W_hr; h and the gradient of m are
-products over all steps. Only h0 is not computed from an m: its share is added to the gates of the first step. With
-zoneout of h or recurrent dropout the step is not linear in m, and this does not hold.
+Only h0 is not computed from an m: its share is added to the gates of the first step. With zoneout of h or recurrent
+dropout the step is not linear in m, and this does not hold.
 """
 
 import contextlib
@@ -23,13 +22,11 @@ def forward(
     inputs = r.inputs
     with products_in(p.precision):
         share = unless_reset(p, inputs.h0[0] @ inputs.weight_hh.T, inputs.resets)  # [B, 4H]
-        gates[end_index(p, inputs.lengths, first=True)] += _of_sequences_with_steps(share, inputs)
+        gates[end_index(p, inputs.lengths, first=True)] += _where_empty(0, share, inputs)
         m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(p, r))  # [T, B, H]
         h = m @ inputs.weight_hr.T  # [T, B, P]
-    h_n = h[end_index(p, inputs.lengths, first=False)][None]
-    if inputs.lengths is not None:
-        h_n = torch.where((inputs.lengths == 0)[:, None], inputs.h0, h_n)
-    return h, h_n, c_n, c
+    h_n = _where_empty(inputs.h0[0], h[end_index(p, inputs.lengths, first=False)], inputs)
+    return h, h_n[None], c_n, c
 
 
 def backward(
@@ -44,7 +41,7 @@ def backward(
         padding = (torch.arange(steps, device=dh.device)[:, None] >= inputs.lengths)[..., None]  # [T, B, 1]
         dh.masked_fill_(padding, 0)
     if dh_n is not None:
-        dh[end_index(p, inputs.lengths, first=False)] += _of_sequences_with_steps(dh_n[0], inputs)
+        dh[end_index(p, inputs.lengths, first=False)] += _where_empty(0, dh_n[0], inputs)
     earlier, later = (slice(1, None), slice(-1)) if p.reverse else (slice(-1), slice(1, None))
     with products_in(p.precision):
         gradients = prepared.backward(dh @ inputs.weight_hr, None, dc_n, gates, c, _recurrence_of_m(p, r))
@@ -63,9 +60,9 @@ def _recurrence_of_m(p: Problem, r: Recurrence) -> Recurrence:
     return r._replace(inputs=r.inputs._replace(weight_hh=weight, weight_hr=None, h0=zeros))
 
 
-def _of_sequences_with_steps(t: Tensor, inputs: Inputs) -> Tensor:
-    """t [B, *], zero where the length is 0."""
-    return t if inputs.lengths is None else t.masked_fill((inputs.lengths == 0)[:, None], 0)
+def _where_empty(these: Tensor | float, others: Tensor, inputs: Inputs) -> Tensor:
+    """[B, *]: these where the length is 0, else the others."""
+    return others if inputs.lengths is None else torch.where((inputs.lengths == 0)[:, None], these, others)
 
 
 lock = threading.RLock()

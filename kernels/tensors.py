@@ -1,9 +1,7 @@
 """The tensors of one layer in one direction: one table, from which everything that lists them follows.
 
-Everyone uses these names, for their gradients and for the kernels' pointers, too. To add a tensor, add its row, and a
-field of `Inputs`, for noise of `Noise`, too, for a weight of gpu_lstm/call/weights.py. An optional tensor that the time
-loop reads also needs a field in `problem.Problem`. Rows of one role stand together, in the order in which
-`layer_loop.inputs_of` is given them.
+Everyone uses these names, for their gradients and for the kernels' pointers, too. CONTRIBUTING says what else a new one
+needs. Rows of one role stand together, in the order in which `layer_loop.inputs_of` is given them.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,8 +1,7 @@
 """Timeouts of kernels whose programs wait for each other.
 
-A kernel that times out writes the step + 1 into its error word and ends; its results are NaN from there on. Error words
-are in pinned host memory: to read one costs nothing, but a timeout shows only after the launch has ended. They are read
-by the next call, backward, a Stream, `gpu_lstm.check`, which waits for the device first, and the end of the program.
+A kernel that times out writes the step + 1 into its error word and ends. Error words are in pinned host memory: to read
+one costs nothing, but a timeout shows only after the launch has ended.
 """
 
 import atexit

@@ -232,14 +232,14 @@ def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdict
 
 def test_where_memory_is_too_full_for_a_race_the_expected_winner_runs(monkeypatch):
     """Verified, as it is by a call of two steps. It is not cached: another process may have the memory."""
-    run_by, x = race.run_by, torch.randn(5, B, I)
+    execute, x = race.execute, torch.randn(5, B, I)
 
     def of_few_steps(route, call):
         if call.steps > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run_by(route, call)
+        return execute(route, call)
 
-    monkeypatch.setattr(race, "run_by", of_few_steps)
+    monkeypatch.setattr(race, "execute", of_few_steps)
     with gpu_lstm.racing("on"), torch.no_grad():
         gpu_lstm.LSTM(I, H)(x, resets=torch.zeros(5, B, dtype=torch.bool))
     assert [decision.backend.value for decision in race.decided.values()] == ["triton"]

@@ -243,7 +243,7 @@ def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch
 
 
 def _selected(asked: str | None = None) -> Backend:
-    return select(asked, CUDA, doctor.ANY, None, False)
+    return select(asked, CUDA, doctor.ANY, False)
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def test_a_first_call_that_is_verified_inside_a_checkpoint_or_a_transform(card, 
 
 def test_where_torchs_lstm_fails_the_reference_is_the_yardstick(monkeypatch):
     fails = Mock(side_effect=RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"))
-    monkeypatch.setattr(torch_rnn, "run_layer", fails)
+    monkeypatch.setattr(torch_rnn, "layer_by_torch", fails)
     assert _verify(PLAIN) is None
     plant(monkeypatch, "gates i and f swapped")
     with pytest.warns(UserWarning, match="RMS error"):

@@ -29,10 +29,7 @@ Tensors = Sequence[Tensor | None]
 def layer_by_kernels(
     layers: Sequence[Layer], call: Call, inputs: Inputs, row: int, reverse: bool
 ) -> tuple[Tensor, State]:
-    """As layer_loop.RunLayer, by `layers` [L*D], differentiable to any order; h_n and c_n in the dtypes of h0 and c0.
-
-    The activated gates [T, B, 4H] are saved for backward; with `recompute` they are recomputed from x and h.
-    """
+    """As layer_loop.RunLayer, by `layers` [L*D], differentiable to any order; states in the dtypes of h0 and c0."""
     layer, modes, recompute = layers[row], call.modes, call.options.recompute
     if not modes.grad or not any([t is not None and t.requires_grad for t in inputs]):
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
@@ -67,34 +64,30 @@ class RecurrentLayer(torch.autograd.Function):
         """None where no gradient is needed."""
         (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
         how = How(layer.problem.cell, layer.problem.reverse, layer.backend)
-        if are_differentiated(h, (gates, c, *tensors), output_gradients):
-            return None, None, *by_reference(how, output_gradients, needed, tensors)
-        if is_transformed():
-            return None, None, *by_operator(how, output_gradients, (h, gates, c), needed, tensors)
+        if is_transformed() or are_differentiated(h, (gates, c, *tensors), output_gradients):
+            return None, None, *gradients(how, output_gradients, (h, gates, c), needed, tensors)
         names = Inputs._fields[: len(tensors)]
         wanted = set(compress(names, needed))
         with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-            gradients = fused.gradients(layer, Saved(Inputs(*tensors), h, gates, c), output_gradients, wanted)
-        return None, None, *map(gradients.get, names)
+            by_name = fused.gradients(layer, Saved(Inputs(*tensors), h, gates, c), output_gradients, wanted)
+        return None, None, *map(by_name.get, names)
 
 
 # Skips what Function.apply does for transforms, argument by argument.
 _apply = super(torch.autograd.Function, RecurrentLayer).apply
 
 
-def by_operator(
+def gradients(
     how: How, output_gradients: Tensors, saved: Sequence[Tensor], needed: Sequence[bool], tensors: Tensors
 ) -> list[Tensor | None]:
     """Gradients of the operator's `tensors` where `needed`, from those of h, h_n and c_n; `saved`: h, gates and c."""
-    with torch.no_grad():
-        lists = (list(each) for each in (output_gradients, saved, needed, tensors))
-        those_needed = iter(BACKWARD(how.cell, how.reverse, how.backend, *lists))
-    return [next(those_needed) if need else None for need in needed]
-
-
-def by_reference(how: How, output_gradients: Tensors, needed: Sequence[bool], tensors: Tensors) -> list[Tensor | None]:
-    """The same, differentiable to any order, or several of each at once."""
-    # Other transforms do not accept the wrappers of those that have ended.
+    h, *others = saved
+    if not are_differentiated(h, (*others, *tensors), output_gradients):
+        with torch.no_grad():
+            lists = (list(each) for each in (output_gradients, saved, needed, tensors))
+            those_needed = iter(BACKWARD(how.cell, how.reverse, how.backend, *lists))
+        return [next(those_needed) if need else None for need in needed]
+    # By the reference, to any order. Other transforms do not accept the wrappers of those that have ended.
     tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
     wanted = list(compress(range(len(tensors)), needed))
     present = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
@@ -125,10 +118,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
     (h, gates, c, *tensors), needed = ctx.saved_tensors, ctx.needs_input_grad[len(_HOW) :]
-    output_gradients = dh, dh_n, dc_n
-    if are_differentiated(h, (gates, c, *tensors), output_gradients):
-        return *_HOW, *by_reference(ctx.how, output_gradients, needed, tensors)
-    return *_HOW, *by_operator(ctx.how, output_gradients, (h, gates, c), needed, tensors)
+    return *_HOW, *gradients(ctx.how, (dh, dh_n, dc_n), (h, gates, c), needed, tensors)
 
 
 class InTransforms(torch.autograd.Function):

@@ -1,7 +1,4 @@
-"""One layer in one direction by the kernels of a backend: forward and its gradients.
-
-The kernels compute only the recurrence. The input product and every weight gradient are products over all steps.
-"""
+"""One layer in one direction by the kernels of a backend and products over all steps: forward and its gradients."""
 
 from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
@@ -15,6 +12,7 @@ from ..equations import EQUATIONS
 from ..kernels import heads, layer_norm
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
+from ..kernels.layer_norm import normed_of
 from ..kernels.problem import Gradients, Inputs, Normed, Problem, Recurrence
 from ..kernels.tensors import NOISE, names_of
 from .layer_loop import traversal_of
@@ -23,10 +21,7 @@ _NOISE = names_of(NOISE)
 
 
 def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """h [T, B, P], h_n [1, B, P], c_n [1, B, H]; gates [T, B, 4H], activated if `save`; c [T, B, H], or None.
-
-    c and c_n are float32.
-    """
+    """h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32; gates [T, B, 4H], activated if `save`; c float32, or None."""
     i, problem = inputs, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if i.reset_h is not None:  # in the time loop h is 0 at resets, and so W_hh h
@@ -61,29 +56,20 @@ class AllSteps:
         self.inputs, self.gates, self.c = i, saved.gates, saved.c
         self.cell, self.hidden, self.heads = CELLS[problem.cell], problem.hidden, problem.heads
         self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(i, problem.reverse)
-        self.norm_hh: Normed | None = None
-        self.norm_c: Normed | None = None
         gates_were_dropped = self.gates.dim() < self.c.dim()  # not by elements: an empty batch has none
         if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
             h = self.traversal.states_before(h, i.h0, i.reset_h)
             if any([getattr(i, name) is not None for name in _NOISE]):  # else this is two calls for nothing
                 h = scaled(h, i)
         self.operand = h  # [T, B, P], of W_hh at each step, if it is needed; anything finite in padding
-        if gates_were_dropped:
-            self._recompute_gates()
-        if i.gain_hh is not None:
-            self.norm_hh = layer_norm.normed_of(heads.product(h, i.weight_hh), i.gain_hh, 4 * self.hidden)
-        if i.gain_c is not None:
-            self.norm_c = layer_norm.normed_of(without_padding(self.c_after(), i.lengths), i.gain_c, self.hidden)
-
-    def _recompute_gates(self) -> None:
-        """All h are known by now, so that one product serves all steps."""
-        i = self.inputs
-        c_prev = None if i.weight_peephole is None else self.c_before()
-        z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-        self.equations.add_product(z, self.operand, i.weight_hh, i.gain_hh)
-        constants = i.bias_hh if self.cell.has_constant else i.weight_peephole
-        self.gates = self.equations.activate_in_place(z, constants, c_prev)
+        if gates_were_dropped:  # all h are known by now, so that one product serves all steps
+            z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+            self.equations.add_product(z, h, i.weight_hh, i.gain_hh)
+            constants = i.bias_hh if self.cell.has_constant else i.weight_peephole
+            c_prev = None if i.weight_peephole is None else self.c_before()
+            self.gates = self.equations.activate_in_place(z, constants, c_prev)
+        self.norm_hh = None if i.gain_hh is None else normed_of(heads.product(h, i.weight_hh), i.gain_hh)
+        self.norm_c = None if i.gain_c is None else normed_of(without_padding(self.c_after(), i.lengths), i.gain_c)
 
     def c_before(self) -> Tensor:
         """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
@@ -117,10 +103,9 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
     dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # of W_ih x and of W_hh h
     if i.gain_ih is not None:
-        norm_ih = layer_norm.normed_of(x @ i.weight_ih.T, i.gain_ih, 4 * hidden)
-        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, norm_ih, 4 * hidden)
+        dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, normed_of(x @ i.weight_ih.T, i.gain_ih))
     if steps.norm_hh is not None:
-        dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, steps.norm_hh, 4 * hidden)
+        dz_h, d["gain_hh"] = layer_norm.gradients(dz_h, steps.norm_hh)
     if steps.norm_c is not None:
         d["gain_c"], d["bias_c"] = _of_norm_of_c(steps, steps.norm_c, loop.dh_total)
     dz_x_rows = dz_x.flatten(0, 1).T  # [rows H, T*B]
@@ -143,9 +128,14 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
         m = steps.equations.output(steps.gates.chunk(4, dim=2), steps.c_after(), None, None)  # [T, B, H]
         d["weight_hr"] = loop.dh_total.flatten(0, 1).T @ without_padding(m, i.lengths).flatten(0, 1)
     if "weight_peephole" in needed:
-        d["weight_peephole"] = _of_peepholes(steps, loop.dgates)
+        (dz_i, dz_f, _, dz_o), before = loop.dgates.chunk(4, dim=2), steps.c_before()
+        after = without_padding(steps.c_after(), i.lengths)
+        sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
+        d["weight_peephole"] = torch.cat(sums).to(loop.dgates.dtype)
     if "reset_h" in needed:
-        d["reset_h"] = _of_reset_h(steps, dz_h, loop.dreset_h)
+        d["reset_h"] = scaled(heads.gradient_of_h(_at_resets(dz_h, steps.traversal), i.weight_hh, i.h0.shape[2]), i)
+        if loop.dreset_h is not None:  # through zoneout
+            d["reset_h"] = d["reset_h"] + loop.dreset_h.to(dz_h.dtype)
     return d
 
 
@@ -157,18 +147,3 @@ def _of_norm_of_c(steps: AllSteps, norm: Normed, dm: Tensor) -> tuple[Tensor, Te
     d = without_padding(d, steps.inputs.lengths)
     dgain, dbias = ((t.sum((0, 1))).to(dm.dtype) for t in (d * unit, d))
     return dgain, None if bias is None else dbias
-
-
-def _of_peepholes(steps: AllSteps, dgates: Tensor) -> Tensor:
-    """[3H]: the gradients of z_i and z_f times the c before each step, of z_o times the c after it, over all steps."""
-    dz_i, dz_f, _, dz_o = dgates.chunk(4, dim=2)
-    before, after = steps.c_before(), without_padding(steps.c_after(), steps.inputs.lengths)
-    sums = [(dz * c).sum((0, 1)) for dz, c in ((dz_i, before), (dz_f, before), (dz_o, after))]
-    return torch.cat(sums).to(dgates.dtype)
-
-
-def _of_reset_h(steps: AllSteps, dz_h: Tensor, through_zoneout: Tensor | None) -> Tensor:
-    """[T, B, P], from dz_h [T, B, 4H], that of W_hh h."""
-    i = steps.inputs
-    dreset_h = scaled(heads.gradient_of_h(_at_resets(dz_h, steps.traversal), i.weight_hh, i.h0.shape[2]), i)
-    return dreset_h if through_zoneout is None else dreset_h + through_zoneout.to(dreset_h.dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations  # torch.compile tries to evaluate those of n
 import functools
 import logging
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,10 +25,7 @@ _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 
 
 def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`, by operators: output [T, B, D*P] and states as Call.states.
-
-    `name`: the backend, as operators.named says it.
-    """
+    """As layer_loop.run_layers, by operators, which are told of the backend by its `name`, see operators.named."""
     if call.learns and call.modes.recording == Recording.WATCHED and torch.jit.is_tracing():
         raise RuntimeError(
             f"torch.jit.trace cannot record the gradients of backend {backend.value!r}: trace within torch.no_grad(), "
@@ -38,28 +34,21 @@ def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) ->
     if private.is_exporting():
         _tell_what_a_program_needs()
 
+    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+        if inputs.reset_h is not None:
+            exact = torch.promote_types(dtype, torch.float32)
+            inputs = inputs._replace(reset_h=inputs.reset_h.to(dtype), reset_c=inputs.reset_c.to(exact))
+        return _ask(call, name, in_dtype(inputs, dtype), reverse)
+
+    def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
+        first, *others = call.weights[k]
+        tensors = [*in_dtype(Inputs(x, *joined(states), *first), dtype), *(t for w in others for t in w.to(dtype))]
+        y, final = _ask(call, Backend.TORCH.value, tensors, False)
+        return y, split(final)
+
     if backend is Backend.TORCH and call.traversal.is_plain() and not isinstance(call.options.role, Function):
-        call = call._replace(x=call.x.to(dtype))
-        return layer_by_layer(call, dtype, partial(_run_directions, call, dtype))
-    return run_layers(call, dtype, backend, partial(_run_layer, call, dtype, name))
-
-
-def _run_layer(
-    call: Call, dtype: torch.dtype, name: str, inputs: Inputs, row: int, reverse: bool
-) -> tuple[Tensor, State]:
-    if inputs.reset_h is not None:
-        exact = torch.promote_types(dtype, torch.float32)
-        inputs = inputs._replace(reset_h=inputs.reset_h.to(dtype), reset_c=inputs.reset_c.to(exact))
-    return _ask(call, name, in_dtype(inputs, dtype), reverse)
-
-
-def _run_directions(
-    call: Call, dtype: torch.dtype, k: int, x: Tensor, states: list[State], noise: list[Noise]
-) -> tuple[Tensor, list[State]]:
-    first, *others = call.weights[k]
-    tensors = [*in_dtype(Inputs(x, *joined(states), *first), dtype), *(t for w in others for t in w.to(dtype))]
-    y, final = _ask(call, Backend.TORCH.value, tensors, False)
-    return y, split(final)
+        return layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, run_directions)
+    return run_layers(call, dtype, backend, run_layer)
 
 
 def _ask(call: Call, backend: str, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:

@@ -88,11 +88,6 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 
 
-def with_weights(inputs: Inputs, weights: Weights) -> Inputs:
-    """The same tensors with other weights."""
-    return inputs._replace(**dict(zip(NAMES, weights)))
-
-
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """The same with x, states and weights in `dtype`.
 
@@ -104,7 +99,7 @@ def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
         return i
     stays = is_exact(i.c0, i.x) or len(i.c0) > len(i.h0) or (i.x.is_cpu and i.weight_hr is not None)
     i = i._replace(x=i.x.to(dtype), h0=i.h0.to(dtype), c0=i.c0 if stays else i.c0.to(dtype))
-    return with_weights(i, weights.to(dtype))
+    return i._replace(**dict(zip(NAMES, weights.to(dtype))))
 
 
 def connect(
@@ -128,10 +123,7 @@ def without_autocast(call: Call) -> contextlib.AbstractContextManager:
 
 
 def named(layer: int, direction: int | None, backend: Backend) -> contextlib.AbstractContextManager:
-    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; without a profiler, nothing.
-
-    Layers are numbered from the bottom. Direction 1 is the reverse one; None: all.
-    """
+    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; direction None: both."""
     if not is_profiled() or torch.compiler.is_compiling():
         return NOTHING
     way = {None: "", 0: " forward", 1: " reverse"}[direction]

@@ -26,7 +26,7 @@ from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved
-from .layer_loop import weights_of, with_weights
+from .layer_loop import weights_of
 
 # As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
 _package = __name__.split(".backends")[0].replace(".", "_")
@@ -98,21 +98,11 @@ def without_kernels(
     results = []
     states = zip(inputs.h0.split(1), inputs.c0.split(CELLS[how.cell].kept))
     for d, (weights, (h0, c0)) in enumerate(zip(directions, states)):
-        one = with_weights(inputs, weights)._replace(h0=h0, c0=c0)
+        one = inputs._replace(h0=h0, c0=c0, **weights._asdict())
         results.append(reference.layer_by_reference(how.cell, one, how.reverse or d == 1))
     hs, finals = zip(*results)
     h_n, c_n = map(torch.cat, zip(*finals))
     return torch.cat(hs, 2), h_n, c_n
-
-
-def _as_saved_by_kernels(inputs: Inputs, how: How) -> tuple[Tensor, ...]:
-    """What fused.forward returns where it saves, by the reference, which alone computes the same gates."""
-    steps: list[reference.Steps] = []
-    with _apart(inputs.x, record=False):
-        wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))  # as c is saved
-        h, (h_n, c_n) = reference.layer_by_reference(how.cell, wide, how.reverse, steps.append)
-        h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, steps[0].gates))
-        return h, h_n, c_n.clone(), gates, steps[0].cell
 
 
 def _with_autograd(
@@ -140,16 +130,20 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
     no_gates, no_c = inputs.x.new_empty(0), inputs.c0.new_empty(0, dtype=torch.float32)
     runner = _runner(how, inputs, Pass(save=save))
     if isinstance(runner, Layer):
-        results = fused.forward(runner, inputs, save)
-    elif save and _is_of_kernels(backend):
-        results = _as_saved_by_kernels(inputs, how)
+        h, h_n, c_n, gates, c = fused.forward(runner, inputs, save)
+    elif save and _is_of_kernels(backend):  # what kernels save, by the reference, which alone computes the same gates
+        steps = []
+        with _apart(inputs.x, record=False):
+            wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))  # as c is
+            h, (h_n, c_n) = reference.layer_by_reference(cell, wide, reverse, steps.append)
+            h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, steps[0].gates))
+            c_n, c = c_n.clone(), steps[0].cell
     else:
         leaves, outputs = _with_autograd(tensors, how, runner, save)
         if save:
             no_gates.graph = leaves, outputs
         h, h_n, c_n = (t.detach() for t in outputs)
         return h.contiguous(), h_n.clone(), c_n.clone(), no_gates, no_c
-    h, h_n, c_n, gates, c = results
     return h, h_n, c_n.to(inputs.c0.dtype), gates if save and not recompute else no_gates, no_c if c is None else c
 
 
@@ -215,10 +209,6 @@ def _products(tensors: Sequence[Any]) -> dict[str, int]:
     return {name: 2 * steps * batch * t.numel() for name, t in present}
 
 
-def _forward_flops(cell: str, reverse: bool, backend: str, save: bool, recompute: bool, *tensors: Any, **_: Any) -> int:
-    return sum(_products(tensors).values())
-
-
 def _backward_flops(
     cell: str, reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
 ) -> int:
@@ -236,5 +226,5 @@ def count_flops() -> None:
     for mode in private.dispatch_modes():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None:
-            registry.setdefault(OPERATOR.overloadpacket, _forward_flops)
+            registry.setdefault(OPERATOR.overloadpacket, lambda *a, **_: sum(_products(a[len(How._fields) :]).values()))
             registry.setdefault(BACKWARD.overloadpacket, _backward_flops)

@@ -6,7 +6,6 @@ Every other backend is compared with it. Inputs in half precision are computed i
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -40,15 +39,13 @@ Record = Callable[[Steps], None]
 
 def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -> tuple[Tensor, list[State]]:
     """All layers of a call, in `dtype`: output [T, B, D*P] and final states as Call.states."""
-    return run_layers(call, dtype, Backend.REFERENCE, partial(_run_layer, call, dtype, record))
 
+    def run(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+        inputs = in_dtype(inputs, dtype)  # in a block of autocast by its cache
+        with without_autocast(call):
+            return layer_by_reference(call.options.cell.name, inputs, reverse, record)
 
-def _run_layer(
-    call: Call, dtype: torch.dtype, record: Record | None, inputs: Inputs, row: int, reverse: bool
-) -> tuple[Tensor, State]:
-    inputs = in_dtype(inputs, dtype)  # in a block of autocast by its cache
-    with without_autocast(call):
-        return layer_by_reference(call.options.cell.name, inputs, reverse, record)
+    return run_layers(call, dtype, Backend.REFERENCE, run)
 
 
 def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record | None = None) -> tuple[Tensor, State]:

@@ -24,10 +24,7 @@ class Route(NamedTuple):
 
 
 def execute(route: Route, request: Request, record: reference.Record | None = None) -> tuple[Any, Any]:
-    """The output and the final states, in the user's form.
-
-    The reference tells `record`, if there is one, the Steps of every layer and direction.
-    """
+    """The output and the final states, in the user's form. The reference tells `record` the Steps of every layer."""
     backend, dtype, operators, layers, scheduled = route
     options, form = request.options, request.form
     if options.drops_weights:

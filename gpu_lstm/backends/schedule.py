@@ -1,8 +1,7 @@
 """All layers of a call by kernels: in one piece, or in chunks of time and side by side on CUDA streams.
 
-Chunks bound the memory for pre-activations, and let layers run side by side; cell states go from chunk to chunk in
-float32. A tensor that is read on another stream is held for it, so that its memory is not reused too early: in backward
-autograd releases what was saved as soon as a node is queued.
+Chunks bound the memory for pre-activations. A tensor that is read on another stream is held for it, so that its memory
+is not reused too early: in backward autograd releases what was saved as soon as a node is queued.
 """
 
 import contextlib
@@ -89,17 +88,10 @@ def by_kernels(
 def _in_chunks(
     schedule: Schedule, call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer
 ) -> tuple[Tensor, list[State]]:
-    """As run_layers."""
+    """As run_layers. Each chunk goes through all layers of one direction; where each has a stream, the next chunk
+    follows on the first while this one is in the second."""
     if call.options.directions == 2:
         return layer_by_layer(call, dtype, partial(_both_directions, schedule, call, backend, run))
-    return _all_layers(schedule, call, dtype, backend, run)
-
-
-def _all_layers(
-    schedule: Schedule, call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer
-) -> tuple[Tensor, list[State]]:
-    """Layers of one direction: each chunk goes through all of them. Where each has a stream, the next chunk follows on
-    the first while this one is in the second."""
     noise, undropped = draw(call.weights, (call.steps, call.batch), dtype, call.options)
     spans, streams, traversal, states = schedule.spans(call.steps, 1), schedule.streams, call.traversal, call.states
     output = Output(call.x, states[-1][0].shape[2], spans)
@@ -119,8 +111,7 @@ def _all_layers(
             drawn = [[within(each, span) for each in layer] for layer in noise], [cut(t, span) for t in undropped]
             y, states = run_layers(chunk, dtype, backend, on_its_stream, drawn)
             output.put(y, span, 0)
-    join(streams, [*output.pieces.values(), *itertools.chain(*states)])
-    return output.joined(), states
+    return output.joined(streams, states), states
 
 
 def _both_directions(
@@ -143,8 +134,7 @@ def _both_directions(
                 inputs = inputs_of(chunk, k, d, below, within(noise[d], span))._replace(h0=h0, c0=c0)
                 h, states[d] = run(inputs, 2 * k + d, d == 1)
                 output.put(h, span, d)
-    join(streams, [*output.pieces.values(), *itertools.chain(*states)])
-    return output.joined(), states
+    return output.joined(streams, states), states
 
 
 def _given(call: Call, k: int, d: int, noise: list[Noise]) -> list[Tensor | None]:
@@ -155,15 +145,12 @@ def _given(call: Call, k: int, d: int, noise: list[Noise]) -> list[Tensor | None
 
 
 class Output:
-    """What comes chunk by chunk, [T, B, D*P]: of one direction, or of both side by side.
-
-    Without autograd chunks are copied into place as they come, so that there is never a second output.
-    """
+    """What comes chunk by chunk, [T, B, D*P]: of one direction, or of both side by side."""
 
     def __init__(self, x: Tensor, features: int, spans: list[Span]) -> None:
         self.pieces: dict[tuple[int, int], Tensor] = {}  # by direction and start
         self.whole: Tensor | None = None
-        if not torch.is_grad_enabled() and len(spans) > 1:
+        if not torch.is_grad_enabled() and len(spans) > 1:  # chunks are copied into place, so it is there once
             self.whole = x.new_empty(*x.shape[:2], features)  # on the stream that all others wait for
 
     def put(self, h: Tensor, span: Span, d: int) -> None:
@@ -173,8 +160,13 @@ class Output:
         else:
             self.whole[span, :, d * h.shape[2] : (d + 1) * h.shape[2]] = h
 
-    def joined(self) -> Tensor:
-        """All of it."""
+    def joined(self, streams: Streams, states: list[State]) -> Tensor:
+        """All of it. The current stream waits for all others, and holds their results, final states too."""
+        for stream in streams:
+            if stream is not None:
+                current = torch.cuda.current_stream(stream.device)
+                current.wait_stream(stream)
+                hold(current, [*self.pieces.values(), *itertools.chain(*states)])
         if self.whole is not None:
             return self.whole
         by_direction = itertools.groupby(sorted(self.pieces), key=lambda place: place[0])
@@ -218,12 +210,3 @@ def hold(stream: Stream, tensors: Iterable[Tensor | None]) -> None:
     for tensor in tensors:
         if tensor is not None:
             tensor.record_stream(stream)
-
-
-def join(streams: Streams, results: Sequence[Tensor]) -> None:
-    """Make the current stream wait for all others, and hold their results for it."""
-    for stream in streams:
-        if stream is not None:
-            current = torch.cuda.current_stream(stream.device)
-            current.wait_stream(stream)
-            hold(current, results)

@@ -60,21 +60,18 @@ def _without_values(run: Run, x: Tensor, state: State, weights: Weights, valid: 
     broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
     before = ~torch.cat(state, 1).isfinite().all(1)  # [B]
     count = before + broken.cumsum(0, dtype=torch.long)  # up to each step
-    lost = count > _running_max(torch.where(reset, count - broken.long(), 0))  # more than before the episode
+    before_episode = torch.where(reset, count - broken.long(), 0)
+    if torch.onnx.is_in_onnx_export():  # ONNX has a running maximum only as a pooling over all T steps
+        padded = F.pad(before_episode.T[None].float(), (len(x) - 1, 0))  # [1, B, T - 1 + T]
+        lost = count > F.max_pool1d(padded, len(x), 1)[0].T.long()
+    else:
+        lost = count > before_episode.cummax(0).values
     x = torch.where(lost[:, :, None], 0, x)
     state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
     h, c_n = _in_a_grid(run, x, state, valid, reset, on_host=False)
     # Differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it.
     nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
     return torch.where(lost[:, :, None], nan.to(h.dtype), h), torch.where(lost[-1, :, None], nan.to(c_n.dtype), c_n)
-
-
-def _running_max(count: Tensor) -> Tensor:
-    """count.cummax(0).values, int [T, B] >= 0. ONNX has a running maximum only as a pooling over all T steps."""
-    if not torch.onnx.is_in_onnx_export():
-        return count.cummax(0).values
-    before = F.pad(count.T[None].float(), (len(count) - 1, 0))  # [1, B, T - 1 + T]
-    return F.max_pool1d(before, len(count), 1)[0].T.long()
 
 
 def _from_reset_to_reset(run: Run, x: Tensor, state: State, valid: Tensor | None, reset: Tensor) -> Result:

@@ -7,9 +7,6 @@ weights, turn a step into one that
     clears   LSTM i = f = 0, GRU r = z = n = 0: it becomes zero         between two episodes, which a reset separates
 
 so that a batch with lengths and resets is one call over a plain padded batch. Shut gates pass no gradient either.
-
-cuDNN needs all weights in one buffer. Parameters of a module are put there once (`flatten_parameters`); other
-weights, which may have changed, are put there at every call.
 """
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
@@ -26,21 +23,12 @@ from ..call.choices import Backend
 from ..call.modes import autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
-from ..call.weights import State, Weights
+from ..call.weights import NAMES, State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
-from .layer_loop import (
-    in_dtype,
-    layer_by_layer,
-    named,
-    run_layers,
-    traversal_of,
-    weights_of,
-    with_weights,
-    without_autocast,
-)
+from .layer_loop import in_dtype, layer_by_layer, named, run_layers, traversal_of, weights_of, without_autocast
 from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # of cuDNN
@@ -81,29 +69,27 @@ def one_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
 
 def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     """All layers of any other call, in `dtype`: output [T, B, D*P] and the final states as Call.states."""
-    options = call.options
-    if not call.traversal.is_plain() or isinstance(options.role, roles.Function):
-        return run_layers(call, dtype, Backend.TORCH, partial(_run_layer, call, dtype))
-    if not options.in_one_call:
-        return layer_by_layer(call, dtype, partial(_run_directions, call))
-    y, final = stack(options.cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
-    return y, split(final)
+    options, cell = call.options, call.options.cell
+    is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
+    if is_plain and options.in_one_call:
+        y, final = stack(cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
+        return y, split(final)
 
+    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+        if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
+            inputs = inputs._replace(**dict(zip(NAMES, weights_of(inputs).to(call.modes.autocast or dtype))))
+            return layer_by_torch(cell, inputs, reverse)
+        with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
+            return layer_by_torch(cell, in_dtype(inputs, dtype), reverse)
 
-def _run_layer(call: Call, dtype: torch.dtype, inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-    if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
-        inputs = with_weights(inputs, weights_of(inputs).to(call.modes.autocast or dtype))
-        return layer_by_torch(call.options.cell, inputs, reverse)
-    with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-        return layer_by_torch(call.options.cell, in_dtype(inputs, dtype), reverse)
+    def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
+        with named(k, None, Backend.TORCH):
+            y, final = stack(cell, x, joined(states), [call.weights[k]], training=options.training)
+        return y, split(final)
 
-
-def _run_directions(
-    call: Call, k: int, x: Tensor, states: list[State], noise: list[Noise]
-) -> tuple[Tensor, list[State]]:
-    with named(k, None, Backend.TORCH):
-        y, final = stack(call.options.cell, x, joined(states), [call.weights[k]], training=call.options.training)
-    return y, split(final)
+    if is_plain:
+        return layer_by_layer(call, dtype, run_directions)
+    return run_layers(call, dtype, Backend.TORCH, run_layer)
 
 
 def joined(rows: list[State]) -> State:
@@ -128,16 +114,18 @@ def stack(
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
-    if x.is_cpu and batch_sizes is None and (half := _refused_by_onednn(cell, x, layers[0][0])) is not None:
-        state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
-        with torch.autocast("cpu", enabled=False):
-            return stack(cell, x.to(half), state, layers, dropout, training)
+    if x.is_cpu and batch_sizes is None and cell is not GRU and layers[0][0].weight_hr is None:
+        half = autocast_dtype(x)  # to which autocast casts it for oneDNN, which may have no LSTM in it on this CPU
+        if half is not None and onednn.is_on() and not onednn.has_lstm(half):
+            state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
+            with torch.autocast("cpu", enabled=False):
+                return stack(cell, x.to(half), state, layers, dropout, training)
     if (columns := layers[0][0].weight_hh.shape[1]) != h0.shape[2]:  # of heads, in one layer
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
-    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:
+    if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:  # a module's have one
         flat = packed(flat)
     bias = layers[0][0].bias_ih is not None
     if not training:
@@ -149,17 +137,8 @@ def stack(
         y, h_n = gru(x, h0, *options, False) if batch_sizes is None else gru(x, batch_sizes, h0, *options)
         return y, (h_n, h_n.float() if exact else h_n)
     hx = h0, c0.to(x.dtype) if exact else c0
-    if batch_sizes is None:
-        y, h_n, c_n = lstm(x, hx, *options, False)
-    else:
-        y, h_n, c_n = lstm(x, batch_sizes, hx, *options)
+    y, h_n, c_n = lstm(x, hx, *options, False) if batch_sizes is None else lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
-
-
-def _refused_by_onednn(cell: Cell, x: Tensor, weights: Weights) -> torch.dtype | None:
-    """The dtype to which autocast would cast an LSTM for oneDNN, which has none in it on this CPU; else None."""
-    half = None if cell is GRU or weights.weight_hr is not None else autocast_dtype(x)
-    return None if half is None or not onednn.is_on() or onednn.has_lstm(half) else half
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:

@@ -1,11 +1,8 @@
 """The kernels of a backend, each verified on the present card before its results are used.
 
-Before a call first launches a kernel, that kernel runs a small problem: with the call's layer, plan, dtypes, strides
-and optional tensors, but few steps, and of a large batch only enough sequences for several batch tiles a program, where
-the call has them. Lengths are from 0 to T, every second unit begins with an empty state, as all do in a call without
-states, and there are resets and noise where the call has them. Each result and gradient is compared with the reference
-in float64: its error may be at most twice that of torch's own in the same dtype. Nothing may be written outside a
-launch's tensors. The verdict is cached on disk.
+Before a call first launches a kernel, that kernel runs a small problem, see docs/design.md. Each result and gradient is
+compared with the reference in float64: its error may be at most twice that of torch's own in the same dtype. Nothing
+may be written outside a launch's tensors. The verdict is cached on disk.
 """
 
 import logging

@@ -71,10 +71,7 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
 
 @functools.cache
 def import_problem(choice: Backend) -> str | None:
-    """What a backend of kernels needs, and why that cannot be used, for messages; None if it can.
-
-    One that is absent or broken must not stop users who did not ask for it.
-    """
+    """What a backend of kernels needs, and why that cannot be used, for messages; None if it can."""
     package = package_of(choice.value)
     try:
         package.import_packages()

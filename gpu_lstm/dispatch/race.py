@@ -179,10 +179,7 @@ class RivalFailed(Exception):
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
-    """The call by a backend on random data, `most` steps at most, with its own weights; in training, backward too.
-
-    It raises RivalFailed if the backend fails, but errors of the device as they are.
-    """
+    """The call by a backend on random data, `most` steps at most, with its own weights; in training, backward too."""
     x, traversal = call.padded()
     steps = min(call.steps, most)
     shape = x.shape if steps == call.steps else (steps, *x.shape[1:])

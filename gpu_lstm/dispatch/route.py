@@ -51,19 +51,15 @@ def route_of(call: Request) -> Route:
         except torch.OutOfMemoryError:
             if requested_backend(call.options.backend) is not Backend.AUTO:
                 raise
-            return _while_memory_is_full(call, kind)  # the next call tries again
+            backend = race.other_than_kernels(kind)
+            what = f"backend 'auto' uses {backend.value!r} for {describe(kind.as_json())}"
+            cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
+            return build(call, kind, backend)  # the next call tries again
         if not call.modes.capturing:  # when nothing is verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
             _routes[key] = route
     return route
-
-
-def _while_memory_is_full(call: Request, kind: Kind) -> Route:
-    backend = race.other_than_kernels(kind)
-    what = f"backend 'auto' uses {backend.value!r} for {describe(kind.as_json())}"
-    cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
-    return build(call, kind, backend)
 
 
 def forget() -> None:

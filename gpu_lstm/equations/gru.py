@@ -2,10 +2,8 @@
 
     r, z = sigmoid(z_r), sigmoid(z_z)      n = tanh(z_n + r s)      h' = (1 - z) n + z h
 
-where z_n = W_in x + b_in and s = W_hn h + b_hn. A unit has four pre-activations, like that of an LSTM: r, z, n, s. Of
-these x reaches the first three, in torch's order; s is b_hn before the time loop. Their gradients are in the order
-n, r, z, s, where what x and h reach are neighbours: no product over all steps has rows of zeros. c is h in float32:
-h is carried from step to step unrounded, and rounded where it is an operand of W_hh.
+where z_n = W_in x + b_in and s = W_hn h + b_hn. A unit has four pre-activations, r, z, n, s, as docs/design.md says.
+c is h in float32: h is carried from step to step unrounded, and rounded where it is an operand of W_hh.
 """
 
 from typing import NamedTuple

@@ -5,9 +5,8 @@
 
 The paper has c' = f c + i g, n' = f n + i and h' = o c' / n', where i = exp(z_i) and f = sigmoid(z_f), and keeps c
 and n times e^-m, so that they are finite. Here q = c / n is the mean of all g so far, and l = m + log n the logarithm
-of the sum of their weights: u is the share that the new g has in it. So nothing overflows, there is no quotient, and
-an empty state is q = 0 and l = -inf. Gates are u, v = sigmoid(-z_f), g and o: backward needs no others, and no l.
-Both u and v are near 0 where a state is kept, where half precision is fine; near 1 it is coarse.
+of the sum of their weights: u is the share that the new g has in it. Gates are u, v = sigmoid(-z_f), g and o. Both u
+and v are near 0 where a state is kept, where half precision is fine; near 1 it is coarse. See docs/design.md.
 """
 
 from typing import NamedTuple
@@ -17,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import lstm
-from .lstm import FourGates, add_product, pre_activations
-
-__all__ = ["Gates", "add_product", "gates_of", "input_product", "next_cell", "output",
-           "pre_activations", "states_from", "states_of", "step"]  # fmt: skip
+from .lstm import FourGates
+from .lstm import add_product as add_product
+from .lstm import pre_activations as pre_activations
 
 
 class Gates(NamedTuple):
