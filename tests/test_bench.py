@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import select
-import signal
 import subprocess
 import time
 import warnings
@@ -33,15 +32,18 @@ SMALL = Case("training", "fp32", steps=5, batch=3, input_size=4, hidden_size=6)
 FORWARD, GIVEN = replace(SMALL, mode="forward"), Inputs.of(SMALL, "cpu")
 
 
+def patch(monkeypatch, module, **values):
+    for name, value in values.items():
+        monkeypatch.setattr(module, name, value)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A grid of two small cases, since these tests are not about the times."""
-    for module in (cases, measure):
-        monkeypatch.setattr(module, "grid", lambda kind: {"headline": [SMALL, FORWARD]})
-    monkeypatch.setattr(measure, "SECONDS", 0.01)
-    for name, value in {"SHORTEST": 1e-5, "COPY_BYTES": {"cpu": 1 << 20}, "PRODUCT_SIZE": {"cpu": 64},
-                        "CEILING_SECONDS": 0.01}.items():  # fmt: skip
-        monkeypatch.setattr(timing, name, value)
+    grid = {"grid": lambda kind: {"headline": [SMALL, FORWARD]}}
+    sizes = dict(SHORTEST=1e-5, COPY_BYTES={"cpu": 1 << 20}, PRODUCT_SIZE={"cpu": 64}, CEILING_SECONDS=0.01)
+    for module, values in {cases: grid, measure: grid | dict(SECONDS=0.01), timing: sizes}.items():
+        patch(monkeypatch, module, **values)
 
 
 def run_case(case, *names):
@@ -268,17 +270,15 @@ def test_who_cannot_be_captured_keeps_its_times_and_nobody_else_is_judged_withou
     """ "cpu:0" is no "cpu", but where torch computes. Another process times it again, without the capture."""
     right = {name: Provider(torchs.plain, graphed=True) for name in ("torch", "ours")}
     for module in (providers, measure):
-        monkeypatch.setattr(module, "PROVIDERS", right)
+        patch(monkeypatch, module, PROVIDERS=right)
 
     def captured(call):
         if call.__self__.name == "torch":
             raise RuntimeError("operation not permitted when stream is capturing")
         return call
 
-    for name, function in {"captured": captured, "peak_bytes": lambda *_: 0, "_sample": lambda *_: 1e-3}.items():
-        monkeypatch.setattr(timing, name, function)
-    for name in ("card_state", "provenance"):
-        monkeypatch.setattr(results, name, lambda device: {})
+    patch(monkeypatch, timing, captured=captured, peak_bytes=lambda *_: 0, _sample=lambda *_: 1e-3)
+    patch(monkeypatch, results, card_state=lambda device: {}, provenance=lambda device: {})
     run = Mock(wraps=partial(measure.run_case, tell=(told := []).append))
     rows = measure.rows_of(SMALL, ["torch", "ours"], "cpu:0", run)
     assert told == ["torch", "torch (graph)", "torch", "ours", "ours (graph)", "all, timed in turn"]
@@ -357,9 +357,9 @@ def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_wit
         return chosen
 
     asked = Mock(return_value=("FAILED tests/a - 0.3\n1 failed", 1))
-    for owner, name, function in ((torch.cuda, "is_available", lambda: True), (measure, "measure", measured),
-                                  (gpu, "command", asked)):  # fmt: skip
-        monkeypatch.setattr(owner, name, function)
+    for owner, replaced in ((torch.cuda, dict(is_available=lambda: True)), (measure, dict(measure=measured)),
+                            (gpu, dict(command=asked))):  # fmt: skip
+        patch(monkeypatch, owner, **replaced)
     monkeypatch.setenv("COLUMNS", "300")
     assert command_line.main([*command.split(), "--out", str(tmp_path / "out")]) == 1
     *said, end = capsys.readouterr().out.splitlines()
@@ -385,7 +385,7 @@ def test_tests_that_run_out_of_time_say_why_others_failed_before_and_nothing_tha
 ):
     """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe.
 
-    Also where interrupts are ignored, as behind a shell's "&". Meanwhile the screen says how far they are.
+    Meanwhile the screen says how far they are.
     """
     os.mkfifo(path := tmp_path / "pipe")
     wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -408,12 +408,7 @@ def test_hangs():
 
     monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=partial(next, iter([0.0, 0.0, 600.0, 600.0]))))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        command = ["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)]
-        said, code = gpu.command(command, 600.0, tmp_path / "log")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    said, code = gpu.command(["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)], 600.0, tmp_path / "log")
     assert code is None
     assert re.fullmatch(r"log, 600 s: 50% .*test_hangs ?\n", capsys.readouterr().out)
     assert re.search("(?m)^FAILED .*test_wrong - AssertionError: the RMS error of h is 0.3$", said)
