@@ -37,17 +37,16 @@ CASES = {
     "slstm-step": replace(PLAIN, mode="step", steps=1, heads=2, cell="slstm"),
     "step": replace(PLAIN, mode="step", steps=1), "active": replace(PLAIN, mode="step", steps=1, sequences="active"),
 } | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
+DEEP = VARIANTS.keys() - {"layer_norm"}
 SLSTM = [name for name, case in CASES.items() if case.cell == "slstm"]
-OF_HEADS = [name for name, case in CASES.items() if case.heads > 1 or case.cell == "slstm"]
-RESETS, OF_GRU = "resets resets-layers to-states", "gru-resets gru-to-states"
+RESETS = "resets resets-layers to-states"
 DONE = {  # which cases a provider does; it is unable to do the others
-    "torch": "plain layers directions packed step gru gru-step heads gru-heads "
-             "heads-directions",
+    "torch": "plain layers directions packed step gru gru-step heads gru-heads heads-directions",
     "head-loop": "heads gru-heads", "xlstm-vanilla": "slstm slstm-heads slstm-step",
     "torch-packed": "ragged ragged-directions gru-ragged",
     "torch-flat": "", "flashrnn-cuda": "",  # nothing in fp32
     "cell-loop": "plain step", "compiled-loop": "plain", "haste": "plain step", "keras": "plain step",
-    **dict.fromkeys(("cleanrl-loop", "rl_games-pieces"), f"{RESETS} {OF_GRU}"),
+    **dict.fromkeys(("cleanrl-loop", "rl_games-pieces"), f"{RESETS} gru-resets gru-to-states"),
     "rsl_rl-padded": "resets resets-layers gru-resets",
     "torchrl-pad": f"plain layers {RESETS} step", "torchrl-triton": f"plain layers {RESETS} step",
     **dict.fromkeys(("ours", "ours-triton", "ours-cupy", "ours-reference"), " ".join(CASES)),
@@ -68,10 +67,7 @@ def assert_right(name: str, inputs: Inputs, truth) -> None:
         assert error < 1e-5, f"{name}, {result}: {error}"
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.deep] * (case in VARIANTS and case != "layer_norm")) for case in CASES],
-)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case in DEEP)) for case in CASES])
 def test_results_and_gradients(monkeypatch, case):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # which takes long, and is not ours
     inputs, ran = Inputs.of(CASES[case], "cpu"), 0
@@ -101,9 +97,6 @@ def test_a_peer_that_needs_cuda_by_what_its_documentation_says(monkeypatch):
     monkeypatch.setitem(sys.modules, "haste_pytorch", SimpleNamespace(LSTM=HasteLSTM))
     inputs = Inputs.of(PLAIN, "cpu")
     assert_right("haste", inputs, results_in(torch.float64, inputs))
-
-
-# python -m bench host
 
 
 @pytest.mark.parametrize("case", [case for case in host.CASES if case != "resets"])  # which torch.nn leaves out

@@ -33,9 +33,6 @@ def clock():
     return SimpleNamespace(perf_counter=map(float, itertools.count()).__next__)
 
 
-# recurrent_ppo.py, and python -m bench ppo
-
-
 @pytest.mark.parametrize("remembers", [True, False])
 def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
     torch.manual_seed(0)
@@ -93,9 +90,6 @@ def test_the_benchmark_times_nothing_that_differs(monkeypatch, cell):
         ppo.measure("cpu", 24, 5, 16)
 
 
-# sb3_recurrent_ppo.py
-
-
 @pytest.fixture(scope="module")
 def sb3():
     pytest.importorskip("sb3_contrib")
@@ -111,18 +105,6 @@ def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys,
         assert (each.updates, each.acting, each.loop, each.one_call, 10 < each.episode < 60) == (8, 1.0, 1.0, 1.0, True)
     assert (tmp_path / "sb3_recurrent_ppo.png").stat().st_size > 10_000
     assert "updates a second" in capsys.readouterr().out
-
-
-@pytest.mark.deep
-def test_resets_a_step_late_are_detected(sb3, tmp_path, monkeypatch):
-    one_call = sb3.OneCall._process_sequence
-    late = lambda x, states, starts, lstm: one_call(x, states, starts.roll(1), lstm)  # noqa: E731
-    monkeypatch.setattr(sb3.OneCall, "_process_sequence", staticmethod(late))
-    with pytest.raises(RuntimeError, match=r"one call and the loop differ by .*, expected 0\.0001"):
-        sb3.main(rollouts=1, hidden=8, epochs=1, out=tmp_path)
-
-
-# isaac_shapes.py
 
 
 def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_padding_and_pieces_differ(
@@ -145,9 +127,6 @@ def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_paddin
     lstm.forward = lambda x, state, resets: type(lstm).forward(lstm, x, state)
     with pytest.raises(RuntimeError, match=r"one call and pieces differ by"):
         isaac.measure(lstm, ways, 1)
-
-
-# train_ddp.py
 
 
 def in_two_processes(arguments: list[str]) -> None:
@@ -198,9 +177,6 @@ def test_there_is_nothing_to_resume(tmp_path):
         ddp.main(["--resume", "--out", str(tmp_path)])
 
 
-# denoise.py
-
-
 def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(
     monkeypatch, capsys, tmp_path
 ):
@@ -222,9 +198,6 @@ def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_sta
         denoise.main(updates=0, out=tmp_path)
 
 
-# weather.py
-
-
 @pytest.mark.deep
 def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast_of_two_days_is_as_good(tmp_path):
     errors = load(EXAMPLES / "weather.py").main(epochs=12, out=tmp_path)
@@ -234,9 +207,6 @@ def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast
         assert all(forecast.mae < baseline.mae and forecast.rmse < baseline.rmse for baseline in errors.values())
     assert abs(ours.mae - linear.mae) < 0.1
     assert (tmp_path / "weather.png").stat().st_size > 10_000
-
-
-# highlight.py
 
 
 def test_characters_have_the_labels_of_the_tokenizer_and_all_of_an_f_string_is_a_string():
@@ -257,9 +227,6 @@ def test_only_with_a_long_memory_are_strings_and_comments_told_from_code(tmp_pat
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("highlight", "highlight_cell"))
 
 
-# lesson_answers.py
-
-
 @pytest.mark.parametrize("number", range(1, 10))
 def test_the_answer_of_an_exercise_is_right(number, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)  # for weather.py
@@ -275,9 +242,6 @@ def test_an_example_says_what_it_does_and_trains_nothing(name, monkeypatch, caps
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: {name}")
-
-
-# dev/agree.py
 
 
 def test_what_make_agree_says(monkeypatch, capsys):

@@ -130,9 +130,6 @@ def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):
         import kernels.triton_rnn
 
 
-# models of other packages
-
-
 def test_a_model_there_and_back():
     """stanza's tokenizer: bidirectional, over packed sequences, twice. Errors relative to each largest element."""
     from stanza.models.tokenization.model import Tokenizer
