@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import select
+import signal
 import subprocess
 import time
 import warnings
@@ -381,11 +382,11 @@ def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_wit
 
 
 def test_tests_that_run_out_of_time_say_why_others_failed_before_and_nothing_that_they_started_runs_on(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, request
 ):
     """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe.
 
-    Meanwhile the screen says how far they are.
+    Also where interrupts are ignored, as behind a shell's "&". Meanwhile the screen says how far they are.
     """
     os.mkfifo(path := tmp_path / "pipe")
     wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -408,6 +409,7 @@ def test_hangs():
 
     monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=partial(next, iter([0.0, 0.0, 600.0, 600.0]))))
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN)))
     said, code = gpu.command(["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)], 600.0, tmp_path / "log")
     assert code is None
     assert re.fullmatch(r"log, 600 s: 50% .*test_hangs ?\n", capsys.readouterr().out)

@@ -168,12 +168,6 @@ def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
     assert bits["the model"] < bits["frequencies of bytes"] - 0.5  # 3.77 against 4.61
 
 
-@QUIET
-def test_there_is_nothing_to_resume(tmp_path):
-    with pytest.raises(SystemExit, match="there is no checkpoint in"):
-        ddp.main(["--resume", "--out", str(tmp_path)])
-
-
 def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(
     monkeypatch, capsys, tmp_path
 ):
