@@ -177,12 +177,10 @@ def test_links_stay_on_the_site_or_go_to_the_repository_formulas_become_mathml_a
     repository, code = "https://example.org/r", "`a[0](../x)`, `$x$`\n```python\ny = f[0](docs/x) # $5 $6\n```\n"
     for source, link, expected in (
         ("README.md", "docs/keras.md", "keras.md"), ("README.md", "#a", "#a"),
-        ("README.md", "CONTRIBUTING.md", f"{repository}/blob/main/CONTRIBUTING.md"),
         ("docs/keras.md", "../README.md#performance", "index.md#performance"),
         ("docs/keras.md", "../bench/results", f"{repository}/tree/main/bench/results"),
         ("docs/keras.md", "drawings.py", f"{repository}/blob/main/docs/drawings.py"),
         ("docs/keras.md", f"../{website.LESSON}#a", "lesson.md#a"),
-        (website.LESSON, "lstm_explained.ipynb", f"{repository}/blob/main/{website.LESSON}"),
         (website.LESSON, "../docs/keras.md", "keras.md"),
     ):  # fmt: skip
         found = website.page(f"see [that\none]({link}). {code}", source, repository)

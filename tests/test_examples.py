@@ -87,14 +87,10 @@ def test_the_benchmark_times_nothing_that_differs(monkeypatch):
         ppo.measure("cpu", 24, 5, 16)
 
 
-@pytest.fixture(scope="module")
-def sb3():
-    pytest.importorskip("sb3_contrib")
-    return load(EXAMPLES / "sb3_recurrent_ppo.py")
-
-
 @pytest.mark.deep
-def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys, monkeypatch):
+def test_it_learns_checks_times_and_draws_with_sb3(clock, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sb3_contrib")
+    sb3 = load(EXAMPLES / "sb3_recurrent_ppo.py")
     monkeypatch.setattr(sb3, "time", clock)
     measured = sb3.main(rollouts=2, seeds=2, hidden=8, epochs=1, out=tmp_path)
     assert [(each.seed, each.steps) for each in measured] == [(0, 1024), (1, 1024), (0, 2048), (1, 2048)]
