@@ -292,18 +292,17 @@ def test_a_base_and_a_run_are_measured_in_turns_and_told_in_tables_and_ours_that
     assert {path.suffix for path in out.iterdir()} == {".csv"}
 
 
-@pytest.mark.parametrize(("command", "error", "why"), [
-    ("gpu", OSError("no space"), "STOPPED benchmark: OSError: no space"),
-    ("gpu", None, f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}"),
-    ("--device cpu --providers ours haste", None, ""),
+@pytest.mark.parametrize(("error", "why"), [
+    (OSError("no space"), "STOPPED benchmark: OSError: no space"),
+    (None, f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}"),
 ])  # fmt: skip
 def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_with_the_reason(
-    capsys, tmp_path, monkeypatch, command, error, why
+    capsys, tmp_path, monkeypatch, error, why
 ):
     """Queries of the device are stubbed. One test fails in each part."""
 
     def measured(chosen, names, device, sides, deadline=None):
-        assert (chosen, names) == ([SMALL, FORWARD], None if command == "gpu" else ["ours", "haste"])
+        assert (chosen, names) == ([SMALL, FORWARD], None)
         results.create(*sides)
         if error is not None:
             raise error
@@ -314,11 +313,9 @@ def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_wit
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(gpu, "command", asked)
     monkeypatch.setenv("COLUMNS", "300")
-    assert command_line.main([*command.split(), "--out", str(tmp_path / "out")]) == 1
+    assert command_line.main(["gpu", "--out", str(tmp_path / "out")]) == 1
     *said, end = capsys.readouterr().out.splitlines()
     assert end == f"Nothing was measured: {tmp_path / 'out' / 'results.csv'} has no row. The reason is above."
-    if command != "gpu":
-        return
     assert why in said
     lines = "FAILED tests/a - 0.3\nheadline: pytest ended with 1\nFAILED tests/a - 0.3\nfamilies: pytest ended with 1"
     assert lines in "\n".join(said)
