@@ -9,7 +9,6 @@ import signal
 import sys
 import wave
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,13 +131,6 @@ def in_two_processes(arguments: list[str]) -> None:
         signal.signal(number, handler)
 
 
-def contents(checkpoint: Path, tmp_path: Path) -> dict:
-    """All that a checkpoint holds, by its place there."""
-    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
-    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
-    return {str(path): leaf for path, leaf in tree_leaves_with_path(whole)}
-
-
 @pytest.mark.deep
 @QUIET
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
@@ -147,7 +139,11 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     shutil.copytree(whole / "step-3", parts / "step-3")
     shutil.copytree(whole / "step-6", parts / "step-5", ignore=shutil.ignore_patterns(".metadata"))  # not yet whole
     in_two_processes(["--out", str(parts), "--steps", "6", "--resume"])
-    expected, found = (contents(folder / "step-6", tmp_path) for folder in (whole, parts))
+    expected, found = {}, {}  # all that each checkpoint holds, by its place there
+    for folder, held in ((whole, expected), (parts, found)):
+        dcp_to_torch_save(folder / "step-6", tmp_path / "whole.pt")
+        leaves = tree_leaves_with_path(torch.load(tmp_path / "whole.pt", weights_only=False))
+        held.update((str(path), leaf) for path, leaf in leaves)
     assert expected.keys() == found.keys()
     assert len(expected) > 60
     for path, value in expected.items():

@@ -19,10 +19,6 @@ THEIRS = "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWar
 pytestmark = [pytest.mark.deep, pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings(*THEIRS)]
 
 
-def lstm(kind: type[nn.Module], backend: str | None, **arguments) -> nn.Module:
-    return kind(I, H, batch_first=True, **arguments, **({} if backend is None else {"backend": backend}))
-
-
 def data() -> tuple[Tensor, Tensor]:
     x = torch.randn(N, T, I, generator=torch.Generator().manual_seed(0))
     return x, (x.sum((1, 2)) > 0).long()
@@ -42,7 +38,8 @@ def hugging_face(kind, backend, folder, half=False) -> list[Tensor]:
         def __init__(self, config, kind, backend) -> None:
             super().__init__(config)
             torch.manual_seed(0)
-            self.lstm, self.head = lstm(kind, backend), nn.Linear(H, 2)
+            ours = {} if backend is None else {"backend": backend}
+            self.lstm, self.head = kind(I, H, batch_first=True, **ours), nn.Linear(H, 2)
             self.post_init()
 
         def _init_weights(self, module) -> None:
@@ -86,7 +83,7 @@ def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
     states = {letter: torch.randn(N, T, 2, H, requires_grad=True) for letter in letters}
     keys = dict(in_keys=["x", *letters], out_keys=["y", *(("next", letter) for letter in letters)])
     module, name = getattr(modules, f"{kind}Module"), kind.lower()
-    policy = module(**{name: lstm(getattr(nn, kind), None, num_layers=2)}, recurrent_backend="pad", **keys)
+    policy = module(**{name: getattr(nn, kind)(I, H, 2, batch_first=True)}, recurrent_backend="pad", **keys)
 
     def found(policy):
         whole = TensorDict({"x": x, "is_init": starts, **states}, [N, T])
