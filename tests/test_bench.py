@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,12 +35,11 @@ FORWARD, GIVEN = replace(SMALL, mode="forward"), Inputs.of(SMALL, "cpu")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """A grid of two small cases, since these tests are not about the times."""
-    for module in (cases, measure):
-        monkeypatch.setattr(module, "grid", lambda kind: {"headline": [SMALL, FORWARD]})
-    monkeypatch.setattr(measure, "SECONDS", 0.01)
-    for name, value in {"SHORTEST": 1e-5, "COPY_BYTES": {"cpu": 1 << 20}, "PRODUCT_SIZE": {"cpu": 64},
-                        "CEILING_SECONDS": 0.01}.items():  # fmt: skip
-        monkeypatch.setattr(timing, name, value)
+    grid = {"grid": lambda kind: {"headline": [SMALL, FORWARD]}}
+    sizes = dict(SHORTEST=1e-5, COPY_BYTES={"cpu": 1 << 20}, PRODUCT_SIZE={"cpu": 64}, CEILING_SECONDS=0.01)
+    for module, values in {cases: grid, measure: grid | dict(SECONDS=0.01), timing: sizes}.items():
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
 
 
 def run_case(case, *names):
@@ -98,23 +96,6 @@ def test_rows_have_figures_or_a_reason(changes):
     assert rows["torch"]["status"] == ("measured" if case == case.plain() else "yardstick")
     assert rows["torch"]["speed"] == rows["torch"]["speed_p20"] == rows["ours"]["over_ours_high"] == 1
     assert (rows["rsl_rl-padded"]["note"] == "without the last states") == (changes == {"reset_rate": 0.2})
-
-
-def test_speeds_are_over_the_faster_yardstick_and_nobody_else_has_weights_copied(monkeypatch):
-    def copying(given):
-        engine, text = torchs.plain(given), f"{measure.COPIES}. This means they need to be compacted at every call"
-        return replace(engine, call=lambda *a: warnings.warn(text, stacklevel=1) or engine.call(*a))
-
-    for name, build in {"torch": copying, "torch-flat": torchs.plain, "copying": copying}.items():
-        monkeypatch.setitem(providers.PROVIDERS, name, Provider(build))
-    took = {"torch": 4.0, "torch-flat": 2.0, "ours": 1.0}
-    taken = lambda calls, *_: {each: np.full(9, took.get(each[0], 1.0)) for each in calls}  # noqa: E731
-    monkeypatch.setattr(timing, "interleaved", taken)
-    with warnings.catch_warnings(record=True):
-        rows = run_case(SMALL, *took, "copying")
-    assert [rows[name]["speed"] for name in took] == [0.5, 1.0, 2.0]
-    assert (rows["copying"]["status"], "median_s" in rows["copying"]) == ("unable", False)
-    assert "not part of single contiguous chunk" in rows["copying"]["note"]
 
 
 @pytest.mark.parametrize("case", [SMALL, replace(SMALL, cell="slstm", heads=2)], ids=["LSTM", "SLSTM of heads"])
@@ -264,31 +245,6 @@ def test_a_provider_that_fails_stops_no_other(monkeypatch):
     assert rows[0]["note"] == "MemoryError: too large"
 
 
-def test_who_cannot_be_captured_keeps_its_times_and_nobody_else_is_judged_without_it(monkeypatch):
-    """ "cpu:0" is no "cpu", but where torch computes. Another process times it again, without the capture."""
-    right = {name: Provider(torchs.plain, graphed=True) for name in ("torch", "ours")}
-    for module in (providers, measure):
-        monkeypatch.setattr(module, "PROVIDERS", right)
-
-    def captured(call):
-        if call.__self__.name == "torch":
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return call
-
-    for name, function in {"captured": captured, "peak_bytes": lambda *_: 0, "_sample": lambda *_: 1e-3}.items():
-        monkeypatch.setattr(timing, name, function)
-    for name in ("card_state", "provenance"):
-        monkeypatch.setattr(results, name, lambda device: {})
-    run = Mock(wraps=partial(measure.run_case, tell=(told := []).append))
-    rows = measure.rows_of(SMALL, ["torch", "ours"], "cpu:0", run)
-    assert told == ["torch", "torch (graph)", "torch", "ours", "ours (graph)", "all, timed in turn"]
-    (lost,) = (row for row in rows if row["status"] != "measured")
-    assert (lost["provider"], lost["graph"], lost["status"]) == ("torch", True, "failed")
-    assert lost["note"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
-    assert {(row["provider"], row["graph"]) for row in rows if "speed" in row} == {
-        ("torch", False), ("ours", False), ("ours", True)}  # fmt: skip
-
-
 def test_the_commit_of_a_base_is_imported_in_a_process_of_its_own(monkeypatch, tmp_path):
     git, names = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"], ("gpu_lstm", "kernels")
     for name in names:
@@ -305,11 +261,6 @@ def test_the_commit_of_a_base_is_imported_in_a_process_of_its_own(monkeypatch, t
     assert subprocess.check_output([*git, "worktree", "list"]).count(b"\n") == 1
 
 
-def as_torch(factor=1):
-    """A provider whose weights are so many times torch's."""
-    return Provider(lambda g: torchs.plain(replace(g, weights={name: factor * t for name, t in g.weights.items()})))
-
-
 def test_a_base_and_a_run_are_measured_in_turns_and_told_in_tables_and_ours_that_is_broken_now_is_a_failure(
     monkeypatch, tmp_path, capsys
 ):
@@ -318,7 +269,9 @@ def test_a_base_and_a_run_are_measured_in_turns_and_told_in_tables_and_ours_that
     def worker(function, path):
         def run(*arguments):
             turns.append(path)
-            monkeypatch.setitem(providers.PROVIDERS, "ours", as_torch(1 if path else 2))
+            factor = 1 if path else 2  # of the weights: ours is broken now
+            build = lambda g: torchs.plain(replace(g, weights={n: factor * t for n, t in g.weights.items()}))  # noqa: E731
+            monkeypatch.setitem(providers.PROVIDERS, "ours", Provider(build))
             return function(*arguments)
 
         run.close = lambda: None
@@ -339,33 +292,30 @@ def test_a_base_and_a_run_are_measured_in_turns_and_told_in_tables_and_ours_that
     assert {path.suffix for path in out.iterdir()} == {".csv"}
 
 
-@pytest.mark.parametrize(("command", "error", "why"), [
-    ("gpu", OSError("no space"), "STOPPED benchmark: OSError: no space"),
-    ("gpu", None, f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}"),
-    ("--device cpu --providers ours haste", None, ""),
+@pytest.mark.parametrize(("error", "why"), [
+    (OSError("no space"), "STOPPED benchmark: OSError: no space"),
+    (None, f"no time was left for 2 cases: {SMALL.name}, {FORWARD.name}"),
 ])  # fmt: skip
 def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_with_the_reason(
-    capsys, tmp_path, monkeypatch, command, error, why
+    capsys, tmp_path, monkeypatch, error, why
 ):
     """Queries of the device are stubbed. One test fails in each part."""
 
     def measured(chosen, names, device, sides, deadline=None):
-        assert (chosen, names) == ([SMALL, FORWARD], None if command == "gpu" else ["ours", "haste"])
+        assert (chosen, names) == ([SMALL, FORWARD], None)
         results.create(*sides)
         if error is not None:
             raise error
         return chosen
 
     asked = Mock(return_value=("FAILED tests/a - 0.3\n1 failed", 1))
-    for owner, name, function in ((torch.cuda, "is_available", lambda: True), (measure, "measure", measured),
-                                  (gpu, "command", asked)):  # fmt: skip
-        monkeypatch.setattr(owner, name, function)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(gpu, "command", asked)
     monkeypatch.setenv("COLUMNS", "300")
-    assert command_line.main([*command.split(), "--out", str(tmp_path / "out")]) == 1
+    assert command_line.main(["gpu", "--out", str(tmp_path / "out")]) == 1
     *said, end = capsys.readouterr().out.splitlines()
     assert end == f"Nothing was measured: {tmp_path / 'out' / 'results.csv'} has no row. The reason is above."
-    if command != "gpu":
-        return
     assert why in said
     lines = "FAILED tests/a - 0.3\nheadline: pytest ended with 1\nFAILED tests/a - 0.3\nfamilies: pytest ended with 1"
     assert lines in "\n".join(said)
@@ -381,7 +331,7 @@ def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_wit
 
 
 def test_tests_that_run_out_of_time_say_why_others_failed_before_and_nothing_that_they_started_runs_on(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, request
 ):
     """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe.
 
@@ -408,12 +358,8 @@ def test_hangs():
 
     monkeypatch.setattr(subprocess.Popen, "wait", once_it_has_begun)
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=partial(next, iter([0.0, 0.0, 600.0, 600.0]))))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        command = ["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)]
-        said, code = gpu.command(command, 600.0, tmp_path / "log")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN)))
+    said, code = gpu.command(["pytest", "-v", "-rfE", "-p", "no:cacheprovider", str(file)], 600.0, tmp_path / "log")
     assert code is None
     assert re.fullmatch(r"log, 600 s: 50% .*test_hangs ?\n", capsys.readouterr().out)
     assert re.search("(?m)^FAILED .*test_wrong - AssertionError: the RMS error of h is 0.3$", said)

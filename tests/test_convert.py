@@ -51,14 +51,9 @@ def kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
-@pytest.fixture
-def x():
-    return torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-def test_there_and_back_in_place_nothing_else_changes(x):
+def test_there_and_back_in_place_nothing_else_changes():
     """Not even the parameters: an optimizer that was built before keeps working. And copies."""
-    model = tagger()
+    model, x = tagger(), torch.randn(2, 4, 3, dtype=torch.float64)
     text, before, classes = repr(model), dict(model.named_parameters()), kinds(model)
     flags = [module.training for module in model.modules()]
 

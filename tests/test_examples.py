@@ -9,7 +9,6 @@ import signal
 import sys
 import wave
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,9 +30,6 @@ QUIET = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWar
 def clock():
     """The module `time` with a clock that advances by 1 s at every look."""
     return SimpleNamespace(perf_counter=map(float, itertools.count()).__next__)
-
-
-# recurrent_ppo.py, and python -m bench ppo
 
 
 @pytest.mark.parametrize("remembers", [True, False])
@@ -79,31 +75,21 @@ def test_it_learns_and_only_with_memory(tmp_path):
     assert (tmp_path / "recurrent_ppo.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("cell", ppo.CELLS)
-def test_the_benchmark_times_nothing_that_differs(monkeypatch, cell):
+def test_the_benchmark_times_nothing_that_differs(monkeypatch):
     """The update in one call has the loss and gradients of a loop over steps, but not where resets are late."""
     monkeypatch.setattr(ppo.timing, "interleaved", lambda calls, *_: set(calls))
     assert ppo.measure("cpu", 24, 5, 16) == set(itertools.product(ppo.CELLS, ("one call", "loop")))
-    loop = getattr(ppo.LOOPS, cell)
-    forward = loop.forward
+    forward = ppo.LOOPS.GRU.forward
     late = lambda self, x, state, resets: forward(self, x, state, resets.roll(1, dims=0))  # noqa: E731
-    monkeypatch.setattr(loop, "forward", late)
-    monkeypatch.setattr(ppo.timing, "interleaved", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(ppo.LOOPS.GRU, "forward", late)
     with pytest.raises(RuntimeError, match=r"the loop differ by .*, expected 0\.0001"):
         ppo.measure("cpu", 24, 5, 16)
 
 
-# sb3_recurrent_ppo.py
-
-
-@pytest.fixture(scope="module")
-def sb3():
-    pytest.importorskip("sb3_contrib")
-    return load(EXAMPLES / "sb3_recurrent_ppo.py")
-
-
 @pytest.mark.deep
-def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys, monkeypatch):
+def test_it_learns_checks_times_and_draws_with_sb3(clock, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("sb3_contrib")
+    sb3 = load(EXAMPLES / "sb3_recurrent_ppo.py")
     monkeypatch.setattr(sb3, "time", clock)
     measured = sb3.main(rollouts=2, seeds=2, hidden=8, epochs=1, out=tmp_path)
     assert [(each.seed, each.steps) for each in measured] == [(0, 1024), (1, 1024), (0, 2048), (1, 2048)]
@@ -111,18 +97,6 @@ def test_it_learns_checks_times_and_draws_with_sb3(sb3, clock, tmp_path, capsys,
         assert (each.updates, each.acting, each.loop, each.one_call, 10 < each.episode < 60) == (8, 1.0, 1.0, 1.0, True)
     assert (tmp_path / "sb3_recurrent_ppo.png").stat().st_size > 10_000
     assert "updates a second" in capsys.readouterr().out
-
-
-@pytest.mark.deep
-def test_resets_a_step_late_are_detected(sb3, tmp_path, monkeypatch):
-    one_call = sb3.OneCall._process_sequence
-    late = lambda x, states, starts, lstm: one_call(x, states, starts.roll(1), lstm)  # noqa: E731
-    monkeypatch.setattr(sb3.OneCall, "_process_sequence", staticmethod(late))
-    with pytest.raises(RuntimeError, match=r"one call and the loop differ by .*, expected 0\.0001"):
-        sb3.main(rollouts=1, hidden=8, epochs=1, out=tmp_path)
-
-
-# isaac_shapes.py
 
 
 def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_padding_and_pieces_differ(
@@ -147,9 +121,6 @@ def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_paddin
         isaac.measure(lstm, ways, 1)
 
 
-# train_ddp.py
-
-
 def in_two_processes(arguments: list[str]) -> None:
     """As torchrun does it, in forks, which have torch."""
     config = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
@@ -160,13 +131,6 @@ def in_two_processes(arguments: list[str]) -> None:
         signal.signal(number, handler)
 
 
-def contents(checkpoint: Path, tmp_path: Path) -> dict:
-    """All that a checkpoint holds, by its place there."""
-    dcp_to_torch_save(checkpoint, tmp_path / "whole.pt")
-    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
-    return {str(path): leaf for path, leaf in tree_leaves_with_path(whole)}
-
-
 @pytest.mark.deep
 @QUIET
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
@@ -175,7 +139,11 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     shutil.copytree(whole / "step-3", parts / "step-3")
     shutil.copytree(whole / "step-6", parts / "step-5", ignore=shutil.ignore_patterns(".metadata"))  # not yet whole
     in_two_processes(["--out", str(parts), "--steps", "6", "--resume"])
-    expected, found = (contents(folder / "step-6", tmp_path) for folder in (whole, parts))
+    expected, found = {}, {}  # all that each checkpoint holds, by its place there
+    for folder, held in ((whole, expected), (parts, found)):
+        dcp_to_torch_save(folder / "step-6", tmp_path / "whole.pt")
+        leaves = tree_leaves_with_path(torch.load(tmp_path / "whole.pt", weights_only=False))
+        held.update((str(path), leaf) for path, leaf in leaves)
     assert expected.keys() == found.keys()
     assert len(expected) > 60
     for path, value in expected.items():
@@ -190,15 +158,6 @@ def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
     bits = ddp.main(["--steps", "60", "--out", str(tmp_path)])
     assert 4.0 < bits["frequencies of bytes"] < 5.2
     assert bits["the model"] < bits["frequencies of bytes"] - 0.5  # 3.77 against 4.61
-
-
-@QUIET
-def test_there_is_nothing_to_resume(tmp_path):
-    with pytest.raises(SystemExit, match="there is no checkpoint in"):
-        ddp.main(["--resume", "--out", str(tmp_path)])
-
-
-# denoise.py
 
 
 def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(
@@ -222,9 +181,6 @@ def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_sta
         denoise.main(updates=0, out=tmp_path)
 
 
-# weather.py
-
-
 @pytest.mark.deep
 def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast_of_two_days_is_as_good(tmp_path):
     errors = load(EXAMPLES / "weather.py").main(epochs=12, out=tmp_path)
@@ -234,9 +190,6 @@ def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast
         assert all(forecast.mae < baseline.mae and forecast.rmse < baseline.rmse for baseline in errors.values())
     assert abs(ours.mae - linear.mae) < 0.1
     assert (tmp_path / "weather.png").stat().st_size > 10_000
-
-
-# highlight.py
 
 
 def test_characters_have_the_labels_of_the_tokenizer_and_all_of_an_f_string_is_a_string():
@@ -257,9 +210,6 @@ def test_only_with_a_long_memory_are_strings_and_comments_told_from_code(tmp_pat
     assert all((tmp_path / f"{name}.png").stat().st_size > 10_000 for name in ("highlight", "highlight_cell"))
 
 
-# lesson_answers.py
-
-
 @pytest.mark.parametrize("number", range(1, 10))
 def test_the_answer_of_an_exercise_is_right(number, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)  # for weather.py
@@ -275,9 +225,6 @@ def test_an_example_says_what_it_does_and_trains_nothing(name, monkeypatch, caps
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out.startswith(f"usage: {name}")
-
-
-# dev/agree.py
 
 
 def test_what_make_agree_says(monkeypatch, capsys):

@@ -15,26 +15,8 @@ import gpu_lstm
 from gpu_lstm.tools.convert import to_torch
 
 N, T, I, H = 12, 4, 3, 5
-Found = list[Tensor]
 THEIRS = "ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"
 pytestmark = [pytest.mark.deep, pytest.mark.usefixtures("exact_float32_products"), pytest.mark.filterwarnings(*THEIRS)]
-
-
-class Classifier(nn.Module):
-    """The last of an LSTM's outputs, and a head."""
-
-    def __init__(self, kind: type[nn.Module] = nn.LSTM, backend: str | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.lstm = lstm(kind, backend)
-        self.head = nn.Linear(H, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
-
-
-def lstm(kind: type[nn.Module], backend: str | None, **arguments) -> nn.Module:
-    return kind(I, H, batch_first=True, **arguments, **({} if backend is None else {"backend": backend}))
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -42,11 +24,11 @@ def data() -> tuple[Tensor, Tensor]:
     return x, (x.sum((1, 2)) > 0).long()
 
 
-def weights(*modules: nn.Module) -> Found:
-    return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+def weights(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
 
 
-def hugging_face(kind, backend, folder, half=False) -> Found:
+def hugging_face(kind, backend, folder, half=False) -> list[Tensor]:
     """Trainer.train, in float32 and with autocast; save_pretrained and back; a checkpoint resumed."""
     transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
 
@@ -55,14 +37,16 @@ def hugging_face(kind, backend, folder, half=False) -> Found:
 
         def __init__(self, config, kind, backend) -> None:
             super().__init__(config)
-            self.net = Classifier(kind, backend)
+            torch.manual_seed(0)
+            ours = {} if backend is None else {"backend": backend}
+            self.lstm, self.head = kind(I, H, batch_first=True, **ours), nn.Linear(H, 2)
             self.post_init()
 
         def _init_weights(self, module) -> None:
             pass  # they have been drawn
 
         def forward(self, x, labels=None):
-            return {"loss": nn.functional.cross_entropy(self.net(x), labels)}
+            return {"loss": nn.functional.cross_entropy(self.head(self.lstm(x)[0][:, -1]), labels)}
 
     found, out = [], folder / f"{kind.__module__} {backend} {half}"
     for resume in (False, out / "checkpoint-3"):
@@ -99,7 +83,7 @@ def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
     states = {letter: torch.randn(N, T, 2, H, requires_grad=True) for letter in letters}
     keys = dict(in_keys=["x", *letters], out_keys=["y", *(("next", letter) for letter in letters)])
     module, name = getattr(modules, f"{kind}Module"), kind.lower()
-    policy = module(**{name: lstm(getattr(nn, kind), None, num_layers=2)}, recurrent_backend="pad", **keys)
+    policy = module(**{name: getattr(nn, kind)(I, H, 2, batch_first=True)}, recurrent_backend="pad", **keys)
 
     def found(policy):
         whole = TensorDict({"x": x, "is_init": starts, **states}, [N, T])
@@ -128,9 +112,6 @@ def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):
     assert not hasattr(kernels, "__version__")
     with pytest.raises(ModuleNotFoundError):
         import kernels.triton_rnn
-
-
-# models of other packages
 
 
 def test_a_model_there_and_back():

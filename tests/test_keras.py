@@ -75,10 +75,6 @@ def drawn(seed, *sizes, dtype=torch.float64):
     return [torch.randn(*size, generator=generator, dtype=dtype) for size in sizes]
 
 
-def inputs(dtype):
-    return drawn(2, (N, T, I), dtype=dtype)[0]
-
-
 def assert_equal(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(list(actual), list(expected), rtol=0, atol=tolerance)
 
@@ -96,7 +92,8 @@ def check(layer, module, mask=None, initial=True):
     # of Keras 3.12.
     kind = type(getattr(layer, "forward_layer", layer))
     exact = dtype is torch.float64 and mask is None and kind in (LSTM, GRU) and hasattr(BOTH, "_can_attempt_fused_lstm")
-    x, lengths = inputs(dtype).requires_grad_(), None if mask is None else lengths_of(mask)
+    (x,), lengths = drawn(2, (N, T, I), dtype=dtype), None if mask is None else lengths_of(mask)
+    x.requires_grad_()
     leaves, states, hx = [], None, None
     if initial:  # as Keras takes them, and as a module does
         of_cells, count = isinstance(getattr(layer, "cell", None), STACK), 2 if "LSTM" in str(module) else 1
@@ -232,7 +229,7 @@ OURS = {
 @pytest.mark.parametrize("module", OURS.values(), ids=OURS)
 def test_to_keras_and_back(module):
     module = module.double()
-    layer, x, time_first = to_keras(module), inputs(torch.float64), not getattr(module, "batch_first", True)
+    layer, (x,), time_first = to_keras(module), drawn(2, (N, T, I)), not getattr(module, "batch_first", True)
     output, states = module(x.transpose(0, 1) if time_first else x)
     found = in_keras_order(output.transpose(0, 1) if time_first else output, states)
     assert_equal(found, keras.tree.flatten(layer(x)))
@@ -287,17 +284,14 @@ def test_keras_init_and_forget_bias(name):
 
 @pytest.mark.parametrize(("layer", "ours"), [(LSTM, gpu_lstm.LSTM), (GRU, gpu_lstm.GRU)], ids=["LSTM", "GRU"])
 def test_keras_init_is_keras_own(layer, ours):
-    """Keras's initial weights pass the same test, and its biases are the same."""
+    """Keras's initial weights pass the same test, and its biases are the same. Ours have half precision, too."""
     keras.utils.set_random_seed(0)
     kernel, recurrent, bias = (torch.from_numpy(w) for w in built(layer, 64, dtype="float64").get_weights())
     assert_uniform(kernel, (6 / sum(kernel.shape)) ** 0.5)
     torch.testing.assert_close(recurrent @ recurrent.T, torch.eye(64, dtype=torch.float64))
     for row, name in zip(bias.reshape(-1, kernel.shape[1]), ("bias_ih_l0", "bias_hh_l0")):
         assert torch.equal(row, getattr(keras_init(ours(I, 64)), name).double())
-
-
-def test_keras_init_has_half_precision():
-    weight_hh = keras_init(gpu_lstm.LSTM(24, 64, dtype=torch.bfloat16)).weight_hh_l0.float()
+    weight_hh = keras_init(ours(24, 64, dtype=torch.bfloat16)).weight_hh_l0.float()
     torch.testing.assert_close(weight_hh.T @ weight_hh, torch.eye(64), rtol=0, atol=2e-2)
 
 

@@ -1,6 +1,5 @@
 """gpu_lstm.keras.LSTM and GRU against those of keras.layers: results, gradients, states, files and training."""
 
-import importlib
 import os
 from unittest.mock import Mock
 
@@ -203,15 +202,6 @@ def test_a_symbolic_call_and_a_module_with_its_weights(kinds):
     output, states = from_keras(one)(draw(B, T, I))
     close((output, *(state[0] for state in keras.tree.flatten(states))), one(draw(B, T, I)), 1e-6)
     assert keras.layers.Lambda(lambda x: one(x)[0])(keras.Input((T, I))).shape == (None, T, H)
-
-
-def test_keras_own_test_passes_with_our_layer_in_place_of_its_own(kinds, monkeypatch, calls):
-    """Its others are those above, with fixed numbers."""
-    ours, name = kinds[0], kinds[0].__name__
-    own = importlib.import_module(f"keras.src.layers.rnn.{name.lower()}_test")
-    monkeypatch.setattr(own.layers, name, ours)
-    getattr(own, f"{name}Test")("test_basics").debug()
-    assert calls
 
 
 def test_what_is_refused(monkeypatch, kinds):

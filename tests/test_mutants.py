@@ -49,26 +49,6 @@ def test_the_statement_of_a_fault_is_all_of_its_lines_but_not_its_block_or_none_
     assert {("1", 0, 0), ("3", 0, 0), ("a < x", 3, 5), ("2 +\n             c", 6, 7)} <= lines
 
 
-ENDS = {
-    "passes": ("def test_it():\n    pass\n", ""), "fails": ("def test_it():\n    assert False\n", "a.py::test_it"),
-    "cannot be imported": ("import nothing_of_this_name\n", "a.py"),
-    "crashes": ("import os\n\ndef test_it():\n    os.abort()\n", "killed by SIGABRT"),
-    "takes too long": ("import time\n\ndef test_it():\n    time.sleep(600)\n", "time"), "has no test": ("", ""),
-}  # fmt: skip
-
-
-@pytest.mark.deep
-@pytest.mark.parametrize(("body", "found"), ENDS.values(), ids=ENDS)
-def test_a_failure_is_a_test_that_fails_and_nothing_else(tmp_path, capfd, body, found):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_a.py").write_text(body)
-    with capfd.disabled():  # a fork's output goes where the fork sends it
-        seconds = 0.5 if found == "time" else 600
-        assert mutants.first_failure(tmp_path, ["tests/test_a.py"], seconds, object) == found
-        with pytest.raises(RuntimeError, match=r"tests/test_b.py did not run"):
-            mutants.first_failure(tmp_path, ["tests/test_b.py"], 600, object)
-
-
 def test_what_tests_and_their_processes_execute_is_recorded_and_those_that_are_chosen_run_alone(tmp_path, capfd):
     (tmp_path / "tests").mkdir()
     (tmp_path / "gpu_lstm").mkdir()

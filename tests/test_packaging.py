@@ -61,13 +61,6 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
     assert "kernels/cupy_rnn/cuda/steps.cu" in names
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled")
-def test_compile_table_in_the_interpreters_environment_says_so_in_a_line():
-    said = "^kernels cannot be compiled with TRITON_INTERPRET=1 in the environment$"
-    with pytest.raises(SystemExit, match=said):
-        runpy.run_module("dev.compile_table", run_name="__main__")
-
-
 def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_or_broken_stop_nobody(tmp_path):
     """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads.
 
@@ -128,8 +121,6 @@ def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_
     assert needs_triton in doctor
     assert needs_cupy in doctor
 
-
-# types, of a user's program over all of the public API
 
 PROGRAM = Path(__file__).with_name("typed_program.py")
 STRICT = """[mypy]

@@ -38,18 +38,10 @@ def in_float64():
 
 @pytest.fixture
 def starts():
-    """Bool [T, N]: some environments start at step 0; several start in the middle, two of them at the same step."""
+    """Bool [T, N], or ends: some of environments at step 0, one at the last; in the middle two at the same step."""
     starts = torch.rand(T, N) < 0.25
-    starts[0], starts[5, :2] = torch.tensor([True, False, True, False, False]), True
+    starts[0], starts[5, :2], starts[-1, 1] = torch.tensor([True, False, True, False, False]), True, True
     return starts
-
-
-@pytest.fixture
-def ends():
-    """Bool [T, N]; one ends with the last step."""
-    ends = torch.rand(T, N) < 0.25
-    ends[-1, 1] = True
-    return ends
 
 
 @pytest.fixture(params=["LSTM", "GRU"])
@@ -150,33 +142,33 @@ def test_rl_games(recipes, starts, kind, states):
     close(module(x[:1], held)[:1], theirs(x[:1], taken(states))[:1])
 
 
-def test_rsl_rl(recipes, ends, kind, states):
+def test_rsl_rl(recipes, starts, kind, states):
     """dones [T, N, 1] are ends. Acting zeroes the state in place at an end; minibatches are of some of N."""
     (theirs, ours), x = pair(kind), torch.randn(T, N, I)
-    y, *_ = loop(theirs, x, states, after(ends))
+    y, *_ = loop(theirs, x, states, after(starts))
     memory = SimpleNamespace(rnn=ours, hidden_state=taken([each.clone() for each in states]))
     with torch.no_grad():
-        for x_t, done, y_t in zip(x, ends, y):
+        for x_t, done, y_t in zip(x, starts, y):
             close(recipes.forward(memory, x_t), y_t[None])
             for each in given(memory.hidden_state):
                 each[:, done] = 0
     saved = [torch.cat([each[None], torch.randn(T - 1, L, N, H)]) for each in states]  # of every step; the first counts
-    found = list(recipes.minibatches(x, ends.byte().unsqueeze(-1), saved, 2))
+    found = list(recipes.minibatches(x, starts.byte().unsqueeze(-1), saved, 2))
     assert [each.shape for each, _, _ in found] == [(T, 3, I), (T, 2, I)]
     for some, (part, resets, first) in zip(([0, 1, 2], [3, 4]), found):
-        y, *_ = loop(theirs, x[:, some], [each[:, some] for each in states], after(ends)[:, some])
+        y, *_ = loop(theirs, x[:, some], [each[:, some] for each in states], after(starts)[:, some])
         call = lambda resets: [recipes.forward(memory, part, masks=resets, hidden_state=first)]  # noqa: B023, E731
         check(call, list(ours.parameters()), [y], list(theirs.parameters()), resets)
 
 
-def test_skrl(recipes, ends, kind, states):
+def test_skrl(recipes, starts, kind, states):
     """All is flat, [N*T, ...], with a state stored at every step, of which only those before the first step count.
 
     Ends are "terminated" or "truncated"; older versions hand over one for both.
     """
     theirs, ours = pair(kind, batch_first=True)
     model, x = SimpleNamespace(rnn=ours, sequence_length=T, training=True), torch.randn(N, T, I)
-    y, *finals = loop(theirs, x.transpose(0, 1), states, after(ends))
+    y, *finals = loop(theirs, x.transpose(0, 1), states, after(starts))
     expected = [y.transpose(0, 1).flatten(0, 1), *finals]
     stored = [torch.cat([each[:, :, None], torch.randn(L, N, T - 1, H)], 2).flatten(1, 2) for each in states]
 
@@ -185,9 +177,9 @@ def test_skrl(recipes, ends, kind, states):
         y, rest = recipes.remember(model, x.flatten(0, 1), {"rnn": stored, **ends})
         return [y, *rest["rnn"]]
 
-    check(call, list(ours.parameters()), expected, list(theirs.parameters()), ends)
+    check(call, list(ours.parameters()), expected, list(theirs.parameters()), starts)
     by_clock = torch.rand(T, N) < 0.5
-    close(call(ends & ~by_clock, truncated=ends & by_clock), expected)
+    close(call(starts & ~by_clock, truncated=starts & by_clock), expected)
     model.training = False  # acting: a step of every environment
     y, rest = recipes.remember(model, x[:, 0], {"rnn": list(states)})
     acted, finals = theirs(x[None, :, 0], taken(states))

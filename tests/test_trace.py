@@ -67,8 +67,6 @@ def test_other_inputs_and_modules():
         gpu_lstm.trace(nn.RNN(I, H), x)
 
 
-# what profilers see: the names of layers and directions, and how many operations the kernels do
-
 X = torch.randn(2, 3, 4)
 
 

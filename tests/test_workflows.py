@@ -35,6 +35,12 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, **{"cwd": ROOT, "capture_output": True, "text": True, **options})
 
 
+def written(path: Path, line: str) -> None:
+    """A program that runs a line of bash."""
+    path.write_text(f"#!/bin/bash\n{line}\n")
+    path.chmod(0o755)
+
+
 def test_all_are_found_and_valid(tmp_path, capsys):
     assert {"ci", "docs", "gpu", "nightly", "release", "docs-0"} == set(WORKFLOWS)
     paths = [tmp_path / f"{name}.yml" for name in TEXTS]
@@ -72,7 +78,7 @@ def test_jobs_may_only_read_but_for_two_that_publish_and_run_no_code_of_ours():
 def test_a_tag_that_is_not_the_version_is_not_released(tmp_path, tag, status):
     (script,) = (step["run"] for step in JOBS["release", "build"]["steps"] if "TAG" in step.get("env", ()))
     (tmp_path / "dist").mkdir()
-    (tmp_path / "dist" / f"gpu_lstm-{gpu_lstm.__version__}-py3-none-any.whl").touch()
+    (tmp_path / f"dist/gpu_lstm-{gpu_lstm.__version__}-py3-none-any.whl").touch()
     assert run(*BASH, script, cwd=tmp_path, env={"TAG": tag}).returncode == status
 
 
@@ -113,31 +119,17 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
 @pytest.mark.parametrize(("cards", "chosen"), [(0, ""), (1, ""), (1, "tests/test_main.py")])
 def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs_it(tmp_path, cards, chosen):
     """By a python that says what it is given, and ends as where no test was chosen if there are cards."""
-    for name, lines in {
-        "python": f'echo "${{CUDA_VISIBLE_DEVICES-visible}}: $@"; case "$*" in *require-gpu*) exit {5 * cards};; esac',
-        "nvidia-smi": f"exit {1 - cards}", "installed": "",
-    }.items():  # fmt: skip
-        (tmp_path / name).write_text(f"#!/bin/bash\n{lines}\n")
-        (tmp_path / name).chmod(0o755)
+    says = f'echo "${{CUDA_VISIBLE_DEVICES-visible}}: $@"; case "$*" in *require-gpu*) exit {5 * cards};; esac'
+    for name, line in {"python": says, "nvidia-smi": f"exit {1 - cards}", "installed": ""}.items():
+        written(tmp_path / name, line)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0"}
     settings = f"BIN={tmp_path}", f"INSTALLED={tmp_path / 'installed'}", f"PYTEST={chosen}"
     done = run("make", "--silent", *settings, "test", env=environment)
     hidden, then, *_ = done.stdout.splitlines()
-    assert hidden.startswith(": -m pytest -n auto")
-    assert "gpu" not in hidden
+    assert re.match("(?!.*gpu): -m pytest -n auto", hidden)
     on_a_card = f"0: -m pytest -n auto --dist worksteal -m gpu or device --require-gpu {chosen}".rstrip()
     assert then == (on_a_card if cards else "There is no GPU here: tests that need one were skipped")
     assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
-
-
-def test_tests_on_a_card_have_processes_that_are_replaced_where_it_fails_and_leave_time_for_the_benchmark():
-    """As in `make test`: in one process the first fault ends all."""
-    (job,) = (job for (name, _), job in JOBS.items() if name == "gpu")
-    (step,) = (step for step in job["steps"] if "pytest" in step.get("run", ""))
-    (on_all_cores,) = re.findall("^ON_ALL_CORES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert on_all_cores in step["run"]
-    bench = next(int(s["with"]["minutes"].split("'")[-2]) for s in job["steps"] if "minutes" in s.get("with", ()))
-    assert step["timeout-minutes"] + 2 * bench < job["timeout-minutes"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
@@ -167,25 +159,24 @@ def test_inputs_of_this_repositorys_action_exist_and_so_do_commands_and_their_op
 def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(tmp_path, status, baseline):
     """The run of this card is stored, or another `baseline` is given; None: neither."""
     (script,) = (script for script in SCRIPTS if "bench compare" in script)
-    python, summary, file = tmp_path / "bin/python", tmp_path / "summary", "bench/results/nvidia-h100-80gb-hbm3.csv"
-    for folder in ("bin", "gpu-lstm", "bench/results"):
+    file = "bench/results/nvidia-h100-80gb-hbm3.csv"
+    for folder in ("gpu-lstm", "bench/results"):
         (tmp_path / folder).mkdir(parents=True)
     card = 'if [ "$1" = -c ]; then echo "NVIDIA H100 80GB HBM3"; exit; fi'
-    python.write_text(f'#!/bin/bash\n{card}\necho "$@"\nexit {status}\n')
-    python.chmod(0o755)
+    written(tmp_path / "python", f'{card}\necho "$@"\nexit {status}')
     if baseline is not None:
         (tmp_path / file).touch()
-    environment = {
-        "PATH": f"{python.parent}:/usr/bin:/bin", "BASELINE": baseline or "", "FAIL_UNDER": "0.9",
-        "GITHUB_WORKSPACE": "/project", "GITHUB_STEP_SUMMARY": str(summary), "RUNNER_TEMP": str(tmp_path),
-    }  # fmt: skip
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BASELINE": baseline or "", "FAIL_UNDER": "0.9",
+                   "GITHUB_WORKSPACE": "/project", "GITHUB_STEP_SUMMARY": f"{tmp_path}/summary",
+                   "RUNNER_TEMP": str(tmp_path)}  # fmt: skip
     done, path = run(*BASH, script, cwd=tmp_path, env=environment), f"/project/{baseline}" if baseline else file
+    said = f"-m bench compare {path} {tmp_path}/gpu-lstm/results.csv --fail-under 0.9\n"
     assert done.returncode == status
     if baseline is None:
-        assert f"no earlier run on NVIDIA H100 80GB HBM3, no {file}" in done.stdout == summary.read_text()
-    else:
-        assert done.stdout == f"-m bench compare {path} {tmp_path}/gpu-lstm/results.csv --fail-under 0.9\n"
-        assert summary.read_text() == f"```\n{done.stdout}```\n"
+        said = done.stdout
+        assert f"no earlier run on NVIDIA H100 80GB HBM3, no {file}" in said
+    assert done.stdout == said
+    assert (tmp_path / "summary").read_text() == (said if baseline is None else f"```\n{said}```\n")
 
 
 @pytest.mark.deep

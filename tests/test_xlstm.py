@@ -55,12 +55,18 @@ def numbers_of(cell, x, state=None):
     return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weights)]
 
 
-@pytest.mark.parametrize(("given", "shut"), [(False, 0.0), (True, 0.0), (True, -1e9), (True, -float("inf"))])
-def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut):
+SHAPES = [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")]  # of inputs and outputs
+
+
+@pytest.mark.parametrize(("given", "shut", "shapes"), [
+    *((given, shut, {}) for given, shut in ((False, 0.0), (True, 0.0), (True, -1e9), (True, -float("inf")))),
+    *((True, 0.0, dict(zip(("input_shape", "output_shape"), names))) for names in SHAPES)])  # fmt: skip
+def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut, shapes):
     """With input gates that are shut, too: where every n is 0 that cell forgets m, so that states are given."""
-    cell = cell_of_xlstm().double()
+    cell = cell_of_xlstm(**shapes).double()
     x, state = tensors_for(torch.float64)
     x[..., :H] += torch.where(torch.rand(B, S, H) < 0.4, shut, 0.0)
+    x = x.transpose(0, 1) if shapes.get("input_shape") == "SBGNH" else x
     theirs = numbers_of(cell, x, state if given else None)
     assert gpu_lstm.use_for_slstm(cell) == 1
     assert cell._theirs is type(cell).__mro__[2]
@@ -137,18 +143,6 @@ def test_the_layout_of_its_cuda_kernels():
     again = copy.deepcopy(vanilla)
     again.load_state_dict(names["to_vanilla"](cuda.state_dict(), HEADS))
     assert all(map(torch.equal, again.parameters(), vanilla.parameters()))
-
-
-@pytest.mark.parametrize("shapes", [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")])
-def test_its_shapes_of_inputs_and_outputs(shapes):
-    cell = cell_of_xlstm(input_shape=shapes[0], output_shape=shapes[1])
-    x, state = tensors_for(torch.float32)
-    x = x if shapes[0] == "BSGNH" else x.transpose(0, 1).contiguous()
-    theirs = cell(x, state)[0]
-    gpu_lstm.use_for_slstm(cell)
-    ours = cell(x, state)[0]
-    assert cell._theirs is type(cell).__mro__[2]
-    torch.testing.assert_close(ours, theirs)
 
 
 def model_of_xlstm():
