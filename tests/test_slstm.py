@@ -15,14 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
-from gpu_lstm.backends import verify
 from gpu_lstm.call import options
-from gpu_lstm.call.choices import Backend
 from gpu_lstm.functional import slstm_layer
 from gpu_lstm.kernels.cells import CELLS, SLSTM
-from gpu_lstm.kernels.problem import Pass, problem_of
-from gpu_lstm.kernels.tensors import Inputs
-from gpu_lstm.kernels.triton_rnn import equations
 
 H = 8
 by_both = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -181,24 +176,6 @@ def test_transforms():
     close(torch.func.jvp(output, (x,), (v,))[1], torch.tensordot(torch.func.jacrev(output)(x), v, 3))
 
 
-@by_both
-def test_weights_and_all_of_h_are_dropped(backend):
-    slstm, x, _ = made("", backend)
-    without = copy.deepcopy(slstm)
-    torch.nn.init.zeros_(without.weight_hh_l0)
-    for name in ("weight_drop", "recurrent_dropout"):
-        setattr(slstm, name, 1.0)
-        close(slstm(x)[0], without(x)[0])
-        setattr(slstm, name, 0.0)
-
-
-def test_dropout_is_between_layers():
-    slstm, x = gpu_lstm.SLSTM(I, H, 2, dropout=1.0), torch.randn(T, B, I)
-    upper = gpu_lstm.SLSTM(H, H)
-    upper.load_state_dict({name.replace("_l1", "_l0"): t for name, t in slstm.state_dict().items() if "_l1" in name})
-    close(slstm(x)[0], upper(torch.zeros(T, B, H))[0])
-
-
 def test_what_torch_lacks_stays():
     model = torch.nn.ModuleList([gpu_lstm.SLSTM(I, H), gpu_lstm.LSTM(I, H)])
     said = r"swapped 1 .*; left as it is: 0 \(gpu_lstm.SLSTM\), a cell that torch.nn has"
@@ -210,24 +187,6 @@ def test_what_torch_lacks_stays():
         gpu_lstm.convert(model[0])
     with pytest.raises(ValueError, match="SLSTM has a cell of its own, and would be scripted"):
         torch.jit.script(model[0])
-
-
-@pytest.mark.parametrize("product", [False, True])
-def test_kernels_are_verified_as_on_a_card(product, monkeypatch):
-    torch.manual_seed(0)
-    weight_ih = None if product else torch.randn(4 * H, I)
-    x, weight_hh = torch.randn(T, B, 4 * H if product else I), torch.randn(4 * H, H)
-    inputs = Inputs(x, torch.randn(1, B, H), torch.randn(2, B, H), weight_ih, weight_hh)
-    layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "slstm", False, "ieee"), x.device)
-    forward, backward = equations.slstm_forward, equations.slstm_backward
-    for pass_, name, fault in (
-        (Pass(), "slstm_forward", lambda x, z, q, rest: forward(x, z, q, (rest[0] * 0.5,))),
-        (Pass(True), "slstm_backward", lambda *given: backward(*given[:4], (given[4][0] * 0.0,))),
-    ):
-        assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
-        with monkeypatch.context() as patch:
-            patch.setattr(equations, name, fault)
-            assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan).startswith("the RMS error of")
 
 
 @by_both

@@ -11,6 +11,7 @@ import torch
 import wrong_calls
 from comparing import DEVICE
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from wrong_calls import CALLS, INT
 
 import bench.__main__
@@ -45,7 +46,7 @@ def picture(m):
             found[name, path] = {k: v.copy() if isinstance(v, dict | list | set) else v for k, v in held}
             found[name, path, "values"] = values(module._parameters.values())
     for stream in (m.stream, m.stream_of_stack):
-        found[stream] = values(t for state in stream._state for t in state)
+        found[stream] = values(tree_leaves(stream._state))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     found["chosen"] = *(list(opened) for opened in (choices.chosen_backends, choices.chosen_racings)), environment
     return found
