@@ -42,6 +42,7 @@ pytestmark = [
 cell_forward, lstm_backward, sequences = equations.cell_forward, lstm.lstm_backward, indexing.sequences
 load_constants, launch_kernel = states.load_constants, launch.launch_kernel
 gru_forward, gru_backward, tanh = gru.gru_forward, gru.gru_backward, lstm.tanh
+slstm_forward, slstm_backward = slstm.slstm_forward, slstm.slstm_backward
 
 
 def gru_with(candidate):
@@ -77,6 +78,8 @@ IN_KERNELS = {  # of each option of a call: the device function, and what stands
     "GRU: n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, *rest: (
         (dz[0], dz[1] * 0.0, dz[2], dz[3]), *rest))),
     "GRU: dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
+    "sLSTM: half of l": ("slstm_forward", lambda x, z, q, rest: slstm_forward(x, z, q, (rest[0] * 0.5,))),
+    "sLSTM: dl lost": ("slstm_backward", lambda *given: slstm_backward(*given[:4], (given[4][0] * 0.0,))),
 }  # fmt: skip
 
 
@@ -164,7 +167,8 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
     _, said = OF_LAUNCHES.get(row.fault, (None, "the RMS error of"))
     ours = getattr(gpu_lstm, row.kind)(I, H, **row.arguments)
     call, expected = row.way(ours), truth(ours, X, **RAGGED)
-    with pytest.warns(UserWarning, match=f"backend 'auto' .* no Triton kernel can run this layer .*{said}"):
+    instead = f"'{'reference' if row.arguments else 'torch'}' for {row.kind} {I} -> {H}"
+    with pytest.warns(UserWarning, match=f"'auto' uses {instead}.* no Triton kernel can run this layer .*{said}"):
         assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
     asked, stored = verdicts.call_count, [verdict for *_, verdict in cache.entries(cache.CHECKS)]
     assert (stored == []) == (row.fault in ("times out", "cannot be launched"))
@@ -172,6 +176,7 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
         warnings.filterwarnings("error", "gpu_lstm")
         assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
         gpu_lstm.check()  # nothing is left to tell
+        assert gpu_lstm.explain(ours, X, **RAGGED).others["triton"].startswith("the kernels fail")
     assert verdicts.call_count == asked
     with torch.no_grad():
         torch.testing.assert_close(call(X, **RAGGED)[0].double(), expected["output"], rtol=0, atol=1e-6)

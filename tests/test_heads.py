@@ -1,14 +1,12 @@
 """Heads as a user meets them. Their numbers, on every backend and beside the oracle: test_layer.py."""
 
 import copy
-import io
 
 import pytest
 import torch
 from comparing import assert_same
-from pairs import RAGGED, B, I, T, random_inputs, results
+from pairs import B, I, T, random_inputs, results
 from torch import nn
-from torch.func import vmap
 
 import gpu_lstm
 from gpu_lstm import functional
@@ -84,7 +82,7 @@ def test_to_torch_cut_and_back(kind):
 
 
 @KINDS
-def test_traces_explanations_and_files(kind):
+def test_traces_and_explanations(kind):
     module, x = made(kind, backend="reference").eval(), torch.randn(T, B, I).double()
     y, _ = module(x)
     assert torch.equal(gpu_lstm.trace(module, x).layers[0][0].hidden, y)
@@ -92,20 +90,3 @@ def test_traces_explanations_and_files(kind):
     assert said.layers[0].heads == HEADS
     assert f"layer 0, forward: {I} -> 12 of 3 heads" in str(said)
     assert said.problem.startswith(f"{kind.__name__} {I} -> 12 (3 heads), T = {T}, B = 3, float64, ")
-    torch.save(module, file := io.BytesIO())
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(x)[0], y)
-
-
-@pytest.mark.parametrize(("kind", "backend"), [(gpu_lstm.LSTM, "reference"), (gpu_lstm.GRU, "torch")])
-def test_graphs_and_transforms(kind, backend):
-    module = made(kind, backend=backend)
-    x, hx = random_inputs(module, B)
-    expected = results(module, x, hx, **RAGGED)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    assert_same(results(module, x, hx, call=compiled, **RAGGED), expected)
-    x = x.double()
-    exported = torch.export.export(module.eval(), (x,)).module()
-    torch.testing.assert_close(exported(x)[0], module(x)[0])
-    several = vmap(lambda x: module(x)[0])(torch.stack([x, 2 * x]))
-    torch.testing.assert_close(several[1], module(2 * x)[0])

@@ -297,6 +297,16 @@ def test_what_a_race_is_about_is_in_its_key(monkeypatch):
     assert key(steps=3, batch=4) == keys[-1], "sizes of the same classes"
 
 
+def test_the_bias_of_a_layer_norm_is_in_a_route(monkeypatch):
+    """The only tensor of lstm_layer that its options say nothing about."""
+    launched, layer = as_a_card(monkeypatch), Function(normed=True)
+    layer.backend = "triton"
+    for layer.bias_c in (True, False):
+        layer(X)
+    assert [(problem.gain_hh, problem.gain_c, problem.bias_c) for _, problem in launched] == [
+        (False, True, True), (False, True, False)]  # fmt: skip
+
+
 def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypatch):
     """Whatever float32 is multiplied in: what was measured and verified for one of them is found for the other."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)

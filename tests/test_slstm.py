@@ -1,17 +1,14 @@
 """The sLSTM: its states, and what goes round a call. Its numbers, beside the oracle: test_layer.py."""
 
-import copy
-import pickle
 import warnings
 from functools import partial
 
 import pytest
 import torch
 from cases import built, with_random_parameters
-from comparing import PLACES, assert_same
-from pairs import LENGTHS, RAGGED, B, I, T, random_inputs, results
+from comparing import PLACES
+from pairs import LENGTHS, RAGGED, B, I, T, random_inputs
 from places import INTERPRETED, KERNELS, forget
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -130,50 +127,6 @@ def test_trace_and_explain():
     said = str(gpu_lstm.explain(module, x))
     assert "SLSTM 3 -> 8 -> 8" in said
     assert "torch: it does not support slstm cells" in said
-
-
-def test_copies_pickles_and_state_dicts():
-    module, x, _ = made("heads")
-    other = gpu_lstm.SLSTM(I, H, heads=2, backend="reference").double()
-    assert {name: tuple(t.shape) for name, t in other.state_dict().items()} == {
-        "weight_ih_l0": (4 * H, I), "weight_hh_l0": (4 * H, H // 2), "bias_ih_l0": (4 * H,), "bias_hh_l0": (4 * H,),
-    }  # fmt: skip
-    other.load_state_dict(module.state_dict())
-    for twin in (other, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert same(twin(x), module(x))
-        assert repr(twin) == "gpu_lstm.SLSTM(3, 8, heads=2, backend='reference')"
-
-
-def test_in_graphs_of_torch_compile_for_all_sizes():
-    module, x, hx = made("heads", "triton")
-    expected = results(module, x, hx, **RAGGED)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    module.compile(backend=counter, fullgraph=True)
-    assert_same(results(module, x, hx, **RAGGED), expected)
-    for steps in (3, 7):
-        x = torch.randn(steps, 2, I).to(module.weight_hh_l0)
-        close(module(x)[0], module.forward(x)[0])
-    assert counter.frame_count <= 3  # with states and without, and of all sizes
-
-
-def test_exported_programs():
-    module, x, _ = made("heads")
-    sizes = {"input": {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}}
-    program = torch.export.export(module.eval(), (x,), dynamic_shapes=sizes).module()
-    x = torch.randn(7, 2, I).double()
-    close(program(x), module(x))
-
-
-def test_transforms():
-    module, x, _ = made("heads", steps=2)
-    batch, v = torch.randn(3, 2, 2, I).double(), torch.randn_like(x)
-
-    def output(x):
-        return module(x)[0]
-
-    close(torch.func.vmap(output)(batch), torch.stack([output(x) for x in batch]))
-    close(torch.func.jvp(output, (x,), (v,))[1], torch.tensordot(torch.func.jacrev(output)(x), v, 3))
 
 
 def test_what_torch_lacks_stays():
