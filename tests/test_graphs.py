@@ -204,8 +204,7 @@ STEPS, BATCH = Dim("T"), Dim("B")
 
 
 @pytest.mark.parametrize(("kind", "strict", "backend"), [
-    ("StackedLSTM", False, "torch"), ("GRU", False, "triton"), ("SLSTM", False, "reference"),
-    ("LSTM heads", False, "reference"),
+    ("StackedLSTM", False, "torch"), ("GRU", False, "triton"), ("LSTM heads", False, "reference"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("LSTM", True, "triton"), ("StackedGRU", True, "torch")))])  # fmt: skip
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):

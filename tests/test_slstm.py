@@ -129,6 +129,14 @@ def test_trace_and_explain():
     assert "torch: it does not support slstm cells" in said
 
 
+def test_exported_programs():
+    module, x, _ = made("heads")
+    sizes = {"input": {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}}
+    program = torch.export.export(module.eval(), (x,), dynamic_shapes=sizes).module()
+    x = torch.randn(7, 2, I).double()
+    close(program(x), module(x))
+
+
 def test_what_torch_lacks_stays():
     model = torch.nn.ModuleList([gpu_lstm.SLSTM(I, H), gpu_lstm.LSTM(I, H)])
     said = r"swapped 1 .*; left as it is: 0 \(gpu_lstm.SLSTM\), a cell that torch.nn has"
