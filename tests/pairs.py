@@ -50,8 +50,16 @@ def letters_of(module: nn.Module) -> str:
 
 
 def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
-    """torch's module in float64, and gpu_lstm's of that kind, with the same weights."""
-    cls = partial(Chain, of=getattr(nn, kind[7:])) if kind.startswith("Stacked") else getattr(nn, kind)
+    """torch's module in float64, and gpu_lstm's of that kind, with the same weights.
+
+    Instead of torch's, which has neither an SLSTM nor "LSTM heads" and "GRU heads", there the reference.
+    """
+    kind, *heads = kind.split()
+    arguments |= dict(heads=2) if heads else {}
+    if heads or kind == "SLSTM":
+        cls = partial(getattr(gpu_lstm, kind), backend="reference")
+    else:
+        cls = partial(Chain, of=getattr(nn, kind[7:])) if kind.startswith("Stacked") else getattr(nn, kind)
     sizes = dict(hidden_sizes=SIZES) if kind.startswith("Stacked") else dict(hidden_size=H)
     arguments = dict(input_size=I) | sizes | arguments
     torch.manual_seed(1)

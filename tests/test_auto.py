@@ -69,22 +69,3 @@ def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypat
     assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}
     assert "triton" in [each.args[0].backend.value for each in chosen.call_args_list]
     gpu_lstm.check()
-
-
-@pytest.mark.parametrize(("batch", "wrong"), [
-    (9, lambda batch, hidden: torch.arange(batch) % hidden),
-    (3, lambda batch, hidden: torch.arange(batch) * (batch >= hidden)),
-])  # fmt: skip
-def test_a_kernel_that_is_wrong_for_more_or_for_fewer_sequences_than_units_is_refused(monkeypatch, card, batch, wrong):
-    """Sequences begin with the states of others. The numbers are those of torch's own module, which are right."""
-    card("cooperative/4/1/4")
-    forward = launch.Prepared.forward
-
-    def with_states_of_others(prepared, gates, r):
-        batch, hidden = r.inputs.c0.shape[1:]
-        r = r._replace(inputs=r.inputs._replace(h0=r.inputs.h0[:, wrong(batch, hidden)].contiguous()))
-        return forward(prepared, gates, r)
-
-    monkeypatch.setattr(launch.Prepared, "forward", with_states_of_others)
-    with pytest.warns(UserWarning, match="the RMS error of h.*It is not used"):
-        check((3, batch, 3, 8), "", None, torch.float32, seeds=1)

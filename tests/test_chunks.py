@@ -11,7 +11,6 @@ import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.call import modes
 from gpu_lstm.dispatch.route import forget
-from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels import memory
 from gpu_lstm.kernels.triton_rnn import launch
 
@@ -105,25 +104,6 @@ def test_cell_states_go_from_chunk_to_chunk_in_float32(two_steps, device, cell, 
         two_steps(batch=3, hidden=6)
     assert all(map(torch.equal, *results))
     assert results[1][-1].dtype is torch.float16
-
-
-@pytest.mark.parametrize("resets_are_left", ["as zeros", "as states"])
-@pytest.mark.parametrize("layer", [lstm_layer, gru_layer])
-def test_a_layer_in_reverse_begins_with_the_last_chunk(two_steps, device, layer, resets_are_left):
-    T, B, I, H, rows = 5, 3, 4, 6, 4 if layer is lstm_layer else 3
-    x, *weights = (torch.randn(size, device=device) for size in ((T, B, I), (rows * H, I), (rows * H, H)))
-    hx, left = ([torch.randn(*sizes, H, device=device) for _ in "hc"] for sizes in ((B,), (T, B)))
-    resets = torch.tensor([[0, 0, 0], [0, 1, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0]], dtype=torch.bool, device=device)
-    given = dict(lengths=torch.tensor([5, 4, 3], device=device), resets=resets, reverse=True)
-    if resets_are_left == "as states":
-        given["reset_states"] = tuple(left) if layer is lstm_layer else left[0]
-    two_steps(batch=B, hidden=H)
-    with torch.no_grad():
-        found, expected = (
-            tree_leaves(layer(x, weights, tuple(hx) if layer is lstm_layer else hx[0], backend=backend, **given))
-            for backend in ("triton", "reference")
-        )
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="launches are recorded in the interpreter")

@@ -68,7 +68,7 @@ def both(request):
     return pair(*request.param)
 
 
-@pytest.fixture(params=["LSTM", "GRU"])
+@pytest.fixture(params=["LSTM", "GRU", "SLSTM"])
 def by_reference(request):
     return pair(request.param, "reference")
 

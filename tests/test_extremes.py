@@ -4,6 +4,7 @@ What is too large for any memory is interpreted without any: every address is ch
 """
 
 import dataclasses
+from functools import partial
 from itertools import product
 from math import ceil
 from types import SimpleNamespace
@@ -29,11 +30,12 @@ from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
 from gpu_lstm.kernels.triton_rnn.plans.planning import Step
 
 T, I, H = 3, 3, 4
+HEADS = {f"{cls.__name__} of heads": partial(cls, 2, 4, heads=2) for cls in (gpu_lstm.LSTM, gpu_lstm.GRU)}
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="compiled kernels have the GPU's memory")
 
 
 @pytest.mark.parametrize(("recompute", "ragged"), [(False, True), (True, False)])
-@pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant", "GRU", "StackedGRU"])
+@pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant", "GRU", "StackedGRU", *HEADS])
 @every_backend
 def test_a_batch_of_none(backend, kind, recompute, ragged):
     """Forward and backward: results with no rows, and gradients of zero. A variant has noise, too."""
@@ -41,7 +43,7 @@ def test_a_batch_of_none(backend, kind, recompute, ragged):
     if noise and backend == "torch":
         backend = None  # chooses one that takes it
     place = PLACES[backend or "reference"]
-    lstm = SUBJECTS[kind](backend=backend, recompute=recompute, **noise, **place)
+    lstm = (SUBJECTS | HEADS)[kind](backend=backend, recompute=recompute, **noise, **place)
     x = zeros(T, 0, 2, **place, requires_grad=True)
     of_none = dict(lengths=zeros(0, device=x.device).long(), resets=zeros(T, 0, device=x.device).bool())
     y, _ = lstm(x, **of_none if ragged else {})

@@ -42,6 +42,7 @@ pytestmark = [
 cell_forward, lstm_backward, sequences = equations.cell_forward, lstm.lstm_backward, indexing.sequences
 load_constants, launch_kernel = states.load_constants, launch.launch_kernel
 gru_forward, gru_backward, tanh = gru.gru_forward, gru.gru_backward, lstm.tanh
+slstm_forward, slstm_backward = slstm.slstm_forward, slstm.slstm_backward
 
 
 def gru_with(candidate):
@@ -77,6 +78,8 @@ IN_KERNELS = {  # of each option of a call: the device function, and what stands
     "GRU: n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, *rest: (
         (dz[0], dz[1] * 0.0, dz[2], dz[3]), *rest))),
     "GRU: dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
+    "sLSTM: half of l": ("slstm_forward", lambda x, z, q, rest: slstm_forward(x, z, q, (rest[0] * 0.5,))),
+    "sLSTM: dl lost": ("slstm_backward", lambda *given: slstm_backward(*given[:4], (given[4][0] * 0.0,))),
 }  # fmt: skip
 
 
@@ -123,6 +126,10 @@ def verdicts(monkeypatch):
         yield verify._verdict
 
 
+def eager(module):
+    return module
+
+
 def watched(module):
     def call(*given, **options):
         with FlopCounterMode(display=False):
@@ -142,7 +149,7 @@ class Row(NamedTuple):
     fault: str
     kind: str = "LSTM"
     arguments: dict = {}  # noqa: RUF012
-    way: Callable = lambda module: module
+    way: Callable = eager
 
 
 X = random_inputs(gpu_lstm.LSTM(I, H), B)[0]
@@ -151,9 +158,10 @@ EVERYTHING = dict(peepholes=True, recompute=True)
 
 @pytest.mark.parametrize("row", [
     Row("gates i and f swapped"), Row("gates i and f swapped", way=watched), Row("cell gradient lost"),
-    Row("cell gradient lost", "LSTM", EVERYTHING, by_compiler), Row("GRU: b_hn outside r", "GRU"),
+    Row("cell gradient lost", "LSTM", EVERYTHING, by_compiler), Row("gates i and f swapped", "LSTM", EVERYTHING),
+    Row("GRU: b_hn outside r", "GRU"),
     Row("GRU: n does not depend on r", "GRU", {}, watched), *map(Row, OF_LAUNCHES),
-], ids=lambda row: f"{row.fault}, {getattr(row.way, '__name__', 'eager')}")  # fmt: skip
+], ids=lambda row: f"{row.fault}, {row.way.__name__}")  # fmt: skip
 def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
     """Forward or backward; as one warning says, and without another trial. What tells nothing about the kernel, such as
     a timeout next to another process, is not cached."""
@@ -164,7 +172,10 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
     _, said = OF_LAUNCHES.get(row.fault, (None, "the RMS error of"))
     ours = getattr(gpu_lstm, row.kind)(I, H, **row.arguments)
     call, expected = row.way(ours), truth(ours, X, **RAGGED)
-    with pytest.warns(UserWarning, match=f"backend 'auto' .* no Triton kernel can run this layer .*{said}"):
+    told = "does without the kernels of 'triton'"
+    if row.way is eager:
+        told = f"uses '{'reference' if row.arguments else 'torch'}' for {row.kind} {I} -> {H}"
+    with pytest.warns(UserWarning, match=f"'auto' {told}.* no Triton kernel can run this layer .*{said}"):
         assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
     asked, stored = verdicts.call_count, [verdict for *_, verdict in cache.entries(cache.CHECKS)]
     assert (stored == []) == (row.fault in ("times out", "cannot be launched"))
@@ -172,6 +183,8 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
         warnings.filterwarnings("error", "gpu_lstm")
         assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
         gpu_lstm.check()  # nothing is left to tell
+        others = gpu_lstm.explain(ours, X, **RAGGED).others
+        assert row.way is not eager or others["triton"].startswith("the kernels fail")
     assert verdicts.call_count == asked
     with torch.no_grad():
         torch.testing.assert_close(call(X, **RAGGED)[0].double(), expected["output"], rtol=0, atol=1e-6)
@@ -209,7 +222,7 @@ def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
     torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, X, **RAGGED)["dx"])
 
 
-@pytest.mark.parametrize("way", [lambda module: module, by_compiler], ids=["eager", "compiled"])
+@pytest.mark.parametrize("way", [eager, by_compiler])
 def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, way):
     """Nothing is decided or cached; who chose the kernels gets the error."""
     ours = pair("LSTM", None)[1]

@@ -61,6 +61,7 @@ def call_of(ours, steps, batch, ragged=False):
 
 @pytest.mark.parametrize(("kind", "training", "ragged", "backend"), [
     ("StackedLSTM", True, True, "torch"), ("LSTM", True, "states", "triton"), ("GRU", True, "marked", "torch"),
+    ("SLSTM heads", True, True, "triton"), ("GRU heads", True, True, "torch"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("LSTM", False, "marked", "torch"), ("GRU", True, "states", "triton"),
         ("LSTM", True, False, "torch"), ("StackedLSTM", True, False, "triton"),
@@ -203,7 +204,7 @@ STEPS, BATCH = Dim("T"), Dim("B")
 
 
 @pytest.mark.parametrize(("kind", "strict", "backend"), [
-    ("StackedLSTM", False, "torch"), ("GRU", False, "triton"),
+    ("StackedLSTM", False, "torch"), ("GRU", False, "triton"), ("LSTM heads", False, "reference"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("LSTM", True, "triton"), ("StackedGRU", True, "torch")))])  # fmt: skip
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):

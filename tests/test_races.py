@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import warnings
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -173,31 +172,6 @@ def test_modes(stubbed, monkeypatch, mode, raced, winner):
     with pytest.raises(ValueError, match="unknown mode of racing 'fast'; expected one of 'on', 'read', 'off'"):
         gpu_lstm.racing("fast").__enter__()
     assert choices.requested_racing() is choices.Racing(mode)
-
-
-@pytest.mark.parametrize(("mode", "module"), [("off", LSTM), ("on", GRU)])
-def test_kernels_that_fail_leave_the_user_with_torchs_numbers(stubbed, monkeypatch, mode, module):
-    """Or, where torch's own cannot run the call, with the reference's."""
-    fails = Mock(side_effect=RuntimeError("no Triton kernel can run this layer on this card: planted"))
-    monkeypatch.setattr(launch, "choose_plan", fails)
-    ran, x = stubbed(), torch.randn(5, 3, 4)
-    name = type(module).__name__
-    with gpu_lstm.racing(mode), pytest.warns(UserWarning, match=f"auto' uses 'torch' for {name} 4 -> 5.*planted"):
-        y, _ = module(x)
-    with gpu_lstm.backend("torch"):
-        assert torch.equal(y, module(x)[0])
-    assert ran == []
-    with warnings.catch_warnings(), gpu_lstm.racing(mode):
-        warnings.simplefilter("error")
-        assert gpu_lstm.explain(module, x).others["triton"].startswith("the kernels fail")
-        module(x)  # said once
-        call = _call(module, x)
-        capturing = call._replace(modes=call.modes._replace(capturing=True))
-        assert race.decide(capturing, kind_of(call), Backend.TRITON).backend is Backend.TORCH, "in a capture, too"
-    with pytest.raises(RuntimeError, match="planted"):
-        type(module)(4, 5, backend="triton")(x)
-    with pytest.warns(UserWarning, match="auto' uses 'reference'"):
-        assert _backend_of(type(module)(4, 5, zoneout=0.3)) == "reference"
 
 
 def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """CONTRIBUTING's recipe for a cell, carried out: in a copy of the library it adds files and entries of lists, no more.
 
-A child process imports the copy, and compares it with a plain loop in float64, which shares no code with it.
+A child process imports the copy, and compares it in float64 with an LSTM of other weights that computes the same.
 """
 
 import os
@@ -138,6 +138,7 @@ COUPLED_COMPARED = """
 import places
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 from gpu_lstm import CoupledLSTM
@@ -149,52 +150,35 @@ from gpu_lstm.kernels.tensors import Inputs
 I, H = 2, 4
 
 
-def plain_loop(module, x, state, left, lengths, resets):
-    # h [T, B, D * H] and the final states [D, B, H] of a module with one layer.
-    T, B, _ = x.shape
-    outputs, finals = [], []
-    for d in range(1 + module.bidirectional):
-        ending = "_l0" + "_reverse" * d
-        w_x, w_h, *biases = (p.double() for name, p in module.named_parameters() if name.endswith(ending))
-        for b in range(B):
-            h, c = state[0][d, b], state[1][d, b]
-            found = [torch.zeros_like(h)] * T
-            for s in range(lengths[b]):
-                t = lengths[b] - 1 - s if d else s
-                at = t + d  # a reset at t separates t - 1 from t
-                if at < lengths[b] and resets[at, b]:
-                    h, c = (torch.zeros_like(h),) * 2 if left is None else (left[0][d, at, b], left[1][d, at, b])
-                i, g, o = (w_x @ x[t, b] + w_h @ h + sum(biases)).chunk(3)
-                c = (1 - i.sigmoid()) * c + i.sigmoid() * g.tanh()
-                found[t] = h = o.sigmoid() * c.tanh()
-            outputs.append(torch.stack(found))
-            finals.append((h, c))
-    y = torch.stack(outputs).unflatten(0, (-1, B)).permute(2, 1, 0, 3).flatten(2)
-    return y, *(torch.stack(each).unflatten(0, (-1, B)) for each in zip(*finals))
+def as_lstm(module):
+    # In float64 an LSTM whose forget gate is shut by what opens the input gate: sigmoid(-z_i) = 1 - sigmoid(z_i).
+    lstm = gpu_lstm.LSTM(I, H, bias=module.bias, bidirectional=module.bidirectional, backend="reference").double()
+
+    def widened(p):
+        i, g, o = p.double().chunk(3)
+        return torch.cat([i, -i, g, o])
+
+    def call(*given, **ragged):
+        weights = {name: widened(p) for name, p in module.named_parameters()}
+        given, ragged = tree_map(lambda t: t.double() if t.is_floating_point() else t, (given, ragged))
+        return torch.func.functional_call(lstm, weights, given, ragged)
+
+    return call
 
 
-def compare(backend, T=3, B=2, ragged=True, given=True, **options):
+def compare(backend, given=True, **options):
     # Results and all gradients.
     torch.manual_seed(0)
     module = CoupledLSTM(I, H, backend=backend, **options)
-    directions = 1 + module.bidirectional
-    x, lengths, resets = torch.randn(T, B, I), torch.full((B,), T), torch.zeros(T, B, dtype=torch.bool)
-    state, left = ([torch.randn(directions, *more, B, H) for _ in "hc"] for more in ((), (T,)))
-    leaves, arguments = [x, *state, *module.parameters()], {}
-    if ragged:
-        lengths, resets = torch.randint(1, T + 1, (B,)), torch.rand(T, B) < 0.4
-        arguments = dict(lengths=lengths, resets=resets)
-    if ragged and given:
-        leaves, arguments = [*leaves, *left], arguments | dict(reset_states=tuple(left))
-    for leaf in leaves:
-        leaf.requires_grad_()
-    y, final = module(x, tuple(state), **arguments)
-    state, left = ([t.double() for t in states] for states in (state, left))
-    truth = plain_loop(module, x.double(), state, left if given else None, lengths, resets)
-    ours = y, *final
+    directions, T, B = 1 + module.bidirectional, 3, 2
+    x, (state, left) = torch.randn(T, B, I), (torch.randn(2, directions, *more, B, H) for more in ((), (T,)))
+    leaves = [t.requires_grad_() for t in (x, state, *module.parameters(), *[left] * given)]
+    ragged = dict(lengths=torch.randint(1, T + 1, (B,)), resets=torch.rand(T, B) < 0.4)
+    ragged |= dict(reset_states=tuple(left)) if given else {}
+    ours, truth = (tree_leaves(call(x, tuple(state), **ragged)) for call in (module, as_lstm(module)))
     d = [torch.randn_like(t) for t in ours]
     pairs = [*zip(ours, truth), *zip(*(
-        torch.autograd.grad(results, leaves, [d.to(t.dtype) for d, t in zip(d, results)]) for results in (ours, truth)
+        torch.autograd.grad(results, leaves, [d.to(t) for d, t in zip(d, results)]) for results in (ours, truth)
     ))]
     for k, (our, true) in enumerate(pairs):
         torch.testing.assert_close(

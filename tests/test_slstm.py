@@ -1,28 +1,20 @@
 """The sLSTM: its states, and what goes round a call. Its numbers, beside the oracle: test_layer.py."""
 
-import copy
-import pickle
 import warnings
 from functools import partial
 
 import pytest
 import torch
 from cases import built, with_random_parameters
-from comparing import PLACES, assert_same
-from pairs import LENGTHS, RAGGED, B, I, T, random_inputs, results
+from comparing import PLACES
+from pairs import LENGTHS, RAGGED, B, I, T, random_inputs
 from places import INTERPRETED, KERNELS, forget
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
-from gpu_lstm.backends import verify
 from gpu_lstm.call import options
-from gpu_lstm.call.choices import Backend
 from gpu_lstm.functional import slstm_layer
 from gpu_lstm.kernels.cells import CELLS, SLSTM
-from gpu_lstm.kernels.problem import Pass, problem_of
-from gpu_lstm.kernels.tensors import Inputs
-from gpu_lstm.kernels.triton_rnn import equations
 
 H = 8
 by_both = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -137,66 +129,12 @@ def test_trace_and_explain():
     assert "torch: it does not support slstm cells" in said
 
 
-def test_copies_pickles_and_state_dicts():
-    module, x, _ = made("heads")
-    other = gpu_lstm.SLSTM(I, H, heads=2, backend="reference").double()
-    assert {name: tuple(t.shape) for name, t in other.state_dict().items()} == {
-        "weight_ih_l0": (4 * H, I), "weight_hh_l0": (4 * H, H // 2), "bias_ih_l0": (4 * H,), "bias_hh_l0": (4 * H,),
-    }  # fmt: skip
-    other.load_state_dict(module.state_dict())
-    for twin in (other, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert same(twin(x), module(x))
-        assert repr(twin) == "gpu_lstm.SLSTM(3, 8, heads=2, backend='reference')"
-
-
-def test_in_graphs_of_torch_compile_for_all_sizes():
-    module, x, hx = made("heads", "triton")
-    expected = results(module, x, hx, **RAGGED)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    module.compile(backend=counter, fullgraph=True)
-    assert_same(results(module, x, hx, **RAGGED), expected)
-    for steps in (3, 7):
-        x = torch.randn(steps, 2, I).to(module.weight_hh_l0)
-        close(module(x)[0], module.forward(x)[0])
-    assert counter.frame_count <= 3  # with states and without, and of all sizes
-
-
 def test_exported_programs():
     module, x, _ = made("heads")
     sizes = {"input": {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}}
     program = torch.export.export(module.eval(), (x,), dynamic_shapes=sizes).module()
     x = torch.randn(7, 2, I).double()
     close(program(x), module(x))
-
-
-def test_transforms():
-    module, x, _ = made("heads", steps=2)
-    batch, v = torch.randn(3, 2, 2, I).double(), torch.randn_like(x)
-
-    def output(x):
-        return module(x)[0]
-
-    close(torch.func.vmap(output)(batch), torch.stack([output(x) for x in batch]))
-    close(torch.func.jvp(output, (x,), (v,))[1], torch.tensordot(torch.func.jacrev(output)(x), v, 3))
-
-
-@by_both
-def test_weights_and_all_of_h_are_dropped(backend):
-    slstm, x, _ = made("", backend)
-    without = copy.deepcopy(slstm)
-    torch.nn.init.zeros_(without.weight_hh_l0)
-    for name in ("weight_drop", "recurrent_dropout"):
-        setattr(slstm, name, 1.0)
-        close(slstm(x)[0], without(x)[0])
-        setattr(slstm, name, 0.0)
-
-
-def test_dropout_is_between_layers():
-    slstm, x = gpu_lstm.SLSTM(I, H, 2, dropout=1.0), torch.randn(T, B, I)
-    upper = gpu_lstm.SLSTM(H, H)
-    upper.load_state_dict({name.replace("_l1", "_l0"): t for name, t in slstm.state_dict().items() if "_l1" in name})
-    close(slstm(x)[0], upper(torch.zeros(T, B, H))[0])
 
 
 def test_what_torch_lacks_stays():
@@ -210,24 +148,6 @@ def test_what_torch_lacks_stays():
         gpu_lstm.convert(model[0])
     with pytest.raises(ValueError, match="SLSTM has a cell of its own, and would be scripted"):
         torch.jit.script(model[0])
-
-
-@pytest.mark.parametrize("product", [False, True])
-def test_kernels_are_verified_as_on_a_card(product, monkeypatch):
-    torch.manual_seed(0)
-    weight_ih = None if product else torch.randn(4 * H, I)
-    x, weight_hh = torch.randn(T, B, 4 * H if product else I), torch.randn(4 * H, H)
-    inputs = Inputs(x, torch.randn(1, B, H), torch.randn(2, B, H), weight_ih, weight_hh)
-    layer = verify.layer_of(Backend.TRITON, problem_of(inputs, "slstm", False, "ieee"), x.device)
-    forward, backward = equations.slstm_forward, equations.slstm_backward
-    for pass_, name, fault in (
-        (Pass(), "slstm_forward", lambda x, z, q, rest: forward(x, z, q, (rest[0] * 0.5,))),
-        (Pass(True), "slstm_backward", lambda *given: backward(*given[:4], (given[4][0] * 0.0,))),
-    ):
-        assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan) == "right"
-        with monkeypatch.context() as patch:
-            patch.setattr(equations, name, fault)
-            assert verify._verdict(layer, pass_, inputs, layer.chosen(pass_).plan).startswith("the RMS error of")
 
 
 @by_both

@@ -163,10 +163,6 @@ CASES = {
 }  # fmt: skip
 
 
-def by_call(lstm, x, hx, rest):
-    return lstm(x, hx, **rest)
-
-
 @pytest.fixture
 def faults(monkeypatch):
     """Of a case: a step of training, inference, or inference in which a chunk raises."""
@@ -191,7 +187,9 @@ def faults(monkeypatch):
                 y, _ = torch.func.functional_call(lstm, own, (torch.randn(T, B, I),))
                 del own
             else:
-                y, _ = by_call(lstm, *call_of(lstm, size, named, 0))
+                x, hx, rest = call_of(lstm, size, named, 0)
+                y, _ = lstm(x, hx, **rest)
+                del x, hx, rest
             loss = y.float().square().mean()
             del y
         with model:

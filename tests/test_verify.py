@@ -15,7 +15,7 @@ from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
 from places import cuda
 from standing_in import plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
-from test_faults import IN_KERNELS, plant
+from test_faults import plant
 from test_settings import SETTINGS
 from torch.utils.checkpoint import checkpoint
 
@@ -166,19 +166,14 @@ def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
     assert _verify(PLAIN, pass_, given=launch.call_of(PLAIN, CPU)[1].inputs) is None
 
 
-OF_OPTIONS = (  # which the table of test_faults.py has not
+@pytest.mark.parametrize("fault", [  # which the table of test_faults.py has not
     "peepholes in another order", "resets ignored", "lengths ignored", "zeros for the state given",
-    "GRU: r and z swapped",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", [
-    pytest.param(fault, marks=[pytest.mark.deep] * (fault not in OF_OPTIONS)) for fault in IN_KERNELS])  # fmt: skip
+    "GRU: r and z swapped", "GRU: dm lost", "sLSTM: half of l", "sLSTM: dl lost"])  # fmt: skip
 def test_a_wrong_kernel_is_found(monkeypatch, fault):
     problem = PLAIN._replace(**RAGGED, reverse=True, reset_c="state given" in fault,
-                             weight_peephole="GRU" not in fault)  # fmt: skip
-    if "GRU" in fault:
-        problem = problem._replace(**OF_GRU)
+                             weight_peephole=":" not in fault)  # fmt: skip
+    if ":" in fault:
+        problem = problem._replace(**(OF_GRU if "GRU" in fault else dict(cell="slstm")))
     plant(monkeypatch, fault)
     text = r"failed its verification on cpu: the RMS error of .* where .* is allowed.*report"
     with pytest.warns(UserWarning, match=text):

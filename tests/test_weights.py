@@ -64,7 +64,7 @@ NOISE = "recurrent_dropout=0.3, zoneout=(0.2, 0.4), weight_drop=0.25"
     "StackedLSTM(8, [4, 2, 2], bias=False, batch_first=True, dropout=0.5, bidirectional=True, residual=True, "
     f"backend='reference', recompute=True, {NOISE})", "GRUCell(3, 4, backend='torch')",
     "GRU(3, 4, num_layers=2, backend='torch', recompute=True, recurrent_dropout=0.3, zoneout=0.2)",
-    "StackedGRU(8, [4, 2], zoneout=0.2)"])  # fmt: skip
+    "StackedGRU(8, [4, 2], zoneout=0.2)", "SLSTM(3, 8, heads=2, backend='reference')"])  # fmt: skip
 def test_what_is_not_default_is_shown(shown):
     module = eval(shown, vars(gpu_lstm))
     assert f"{type(module).__name__}({module.extra_repr()})" == shown
@@ -90,7 +90,7 @@ def copies(module):
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     ("LSTM", "torch", dict(bidirectional=True, proj_size=2)), ("StackedLSTM", "reference", dict(bias=False)),
     ("LSTMCell", "triton", {}), ("GRU", "triton", dict(num_layers=2)), ("StackedGRU", "torch", {}),
-    ("GRUCell", "reference", dict(bias=False))], ids=str)  # fmt: skip
+    ("SLSTM heads", "triton", {}), ("GRUCell", "reference", dict(bias=False))], ids=str)  # fmt: skip
 def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(kind, backend, arguments):
     _, ours = pair(kind, backend, **arguments)
     x, hx = random_inputs(ours, B)

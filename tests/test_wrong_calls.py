@@ -11,13 +11,13 @@ import torch
 import wrong_calls
 from comparing import DEVICE
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from wrong_calls import CALLS, INT
 
 import bench.__main__
 import gpu_lstm
 import gpu_lstm.__main__
 from gpu_lstm.call import choices
-from gpu_lstm.tools.stream import _tensors
 
 # What may stand after the words of an error: what to do.
 CURE = r"(; (use torch\.as_tensor|expected a tensor|it fits if the input|hx is one tensor|use \w+\.\w+\(\)).*)?"
@@ -46,7 +46,7 @@ def picture(m):
             found[name, path] = {k: v.copy() if isinstance(v, dict | list | set) else v for k, v in held}
             found[name, path, "values"] = values(module._parameters.values())
     for stream in (m.stream, m.stream_of_stack):
-        found[stream] = values(_tensors(stream._state))
+        found[stream] = values(tree_leaves(stream._state))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     found["chosen"] = *(list(opened) for opened in (choices.chosen_backends, choices.chosen_racings)), environment
     return found
