@@ -44,7 +44,7 @@ def a_card(patch, card: Card = H100, **others: Any) -> None:
         patch.setattr(module, "card_of", lambda _: card)
     loaded = SimpleNamespace(shared=0, target=SimpleNamespace(arch=card.architecture))
     patch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=loaded))
-    patch.setattr(autotune, "_call", lambda *_: (None, None))
+    patch.setattr(autotune, "_call", lambda *_: (None, lambda layer: None))
     patch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)
 
 
