@@ -13,11 +13,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from places import forget
 from standing_in import CUDA, H100
 
 import gpu_lstm
 from gpu_lstm.backends.verify import verify
+from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
