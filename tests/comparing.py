@@ -29,15 +29,11 @@ Truth = Callable[[type[np.ndarray]], dict[str, np.ndarray]]
 def judge(errors: Errors, dtype: torch.dtype, yardstick: str, truths: Sequence[Truth], steps: int) -> None:
     """The RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
 
-    An RMS below the unit in the last place of the largest element counts as that unit; in half precision, where torch's
-    LSTM rounds at every step, below the RMS of the truth's own rounding. The reference rounds results alone, kernels
-    also h, four gates and their gradients. A gate counts four times, since a slope s (1 - s) has twice the error of s:
-    22 independent roundings a step, so sqrt(22 T) times the truth's own counts, where that is less and over many
-    elements. And errors must not be biased, as they are where results are truncated, not rounded.
-
-    Where a few errors decide the yardstick's RMS, it is chance: now and then one library rounds them all luckily. There
-    results may be wrong by 4 times what `counted` makes of the roundings on the way to the `truths`, by 2 times in half
-    precision, where kernels round less than half as many numbers as the formulas have.
+    As docs/testing.md says. An RMS below the unit in the last place of the largest element counts as that unit. In half
+    precision the reference rounds results alone, kernels also h, four gates and their gradients. A gate counts four
+    times, since a slope s (1 - s) has twice the error of s: 22 independent roundings a step, so sqrt(22 T) times the
+    truth's own counts, where that is less and over many elements. And there kernels round less than half as many
+    numbers as the formulas have, which `counted` counts.
     """
     limits: dict[str, tuple[float, float]] = {}
     for name, found in errors.items():
@@ -73,9 +69,8 @@ def judge(errors: Errors, dtype: torch.dtype, yardstick: str, truths: Sequence[T
 def counted(truths: Sequence[Truth], dtype: torch.dtype, draws: int = 16) -> dict[str, tuple[float, float]]:
     """By name: the RMS error that the roundings on the way to a result make of it, and of how many errors.
 
-    They are as many as the formulas have: the oracle rounds after each of its operations. So a K-long product counts
-    sqrt(K), a step's cell about 20, and those of T steps, with what gates' slopes, cancellations and norms make of
-    them, add up as they do in a kernel. They are random, hence independent, and no machine's own.
+    They are as many as the formulas have: the oracle rounds at random after each of its operations, so that they add up
+    as they do in a kernel.
 
     The RMS over draws is one sigma of an error: 4 are allowed even for one, which passes them once in 16,000 if it is
     normal and every rounding as large as it can be. The number of independent errors follows from how much the mean

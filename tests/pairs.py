@@ -109,6 +109,12 @@ def states_left(module: nn.Module, hx: Any, steps: int, a_step: bool) -> Any:
     return tree_map_only(Tensor, random, hx)
 
 
+def flat(found: Any) -> list[Tensor]:
+    """The tensors of what a call returns."""
+    leaves = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
+    return [t.data if isinstance(t, PackedSequence) else t for t in leaves]
+
+
 def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged) -> dict[str, Tensor]:
     """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters.
 
@@ -121,9 +127,7 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     ragged = {name: t.to(like.device) for name, t in ragged.items() if t is not None}
     ragged |= {} if left is None else dict(reset_states=left)
     torch.manual_seed(seed)
-    found = (module if call is None else call)(x, *([] if hx is None else [hx]), **ragged)
-    found = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
-    found = [t.data if isinstance(t, PackedSequence) else t for t in found]
+    found = flat((module if call is None else call)(x, *([] if hx is None else [hx]), **ragged))
     letters = letters_of(module)
     names = ["output"] * (len(found) > len(letters))  # a cell has none
     names += names_of(found[len(names) :], letters)

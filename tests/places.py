@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
-from gpu_lstm.dispatch import available, route
+from gpu_lstm.dispatch import available
 from gpu_lstm.kernels import cupy_rnn, heads
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
@@ -32,11 +32,6 @@ from gpu_lstm.kernels.triton_rnn.plans.threads import resident_plans
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan, step_plan
 
 INTERPRETED = launch.INTERPRETED
-
-
-def forget() -> None:
-    """Choose again, after something was chosen in this test."""
-    route.forget()
 
 
 def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:

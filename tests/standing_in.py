@@ -9,8 +9,6 @@ from typing import Any
 
 import interpreted  # noqa: F401  # puts functions in the place of assembly
 import torch
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
 
 from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import available, route
@@ -153,12 +151,6 @@ def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) ->
     every, in_parts = [*choose.plans(problem, card, backward), by_product], family == "split" and backward
     family = "step" if family == "split" else family
     return next(p for p in every if p.family.name == family and (family != "step" or (p.family.parts > 1) == in_parts))
-
-
-def flat(results):
-    """The tensors of what a call returns."""
-    leaves = tree_leaves(results, is_leaf=lambda t: isinstance(t, PackedSequence))
-    return [t.data if isinstance(t, PackedSequence) else t for t in leaves]
 
 
 @contextlib.contextmanager

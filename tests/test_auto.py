@@ -14,7 +14,7 @@ from standing_in import plans_are_verified_on_the_cpu
 
 import gpu_lstm
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import race, route
+from gpu_lstm.dispatch import race
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 
@@ -24,31 +24,10 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def card(monkeypatch):
-    """card(place): the CPU is one that proposes the plans of this place. A list of what is verified from then on."""
-
-    def card(place):
-        KERNELS[place].force(monkeypatch)
-        forced, verify_it, verified = launch.choose_plan, verify.verify, []
-
-        def recorded(layer, pass_, inputs, plan):
-            verified.append((plan.family.name, layer.problem.batch, layer.problem.hidden, pass_.backward))
-            return verify_it(layer, pass_, inputs, plan)
-
-        plans_are_verified_on_the_cpu(monkeypatch)
-        monkeypatch.setattr(choose, "candidates", lambda problem, card, pass_: [forced(problem, None, pass_)])
-        monkeypatch.setattr(verify, "verify", recorded)
-        monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
-        monkeypatch.setattr(race, "race", raced)
-        return verified
-
-    def raced(rivals, now):
-        for call in rivals.values():
-            call()
-        return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
-
-    return card
+def raced(rivals, now):
+    for call in rivals.values():
+        call()
+    return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
 
 
 @pytest.mark.filterwarnings("error:gpu_lstm", "error:a kernel failed")
@@ -61,11 +40,19 @@ def card(monkeypatch):
         ("step", torch.float16, (3, 9, 3, 8), "gru states masks"),
         ("cooperative/4/1/4", torch.float16, (3, 9, 3, 8), "ragged states peepholes deep"))),
 ], ids=str)  # fmt: skip
-def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, card, place, dtype, size, words):
-    verified, chosen = card(place), Mock(side_effect=route.execute)
-    monkeypatch.setattr(route, "execute", chosen)
+def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypatch, place, dtype, size, words):
+    """Those of the plans of a place, which are all that is proposed."""
+    KERNELS[place].force(monkeypatch)
+    forced, verified = launch.choose_plan, Mock(side_effect=verify.verify)
+    plans_are_verified_on_the_cpu(monkeypatch)
+    monkeypatch.setattr(choose, "candidates", lambda problem, card, pass_: [forced(problem, None, pass_)])
+    monkeypatch.setattr(verify, "verify", verified)
+    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
+    monkeypatch.setattr(race, "race", raced)
     check(size, words, None, dtype, seeds=1)
+    kernels = {(plan.family.name, layer.problem.batch, layer.problem.hidden, pass_.backward)
+               for layer, pass_, _, plan in (each.args for each in verified.call_args_list)}  # fmt: skip
     family, (_, batch, _, hidden, *_) = place.partition("/")[0], size
-    assert {*verified} == {(family, batch, hidden, False), (family, batch, hidden, True)}
-    assert "triton" in [each.args[0].backend.value for each in chosen.call_args_list]
+    assert kernels == {(family, batch, hidden, False), (family, batch, hidden, True)}
+    assert "triton" in [decision.backend.value for decision in race.decided.values()]
     gpu_lstm.check()

@@ -19,13 +19,13 @@ from unittest.mock import ANY, MagicMock, Mock, call
 import numpy as np
 import pytest
 import torch
-from places import forget
 from standing_in import CUDA, H100, plan_of, torch_finds
 
 from gpu_lstm import __main__ as doctor
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select, why_unavailable
+from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cupy_rnn, triton_rnn
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cupy_rnn import launch as cupy

@@ -13,11 +13,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from places import forget
 from standing_in import CUDA, H100
 
 import gpu_lstm
 from gpu_lstm.backends.verify import verify
+from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
@@ -284,5 +284,3 @@ def test_without_a_gpu_it_says_so():
         gpu_lstm.autotune(8, 2)
     with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|runs on CUDA tensors"):
         gpu_lstm.autotune(8, 2, device="cpu")
-    with pytest.raises(TypeError, match="supports float16, bfloat16 and float32"):
-        gpu_lstm.autotune(8, 2, dtype=torch.float64, device="cpu")

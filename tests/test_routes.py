@@ -16,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from standing_in import as_a_card, flat
+from pairs import flat
+from standing_in import as_a_card
 from subjects import SUBJECTS, Function, states_for
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from cases import check
 from interpreted import rounded_to_tf32
-from places import INTERPRETED, KERNELS, cooperative, forget, held, split, step
+from places import INTERPRETED, KERNELS, cooperative, held, split, step
 from standing_in import few_polls, recurrence
 
 import gpu_lstm
+from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import problem_of
 from gpu_lstm.kernels.triton_rnn import exchange, launch

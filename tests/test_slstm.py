@@ -8,11 +8,12 @@ import torch
 from cases import built, with_random_parameters
 from comparing import PLACES
 from pairs import LENGTHS, RAGGED, B, I, T, random_inputs
-from places import INTERPRETED, KERNELS, forget
+from places import INTERPRETED, KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 from gpu_lstm.call import options
+from gpu_lstm.dispatch.route import forget
 from gpu_lstm.functional import slstm_layer
 from gpu_lstm.kernels.cells import CELLS, SLSTM
 

@@ -211,14 +211,12 @@ def test_whatever_a_stream_reads_is_waited_for_and_held(faults, kind, case, way)
     assert faults(kind, case, way) == []
 
 
-@pytest.mark.parametrize("case", ["plain", "weight_drop", "projection", "norms", "reset_states"])
+@pytest.mark.parametrize(("case", "name", "fault", "said"), [
+    *((case, "hold", lambda stream, tensors: None, "given away")
+      for case in ("plain", "weight_drop", "projection", "norms", "reset_states")),
+    ("plain", "on", lambda stream: torch.cuda.stream(stream), "does not wait"),
+])  # fmt: skip
 @every_kind
-def test_what_is_not_held_shows(faults, monkeypatch, kind, case):
-    monkeypatch.setattr(schedule, "hold", lambda stream, tensors: None)
-    assert any("given away" in fault for fault in faults(kind, case))
-
-
-@every_kind
-def test_a_stream_that_does_not_wait_shows(faults, monkeypatch, kind):
-    monkeypatch.setattr(schedule, "on", lambda stream: torch.cuda.stream(stream))
-    assert any("does not wait" in fault for fault in faults(kind, "plain"))
+def test_what_is_not_held_or_waited_for_shows(faults, monkeypatch, kind, case, name, fault, said):
+    monkeypatch.setattr(schedule, name, fault)
+    assert any(said in found for found in faults(kind, case))

@@ -1,4 +1,4 @@
-"""Modules with features that torch's lack, against ONNX's operators, the reference; what refuses them.
+"""Modules with features that torch's lack, against the reference; what refuses them.
 
 Against the oracle: test_layer.py.
 """
@@ -6,9 +6,6 @@ Against the oracle: test_layer.py.
 import copy
 import pickle
 
-import numpy as np
-import onnx
-import onnxruntime
 import pairs
 import pytest
 import torch
@@ -49,30 +46,6 @@ def test_all_of_h_is_dropped(backend, words):
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, **RAGGED, noises=noises_of(ours, seed=5))
     assert_same(results(ours, x, hx, seed=5, **RAGGED), expected, backend)
-
-
-def test_onnxs_operator_gives_the_same():
-    """By its equations there: gates in the order i, o, f, c, and peepholes to i, o and f."""
-    module = gpu_lstm.LSTM(I, H, bidirectional=True, peepholes=True)
-    x, hx = random_inputs(module, B)
-    weights = {name: t.detach().numpy() for name, t in module.named_parameters()}
-
-    def of_both(name, order=(0, 3, 1, 2)):
-        parts = [np.split(weights[f"{name}_l0{suffix}"], len(order)) for suffix in ("", "_reverse")]
-        return np.stack([np.concatenate([part[k] for k in order]) for part in parts])
-
-    biases = np.concatenate([of_both("bias_ih"), of_both("bias_hh")], axis=1)
-    given = dict(X=x.numpy(), W=of_both("weight_ih"), R=of_both("weight_hh"), B=biases, lengths=np.full(B, T, np.int32))
-    given |= dict(h=hx[0].numpy(), c=hx[1].numpy(), P=of_both("weight_peephole", (0, 2, 1)))
-    info, outputs = onnx.helper.make_tensor_value_info, ["Y", "Y_h", "Y_c"]
-    node = onnx.helper.make_node("LSTM", list(given), outputs, hidden_size=H, direction="bidirectional")
-    values = [info(n, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.shape) for n, t in given.items()]
-    graph = onnx.helper.make_graph([node], "g", values, [info(n, onnx.TensorProto.FLOAT, None) for n in outputs])
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 14)], ir_version=8)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y, *states = map(torch.from_numpy, session.run(None, given))
-    expected = [y.transpose(1, 2).flatten(2), *states]
-    torch.testing.assert_close(tree_leaves(module(x, hx)), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("words", "frozen"), [

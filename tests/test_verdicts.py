@@ -1,6 +1,5 @@
 """What is remembered of kernels that were tried: for whom a verdict counts, and what ended a process or a device."""
 
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -64,26 +63,6 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     machine = cache.machine(CPU) | {"card": "another"}
     monkeypatch.setattr(cache, "machine", lambda _: machine)
     assert verify.cached_verdict(plan, PLAIN, Pass(), CPU) is None
-
-
-@pytest.mark.filterwarnings("ignore:gpu_lstm. a kernel failed")
-def test_a_kernel_that_is_mended_or_broken_by_an_edit_is_judged_again(card, monkeypatch):
-    """The version of a checkout is always the same."""
-
-    def process(sources, *, broken):
-        as_another_process()
-        with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(cache, "sources", lambda *_: sources)
-            if broken:
-                patch.setattr(launch, "launch_kernel", lambda *_, **__: None)
-            gpu_lstm.LSTM(3, 8, backend="triton")(torch.randn(4, 2, 3))
-
-    for sources, broken in (("first", True), ("second", False), ("third", True)):
-        wrong = pytest.raises(RuntimeError, match="no Triton kernel can run") if broken else contextlib.nullcontext()
-        with wrong:
-            process(sources, broken=broken)
-    process("second", broken=True)  # where the verdict is cached
-    cache.machine.cache_clear()
 
 
 @pytest.mark.parametrize("error", [

@@ -27,7 +27,6 @@ PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
 PAIRS = [(H2, H2)] * 2  # of StackedLSTM(3, [4, 4])
 NESTED = torch.nested.nested_tensor([zeros(4, 3), zeros(2, 3)], layout=torch.jagged)
-NESTED_STEP = torch.nested.nested_tensor([zeros(3), zeros(2)], layout=torch.jagged)
 GRU, LINEAR, CELL = nn.GRU(3, 4), nn.Linear(3, 4), gpu_lstm.LSTMCell(3, 4)
 TORCHS, TORCHS_FIRST = nn.LSTM(3, 4), nn.LSTM(3, 4, batch_first=True)
 WITHOUT_BIAS = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)])
@@ -171,9 +170,7 @@ def of_lengths_and_resets():
     for text, argument in (
         (f"{limits} 2 to 6", "lengths=tensor([6, 2])"), (f"{limits} -1 to 3", "lengths=tensor([3, -1])"),
         ("ValueError: Expected lengths of shape [2], got [1]", "lengths=tensor([3])"),
-        ("ValueError: Expected lengths of shape [2], got []", "lengths=tensor(3)"),
         (a_dtype + "float32; use lengths.long()...", "lengths=tensor([1.0, 2.0])"),
-        (a_dtype + "bool", "lengths=tensor([True, False])"),
         ("ValueError: Expected lengths on cpu, where the input is, got meta", "lengths=tensor([1, 2], device=META)"),
         (a_tensor("lengths", "list; use torch.as_tensor..."), "lengths=[5, 2]"),
         ("ValueError: Expected resets of shape [5, 2], got [5]", "resets=zeros(5, dtype=BOOL)"),
@@ -241,7 +238,6 @@ CALLS = [
     # What is added to torch's words, where it has some: what to do
     ("AttributeError: ...; expected a tensor; use torch.as_tensor...", "m.lstm(X.numpy())", "m.lstm(X.tolist())"),
     ("...use torch.as_tensor...", "m.cell(X[0].numpy())"),
-    ("AttributeError: ... has no attribute 'dim'; expected a tensor", "m.lstm(None)"),
     ("...hx is one tensor: a cell expects (h, c)", "m.cell(zeros(2, 3), H2)"),
     ("...lengths and resets are given by keyword...", "m.lstm(X, tensor([5, 2]))", "m.lstm(X, RESETS)",
      "m.lstm(X, zeros(2, 2, 4))"),
@@ -253,7 +249,6 @@ CALLS = [
     *((f"RuntimeError: {text}", f"m.lstm(PackedSequence({data}, tensor({sizes})))") for text, data, sizes in (
         ("Expected data of 5 rows, the sum of batch_sizes, got 4", "zeros(4, 3)", [2, 2, 1]),
         ("Expected batch_sizes that never grow and are never negative, got [0, 2]", "zeros(2, 3)", [0, 2]),
-        ("Expected batch_sizes that never grow and are never negative, got [3, -1]", "zeros(2, 3)", [3, -1]),
         ("input must have 2 dimensions, got 3", "zeros(3, 1, 3)", [2, 1]))),
     (FEATURES, "m.lstm(packed(4))", "m.stack(zeros(5, 2, 4))", "m.stream_of_stack(zeros(2, 4))",
      "gpu_lstm.explain(m.lstm, zeros(5, 2, 4))"),
@@ -268,7 +263,6 @@ CALLS = [
      "m.deep(PACKED, lengths=tensor([5, 3]))"),
     ("ValueError: Expected resets of shape [2, 5], got [5, 2]", "m.first(zeros(2, 5, 3), resets=RESETS)"),
     ("ValueError: Expected lengths of shape [], got [1]", "m.lstm(X[:, 0], lengths=tensor([3]))"),
-    ("ValueError: Expected resets of shape [5], got [5, 1]", "m.first(X[:, 0], resets=RESETS[:, :1])"),
     ("ValueError: Expected resets of shape [2, 5], got [8]", "m.first(PACKED, resets=zeros(8, dtype=BOOL))"),
     ("ValueError: Expected c of reset_states of size [1, 2, 4], ..., or [1, 2, 5, 4], one a step, got [1, 5, 2, 4]",
      "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))"),
@@ -292,16 +286,12 @@ CALLS = [
     (a_list("hx", "", "Tensor"), "m.stack(X, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, X, zeros(2, 2, 2, 4))"),
     ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(X, PAIRS[:1])"),
     ("RuntimeError: Expected h of layer 0 size (2, 4), got [1, 2, 4]", "m.stack(X, [(H, C), PAIRS[1]])"),
-    ("RuntimeError: Expected c of layer 1 size (1, 4), got [1, 1, 4]",
-     "m.stack(X[:, 0], [(H2[0], H2[0]), (H2[0], H2[:1])])"),
     (devices("hidden", "cpu", META), "m.stack(X, [PAIRS[0], (H2, H2.to(META))])"),
     ("RuntimeError: Expected two states (h, c) of layer 1, got 3", "m.stack(X, [PAIRS[0], (*PAIRS[1], H2)])"),
     (a_tensor("c of layer 0", "NoneType"), "m.stack(X, [(H2, None), PAIRS[1]])"),
     (dtypes("hidden", "float32", "float16"), "m.stack(X, [PAIRS[0], (H2.half(), H2)])"),
     # LSTMCell, beyond torch's
-    (dense("GRUCell", SPARSE), "m.gru_cell(zeros(2, 3).to_sparse())"),
     (dense("LSTMCell", SPARSE), "m.cell(zeros(2, 3).to_sparse())"),
-    (dense("LSTMCell", A_NESTED), "m.cell(NESTED_STEP)"),
     ("RuntimeError: lstm_cell expects two hidden states", "m.cell(zeros(2, 3), [H2])"),
     # GRU, StackedGRU, gru_layer, GRUCell, where torch's own words are no guide
     ("AttributeError: 'tuple' object has no attribute 'dim'", "m.gru(X, (H, C))", "m.gru_cell(X[0], (H2, H2))"),
@@ -311,13 +301,10 @@ CALLS = [
     (size("h of layer 1", "(2, 4)", "[2, 5]"), "m.gru_stack(X, [H2, zeros(2, 5)])"),
     ("TypeError: hx should be a list of tensors, one a layer, got: Tensor", "m.gru_stack(X, H)"),
     ("RuntimeError: Expected hx of 2 tensors, one a layer, got 1", "m.gru_stack(X, [H2])"),
-    (a_tensor("h of layer 0", "tuple; use torch.as_tensor"), "m.gru_stack(X, PAIRS)"),
     (size("weight_hh", "(12, 4)", "[16, 4]"), "handed(m.gru, 'weight_hh_l0', 16, 4)",
      "gru(m, weights=(GRU_WEIGHTS[0], WEIGHTS[1]))"),
-    (size("bias_hh", "(12,)", "[4]"), "handed(m.gru_cell, 'bias_hh', 4)"),
     ("ValueError: Expected weights of 2 to 4 tensors (weight_ih, ... bias_ih, bias_hh), got 5",
      "gru(m, weights=[*GRU_WEIGHTS, None, None, zeros(2, 4)])"),
-    (size("weight_ih", "(12, 3)", "[16, 3]"), "gru(m, weights=WEIGHTS)"),
     ("ValueError: hidden_size must be greater than zero", "gru(m, weights=(zeros(0, 3), zeros(0, 0)))"),
     (a_tensor("input", "NoneType"), "gru(m, x=None)"), (a_bool("reverse", "str"), "gru(m, reverse='no')"),
     # SLSTM, slstm_layer, use_for_slstm
@@ -325,7 +312,6 @@ CALLS = [
     (f"TypeError: {FOUR}: Tensor", "m.slstm(X, H)"),
     (a_tensor("m", "NoneType"), "m.slstm(X, (H, C, C, None))"),
     (size("n", "(1, 2, 4)", "[1, 3, 4]"), "m.slstm(X, (H, C, zeros(1, 3, 4), C))"),
-    (size("h", "(1, 4)", "[1, 2, 4]"), "m.slstm(X[:, 0], (H, H, H, H))"),
     (size("c", "(2, 4)", "[1, 2, 4]"), "slstm(hx=(H2, C, H2, H2))"),
     (devices("hidden", "cpu", META), "m.slstm(X, (H, C, C.to(META), C))", "slstm(hx=(H2.to(META), H2, H2, H2))"),
     ("ValueError: hidden_size must be divisible by heads, got hidden_size=4 and heads=3",
@@ -342,9 +328,7 @@ CALLS = [
      "gpu_lstm.backend('torch')(m.slstm)(X)", "slstm(backend='torch')"),
     (a_tensor("z", "NoneType"), "slstm(z=None)"), (a_tensor("weight_hh", "NoneType"), "slstm(weight_hh=None)"),
     ("RuntimeError: z must have 3 dimensions, got 2", "slstm(z=zeros(2, 16))"),
-    ("RuntimeError: weight_hh must have 2 dimensions, got 1", "slstm(weight_hh=zeros(16))"),
     (size("z", "(5, 2, 16)", "[5, 2, 3]"), "slstm(z=X)"), (size("bias", "(16,)", "[4]"), "slstm(bias=zeros(4))"),
-    (size("weight_hh", "(16, 4)", "[16, 3]"), "slstm(weight_hh=WEIGHTS[0])"),
     (dtypes("parameter", "float64", "float32"), "slstm(z=zeros(5, 2, 16, dtype=F64))"),
     ("ValueError: hidden_size must be greater than zero", "slstm(weight_hh=zeros(0, 4))"),
     (a_bool("reverse", "int"), "slstm(reverse=1)"), (unknown("'none'"), "slstm(backend='none')"),
@@ -360,9 +344,6 @@ CALLS = [
     ("RuntimeError: input must have 3 dimensions, got 2", "layer(m, x=zeros(5, 3))"),
     ("TypeError: weights should be a tuple or list of tensors, got: Tensor", "layer(m, weights=zeros(2, 16, 4))"),
     ("ValueError: Expected weights of 2 to 10 tensors (weight_ih, ...), got 1", "layer(m, weights=WEIGHTS[:1])"),
-    ("ValueError: Expected weights of 2 to 10 tensors (...gain_c, bias_c), got 11",
-     "layer(m, weights=[*WEIGHTS, *[None] * 9])"),
-    ("RuntimeError: weight_hh must have 2 dimensions, got 0", "layer(m, weights=(WEIGHTS[0], tensor(1.0)))"),
     (size("weight_hh", "(16, 2)", "[16, 4]"), "layer(m, weights=(*WEIGHTS, None, None, zeros(2, 4)))",
      "layer(m, heads=2)", "slstm(heads=2)", "handed(m.slstm, 'weight_hh_l0', 16, 4)"),
     (size("weight_hh", "(16, 4)", "[16, 2]"), "layer(m, weights=(WEIGHTS[0], zeros(16, 2)))"),
@@ -394,8 +375,6 @@ CALLS = [
     # explain, trace
     *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
       for function, value in (("explain", "LINEAR"), ("trace", "None"))),
-    ("TypeError: explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got torch.nn.modules.rnn.LSTM...",
-     "gpu_lstm.explain(TORCHS, X)"),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     # Stream
     ("TypeError: Stream accepts an LSTM, a GRU, an SLSTM or a stack, got LSTM of torch.nn: convert it...",
@@ -439,9 +418,7 @@ CALLS = [
       for got, value in (("[3] on cpu", "3"), ("[2] on meta", "2, device=META"))),
     # autotune, check
     ("ValueError: hidden_size must be greater than zero", "gpu_lstm.autotune(0, 1)"),
-    ("ValueError: batch must be greater than zero", "gpu_lstm.autotune(4, -1)"),
     (an_int("steps", "float"), "gpu_lstm.autotune(4, 1, steps=2.5)"),
-    (an_int("hidden_size", "str"), "gpu_lstm.autotune('4', 1)"),
     ("ValueError: proj_size has to be smaller than hidden_size, got 4 and 4", "gpu_lstm.autotune(4, 1, proj_size=4)"),
     ("TypeError: dtype should be a torch.dtype, got: str", "gpu_lstm.autotune(4, 1, dtype='bf16')"),
     ("TypeError: backend 'triton' supports float16, bfloat16 and float32, got torch.float64",
