@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -40,29 +41,52 @@ def pytest_configure(config):
         from gpu_lstm.__main__ import why_no_cuda
 
         raise pytest.UsageError(f"--require-gpu: {why_no_cuda()}")
-    if torch.cuda.is_available():
-        config.option.log_level = config.option.log_level or "INFO"  # a test that fails says which plans it ran
-        if not hasattr(config, "workerinput"):  # of pytest-xdist's workers
-            config.pluginmanager.register(AtOnce(config))
+    if torch.cuda.is_available() and config.option.log_level is None:
+        config.option.log_level = "INFO"  # a test that fails says which plans it ran
     if importlib.util.find_spec("triton"):
         try:
             import gpu_lstm.kernels.triton_rnn.features  # noqa: F401
         except ImportError as error:  # an interpreter that does not go with this NumPy: every kernel's test would fail
             raise pytest.UsageError(str(error)) from None
+    if not hasattr(config, "workerinput"):  # of pytest-xdist's workers
+        config.pluginmanager.register(Progress(config))
 
 
-class AtOnce:
-    """On a card a traceback is printed when its test fails, and what was logged: a kernel that hangs may leave no end
-    to print it at."""
+class Progress:
+    """Every 30 seconds a line says how many tests are done, and how long the others will take at this rate.
+
+    On a card a traceback is printed when its test fails, and what was logged: a kernel that hangs may leave no end to
+    print it at.
+    """
+
+    EVERY = 30
 
     def __init__(self, config):
-        self.config = config
+        self.config, self.done, self.total = config, 0, 0
+        self.start = self.told = time.monotonic()
+
+    def pytest_collection_finish(self, session):
+        self.total = len(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        self.total = len(ids)
+
+    def write(self, text):
+        self.config.pluginmanager.get_plugin("terminalreporter").write(f"\n{text}\n", flush=True)
 
     @pytest.hookimpl(trylast=True)  # behind pytest's own line
     def pytest_runtest_logreport(self, report):
-        if report.failed:
-            said = f"\n{report.nodeid}\n{report.longreprtext}\n{report.caplog}\n"
-            self.config.pluginmanager.get_plugin("terminalreporter").write(said, flush=True)
+        if report.failed and torch.cuda.is_available():
+            self.write(f"{report.nodeid}\n{report.longreprtext}\n{report.caplog}")
+        self.done += report.when == "teardown"
+        now = time.monotonic()
+        if now - self.told >= self.EVERY and self.done:
+            self.told, seconds = now, now - self.start
+            left = seconds * (self.total - self.done) / self.done
+            said = f"{self.done} of {self.total} tests in {seconds:.0f} s"
+            said += f", about {left:.0f} s left" if self.done > self.total / 20 else ""
+            self.write(said)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto

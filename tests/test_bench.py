@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -96,6 +97,23 @@ def test_rows_have_figures_or_a_reason(changes):
     assert rows["torch"]["status"] == ("measured" if case == case.plain() else "yardstick")
     assert rows["torch"]["speed"] == rows["torch"]["speed_p20"] == rows["ours"]["over_ours_high"] == 1
     assert (rows["rsl_rl-padded"]["note"] == "without the last states") == (changes == {"reset_rate": 0.2})
+
+
+def test_speeds_are_over_the_faster_yardstick_and_nobody_else_has_weights_copied(monkeypatch):
+    def copying(given):
+        engine, text = torchs.plain(given), f"{measure.COPIES}. This means they need to be compacted at every call"
+        return replace(engine, call=lambda *a: warnings.warn(text, stacklevel=1) or engine.call(*a))
+
+    for name, build in {"torch": copying, "torch-flat": torchs.plain, "copying": copying}.items():
+        monkeypatch.setitem(providers.PROVIDERS, name, Provider(build))
+    took = {"torch": 4.0, "torch-flat": 2.0, "ours": 1.0}
+    taken = lambda calls, *_: {each: np.full(9, took.get(each[0], 1.0)) for each in calls}  # noqa: E731
+    monkeypatch.setattr(timing, "interleaved", taken)
+    with warnings.catch_warnings(record=True):
+        rows = run_case(SMALL, *took, "copying")
+    assert [rows[name]["speed"] for name in took] == [0.5, 1.0, 2.0]
+    assert (rows["copying"]["status"], "median_s" in rows["copying"]) == ("unable", False)
+    assert "not part of single contiguous chunk" in rows["copying"]["note"]
 
 
 @pytest.mark.parametrize("case", [SMALL, replace(SMALL, cell="slstm", heads=2)], ids=["LSTM", "SLSTM of heads"])
@@ -243,6 +261,31 @@ def test_a_provider_that_fails_stops_no_other(monkeypatch):
     rows = measure.rows_of(SMALL, ["torch", "raises", "ours"], "cpu", measure.run_case)
     assert {row["provider"]: row["status"] for row in rows} == dict(raises="failed", torch="measured", ours="measured")
     assert rows[0]["note"] == "MemoryError: too large"
+
+
+def test_who_cannot_be_captured_keeps_its_times_and_nobody_else_is_judged_without_it(monkeypatch):
+    """ "cpu:0" is no "cpu", but where torch computes. Another process times it again, without the capture."""
+    right = {name: Provider(torchs.plain, graphed=True) for name in ("torch", "ours")}
+    for module in (providers, measure):
+        monkeypatch.setattr(module, "PROVIDERS", right)
+
+    def captured(call):
+        if call.__self__.name == "torch":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return call
+
+    for name, function in {"captured": captured, "peak_bytes": lambda *_: 0, "_sample": lambda *_: 1e-3}.items():
+        monkeypatch.setattr(timing, name, function)
+    for name in ("card_state", "provenance"):
+        monkeypatch.setattr(results, name, lambda device: {})
+    run = Mock(wraps=partial(measure.run_case, tell=(told := []).append))
+    rows = measure.rows_of(SMALL, ["torch", "ours"], "cpu:0", run)
+    assert told == ["torch", "torch (graph)", "torch", "ours", "ours (graph)", "all, timed in turn"]
+    (lost,) = (row for row in rows if row["status"] != "measured")
+    assert (lost["provider"], lost["graph"], lost["status"]) == ("torch", True, "failed")
+    assert lost["note"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
+    assert {(row["provider"], row["graph"]) for row in rows if "speed" in row} == {
+        ("torch", False), ("ours", False), ("ours", True)}  # fmt: skip
 
 
 def test_the_commit_of_a_base_is_imported_in_a_process_of_its_own(monkeypatch, tmp_path):

@@ -84,6 +84,8 @@ UNBATCHED, TIME_FIRST, BATCH_FIRST = Form(False, False), Form(True, False), Form
 
 
 class Role:
+    """What the roles share."""
+
     title = "{0}"  # what errors call it, by the name of its cell
     suffix = "_l{}"  # of the parameters of a layer
     ranks = 2, 3  # of an input without B, and with it
