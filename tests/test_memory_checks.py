@@ -10,6 +10,7 @@ from cases import built, call_of, with_random_parameters
 from pairs import results
 from places import KERNELS
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.triton_rnn import launch
@@ -65,6 +66,18 @@ def test_each_buffer_in_triton_that_is_one_element_short_is_detected(monkeypatch
     monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
     run(family, words, size)
     assert {name for _, name in given - detected} == set(unread.split())
+
+
+def test_an_atomic_operation_outside_its_tensor_is_detected(monkeypatch):
+    KERNELS["step"].force(monkeypatch)
+    run_kernel = launch.launch_kernel
+
+    def launch_kernel(*place, arrivals_ptr, **arguments):
+        run_kernel(*place, arrivals_ptr=arrivals_ptr[1:], **arguments)
+
+    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
+    with pytest.raises(InterpreterError, match="a 4-byte atomic ends 4 bytes past the end of arrivals_ptr "):
+        run("step", "", SIZE)
 
 
 # Without zoneout products alone read h0.
