@@ -21,7 +21,14 @@ pytestmark = pytest.mark.gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 every_dtype = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 every_cell = pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-KINDS = "", "gru", "heads", "gru heads", "slstm", "slstm heads"
+FORCED = *itertools.product(("cooperative", "step", "pointwise"), (100, 300)), ("held", 300), ("resident", 100)
+FORCED += (("split", 320),)
+# B and H of a family each, as the headline's is the cooperative one.
+CHOSEN = {"resident": (4, 64), "cooperative": (4, 512), "step": (4, 2048), "pointwise": (512, 1024)}
+CHOSEN |= {"held": (1024, 256)}
+CARD = "cuda"
+OF_OURS = "heads", "gru heads", "slstm", "slstm heads"  # cells and heads that torch has not
+of_ours = pytest.mark.parametrize("words", OF_OURS)
 in_tf32_and_bf16 = pytest.mark.parametrize("dtype", [F32, BF16], ids=["tf32", "bf16"])
 SIZE = 24, 40, 32  # T, B, I
 # Of a head, by the family; with Triton 3.9 none of these kernels spills.
@@ -31,11 +38,11 @@ same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def kernels(inputs, hidden, backend="triton", cell="LSTM", **options):
-    return getattr(gpu_lstm, cell)(inputs, hidden, device="cuda", backend=backend, **options)
+    return getattr(gpu_lstm, cell)(inputs, hidden, device=CARD, backend=backend, **options)
 
 
 def random(*size, dtype=F32, **options):
-    return torch.randn(*size, device="cuda", dtype=dtype, **options)
+    return torch.randn(*size, device=CARD, dtype=dtype, **options)
 
 
 def results(lstm, x, **given):
@@ -45,9 +52,9 @@ def results(lstm, x, **given):
 
 def call_in(words, size, dtype):
     """A module of these words, and x, lengths and resets for it."""
-    module = built(size, {*words.split()}, backend="triton").to("cuda", dtype)
+    module = built(size, {*words.split()}, backend="triton").to(CARD, dtype)
     x, _, rest = call_of(module, size, {*words.split()}, 0)
-    return module, x.to("cuda", dtype), {name: t.to("cuda") for name, t in rest.items()}
+    return module, x.to(CARD, dtype), {name: t.to(CARD) for name, t in rest.items()}
 
 
 def judged(monkeypatch, words, size, dtype, exact=False):
@@ -56,7 +63,7 @@ def judged(monkeypatch, words, size, dtype, exact=False):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", in_tf32)
     if in_tf32:
         tf32(monkeypatch, size[2])
-    check(size, words, "triton", dtype, "cuda", seeds=1, yardstick="reference" if in_tf32 else None)
+    check(size, words, "triton", dtype, CARD, seeds=1, yardstick="reference" if in_tf32 else None)
 
 
 def force(monkeypatch, family):
@@ -103,12 +110,22 @@ def test_what_is_chosen_is_right(size, variant, dtype):
 
 
 @pytest.mark.usefixtures("within_margins")
+@every_cell
+@pytest.mark.parametrize(("family", "hidden"), FORCED)
+def test_every_family(monkeypatch, family, hidden, cell):
+    force(monkeypatch, family)
+    words = "ragged resets reverse" + " gru" * (cell == "GRU")
+    check((20, 9, 32, hidden), words, "triton", F16, "cuda", seeds=1)
+    gpu_lstm.check()
+
+
+@pytest.mark.usefixtures("within_margins")
 @in_tf32_and_bf16
-@pytest.mark.parametrize("words", KINDS)
+@of_ours
 @pytest.mark.parametrize("family", UNITS)
-def test_every_family(monkeypatch, family, words, dtype):
+def test_every_family_of_heads_and_of_the_slstm(monkeypatch, family, words, dtype):
     """And the same on a stream, and from a graph that was captured."""
-    if family == "held" and card_of(torch.device("cuda", 0)).architecture != 90:
+    if family == "held" and card_of(torch.device(CARD, 0)).architecture != 90:
         pytest.skip("plans that hold W_hh in shared memory are for cards of compute capability 9.0")
     force(monkeypatch, family)
     words, size = f"{words} ragged resets", (*SIZE, (1 + ("heads" in words)) * UNITS[family])
@@ -136,7 +153,8 @@ def test_what_is_chosen_for_heads_and_the_slstm_is_right(monkeypatch, size, word
 
 
 @in_tf32_and_bf16
-@pytest.mark.parametrize("words", [*(f"{words} both" for words in KINDS), "", "recompute", "both no-grad"])
+@pytest.mark.parametrize("words", [*(f"{words} both" for words in OF_OURS), "", "recompute", "gru both", "both no-grad",
+                                   "recompute both"])  # fmt: skip
 def test_layers_and_directions_side_by_side(monkeypatch, words, dtype):
     """Streams hand tensors to each other: the numbers are those of one after another, run after run."""
     words, size = f"{words} deep", (400, 8, 32, 96)
@@ -150,7 +168,9 @@ def test_layers_and_directions_side_by_side(monkeypatch, words, dtype):
 def test_two_grids_at_once():
     """Layers that each fill the card, on streams of their own, and one whose directions share it: no launch times out,
     and the numbers are those of one after another."""
-    models, kinds = [kernels(64, 512, bidirectional=True, dtype=F16)], itertools.product(KINDS, (F32, BF16))
+    models = [kernels(64, 1024, cell=cell, dtype=F16) for cell in ("LSTM", "GRU")]
+    models.append(kernels(64, 512, bidirectional=True, dtype=F16))
+    kinds = itertools.product(OF_OURS, (F32, BF16))
     models += [call_in(words, (1, 16, 64, 1024), dtype)[0] for words, dtype in kinds]
     x = random(200, 16, 64)
     inputs = [x.to(next(model.parameters())) for model in models]
@@ -172,6 +192,21 @@ def test_two_grids_at_once():
 def test_the_same_bits_every_run(hidden, words):
     module, x, _ = call_in(f"{words} deep", (200, 16, 32, hidden), BF16)
     same(results(module, x), results(module, x))
+
+
+@every_cell
+@pytest.mark.parametrize("family", CHOSEN)
+def test_a_captured_graph_replays(family, cell):
+    batch, hidden = CHOSEN[family]
+    lstm, x = kernels(32, hidden, cell=cell, dtype=F16), random(30, batch, 32, dtype=F16)
+    with torch.no_grad():
+        lstm(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y, _ = lstm(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, lstm(x)[0])
 
 
 @every_dtype
@@ -197,15 +232,17 @@ def test_an_update_of_torchs_own_with_resets_is_captured(cell):
     with torch.cuda.stream(torch.cuda.Stream()):
         results(lstm, x, **ragged)
     torch.cuda.synchronize()
-    found, replay = captured(partial(results, lstm, x, **ragged))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(lstm, x, **ragged)
     for _ in range(2):
         x.normal_()
         resets.copy_(torch.rand(9, 4, device="cuda") < 0.3)
-        replay()
-        torch.testing.assert_close(found, results(lstm, x, **ragged))
+        graph.replay()
+        torch.testing.assert_close(captured, results(lstm, x, **ragged))
         reference = kernels(16, 32, backend="reference", cell=cell)
         reference.load_state_dict(lstm.state_dict())
-        torch.testing.assert_close(found[0], reference(x, **ragged)[0], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(captured[0], reference(x, **ragged)[0], rtol=1e-2, atol=1e-3)
 
 
 def test_more_than_65535_steps():

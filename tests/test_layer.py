@@ -256,6 +256,34 @@ def test_larger_sizes_in_cuda(size, words, dtype):
     check(size, words, "cupy", dtype, "cuda")
 
 
+@pytest.mark.parametrize(("backend", "size", "words"), [
+    ("torch", (2, 2, 2, 2, 1), MIX), ("reference", (2, 2, 2, 2), f"no-bias {MIX}"),
+    ("reference", (2, 2, 2, 3, 2), "ragged states peepholes masks"), ("reference", (2, 2, 2, 2), "expected states"),
+    ("reference", (2, 2, 2, 3), f"{OF_ALL} masks"), ("torch", (2, 2, 2, 2), f"gru {MIX}"),
+    ("reference", (2, 2, 2, 2), "gru ragged states masks"), ("reference", (2, 2, 2, 4), "gru heads"),
+    ("reference", (2, 2, 2, 4), "slstm heads"),
+])  # fmt: skip
+def test_second_derivatives_by_finite_differences(backend, size, words):
+    module, (x, hx, rest) = everywhere(backend, words, F64, size)
+    names, parameters = zip(*module.train("expected" not in words).named_parameters())
+    like, states = rest.pop("reset_states", None), tree_leaves(hx)
+    left = [] if like is None else tree_leaves(like)
+
+    def call(x, *tensors):
+        torch.manual_seed(0)  # the same masks
+        parts = [list(part) for part in (tensors[: len(states)], tensors[len(states) :])]
+        given, left = dict(zip(names, parts[1])), parts[1][len(names) :]
+        options = rest | (dict(reset_states=of_user(like, left)) if left else {})
+        y, found = torch.func.functional_call(module, given, (x, of_user(hx, parts[0])), options)
+        return y, *tree_leaves(found)
+
+    def of_user(like, leaves):
+        return leaves[0] if isinstance(like, torch.Tensor) else tuple(leaves)
+
+    inputs = [t.detach().double().requires_grad_() for t in (x, *states, *parameters, *left)]
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
 EVERYWHERE = [
     ("torch", "resets both", None), ("torch/two", "resets", None), ("cupy", "resets both", F16),
     ("cupy", "states peepholes norms zoneout", F32), ("reference", "states peepholes norms zoneout both", None),

@@ -184,8 +184,9 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(schedule_of, m
         assert (set(one_stream.streams), one_stream.side_by_side) == ({None}, at_once)
     monkeypatch.setattr(build, "schedule_of", lambda *_: found)
     given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
-    layers = build.build(given, kind_of(given), Backend.TRITON).layers
-    assert [layer.problem.side_by_side for layer in layers] == [expected] * given.options.rows
+    kind = kind_of(given)
+    layers = build.build(given, kind, Backend.TRITON).layers
+    assert [layer.problem.side_by_side for layer in layers] == [expected] * len(kind.problems)
 
 
 @pytest.mark.parametrize(("steps", "workspace", "length"), [

@@ -65,7 +65,8 @@ def as_words(x: Tensor) -> Tensor:
 
 def transposed_gates(p: Problem, r: Recurrence, partners: int) -> Tensor:
     """W_hh [GATES H, D] -> the words of W_hh^T of each partner's gates, [partners, H, GATES / partners, W] int32."""
-    by_gate = r.inputs.weight_hh.view(partners, CELLS[p.cell].rows // partners, p.heads, p.columns, p.columns)
+    weight_hh, units = r.inputs.weight_hh, r.inputs.weight_hh.shape[1]
+    by_gate = weight_hh.view(partners, CELLS[p.cell].rows // partners, p.heads, units, units)
     return as_words(by_gate.permute(0, 2, 4, 1, 3))
 
 
@@ -128,6 +129,12 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     return h.resize_(len(h) - 1, p.batch, p.hidden)
 
 
+def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
+    """dgates without padding of rows."""
+    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
+    return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
+
+
 def _row(p: Problem) -> int:
     """Elements of a row of H units, those of each head in whole words."""
     return p.heads * (p.columns + p.columns * p.size % 4 // p.size)
@@ -158,7 +165,7 @@ def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Pla
 COOPERATIVE = Family(
     (cooperative_forward_kernel, cooperative_backward_kernel), sizes, lambda *_: True, buffers,
     arguments=(forward_arguments, backward_arguments),
-    results=(h_of, lambda p, memory: _without_padding(p, memory["dgates_ptr"]).flatten(2)),
+    results=(h_of, dgates_of),
 )  # fmt: skip
 RESIDENT = Family(
     (resident_forward_kernel, resident_backward_kernel),
