@@ -336,7 +336,7 @@ def outcome(snapshot: Path, mutant: Mutant, batches: list[tuple[list[str], float
 
 
 def first_failure(tree: Path, files: list[str], seconds: float, plugin: Callable[[], object]) -> str:
-    """The first failure of test files, "time" if they take too long, a signal if they crash; else nothing."""
+    """The first failure of test files, "time" if they take too long, or what pytest crashes with; else nothing."""
     log = tree / "out.log"
     child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, log, files, plugin))
     child.start()
@@ -349,8 +349,8 @@ def first_failure(tree: Path, files: list[str], seconds: float, plugin: Callable
     if ended in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):  # all of a file may be slow
         return ""
     text = log.read_text(errors="replace")
-    if failed := re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$", text, re.M):
-        return failed.group(1)
+    if failed := re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$|^INTERNALERROR> (\w+: .*)$", text, re.M):
+        return failed.group(1) or failed.group(2)
     if ended < 0:
         return f"killed by {signal.Signals(-ended).name}"
     raise RuntimeError(f"{', '.join(files)} did not run:\n{text[-2000:]}")  # as where a package is missing, say
