@@ -17,16 +17,19 @@ from .weights import NAMES, State, Weights
 
 
 def check_bool(name: str, value: object) -> None:
+    """Raise TypeError, in torch's words, unless `value` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
 def check_tensor(value: object, name: str) -> None:
+    """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")
 
 
 def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
+    """Raise unless a tensor of this name has so many dimensions."""
     if tensor.dim() != count:
         raise RuntimeError(f"{name} must have {count} dimensions, got {tensor.dim()}")
 
@@ -161,6 +164,7 @@ def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]
 
 
 def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
+    """Raise unless `tensor` is where the input is."""
     if tensor.device != x.device:
         found = f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
         raise RuntimeError(f"Input and {what} tensors are not at the same device, {found}")
@@ -193,6 +197,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless `resets` is a bool tensor of this shape, where the input is."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")

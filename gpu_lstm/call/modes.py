@@ -132,6 +132,7 @@ def _need_the_reference(compiling: bool) -> bool:
 
 
 def is_transformed() -> bool:
+    """Whether the current call is inside a transform of torch.func."""
     return _interpreter() is not None
 
 

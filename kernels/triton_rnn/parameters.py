@@ -45,6 +45,8 @@ class Sizes(NamedTuple):
 
 
 class HiddenPointers(NamedTuple):
+    """Pointers to h, and to what is read or written with it."""
+
     h0_ptr: Pointer  # [B, P]
     h_ptr: Pointer  # [T*B, P] out: of every step
     h_n_ptr: Pointer  # [B, P] out: of every sequence's last
@@ -54,6 +56,8 @@ class HiddenPointers(NamedTuple):
 
 
 class CellPointers(NamedTuple):
+    """Pointers to gates and c, and to what is read or written with them."""
+
     gates_ptr: Pointer  # [T*B, 4H] x W_ih^T + b_ih, of an LSTM + b_hh; out, if c_ptr: activated
     weight_peephole_ptr: Pointer  # [3H]
     bias_hh_ptr: Pointer  # [GATES H] of a GRU

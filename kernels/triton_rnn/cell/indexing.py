@@ -48,6 +48,7 @@ class Offsets(NamedTuple):
 
 @triton.jit
 def sequences(index, batch):
+    """The sequences of these numbers, some of which may be past the batch."""
     in_batch = index < batch.B
     length = tl.zeros_like(index) + batch.T
     if batch.lengths_ptr is not None:
@@ -81,6 +82,7 @@ def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
 
 @triton.jit
 def position(step, sequence, batch, REVERSE: tl.constexpr):
+    """Where sequences are at a step."""
     time = time_of(step, sequence.length, REVERSE)
     row = row_of(time, sequence.index, batch.B)
     valid = sequence.in_batch & (step < sequence.length)

@@ -44,6 +44,7 @@ Sums = namedtuple("Sums", "rows columns units published wanted")
 
 @triton.jit
 def tiles_of_group(B):
+    """How many batch tiles a group of programs has."""
     return tl.cdiv(tl.cdiv(B, SEQUENCES) - tl.program_id(1), tl.num_programs(1))
 
 

@@ -25,6 +25,7 @@ Owned = namedtuple("Owned", "units places columns sequences")
 
 @triton.jit
 def cells_of_thread(batch, S: tl.constexpr):
+    """The units and sequences whose cells this thread computes."""
     thread = threads(S.WARPS)
     units, places, columns, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
@@ -157,6 +158,24 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
     return dh
 
 
+@triton.jit
+def load_gradients_of_final_state(dh_n_ptr, dc_ptr, cells, S: tl.constexpr):
+    """Those of h_n, zeros if there are none, and of c_n."""
+    dh_n = tl.zeros((32 * S.WARPS,), tl.float32)
+    if dh_n_ptr is not None:
+        dh_n += tl.load(dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
+    return dh_n, tl.load(dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0)
+
+
+@triton.jit
+def store_stayed(hidden, stayed, cells, step):
+    """The gradient of h before a step through zoneout of h: at the first step, and where h was reset."""
+    is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
+    tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, stayed, mask=is_first)
+    if hidden.dreset_h_ptr is not None:
+        tl.store(hidden.dreset_h_ptr + cells.at, stayed, mask=cells.reset)
+
+
 @triton.jit(repr=name_in_profiles("resident_backward_kernel"), do_not_specialize=["T", "B"])
 def resident_backward_kernel(
     weights_ptr,  # [GATES, H, W] int32: W_hh^T of each gate
@@ -172,19 +191,17 @@ def resident_backward_kernel(
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
     dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S)
     for n in tl.static_range(len(owned.units)):
-        cells, dh_n = Offsets(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
+        dh_n, dc_n = load_gradients_of_final_state(hidden.dh_n_ptr, cell.dc_ptr, Offsets(*first[n]), S)
         peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
-        if hidden.dh_n_ptr is not None:
-            dh_n += tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
-        dh, dc = dh + (dh_n,), dc + (tl.load(cell.dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
+        dh, dc = dh + (dh_n,), dc + (dc_n,)
     for back in range(T):
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
         activations, dh_stayed, drest, dz, dc_prev = (), (), (), (), ()
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
-            loaded = states.load_saved(saved, step, cells, S.H)
-            activations = activations + (states.as_float(loaded, cell.zoneout_c_ptr, S),)
+            saved_n = states.load_saved(saved, step, cells, S.H)
+            activations = activations + (states.as_float(saved_n, cell.zoneout_c_ptr, S),)
             # From memory, since there are no registers for it during the product.
             drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
 
@@ -197,8 +214,8 @@ def resident_backward_kernel(
                 dm += tl.load(hidden.dh_ptr + cells.at, mask=cells.valid, other=0.0).to(tl.float32)
             dm, stayed = noise.zoneout_backward(dm, noise.load_share(hidden.zoneout_h_ptr, cells))
             dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
-            share_c = noise.load_share(cell.zoneout_c_ptr, cells)
-            d, dc_stayed = noise.zoneout_backward(tl.where(cells.valid, dc[n], 0.0), share_c)
+            dc_n = tl.where(cells.valid, dc[n], 0.0)
+            d, dc_stayed = noise.zoneout_backward(dc_n, noise.load_share(cell.zoneout_c_ptr, cells))
             dz_n, d, drest_n = cell_backward(gates, c_prev, dz_o, d + dc_by_m, drest[n], peepholes[n], S)
             states.store_gradient_of_rest(cell.dc_ptr, drest_n, cells, B, S)
             dh_stayed, dz = dh_stayed + (stayed,), dz + (dz_n,)
@@ -212,10 +229,7 @@ def resident_backward_kernel(
             d = noise.dropout(dh_prev[n], hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
             if hidden.zoneout_h_ptr is not None:
                 d += dh_stayed[n]
-                is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
-                tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, dh_stayed[n], mask=is_first)
-            if hidden.dreset_h_ptr is not None:
-                tl.store(hidden.dreset_h_ptr + cells.at, dh_stayed[n], mask=cells.reset)
+                store_stayed(hidden, dh_stayed[n], cells, step)
             if cell.dreset_c_ptr is not None:
                 tl.store(cell.dreset_c_ptr + cells.at, dc_prev[n], mask=cells.reset)
             # No gradient flows past a reset.
