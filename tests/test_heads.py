@@ -29,7 +29,8 @@ def test_on_a_cpu_wide_heads_are_a_call_each(kind, monkeypatch):
     twin.backend, theirs = "reference", getattr(torch, name)
     monkeypatch.setattr(torch_rnn, name, lambda *args: calls.append(args[2][1].shape) or theirs(*args))
     x, hx = random_inputs(module, B)
-    assert_same(*(results(each, x, hx) for each in (module, twin)))
+    # Gradients are sums of up to 2 x 1,024 terms where those of pairs.py have 7: sqrt((2,048 + 20) / (7 + 20)).
+    assert_same(*(results(each, x, hx) for each in (module, twin)), condition=9)
     assert calls == [(64 * module._cell.rows, 64)] * 4 * 2
 
 
