@@ -1,19 +1,28 @@
 """Which backend is chosen, by whom, and what it says when it cannot run: with float64 "triton" raises a TypeError."""
 
+import contextlib
+import importlib.util
+import inspect
 import warnings
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from standing_in import CUDA
+from test_first_call import selected
 from torch import zeros
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
 from gpu_lstm.backends import reference
 from gpu_lstm.call import choices
+from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
+from gpu_lstm.dispatch.available import why_unavailable
 from gpu_lstm.functional import lstm_layer
-from gpu_lstm.kernels.triton_rnn import launch
+from gpu_lstm.kernels import cupy_rnn, triton_rnn
+from gpu_lstm.kernels.triton_rnn import features, launch
 
 F64 = torch.float64
 X, *WEIGHTS = (zeros(size, dtype=F64) for size in ((5, 2, 3), (16, 3), (16, 4)))
@@ -129,3 +138,35 @@ def test_auto_skips_kernels_that_lack_something_without_a_name(way, monkeypatch)
         lstm.backend = "triton"
         with pytest.raises(ValueError, match=r"^backend 'triton' has no projections$"):
             lstm(x)
+
+
+def test_a_torch_for_amd_is_named(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for backend in (Backend.TRITON, Backend.CUPY):
+        assert "ROCm" in str(why_unavailable(backend, CUDA, torch.float32))
+    assert selected() is Backend.TORCH
+
+
+@pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
+def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
+    monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
+    for package in (cupy_rnn, triton_rnn):
+        monkeypatch.setattr(package, "import_packages", Mock(side_effect=error))
+    with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
+        assert selected() is Backend.TORCH
+    with pytest.raises(ImportError, match=str(error)):
+        selected("triton")
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="of Triton's interpreter")
+@pytest.mark.parametrize(("triton", "numpy", "runs"), [
+    ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True),
+])  # fmt: skip
+def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, triton, numpy, runs):
+    """Rather than that only 0-dimensional arrays can be converted to Python scalars, in the middle of a kernel."""
+    monkeypatch.setattr(features.triton, "__version__", triton)
+    monkeypatch.setattr(np, "__version__", numpy)
+    spec = importlib.util.spec_from_file_location("features_again", features.__file__)
+    said = pytest.raises(ImportError, match=f"Triton {triton} needs NumPy below 2.4, got {numpy}: pip install")
+    with contextlib.nullcontext() if runs else said:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -2,8 +2,6 @@
 
 import contextlib
 import gc
-import importlib.util
-import inspect
 import logging
 import math
 import os
@@ -16,7 +14,6 @@ import weakref
 from types import SimpleNamespace
 from unittest.mock import ANY, MagicMock, Mock, call
 
-import numpy as np
 import pytest
 import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
@@ -24,15 +21,14 @@ from standing_in import CUDA, H100, plan_of, torch_finds
 from gpu_lstm import __main__ as doctor
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
-from gpu_lstm.dispatch.available import select, why_unavailable
+from gpu_lstm.dispatch.available import select
 from gpu_lstm.dispatch.route import forget
-from gpu_lstm.kernels import cupy_rnn, triton_rnn
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.timeouts import DEVICE_ERRORS
-from gpu_lstm.kernels.triton_rnn import features, launch
+from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 
 PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
@@ -242,7 +238,7 @@ def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch
 # Where nothing can be launched
 
 
-def _selected(asked: str | None = None) -> Backend:
+def selected(asked: str | None = None) -> Backend:
     return select(asked, CUDA, doctor.ANY, False)
 
 
@@ -287,12 +283,12 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
     of_triton = available.import_problem(Backend.TRITON)
     monkeypatch.setattr(available, "import_problem", {Backend.TRITON: of_triton, Backend.CUPY: "not here"}.get)
     with pytest.warns(UserWarning, match="launches nothing on cuda:0.*Backend 'auto' does without it"):
-        assert _selected() is Backend.TORCH
+        assert selected() is Backend.TORCH
     with pytest.raises(RuntimeError, match=f"backend 'triton': .*{cure}"):
-        _selected("triton")
+        selected("triton")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
-        assert _selected() is Backend.TORCH
+        assert selected() is Backend.TORCH
 
 
 @pytest.mark.parametrize("error", DEVICE_ERRORS)
@@ -300,8 +296,8 @@ def test_an_error_of_the_device_says_nothing_about_kernels_and_is_raised_as_it_i
     """Once it is over they are launched."""
     monkeypatch.setattr(choose, "load", Mock(side_effect=[error("planted"), MagicMock()]))
     with pytest.raises(error, match="planted"):
-        _selected("triton")
-    assert _selected("triton") is Backend.TRITON
+        selected("triton")
+    assert selected("triton") is Backend.TRITON
 
 
 def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypatch):
@@ -309,7 +305,7 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
     monkeypatch.setattr(choose, "load", lambda kernel, *_: loaded.append(kernel.__name__) or MagicMock())
     for capturing in (True, False, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-        assert _selected("triton") is Backend.TRITON
+        assert selected("triton") is Backend.TRITON
         assert loaded == ([] if capturing else ["empty_kernel"])
 
 
@@ -436,35 +432,3 @@ def test_the_first_call_does_not_import_torchs_compiler():
         assert "torch._dynamo" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | dict(TRITON_INTERPRET="1"))
-
-
-def test_a_torch_for_amd_is_named(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    for backend in (Backend.TRITON, Backend.CUPY):
-        assert "ROCm" in str(why_unavailable(backend, CUDA, torch.float32))
-    assert _selected() is Backend.TORCH
-
-
-@pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
-def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
-    monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
-    for package in (cupy_rnn, triton_rnn):
-        monkeypatch.setattr(package, "import_packages", Mock(side_effect=error))
-    with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
-        assert _selected() is Backend.TORCH
-    with pytest.raises(ImportError, match=str(error)):
-        _selected("triton")
-
-
-@pytest.mark.skipif(not launch.INTERPRETED, reason="of Triton's interpreter")
-@pytest.mark.parametrize(("triton", "numpy", "runs"), [
-    ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True),
-])  # fmt: skip
-def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, triton, numpy, runs):
-    """Rather than that only 0-dimensional arrays can be converted to Python scalars, in the middle of a kernel."""
-    monkeypatch.setattr(features.triton, "__version__", triton)
-    monkeypatch.setattr(np, "__version__", numpy)
-    spec = importlib.util.spec_from_file_location("features_again", features.__file__)
-    said = pytest.raises(ImportError, match=f"Triton {triton} needs NumPy below 2.4, got {numpy}: pip install")
-    with contextlib.nullcontext() if runs else said:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
