@@ -90,10 +90,7 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
         return _record(launches)
     gates, z, h, h_next = (arguments.get(f"{name}_ptr") for name in ("gates", "z", "h", "h_next"))
     of_c = [None if t is None else t.float() for t in map(arguments.get, ("gain_c_ptr", "bias_c_ptr"))]
-    operand, (product, in_heads, weight) = arguments["h0_ptr"][0], by_head(arguments["weight_hh_ptr"], p)
-    if p.dropout_h:
-        operand = arguments["dropout_h_ptr"] * operand
-    operand = unless_reset(p, operand, arguments.get("resets_ptr"))
+    operand, (product, in_heads, weight) = first_operand(arguments, p), by_head(arguments["weight_hh_ptr"], p)
     times, cell, weight = range(arguments["T"]), CELLS[p.cell], weight.mT
     with products_in(p.precision):
         for step, time in enumerate(reversed(times) if p.reverse else times):
@@ -139,6 +136,14 @@ def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem)
                     of_step = layer_norm.at(norm_hh, _times_at(step, time, arguments, p))
                     of_h = layer_norm.gradient(of_h, of_step)
                 product(cell.of_h(in_heads(of_h), p.columns), weight, out=in_heads(dh_next))
+
+
+def first_operand(arguments: dict[str, Any], p: Problem) -> Tensor:
+    """What W_hh multiplies at the first step, [B, P]."""
+    operand = arguments["h0_ptr"][0]
+    if p.dropout_h:
+        operand = arguments["dropout_h_ptr"] * operand
+    return unless_reset(p, operand, arguments.get("resets_ptr"))
 
 
 def by_head(weight_hh: Tensor, p: Problem) -> tuple[Callable[..., Any], Callable[..., Any], Tensor]:

@@ -13,7 +13,7 @@ E = TypeVar("E", bound=enum.Enum)
 BACKEND_VARIABLE = "GPU_LSTM_BACKEND"
 RACE_VARIABLE = "GPU_LSTM_RACE"
 
-BackendName = Literal["auto", "triton", "cupy", "torch", "reference"]
+BackendName = Literal["auto", "triton", "cupy", "numba", "torch", "reference"]
 """The values of Backend, for type checkers."""
 
 
@@ -23,6 +23,7 @@ class Backend(enum.Enum):
     AUTO = "auto"  # for CUDA tensors triton or cupy where they can run and are faster; else torch
     TRITON = "triton"  # fused Triton kernels
     CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
+    NUMBA = "numba"  # the time loop, compiled for a CPU
     TORCH = "torch"  # torch's own LSTM or GRU: ATen on the CPU, cuDNN on CUDA
     REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
 

@@ -1,0 +1,64 @@
+"""exp, sigmoid, tanh and log1p of float32 by polynomials, which LLVM vectorises, to 2 units in the last place.
+
+NaN stays NaN. Their arguments are numbers of a loop over units, see equations.py.
+"""
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+F = np.float32
+HOW = {"fastmath": {"contract"}, "error_model": "numpy", "nogil": True}  # a division that may raise is not vectorised
+INLINE = HOW | {"inline": "always"}
+LOG2_E, LN_2, LN_2_LOW = F(1.442695040888963), F(0.693359375), F(-2.12194440e-4)
+ROUND = F(1.5 * 2**23)  # added to a number of less than 2^22: rounds it to an integer, which is in its last bits
+
+
+@intrinsic
+def _float_of(context, bits):
+    return types.float32(types.int32), lambda c, builder, signature, a: builder.bitcast(a[0], c.get_value_type(types.float32))
+
+
+@intrinsic
+def _bits_of(context, x):
+    return types.int32(types.float32), lambda c, builder, signature, a: builder.bitcast(a[0], c.get_value_type(types.int32))
+
+
+@njit(**INLINE)
+def exp(x):
+    """e^x within 2^-125 to 2^127: the polynomial of Cephes' expf."""
+    x = F(87) if x > F(87) else x
+    x = F(-87) if x < F(-87) else x
+    k = x * LOG2_E + ROUND
+    n = k - ROUND
+    r = x - n * LN_2 - n * LN_2_LOW
+    p = F(1.9875691500e-4) * r + F(1.3981999507e-3)
+    p = ((p * r + F(8.3334519073e-3)) * r + F(4.1665795894e-2)) * r + F(1.6666665459e-1)
+    p = (p * r + F(0.5)) * r * r + r + F(1)
+    return p * _float_of((_bits_of(k) << np.int32(23)) + np.int32(127 << 23))
+
+
+@njit(**INLINE)
+def sigmoid(x):
+    return F(1) / (F(1) + exp(-x))
+
+
+@njit(**INLINE)
+def tanh(x):
+    """As triton_rnn/equations/lstm.py."""
+    u = x * x
+    p = (((F(-0.005893945) * u + F(0.020794617)) * u - F(0.053783294)) * u + F(0.13331915)) * u - F(0.333333)
+    far = F(1) - F(2) / (exp(F(2) * abs(x)) + F(1))
+    far = -far if x < F(0) else far
+    return x + x * u * p if abs(x) < F(0.6) else far
+
+
+@njit(**INLINE)
+def above(x):
+    """log(1 + e^-|x|), by 2 artanh(e / (2 + e)) as a series."""
+    e = exp(-abs(x))
+    s = e / (F(2) + e)
+    u = s * s
+    p = ((F(1 / 13) * u + F(1 / 11)) * u + F(1 / 9)) * u + F(1 / 7)
+    p = ((p * u + F(1 / 5)) * u + F(1 / 3)) * u + F(1)
+    return F(2) * s * p
