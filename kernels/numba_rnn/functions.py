@@ -1,30 +1,45 @@
-"""exp, sigmoid, tanh and log1p of float32 by polynomials, which LLVM vectorises, to 2 units in the last place.
+"""What all compiled functions have in common: how they are compiled, memory by addresses, and functions of float32.
 
-NaN stays NaN. Their arguments are numbers of a loop over units, see equations.py.
+exp, sigmoid, tanh and log1p are polynomials, which LLVM vectorises, to 2 units in the last place; NaN stays NaN.
 """
+
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
 F = np.float32
-HOW = {"fastmath": {"contract"}, "error_model": "numpy", "nogil": True}  # a division that may raise is not vectorised
-INLINE = HOW | {"inline": "always"}
+HOW: dict[str, Any] = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
+compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)
+entry = partial(njit, **HOW)  # a division that may raise is not vectorised
+inlined = partial(njit, inline="always", **HOW)
+
+
+def _cast(source: Any, target: Any, instruction: str) -> Any:
+    """A function of one number, which an instruction of LLVM makes one of another type."""
+
+    @intrinsic
+    def cast(context: Any, x: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return getattr(builder, instruction)(arguments[0], context.get_value_type(signature.return_type))
+
+        return target(source), generate
+
+    return cast
+
+
+floats, flags, numbers = (
+    _cast(types.intp, types.CPointer(kind), "inttoptr") for kind in (types.float32, types.uint8, types.int64)
+)
+"""What is at an address, to be indexed: a signed index of an array would be asked whether it counts from the end."""
+_float_of, _bits_of = _cast(types.int32, types.float32, "bitcast"), _cast(types.float32, types.int32, "bitcast")
 LOG2_E, LN_2, LN_2_LOW = F(1.442695040888963), F(0.693359375), F(-2.12194440e-4)
 ROUND = F(1.5 * 2**23)  # added to a number of less than 2^22: rounds it to an integer, which is in its last bits
 
 
-@intrinsic
-def _float_of(context, bits):
-    return types.float32(types.int32), lambda c, builder, signature, a: builder.bitcast(a[0], c.get_value_type(types.float32))
-
-
-@intrinsic
-def _bits_of(context, x):
-    return types.int32(types.float32), lambda c, builder, signature, a: builder.bitcast(a[0], c.get_value_type(types.int32))
-
-
-@njit(**INLINE)
+@inlined
 def exp(x):
     """e^x within 2^-125 to 2^127: the polynomial of Cephes' expf."""
     x = F(87) if x > F(87) else x
@@ -38,12 +53,12 @@ def exp(x):
     return p * _float_of((_bits_of(k) << np.int32(23)) + np.int32(127 << 23))
 
 
-@njit(**INLINE)
+@inlined
 def sigmoid(x):
     return F(1) / (F(1) + exp(-x))
 
 
-@njit(**INLINE)
+@inlined
 def tanh(x):
     """As triton_rnn/equations/lstm.py."""
     u = x * x
@@ -53,7 +68,7 @@ def tanh(x):
     return x + x * u * p if abs(x) < F(0.6) else far
 
 
-@njit(**INLINE)
+@inlined
 def above(x):
     """log(1 + e^-|x|), by 2 artanh(e / (2 + e)) as a series."""
     e = exp(-abs(x))

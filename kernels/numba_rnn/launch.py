@@ -1,6 +1,5 @@
-"""The Numba backend: the loops of loops.py, compiled for this CPU when they are first called."""
+"""The Numba backend: the loops of steps.py, compiled for this CPU when they are first called."""
 
-import functools
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -17,76 +16,86 @@ from ..heads import arranged
 from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem
-from . import loops
-from .equations import NUMBERS, ROWS
+from . import steps
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
-STOPS = "zcmh"  # as by_steps.Part has them
+STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
+CODES = dict(zip(("lstm", "gru", "slstm"), steps.CELLS))
 
 
-def call_of(part: Part, arguments: dict[str, Any]) -> loops.Call:
-    """What compiled functions are given of arguments by the names of pointers."""
-    p, arrays = part.problem, {}
-    for name in ("zoneout_h", "zoneout_c"):
-        t = arguments.get(f"{name}_ptr")
-        if t is not None and t.dim() == 0:
-            arguments = arguments | {f"{name}_ptr": None, f"{name.replace('zoneout', 'rate')}_ptr": t}
-    for names, dtype in ((loops.FLOATS, np.float32), (loops.BOOLS, np.bool_), (("lengths",), np.int64)):
-        none = np.empty(0, dtype)
-        for name in names:
-            t = arguments.get(f"{name}_ptr")
-            arrays[name] = none if t is None else t.detach().numpy().reshape(-1)
-    sizes = arguments["T"], p.batch, p.hidden, p.heads, p.from_x, CELLS[p.cell].h_start, int(p.reverse), NUMBERS[p.cell]
-    return loops.Call(**arrays, **dict(zip(loops.SIZES, (*sizes, STOPS.index(part.start), STOPS.index(part.end)))))
+def call_of(part: Part, arguments: dict[str, Any]) -> Any:
+    """What compiled functions are given, of arguments by the names of pointers: an array of one steps.CALL."""
+    p, call = part.problem, np.zeros(1, steps.CALL)
+    put(call, arguments)
+    if p.zoneout_h == 0:
+        call["zoneout_h"], call["rate_h"] = 0, call["zoneout_h"]
+    if p.zoneout_c == 0:
+        call["zoneout_c"], call["rate_c"] = 0, call["zoneout_c"]
+    sizes = arguments["T"], p.batch, p.hidden, p.heads, p.from_x, CELLS[p.cell].h_start, p.reverse, CODES[p.cell]
+    for name, size in zip(steps.SIZES, (*sizes, STOPS.index(part.start), STOPS.index(part.end))):
+        call[name] = size
+    return call
+
+
+def put(call: Any, arguments: dict[str, Any]) -> None:
+    """Addresses of tensors into a call, of those that it knows."""
+    for name, t in arguments.items():
+        if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in steps.CALL.names:
+            call[field] = t.data_ptr()
 
 
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
-    function, tile, batch = loops.before_product if backward else loops.after_product, np.zeros(ROWS, np.float32), part.problem.batch
-    call = call_of(part, arguments)
+    name = "before_product" if backward else "after_product"
+    function, call, batch = getattr(steps, name), call_of(part, arguments), part.problem.batch
+    scratch = torch.zeros(steps.SCRATCH)
 
     def launch(step: int, **changed: Tensor) -> None:
-        given = call._replace(**{name.removesuffix("_ptr"): t.numpy().reshape(-1) for name, t in changed.items()})
-        function(given, tile, step, 0, batch)
+        if checking.on:
+            with margins(name, arguments | changed) as inside:
+                return function(call_of(part, inside)[0], scratch.data_ptr(), step, 0, batch)
+        put(call, changed)
+        function(call[0], scratch.data_ptr(), step, 0, batch)
 
     return launch
 
 
-def run_all(p: Problem, backward: bool, arguments: dict[str, Any]) -> None:
-    """All steps in one call."""
-    part = by_steps.parts_of(p, backward)[0]
-    weight = arranged(arguments["weight_hh_ptr"], p.width)
-    if p.heads > 1:
-        weight = weight.mT if backward else weight
-    elif not backward:
-        weight = weight.T
-    call, weight = call_of(part, arguments), weight.contiguous().detach().numpy().reshape(-1)
-    function = loops.backward if backward else loops.forward
-    function(call, weight, 0, p.batch)
+def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
+    """All steps at once, in shares of the batch."""
+    p = part.problem
+    weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
+    if (p.heads > 1) == backward:
+        weight = weight.mT
+    arguments = arguments | {"weight_ptr": weight.contiguous()}
+    name = "backward" if backward else "forward"
+    function = getattr(steps, name)
+    scratch = torch.zeros(steps.SCRATCH)
+    if checking.on:
+        with margins(name, arguments) as inside:
+            function(call_of(part, inside)[0], scratch.data_ptr(), 0, p.batch)
+    else:
+        function(call_of(part, arguments)[0], scratch.data_ptr(), 0, p.batch)
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
     """See layer.Launcher; as what follows below."""
     outside, backward = problem.projected > 0 and not problem.projects_in_loop, pass_.backward
     p = problem._replace(projected=0) if outside else problem
-    buffers = by_steps.buffers(p, pass_)
-    names = ("dz_ptr", 4 * p.hidden), ("dh_next_ptr", p.width)
-    buffers |= {name.removeprefix("" if backward else "d"): Buffer(p.dtype, (p.batch, size)) for name, size in names}
+    parts, buffers = by_steps.parts_of(p, backward), by_steps.buffers(p, pass_)
+    if not p.only_by_steps:
+        buffers["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
+        buffers["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.width))
 
     def start(arguments: dict[str, Any]) -> None:
         if p.lengths is torch.int32:
             arguments["lengths_ptr"] = arguments["lengths_ptr"].long()
         if p.only_by_steps:
-            binds = [partial(bind, part, backward) for part in by_steps.parts_of(p, backward)]
             loop = by_steps.backward_steps if backward else by_steps.forward_steps
-            return loop(binds, arguments, p)
+            return loop([partial(bind, part, backward) for part in parts], arguments, p)
         if not backward:
             arguments["h_next_ptr"].copy_(by_steps.first_operand(arguments, p))
-        if checking.on:
-            with margins("backward" if backward else "forward", arguments) as inside:
-                return run_all(p, backward, inside)
-        run_all(p, backward, arguments)
+        run_all(parts[0], backward, arguments)
 
     prepared = Launches(p, plan, buffers, start, itemgetter("dgates_ptr" if backward else "h_ptr"))
     prepared.projects_outside = outside
@@ -106,7 +115,7 @@ def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
 
 
 def lacks(problem: Problem) -> str | None:
-    return None if problem.cell in NUMBERS else f"cell {problem.cell!r}"
+    return None if problem.cell in CODES else f"cell {problem.cell!r}"
 
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
