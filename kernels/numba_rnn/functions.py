@@ -11,30 +11,40 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 F = np.float32
-HOW: dict[str, Any] = {"error_model": "numpy", "nogil": True, "fastmath": {"contract"}}
-compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)
-entry = partial(njit, **HOW)  # a division that may raise is not vectorised
+HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}  # a division that may raise is not vectorised
+compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)  # for others of ours alone
 inlined = partial(njit, inline="always", **HOW)
 
 
-def _cast(source: Any, target: Any, instruction: str) -> Any:
-    """A function of one number, which an instruction of LLVM makes one of another type."""
+def cast(source: Any, target: Any, instruction: str) -> Any:
+    """A function of one number or address, which an instruction of LLVM makes one of another type."""
 
     @intrinsic
-    def cast(context: Any, x: Any) -> Any:
+    def of(context: Any, x: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return getattr(builder, instruction)(arguments[0], context.get_value_type(signature.return_type))
 
         return target(source), generate
 
-    return cast
+    return of
+
+
+@intrinsic
+def take(context: Any, counter: Any) -> Any:
+    """The next number of a counter (its address), which no other thread takes."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(types.int64)))
+        return builder.atomic_rmw("add", place, context.get_constant(types.int64, 1), "monotonic")
+
+    return types.int64(types.intp), generate
 
 
 floats, flags, numbers = (
-    _cast(types.intp, types.CPointer(kind), "inttoptr") for kind in (types.float32, types.uint8, types.int64)
+    cast(types.intp, types.CPointer(kind), "inttoptr") for kind in (types.float32, types.uint8, types.int64)
 )
 """What is at an address, to be indexed: a signed index of an array would be asked whether it counts from the end."""
-_float_of, _bits_of = _cast(types.int32, types.float32, "bitcast"), _cast(types.float32, types.int32, "bitcast")
+_float_of, _bits_of = cast(types.int32, types.float32, "bitcast"), cast(types.float32, types.int32, "bitcast")
 LOG2_E, LN_2, LN_2_LOW = F(1.442695040888963), F(0.693359375), F(-2.12194440e-4)
 ROUND = F(1.5 * 2**23)  # added to a number of less than 2^22: rounds it to an integer, which is in its last bits
 

@@ -1,6 +1,7 @@
-"""The Numba backend: the loops of steps.py, compiled for this CPU when they are first called."""
+"""The Numba backend: the time loop of steps.py; by_steps.py's where something is in the middle of a step."""
 
 from functools import partial
+from math import ceil
 from operator import itemgetter
 from typing import Any
 
@@ -16,24 +17,26 @@ from ..heads import arranged
 from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem
-from . import steps
+from . import build, steps, threads
+from .product import SEQUENCES
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
+LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
 CODES = dict(zip(("lstm", "gru", "slstm"), steps.CELLS))
 
 
 def call_of(part: Part, arguments: dict[str, Any]) -> Any:
-    """What compiled functions are given, of arguments by the names of pointers: an array of one steps.CALL."""
-    p, call = part.problem, np.zeros(1, steps.CALL)
+    """What compiled functions are given, of arguments by the names of pointers: a steps.CALL."""
+    p, call = part.problem, np.zeros((), steps.CALL)
     put(call, arguments)
     if p.zoneout_h == 0:
         call["zoneout_h"], call["rate_h"] = 0, call["zoneout_h"]
     if p.zoneout_c == 0:
         call["zoneout_c"], call["rate_c"] = 0, call["zoneout_c"]
     sizes = arguments["T"], p.batch, p.hidden, p.heads, p.from_x, CELLS[p.cell].h_start, p.reverse, CODES[p.cell]
-    for name, size in zip(steps.SIZES, (*sizes, STOPS.index(part.start), STOPS.index(part.end))):
+    for name, size in zip(steps.SIZES[2:], (*sizes, STOPS.index(part.start), STOPS.index(part.end))):
         call[name] = size
     return call
 
@@ -48,34 +51,43 @@ def put(call: Any, arguments: dict[str, Any]) -> None:
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
     name = "before_product" if backward else "after_product"
-    function, call, batch = getattr(steps, name), call_of(part, arguments), part.problem.batch
-    scratch = torch.zeros(steps.SCRATCH)
+    function, call, scratch = build.function(name), call_of(part, arguments), torch.zeros(steps.SCRATCH)
 
     def launch(step: int, **changed: Tensor) -> None:
         if checking.on:
             with margins(name, arguments | changed) as inside:
-                return function(call_of(part, inside)[0], scratch.data_ptr(), step, 0, batch)
+                return start(step, call_of(part, inside))
         put(call, changed)
-        function(call[0], scratch.data_ptr(), step, 0, batch)
+        start(step, call)
+
+    def start(step: int, call: Any) -> None:
+        call["step"], call["scratch"] = step, scratch.data_ptr()
+        function(call.ctypes.data)
 
     return launch
 
 
 def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
-    """All steps at once, in shares of the batch."""
-    p = part.problem
-    weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
-    if (p.heads > 1) == backward:
+    """All steps at once."""
+    weight = arranged(arguments["weight_hh_ptr"], part.problem.width)  # [heads, D, GATES D], or of one head [GATES D, D]
+    if (part.problem.heads > 1) == backward:
         weight = weight.mT
-    arguments = arguments | {"weight_ptr": weight.contiguous()}
-    name = "backward" if backward else "forward"
-    function = getattr(steps, name)
-    scratch = torch.zeros(steps.SCRATCH)
+    name, arguments = "backward" if backward else "forward", arguments | {"weight_ptr": weight.contiguous()}
     if checking.on:
         with margins(name, arguments) as inside:
-            function(call_of(part, inside)[0], scratch.data_ptr(), 0, p.batch)
-    else:
-        function(call_of(part, arguments)[0], scratch.data_ptr(), 0, p.batch)
+            return _in_shares(name, part, inside)
+    _in_shares(name, part, arguments)
+
+
+def _in_shares(name: str, part: Part, arguments: dict[str, Any]) -> None:
+    """Each thread takes shares of the sequences until there are no more, so that threads wait once for each other."""
+    batch, call = part.problem.batch, call_of(part, arguments)
+    units = arguments["T"] * batch * part.problem.hidden
+    count = max(1, min(torch.get_num_threads(), ceil(batch / SEQUENCES), units // LEAST))
+    call["share"] = share = ceil(batch / count / SEQUENCES) * SEQUENCES
+    scratch, taken = torch.zeros(ceil(batch / share), steps.SCRATCH), torch.zeros((), dtype=torch.int64)
+    put(call, {"scratch": scratch, "taken": taken})
+    threads.run(build.function(name), call.ctypes.data, count)
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:

@@ -7,9 +7,10 @@ count in the order of processing; which time a step visits is said in triton_rnn
 from collections import namedtuple
 
 import numpy as np
+from numba import from_dtype, types
 
 from .equations import gru, lstm, slstm
-from .functions import compiled, entry, flags, floats, numbers
+from .functions import cast, compiled, flags, numbers, take
 from .product import COLUMNS, SEQUENCES, product
 from .tile import (
     CONSTANTS, GATES, OF_H, ROWS, UNITS, ZERO, add, add_rows, blend, clear, copy, divide, fill, load, load_shares,
@@ -24,13 +25,15 @@ TENSORS = (
     "weight_peephole", "bias_hh", "weight",  # [3H]; [heads, D, GATES D], backward [heads, GATES D, D]
     "zoneout_h", "zoneout_c", "rate_h", "rate_c",  # [T*B, H] bool; one float
     "resets", "lengths",  # [T*B] bool; [B] int64
+    "scratch", "taken",  # [shares, SCRATCH]; one int64, how many shares
 )  # fmt: skip
-SIZES = "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "start", "end"
+SIZES = "step", "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "start", "end"
 CALL = np.dtype([(name, np.int64) for name in (*TENSORS, *SIZES)])
-"""What all functions are given; of tensors addresses, 0 where a call has none."""
+"""What a call is; of tensors addresses, 0 where it has none. Threads take shares of so many sequences."""
+call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
 CELLS = LSTM, GRU, SLSTM = range(3)
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
-SCRATCH = ROWS * UNITS + SEQUENCES * COLUMNS  # float32 numbers that a thread needs: a tile, and a product's sums
+SCRATCH = ROWS * UNITS + SEQUENCES * COLUMNS  # float32 numbers: a tile, and a product's sums
 SIZE = 4  # bytes of a number
 EMPTY = -np.float32(np.inf)  # the REST of an empty state
 
@@ -175,15 +178,6 @@ def tile_after_product(a, tile, p):
         store_h(a, tile, p)
 
 
-@entry
-def after_product(a, tile, step, first, end):
-    """A step of the sequences from `first` to `end`, after its product."""
-    for b in range(first, end):
-        for head in range(a.heads):
-            for u in range(0, a.H // a.heads, UNITS):
-                tile_after_product(a, tile, place_of(a, step, b, head, u))
-
-
 @compiled
 def gradient_of_m(a, tile, p):
     """The gradient of m, or of W_hr m, in M."""
@@ -290,36 +284,65 @@ def tile_before_product(a, tile, p):
         store(a.dz, p.z + k * (a.H // a.heads), tile, OF_H[k], p.n)
 
 
-@entry
-def before_product(a, tile, step, first, end):
-    """Backward of a step of the sequences from `first` to `end`, before its product."""
+@compiled
+def step_after_product(a, tile, step, first, end):
+    """Of the sequences from `first` to `end`."""
+    for b in range(first, end):
+        for head in range(a.heads):
+            for u in range(0, a.H // a.heads, UNITS):
+                tile_after_product(a, tile, place_of(a, step, b, head, u))
+
+
+@compiled
+def step_before_product(a, tile, step, first, end):
     for b in range(first, end):
         for head in range(a.heads):
             for u in range(0, a.H // a.heads, UNITS):
                 tile_before_product(a, tile, place_of(a, step, b, head, u))
 
 
-@entry
-def forward(a, scratch, first, end):
-    """All steps of the sequences from `first` to `end`; h_next has what step 0 multiplies."""
+def after_product(address):
+    """A step of a call, at its address."""
+    a = call_at(address)
+    step_after_product(a, a.scratch, a.step, 0, a.B)
+
+
+def before_product(address):
+    a = call_at(address)
+    step_before_product(a, a.scratch, a.step, 0, a.B)
+
+
+def forward(address):
+    """All steps of a call, of the shares of its sequences that this thread takes; h_next has what step 0 multiplies."""
+    a = call_at(address)
     width = a.H // a.heads
-    columns, sums = (4 - a.h_start) * width, scratch + SIZE * ROWS * UNITS
-    for step in range(a.T):
-        for head in range(a.heads):
-            x, weight = a.h_next + SIZE * (first * a.H + head * width), a.weight + SIZE * head * width * columns
-            out = a.z + SIZE * ((first * a.heads + head) * 4 + a.h_start) * width
-            product(x, a.H, weight, out, 4 * a.H, end - first, width, columns, sums)
-        after_product(a, scratch, step, first, end)
+    columns = (4 - a.h_start) * width
+    number = take(a.taken)
+    while number * a.share < a.B:
+        first, end = number * a.share, min((number + 1) * a.share, a.B)
+        tile = a.scratch + SIZE * number * SCRATCH
+        for step in range(a.T):
+            for head in range(a.heads):
+                x, weight = a.h_next + SIZE * (first * a.H + head * width), a.weight + SIZE * head * width * columns
+                z = a.z + SIZE * ((first * a.heads + head) * 4 + a.h_start) * width
+                product(x, a.H, weight, z, 4 * a.H, end - first, width, columns, tile + SIZE * ROWS * UNITS)
+            step_after_product(a, tile, step, first, end)
+        number = take(a.taken)
 
 
-@entry
-def backward(a, scratch, first, end):
+def backward(address):
     """As forward, from the last step to the first."""
+    a = call_at(address)
     width = a.H // a.heads
-    rows, sums = (4 - a.h_start) * width, scratch + SIZE * ROWS * UNITS
-    for step in range(a.T - 1, -1, -1):
-        before_product(a, scratch, step, first, end)
-        for head in range(a.heads if step else 0):
-            x = a.dz + SIZE * ((first * a.heads + head) * 4 + a.h_start) * width
-            weight, out = a.weight + SIZE * head * rows * width, a.dh_next + SIZE * (first * a.H + head * width)
-            product(x, 4 * a.H, weight, out, a.H, end - first, rows, width, sums)
+    rows = (4 - a.h_start) * width
+    number = take(a.taken)
+    while number * a.share < a.B:
+        first, end = number * a.share, min((number + 1) * a.share, a.B)
+        tile = a.scratch + SIZE * number * SCRATCH
+        for step in range(a.T - 1, -1, -1):
+            step_before_product(a, tile, step, first, end)
+            for head in range(a.heads if step else 0):
+                dz = a.dz + SIZE * ((first * a.heads + head) * 4 + a.h_start) * width
+                weight, dh = a.weight + SIZE * head * rows * width, a.dh_next + SIZE * (first * a.H + head * width)
+                product(dz, 4 * a.H, weight, dh, a.H, end - first, rows, width, tile + SIZE * ROWS * UNITS)
+        number = take(a.taken)

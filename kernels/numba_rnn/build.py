@@ -1,0 +1,56 @@
+"""The functions of steps.py, compiled for this CPU when they are first called, and kept with our other results."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+
+from .. import cache
+from . import steps
+from .functions import HOW
+
+logger = logging.getLogger("gpu_lstm")
+
+
+def folder() -> Path | None:
+    """Where compiled functions are kept, by all that decides them; None: nowhere, which one warning says.
+
+    Numba itself sees neither an edit of an imported file nor another CPU that has the same name.
+    """
+    cpu = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
+    facts = cache.sources("kernels/numba_rnn"), numba.__version__, platform.python_version(), *cpu
+    try:
+        if (ours := cache.folder()) is None:
+            raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
+        path = ours / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(f"{path} is read-only")
+        return path
+    except OSError as error:
+        cache.warn_once(f"compiled functions are not kept for the next process: {error}")
+        return None
+
+
+@functools.cache
+def function(name: str) -> Callable[[int], None]:
+    """A function of steps.py, which is called without Python's lock."""
+    path, before = folder(), numba.config.CACHE_DIR
+    if path is None or not any(path.rglob(f"steps.{name}-*.nbi")):
+        logger.warning(
+            "gpu_lstm compiles its %s loop for this CPU, once, in about 10 seconds; backend 'torch' needs none", name
+        )
+    numba.config.CACHE_DIR = str(path or before)
+    try:
+        compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(getattr(steps, name))
+    finally:
+        numba.config.CACHE_DIR = before
+    return ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
