@@ -85,7 +85,9 @@ def stub() -> None:
     h100 = resolve_name(f"{TRITON}.plans.planning:DEVICES")["h100"]
     patch("gpu_lstm.dispatch.race.expected_winner", lambda kind, kernel, *_: won(kernel, "")).start()
     if CARD == "cpu":
-        patch.multiple("gpu_lstm.dispatch.available", KERNEL_DEVICES=("cpu",), why_unavailable=nothing).start()
+        patch(f"{TRITON}.DEVICES", ("cpu",)).start()
+        patch("gpu_lstm.dispatch.available.why_unavailable", nothing).start()
+        patch("gpu_lstm.modules.cell.only_torch_runs", nothing).start()
         patch.multiple(
             f"{TRITON}.launch", launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing),
             choose_plan=lambda problem, device, pass_, *_: plans(problem, h100, pass_.backward)[0],

@@ -61,6 +61,9 @@ Refuses = Callable[[Any], str | None]
 class Package(Protocol):
     """What is known of a backend before what it needs is imported: what its kernels/NAME_rnn/__init__.py has."""
 
+    DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give it
+    DTYPES: tuple[torch.dtype, ...]  # that it computes in
+    RACED: bool  # whether `auto` races it; if not, dispatch/cpu_rule.py decides
     PACKAGES: tuple[str, ...]  # whose versions users are asked for
     NEEDS: str  # what to install, and how
 

@@ -11,8 +11,8 @@ import interpreted  # noqa: F401  # puts functions in the place of assembly
 import torch
 
 from gpu_lstm.backends import verify
-from gpu_lstm.dispatch import available, route
-from gpu_lstm.kernels import cache, memory, timeouts
+from gpu_lstm.dispatch import route
+from gpu_lstm.kernels import cache, memory, timeouts, triton_rnn
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
@@ -20,6 +20,7 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import autotune, choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, INTERPRETER, Plan
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
+from gpu_lstm.modules import cell
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
@@ -48,7 +49,8 @@ def a_card(patch, card: Card = H100, **others: Any) -> None:
 
 def the_cpu_is_a_card(patch) -> None:
     """`auto` gives tensors on the CPU to kernels, which are interpreted."""
-    patch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    patch.setattr(triton_rnn, "DEVICES", ("cpu",))
+    patch.setattr(cell, "only_torch_runs", lambda backend: False)
 
 
 def plans_are_verified_on_the_cpu(patch) -> None:

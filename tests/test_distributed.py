@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 import gpu_lstm
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
-from gpu_lstm.dispatch import available, race, route
+from gpu_lstm.dispatch import race, route
+from gpu_lstm.kernels import triton_rnn
 
 WORKERS, WITHIN = 2, ("torch", "triton")
 T, B, I, H = 4, 4, 3, 6
@@ -88,7 +89,7 @@ def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
     by_kernels = {}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setenv("XDG_CACHE_HOME", str(folder / f"cache {rank}"))
-        patch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+        patch.setattr(triton_rnn, "DEVICES", ("cpu",))
         patch.setattr(race, "race", lambda rivals, now: seconds)
         for hidden in (5, 9) if rank else (9, 5):
             lstm = gpu_lstm.LSTM(I, hidden)

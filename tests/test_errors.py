@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from standing_in import CUDA
+from standing_in import CUDA, the_cpu_is_a_card
 from test_first_call import selected
 from torch import zeros
 from torch.utils.flop_counter import FlopCounterMode
@@ -117,7 +117,7 @@ def test_a_block_inside_a_compiled_function():
 @pytest.mark.parametrize("way", ["eager", "compiled", "watched"])
 def test_auto_skips_kernels_that_lack_something_without_a_name(way, monkeypatch):
     """An explicit choice is refused."""
-    monkeypatch.setattr(available, "KERNEL_DEVICES", ("cpu",))
+    the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(available, "why_unavailable", lambda name, *_: OSError() if name.value == "cupy" else None)
     monkeypatch.setattr(launch, "lacks", lambda problem: "projections" if problem.projected else None)
     lstm, x = gpu_lstm.LSTM(3, 8, proj_size=4), torch.randn(2, 1, 3)

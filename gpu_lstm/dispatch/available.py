@@ -5,26 +5,35 @@ import functools
 import torch
 
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
-from ..call.modes import only_torch_runs
 from ..call.regularisers import REFERENCE_ONLY
 from ..kernels import cache
 from ..kernels.layer import launcher_of, package_of
+from . import cpu_rule
 from .kind import Kind
 
-KERNEL_DEVICES = ("cuda",)  # whose tensors AUTO gives to kernels
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+def backends_for(device: torch.device) -> tuple[Backend, ...]:
+    """The backends of kernels to which AUTO may give tensors of a device, in its order."""
+    return tuple([b for b in KERNEL_BACKENDS if device.type in package_of(b.value).DEVICES])
 
 
-def backends_with(feature: str) -> tuple[Backend, ...]:
-    """The backends that support a feature that torch's own lacks, as far as its name tells; see `lacking`."""
-    return *(() if feature in REFERENCE_ONLY else KERNEL_BACKENDS), Backend.REFERENCE
+def is_raced(kernels: Backend) -> bool:
+    """Whether AUTO races a backend of kernels; if not, it follows cpu_rule."""
+    return package_of(kernels.value).RACED
+
+
+def supports(choice: Backend, feature: str | None) -> bool:
+    """Whether a backend supports a feature that torch's own lacks, as far as its name tells; see `lacking`."""
+    if feature is None or choice is Backend.REFERENCE:
+        return True
+    return choice in KERNEL_BACKENDS and feature not in REFERENCE_ONLY
 
 
 def select(argument: str | Backend | None, device: torch.device, kind: Kind, transformed: bool) -> Backend:
     """The backend that will run a kind of call on this device unless another wins a race: never AUTO.
 
     `transformed`: whether the call is within torch.func.vmap or a forward-mode derivative. The reference runs those,
-    whatever was chosen and can run. Sizes of batch and time decide nothing here.
+    whatever was chosen and can run. Sizes of batch and time decide nothing here where kernels are raced.
 
     Raises:
         ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
@@ -33,21 +42,25 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
     choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:
         choice = Backend.TORCH if feature is None else Backend.REFERENCE
-        for kernels in KERNEL_BACKENDS if device.type in KERNEL_DEVICES and feature not in REFERENCE_ONLY else ():
+        for kernels in backends_for(device):
+            if not supports(kernels, feature) or (not is_raced(kernels) and cpu_rule.slower(kind) is not None):
+                continue  # what it needs is not imported for nothing
             if why_unavailable(kernels, device, kind.dtype) is None and lacking(kernels, kind) is None:
                 choice = kernels
                 break
-    elif feature is not None and choice not in backends_with(feature):
-        able = " or ".join(repr(b.value) for b in backends_with(feature))
+    elif not supports(choice, feature):
+        able = " or ".join(repr(b.value) for b in (*backends_for(device), Backend.REFERENCE) if supports(b, feature))
         raise ValueError(f"backend {choice.value!r} does not support {feature}; use {able}")
     elif (problem := why_unavailable(choice, device, kind.dtype)) is not None:
         raise problem
     return Backend.REFERENCE if transformed else choice
 
 
-def only_torch_on_a_cpu(argument: str | None) -> bool:
-    """Whether a call there that torch's own operator can run has nothing else to run it; see modes.only_torch_runs."""
-    return "cpu" not in KERNEL_DEVICES and only_torch_runs(argument)
+def why_no_kernels(device: torch.device, kind: Kind) -> str:
+    """Why AUTO gives a kind of call on this device to no kernels."""
+    reasons = [f"{why}" for b in backends_for(device) if (why := why_unavailable(b, device, kind.dtype)) is not None]
+    ruled = [cpu_rule.slower(kind) for b in backends_for(device) if not is_raced(b) and supports(b, kind.feature)]
+    return next(filter(None, ruled), "; ".join(["backend 'auto' chooses it where no kernels run", *reasons]))
 
 
 def lacking(kernels: Backend, kind: Kind) -> str | None:
@@ -60,10 +73,12 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
     if choice not in KERNEL_BACKENDS:
         return None
     name = f"backend {choice.value!r}"
-    if torch.version.hip is not None:
+    if torch.version.hip is not None and device.type == "cuda":
         return RuntimeError(f"{name} runs on NVIDIA GPUs; this torch is built for AMD's (ROCm)")
-    if dtype not in KERNEL_DTYPES:
-        return TypeError(f"{name} supports float16, bfloat16 and float32, got {dtype}")
+    dtypes = package_of(choice.value).DTYPES
+    if dtype not in dtypes:
+        *most, last = (str(each).removeprefix("torch.") for each in dtypes)
+        return TypeError(f"{name} supports {', '.join(most)}{' and ' * bool(most)}{last}, got {dtype}")
     if (problem := import_problem(choice)) is not None:
         return ImportError(f"{name} {problem}")
     return launcher_of(choice.value).obstacle(device, dtype)

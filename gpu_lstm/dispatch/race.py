@@ -25,6 +25,8 @@ from ..kernels import cache
 from ..kernels.layer import launcher_of
 from ..kernels.private import default_store, is_profiled
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
+from . import available, cpu_rule
+from .available import is_raced
 from .build import build
 from .kind import Kind, describe
 from .stopwatch import Decision, clock, judge, race
@@ -47,12 +49,12 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     Raises:
         torch.OutOfMemoryError: memory is full, so that the kernels cannot be verified. Nothing is decided.
     """
-    if (why := _why_nobody_races(call, able)) is not None:
+    if (why := _why_nobody_races(call, kind, able)) is not None:
         return Decision(able, why)
     device, mode = call.x.device, requested_racing()
     own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
-    decision = known or _cached(kind, able, device, mode)
+    decision = known or (_cached(kind, able, device, mode) if is_raced(able) else expected_winner(kind, able, device))
     if dry or call.modes.capturing:  # the next call races
         if decision is not None:
             return decision
@@ -73,7 +75,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     return decision
 
 
-def _why_nobody_races(call: Request, able: Backend) -> str | None:
+def _why_nobody_races(call: Request, kind: Kind, able: Backend) -> str | None:
     """Why the backend that is able to run a call runs it without a race; None: `auto` decides."""
     if call.modes.transforms == Transforms.REFERENCE:
         return "only it runs inside vmap and forward-mode derivatives"
@@ -81,7 +83,7 @@ def _why_nobody_races(call: Request, able: Backend) -> str | None:
         who = "gpu_lstm.backend(...)" if choices.chosen_backends[0].value else f"the variable {BACKEND_VARIABLE}"
         return f"asked for by {who if call.options.backend is None else 'the argument `backend`'}"
     if able not in KERNEL_BACKENDS:
-        return "backend 'auto' chooses it where no kernels run"
+        return available.why_no_kernels(call.x.device, kind)
     if call.modes.recording != Recording.NOBODY or call.modes.transforms != Transforms.NONE:
         return "nothing is raced while a call is watched"
     return None
@@ -110,6 +112,8 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     The kernels, where torch cannot run it, or not at the speed of a plain batch; and where no layer's plan is expected
     to be slower (Triton's are not where W_hh stays on chip). Everywhere else, torch.
     """
+    if not is_raced(able):
+        return Decision(able, cpu_rule.faster(kind))
     if kind.only_ours:
         return Decision(able, f"torch's own does not support {kind.only_ours}")
     first, *_ = kind.problems

@@ -47,7 +47,7 @@ def route_of(call: Request) -> Route:
     if route is None:
         kind = kind_of(call)
         try:
-            route = build(call, kind, race.decide(call, kind, able_to_run(call)).backend)
+            route = build(call, kind, race.decide(call, kind, able_to_run(call, kind)).backend)
         except torch.OutOfMemoryError:
             if requested_backend(call.options.backend) is not Backend.AUTO:
                 raise
@@ -69,20 +69,19 @@ def forget() -> None:
     layer.forget()
 
 
-def able_to_run(call: Request) -> Backend:
-    """The backend that runs a call unless another wins a race.
+def able_to_run(call: Request, kind: Kind) -> Backend:
+    """The backend that runs a kind of call unless another wins a race.
 
     Raises:
         ValueError, ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot, and why.
     """
     transformed = call.modes.transforms == Transforms.REFERENCE
-    kind = kind_of(call._replace(steps=1, batch=1))  # both may be symbols
     return available.select(call.options.backend, call.x.device, kind, transformed)
 
 
 def _route_while_watched(call: Request) -> Route:
     """Nothing is raced; kernels run as operators. Sizes may be symbols, or tensors of torch.jit.trace."""
-    backend = able_to_run(call)
+    backend = able_to_run(call, kind_of(call._replace(steps=1, batch=1)))
     if backend not in KERNEL_BACKENDS:
         return Route(backend, dtype_of(call))
     count_flops()

@@ -15,7 +15,7 @@ from ..call.modes import Transforms
 from ..call.prepare import prepare
 from ..call.request import Request
 from ..call.roles import Module
-from ..dispatch import available, race
+from ..dispatch import available, cpu_rule, race
 from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import able_to_run
@@ -113,8 +113,8 @@ def explain(
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)
-    able, kind = able_to_run(call), kind_of(call)
-    decision = race.decide(call, kind, able, dry=True)
+    kind = kind_of(call)
+    decision = race.decide(call, kind, able_to_run(call, kind), dry=True)
     route, backend = build(call, kind, decision.backend), decision.backend
     layers = []
     for row, p in enumerate(kind.problems):
@@ -160,7 +160,7 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
     device, feature, times = call.x.device, kind.feature, decision.seconds or {}
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
-    if feature is not None and other not in available.backends_with(feature):
+    if not available.supports(other, feature):
         return f"it does not support {feature}"
     if other in KERNEL_BACKENDS and (lacking := available.lacking(other, kind)) is not None:
         return f"it has no {lacking}"
@@ -170,9 +170,11 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
         return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"
     if other is Backend.REFERENCE:
         return "it is a plain loop over steps, for what the others cannot do"
-    if other in KERNEL_BACKENDS and device.type not in available.KERNEL_DEVICES:
+    if other in KERNEL_BACKENDS and other not in available.backends_for(device):
         return f"'auto' does not give {device.type} tensors to it"
-    if other in KERNEL_BACKENDS and other is not (first := able_to_run(call)):
+    if other in KERNEL_BACKENDS and not available.is_raced(other):
+        return cpu_rule.slower(kind) or decision.why
+    if other in KERNEL_BACKENDS and other is not (first := able_to_run(call, kind)):
         return f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
     return decision.why
 

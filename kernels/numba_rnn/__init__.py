@@ -1,8 +1,16 @@
 """The Numba backend, for CPUs: launch.py is its layer.Launcher. What is known of it without Numba, see layer.Package:"""
 
+import torch
+
+DEVICES, RACED = ("cpu",), False
+DTYPES = (torch.float32,)
 PACKAGES = ("numba",)
-NEEDS = 'Numba: pip install numba'
+OLDEST = 0, 61
+NEEDS = f"Numba {OLDEST[0]}.{OLDEST[1]} or newer: pip install numba"
 
 
 def import_packages() -> None:
-    import numba  # noqa: F401
+    import numba
+
+    if numba.version_info.short < OLDEST:
+        raise ImportError(f"Numba {numba.__version__} is too old")

@@ -1,5 +1,10 @@
 """The Triton backend: launch.py is its layer.Launcher. What is known of it without Triton, see layer.Package:"""
 
+import torch
+
+DEVICES, RACED = ("cuda",), True
+DTYPES = torch.float16, torch.bfloat16, torch.float32
+DTYPES = torch.float16, torch.bfloat16, torch.float32
 PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
 
 

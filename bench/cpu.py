@@ -1,0 +1,86 @@
+"""python -m bench cpu: the table behind the rule by which `auto` gives calls on a CPU to the compiled loops."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+import gpu_lstm
+
+from . import results, timing
+
+STEPS, BATCHES, UNITS = (1, 2, 4, 16, 128, 1024), (1, 4, 16, 64, 512), (16, 64, 128, 256, 1024)
+MOST = 7e7  # T B H^2: larger calls take long, and are products alone
+SECONDS, ROUNDS = 0.12, (4, 40)
+COLUMNS = ["threads", "cell", "what", "T", "B", "H", "training", "before", "before ms", "numba ms", "ratio"]
+OPTIONS: dict[str, dict[str, Any]] = {"zoneout": {"zoneout": 0.1}, "4 heads": {"heads": 4}}
+KINDS = [
+    ("GRU", "plain"), ("GRU", "resets"), ("GRU", "lengths"), ("GRU", "4 heads"), ("GRU", "zoneout"),
+    ("LSTM", "plain"), ("LSTM", "resets"), ("LSTM", "lengths"), ("LSTM", "4 heads"), ("LSTM", "zoneout"),
+    ("SLSTM", "plain"),
+]  # fmt: skip
+
+
+def shapes() -> Iterator[tuple[int, int, int]]:
+    """T, B and H of the table."""
+    for T, B, H in itertools.product(STEPS, BATCHES, UNITS):
+        if T * B * H * H <= MOST:
+            yield T, B, H
+
+
+def traversal(what: str, T: int, B: int) -> dict[str, Tensor]:
+    """The arguments of a call besides x."""
+    generator = torch.Generator().manual_seed(0)
+    if what == "resets":
+        return {"resets": torch.rand(T, B, generator=generator) < 1 / 50}
+    if what == "lengths":
+        return {"lengths": torch.randint(1, T + 1, (B,), generator=generator)}
+    return {}
+
+
+def call(module: nn.Module, x: Tensor, given: dict[str, Tensor], training: bool) -> Callable[[], object]:
+    """A forward pass without autograd, or forward and backward."""
+    if not training:
+        return torch.no_grad()(partial(module, x, **given))
+    x, learnt = x.clone().requires_grad_(), [*module.parameters()]
+    gradient = torch.randn_like(x)
+
+    def step() -> object:
+        y, _ = module(x, **given)
+        return torch.autograd.grad(y, [x, *learnt], gradient)
+
+    return step
+
+
+def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -> dict[str, Any]:
+    """A row of the table, in the present number of threads."""
+    (T, B, H), before = shape, "reference" if cell == "SLSTM" or what == "zoneout" else "torch"
+    given, x, calls = traversal(what, T, B), torch.randn(T, B, H), {}
+    for backend in (before, "numba"):
+        module = getattr(gpu_lstm, cell)(H, H, backend=backend, **OPTIONS.get(what, {})).train(training)
+        calls[backend] = call(module, x, given, training)
+    taken = timing.interleaved(calls, "cpu", SECONDS, ROUNDS)
+    ms = [1e3 * float(np.median(taken[backend])) for backend in (before, "numba")]
+    ratio = float(np.median(taken["numba"] / taken[before]))
+    return dict(zip(COLUMNS, (torch.get_num_threads(), cell, what, *shape, training, before, *ms, ratio)))
+
+
+def run(file: Path, threads: int, kinds: list[tuple[str, str]] = KINDS) -> int:
+    """Measure, and add the rows to a file."""
+    torch.set_num_threads(threads)
+    cases = list(itertools.product(kinds, shapes(), (False, True)))
+    for (cell, what), shape, training in track(cases, "CPU", console=Console(stderr=True), transient=True):
+        if cell == "SLSTM" and shape[0] > 128:  # its loop takes seconds
+            continue
+        row = pd.DataFrame([measure(cell, what, shape, training)], columns=COLUMNS)
+        row.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.5g")
+    Console(stderr=True).print(f"{file}: {results.provenance('cpu')['device']}")
+    return 0
