@@ -9,6 +9,7 @@ from .kind import Kind
 FEWEST_STEPS = 8  # with no more, what a call costs in Python decides
 MOST_UNITS = 256  # with more, products decide, which torch has as well
 
+
 def slower(kind: Kind) -> str | None:
     """Why a kind of call is left to torch's own, or to the reference, in words; None: the compiled loops run it."""
     cell, layers = kind.problems[0].cell, kind.problems

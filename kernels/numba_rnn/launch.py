@@ -22,72 +22,59 @@ from .product import SEQUENCES
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
+LOOPS, OF_A_STEP = ("forward", "backward"), ("after_product", "before_product")  # of steps.py
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
 LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
 CODES = dict(zip(("lstm", "gru", "slstm"), steps.CELLS))
 
 
-def call_of(part: Part, arguments: dict[str, Any]) -> Any:
-    """What compiled functions are given, of arguments by the names of pointers: a steps.CALL."""
+def put(call: Any, arguments: dict[str, Any]) -> Any:
+    """Addresses of tensors into a steps.CALL, of those that it knows, by the names of pointers."""
+    for name, t in arguments.items():
+        if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in steps.CALL.names:
+            call[field] = t.data_ptr()
+    return call
+
+
+def call_of(part: Part, steps_: int) -> Any:
+    """A steps.CALL without tensors."""
     p, call = part.problem, np.zeros((), steps.CALL)
-    put(call, arguments)
-    if p.zoneout_h == 0:
-        call["zoneout_h"], call["rate_h"] = 0, call["zoneout_h"]
-    if p.zoneout_c == 0:
-        call["zoneout_c"], call["rate_c"] = 0, call["zoneout_c"]
-    sizes = arguments["T"], p.batch, p.hidden, p.heads, p.from_x, CELLS[p.cell].h_start, p.reverse, CODES[p.cell]
-    for name, size in zip(steps.SIZES[2:], (*sizes, STOPS.index(part.start), STOPS.index(part.end))):
+    sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, CELLS[p.cell].h_start, p.reverse, CODES[p.cell]
+    for name, size in zip(steps.SIZES, (*sizes, STOPS.index(part.start), STOPS.index(part.end))):
         call[name] = size
     return call
 
 
-def put(call: Any, arguments: dict[str, Any]) -> None:
-    """Addresses of tensors into a call, of those that it knows."""
-    for name, t in arguments.items():
-        if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in steps.CALL.names:
-            call[field] = t.data_ptr()
+def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> None:
+    """Call a function of steps.py in so many threads."""
+    if checking.on:
+        with margins(name, arguments) as inside:
+            return threads.run(build.function(name), put(call, inside).ctypes.data, count)
+    threads.run(build.function(name), put(call, arguments).ctypes.data, count)
 
 
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
-    name = "before_product" if backward else "after_product"
-    function, call, scratch = build.function(name), call_of(part, arguments), torch.zeros(steps.SCRATCH)
+    call, arguments = call_of(part, arguments["T"]), arguments | {"scratch": torch.zeros(steps.SCRATCH)}
 
-    def launch(step: int, **changed: Tensor) -> None:
-        if checking.on:
-            with margins(name, arguments | changed) as inside:
-                return start(step, call_of(part, inside))
-        put(call, changed)
-        start(step, call)
+    def launch_step(step: int, **changed: Tensor) -> None:
+        call["step"] = step
+        launch(OF_A_STEP[backward], call, arguments | changed)
 
-    def start(step: int, call: Any) -> None:
-        call["step"], call["scratch"] = step, scratch.data_ptr()
-        function(call.ctypes.data)
-
-    return launch
+    return launch_step
 
 
 def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
-    """All steps at once."""
-    weight = arranged(arguments["weight_hh_ptr"], part.problem.width)  # [heads, D, GATES D], or of one head [GATES D, D]
-    if (part.problem.heads > 1) == backward:
+    """All steps at once. Each thread takes shares of the sequences until there are no more, and waits but then."""
+    p, weight = part.problem, arranged(arguments["weight_hh_ptr"], part.problem.width)
+    if (p.heads > 1) == backward:  # it is [heads, D, GATES D], or of one head [GATES D, D]
         weight = weight.mT
-    name, arguments = "backward" if backward else "forward", arguments | {"weight_ptr": weight.contiguous()}
-    if checking.on:
-        with margins(name, arguments) as inside:
-            return _in_shares(name, part, inside)
-    _in_shares(name, part, arguments)
-
-
-def _in_shares(name: str, part: Part, arguments: dict[str, Any]) -> None:
-    """Each thread takes shares of the sequences until there are no more, so that threads wait once for each other."""
-    batch, call = part.problem.batch, call_of(part, arguments)
-    units = arguments["T"] * batch * part.problem.hidden
-    count = max(1, min(torch.get_num_threads(), ceil(batch / SEQUENCES), units // LEAST))
-    call["share"] = share = ceil(batch / count / SEQUENCES) * SEQUENCES
-    scratch, taken = torch.zeros(ceil(batch / share), steps.SCRATCH), torch.zeros((), dtype=torch.int64)
-    put(call, {"scratch": scratch, "taken": taken})
-    threads.run(build.function(name), call.ctypes.data, count)
+    count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, arguments["T"] * p.batch * p.hidden // LEAST))
+    share, call = ceil(p.batch / count / SEQUENCES) * SEQUENCES, call_of(part, arguments["T"])
+    call["share"], scratch = share, torch.zeros(ceil(p.batch / share), steps.SCRATCH)
+    taken = torch.zeros((), dtype=torch.int64)
+    given = {"weight": weight.contiguous(), "scratch": scratch, "taken": taken}
+    launch(LOOPS[backward], call, arguments | given, count)
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
@@ -102,6 +89,9 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
     def start(arguments: dict[str, Any]) -> None:
         if p.lengths is torch.int32:
             arguments["lengths_ptr"] = arguments["lengths_ptr"].long()
+        for name, width in (("zoneout_h_ptr", p.width), ("zoneout_c_ptr", p.hidden)):  # a mask, or a rate
+            if (stays := arguments.get(name)) is not None:
+                arguments[name] = stays.float().expand(arguments["T"], p.batch, width).contiguous()
         if p.only_by_steps:
             loop = by_steps.backward_steps if backward else by_steps.forward_steps
             return loop([partial(bind, part, backward) for part in parts], arguments, p)
@@ -129,6 +119,8 @@ def lacks(problem: Problem) -> str | None:
 
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
+    # Not within a trial: users may end the process meanwhile.
+    build.function((OF_A_STEP if problem.only_by_steps else LOOPS)[pass_.backward])
     if refuses is not None and (reason := refuses(PLAN)):
         raise NoKernel(f"no compiled loop can run this layer on this CPU: {reason}")
     return PLAN

@@ -32,7 +32,7 @@ def run(function: Callable[[int], None], argument: int, threads: int) -> None:
     """Call function(argument) in so many threads, one of them this one, and wait for all."""
     if threads == 1:
         function(argument)
-    elif PROCESS == os.getpid() and (run_parallel := parallel()) is not None:
+    elif os.getpid() == PROCESS and (run_parallel := parallel()) is not None:
         run_parallel(function, ctypes.c_ssize_t(argument), threads, 0)
     else:  # after a fork OpenMP would wait for threads that do not exist
         others = [pool(os.getpid()).submit(function, argument) for _ in range(threads - 1)]

@@ -4,7 +4,6 @@ import torch
 
 DEVICES, RACED = ("cuda",), True
 DTYPES = torch.float16, torch.bfloat16, torch.float32
-DTYPES = torch.float16, torch.bfloat16, torch.float32
 PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
 
 

@@ -3,7 +3,7 @@
 from ..functions import compiled, floats, sigmoid, tanh
 from ..tile import BEFORE, CONSTANTS, DV, DZ_O, GATES, OF_H, ONE, C, M
 
-I, F, G, O = GATES  # noqa: E741
+I, F, G, O = GATES
 Z_I, Z_F, Z_G, Z_O = OF_H
 P_I, P_F, P_O = CONSTANTS
 
@@ -25,14 +25,6 @@ def forward(tile, n, peepholes):
 
 
 @compiled
-def next_cell(tile, n):
-    """c, in DV."""
-    w = floats(tile)
-    for j in range(n):
-        w[DV + j] = w[F + j] * w[BEFORE + j] + w[I + j] * w[G + j]
-
-
-@compiled
 def output(tile, n):
     """m of o and c, or LN(c)."""
     w = floats(tile)
@@ -41,11 +33,12 @@ def output(tile, n):
 
 
 @compiled
-def output_backward(tile, n):
-    """From DV, which was c or LN(c), and dm in M."""
+def output_backward(tile, n, normed):
+    """LN(c) is in DV, if c is normed."""
     w = floats(tile)
     for j in range(n):
-        o, dm, t = w[O + j], w[M + j], tanh(w[DV + j])
+        o, dm, c = w[O + j], w[M + j], w[F + j] * w[BEFORE + j] + w[I + j] * w[G + j]
+        t = tanh(w[DV + j] if normed else c)
         w[DZ_O + j], w[DV + j] = dm * t * o * (ONE - o), dm * o * (ONE - t * t)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from ..functions import above, compiled, floats, sigmoid, tanh
 from ..tile import BEFORE, DV, DZ_O, GATES, OF_H, ONE, REST, ZERO, C, M
 
-U, V, G, O = GATES  # noqa: E741
+U, V, G, O = GATES
 Z_I, Z_F, Z_G, Z_O = OF_H
 LOWEST = np.finfo(np.float32).min  # that is finite
 
@@ -24,14 +24,6 @@ def forward(tile, n):
 
 
 @compiled
-def next_cell(tile, n):
-    """q, in DV."""
-    w = floats(tile)
-    for j in range(n):
-        w[DV + j] = w[BEFORE + j] + w[U + j] * (w[G + j] - w[BEFORE + j])
-
-
-@compiled
 def output(tile, n):
     w = floats(tile)
     for j in range(n):
@@ -42,7 +34,7 @@ def output(tile, n):
 def output_backward(tile, n):
     w = floats(tile)
     for j in range(n):
-        o, dm, q = w[O + j], w[M + j], w[DV + j]
+        o, dm, q = w[O + j], w[M + j], w[BEFORE + j] + w[U + j] * (w[G + j] - w[BEFORE + j])
         w[DZ_O + j], w[DV + j] = dm * q * o * (ONE - o), dm * o
 
 
