@@ -15,7 +15,7 @@ def slower(kind: Kind) -> str | None:
     cell, layers = kind.problems[0].cell, kind.problems
     if kind.steps <= FEWEST_STEPS:
         return f"the rule for CPUs: not for {FEWEST_STEPS} steps or fewer"
-    if kind.feature is not None or cell == "slstm":
+    if kind.feature is not None:
         return None  # instead of a loop in Python
     if cell == "lstm":
         return "the rule for CPUs: torch's own LSTM is as fast"
