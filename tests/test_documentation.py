@@ -66,7 +66,8 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     lstm, gru = ("{:.1f} to {:.1f}".format(*fast.loc[cell]) for cell in ("LSTM", "GRU"))
     for text, said in (
         *((text, f"{lstm} times as fast") for text in (page, of_gru)), (readme, f"| LSTM {lstm}, GRU "),
-        *((text, f"GRU {gru}") for text in (page, of_gru)), (readme, f"| {around.min():.2g} (1,024 units, padded) to {around.max():.2g} |"),
+        *((text, f"GRU {gru}") for text in (page, of_gru)),
+        (readme, f"| {around.min():.2g} (1,024 units, padded) to {around.max():.2g} |"),
         (readme, "estimates for six cards"), (changelog, "recipes for seven trainers"),
         (page, f"medians over at least {updates['rounds'].min()} rounds"),
     ):  # fmt: skip

@@ -159,8 +159,8 @@ class LSTM(Recurrent, HasVariants, RNNBase):
             LSTM with H / heads units. Divides `hidden_size`. Not with proj_size, nor with a layer norm of "hh" or
             "c". Default: 1
 
-    Recurrent dropout, zoneout, peepholes and layer norms run on every backend but "torch"; "auto" chooses among these. See
-    `forward` for calls.
+    Recurrent dropout, zoneout, peepholes and layer norms run on every backend but "torch"; "auto" chooses among these.
+    See `forward` for calls.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, a
