@@ -24,7 +24,7 @@ from nbclient import NotebookClient
 
 import gpu_lstm
 from bench import __main__ as bench_main
-from bench import cases, report, results
+from bench import cases, plots, report, results
 from gpu_lstm.__main__ import main
 from gpu_lstm.kernels.triton_rnn.features import MOST_ROWS
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES
@@ -74,6 +74,17 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
         assert said in " ".join(text.split())
     assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
     assert len(set(re.findall(r"^\| `(\w+)` \|", bounds.PAGE.read_text(), flags=re.MULTILINE))) == 6 == len(DEVICES)
+
+
+def test_the_picture_of_workarounds_shows_the_best_and_the_worst_case_of_each():
+    (stored,) = (ROOT / "bench" / "results").glob("*.csv")
+    rows = report.measured(results.read(stored))
+    timed = report.instead(rows, every_case=True)
+    (axes,) = plots.instead(rows).axes
+    shown = {line.get_label(): line.get_xdata() for line in axes.lines}
+    for provider, ratios in timed[timed["mode"] == "training"].groupby("provider")["ratio"]:
+        assert {ratios.min(), ratios.max()} <= set(shown[report.COLUMN[provider]]), provider
+    assert len(axes.get_yticks()) <= 2 * timed["provider"].nunique()
 
 
 def links(text: str) -> list[str]:
