@@ -1,4 +1,4 @@
-"""The Numba backend, for CPUs: launch.py is its layer.Launcher. What is known of it without Numba, see layer.Package:"""
+"""The Numba backend, for CPUs: launch.py is its layer.Launcher. What is known without Numba, see layer.Package:"""
 
 import torch
 
