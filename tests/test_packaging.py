@@ -108,11 +108,10 @@ def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_
     """
     environ = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
     *said, doctor = "\n".join(says(sys.executable, code, env=environ)).split("\n", 7)
-    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
+    cuda = "12" if (torch.version.cuda or "").startswith("12.") else "13"
+    (cupy,) = re.findall(rf'cupy{cuda} = \["(.*)"\]', (ROOT / "pyproject.toml").read_text())
     needs_triton = "needs Triton: pip install triton (OSError: broken here)"
-    needs_cupy = (
-        f'needs CuPy and NVRTC: pip install ".[{extra}]" in a clone (import of cupy halted; None in sys.modules)'
-    )
+    needs_cupy = f'needs CuPy and NVRTC: pip install "{cupy}" (import of cupy halted; None in sys.modules)'
     assert said == [
         "[] set() set() True True", f"False False {ROOT / 'gpu_lstm/__init__.py'}", f"backend 'triton' {needs_triton}",
         f"backend 'cupy' {needs_cupy}", 'bench needs matplotlib: pip install --editable ".[bench]"',

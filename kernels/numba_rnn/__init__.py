@@ -6,7 +6,7 @@ DEVICES, RACED = ("cpu",), False
 DTYPES = (torch.float32,)
 PACKAGES = ("numba",)
 OLDEST = 0, 61
-NEEDS = f"Numba {OLDEST[0]}.{OLDEST[1]} or newer: pip install numba"
+NEEDS = f'Numba: pip install "numba>={OLDEST[0]}.{OLDEST[1]}"'
 
 
 def import_packages() -> None:
