@@ -78,9 +78,12 @@ def test_jobs_may_only_read_but_for_two_that_publish_and_run_no_code_of_ours():
 @pytest.mark.parametrize(("tag", "status"), [(f"v{gpu_lstm.__version__}", 0), ("v9.9.9", 1)])
 def test_a_tag_that_is_not_the_version_is_not_released(tmp_path, tag, status):
     (script,) = (step["run"] for step in JOBS["release", "build"]["steps"] if "TAG" in step.get("env", ()))
+    shutil.copy(ROOT / "CHANGELOG.md", tmp_path)
     (tmp_path / "dist").mkdir()
     (tmp_path / f"dist/gpu_lstm-{gpu_lstm.__version__}-py3-none-any.whl").touch()
     assert run(*BASH, script, cwd=tmp_path, env={"TAG": tag}).returncode == status
+    (tmp_path / "CHANGELOG.md").write_text(f"## {gpu_lstm.__version__}, unreleased\n")
+    assert run(*BASH, script, cwd=tmp_path, env={"TAG": tag}).returncode == 1
 
 
 def test_actions_of_others_are_pinned_to_commits_with_their_versions():
@@ -98,6 +101,8 @@ def test_versions_agree():
     matrix, project = JOBS["ci", "test"]["strategy"]["matrix"], (ROOT / "pyproject.toml").read_text()
     assert f'requires-python = ">={matrix["python"][0]}"' in project
     assert f"Python {matrix['python'][0]} to {matrix['python'][-1]}" in (ROOT / "Makefile").read_text()
+    for name, key in ("ci", "wheel"), ("release", "test"):
+        assert JOBS[name, key]["strategy"]["matrix"]["python"] == [matrix["python"][0], matrix["python"][-1]]
     (oldest,) = {each["torch"] for each in matrix["include"]}
     assert f'"torch>={oldest}"' in project
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == gpu_lstm.__version__
