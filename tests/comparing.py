@@ -7,12 +7,15 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS_HERE = "triton" if torch.cuda.is_available() else "numba"
+"""The backend whose kernels are compiled here: of tests of what lies above kernels, which need no interpreter."""
 PLACES = {  # of a module's parameters, by backend
     "torch": {"dtype": torch.float64, "device": "cpu"},
     "reference": {"dtype": torch.float64, "device": "cpu"},
     "triton": {"dtype": torch.float32, "device": DEVICE},  # without a GPU in Triton's interpreter
+    "numba": {"dtype": torch.float32, "device": "cpu"},
 }
-BACKENDS = tuple(PLACES)
+BACKENDS = "torch", "reference", KERNELS_HERE
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 LARGE = 20_000  # elements of h
 FEW = 64  # independent errors, of which the RMS is a matter of chance

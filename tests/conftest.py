@@ -216,11 +216,17 @@ def decided_again():
 
 @pytest.fixture
 def nothing_cached(monkeypatch, tmp_path):
-    """As on a new machine: nothing cached, nothing chosen by the environment, no warning given. The cache's folder."""
+    """As on a new machine: nothing cached, nothing chosen by the environment, no warning given. The cache's folder.
+
+    Except for functions that Numba compiled, which takes seconds.
+    """
     from gpu_lstm.call import choices
     from gpu_lstm.kernels import cache
 
+    (compiled := cache.folder() / "compiled").mkdir(mode=0o700, parents=True, exist_ok=True)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache.folder().mkdir(mode=0o700)
+    (cache.folder() / "compiled").symlink_to(compiled)
     for name in (choices.BACKEND_VARIABLE, choices.RACE_VARIABLE, cache.SHARED):
         monkeypatch.delenv(name, raising=False)
     for function in (cache._read, cache.warn_once):

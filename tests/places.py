@@ -181,5 +181,5 @@ KERNELS = {
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))
        for plan in ((4, 1, 4), (8, 1, 4), (8, 2, 4), (8, 1, 2), (16, 1, 1))},
-    "cupy": Kernels("cupy", cuda),
+    "cupy": Kernels("cupy", cuda), "numba": Kernels("numba"),
 }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import route
-from gpu_lstm.kernels import cache, memory, timeouts, triton_rnn
+from gpu_lstm.kernels import cache, cupy_rnn, memory, numba_rnn, timeouts, triton_rnn
 from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
@@ -48,8 +48,9 @@ def a_card(patch, card: Card = H100, **others: Any) -> None:
 
 
 def the_cpu_is_a_card(patch) -> None:
-    """`auto` gives tensors on the CPU to kernels, which are interpreted."""
-    patch.setattr(triton_rnn, "DEVICES", ("cpu",))
+    """`auto` gives tensors on the CPU to the kernels for cards, which are interpreted, or compiled by g++."""
+    for package, devices in ((triton_rnn, ("cpu",)), (cupy_rnn, ("cpu",)), (numba_rnn, ())):
+        patch.setattr(package, "DEVICES", devices)
     patch.setattr(cell, "only_torch_runs", lambda backend: False)
 
 

@@ -180,11 +180,12 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "triton_rnn/equations/__init__.py", "triton_rnn/equations/gru.py",
                 "triton_rnn/equations/slstm.py", "cupy_rnn/cuda/equations/gru.cu",
-                "cupy_rnn/cuda/equations/slstm.cu", "cupy_rnn/launch.py"},  # the list of those in CUDA C++
+                "cupy_rnn/cuda/equations/slstm.cu", "cupy_rnn/launch.py",  # the list of those in CUDA C++
+                "numba_rnn/launch.py", "numba_rnn/steps.py"},  # and of those in Numba, and whose functions they call
     "gpu_lstm/equations": set(),
     "gpu_lstm/call": set(),
     "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
-    "gpu_lstm/dispatch": set(),
+    "gpu_lstm/dispatch": {"cpu_rule.py"},
 }  # fmt: skip
 OTHERS = set(CELLS) - {"lstm"}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparing import BACKENDS, SECOND, assert_same
+from comparing import BACKENDS, KERNELS_HERE, SECOND, assert_same
 from pairs import B, I, T, pair, random_inputs
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
@@ -45,7 +45,7 @@ def test_gradient_penalty(backend, kind, arguments, how):
 @pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(proj_size=2)), ("GRU", {})], ids=str)
 def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names, kind, arguments):
     """All inputs and parameters but one frozen: the kernels' backward leaves out what nobody needs, and no more."""
-    theirs, ours = pair(kind, "triton", **arguments)
+    theirs, ours = pair(kind, KERNELS_HERE, **arguments)
     ours.recompute = recompute
 
     def gradients_of(module):
@@ -63,7 +63,7 @@ def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names, ki
 
 # torch.func, on one layer. grad and vjp go through the kernels; everything else goes through the reference, whichever
 # backend was chosen.
-@pytest.fixture(params=[("LSTM", "torch"), ("LSTM", "triton"), ("GRU", "torch"), ("GRU", "triton")], ids=" ".join)
+@pytest.fixture(params=[(kind, by) for kind in ("LSTM", "GRU") for by in ("torch", KERNELS_HERE)], ids=" ".join)
 def both(request):
     return pair(*request.param)
 
@@ -179,7 +179,7 @@ def test_per_sample_gradients(by_reference, ragged):
 
 
 def test_grad_goes_through_the_kernels_and_what_cannot_does_not():
-    ours = pair("LSTM", "triton")[1].requires_grad_(False)
+    ours = pair("LSTM", KERNELS_HERE)[1].requires_grad_(False)
     x = inputs(ours)
     once = grad(lambda x: ours(x)[0].sum())
     for call, backward_kernels in ((once, 1), (grad(lambda x: once(x).square().sum()), 0), (vmap(once, in_dims=1), 0)):

@@ -150,7 +150,7 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, options, 
 def test_what_a_user_asked_for_is_named(monkeypatch):
     lstm = gpu_lstm.LSTM(4, 5)
     found = gpu_lstm.explain(lstm, X)
-    assert found.why == "backend 'auto' chooses it where no kernels run"
+    assert (found.why, found.others["numba"]) == 2 * ("the rule for CPUs: not for 8 steps or fewer",)
     assert found.others["triton"] == "'auto' does not give cpu tensors to it"
     monkeypatch.setenv(choices.BACKEND_VARIABLE, "reference")
     assert gpu_lstm.explain(lstm, X).why == "asked for by the variable GPU_LSTM_BACKEND"

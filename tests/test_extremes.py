@@ -13,7 +13,7 @@ import memory_checks
 import numpy as np
 import pytest
 import torch
-from comparing import BACKENDS, PLACES, every_backend
+from comparing import BACKENDS, KERNELS_HERE, PLACES, every_backend
 from standing_in import plan_of, recurrence
 from subjects import SUBJECTS
 from torch import zeros
@@ -58,7 +58,7 @@ def test_of_none_what_goes_round_a_call(backend):
     lstm, x = gpu_lstm.LSTM(I, H, backend=backend, **place), zeros(T, 0, I, **place, requires_grad=True)
     assert gpu_lstm.trace(lstm, x).layers[0][0].cell.shape == (T, 0, H)
     assert "B = 0" in str(gpu_lstm.explain(lstm, x))
-    call = torch.compile(lstm, backend="aot_eager", fullgraph=True) if backend == "triton" else lstm
+    call = torch.compile(lstm, backend="aot_eager", fullgraph=True) if backend == KERNELS_HERE else lstm
     y, _ = call(x)
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
     (dx,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
@@ -76,7 +76,7 @@ IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 
 
 @pytest.mark.parametrize("changed", IN_PLACE)
-@pytest.mark.parametrize(("backend", "ragged"), [("triton", True), *product(BACKENDS[:2], (False, True))])
+@pytest.mark.parametrize(("backend", "ragged"), [(KERNELS_HERE, True), *product(BACKENDS[:2], (False, True))])
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(cls, backend, ragged, changed):
     """torch raises where backward needs what was there. Where it does not, results and gradients are right."""

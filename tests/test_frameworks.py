@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import DEVICE
+from comparing import DEVICE, KERNELS_HERE
 from torch import Tensor, nn
 
 import gpu_lstm
@@ -68,7 +68,7 @@ def test_what_torch_nn_lstm_gives(tmp_path):
     """The same by torch's own LSTM, also with autocast; close by the kernels."""
     expected = hugging_face(nn.LSTM, None, tmp_path)
     assert all(tensor.any() for tensor in expected)
-    for backend, tolerance in ((None, 0.0), ("triton", 1e-4)):
+    for backend, tolerance in ((None, 0.0), (KERNELS_HERE, 1e-4)):
         found = hugging_face(gpu_lstm.LSTM, backend, tmp_path)
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     assert all(map(torch.equal, *(hugging_face(kind, None, tmp_path, half=True) for kind in (gpu_lstm.LSTM, nn.LSTM))))
@@ -100,7 +100,7 @@ def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
     assert type(getattr(policy, name)) is getattr(gpu_lstm.compat, kind)
     torch.testing.assert_close(found(policy), expected, rtol=0, atol=0)
     scan = module(**{name: getattr(policy, name)}, recurrent_backend="scan", **keys)
-    for backend, each in (("triton", policy), ("auto", scan)):
+    for backend, each in ((KERNELS_HERE, policy), ("auto", scan)):
         torch.testing.assert_close(gpu_lstm.backend(backend)(found)(each), expected, rtol=1e-4, atol=1e-5)
 
 

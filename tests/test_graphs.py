@@ -6,13 +6,12 @@ And the operators as torch.library checks them.
 import contextlib
 import copy
 import io
-import itertools
 from unittest.mock import Mock
 
 import pytest
 import torch
 from cases import built, inputs_of, with_random_parameters
-from comparing import PLACES, assert_same
+from comparing import KERNELS_HERE, PLACES, assert_same
 from pairs import LENGTHS, RESETS, B, H, I, T, pair, random_inputs, results, states_left
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
@@ -60,12 +59,12 @@ def call_of(ours, steps, batch, ragged=False):
 
 
 @pytest.mark.parametrize(("kind", "training", "ragged", "backend"), [
-    ("StackedLSTM", True, True, "torch"), ("LSTM", True, "states", "triton"), ("GRU", True, "marked", "torch"),
-    ("SLSTM heads", True, True, "triton"), ("GRU heads", True, True, "torch"),
+    ("StackedLSTM", True, True, "torch"), ("LSTM", True, "states", KERNELS_HERE), ("GRU", True, "marked", "torch"),
+    ("SLSTM heads", True, True, KERNELS_HERE), ("GRU heads", True, True, "torch"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("LSTM", False, "marked", "torch"), ("GRU", True, "states", "triton"),
-        ("LSTM", True, False, "torch"), ("StackedLSTM", True, False, "triton"),
-        ("StackedGRU", True, True, "torch"), ("GRU", False, "marked", "triton"),
+        ("LSTM", False, "marked", "torch"), ("GRU", True, "states", KERNELS_HERE),
+        ("LSTM", True, False, "torch"), ("StackedLSTM", True, False, KERNELS_HERE),
+        ("StackedGRU", True, True, "torch"), ("GRU", False, "marked", KERNELS_HERE),
         ("StackedLSTM", False, "states", "reference"))),  # in float64: what resets leave is not rounded on its way
 ])  # fmt: skip
 def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(kind, training, ragged, backend):
@@ -204,9 +203,9 @@ STEPS, BATCH = Dim("T"), Dim("B")
 
 
 @pytest.mark.parametrize(("kind", "strict", "backend"), [
-    ("StackedLSTM", False, "torch"), ("GRU", False, "triton"), ("LSTM heads", False, "reference"),
+    ("StackedLSTM", False, "torch"), ("GRU", False, KERNELS_HERE), ("LSTM heads", False, "reference"),
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
-        ("LSTM", True, "triton"), ("StackedGRU", True, "torch")))])  # fmt: skip
+        ("LSTM", True, KERNELS_HERE), ("StackedGRU", True, "torch")))])  # fmt: skip
 def test_an_exported_program_is_for_all_sizes_and_can_be_trained(kind, strict, backend):
     ours, twin = module(kind, backend, bidirectional=kind in ("LSTM", "GRU"))
     x, options = call_of(ours, 5, 2, ragged=True)
@@ -250,9 +249,9 @@ def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_torch_jit_trace_runs_kernels_only_without_gradients():
-    ours, twin = module("LSTM", "triton", num_layers=2)
+    ours, twin = module("LSTM", KERNELS_HERE, num_layers=2)
     example, x = (torch.randn(*size, I).to(ours.weight_ih_l0) for size in SIZES[:2])
-    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace cannot record the gradients of backend 'triton'"):
+    with pytest.raises(RuntimeError, match=rf"jit\.trace cannot record the gradients of backend '{KERNELS_HERE}'"):
         torch.jit.trace(ours, (example,))
     with torch.no_grad():
         torch.testing.assert_close(tree_leaves(torch.jit.trace(ours, (example,))(x)), tree_leaves(twin(x)))
@@ -263,7 +262,7 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
 @pytest.mark.parametrize("words", [{"peepholes", "norms", "masks", "recompute"}, {"gru", "masks", "recompute"}])
 def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_float32_products, way, words):
     """Second derivatives of a compiled module: test_derivatives.py."""
-    ours = with_random_parameters(built((T, B, I, H), words, backend="triton", weight_drop=0.25), 0)
+    ours = with_random_parameters(built((T, B, I, H), words, backend=KERNELS_HERE, weight_drop=0.25), 0)
     x, options = random_inputs(ours, B)[0], dict(lengths=LENGTHS, resets=RESETS)
     expected = results(ours, x, **options)
     if way == "compiled":
@@ -297,8 +296,9 @@ def learnt(given) -> list[bool]:
 
 @pytest.mark.parametrize(("words", "backend"), [
     ("both directions", "torch"), ("ragged resets reverse", "torch"), (NORMS, "reference"),
-    *itertools.product(("ragged resets reverse", "gru ragged states masks reverse"), ("triton", "auto triton")),
-    *(pytest.param(words, "triton", marks=pytest.mark.deep)
+    *((words, by + KERNELS_HERE) for words in ("ragged resets reverse", "gru ragged states masks reverse")
+      for by in ("", "auto ")),
+    *(pytest.param(words, KERNELS_HERE, marks=pytest.mark.deep)
       for words in (MASKS, "ragged states peepholes reverse norms masks")),
 ])  # fmt: skip
 def test_an_operator(monkeypatch, words, backend, device):
@@ -308,7 +308,7 @@ def test_an_operator(monkeypatch, words, backend, device):
     """
     if "auto" in backend:
         monkeypatch.setattr(Layer, "has_kernel", lambda *_: False)
-    (given, reverse), recompute = given_to(words, device), backend == "triton" and "norm" not in words
+    (given, reverse), recompute = given_to(words, device), backend == KERNELS_HERE and "norm" not in words
     how = "gru" if "gru" in words else "lstm", reverse, backend
     torch.library.opcheck(OPERATOR, (*how, False, recompute, *given))
     there = learnt(given)
@@ -323,7 +323,7 @@ def test_an_operator(monkeypatch, words, backend, device):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
     given, reverse = given_to("ragged resets reverse", device)
-    how = "lstm", reverse, "triton"
+    how = "lstm", reverse, KERNELS_HERE
     h, h_n, c_n, *kept = OPERATOR(*how, True, recompute, *given)
     # In padding nothing was ever written, so NaN stands for whatever the memory held.
     before, needed = [t.nan_to_num() for t in kept], learnt(given)

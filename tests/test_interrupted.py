@@ -14,7 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from comparing import PLACES
+from comparing import KERNELS_HERE, PLACES
 from subjects import SUBJECTS
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -100,7 +100,7 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equ
 
 @pytest.mark.parametrize(("backend", "kind"), [
     ("torch", "deep"), ("reference", "stack"), ("torch", "cell"),
-    pytest.param("triton", "stack", marks=pytest.mark.deep),
+    (KERNELS_HERE, "stack"),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     torch.manual_seed(0)
@@ -113,7 +113,7 @@ def test_after_an_interrupt_the_next_call_is_right(backend, kind):
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
     before, expected, names = copy.deepcopy(module.state_dict()), call(), sorted(vars(module))
-    for _ in interrupted_at(call, most=4 if backend == "triton" else 15):  # the interpreter is slow where it is traced
+    for _ in interrupted_at(call, most=15):
         assert (sorted(vars(module)), choices.chosen_backends[0].value) == (names, None)
         assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (True, False)
         assert_equal(call(), expected)

@@ -9,6 +9,7 @@ import torch
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
+from comparing import KERNELS_HERE
 
 import gpu_lstm
 from gpu_lstm.keras import GRU, LSTM, from_keras, layer
@@ -113,7 +114,7 @@ def test_masks(mask, options, kinds, calls):
 
 @MASKED_OR_NOT
 def test_on_the_kernels(mask, kinds, device, exact_float32_products):
-    with gpu_lstm.backend("triton"), keras.device(device):
+    with gpu_lstm.backend(KERNELS_HERE), keras.device(device):
         compare(pair(kinds, **ALL), draw(B, T, I).to(device), (1e-6, 1e-5), mask=mask)
 
 

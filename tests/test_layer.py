@@ -95,6 +95,18 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("pointwise cupy", F32, (1, "3,3,3,11", OF_HH, OF_C, f"{OF_ALL} masks", f"{OF_ALL} both expected"),
      (1, "1,3,3,11", f"{OF_ALL} no-grad"), (1, "3,5,3,9,4", f"{MOST} masks", "expected ragged no-grad")),
     ("pointwise cupy", F16, (1, "3,3,3,11", f"{OF_ALL} both masks"), (1, "3,4,3,9,4", f"{ONCE} masks")),
+    # The loop for CPUs, where forms, options and chunks of calls are tested on kernels: tiles of 128 units, and of 4
+    # sequences; and, with something in the middle of a step, by steps
+    ("numba", F32, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states", OF_HH,
+                    f"{OF_C} both", "norms stream peepholes", "zoneout_h deep states", "zoneout_c both ragged resets",
+                    "stream expected deep", "recompute both", "chunks deep states",
+                    "chunks reverse ragged states no-grad"),
+     (2, "6,4,5,5", "residual ragged", "residual masks state"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
+     (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
+     (1, "4,5,3,130", MIX, f"{ONCE} masks recompute", f"{OF_ALL} both masks"), (1, "3,9,16,260", "ragged resets"),
+     (1, "3,5,3,260", "heads states masks ragged"), (1, "4,9,3,15", f"three-heads {MOST} expected", "three-heads cell"),
+     (1, "4,5,3,9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
+     (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks")),
     # The same in CUDA C++
     ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "5,4,3,13,7", MIX, "ragged states"),
      (2, "5,3,4,6", f"{MIX} recompute", "no-hx deep", "reverse ragged", "no-grad both", "chunks resets"),
@@ -140,6 +152,12 @@ GRUS = [
     ("cooperative/16/1/1", F16, (1, "3,3,3,33", BACK)),
     ("pointwise", F32, (1, "3,3,4,6", BACK), (1, "3,9,3,33", "ragged states masks", "three-heads ragged states masks")),
     ("pointwise", F16, (1, "3,3,3,40", "")),
+    ("numba", F32, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states", "expected states",
+                    "both ragged masks", "zoneout stack both", "recompute masks", "chunks states",
+                    "chunks reverse ragged states no-grad"),
+     (2, "6,4,5,5", "residual masks ragged resets"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
+     (2, "5,1,3,4", "unbatched both batch-first ragged states"), (1, "4,5,3,130", MIX, "ragged states masks no-bias"),
+     (1, "3,9,16,260", "ragged resets", "heads states"), (1, "4,9,3,15", "three-heads both ragged states masks")),
     ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "4,9,3,33", "ragged states masks",
      "three-heads ragged states masks", "zoneout deep states", "expected no-grad")),
     ("cupy", F16, (3, "5,3,3,40", "", MIX)), ("cupy", BF16, (2, "2,3,4,5", MIX)),
@@ -159,6 +177,9 @@ SLSTMS = [
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets", "heads ragged resets")),
     ("cooperative/16/1/1", F16, (1, "3,3,3,33", f"three-heads {BACK}")),
     ("pointwise cupy", F32, (1, "3,3,3,9", BACK), (1, "3,3,3,15", f"three-heads {BACK}")),
+    ("numba", F32, (2, "4,4,3,8", f"deep heads {MIX}", "both packed no-hx", "layer no-bias", "stream deep",
+                    "dropout_h both ragged", "no-grad no-hx"),
+     (1, "4,5,3,130", BACK), (1, "3,9,3,260", f"heads {BACK}"), (1, "4,1,3,15", "unbatched three-heads both")),
     ("cupy", F32, (1, "4,3,3,15", "no-grad no-hx")),
     ("cupy", F16, (1, "4,5,3,130", MIX)),
 ]  # fmt: skip
@@ -220,6 +241,12 @@ def test_without_kernels(monkeypatch, place, dtype, seeds, size, words):
 @cases("triton")
 def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
     every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device)
+
+
+@fresh_memory_is_nan
+@cases("numba")
+def test_numba(monkeypatch, place, dtype, seeds, size, words):
+    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
 
 
 @forced
@@ -290,6 +317,8 @@ EVERYWHERE = [
     ("triton", "states peepholes zoneout", F16), ("torch", "gru resets both", None), ("torch/two", "gru resets", None),
     ("reference", "gru states zoneout both", None), ("triton", "gru states zoneout", F16),
     ("cupy", "gru resets both", F16), ("cupy", "gru states zoneout", F32),
+    ("numba", "states peepholes zoneout both", None), ("numba", "states peepholes norms zoneout", None),
+    ("numba", "gru states zoneout both", None), ("numba", "heads states zoneout", None),
     *(pytest.param(*case, marks=forced) for case in (
         ("resident", "states peepholes zoneout", None), ("cooperative/4/1/4", "states zoneout", F16),
         ("resident", "gru states zoneout", None), ("cooperative/4/1/4", "heads states zoneout", F16))),

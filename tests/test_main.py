@@ -154,7 +154,8 @@ def test_cached_results_are_the_users_alone(nothing_cached):
         cache.write("races", {"card": "cpu"}, {})
     finally:
         os.umask(before)
-    found = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (nothing_cached, *nothing_cached.rglob("*"))}
+    of_cache = nothing_cached, *(path for path in nothing_cached.rglob("*") if not path.is_symlink())
+    found = {(path.is_dir(), path.stat().st_mode & 0o777) for path in of_cache}
     assert found == {(True, 0o700), (False, 0o600)}
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 
 import gpu_lstm
+from gpu_lstm.backends import verify
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available, cpu_rule, route
 from gpu_lstm.dispatch.kind import Kind
@@ -116,7 +117,9 @@ def test_functions_are_right_to_two_units_in_the_last_place():
             out[0, j], out[1, j] = functions.exp(x[j]), functions.sigmoid(x[j])
             out[2, j], out[3, j] = functions.tanh(x[j]), functions.above(x[j])
 
-    x = np.concatenate([np.linspace(-80, 80, 20_001), np.logspace(-30, 0, 500), [0, np.inf, -np.inf, np.nan]]).astype("f")
+    x = np.concatenate([np.linspace(-80, 80, 20_001), np.logspace(-30, 0, 500), [0, np.inf, -np.inf, np.nan]]).astype(
+        "f"
+    )
     found, wide = np.empty((4, len(x)), np.float32), x.astype(float)
     each(x, found)
     with np.errstate(over="ignore"):
@@ -158,6 +161,13 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert said()
+
+
+def test_what_calls_compile_is_kept():
+    run(gpu_lstm.LSTM(3, 4, layer_norm=True, backend="numba"), torch.randn(9, 2, 3))
+    run(gpu_lstm.LSTM(3, 4, backend="numba"), torch.randn(9, 2, 3))
+    for name in (*launch.LOOPS, *launch.OF_A_STEP):
+        assert any(build.folder().rglob(f"steps.{name}-*.nbi")), name
 
 
 def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
@@ -209,3 +219,17 @@ def test_the_rule_leaves_watched_calls_as_they_were():
     gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
     assert gpu_lstm.explain(gru, x).backend == "numba"
     assert "gpu_lstm::" not in str(torch.jit.trace(gru.eval(), x).inlined_graph)
+
+
+def test_a_program_runs_where_there_is_no_numba(monkeypatch):
+    gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
+    program, expected = torch.export.export(gru, (x,)).module(), gpu_lstm.GRU(3, 4, backend="torch")
+    expected.load_state_dict(gru.state_dict())
+
+    def layer_of(*_):
+        raise ImportError("No module named 'numba'")
+
+    monkeypatch.setattr(verify, "layer_of", layer_of)
+    cache.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="without 'numba', for which the program was made: No module named 'numba'"):
+        torch.testing.assert_close(program(x), expected(x))

@@ -39,6 +39,7 @@ def test_the_wheel_has_the_package_and_a_long_description_with_links_that_work_a
         source |= {f"{name}/{path.relative_to(ROOT / folder)}" for path in files}
     assert {name for name in archive.namelist() if ".dist-info/" not in name} == source
     assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_rnn/cuda/steps.cu"} <= source
+    assert f"The wheel has {built[0].stat().st_size / 1e6:.1f} MB" in (ROOT / "docs/versions.md").read_text()
 
     (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
     metadata = email.message_from_bytes(archive.read(name))

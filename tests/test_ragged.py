@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cases import check
-from comparing import PLACES, assert_same
-from hypothesis import Phase, given, settings
+from comparing import PLACES, assert_same, every_backend
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import RAGGED, B, pair, random_inputs, results, truth
 from torch.utils._pytree import tree_map
@@ -33,14 +33,10 @@ def problems(draw, longest: int, most: int, left: bool):
     return size, " ".join(words), draw(st.integers(0, 2**16))
 
 
-@pytest.mark.parametrize(("backend", "examples", "longest", "most"), [
-    ("torch", 30, 4, 4), ("reference", 30, 4, 4), pytest.param("triton", 12, 3, 3, marks=pytest.mark.deep),
-])  # fmt: skip
-def test_any_problem_gives_the_numbers_of_the_oracle(backend, examples, longest, most):
-    phases = [Phase.generate] if backend == "triton" else settings().phases  # shrinking takes minutes
-
-    @settings(max_examples=examples, deadline=None, derandomize=True, phases=phases)
-    @given(problem=problems(longest, most, left=backend != "torch"))
+@every_backend
+def test_any_problem_gives_the_numbers_of_the_oracle(backend):
+    @settings(max_examples=30, deadline=None, derandomize=True)
+    @given(problem=problems(4, 4, left=backend != "torch"))
     def checked(problem):
         size, words, seed = problem
         check(size, words, backend, PLACES[backend]["dtype"], PLACES[backend]["device"], seeds=1, first_seed=seed)

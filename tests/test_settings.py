@@ -123,7 +123,7 @@ SETTINGS = ALONE | {"together": together}
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(("backend", "setting"), [
-    pytest.param(backend, setting, marks=[pytest.mark.deep] * (backend == "triton" or setting == "anomaly"))
+    pytest.param(backend, setting, marks=[pytest.mark.deep] * (setting == "anomaly"))
     for backend in BACKENDS for setting in (ALONE if backend == "torch" else ["together", "inference"])])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
     got = results(backend, SETTINGS[setting])

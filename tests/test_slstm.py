@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from cases import built, with_random_parameters
-from comparing import PLACES
+from comparing import KERNELS_HERE, PLACES
 from pairs import LENGTHS, RAGGED, B, I, T, random_inputs
 from places import INTERPRETED, KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
@@ -18,7 +18,7 @@ from gpu_lstm.functional import slstm_layer
 from gpu_lstm.kernels.cells import CELLS, SLSTM
 
 H = 8
-by_both = pytest.mark.parametrize("backend", ["reference", "triton"])
+by_both = pytest.mark.parametrize("backend", ["reference", KERNELS_HERE])
 close, no_steps = torch.testing.assert_close, torch.zeros(B, dtype=torch.int64)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import KERNELS_HERE
 from subjects import SUBJECTS, states_for
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -75,7 +76,7 @@ def routes(monkeypatch):
 
 
 @pytest.mark.parametrize(("backend", "kind"), [
-    *(("reference", kind) for kind in KINDS), *(("triton", kind) for kind in ("plain", "cell", "GRU")),
+    *(("reference", kind) for kind in KINDS), *((KERNELS_HERE, kind) for kind in ("plain", "cell", "GRU")),
     *(("torch", kind) for kind in ("plain", "stack", "GRU", "GRUCell"))])  # fmt: skip
 def test_weights_and_states(routes, backend, kind):
     """Before and after a call of the same kind with plain ones, which goes to the kernels as ever."""
@@ -91,11 +92,11 @@ def test_weights_and_states(routes, backend, kind):
     for lstm, states, expected in calls + calls:
         assert_close(lstm(x, states), expected)
     plain = [] if backend == "torch" and "ell" in kind else [(backend, False)]  # such a cell needs no route
-    assert routes == 2 * [*plain, *[(backend, backend == "triton")] * 2]
+    assert routes == 2 * [*plain, *[(backend, backend == KERNELS_HERE)] * 2]
 
 
 @pytest.mark.parametrize("kind", ["plain", "GRU"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", KERNELS_HERE])
 def test_states_to_reset_to(backend, kind):
     x, hx = given(kind)
     found, expected = (

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from comparing import every_backend
+from comparing import KERNELS_HERE, every_backend
 from pairs import weights_of, zeros_for
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -71,12 +71,13 @@ X = torch.randn(2, 3, 4)
 
 
 @pytest.mark.parametrize(("module", "lengths", "expected"), [
-    (gpu_lstm.LSTM(4, 5, bidirectional=True, backend="triton"), None, ["0 forward, triton", "0 reverse, triton"]),
+    (gpu_lstm.LSTM(4, 5, bidirectional=True, backend=KERNELS_HERE), None,
+     [f"0 forward, {KERNELS_HERE}", f"0 reverse, {KERNELS_HERE}"]),
     (gpu_lstm.LSTM(4, 5, backend="reference"), None, ["0 forward, reference"]),
     (gpu_lstm.LSTM(4, 5, 2, backend="torch"), [2, 2, 1], ["0 forward, torch", "1 forward, torch"]),
     (gpu_lstm.LSTM(4, 5, backend="torch"), None, []),  # torch's own LSTM takes all layers in one call
     (gpu_lstm.StackedLSTM(4, [5, 6], backend="torch"), None, ["0, torch", "1, torch"]),
-    (gpu_lstm.GRU(4, 5, backend="triton"), [2, 2, 1], ["0 forward, triton"]),
+    (gpu_lstm.GRU(4, 5, backend=KERNELS_HERE), [2, 2, 1], [f"0 forward, {KERNELS_HERE}"]),
 ])  # fmt: skip
 def test_torch_profiler_names_layers_and_directions(device, module, lengths, expected):
     with profile() as profiler:
@@ -87,14 +88,14 @@ def test_torch_profiler_names_layers_and_directions(device, module, lengths, exp
 
 def test_without_a_profiler_nothing_is_recorded(monkeypatch, device):
     monkeypatch.setattr(torch.autograd.profiler, "record_function", None)  # it would raise
-    gpu_lstm.LSTM(4, 5, backend="triton").to(device)(X.to(device))
+    gpu_lstm.LSTM(4, 5, backend=KERNELS_HERE).to(device)(X.to(device))
 
 
 def test_operations_are_counted_as_those_of_the_reference(device):
     """And so, where ATen has a plain product for it, as those of torch.nn.LSTM. Gates are recomputed by products."""
     counts, hx = {}, [torch.zeros(4, 3, size, device=device, requires_grad=True) for size in (2, 5)]
     # The first one twice: each FlopCounterMode has operators of its own.
-    for backend, recompute in (("triton", False), ("triton", False), ("reference", False), ("triton", True)):
+    for backend, recompute in (*[(KERNELS_HERE, False)] * 2, ("reference", False), (KERNELS_HERE, True)):
         lstm = gpu_lstm.LSTM(4, 5, 2, bidirectional=True, proj_size=2, backend=backend, recompute=recompute).to(device)
         with FlopCounterMode(display=False) as counter:
             y, _ = lstm(X.to(device), hx)
@@ -102,6 +103,6 @@ def test_operations_are_counted_as_those_of_the_reference(device):
             y.sum().backward()
         counts[backend, recompute] = forward, counter.get_total_flops() - forward
     forward, backward = counts["reference", False]
-    assert counts["triton", False] == (forward, backward)
+    assert counts[KERNELS_HERE, False] == (forward, backward)
     projections = 2 * X.shape[0] * X.shape[1] * sum(p.numel() for n, p in lstm.named_parameters() if "weight_hr" in n)
-    assert counts["triton", True] == (forward, backward + forward - projections)
+    assert counts[KERNELS_HERE, True] == (forward, backward + forward - projections)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from comparing import PLACES
+from comparing import KERNELS_HERE, PLACES
 from pairs import B, H, I, assert_alike, assert_identical, pair, random_inputs, results, seeded
 from torch import nn
 from torch.nn.utils import prune
@@ -89,8 +89,8 @@ def copies(module):
 
 @pytest.mark.parametrize(("kind", "backend", "arguments"), [
     ("LSTM", "torch", dict(bidirectional=True, proj_size=2)), ("StackedLSTM", "reference", dict(bias=False)),
-    ("LSTMCell", "triton", {}), ("GRU", "triton", dict(num_layers=2)), ("StackedGRU", "torch", {}),
-    ("SLSTM heads", "triton", {}), ("GRUCell", "reference", dict(bias=False))], ids=str)  # fmt: skip
+    ("LSTMCell", KERNELS_HERE, {}), ("GRU", KERNELS_HERE, dict(num_layers=2)), ("StackedGRU", "torch", {}),
+    ("SLSTM heads", KERNELS_HERE, {}), ("GRUCell", "reference", dict(bias=False))], ids=str)  # fmt: skip
 def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(kind, backend, arguments):
     _, ours = pair(kind, backend, **arguments)
     x, hx = random_inputs(ours, B)
@@ -165,8 +165,8 @@ def replaced(module):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize(("kind", "backend", "change"), [
     ("LSTM", "torch", weight_norm(nn.utils.weight_norm)), ("LSTM", "reference", pruning), ("LSTM", "torch", replaced),
-    ("LSTM", "triton", weight_norm(nn.utils.parametrizations.weight_norm)), ("LSTM", "triton", replaced),
-    ("GRU", "torch", pruning), ("GRU", "triton", replaced),
+    ("LSTM", KERNELS_HERE, weight_norm(nn.utils.parametrizations.weight_norm)), ("LSTM", KERNELS_HERE, replaced),
+    ("GRU", "torch", pruning), ("GRU", KERNELS_HERE, replaced),
 ])  # fmt: skip
 def test_weights_are_read_at_every_call(kind, backend, change):
     theirs, ours = pair(kind, backend, num_layers=2)
