@@ -196,7 +196,7 @@ def test_without_a_numba_that_works_everything_is_as_before(version, error, said
     gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
     explained = gpu_lstm.explain(gru, x)
     assert (explained.backend, said in explained.others["numba"]) == ("torch", True)
-    assert "pip install numba" in explained.others["numba"]
+    assert 'pip install "numba>=0.61"' in explained.others["numba"]
     gru(x)
     assert len([w for w in recwarn if "numba" in str(w.message)]) == isinstance(error, SystemError)
     with pytest.raises(ImportError, match="backend 'numba' needs Numba"):
