@@ -44,7 +44,7 @@ def test_the_rule_chooses_nothing_slower_and_much_that_is_faster(file):
     chosen = table[[cpu_rule.slower(kind_of(row)) is None for row in table.itertuples()]]
     worst = chosen.loc[chosen.ratio.idxmax()]
     assert worst.ratio <= 1 / 0.95, f"slower than before:\n{worst}"
-    assert (chosen.ratio < 0.8).sum() > 0.75 * (table.ratio < 0.8).sum()
+    assert (chosen.ratio < 0.8).sum() > 0.5 * (table.ratio < 0.8).sum()
 
 
 def run(module, x, **rest):

@@ -9,7 +9,7 @@ from .kind import Kind
 FEWEST_STEPS, FEWEST_RAGGED = 8, 2  # what a call costs in Python decides; where torch has more to do, it is sooner paid
 MOST_UNITS = 256  # of a head of a GRU; with more, products decide, which torch has as well
 LEAST_HEAD = 32  # units, for which a product in tiles pays
-NARROW, MANY = 64, 64  # units, and sequences, of an LSTM with lengths or resets that pays
+NARROW, FEW, MANY = 64, 16, 64  # units, and sequences, of an LSTM with lengths or resets that pays
 RULE = "the rule for CPUs"
 
 
@@ -23,7 +23,8 @@ def slower(kind: Kind) -> str | None:
         return f"{RULE}: not for {fewest} steps or fewer"
     if ours:  # instead of a loop in Python
         return None
-    if first.cell == "lstm" and not (ragged and (widest <= NARROW or first.batch >= MANY)):
+    pays = first.resets and (widest <= NARROW or first.batch >= MANY)
+    if first.cell == "lstm" and not (pays or (ragged and widest <= NARROW and first.batch <= FEW)):
         return f"{RULE}: torch's own LSTM is as fast"
     if widest > MOST_UNITS:
         return f"{RULE}: torch's own {name} is as fast with more than {MOST_UNITS} units"
