@@ -8,6 +8,7 @@ from .kind import Kind
 
 FEWEST_STEPS, FEWEST_RAGGED = 8, 2  # what a call costs in Python decides; where torch has more to do, it is sooner paid
 MOST_UNITS = 256  # of a head of a GRU; with more, products decide, which torch has as well
+MOST_CELLS = 1 << 15  # units of all sequences of a plain GRU; with more it is the same
 LEAST_HEAD = 32  # units, for which a product in tiles pays
 NARROW, FEW, MANY = 64, 16, 64  # units, and sequences, of an LSTM with lengths or resets that pays
 RULE = "the rule for CPUs"
@@ -28,6 +29,8 @@ def slower(kind: Kind) -> str | None:
         return f"{RULE}: torch's own LSTM is as fast"
     if widest > MOST_UNITS:
         return f"{RULE}: torch's own {name} is as fast with more than {MOST_UNITS} units"
+    if not ragged and widest * first.batch > MOST_CELLS:
+        return f"{RULE}: torch's own {name} is as fast with more than {MOST_CELLS:,} units in all sequences"
     if first.heads > 1 and min(p.columns for p in kind.problems) < LEAST_HEAD:
         return f"{RULE}: torch's own {name} is faster with heads of less than {LEAST_HEAD} units"
     return None
