@@ -253,7 +253,7 @@ class Layer:
     def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
-            if self.problem.batch == 0:  # nothing is launched
+            if self.problem.batch * self.problem.width == 0:  # nothing is launched
                 result = itemgetter("dgates_ptr" if pass_.backward else "h_ptr")
                 return Launches(self.problem, None, buffers_of(self.problem, pass_), lambda arguments: None, result)
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -165,6 +165,16 @@ def test_what_a_user_asked_for_is_named(monkeypatch):
     assert "supports float16, bfloat16 and float32, got torch.float64" in zoneout.others["triton"]
 
 
+def test_the_loops_for_cpus_and_what_decides():
+    found = gpu_lstm.explain(gpu_lstm.GRU(4, 5, 2), torch.zeros(9, 3, 4))
+    assert (found.backend, found.layers[1].passes[1].family, found.launches) == ("numba", "loop", 4)
+    assert found.why == found.others["torch"]
+    assert found.why.startswith("the rule for CPUs: torch runs a step of a GRU as many small operations")
+    assert gpu_lstm.explain(gpu_lstm.GRU(4, 5).double(), torch.zeros(9, 3, 4).double()).backend == "torch"
+    found = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1), torch.zeros(9, 3, 4))
+    assert (found.backend, found.why) == ("numba", "torch's own does not support zoneout")
+
+
 def test_how_torch_goes_about_it():
     lstm, packed = gpu_lstm.LSTM(4, 5), pack_padded_sequence(X, [5, 3, 2])
     assert "all layers in one call" in gpu_lstm.explain(lstm, X).how

@@ -13,7 +13,7 @@ import memory_checks
 import numpy as np
 import pytest
 import torch
-from comparing import BACKENDS, KERNELS_HERE, PLACES, every_backend
+from comparing import BACKENDS, KERNELS_HERE, PLACES, assert_same, every_backend
 from standing_in import plan_of, recurrence
 from subjects import SUBJECTS
 from torch import zeros
@@ -24,6 +24,7 @@ import gpu_lstm
 from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels.cupy_rnn import launch as cupy_launch
 from gpu_lstm.kernels.layer import kept_layer
+from gpu_lstm.kernels.numba_rnn import launch as numba_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
@@ -127,13 +128,31 @@ def test_a_layer_without_features(backend, layer, rows):
     torch.testing.assert_close(y, expected)
 
 
+@pytest.mark.parametrize("layer", [lstm_layer, gru_layer])
+@every_backend
+def test_gates_that_are_open_or_shut_by_any_amount(backend, layer):
+    """A NaN stays one, in its own sequence."""
+    torch.manual_seed(0)
+    place, rows = PLACES[backend], 4 * H if layer is lstm_layer else 3 * H
+    values = torch.tensor([0.0, 9, 20, 88, 89, 104, 1e30, torch.inf, torch.nan])
+    x = torch.cat([values, -values])[None, :, None].repeat(T, 1, 1)  # [T, B, 1]
+    weights = torch.randn(rows, 1).sign(), zeros(rows, H), torch.randn(rows), torch.randn(rows)
+    found = []
+    for at, by in ((place, backend), (PLACES["reference"], "reference")):
+        given = x.to(**at).requires_grad_()
+        y, _ = layer(given, [t.to(**at) for t in weights], backend=by)
+        found.append({"y": y, "dx": torch.autograd.grad(y.sum(), given)[0]})
+    assert found[1]["y"][:, :-1].isfinite().all(2).sum(1).tolist() == [2 * len(values) - 2] * T
+    assert_same(*found, equal_nan=True)
+
+
 # What kernels can count to
 
 
 @pytest.mark.parametrize(("name", "steps", "batch", "hidden"), [
     ("steps", 2**31, 1, 1), ("sequences", 1, 2**31, 1), ("gates of all units", 1, 1, 2**29),
 ])  # fmt: skip
-@pytest.mark.parametrize("launcher", [launch, cupy_launch], ids=["triton", "cupy"])
+@pytest.mark.parametrize("launcher", [launch, cupy_launch, numba_launch], ids=["triton", "cupy", "numba"])
 def test_more_than_kernels_can_count_to_is_refused(launcher, name, steps, batch, hidden):
     """The projection, to one feature, keeps W_hh small."""
     of = dict(weight_hh=(4 * hidden, 1), weight_hr=(1, hidden), h0=(batch, 1), c0=(batch, hidden))

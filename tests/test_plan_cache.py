@@ -97,6 +97,7 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
 @pytest.fixture
 def checkout(monkeypatch, tmp_path):
     """A copy of the sources in the folders of a checkout, from which the digest is computed."""
+    tmp_path = tmp_path / "checkout"
     for name in ("gpu_lstm", "kernels"):
         shutil.copytree(Path(__file__).parents[1] / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(gpu_lstm, "__path__", [str(tmp_path / "gpu_lstm"), str(tmp_path)])
@@ -149,7 +150,6 @@ def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder):
 
 
 def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
-    folder.parent.mkdir()
     folder.write_text("")
     with pytest.warns(UserWarning, match="is not cached"):
         keep_measured(PROBLEM, H100, False, PLAN)

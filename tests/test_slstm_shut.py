@@ -15,6 +15,7 @@ RAGGED = dict(lengths=torch.tensor([6, 4, 6]), resets=torch.arange(T * B).view(T
 NAMES = "y", "h", "c", "m", "dz", "dweight", "dh", "dc", "dn", "dm"
 BY_ALL = pytest.mark.parametrize(("backend", "dtype"), [
     ("reference", torch.float64), ("triton", torch.float32), ("cupy", torch.float32),
+    ("numba", torch.float32),
 ])  # fmt: skip
 
 
@@ -112,10 +113,11 @@ def test_gradients_of_gates_that_are_nearly_shut_have_small_errors_for_their_siz
     z[..., : 2 * H] += torch.tensor([-12.0, 4.0]).repeat_interleave(H)
     true = truth_of(z, weight, hx)["dz"][..., :H]
     assert true.abs().max() < 1e-3
-    ours, theirs = (
-        numbers_of(backend, torch.float32, z, weight, hx)["dz"][..., :H] - true for backend in ("triton", "reference")
+    *ours, theirs = (
+        (numbers_of(backend, torch.float32, z, weight, hx)["dz"][..., :H] - true).norm()
+        for backend in ("triton", "numba", "reference")
     )
-    assert ours.norm() <= 2 * theirs.norm()
+    assert max(ours) <= 2 * theirs
 
 
 def test_derivatives_of_all_kinds_where_both_weights_are_equal_and_where_a_gate_is_shut():

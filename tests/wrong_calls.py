@@ -116,7 +116,8 @@ DTYPES = "RuntimeError: Input and {0} tensors are not the same dtype, found inpu
 dtypes = f"{DTYPES}with torch.{{2}}".format
 DEVICES = "RuntimeError: Input and {0} tensors are not at the same device, found input tensor at {1} and {0} tensor at "
 devices = f"{DEVICES}{{2}}".format
-unknown = "ValueError: unknown backend {}; expected one of 'auto', 'triton', 'cupy', 'torch', 'reference'".format
+BACKENDS = "'auto', 'triton', 'cupy', 'numba', 'torch', 'reference'"
+unknown = f"ValueError: unknown backend {{}}; expected one of {BACKENDS}".format
 SPARSE, A_NESTED = "a tensor of layout torch.sparse_coo", "a nested tensor"
 RANGE = "should be a number in range [0, 1] representing the probability of an element"
 DROPOUT = f"{RANGE} being zeroed"
@@ -227,7 +228,7 @@ CALLS = [
     (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
     ("AttributeError: ...weight_hh_l0...", "delattr(lstm := copy.deepcopy(m.lstm), 'weight_hh_l0'), lstm(X)"),
     ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')"),
-    *((f"ValueError: backend 'torch' does not support {name}; use 'triton' or 'cupy' or 'reference'",
+    *((f"ValueError: backend 'torch' does not support {name}; use 'numba' or 'reference'",
        f"lstm_layer(X, {weights}, backend='torch')")
       for name, weights in (("peepholes", "[*PLAIN, zeros(12)]"), ("layer_norm", "NORMED"))),
     ("RuntimeError: weight_peephole must have 1 dimensions, got 2", "lstm_layer(X, [*PLAIN, zeros(3, 4)])"),
@@ -266,7 +267,7 @@ CALLS = [
     ("ValueError: Expected resets of shape [2, 5], got [8]", "m.first(PACKED, resets=zeros(8, dtype=BOOL))"),
     ("ValueError: Expected c of reset_states of size [1, 2, 4], ..., or [1, 2, 5, 4], one a step, got [1, 5, 2, 4]",
      "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))"),
-    ("ValueError: backend 'torch' does not support reset_states; use 'triton' or 'cupy' or 'reference'",
+    ("ValueError: backend 'torch' does not support reset_states; use 'numba' or 'reference'",
      "gpu_lstm.backend('torch')(m.auto)(X, resets=RESETS, reset_states=(H, C))"),
     ("TypeError: ...unexpected keyword argument 'length'...", "m.lstm(X, length=tensor([5, 2]))"),
     ("TypeError: LSTM accepts lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
@@ -324,8 +325,13 @@ CALLS = [
      "setattr(m.slstm, 'zoneout', (0.1, 0.0))"),
     ("ValueError: reset_states are not supported by SLSTM: its resets leave an empty state",
      "m.slstm(X, resets=RESETS, reset_states=(H, C, C, C))"),
-    ("ValueError: backend 'torch' does not support slstm cells; use 'triton' or 'cupy' or 'reference'",
+    ("ValueError: backend 'torch' does not support slstm cells; use 'numba' or 'reference'",
      "gpu_lstm.backend('torch')(m.slstm)(X)", "slstm(backend='torch')"),
+    *((f"TypeError: backend 'numba' supports float32, got torch.{dtype}",
+       f"lstm_layer(X.{how}(), [t.{how}() for t in WEIGHTS], backend='numba')")
+      for dtype, how in (("float64", "double"), ("float16", "half"))),
+    ("RuntimeError: backend 'numba' runs on CPU tensors, got meta",
+     "gpu_lstm.backend('numba')(gpu_lstm.LSTM(3, 4, device=META))(X.to(META))"),
     (a_tensor("z", "NoneType"), "slstm(z=None)"), (a_tensor("weight_hh", "NoneType"), "slstm(weight_hh=None)"),
     ("RuntimeError: z must have 3 dimensions, got 2", "slstm(z=zeros(2, 16))"),
     (size("z", "(5, 2, 16)", "[5, 2, 3]"), "slstm(z=X)"), (size("bias", "(16,)", "[4]"), "slstm(bias=zeros(4))"),
