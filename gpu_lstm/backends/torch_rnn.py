@@ -135,9 +135,9 @@ def stack(
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
-    if streamed.step and cell is LSTM and layers[0][0].weight_hr is None and x.shape[1] <= MOST_ROWS:
-        if x.is_cpu and x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None:
-            return _cell_by_cell(x, state, layers)
+    by_cells = streamed.step and cell is LSTM and layers[0][0].weight_hr is None and x.shape[1] <= MOST_ROWS
+    if by_cells and x.is_cpu and x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None:
+        return _cell_by_cell(x, state, layers)
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:  # a module's have one
         flat = packed(flat)
