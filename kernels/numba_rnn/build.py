@@ -47,11 +47,15 @@ def function(name: str) -> Callable[[int], None]:
     path, before = folder(), numba.config.CACHE_DIR
     if path is None or not any(path.rglob(f"*.{name}-*.nbi")):
         logger.warning(
-            "gpu_lstm compiles its %s loop for this CPU, once, in about 10 seconds; backend 'torch' needs none", name
+            "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in about 10 seconds; "
+            "backend 'torch' does without",
+            name,
         )
     numba.config.CACHE_DIR = str(path or before)
     try:
         compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(getattr(steps, name))
     finally:
         numba.config.CACHE_DIR = before
-    return ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
+    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
+    function.compiled = compiled  # whose memory would be given back
+    return function
