@@ -65,7 +65,7 @@ def exp(x):
 
 @inlined
 def sigmoid(x):
-    return F(1) / (F(1) + exp(-x))
+    return F(0) if x < F(-87) else F(1) / (F(1) + exp(-x))  # where exp ends: not 1e-38, which times infinity is one
 
 
 @inlined

@@ -56,7 +56,7 @@ def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> N
 
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
-    arguments = arguments | {"scratch": torch.zeros(steps.SCRATCH)}
+    arguments = arguments | {"scratch": torch.zeros(steps.SCRATCH, device="cpu")}
     call = put(call_of(part, arguments["T"]), arguments)
 
     def launch_step(step: int, **changed: Tensor) -> None:
@@ -73,8 +73,8 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
         weight = weight.mT
     count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, arguments["T"] * p.batch * p.hidden // LEAST))
     share, call = ceil(p.batch / count / SEQUENCES) * SEQUENCES, call_of(part, arguments["T"])
-    call["share"], scratch = share, torch.zeros(ceil(p.batch / share), steps.SCRATCH)
-    taken = torch.zeros((), dtype=torch.int64)
+    call["share"], scratch = share, torch.zeros(ceil(p.batch / share), steps.SCRATCH, device="cpu")
+    taken = torch.zeros((), dtype=torch.int64, device="cpu")
     given = {"weight": weight.contiguous(), "scratch": scratch, "taken": taken}
     launch(LOOPS[backward], call, arguments | given, count)
 
