@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gpu_lstm.__main__ import cuda_devices, why_no_cuda
 
-from . import cases, compare, gpu, host, measure, plots, ppo, report, results
+from . import cases, compare, cpu, gpu, host, measure, plots, ppo, report, results
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     report.update_page(ROOT / "README.md", files)
                     report.update_page(docs / "benchmarks.md", files, sorted((docs / "pictures").glob("*.png")))
                     return 0
+                case "cpu":
+                    return cpu.run(options.out, options.threads)
                 case "ppo":
                     return ppo.run(options.device)
                 case "host":
@@ -94,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for everything it writes")
     add = commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop").add_argument
     add("--device", **device)
+    about = "where the compiled loops for CPUs are faster: the table of dispatch/cpu_rule.py; takes half an hour"
+    add = commands.add_parser("cpu", help=about).add_argument
+    add("--threads", type=int, default=1, help="of torch (default %(default)s)")
+    add("--out", type=Path, required=True, help="a CSV file that rows are added to")
     add = commands.add_parser("host", help="microseconds of a call on the host before the device begins").add_argument
     add("--cases", nargs="+", choices=host.CASES, metavar="NAME", default=[*host.CASES], help="; ".join(host.CASES))
     add("--base", **base)

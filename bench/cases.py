@@ -80,11 +80,12 @@ GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of
     "cuda": (Case("training", "bf16", steps=1024, batch=16, input_size=768, hidden_size=768), {
         "hidden_size": (128, 512, 1024, 64, 129, 256, 1536, 2048), "batch": (1, 64, 4, 256, 12), "steps": (128, 4096),
         "dtype": ("fp16", "tf32", "fp32"), "reset_rate": (0.02, 0.005, 0.1), "rl_dtype": ("tf32", "bf16"), "rl": RL,
-        "heads": (16, 256, 1, 64, 1024),
+        "heads": (16, 256, 1, 64, 1024), "gru": (),
     }),
     "cpu": (Case("training", "fp32", steps=128, batch=16, input_size=128, hidden_size=128), {
         "hidden_size": (32, 256, 512), "batch": (1, 64), "steps": (32, 512), "dtype": (), "reset_rate": (0.02, 0.1),
-        "heads": (16, 1), "rl_dtype": ("fp32",), "rl": (*((T, max(8, B // 128), H) for T, B, H in RL),),
+        "heads": (16, 1), "gru": ((512, 4, 32), (128, 1, 64), (16, 256, 256)), "rl_dtype": ("fp32",),
+        "rl": (*((T, max(8, B // 128), H) for T, B, H in RL),),
     }),
 }  # fmt: skip
 
@@ -105,6 +106,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
     step = replace(headline, mode="step", steps=1)
     resets = [replace(headline, reset_rate=rate) for rate in varied["reset_rate"]]
     others = replace(resets[0], variant="reset_states"), replace(step, sequences="active")
+    grus = [replace(headline, steps=T, batch=B, input_size=H, hidden_size=H) for T, B, H in varied["gru"]]
     both, ragged = [replace(headline, mode=mode) for mode in modes], replace(headline, sequences="ragged")
     first = len(varied["rl"])
     rl[first:first] = of("gru", *rl[:first])
@@ -113,7 +115,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
     return {
         "first": [headline, *of("gru", headline), heads[0], *of("slstm", heads[0])],  # where time is short
         "headline": both,
-        "gru": of("gru", *both, resets[0], ragged, replace(step, batch=1)),
+        "gru": of("gru", *both, resets[0], ragged, replace(step, batch=1), *grus),
         "rl": rl,
         "hidden": each("hidden_size", "input_size"),
         "dtypes": each("dtype"),

@@ -73,14 +73,14 @@ def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -
     return dict(zip(COLUMNS, (torch.get_num_threads(), cell, what, *shape, training, before, *ms, ratio)))
 
 
-def run(file: Path, threads: int, kinds: list[tuple[str, str]] = KINDS) -> int:
+def run(file: Path, threads: int) -> int:
     """Measure, and add the rows to a file."""
     torch.set_num_threads(threads)
-    cases = list(itertools.product(kinds, shapes(), (False, True)))
+    cases = list(itertools.product(KINDS, shapes(), (False, True)))
     for (cell, what), shape, training in track(cases, "CPU", console=Console(stderr=True), transient=True):
         if shape[0] > 128 and (cell == "SLSTM" or what == "zoneout"):  # loops that take seconds
             continue
         row = pd.DataFrame([measure(cell, what, shape, training)], columns=COLUMNS)
-        row.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.5g")
+        row.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.3g")
     Console(stderr=True).print(f"{file}: {results.provenance('cpu')['device']}")
     return 0

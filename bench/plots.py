@@ -38,28 +38,37 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def instead(rows: pd.DataFrame) -> Figure | None:
-    """The time of each usual workaround over that of one call, forward and backward; None if none was timed."""
+    """The time of each usual workaround over that of one call, forward and backward; None if none was timed.
+
+    Of each workaround the cases where it is the fastest and the slowest, beside one call; others are in the tables.
+    """
     lines, base = report.instead(rows, every_case=True), report.headline_of(rows)
     lines = lines[lines["mode"] == "training"]
     if not len(lines):
         return None
+    ratios = lines.groupby("provider")["ratio"]
+    ends = lines.loc[[*ratios.idxmin(), *ratios.idxmax()], "case"]
+    lines = lines[lines["case"].isin(ends)]
     cases = lines.drop_duplicates("case")
     places = {case: place for place, case in enumerate(cases["case"])}
-    figure = Figure(figsize=(7.2, 1.5 + 0.19 * len(cases)))
+    figure = Figure(figsize=(4.8, 1.9 + 0.21 * len(cases)))
     axes = figure.subplots()
     axes.axvline(1, color="black", linewidth=1, linestyle="-")
     for provider, its in lines.groupby("provider", sort=False):
         marker, colour = LOOKS[provider]
         axes.plot(its["ratio"], its["case"].map(places), marker, color=colour, label=report.COLUMN[provider])
     axes.set_yticks(range(len(cases)), [report.sizes(case, base) for case in cases["object"]])
-    axes.set(xscale="log", xlabel="a workaround's time over that of one call: to the right of 1 one call is faster")
+    axes.set(xscale="log", xlabel="the workaround's time over that of one call")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.invert_yaxis()
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
-    figure.suptitle("The usual workarounds around torch.nn, and one call of gpu_lstm", fontsize=10)
-    sizes = f"{report.sizes(base)} (T steps, B batch, H hidden) but for what is named."
-    caption = f"Medians, forward and backward. All: {sizes}\n{report.origin(lines)}"
-    figure.supxlabel(caption, x=0.01, ha="left", fontsize=6.5, color="0.35", wrap=True)
+    for side, text in ((0.98, "it is faster "), (1.02, " one call is faster")):
+        axes.text(side, -0.9, text, ha="right" if side < 1 else "left", va="center", color="0.35")
+    title, bold = "Workarounds for torch.nn, beside one call", {"weight": "bold", "size": 9}
+    figure.legend(loc="outside upper center", ncols=3, title=title, title_fontproperties=bold)
+    device, date = lines["device"].iloc[0], lines["date"].max()[:10]
+    sizes = f"{report.sizes(base)} (steps, sequences, units) but for what is named"
+    caption = f"Training, {sizes}.\nOf each workaround the best and the worst case: {device}, {date}"
+    figure.supxlabel(caption, x=0.01, ha="left", fontsize=7, color="0.35")
     return figure

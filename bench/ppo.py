@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 import gpu_lstm
@@ -21,7 +20,8 @@ from .measure import relative_errors
 from .providers.engine import as_hx
 from .providers.torchs import LOOPS
 
-SIZES = [(128, N, H) for H in (128, 256) for N in (8, 64)]  # T, N environments, H; each is timed for 4 s a cell
+SIZES = [(128, N, H) for H in (128, 256) for N in (2, 8, 64)]  # T, N environments, H
+SECONDS = 4.0  # of timing, a size and cell
 CELLS = "LSTM", "GRU"
 TOLERANCE = 1e-4  # by which loss and gradients may differ, relative to their norm
 
@@ -71,7 +71,7 @@ def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str], np.nda
         for name, error in relative_errors(found["one call"], truth).items():
             if not error <= TOLERANCE:
                 raise RuntimeError(f"{name}: one call and the loop differ by {error:.2g}, expected {TOLERANCE:g}")
-    return timing.interleaved(calls, device, 4.0 * len(CELLS))
+    return timing.interleaved(calls, device, SECONDS * len(CELLS))
 
 
 def run(device: str) -> int:
@@ -81,8 +81,10 @@ def run(device: str) -> int:
     except ImportError as error:
         print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
         return 2
-    cells = []
-    for sizes in track(SIZES, "recurrent PPO", console=Console(stderr=True), transient=True):
+    cells, minutes = [], len(SIZES) * len(CELLS) * SECONDS * 1.5 / 60  # with what is built and checked
+    for number, sizes in enumerate(SIZES):
+        print(f"size {number + 1} of {len(SIZES)}: T={sizes[0]}, {sizes[1]} environments, H={sizes[2]}; in all about "
+              f"{minutes:.0f} minutes", file=sys.stderr, flush=True)  # fmt: skip
         seconds = measure(device, *sizes)
         for cell in CELLS:
             loop, one_call = (seconds[cell, way] for way in ("loop", "one call"))

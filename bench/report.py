@@ -199,9 +199,9 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
             ("with lengths or resets", starred & plain & (lines["mode"] != "step")),
             ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
         ):  # fmt: skip
-            if len(its := 1 / lines["speed"][which].dropna()):
+            if len(its := lines["speed"][which].dropna()):
                 told.append(f"{kind} {digits(min(its))} to {digits(max(its))}")
-        text = f"One call's time over that of torch.nn, which ignores what it lacks: {'; '.join(told)}."
+        text = f"One call is so many times as fast as torch.nn, which ignores what it lacks: {'; '.join(told)}."
         return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # a dtype that all have
     lines = lines[~_names(lines).isin(around["case"])]
     starred = starred[lines.index]

@@ -2,8 +2,8 @@
 
     make soak                       # SOAK="--minutes 1 --seed 7" for others
 
-Backends torch, reference, triton in its interpreter, and the kernels in CUDA C++ compiled for the host, with all
-options that each supports. The seed is printed at the start.
+Backends torch, reference, numba, triton in its interpreter, and the kernels in CUDA C++ compiled for the host, with
+all options that each supports. The seed is printed at the start.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def words_of(rng: random.Random, place: str, shape: tuple[int, ...]) -> list[str
             words.remove(word)
     # A layer norm is not defined with a projection. Of few units that are alike it multiplies rounding errors, and in
     # kernels up to twenty times as much as in the reference: test_layer compares kernels, of other numbers.
-    if len(shape) == 5 or backend in ("triton", "cupy"):
+    if len(shape) == 5 or backend in ("triton", "cupy", "numba"):
         words = [word for word in words if word not in NORMS]
     if len(shape) == 5 and family in ("step", "split", "held", "resident", "cooperative"):
         words = [word for word in words if word not in NOISE]
@@ -53,7 +53,7 @@ def call(rng: random.Random) -> str:
     place = rng.choice(list(KERNELS))
     backend, force = KERNELS[place]
     # The kernels in CUDA C++ round as a card does, to half precision as torch's own LSTM.
-    dtype = dict(triton=torch.float32, cupy=torch.float16).get(backend, torch.float64)
+    dtype = dict(triton=torch.float32, numba=torch.float32, cupy=torch.float16).get(backend, torch.float64)
     # Of few numbers the root mean square says little: kernels, which are compared by it, have more than one sequence.
     shapes = [shape for shape in SHAPES if shape[1] > 1 or dtype is torch.float64]
     if place == "split/8":

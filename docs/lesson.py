@@ -1,7 +1,11 @@
-"""Runs the lesson's notebook from its first cell to its last and stores it: python docs/lesson.py."""
+"""Runs the lesson's notebook from its first cell to its last, stores it, and prints what each section took, which the
+first cell says: python docs/lesson.py."""
 
 import base64
 import io
+import re
+from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -16,9 +20,11 @@ def main() -> None:
     """Execute the notebook and store its outputs, without anything specific to this run."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     folder = {"metadata": {"path": NOTEBOOK.parent}}
-    client = NotebookClient(notebook, timeout=300, resources=folder, record_timing=False, coalesce_streams=True)
-    client.execute()
+    NotebookClient(notebook, timeout=300, resources=folder, coalesce_streams=True).execute()
+    for section, seconds in taken(notebook).items():
+        print(f"{seconds:5.1f} s  {section}")
     for cell in notebook.cells:
+        cell.metadata.clear()  # the times
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             if "image/png" in data:
                 data["image/png"] = base64.b64encode(smaller(base64.b64decode(data["image/png"]))).decode()
@@ -26,6 +32,20 @@ def main() -> None:
         kernelspec=dict(display_name="Python 3", language="python", name="python3"), language_info=dict(name="python")
     )
     nbformat.write(notebook, NOTEBOOK)
+
+
+def taken(notebook: NotebookNode) -> Counter[str]:
+    """The seconds that each section's cells ran."""
+    section, seconds = "imports", Counter()
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            section = (re.findall("(?m)^## (.*)", cell.source) or [section])[-1]
+        else:
+            times = cell.metadata.execution
+            begun, ended = (datetime.fromisoformat(times[name].rstrip("Z")) for name in (
+                "iopub.status.busy", "shell.execute_reply"))  # fmt: skip
+            seconds[section] += (ended - begun).total_seconds()
+    return seconds
 
 
 def smaller(png: bytes) -> bytes:

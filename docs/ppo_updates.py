@@ -62,7 +62,7 @@ def drawn(rows: pd.DataFrame) -> Figure:
     caption = (
         "loop: torch.nn's module called for every step, its state multiplied by 0 at a reset; 128 steps, 128 units,\n"
         f"float32, {first.device}, torch {first.torch}; medians over at least {rows['rounds'].min()} rounds,\n"
-        "on a busy machine; lines: from the 20th to the 80th percentile"
+        "lines: from the 20th to the 80th percentile"
     )
     figure.supxlabel(caption, x=0.01, ha="left", size=7, color="0.35")
     return figure

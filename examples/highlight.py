@@ -407,7 +407,7 @@ def draw_cell(text: str, cell: np.ndarray, path: Path) -> None:
     axes = figure.add_axes([part / whole for part, whole in zip(area, 2 * tuple(DOTS * figure.get_size_inches()))])
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color("0.8")
-    axes.set_title("White: the cell is at its median. Red: it is far from it", **TITLE)
+    axes.set_title("One cell of the LSTM, letter by letter: red inside a string", **TITLE)
     tints = to_rgba_array(["#e8402a"] * len(cell), alpha=away / away.max())
     write(axes, text, torch.zeros(len(cell), dtype=torch.long), tints)
     figure.savefig(path, dpi=DOTS)

@@ -137,6 +137,7 @@ def exercise_9() -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # more do not help models as small as these, and wait for each other where cores are busy
     for answer in [value for name, value in globals().items() if name.startswith("exercise_")]:
         answer()
         print(f"{answer.__name__}: {answer.__doc__}")

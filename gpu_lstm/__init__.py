@@ -1,4 +1,4 @@
-"""LSTM and GRU for PyTorch on NVIDIA GPUs: drop-ins for torch.nn's, with lengths, resets and stacks of any sizes."""
+"""LSTM and GRU for PyTorch: drop-ins for torch.nn's that do more, on CPUs and NVIDIA GPUs."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ import torch
 
 from . import __version__, modules
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
-from .dispatch.available import import_problem, select, why_unavailable
+from .dispatch.available import backends_for, import_problem, select, why_unavailable
 from .dispatch.kind import Kind, describe
 from .dispatch.race import Decision
 from .kernels import cache
@@ -126,7 +126,9 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
         lines += ["", title, *(f"  {name:<34} {value or '-'}" for name, value in state[title].items())]
     lines += ["", "nvidia-smi", *(f"  {line}" for line in state["nvidia-smi"]), "", "devices"]
     for device in state["devices"]:
-        lines.append(f"  {device['device']:<22} {device['name']}; float32 goes to {device['auto']!r} by default")
+        lines.append(
+            f"  {device['device']:<22} {device['name']}; an LSTM in float32 goes to {device['auto']!r} by default"
+        )
         can = {name: f"not available: {why}" if why else "available" for name, why in device["backends"].items()}
         lines += [f"    {name:<20} {value}" for name, value in (device["card"] | can).items()]
     return state, "\n".join(lines)
@@ -141,8 +143,14 @@ def _summary(device: torch.device) -> str:
     backend, on_cpu = select(Backend.AUTO, device, ANY, False), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
-        why = why_no_cuda() if on_cpu else why_unavailable(KERNEL_BACKENDS[0], device, torch.float32)
-        return f"On this machine gpu_lstm runs torch's own LSTM and GRU on {where}: {why}"
+        *_, last = backends_for(device)  # on a CPU the compiled loops, which the rule gives more steps than ANY has
+        why = why_unavailable(last if on_cpu else KERNEL_BACKENDS[0], device, torch.float32)
+        if not on_cpu:
+            return f"On this machine gpu_lstm runs torch's own LSTM and GRU on {where}: {why}"
+        theirs, rest = "LSTM and GRU", f"what torch lacks by a loop in Python, since {why}"
+        if why is None:
+            theirs, rest = "LSTM", f"most GRUs and what torch lacks by the compiled loops of backend {last.value!r}"
+        return f"On this machine gpu_lstm runs torch's own {theirs} on the CPU, and {rest}; {why_no_cuda()}"
     verdicts, decisions = (
         [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]
         for kind in (cache.CHECKS, cache.RACES)

@@ -30,12 +30,12 @@ def lstm_layer(
             weight_peephole [3H], gain_ih [4H], gain_hh [4H], gain_c [H], bias_c [H]) in the dtype of x; from bias_ih
             on they may be None or left out. P = H without weight_hr; with heads weight_hh is [4H, H / heads].
             Peepholes are for the gates i, f and o; gains turn on a layer norm, see `LSTM`, not with weight_hr. Both
-            run on the backends "triton", "cupy" and "reference".
+            run on every backend but "torch".
         hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
         lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
         resets: bool [T, B]; True at t zeroes the state before step t, or in the reverse direction before step t - 1.
         reset_states: the states that resets set instead of zeros: h [B, P] and c [B, H], or one per step, [T, B, P] and
-            [T, B, H], of which only those at resets are used. On the backends "triton", "cupy", "reference".
+            [T, B, H], of which only those at resets are used. On every backend but "torch".
         reverse: from each sequence's last step to its first.
         backend, heads: as for `LSTM`.
 

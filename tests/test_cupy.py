@@ -42,11 +42,11 @@ def test_the_launcher_and_the_source_agree():
     (dict(capability=(6, 1)), RuntimeError, "backend 'cupy' needs compute capability 7.0, cuda has 6.1"),
     (dict(capability=(7, 0)), None, "None"),
     (dict(device="cpu", dtype=torch.float64), TypeError, f"{SUPPORTED}, got torch.float64"),
-    *((dict(absent=cuda), ImportError, f'pip install ".[{extra}]" in a clone')
-      for cuda, extra in (("12.8", "cupy12"), ("13.0", "cupy13"), (None, "cupy13"))),
+    *((dict(absent=cuda), ImportError, f'pip install "cupy-cuda{package}x[ctk]>=')
+      for cuda, package in (("12.8", 12), ("13.0", 13), (None, 13))),
 ], ids=str)  # fmt: skip
 def test_why_it_is_unavailable(monkeypatch, facts, kind, text):
-    """The tensors, the card, or CuPy, which is named with its extra."""
+    """The tensors, the card, or CuPy, which is named for torch's CUDA."""
     absent = "absent" in facts
     torch_finds(monkeypatch, get_device_capability=facts.get("capability"))
     monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))

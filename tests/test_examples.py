@@ -229,6 +229,8 @@ def test_an_example_says_what_it_does_and_trains_nothing(name, monkeypatch, caps
 
 def test_what_make_agree_says(monkeypatch, capsys):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
+    for name in ("rich", "matplotlib", "pandas"):
+        monkeypatch.setitem(sys.modules, name, None)  # what make agree does not install
     agree = load(ROOT / "dev/agree.py")
     monkeypatch.setattr(agree, "T", 4)
     monkeypatch.setattr(agree, "H", 6)

@@ -1,9 +1,11 @@
 """The doctor: python -m gpu_lstm."""
 
+import inspect
 import json
 import os
 import re
 import shutil
+import sys
 from unittest.mock import Mock
 
 import pytest
@@ -28,6 +30,10 @@ from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 CPU = torch.device("cpu")
 SMALL = Problem(2, 8, 32, torch.float32, precision="tf32", reverse=True, lengths=torch.int64)
 KIND = Kind((SMALL._replace(reverse=False),), (6,), steps=64, training=True, recompute=False, feature=None)
+WITHOUT = (
+    " on the CPU, and what torch lacks by a loop in Python, since backend 'numba' needs Numba: pip install "
+    '"numba>=0.61"'
+)
 CHECK = verify._key(plans(SMALL, INTERPRETER, True)[-1], SMALL, Pass(True), CPU)
 
 
@@ -154,11 +160,19 @@ def test_cached_results_are_the_users_alone(nothing_cached):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_the_doctor_says_why_a_backend_is_not_available(monkeypatch, capsys):
+@pytest.mark.parametrize(("numba", "said"), [
+    (None, f"and GRU{WITHOUT} (import of numba halted; None in sys.modules)"),
+    (Mock(__version__="0.60.0", **{"version_info.short": (0, 60)}), f"and GRU{WITHOUT} (Numba 0.60.0 is too old)"),
+    ("here", "on the CPU, and most GRUs and what torch lacks by the compiled loops of backend 'numba'"),
+])  # fmt: skip
+def test_the_doctor_says_why_a_backend_is_not_available(monkeypatch, capsys, numba, said):
     monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
+    if numba != "here":
+        monkeypatch.setitem(sys.modules, "numba", numba)
     printed = "\n".join(printed_by(capsys))
     for pattern in (
-        r"^On this machine gpu_lstm runs torch's own LSTM and GRU on the CPU: there is no CUDA device that torch can u",
+        rf"^On this machine gpu_lstm runs torch's own LSTM {re.escape(said)}; there is no CUDA device that torch",
         r"triton +not available: backend 'triton' runs on CUDA tensors, got cpu; with TRITON_INTERPRET=1 in the "
         r"environment it runs CPU tensors in Triton's interpreter\n", r"cupy +not available: ", r"reference +available",
     ):  # fmt: skip

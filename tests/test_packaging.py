@@ -39,6 +39,7 @@ def test_the_wheel_has_the_package_and_a_long_description_with_links_that_work_a
         source |= {f"{name}/{path.relative_to(ROOT / folder)}" for path in files}
     assert {name for name in archive.namelist() if ".dist-info/" not in name} == source
     assert {"gpu_lstm/py.typed", "gpu_lstm/kernels/cupy_rnn/cuda/steps.cu"} <= source
+    assert f"The wheel has {built[0].stat().st_size / 1e6:.1f} MB" in (ROOT / "docs/versions.md").read_text()
 
     (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
     metadata = email.message_from_bytes(archive.read(name))
@@ -108,11 +109,10 @@ def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_
     """
     environ = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
     *said, doctor = "\n".join(says(sys.executable, code, env=environ)).split("\n", 7)
-    extra = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
+    cuda = "12" if (torch.version.cuda or "").startswith("12.") else "13"
+    (cupy,) = re.findall(rf'cupy{cuda} = \["(.*)"\]', (ROOT / "pyproject.toml").read_text())
     needs_triton = "needs Triton: pip install triton (OSError: broken here)"
-    needs_cupy = (
-        f'needs CuPy and NVRTC: pip install ".[{extra}]" in a clone (import of cupy halted; None in sys.modules)'
-    )
+    needs_cupy = f'needs CuPy and NVRTC: pip install "{cupy}" (import of cupy halted; None in sys.modules)'
     assert said == [
         "[] set() set() True True", f"False False {ROOT / 'gpu_lstm/__init__.py'}", f"backend 'triton' {needs_triton}",
         f"backend 'cupy' {needs_cupy}", 'bench needs matplotlib: pip install --editable ".[bench]"',

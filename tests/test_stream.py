@@ -1,5 +1,6 @@
 """Streams: steps and chunks, one after another, give the results of the whole sequence at once."""
 
+import contextlib
 import re
 from functools import partial
 from unittest.mock import MagicMock, Mock
@@ -11,6 +12,7 @@ from installed import ROOT
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
+from gpu_lstm.backends import torch_rnn
 from gpu_lstm.kernels import timeouts
 from gpu_lstm.tools import stream as stream_module
 from gpu_lstm.tools.stream import Stream
@@ -47,6 +49,33 @@ def test_pieces_are_the_whole(build, backend):
     assert not any(part.requires_grad for part in parts)
     found = [torch.cat(parts, 1), *tree_leaves(stream.state)]
     torch.testing.assert_close(found, [whole, *tree_leaves(states)], rtol=0, atol=4 * torch.finfo(whole.dtype).eps)
+
+
+def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells_and_a_modules_call_never(monkeypatch):
+    """torch's operator for a layer packs all weights at each call."""
+    monkeypatch.setattr(torch_rnn, "lstm", called := Mock(wraps=torch.lstm))
+    module = gpu_lstm.LSTM(I, H, 2, backend="torch").eval()
+    cells = [torch.nn.LSTMCell(size, H) for size in (I, H)]
+    for cell, weights in zip(cells, zip(*[iter(module.parameters())] * 4)):
+        cell.load_state_dict(dict(zip(cell.state_dict(), weights)))
+    for batch, by_layers in ((16, 0), (17, 3)):
+        stream, states = Stream(module, batch), [None, None]
+        for x in torch.randn(3, batch, I):
+            y = stream(x)
+            for k, cell in enumerate(cells):
+                states[k] = cell(x, states[k])
+                x = states[k][0]
+            torch.testing.assert_close(y, x, rtol=0, atol=0 if by_layers == 0 else 1e-6)
+        expected = tuple(map(torch.stack, zip(*states)))
+        torch.testing.assert_close(stream.state, expected, rtol=0, atol=0 if by_layers == 0 else 1e-6)
+        assert called.call_count == by_layers
+    for wrong in (lambda: stream(torch.zeros(17, I + 1)), lambda: None):
+        with contextlib.suppress(RuntimeError):
+            wrong()
+        called.reset_mock()
+        module(torch.zeros(1, 2, I))
+        Stream(module, 2)(torch.zeros(1, 2, I))  # a chunk
+        assert called.call_count == 2
 
 
 @pytest.mark.deep

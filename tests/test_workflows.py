@@ -1,6 +1,7 @@
 """What .github has, and the section on CI of the pages: valid, safe, and what they name exists."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,9 +78,12 @@ def test_jobs_may_only_read_but_for_two_that_publish_and_run_no_code_of_ours():
 @pytest.mark.parametrize(("tag", "status"), [(f"v{gpu_lstm.__version__}", 0), ("v9.9.9", 1)])
 def test_a_tag_that_is_not_the_version_is_not_released(tmp_path, tag, status):
     (script,) = (step["run"] for step in JOBS["release", "build"]["steps"] if "TAG" in step.get("env", ()))
+    shutil.copy(ROOT / "CHANGELOG.md", tmp_path)
     (tmp_path / "dist").mkdir()
     (tmp_path / f"dist/gpu_lstm-{gpu_lstm.__version__}-py3-none-any.whl").touch()
     assert run(*BASH, script, cwd=tmp_path, env={"TAG": tag}).returncode == status
+    (tmp_path / "CHANGELOG.md").write_text(f"## {gpu_lstm.__version__}, unreleased\n")
+    assert run(*BASH, script, cwd=tmp_path, env={"TAG": tag}).returncode == 1
 
 
 def test_actions_of_others_are_pinned_to_commits_with_their_versions():
@@ -97,6 +101,8 @@ def test_versions_agree():
     matrix, project = JOBS["ci", "test"]["strategy"]["matrix"], (ROOT / "pyproject.toml").read_text()
     assert f'requires-python = ">={matrix["python"][0]}"' in project
     assert f"Python {matrix['python'][0]} to {matrix['python'][-1]}" in (ROOT / "Makefile").read_text()
+    for name, key in ("ci", "wheel"), ("release", "test"):
+        assert JOBS[name, key]["strategy"]["matrix"]["python"] == [matrix["python"][0], matrix["python"][-1]]
     (oldest,) = {each["torch"] for each in matrix["include"]}
     assert f'"torch>={oldest}"' in project
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == gpu_lstm.__version__
@@ -130,6 +136,22 @@ def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs
     on_a_card = f"0: -m pytest -n auto --dist worksteal -m gpu or device --require-gpu {chosen}".rstrip()
     assert then == (on_a_card if cards else "There is no GPU here: tests that need one were skipped")
     assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
+
+
+@pytest.mark.parametrize(("target", "extra", "there"), [
+    ("test", "[dev]", ""), ("demo", "[demo]", ""), ("agree", "", ""), ("agree", None, ".for-demo"),
+    ("lesson", "[lesson]", ".installed"),
+])  # fmt: skip
+def test_make_installs_what_a_command_needs_and_says_before_how_much_that_is(tmp_path, target, extra, there):
+    """In a clone, where another command may have installed before."""
+    (tmp_path / ".venv").mkdir()
+    for name in ("pyproject.toml", "Makefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv" / (there or "nothing")).touch()
+    done = run("make", "--dry-run", target, cwd=tmp_path).stdout
+    said = re.findall(r'echo "This installs about (\d+ packages, [\d.]+ GB), into|--editable \'\.(.*)\'', done)
+    assert [extra for _, extra in said[1:]] == [extra] * (extra is not None)
+    assert bool(said) == (extra is not None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")

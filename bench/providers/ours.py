@@ -70,6 +70,7 @@ PROVIDERS = {
     "ours-stream": Provider(partial(build_stream, None), everywhere=True),
     "ours-triton": Provider(partial(build, "triton"), partial(absent, "triton"), graphed=True),
     "ours-cupy": Provider(partial(build, "cupy"), partial(absent, "cupy"), graphed=True),
+    "ours-numba": Provider(partial(build, "numba"), partial(absent, "numba")),
     "ours-torch": Provider(partial(build, "torch"), graphed=True),
     "ours-reference": Provider(partial(build, "reference")),
 }

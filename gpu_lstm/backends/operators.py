@@ -20,7 +20,7 @@ from torch import Tensor
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import recurrent_precision
 from ..call.weights import Weights
-from ..kernels import private
+from ..kernels import cache, private
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass, problem_of
@@ -77,9 +77,15 @@ def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
     if backend not in KERNEL_BACKENDS:
         return backend
     problem = problem_of(inputs, how.cell, how.reverse, recurrent_precision(inputs.x.dtype))
-    layer = verify.layer_of(backend, problem, inputs.x.device)
-    if how.backend == backend.value or layer.has_kernel(pass_, inputs):
-        return layer
+    asked = how.backend == backend.value
+    try:
+        layer = verify.layer_of(backend, problem, inputs.x.device)
+        if asked or layer.has_kernel(pass_, inputs):
+            return layer
+    except ImportError as error:  # the program was exported where the backend could run
+        if asked:
+            raise
+        cache.warn_once(f"backend 'auto' does without {backend.value!r}, for which the program was made: {error}")
     return Backend.TORCH if torch_rnn.has(CELLS[how.cell], inputs) else Backend.REFERENCE
 
 

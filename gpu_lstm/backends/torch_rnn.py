@@ -11,6 +11,7 @@ so that a batch with lengths and resets is one call over a plain padded batch. S
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
+import threading
 from functools import partial
 
 import torch
@@ -24,7 +25,7 @@ from ..call.modes import autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
 from ..call.weights import NAMES, State, Weights
-from ..kernels.cells import GRU, Cell
+from ..kernels.cells import GRU, LSTM, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
@@ -33,8 +34,18 @@ from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # of cuDNN
 LEAST_HEAD, LEAST_OF_ALL = 64, 256  # units from which on a CPU a call a head is faster than zeros between them
+MOST_ROWS = 16  # sequences up to which on a CPU a step is faster by cells
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
+
+
+class Streamed(threading.local):
+    """Whether this thread runs a step of a stream, whose results may differ from torch.nn.LSTM's by roundings."""
+
+    step = False
+
+
+streamed = Streamed()
 
 
 def has(cell: Cell, inputs: Inputs) -> bool:
@@ -124,6 +135,9 @@ def stack(
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
+    by_cells = streamed.step and cell is LSTM and layers[0][0].weight_hr is None and x.shape[1] <= MOST_ROWS
+    if by_cells and x.is_cpu and x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None:
+        return _cell_by_cell(x, state, layers)
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:  # a module's have one
         flat = packed(flat)
@@ -139,6 +153,16 @@ def stack(
     hx = h0, c0.to(x.dtype) if exact else c0
     y, h_n, c_n = lstm(x, hx, *options, False) if batch_sizes is None else lstm(x, batch_sizes, hx, *options)
     return y, (h_n, c_n.float() if exact else c_n)
+
+
+def _cell_by_cell(x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, State]:
+    """`stack` of a step of an LSTM by torch's operator for a cell: that for a layer packs all weights at every call."""
+    h, final = x[0], []
+    for h0, c0, (weights,) in zip(*state, layers):
+        h, c = one_step(LSTM, h, (h0, c0), weights)
+        final.append((h, c))
+    h_n, c_n = map(torch.stack, zip(*final))
+    return h[None], (h_n, c_n)
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:

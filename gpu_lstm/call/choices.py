@@ -20,7 +20,7 @@ BackendName = Literal["auto", "triton", "cupy", "numba", "torch", "reference"]
 class Backend(enum.Enum):
     """The backends, by the name a user gives."""
 
-    AUTO = "auto"  # for CUDA tensors triton or cupy where they can run and are faster; else torch
+    AUTO = "auto"  # kernels, where they can run and are faster; else torch
     TRITON = "triton"  # fused Triton kernels
     CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
     NUMBA = "numba"  # the time loop, compiled for a CPU

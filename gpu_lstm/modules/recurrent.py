@@ -72,8 +72,7 @@ class Recurrent(DropIn, Layers):
             resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
             reset_states: (h, c), of a GRU h, that resets set instead of zeros: one per sequence, as hx, or one per
                 step, of which only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first
-                (D*L, N, T, ...), unbatched (D*L, T, ...). Gradients flow into them. On the backends "triton", "cupy"
-                and "reference".
+                (D*L, N, T, ...), unbatched (D*L, T, ...). Gradients flow into them. On every backend but "torch".
             mask: None. TorchRL's modules pass one to what is not torch's LSTM or GRU: give them one of compat.
 
         ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
@@ -132,10 +131,10 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         bidirectional: a second direction runs from the end to the start; D = 2. Default: False
         proj_size: if > 0, h has this many features. Default: 0
         device, dtype: of the parameters.
-        backend: "auto", "triton", "cupy", "torch" or "reference". Default: as chosen by `gpu_lstm.backend` or the
-            environment variable GPU_LSTM_BACKEND, else "auto".
+        backend: "auto", "triton", "cupy", "numba", "torch" or "reference". Default: as chosen by `gpu_lstm.backend` or
+            the environment variable GPU_LSTM_BACKEND, else "auto".
         recompute: save only h and c for backward, and recompute the gates with one product over all steps: about a
-            third of the memory. On the backends "triton" and "cupy". Default: False
+            third of the memory. On "triton", "cupy" and "numba". Default: False
         recurrent_dropout: when training, probability of zeroing an element of h before the product with W_hh, the same
             for all gates and steps of a call (Gal & Ghahramani, 2016). Default: 0
         zoneout: probability that an element of a state stays as it was before the step, drawn again for every step
@@ -160,8 +159,8 @@ class LSTM(Recurrent, HasVariants, RNNBase):
             LSTM with H / heads units. Divides `hidden_size`. Not with proj_size, nor with a layer norm of "hh" or
             "c". Default: 1
 
-    Recurrent dropout, zoneout, peepholes and layer norms run on the backends "triton", "cupy" and "reference"; "auto"
-    chooses among these. See `forward` for calls.
+    Recurrent dropout, zoneout, peepholes and layer norms run on every backend but "torch"; "auto" chooses among these.
+    See `forward` for calls.
 
     Raises:
         ValueError, TypeError: as torch.nn.LSTM for its arguments, in its words; ValueError for an unknown backend, a
@@ -254,7 +253,7 @@ class SLSTM(Recurrent, RNNBase):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM, and
             initial weights, too.
-        backend: as for LSTM. It runs on the backends "triton", "cupy" and "reference".
+        backend: as for LSTM. It runs on every backend but "torch".
         heads: as for LSTM. Default: 1
 
     A call is that of an LSTM, see `forward`, but hx, and what is returned, is (h, c, n, m), each (D*L, N, H), unbatched

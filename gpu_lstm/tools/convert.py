@@ -41,9 +41,9 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
 
     Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
     objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
-    LSTMModule and GRUModule, which need instances of torch's classes, they become a compat.LSTM and compat.GRU. The
-    logger "gpu_lstm" reports at INFO what was swapped or left; a UserWarning says if the model had nothing to swap, and
-    no module of gpu_lstm either.
+    LSTMModule and GRUModule, which need instances of torch's classes, they become a compat.LSTM and compat.GRU. What
+    was swapped is gpu_lstm.LSTM(...) in print(model); the logger "gpu_lstm" reports at INFO what was swapped or left. A
+    UserWarning says if the model had nothing to swap, and no module of gpu_lstm either.
 
     Args:
         compat: swap every LSTM, also of gpu_lstm, for a compat.LSTM, which is an instance of torch.nn.LSTM, and every

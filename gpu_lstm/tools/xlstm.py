@@ -1,5 +1,6 @@
 """sLSTM cells of the packages xlstm and tirex-ts compute by ours, in place."""
 
+import logging
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         on: False: they compute by their own package again. Default: True
 
     Returns:
-        How many cells there are.
+        How many cells there are. The logger "gpu_lstm" names them at INFO.
 
     Raises:
         TypeError: `model` is not a module, or `on` no bool.
@@ -39,6 +40,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"use_for_slstm accepts a torch.nn.Module, got {type(model).__name__}")
     cells: dict[nn.Module, type] = {}
+    names = []
     for path, module in model.named_modules():
         theirs = getattr(module, "_theirs", type_before_parametrizations(module))
         if f"{theirs.__module__}.{theirs.__qualname__}" not in _CELLS:
@@ -48,6 +50,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
                 where = f"the cell {path!r}" if path else "the model itself"
                 raise ValueError(f"{where} has {name}={value!r}, which slstm_layer has not")
         cells[module] = theirs
+        names.append(f"{path or 'the model itself'} ({theirs.__module__}.{theirs.__qualname__})")
     if not cells:
         raise ValueError(f"there is none of {', '.join(_CELLS)} in the {type(model).__name__}")
     ours = {theirs: _by_ours(theirs) for theirs in cells.values()}  # one class each, so that a graph serves all cells
@@ -57,6 +60,8 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
             top = type(cell)
             cls = type(top.__name__, (cls,), dict(vars(top)))
         cell.__class__ = cls
+    by = "functional.slstm_layer" if on else "their own package"
+    logging.getLogger("gpu_lstm").info(f"use_for_slstm: by {by} compute {', '.join(names)}")
     return len(cells)
 
 

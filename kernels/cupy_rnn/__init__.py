@@ -5,8 +5,8 @@ import torch
 DEVICES, RACED = ("cuda",), True
 DTYPES = torch.float16, torch.bfloat16, torch.float32
 PACKAGES = ("cupy-cuda12x", "cupy-cuda13x")
-_EXTRA = "cupy12" if (torch.version.cuda or "").startswith("12.") else "cupy13"
-NEEDS = f'CuPy and NVRTC: pip install ".[{_EXTRA}]" in a clone'
+_CUDA = "12" if (torch.version.cuda or "").startswith("12.") else "13"
+NEEDS = f'CuPy and NVRTC: pip install "cupy-cuda{_CUDA}x[ctk]>=14.2"'  # as the extras of pyproject.toml
 
 
 def import_packages() -> None:

@@ -1,4 +1,4 @@
-"""The Numba backend, for CPUs: launch.py is its layer.Launcher. What is known of it without Numba, see layer.Package:"""
+"""The Numba backend, for CPUs: launch.py is its layer.Launcher. What is known without Numba, see layer.Package:"""
 
 import torch
 
@@ -6,7 +6,7 @@ DEVICES, RACED = ("cpu",), False
 DTYPES = (torch.float32,)
 PACKAGES = ("numba",)
 OLDEST = 0, 61
-NEEDS = f"Numba {OLDEST[0]}.{OLDEST[1]} or newer: pip install numba"
+NEEDS = f'Numba: pip install "numba>={OLDEST[0]}.{OLDEST[1]}"'
 
 
 def import_packages() -> None:

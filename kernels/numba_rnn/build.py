@@ -31,7 +31,8 @@ def folder() -> Path | None:
         if (ours := cache.folder()) is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
         path = ours / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for each in (ours, path.parent, path):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
             raise PermissionError(f"{path} is read-only")
         return path
@@ -44,13 +45,17 @@ def folder() -> Path | None:
 def function(name: str) -> Callable[[int], None]:
     """A function of steps.py, which is called without Python's lock."""
     path, before = folder(), numba.config.CACHE_DIR
-    if path is None or not any(path.rglob(f"steps.{name}-*.nbi")):
+    if path is None or not any(path.rglob(f"*.{name}-*.nbi")):
         logger.warning(
-            "gpu_lstm compiles its %s loop for this CPU, once, in about 10 seconds; backend 'torch' needs none", name
+            "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in about 10 seconds; "
+            "backend 'torch' does without",
+            name,
         )
     numba.config.CACHE_DIR = str(path or before)
     try:
         compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(getattr(steps, name))
     finally:
         numba.config.CACHE_DIR = before
-    return ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
+    function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
+    function.compiled = compiled  # whose memory would be given back
+    return function

@@ -23,6 +23,7 @@ from .product import SEQUENCES
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
 LOOPS, OF_A_STEP = ("forward", "backward"), ("after_product", "before_product")  # of steps.py
+TENSORS = frozenset(steps.TENSORS)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
 LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
 CODES = dict(zip(("lstm", "gru", "slstm"), steps.CELLS))
@@ -31,7 +32,7 @@ CODES = dict(zip(("lstm", "gru", "slstm"), steps.CELLS))
 def put(call: Any, arguments: dict[str, Any]) -> Any:
     """Addresses of tensors into a steps.CALL, of those that it knows, by the names of pointers."""
     for name, t in arguments.items():
-        if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in steps.CALL.names:
+        if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in TENSORS:
             call[field] = t.data_ptr()
     return call
 
@@ -55,11 +56,12 @@ def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> N
 
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
-    call, arguments = call_of(part, arguments["T"]), arguments | {"scratch": torch.zeros(steps.SCRATCH, device="cpu")}
+    arguments = arguments | {"scratch": torch.zeros(steps.SCRATCH, device="cpu")}
+    call = put(call_of(part, arguments["T"]), arguments)
 
     def launch_step(step: int, **changed: Tensor) -> None:
         call["step"] = step
-        launch(OF_A_STEP[backward], call, arguments | changed)
+        launch(OF_A_STEP[backward], call, arguments | changed if checking.on else changed)
 
     return launch_step
 

@@ -67,23 +67,6 @@ def position(a, step, b):
 
 
 @compiled
-def tiles_after_product(a, scratch, step, first, end):
-    """A step of the sequences from `first` to `end`."""
-    for b in range(first, end):
-        for unit in range(0, a.H, a.H // a.heads):
-            for u in range(0, a.H // a.heads, UNITS):
-                after(a, scratch, place_of(a, step, b, unit, u))
-
-
-@compiled
-def tiles_before_product(a, scratch, step, first, end):
-    for b in range(first, end):
-        for unit in range(0, a.H, a.H // a.heads):
-            for u in range(0, a.H // a.heads, UNITS):
-                before(a, scratch, place_of(a, step, b, unit, u))
-
-
-@compiled
 def place_of(a, step, b, first, u):
     """The Place of the tile from unit u of the head whose first unit is `first`."""
     row, valid, continues, last = position(a, step, b)
@@ -288,48 +271,66 @@ def before(a, tile, p):
         move(a.dz, p.z + k * (a.H // a.heads), tile if p.valid else 0, OF_H[k], p.n)
 
 
+@compiled
+def each_after(a, scratch, step, first, end):
+    """A step of the sequences from `first` to `end`."""
+    for b in range(first, end):
+        for unit in range(0, a.H, a.H // a.heads):
+            for u in range(0, a.H // a.heads, UNITS):
+                after(a, scratch, place_of(a, step, b, unit, u))
+
+
+@compiled
+def each_before(a, scratch, step, first, end):  # a function of functions would not be kept on disk
+    for b in range(first, end):
+        for unit in range(0, a.H, a.H // a.heads):
+            for u in range(0, a.H // a.heads, UNITS):
+                before(a, scratch, place_of(a, step, b, unit, u))
+
+
+@compiled
+def take_share(a):
+    """(The first of some sequences, the end of them, scratch): of sequences that no other thread takes."""
+    number = take(a.taken)
+    return number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
+
+
 def after_product(address):
     """A step of a call, at its address."""
     a = call_at(address)
-    tiles_after_product(a, a.scratch, a.step, 0, a.B)
+    each_after(a, a.scratch, a.step, 0, a.B)
 
 
 def before_product(address):
     a = call_at(address)
-    tiles_before_product(a, a.scratch, a.step, 0, a.B)
+    each_before(a, a.scratch, a.step, 0, a.B)
 
 
 def forward(address):
-    """All steps of a call, of the shares of its sequences that this thread takes; h_next has what step 0 multiplies."""
+    """All steps of a call, for the sequences that this thread takes; h_next has what step 0 multiplies."""
     a = call_at(address)
     width, columns = a.H // a.heads, (4 - a.h_start) * (a.H // a.heads)
-    share = take(a.taken)
-    while share * a.share < a.B:
-        first, end, scratch = share * a.share, min((share + 1) * a.share, a.B), a.scratch + SIZE * share * SCRATCH
+    first, end, scratch = take_share(a)
+    while first < a.B:
         for step in range(a.T):
             for unit in range(0, a.H, width):
-                h, z = (
-                    a.h_next + SIZE * (first * a.H + unit),
-                    a.z + SIZE * ((first * a.H + unit) * 4 + a.h_start * width),
-                )
-                product(h, a.H, a.weight + SIZE * unit * columns, z, 4 * a.H, end - first, width, columns, scratch)
-            tiles_after_product(a, scratch, step, first, end)
-        share = take(a.taken)
+                h, z = first * a.H + unit, (first * a.H + unit) * 4 + a.h_start * width
+                weight, count = a.weight + SIZE * unit * columns, end - first
+                product(a.h_next + SIZE * h, a.H, weight, a.z + SIZE * z, 4 * a.H, count, width, columns, scratch)
+            each_after(a, scratch, step, first, end)
+        first, end, scratch = take_share(a)
 
 
 def backward(address):
     """As forward, from the last step to the first."""
     a = call_at(address)
     width, rows = a.H // a.heads, (4 - a.h_start) * (a.H // a.heads)
-    share = take(a.taken)
-    while share * a.share < a.B:
-        first, end, scratch = share * a.share, min((share + 1) * a.share, a.B), a.scratch + SIZE * share * SCRATCH
+    first, end, scratch = take_share(a)
+    while first < a.B:
         for step in range(a.T - 1, -1, -1):
-            tiles_before_product(a, scratch, step, first, end)
+            each_before(a, scratch, step, first, end)
             for unit in range(0, a.H if step else 0, width):
-                z, d = (
-                    a.dz + SIZE * ((first * a.H + unit) * 4 + a.h_start * width),
-                    a.dh_next + SIZE * (first * a.H + unit),
-                )
-                product(z, 4 * a.H, a.weight + SIZE * unit * rows, d, a.H, end - first, rows, width, scratch)
-        share = take(a.taken)
+                h, z = first * a.H + unit, (first * a.H + unit) * 4 + a.h_start * width
+                weight, count = a.weight + SIZE * unit * rows, end - first
+                product(a.dz + SIZE * z, 4 * a.H, weight, a.dh_next + SIZE * h, a.H, count, rows, width, scratch)
+        first, end, scratch = take_share(a)

@@ -1,0 +1,235 @@
+"""What is of the compiled loops for CPUs alone; their numbers are in test_layer.py and test_slstm.py, place "numba"."""
+
+import inspect
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import gpu_lstm
+from gpu_lstm.backends import verify
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.dispatch import available, cpu_rule, route
+from gpu_lstm.dispatch.kind import Kind
+from gpu_lstm.kernels import cache, numba_rnn
+from gpu_lstm.kernels.problem import Problem, power_of_two
+
+numba = pytest.importorskip("numba")
+from gpu_lstm.kernels.numba_rnn import build, functions, launch, steps, threads  # noqa: E402
+
+TABLES = sorted((ROOT / "bench" / "results" / "cpu").glob("*.csv"))
+FEATURES = {"zoneout": "zoneout", "SLSTM": "slstm cells"}
+F32 = np.finfo(np.float32)
+
+
+def kind_of(row) -> Kind:
+    heads, ragged = 4 if row.what == "4 heads" else 1, dict(resets=row.what == "resets")
+    if row.what == "lengths":
+        ragged["lengths"] = torch.int64
+    cell = row.cell.lower()
+    problem = Problem(min(row.T, 2), row.B, row.H, torch.float32, cell=cell, heads=heads, **ragged)
+    feature = FEATURES.get(row.what) or FEATURES.get(row.cell)
+    return Kind((problem,), (row.H,), power_of_two(row.T), row.training, False, feature)
+
+
+@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
+def test_the_rule_chooses_nothing_slower_and_much_that_is_faster(file):
+    table = pd.read_csv(file)
+    chosen = table[[cpu_rule.slower(kind_of(row)) is None for row in table.itertuples()]]
+    worst = chosen.loc[chosen.ratio.idxmax()]
+    assert worst.ratio <= 1 / 0.95, f"slower than before:\n{worst}"
+    assert (chosen.ratio < 0.8).sum() > 0.5 * (table.ratio < 0.8).sum()
+
+
+def run(module, x, **rest):
+    x = x.clone().requires_grad_()
+    y, _ = module(x, **rest)
+    return y.detach(), *torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+
+
+@pytest.fixture
+def module_and_call(monkeypatch):
+    """A GRU of which each four sequences pay for a thread, and a call with lengths and resets."""
+    monkeypatch.setattr(launch, "LEAST", 1)
+    torch.manual_seed(0)
+    module, x = gpu_lstm.GRU(3, 20, bidirectional=True, backend="numba"), torch.randn(6, 14, 3)
+    yield module, x, dict(lengths=torch.arange(14) % 7, resets=torch.rand(6, 14) < 0.3)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.mark.parametrize("way", ["OpenMP", "pool"])
+def test_threads_compute_the_same_bits(way, module_and_call, monkeypatch):
+    module, x, rest = module_and_call
+    alone, counts = run(module, x, **rest), []
+    if way == "pool":
+        monkeypatch.setattr(threads, "parallel", lambda: None)
+    elif threads.parallel() is None:
+        pytest.skip("torch does not use GNU's OpenMP here")
+    run_in = threads.run
+    monkeypatch.setattr(threads, "run", lambda f, a, count: (counts.append(count), run_in(f, a, count)))
+    for count in (2, 3, 4):
+        torch.set_num_threads(count)
+        for ours, expected in zip(run(module, x, **rest), alone):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # torch's own products may differ
+        assert set(counts) == {min(count, 14 // 4)}
+        counts.clear()
+
+
+def test_calls_in_threads_at_once(module_and_call):
+    module, x, rest = module_and_call
+    expected = run(module, x, **rest)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: run(module, x, **rest), range(16)):
+            assert all(map(torch.equal, found, expected))
+
+
+FORKED = """
+import os, torch, gpu_lstm
+from gpu_lstm.kernels.numba_rnn import launch
+torch.set_num_threads(2)
+launch.LEAST = 1
+gru, x = gpu_lstm.GRU(3, 20, backend="numba"), torch.randn(6, 8, 3)
+expected, _ = gru(x)
+if (child := os.fork()) == 0:
+    found, _ = gru(x)
+    os._exit(not torch.equal(found, expected))
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_computes():
+    """OpenMP's threads are gone there."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=60, cwd=ROOT)
+
+
+def test_functions_are_right_to_two_units_in_the_last_place():
+    names = "exp", "sigmoid", "tanh", "above"
+
+    @numba.njit
+    def each(x, out):
+        for j in range(len(x)):
+            out[0, j], out[1, j] = functions.exp(x[j]), functions.sigmoid(x[j])
+            out[2, j], out[3, j] = functions.tanh(x[j]), functions.above(x[j])
+
+    x = np.concatenate([np.linspace(-80, 80, 20_001), np.logspace(-30, 0, 500), [0, np.inf, -np.inf, np.nan]]).astype(
+        "f"
+    )
+    found, wide = np.empty((4, len(x)), np.float32), x.astype(float)
+    each(x, found)
+    with np.errstate(over="ignore"):
+        exact = np.exp(wide), 1 / (1 + np.exp(-wide)), np.tanh(wide), np.log1p(np.exp(-abs(wide)))
+    for name, ours, true in zip(names, found, exact):
+        finite = np.isfinite(x)
+        unit = F32.eps * np.maximum(abs(true), F32.tiny)
+        assert (abs(ours - true) / unit)[finite].max() <= 2, name
+        assert np.isnan(ours[-1]), name
+    np.testing.assert_allclose(found[1:, -3:-1], [[1, 0], [1, -1], [0, 0]], atol=1e-37)  # of infinities
+
+
+def little(address):
+    """Compiled in no time."""
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No function is compiled yet, and results go to a folder of this test."""
+    monkeypatch.setattr(steps, "little", little, raising=False)
+    monkeypatch.setattr(build, "function", inspect.unwrap(build.function))
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "cache")
+    cache.warn_once.cache_clear()
+    return tmp_path / "cache"
+
+
+def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fresh, monkeypatch, caplog):
+    def said():
+        caplog.clear()
+        build.function("little")(0)
+        return "compiles" in caplog.text
+
+    assert [said(), said()] == [True, False]
+    assert fresh.stat().st_mode & 0o077 == 0
+    for owner, name, value in (
+        (cache, "sources", lambda *_: "edited"), (numba, "__version__", "0.99"),
+        (build.llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+    ):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert said()
+
+
+def test_what_calls_compile_is_kept():
+    run(gpu_lstm.LSTM(3, 4, layer_norm=True, backend="numba"), torch.randn(9, 2, 3))
+    run(gpu_lstm.LSTM(3, 4, backend="numba"), torch.randn(9, 2, 3))
+    for name in (*launch.LOOPS, *launch.OF_A_STEP):
+        assert any(build.folder().rglob(f"steps.{name}-*.nbi")), name
+
+
+def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
+    fresh.write_text("a file")
+    with pytest.warns(UserWarning, match="compiled functions are not kept for the next process: "):
+        build.function("little")(0)
+    assert not any(fresh.parent.rglob("*.nbi"))
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "said"),
+    [("0.60.0", None, "Numba 0.60.0 is too old"), (None, ImportError("No module"), "No module"),
+     (None, SystemError("broken"), "SystemError: broken")],
+)  # fmt: skip
+def test_without_a_numba_that_works_everything_is_as_before(version, error, said, monkeypatch, recwarn):
+    def import_packages():
+        raise error
+
+    if version:
+        monkeypatch.setattr(numba, "__version__", version)
+        monkeypatch.setattr(numba, "version_info", numba.version_info._replace(short=(0, 60)))
+    else:
+        monkeypatch.setattr(numba_rnn, "import_packages", import_packages)
+    monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
+    route.forget()
+    gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
+    explained = gpu_lstm.explain(gru, x)
+    assert (explained.backend, said in explained.others["numba"]) == ("torch", True)
+    assert 'pip install "numba>=0.61"' in explained.others["numba"]
+    gru(x)
+    assert len([w for w in recwarn if "numba" in str(w.message)]) == isinstance(error, SystemError)
+    with pytest.raises(ImportError, match="backend 'numba' needs Numba"):
+        gpu_lstm.GRU(3, 4, backend="numba")(x)
+    route.forget()
+
+
+def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        lstm, x = gpu_lstm.SLSTM(3, 4, dtype=dtype), torch.zeros(20, 2, 3, dtype=dtype)
+        assert gpu_lstm.explain(lstm, x).backend == "reference"
+        lstm.backend = "numba"
+        with pytest.raises(TypeError, match=f"backend 'numba' supports float32, got {dtype}"):
+            lstm(x)
+    refused = available.why_unavailable(Backend.NUMBA, torch.device("cuda", 0), torch.float32)
+    assert str(refused) == "backend 'numba' runs on CPU tensors, got cuda:0"
+
+
+def test_the_rule_leaves_watched_calls_as_they_were():
+    gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
+    assert gpu_lstm.explain(gru, x).backend == "numba"
+    assert "gpu_lstm::" not in str(torch.jit.trace(gru.eval(), x).inlined_graph)
+
+
+def test_a_program_runs_where_there_is_no_numba(monkeypatch):
+    gru, x = gpu_lstm.GRU(3, 4), torch.randn(20, 2, 3)
+    program, expected = torch.export.export(gru, (x,)).module(), gpu_lstm.GRU(3, 4, backend="torch")
+    expected.load_state_dict(gru.state_dict())
+
+    def layer_of(*_):
+        raise ImportError("No module named 'numba'")
+
+    monkeypatch.setattr(verify, "layer_of", layer_of)
+    cache.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="without 'numba', for which the program was made: No module named 'numba'"):
+        torch.testing.assert_close(program(x), expected(x))
