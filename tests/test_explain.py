@@ -169,14 +169,14 @@ def test_the_loops_for_cpus_and_what_decides():
     found = gpu_lstm.explain(gpu_lstm.GRU(4, 5, 2), torch.zeros(9, 3, 4))
     assert (found.backend, found.layers[1].passes[1].family, found.launches) == ("numba", "loop", 4)
     assert found.why == found.others["torch"]
-    assert found.why.startswith("the rule for CPUs: torch runs a step of a GRU as many small operations")
+    assert found.why == "the rule for CPUs: torch runs a step as many small operations, the compiled loop as one"
     assert gpu_lstm.explain(gpu_lstm.GRU(4, 5).double(), torch.zeros(9, 3, 4).double()).backend == "torch"
     found = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1), torch.zeros(9, 3, 4))
     assert (found.backend, found.why) == ("numba", "torch's own does not support zoneout")
 
 
 def test_how_torch_goes_about_it():
-    lstm, packed = gpu_lstm.LSTM(4, 5), pack_padded_sequence(X, [5, 3, 2])
+    lstm, packed = gpu_lstm.LSTM(4, 5, backend="torch"), pack_padded_sequence(X, [5, 3, 2])
     assert "all layers in one call" in gpu_lstm.explain(lstm, X).how
     assert "runs the PackedSequence as it is" in gpu_lstm.explain(lstm, packed).how
     assert "a call for each layer and" in gpu_lstm.explain(lstm, X, lengths=torch.tensor([5, 2, 1])).how
