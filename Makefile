@@ -96,7 +96,7 @@ $(FOR_AGREE): BRINGS := 12 packages, 1.7 GB
 $(FOR_DEMO): EXTRA := [demo]
 $(FOR_DEMO): BRINGS := 26 packages, 1.8 GB
 $(FOR_LESSON): EXTRA := [lesson]
-$(FOR_LESSON): BRINGS := 120 packages, 2 GB
+$(FOR_LESSON): BRINGS := 120 packages, 2.1 GB
 $(FOR_DOCS): EXTRA := [docs]
 $(FOR_DOCS): BRINGS := 37 packages, 1.8 GB
 $(INSTALLED): EXTRA := [dev]
@@ -105,7 +105,7 @@ $(FOR_AGREE) $(FOR_DEMO) $(FOR_LESSON) $(FOR_DOCS) $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || \
 		{ echo "gpu_lstm needs Python 3.10 to 3.14; name one by make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
-	@echo "This installs about $(BRINGS), into .venv; where pip takes torch for CUDA, 18 more, of several GB"
+	@echo "This installs about $(BRINGS), into .venv; where pip takes torch for CUDA, 18 more, 3.5 GB"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --no-compile --editable '.$(EXTRA)'  # Python compiles what is imported, which is little of it

@@ -27,7 +27,8 @@ is_profiled = partial(getattr, profiler, "_is_profiler_enabled")  # -> record_fu
 # Where the public way does too much:
 leave_out_of_graphs = torch._disable_dynamo  # -> torch.compiler.disable, which imports the compiler, and with it Triton
 is_exporting = partial(getattr, torch.compiler, "_is_exporting_flag")  # -> is_exporting(), folded to True by torch 2.9
-fx_is_tracing = partial(getattr, fx, "_is_fx_tracing_flag")  # -> torch.fx's is_fx_tracing(), which logs a warning
+_fx_flag = (fx._is_fx_tracing_tls, "flag", False) if hasattr(fx, "_is_fx_tracing_tls") else (fx, "_is_fx_tracing_flag")
+fx_is_tracing = partial(getattr, *_fx_flag)  # of a thread from torch 2.14 on -> is_fx_tracing(), which logs a warning
 load_kernel = lambda compiled: compiled._init_handles()  # -> compiled.run, which loads as it is read, or a launch
 copy_all = torch._foreach_copy_  # -> copies one by one, between which an interrupt may come
 storage_of = lambda t: t.untyped_storage()._cdata  # -> its data_ptr(), which FakeTensors lack: ONNX's exporter has some

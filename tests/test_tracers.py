@@ -2,14 +2,17 @@
 
 import functools
 import operator
+import threading
 import warnings
 
 import pytest
 import torch
+from installed import ROOT, load
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_fx
+from torch.fx import _symbolic_trace
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import gpu_lstm
@@ -24,6 +27,17 @@ class Tagger(nn.Module):
 
     def forward(self, x):
         return self.head(self.lstm(x)[0])
+
+
+def test_whether_torch_fx_traces_is_known_of_a_torch_that_keeps_it_for_each_thread(monkeypatch):
+    """As 2.14 does."""
+    of_thread = threading.local()
+    monkeypatch.delattr(_symbolic_trace, "_is_fx_tracing_flag", raising=False)
+    monkeypatch.setattr(_symbolic_trace, "_is_fx_tracing_tls", of_thread, raising=False)
+    is_tracing = load(ROOT / "kernels/private.py").fx_is_tracing
+    assert not is_tracing()
+    of_thread.flag = True
+    assert is_tracing()
 
 
 @pytest.mark.parametrize("kind", KINDS)
