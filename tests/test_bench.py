@@ -116,7 +116,10 @@ def test_speeds_are_over_the_faster_yardstick_and_nobody_else_has_weights_copied
     assert "not part of single contiguous chunk" in rows["copying"]["note"]
 
 
-@pytest.mark.parametrize("case", [SMALL, replace(SMALL, cell="slstm", heads=2)], ids=["LSTM", "SLSTM of heads"])
+OF_HEADS = replace(SMALL, cell="slstm", heads=2, batch=8, hidden_size=16)  # with few numbers chance would decide
+
+
+@pytest.mark.parametrize("case", [SMALL, OF_HEADS], ids=["LSTM", "SLSTM of heads"])
 def test_a_provider_that_is_wrong_is_named_and_not_timed(monkeypatch, case):
     right, given = measure.Trial.results, Inputs.of(case, "cpu")
     names = results_in(torch.float64, given).keys()

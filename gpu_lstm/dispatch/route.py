@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..backends.operators import count_flops, named
+from ..backends.operators import AUTO, count_flops, named
 from ..backends.run import Route, execute
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
@@ -104,6 +104,8 @@ def _route_in_a_graph(call: Request) -> Route:
     name, problem = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
     if problem:
         raise getattr(builtins, name, RuntimeError)(problem)  # torch's own, as where memory is full, are such
+    if call.modes.recording == Recording.ONNX and name.startswith(AUTO):
+        name = race.other_than_kernels(kind).value
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
     return Route(backend, kind.dtype, operators)
