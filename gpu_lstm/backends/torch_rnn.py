@@ -11,7 +11,6 @@ so that a batch with lengths and resets is one call over a plain padded batch. S
 
 from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
 
-import threading
 from functools import partial
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from ..call import onednn, roles
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.modes import autocast_dtype, is_transformed
+from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
 from ..call.weights import NAMES, State, Weights
@@ -37,15 +36,6 @@ LEAST_HEAD, LEAST_OF_ALL = 64, 256  # units from which on a CPU a call a head is
 MOST_ROWS = 16  # sequences up to which on a CPU a step is faster by cells
 
 lstm, gru, lstm_cell, gru_cell = torch.lstm, torch.gru, torch.lstm_cell, torch.gru_cell
-
-
-class Streamed(threading.local):
-    """Whether this thread runs a step of a stream, whose results may differ from torch.nn.LSTM's by roundings."""
-
-    step = False
-
-
-streamed = Streamed()
 
 
 def has(cell: Cell, inputs: Inputs) -> bool:
@@ -64,6 +54,8 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
         return state[0], [state]
     if type(options.role) is not roles.Module or not options.in_one_call:
         return None
+    if request.steps == 1 and request.batch <= MOST_ROWS and _is_step_of_lstms(request):
+        return _cell_by_cell(request.x, state, weights)
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
     y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
     return y, [state]
@@ -135,9 +127,6 @@ def stack(
         if x.is_cpu and columns >= LEAST_HEAD and h0.shape[2] >= LEAST_OF_ALL:
             return _head_by_head(cell, x, state, layers[0], columns)
         layers = [[w._replace(weight_hh=dense(w.weight_hh, h0.shape[2])) for w in layer] for layer in layers]
-    by_cells = streamed.step and cell is LSTM and layers[0][0].weight_hr is None and x.shape[1] <= MOST_ROWS
-    if by_cells and x.is_cpu and x.dtype in (torch.float32, torch.float64) and autocast_dtype(x) is None:
-        return _cell_by_cell(x, state, layers)
     flat = [tensor for layer in layers for weights in layer for tensor in weights if tensor is not None]
     if x.is_cuda and not is_transformed() and len({storage_of(t) for t in flat}) > 1:  # a module's have one
         flat = packed(flat)
@@ -155,14 +144,22 @@ def stack(
     return y, (h_n, c_n.float() if exact else c_n)
 
 
-def _cell_by_cell(x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, State]:
-    """`stack` of a step of an LSTM by torch's operator for a cell: that for a layer packs all weights at every call."""
+def _is_step_of_lstms(request: Request) -> bool:
+    """Whether `_cell_by_cell` can run a call: on a CPU, for inference, one direction."""
+    options, modes, dtype = request.options, request.modes, request.x.dtype
+    plain = options.cell is LSTM and options.directions == 1 and not options.sizes[0].projected
+    watched = modes.recording != Recording.NOBODY or modes.transforms != Transforms.NONE or modes.autocast is not None
+    return plain and request.x.is_cpu and dtype in (torch.float32, torch.float64) and not (request.learns or watched)
+
+
+def _cell_by_cell(x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, list[State]]:
+    """A step of LSTMs by torch's operator for a cell: that for layers packs all weights for oneDNN at every call."""
     h, final = x[0], []
     for h0, c0, (weights,) in zip(*state, layers):
         h, c = one_step(LSTM, h, (h0, c0), weights)
         final.append((h, c))
     h_n, c_n = map(torch.stack, zip(*final))
-    return h[None], (h_n, c_n)
+    return h[None], [(h_n, c_n)]
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:

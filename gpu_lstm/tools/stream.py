@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.modules import rnn
 
 from ..backends.layer_loop import NOTHING
-from ..backends.torch_rnn import streamed
 from ..call import roles
 from ..call.checks import check_pair, check_tensor
 from ..call.prepare import prepare
@@ -148,11 +147,7 @@ class Stream:
         """Run a step or a chunk, and update the states of sequences that are active."""
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
-        streamed.step = x.dim() == 2
-        try:
-            y, states = self.module(chunk, self._state)
-        finally:
-            streamed.step = False
+        y, states = self.module(chunk, self._state)
         if active is not None:
             mask = active[:, None]  # [N, 1]
             y = torch.where(mask[:, None] if self.module.batch_first else mask, y, 0)
