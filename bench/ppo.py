@@ -81,10 +81,10 @@ def run(device: str) -> int:
     except ImportError as error:
         print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
         return 2
-    cells, minutes = [], len(SIZES) * len(CELLS) * SECONDS * 1.5 / 60  # with what is built and checked
+    cells, whole = [], len(SIZES) * len(CELLS) * SECONDS * 1.5  # with what is built and checked
     for number, sizes in enumerate(SIZES):
         print(f"size {number + 1} of {len(SIZES)}: T={sizes[0]}, {sizes[1]} environments, H={sizes[2]}; in all about "
-              f"{minutes:.0f} minutes", file=sys.stderr, flush=True)  # fmt: skip
+              f"{whole:.0f} seconds", file=sys.stderr, flush=True)  # fmt: skip
         seconds = measure(device, *sizes)
         for cell in CELLS:
             loop, one_call = (seconds[cell, way] for way in ("loop", "one call"))

@@ -118,7 +118,10 @@ def test_a_command_has_a_line_for_what_it_measures_and_a_ratio(monkeypatch, caps
     monkeypatch.setattr(ppo, "timing", Mock(wraps=ppo.timing, interleaved=timed))
     monkeypatch.setenv("COLUMNS", "120")
     assert command_line.main(words.split()) == 0
-    assert line in [each.split()[: len(line)] for each in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert line in [each.split()[: len(line)] for each in printed.out.splitlines()]
+    said = "size 1 of 1: T=6, 2 environments, H=8; in all about 12 seconds\n"  # 4 for each cell, and half as much more
+    assert printed.err == (said if "ppo" in words else "")
     here, there = ("cpu", "torch"), ("cpu", "torch.nn")
     cells = host.line("T=1", "training", here, {"": [{here: [4e-6, 2e-6], there: [2e-6, 4e-6]}] * 2})
     assert list(cells.values())[3:] == ["3.0", "3.0", "1.25", "1.00"]
