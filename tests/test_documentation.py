@@ -62,7 +62,8 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     around = report.instead(report.measured(results.read(stored)), every_case=True)
     ways = ["rl_games-pieces", "rsl_rl-padded", "cleanrl-loop"]
     its = around[around["provider"].isin(ways) & (around["mode"] == "training") & (around["variant"] == "plain")]
-    kinds = [its["cell"], its["hidden_size"] > 256, its["reset_rate"] < 0.01, its["provider"]]  # rows, columns
+    small = its["hidden_size"] <= 256
+    kinds = [its["cell"], small, small & (its["reset_rate"] < 0.01), its["provider"]]  # rows and columns of the page
     spans = its.groupby(kinds)["over_ours"].agg(lambda each: f"{each.min():#.3g} to {each.max():#.3g}").unstack()
     best = its[(its["cell"] == "lstm") & its["provider"].isin(ways[:2])]
     fast, around = updates.groupby("cell")["times_as_fast"].agg(["min", "max"]), best.groupby("case")["over_ours"].min()
