@@ -81,18 +81,20 @@ def run(device: str) -> int:
     except ImportError as error:
         print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
         return 2
-    cells, minutes = [], len(SIZES) * len(CELLS) * SECONDS * 1.5 / 60  # with what is built and checked
-    for number, sizes in enumerate(SIZES):
-        print(f"size {number + 1} of {len(SIZES)}: T={sizes[0]}, {sizes[1]} environments, H={sizes[2]}; in all about "
-              f"{minutes:.0f} minutes", file=sys.stderr, flush=True)  # fmt: skip
-        seconds = measure(device, *sizes)
+    cells, whole = [], len(SIZES) * len(CELLS) * SECONDS * 1.5  # with what is built and checked
+    for number, (T, N, H) in enumerate(SIZES):
+        print(f"size {number + 1} of {len(SIZES)}: T={T}, {N} environments, H={H}; in all about {whole:.0f} seconds",
+              file=sys.stderr, flush=True)  # fmt: skip
+        seconds = measure(device, T, N, H)
+        x, resets = torch.zeros(T, N, H, device=device), torch.zeros(T, N, dtype=torch.bool, device=device)
         for cell in CELLS:
             loop, one_call = (seconds[cell, way] for way in ("loop", "one call"))
             speed, low, high = timing.percentiles(np.divide(loop, one_call))
             ms = [f"{1e3 * np.median(each):.2f}" for each in (loop, one_call)]
-            cells.append([cell, *map(str, sizes), *ms, f"{speed:.2f}", f"{low:.2f}-{high:.2f}"])
-    backend = gpu_lstm.explain(gpu_lstm.LSTM(8, 8, device=device), torch.zeros(1, 1, 8, device=device)).backend
-    where = f"one call by {backend}; {results.provenance(device)['device']}, torch {torch.__version__}"
-    table = pd.DataFrame(cells, columns=["cell", "T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80"])
+            backend = gpu_lstm.explain(getattr(gpu_lstm, cell)(H, H, device=device), x, resets=resets).backend
+            cells.append([cell, *map(str, (T, N, H)), *ms, f"{speed:.2f}", f"{low:.2f}-{high:.2f}", backend])
+    where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
+    columns = ["cell", "T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80", "one call by"]
+    table = pd.DataFrame(cells, columns=columns)
     Console().print(report.table(table, "An update of recurrent PPO, float32", where))
     return 0
