@@ -98,9 +98,9 @@ def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
     assert all(tensor.any() for tensor in expected)
     gpu_lstm.convert(policy)
     assert type(getattr(policy, name)) is getattr(gpu_lstm.compat, kind)
-    torch.testing.assert_close(found(policy), expected, rtol=0, atol=0)
+    torch.testing.assert_close(gpu_lstm.backend("torch")(found)(policy), expected, rtol=0, atol=0)
     scan = module(**{name: getattr(policy, name)}, recurrent_backend="scan", **keys)
-    for backend, each in ((KERNELS_HERE, policy), ("auto", scan)):
+    for backend, each in (("auto", policy), (KERNELS_HERE, policy), ("auto", scan)):
         torch.testing.assert_close(gpu_lstm.backend(backend)(found)(each), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -53,7 +53,7 @@ import sys, gpu_lstm, torch
 import gpu_lstm.kernels.cupy_rnn.launch
 gpu_lstm.LSTM(3, 4)(torch.zeros(5, 2, 3))
 gpu_lstm.check()
-assert not [name for name in sys.modules if "triton_rnn" in name or name.startswith("cupy")]
+assert not [name for name in sys.modules if "triton_rnn." in name or name.startswith("cupy")]
 from gpu_lstm.kernels import cache, timeouts
 timeouts.error_word(torch.device("cpu"), "cooperative_backward_kernel")[0] = 8
 """
