@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import check
-from places import KERNELS, forget
+from places import KERNELS
+
+from gpu_lstm.dispatch import route
 
 SHAPES = [(1, 1, 3, 5), (1, 9, 4, 8), (4, 3, 3, 8), (7, 2, 5, 6), (3, 10, 2, 9), (4, 3, 3, 8, 5)]
 OF_TORCH = ["reverse", "ragged", "resets", "no-bias", "no-hx", "deep", "both", "batch-first"]  # words of cases.py
@@ -66,7 +68,7 @@ def call(rng: random.Random) -> str:
             check(shape, words, backend, dtype, seeds=1 if dtype is torch.float64 else 6)
         except Exception as error:
             raise AssertionError(f"{place}, (T, B, I, H[, P]) = {shape}, {words}: {error}") from error
-    forget()
+    route.forget()
     return place
 
 
