@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from ..call.checks import check_bool
 from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, modes
-from ..equations.slstm import states_from, states_of
+from ..equations.slstm import states_from
 from ..functional import slstm_layer
 
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
@@ -25,9 +25,9 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
 
     xlstm's cells of backend "vanilla" and TiRex's need no nvcc; xlstm's of "cuda" compile when they are made.
     Parameters, state_dict, hooks, flags and the form of inputs, outputs and states stay theirs. All is computed in
-    the input's dtype, under autocast in its own; up to four steps on a CPU without that call. TiRex's torch backend rounds everything to bfloat16 at each step,
-    xlstm's CUDA kernels compute in the dtype of their config. States are returned in float32, or float64: c, n and m
-    in other numbers, see `SLSTM`.
+    the input's dtype, under autocast in its own: TiRex's torch backend rounds everything to bfloat16 at each step,
+    xlstm's CUDA kernels compute in the dtype of their config. Up to four steps on a CPU need no such call. States are
+    returned in float32, or float64: c, n and m in other numbers, see `SLSTM`.
 
     Args:
         model: any module; a cell itself, too.
@@ -111,9 +111,11 @@ class _ByOurs(nn.Module):
             hx = None if state is None else (state[0].to(z.dtype), *state[1:])
             h, states = slstm_layer(z, weight, bias, hx, heads=heads)
             final = torch.stack([each.to(torch.promote_types(z.dtype, torch.float32)) for each in states])
-        of_heads = h.unflatten(2, (heads, -1))  # [S, B, N, D]
-        forms = {"SBH": h, "BSH": h.transpose(0, 1), "SBNH": of_heads, "BNSH": of_heads.permute(1, 2, 0, 3)}
-        return forms[getattr(self.config, "output_shape", "BNSH")], final
+        shape = getattr(self.config, "output_shape", "BNSH")
+        if "N" in shape:
+            h = h.view(*h.shape[:2], heads, -1)  # [S, B, N, D]
+            return h if shape == "SBNH" else h.permute(1, 2, 0, 3), final
+        return h if shape == "SBH" else h.transpose(0, 1), final
 
 
 def _is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
@@ -146,11 +148,10 @@ def _by_steps(z: Tensor, kernel: Tensor, bias: Tensor, state: Tensor | None) -> 
     for z_x in (z + bias).view(steps, batch, 4, heads, units).unbind():
         z_h = torch.bmm(h.transpose(0, 1), kernel).view(heads, batch, 4, units).permute(1, 2, 0, 3)
         i, f, g, o = (z_x + z_h).unbind(1)  # [B, N, D]
-        k = l + F.logsigmoid(f)
-        a = i - k.clamp(min=least)  # not NaN where both are -inf
-        newer = a > 0
-        q = torch.lerp(q, g.tanh(), a.sigmoid())
-        l = torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
+        k = (l + F.logsigmoid(f)).clamp(min=least)  # i - k is not NaN where both are -inf
+        q, l = torch.lerp(q, g.tanh(), (i - k).sigmoid()), torch.logaddexp(i, k)
         h = o.sigmoid() * q
         outputs.append(h)
-    return torch.stack(outputs).flatten(2), torch.stack([h, *states_of(q, l)]).flatten(2)
+    there = (l > least) | (q != 0)  # else it is empty, as in states_of
+    final = torch.stack([h, q, there.to(q.dtype), torch.where(there, l, 0)])
+    return torch.stack(outputs).flatten(2), final.flatten(2)
