@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 
 import gpu_lstm
+from gpu_lstm.tools import xlstm as tool
 
 B, S, HEADS, H = 3, 5, 2, 8
 
@@ -72,6 +73,59 @@ def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut, shapes):
     assert cell._theirs is type(cell).__mro__[2]
     for our, their in zip(numbers_of(cell, x, state if given else None), theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=0, atol=2e-15 * max(1.0, their.abs().max().item()))
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A list that grows with every call of slstm_layer."""
+    found, layer = [], tool.slstm_layer
+    monkeypatch.setattr(tool, "slstm_layer", lambda *given, **options: found.append(given) or layer(*given, **options))
+    return found
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 2))
+def test_a_few_steps_on_a_cpu(steps, given, calls):
+    cell, (x, state) = cell_of_xlstm().double(), tensors_for(torch.float64)
+    call = x[:, :steps], state if given else None
+    theirs = numbers_of(cell, *call)
+    gpu_lstm.use_for_slstm(cell)
+    torch.testing.assert_close(numbers_of(cell, *call), theirs, rtol=0, atol=1e-14)
+    assert len(calls) == (steps > tool.MOST_STEPS)
+
+
+@pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 1))
+def test_a_few_steps_of_gates_that_are_shut_and_units_that_are_empty(steps, calls):
+    """Where xlstm's cell has NaN, they are as slstm_layer's, derivatives too."""
+    cell, (x, state) = cell_of_xlstm().double(), tensors_for(torch.float64)
+    x[..., :H][torch.rand(B, S, H) < 0.5], state[:, :, 1::2] = -float("inf"), 0
+    gpu_lstm.use_for_slstm(cell)
+    both = []
+    for backend in ("auto", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x[:, :steps], state)]
+        with gpu_lstm.backend(backend):
+            y, final = cell(*leaves)
+        gradients = torch.autograd.grad(y.square().sum() + final[:3].sum(), [*leaves, *cell.parameters()])
+        both.append([y, final, *gradients])
+    assert len(calls) == 1
+    torch.testing.assert_close(*both, rtol=0, atol=1e-14)
+
+
+def test_a_few_steps_that_are_left_to_slstm_layer(calls):
+    cell, (x, state) = cell_of_xlstm(), tensors_for(torch.float32)
+    gpu_lstm.use_for_slstm(cell)
+    x = x[:, :1]
+    with gpu_lstm.backend("reference"):
+        cell(x, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cell(x, state)[0].dtype == torch.bfloat16
+    assert cell(x.bfloat16(), state)[1].dtype == torch.float32
+    torch.func.vmap(lambda x: cell(x, state)[0])(x[None])
+    assert len(calls) == 4
+    for wrong in ((x, state[:, :1]), (x[..., :-4], state), (x, state[..., :-1])):
+        with pytest.raises((RuntimeError, ValueError), match="size"):
+            cell(*wrong)
+    assert len(calls) == 7
 
 
 KERNEL = "_recurrent_kernel_"

@@ -5,14 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ..call.checks import check_bool
+from ..call.choices import Backend
+from ..call.modes import Recording, Transforms, modes
+from ..equations.slstm import states_from
 from ..functional import slstm_layer
 
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
           "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
 _OTHERS = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")  # options of xlstm's CUDA kernels
+MOST_STEPS = 4  # on a CPU; with more, a call of slstm_layer is paid for
 
 
 def use_for_slstm(model: nn.Module, on: bool = True) -> int:
@@ -21,8 +26,8 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     xlstm's cells of backend "vanilla" and TiRex's need no nvcc; xlstm's of "cuda" compile when they are made.
     Parameters, state_dict, hooks, flags and the form of inputs, outputs and states stay theirs. All is computed in
     the input's dtype, under autocast in its own: TiRex's torch backend rounds everything to bfloat16 at each step,
-    xlstm's CUDA kernels compute in the dtype of their config. States are returned in float32, or float64: c, n and m
-    in other numbers, see `SLSTM`.
+    xlstm's CUDA kernels compute in the dtype of their config. Up to four steps on a CPU need no such call. States are
+    returned in float32, or float64: c, n and m in other numbers, see `SLSTM`.
 
     Args:
         model: any module; a cell itself, too.
@@ -93,17 +98,60 @@ class _ByOurs(nn.Module):
         Like their forward it accepts `lengths` and does not use them.
         """
         z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)  # [S, B, 4H]
-        kernel, bias = self._recurrent_kernel_, self._bias_
+        kernel, bias = self._recurrent_kernel_.to(z.dtype), self._bias_.to(z.dtype)
         heads, rows, columns = kernel.shape
         if rows > columns:  # vanilla: [N, 4 D of z, D of h] and [4, N, D]
-            weight = kernel.unflatten(1, (4, -1)).transpose(0, 1)
+            kernel = kernel.mT
         else:  # [N, D of h, 4 D of z] and [N, 4, D]
-            weight = kernel.unflatten(2, (4, -1)).permute(2, 0, 3, 1)
-            bias = bias.unflatten(0, (heads, 4, -1)).transpose(0, 1)
-        weight, bias = weight.flatten(0, 2).to(z.dtype), bias.flatten().to(z.dtype)  # [4H, D] and [4H]
-        hx = None if state is None else (state[0].to(z.dtype), *state[1:])
-        h, final = slstm_layer(z, weight, bias, hx, heads=heads)
-        exact, of_heads = torch.promote_types(z.dtype, torch.float32), h.unflatten(2, (heads, -1))  # [S, B, N, D]
-        forms = {"SBH": h, "BSH": h.transpose(0, 1), "SBNH": of_heads, "BNSH": of_heads.permute(1, 2, 0, 3)}
-        output = forms[getattr(self.config, "output_shape", "BNSH")]
-        return output, torch.stack([each.to(exact) for each in final])
+            bias = bias.unflatten(0, (heads, 4, -1)).transpose(0, 1).flatten()
+        if _is_short(z, kernel, state):
+            h, final = _by_steps(z, kernel, bias, state)
+        else:
+            weight = kernel.unflatten(2, (4, -1)).permute(2, 0, 3, 1).flatten(0, 2)  # [4H, D]
+            hx = None if state is None else (state[0].to(z.dtype), *state[1:])
+            h, states = slstm_layer(z, weight, bias, hx, heads=heads)
+            final = torch.stack([each.to(torch.promote_types(z.dtype, torch.float32)) for each in states])
+        shape = getattr(self.config, "output_shape", "BNSH")
+        if "N" in shape:
+            h = h.view(*h.shape[:2], heads, -1)  # [S, B, N, D]
+            return h if shape == "SBNH" else h.permute(1, 2, 0, 3), final
+        return h if shape == "SBH" else h.transpose(0, 1), final
+
+
+def _is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
+    """Whether `_by_steps` can run a call, and is faster; all else, errors too, is left to slstm_layer."""
+    if not (z.is_cpu and kernel.is_cpu and z.dtype in (torch.float32, torch.float64) and z.dim() == 3):
+        return False
+    now = modes(z)
+    watched = now.recording != Recording.NOBODY or now.transforms != Transforms.NONE or now.autocast is not None
+    if watched or now.choices[0] not in (None, Backend.AUTO, "auto"):  # first: in a graph, sizes may be symbols
+        return False
+    steps, batch, gates = z.shape
+    hidden = kernel.shape[0] * kernel.shape[1]
+    fits = state is None or (isinstance(state, Tensor) and state.is_cpu and state.shape == (4, batch, hidden))
+    return 0 < steps <= MOST_STEPS and gates == 4 * hidden and fits
+
+
+def _by_steps(z: Tensor, kernel: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Few steps in as few of torch's operators as possible, since each costs more than what it computes.
+
+    See equations/slstm.py. z [S, B, 4H], kernel [N, D, 4D], bias [4H], state [4, B, H] -> h [S, B, H] and the state.
+    """
+    (steps, batch, _), (heads, units, _) = z.shape, kernel.shape
+    if state is None:
+        h = q = z.new_zeros(batch, heads, units)
+        l = torch.full_like(h, -float("inf"))
+    else:
+        h, *others = state.to(z.dtype).view(4, batch, heads, units).unbind()
+        q, l = states_from(*others)
+    outputs, least = [], torch.finfo(z.dtype).min
+    for z_x in (z + bias).view(steps, batch, 4, heads, units).unbind():
+        z_h = torch.bmm(h.transpose(0, 1), kernel).view(heads, batch, 4, units).permute(1, 2, 0, 3)
+        i, f, g, o = (z_x + z_h).unbind(1)  # [B, N, D]
+        k = (l + F.logsigmoid(f)).clamp(min=least)  # i - k is not NaN where both are -inf
+        q, l = torch.lerp(q, g.tanh(), (i - k).sigmoid()), torch.logaddexp(i, k)
+        h = o.sigmoid() * q
+        outputs.append(h)
+    there = (l > least) | (q != 0)  # else it is empty, as in states_of
+    final = torch.stack([h, q, there.to(q.dtype), torch.where(there, l, 0)])
+    return torch.stack(outputs).flatten(2), final.flatten(2)
