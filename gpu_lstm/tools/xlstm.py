@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from ..call.checks import check_bool
 from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, modes
-from ..equations.slstm import states_from
+from ..equations.slstm import next_state, states_from
 from ..functional import slstm_layer
 
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
@@ -144,12 +143,11 @@ def _by_steps(z: Tensor, kernel: Tensor, bias: Tensor, state: Tensor | None) -> 
     else:
         h, *others = state.to(z.dtype).view(4, batch, heads, units).unbind()
         q, l = states_from(*others)
-    outputs, least = [], torch.finfo(z.dtype).min
+    outputs, least = [], torch.finfo(z.dtype).min  # of l where all is shut
     for z_x in (z + bias).view(steps, batch, 4, heads, units).unbind():
         z_h = torch.bmm(h.transpose(0, 1), kernel).view(heads, batch, 4, units).permute(1, 2, 0, 3)
         i, f, g, o = (z_x + z_h).unbind(1)  # [B, N, D]
-        k = (l + F.logsigmoid(f)).clamp(min=least)  # i - k is not NaN where both are -inf
-        q, l = torch.lerp(q, g.tanh(), (i - k).sigmoid()), torch.logaddexp(i, k)
+        q, l = next_state(i, f, g, q, l)
         h = o.sigmoid() * q
         outputs.append(h)
     there = (l > least) | (q != 0)  # else it is empty, as in states_of
