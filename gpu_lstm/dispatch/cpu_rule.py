@@ -42,4 +42,4 @@ def faster(kind: Kind) -> str:
         return f"torch's own does not support {kind.feature}"
     if kind.problems[0].cell == "lstm":
         return f"{RULE}: torch's own LSTM takes more operations for lengths and resets"
-    return f"{RULE}: torch runs a step of a GRU as many small operations, the compiled loop as one"
+    return f"{RULE}: torch runs a step as many small operations, the compiled loop as one"
