@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     base: Any = dict(metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
-    add("--cases", nargs="+", metavar="NAME", help="groups or single cases; default: all")
+    groups = ", ".join(cases.grid("cpu"))
+    add("--cases", nargs="+", metavar="NAME", help=f"groups ({groups}) or single cases; default: all")
     add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="what is measured next to torch's own")
     add("--device", **device)
     add("--out", type=Path, help="a new folder; default: out/bench-DATE-TIME")
