@@ -64,7 +64,7 @@ def module_and_call(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["OpenMP", "pool"])
-def test_threads_compute_the_same_bits(way, module_and_call, monkeypatch):
+def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch):
     module, x, rest = module_and_call
     alone, counts = run(module, x, **rest), []
     if way == "pool":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparing import PLACES, every_backend
 from installed import ROOT
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
@@ -75,6 +76,20 @@ def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells(monkeypatch):
     Stream(module, 2)(torch.zeros(2, 2, I))  # two steps
     torch.jit.trace(module.eval(), torch.zeros(1, 2, I), check_trace=False)  # for any number of steps
     assert by_layers.call_count == 3
+
+
+def test_one_step_that_is_packed_or_drops_out_is_as_torchs_own():
+    ours, theirs = gpu_lstm.LSTM(I, H, 2, dropout=0.5), torch.nn.LSTM(I, H, 2, dropout=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    sequences = pack_sequence([torch.randn(1, I) for _ in range(3)])
+    with torch.no_grad():
+        for x in (sequences, torch.randn(1, 3, I)):
+            found = []
+            for module in (ours, theirs):
+                torch.manual_seed(0)
+                y, states = module(x)
+                found.append([y.data if x is sequences else y, *states])
+            torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 @pytest.mark.deep

@@ -148,6 +148,7 @@ def _is_step_of_lstms(request: Request) -> bool:
     """Whether `_cell_by_cell` can run a call: on a CPU, for inference, one direction."""
     options, modes, dtype = request.options, request.modes, request.x.dtype
     plain = options.cell is LSTM and options.directions == 1 and not options.sizes[0].projected
+    plain = plain and request.form.packed is None and not (options.dropout and options.training)
     watched = modes.recording != Recording.NOBODY or modes.transforms != Transforms.NONE or modes.autocast is not None
     return plain and request.x.is_cpu and dtype in (torch.float32, torch.float64) and not (request.learns or watched)
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from .. import cache
 from . import steps
 from .functions import HOW
 
-logger = logging.getLogger("gpu_lstm")
+logger, lock = logging.getLogger("gpu_lstm"), threading.Lock()  # of Numba's setting, which is the whole process's
 
 
 def folder() -> Path | None:
@@ -44,18 +45,19 @@ def folder() -> Path | None:
 @functools.cache
 def function(name: str) -> Callable[[int], None]:
     """A function of steps.py, which is called without Python's lock."""
-    path, before = folder(), numba.config.CACHE_DIR
+    path = folder()
     if path is None or not any(path.rglob(f"*.{name}-*.nbi")):
         logger.warning(
             "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in about 10 seconds; "
             "backend 'torch' does without",
             name,
         )
-    numba.config.CACHE_DIR = str(path or before)
-    try:
-        compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(getattr(steps, name))
-    finally:
-        numba.config.CACHE_DIR = before
+    with lock:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(path or numba.config.CACHE_DIR)
+        try:
+            compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(getattr(steps, name))
+        finally:
+            numba.config.CACHE_DIR = before
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back
     return function
