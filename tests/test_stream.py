@@ -1,5 +1,6 @@
 """Streams: steps and chunks, one after another, give the results of the whole sequence at once."""
 
+import math
 import re
 from functools import partial
 from unittest.mock import MagicMock, Mock
@@ -51,11 +52,12 @@ def test_pieces_are_the_whole(build, backend):
     torch.testing.assert_close(found, [whole, *tree_leaves(states)], rtol=0, atol=4 * torch.finfo(whole.dtype).eps)
 
 
-def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells(monkeypatch):
-    """torch's operator for a layer packs all weights at each call."""
-    monkeypatch.setattr(torch_rnn, "lstm", by_layers := Mock(wraps=torch.lstm))
-    module = gpu_lstm.LSTM(I, H, 2, backend="torch")
-    cells = [torch.nn.LSTMCell(size, H) for size in (I, H)]
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells(monkeypatch, name):
+    """torch's operator for a layer of an LSTM packs all weights at each call."""
+    monkeypatch.setattr(torch_rnn, name.lower(), by_layers := Mock(wraps=getattr(torch, name.lower())))
+    module = getattr(gpu_lstm, name)(I, H, 2, backend="torch")
+    cells = [getattr(torch.nn, f"{name}Cell")(size, H) for size in (I, H)]
     for cell, weights in zip(cells, zip(*[iter(module.parameters())] * 4)):
         cell.load_state_dict(dict(zip(cell.state_dict(), weights)))
     for batch, rounding in ((16, 0.0), (17, 1e-6)):
@@ -66,9 +68,10 @@ def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells(monkeypatch):
             y = stream(x)
             for k, cell in enumerate(cells):
                 states[k] = cell(x, states[k])
-                x = states[k][0]
+                x = states[k] if name == "GRU" else states[k][0]
             torch.testing.assert_close((found[0], y), (x, x), rtol=0, atol=rounding)
-        expected = tuple(map(torch.stack, zip(*states)))
+            y.fill_(math.nan)  # which changes no state
+        expected = torch.stack(states) if name == "GRU" else tuple(map(torch.stack, zip(*states)))
         torch.testing.assert_close((given, stream.state), (expected, expected), rtol=0, atol=rounding)
         assert by_layers.call_count == (6 if rounding else 0)
     by_layers.reset_mock()

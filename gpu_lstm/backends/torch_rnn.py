@@ -54,8 +54,8 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
         return state[0], [state]
     if type(options.role) is not roles.Module or not options.in_one_call:
         return None
-    if request.steps == 1 and request.batch <= MOST_ROWS and _is_step_of_lstms(request):
-        return _cell_by_cell(request.x, state, weights)
+    if request.steps == 1 and request.batch <= MOST_ROWS and _is_step(request):
+        return _cell_by_cell(options.cell, request.x, state, weights)
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
     y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
     return y, [state]
@@ -144,23 +144,27 @@ def stack(
     return y, (h_n, c_n.float() if exact else c_n)
 
 
-def _is_step_of_lstms(request: Request) -> bool:
+def _is_step(request: Request) -> bool:
     """Whether `_cell_by_cell` can run a call: on a CPU, for inference, one direction."""
     options, modes, dtype = request.options, request.modes, request.x.dtype
-    plain = options.cell is LSTM and options.directions == 1 and not options.sizes[0].projected
+    if not request.x.is_cpu or dtype not in (torch.float32, torch.float64) or request.learns:
+        return False
+    plain = options.directions == 1 and not options.sizes[0].projected
     plain = plain and request.form.packed is None and not (options.dropout and options.training)
     watched = modes.recording != Recording.NOBODY or modes.transforms != Transforms.NONE or modes.autocast is not None
-    return plain and request.x.is_cpu and dtype in (torch.float32, torch.float64) and not (request.learns or watched)
+    return plain and not watched
 
 
-def _cell_by_cell(x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, list[State]]:
-    """A step of LSTMs by torch's operator for a cell: that for layers packs all weights for oneDNN at every call."""
+def _cell_by_cell(cell: Cell, x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, list[State]]:
+    """A step by torch's operator for a cell: that for layers of an LSTM packs all weights for oneDNN at every call."""
     h, final = x[0], []
-    for h0, c0, (weights,) in zip(*state, layers):
-        h, c = one_step(LSTM, h, (h0, c0), weights)
+    for k, (weights,) in enumerate(layers):
+        h0 = state[0][k]  # [B, H], as c
+        h, c = one_step(cell, h, (h0, h0 if cell is GRU else state[1][k]), weights)
         final.append((h, c))
-    h_n, c_n = map(torch.stack, zip(*final))
-    return h[None], [(h_n, c_n)]
+    hs, cs = zip(*final)
+    h_n = torch.stack(hs)  # [L, B, H], apart from the output, which a user may change in place
+    return h[None], [(h_n, h_n if cell is GRU else torch.stack(cs))]
 
 
 def _head_by_head(cell: Cell, x: Tensor, state: State, layer: list[Weights], columns: int) -> tuple[Tensor, State]:

@@ -175,7 +175,7 @@ class Stream:
     def _update(self, states: Any) -> None:
         """Set all states at once, so that an interrupt mixes no steps; in place on CUDA, where a graph reads them."""
         before, after = _tensors(self._state), _tensors(states)
-        if on_cuda(before[0]) or [t.dtype for t in before] != [t.dtype for t in after]:
+        if on_cuda(before[0]) or any([t.dtype is not new.dtype for t, new in zip(before, after)]):
             with torch.no_grad():
                 copy_all(before, after)
         else:
