@@ -17,7 +17,7 @@ import torch
 from . import __version__, modules
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch.available import backends_for, import_problem, select, why_unavailable
-from .dispatch.kind import Kind, describe
+from .dispatch.kind import Kind, in_words
 from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cells import CELLS
@@ -276,7 +276,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
 def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     """A cached result in words; raises one of several errors if it has other fields."""
     if kind == cache.RACES:
-        return f"{describe(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
+        return f"{in_words(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == cache.PLANS else key
     direction, dtype = "backward" if of["backward"] else "forward", of["dtype"].removeprefix("torch.")
     tiles = f"{of['cell'].upper()}, {of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"

@@ -82,7 +82,7 @@ def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_o
     assert "torch's LSTM is slow with resets" in found.why
     found = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1), X)
     assert (found.why, found.others["torch"]) == ("torch's own does not support zoneout", "it does not support zoneout")
-    assert "B = 3, float32, zoneout, training\n" in str(found)
+    assert "B = 3, float32, zoneout, with gradients\n" in str(found)
 
 
 def test_plans_and_what_bounds_a_step(card, monkeypatch):

@@ -57,11 +57,11 @@ def printed_by(capsys, *arguments):
 
 
 @pytest.mark.parametrize(("dtype", "options", "said"), [
-    ("tf32", [], "LSTM 8 -> 8, T = 4, B = 2, float32 (tf32), training"),
+    ("tf32", [], "LSTM 8 -> 8, T = 4, B = 2, float32 (tf32), with gradients"),
     ("fp32", ["--inference"], "LSTM 8 -> 8, T = 4, B = 2, float32 (ieee), inference"),
     ("bf16", ["--layers", "2", "--directions", "2"],
-     "LSTM 8 -> 8 -> 8, T = 4, B = 2, bfloat16, both directions, training"),
-    ("fp16", ["--cell", "gru"], "GRU 8 -> 8, T = 4, B = 2, float16, training"),
+     "LSTM 8 -> 8 -> 8, T = 4, B = 2, bfloat16, both directions, with gradients"),
+    ("fp16", ["--cell", "gru"], "GRU 8 -> 8, T = 4, B = 2, float16, with gradients"),
 ])  # fmt: skip
 def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, dtype, options, said):
     asked = ["explain", "--hidden", "8", "--batch", "2", "--steps", "4", "--dtype", dtype, *options]
@@ -224,8 +224,8 @@ def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, m
 def test_cached_results_are_listed_those_of_another_version_as_they_are(findings, capsys):
     lines = "\n".join(printed_by(capsys, "races"))
     for pattern in (
-        r"^races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, training: triton: won "
-        r"a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n",
+        r"^races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, with gradients: triton: "
+        r"won a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n",
         r": LSTM, step 16x16 backward, H = 32, float32, tf32, reverse, lengths: right\n",
         r": GRU, step 16x16 backward, H = 32, float32, tf32, reverse, lengths: the RMS error of h is 1\n",
         r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: LSTM, \w+ \d+x\d+ backward, H = 768, bfloat16",

@@ -24,7 +24,7 @@ from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
 from ..call.weights import NAMES, State, Weights
-from ..kernels.cells import GRU, LSTM, Cell
+from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of

@@ -101,14 +101,20 @@ def dtype_of(call: Request) -> torch.dtype:
     return torch.promote_types(autocast, call.states[0][1].dtype) if products else autocast
 
 
-def describe(key: dict[str, Any]) -> str:
+def describe(kind: Kind, device: torch.device, **exact: int) -> str:
+    """A kind of call on a device in few words, with the `exact` steps and batch, if they are known."""
+    switched = {} if device.type == "cuda" else {"precision": ""}  # no switch is for a CPU
+    return in_words(kind.as_json() | exact | switched)
+
+
+def in_words(key: dict[str, Any]) -> str:
     """A kind of call in few words, from its as_json()."""
     layers = key["layers"]
     sizes = [f"{h}" + f" (P={p})" * bool(p) + f" ({n} heads)" * (n > 1) for _, h, p, n in layers]
     words = ["both directions"] * (key["directions"] - 1)
     words += [name for name in ("lengths", "resets", "recompute") if key[name]]
     words += [key["feature"]] * bool(key["feature"])
-    words.append("training" if key["training"] else "inference")
+    words.append("with gradients" if key["training"] else "inference")
     dtype = key["dtype"].removeprefix("torch.")
     if dtype == "float32" and key["precision"]:
         dtype += f" ({key['precision']})"

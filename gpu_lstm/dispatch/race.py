@@ -71,7 +71,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
         decision = decided.setdefault(alike, _agreed(decision, _key(kind, able, device)))
     else:  # the kernels of this batch alone fail
         decided[own] = decision
-    logger.info("%s: %s", describe(kind.as_json()), decision)
+    logger.info("%s: %s", describe(kind, device), decision)
     return decision
 
 
@@ -146,7 +146,7 @@ def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: De
             why = error.__cause__ or error
             if error.args[:1] == (other.value,):
                 return Decision(able, f"torch's {kind.problems[0].cell.upper()} fails: {why}")
-            cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind.as_json())}: {why}")
+            cache.warn_once(f"backend 'auto' uses {other.value!r} for {describe(kind, call.x.device)}: {why}")
             return Decision(other, f"{FAILED}: {why}")
 
 

@@ -52,7 +52,7 @@ def route_of(call: Request) -> Route:
             if requested_backend(call.options.backend) is not Backend.AUTO:
                 raise
             backend = race.other_than_kernels(kind)
-            what = f"backend 'auto' uses {backend.value!r} for {describe(kind.as_json())}"
+            what = f"backend 'auto' uses {backend.value!r} for {describe(kind, x.device)}"
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
             return build(call, kind, backend)  # the next call tries again
         if not call.modes.capturing:  # when nothing is verified or raced

@@ -122,9 +122,8 @@ def explain(
         name = ("forward", "reverse")[d]
         layers.append(Direction(k, name, kind.inputs[k], p.hidden, p.projected, p.heads, passes))  # type: ignore[arg-type]
     launches = sum(each.launches for d in layers for each in d.passes) if backend in KERNEL_BACKENDS else None
-    sizes = {"steps": call.steps, "batch": call.batch} | ({} if call.x.is_cuda else {"precision": ""})
     return Explanation(
-        describe(kind.as_json() | sizes).replace("<=", "="),
+        describe(kind, call.x.device, steps=call.steps, batch=call.batch).replace("<=", "="),
         backend.value, decision.why, decision.seconds, _how(call, backend), _precision(kind, call.x.device, backend),
         {b.value: _why_not(call, kind, decision, b) for b in Backend if b not in (Backend.AUTO, backend)},
         launches, layers,
