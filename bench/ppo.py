@@ -83,8 +83,8 @@ def run(device: str) -> int:
         return 2
     cells, whole = [], len(SIZES) * len(CELLS) * SECONDS * 1.5  # with what is built and checked
     for number, (T, N, H) in enumerate(SIZES):
-        print(f"size {number + 1} of {len(SIZES)}: T={T}, {N} environments, H={H}; in all about {whole:.0f} seconds",
-              file=sys.stderr, flush=True)  # fmt: skip
+        about = f"; all take about {whole:.0f} seconds" * (number == 0)
+        print(f"size {number + 1} of {len(SIZES)}: T={T}, {N} environments, H={H}{about}", file=sys.stderr, flush=True)
         seconds = measure(device, T, N, H)
         x, resets = torch.zeros(T, N, H, device=device), torch.zeros(T, N, dtype=torch.bool, device=device)
         for cell in CELLS:

@@ -116,11 +116,11 @@ def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
 def summary(rows: pd.DataFrame) -> Table:
     """One line per case: torch.nn, ours and the best other."""
     rows = measured(rows)
-    lines, base = by_case(rows), headline_of(rows)
+    lines = by_case(rows)
     broken = rows[rows["status"].isin(results.BROKEN)].value_counts(["status", "contender"])
     told = [f"{status}: {name} in {count} of {len(lines)} cases" for (status, name), count in broken.items()]
     notes = [origin(rows), *[STARRED] * ("*" in set(stars(rows))), "; ".join(told)]
-    cells = lines.assign(case=[sizes(case, base) for case in lines["object"]])
+    cells = lines.assign(case=[sizes(case) for case in lines["object"]])
     cells = cells[["mode", "case", "torch ms", "ours ms", "times as fast", "bound", "best other"]]
     title = "gpu_lstm and torch.nn (T steps, B batch, H hidden, L layers, D directions)"
     return table(cells, title, "\n".join(notes).strip(), lines["group"])
@@ -194,9 +194,11 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
             written.append(_markdown(_over_ours(its, lines)))
     if not every_case:
         plain, told, heads = lines["variant"] == "plain", [], lines["heads"] > 1
+        step, gru = lines["mode"] == "step", lines["cell"] == "gru"
         for kind, which in (
-            ("plain", ~starred & ~heads), ("with heads", heads),
-            ("with lengths or resets", starred & plain & (lines["mode"] != "step")),
+            ("LSTMs", ~starred & ~heads & ~step & ~gru), ("GRUs", ~starred & ~heads & ~step & gru),
+            ("single steps", ~starred & step), ("with heads", heads),
+            ("with lengths or resets", starred & plain & ~step),
             ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
         ):  # fmt: skip
             if len(its := lines["speed"][which].dropna()):
@@ -286,7 +288,9 @@ def origin(rows: pd.DataFrame) -> str:
     labels = {"gpu_lstm": "gpu_lstm ", "torch": "torch ", "triton": "triton ", "cuda": "CUDA ", "driver": "driver "}
     every = {name: "/".join(rows[name].dropna().unique()) for name in (*labels, "device", "commit")}
     versions = ", ".join(label + every[name] for name, label in labels.items() if every[name])
-    commits, dates = every["commit"] and f"commit {every['commit']}", "/".join(sorted(rows["date"].str[:10].unique()))
+    several = every["commit"].count("/") + 1
+    commits = f"{several} commits" if several > 2 else every["commit"] and f"commit {every['commit']}"
+    dates = " to ".join(sorted(rows["date"].str[:10].unique())[:: max(1, rows["date"].str[:10].nunique() - 1)])
     return "; ".join(filter(None, (every["device"], versions, commits, dates)))
 
 

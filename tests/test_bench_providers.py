@@ -120,7 +120,7 @@ def test_a_command_has_a_line_for_what_it_measures_and_a_ratio(monkeypatch, caps
     assert command_line.main(words.split()) == 0
     printed = capsys.readouterr()
     assert line in [each.split()[: len(line)] for each in printed.out.splitlines()]
-    progress = "size 1 of 1: T=6, 2 environments, H=8; in all about 12 seconds\n"  # 4 for each cell, and half as much
+    progress = "size 1 of 1: T=6, 2 environments, H=8; all take about 12 seconds\n"  # 4 for each cell, and half as much
     assert printed.err == progress or "host" in words
     here, there = ("cpu", "torch"), ("cpu", "torch.nn")
     cells = host.line("T=1", "training", here, {"": [{here: [4e-6, 2e-6], there: [2e-6, 4e-6]}] * 2})

@@ -77,7 +77,7 @@ def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_o
     _won(lstm)
     with gpu_lstm.racing("off"):
         assert gpu_lstm.explain(lstm, X).backend == "torch"
-    found = gpu_lstm.explain(lstm, X, resets=torch.zeros(5, 3, dtype=torch.bool))
+    found = gpu_lstm.explain(lstm, X, resets=torch.ones(5, 3, dtype=torch.bool))
     assert (found.backend, found.others["torch"]) == ("triton", found.why)
     assert "torch's LSTM is slow with resets" in found.why
     found = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1), X)

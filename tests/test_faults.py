@@ -254,7 +254,7 @@ def test_where_memory_is_too_full_for_a_race_the_expected_winner_runs(monkeypatc
 
     monkeypatch.setattr(race, "execute", of_few_steps)
     with gpu_lstm.racing("on"), torch.no_grad():
-        gpu_lstm.LSTM(I, H)(x, resets=torch.zeros(5, B, dtype=torch.bool))
+        gpu_lstm.LSTM(I, H)(x, resets=torch.ones(5, B, dtype=torch.bool))
     assert [decision.backend.value for decision in race.decided.values()] == ["triton"]
     assert [*cache.entries(cache.RACES)] == []
     assert [verdict for *_, verdict in cache.entries(cache.CHECKS)] == ["right"]

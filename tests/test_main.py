@@ -224,8 +224,8 @@ def test_the_doctor_begins_with_what_was_checked_and_raced_on_a_card(findings, m
 def test_cached_results_are_listed_those_of_another_version_as_they_are(findings, capsys):
     lines = "\n".join(printed_by(capsys, "races"))
     for pattern in (
-        r"^races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, with gradients: triton: "
-        r"won a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n",
+        r"^races: 1\n  cpu, triton .*: LSTM 6 -> 32, T <= 64, B <= 8, float32 \(tf32\), lengths, with gradients: "
+        r"triton: won a race, 2.00 times as fast \(triton 1 ms, torch 2 ms\)\nchecks: 2\n",
         r": LSTM, step 16x16 backward, H = 32, float32, tf32, reverse, lengths: right\n",
         r": GRU, step 16x16 backward, H = 32, float32, tf32, reverse, lengths: the RMS error of h is 1\n",
         r"plans: 1\n  NVIDIA H100 SXM, triton .*: B = 16: LSTM, \w+ \d+x\d+ backward, H = 768, bfloat16",

@@ -284,7 +284,7 @@ def test_what_a_race_is_about_is_in_its_key(monkeypatch):
         call = prepare(lstm._options(), lstm._weights(), x, **given or {})
         return str(kind_of(call).as_json())
 
-    ragged: dict = dict(lengths=torch.tensor([3, 1, 2]), resets=torch.zeros(4, 3, dtype=torch.bool))
+    ragged: dict = dict(lengths=torch.tensor([3, 1, 2]), resets=torch.ones(4, 3, dtype=torch.bool))
     states = ragged | dict(reset_states=(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)))
     options = dict(zoneout=0.5, peepholes=True, recompute=True, bidirectional=True, proj_size=1, num_layers=2, hidden=3,
                    dtype=torch.float64, steps=5, batch=5)  # fmt: skip

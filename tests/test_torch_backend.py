@@ -4,6 +4,7 @@ No GPU is here: parameters only say that they are on one; what cuDNN does with t
 """
 
 import copy
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -214,6 +215,26 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how):
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     assert found[0][0, 0].isnan().all()
     assert all(map(torch.equal, [t[:, 1:] for t in found], [t[:, 1:] for t in expected]))
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_on_a_cpu_resets_of_none_but_the_first_step_leave_the_call_to_torchs_own(kind, packed):
+    """To the bit: only the forward direction begins from zeros."""
+    theirs, ours = pair(kind, "torch", num_layers=2, bidirectional=True)
+    x, hx = random_inputs(ours, B)
+    resets, states = torch.zeros(T, B, dtype=torch.bool), tree_map(torch.clone, hx)
+    resets[0, 1] = True
+    for state in tree_leaves(states):
+        state[0::2, 1] = 0  # rows of the forward direction
+    pack = partial(nn.utils.rnn.pack_padded_sequence, lengths=LENGTHS.clamp(min=1), enforce_sorted=False)
+    ways = [lambda x, hx, m=m, **rest: m(pack(x) if packed else x, hx, **rest) for m in (ours, theirs)]
+    found = results(ours, x, hx, call=ways[0], resets=resets)
+    expected = results(theirs, x, states, call=ways[1])
+    for name in ("dh0", "dc0")[: len(tree_leaves(hx))]:
+        expected[name][0::2, 1] = 0  # which passes no reset
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from . import checks
-from .modes import PLAIN, Recording, modes
+from .modes import PLAIN, Recording, Transforms, modes
 from .options import Options
 from .request import Request
 from .roles import RESET_STATES, Form
@@ -52,12 +52,14 @@ def prepare(
         learns = learns or (now.grad and any(t.requires_grad for t in others))
     if not (plain and all([type(t) in PLAIN for t in others])) and now.recording == Recording.NOBODY:
         now = now._replace(recording=Recording.WATCHED)
-    zeroed = resets is not None and reset_states is None and role.kept == 1
     if options.reverse:
         traversal = traversal.backwards()
-    elif zeroed and steps == 1 and now.recording < Recording.COMPILED:
-        states = _reset_before_the_only_step(states, lengths, resets, options.directions == 2)
-        traversal = Traversal(lengths)
+    elif resets is not None and reset_states is None and role.kept == 1:
+        # Whether no reset comes after the first step, where neither a device nor a graph has to be asked.
+        readable = x.is_cpu and now.recording == Recording.NOBODY and now.transforms == Transforms.NONE
+        if now.recording < Recording.COMPILED if steps == 1 else readable and not resets[1:].any():
+            states = _reset_before_the_first_step(states, lengths, resets, options.directions == 2)
+            traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
 
@@ -96,10 +98,10 @@ def _check_tensors(
     return learns, plain
 
 
-def _reset_before_the_only_step(
+def _reset_before_the_first_step(
     states: list[State], lengths: Tensor | None, resets: Any, both_directions: bool
 ) -> list[State]:
-    """With one step, a reset zeroes the initial state; in the reverse direction no reset comes before the step."""
+    """Such a reset zeroes the initial state; in the reverse direction no reset comes before a step."""
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]

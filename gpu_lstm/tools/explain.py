@@ -98,7 +98,8 @@ def explain(
     Args:
         module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU.
         x, hx, lengths, resets, reset_states: as `module` accepts them. Only the shape, dtype, device and requires_grad
-            of x matter, and whether lengths, resets and reset_states are given; hx is ignored.
+            of x matter, whether lengths, resets and reset_states are given, and on a CPU whether a reset comes after
+            the first step; hx is ignored.
 
     Returns:
         Text by `print`, data by `dataclasses.asdict`. Times of a step are estimates, in seconds.
