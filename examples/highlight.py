@@ -10,18 +10,15 @@ thousand characters back. gpu_lstm.StackedLSTM reads 140 files once, on the GPU 
 from chunk to chunk, and reset where a file starts. Then it reads 20 other files. So do two rivals with short memories:
 a table of what followed up to 16 characters, and the same LSTM with its state zeroed every 32 characters.
 
-Prints how often each is right, and how long an update takes: one call with resets, and torch.nn.LSTM called for each
-piece between two starts of files. Draws a page of an unseen file, and the cell that knows of the quote, in
+Prints how often each is right. Draws a page of an unseen file, and the cell that knows of the quote, in
 out/highlight.png, and what this cell holds at each character of the page in out/highlight_cell.png.
 """
 
 import argparse
-import copy
 import hashlib
 import io
 import statistics
 import sysconfig
-import time
 import tokenize
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -74,7 +71,7 @@ class Score(NamedTuple):
 
 
 def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) -> dict[str, Score]:
-    """Train on so many files, evaluate, time and draw; returns the scores by the name of the reader."""
+    """Train on so many files, evaluate and draw; returns the scores by the name of the reader."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,7 +101,6 @@ def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) ->
     count, long = (labels >= 0).sum(), far_from_the_quote(labels).sum()
     table.caption = f"{count:,} characters of {len(test)} other files; {long:,} so far after the quote"
     Console().print(table)
-    Console().print(update_times(models["StackedLSTM"], x, y, starts))
 
     model = models["StackedLSTM"]
     file, rows = page_of(test)
@@ -265,52 +261,6 @@ def score(guess: Tensor, labels: Tensor) -> Score:
     return Score(
         right[labels >= 0].mean().item(), statistics.mean(classes), right[far_from_the_quote(labels)].mean().item()
     )
-
-
-class Pieces(nn.Module):
-    """A stack of one layer by the usual workaround: a call of torch.nn.LSTM for each piece between starts of files."""
-
-    def __init__(self, stack: gpu_lstm.StackedLSTM) -> None:
-        super().__init__()
-        self.lstm = gpu_lstm.to_torch(copy.deepcopy(stack.layers[0]))
-
-    def forward(self, x: Tensor, state: State, resets: Tensor, lengths: None) -> tuple[Tensor, State]:
-        ((h, c),), outputs = state, []
-        cuts = sorted({0, *resets.any(dim=1).nonzero().flatten().tolist(), len(x)})
-        for begin, end in pairwise(cuts):
-            kept = ~resets[begin, :, None]  # [N, 1]
-            y, (h, c) = self.lstm(x[begin:end], ((h * kept)[None], (c * kept)[None]))
-            h, c = h[0], c[0]
-            outputs.append(y)
-        return torch.cat(outputs), [(h, c)]
-
-
-def update_times(model: Tagger, x: Tensor, y: Tensor, starts: Tensor, rounds: int = 30) -> Table:
-    """How long an update takes by one call and by a call per piece, which take turns."""
-    pieces = copy.deepcopy(model)
-    pieces.lstm = Pieces(model.lstm)
-    ways = [(way, torch.optim.Adam(way.parameters())) for way in (copy.deepcopy(model), pieces)]
-    chunks = list(zip(*(t.split(STEPS) for t in (x, y, starts))))
-    some, none = ([chunk for chunk in chunks if chunk[2].any() == wanted] for wanted in (True, False))
-    state = model(chunks[0][0])[1]
-    state = [(h.detach(), c.detach()) for h, c in state]
-    torch.testing.assert_close(*(way(some[-1][0], state, some[-1][2])[0] for way, _ in ways))
-    table = Table("updates", "one call", "torch.nn.LSTM in pieces", title="An update of the StackedLSTM, median ms")
-    for name, its in (("in which a file starts", some), ("in which none does", none)):
-        times: list[list[float]] = [[], []]
-        for _ in range(rounds):
-            for (way, optimiser), taken in zip(ways, times):
-                begin = time.perf_counter()
-                training_step(way, optimiser, *its[-1], state)
-                if x.is_cuda:
-                    torch.cuda.synchronize()
-                taken.append(1000 * (time.perf_counter() - begin))
-        table.add_row(f"{len(its)}, {name}", *(f"{statistics.median(taken):.1f}" for taken in times))
-    table.caption = (
-        "Files start seldom: most chunks are one piece, which plain torch.nn.LSTM runs as fast or faster.\n"
-        "In recurrent_ppo.py, where episodes start often, pieces are many, and one call wins."
-    )
-    return table
 
 
 # The picture
