@@ -94,6 +94,17 @@ def test_a_few_steps_on_a_cpu(steps, given, calls):
     assert len(calls) == (steps > tool.MOST_STEPS)
 
 
+@torch.no_grad()
+def test_without_gradients_twice_as_many_steps_are_few(calls):
+    theirs, most = cell_of_xlstm().double(), 2 * tool.MOST_STEPS
+    ours = copy.deepcopy(theirs)
+    gpu_lstm.use_for_slstm(ours)
+    for steps in (most, most + 1):
+        x = torch.randn(B, steps, 4 * H, dtype=torch.float64)
+        torch.testing.assert_close(ours(x)[0], theirs(x)[0], rtol=0, atol=1e-14)
+        assert len(calls) == (steps > most)
+
+
 @pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 1))
 def test_a_few_steps_of_gates_that_are_shut_and_units_that_are_empty(steps, calls):
     """Where xlstm's cell has NaN, they are as slstm_layer's, derivatives too."""

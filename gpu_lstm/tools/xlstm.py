@@ -16,7 +16,7 @@ from ..functional import slstm_layer
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
           "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
 _OTHERS = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")  # options of xlstm's CUDA kernels
-MOST_STEPS = 4  # on a CPU; with more, a call of slstm_layer is paid for
+MOST_STEPS = 4  # on a CPU, and twice as many without gradients; with more, a call of slstm_layer is paid for
 
 
 def use_for_slstm(model: nn.Module, on: bool = True) -> int:
@@ -25,7 +25,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     xlstm's cells of backend "vanilla" and TiRex's need no nvcc; xlstm's of "cuda" compile when they are made.
     Parameters, state_dict, hooks, flags and the form of inputs, outputs and states stay theirs. All is computed in
     the input's dtype, under autocast in its own: TiRex's torch backend rounds everything to bfloat16 at each step,
-    xlstm's CUDA kernels compute in the dtype of their config. Up to four steps on a CPU need no such call. States are
+    xlstm's CUDA kernels compute in the dtype of their config. Few steps on a CPU need no such call. States are
     returned in float32, or float64: c, n and m in other numbers, see `SLSTM`.
 
     Args:
@@ -127,8 +127,9 @@ def _is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
         return False
     steps, batch, gates = z.shape
     hidden = kernel.shape[0] * kernel.shape[1]
+    most = MOST_STEPS if now.grad else 2 * MOST_STEPS
     fits = state is None or (isinstance(state, Tensor) and state.is_cpu and state.shape == (4, batch, hidden))
-    return 0 < steps <= MOST_STEPS and gates == 4 * hidden and fits
+    return 0 < steps <= most and gates == 4 * hidden and fits
 
 
 def _by_steps(z: Tensor, kernel: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
