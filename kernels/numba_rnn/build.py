@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 import platform
-import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from .. import cache
 from . import steps
 from .functions import HOW
 
-logger, lock = logging.getLogger("gpu_lstm"), threading.Lock()  # of Numba's setting, which is the whole process's
+logger = logging.getLogger("gpu_lstm")
 
 
 def folder() -> Path | None:
     """Where compiled functions are kept, by all that decides them; None: nowhere, which one warning says.
 
-    Numba itself sees neither an edit of an imported file nor another CPU that has the same name.
+    Numba itself sees neither an edit of an imported file nor another CPU that has the same name; and it would keep them
+    for each path that this package is installed at.
     """
     cpu = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
     facts = cache.sources("kernels/numba_rnn"), numba.__version__, platform.python_version(), *cpu
@@ -45,19 +46,20 @@ def folder() -> Path | None:
 @functools.cache
 def function(name: str) -> Callable[[int], None]:
     """A function of steps.py, which is called without Python's lock."""
-    path = folder()
-    if path is None or not any(path.rglob(f"*.{name}-*.nbi")):
+    path, source = folder(), getattr(steps, name)
+    if path is None or not any(Path(numba.config.CACHE_DIR or path).rglob(f"*.{name}-*.nbi")):
         logger.warning(
             "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in about 10 seconds; "
             "backend 'torch' does without",
             name,
         )
-    with lock:
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(path or numba.config.CACHE_DIR)
-        try:
-            compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(getattr(steps, name))
-        finally:
-            numba.config.CACHE_DIR = before
+    if path is not None:  # it is kept next to the file that it says to come from
+        file = path / "steps.py"
+        if not file.exists():
+            file.touch()
+            os.utime(file, (0, 0))  # the same in a copy, since Numba looks at the time
+        source = types.FunctionType(source.__code__.replace(co_filename=str(file)), source.__globals__, name)
+    compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(source)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back
     return function
