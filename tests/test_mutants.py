@@ -1,10 +1,5 @@
 """The tool that plants faults: each is a fault, in code that computes, and tests run against it."""
 
-import json
-from functools import partial
-
-import coverage
-import mutants
 import pytest
 from mutants import of_cuda, of_python
 
@@ -47,31 +42,3 @@ def test_the_statement_of_a_fault_is_all_of_its_lines_but_not_its_block_or_none_
     source = b"d = 1\ndef f(x=3):\n    if (\n        a < x\n    ):\n        b = (2 +\n             c)"
     lines = {(mutant.old, mutant.first, mutant.last) for mutant in of_python("a", source)}
     assert {("1", 0, 0), ("3", 0, 0), ("a < x", 3, 5), ("2 +\n             c", 6, 7)} <= lines
-
-
-def test_what_tests_and_their_processes_execute_is_recorded_and_those_that_are_chosen_run_alone(tmp_path, capfd):
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "gpu_lstm").mkdir()
-    (tmp_path / "gpu_lstm" / "a.py").write_text(
-        "def one():\n    return 1\n\ndef two():\n    return 2\n\nif __name__ == '__main__':\n    one()\n"
-    )
-    (tmp_path / "tests" / "test_a.py").write_text(
-        "import subprocess, sys\nsys.path.insert(0, 'gpu_lstm')\n\n"
-        "def test_one():\n    subprocess.run([sys.executable, 'gpu_lstm/a.py'], check=True)\n\n"
-        "def test_two():\n    import a\n    assert a.two() == 1\n"
-    )
-    folder, files = tmp_path / "recorded", ["tests/test_a.py"]
-    with capfd.disabled():
-        assert mutants.first_failure(tmp_path, files, 600, partial(mutants.Recording, folder)) == "a.py::test_two"
-        one = partial(mutants.Chosen, ["tests/test_a.py::test_one"])
-        assert mutants.first_failure(tmp_path, files, 600, one) == ""
-    lines = {}
-    for file in folder.glob("lines.*"):
-        recorded = coverage.CoverageData(file)
-        recorded.read()
-        for line, tests in recorded.contexts_by_lineno(str(tmp_path / "gpu_lstm" / "a.py")).items():
-            lines.setdefault(line, []).extend(tests)
-    assert (lines[2], lines[5]) == (["tests/test_a.py::test_one"], ["tests/test_a.py::test_two"])
-    assert list(json.loads((folder / "seconds.json").read_text())) == [
-        f"tests/test_a.py::test_{n}" for n in ("one", "two")
-    ]
