@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from dev.compile_table.report import Loop, Report, time_loop
+from dev.compile_table.report import Loop
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Plan, Resident, counts_of_turn
@@ -139,47 +139,6 @@ def test_the_checks_can_fail(compiled):
     few, enough = compiled["with_32_registers"]
     assert (enough["spills"], enough["fits"], few["fits"]) == (0, True, False)
     assert few["spills"] > 0
-
-
-def test_the_time_loop_is_the_longest_and_a_poll_in_it_counts_once():
-    text = """
-        /*0000*/  LDG.E.128 R4, [R2.64] ;  /* 0x0000000402047981 */
-        /*0010*/  @P0 BRA 0x0 ;
-        /*0020*/  LDSM.16.M88.4 R4, [R9] ;
-        /*0030*/  @!P1 LDG.E.64.STRONG.GPU R6, [R2.64] ;
-        /*0040*/  @P1 BRA P2, 0x30 ;
-        /*0050*/  HMMA.16816.F32.BF16 R4, R4, R6, RZ ;
-        /*0060*/  STS.U16 [R9], R4 ;
-        /*0070*/  BAR.SYNC.DEFER_BLOCKING 0x0 ;
-        /*0080*/  STG.E.64 [R2.64], R4 ;
-        /*0090*/  BRA.U UP0, 0x20 ;
-        /*00a0*/  EXIT ;
-        /*00b0*/  BRA 0xb0;
-    """
-    assert time_loop(text) == Loop(instructions=8, barriers=1, products=1, shared=18, loads=1, stores=1)
-    assert time_loop("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") is None
-
-
-def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(monkeypatch, tmp_path, capsys):
-    from dev.compile_table import __main__ as command
-
-    loop = Loop(300, 1, 18, 32, 9, 8)
-    rows = [row := Report("step_forward_kernel", "bfloat16 B=1", 90, None, 128, "16x16", 100, 0, 1024, loop)]
-    of_cuda = [dataclasses.replace(row, loop=None)]
-    for compiler, those in ((command.triton_kernels, rows), (command.cuda_kernels, of_cuda)):
-        monkeypatch.setattr(compiler, "cases", lambda h100, those=those: those)
-        monkeypatch.setattr(compiler, "reports", iter)
-    monkeypatch.setattr(command, "PAGE", tmp_path / "README.md")
-    counted = "| `step_forward` | B=1 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |"
-    for fits in (True, False):
-        rows += [] if fits else [dataclasses.replace(row, spills=8)]
-        command.PAGE.unlink(missing_ok=True)
-        assert command.main([]) == command.main(["--all"]) == (not fits)
-        assert (f"{counted}\n" in command.PAGE.read_text()) if fits else not command.PAGE.exists()
-        printed = capsys.readouterr().out
-        assert f"{counted} 4096 | 9 | 8 | 16x16 |\n" in printed
-        assert ("16x16, DOES NOT FIT" in printed) != fits
-        assert printed.endswith("2 kernels; 0 do not fit\n" if fits else "3 kernels; 1 do not fit\n")
 
 
 def test_the_numbers_of_steps_and_sequences_are_never_specialised(compiled):

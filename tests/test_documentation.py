@@ -188,24 +188,6 @@ def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_
         assert shown in text or "\n" not in shown
 
 
-def test_links_stay_on_the_site_or_go_to_the_repository_formulas_become_mathml_and_code_stays_as_it_is():
-    repository, code = "https://example.org/r", "`a[0](../x)`, `$x$`\n```python\ny = f[0](docs/x) # $5 $6\n```\n"
-    for source, link, expected in (
-        ("README.md", "docs/keras.md", "keras.md"), ("README.md", "#a", "#a"),
-        ("docs/keras.md", "../README.md#performance", "index.md#performance"),
-        ("docs/keras.md", "../bench/results", f"{repository}/tree/main/bench/results"),
-        ("docs/keras.md", "drawings.py", f"{repository}/blob/main/docs/drawings.py"),
-        ("docs/keras.md", f"../{website.LESSON}#a", "lesson.md#a"),
-        (website.LESSON, "../docs/keras.md", "keras.md"),
-    ):  # fmt: skip
-        found = website.page(f"see [that\none]({link}). {code}", source, repository)
-        assert found == f"see [that\none]({expected}). {code}"
-    found = website.page("$c_t$, $\\log f$", website.LESSON, repository)
-    inside = "<mrow><msub><mi>c</mi><mi>t</mi></msub></mrow>"
-    assert re.match(rf'<span><math [^>]*display="inline">{inside}</math></span>, ', found)
-    assert re.search(r"<mi>log</mi><mspace [^>]*/><mi>f</mi>", found)
-
-
 def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
     from dev.compile_table import triton_kernels
 

@@ -70,16 +70,6 @@ def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehe
 
 
 @pytest.mark.deep
-def test_nothing_is_loaded_into_a_capture_after_a_call_and_without_one_the_error_says_what_to_do(rehearse):
-    captured, error, tried, outside = rehearse("capture")
-    assert [(event["event"], event["result"]) for event in captured] == [("launch", 0)] * 2
-    assert "operation not permitted when stream is capturing" in error
-    assert "call the layer once before the capture" in error
-    assert [event["result"] for event in tried] == [900]
-    assert [event["event"] for event in outside] == ["load", "launch"], "what failed is not kept"
-
-
-@pytest.mark.deep
 @pytest.mark.parametrize(("settings", "said"), [
     ({}, None), (dict(PATH=""), "install gcc, or name one in CC"),
     (dict(DRIVER_STUB_REFUSES="1"), "use a newer driver, or an older Triton"),

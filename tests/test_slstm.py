@@ -88,26 +88,6 @@ def test_under_autocast():
     close([t.float() for t in found], tree_leaves(module(x, hx)), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_stream_runs_it_step_by_step(dtype):
-    slstm, x, hx = made("deep heads", dtype=dtype)
-    limits = dict(rtol=0, atol=8 * torch.finfo(dtype).eps)
-    with torch.no_grad():
-        y, states = slstm(x, hx)
-        stream = gpu_lstm.Stream(slstm, B, hx)
-        close(torch.stack([stream(step) for step in x]), y, **limits)
-        close(stream.state, states, **limits)
-        assert [t.dtype for t in stream.state] == [dtype, *[torch.float32] * 3]
-        kept = stream.state
-        then = stream(x[0], active=torch.tensor([True, False, True]))
-        assert torch.equal(stream.state[3][:, 1], kept[3][:, 1])
-        stream.state = kept
-        close(stream(x[0])[[0, 2]], then[[0, 2]])
-        stream.reset(torch.tensor([False, True, False]))
-        stream.reorder(torch.tensor([1, 1, 1]))
-        close(stream(x[:, :1].expand_as(x)), slstm(x[:, :1].expand_as(x))[0], **limits)
-
-
 def test_trace_and_explain():
     module, x, hx = made("deep both")
     module.backend = None

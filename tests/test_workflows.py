@@ -138,22 +138,6 @@ def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs
     assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
 
 
-@pytest.mark.parametrize(("target", "extra", "there"), [
-    ("test", "[dev]", ""), ("demo", "[demo]", ""), ("agree", "", ""), ("agree", None, ".for-demo"),
-    ("lesson", "[lesson]", ".installed"),
-])  # fmt: skip
-def test_make_installs_what_a_command_needs_and_says_before_how_much_that_is(tmp_path, target, extra, there):
-    """In a clone, where another command may have installed before."""
-    (tmp_path / ".venv").mkdir()
-    for name in ("pyproject.toml", "Makefile"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / ".venv" / (there or "nothing")).touch()
-    done = run("make", "--dry-run", target, cwd=tmp_path).stdout
-    said = re.findall(r'echo "This installs about (\d+ packages, [\d.]+ GB), into|--editable \'\.(.*)\'', done)
-    assert [extra for _, extra in said[1:]] == [extra] * (extra is not None)
-    assert bool(said) == (extra is not None)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_a_gpu_that_is_required_and_cannot_be_used_is_an_error_at_once_with_torchs_reason():
     with pytest.raises(pytest.UsageError, match=r"^--require-gpu: there is no CUDA device that torch can use: "):

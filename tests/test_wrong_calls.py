@@ -186,6 +186,7 @@ COMMANDS = [
     (OURS, f"{PLAN} --steps 1.5", "argument --steps: expected a whole number, got '1.5'$"),
     (OURS, f"{PLAN} --device k80", "^unknown device 'k80'; known: h100, a100, "),
     (OURS, f"{PLAN} --hidden 1000000", "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
+    (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm is of an LSTM without heads, got gru with 1$"),
     *((BENCH, f"compare {file} {file}", text + "; expected what `python -m bench` writes$") for file, text in (
         ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
     (BENCH, "compare {absent} {absent}", "No such file or directory: '.*absent'$"),
