@@ -12,8 +12,8 @@ import torch
 from comparing import DEVICE
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
@@ -24,16 +24,11 @@ DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
 autocast = partial(torch.autocast, DEVICE, DTYPE)
 
 
-class Casts(TorchDispatchMode):
-    """Counts the casts to DTYPE of tensors that have as many rows as the weights."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.to):  # the latter in inference mode
-            self.count += result.dtype is DTYPE is not args[0].dtype and result.shape[0] in (3 * H, 4 * H)
-        return result
+def is_cast(function, given, result) -> bool:
+    """Of a tensor that has as many rows as the weights, to DTYPE; in inference mode by `to`."""
+    if function.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.to):
+        return False
+    return result.dtype is DTYPE is not given[0][0].dtype and result.shape[0] in (3 * H, 4 * H)
 
 
 KINDS = ["LSTM"] if DEVICE == "cpu" else ["LSTMCell", "GRUCell"]  # what torch's autocast casts whole, and no cuDNN
@@ -74,7 +69,7 @@ def rms(error: Tensor) -> float:
 def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
     found = []
     for each, half in (*((each, True) for each in modules(backend, kind)), (modules(backend, kind)[0].double(), False)):
-        with without_onednn(each), Casts() as casts:
+        with without_onednn(each), Watched(is_cast) as casts:
             for _ in range(2):
                 with autocast(enabled=half):
                     autocast(enabled=False)(each.eval)()  # an inner block ends nothing
@@ -89,7 +84,7 @@ def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
 @pytest.mark.parametrize(("learns", "options"), [(True, dict(cache_enabled=False)), (False, {})], ids=str)
 def test_where_torch_casts_at_every_call_so_do_we(learns, options):
     for module in modules("reference"):
-        with without_onednn(module), Casts() as casts, autocast(**options):
+        with without_onednn(module), Watched(is_cast) as casts, autocast(**options):
             loop(module.requires_grad_(learns), inputs())
         assert casts.count == 4 * T
 
@@ -130,7 +125,7 @@ def test_a_block_within_another_has_its_own_casts():
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (_, module), x = modules("reference", "LSTM"), inputs()
-    with Casts() as casts, autocast():
+    with Watched(is_cast) as casts, autocast():
         first, second = ([call(x)[0] for _ in range(2)] for call in (without()(module), module))
     assert casts.count == 4
     assert torch.equal(first[1], second[1])

@@ -4,8 +4,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.backends import schedule
@@ -56,18 +57,18 @@ def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomp
     assert kept - less == 2 * 2 * 4 * 4 * 4 * 3  # gates of both layers and directions
 
 
-class Allocations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.sizes = []
+def allocated(call) -> list[int]:
+    """The bytes of each storage that a call makes, without autograd."""
+    sizes = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        given, new = ([t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-                      for tree in ((args, kwargs), result))  # fmt: skip
+    def note(_, *trees):
+        given, new = ([t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in trees)
         known = {storage.data_ptr() for storage in given}
-        self.sizes += [storage.nbytes() for storage in new if storage.data_ptr() not in known]
-        return result
+        sizes.extend(storage.nbytes() for storage in new if storage.data_ptr() not in known)
+
+    with torch.no_grad(), Watched(note):
+        call()
+    return sizes
 
 
 @pytest.mark.parametrize(("cell", "options"), [*(("LSTM", options) for options in STACKS.values()), ("GRU", {})],
@@ -82,13 +83,11 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
         monkeypatch.setattr(launch, "launch_kernel", _disable_current_modes()(launch.launch_kernel))  # which copies
     module = getattr(gpu_lstm, cell)(4, 6, device=device, backend="triton", **options)
     x = torch.randn(17, 1, 4, device=device)
-    with torch.no_grad(), Allocations() as of_a_chunk:
-        module(x[:2])
-    with torch.no_grad(), Allocations() as allocations:
-        y, _ = module(x)
+    of_a_chunk, allocations = (allocated(lambda x=x: module(x)) for x in (x[:2], x))
+    y, _ = module(x)
     output, outputs = y.numel() * y.element_size(), module.num_layers if module.bidirectional else 1
-    weights = {size for size in of_a_chunk.sizes if size > schedule.WORKSPACE}  # W_hh W_hr, whatever T is
-    largest = sorted((size for size in allocations.sizes if size not in weights), reverse=True)
+    weights = {size for size in of_a_chunk if size > schedule.WORKSPACE}  # W_hh W_hr, whatever T is
+    largest = sorted((size for size in allocations if size not in weights), reverse=True)
     assert largest[:outputs] == [output] * outputs
     assert largest[outputs] <= schedule.WORKSPACE < output
 

@@ -17,8 +17,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils._python_dispatch import BaseTorchDispatchMode, TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
@@ -151,18 +152,6 @@ def runs(half):
     return True
 
 
-class Counted(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 @contextmanager
 def float64_by_default():
     torch.set_default_dtype(torch.float64)
@@ -173,7 +162,8 @@ def float64_by_default():
 
 
 PLACES = {
-    "nowhere": nullcontext, "inference mode": torch.inference_mode, "fake tensors": FakeTensorMode, "a mode": Counted,
+    "nowhere": nullcontext, "inference mode": torch.inference_mode, "fake tensors": FakeTensorMode,
+    "a mode": partial(Watched, lambda *_: True),
     "another device": partial(torch.device, "meta"), "float64": float64_by_default,
 }  # fmt: skip
 
@@ -195,17 +185,17 @@ def test_onednn_is_asked_apart_from_what_its_caller_does(asked, half, place):
         assert onednn.has_lstm(half) is expected
     assert asked == [half]
     assert torch.equal(torch.get_rng_state(), before)
-    assert place != "a mode" or block.names == []
+    assert place != "a mode" or block.count == 0
 
 
 @halves
 def test_casts_that_a_block_keeps_outlast_that_onednn_is_asked(asked, half):
     x, linear = torch.ones(2, 2), nn.Linear(2, 2, bias=False)
-    with torch.autocast("cpu", half), Counted() as counted:
+    with torch.autocast("cpu", half), Watched(lambda operator, *_: "_to_copy" in str(operator)) as casts:
         linear(x)
         onednn.has_lstm(half)
         linear(x)
-    assert counted.names.count("_to_copy") == 3, "x each time, the weight once"
+    assert casts.count == 3, "x each time, the weight once"
     assert asked == [half]
 
 
