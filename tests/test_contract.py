@@ -1,13 +1,16 @@
-"""The contracts: callers of kernels send what their Problem says, and backends and cells have what is asked of them."""
+"""The contracts: callers of kernels send what their Problem says, and names of cells are in one place."""
 
+import ast
 import importlib
 import inspect
 import itertools
+import re
 from typing import get_type_hints
 from unittest.mock import Mock
 
 import pytest
 import torch
+from installed import ROOT
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.choices import KERNEL_BACKENDS
@@ -173,6 +176,44 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
 
 
 # The contract of a cell
+
+
+NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
+    "kernels": {"cells.py", "triton_rnn/equations/__init__.py", "triton_rnn/equations/gru.py",
+                "triton_rnn/equations/slstm.py", "cupy_rnn/cuda/equations/gru.cu",
+                "cupy_rnn/cuda/equations/slstm.cu", "cupy_rnn/launch.py",  # the list of those in CUDA C++
+                "numba_rnn/launch.py", "numba_rnn/steps.py",  # and of those in Numba, and whose functions they call
+                "numba_rnn/build.py"},  # what is compiled, in words
+    "gpu_lstm/equations": set(),
+    "gpu_lstm/call": set(),
+    "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
+    "gpu_lstm/dispatch": set(),
+}  # fmt: skip
+OTHERS = set(CELLS) - {"lstm"}
+
+
+def without_comments(name: str, text: str) -> str:
+    """Code without its comments and docstrings."""
+    if name.endswith(".cu"):
+        return re.sub(r"//.*", "", text)
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = None
+    return ast.unparse(tree)
+
+
+def code_of(folder: str) -> dict[str, str]:
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu")]
+    return {str(p.relative_to(ROOT / folder)): without_comments(p.name, p.read_text()) for p in files}
+
+
+def test_beneath_the_modules_only_the_cells_and_two_tables_name_a_cell_and_nothing_asks_for_one_by_name():
+    """Modules and tools name classes."""
+    for folder, expected in NAMES_A_CELL.items():
+        assert {name for name, text in code_of(folder).items() if any(c in text.lower() for c in OTHERS)} == expected
+    asking = {name for name, text in code_of("gpu_lstm").items() if any(repr(cell) in text for cell in OTHERS)}
+    assert asking == {"tools/xlstm.py"}  # an option of other packages
 
 
 @pytest.mark.parametrize("cell", CELLS)
