@@ -17,11 +17,6 @@ H, HEADS = 12, 3
 KINDS = pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.GRU])
 
 
-def made(kind, **arguments):
-    torch.manual_seed(0)
-    return kind(I, H, heads=HEADS, dtype=torch.float64, **arguments)
-
-
 @KINDS
 def test_on_a_cpu_wide_heads_are_a_call_each(kind, monkeypatch):
     module = kind(I, 256, 2, bidirectional=True, heads=4, backend="torch").double()
@@ -80,14 +75,3 @@ def test_to_torch_cut_and_back(kind):
         module.heads = 0
     with pytest.raises(ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"):
         functional.of_heads(theirs.weight_hh_l0, 5)
-
-
-@KINDS
-def test_traces_and_explanations(kind):
-    module, x = made(kind, backend="reference").eval(), torch.randn(T, B, I).double()
-    y, _ = module(x)
-    assert torch.equal(gpu_lstm.trace(module, x).layers[0][0].hidden, y)
-    said = gpu_lstm.explain(module, x)
-    assert said.layers[0].heads == HEADS
-    assert f"layer 0, forward: {I} -> 12 of 3 heads" in str(said)
-    assert said.problem.startswith(f"{kind.__name__} {I} -> 12 (3 heads), T = {T}, B = 3, float64, ")

@@ -227,19 +227,15 @@ def test_cached_results_are_listed_those_of_another_version_as_they_are(findings
     assert f"  cpu, triton 1: {{'card': 'cpu', 'triton': '1'}}: {decision}" in printed_by(capsys, "races")
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_cached_results_go_to_another_machine_as_a_folder(findings, monkeypatch, capsys, shared):
-    """Copied into the user's own, or shared, which is not cleared."""
-    ours, other = findings / "gpu_lstm", findings / "other"
+def test_cached_results_are_cleared_and_go_to_another_machine_as_a_folder(findings, monkeypatch, capsys):
+    """Copied into the user's own. One that is shared: test_races.py."""
+    other = findings / "other"
     monkeypatch.setenv("XDG_CACHE_HOME", str(other))
     cache._read.cache_clear()
     assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None
     cache.write("checks", CHECK | {"cell": "another"}, "ours")
-    if shared:
-        monkeypatch.setenv(cache.SHARED, str(ours))
-    else:
-        shutil.copytree(ours, other / "gpu_lstm", dirs_exist_ok=True)
+    shutil.copytree(findings / "gpu_lstm", other / "gpu_lstm", dirs_exist_ok=True)
     assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ).backend is Backend.TRITON
     assert [len(list(cache.entries(kind))) for kind in cache.KINDS] == [1, 3, 1]
-    assert printed_by(capsys, "races", "--clear") == [f"cached results cleared: {1 if shared else 5}"]
-    assert (race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None) is not shared
+    assert printed_by(capsys, "races", "--clear") == ["cached results cleared: 5"]
+    assert race._cached(KIND, Backend.TRITON, CPU, Racing.READ) is None

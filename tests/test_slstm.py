@@ -1,6 +1,5 @@
 """The sLSTM: its states, and what goes round a call. Its numbers, beside the oracle: test_layer.py."""
 
-import warnings
 from functools import partial
 
 import pytest
@@ -116,19 +115,6 @@ def test_exported_programs():
     program = torch.export.export(module.eval(), (x,), dynamic_shapes=sizes).module()
     x = torch.randn(7, 2, I).double()
     close(program(x), module(x))
-
-
-def test_what_torch_lacks_stays():
-    model = torch.nn.ModuleList([gpu_lstm.SLSTM(I, H), gpu_lstm.LSTM(I, H)])
-    said = r"swapped 1 .*; left as it is: 0 \(gpu_lstm.SLSTM\), a cell that torch.nn has"
-    with pytest.warns(UserWarning, match=said):
-        gpu_lstm.to_torch(model)
-    assert isinstance(model[0], gpu_lstm.SLSTM)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        gpu_lstm.convert(model[0])
-    with pytest.raises(ValueError, match="SLSTM has a cell of its own, and would be scripted"):
-        torch.jit.script(model[0])
 
 
 @by_both
