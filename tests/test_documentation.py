@@ -6,13 +6,11 @@ import itertools
 import json
 import pkgutil
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from functools import partial
-from unittest import mock
 
 import nbformat
 import pandas as pd
@@ -23,9 +21,7 @@ from installed import ROOT, load
 from nbclient import NotebookClient
 
 import gpu_lstm
-from bench import __main__ as bench_main
-from bench import cases, plots, report, results
-from gpu_lstm.__main__ import main
+from bench import plots, report, results
 from gpu_lstm.kernels.triton_rnn.features import MOST_ROWS
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES
 
@@ -239,29 +235,3 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     assert all(text in api for text in ("(D*L, N, P) and (D*L, N, H)", "<strong>Example</strong>"))
     assert "Bases: " not in api
     assert "resets_from_dones" in (site / "search.json").read_text()
-
-
-PAGE = (ROOT / "docs" / "first_gpu_run.md").read_text()
-SPANS = [*re.findall(r"```\n(.*?)\n```", PAGE, re.DOTALL), *re.findall(r"`([^`\n]+)`", PAGE)]
-
-
-def commands(module: str) -> list[list[str]]:
-    """The arguments of each command of a module on the page of the first run."""
-    start = f"python -m {module}"
-    return [shlex.split(span)[3:] for span in dict.fromkeys(SPANS) if f"{span} ".startswith(f"{start} ")]
-
-
-def test_every_command_of_the_page_of_the_first_run_is_understood(capsys):
-    for words in commands("bench"):
-        options = bench_main._parser().parse_args(words)
-        assert cases.choose("cuda", options.cases)
-    for words in commands("gpu_lstm"):
-        plan = [*words, "--hidden", "768", "--batch", "16", "--device", "h100"]  # of which the page speaks
-        assert main(plan if words == ["plan"] else words) == 0
-    capsys.readouterr()
-    for words in commands("pytest"):
-        assert all((ROOT / word).exists() for word in words if word.endswith(".py"))
-    assert all(len(commands(module)) > 2 for module in ("bench", "gpu_lstm", "pytest"))
-    with mock.patch("gpu_lstm.autotune", mock.create_autospec(gpu_lstm.autotune)) as autotune:
-        eval(next(span for span in SPANS if span.startswith("gpu_lstm.autotune(")))
-    autotune.assert_called_once()

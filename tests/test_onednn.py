@@ -5,7 +5,7 @@ Most CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN s
 
 import copy
 import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from comparing import BACKENDS
 from pairs import LENGTHS, RESETS, B, H, I, T, assert_identical, pair, random_inputs, results
 from subjects import states_for
+from test_settings import SETTINGS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, vmap
@@ -152,19 +153,10 @@ def runs(half):
     return True
 
 
-@contextmanager
-def float64_by_default():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 PLACES = {
     "nowhere": nullcontext, "inference mode": torch.inference_mode, "fake tensors": FakeTensorMode,
     "a mode": partial(Watched, lambda *_: True),
-    "another device": partial(torch.device, "meta"), "float64": float64_by_default,
+    "another device": partial(torch.device, "meta"), "float64": SETTINGS["default dtype float64"],
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What .github has, and the section on CI of the pages: valid, safe, and what they name exists."""
+"""What .github has, the section on CI of the pages, and that on a first run: valid, safe, and what they name exists."""
 
 import re
 import shutil
@@ -20,6 +20,7 @@ from gpu_lstm.__main__ import main as gpu_lstm_main
 ROOT = Path(__file__).parent.parent
 ACTION = ROOT / ".github/actions/gpu-lstm/action.yml"
 PAGE = (ROOT / "docs/what_runs.md").read_text().split("## In your CI")[1]
+FIRST_RUN = (ROOT / "docs/first_gpu_run.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE)  # of the page: (language, text)
 TEXTS = {path.stem: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
 TEXTS |= {f"docs-{number}": text for number, text in enumerate(text for kind, text in BLOCKS if kind == "yaml")}
@@ -28,7 +29,9 @@ JOBS = {(name, key): job for name, workflow in WORKFLOWS.items() for key, job in
 STEPS = [step for job in JOBS.values() for step in job["steps"]]
 STEPS += yaml.safe_load(ACTION.read_text())["runs"]["steps"]
 SCRIPTS = [step["run"] for step in STEPS if "run" in step]
-COMMANDS = "\n".join([*SCRIPTS, *(text for kind, text in BLOCKS if not kind), *re.findall(r"`([^`\n]+)`", PAGE)])
+COMMANDS = "\n".join(
+    [*SCRIPTS, *(text for kind, text in BLOCKS if not kind), *re.findall(r"`([^`\n]+)`", PAGE + FIRST_RUN)]
+)
 BASH = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
 
 
@@ -115,7 +118,7 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
     for target in set(re.findall(r"\bmake ([\w.-]+)", COMMANDS)):
         assert run("make", "-n", target).returncode == 0, target
     folders = "|".join(re.escape(path.name) for path in ROOT.iterdir() if path.is_dir() and path.name != "out")
-    named = re.findall(rf"(?<![\w/.$])(?:{folders})/[\w./-]*", "\n".join(SCRIPTS))
+    named = re.findall(rf"(?<![\w/.$])(?:{folders})/[\w./-]*", "\n".join([*SCRIPTS, FIRST_RUN]))
     named += re.findall(r"cache-dependency-path: (\S+)", "\n".join(TEXTS.values()))
     for name in named:
         made = name.startswith((".venv/", "bench/results/"))  # by the workflow; by whoever stores a run
