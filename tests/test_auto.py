@@ -47,7 +47,6 @@ def test_kernels_that_are_verified_and_win_the_race_give_right_numbers(monkeypat
     plans_are_verified_on_the_cpu(monkeypatch)
     monkeypatch.setattr(choose, "candidates", lambda problem, card, pass_: [forced(problem, None, pass_)])
     monkeypatch.setattr(verify, "verify", verified)
-    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
     monkeypatch.setattr(race, "race", raced)
     check(size, words, None, dtype, seeds=1)
     kernels = {(plan.family.name, layer.problem.batch, layer.problem.hidden, pass_.backward)

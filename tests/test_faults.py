@@ -120,7 +120,6 @@ OF_LAUNCHES = {  # what stands in the place of a launch, and what is said
 def verdicts(monkeypatch):
     """A Mock that gives them. Nothing is raced: where there are resets the kernels are expected to be faster."""
     plans_are_verified_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
     monkeypatch.setattr(verify, "_verdict", Mock(side_effect=verify._verdict))
     with gpu_lstm.racing("off"):
         yield verify._verdict

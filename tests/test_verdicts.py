@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from standing_in import as_another_process, plans_are_verified_on_the_cpu
+from standing_in import as_another_process
 from test_verify import CPU, FORWARD, MASKS, NORMS, PLAIN, RATES, _verify
 
 import gpu_lstm
@@ -24,12 +24,6 @@ pytestmark = [
     pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
     pytest.mark.usefixtures("nothing_cached"),
 ]
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """The CPU as a card, where the only plan is the step family's, which is verified as on one."""
-    plans_are_verified_on_the_cpu(monkeypatch)
 
 
 def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
