@@ -1,9 +1,8 @@
-"""Addresses outside of their tensors are detected, whatever lies there: in each family of kernels, both ways."""
+"""Addresses outside of their tensors are detected, whatever lies there: by Triton's interpreter, and in CUDA C++."""
 
 import re
 
 import host_cuda
-import memory_checks
 import places
 import pytest
 from cases import built, call_of, with_random_parameters
@@ -19,13 +18,11 @@ pytestmark = [
     pytest.mark.skipif(not places.INTERPRETED, reason="compiled kernels have compute-sanitizer"),
     pytest.mark.usefixtures("exact_float32_products"),
 ]
-
-OUTSIDE = r"a \d+-byte (load|store|atomic|access) (begins|ends) \d+ bytes (before|past the end of) "
-SIZE, LONGER = (2, 3, 2, 6), (3, 3, 2, 6)  # T, B, I, H
-PEEPHOLES, NORMS, GRU = "peepholes masks", "peepholes norms masks", "gru masks"
+SIZE = 3, 3, 2, 6  # T, B, I, H
+ALL = "peepholes masks"
 
 
-def run(family: str, words: str, size: tuple[int, ...]) -> None:
+def run(family: str, words: str, size: tuple[int, ...] = SIZE) -> None:
     """A call and its gradients. The last sequence is the longest.
 
     At its end it is reset, so that kernels need everything that they are given.
@@ -36,61 +33,37 @@ def run(family: str, words: str, size: tuple[int, ...]) -> None:
     results(module, x, hx, **rest)
 
 
-# The last element of some is not needed: the error's is the host's, c of the last step is computed again.
-@pytest.mark.parametrize(("family", "words", "size", "unread"), [
-    *((family, PEEPHOLES, SIZE, "error_ptr")
-      for family in ("step", "split/4", "held/ahead", "held/2", "cooperative/4/1/4")),
-    ("resident", PEEPHOLES, SIZE, ""), ("pointwise", PEEPHOLES, LONGER, "c_ptr"),
-    *((family, GRU, SIZE, "error_ptr") for family in ("step", "held/ahead", "held/2", "cooperative/4/1/4")),
-    ("split/4", GRU, (2, 3, 2, 8), "error_ptr"),  # whose 3H has four parts
-    ("resident", GRU, SIZE, ""), ("pointwise", GRU, LONGER, "c_ptr"),
-    ("pointwise", NORMS, LONGER, "c_ptr"), ("pointwise", PEEPHOLES, (*LONGER, 5), "c_ptr"),
+@pytest.mark.parametrize(("family", "name", "said"), [
+    *((family, "reset_c_ptr", "4-byte load ends 4") for family in ("resident", "pointwise", "step")),
+    ("held/2", "weight_hh_ptr", "4-byte load ends 4"), ("cooperative/4/1/4", "gates_ptr", "4-byte load ends 4"),
+    ("split/4", "h_ptr", "4-byte store ends 4"), ("resident", "dgates_ptr", "4-byte store ends 4"),
+    ("step", "arrivals_ptr", "4-byte atomic ends 4"),
 ])  # fmt: skip
-def test_each_buffer_in_triton_that_is_one_element_short_is_detected(monkeypatch, family, words, size, unread):
-    """All tensors of all launches at once: what is detected is noted, and happens, since the memory is there."""
+def test_a_tensor_that_is_one_element_short_is_detected_in_triton(monkeypatch, family, name, said):
     KERNELS[family].force(monkeypatch)
-    run_kernel, check, given, detected = launch.launch_kernel, memory_checks._check_each, set(), set()
-
-    def note(*access):
-        with pytest.raises(AssertionError, match=OUTSIDE) as caught:
-            check(*access)
-        detected.add(re.match(rf"(\w+): {OUTSIDE}(\w+) ", str(caught.value)).group(1, 5))
-
-    def launch_kernel(kernel, grid, **arguments):
-        tensors = {name: t.view(-1) for name, t in arguments.items() if isinstance(t, Tensor)}
-        short = {name: t[:-1] for name, t in tensors.items() if len(t) > 1}  # one without elements has no address
-        given.update((kernel.__name__, name) for name in short)
-        run_kernel(kernel, grid, **arguments | short)
-
-    monkeypatch.setattr(memory_checks, "_check_each", note)
-    monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
-    run(family, words, size)
-    assert {name for _, name in given - detected} == set(unread.split())
-
-
-def test_an_atomic_operation_outside_its_tensor_is_detected(monkeypatch):
-    KERNELS["step"].force(monkeypatch)
     run_kernel = launch.launch_kernel
 
-    def launch_kernel(*place, arrivals_ptr, **arguments):
-        run_kernel(*place, arrivals_ptr=arrivals_ptr[1:], **arguments)
+    def launch_kernel(kernel, grid, **arguments):
+        if isinstance(t := arguments.get(name), Tensor):
+            arguments[name] = t.view(-1)[1:] if name == "arrivals_ptr" else t.view(-1)[:-1]
+        run_kernel(kernel, grid, **arguments)
 
     monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
-    with pytest.raises(InterpreterError, match="a 4-byte atomic ends 4 bytes past the end of arrivals_ptr "):
-        run("step", "", SIZE)
+    with pytest.raises(InterpreterError, match=f"a {said} bytes past the end of {name} "):
+        run(family, ALL)
 
 
 # Without zoneout products alone read h0.
 @pytest.mark.parametrize(("words", "size", "unread"), [
-    (PEEPHOLES, LONGER, ""), ("peepholes norms", LONGER, "h0"), (PEEPHOLES, (*LONGER, 5), ""), (GRU, LONGER, ""),
+    (ALL, SIZE, ""), ("peepholes norms", SIZE, "h0"), (ALL, (*SIZE, 5), ""), ("gru masks", SIZE, ""),
 ])  # fmt: skip
-def test_each_buffer_in_cuda_that_is_one_element_short_is_detected(monkeypatch, words, size, unread):
-    """All at once, as in Triton; in either kernel, since both are given all."""
+def test_each_tensor_that_is_one_element_short_is_detected_in_cuda(monkeypatch, words, size, unread):
+    """All at once, in either kernel, since both are given all: what is detected is noted, and happens."""
     KERNELS["cupy"].force(monkeypatch)
     given, detected, bind = set(), set(), cupy.bind
 
     def note(kernel, name, said):
-        assert re.search(rf"{OUTSIDE}{name} ", said)
+        assert re.search(rf"a \d+-byte access (begins|ends) \d+ bytes (before|past the end of) {name} ", said)
         detected.add(name)
 
     def noted(part, backward, device, arguments):

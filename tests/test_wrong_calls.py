@@ -99,30 +99,25 @@ SHAPES = {
     "gru_both": "5,2,4  0,2,3  5,2,3;2,2,4  5,2,3;4,3,4",
     "gru_cell": "2,1,3  []  2,5  5  2,3;1,2,4  2,3;[]  2,3;3,4  2,3;2,5  3;5  3;2,4  2,3;4"}  # fmt: skip
 X3 = "zeros(5, 2, 3), "
+OF_BOTH = ("None", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])",
+           X3 + "RESETS", "zeros(5, 2, 3, device=META)")  # fmt: skip
+CELL_OF_BOTH = "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), [H2]", "zeros(2, 3, dtype=F64)"
 AS_TORCH = [
     *(f"m.{module}({x}{f', {hx}' if 'gru' in module and hx else f', [{hx}]' if hx else ''})"
       for module, shapes in SHAPES.items() for shape in shapes.split()
       for x, _, hx in [", ".join(f"zeros({size})" for size in shape.split(";")).partition(", ")]),
-    *(f"m.lstm({arguments})" for arguments in (
-        "None", "[[1.0, 2.0, 3.0]]", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=F16)",
-        "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])", X3 + "RESETS", X3 + "zeros(1, 2, 4)", X3 + "(None, None)",
-        "zeros(5, 2, 3, device=META)", X3 + "[zeros(1, 2, 4, device=META)] * 2",
-        X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
-    *(f"m.gru({arguments})" for arguments in (
-        "None", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])",
-        X3 + "RESETS", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4))", X3 + "()", X3 + "[[0.0]]",
-        "zeros(5, 3), (zeros(1, 4), zeros(1, 4))", "zeros(5, 2, 3, device=META)", X3 + "zeros(1, 2, 4, device=META)",
-        "PACKED, zeros(2, 4)")),
-    *(f"m.gru_cell({arguments})" for arguments in (
-        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), [H2]", "zeros(2, 3), (H2, H2)",
-        "zeros(3), [0.0]", "zeros(2, 3, dtype=F64)", "zeros(2, 3), zeros(2, 4, dtype=F64)",
-        "zeros(2, 3), zeros(2, 4, device=META)")),
-    *(f"m.cell({arguments})" for arguments in (
-        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), zeros(2, 2, 4)",
-        "zeros(2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))", "zeros(2, 3), (zeros(2, 4), zeros(1, 2, 4))",
-        "zeros(2, 3), H2", "zeros(3), H2[0]", "zeros(3), H2[:1]", "zeros(3), (zeros(4),)", "zeros(3), [zeros(4)]",
-        "zeros(3), ()", "zeros(2, 3), [H2]",
-        "zeros(3), (zeros(4), zeros(1, 1, 4))"))]  # fmt: skip
+    *(f"m.{module}({arguments})" for module, each in (
+        ("lstm", (*OF_BOTH, "[[1.0, 2.0, 3.0]]", "zeros(5, 2, 3, dtype=F16)", X3 + "zeros(1, 2, 4)",
+                  X3 + "(None, None)", X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))",
+                  X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
+        ("gru", (*OF_BOTH, X3 + "(zeros(1, 2, 4), zeros(1, 2, 4))", X3 + "()", X3 + "[[0.0]]",
+                 "zeros(5, 3), (zeros(1, 4), zeros(1, 4))", X3 + "zeros(1, 2, 4, device=META)", "PACKED, zeros(2, 4)")),
+        ("gru_cell", (*CELL_OF_BOTH, "zeros(2, 3), (H2, H2)", "zeros(3), [0.0]", "zeros(2, 3), zeros(2, 4, dtype=F64)",
+                      "zeros(2, 3), zeros(2, 4, device=META)")),
+        ("cell", (*CELL_OF_BOTH, "zeros(2, 3), zeros(2, 2, 4)", "zeros(2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))",
+                  "zeros(2, 3), (zeros(2, 4), zeros(1, 2, 4))", "zeros(2, 3), H2", "zeros(3), H2[0]",
+                  "zeros(3), H2[:1]", "zeros(3), (zeros(4),)", "zeros(3), ()", "zeros(3), (zeros(4), zeros(1, 1, 4))")),
+      ) for arguments in each)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
