@@ -12,7 +12,6 @@ import pytest
 import torch
 from comparing import BACKENDS
 from pairs import LENGTHS, RESETS, B, H, I, T, assert_identical, pair, random_inputs, results
-from subjects import states_for
 from test_settings import SETTINGS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -225,7 +224,7 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     sizes = I, H + len(options)
     theirs = getattr(nn, kind.removeprefix("Stacked"))(*sizes, **options)
     ours = getattr(gpu_lstm, kind)(I, [H]) if is_stack else getattr(gpu_lstm, kind)(*sizes, **options)
-    hx = (torch.zeros(B, H),) * 2 if kind == "LSTMCell" else states_for(ours, [B], torch.zeros)
+    hx = random_inputs(ours, B)[1]
     call, x = ours, torch.randn(B, I) if is_cell else torch.randn(T, B, I)
     if way in BACKENDS:
         ours.backend = way

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from comparing import KERNELS_HERE
-from subjects import SUBJECTS, states_for
+from pairs import random_inputs
+from subjects import SUBJECTS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -53,9 +54,7 @@ def made(kind, backend, weight_hh=lambda weight: weight):
 
 
 def given(kind):
-    module = SUBJECTS[kind]()
-    torch.manual_seed(1)
-    return torch.randn(*[T] * (kind not in ("cell", "GRUCell")), B, 2), states_for(module, [B], torch.randn)
+    return random_inputs(SUBJECTS[kind](), B, steps=T)
 
 
 def assert_close(ours, theirs):
