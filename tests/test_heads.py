@@ -65,13 +65,3 @@ def test_to_torch_cut_and_back(kind):
     )
     with pytest.raises(RuntimeError, match=sizes):
         again.load_state_dict(theirs.state_dict())
-    theirs.weight_hh_l1.data[0, -1] = 0.5
-    with pytest.raises(ValueError, match=r"^Expected zeros between the 3 heads of weight_hh, got 1 other weights$"):
-        functional.of_heads(theirs.weight_hh_l1, HEADS)
-    for wrong, weight, size in (functional.dense, module.weight_hh_l0, 11), (functional.of_heads, torch.zeros(4, 3), 3):
-        with pytest.raises(ValueError, match=r"^Expected weight_hh with a multiple of \d+ rows, got \[\d+, \d+\]$"):
-            wrong(weight, size)
-    with pytest.raises(ValueError, match=r"^heads must be greater than zero$"):
-        module.heads = 0
-    with pytest.raises(ValueError, match=r"^hidden_size must be divisible by heads, got hidden_size=12 and heads=5$"):
-        functional.of_heads(theirs.weight_hh_l0, 5)

@@ -114,9 +114,7 @@ COUNT = interpreted, "count_missing"
 OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
     "published before the data": ((cooperative_kernels, "publish"), announce_early, ""),
     "no repeated load": (COUNT, lambda *_: 0, ""),
-    "no repeated load, GRU": (COUNT, lambda *_: 0, "gru"),
     "the phase is not looked at": (COUNT, any_phase, ""),
-    "nor that of a GRU": (COUNT, any_phase, "gru"),
     "none": (COUNT, count_missing, ""),
 }
 OF_TILES = {  # of those that hold W_hh

@@ -265,12 +265,16 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
     assert driver.current == 0, "and afterwards it is the one before"
 
 
-def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input(driver, monkeypatch):
-    """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made."""
-    made, steps = [], set()
+def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input_whatever_another_thread_does(driver, monkeypatch):
+    """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made. In mode "global",
+    torch's default, what another thread does that is unsafe during a capture would raise."""
+    made, steps, asked = [], Mock(side_effect=lambda: torch.ones(1) * driver.current), MagicMock()
     for name in ("Stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: made.append((name, driver.current)) or MagicMock())
-    for name in ("current_stream", "stream", "graph"):
+    for name in ("current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
-    captured(lambda: steps.add(driver.current), torch.device("cuda", 1))
-    assert (made, steps, driver.current) == ([("Stream", 1), ("CUDAGraph", 1)], {1}, 0)
+    monkeypatch.setattr(torch.cuda, "graph", asked)
+    assert torch.equal(captured(steps, torch.device("cuda", 1))(), torch.ones(1))
+    assert (made, driver.current) == ([("Stream", 1), ("CUDAGraph", 1)], 0)
+    assert [call.kwargs for call in asked.call_args_list] == [dict(capture_error_mode="thread_local")]
+    assert steps.call_count == 4  # three warm up

@@ -7,14 +7,10 @@ import torch
 from cases import built, with_random_parameters
 from comparing import KERNELS_HERE, PLACES
 from pairs import LENGTHS, RAGGED, B, I, T, random_inputs
-from places import INTERPRETED, KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
-from gpu_lstm.call import options
-from gpu_lstm.dispatch.route import forget
 from gpu_lstm.functional import slstm_layer
-from gpu_lstm.kernels.cells import CELLS, SLSTM
 
 H = 8
 by_both = pytest.mark.parametrize("backend", ["reference", KERNELS_HERE])
@@ -136,18 +132,3 @@ def test_slstm_layer_of_any_strides_in_graphs_and_transforms(backend):
     pairs = torch.stack([z, 2 * z])
     several = torch.func.vmap(lambda z: slstm_layer(z, weight_hh)[0])(pairs)
     close(several, torch.stack([slstm_layer(z, weight_hh)[0] for z in pairs]))
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="functions of kernels are replaced")
-@pytest.mark.usefixtures("exact_float32_products", "nan_in_fresh_memory")
-@pytest.mark.parametrize("place", ["resident", "cooperative/8/1/4", "step", "pointwise"])
-def test_what_a_reset_leaves_is_what_the_cell_says(monkeypatch, place):
-    """Of l a half, say; as on the reference, which asks the same cell."""
-    monkeypatch.setitem(CELLS, SLSTM.name, SLSTM._replace(empty=(0.0, 0.5)))
-    monkeypatch.setattr(options, "_cached", options._cached.__wrapped__)  # which later tests would get
-    KERNELS[place].force(monkeypatch)
-    forget()
-    module, x, _ = made("", "triton")
-    found = module(x, resets=RAGGED["resets"])
-    module.backend = "reference"
-    close(found, module(x, resets=RAGGED["resets"]))

@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import gpu_lstm
 from gpu_lstm import keras
 from gpu_lstm.call.choices import requested_racing
-from gpu_lstm.functional import gru_layer, lstm_layer, slstm_layer
+from gpu_lstm.functional import dense as whole
+from gpu_lstm.functional import gru_layer, lstm_layer, of_heads, slstm_layer
 
 BOOL, F64, F16, INT, COMPLEX, META = torch.bool, torch.float64, torch.float16, torch.int64, torch.complex64, "meta"
 X, H, C, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4), zeros(5, 2, dtype=BOOL)
@@ -310,7 +311,12 @@ CALLS = [
      "layer(m, hx=(H2.to(META), H2))", "m.stack(X, [PAIRS[0], (H2, H2.to(META))])"),
     ("ValueError: hidden_size must be divisible by heads, got hidden_size=4 and heads=3",
      *(f"gpu_lstm.{cls}(3, 4, heads=3)" for cls in ("SLSTM", "LSTM", "GRU", "LSTMCell", "GRUCell")),
-     "gpu_lstm.StackedGRU(3, [6, 4], heads=3)", "layer(m, heads=3)", "gru(m, heads=3)", "slstm(heads=3)"),
+     "gpu_lstm.StackedGRU(3, [6, 4], heads=3)", "layer(m, heads=3)", "gru(m, heads=3)", "slstm(heads=3)",
+     "of_heads(WEIGHTS[1], 3)"), ("ValueError: heads must be greater than zero", "setattr(m.lstm, 'heads', 0)"),
+    ("ValueError: Expected zeros between the 2 heads of weight_hh, got 32 other weights",
+     "of_heads(torch.ones(16, 4), 2)"),
+    ("ValueError: Expected weight_hh with a multiple of 11 rows, got [16, 4]", "whole(WEIGHTS[1], 11)"),
+    ("ValueError: Expected weight_hh with a multiple of 3 rows, got [4, 3]", "of_heads(zeros(4, 3), 3)"),
     *((an_int("heads", kind_of(heads)), *(f"{call}, heads={heads})" for call in calls)) for heads, calls in (
         ("2.0", ("gpu_lstm.SLSTM(3, 4",)), ("'2'", ("layer(m", "slstm(bias=None")))),
     ("TypeError: ...unexpected keyword argument 'zoneout'...", "gpu_lstm.SLSTM(3, 4, zoneout=0.1)"),
