@@ -274,10 +274,8 @@ def arrays_of(module: nn.Module, call: Call, words: set[str], seed: int, kind: t
 def truth_of(
     module: nn.Module, call: Call, words: set[str], seed: int, kind: type[np.ndarray] = np.ndarray
 ) -> dict[str, Tensor]:
-    """What `result_of` should be, by the oracle, from the numbers of the module's dtype, with arrays of a kind.
-
-    For a large call on a GPU by the float64 reference there, since NumPy's loops would be slow.
-    """
+    """What `result_of` should be, by the oracle, from the numbers of the module's dtype, with arrays of a kind. For a
+    large call on a GPU by the float64 reference there, since NumPy's loops would be slow."""
     like, reverse = next(module.parameters()), "reverse" in words
     exact = tree_map_only(Tensor, lambda t: t.to(like.dtype).double() if t.is_floating_point() else t, call)
     if like.is_cuda and exact.x.numel() > LARGE:

@@ -212,9 +212,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 @contextmanager
 def prepared_once() -> Iterator[None]:
     """In a launch, device functions are prepared at their first call, in turns; the stock interpreter does it at each.
-
-    That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time.
-    """
+    That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time."""
     lock, bodies, modules, call = threading.Lock(), {}, set(), interpreter.InterpretedFunction.__call__
 
     def call_device_function(function: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:

@@ -70,9 +70,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """A process in which the card fails from now on ends: it would fail all other tests, and faster than others pass.
-
-    pytest-xdist starts another process for them.
-    """
+    pytest-xdist starts another process for them."""
     result = yield
     if torch.cuda.is_initialized():
         try:
@@ -177,9 +175,7 @@ def decided_again():
 @pytest.fixture
 def nothing_cached(monkeypatch, tmp_path):
     """As on a new machine: nothing cached, nothing chosen by the environment, no warning given. The cache's folder.
-
-    Except for functions that Numba compiled, which takes seconds.
-    """
+    Except for functions that Numba compiled, which takes seconds."""
     from gpu_lstm.call import choices
     from gpu_lstm.kernels import cache
 

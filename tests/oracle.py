@@ -81,10 +81,8 @@ def gru_gradient(grad_h, into_c, h_prev, _, saved, w, d):
 
 
 def slstm(of_x, of_h, _, before, w):
-    """As `lstm`, of an sLSTM (Beck et al., 2024), whose c is c, n and m: those of the paper, times e^-m.
-
-    c' = f c + i g and n' = f n + i, with i = exp(z_i).
-    """
+    """As `lstm`, of an sLSTM (Beck et al., 2024), whose c is c, n and m: those of the paper, times e^-m. c' = f c + i g
+    and n' = f n + i, with i = exp(z_i)."""
     z_i, z_f, z_g, z_o = np.split(of_x + of_h, 4)
     log_f, g, o = -np.logaddexp(0.0, -z_f), np.tanh(z_g), sigmoid(z_o)
     c_prev, n_prev, m_prev = before

@@ -36,9 +36,7 @@ INTERPRETED = launch.INTERPRETED
 
 def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:
     """Every launch is as plan(problem, backward) says; with a rate its programs run side by side, and yield so often.
-
-    float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly.
-    """
+    float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly."""
 
     def choose_plan(problem, device, pass_, *_):
         head = problem.of_head
@@ -136,10 +134,8 @@ def tf32(monkeypatch, inputs: int) -> None:
 
 
 class _CutLinear(torch.autograd.Function):
-    """x W^T, W of one head or several, with operands truncated to the 10 bits that tensor cores use.
-
-    But for the gradient of W, which is no product of the recurrence.
-    """
+    """x W^T, W of one head or several, with operands truncated to the 10 bits that tensor cores use. But for the
+    gradient of W, which is no product of the recurrence."""
 
     @staticmethod
     def forward(ctx, x, w):

@@ -113,9 +113,7 @@ def test_the_counts_of_a_step(rows, kernel, case):
 
 def test_the_model_of_planning_knows_the_counts(rows):
     """Of families that hold W_hh, in plain calls: products and bytes in shared memory exactly, instructions to 12 %.
-
-    Those are Triton 3.9's; older ones may have 9 % more.
-    """
+    Those are Triton 3.9's; older ones may have 9 % more."""
     plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
     held = [row for row in plain if row["plan"]["family"] in HELD]
     assert held

@@ -73,10 +73,8 @@ ARRIVE = "red", "atom"  # which, depends on Triton's version
 
 
 def _of_barriers(kernel: dict) -> list[str]:
-    """What is wrong with `grid_barrier`: stores must precede its release, loads must follow its acquire.
-
-    Where W_hh is held, its halves lie apart: nothing need follow a release.
-    """
+    """What is wrong with `grid_barrier`: stores must precede its release, loads must follow its acquire. Where W_hh is
+    held, its halves lie apart: nothing need follow a release."""
     events = [event for event in _events(kernel, "arrivals") if ".sys." not in event[1]]  # without the error word
     problems = []
     for n, (kind, text) in enumerate(events):

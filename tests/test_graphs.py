@@ -302,10 +302,8 @@ def learnt(given) -> list[bool]:
       for words in (MASKS, "ragged states peepholes reverse norms masks")),
 ])  # fmt: skip
 def test_an_operator(monkeypatch, words, backend, device):
-    """Forward with and without what backward reads; backward of the output alone, and of the states alone.
-
-    With "auto", where no kernel is right: what runs instead returns tensors of the same sizes, dtypes and strides.
-    """
+    """Forward with and without what backward reads; backward of the output alone, and of the states alone. With "auto",
+    where no kernel is right: what runs instead returns tensors of the same sizes, dtypes and strides."""
     if "auto" in backend:
         monkeypatch.setattr(Layer, "has_kernel", lambda *_: False)
     (given, reverse), recompute = given_to(words, device), backend == KERNELS_HERE and "norm" not in words

@@ -23,10 +23,8 @@ ALL = "peepholes masks"
 
 
 def run(family: str, words: str, size: tuple[int, ...] = SIZE) -> None:
-    """A call and its gradients. The last sequence is the longest.
-
-    At its end it is reset, so that kernels need everything that they are given.
-    """
+    """A call and its gradients. The last sequence is the longest. At its end it is reset, so that kernels need
+    everything that they are given."""
     module = with_random_parameters(built(size, {*words.split()}, backend=KERNELS[family].backend), 0)
     x, hx, rest = call_of(module, size, {"ragged", "states"}, 0)
     rest["resets"].zero_()[-1, -1] = True

@@ -38,10 +38,8 @@ F32, F16 = torch.float32, torch.float16
     ("gru", "pointwise"),
 ])  # fmt: skip
 def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, family):
-    """Saved and final c, of a GRU h, is that of a recurrence in float32, since W_hh is zero.
-
-    So it is rounded where it is an operand and where it is returned.
-    """
+    """Saved and final c, of a GRU h, is that of a recurrence in float32, since W_hh is zero. So it is rounded where it
+    is an operand and where it is returned."""
     KERNELS[family].force(monkeypatch)
     torch.manual_seed(0)
     steps, batch, hidden, rows = 6, 3, 8, 4 if cell == "lstm" else 3

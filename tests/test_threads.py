@@ -29,9 +29,7 @@ def test_a_first_call_of_autograds_thread_does_not_wait_for_a_race_that_waits_fo
     monkeypatch, nothing_cached, another, hidden
 ):
     """On a GPU backward runs on the device's thread, which may compute a checkpoint again before it gets to the race's.
-
-    Of one kind of call the first decision is kept; random numbers are as if nobody had raced.
-    """
+    Of one kind of call the first decision is kept; random numbers are as if nobody had raced."""
 
     lstms = {size: gpu_lstm.LSTM(3, size) for size in (4, 5)}
 
