@@ -154,14 +154,20 @@ def test_weight_drop_runs_everywhere(backend, words, rate):
 
 
 @pytest.mark.usefixtures("with_onednn")
-@pytest.mark.parametrize("words", ["all deep both", "all deep gru"])
+@pytest.mark.parametrize("words", ["all deep both", "all deep gru", "gru", ""])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_autocast(backend, words, device):
+    """And a loss that is scaled so far that its gradients are not finite, as a GradScaler wants to see."""
     lstm = made(words, backend).to(device, torch.float32)
-    x = random_inputs(lstm, B)[0].to(device)
-    half = pairs.seeded(torch.autocast(device, torch.float16)(lstm), x)[0]
-    assert half.dtype is (torch.float32 if "gru" in words and device == "cpu" else torch.float16)
-    torch.testing.assert_close(half.float(), pairs.seeded(lstm, x)[0], rtol=0, atol=5e-3)
+    half, exact = (call_of(lstm, call=call) for call in (torch.autocast(device, torch.float16)(lstm), lstm))
+    assert half["output"].dtype is (torch.float32 if "gru" in words and device == "cpu" else torch.float16)
+    for name, true in exact.items():
+        scale = max(1.0, true.abs().max().item())
+        torch.testing.assert_close(half[name].float(), true, rtol=0, atol=1e-2 * scale, msg=name)
+    with torch.autocast(device, torch.float16):
+        y, _ = lstm(random_inputs(lstm, B)[0].to(device))
+    gradients = torch.autograd.grad(y.float().sum() * 2.0**127 * 4, list(lstm.parameters()))
+    assert not any(t.isfinite().all() for t in gradients)
 
 
 @every_backend
