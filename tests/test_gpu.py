@@ -95,15 +95,6 @@ def test_the_headline(cell):
 
 
 @pytest.mark.usefixtures("within_margins")
-@every_dtype
-@pytest.mark.parametrize("variant", ["", "reverse", "no-bias ragged resets", "ragged resets reverse", "gru",
-                                     "gru ragged resets reverse"])  # fmt: skip
-@pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
-def test_what_is_chosen_is_right(size, variant, dtype):
-    check(size, variant, "triton", dtype, "cuda", seeds=1)
-
-
-@pytest.mark.usefixtures("within_margins")
 @in_tf32_and_bf16
 @pytest.mark.parametrize("words", ["", "gru", *OF_OURS])
 @pytest.mark.parametrize("family", UNITS)
@@ -127,14 +118,16 @@ def test_every_family(monkeypatch, family, words, dtype):
 
 
 @pytest.mark.usefixtures("within_margins")
-@pytest.mark.parametrize("precision", ["exact", "tf32", "bf16"])
+@pytest.mark.parametrize(("dtype", "exact"), [(F32, True), (F32, False), (F16, True), (BF16, True)], ids=str)
 @pytest.mark.parametrize(("size", "words"), [
-    *((size, cell) for size in SIZES for cell in ("", "gru", "slstm") if size[2] or cell == "slstm")
-])  # fmt: skip
-def test_what_is_chosen_for_heads_and_the_slstm_is_right(monkeypatch, size, words, precision):
-    (batch, hidden, heads), dtype = size, BF16 if precision == "bf16" else F32
-    words, size = f"{words} {heads} ragged resets", (SIZE[0], batch, SIZE[2], hidden)
-    judged(monkeypatch, words, size, dtype, precision == "exact")
+    *itertools.product(
+        ((32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)),
+        ("", "reverse", "no-bias ragged resets", "gru", *(f"{cell}ragged resets reverse" for cell in ("", "gru ")))),
+    *(((SIZE[0], batch, SIZE[2], hidden), f"{cell} {heads} ragged resets") for batch, hidden, heads in SIZES
+      for cell in ("", "gru", "slstm") if heads or cell == "slstm")
+], ids=str)  # fmt: skip
+def test_what_is_chosen_is_right(monkeypatch, size, words, dtype, exact):
+    judged(monkeypatch, words, size, dtype, exact)
 
 
 @in_tf32_and_bf16

@@ -1,4 +1,4 @@
-"""Tests of the tests: the limits of comparing.judge, which a fault of 1 % in any term exceeds and float32's own roundings
+"""Tests of the tests: the limits of comparing.judge, which a fault of 1 % in any term exceeds, and roundings of float32
 do not; and what the tests do on a card, without one: their tables, and one of them on the CPU."""
 
 import ast
