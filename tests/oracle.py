@@ -1,7 +1,5 @@
 """An LSTM, a GRU and an sLSTM layer in NumPy, float64, written from the formulas: one sequence and one step at a time.
-
-Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand.
-"""
+Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand."""
 
 from types import SimpleNamespace
 

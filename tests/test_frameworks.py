@@ -1,7 +1,5 @@
-"""Other packages give with our LSTM what they give with torch.nn.LSTM.
-
-Trainers and tools (the extra `frameworks`); models before and after convert and to_torch (the extra `interop`).
-"""
+"""Other packages give with our LSTM what they give with torch.nn.LSTM. Trainers and tools (the extra `frameworks`);
+models before and after convert and to_torch (the extra `interop`)."""
 # ruff: noqa: RUF001  (phonemes look like other letters)
 
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, eager mode's derivatives.
-
-And the operators as torch.library checks them.
-"""
+And the operators as torch.library checks them."""
 
 import contextlib
 import copy

@@ -1,7 +1,5 @@
-"""LSTMs under autocast on a CPU, which torch gives to oneDNN: where that has none in half precision, or is off.
-
-Most CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN says so; `make test-cpus` has such CPUs.
-"""
+"""LSTMs under autocast on a CPU, which torch gives to oneDNN: where that has none in half precision, or is off. Most
+CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN says so; `make test-cpus` has such CPUs."""
 
 import copy
 import os

@@ -1,7 +1,5 @@
-"""Kernels through Triton's own JIT, driver and launcher, over driver_stub.c: which calls a card gets.
-
-Each scenario is a function of rehearsal.py, in a process of its own, where kernels are compiled.
-"""
+"""Kernels through Triton's own JIT, driver and launcher, over driver_stub.c: which calls a card gets. Each scenario is
+a function of rehearsal.py, in a process of its own, where kernels are compiled."""
 
 import json
 import os

@@ -1,7 +1,5 @@
 """torch's own modules as a backend: weights in one buffer for cuDNN, and resets without synchronising with the device.
-
-No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py.
-"""
+No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py."""
 
 import copy
 from unittest.mock import Mock

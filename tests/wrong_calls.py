@@ -1,7 +1,5 @@
-"""Wrong calls of the whole public API, as (what it raises, call, ...): the table of test_wrong_calls.
-
-A call is an expression of the names in this file and of `m`, the modules of one backend; "..." stands for any text.
-"""
+"""Wrong calls of the whole public API, as (what it raises, call, ...): the table of test_wrong_calls. A call is an
+expression of the names in this file and of `m`, the modules of one backend; "..." stands for any text."""
 
 # ruff: noqa: F401  (names of calls)
 
