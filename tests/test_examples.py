@@ -152,14 +152,6 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.deep
-@QUIET
-def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
-    bits = ddp.main(["--steps", "60", "--out", str(tmp_path)])
-    assert 4.0 < bits["frequencies of bytes"] < 5.2
-    assert bits["the model"] < bits["frequencies of bytes"] - 0.5  # 3.77 against 4.61
-
-
 def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(
     monkeypatch, capsys, tmp_path
 ):
