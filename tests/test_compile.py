@@ -25,10 +25,6 @@ def rows(compiled) -> list[dict]:
     return compiled["rows"]
 
 
-def _dtype(row):
-    return row["case"].split(" B=")[0]
-
-
 def _cell(row):
     return next((cell for cell in ("gru", "slstm") if cell in row["case"].lower()), "lstm")
 
