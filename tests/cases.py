@@ -1,9 +1,7 @@
-"""Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle.
-
-A case is a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, with "slstm" an SLSTM, a call,
-and a size "T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what a module of the
-same weights computes, so they are words, too.
-"""
+"""Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle. A case is
+a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, with "slstm" an SLSTM, a call, and a size
+"T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what a module of the same weights
+computes, so they are words, too."""
 
 import copy
 from collections.abc import Callable
@@ -213,11 +211,9 @@ def check(
     size: tuple[int, ...], words: str, backend: str | None, dtype: torch.dtype, device: str = "cpu", seeds: int = 3,
     yardstick: str | None = None, first_seed: int = 0,
 ) -> None:  # fmt: skip
-    """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors.
-
-    That is torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers
-    must be right within some units in the last place: a fault that it shares with ours would not show otherwise.
-    """
+    """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors. That is
+    torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers must be
+    right within some units in the last place: a fault that it shares with ours would not show otherwise."""
     named, errors, truths = set(words.split()), {}, []
     form = next((FORMS[word] for word in named if word in FORMS), None)
     their_form = form if named & {"packed", "reverse"} or is_wide(size) else None

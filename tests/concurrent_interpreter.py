@@ -38,12 +38,9 @@ MOST_IN_VAIN = 1_000_000  # operations of all programs without a store, when non
 
 
 class ConcurrentRun:
-    """Launches interpreted kernels, to be used in place of `launch.launch_kernel`.
-
-    `seed`: of the order in which programs start, and of all that happens to them, at each memory operation with
-    probability `yield_rate`. The system schedules threads, so a seed makes it likely that a failure recurs, but not
-    certain.
-    """
+    """Launches interpreted kernels, to be used in place of `launch.launch_kernel`. `seed`: of the order in which
+    programs start, and of all that happens to them, at each memory operation with probability `yield_rate`. The system
+    schedules threads, so a seed makes it likely that a failure recurs, but not certain."""
 
     def __init__(self, seed: int = 0, yield_rate: float = 0.05) -> None:
         self.seed, self.yield_rate, self.launches = seed, yield_rate, 0

@@ -205,11 +205,9 @@ def layer_gradients(x, h0, c0, *weights, tape, dh, dh_n, dc_n, dropout_h=None, z
 
 
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False, reverse=False):
-    """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`).
-
-    For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and
-    what resets leave. `reverse`: the first direction, too.
-    """
+    """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`). For every
+    layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and what resets
+    leave. `reverse`: the first direction, too."""
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
     finals, tapes = [], []
     for k, directions in enumerate(layers):

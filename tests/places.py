@@ -1,9 +1,7 @@
-"""Where a layer runs: on a backend, whose kernels of one family are forced by their plans.
-
-The Triton kernels run in the interpreter; families whose programs wait for each other use a thread for each program,
-started in shuffled order, with random pauses and with stores that become visible late. Those in CUDA C++ are compiled
-by g++ (host_cuda.py). Only this file knows how kernels are planned and launched; tests of numbers do not.
-"""
+"""Where a layer runs: on a backend, whose kernels of one family are forced by their plans. The Triton kernels run in
+the interpreter; families whose programs wait for each other use a thread for each program, started in shuffled order,
+with random pauses and with stores that become visible late. Those in CUDA C++ are compiled by g++ (host_cuda.py). Only
+this file knows how kernels are planned and launched; tests of numbers do not."""
 
 import dataclasses
 import inspect

@@ -1,8 +1,6 @@
-"""Faults of kernels on a card, and what a user gets: right numbers, one warning that says why, and no second trial.
-
-The CPU counts as a card with one plan, the step family's, and faults are planted in its kernels and around them.
-test_verify.py has how they are found.
-"""
+"""Faults of kernels on a card, and what a user gets: right numbers, one warning that says why, and no second trial. The
+CPU counts as a card with one plan, the step family's, and faults are planted in its kernels and around them.
+test_verify.py has how they are found."""
 
 import copy
 import dataclasses

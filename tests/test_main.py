@@ -151,7 +151,6 @@ def test_cached_results_are_the_users_alone(nothing_cached):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 @pytest.mark.parametrize(("numba", "said"), [
     (None, f"and GRU{WITHOUT} (import of numba halted; None in sys.modules)"),
-    (Mock(__version__="0.60.0", **{"version_info.short": (0, 60)}), f"and GRU{WITHOUT} (Numba 0.60.0 is too old)"),
     ("here", "on the CPU, and most GRUs and what torch lacks by the compiled loops of backend 'numba'"),
 ])  # fmt: skip
 def test_the_doctor_says_why_a_backend_is_not_available(monkeypatch, capsys, numba, said):

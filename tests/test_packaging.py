@@ -75,11 +75,9 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
 
 
 def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_or_broken_stop_nobody(tmp_path):
-    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads.
-
-    Neither does a call on the CPU import a compiler of torch's, which takes a second. Who needs a package is told how
-    to install it, here with Triton broken, and CuPy and matplotlib missing.
-    """
+    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads. Neither
+    does a call on the CPU import a compiler of torch's, which takes a second. Who needs a package is told how to
+    install it, here with Triton broken, and CuPy and matplotlib missing."""
     (tmp_path / "triton.py").write_text("raise OSError('broken here')")
     code = """
         import contextlib, importlib, sys

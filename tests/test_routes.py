@@ -1,8 +1,6 @@
-"""A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision.
-
-And its kernels are those for the tensors of the call. The CPU counts as a card, and a race's winner depends on the kind
-of call alone; kernels are stubbed.
-"""
+"""A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision. And
+its kernels are those for the tensors of the call. The CPU counts as a card, and a race's winner depends on the kind of
+call alone; kernels are stubbed."""
 
 import contextlib
 import dataclasses

@@ -1,8 +1,6 @@
-"""use_for_slstm: cells of xlstm, which judge ours, and of TiRex compute by slstm_layer.
-
-xlstm is of the extra `interop`. What needs it, or tirex-ts, is skipped where it is not installed; a stand-in with the
-layouts of TiRex, and of xlstm's CUDA kernels, runs everywhere.
-"""
+"""use_for_slstm: cells of xlstm, which judge ours, and of TiRex compute by slstm_layer. xlstm is of the extra
+`interop`. What needs it, or tirex-ts, is skipped where it is not installed; a stand-in with the layouts of TiRex, and
+of xlstm's CUDA kernels, runs everywhere."""
 
 import copy
 import pickle
