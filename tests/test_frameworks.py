@@ -1,5 +1,5 @@
-"""Other packages give with our LSTM what they give with torch.nn.LSTM: trainers and tools (the extra `frameworks`),
-models before and after convert and to_torch (the extra `interop`), and torch's own tools that take a model apart."""
+"""Other packages give with our LSTM what they give with torch.nn.LSTM: TorchRL, models before and
+after convert and to_torch (the extra `interop`), and torch's own tools that take a model apart."""
 # ruff: noqa: RUF001  (phonemes look like other letters)
 
 import functools
@@ -12,7 +12,7 @@ import pytest
 import torch
 from comparing import DEVICE, KERNELS_HERE
 from installed import ROOT, load
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import prepare_fx
@@ -31,69 +31,13 @@ def of_others(test):
     return pytest.mark.deep(test)
 
 
-def data() -> tuple[Tensor, Tensor]:
-    x = torch.randn(N, T, I, generator=torch.Generator().manual_seed(0))
-    return x, (x.sum((1, 2)) > 0).long()
-
-
-def weights(module: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def hugging_face(kind, backend, folder, half=False) -> list[Tensor]:
-    """Trainer.train, in float32 and with autocast; save_pretrained and back; a checkpoint resumed."""
-    transformers, _ = pytest.importorskip("transformers"), pytest.importorskip("accelerate")
-
-    class Model(transformers.PreTrainedModel):
-        config_class = transformers.PretrainedConfig
-
-        def __init__(self, config, kind, backend) -> None:
-            super().__init__(config)
-            torch.manual_seed(0)
-            ours = {} if backend is None else {"backend": backend}
-            self.lstm, self.head = kind(I, H, batch_first=True, **ours), nn.Linear(H, 2)
-            self.post_init()
-
-        def _init_weights(self, module) -> None:
-            pass  # they have been drawn
-
-        def forward(self, x, labels=None):
-            return {"loss": nn.functional.cross_entropy(self.head(self.lstm(x)[0][:, -1]), labels)}
-
-    found, out = [], folder / f"{kind.__module__} {backend} {half}"
-    for resume in (False, out / "checkpoint-3"):
-        model = Model(transformers.PretrainedConfig(), kind, backend)
-        arguments = transformers.TrainingArguments(
-            out, num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True, bf16=half, report_to=[],
-            save_strategy="epoch", logging_strategy="no", disable_tqdm=True)  # fmt: skip
-        examples = [{"x": x, "labels": y} for x, y in zip(*data())]
-        transformers.Trainer(model, arguments, train_dataset=examples).train(resume_from_checkpoint=resume)
-        model.save_pretrained(out / "model")
-        loaded = Model.from_pretrained(out / "model", kind=kind, backend=backend)
-        assert all(map(torch.equal, weights(loaded), weights(model)))
-        found.append(weights(model))
-    assert all(map(torch.equal, *found)), "resumed it differs"
-    return found[0]
-
-
-@of_others
-def test_what_torch_nn_lstm_gives(tmp_path):
-    """The same by torch's own LSTM, also with autocast; close by the kernels."""
-    expected = hugging_face(nn.LSTM, None, tmp_path)
-    assert all(tensor.any() for tensor in expected)
-    for backend, tolerance in ((None, 0.0), (KERNELS_HERE, 1e-4)):
-        found = hugging_face(gpu_lstm.LSTM, backend, tmp_path)
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert all(map(torch.equal, *(hugging_face(kind, None, tmp_path, half=True) for kind in (gpu_lstm.LSTM, nn.LSTM))))
-
-
 @of_others
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
     """As its own module where a trajectory starts; gradients flow into the states there. `convert` does for it."""
     modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
     torch.manual_seed(0)
-    x, starts, letters = data()[0], torch.rand(N, T, 1) < 0.4, "hc" if kind == "LSTM" else "h"
+    x, starts, letters = torch.randn(N, T, I), torch.rand(N, T, 1) < 0.4, "hc" if kind == "LSTM" else "h"
     states = {letter: torch.randn(N, T, 2, H, requires_grad=True) for letter in letters}
     keys = dict(in_keys=["x", *letters], out_keys=["y", *(("next", letter) for letter in letters)])
     module, name = getattr(modules, f"{kind}Module"), kind.lower()
