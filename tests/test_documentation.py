@@ -26,7 +26,7 @@ from installed import ROOT, load
 from nbclient import NotebookClient
 
 import gpu_lstm
-from bench import plots, report, results
+from bench import report, results
 from bench.__main__ import main as bench_main
 from gpu_lstm.__main__ import main as gpu_lstm_main
 from gpu_lstm.kernels.triton_rnn.features import MOST_ROWS
@@ -82,17 +82,6 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
         assert said in " ".join(text.split())
     assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
     assert len(set(re.findall(r"^\| `(\w+)` \|", bounds.PAGE.read_text(), flags=re.MULTILINE))) == 6 == len(DEVICES)
-
-
-def test_the_picture_of_workarounds_shows_the_best_and_the_worst_case_of_each():
-    (stored,) = (ROOT / "bench" / "results").glob("*.csv")
-    rows = report.measured(results.read(stored))
-    timed = report.instead(rows, every_case=True)
-    (axes,) = plots.instead(rows).axes
-    shown = {line.get_label(): line.get_xdata() for line in axes.lines}
-    for provider, ratios in timed[timed["mode"] == "training"].groupby("provider")["ratio"]:
-        assert {ratios.min(), ratios.max()} <= set(shown[report.COLUMN[provider]]), provider
-    assert len(axes.get_yticks()) <= 2 * timed["provider"].nunique()
 
 
 def links(text: str) -> list[str]:
@@ -413,25 +402,3 @@ def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(t
         assert f"no earlier run on NVIDIA H100 80GB HBM3, no {file}" in said
     assert done.stdout == said
     assert (tmp_path / "summary").read_text() == (said if baseline is None else f"```\n{said}```\n")
-
-
-@pytest.mark.deep
-def test_the_pages_conftest_does_as_it_says(tmp_path):
-    """In a user's project: pass without a GPU, and fail where one or a chosen backend is required and cannot run."""
-    (conftest,) = (text for kind, text in BLOCKS if kind == "python")
-    test = "import gpu_lstm, torch\ndef test_lstm(): gpu_lstm.LSTM(3, 4)(torch.zeros(2, 1, 3))\n"
-    gpu = "import pytest\n@pytest.mark.gpu\ndef test_gpu(): import torch; assert torch.zeros(1, device='cuda') == 0\n"
-    for name, text in {"conftest": conftest, "test_lstm": test, "test_gpu": gpu}.items():
-        (tmp_path / f"{name}.py").write_text(text)
-
-    def said(backend, interpret, *arguments):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), *arguments]
-        environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "GPU_LSTM_BACKEND": backend,
-                       "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"}  # fmt: skip
-        return run(*command, cwd=tmp_path, env=environment).stdout
-
-    assert "1 passed, 1 skipped" in said("triton", "1")
-    required = said("triton", "0", "--require-gpu")
-    assert "1 failed, 1 error" in required
-    assert "needs a CUDA device" in required
-    assert "backend 'triton' runs on CUDA tensors" in required

@@ -308,7 +308,8 @@ CALLS = [
     ("ValueError: hidden_size must be divisible by heads, got hidden_size=4 and heads=3",
      *(f"gpu_lstm.{cls}(3, 4, heads=3)" for cls in ("SLSTM", "LSTM", "GRU", "LSTMCell", "GRUCell")),
      "gpu_lstm.StackedGRU(3, [6, 4], heads=3)", "layer(m, heads=3)", "gru(m, heads=3)", "slstm(heads=3)",
-     "of_heads(WEIGHTS[1], 3)"), ("ValueError: heads must be greater than zero", "setattr(m.lstm, 'heads', 0)"),
+     "of_heads(WEIGHTS[1], 3)", "gpu_lstm.autotune(4, 1, heads=3)"),
+    ("ValueError: heads must be greater than zero", "setattr(m.lstm, 'heads', 0)"),
     ("ValueError: Expected zeros between the 2 heads of weight_hh, got 32 other weights",
      "of_heads(torch.ones(16, 4), 2)"),
     ("ValueError: Expected weight_hh with a multiple of 11 rows, got [16, 4]", "whole(WEIGHTS[1], 11)"),
@@ -412,6 +413,8 @@ CALLS = [
       for got, value in (("[3] on cpu", "3"), ("[2] on meta", "2, device=META"))),
     # autotune, check
     (an_int("steps", "float"), "gpu_lstm.autotune(4, 1, steps=2.5)"),
+    ("ValueError: cell should be one of 'lstm', 'gru', 'slstm', got 'rnn'", "gpu_lstm.autotune(4, 1, cell='rnn')"),
+    ("ValueError: proj_size should be 0 for a GRU... got 4", "gpu_lstm.autotune(8, 1, cell='gru', proj_size=4)"),
     ("ValueError: proj_size has to be smaller than hidden_size, got 4 and 4", "gpu_lstm.autotune(4, 1, proj_size=4)"),
     ("TypeError: dtype should be a torch.dtype, got: str", "gpu_lstm.autotune(4, 1, dtype='bf16')"),
     ("TypeError: backend 'triton' supports float16, bfloat16 and float32, got torch.float64",
