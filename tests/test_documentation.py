@@ -13,10 +13,8 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from unittest.mock import Mock
 
 import check_jsonschema
-import conftest
 import nbformat
 import pandas as pd
 import pytest
@@ -339,28 +337,6 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
     for name in named:
         made = name.startswith((".venv/", "bench/results/"))  # by the workflow; by whoever stores a run
         assert made or (ROOT / name).exists(), name
-
-
-@pytest.mark.parametrize(("cards", "chosen"), [(0, ""), (1, ""), (1, "tests/test_main.py")])
-def test_make_test_hides_a_gpu_from_what_is_interpreted_and_then_runs_what_needs_it(tmp_path, cards, chosen):
-    """By a python that says what it is given, and ends as where no test was chosen if there are cards."""
-    says = f'echo "${{CUDA_VISIBLE_DEVICES-visible}}: $@"; case "$*" in *require-gpu*) exit {5 * cards};; esac'
-    for name, line in {"python": says, "nvidia-smi": f"exit {1 - cards}", "installed": ""}.items():
-        written(tmp_path / name, line)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "0"}
-    settings = f"BIN={tmp_path}", f"INSTALLED={tmp_path / 'installed'}", f"PYTEST={chosen}"
-    done = run("make", "--silent", *settings, "test", env=environment)
-    hidden, then, *_ = done.stdout.splitlines()
-    assert re.match("(?!.*gpu): -m pytest -n auto", hidden)
-    on_a_card = f"0: -m pytest -n auto --dist worksteal -m gpu or device --require-gpu {chosen}".rstrip()
-    assert then == (on_a_card if cards else "There is no GPU here: tests that need one were skipped")
-    assert (done.returncode == 0) == (not cards or bool(chosen)), done.stderr
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_a_gpu_that_is_required_and_cannot_be_used_is_an_error_at_once_with_torchs_reason():
-    with pytest.raises(pytest.UsageError, match=r"^--require-gpu: there is no CUDA device that torch can use: "):
-        conftest.pytest_configure(Mock())  # which has every option
 
 
 def test_inputs_of_this_repositorys_action_exist_and_so_do_commands_and_their_options(capsys):

@@ -37,7 +37,7 @@ def of_torch():
     return SimpleNamespace(
         lstm=nn.LSTM(3, 4), deep=nn.LSTM(3, 4, 2, dropout=0.5), first=nn.LSTM(3, 4, batch_first=True),
         both=nn.LSTM(3, 4, bidirectional=True), projected=nn.LSTM(3, 4, proj_size=2), cell=nn.LSTMCell(3, 4),
-        weightless=nn.LSTM(3, 4, device=META), gru=nn.GRU(3, 4), gru_both=nn.GRU(3, 4, 2, bidirectional=True),
+        weightless=nn.LSTM(3, 4, device=META), gru=nn.GRU(3, 4),
         gru_first=nn.GRU(3, 4, batch_first=True), gru_cell=nn.GRUCell(3, 4))  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def modules(backend):
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
         backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS,
         gru=gpu_lstm.GRU(3, 4, **by), gru_cell=gpu_lstm.GRUCell(3, 4, **by),
-        gru_both=gpu_lstm.GRU(3, 4, 2, bidirectional=True, **by), gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise),
+        gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise),
         slstm=gpu_lstm.SLSTM(3, 4, heads=2), gru_first=gpu_lstm.GRU(3, 4, batch_first=True, **by),
         torchs_cell=gpu_lstm.LSTMCell(3, 4, backend="torch"), **by
     )  # fmt: skip
