@@ -47,7 +47,6 @@ WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
 BATCHES = 15, 60, 240, float("inf")  # seconds of the tests that run together: most faults fail the first few
 START = 3  # seconds until a test file has been imported
 IMPORTED = 0, 0  # instead of the lines of a statement that is executed when its file is imported, and in CUDA C++
-OWN = "test_mutants.py"  # records what it executes itself
 HOST = "tests/host_cuda.py"  # what executes it executes the kernels in CUDA C++
 
 
@@ -398,7 +397,7 @@ def covered(tree: Path, pool: Executor) -> Covered:
         data.unlink(missing_ok=True)
         recorded, combined, times = RESULTS / "recorded", coverage.CoverageData(data), {}
         shutil.rmtree(recorded, ignore_errors=True)
-        tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py") and file.name != OWN]
+        tests = [str(file.relative_to(tree)) for file in files if file.match("tests/test_*.py")]
         asked = {pool.submit(without_a_fault, tree, test, (to := recorded / Path(test).stem)): to for test in tests}
         failures = []
         for done in track(as_completed(asked), "without a fault", total=len(asked)):

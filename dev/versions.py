@@ -13,8 +13,8 @@ FOLDERS = ROOT / ".venv-versions"
 # The interpreters of the older two take an array of one element for a number, which NumPy 2.4 refuses.
 VERSIONS = (["triton==3.4.0", "numpy<2.4"], ["triton==3.6.0", "numpy<2.4"], ["triton"])
 TESTS = (
-    "layer", "sequence_kernels", "slstm", "slstm_shut", "planning", "compile", "first_call", "plan_cache",
-    "concurrent_interpreter", "extremes", "exchange_ptx", "contract", "memory_checks",
+    "layer", "sequence_kernels", "slstm", "planning", "compile", "first_call", "plan_cache",
+    "extremes", "contract",
 )  # fmt: skip
 
 

@@ -1,9 +1,7 @@
-"""Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle.
-
-A case is a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, with "slstm" an SLSTM, a call,
-and a size "T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what a module of the
-same weights computes, so they are words, too.
-"""
+"""Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle. A case is
+a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, with "slstm" an SLSTM, a call, and a size
+"T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what a module of the same weights
+computes, so they are words, too."""
 
 import copy
 from collections.abc import Callable
@@ -213,11 +211,9 @@ def check(
     size: tuple[int, ...], words: str, backend: str | None, dtype: torch.dtype, device: str = "cpu", seeds: int = 3,
     yardstick: str | None = None, first_seed: int = 0,
 ) -> None:  # fmt: skip
-    """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors.
-
-    That is torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers
-    must be right within some units in the last place: a fault that it shares with ours would not show otherwise.
-    """
+    """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors. That is
+    torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers must be
+    right within some units in the last place: a fault that it shares with ours would not show otherwise."""
     named, errors, truths = set(words.split()), {}, []
     form = next((FORMS[word] for word in named if word in FORMS), None)
     their_form = form if named & {"packed", "reverse"} or is_wide(size) else None
@@ -274,10 +270,8 @@ def arrays_of(module: nn.Module, call: Call, words: set[str], seed: int, kind: t
 def truth_of(
     module: nn.Module, call: Call, words: set[str], seed: int, kind: type[np.ndarray] = np.ndarray
 ) -> dict[str, Tensor]:
-    """What `result_of` should be, by the oracle, from the numbers of the module's dtype, with arrays of a kind.
-
-    For a large call on a GPU by the float64 reference there, since NumPy's loops would be slow.
-    """
+    """What `result_of` should be, by the oracle, from the numbers of the module's dtype, with arrays of a kind. For a
+    large call on a GPU by the float64 reference there, since NumPy's loops would be slow."""
     like, reverse = next(module.parameters()), "reverse" in words
     exact = tree_map_only(Tensor, lambda t: t.to(like.dtype).double() if t.is_floating_point() else t, call)
     if like.is_cuda and exact.x.numel() > LARGE:

@@ -97,11 +97,9 @@ EXACT = np.negative, np.less, np.greater
 
 def rounding_as(dtype: torch.dtype, generator: np.random.Generator) -> type[np.ndarray]:
     """Arrays in float64, each of whose operations is wrong by a random part, at most a half, of `dtype`'s last place.
-
     What counts as more than one rounding in float32: exp and tanh, two, since libraries compute them to a unit in the
     last place; and a sum of K terms, each of which is in up to K partial sums, sqrt(K), since roundings are
-    independent. In half precision all of these are in float32, and are rounded once.
-    """
+    independent. In half precision all of these are in float32, and are rounded once."""
     half = dtype.itemsize == 2
 
     def off(a, roundings: float = 1):

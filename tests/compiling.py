@@ -1,6 +1,6 @@
 """Compiles kernels for the tests, in a process of its own, since in theirs kernels may belong to Triton's interpreter.
 
-    python tests/compiling.py quick|usual|whole        # prints what test_compile and test_exchange_ptx look at, as JSON
+    python tests/compiling.py quick|usual|whole        # prints what test_compile looks at, as JSON
 
 `make test` compiles what is counted, and what exchanges words; `make test-deep` what is needed so that any two of
 dtype, architecture and direction are combined, and every variant; `make test-versions` more.

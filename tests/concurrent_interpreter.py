@@ -16,7 +16,6 @@ import itertools
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,15 +38,12 @@ MOST_IN_VAIN = 1_000_000  # operations of all programs without a store, when non
 
 
 class ConcurrentRun:
-    """Launches interpreted kernels, to be used in place of `launch.launch_kernel`.
+    """Launches interpreted kernels, to be used in place of `launch.launch_kernel`. `seed`: of the order in which
+    programs start, and of all that happens to them, at each memory operation with probability `yield_rate`. The system
+    schedules threads, so a seed makes it likely that a failure recurs, but not certain."""
 
-    `seed`: of the order in which programs start, and of all that happens to them, at each memory operation with
-    probability `yield_rate`. The system schedules threads, so a seed makes it likely that a failure recurs, but not
-    certain. `most_in_vain`: operations without a store after which a launch counts as one that never ends.
-    """
-
-    def __init__(self, seed: int = 0, yield_rate: float = 0.05, most_in_vain: int = MOST_IN_VAIN) -> None:
-        self.seed, self.yield_rate, self.most_in_vain, self.launches = seed, yield_rate, most_in_vain, 0
+    def __init__(self, seed: int = 0, yield_rate: float = 0.05) -> None:
+        self.seed, self.yield_rate, self.launches = seed, yield_rate, 0
 
     def __call__(self, kernel: Any, grid: Sequence[int], **arguments: Any) -> None:
         """Launch `kernel` and wait for its end. Programs are stopped if one raises, or none stores: it is named."""
@@ -68,7 +64,7 @@ class ConcurrentRun:
         grid += (1,) * (3 - len(grid))
         indices, seed = list(itertools.product(*map(range, grid))), (self.seed, self.launches)
         np.random.default_rng(seed).shuffle(indices)
-        launch, late = _Launch(self.most_in_vain), {}
+        launch = _Launch()
         programs = [
             _Program(index, body, np.random.default_rng([*seed, *index]), self.yield_rate, launch) for index in indices
         ]
@@ -76,9 +72,8 @@ class ConcurrentRun:
             try:
                 for program in programs:
                     program.start()
-                while (running := list(filter(_Program.is_alive, programs))) and launch.in_vain <= launch.most_in_vain:
+                while (running := list(filter(_Program.is_alive, programs))) and launch.in_vain <= MOST_IN_VAIN:
                     running[0].join(0.1)
-                late = {program.index: program.line() for program in running}
             finally:
                 launch.stop.set()
                 for program in filter(_Program.is_alive, programs):
@@ -86,17 +81,17 @@ class ConcurrentRun:
         if launch.errors:
             index, error = launch.errors[0]
             raise InterpreterError(f"{name}, program {index}: {error!r}") from error
-        if late:
-            where = ", ".join(f"{index} in line {line}" for index, line in sorted(late.items()))
-            said = f"no store in {launch.most_in_vain:,} operations; still running, of {len(programs)} programs"
-            raise TimeoutError(f"{name}: {said}: {where}")
+        if running:
+            late = sorted(program.index for program in running)
+            raise TimeoutError(
+                f"{name}: no store in {MOST_IN_VAIN:,} operations; of {len(programs)} programs {late} run"
+            )
 
 
 @dataclass(eq=False)
 class _Launch:
     """What the programs of a launch share."""
 
-    most_in_vain: int
     in_vain: int = 0  # operations since the last store; another program's may be lost
     stop: threading.Event = field(default_factory=threading.Event)
     errors: list[tuple[tuple[int, ...], BaseException]] = field(default_factory=list)
@@ -129,13 +124,6 @@ class _Program(threading.Thread):
         except BaseException as error:
             self.launch.errors.append((self.index, error))
             self.launch.stop.set()
-
-    def line(self) -> int | None:
-        """The line of the kernel that the program has reached."""
-        frame = sys._current_frames().get(self.ident)
-        file = self.body.func.__code__.co_filename
-        lines = [entry.lineno for entry in traceback.extract_stack(frame) if entry.filename == file]
-        return lines[-1] if frame and lines else None
 
     def counts(self) -> None:
         """Count an operation. The program ends here if it is told to."""
@@ -221,9 +209,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 @contextmanager
 def prepared_once() -> Iterator[None]:
     """In a launch, device functions are prepared at their first call, in turns; the stock interpreter does it at each.
-
-    That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time.
-    """
+    That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time."""
     lock, bodies, modules, call = threading.Lock(), {}, set(), interpreter.InterpretedFunction.__call__
 
     def call_device_function(function: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:

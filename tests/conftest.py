@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -48,45 +47,6 @@ def pytest_configure(config):
             import gpu_lstm.kernels.triton_rnn.features  # noqa: F401
         except ImportError as error:  # an interpreter that does not go with this NumPy: every kernel's test would fail
             raise pytest.UsageError(str(error)) from None
-    if not hasattr(config, "workerinput"):  # of pytest-xdist's workers
-        config.pluginmanager.register(Progress(config))
-
-
-class Progress:
-    """Every 30 seconds a line says how many tests are done, and how long the others will take at this rate.
-
-    On a card a traceback is printed when its test fails, and what was logged: a kernel that hangs may leave no end to
-    print it at.
-    """
-
-    EVERY = 30
-
-    def __init__(self, config):
-        self.config, self.done, self.total = config, 0, 0
-        self.start = self.told = time.monotonic()
-
-    def pytest_collection_finish(self, session):
-        self.total = len(session.items)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_node_collection_finished(self, ids):
-        self.total = len(ids)
-
-    def write(self, text):
-        self.config.pluginmanager.get_plugin("terminalreporter").write(f"\n{text}\n", flush=True)
-
-    @pytest.hookimpl(trylast=True)  # behind pytest's own line
-    def pytest_runtest_logreport(self, report):
-        if report.failed and torch.cuda.is_available():
-            self.write(f"{report.nodeid}\n{report.longreprtext}\n{report.caplog}")
-        self.done += report.when == "teardown"
-        now = time.monotonic()
-        if now - self.told >= self.EVERY and self.done:
-            self.told, seconds = now, now - self.start
-            left = seconds * (self.total - self.done) / self.done
-            said = f"{self.done} of {self.total} tests in {seconds:.0f} s"
-            said += f", about {left:.0f} s left" if self.done > self.total / 20 else ""
-            self.write(said)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
@@ -110,9 +70,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     """A process in which the card fails from now on ends: it would fail all other tests, and faster than others pass.
-
-    pytest-xdist starts another process for them.
-    """
+    pytest-xdist starts another process for them."""
     result = yield
     if torch.cuda.is_initialized():
         try:
@@ -217,9 +175,7 @@ def decided_again():
 @pytest.fixture
 def nothing_cached(monkeypatch, tmp_path):
     """As on a new machine: nothing cached, nothing chosen by the environment, no warning given. The cache's folder.
-
-    Except for functions that Numba compiled, which takes seconds.
-    """
+    Except for functions that Numba compiled, which takes seconds."""
     from gpu_lstm.call import choices
     from gpu_lstm.kernels import cache
 
@@ -240,6 +196,14 @@ def an_h100(monkeypatch, nothing_cached):
     from standing_in import a_card
 
     a_card(monkeypatch)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The CPU as a card, where the only plan is the step family's, which compiles; it is verified as on one."""
+    from standing_in import plans_are_verified_on_the_cpu
+
+    plans_are_verified_on_the_cpu(monkeypatch)
 
 
 @pytest.fixture(scope="session")

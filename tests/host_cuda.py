@@ -66,10 +66,8 @@ def raising(kernel: str, name: str, said: str) -> None:
 
 
 def stand_in(patch: Any, changes: dict[str, str] | None = None, less: int = 0, found: Callable = raising) -> None:
-    """CuPy's place is taken by kernels for the CPU, with `changes` to parts of the source.
-
-    Accesses outside of a tensor, or to the last elements of it, `less` many, go to found(kernel, name, what is said).
-    """
+    """CuPy's place is taken by kernels for the CPU, with `changes` to parts of the source. Accesses outside of a
+    tensor, or to the last elements of it, `less` many, go to found(kernel, name, what is said)."""
     source = launch.join({name: t for name, t in (launch.texts() | (changes or {})).items() if name != "instructions"})
     seen: dict[int, Tensor] = {}
     turn = itertools.count()

@@ -1,7 +1,5 @@
-"""gpu_lstm as users have it: wheel, sdist and editable install of this checkout, in environments of their own.
-
-An environment sees the packages of the one that runs the tests, but for gpu_lstm: nothing is downloaded.
-"""
+"""gpu_lstm as users have it: wheel, sdist and editable install of this checkout, in environments of their own. An
+environment sees the packages of the one that runs the tests, but for gpu_lstm: nothing is downloaded."""
 
 import importlib.util
 import os

@@ -1,8 +1,6 @@
-"""What the inline assembly of the kernels does, for Triton's interpreter, which has none: functions in NumPy.
-
-Where kernels are interpreted, importing this module puts them in the place of the library's of the same names. Products
-are exact in float32, where the library rounds weights to TF32.
-"""
+"""What the inline assembly of the kernels does, for Triton's interpreter, which has none: functions in NumPy. Where
+kernels are interpreted, importing this module puts them in the place of the library's of the same names. Products are
+exact in float32, where the library rounds weights to TF32."""
 
 import itertools
 

@@ -1,9 +1,7 @@
 """What compute-sanitizer's memcheck says of kernels on a card, said of interpreted ones: they keep to their tensors.
-
 The upper bits of a pointer, which no address uses, are the number of the argument that it comes from. Offsets leave
 them as they are, so that whatever lies behind a tensor is outside, even if it is another one of the same launch. Every
-memory operation checks the addresses whose mask is on, and takes the number off.
-"""
+memory operation checks the addresses whose mask is on, and takes the number off."""
 
 import itertools
 from dataclasses import dataclass

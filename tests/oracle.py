@@ -1,7 +1,5 @@
 """An LSTM, a GRU and an sLSTM layer in NumPy, float64, written from the formulas: one sequence and one step at a time.
-
-Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand.
-"""
+Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand."""
 
 from types import SimpleNamespace
 
@@ -81,10 +79,8 @@ def gru_gradient(grad_h, into_c, h_prev, _, saved, w, d):
 
 
 def slstm(of_x, of_h, _, before, w):
-    """As `lstm`, of an sLSTM (Beck et al., 2024), whose c is c, n and m: those of the paper, times e^-m.
-
-    c' = f c + i g and n' = f n + i, with i = exp(z_i).
-    """
+    """As `lstm`, of an sLSTM (Beck et al., 2024), whose c is c, n and m: those of the paper, times e^-m. c' = f c + i g
+    and n' = f n + i, with i = exp(z_i)."""
     z_i, z_f, z_g, z_o = np.split(of_x + of_h, 4)
     log_f, g, o = -np.logaddexp(0.0, -z_f), np.tanh(z_g), sigmoid(z_o)
     c_prev, n_prev, m_prev = before
@@ -209,11 +205,9 @@ def layer_gradients(x, h0, c0, *weights, tape, dh, dh_n, dc_n, dropout_h=None, z
 
 
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False, reverse=False):
-    """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`).
-
-    For every layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and
-    what resets leave. `reverse`: the first direction, too.
-    """
+    """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`). For every
+    layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and what resets
+    leave. `reverse`: the first direction, too."""
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
     finals, tapes = [], []
     for k, directions in enumerate(layers):

@@ -50,10 +50,8 @@ def letters_of(module: nn.Module) -> str:
 
 
 def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
-    """torch's module in float64, and gpu_lstm's of that kind, with the same weights.
-
-    Instead of torch's, which has neither an SLSTM nor "LSTM heads" and "GRU heads", there the reference.
-    """
+    """torch's module in float64, and gpu_lstm's of that kind, with the same weights. Instead of torch's, which has
+    neither an SLSTM nor "LSTM heads" and "GRU heads", there the reference."""
     kind, *heads = kind.split()
     arguments |= dict(heads=2) if heads else {}
     if heads or kind == "SLSTM":
@@ -117,9 +115,7 @@ def flat(found: Any) -> list[Tensor]:
 
 def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged) -> dict[str, Tensor]:
     """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters.
-
-    Without gradients where the call records none, as of an sLSTM's n, which is 1, or 0 of an empty state.
-    """
+    Without gradients where the call records none, as of an sLSTM's n, which is 1, or 0 of an empty state."""
     parameters = dict(module.named_parameters())
     like = next(iter(parameters.values()))
     given = x, hx, reset_states
@@ -161,9 +157,7 @@ def weighing(found: list, dtype: torch.dtype | None = None) -> list[Tensor]:
 def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None, reverse=False,
           kind: type[np.ndarray] = np.ndarray) -> dict[str, Tensor]:  # fmt: skip
     """What `results` of an LSTM, GRU or stack, batched, should be: by the oracle, with `noises` [L][D] of a call.
-
-    `reverse`: the first direction, too. It computes with arrays of a `kind`.
-    """
+    `reverse`: the first direction, too. It computes with arrays of a `kind`."""
     (names, layers), letters = weights_of(module), letters_of(module)
     layers = tree_map_only(np.ndarray, lambda a: a.view(kind), layers)
 
@@ -204,9 +198,7 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
 
 def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> list[list[dict]]:
     """What a call of an LSTM, GRU or stack draws after torch.manual_seed(seed), as the oracle accepts it, [L][D].
-
-    Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter.
-    """
+    Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter."""
     like, letters = next(module.parameters()), letters_of(module)
     torch.manual_seed(seed)
     rates = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout,) * 2

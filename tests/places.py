@@ -1,9 +1,7 @@
-"""Where a layer runs: on a backend, whose kernels of one family are forced by their plans.
-
-The Triton kernels run in the interpreter; families whose programs wait for each other use a thread for each program,
-started in shuffled order, with random pauses and with stores that become visible late. Those in CUDA C++ are compiled
-by g++ (host_cuda.py). Only this file knows how kernels are planned and launched; tests of numbers do not.
-"""
+"""Where a layer runs: on a backend, whose kernels of one family are forced by their plans. The Triton kernels run in
+the interpreter; families whose programs wait for each other use a thread for each program, started in shuffled order,
+with random pauses and with stores that become visible late. Those in CUDA C++ are compiled by g++ (host_cuda.py). Only
+this file knows how kernels are planned and launched; tests of numbers do not."""
 
 import dataclasses
 import inspect
@@ -36,9 +34,7 @@ INTERPRETED = launch.INTERPRETED
 
 def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:
     """Every launch is as plan(problem, backward) says; with a rate its programs run side by side, and yield so often.
-
-    float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly.
-    """
+    float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly."""
 
     def choose_plan(problem, device, pass_, *_):
         head = problem.of_head
@@ -136,10 +132,8 @@ def tf32(monkeypatch, inputs: int) -> None:
 
 
 class _CutLinear(torch.autograd.Function):
-    """x W^T, W of one head or several, with operands truncated to the 10 bits that tensor cores use.
-
-    But for the gradient of W, which is no product of the recurrence.
-    """
+    """x W^T, W of one head or several, with operands truncated to the 10 bits that tensor cores use. But for the
+    gradient of W, which is no product of the recurrence."""
 
     @staticmethod
     def forward(ctx, x, w):

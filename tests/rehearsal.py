@@ -161,26 +161,6 @@ def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str
     return found
 
 
-def capture() -> list:
-    """Events of a capture after a call like it; the error of one without; and events of that call outside."""
-    problem = CASES[0][1]
-    layer = kept_layer(launch, problem, CUDA)
-    for pass_ in (Pass(), Pass(True)):
-        one_pass(problem, pass_, 5, layer)
-    events()
-    CAPTURING.value = 1
-    for pass_ in (Pass(), Pass(True)):
-        one_pass(problem, pass_, 16, layer)
-    results = [events()]
-    try:
-        one_pass(problem, Pass(save=False), 5, layer)
-    except torch.AcceleratorError as error:
-        results += [str(error), events()]
-    CAPTURING.value = 0
-    one_pass(problem, Pass(save=False), 5, layer)
-    return [*results, events()]
-
-
 def obstacle() -> str | None:
     """Why nothing can be launched."""
     return choose.launch_problem(CUDA, H100.architecture)

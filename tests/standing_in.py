@@ -55,7 +55,8 @@ def the_cpu_is_a_card(patch) -> None:
 
 
 def plans_are_verified_on_the_cpu(patch) -> None:
-    """It is a card on which the interpreter's plan is chosen as on any: loaded, and verified."""
+    """It is a card on which the interpreter's plan is chosen as on any: loaded, and verified, by few steps."""
+    patch.setattr(verify, "STEPS", 2)  # the interpreter is slow
     choose_plan = choose.choose_plan
     the_cpu_is_a_card(patch)
     torch_finds(patch)
@@ -146,10 +147,8 @@ def as_a_card(monkeypatch):
 
 
 def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) -> Plan:
-    """The first plan of a family of kernels, also where it is not proposed since it is slower.
-
-    Split: of the step family, backward with products of parts of K.
-    """
+    """The first plan of a family of kernels, also where it is not proposed since it is slower. Split: of the step
+    family, backward with products of parts of K."""
     by_product = dataclasses.replace(pointwise_plan(problem.of_head, backward), heads=problem.heads)
     every, in_parts = [*choose.plans(problem, card, backward), by_product], family == "split" and backward
     family = "step" if family == "split" else family

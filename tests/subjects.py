@@ -33,21 +33,6 @@ SUBJECTS = {
 }  # fmt: skip
 
 
-def states_for(module, batch, random):
-    """Initial states, or states to reset to, one per sequence; `batch` is [] of an unbatched call."""
-    if isinstance(module, gpu_lstm.GRU | gpu_lstm.GRUCell):
-        rows = [module.num_layers * (1 + module.bidirectional)] if isinstance(module, gpu_lstm.GRU) else []
-        return random(*rows, *batch, module.hidden_size)
-    if isinstance(module, gpu_lstm.StackedGRU):
-        return [random(*batch, size) for size in module.hidden_sizes]
-    if isinstance(module, gpu_lstm.LSTM):
-        rows = module.num_layers * (1 + module.bidirectional)
-        return random(rows, *batch, module.proj_size or module.hidden_size), random(rows, *batch, module.hidden_size)
-    if isinstance(module, gpu_lstm.StackedLSTM):
-        return [(random(*batch, size), random(*batch, size)) for size in module.hidden_sizes]
-    return random(*batch, 2), random(*batch, 2)
-
-
 class HasteLSTM(nn.Module):
     """haste_pytorch.LSTM, with `norm` its LayerNormLSTM, as documented: kernels from the right; gates i, g, f, o."""
 

@@ -379,10 +379,8 @@ def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_wit
 def test_tests_that_run_out_of_time_say_why_others_failed_before_and_nothing_that_they_started_runs_on(
     tmp_path, monkeypatch, capsys, request
 ):
-    """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe.
-
-    Also where interrupts are ignored, as behind a shell's "&". Meanwhile the screen says how far they are.
-    """
+    """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe. Also
+    where interrupts are ignored, as behind a shell's "&". Meanwhile the screen says how far they are."""
     os.mkfifo(path := tmp_path / "pipe")
     wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     (file := tmp_path / "test_kernels.py").write_text(f"""

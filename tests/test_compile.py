@@ -1,18 +1,18 @@
-"""The kernels, compiled ahead of time for every architecture, by compiling.py. It needs no GPU.
-
-`python -m dev.compile_table --all` compiles all.
-"""
+"""The kernels, compiled ahead of time for every architecture, by compiling.py, without a GPU; and in their PTX which
+instructions access the exchange, and in which order. `python -m dev.compile_table --all` compiles all."""
 
 import dataclasses
 import re
+from itertools import groupby
 
 import pytest
 import torch
 import triton
 
-from dev.compile_table.report import Loop, Report, time_loop
+from dev.compile_table.report import Loop
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_rnn import exchange
 from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Plan, Resident, counts_of_turn
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -23,10 +23,6 @@ OLDER_TRITON = TRITON < (3, 9)
 @pytest.fixture(scope="module")
 def rows(compiled) -> list[dict]:
     return compiled["rows"]
-
-
-def _dtype(row):
-    return row["case"].split(" B=")[0]
 
 
 def _cell(row):
@@ -113,9 +109,7 @@ def test_the_counts_of_a_step(rows, kernel, case):
 
 def test_the_model_of_planning_knows_the_counts(rows):
     """Of families that hold W_hh, in plain calls: products and bytes in shared memory exactly, instructions to 12 %.
-
-    Those are Triton 3.9's; older ones may have 9 % more.
-    """
+    Those are Triton 3.9's; older ones may have 9 % more."""
     plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
     held = [row for row in plain if row["plan"]["family"] in HELD]
     assert held
@@ -141,49 +135,182 @@ def test_the_checks_can_fail(compiled):
     assert few["spills"] > 0
 
 
-def test_the_time_loop_is_the_longest_and_a_poll_in_it_counts_once():
-    text = """
-        /*0000*/  LDG.E.128 R4, [R2.64] ;  /* 0x0000000402047981 */
-        /*0010*/  @P0 BRA 0x0 ;
-        /*0020*/  LDSM.16.M88.4 R4, [R9] ;
-        /*0030*/  @!P1 LDG.E.64.STRONG.GPU R6, [R2.64] ;
-        /*0040*/  @P1 BRA P2, 0x30 ;
-        /*0050*/  HMMA.16816.F32.BF16 R4, R4, R6, RZ ;
-        /*0060*/  STS.U16 [R9], R4 ;
-        /*0070*/  BAR.SYNC.DEFER_BLOCKING 0x0 ;
-        /*0080*/  STG.E.64 [R2.64], R4 ;
-        /*0090*/  BRA.U UP0, 0x20 ;
-        /*00a0*/  EXIT ;
-        /*00b0*/  BRA 0xb0;
-    """
-    assert time_loop(text) == Loop(instructions=8, barriers=1, products=1, shared=18, loads=1, stores=1)
-    assert time_loop("/*0000*/ EXIT ;\n/*0010*/ BRA 0x10;") is None
-
-
-def test_the_page_has_fewer_columns_and_is_not_written_if_a_kernel_does_not_fit(monkeypatch, tmp_path, capsys):
-    from dev.compile_table import __main__ as command
-
-    loop = Loop(300, 1, 18, 32, 9, 8)
-    rows = [row := Report("step_forward_kernel", "bfloat16 B=1", 90, None, 128, "16x16", 100, 0, 1024, loop)]
-    of_cuda = [dataclasses.replace(row, loop=None)]
-    for compiler, those in ((command.triton_kernels, rows), (command.cuda_kernels, of_cuda)):
-        monkeypatch.setattr(compiler, "cases", lambda h100, those=those: those)
-        monkeypatch.setattr(compiler, "reports", iter)
-    monkeypatch.setattr(command, "PAGE", tmp_path / "README.md")
-    counted = "| `step_forward` | B=1 | 90 | 100 | 0 | 1024 | 300 | 1 | 18 | 0 |"
-    for fits in (True, False):
-        rows += [] if fits else [dataclasses.replace(row, spills=8)]
-        command.PAGE.unlink(missing_ok=True)
-        assert command.main([]) == command.main(["--all"]) == (not fits)
-        assert (f"{counted}\n" in command.PAGE.read_text()) if fits else not command.PAGE.exists()
-        printed = capsys.readouterr().out
-        assert f"{counted} 4096 | 9 | 8 | 16x16 |\n" in printed
-        assert ("16x16, DOES NOT FIT" in printed) != fits
-        assert printed.endswith("2 kernels; 0 do not fit\n" if fits else "3 kernels; 1 do not fit\n")
-
-
 def test_the_numbers_of_steps_and_sequences_are_never_specialised(compiled):
     """A kernel compiled for one T and B serves all: their values change no key of the compile cache."""
     assert len(compiled["parameters"]) == 10
     for name, (numbers, free) in compiled["parameters"].items():
         assert set(numbers) == set(free) == {"T", "B", *["step"] * ("pointwise" in name)}
+
+
+MARKS = {"mma.sync": "product", "bar.sync": "barrier", "bar.red": "barrier", "POLL:": "poll", "bra POLL": "again"}
+WAIT = ["poll", "load words", "again", "product", "barrier"]
+PARTIALS = ["store partials", "poll", "load partials", "again"]
+AHEAD = ["load words", *WAIT, "load words", "store words"]
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled) -> dict[str, list[dict]]:
+    """The kernels of each family: their names, PTX and pointers, and how many words a thread exchanges."""
+    return compiled["exchange"]
+
+
+def _addresses(kernel: dict, *buffers: str) -> dict[str, str]:
+    """Which registers hold an address in which buffer: whatever was computed from the pointer to it."""
+    names = dict(enumerate(name.removesuffix("_ptr") for name in kernel["arguments"]))  # then Triton's own follow
+    parameters = re.findall(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", kernel["ptx"])
+    found = {to: names[int(number)] for to, number in parameters if names.get(int(number)) in buffers}
+    computed = re.findall(r"^\s*(?:add|sub|mad|mov|selp|cvta)[\w.]*\s+(%rd\d+), ([^;]*);", kernel["ptx"], re.M)
+    while new := {
+        to: found[register]
+        for to, operands in computed
+        for register in re.findall(r"%rd\d+", operands)
+        if to not in found and register in found
+    }:
+        found |= new
+    return found
+
+
+def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
+    """(kind, instruction) of what matters here, in the order of the text; "memory" is other global memory."""
+    of, events = _addresses(kernel, *buffers), []
+    for line in re.split(r"[;\n]", kernel["ptx"]):
+        # The address of cp.async, which has two, is the second.
+        access = re.search(r"\b((ld|st|\w+)\.[\w.:]*global[\w.:]*)\s[^\[]*(?:\[[^\]]*\],\s*)?\[\s*(%rd\d+)", line)
+        if access:
+            kind = {"ld": "load", "st": "store"}.get(access[2], access[2])
+            events.append((f"{kind} {of[access[3]]}" if access[3] in of else "memory", access[1]))
+        events += [(kind, "") for text, kind in MARKS.items() if text in line]
+    return events
+
+
+def _of_words(kernel: dict) -> list[str]:
+    """What is wrong with the exchange of words: accesses must be strong, of one width, complete, and in order."""
+    events = [event for event in _events(kernel, "words", "partials") if event[0] != "memory"]
+    accesses = [(kind, text) for kind, text in events if text]
+    problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
+    order = [kind for kind, _ in groupby(kind for kind, _ in events)]
+    partials = PARTIALS * ("load partials" in kernel["words"])
+    if order != (AHEAD if kernel["ahead"] else [*WAIT, *partials, "store words"]):
+        problems.append(f"the order is {order}")
+    if sum(kind == "barrier" for kind, _ in events) > 1:
+        problems.append("more than one barrier a step")
+    for wanted, count in kernel["words"].items():
+        words = sum(int((re.search(r"\.v(\d)", text) or " 1")[1]) for kind, text in accesses if kind == wanted)
+        if words != count:
+            problems.append(f"{words} x {wanted}, not {count}")
+    return problems
+
+
+ARRIVE = "red", "atom"  # which, depends on Triton's version
+
+
+def _of_barriers(kernel: dict) -> list[str]:
+    """What is wrong with `grid_barrier`: stores must precede its release, loads must follow its acquire. Where W_hh is
+    held, its halves lie apart: nothing need follow a release."""
+    events = [event for event in _events(kernel, "arrivals") if ".sys." not in event[1]]  # without the error word
+    problems = []
+    for n, (kind, text) in enumerate(events):
+        if "arrivals" in kind:
+            around = events[:n][::-1], events[n + 1 :]
+            before, after = (next((kind for kind, _ in side if kind in ("barrier", "memory")), "") for side in around)
+            released = kind.startswith(ARRIVE)
+            if ("release" if released else "acquire") not in text:
+                problems.append(f"{text} does not {'release' if released else 'acquire'}")
+            if before == "memory" if released else after == "memory":
+                problems.append(f"{text} without a barrier")
+    rounds = kernel["rounds"]  # two, where products of parts of K are one
+    waits = rounds + (kernel["held"] and kernel["ahead"])  # for the first tile, and for the next one
+    for access, what, expected in (("load", "waits", waits), (ARRIVE, "arrivals", rounds)):
+        count = sum(kind.startswith(access) and kind.endswith("arrivals") for kind, _ in events)
+        if count != expected:
+            problems.append(f"{count} {what}, not {expected}")
+    return problems
+
+
+PROBLEMS = {"cooperative": _of_words, "step": _of_barriers}
+
+
+@pytest.mark.parametrize(("family", "count"), [("cooperative", 11), ("step", 7)])
+def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
+    found = {kernel["name"]: PROBLEMS[family](kernel) for kernel in kernels[family]}
+    assert (len(found), {name: problems for name, problems in found.items() if problems}) == (count, {})
+
+
+def test_the_only_program_of_a_head_waits_for_its_own_threads_alone(kernels):
+    """After the last store of a step, so that any of them can load what another one stored."""
+    for kernel in kernels["alone"]:
+        assert not re.search(r"\b(atom|red)\.|\.acquire\b", kernel["ptx"])
+        found = re.findall(r"tt\.store|barrier|\n    }", kernel["ir"].partition("scf.for")[2])  # its loop ends
+        assert found[-3:] == ["tt.store", "barrier", "\n    }"]
+
+
+def test_the_instruction_for_tanh_is_that_of_a_gru_in_bfloat16(kernels):
+    """Forward, for n: off by up to 2^-11, a quarter of bfloat16's last place."""
+    using = [kernel["name"] for kernel in kernels["cooperative"] if "tanh.approx" in kernel["ptx"]]
+    assert using == ["cooperative_forward_kernel bfloat16 B=16 H=768 GRU h100"]
+
+
+STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"
+FAULTS = {  # in which family what is replaced, by what, and what is said of it
+    "a weak load": ("cooperative", r"ld\.relaxed\.gpu\.global", "ld.global", "ld.global.v4.b32"),
+    "half a word": ("cooperative", r"st\.relaxed\.gpu\.global\.b32", "st.relaxed.gpu.global.b16", "global.b16"),
+    "a quad that is not loaded": ("cooperative", r"@missing0 ld\.relaxed[^;]*;", "", "8 x load words, not 12"),
+    "a store before the sum": ("cooperative", rf"(bar\.sync[^;]*;)([\s\S]*?)({STORE})", r"\3 \1 \2", "the order is"),
+    "two barriers": ("cooperative", r"(bar\.sync[^;]*;)", r"\1 \1", "more than one barrier"),
+    "no release": ("step", r"\.release\.", ".relaxed.", "does not release"),
+    "no acquire": ("step", r"ld\.acquire", "ld.relaxed", "does not acquire"),
+    "a store too late": ("step", r"(@%p\d+ (?:red|atom)\.)", r"st.global.b32 [%rd1], %r1; \1", "without a barrier"),
+    "a load too early": ("step", r"(bar\.red[^;]*;)", r"ld.global.b32 %r1, [%rd1]; \1", "without a barrier"),
+    "nobody arrives": ("step", r"@%p\d+ (?:red|atom)\.[^;]*;", "", "0 arrivals"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_detected(kernels, fault):
+    family, pattern, replacement, said = FAULTS[fault]
+    for kernel in (kernels[family][0], kernels[family][-1]) if family == "step" else kernels[family][:1]:
+        problems = PROBLEMS[family](kernel | {"ptx": re.sub(pattern, replacement, kernel["ptx"])})
+        assert any(said in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("sizes", "words"), [
+    ((2, 4, 64, 2), [0, 2, 64, 66]), ((3, 1, 7, 1), [0, 7, 14]), ((1, 4, 9, 4), [0])])  # fmt: skip
+def test_words_are_loaded_from_where_they_lie_and_only_as_many_as_there_are(sizes, words):
+    """Groups of neighbours, from one to the next a stride, and so many in one load."""
+    text = exchange.polling_loop(*sizes)
+    text = getattr(text, "value", text)  # of Triton 3.4
+    places = [int(place) for place in re.findall(r"ld\.relaxed\.gpu\.[^\[]*\[\$\d+ \+ (\d+)\]", text)]
+    counts = [int(count) for count in re.findall(r"setp\.gt\.s32 missing\d+, \$\d+, (\d+);", text)]
+    assert (places, counts) == ([4 * word for word in words], words)
+
+
+def delays_of(text: str) -> list[str]:
+    """Labels and branches of a polling loop with a delay, in their order."""
+    return re.findall(r"^(?:DELAY|POLL|DONE):|(?<=bra )(?:DELAY|POLL|DONE)(?=;)", text, re.MULTILINE)
+
+
+def test_only_the_first_poll_is_delayed():
+    """Its loop stands before the first poll, and a poll in vain does not go back to it."""
+    text = exchange.polling_loop(3, 4, 128, 4)
+    text = getattr(text, "value", text)
+    assert delays_of(text) == ["DELAY:", "DELAY", "POLL:", "DONE", "POLL", "POLL", "DONE:"]
+    assert delays_of(text.replace("bra POLL", "bra DELAY")) != delays_of(text)
+
+
+@pytest.mark.parametrize(("polls", "before", "after"), [
+    (0, 100, 99), (0, 0, 0), (1, 0, 32), (5, 100, 132), (1, 4090, 4096), (0, -1, -1), (1, -1, -1)])  # fmt: skip
+def test_a_wait_learns_its_delay(polls, before, after):
+    """Two turns of its loop longer after a poll in vain, a sixteenth of one shorter where words were there at once; and
+    that a wait timed out, which it knows from then on."""
+    text = exchange.polling_loop(1, 1, 1, 1)
+    text = getattr(text, "value", text)
+    first, last = text.partition("setp.lt.s32 lost, $7, 0;")[1], text.partition("DONE:")[2]
+    assert first, "the operands: the word, the next delay, and after five more this"
+    assert "setp.eq.s32 lost, polls, polls;\nDONE:" in text, "after a timeout"
+    assert text.index("@lost bra TIMED_OUT;") < text.index("add.s32 polls"), "and then it polls no more"
+    values = {"polls": polls, "$7": before, "rest": 0, "lost": before < 0}
+    for name, target, *given in re.findall(r"(\w+)[.\w]* ([$\w]+), ([$\w-]+), ([$\w-]+)(?:, (\w+))?;", last):
+        a, b = (values[x] if x in values else int(x) for x in given[:2])
+        values[target] = {"setp": a == b, "selp": a if values.get(given[2]) else b, "add": a + b,
+                          "max": max(a, b), "min": min(a, b)}[name]  # fmt: skip
+    assert values["$1"] == after

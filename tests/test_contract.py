@@ -141,10 +141,8 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
 @pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
 @pytest.mark.parametrize(("family", "projected"), [("step", 0), ("resident", 0), ("pointwise", 3)])
 def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, projected):
-    """Forward, and backward of what it computed, where dh is h and nothing else is given, with right numbers.
-
-    By the plans that are timed, which no call uses without a verification.
-    """
+    """Forward, and backward of what it computed, where dh is h and nothing else is given, with right numbers. By the
+    plans that are timed, which no call uses without a verification."""
     problem, cpu, sent, steps = Problem(2, 3, 8, F32, projected, "tf32"), torch.device("cpu"), [], 5
     plans, forward = [plan_of(family, problem, backward) for backward in (False, True)], Layer.forward
 
@@ -176,6 +174,7 @@ def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, project
 
 
 # The contract of a cell
+
 
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "triton_rnn/equations/__init__.py", "triton_rnn/equations/gru.py",

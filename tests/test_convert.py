@@ -142,7 +142,7 @@ def test_compat_also_swaps_what_was_converted_before_and_keeps_our_arguments(fir
 def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     model = nn.ModuleDict(dict(encoder=nn.LSTM(3, 4), mine=MyLSTM(3, 4), step=nn.LSTMCell(3, 4), gru=nn.GRU(3, 4)))
     with caplog.at_level("INFO", "gpu_lstm"):
-        for given in (model, model, nn.LSTM(3, 4)):  # of the second nothing is left to do
+        for given in (model, model, nn.LSTM(3, 4), gpu_lstm.SLSTM(3, 4)):  # of the second nothing is left to do
             gpu_lstm.convert(given)
         gpu_lstm.to_torch(model)
     assert caplog.messages == [
@@ -151,6 +151,7 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
         f"convert swapped nothing: {NONE} torch.nn.ModuleDict; {LEFT.format('mine', 'MyLSTM')}",
         "convert swapped the model itself (torch.nn.LSTM), which cannot be swapped in place: the one that is returned "
         "is new",
+        f"convert swapped nothing: {NONE} gpu_lstm.SLSTM",
         "to_torch swapped encoder (gpu_lstm.LSTM), step (gpu_lstm.LSTMCell), gru (gpu_lstm.GRU)",
     ]
 
@@ -169,6 +170,8 @@ def with_a_normed(library, kind):
     *((to_torch, with_a_normed(library, kind), f"swapped 0 ({library.__name__}.{kind}); left as it is: 1.0 "
        f"(torch.nn.utils.parametrize.Parametrized{kind}), a subclass, which may do anything in its forward")
       for library in (gpu_lstm, gpu_lstm.compat) for kind in ("LSTM", "GRU")),
+    (to_torch, nn.Sequential(gpu_lstm.SLSTM(3, 4), gpu_lstm.LSTM(4, 4)),
+     "swapped 1 (gpu_lstm.LSTM); left as it is: 0 (gpu_lstm.SLSTM), a cell that torch.nn has not"),
 ], ids=lambda each: getattr(each, "__name__", ""))  # fmt: skip
 def test_a_warning_says_what_was_not_swapped_and_why(swap, model, text):
     with pytest.warns(UserWarning, match="^gpu_lstm: ") as told:

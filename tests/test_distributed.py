@@ -1,7 +1,5 @@
-"""DDP and FSDP2 in two gloo processes, compared with one; activation checkpointing.
-
-Distributed checkpoints are those of examples/train_ddp.py: test_examples.py.
-"""
+"""DDP and FSDP2 in two gloo processes, compared with one; activation checkpointing. Distributed checkpoints are those
+of examples/train_ddp.py: test_examples.py."""
 
 import os
 import socket

@@ -67,14 +67,6 @@ def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
     torch.testing.assert_close(example.estimate(rewards, values, starts), expected)
 
 
-@pytest.mark.deep
-def test_it_learns_and_only_with_memory(tmp_path):
-    returns = example.main(updates=20, seeds=1, out=tmp_path)
-    assert returns["remembers"] > 150  # 217 to 258 with seeds 0 to 4, from about 20
-    assert returns["forgets"] < 80  # 46 to 53
-    assert (tmp_path / "recurrent_ppo.png").stat().st_size > 10_000
-
-
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
     """The update in one call has the loss and gradients of a loop over steps, but not where resets are late."""
     monkeypatch.setattr(ppo.timing, "interleaved", lambda calls, *_: set(calls))
@@ -152,14 +144,6 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.deep
-@QUIET
-def test_it_learns_more_than_the_frequencies_of_bytes(tmp_path):
-    bits = ddp.main(["--steps", "60", "--out", str(tmp_path)])
-    assert 4.0 < bits["frequencies of bytes"] < 5.2
-    assert bits["the model"] < bits["frequencies of bytes"] - 0.5  # 3.77 against 4.61
-
-
 def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_state_that_is_lost(
     monkeypatch, capsys, tmp_path
 ):
@@ -179,17 +163,6 @@ def test_the_denoiser_gives_frame_by_frame_what_one_call_gives_and_notices_a_sta
     monkeypatch.setattr(gpu_lstm, "Stream", Forgetful)
     with pytest.raises(AssertionError, match="not close"):
         denoise.main(updates=0, out=tmp_path)
-
-
-@pytest.mark.deep
-def test_weather_beats_both_baselines_on_the_held_out_year_and_a_linear_forecast_of_two_days_is_as_good(tmp_path):
-    errors = load(EXAMPLES / "weather.py").main(epochs=12, out=tmp_path)
-    ours, linear = errors.pop("StackedLSTM"), errors.pop("ridge, last 2 days")
-    assert set(errors) == {"same as today", "day-of-year mean"}
-    for forecast in (ours, linear):
-        assert all(forecast.mae < baseline.mae and forecast.rmse < baseline.rmse for baseline in errors.values())
-    assert abs(ours.mae - linear.mae) < 0.1
-    assert (tmp_path / "weather.png").stat().st_size > 10_000
 
 
 def test_characters_have_the_labels_of_the_tokenizer_and_all_of_an_f_string_is_a_string():

@@ -181,6 +181,9 @@ def test_how_torch_goes_about_it():
     assert "runs the PackedSequence as it is" in gpu_lstm.explain(lstm, packed).how
     assert "a call for each layer and" in gpu_lstm.explain(lstm, X, lengths=torch.tensor([5, 2, 1])).how
     assert gpu_lstm.explain(gpu_lstm.GRU(4, 5), X).how == "torch's own GRU, all layers in one call"
+    of_heads = gpu_lstm.explain(gpu_lstm.GRU(4, 6, heads=3), X)
+    assert (of_heads.layers[0].heads, "layer 0, forward: 4 -> 6 of 3 heads" in str(of_heads)) == (3, True)
+    assert of_heads.problem.startswith("GRU 4 -> 6 (3 heads), T = 5, B = 3, float32, ")
     stack = gpu_lstm.explain(gpu_lstm.StackedGRU(4, [5, 6]), X)
     assert stack.how.endswith("a call for each layer")
     assert [d.hidden_size for d in stack.layers] == [5, 6]

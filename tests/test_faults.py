@@ -1,8 +1,6 @@
-"""Faults of kernels on a card, and what a user gets: right numbers, one warning that says why, and no second trial.
-
-The CPU counts as a card with one plan, the step family's, and faults are planted in its kernels and around them.
-test_verify.py has how they are found.
-"""
+"""Faults of kernels on a card, and what a user gets: right numbers, one warning that says why, and no second trial. The
+CPU counts as a card with one plan, the step family's, and faults are planted in its kernels and around them.
+test_verify.py has how they are found."""
 
 import copy
 import dataclasses
@@ -120,7 +118,6 @@ OF_LAUNCHES = {  # what stands in the place of a launch, and what is said
 def verdicts(monkeypatch):
     """A Mock that gives them. Nothing is raced: where there are resets the kernels are expected to be faster."""
     plans_are_verified_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
     monkeypatch.setattr(verify, "_verdict", Mock(side_effect=verify._verdict))
     with gpu_lstm.racing("off"):
         yield verify._verdict

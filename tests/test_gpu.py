@@ -21,14 +21,8 @@ pytestmark = pytest.mark.gpu
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 every_dtype = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 every_cell = pytest.mark.parametrize("cell", ["LSTM", "GRU"])
-FORCED = *itertools.product(("cooperative", "step", "pointwise"), (100, 300)), ("held", 300), ("resident", 100)
-FORCED += (("split", 320),)
-# B and H of a family each, as the headline's is the cooperative one.
-CHOSEN = {"resident": (4, 64), "cooperative": (4, 512), "step": (4, 2048), "pointwise": (512, 1024)}
-CHOSEN |= {"held": (1024, 256)}
 CARD = "cuda"
 OF_OURS = "heads", "gru heads", "slstm", "slstm heads"  # cells and heads that torch has not
-of_ours = pytest.mark.parametrize("words", OF_OURS)
 in_tf32_and_bf16 = pytest.mark.parametrize("dtype", [F32, BF16], ids=["tf32", "bf16"])
 SIZE = 24, 40, 32  # T, B, I
 # Of a head, by the family; with Triton 3.9 none of these kernels spills.
@@ -101,55 +95,39 @@ def test_the_headline(cell):
 
 
 @pytest.mark.usefixtures("within_margins")
-@every_dtype
-@pytest.mark.parametrize("variant", ["", "reverse", "no-bias ragged resets", "ragged resets reverse", "gru",
-                                     "gru ragged resets reverse"])  # fmt: skip
-@pytest.mark.parametrize("size", [(32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)], ids=str)
-def test_what_is_chosen_is_right(size, variant, dtype):
-    check(size, variant, "triton", dtype, "cuda", seeds=1)
-
-
-@pytest.mark.usefixtures("within_margins")
-@every_cell
-@pytest.mark.parametrize(("family", "hidden"), FORCED)
-def test_every_family(monkeypatch, family, hidden, cell):
-    force(monkeypatch, family)
-    words = "ragged resets reverse" + " gru" * (cell == "GRU")
-    check((20, 9, 32, hidden), words, "triton", F16, "cuda", seeds=1)
-    gpu_lstm.check()
-
-
-@pytest.mark.usefixtures("within_margins")
 @in_tf32_and_bf16
-@of_ours
+@pytest.mark.parametrize("words", ["", "gru", *OF_OURS])
 @pytest.mark.parametrize("family", UNITS)
-def test_every_family_of_heads_and_of_the_slstm(monkeypatch, family, words, dtype):
-    """And the same on a stream, and from a graph that was captured."""
+def test_every_family(monkeypatch, family, words, dtype):
+    """And the same on a stream, and from a graph that was captured, in training and in inference."""
     if family == "held" and card_of(torch.device(CARD, 0)).architecture != 90:
         pytest.skip("plans that hold W_hh in shared memory are for cards of compute capability 9.0")
     force(monkeypatch, family)
-    words, size = f"{words} ragged resets", (*SIZE, (1 + ("heads" in words)) * UNITS[family])
+    size = *SIZE, (1 + ("heads" in words)) * UNITS[family]
+    words = f"{words} ragged resets" + " reverse" * (words not in OF_OURS)
     judged(monkeypatch, words, size, dtype)
     memory._Checking.on = False  # which waits for every launch
     module, x, ragged = call_in(words, size, dtype)
-    run = partial(results, module, x, **ragged)
-    same(on_a_stream(run), run())
-    found, replay = captured(run)
-    x.normal_()
-    replay()
-    same(found, run())
+    for run in (partial(results, module, x, **ragged), torch.no_grad()(lambda: module(x, **ragged)[0])):
+        same(on_a_stream(run), run())
+        found, replay = captured(run)
+        x.normal_()
+        replay()
+        same(found, run())
     gpu_lstm.check()
 
 
 @pytest.mark.usefixtures("within_margins")
-@pytest.mark.parametrize("precision", ["exact", "tf32", "bf16"])
+@pytest.mark.parametrize(("dtype", "exact"), [(F32, True), (F32, False), (F16, True), (BF16, True)], ids=str)
 @pytest.mark.parametrize(("size", "words"), [
-    *((size, cell) for size in SIZES for cell in ("", "gru", "slstm") if size[2] or cell == "slstm")
-])  # fmt: skip
-def test_what_is_chosen_for_heads_and_the_slstm_is_right(monkeypatch, size, words, precision):
-    (batch, hidden, heads), dtype = size, BF16 if precision == "bf16" else F32
-    words, size = f"{words} {heads} ragged resets", (SIZE[0], batch, SIZE[2], hidden)
-    judged(monkeypatch, words, size, dtype, precision == "exact")
+    *itertools.product(
+        ((32, 16, 64, 64), (32, 16, 64, 128), (24, 17, 100, 513), (16, 70, 64, 768)),
+        ("", "reverse", "no-bias ragged resets", "gru", *(f"{cell}ragged resets reverse" for cell in ("", "gru ")))),
+    *(((SIZE[0], batch, SIZE[2], hidden), f"{cell} {heads} ragged resets") for batch, hidden, heads in SIZES
+      for cell in ("", "gru", "slstm") if heads or cell == "slstm")
+], ids=str)  # fmt: skip
+def test_what_is_chosen_is_right(monkeypatch, size, words, dtype, exact):
+    judged(monkeypatch, words, size, dtype, exact)
 
 
 @in_tf32_and_bf16
@@ -185,28 +163,6 @@ def test_two_grids_at_once():
                     together.append(model(x)[0])
             gpu_lstm.check()
             assert all(map(torch.equal, alone, together))
-
-
-@pytest.mark.parametrize("words", ["", "gru", "heads", "slstm heads"])
-@pytest.mark.parametrize("hidden", [64, 512])
-def test_the_same_bits_every_run(hidden, words):
-    module, x, _ = call_in(f"{words} deep", (200, 16, 32, hidden), BF16)
-    same(results(module, x), results(module, x))
-
-
-@every_cell
-@pytest.mark.parametrize("family", CHOSEN)
-def test_a_captured_graph_replays(family, cell):
-    batch, hidden = CHOSEN[family]
-    lstm, x = kernels(32, hidden, cell=cell, dtype=F16), random(30, batch, 32, dtype=F16)
-    with torch.no_grad():
-        lstm(x)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y, _ = lstm(x)
-        x.copy_(torch.randn_like(x))
-        graph.replay()
-        assert torch.equal(y, lstm(x)[0])
 
 
 @every_dtype

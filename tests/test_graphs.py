@@ -1,7 +1,5 @@
 """Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, eager mode's derivatives.
-
-And the operators as torch.library checks them.
-"""
+And the operators as torch.library checks them."""
 
 import contextlib
 import copy
@@ -85,10 +83,9 @@ def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(ki
     assert counter.frame_count == (1 if ragged == "marked" else 2)  # of the first size alone, and of all
 
 
-@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
-def test_a_layer_of_torch_is_one_operator_and_steps_are_none(cls):
-    recorder = EagerAndRecordGraphs()
-    torch.compile(cls(I, H, 3, bidirectional=True, backend="torch"), backend=recorder)(torch.randn(100, 2, I))
+def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
+    recorder, gru = EagerAndRecordGraphs(), gpu_lstm.GRU(I, H, 3, bidirectional=True, backend="torch")
+    torch.compile(gru, backend=recorder)(torch.randn(100, 2, I))
     (recorded,) = recorder.graphs
     operators = [node.target for node in recorded.graph.nodes if node.op == "call_function"]
     assert operators.count(OPERATOR) == 3
@@ -302,10 +299,8 @@ def learnt(given) -> list[bool]:
       for words in (MASKS, "ragged states peepholes reverse norms masks")),
 ])  # fmt: skip
 def test_an_operator(monkeypatch, words, backend, device):
-    """Forward with and without what backward reads; backward of the output alone, and of the states alone.
-
-    With "auto", where no kernel is right: what runs instead returns tensors of the same sizes, dtypes and strides.
-    """
+    """Forward with and without what backward reads; backward of the output alone, and of the states alone. With "auto",
+    where no kernel is right: what runs instead returns tensors of the same sizes, dtypes and strides."""
     if "auto" in backend:
         monkeypatch.setattr(Layer, "has_kernel", lambda *_: False)
     (given, reverse), recompute = given_to(words, device), backend == KERNELS_HERE and "norm" not in words

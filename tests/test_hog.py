@@ -1,7 +1,5 @@
-"""What a cooperative grid does while another kernel holds multiprocessors, e.g. NCCL's that waits for a slow rank.
-
-See docs/first_gpu_run.md.
-"""
+"""What a cooperative grid does while another kernel holds multiprocessors, e.g. NCCL's that waits for a slow rank. See
+docs/first_gpu_run.md."""
 
 import warnings
 

@@ -10,6 +10,7 @@ import torch
 os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
 from comparing import KERNELS_HERE
+from test_keras import on_the_cpu  # noqa: F401  # each test
 
 import gpu_lstm
 from gpu_lstm.keras import GRU, LSTM, from_keras, layer
@@ -27,12 +28,6 @@ FUSED = hasattr(BOTH, "_can_attempt_fused_lstm")  # Keras 3.12 has only the loop
 MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 MASKED_OR_NOT = pytest.mark.parametrize("mask", [None, MASKS["gaps"]], ids=["all", "gaps"])
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with keras.device("cpu"):
-        yield
 
 
 @pytest.fixture(params=[LSTM, GRU], ids=["LSTM", "GRU"])

@@ -374,10 +374,8 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(("place", "words", "dtype"), EVERYWHERE)
 def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
-    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what does not follow them.
-
-    Except on torch's own LSTM, where other episodes of these sequences are computed again, by other calls.
-    """
+    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what does not follow them. Except
+    on torch's own LSTM, where other episodes of these sequences are computed again, by other calls."""
     KERNELS[place].force(monkeypatch)
     module, (x, hx, rest) = everywhere(place, words, dtype, (5, 4, 3, 8))
     of_torch = place.startswith("torch")

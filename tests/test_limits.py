@@ -1,23 +1,33 @@
-"""The limits of comparing.judge: a fault of 1 % in any term is beyond them, and float32's own roundings are not."""
+"""Tests of the tests: the limits of comparing.judge, which a fault of 1 % in any term exceeds, and roundings of float32
+do not; and what the tests do on a card, without one: their tables, and one of them on the CPU."""
 
 import ast
 import functools
 import inspect
 import random
-from types import ModuleType
 
 import comparing
 import numpy as np
 import oracle
 import pytest
+import test_gpu
 import torch
+from cases import arrays_of, built, call_of, with_random_parameters
+from places import INTERPRETED, KERNELS
+from standing_in import H100, plan_of
+from torch.utils._pytree import tree_leaves
 
-F32, SEEDS = torch.float32, range(2)
+from gpu_lstm.kernels.problem import Problem
+from gpu_lstm.kernels.triton_rnn.plans import choose
+
+F32, SEEDS = torch.float32, (5, 6)  # of calls with a reset before the second step
 OF_A_LAYER = [f for f in ast.parse(inspect.getsource(oracle)).body
               if isinstance(f, ast.FunctionDef) and not {"stack", "cell", "named"} & {*f.name.split("_")}]  # fmt: skip
 NO_TERMS = "1", "1.0", "1e-05", "t"
-T, B, I, H, P = 2, 1, 3, 3, 2
-CELLS = "lstm", "gru", "slstm"
+CASES = [  # of few elements, with every option that a layer has
+    ((2, 1, 3, 3, 2), "states dropout_h peepholes"), ((2, 1, 3, 3), "states expected norms peepholes"),
+    ((2, 1, 3, 3), "gru states expected"), ((2, 1, 3, 3), "gru states dropout_h"), ((2, 1, 3, 3), "slstm dropout_h"),
+]  # fmt: skip
 
 
 def terms() -> dict[str, tuple[ast.AST, str]]:
@@ -38,41 +48,14 @@ TERMS = terms()
 DRAWN = random.Random(0).sample(sorted(TERMS), 40)
 
 
-def sizes_of(cell: str) -> tuple[dict, dict, dict]:
-    """Of inputs, of what resets leave, and of gradients that are given."""
-    rows, width = 3 * H if cell == "gru" else 4 * H, P if cell == "lstm" else H
-    c = (3, B, H) if cell == "slstm" else (B, H)
-    inputs = dict(x=(T, B, I), h0=(B, width), c0=c, weight_ih=(rows, I), weight_hh=(rows, width), bias_ih=(rows,),
-                  bias_hh=(rows,))  # fmt: skip
-    if cell == "lstm":
-        inputs |= dict(weight_hr=(P, H), peephole=(3 * H,), gain_ih=(rows,), gain_hh=(rows,), gain_c=(H,), bias_c=(H,))
-    left = {} if cell == "slstm" else dict(reset_h=(T, B, width), reset_c=(T, B, H))
-    return inputs, left, dict(dh=(T, B, width), dh_n=(B, width), dc_n=c)
-
-
-def results(seed: int, kind: type[np.ndarray] = np.ndarray, formulas: ModuleType = oracle) -> dict[str, np.ndarray]:
-    """Results and gradients of an LSTM, a GRU and an sLSTM of few elements with every option that a layer has, in
-    arrays of a kind."""
-    generator, results = np.random.default_rng(seed), {}
-
-    def random(name, shape):
-        scale, mean = (0.3, 1) if "gain" in name else (shape[1] ** -0.5 if "weight" in name else 1, 0)
-        return (mean + scale * generator.standard_normal(shape)).astype(np.float32).astype(float).view(kind)
-
-    for cell in CELLS:
-        given, left, gradients = ({name: random(name, shape) for name, shape in each.items()}
-                                  for each in sizes_of(cell))  # fmt: skip
-        noise, ragged = left | dict(dropout_h=np.array([[0.5, 1.5, 0.8][: given["h0"].shape[1]]])), {}
-        if left:
-            noise |= dict(zoneout_h=np.full(left["reset_h"].shape, 0.3), zoneout_c=np.full((T, B, H), 0.45))
-            ragged = dict(resets=np.ones((T, B), bool))
-        else:
-            given["c0"][1] = np.abs(given["c0"][1]) + 1  # n
-        *found, tape = formulas.layer(*given.values(), **noise, **ragged, reverse=True)
-        found += formulas.layer_gradients(*given.values(), **noise, tape=tape, **gradients)
-        names = "h", "h_n", "c_n", *(f"d{name}" for name in ("x", "h0", "c0", *oracle.NAMES, "reset_h", "reset_c"))
-        results |= {f"{cell} {name}": t for name, t in zip(names, found, strict=True) if t is not None}
-    return results
+def results(seed: int, kind: type[np.ndarray] = np.ndarray) -> dict[str, np.ndarray]:
+    """Of all cases, in arrays of a kind."""
+    found = {}
+    for size, words in CASES:
+        module = with_random_parameters(built(size, named := {*words.split()}), seed).train("expected" not in named)
+        call = call_of(module, size, named, seed)
+        found |= {f"{words}, {name}": t for name, t in arrays_of(module, call, named, seed, kind).items()}
+    return found
 
 
 TRUTHS = [functools.partial(results, seed) for seed in SEEDS]
@@ -84,31 +67,77 @@ def judged(monkeypatch, ours: list[dict]) -> None:
     """Beside a yardstick without errors, by the limits of this problem, which are counted once."""
     monkeypatch.setattr(comparing, "counted", lambda *_: limits())
     errors = {name: [(np.asarray(our[name]) - true[name], 0 * true[name], true[name])
-                     for our, true in zip(ours, map(truth, SEEDS))] for name in truth(0)}  # fmt: skip
-    comparing.judge(errors, F32, "reference", TRUTHS, T)
+                     for our, true in zip(ours, map(truth, SEEDS))] for name in truth(SEEDS[0])}  # fmt: skip
+    comparing.judge(errors, F32, "reference", TRUTHS, 2)
 
 
 @pytest.mark.parametrize("term", DRAWN)
 def test_a_fault_of_one_percent_in_any_term_is_detected(monkeypatch, term):
     node, field = TERMS[term]
-    faulty, right = ModuleType("faulty"), getattr(node, field)
-    vars(faulty).update(vars(oracle))
+    right, faulty = getattr(node, field), {**vars(oracle)}
+    for counted in (*(functools.partial(truth, seed) for seed in SEEDS), limits):
+        counted()  # of the right formulas, and kept
     setattr(node, field, ast.BinOp(right, ast.Mult(), ast.Constant(1.01)))
     try:
-        exec(compile(ast.fix_missing_locations(ast.Module(OF_A_LAYER, [])), oracle.__file__, "exec"), vars(faulty))
+        tree = ast.fix_missing_locations(ast.Module(OF_A_LAYER, []))
+        exec(compile(tree, oracle.__file__, "exec"), faulty)
     finally:
         setattr(node, field, right)
+    for function in OF_A_LAYER:
+        monkeypatch.setattr(oracle, function.name, faulty[function.name])
     with pytest.raises(AssertionError, match="RMS error"):
-        judged(monkeypatch, [results(seed, formulas=faulty) for seed in SEEDS])
+        judged(monkeypatch, [results(seed) for seed in SEEDS])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_roundings_are_no_faults_where_torch_rounds_luckily(monkeypatch, seed):
     """Whose errors are none at all here. Of one result sixteen times as large they are."""
-    rounding, name = comparing.rounding_as(F32, np.random.default_rng(1 + seed)), "lstm h_n"
+    rounding, name = comparing.rounding_as(F32, np.random.default_rng(1 + seed)), f"{CASES[0][1]}, h0"
     found = [results(seed, rounding) for seed in SEEDS]
     judged(monkeypatch, found)
     for of_seed, true in zip(found, map(truth, SEEDS)):
         of_seed[name] = true[name] + 16 * (np.asarray(of_seed[name]) - true[name])
     with pytest.raises(AssertionError, match=f"{name}: RMS error"):
         judged(monkeypatch, found)
+
+
+def of_ours(words, units, dtype, batch=test_gpu.SIZE[1]):
+    precision, heads = "tf32" if dtype is torch.float32 else "ieee", 4 if "four" in words else 1 + ("heads" in words)
+    cell = next((cell for cell in ("gru", "slstm") if cell in words.split()), "lstm")
+    ragged = dict(lengths=torch.int64, resets=True)
+    return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell, heads=heads, **ragged)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tf32", "bf16"])
+def test_every_family_of_an_h100_is_forced_and_some_are_chosen(dtype):
+    """In TF32 and in half precision, for every cell, with and without heads."""
+    for words in ("", "gru", *test_gpu.OF_OURS):
+        problems = {family: of_ours(words, units, dtype) for family, units in test_gpu.UNITS.items()}
+        plans = [plan_of(family, p, backward) for family, p in problems.items() for backward in (False, True)]
+        assert {type(plan.family) for plan in plans} == choose.FAMILIES.keys()
+    sizes = ((batch, H // 4 if heads else H, heads) for batch, H, heads in test_gpu.SIZES)
+    problems = [of_ours(f"slstm {heads}", units, dtype, batch) for batch, units, heads in sizes]
+    chosen = {choose.plans(p, H100, backward)[0].family.name for p in problems for backward in (False, True)}
+    assert chosen == {"resident", "cooperative", "held"}
+
+
+@pytest.fixture
+def rehearsed(monkeypatch):
+    """Tests of test_gpu.py run on the CPU, by plans that it can run: where there are no streams and no graphs."""
+
+    def captured(run):
+        found = run()
+        return found, lambda: [t.data.copy_(again) for t, again in zip(tree_leaves(found), tree_leaves(run()))]
+
+    changes = dict(CARD="cpu", SIZE=(3, 9, 3), UNITS=dict.fromkeys(KERNELS, 9), card_of=lambda _: H100,
+                   force=lambda patch, place: KERNELS[place].force(patch), captured=captured,
+                   on_a_stream=lambda run: run())  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setattr(test_gpu, name, value)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@pytest.mark.parametrize("words", ["slstm heads", "gru"])
+def test_a_test_of_a_family_rehearsed(rehearsed, monkeypatch, words):
+    test_gpu.test_every_family(monkeypatch, "cooperative/16/1/1", words, torch.float32)

@@ -1,24 +1,22 @@
-"""LSTMs under autocast on a CPU, which torch gives to oneDNN: where that has none in half precision, or is off.
-
-Most CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN says so; `make test-cpus` has such CPUs.
-"""
+"""LSTMs under autocast on a CPU, which torch gives to oneDNN: where that has none in half precision, or is off. Most
+CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN says so; `make test-cpus` has such CPUs."""
 
 import copy
-import os
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from comparing import BACKENDS
 from pairs import LENGTHS, RESETS, B, H, I, T, assert_identical, pair, random_inputs, results
-from subjects import states_for
+from test_settings import SETTINGS
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
-from torch.utils._python_dispatch import BaseTorchDispatchMode, TorchDispatchMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
@@ -151,30 +149,10 @@ def runs(half):
     return True
 
 
-class Counted(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.overloadpacket.__name__)
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def float64_by_default():
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 PLACES = {
-    "nowhere": nullcontext, "inference mode": torch.inference_mode, "fake tensors": FakeTensorMode, "a mode": Counted,
-    "another device": partial(torch.device, "meta"), "float64": float64_by_default,
+    "nowhere": nullcontext, "inference mode": torch.inference_mode, "fake tensors": FakeTensorMode,
+    "a mode": partial(Watched, lambda *_: True),
+    "another device": partial(torch.device, "meta"), "float64": SETTINGS["default dtype float64"],
 }  # fmt: skip
 
 
@@ -195,17 +173,17 @@ def test_onednn_is_asked_apart_from_what_its_caller_does(asked, half, place):
         assert onednn.has_lstm(half) is expected
     assert asked == [half]
     assert torch.equal(torch.get_rng_state(), before)
-    assert place != "a mode" or block.names == []
+    assert place != "a mode" or block.count == 0
 
 
 @halves
 def test_casts_that_a_block_keeps_outlast_that_onednn_is_asked(asked, half):
     x, linear = torch.ones(2, 2), nn.Linear(2, 2, bias=False)
-    with torch.autocast("cpu", half), Counted() as counted:
+    with torch.autocast("cpu", half), Watched(lambda operator, *_: "_to_copy" in str(operator)) as casts:
         linear(x)
         onednn.has_lstm(half)
         linear(x)
-    assert counted.names.count("_to_copy") == 3, "x each time, the weight once"
+    assert casts.count == 3, "x each time, the weight once"
     assert asked == [half]
 
 
@@ -231,10 +209,8 @@ def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
     for way in ["torch", "reference", "triton", "vmap", *["lengths", "zoneout"] * ("Cell" not in kind)]])  # fmt: skip
 def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     """By oneDNN it casts a whole LSTM there, but of all others products alone, so that the dtype of states counts.
-
     oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on hardly any. Elsewhere torch's own raises unless the input
-    is in half precision. Ours is cast all the same.
-    """
+    is in half precision. Ours is cast all the same."""
     lacks = kind in ("LSTM", "StackedLSTM") and onednn.is_on() and not onednn.has_lstm(half)
     kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
     is_cell, is_stack = "Cell" in kind, "Stacked" in kind
@@ -243,7 +219,7 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     sizes = I, H + len(options)
     theirs = getattr(nn, kind.removeprefix("Stacked"))(*sizes, **options)
     ours = getattr(gpu_lstm, kind)(I, [H]) if is_stack else getattr(gpu_lstm, kind)(*sizes, **options)
-    hx = (torch.zeros(B, H),) * 2 if kind == "LSTMCell" else states_for(ours, [B], torch.zeros)
+    hx = random_inputs(ours, B)[1]
     call, x = ours, torch.randn(B, I) if is_cell else torch.randn(T, B, I)
     if way in BACKENDS:
         ours.backend = way
@@ -265,15 +241,6 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
                 with torch.autocast("cpu", half):
                     found.append([t.dtype for t in tree_leaves(module(*given))])
         assert found[0] == found[1], (x_in_half, hx_in_half)
-
-
-def test_this_process_has_the_cpu_that_its_environment_asks_for():
-    """As `make test-cpus` does."""
-    asked = os.environ.get
-    assert torch.backends.mkldnn.enabled == (asked("WITHOUT_ONEDNN") is None)
-    assert torch.get_num_threads() == int(asked("OMP_NUM_THREADS"))
-    assert asked("ATEN_CPU_CAPABILITY") != "default" or torch.backends.cpu.get_cpu_capability() == "DEFAULT"
-    assert asked("ONEDNN_MAX_CPU_ISA") not in ("SSE41", "AVX2") or not onednn.has_lstm(torch.bfloat16)
 
 
 @halves

@@ -1,9 +1,15 @@
-"""What is built and installed, packages that are missing or broken, and what type checkers make of a user's program."""
+"""What is built and installed, packages that are missing or broken, copies under another name, and what type checkers
+make of a user's program."""
 
 import ast
+import base64
 import email
 import graphlib
+import hashlib
+import importlib.util
 import inspect
+import json
+import multiprocessing
 import re
 import runpy
 import subprocess
@@ -11,15 +17,21 @@ import sys
 import tarfile
 import textwrap
 import zipfile
+from functools import partial
 from importlib.util import resolve_name
 from pathlib import Path
+from types import MethodType
 from typing import get_args
 
 import pytest
 import torch
 from installed import ROOT, build, environment, run
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
+from gpu_lstm.backends import graph
 from gpu_lstm.call.choices import BackendName
 
 
@@ -63,11 +75,9 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
 
 
 def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_or_broken_stop_nobody(tmp_path):
-    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads.
-
-    Neither does a call on the CPU import a compiler of torch's, which takes a second. Who needs a package is told how
-    to install it, here with Triton broken, and CuPy and matplotlib missing.
-    """
+    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads. Neither
+    does a call on the CPU import a compiler of torch's, which takes a second. Who needs a package is told how to
+    install it, here with Triton broken, and CuPy and matplotlib missing."""
     (tmp_path / "triton.py").write_text("raise OSError('broken here')")
     code = """
         import contextlib, importlib, sys
@@ -218,29 +228,81 @@ def test_imports_have_no_circle():
     graphlib.TopologicalSorter({name: imported_by(name, modules) for name in modules}).prepare()
 
 
-INHERITED = {"_parameters", "_modules", "_flat_weights_names", "_init_flat_weights"}  # by our modules
-OF_TUPLES = {"_replace", "_asdict", "_fields"}  # which Python documents
-
-
-def private_names(text: str) -> tuple[set[str], set[str]]:
-    """Names with an underscore in front that a file defines, and those of attributes and imports in it."""
-    defined, used = set(), set()
-    for node in ast.walk(ast.parse(text)):
-        match node:
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
-                defined.add(name)
-            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
-                defined.add(name)
-            case ast.Attribute(attr=name):
-                used.add(name)
-            case ast.Import(names=names) | ast.ImportFrom(names=names):
-                used.update(".".join([getattr(node, "module", "") or "", *(each.name for each in names)]).split("."))
-    return defined, {name for name in used if re.match("_[^_]", name)}
-
-
 def test_private_names_of_torch_triton_and_python_are_in_one_file():
+    """As far as they are written behind the name of a package, or imported."""
+    of_packages = r"(?<![\w\"])(?:torch|triton|tl|sys|threading)(?:\.\w+)*\._[a-zA-Z]\w*"
+    private = re.compile(rf"{of_packages}|(?:from|import) [\w.]*\b_[a-zA-Z]\w+")
     paths = [path for folder in ("gpu_lstm", "kernels") for path in (ROOT / folder).rglob("*.py")]
-    found = {path.relative_to(ROOT).as_posix(): private_names(path.read_text()) for path in paths}
-    assert len(found.pop("kernels/private.py")[1]) > 25
-    ours = INHERITED | OF_TUPLES | {name for defined, _ in found.values() for name in defined}
-    assert not {path: used - ours for path, (_, used) in found.items() if used - ours}
+    found = {str(path.relative_to(ROOT)): private.findall(path.read_text()) for path in paths}
+    assert len(found.pop("kernels/private.py")) > 15
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def in_another_process(function, *args):
+    """Its result, in a fork, which has torch; numbers are float64 there."""
+    with multiprocessing.get_context("fork").Pool(1, torch.set_default_dtype, [torch.float64]) as another:
+        return another.apply(function, args)
+
+
+def results(module, x) -> list:
+    """Output and states, and the gradients of the parameters."""
+    found = tree_leaves(module(x))
+    return [*found, *torch.autograd.grad(sum(t.square().sum() for t in found), list(module.parameters()))]
+
+
+exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+
+
+def compare(other) -> None:
+    """Another copy with torch's own: eager and compiled."""
+    theirs, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
+    for backend, compiler in (("reference", "eager"), ("torch", "aot_eager")):
+        ours = other.LSTM(3, 4, backend=backend)
+        ours.load_state_dict(theirs.state_dict())
+        called = torch.compile(ours, backend=compiler, disable=compiler == "eager", fullgraph=True)
+        exactly(results(called, x), results(theirs, x))
+
+
+def again() -> str:
+    for module in (graph, gpu_lstm):
+        importlib.reload(module)
+    compare(gpu_lstm)
+    for name in [name for name in sys.modules if name.startswith("gpu_lstm")]:
+        del sys.modules[name]
+    other = importlib.import_module("gpu_lstm")
+    assert other is not gpu_lstm
+    compare(other)
+    return repr(other.LSTM(3, 4))
+
+
+def test_a_copy_that_is_imported_again_runs_beside_the_first():
+    assert in_another_process(again) == "gpu_lstm.LSTM(3, 4)"
+
+
+def kernelized(path) -> tuple:
+    """torch's modules with the forward of `layers` compute what they did; what `kernels` asks of a layer."""
+    spec = importlib.util.spec_from_file_location("_a_kernel", path)
+    sys.modules[spec.name] = other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    x = torch.randn(5, 2, 3)
+    for kind, options in (("LSTM", dict(num_layers=2, bidirectional=True)), ("LSTM", dict(proj_size=2)), ("GRU", {})):
+        for given in (x, x[:, 0], pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False)):
+            theirs = getattr(nn, kind)(3, 4, **options)
+            expected = results(theirs, given)
+            theirs.forward = MethodType(getattr(other.layers, kind).forward, theirs)
+            exactly(results(theirs, given), expected)
+    signatures = [inspect.signature(of.LSTM.forward).parameters.values() for of in (other.layers, nn)]
+    own = set(dir(other.layers.LSTM)) - set(dir(nn.Module))
+    return own, *([p.kind for p in parameters] for parameters in signatures), other.__all__
+
+
+def test_modules_of_torch_with_the_forward_of_the_folder_that_make_hub_writes_compute_the_same(tmp_path):
+    subprocess.run([sys.executable, ROOT / "dev/hub/write.py", tmp_path], check=True)
+    variant = tmp_path / "build/torch-universal"
+    files = {path.relative_to(variant).as_posix(): path.read_bytes() for path in variant.rglob("*") if path.is_file()}
+    metadata = json.loads(files.pop("metadata.json"))
+    asked = kernelized, variant / "gpu_lstm/__init__.py"  # which older versions of `kernels` load; it loads the other
+    own, ours, torchs, names = in_another_process(*asked)
+    assert (own, ours, names) == ({"can_torch_compile"}, torchs, [*gpu_lstm.__all__, "layers"])
+    digests = {name: base64.b64encode(hashlib.sha256(text).digest()).decode() for name, text in files.items()}
+    assert metadata["digest"] == {"algorithm": "sha256", "files": digests}

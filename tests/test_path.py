@@ -10,7 +10,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 from places import INTERPRETED, KERNELS
-from torch.utils._python_dispatch import TorchDispatchMode
+from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.call import modes
@@ -53,18 +53,6 @@ def test_a_cell_on_a_cpu_comes_soon_to_torchs_operator(kind):
     assert len(called) <= 8, called
 
 
-class Counted(TorchDispatchMode):
-    """How many operators of a kind are run."""
-
-    def __init__(self, is_counted):
-        super().__init__()
-        self.is_counted, self.count = is_counted, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += self.is_counted(function)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def unwatched(monkeypatch):
     """A call is as one that nobody watches, though its operators are counted."""
@@ -96,7 +84,7 @@ def test_the_host_reads_no_number_in_a_call(a_card, unwatched, request, monkeypa
     monkeypatch.setattr(cupy, "loaded", lambda *_: lambda *_: None)
     for cell in "LSTM", "GRU", "SLSTM":
         module, x = getattr(gpu_lstm, cell)(4, 8, backend=backend), torch.zeros(3, 2, 4)
-        with Counted(ON_THE_HOST.__contains__) as reads:
+        with Watched(lambda operator, *_: operator in ON_THE_HOST) as reads:
             module(x)[0].sum().backward()
         assert (reads.count > 0) == margins
 
@@ -114,7 +102,7 @@ def test_a_step_is_as_many_launches_as_are_estimated(unwatched, monkeypatch, opt
 
     def launches(act):
         launched.reset_mock()
-        with Counted(lambda function: not function.is_view) as operators:
+        with Watched(lambda operator, *_: not operator.is_view) as operators:
             result = act()
         counts.append(operators.count + launched.call_count)
         return result

@@ -190,6 +190,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / cache.RACES, card)] == [2, 1]
     cache.write(cache.CHECKS, {}, "another verdict")
     assert cache.read(cache.CHECKS, {}) == "right"
+    assert (cache.forget(cache.RACES), len(list(cache.entries(cache.RACES)))) == (1, 2)
 
 
 def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):
@@ -279,10 +280,8 @@ def test_a_cached_race_that_lies_is_ignored_with_one_line():
 
 
 def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch):
-    """Though a race is of fewer, which torch would win. 65,535 steps, which it runs, have a route of their own.
-
-    These and one more are rounded up to 65,536, the key of a route in its own way.
-    """
+    """Though a race is of fewer, which torch would win. 65,535 steps, which it runs, have a route of their own. These
+    and one more are rounded up to 65,536, the key of a route in its own way."""
     monkeypatch.setattr(race, "LONGEST", 3)  # the interpreter is slow
     stubbed(triton=2e-3, torch=1e-3)
     calls = [_call(x=torch.zeros(steps, 1, 4)) for steps in (65_535, 65_536, 65_535, 70_000)]

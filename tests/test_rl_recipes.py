@@ -162,10 +162,8 @@ def test_rsl_rl(recipes, starts, kind, states):
 
 
 def test_skrl(recipes, starts, kind, states):
-    """All is flat, [N*T, ...], with a state stored at every step, of which only those before the first step count.
-
-    Ends are "terminated" or "truncated"; older versions hand over one for both.
-    """
+    """All is flat, [N*T, ...], with a state stored at every step, of which only those before the first step count. Ends
+    are "terminated" or "truncated"; older versions hand over one for both."""
     theirs, ours = pair(kind, batch_first=True)
     model, x = SimpleNamespace(rnn=ours, sequence_length=T, training=True), torch.randn(N, T, I)
     y, *finals = loop(theirs, x.transpose(0, 1), states, after(starts))

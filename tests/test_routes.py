@@ -1,8 +1,6 @@
-"""A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision.
-
-And its kernels are those for the tensors of the call. The CPU counts as a card, and a race's winner depends on the kind
-of call alone; kernels are stubbed.
-"""
+"""A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision. And
+its kernels are those for the tensors of the call. The CPU counts as a card, and a race's winner depends on the kind of
+call alone; kernels are stubbed."""
 
 import contextlib
 import dataclasses
@@ -16,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from pairs import flat
+from pairs import flat, random_inputs
 from standing_in import as_a_card
-from subjects import SUBJECTS, Function, states_for
+from subjects import SUBJECTS, Function
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._python_dispatch import BaseTorchDispatchMode
@@ -205,8 +203,7 @@ class Routes(RuleBasedStateMachine):
         time_and_batch = [*batch, steps] if getattr(module, "batch_first", False) else [steps, *batch]
         x, given = random(*time_and_batch, 2), {}
         if facts["hx"] is not None:
-            hx = states_for(module, batch, random)
-            given["hx"] = tree_map(lambda t: t.requires_grad_(facts["hx"] == "learns"), hx)
+            given["hx"] = tree_map(lambda t: t.requires_grad_(facts["hx"] == "learns"), self.states(module, batch))
         if isinstance(module, nn.RNNCellBase):
             return random(*batch, 2).requires_grad_(facts["x_learns"]), given
         if form == "packed":
@@ -216,8 +213,14 @@ class Routes(RuleBasedStateMachine):
         if facts["resets"] is not None:
             given["resets"] = random(*time_and_batch) < 0.3
         if facts["resets"] == "states":
-            given["reset_states"] = states_for(module, batch, random)
+            given["reset_states"] = self.states(module, batch)
         return x.requires_grad_(facts["x_learns"]), given
+
+    def states(self, module, batch):
+        """Initial states, or states to reset to, one per sequence; `batch` is [] of an unbatched call."""
+        of_function = isinstance(module, Function)
+        states = tuple(torch.rand(2, *batch, 2)) if of_function else random_inputs(module, *batch)[1]
+        return tree_map(lambda t: t.to(self.facts["dtype"]), states)
 
     def form(self, module):
         """Of x: that of the facts where there is such."""

@@ -6,7 +6,6 @@ from functools import cache, partial
 import pytest
 import torch
 from comparing import BACKENDS, PLACES
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -41,7 +40,6 @@ def calls_of(backend: str) -> dict:
     h, c, *_ = hx = made(torch.randn, 2, 1, B, H).to(**place)
     lengths, resets = LENGTHS.to(device), RESETS.to(device)
     packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
-    theirs = made(nn.LSTM, I, H, **place)
 
     def streamed():
         found = []
@@ -67,8 +65,6 @@ def calls_of(backend: str) -> dict:
         "lstm_layer": (lstm, lambda: lstm_layer(x, lstm._weights()[0][0], resets=resets, backend=backend)),
         "Stream": (lstm, streamed),
         "trace": (deep, lambda: [(t.output, *t.layers) for t in map(partial(gpu_lstm.trace, deep), (packed, x))]),
-        "convert": (theirs, lambda: gpu_lstm.convert(theirs)(x)),
-        "to_torch": (lstm, lambda: gpu_lstm.to_torch(lstm)(x)),
         "resets_from_dones": (lstm, lambda: gpu_lstm.resets_from_dones(resets)),
         "lengths_of": (lstm, lambda: gpu_lstm.keras.lengths_of(resets.T.cumsum(1) == 0)),
     }

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from unittest.mock import Mock
 
 import interpreted
@@ -18,7 +19,7 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.threads import cooperative as cooperative_kernels
 
-CPU = torch.device("cpu")
+CPU, HERE = torch.device("cpu"), str(Path(__file__).parent)
 EXPECTED = (
     r"cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch, and of all launches "
     "since, are wrong"
@@ -47,7 +48,8 @@ def test_who_reports_it():
 
 
 @pytest.mark.deep
-def test_the_end_of_the_program_reports_it_and_no_kernels_are_imported_before_first_use():
+def test_the_end_of_the_program_reports_it_and_nothing_is_imported_before_first_use_and_torchs_compiler_never():
+    """Which takes seconds: it would do so in every process. Operators on meta tensors import it."""
     script = """
 import sys, gpu_lstm, torch
 import gpu_lstm.kernels.cupy_rnn.launch
@@ -55,9 +57,17 @@ gpu_lstm.LSTM(3, 4)(torch.zeros(5, 2, 3))
 gpu_lstm.check()
 assert not [name for name in sys.modules if "triton_rnn." in name or name.startswith("cupy")]
 from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.triton_rnn import launch
+from standing_in import plan_of
+for family, hidden in ("resident", 64), ("cooperative", 768), ("step", 768), ("split", 768), ("pointwise", 64):
+    problem = Problem(2, 64, hidden, torch.float16, resets=True, dropout_h=True)
+    for backward in (False, True):
+        assert launch.recorded_launches(problem, Pass(backward), plan_of(family, problem, backward))
+assert "torch._dynamo" not in sys.modules
 timeouts.error_word(torch.device("cpu"), "cooperative_backward_kernel")[0] = 8
 """
-    environment, run = os.environ | {"TRITON_INTERPRET": "1"}, [sys.executable, "-c", script]
+    environment, run = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": HERE}, [sys.executable, "-c", script]
     ended = subprocess.run(run, env=environment, stderr=subprocess.PIPE, text=True, check=True)
     assert "timed out at step 7 on cpu" in ended.stderr
 

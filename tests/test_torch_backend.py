@@ -1,7 +1,5 @@
 """torch's own modules as a backend: weights in one buffer for cuDNN, and resets without synchronising with the device.
-
-No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py.
-"""
+No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py."""
 
 import copy
 from functools import partial
@@ -13,8 +11,8 @@ from pairs import LENGTHS, RAGGED, RESETS, B, T, pair, random_inputs, results, t
 from places import two_copies
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
@@ -103,24 +101,12 @@ def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
             weights = torch_rnn.packed(weights)
         state = torch.empty(1, 2, 4, device="cuda"), torch.empty(1, 2, 4, device="cuda")
         torch_rnn.stack(
-            CELLS[cell],
-            torch.empty(5, 2, 3, device="cuda"),
-            state,
-            [[torch_rnn.Weights(*weights)]],
-            dropout=0.5,
+            CELLS[cell], torch.empty(5, 2, 3, device="cuda"), state, [[torch_rnn.Weights(*weights)]], dropout=0.5
         )
     assert called.call_args.args[5] == 0.0, "in eval(), though cuDNN is told that there may be a backward"
     given = called.call_args.args[2]
     assert len({t.untyped_storage()._cdata for t in given}) == 1
     assert all(t is w for t, w in zip(given, weights)) == whole
-
-
-class Blind(TorchDispatchMode):
-    """No value of a tensor reaches the host, and no shape depends on one."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("cls", "ragged", "arguments"), [
@@ -129,7 +115,7 @@ class Blind(TorchDispatchMode):
     (gpu_lstm.GRU, RAGGED, dict(num_layers=2, bidirectional=True)),
 ], ids=["lengths", "resets", "both", "both, GRU"])  # fmt: skip
 def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
-    """On a device that has none, as fake tensors, and blind."""
+    """On a device that has none, as fake tensors, and as on a card."""
     torch.manual_seed(0)
     lstm = cls(3, 4, **arguments, backend="torch")
     x = torch.randn(T, B, 3)
@@ -145,8 +131,10 @@ def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert shapes(lstm, **tree_map(mode.from_tensor, dict(ragged, x=x))) == expected
     monkeypatch.setattr("gpu_lstm.call.checks.check_lengths", lambda *given: None)  # on CUDA they are asserted there
-    with Blind():
+    asking = "_local_scalar_dense", "nonzero", "equal", "is_nonzero"  # for a value, on the host or for a shape
+    with Watched(lambda operator, *_: operator.overloadpacket.__name__ in asking) as asked:
         assert shapes(lstm, x, **ragged) == expected
+    assert asked.count == 0
 
 
 @pytest.mark.filterwarnings("ignore")  # torch says that it is deprecated, and warns of Python values

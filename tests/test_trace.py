@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
 
-T, B, I, H = 6, 3, 4, 5
+T, B, I, H = 6, 3, 4, 6
 LENGTHS = torch.tensor([6, 0, 3])
 RESETS = torch.tensor([[0, 1, 0]] * 3 + [[1, 0, 0]] * 3).bool()
 
@@ -26,7 +26,7 @@ def inputs():
 @every_backend
 @pytest.mark.parametrize(("kind", "ragged", "options"), [
     (gpu_lstm.LSTM, {}, {}), (gpu_lstm.LSTM, dict(lengths=LENGTHS), dict(proj_size=2)),
-    (gpu_lstm.LSTM, dict(resets=RESETS), {}), (gpu_lstm.GRU, dict(lengths=LENGTHS, resets=RESETS), {}),
+    (gpu_lstm.LSTM, dict(resets=RESETS), dict(heads=2)), (gpu_lstm.GRU, dict(lengths=LENGTHS, resets=RESETS), {}),
 ], ids=["plain", "lengths", "resets", "GRU"])  # fmt: skip
 def test_gates_are_the_oracles(backend, kind, ragged, options):
     module, x = kind(I, H, 2, bidirectional=True, backend=backend, **options).double(), inputs()

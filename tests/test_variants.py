@@ -1,7 +1,5 @@
-"""Modules with features that torch's lack, against the reference; what refuses them.
-
-Against the oracle: test_layer.py.
-"""
+"""Modules with features that torch's lack, against the reference, and heads; what refuses them. Against the oracle:
+test_layer.py."""
 
 import copy
 import pickle
@@ -18,6 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import gpu_lstm
+from gpu_lstm import functional
+from gpu_lstm.backends import torch_rnn
+from gpu_lstm.keras import keras_init
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", KERNELS_HERE)
@@ -154,14 +155,20 @@ def test_weight_drop_runs_everywhere(backend, words, rate):
 
 
 @pytest.mark.usefixtures("with_onednn")
-@pytest.mark.parametrize("words", ["all deep both", "all deep gru"])
+@pytest.mark.parametrize("words", ["all deep both", "all deep gru", "gru", ""])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_autocast(backend, words, device):
+    """And a loss that is scaled so far that its gradients are not finite, as a GradScaler wants to see."""
     lstm = made(words, backend).to(device, torch.float32)
-    x = random_inputs(lstm, B)[0].to(device)
-    half = pairs.seeded(torch.autocast(device, torch.float16)(lstm), x)[0]
-    assert half.dtype is (torch.float32 if "gru" in words and device == "cpu" else torch.float16)
-    torch.testing.assert_close(half.float(), pairs.seeded(lstm, x)[0], rtol=0, atol=5e-3)
+    half, exact = (call_of(lstm, call=call) for call in (torch.autocast(device, torch.float16)(lstm), lstm))
+    assert half["output"].dtype is (torch.float32 if "gru" in words and device == "cpu" else torch.float16)
+    for name, true in exact.items():
+        scale = max(1.0, true.abs().max().item())
+        torch.testing.assert_close(half[name].float(), true, rtol=0, atol=1e-2 * scale, msg=name)
+    with torch.autocast(device, torch.float16):
+        y, _ = lstm(random_inputs(lstm, B)[0].to(device))
+    gradients = torch.autograd.grad(y.float().sum() * 2.0**127 * 4, list(lstm.parameters()))
+    assert not any(t.isfinite().all() for t in gradients)
 
 
 @every_backend
@@ -235,3 +242,56 @@ def test_pickles(words):
     old = pickle.loads(pickle.dumps(old))
     assert repr(old) == repr(made(words, None))
     old(torch.zeros(2, 1, I))
+
+
+# Heads; their numbers are in test_layer.py
+
+KINDS = pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.GRU])
+
+
+@KINDS
+def test_on_a_cpu_wide_heads_are_a_call_each(kind, monkeypatch):
+    module = kind(I, 256, 2, bidirectional=True, heads=4, backend="torch").double()
+    twin, calls, name = copy.deepcopy(module), [], kind.__name__.lower()
+    twin.backend, theirs = "reference", getattr(torch, name)
+    monkeypatch.setattr(torch_rnn, name, lambda *args: calls.append(args[2][1].shape) or theirs(*args))
+    x, hx = random_inputs(module, B)
+    # Gradients are sums of up to 2 x 1,024 terms where those of pairs.py have 7: sqrt((2,048 + 20) / (7 + 20)).
+    assert_same(*(results(each, x, hx) for each in (module, twin)), condition=9)
+    assert calls == [(64 * module._cell.rows, 64)] * 4 * 2
+
+
+@KINDS
+def test_initial_weights_are_those_of_the_fan_in(kind):
+    torch.manual_seed(0)
+    module = kind(I, 400, heads=4)
+    drawn = {name: p.clone() for name, p in module.named_parameters()}
+    assert [name for name, p in drawn.items() if p.abs().max() > 400**-0.5] == ["weight_hh_l0"]
+    assert 0.99 * 100**-0.5 < drawn["weight_hh_l0"].abs().max() <= 100**-0.5
+    torch.manual_seed(0)
+    module.reset_parameters()
+    assert all(torch.equal(p, drawn[name]) for name, p in module.named_parameters())
+    assert repr(module) == f"gpu_lstm.{kind.__name__}({I}, 400, heads=4)"
+    of_head = keras_init(module).weight_hh_l0.view(-1, 4, 100, 100)[:, 1].flatten(0, 1)
+    torch.testing.assert_close(of_head.T @ of_head, torch.eye(100), rtol=0, atol=1e-5)
+
+
+@KINDS
+def test_to_torch_cut_and_back(kind):
+    x, module = torch.randn(T, B, I).double(), kind(I, 12, 2, heads=3, dtype=torch.float64, backend="reference")
+    theirs = gpu_lstm.to_torch(copy.deepcopy(module))
+    assert type(theirs) is getattr(nn, kind.__name__)
+    torch.testing.assert_close(theirs(x)[0], module(x)[0], rtol=0, atol=1e-12)
+    assert torch.equal(theirs.weight_hh_l1, functional.dense(module.weight_hh_l1, 12))
+    assert torch.equal(functional.of_heads(theirs.weight_hh_l1, 3), module.weight_hh_l1)
+    scripted = torch.jit.script(nn.Sequential(module))
+    torch.testing.assert_close(scripted(x)[0], module(x)[0], rtol=0, atol=1e-12)
+    state = {name: functional.of_heads(t, 3) if "hh" in name and t.dim() == 2 else t
+             for name, t in theirs.state_dict().items()}  # fmt: skip
+    again = kind(I, 12, 2, heads=3, dtype=torch.float64)
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), module.parameters(), strict=True))
+    rows = module._cell.rows * 12
+    sizes = rf"torch.Size\(\[{rows}, 12\]\) .* torch.Size\(\[{rows}, 4\]\)"
+    with pytest.raises(RuntimeError, match=f"size mismatch for weight_hh_l0: .* {sizes}"):
+        again.load_state_dict(theirs.state_dict())

@@ -14,7 +14,7 @@ import triton.language as tl
 from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
 from places import cuda
-from standing_in import plan_of, plans_are_verified_on_the_cpu, the_cpu_is_a_card
+from standing_in import plan_of, the_cpu_is_a_card
 from test_faults import plant
 from test_settings import SETTINGS
 from torch.utils.checkpoint import checkpoint
@@ -192,13 +192,6 @@ def test_the_state_that_calls_begin_with_is_verified(monkeypatch, fault):
         monkeypatch.setattr(verify.Small, "by_kernels", by_kernels)
     with pytest.warns(UserWarning, match="the RMS error") if fault else contextlib.nullcontext():
         assert (_verify(problem) is None) == (fault is None)
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """The CPU as a card, where the only plan is the step family's, which compiles; it is verified as on one."""
-    plans_are_verified_on_the_cpu(monkeypatch)
-    monkeypatch.setattr(verify, "STEPS", 2)  # the interpreter is slow
 
 
 @pytest.mark.usefixtures("exact_float32_products")

@@ -1,23 +1,39 @@
-"""Wrong calls: the error's type and text, torch.nn's where it has the same call, and that the call changes nothing."""
+"""Wrong calls: the error's type and text, torch.nn's where it has the same call, and that the call changes nothing. And
+which backend is chosen, by whom, and what it says when it cannot run."""
 
+import contextlib
 import functools
+import importlib.util
+import inspect
 import os
 import re
 import sys
 import warnings
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import wrong_calls
 from comparing import DEVICE
-from torch import nn
+from standing_in import CUDA, the_cpu_is_a_card
+from test_first_call import selected
+from torch import nn, zeros
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from wrong_calls import CALLS, INT
 
 import bench.__main__
 import gpu_lstm
 import gpu_lstm.__main__
+from gpu_lstm.backends import reference
 from gpu_lstm.call import choices
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.dispatch import available
+from gpu_lstm.dispatch.available import why_unavailable
+from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels import cupy_rnn, triton_rnn
+from gpu_lstm.kernels.triton_rnn import features, launch
 
 # What may stand after the words of an error: what to do.
 CURE = r"(; (use torch\.as_tensor|expected a tensor|it fits if the input|hx is one tensor|use \w+\.\w+\(\)).*)?"
@@ -96,33 +112,27 @@ SHAPES = {
     "gru": "3  5,2,1,3  5,2,4  5,4  0,2,3  0,0,3  0,3  5,2,3;2,4  5,3;1,1,4  5,2,3;1,2,5  5,2,3;1,3,4  5,3;2,4 "
            "5,3;1,5",
     "gru_first": "2,5,2  2,0,3  2,5,3;2,1,4  2,5,3;1,5,4  5,3;1,5",
-    "gru_both": "5,2,4  0,2,3  5,2,3;2,2,4  5,2,3;4,3,4",
     "gru_cell": "2,1,3  []  2,5  5  2,3;1,2,4  2,3;[]  2,3;3,4  2,3;2,5  3;5  3;2,4  2,3;4"}  # fmt: skip
 X3 = "zeros(5, 2, 3), "
+OF_BOTH = ("None", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])",
+           X3 + "RESETS", "zeros(5, 2, 3, device=META)")  # fmt: skip
+CELL_OF_BOTH = "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), [H2]", "zeros(2, 3, dtype=F64)"
 AS_TORCH = [
     *(f"m.{module}({x}{f', {hx}' if 'gru' in module and hx else f', [{hx}]' if hx else ''})"
       for module, shapes in SHAPES.items() for shape in shapes.split()
       for x, _, hx in [", ".join(f"zeros({size})" for size in shape.split(";")).partition(", ")]),
-    *(f"m.lstm({arguments})" for arguments in (
-        "None", "[[1.0, 2.0, 3.0]]", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=F16)",
-        "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])", X3 + "RESETS", X3 + "zeros(1, 2, 4)", X3 + "(None, None)",
-        "zeros(5, 2, 3, device=META)", X3 + "[zeros(1, 2, 4, device=META)] * 2",
-        X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
-    *(f"m.gru({arguments})" for arguments in (
-        "None", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])",
-        X3 + "RESETS", X3 + "(zeros(1, 2, 4), zeros(1, 2, 4))", X3 + "()", X3 + "[[0.0]]",
-        "zeros(5, 3), (zeros(1, 4), zeros(1, 4))", "zeros(5, 2, 3, device=META)", X3 + "zeros(1, 2, 4, device=META)",
-        "PACKED, zeros(2, 4)")),
-    *(f"m.gru_cell({arguments})" for arguments in (
-        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), [H2]", "zeros(2, 3), (H2, H2)",
-        "zeros(3), [0.0]", "zeros(2, 3, dtype=F64)", "zeros(2, 3), zeros(2, 4, dtype=F64)",
-        "zeros(2, 3), zeros(2, 4, device=META)")),
-    *(f"m.cell({arguments})" for arguments in (
-        "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), zeros(2, 2, 4)",
-        "zeros(2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))", "zeros(2, 3), (zeros(2, 4), zeros(1, 2, 4))",
-        "zeros(2, 3), H2", "zeros(3), H2[0]", "zeros(3), H2[:1]", "zeros(3), (zeros(4),)", "zeros(3), [zeros(4)]",
-        "zeros(3), ()", "zeros(2, 3), [H2]",
-        "zeros(3), (zeros(4), zeros(1, 1, 4))"))]  # fmt: skip
+    *(f"m.{module}({arguments})" for module, each in (
+        ("lstm", (*OF_BOTH, "[[1.0, 2.0, 3.0]]", "zeros(5, 2, 3, dtype=F16)", X3 + "zeros(1, 2, 4)",
+                  X3 + "(None, None)", X3 + "(zeros(1, 2, 4, device=META), zeros(1, 2, 4))",
+                  X3 + "(zeros(1, 2, 4), zeros(1, 2, 4, device=META))")),
+        ("gru", (*OF_BOTH, X3 + "(zeros(1, 2, 4), zeros(1, 2, 4))", X3 + "()", X3 + "[[0.0]]",
+                 "zeros(5, 3), (zeros(1, 4), zeros(1, 4))", X3 + "zeros(1, 2, 4, device=META)", "PACKED, zeros(2, 4)")),
+        ("gru_cell", (*CELL_OF_BOTH, "zeros(2, 3), (H2, H2)", "zeros(3), [0.0]", "zeros(2, 3), zeros(2, 4, dtype=F64)",
+                      "zeros(2, 3), zeros(2, 4, device=META)")),
+        ("cell", (*CELL_OF_BOTH, "zeros(2, 3), zeros(2, 2, 4)", "zeros(2, 3), (zeros(1, 2, 4), zeros(1, 2, 4))",
+                  "zeros(2, 3), (zeros(2, 4), zeros(1, 2, 4))", "zeros(2, 3), H2", "zeros(3), H2[0]",
+                  "zeros(3), H2[:1]", "zeros(3), (zeros(4),)", "zeros(3), ()", "zeros(3), (zeros(4), zeros(1, 1, 4))")),
+      ) for arguments in each)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +196,7 @@ COMMANDS = [
     (OURS, f"{PLAN} --steps 1.5", "argument --steps: expected a whole number, got '1.5'$"),
     (OURS, f"{PLAN} --device k80", "^unknown device 'k80'; known: h100, a100, "),
     (OURS, f"{PLAN} --hidden 1000000", "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
+    (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm is of an LSTM without heads, got gru with 1$"),
     *((BENCH, f"compare {file} {file}", text + "; expected what `python -m bench` writes$") for file, text in (
         ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
     (BENCH, "compare {absent} {absent}", "No such file or directory: '.*absent'$"),
@@ -221,3 +232,151 @@ def test_a_wrong_command_line_ends_with_2_and_says_why(files, capsys, main, line
     *usage, said = told.rstrip("\n").split("\n")
     assert not usage or usage[0].startswith("usage: ")
     assert re.search(text, said), said
+
+
+F64 = torch.float64
+X, *WEIGHTS = (zeros(size, dtype=F64) for size in ((5, 2, 3), (16, 3), (16, 4)))
+CALLABLES = dict(
+    LSTM=lambda **kwargs: gpu_lstm.LSTM(3, 4, dtype=F64, **kwargs)(X),
+    LSTMCell=lambda **kwargs: gpu_lstm.LSTMCell(3, 4, dtype=F64, **kwargs)(X[0]),
+    StackedLSTM=lambda **kwargs: gpu_lstm.StackedLSTM(3, [4, 2], dtype=F64, **kwargs)(X),
+    lstm_layer=lambda **kwargs: lstm_layer(X, WEIGHTS, **kwargs),
+)
+
+
+def refuses_float64(name="triton"):
+    return pytest.raises(TypeError, match=f"^backend '{name}' supports .* and float32, got torch.float64$")
+
+
+@pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABLES)
+def test_what_chooses_the_backend(call, monkeypatch):
+    """The argument overrides `with`, and `with` the environment, which means auto if empty."""
+    layer = Mock(side_effect=reference.layer_by_reference)
+    monkeypatch.setattr(reference, "layer_by_reference", layer)
+
+    def by_reference(**arguments) -> bool:
+        layer.reset_mock()
+        call(**arguments)
+        return layer.called
+
+    for backend in ("triton", gpu_lstm.Backend.CUPY):
+        with refuses_float64(gpu_lstm.Backend(backend).value):
+            call(backend=backend)
+    monkeypatch.setenv("GPU_LSTM_BACKEND", "triton")
+    with refuses_float64():
+        call()
+    assert gpu_lstm.backend("reference")(by_reference)()
+    for backend in ("torch", "auto", "reference"):  # of which auto is torch on the CPU
+        found = gpu_lstm.backend(gpu_lstm.Backend.TRITON)(by_reference)(backend=backend)
+        assert found is (backend == "reference")
+    monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
+    assert by_reference()
+    with gpu_lstm.backend("torch"), refuses_float64():
+        call(backend="triton")
+    monkeypatch.setenv("GPU_LSTM_BACKEND", "")
+    assert not by_reference()
+
+
+def test_a_backend_that_is_chosen_without_with_is_told():
+    with pytest.warns(RuntimeWarning, match=r"^gpu_lstm.backend\('triton'\) chose nothing: write `with gpu_lstm.backe"):
+        gpu_lstm.backend("triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decorated = gpu_lstm.backend("triton")(CALLABLES["LSTM"])
+        for _ in range(2):
+            with refuses_float64():
+                decorated()
+        block = gpu_lstm.backend("triton")
+        with block, block:
+            pass
+        del block
+
+
+def test_a_block_inside_a_compiled_function():
+    """It chooses the graph's backend, which refuses what it does in eager mode; what is left out of the graph, too."""
+    lstm, x = gpu_lstm.LSTM(3, 4), torch.randn(2, 1, 3)
+    seen = []
+    torch.compiler.reset()  # after an error a function is left out of graphs
+
+    def inside(x, backend="reference"):
+        with gpu_lstm.backend(backend):
+            return lstm(x)[0]
+
+    @torch.compiler.disable
+    def left_out():
+        seen.append(choices.requested_racing())
+
+    def racing(x):
+        with gpu_lstm.racing("off"):
+            left_out()
+        return x + 1
+
+    def graph(module, _):
+        [layer] = [node for node in module.graph.nodes if "gpu_lstm" in str(node.target)]
+        assert "reference" in layer.args
+        return module
+
+    torch.testing.assert_close(torch.compile(inside, backend=graph, fullgraph=True)(x), inside(x))
+    lstm.double()
+    with refuses_float64():
+        torch.compile(inside, backend="eager")(x.double(), "triton")
+    torch.compile(racing, backend="eager")(x)
+    assert seen == [choices.Racing.OFF]
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "watched"])
+def test_auto_skips_kernels_that_lack_something_without_a_name(way, monkeypatch):
+    """An explicit choice is refused."""
+    the_cpu_is_a_card(monkeypatch)
+    monkeypatch.setattr(available, "why_unavailable", lambda name, *_: OSError() if name.value == "cupy" else None)
+    monkeypatch.setattr(launch, "lacks", lambda problem: "projections" if problem.projected else None)
+    lstm, x = gpu_lstm.LSTM(3, 8, proj_size=4), torch.randn(2, 1, 3)
+
+    def in_a_mode(lstm):
+        with FlopCounterMode(display=False):
+            return lstm(x)
+
+    runs = dict(
+        eager=lambda lstm: lstm(x), compiled=torch.compile(lambda lstm: lstm(x), backend="eager", fullgraph=True),
+        watched=in_a_mode,
+    )  # fmt: skip
+    expected = gpu_lstm.LSTM(3, 8, proj_size=4, backend="torch")
+    expected.load_state_dict(lstm.state_dict())
+    with gpu_lstm.racing("off"), torch.no_grad():
+        torch.testing.assert_close(runs[way](lstm), expected(x))
+        assert gpu_lstm.explain(lstm, x).others["triton"] == "it has no projections"
+        lstm.backend = "triton"
+        with pytest.raises(ValueError, match=r"^backend 'triton' has no projections$"):
+            lstm(x)
+
+
+def test_a_torch_for_amd_is_named(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for backend in (Backend.TRITON, Backend.CUPY):
+        assert "ROCm" in str(why_unavailable(backend, CUDA, torch.float32))
+    assert selected() is Backend.TORCH
+
+
+@pytest.mark.parametrize("error", [OSError("libcuda.so"), RuntimeError("bad build"), AttributeError("no attribute")])
+def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothing_cached, error):
+    monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
+    for package in (cupy_rnn, triton_rnn):
+        monkeypatch.setattr(package, "import_packages", Mock(side_effect=error))
+    with pytest.warns(UserWarning, match=f"is installed, but fails, and is not used: .*{error}"):
+        assert selected() is Backend.TORCH
+    with pytest.raises(ImportError, match=str(error)):
+        selected("triton")
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="of Triton's interpreter")
+@pytest.mark.parametrize(("triton", "numpy", "runs"), [
+    ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True),
+])  # fmt: skip
+def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, triton, numpy, runs):
+    """Rather than that only 0-dimensional arrays can be converted to Python scalars, in the middle of a kernel."""
+    monkeypatch.setattr(features.triton, "__version__", triton)
+    monkeypatch.setattr(np, "__version__", numpy)
+    spec = importlib.util.spec_from_file_location("features_again", features.__file__)
+    said = pytest.raises(ImportError, match=f"Triton {triton} needs NumPy below 2.4, got {numpy}: pip install")
+    with contextlib.nullcontext() if runs else said:
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -1,8 +1,6 @@
-"""use_for_slstm: cells of xlstm, which judge ours, and of TiRex compute by slstm_layer.
-
-xlstm is of the extra `interop`. What needs it, or tirex-ts, is skipped where it is not installed; a stand-in with the
-layouts of TiRex, and of xlstm's CUDA kernels, runs everywhere.
-"""
+"""use_for_slstm: cells of xlstm, which judge ours, and of TiRex compute by slstm_layer. xlstm is of the extra
+`interop`. What needs it, or tirex-ts, is skipped where it is not installed; a stand-in with the layouts of TiRex, and
+of xlstm's CUDA kernels, runs everywhere."""
 
 import copy
 import pickle
@@ -313,21 +311,3 @@ def test_the_layout_of_tirex_against_the_oracle():
     pairs = (y.permute(2, 0, 1, 3).flatten(2), true), (h, h_n), (c / n, c_n), (m + n.log(), m_n)
     for our, truth in pairs:
         np.testing.assert_allclose(our.detach().numpy(), truth, rtol=1e-12, atol=1e-12)
-
-
-def test_tirex_rounds_to_bfloat16_where_ours_does_not():
-    cells = pytest.importorskip("tirex.models.slstm.cell", reason="tirex-ts is not installed")
-    cell = drawn(cells.sLSTMCell(cells.sLSTMBlockConfig(embedding_dim=H, num_heads=HEADS), "torch"), 0.3)
-    x, state = tensors_for(torch.float32)
-    theirs, exact = cell(x, state)[0], copy.deepcopy(cell).double()
-    gpu_lstm.use_for_slstm(nn.ModuleList([cell, exact]))
-    truth = exact(x.double(), state.double())[0]
-    (y, final), twin = cell(x, state), pickle.loads(pickle.dumps(cell))
-    assert (y - truth).abs().max() < 1e-6 < 1e-3 < (theirs - truth).abs().max() < 2e-2
-    assert torch.equal(twin(x, state)[0], y)
-    for dtype in (torch.float32, torch.bfloat16):  # in pieces
-        cell.to(dtype)
-        (y, _), (first, middle) = cell(x.to(dtype), state), cell(x[:, :2].to(dtype), state)
-        assert middle.dtype is final.dtype is torch.float32
-        second, _ = cell(x[:, 2:].to(dtype), middle)
-        torch.testing.assert_close(torch.cat([first, second], 2), y, rtol=0, atol=4 * torch.finfo(dtype).eps)

@@ -1,0 +1,19 @@
+"""Operators of torch as they run."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Watched(TorchDispatchMode):
+    """A block: `count` is of how many operators counts(operator, its arguments, its result) is true."""
+
+    def __init__(self, counts: Callable[..., Any]) -> None:
+        super().__init__()
+        self.counts, self.count = counts, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += bool(self.counts(function, (args, kwargs), result))
+        return result
