@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from gpu_lstm.__main__ import cuda_devices, why_no_cuda
 
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def show(file: Path) -> int:
     """Draw plots next to a results file; print its tables, the summary last. 1 if a row of ours is wrong or failed."""
-    rows, console = results.read(file), Console(markup=False, highlight=False)
+    rows, console = results.read(file), report.console()
     if rows.empty:
         console.print(f"Nothing was measured: {file} has no row. The reason is above.")
         return 1

@@ -9,7 +9,6 @@ slower in 650 pairs of runs; a case slower by 10 % is found in 93 % of pairs at 
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
-from rich.console import Console
 from rich.text import Text
 
 from . import report
@@ -70,7 +69,7 @@ def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.
 
 def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
     """Print what `compare` finds. 1 if gpu_lstm itself is slower, wrong or failed, else 0, whatever others do."""
-    rows, console, lines = compare(old, new, fail_under), Console(), []
+    rows, console, lines = compare(old, new, fail_under), report.console(), []
     told = rows[rows["verdict"] != ""].sort_values("verdict", key=lambda its: its.map(VERDICTS.index), kind="stable")
     for row in told.itertuples():
         cells, verdict = ["", "", ""], row.verdict
@@ -83,7 +82,7 @@ def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
         lines.append([row.case, row.provider + " (graph)" * row.graph, *cells, verdict])
     if lines:
         table = pd.DataFrame(lines, columns=["case", "provider", "before", "now", "ratio", "verdict"])
-        console.print(report.table(table, "Changes (x: times as fast as torch.nn)", folded=("case",)))
+        console.print(report.table(table, "Changes (x: times as fast as torch.nn)"))
     before, now = (", ".join(sorted(set(side["torch"]))) for side in (old, new))
     console.print(f"torch {before} before, {now} now; within the noise: {(rows['verdict'] == '').sum()}")
     count = rows["is_regression"].sum()

@@ -20,6 +20,7 @@ LOOKS = {  # marker and colour, by the provider of a workaround
     "cleanrl-loop": ("s", "0.6"), "torch-packed": ("P", "#3f7d0a"), "rl_games-pieces": ("o", "#1f5fa8"),
     "rsl_rl-padded": ("D", "#d9730d"), "head-loop": ("^", "#8a3fa8"), "xlstm-vanilla": ("v", "#a83f3f"),
 }  # fmt: skip
+FEWEST = 3  # cases that are worth a picture
 
 
 def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
@@ -38,13 +39,13 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def instead(rows: pd.DataFrame) -> Figure | None:
-    """The time of each usual workaround over that of one call, forward and backward; None if none was timed.
+    """The time of each usual workaround over that of one call, forward and backward; None of fewer than FEWEST cases.
 
     Of each workaround the cases where it is the fastest and the slowest, beside one call; others are in the tables.
     """
     lines, base = report.instead(rows, every_case=True), report.headline_of(rows)
     lines = lines[lines["mode"] == "training"]
-    if not len(lines):
+    if lines["case"].nunique() < FEWEST:
         return None
     ratios = lines.groupby("provider")["ratio"]
     ends = lines.loc[[*ratios.idxmin(), *ratios.idxmax()], "case"]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
-from rich.console import Console
 from torch import nn
 
 import gpu_lstm
@@ -86,7 +85,7 @@ def run(device: str) -> int:
         about = f"; all take about {whole:.0f} seconds" * (number == 0)
         print(f"size {number + 1} of {len(SIZES)}: T={T}, {N} environments, H={H}{about}", file=sys.stderr, flush=True)
         seconds = measure(device, T, N, H)
-        x, resets = torch.zeros(T, N, H, device=device), torch.zeros(T, N, dtype=torch.bool, device=device)
+        x, resets = torch.zeros(T, N, H, device=device), torch.ones(T, N, dtype=torch.bool, device=device)
         for cell in CELLS:
             loop, one_call = (seconds[cell, way] for way in ("loop", "one call"))
             speed, low, high = timing.percentiles(np.divide(loop, one_call))
@@ -96,5 +95,5 @@ def run(device: str) -> int:
     where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
     columns = ["cell", "T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80", "one call by"]
     table = pd.DataFrame(cells, columns=columns)
-    Console().print(report.table(table, "An update of recurrent PPO, float32", where))
+    report.console().print(report.table(table, "An update of recurrent PPO, float32", where))
     return 0

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -42,9 +44,9 @@ NO_GPU = "No figure has been taken on a GPU yet."
 RARE = "resets 0.5%"  # whose cases share a line on the pages
 SHOWN = "The time of each usual workaround over that of one call"  # what the picture on the page with all cases shows
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
-# Columns that are aligned on the left; those that are folded in a narrow terminal, and more where a table says so.
+# Columns that are aligned on the left; those that are folded in a narrow terminal.
 LEFT = ("mode", "case", "usual workaround", "provider", "status", "note", "best other", "verdict")
-FOLDED = ("note", "best other", "verdict")
+FOLDED = ("note", "best other", "verdict", "case", "usual workaround")
 STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}  # by a cell's last word
 
 
@@ -197,7 +199,8 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
         step, gru = lines["mode"] == "step", lines["cell"] == "gru"
         for kind, which in (
             ("LSTMs", ~starred & ~heads & ~step & ~gru), ("GRUs", ~starred & ~heads & ~step & gru),
-            ("single steps", ~starred & step), ("with heads", heads),
+            ("single steps", ~starred & step), ("steps of some of the sequences", starred & step),
+            ("with heads", heads),
             ("with lengths or resets", starred & plain & ~step),
             ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
         ):  # fmt: skip
@@ -294,7 +297,13 @@ def origin(rows: pd.DataFrame) -> str:
     return "; ".join(filter(None, (every["device"], versions, commits, dates)))
 
 
-def table(cells: pd.DataFrame, title: str, caption: str = "", groups: Any = None, folded: Sequence[str] = ()) -> Table:
+def console() -> Console:
+    """Where tables go; in a file or a pipe, as wide as they need to be."""
+    narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if narrow else 160, markup=False, highlight=False)
+
+
+def table(cells: pd.DataFrame, title: str, caption: str = "", groups: Any = None) -> Table:
     """Cells of text, with rules between groups."""
     done = Table(
         title=Text(title, style="bold"), title_justify="left", caption=Text(caption), caption_justify="left",
@@ -302,7 +311,7 @@ def table(cells: pd.DataFrame, title: str, caption: str = "", groups: Any = None
     )  # fmt: skip
     for name in cells:
         justify: Any = "left" if name in LEFT else "right"
-        done.add_column(name, justify=justify, no_wrap=name not in (*FOLDED, *folded), overflow="fold")
+        done.add_column(name, justify=justify, no_wrap=name not in FOLDED, overflow="fold")
     for _, group in cells.astype(object).fillna("").groupby([0] * len(cells) if groups is None else groups):
         for line in group.values:
             done.add_row(*(Text(text, style=STYLES.get(text.strip().split(" ")[-1], "")) for text in line))

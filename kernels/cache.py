@@ -30,6 +30,8 @@ except ImportError:  # Windows has none
 KINDS = RACES, CHECKS, PLANS = "races", "checks", "plans"  # a folder each
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
+NOT_KEPT = "nothing is kept for the next process"
+
 Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
 
 
@@ -113,7 +115,7 @@ def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = N
                 lock.enter_context(stack.pop_all())
             Path(file.name).replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
     except OSError as error:
-        warn_once(f"a result ({kind}) is not cached: {error}")
+        warn_once(f"{NOT_KEPT}: {error}")
     _read.cache_clear()
 
 
@@ -195,9 +197,11 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
         return entry
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:  # the last if nested too deeply
+    except OSError as error:
+        warn_once(f"cached results are ignored: {path.parents[1]}: {error.strerror}")
+    except (ValueError, RecursionError) as error:  # the latter if nested too deeply
         warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
-        return None
+    return None
 
 
 @functools.lru_cache(4096)

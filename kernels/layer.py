@@ -262,7 +262,7 @@ class Layer:
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
                 plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
-                logger.info("%s, %s: %s", self.problem, pass_, plan)
+                logger.debug("%s, %s: %s", self.problem, pass_, plan)
             prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
             if not capturing:
                 self._prepared[pass_] = prepared

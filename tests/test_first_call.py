@@ -49,7 +49,7 @@ def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
 
 def test_the_first_plan_that_loads_is_chosen_kept_and_logged(an_h100, monkeypatch, caplog):
     assert kept_layer(launch, PROBLEM, CUDA).chosen(Pass())[:2] == (PLANS[0], False), "before there is a choice"
-    with caplog.at_level(logging.INFO, "gpu_lstm"):
+    with caplog.at_level(logging.DEBUG, "gpu_lstm"):
         assert _choose(monkeypatch) == (PLANS[0], [PLANS[0].units])
         assert _choose(monkeypatch) == (PLANS[0], []), "from the second call on nothing is tried"
     assert caplog.messages == [f"{PROBLEM}, {FORWARD}: {PLANS[0]}"]

@@ -184,7 +184,7 @@ def test_what_calls_compile_is_kept():
 
 def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
     fresh.write_text("a file")
-    with pytest.warns(UserWarning, match="compiled functions are not kept for the next process: "):
+    with pytest.warns(UserWarning, match="nothing is kept for the next process: "):
         build.function("little")(0)
     assert not any(fresh.parent.rglob("*.nbi"))
 

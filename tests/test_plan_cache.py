@@ -145,15 +145,15 @@ def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder):
         file.write_bytes(text.encode(errors="surrogateescape"))
         for function in (cache._read, cache.warn_once):
             function.cache_clear()  # as in another process
-        with pytest.warns(UserWarning, match="is ignored"):
+        with pytest.warns(UserWarning, match="ignored"):
             assert measured_plan(PROBLEM, H100, False) is None
 
 
 def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
     folder.write_text("")
-    with pytest.warns(UserWarning, match="is not cached"):
+    with pytest.warns(UserWarning, match="nothing is kept for the next process"):
         keep_measured(PROBLEM, H100, False, PLAN)
-    with pytest.warns(UserWarning, match="is ignored"):
+    with pytest.warns(UserWarning, match="ignored"):
         assert measured_plan(PROBLEM, H100, False) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -255,6 +255,8 @@ class Module(Role):
                 raise AttributeError(f"{error}; hx is one tensor") from None
             if found != rank:
                 raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
+        elif isinstance(hx, Tensor) and len(hx) == 1:
+            raise IndexError(f"index 1 is out of bounds for dimension 0 with size 1{checks.cure_of_one(hx)}")
         elif hx[0].dim() != rank or hx[1].dim() != rank:
             ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx)}"
             raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")

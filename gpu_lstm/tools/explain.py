@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..backends.run import Route
@@ -110,7 +111,8 @@ def explain(
     """
     if not isinstance(module, Layers):
         got = "{0.__module__}.{0.__name__}".format(type(module))
-        raise TypeError(f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {got}")
+        advice = ": convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
+        raise TypeError(f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {got}{advice}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)

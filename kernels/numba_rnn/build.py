@@ -39,7 +39,7 @@ def folder() -> Path | None:
             raise PermissionError(f"{path} is read-only")
         return path
     except OSError as error:
-        cache.warn_once(f"compiled functions are not kept for the next process: {error}")
+        cache.warn_once(f"{cache.NOT_KEPT}: {error}")
         return None
 
 
