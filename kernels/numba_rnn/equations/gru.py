@@ -1,7 +1,7 @@
 """The GRU cell: rows are r, z, n and s, of gradients n, r, z and s; constants the biases of h. C is h."""
 
 from ..functions import compiled, floats, sigmoid, tanh
-from ..tile import BEFORE, CONSTANTS, GATES, OF_H, ONE, C
+from ..tile import BEFORE, CONSTANTS, GATES, OF_H, ONE, C, vectors
 
 R, Z, N, S = GATES
 Z_N, Z_R, Z_Z, Z_S = OF_H
@@ -11,7 +11,7 @@ B_R, B_Z, B_N = CONSTANTS
 @compiled
 def forward(tile, n):
     w = floats(tile)
-    for j in range(n):
+    for j in range(vectors(n)):
         r = sigmoid(w[R + j] + w[Z_R + j] + w[B_R + j])
         z = sigmoid(w[Z + j] + w[Z_Z + j] + w[B_Z + j])
         s = w[S + j] + w[Z_S + j] + w[B_N + j]
@@ -22,7 +22,7 @@ def forward(tile, n):
 @compiled
 def backward(tile, n):
     w = floats(tile)
-    for j in range(n):
+    for j in range(vectors(n)):
         r, z, g, s, d = w[R + j], w[Z + j], w[N + j], w[S + j], w[C + j]
         dz_n = d * (ONE - z) * (ONE - g * g)
         w[Z_N + j], w[Z_R + j] = dz_n, dz_n * s * r * (ONE - r)
