@@ -1,7 +1,7 @@
 """The contract of a layer: a Problem, which decides the kernels and has all sizes, and the tensors of one call."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -138,27 +138,11 @@ class Gradients(NamedTuple):
     """What backward returns; None where there is none."""
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
-    dh0: Tensor | None  # [1, B, P]; from Prepared.backward: float32, and through zoneout of the first step only
+    dh0: Tensor | None  # [1, B, P]; from layer.Launches.backward: float32, and through zoneout of the first step only
     dc0: Tensor  # [K, B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m if c is normalised
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
-
-
-class Prepared(Protocol):
-    """A plan of one problem and pass, ready to be launched."""
-
-    plan: Any
-    at_once: int | None  # launches of it that fit the card together; None: programs do not wait for each other
-    projects_outside: bool  # it runs the recurrence of m, see projection.py
-
-    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward."""
-
-    def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
-        """As layer.Layer.backward, except for dh0."""
 
 
 class Like(NamedTuple):

@@ -88,7 +88,7 @@ class Kernel:
 
 
 class Prepared(Launches):
-    """A plan of one problem and pass; see problem.Prepared. `launch` makes its launches, by default `launch_kernel`.
+    """A plan of one problem and pass; see layer.Launches. `launch` makes its launches, by default `launch_kernel`.
 
     On `trial` it waits a second for other programs, not as long as the user's calls.
     """
