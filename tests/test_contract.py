@@ -181,7 +181,7 @@ NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell 
     "kernels": {"cells.py", "triton_rnn/equations/__init__.py", "triton_rnn/equations/gru.py",
                 "triton_rnn/equations/slstm.py", "cupy_rnn/cuda/equations/gru.cu",
                 "cupy_rnn/cuda/equations/slstm.cu", "cupy_rnn/launch.py",  # the list of those in CUDA C++
-                "numba_rnn/launch.py", "numba_rnn/steps.py",  # and of those in Numba, and whose functions they call
+                "numba_rnn/launch.py", "numba_rnn/equations.py",  # and of those in Numba
                 "numba_rnn/build.py"},  # what is compiled, in words
     "gpu_lstm/equations": set(),
     "gpu_lstm/call": set(),

@@ -17,7 +17,7 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.numba_rnn import build, launch
-from gpu_lstm.kernels.numba_rnn.steps import GRU, LSTM
+from gpu_lstm.kernels.numba_rnn.equations import GRU, LSTM
 
 pytestmark = pytest.mark.usefixtures("nothing_cached", "exact_float32_products", "nan_in_fresh_memory")
 SIZE = 9, 5, 3, 6  # T, B, I, H

@@ -17,7 +17,7 @@ from ..heads import arranged
 from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem
-from . import build, steps, threads
+from . import build, equations, steps, threads
 from .product import SEQUENCES
 
 BACKEND = "numba"
@@ -26,7 +26,7 @@ LOOPS, OF_A_STEP = ("forward", "backward"), ("after_product", "before_product") 
 TENSORS = frozenset(steps.TENSORS)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
 LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
-CODES = dict(zip(("lstm", "gru", "slstm"), steps.CELLS))
+CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 
 
 def put(call: Any, arguments: dict[str, Any]) -> Any:
@@ -40,8 +40,9 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
 def call_of(part: Part, steps_: int) -> Any:
     """A steps.CALL without tensors."""
     p, call = part.problem, np.zeros((), steps.CALL)
-    sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, CELLS[p.cell].h_start, p.reverse, CODES[p.cell]
-    for name, size in zip(steps.SIZES, (*sizes, STOPS.index(part.start), STOPS.index(part.end))):
+    cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
+    sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
+    for name, size in zip(steps.SIZES, sizes):
         call[name] = size
     return call
 

@@ -9,7 +9,7 @@ from collections import namedtuple
 import numpy as np
 from numba import from_dtype, types
 
-from .equations import gru, lstm, slstm
+from . import equations
 from .functions import cast, compiled, flags, numbers, take
 from .product import product
 from .tile import CONSTANTS, GATES, OF_H, ROWS, UNITS, add, fill, move, multiply, row, zoneout, zoneout_backward
@@ -24,11 +24,10 @@ TENSORS = (
     "resets", "lengths",  # [T*B] bool; [B] int64
     "scratch", "taken",  # [shares, SCRATCH]; int64, how many shares are
 )  # fmt: skip
-SIZES = "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "start", "end", "step", "share"
+SIZES = "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "share"
 CALL = np.dtype([(name, np.int64) for name in (*TENSORS, *SIZES)])
 """What a call is; of tensors addresses, 0 where it has none. Threads take shares of so many sequences."""
 call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
-CELLS = LSTM, GRU, SLSTM = range(3)
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
 SIZE = 4  # bytes of a number
 SCRATCH = ROWS * UNITS  # numbers of a thread: those of a tile, and before them a product's sums
@@ -73,7 +72,7 @@ def load_c_before(a, tile, p):
 @compiled
 def load_constants(a, tile, p):
     for k in range(3):
-        move(tile, CONSTANTS[k], a.bias_hh if a.cell == GRU else a.weight_peephole, k * a.H + p.unit, p.n)
+        move(tile, CONSTANTS[k], a.bias_hh if a.bias_hh else a.weight_peephole, k * a.H + p.unit, p.n)
 
 
 @compiled
@@ -85,16 +84,12 @@ def gates_and_cell(a, tile, p):
     load_c_before(a, tile, p)
     move(tile, row.C, tile, row.BEFORE, p.n)
     load_constants(a, tile, p)
-    if a.cell == LSTM:
-        lstm.forward(tile, p.n, a.weight_peephole != 0)
-    elif a.cell == GRU:
-        gru.forward(tile, p.n)
-    else:
+    if a.kept > 1:
         move(tile, row.REST, a.c_n if p.step else a.c0, p.rest, p.n)
         if not p.continues:
             fill(tile, row.REST, EMPTY, p.n)
-        slstm.forward(tile, p.n)
-        move(a.c_n, p.rest, tile, row.REST, p.n)
+    equations.forward(tile, p.n, a.cell, a.weight_peephole != 0)
+    move(a.c_n if a.kept > 1 else 0, p.rest, tile, row.REST, p.n)
     move(tile, row.DV, tile, row.C, p.n)
     if a.zoneout_c:
         move(tile, row.M, a.zoneout_c, p.at, p.n)
@@ -104,17 +99,6 @@ def gates_and_cell(a, tile, p):
         move(a.c_n, p.state, tile, row.DV, p.n)
     for k in range(4):
         move(a.gates if a.c else 0, p.gates + k * a.H, tile, GATES[k], p.n)
-
-
-@compiled
-def output(a, tile, p):
-    """M of o and v, which is in C."""
-    if a.cell == LSTM:
-        lstm.output(tile, p.n)
-    elif a.cell == GRU:
-        move(tile, row.M, tile, row.C, p.n)
-    else:
-        slstm.output(tile, p.n)
 
 
 @compiled
@@ -148,7 +132,7 @@ def after(a, tile, p):
     if a.start == OF_M:
         move(tile, row.M, a.m, p.state, p.n)
     elif tile:
-        output(a, tile, p)
+        equations.output(tile, p.n, a.cell)
     if a.end == OF_M:
         move(a.m, p.state, tile, row.M, p.n)
     else:
@@ -179,19 +163,6 @@ def pass_on(gradient, state, of_reset, tile, at, p):
 
 
 @compiled
-def output_backward(a, tile, p):
-    """The gradients of z_o and of v, in DZ_O and DV, from that of m in M."""
-    if a.normed_c:
-        move(tile, row.DV, a.normed_c, p.at, p.n)
-    if a.cell == LSTM:
-        lstm.output_backward(tile, p.n, a.normed_c != 0)
-    elif a.cell == GRU:
-        move(tile, row.DV, tile, row.M, p.n)
-    else:
-        slstm.output_backward(tile, p.n)
-
-
-@compiled
 def gates_and_cell_backward(a, tile, p):
     """The gradients of pre-activations, and of c before the step, from those of z_o and of v."""
     move(tile, row.C, a.dc, p.state, p.n)
@@ -200,13 +171,10 @@ def gates_and_cell_backward(a, tile, p):
         zoneout_backward(tile, row.M, row.C, p.n)
     add(tile, row.C, tile, row.DV, p.n)
     load_constants(a, tile, p)
-    if a.cell == LSTM:
-        lstm.backward(tile, p.n, a.weight_peephole != 0)
-    elif a.cell == GRU:
-        gru.backward(tile, p.n)
-    else:
+    if a.kept > 1:
         move(tile, row.REST, a.dc, p.rest, p.n)
-        slstm.backward(tile, p.n)
+    equations.backward(tile, p.n, a.cell, a.weight_peephole != 0)
+    if a.kept > 1:
         pass_on(a.dc, p.rest, 0, tile, row.REST, p)
     add(tile, row.C, tile if a.zoneout_c else 0, row.M, p.n)
     pass_on(a.dc, p.state, a.dreset_c, tile, row.C, p)
@@ -229,7 +197,8 @@ def before(a, tile, p):
             move(tile, GATES[k], a.gates, p.gates + k * a.H, p.n)
         load_c_before(a, tile, p)
         if a.start != OF_C:
-            output_backward(a, tile, p)
+            move(tile, row.DV, a.normed_c, p.at, p.n)
+            equations.output_backward(tile, p.n, a.cell, a.normed_c != 0)
     if a.start == OF_C:
         move(tile, row.DZ_O, a.o, p.state, p.n)
         move(tile, row.DV, a.v, p.state, p.n)
