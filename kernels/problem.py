@@ -146,8 +146,6 @@ class Gradients(NamedTuple):
 
 
 class Like(NamedTuple):
-    """Size and dtype of a tensor."""
-
     size: tuple[int, ...]
     dtype: torch.dtype
 

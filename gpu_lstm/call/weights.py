@@ -48,8 +48,6 @@ NAMES = Weights._fields
 
 
 class Size(NamedTuple):
-    """The sizes of a layer."""
-
     inputs: int | Any  # I; None: x is W_ih x already
     hidden: int  # H
     projected: int  # P; 0 without a projection

@@ -46,8 +46,7 @@ _generators: dict[torch.device, Setting] = {}
 def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
     """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known.
 
-    Raises:
-        torch.OutOfMemoryError: memory is full, so that the kernels cannot be verified. Nothing is decided.
+    Nothing is decided where memory is too full to verify the kernels: a torch.OutOfMemoryError.
     """
     if (why := _why_nobody_races(call, kind, able)) is not None:
         return Decision(able, why)

@@ -31,7 +31,6 @@ PLAN = OnlyPlan("cupy", "cupy's kernels are slower")
 
 @functools.cache
 def texts() -> dict[str, str]:
-    """The text of each file."""
     return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in FILES}
 
 

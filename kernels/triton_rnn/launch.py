@@ -119,7 +119,6 @@ class Prepared(Launches):
 
 
 def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
-    """The constants of all families' kernels."""
     per, units, cell = max(1, 4 // p.size), p.hidden // p.heads, CELLS[p.cell]
     return Sizes(
         CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, HEADS=p.heads,
