@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cache, heads, layer_norm, projection
 from .cards import Card
 from .cells import CELLS
-from .memory import ALIGNMENT, Buffer, allocate, buffers_of, steps_of
+from .memory import ALIGNMENT, Buffer, allocate, buffers_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
@@ -129,34 +129,32 @@ class Launches:
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As Layer.forward, without a projection unless it is in the time loop."""
-        steps = steps_of(gates)
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        self._start(self._arguments(gates, r, steps, memory, {}))
+        memory = self._run(gates, r, None, {})
         return self._result(memory), memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> Gradients:
         """As Layer.backward, except for dh0."""
-        steps = steps_of(gates)
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        if dc_n is not None:  # the kernel makes it the gradient of c0
-            memory["dc_ptr"].copy_(dc_n)
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
-        self._start(self._arguments(gates, r, steps, memory, read))
+        memory = self._run(gates, r, dc_n, read)
         names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
         return Gradients(self._result(memory), *map(memory.get, names))
 
-    def _arguments(
-        self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _run(self, gates: Tensor, r: Recurrence, dc_n: Tensor | None, read: dict[str, Any]) -> dict[str, Tensor]:
+        """The memory, after all launches."""
+        steps = gates.shape[0]
+        memory = allocate(self._buffers, steps, gates, r.inputs)
+        if dc_n is not None:  # the kernel makes it the gradient of c0
+            memory["dc_ptr"].copy_(dc_n)
         arguments: dict[str, Any] = {"gates_ptr": gates, "T": steps, **self._fixed}
         arguments.update(zip(self._pointers, self._tensors(r.inputs)))
         arguments |= memory
         arguments |= read
         if self._more is not None:
             arguments |= self._more(r, memory)
-        return arguments
+        self._start(arguments)
+        return memory
 
 
 class Layer:
@@ -193,7 +191,7 @@ class Layer:
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        _check_count("steps", steps_of(gates))
+        _check_count("steps", gates.shape[0])
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
         overwritten, r = aligned(gates), self._aligned(r)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import steps_of
 from .problem import Gradients, Inputs, Problem, Recurrence, end_index, unless_reset
 
 
@@ -33,7 +32,7 @@ def backward(
     c: Tensor, r: Recurrence,
 ) -> Gradients:  # fmt: skip
     """As layer.Launches.backward, by those of the recurrence of m."""
-    inputs, steps = r.inputs, steps_of(gates)
+    inputs, steps = r.inputs, gates.shape[0]
     # The gradient of h [T, B, P] through the output and the final state, zero in padding.
     dh = gates.new_zeros(steps, p.batch, p.width) if dh is None else dh.clone()
     if inputs.lengths is not None:
