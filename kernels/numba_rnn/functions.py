@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 F = np.float32
 HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}  # a division that may raise is not vectorised
 compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)  # for others of ours alone
-inlined = partial(njit, inline="always", **HOW)
+inlined = partial(compiled, forceinline=True)
 
 
 def cast(source: Any, target: Any, instruction: str) -> Any:

@@ -22,7 +22,7 @@ from .product import SEQUENCES
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
-LOOPS, OF_A_STEP = ("forward", "backward"), ("after_product", "before_product")  # of steps.py
+LOOPS = "forward", "backward"  # of steps.py
 TENSORS = frozenset(steps.TENSORS)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
 LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
@@ -59,10 +59,11 @@ def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Laun
     """See by_steps.Bind."""
     arguments = arguments | {"scratch": torch.zeros(steps.SCRATCH, device="cpu")}
     call = put(call_of(part, arguments["T"]), arguments)
+    call["share"] = part.problem.batch
 
     def launch_step(step: int, **changed: Tensor) -> None:
         call["step"] = step
-        launch(OF_A_STEP[backward], call, arguments | changed if checking.on else changed)
+        launch(LOOPS[backward], call, arguments | changed if checking.on else changed)
 
     return launch_step
 
@@ -74,7 +75,8 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
         weight = weight.mT
     count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, arguments["T"] * p.batch * p.hidden // LEAST))
     share, call = ceil(p.batch / count / SEQUENCES) * SEQUENCES, call_of(part, arguments["T"])
-    call["share"], scratch = share, torch.zeros(ceil(p.batch / share), steps.SCRATCH, device="cpu")
+    call["share"], call["step"] = share, arguments["T"] - 1 if backward else 0
+    scratch = torch.zeros(ceil(p.batch / share), steps.SCRATCH, device="cpu")
     taken = torch.zeros((), dtype=torch.int64, device="cpu")
     given = {"weight": weight.contiguous(), "scratch": scratch, "taken": taken}
     launch(LOOPS[backward], call, arguments | given, count)
@@ -123,7 +125,7 @@ def lacks(problem: Problem) -> str | None:
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
     # Not within a trial: users may end the process meanwhile.
-    build.function((OF_A_STEP if problem.only_by_steps else LOOPS)[pass_.backward])
+    build.function(LOOPS[pass_.backward])
     if refuses is not None and (reason := refuses(PLAN)):
         raise NoKernel(f"no compiled loop can run this layer on this CPU: {reason}")
     return PLAN

@@ -238,46 +238,32 @@ def each(a, step, first, end, scratch, backward):
 
 
 @compiled
-def products(a, first, end, scratch, backward):
-    """W_hh h of these sequences; backward W_hh^T dz."""
+def run(a, backward):
+    """All steps, or without a weight one; of sequences that no other thread takes, until there are none.
+
+    A step is W_hh h, and the rest; backward first the rest of the step after, and then W_hh^T dz. Forward h_next has
+    what the first step multiplies.
+    """
     units, gates = a.H // a.heads, (4 - a.h_start) * (a.H // a.heads)
-    for head in range(0, a.H, units):
-        h = SIZE * (first * a.H + head)
-        z, weight = 4 * h + SIZE * a.h_start * units, a.weight + SIZE * head * gates
-        if backward is None:
-            product(a.h_next + h, a.H, weight, a.z + z, 4 * a.H, end - first, units, gates, scratch)
-        else:
-            product(a.dz + z, 4 * a.H, weight, a.dh_next + h, a.H, end - first, gates, units, scratch)
-
-
-@compiled
-def all_steps(a, backward):
-    """All steps of sequences that no other thread takes, until there are none; h_next has what step 0 multiplies."""
-    number = take(a.taken)
+    number = take(a.taken) if a.taken else 0
     while number * a.share < a.B:
         first, end, scratch = number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
-        for n in range(a.T):
-            if backward is None or n > 0:  # dz of the step that was computed before
-                products(a, first, end, scratch, backward)
-            each(a, n if backward is None else a.T - 1 - n, first, end, scratch, backward)
-        number = take(a.taken)
+        for n in range(a.T if a.weight else 1):
+            for head in range(0, a.H if a.weight and (backward is None or n > 0) else 0, units):
+                h, weight, count = SIZE * (first * a.H + head), a.weight + SIZE * head * gates, end - first
+                z = 4 * h + SIZE * a.h_start * units
+                if backward is None:
+                    product(a.h_next + h, a.H, weight, a.z + z, 4 * a.H, count, units, gates, scratch)
+                else:
+                    product(a.dz + z, 4 * a.H, weight, a.dh_next + h, a.H, count, gates, units, scratch)
+            each(a, a.step + n if backward is None else a.step - n, first, end, scratch, backward)
+        number = take(a.taken) if a.taken else number + 1
 
 
 def forward(address):
-    """All steps of a call, at its address."""
-    all_steps(call_at(address), None)
+    """A call, at its address."""
+    run(call_at(address), None)
 
 
 def backward(address):
-    all_steps(call_at(address), True)
-
-
-def after_product(address):
-    """A step of a call."""
-    a = call_at(address)
-    each(a, a.step, 0, a.B, a.scratch, None)
-
-
-def before_product(address):
-    a = call_at(address)
-    each(a, a.step, 0, a.B, a.scratch, True)
+    run(call_at(address), True)
