@@ -94,32 +94,23 @@ def next_cell(gates, c):
     return c + i.to(c.dtype) * (g - c)
 '''
 
-COUPLED_IN_TRITON = '''
-"""The LSTM with coupled gates on a tile of [rows, units], in float32; gates f, i, g, o as in torch's operators."""
-
-import triton
-import triton.language as tl
-
-from .lstm import sigmoid, tanh
-
-
-@triton.jit
-def coupled_next_cell(gates, c_prev):
-    return c_prev + gates[1] * (gates[2] - c_prev)
-
-
-@triton.jit
-def coupled_forward(x, z, c_prev):
-    i = sigmoid(x[1] + z[1])
-    gates = (1.0 - i, i, tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
-    return gates, coupled_next_cell(gates, c_prev), ()
-
-
-@triton.jit
-def coupled_backward(gates, c_prev, dz_o, dc):
-    f, i, g, _ = gates
-    return (tl.zeros_like(dc), dc * (g - c_prev) * i * f, dc * i * (1.0 - g * g), dz_o), dc * f, ()
-'''
+COUPLED_IN_TRITON = {  # branches of triton_rnn/equations.py, each after one of the sLSTM
+    '        c_prev + gates[0] * (gates[2] - c_prev) if S.CELL == "slstm" else\n': """\
+        c_prev + gates[1] * (gates[2] - c_prev) if S.CELL == "coupled" else
+""",
+    "        c, rest = next_cell(gates, c_prev, S), (tl.maximum(k, z_i) + above(a),)\n": """\
+    elif S.CELL == "coupled":
+        i = sigmoid(x[1] + z[1])
+        gates = (1.0 - i, i, tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
+        c = next_cell(gates, c_prev, S)
+""",
+    "        dc_prev, drest = dc * stays, (dk,)\n": """\
+    elif S.CELL == "coupled":
+        f, i, g, _ = gates
+        dz = (tl.zeros_like(dc), dc * (g - c_prev) * i * f, dc * i * (1.0 - g * g), dz_o)
+        dc_prev = dc * f
+""",
+}
 
 COUPLED_LSTM = '''
 """CoupledLSTM."""
@@ -247,24 +238,17 @@ class Fading(Regulariser):
 def test_a_cell_is_a_line_of_a_list_its_equations_and_a_class(tmp_path):
     """Coupled gates, f = 1 - i: on the reference and on every family of Triton kernels. And a regulariser beside it of
     which kernels know nothing is left to the reference."""
-    copy, branches, modules = Copy(tmp_path), "kernels/triton_rnn/equations/__init__.py", "gpu_lstm/modules/__init__.py"
+    copy, modules = Copy(tmp_path), "gpu_lstm/modules/__init__.py"
     line = """
 COUPLED = Cell("coupled", ("h", "c"), 3, 1, 4, 1, (4, 1), of_torch=False, normalises=False)  # f, i, g, o"""
     copy.enter("kernels/cells.py", "of_torch=True, normalises=False)", line)
     copy.enter("kernels/cells.py", "for cell in (LSTM, GRU", ", COUPLED")
-    imported = "from .coupled import coupled_backward, coupled_forward, coupled_next_cell\n"
-    copy.enter(branches, "import triton.language as tl\n\n", imported)
-    for function, arguments, more in (
-        ("forward", "x, z, c_prev", ", rest"), ("next_cell", "gates, c_prev", ""),
-        ("backward", "gates, c_prev, dz_o, dc", ", drest"),
-    ):  # fmt: skip
-        after = f'slstm_{function}({arguments}{more}) if S.CELL == "slstm" else\n'
-        copy.enter(branches, after, f'        coupled_{function}({arguments}) if S.CELL == "coupled" else\n')
+    for line, branch in COUPLED_IN_TRITON.items():
+        copy.enter("kernels/triton_rnn/equations.py", line, branch)
     copy.enter(modules, "from .cell import GRUCell, LSTMCell\n", "from .coupled import CoupledLSTM\n")
     copy.enter("gpu_lstm/__init__.py", "from .modules import GRU, LSTM, ", "CoupledLSTM, ")
     copy.add("gpu_lstm/equations/coupled.py", COUPLED)
     copy.add("gpu_lstm/modules/coupled.py", COUPLED_LSTM)
-    copy.add("kernels/triton_rnn/equations/coupled.py", COUPLED_IN_TRITON)
     the_list = "gpu_lstm/call/regularisers.py"
     copy.enter(the_list, "        return F.dropout(weight, rate)\n", FADING)
     copy.enter(the_list, "RecurrentDropout(), ", "Fading(), ")

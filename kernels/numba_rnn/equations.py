@@ -1,4 +1,4 @@
-"""The cells' equations on a tile, in loops that LLVM vectorises; triton_rnn/equations/ states the formulas.
+"""The cells' equations on a tile, in loops that LLVM vectorises; triton_rnn/equations.py states the formulas.
 
 A gate's row is that of its pre-activation: of an LSTM i, f, g, o, of a GRU r, z, n, s, of an sLSTM u, v, g, o; of
 gradients likewise, but of a GRU n, r, z, s. Constants are peepholes of i, f and o, or a GRU's biases of h. C is c, or a

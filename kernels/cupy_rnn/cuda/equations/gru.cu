@@ -1,4 +1,4 @@
-// The GRU's cell, as ../../../triton_rnn/equations/gru.py states it. Gates r, z, n, s; W_hh h and gradients n, r, z, s.
+// The GRU's cell, as ../../../triton_rnn/equations.py states it. Gates r, z, n, s; W_hh h and gradients n, r, z, s.
 struct Gru {
     static constexpr int KEPT = 1;
 

@@ -1,4 +1,4 @@
-// The LSTM's cell, in float32, as ../../../triton_rnn/equations/lstm.py states it. Gates i, f, g, o.
+// The LSTM's cell, in float32, as ../../../triton_rnn/equations.py states it. Gates i, f, g, o.
 //
 // Every cell has these functions. x and z are the parts of the pre-activations from the input and from h; constants are
 // peepholes of the unit, or biases of h. State before a step becomes that after it; backward its gradient after the step

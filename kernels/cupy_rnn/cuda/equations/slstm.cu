@@ -1,4 +1,4 @@
-// The sLSTM's cell, as ../../../triton_rnn/equations/slstm.py states it. Gates u, v, g, o; c is q, and the rest is l.
+// The sLSTM's cell, as ../../../triton_rnn/equations.py states it. Gates u, v, g, o; c is q, and the rest is l.
 struct Slstm {
     static constexpr int KEPT = 2;
     static constexpr float LOWEST = -3.4028234663852886e38f;  // that is finite
