@@ -37,12 +37,12 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
     return call
 
 
-def call_of(part: Part, steps_: int) -> Any:
+def call_of(part: Part, steps_: int, share: int, step: int = 0) -> Any:
     """A steps.CALL without tensors."""
     p, call = part.problem, np.zeros((), steps.CALL)
     cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
     sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
-    for name, size in zip(steps.SIZES, sizes):
+    for name, size in zip(steps.SIZES, (*sizes, step, share)):
         call[name] = size
     return call
 
@@ -58,8 +58,7 @@ def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> N
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
     arguments = arguments | {"scratch": torch.zeros(steps.SCRATCH, device="cpu")}
-    call = put(call_of(part, arguments["T"]), arguments)
-    call["share"] = part.problem.batch
+    call = put(call_of(part, arguments["T"], part.problem.batch), arguments)
 
     def launch_step(step: int, **changed: Tensor) -> None:
         call["step"] = step
@@ -74,8 +73,8 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
     if (p.heads > 1) == backward:  # it is [heads, D, GATES D], or of one head [GATES D, D]
         weight = weight.mT
     count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, arguments["T"] * p.batch * p.hidden // LEAST))
-    share, call = ceil(p.batch / count / SEQUENCES) * SEQUENCES, call_of(part, arguments["T"])
-    call["share"], call["step"] = share, arguments["T"] - 1 if backward else 0
+    share = ceil(p.batch / count / SEQUENCES) * SEQUENCES
+    call = call_of(part, arguments["T"], share, arguments["T"] - 1 if backward else 0)
     scratch = torch.zeros(ceil(p.batch / share), steps.SCRATCH, device="cpu")
     taken = torch.zeros((), dtype=torch.int64, device="cpu")
     given = {"weight": weight.contiguous(), "scratch": scratch, "taken": taken}
