@@ -23,19 +23,6 @@ logger = logging.getLogger("gpu_lstm")
 MOST_LAYERS = 1024  # that are kept; a program with more problems, say more batch sizes, makes them again
 
 
-class Plan(Protocol):
-    """What is asked of a backend's own plans."""
-
-    slower: str | None  # why torch's own is expected to be faster, where it can run the problem; None: it is not
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
-
-    def sequences_enough(self, problem: Problem) -> int:
-        """How many of a problem's sequences show all that its kernel does, for verification."""
-
-
 class Chosen(NamedTuple):
     """A plan, how it was chosen, and what a user is told about it."""
 
@@ -85,7 +72,7 @@ class Launcher(Protocol):
     def lacks(self, problem: Problem) -> str | None:
         """What of a problem it does not support; None if it runs it."""
 
-    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
+    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
         """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none."""
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
@@ -96,16 +83,18 @@ class Launcher(Protocol):
 
 
 class OnlyPlan(NamedTuple):
-    """The Plan of a backend that runs every problem in one way."""
+    """The plan of a backend that runs every problem in one way. Plans of other backends have the same three."""
 
     backend: str
-    slower: str | None = None
+    slower: str | None = None  # why torch's own is expected to be faster, where it can run the problem; None: it is not
 
     @property
     def identity(self) -> dict[str, Any]:
+        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
         return {"kernel": self.backend}
 
     def sequences_enough(self, problem: Problem) -> int:
+        """How many of a problem's sequences show all that its kernel does, for verification."""
         return min(problem.batch, 3)
 
 

@@ -145,11 +145,6 @@ class Gradients(NamedTuple):
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
 
 
-class Like(NamedTuple):
-    size: tuple[int, ...]
-    dtype: torch.dtype
-
-
 def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, ...]]:
     """The sizes of all tensors of a problem, whether they are there or not; T = `steps`, I = `features`."""
     letters = {"1": 1, "T": steps, "B": p.batch, "I": features, "H": p.hidden, "P": p.width, "3H": 3 * p.hidden}
@@ -157,14 +152,14 @@ def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, 
     return {row.name: row.sized(letters) for row in TENSORS}
 
 
-def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
-    """The Inputs of a problem that its time loop reads, T = `steps`."""
+def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(Size, dtype) of the Inputs of a problem that its time loop reads, T = `steps`."""
     sizes, found = sizes_of(p, steps), {}
     for row in TENSORS:
         flag = getattr(p, row.name, True)  # a bool, dimensions of zoneout, the dtype of lengths; there is always h0
         if row.loop and flag is not None and flag is not False:
             dtype = flag if isinstance(flag, torch.dtype) else row.dtype or p.dtype
-            found[row.name] = Like((), torch.float32) if flag == 0 else Like(sizes[row.name], dtype)
+            found[row.name] = ((), torch.float32) if flag == 0 else (sizes[row.name], dtype)
     return found
 
 

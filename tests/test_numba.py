@@ -21,7 +21,7 @@ from gpu_lstm.kernels import cache, numba_rnn
 from gpu_lstm.kernels.problem import Problem, power_of_two
 
 numba = pytest.importorskip("numba")
-from gpu_lstm.kernels.numba_rnn import build, functions, launch, steps, threads  # noqa: E402
+from gpu_lstm.kernels.numba_rnn import build, functions, launch, steps  # noqa: E402
 
 TABLES = sorted((ROOT / "bench" / "results" / "cpu").glob("*.csv"))
 FEATURES = {"zoneout": "zoneout", "SLSTM": "slstm cells"}
@@ -68,11 +68,11 @@ def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch):
     module, x, rest = module_and_call
     alone, counts = run(module, x, **rest), []
     if way == "pool":
-        monkeypatch.setattr(threads, "parallel", lambda: None)
-    elif threads.parallel() is None:
+        monkeypatch.setattr(build, "parallel", lambda: None)
+    elif build.parallel() is None:
         pytest.skip("torch does not use GNU's OpenMP here")
-    run_in = threads.run
-    monkeypatch.setattr(threads, "run", lambda f, a, count: (counts.append(count), run_in(f, a, count)))
+    run_in = build.run
+    monkeypatch.setattr(build, "run", lambda f, a, count: (counts.append(count), run_in(f, a, count)))
     for count in (2, 3, 4):
         torch.set_num_threads(count)
         for ours, expected in zip(run(module, x, **rest), alone):

@@ -17,7 +17,7 @@ from ..heads import arranged
 from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem
-from . import build, equations, steps, threads
+from . import build, equations, steps
 from .product import SEQUENCES
 
 BACKEND = "numba"
@@ -51,8 +51,8 @@ def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> N
     """Call a function of steps.py in so many threads."""
     if checking.on:
         with margins(name, arguments) as inside:
-            return threads.run(build.function(name), put(call, inside).ctypes.data, count)
-    threads.run(build.function(name), put(call, arguments).ctypes.data, count)
+            return build.run(build.function(name), put(call, inside).ctypes.data, count)
+    build.run(build.function(name), put(call, arguments).ctypes.data, count)
 
 
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:

@@ -198,6 +198,6 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
         return Normed(zeros(p.steps, p.batch, features, dtype=dtype), *moments, zeros(features, dtype=dtype))
 
     norm_hh, norm_c = normed(4 * p.hidden, p.dtype) if p.gain_hh else None, normed(p.hidden, f32) if p.gain_c else None
-    in_loop = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
+    in_loop = {name: zeros(*size, dtype=dtype) for name, (size, dtype) in in_the_loop(p, p.steps).items()}
     inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)
     return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, norm_hh, norm_c)
