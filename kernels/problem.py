@@ -75,7 +75,6 @@ class Problem(NamedTuple):
 
     @property
     def regularised(self) -> bool:
-        """Whether there is recurrent dropout or zoneout."""
         return self.dropout_h or self.zoneout_h is not None or self.zoneout_c is not None
 
     @property

@@ -33,7 +33,6 @@ class Weights(NamedTuple):
     bias_c: Tensor | None = None  # [H]
 
     def present(self) -> list[Tensor]:
-        """The tensors that are not None, in torch's order."""
         return [tensor for tensor in self if tensor is not None]
 
     def to(self, dtype: torch.dtype) -> "Weights":

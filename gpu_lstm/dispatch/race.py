@@ -108,7 +108,6 @@ def _why_nobody_races(call: Request, kind: Kind, able: Backend) -> str | None:
 
 
 def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
-    """The cached race of a kind on a device, if there is one that may be used."""
     entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None

@@ -109,7 +109,6 @@ class Plan:
         return of_head if self.heads == 1 else f"{of_head} x {self.heads} heads"
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, the family's among them."""
         return asdict(self) | asdict(self.family) | {"family": type(self.family).__name__.lower()}
 
     @property

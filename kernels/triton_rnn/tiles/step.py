@@ -85,7 +85,6 @@ def step_backward_kernel(
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
-    """All steps, from the last to the first."""
     ROUNDS: tl.constexpr = 2 if S.PARTS > 1 else 1
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
