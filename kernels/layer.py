@@ -321,7 +321,7 @@ def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | No
     inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
     first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H]; zero where length is 0
     if r.norm_hh is not None:
-        first = layer_norm.gradient(first, layer_norm.at(r.norm_hh, at))
+        first = layer_norm.gradient(first, r.norm_hh, at)
     dh0 = heads.gradient_of_h(unless_reset(p, first, inputs.resets), inputs.weight_hh, p.width)[None]
     if inputs.dropout_h is not None:
         dh0 = inputs.dropout_h * dh0
