@@ -126,9 +126,8 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
         lines += ["", title, *(f"  {name:<34} {value or '-'}" for name, value in state[title].items())]
     lines += ["", "nvidia-smi", *(f"  {line}" for line in state["nvidia-smi"]), "", "devices"]
     for device in state["devices"]:
-        lines.append(
-            f"  {device['device']:<22} {device['name']}; an LSTM in float32 goes to {device['auto']!r} by default"
-        )
+        goes = f"an LSTM in float32 goes to {device['auto']!r} by default"
+        lines.append(f"  {device['device']:<22} {device['name']}; {goes}")
         can = {name: f"not available: {why}" if why else "available" for name, why in device["backends"].items()}
         lines += [f"    {name:<20} {value}" for name, value in (device["card"] | can).items()]
     return state, "\n".join(lines)

@@ -65,7 +65,6 @@ def launches_of(p: Problem, backward: bool) -> int:
 
 
 def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
-    """What the launches of a pass write."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
     written, backward, of_c = buffers_of(p, pass_), pass_.backward, (p.batch, p.hidden)
     apart = p.heads > 1 or (not backward and (CELLS[p.cell].has_constant or p.gain_hh))
@@ -128,13 +127,12 @@ def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem)
             if p.projected:
                 launches[1](step=step, m_ptr=torch.mm(arguments["m_ptr"], arguments["weight_hr_ptr"]))
             if norm_c is not None:
-                of_step = layer_norm.at(norm_c, _times_at(step, time, arguments, p))
-                launches[1](step=step, v_ptr=layer_norm.gradient(arguments["v_ptr"], of_step))
+                times_at = _times_at(step, time, arguments, p)
+                launches[1](step=step, v_ptr=layer_norm.gradient(arguments["v_ptr"], norm_c, times_at))
             if step:
                 of_h = dgates[time] if dz is None else dz
                 if norm_hh is not None:
-                    of_step = layer_norm.at(norm_hh, _times_at(step, time, arguments, p))
-                    of_h = layer_norm.gradient(of_h, of_step)
+                    of_h = layer_norm.gradient(of_h, norm_hh, _times_at(step, time, arguments, p))
                 product(cell.of_h(in_heads(of_h), p.columns), weight, out=in_heads(dh_next))
 
 

@@ -13,27 +13,14 @@ from torch import Tensor
 from . import cache, heads, layer_norm, projection
 from .cards import Card
 from .cells import CELLS
-from .memory import ALIGNMENT, Buffer, allocate, buffers_of, steps_of
+from .memory import ALIGNMENT, Buffer, allocate, buffers_of
 from .ordering import in_order
-from .problem import MOST, Gradients, Inputs, Pass, Prepared, Problem, Recurrence, end_index, in_the_loop, unless_reset
+from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
 
 logger = logging.getLogger("gpu_lstm")
 
 MOST_LAYERS = 1024  # that are kept; a program with more problems, say more batch sizes, makes them again
-
-
-class Plan(Protocol):
-    """What is asked of a backend's own plans."""
-
-    slower: str | None  # why torch's own is expected to be faster, where it can run the problem; None: it is not
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
-
-    def sequences_enough(self, problem: Problem) -> int:
-        """How many of a problem's sequences show all that its kernel does, for verification."""
 
 
 class Chosen(NamedTuple):
@@ -85,44 +72,41 @@ class Launcher(Protocol):
     def lacks(self, problem: Problem) -> str | None:
         """What of a problem it does not support; None if it runs it."""
 
-    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
+    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
         """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none."""
 
-    def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Prepared:
-        """A plan, ready to be launched. In a trial it waits for other programs only briefly."""
+    def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
+        """The Launches of a plan. In a trial they wait for other programs only briefly."""
 
     def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
         """What `Layer.chosen` returns for a plan; for None, of the plan that would be tried first."""
 
 
 class OnlyPlan(NamedTuple):
-    """The Plan of a backend that runs every problem in one way."""
+    """The plan of a backend that runs every problem in one way. Plans of other backends have the same three."""
 
     backend: str
-    slower: str | None = None
+    slower: str | None = None  # why torch's own is expected to be faster, where it can run the problem; None: it is not
 
     @property
     def identity(self) -> dict[str, Any]:
+        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
         return {"kernel": self.backend}
 
     def sequences_enough(self, problem: Problem) -> int:
+        """How many of a problem's sequences show all that its kernel does, for verification."""
         return min(problem.batch, 3)
 
 
 class Launches:
-    """A problem.Prepared of kernels: memory, and arguments by the names of pointers, for what makes the launches.
+    """A plan of a pass, ready to be launched: memory, and arguments by the names of pointers.
 
-    Args:
-        problem: as the kernels run it, without a projection if that is outside.
-        buffers: what they write.
-        start: start(arguments) makes all launches of a pass.
-        result: result(memory) is h, or dgates.
-        more: more(r, memory), what they read besides.
-        fixed: arguments of every call.
+    `problem` is as kernels run it, without a projection if that is outside; start(arguments) makes all launches, which
+    write the `buffers`, and read what is `fixed`, and more(r, memory); result(memory) is h, or dgates.
     """
 
-    at_once: int | None = None
-    projects_outside = False
+    at_once: int | None = None  # launches that fit the card together; None: programs do not wait for each other
+    projects_outside = False  # it runs the recurrence of m, see projection.py
 
     def __init__(
         self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],
@@ -133,46 +117,40 @@ class Launches:
         self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
 
     def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward, without a projection unless it is in the time loop."""
-        steps = steps_of(gates)
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        self._start(self._arguments(gates, r, steps, memory, {}))
+        """As Layer.forward, without a projection unless it is in the time loop."""
+        memory = self._run(gates, r, None, {})
         return self._result(memory), memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
     ) -> Gradients:
-        """As layer.Layer.backward."""
-        steps = steps_of(gates)
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        if dc_n is not None:  # the kernel makes it the gradient of c0
-            memory["dc_ptr"].copy_(dc_n)
+        """As Layer.backward, except for dh0."""
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
-        self._start(self._arguments(gates, r, steps, memory, read))
+        memory = self._run(gates, r, dc_n, read)
         names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
         return Gradients(self._result(memory), *map(memory.get, names))
 
-    def _arguments(
-        self, gates: Tensor, r: Recurrence, steps: int, memory: dict[str, Tensor], read: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _run(self, gates: Tensor, r: Recurrence, dc_n: Tensor | None, read: dict[str, Any]) -> dict[str, Tensor]:
+        """The memory, after all launches."""
+        steps = gates.shape[0]
+        memory = allocate(self._buffers, steps, gates, r.inputs)
+        if dc_n is not None:  # the kernel makes it the gradient of c0
+            memory["dc_ptr"].copy_(dc_n)
         arguments: dict[str, Any] = {"gates_ptr": gates, "T": steps, **self._fixed}
         arguments.update(zip(self._pointers, self._tensors(r.inputs)))
         arguments |= memory
         arguments |= read
         if self._more is not None:
             arguments |= self._more(r, memory)
-        return arguments
+        self._start(arguments)
+        return memory
 
 
 class Layer:
     """One problem on one card. Its plan is chosen once for each Pass, by the first call that needs it.
 
-    Args:
-        verify: asked once for each plan that is chosen, and never while a CUDA graph is captured.
-        trial: a plan that is used without being chosen or verified.
-
-    Raises:
-        ValueError: the backend lacks something, or there are more sequences or units than kernels can count.
+    `verify` is asked once for each plan that is chosen, and never while a CUDA graph is captured; `trial`, a plan, is
+    used without either. A ValueError says what the backend lacks, or that kernels cannot count to a size.
     """
 
     def __init__(
@@ -186,32 +164,23 @@ class Layer:
         self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
         self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial = launcher, trial
-        self._prepared: dict[Pass, Prepared] = {}
+        self._prepared: dict[Pass, Launches] = {}
         self._without: set[Pass] = set()  # for which there is no kernel
         self._names = tuple(in_the_loop(problem, problem.steps))
         self._tensors = attrgetter(*self._names)
 
     def forward(self, gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The recurrence.
+        """h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32, and c, float32 [T, B, H] if `save`, else None.
 
-        Args:
-            gates: [T, B, 4H], x W_ih^T + b_ih + b_hh, of a GRU without b_hh and s. Overwritten by the activated gates
-                if `save`; with a projection, and without `save`, at every sequence's first step.
-            r: weights, initial states, lengths and the rest.
-            save: keep what backward needs.
-
-        Returns:
-            h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32, and c: float32 [T, B, H] if `save`, else None.
-
-        Raises:
-            RuntimeError: an earlier launch timed out; or no kernel can run the problem.
-            ValueError: T is more than the kernels can count to.
+        `gates` [T, B, 4H] are x W_ih^T + b_ih + b_hh, of a GRU without b_hh and s. The activated gates overwrite them
+        if `save`; with a projection, what is at every sequence's first step is overwritten anyway. A RuntimeError says
+        that an earlier launch timed out, or that no kernel can run the problem.
         """
         if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
             with torch.cuda.device(self.device):
                 return self.forward(gates, r, save)
         raise_if_timed_out(self.device)
-        _check_count("steps", steps_of(gates))
+        _check_count("steps", gates.shape[0])
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
         overwritten, r = aligned(gates), self._aligned(r)
@@ -227,13 +196,9 @@ class Layer:
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,
         of_h0: bool = True,
     ) -> Gradients:  # fmt: skip
-        """Gradients through the recurrence.
+        """Gradients, from those of forward's first three results, of which None counts as zero.
 
-        Args:
-            dh, dh_n, dc_n: gradients of forward's first three results; None counts as zero.
-            gates, c: saved by forward: activated gates [T, B, 4H], float32 [T, B, H]. Not written to.
-            r: as for forward.
-            of_h0: whether the gradient of h0 is needed.
+        `gates` and c are as forward saved them, and are not written to; of_h0: whether the gradient of h0 is needed.
         """
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self.device):
@@ -250,7 +215,7 @@ class Layer:
             gradients = in_order(prepared.at_once, self.device, launch, dh, dh_n, dc_n, gates, c, r)
         return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
 
-    def prepared(self, pass_: Pass, inputs: Inputs) -> Prepared:
+    def prepared(self, pass_: Pass, inputs: Inputs) -> Launches:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
             if self.problem.batch * self.problem.width == 0:  # nothing is launched
@@ -356,7 +321,7 @@ def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | No
     inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
     first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H]; zero where length is 0
     if r.norm_hh is not None:
-        first = layer_norm.gradient(first, layer_norm.at(r.norm_hh, at))
+        first = layer_norm.gradient(first, r.norm_hh, at)
     dh0 = heads.gradient_of_h(unless_reset(p, first, inputs.resets), inputs.weight_hh, p.width)[None]
     if inputs.dropout_h is not None:
         dh0 = inputs.dropout_h * dh0

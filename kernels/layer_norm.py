@@ -17,14 +17,9 @@ def normed_of(v: Tensor, gain: Tensor) -> Normed:
     return Normed(v, mean, scale, gain.to(v.dtype) if v.is_cuda else gain.float())
 
 
-def at(of: Normed, times: Any) -> Normed:
-    """The same of some times: an index, or several and that of each sequence."""
-    return Normed(of.v[times], of.mean[times], of.scale[times], of.gain)
-
-
-def gradient(d: Tensor, of: Normed) -> Tensor:
-    """Gradient d of LN(v) [..., N] -> of v."""
-    given = d, of.v, (len(of.gain),), of.mean, of.scale, of.gain
+def gradient(d: Tensor, of: Normed, times: Any) -> Tensor:
+    """Gradient d of LN(v) [B, N] -> of v, at some times: an index, or several and that of each sequence."""
+    given = d, of.v[times], (len(of.gain),), of.mean[times], of.scale[times], of.gain
     return torch.ops.aten.native_layer_norm_backward(*given, None, [True, False, False])[0]
 
 

@@ -47,11 +47,6 @@ def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
     return buffers
 
 
-def steps_of(gates: Tensor) -> int:
-    """T of a call, the one size that no Problem has."""
-    return gates.shape[0]
-
-
 def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor, inputs: Inputs) -> dict[str, Tensor]:
     """The buffers of a launch over T = `steps`, on the device of `like`."""
     tensors, usual = {}, like.dtype

@@ -1,7 +1,7 @@
 """The contract of a layer: a Problem, which decides the kernels and has all sizes, and the tensors of one call."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,6 @@ class Problem(NamedTuple):
 
     @property
     def regularised(self) -> bool:
-        """Whether there is recurrent dropout or zoneout."""
         return self.dropout_h or self.zoneout_h is not None or self.zoneout_c is not None
 
     @property
@@ -138,34 +137,11 @@ class Gradients(NamedTuple):
     """What backward returns; None where there is none."""
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
-    dh0: Tensor | None  # [1, B, P]; from Prepared.backward: float32, and through zoneout of the first step only
+    dh0: Tensor | None  # [1, B, P]; from layer.Launches.backward: float32, and through zoneout of the first step only
     dc0: Tensor  # [K, B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m if c is normalised
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets
     dreset_c: Tensor | None = None  # [T, B, H] float32, zero but at resets
-
-
-class Prepared(Protocol):
-    """A plan of one problem and pass, ready to be launched."""
-
-    plan: Any
-    at_once: int | None  # launches of it that fit the card together; None: programs do not wait for each other
-    projects_outside: bool  # it runs the recurrence of m, see projection.py
-
-    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As layer.Layer.forward."""
-
-    def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
-        """As layer.Layer.backward, except for dh0."""
-
-
-class Like(NamedTuple):
-    """Size and dtype of a tensor."""
-
-    size: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, ...]]:
@@ -175,14 +151,14 @@ def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, 
     return {row.name: row.sized(letters) for row in TENSORS}
 
 
-def in_the_loop(p: Problem, steps: int) -> dict[str, Like]:
-    """The Inputs of a problem that its time loop reads, T = `steps`."""
+def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(Size, dtype) of the Inputs of a problem that its time loop reads, T = `steps`."""
     sizes, found = sizes_of(p, steps), {}
     for row in TENSORS:
         flag = getattr(p, row.name, True)  # a bool, dimensions of zoneout, the dtype of lengths; there is always h0
         if row.loop and flag is not None and flag is not False:
             dtype = flag if isinstance(flag, torch.dtype) else row.dtype or p.dtype
-            found[row.name] = Like((), torch.float32) if flag == 0 else Like(sizes[row.name], dtype)
+            found[row.name] = ((), torch.float32) if flag == 0 else (sizes[row.name], dtype)
     return found
 
 

@@ -7,18 +7,16 @@ dropout the step is not linear in m, and this does not hold.
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .memory import steps_of
-from .problem import Gradients, Inputs, Prepared, Problem, Recurrence, end_index, unless_reset
+from .problem import Gradients, Inputs, Problem, Recurrence, end_index, unless_reset
 
 
-def forward(
-    prepared: Prepared, p: Problem, gates: Tensor, r: Recurrence
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As layer.Layer.forward, with a plan that runs the recurrence of m; gates of the first steps are overwritten."""
+def forward(prepared: Any, p: Problem, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As layer.Layer.forward, by layer.Launches of the recurrence of m; gates of the first steps are overwritten."""
     inputs = r.inputs
     with products_in(p.precision):
         share = unless_reset(p, inputs.h0[0] @ inputs.weight_hh.T, inputs.resets)  # [B, 4H]
@@ -30,11 +28,11 @@ def forward(
 
 
 def backward(
-    prepared: Prepared, p: Problem, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor,
+    prepared: Any, p: Problem, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor,
     c: Tensor, r: Recurrence,
 ) -> Gradients:  # fmt: skip
-    """As Prepared.backward, with a plan that runs the recurrence of m."""
-    inputs, steps = r.inputs, steps_of(gates)
+    """As layer.Launches.backward, by those of the recurrence of m."""
+    inputs, steps = r.inputs, gates.shape[0]
     # The gradient of h [T, B, P] through the output and the final state, zero in padding.
     dh = gates.new_zeros(steps, p.batch, p.width) if dh is None else dh.clone()
     if inputs.lengths is not None:

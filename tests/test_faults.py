@@ -25,7 +25,6 @@ from gpu_lstm.dispatch import race
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_rnn import equations, launch
 from gpu_lstm.kernels.triton_rnn.cell import indexing, noise, states
-from gpu_lstm.kernels.triton_rnn.equations import gru, lstm, slstm
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.threads import fragments
 from gpu_lstm.kernels.triton_rnn.tiles import cells
@@ -37,54 +36,54 @@ pytestmark = [
 ]
 
 # Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
-cell_forward, lstm_backward, sequences = equations.cell_forward, lstm.lstm_backward, indexing.sequences
-load_constants, launch_kernel = states.load_constants, launch.launch_kernel
-gru_forward, gru_backward, tanh = gru.gru_forward, gru.gru_backward, lstm.tanh
-slstm_forward, slstm_backward = slstm.slstm_forward, slstm.slstm_backward
+cell_forward, cell_backward, tanh = equations.cell_forward, equations.cell_backward, equations.tanh
+load_constants, launch_kernel, sequences = states.load_constants, launch.launch_kernel, indexing.sequences
 
 
 def gru_with(candidate):
     """The GRU's forward with another candidate n."""
 
-    def forward(x, z, c_prev, bias_hh):
-        (r, update, _, s), _, rest = gru_forward(x, z, c_prev, bias_hh)
+    def forward(x, z, c_prev, rest, bias_hh, S):
+        (r, update, _, s), _, rest = cell_forward(x, z, c_prev, rest, bias_hh, S)
         gates = (r, update, candidate(x, s, r, bias_hh), s)
-        return gates, gru.gru_next_cell(gates, c_prev), rest
+        return gates, equations.next_cell(gates, c_prev, S), rest
 
     return forward
 
 
 def gru_gradients(change):
     """The GRU's backward, of which change(gates, dz, dc_prev, rest) returns what is wrong."""
-    return lambda gates, c_prev, d: change(gates, *gru_backward(gates, c_prev, d))
+    return lambda gates, *given: change(gates, *cell_backward(gates, *given))
 
 
 IN_KERNELS = {  # of each option of a call: the device function, and what stands in its place
     "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
-    "cell gradient lost": ("lstm_backward", lambda *given: (
-        lstm_backward(*given)[0], lstm_backward(*given)[1] * 0.0, ())),
+    "cell gradient lost": ("cell_backward", lambda *given: (
+        cell_backward(*given)[0], cell_backward(*given)[1] * 0.0, ())),
     "peepholes in another order": ("load_constants", lambda *given: tuple(
         load_constants(*given)[k] for k in ((0, 2, 1) if given[0] is not None else ()))),
     "resets ignored": ("is_reset", lambda time, *_: time < 0),
     "lengths ignored": ("sequences", lambda index, batch: sequences(index, batch)._replace(
         length=tl.zeros_like(index) + batch.T)),
     "zeros for the state given": ("reset_to", lambda before, *_: before),
-    "GRU: b_hn outside r": ("gru_forward", gru_with(lambda x, s, r, b: tanh(x[2] + b[2] + r * (s - b[2])))),
-    "GRU: r and z swapped": ("gru_forward", lambda x, z, *given: gru_forward(
+    "GRU: b_hn outside r": ("cell_forward", gru_with(lambda x, s, r, b: tanh(x[2] + b[2] + r * (s - b[2])))),
+    "GRU: r and z swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[0], z[2], z[1], z[3]), *given)),
-    "GRU: n does not depend on r": ("gru_backward", gru_gradients(lambda gates, dz, *rest: (
+    "GRU: n does not depend on r": ("cell_backward", gru_gradients(lambda gates, dz, *rest: (
         (dz[0], dz[1] * 0.0, dz[2], dz[3]), *rest))),
     "GRU: dm lost": ("output_backward", lambda o, v, dm, S: (dm * 0.0, dm * 0.0)),
-    "sLSTM: half of l": ("slstm_forward", lambda x, z, q, rest: slstm_forward(x, z, q, (rest[0] * 0.5,))),
-    "sLSTM: dl lost": ("slstm_backward", lambda *given: slstm_backward(*given[:4], (given[4][0] * 0.0,))),
+    "sLSTM: half of l": ("cell_forward", lambda x, z, q, rest, *given: cell_forward(
+        x, z, q, (rest[0] * 0.5,), *given)),
+    "sLSTM: dl lost": ("cell_backward", lambda *given: cell_backward(
+        *given[:4], (given[4][0] * 0.0,), *given[5:])),
 }  # fmt: skip
 
 
 def plant(monkeypatch, fault: str) -> None:
     """A fault wherever kernels of the step family find the function."""
     name, function = IN_KERNELS[fault]
-    for module in (step_family, cells, fragments, indexing, states, noise, equations, lstm):
+    for module in (step_family, cells, fragments, indexing, states, noise, equations):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, function)
 
@@ -193,8 +192,8 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dtype):
     """Which are right, where those of forward are not; of an SLSTM, which torch has not."""
-    above = slstm.above
-    monkeypatch.setattr(slstm, "above", lambda x: 2.0 * above(x))  # which backward does not need
+    above = equations.above
+    monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # which backward does not need
     ours = gpu_lstm.SLSTM(I, H).to(dtype)
     twin, x, found = copy.deepcopy(ours).double(), X.to(dtype), []
     twin.backend = "reference"

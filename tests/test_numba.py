@@ -25,11 +25,11 @@ from gpu_lstm.dispatch import available, cpu_rule, route
 from gpu_lstm.dispatch.kind import Kind
 from gpu_lstm.kernels import cache, numba_rnn
 from gpu_lstm.kernels.numba_rnn import build, launch
-from gpu_lstm.kernels.numba_rnn.steps import GRU, LSTM
+from gpu_lstm.kernels.numba_rnn.equations import GRU, LSTM
 from gpu_lstm.kernels.problem import Problem, power_of_two
 
 numba = pytest.importorskip("numba")
-from gpu_lstm.kernels.numba_rnn import functions, steps, threads  # noqa: E402
+from gpu_lstm.kernels.numba_rnn import functions, steps  # noqa: E402
 
 TABLES = sorted((ROOT / "bench" / "results" / "cpu").glob("*.csv"))
 FEATURES = {"zoneout": "zoneout", "SLSTM": "slstm cells"}
@@ -76,11 +76,11 @@ def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch):
     module, x, rest = module_and_call
     alone, counts = run(module, x, **rest), []
     if way == "pool":
-        monkeypatch.setattr(threads, "parallel", lambda: None)
-    elif threads.parallel() is None:
+        monkeypatch.setattr(build, "parallel", lambda: None)
+    elif build.parallel() is None:
         pytest.skip("torch does not use GNU's OpenMP here")
-    run_in = threads.run
-    monkeypatch.setattr(threads, "run", lambda f, a, count: (counts.append(count), run_in(f, a, count)))
+    run_in = build.run
+    monkeypatch.setattr(build, "run", lambda f, a, count: (counts.append(count), run_in(f, a, count)))
     for count in (2, 3, 4):
         torch.set_num_threads(count)
         for ours, expected in zip(run(module, x, **rest), alone):
@@ -178,7 +178,7 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
 def test_what_calls_compile_is_kept():
     run(gpu_lstm.LSTM(3, 4, layer_norm=True, backend="numba"), torch.randn(9, 2, 3))
     run(gpu_lstm.LSTM(3, 4, backend="numba"), torch.randn(9, 2, 3))
-    for name in (*launch.LOOPS, *launch.OF_A_STEP):
+    for name in launch.LOOPS:
         assert any(build.folder().rglob(f"steps.{name}-*.nbi")), name
 
 

@@ -115,8 +115,8 @@ def _digests():
 def test_what_was_found_ends_with_an_edit_of_what_decided_it(checkout):
     """Measured plans with one of kernels; verdicts and races also with one of what surrounds and judges them."""
     for file, ends in (
-        ("kernels/triton_rnn/equations/gru.py", (True, True)), ("gpu_lstm/backends/fused.py", (False, True)),
-        ("kernels/cupy_rnn/cuda/equations/lstm.cu", (True, True)), ("gpu_lstm/equations/gru.py", (False, True)),
+        ("kernels/triton_rnn/equations.py", (True, True)), ("gpu_lstm/backends/fused.py", (False, True)),
+        ("kernels/cupy_rnn/cuda/equations.cu", (True, True)), ("gpu_lstm/equations/gru.py", (False, True)),
         ("kernels/cells.py", (True, True)), ("gpu_lstm/dispatch/race.py", (False, True)),
         ("gpu_lstm/keras/convert.py", (False, False)), ("kernels/notes.txt", (False, False)),
     ):  # fmt: skip

@@ -29,8 +29,7 @@ from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
-from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.equations import slstm
+from gpu_lstm.kernels.triton_rnn import equations, launch
 from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 
@@ -186,7 +185,7 @@ def test_the_state_that_calls_begin_with_is_verified(monkeypatch, fault):
     """An sLSTM's is empty, l = -inf, and where a sequence has no step it ends so: equal infinities are right."""
     problem, run = PLAIN._replace(cell="slstm", lengths=torch.int64, batch=5), verify.Small.by_kernels
     if fault == "share":  # of the newest g, which has it all; right for all finite numbers of this size
-        monkeypatch.setattr(slstm, "LOWEST", tl.constexpr(-8.0))
+        monkeypatch.setattr(equations, "LOWEST", tl.constexpr(-8.0))
     if fault == "c_n":
         by_kernels = lambda *given: (found := run(*given)) | dict(c_n=found["c_n"].nan_to_num(neginf=0))  # noqa: E731
         monkeypatch.setattr(verify.Small, "by_kernels", by_kernels)

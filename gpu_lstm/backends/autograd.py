@@ -108,25 +108,23 @@ def gradients(
 _HOW = (None,) * len(How._fields)  # which have no gradients
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    h, _, _, gates, c = output
-    ctx.how = How(*inputs[: len(_HOW)])
-    ctx.mark_non_differentiable(gates, c)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(h, gates, c, *inputs[len(_HOW) :])
-
-
-def _gradients(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
-    (h, gates, c, *tensors), needed = ctx.saved_tensors, ctx.needs_input_grad[len(_HOW) :]
-    return *_HOW, *gradients(ctx.how, (dh, dh_n, dc_n), (h, gates, c), needed, tensors)
-
-
 class InTransforms(torch.autograd.Function):
     """The operator for transforms of torch.func, which refuse what is registered below."""
 
     forward = staticmethod(OPERATOR)
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        h, _, _, gates, c = output
+        ctx.how = How(*inputs[: len(_HOW)])
+        ctx.mark_non_differentiable(gates, c)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, gates, c, *inputs[len(_HOW) :])
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, *_: None) -> tuple:
+        (h, gates, c, *tensors), needed = ctx.saved_tensors, ctx.needs_input_grad[len(_HOW) :]
+        return *_HOW, *gradients(ctx.how, (dh, dh_n, dc_n), (h, gates, c), needed, tensors)
 
 
-torch.library.register_autograd(OPERATOR, _gradients, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd(OPERATOR, InTransforms.backward, setup_context=InTransforms.setup_context, lib=LIBRARY)

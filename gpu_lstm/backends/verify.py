@@ -36,7 +36,6 @@ logger = logging.getLogger("gpu_lstm")
 
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
-    """The kernels of a problem on a device."""
     return kept_layer(launcher_of(backend.value), problem, device, verify)
 
 
@@ -44,11 +43,8 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
     """Why a plan's kernel is not used for a pass of a layer; None if it computes the right numbers.
 
     `inputs` are those of the call that asks first. Only verdicts about the kernel are cached, also that it ended the
-    process, or that the device failed: no other failure need happen again.
-
-    Raises:
-        RuntimeError: an earlier launch timed out.
-        torch.AcceleratorError: an error of the device. If it comes with the kernel, it names it, which is then refused.
+    process, or that the device failed: no other failure need happen again. A RuntimeError says that an earlier launch
+    timed out; an AcceleratorError of the device names the kernel that it comes with, which is then refused.
     """
     problem, device = layer.problem, layer.device
     verdict = cached_verdict(plan, problem, pass_, device)

@@ -23,13 +23,11 @@ def check_bool(name: str, value: object) -> None:
 
 
 def check_tensor(value: object, name: str) -> None:
-    """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")
 
 
 def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
-    """Raise unless a tensor of this name has so many dimensions."""
     if tensor.dim() != count:
         raise RuntimeError(f"{name} must have {count} dimensions, got {tensor.dim()}")
 

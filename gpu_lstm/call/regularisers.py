@@ -69,7 +69,6 @@ class Regulariser:
 
 
 def is_probability(value: object) -> bool:
-    """Whether `value` is a number from 0 to 1."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 

@@ -33,7 +33,6 @@ class Weights(NamedTuple):
     bias_c: Tensor | None = None  # [H]
 
     def present(self) -> list[Tensor]:
-        """The tensors that are not None, in torch's order."""
         return [tensor for tensor in self if tensor is not None]
 
     def to(self, dtype: torch.dtype) -> "Weights":
@@ -48,8 +47,6 @@ NAMES = Weights._fields
 
 
 class Size(NamedTuple):
-    """The sizes of a layer."""
-
     inputs: int | Any  # I; None: x is W_ih x already
     hidden: int  # H
     projected: int  # P; 0 without a projection

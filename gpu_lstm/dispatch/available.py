@@ -33,11 +33,8 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
     """The backend that will run a kind of call on this device unless another wins a race: never AUTO.
 
     `transformed`: whether the call is within torch.func.vmap or a forward-mode derivative. The reference runs those,
-    whatever was chosen and can run. Sizes of batch and time decide nothing here where kernels are raced.
-
-    Raises:
-        ValueError: there is no backend of that name, or an explicitly chosen one does not support the feature.
-        ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot run, and why.
+    whatever was chosen and can run. Sizes of batch and time decide nothing here where kernels are raced. Errors say why
+    a backend that was asked for cannot run: a ValueError where it does not support the feature.
     """
     choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:

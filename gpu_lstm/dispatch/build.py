@@ -9,7 +9,6 @@ from .kind import Kind
 
 
 def build(call: Request, kind: Kind, backend: Backend) -> Route:
-    """The route of a call by a backend."""
     if backend not in KERNEL_BACKENDS:
         return Route(backend, kind.dtype)
     schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)

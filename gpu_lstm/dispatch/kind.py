@@ -35,7 +35,6 @@ class Kind(NamedTuple):
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """What its layers run."""
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property

@@ -70,11 +70,7 @@ def forget() -> None:
 
 
 def able_to_run(call: Request, kind: Kind) -> Backend:
-    """The backend that runs a kind of call unless another wins a race.
-
-    Raises:
-        ValueError, ImportError, RuntimeError, TypeError: an explicitly chosen backend cannot, and why.
-    """
+    """The backend that runs a kind of call unless another wins a race; errors are those of available.select."""
     transformed = call.modes.transforms == Transforms.REFERENCE
     return available.select(call.options.backend, call.x.device, kind, transformed)
 

@@ -19,8 +19,8 @@ from ..memory import checking, margins
 from ..problem import Pass, Problem
 
 FOLDER = Path(__file__).with_name("cuda")
-CELLS = "lstm", "gru", "slstm"  # of equations/
-FILES = ("instructions", "elements", *(f"equations/{cell}" for cell in CELLS), "steps")
+CELLS = "lstm", "gru", "slstm"  # of equations.cu
+FILES = "instructions", "elements", "equations", "steps"
 """Of the folder; each knows those before it."""
 KERNELS = "after_product", "before_product"
 ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -31,7 +31,6 @@ PLAN = OnlyPlan("cupy", "cupy's kernels are slower")
 
 @functools.cache
 def texts() -> dict[str, str]:
-    """The text of each file."""
     return {name: FOLDER.joinpath(f"{name}.cu").read_text() for name in FILES}
 
 

@@ -1,4 +1,4 @@
-"""The functions of steps.py, compiled for this CPU when they are first called, and kept with our other results."""
+"""The functions of steps.py: compiled for this CPU when they are first needed, kept with our other results, called."""
 
 import ctypes
 import functools
@@ -8,17 +8,20 @@ import os
 import platform
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import llvmlite.binding
 import numba
+import torch
 
 from .. import cache
 from . import steps
 from .functions import HOW
 
 logger = logging.getLogger("gpu_lstm")
+PROCESS = os.getpid()
 
 
 def folder() -> Path | None:
@@ -63,3 +66,33 @@ def function(name: str) -> Callable[[int], None]:
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back
     return function
+
+
+@functools.cache
+def parallel() -> Callable[..., None] | None:
+    """OpenMP's parallel(function, argument, threads, flags), of the library that torch uses; None without GNU's."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+
+
+@functools.cache
+def pool(process: int) -> ThreadPoolExecutor:
+    """Threads of our own, of a process: those of its parent do not exist after a fork."""
+    return ThreadPoolExecutor(os.cpu_count(), "gpu_lstm")
+
+
+def run(function: Callable[[int], None], argument: int, threads: int) -> None:
+    """Call function(argument) in so many threads, one of them this one, and wait for all. They are torch's own, whose
+    waiting ones would keep others from a core."""
+    if threads == 1:
+        function(argument)
+    elif os.getpid() == PROCESS and (run_parallel := parallel()) is not None:
+        run_parallel(function, ctypes.c_ssize_t(argument), threads, 0)
+    else:  # after a fork OpenMP would wait for threads that do not exist
+        others = [pool(os.getpid()).submit(function, argument) for _ in range(threads - 1)]
+        function(argument)
+        for other in others:
+            other.result()

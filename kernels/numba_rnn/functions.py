@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 F = np.float32
 HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}  # a division that may raise is not vectorised
 compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)  # for others of ours alone
-inlined = partial(njit, inline="always", **HOW)
+inlined = partial(compiled, forceinline=True)
 
 
 def cast(source: Any, target: Any, instruction: str) -> Any:
@@ -70,7 +70,7 @@ def sigmoid(x):
 
 @inlined
 def tanh(x):
-    """As triton_rnn/equations/lstm.py."""
+    """As triton_rnn/equations.py."""
     u = x * x
     p = (((F(-0.005893945) * u + F(0.020794617)) * u - F(0.053783294)) * u + F(0.13331915)) * u - F(0.333333)
     far = F(1) - F(2) / (exp(F(2) * abs(x)) + F(1))

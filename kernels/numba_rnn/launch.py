@@ -17,16 +17,16 @@ from ..heads import arranged
 from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem
-from . import build, steps, threads
+from . import build, equations, steps
 from .product import SEQUENCES
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
-LOOPS, OF_A_STEP = ("forward", "backward"), ("after_product", "before_product")  # of steps.py
+LOOPS = "forward", "backward"  # of steps.py
 TENSORS = frozenset(steps.TENSORS)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
 LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
-CODES = dict(zip(("lstm", "gru", "slstm"), steps.CELLS))
+CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 
 
 def put(call: Any, arguments: dict[str, Any]) -> Any:
@@ -37,11 +37,12 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
     return call
 
 
-def call_of(part: Part, steps_: int) -> Any:
+def call_of(part: Part, steps_: int, share: int, step: int = 0) -> Any:
     """A steps.CALL without tensors."""
     p, call = part.problem, np.zeros((), steps.CALL)
-    sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, CELLS[p.cell].h_start, p.reverse, CODES[p.cell]
-    for name, size in zip(steps.SIZES, (*sizes, STOPS.index(part.start), STOPS.index(part.end))):
+    cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
+    sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
+    for name, size in zip(steps.SIZES, (*sizes, step, share)):
         call[name] = size
     return call
 
@@ -50,18 +51,18 @@ def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> N
     """Call a function of steps.py in so many threads."""
     if checking.on:
         with margins(name, arguments) as inside:
-            return threads.run(build.function(name), put(call, inside).ctypes.data, count)
-    threads.run(build.function(name), put(call, arguments).ctypes.data, count)
+            return build.run(build.function(name), put(call, inside).ctypes.data, count)
+    build.run(build.function(name), put(call, arguments).ctypes.data, count)
 
 
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
     arguments = arguments | {"scratch": torch.zeros(steps.SCRATCH, device="cpu")}
-    call = put(call_of(part, arguments["T"]), arguments)
+    call = put(call_of(part, arguments["T"], part.problem.batch), arguments)
 
     def launch_step(step: int, **changed: Tensor) -> None:
         call["step"] = step
-        launch(OF_A_STEP[backward], call, arguments | changed if checking.on else changed)
+        launch(LOOPS[backward], call, arguments | changed if checking.on else changed)
 
     return launch_step
 
@@ -72,8 +73,9 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
     if (p.heads > 1) == backward:  # it is [heads, D, GATES D], or of one head [GATES D, D]
         weight = weight.mT
     count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, arguments["T"] * p.batch * p.hidden // LEAST))
-    share, call = ceil(p.batch / count / SEQUENCES) * SEQUENCES, call_of(part, arguments["T"])
-    call["share"], scratch = share, torch.zeros(ceil(p.batch / share), steps.SCRATCH, device="cpu")
+    share = ceil(p.batch / count / SEQUENCES) * SEQUENCES
+    call = call_of(part, arguments["T"], share, arguments["T"] - 1 if backward else 0)
+    scratch = torch.zeros(ceil(p.batch / share), steps.SCRATCH, device="cpu")
     taken = torch.zeros((), dtype=torch.int64, device="cpu")
     given = {"weight": weight.contiguous(), "scratch": scratch, "taken": taken}
     launch(LOOPS[backward], call, arguments | given, count)
@@ -122,7 +124,7 @@ def lacks(problem: Problem) -> str | None:
 
 def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
     # Not within a trial: users may end the process meanwhile.
-    build.function((OF_A_STEP if problem.only_by_steps else LOOPS)[pass_.backward])
+    build.function(LOOPS[pass_.backward])
     if refuses is not None and (reason := refuses(PLAN)):
         raise NoKernel(f"no compiled loop can run this layer on this CPU: {reason}")
     return PLAN

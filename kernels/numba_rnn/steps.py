@@ -9,24 +9,10 @@ from collections import namedtuple
 import numpy as np
 from numba import from_dtype, types
 
-from .equations import gru, lstm, slstm
+from . import equations
 from .functions import cast, compiled, flags, numbers, take
 from .product import product
-from .tile import (
-    CONSTANTS,
-    GATES,
-    OF_H,
-    ROWS,
-    UNITS,
-    add,
-    fill,
-    move,
-    multiply,
-    row,
-    vectors,
-    zoneout,
-    zoneout_backward,
-)
+from .tile import CONSTANTS, GATES, OF_H, ROWS, UNITS, add, fill, move, multiply, row, zoneout, zoneout_backward
 
 TENSORS = (
     "gates", "dgates", "z", "dz",  # [T*B, 4H]; of the step [B, 4H], with heads [B, heads, 4 D]
@@ -38,25 +24,24 @@ TENSORS = (
     "resets", "lengths",  # [T*B] bool; [B] int64
     "scratch", "taken",  # [shares, SCRATCH]; int64, how many shares are
 )  # fmt: skip
-SIZES = "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "start", "end", "step", "share"
+SIZES = "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "share"
 CALL = np.dtype([(name, np.int64) for name in (*TENSORS, *SIZES)])
 """What a call is; of tensors addresses, 0 where it has none. Threads take shares of so many sequences."""
 call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
-CELLS = LSTM, GRU, SLSTM = range(3)
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
 SIZE = 4  # bytes of a number
 SCRATCH = ROWS * UNITS  # numbers of a thread: those of a tile, and before them a product's sums
 EMPTY = np.float32(-np.inf)  # the REST of an empty state
 
-Place = namedtuple("Place", "step valid continues last next_continues at earlier state rest unit gates z n")
-"""Of a tile: whether its sequence has the step, begins it with the state of the step before, ends, and goes on to the
-next step; where its units begin in [T*B, H], there a step before, in [B, H], in the second [B, H], in [H], in
-[T*B, 4H] and in z; and how many they are."""
+Place = namedtuple("Place", "step continues last next_continues at earlier state rest unit gates z n")
+"""Of a tile: whether its sequence begins the step with the state of the step before, ends, and goes on to the next
+step; where its units begin in [T*B, H], there a step before, in [B, H], in the second [B, H], in [H], in [T*B, 4H] and
+in z; and how many they are."""
 
 
 @compiled
 def position(a, step, b):
-    """Of sequence b: its row in [T*B, *], and what a Place begins with but the step."""
+    """Of sequence b: its row in [T*B, *]; whether it has the step, begins it as a Place says, and ends."""
     length = numbers(a.lengths)[b] if a.lengths else a.T
     valid = step < length
     time = length - 1 - step if a.reverse and valid else step
@@ -64,19 +49,6 @@ def position(a, step, b):
     later = time + 1 if a.reverse else time
     reset = a.resets != 0 and later < length and flags(a.resets)[later * a.B + b] != 0
     return time * a.B + b, valid, valid and not reset, step == length - 1
-
-
-@compiled
-def place_of(a, step, b, first, u):
-    """The Place of the tile from unit u of the head whose first unit is `first`."""
-    row, valid, continues, last = position(a, step, b)
-    unit, all_units = first + u, a.B * a.H
-    at, state = row * a.H + unit, b * a.H + unit
-    earlier, z = at + all_units if a.reverse else at - all_units, (b * a.H + first) * 4 + u
-    return Place(
-        step, valid, continues, last, position(a, step + 1, b)[2], at, earlier, state, state + all_units, unit,
-        row * 4 * a.H + unit, z, min(UNITS, a.H // a.heads - u),
-    )  # fmt: skip
 
 
 @compiled
@@ -100,7 +72,7 @@ def load_c_before(a, tile, p):
 @compiled
 def load_constants(a, tile, p):
     for k in range(3):
-        move(tile, CONSTANTS[k], a.bias_hh if a.cell == GRU else a.weight_peephole, k * a.H + p.unit, p.n)
+        move(tile, CONSTANTS[k], a.bias_hh if a.bias_hh else a.weight_peephole, k * a.H + p.unit, p.n)
 
 
 @compiled
@@ -112,16 +84,12 @@ def gates_and_cell(a, tile, p):
     load_c_before(a, tile, p)
     move(tile, row.C, tile, row.BEFORE, p.n)
     load_constants(a, tile, p)
-    if a.cell == LSTM:
-        lstm.forward(tile, vectors(p.n), a.weight_peephole != 0)
-    elif a.cell == GRU:
-        gru.forward(tile, vectors(p.n))
-    else:
+    if a.kept > 1:
         move(tile, row.REST, a.c_n if p.step else a.c0, p.rest, p.n)
         if not p.continues:
             fill(tile, row.REST, EMPTY, p.n)
-        slstm.forward(tile, vectors(p.n))
-        move(a.c_n, p.rest, tile, row.REST, p.n)
+    equations.forward(tile, p.n, a.cell, a.weight_peephole != 0)
+    move(a.c_n if a.kept > 1 else 0, p.rest, tile, row.REST, p.n)
     move(tile, row.DV, tile, row.C, p.n)
     if a.zoneout_c:
         move(tile, row.M, a.zoneout_c, p.at, p.n)
@@ -134,20 +102,9 @@ def gates_and_cell(a, tile, p):
 
 
 @compiled
-def output(a, tile, p):
-    """M of o and v, which is in C."""
-    if a.cell == LSTM:
-        lstm.output(tile, vectors(p.n))
-    elif a.cell == GRU:
-        move(tile, row.M, tile, row.C, p.n)
-    else:
-        slstm.output(tile, vectors(p.n))
-
-
-@compiled
 def store_h(a, tile, p):
     """h of m, which is in M, and what the next product multiplies."""
-    if a.zoneout_h and p.valid:
+    if a.zoneout_h and tile:
         load_before(tile, a.h, p.earlier, a.h0, a.reset_h, p)
         move(tile, row.DV, a.zoneout_h, p.at, p.n)
         zoneout(tile, row.M, row.DV, row.BEFORE, p.n)
@@ -160,22 +117,22 @@ def store_h(a, tile, p):
 
 @compiled
 def after(a, tile, p):
-    """A step of a tile, after its product; in padding h and c are 0."""
-    if a.start == OF_Z and p.valid:
+    """A step of a tile, after its product. In padding there is no tile, and h and c are 0."""
+    if a.start == OF_Z and tile:
         gates_and_cell(a, tile, p)
     elif a.start == OF_Z:
-        move(a.c, p.at, 0, 0, p.n)
+        move(a.c, p.at, tile, row.C, p.n)
     elif a.start == OF_C:
         move(tile, GATES[3], a.o, p.state, p.n)
         move(tile, row.C, a.v, p.state, p.n)
     if a.end == OF_C:
-        move(a.o, p.state, tile if p.valid else 0, GATES[3], p.n)
-        move(a.v, p.state, tile if p.valid else 0, row.C, p.n)
+        move(a.o, p.state, tile, GATES[3], p.n)
+        move(a.v, p.state, tile, row.C, p.n)
         return
-    if not p.valid or a.start == OF_M:
-        move(tile, row.M, a.m if p.valid else 0, p.state, p.n)
-    else:
-        output(a, tile, p)
+    if a.start == OF_M:
+        move(tile, row.M, a.m, p.state, p.n)
+    elif tile:
+        equations.output(tile, p.n, a.cell)
     if a.end == OF_M:
         move(a.m, p.state, tile, row.M, p.n)
     else:
@@ -206,19 +163,6 @@ def pass_on(gradient, state, of_reset, tile, at, p):
 
 
 @compiled
-def output_backward(a, tile, p):
-    """The gradients of z_o and of v, in DZ_O and DV, from that of m in M."""
-    if a.normed_c:
-        move(tile, row.DV, a.normed_c, p.at, p.n)
-    if a.cell == LSTM:
-        lstm.output_backward(tile, vectors(p.n), a.normed_c != 0)
-    elif a.cell == GRU:
-        move(tile, row.DV, tile, row.M, p.n)
-    else:
-        slstm.output_backward(tile, vectors(p.n))
-
-
-@compiled
 def gates_and_cell_backward(a, tile, p):
     """The gradients of pre-activations, and of c before the step, from those of z_o and of v."""
     move(tile, row.C, a.dc, p.state, p.n)
@@ -227,13 +171,10 @@ def gates_and_cell_backward(a, tile, p):
         zoneout_backward(tile, row.M, row.C, p.n)
     add(tile, row.C, tile, row.DV, p.n)
     load_constants(a, tile, p)
-    if a.cell == LSTM:
-        lstm.backward(tile, vectors(p.n), a.weight_peephole != 0)
-    elif a.cell == GRU:
-        gru.backward(tile, vectors(p.n))
-    else:
+    if a.kept > 1:
         move(tile, row.REST, a.dc, p.rest, p.n)
-        slstm.backward(tile, vectors(p.n))
+    equations.backward(tile, p.n, a.cell, a.weight_peephole != 0)
+    if a.kept > 1:
         pass_on(a.dc, p.rest, 0, tile, row.REST, p)
     add(tile, row.C, tile if a.zoneout_c else 0, row.M, p.n)
     pass_on(a.dc, p.state, a.dreset_c, tile, row.C, p)
@@ -241,96 +182,88 @@ def gates_and_cell_backward(a, tile, p):
 
 @compiled
 def before(a, tile, p):
-    """A step of a tile backward, before its product; in padding all gradients are 0."""
+    """A step of a tile backward, before its product. In padding all gradients are 0."""
     if a.start == OF_HIDDEN:
-        if p.valid:
+        if tile:
             gradient_of_m(a, tile, p)
-        move(a.dh_total, p.at, tile if p.valid else 0, row.M, p.n)
+        move(a.dh_total, p.at, tile, row.M, p.n)
+    elif a.start == OF_M:
+        move(tile, row.M, a.m, p.state, p.n)
     if a.end == OF_M:
-        move(a.m, p.state, tile if p.valid else 0, row.M, p.n)
+        move(a.m, p.state, tile, row.M, p.n)
         return
-    if p.valid:
+    if tile:
         for k in range(4):
             move(tile, GATES[k], a.gates, p.gates + k * a.H, p.n)
         load_c_before(a, tile, p)
-        if a.start == OF_C:
-            move(tile, row.DZ_O, a.o, p.state, p.n)
-            move(tile, row.DV, a.v, p.state, p.n)
-        else:
-            if a.start == OF_M:
-                move(tile, row.M, a.m, p.state, p.n)
-            output_backward(a, tile, p)
+        if a.start != OF_C:
+            move(tile, row.DV, a.normed_c, p.at, p.n)
+            equations.output_backward(tile, p.n, a.cell, a.normed_c != 0)
+    if a.start == OF_C:
+        move(tile, row.DZ_O, a.o, p.state, p.n)
+        move(tile, row.DV, a.v, p.state, p.n)
     if a.end == OF_C:
-        move(a.o, p.state, tile if p.valid else 0, row.DZ_O, p.n)
-        move(a.v, p.state, tile if p.valid else 0, row.DV, p.n)
+        move(a.o, p.state, tile, row.DZ_O, p.n)
+        move(a.v, p.state, tile, row.DV, p.n)
         return
-    if p.valid:
+    if tile:
         gates_and_cell_backward(a, tile, p)
     for k in range(4):
-        move(a.dgates, p.gates + k * a.H, tile if p.valid else 0, OF_H[k], p.n)
-        move(a.dz, p.z + k * (a.H // a.heads), tile if p.valid else 0, OF_H[k], p.n)
+        move(a.dgates, p.gates + k * a.H, tile, OF_H[k], p.n)
+        move(a.dz, p.z + k * (a.H // a.heads), tile, OF_H[k], p.n)
+
+
+# Of what follows Numba compiles one for `backward` = None, where it leaves out what is backward, and one for True.
 
 
 @compiled
-def each_after(a, scratch, step, first, end):
-    """A step of the sequences from `first` to `end`."""
+def each(a, step, first, end, scratch, backward):
+    """A step of the sequences from `first` to `end`, in tiles."""
+    units, all_units = a.H // a.heads, a.B * a.H
     for b in range(first, end):
-        for unit in range(0, a.H, a.H // a.heads):
-            for u in range(0, a.H // a.heads, UNITS):
-                after(a, scratch, place_of(a, step, b, unit, u))
+        visited, valid, continues, last = position(a, step, b)
+        tile, next_continues = scratch if valid else 0, position(a, step + 1, b)[2]
+        for head in range(0, a.H, units):
+            for u in range(0, units, UNITS):
+                at, state, z = visited * a.H + head + u, b * a.H + head + u, (b * a.H + head) * 4 + u
+                earlier = at + all_units if a.reverse else at - all_units
+                gates, n = visited * 4 * a.H + head + u, min(UNITS, units - u)
+                p = Place(
+                    step, continues, last, next_continues, at, earlier, state, state + all_units, head + u, gates, z, n
+                )
+                if backward is None:
+                    after(a, tile, p)
+                else:
+                    before(a, tile, p)
 
 
 @compiled
-def each_before(a, scratch, step, first, end):  # a function of functions would not be kept on disk
-    for b in range(first, end):
-        for unit in range(0, a.H, a.H // a.heads):
-            for u in range(0, a.H // a.heads, UNITS):
-                before(a, scratch, place_of(a, step, b, unit, u))
+def run(a, backward):
+    """All steps, or without a weight one; of sequences that no other thread takes, until there are none.
 
-
-@compiled
-def take_share(a):
-    """(The first of some sequences, the end of them, scratch): of sequences that no other thread takes."""
-    number = take(a.taken)
-    return number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
-
-
-def after_product(address):
-    """A step of a call, at its address."""
-    a = call_at(address)
-    each_after(a, a.scratch, a.step, 0, a.B)
-
-
-def before_product(address):
-    a = call_at(address)
-    each_before(a, a.scratch, a.step, 0, a.B)
+    A step is W_hh h, and the rest; backward first the rest of the step after, and then W_hh^T dz. Forward h_next has
+    what the first step multiplies.
+    """
+    units, gates = a.H // a.heads, (4 - a.h_start) * (a.H // a.heads)
+    number = take(a.taken) if a.taken else 0
+    while number * a.share < a.B:
+        first, end, scratch = number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
+        for n in range(a.T if a.weight else 1):
+            for head in range(0, a.H if a.weight and (backward is None or n > 0) else 0, units):
+                h, weight, count = SIZE * (first * a.H + head), a.weight + SIZE * head * gates, end - first
+                z = 4 * h + SIZE * a.h_start * units
+                if backward is None:
+                    product(a.h_next + h, a.H, weight, a.z + z, 4 * a.H, count, units, gates, scratch)
+                else:
+                    product(a.dz + z, 4 * a.H, weight, a.dh_next + h, a.H, count, gates, units, scratch)
+            each(a, a.step + n if backward is None else a.step - n, first, end, scratch, backward)
+        number = take(a.taken) if a.taken else number + 1
 
 
 def forward(address):
-    """All steps of a call, for the sequences that this thread takes; h_next has what step 0 multiplies."""
-    a = call_at(address)
-    width, columns = a.H // a.heads, (4 - a.h_start) * (a.H // a.heads)
-    first, end, scratch = take_share(a)
-    while first < a.B:
-        for step in range(a.T):
-            for unit in range(0, a.H, width):
-                h, z = first * a.H + unit, (first * a.H + unit) * 4 + a.h_start * width
-                weight, count = a.weight + SIZE * unit * columns, end - first
-                product(a.h_next + SIZE * h, a.H, weight, a.z + SIZE * z, 4 * a.H, count, width, columns, scratch)
-            each_after(a, scratch, step, first, end)
-        first, end, scratch = take_share(a)
+    """A call, at its address."""
+    run(call_at(address), None)
 
 
 def backward(address):
-    """As forward, from the last step to the first."""
-    a = call_at(address)
-    width, rows = a.H // a.heads, (4 - a.h_start) * (a.H // a.heads)
-    first, end, scratch = take_share(a)
-    while first < a.B:
-        for step in range(a.T - 1, -1, -1):
-            each_before(a, scratch, step, first, end)
-            for unit in range(0, a.H if step else 0, width):
-                h, z = first * a.H + unit, (first * a.H + unit) * 4 + a.h_start * width
-                weight, count = a.weight + SIZE * unit * rows, end - first
-                product(a.dz + SIZE * z, 4 * a.H, weight, a.dh_next + SIZE * h, a.H, count, rows, width, scratch)
-        first, end, scratch = take_share(a)
+    run(call_at(address), True)

@@ -58,7 +58,7 @@ def add(to, to_at, t, at, n):
 
 @compiled
 def multiply(to, to_at, t, at, n):
-    if t:
+    if to and t:
         numbers, products = floats(t), floats(to)
         for j in range(n):
             products[to_at + j] *= numbers[at + j]

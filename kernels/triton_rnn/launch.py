@@ -88,7 +88,7 @@ class Kernel:
 
 
 class Prepared(Launches):
-    """A plan of one problem and pass; see problem.Prepared. `launch` makes its launches, by default `launch_kernel`.
+    """A plan of one problem and pass; see layer.Launches. `launch` makes its launches, by default `launch_kernel`.
 
     On `trial` it waits a second for other programs, not as long as the user's calls.
     """
@@ -119,7 +119,6 @@ class Prepared(Launches):
 
 
 def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
-    """The constants of all families' kernels."""
     per, units, cell = max(1, 4 // p.size), p.hidden // p.heads, CELLS[p.cell]
     return Sizes(
         CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, HEADS=p.heads,
@@ -199,6 +198,6 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
         return Normed(zeros(p.steps, p.batch, features, dtype=dtype), *moments, zeros(features, dtype=dtype))
 
     norm_hh, norm_c = normed(4 * p.hidden, p.dtype) if p.gain_hh else None, normed(p.hidden, f32) if p.gain_c else None
-    in_loop = {name: zeros(*like.size, dtype=like.dtype) for name, like in in_the_loop(p, p.steps).items()}
+    in_loop = {name: zeros(*size, dtype=dtype) for name, (size, dtype) in in_the_loop(p, p.steps).items()}
     inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)
     return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, norm_hh, norm_c)

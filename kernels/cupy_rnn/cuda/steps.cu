@@ -93,7 +93,7 @@ __device__ inline float zoneout(float x, float before, float share) {
 }
 
 // Out: o, and c before zoneout.
-template <typename E, typename Cell>
+template <typename E, Cell CELL>
 __device__ void gates_and_cell(const Call<E>& a, const Place& p, float& o, float& v) {
     Gates x, z, gates;
     load_gates(x, a.gates, p.gates_at, a.H, a.from_x);
@@ -101,28 +101,28 @@ __device__ void gates_and_cell(const Call<E>& a, const Place& p, float& o, float
     const Constants constants = load_constants(a.bias_hh ? a.bias_hh : a.weight_peephole, p.unit, a.H);
     const float c_prev = load_c_before(a, p);
     State state = {c_prev, logf(0.0f)};  // -infinity, of which NVRTC has no name
-    if (Cell::KEPT > 1 && p.continues) state.rest = load(a.step ? a.c_n : a.c0, p.rest_at);
-    Cell::forward(x, z, constants, state, gates);
+    if (KEPT<CELL> > 1 && p.continues) state.rest = load(a.step ? a.c_n : a.c0, p.rest_at);
+    cell_forward<CELL>(x, z, constants, state, gates);
     const float c = zoneout(state.c, c_prev, share_of(a.zoneout_c, a.rate_c, p.at));
     store(a.c_n, p.state_at, c, p.last || !a.c);
-    if (Cell::KEPT > 1) store(a.c_n, p.rest_at, state.rest);
+    if (KEPT<CELL> > 1) store(a.c_n, p.rest_at, state.rest);
     store(a.c, p.at, c);
     if (a.c) store_gates(a.gates, p.gates_at, a.H, gates);
     o = gates[3], v = state.c;
 }
 
 // A step, after its product.
-template <typename E, typename Cell, char START, char END>
+template <typename E, Cell CELL, char START, char END>
 __global__ void __launch_bounds__(THREADS) after_product(const Call<E> a) {
     const Place p(a, a.H, a.H / a.heads);
     if (!p.exists) return;
     float o = 0.0f, v = 0.0f, m = 0.0f;
-    if (START == 'z' && p.valid) gates_and_cell<E, Cell>(a, p, o, v);
+    if (START == 'z' && p.valid) gates_and_cell<E, CELL>(a, p, o, v);
     if (START == 'z' && !p.valid) store(a.c, p.at, 0.0f);
     if (START == 'c') o = load(a.o, p.state_at, p.valid), v = load(a.v, p.state_at, p.valid);
     if (END == 'c') return store(a.o, p.state_at, o), store(a.v, p.state_at, v);
     if (START == 'm') m = load(a.m, p.state_at, p.valid);
-    else if (p.valid) m = Cell::output(o, v);
+    else if (p.valid) m = output<CELL>(o, v);
     if (END == 'm') return store(a.m, p.state_at, m);
     if (a.zoneout_h && p.valid) m = zoneout(m, load_h_before(a, p), share_of(a.zoneout_h, a.rate_h, p.at));
     store(a.h, p.at, m);
@@ -146,22 +146,22 @@ __device__ float gradient_of_m(const Call<E>& a, const Place& p) {
 }
 
 // From the gates, c before the step and what comes from m; none flows past a reset.
-template <typename E, typename Cell>
+template <typename E, Cell CELL>
 __device__ void gradients_of_gates_and_cell(
     const Call<E>& a, const Place& p, const Gates& gates, float c_prev, float dz_o, float dv, Gates& dz) {
     const Constants constants = load_constants(a.weight_peephole, p.unit, a.H);
     const float share = share_of(a.zoneout_c, a.rate_c, p.at), dc = load(a.dc, p.state_at);
     State d = {(1.0f - share) * dc + dv, 0.0f};
-    if (Cell::KEPT > 1) d.rest = load(a.dc, p.rest_at);
-    Cell::backward(gates, c_prev, dz_o, constants, d, dz);
+    if (KEPT<CELL> > 1) d.rest = load(a.dc, p.rest_at);
+    cell_backward<CELL>(gates, c_prev, dz_o, constants, d, dz);
     d.c += share * dc;
     store(a.dc, p.state_at, p.continues ? d.c : 0.0f);
     store(a.dreset_c, p.at, d.c, !p.continues);
-    if (Cell::KEPT > 1) store(a.dc, p.rest_at, p.continues ? d.rest : 0.0f);
+    if (KEPT<CELL> > 1) store(a.dc, p.rest_at, p.continues ? d.rest : 0.0f);
 }
 
 // A step, before its product; in padding all gradients are 0.
-template <typename E, typename Cell, char START, char END>
+template <typename E, Cell CELL, char START, char END>
 __global__ void __launch_bounds__(THREADS) before_product(const Call<E> a) {
     const Place p(a, a.H, a.H / a.heads);
     if (!p.exists) return;
@@ -177,10 +177,11 @@ __global__ void __launch_bounds__(THREADS) before_product(const Call<E> a) {
         load_gates(gates, a.gates, p.gates_at, a.H);
         c_prev = load_c_before(a, p);
         if (START == 'c') dz_o = load(a.o, p.state_at), dv = load(a.v, p.state_at);
-        else Cell::output_backward(gates[3], END == 'c' ? load(a.normed_c, p.at) : Cell::next(gates, c_prev), dm, dz_o, dv);
+        else output_backward<CELL>(
+            gates[3], END == 'c' ? load(a.normed_c, p.at) : next_cell<CELL>(gates, c_prev), dm, dz_o, dv);
     }
     if (END == 'c') return store(a.o, p.state_at, dz_o), store(a.v, p.state_at, dv);
-    if (p.valid) gradients_of_gates_and_cell<E, Cell>(a, p, gates, c_prev, dz_o, dv, dz);
+    if (p.valid) gradients_of_gates_and_cell<E, CELL>(a, p, gates, c_prev, dz_o, dv, dz);
     store_gates(a.dgates, p.gates_at, a.H, dz);
     store_gates(a.dz, p.z_at, a.H / a.heads, dz);
 }

@@ -125,8 +125,8 @@ def total(terms):
     return c_prev
 
 
-# The rest is what a cell keeps of a unit beside c, a tuple, see equations/: in c0, c_n and their gradients [KEPT, B, H]
-# it comes after c.
+# The rest is what a cell keeps of a unit beside c, a tuple, see equations.py: in c0, c_n and their gradients, which are
+# [KEPT, B, H], it comes after c.
 
 
 @triton.jit

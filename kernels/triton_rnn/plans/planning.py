@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def slower(self) -> str | None:
-        """See layer.Plan: where W_hh is read at every step, or a group of programs has several batch tiles."""
+        """See layer.OnlyPlan: where W_hh is read at every step, or a group of programs has several batch tiles."""
         fast = isinstance(self.family, Resident | Cooperative | Held) and self.tiles_per_program == 1
         return None if fast else f"a kernel of the {self.family.name} family is slower"
 
@@ -109,12 +109,11 @@ class Plan:
         return of_head if self.heads == 1 else f"{of_head} x {self.heads} heads"
 
     def as_json(self) -> dict[str, Any]:
-        """All fields, the family's among them."""
         return asdict(self) | asdict(self.family) | {"family": type(self.family).__name__.lower()}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See layer.Plan: all fields, except for how many groups and tiles there are, beyond one."""
+        """See layer.OnlyPlan: all fields, except for how many groups and tiles there are, beyond one."""
         others = "groups", "tiles_per_program", "side_by_side", "shared", "why"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
         return {name: value for name, value in self.as_json().items() if name not in others} | several
@@ -131,7 +130,7 @@ class Plan:
         return replace(self, groups=groups, tiles_per_program=ceil(tiles / groups))
 
     def sequences_enough(self, problem: Problem) -> int:
-        """See layer.Plan: two batch tiles and part of a third; more where programs, or groups, have several tiles."""
+        """See layer.OnlyPlan: two batch tiles and part of a third; more where a program, or a group, has several."""
         tiles = 2
         if self.tiles_per_program > 1:
             of_one = ceil(problem.of_head.hidden / self.units) if isinstance(self.family, Step) else self.programs

@@ -115,7 +115,6 @@ def held_backward_kernel(
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
-    """All steps, from the last to the first."""
     EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
     ROUNDS: tl.constexpr = 2 if S.PARTS > 1 else 1  # at each of which a program arrives
     tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
