@@ -74,7 +74,7 @@ def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
     for row in told.itertuples():
         cells, verdict = ["", "", ""], row.verdict
         if pd.notna(row.ratio):
-            cells = [f"{1e3 * it:.3g} ms" if row.in_seconds else f"{it:.3g}x" for it in (row.before, row.now)]
+            cells = [f"{1e3 / it:.3g} ms" if row.in_seconds else f"{it:.3g}x" for it in (row.before, row.now)]
             cells.append(f"{row.ratio:.2f}")
         else:
             why = (row.status_new, row.note_new) if row.status_old in TIMED else (row.status_old, row.note_old)

@@ -232,16 +232,17 @@ def test_what_cannot_be_compared_is_refused(old, new, fail_under, message):
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    for path, speed, lost in (("old", 2.0, {}), ("slow", 1.8, BROKEN | {"note": "[not] here"})):
+    for path, speed, ms, lost in (("old", 2.0, 1e-3, {}), ("slow", 1.8, 2e-3, BROKEN | {"note": "[not] here"})):
         results.create(tmp_path / path)
-        for each in run(a={"speed": speed}, b=lost).to_dict("records"):
+        for each in run(a={"speed": speed}, b=lost, c=TORCH | {"ms": ms}).to_dict("records"):
             results.append(tmp_path / path, {column: value for column, value in each.items() if value == value})
     old, slow = str(tmp_path / "old"), str(tmp_path / "slow")
     for new, status, found in ((old, 0, 0), (slow, 1, 2)):
         assert command_line.main(["compare", old, new]) == status
         said = capsys.readouterr().out
         assert f"regressions of gpu_lstm: {found}, at --fail-under 0.95" in said
-    assert said.index("0.90") < said.index("wrong: [not] here")
+    found = [" ".join(said.split()).index(each) for each in ("1 ms 2 ms 0.50", "0.90", "wrong: [not] here")]
+    assert found == sorted(found)
     for why, arguments in {"--fail-under is 2": [slow, "--fail-under", "2"], "No such file": ["nowhere"]}.items():
         assert command_line.main(["compare", old, *arguments]) == 2
         printed = capsys.readouterr()
