@@ -205,7 +205,7 @@ def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> s
             ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
         ):  # fmt: skip
             if len(its := lines["speed"][which].dropna()):
-                told.append(f"{kind} {digits(min(its))} to {digits(max(its))}")
+                told.append(f"{kind} {' to '.join(sorted({digits(min(its)), digits(max(its))}, key=float))}")
         text = f"One call is so many times as fast as torch.nn, which ignores what it lacks: {'; '.join(told)}."
         return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # a dtype that all have
     lines = lines[~_names(lines).isin(around["case"])]
