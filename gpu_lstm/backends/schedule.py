@@ -140,8 +140,7 @@ def _both_directions(
 def _given(call: Call, k: int, d: int, noise: list[Noise]) -> list[Tensor | None]:
     """What layer k reads in direction d at any time, but x; views share the memory."""
     row, (lengths, resets, *_) = call.options.directions * k + d, call.traversal
-    reset_to = call.traversal.of(row).reset_to()
-    return [*call.states[row], *call.weights[k][d], lengths, resets, *reset_to, *noise[d]]
+    return [*call.states[row], *call.weights[k][d], lengths, resets, *call.traversal.of(row).reset_to(), *noise[d]]
 
 
 class Output:
