@@ -117,8 +117,7 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
             **{package: cache.version_of(package) for package in packages},
             "CUDA of torch": torch.version.cuda, "cuDNN of torch": cache.cudnn_version(),
         },
-        "environment": {name: os.environ.get(name) for name in variables},
-        "nvidia-smi": _smi(),
+        "environment": {name: os.environ.get(name) for name in variables}, "nvidia-smi": _smi(),
         "devices": [_diagnosis(device) for device in devices],
     }  # fmt: skip
     lines = [state["summary"]]
