@@ -52,7 +52,7 @@ def data_flow() -> Figure:
     arrow(axes, (46, 17), (46, 21), "Request: x and states as given, weights, Traversal, Modes")
     box(axes, 17, 21, (58, 8), "dispatch/route.py, backends/run.py",
         "the Route of the call, looked up; decided once for each kind of call:\n"
-        "available.py -> race.py -> build.py: backend, kernels, schedule", PYTHON)  # fmt: skip
+        "available.py -> race.py: backend, kernels, schedule", PYTHON)  # fmt: skip
     for start, end in (((24, 29), (11, 34)), ((38, 29), (34, 34)), ((54, 29), (58, 34)), ((68, 29), (81, 34))):
         arrow(axes, start, end)
     axes.text(46, 31.5, "Call: x [T, B, I], [L*D] of states", ha="center", va="center", size=6.8, color=INK)

@@ -117,8 +117,7 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
             **{package: cache.version_of(package) for package in packages},
             "CUDA of torch": torch.version.cuda, "cuDNN of torch": cache.cudnn_version(),
         },
-        "environment": {name: os.environ.get(name) for name in variables},
-        "nvidia-smi": _smi(),
+        "environment": {name: os.environ.get(name) for name in variables}, "nvidia-smi": _smi(),
         "devices": [_diagnosis(device) for device in devices],
     }  # fmt: skip
     lines = [state["summary"]]
@@ -219,8 +218,7 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)
         expected = planning.expected(problem, card, plan, backward)
-        as_json = plan.as_json() | {"family": plan.family.name}
-        found[name] = dict(plan=as_json, expected_seconds=sum(expected.values()), expected_terms=expected)
+        found[name] = dict(plan=plan.as_json(), expected_seconds=sum(expected.values()), expected_terms=expected)
         lines += [
             f"\n{name}: {plan.family.name}, {plan.why}",
             f"  tiles    {plan.tiles}; one after another in a program: {plan.tiles_per_program}",

@@ -12,8 +12,7 @@ class Cell(NamedTuple):
     name: str
     states: tuple[str, ...]  # what a user holds; inside always h, and c in float32
     rows: int  # of each weight, in units of H
-    x_start: int  # x reaches the pre-activations from this one on
-    x_end: int  # and before this one
+    x_end: int  # x reaches the pre-activations before this one
     h_start: int  # h reaches this one and those after it
     functions: tuple[int, int]  # how many sigmoids, tanhs, exps and logs a unit takes, forward and backward
     of_torch: bool  # torch has it, and so cuDNN
@@ -41,8 +40,7 @@ class Cell(NamedTuple):
 
     def of_x(self, z: Tensor, hidden: int) -> Tensor:
         """Gradients z [..., 4H] of the pre-activations -> those that x reaches, [..., rows H]."""
-        count = self.x_end - self.x_start
-        return z if count == 4 else z.narrow(-1, self.x_start * hidden, count * hidden)
+        return z if self.x_end == 4 else z.narrow(-1, 0, self.x_end * hidden)
 
     def of_h(self, z: Tensor, hidden: int) -> Tensor:
         """The same of h, in torch's order."""
@@ -50,23 +48,22 @@ class Cell(NamedTuple):
 
     def from_torch(self, t: Tensor, hidden: int) -> Tensor:
         """W_ih [rows H, ...], from torch's order to that of the gradients."""
-        return t if self.h_start == self.x_start else t.roll((self.h_start - self.x_start) * hidden, 0)
+        return t if self.h_start == 0 else t.roll(self.h_start * hidden, 0)
 
     def to_torch(self, t: Tensor, hidden: int) -> Tensor:
         """The reverse of `from_torch`."""
-        return t if self.h_start == self.x_start else t.roll((self.x_start - self.h_start) * hidden, 0)
+        return t if self.h_start == 0 else t.roll(-self.h_start * hidden, 0)
 
 
-LSTM = Cell(  # i, f, g, o
-    "lstm", ("h", "c"), rows=4, x_start=0, x_end=4, h_start=0, functions=(5, 1), of_torch=True, normalises=True
-)
+# i, f, g, o
+LSTM = Cell("lstm", ("h", "c"), rows=4, x_end=4, h_start=0, functions=(5, 1), of_torch=True, normalises=True)
 # The candidate is made of n, from x, and s, from h. Gates are in the order r, z, n, s, where x reaches the first three,
 # as in torch; gradients in the order n, r, z, s, where what x and what h reach are neighbours.
-GRU = Cell("gru", ("h",), rows=3, x_start=0, x_end=3, h_start=1, functions=(3, 0), of_torch=True, normalises=False)
+GRU = Cell("gru", ("h",), rows=3, x_end=3, h_start=1, functions=(3, 0), of_torch=True, normalises=False)
 # u, v, g, o; c is q, the mean of all g, and l, the logarithm of the sum of their weights. Two logs have two exps;
 # backward computes none, but 1 brings the estimate to the count of its instructions.
 SLSTM = Cell(
-    "slstm", ("h", "c", "n", "m"), rows=4, x_start=0, x_end=4, h_start=0, functions=(8, 1), of_torch=False,
+    "slstm", ("h", "c", "n", "m"), rows=4, x_end=4, h_start=0, functions=(8, 1), of_torch=False,
     normalises=False, empty=(0.0, -float("inf")),
 )  # fmt: skip
 CELLS = {cell.name: cell for cell in (LSTM, GRU, SLSTM)}

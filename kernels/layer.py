@@ -101,18 +101,20 @@ class OnlyPlan(NamedTuple):
 class Launches:
     """A plan of a pass, ready to be launched: memory, and arguments by the names of pointers.
 
-    `problem` is as kernels run it, without a projection if that is outside; start(arguments) makes all launches, which
-    write the `buffers`, and read what is `fixed`, and more(r, memory); result(memory) is h, or dgates.
+    `problem` is as kernels run it, `outside` its projection, as in projection.py; start(arguments) makes all launches,
+    which write the `buffers`, and read what is `fixed`, and more(r, memory); result(memory) is h, or dgates, if not
+    their buffer.
     """
 
     at_once: int | None = None  # launches that fit the card together; None: programs do not wait for each other
-    projects_outside = False  # it runs the recurrence of m, see projection.py
 
     def __init__(
         self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],
-        result: Callable[[dict[str, Tensor]], Tensor], more: Any = None, **fixed: Any,
+        outside: bool = False, result: Callable[[dict[str, Tensor]], Tensor] | None = None, more: Any = None,
+        **fixed: Any,
     ) -> None:  # fmt: skip
-        self.plan, self._buffers, self._start, self._result, self._more = plan, buffers, start, result, more
+        self.plan, self._buffers, self._start, self._more, self.projects_outside = plan, buffers, start, more, outside
+        self._result = result or itemgetter("h_ptr" if "h_ptr" in buffers else "dgates_ptr")
         self._fixed, names = fixed | {"B": problem.batch}, tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
 
@@ -184,10 +186,9 @@ class Layer:
         prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
         launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
         overwritten, r = aligned(gates), self._aligned(r)
-        if prepared.at_once is None:  # its programs do not wait for each other
-            results = launch(overwritten, r)
-        else:
-            results = in_order(prepared.at_once, self.device, launch, overwritten, r)
+        if prepared.at_once is not None:  # its programs wait for each other
+            launch = partial(in_order, prepared.at_once, self.device, launch)
+        results = launch(overwritten, r)
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
@@ -209,18 +210,16 @@ class Layer:
         r = self._aligned(r)
         dh, dh_n, dc_n, gates, c = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
         launch = partial(projection.backward, prepared, p) if prepared.projects_outside else prepared.backward
-        if prepared.at_once is None:
-            gradients = launch(dh, dh_n, dc_n, gates, c, r)
-        else:
-            gradients = in_order(prepared.at_once, self.device, launch, dh, dh_n, dc_n, gates, c, r)
+        if prepared.at_once is not None:
+            launch = partial(in_order, prepared.at_once, self.device, launch)
+        gradients = launch(dh, dh_n, dc_n, gates, c, r)
         return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
 
     def prepared(self, pass_: Pass, inputs: Inputs) -> Launches:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
             if self.problem.batch * self.problem.width == 0:  # nothing is launched
-                result = itemgetter("dgates_ptr" if pass_.backward else "h_ptr")
-                return Launches(self.problem, None, buffers_of(self.problem, pass_), lambda arguments: None, result)
+                return Launches(self.problem, None, buffers_of(self.problem, pass_), lambda arguments: None)
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if (plan := self._trial) is None:
                 # What backward computes of dc_n alone is the same by all plans: there is nothing to verify.

@@ -55,8 +55,7 @@ class Problem(NamedTuple):
         """A head as a layer of its own: heads share the card like layers that run side by side."""
         if self.heads == 1:
             return self
-        shared = self.heads * self.side_by_side
-        return self._replace(hidden=self.columns, heads=1, side_by_side=shared)
+        return self._replace(hidden=self.columns, heads=1, side_by_side=self.heads * self.side_by_side)
 
     @property
     def size(self) -> int:

@@ -29,7 +29,6 @@ from gpu_lstm.call.options import Options
 from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch import route as dispatch
-from gpu_lstm.dispatch.build import build
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import layer as layers
@@ -318,7 +317,7 @@ def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypa
 
     def facts(x):
         call = prepare(lstm._options(), lstm._weights(), x)
-        return kind_of(call), build(call, kind_of(call), Backend.TRITON).schedule
+        return kind_of(call), race.build(call, kind_of(call), Backend.TRITON).schedule
 
     with torch.autocast("cpu", torch.float16):
         found = facts(X)

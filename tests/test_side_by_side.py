@@ -25,7 +25,7 @@ from gpu_lstm.backends import operators, schedule
 from gpu_lstm.call import modes
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.call.prepare import prepare
-from gpu_lstm.dispatch import build
+from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import layer as launcher
@@ -188,10 +188,10 @@ def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(schedule_of, m
     for why, at_once in ((dict(is_cuda=False), 1), (dict(capturing=True), expected)):  # by the plans of the warm-up
         one_stream = schedule_of(options, steps, **why)
         assert (set(one_stream.streams), one_stream.side_by_side) == ({None}, at_once)
-    monkeypatch.setattr(build, "schedule_of", lambda *_: found)
+    monkeypatch.setattr(race, "schedule_of", lambda *_: found)
     given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
     kind = kind_of(given)
-    layers = build.build(given, kind, Backend.TRITON).layers
+    layers = race.build(given, kind, Backend.TRITON).layers
     assert [layer.problem.side_by_side for layer in layers] == [expected] * len(kind.problems)
 
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_lstm.backends import autograd, schedule
 from gpu_lstm.call import modes
-from gpu_lstm.dispatch import build
+from gpu_lstm.dispatch import race
 from gpu_lstm.kernels import timeouts
 
 
@@ -61,7 +61,7 @@ class Model(TorchDispatchMode):
         monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # this one is nobody's
         monkeypatch.setattr(schedule, "SHORTEST", 2)
         found = schedule.Schedule(3, self.streams, count)
-        monkeypatch.setattr(build, "schedule_of", lambda *_: found)
+        monkeypatch.setattr(race, "schedule_of", lambda *_: found)
         # Anomaly detection asks for a stack as a node is made.
         monkeypatch.setattr(torch.fx.traceback, "format_stack", lambda: [self.current.name])
 

@@ -6,7 +6,7 @@ is not reused too early: in backward autograd releases what was saved as soon as
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from math import ceil
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from ..call.weights import State
 from ..kernels.layer import Layer
 from ..kernels.tensors import Inputs
 from . import autograd
-from .layer_loop import RunLayer, inputs_of, layer_by_layer, named, run_layers, without_autocast
+from .layer_loop import NOTHING, RunLayer, inputs_of, layer_by_layer, named, run_layers, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of pre-activations at once, where they are not saved for backward
 WAVEFRONT = 8  # chunks of a sequence where layers run side by side
@@ -140,8 +140,7 @@ def _both_directions(
 def _given(call: Call, k: int, d: int, noise: list[Noise]) -> list[Tensor | None]:
     """What layer k reads in direction d at any time, but x; views share the memory."""
     row, (lengths, resets, *_) = call.options.directions * k + d, call.traversal
-    reset_to = call.traversal.of(row).reset_to()
-    return [*call.states[row], *call.weights[k][d], lengths, resets, *reset_to, *noise[d]]
+    return [*call.states[row], *call.weights[k][d], lengths, resets, *call.traversal.of(row).reset_to(), *noise[d]]
 
 
 class Output:
@@ -192,21 +191,16 @@ def _streams(device: torch.device, count: int) -> Streams:
     return _made[device, count]
 
 
-@contextlib.contextmanager
-def on(stream: Stream) -> Iterator[None]:
-    """Work on `stream`, once what is queued on the current one is done."""
+def on(stream: Stream) -> contextlib.AbstractContextManager:
+    """A block of work on `stream`, once what is queued on the current one is done."""
     if stream is None:
-        yield
-        return
+        return NOTHING
     stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
+    return torch.cuda.stream(stream)
 
 
 def hold(stream: Stream, tensors: Iterable[Tensor | None]) -> None:
     """Keep the memory of tensors, once they are released, until what is queued on `stream` by then is done."""
-    if stream is None:
-        return
     for tensor in tensors:
-        if tensor is not None:
+        if tensor is not None and stream is not None:
             tensor.record_stream(stream)

@@ -149,8 +149,7 @@ def _is_step(request: Request) -> bool:
     options, modes, dtype = request.options, request.modes, request.x.dtype
     if not request.x.is_cpu or dtype not in (torch.float32, torch.float64) or request.learns:
         return False
-    plain = options.directions == 1 and not options.sizes[0].projected
-    plain = plain and request.form.packed is None and not (options.dropout and options.training)
+    plain = not (options.directions > 1 or options.sizes[0].projected or options.dropout or request.form.packed)
     watched = modes.recording != Recording.NOBODY or modes.transforms != Transforms.NONE or modes.autocast is not None
     return plain and not watched
 

@@ -34,9 +34,8 @@ def _keeps_casts(weight: Tensor, dtype: torch.dtype) -> bool:
     """
     if torch.compiler.is_compiling() or is_tracing() or is_transformed() or not autocasts(weight):
         return False
-    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return dtype is torch.get_autocast_dtype(weight.device.type)
+    captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not captured and dtype is torch.get_autocast_dtype(weight.device.type)
 
 
 def _is_kept(weight: Tensor) -> bool:

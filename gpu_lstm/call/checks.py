@@ -92,8 +92,7 @@ def check_list(states: Any, names: Sequence[str], layers: int, name: str, error:
 def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
     """Raise, in torch's words, unless a tensor has this size; `swapped`: see `_other_way_round`."""
     if tensor.shape != size:
-        hint = _other_way_round(tensor, swapped)
-        raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
+        raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{_other_way_round(tensor, swapped)}")
 
 
 def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
@@ -213,8 +212,7 @@ def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swa
 
 def _other_way_round(tensor: Tensor, swapped: Sequence[int]) -> str:
     """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
-    hint = "; it fits if the input's first two dimensions change places, see batch_first"
-    return hint if tensor.shape == swapped else ""
+    return "; it fits if the input's first two dimensions change places, see batch_first" * (tensor.shape == swapped)
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_c: bool) -> None:

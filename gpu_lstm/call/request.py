@@ -11,33 +11,19 @@ from .sequences import Traversal
 from .weights import State, Weights
 
 
-class Call(NamedTuple):
-    """What layers are asked to do. T steps, B sequences, L layers, D directions."""
-
-    x: Tensor  # [T, B, I]
-    steps: int
-    batch: int
-    states: list[State]  # [L*D] of ([1, B, P], [K, B, H]); for a GRU c = h
-    weights: list[list[Weights]]  # [L][D]
-    traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
-    options: Options
-    modes: Modes
-    learns: bool  # whether autograd records
-
-
 class Request(NamedTuple):
-    """What a user asks for, checked."""
+    """What a user asks for, checked. T steps, B sequences, L layers, D directions."""
 
     x: Tensor  # [T, B, I]; as torch's own operators take it: of a PackedSequence the data [N, I], of a cell [B, I]
     steps: int
     batch: int
     states: list[State]  # the role's blocks
-    weights: list[list[Weights]]
-    traversal: Traversal
+    weights: list[list[Weights]]  # [L][D]
+    traversal: Traversal  # of the forward direction; that of lstm_layer(reverse=True) itself
     options: Options
     form: Form
     modes: Modes
-    learns: bool
+    learns: bool  # whether autograd records
 
     def padded(self) -> tuple[Tensor, Traversal]:
         """x and the traversal, of a PackedSequence as a batch [T, B, I] with lengths and zeros in the padding."""
@@ -47,7 +33,7 @@ class Request(NamedTuple):
         lengths = self.form.inside().sum(0).to(x.device)
         return x.view(self.steps, self.batch, -1), self.traversal._replace(lengths=lengths)
 
-    def call(self) -> Call:
+    def call(self) -> "Call":
         """What layers are asked to do: x [T, B, I], and the blocks cut into rows."""
         x, states, traversal, role = self.x, self.states, self.traversal, self.options.role
         if self.form.packed is not None:
@@ -59,4 +45,8 @@ class Request(NamedTuple):
             states = [(h[None], c if role.kept > 1 else c[None]) for h, c in states]
         elif (count := role.lead[0]) > 1:
             states = [row for h, c in states for row in zip(h.chunk(count), c.chunk(count))]
-        return Call(x, self.steps, self.batch, states, self.weights, traversal, self.options, self.modes, self.learns)
+        return Call(x, self.steps, self.batch, states, self.weights, traversal, *self[6:])  # from options on
+
+
+Call = Request
+"""One that is laid out for layers: x is [T, B, I], states are [L*D] of ([1, B, P], [K, B, H]); for a GRU c = h."""

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import verify
-from ..backends.run import execute
+from ..backends.run import Route, execute
+from ..backends.schedule import schedule_of
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.modes import Recording, Transforms
@@ -30,7 +31,6 @@ from ..kernels.private import default_store, is_profiled
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from . import available, cpu_rule
 from .available import is_raced
-from .build import build
 from .kind import Kind, describe
 
 LONGEST = 256  # steps of a race: with more, only the time of a step matters
@@ -190,13 +190,22 @@ def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
         return expected
     decision, is_certain = judge(times, expected)
     if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
-        value = decision._asdict() | {"backend": decision.backend.value}
-        cache.write(cache.RACES, _key(kind, able, device), value)
+        cache.write(cache.RACES, _key(kind, able, device), decision._asdict() | {"backend": decision.backend.value})
     return decision
 
 
 class RivalFailed(Exception):
     """A rival, of this name, raised; its error is the cause."""
+
+
+def build(call: Request, kind: Kind, backend: Backend) -> Route:
+    """The route of a kind of call by a backend."""
+    if backend not in KERNEL_BACKENDS:
+        return Route(backend, kind.dtype)
+    schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
+    problems = [problem._replace(side_by_side=schedule.side_by_side) for problem in kind.problems]
+    layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
+    return Route(backend, kind.dtype, None, layers, schedule)
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:

@@ -14,7 +14,6 @@ from ..call.request import Request
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
 from . import available, race
-from .build import build
 from .kind import Kind, describe, dtype_of, kind_of
 
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
@@ -47,14 +46,14 @@ def route_of(call: Request) -> Route:
     if route is None:
         kind = kind_of(call)
         try:
-            route = build(call, kind, race.decide(call, kind, able_to_run(call, kind)).backend)
+            route = race.build(call, kind, race.decide(call, kind, able_to_run(call, kind)).backend)
         except torch.OutOfMemoryError:
             if requested_backend(call.options.backend) is not Backend.AUTO:
                 raise
             backend = race.other_than_kernels(kind)
             what = f"backend 'auto' uses {backend.value!r} for {describe(kind, x.device)}"
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
-            return build(call, kind, backend)  # the next call tries again
+            return race.build(call, kind, backend)  # the next call tries again
         if not call.modes.capturing:  # when nothing is verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
@@ -71,8 +70,7 @@ def forget() -> None:
 
 def able_to_run(call: Request, kind: Kind) -> Backend:
     """The backend that runs a kind of call unless another wins a race; errors are those of available.select."""
-    transformed = call.modes.transforms == Transforms.REFERENCE
-    return available.select(call.options.backend, call.x.device, kind, transformed)
+    return available.select(call.options.backend, call.x.device, kind, call.modes.transforms == Transforms.REFERENCE)
 
 
 def _route_while_watched(call: Request) -> Route:

@@ -55,8 +55,7 @@ class RecurrentCell(DropIn):
         RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)
 
     def _options(self: Any) -> Options:  # from the attributes as they are now
-        of_all = [getattr(self, name) for name in OF_CELLS]
-        return options_of(self._cell.name, self._role, (self.hidden_size,), *of_all)
+        return options_of(self._cell.name, self._role, (self.hidden_size,), *[getattr(self, name) for name in OF_CELLS])
 
 
 class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):

@@ -139,5 +139,4 @@ def _check_that_torch_has_it(where: str, module: Any) -> None:
 
 def _name(cls: type) -> str:
     """The name of a class as users write it."""
-    full = f"{cls.__module__}.{cls.__qualname__}"
-    return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.\w+\.", r"\1.", full)
+    return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.\w+\.", r"\1.", f"{cls.__module__}.{cls.__qualname__}")

@@ -17,7 +17,6 @@ from ..call.prepare import prepare
 from ..call.request import Request
 from ..call.roles import Module
 from ..dispatch import available, cpu_rule, race
-from ..dispatch.build import build
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import able_to_run
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
@@ -118,7 +117,7 @@ def explain(
     call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)
     kind = kind_of(call)
     decision = race.decide(call, kind, able_to_run(call, kind), dry=True)
-    route, backend = build(call, kind, decision.backend), decision.backend
+    route, backend = race.build(call, kind, decision.backend), decision.backend
     layers = []
     for row, p in enumerate(kind.problems):
         (k, d), passes = divmod(row, kind.directions), _passes(call, kind, route, row)

@@ -44,8 +44,7 @@ class Stream:
     def __init__(self, module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
         if not isinstance(module, Layers):
             advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
-            cls = type(module).__name__
-            raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {cls}{advice}")
+            raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}{advice}")
         if module.bidirectional:
             raise ValueError("Stream runs one direction, got bidirectional=True: the reverse one begins at the end")
         if not isinstance(batch, int):

@@ -4,7 +4,6 @@ import functools
 import re
 from collections.abc import Callable
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +104,7 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
         with stream(device):
             loop(binds, arguments, p)
 
-    prepared = Launches(p, plan, by_steps.buffers(p, pass_), start, itemgetter("dgates_ptr" if backward else "h_ptr"))
-    prepared.projects_outside = p != problem
-    return prepared
+    return Launches(p, plan, by_steps.buffers(p, pass_), start, outside=p != problem)
 
 
 def stream(device: torch.device) -> Any:

@@ -2,7 +2,6 @@
 
 from functools import partial
 from math import ceil
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -103,9 +102,7 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
             arguments["h_next_ptr"].copy_(by_steps.first_operand(arguments, p))
         run_all(parts[0], backward, arguments)
 
-    prepared = Launches(p, plan, buffers, start, itemgetter("dgates_ptr" if backward else "h_ptr"))
-    prepared.projects_outside = outside
-    return prepared
+    return Launches(p, plan, buffers, start, outside)
 
 
 def card_of(device: torch.device) -> Card:

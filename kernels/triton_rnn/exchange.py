@@ -175,8 +175,7 @@ def look(words, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, 
 
 @constexpr_function
 def polling_loop(
-    groups: int, size: int, stride: int, together: int,
-    phased: bool = False, seen: bool = False, once: bool = False,
+    groups: int, size: int, stride: int, together: int, phased: bool = False, seen: bool = False, once: bool = False,
 ) -> str:  # fmt: skip
     """PTX of `collect`, or `once` of `look`. A poll loads at once all groups of neighbours of which one is missing. The
     lanes of a warp loop together, by vote. Missing words become the sentinel, a NaN.

@@ -61,8 +61,7 @@ class Kernel:
             self._compiled(*self._in_tuples(tuple(map(arguments.get, self._names))), self._sizes)
             return
         arguments = {name: arguments.get(name) for name in self._names}
-        checked = margins(self._kernel.__name__, arguments) if checking.on else contextlib.nullcontext(arguments)
-        with checked as inside:
+        with margins(self._kernel.__name__, arguments) if checking.on else contextlib.nullcontext(arguments) as inside:
             if launch is not None:
                 launch(self._kernel, self._grid, **inside, **self._fixed)
                 return
@@ -99,7 +98,7 @@ class Prepared(Launches):
     ) -> None:  # fmt: skip
         family, backward = FAMILIES[type(plan.family)], pass_.backward
         p = family.within(problem)
-        waits, self.projects_outside = family.waits(p, plan), p != problem
+        waits, result = family.waits(p, plan), family.results[backward]
         self.at_once = plan.side_by_side // plan.heads if waits else None
         kernel, more, loop = (each[backward] for each in (family.kernels, family.arguments, family.loops))
         options = dict(
@@ -113,7 +112,7 @@ class Prepared(Launches):
             kernels.append(Kernel(kernel, grid, sizes, options, launch))
         start = partial(loop, [each.bind for each in kernels], p=p) if loop else kernels[0]
         super().__init__(
-            p, plan, family.buffers(p, plan, pass_), start, partial(family.results[backward], p),
+            p, plan, family.buffers(p, plan, pass_), start, p != problem, result and partial(result, p),
             more and partial(more, p, plan), error_ptr=error_word(device, kernel.__name__, trial) if waits else None,
         )  # fmt: skip
 

@@ -111,9 +111,7 @@ def names_of(kernel: Any) -> list[tuple[str, ...]]:
 def in_tuples(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments by the names of pointers -> by those of the kernel's parameters."""
     rest, types = dict(arguments), kernel.fn.__annotations__
-    tuples = {
-        name: types[name](*(rest.pop(field, None) for field in types[name]._fields))
-        for name in kernel.arg_names
-        if hasattr(types.get(name), "_fields")
-    }
-    return tuples | rest
+    for name in kernel.arg_names:
+        if hasattr(types.get(name), "_fields"):
+            rest[name] = types[name](*(rest.pop(field, None) for field in types[name]._fields))
+    return rest

@@ -247,10 +247,9 @@ def errors_as_of_torch() -> Iterator[None]:
 @functools.cache
 def compile_problem(architecture: int) -> str | None:
     """Why this Triton cannot compile for an architecture, which may be newer than its ptxas; None if it can."""
-    target = GPUTarget("cuda", architecture, 32)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # where Triton would print the whole kernel
-            triton.compile(ASTSource(empty_kernel, {}), target=target, options=OPTIONS)
+            triton.compile(ASTSource(empty_kernel, {}), target=GPUTarget("cuda", architecture, 32), options=OPTIONS)
     except Exception as error:  # of many kinds: from LLVM, ptxas, or the folder of Triton's cache
         lines = [line for line in str(error).splitlines() if line.strip()]
         return next((line for line in lines if "fatal" in line), f"{type(error).__name__}: {lines[0] if lines else ''}")

@@ -6,7 +6,6 @@ from math import ceil
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 
 from ...by_steps import launches_of, within
 from ...cards import L2_BYTES, SHARED_BYTES, Card
@@ -147,9 +146,7 @@ class Family(NamedTuple):
     buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)  # written
     arguments: tuple[Any, Any] = None, None  # arguments(p, plan, r, memory): what is read besides the call's tensors
     loops: tuple[Any, Any] = None, None  # loop(binds, arguments, p): all steps, where each is a launch, see by_steps.py
-    results: tuple[Callable[[Problem, dict[str, Tensor]], Tensor], ...] = (
-        lambda p, memory: memory["h_ptr"], lambda p, memory: memory["dgates_ptr"]
-    )  # fmt: skip  # h and dgates
+    results: tuple[Any, Any] = None, None  # results(p, memory): h and dgates, where these are not their buffers
     within: Callable[[Problem], Problem] = lambda p: p._replace(projected=0)  # what the loop runs of a problem
 
 

@@ -164,8 +164,7 @@ def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Pla
 
 COOPERATIVE = Family(
     (cooperative_forward_kernel, cooperative_backward_kernel), sizes, lambda *_: True, buffers,
-    arguments=(forward_arguments, backward_arguments),
-    results=(h_of, dgates_of),
+    arguments=(forward_arguments, backward_arguments), results=(h_of, dgates_of),
 )  # fmt: skip
 RESIDENT = Family(
     (resident_forward_kernel, resident_backward_kernel),

@@ -129,9 +129,7 @@ def pointwise_plan(problem: Problem, backward: bool) -> Plan:
         why = f"{count} launches for each step, with products by cuBLAS: {what} are not in the loops of other families"
     units = min(256, power_of_two(problem.hidden))
     rows = max(1, 2048 // problem.size // units)
-    return Plan(
-        Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), 4, 0, why,
-    )  # fmt: skip
+    return Plan(Pointwise(), rows, units, ceil(problem.hidden / units), ceil(problem.batch / rows), 4, 0, why)
 
 
 STEP = Family((step_forward_kernel, step_backward_kernel), sizes, waits, buffers)
