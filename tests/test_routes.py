@@ -217,6 +217,7 @@ class Routes(RuleBasedStateMachine):
 
     def states(self, module, batch):
         """Initial states, or states to reset to, one per sequence; `batch` is [] of an unbatched call."""
+        torch.default_generator.manual_seed(3)
         of_function = isinstance(module, Function)
         states = tuple(torch.rand(2, *batch, 2)) if of_function else random_inputs(module, *batch)[1]
         return tree_map(lambda t: t.to(self.facts["dtype"]), states)
