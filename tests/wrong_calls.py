@@ -173,7 +173,7 @@ def of_lengths_and_resets():
         (a_dtype + "float32; use lengths.long()...", "lengths=tensor([1.0, 2.0])"),
         ("ValueError: Expected lengths on cpu, where the input is, got meta", "lengths=tensor([1, 2], device=META)"),
         (a_tensor("lengths", "list; use torch.as_tensor..."), "lengths=[5, 2]"),
-        ("ValueError: Expected resets of shape [5, 2], got [5]", "resets=zeros(5, dtype=BOOL)"),
+        ("ValueError: Expected resets of shape [5, 2], got [5, 2, 1]; use squeeze(-1)", "resets=RESETS[..., None]"),
         ("ValueError: resets should be of dtype torch.bool, got torch.float32; use resets.bool()...",
          "resets=zeros(5, 2)"),
         ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
@@ -405,7 +405,7 @@ CALLS = [
       for kind, states, module in (("LSTM", "pair of states", "stack"), ("GRU", "tensor of states", "gru_stack"))),
     # resets_from_dones
     (a_tensor("dones", "list"), "gpu_lstm.resets_from_dones([[True]])"),
-    *(("ValueError: Expected bool dones [T, B] with T > 0, got ...", f"gpu_lstm.resets_from_dones({value})")
+    *(("ValueError: Expected bool dones [T, N] of a step or more, got ...", f"gpu_lstm.resets_from_dones({value})")
       for value in ("zeros(5, 2)", "zeros(5, dtype=BOOL)", "zeros(0, 2, dtype=BOOL)")),
     (a_tensor("first", "list"), "gpu_lstm.resets_from_dones(RESETS, [True, False])"),
     *((f"ValueError: Expected bool first [2] on cpu, got torch.bool {got}",

@@ -45,7 +45,7 @@ def cure_of(value: object) -> str:
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
-def cure_of_one(hx: object, cure: str = "lengths and resets are given by keyword") -> str:
+def cure_of_one(hx: object, cure: str = "expected (h, c); lengths and resets are given by keyword") -> str:
     """What to do where hx is one tensor: one state of two, or lengths."""
     return f"; hx is one tensor: {cure}" if isinstance(hx, Tensor) else ""
 
@@ -211,7 +211,9 @@ def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swa
 
 
 def _other_way_round(tensor: Tensor, swapped: Sequence[int]) -> str:
-    """What to do where a tensor would fit if the first two dimensions of the input were swapped."""
+    """What to do where a tensor would fit if the first two dimensions were swapped, or without a last one of size 1."""
+    if tensor.shape[-1:] == (1,) and tensor.dim() == 3:
+        return "; use squeeze(-1)"
     return "; it fits if the input's first two dimensions change places, see batch_first" * (tensor.shape == swapped)
 
 

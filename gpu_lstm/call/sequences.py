@@ -31,7 +31,7 @@ def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
     """
     check_tensor(dones, "dones")
     if dones.dtype is not torch.bool or dones.dim() != 2 or len(dones) == 0:
-        raise ValueError(f"Expected bool dones [T, B] with T > 0, got {dones.dtype} {list(dones.shape)}")
+        raise ValueError(f"Expected bool dones [T, N] of a step or more, got {dones.dtype} {list(dones.shape)}")
     if first is None:
         first = torch.zeros_like(dones[0])
     check_tensor(first, "first")
