@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -251,6 +252,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
     """cached results: races, verification of kernels, measured plans"""
     if options.clear:
         cleared = sum(map(cache.forget, cache.KINDS))
+        shutil.rmtree(f"{cache.folder()}/compiled", ignore_errors=True)  # the loops for CPUs
         return {"cleared": cleared}, f"cached results cleared: {cleared}"
     rows, lines = [], []
     how_they_come = (
@@ -276,7 +278,8 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
         return f"{in_words(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == cache.PLANS else key
     direction, dtype = "backward" if of["backward"] else "forward", of["dtype"].removeprefix("torch.")
-    tiles = f"{of['cell'].upper()}, {of['family']} {of['rows']}x{of['units']} {direction}, H = {of['hidden']}, {dtype}"
+    how = f"{of['family']} {of['rows']}x{of['units']}" if "family" in of else of["kernel"]
+    tiles = f"{of['cell'].upper()}, {how} {direction}, H = {of['hidden']}, {dtype}"
     if kind == cache.PLANS:
         return f"B = {of['batch']}: {tiles}"
     there = [name for name in Problem._fields if key[name] is True or (key[name] and name in ("projected", "lengths"))]

@@ -30,8 +30,6 @@ except ImportError:  # Windows has none
 KINDS = RACES, CHECKS, PLANS = "races", "checks", "plans"  # a folder each
 SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
 
-NOT_KEPT = "nothing is kept for the next process"
-
 Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
 
 
@@ -115,7 +113,7 @@ def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = N
                 lock.enter_context(stack.pop_all())
             Path(file.name).replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
     except OSError as error:
-        warn_once(f"{NOT_KEPT}: {error}")
+        warn_of_nothing_kept(error)
     _read.cache_clear()
 
 
@@ -171,6 +169,12 @@ def _is_valid(kind: str, entry: Any) -> bool:
 def warn_once(text: str) -> None:
     """Issue a warning once per process."""
     warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
+
+
+def warn_of_nothing_kept(error: Exception) -> None:
+    """Say why, and nothing of a file that has another name each time."""
+    why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    warn_once(f"nothing is kept for the next process in {folder()}: {why}; XDG_CACHE_HOME names another place")
 
 
 def _text(key: Key) -> str:

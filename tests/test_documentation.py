@@ -253,12 +253,6 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, **{"cwd": ROOT, "capture_output": True, "text": True, **options})
 
 
-def written(path: Path, line: str) -> None:
-    """A program that runs a line of bash."""
-    path.write_text(f"#!/bin/bash\n{line}\n")
-    path.chmod(0o755)
-
-
 def test_all_are_found_and_valid(tmp_path, capsys):
     assert {"ci", "docs", "gpu", "nightly", "release", "docs-0"} == set(WORKFLOWS)
     paths = [tmp_path / f"{name}.yml" for name in TEXTS]
@@ -364,7 +358,8 @@ def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(t
     for folder in ("gpu-lstm", "bench/results"):
         (tmp_path / folder).mkdir(parents=True)
     card = 'if [ "$1" = -c ]; then echo "NVIDIA H100 80GB HBM3"; exit; fi'
-    written(tmp_path / "python", f'{card}\necho "$@"\nexit {status}')
+    (tmp_path / "python").write_text(f'#!/bin/bash\n{card}\necho "$@"\nexit {status}\n')
+    (tmp_path / "python").chmod(0o755)
     if baseline is not None:
         (tmp_path / file).touch()
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "BASELINE": baseline or "", "FAIL_UNDER": "0.9",

@@ -182,9 +182,24 @@ def test_what_calls_compile_is_kept():
         assert any(build.folder().rglob(f"steps.{name}-*.nbi")), name
 
 
+def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fresh, monkeypatch):
+    def hits():
+        return build.function("little").compiled.cache_hits
+
+    assert [hits(), hits()] == [0, 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert hits() == 1
+    for file in fresh.rglob("*.nb[ci]"):
+        file.write_bytes(b"")
+    with pytest.warns(UserWarning, match="nothing is kept for the next process in .*: EOFError"):
+        assert hits() == 0
+    assert [hits(), hits()] == [0, 1]
+
+
 def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
     fresh.write_text("a file")
-    with pytest.warns(UserWarning, match="nothing is kept for the next process: "):
+    with pytest.warns(UserWarning, match="nothing is kept for the next process"):
         build.function("little")(0)
     assert not any(fresh.parent.rglob("*.nbi"))
 

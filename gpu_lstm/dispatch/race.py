@@ -4,6 +4,7 @@ The first call of a kind races them on random data of its size; the result is ca
 race, the expected winner runs.
 """
 
+import functools
 import json
 import logging
 import os
@@ -49,6 +50,8 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     Nothing is decided where memory is too full to verify the kernels: a torch.OutOfMemoryError.
     """
     if (why := _why_nobody_races(call, kind, able)) is not None:
+        if not dry and able not in KERNEL_BACKENDS and requested_backend(call.options.backend) is Backend.AUTO:
+            _log_once(f"{describe(kind, call.x.device)}: {Decision(able, why)}")
         return Decision(able, why)
     device, mode = call.x.device, requested_racing()
     own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
@@ -72,6 +75,11 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
         decided[own] = decision
     logger.info("%s: %s", describe(kind, device), decision)
     return decision
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    logger.info(text)
 
 
 def _why_nobody_races(call: Request, kind: Kind, able: Backend) -> str | None:

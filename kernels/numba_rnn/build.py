@@ -6,6 +6,8 @@ import hashlib
 import logging
 import os
 import platform
+import shutil
+import tempfile
 import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,12 +40,25 @@ def folder() -> Path | None:
         path = ours / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         for each in (ours, path.parent, path):
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(path, os.W_OK):
+        if os.access(path, os.W_OK):
+            return path
+        if not any(path.rglob("*.nbi")):
             raise PermissionError(f"{path} is read-only")
-        return path
+        return Path(copied(path).name)
     except OSError as error:
-        cache.warn_once(f"{cache.NOT_KEPT}: {error}")
+        cache.warn_of_nothing_kept(error)
         return None
+
+
+@functools.cache
+def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """A copy of a folder for this process: Numba reads none that it cannot write to."""
+    copy = tempfile.TemporaryDirectory(prefix="gpu_lstm-")
+    for file in path.rglob("*.*"):
+        target = copy.name / file.relative_to(path)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy2(file, target)
+    return copy
 
 
 @functools.cache
@@ -52,7 +67,7 @@ def function(name: str) -> Callable[[int], None]:
     path, source = folder(), getattr(steps, name)
     if path is None or not any(Path(numba.config.CACHE_DIR or path).rglob(f"*.{name}-*.nbi")):
         logger.warning(
-            "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in about 10 seconds; "
+            "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in 5 to 10 seconds; "
             "backend 'torch' does without",
             name,
         )
@@ -62,7 +77,14 @@ def function(name: str) -> Callable[[int], None]:
             file.touch()
             os.utime(file, (0, 0))  # the same in a copy, since Numba looks at the time
         source = types.FunctionType(source.__code__.replace(co_filename=str(file)), source.__globals__, name)
-    compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(source)
+    try:
+        compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(source)
+    except Exception as error:  # what Numba raises where a file is damaged, or the disk is full, is undocumented
+        if path is None:
+            raise
+        shutil.rmtree(path, ignore_errors=True)  # so that the next process keeps it again
+        cache.warn_of_nothing_kept(error)
+        compiled = numba.cfunc("void(intp)", **HOW)(source)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back
     return function
