@@ -204,6 +204,7 @@ def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
 
 
 @halves
+@pytest.mark.filterwarnings("error:gpu_lstm")  # of a right kernel that is refused
 @pytest.mark.parametrize(("kind", "way"), [
     (kind, way) for kind in ("LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU")
     for way in ["torch", "reference", "triton", "vmap", *["lengths", "zoneout"] * ("Cell" not in kind)]])  # fmt: skip
