@@ -94,7 +94,7 @@ lint: $(INSTALLED)
 $(FOR_AGREE): EXTRA :=
 $(FOR_AGREE): BRINGS := 12 packages, 1.7 GB
 $(FOR_DEMO): EXTRA := [demo]
-$(FOR_DEMO): BRINGS := 26 packages, 1.8 GB
+$(FOR_DEMO): BRINGS := 28 packages, 2 GB
 $(FOR_LESSON): EXTRA := [lesson]
 $(FOR_LESSON): BRINGS := 120 packages, 2.1 GB
 $(FOR_DOCS): EXTRA := [docs]
