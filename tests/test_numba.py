@@ -192,7 +192,7 @@ def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fre
         assert hits() == 1
     for file in fresh.rglob("*.nb[ci]"):
         file.write_bytes(b"")
-    with pytest.warns(UserWarning, match="nothing is kept for the next process in .*: EOFError"):
+    with pytest.warns(UserWarning, match="a compiled loop in .* is damaged, .*: EOFError"):
         assert hits() == 0
     assert [hits(), hits()] == [0, 1]
 

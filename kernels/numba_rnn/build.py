@@ -65,7 +65,8 @@ def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
 def function(name: str) -> Callable[[int], None]:
     """A function of steps.py, which is called without Python's lock."""
     path, source = folder(), getattr(steps, name)
-    if path is None or not any(Path(numba.config.CACHE_DIR or path).rglob(f"*.{name}-*.nbi")):
+    kept = [] if path is None else list(Path(numba.config.CACHE_DIR or path).rglob(f"*.{name}-*.nb?"))
+    if not kept:
         logger.warning(
             "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in 5 to 10 seconds; "
             "backend 'torch' does without",
@@ -82,8 +83,10 @@ def function(name: str) -> Callable[[int], None]:
     except Exception as error:  # what Numba raises where a file is damaged, or the disk is full, is undocumented
         if path is None:
             raise
-        shutil.rmtree(path, ignore_errors=True)  # so that the next process keeps it again
-        cache.warn_of_nothing_kept(error)
+        for each in kept:  # so that the next process keeps it again
+            each.unlink(missing_ok=True)
+        what = f"a compiled loop in {path} is damaged, or cannot be kept, and is compiled for this process"
+        cache.warn_once(f"{what}: {type(error).__name__}: {error}")
         compiled = numba.cfunc("void(intp)", **HOW)(source)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back
