@@ -72,13 +72,13 @@ def function(name: str) -> Callable[[int], None]:
             "backend 'torch' does without",
             name,
         )
-    if path is not None:  # it is kept next to the file that it says to come from
-        file = path / "steps.py"
-        if not file.exists():
-            file.touch()
-            os.utime(file, (0, 0))  # the same in a copy, since Numba looks at the time
-        source = types.FunctionType(source.__code__.replace(co_filename=str(file)), source.__globals__, name)
     try:
+        if path is not None:  # it is kept next to the file that it says to come from
+            file = path / "steps.py"
+            if not file.exists():
+                file.touch()
+                os.utime(file, (0, 0))  # the same in a copy, since Numba looks at the time
+            source = types.FunctionType(source.__code__.replace(co_filename=str(file)), source.__globals__, name)
         compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(source)
     except Exception as error:  # what Numba raises where a file is damaged, or the disk is full, is undocumented
         if path is None:

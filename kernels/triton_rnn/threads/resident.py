@@ -158,6 +158,24 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
     return dh
 
 
+@triton.jit
+def load_gradients_of_final_state(dh_n_ptr, dc_ptr, cells, S: tl.constexpr):
+    """Those of h_n, zeros if there are none, and of c_n."""
+    dh_n = tl.zeros((32 * S.WARPS,), tl.float32)
+    if dh_n_ptr is not None:
+        dh_n += tl.load(dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
+    return dh_n, tl.load(dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0)
+
+
+@triton.jit
+def store_stayed(hidden, stayed, cells, step):
+    """The gradient of h before a step through zoneout of h: at the first step, and where h was reset."""
+    is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
+    tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, stayed, mask=is_first)
+    if hidden.dreset_h_ptr is not None:
+        tl.store(hidden.dreset_h_ptr + cells.at, stayed, mask=cells.reset)
+
+
 @triton.jit(repr=name_in_profiles("resident_backward_kernel"), do_not_specialize=["T", "B"])
 def resident_backward_kernel(
     weights_ptr,  # [GATES, H, W] int32: W_hh^T of each gate
@@ -173,12 +191,9 @@ def resident_backward_kernel(
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
     dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S)
     for n in tl.static_range(len(owned.units)):
-        cells, dh_n = Offsets(*first[n]), tl.zeros((32 * S.WARPS,), tl.float32)
-        if hidden.dh_n_ptr is not None:
-            dh_n += tl.load(hidden.dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
-        dc = dc + (tl.load(cell.dc_ptr + cells.state_at, mask=cells.in_tile, other=0.0),)
+        dh_n, dc_n = load_gradients_of_final_state(hidden.dh_n_ptr, cell.dc_ptr, Offsets(*first[n]), S)
         peepholes = peepholes + (states.load_constants(cell.weight_peephole_ptr, owned.units[n], S.H),)
-        dh = dh + (dh_n,)
+        dh, dc = dh + (dh_n,), dc + (dc_n,)
     for back in range(T):
         step = T - 1 - back
         now = cells_at_step(step, owned, batch, S)
@@ -214,10 +229,7 @@ def resident_backward_kernel(
             d = noise.dropout(dh_prev[n], hidden.dropout_h_ptr, cells.state_at, cells.in_tile)
             if hidden.zoneout_h_ptr is not None:
                 d += dh_stayed[n]
-                is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
-                tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, dh_stayed[n], mask=is_first)
-                if hidden.dreset_h_ptr is not None:
-                    tl.store(hidden.dreset_h_ptr + cells.at, dh_stayed[n], mask=cells.reset)
+                store_stayed(hidden, dh_stayed[n], cells, step)
             if cell.dreset_c_ptr is not None:
                 tl.store(cell.dreset_c_ptr + cells.at, dc_prev[n], mask=cells.reset)
             # No gradient flows past a reset.
