@@ -151,6 +151,15 @@ def test_a_call_that_torch_refuses_too_raises_what_torch_raises(theirs, backend,
     assert re.fullmatch(re.escape(its) + CURE, text), (text, its)
 
 
+def test_torchs_names_may_stand_for_ours(monkeypatch):
+    """Every class of torch that gpu_lstm needs is bound when it is imported: errors stay the same."""
+    expected = refusals(ours_of("reference"), *AS_TORCH)
+    for name in ("LSTM", "GRU", "LSTMCell", "GRUCell"):
+        for place in (nn, nn.modules, nn.modules.rnn):
+            monkeypatch.setattr(place, name, getattr(gpu_lstm, name))
+    assert refusals(ours_of("reference"), *AS_TORCH) == expected
+
+
 def test_the_table_names_all_that_is_public_and_no_call_twice():
     calls = [call for _, *calls in CALLS for call in calls]
     assert len(calls) == len(set(calls))
