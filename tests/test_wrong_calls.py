@@ -36,7 +36,7 @@ from gpu_lstm.kernels import cupy_rnn, triton_rnn
 from gpu_lstm.kernels.triton_rnn import features, launch
 
 # What may stand after the words of an error: what to do.
-CURE = r"(; (use torch\.as_tensor|expected a tensor|it fits if the input|hx is one tensor|use \w+\.\w+\(\)).*)?"
+CURE = r"(; (use torch\.as_tensor|expected a tensor|it fits if the input|hx is one tensor|use \w+(\.\w+\([-1]*\))+).*)?"
 
 
 @functools.cache

@@ -173,9 +173,13 @@ def of_lengths_and_resets():
         (a_dtype + "float32; use lengths.long()...", "lengths=tensor([1.0, 2.0])"),
         ("ValueError: Expected lengths on cpu, where the input is, got meta", "lengths=tensor([1, 2], device=META)"),
         (a_tensor("lengths", "list; use torch.as_tensor..."), "lengths=[5, 2]"),
-        ("ValueError: Expected resets of shape [5, 2], got [5, 2, 1]; use squeeze(-1)", "resets=RESETS[..., None]"),
-        ("ValueError: resets should be of dtype torch.bool, got torch.float32; use resets.bool()...",
+        ("ValueError: Expected resets of shape [5, 2], got [5, 2, 1]; use resets.squeeze(-1)", "resets=RESETS[..., None]"),
+        ("ValueError: resets should be of dtype torch.bool, got torch.float32; use resets.bool()",
          "resets=zeros(5, 2)"),
+        ("ValueError: resets should be of dtype torch.bool, got torch.uint8; use resets.squeeze(-1).bool()",
+         "resets=RESETS[..., None].byte()"),
+        ("ValueError: resets should be of dtype torch.bool, got torch.float32", "resets=zeros(5, 3)"),
+        ("ValueError: Expected resets of shape [5, 2], got [5, 3, 1]", "resets=zeros(5, 3, 1, dtype=BOOL)"),
         ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
         (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
         yield text, *(f"{call}, {argument})" for call in ("m.lstm(X", "m.gru_stack(X", "layer(m"))
@@ -239,6 +243,7 @@ CALLS = [
     ("...hx is one tensor: a cell expects (h, c)", "m.cell(zeros(2, 3), H2)"),
     ("...lengths and resets are given by keyword...", "m.lstm(X, tensor([5, 2]))", "m.lstm(X, RESETS)",
      "m.lstm(X, zeros(2, 2, 4))"),
+    ("ValueError: lengths should be ..., got torch.bool; lengths and resets are given by keyword", "m.lstm(X, None, RESETS)"),
     ("...first two dimensions change places, see batch_first...", "m.first(X, (H, C))",
      "m.first(X, lengths=tensor([5, 2]))", "m.lstm(X, resets=RESETS.T)"),
     # Input of LSTM, and hx, where torch's own words are no guide
@@ -310,6 +315,11 @@ CALLS = [
      "gpu_lstm.StackedGRU(3, [6, 4], heads=3)", "layer(m, heads=3)", "gru(m, heads=3)", "slstm(heads=3)",
      "of_heads(WEIGHTS[1], 3)", "gpu_lstm.autotune(4, 1, heads=3)"),
     ("ValueError: heads must be greater than zero", "setattr(m.lstm, 'heads', 0)"),
+    *((f"ValueError: {name} is not supported by {cls}, got {value}", f"setattr({module}, '{name}', {value})")
+      for cls, module, name, value in (
+        ("GRU", "m.gru", "peepholes", True), ("StackedGRU", "m.gru_stack", "layer_norm", ("ih",)),
+        ("SLSTM", "m.slstm", "peepholes", True), ("LSTMCell", "m.cell", "zoneout", 0.1),
+        ("GRUCell", "m.gru_cell", "recurrent_dropout", 0.5))),
     ("ValueError: Expected zeros between the 2 heads of weight_hh, got 32 other weights",
      "of_heads(torch.ones(16, 4), 2)"),
     ("ValueError: Expected weight_hh with a multiple of 11 rows, got [16, 4]", "whole(WEIGHTS[1], 11)"),
@@ -406,7 +416,14 @@ CALLS = [
     # resets_from_dones
     (a_tensor("dones", "list"), "gpu_lstm.resets_from_dones([[True]])"),
     *(("ValueError: Expected bool dones [T, N] of a step or more, got ...", f"gpu_lstm.resets_from_dones({value})")
-      for value in ("zeros(5, 2)", "zeros(5, dtype=BOOL)", "zeros(0, 2, dtype=BOOL)")),
+      for value in ("zeros(5, dtype=BOOL)", "zeros(0, 2, dtype=BOOL)", "zeros(5, 2, 3)")),
+    *((f"ValueError: Expected bool dones [T, N] of a step or more, got torch.{got}",
+       f"gpu_lstm.resets_from_dones({value})") for got, value in (
+        ("float32 [5, 2]; use dones.bool()", "zeros(5, 2)"),
+        ("bool [5, 2, 1]; use dones.squeeze(-1)", "RESETS[..., None]"),
+        ("float32 [5, 2, 1]; use dones.squeeze(-1).bool()", "zeros(5, 2, 1)"))),
+    ("ValueError: Expected bool first [2] on cpu, got torch.float32 [2, 1] on cpu; use first.squeeze(-1).bool()",
+     "gpu_lstm.resets_from_dones(RESETS, zeros(2, 1))"),
     (a_tensor("first", "list"), "gpu_lstm.resets_from_dones(RESETS, [True, False])"),
     *((f"ValueError: Expected bool first [2] on cpu, got torch.bool {got}",
        f"gpu_lstm.resets_from_dones(RESETS, zeros({value}, dtype=BOOL))")

@@ -16,6 +16,9 @@ from .modes import autocasts, need_the_reference
 from .weights import NAMES, State, Weights
 
 
+SWAPPED = "; it fits if the input's first two dimensions change places, see batch_first"  # after an error
+
+
 def check_bool(name: str, value: object) -> None:
     """Raise TypeError, in torch's words, unless `value` is a bool."""
     if not isinstance(value, bool):
@@ -90,9 +93,10 @@ def check_list(states: Any, names: Sequence[str], layers: int, name: str, error:
 
 
 def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
-    """Raise, in torch's words, unless a tensor has this size; `swapped`: see `_other_way_round`."""
+    """Raise, in torch's words, unless a tensor has this size; `swapped`: with the input's dimensions swapped."""
     if tensor.shape != size:
-        raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{_other_way_round(tensor, swapped)}")
+        hint = SWAPPED if tensor.shape == swapped else ""
+        raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
 def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
@@ -175,6 +179,8 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
     check_tensor(lengths, "lengths")
     if lengths.dtype not in (torch.int32, torch.int64):
         cure = "; use lengths.long()" if lengths.is_floating_point() else ""
+        if lengths.dtype is torch.bool:  # resets, given by position
+            cure = "; lengths and resets are given by keyword"
         raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}{cure}")
     _check_place("lengths", lengths, shape, x, (steps,) * len(shape))
     if need_the_reference():  # inside vmap there is no value to look at
@@ -197,24 +203,24 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Raise unless `resets` is a bool tensor of this shape, where the input is."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
-        raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}; use resets.bool()")
+        cure = cure_of_flags("resets", resets, shape)
+        raise ValueError(f"resets should be of dtype torch.bool, got {resets.dtype}{cure}")
     _check_place("resets", resets, shape, x, shape[::-1])
 
 
+def cure_of_flags(name: str, flags: Tensor, shape: Sequence[int]) -> str:
+    """How to make a bool tensor of this shape from `flags`; nothing where their numbers do not fit."""
+    cure = ".squeeze(-1)" * (flags.shape == (*shape, 1)) + ".bool()" * (flags.dtype is not torch.bool)
+    return f"; use {name}{cure}" if cure and flags.shape in (shape, (*shape, 1)) else ""
+
+
 def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swapped: Sequence[int] = ()) -> None:
-    """Raise, in our words, unless a tensor has this shape, and the device of x; `swapped`: see `_other_way_round`."""
+    """Raise, in our words, unless a tensor has this shape, and the device of x; `swapped` as for `check_size`."""
     if tensor.shape != shape:
-        hint = _other_way_round(tensor, swapped)
+        hint = SWAPPED if tensor.shape == swapped else cure_of_flags(name, tensor, shape)
         raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(tensor.shape)}{hint}")
     if tensor.device != x.device:
         raise ValueError(f"Expected {name} on {x.device}, where the input is, got {tensor.device}")
-
-
-def _other_way_round(tensor: Tensor, swapped: Sequence[int]) -> str:
-    """What to do where a tensor would fit if the first two dimensions were swapped, or without a last one of size 1."""
-    if tensor.shape[-1:] == (1,) and tensor.dim() == 3:
-        return "; use squeeze(-1)"
-    return "; it fits if the input's first two dimensions change places, see batch_first" * (tensor.shape == swapped)
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_c: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.cells import Cell
-from .checks import check_tensor
+from .checks import check_tensor, cure_of_flags
 from .weights import State
 
 
@@ -31,13 +31,15 @@ def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
     """
     check_tensor(dones, "dones")
     if dones.dtype is not torch.bool or dones.dim() != 2 or len(dones) == 0:
-        raise ValueError(f"Expected bool dones [T, N] of a step or more, got {dones.dtype} {list(dones.shape)}")
+        cure = cure_of_flags("dones", dones, dones.shape[:2]) if dones.dim() > 1 and len(dones) > 0 else ""
+        raise ValueError(f"Expected bool dones [T, N] of a step or more, got {dones.dtype} {list(dones.shape)}{cure}")
     if first is None:
         first = torch.zeros_like(dones[0])
     check_tensor(first, "first")
     if first.dtype is not torch.bool or first.shape != dones[0].shape or first.device != dones.device:
         expected = f"Expected bool first {list(dones[0].shape)} on {dones.device}"
-        raise ValueError(f"{expected}, got {first.dtype} {list(first.shape)} on {first.device}")
+        cure = cure_of_flags("first", first, dones[0].shape) if first.device == dones.device else ""
+        raise ValueError(f"{expected}, got {first.dtype} {list(first.shape)} on {first.device}{cure}")
     return torch.cat([first[None], dones[:-1]])
 
 

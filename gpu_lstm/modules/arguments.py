@@ -90,6 +90,8 @@ class Checked:
     heads = 1
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in NOT_OF_TORCH and not hasattr(type(self), name) and value:  # no call would read it
+            raise ValueError(f"{name} is not supported by {type(self).__name__}, got {value!r}")
         super().__setattr__(name, accepted(name, value, self._cell))
 
     def _get_name(self) -> str:
