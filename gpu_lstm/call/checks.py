@@ -15,7 +15,6 @@ from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .modes import autocasts, need_the_reference
 from .weights import NAMES, State, Weights
 
-
 SWAPPED = "; it fits if the input's first two dimensions change places, see batch_first"  # after an error
 
 
