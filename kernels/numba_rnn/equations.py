@@ -1,116 +1,120 @@
-"""The cells' equations on a tile, in loops that LLVM vectorises; triton_rnn/equations.py states the formulas.
+"""The cells of kernels/equations.py on a tile, in loops that LLVM vectorises.
 
-A gate's row is that of its pre-activation: of an LSTM i, f, g, o, of a GRU r, z, n, s, of an sLSTM u, v, g, o; of
-gradients likewise, but of a GRU n, r, z, s. Constants are peepholes of i, f and o, or a GRU's biases of h. C is c, or a
-GRU's h, or an sLSTM's q, whose REST is l; backward their gradients. v is c, or LN(c).
+The row of a gate is the row of its pre-activation: i, f, g, o for an LSTM, r, z, n, s for a GRU, u, v, g, o for an
+sLSTM. Gradients of pre-activations have the same rows, for a GRU in the order n, r, z, s. Constants are peepholes of i,
+f and o, or a GRU's biases of h. C is c. REST is l of an sLSTM. Backward both are their gradients.
 """
+
+from collections import namedtuple
 
 import numpy as np
 
-from .functions import above, compiled, floats, sigmoid, tanh
-from .tile import BEFORE, CONSTANTS, DV, DZ_O, GATES, OF_H, ONE, REST, ZERO, C, M, vectors
+from ..equations import compiled_by
+from .functions import above, compiled, floats, inlined, sigmoid, tanh  # noqa: F401  # some for `compiled_by`
+from .tile import BEFORE, CONSTANTS, DV, DZ_O, GATES, OF_H, ONE, REST, ZERO, C, M, vectors  # noqa: F401
 
 CELLS = LSTM, GRU, SLSTM = range(3)
-I, F, G, O = R, Z, N, S = U, V, _, _ = GATES
-Z_I, Z_F, Z_G, Z_O = Z_N, Z_R, Z_Z, Z_S = OF_H
-P_I, P_F, P_O = B_R, B_Z, B_N = CONSTANTS
-LOWEST = np.finfo(np.float32).min  # that is finite
+Sizes = namedtuple("Sizes", "CELL")  # the one of triton_rnn/parameters.py that equations read
 
 
-@compiled
-def forward(tile, n, cell, peepholes):
-    """The gates, and the state after the step, in place of that before it."""
-    w, units = floats(tile), range(vectors(n))
-    if cell == LSTM:
-        for j in units:
-            c, z_i, z_f = w[C + j], w[I + j] + w[Z_I + j], w[F + j] + w[Z_F + j]
-            z_g, z_o = w[G + j] + w[Z_G + j], w[O + j] + w[Z_O + j]
-            if peepholes:
-                z_i += w[P_I + j] * c
-                z_f += w[P_F + j] * c
-            i, f, g = sigmoid(z_i), sigmoid(z_f), tanh(z_g)
-            c = f * c + i * g
-            if peepholes:
-                z_o += w[P_O + j] * c
-            w[I + j], w[F + j], w[G + j], w[O + j], w[C + j] = i, f, g, sigmoid(z_o), c
-    elif cell == GRU:
-        for j in units:
-            r = sigmoid(w[R + j] + w[Z_R + j] + w[B_R + j])
-            z = sigmoid(w[Z + j] + w[Z_Z + j] + w[B_Z + j])
-            s = w[S + j] + w[Z_S + j] + w[B_N + j]
-            g = tanh(w[N + j] + r * s)
-            w[R + j], w[Z + j], w[N + j], w[S + j], w[C + j] = r, z, g, s, g + z * (w[C + j] - g)
-    else:
-        for j in units:
-            z_i, z_f = w[U + j] + w[Z_I + j], w[V + j] + w[Z_F + j]
-            k = w[REST + j] + (z_f if z_f < ZERO else ZERO) - above(z_f)
-            a = z_i - (LOWEST if k < LOWEST else k)  # -inf, not NaN, where z_i and k are -inf
-            u, g = sigmoid(a), tanh(w[G + j] + w[Z_G + j])
-            o = sigmoid(w[O + j] + w[Z_O + j])
-            w[U + j], w[V + j], w[G + j], w[O + j], w[C + j] = u, sigmoid(-z_f), g, o, w[C + j] + u * (g - w[C + j])
-            w[REST + j] = (z_i if k < z_i else k) + above(a)
+@inlined
+def tanh_as(x, like):
+    return tanh(x)
 
 
-@compiled
-def output(tile, n, cell):
-    """M of o and v, which is in C."""
-    w, units = floats(tile), range(vectors(n))
-    if cell == LSTM:
-        for j in units:
-            w[M + j] = w[O + j] * tanh(w[C + j])
-    elif cell == GRU:
-        for j in units:
-            w[M + j] = w[C + j]
-    else:
-        for j in units:
-            w[M + j] = w[O + j] * w[C + j]
+@inlined
+def where(condition, x, y):
+    return x if condition else y
 
 
-@compiled
-def output_backward(tile, n, cell, normed):
-    """The gradients of z_o and of v, in DZ_O and DV, from that of m in M. LN(c) is in DV, if c is normed."""
-    w, units = floats(tile), range(vectors(n))
-    if cell == LSTM:
-        for j in units:
-            o, dm, c = w[O + j], w[M + j], w[F + j] * w[BEFORE + j] + w[I + j] * w[G + j]
-            t = tanh(w[DV + j] if normed else c)
-            w[DZ_O + j], w[DV + j] = dm * t * o * (ONE - o), dm * o * (ONE - t * t)
-    elif cell == GRU:
-        for j in units:
-            w[DV + j] = w[M + j]
-    else:
-        for j in units:
-            o, dm, q = w[O + j], w[M + j], w[BEFORE + j] + w[U + j] * (w[G + j] - w[BEFORE + j])
-            w[DZ_O + j], w[DV + j] = dm * q * o * (ONE - o), dm * o
+@inlined
+def minimum(x, y):
+    return x if x < y else y
 
 
-@compiled
-def backward(tile, n, cell, peepholes):
-    """The gradients of the pre-activations and of the state before the step, from those of z_o and of that after it."""
-    w, units = floats(tile), range(vectors(n))
-    if cell == LSTM:
-        for j in units:
-            i, f, g, dz_o, dc = w[I + j], w[F + j], w[G + j], w[DZ_O + j], w[C + j]
-            if peepholes:
-                dc += dz_o * w[P_O + j]
-            dz_i, dz_f = dc * g * i * (ONE - i), dc * w[BEFORE + j] * f * (ONE - f)
-            w[Z_I + j], w[Z_F + j], w[Z_G + j], w[Z_O + j] = dz_i, dz_f, dc * i * (ONE - g * g), dz_o
-            dc = dc * f
-            if peepholes:
-                dc += dz_i * w[P_I + j] + dz_f * w[P_F + j]
-            w[C + j] = dc
-    elif cell == GRU:
-        for j in units:
-            r, z, g, s, d = w[R + j], w[Z + j], w[N + j], w[S + j], w[C + j]
-            dz_n = d * (ONE - z) * (ONE - g * g)
-            w[Z_N + j], w[Z_R + j] = dz_n, dz_n * s * r * (ONE - r)
-            w[Z_Z + j], w[Z_S + j] = d * (w[BEFORE + j] - g) * z * (ONE - z), dz_n * r
-            w[C + j] = d * z
-    else:
-        for j in units:
-            u, g, dq, dl = w[U + j], w[G + j], w[C + j], w[REST + j]
-            stays, d = ONE - u, dq * (g - w[BEFORE + j])
-            dk = stays * (dl - u * d)
-            w[Z_I + j], w[Z_F + j] = u * (dl + stays * d), dk * w[V + j]
-            w[Z_G + j], w[Z_O + j] = dq * u * (ONE - g * g), w[DZ_O + j]
-            w[C + j], w[REST + j] = dq * stays, dk
+@inlined
+def maximum(x, y):
+    return y if x < y else x
+
+
+@inlined
+def zeros_like(x):
+    return ZERO
+
+
+LOWEST = np.finfo(np.float32).min
+next_cell, cell_forward, cell_output, cell_output_backward, cell_backward = compiled_by(inlined, globals())
+
+
+@inlined
+def four(w, rows, j):
+    return w[rows[0] + j], w[rows[1] + j], w[rows[2] + j], w[rows[3] + j]
+
+
+@inlined
+def put_four(w, rows, j, values):
+    w[rows[0] + j], w[rows[1] + j], w[rows[2] + j], w[rows[3] + j] = values
+
+
+@inlined
+def constants_of(w, j):
+    return w[CONSTANTS[0] + j], w[CONSTANTS[1] + j], w[CONSTANTS[2] + j]
+
+
+# C and REST are read before they are written.
+
+
+@inlined
+def forward_of(tile, n, peepholes, S):
+    w = floats(tile)
+    for j in range(vectors(n)):
+        x, z, rest = four(w, GATES, j), four(w, OF_H, j), (w[REST + j],)
+        gates, w[C + j], rest = cell_forward(x, z, w[C + j], rest, constants_of(w, j), peepholes, S)
+        put_four(w, GATES, j, gates)
+        if S.CELL == SLSTM:
+            w[REST + j] = rest[0]
+
+
+@inlined
+def output_of(tile, n, _, S):
+    w = floats(tile)
+    for j in range(vectors(n)):
+        w[M + j] = cell_output(w[GATES[3] + j], w[C + j], S)
+
+
+@inlined
+def output_backward_of(tile, n, normed, S):
+    w = floats(tile)
+    for j in range(vectors(n)):
+        gates = four(w, GATES, j)
+        v = w[DV + j] if normed else next_cell(gates, w[BEFORE + j], S)
+        w[DZ_O + j], w[DV + j] = cell_output_backward(gates[3], v, w[M + j], S)
+
+
+@inlined
+def backward_of(tile, n, peepholes, S):
+    w = floats(tile)
+    for j in range(vectors(n)):
+        gates, of, rest = four(w, GATES, j), constants_of(w, j), (w[REST + j],)
+        dz, w[C + j], rest = cell_backward(gates, w[BEFORE + j], w[DZ_O + j], w[C + j], rest, of, peepholes, S)
+        put_four(w, OF_H, j, dz)
+        if S.CELL == SLSTM:
+            w[REST + j] = rest[0]
+
+
+def by_cell(loop):
+    """The loop, inlined once for each cell, so that nothing is decided inside it."""
+
+    @compiled
+    def run(tile, n, cell, flag):
+        if cell == LSTM:
+            loop(tile, n, flag, Sizes(LSTM))
+        elif cell == GRU:
+            loop(tile, n, flag, Sizes(GRU))
+        else:
+            loop(tile, n, flag, Sizes(SLSTM))
+
+    return run
+
+
+forward, output, output_backward, backward = map(by_cell, (forward_of, output_of, output_backward_of, backward_of))

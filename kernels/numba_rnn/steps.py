@@ -132,7 +132,7 @@ def after(a, tile, p):
     if a.start == OF_M:
         move(tile, row.M, a.m, p.state, p.n)
     elif tile:
-        equations.output(tile, p.n, a.cell)
+        equations.output(tile, p.n, a.cell, False)
     if a.end == OF_M:
         move(a.m, p.state, tile, row.M, p.n)
     else:

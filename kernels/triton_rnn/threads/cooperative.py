@@ -181,7 +181,7 @@ def cooperative_forward_kernel(
         if S.AHEAD:
             before = h_before(next_step, next_tile, words_ptr, batch, S)
 
-        gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
+        gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, len(constants) > 0, S)
         h = output(gates[3], c, S)
         c, h = noise.zoneout(c, (c_prev,) + share_c), noise.zoneout(h, h_kept)
 
@@ -292,7 +292,7 @@ def cooperative_backward_kernel(
         gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
         dc, dc_stayed = noise.zoneout_backward(dc, share_c)
         dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
-        dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
+        dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, len(peepholes) > 0, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
 
         # Publish first, then store.

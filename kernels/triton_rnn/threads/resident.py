@@ -104,7 +104,7 @@ def resident_forward_kernel(
             z = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
             # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
-            gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], S)
+            gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], len(constants[n]) > 0, S)
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))
             h_prev = states.reset_to(h_before[n].to(tl.float32), hidden.reset_h_ptr, cells)
@@ -216,7 +216,9 @@ def resident_backward_kernel(
             dz_o, dc_by_m = output_backward(gates[3], c, dm, S)
             dc_n = tl.where(cells.valid, dc[n], 0.0)
             d, dc_stayed = noise.zoneout_backward(dc_n, noise.load_share(cell.zoneout_c_ptr, cells))
-            dz_n, d, drest_n = cell_backward(gates, c_prev, dz_o, d + dc_by_m, drest[n], peepholes[n], S)
+            dz_n, d, drest_n = cell_backward(
+                gates, c_prev, dz_o, d + dc_by_m, drest[n], peepholes[n], len(peepholes[n]) > 0, S
+            )
             states.store_gradient_of_rest(cell.dc_ptr, drest_n, cells, B, S)
             dh_stayed, dz = dh_stayed + (stayed,), dz + (dz_n,)
             dc_prev = dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)

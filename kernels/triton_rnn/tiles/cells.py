@@ -22,7 +22,7 @@ def forward_cells(
     """The cells of a step, from z = W_hh h. Returns m, zero in padding, and what it is made of: the last gate, and c
     before zoneout. All else is stored: c_n at every step or, if AT_END, where a sequence ends."""
     cells = tile.cells
-    gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, S)
+    gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, len(constants) > 0, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
     c_next = noise.zoneout(c, (c_prev,) + share_c)
     tl.store(cell.c_n_ptr + cells.state_at, c_next, mask=cells.valid & cells.is_last if AT_END else cells.valid)
@@ -52,7 +52,7 @@ def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr)
     dc, dc_stayed = noise.zoneout_backward(dc, noise.load_share(cell.zoneout_c_ptr, cells))
     drest = states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, tile.unit[None, :], S.H)
-    dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, S)
+    dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, len(peepholes) > 0, S)
     dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
     states.store_gates(cell.dgates_ptr, cells.gates_at, cells.in_tile, dz, S.H)
     states.store_gradient(dc_prev, cell.dc_ptr, cell.dreset_c_ptr, cells)

@@ -1,0 +1,130 @@
+"""The cells on float32 numbers, or on tiles of them: Triton and Numba each compile these functions.
+
+    LSTM   i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
+           c = f * c_prev + i * g                                  m = o * tanh(c), or o * tanh(LN(c))
+           with peepholes z_i += p_i * c_prev      z_f += p_f * c_prev      z_o += p_o * c
+    GRU    r, z = sigmoid(z_r), sigmoid(z_z)       n = tanh(z_n + r * s)    c = m = (1 - z) * n + z * c_prev
+    sLSTM  k = l_prev + log sigmoid(z_f)    a = z_i - k    u = sigmoid(a)    c = c_prev + u * (tanh(z_g) - c_prev)
+           l = max(k, z_i) + log(1 + e^-|a|)               o = sigmoid(z_o)  m = o * c
+
+m is the output of the cell: h = W_hr m with a projection, h = m without one. The four gates of a unit are in this
+order: i, f, g, o; r, z, n, s; u, v = sigmoid(-z_f), g, o. gpu_lstm/equations/ names the papers.
+
+In a GRU z_n is W_in x + b_in, and s is W_hn h_prev + b_hn: x reaches the first three gates. Gradients are in the order
+n, r, z, s. x reaches the first three of them, and h the last three. So W_hh h is in this order, too, after a zero.
+
+A cell may keep numbers of a unit beside c. They are the tuple `rest`: l for an sLSTM, nothing for other cells. A unit
+without a history has c = 0 and l = -inf. The backward pass reads c before the step. It carries the gradient of l, and
+does not read l itself.
+
+S.CELL is LSTM, GRU or SLSTM. The names that are not defined here belong to the compiler, see `compiled_by`.
+"""
+
+# ruff: noqa: F821
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+
+def next_cell(gates, c_prev, S):
+    """c after a step."""
+    return (
+        c_prev + gates[0] * (gates[2] - c_prev) if S.CELL == SLSTM else
+        gates[2] + gates[1] * (c_prev - gates[2]) if S.CELL == GRU else gates[1] * c_prev + gates[0] * gates[2]
+    )  # fmt: skip
+
+
+def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
+    """The four gates, c and the rest after a step.
+
+    x and z are the parts of the pre-activations that come from the input and from h. A GRU's x has a fourth part where
+    h of some steps is known before the time loop. Constants are peepholes if `peepholes`, or a GRU's b_hh.
+    """
+    if S.CELL == SLSTM:
+        z_i, z_f = x[0] + z[0], x[1] + z[1]
+        k = rest[0] + minimum(z_f, ZERO) - above(z_f)
+        a = z_i - where(k < LOWEST, LOWEST, k)  # -inf, not NaN, where z_i and k are -inf
+        gates = (sigmoid(a), sigmoid(-z_f), tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
+        c, rest = next_cell(gates, c_prev, S), (maximum(k, z_i) + above(a),)
+    elif S.CELL == GRU:
+        z_r, z_z, s = x[0] + z[1], x[1] + z[2], z[3]
+        if len(constants) > 0:
+            z_r += constants[0]
+            z_z += constants[1]
+            s += constants[2]
+        if len(x) == 4:
+            s += x[3]
+        r = sigmoid(z_r)
+        gates = (r, sigmoid(z_z), tanh_as(x[2] + r * s, x[2]), s)
+        c = next_cell(gates, c_prev, S)
+    else:
+        z_i, z_f, z_g, z_o = x[0] + z[0], x[1] + z[1], x[2] + z[2], x[3] + z[3]
+        if peepholes:
+            z_i += constants[0] * c_prev
+            z_f += constants[1] * c_prev
+        i, f, g = sigmoid(z_i), sigmoid(z_f), tanh(z_g)
+        c = f * c_prev + i * g
+        if peepholes:
+            z_o += constants[2] * c
+        gates = (i, f, g, sigmoid(z_o))
+    return gates, c, rest
+
+
+def output(o, v, S):
+    """m, from the last gate o and v, which is c or LN(c)."""
+    return o * v if S.CELL == SLSTM else v if S.CELL == GRU else o * tanh(v)
+
+
+def output_backward(o, v, dm, S):
+    """The gradients of the last pre-activation and of v, as far as they come from m: sigmoid' = s (1 - s)."""
+    if S.CELL == SLSTM:
+        dz_o, dv = dm * v * o * (ONE - o), dm * o
+    elif S.CELL == GRU:
+        dz_o, dv = zeros_like(dm), dm
+    else:
+        t = tanh(v)
+        dz_o, dv = dm * t * o * (ONE - o), dm * o * (ONE - t * t)
+    return dz_o, dv
+
+
+def cell_backward(gates, c_prev, dz_o, dc, drest, constants, peepholes, S):
+    """The gradients of the four pre-activations, of c before the step and of the rest before it.
+
+    dz_o is the gradient of the last pre-activation by m, dc and drest are gradients of c and the rest after the step.
+    """
+    if S.CELL == SLSTM:
+        u, v, g, _ = gates
+        stays, dl, d = ONE - u, drest[0], dc * (g - c_prev)
+        dk = stays * (dl - u * d)
+        dz = (u * (dl + stays * d), dk * v, dc * u * (ONE - g * g), dz_o)
+        dc_prev, drest = dc * stays, (dk,)
+    elif S.CELL == GRU:
+        r, update, n, s = gates
+        dz_n = dc * (ONE - update) * (ONE - n * n)
+        dz_r, dz_z = dz_n * s * r * (ONE - r), dc * (c_prev - n) * update * (ONE - update)
+        dz, dc_prev = (dz_n, dz_r, dz_z, dz_n * r), dc * update
+    else:
+        i, f, g, _ = gates
+        if peepholes:
+            dc += dz_o * constants[2]
+        dz_i = dc * g * i * (ONE - i)
+        dz_f = dc * c_prev * f * (ONE - f)
+        dz = (dz_i, dz_f, dc * i * (ONE - g * g), dz_o)
+        dc_prev = dc * f
+        if peepholes:
+            dc_prev += dz_i * constants[0] + dz_f * constants[1]
+    return dz, dc_prev, drest
+
+
+EQUATIONS = next_cell, cell_forward, output, output_backward, cell_backward
+
+
+def compiled_by(compiler: Callable[[Any], Any], known: dict[str, Any]) -> list[Any]:
+    """The EQUATIONS, compiled. `known` has the names that they use: LSTM, GRU and SLSTM, ZERO, ONE and LOWEST (the
+    least finite float32), where, minimum, maximum, zeros_like, sigmoid, tanh, tanh_as(x, like), which computes in the
+    dtype of `like`, and above(x) = log(1 + e^-|x|)."""
+    known = known.copy()
+    for function in EQUATIONS:
+        known[function.__name__] = compiler(FunctionType(function.__code__, known, function.__name__))
+    return [known[function.__name__] for function in EQUATIONS]
