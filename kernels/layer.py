@@ -54,6 +54,12 @@ class Package(Protocol):
     PACKAGES: tuple[str, ...]  # whose versions users are asked for
     NEEDS: str  # what to install, and how
 
+    def made_by(self) -> cache.Key:
+        """Names and versions of everything that makes and runs its kernels, beside torch, the device and our sources.
+
+        They are part of the keys of verdicts and races. The backend can run here.
+        """
+
     def import_packages(self) -> None:
         """Import what it needs. If that raises anything, the backend is not used."""
 
@@ -277,6 +283,11 @@ def package_of(backend: str) -> Package:
 def launcher_of(backend: str) -> Launcher:
     """A backend: the one place where it is imported."""
     return cast(Launcher, importlib.import_module(f".{backend}_rnn.launch", __package__))
+
+
+def machine_of(backend: str, device: torch.device) -> cache.Key:
+    """The facts that a verdict or a race of a backend on a device depends on."""
+    return cache.machine(device) | package_of(backend).made_by()
 
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -29,6 +30,8 @@ from gpu_lstm.kernels.numba_rnn.equations import GRU, LSTM
 from gpu_lstm.kernels.problem import Problem, power_of_two
 
 numba = pytest.importorskip("numba")
+import llvmlite.binding  # noqa: E402
+
 from gpu_lstm.kernels.numba_rnn import functions, steps  # noqa: E402
 
 TABLES = sorted((ROOT / "bench" / "results" / "cpu").glob("*.csv"))
@@ -168,7 +171,7 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
     assert fresh.stat().st_mode & 0o077 == 0
     for owner, name, value in (
         (cache, "sources", lambda *_: "edited"), (numba, "__version__", "0.99"),
-        (build.llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+        (llvmlite.binding, "get_host_cpu_name", lambda: "another"), (llvmlite, "__version__", "0.99"),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
@@ -179,7 +182,7 @@ def test_what_calls_compile_is_kept():
     run(gpu_lstm.LSTM(3, 4, layer_norm=True, backend="numba"), torch.randn(9, 2, 3))
     run(gpu_lstm.LSTM(3, 4, backend="numba"), torch.randn(9, 2, 3))
     for name in launch.LOOPS:
-        assert any(build.folder().rglob(f"steps.{name}-*.nbi")), name
+        assert build.files_of(build.folder(name), name), name
 
 
 def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fresh, monkeypatch):
@@ -190,16 +193,84 @@ def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fre
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert hits() == 1
+    with monkeypatch.context() as patch:  # somebody else's
+        patch.setenv(cache.SHARED, str(fresh))
+        patch.setattr(cache, "folder", lambda: None)
+        assert hits() == 1
     for file in fresh.rglob("*.nb[ci]"):
         file.write_bytes(b"")
-    with pytest.warns(UserWarning, match="a compiled loop in .* is damaged, .*: EOFError"):
+    with pytest.warns(UserWarning, match="a compiled loop in .* is damaged, and is compiled again: EOFError"):
         assert hits() == 0
     assert [hits(), hits()] == [0, 1]
 
 
+@pytest.mark.parametrize(("fault", "said"), [
+    (lambda *_: False, "the compiled little loop is not kept for .*: PermissionError: .* is read-only; XDG_CACHE"),
+    (OSError(28, "No space left on device"), "the compiled little loop is not kept for .*: No space left on device; X"),
+])  # fmt: skip
+def test_a_folder_that_takes_nothing_is_named_once_with_the_reason(fresh, monkeypatch, fault, said):
+    if isinstance(fault, OSError):
+        monkeypatch.setattr(build.Path, "touch", Mock(side_effect=fault))
+    else:
+        monkeypatch.setattr(os, "access", fault)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            build.function("little")(0)
+    assert len(caught) == 1
+    assert re.search(said, str(caught[0].message))
+
+
+def test_an_error_of_the_compiler_is_short_and_says_where(fresh, monkeypatch, recwarn):
+    def wrong(address):
+        address + "no number"
+
+    monkeypatch.setattr(steps, "little", wrong)
+    said = (
+        r"^Numba .* cannot compile the little loop: No implementation of .* During: .* at .*steps.py \(\d+\) Please rep"
+    )
+    with pytest.raises(RuntimeError, match=said) as raised:
+        build.function("little")
+    assert len(str(raised.value)) < 500
+    assert not recwarn.list
+
+
+def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
+    """A right loop of another Numba or CPU is verified again, and one that was wrong there is not wrong here."""
+    gru, x = gpu_lstm.GRU(3, 4, backend="numba"), torch.randn(9, 2, 3)
+    verdicts = Mock(return_value="wrong")
+    monkeypatch.setattr(verify, "_verdict", verdicts)
+
+    def call():
+        for function in (cache.machine, cache.warn_once):
+            function.cache_clear()  # as another process
+        route.forget()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            gru(x)
+
+    for number, (owner, name, value) in enumerate([
+        (numba, "__version__", numba.__version__), (numba, "__version__", "0.99"), (llvmlite, "__version__", "0.99"),
+        (llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+        (llvmlite.binding.FeatureMap, "flatten", lambda features: "+sse2"),
+    ], start=1):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            verdicts.return_value = "wrong"
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="no compiled loop can run this layer on this CPU: wrong"):
+                    call()
+        assert verdicts.call_count == number
+    verdicts.return_value = "right"
+    with monkeypatch.context() as patch:
+        patch.setattr(numba, "__version__", "1.0")
+        call()
+
+
 def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
     fresh.write_text("a file")
-    with pytest.warns(UserWarning, match="nothing is kept for the next process"):
+    said = "the compiled little loop is not kept for the next process in .*: File exists"
+    with pytest.warns(UserWarning, match=said):
         build.function("little")(0)
     assert not any(fresh.parent.rglob("*.nbi"))
 

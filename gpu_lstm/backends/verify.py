@@ -18,7 +18,7 @@ from ..call.choices import Backend
 from ..call.settings import EXACT, alone, products
 from ..kernels import cache
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer, kept_layer, launcher_of
+from ..kernels.layer import Layer, kept_layer, launcher_of, machine_of
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of
 from ..kernels.tensors import BY_NAME, COMPARED, LEARNT
@@ -83,7 +83,7 @@ def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.devic
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
     problem = problem._replace(batch=0, side_by_side=1)  # plan.identity has what the launch needs of these two
-    return cache.machine(device) | plan.identity | problem.as_json() | pass_._asdict()
+    return machine_of(plan.backend, device) | plan.identity | problem.as_json() | pass_._asdict()
 
 
 def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:

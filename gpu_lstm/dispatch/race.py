@@ -24,7 +24,7 @@ from ..call.request import Request
 from ..call.roles import TIME_FIRST
 from ..call.settings import Setting, alone
 from ..kernels import cache
-from ..kernels.layer import launcher_of
+from ..kernels.layer import launcher_of, machine_of
 from ..kernels.private import default_store, is_profiled
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from . import available, cpu_rule
@@ -109,7 +109,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
     how = {"kernel": able.value, "multiprocessors": launcher_of(able.value).card_of(device).multiprocessors}
-    return cache.machine(device) | how | kind.as_json()
+    return machine_of(able.value, device) | how | kind.as_json()
 
 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
