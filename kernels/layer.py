@@ -173,7 +173,7 @@ class Layer:
         self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Launches] = {}
-        self._without: set[Pass] = set()  # for which there is no kernel
+        self._without: dict[Pass, str] = {}  # for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
         self._tensors = attrgetter(*self._names)
 
@@ -224,6 +224,8 @@ class Layer:
     def prepared(self, pass_: Pass, inputs: Inputs) -> Launches:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
+            if pass_ in self._without:
+                raise NoKernel(self._without[pass_])
             if self.problem.batch * self.problem.width == 0:  # nothing is launched
                 return Launches(self.problem, None, buffers_of(self.problem, pass_), lambda arguments: None)
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -252,7 +254,7 @@ class Layer:
                 why = "memory is full, where a kernel has to be verified"
             except NoKernel as error:
                 why = str(error)
-                self._without.add(pass_)
+                self._without[pass_] = why
             cache.warn_once(f"backend 'auto' does without the kernels of {self.backend!r} for {self.problem}: {why}")
         return False
 

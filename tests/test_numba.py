@@ -1,6 +1,7 @@
 """What is of the compiled loops for CPUs alone; their numbers are in test_layer.py and test_slstm.py, place "numba"."""
 
 import contextlib
+import copy
 import inspect
 import os
 import re
@@ -402,6 +403,44 @@ def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, plant, words, said):
     module.backend = "numba"
     with pytest.raises(RuntimeError, match=said):
         results(module, x, hx, **rest)
+
+
+@as_on_a_new_machine
+@pytest.mark.parametrize("words", ["", "gru"])
+@pytest.mark.parametrize("given", [(1,), (0, 1)], ids=["h_n", "output and h_n"])
+def test_a_backward_pass_whose_loop_is_refused_runs_by_the_reference(monkeypatch, given, words):
+    """The pass is met first in a user's backward(): one warning says so; asked for by name it raises."""
+    real = verify._verdict
+    verdicts = Mock(side_effect=lambda *a: "planted" if a[1].backward and a[1].dh_n else real(*a))
+    monkeypatch.setattr(verify, "_verdict", verdicts)
+    module = with_random_parameters(built(SIZE, {*words.split()} or {"norms"}), 0)
+    expected = copy.deepcopy(module)
+    expected.backend, x = "reference", call_of(module, SIZE, {"no-hx"}, 0).x.requires_grad_()
+
+    def gradients(module):
+        output, states = module(x)
+        found = output, states if words else states[0]
+        return torch.autograd.grad([found[k].square().sum() for k in given], [x, *module.parameters()])
+
+    with pytest.warns(UserWarning, match="'auto' does without the kernels of 'numba' for .*: planted") as warned:
+        found = [gradients(module) for _ in range(2)]
+    for each in found:
+        torch.testing.assert_close(each, gradients(expected), rtol=2e-4, atol=2e-5)
+    assert len([each for each in warned if "does without" in str(each.message)]) == 1
+    assert len({str(call.args[1:2]) for call in verdicts.call_args_list}) == verdicts.call_count
+    module.backend = "numba"
+    with pytest.raises(RuntimeError, match="no compiled loop can run this layer on this CPU: planted"):
+        gradients(module)
+
+
+@as_on_a_new_machine
+def test_a_call_in_a_transform_that_needs_no_gradient_falls_back_as_well(monkeypatch):
+    monkeypatch.setattr(verify, "_verdict", lambda *_: "planted")
+    gru, x = gpu_lstm.GRU(3, 6).requires_grad_(False), torch.randn(9, 5, 3)
+    with pytest.warns(UserWarning, match="does without the kernels of 'numba'"):
+        found = torch.func.grad(lambda w: (w * gru(x)[0]).sum())(torch.ones(()))
+    gru.backend = "reference"
+    torch.testing.assert_close(found, gru(x)[0].sum())
 
 
 @as_on_a_new_machine

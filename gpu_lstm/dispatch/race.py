@@ -4,6 +4,7 @@ The first call of a kind races them on random data of its size; the result is ca
 race, the expected winner runs.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -208,7 +209,11 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     first = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
-    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=TIME_FIRST)
+    options = copy.copy(call.options)
+    options.backend = backend.value  # as a user names it, so that nothing else runs in its place
+    sample = call._replace(
+        x=data, steps=steps, states=states, weights=weights, traversal=first, options=options, form=TIME_FIRST
+    )
     route = build(sample, kind, backend)
 
     def run() -> None:
