@@ -10,6 +10,7 @@ from .call.checks import check_bool, check_dimensions, check_size, check_tensor,
 from .call.choices import Backend, BackendName, parse_backend_name
 from .call.options import NORMS, Arguments, options_of
 from .call.prepare import prepare
+from .call.request import Request
 from .call.weights import State, Weights, size_of
 from .dispatch.route import run
 from .kernels import heads as products
@@ -104,10 +105,15 @@ def slstm_layer(
     return _run(SLSTM, z, Weights(None, weight_hh, bias), (hx, lengths, resets), reverse, backend, heads)
 
 
-def _run(
-    cell: Cell, x: Tensor, weights: Weights, given: tuple, reverse: bool, backend: Any, heads: int
-) -> tuple[Tensor, Any]:
-    """What a layer of a cell returns, from x [T, B, I], or W_ih x; `given`: the rest of what `prepare` takes."""
+def _run(cell: Cell, x: Tensor, weights: Weights, *given: Any) -> tuple[Tensor, Any]:
+    """What a layer of a cell returns."""
+    return run(_request_of(cell, x, weights, *given))
+
+
+def _request_of(
+    cell: Cell, x: Tensor, weights: Weights, given: tuple, reverse: bool = False, backend: Any = None, heads: int = 1
+) -> Request:
+    """The call of a layer, checked, from x [T, B, I], or from W_ih x; `given`: the rest of what `prepare` takes."""
     check_bool("reverse", reverse)
     check_tensor(x, "input")
     check_dimensions("input", x, 3)
@@ -129,7 +135,7 @@ def _run(
         None if weights.weight_ih is None else x.shape[-1], weights.bias_ih is not None,
         None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
-    return run(prepare(options_of(*arguments), [[weights]], x, *given))
+    return prepare(options_of(*arguments), [[weights]], x, *given)
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:

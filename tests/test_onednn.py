@@ -125,7 +125,8 @@ def test_in_traces_graphs_modes_and_transforms(half):
         found.append(run(x))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert run(mode.from_tensor(x)).dtype is half
-    assert all(torch.equal(t, y) for t in found)
+    for t in found:  # on a CPU that computes in float16, oneDNN rounds otherwise in inference than in training
+        torch.testing.assert_close(t, y, rtol=0, atol=torch.finfo(half).eps)
 
     def loss(x):
         return run(x).float().square().sum()

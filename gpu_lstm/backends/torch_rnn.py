@@ -23,6 +23,7 @@ from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
+from ..call.sequences import EVERY_STEP
 from ..call.weights import NAMES, State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
@@ -47,8 +48,11 @@ def has(cell: Cell, inputs: Inputs) -> bool:
 def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     """What torch's own operator returns of what a module or a cell was given; None: it does not take all as it is."""
     options, weights, state = request.options, request.weights, request.states[0]
-    if not request.traversal.is_plain():
+    lengths, resets, *_ = request.traversal
+    if resets is not None or (lengths is not None and request.steps > 1):
         return None
+    if lengths is not None:
+        return _step_of_some(request, lengths)
     if isinstance(options.role, roles.Cell):
         state = one_step(options.cell, request.x, state, weights[0][0])
         return state[0], [state]
@@ -59,6 +63,18 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
     y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
     return y, [state]
+
+
+def _step_of_some(request: Request, lengths: Tensor) -> tuple[Tensor, list[State]] | None:
+    """`as_given` of one step with lengths [B]: all sequences take the step, and those of length 0 keep their state."""
+    there = (lengths > 0)[:, None]  # [B, 1]
+    states = [(torch.where(there, h, 0), torch.where(there, c, 0)) for h, c in request.states]
+    # Zeros, since a NaN in padding would reach the gradients of weights.
+    all_of_them = request._replace(x=torch.where(there, request.x, 0), states=states, traversal=EVERY_STEP)
+    if (found := as_given(all_of_them)) is None:
+        return None
+    y, ((h, c),), (h0, c0) = *found, request.states[0]
+    return torch.where(there, y, 0), [(torch.where(there, h, h0), torch.where(there, c, c0.to(c.dtype)))]
 
 
 def one_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
