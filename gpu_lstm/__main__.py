@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import __version__, modules
+from .call.checks import check_heads
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch.available import backends_for, import_problem, select, why_unavailable
 from .dispatch.kind import Kind, in_words
@@ -24,7 +25,6 @@ from .kernels import cache
 from .kernels.cells import CELLS
 from .kernels.layer import machine_of, package_of
 from .kernels.problem import Problem
-from .modules.arguments import check_heads
 from .tools.explain import explain, terms_of
 
 ANY = Kind((Problem(1, 1, 8, torch.float32),), (8,), 1, False, False, None)  # a kind that every backend supports

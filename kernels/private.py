@@ -15,6 +15,7 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace as fx
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # Read at every call, where the public way is slower:

@@ -406,6 +406,38 @@ def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, plant, words, said):
 
 
 @as_on_a_new_machine
+@pytest.mark.filterwarnings("error:gpu_lstm")
+@pytest.mark.parametrize("hidden", [1, 2])
+@pytest.mark.parametrize("words", ["norms", "norms expected", "norms masks ragged resets", "norm-c zoneout"])
+def test_a_right_loop_of_few_units_is_not_refused_where_terms_cancel(words, hidden):
+    """The gradient of LN(c) of one unit is rounding alone."""
+    module, x = built((4, 3, 3, hidden), {*words.split()}, backend="numba"), torch.randn(4, 3, 3, requires_grad=True)
+    call = call_of(
+        with_random_parameters(module.train("expected" not in words), 0), (4, 3, 3, hidden), {*words.split()}, 0
+    )
+    output, (h, _) = module(x, call.hx, **call.rest)
+    for given in ((output,), (h,), (output, h)):
+        torch.autograd.grad(given, x, [torch.ones_like(t) for t in given], retain_graph=True)
+    assert {verdict for *_, verdict in cache.entries(cache.CHECKS)} == {"right"}
+
+
+@as_on_a_new_machine
+@pytest.mark.parametrize("hidden", [1, 2, 3])
+@pytest.mark.parametrize(("plant", "words"), [
+    (told(reverse=lambda was: 1 - was), "ragged"), (without("resets"), "norms resets"), (without("bias_hh"), "gru"),
+    (without("lengths"), "norms ragged"), (without("weight_peephole"), "norms peepholes"), (without("dh"), "norm-c"),
+    (told(cell=lambda was: LSTM), "slstm"), (without("zoneout_c"), "norm-hh zoneout"), (without("c0"), "norm-hh"),
+])  # fmt: skip
+def test_a_fault_in_few_units_is_found(monkeypatch, plant, words, hidden):
+    plant(monkeypatch)
+    size = 4, 3, 3, hidden
+    module = with_random_parameters(built(size, {*words.split()}, backend="numba"), 0)
+    x, hx, rest = call_of(module, size, {*words.split()}, 0)
+    with pytest.warns(UserWarning, match="failed its verification"), pytest.raises(RuntimeError, match="RMS"):
+        results(module, x, hx, **rest)
+
+
+@as_on_a_new_machine
 @pytest.mark.parametrize("words", ["", "gru"])
 @pytest.mark.parametrize("given", [(1,), (0, 1)], ids=["h_n", "output and h_n"])
 def test_a_backward_pass_whose_loop_is_refused_runs_by_the_reference(monkeypatch, given, words):

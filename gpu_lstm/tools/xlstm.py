@@ -10,10 +10,11 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from ..call.checks import check_bool
 from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, modes
+from ..call.prepare import prepare_layer
 from ..call.request import Request
 from ..call.weights import Weights
 from ..equations.slstm import next_state, states_from
-from ..functional import _request_of, slstm_layer
+from ..functional import slstm_layer
 from ..kernels.cells import SLSTM
 
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
@@ -127,7 +128,7 @@ class ByOurs(nn.Module):
         z, kernel, bias = self._tensors(input)
         if is_short(z, kernel, None):
             return None
-        return _request_of(SLSTM, z, Weights(None, _weight_hh(kernel), bias), (), heads=len(kernel))
+        return prepare_layer(SLSTM, z, Weights(None, _weight_hh(kernel), bias), (), heads=len(kernel))
 
 
 def _weight_hh(kernel: Tensor) -> Tensor:
