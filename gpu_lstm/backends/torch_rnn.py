@@ -61,7 +61,8 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     if request.steps == 1 and request.batch <= MOST_ROWS and _is_step(request):
         return _cell_by_cell(options.cell, request.x, state, weights)
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
-    y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
+    noise = options.dropout, options.training
+    y, state = stack(options.cell, request.x, state, weights, *noise, sizes, request.modes.whole)
     return y, [state]
 
 
@@ -91,7 +92,8 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     options, cell = call.options, call.options.cell
     is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
     if is_plain and options.in_one_call:
-        y, final = stack(cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
+        noise, whole = (options.dropout, options.training), call.modes.whole
+        y, final = stack(cell, call.x, joined(call.states), call.weights, *noise, whole=whole)
         return y, split(final)
 
     def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
@@ -103,7 +105,8 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
 
     def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
         with named(k, None, Backend.TORCH):
-            y, final = stack(cell, x, joined(states), [call.weights[k]], training=options.training)
+            whole = call.modes.whole or k > 0  # of later layers the input is what torch's own returned
+            y, final = stack(cell, x, joined(states), [call.weights[k]], training=options.training, whole=whole)
         return y, split(final)
 
     if is_plain:
@@ -130,12 +133,13 @@ def stack(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,  # as in a PackedSequence
+    whole: bool = True,  # see Modes
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     if x.is_cpu and batch_sizes is None and cell is not GRU and layers[0][0].weight_hr is None:
         half = autocast_dtype(x)  # to which autocast casts it for oneDNN, which may have no LSTM in it on this CPU
-        if half is not None and onednn.is_on() and not onednn.has_lstm(half):
+        if whole and half is not None and onednn.is_on() and not onednn.has_lstm(half):
             state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
             with torch.autocast("cpu", enabled=False):
                 return stack(cell, x.to(half), state, layers, dropout, training)
