@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from . import __version__, modules
+from .call.checks import check_heads
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
 from .dispatch.available import backends_for, import_problem, select, why_unavailable
 from .dispatch.kind import Kind, in_words
 from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cells import CELLS
-from .kernels.layer import package_of
+from .kernels.layer import machine_of, package_of
 from .kernels.problem import Problem
-from .modules.arguments import check_heads
 from .tools.explain import explain, terms_of
 
 ANY = Kind((Problem(1, 1, 8, torch.float32),), (8,), 1, False, False, None)  # a kind that every backend supports
@@ -151,7 +151,7 @@ def _summary(device: torch.device) -> str:
             theirs, rest = "LSTM", f"most GRUs and what torch lacks by the compiled loops of backend {last.value!r}"
         return f"On this machine gpu_lstm runs torch's own {theirs} on the CPU, and {rest}; {why_no_cuda()}"
     verdicts, decisions = (
-        [value for _, key, value in cache.entries(kind) if key.items() >= cache.machine(device).items()]
+        [value for _, key, value in cache.entries(kind) if key.items() >= machine_of(backend.value, device).items()]
         for kind in (cache.CHECKS, cache.RACES)
     )
     wrong = len(verdicts) - verdicts.count("right")
@@ -164,7 +164,7 @@ def _summary(device: torch.device) -> str:
 
 
 def _diagnosis(device: torch.device) -> dict[str, Any]:
-    name, card = platform.processor() or platform.machine(), {}
+    name, card = cache.cpu_name(), {}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
@@ -182,6 +182,8 @@ def _smi() -> list[str]:
     """What nvidia-smi says of all cards here, a line each: the driver's build, MIG, who may use it, free memory."""
     try:
         done = subprocess.run(SMI, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
+    except FileNotFoundError:
+        return ["there is no nvidia-smi: no driver of NVIDIA's is installed, or it is not on the PATH"]
     except (OSError, subprocess.TimeoutExpired) as error:
         return [str(error)]
     return done.stdout.splitlines()
@@ -268,7 +270,8 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
                 text = _in_words(kind, key, value)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # of another version, or not ours
                 text = f"{key}: {value}"
-            lines.append(f"  {key.get('card')}, triton {key.get('triton')}: {text}")
+            made_by = [f"{name} {key[name]}" for name in ("triton", "cupy", "numba") if name in key]
+            lines.append(f"  {', '.join([str(key.get('card')), *made_by])}: {text}")
     return rows, "\n".join(lines)
 
 
@@ -283,7 +286,7 @@ def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     if kind == cache.PLANS:
         return f"B = {of['batch']}: {tiles}"
     there = [name for name in Problem._fields if key[name] is True or (key[name] and name in ("projected", "lengths"))]
-    words = [tiles, key["precision"], *there]
+    words = [tiles, *there] if "numba" in key else [tiles, key["precision"], *there]
     words += [f"{key['heads']} heads"] * (key["heads"] > 1)
     words += [f"{name}, {key[name]}-D" for name in ("zoneout_h", "zoneout_c") if key[name] is not None]
     return f"{', '.join(words)}: {value}"

@@ -5,16 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from .call import roles
-from .call.checks import check_bool, check_dimensions, check_size, check_tensor, named_weights
-from .call.choices import Backend, BackendName, parse_backend_name
-from .call.options import NORMS, Arguments, options_of
-from .call.prepare import prepare
-from .call.weights import State, Weights, size_of
+from .call.checks import check_dimensions, check_heads, check_tensor, named_weights
+from .call.choices import Backend, BackendName
+from .call.prepare import prepare_layer
+from .call.weights import State, Weights
 from .dispatch.route import run
 from .kernels import heads as products
 from .kernels.cells import GRU, LSTM, SLSTM, Cell
-from .modules.arguments import check_heads
 
 
 def lstm_layer(
@@ -104,32 +101,9 @@ def slstm_layer(
     return _run(SLSTM, z, Weights(None, weight_hh, bias), (hx, lengths, resets), reverse, backend, heads)
 
 
-def _run(
-    cell: Cell, x: Tensor, weights: Weights, given: tuple, reverse: bool, backend: Any, heads: int
-) -> tuple[Tensor, Any]:
-    """What a layer of a cell returns, from x [T, B, I], or W_ih x; `given`: the rest of what `prepare` takes."""
-    check_bool("reverse", reverse)
-    check_tensor(x, "input")
-    check_dimensions("input", x, 3)
-    if not x.is_floating_point():
-        raise TypeError(f"input should be of a floating point dtype, got: {x.dtype}")
-    hidden = size_of(weights, cell.rows).hidden
-    projected = None if weights.weight_hr is None else len(weights.weight_hr)
-    for name, size in (("hidden_size", hidden), ("proj_size", projected)):
-        if size == 0:
-            raise ValueError(f"{name} must be greater than zero")
-    gains = weights.gain_ih, weights.gain_hh, weights.gain_c
-    norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
-    check_heads(heads, int(hidden), projected or 0, norms)
-    for name, tensor in (("z", x), ("bias", weights.bias_ih)) if weights.weight_ih is None else ():
-        if tensor is not None:
-            check_size(name, tensor, (*tensor.shape[:-1], cell.rows * hidden))
-    arguments = Arguments(
-        cell.name, roles.Function, (hidden,), weights.weight_peephole is not None, norms, heads,
-        None if weights.weight_ih is None else x.shape[-1], weights.bias_ih is not None,
-        None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
-    )  # fmt: skip
-    return run(prepare(options_of(*arguments), [[weights]], x, *given))
+def _run(cell: Cell, x: Tensor, weights: Weights, *given: Any) -> tuple[Tensor, Any]:
+    """What a layer of a cell returns."""
+    return run(prepare_layer(cell, x, weights, *given))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:

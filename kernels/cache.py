@@ -10,6 +10,8 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
+import re
 import sys
 import tempfile
 import warnings
@@ -48,13 +50,13 @@ def folders() -> tuple[Path, ...]:
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """What results about a device depend on: the card, its driver, and the code that makes and judges kernels."""
+    """The facts about a device that all results depend on; `layer.machine_of` adds the facts about a backend."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), driver_version()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
-        "triton": version_of("triton"), "gpu_lstm": sources("kernels", "backends", "call", "dispatch", "equations"),
+        "gpu_lstm": sources("kernels", "backends", "call", "dispatch", "equations"),
     }  # fmt: skip
 
 
@@ -76,6 +78,16 @@ def cudnn_version() -> int | str | None:
         return torch.backends.cudnn.version()
     except RuntimeError as error:
         return str(error)
+
+
+def cpu_name() -> str:
+    """The model of the processor, as far as the system tells it; family and model where its name has no number."""
+    if not (cpuinfo := Path("/proc/cpuinfo")).exists():
+        return platform.processor() or platform.machine()
+    facts = dict(re.findall(r"(.+?)\s*: (.*)", cpuinfo.read_text().partition("\n\n")[0]))
+    name = " ".join(facts.get("model name", platform.machine()).split())
+    numbers = [f"{each} {facts[each]}" for each in ("cpu family", "model") if each in facts]
+    return name if re.search(r"\d", name) else ", ".join([name, *numbers])
 
 
 def version_of(package: str) -> str | None:
@@ -171,10 +183,10 @@ def warn_once(text: str) -> None:
     warnings.warn(f"gpu_lstm: {text}", stacklevel=3)
 
 
-def warn_of_nothing_kept(error: Exception) -> None:
+def warn_of_nothing_kept(error: Exception, what: str = "nothing is kept") -> None:
     """Say why, and nothing of a file that has another name each time."""
     why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-    warn_once(f"nothing is kept for the next process in {folder()}: {why}; XDG_CACHE_HOME names another place")
+    warn_once(f"{what} for the next process in {folder()}: {why}; XDG_CACHE_HOME names another place")
 
 
 def _text(key: Key) -> str:

@@ -54,6 +54,12 @@ class Package(Protocol):
     PACKAGES: tuple[str, ...]  # whose versions users are asked for
     NEEDS: str  # what to install, and how
 
+    def made_by(self) -> cache.Key:
+        """Names and versions of everything that makes and runs its kernels, beside torch, the device and our sources.
+
+        They are part of the keys of verdicts and races. The backend can run here.
+        """
+
     def import_packages(self) -> None:
         """Import what it needs. If that raises anything, the backend is not used."""
 
@@ -167,7 +173,7 @@ class Layer:
         self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial = launcher, trial
         self._prepared: dict[Pass, Launches] = {}
-        self._without: set[Pass] = set()  # for which there is no kernel
+        self._without: dict[Pass, str] = {}  # for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
         self._tensors = attrgetter(*self._names)
 
@@ -218,6 +224,8 @@ class Layer:
     def prepared(self, pass_: Pass, inputs: Inputs) -> Launches:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
         if (prepared := self._prepared.get(pass_)) is None:
+            if pass_ in self._without:
+                raise NoKernel(self._without[pass_])
             if self.problem.batch * self.problem.width == 0:  # nothing is launched
                 return Launches(self.problem, None, buffers_of(self.problem, pass_), lambda arguments: None)
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -246,7 +254,7 @@ class Layer:
                 why = "memory is full, where a kernel has to be verified"
             except NoKernel as error:
                 why = str(error)
-                self._without.add(pass_)
+                self._without[pass_] = why
             cache.warn_once(f"backend 'auto' does without the kernels of {self.backend!r} for {self.problem}: {why}")
         return False
 
@@ -277,6 +285,11 @@ def package_of(backend: str) -> Package:
 def launcher_of(backend: str) -> Launcher:
     """A backend: the one place where it is imported."""
     return cast(Launcher, importlib.import_module(f".{backend}_rnn.launch", __package__))
+
+
+def machine_of(backend: str, device: torch.device) -> cache.Key:
+    """The facts that a verdict or a race of a backend on a device depends on."""
+    return cache.machine(device) | package_of(backend).made_by()
 
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}

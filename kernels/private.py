@@ -1,54 +1,85 @@
-"""Every private name of torch, Triton and Python that the library uses: why, and what to do when it goes.
+"""Every private name of torch, Triton and Python that the library uses: since when, why, and what happens without it.
 
-tests/test_packaging.py holds that no other file has one. `-> b`: the public way is b. Flags are behind functions, since
-an import would copy their values; those of every call behind ones that need no frame.
+All names are there since torch 2.9, the oldest one that is supported, or where a comment says. Where one is gone, an
+ImportError at import says so, with the version of torch. `-> b` means that b is the public way, which then takes its
+place. tests/test_packaging.py holds that no other file has a private name. Flags are behind functions, since an import
+would copy their values. Flags of every call are behind functions that need no frame.
 """
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 import torch.autograd.profiler as profiler
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
-from torch.fx import _symbolic_trace as fx
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-# Read at every call, where the public way is slower:
-environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # -> get, which raises and catches inside
-fp32_precision = torch._C._get_fp32_precision_getter  # -> torch.backends.cudnn.rnn.fp32_precision, 20 times as slow
-any_autocast = torch._C._is_any_autocast_enabled  # -> torch.is_autocast_enabled(x.device.type)
-is_tracing = torch._C._is_tracing  # -> torch.jit.is_tracing()
-is_profiled = partial(getattr, profiler, "_is_profiler_enabled")  # -> record_function always, which costs microseconds
+NEWEST = "2.14"  # torch that the tests ran with
 
-# Where the public way does too much:
-leave_out_of_graphs = torch._disable_dynamo  # -> torch.compiler.disable, which imports the compiler, and with it Triton
-is_exporting = partial(getattr, torch.compiler, "_is_exporting_flag")  # -> is_exporting(), folded to True by torch 2.9
-_fx_flag = (fx._is_fx_tracing_tls, "flag", False) if hasattr(fx, "_is_fx_tracing_tls") else (fx, "_is_fx_tracing_flag")
-fx_is_tracing = partial(getattr, *_fx_flag)  # of a thread from torch 2.14 on -> is_fx_tracing(), which logs a warning
-load_kernel = lambda compiled: compiled._init_handles()  # -> compiled.run, which loads as it is read, or a launch
-copy_all = torch._foreach_copy_  # -> copies one by one, between which an interrupt may come
-storage_of = lambda t: t.untyped_storage()._cdata  # -> its data_ptr(), which FakeTensors lack: ONNX's exporter has some
 
-# Where there is none. Without the names of functorch, calls inside torch.func's transforms have to be refused:
-TransformType, current_transform = _functorch.TransformType, _functorch.peek_interpreter_stack
-transforms, level_of = retrieve_all_functorch_interpreters, _functorch.maybe_get_level
-is_wrapped, unwrapped = _functorch.is_functorch_wrapped_tensor, _functorch.get_unwrapped
-unwrapped_if_ended, is_batched = _functorch.unwrap_if_dead, _functorch.is_legacy_batchedtensor
-forward_level = partial(getattr, forward_ad, "_current_level")  # -1: no dual_level is open
-# Without these, layers are no operators under dispatch modes, a compat.LSTM in a model is compiled, and hooks and
-# function modes of the user act on our own computations:
-dispatch_modes, count_dispatch_modes = _get_current_dispatch_mode_stack, torch._C._len_torch_dispatch_stack
-compiler_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # None outside of what torch.compile made
-hooks_are_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
-WithoutTorchFunction = torch._C.DisableTorchFunction
-is_view = Tensor._is_view  # whose cast torch's autocast does not keep
-assert_on_device = torch._assert_async  # else a check that waits for the device
-default_store = lambda: torch.distributed.distributed_c10d._get_default_store()  # else ranks decide each for itself
-driver_version = lambda: torch._C._cuda_getDriverVersion()  # else cached results have to be cleared for a new one
+@contextlib.contextmanager
+def named_if_gone() -> Iterator[None]:
+    """A block of names; the error names the version of torch that one of them is gone from."""
+    try:
+        yield
+    except (AttributeError, ImportError) as error:
+        tested = f"gpu_lstm is tested with torch 2.9 to {NEWEST}"
+        raise ImportError(
+            f"torch {torch.__version__} lacks a private name that gpu_lstm needs: {error}; {tested}"
+        ) from error
+
+
+def flag(owner: Any, name: str, *default: Any) -> Callable[[], Any]:
+    """A function that reads a flag, which has to be there unless it has a default."""
+    getattr(owner, name, *default)
+    return partial(getattr, owner, name, *default)
+
+
+with named_if_gone():
+    from torch._C import _functorch
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+    from torch.fx import _symbolic_trace as fx
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    # Read at every call, where the public way is slower:
+    environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]  # -> get, which raises and catches inside
+    fp32_precision = torch._C._get_fp32_precision_getter  # -> torch.backends.cudnn.rnn.fp32_precision, 20 times as slow
+    any_autocast = torch._C._is_any_autocast_enabled  # -> torch.is_autocast_enabled(x.device.type)
+    is_tracing = torch._C._is_tracing  # -> torch.jit.is_tracing()
+    is_profiled = flag(profiler, "_is_profiler_enabled")  # -> record_function always, which costs microseconds
+
+    # Where the public way does too much:
+    # -> torch.compiler.disable, which imports the compiler, and with it Triton
+    leave_out_of_graphs = torch._disable_dynamo
+    is_exporting = flag(torch.compiler, "_is_exporting_flag")  # -> is_exporting(), which torch 2.9 folds to True
+    # A thread's since torch 2.14, before that the process's. -> is_fx_tracing(), which logs a warning
+    of_thread = hasattr(fx, "_is_fx_tracing_tls")
+    fx_is_tracing = flag(fx._is_fx_tracing_tls, "flag", False) if of_thread else flag(fx, "_is_fx_tracing_flag")
+    load_kernel = lambda compiled: compiled._init_handles()  # -> compiled.run, which loads as it is read, or a launch
+    copy_all = torch._foreach_copy_  # -> copies one by one, between which an interrupt may come
+    # -> its data_ptr(), which FakeTensors lack: ONNX's exporter has some
+    storage_of = lambda t: t.untyped_storage()._cdata
+
+    # Where there is none. Without the names of functorch, calls inside torch.func's transforms have to be refused:
+    TransformType, current_transform = _functorch.TransformType, _functorch.peek_interpreter_stack
+    transforms, level_of = retrieve_all_functorch_interpreters, _functorch.maybe_get_level
+    is_wrapped, unwrapped = _functorch.is_functorch_wrapped_tensor, _functorch.get_unwrapped
+    unwrapped_if_ended, is_batched = _functorch.unwrap_if_dead, _functorch.is_legacy_batchedtensor
+    forward_level = flag(forward_ad, "_current_level")  # -1: no dual_level is open
+    # Without these, layers are no operators under dispatch modes, a compat.LSTM in a model is compiled, and hooks and
+    # function modes of the user act on our own computations:
+    dispatch_modes, count_dispatch_modes = _get_current_dispatch_mode_stack, torch._C._len_torch_dispatch_stack
+    compiler_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback  # None outside of what torch.compile made
+    hooks_are_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
+    WithoutTorchFunction = torch._C.DisableTorchFunction
+    is_view = Tensor._is_view  # whose cast torch's autocast does not keep
+    assert_on_device = torch._assert_async  # else a check that waits for the device
+    default_store = lambda: torch.distributed.distributed_c10d._get_default_store()  # else ranks decide each for itself
+    driver_version = lambda: torch._C._cuda_getDriverVersion()  # else cached results have to be cleared for a new one
 
 
 def constant_when_traced(function: Any) -> Any:

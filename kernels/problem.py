@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cells import CELLS
-from .tensors import BY_NAME, TENSORS, Inputs
+from .tensors import BY_NAME, STATE, TENSORS, WEIGHT, Inputs
 
 MOST = 2**31 - 2**16
 """Steps, sequences, gates of all units: kernels count them in int32, and past the last one to the end of a tile."""
@@ -154,7 +154,9 @@ def in_the_loop(p: Problem, steps: int) -> dict[str, tuple[tuple[int, ...], torc
     """(Size, dtype) of the Inputs of a problem that its time loop reads, T = `steps`."""
     sizes, found = sizes_of(p, steps), {}
     for row in TENSORS:
-        flag = getattr(p, row.name, True)  # a bool, dimensions of zoneout, the dtype of lengths; there is always h0
+        # A bool, dimensions of zoneout, the dtype of lengths. What a Problem does not know, no loop reads, except for
+        # what is always there: states and W_hh.
+        flag = getattr(p, row.name, row.role in (STATE, WEIGHT))
         if row.loop and flag is not None and flag is not False:
             dtype = flag if isinstance(flag, torch.dtype) else row.dtype or p.dtype
             found[row.name] = ((), torch.float32) if flag == 0 else (sizes[row.name], dtype)

@@ -115,6 +115,7 @@ def cuda(monkeypatch, device="cpu", changes: dict[str, str] | None = None) -> No
         monkeypatch.setattr(cupy, "choose", lambda *_: cupy.PLAN)
         monkeypatch.setattr(cupy, "obstacle", lambda *_: None)
         monkeypatch.setattr(cupy_rnn, "import_packages", lambda: None)
+        monkeypatch.setattr(cupy_rnn, "made_by", dict)
         monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
         host_cuda.stand_in(monkeypatch, changes)
 

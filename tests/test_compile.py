@@ -85,7 +85,7 @@ def test_products_read_held_weights_where_they_were_stored(compiled):
     assert (of_256, of_512 > 0) == (0, TRITON >= (3, 6))
 
 
-# Of a pass of the time loop on an H100, in bf16; of instructions, the most of Triton 3.9, and 9 % more of older ones.
+# Of a pass of the time loop on an H100, in bf16; of instructions, the most of Triton 3.9, and 10 % more of older ones.
 PLAIN, MANY = "B=16 H=768", "B=4096 H=128"
 COUNTS = {
     ("cooperative_forward", PLAIN): Loop(330, barriers=1, products=24, shared=192, loads=10, stores=9),
@@ -103,7 +103,7 @@ def test_the_counts_of_a_step(rows, kernel, case):
     facts = f"{kernel}_kernel", f"bfloat16 {case}", 90
     (row,) = (row for row in rows if (row["kernel"], row["case"], row["architecture"]) == facts)
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, case]
-    assert loop.instructions <= expected.instructions * (1.09 if OLDER_TRITON else 1)
+    assert loop.instructions <= expected.instructions * (1.1 if OLDER_TRITON else 1)
     assert dataclasses.replace(loop, instructions=expected.instructions) == expected
 
 

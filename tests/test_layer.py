@@ -53,7 +53,8 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
     ("reference", F64, (1, "5,3,4,6", "heads states masks ragged", "heads layer deep", "heads stream")),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
-     (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched")),
+     (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched"),
+     (2, "1,4,3,5", "deep both ragged", "batch-first ragged resets no-hx")),
     # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets"),
      (2, "3,3,4,5", "layer ragged states both", "chunks reverse ragged states no-grad"),
@@ -127,7 +128,7 @@ GRUS = [
     ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
     ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES[:-1] if "state" not in words)),
-     (2, "1,1,1,3", MIX, "cell", "unbatched")),
+     (2, "1,1,1,3", MIX, "cell", "unbatched"), (2, "1,4,3,5", "deep both ragged", "no-grad ragged")),
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "layer ragged states both"),
      (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,9", "chunks states", "ragged no-bias recompute masks"),
      (1, "3,3,3,40", "heads ragged states")),

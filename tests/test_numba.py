@@ -1,8 +1,10 @@
 """What is of the compiled loops for CPUs alone; their numbers are in test_layer.py and test_slstm.py, place "numba"."""
 
 import contextlib
+import copy
 import inspect
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -29,6 +31,8 @@ from gpu_lstm.kernels.numba_rnn.equations import GRU, LSTM
 from gpu_lstm.kernels.problem import Problem, power_of_two
 
 numba = pytest.importorskip("numba")
+import llvmlite.binding  # noqa: E402
+
 from gpu_lstm.kernels.numba_rnn import functions, steps  # noqa: E402
 
 TABLES = sorted((ROOT / "bench" / "results" / "cpu").glob("*.csv"))
@@ -168,7 +172,7 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
     assert fresh.stat().st_mode & 0o077 == 0
     for owner, name, value in (
         (cache, "sources", lambda *_: "edited"), (numba, "__version__", "0.99"),
-        (build.llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+        (llvmlite.binding, "get_host_cpu_name", lambda: "another"), (llvmlite, "__version__", "0.99"),
     ):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
@@ -179,7 +183,7 @@ def test_what_calls_compile_is_kept():
     run(gpu_lstm.LSTM(3, 4, layer_norm=True, backend="numba"), torch.randn(9, 2, 3))
     run(gpu_lstm.LSTM(3, 4, backend="numba"), torch.randn(9, 2, 3))
     for name in launch.LOOPS:
-        assert any(build.folder().rglob(f"steps.{name}-*.nbi")), name
+        assert build.files_of(build.folder(name), name), name
 
 
 def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fresh, monkeypatch):
@@ -190,16 +194,84 @@ def test_what_can_only_be_read_is_used_and_what_is_damaged_is_compiled_again(fre
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert hits() == 1
+    with monkeypatch.context() as patch:  # somebody else's
+        patch.setenv(cache.SHARED, str(fresh))
+        patch.setattr(cache, "folder", lambda: None)
+        assert hits() == 1
     for file in fresh.rglob("*.nb[ci]"):
         file.write_bytes(b"")
-    with pytest.warns(UserWarning, match="a compiled loop in .* is damaged, .*: EOFError"):
+    with pytest.warns(UserWarning, match="a compiled loop in .* is damaged, and is compiled again: EOFError"):
         assert hits() == 0
     assert [hits(), hits()] == [0, 1]
 
 
+@pytest.mark.parametrize(("fault", "said"), [
+    (lambda *_: False, "the compiled little loop is not kept for .*: PermissionError: .* is read-only; XDG_CACHE"),
+    (OSError(28, "No space left on device"), "the compiled little loop is not kept for .*: No space left on device; X"),
+])  # fmt: skip
+def test_a_folder_that_takes_nothing_is_named_once_with_the_reason(fresh, monkeypatch, fault, said):
+    if isinstance(fault, OSError):
+        monkeypatch.setattr(build.Path, "touch", Mock(side_effect=fault))
+    else:
+        monkeypatch.setattr(os, "access", fault)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            build.function("little")(0)
+    assert len(caught) == 1
+    assert re.search(said, str(caught[0].message))
+
+
+def test_an_error_of_the_compiler_is_short_and_says_where(fresh, monkeypatch, recwarn):
+    def wrong(address):
+        address + "no number"
+
+    monkeypatch.setattr(steps, "little", wrong)
+    said = (
+        r"^Numba .* cannot compile the little loop: No implementation of .* During: .* at .*steps.py \(\d+\) Please rep"
+    )
+    with pytest.raises(RuntimeError, match=said) as raised:
+        build.function("little")
+    assert len(str(raised.value)) < 500
+    assert not recwarn.list
+
+
+def test_a_verdict_ends_with_whatever_made_or_runs_the_loop(fresh, monkeypatch):
+    """A right loop of another Numba or CPU is verified again, and one that was wrong there is not wrong here."""
+    gru, x = gpu_lstm.GRU(3, 4, backend="numba"), torch.randn(9, 2, 3)
+    verdicts = Mock(return_value="wrong")
+    monkeypatch.setattr(verify, "_verdict", verdicts)
+
+    def call():
+        for function in (cache.machine, cache.warn_once):
+            function.cache_clear()  # as another process
+        route.forget()
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            gru(x)
+
+    for number, (owner, name, value) in enumerate([
+        (numba, "__version__", numba.__version__), (numba, "__version__", "0.99"), (llvmlite, "__version__", "0.99"),
+        (llvmlite.binding, "get_host_cpu_name", lambda: "another"),
+        (llvmlite.binding.FeatureMap, "flatten", lambda features: "+sse2"),
+    ], start=1):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            verdicts.return_value = "wrong"
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="no compiled loop can run this layer on this CPU: wrong"):
+                    call()
+        assert verdicts.call_count == number
+    verdicts.return_value = "right"
+    with monkeypatch.context() as patch:
+        patch.setattr(numba, "__version__", "1.0")
+        call()
+
+
 def test_without_a_place_to_keep_it_a_function_is_compiled_each_time(fresh, caplog):
     fresh.write_text("a file")
-    with pytest.warns(UserWarning, match="nothing is kept for the next process"):
+    said = "the compiled little loop is not kept for the next process in .*: File exists"
+    with pytest.warns(UserWarning, match=said):
         build.function("little")(0)
     assert not any(fresh.parent.rglob("*.nbi"))
 
@@ -331,6 +403,76 @@ def test_a_loop_that_is_wrong_runs_nothing(monkeypatch, plant, words, said):
     module.backend = "numba"
     with pytest.raises(RuntimeError, match=said):
         results(module, x, hx, **rest)
+
+
+@as_on_a_new_machine
+@pytest.mark.filterwarnings("error:gpu_lstm")
+@pytest.mark.parametrize("hidden", [1, 2])
+@pytest.mark.parametrize("words", ["norms", "norms expected", "norms masks ragged resets", "norm-c zoneout"])
+def test_a_right_loop_of_few_units_is_not_refused_where_terms_cancel(words, hidden):
+    """The gradient of LN(c) of one unit is rounding alone."""
+    module, x = built((4, 3, 3, hidden), {*words.split()}, backend="numba"), torch.randn(4, 3, 3, requires_grad=True)
+    call = call_of(
+        with_random_parameters(module.train("expected" not in words), 0), (4, 3, 3, hidden), {*words.split()}, 0
+    )
+    output, (h, _) = module(x, call.hx, **call.rest)
+    for given in ((output,), (h,), (output, h)):
+        torch.autograd.grad(given, x, [torch.ones_like(t) for t in given], retain_graph=True)
+    assert {verdict for *_, verdict in cache.entries(cache.CHECKS)} == {"right"}
+
+
+@as_on_a_new_machine
+@pytest.mark.parametrize("hidden", [1, 2, 3])
+@pytest.mark.parametrize(("plant", "words"), [
+    (told(reverse=lambda was: 1 - was), "ragged"), (without("resets"), "norms resets"), (without("bias_hh"), "gru"),
+    (without("lengths"), "norms ragged"), (without("weight_peephole"), "norms peepholes"), (without("dh"), "norm-c"),
+    (told(cell=lambda was: LSTM), "slstm"), (without("zoneout_c"), "norm-hh zoneout"), (without("c0"), "norm-hh"),
+])  # fmt: skip
+def test_a_fault_in_few_units_is_found(monkeypatch, plant, words, hidden):
+    plant(monkeypatch)
+    size = 4, 3, 3, hidden
+    module = with_random_parameters(built(size, {*words.split()}, backend="numba"), 0)
+    x, hx, rest = call_of(module, size, {*words.split()}, 0)
+    with pytest.warns(UserWarning, match="failed its verification"), pytest.raises(RuntimeError, match="RMS"):
+        results(module, x, hx, **rest)
+
+
+@as_on_a_new_machine
+@pytest.mark.parametrize("words", ["", "gru"])
+@pytest.mark.parametrize("given", [(1,), (0, 1)], ids=["h_n", "output and h_n"])
+def test_a_backward_pass_whose_loop_is_refused_runs_by_the_reference(monkeypatch, given, words):
+    """The pass is met first in a user's backward(): one warning says so; asked for by name it raises."""
+    real = verify._verdict
+    verdicts = Mock(side_effect=lambda *a: "planted" if a[1].backward and a[1].dh_n else real(*a))
+    monkeypatch.setattr(verify, "_verdict", verdicts)
+    module = with_random_parameters(built(SIZE, {*words.split()} or {"norms"}), 0)
+    expected = copy.deepcopy(module)
+    expected.backend, x = "reference", call_of(module, SIZE, {"no-hx"}, 0).x.requires_grad_()
+
+    def gradients(module):
+        output, states = module(x)
+        found = output, states if words else states[0]
+        return torch.autograd.grad([found[k].square().sum() for k in given], [x, *module.parameters()])
+
+    with pytest.warns(UserWarning, match="'auto' does without the kernels of 'numba' for .*: planted") as warned:
+        found = [gradients(module) for _ in range(2)]
+    for each in found:
+        torch.testing.assert_close(each, gradients(expected), rtol=2e-4, atol=2e-5)
+    assert len([each for each in warned if "does without" in str(each.message)]) == 1
+    assert len({str(call.args[1:2]) for call in verdicts.call_args_list}) == verdicts.call_count
+    module.backend = "numba"
+    with pytest.raises(RuntimeError, match="no compiled loop can run this layer on this CPU: planted"):
+        gradients(module)
+
+
+@as_on_a_new_machine
+def test_a_call_in_a_transform_that_needs_no_gradient_falls_back_as_well(monkeypatch):
+    monkeypatch.setattr(verify, "_verdict", lambda *_: "planted")
+    gru, x = gpu_lstm.GRU(3, 6).requires_grad_(False), torch.randn(9, 5, 3)
+    with pytest.warns(UserWarning, match="does without the kernels of 'numba'"):
+        found = torch.func.grad(lambda w: (w * gru(x)[0]).sum())(torch.ones(()))
+    gru.backend = "reference"
+    torch.testing.assert_close(found, gru(x)[0].sum())
 
 
 @as_on_a_new_machine

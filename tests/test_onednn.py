@@ -125,7 +125,8 @@ def test_in_traces_graphs_modes_and_transforms(half):
         found.append(run(x))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert run(mode.from_tensor(x)).dtype is half
-    assert all(torch.equal(t, y) for t in found)
+    for t in found:  # on a CPU that computes in float16, oneDNN rounds otherwise in inference than in training
+        torch.testing.assert_close(t, y, rtol=0, atol=torch.finfo(half).eps)
 
     def loss(x):
         return run(x).float().square().sum()
@@ -210,8 +211,8 @@ def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
     for way in ["torch", "reference", "triton", "vmap", *["lengths", "zoneout"] * ("Cell" not in kind)]])  # fmt: skip
 def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
     """By oneDNN it casts a whole LSTM there, but of all others products alone, so that the dtype of states counts.
-    oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on hardly any. Elsewhere torch's own raises unless the input
-    is in half precision. Ours is cast all the same."""
+    oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on hardly any. Elsewhere torch's own raises, where ours is
+    cast all the same, unless the input is in half precision: then torch casts products alone."""
     lacks = kind in ("LSTM", "StackedLSTM") and onednn.is_on() and not onednn.has_lstm(half)
     kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
     is_cell, is_stack = "Cell" in kind, "Stacked" in kind
@@ -236,7 +237,7 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
         for module, given in (call, hx), (theirs, own_hx):
             of_x, of_hx = (half if in_half else torch.float32 for in_half in (x_in_half, hx_in_half))
             given = x.to(of_x), tree_map(lambda t, of_hx=of_hx: t.to(of_hx), given)
-            if module is theirs and lacks:
+            if module is theirs and lacks and not x_in_half:
                 found.append([half] * 3)
             else:
                 with torch.autocast("cpu", half):

@@ -228,6 +228,15 @@ def test_imports_have_no_circle():
     graphlib.TopologicalSorter({name: imported_by(name, modules) for name in modules}).prepare()
 
 
+def test_a_private_name_that_is_gone_is_named_with_the_version_of_torch():
+    code = "import torch; del torch._C._is_any_autocast_enabled; import gpu_lstm"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    said = (
+        f"ImportError: torch {torch.__version__} lacks a private name that gpu_lstm needs: .*_is_any_autocast_enabled"
+    )
+    assert re.search(re.escape(said).replace(r"\.\*", ".*"), done.stderr), done.stderr
+
+
 def test_private_names_of_torch_triton_and_python_are_in_one_file():
     """As far as they are written behind the name of a package, or imported."""
     of_packages = r"(?<![\w\"])(?:torch|triton|tl|sys|threading)(?:\.\w+)*\._[a-zA-Z]\w*"

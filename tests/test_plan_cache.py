@@ -6,9 +6,11 @@ import json
 import logging
 import multiprocessing
 import shutil
+import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -18,7 +20,7 @@ from standing_in import CUDA, H100
 import gpu_lstm
 from gpu_lstm.backends.verify import verify
 from gpu_lstm.dispatch.route import forget
-from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels import cache, layer, timeouts, triton_rnn
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_rnn import launch
@@ -77,17 +79,23 @@ def test_a_plan_is_for_one_kind_of_problem():
 
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
     """Each may change who is faster, or which kernel is right: what was found with another does not count."""
-    facts = dict.fromkeys(("card", "driver", "torch", "cuDNN", "triton", "gpu_lstm"), "1")
+    facts = dict.fromkeys(("card", "driver", "torch", "cuDNN", "triton", "cupy", "NVRTC", "gpu_lstm"), "1")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])
-    monkeypatch.setattr(cache, "version_of", lambda package: facts[package])
+    monkeypatch.setattr(triton_rnn, "version_of", lambda package: facts[package])
+    nvrtc = SimpleNamespace(getVersion=lambda: facts["NVRTC"])
     monkeypatch.setattr(cache, "sources", lambda *names: facts["gpu_lstm"])
 
     def machine():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "__version__", facts["torch"])
-            return cache.machine.__wrapped__(CUDA)
+            cupy = SimpleNamespace(__version__=facts["cupy"], cuda=SimpleNamespace(nvrtc=nvrtc))
+            patch.setitem(sys.modules, "cupy", cupy)
+            cache.machine.cache_clear()
+            found = [layer.machine_of(backend, CUDA) for backend in ("triton", "cupy")]
+            cache.machine.cache_clear()
+            return found[0] | found[1] | {"NVRTC": "".join(found[1]["NVRTC"])}
 
     for name in facts:
         before, facts[name] = machine(), "2"

@@ -45,6 +45,7 @@ def test_pieces_are_the_whole(build, backend):
     lstm, x = build(backend, batch_first=True)
     whole, states = lstm(x.transpose(0, 1))
     stream = Stream(lstm, B)
+    assert repr(stream) == f"Stream({lstm!r}, batch={B})"
     # A step is (N, I); a chunk, of one step too, (N, T, I).
     parts = [stream(x[:4].transpose(0, 1)), stream(x[4])[:, None], stream(x[5:6].transpose(0, 1)),
              stream(x[6:].transpose(0, 1))]  # fmt: skip

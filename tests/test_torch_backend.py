@@ -241,3 +241,29 @@ def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypat
     torch.testing.assert_close(results(ours, x, hx, resets=resets, lengths=lengths), expected, rtol=1e-9, atol=1e-12)
     if lengths is None:  # a reset past the end of a sequence is none
         assert sizes == [steps]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_step_with_lengths_is_a_step_and_a_choice(monkeypatch, kind, learns):
+    """NaN where a sequence has no step changes nothing, no gradient either."""
+    module, x = getattr(gpu_lstm, kind)(3, 4, 2), torch.randn(1, 4, 3)
+    lengths, hx = torch.tensor([1, 0, 1, 0]), torch.randn(2, 4, 4)
+    hx = hx if kind == "GRU" else (hx, hx)
+    monkeypatch.setattr(torch_rnn, "layer_by_torch", None)  # which takes a call a layer
+
+    def call(garbage):
+        given = x.clone()
+        given[0, 1::2] = garbage
+        y, states = module(given.requires_grad_(learns), hx, lengths=lengths)
+        states = tree_leaves(states)
+        if not learns:
+            return [y, *states]
+        return [y, *states, *torch.autograd.grad(sum(t.sum() for t in (y, *states)), [given, *module.parameters()])]
+
+    with torch.set_grad_enabled(learns):
+        found = call(0.0)
+        assert (found[0][:, 1::2] == 0).all()
+        for state, initial in zip(found[1:], tree_leaves(hx)):
+            assert torch.equal(state[:, 1::2], initial[:, 1::2])
+        assert all(map(torch.equal, call(float("nan")), found))

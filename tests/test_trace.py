@@ -33,6 +33,8 @@ def test_gates_are_the_oracles(backend, kind, ragged, options):
     traced, (_, layers) = gpu_lstm.trace(module, x, **ragged), weights_of(module)
     names = {gpu_lstm.LSTM: ("input", "forget", "candidate", "output", "cell"),
              gpu_lstm.GRU: ("reset", "update", "candidate")}[kind]  # fmt: skip
+    assert "input, forget" in repr(traced) if kind is gpu_lstm.LSTM else "reset, update" in repr(traced)
+    assert str([T, B, H]) in repr(traced)
     y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B), layers, **ragged)
     for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
         for gates, (_, _, tape) in zip(layer, taken, strict=True):

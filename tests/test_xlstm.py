@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 
 import gpu_lstm
+from gpu_lstm.call.choices import Backend
+from gpu_lstm.dispatch import available
 from gpu_lstm.tools import xlstm as tool
 
 B, S, HEADS, H = 3, 5, 2, 8
@@ -71,6 +73,35 @@ def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut, shapes):
     assert cell._theirs is type(cell).__mro__[2]
     for our, their in zip(numbers_of(cell, x, state if given else None), theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=0, atol=2e-15 * max(1.0, their.abs().max().item()))
+
+
+@pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 2))
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_second_derivatives_and_traces_are_those_of_xlstms_own_cell(steps):
+    cell, x = cell_of_xlstm().double(), tensors_for(torch.float64)[0][:, :steps].requires_grad_()
+
+    def second():
+        (first,) = torch.autograd.grad(cell(x)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), [x, *cell.parameters()])
+
+    theirs, output = second(), cell(x)[0]
+    gpu_lstm.use_for_slstm(cell)
+    torch.testing.assert_close(second(), theirs, rtol=1e-12, atol=1e-12)
+    traced = torch.jit.trace(cell, (x.detach(),), check_trace=False)
+    torch.testing.assert_close(traced(x)[0], output, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(1, "few steps on a CPU"), (9, "SLSTM")])
+def test_explain_takes_a_cell(steps, said):
+    cell, x = cell_of_xlstm(), tensors_for(torch.float32)[0][:, :1].repeat(1, steps, 1)
+    gpu_lstm.use_for_slstm(cell)
+    explanation = gpu_lstm.explain(cell, x)
+    assert said in str(explanation)
+    assert (explanation.backend == "reference") == (steps == 1 or not numba_is_there())
+
+
+def numba_is_there() -> bool:
+    return available.import_problem(Backend.NUMBA) is None
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call.choices import Backend, requested_backend
+from ..call.choices import Backend, chosen_backends, requested_backend
 from ..call.modes import Transforms, are_differentiated, is_transformed
 from ..call.request import Call
 from ..call.weights import State
 from ..kernels import private
-from ..kernels.layer import Layer
-from ..kernels.problem import Inputs
+from ..kernels.layer import Layer, NoKernel
+from ..kernels.problem import Inputs, Pass
 from . import fused
 from .fused import Saved
 from .layer_loop import NOTHING
@@ -30,47 +30,60 @@ def layer_by_kernels(
     layers: Sequence[Layer], call: Call, inputs: Inputs, row: int, reverse: bool
 ) -> tuple[Tensor, State]:
     """As layer_loop.RunLayer, by `layers` [L*D], differentiable to any order; states in the dtypes of h0 and c0."""
-    layer, modes, recompute = layers[row], call.modes, call.options.recompute
-    if not modes.grad or not any([t is not None and t.requires_grad for t in inputs]):
+    layer, modes, options = layers[row], call.modes, call.options
+    learns = modes.grad and any([t is not None and t.requires_grad for t in inputs])
+    if not learns and modes.transforms == Transforms.NONE:
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
         return h, (h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype))
     if modes.transforms != Transforms.NONE:
-        name = named(Backend(layer.backend), requested_backend(call.options.backend) is not Backend.AUTO)
-        how = How(layer.problem.cell, layer.problem.reverse, name, save=True, recompute=recompute)
-        h, h_n, c_n, *_ = InTransforms.apply(*how, *inputs)
+        h, h_n, c_n, *_ = InTransforms.apply(*how_of(layer, options.backend, learns, options.recompute), *inputs)
     else:
         count = len(inputs)
         while inputs[count - 1] is None:  # each argument of a Function costs time; those at the end have defaults
             count -= 1
-        h, h_n, c_n = _apply(layer, recompute, *inputs[:count])
+        h, h_n, c_n = _apply(layer, options.recompute, options.backend or chosen_backends[0].value, *inputs[:count])
     return h, (h_n, c_n)
+
+
+def how_of(layer: Layer, backend: Any, save: bool = False, recompute: bool = False) -> How:
+    """What operators are told of a layer; `backend`: the one that was asked for."""
+    name = named(Backend(layer.backend), requested_backend(backend) is not Backend.AUTO)
+    return How(layer.problem.cell, layer.problem.reverse, name, save, recompute)
 
 
 class RecurrentLayer(torch.autograd.Function):
     """Forward saves gates and cell states for backward."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, recompute: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """h, h_n and c_n in the dtypes of h0 and c0, from the first of the Inputs."""
+    def forward(ctx: Any, layer: Layer, recompute: bool, backend: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """h, h_n and c_n in the dtypes of h0 and c0, from the first of the Inputs; `backend`: that was asked for."""
         inputs = Inputs(*tensors)
         h, h_n, c_n, gates, c = fused.forward(layer, inputs, save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, gates.new_empty(0) if recompute else gates, c, *tensors)
-        ctx.layer = layer
+        ctx.layer, ctx.backend = layer, backend
         return h, h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype)
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple:
         """None where no gradient is needed."""
-        (h, gates, c, *tensors), (_, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
-        how = How(layer.problem.cell, layer.problem.reverse, layer.backend)
+        (h, gates, c, *tensors), (_, _, _, *needed), layer = ctx.saved_tensors, ctx.needs_input_grad, ctx.layer
         if is_transformed() or are_differentiated(h, (gates, c, *tensors), output_gradients):
-            return None, None, *gradients(how, output_gradients, (h, gates, c), needed, tensors)
+            how = How(layer.problem.cell, layer.problem.reverse, layer.backend)
+            return None, None, None, *gradients(how, output_gradients, (h, gates, c), needed, tensors)
         names = Inputs._fields[: len(tensors)]
         wanted = set(compress(names, needed))
-        with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
-            by_name = fused.gradients(layer, Saved(Inputs(*tensors), h, gates, c), output_gradients, wanted)
-        return None, None, *map(by_name.get, names)
+        saved = Saved(Inputs(*tensors), h, gates, c)
+        try:
+            with torch.no_grad() if torch.is_grad_enabled() else NOTHING:
+                by_name = fused.gradients(layer, saved, output_gradients, wanted)
+        except (NoKernel, torch.OutOfMemoryError):  # forward ran by a kernel, and this pass is met here first
+            how, (dh, dh_n, _) = how_of(layer, ctx.backend), output_gradients
+            pass_ = Pass(True, True, dh is not None, dh_n is not None)
+            if how.asked or layer.has_kernel(pass_, saved.inputs):
+                raise
+            return None, None, None, *gradients(how, output_gradients, (h, gates, c), needed, tensors)
+        return None, None, None, *map(by_name.get, names)
 
 
 # Skips what Function.apply does for transforms, argument by argument.

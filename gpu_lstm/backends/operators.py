@@ -57,6 +57,11 @@ class How(NamedTuple):
     save: bool = False  # return what backward reads
     recompute: bool = False  # but no gates
 
+    @property
+    def asked(self) -> bool:
+        """Whether a user named the backend, which then runs or raises."""
+        return not self.backend.startswith(AUTO)
+
 
 AUTO = "auto "
 """Before the name of a backend of kernels that nobody asked for: another one runs where these have no right one."""
@@ -77,13 +82,12 @@ def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
     if backend not in KERNEL_BACKENDS:
         return backend
     problem = problem_of(inputs, how.cell, how.reverse, recurrent_precision(inputs.x.dtype))
-    asked = how.backend == backend.value
     try:
         layer = verify.layer_of(backend, problem, inputs.x.device)
-        if asked or layer.has_kernel(pass_, inputs):
+        if how.asked or layer.has_kernel(pass_, inputs):
             return layer
     except ImportError as error:  # the program was exported where the backend could run
-        if asked:
+        if how.asked:
             raise
         cache.warn_once(f"backend 'auto' does without {backend.value!r}, for which the program was made: {error}")
     return Backend.TORCH if torch_rnn.has(CELLS[how.cell], inputs) else Backend.REFERENCE

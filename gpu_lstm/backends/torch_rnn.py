@@ -23,6 +23,7 @@ from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
+from ..call.sequences import EVERY_STEP
 from ..call.weights import NAMES, State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
@@ -47,8 +48,11 @@ def has(cell: Cell, inputs: Inputs) -> bool:
 def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     """What torch's own operator returns of what a module or a cell was given; None: it does not take all as it is."""
     options, weights, state = request.options, request.weights, request.states[0]
-    if not request.traversal.is_plain():
+    lengths, resets, *_ = request.traversal
+    if resets is not None or (lengths is not None and request.steps > 1):
         return None
+    if lengths is not None:
+        return _step_of_some(request, lengths)
     if isinstance(options.role, roles.Cell):
         state = one_step(options.cell, request.x, state, weights[0][0])
         return state[0], [state]
@@ -57,8 +61,21 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     if request.steps == 1 and request.batch <= MOST_ROWS and _is_step(request):
         return _cell_by_cell(options.cell, request.x, state, weights)
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
-    y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
+    noise = options.dropout, options.training
+    y, state = stack(options.cell, request.x, state, weights, *noise, sizes, request.modes.whole)
     return y, [state]
+
+
+def _step_of_some(request: Request, lengths: Tensor) -> tuple[Tensor, list[State]] | None:
+    """`as_given` of one step with lengths [B]: all sequences take the step, and those of length 0 keep their state."""
+    there = (lengths > 0)[:, None]  # [B, 1]
+    states = [(torch.where(there, h, 0), torch.where(there, c, 0)) for h, c in request.states]
+    # Zeros, since a NaN in padding would reach the gradients of weights.
+    all_of_them = request._replace(x=torch.where(there, request.x, 0), states=states, traversal=EVERY_STEP)
+    if (found := as_given(all_of_them)) is None:
+        return None
+    y, ((h, c),), (h0, c0) = *found, request.states[0]
+    return torch.where(there, y, 0), [(torch.where(there, h, h0), torch.where(there, c, c0.to(c.dtype)))]
 
 
 def one_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
@@ -75,7 +92,8 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     options, cell = call.options, call.options.cell
     is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
     if is_plain and options.in_one_call:
-        y, final = stack(cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
+        noise, whole = (options.dropout, options.training), call.modes.whole
+        y, final = stack(cell, call.x, joined(call.states), call.weights, *noise, whole=whole)
         return y, split(final)
 
     def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
@@ -87,7 +105,8 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
 
     def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
         with named(k, None, Backend.TORCH):
-            y, final = stack(cell, x, joined(states), [call.weights[k]], training=options.training)
+            whole = call.modes.whole or k > 0  # of later layers the input is what torch's own returned
+            y, final = stack(cell, x, joined(states), [call.weights[k]], training=options.training, whole=whole)
         return y, split(final)
 
     if is_plain:
@@ -114,12 +133,13 @@ def stack(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,  # as in a PackedSequence
+    whole: bool = True,  # see Modes
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     if x.is_cpu and batch_sizes is None and cell is not GRU and layers[0][0].weight_hr is None:
         half = autocast_dtype(x)  # to which autocast casts it for oneDNN, which may have no LSTM in it on this CPU
-        if half is not None and onednn.is_on() and not onednn.has_lstm(half):
+        if whole and half is not None and onednn.is_on() and not onednn.has_lstm(half):
             state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
             with torch.autocast("cpu", enabled=False):
                 return stack(cell, x.to(half), state, layers, dropout, training)

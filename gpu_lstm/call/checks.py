@@ -24,6 +24,28 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
+def check_positive(name: str, size: object) -> None:
+    """Raise, in torch's words, unless `size` is a positive int."""
+    if not isinstance(size, int):
+        raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"{name} must be greater than zero")
+
+
+def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str] = ()) -> None:
+    """Raise unless it is a number of heads that divides the units, with nothing that reaches over heads."""
+    check_positive("heads", heads)
+    if heads == 1:
+        return
+    check_positive("hidden_size", hidden)
+    if hidden % heads:
+        raise ValueError(f"hidden_size must be divisible by heads, got hidden_size={hidden} and heads={heads}")
+    if projected:
+        raise ValueError(f"heads are not defined with a projection: expected proj_size 0, got {projected}")
+    if not {"hh", "c"}.isdisjoint(norms):
+        raise ValueError(f"layer_norm of 'hh' or 'c' is over all units: expected heads=1, got {heads}")
+
+
 def check_tensor(value: object, name: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")

@@ -19,6 +19,12 @@ def is_on() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled or is_exporting())
 
 
+@constant_when_traced
+def takes_whole_lstms(dtype: torch.dtype) -> bool:
+    """Whether torch gives oneDNN an LSTM whose input has this dtype, and so casts all of it under autocast."""
+    return is_on() and (dtype is torch.float32 or has_lstm(dtype))
+
+
 @functools.cache
 def has_lstm(half: torch.dtype) -> bool:
     """Whether oneDNN has an LSTM in half precision on this CPU: tried in a thread, where no mode of the caller acts."""

@@ -8,13 +8,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
-from . import checks
+from ..kernels.cells import Cell
+from . import checks, roles
+from .choices import parse_backend_name
 from .modes import PLAIN, Recording, Transforms, modes
-from .options import Options
+from .options import NORMS, Arguments, Options, options_of
 from .request import Request
 from .roles import RESET_STATES, Form
 from .sequences import EVERY_STEP, Traversal
-from .weights import State, Weights
+from .weights import State, Weights, size_of
 
 
 def prepare(
@@ -61,6 +63,34 @@ def prepare(
             states = _reset_before_the_first_step(states, lengths, resets, options.directions == 2)
             traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
+
+
+def prepare_layer(
+    cell: Cell, x: Tensor, weights: Weights, given: tuple, reverse: bool = False, backend: Any = None, heads: int = 1
+) -> Request:
+    """The call of a layer, checked, from x [T, B, I], or from W_ih x; `given`: the rest of what `prepare` takes."""
+    checks.check_bool("reverse", reverse)
+    checks.check_tensor(x, "input")
+    checks.check_dimensions("input", x, 3)
+    if not x.is_floating_point():
+        raise TypeError(f"input should be of a floating point dtype, got: {x.dtype}")
+    hidden = size_of(weights, cell.rows).hidden
+    projected = None if weights.weight_hr is None else len(weights.weight_hr)
+    for name, size in (("hidden_size", hidden), ("proj_size", projected)):
+        if size == 0:
+            raise ValueError(f"{name} must be greater than zero")
+    gains = weights.gain_ih, weights.gain_hh, weights.gain_c
+    norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
+    checks.check_heads(heads, int(hidden), projected or 0, norms)
+    for name, tensor in (("z", x), ("bias", weights.bias_ih)) if weights.weight_ih is None else ():
+        if tensor is not None:
+            checks.check_size(name, tensor, (*tensor.shape[:-1], cell.rows * hidden))
+    arguments = Arguments(
+        cell.name, roles.Function, (hidden,), weights.weight_peephole is not None, norms, heads,
+        None if weights.weight_ih is None else x.shape[-1], weights.bias_ih is not None,
+        None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
+    )  # fmt: skip
+    return prepare(options_of(*arguments), [[weights]], x, *given)
 
 
 def _check_tensors(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.rnn import GRUCell, LSTMCell
+from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..equations import EQUATIONS
@@ -26,6 +26,7 @@ from . import checks
 from .modes import autocasts
 from .weights import Size, State, Weights
 
+TORCHS = vars(rnn).copy()  # torch's classes by name, also where somebody puts ours in their place later
 RESET_STATES = "reset_states"  # the argument of a call, as errors name it
 
 
@@ -312,7 +313,7 @@ class Cell(Role):
             weights = Weights(x.new_empty(rows, self.inputs), x.new_empty(rows, self.hidden))
         as_torchs: Any = SimpleNamespace(hidden_size=self.hidden, **weights._asdict())
         try:
-            (GRUCell if self.one_state else LSTMCell).forward(as_torchs, x, hx)
+            TORCHS[self.name].forward(as_torchs, x, hx)
         except (AttributeError, TypeError) as error:
             cure = "; hx is one tensor" if self.one_state else checks.cure_of_one(hx, "a cell expects (h, c)")
             raise type(error)(f"{error}{cure}") from None

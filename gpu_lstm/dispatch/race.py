@@ -4,6 +4,7 @@ The first call of a kind races them on random data of its size; the result is ca
 race, the expected winner runs.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -24,7 +25,7 @@ from ..call.request import Request
 from ..call.roles import TIME_FIRST
 from ..call.settings import Setting, alone
 from ..kernels import cache
-from ..kernels.layer import launcher_of
+from ..kernels.layer import launcher_of, machine_of
 from ..kernels.private import default_store, is_profiled
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from . import available, cpu_rule
@@ -109,7 +110,7 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
     how = {"kernel": able.value, "multiprocessors": launcher_of(able.value).card_of(device).multiprocessors}
-    return cache.machine(device) | how | kind.as_json()
+    return machine_of(able.value, device) | how | kind.as_json()
 
 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
@@ -208,7 +209,11 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     first = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
-    sample = call._replace(x=data, steps=steps, states=states, weights=weights, traversal=first, form=TIME_FIRST)
+    options = copy.copy(call.options)
+    options.backend = backend.value  # as a user names it, so that nothing else runs in its place
+    sample = call._replace(
+        x=data, steps=steps, states=states, weights=weights, traversal=first, options=options, form=TIME_FIRST
+    )
     route = build(sample, kind, backend)
 
     def run() -> None:

@@ -52,15 +52,24 @@ def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
     k = l + F.logsigmoid(f)
     a = i - k.clamp(min=torch.finfo(k.dtype).min)  # -inf, not NaN, where both are -inf
     gates = a.sigmoid(), (-f).sigmoid(), g.tanh(), o.sigmoid()
-    newer = a > 0  # not maximum and abs, whose second derivatives are wrong where both are equal
-    l = torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
-    return gates, torch.stack([next_cell(gates, q), l])
+    return gates, torch.stack([next_cell(gates, q), _log_of_sum(i, k, a)])
+
+
+def _log_of_sum(i: Tensor, k: Tensor, a: Tensor) -> Tensor:
+    """log(e^k + e^i), where a = i - k, with right derivatives of any order.
+
+    Second derivatives of torch.logaddexp are NaN far apart; those of maximum and abs are wrong where both are equal.
+    """
+    newer = a > 0
+    return torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
 
 
 def next_state(i: Tensor, f: Tensor, g: Tensor, q: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
-    """q' and l' of pre-activations, all of one size, in the fewest operators: of no second derivatives."""
+    """q' and l' of pre-activations, all of one size; without gradients in the fewest operators."""
     k = (l + F.logsigmoid(f)).clamp(min=torch.finfo(l.dtype).min)  # i - k is not NaN where both are -inf
-    return torch.lerp(q, g.tanh(), (i - k).sigmoid()), torch.logaddexp(i, k)
+    a = i - k
+    l = _log_of_sum(i, k, a) if torch.is_grad_enabled() else torch.logaddexp(i, k)
+    return torch.lerp(q, g.tanh(), a.sigmoid()), l
 
 
 def next_cell(gates: FourGates, c: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the modules share: arguments, which are checked when they are given or set, and how a call reads them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, overload
 
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call import roles
-from ..call.checks import check_bool, check_unprojected
+from ..call.checks import check_bool, check_heads, check_positive, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS, Options
 from ..call.regularisers import BY_NAME, OURS
@@ -27,7 +27,7 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
         case "backend":
             return None if value is None else parse_backend_name(value)
         case "heads":
-            check_size(name, value)
+            check_positive(name, value)
         case "recompute":
             check_bool(name, value)
             if value and cell.kept > 1:
@@ -48,28 +48,6 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
         known = ", ".join(map(repr, NORMS))
         raise ValueError(f"{LAYER_NORM} should be a bool, or name some of {known}, got {layer_norm!r}")
     return tuple(norm for norm in NORMS if norm in layer_norm)
-
-
-def check_size(name: str, size: object) -> None:
-    """Raise, in torch's words, unless `size` is a positive int."""
-    if not isinstance(size, int):
-        raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-    if size <= 0:
-        raise ValueError(f"{name} must be greater than zero")
-
-
-def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str] = ()) -> None:
-    """Raise unless it is a number of heads that divides the units, with nothing that reaches over heads."""
-    check_size("heads", heads)
-    if heads == 1:
-        return
-    check_size("hidden_size", hidden)
-    if hidden % heads:
-        raise ValueError(f"hidden_size must be divisible by heads, got hidden_size={hidden} and heads={heads}")
-    if projected:
-        raise ValueError(f"heads are not defined with a projection: expected proj_size 0, got {projected}")
-    if not {"hh", "c"}.isdisjoint(norms):
-        raise ValueError(f"{LAYER_NORM} of 'hh' or 'c' is over all units: expected heads=1, got {heads}")
 
 
 OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")

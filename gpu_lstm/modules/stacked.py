@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call import roles
-from ..call.checks import check_bool
+from ..call.checks import check_bool, check_heads, check_positive
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
@@ -17,7 +17,7 @@ from ..call.regularisers import NAMES
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import OF_LAYERS, Called, HasVariants, Layers, check_heads, check_size, norms_of, repr_of, weights_of
+from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_of
 from .recurrent import GRU, LSTM
 from .tracing import traced
 
@@ -43,9 +43,9 @@ class Stack(Layers, nn.Module):
         if not sizes:
             raise ValueError("hidden_sizes must have at least one layer")
         given["hidden_sizes"] = list(sizes)
-        check_size("input_size", given["input_size"])
+        check_positive("input_size", given["input_size"])
         for size in sizes:
-            check_size("hidden_size", size)
+            check_positive("hidden_size", size)
             check_heads(given["heads"], size)
         for name in ("batch_first", "bidirectional", "residual"):
             check_bool(name, given[name])

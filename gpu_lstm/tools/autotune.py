@@ -5,13 +5,13 @@ import importlib
 import torch
 
 from ..backends.verify import verify
+from ..call.checks import check_heads, check_positive
 from ..call.choices import Backend
 from ..call.modes import recurrent_precision
 from ..dispatch.available import why_unavailable
 from ..dispatch.route import forget
 from ..kernels.cells import CELLS
 from ..kernels.problem import Problem
-from ..modules.arguments import check_heads, check_size
 
 
 def autotune(
@@ -41,7 +41,7 @@ def autotune(
         RuntimeError: a CUDA graph is being captured, or no plan can be timed.
     """
     for name, size in dict(hidden_size=hidden_size, batch=batch, steps=steps, proj_size=proj_size or 1).items():
-        check_size(name, size)
+        check_positive(name, size)
     if cell not in CELLS:
         raise ValueError(f"cell should be one of {', '.join(map(repr, CELLS))}, got {cell!r}")
     if proj_size and CELLS[cell].one_state:

@@ -21,6 +21,7 @@ from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import able_to_run
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
+from .xlstm import ByOurs
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def explain(
     The place matters: autograd on or off, training, autocast, `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
-        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU.
+        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a cell of `use_for_slstm`.
         x, hx, lengths, resets, reset_states: as `module` accepts them. Only the shape, dtype, device and requires_grad
             of x matter, whether lengths, resets and reset_states are given, and on a CPU whether a reset comes after
             the first step; hx is ignored.
@@ -108,13 +109,20 @@ def explain(
         TypeError: `module` is of none of these classes.
         ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
-    if not isinstance(module, Layers):
+    if not isinstance(module, Layers | ByOurs):
         got = "{0.__module__}.{0.__name__}".format(type(module))
         advice = ": convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
         raise TypeError(f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {got}{advice}")
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
-    call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)
+    if isinstance(module, Layers):
+        call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)
+    elif (found := module.request(x)) is not None:
+        call = found
+    else:
+        few = "few steps on a CPU: a call of slstm_layer would cost more than it computes"
+        how = "a loop over steps in torch's operators"
+        return Explanation("sLSTM cell", Backend.REFERENCE.value, few, None, how, f"in {x.dtype}", {}, None, [])
     kind = kind_of(call)
     decision = race.decide(call, kind, able_to_run(call, kind), dry=True)
     route, backend = race.build(call, kind, decision.backend), decision.backend

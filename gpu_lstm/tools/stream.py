@@ -59,6 +59,9 @@ class Stream:
         if hx is not None:
             self.state = hx
 
+    def __repr__(self) -> str:
+        return f"Stream({self.module!r}, batch={self.batch})"
+
     @property
     def state(self) -> Any:
         """A copy of the state after the last step, as `module` returns it. Set it, as hx, to continue from another."""

@@ -33,6 +33,12 @@ class Trace(Generic[Gates]):
     layers: list[list[Gates]]  # [L][D]; each gate is [T, B, H], time first whatever batch_first says, B = 1 unbatched
     lengths: Tensor | None  # [B]
 
+    def __repr__(self) -> str:
+        """The names of the gates and their sizes: the numbers would fill the screen."""
+        (first, *_), *_ = self.layers
+        sizes = [[list(each[0].shape) for each in layer] for layer in self.layers]
+        return f"Trace of {', '.join(first._fields)}; layers[k][d] of sizes [T, B, H] {sizes}"
+
 
 @overload
 def trace(

@@ -10,8 +10,12 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from ..call.checks import check_bool
 from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, modes
+from ..call.prepare import prepare_layer
+from ..call.request import Request
+from ..call.weights import Weights
 from ..equations.slstm import next_state, states_from
 from ..functional import slstm_layer
+from ..kernels.cells import SLSTM
 
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
           "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
@@ -70,7 +74,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
 
 
 def _by_ours(theirs: type) -> type:
-    return type(theirs.__name__, (_ByOurs, theirs), {"_theirs": theirs})
+    return type(theirs.__name__, (ByOurs, theirs), {"_theirs": theirs})
 
 
 def _remade(theirs: type) -> Any:
@@ -79,7 +83,7 @@ def _remade(theirs: type) -> Any:
     return cls.__new__(cls)
 
 
-class _ByOurs(nn.Module):
+class ByOurs(nn.Module):
     """A mixin before their class. Sizes: B, S = T, N heads of D units, H = N D."""
 
     _theirs: Any
@@ -96,19 +100,13 @@ class _ByOurs(nn.Module):
 
         Like their forward it accepts `lengths` and does not use them.
         """
-        z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)  # [S, B, 4H]
-        kernel, bias = self._recurrent_kernel_.to(z.dtype), self._bias_.to(z.dtype)
-        heads, rows, columns = kernel.shape
-        if rows > columns:  # vanilla: [N, 4 D of z, D of h] and [4, N, D]
-            kernel = kernel.mT
-        else:  # [N, D of h, 4 D of z] and [N, 4, D]
-            bias = bias.unflatten(0, (heads, 4, -1)).transpose(0, 1).flatten()
-        if _is_short(z, kernel, state):
+        z, kernel, bias = self._tensors(input)
+        heads = int(kernel.shape[0])  # torch.jit.trace has a tensor
+        if is_short(z, kernel, state):
             h, final = _by_steps(z, kernel, bias, state)
         else:
-            weight = kernel.unflatten(2, (4, -1)).permute(2, 0, 3, 1).flatten(0, 2)  # [4H, D]
             hx = None if state is None else (state[0].to(z.dtype), *state[1:])
-            h, states = slstm_layer(z, weight, bias, hx, heads=heads)
+            h, states = slstm_layer(z, _weight_hh(kernel), bias, hx, heads=heads)
             final = torch.stack([each.to(torch.promote_types(z.dtype, torch.float32)) for each in states])
         shape = getattr(self.config, "output_shape", "BNSH")
         if "N" in shape:
@@ -116,8 +114,29 @@ class _ByOurs(nn.Module):
             return h if shape == "SBNH" else h.permute(1, 2, 0, 3), final
         return h if shape == "SBH" else h.transpose(0, 1), final
 
+    def _tensors(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [S, B, 4H], the kernel [N, D of h, 4 D of z] and the bias [4H], in the dtype of z."""
+        z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)
+        kernel, bias = self._recurrent_kernel_.to(z.dtype), self._bias_.to(z.dtype)
+        heads, rows, columns = map(int, kernel.shape)
+        if rows > columns:  # vanilla: [N, 4 D of z, D of h] and [4, N, D]
+            return z, kernel.mT, bias
+        return z, kernel, bias.unflatten(0, (heads, 4, -1)).transpose(0, 1).flatten()  # of [N, 4, D]
 
-def _is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
+    def request(self, input: Tensor) -> Request | None:
+        """The call of `slstm_layer` that `forward` makes, for `explain`; None: few steps are computed here."""
+        z, kernel, bias = self._tensors(input)
+        if is_short(z, kernel, None):
+            return None
+        return prepare_layer(SLSTM, z, Weights(None, _weight_hh(kernel), bias), (), heads=len(kernel))
+
+
+def _weight_hh(kernel: Tensor) -> Tensor:
+    """[N, D of h, 4 D of z] -> [4H, D]."""
+    return kernel.unflatten(2, (4, -1)).permute(2, 0, 3, 1).flatten(0, 2)
+
+
+def is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
     """Whether `_by_steps` can run a call, and is faster; all else, errors too, is left to slstm_layer."""
     if not (z.is_cpu and kernel.is_cpu and z.dtype in (torch.float32, torch.float64) and z.dim() == 3):
         return False

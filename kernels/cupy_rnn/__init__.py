@@ -2,11 +2,19 @@
 
 import torch
 
+from ..cache import Key
+
 DEVICES, RACED = ("cuda",), True
 DTYPES = torch.float16, torch.bfloat16, torch.float32
 PACKAGES = ("cupy-cuda12x", "cupy-cuda13x")
 _CUDA = "12" if (torch.version.cuda or "").startswith("12.") else "13"
 NEEDS = f'CuPy and NVRTC: pip install "cupy-cuda{_CUDA}x[ctk]>=14.2"'  # as the extras of pyproject.toml
+
+
+def made_by() -> Key:
+    import cupy
+
+    return {"cupy": cupy.__version__, "NVRTC": list(cupy.cuda.nvrtc.getVersion())}
 
 
 def import_packages() -> None:

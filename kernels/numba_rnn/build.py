@@ -5,7 +5,7 @@ import functools
 import hashlib
 import logging
 import os
-import platform
+import re
 import shutil
 import tempfile
 import types
@@ -14,45 +14,51 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding
 import numba
 import torch
 
 from .. import cache
-from . import steps
+from . import made_by, steps
 from .functions import HOW
 
 logger = logging.getLogger("gpu_lstm")
 PROCESS = os.getpid()
 
 
-def folder() -> Path | None:
-    """Where compiled functions are kept, by all that decides them; None: nowhere, which one warning says.
+def name_of_folder() -> str:
+    """The digest of everything that decides what Numba compiles: our sources and the facts of `made_by`.
 
-    Numba itself sees neither an edit of an imported file nor another CPU that has the same name; and it would keep them
-    for each path that this package is installed at.
+    Numba itself sees neither an edit of an imported file nor another CPU that has the same name. It would also keep the
+    functions once for each path that this package is installed at.
     """
-    cpu = llvmlite.binding.get_host_cpu_name(), llvmlite.binding.get_host_cpu_features().flatten()
-    facts = cache.sources("kernels/numba_rnn"), numba.__version__, platform.python_version(), *cpu
-    try:
-        if (ours := cache.folder()) is None:
-            raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
-        path = ours / "compiled" / hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        for each in (ours, path.parent, path):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(path, os.W_OK):
-            return path
-        if not any(path.rglob("*.nbi")):
-            raise PermissionError(f"{path} is read-only")
-        return Path(copied(path).name)
-    except OSError as error:
-        cache.warn_of_nothing_kept(error)
-        return None
+    return hashlib.sha256(repr((cache.sources("kernels"), made_by())).encode()).hexdigest()[:16]
+
+
+def folder(name: str) -> Path:
+    """Where a compiled function is read from, and else kept; raises an OSError if it cannot be kept anywhere."""
+    ours, digest = cache.folder(), name_of_folder()
+    path = ours and ours / "compiled" / digest
+    for root in cache.folders():
+        if files_of(found := root / "compiled" / digest, name):
+            # Numba reads no folder that it cannot write to.
+            return found if found == path and os.access(found, os.W_OK) else Path(copied(found).name)
+    if ours is None or path is None:
+        raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
+    for each in (ours, path.parent, path):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} is read-only")
+    return path
+
+
+def files_of(path: Path, name: str) -> list[Path]:
+    """The files of a compiled function in a folder; none where it is not kept."""
+    return list(path.rglob(f"*.{name}-*.nb?"))
 
 
 @functools.cache
 def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
-    """A copy of a folder for this process: Numba reads none that it cannot write to."""
+    """A copy of a folder for this process."""
     copy = tempfile.TemporaryDirectory(prefix="gpu_lstm-")
     for file in path.rglob("*.*"):
         target = copy.name / file.relative_to(path)
@@ -63,34 +69,61 @@ def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def function(name: str) -> Callable[[int], None]:
-    """A function of steps.py, which is called without Python's lock."""
-    path, source = folder(), getattr(steps, name)
-    kept = [] if path is None else list(Path(numba.config.CACHE_DIR or path).rglob(f"*.{name}-*.nb?"))
+    """A function of steps.py, which is called without Python's lock.
+
+    A RuntimeError says what Numba cannot compile, and where.
+    """
+    path, kept, not_kept = None, [], f"the compiled {name} loop is not kept"
+    try:
+        path = folder(name)
+        kept = files_of(Path(numba.config.CACHE_DIR or path), name)
+    except OSError as error:
+        cache.warn_of_nothing_kept(error, not_kept)
     if not kept:
+        others = path and [each for each in path.parent.iterdir() if each != path]
         logger.warning(
             "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in 5 to 10 seconds; "
-            "backend 'torch' does without",
-            name,
-        )
+            "backend 'torch' does without%s",
+            name, "; the loops in the cache are of another version or CPU" if others else "",
+        )  # fmt: skip
     try:
-        if path is not None:  # it is kept next to the file that it says to come from
-            file = path / "steps.py"
-            if not file.exists():
-                file.touch()
-                os.utime(file, (0, 0))  # the same in a copy, since Numba looks at the time
-            source = types.FunctionType(source.__code__.replace(co_filename=str(file)), source.__globals__, name)
-        compiled: Any = numba.cfunc("void(intp)", cache=path is not None, **HOW)(source)
+        compiled = compile_in(path, name)
+    except numba.core.errors.NumbaError as error:
+        raise RuntimeError(f"Numba {numba.__version__} cannot compile the {name} loop: {last_frame(error)}") from error
     except Exception as error:  # what Numba raises where a file is damaged, or the disk is full, is undocumented
         if path is None:
             raise
+        if isinstance(error, OSError):
+            cache.warn_of_nothing_kept(error, not_kept)
+        else:
+            what = f"a compiled loop in {path} is damaged, and is compiled again"
+            cache.warn_once(f"{what}: {type(error).__name__}: {error}")
         for each in kept:  # so that the next process keeps it again
             each.unlink(missing_ok=True)
-        what = f"a compiled loop in {path} is damaged, or cannot be kept, and is compiled for this process"
-        cache.warn_once(f"{what}: {type(error).__name__}: {error}")
-        compiled = numba.cfunc("void(intp)", **HOW)(source)
+        compiled = compile_in(None, name)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back
     return function
+
+
+def compile_in(path: Path | None, name: str) -> Any:
+    """A function of steps.py, compiled, or read from a folder; None: kept nowhere."""
+    source = getattr(steps, name)
+    if path is not None:  # it is kept next to the file that it says to come from
+        file = path / "steps.py"
+        if not file.exists():
+            file.touch()
+            os.utime(file, (0, 0))  # the same in a copy, since Numba looks at the time
+        source = types.FunctionType(source.__code__.replace(co_filename=str(file)), source.__globals__, name)
+    return numba.cfunc("void(intp)", cache=path is not None, **HOW)(source)
+
+
+def last_frame(error: Exception) -> str:
+    """What is wrong, and the innermost line where it is, from an error of Numba that names all callers."""
+    lines = re.sub(r"\x1b\[\d+m", "", str(error)).splitlines()
+    told = [line for line in lines if line.strip() and not line.startswith(("Failed in", "During: "))]
+    places = [line for line in lines if line.startswith("During: typing of")]
+    return " ".join([*told[:1], *places[:1], "Please report this; backend 'torch' or 'reference' does without Numba"])
 
 
 @functools.cache

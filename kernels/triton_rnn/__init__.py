@@ -2,9 +2,15 @@
 
 import torch
 
+from ..cache import Key, version_of
+
 DEVICES, RACED = ("cuda",), True
 DTYPES = torch.float16, torch.bfloat16, torch.float32
 PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
+
+
+def made_by() -> Key:
+    return {"triton": version_of("triton")}
 
 
 def import_packages() -> None:

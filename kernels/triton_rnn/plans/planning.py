@@ -75,6 +75,7 @@ class Held:
 class Plan:
     """A family, with sizes that only its kernels have, and its tiles, warps and grid."""
 
+    backend: ClassVar = "triton"
     family: Resident | Cooperative | Pointwise | Step | Held
     rows: int  # sequences of a batch tile
     units: int  # hidden units whose cells a program computes
