@@ -1,7 +1,9 @@
 """An LSTM, GRU or sLSTM layer as a function."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
@@ -11,14 +13,26 @@ from .call.prepare import prepare_layer
 from .call.weights import State, Weights
 from .dispatch.route import run
 from .kernels import heads as products
-from .kernels.cells import GRU, LSTM, SLSTM, Cell
+from .kernels.cells import GRU, LSTM, SLSTM
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.10 has none
+
+
+class _How(TypedDict, total=False):
+    """The keyword arguments of all functions here; `lstm_layer` documents them."""
+
+    lengths: Tensor | None
+    resets: Tensor | None
+    reset_states: Any
+    reverse: bool
+    backend: BackendName | Backend | None
+    heads: int
 
 
 def lstm_layer(
-    x: Tensor, weights: Weights | Sequence[Tensor | None], hx: State | None = None, *, lengths: Tensor | None = None,
-    resets: Tensor | None = None, reset_states: State | None = None, reverse: bool = False,
-    backend: BackendName | Backend | None = None, heads: int = 1,
-) -> tuple[Tensor, State]:  # fmt: skip
+    x: Tensor, weights: Weights | Sequence[Tensor | None], hx: State | None = None, **how: Unpack[_How]
+) -> tuple[Tensor, State]:
     """One LSTM layer in one direction.
 
     Args:
@@ -47,14 +61,12 @@ def lstm_layer(
             H = 0 or P = 0; more steps, sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
-    return _run(LSTM, x, named_weights(weights, LSTM), (hx, lengths, resets, reset_states), reverse, backend, heads)
+    return run(prepare_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
 
 
 def gru_layer(
-    x: Tensor, weights: Weights | Sequence[Tensor | None], hx: Tensor | None = None, *, lengths: Tensor | None = None,
-    resets: Tensor | None = None, reset_states: Tensor | None = None, reverse: bool = False,
-    backend: BackendName | Backend | None = None, heads: int = 1,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor, weights: Weights | Sequence[Tensor | None], hx: Tensor | None = None, **how: Unpack[_How]
+) -> tuple[Tensor, Tensor]:
     """One GRU layer in one direction.
 
     Args:
@@ -71,13 +83,12 @@ def gru_layer(
     Raises:
         RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
     """
-    return _run(GRU, x, named_weights(weights, GRU), (hx, lengths, resets, reset_states), reverse, backend, heads)
+    return run(prepare_layer(GRU, x, named_weights(weights, GRU), hx, **how))
 
 
 def slstm_layer(
     z: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
-    hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
-    resets: Tensor | None = None, reverse: bool = False, backend: BackendName | Backend | None = None, heads: int = 1,
+    hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, **how: Unpack[_How],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """One sLSTM layer in one direction, see `SLSTM`, whose input product W_ih x the caller has computed.
 
@@ -98,12 +109,7 @@ def slstm_layer(
         if tensor is not None or name != "bias":
             check_tensor(tensor, name)
             check_dimensions(name, tensor, dimensions)  # type: ignore[arg-type]
-    return _run(SLSTM, z, Weights(None, weight_hh, bias), (hx, lengths, resets), reverse, backend, heads)
-
-
-def _run(cell: Cell, x: Tensor, weights: Weights, *given: Any) -> tuple[Tensor, Any]:
-    """What a layer of a cell returns."""
-    return run(prepare_layer(cell, x, weights, *given))
+    return run(prepare_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:

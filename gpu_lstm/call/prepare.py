@@ -66,9 +66,10 @@ def prepare(
 
 
 def prepare_layer(
-    cell: Cell, x: Tensor, weights: Weights, given: tuple, reverse: bool = False, backend: Any = None, heads: int = 1
-) -> Request:
-    """The call of a layer, checked, from x [T, B, I], or from W_ih x; `given`: the rest of what `prepare` takes."""
+    cell: Cell, x: Tensor, weights: Weights, hx: Any = None, *, reverse: bool = False, heads: int = 1,
+    backend: Any = None, **rest: Any,
+) -> Request:  # fmt: skip
+    """The call of one layer in one direction, from x [T, B, I], or from W_ih x [T, B, 4H]; `rest` as for `prepare`."""
     checks.check_bool("reverse", reverse)
     checks.check_tensor(x, "input")
     checks.check_dimensions("input", x, 3)
@@ -90,7 +91,7 @@ def prepare_layer(
         None if weights.weight_ih is None else x.shape[-1], weights.bias_ih is not None,
         None if backend is None else parse_backend_name(backend), proj_size=projected or 0, reverse=reverse,
     )  # fmt: skip
-    return prepare(options_of(*arguments), [[weights]], x, *given)
+    return prepare(options_of(*arguments), [[weights]], x, hx, **rest)
 
 
 def _check_tensors(

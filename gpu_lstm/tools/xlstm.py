@@ -128,7 +128,7 @@ class ByOurs(nn.Module):
         z, kernel, bias = self._tensors(input)
         if is_short(z, kernel, None):
             return None
-        return prepare_layer(SLSTM, z, Weights(None, _weight_hh(kernel), bias), (), heads=len(kernel))
+        return prepare_layer(SLSTM, z, Weights(None, _weight_hh(kernel), bias), heads=len(kernel))
 
 
 def _weight_hh(kernel: Tensor) -> Tensor:

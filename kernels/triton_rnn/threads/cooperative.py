@@ -1,20 +1,35 @@
-"""The cooperative family: the whole sequence in one launch, W_hh spread over many programs, h exchanged at each step.
+"""The cooperative family: one launch runs the whole sequence, W_hh is spread over programs, h is exchanged at each step.
 
-The programs of one batch tile are a group, which never waits for another. Each owns UNITS hidden units, and keeps its
-rows of W_hh in registers. A group may have several batch tiles, one after another: a step of one is a *turn*.
+The programs of one batch tile are a group, and groups never wait for each other. A program owns UNITS hidden units, and
+keeps its rows of W_hh in registers. A group may have several batch tiles, one after another: a step of one batch tile
+is a *turn*. One turn of a program, forward:
 
-forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
-backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
-           GATES / PARTNERS gates for all of these, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the dgates of
-           these gates. Partners exchange their sums in a second exchange.
+    memory: gates, c, zoneout  ---load--->  inputs of the thread's own cell, which arrive during the wait
+                                              |
+    L2: h of all units         --collect->  h of all units of the tile, the operand B; a thread has some words of K
+    (words of every program                   |  product with W_hh of the program's units, the operand A
+     of the group)                            v
+    shared memory              <---------   sums of each warp, over its own share of K
+                               --------->   sum over the warps: z of the thread's own cell
+                                              |  cell_forward, output, zoneout
+                                              v
+    L2: h of own units         <-publish-   one word for PER units: first, because all others wait for it
+    memory: h_n, c, gates      <--store--   last, while the words of the others arrive
 
-In the product a thread's column is a sequence, and K is split over the warps (fragments.py); afterwards it owns a cell,
-one unit of one sequence. Words (exchange.py) have PER units: a row of H units is W = ceil(H / PER) words, of which the
-last may be half empty; so the weights are passed as words, too.
+Backward, the words are dgates, and one more exchange follows the sum over the warps:
 
-Each head has groups of its own, the last axis of the grid; H here means its D units. A row has W words of each head, in
-dgates of each gate: so a program multiplies a head's gates in PIECES, each by a share of its warps. `sizes` in
-plans/threads.py says what that makes of K.
+    forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
+    backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
+               GATES / PARTNERS gates for all of these units, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the
+               dgates of these gates. Partners publish their sums for each other, and each adds them up.
+
+In the product a thread's column is a sequence, and K is split over the warps (fragments.py). Afterwards a thread owns a
+cell, one unit of one sequence. A word (exchange.py) has PER units. A row of H units is W = ceil(H / PER) words, and the
+last word may be half empty. So the weights are passed as words, too.
+
+Each head has groups of its own, along the last axis of the grid. H here means the D units of a head. A row has W words
+for each head, in dgates for each gate. So a program multiplies the gates of a head in PIECES, each by a share of its
+warps. `sizes` in plans/threads.py computes the sizes of K that follow.
 """
 
 from collections import namedtuple

@@ -1,10 +1,27 @@
-"""The resident family: the whole sequence in one launch, W_hh on chip, no exchange between programs.
+"""The resident family: one launch runs the whole sequence, W_hh stays on chip, and programs exchange nothing.
 
-A program owns 8 sequences and all hidden units, or those of a head. They are split over the warps: each holds the rows
-of its units as operands of products (fragments.py), reads h of all units from shared memory, and computes the cells
-that its products belong to, so that a step has one barrier. A thread has OF_THREAD cells: number n is the unit
-8 (n // 2) + column of its warp's, and the sequence 2 quarter + n % 2. What is of each cell is a tuple of OF_THREAD.
-(Triton 3.4 to 3.6 forget the names of a named tuple in a tuple that grew: hence Offsets(*cells[n]).)
+A program owns 8 sequences and all hidden units, or the units of one head. The warps share the units. One step:
+
+    registers of each warp           shared memory, two buffers      registers of each warp
+    ------------------------         ---------------------------     -----------------------------------
+    h of the warp's own cells --->   h of all units            --->  h of all units, the operand B
+                              share  [8 sequences, D]          take
+                                     one barrier a step              W_hh of the warp's units, the operand A,
+                                                                     loaded once before the first step
+                                                                       |  product: A B, sums in registers
+                                                                       v
+    memory: x W_ih^T + b  ------------------------------------->     z of exactly the warp's own cells
+    (loaded while the product runs)                                    |  cell_forward, output
+                                                                       v
+    memory: h, c, activated gates  <--------------------------------  h and c of the warp's own cells
+
+Backward is the same with dz in the place of h and W_hh^T in the place of W_hh. A product takes one gate at a time.
+
+The layout of mma.sync (fragments.py) decides which cells a thread owns: cell n is the unit 8 (n // 2) + column of the
+warp, and the sequence 2 quarter + n % 2. So a thread keeps its cells from step to step, and the product needs no
+exchange after it. A quantity that each cell has is a tuple with one tensor [THREADS] for each of the thread's cells.
+
+Triton 3.4 to 3.6 forget the field names of a named tuple inside a tuple that grew. Hence Offsets(*cells[n]).
 """
 
 from collections import namedtuple
@@ -18,8 +35,8 @@ from ..equations import after_zeros, cell_backward, cell_forward, output, output
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .fragments import SEQUENCES, load_weights, product, share, take, threads
 
-# Fields are tuples of OF_THREAD. What a thread owns, all [THREADS]: units, their places in the program's head, columns
-# of the batch tile; and Sequences.
+# The cells of each thread. Every field is a tuple with one entry for each cell: its unit, the unit's place in the head
+# of the program and the column of the batch tile, all [THREADS], and its Sequences.
 Owned = namedtuple("Owned", "units places columns sequences")
 
 
