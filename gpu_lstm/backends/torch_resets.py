@@ -8,6 +8,7 @@ where `holds` and `clears` are bool [S, B], or None: nowhere. `valid`, bool [T, 
 `reset`, bool [T, B], is True where the state is zeroed before the step.
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -22,22 +23,38 @@ Run = Callable[[Tensor, State, Tensor | None, Tensor | None], Result]
 
 
 def with_resets(run: Run, x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> Result:
-    """h [T, B, P] and c_n [B, H] from x [T, B, I], by one call in a grid of steps.
+    """h [T, B, P] and c_n [B, H] from x [T, B, I].
 
-    A step that clears multiplies c by zero, and NaN times zero is NaN, in all episodes that follow. Therefore inputs
-    and states that make a NaN are replaced by zeros, and results after them, up to the end of the episode, by NaN.
-    Where values are at hand, on the CPU, this is done only if a NaN came out. Elsewhere no shape and no branch may
-    depend on a value: that would synchronise, which no graph allows.
+    On CUDA, and with fake tensors, see `_without_values`. On the CPU, if there are resets after the first step:
+
+    1. One call, in which every reset is a step of its own, which clears.
+    2. A step that clears multiplies c by zero, and NaN times zero is NaN, in all episodes that follow. The sequences
+       in which this makes a NaN are computed again, by a call from reset to reset.
     """
-    on_host = x.is_cpu and modes(x).recording == Recording.NOBODY
-    if on_host:
-        state = torch.where(reset[0, :, None], 0, state[0]), torch.where(reset[0, :, None], 0, state[1])
-        reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
-        if not reset.any():
-            return run(x, state, None if valid is None else ~valid, None)
-        h, c_n = _in_a_grid(run, x, state, valid, reset, on_host)
-        if (h.detach().sum() + c_n.detach().sum()).isfinite():
-            return h, c_n
+    if not x.is_cpu or modes(x).recording != Recording.NOBODY:
+        return _without_values(run, x, state, weights, valid, reset)
+    state = torch.where(reset[0, :, None], 0, state[0]), torch.where(reset[0, :, None], 0, state[1])
+    reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
+    if not reset.any():
+        return run(x, state, None if valid is None else ~valid, None)
+    h, c_n = _in_a_grid(run, x, state, valid, reset)
+    if (h.detach().sum() + c_n.detach().sum()).isfinite():
+        return h, c_n
+    spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))  # [B]
+    sequences, (h0, c0) = spoilt.nonzero()[:, 0], state
+    # Without them, so that no gradient of the others meets their NaN.
+    others = torch.where(spoilt[:, None], 0, h0), torch.where(spoilt[:, None], 0, c0)
+    h, c_n = _in_a_grid(run, torch.where(spoilt[:, None], 0, x), others, valid, reset)
+    x, state, reset = x[:, sequences], (h0[sequences], c0[sequences]), reset[:, sequences]
+    right_h, right_c_n = _from_reset_to_reset(run, x, state, None if valid is None else valid[:, sequences], reset)
+    return h.index_copy(1, sequences, right_h), c_n.index_copy(0, sequences, right_c_n)
+
+
+def _without_values(run: Run, x: Tensor, state: State, weights: Weights, valid: Tensor | None, reset: Tensor) -> Result:
+    """with_resets where no shape and no branch may depend on a value: it would synchronise, which no graph allows.
+
+    Inputs and states that make NaN are replaced by zeros, and results after them, up to the end of the episode, by NaN.
+    """
     # An infinity opens or shuts gates. It makes a NaN where its weight is zero and, nearly always, where there are two.
     infinite, zero = x.isinf(), (weights.weight_ih == 0).any(0)
     broken = x.isnan().any(2) | (infinite.sum(2) > 1) | (infinite & zero).any(2)  # [T, B]
@@ -51,13 +68,27 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, valid: Tens
         lost = count > before_episode.cummax(0).values
     x = torch.where(lost[:, :, None], 0, x)
     state = torch.where(state[0].isfinite(), state[0], 0), torch.where(state[1].isfinite(), state[1], 0)
-    h, c_n = _in_a_grid(run, x, state, valid, reset, on_host)
+    h, c_n = _in_a_grid(run, x, state, valid, reset, on_host=False)
     # Differentiable, so that W_hh's gradient is NaN too, and checks of gradients detect it.
     nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
     return torch.where(lost[:, :, None], nan.to(h.dtype), h), torch.where(lost[-1, :, None], nan.to(c_n.dtype), c_n)
 
 
-def _in_a_grid(run: Run, x: Tensor, state: State, valid: Tensor | None, reset: Tensor, on_host: bool) -> Result:
+def _from_reset_to_reset(run: Run, x: Tensor, state: State, valid: Tensor | None, reset: Tensor) -> Result:
+    """with_resets by a call for each span of steps in which no state is reset and no sequence ends."""
+    changes = reset if valid is None else reset | (valid != valid.roll(1, 0))
+    zeroed = reset if valid is None else reset | ~valid  # what comes after the end of a sequence starts from zeros, too
+    starts = sorted({0, *changes.any(1).nonzero().flatten().tolist(), len(x)})
+    (h, c), outputs = state, []
+    for start, end in itertools.pairwise(starts):
+        h, c_before = (torch.where(zeroed[start, :, None], 0, t) for t in (h, c))
+        y, c_after = run(x[start:end], (h, c_before), None, None)
+        h, c = y[-1], c_after if valid is None else torch.where(valid[start, :, None], c_after, c.to(c_after.dtype))
+        outputs.append(y)
+    return torch.cat(outputs), c
+
+
+def _in_a_grid(run: Run, x: Tensor, state: State, valid: Tensor | None, reset: Tensor, on_host: bool = True) -> Result:
     """with_resets by one call, in a grid of steps [S, K*B]; those into which no step of x is put, clear.
 
     On the host every reset gets a step of its own, K = 1. Where the number of resets is not known, episodes alternate
