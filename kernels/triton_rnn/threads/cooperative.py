@@ -1,4 +1,4 @@
-"""The cooperative family: one launch runs the whole sequence, W_hh is spread over programs, h is exchanged at each step.
+"""The cooperative family: one launch runs the whole sequence, W_hh is spread over programs, h is exchanged each step.
 
 The programs of one batch tile are a group, and groups never wait for each other. A program owns UNITS hidden units, and
 keeps its rows of W_hh in registers. A group may have several batch tiles, one after another: a step of one batch tile
