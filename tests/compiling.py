@@ -19,7 +19,6 @@ from dev.compile_table.triton_kernels import PRECISIONS, Case, compile_for, prob
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn.launch import recorded_launches
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
-from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
 from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Held
 from gpu_lstm.kernels.triton_rnn.plans.tiles import held_plans, split_plans, step_plan
@@ -105,11 +104,14 @@ def kinds_of_held():
         return as_json(pool.map(report_of_plan, *zip(*kinds)))
 
 
-def in_two_blocks():
-    """A tile whose W_hh, [K, units], is in two blocks of 64 units, with 256 and 512 rows of K."""
-    step_plans.HELD_BACKWARD, step_plans.BLOCK_ROWS = [(64, 32, 4)], 512
-    problems = [Problem(2, 512, hidden, torch.bfloat16) for hidden in (256, 512)]
-    return as_json(report_of_plan(p, True, held_plans(p, DEVICES["h100"], True)[0]) for p in problems)
+def once_spilled():
+    ragged = dict(precision="tf32", lengths=torch.int64, resets=True)
+    gru = dict(cell="gru", heads=2, bias_hh=True, zoneout_h=0, zoneout_c=0)
+    problems = [Problem(2, 64, 2 * units, torch.float32, **ragged, **gru) for units in (300, 320)]
+    problems += [Problem(2, 256, 2 * units, torch.float32, **ragged, heads=2) for units in (48, 64)]
+    chosen = [next(iter(plans(problem, DEVICES["h100"], True))) for problem in problems]
+    with triton_kernels.ProcessPoolExecutor() as pool:
+        return as_json(pool.map(report_of_plan, problems, [True] * len(problems), chosen))
 
 
 def parameters():
@@ -184,5 +186,5 @@ if __name__ == "__main__":
             for batch, hidden, words in sizes for backward in (False, True)]  # fmt: skip
     cases = [case for case in triton_kernels.cases(False) + more if wanted(case) and (not QUICK or quick(case))]
     found = dict(rows=as_json(triton_kernels.reports(cases)), held=kinds_of_held(), exchange=exchange())
-    found |= dict(with_32_registers=with_32_registers(), parameters=parameters(), in_two_blocks=in_two_blocks())
+    found |= dict(with_32_registers=with_32_registers(), parameters=parameters(), once_spilled=once_spilled())
     print(json.dumps(found))

@@ -81,13 +81,13 @@ def split(monkeypatch, parts=4, yield_rate=0.05) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def held(monkeypatch, yield_rate=0.05, parts=1, asks_ahead=False) -> None:
-    """Every launch is of the step family, of two groups of programs that hold W_hh of 16 units; backward in parts."""
+def held(monkeypatch, yield_rate=0.05, asks_ahead=False) -> None:
+    """Every launch is of the held family, of two groups of programs that hold W_hh of 16 units."""
 
     def plan(problem, backward):
-        count, inner = (parts, CELLS[problem.cell].rows * problem.hidden // parts) if backward else (1, problem.hidden)
-        programs, tiles = count * -(-problem.hidden // (16 * count)), -(-problem.batch // 16)
-        family = Held(power_of_two(max(16, inner)), count, asks_ahead)
+        inner = (CELLS[problem.cell].rows if backward else 1) * problem.hidden
+        programs, tiles = -(-problem.hidden // 16), -(-problem.batch // 16)
+        family = Held(power_of_two(max(16, inner)), asks_ahead)
         return Plan(family, 16, 16, programs, min(2, tiles), num_warps=4, shared=0, why="")
 
     _force(monkeypatch, plan, yield_rate)
@@ -171,7 +171,6 @@ KERNELS = {
     "triton": Kernels("triton"),
     "step": Kernels("triton", step), "held": Kernels("triton", held), "resident": Kernels("triton", resident),
     "held/ahead": Kernels("triton", partial(held, asks_ahead=True)),
-    **{f"held/{parts}": Kernels("triton", partial(held, parts=parts)) for parts in (2, 4)},
     "split/4": Kernels("triton", split), "split/8": Kernels("triton", partial(split, parts=8)),
     "pointwise": Kernels("triton", pointwise),
     **{f"cooperative/{'/'.join(map(str, plan))}": Kernels("triton", partial(cooperative, **dict(zip(PLAN, plan))))

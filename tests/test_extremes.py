@@ -278,7 +278,7 @@ def run(family: str, words: str, size: tuple[int, ...] = SIZE) -> None:
 @pytest.mark.usefixtures("exact_float32_products")
 @pytest.mark.parametrize(("family", "name", "said"), [
     *((family, "reset_c_ptr", "4-byte load ends 4") for family in ("resident", "pointwise", "step")),
-    ("held/2", "weight_hh_ptr", "4-byte load ends 4"), ("cooperative/4/1/4", "gates_ptr", "4-byte load ends 4"),
+    ("held", "weight_hh_ptr", "4-byte load ends 4"), ("cooperative/4/1/4", "gates_ptr", "4-byte load ends 4"),
     ("split/4", "h_ptr", "4-byte store ends 4"), ("resident", "dgates_ptr", "4-byte store ends 4"),
     ("step", "arrivals_ptr", "4-byte atomic ends 4"),
 ])  # fmt: skip

@@ -26,7 +26,7 @@ OF_OURS = "heads", "gru heads", "slstm", "slstm heads"  # cells and heads that t
 in_tf32_and_bf16 = pytest.mark.parametrize("dtype", [F32, BF16], ids=["tf32", "bf16"])
 SIZE = 24, 40, 32  # T, B, I
 # Of a head, by the family; with Triton 3.9 none of these kernels spills.
-UNITS = {"resident": 48, "cooperative": 250, "step": 100, "split": 128, "held": 256, "pointwise": 100}
+UNITS = {"resident": 24, "cooperative": 250, "step": 100, "split": 128, "held": 256, "pointwise": 100}
 SIZES = (16, 512, "four-heads"), (256, 1024, "four-heads"), (16, 64, ""), (16, 768, "")  # B and H, chosen families
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
 

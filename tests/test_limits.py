@@ -119,7 +119,7 @@ def test_every_family_of_an_h100_is_forced_and_some_are_chosen(dtype):
     sizes = ((batch, H // 4 if heads else H, heads) for batch, H, heads in test_gpu.SIZES)
     problems = [of_ours(f"slstm {heads}", units, dtype, batch) for batch, units, heads in sizes]
     chosen = {choose.plans(p, H100, backward)[0].family.name for p in problems for backward in (False, True)}
-    assert chosen == {"resident", "cooperative", "held"}
+    assert chosen >= {"resident", "cooperative", "held"}
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def barrier_after_some(even):
     return grid_barrier
 
 
-HELD = {"held": {}, "ahead": dict(asks_ahead=True), "parts": dict(parts=2)}
+HELD = {"held": {}, "ahead": dict(asks_ahead=True)}
 BARRIER, TILE = (step_kernels, "grid_barrier"), (held_kernels, "wait_for")
 COUNT = interpreted, "count_missing"
 OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
@@ -180,7 +180,7 @@ FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
     ("step_backward_kernel split", LATE_BARRIER),
     ("step_forward_kernel step", LATE_BARRIER), ("step_backward_kernel step", LATE_BARRIER),
     *((f"held_{way}", LATE_TILE) for way in ("forward_kernel held", "forward_kernel ahead", "backward_kernel ahead",
-                                             "backward_kernel parts")),
+                                             "backward_kernel held")),
 ]  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
 
 
 @pytest.mark.parametrize(("family", "tiles_per_program", "cell"), [
-    *((family, 1, "") for family in ("cooperative/4/1/4", "resident", "pointwise", "step", "split/4", "held/2")),
+    *((family, 1, "") for family in ("cooperative/4/1/4", "resident", "pointwise", "step", "split/4", "held")),
     *((family, 2, "") for family in ("cooperative/4/1/4", "held", "held/ahead")),
     ("cooperative/4/1/4", 2, "gru "), ("held", 2, "gru "), ("resident", 1, "gru "),
 ])  # fmt: skip

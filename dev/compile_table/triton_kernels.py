@@ -225,7 +225,7 @@ def _parameters(launch: RecordedLaunch) -> list[str]:
 
 def _misplaced(ptx: str, launch: RecordedLaunch, case: Case, plan: Plan) -> int:
     """As `misplaced`, of W_hh [4H, D], whose k are the features of h, or the gates in backward."""
-    p, blocks = case.problem, plan.units * (plan.family.parts if case.backward else 4) // 64
+    p, blocks = case.problem, plan.units * (1 if case.backward else 4) // 64
 
     def place(k: int) -> int:
         gate, unit = divmod(k, p.hidden // p.heads)  # of one head

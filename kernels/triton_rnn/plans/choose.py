@@ -95,7 +95,10 @@ def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
     if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
         alone = problem._replace(side_by_side=1).of_head
-        found += [*threads.cooperative_plans(head, card, backward)] or threads.cooperative_plans(alone, card, backward)
+        apart = problem.heads > 1
+        found += [*threads.cooperative_plans(head, card, backward, apart)] or threads.cooperative_plans(
+            alone, card, backward, apart
+        )
         found += [*tiles.held_plans(head, card, backward), *tiles.split_plans(head, card, backward)]
         found += threads.resident_plans(head, card, backward)
     return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)

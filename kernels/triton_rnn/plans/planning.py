@@ -66,8 +66,8 @@ class Held:
     """One launch; programs hold W_hh of their units in shared memory, and a tile waits for those of its sequences."""
 
     name: ClassVar = "held"
-    k: int  # a part of K, multiplied at once; padded to a power of two
-    parts: int = 1  # of K, backward, each for programs of its own
+    k: int  # all of K, multiplied at once; padded to a power of two
+    parts: ClassVar = 1
     ahead: bool = False  # whether the next batch tile's operand is loaded before the cells of this one
 
 
@@ -177,7 +177,6 @@ RESIDENT_CELL, COOPERATIVE_CELL = (530, 1050), (350, 530)  # gates and cell, and
 STEP_CELL = (300, 500), (1000, 150)  # the same: a tile, and a thread's cell
 STEP_PART = 2500, 90  # a tile of a part of K: until its first operands are there, and after the last; each warp; fitted
 HELD_CELL = (1120, 0.87, 110), (1780, 0.27, 370)  # a tile, each of its cells, and a thread's cell beyond the fourth
-HELD_PARTS = 2060  # for each tile, where the product is split into parts of K; fitted
 HELD_BESIDE = 0.65  # the share of reads that shows where a multiprocessor has two blocks, one of which computes; fitted
 HELD_AHEAD = 0.6  # the share of an operand's read that shows where it is asked for a tile ahead; fitted
 HELD_ARRIVALS = 950  # the part of GRID_BARRIER that is not in these
@@ -325,22 +324,19 @@ def _step_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> di
 def _held_clocks(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[str, float]:
     """W_hh is in shared memory, and each tile waits for those of the same sequences."""
     of_tile, of_cell, beyond_four = HELD_CELL[backward]
-    cells, parts = plan.rows * plan.units, plan.family.parts
+    cells = plan.rows * plan.units
     read = cells * (5 * problem.size + 16 if backward else problem.from_x * problem.size + 8)
     operand = plan.rows * plan.family.k * problem.size
     ahead = plan.family.ahead and plan.tiles_per_program > 1
     read += operand * (HELD_AHEAD if ahead else 1)  # h or dgates, ahead while the cells before are computed
-    if parts > 1:  # sums in float32, written and read
-        of_tile, read = HELD_PARTS, read + 8 * parts * cells
     beside = HELD_BESIDE if plan.blocks > 1 else 1
     tile: dict[str, float] = {
         "L2: states, gates": _l2_clocks(read, card, plan) * beside,
-        "products": _wgmma_clocks(problem, plan, plan.units * (parts if backward else 4)),
+        "products": _wgmma_clocks(problem, plan, plan.units * (1 if backward else 4)),
         "gates and cell": of_tile + of_cell * cells + beyond_four * max(0, cells / (32 * plan.num_warps) - 4),
     }
     step = {name: plan.tiles_per_program * clocks for name, clocks in tile.items()}
-    # With parts one for the sums, too, of which half hides behind other tiles.
-    return step | {"arrivals": HELD_ARRIVALS * (1 + (parts > 1) * (plan.tiles_per_program + 1) / 2)}
+    return step | {"arrivals": HELD_ARRIVALS}
 
 
 def _wgmma_clocks(problem: Problem, plan: Plan, columns: int) -> float:

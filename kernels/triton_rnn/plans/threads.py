@@ -19,17 +19,22 @@ from ..threads.resident import resident_backward_kernel, resident_forward_kernel
 from .planning import Cooperative, Family, Plan, Resident
 
 MOST_WEIGHTS = 160  # of a thread's 255 registers, in the resident family
+MOST_BESIDE_RAGGED = 96  # of these, backward in TF32 with lengths and resets, whose sums and states need more
 MOST_REGISTERS = 190  # of these, for weights, words and sums, in the cooperative one
 STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
 
 
-def cooperative_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores."""
+def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool = False) -> Iterator[Plan]:
+    """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores.
+
+    `apart`: the problem is one of several heads, so that gates of its units are no neighbours in dgates, see `sizes`.
+    """
     if problem.batch == 0 or problem.exact_float32:
         return
     gates = CELLS[problem.cell].rows
     for partners in [n for n in (1, 2, 3, 4) if gates % n == 0] if backward else (1,):
-        words = ceil(problem.hidden * problem.size / 4) * (gates // partners if backward else 1)
+        own = gates // partners if backward else 1
+        words = ceil(problem.hidden * problem.size / 4) * (4 if apart and own == 3 else own)
         warps = 8 if words > 64 else 4
         chunks = ceil(words / (16 * warps))
         for units in range(4, 4 * warps + 1, 4):
@@ -153,7 +158,8 @@ def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Pla
     warps = units // 16 if backward else min(8, units // 8)
     gates = CELLS[problem.cell].rows
     registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
-    if warps <= 8 and registers <= MOST_WEIGHTS:
+    ragged = backward and problem.size == 4 and problem.lengths is not None and problem.resets
+    if warps <= 8 and registers <= (MOST_BESIDE_RAGGED if ragged else MOST_WEIGHTS):
         rows = SEQUENCES.value
         shared = 2 * rows * units * problem.size * (gates if backward else 1)
         yield Plan(

@@ -39,11 +39,10 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     ).fitted(problem)  # fmt: skip
 
 
-# Sequences, units, parts of K: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
-HELD_FORWARD = [(rows, units, 1) for rows in (16, 32, 64) for units in (16, 32)]
-HELD_BACKWARD = [(16, 64, 1), (32, 64, 1), (32, 32, 2), (16, 16, 4), (32, 16, 4), (64, 32, 4)]
-# Backward wgmma reads W_hh of several blocks and of more rows elsewhere than it is (dev/compile_table/triton_issue.md).
-BLOCK_UNITS, BLOCK_ROWS = 64, 256
+# Sequences and units: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
+HELD_FORWARD = [(rows, units) for rows in (16, 32, 64) for units in (16, 32)]
+# Backward no more than 64: of more, wgmma reads W_hh elsewhere than it lies (dev/compile_table/triton_issue.md).
+HELD_BACKWARD = [(16, 64), (32, 64)]
 
 
 def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
@@ -55,11 +54,11 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     if not able or not 128 < problem.hidden <= 512:
         return []
     plans, multiprocessors, gates = [], card.multiprocessors // problem.side_by_side, CELLS[problem.cell].rows
-    for rows, units, parts in HELD_BACKWARD if backward else HELD_FORWARD:
-        inner = problem.hidden * (gates if backward else 1) // parts
+    for rows, units in HELD_BACKWARD if backward else HELD_FORWARD:
+        inner = problem.hidden * (gates if backward else 1)
         k = power_of_two(inner)
-        batch_tiles, programs = ceil(problem.batch / rows), parts * ceil(problem.hidden / (parts * units))
-        shared = (rows + units * (parts if backward else 4)) * k * problem.size
+        batch_tiles, programs = ceil(problem.batch / rows), ceil(problem.hidden / units)
+        shared = (rows + units * (1 if backward else 4)) * k * problem.size
         # While one block of a multiprocessor waits another one computes.
         blocks = 2 if programs * batch_tiles > multiprocessors and card.has_room(2, shared) else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
@@ -68,11 +67,10 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
             warps = 16
         # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
-        ahead = batch_tiles > groups and blocks == parts == 1 and room and k == inner
-        as_stored = not backward or units * parts <= BLOCK_UNITS or k <= BLOCK_ROWS
-        if groups > 0 and shared <= card.shared and as_stored and gates * problem.hidden % parts == 0:
+        ahead = batch_tiles > groups and blocks == 1 and room and k == inner
+        if groups > 0 and shared <= card.shared:
             plans.append(Plan(
-                Held(k, parts, ahead), rows, units, programs, groups, warps, shared,
+                Held(k, ahead), rows, units, programs, groups, warps, shared,
                 "programs hold W_hh in shared memory", blocks=blocks, side_by_side=problem.side_by_side,
             ).fitted(problem))  # fmt: skip
     return sorted(plans, key=partial(expected_seconds, problem, card, backward=backward))[:3]

@@ -2,7 +2,7 @@
 
 A program has some units, whose W_hh it loads once, and the sequences of its group, tile by tile. Before a product it
 waits for the other units' tiles of the same sequences alone: each tile of sequences has a counter. AHEAD: what a
-program's next tile multiplies is loaded before the cells of this one are computed. PARTS are as in the step family.
+program's next tile multiplies is loaded before the cells of this one are computed.
 """
 
 from collections import namedtuple
@@ -88,58 +88,38 @@ def held_forward_kernel(
 
 @triton.jit
 def await_dgates(after, batch_tile, times, step, poll_limit, S: tl.constexpr):
-    """(The poll limit after the wait, the program's part of K in dgates of the step after [BB, BK])."""
+    """(The poll limit after the wait, dgates of the step after [BB, BK])."""
     poll_limit, sequence = await_tile(after, batch_tile, times, step, poll_limit, S)
-    there, part = indexing.position(step + 1, sequence, after.batch, S.REVERSE), tl.program_id(0) % S.PARTS
-    dgates_ptr, at = operands.dgates_of_part(after.dgates_ptr, there.row, part, S)
+    there = indexing.position(step + 1, sequence, after.batch, S.REVERSE)
+    dgates_ptr, at = operands.dgates_of_part(after.dgates_ptr, there.row, 0, S)
     rows = Rows(dgates_ptr, at, there.continues, None, at)
-    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.K, S, part * S.K)
-
-
-@triton.jit
-def product_round(held, after, sums_ptr, times, step, poll_limit, S: tl.constexpr):
-    """Products of the program's part of K, for PARTS times as many units. Returns the poll limit after the waits."""
-    for batch_tile in range(tl.program_id(1), tl.cdiv(after.batch.B, S.BLOCK_B), tl.num_programs(1)):
-        tile = indexing.tile_at(batch_tile, tl.program_id(0), step, after.batch, S, S.PARTS)
-        poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
-        dh = unless_timed_out(product_of_held(held, dgates, S), poll_limit)
-        operands.store_sum(dh, sums_ptr, tile, after.batch.B, S)
-        arrive(after.arrivals.arrivals_ptr + batch_tile, poll_limit)
-    return poll_limit
+    return poll_limit, load_rows(rows, tl.arange(0, S.BLOCK_K), S.K, S)
 
 
 @triton.jit(repr=name_in_profiles("held_backward_kernel"), do_not_specialize=["T", "B"])
 def held_backward_kernel(
-    weight_hh_ptr,
-    sums_ptr,  # [PARTS, B, H] float32: products of parts of K, if there are several
+    weight_hh_ptr,  # [GATES H, D]
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
     EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
-    ROUNDS: tl.constexpr = 2 if S.PARTS > 1 else 1  # at each of which a program arrives
-    tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
     batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
     poll_limit, after = tl.load(arrivals.error_ptr + 1), After(cell.dgates_ptr, batch, arrivals)
     unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    part, place = unit_tile % S.PARTS, unit_tile // S.PARTS * (S.PARTS * S.UNITS) + tl.arange(0, S.PARTS * S.UNITS)
-    held = tl.trans(load_weights(operands.weights_of_part(weight_hh_ptr, part, place, S), 0, S.K, S, part * S.K))
+    place = unit_tile * S.UNITS + tl.arange(0, S.UNITS)
+    held = tl.trans(load_weights(operands.weights_of_part(weight_hh_ptr, 0, place, S), 0, S.K, S))
     for back in range(T):
-        step, times = T - 1 - back, ROUNDS * back
-        if S.PARTS > 1:
-            poll_limit = product_round(held, after, sums_ptr, times, step, poll_limit, S)
-        elif S.AHEAD:
-            poll_limit, dgates = await_dgates(after, first, times, step, poll_limit, S)
+        step = T - 1 - back
+        if S.AHEAD:
+            poll_limit, dgates = await_dgates(after, first, back, step, poll_limit, S)
         for batch_tile in range(first, tl.cdiv(B, S.BLOCK_B), stride):
             tile = indexing.tile_at(batch_tile, unit_tile, step, batch, S)
-            if S.PARTS == 1 and not S.AHEAD:
-                poll_limit, dgates = await_dgates(after, batch_tile, times, step, poll_limit, S)
+            if not S.AHEAD:
+                poll_limit, dgates = await_dgates(after, batch_tile, back, step, poll_limit, S)
             loaded = states.load_saved(saved, step, tile.cells, S.H) if EARLY else ()
-            if S.PARTS > 1:
-                poll_limit = wait_for(arrivals, batch_tile, times + 1, poll_limit, step)
-            dh = operands.sum_of_parts(sums_ptr, tile, B, S) if S.PARTS > 1 else product_of_held(held, dgates, S)
-            dh = unless_timed_out(dh, poll_limit)
+            dh = unless_timed_out(product_of_held(held, dgates, S), poll_limit)
             if S.AHEAD:
-                poll_limit, dgates = await_dgates(after, batch_tile + stride, times, step, poll_limit, S)
+                poll_limit, dgates = await_dgates(after, batch_tile + stride, back, step, poll_limit, S)
             backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S)
             if step > 0:
                 arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)
