@@ -89,7 +89,7 @@ def test_threads_compute_the_same_numbers(way, module_and_call, monkeypatch):
         torch.set_num_threads(count)
         for ours, expected in zip(run(module, x, **rest), alone):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)  # torch's own products may differ
-        assert set(counts) == {min(count, 14 // 4)}
+        assert set(counts) == {1, min(count, 14 // 4)}  # one thread makes the panels of a weight
         counts.clear()
 
 

@@ -17,13 +17,14 @@ from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem
 from . import build, equations, steps
-from .product import SEQUENCES
+from .product import SEQUENCES, whole_vectors
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
 LOOPS = "forward", "backward"  # of steps.py
 TENSORS = frozenset(steps.TENSORS)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
+SHORT = 2  # steps for which panels of the weight are not made
 LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
 CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 
@@ -36,12 +37,12 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
     return call
 
 
-def call_of(part: Part, steps_: int, share: int, step: int = 0) -> Any:
+def call_of(part: Part, steps_: int, share: int, step: int = 0, way: int = steps.BY_STEPS) -> Any:
     """A steps.CALL without tensors."""
     p, call = part.problem, np.zeros((), steps.CALL)
     cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
     sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
-    for name, size in zip(steps.SIZES, (*sizes, step, share)):
+    for name, size in zip(steps.SIZES, (*sizes, step, share, way)):
         call[name] = size
     return call
 
@@ -68,16 +69,27 @@ def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Laun
 
 def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
     """All steps at once. Each thread takes shares of the sequences until there are no more, and waits but then."""
-    p, weight = part.problem, arranged(arguments["weight_hh_ptr"], part.problem.width)
-    if (p.heads > 1) == backward:  # it is [heads, D, GATES D], or of one head [GATES D, D]
-        weight = weight.mT
-    count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, arguments["T"] * p.batch * p.hidden // LEAST))
+    p, T = part.problem, arguments["T"]
+    count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, T * p.batch * p.hidden // LEAST))
     share = ceil(p.batch / count / SEQUENCES) * SEQUENCES
-    call = call_of(part, arguments["T"], share, arguments["T"] - 1 if backward else 0)
-    scratch = torch.zeros(ceil(p.batch / share), steps.SCRATCH, device="cpu")
+    call = call_of(part, T, share, T - 1 if backward else 0, steps.BY_ROWS)
+    scratch = torch.empty(ceil(p.batch / share), steps.SCRATCH, device="cpu")
+    given = arguments | {"scratch": scratch}
+    if (1 if backward else SHORT) < T:
+        weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
+        of_heads = weight.mT if (p.heads > 1) == backward else weight
+        K, N = of_heads.shape[-2:]
+        panels = torch.empty(p.heads, K, whole_vectors(N), device="cpu")
+        given |= {"weight_hh_ptr": weight, "panels": panels}
+        for name, stride in zip(("n", "k", "head"), reversed(of_heads.stride())):
+            call[f"stride_{name}"] = stride
+        call["way"], call["to_panels"] = steps.BY_PANELS, True
+        if count > 1:  # one thread makes them, before there are shares to take
+            call["B"] = 0
+            launch(LOOPS[backward], call, given)
+            call["B"], call["to_panels"] = p.batch, False
     taken = torch.zeros((), dtype=torch.int64, device="cpu")
-    given = {"weight": weight.contiguous(), "scratch": scratch, "taken": taken}
-    launch(LOOPS[backward], call, arguments | given, count)
+    launch(LOOPS[backward], call, given | {"taken": taken}, count)
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:

@@ -1,49 +1,211 @@
-"""A product of matrices, in tiles of SEQUENCES rows and COLUMNS columns, whose sums stay in the nearest cache."""
+"""Products of matrices whose sums stay in registers: with panels of a weight, or with its rows as they are.
 
-import numpy as np
+A sum has one order, whatever the other rows and columns of its product are.
+"""
+
+import itertools
+from typing import Any
+
+from llvmlite import ir
+from numba import config, types
+from numba.core.cgutils import get_or_insert_function
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import intrinsic
 
 from .functions import compiled, floats
+from .tile import SIZE, ZERO, fill, move
 
-SEQUENCES, COLUMNS = 4, 128
-ZERO = np.float32(0)
+FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
+LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4
+HEIGHT = 4 if "+sse2" in FEATURES and LANES < 16 else 8  # sums are in 12 of 16 registers, or in 24 of 32
+VECTORS = 3
+PANEL = LANES * VECTORS  # columns
+SEQUENCES = 4  # a thread takes whole such groups
+REAL, INDEX = ir.FloatType(), ir.IntType(64)
+VECTOR = ir.VectorType(REAL, LANES)
+ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
+
+
+class Emit:
+    """LLVM's instructions for vectors, at addresses."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def at(self, address: Any, elements: Any) -> Any:
+        """The address of an element; of `elements` numbers or values."""
+        return self.builder.add(address, self.builder.mul(elements, INDEX(4)))
+
+    def load(self, address: Any, kind: ir.Type = VECTOR) -> Any:
+        return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=4)
+
+    def store(self, value: Any, address: Any) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, VECTOR.as_pointer()), align=4)
+
+    def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+
+    def broadcast(self, number: Any) -> Any:
+        undefined = ir.Constant(VECTOR, ir.Undefined)
+        one = self.builder.insert_element(undefined, number, ir.IntType(32)(0))
+        return self.shuffle(one, undefined, [0] * LANES)
+
+    def sums(self, start: Any, step: int, end: Any, count: int, add: Any) -> list[Any]:
+        """`count` vectors: for k from `start` to `end`, at least once, add(k) are (factor, factor) for each."""
+        builder, before = self.builder, self.builder.block
+        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+        multiply_add = get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+        body, done = builder.append_basic_block(), builder.append_basic_block()
+        builder.branch(body)
+        builder.position_at_end(body)
+        k, sums = builder.phi(INDEX), [builder.phi(VECTOR) for _ in range(count)]
+        new = [builder.call(multiply_add, [*factors, old]) for factors, old in zip(add(k), sums)]
+        following = builder.add(k, INDEX(step))
+        for phi, first, next_ in zip([k, *sums], [start, *[ZEROS] * count], [following, *new]):
+            phi.add_incoming(first, before)
+            phi.add_incoming(next_, body)
+        builder.cbranch(builder.icmp_signed("<", following, end), body, done)
+        builder.position_at_end(done)
+        return new
+
+
+def emitted(count: int) -> Any:
+    """A decorator: of emit(Emit, *arguments) a function of a tuple of so many addresses and sizes."""
+
+    def function(emit: Any) -> Any:
+        @intrinsic
+        def of(context: Any, arguments: Any) -> Any:
+            def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+                emit(Emit(builder), *[builder.extract_value(given[0], k) for k in range(count)])
+                return context.get_dummy_value()
+
+            return types.void(types.UniTuple(types.intp, count)), generate
+
+        return of
+
+    return function
+
+
+@emitted(8)
+def block(
+    e: Emit, rows: Any, vectors: Any, x: Any, x_stride: Any, panel: Any, out: Any, out_stride: Any, K: Any
+) -> None:
+    """out [rows, columns] = x [rows, K] panel [K, columns], of so many vectors of columns; rows are a power of 2."""
+    builder = e.builder
+    done = builder.append_basic_block()
+    choice = builder.switch(builder.add(builder.mul(rows, INDEX(VECTORS)), vectors), done)
+
+    def emit(count: int, wide: int) -> None:
+        of_x, to = (
+            [e.at(t, builder.mul(by, INDEX(r))) for r in range(count)] for t, by in ((x, x_stride), (out, out_stride))
+        )
+
+        def factors(k: Any) -> list[Any]:
+            start = e.at(panel, builder.mul(k, INDEX(LANES * wide)))
+            w = [e.load(e.at(start, INDEX(LANES * n))) for n in range(wide)]
+            return [(a, each) for row in of_x for a in [e.broadcast(e.load(e.at(row, k), REAL))] for each in w]
+
+        for n, sum_ in enumerate(e.sums(INDEX(0), 1, K, count * wide, factors)):
+            e.store(sum_, e.at(to[n // wide], INDEX(LANES * (n % wide))))
+
+    for r, wide in itertools.product(range(HEIGHT.bit_length()), range(1, VECTORS + 1)):
+        here = builder.append_basic_block()
+        choice.add_case(INDEX((VECTORS << r) + wide), here)
+        builder.position_at_end(here)
+        emit(1 << r, wide)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+@emitted(6)
+def dots(e: Emit, x: Any, weight: Any, weight_stride: Any, last: Any, out: Any, K: Any) -> None:
+    """out [LANES] = weight [LANES, K] x [K], K at least LANES, but for what is past whole vectors of K.
+
+    Past row `last` of the weight it is that row again.
+    """
+    rows = []
+    for r in range(LANES):
+        row = e.builder.select(e.builder.icmp_signed("<", INDEX(r), last), INDEX(r), last)
+        rows.append(e.at(weight, e.builder.mul(row, weight_stride)))
+
+    def factors(k: Any) -> list[Any]:
+        a = e.load(e.at(x, k))
+        return [(a, e.load(e.at(row, k))) for row in rows]
+
+    whole = e.builder.and_(K, INDEX(-LANES))
+    sums, size = e.sums(INDEX(0), LANES, whole, LANES, factors), 1
+    while size < LANES:  # two vectors become one, of sums of neighbours
+        lanes = [
+            lane
+            for start in range(0, LANES, 2 * size)
+            for t in (0, LANES)
+            for lane in range(t + start, t + start + size)
+        ]
+        sums = [
+            e.builder.fadd(e.shuffle(a, b, lanes), e.shuffle(a, b, [lane + size for lane in lanes]))
+            for a, b in zip(sums[::2], sums[1::2])
+        ]
+        size *= 2
+    e.store(sums[0], out)
+
+
+def whole_vectors(n: int) -> int:
+    """Columns of n that panels have."""
+    return (n + LANES - 1) // LANES * LANES
+
+
+vectors_of = compiled(whole_vectors)
 
 
 @compiled
-def product(x, x_row, weight, out, out_row, count, K, N, scratch):
-    """out [count, N] = x [count, K] weight [K, N]; rows of x and out are x_row and out_row elements apart.
+def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch):
+    """out [count, N] = x [count, K] weight, which is in panels: [K, columns] of up to PANEL columns each.
 
-    All are addresses; scratch is [SEQUENCES, COLUMNS].
+    All are addresses; rows of x and out are x_stride and out_stride elements apart; scratch is of HEIGHT * PANEL.
     """
-    x_, w, out_, sums = floats(x), floats(weight), floats(out), floats(scratch)
-    last, whole = (count - 1) * x_row, K // 4 * 4  # four rows of the weight at a time save loads and stores of sums
-    for n in range(0, N, COLUMNS):
-        columns = min(COLUMNS, N - n)
-        for b in range(0, count, SEQUENCES):
-            at = b * x_row  # past the last sequence the last again, for nothing
-            at_1, at_2, at_3 = min(at + x_row, last), min(at + 2 * x_row, last), min(at + 3 * x_row, last)
-            for j in range(SEQUENCES * COLUMNS):
-                sums[j] = ZERO
-            for k in range(0, whole, 4):
-                a0, b0, c0, d0 = x_[at + k], x_[at_1 + k], x_[at_2 + k], x_[at_3 + k]
-                a1, b1, c1, d1 = x_[at + k + 1], x_[at_1 + k + 1], x_[at_2 + k + 1], x_[at_3 + k + 1]
-                a2, b2, c2, d2 = x_[at + k + 2], x_[at_1 + k + 2], x_[at_2 + k + 2], x_[at_3 + k + 2]
-                a3, b3, c3, d3 = x_[at + k + 3], x_[at_1 + k + 3], x_[at_2 + k + 3], x_[at_3 + k + 3]
-                row = k * N + n
+    for n in range(0, N, PANEL):
+        columns = min(PANEL, N - n)
+        vectors, rows, b = vectors_of(columns) // LANES, HEIGHT, 0
+        while b < count:
+            while rows > count - b:
+                rows //= 2
+            to = out + SIZE * (b * out_stride + n)
+            of_x, panel = x + SIZE * b * x_stride, panels + SIZE * n * K
+            if columns % LANES == 0:
+                block((rows, vectors, of_x, x_stride, panel, to, out_stride, K))
+            else:
+                block((rows, vectors, of_x, x_stride, panel, scratch, PANEL, K))
+                for r in range(rows):
+                    move(to, r * out_stride, scratch, r * PANEL, columns)
+            b += rows
+
+
+@compiled
+def by_rows(x, x_stride, weight, weight_stride, out, out_stride, count, K, N, scratch):
+    """The same with a weight [N, K] as it is, whose rows are weight_stride elements apart."""
+    whole, w, of_x, sums = K // LANES * LANES, floats(weight), floats(x), floats(scratch)
+    for n in range(0, N, LANES):
+        columns = min(LANES, N - n)
+        for b in range(count):
+            if whole:
+                dots(
+                    (x + SIZE * b * x_stride, weight + SIZE * n * weight_stride, weight_stride, columns - 1, scratch, K)
+                )
+            else:
+                fill(scratch, 0, ZERO, LANES)
+            if whole < K:
                 for j in range(columns):
-                    w0, w1, w2, w3 = w[row + j], w[row + N + j], w[row + 2 * N + j], w[row + 3 * N + j]
-                    sums[j] += (a0 * w0 + a1 * w1) + (a2 * w2 + a3 * w3)
-                    sums[COLUMNS + j] += (b0 * w0 + b1 * w1) + (b2 * w2 + b3 * w3)
-                    sums[2 * COLUMNS + j] += (c0 * w0 + c1 * w1) + (c2 * w2 + c3 * w3)
-                    sums[3 * COLUMNS + j] += (d0 * w0 + d1 * w1) + (d2 * w2 + d3 * w3)
-            for k in range(whole, K):
-                a0, b0, c0, d0 = x_[at + k], x_[at_1 + k], x_[at_2 + k], x_[at_3 + k]
-                for j in range(columns):
-                    w0 = w[k * N + n + j]
-                    sums[j] += a0 * w0
-                    sums[COLUMNS + j] += b0 * w0
-                    sums[2 * COLUMNS + j] += c0 * w0
-                    sums[3 * COLUMNS + j] += d0 * w0
-            for s in range(min(SEQUENCES, count - b)):
-                to = (b + s) * out_row + n
-                for j in range(columns):
-                    out_[to + j] = sums[s * COLUMNS + j]
+                    for k in range(whole, K):
+                        sums[j] += of_x[b * x_stride + k] * w[(n + j) * weight_stride + k]
+            move(out, b * out_stride + n, scratch, 0, columns)
+
+
+@compiled
+def into_panels(weight, stride_k, stride_n, panels, K, N):
+    """A weight [K, N] with these strides, as `by_panels` takes it."""
+    w, out = floats(weight), floats(panels)
+    for n in range(0, N, PANEL):
+        wide = min(PANEL, vectors_of(N - n))
+        for k in range(K):
+            for j in range(wide):
+                out[n * K + k * wide + j] = w[k * stride_k + (n + j) * stride_n] if n + j < N else ZERO

@@ -11,8 +11,22 @@ from numba import from_dtype, types
 
 from . import equations
 from .functions import cast, compiled, flags, numbers, take
-from .product import product
-from .tile import CONSTANTS, GATES, OF_H, ROWS, UNITS, add, fill, move, multiply, row, zoneout, zoneout_backward
+from .product import by_panels, by_rows, into_panels, vectors_of
+from .tile import (
+    CONSTANTS,
+    GATES,
+    OF_H,
+    ROWS,
+    SIZE,
+    UNITS,
+    add,
+    fill,
+    move,
+    multiply,
+    row,
+    zoneout,
+    zoneout_backward,
+)  # fmt: skip
 
 TENSORS = (
     "gates", "dgates", "z", "dz",  # [T*B, 4H]; of the step [B, 4H], with heads [B, heads, 4 D]
@@ -20,16 +34,20 @@ TENSORS = (
     "zoneout_h", "zoneout_c",  # [T*B, H], shares of the state before that stay
     "h0", "h_n", "dh_n", "h_next", "dh_next", "dropout_h", "m", "o", "v", "dh_from_zoneout",  # [B, H]
     "c0", "c_n", "dc",  # [K, B, H]
-    "weight_peephole", "bias_hh", "weight",  # [3H]; [heads, D, GATES D], backward [heads, GATES D, D]
+    "weight_peephole", "bias_hh", "weight_hh", "panels",  # [3H]; see `panels_of`
     "resets", "lengths",  # [T*B] bool; [B] int64
     "scratch", "taken",  # [shares, SCRATCH]; int64, how many shares are
 )  # fmt: skip
-SIZES = "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "share"
+SIZES = (
+    "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "share", "way",
+    "to_panels", "stride_head", "stride_k", "stride_n",
+)  # fmt: skip
 CALL = np.dtype([(name, np.int64) for name in (*TENSORS, *SIZES)])
 """What a call is; of tensors addresses, 0 where it has none. Threads take shares of so many sequences."""
 call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
-SIZE = 4  # bytes of a number
+WAYS = BY_STEPS, BY_PANELS, BY_ROWS = range(3)
+"""What a call runs: a step without its product; all steps, with products of panels or of W_hh's rows."""
 SCRATCH = ROWS * UNITS  # numbers of a thread: those of a tile, and before them a product's sums
 EMPTY = np.float32(-np.inf)  # the REST of an empty state
 
@@ -41,7 +59,7 @@ in z; and how many they are."""
 
 @compiled
 def position(a, step, b):
-    """Of sequence b: its row in [T*B, *]; whether it has the step, begins it as a Place says, and ends."""
+    """Of sequence b: its place in [T*B, *]; whether it has the step, begins it as a Place says, and ends."""
     length = numbers(a.lengths)[b] if a.lengths else a.T
     valid = step < length
     time = length - 1 - step if a.reverse and valid else step
@@ -238,24 +256,57 @@ def each(a, step, first, end, scratch, backward):
 
 
 @compiled
+def sizes_of_product(a, backward):
+    """K and N of the product of a head, and bytes of its panels."""
+    units = a.H // a.heads
+    gates = (4 - a.h_start) * units
+    K, N = (units, gates) if backward is None else (gates, units)
+    return K, N, SIZE * K * vectors_of(N)
+
+
+@compiled
+def make_panels(a, backward):
+    """W_hh of each head [K, N], by the strides of weight_hh, as by_panels takes it."""
+    K, N, size = sizes_of_product(a, backward)
+    for head in range(a.heads):
+        weight = a.weight_hh + SIZE * head * a.stride_head
+        into_panels(weight, a.stride_k, a.stride_n, a.panels + head * size, K, N)
+
+
+@compiled
+def product(a, first, end, scratch, backward):
+    """W_hh h of the sequences from `first` to `end`, which h_next has, in z; backward W_hh^T dz in dh_next."""
+    K, N, size = sizes_of_product(a, backward)
+    units, count = a.H // a.heads, end - first
+    for head in range(a.heads):
+        h, panels = SIZE * (first * a.H + head * units), a.panels + head * size
+        z = 4 * h + SIZE * a.h_start * units
+        if backward is not None:
+            by_panels(a.dz + z, 4 * a.H, panels, a.dh_next + h, a.H, count, K, N, scratch)
+        elif a.way == BY_PANELS:
+            by_panels(a.h_next + h, a.H, panels, a.z + z, 4 * a.H, count, K, N, scratch)
+        else:
+            for gate in range(4 - a.h_start):
+                weight = a.weight_hh + SIZE * (gate * a.heads + head) * units * units
+                to = a.z + z + SIZE * gate * units
+                by_rows(a.h_next + h, a.H, weight, units, to, 4 * a.H, count, units, units, scratch)
+
+
+@compiled
 def run(a, backward):
-    """All steps, or without a weight one; of sequences that no other thread takes, until there are none.
+    """All steps, or one; of sequences that no other thread takes, until there are none.
 
     A step is W_hh h, and the rest; backward first the rest of the step after, and then W_hh^T dz. Forward h_next has
     what the first step multiplies.
     """
-    units, gates = a.H // a.heads, (4 - a.h_start) * (a.H // a.heads)
+    if a.to_panels:
+        make_panels(a, backward)
     number = take(a.taken) if a.taken else 0
     while number * a.share < a.B:
         first, end, scratch = number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
-        for n in range(a.T if a.weight else 1):
-            for head in range(0, a.H if a.weight and (backward is None or n > 0) else 0, units):
-                h, weight, count = SIZE * (first * a.H + head), a.weight + SIZE * head * gates, end - first
-                z = 4 * h + SIZE * a.h_start * units
-                if backward is None:
-                    product(a.h_next + h, a.H, weight, a.z + z, 4 * a.H, count, units, gates, scratch)
-                else:
-                    product(a.dz + z, 4 * a.H, weight, a.dh_next + h, a.H, count, gates, units, scratch)
+        for n in range(a.T if a.way else 1):
+            if a.way and (backward is None or n):
+                product(a, first, end, scratch, backward)
             each(a, a.step + n if backward is None else a.step - n, first, end, scratch, backward)
         number = take(a.taken) if a.taken else number + 1
 

@@ -11,6 +11,7 @@ import numpy as np
 from .functions import compiled, floats
 
 UNITS, ROWS = 128, 17
+SIZE = 4  # bytes of a number
 GATES = 0, UNITS, 2 * UNITS, 3 * UNITS
 """Of pre-activations the part from x, then the gates."""
 OF_H = 4 * UNITS, 5 * UNITS, 6 * UNITS, 7 * UNITS
