@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from unittest.mock import Mock
 
@@ -181,6 +182,18 @@ def test_under_a_driver_that_is_too_old_for_torch_the_doctor_and_the_benchmark_s
     assert bench_main._parser().parse_args([]).device == "cpu"
     assert bench_main.main(["gpu", "--out", str(tmp_path / "out")]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_the_doctor_says_in_words_what_is_not_there_and_which_processor_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=FileNotFoundError(2, "No such file", "nvidia-smi")))
+    assert any("there is no nvidia-smi: no driver of NVIDIA's" in line for line in printed_by(capsys))
+    (file := tmp_path / "cpuinfo").write_text(
+        "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\n"
+    )
+    monkeypatch.setattr(cache, "Path", lambda _: file)
+    assert cache.cpu_name() == "AMD EPYC, cpu family 25, model 17"
+    file.write_text("model name\t: AMD EPYC 9554 64-Core Processor\n")
+    assert cache.cpu_name() == "AMD EPYC 9554 64-Core Processor"
 
 
 def test_a_cudnn_that_torch_refuses_is_named_and_stops_neither_the_doctor_nor_the_cache(monkeypatch, capsys):
