@@ -177,6 +177,7 @@ def test_a_compiled_function_is_kept_for_those_who_have_all_that_decides_it(fres
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert said()
+            assert "the loops in the cache are of another version or CPU" in caplog.text
 
 
 def test_what_calls_compile_is_kept():
