@@ -121,10 +121,12 @@ EQUATIONS = next_cell, cell_forward, output, output_backward, cell_backward
 
 
 def compiled_by(compiler: Callable[[Any], Any], known: dict[str, Any]) -> list[Any]:
-    """The EQUATIONS, compiled. `known` has the names that they use: LSTM, GRU and SLSTM, ZERO, ONE and LOWEST (the
-    least finite float32), where, minimum, maximum, zeros_like, sigmoid, tanh, tanh_as(x, like), which computes in the
-    dtype of `like`, and above(x) = log(1 + e^-|x|)."""
-    known = known.copy()
+    """The EQUATIONS, compiled, and put into `known` by their names.
+
+    `known` are the globals of a compiler's module, with the other names that the equations use: GRU and SLSTM; ZERO,
+    ONE and LOWEST, the least finite float32; where, minimum, maximum, zeros_like, sigmoid and tanh; tanh_as(x, like),
+    which computes in the dtype of `like`; and above(x) = log(1 + e^-|x|).
+    """
     for function in EQUATIONS:
         known[function.__name__] = compiler(FunctionType(function.__code__, known, function.__name__))
     return [known[function.__name__] for function in EQUATIONS]

@@ -43,8 +43,8 @@ load_constants, launch_kernel, sequences = states.load_constants, launch.launch_
 def gru_with(candidate):
     """The GRU's forward with another candidate n."""
 
-    def forward(x, z, c_prev, rest, bias_hh, S):
-        (r, update, _, s), _, rest = cell_forward(x, z, c_prev, rest, bias_hh, S)
+    def forward(x, z, c_prev, rest, bias_hh, peepholes, S):
+        (r, update, _, s), _, rest = cell_forward(x, z, c_prev, rest, bias_hh, peepholes, S)
         gates = (r, update, candidate(x, s, r, bias_hh), s)
         return gates, equations.next_cell(gates, c_prev, S), rest
 
