@@ -78,10 +78,12 @@ def inputs_of(call: Call, k: int, d: int, x: Tensor, noise: Noise) -> Inputs:
 
 
 def weights_of(inputs: Inputs) -> Weights:
+    """The weights among the Inputs of a layer in one direction."""
     return Weights(*[getattr(inputs, name) for name in NAMES])
 
 
 def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
+    """How a layer with these Inputs goes through its batch."""
     states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 

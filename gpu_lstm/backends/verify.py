@@ -39,6 +39,7 @@ logger = logging.getLogger("gpu_lstm")
 
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
+    """The kept Layer of a backend for a problem on a device. It verifies each plan before its first use."""
     return kept_layer(launcher_of(backend.value), problem, device, verify)
 
 

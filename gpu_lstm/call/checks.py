@@ -47,11 +47,13 @@ def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str
 
 
 def check_tensor(value: object, name: str) -> None:
+    """Raise TypeError unless `value` is a tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} should be a tensor, got: {type(value).__name__}{cure_of(value)}")
 
 
 def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
+    """Raise RuntimeError, in torch's words, unless a tensor has this number of dimensions."""
     if tensor.dim() != count:
         raise RuntimeError(f"{name} must have {count} dimensions, got {tensor.dim()}")
 

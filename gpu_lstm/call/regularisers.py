@@ -69,6 +69,7 @@ class Regulariser:
 
 
 def is_probability(value: object) -> bool:
+    """Whether `value` is a number from 0 to 1, and no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 

@@ -47,6 +47,8 @@ NAMES = Weights._fields
 
 
 class Size(NamedTuple):
+    """The sizes of one layer in one direction."""
+
     inputs: int | Any  # I; None: x is W_ih x already
     hidden: int  # H
     projected: int  # P; 0 without a projection

@@ -48,16 +48,19 @@ next_cell, cell_forward, cell_output, cell_output_backward, cell_backward = comp
 
 @inlined
 def four(w, rows, j):
+    """Unit j of four rows."""
     return w[rows[0] + j], w[rows[1] + j], w[rows[2] + j], w[rows[3] + j]
 
 
 @inlined
 def put_four(w, rows, j, values):
+    """Set unit j of four rows."""
     w[rows[0] + j], w[rows[1] + j], w[rows[2] + j], w[rows[3] + j] = values
 
 
 @inlined
 def constants_of(w, j):
+    """The constants of unit j: peepholes, or a GRU's biases of h."""
     return w[CONSTANTS[0] + j], w[CONSTANTS[1] + j], w[CONSTANTS[2] + j]
 
 
@@ -66,6 +69,7 @@ def constants_of(w, j):
 
 @inlined
 def forward_of(tile, n, peepholes, S):
+    """The gates, and the state after the step in place of the state before it."""
     w = floats(tile)
     for j in range(vectors(n)):
         x, z, rest = four(w, GATES, j), four(w, OF_H, j), (w[REST + j],)
@@ -77,6 +81,7 @@ def forward_of(tile, n, peepholes, S):
 
 @inlined
 def output_of(tile, n, _, S):
+    """M, from the last gate and v, which is in C."""
     w = floats(tile)
     for j in range(vectors(n)):
         w[M + j] = cell_output(w[GATES[3] + j], w[C + j], S)
@@ -84,6 +89,7 @@ def output_of(tile, n, _, S):
 
 @inlined
 def output_backward_of(tile, n, normed, S):
+    """The gradients of z_o and of v, in DZ_O and DV, from the gradient of m in M. LN(c) is in DV, if c is `normed`."""
     w = floats(tile)
     for j in range(vectors(n)):
         gates = four(w, GATES, j)
@@ -93,6 +99,7 @@ def output_backward_of(tile, n, normed, S):
 
 @inlined
 def backward_of(tile, n, peepholes, S):
+    """The gradients of the pre-activations, and of the state before the step in place of the state after it."""
     w = floats(tile)
     for j in range(vectors(n)):
         gates, of, rest = four(w, GATES, j), constants_of(w, j), (w[REST + j],)

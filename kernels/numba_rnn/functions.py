@@ -65,6 +65,7 @@ def exp(x):
 
 @inlined
 def sigmoid(x):
+    """1 / (1 + e^-x)."""
     return F(0) if x < F(-87) else F(1) / (F(1) + exp(-x))  # where exp ends: not 1e-38, which times infinity is one
 
 

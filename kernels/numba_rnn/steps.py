@@ -89,6 +89,7 @@ def load_c_before(a, tile, p):
 
 @compiled
 def load_constants(a, tile, p):
+    """The peepholes, or a GRU's biases of h, into CONSTANTS."""
     for k in range(3):
         move(tile, CONSTANTS[k], a.bias_hh if a.bias_hh else a.weight_peephole, k * a.H + p.unit, p.n)
 
@@ -317,4 +318,5 @@ def forward(address):
 
 
 def backward(address):
+    """A call of the backward pass, at its address."""
     run(call_at(address), True)

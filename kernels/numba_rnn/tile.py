@@ -33,6 +33,7 @@ def vectors(n):
 
 @compiled
 def fill(t, at, value, n):
+    """Set n numbers of a tensor to a value."""
     numbers = floats(t)
     for j in range(n):
         numbers[at + j] = value
@@ -51,6 +52,7 @@ def move(to, to_at, t, at, n):
 
 @compiled
 def add(to, to_at, t, at, n):
+    """Add numbers of t to another tensor; nothing, if t is not there."""
     if t:
         numbers, sums = floats(t), floats(to)
         for j in range(n):
@@ -59,6 +61,7 @@ def add(to, to_at, t, at, n):
 
 @compiled
 def multiply(to, to_at, t, at, n):
+    """Multiply numbers of a tensor by those of t, if both are there."""
     if to and t:
         numbers, products = floats(t), floats(to)
         for j in range(n):

@@ -69,6 +69,8 @@ class CellPointers(NamedTuple):
 
 
 class HiddenBackward(NamedTuple):
+    """Pointers to gradients of h, and to what is read with them."""
+
     dh_ptr: Pointer  # [T*B, P] given
     dh_n_ptr: Pointer  # [B, P] given
     dropout_h_ptr: Pointer  # [B, P]
@@ -78,6 +80,8 @@ class HiddenBackward(NamedTuple):
 
 
 class CellBackward(NamedTuple):
+    """Pointers to gradients of gates and of c, and to what is read with them."""
+
     dgates_ptr: Pointer  # [T*B, 4H] out: of the pre-activations
     weight_peephole_ptr: Pointer  # [3H]
     dc_ptr: Pointer  # [KEPT, B, H] float32 of c_n; out: of c before every step
@@ -86,6 +90,8 @@ class CellBackward(NamedTuple):
 
 
 class Saved(NamedTuple):
+    """Pointers to what forward saved for backward."""
+
     gates_ptr: Pointer  # [T*B, 4H] activated
     c_ptr: Pointer  # [T*B, H] float32
     c0_ptr: Pointer  # [KEPT, B, H] float32
@@ -93,6 +99,8 @@ class Saved(NamedTuple):
 
 
 class Arrivals(NamedTuple):
+    """Pointers to the counters of programs that have arrived, and to the error word."""
+
     arrivals_ptr: Pointer  # [HEADS, tiles of sequences] int32, programs that have arrived; None: plans/tiles.py, waits
     error_ptr: Pointer  # [1] int32, and after it the poll limit
 

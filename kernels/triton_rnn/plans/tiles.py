@@ -104,6 +104,7 @@ def waits(p: Problem, plan: Plan) -> bool:
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
+    """See planning.Family."""
     written = buffers_of(p, pass_)
     if waits(p, plan):  # counts the programs of each batch tile that have arrived
         written["arrivals_ptr"] = Buffer(torch.int32, (p.heads * ceil(p.batch / plan.rows),), fill=0)
@@ -113,6 +114,7 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
 
 
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
+    """See planning.Family."""
     family = plan.family
     k = CELLS[p.cell].rows * p.columns // family.parts
     return dict(K=k, BLOCK_K=family.k, PARTS=family.parts, AHEAD=family.ahead)

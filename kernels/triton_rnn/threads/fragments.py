@@ -27,6 +27,7 @@ Threads = namedtuple("Threads", "number warp column quarter")  # of a program, e
 
 @triton.jit
 def threads(WARPS: tl.constexpr):
+    """The Threads of a program."""
     number = tl.arange(0, 32 * WARPS)
     return Threads(number, number // 32, number % 32 // 4, number % 4)
 

@@ -102,6 +102,7 @@ def held_backward_kernel(
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
+    """All steps, from the last to the first; grid (programs of a group, groups, heads)."""
     EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
     batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
     poll_limit, after = tl.load(arrivals.error_ptr + 1), After(cell.dgates_ptr, batch, arrivals)

@@ -32,6 +32,7 @@ def step_forward_kernel(
     weight_hh_ptr,  # [GATES H, D]
     hidden: HiddenPointers, cell: CellPointers, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
+    """All steps; grid (programs, 1, heads)."""
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
@@ -85,6 +86,7 @@ def step_backward_kernel(
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
+    """All steps, from the last to the first; grid (programs, 1, heads)."""
     ROUNDS: tl.constexpr = 2 if S.PARTS > 1 else 1
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
