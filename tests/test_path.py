@@ -94,7 +94,7 @@ def test_the_host_reads_no_number_in_a_call(a_card, unwatched, request, monkeypa
 @pytest.mark.parametrize("options", [
     {}, dict(layer_norm=("hh",)), dict(layer_norm=("c",)), dict(layer_norm=("hh", "c")), dict(proj_size=3, zoneout=0.1),
 ], ids=str)  # fmt: skip
-def test_a_step_is_as_many_launches_as_are_estimated(unwatched, monkeypatch, options, dtype):
+def test_a_step_is_as_many_launches_as_are_estimated(a_card, unwatched, monkeypatch, options, dtype):
     """What a call of one step more launches more: kernels, products, and what torch does for layer norms."""
     KERNELS["pointwise"].force(monkeypatch)
     launched, lstm, counts = Mock(), gpu_lstm.LSTM(4, 8, dtype=dtype, backend="triton", **options).eval(), []
