@@ -252,6 +252,10 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
         torch.jit.trace(ours, (example,))
     with torch.no_grad():
         torch.testing.assert_close(tree_leaves(torch.jit.trace(ours, (example,))(x)), tree_leaves(twin(x)))
+        ours.requires_grad_(False)  # a trace has no constants that do
+        one_step, resets = (torch.ones_like(t[..., 0], dtype=torch.bool) for t in (example[:1], x))
+        traced = torch.jit.trace(lambda x, resets: ours(x, resets=resets)[0], (example[:1], one_step))
+        torch.testing.assert_close(traced(x, resets), ours(x, resets=resets)[0])
 
 
 @pytest.mark.deep

@@ -56,10 +56,10 @@ def prepare(
         now = now._replace(recording=Recording.WATCHED)
     if options.reverse:
         traversal = traversal.backwards()
-    elif resets is not None and reset_states is None and role.kept == 1:
-        # Whether no reset comes after the first step, where neither a device nor a graph has to be asked.
-        readable = x.is_cpu and now.recording == Recording.NOBODY and now.transforms == Transforms.NONE
-        if now.recording < Recording.COMPILED if steps == 1 else readable and not resets[1:].any():
+    elif resets is not None and reset_states is None and role.kept == 1 and now.recording == Recording.NOBODY:
+        # Whether no reset comes after the first step, where no device has to be asked; a trace is for other resets.
+        readable = x.is_cpu and now.transforms == Transforms.NONE
+        if steps == 1 or (readable and not resets[1:].any()):
             states = _reset_before_the_first_step(states, lengths, resets, options.directions == 2)
             traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
