@@ -30,7 +30,7 @@ switched = torch.backends.mkldnn.flags  # a block
 @pytest.fixture
 def lacking(with_onednn, monkeypatch):
     """As on a CPU without AVX-512."""
-    monkeypatch.setattr(onednn, "has_lstm", lambda half: False)
+    monkeypatch.setattr(onednn, "has_lstm", lambda *_: False)
 
 
 def autocast(half, call, *given, **options):
@@ -161,7 +161,7 @@ PLACES = {
 def asked(with_onednn, monkeypatch):
     """What oneDNN is asked for, from now on."""
     run, dtypes = onednn._runs_under_autocast, []
-    monkeypatch.setattr(onednn, "_runs_under_autocast", lambda half: dtypes.append(half) or run(half))
+    monkeypatch.setattr(onednn, "_runs_under_autocast", lambda half, grad: dtypes.append(half) or run(half, grad))
     onednn.has_lstm.cache_clear()
     return dtypes
 
@@ -171,7 +171,7 @@ def asked(with_onednn, monkeypatch):
 def test_onednn_is_asked_apart_from_what_its_caller_does(asked, half, place):
     expected, before = runs(half), torch.get_rng_state()
     with PLACES[place]() as block:
-        assert onednn.has_lstm(half) is expected
+        assert onednn.has_lstm(half, True) is expected
     assert asked == [half]
     assert torch.equal(torch.get_rng_state(), before)
     assert place != "a mode" or block.count == 0
@@ -182,7 +182,7 @@ def test_casts_that_a_block_keeps_outlast_that_onednn_is_asked(asked, half):
     x, linear = torch.ones(2, 2), nn.Linear(2, 2, bias=False)
     with torch.autocast("cpu", half), Watched(lambda operator, *_: "_to_copy" in str(operator)) as casts:
         linear(x)
-        onednn.has_lstm(half)
+        onednn.has_lstm(half, True)
         linear(x)
     assert casts.count == 3, "x each time, the weight once"
     assert asked == [half]
@@ -208,40 +208,44 @@ def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
 @pytest.mark.filterwarnings("error:gpu_lstm")  # of a right kernel that is refused
 @pytest.mark.parametrize(("kind", "way"), [
     (kind, way) for kind in ("LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU")
-    for way in ["torch", "reference", "triton", "vmap", *["lengths", "zoneout"] * ("Cell" not in kind)]])  # fmt: skip
-def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half):
+    for way in ("torch", "reference", "triton", "vmap", *("lengths", "one step", "zoneout") * ("Cell" not in kind))
+])  # fmt: skip
+@pytest.mark.parametrize("grad", [True, False])
+def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half, grad):
     """By oneDNN it casts a whole LSTM there, but of all others products alone, so that the dtype of states counts.
-    oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on hardly any. Elsewhere torch's own raises, where ours is
-    cast all the same, unless the input is in half precision: then torch casts products alone."""
-    lacks = kind in ("LSTM", "StackedLSTM") and onednn.is_on() and not onednn.has_lstm(half)
+    oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on fewer, and there without gradients. Elsewhere torch's own
+    raises, where ours is cast all the same, unless the input is in half precision: then torch casts products alone."""
+    lacks = kind in ("LSTM", "StackedLSTM") and onednn.is_on() and not onednn.has_lstm(half, grad)
     kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
     is_cell, is_stack = "Cell" in kind, "Stacked" in kind
     if way == "triton" and (torch.cuda.is_available() or options or half is torch.bfloat16):
         pytest.skip("the interpreter's are right in float16, and c of a projection is as on a card")
-    sizes = I, H + len(options)
+    sizes, options = (I, H + len(options)), options | ({} if is_cell else dict(num_layers=2))
     theirs = getattr(nn, kind.removeprefix("Stacked"))(*sizes, **options)
-    ours = getattr(gpu_lstm, kind)(I, [H]) if is_stack else getattr(gpu_lstm, kind)(*sizes, **options)
+    ours = getattr(gpu_lstm, kind)(I, [H, H]) if is_stack else getattr(gpu_lstm, kind)(*sizes, **options)
     hx = random_inputs(ours, B)[1]
-    call, x = ours, torch.randn(B, I) if is_cell else torch.randn(T, B, I)
+    call, x = ours, torch.randn(B, I) if is_cell else torch.randn(1 if way == "one step" else T, B, I)
     if way in BACKENDS:
         ours.backend = way
-    elif way == "lengths":
-        call = partial(ours, lengths=torch.full((B,), T))
+    elif way in ("lengths", "one step"):
+        ours.backend, call = "torch", partial(ours, lengths=torch.full((B,), len(x)))
     elif way == "zoneout":
         ours.zoneout = 0.5
     else:
         call = vmap(ours, -2)
-    own_hx = tree_map(lambda t: t[None], hx[0]) if is_stack else hx
+    own_hx = tree_map(lambda *t: torch.stack(t), *hx) if is_stack else hx
+    states = len(tree_leaves(own_hx))
     for x_in_half, hx_in_half in (False, False), (True, False), (True, True):
         found = []
         for module, given in (call, hx), (theirs, own_hx):
             of_x, of_hx = (half if in_half else torch.float32 for in_half in (x_in_half, hx_in_half))
             given = x.to(of_x), tree_map(lambda t, of_hx=of_hx: t.to(of_hx), given)
             if module is theirs and lacks and not x_in_half:
-                found.append([half] * 3)
+                found.append([half] * (1 + states))
             else:
-                with torch.autocast("cpu", half):
-                    found.append([t.dtype for t in tree_leaves(module(*given))])
+                with torch.autocast("cpu", half), torch.set_grad_enabled(grad):
+                    output, *others = tree_leaves(module(*given))
+                found.append([t.dtype for t in (output, *others[-states:])])
         assert found[0] == found[1], (x_in_half, hx_in_half)
 
 

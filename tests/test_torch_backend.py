@@ -139,10 +139,13 @@ def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
 
 @pytest.mark.filterwarnings("ignore")  # torch says that it is deprecated, and warns of Python values
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
-def test_a_trace_is_right_for_other_resets(cls):
+def test_a_trace_is_right_for_other_resets_and_with_lengths_for_more_steps(cls):
     lstm, x = cls(3, 4, backend="torch").requires_grad_(False), torch.randn(T, B, 3)
     traced = torch.jit.trace(lambda x, r: lstm(x, resets=r)[0], (x, torch.zeros_like(RESETS)), check_trace=False)
     torch.testing.assert_close(traced(x, RESETS), lstm(x, resets=RESETS)[0])
+    one_step = x[:1], torch.ones_like(LENGTHS)
+    traced = torch.jit.trace(lambda x, lengths: lstm(x, lengths=lengths)[0], one_step, check_trace=False)
+    torch.testing.assert_close(traced(x, LENGTHS), lstm(x, lengths=LENGTHS)[0])
 
 
 @pytest.mark.parametrize(("cls", "added"), [(gpu_lstm.LSTM, 2), (gpu_lstm.GRU, 3)])

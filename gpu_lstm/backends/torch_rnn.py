@@ -23,7 +23,6 @@ from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
 from ..call.noise import Noise
 from ..call.request import Call, Request
-from ..call.sequences import EVERY_STEP
 from ..call.weights import NAMES, State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
@@ -47,35 +46,37 @@ def has(cell: Cell, inputs: Inputs) -> bool:
 
 def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
     """What torch's own operator returns of what a module or a cell was given; None: it does not take all as it is."""
-    options, weights, state = request.options, request.weights, request.states[0]
-    lengths, resets, *_ = request.traversal
-    if resets is not None or (lengths is not None and request.steps > 1):
-        return None
-    if lengths is not None:
-        return _step_of_some(request, lengths)
+    options, (lengths, resets, *_) = request.options, request.traversal
     if isinstance(options.role, roles.Cell):
-        state = one_step(options.cell, request.x, state, weights[0][0])
+        state = one_step(options.cell, request.x, request.states[0], request.weights[0][0])
         return state[0], [state]
-    if type(options.role) is not roles.Module or not options.in_one_call:
+    if resets is not None or type(options.role) is not roles.Module or not options.in_one_call:
         return None
+    if lengths is None:
+        return _every_step(request)
+    one = request.modes.recording == Recording.NOBODY and request.steps == 1  # a trace runs with more steps, too
+    return _step_of_some(request, lengths) if one else None
+
+
+def _every_step(request: Request) -> tuple[Tensor, list[State]]:
+    """`as_given` of a module without lengths."""
+    options, weights, state = request.options, request.weights, request.states[0]
     if request.steps == 1 and request.batch <= MOST_ROWS and _is_step(request):
         return _cell_by_cell(options.cell, request.x, state, weights)
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
-    noise = options.dropout, options.training
-    y, state = stack(options.cell, request.x, state, weights, *noise, sizes, request.modes.whole)
+    y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
     return y, [state]
 
 
-def _step_of_some(request: Request, lengths: Tensor) -> tuple[Tensor, list[State]] | None:
+def _step_of_some(request: Request, lengths: Tensor) -> tuple[Tensor, list[State]]:
     """`as_given` of one step with lengths [B]: all sequences take the step, and those of length 0 keep their state."""
-    there = (lengths > 0)[:, None]  # [B, 1]
-    states = [(torch.where(there, h, 0), torch.where(there, c, 0)) for h, c in request.states]
-    # Zeros, since a NaN in padding would reach the gradients of weights.
-    all_of_them = request._replace(x=torch.where(there, request.x, 0), states=states, traversal=EVERY_STEP)
-    if (found := as_given(all_of_them)) is None:
-        return None
-    y, ((h, c),), (h0, c0) = *found, request.states[0]
-    return torch.where(there, y, 0), [(torch.where(there, h, h0), torch.where(there, c, c0.to(c.dtype)))]
+    there, before = (lengths > 0)[:, None], request.states[0]  # [B, 1]
+    if request.learns:  # a NaN in padding would reach the gradients of weights
+        x, h, c = [torch.where(there, t, 0) for t in (request.x, *before)]
+        request = request._replace(x=x, states=[(h, c)])
+    y, (after,) = _every_step(request)
+    h_n, c_n = [torch.where(there, t, t0.to(t.dtype)) for t, t0 in zip(after, before)]
+    return torch.where(there, y, 0), [(h_n, c_n)]
 
 
 def one_step(cell: Cell, x: Tensor, state: State, w: Weights) -> State:
@@ -92,21 +93,24 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
     options, cell = call.options, call.options.cell
     is_plain = call.traversal.is_plain() and not isinstance(options.role, roles.Function)
     if is_plain and options.in_one_call:
-        noise, whole = (options.dropout, options.training), call.modes.whole
-        y, final = stack(cell, call.x, joined(call.states), call.weights, *noise, whole=whole)
+        y, final = stack(cell, call.x, joined(call.states), call.weights, options.dropout, options.training)
         return y, split(final)
+
+    def as_first(x: Tensor) -> Tensor:
+        """A later layer's input, whose dtype decides on a CPU whether autocast casts all of an LSTM or its products."""
+        return x.to(call.x.dtype) if x.is_cpu else x
 
     def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
         if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
-            inputs = inputs._replace(**dict(zip(NAMES, weights_of(inputs).to(call.modes.autocast or dtype))))
+            weights = weights_of(inputs).to(call.modes.autocast or dtype)
+            inputs = inputs._replace(x=as_first(inputs.x), **dict(zip(NAMES, weights)))
             return layer_by_torch(cell, inputs, reverse)
         with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
             return layer_by_torch(cell, in_dtype(inputs, dtype), reverse)
 
     def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
         with named(k, None, Backend.TORCH):
-            whole = call.modes.whole or k > 0  # of later layers the input is what torch's own returned
-            y, final = stack(cell, x, joined(states), [call.weights[k]], training=options.training, whole=whole)
+            y, final = stack(cell, as_first(x), joined(states), [call.weights[k]], training=options.training)
         return y, split(final)
 
     if is_plain:
@@ -133,13 +137,13 @@ def stack(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,  # as in a PackedSequence
-    whole: bool = True,  # see Modes
 ) -> tuple[Tensor, State]:
     """torch's own LSTM or GRU over layers of one size: output [T, B, D*P] (packed [N, D*P]) and the final states."""
     h0, c0 = state
     if x.is_cpu and batch_sizes is None and cell is not GRU and layers[0][0].weight_hr is None:
         half = autocast_dtype(x)  # to which autocast casts it for oneDNN, which may have no LSTM in it on this CPU
-        if whole and half is not None and onednn.is_on() and not onednn.has_lstm(half):
+        grad = torch.is_grad_enabled()
+        if half is not None and onednn.takes_whole_lstms(x.dtype, grad) and not onednn.has_lstm(half, grad):
             state, layers = (h0.to(half), c0.to(half)), [[w.to(half) for w in layer] for layer in layers]
             with torch.autocast("cpu", enabled=False):
                 return stack(cell, x.to(half), state, layers, dropout, training)

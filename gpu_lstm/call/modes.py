@@ -108,7 +108,7 @@ def _autocast(x: Tensor) -> tuple[torch.dtype | None, bool]:
     """Modes.autocast and Modes.whole."""
     if (dtype := autocast_dtype(x)) is None:
         return _NO_AUTOCAST
-    return dtype, not x.is_cpu or onednn.takes_whole_lstms(x.dtype)
+    return dtype, not x.is_cpu or onednn.takes_whole_lstms(x.dtype, torch.is_grad_enabled())
 
 
 @constant_when_traced

@@ -20,26 +20,30 @@ def is_on() -> bool:
 
 
 @constant_when_traced
-def takes_whole_lstms(dtype: torch.dtype) -> bool:
+def takes_whole_lstms(dtype: torch.dtype, grad: bool) -> bool:
     """Whether torch gives oneDNN an LSTM whose input has this dtype, and so casts all of it under autocast."""
-    return is_on() and (dtype is torch.float32 or has_lstm(dtype))
+    return is_on() and (dtype is torch.float32 or has_lstm(dtype, grad))
 
 
 @functools.cache
-def has_lstm(half: torch.dtype) -> bool:
-    """Whether oneDNN has an LSTM in half precision on this CPU: tried in a thread, where no mode of the caller acts."""
+def has_lstm(half: torch.dtype, grad: bool) -> bool:
+    """Whether oneDNN has an LSTM in half precision on this CPU, with gradients or without.
+
+    It is tried in a thread, where no mode of the caller acts.
+    """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_runs_under_autocast, half).result()
+        return thread.submit(_runs_under_autocast, half, grad).result()
 
 
-def _runs_under_autocast(half: torch.dtype) -> bool:
+def _runs_under_autocast(half: torch.dtype, grad: bool) -> bool:
     x = state = torch.zeros(1, 1, 1, dtype=torch.float32)
     weights = [torch.zeros(4, 1, dtype=torch.float32, requires_grad=True) for _ in range(2)]
     torch.autocast_increment_nesting()  # in this thread; the end of the outermost block drops the casts of all
     try:
-        with torch.autocast("cpu", half, cache_enabled=False):
+        with torch.autocast("cpu", half, cache_enabled=False), torch.set_grad_enabled(grad):
             y, *_ = torch.lstm(x, (state, state), weights, False, 1, 0.0, True, False, False)
-        torch.autograd.grad(y.sum(), weights)
+        if grad:
+            torch.autograd.grad(y.sum(), weights)
     except RuntimeError as error:
         logging.getLogger("gpu_lstm").info("there is no LSTM under autocast to %s on this CPU: %s", half, error)
         return False
