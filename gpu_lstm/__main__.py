@@ -22,6 +22,7 @@ from .dispatch.available import backends_for, import_problem, select, why_unavai
 from .dispatch.kind import Kind, in_words
 from .dispatch.race import Decision
 from .kernels import cache
+from .kernels.cards import driver
 from .kernels.cells import CELLS
 from .kernels.layer import machine_of, package_of
 from .kernels.problem import Problem
@@ -194,7 +195,7 @@ def _mps(device: torch.device) -> str:
     if sys.platform != "linux":  # the only system that has MPS
         return "off"
     enabled = ctypes.c_int()
-    code = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(enabled), MPS_ENABLED, device.index)
+    code = driver().cuDeviceGetAttribute(ctypes.byref(enabled), MPS_ENABLED, device.index)
     return f"the driver does not say: error {code}" if code else "on" if enabled.value else "off"
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .private import driver_version
+from .cards import driver_version
 
 try:
     import fcntl

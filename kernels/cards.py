@@ -4,6 +4,8 @@ Rates are those of an H100 (Luo et al., "Benchmarking and Dissecting the Nvidia 
 Microbenchmarking", 2024; CUDA C++ Programming Guide).
 """
 
+import ctypes
+import os
 from dataclasses import dataclass
 from math import inf
 
@@ -41,6 +43,18 @@ class Card:
     def l2_bytes(self, programs: int) -> float:
         """Bytes per clock that each of `programs` reads from L2."""
         return min(L2_ALONE, L2_BYTES * self.multiprocessors / programs)
+
+
+def driver() -> ctypes.CDLL:
+    """The CUDA driver, which torch has loaded."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def driver_version() -> int:
+    """The newest CUDA that the driver supports: 13000 for CUDA 13.0. torch's builds for CUDA do not return it."""
+    version = ctypes.c_int()
+    driver().cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def cuda_obstacle(backend: str, device: torch.device, oldest: tuple[int, int], instead: str = "") -> Exception | None:

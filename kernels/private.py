@@ -79,7 +79,6 @@ with named_if_gone():
     is_view = Tensor._is_view  # whose cast torch's autocast does not keep
     assert_on_device = torch._assert_async  # else a check that waits for the device
     default_store = lambda: torch.distributed.distributed_c10d._get_default_store()  # else ranks decide each for itself
-    driver_version = lambda: torch._C._cuda_getDriverVersion()  # else cached results have to be cleared for a new one
 
 
 def constant_when_traced(function: Any) -> Any:

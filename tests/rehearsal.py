@@ -39,7 +39,7 @@ def be_a_card() -> None:
     torch_finds(pytest.MonkeyPatch(), dataclasses.replace(H100, name="a stub"), is_available=True, device_count=1,
                 current_device=0, set_device=None, current_stream=lambda _=None: STREAM, synchronize=None,
                 is_current_stream_capturing=lambda: CAPTURING.value != 0)  # fmt: skip
-    torch._C._cuda_getCurrentRawStream, torch._C._cuda_getDriverVersion = lambda device: 0, lambda: 13000
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
     timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
 
 

@@ -117,7 +117,6 @@ def test_the_doctor_knows_the_build_of_the_driver_mig_mps_and_free_memory(
     (tool := tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$1" | tr , "\n"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(cache, "driver_version", lambda: 13000)
     monkeypatch.setattr(cache, "machine", cache.machine.__wrapped__)
     monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: Mock(cuDeviceGetAttribute=attribute))
     torch_finds(monkeypatch, is_available=True, device_count=1, mem_get_info=(3 << 29, 80 << 30))

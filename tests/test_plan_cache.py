@@ -1,5 +1,6 @@
 """Measured plans: autotuning finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
 
+import ctypes
 import dataclasses
 import importlib
 import json
@@ -81,7 +82,8 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
     """Each may change who is faster, or which kernel is right: what was found with another does not count."""
     facts = dict.fromkeys(("card", "driver", "torch", "cuDNN", "triton", "cupy", "NVRTC", "gpu_lstm"), "1")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: facts["driver"], raising=False)
+    driver = SimpleNamespace(cuDriverGetVersion=lambda version: setattr(version._obj, "value", int(facts["driver"])))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: facts["cuDNN"])
     monkeypatch.setattr(triton_rnn, "version_of", lambda package: facts[package])
     nvrtc = SimpleNamespace(getVersion=lambda: facts["NVRTC"])

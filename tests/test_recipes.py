@@ -123,6 +123,15 @@ def noisy(t, z, c):
     return z[3].sigmoid() * c.tanh() + noise[t], c
 
 torch.testing.assert_close(found, by_hand(lstm, noisy))
+
+gru, cell, h, noisy = gpu_lstm.GRU(I, H), nn.GRUCell(I, H), torch.zeros(B, H), []
+gru.load_state_dict({f"{name}_l0": t for name, t in cell.state_dict().items()})
+gru.state_noise = 0.5
+for x_t, noise_t in zip(x, noise):
+    noisy.append(h := cell(x_t, h) + noise_t)
+torch.manual_seed(1)
+torch.testing.assert_close(gru(x)[0], torch.stack(noisy))
+
 lstm.backend = "numba"
 try:
     lstm(x)

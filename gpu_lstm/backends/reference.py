@@ -85,6 +85,8 @@ def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record 
         reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in given]
         before = _where(reset, t, (0.0 if reset_h is None else reset_h, empty if reset_c is None else reset_c), (h, c))
         gates, after = _step(EQUATIONS[cell], x[t], before, weights, Noise(*now))
+        if CELLS[cell].one_state:  # c is h, also where a regulariser has changed h
+            after = after[0], after[0]
         outputs.append(after[0])
         if record is not None:
             every_step.append((torch.cat(gates, 1), after[1] if kept == 1 else after[1][0], after[0]))

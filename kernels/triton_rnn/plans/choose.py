@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import io
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ... import cache
-from ...cards import Card
+from ...cards import Card, driver
 from ...layer import NoKernel, plans_in_use
 from ...ordering import in_order
 from ...private import load_kernel
@@ -129,7 +128,7 @@ def card_of(device: torch.device) -> Card:
 def _context() -> int | None:
     """The driver's current context. torch and Triton have loaded the driver."""
     context = ctypes.c_void_p()
-    ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuCtxGetCurrent(ctypes.byref(context))
+    driver().cuCtxGetCurrent(ctypes.byref(context))
     return context.value
 
 
