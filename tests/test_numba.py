@@ -144,6 +144,34 @@ def test_functions_are_right_to_two_units_in_the_last_place():
     np.testing.assert_allclose(found[1:, -3:-1], [[1, 0], [1, -1], [0, 0]], atol=1e-37)  # of infinities
 
 
+ONE_LOOP = """
+import sys
+from gpu_lstm.kernels.numba_rnn import build
+build.function(sys.argv[1])
+"""
+BOTH_LOOPS = """
+import torch, gpu_lstm
+for kind in gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.SLSTM:
+    grads, x = [], torch.randn(6, 3, 4)
+    modules = [kind(4, 5, backend=backend) for backend in ("reference", "numba")]
+    for module in modules:
+        module.load_state_dict(modules[0].state_dict())
+        y, _ = module(x)
+        grads.append((y, *torch.autograd.grad(y.square().sum(), module.parameters())))
+    for found, expected in zip(*grads):
+        torch.testing.assert_close(found, expected)
+"""
+
+
+def test_loops_that_other_processes_have_kept_are_linked_to_their_own_functions(tmp_path):
+    """Numba numbers the functions of each process anew, so that names would be the same in the two loops."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c"]
+    others = [subprocess.Popen([*command, ONE_LOOP, name], cwd=ROOT, env=environment) for name in launch.LOOPS]
+    assert [other.wait(300) for other in others] == [0, 0]
+    subprocess.run([*command, BOTH_LOOPS], check=True, timeout=300, cwd=ROOT, env=environment)
+
+
 def little(address):
     """Compiled in no time."""
 

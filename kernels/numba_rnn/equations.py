@@ -112,7 +112,6 @@ def backward_of(tile, n, peepholes, S):
 def by_cell(loop):
     """The loop, inlined once for each cell, so that nothing is decided inside it."""
 
-    @compiled
     def run(tile, n, cell, flag):
         if cell == LSTM:
             loop(tile, n, flag, Sizes(LSTM))
@@ -121,7 +120,10 @@ def by_cell(loop):
         else:
             loop(tile, n, flag, Sizes(SLSTM))
 
-    return run
+    # Numba names a function's machine code by its qualified name and a number that each process counts anew. Two loops
+    # of one name that two processes have kept would be one for the linker of a third.
+    run.__qualname__ = f"run_{loop.__name__}"
+    return compiled(run)
 
 
 forward, output, output_backward, backward = map(by_cell, (forward_of, output_of, output_backward_of, backward_of))
