@@ -90,8 +90,10 @@ expected = cache(results)
 @contextlib.contextmanager
 def switched(switch, inside, outside):
     switch(inside)
-    yield
-    switch(outside)
+    try:
+        yield
+    finally:
+        switch(outside)
 
 
 ALONE = {
