@@ -58,7 +58,7 @@ def data_flow() -> Figure:
     axes.text(46, 31.5, "Call: x [T, B, I], [L*D] of states", ha="center", va="center", size=6.8, color=INK)
     for left, name, text, colour in (
         (1, "torch_rnn.py", "torch's own LSTM: ATen\non the CPU, cuDNN on CUDA;\nlengths and resets", TORCH),
-        (24, "schedule.py", "layer on layer by kernels,\nin chunks of time,\nlayers side by side", PYTHON),
+        (24, "schedule.py", "layer on layer by kernels,\ndirections side by side,\ninference in chunks", PYTHON),
         (48, "graph.py", "torch.compile, export:\none operator a layer,\nby any of the other three", PYTHON),
         (71, "reference.py", "a plain loop: any device,\nany dtype, differentiable\nto any order", TORCH),
     ):

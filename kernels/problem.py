@@ -22,7 +22,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     projected: int = 0  # P, or 0 without a projection
     precision: str = "ieee"  # of float32 products: "tf32" or "ieee"
-    side_by_side: int = 1  # how many such layers or directions run at once and share the card
+    side_by_side: int = 1  # how many such directions run at once and share the card
     reverse: bool = False
     lengths: torch.dtype | None = None  # int32 or int64
     resets: bool = False
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
 
     @property
     def of_head(self) -> "Problem":
-        """A head as a layer of its own: heads share the card like layers that run side by side."""
+        """A head as a layer of its own: heads share the card like two directions."""
         if self.heads == 1:
             return self
         return self._replace(hidden=self.columns, heads=1, side_by_side=self.heads * self.side_by_side)

@@ -36,8 +36,7 @@ OF_TORCH = {  # the words for arguments of a module, those of nn.LSTM
     "no-bias": dict(bias=False),
 }  # fmt: skip
 ARGUMENTS = OF_TORCH | {  # and ours
-    "recompute": dict(recompute=True), "chunks": dict(recompute=True),  # without it autograd keeps whole sequences
-    "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
+    "recompute": dict(recompute=True), "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
     "norm-hh": dict(layer_norm=("hh",)), "norm-c": dict(layer_norm=("c",)), "norm-hh-c": dict(layer_norm=("hh", "c")),
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),

@@ -77,7 +77,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("resident", F16, (1, "3,3,3,7", MIX), (1, "4,3,3,11", f"{ONCE} both"),
      (1, "3,11,3,22", "heads ragged states masks"), (1, "3,3,3,33", "three-heads")),
     # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
-    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "3,3,3,8", "chunks resets")),
+    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "3,3,3,8", "chunks resets no-grad")),
     ("cooperative/4/1/4", F16, (1, "4,3,3,11", ONCE)),  # 3 and 4 programs, of which one has no units
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),  # three batch tiles in two groups
     ("cooperative/8/1/4", F16, (1, "3,3,3,33", "ragged resets")),  # a row ends in half a word
@@ -97,7 +97,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     # sequences; and, with something in the middle of a step, by steps
     ("numba", F32, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states", OF_HH,
                     f"{OF_C} both", "norms stream peepholes", "zoneout_h deep states", "zoneout_c both ragged resets",
-                    "stream expected deep", "recompute both", "chunks deep states",
+                    "stream expected deep", "recompute both", "chunks deep states no-grad",
                     "chunks reverse ragged states no-grad"),
      (2, "6,4,5,5", "residual ragged", "residual masks state"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
@@ -129,8 +129,8 @@ GRUS = [
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES[:-1] if "state" not in words)),
      (2, "1,1,1,3", MIX, "cell", "unbatched"), (2, "1,4,3,5", "deep both ragged", "no-grad ragged")),
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "layer ragged states both"),
-     (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,9", "chunks states", "ragged no-bias recompute masks"),
-     (1, "3,3,3,40", "heads ragged states")),
+     (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,40", "heads ragged states"),
+     (1, "3,3,3,9", "chunks both states no-grad", "ragged no-bias recompute masks")),
     ("triton", F16, (1, "4,5,8,40", MIX)),
     ("step", F32, (1, "3,3,3,40", ""), (1, "3,18,3,20", "layer ragged states both")),
     ("step", F16, (1, "3,3,3,40", "ragged states masks", "heads ragged states masks")),
@@ -140,7 +140,7 @@ GRUS = [
     ("resident", F32, (1, "3,11,3,33", "no-hx"), (1, "3,3,3,11", f"{MIX} masks")),
     ("resident", F16, (1, "3,3,3,70", BACK), (1, "3,3,3,11", "ragged states masks"),
      (1, "3,11,3,32", "heads ragged states masks")),
-    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "3,3,3,8", "chunks resets"),
+    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "3,3,3,8", "chunks resets no-grad"),
      (1, "3,9,3,32", "heads ragged states masks")),
     ("cooperative/16/1/1", F16, (1, "3,3,3,33", "three-heads ragged states masks both")),
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
@@ -149,7 +149,7 @@ GRUS = [
     ("pointwise", F32, (1, "3,3,4,6", BACK), (1, "3,9,3,33", "ragged states masks", "three-heads ragged states masks")),
     ("pointwise", F16, (1, "3,3,3,40", "")),
     ("numba", F32, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states", "expected states",
-                    "both ragged masks", "zoneout stack both", "recompute masks", "chunks states",
+                    "both ragged masks", "zoneout stack both", "recompute masks", "chunks both states no-grad",
                     "chunks reverse ragged states no-grad"),
      (2, "6,4,5,5", "residual masks ragged resets"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
      (2, "5,1,3,4", "unbatched both batch-first ragged states"), (1, "4,5,3,130", MIX, "ragged states masks no-bias"),

@@ -87,7 +87,7 @@ def test_heads_have_the_plans_of_layers_side_by_side(backward):
         both = problem, problem._replace(heads=1)
         seconds, dense = (expected_seconds(p, H100, plans(p, H100, backward)[0], backward) for p in both)
         assert seconds < min(dense, 1.25e-6)
-    # Where W_hh does not fit a share for each head of each layer, layers run one after another, their heads at once.
+    # Where W_hh does not fit a share for each head of each direction, directions take turns, their heads at once.
     for units, found in ((512, {4}), (1024, {2}), (1280, set())):
         large = plans(Problem(128, 1, 2 * units, BF16, side_by_side=2, heads=2), H100, backward)
         assert {plan.side_by_side for plan in large if plan.family.name == COOPERATIVE} == found

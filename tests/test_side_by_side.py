@@ -31,7 +31,7 @@ from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
 from gpu_lstm.kernels.layer import kept_layer
-from gpu_lstm.kernels.problem import Pass, Problem, power_of_two
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans.choose import candidates, plans
 from gpu_lstm.tools.stream import captured
@@ -57,7 +57,7 @@ def streams(monkeypatch):
     found, local, states = {name: Stream() for name in "abc"}, threading.local(), {}
     synchronised = Mock(side_effect=synchronize)
     torch_finds(monkeypatch, synchronize=synchronised, current_stream=lambda device: found[local.name])
-    for place, name in ((ordering, "_launched"), (torch.cuda, "_gpu_lstm_launched_1")):
+    for place, name in ((ordering, "_launched"), (torch.cuda, "_gpu_lstm_launched_2")):
         monkeypatch.setattr(place, name, states, raising=False)
 
     def launched(number, name, at_once=1, meanwhile=lambda: None, copy=ordering):
@@ -77,10 +77,12 @@ def streams(monkeypatch):
 
 @pytest.mark.parametrize("launches", [
     [("a", 1, set()), ("b", 1, {1}), ("b", 1, {1, 2}), ("a", 1, {1, 2, 3})],
-    # Those that share the card run at once: the second on b not after the first on a; three shares are not two.
-    [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 1, {1, 2, 3, 4}),
-     ("b", 3, {1, 2, 3, 4, 5})],
-], ids=["whole", "shares"])  # fmt: skip
+    # Those that share the card run at once: the second on b not after the first on a; for a third there is no room.
+    [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 2, {1, 2, 3, 4}), ("a", 2, {1, 2, 3, 4}),
+     ("c", 1, {1, 2, 3, 4, 5, 6})],
+    # What a stream did alone is waited for by the one with which it shares the card from now on.
+    [("c", 1, set()), ("a", 1, {1}), ("a", 2, {1, 2}), ("b", 2, {1, 2})],
+], ids=["whole", "shares", "alone before"])  # fmt: skip
 def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(streams, launches):
     """Which earlier launches, by their numbers, are over when one begins. Nothing is recorded before there are two."""
     for number, (name, side_by_side, expected) in enumerate(launches, 1):
@@ -105,14 +107,16 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams, mo
         assert second[0].result() == {1, 2, 3}
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_launches_of_two_copies_of_the_library_wait_for_each_other(streams, monkeypatch, at_once):
-    """As Hugging Face's `kernels` loads one beside an installed one; a share of the card is of one copy's streams."""
+@pytest.mark.parametrize(("at_once", "names", "waited"), [
+    (1, "abab", [set(), {1}, {1, 2}, {1, 2, 3}]), (2, "abca", [set(), set(), {1, 2}, {1, 2}]),
+])  # fmt: skip
+def test_launches_of_two_copies_of_the_library_wait_for_each_other(streams, monkeypatch, at_once, names, waited):
+    """As Hugging Face's `kernels` loads one beside an installed one."""
     spec = importlib.util.spec_from_file_location("a_copy", ordering.__file__)
     monkeypatch.setitem(sys.modules, "a_copy", copy := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(copy)
-    for number, of in enumerate((ordering, copy, ordering, copy), 1):
-        assert streams.launched(number, "ab"[number % 2], at_once, copy=of) == set(range(1, number))
+    for number, (of, name, before) in enumerate(zip((ordering, copy) * 2, names, waited), 1):
+        assert streams.launched(number, name, at_once, copy=of) == before
 
 
 def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
@@ -165,62 +169,45 @@ def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cache
 
 @pytest.fixture
 def schedule_of(monkeypatch):
-    """Of an LSTM with options and a call of so many steps; objects stand in for streams."""
+    """Of an LSTM with options; objects stand in for streams."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
-    monkeypatch.setattr(schedule, "_made", {})
+    monkeypatch.setattr(schedule, "_pairs", {})
 
-    def schedule_of(options, steps, is_cuda=True, **facts):
+    def schedule_of(options, is_cuda=True, **facts):
         x = SimpleNamespace(is_cuda=is_cuda, device=CUDA)
-        return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), steps, x=x, **facts), power_of_two(steps), 4)
+        return schedule.schedule_of(_call(gpu_lstm.LSTM(3, 4, **options), 200, x=x, **facts), 4)
 
     return schedule_of
 
 
-@pytest.mark.parametrize(("options", "steps", "expected"), [
-    ({}, 200, 1), (dict(num_layers=3), 200, 3), (dict(num_layers=3), 20, 1), (dict(bidirectional=True), 20, 2),
-], ids=str)  # fmt: skip
-def test_layers_run_at_once_where_that_helps_and_never_in_a_graph(schedule_of, monkeypatch, options, steps, expected):
+@pytest.mark.parametrize(("options", "expected"), [(dict(num_layers=3), 1), (dict(bidirectional=True), 2)], ids=str)
+def test_directions_run_at_once_and_never_in_a_graph(schedule_of, monkeypatch, options, expected):
     """On the same streams at every call; and all launches, forward and backward, know how many run at once."""
-    found = schedule_of(options, steps)
+    found = schedule_of(options)
     assert found.side_by_side == expected
-    assert len(set(found.streams) - {None}) == (expected if expected > 1 else 0)
-    assert schedule_of(options, steps) == found
+    assert len(set(found.streams)) == (expected if expected > 1 else 0)
+    assert schedule_of(options) == found
     for why, at_once in ((dict(is_cuda=False), 1), (dict(capturing=True), expected)):  # by the plans of the warm-up
-        one_stream = schedule_of(options, steps, **why)
-        assert (set(one_stream.streams), one_stream.side_by_side) == ({None}, at_once)
+        one_stream = schedule_of(options, **why)
+        assert (one_stream.streams, one_stream.side_by_side) == ((), at_once)
     monkeypatch.setattr(race, "schedule_of", lambda *_: found)
-    given = _call(gpu_lstm.LSTM(3, 4, **options), steps)
+    given = _call(gpu_lstm.LSTM(3, 4, **options), 200)
     kind = kind_of(given)
     layers = race.build(given, kind, Backend.TRITON).layers
     assert [layer.problem.side_by_side for layer in layers] == [expected] * len(kind.problems)
 
 
-@pytest.mark.parametrize(("steps", "workspace", "length"), [
-    (128, 1 << 30, 128), (129, 1 << 30, 64), (512, 1 << 30, 64), (1000, 1 << 30, 125), (1001, 1 << 30, 126),
-    (1000, 20 * 2 * 16 * 4, 20),
-])  # fmt: skip
-def test_chunks_of_layers_side_by_side(schedule_of, monkeypatch, steps, workspace, length):
-    """An eighth of the sequence, though no fewer than 64 steps, and no more than the workspace holds."""
-    monkeypatch.setattr(schedule, "WORKSPACE", workspace)
-    found = schedule_of(dict(num_layers=2), steps, learns=False)
-    assert found.side_by_side == (2 if steps > 128 else 1)
-    chunks = [slice(start, min(start + length, steps)) for start in range(0, steps, length)]
-    assert found.spans(steps, 1) == (chunks if len(chunks) > 1 else [None])
-
-
-def test_all_threads_have_the_same_streams(monkeypatch):
+def test_all_threads_have_the_same_streams(schedule_of, monkeypatch):
     """Also where another one asks for them while they are made: twice as many would not fit the card together."""
-    devices = [CUDA, CUDA]  # for the first stream that is made
+    others, both = [], dict(bidirectional=True)
 
     def made(device):
-        return others.append(schedule._streams(devices.pop(), 2)) or object() if devices else object()
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+        others.append(schedule_of(both))
+        return object()
 
-    others = []
-    monkeypatch.setattr(schedule, "_made", {})
     monkeypatch.setattr(torch.cuda, "Stream", made)
-    streams = schedule._streams(CUDA, 2)
-    assert len(others) == 2
-    assert [streams, *others] == [schedule._streams(CUDA, 2)] * 3
+    assert [schedule_of(both)] == others == [schedule_of(both)]
 
 
 # Which device is current when a kernel is launched on fake tensors of cuda:1
@@ -346,7 +333,8 @@ def allocated(call) -> list[int]:
                          ids=[*STACKS, "GRU"])  # fmt: skip
 @pytest.mark.deep
 def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device, cell, options):
-    """Without autograd only one chunk's pre-activations are there: next to outputs no tensor exceeds the workspace."""
+    """Without autograd only one chunk's pre-activations are there: next to outputs no tensor exceeds the workspace.
+    Those of two directions are joined."""
     two_steps(batch=1, hidden=6)
     monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is measured is a call that nobody watches
     monkeypatch.setattr(memory._Checking, "on", False)  # margins are memory, too
@@ -356,11 +344,12 @@ def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device,
     x = torch.randn(17, 1, 4, device=device)
     of_a_chunk, allocations = (allocated(lambda x=x: module(x)) for x in (x[:2], x))
     y, _ = module(x)
-    output, outputs = y.numel() * y.element_size(), module.num_layers if module.bidirectional else 1
+    output, both, layers = y.numel() * y.element_size(), module.bidirectional, module.num_layers
+    outputs = [output] * layers + [output // 2] * (2 * layers * both)
     weights = {size for size in of_a_chunk if size > schedule.WORKSPACE}  # W_hh W_hr, whatever T is
     largest = sorted((size for size in allocations if size not in weights), reverse=True)
-    assert largest[:outputs] == [output] * outputs
-    assert largest[outputs] <= schedule.WORKSPACE < output
+    assert largest[: len(outputs)] == outputs
+    assert largest[len(outputs)] <= schedule.WORKSPACE < outputs[-1]
 
 
 @pytest.mark.parametrize(("cell", "half"), [("LSTM", True), ("LSTM", False), ("GRU", True)])
@@ -378,12 +367,9 @@ def test_cell_states_go_from_chunk_to_chunk_in_float32(two_steps, device, cell, 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="launches are recorded in the interpreter")
 @pytest.mark.parametrize(("recompute", "training", "steps"), [
-    (True, True, [2, 2, 1]), (False, True, [5]), (False, False, [2, 2, 1]), (True, False, [2, 2, 1]),
+    (True, True, [5]), (False, True, [5]), (False, False, [2, 2, 1]),
 ])  # fmt: skip
-def test_a_sequence_is_cut_into_chunks_wherever_its_gates_are_not_kept(
-    monkeypatch, two_steps, recompute, training, steps
-):
-    """With recompute in training, too: its gates are temporary, forward."""
+def test_a_sequence_is_cut_into_chunks_in_inference_alone(monkeypatch, two_steps, recompute, training, steps):
     launched = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", launched)
     two_steps(batch=3, hidden=6)

@@ -1,4 +1,4 @@
-"""No memory is given away while a stream reads it: a training step on several streams, forward and backward.
+"""No memory is given away while a stream reads it: two directions on streams of their own, forward and backward.
 
 Streams, torch's caching allocator and autograd are modelled on the CPU:
 
@@ -50,18 +50,17 @@ class Block:
 class Model(TorchDispatchMode):
     """What is run in this block, on the streams of a schedule: a line in `faults` for each one."""
 
-    def __init__(self, monkeypatch, count):
+    def __init__(self, monkeypatch):
         super().__init__()
         self.main = self.current = Stream("main")
-        self.streams = tuple(Stream(f"stream {k}") for k in range(count))
+        self.streams = Stream("forward"), Stream("reverse")
         self.blocks, self.faults = {}, []
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: self.of(t).held_for.add(stream))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.using)
         monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # this one is nobody's
-        monkeypatch.setattr(schedule, "SHORTEST", 2)
-        found = schedule.Schedule(3, self.streams, count)
-        monkeypatch.setattr(race, "schedule_of", lambda *_: found)
+        scheduled = lambda call, _: schedule.Schedule(T if call.learns else 3, self.streams, 2)  # noqa: E731
+        monkeypatch.setattr(race, "schedule_of", scheduled)
         # Anomaly detection asks for a stack as a node is made.
         monkeypatch.setattr(torch.fx.traceback, "format_stack", lambda: [self.current.name])
 
@@ -151,8 +150,6 @@ class Model(TorchDispatchMode):
 
 
 SIZE = T, B, I, H = 8, 2, 8, 8
-KINDS = {"layers": dict(num_layers=3), "directions": dict(num_layers=2, bidirectional=True)}
-every_kind = pytest.mark.parametrize("kind", ["directions", pytest.param("layers", marks=pytest.mark.deep)])
 # Of each: words of cases.py, and options of the module.
 CASES = {
     "plain": ("no-hx", {}), "autocast": ("no-hx", {}), "weights of the caller": ("no-hx", {}),
@@ -165,21 +162,21 @@ CASES = {
 
 @pytest.fixture
 def faults(monkeypatch):
-    """Of a case: a step of training, inference, or inference in which a chunk raises."""
+    """Of a case: a step of training, inference in chunks of three steps, or one in which a chunk raises."""
 
-    def faults(kind, case, way="training"):
+    def faults(case, way="training"):
         as_a_card(monkeypatch)
         timeouts.error_word(torch.device("cpu"), "step_forward_kernel")  # host memory, made once in a process
         words, options = CASES[case]
         named, size = {*words.split()}, (*SIZE, *([4] if case == "projection" else []))
-        lstm = built(size, named, backend="triton", **KINDS[kind], **options)
+        lstm = built(size, named, backend="triton", num_layers=2, bidirectional=True, **options)
         learns = way == "training"
-        model = Model(monkeypatch, 3 if kind == "layers" else 2)
+        model = Model(monkeypatch)
         contexts = torch.autograd.set_detect_anomaly(True, check_nan=False), torch.set_grad_enabled(learns)
         autocast = torch.autocast("cpu", torch.float16, enabled=case == "autocast")
         if way == "raises":
-            layers = iter([autograd.layer_by_kernels] * 5)  # of the second layer or, of one layer, the third chunk
-            monkeypatch.setattr(autograd, "layer_by_kernels", lambda *given: next(layers)(*given))
+            chunks = iter([autograd.layer_by_kernels] * 5)  # two of the reverse direction
+            monkeypatch.setattr(autograd, "layer_by_kernels", lambda *given: next(chunks)(*given))
         with model, contexts[0], contexts[1], autocast, contextlib.suppress(StopIteration):
             # Nobody but the call keeps what it is given.
             if case == "weights of the caller":
@@ -206,17 +203,20 @@ def faults(monkeypatch):
     *((case, "inference") for case in ("plain", "autocast", "weights of the caller", "projection", "ragged", "GRU")),
     *((case, "raises") for case in ("plain", "norms", "reset_states")),
 ])  # fmt: skip
-@every_kind
-def test_whatever_a_stream_reads_is_waited_for_and_held(faults, kind, case, way):
-    assert faults(kind, case, way) == []
+def test_whatever_a_stream_reads_is_waited_for_and_held(faults, case, way):
+    assert faults(case, way) == []
 
 
-@pytest.mark.parametrize(("case", "name", "fault", "said"), [
-    *((case, "hold", lambda stream, tensors: None, "given away")
-      for case in ("plain", "weight_drop", "projection", "norms", "reset_states")),
-    ("plain", "on", lambda stream: torch.cuda.stream(stream), "does not wait"),
+@pytest.mark.parametrize(("case", "way", "of_results"), [
+    *((case, "training", False) for case in ("plain", "weight_drop", "projection", "norms", "reset_states")),
+    ("plain", "inference", True),
 ])  # fmt: skip
-@every_kind
-def test_what_is_not_held_or_waited_for_shows(faults, monkeypatch, kind, case, name, fault, said):
-    monkeypatch.setattr(schedule, name, fault)
-    assert any(said in found for found in faults(kind, case))
+@pytest.mark.parametrize(("place", "name", "said"), [
+    (schedule, "hold", "given away"), (Stream, "wait_stream", "does not wait"),
+])  # fmt: skip
+def test_what_is_not_held_or_waited_for_shows(faults, monkeypatch, case, way, of_results, place, name, said):
+    """Either what the streams of the directions read, or their results."""
+    real = getattr(place, name)
+    here = lambda stream, given: None if (stream.name == "main") == of_results else real(stream, given)  # noqa: E731
+    monkeypatch.setattr(place, name, here)
+    assert any(said in found for found in faults(case, way))

@@ -16,7 +16,7 @@ from ..call.request import Call
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import NAMES, State, Weights
 from ..kernels.private import is_profiled
-from ..kernels.tensors import Inputs
+from ..kernels.tensors import TENSORS, Inputs
 
 NOTHING = contextlib.nullcontext()
 
@@ -25,17 +25,13 @@ RunLayer = Callable[[Inputs, int, bool], tuple[Tensor, State]]
 backend has one such function."""
 RunDirections = Callable[[int, Tensor, list[State], list[Noise]], tuple[Tensor, list[State]]]
 """run(k, x, states [D], noise [D]): the output [T, B, D*P] and the final states of all directions of layer k."""
-Drawn = tuple[list[list[Noise]], list[Tensor | None]]
-"""As noise.draw returns it."""
+_IN_TIME = tuple(row.name for row in TENSORS if row.size.startswith("T"))
 
 
-def run_layers(
-    call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer, drawn: Drawn | None = None
-) -> tuple[Tensor, list[State]]:
+def run_layers(call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer) -> tuple[Tensor, list[State]]:
     """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states as Call.states."""
     options, traversal, x = call.options, call.traversal, call.x
-    if drawn is None and options.noisy:
-        drawn = draw(call.weights, (call.steps, call.batch), dtype, options)
+    drawn = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else None
     finals: list[State] = []
     for k, directions in enumerate(call.weights):
         outputs = []
@@ -86,6 +82,14 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
     """How a layer with these Inputs goes through its batch."""
     states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
+
+
+def within(inputs: Inputs, span: slice) -> Inputs:
+    """The Inputs at the times of a span, with h0 and c0 as they are. A rate of zoneout has no times."""
+    cut = {name: t[span] for name in _IN_TIME if (t := getattr(inputs, name)) is not None and t.dim() > 0}
+    if inputs.lengths is not None:
+        cut["lengths"] = (inputs.lengths - span.start).clamp(0, span.stop - span.start)
+    return inputs._replace(**cut)
 
 
 def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:

@@ -14,13 +14,6 @@ from .weights import Weights
 NO_NOISE = Noise()
 
 
-def within(noise: Noise, span: slice | None) -> Noise:
-    """The noise at the times of a span; None: at all times."""
-    if span is None:
-        return noise
-    return Noise(*[t[span] if t is not None and t.dim() == 3 else t for t in noise])
-
-
 def draw(
     layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:

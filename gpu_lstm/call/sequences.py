@@ -86,24 +86,21 @@ class Traversal(NamedTuple):
         """(h [T, B, P], c [T, B, H]) that the steps of one layer and direction are reset to; None: zeros."""
         return (None, None) if self.reset_states is None else self.reset_states[0]
 
-    def within(self, span: slice | None) -> "Traversal":
-        """The traversal of a span's times; None: of all."""
-        if span is None:
-            return self
-        lengths = None if self.lengths is None else (self.lengths - span.start).clamp(0, span.stop - span.start)
-        resets = None if self.resets is None else self.resets[span]
-        states = None if self.reset_states is None else [(h[span], c[span]) for h, c in self.reset_states]
+    def first(self, steps: int) -> "Traversal":
+        """The traversal of the first times, `steps` of them."""
+        lengths = None if self.lengths is None else self.lengths.clamp(max=steps)
+        resets = None if self.resets is None else self.resets[:steps]
+        states = None if self.reset_states is None else [(h[:steps], c[:steps]) for h, c in self.reset_states]
         return Traversal(lengths, resets, self.reverse, states)
 
-    def reset_at_end_of(self, span: slice | None, h: Tensor, c: Tensor, cell: Cell) -> State:
-        """The state with which a layer enters a span in reverse, reset where the time just past it has a reset."""
-        if self.resets is None or span is None or span.stop == len(self.resets):
+    def entering(self, end: int, h: Tensor, c: Tensor, cell: Cell) -> State:
+        """The state with which a layer enters the times before `end` in reverse, reset where `end` has a reset."""
+        if self.resets is None or end == len(self.resets):
             return h, c
-        separated = self.resets[span.stop]  # [B]
+        separated = self.resets[end]  # [B]
         if self.lengths is not None:
-            separated = separated & (self.lengths > span.stop)
-        at = span.stop - self.reverse  # see reset_states
-        to_h, to_c = (None if t is None else t[at].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
+            separated = separated & (self.lengths > end)
+        to_h, to_c = (None if t is None else t[end - 1].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
         h = torch.where(separated[:, None], 0 if to_h is None else to_h, h)
         return h, torch.where(separated[:, None], cell.empty_like(c) if to_c is None else to_c, c)
 

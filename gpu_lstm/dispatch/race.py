@@ -192,7 +192,7 @@ def build(call: Request, kind: Kind, backend: Backend) -> Route:
     """The route of a kind of call by a backend."""
     if backend not in KERNEL_BACKENDS:
         return Route(backend, kind.dtype)
-    schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
+    schedule = schedule_of(call, kind.dtype.itemsize)
     problems = [problem._replace(side_by_side=schedule.side_by_side) for problem in kind.problems]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
     return Route(backend, kind.dtype, None, layers, schedule)
@@ -207,13 +207,13 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
     data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
-    first = traversal.within(None if steps == call.steps else slice(0, steps))
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
     options = copy.copy(call.options)
     options.backend = backend.value  # as a user names it, so that nothing else runs in its place
     sample = call._replace(
-        x=data, steps=steps, states=states, weights=weights, traversal=first, options=options, form=TIME_FIRST
-    )
+        x=data, steps=steps, states=states, weights=weights, traversal=traversal.first(steps), options=options,
+        form=TIME_FIRST,
+    )  # fmt: skip
     route = build(sample, kind, backend)
 
     def run() -> None:

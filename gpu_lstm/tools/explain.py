@@ -1,6 +1,7 @@
 """How a call runs, and why: backend, kernels, what was raced, what bounds a step. Nothing is run."""
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
     """The passes of one layer and direction by kernels: with the chosen plans, or those that would be tried first."""
     if route.schedule is None:
         return []
-    layer, launches = route.layers[row], len(route.schedule.spans(call.steps, kind.directions))
+    layer, launches = route.layers[row], ceil(call.steps / route.schedule.longest)
     passes = []
     for pass_ in kind.passes:
         chosen = layer.chosen(pass_)

@@ -194,7 +194,7 @@ def expected(problem: Problem, card: Card, plan: Plan, backward: bool) -> dict[s
 
 
 def expected_seconds(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
-    """Estimated time of a step of all layers or directions that run side by side."""
+    """Estimated time of a step of both directions, where they run side by side."""
     rounds = problem.of_head.side_by_side // plan.side_by_side if isinstance(plan.family, Cooperative) else 1
     return rounds * sum(expected(problem, card, plan, backward).values())
 
