@@ -34,7 +34,7 @@ def layer_by_kernels(
     learns = modes.grad and any([t is not None and t.requires_grad for t in inputs])
     if not learns and modes.transforms == Transforms.NONE:
         h, h_n, c_n, *_ = fused.forward(layer, inputs, save=False)
-        return h, (h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype))
+        return h, (h_n, c_n)
     if modes.transforms != Transforms.NONE:
         h, h_n, c_n, *_ = InTransforms.apply(*how_of(layer, options.backend, learns, options.recompute), *inputs)
     else:
@@ -57,12 +57,11 @@ class RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: Layer, recompute: bool, backend: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         """h, h_n and c_n in the dtypes of h0 and c0, from the first of the Inputs; `backend`: that was asked for."""
-        inputs = Inputs(*tensors)
-        h, h_n, c_n, gates, c = fused.forward(layer, inputs, save=True)
+        h, h_n, c_n, gates, c = fused.forward(layer, Inputs(*tensors), save=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, gates.new_empty(0) if recompute else gates, c, *tensors)
         ctx.layer, ctx.backend = layer, backend
-        return h, h_n, c_n if c_n.dtype is inputs.c0.dtype else c_n.to(inputs.c0.dtype)
+        return h, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple:

@@ -21,16 +21,17 @@ _NOISE = names_of(NOISE)
 
 
 def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32; gates [T, B, 4H], activated if `save`; c float32, or None."""
-    i, problem = inputs, layer.problem
+    """h [T, B, P]; h_n [1, B, P] and c_n [K, B, H] in the dtypes of h0 and c0; gates [T, B, 4H], activated if `save`; c
+    in float32, or None."""
+    i, c0, problem = inputs, inputs.c0, layer.problem
     gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if i.reset_h is not None:  # in the time loop h is 0 at resets, and so W_hh h
         known = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
         EQUATIONS[problem.cell].add_product(gates, known, i.weight_hh, i.gain_hh)
-    if i.c0.dtype is not torch.float32:
-        i = i._replace(c0=i.c0.float())
+    if c0.dtype is not torch.float32:
+        i = i._replace(c0=c0.float())
     h, h_n, c_n, c = layer.forward(gates, Recurrence(i), save)
-    return h, h_n, c_n, gates, c
+    return h, h_n, c_n if c_n.dtype is c0.dtype else c_n.to(c0.dtype), gates, c
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:

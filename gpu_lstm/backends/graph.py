@@ -11,13 +11,12 @@ from torch import Tensor
 
 from ..call.choices import Backend
 from ..call.modes import Recording, constant_when_traced
-from ..call.noise import Noise
 from ..call.request import Call
 from ..call.roles import Function
 from ..call.weights import State
 from ..kernels import private
 from ..kernels.tensors import Inputs
-from .layer_loop import in_dtype, layer_by_layer, run_layers, without_autocast
+from .layer_loop import cast, run_layers, without_autocast
 from .operators import OPERATOR
 from .torch_rnn import joined, split
 
@@ -34,21 +33,19 @@ def by_operators(call: Call, dtype: torch.dtype, backend: Backend, name: str) ->
     if private.is_exporting():
         _tell_what_a_program_needs()
 
-    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-        if inputs.reset_h is not None:
-            exact = torch.promote_types(dtype, torch.float32)
-            inputs = inputs._replace(reset_h=inputs.reset_h.to(dtype), reset_c=inputs.reset_c.to(exact))
-        return _ask(call, name, in_dtype(inputs, dtype), reverse)
+    call = cast(call, dtype)
 
-    def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
-        first, *others = call.weights[k]
-        tensors = [*in_dtype(Inputs(x, *joined(states), *first), dtype), *(t for w in others for t in w.to(dtype))]
-        y, final = _ask(call, Backend.TORCH.value, tensors, False)
+    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+        return _ask(call, name, inputs, reverse)
+
+    def run_directions(k: int, inputs: list[Inputs]) -> tuple[Tensor, list[State]]:
+        h0, c0 = joined([(each.h0, each.c0) for each in inputs])
+        second = [t for weights in call.weights[k][1:] for t in weights]
+        y, final = _ask(call, name, [*inputs[0]._replace(h0=h0, c0=c0), *second], False)
         return y, split(final)
 
-    if backend is Backend.TORCH and call.traversal.is_plain() and not isinstance(call.options.role, Function):
-        return layer_by_layer(call._replace(x=call.x.to(dtype)), dtype, run_directions)
-    return run_layers(call, dtype, backend, run_layer)
+    is_torchs = backend is Backend.TORCH and call.traversal.is_plain() and not isinstance(call.options.role, Function)
+    return run_layers(call, dtype, backend, run_layer, run_directions if is_torchs else None)
 
 
 def _ask(call: Call, backend: str, tensors: Sequence[Tensor | None], reverse: bool) -> tuple[Tensor, State]:

@@ -23,43 +23,40 @@ NOTHING = contextlib.nullcontext()
 RunLayer = Callable[[Inputs, int, bool], tuple[Tensor, State]]
 """run(inputs, row, reverse): h [T, B, P] and the final state of one layer in one direction, number `row` of [L*D]. Each
 backend has one such function."""
-RunDirections = Callable[[int, Tensor, list[State], list[Noise]], tuple[Tensor, list[State]]]
-"""run(k, x, states [D], noise [D]): the output [T, B, D*P] and the final states of all directions of layer k."""
+RunDirections = Callable[[int, list[Inputs]], tuple[Tensor, list[State]]]
+"""run(k, inputs [D]): the output [T, B, D*P] and the final states [D] of all directions of layer k."""
 _IN_TIME = tuple(row.name for row in TENSORS if row.size.startswith("T"))
 
 
-def run_layers(call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer) -> tuple[Tensor, list[State]]:
-    """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states as Call.states."""
+def run_layers(
+    call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer, together: RunDirections | None = None
+) -> tuple[Tensor, list[State]]:
+    """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states as Call.states.
+
+    Directions run one after another by `run`, or by `together`, if it is given.
+    """
     options, traversal, x = call.options, call.traversal, call.x
     drawn = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else None
     finals: list[State] = []
     for k, directions in enumerate(call.weights):
-        outputs = []
-        for d in range(len(directions)):
-            row = len(finals)
-            inputs = inputs_of(call, k, d, x, drawn[0][k][d] if drawn else NO_NOISE)
-            reverse = traversal.reverse or d == 1
-            if is_profiled():
-                with named(k, d, backend):
-                    h, final = run(inputs, row, reverse)
-            else:  # a context that does nothing costs two calls
-                h, final = run(inputs, row, reverse)
-            outputs.append(h)
-            finals.append(final)
-        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        noise = drawn[0][k] if drawn else [NO_NOISE] * len(directions)
+        inputs = [inputs_of(call, k, d, x, noise[d]) for d in range(len(directions))]
+        if together is not None:
+            y, states = together(k, inputs)
+            finals += states
+        else:
+            outputs = []
+            for d, each in enumerate(inputs):
+                row, reverse = len(finals), traversal.reverse or d == 1
+                if is_profiled():
+                    with named(k, d, backend):
+                        h, final = run(each, row, reverse)
+                else:  # a context that does nothing costs two calls
+                    h, final = run(each, row, reverse)
+                outputs.append(h)
+                finals.append(final)
+            y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         x = connect(x, y, traversal.lengths, drawn[1][k] if drawn else None, options) if options.connects else y
-    return x, finals
-
-
-def layer_by_layer(call: Call, dtype: torch.dtype, run: RunDirections) -> tuple[Tensor, list[State]]:
-    """As run_layers, both directions of a layer at once."""
-    noise, undropped = draw(call.weights, (call.steps, call.batch), dtype, call.options)
-    finals: list[State] = []
-    x, directions = call.x, call.options.directions
-    for k in range(len(call.weights)):
-        y, states = run(k, x, call.states[len(finals) : len(finals) + directions], noise[k])
-        x = connect(x, y, call.traversal.lengths, undropped[k], call.options)
-        finals += states
     return x, finals
 
 
@@ -92,18 +89,20 @@ def within(inputs: Inputs, span: slice) -> Inputs:
     return inputs._replace(**cut)
 
 
-def in_dtype(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The same with x, states and weights in `dtype`.
+def cast(call: Call, dtype: torch.dtype) -> Call:
+    """The call with x, states and weights in `dtype`; weights in a block of autocast by its cache.
 
     c keeps its dtype if the user gave float32 beside an x in half precision, if a unit has several numbers, and with a
-    projection on a CPU, as in torch.
+    projection on a CPU, as in torch. States to reset to have c in float32 or more.
     """
-    i, weights = inputs, weights_of(inputs)
-    if all([t.dtype is dtype for t in (i.x, i.h0, i.c0, *weights) if t is not None]):
-        return i
-    stays = is_exact(i.c0, i.x) or len(i.c0) > len(i.h0) or (i.x.is_cpu and i.weight_hr is not None)
-    i = i._replace(x=i.x.to(dtype), h0=i.h0.to(dtype), c0=i.c0 if stays else i.c0.to(dtype))
-    return i._replace(**dict(zip(NAMES, weights.to(dtype))))
+    x, weights, traversal = call.x, call.weights, call.traversal
+    c_stays = call.options.cell.kept > 1 or (x.is_cpu and weights[0][0].weight_hr is not None)
+    states = [(h.to(dtype), c if c_stays or is_exact(c, x) else c.to(dtype)) for h, c in call.states]
+    if traversal.reset_states is not None:
+        exact = torch.promote_types(dtype, torch.float32)
+        traversal = traversal._replace(reset_states=[(h.to(dtype), c.to(exact)) for h, c in traversal.reset_states])
+    weights = [[one.to(dtype) for one in layer] for layer in weights]
+    return call._replace(x=x.to(dtype), states=states, weights=weights, traversal=traversal)
 
 
 def connect(

@@ -147,14 +147,14 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
             wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))  # as c is
             h, (h_n, c_n) = reference.layer_by_reference(cell, wide, reverse, steps.append)
             h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, steps[0].gates))
-            c_n, c = c_n.clone(), steps[0].cell
+            c_n, c = c_n.to(inputs.c0.dtype, copy=True), steps[0].cell
     else:
         leaves, outputs = _with_autograd(tensors, how, runner, save)
         if save:
             no_gates.graph = leaves, outputs
         h, h_n, c_n = (t.detach() for t in outputs)
         return h.contiguous(), h_n.clone(), c_n.clone(), no_gates, no_c
-    return h, h_n, c_n.to(inputs.c0.dtype), gates if save and not recompute else no_gates, no_c if c is None else c
+    return h, h_n, c_n, gates if save and not recompute else no_gates, no_c if c is None else c
 
 
 def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):

@@ -23,7 +23,7 @@ from ..equations.lstm import FourGates, linear
 from ..kernels.cells import CELLS
 from ..kernels.heads import arranged
 from ..kernels.tensors import Inputs, Noise
-from .layer_loop import in_dtype, run_layers, traversal_of, weights_of, without_autocast
+from .layer_loop import cast, run_layers, traversal_of, weights_of, without_autocast
 
 
 class Steps(NamedTuple):
@@ -41,11 +41,11 @@ def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -
     """All layers of a call, in `dtype`: output [T, B, D*P] and final states as Call.states."""
 
     def run(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-        inputs = in_dtype(inputs, dtype)  # in a block of autocast by its cache
-        with without_autocast(call):
-            return layer_by_reference(call.options.cell.name, inputs, reverse, record)
+        return layer_by_reference(call.options.cell.name, inputs, reverse, record)
 
-    return run_layers(call, dtype, Backend.REFERENCE, run)
+    call = cast(call, dtype)
+    with without_autocast(call):
+        return run_layers(call, dtype, Backend.REFERENCE, run)
 
 
 def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record | None = None) -> tuple[Tensor, State]:

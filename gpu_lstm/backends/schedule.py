@@ -11,16 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.noise import Noise
 from ..call.request import Call, Request
 from ..call.weights import State
 from ..kernels.cells import Cell
 from ..kernels.layer import Layer
 from ..kernels.tensors import Inputs
 from . import autograd
-from .layer_loop import RunLayer, inputs_of, layer_by_layer, named, run_layers, traversal_of, within, without_autocast
+from .layer_loop import RunLayer, cast, named, run_layers, traversal_of, within, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of a layer's pre-activations at once, without autograd
 
@@ -55,17 +53,13 @@ def by_kernels(
     run: RunLayer = partial(autograd.layer_by_kernels, layers, call)
     if schedule.longest < call.steps:
         run = partial(_in_chunks, schedule.longest, call.options.cell, run)
-    run_all = partial(_side_by_side, schedule.streams) if schedule.streams else run_layers
-    if dtype is torch.float32 and call.modes.autocast is None:
-        return run_all(call, dtype, backend, run)
-    states = [(h.to(dtype), c if is_exact(c, call.x) or len(c) > len(h) else c.to(dtype)) for h, c in call.states]
-    weights = [[one.to(dtype) for one in layer] for layer in call.weights]
-    cast = call._replace(x=call.x.to(dtype), states=states, weights=weights)
-    if (reset_to := call.traversal.reset_states) is not None:
-        cast_to = [(h.to(dtype), c.float()) for h, c in reset_to]
-        cast = cast._replace(traversal=call.traversal._replace(reset_states=cast_to))
+    if dtype is not torch.float32 or call.modes.autocast is not None:
+        call = cast(call, dtype)
+    together = partial(_side_by_side, schedule.streams, backend, run) if schedule.streams else None
+    if call.modes.autocast is None:  # a context that does nothing costs two calls
+        return run_layers(call, dtype, backend, run, together)
     with without_autocast(call):
-        return run_all(cast, dtype, backend, run)
+        return run_layers(call, dtype, backend, run, together)
 
 
 def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
@@ -82,25 +76,19 @@ def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int,
 
 
 def _side_by_side(
-    streams: Streams, call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer
+    streams: Streams, backend: Backend, run: RunLayer, k: int, inputs: list[Inputs]
 ) -> tuple[Tensor, list[State]]:
-    """As layer_loop.run_layers, each direction of a layer on its own stream."""
-    current = torch.cuda.current_stream(call.x.device)
-
-    def run_directions(k: int, x: Tensor, _: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
-        results = []
-        for d, stream in enumerate(streams):
-            inputs = inputs_of(call, k, d, x, noise[d])
-            hold(stream, inputs)
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream), named(k, d, backend):
-                results.append(run(inputs, 2 * k + d, d == 1))
-        for stream, (h, final) in zip(streams, results):
-            current.wait_stream(stream)
-            hold(current, (h, *final))
-        return torch.cat([h for h, _ in results], 2), [final for _, final in results]
-
-    return layer_by_layer(call, dtype, run_directions)
+    """As layer_loop.RunDirections, each direction on its own stream."""
+    results, current = [], torch.cuda.current_stream(inputs[0].x.device)
+    for d, stream in enumerate(streams):
+        hold(stream, inputs[d])
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), named(k, d, backend):
+            results.append(run(inputs[d], 2 * k + d, d == 1))
+    for stream, (h, final) in zip(streams, results):
+        current.wait_stream(stream)
+        hold(current, (h, *final))
+    return torch.cat([h for h, _ in results], 2), [final for _, final in results]
 
 
 def hold(stream: torch.cuda.Stream, tensors: Iterable[Tensor | None]) -> None:

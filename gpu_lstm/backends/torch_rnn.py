@@ -21,14 +21,13 @@ from ..call import onednn, roles
 from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
-from ..call.noise import Noise
 from ..call.request import Call, Request
-from ..call.weights import NAMES, State, Weights
+from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
-from .layer_loop import in_dtype, layer_by_layer, named, run_layers, traversal_of, weights_of, without_autocast
+from .layer_loop import cast, named, run_layers, traversal_of, weights_of, without_autocast
 from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # of cuDNN
@@ -101,21 +100,22 @@ def by_torch(call: Call, dtype: torch.dtype) -> tuple[Tensor, list[State]]:
         return x.to(call.x.dtype) if x.is_cpu else x
 
     def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-        if not inputs.x.is_cuda:  # whatever torch casts, the weights are its casts
-            weights = weights_of(inputs).to(call.modes.autocast or dtype)
-            inputs = inputs._replace(x=as_first(inputs.x), **dict(zip(NAMES, weights)))
-            return layer_by_torch(cell, inputs, reverse)
-        with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
-            return layer_by_torch(cell, in_dtype(inputs, dtype), reverse)
+        return layer_by_torch(cell, inputs._replace(x=as_first(inputs.x)), reverse)
 
-    def run_directions(k: int, x: Tensor, states: list[State], noise: list[Noise]) -> tuple[Tensor, list[State]]:
+    def run_directions(k: int, inputs: list[Inputs]) -> tuple[Tensor, list[State]]:
+        x, state = as_first(inputs[0].x), joined([(each.h0, each.c0) for each in inputs])
         with named(k, None, Backend.TORCH):
-            y, final = stack(cell, as_first(x), joined(states), [call.weights[k]], training=options.training)
+            y, final = stack(cell, x, state, [call.weights[k]], training=options.training)
         return y, split(final)
 
     if is_plain:
-        return layer_by_layer(call, dtype, run_directions)
-    return run_layers(call, dtype, Backend.TORCH, run_layer)
+        return run_layers(call, dtype, Backend.TORCH, run_layer, run_directions)
+    if call.x.is_cuda:
+        in_dtype = cast(call, dtype)
+        with without_autocast(call):  # cuDNN's is always to float16, in which the huge weights overflow
+            return run_layers(in_dtype, dtype, Backend.TORCH, run_layer)
+    weights = [[one.to(call.modes.autocast or dtype) for one in layer] for layer in call.weights]
+    return run_layers(call._replace(weights=weights), dtype, Backend.TORCH, run_layer)  # torch casts all others
 
 
 def joined(rows: list[State]) -> State:
