@@ -21,7 +21,7 @@ from .heads import arranged
 from .layer_norm import EPS
 from .memory import Buffer, buffers_of
 from .problem import Pass, Problem, unless_reset
-from .projection import products_in
+from .settings import precision
 
 Launch = Callable[..., None]
 """launch(step=, ...) launches a kernel whose arguments are bound, but for the step and pointers that change with it."""
@@ -92,7 +92,7 @@ def forward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem) 
     of_c = [None if t is None else t.float() for t in map(arguments.get, ("gain_c_ptr", "bias_c_ptr"))]
     operand, (product, in_heads, weight) = first_operand(arguments, p), by_head(arguments["weight_hh_ptr"], p)
     times, cell, weight = range(arguments["T"]), CELLS[p.cell], weight.mT
-    with products_in(p.precision):
+    with precision.held(p.precision):
         for step, time in enumerate(reversed(times) if p.reverse else times):
             normed = {}
             if z is None:
@@ -122,7 +122,7 @@ def backward_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem)
     dgates, dz, dh_next = (arguments.get(f"{name}_ptr") for name in ("dgates", "dz", "dh_next"))
     times, cell = range(arguments["T"]), CELLS[p.cell]
     product, in_heads, weight = by_head(arguments["weight_hh_ptr"], p)
-    with products_in(p.precision):
+    with precision.held(p.precision):
         for step, time in zip(reversed(times), times if p.reverse else reversed(times)):
             launches[0](step=step)
             if p.projected:

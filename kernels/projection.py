@@ -4,21 +4,19 @@ Only h0 is not computed from an m: its share is added to the gates of the first 
 dropout the step is not linear in m, and this does not hold.
 """
 
-import contextlib
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .problem import Gradients, Inputs, Problem, Recurrence, end_index, unless_reset
+from .settings import precision
 
 
 def forward(prepared: Any, p: Problem, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As layer.Layer.forward, by layer.Launches of the recurrence of m; gates of the first steps are overwritten."""
     inputs = r.inputs
-    with products_in(p.precision):
+    with precision.held(p.precision):
         share = unless_reset(p, inputs.h0[0] @ inputs.weight_hh.T, inputs.resets)  # [B, 4H]
         gates[end_index(p, inputs.lengths, first=True)] += _where_empty(0, share, inputs)
         m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(p, r))  # [T, B, H]
@@ -41,7 +39,7 @@ def backward(
     if dh_n is not None:
         dh[end_index(p, inputs.lengths, first=False)] += _where_empty(0, dh_n[0], inputs)
     earlier, later = (slice(1, None), slice(-1)) if p.reverse else (slice(-1), slice(1, None))
-    with products_in(p.precision):
+    with precision.held(p.precision):
         gradients = prepared.backward(dh @ inputs.weight_hr, None, dc_n, gates, c, _recurrence_of_m(p, r))
         through_next = (gradients.dgates @ inputs.weight_hh)[later]
     if inputs.resets is not None:
@@ -61,22 +59,3 @@ def _recurrence_of_m(p: Problem, r: Recurrence) -> Recurrence:
 def _where_empty(these: Tensor | float, others: Tensor, inputs: Inputs) -> Tensor:
     """[B, *]: these where the length is 0, else the others."""
     return others if inputs.lengths is None else torch.where((inputs.lengths == 0)[:, None], these, others)
-
-
-lock = threading.RLock()
-
-
-@contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """Products of float32 tensors by cuBLAS in `precision`, whatever torch's own setting is.
-
-    That setting is the whole process's: one thread at a time has it, and the user's products in others obey it, too.
-    """
-    matmul = torch.backends.cuda.matmul
-    with lock:
-        before = matmul.fp32_precision
-        try:
-            matmul.fp32_precision = precision
-            yield
-        finally:
-            matmul.fp32_precision = before

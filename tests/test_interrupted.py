@@ -30,7 +30,8 @@ from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
-from gpu_lstm.kernels import cache, projection, timeouts
+from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels.settings import precision
 from gpu_lstm.kernels.triton_rnn import launch as launcher
 from gpu_lstm.tools import stream as stream_module
 
@@ -365,7 +366,7 @@ def test_random_numbers_are_as_if_nobody_had_raced_where_races_overlap(another):
 
 
 def lock_that_announces(monkeypatch, place):
-    """An event that is set whenever a thread asks for the lock of a module or object."""
+    """An event that is set whenever a thread asks for the lock of an object."""
     asked, lock, announced = threading.Event(), place.lock, MagicMock()
     announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
     announced.__exit__.side_effect = lambda *_: lock.release()
@@ -374,16 +375,16 @@ def lock_that_announces(monkeypatch, place):
 
 
 def test_products_have_their_precision_though_another_thread_asks_for_another_one(another, monkeypatch):
-    matmul, asked, seen = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, projection), threading.Event()
+    matmul, asked, seen = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, precision), threading.Event()
 
     def in_another():
-        with projection.products_in("tf32"):
+        with precision.held("tf32"):
             asked.set()
             seen.wait()
             return matmul.fp32_precision
 
     before = matmul.fp32_precision
-    with projection.products_in("ieee"):
+    with precision.held("ieee"):
         asked.clear()
         other = another.submit(in_another)
         asked.wait()
@@ -394,10 +395,10 @@ def test_products_have_their_precision_though_another_thread_asks_for_another_on
 
 def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(another, monkeypatch):
     """Otherwise a verification would set back what a projection in another thread has set for a moment."""
-    matmul, asked, entered = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, projection), threading.Event()
+    matmul, asked, entered = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, precision), threading.Event()
 
     def in_another():
-        with projection.products_in("tf32"):
+        with precision.held("tf32"):
             asked.clear()
             entered.set()
             asked.wait(timeout=10)
@@ -405,7 +406,7 @@ def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(an
     before = matmul.fp32_precision
     other = another.submit(in_another)
     entered.wait()
-    with settings.products.changed(settings.EXACT):
+    with precision.changed("ieee"):
         other.result()
         assert matmul.fp32_precision == "ieee"
     assert matmul.fp32_precision == before

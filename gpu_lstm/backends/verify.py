@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ..call.choices import Backend
-from ..call.settings import EXACT, alone, products
+from ..call.settings import alone
 from ..kernels import cache
 from ..kernels.cells import CELLS
 from ..kernels.layer import Layer, kept_layer, launcher_of, machine_of
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.private import TorchDispatchMode
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of
+from ..kernels.settings import accumulation, precision
 from ..kernels.tensors import BY_NAME, COMPARED, LEARNT
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
@@ -58,7 +59,8 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
         wait_and_check(device)  # for errors of earlier launches
         key, checking.kernel = _key(plan, problem, pass_, device), None
         try:
-            with cache.trial(cache.CHECKS, key, ENDED), products.changed(EXACT):  # TF32 is no fault of the kernel
+            exact = precision.changed("ieee"), accumulation.changed(False)  # TF32 is no fault of the kernel
+            with cache.trial(cache.CHECKS, key, ENDED), exact[0], exact[1]:
                 verdict = _verdict(layer, pass_, inputs, plan)
                 cache.write(cache.CHECKS, key, verdict)
         except torch.OutOfMemoryError:

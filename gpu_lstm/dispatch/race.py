@@ -23,10 +23,11 @@ from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, r
 from ..call.modes import Recording, Transforms
 from ..call.request import Request
 from ..call.roles import TIME_FIRST
-from ..call.settings import Setting, alone
+from ..call.settings import alone
 from ..kernels import cache
 from ..kernels.layer import launcher_of, machine_of
 from ..kernels.private import default_store, is_profiled
+from ..kernels.settings import Setting
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from . import available, cpu_rule
 from .available import is_raced
