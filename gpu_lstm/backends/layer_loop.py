@@ -65,8 +65,9 @@ def inputs_of(call: Call, k: int, d: int, x: Tensor, noise: Noise) -> Inputs:
     row, (lengths, resets, _, reset_to) = len(call.weights[0]) * k + d, call.traversal
     reset_h = reset_c = None
     if reset_to is not None:
-        way = call.traversal.of(row)
-        reset_h, reset_c = (way.backwards() if d else way).reset_to()
+        reset_h, reset_c = reset_to[row]
+        if d == 1:  # in the order of the reverse direction, see Traversal.reset_states
+            reset_h, reset_c = reset_h.roll(-1, 0), reset_c.roll(-1, 0)
     return Inputs(x, *call.states[row], *call.weights[k][d], reset_h, reset_c, *noise, lengths, resets)
 
 

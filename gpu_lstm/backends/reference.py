@@ -7,7 +7,7 @@ from __future__ import annotations  # torch.compile tries to evaluate those of n
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..call.choices import Backend
 from ..call.noise import scaled
 from ..call.regularisers import AFTER
 from ..call.request import Call
+from ..call.sequences import where
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
@@ -83,26 +84,19 @@ def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record 
     outputs, every_step = [], []
     for t in range(len(x)):
         reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in given]
-        before = _where(reset, t, (0.0 if reset_h is None else reset_h, empty if reset_c is None else reset_c), (h, c))
+        to = 0.0 if reset_h is None else reset_h, empty if reset_c is None else reset_c
+        before = where(None if reset is None else reset[t, :, None], to, (h, c))
         gates, after = _step(EQUATIONS[cell], x[t], before, weights, Noise(*now))
         if CELLS[cell].one_state:  # c is h, also where a regulariser has changed h
             after = after[0], after[0]
         outputs.append(after[0])
         if record is not None:
             every_step.append((torch.cat(gates, 1), after[1] if kept == 1 else after[1][0], after[0]))
-        h, c = _where(ended, t, (h, c), after)
+        h, c = where(None if ended is None else ended[t, :, None], (h, c), after)
 
     if record is not None:
         record(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
     return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(c0.dtype).view_as(c0))
-
-
-def _where(mask: Tensor | None, t: int, these: tuple[Any, Any], others: State) -> State:
-    """States [B, *], at step t: these where the mask [T, B] is true, else the others."""
-    if mask is None:
-        return others
-    h, c = [torch.where(mask[t, :, None], a, b) for a, b in zip(these, others)]
-    return h, c
 
 
 def _step(cell: ModuleType, x: Tensor, state: State, w: Weights, noise: Noise) -> tuple[FourGates, State]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..call.modes import Recording, modes
+from ..call.sequences import where
 from ..call.weights import State, Weights
 
 Result = tuple[Tensor, Tensor]
@@ -33,7 +34,7 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, valid: Tens
     """
     if not x.is_cpu or modes(x).recording != Recording.NOBODY:
         return _without_values(run, x, state, weights, valid, reset)
-    state = torch.where(reset[0, :, None], 0, state[0]), torch.where(reset[0, :, None], 0, state[1])
+    state = where(reset[0, :, None], (0, 0), state)
     reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
     if not reset.any():
         return run(x, state, None if valid is None else ~valid, None)
@@ -81,8 +82,7 @@ def _from_reset_to_reset(run: Run, x: Tensor, state: State, valid: Tensor | None
     starts = sorted({0, *changes.any(1).nonzero().flatten().tolist(), len(x)})
     (h, c), outputs = state, []
     for start, end in itertools.pairwise(starts):
-        h, c_before = (torch.where(zeroed[start, :, None], 0, t) for t in (h, c))
-        y, c_after = run(x[start:end], (h, c_before), None, None)
+        y, c_after = run(x[start:end], where(zeroed[start, :, None], (0, 0), (h, c)), None, None)
         h, c = y[-1], c_after if valid is None else torch.where(valid[start, :, None], c_after, c.to(c_after.dtype))
         outputs.append(y)
     return torch.cat(outputs), c

@@ -22,6 +22,7 @@ from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
 from ..call.request import Call, Request
+from ..call.sequences import where
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
@@ -238,7 +239,7 @@ def layer_by_torch(cell: Cell, inputs: Inputs, reverse: bool) -> tuple[Tensor, S
     if lengths is not None:
         last = (lengths.long() - 1).clamp(min=0)
         h_n = h.gather(0, last[None, :, None].expand_as(h[:1]))[0]
-        h_n, c_n = (torch.where((lengths == 0)[:, None], t0.to(t.dtype), t) for t0, t in ((h0, h_n), (c0, c_n)))
+        h_n, c_n = where((lengths == 0)[:, None], (h0.to(h_n.dtype), c0.to(c_n.dtype)), (h_n, c_n))
     return reordered(h), (h_n.contiguous()[None], c_n.contiguous()[None])
 
 

@@ -15,7 +15,7 @@ from .modes import PLAIN, Recording, Transforms, modes
 from .options import NORMS, Arguments, Options, options_of
 from .request import Request
 from .roles import RESET_STATES, Form
-from .sequences import EVERY_STEP, Traversal
+from .sequences import EVERY_STEP, Traversal, where
 from .weights import State, Weights, size_of
 
 
@@ -139,7 +139,7 @@ def _reset_before_the_first_step(
     if both_directions:
         forward = torch.arange(states[0][0].shape[0], device=reset.device) % 2 == 0  # rows of a block
         reset = reset & forward[:, None, None]
-    return [(h.masked_fill(reset, 0), c.masked_fill(reset, 0)) for h, c in states]
+    return [where(reset, (0, 0), state) for state in states]
 
 
 def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:

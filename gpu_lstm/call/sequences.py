@@ -3,7 +3,7 @@
 At step s the reverse direction visits time L - 1 - s of a sequence of length L; from L on both directions visit time s.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,14 @@ def without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
     return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
 
+def where(mask: Tensor | None, these: tuple[Any, Any], others: tuple[Any, Any]) -> State:
+    """States [B, *]: these where the mask [B, 1] is true, else the others. None: it is true nowhere."""
+    if mask is None:
+        return others
+    h, c = [torch.where(mask, a, b) for a, b in zip(these, others)]
+    return h, c
+
+
 class Traversal(NamedTuple):
     """How a layer goes through a batch: how many steps, where its state is reset and to what, from which end.
 
@@ -78,14 +86,6 @@ class Traversal(NamedTuple):
         states = self.reset_states and [(h.roll(-1, 0), c.roll(-1, 0)) for h, c in self.reset_states]
         return Traversal(self.lengths, self.resets, True, states)
 
-    def of(self, number: int) -> "Traversal":
-        """The traversal of one layer in one direction, by its number among [L*D]."""
-        return self if self.reset_states is None else self._replace(reset_states=[self.reset_states[number]])
-
-    def reset_to(self) -> tuple[Tensor | None, Tensor | None]:
-        """(h [T, B, P], c [T, B, H]) that the steps of one layer and direction are reset to; None: zeros."""
-        return (None, None) if self.reset_states is None else self.reset_states[0]
-
     def first(self, steps: int) -> "Traversal":
         """The traversal of the first times, `steps` of them."""
         lengths = None if self.lengths is None else self.lengths.clamp(max=steps)
@@ -100,9 +100,10 @@ class Traversal(NamedTuple):
         separated = self.resets[end]  # [B]
         if self.lengths is not None:
             separated = separated & (self.lengths > end)
-        to_h, to_c = (None if t is None else t[end - 1].to(s.dtype) for t, s in zip(self.reset_to(), (h, c)))
-        h = torch.where(separated[:, None], 0 if to_h is None else to_h, h)
-        return h, torch.where(separated[:, None], cell.empty_like(c) if to_c is None else to_c, c)
+        to: Any = 0, cell.empty_like(c)
+        if self.reset_states is not None:
+            to = [t[end - 1].to(s.dtype) for t, s in zip(self.reset_states[0], (h, c))]
+        return where(separated[:, None], to, (h, c))
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(time, valid, reset) [T, B] of the steps of x [T, B, *]. The permutation `time` is its own inverse.
