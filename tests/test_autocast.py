@@ -121,6 +121,32 @@ def test_a_block_within_another_has_its_own_casts():
     assert (outer.dtype, inner.dtype) == (torch.bfloat16, DTYPE)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_call_is_cast_as_by_hand(backend, projected):
+    """Also what a residual connection adds. c of states to reset to is not rounded, and on a CPU, beside a projection,
+    neither is that of the first state."""
+    how, lead = dict(backend=backend, device=DEVICE), (1, B) if projected else (B,)
+    torch.manual_seed(0)
+    lstm, stack = gpu_lstm.LSTM(I, H, proj_size=I, **how), gpu_lstm.StackedLSTM(I, [I], residual=True, **how)
+    module, x, resets = lstm if projected else stack, inputs(), torch.eye(T, B, device=DEVICE) > 0
+    h, c, reset_h, reset_c = (torch.randn(*lead, n, device=DEVICE) for n in (I, H if projected else I) * 2)
+
+    def call(x, *states):
+        pairs = states[:2], states[2:]
+        hx, reset_states = pairs if projected else ([pair] for pair in pairs)
+        y, final = module(x, hx, resets=resets, reset_states=reset_states)
+        return [y, *(final if projected else final[0])]
+
+    with autocast():
+        found = call(x, h, c, reset_h, reset_c)
+    module.to(DTYPE)
+    c = c if projected and DEVICE == "cpu" else c.to(DTYPE)
+    by_hand = call(x.to(DTYPE), h.to(DTYPE), c, reset_h.to(DTYPE), reset_c)
+    assert [t.dtype for t in found] == [t.dtype for t in by_hand]
+    assert all(map(torch.equal, found, by_hand))
+
+
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (_, module), x = modules("reference", "LSTM"), inputs()
