@@ -147,6 +147,13 @@ def test_a_call_is_cast_as_by_hand(backend, projected):
     assert all(map(torch.equal, found, by_hand))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_without_autocast_a_float32_c_beside_half_precision_is_not_rounded(backend):
+    module, c = gpu_lstm.LSTM(I, H, backend=backend, device=DEVICE).to(DTYPE), torch.rand(1, B, H, device=DEVICE)
+    h, lengths = torch.zeros(1, B, H, device=DEVICE, dtype=DTYPE), torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    assert torch.equal(module(inputs().to(DTYPE), (h, c), lengths=lengths)[1][1], c)
+
+
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (_, module), x = modules("reference", "LSTM"), inputs()
