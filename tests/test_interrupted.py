@@ -31,7 +31,7 @@ from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.settings import precision
+from gpu_lstm.kernels.settings import Setting, precision
 from gpu_lstm.kernels.triton_rnn import launch as launcher
 from gpu_lstm.tools import stream as stream_module
 
@@ -410,6 +410,20 @@ def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(an
         other.result()
         assert matmul.fp32_precision == "ieee"
     assert matmul.fp32_precision == before
+
+
+def test_no_other_thread_reads_a_setting_while_it_is_set(another):
+    def is_free():
+        free = setting.lock.acquire(blocking=False)
+        if free:
+            setting.lock.release()
+        return free
+
+    found = []
+    setting = Setting(lambda: 0, lambda value: found.append((value, another.submit(is_free).result())))
+    with setting.changed(1), setting.held(2):
+        pass
+    assert found == [(1, False), (2, False), (0, False), (0, False)]
 
 
 def test_the_word_that_a_kernel_has_is_the_one_that_is_read(monkeypatch):
