@@ -43,7 +43,7 @@ def instead(rows: pd.DataFrame) -> Figure | None:
 
     Of each workaround the cases where it is the fastest and the slowest, beside one call; others are in the tables.
     """
-    lines, base = report.instead(rows, every_case=True), report.headline_of(rows)
+    lines, base = report.instead(rows), report.headline_of(rows)
     lines = lines[lines["mode"] == "training"]
     if lines["case"].nunique() < FEWEST:
         return None

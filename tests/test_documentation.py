@@ -60,7 +60,7 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
         "README.md", "CHANGELOG.md", "docs/reinforcement_learning.md", "docs/cells_and_options.md"))  # fmt: skip
     updates = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")
     (stored,) = (ROOT / "bench" / "results").glob("*.csv")
-    around = report.instead(report.measured(results.read(stored)), every_case=True)
+    around = report.instead(report.measured(results.read(stored)))
     ways = ["rl_games-pieces", "rsl_rl-padded", "cleanrl-loop"]
     its = around[around["provider"].isin(ways) & (around["mode"] == "training") & (around["variant"] == "plain")]
     small = its["hidden_size"] <= 256
