@@ -109,7 +109,7 @@ def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_t
 
 
 def links(text: str) -> list[str]:
-    """The files that Markdown links to, and those of pictures in HTML, except in its examples."""
+    """The files that Markdown links to or shows, also in HTML, except in its examples."""
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     return re.findall(r"(?:\]\(|(?:src|srcset)=\")(?!https?:)([^)#\"]+)", text)
 

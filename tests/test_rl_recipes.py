@@ -107,7 +107,7 @@ def check(call, parameters, expected, of_theirs, resets, steps=0):
 
 
 def test_a_reset_ends_a_nan_which_a_loop_of_keep_times_h_does_not(kind, states, starts):
-    """In a call, and in a Stream that is reset; a loop that replaces the state by zeros is the truth."""
+    """A call and a Stream give what a loop gives that replaces the state by zeros."""
     theirs, ours = pair(kind)
     x = torch.randn(T, N, I)
     x[3, 0], starts[1:6, 0], starts[6, 0] = torch.nan, False, True
