@@ -31,7 +31,8 @@ def long_description() -> str:
     """The README; links and pictures lead to the files of the release."""
     version = re.search(r'__version__ = "(.*)"', (ROOT / "gpu_lstm/__init__.py").read_text())[1]
     text = (ROOT / "README.md").read_text()
-    text = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\1https://raw.githubusercontent.com/{REPOSITORY}/v{version}/", text)
+    shown = r"(!\[[^\]]*\]\(|\b(?:src|srcset)=\")(?!https?:)"
+    text = re.sub(shown, rf"\1https://raw.githubusercontent.com/{REPOSITORY}/v{version}/", text)
     return re.sub(r"(?<=\]\()(?!https?:|#)", f"https://github.com/{REPOSITORY}/blob/v{version}/", text)
 
 

@@ -1,4 +1,4 @@
-"""python -m bench: how fast LSTMs and GRUs are here. Also: compare two runs, test and measure a GPU, the README."""
+"""python -m bench: how fast LSTMs and GRUs are here. Also: compare two runs, test and measure a GPU, write the page."""
 
 import argparse
 import contextlib
@@ -25,11 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             match options.command:
                 case "compare":
                     return compare.show(results.read(options.old), results.read(options.new), options.fail_under)
-                case "readme":
+                case "page":
                     files, docs = sorted((ROOT / "bench" / "results").glob("*.csv")), ROOT / "docs"
                     for file in files:
                         plots.draw(results.read(file), docs / "pictures")
-                    report.update_page(ROOT / "README.md", files)
                     report.update_page(docs / "benchmarks.md", files, sorted((docs / "pictures").glob("*.png")))
                     return 0
                 case "cpu":
@@ -103,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("host", help="microseconds of a call on the host before the device begins").add_argument
     add("--cases", nargs="+", choices=host.CASES, metavar="NAME", default=[*host.CASES], help="; ".join(host.CASES))
     add("--base", **base)
-    commands.add_parser("readme", help="write the figures of README.md and docs/benchmarks.md from bench/results/*.csv")
+    commands.add_parser("page", help="write the figures of docs/benchmarks.md from bench/results/*.csv")
     return parser
 
 

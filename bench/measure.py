@@ -163,15 +163,14 @@ class Trial:
 
     def call(self) -> tuple[Any, tuple[Tensor, ...]]:
         """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
-        with self.engine.within(), torch.set_grad_enabled(self.training):
+        with torch.set_grad_enabled(self.training):
             y, finals = self.forward()
             y = y if self.form is None else y.data
             return (y, *finals), torch.autograd.grad(y, self.leaves, self.dy) if self.training else ()
 
     def memory(self, device: str) -> Row:
         peak: Row = {} if device == "cpu" else {"peak_bytes": timing.peak_bytes(self.call, device)}
-        with self.engine.within():
-            return peak | ({"kept_bytes": timing.kept_bytes(self.forward, self.leaves)} if self.training else {})
+        return peak | ({"kept_bytes": timing.kept_bytes(self.forward, self.leaves)} if self.training else {})
 
     def results(self) -> dict[str, Tensor]:
         """As `inputs.results_in` names them."""

@@ -39,11 +39,11 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def instead(rows: pd.DataFrame) -> Figure | None:
-    """The time of each usual workaround over that of one call, forward and backward; None of fewer than FEWEST cases.
+    """A figure of the times of workarounds over the time of one call, or None if there are fewer than FEWEST cases.
 
-    Of each workaround the cases where it is the fastest and the slowest, beside one call; others are in the tables.
+    Each workaround has the cases where it is the fastest and the slowest. The tables have the others.
     """
-    lines, base = report.instead(rows, every_case=True), report.headline_of(rows)
+    lines, base = report.instead(rows), report.headline_of(rows)
     lines = lines[lines["mode"] == "training"]
     if lines["case"].nunique() < FEWEST:
         return None

@@ -1,4 +1,4 @@
-"""Results as text: tables for a terminal, the README and the docs."""
+"""Results as text: tables for a terminal and for docs/benchmarks.md."""
 
 import os
 import re
@@ -101,12 +101,11 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
     return lines.sort_values(["group", *(n for n in results.CASE if lines[n].dtype.kind in "if")], kind="stable")
 
 
-def instead(rows: pd.DataFrame, every_case: bool = False) -> pd.DataFrame:
-    """The usual workarounds, in `every_case` or the first of each group: AROUND as text, `ratio` of the times."""
+def instead(rows: pd.DataFrame) -> pd.DataFrame:
+    """The usual workarounds in every case: AROUND as text, `ratio` of the times."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
     its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["case"].isin(ours.dropna().index)]
-    its = its.assign(ours_s=its["case"].map(ours), group=its["case"].map(by_case(rows)["group"]))
-    its = its if every_case else its.drop_duplicates(["group", "provider"])
+    its = its.assign(ours_s=its["case"].map(ours))
     its = its.assign(ratio=its["over_ours"].fillna(its["median_s"] / its["ours_s"]))
     speed = texts(its["ratio"])
     interval = (" (" + texts(its["over_ours_low"]) + "-" + texts(its["over_ours_high"]) + ")").replace(" (-)", "")
@@ -131,7 +130,7 @@ def summary(rows: pd.DataFrame) -> Table:
 def details(rows: pd.DataFrame) -> list[Table]:
     """Every provider at the headline, the fastest first; which kernels ran, or why none did; the usual workarounds."""
     rows = measured(rows)
-    base, around = headline_of(rows), instead(rows, every_case=True)
+    base, around = headline_of(rows), instead(rows)
     memory = "peak_bytes" if rows["peak_bytes"].notna().any() else "kept_bytes"
     its = rows[rows["object"] == base].sort_values("median_s", kind="stable")  # rows without a time come last
     timed = its[its["median_s"].notna()]
@@ -154,8 +153,8 @@ def details(rows: pd.DataFrame) -> list[Table]:
     return [*tables, table(around[AROUND], title)] if len(around) else tables
 
 
-def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | None = None) -> None:
-    """Write the results in `files` between the markers of `page`, GPUs first: with `pictures` of every case."""
+def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path]) -> None:
+    """Write the results in `files` between the markers of `page`, GPUs first, with the picture of each device."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -165,9 +164,8 @@ def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path] | No
         for device, its in results.read(path).groupby("device", sort=False):
             on_gpu = bool(its["cuda"].notna().any())
             timed |= on_gpu and bool((its["status"] == "measured").any())
-            every_case = on_gpu or pictures is not None
-            text = _section(os.path.relpath(path, page.parent), measured(its), on_gpu, every_case)
-            for picture in (picture for picture in pictures or () if picture.stem == f"instead-{slug(device)}"):
+            text = _section(os.path.relpath(path, page.parent), measured(its), on_gpu)
+            for picture in (picture for picture in pictures if picture.stem == f"instead-{slug(device)}"):
                 text += f"\n\n![{SHOWN}]({os.path.relpath(picture, page.parent)})"
             sections.append((not on_gpu, text))
     texts = [NO_GPU] * (not timed) + [text for _, text in sorted(sections, key=lambda section: section[0])]
@@ -178,36 +176,21 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def _section(link: str, rows: pd.DataFrame, on_gpu: bool, every_case: bool) -> str:
-    """Where the figures come from, and two tables: the usual workarounds, and torch.nn itself."""
-    lines, around = by_case(rows), instead(rows, every_case)
+def _section(link: str, rows: pd.DataFrame, on_gpu: bool) -> str:
+    """Where the figures come from, and three tables: the usual workarounds, heads and sLSTMs, and torch.nn itself."""
+    lines, around = by_case(rows), instead(rows)
     wrapped = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
     dtypes, where = "/".join(rows["dtype"].unique()), "GPU" if on_gpu else "CPU, not a GPU"
     text = f"{where}: {origin(rows)}; {dtypes}; from [{link.removeprefix('../')}]({link})."
     starred = lines["torch ms"].str.endswith("*")
     text += f" \\{STARRED}." if starred.any() else ""
-    if every_case:
-        roofline = "a roofline (FLOPs and bytes at rates measured on this machine)"
-        text += f' "Of the bound": the fraction of {roofline}, {BEYOND}.'
+    roofline = "a roofline (FLOPs and bytes at rates measured on this machine)"
+    text += f' "Of the bound" is the fraction of {roofline}, {BEYOND}.'
     written = [wrapped(text)]
     of_heads = around["provider"].isin(OF_HEADS)
-    for its in (around[~of_heads], around[of_heads])[: 1 + every_case]:
+    for its in (around[~of_heads], around[of_heads]):
         if len(its):
             written.append(_markdown(_over_ours(its, lines)))
-    if not every_case:
-        plain, told, heads = lines["variant"] == "plain", [], lines["heads"] > 1
-        step, gru = lines["mode"] == "step", lines["cell"] == "gru"
-        for kind, which in (
-            ("LSTMs", ~starred & ~heads & ~step & ~gru), ("GRUs", ~starred & ~heads & ~step & gru),
-            ("single steps", ~starred & step), ("steps of some of the sequences", starred & step),
-            ("with heads", heads),
-            ("with lengths or resets", starred & plain & ~step),
-            ("with peepholes, layer norm, zoneout, recurrent dropout or states to reset to", ~plain),
-        ):  # fmt: skip
-            if len(its := lines["speed"][which].dropna()):
-                told.append(f"{kind} {' to '.join(sorted({digits(min(its)), digits(max(its))}, key=float))}")
-        text = f"One call is so many times as fast as torch.nn, which ignores what it lacks: {'; '.join(told)}."
-        return "\n".join([*written, "", wrapped(text)]).replace(f" {dtypes} T", " T")  # a dtype that all have
     lines = lines[~_names(lines).isin(around["case"])]
     starred = starred[lines.index]
     same = ~starred & (lines["mode"] != "step") & ((lines["speed"] - 1).abs() < EVEN_ON_A_CPU) & (not on_gpu)

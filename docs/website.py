@@ -69,9 +69,11 @@ def page(text: str, source: str, repository: str) -> str:
     """The Markdown of the file `source` as the site has it. Its code stays as it is."""
 
     def turned(match: re.Match[str]) -> str:
-        code, link, power, block, formula = match.groups()
+        code, shown, link, power, block, formula = match.groups()
         if code:
             return code
+        if shown:
+            return f'="{target(shown, source, repository)}"'
         if power:
             return f"<sup>{power}</sup>"
         if link:
@@ -82,7 +84,8 @@ def page(text: str, source: str, repository: str) -> str:
         formula = convert(tex, display="block" if block else "inline")
         return f'<span class="formula">{formula}</span>' if block else f"<span>{formula}</span>"
 
-    pattern = r"(```.*?```|`[^`]*`)|\]\(([^)\s]+)\)|(?<=\w)\^(T|-?\d+)\b|\$\$(.+?)\$\$|\$([^$\n]+)\$"
+    pattern = r"(```.*?```|`[^`]*`)|(?<=src|set)=\"([^\"]+)\""
+    pattern += r"|\]\(([^)\s]+)\)|(?<=\w)\^(T|-?\d+)\b|\$\$(.+?)\$\$|\$([^$\n]+)\$"
     return re.sub(pattern, turned, text, flags=re.DOTALL).replace("<details>", '<details markdown="1">')
 
 

@@ -16,6 +16,7 @@ from torch.nn.functional import fold, mse_loss
 import gpu_lstm
 
 RATE, FRAME, HOP = 8000, 256, 128
+SHOWN = 1.25  # kHz in the picture: eight harmonics of a voice get weaker, and above them is noise alone
 WINDOW = torch.hann_window(FRAME).sqrt()  # before and after: where frames overlap, their squares add up to 1
 
 
@@ -72,13 +73,13 @@ def main(updates: int = 40, out: Path = Path("out")) -> tuple[float, float]:
 
 
 def draw(sounds: dict[str, Tensor], path: Path) -> None:
-    """A spectrogram of each sound."""
+    """A spectrogram of each sound, as far up as the voice reaches."""
     figure = Figure(figsize=(5, 2.8), layout="constrained")
     for axes, (title, sound) in zip(figure.subplots(1, 2, sharey=True), sounds.items()):
         spectrum = torch.fft.rfft(sound.unfold(0, FRAME, HOP) * WINDOW).abs().log10().T  # [frequencies, T]
         extent = 0, len(sound) / RATE, 0, RATE / 2000
         axes.imshow(spectrum, vmin=-1, vmax=2, origin="lower", aspect="auto", extent=extent, cmap="gray_r")
-        axes.set(title=title, xlabel="s")
+        axes.set(title=title, xlabel="s", ylim=(0, SHOWN))
     figure.axes[0].set_ylabel("kHz")
     figure.savefig(path, dpi=130)
 

@@ -4,7 +4,6 @@ import copy
 import io
 import multiprocessing
 import pickle
-import re
 from functools import partial
 
 import numpy as np
@@ -12,9 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from installed import ROOT
 from pairs import seeded
-from subjects import HasteLSTM
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -334,13 +331,3 @@ def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
     """torch's exporter would fix them inside the file, whose input says that they are free."""
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"gpu_lstm\.layer"):
         to_onnx(gpu_lstm.LSTM(3, 4).eval(), torch.randn(5, 2, 3), None, {0: "time"})
-
-
-@pytest.mark.parametrize("norm", [False, True])
-def test_the_recipe_for_weights_of_haste_gives_hastes_numbers(norm):
-    (recipe,) = re.findall(r"(?s)```python\n(def from_haste.*?)\n\n\n", (ROOT / "docs/conversion.md").read_text())
-    exec(recipe, names := dict(torch=torch, gpu_lstm=gpu_lstm))
-    theirs = HasteLSTM(3, 4, norm=norm).double()
-    x, *state = (torch.randn(*size, dtype=torch.float64) for size in ((5, 2, 3), (1, 2, 4), (1, 2, 4)))
-    ours = names["from_haste"](theirs.state_dict())
-    torch.testing.assert_close(ours(x, state), theirs(x, state), rtol=0, atol=1e-13)

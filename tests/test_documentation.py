@@ -56,11 +56,12 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 def test_the_figures_of_the_pages_are_those_of_the_stored_results():
-    readme, changelog, page, of_gru = ((ROOT / name).read_text() for name in (
-        "README.md", "CHANGELOG.md", "docs/reinforcement_learning.md", "docs/cells_and_options.md"))  # fmt: skip
+    names = "reinforcement_learning", "cells_and_options", "benchmarks"
+    readme, changelog = ((ROOT / name).read_text() for name in ("README.md", "CHANGELOG.md"))
+    page, of_gru, benchmarks = ((DOCS / f"{name}.md").read_text() for name in names)
     updates = pd.read_csv(DOCS / "pictures" / "ppo_updates.csv")
     (stored,) = (ROOT / "bench" / "results").glob("*.csv")
-    around = report.instead(report.measured(results.read(stored)), every_case=True)
+    around = report.instead(report.measured(results.read(stored)))
     ways = ["rl_games-pieces", "rsl_rl-padded", "cleanrl-loop"]
     its = around[around["provider"].isin(ways) & (around["mode"] == "training") & (around["variant"] == "plain")]
     small = its["hidden_size"] <= 256
@@ -70,9 +71,9 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     fast, around = updates.groupby("cell")["times_as_fast"].agg(["min", "max"]), best.groupby("case")["over_ours"].min()
     lstm, gru = ("{:.1f} to {:.1f}".format(*fast.loc[cell]) for cell in ("LSTM", "GRU"))
     for text, said in (
-        *((text, f"{lstm} times as fast") for text in (page, of_gru)), (readme, f"| LSTM {lstm}, GRU {gru} |"),
+        *((text, f"{lstm} times as fast") for text in (page, of_gru)), (benchmarks, f"| LSTM {lstm}, GRU {gru} |"),
         *((text, f"GRU {gru}") for text in (page, of_gru)),
-        (readme, f"| {around.min():.2g} (1,024 units, padded) to {around.max():.2g} |"),
+        (benchmarks, f"| {around.min():.2g} (1,024 units, padded) to {around.max():.2g} |"),
         (readme, "estimates for six cards"), (changelog, "recipes for seven trainers"),
         (page, f"medians over at least {updates['rounds'].min()} rounds"),
         *((page, f"| {' | '.join(row)} |") for row in spans[ways].to_numpy()),
@@ -82,10 +83,35 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     assert len(set(re.findall(r"^\| `(\w+)` \|", bounds.PAGE.read_text(), flags=re.MULTILINE))) == 6 == len(DEVICES)
 
 
+OF_README = {  # what rows of the README begin with, and the case and the rival that they are about
+    "train a GRU |": ("training-fp32-T128-B16-I128-H128-gru", "torch"),
+    "train an LSTM on sequences of different lengths": ("training-fp32-T128-B16-I128-H128-ragged", "torch-packed"),
+    "train an LSTM on sequences in which 2 %": ("training-fp32-T128-B16-I128-H128-resets-2.0%", "rl_games-pieces"),
+    "train a plain LSTM": ("training-fp32-T128-B16-I128-H128", "torch"),
+    "run one step of a GRU": ("step-fp32-T1-B1-I128-H128-gru", "torch"),
+    "train an LSTM with layer norm": ("training-fp32-T128-B16-I128-H128-layer_norm", "torch"),
+}
+
+
+def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_those_of_the_pages():
+    readme, (stored,) = (ROOT / "README.md").read_text(), (ROOT / "bench" / "results").glob("*.csv")
+    rows = report.measured(results.read(stored)).set_index(["case", "provider"])["over_ours"]
+    table = re.search(r"## Speed on a CPU\n(.*?)\n## ", readme, flags=re.DOTALL)[1]
+    lines = [line.removeprefix("| ") for line in table.splitlines() if re.search(r"\d \|$", line)]
+    assert len(lines) == len(OF_README)
+    for line, (begin, key) in zip(lines, OF_README.items()):
+        assert line.startswith(begin)
+        assert line.endswith(f"| {rows[key]:.2f} |"), (line, rows[key])
+    kernels = (ROOT / "dev" / "compile_table" / "README.md").read_text().count("\n| `")
+    assert len(re.findall(rf"\b{kernels} kernels\b", readme)) == len(re.findall(r"\b\d+ kernels\b", readme)) == 2
+    (runs,) = re.findall(r"right in (\d+) runs", (DOCS / "testing.md").read_text())
+    assert set(re.findall(r"(\d+)\s+runs\b", readme)) == {runs}
+
+
 def links(text: str) -> list[str]:
-    """The files that Markdown links to, except in its examples."""
+    """The files that Markdown links to or shows, also in HTML, except in its examples."""
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
-    return re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    return re.findall(r"(?:\]\(|(?:src|srcset)=\")(?!https?:)([^)#\"]+)", text)
 
 
 def test_every_page_is_in_the_readme_and_the_navigation_and_every_link_leads_somewhere():

@@ -57,8 +57,10 @@ def test_the_wheel_has_the_package_and_a_long_description_with_links_that_work_a
     metadata = email.message_from_bytes(archive.read(name))
     text, readme, version = metadata.get_payload(), (ROOT / "README.md").read_text(), metadata["Version"]
     host = r"https://(?:raw\.githubusercontent|github)\.com/gpu-lstm/gpu_lstm/"
-    assert re.sub(rf"\]\({host}(?:blob/)?v{re.escape(version)}/", "](", text) == readme
-    for picture, link in re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", text):
+    assert re.sub(rf"(\]\(|(?:src|srcset)=\"){host}(?:blob/)?v{re.escape(version)}/", r"\1", text) == readme
+    shown = [("!", link) for link in re.findall(r"\b(?:src|srcset)=\"([^\"]*)", text)]
+    assert len(shown) == 2
+    for picture, link in [*shown, *re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", text)]:
         assert link.startswith("https://raw." if picture else ("https://github.com/", "#")), link
         assert link.startswith("#") or (ROOT / link.split(f"/v{version}/")[1].partition("#")[0]).exists(), link
 

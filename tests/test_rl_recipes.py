@@ -106,6 +106,29 @@ def check(call, parameters, expected, of_theirs, resets, steps=0):
         close(with_gradients(call(resets.roll(1, steps)), parameters), expected)
 
 
+def test_a_reset_ends_a_nan_which_a_loop_of_keep_times_h_does_not(kind, states, starts):
+    """A call and a Stream give what a loop gives that replaces the state by zeros."""
+    theirs, ours = pair(kind)
+    x = torch.randn(T, N, I)
+    x[3, 0], starts[1:6, 0], starts[6, 0] = torch.nan, False, True
+    with torch.no_grad():
+        expected, *_ = loop(theirs, x, states, starts)
+        output, _ = ours(x, taken(states), resets=starts)
+        stream, streamed = gpu_lstm.Stream(ours, N, hx=taken(states)), []
+        state, by_keep = states, []
+        for x_t, start in zip(x, starts):
+            stream.reset(start)
+            streamed.append(stream(x_t))
+            y, state = theirs(x_t[None], taken([~start[:, None] * each for each in state]))
+            by_keep.append(y)
+            state = given(state)
+    assert torch.cat(by_keep)[3:, 0].isnan().all()
+    assert expected[3:6, 0].isnan().all()
+    assert not expected[6:].isnan().any()
+    for found in (output, torch.stack(streamed)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, equal_nan=True)
+
+
 def test_cleanrl(recipes, starts, kind, states):
     """x, dones and outputs are flat, [T*N, ...]; dones are starts, as floats."""
     theirs, ours = pair(kind)

@@ -209,7 +209,7 @@ COMMANDS = [
     *((BENCH, f"compare {file} {file}", text + "; expected what `python -m bench` writes$") for file, text in (
         ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
     (BENCH, "compare {absent} {absent}", "No such file or directory: '.*absent'$"),
-    (BENCH, "readme", "old.csv: schema 1.*"),
+    (BENCH, "page", "old.csv: schema 1.*"),
     (BENCH, "gpu --out {absent}", "there is no CUDA device that torch can use: "),
     (BENCH, "gpu --minutes nan", "argument --minutes: expected more than 0 minutes, got 'nan'$"),
     (BENCH, "--cases nonsense", "^python -m bench: unknown case 'nonsense'; known groups: first, headline, "),

@@ -1,8 +1,6 @@
 """What a provider is, and helpers to build one."""
 
-import contextlib
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, util
@@ -27,7 +25,6 @@ class Engine:
     call: Callable[..., tuple[Any, Any]]
     parameters: dict[str, Tensor]  # leaves, in the layout of the engine
     to_torch: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict  # gradients, to torch's names and layout
-    within: Callable[[], AbstractContextManager] = contextlib.nullcontext  # of every call and its backward
     kernels: Callable[[], str | None] = lambda: None  # after a call, which kernels ran, if there is more than one kind
 
     @classmethod

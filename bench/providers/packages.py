@@ -1,6 +1,5 @@
-"""The LSTMs of other packages: flashrnn, haste_pytorch, xlstm, TorchRL and Keras, each imported when it runs."""
+"""The LSTMs of other packages: flashrnn, xlstm and TorchRL, each imported when it runs."""
 
-import os
 from functools import partial
 from importlib import import_module
 
@@ -44,22 +43,6 @@ def flashrnn(inputs: Inputs) -> Engine:
         return {name: gradient.transpose(0, 1).flatten(0, 1) for name, gradient in gradients.items()}
 
     return Engine(call, {"weight_ih_l0": W, "weight_hh_l0": R, "bias_l0": b}, to_torch)
-
-
-def haste(inputs: Inputs) -> Engine:
-    """haste_pytorch.LSTM: kernels [I, 4H] and [H, 4H], one bias, gates i, g, f, o. Written against 0.5.0rc0."""
-    case = expect(inputs.case)
-    if case.torch_dtype != torch.float32:
-        raise Unable("float32 only")
-    lstm = import_module("haste_pytorch").LSTM(case.input_size, case.hidden_size)
-    lstm.from_native_weights(*inputs.weights.values())  # which makes new parameters, on the weights' device
-
-    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # transposed, gates in the order i, f, g, o
-        theirs = dict(weight_ih_l0="kernel", weight_hh_l0="recurrent_kernel", bias_l0="bias")
-        gates = {name: gradients[other].movedim(-1, 0).unflatten(0, (4, -1)) for name, other in theirs.items()}
-        return {name: gradient[[0, 2, 1, 3]].flatten(0, 1) for name, gradient in gates.items()}
-
-    return Engine.of(lstm.train(case.training).requires_grad_(case.training), to_torch)
 
 
 def xlstm(inputs: Inputs) -> Engine:
@@ -126,41 +109,11 @@ def torchrl(backend: str, inputs: Inputs) -> Engine:
     return Engine(call, dict(lstm.named_parameters()))
 
 
-def keras_absent(device: str) -> str | None:
-    if (backend := os.environ.setdefault("KERAS_BACKEND", "torch")) != "torch":  # read when Keras is first imported
-        return f"keras's backend is {backend}: set KERAS_BACKEND=torch"
-    return absence("keras", "pip install 'keras>=3'", device, cuda=False)
-
-
-def keras(inputs: Inputs) -> Engine:
-    """keras.layers.LSTM on Keras's torch backend, the batch first, one bias. Written against Keras 3.15."""
-    case, device, keras = expect(inputs.case), str(inputs.x.device), import_module("keras")
-    dtype = str(case.torch_dtype).removeprefix("torch.")
-    weight_ih, weight_hh, bias_ih, bias_hh = inputs.weights.values()
-    with keras.device(device):
-        layer = keras.layers.LSTM(case.hidden_size, return_sequences=True, return_state=True, dtype=dtype)
-        layer.build((case.batch, case.steps, case.input_size))
-        for variable, value in zip(layer.trainable_variables, (weight_ih.T, weight_hh.T, bias_ih + bias_hh)):
-            variable.assign(value)
-    leaves = zip(("weight_ih_l0", "weight_hh_l0", "bias_l0"), layer.trainable_variables)
-
-    def call(x, state):
-        y, *last = layer(x.transpose(0, 1), initial_state=[each[0] for each in state])
-        return y.transpose(0, 1), tuple(each[None] for each in last)
-
-    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: gradient.T if gradient.dim() == 2 else gradient for name, gradient in gradients.items()}
-
-    return Engine(call, {name: leaf.value for name, leaf in leaves}, to_torch, within=lambda: keras.device(device))
-
-
-# flashrnn needs nvcc and ninja at the first call, haste nvcc when it is installed.
 needs_torchrl = partial(absence, "torchrl", "pip install 'torchrl>=0.13'")  # the first with backends to choose from
 PROVIDERS = {
+    # It needs nvcc and ninja at the first call.
     "flashrnn-cuda": Provider(flashrnn, partial(absence, "flashrnn", "pip install flashrnn")),
-    "haste": Provider(haste, partial(absence, "haste_pytorch", "pip install --no-build-isolation haste_pytorch")),
     "xlstm-vanilla": Provider(xlstm, partial(absence, "xlstm", "pip install xlstm", cuda=False), everywhere=True),
     "torchrl-pad": Provider(partial(torchrl, "pad"), partial(needs_torchrl, cuda=False), everywhere=True),
     "torchrl-triton": Provider(partial(torchrl, "triton"), needs_torchrl, everywhere=True),
-    "keras": Provider(keras, keras_absent),
 }
