@@ -113,6 +113,9 @@ class Launches:
     """
 
     at_once: int | None = None  # launches that fit the card together; None: programs do not wait for each other
+    of_x = False  # whether forward is given x in place of the gates, and multiplies it in the loop
+    step: Callable[..., None] | None = None
+    """step(x, h0, c0, h, h_n, c_n, weights): a step of a layer, where all but the weights are addresses."""
 
     def __init__(
         self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],
@@ -198,6 +201,17 @@ class Layer:
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
+
+    def takes_x(self, inputs: Inputs, save: bool) -> bool:
+        """Whether forward takes x [T, B, I] in place of the gates."""
+        plain = inputs.gain_ih is None and inputs.reset_h is None and inputs.x.shape[2] > 0
+        return not save and plain and self.prepared(NO_SAVE, inputs).of_x
+
+    @property
+    def step(self) -> Callable[..., None] | None:
+        """Launches.step, once a call without gradients has prepared it."""
+        prepared = self._prepared.get(NO_SAVE)
+        return None if prepared is None else prepared.step
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,

@@ -10,7 +10,7 @@ FEWEST_STEPS, FEWEST_RAGGED = 8, 2  # what a call costs in Python decides; where
 MOST_UNITS = 256  # of a head of a GRU; with more, products decide, which torch has as well
 MOST_CELLS = 1 << 15  # units of all sequences of a plain GRU; with more it is the same
 LEAST_HEAD = 32  # units, for which a product in tiles pays
-NARROW, FEW, MANY = 64, 16, 64  # units, and sequences, of an LSTM with lengths or resets that pays
+NARROW, FEW, MANY = 64, 16, 64  # units, and sequences, of an LSTM with lengths or resets that pays; of a GRU's step
 RULE = "the rule for CPUs"
 
 
@@ -18,6 +18,8 @@ def slower(kind: Kind) -> str | None:
     """Why a kind of call is left to torch's own, or to the reference, in words; None: the compiled loops run it."""
     first, name = kind.problems[0], kind.problems[0].cell.upper()
     ragged, ours = first.resets or first.lengths is not None, kind.feature is not None
+    if kind.one_step and (first.cell != "gru" or first.batch <= FEW):
+        return None
     widest = max(p.columns for p in kind.problems)
     fewest = FEWEST_RAGGED if (ragged or ours) and widest <= MOST_UNITS else FEWEST_STEPS
     if kind.steps <= fewest:
@@ -38,6 +40,8 @@ def slower(kind: Kind) -> str | None:
 
 def faster(kind: Kind) -> str:
     """Why the compiled loops run what they do, in words."""
+    if kind.one_step:
+        return f"{RULE}: a step is one call of a compiled function"
     if kind.feature is not None:
         return f"torch's own does not support {kind.feature}"
     if kind.problems[0].cell == "lstm":

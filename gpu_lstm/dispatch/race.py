@@ -195,7 +195,7 @@ def build(call: Request, kind: Kind, backend: Backend) -> Route:
     schedule = schedule_of(call, kind.steps, kind.dtype.itemsize)
     problems = [problem._replace(side_by_side=schedule.side_by_side) for problem in kind.problems]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
-    return Route(backend, kind.dtype, None, layers, schedule)
+    return Route(backend, kind.dtype, None, layers, schedule, kind.one_step)
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
