@@ -101,6 +101,55 @@ def test_calls_in_threads_at_once(module_and_call):
             assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.SLSTM])
+def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
+    """Of sizes that fill no vector, one, and several panels; of a step, whose weights are not in panels, too."""
+    for inputs, hidden in ((3, 6), (17, 34), (40, 66)):
+        for steps_, rest in ((1, {}), (11, {}), (11, dict(lengths=torch.arange(9) + 3))):
+            module, x = cls(inputs, hidden, heads=heads, backend="numba"), torch.randn(steps_, 9, inputs)
+            with torch.no_grad():
+                torch.set_num_threads(1)
+                whole = module(x, **rest)[0]
+                for count in (1, 2):
+                    torch.set_num_threads(count)
+                    assert torch.equal(module(x, **rest)[0], whole)
+                for b in range(9):
+                    alone = module(x[:, b : b + 1], **{name: t[b : b + 1] for name, t in rest.items()})[0]
+                    assert torch.equal(alone, whole[:, b : b + 1])
+
+
+@pytest.mark.parametrize("build_", [
+    lambda: (gpu_lstm.LSTM(3, 20, 2), torch.nn.LSTM(3, 20, 2)), lambda: (gpu_lstm.GRU(3, 20, 2), torch.nn.GRU(3, 20, 2)),
+    lambda: (gpu_lstm.GRU(17, 5, bias=False, batch_first=True), torch.nn.GRU(17, 5, bias=False, batch_first=True)),
+    lambda: (gpu_lstm.LSTMCell(3, 20, backend="numba"), torch.nn.LSTMCell(3, 20)),
+    lambda: (gpu_lstm.GRUCell(3, 20, backend="numba"), torch.nn.GRUCell(3, 20)),
+    lambda: (gpu_lstm.SLSTM(3, 20, heads=2), gpu_lstm.SLSTM(3, 20, heads=2, backend="reference")),
+    lambda: (gpu_lstm.StackedGRU(3, [8, 5]), gpu_lstm.StackedGRU(3, [8, 5], backend="reference")),
+])  # fmt: skip
+def test_a_step_is_one_call_of_a_compiled_function_a_layer(monkeypatch, build_):
+    (ours, theirs), calls = build_(), []
+    theirs.load_state_dict(ours.state_dict())
+    is_cell = isinstance(ours, torch.nn.RNNCellBase)
+    x = (
+        torch.randn(2, ours.input_size)
+        if is_cell
+        else torch.randn(*([2, 1] if ours.batch_first else [1, 2]), ours.input_size)
+    )
+    with torch.no_grad():
+        found = expected = ours(x)  # which may compile
+        run_in = build.run
+        monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
+        for n in range(3):
+            states = (None, None) if n == 0 else (found, expected) if is_cell else (found[1], expected[1])
+            found, expected = ours(x, states[0]), theirs(x, states[1])
+            torch.testing.assert_close(found, expected)
+            if not is_cell:
+                found[0].fill_(torch.nan)  # which changes no state
+    layers = 1 if is_cell else getattr(ours, "num_layers", 2)
+    assert len(calls) == 3 * layers
+
+
 FORKED = """
 import os, torch, gpu_lstm
 from gpu_lstm.kernels.numba_rnn import launch
