@@ -50,7 +50,9 @@ class Package(Protocol):
 
     DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give it
     DTYPES: tuple[torch.dtype, ...]  # that it computes in
-    RACED: bool  # whether `auto` races it; if not, dispatch/cpu_rule.py decides
+    is_compiled: Callable[[Pass], bool] | None
+    """Whether the function that runs a pass of all problems is in the cache; its compilation takes ten seconds. None:
+    each problem has kernels of its own."""
     PACKAGES: tuple[str, ...]  # whose versions users are asked for
     NEEDS: str  # what to install, and how
 
@@ -204,8 +206,7 @@ class Layer:
 
     def takes_x(self, inputs: Inputs, save: bool) -> bool:
         """Whether forward takes x [T, B, I] in place of the gates."""
-        plain = inputs.gain_ih is None and inputs.reset_h is None and inputs.x.shape[2] > 0
-        return not save and plain and self.prepared(NO_SAVE, inputs).of_x
+        return not save and is_product_alone(inputs) and self.prepared(NO_SAVE, inputs).of_x
 
     @property
     def step(self) -> Callable[..., None] | None:
@@ -328,6 +329,11 @@ def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verif
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)
+
+
+def is_product_alone(i: Inputs) -> bool:
+    """Whether gates that a loop is given are W_ih x and biases, and nothing else."""
+    return i.gain_ih is None and i.reset_h is None and i.x.shape[2] > 0
 
 
 def aligned(t: Tensor) -> Tensor:

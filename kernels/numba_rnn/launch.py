@@ -15,15 +15,14 @@ from ..by_steps import Part
 from ..cards import Card
 from ..cells import CELLS
 from ..heads import arranged
-from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses, aligned
+from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses, aligned, is_product_alone
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem, Recurrence, in_the_loop
-from . import build, equations, steps
+from . import LOOPS, build, equations, steps
 from .product import SEQUENCES, whole_vectors
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
-LOOPS = "forward", "backward"  # of steps.py
 TENSORS = frozenset(steps.TENSORS)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
 PLAIN = {"h0", "c0", "weight_hh", "bias_hh"}  # what a step may read in the loop that has a way of its own
@@ -142,6 +141,8 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
 
     def more(r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
         i = r.inputs
+        if not is_product_alone(i):
+            return {}
         given = {"bias_ih_ptr": i.bias_ih, "bias_hh_ptr": i.bias_hh}
         return given if i.weight_ih is None else given | {"x_ptr": i.x, "weight_ih_ptr": aligned(i.weight_ih)}
 
