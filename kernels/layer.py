@@ -50,7 +50,9 @@ class Package(Protocol):
 
     DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give it
     DTYPES: tuple[torch.dtype, ...]  # that it computes in
-    RACED: bool  # whether `auto` races it; if not, dispatch/cpu_rule.py decides
+    is_compiled: Callable[[Pass], bool] | None
+    """Whether the function that runs a pass of all problems is in the cache; its compilation takes ten seconds. None:
+    each problem has kernels of its own."""
     PACKAGES: tuple[str, ...]  # whose versions users are asked for
     NEEDS: str  # what to install, and how
 
@@ -113,6 +115,9 @@ class Launches:
     """
 
     at_once: int | None = None  # launches that fit the card together; None: programs do not wait for each other
+    of_x = False  # whether forward is given x in place of the gates, and multiplies it in the loop
+    step: Callable[..., None] | None = None
+    """step(x, h0, c0, h, h_n, c_n, weights): a step of a layer, where all but the weights are addresses."""
 
     def __init__(
         self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],
@@ -198,6 +203,16 @@ class Layer:
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
+
+    def takes_x(self, inputs: Inputs, save: bool) -> bool:
+        """Whether forward takes x [T, B, I] in place of the gates."""
+        return not save and is_product_alone(inputs) and self.prepared(NO_SAVE, inputs).of_x
+
+    @property
+    def step(self) -> Callable[..., None] | None:
+        """Launches.step, once a call without gradients has prepared it."""
+        prepared = self._prepared.get(NO_SAVE)
+        return None if prepared is None else prepared.step
 
     def backward(
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,
@@ -314,6 +329,11 @@ def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verif
 
 
 SAVE, NO_SAVE = Pass(), Pass(save=False)
+
+
+def is_product_alone(i: Inputs) -> bool:
+    """Whether gates that a loop is given are W_ih x and biases, and nothing else."""
+    return i.gain_ih is None and i.reset_h is None and i.x.shape[2] > 0
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -106,7 +106,8 @@ def recurrence(gates: torch.Tensor, **tensors: torch.Tensor) -> Recurrence:
 def assert_contract(layer: Layer, gates: torch.Tensor, r: Recurrence) -> None:
     """A layer is given the tensors that its Problem says, in the loop and outside of it."""
     p, steps = layer.problem, len(gates)
-    assert gates.shape == (steps, p.batch, 4 * p.hidden)
+    assert gates.shape[:2] == (steps, p.batch)
+    assert gates.shape[2] in (r.inputs.x.shape[2], 4 * p.hidden)  # x itself, where the loop multiplies it
     assert (p.steps == 1) <= (steps == 1)
     wanted = in_the_loop(p, steps)
     for name, like in wanted.items():

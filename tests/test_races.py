@@ -126,7 +126,8 @@ def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
 @pytest.mark.parametrize(("ours", "theirs", "winner", "why", "trusted"), [
     ([2.0] * 9, [1.0] * 9, "torch", "won a race", True),
     ([1.0, 1.1, 0.9] * 3, [1.05, 1.0, 1.1] * 3, "torch", "a tie; expected", True),
-    ([1.0, 9.0, 5.0] * 3, [20.0] * 9, "torch", "too noisy; expected", False),
+    ([1.0, 9.0, 5.0] * 3, [4.0] * 9, "torch", "too noisy; expected", False),
+    ([1.0, 9.0, 5.0] * 3, [2.0, 18.0, 10.0] * 3, "triton", "won a race, 2.00 times as fast", True),  # busy rounds
 ])  # fmt: skip
 def test_ties_and_noise_go_to_the_expected_winner(ours, theirs, winner, why, trusted):
     decision, is_trusted = race.judge({"triton": ours, "torch": theirs}, EXPECTED)
@@ -142,7 +143,7 @@ def test_what_is_too_noisy_is_not_cached_but_holds_for_this_process(stubbed, car
 
 
 def test_a_race_is_fair_and_short():
-    """In turn; as many calls as are needed to see a difference; within the budget, but with three turns at least."""
+    """In turn; as many calls as are needed to see a difference; within the budget, but with two turns at least."""
     time, order = 0.0, ""
 
     def race_of(**seconds):
@@ -156,8 +157,8 @@ def test_a_race_is_fair_and_short():
     assert {name: {round(s, 9) for s in found} for name, found in times.items()} == {"a": {1e-4}, "b": {1e-2}}
     assert len(times["a"]) == len(times["b"]) >= 3
     assert time < stopwatch.BUDGET + 0.1
-    assert order.count("a") > 15 * order.count("b"), "2 ms of calls between looks at the clock"
-    assert {name: len(found) for name, found in race_of(a=1.0, b=2.0).items()} == {"a": 3, "b": 3}
+    assert order.count("a") > 10 * order.count("b"), "2 ms of calls between looks at the clock"
+    assert {name: len(found) for name, found in race_of(a=1.0, b=2.0).items()} == {"a": 2, "b": 2}
 
 
 @pytest.mark.parametrize(("mode", "raced", "winner"), [("on", 1, "triton"), ("read", 0, "torch"), ("off", 0, "torch")])
@@ -303,7 +304,7 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
     assert (keys[0] == keys[1], len(set(keys))) == (True, 5)
 
 
-@pytest.mark.parametrize("at", [0, 4])
+@pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("rival", ["triton", "torch"])
 def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
     """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""

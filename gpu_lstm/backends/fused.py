@@ -11,7 +11,7 @@ from ..call.sequences import Traversal, without_padding
 from ..equations import EQUATIONS
 from ..kernels import heads, layer_norm
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer
+from ..kernels.layer import Layer, aligned
 from ..kernels.layer_norm import normed_of
 from ..kernels.problem import Gradients, Inputs, Normed, Problem, Recurrence
 from ..kernels.tensors import NOISE, names_of
@@ -24,7 +24,11 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     """h [T, B, P]; h_n [1, B, P] and c_n [K, B, H] in the dtypes of h0 and c0; gates [T, B, 4H], activated if `save`; c
     in float32, or None."""
     i, c0, problem = inputs, inputs.c0, layer.problem
-    gates: Tensor = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
+    if layer.takes_x(i, save):
+        i = i._replace(x=aligned(i.x))
+        gates = i.x
+    else:
+        gates = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
     if i.reset_h is not None:  # in the time loop h is 0 at resets, and so W_hh h
         known = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
         EQUATIONS[problem.cell].add_product(gates, known, i.weight_hh, i.gain_hh)

@@ -9,7 +9,7 @@ from ..call.choices import Backend
 from ..call.noise import with_weight_drop
 from ..call.request import Request
 from ..kernels.layer import Layer
-from . import graph, reference, schedule, torch_rnn
+from . import graph, one_step, reference, schedule, torch_rnn
 from .schedule import Schedule
 
 
@@ -21,17 +21,21 @@ class Route(NamedTuple):
     operators: str | None = None  # for graphs and dispatch modes: the backend, as operators are told of it
     layers: Sequence[Layer] = ()  # [L*D], where kernels run in eager mode
     schedule: Schedule | None = None  # likewise
+    one_step: bool = False  # whether one_step.py may run it
 
 
 def execute(route: Route, request: Request, record: reference.Record | None = None) -> tuple[Any, Any]:
     """The output and the final states, in the user's form. The reference tells `record` the Steps of every layer."""
-    backend, dtype, operators, layers, scheduled = route
+    backend, dtype, operators, layers, scheduled, is_step = route
     options, form = request.options, request.form
     if options.drops_weights:
         request = request._replace(weights=with_weight_drop(request.weights, options))
     if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(request)) is not None:
         y, states = given
         return form.output(y), options.role.states_out(form, states)
+    if is_step and all([layer.step is not None for layer in layers]):
+        of_step, states = one_step.by_one_step(request, layers)
+        return of_step if of_step is None else form.output(of_step), options.role.states_out(form, states)
     call = request.call()
     if scheduled is not None:
         y, states = schedule.by_kernels(call, dtype, backend, layers, scheduled)

@@ -17,11 +17,6 @@ def backends_for(device: torch.device) -> tuple[Backend, ...]:
     return tuple([b for b in KERNEL_BACKENDS if device.type in package_of(b.value).DEVICES])
 
 
-def is_raced(kernels: Backend) -> bool:
-    """Whether AUTO races a backend of kernels; if not, it follows cpu_rule."""
-    return package_of(kernels.value).RACED
-
-
 def supports(choice: Backend, feature: str | None) -> bool:
     """Whether a backend supports a feature that torch's own lacks, as far as its name tells; see `lacking`."""
     if feature is None or choice is Backend.REFERENCE:
@@ -33,16 +28,14 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
     """The backend that will run a kind of call on this device unless another wins a race: never AUTO.
 
     `transformed`: whether the call is within torch.func.vmap or a forward-mode derivative. The reference runs those,
-    whatever was chosen and can run. Sizes of batch and time decide nothing here where kernels are raced. Errors say why
-    a backend that was asked for cannot run: a ValueError where it does not support the feature.
+    whatever was chosen and can run. Errors say why a backend that was asked for cannot run: a ValueError where it does
+    not support the feature.
     """
     choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:
         choice = Backend.TORCH if feature is None else Backend.REFERENCE
         for kernels in backends_for(device):
-            if not supports(kernels, feature) or (not is_raced(kernels) and cpu_rule.slower(kind) is not None):
-                continue  # what it needs is not imported for nothing
-            if why_unavailable(kernels, device, kind.dtype) is None and lacking(kernels, kind) is None:
+            if why_not(kernels, device, kind) is None and lacking(kernels, kind) is None:
                 choice = kernels
                 break
     elif not supports(choice, feature):
@@ -53,11 +46,25 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
     return Backend.REFERENCE if transformed else choice
 
 
+def is_compiled_once(kernels: Backend) -> bool:
+    """Whether a backend of kernels follows cpu_rule before it is raced."""
+    return package_of(kernels.value).is_compiled is not None
+
+
 def why_no_kernels(device: torch.device, kind: Kind) -> str:
     """Why AUTO gives a kind of call on this device to no kernels."""
-    reasons = [f"{why}" for b in backends_for(device) if (why := why_unavailable(b, device, kind.dtype)) is not None]
-    ruled = [cpu_rule.slower(kind) for b in backends_for(device) if not is_raced(b) and supports(b, kind.feature)]
-    return next(filter(None, ruled), "; ".join(["backend 'auto' chooses it where no kernels run", *reasons]))
+    reasons = [why for b in backends_for(device) if (why := why_not(b, device, kind)) is not None]
+    return "; ".join(["backend 'auto' chooses it where no kernels run", *reasons])
+
+
+def why_not(kernels: Backend, device: torch.device, kind: Kind) -> str | None:
+    """Why AUTO does not give a kind of call to a backend of kernels; None if it may."""
+    if not supports(kernels, kind.feature):
+        return f"backend {kernels.value!r} does not support {kind.feature}"
+    by_rule = is_compiled_once(kernels)
+    if by_rule and (why := cpu_rule.left_to_torch(kind) or cpu_rule.waits(kernels, kind)) is not None:
+        return why  # so that what the backend needs is not imported for nothing
+    return None if (problem := why_unavailable(kernels, device, kind.dtype)) is None else str(problem)
 
 
 def lacking(kernels: Backend, kind: Kind) -> str | None:

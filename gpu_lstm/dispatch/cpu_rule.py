@@ -1,45 +1,43 @@
-"""When the compiled loops for CPUs are faster than what torch has: a rule, since a race would cost their compilation.
+"""Which calls on a CPU the compiled loops may run, and which they run where no race is allowed.
 
-`python -m bench cpu` measures the tables that it comes from, bench/results/cpu, with one thread and with two;
-tests/test_numba.py holds it to them.
+Two things differ from a card. The loops need Numba, whose import takes a second. Their compilation takes ten seconds,
+once for a CPU, while most calls take milliseconds. So a kind of call that cannot win costs neither, and a short call
+does not cause a compilation. Everything else is raced as on a card.
 """
 
+from ..call.choices import Backend
+from ..kernels.layer import package_of
 from .kind import Kind
 
-FEWEST_STEPS, FEWEST_RAGGED = 8, 2  # what a call costs in Python decides; where torch has more to do, it is sooner paid
-MOST_UNITS = 256  # of a head of a GRU; with more, products decide, which torch has as well
-MOST_CELLS = 1 << 15  # units of all sequences of a plain GRU; with more it is the same
-LEAST_HEAD = 32  # units, for which a product in tiles pays
-NARROW, FEW, MANY = 64, 16, 64  # units, and sequences, of an LSTM with lengths or resets that pays
-RULE = "the rule for CPUs"
+FEWEST_STEPS = 8  # more are worth a compilation
+MOST_UNITS = 1 << 20  # of all steps and sequences of a race
+EXPECTED = "expected: torch runs a step as many small operations, the compiled loop as one"
+SHORT = f"expected: a call of {FEWEST_STEPS} steps or fewer is short"
 
 
-def slower(kind: Kind) -> str | None:
-    """Why a kind of call is left to torch's own, or to the reference, in words; None: the compiled loops run it."""
-    first, name = kind.problems[0], kind.problems[0].cell.upper()
-    ragged, ours = first.resets or first.lengths is not None, kind.feature is not None
-    widest = max(p.columns for p in kind.problems)
-    fewest = FEWEST_RAGGED if (ragged or ours) and widest <= MOST_UNITS else FEWEST_STEPS
-    if kind.steps <= fewest:
-        return f"{RULE}: not for {fewest} steps or fewer"
-    if ours:  # instead of a loop in Python
-        return None
-    pays = first.resets and (widest <= NARROW or first.batch >= MANY)
-    if first.cell == "lstm" and not (pays or (ragged and widest <= NARROW and first.batch <= FEW)):
-        return f"{RULE}: torch's own LSTM is as fast"
-    if widest > MOST_UNITS:
-        return f"{RULE}: torch's own {name} is as fast with more than {MOST_UNITS} units"
-    if not ragged and widest * first.batch > MOST_CELLS:
-        return f"{RULE}: torch's own {name} is as fast with more than {MOST_CELLS:,} units in all sequences"
-    if first.heads > 1 and min(p.columns for p in kind.problems) < LEAST_HEAD:
-        return f"{RULE}: torch's own {name} is faster with heads of less than {LEAST_HEAD} units"
+def left_to_torch(kind: Kind) -> str | None:
+    """Why torch's own runs a kind of call without a race, in words; None: the compiled loops may run it."""
+    first = kind.problems[0]
+    ragged = first.resets or first.lengths is not None
+    if first.cell == "lstm" and first.heads == 1 and not (ragged or kind.feature or kind.one_step):
+        return "torch's own LSTM is one loop on a CPU as well"
     return None
 
 
-def faster(kind: Kind) -> str:
-    """Why the compiled loops run what they do, in words."""
-    if kind.feature is not None:
-        return f"torch's own does not support {kind.feature}"
-    if kind.problems[0].cell == "lstm":
-        return f"{RULE}: torch's own LSTM takes more operations for lengths and resets"
-    return f"{RULE}: torch runs a step as many small operations, the compiled loop as one"
+def is_long(kind: Kind) -> bool:
+    """Whether the loops are compiled for a kind of call, and expected to be faster."""
+    return kind.steps > FEWEST_STEPS
+
+
+def waits(kernels: Backend, kind: Kind) -> str | None:
+    """Why a kind of call does without loops that are not compiled yet, in words; None: they are, or will be for it."""
+    is_compiled = package_of(kernels.value).is_compiled
+    if is_long(kind) or is_compiled is None or all(map(is_compiled, kind.passes)):
+        return None
+    return f"the loops are not compiled yet, and are not for {FEWEST_STEPS} steps or fewer"
+
+
+def steps_of_a_race(kind: Kind, longest: int) -> int:
+    """The steps of a race, so that it takes about a second at most."""
+    units = max(p.batch * p.hidden for p in kind.problems)
+    return min(longest, max(2 * FEWEST_STEPS, MOST_UNITS // units))

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends.one_step import is_one
 from ..backends.torch_rnn import MOST_STEPS
 from ..call import roles
 from ..call.modes import Recording
@@ -22,6 +23,7 @@ class Kind(NamedTuple):
     training: bool  # forward and backward
     recompute: bool
     feature: str | None  # the feature that the fewest backends support, as errors name it; None: all support all of it
+    one_step: bool = False  # see backends/one_step.py
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +83,9 @@ def kind_of(call: Request) -> Kind:
     ]  # fmt: skip
     feature = options.feature or (RESET_STATES if traversal.reset_states is not None else None)
     power = power_of_two(steps + (steps == MOST_STEPS + 1))
-    return Kind(tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature)
+    return Kind(
+        tuple(problems), tuple([i for i, *_ in sizes]), power, call.learns, options.recompute, feature, is_one(call)
+    )
 
 
 def dtype_of(call: Request) -> torch.dtype:

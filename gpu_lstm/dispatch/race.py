@@ -30,7 +30,7 @@ from ..kernels.private import default_store, is_profiled
 from ..kernels.settings import Setting
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from . import available, cpu_rule
-from .available import is_raced
+from .available import is_compiled_once
 from .kind import Kind, describe
 from .stopwatch import Decision, clock, judge, race
 
@@ -58,12 +58,12 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     device, mode = call.x.device, requested_racing()
     own, alike = ((each, able, device, mode) for each in (kind, kind.rounded()))
     known = decided.get(own) or decided.get(alike)
-    decision = known or (_cached(kind, able, device, mode) if is_raced(able) else expected_winner(kind, able, device))
+    decision = known or _cached(kind, able, device, mode)
     if dry or call.modes.capturing:  # the next call races
         if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
-        races = dry and mode is Racing.ON and not kind.only_ours
+        races = dry and mode is Racing.ON and _is_raced(kind, able)
         return expected._replace(why=f"{expected.why}; the first call races it") if races else expected
     if decision is None or decision.backend is able:
         decision = _settle(call, kind, able, mode, decision)
@@ -120,10 +120,10 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     The kernels, where torch cannot run it, or not at the speed of a plain batch; and where no layer's plan is expected
     to be slower (Triton's are not where W_hh stays on chip). Everywhere else, torch.
     """
-    if not is_raced(able):
-        return Decision(able, cpu_rule.faster(kind))
     if kind.only_ours:
         return Decision(able, f"torch's own does not support {kind.only_ours}")
+    if is_compiled_once(able):
+        return Decision(able, cpu_rule.EXPECTED) if cpu_rule.is_long(kind) else Decision(Backend.TORCH, cpu_rule.SHORT)
     first, *_ = kind.problems
     slow = {"lengths": first.lengths, "resets": first.resets, "a projection": any(p.projected for p in kind.problems)}
     if words := [word for word, is_there in slow.items() if is_there]:
@@ -167,13 +167,19 @@ def _generator(device: torch.device) -> Setting:
     return _generators[device]
 
 
+def _is_raced(kind: Kind, able: Backend) -> bool:
+    """Whether it is not known beforehand who is faster. On a card the reference never is."""
+    return is_compiled_once(able) or not kind.only_ours
+
+
 def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """The winner of a race of kernels that run, if one is allowed; else the expected winner."""
     device, other, expected = call.x.device, other_than_kernels(kind), expected_winner(kind, able, call.x.device)
-    if mode is not Racing.ON or kind.only_ours:
+    if mode is not Racing.ON or not _is_raced(kind, able):
         return expected
+    most = cpu_rule.steps_of_a_race(kind, LONGEST) if is_compiled_once(able) else LONGEST
     try:
-        rivals = {backend.value: _sample(call, kind, backend, LONGEST) for backend in (able, other)}
+        rivals = {backend.value: _sample(call, kind, backend, most) for backend in (able, other)}
         rivals[other.value]()  # say cuDNN cannot be initialised
         times = race(rivals, partial(clock, device))
         raise_if_timed_out(device)  # in the kernels' last call
@@ -196,7 +202,7 @@ def build(call: Request, kind: Kind, backend: Backend) -> Route:
     schedule = schedule_of(call, kind.dtype.itemsize)
     problems = [problem._replace(side_by_side=schedule.side_by_side) for problem in kind.problems]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
-    return Route(backend, kind.dtype, None, layers, schedule)
+    return Route(backend, kind.dtype, None, layers, schedule, kind.one_step)
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:

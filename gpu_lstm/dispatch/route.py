@@ -75,11 +75,14 @@ def able_to_run(call: Request, kind: Kind) -> Backend:
 
 def _route_while_watched(call: Request) -> Route:
     """Nothing is raced; kernels run as operators. Sizes may be symbols, or tensors of torch.jit.trace."""
-    backend = able_to_run(call, kind_of(call._replace(steps=1, batch=1)))
+    kind = kind_of(call._replace(steps=1, batch=1))
+    backend = able_to_run(call, kind)
+    asked = requested_backend(call.options.backend) is not Backend.AUTO
+    if backend in KERNEL_BACKENDS and not asked and available.is_compiled_once(backend):
+        backend = race.other_than_kernels(kind)  # so that what is recorded runs without the package as well
     if backend not in KERNEL_BACKENDS:
         return Route(backend, dtype_of(call))
     count_flops()
-    asked = requested_backend(call.options.backend) is not Backend.AUTO
     return Route(backend, dtype_of(call), named(backend, asked))
 
 

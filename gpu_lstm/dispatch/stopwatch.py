@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from math import ceil
+from operator import truediv
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from ..call.choices import Backend
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
 ROUND = 2e-3  # seconds of calls between two looks at the clock
 MOST_CALLS, MOST_ROUNDS = 64, 200  # of a round; of a race
-UNCERTAIN = 0.5  # if a rival's quartiles differ by more than this share of its median, nothing is cached
+CLEAR = 1.3  # the margin between all calls of two rivals that ends a race
+UNCERTAIN = 0.5  # if the quartiles of the ratio differ by more than this share of its median, a tie is not cached
 
 
 class Decision(NamedTuple):
@@ -36,8 +38,9 @@ def clock(device: torch.device) -> float:
 
 
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds per call of each rival, timed in turn until the budget is spent; at least three times each, and once more
-    before that, which may compile.
+    """Seconds per call of each rival, timed in turn until the budget is spent or one is clearly faster.
+
+    Each is timed at least three times, or twice if that takes longer than the budget, and runs twice before.
     """
     calls = {}
     for name, run in rivals.items():
@@ -53,20 +56,31 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
             for _ in range(calls[name]):
                 run()
             times[name].append((now() - start) / calls[name])
-        if number >= 2 and now() >= end:
+        if (number >= 1 and now() >= end) or (number >= 2 and is_clear(*times.values())):
             break
     return times
 
 
+def is_clear(one: list[float], other: list[float]) -> bool:
+    """Whether every call of one rival was faster than all of the other, by a margin."""
+    return max(one) * CLEAR < min(other) or max(other) * CLEAR < min(one)
+
+
 def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
-    """The winner, and whether it is certain enough to be cached. A difference within the times' spread is a tie."""
-    quartiles = {name: statistics.quantiles(seconds, n=4) for name, seconds in times.items()}
-    medians = {name: middle for name, (_, middle, _) in quartiles.items()}
-    spread = max(high - low for low, _, high in quartiles.values())
-    first, second = sorted(medians, key=medians.__getitem__)
-    if any(middle <= 0 or high - low > UNCERTAIN * middle for low, middle, high in quartiles.values()):
+    """The winner, and whether it is certain enough to be cached.
+
+    The times of a round are compared with each other, since other programs slow down whole rounds. The winner is faster
+    in three rounds of four.
+    """
+    (one, its_times), (other, others) = times.items()
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    if min(map(min, times.values())) <= 0:
         return Decision(expected.backend, f"its times are too noisy; {expected.why}", medians), False
-    if medians[second] - medians[first] <= spread:
-        return Decision(expected.backend, f"a tie; {expected.why}", medians), True
-    why = f"won a race, {medians[second] / medians[first]:.2f} times as fast"
-    return Decision(Backend(first), why, medians), True
+    low, middle, high = statistics.quantiles(map(truediv, others, its_times), n=4)  # how many times as fast one is
+    if low > 1:
+        return Decision(Backend(one), f"won a race, {middle:.2f} times as fast", medians), True
+    if high < 1:
+        return Decision(Backend(other), f"won a race, {1 / middle:.2f} times as fast", medians), True
+    if high - low > UNCERTAIN * middle:
+        return Decision(expected.backend, f"its times are too noisy; {expected.why}", medians), False
+    return Decision(expected.backend, f"a tie; {expected.why}", medians), True

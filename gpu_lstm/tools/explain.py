@@ -17,7 +17,7 @@ from ..call.modes import Transforms
 from ..call.prepare import prepare
 from ..call.request import Request
 from ..call.roles import Module
-from ..dispatch import available, cpu_rule, race
+from ..dispatch import available, race
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import able_to_run
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
@@ -182,8 +182,8 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
         return "it is a plain loop over steps, for what the others cannot do"
     if other in KERNEL_BACKENDS and other not in available.backends_for(device):
         return f"'auto' does not give {device.type} tensors to it"
-    if other in KERNEL_BACKENDS and not available.is_raced(other):
-        return cpu_rule.slower(kind) or decision.why
+    if other in KERNEL_BACKENDS and (why := available.why_not(other, device, kind)) is not None:
+        return why
     if other in KERNEL_BACKENDS and other is not (first := able_to_run(call, kind)):
         return f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
     return decision.why

@@ -4,16 +4,18 @@ import platform
 
 import torch
 
-from ..cache import Key
+from .. import cache
+from ..problem import Pass
 
-DEVICES, RACED = ("cpu",), False
+DEVICES = ("cpu",)
 DTYPES = (torch.float32,)
+LOOPS = "forward", "backward"  # of steps.py
 PACKAGES = ("numba",)
 OLDEST = 0, 61
 NEEDS = f'Numba: pip install "numba>={OLDEST[0]}.{OLDEST[1]}"'
 
 
-def made_by() -> Key:
+def made_by() -> cache.Key:
     import llvmlite.binding
     import numba
 
@@ -28,3 +30,12 @@ def import_packages() -> None:
 
     if numba.version_info.short < OLDEST:
         raise ImportError(f"Numba {numba.__version__} is too old")
+
+
+def is_compiled(pass_: Pass) -> bool:
+    name = LOOPS[pass_.backward]
+    if not any(root.glob(f"compiled/*/__pycache__/*.{name}-*.nbi") for root in cache.folders()):
+        return False  # Numba's import takes longer than most calls
+    from . import build
+
+    return build.is_kept(name)

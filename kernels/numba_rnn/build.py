@@ -67,6 +67,11 @@ def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
     return copy
 
 
+def is_kept(name: str) -> bool:
+    """Whether a function of steps.py need not be compiled."""
+    return any(files_of(root / "compiled" / name_of_folder(), name) for root in cache.folders())
+
+
 @functools.cache
 def function(name: str) -> Callable[[int], None]:
     """A function of steps.py, which is called without Python's lock.

@@ -1,5 +1,7 @@
 """The Numba backend: the time loop of steps.py; by_steps.py's where something is in the middle of a step."""
 
+from array import array
+from collections.abc import Callable
 from functools import partial
 from math import ceil
 from typing import Any
@@ -13,18 +15,18 @@ from ..by_steps import Part
 from ..cards import Card
 from ..cells import CELLS
 from ..heads import arranged
-from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
+from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses, aligned, is_product_alone
 from ..memory import Buffer, checking, margins
-from ..problem import Pass, Problem
-from . import build, equations, steps
+from ..problem import Pass, Problem, Recurrence, in_the_loop
+from . import LOOPS, build, equations, steps
 from .product import SEQUENCES, whole_vectors
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
-LOOPS = "forward", "backward"  # of steps.py
 TENSORS = frozenset(steps.TENSORS)
 STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
-SHORT = 2  # steps for which panels of the weight are not made
+PLAIN = {"h0", "c0", "weight_hh", "bias_hh"}  # what a step may read in the loop that has a way of its own
+CHUNK = 64  # rows of x that are multiplied at once, and eight times the steps of a sequence
 LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
 CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 
@@ -42,7 +44,7 @@ def call_of(part: Part, steps_: int, share: int, step: int = 0, way: int = steps
     p, call = part.problem, np.zeros((), steps.CALL)
     cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
     sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
-    for name, size in zip(steps.SIZES, (*sizes, step, share, way)):
+    for name, size in zip(steps.SIZES, (share, *sizes, step, way)):
         call[name] = size
     return call
 
@@ -67,20 +69,55 @@ def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Laun
     return launch_step
 
 
+def shares_of(p: Problem, T: int) -> tuple[int, int]:
+    """How many threads a call pays for, and how many sequences one takes at a time."""
+    count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, T * p.batch * p.hidden // LEAST))
+    return count, ceil(p.batch / count / SEQUENCES) * SEQUENCES
+
+
+def step_of(p: Problem) -> Callable[..., None]:
+    """See Launches.step. All that does not change from step to step is written into the call once."""
+    call = call_of(Part(p, "z", "h"), 1, 0, 0, steps.BY_ROWS)
+    call["chunk"] = 1
+    rest, function = array("q", call.tobytes())[len(steps.OF_A_STEP) :], build.function(LOOPS[False])
+    of_h = p.batch * p.hidden
+
+    def step(x: int, h0: int, c0: int, h: int, h_n: int, c_n: int, weights: Any) -> None:
+        (count, share), w_ih = shares_of(p, 1), weights.weight_ih
+        work = torch.empty(9 * of_h + count * steps.SCRATCH, device="cpu")
+        taken = torch.zeros((), dtype=torch.int64, device="cpu") if count > 1 else None
+        z, gates, h_next, scratch = [work.data_ptr() + steps.SIZE * n * of_h for n in (0, 4, 8, 9)]
+        tensors = w_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh, taken
+        given = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
+        record = array("q", [0 if t is None else t.data_ptr() for t in given])
+        if w_ih is None:
+            record.extend((0, h0, c0, h, h_n, c_n, z, x, h_next, scratch, 0, share))
+        else:
+            record.extend((x, h0, c0, h, h_n, c_n, z, gates, h_next, scratch, w_ih.shape[1], share))
+        record.extend(rest)
+        build.run(function, record.buffer_info()[0], count)
+
+    return step
+
+
 def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
     """All steps at once. Each thread takes shares of the sequences until there are no more, and waits but then."""
     p, T = part.problem, arguments["T"]
-    count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, T * p.batch * p.hidden // LEAST))
-    share = ceil(p.batch / count / SEQUENCES) * SEQUENCES
+    count, share = shares_of(p, T)
     call = call_of(part, T, share, T - 1 if backward else 0, steps.BY_ROWS)
-    scratch = torch.empty(ceil(p.batch / share), steps.SCRATCH, device="cpu")
-    given = arguments | {"scratch": scratch}
-    if (1 if backward else SHORT) < T:
+    given = arguments | {"scratch": torch.empty(ceil(p.batch / share), steps.SCRATCH, device="cpu")}
+    features = 0
+    if (x := arguments.get("x_ptr")) is not None:
+        features = call["I"] = x.shape[2]
+        in_one = p.lengths is None and share >= p.batch
+        call["chunk"] = chunk = min(T, max(1, CHUNK // p.batch) if in_one else CHUNK // 8)
+        given["gates_ptr"] = torch.empty(chunk, p.batch, 4 * p.hidden, device="cpu")
+    if T > 1:
         weight = arranged(arguments["weight_hh_ptr"], p.width)  # [heads, D, GATES D], or of one head [GATES D, D]
         of_heads = weight.mT if (p.heads > 1) == backward else weight
         K, N = of_heads.shape[-2:]
-        panels = torch.empty(p.heads, K, whole_vectors(N), device="cpu")
-        given |= {"weight_hh_ptr": weight, "panels": panels}
+        size = p.heads * K * whole_vectors(N) + features * whole_vectors(p.heads * N)
+        given |= {"weight_hh_ptr": weight, "panels": torch.empty(size, device="cpu")}
         for name, stride in zip(("n", "k", "head"), reversed(of_heads.stride())):
             call[f"stride_{name}"] = stride
         call["way"], call["to_panels"] = steps.BY_PANELS, True
@@ -100,6 +137,14 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
     if not p.only_by_steps:
         buffers["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
         buffers["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.width))
+    of_x = not (backward or pass_.save or outside or p.only_by_steps or p.known_h)
+
+    def more(r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        i = r.inputs
+        if not is_product_alone(i):
+            return {}
+        given = {"bias_ih_ptr": i.bias_ih, "bias_hh_ptr": i.bias_hh}
+        return given if i.weight_ih is None else given | {"x_ptr": i.x, "weight_ih_ptr": aligned(i.weight_ih)}
 
     def start(arguments: dict[str, Any]) -> None:
         if p.lengths is torch.int32:
@@ -110,11 +155,13 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
         if p.only_by_steps:
             loop = by_steps.backward_steps if backward else by_steps.forward_steps
             return loop([partial(bind, part, backward) for part in parts], arguments, p)
-        if not backward:
-            arguments["h_next_ptr"].copy_(by_steps.first_operand(arguments, p))
         run_all(parts[0], backward, arguments)
 
-    return Launches(p, plan, buffers, start, outside)
+    launches = Launches(p, plan, buffers, start, outside, more=more if of_x else None)
+    launches.of_x = of_x
+    if of_x and p.steps == 1 and not in_the_loop(p, 1).keys() - PLAIN:
+        launches.step = step_of(p)
+    return launches
 
 
 def card_of(device: torch.device) -> Card:

@@ -4,6 +4,7 @@ A sum has one order, whatever the other rows and columns of its product are.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -13,13 +14,13 @@ from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from .functions import compiled, floats
-from .tile import SIZE, ZERO, fill, move
+from .tile import SIZE, ZERO, move
 
 FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES).split(",")
 LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4
 HEIGHT = 4 if "+sse2" in FEATURES and LANES < 16 else 8  # sums are in 12 of 16 registers, or in 24 of 32
 VECTORS = 3
-PANEL = LANES * VECTORS  # columns
+PANEL, HALF = LANES * VECTORS, LANES // 2  # columns of a panel; rows of a weight that is not in panels, at once
 SEQUENCES = 4  # a thread takes whole such groups
 REAL, INDEX = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(REAL, LANES)
@@ -40,10 +41,10 @@ class Emit:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=4)
 
     def store(self, value: Any, address: Any) -> None:
-        self.builder.store(value, self.builder.inttoptr(address, VECTOR.as_pointer()), align=4)
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=4)
 
-    def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+    def shuffle(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes)))
 
     def broadcast(self, number: Any) -> Any:
         undefined = ir.Constant(VECTOR, ir.Undefined)
@@ -117,36 +118,54 @@ def block(
     builder.position_at_end(done)
 
 
-@emitted(6)
-def dots(e: Emit, x: Any, weight: Any, weight_stride: Any, last: Any, out: Any, K: Any) -> None:
-    """out [LANES] = weight [LANES, K] x [K], K at least LANES, but for what is past whole vectors of K.
+@emitted(9)
+def dots(
+    e: Emit,
+    rows: Any,
+    x: Any,
+    x_stride: Any,
+    weight: Any,
+    weight_stride: Any,
+    last: Any,
+    out: Any,
+    out_stride: Any,
+    K: Any,
+) -> None:
+    """out [rows, HALF] = x [rows, K] weight [HALF, K]^T, of one row or two, and of whole vectors of K, at least one.
 
     Past row `last` of the weight it is that row again.
     """
-    rows = []
-    for r in range(LANES):
-        row = e.builder.select(e.builder.icmp_signed("<", INDEX(r), last), INDEX(r), last)
-        rows.append(e.at(weight, e.builder.mul(row, weight_stride)))
+    builder, of_w = e.builder, []
+    for r in range(HALF):
+        row = builder.select(builder.icmp_signed("<", INDEX(r), last), INDEX(r), last)
+        of_w.append(e.at(weight, builder.mul(row, weight_stride)))
 
-    def factors(k: Any) -> list[Any]:
-        a = e.load(e.at(x, k))
-        return [(a, e.load(e.at(row, k))) for row in rows]
+    def emit(count: int) -> None:
+        of_x = [x, e.at(x, x_stride)][:count]
 
-    whole = e.builder.and_(K, INDEX(-LANES))
-    sums, size = e.sums(INDEX(0), LANES, whole, LANES, factors), 1
-    while size < LANES:  # two vectors become one, of sums of neighbours
-        lanes = [
-            lane
-            for start in range(0, LANES, 2 * size)
-            for t in (0, LANES)
-            for lane in range(t + start, t + start + size)
-        ]
-        sums = [
-            e.builder.fadd(e.shuffle(a, b, lanes), e.shuffle(a, b, [lane + size for lane in lanes]))
-            for a, b in zip(sums[::2], sums[1::2])
-        ]
-        size *= 2
-    e.store(sums[0], out)
+        def factors(k: Any) -> list[Any]:
+            a, w = ([e.load(e.at(row, k)) for row in of] for of in (of_x, of_w))
+            return list(itertools.product(a, w))
+
+        sums, size = e.sums(INDEX(0), LANES, builder.and_(K, INDEX(-LANES)), count * HALF, factors), 1
+        while size < LANES:  # two vectors become one, of sums of neighbours
+            lanes = [start + t + n for start in range(0, LANES, 2 * size) for t in (0, LANES) for n in range(size)]
+            pairs = zip(sums[::2], sums[1::2] or sums)  # of one row at last a vector and itself
+            sums = [
+                builder.fadd(e.shuffle(*pair, lanes), e.shuffle(*pair, [n + size for n in lanes])) for pair in pairs
+            ]
+            size *= 2
+        for r in range(count):
+            half = e.shuffle(sums[0], sums[0], range(r * HALF, r * HALF + HALF))
+            e.store(half, e.at(out, builder.mul(out_stride, INDEX(r))))
+
+    one, two, done = (builder.append_basic_block() for _ in range(3))
+    builder.cbranch(builder.icmp_signed("==", rows, INDEX(1)), one, two)
+    for count, here in enumerate((one, two), 1):
+        builder.position_at_end(here)
+        emit(count)
+        builder.branch(done)
+    builder.position_at_end(done)
 
 
 def whole_vectors(n: int) -> int:
@@ -183,21 +202,23 @@ def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch):
 @compiled
 def by_rows(x, x_stride, weight, weight_stride, out, out_stride, count, K, N, scratch):
     """The same with a weight [N, K] as it is, whose rows are weight_stride elements apart."""
-    whole, w, of_x, sums = K // LANES * LANES, floats(weight), floats(x), floats(scratch)
-    for n in range(0, N, LANES):
-        columns = min(LANES, N - n)
-        for b in range(count):
+    whole, w, of_x = K // LANES * LANES, floats(weight), floats(x)
+    for n in range(0, N, HALF):
+        columns = min(HALF, N - n)
+        for b in range(0, count, 2):
+            rows, to = min(2, count - b), out + SIZE * (b * out_stride + n)
+            place, stride = (to, out_stride) if columns == HALF else (scratch, HALF)
             if whole:
-                dots(
-                    (x + SIZE * b * x_stride, weight + SIZE * n * weight_stride, weight_stride, columns - 1, scratch, K)
-                )
-            else:
-                fill(scratch, 0, ZERO, LANES)
-            if whole < K:
-                for j in range(columns):
-                    for k in range(whole, K):
-                        sums[j] += of_x[b * x_stride + k] * w[(n + j) * weight_stride + k]
-            move(out, b * out_stride + n, scratch, 0, columns)
+                at = x + SIZE * b * x_stride, x_stride, weight + SIZE * n * weight_stride, weight_stride
+                dots((rows, *at, columns - 1, place, stride, K))
+            if columns < HALF or whole < K:
+                sums = floats(place)
+                for r in range(rows):
+                    for j in range(columns):
+                        sum_ = sums[r * stride + j] if whole else ZERO
+                        for k in range(whole, K):
+                            sum_ += of_x[(b + r) * x_stride + k] * w[(n + j) * weight_stride + k]
+                        floats(to)[r * out_stride + j] = sum_
 
 
 @compiled

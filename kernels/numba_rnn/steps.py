@@ -28,22 +28,31 @@ from .tile import (
     zoneout_backward,
 )  # fmt: skip
 
+OF_A_STEP = (
+    "weight_ih", "weight_hh", "bias_ih", "bias_hh",  # [GATES H, I]; [GATES H, D]; [GATES H], what gates still lack
+    "taken",  # int64, how many shares are
+    "x", "h0", "c0",  # [T*B, I], if the loop multiplies it; [B, H]; [K, B, H]
+    "h", "h_n", "c_n",  # [T*B, H]; [B, H]; [K, B, H]
+    "z", "gates", "h_next", "scratch",  # [B, heads, 4 D]; [T*B, 4H], of x [chunk*B, 4H]; [B, H]; [shares, SCRATCH]
+    "I", "share",  # threads take shares of so many sequences
+)  # fmt: skip
+"""What a plain step has. It is first in a call, since nothing else changes from step to step."""
 TENSORS = (
-    "gates", "dgates", "z", "dz",  # [T*B, 4H]; of the step [B, 4H], with heads [B, heads, 4 D]
-    "h", "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c", "normed_c",  # [T*B, H]
+    *OF_A_STEP[:-2],
+    "dgates", "dz",  # as gates and z
+    "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c", "normed_c",  # [T*B, H]
     "zoneout_h", "zoneout_c",  # [T*B, H], shares of the state before that stay
-    "h0", "h_n", "dh_n", "h_next", "dh_next", "dropout_h", "m", "o", "v", "dh_from_zoneout",  # [B, H]
-    "c0", "c_n", "dc",  # [K, B, H]
-    "weight_peephole", "bias_hh", "weight_hh", "panels",  # [3H]; see `panels_of`
+    "dh_n", "dh_next", "dropout_h", "m", "o", "v", "dh_from_zoneout",  # [B, H]
+    "dc",  # [K, B, H]
+    "weight_peephole", "panels",  # [3H]; see `make_panels`
     "resets", "lengths",  # [T*B] bool; [B] int64
-    "scratch", "taken",  # [shares, SCRATCH]; int64, how many shares are
 )  # fmt: skip
 SIZES = (
-    "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "share", "way",
-    "to_panels", "stride_head", "stride_k", "stride_n",
+    "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "way",
+    "to_panels", "chunk", "stride_head", "stride_k", "stride_n",
 )  # fmt: skip
-CALL = np.dtype([(name, np.int64) for name in (*TENSORS, *SIZES)])
-"""What a call is; of tensors addresses, 0 where it has none. Threads take shares of so many sequences."""
+CALL = np.dtype([(name, np.int64) for name in dict.fromkeys((*OF_A_STEP, *TENSORS, *SIZES))])
+"""What a call is; of tensors addresses, 0 where it has none."""
 call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
 WAYS = BY_STEPS, BY_PANELS, BY_ROWS = range(3)
@@ -91,7 +100,7 @@ def load_c_before(a, tile, p):
 def load_constants(a, tile, p):
     """The peepholes, or a GRU's biases of h, into CONSTANTS."""
     for k in range(3):
-        move(tile, CONSTANTS[k], a.bias_hh if a.bias_hh else a.weight_peephole, k * a.H + p.unit, p.n)
+        move(tile, CONSTANTS[k], a.bias_hh if a.h_start else a.weight_peephole, k * a.H + p.unit, p.n)
 
 
 @compiled
@@ -99,6 +108,9 @@ def gates_and_cell(a, tile, p):
     """The gates and c of a step, which are stored; c in C is that before zoneout."""
     for k in range(4):
         move(tile, GATES[k], a.gates if k < a.from_x else 0, p.gates + k * a.H, p.n)
+        if k < a.from_x:
+            add(tile, GATES[k], a.bias_ih, k * a.H + p.unit, p.n)
+            add(tile, GATES[k], 0 if a.h_start else a.bias_hh, k * a.H + p.unit, p.n)
         move(tile, OF_H[k], a.z, p.z + k * (a.H // a.heads), p.n)
     load_c_before(a, tile, p)
     move(tile, row.C, tile, row.BEFORE, p.n)
@@ -236,8 +248,8 @@ def before(a, tile, p):
 
 
 @compiled
-def each(a, step, first, end, scratch, backward):
-    """A step of the sequences from `first` to `end`, in tiles."""
+def each(a, step, first, end, scratch, origin, backward):
+    """A step of the sequences from `first` to `end`, in tiles; `origin` is what product_of_x returned, or 0."""
     units, all_units = a.H // a.heads, a.B * a.H
     for b in range(first, end):
         visited, valid, continues, last = position(a, step, b)
@@ -246,7 +258,8 @@ def each(a, step, first, end, scratch, backward):
             for u in range(0, units, UNITS):
                 at, state, z = visited * a.H + head + u, b * a.H + head + u, (b * a.H + head) * 4 + u
                 earlier = at + all_units if a.reverse else at - all_units
-                gates, n = visited * 4 * a.H + head + u, min(UNITS, units - u)
+                gates = (step % a.chunk * a.B + b if origin < 0 else visited - origin) * 4 * a.H + head + u
+                n = min(UNITS, units - u)
                 p = Place(
                     step, continues, last, next_continues, at, earlier, state, state + all_units, head + u, gates, z, n
                 )
@@ -267,11 +280,48 @@ def sizes_of_product(a, backward):
 
 @compiled
 def make_panels(a, backward):
-    """W_hh of each head [K, N], by the strides of weight_hh, as by_panels takes it."""
+    """W_hh of each head [K, N], by the strides of weight_hh, and then W_ih, as by_panels takes them."""
     K, N, size = sizes_of_product(a, backward)
     for head in range(a.heads):
         weight = a.weight_hh + SIZE * head * a.stride_head
         into_panels(weight, a.stride_k, a.stride_n, a.panels + head * size, K, N)
+    if a.x:
+        into_panels(a.weight_ih, 1, a.I, a.panels + a.heads * size, a.I, N * a.heads)
+
+
+@compiled
+def product_of_x(a, step, first, end, scratch):
+    """W_ih x of a chunk of steps, in gates; returned is the place in [T*B, *] of what is first there, or -1.
+
+    Then gates are ordered by step, since sequences visit different times at a step, or other threads have some.
+    """
+    _, N, size = sizes_of_product(a, None)
+    N, panels, steps = N * a.heads, a.panels + a.heads * size, min(a.chunk, a.T - step)
+    if a.lengths == 0 and (a.chunk == 1 or end - first == a.B):
+        start = position(a, step + steps - 1 if a.reverse else step, first)[0]
+        x, to, count = a.x + SIZE * start * a.I, a.gates + SIZE * 4 * first * a.H, steps * (end - first)
+        if a.way == BY_PANELS:
+            by_panels(x, a.I, panels, to, 4 * a.H, count, a.I, N, scratch)
+        else:
+            by_rows(x, a.I, a.weight_ih, a.I, to, 4 * a.H, count, a.I, N, scratch)
+        return start - first
+    apart = -a.B if a.reverse else a.B
+    for b in range(first, end):
+        x, to = a.x + SIZE * position(a, step, b)[0] * a.I, a.gates + SIZE * 4 * b * a.H
+        count = min(steps, numbers(a.lengths)[b] - step) if a.lengths else steps
+        if a.way == BY_PANELS:
+            by_panels(x, apart * a.I, panels, to, 4 * a.B * a.H, count, a.I, N, scratch)
+        else:
+            by_rows(x, apart * a.I, a.weight_ih, a.I, to, 4 * a.B * a.H, count, a.I, N, scratch)
+    return -1
+
+
+@compiled
+def begin(a, first, end):
+    """What the first step multiplies, in h_next."""
+    for b in range(first, end):
+        move(a.h_next, b * a.H, a.h0 if position(a, 0, b)[2] else 0, b * a.H, a.H)
+        multiply(a.h_next, b * a.H, a.dropout_h, b * a.H, a.H)
 
 
 @compiled
@@ -297,18 +347,22 @@ def product(a, first, end, scratch, backward):
 def run(a, backward):
     """All steps, or one; of sequences that no other thread takes, until there are none.
 
-    A step is W_hh h, and the rest; backward first the rest of the step after, and then W_hh^T dz. Forward h_next has
-    what the first step multiplies.
+    A step is W_hh h, and the rest; backward first the rest of the step after, and then W_hh^T dz.
     """
     if a.to_panels:
         make_panels(a, backward)
     number = take(a.taken) if a.taken else 0
     while number * a.share < a.B:
         first, end, scratch = number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
+        origin = 0
+        if a.way and backward is None:
+            begin(a, first, end)
         for n in range(a.T if a.way else 1):
+            if backward is None and a.x and n % a.chunk == 0:
+                origin = product_of_x(a, n, first, end, scratch)
             if a.way and (backward is None or n):
                 product(a, first, end, scratch, backward)
-            each(a, a.step + n if backward is None else a.step - n, first, end, scratch, backward)
+            each(a, a.step + n if backward is None else a.step - n, first, end, scratch, origin, backward)
         number = take(a.taken) if a.taken else number + 1
 
 

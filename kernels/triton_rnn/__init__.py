@@ -4,7 +4,7 @@ import torch
 
 from ..cache import Key, version_of
 
-DEVICES, RACED = ("cuda",), True
+DEVICES, is_compiled = ("cuda",), None
 DTYPES = torch.float16, torch.bfloat16, torch.float32
 PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
 
