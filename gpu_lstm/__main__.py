@@ -24,7 +24,7 @@ from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cards import driver
 from .kernels.cells import CELLS
-from .kernels.layer import machine_of, package_of
+from .kernels.contract import machine_of, package_of
 from .kernels.problem import Problem
 from .tools.explain import explain, terms_of
 

@@ -50,7 +50,7 @@ def folders() -> tuple[Path, ...]:
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """The facts about a device that all results depend on; `layer.machine_of` adds the facts about a backend."""
+    """The facts about a device that all results depend on; `contract.machine_of` adds the facts about a backend."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), driver_version()

@@ -21,7 +21,7 @@ from standing_in import CUDA, H100
 import gpu_lstm
 from gpu_lstm.backends.verify import verify
 from gpu_lstm.dispatch.route import forget
-from gpu_lstm.kernels import cache, layer, timeouts, triton_rnn
+from gpu_lstm.kernels import cache, contract, timeouts, triton_rnn
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_rnn import launch
@@ -95,7 +95,7 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
             cupy = SimpleNamespace(__version__=facts["cupy"], cuda=SimpleNamespace(nvrtc=nvrtc))
             patch.setitem(sys.modules, "cupy", cupy)
             cache.machine.cache_clear()
-            found = [layer.machine_of(backend, CUDA) for backend in ("triton", "cupy")]
+            found = [contract.machine_of(backend, CUDA) for backend in ("triton", "cupy")]
             cache.machine.cache_clear()
             return found[0] | found[1] | {"NVRTC": "".join(found[1]["NVRTC"])}
 

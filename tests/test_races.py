@@ -24,7 +24,7 @@ from gpu_lstm.dispatch import race, route, stopwatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.layer import Chosen
+from gpu_lstm.kernels.contract import Chosen
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Held, Plan, Pointwise, Resident, Step

@@ -262,9 +262,9 @@ def test_explain_names_the_kernels_that_run(monkeypatch, arguments, given):
     told_of = lambda *given: dataclasses.replace(real(*given), why=f"{given[0]}, {given[2]}")  # noqa: E731
     monkeypatch.setattr(step_plans, "step_plan", told_of)
     for way in ("forward", "backward"):
-        run = getattr(launch.Prepared, way)
-        recorded = lambda prepared, *given, run=run: whys.append(prepared.plan.why) or run(prepared, *given)  # noqa: E731
-        monkeypatch.setattr(launch.Prepared, way, recorded)
+        run = getattr(layers.Layer, f"_{way}")
+        recorded = lambda layer, found, *given, run=run: whys.append(found.plan.why) or run(layer, found, *given)  # noqa: E731
+        monkeypatch.setattr(layers.Layer, f"_{way}", recorded)
     lstm, training = gpu_lstm.LSTM(2, 2, backend="triton", **arguments), "zoneout" in arguments
     with torch.set_grad_enabled(training):
         before = gpu_lstm.explain(lstm, X, **given)

@@ -16,7 +16,8 @@ from ..call.modes import Transforms, are_differentiated, is_transformed
 from ..call.request import Call
 from ..call.weights import State
 from ..kernels import private
-from ..kernels.layer import Layer, NoKernel
+from ..kernels.contract import NoKernel
+from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass
 from . import fused
 from .fused import Saved

@@ -261,7 +261,7 @@ class Module(Role):
         elif hx[0].dim() != rank or hx[1].dim() != rank:
             ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx)}"
             raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")
-        elif rank == 3:  # of an unbatched hx it takes two
+        elif rank == 3 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):  # of an unbatched hx it takes two
             checks.check_count(hx, (2,), checks.PAIR, RuntimeError)
         return (hx,)
 

@@ -25,7 +25,7 @@ from ..call.request import Request
 from ..call.roles import TIME_FIRST
 from ..call.settings import Setting, alone
 from ..kernels import cache
-from ..kernels.layer import launcher_of, machine_of
+from ..kernels.contract import launcher_of, machine_of
 from ..kernels.private import default_store, is_profiled
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from . import available, cpu_rule

@@ -12,8 +12,8 @@ from .. import by_steps
 from ..by_steps import Part
 from ..cards import Card
 from ..cells import CELLS
+from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..heads import arranged
-from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem
 from . import build, equations, steps
@@ -93,7 +93,7 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
-    """See layer.Launcher; as what follows below."""
+    """See contract.Launcher; as what follows below."""
     outside, backward = problem.projected > 0 and not problem.projects_in_loop, pass_.backward
     p = problem._replace(projected=0) if outside else problem
     parts, buffers = by_steps.parts_of(p, backward), by_steps.buffers(p, pass_)
@@ -114,7 +114,7 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
             arguments["h_next_ptr"].copy_(by_steps.first_operand(arguments, p))
         run_all(parts[0], backward, arguments)
 
-    return Launches(p, plan, buffers, start, outside)
+    return Launches(plan, buffers, start, outside)
 
 
 def card_of(device: torch.device) -> Card:
