@@ -195,7 +195,7 @@ plans_in_use: set[tuple] = set()
 """Plans that fit and compute the right numbers, as backends name them: not tried again for another batch."""
 
 
-def forget() -> None:
+def forget_layers() -> None:
     """Choose all plans again."""
     _layers.clear()
     plans_in_use.clear()
@@ -206,7 +206,7 @@ def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verif
     layer = _layers.get((launcher, problem, device))
     if layer is None:
         if len(_layers) >= MOST_LAYERS:
-            forget()
+            forget_layers()
         layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
     return layer
 

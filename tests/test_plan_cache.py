@@ -67,7 +67,7 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(place, name, other)
             assert measured_plan(PROBLEM, H100, False) is None
-    assert cache.forget(cache.PLANS) == 1
+    assert cache.remove(cache.PLANS) == 1
     assert measured_plan(PROBLEM, H100, False) is None
 
 

@@ -190,7 +190,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / cache.RACES, card)] == [2, 1]
     cache.write(cache.CHECKS, {}, "another verdict")
     assert cache.read(cache.CHECKS, {}) == "right"
-    assert (cache.forget(cache.RACES), len(list(cache.entries(cache.RACES)))) == (1, 2)
+    assert (cache.remove(cache.RACES), len(list(cache.entries(cache.RACES)))) == (1, 2)
 
 
 def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):

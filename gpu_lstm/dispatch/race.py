@@ -62,7 +62,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
         if decision is not None:
             return decision
         expected = expected_winner(kind, able, device)
-        races = dry and mode is Racing.ON and not kind.only_ours
+        races = dry and mode is Racing.ON and not kind.torch_lacks
         return expected._replace(why=f"{expected.why}; the first call races it") if races else expected
     if decision is None or decision.backend is able:
         decision = _settle(call, kind, able, mode, decision)
@@ -121,8 +121,8 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     """
     if not is_raced(able):
         return Decision(able, cpu_rule.faster(kind))
-    if kind.only_ours:
-        return Decision(able, f"torch's own does not support {kind.only_ours}")
+    if kind.torch_lacks:
+        return Decision(able, f"torch's own does not support {kind.torch_lacks}")
     first, *_ = kind.problems
     slow = {"lengths": first.lengths, "resets": first.resets, "a projection": any(p.projected for p in kind.problems)}
     if words := [word for word, is_there in slow.items() if is_there]:
@@ -169,7 +169,7 @@ def _generator(device: torch.device) -> Setting:
 def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     """The winner of a race of kernels that run, if one is allowed; else the expected winner."""
     device, other, expected = call.x.device, other_than_kernels(kind), expected_winner(kind, able, call.x.device)
-    if mode is not Racing.ON or kind.only_ours:
+    if mode is not Racing.ON or kind.torch_lacks:
         return expected
     try:
         rivals = {backend.value: _sample(call, kind, backend, LONGEST) for backend in (able, other)}
@@ -232,7 +232,7 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
 
 def other_than_kernels(kind: Kind) -> Backend:
     """The backend that runs a kind of call without our kernels."""
-    return Backend.REFERENCE if kind.only_ours else Backend.TORCH
+    return Backend.REFERENCE if kind.torch_lacks else Backend.TORCH
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:

@@ -47,7 +47,7 @@ class Pair(NamedTuple):
         first, second, third = rows.chunk(3)
         return torch.cat([second, first, third])
 
-    def weights_of(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
+    def torchs_weights(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
         """W_ih, W_hh and, with a bias, b_ih and b_hh of a Keras cell. An LSTM's b_hh, which Keras lacks, is 0."""
         weights = [tensor_of(cell.kernel).T, tensor_of(cell.recurrent_kernel).T]
         if cell.use_bias:
@@ -168,7 +168,7 @@ def from_keras(
     else:
         module = pair.module(inputs, _same("units", sizes), bidirectional=both, **shared)
     for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
-        for parameter, new in zip(weights.present(), pair.weights_of(cell, _tensor)):
+        for parameter, new in zip(weights.present(), pair.torchs_weights(cell, _tensor)):
             parameter.copy_(new).requires_grad_(cell.trainable)
         if weights.bias_hh is not None and pair is OF_LSTM:
             weights.bias_hh.requires_grad_(cell.trainable and not freeze_second_bias)

@@ -173,10 +173,10 @@ class Layers(Checked):
 
     def _weights(self) -> list[list[Weights]]:
         """[L][D], as the module has them now."""
-        return weights_of(self, self._options().names)
+        return weights_now(self, self._options().names)
 
 
-def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
+def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
     """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
     parameters = module._parameters
     try:

@@ -13,11 +13,11 @@ from ..call.checks import check_bool, check_heads, check_positive
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import NAMES
+from ..call.regularisers import REGULARISER_NAMES
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_of
+from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_now
 from .recurrent import GRU, LSTM
 from .tracing import traced
 
@@ -96,11 +96,11 @@ class Stack(Layers, nn.Module):
 
     def _options(self) -> Options:
         sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
+        rates = tuple([getattr(self, name, 0.0) for name in REGULARISER_NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
 
     def _weights(self) -> list[list[Weights]]:
-        return [weights_of(module, (names,))[0] for module, names in zip(self.layers, self._options().names)]
+        return [weights_now(module, (names,))[0] for module, names in zip(self.layers, self._options().names)]
 
     def extra_repr(self) -> str:
         changed = repr_of(self, "bias", "batch_first", "dropout", "bidirectional", "residual")
