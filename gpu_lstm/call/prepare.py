@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..kernels.cells import Cell
 from . import checks, roles
 from .choices import parse_backend_name
-from .modes import PLAIN, Recording, Transforms, modes
+from .modes import PLAIN, Recording, Transforms, modes, only_torch_runs
 from .options import NORMS, Arguments, Options, options_of
 from .request import Request
 from .roles import RESET_STATES, Form
@@ -142,12 +142,16 @@ def _reset_before_the_first_step(
     return [(h.masked_fill(reset, 0), c.masked_fill(reset, 0)) for h, c in states]
 
 
-def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
-    """Whether torch's operator for a cell takes all as it is, on the CPU. If not, `prepare` makes it so, or raises."""
+def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
+    """Whether torch's operator for a cell runs a call, and takes all as it is, on the CPU.
+
+    If not, `prepare` makes it so, or raises.
+    """
     is_plain = type(x) is Tensor and x.is_cpu and x.dim() == 2 and x.layout is torch.strided and not x.is_nested
     if not is_plain or options.feature is not None:
         return False
     dtype, (batch, features), role = x.dtype, x.shape, options.role
     found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
     sizes = [(batch, role.hidden)] * len(options.cell.states)
-    return features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # without variants all are there
+    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # without variants all are there
+    return fits and only_torch_runs(options.backend)

@@ -86,7 +86,9 @@ class DropIn(Checked):
     def _make(self: Any, given: dict[str, Any]) -> None:
         """Make a module from its constructor's locals(). Ours are checked before torch's class draws weights."""
         del given["self"]
-        ours = {name: accepted(name, given.pop(name), self._cell) for name in (*OWN, *OURS) if name in given}
+        for name in (*OWN, *OURS):
+            if name in given:
+                setattr(self, name, given.pop(name))
         peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
         heads, projected = given.pop("heads"), given.get("proj_size", 0)
         check_bool(PEEPHOLES, peepholes)
@@ -95,8 +97,6 @@ class DropIn(Checked):
         if heads != 1:
             self.heads = heads  # which reset_parameters reads
         self._init_torchs(**given)
-        for name, value in ours.items():
-            setattr(self, name, value)
         if not (peepholes or norms):
             return
         if not self._cell.normalises:

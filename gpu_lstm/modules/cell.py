@@ -11,9 +11,8 @@ from torch.nn.modules.rnn import RNNCellBase
 from ..backends.torch_rnn import one_step
 from ..call import roles
 from ..call.choices import Backend, BackendName
-from ..call.modes import only_torch_runs
 from ..call.options import Options, options_of
-from ..call.prepare import fits_torchs_cell, prepare
+from ..call.prepare import prepare, takes_torchs_cell
 from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
@@ -46,7 +45,7 @@ class RecurrentCell(DropIn):
             return instead
         options = self._options()
         weights, state = weights_now(self, options.names), hx if type(hx) is tuple else (hx,)
-        if fits_torchs_cell(options, input, state, weights[0][0]) and only_torch_runs(options.backend):
+        if takes_torchs_cell(options, input, state, weights[0][0]):
             found = one_step(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]
