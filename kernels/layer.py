@@ -56,19 +56,10 @@ class Layer:
         if `save`; with a projection, what is at every sequence's first step is overwritten anyway. A RuntimeError says
         that an earlier launch timed out, or that no kernel can run the problem.
         """
-        if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
-            with torch.cuda.device(self.device):
-                return self.forward(gates, r, save)
-        raise_if_timed_out(self.device)
-        _check_count("steps", gates.shape[0])
-        prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
-        launch: Any = partial(self._forward, prepared)
-        if prepared.projects_outside:
-            launch = partial(projection.forward, launch, self.problem)
-        overwritten, r = aligned(gates), self._aligned(r)
-        if prepared.at_once is not None:  # its programs wait for each other
-            launch = partial(in_order, prepared.at_once, self.device, launch)
-        results = launch(overwritten, r)
+        if gates.shape[0] > MOST:
+            _check_count("steps", gates.shape[0])
+        overwritten = aligned(gates)
+        results = self._run(SAVE if save else NO_SAVE, self._forward, projection.forward, overwritten, r)
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
@@ -81,21 +72,29 @@ class Layer:
 
         `gates` and c are as forward saved them, and are not written to; of_h0: whether the gradient of h0 is needed.
         """
-        if self._index is not None and self._index != torch.cuda.current_device():
+        pass_ = Pass(True, True, dh is not None, dh_n is not None)
+        read = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
+        gradients = self._run(pass_, self._backward, projection.backward, *read, r)
+        return gradients._replace(dh0=_initial_hidden_gradient(self.problem, gradients, dh_n, r) if of_h0 else None)
+
+    def _run(self, pass_: Pass, run: Callable[..., Any], projected: Callable[..., Any], *given: Any) -> Any:
+        """run(prepared, *given), with the projection and in the order that the launches need; `given` ends with r."""
+        if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
             with torch.cuda.device(self.device):
-                return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
+                return self._run(pass_, run, projected, *given)
         raise_if_timed_out(self.device)
-        p = self.problem
-        prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
-        r = self._aligned(r)
-        dh, dh_n, dc_n, gates, c = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
-        launch: Any = partial(self._backward, prepared)
+        *tensors, r = given
+        prepared, read = self.prepared(pass_, r.inputs), self._tensors(r.inputs)
+        for t in read:
+            if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
+                r = r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, read)))))
+                break
+        run = partial(run, prepared)
         if prepared.projects_outside:
-            launch = partial(projection.backward, launch, p)
-        if prepared.at_once is not None:
-            launch = partial(in_order, prepared.at_once, self.device, launch)
-        gradients = launch(dh, dh_n, dc_n, gates, c, r)
-        return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
+            run = partial(projected, run, self.problem)
+        if prepared.at_once is not None:  # its programs wait for each other
+            run = partial(in_order, prepared.at_once, self.device, run)
+        return run(*tensors, r)
 
     def _forward(
         self, prepared: Launches, gates: Tensor, r: Recurrence
@@ -180,14 +179,6 @@ class Layer:
         alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
-
-    def _aligned(self, r: Recurrence) -> Recurrence:
-        """The tensors that the loop reads, aligned."""
-        tensors = self._tensors(r.inputs)
-        for t in tensors:
-            if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
-                return r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, tensors)))))
-        return r
 
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}

@@ -274,7 +274,8 @@ def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
     monkeypatch.setattr(tool, "why_unavailable", lambda *_: None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(autotune, "autotune", measure)
-    cpu, weights = torch.device("cpu"), gpu_lstm.LSTM(8, 64, proj_size=16, dtype=torch.float16)._weights()[0][0]
+    cpu, lstm = torch.device("cpu"), gpu_lstm.LSTM(8, 64, proj_size=16, dtype=torch.float16)
+    weights = lstm._request(torch.zeros(1, 1, 8).half()).weights[0][0]
     for steps in (1, 7):
         gpu_lstm.autotune(64, 3, steps=steps, dtype=torch.float16, proj_size=16, device="cpu")
         x, h0, c0 = (torch.zeros(*size, dtype=torch.float16) for size in ((steps, 3, 8), (1, 3, 16), (1, 3, 64)))

@@ -19,7 +19,6 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race, route, stopwatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
@@ -67,7 +66,7 @@ def stubbed(monkeypatch):
 
 
 def _call(lstm=LSTM, x=X):
-    return prepare(lstm._options(), lstm._weights(), x)
+    return lstm._request(x)
 
 
 def _backend_of(lstm=LSTM, x=X):

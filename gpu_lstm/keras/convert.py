@@ -4,6 +4,7 @@ Keras's matrices are transposed, its LSTM has one bias where torch's has two, an
 """
 
 import importlib
+import itertools
 import math
 import numbers
 from collections.abc import Callable
@@ -167,7 +168,7 @@ def from_keras(
         module = pair.stack(inputs, sizes, **shared)
     else:
         module = pair.module(inputs, _same("units", sizes), bidirectional=both, **shared)
-    for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
+    for weights, cell in zip(itertools.chain(*module._weights(module._options().names)), cells):
         for parameter, new in zip(weights.present(), pair.torchs_weights(cell, _tensor)):
             parameter.copy_(new).requires_grad_(cell.trainable)
         if weights.bias_hh is not None and pair is OF_LSTM:
@@ -200,7 +201,8 @@ def to_keras(module: nn.Module) -> Any:
     if pair is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
     keras = import_keras()
-    weights, layers = [w for layer in rnn._weights() for w in layer], len(rnn._weights())  # [L * D]
+    by_layer = rnn._weights(rnn._options().names)
+    weights, layers = [*itertools.chain(*by_layer)], len(by_layer)  # [L * D]
     for name in ("proj_size", "residual", *NOT_OF_TORCH):
         _refuse(name, getattr(rnn, name, None), " in Keras")
     if layers > 1:

@@ -17,7 +17,7 @@ from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
-from .arguments import OF_CELLS, DropIn, HasVariants, weights_now
+from .arguments import OF_CELLS, DropIn, HasVariants
 from .tracing import traced
 
 
@@ -44,7 +44,7 @@ class RecurrentCell(DropIn):
         if (type(input) is not Tensor or fx_is_tracing()) and (instead := traced(self, input, hx)) is not None:
             return instead
         options = self._options()
-        weights, state = weights_now(self, options.names), hx if type(hx) is tuple else (hx,)
+        weights, state = self._weights(options.names), hx if type(hx) is tuple else (hx,)
         if takes_torchs_cell(options, input, state, weights[0][0]):
             found = one_step(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
