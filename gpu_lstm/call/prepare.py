@@ -28,13 +28,15 @@ def prepare(
     form, x, sizes = role.input(input)
     steps, batch = sizes
     states = role.zeros(x, batch) if hx is None else role.states_in(form, x, batch, hx)
-    others = [t for t in (lengths, resets) if t is not None]
+    others: list[Tensor] = []
     if lengths is not None:
+        others.append(lengths)
         if form.packed is not None:
             raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
         checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x)
         lengths = lengths.reshape(batch)
     if resets is not None:
+        others.append(resets)
         shape = sizes if form.batched else (steps,)
         checks.check_resets(resets, shape[::-1] if form.batch_first else shape, x)
         resets = form.time_major(resets)
@@ -52,7 +54,9 @@ def prepare(
         traversal = traversal._replace(reset_states=pairs)
         others += [t for pair in pairs for t in pair]
         learns = learns or (now.grad and any(t.requires_grad for t in others))
-    if not (plain and all([type(t) in PLAIN for t in others])) and now.recording == Recording.NOBODY:
+    if others:
+        plain = plain and all([type(t) in PLAIN for t in others])
+    if not plain and now.recording == Recording.NOBODY:
         now = now._replace(recording=Recording.WATCHED)
     if options.reverse:
         traversal = traversal.backwards()
