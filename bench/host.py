@@ -87,7 +87,7 @@ def stub() -> None:
     if CARD == "cpu":
         patch(f"{TRITON}.DEVICES", ("cpu",)).start()
         patch("gpu_lstm.dispatch.available.why_unavailable", nothing).start()
-        patch("gpu_lstm.modules.cell.only_torch_runs", nothing).start()
+        patch("gpu_lstm.call.prepare.only_torch_runs", nothing).start()
         patch.multiple(
             f"{TRITON}.launch", launch_kernel=None, load=lambda *_: defaultdict(lambda: nothing),
             choose_plan=lambda problem, device, pass_, *_: plans(problem, h100, pass_.backward)[0],

@@ -24,7 +24,7 @@ from .dispatch.race import Decision
 from .kernels import cache
 from .kernels.cards import driver
 from .kernels.cells import CELLS
-from .kernels.layer import machine_of, package_of
+from .kernels.contract import machine_of, package_of
 from .kernels.problem import Problem
 from .tools.explain import explain, terms_of
 
@@ -254,7 +254,7 @@ def _explain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _races(options: argparse.Namespace) -> tuple[Any, str]:
     """cached results: races, verification of kernels, measured plans"""
     if options.clear:
-        cleared = sum(map(cache.forget, cache.KINDS))
+        cleared = sum(map(cache.remove, cache.KINDS))
         shutil.rmtree(f"{cache.folder()}/compiled", ignore_errors=True)  # the loops for CPUs
         return {"cleared": cleared}, f"cached results cleared: {cleared}"
     rows, lines = [], []

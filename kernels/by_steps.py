@@ -65,7 +65,7 @@ def launches_of(p: Problem, backward: bool) -> int:
 
 
 def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
-    """The buffers that the kernels and products of a pass write, see layer.Launches."""
+    """The buffers that the kernels and products of a pass write, see contract.Launches."""
     scattered = p.reverse and p.lengths is not None  # sequences visit different times at the same step
     written, backward, of_c = buffers_of(p, pass_), pass_.backward, (p.batch, p.hidden)
     apart = p.heads > 1 or (not backward and (CELLS[p.cell].has_constant or p.gain_hh))

@@ -50,7 +50,7 @@ def folders() -> tuple[Path, ...]:
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """The facts about a device that all results depend on; `layer.machine_of` adds the facts about a backend."""
+    """The facts about a device that all results depend on; `contract.machine_of` adds the facts about a backend."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), driver_version()
@@ -142,7 +142,7 @@ def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
                 write(kind, key, value, lock)
             yield
         except BaseException:
-            forget(kind, key)
+            remove(kind, key)
             raise
 
 
@@ -154,7 +154,7 @@ def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
                 yield file, entry["key"], entry["value"]
 
 
-def forget(kind: str, key: Key | None = None) -> int:
+def remove(kind: str, key: Key | None = None) -> int:
     """Remove the user's own results of a kind, or that of one key, broken ones included; return how many."""
     names = "*.json" if key is None else _path(Path(), kind, _text(key)).name
     files = [] if (ours := folder()) is None else list((ours / kind).glob(names))

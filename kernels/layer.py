@@ -1,19 +1,18 @@
-"""What a backend is, and its Layer: one layer in one direction on one card, prepared once and then only launched."""
+"""One layer in one direction on one card, prepared once and then only launched."""
 
-import importlib
 import logging
 from collections.abc import Callable
 from functools import partial
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple, Protocol, cast
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cache, heads, layer_norm, projection
-from .cards import Card
 from .cells import CELLS
-from .memory import ALIGNMENT, Buffer, allocate, buffers_of
+from .contract import Chosen, Launcher, Launches, NoKernel
+from .memory import ALIGNMENT, allocate, buffers_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, unless_reset
 from .timeouts import raise_if_timed_out
@@ -23,140 +22,8 @@ logger = logging.getLogger("gpu_lstm")
 MOST_LAYERS = 1024  # that are kept; a program with more problems, say more batch sizes, makes them again
 
 
-class Chosen(NamedTuple):
-    """A plan, how it was chosen, and what a user is told about it."""
-
-    plan: Any  # the backend's own
-    measured: bool = False  # by autotune; else the first that fits in the order of estimated times
-    family: str = ""  # of kernels
-    tiles: str = ""  # how its programs share a layer, in words
-    why: str = ""
-    each_step: int = 0  # launches at every step; 0: all steps are in one
-    bounds: dict[str, float] | None = None  # seconds of a step by cause, estimated
-
-
-class NoKernel(RuntimeError):
-    """No kernel of a backend can run a pass of a problem on a card, or none computes the right numbers there."""
-
-
 Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
 """verify(layer, pass_, inputs, plan): why a plan's numbers are not right on the layer's device; None if they are."""
-Refuses = Callable[[Any], str | None]
-"""refuses(plan): the same for one layer, pass and call."""
-
-
-class Package(Protocol):
-    """What is known of a backend before what it needs is imported: what its kernels/NAME_rnn/__init__.py has."""
-
-    DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give it
-    DTYPES: tuple[torch.dtype, ...]  # that it computes in
-    is_compiled: Callable[[Pass], bool] | None
-    """Whether the function that runs a pass of all problems is in the cache; its compilation takes ten seconds. None:
-    each problem has kernels of its own."""
-    PACKAGES: tuple[str, ...]  # whose versions users are asked for
-    NEEDS: str  # what to install, and how
-
-    def made_by(self) -> cache.Key:
-        """Names and versions of everything that makes and runs its kernels, beside torch, the device and our sources.
-
-        They are part of the keys of verdicts and races. The backend can run here.
-        """
-
-    def import_packages(self) -> None:
-        """Import what it needs. If that raises anything, the backend is not used."""
-
-
-class Launcher(Protocol):
-    """A backend: what its module kernels/NAME_rnn/launch.py has."""
-
-    BACKEND: str  # its name
-
-    def card_of(self, device: torch.device) -> Card:
-        """What plans may use of a device: its context may have fewer multiprocessors, and some are left to others."""
-
-    def obstacle(self, device: torch.device, dtype: torch.dtype) -> Exception | None:
-        """Why it cannot run tensors of this device and dtype, to be raised; None if it can."""
-
-    def lacks(self, problem: Problem) -> str | None:
-        """What of a problem it does not support; None if it runs it."""
-
-    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
-        """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none."""
-
-    def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
-        """The Launches of a plan. In a trial they wait for other programs only briefly."""
-
-    def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
-        """What `Layer.chosen` returns for a plan; for None, of the plan that would be tried first."""
-
-
-class OnlyPlan(NamedTuple):
-    """The plan of a backend that runs every problem in one way. Plans of other backends have the same three."""
-
-    backend: str
-    slower: str | None = None  # why torch's own is expected to be faster, where it can run the problem; None: it is not
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
-        return {"kernel": self.backend}
-
-    def sequences_enough(self, problem: Problem) -> int:
-        """How many of a problem's sequences show all that its kernel does, for verification."""
-        return min(problem.batch, 3)
-
-
-class Launches:
-    """A plan of a pass, ready to be launched: memory, and arguments by the names of pointers.
-
-    `problem` is as kernels run it, `outside` its projection, as in projection.py; start(arguments) makes all launches,
-    which write the `buffers`, and read what is `fixed`, and more(r, memory); result(memory) is h, or dgates, if not
-    their buffer.
-    """
-
-    at_once: int | None = None  # launches that fit the card together; None: programs do not wait for each other
-    of_x = False  # whether forward is given x in place of the gates, and multiplies it in the loop
-    step: Callable[..., None] | None = None
-    """step(x, h0, c0, h, h_n, c_n, weights): a step of a layer, where all but the weights are addresses."""
-
-    def __init__(
-        self, problem: Problem, plan: Any, buffers: dict[str, Buffer], start: Callable[[dict[str, Any]], None],
-        outside: bool = False, result: Callable[[dict[str, Tensor]], Tensor] | None = None, more: Any = None,
-        **fixed: Any,
-    ) -> None:  # fmt: skip
-        self.plan, self._buffers, self._start, self._more, self.projects_outside = plan, buffers, start, more, outside
-        self._result = result or itemgetter("h_ptr" if "h_ptr" in buffers else "dgates_ptr")
-        self._fixed, names = fixed | {"B": problem.batch}, tuple(in_the_loop(problem, problem.steps))
-        self._tensors, self._pointers = attrgetter(*names), [f"{name}_ptr" for name in names]
-
-    def forward(self, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As Layer.forward, without a projection unless it is in the time loop."""
-        memory = self._run(gates, r, None, {})
-        return self._result(memory), memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
-
-    def backward(
-        self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence
-    ) -> Gradients:
-        """As Layer.backward, except for dh0."""
-        read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
-        memory = self._run(gates, r, dc_n, read)
-        names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
-        return Gradients(self._result(memory), *map(memory.get, names))
-
-    def _run(self, gates: Tensor, r: Recurrence, dc_n: Tensor | None, read: dict[str, Any]) -> dict[str, Tensor]:
-        """The memory, after all launches."""
-        steps = gates.shape[0]
-        memory = allocate(self._buffers, steps, gates, r.inputs)
-        if dc_n is not None:  # the kernel makes it the gradient of c0
-            memory["dc_ptr"].copy_(dc_n)
-        arguments: dict[str, Any] = {"gates_ptr": gates, "T": steps, **self._fixed}
-        arguments.update(zip(self._pointers, self._tensors(r.inputs)))
-        arguments |= memory
-        arguments |= read
-        if self._more is not None:
-            arguments |= self._more(r, memory)
-        self._start(arguments)
-        return memory
 
 
 class Layer:
@@ -180,7 +47,7 @@ class Layer:
         self._prepared: dict[Pass, Launches] = {}
         self._without: dict[Pass, str] = {}  # for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
-        self._tensors = attrgetter(*self._names)
+        self._tensors, self._pointers = attrgetter(*self._names), [f"{name}_ptr" for name in self._names]
 
     def forward(self, gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32, and c, float32 [T, B, H] if `save`, else None.
@@ -189,17 +56,10 @@ class Layer:
         if `save`; with a projection, what is at every sequence's first step is overwritten anyway. A RuntimeError says
         that an earlier launch timed out, or that no kernel can run the problem.
         """
-        if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
-            with torch.cuda.device(self.device):
-                return self.forward(gates, r, save)
-        raise_if_timed_out(self.device)
-        _check_count("steps", gates.shape[0])
-        prepared = self.prepared(SAVE if save else NO_SAVE, r.inputs)
-        launch = partial(projection.forward, prepared, self.problem) if prepared.projects_outside else prepared.forward
-        overwritten, r = aligned(gates), self._aligned(r)
-        if prepared.at_once is not None:  # its programs wait for each other
-            launch = partial(in_order, prepared.at_once, self.device, launch)
-        results = launch(overwritten, r)
+        if gates.shape[0] > MOST:
+            _check_count("steps", gates.shape[0])
+        overwritten = aligned(gates)
+        results = self._run(SAVE if save else NO_SAVE, self._forward, projection.forward, overwritten, r)
         if overwritten is not gates:
             gates.copy_(overwritten)
         return results
@@ -222,19 +82,66 @@ class Layer:
 
         `gates` and c are as forward saved them, and are not written to; of_h0: whether the gradient of h0 is needed.
         """
-        if self._index is not None and self._index != torch.cuda.current_device():
+        pass_ = Pass(True, True, dh is not None, dh_n is not None)
+        read = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
+        gradients = self._run(pass_, self._backward, projection.backward, *read, r)
+        return gradients._replace(dh0=_initial_hidden_gradient(self.problem, gradients, dh_n, r) if of_h0 else None)
+
+    def _run(self, pass_: Pass, run: Callable[..., Any], projected: Callable[..., Any], *given: Any) -> Any:
+        """run(prepared, *given), with the projection and in the order that the launches need; `given` ends with r."""
+        if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
             with torch.cuda.device(self.device):
-                return self.backward(dh, dh_n, dc_n, gates, c, r, of_h0)
+                return self._run(pass_, run, projected, *given)
         raise_if_timed_out(self.device)
-        p = self.problem
-        prepared = self.prepared(Pass(True, True, dh is not None, dh_n is not None), r.inputs)
-        r = self._aligned(r)
-        dh, dh_n, dc_n, gates, c = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
-        launch = partial(projection.backward, prepared, p) if prepared.projects_outside else prepared.backward
-        if prepared.at_once is not None:
-            launch = partial(in_order, prepared.at_once, self.device, launch)
-        gradients = launch(dh, dh_n, dc_n, gates, c, r)
-        return gradients._replace(dh0=_initial_hidden_gradient(p, gradients, dh_n, r) if of_h0 else None)
+        *tensors, r = given
+        prepared, read = self.prepared(pass_, r.inputs), self._tensors(r.inputs)
+        for t in read:
+            if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
+                r = r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, read)))))
+                break
+        run = partial(run, prepared)
+        if prepared.projects_outside:
+            run = partial(projected, run, self.problem)
+        if prepared.at_once is not None:  # its programs wait for each other
+            run = partial(in_order, prepared.at_once, self.device, run)
+        return run(*tensors, r)
+
+    def _forward(
+        self, prepared: Launches, gates: Tensor, r: Recurrence
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As `forward`, without a projection unless it is in the time loop."""
+        memory = self._launch(prepared, gates, r, {})
+        h = memory["h_ptr"] if prepared.result is None else prepared.result(memory)
+        return h, memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
+
+    def _backward(
+        self, prepared: Launches, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor,
+        r: Recurrence,
+    ) -> Gradients:  # fmt: skip
+        """As `backward`, likewise; its dh0 is float32, and through zoneout of the first step only."""
+        read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
+        memory = self._launch(prepared, gates, r, read, dc_n)
+        dgates = memory["dgates_ptr"] if prepared.result is None else prepared.result(memory)
+        names = "dh_from_zoneout_ptr", "dc_ptr", "dh_total_ptr", "dreset_h_ptr", "dreset_c_ptr"
+        return Gradients(dgates, *map(memory.get, names))
+
+    def _launch(
+        self, prepared: Launches, gates: Tensor, r: Recurrence, read: dict[str, Any], dc_n: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The memory, after all launches."""
+        steps = gates.shape[0]
+        memory = allocate(prepared.buffers, steps, gates, r.inputs)
+        if dc_n is not None:  # the kernel makes it the gradient of c0
+            memory["dc_ptr"].copy_(dc_n)
+        arguments: dict[str, Any] = {"gates_ptr": gates, "T": steps, "B": self.problem.batch}
+        arguments["error_ptr"] = prepared.error_ptr
+        arguments.update(zip(self._pointers, self._tensors(r.inputs)))
+        arguments |= memory
+        arguments |= read
+        if prepared.more is not None:
+            arguments |= prepared.more(r, memory)
+        prepared.start(arguments)
+        return memory
 
     def prepared(self, pass_: Pass, inputs: Inputs) -> Launches:
         """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
@@ -242,7 +149,7 @@ class Layer:
             if pass_ in self._without:
                 raise NoKernel(self._without[pass_])
             if self.problem.batch * self.problem.width == 0:  # nothing is launched
-                return Launches(self.problem, None, buffers_of(self.problem, pass_), lambda arguments: None)
+                return Launches(None, buffers_of(self.problem, pass_), lambda arguments: None)
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if (plan := self._trial) is None:
                 # What backward computes of dc_n alone is the same by all plans: there is nothing to verify.
@@ -283,36 +190,13 @@ class Layer:
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
 
-    def _aligned(self, r: Recurrence) -> Recurrence:
-        """The tensors that the loop reads, aligned."""
-        tensors = self._tensors(r.inputs)
-        for t in tensors:
-            if t.data_ptr() % ALIGNMENT or not t.is_contiguous():
-                return r._replace(inputs=r.inputs._replace(**dict(zip(self._names, map(aligned, tensors)))))
-        return r
-
-
-def package_of(backend: str) -> Package:
-    """What is known of a backend without what it needs."""
-    return cast(Package, importlib.import_module(f".{backend}_rnn", __package__))
-
-
-def launcher_of(backend: str) -> Launcher:
-    """A backend: the one place where it is imported."""
-    return cast(Launcher, importlib.import_module(f".{backend}_rnn.launch", __package__))
-
-
-def machine_of(backend: str, device: torch.device) -> cache.Key:
-    """The facts that a verdict or a race of a backend on a device depends on."""
-    return cache.machine(device) | package_of(backend).made_by()
-
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}
 plans_in_use: set[tuple] = set()
 """Plans that fit and compute the right numbers, as backends name them: not tried again for another batch."""
 
 
-def forget() -> None:
+def forget_layers() -> None:
     """Choose all plans again."""
     _layers.clear()
     plans_in_use.clear()
@@ -323,7 +207,7 @@ def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verif
     layer = _layers.get((launcher, problem, device))
     if layer is None:
         if len(_layers) >= MOST_LAYERS:
-            forget()
+            forget_layers()
         layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
     return layer
 

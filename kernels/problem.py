@@ -136,7 +136,7 @@ class Gradients(NamedTuple):
     """What backward returns; None where there is none."""
 
     dgates: Tensor  # [T, B, 4H] of the pre-activations; zero in padding
-    dh0: Tensor | None  # [1, B, P]; from layer.Launches.backward: float32, and through zoneout of the first step only
+    dh0: Tensor | None  # [1, B, P]; from a Layer's launches: float32, and through zoneout of the first step only
     dc0: Tensor  # [K, B, H] float32
     dh_total: Tensor | None = None  # [T, B, P] of W_hr m with a projection, of m if c is normalised
     dreset_h: Tensor | None = None  # [T, B, P] float32, through zoneout; zero but at resets

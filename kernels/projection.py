@@ -13,23 +13,23 @@ from .problem import Gradients, Inputs, Problem, Recurrence, end_index, unless_r
 from .settings import precision
 
 
-def forward(prepared: Any, p: Problem, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As layer.Layer.forward, by layer.Launches of the recurrence of m; gates of the first steps are overwritten."""
+def forward(launch: Any, p: Problem, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As layer.Layer.forward, by launch(gates, r) of the recurrence of m; gates of the first steps are overwritten."""
     inputs = r.inputs
     with precision.held(p.precision):
         share = unless_reset(p, inputs.h0[0] @ inputs.weight_hh.T, inputs.resets)  # [B, 4H]
         gates[end_index(p, inputs.lengths, first=True)] += _where_empty(0, share, inputs)
-        m, _, c_n, c = prepared.forward(gates, _recurrence_of_m(p, r))  # [T, B, H]
+        m, _, c_n, c = launch(gates, _recurrence_of_m(p, r))  # [T, B, H]
         h = m @ inputs.weight_hr.T  # [T, B, P]
     h_n = _where_empty(inputs.h0[0], h[end_index(p, inputs.lengths, first=False)], inputs)
     return h, h_n[None], c_n, c
 
 
 def backward(
-    prepared: Any, p: Problem, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor,
+    launch: Any, p: Problem, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor,
     c: Tensor, r: Recurrence,
 ) -> Gradients:  # fmt: skip
-    """As layer.Launches.backward, by those of the recurrence of m."""
+    """As layer.Layer.backward without dh0, by launch(dh, dh_n, dc_n, gates, c, r) of the recurrence of m."""
     inputs, steps = r.inputs, gates.shape[0]
     # The gradient of h [T, B, P] through the output and the final state, zero in padding.
     dh = gates.new_zeros(steps, p.batch, p.width) if dh is None else dh.clone()
@@ -40,7 +40,7 @@ def backward(
         dh[end_index(p, inputs.lengths, first=False)] += _where_empty(0, dh_n[0], inputs)
     earlier, later = (slice(1, None), slice(-1)) if p.reverse else (slice(-1), slice(1, None))
     with precision.held(p.precision):
-        gradients = prepared.backward(dh @ inputs.weight_hr, None, dc_n, gates, c, _recurrence_of_m(p, r))
+        gradients = launch(dh @ inputs.weight_hr, None, dc_n, gates, c, _recurrence_of_m(p, r))
         through_next = (gradients.dgates @ inputs.weight_hh)[later]
     if inputs.resets is not None:
         through_next = through_next.masked_fill(inputs.resets[1:, :, None], 0)

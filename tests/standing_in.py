@@ -11,6 +11,7 @@ import interpreted  # noqa: F401  # puts functions in the place of assembly
 import torch
 
 from gpu_lstm.backends import verify
+from gpu_lstm.call import prepare
 from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import cache, cupy_rnn, memory, numba_rnn, timeouts, triton_rnn
 from gpu_lstm.kernels.cards import Card
@@ -20,7 +21,6 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import autotune, choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, INTERPRETER, Plan
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
-from gpu_lstm.modules import cell
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
@@ -51,7 +51,7 @@ def the_cpu_is_a_card(patch) -> None:
     """`auto` gives tensors on the CPU to the kernels for cards, which are interpreted, or compiled by g++."""
     for package, devices in ((triton_rnn, ("cpu",)), (cupy_rnn, ("cpu",)), (numba_rnn, ())):
         patch.setattr(package, "DEVICES", devices)
-    patch.setattr(cell, "only_torch_runs", lambda backend: False)
+    patch.setattr(prepare, "only_torch_runs", lambda backend: False)
 
 
 def plans_are_verified_on_the_cpu(patch) -> None:

@@ -17,8 +17,8 @@ from gpu_lstm.call.choices import KERNEL_BACKENDS
 from gpu_lstm.call.weights import Weights
 from gpu_lstm.equations import EQUATIONS
 from gpu_lstm.functional import lstm_layer
+from gpu_lstm.kernels import contract, memory, problem, tensors
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels import memory, problem, tensors
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
@@ -70,17 +70,17 @@ def test_a_launch_that_waits_has_an_error_word_and_nothing_is_allocated_that_no_
         hidden = 256 if family == "held" else 64
         p = Problem(steps, 16, hidden, F16, lengths=torch.int64, gain_hh=normed, gain_c=normed, bias_c=normed)
         plan = plan_of(family, p, backward)
-        prepared = launch.Prepared(p, Pass(backward), plan, torch.device("meta"))
+        prepared = launch.prepare(p, Pass(backward), plan, torch.device("meta"))
         waits = family not in ("resident", "pointwise") and (steps > 1 or (backward and family == "split"))
-        assert (prepared._fixed["error_ptr"] is not None, prepared.at_once is not None) == (waits, waits)
+        assert (prepared.error_ptr is not None, prepared.at_once is not None) == (waits, waits)
         taken = set(itertools.chain(*names_of(FAMILIES[type(plan.family)].kernels[backward])))
-        assert prepared._buffers.keys() <= taken, "as those of family.buffers"
+        assert prepared.buffers.keys() <= taken, "as those of family.buffers"
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 def test_a_backend_has_what_its_package_and_its_launcher_list(backend):
     folder = f"gpu_lstm.kernels.{backend.value}_rnn"
-    for protocol, module in (layers.Package, folder), (layers.Launcher, f"{folder}.launch"):
+    for protocol, module in (contract.Package, folder), (contract.Launcher, f"{folder}.launch"):
         of_backend = importlib.import_module(module)
         assert vars(of_backend).keys() >= protocol.__annotations__.keys()
         for name, method in inspect.getmembers(protocol, inspect.isfunction):

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race, route
 from gpu_lstm.kernels import triton_rnn
 
@@ -91,7 +90,7 @@ def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
         patch.setattr(race, "race", lambda rivals, now: seconds)
         for hidden in (5, 9) if rank else (9, 5):
             lstm = gpu_lstm.LSTM(I, hidden)
-            call = prepare(lstm._options(), lstm._weights(), torch.zeros(T, B, I))
+            call = lstm._request(torch.zeros(T, B, I))
             by_kernels[str(hidden)] = torch.tensor(route.route_of(call).backend is Backend.TRITON)
         route.forget()
     return dict(sorted(by_kernels.items()))

@@ -15,7 +15,6 @@ import gpu_lstm
 from gpu_lstm.backends import schedule, verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import available, race, route
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.kernels import cache
@@ -41,7 +40,7 @@ def card(monkeypatch):
 
 
 def _kind(lstm):
-    return kind_of(prepare(lstm._options(), lstm._weights(), X))
+    return kind_of(lstm._request(X))
 
 
 def _won(lstm):

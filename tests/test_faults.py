@@ -279,6 +279,6 @@ def test_kernels_of_another_batch_or_process_are_verified_before_they_run(verdic
             assert decided == backends
             torch.testing.assert_close(y, expected)
         as_another_process()
-        assert (cache.forget(cache.CHECKS), len([*cache.entries(cache.RACES)])) == (2, 1)
+        assert (cache.remove(cache.CHECKS), len([*cache.entries(cache.RACES)])) == (2, 1)
         wrong = [3]
         assert call(3)[0] == ["torch"]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.backends import graph, torch_rnn
-from gpu_lstm.backends.operators import BACKWARD, NAMES, OPERATOR
+from gpu_lstm.backends.operators import BACKWARD, OPERATOR, TENSOR_NAMES
 from gpu_lstm.backends.verify import LEARNT
 from gpu_lstm.dispatch import available
 from gpu_lstm.kernels.layer import Layer
@@ -292,7 +292,7 @@ def given_to(words, device) -> tuple[list, bool]:
 
 def learnt(given) -> list[bool]:
     """Which of the tensors are there and may have a gradient."""
-    return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(NAMES, given)]
+    return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(TENSOR_NAMES, given)]
 
 
 @pytest.mark.parametrize(("words", "backend"), [

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 import gpu_lstm
 from gpu_lstm.call import choices, settings
 from gpu_lstm.call.choices import Backend, Racing, requested_backend, requested_racing
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
@@ -308,7 +307,7 @@ def test_a_first_call_of_autograds_thread_does_not_wait_for_a_race_that_waits_fo
     lstms = {size: gpu_lstm.LSTM(3, size) for size in (4, 5)}
 
     def decide(hidden):
-        call = prepare(lstms[hidden]._options(), lstms[hidden]._weights(), torch.zeros(2, 2, 3))
+        call = lstms[hidden]._request(torch.zeros(2, 2, 3))
         return race.decide(call, kind_of(call), Backend.TRITON)
 
     def judge(call, *_):

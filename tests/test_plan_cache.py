@@ -21,7 +21,7 @@ from standing_in import CUDA, H100
 import gpu_lstm
 from gpu_lstm.backends.verify import verify
 from gpu_lstm.dispatch.route import forget
-from gpu_lstm.kernels import cache, layer, timeouts, triton_rnn
+from gpu_lstm.kernels import cache, contract, timeouts, triton_rnn
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
 from gpu_lstm.kernels.triton_rnn import launch
@@ -67,7 +67,7 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(place, name, other)
             assert measured_plan(PROBLEM, H100, False) is None
-    assert cache.forget(cache.PLANS) == 1
+    assert cache.remove(cache.PLANS) == 1
     assert measured_plan(PROBLEM, H100, False) is None
 
 
@@ -95,7 +95,7 @@ def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
             cupy = SimpleNamespace(__version__=facts["cupy"], cuda=SimpleNamespace(nvrtc=nvrtc))
             patch.setitem(sys.modules, "cupy", cupy)
             cache.machine.cache_clear()
-            found = [layer.machine_of(backend, CUDA) for backend in ("triton", "cupy")]
+            found = [contract.machine_of(backend, CUDA) for backend in ("triton", "cupy")]
             cache.machine.cache_clear()
             return found[0] | found[1] | {"NVRTC": "".join(found[1]["NVRTC"])}
 
@@ -274,7 +274,8 @@ def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
     monkeypatch.setattr(tool, "why_unavailable", lambda *_: None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(autotune, "autotune", measure)
-    cpu, weights = torch.device("cpu"), gpu_lstm.LSTM(8, 64, proj_size=16, dtype=torch.float16)._weights()[0][0]
+    cpu, lstm = torch.device("cpu"), gpu_lstm.LSTM(8, 64, proj_size=16, dtype=torch.float16)
+    weights = lstm._request(torch.zeros(1, 1, 8).half()).weights[0][0]
     for steps in (1, 7):
         gpu_lstm.autotune(64, 3, steps=steps, dtype=torch.float16, proj_size=16, device="cpu")
         x, h0, c0 = (torch.zeros(*size, dtype=torch.float16) for size in ((steps, 3, 8), (1, 3, 16), (1, 3, 64)))

@@ -19,12 +19,11 @@ import gpu_lstm
 from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race, route, stopwatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
-from gpu_lstm.kernels.layer import Chosen
+from gpu_lstm.kernels.contract import Chosen
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
@@ -67,7 +66,7 @@ def stubbed(monkeypatch):
 
 
 def _call(lstm=LSTM, x=X):
-    return prepare(lstm._options(), lstm._weights(), x)
+    return lstm._request(x)
 
 
 def _backend_of(lstm=LSTM, x=X):
@@ -191,7 +190,7 @@ def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeyp
     assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / cache.RACES, card)] == [2, 1]
     cache.write(cache.CHECKS, {}, "another verdict")
     assert cache.read(cache.CHECKS, {}) == "right"
-    assert (cache.forget(cache.RACES), len(list(cache.entries(cache.RACES)))) == (1, 2)
+    assert (cache.remove(cache.RACES), len(list(cache.entries(cache.RACES)))) == (1, 2)
 
 
 def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_counted(stubbed):

@@ -77,7 +77,7 @@ def next_cell(gates, c):
     "kernels/mirror_rnn/launch.py": """
 from ..numba_rnn import launch as _launch
 from ..numba_rnn.launch import *
-from ..layer import OnlyPlan
+from ..contract import OnlyPlan
 
 BACKEND = "mirror"
 

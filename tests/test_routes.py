@@ -26,7 +26,6 @@ import gpu_lstm
 from gpu_lstm.backends import schedule
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
 from gpu_lstm.call.options import Options
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch import route as dispatch
 from gpu_lstm.dispatch.kind import kind_of
@@ -46,7 +45,7 @@ class Races:
     """Who wins a race, and who is expected to: it depends on the kind of call, and they are never the same."""
 
     def expected(self, kind, able, device):
-        other = Backend.REFERENCE if kind.only_ours else Backend.TORCH
+        other = Backend.REFERENCE if kind.torch_lacks else Backend.TORCH
         self.winner = (able, other)[zlib.crc32(repr(kind.as_json()).encode()) % 2]
         return Decision(self.winner, "expected")
 
@@ -262,9 +261,9 @@ def test_explain_names_the_kernels_that_run(monkeypatch, arguments, given):
     told_of = lambda *given: dataclasses.replace(real(*given), why=f"{given[0]}, {given[2]}")  # noqa: E731
     monkeypatch.setattr(step_plans, "step_plan", told_of)
     for way in ("forward", "backward"):
-        run = getattr(launch.Prepared, way)
-        recorded = lambda prepared, *given, run=run: whys.append(prepared.plan.why) or run(prepared, *given)  # noqa: E731
-        monkeypatch.setattr(launch.Prepared, way, recorded)
+        run = getattr(layers.Layer, f"_{way}")
+        recorded = lambda layer, found, *given, run=run: whys.append(found.plan.why) or run(layer, found, *given)  # noqa: E731
+        monkeypatch.setattr(layers.Layer, f"_{way}", recorded)
     lstm, training = gpu_lstm.LSTM(2, 2, backend="triton", **arguments), "zoneout" in arguments
     with torch.set_grad_enabled(training):
         before = gpu_lstm.explain(lstm, X, **given)
@@ -284,7 +283,7 @@ def test_what_a_race_is_about_is_in_its_key(monkeypatch):
     def key(given=None, steps=4, batch=3, cls=gpu_lstm.LSTM, hidden=2, **arguments):
         lstm = cls(2, hidden, **arguments)
         x = torch.zeros(steps, batch, 2, dtype=arguments.get("dtype"))
-        call = prepare(lstm._options(), lstm._weights(), x, **given or {})
+        call = lstm._request(x, **given or {})
         return str(kind_of(call).as_json())
 
     ragged: dict = dict(lengths=torch.tensor([3, 1, 2]), resets=torch.ones(4, 3, dtype=torch.bool))
@@ -317,7 +316,7 @@ def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypa
     lstm = gpu_lstm.LSTM(2, 2).requires_grad_(False)
 
     def facts(x):
-        call = prepare(lstm._options(), lstm._weights(), x)
+        call = lstm._request(x)
         return kind_of(call), race.build(call, kind_of(call), Backend.TRITON).schedule
 
     with torch.autocast("cpu", torch.float16):
@@ -330,7 +329,7 @@ def test_what_is_decided_in_a_capture_or_forgotten_is_decided_again(monkeypatch)
     """Since nothing is verified and raced in a capture; and a plan that autotune has found is used from then on."""
     monkeypatch.setattr(dispatch, "_routes", {})
     lstm = gpu_lstm.LSTM(2, 2)
-    call = prepare(lstm._options(), lstm._weights(), X)
+    call = lstm._request(X)
     captured = call._replace(modes=call.modes._replace(capturing=True))
     first, second = dispatch.route_of(captured), dispatch.route_of(captured)
     assert first is not second

@@ -62,7 +62,7 @@ def calls_of(backend: str) -> dict:
         "reset_states": (other, lambda: other(x, resets=resets, reset_states=tuple(hx))),
         "noise": (noisy, lambda: noisy(packed)),
         "cell": (cell, lambda: [cell(x[0], (h[0], c[0])), cell(x[0])]),
-        "lstm_layer": (lstm, lambda: lstm_layer(x, lstm._weights()[0][0], resets=resets, backend=backend)),
+        "lstm_layer": (lstm, lambda: lstm_layer(x, lstm._request(x).weights[0][0], resets=resets, backend=backend)),
         "Stream": (lstm, streamed),
         "trace": (deep, lambda: [(t.output, *t.layers) for t in map(partial(gpu_lstm.trace, deep), (packed, x))]),
         "resets_from_dones": (lstm, lambda: gpu_lstm.resets_from_dones(resets)),

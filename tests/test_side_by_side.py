@@ -24,7 +24,6 @@ from gpu_lstm.__main__ import main
 from gpu_lstm.backends import operators, schedule
 from gpu_lstm.call import modes
 from gpu_lstm.call.choices import Backend
-from gpu_lstm.call.prepare import prepare
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.route import forget
@@ -149,7 +148,7 @@ def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypat
 def _call(lstm, steps, **facts):
     like = next(lstm.parameters())
     x = like.new_zeros(steps, facts.pop("batch", 2), lstm.input_size)
-    given = prepare(lstm._options(), lstm._weights(), x)
+    given = lstm._request(x)
     return given._replace(modes=given.modes._replace(capturing=facts.pop("capturing", False)), **facts)
 
 

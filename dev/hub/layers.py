@@ -12,7 +12,7 @@ from .call.options import Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State
 from .dispatch.route import run
-from .modules.arguments import weights_of
+from .modules.arguments import weights_now
 from .modules.tracing import traced
 
 
@@ -51,7 +51,7 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
     asked = Arguments(module.mode.lower(), roles.Module, sizes, False, (), 1, module.input_size, module.bias, None,
                       module.bidirectional, module.batch_first, module.training, False,
                       (module.dropout, *Arguments._field_defaults["rates"][1:]), module.proj_size)  # fmt: skip
-    return run(prepare(options := options_of(*asked), weights_of(module, options.names), input, hx))
+    return run(prepare(options := options_of(*asked), weights_now(module, options.names), input, hx))
 
 
 _in_eager_mode = torch._disable_dynamo(_called)

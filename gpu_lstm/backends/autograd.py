@@ -16,12 +16,13 @@ from ..call.modes import Transforms, are_differentiated, is_transformed
 from ..call.request import Call
 from ..call.weights import State
 from ..kernels import private
-from ..kernels.layer import Layer, NoKernel
+from ..kernels.contract import NoKernel
+from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass
 from . import fused
 from .fused import Saved
 from .layer_loop import NOTHING
-from .operators import BACKWARD, LIBRARY, OPERATOR, How, named, without_kernels
+from .operators import BACKWARD, LIBRARY, OPERATOR, How, operator_name, without_kernels
 
 Tensors = Sequence[Tensor | None]
 
@@ -47,7 +48,7 @@ def layer_by_kernels(
 
 def how_of(layer: Layer, backend: Any, save: bool = False, recompute: bool = False) -> How:
     """What operators are told of a layer; `backend`: the one that was asked for."""
-    name = named(Backend(layer.backend), requested_backend(backend) is not Backend.AUTO)
+    name = operator_name(Backend(layer.backend), requested_backend(backend) is not Backend.AUTO)
     return How(layer.problem.cell, layer.problem.reverse, name, save, recompute)
 
 

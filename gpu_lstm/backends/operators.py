@@ -34,9 +34,9 @@ _names = itertools.chain([_package], (f"{_package}_{n}" for n in itertools.count
 NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 # An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.
-NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
+TENSOR_NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
 SECOND = len(Inputs._fields)
-_TENSORS = ", ".join(f"Tensor? {name}=None" for name in NAMES)
+_TENSORS = ", ".join(f"Tensor? {name}=None" for name in TENSOR_NAMES)
 for _schema in (
     f"layer(str cell, bool reverse, str backend, bool save, bool recompute, {_TENSORS}) "
     "-> (Tensor h, Tensor h_n, Tensor c_n, Tensor gates, Tensor c)",
@@ -67,7 +67,7 @@ AUTO = "auto "
 """Before the name of a backend of kernels that nobody asked for: another one runs where these have no right one."""
 
 
-def named(backend: Backend, asked: bool) -> str:
+def operator_name(backend: Backend, asked: bool) -> str:
     """A backend, as operators are told of it."""
     return backend.value if asked or backend not in KERNEL_BACKENDS else AUTO + backend.value
 
@@ -170,7 +170,7 @@ def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
     inputs = Inputs(*tensors[:SECOND])
     runner = _runner(how, inputs, Pass(True, True, dh is not None, dh_n is not None))
     if isinstance(runner, Layer):
-        wanted = list(itertools.compress(NAMES, needed))
+        wanted = list(itertools.compress(TENSOR_NAMES, needed))
         by_name = fused.gradients(runner, Saved(inputs, h, gates, c), gradients, set(wanted))
         results = [by_name[name] for name in wanted]
     else:
@@ -215,7 +215,7 @@ def _products(tensors: Sequence[Any]) -> dict[str, int]:
     """Operations of each matrix's product over all steps, by its name; a multiply-add counts as two, as in torch."""
     steps, batch, _ = tensors[0].shape
     matrices = "weight_ih", "weight_hh", "weight_hr"
-    present = ((name, t) for name, t in zip(NAMES, tensors) if name.startswith(matrices) and t is not None)
+    present = ((name, t) for name, t in zip(TENSOR_NAMES, tensors) if name.startswith(matrices) and t is not None)
     return {name: 2 * steps * batch * t.numel() for name, t in present}
 
 
@@ -223,7 +223,7 @@ def _backward_flops(
     cell: str, reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
 ) -> int:
     """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
-    (_, gates, c), total, needs = saved, 0, dict(zip(NAMES, needed))
+    (_, gates, c), total, needs = saved, 0, dict(zip(TENSOR_NAMES, needed))
     for name, operations in _products(tensors).items():
         of_operand = needs["x"] if name.startswith("weight_ih") else True
         recomputed = gates.dim() < c.dim() and name in ("weight_ih", "weight_hh")

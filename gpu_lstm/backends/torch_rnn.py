@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..call import onednn, roles
 from ..call.checks import is_exact
 from ..call.choices import Backend
-from ..call.modes import Recording, Transforms, autocast_dtype, is_transformed
+from ..call.modes import Recording, autocast_dtype, is_transformed
 from ..call.request import Call, Request
 from ..call.sequences import where
 from ..call.weights import State, Weights
@@ -171,12 +171,11 @@ def stack(
 
 def _is_step(request: Request) -> bool:
     """Whether `_cell_by_cell` can run a call: on a CPU, for inference, one direction."""
-    options, modes, dtype = request.options, request.modes, request.x.dtype
+    options, dtype = request.options, request.x.dtype
     if not request.x.is_cpu or dtype not in (torch.float32, torch.float64) or request.learns:
         return False
-    plain = not (options.directions > 1 or options.sizes[0].projected or options.dropout or request.form.packed)
-    watched = modes.recording != Recording.NOBODY or modes.transforms != Transforms.NONE or modes.autocast is not None
-    return plain and not watched
+    more = options.directions > 1 or options.sizes[0].projected or options.dropout or request.form.packed
+    return request.modes.plain and not more
 
 
 def _cell_by_cell(cell: Cell, x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, list[State]]:

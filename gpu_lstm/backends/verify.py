@@ -19,7 +19,8 @@ from ..call.choices import Backend
 from ..call.settings import alone
 from ..kernels import cache
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer, kept_layer, launcher_of, machine_of
+from ..kernels.contract import launcher_of, machine_of
+from ..kernels.layer import Layer, kept_layer
 from ..kernels.memory import WroteOutside, checked, checking
 from ..kernels.private import TorchDispatchMode
 from ..kernels.problem import Inputs, Pass, Problem, sizes_of

@@ -58,12 +58,31 @@ def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
         raise RuntimeError(f"{name} must have {count} dimensions, got {tensor.dim()}")
 
 
-def check_count(values: Any, counts: Sequence[int], type_error: str, wrong: str, error: type[Exception]) -> None:
-    """Raise TypeError unless `values` is a tuple or list, `error` unless it has one of these lengths, and say which."""
+def check_count(values: Any, counts: Sequence[int], texts: tuple[str, str], error: type[Exception]) -> None:
+    """Raise TypeError unless `values` is a tuple or list, `error` unless it has one of these lengths.
+
+    The `texts` of both say with {} what was given.
+    """
     if not isinstance(values, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
-        raise TypeError(f"{type_error}: {type(values).__name__}")
+        raise TypeError(texts[0].format(type(values).__name__, cure=cure_of_one(values)))
     if len(values) not in counts:
-        raise error(f"{wrong}, got {len(values)}")
+        raise error(texts[1].format(len(values)))
+
+
+PAIR = (
+    "lstm(): argument 'hx' (position 2) must be tuple of Tensors, not {}{cure}",
+    "lstm expects two hidden states",
+)
+"""What torch's own says of hx that is no pair of states. One tensor that holds both is none."""
+
+
+def check_states(
+    states: Any, names: Sequence[str], texts: tuple[str, str] = PAIR, error: type[Exception] = RuntimeError
+) -> None:
+    """Raise unless `states` is a tuple or list of tensors, as many as there are names; see `check_count`."""
+    check_count(states, (len(names),), texts, error)
+    for name, state in zip(names, states):
+        check_tensor(state, name)
 
 
 def cure_of(value: object) -> str:
@@ -92,26 +111,16 @@ def check_as_torch(x: Tensor, features: int, weight: Tensor) -> None:
     RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
-def check_pair(hx: Any) -> None:
-    """Raise, in torch's words, unless there are two states. One tensor that holds both is not a pair."""
-    if not isinstance(hx, (tuple, list)):
-        what = f"argument 'hx' (position 2) must be tuple of Tensors, not {type(hx).__name__}"
-        raise TypeError(f"lstm(): {what}{cure_of_one(hx)}")
-    if len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
-
-
 def check_list(states: Any, names: Sequence[str], layers: int, name: str, error: type[Exception]) -> Any:
     """`states`; raise unless it has (h, c), of a GRU h, for each layer. A wrong number: `error`."""
     what, in_full = ("tensors", "tensors") if len(names) == 1 else ("pairs", "pairs (h, c)")
     expected = f"{name} should be a list of {in_full}, one a layer, got"
     for k, state in enumerate(states if isinstance(states, (tuple, list)) else ()):
-        block = (state,) if len(names) == 1 else state
-        two = f"Expected two states (h, c) of layer {k}"
-        check_count(block, (len(names),), f"{expected} for layer {k}", two, error)
-        for letter, tensor in zip(names, block):
-            check_tensor(tensor, f"{letter} of layer {k}")
-    check_count(states, (layers,), expected, f"Expected {name} of {layers} {what}, one a layer", error)
+        texts = f"{expected} for layer {k}: {{}}", f"Expected two states (h, c) of layer {k}, got {{}}"
+        of_layer = [f"{letter} of layer {k}" for letter in names]
+        check_states((state,) if len(names) == 1 else state, of_layer, texts, error)
+    texts = f"{expected}: {{}}", f"Expected {name} of {layers} {what}, one a layer, got {{}}"
+    check_count(states, (layers,), texts, error)
     return states
 
 
@@ -142,8 +151,11 @@ def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Wei
     """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
     most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
     names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
-    expected = "weights should be a tuple or list of tensors, got"
-    check_count(weights, range(2, most + 1), expected, f"Expected weights of 2 to {most} tensors ({names})", ValueError)
+    texts = (
+        "weights should be a tuple or list of tensors, got: {}",
+        f"Expected weights of 2 to {most} tensors ({names}), got {{}}",
+    )
+    check_count(weights, range(2, most + 1), texts, ValueError)
     for name, tensor in zip(NAMES, weights):
         _check_weight(name, tensor)
         if tensor is not None:

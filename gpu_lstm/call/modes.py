@@ -50,6 +50,11 @@ class Modes(NamedTuple):
     choices: tuple  # of backend and racing, by blocks, else by the environment
     capturing: bool  # a CUDA graph
 
+    @property
+    def plain(self) -> bool:
+        """Whether nobody watches or transforms a call, and autocast is off."""
+        return self.recording == Recording.NOBODY and self.transforms == Transforms.NONE and self.autocast is None
+
 
 def modes(x: Tensor) -> Modes:
     """The modes as they are now, for a call on x; of its other tensors `prepare` knows whether they are plain."""

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from ..kernels.cells import Cell
 from . import checks, roles
 from .choices import parse_backend_name
-from .modes import PLAIN, Recording, Transforms, modes
+from .modes import PLAIN, Recording, Transforms, modes, only_torch_runs
 from .options import NORMS, Arguments, Options, options_of
 from .request import Request
 from .roles import RESET_STATES, Form
@@ -28,13 +28,15 @@ def prepare(
     form, x, sizes = role.input(input)
     steps, batch = sizes
     states = role.zeros(x, batch) if hx is None else role.states_in(form, x, batch, hx)
-    others = [t for t in (lengths, resets) if t is not None]
+    others: list[Tensor] = []
     if lengths is not None:
+        others.append(lengths)
         if form.packed is not None:
             raise ValueError("lengths should not be given together with a PackedSequence, which has its own")
         checks.check_lengths(lengths, steps, (batch,) if form.batched else (), x)
         lengths = lengths.reshape(batch)
     if resets is not None:
+        others.append(resets)
         shape = sizes if form.batched else (steps,)
         checks.check_resets(resets, shape[::-1] if form.batch_first else shape, x)
         resets = form.time_major(resets)
@@ -52,7 +54,9 @@ def prepare(
         traversal = traversal._replace(reset_states=pairs)
         others += [t for pair in pairs for t in pair]
         learns = learns or (now.grad and any(t.requires_grad for t in others))
-    if not (plain and all([type(t) in PLAIN for t in others])) and now.recording == Recording.NOBODY:
+    if others:
+        plain = plain and all([type(t) in PLAIN for t in others])
+    if not plain and now.recording == Recording.NOBODY:
         now = now._replace(recording=Recording.WATCHED)
     if options.reverse:
         traversal = traversal.backwards()
@@ -142,12 +146,16 @@ def _reset_before_the_first_step(
     return [where(reset, (0, 0), state) for state in states]
 
 
-def fits_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
-    """Whether torch's operator for a cell takes all as it is, on the CPU. If not, `prepare` makes it so, or raises."""
+def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
+    """Whether torch's operator for a cell runs a call, and takes all as it is, on the CPU.
+
+    If not, `prepare` makes it so, or raises.
+    """
     is_plain = type(x) is Tensor and x.is_cpu and x.dim() == 2 and x.layout is torch.strided and not x.is_nested
     if not is_plain or options.feature is not None:
         return False
     dtype, (batch, features), role = x.dtype, x.shape, options.role
     found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
     sizes = [(batch, role.hidden)] * len(options.cell.states)
-    return features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # without variants all are there
+    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # without variants all are there
+    return fits and only_torch_runs(options.backend)

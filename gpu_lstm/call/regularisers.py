@@ -154,7 +154,7 @@ class WeightDrop(Regulariser):
 REGULARISERS: tuple[Regulariser, ...] = (Dropout(), RecurrentDropout(), Zoneout(), WeightDrop())
 """In the order in which they draw, and are applied."""
 BY_NAME = {thing.name: thing for thing in REGULARISERS}
-NAMES = tuple(BY_NAME)
+REGULARISER_NAMES = tuple(BY_NAME)
 OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
 SCALING, AFTER = (tuple(thing for thing in REGULARISERS if thing.overrides(way)) for way in ("scaled", "after"))
 REFERENCE_ONLY = tuple(thing.name for thing in (*SCALING, *AFTER) if not thing.overrides("flags"))

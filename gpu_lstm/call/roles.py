@@ -172,18 +172,15 @@ class Role:
         if self.one_state:
             checks.check_tensor(hx, "hx")
         else:
-            checks.check_pair(hx)
-            for i, state in enumerate(hx):
-                checks.check_tensor(state, f"hidden[{i}]")
+            checks.check_states(hx, ("hidden[0]", "hidden[1]"))
         return (hx,)
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
         """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
         names, size = self.cell.states, (*self.lead, *((batch,) if form.batched else ()), self.hidden)
-        expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)})"
-        checks.check_count(hx, (len(names),), f"{expected}, got", expected, RuntimeError)
+        expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)}), got"
+        checks.check_states(hx, names, (f"{expected}: {{}}", f"{expected} {{}}"))
         for name, state in zip(names, hx):
-            checks.check_tensor(state, name)
             checks.check_device("hidden", state, x)
             checks.check_size(name, state, size)
         (h, *others), exact = map(form.state_in, hx), torch.promote_types(x.dtype, torch.float32)
@@ -226,8 +223,11 @@ class Role:
             if self.one_state:
                 checks.check_tensor(block, name)
                 block = block, block
-            pair = f"{name} should be a pair of tensors (h, c), got"
-            checks.check_count(block, (2,), pair, f"Expected {name} of two states (h, c)", ValueError)
+            texts = (
+                f"{name} should be a pair of tensors (h, c), got: {{}}",
+                f"Expected {name} of two states (h, c), got {{}}",
+            )
+            checks.check_count(block, (2,), texts, ValueError)
             for letter, state, features in zip("hc", block, (size.width, size.hidden)):
                 a_sequence, a_step = [*self.lead, *of_batch, features], [*self.lead, *of_steps, features]
                 checks.check_reset_state(state, f"{letter} of {name}", (a_sequence, a_step), x, letter == "c")
@@ -262,7 +262,7 @@ class Module(Role):
             ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx)}"
             raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")
         elif rank == 3 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):  # of an unbatched hx it takes two
-            checks.check_pair(hx)
+            checks.check_count(hx, (2,), checks.PAIR, RuntimeError)
         return (hx,)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:

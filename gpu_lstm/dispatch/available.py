@@ -7,7 +7,7 @@ import torch
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.regularisers import REFERENCE_ONLY
 from ..kernels import cache
-from ..kernels.layer import launcher_of, package_of
+from ..kernels.contract import launcher_of, package_of
 from . import cpu_rule
 from .kind import Kind
 

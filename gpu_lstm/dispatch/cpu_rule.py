@@ -6,7 +6,7 @@ does not cause a compilation. Everything else is raced as on a card.
 """
 
 from ..call.choices import Backend
-from ..kernels.layer import package_of
+from ..kernels.contract import package_of
 from .kind import Kind
 
 FEWEST_STEPS = 8  # more are worth a compilation

@@ -40,7 +40,7 @@ class Kind(NamedTuple):
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
-    def only_ours(self) -> str | None:
+    def torch_lacks(self) -> str | None:
         """What torch's own lacks, in words; None: it can run all of it."""
         too_long = self.steps > MOST_STEPS + 1
         return self.feature or (f"sequences of more than {MOST_STEPS:,} steps" if too_long else None)

@@ -25,7 +25,7 @@ from ..call.request import Request
 from ..call.roles import TIME_FIRST
 from ..call.settings import alone
 from ..kernels import cache
-from ..kernels.layer import launcher_of, machine_of
+from ..kernels.contract import launcher_of, machine_of
 from ..kernels.private import default_store, is_profiled
 from ..kernels.settings import Setting
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
@@ -120,8 +120,8 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     The kernels, where torch cannot run it, or not at the speed of a plain batch; and where no layer's plan is expected
     to be slower (Triton's are not where W_hh stays on chip). Everywhere else, torch.
     """
-    if kind.only_ours:
-        return Decision(able, f"torch's own does not support {kind.only_ours}")
+    if kind.torch_lacks:
+        return Decision(able, f"torch's own does not support {kind.torch_lacks}")
     if is_compiled_once(able):
         return Decision(able, cpu_rule.EXPECTED) if cpu_rule.is_long(kind) else Decision(Backend.TORCH, cpu_rule.SHORT)
     first, *_ = kind.problems
@@ -169,7 +169,7 @@ def _generator(device: torch.device) -> Setting:
 
 def _is_raced(kind: Kind, able: Backend) -> bool:
     """Whether it is not known beforehand who is faster. On a card the reference never is."""
-    return is_compiled_once(able) or not kind.only_ours
+    return is_compiled_once(able) or not kind.torch_lacks
 
 
 def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
@@ -239,7 +239,7 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
 
 def other_than_kernels(kind: Kind) -> Backend:
     """The backend that runs a kind of call without our kernels."""
-    return Backend.REFERENCE if kind.only_ours else Backend.TORCH
+    return Backend.REFERENCE if kind.torch_lacks else Backend.TORCH
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:

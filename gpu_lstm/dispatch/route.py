@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..backends.operators import AUTO, count_flops, named
+from ..backends.operators import AUTO, count_flops, operator_name
 from ..backends.run import Route, execute
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
@@ -22,7 +22,7 @@ TOO_MANY = MOST_STEPS + 1  # steps, which are a power of two and count as the ne
 
 _routes: dict[tuple, Route] = {}
 # By what operators are told of it; torch.compile of torch 2.9 does not trace Backend(name).
-_BY_NAME = {named(backend, asked): backend for backend in Backend for asked in (True, False)}
+_BY_NAME = {operator_name(backend, asked): backend for backend in Backend for asked in (True, False)}
 
 
 def run(call: Request) -> tuple[Any, Any]:
@@ -65,7 +65,7 @@ def forget() -> None:
     """Drop all decisions and plans, so that later calls decide again: more is known."""
     _routes.clear()
     race.decided.clear()
-    layer.forget()
+    layer.forget_layers()
 
 
 def able_to_run(call: Request, kind: Kind) -> Backend:
@@ -83,7 +83,7 @@ def _route_while_watched(call: Request) -> Route:
     if backend not in KERNEL_BACKENDS:
         return Route(backend, dtype_of(call))
     count_flops()
-    return Route(backend, dtype_of(call), named(backend, asked))
+    return Route(backend, dtype_of(call), operator_name(backend, asked))
 
 
 def _route_in_a_graph(call: Request) -> Route:
@@ -121,7 +121,7 @@ def _answer(
     try:
         able = available.select(chosen, device, kind, transformed)
         if able in KERNEL_BACKENDS and requested_backend(chosen) is Backend.AUTO:
-            return named(race.expected_winner(kind, able, device).backend, asked=False), ""
+            return operator_name(race.expected_winner(kind, able, device).backend, asked=False), ""
         return able.value, ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         return type(error).__name__, str(error)

@@ -4,6 +4,7 @@ Keras's matrices are transposed, its LSTM has one bias where torch's has two, an
 """
 
 import importlib
+import itertools
 import math
 import numbers
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class Pair(NamedTuple):
         first, second, third = rows.chunk(3)
         return torch.cat([second, first, third])
 
-    def weights_of(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
+    def torchs_weights(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
         """W_ih, W_hh and, with a bias, b_ih and b_hh of a Keras cell. An LSTM's b_hh, which Keras lacks, is 0."""
         weights = [tensor_of(cell.kernel).T, tensor_of(cell.recurrent_kernel).T]
         if cell.use_bias:
@@ -167,8 +168,8 @@ def from_keras(
         module = pair.stack(inputs, sizes, **shared)
     else:
         module = pair.module(inputs, _same("units", sizes), bidirectional=both, **shared)
-    for weights, cell in zip([w for layer in module._weights() for w in layer], cells):
-        for parameter, new in zip(weights.present(), pair.weights_of(cell, _tensor)):
+    for weights, cell in zip(itertools.chain(*module._weights(module._options().names)), cells):
+        for parameter, new in zip(weights.present(), pair.torchs_weights(cell, _tensor)):
             parameter.copy_(new).requires_grad_(cell.trainable)
         if weights.bias_hh is not None and pair is OF_LSTM:
             weights.bias_hh.requires_grad_(cell.trainable and not freeze_second_bias)
@@ -200,7 +201,8 @@ def to_keras(module: nn.Module) -> Any:
     if pair is None:
         raise TypeError(f"to_keras accepts {_ACCEPTED}, or GoBackwards, got {type(rnn).__name__}")
     keras = import_keras()
-    weights, layers = [w for layer in rnn._weights() for w in layer], len(rnn._weights())  # [L * D]
+    by_layer = rnn._weights(rnn._options().names)
+    weights, layers = [*itertools.chain(*by_layer)], len(by_layer)  # [L * D]
     for name in ("proj_size", "residual", *NOT_OF_TORCH):
         _refuse(name, getattr(rnn, name, None), " in Keras")
     if layers > 1:

@@ -39,7 +39,7 @@ class _OnOurKernels:
         if training and cell.implementation == 1 and (cell.dropout or cell.recurrent_dropout):
             return keras.layers.RNN.inner_loop(self, sequences, initial_state, mask, training=training)
 
-        weights = self._pair.weights_of(cell, to_tensor)
+        weights = self._pair.torchs_weights(cell, to_tensor)
         x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
         if training and cell.dropout:
             x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps

@@ -11,7 +11,9 @@ from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
 from ..call.options import NORMS, Options
+from ..call.prepare import prepare
 from ..call.regularisers import BY_NAME, OURS
+from ..call.request import Request
 from ..call.weights import LAYER_NORM, PEEPHOLES, Weights
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
@@ -55,12 +57,23 @@ OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute")
 """The attributes of cells, and of other modules, in the order of Arguments."""
 
 
+def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
+    """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
+    parameters = module._parameters
+    try:
+        return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
+    except KeyError:  # another tensor has taken a parameter's place, as weight_norm's does
+        return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
+
+
 class Checked:
     """A module whose attributes are checked like its arguments when they are set."""
 
     # What it tells every call. (Users' subclasses may have a `cell` of their own.)
     _cell: Cell
     _role: type[roles.Role]
+    _options: Callable[[], Options]  # from the attributes as they are now
+    _weights = weights_now
     # Defaults, on the class, so that modules pickled by older versions have them.
     backend: BackendName | None = None
     _peepholes: bool = False
@@ -86,7 +99,9 @@ class DropIn(Checked):
     def _make(self: Any, given: dict[str, Any]) -> None:
         """Make a module from its constructor's locals(). Ours are checked before torch's class draws weights."""
         del given["self"]
-        ours = {name: accepted(name, given.pop(name), self._cell) for name in (*OWN, *OURS) if name in given}
+        for name in (*OWN, *OURS):
+            if name in given:
+                setattr(self, name, given.pop(name))
         peepholes, norms = given.pop(PEEPHOLES, False), norms_of(given.pop(LAYER_NORM, False))
         heads, projected = given.pop("heads"), given.get("proj_size", 0)
         check_bool(PEEPHOLES, peepholes)
@@ -95,8 +110,6 @@ class DropIn(Checked):
         if heads != 1:
             self.heads = heads  # which reset_parameters reads
         self._init_torchs(**given)
-        for name, value in ours.items():
-            setattr(self, name, value)
         if not (peepholes or norms):
             return
         if not self._cell.normalises:
@@ -169,20 +182,14 @@ class Layers(Checked):
     zoneout: float | tuple[float, float] = 0.0
     weight_drop: float = 0.0
     recompute: bool = False
-    _options: Callable[[], Options]  # from the attributes as they are now
 
-    def _weights(self) -> list[list[Weights]]:
-        """[L][D], as the module has them now."""
-        return weights_of(self, self._options().names)
-
-
-def weights_of(module: Any, names: tuple) -> list[list[Weights]]:
-    """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
-    parameters = module._parameters
-    try:
-        return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
-    except KeyError:  # another tensor has taken a parameter's place, as weight_norm's does
-        return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
+    def _request(
+        self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
+        resets: Tensor | None = None, reset_states: Any = None,
+    ) -> Request:  # fmt: skip
+        """What a call asks for, checked."""
+        options = self._options()
+        return prepare(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
 
 
 Given = TypeVar("Given", contravariant=True)

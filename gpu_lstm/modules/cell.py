@@ -11,14 +11,13 @@ from torch.nn.modules.rnn import RNNCellBase
 from ..backends.torch_rnn import one_step
 from ..call import roles
 from ..call.choices import Backend, BackendName
-from ..call.modes import only_torch_runs
 from ..call.options import Options, options_of
-from ..call.prepare import fits_torchs_cell, prepare
+from ..call.prepare import prepare, takes_torchs_cell
 from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
-from .arguments import OF_CELLS, DropIn, HasVariants, weights_of
+from .arguments import OF_CELLS, DropIn, HasVariants
 from .tracing import traced
 
 
@@ -45,8 +44,8 @@ class RecurrentCell(DropIn):
         if (type(input) is not Tensor or fx_is_tracing()) and (instead := traced(self, input, hx)) is not None:
             return instead
         options = self._options()
-        weights, state = weights_of(self, options.names), hx if type(hx) is tuple else (hx,)
-        if fits_torchs_cell(options, input, state, weights[0][0]) and only_torch_runs(options.backend):
+        weights, state = self._weights(options.names), hx if type(hx) is tuple else (hx,)
+        if takes_torchs_cell(options, input, state, weights[0][0]):
             found = one_step(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]

@@ -13,13 +13,12 @@ from ..backends.torch_rnn import packed
 from ..call import roles
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
-from ..call.prepare import prepare
-from ..call.regularisers import NAMES
+from ..call.regularisers import REGULARISER_NAMES
 from ..call.weights import State
 from ..dispatch.route import run
 from ..kernels import cells
 from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import OF_LAYERS, Called, DropIn, HasVariants, Layers, weights_of
+from .arguments import OF_LAYERS, Called, DropIn, HasVariants, Layers
 from .tracing import in_eager_mode, traced
 
 # torch's classes are bound when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
@@ -101,12 +100,11 @@ class Recurrent(DropIn, Layers):
         if mask is not None:
             name, torchrls = self._cell.name.upper(), TORCHRLS if self._cell.of_torch else ""
             raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
-        options = self._options()
-        return run(prepare(options, weights_of(self, options.names), input, hx, lengths, resets, reset_states))
+        return run(self._request(input, hx, lengths, resets, reset_states))
 
     def _options(self: Any) -> Options:
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
+        rates = tuple([getattr(self, name, 0.0) for name in REGULARISER_NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, self.proj_size)
 
 

@@ -12,12 +12,11 @@ from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
-from ..call.prepare import prepare
-from ..call.regularisers import NAMES
+from ..call.regularisers import REGULARISER_NAMES
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
 from ..dispatch.route import run
 from ..kernels.private import fx_is_tracing
-from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_of
+from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_now
 from .recurrent import GRU, LSTM
 from .tracing import traced
 
@@ -92,15 +91,15 @@ class Stack(Layers, nn.Module):
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
             if instead is not None:
                 return instead
-        return run(prepare(self._options(), self._weights(), input, hx, lengths, resets, reset_states))
+        return run(self._request(input, hx, lengths, resets, reset_states))
 
     def _options(self) -> Options:
         sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in NAMES])
+        rates = tuple([getattr(self, name, 0.0) for name in REGULARISER_NAMES])
         return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
 
-    def _weights(self) -> list[list[Weights]]:
-        return [weights_of(module, (names,))[0] for module, names in zip(self.layers, self._options().names)]
+    def _weights(self, names: tuple) -> list[list[Weights]]:
+        return [weights_now(module, (of_layer,))[0] for module, of_layer in zip(self.layers, names)]
 
     def extra_repr(self) -> str:
         changed = repr_of(self, "bias", "batch_first", "dropout", "bidirectional", "residual")

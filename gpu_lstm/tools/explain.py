@@ -14,7 +14,6 @@ from ..backends.verify import cached_verdict
 from ..call.checks import check_tensor
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.modes import Transforms
-from ..call.prepare import prepare
 from ..call.request import Request
 from ..call.roles import Module
 from ..dispatch import available, race
@@ -117,7 +116,7 @@ def explain(
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     if isinstance(module, Layers):
-        call = prepare(module._options(), module._weights(), x, None, lengths, resets, reset_states)
+        call = module._request(x, None, lengths, resets, reset_states)
     elif (found := module.request(x)) is not None:
         call = found
     else:

@@ -9,8 +9,7 @@ from torch.nn.modules import rnn
 
 from ..backends.layer_loop import NOTHING
 from ..call import roles
-from ..call.checks import check_pair, check_tensor
-from ..call.prepare import prepare
+from ..call.checks import check_states, check_tensor
 from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
@@ -73,15 +72,13 @@ class Stream:
 
     def _accepted(self, hx: Any) -> Any:
         """The states that `module` would begin with, checked as its call checks hx."""
-        module, options = self.module, self.module._options()
-        if hx is not None and module._role is not roles.Stack and len(options.cell.states) == 2:
-            check_pair(hx)
-            for name, state in zip(("h_0", "c_0"), hx):
-                check_tensor(state, name)
+        module = self.module
+        if hx is not None and module._role is not roles.Stack and len(module._cell.states) == 2:
+            check_states(hx, ("h_0", "c_0"))
         sizes = (self.batch, 1) if module.batch_first else (1, self.batch)
         step = next(module.parameters()).new_empty(*sizes, module.input_size)
-        request = prepare(options, module._weights(), step, hx)
-        return options.role.states_out(request.form, request.call().states)
+        request = module._request(step, hx)
+        return request.options.role.states_out(request.form, request.call().states)
 
     def __call__(self, x: Tensor, active: Tensor | None = None) -> Tensor:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).

@@ -12,7 +12,6 @@ from ..backends.reference import Steps
 from ..backends.run import Route, execute
 from ..call.checks import check_tensor
 from ..call.choices import Backend
-from ..call.prepare import prepare
 from ..call.sequences import without_padding
 from ..call.weights import State
 from ..dispatch.kind import dtype_of
@@ -92,7 +91,7 @@ def trace(
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     record: list[Steps] = []
-    call = prepare(module._options(), module._weights(), x, hx, lengths, resets, reset_states)
+    call = module._request(x, hx, lengths, resets, reset_states)
     output, states = execute(Route(Backend.REFERENCE, dtype_of(call)), call, record.append)
     directions = call.options.directions
     named = [EQUATIONS[call.options.cell.name].gates_of(*steps) for steps in record]

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from ..call.checks import check_bool
 from ..call.choices import Backend
-from ..call.modes import Recording, Transforms, modes
+from ..call.modes import modes
 from ..call.prepare import prepare_layer
 from ..call.request import Request
 from ..call.weights import Weights
@@ -141,8 +141,7 @@ def is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
     if not (z.is_cpu and kernel.is_cpu and z.dtype in (torch.float32, torch.float64) and z.dim() == 3):
         return False
     now = modes(z)
-    watched = now.recording != Recording.NOBODY or now.transforms != Transforms.NONE or now.autocast is not None
-    if watched or now.choices[0] not in (None, Backend.AUTO, "auto"):  # first: in a graph, sizes may be symbols
+    if not now.plain or now.choices[0] not in (None, Backend.AUTO, "auto"):  # first: in a graph, sizes may be symbols
         return False
     steps, batch, gates = z.shape
     hidden = kernel.shape[0] * kernel.shape[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import by_steps
 from ..by_steps import Part
 from ..cards import Card, cuda_obstacle
-from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses
+from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..memory import checking, margins
 from ..problem import Pass, Problem
 
@@ -93,7 +93,7 @@ def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, 
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
-    """See layer.Launcher; as what follows below."""
+    """See contract.Launcher; as what follows below."""
     p, backward = by_steps.within(problem), pass_.backward
     loop = by_steps.backward_steps if backward else by_steps.forward_steps
     binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
@@ -104,7 +104,7 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
         with stream(device):
             loop(binds, arguments, p)
 
-    return Launches(p, plan, by_steps.buffers(p, pass_), start, outside=p != problem)
+    return Launches(plan, by_steps.buffers(p, pass_), start, p != problem)
 
 
 def stream(device: torch.device) -> Any:

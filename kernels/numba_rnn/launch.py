@@ -14,8 +14,9 @@ from .. import by_steps
 from ..by_steps import Part
 from ..cards import Card
 from ..cells import CELLS
+from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses
 from ..heads import arranged
-from ..layer import Chosen, Launches, NoKernel, OnlyPlan, Refuses, aligned, is_product_alone
+from ..layer import aligned, is_product_alone
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem, Recurrence, in_the_loop
 from . import LOOPS, build, equations, steps
@@ -130,7 +131,7 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
-    """See layer.Launcher; as what follows below."""
+    """See contract.Launcher; as what follows below."""
     outside, backward = problem.projected > 0 and not problem.projects_in_loop, pass_.backward
     p = problem._replace(projected=0) if outside else problem
     parts, buffers = by_steps.parts_of(p, backward), by_steps.buffers(p, pass_)
@@ -157,11 +158,10 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
             return loop([partial(bind, part, backward) for part in parts], arguments, p)
         run_all(parts[0], backward, arguments)
 
-    launches = Launches(p, plan, buffers, start, outside, more=more if of_x else None)
-    launches.of_x = of_x
-    if of_x and p.steps == 1 and not in_the_loop(p, 1).keys() - PLAIN:
-        launches.step = step_of(p)
-    return launches
+    is_step = of_x and p.steps == 1 and not in_the_loop(p, 1).keys() - PLAIN
+    return Launches(
+        plan, buffers, start, outside, more=more if of_x else None, of_x=of_x, step=step_of(p) if is_step else None
+    )
 
 
 def card_of(device: torch.device) -> Card:

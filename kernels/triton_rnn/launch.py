@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from math import ceil
 from operator import itemgetter
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from .. import by_steps, cache
 from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
-from ..layer import Chosen, Launches, Refuses
+from ..contract import Chosen, Launches, Refuses
+from ..layer import Layer
 from ..memory import allocate, buffers_of, checking, margins
 from ..problem import Inputs, Normed, Pass, Problem, Recurrence, in_the_loop
 from ..timeouts import error_word
@@ -86,35 +88,35 @@ class Kernel:
         return launch_again
 
 
-class Prepared(Launches):
-    """A plan of one problem and pass; see layer.Launches. `launch` makes its launches, by default `launch_kernel`.
+BACKEND = "triton"
 
-    On `trial` it waits a second for other programs, not as long as the user's calls.
+
+def prepare(
+    problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False, launch: Launch | None = None
+) -> Launches:
+    """See contract.Launcher; as what follows. `launch` makes the launches, by default `launch_kernel`.
+
+    On `trial` they wait a second for other programs, not as long as the user's calls.
     """
-
-    def __init__(
-        self, problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False,
-        launch: Launch | None = None,
-    ) -> None:  # fmt: skip
-        family, backward = FAMILIES[type(plan.family)], pass_.backward
-        p = family.within(problem)
-        waits, result = family.waits(p, plan), family.results[backward]
-        self.at_once = plan.side_by_side // plan.heads if waits else None
-        kernel, more, loop = (each[backward] for each in (family.kernels, family.arguments, family.loops))
-        options = dict(
-            num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
-            maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
-        )  # fmt: skip
-        kernels = []
-        for part in by_steps.parts_of(p, backward):  # one, but for the pointwise family
-            sizes = _sizes(part.problem, plan, backward)._replace(START=part.start, END=part.end)
-            grid = dataclasses.replace(plan, programs=sizes.TILES).grid if loop else plan.grid
-            kernels.append(Kernel(kernel, grid, sizes, options, launch))
-        start = partial(loop, [each.bind for each in kernels], p=p) if loop else kernels[0]
-        super().__init__(
-            p, plan, family.buffers(p, plan, pass_), start, p != problem, result and partial(result, p),
-            more and partial(more, p, plan), error_ptr=error_word(device, kernel.__name__, trial) if waits else None,
-        )  # fmt: skip
+    family, backward = FAMILIES[type(plan.family)], pass_.backward
+    p = family.within(problem)
+    waits, result = family.waits(p, plan), family.results[backward]
+    kernel, more, loop = (each[backward] for each in (family.kernels, family.arguments, family.loops))
+    options = dict(
+        num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
+        maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
+    )  # fmt: skip
+    kernels = []
+    for part in by_steps.parts_of(p, backward):  # one, but for the pointwise family
+        sizes = _sizes(part.problem, plan, backward)._replace(START=part.start, END=part.end)
+        grid = dataclasses.replace(plan, programs=sizes.TILES).grid if loop else plan.grid
+        kernels.append(Kernel(kernel, grid, sizes, options, launch))
+    start = partial(loop, [each.bind for each in kernels], p=p) if loop else kernels[0]
+    return Launches(
+        plan, family.buffers(p, plan, pass_), start, p != problem, result and partial(result, p),
+        more and partial(more, p, plan), error_word(device, kernel.__name__, trial) if waits else None,
+        plan.side_by_side // plan.heads if waits else None,
+    )  # fmt: skip
 
 
 def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
@@ -125,10 +127,6 @@ def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
         UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps,
         **FAMILIES[type(plan.family)].sizes(p, plan, backward),
     )  # fmt: skip
-
-
-BACKEND, prepare = "triton", Prepared
-"""See layer.Launcher; as what follows."""
 
 
 def obstacle(device: torch.device, dtype: torch.dtype) -> Exception | None:
@@ -171,17 +169,17 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
         arguments = {n: a.detach() if isinstance(a, Tensor) else a for n, a in arguments.items()}  # in these sizes
         launches.append(RecordedLaunch(kernel, grid, arguments))
 
-    meta = torch.device("meta")
-    prepared = Prepared(problem, pass_, plan, meta, launch=record)
-    if prepared.projects_outside:  # then all gradients of m are given
-        problem, pass_ = problem._replace(projected=0), pass_._replace(dh=True, dh_n=False)
-    gates, r = call_of(problem, meta)
+    meta, p = torch.device("meta"), FAMILIES[type(plan.family)].within(problem)
+    if p != problem:  # then all gradients of m are given
+        pass_ = pass_._replace(dh=True, dh_n=False)
+    recorder: Any = SimpleNamespace(BACKEND=BACKEND, lacks=lacks, prepare=partial(prepare, launch=record))
+    layer, (gates, r) = Layer(p, meta, recorder, trial=plan), call_of(p, meta)
     if pass_.backward:
-        results = allocate(buffers_of(problem, Pass()), problem.steps, gates, r.inputs)
+        results = allocate(buffers_of(p, Pass()), p.steps, gates, r.inputs)
         dh, dh_n = (results["h_ptr"] if pass_.dh else None), (results["h_n_ptr"] if pass_.dh_n else None)
-        prepared.backward(dh, dh_n, None, gates, results["c_ptr"], r)
+        layer.backward(dh, dh_n, None, gates, results["c_ptr"], r, of_h0=False)
     else:
-        prepared.forward(gates, r)
+        layer.forward(gates, r, pass_.save)
     return launches
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import triton
 
-from ...layer import Layer, Verify, forget
+from ...layer import Layer, Verify, forget_layers
 from ...problem import Inputs, Pass, Problem
 from ...timeouts import raise_if_timed_out
 from .. import launch
@@ -55,7 +55,7 @@ def autotune(problem: Problem, device: torch.device, steps: int, verify: Verify 
                 raise RuntimeError(f"no plan for the {name} pass of this layer can be timed on this card: {result}")
             fastest[name] = min(milliseconds, key=milliseconds.__getitem__)
             keep_measured(problem, card, pass_.backward, fastest[name])
-    forget()
+    forget_layers()
     return fastest
 
 

@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 
 from ... import cache
 from ...cards import Card, driver
-from ...layer import NoKernel, plans_in_use
+from ...contract import NoKernel
+from ...layer import plans_in_use
 from ...ordering import in_order
 from ...private import load_kernel
 from ...problem import Pass, Problem, power_of_two

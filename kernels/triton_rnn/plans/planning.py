@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def slower(self) -> str | None:
-        """See layer.OnlyPlan: where W_hh is read at every step, or a group of programs has several batch tiles."""
+        """See contract.OnlyPlan: where W_hh is read at every step, or a group of programs has several batch tiles."""
         fast = isinstance(self.family, Resident | Cooperative | Held) and self.tiles_per_program == 1
         return None if fast else f"a kernel of the {self.family.name} family is slower"
 
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See layer.OnlyPlan: all fields, except for how many groups and tiles there are, beyond one."""
+        """See contract.OnlyPlan: all fields, except for how many groups and tiles there are, beyond one."""
         others = "groups", "tiles_per_program", "side_by_side", "shared", "why"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
         return {name: value for name, value in self.as_json().items() if name not in others} | several
@@ -130,7 +130,7 @@ class Plan:
         return replace(self, groups=groups, tiles_per_program=ceil(tiles / groups))
 
     def sequences_enough(self, problem: Problem) -> int:
-        """See layer.OnlyPlan: two batch tiles and part of a third; more where a program, or a group, has several."""
+        """See contract.OnlyPlan: two batch tiles and part of a third; more where a program, or a group, has several."""
         tiles = 2
         if self.tiles_per_program > 1:
             of_one = ceil(problem.of_head.hidden / self.units) if isinstance(self.family, Step) else self.programs
