@@ -17,6 +17,7 @@ PLACES = {  # of a module's parameters, by backend
 }
 BACKENDS = "torch", "reference", KERNELS_HERE
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+both_kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 LARGE = 20_000  # elements of h
 FEW = 64  # independent errors, of which the RMS is a matter of chance
 SECOND = 4  # the condition of a second derivative: of 4 passes, not 2, and of sums of twice as many terms

@@ -199,14 +199,11 @@ EVERY = dict(num_layers=2, bias=False, batch_first=True, dropout=0.5, bidirectio
 
 @pytest.mark.parametrize(("swap", "old", "expected"), [
     (gpu_lstm.convert, nn.LSTM(3, 4), gpu_lstm.LSTM(3, 4)),
-    (gpu_lstm.convert, nn.LSTMCell(3, 4), gpu_lstm.LSTMCell(3, 4)),
     (gpu_lstm.convert, nn.GRU(3, 4, 2, dropout=0.5, bidirectional=True),
      gpu_lstm.GRU(3, 4, 2, dropout=0.5, bidirectional=True)),
     (to_torch, gpu_lstm.LSTM(3, 4, **EVERY, recompute=True, backend="reference"), nn.LSTM(3, 4, **EVERY)),
-    (to_torch, gpu_lstm.compat.LSTM(3, 4, backend="torch"), nn.LSTM(3, 4)),
     (to_torch, gpu_lstm.LSTMCell(3, 4, bias=False, backend="reference"), nn.LSTMCell(3, 4, bias=False)),
     (to_torch, gpu_lstm.compat.GRU(3, 4, recompute=True, backend="torch"), nn.GRU(3, 4)),
-    (to_torch, gpu_lstm.GRUCell(3, 4, backend="reference"), nn.GRUCell(3, 4)),
 ], ids=lambda module: f"{type(module).__module__}.{type(module).__name__}")  # fmt: skip
 def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(swap, old, expected):
     new, kind, x = swap(old), type(old), torch.randn(5, 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparing import DEVICE, KERNELS_HERE
+from comparing import KERNELS_HERE, both_kinds
 from installed import ROOT, load
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -32,7 +32,7 @@ def of_others(test):
 
 
 @of_others
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
     """As its own module where a trajectory starts; gradients flow into the states there. `convert` does for it."""
     modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
@@ -71,36 +71,6 @@ def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):
     assert not hasattr(kernels, "__version__")
     with pytest.raises(ModuleNotFoundError):
         import kernels.triton_rnn
-
-
-@of_others
-def test_a_model_there_and_back():
-    """stanza's tokenizer: bidirectional, over packed sequences, twice. Errors relative to each largest element."""
-    from stanza.models.tokenization.model import Tokenizer
-
-    torch.manual_seed(0)
-    sizes = dict(feat_dim=2, rnn_layers=2, conv_res=None, hier_invtemp=0.5, tok_noise=0.0)
-    settings = sizes | dict(hierarchical=True, use_mwt=True)
-    model = Tokenizer(settings, nchars=20, emb_dim=4, hidden_dim=5, dropout=0.0, feat_dropout=0.0).to(DEVICE)
-    units, features = torch.randint(1, 20, (3, 7), device=DEVICE), torch.rand(3, 7, 2, device=DEVICE)
-
-    def results(backend):
-        output = gpu_lstm.backend(backend)(model)(units, features, [7, 4, 2])
-        return [output.detach(), *torch.autograd.grad(output.square().sum(), list(model.parameters()))]
-
-    before, kinds, keys = results("torch"), [type(module) for module in model.modules()], list(model.state_dict())
-    assert all(tensor.any() for tensor in before)
-    ours = [gpu_lstm.LSTM if kind is nn.LSTM else kind for kind in kinds]
-    assert ours != kinds
-    for swap, expected, backends in (
-        (gpu_lstm.convert, ours, dict(torch=1e-6, reference=1e-5, triton=1e-5)), (to_torch, kinds, dict(torch=0)),
-    ):  # fmt: skip
-        assert swap(model) is model
-        assert [type(module) for module in model.modules()] == expected
-        assert list(model.state_dict()) == keys
-        for backend, tolerance in backends.items():
-            for found, true in zip(results(backend), before, strict=True):
-                assert (found - true).abs().max() <= tolerance * true.abs().max()
 
 
 @of_others
@@ -220,7 +190,7 @@ def test_a_packed_batch_that_cannot_be_exported_is_an_error_of_torchs():
         torch.export.export(gpu_lstm.LSTM(5, 6), (packed,), strict=False)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_torch_compile_leaves_out_a_compat_module_as_torchs_own(kind):
     theirs, ours = getattr(nn, kind), getattr(gpu_lstm.compat, kind)
     if kind == "LSTM":

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from cases import built, inputs_of, with_random_parameters
-from comparing import KERNELS_HERE, PLACES, assert_same
+from comparing import KERNELS_HERE, PLACES, assert_same, both_kinds
 from pairs import LENGTHS, RESETS, B, H, I, T, pair, random_inputs, results, states_left
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
@@ -148,7 +148,7 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_transforms_inside_a_graph(kind):
     """By the reference, whichever backend was chosen."""
     ours, _ = module(kind, "torch")
@@ -317,16 +317,3 @@ def test_an_operator(monkeypatch, words, backend, device):
     one = [k == 1 for k in range(len(given))]
     for needed, gradients in ((there, [h, None, None]), (one, [None, h_n, c_n])):
         torch.library.opcheck(BACKWARD, (*how, gradients, [h, *kept], needed, given))
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_backward_leaves_what_was_saved_alone_and_accepts_expanded_gradients(device, recompute):
-    given, reverse = given_to("ragged resets reverse", device)
-    how = "lstm", reverse, KERNELS_HERE
-    h, h_n, c_n, *kept = OPERATOR(*how, True, recompute, *given)
-    # In padding nothing was ever written, so NaN stands for whatever the memory held.
-    before, needed = [t.nan_to_num() for t in kept], learnt(given)
-    ones = torch.ones_like(h), torch.ones_like(h), torch.ones((), device=device).expand_as(h)  # the last as of sum()
-    first, *others = (BACKWARD(*how, [dh, h_n, c_n], [h, *kept], needed, given) for dh in ones)
-    assert all(torch.equal(t.nan_to_num(), b) for t, b in zip(kept, before))
-    assert all(torch.equal(a, b) for again in others for a, b in zip(again, first, strict=True))

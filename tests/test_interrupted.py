@@ -18,6 +18,7 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 from comparing import KERNELS_HERE, PLACES
+from pairs import random_inputs, results
 from subjects import SUBJECTS
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -31,7 +32,6 @@ from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, projection, timeouts
-from gpu_lstm.kernels.triton_rnn import launch as launcher
 from gpu_lstm.tools import stream as stream_module
 
 T, B, I, H = 3, 2, 2, 4
@@ -112,13 +112,8 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equ
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
     torch.manual_seed(0)
     module = SUBJECTS[kind](backend=backend, **PLACES[backend])
-    x = torch.randn((B, I) if kind == "cell" else (T, B, I)).to(next(module.parameters())).requires_grad_()
-    ragged = {} if kind == "cell" else dict(lengths=torch.tensor([T, 1], device=x.device))
-
-    def call() -> list[torch.Tensor]:
-        y, _ = module(x, **ragged)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
-
+    ragged = {} if kind == "cell" else dict(lengths=torch.tensor([T, 1]))
+    call = functools.partial(results, module, *random_inputs(module, B, steps=T), **ragged)
     before, expected, names = copy.deepcopy(module.state_dict()), call(), sorted(vars(module))
     for _ in interrupted_at(call, most=15):
         assert (sorted(vars(module)), choices.chosen_backends[0].value) == (names, None)
@@ -159,22 +154,6 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(error, monkeypatch):
         stream(x[2])
     monkeypatch.setattr(stream_module, "captured", lambda step, device: step)
     torch.testing.assert_close(stream(x[2]), lstm(x)[0][2])
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_a_launch_that_raises_raises_once(backward, monkeypatch):
-    error = torch.OutOfMemoryError("none left")
-    torch.manual_seed(0)
-    lstm = gpu_lstm.LSTM(I, H, 2, backend="triton", **PLACES["triton"])
-    x = torch.randn(T, B, I, requires_grad=True, **PLACES["triton"])
-    gradients_of = functools.partial(torch.autograd.grad, inputs=list(lstm.parameters()))
-    expected, y = lstm(x)[0], lstm(x)[0]
-    gradients = gradients_of(expected.sum())
-    launches = [launcher.launch_kernel, Mock(side_effect=error), *[launcher.launch_kernel] * 20]  # of the second layer
-    monkeypatch.setattr(launcher, "launch_kernel", lambda *given, **named: launches.pop(0)(*given, **named))
-    with pytest.raises(type(error), match=str(error)):
-        gradients_of(y.sum(), retain_graph=True) if backward else lstm(x)
-    assert_equal([lstm(x)[0], *gradients_of(y.sum())], [expected, *gradients])
 
 
 @pytest.mark.parametrize(("convert", "back"), [

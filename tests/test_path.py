@@ -9,6 +9,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+from comparing import both_kinds
 from places import INTERPRETED, KERNELS
 from watching import Watched
 
@@ -35,7 +36,7 @@ def test_the_way_of_a_call_is_not_longer():
     assert [each for each, (_, count) in zip(found, most) if int(each[1]) > count] == []
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_a_cell_on_a_cpu_comes_soon_to_torchs_operator(kind):
     x, state, called, cell = torch.zeros(2, 3), torch.zeros(2, 4), [], getattr(gpu_lstm, f"{kind}Cell")(3, 4)
 

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import check
+from comparing import both_kinds
 from interpreted import rounded_to_tf32
 from places import INTERPRETED, KERNELS, cooperative, held, split, step
 from standing_in import few_polls, recurrence
@@ -59,7 +60,7 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 @pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (F16, torch.int16)], ids=str)
 def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
     """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
