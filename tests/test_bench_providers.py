@@ -49,7 +49,7 @@ OTHERS = {  # that need no package, and must not give up where they are asked fo
 BY_TORCH = "plain layers directions packed step gru gru-step heads gru-heads heads-directions"
 
 
-def assert_right(name: str, inputs: Inputs, truth) -> None:
+def assert_right(name, inputs, truth):
     found = Trial(name, inputs).results()
     assert found.keys() == truth.keys()
     for result, true in truth.items():

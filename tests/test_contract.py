@@ -189,7 +189,7 @@ NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell 
 OTHERS = set(CELLS) - {"lstm"}
 
 
-def without_comments(name: str, text: str) -> str:
+def without_comments(name, text):
     """Code without its comments and docstrings."""
     if name.endswith(".cu"):
         return re.sub(r"//.*", "", text)
@@ -200,7 +200,7 @@ def without_comments(name: str, text: str) -> str:
     return ast.unparse(tree)
 
 
-def code_of(folder: str) -> dict[str, str]:
+def code_of(folder):
     files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu")]
     return {str(p.relative_to(ROOT / folder)): without_comments(p.name, p.read_text()) for p in files}
 

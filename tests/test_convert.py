@@ -28,7 +28,7 @@ both_ways = pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: swap.__name_
 both_cells = pytest.mark.parametrize("first", [0, 2], ids=["LSTM", "GRU"])  # of SWAPS: a module, then its cell
 
 
-def tagger() -> nn.Module:
+def tagger():
     torch.manual_seed(0)
     encoders = nn.ModuleList([nn.LSTM(5, 4, batch_first=True), nn.Sequential(nn.LSTM(4, 6, proj_size=2))])
     cells = dict(cell=nn.LSTMCell(2, 4, bias=False), gru=nn.GRU(4, 3, 2), gru_cell=nn.GRUCell(3, 4))
@@ -38,7 +38,7 @@ def tagger() -> nn.Module:
     return model.double()
 
 
-def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def run(model, x):
     y, _ = model["encoders"][0](model["embed"](x).tanh())
     (y, _), h = model["encoders"][1](y), None
     for t in range(y.shape[1]):
@@ -47,7 +47,7 @@ def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return model["out"](model["gru_cell"](y[0]))
 
 
-def kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
+def kinds(model):
     return {name: type(module) for name, module in model.named_modules()}
 
 

@@ -82,7 +82,7 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     assert len(set(re.findall(r"^\| `(\w+)` \|", bounds.PAGE.read_text(), flags=re.MULTILINE))) == 6 == len(DEVICES)
 
 
-def links(text: str) -> list[str]:
+def links(text):
     """The files that Markdown links to, except in its examples."""
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     return re.findall(r"\]\((?!https?:)([^)#]+)", text)
@@ -249,7 +249,7 @@ COMMANDS = "\n".join(
 BASH = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
 
 
-def run(*command: str, **options) -> subprocess.CompletedProcess:
+def run(*command, **options):
     return subprocess.run(command, **{"cwd": ROOT, "capture_output": True, "text": True, **options})
 
 

@@ -113,7 +113,7 @@ def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_paddin
         isaac.measure(lstm, ways, 1)
 
 
-def in_two_processes(arguments: list[str]) -> None:
+def in_two_processes(arguments):
     """As torchrun does it, in forks, which have torch."""
     config = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT

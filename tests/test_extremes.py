@@ -193,7 +193,7 @@ AT_THE_LIMIT = {
 }
 
 
-def _launches(name: str, backward: bool) -> list:
+def _launches(name, backward):
     family, problem = (HUGE | AT_THE_LIMIT)[name]
     plan = plan_of("step" if family == "split" else family, problem, backward)  # whose tiles are those of parts, too
     # No more than a tile for each program, and wide tiles of K, so that the interpreter is soon done.
@@ -218,7 +218,7 @@ def test_grids_are_those_of_a_gpu(name, backward):
 class NoMemory:
     """Replaces the interpreter's: lengths are read as T, all else as zeros, within the tensors of the launch."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps):
         self.steps, self.largest = steps, 0  # index of an element touched
 
     def load(self, at, mask, other, dtype):
@@ -232,12 +232,12 @@ class NoMemory:
         self._touch("atomic", at, mask, value.itemsize)
         return np.zeros_like(value)
 
-    def _touch(self, access, at, mask, size) -> None:
+    def _touch(self, access, at, mask, size):
         touched = memory_checks.checked(access, at, mask, size)[mask]  # tensors without memory begin at 0
         self.largest = max(self.largest, int(touched.max(initial=0)) // size)
 
 
-def _run_last_program(monkeypatch, one) -> int:
+def _run_last_program(monkeypatch, one):
     """Launch only the last program of a recorded kernel, without memory; return the largest index it touched."""
     memory, native = NoMemory(one.arguments["T"]), interpreter._interpreter
     names = ("load", "store", "atomic_rmw")
@@ -265,7 +265,7 @@ SIZE = 3, 3, 2, 6  # T, B, I, H
 ALL = "peepholes masks"
 
 
-def run(family: str, words: str, size: tuple[int, ...] = SIZE) -> None:
+def run(family, words, size=SIZE):
     """A call and its gradients. The last sequence is the longest. At its end it is reset, so that kernels need
     everything that they are given."""
     module = with_random_parameters(built(size, {*words.split()}, backend=KERNELS[family].backend), 0)

@@ -80,7 +80,7 @@ IN_KERNELS = {  # of each option of a call: the device function, and what stands
 }  # fmt: skip
 
 
-def plant(monkeypatch, fault: str) -> None:
+def plant(monkeypatch, fault):
     """A fault wherever kernels of the step family find the function."""
     name, function = IN_KERNELS[fault]
     for module in (step_family, cells, fragments, indexing, states, noise, equations):

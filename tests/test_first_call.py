@@ -226,7 +226,7 @@ def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch
 # Where nothing can be launched
 
 
-def selected(asked: str | None = None) -> Backend:
+def selected(asked=None):
     return select(asked, CUDA, doctor.ANY, False)
 
 

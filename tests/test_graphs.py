@@ -277,7 +277,7 @@ def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_fl
 NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
 
 
-def given_to(words, device) -> tuple[list, bool]:
+def given_to(words, device):
     """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
     if words == "both directions":
         lstm = nn.LSTM(3, 5, bidirectional=True, device=device).requires_grad_(False)
@@ -290,7 +290,7 @@ def given_to(words, device) -> tuple[list, bool]:
     return [None if t is None else t.to(device) for t in given], "reverse" in words
 
 
-def learnt(given) -> list[bool]:
+def learnt(given):
     """Which of the tensors are there and may have a gradient."""
     return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(NAMES, given)]
 

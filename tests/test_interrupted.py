@@ -8,7 +8,6 @@ import linecache
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,7 +58,7 @@ class Line:
 
 
 @contextmanager
-def traced(line: Line | None) -> Iterator[None]:
+def traced(line):
     before = sys.gettrace()
     sys.settrace(line and line.trace)
     try:
@@ -68,7 +67,7 @@ def traced(line: Line | None) -> Iterator[None]:
         sys.settrace(before)
 
 
-def interrupted_at(call: Callable[[], object], most: int) -> Iterator[int]:
+def interrupted_at(call, most):
     """Calls again and again, each interrupted at another line; at `most` of them, evenly spread."""
     whole = Line()
     with traced(whole):
@@ -80,7 +79,7 @@ def interrupted_at(call: Callable[[], object], most: int) -> Iterator[int]:
         yield number
 
 
-def assert_all_or_nothing(restore: Callable, act: Callable, held: Callable[[], object], most: int = 1000) -> None:
+def assert_all_or_nothing(restore, act, held, most=1000):
     """Interrupted at any line, an action has changed all of the state or none of it; it can be restored."""
 
     def call():
@@ -98,7 +97,7 @@ def assert_all_or_nothing(restore: Callable, act: Callable, held: Callable[[], o
         assert held() in (before, after), number
 
 
-def numbers(tensors) -> list[bytes]:
+def numbers(tensors):
     return [t.numpy().tobytes() for t in tree_leaves(tensors)]
 
 

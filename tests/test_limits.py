@@ -30,7 +30,7 @@ CASES = [  # of few elements, with every option that a layer has
 ]  # fmt: skip
 
 
-def terms() -> dict[str, tuple[ast.AST, str]]:
+def terms():
     """The terms of every sum, and the second factors of products, in the oracle's formulas of a layer."""
     found = {}
     for function in OF_A_LAYER:
@@ -48,7 +48,7 @@ TERMS = terms()
 DRAWN = random.Random(0).sample(sorted(TERMS), 40)
 
 
-def results(seed: int, kind: type[np.ndarray] = np.ndarray) -> dict[str, np.ndarray]:
+def results(seed, kind=np.ndarray):
     """Of all cases, in arrays of a kind."""
     found = {}
     for size, words in CASES:
@@ -63,7 +63,7 @@ limits = functools.cache(functools.partial(comparing.counted, TRUTHS, F32))
 truth = functools.cache(lambda seed: results(seed))
 
 
-def judged(monkeypatch, ours: list[dict]) -> None:
+def judged(monkeypatch, ours):
     """Beside a yardstick without errors, by the limits of this problem, which are counted once."""
     monkeypatch.setattr(comparing, "counted", lambda *_: limits())
     errors = {name: [(np.asarray(our[name]) - true[name], 0 * true[name], true[name])

@@ -138,7 +138,7 @@ def test_under_autocast_without_gradients_dtypes_may_differ():
 
 
 @st.composite
-def problems(draw, longest: int, most: int, left: bool):
+def problems(draw, longest, most, left):
     """A size, words of cases.py and a seed; where resets may have states `left`, these or zeros."""
     hidden, some = draw(st.integers(1, 4)), st.booleans()
     words = [word for word in ("no-bias", "batch-first", "both", "no-hx") if draw(some)]

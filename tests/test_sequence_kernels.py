@@ -140,7 +140,7 @@ def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, 
     force(monkeypatch)
     launch_with(monkeypatch, *where, fault, kernels)
 
-    def is_detected(seed: int) -> bool:
+    def is_detected(seed):
         try:
             check(size, words, "triton", dtype, seeds=1, first_seed=seed)
         except AssertionError:
@@ -150,7 +150,7 @@ def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, 
     assert any(map(is_detected, range(12)))
 
 
-def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda kernel: contextlib.nullcontext()) -> None:
+def launch_with(monkeypatch, module, name, fault, kernels, around=lambda kernel: contextlib.nullcontext()):
     """A fault for the kernels of such names alone, which are launched within around(name)."""
     run = launch.launch_kernel
 
@@ -242,7 +242,7 @@ def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles
 
 
 @triton.jit
-def to_tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
+def to_tf32_kernel(x_ptr, y_ptr, N):
     at = tl.arange(0, N)
     tl.store(y_ptr + at, rounded_to_tf32(tl.load(x_ptr + at)))
 
@@ -259,7 +259,7 @@ def test_a_weight_is_rounded_to_the_nearest_tf32(device):
 
 
 @triton.jit
-def store_places(out_ptr, CHUNKS: tl.constexpr):
+def store_places(out_ptr, CHUNKS):
     sequence, byte = tl.arange(0, 8)[:, None], tl.arange(0, 64 * CHUNKS)[None, :]
     tl.store(out_ptr + sequence * (64 * CHUNKS) + byte, fragments.shared_place(sequence, byte, CHUNKS))
 

@@ -27,7 +27,7 @@ EXPECTED = (
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of the CPU")
 
 
-def _time_out(kernel="cooperative_backward_kernel", step=7) -> None:
+def _time_out(kernel="cooperative_backward_kernel", step=7):
     timeouts.error_word(CPU, kernel)[0] = step + 1
 
 

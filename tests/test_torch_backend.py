@@ -22,7 +22,7 @@ BF16 = torch.bfloat16
 SHAPES = [{}, dict(bias=False), dict(proj_size=2), dict(num_layers=2, bidirectional=True, proj_size=2, bias=False)]
 
 
-def in_order(parameters) -> torch.Tensor:
+def in_order(parameters):
     """All matrices, then all biases; without biases cuDNN wants zeros for them."""
     matrices, biases = ([p.detach().flatten() for p in parameters if p.dim() == n] for n in (2, 1))
     gates = max(map(len, parameters))
@@ -30,7 +30,7 @@ def in_order(parameters) -> torch.Tensor:
     return torch.cat([*matrices, *(biases or [zeros])])
 
 
-def buffers(parameters) -> list[torch.Tensor]:
+def buffers(parameters):
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parameters}
     return [torch.empty(0, dtype=parameters[0].dtype).set_(storage) for storage in storages.values()]
 

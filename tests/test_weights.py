@@ -20,7 +20,7 @@ from gpu_lstm.dispatch import route as dispatch
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 
 
-def same_weights(a, b) -> bool:
+def same_weights(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 

@@ -263,7 +263,7 @@ def test_what_chooses_the_backend(call, monkeypatch):
     layer = Mock(side_effect=reference.layer_by_reference)
     monkeypatch.setattr(reference, "layer_by_reference", layer)
 
-    def by_reference(**arguments) -> bool:
+    def by_reference(**arguments):
         layer.reset_mock()
         call(**arguments)
         return layer.called

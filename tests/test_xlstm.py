@@ -100,7 +100,7 @@ def test_explain_takes_a_cell(steps, said):
     assert (explanation.backend == "reference") == (steps == 1 or not numba_is_there())
 
 
-def numba_is_there() -> bool:
+def numba_is_there():
     return available.import_problem(Backend.NUMBA) is None
 
 
