@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import host_cuda
 import interpreted  # noqa: F401  # puts functions in the place of assembly
+import pytest
 import torch
 from concurrent_interpreter import ConcurrentRun
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from gpu_lstm.kernels.triton_rnn.plans.threads import resident_plans
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan, step_plan
 
 INTERPRETED = launch.INTERPRETED
+by_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are interpreted only where no card is")
 
 
 def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from installed import ROOT
+from places import by_interpreter
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.choices import KERNEL_BACKENDS
@@ -138,7 +139,7 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
     assert str(error.value) == f"kernel wrote {way} {far} bytes {said}, {c.nbytes} bytes of {dtype}"
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
+@by_interpreter
 @pytest.mark.parametrize(("family", "projected"), [("step", 0), ("resident", 0), ("pointwise", 3)])
 def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, projected):
     """Forward, and backward of what it computed, where dh is h and nothing else is given, with right numbers. By the

@@ -225,7 +225,6 @@ def test_a_compiled_module_does_not_call_the_one_before():
     assert (output[3:, 1] == 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @pytest.mark.parametrize(("module", "name", "value"), [
     *((gpu_lstm.LSTM(3, 4, **{name: 0.25}), name, 0.25) for name in ("recurrent_dropout", "zoneout", "weight_drop")),
     (gpu_lstm.LSTM(3, 4, peepholes=True), "peepholes", True), (gpu_lstm.GRU(3, 4, zoneout=0.5), "zoneout", 0.5),
@@ -311,7 +310,6 @@ def inputs_with_states():
         (partial(Episodes, "LSTM"), inputs_with_resets), (States, inputs_with_states))),
 ])  # fmt: skip
 def test_a_file_of_onnx_computes_the_same(make, given, dynamo):
-    torch.manual_seed(0)
     model, file = make().eval(), io.BytesIO()
     torch.onnx.export(model, tuple(given()), file, dynamo=dynamo)
     session = onnxruntime.InferenceSession(file.getvalue())

@@ -26,7 +26,6 @@ WORKERS, WITHIN = 2, ("torch", "triton")
 T, B, I, H = 4, 4, 3, 6
 
 Adam = partial(torch.optim.Adam, lr=0.01)
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 class Tagger(nn.Module):
@@ -141,7 +140,6 @@ def test_ddp_and_fsdp2_are_as_one_process_on_the_joint_batch(folder, backend):
     assert_same(found(folder, fsdp, backend), model.state_dict())
 
 
-@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
 @pytest.mark.parametrize(("dtype", "use_reentrant"), [(None, True), (torch.float16, False)], ids=str)
 @every_backend
 def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):

@@ -16,7 +16,7 @@ import torch
 from cases import built, call_of, with_random_parameters
 from comparing import BACKENDS, KERNELS_HERE, PLACES, assert_same, every_backend
 from pairs import results
-from places import KERNELS
+from places import KERNELS, by_interpreter
 from standing_in import plan_of, recurrence
 from subjects import SUBJECTS
 from torch import Tensor, zeros
@@ -37,9 +37,6 @@ from gpu_lstm.kernels.triton_rnn.plans.planning import Step
 
 T, I, H = 3, 3, 4
 HEADS = {f"{cls.__name__} of heads": partial(cls, 2, 4, heads=2) for cls in (gpu_lstm.LSTM, gpu_lstm.GRU)}
-interpreted = pytest.mark.skipif(
-    not launch.INTERPRETED, reason="compiled kernels have the GPU's memory, and compute-sanitizer"
-)
 
 
 @pytest.mark.parametrize(("recompute", "ragged"), [(False, True), (True, False)])
@@ -90,7 +87,6 @@ IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(cls, backend, ragged, changed):
     """torch raises where backward needs what was there. Where it does not, results and gradients are right."""
     place = PLACES[backend]
-    torch.manual_seed(0)
     lstm, x = cls(I, H, 2, backend=backend, **place), torch.randn(T, 2, I, **place)
     lengths = torch.tensor([T, 1], device=place["device"]) if ragged else None
     wanted = [p for name, p in lstm.named_parameters() if name != "weight_ih_l1"]  # that one is changed
@@ -127,7 +123,6 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
 def test_a_layer_without_features(backend, layer, rows):
     """It computes what it would from a feature that is always zero."""
     place = PLACES[backend]
-    torch.manual_seed(0)
     weights = [torch.randn(shape, **place) for shape in ((rows, 0), (rows, H), (rows,), (rows,))]
     one_feature = [pad(weights[0], (0, 1), value=1.0), *weights[1:]]
     y, _ = layer(zeros(T, 2, 0, **place), weights, backend=backend)
@@ -140,7 +135,6 @@ def test_a_layer_without_features(backend, layer, rows):
 @every_backend
 def test_gates_that_are_open_or_shut_by_any_amount(backend, layer):
     """A NaN stays one, in its own sequence."""
-    torch.manual_seed(0)
     place, rows = PLACES[backend], 4 * H if layer is lstm_layer else 3 * H
     values = torch.tensor([0.0, 9, 20, 88, 89, 104, 1e30, torch.inf, torch.nan])
     x = torch.cat([values, -values])[None, :, None].repeat(T, 1, 1)  # [T, B, 1]
@@ -252,7 +246,7 @@ def _run_last_program(monkeypatch, one):
     return memory.largest
 
 
-@interpreted
+@by_interpreter
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=() if name.endswith(", rows") else pytest.mark.deep) for name in HUGE])  # fmt: skip
@@ -274,7 +268,7 @@ def run(family, words, size=SIZE):
     results(module, x, hx, **rest)
 
 
-@interpreted
+@by_interpreter
 @pytest.mark.usefixtures("exact_float32_products")
 @pytest.mark.parametrize(("family", "name", "said"), [
     *((family, "reset_c_ptr", "4-byte load ends 4") for family in ("resident", "pointwise", "step")),
@@ -297,7 +291,7 @@ def test_a_tensor_that_is_one_element_short_is_detected_in_triton(monkeypatch, f
 
 
 # Without zoneout products alone read h0.
-@interpreted
+@by_interpreter
 @pytest.mark.usefixtures("exact_float32_products")
 @pytest.mark.parametrize(("words", "size", "unread"), [
     (ALL, SIZE, ""), ("peepholes norms", SIZE, "h0"), (ALL, (*SIZE, 5), ""), ("gru masks", SIZE, ""),

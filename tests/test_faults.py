@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from comparing import assert_same
 from pairs import RAGGED, B, H, I, T, pair, random_inputs, results, truth, weighing
-from places import INTERPRETED
+from places import by_interpreter
 from standing_in import as_another_process, few_polls, plans_are_verified_on_the_cpu
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +31,7 @@ from gpu_lstm.kernels.triton_rnn.tiles import cells
 from gpu_lstm.kernels.triton_rnn.tiles import step as step_family
 
 pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
+    by_interpreter,
     pytest.mark.usefixtures("nothing_cached", "exact_float32_products"),
 ]
 

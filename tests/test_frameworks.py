@@ -36,7 +36,6 @@ def of_others(test):
 def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
     """As its own module where a trajectory starts; gradients flow into the states there. `convert` does for it."""
     modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
-    torch.manual_seed(0)
     x, starts, letters = torch.randn(N, T, I), torch.rand(N, T, 1) < 0.4, "hc" if kind == "LSTM" else "h"
     states = {letter: torch.randn(N, T, 2, H, requires_grad=True) for letter in letters}
     keys = dict(in_keys=["x", *letters], out_keys=["y", *(("next", letter) for letter in letters)])
@@ -109,7 +108,6 @@ def test_whether_torch_fx_traces_is_known_of_a_torch_that_keeps_it_for_each_thre
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_torch_fx_a_module_is_a_leaf_as_torchs_own_is(kind):
-    torch.manual_seed(0)
     model, theirs = Tagger(kind), Tagger(nn.LSTM)
     traced, expected = torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(theirs)
     assert [(n.op, n.target) for n in traced.graph.nodes] == [(n.op, n.target) for n in expected.graph.nodes]
@@ -211,7 +209,6 @@ def test_torch_compile_leaves_out_a_compat_module_as_torchs_own(kind):
     assert counter.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
 def test_a_script_module_has_torchs_module_and_no_forward_of_a_users_is_lost(kind):
     ours = getattr(gpu_lstm, kind)(5, 6)

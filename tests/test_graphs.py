@@ -244,7 +244,6 @@ def test_ahead_of_time_by_inductor(tmp_path, quick_gpp):
             torch.testing.assert_close(tree_leaves(loaded(x)), tree_leaves(lstm(x)))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_torch_jit_trace_runs_kernels_only_without_gradients():
     ours, twin = module("LSTM", KERNELS_HERE, num_layers=2)
     example, x = (torch.randn(*size, I).to(ours.weight_ih_l0) for size in SIZES[:2])

@@ -109,7 +109,6 @@ assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equ
     (KERNELS_HERE, "stack"),
 ])  # fmt: skip
 def test_after_an_interrupt_the_next_call_is_right(backend, kind):
-    torch.manual_seed(0)
     module = SUBJECTS[kind](backend=backend, **PLACES[backend])
     ragged = {} if kind == "cell" else dict(lengths=torch.tensor([T, 1]))
     call = functools.partial(results, module, *random_inputs(module, B, steps=T), **ragged)

@@ -25,7 +25,6 @@ LENGTHS = torch.tensor([3, 5, 0])
 MASK = torch.arange(T) < LENGTHS[:, None]
 LSTM, GRU, RNN, BOTH = keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN, keras.layers.Bidirectional
 CELL, GRU_CELL, STACK = keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.StackedRNNCells
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 
 
 def rnn(kind, cell, sizes=(H,), wrap=lambda cells, dtype: cells, **options):

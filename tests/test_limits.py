@@ -13,7 +13,7 @@ import pytest
 import test_gpu
 import torch
 from cases import arrays_of, built, call_of, with_random_parameters
-from places import INTERPRETED, KERNELS
+from places import KERNELS, by_interpreter
 from standing_in import H100, plan_of
 from torch.utils._pytree import tree_leaves
 
@@ -108,7 +108,7 @@ def of_ours(words, units, dtype, batch=test_gpu.SIZE[1]):
     return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell, heads=heads, **ragged)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@by_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tf32", "bf16"])
 def test_every_family_of_an_h100_is_forced_and_some_are_chosen(dtype):
     """In TF32 and in half precision, for every cell, with and without heads."""
@@ -137,7 +137,7 @@ def rehearsed(monkeypatch):
         monkeypatch.setattr(test_gpu, name, value)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@by_interpreter
 @pytest.mark.parametrize("words", ["slstm heads", "gru"])
 def test_a_test_of_a_family_rehearsed(rehearsed, monkeypatch, words):
     test_gpu.test_every_family(monkeypatch, "cooperative/16/1/1", words, torch.float32)

@@ -106,7 +106,6 @@ def test_what_onednn_is_not_asked_for_stays_torchs_own(half, kind, arguments, wa
 
 
 @pytest.mark.usefixtures("lacking")
-@pytest.mark.filterwarnings("ignore")  # torch says that its traces are deprecated, and warns of Python values
 @halves
 def test_in_traces_graphs_modes_and_transforms(half):
     lstm, x = gpu_lstm.LSTM(I, H, backend="torch").requires_grad_(False), torch.randn(T, B, I)

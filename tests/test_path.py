@@ -10,7 +10,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 from comparing import both_kinds
-from places import INTERPRETED, KERNELS
+from places import KERNELS, by_interpreter
 from watching import Watched
 
 import gpu_lstm
@@ -71,7 +71,7 @@ ON_THE_HOST = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero
 """What reads a number of a tensor on the host: on a card it waits for the stream, and a capture forbids it."""
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@by_interpreter
 @pytest.mark.parametrize(("place", "margins"), [
     *((place, False) for place in ("held", "resident", "cooperative/4/1/4", "pointwise", "cupy")), ("held", True),
 ])  # fmt: skip
@@ -90,7 +90,7 @@ def test_the_host_reads_no_number_in_a_call(a_card, unwatched, request, monkeypa
         assert (reads.count > 0) == margins
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@by_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [
     {}, dict(layer_norm=("hh",)), dict(layer_norm=("c",)), dict(layer_norm=("hh", "c")), dict(proj_size=3, zoneout=0.1),

@@ -14,7 +14,7 @@ import triton.language as tl
 from cases import check
 from comparing import both_kinds
 from interpreted import rounded_to_tf32
-from places import INTERPRETED, KERNELS, cooperative, held, split, step
+from places import INTERPRETED, KERNELS, by_interpreter, cooperative, held, split, step
 from standing_in import few_polls, recurrence
 
 import gpu_lstm
@@ -28,7 +28,7 @@ from gpu_lstm.kernels.triton_rnn.tiles import held as held_kernels
 from gpu_lstm.kernels.triton_rnn.tiles import step as step_kernels
 
 pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="compiled kernels hold their device functions"),
+    by_interpreter,
     pytest.mark.usefixtures("nan_in_fresh_memory"),
 ]
 F32, F16 = torch.float32, torch.float16
@@ -42,7 +42,6 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
     """Saved and final c, of a GRU h, is that of a recurrence in float32, since W_hh is zero. So it is rounded where it
     is an operand and where it is returned."""
     KERNELS[family].force(monkeypatch)
-    torch.manual_seed(0)
     steps, batch, hidden, rows = 6, 3, 8, 4 if cell == "lstm" else 3
     gates, h0, c0 = (torch.randn(steps, batch, 4 * hidden).half(), *torch.randn(2, batch, hidden).half())
     gates[:, :, rows * hidden :] = 0  # of a GRU s, which x does not reach, and h not by a W_hh of zeros
@@ -65,7 +64,6 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
 def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
     """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
     cooperative(monkeypatch, units=4)
-    torch.manual_seed(0)
     ours = getattr(gpu_lstm, kind)(3, 8, dtype=dtype, backend="triton")
     theirs = getattr(torch.nn, kind)(3, 8, dtype=dtype)
     theirs.load_state_dict(ours.state_dict())
@@ -193,7 +191,6 @@ FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     kernel, _, way = kernel.partition(" ")
-    torch.manual_seed(0)
     module = getattr(gpu_lstm, kind)(3, 8, backend="triton")
     sizes = [(5, 3, 3), (1, 3, 8), (1, 3, 8)][: 3 if kind == "LSTM" else 2]
     x, *state = (torch.randn(size, requires_grad=True) for size in sizes)

@@ -119,7 +119,6 @@ def together():
 SETTINGS = ALONE | {"together": together}
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(("backend", "setting"), [
     pytest.param(backend, setting, marks=[pytest.mark.deep] * (setting == "anomaly"))
     for backend in BACKENDS for setting in (ALONE if backend == "torch" else ["together", "inference"])])  # fmt: skip

@@ -46,7 +46,6 @@ def says_cuda(monkeypatch):
     *(("LSTM", arguments) for arguments in SHAPES), ("GRU", {}), ("GRU", dict(num_layers=2, bias=False))],
     ids=str)  # fmt: skip
 def test_bfloat16_parameters_are_put_into_one_buffer_and_stay_parameters(says_cuda, kind, arguments):
-    torch.manual_seed(0)
     lstm = getattr(gpu_lstm, kind)(3, 4, **arguments).to(BF16)
     others = getattr(nn, kind)(3, 4, **arguments, dtype=BF16)
     others.load_state_dict(lstm.state_dict())
@@ -116,7 +115,6 @@ def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
 ], ids=["lengths", "resets", "both", "both, GRU"])  # fmt: skip
 def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     """On a device that has none, as fake tensors, and as on a card."""
-    torch.manual_seed(0)
     lstm = cls(3, 4, **arguments, backend="torch")
     x = torch.randn(T, B, 3)
 
@@ -137,7 +135,6 @@ def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     assert asked.count == 0
 
 
-@pytest.mark.filterwarnings("ignore")  # torch says that it is deprecated, and warns of Python values
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_a_trace_is_right_for_other_resets_and_with_lengths_for_more_steps(cls):
     lstm, x = cls(3, 4, backend="torch").requires_grad_(False), torch.randn(T, B, 3)
@@ -170,7 +167,6 @@ NOT_FINITE = {  # what is put where in x [T, B, I], h0 and c0 [2, B, H], and wei
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in the oracle
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 3, 4])], ids=["whole", "lengths"])
 @pytest.mark.parametrize("case", NOT_FINITE)
 @pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])

@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from places import by_interpreter
 from standing_in import as_another_process
 from test_verify import CPU, FORWARD, MASKS, NORMS, PLAIN, RATES, _verify
 
@@ -22,7 +23,7 @@ from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER, Held, Step
 
 pytestmark = [
-    pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
+    by_interpreter,
     pytest.mark.usefixtures("nothing_cached"),
 ]
 

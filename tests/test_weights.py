@@ -166,7 +166,6 @@ def replaced(module):
     yield
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize(("kind", "backend", "change"), [
     ("LSTM", "torch", weight_norm(nn.utils.weight_norm)), ("LSTM", "reference", pruning), ("LSTM", "torch", replaced),
     ("LSTM", KERNELS_HERE, weight_norm(nn.utils.parametrizations.weight_norm)), ("LSTM", KERNELS_HERE, replaced),
@@ -181,7 +180,6 @@ def test_weights_are_read_at_every_call(kind, backend, change):
     assert not torch.equal(theirs(x)[0], before)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 @both_kinds
 def test_torchs_class_replaced_before_a_model_is_built(monkeypatch, kind):
     theirs, ours = getattr(nn, kind)(I, H, batch_first=True), getattr(gpu_lstm, kind)

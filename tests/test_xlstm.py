@@ -76,7 +76,6 @@ def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut, shapes):
 
 
 @pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 2))
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_second_derivatives_and_traces_are_those_of_xlstms_own_cell(steps):
     cell, x = cell_of_xlstm().double(), tensors_for(torch.float64)[0][:, :steps].requires_grad_()
 
@@ -110,17 +109,6 @@ def calls(monkeypatch):
     found, layer = [], tool.slstm_layer
     monkeypatch.setattr(tool, "slstm_layer", lambda *given, **options: found.append(given) or layer(*given, **options))
     return found
-
-
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 2))
-def test_a_few_steps_on_a_cpu(steps, given, calls):
-    cell, (x, state) = cell_of_xlstm().double(), tensors_for(torch.float64)
-    call = x[:, :steps], state if given else None
-    theirs = numbers_of(cell, *call)
-    gpu_lstm.use_for_slstm(cell)
-    torch.testing.assert_close(numbers_of(cell, *call), theirs, rtol=0, atol=1e-14)
-    assert len(calls) == (steps > tool.MOST_STEPS)
 
 
 @torch.no_grad()
@@ -178,7 +166,6 @@ MADE_AND_UNDONE = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("first", ["ours", "made", "ours, undone"])
 @pytest.mark.parametrize("way", MADE_AND_UNDONE)
 def test_weights_that_are_made_of_others(way, first):
