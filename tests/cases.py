@@ -207,7 +207,7 @@ def with_random_parameters(module, seed):
 
 def check(
     size, words, backend, dtype, device = "cpu", seeds = 3,
-    yardstick = None, first_seed = 0,
+    yardstick=None, first_seed=0,
 ):  # fmt: skip
     """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors. That is
     torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers must be

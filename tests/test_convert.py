@@ -2,13 +2,11 @@
 
 import copy
 import io
-import multiprocessing
 import pickle
 import re
 from functools import partial
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -240,26 +238,6 @@ def test_what_torch_has_not_is_refused_and_nothing_is_swapped(module, name, valu
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
 
 
-def to_onnx(model, x, file, free):
-    shapes = ({dimension: torch.export.Dim(name) for dimension, name in free.items()},)
-    torch.onnx.export(model, (x,), file, dynamo=True, dynamic_shapes=shapes)
-
-
-@pytest.mark.deep
-def test_onnx_computes_the_same_for_any_batch(tmp_path):
-    """In a process of its own: after an export of an LSTM with a fixed T, torch fixes that of all later ones."""
-    inputs, file = [torch.randn(5, n, 3) for n in (2, 7)], tmp_path / "model.onnx"
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for kind in ("LSTM", "GRU"):
-            model = getattr(gpu_lstm, kind)(3, 4).eval()
-            pool.apply(to_onnx, (model, inputs[0], file, {1: "batch"}))
-            assert [node.op_type for node in onnx.load(file).graph.node].count(kind) == 1
-            session = onnxruntime.InferenceSession(file)
-            for x in inputs:
-                found, *_ = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-                np.testing.assert_allclose(found, model(x)[0].detach(), rtol=0, atol=1e-6)
-
-
 OF_ONNX = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning",
                                      "ignore::torch.jit.TracerWarning")  # fmt: skip
 
@@ -327,8 +305,9 @@ def test_a_file_of_onnx_computes_the_same(make, given, dynamo):
 @OF_ONNX
 def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
     """torch's exporter would fix them inside the file, whose input says that they are free."""
+    free = dict(dynamo=True, dynamic_shapes=({0: torch.export.Dim("time")},))
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"gpu_lstm\.layer"):
-        to_onnx(gpu_lstm.LSTM(3, 4).eval(), torch.randn(5, 2, 3), None, {0: "time"})
+        torch.onnx.export(gpu_lstm.LSTM(3, 4).eval(), (torch.randn(5, 2, 3),), **free)
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -1,4 +1,4 @@
-"""DDP and FSDP2 in two gloo processes, compared with one; activation checkpointing. Distributed checkpoints are those
+"""DDP and FSDP2 in two gloo processes, compared with one. Distributed checkpoints are those
 of examples/train_ddp.py: test_examples.py."""
 
 import os
@@ -10,11 +10,10 @@ from itertools import product
 import pytest
 import torch
 import torch.distributed as dist
-from comparing import DEVICE, assert_same, every_backend
+from comparing import assert_same
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.call.choices import Backend
@@ -138,25 +137,6 @@ def test_ddp_and_fsdp2_are_as_one_process_on_the_joint_batch(folder, backend):
     assert_same(found(folder, ddp, backend), {name: p.grad for name, p in model.named_parameters()})
     train(model, range(3), Adam(model.parameters()))
     assert_same(found(folder, fsdp, backend), model.state_dict())
-
-
-@pytest.mark.parametrize(("dtype", "use_reentrant"), [(None, True), (torch.float16, False)], ids=str)
-@every_backend
-def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
-    model = Tagger(backend, dropout=0.5).to(DEVICE)
-    x, lengths, resets = (t.to(DEVICE) for t in batch(0))
-    found = []
-    for call in (model, lambda *inputs: checkpoint(model, *inputs, use_reentrant=use_reentrant)):
-        torch.manual_seed(0)
-        model.zero_grad()
-        leaf = x.clone().requires_grad_()
-        with torch.backends.mkldnn.flags(enabled=dtype is None):  # oneDNN has no LSTM in float16 on every CPU
-            with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-                y = call(leaf, lengths, resets)
-            y.float().square().mean().backward()
-        found.append([y, leaf.grad, *(parameter.grad for parameter in model.parameters())])
-    assert all(t.any() for t in found[0])
-    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.deep

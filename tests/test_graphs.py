@@ -92,15 +92,6 @@ def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
     assert len(operators) < 100
 
 
-@pytest.mark.deep
-def test_by_inductor_a_training_step_of_two_layers(quick_gpp):
-    ours, twin = module("GRU", "torch", num_layers=2)  # an LSTM: ahead of time, below
-    compiled = torch.compile(ours, fullgraph=True, dynamic=True)
-    for size in SIZES[:2]:
-        x, options = call_of(ours, *size, ragged=True)
-        assert_same(results(ours, x, call=compiled, **options), results(twin, x, **options), condition=4)
-
-
 def test_dropout_drops_as_much_as_it_should():
     lstm, x = gpu_lstm.LSTM(I, 64, 2, dropout=0.25), torch.randn(1, 200, I)
     exported, compiled = torch.export.export(lstm, (x,)).module(), torch.compile(lstm, backend="aot_eager")

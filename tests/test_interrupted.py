@@ -17,7 +17,7 @@ from unittest.mock import MagicMock, Mock
 import pytest
 import torch
 from comparing import KERNELS_HERE, PLACES
-from pairs import random_inputs, results
+from pairs import random_inputs, results, seeded
 from subjects import SUBJECTS
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -255,17 +255,22 @@ def test_overlapping_blocks_leave_nothing_behind(run):
 
 
 def test_a_block_holds_for_the_backward_that_runs_in_it():
-    """In whatever thread autograd runs it: a checkpoint is computed again by the backend that it was computed by."""
-    lstm, x, seen = gpu_lstm.LSTM(I, H), torch.zeros(T, B, I, requires_grad=True), []
+    """In whatever thread autograd runs it: a checkpoint is computed again by the backend that it was computed by, with
+    the same random numbers, to the bit."""
+    lstm, x, seen = gpu_lstm.LSTM(I, H, 2, dropout=0.5), torch.randn(T, B, I, requires_grad=True), []
 
     def checkpointed(x):
         seen.append(requested_backend(None))
         return lstm(x)[0]
 
     with gpu_lstm.backend("reference"):
-        y = checkpoint(checkpointed, x, use_reentrant=False)
-        in_a_thread(y.sum().backward)
-    assert seen == [Backend.REFERENCE] * 2
+        expected = torch.autograd.grad(seeded(checkpointed, x).sum(), x)[0]
+        for use_reentrant in (True, False):
+            y = seeded(checkpoint, checkpointed, x, use_reentrant=use_reentrant)
+            x.grad = None
+            in_a_thread(y.sum().backward)
+            assert torch.equal(x.grad, expected)
+    assert seen == [Backend.REFERENCE] * 5
 
 
 @pytest.fixture

@@ -58,14 +58,6 @@ def test_in_half_precision_c_n_and_m_are_float32_and_pieces_give_what_the_whole_
     assert torch.equal(first, y[:1])
 
 
-def test_under_autocast():
-    module, x, hx = made("heads", dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = tree_leaves(module(x, hx))
-    assert [t.dtype for t in found] == [*[torch.bfloat16] * 2, *[torch.float32] * 3]
-    close([t.float() for t in found], tree_leaves(module(x, hx)), rtol=0.05, atol=0.05)
-
-
 def test_exported_programs():
     module, x, _ = made("heads")
     sizes = {"input": {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("B", min=2)}}

@@ -85,7 +85,6 @@ X = torch.randn(2, 3, 4)
 @pytest.mark.parametrize(("module", "lengths", "expected"), [
     (gpu_lstm.LSTM(4, 5, bidirectional=True, backend=KERNELS_HERE), None,
      [f"0 forward, {KERNELS_HERE}", f"0 reverse, {KERNELS_HERE}"]),
-    (gpu_lstm.LSTM(4, 5, backend="reference"), None, ["0 forward, reference"]),
     (gpu_lstm.LSTM(4, 5, 2, backend="torch"), [2, 2, 1], ["0 forward, torch", "1 forward, torch"]),
     (gpu_lstm.LSTM(4, 5, backend="torch"), None, []),  # torch's own LSTM takes all layers in one call
     (gpu_lstm.StackedLSTM(4, [5, 6], backend="torch"), None, ["0, torch", "1, torch"]),
