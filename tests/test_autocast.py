@@ -121,7 +121,7 @@ def test_a_block_within_another_has_its_own_casts():
     assert (outer.dtype, inner.dtype) == (torch.bfloat16, DTYPE)
 
 
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (_, module), x = modules("reference", "LSTM"), inputs()
     with Watched(is_cast) as casts, autocast():

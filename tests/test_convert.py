@@ -22,7 +22,7 @@ from gpu_lstm.tools.convert import to_torch
 KINDS = ("LSTM", "LSTMCell", "GRU", "GRUCell")
 SWAPS = {gpu_lstm.convert: {getattr(nn, kind): getattr(gpu_lstm, kind) for kind in KINDS}}
 SWAPS[to_torch] = {ours: theirs for theirs, ours in SWAPS[gpu_lstm.convert].items()}
-both_ways = pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: swap.__name__)
+both_ways = pytest.mark.parametrize("swap", SWAPS)
 both_cells = pytest.mark.parametrize("first", [0, 2], ids=["LSTM", "GRU"])  # of SWAPS: a module, then its cell
 
 

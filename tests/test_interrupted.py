@@ -156,7 +156,7 @@ def test_a_capture_that_fails_leaves_the_stream_as_it_was(error, monkeypatch):
 
 @pytest.mark.parametrize(("convert", "back"), [
     (gpu_lstm.convert, gpu_lstm.to_torch), (gpu_lstm.to_torch, gpu_lstm.convert),
-], ids=["convert", "to_torch"])  # fmt: skip
+])  # fmt: skip
 def test_a_conversion_that_is_interrupted_or_raises_is_whole_or_not_there(convert, back):
     b = nn.Sequential(nn.LSTMCell(H, H), nn.Linear(H, 2))
     given = back(nn.ModuleDict({"a": nn.LSTM(I, H), "b": b, "c": nn.LSTM(I, 2)}))

@@ -267,7 +267,7 @@ def test_keras_init_and_forget_bias(name):
             assert torch.equal(parameter, values[path])
 
 
-@pytest.mark.parametrize(("layer", "ours"), [(LSTM, gpu_lstm.LSTM), (GRU, gpu_lstm.GRU)], ids=["LSTM", "GRU"])
+@pytest.mark.parametrize(("layer", "ours"), [(LSTM, gpu_lstm.LSTM), (GRU, gpu_lstm.GRU)])
 def test_keras_init_is_keras_own(layer, ours):
     """Keras's initial weights pass the same test, and its biases are the same. Ours have half precision, too."""
     keras.utils.set_random_seed(0)

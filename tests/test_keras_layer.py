@@ -29,7 +29,7 @@ MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 MASKED_OR_NOT = pytest.mark.parametrize("mask", [None, MASKS["gaps"]], ids=["all", "gaps"])
 
 
-@pytest.fixture(params=[LSTM, GRU], ids=["LSTM", "GRU"])
+@pytest.fixture(params=[LSTM, GRU])
 def kinds(request):
     """Our class of layer and Keras's."""
     return request.param, getattr(keras.layers, request.param.__name__)

@@ -198,7 +198,7 @@ def test_the_program_runs_and_is_over_all_of_the_public_api_which_dir_shows(caps
 
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.StackedLSTM, gpu_lstm.LSTMCell, gpu_lstm.GRU,
-                                 gpu_lstm.GRUCell], ids=lambda cls: cls.__name__)  # fmt: skip
+                                 gpu_lstm.GRUCell])  # fmt: skip
 def test_forward_says_what_it_accepts_and_raises(cls):
     said = cls.forward.__doc__
     for name in inspect.signature(cls.forward).parameters:

@@ -14,8 +14,10 @@ import triton.language as tl
 from cases import check
 from comparing import both_kinds
 from interpreted import rounded_to_tf32
+from pairs import pair, random_inputs
 from places import INTERPRETED, KERNELS, by_interpreter, cooperative, held, split, step
 from standing_in import few_polls, recurrence
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 from gpu_lstm.dispatch.route import forget
@@ -64,12 +66,10 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
 def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
     """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
     cooperative(monkeypatch, units=4)
-    ours = getattr(gpu_lstm, kind)(3, 8, dtype=dtype, backend="triton")
-    theirs = getattr(torch.nn, kind)(3, 8, dtype=dtype)
-    theirs.load_state_dict(ours.state_dict())
-    x, h0, c0 = (torch.randn(size, dtype=dtype) for size in ((4, 3, 3), (1, 3, 8), (1, 3, 8)))
-    h0.view(bits)[0, 0, :2], x[1, 1, 0] = -1, float("nan")
-    (found, _), (expected, _) = (module(x, (h0, c0) if kind == "LSTM" else h0) for module in (ours, theirs))
+    theirs, ours = (module.to(dtype) for module in pair(kind, "triton", hidden_size=8))
+    x, hx = tree_map(lambda t: t.to(dtype), random_inputs(ours, 3))
+    tree_leaves(hx)[0].view(bits)[0, 0, :2], x[1, 1, 0] = -1, float("nan")
+    found, expected = (module(x, hx)[0] for module in (ours, theirs))
     torch.testing.assert_close(found, expected, equal_nan=True, atol=8 * torch.finfo(dtype).eps, rtol=0)
     assert not found[:, 2].isnan().any()
 
@@ -192,9 +192,8 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     kernel, _, way = kernel.partition(" ")
     module = getattr(gpu_lstm, kind)(3, 8, backend="triton")
-    sizes = [(5, 3, 3), (1, 3, 8), (1, 3, 8)][: 3 if kind == "LSTM" else 2]
-    x, *state = (torch.randn(size, requires_grad=True) for size in sizes)
-    hx = tuple(state) if kind == "LSTM" else state[0]
+    x, hx = tree_map(torch.Tensor.requires_grad_, random_inputs(module, 3, steps=5))
+    state = tree_leaves(hx)
 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, *state))

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from installed import ROOT
+from pairs import weighing
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
@@ -51,9 +52,7 @@ def numbers_of(cell, x, state=None):
     leaves = [t.detach().clone().requires_grad_() for t in (x, state) if t is not None]
     y, (h, c, n, m) = cell(*leaves)
     found = [y, h, c / n, m + n.log()]
-    torch.manual_seed(2)
-    weights = [torch.randn(t.shape).to(t) for t in found]
-    return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weights)]
+    return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weighing(found))]
 
 
 SHAPES = [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")]  # of inputs and outputs
