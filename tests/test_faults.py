@@ -198,10 +198,8 @@ def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dty
     twin.backend = "reference"
     launched = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", launched)
-    found = [
-        results(*given, **RAGGED, call=call).values() for *given, call in ((ours, x, watched(ours)), (twin, x, None))
-    ]
-    for our, true in zip(*found):
+    found = results(ours, x, call=watched(ours), **RAGGED), results(twin, x, **RAGGED)
+    for our, true in zip(*(each.values() for each in found)):
         torch.testing.assert_close(
             our.double(), true, rtol=0, atol=8 * torch.finfo(dtype).eps * float(true.abs().max())
         )
