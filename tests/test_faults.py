@@ -13,9 +13,10 @@ import pytest
 import torch
 import triton.language as tl
 from comparing import assert_same
-from pairs import RAGGED, B, H, I, T, pair, random_inputs, results, truth
+from pairs import RAGGED, B, H, I, T, pair, random_inputs, results, truth, weighing
 from places import by_interpreter
 from standing_in import as_another_process, few_polls, plans_are_verified_on_the_cpu
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
@@ -205,6 +206,14 @@ def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dty
         )
     (kernel, _), given = launched.call_args
     assert (kernel.__name__, given["c_ptr"].dtype) == ("step_backward_kernel", torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:gpu_lstm")
+def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
+    plant(monkeypatch, "gates i and f swapped")
+    ours, _ = pair("LSTM", None)[::-1]
+    found, pull = torch.func.vjp(lambda x: tuple(tree_leaves(ours(x, **RAGGED))), X)
+    torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, X, **RAGGED)["dx"])
 
 
 @pytest.mark.parametrize("way", [eager, by_compiler])

@@ -16,7 +16,7 @@ HELD, BLOCK = 16, 32768  # multiprocessors; elements of a block, so many that no
 
 
 @triton.jit
-def occupy(memory_ptr, nanoseconds, BLOCK):
+def occupy(memory_ptr, nanoseconds, BLOCK: tl.constexpr):
     """A program that stays for a given time, with its elements in registers meanwhile."""
     at = memory_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     elements = tl.load(at)

@@ -238,7 +238,7 @@ def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles
 
 
 @triton.jit
-def to_tf32_kernel(x_ptr, y_ptr, N):
+def to_tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
     at = tl.arange(0, N)
     tl.store(y_ptr + at, rounded_to_tf32(tl.load(x_ptr + at)))
 
@@ -255,7 +255,7 @@ def test_a_weight_is_rounded_to_the_nearest_tf32(device):
 
 
 @triton.jit
-def store_places(out_ptr, CHUNKS):
+def store_places(out_ptr, CHUNKS: tl.constexpr):
     sequence, byte = tl.arange(0, 8)[:, None], tl.arange(0, 64 * CHUNKS)[None, :]
     tl.store(out_ptr + sequence * (64 * CHUNKS) + byte, fragments.shared_place(sequence, byte, CHUNKS))
 
