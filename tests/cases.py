@@ -48,7 +48,7 @@ NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
 UNITS = 16  # in the last place: what a yardstick may be off; at most 8 in the cases of test_layer.py
 
 
-def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any) -> nn.Module:
+def built(size, words, own=False, **how):
     """The module of a case; `own`: torch's."""
     _, _, inputs, hidden, *projected = size
     table = OF_TORCH if own else ARGUMENTS
@@ -78,7 +78,7 @@ def built(size: tuple[int, ...], words: set[str], own: bool = False, **how: Any)
     return module
 
 
-def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module]:
+def yardstick_of(size, words):
     """What errors are measured by, and its module: torch's own, or our backend "torch" or "reference"."""
     own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "gru", "stack", *FORMS} - {"reverse"}
     backend = "torch" if words <= own | {"reverse", "ragged", "resets", "residual"} else "reference"
@@ -87,7 +87,7 @@ def yardstick_of(size: tuple[int, ...], words: set[str]) -> tuple[str, nn.Module
     return backend, built(size, words, backend=backend)
 
 
-def is_wide(size: tuple[int, ...]) -> bool:
+def is_wide(size):
     """P >= H, which only lstm_layer accepts."""
     return size[3] <= sum(size[4:])
 
@@ -100,7 +100,7 @@ class Call(NamedTuple):
     rest: dict[str, Any]
 
 
-def call_of(module: nn.Module, size: tuple[int, ...], words: set[str], seed: int) -> Call:
+def call_of(module, size, words, seed):
     """A random call. Lengths are from 0 to T, both among them where B allows."""
     steps, batch, *_ = size
     x, hx = random_inputs(module, batch, seed=seed, steps=steps)
@@ -120,18 +120,18 @@ def call_of(module: nn.Module, size: tuple[int, ...], words: set[str], seed: int
     return Call(x, None if "no-hx" in words else hx, rest)
 
 
-def packed(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor, **rest: Any) -> tuple:
+def packed(module, x, *hx, lengths, **rest):
     first = module.batch_first
     y, states = module(pack_padded_sequence(x, lengths.cpu(), batch_first=first, enforce_sorted=False), *hx, **rest)
     return pad_packed_sequence(y, batch_first=first)[0], states
 
 
-def unbatched(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor | None = None, resets: Tensor | None = None,
-              reset_states: Any = None) -> tuple:  # fmt: skip
+def unbatched(module, x, *hx, lengths = None, resets = None,
+              reset_states = None):  # fmt: skip
     """The call of an only sequence, without an axis for it."""
     axis = 0 if module.batch_first else 1
 
-    def alone(t: Tensor) -> Tensor:
+    def alone(t):
         return t.squeeze(-3 if is_of_steps(module, t) and module.batch_first else -2)
 
     left = tree_map_only(Tensor, alone, reset_states)
@@ -141,13 +141,11 @@ def unbatched(module: nn.Module, x: Tensor, *hx: Any, lengths: Tensor | None = N
     return y.unsqueeze(axis), tree_map(lambda t: t.unsqueeze(-2), states)
 
 
-def by_layers(
-    module: nn.Module, x: Tensor, hx: Any = None, *, reset_states: Any = None, reverse: bool = False, **ragged: Any
-) -> tuple:
+def by_layers(module, x, hx=None, *, reset_states=None, reverse=False, **ragged):
     """The call by the functions, a layer and direction at a time; `reverse`: the first direction, too."""
     parameters, finals, letters = dict(module.named_parameters()), [], letters_of(module)
 
-    def of_row(states: Any) -> Any:
+    def of_row(states):
         return tree_map_only(Tensor, lambda t: t[len(finals)], states)
 
     for names in weights_of(module)[0]:
@@ -168,7 +166,7 @@ def by_layers(
     return x, states[0] if letters == "h" else states
 
 
-def by_cell(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
+def by_cell(module, x, hx=None):
     """The call by an LSTMCell or GRUCell with the same parameters, a step at a time."""
     options, is_lstm = dict(backend=module.backend, heads=module.heads), isinstance(module, gpu_lstm.LSTM)
     if is_lstm:
@@ -184,7 +182,7 @@ def by_cell(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
     return torch.stack(outputs), tree_map(lambda t: t[None], state)
 
 
-def by_stream(module: nn.Module, x: Tensor, hx: Any = None) -> tuple:
+def by_stream(module, x, hx=None):
     """The call by a Stream, in a chunk of two steps and in steps."""
     stream = gpu_lstm.Stream(module, x.shape[1], hx)
     return torch.cat([stream(x[:2]), *(stream(x_t)[None] for x_t in x[2:])]), stream.state
@@ -196,7 +194,7 @@ FORMS: dict[str, Callable] = {
 }  # fmt: skip
 
 
-def with_random_parameters(module: nn.Module, seed: int) -> nn.Module:
+def with_random_parameters(module, seed):
     """Products of the size of their factors, which shut no gate; gains of about 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -207,9 +205,9 @@ def with_random_parameters(module: nn.Module, seed: int) -> nn.Module:
 
 
 def check(
-    size: tuple[int, ...], words: str, backend: str | None, dtype: torch.dtype, device: str = "cpu", seeds: int = 3,
-    yardstick: str | None = None, first_seed: int = 0,
-) -> None:  # fmt: skip
+    size, words, backend, dtype, device = "cpu", seeds = 3,
+    yardstick=None, first_seed=0,
+):  # fmt: skip
     """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors. That is
     torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers must be
     right within some units in the last place: a fault that it shares with ours would not show otherwise."""
@@ -244,14 +242,14 @@ def check(
         judge(errors, dtype, kind, truths, size[0])
 
 
-def assert_right(name: str, errors: list, last_place: float) -> None:
+def assert_right(name, errors, last_place):
     """The yardstick's errors are those of rounding."""
     _, theirs, true = (np.concatenate([each[k].ravel() for each in errors]) for k in range(3))
     unit = last_place * np.abs(true).max(initial=1.0)
     assert np.abs(theirs).max(initial=0.0) <= UNITS * unit, f"{name} of the yardstick is wrong itself"
 
 
-def result_of(module: nn.Module, call: Call, words: set[str], seed: int, form: Callable | None) -> dict[str, Tensor]:
+def result_of(module, call, words, seed, form):
     """Every result and, unless the call is without, every gradient."""
     module.train(not words & {"expected", "stream"})
     x, hx, rest = call
@@ -262,13 +260,11 @@ def result_of(module: nn.Module, call: Call, words: set[str], seed: int, form: C
         return results(module, x, hx, call=form and partial(form, module), seed=seed, **rest)
 
 
-def arrays_of(module: nn.Module, call: Call, words: set[str], seed: int, kind: type[np.ndarray]) -> dict:
+def arrays_of(module, call, words, seed, kind):
     return {name: t.numpy() for name, t in truth_of(module, call, words, seed, kind).items()}
 
 
-def truth_of(
-    module: nn.Module, call: Call, words: set[str], seed: int, kind: type[np.ndarray] = np.ndarray
-) -> dict[str, Tensor]:
+def truth_of(module, call, words, seed, kind=np.ndarray):
     """What `result_of` should be, by the oracle, from the numbers of the module's dtype, with arrays of a kind. For a
     large call on a GPU by the float64 reference there, since NumPy's loops would be slow."""
     like, reverse = next(module.parameters()), "reverse" in words
@@ -283,7 +279,7 @@ def truth_of(
     return truth(module, exact.x, exact.hx, noises=noises, reverse=reverse, kind=kind, **exact.rest)
 
 
-def inputs_of(size: tuple[int, ...], words: str, seed: int = 0) -> Inputs:
+def inputs_of(size, words, seed=0):
     """The tensors of such a call of one layer in one direction, in float32, with states [B, *]."""
     named = set(words.split())
     module = with_random_parameters(built(size, named), seed).train("expected" not in named)

@@ -1,6 +1,6 @@
 """How close results must be: to the float64 oracle as torch's own LSTM is, or to another module but for rounding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ PLACES = {  # of a module's parameters, by backend
 }
 BACKENDS = "torch", "reference", KERNELS_HERE
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+both_kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 LARGE = 20_000  # elements of h
 FEW = 64  # independent errors, of which the RMS is a matter of chance
 SECOND = 4  # the condition of a second derivative: of 4 passes, not 2, and of sums of twice as many terms
@@ -29,7 +30,7 @@ Truth = Callable[[type[np.ndarray]], dict[str, np.ndarray]]
 """truth(kind): the results of a call by the oracle, which computes with arrays of a kind."""
 
 
-def judge(errors: Errors, dtype: torch.dtype, yardstick: str, truths: Sequence[Truth], steps: int) -> None:
+def judge(errors, dtype, yardstick, truths, steps):
     """The RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
 
     As docs/testing.md says. An RMS below the unit in the last place of the largest element counts as that unit. In half
@@ -69,7 +70,7 @@ def judge(errors: Errors, dtype: torch.dtype, yardstick: str, truths: Sequence[T
         )
 
 
-def counted(truths: Sequence[Truth], dtype: torch.dtype, draws: int = 16) -> dict[str, tuple[float, float]]:
+def counted(truths, dtype, draws=16):
     """By name: the RMS error that the roundings on the way to a result make of it, and of how many errors.
 
     They are as many as the formulas have: the oracle rounds at random after each of its operations, so that they add up
@@ -95,14 +96,14 @@ def counted(truths: Sequence[Truth], dtype: torch.dtype, draws: int = 16) -> dic
 EXACT = np.negative, np.less, np.greater
 
 
-def rounding_as(dtype: torch.dtype, generator: np.random.Generator) -> type[np.ndarray]:
+def rounding_as(dtype, generator):
     """Arrays in float64, each of whose operations is wrong by a random part, at most a half, of `dtype`'s last place.
     What counts as more than one rounding in float32: exp and tanh, two, since libraries compute them to a unit in the
     last place; and a sum of K terms, each of which is in up to K partial sums, sqrt(K), since roundings are
     independent. In half precision all of these are in float32, and are rounded once."""
     half = dtype.itemsize == 2
 
-    def off(a, roundings: float = 1):
+    def off(a, roundings=1):
         return a * (1 + (1 if half else roundings) * torch.finfo(dtype).eps / 2 * generator.uniform(-1, 1, np.shape(a)))
 
     class Rounding(np.ndarray):
@@ -121,11 +122,11 @@ def rounding_as(dtype: torch.dtype, generator: np.random.Generator) -> type[np.n
     return Rounding
 
 
-def _rms(error: np.ndarray) -> float:
+def _rms(error):
     return float(np.sqrt(np.mean(error**2))) if error.size else 0.0
 
 
-def _leaning(error: np.ndarray, true: np.ndarray, dtype: torch.dtype) -> tuple[float, float]:
+def _leaning(error, true, dtype):
     """The mean of errors away from zero, in mean units in the last place, and what chance explains of it: 4 sigma."""
     if not error.size:
         return 0.0, 0.0
@@ -135,7 +136,7 @@ def _leaning(error: np.ndarray, true: np.ndarray, dtype: torch.dtype) -> tuple[f
     return float(away.mean()), float(4 * away.std() / np.sqrt(away.size))
 
 
-def assert_same(ours: dict, theirs: dict, backend: str | None = None, equal_nan=False, condition: float = 1) -> None:
+def assert_same(ours, theirs, backend=None, equal_nan=False, condition=1):
     """Equal but for rounding: 8 units in the last place of the larger of 1 and the largest element.
 
     The last place is that of the dtype which `backend` computed in, by default that of our result. Counted for modules

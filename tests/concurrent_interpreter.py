@@ -16,11 +16,10 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import triton
@@ -42,15 +41,15 @@ class ConcurrentRun:
     programs start, and of all that happens to them, at each memory operation with probability `yield_rate`. The system
     schedules threads, so a seed makes it likely that a failure recurs, but not certain."""
 
-    def __init__(self, seed: int = 0, yield_rate: float = 0.05) -> None:
+    def __init__(self, seed=0, yield_rate=0.05):
         self.seed, self.yield_rate, self.launches = seed, yield_rate, 0
 
-    def __call__(self, kernel: Any, grid: Sequence[int], **arguments: Any) -> None:
+    def __call__(self, kernel, grid, **arguments):
         """Launch `kernel` and wait for its end. Programs are stopped if one raises, or none stores: it is named."""
 
         launches = self.launches
 
-        def run_all(converted: dict[str, Any]) -> tuple[int, ...]:
+        def run_all(converted):
             """The grid as Triton's launcher sees it: called when arguments are converted and the language patched."""
             self.launches += 1
             self._run_all(kernel.__name__, tuple(grid), partial(kernel.rewrite(), **converted))
@@ -60,7 +59,7 @@ class ConcurrentRun:
         if self.launches == launches:
             raise RuntimeError(f"the interpreter of Triton {triton.__version__} did not ask for the grid")
 
-    def _run_all(self, name: str, grid: tuple[int, ...], body: Callable[[], None]) -> None:
+    def _run_all(self, name, grid, body):
         grid += (1,) * (3 - len(grid))
         indices, seed = list(itertools.product(*map(range, grid))), (self.seed, self.launches)
         np.random.default_rng(seed).shuffle(indices)
@@ -112,10 +111,10 @@ class _Program(threading.Thread):
     launch: _Launch
     held: tuple[np.ndarray, Callable[[], None]] | None = None  # a store not yet visible: where, and do it
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         super().__init__(daemon=True)
 
-    def run(self) -> None:
+    def run(self):
         try:
             self.body()
             self.perform_held()
@@ -125,25 +124,25 @@ class _Program(threading.Thread):
             self.launch.errors.append((self.index, error))
             self.launch.stop.set()
 
-    def counts(self) -> None:
+    def counts(self):
         """Count an operation. The program ends here if it is told to."""
         if self.launch.stop.is_set():
             raise _Stopped
         self.launch.in_vain += 1
 
-    def happens(self) -> bool:
+    def happens(self):
         return self.rng.random() < self.yield_rate
 
-    def pause(self) -> None:
+    def pause(self):
         time.sleep(LONGEST_PAUSE * self.rng.random() ** 4)
 
-    def perform_held(self) -> None:
+    def perform_held(self):
         held, self.held = self.held, None
         if held:
             held[1]()
 
     @contextmanager
-    def operation(self, ptrs: interpreter.TensorHandle, releases: bool = False) -> Iterator[None]:
+    def operation(self, ptrs, releases=False):
         """Around a memory operation: a store that was held back is performed after it, or before it if it must be."""
         self.counts()
         if self.held and (releases or np.isin(_chunks(ptrs), self.held[0]).any()):
@@ -156,7 +155,7 @@ class _Program(threading.Thread):
             time.sleep(LONGEST_DELAY * self.rng.random())
             held[1]()
 
-    def parts(self, mask: interpreter.TensorHandle) -> Iterator[interpreter.TensorHandle]:
+    def parts(self, mask):
         """The mask of a load or store, sometimes in two parts."""
         if mask.data.size == 1 or not self.happens():
             yield mask
@@ -167,7 +166,7 @@ class _Program(threading.Thread):
             yield interpreter.TensorHandle(mask.data & ~half, mask.dtype)
 
 
-def _chunks(ptrs: interpreter.TensorHandle) -> np.ndarray:
+def _chunks(ptrs):
     """The 16-byte chunks that pointers point into, the same for pointers of different types to the same memory."""
     return (ptrs.data & ADDRESS) >> np.uint64(4)
 
@@ -177,18 +176,18 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 
     grid_idx = property(lambda self: threading.current_thread().index)
 
-    def binary_op(self, *args: Any) -> Any:
+    def binary_op(self, *args):
         threading.current_thread().counts()  # a loop without end need not touch memory
         return super().binary_op(*args)
 
-    def create_masked_load(self, ptrs: Any, mask: Any, other: Any, *policy: Any, **named: Any) -> Any:
+    def create_masked_load(self, ptrs, mask, other, *policy, **named):
         program = threading.current_thread()
         with program.operation(ptrs):
             for part in program.parts(mask):
                 other = super().create_masked_load(ptrs, part, other, *policy, **named)
         return other
 
-    def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *policy: Any) -> None:
+    def create_masked_store(self, ptrs, value, mask, *policy):
         program, store = threading.current_thread(), super().create_masked_store
         with program.operation(ptrs):
             program.launch.in_vain = 0
@@ -198,7 +197,7 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
                 for part in program.parts(mask):
                     store(ptrs, value, part, *policy)
 
-    def create_atomic_rmw(self, rmw_op: Any, ptr: Any, val: Any, mask: Any, sem: Any, scope: Any) -> Any:
+    def create_atomic_rmw(self, rmw_op, ptr, val, mask, sem, scope):
         program = threading.current_thread()
         with program.operation(ptr, releases="RELEASE" in sem.name):
             if val.data.any():  # else it reads
@@ -207,12 +206,12 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
 
 
 @contextmanager
-def prepared_once() -> Iterator[None]:
+def prepared_once():
     """In a launch, device functions are prepared at their first call, in turns; the stock interpreter does it at each.
     That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time."""
     lock, bodies, modules, call = threading.Lock(), {}, set(), interpreter.InterpretedFunction.__call__
 
-    def call_device_function(function: interpreter.InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+    def call_device_function(function, *args, **kwargs):
         with lock:
             if function.fn not in bodies:
                 if function.fn.__module__ not in modules:
@@ -231,18 +230,18 @@ def prepared_once() -> Iterator[None]:
         interpreter.InterpretedFunction.__call__ = call
 
 
-def make_types_once() -> None:
+def make_types_once():
     """From now on a type of a shape is made once. The stock interpreter makes it at each operation."""
     block, tensor, facts = tl.block_type.__init__, tl.tensor.__init__, {}
 
-    def block_type(self: tl.block_type, element_ty: tl.dtype, shape: Sequence) -> None:
+    def block_type(self, element_ty, shape):
         key = element_ty.name, tuple(getattr(size, "value", size) for size in shape)
         if key not in facts:
             block(self, element_ty, shape)
             facts[key] = vars(self)
         self.__dict__ = facts[key]
 
-    def tensor_of_type(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
+    def tensor_of_type(self, handle, type):
         if (found := facts.get(type.name)) is None:
             tensor(self, handle, type)
             facts[type.name] = self.shape, self.numel
@@ -253,7 +252,7 @@ def make_types_once() -> None:
 
 
 @contextmanager
-def _concurrent_builder(grid: tuple[int, int, int]) -> Iterator[None]:
+def _concurrent_builder(grid):
     """Make the interpreter safe for several threads, and restore everything afterwards."""
     builder = interpreter.interpreter_builder  # many hold this object, so it changes its class and not its identity
     switch_interval = sys.getswitchinterval()

@@ -10,11 +10,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
 from memory_checks import bytes_of, refusal
 from torch import Tensor
 
@@ -40,7 +37,7 @@ Run = ctypes.CFUNCTYPE(
 
 
 @functools.cache
-def library(source: str, dtype: str, cell: str) -> ctypes.CDLL:
+def library(source, dtype, cell):
     """All kernels of an element type and a cell, in a version of the source; kept for the next process."""
     entries = "\n".join(
         f"extern \"C\" host::Run* {kernel}_{a}{b} = host::run<{kernel}<{dtype}, {cell}, '{a}', '{b}'>, Call<{dtype}>>;"
@@ -61,27 +58,27 @@ def library(source: str, dtype: str, cell: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(result))
 
 
-def raising(kernel: str, name: str, said: str) -> None:
+def raising(kernel, name, said):
     raise AssertionError(f"{kernel}: {said}")
 
 
-def stand_in(patch: Any, changes: dict[str, str] | None = None, less: int = 0, found: Callable = raising) -> None:
+def stand_in(patch, changes=None, less=0, found=raising):
     """CuPy's place is taken by kernels for the CPU, with `changes` to parts of the source. Accesses outside of a
     tensor, or to the last elements of it, `less` many, go to found(kernel, name, what is said)."""
     source = launch.join({name: t for name, t in (launch.texts() | (changes or {})).items() if name != "instructions"})
     seen: dict[int, Tensor] = {}
     turn = itertools.count()
 
-    def address(tensor: Tensor) -> int:
+    def address(tensor):
         assert tensor.is_contiguous()
         seen[tensor.data_ptr()] = tensor
         return tensor.data_ptr()
 
-    def loaded(device: torch.device, name: str) -> Callable[..., None]:
+    def loaded(device, name):
         kernel, dtype, cell, start, end = re.findall(r"\w+", name)
         run = Run.in_dll(library(source, dtype, cell), f"{kernel}_{start}{end}")
 
-        def function(grid: tuple[int, int], block: tuple[int], arguments: tuple[Any]) -> None:
+        def function(grid, block, arguments):
             (call,) = arguments
             names = [n for n in call.dtype.names if call.dtype[n].kind == "u" and call[n]]
             tensors = [seen[int(call[n])] for n in names]

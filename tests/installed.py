@@ -9,15 +9,13 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Collection
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-packages"]
 
 
-def build(folder: Path, *targets: str) -> list[Path]:
+def build(folder, *targets):
     """The "wheel" or "sdist", built by the backend that pip uses; it writes into the source, so it gets a copy."""
     source, left_out = folder / "source", (".git", ".venv*", ".*_cache", "out", "build", "*.egg-info")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
@@ -26,7 +24,7 @@ def build(folder: Path, *targets: str) -> list[Path]:
     return [folder / name for name in names.stdout.splitlines()[-1].split("/")]
 
 
-def environment(folder: Path, install: Collection[str]) -> Path:
+def environment(folder, install):
     """The interpreter of a new environment; `install` is what pip is given."""
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -39,7 +37,7 @@ def environment(folder: Path, install: Collection[str]) -> Path:
     return python
 
 
-def run(command: list[str], **options) -> subprocess.CompletedProcess:
+def run(command, **options):
     """Its output is kept, as text, and shown where it fails."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON_"))}
     variables |= options.pop("env", {})
@@ -48,7 +46,7 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
     return done
 
 
-def load(path: Path) -> ModuleType:
+def load(path):
     """A program of this checkout as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)

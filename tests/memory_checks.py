@@ -6,7 +6,6 @@ memory operation checks the addresses whose mask is on, and takes the number off
 import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ class Argument:
     dtype: torch.dtype
     shape: torch.Size
 
-    def data_ptr(self) -> int:
+    def data_ptr(self):
         return self.start
 
 
@@ -37,19 +36,19 @@ _numbers = itertools.count()
 _arguments: dict[int, Argument] = {}
 
 
-def bytes_of(tensor: Tensor) -> int:
+def bytes_of(tensor):
     """Bytes from a tensor's first element to the end of its last one."""
     steps = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
     return tensor.itemsize * (steps + 1) if tensor.numel() else 0
 
 
-def refusal(access: str, size: int, first: int, bytes_there: int, name: str, shape: tuple[int, ...]) -> str:
+def refusal(access, size, first, bytes_there, name, shape):
     """What is said of an access that begins at some byte of a tensor, or before."""
     where = f"begins {-first} bytes before" if first < 0 else f"ends {first + size - bytes_there} bytes past the end of"
     return f"a {size}-byte {access} {where} {name} {tuple(shape)}"
 
 
-def _numbered(kernel: str, name: str, argument: Any) -> Any:
+def _numbered(kernel, name, argument):
     if hasattr(argument, "_fields"):
         return type(argument)(*(_numbered(kernel, *each) for each in argument._asdict().items()))
     if not isinstance(argument, Tensor):
@@ -60,13 +59,13 @@ def _numbered(kernel: str, name: str, argument: Any) -> Any:
     return _arguments[number]
 
 
-def _number_arguments(executor: interpreter.GridExecutor, args: tuple, named: dict[str, Any]) -> tuple[list, dict]:
+def _number_arguments(executor, args, named):
     kernel = executor.fn.__name__
     positional = [_numbered(kernel, name, argument) for name, argument in zip(executor.arg_names, args)]
     return positional, {name: _numbered(kernel, name, argument) for name, argument in named.items()}
 
 
-def checked(access: str, at: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
+def checked(access, at, mask, size):
     """The addresses of pointers, which lie in their tensors where the mask is on."""
     touched = at[mask]
     if touched.size:
@@ -77,7 +76,7 @@ def checked(access: str, at: np.ndarray, mask: np.ndarray, size: int) -> np.ndar
     return at & ADDRESS
 
 
-def _check_each(access: str, touched: np.ndarray, size: int) -> None:
+def _check_each(access, touched, size):
     """A tile may have pointers to several tensors."""
     for address in touched.tolist():
         argument = _arguments.get(address >> ADDRESS_BITS)
@@ -87,7 +86,7 @@ def _check_each(access: str, touched: np.ndarray, size: int) -> None:
         assert 0 <= first <= bytes_there - size, f"{argument.kernel}: {said}"
 
 
-def check_interpreted_kernels() -> None:
+def check_interpreted_kernels():
     """From now on, in every launch of this process."""
     native = interpreter._interpreter
 

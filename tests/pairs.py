@@ -1,7 +1,6 @@
 """A module of torch, in float64, and ours with the same weights; all results of a call of either, and the truth."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import oracle
@@ -26,13 +25,13 @@ RAGGED = dict(lengths=LENGTHS, resets=RESETS)
 class Chain(nn.Module):
     """torch.nn.LSTM or GRU layers, each fed the output of the one before, called as a StackedLSTM or StackedGRU is."""
 
-    def __init__(self, input_size, hidden_sizes, bidirectional=False, of=nn.LSTM, **options) -> None:
+    def __init__(self, input_size, hidden_sizes, bidirectional=False, of=nn.LSTM, **options):
         super().__init__()
         sizes = zip([input_size, *((1 + bidirectional) * size for size in hidden_sizes)], hidden_sizes)
         self.layers = nn.ModuleList(of(*size, bidirectional=bidirectional, **options) for size in sizes)
         self.hidden_sizes, self.bidirectional = hidden_sizes, bidirectional
 
-    def forward(self, x: Tensor, hx: list | None = None) -> tuple[Tensor, list]:
+    def forward(self, x, hx=None):
         states = []
         for k, layer in enumerate(self.layers):
             given = hx and (hx[k] if self.bidirectional else tree_map(lambda s: s[None], hx[k]))
@@ -41,7 +40,7 @@ class Chain(nn.Module):
         return x, states
 
 
-def letters_of(module: nn.Module) -> str:
+def letters_of(module):
     """Of the states of a layer: "hc", or "h" of a GRU, of three rows a unit, or "hcnm" of an sLSTM."""
     if isinstance(module, gpu_lstm.SLSTM):
         return "hcnm"
@@ -49,7 +48,7 @@ def letters_of(module: nn.Module) -> str:
     return "h" if len(weight_hh) == 3 * weight_hh.shape[1] * getattr(module, "heads", 1) and len(weight_hh) else "hc"
 
 
-def pair(kind: str, backend: str, **arguments) -> tuple[nn.Module, nn.Module]:
+def pair(kind, backend, **arguments):
     """torch's module in float64, and gpu_lstm's of that kind, with the same weights. Instead of torch's, which has
     neither an SLSTM nor "LSTM heads" and "GRU heads", there the reference."""
     kind, *heads = kind.split()
@@ -72,7 +71,7 @@ def seeded(call, *arguments, **options):
     return call(*arguments, **options)
 
 
-def random_inputs(module: nn.Module, *batch: int, seed: int = 2, steps: int = T) -> tuple[Tensor, Any]:
+def random_inputs(module, *batch, seed=2, steps=T):
     """x and hx for a module, float32; unbatched without `batch`."""
     torch.manual_seed(seed)
     one_state = letters_of(module) == "h"
@@ -95,10 +94,10 @@ def random_inputs(module: nn.Module, *batch: int, seed: int = 2, steps: int = T)
     return torch.randn(*time_and_batch, module.layers[0].input_size), hx
 
 
-def states_left(module: nn.Module, hx: Any, steps: int, a_step: bool) -> Any:
+def states_left(module, hx, steps, a_step):
     """Random states to reset to, like hx of a batch: one per sequence, or one per step."""
 
-    def random(t: Tensor) -> Tensor:
+    def random(t):
         *lead, batch, features = t.shape
         time = [batch, steps] if module.batch_first else [steps, batch]
         return torch.randn(*lead, *(time if a_step else [batch]), features)
@@ -107,13 +106,13 @@ def states_left(module: nn.Module, hx: Any, steps: int, a_step: bool) -> Any:
     return tree_map_only(Tensor, random, hx)
 
 
-def flat(found: Any) -> list[Tensor]:
+def flat(found):
     """The tensors of what a call returns."""
     leaves = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
     return [t.data if isinstance(t, PackedSequence) else t for t in leaves]
 
 
-def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged) -> dict[str, Tensor]:
+def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged):
     """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters.
     Without gradients where the call records none, as of an sLSTM's n, which is 1, or 0 of an empty state."""
     parameters = dict(module.named_parameters())
@@ -137,25 +136,25 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     return dict(zip(names, (t.detach() for t in (*found, *gradients)), strict=True))
 
 
-def names_of(states: list, letters: str, of: str = "") -> list[str]:
+def names_of(states, letters, of=""):
     """Of tensors h, c, h, c, ...; of a GRU h, h, ...; of an sLSTM h, c, n, m, ..."""
     return [f"{of}{s}{k}" for k in range(len(states) // len(letters)) for s in letters]
 
 
-def assert_alike(ours, theirs, *batch: int, given: bool = True, **how) -> None:
+def assert_alike(ours, theirs, *batch, given=True, **how):
     """Both modules compute the same results and gradients; of a batch of that size, with states if `given`."""
     x, hx = random_inputs(ours, *batch)
     assert_same(*(results(module, x, hx if given else None, **how) for module in (ours, theirs)))
 
 
-def weighing(found: list, dtype: torch.dtype | None = None) -> list[Tensor]:
+def weighing(found, dtype=None):
     """Random gradients of the results of a call; of the truth of one in `dtype`, what these are in float64."""
     torch.manual_seed(3)
     return [torch.randn(tuple(t.shape)).to(t if dtype is None else dtype) for t in found]
 
 
 def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None, reverse=False,
-          kind: type[np.ndarray] = np.ndarray) -> dict[str, Tensor]:  # fmt: skip
+          kind=np.ndarray):  # fmt: skip
     """What `results` of an LSTM, GRU or stack, batched, should be: by the oracle, with `noises` [L][D] of a call.
     `reverse`: the first direction, too. It computes with arrays of a `kind`."""
     (names, layers), letters = weights_of(module), letters_of(module)
@@ -196,7 +195,7 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     return {name: torch.from_numpy(np.asarray(value, order="C")) for name, value in named.items()}
 
 
-def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> list[list[dict]]:
+def noises_of(module, seed, steps=T, batch=B):
     """What a call of an LSTM, GRU or stack draws after torch.manual_seed(seed), as the oracle accepts it, [L][D].
     Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter."""
     like, letters = next(module.parameters()), letters_of(module)
@@ -218,19 +217,19 @@ def noises_of(module: nn.Module, seed: int, steps: int = T, batch: int = B) -> l
     return [[drawn(weight_hh) for _, weight_hh, *_ in layer] for layer in weights_of(module)[1]]
 
 
-def is_of_steps(module: nn.Module, t: Tensor) -> bool:
+def is_of_steps(module, t):
     """Whether a state to reset to, of a batch, is one per step and not one per sequence."""
     return t.dim() - int(not hasattr(module, "layers") or module.bidirectional) == 3
 
 
-def each_step(module: nn.Module, steps: int, t: Tensor) -> Tensor:
+def each_step(module, steps, t):
     """A state to reset to, as a user passes it -> one per step, time-major."""
     if not is_of_steps(module, t):
         return t.unsqueeze(-3).expand(*t.shape[:-2], steps, *t.shape[-2:])
     return t.transpose(-2, -3) if module.batch_first else t
 
 
-def zeros_for(layers: list, batch: int, letters: str = "hc") -> list[list[tuple]]:
+def zeros_for(layers, batch, letters="hc"):
     """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with; c0 has an sLSTM's n and m."""
     lead, rows = (3,) if letters == "hcnm" else (), 3 if letters == "h" else 4
 
@@ -240,7 +239,7 @@ def zeros_for(layers: list, batch: int, letters: str = "hc") -> list[list[tuple]
     return [[*map(zeros, layer)] for layer in layers]
 
 
-def weights_of(module: nn.Module) -> tuple[list, list]:
+def weights_of(module):
     """Names and values, float64 NumPy or None, of the weights that a layer may have in a direction: [L][D][10]."""
     form = "layers.{1}.{0}_l0{2}" if hasattr(module, "layers") else "{0}_l{1}{2}"
     suffixes = ("", "_reverse")[: 1 + module.bidirectional]
@@ -251,13 +250,13 @@ def weights_of(module: nn.Module) -> tuple[list, list]:
     return names, [[[values.get(name) for name in direction] for direction in layer] for layer in names]
 
 
-def units_of_head(module: nn.Module, row: int, hidden: int) -> slice:
+def units_of_head(module, row, hidden):
     """The columns of W_hh that are those of the head which a row belongs to."""
     size = hidden // getattr(module, "heads", 1)
     return slice(row % hidden // size * size, (row % hidden // size + 1) * size)
 
 
-def dense(module: nn.Module, weight_hh: np.ndarray) -> np.ndarray:
+def dense(module, weight_hh):
     """W_hh of heads as that of one, with zeros between them."""
     if (heads := getattr(module, "heads", 1)) == 1:
         return weight_hh
@@ -267,7 +266,7 @@ def dense(module: nn.Module, weight_hh: np.ndarray) -> np.ndarray:
     return whole
 
 
-def rows_of(module: nn.Module, leaves: list) -> list[list[tuple]]:
+def rows_of(module, leaves):
     """(h, c) [L][D], each [B, *], of a module's states in a flat list; of a GRU (h, h), of an sLSTM c is [3, B, H]."""
     directions = range(1 + module.bidirectional)
     if letters_of(module) == "h":
@@ -281,7 +280,7 @@ def rows_of(module: nn.Module, leaves: list) -> list[list[tuple]]:
     return [[pairs[k * len(directions) + d] for d in directions] for k in range(module.num_layers)]
 
 
-def leaves_of(module: nn.Module, rows: list[list[tuple]]) -> list:
+def leaves_of(module, rows):
     """The reverse of `rows_of`."""
     count = len(letters_of(module))
     if hasattr(module, "layers"):
@@ -290,7 +289,7 @@ def leaves_of(module: nn.Module, rows: list[list[tuple]]) -> list:
     return [found[0], *found[1].swapaxes(0, 1)] if count == 4 else found
 
 
-def assert_identical(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_identical(got, expected):
     """The same to the last bit."""
     assert list(got) == list(expected)
     assert [name for name in got if not torch.equal(got[name], expected[name])] == []

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import host_cuda
 import interpreted  # noqa: F401  # puts functions in the place of assembly
+import pytest
 import torch
 from concurrent_interpreter import ConcurrentRun
-from torch import Tensor, nn
+from torch import nn
 
 from gpu_lstm.backends import reference, torch_resets
 from gpu_lstm.call.modes import Recording
@@ -30,9 +31,10 @@ from gpu_lstm.kernels.triton_rnn.plans.threads import resident_plans
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan, step_plan
 
 INTERPRETED = launch.INTERPRETED
+by_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels are interpreted only where no card is")
 
 
-def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None:
+def _force(monkeypatch, plan, yield_rate=None):
     """Every launch is as plan(problem, backward) says; with a rate its programs run side by side, and yield so often.
     float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly."""
 
@@ -52,16 +54,16 @@ def _force(monkeypatch, plan: Callable, yield_rate: float | None = None) -> None
         monkeypatch.setattr(launch, "launch_kernel", launch_kernel)
 
 
-def resident(monkeypatch) -> None:
+def resident(monkeypatch):
     _force(monkeypatch, lambda problem, backward: next(iter(resident_plans(problem, INTERPRETER, backward))))
 
 
-def pointwise(monkeypatch) -> None:
+def pointwise(monkeypatch):
     """Every launch is one step, after or before a product by torch."""
     _force(monkeypatch, lambda problem, backward: pointwise_plan(problem, backward))
 
 
-def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
+def step(monkeypatch, programs=3, yield_rate=0.05):
     """Every launch is of the step family, with this many programs."""
 
     def plan(problem, backward):
@@ -70,7 +72,7 @@ def step(monkeypatch, programs=3, yield_rate=0.05) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def split(monkeypatch, parts=4, yield_rate=0.05) -> None:
+def split(monkeypatch, parts=4, yield_rate=0.05):
     """Every launch is of the step family, in tiles of 16 sequences; backward, products are split into parts of K."""
 
     def plan(problem, backward):
@@ -81,7 +83,7 @@ def split(monkeypatch, parts=4, yield_rate=0.05) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def held(monkeypatch, yield_rate=0.05, asks_ahead=False) -> None:
+def held(monkeypatch, yield_rate=0.05, asks_ahead=False):
     """Every launch is of the held family, of two groups of programs that hold W_hh of 16 units."""
 
     def plan(problem, backward):
@@ -93,7 +95,7 @@ def held(monkeypatch, yield_rate=0.05, asks_ahead=False) -> None:
     _force(monkeypatch, plan, yield_rate)
 
 
-def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> None:
+def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05):
     """Every launch is cooperative, with `units` units per program; backward, `parts` share the gates of a unit."""
     warps = max(2, units // 4)
 
@@ -109,7 +111,7 @@ def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05) -> Non
     _force(monkeypatch, plan, yield_rate)
 
 
-def cuda(monkeypatch, device="cpu", changes: dict[str, str] | None = None) -> None:
+def cuda(monkeypatch, device="cpu", changes=None):
     """The kernels in CUDA C++; on the CPU compiled by g++, with `changes` to parts, and used without a verification."""
     if device == "cpu":
         monkeypatch.setattr(cupy, "choose", lambda *_: cupy.PLAN)
@@ -120,10 +122,10 @@ def cuda(monkeypatch, device="cpu", changes: dict[str, str] | None = None) -> No
         host_cuda.stand_in(monkeypatch, changes)
 
 
-def tf32(monkeypatch, inputs: int) -> None:
+def tf32(monkeypatch, inputs):
     """float32 products in TF32: of the kernels, and of the reference at every step, where x has `inputs` features."""
 
-    def linear(x: Tensor, w: Tensor, b: Tensor | None, gain: None) -> Tensor:
+    def linear(x, w, b, gain):
         if w.dim() == 2 and w.shape[1] == inputs:
             return nn.functional.linear(x, w, b)
         return _CutLinear.apply(x, w) + (0 if b is None else b)
@@ -149,7 +151,7 @@ class _CutLinear(torch.autograd.Function):
         return *of_x(_cut(d)), *of_w(d)
 
 
-def _cut(t: Tensor) -> Tensor:
+def _cut(t):
     return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) if t.dtype is torch.float32 else t
 
 
@@ -160,7 +162,7 @@ class Kernels(NamedTuple):
     force: Callable = lambda monkeypatch: None
 
 
-def two_copies(monkeypatch) -> None:
+def two_copies(monkeypatch):
     """torch's own LSTM with resets as on CUDA, where the number of steps depends on no data."""
     monkeypatch.setattr(torch_resets, "modes", lambda x: SimpleNamespace(recording=Recording.WATCHED))
 

@@ -23,7 +23,7 @@ DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
 autocast = partial(torch.autocast, DEVICE, DTYPE)
 
 
-def is_cast(function, given, result) -> bool:
+def is_cast(function, given, result):
     """Of a tensor that has as many rows as the weights, to DTYPE; in inference mode by `to`."""
     if function.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.to):
         return False
@@ -33,14 +33,14 @@ def is_cast(function, given, result) -> bool:
 KINDS = ["LSTM"] if DEVICE == "cpu" else ["LSTMCell", "GRUCell"]  # what torch's autocast casts whole, and no cuDNN
 
 
-def modules(backend: str, kind: str = KINDS[0], device: str = DEVICE) -> tuple[nn.Module, nn.Module]:
+def modules(backend, kind=KINDS[0], device=DEVICE):
     torch.manual_seed(0)
     theirs, ours = getattr(nn, kind)(I, H).to(device), getattr(gpu_lstm, kind)(I, H, backend=backend, device=device)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
-def loop(module: nn.Module, x: Tensor) -> Tensor:
+def loop(module, x):
     """h of all steps, by a call each."""
     state, hs = None, []
     for x_t in x:
@@ -49,17 +49,17 @@ def loop(module: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(hs)
 
 
-def without_onednn(module: nn.Module | None = None):
+def without_onednn(module=None):
     """A block for torch's own modules, for which oneDNN has no LSTM in float16 on most CPUs; for ours, nothing."""
     is_ours = module is not None and module.__module__.startswith("gpu_lstm")
     return nullcontext() if is_ours else torch.backends.mkldnn.flags(enabled=False)
 
 
-def inputs(seed: int = 1) -> Tensor:
+def inputs(seed=1):
     return torch.randn(T, B, I, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def rms(error: Tensor) -> float:
+def rms(error):
     return error.double().square().mean().sqrt().item()
 
 
@@ -154,7 +154,7 @@ def test_without_autocast_a_float32_c_beside_half_precision_is_not_rounded(backe
     assert torch.equal(module(inputs().to(DTYPE), (h, c), lengths=lengths)[1][1], c)
 
 
-@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_a_call_without_autograd_leaves_the_next_its_gradient(without):
     (_, module), x = modules("reference", "LSTM"), inputs()
     with Watched(is_cast) as casts, autocast():

@@ -21,7 +21,7 @@ OLDER_TRITON = TRITON < (3, 9)
 
 
 @pytest.fixture(scope="module")
-def rows(compiled) -> list[dict]:
+def rows(compiled):
     return compiled["rows"]
 
 
@@ -151,12 +151,12 @@ AHEAD = ["load words", *WAIT, "load words", "store words"]
 
 
 @pytest.fixture(scope="module")
-def kernels(compiled) -> dict[str, list[dict]]:
+def kernels(compiled):
     """The kernels of each family: their names, PTX and pointers, and how many words a thread exchanges."""
     return compiled["exchange"]
 
 
-def _addresses(kernel: dict, *buffers: str) -> dict[str, str]:
+def _addresses(kernel, *buffers):
     """Which registers hold an address in which buffer: whatever was computed from the pointer to it."""
     names = dict(enumerate(name.removesuffix("_ptr") for name in kernel["arguments"]))  # then Triton's own follow
     parameters = re.findall(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", kernel["ptx"])
@@ -172,7 +172,7 @@ def _addresses(kernel: dict, *buffers: str) -> dict[str, str]:
     return found
 
 
-def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
+def _events(kernel, *buffers):
     """(kind, instruction) of what matters here, in the order of the text; "memory" is other global memory."""
     of, events = _addresses(kernel, *buffers), []
     for line in re.split(r"[;\n]", kernel["ptx"]):
@@ -185,7 +185,7 @@ def _events(kernel: dict, *buffers: str) -> list[tuple[str, str]]:
     return events
 
 
-def _of_words(kernel: dict) -> list[str]:
+def _of_words(kernel):
     """What is wrong with the exchange of words: accesses must be strong, of one width, complete, and in order."""
     events = [event for event in _events(kernel, "words", "partials") if event[0] != "memory"]
     accesses = [(kind, text) for kind, text in events if text]
@@ -206,7 +206,7 @@ def _of_words(kernel: dict) -> list[str]:
 ARRIVE = "red", "atom"  # which, depends on Triton's version
 
 
-def _of_barriers(kernel: dict) -> list[str]:
+def _of_barriers(kernel):
     """What is wrong with `grid_barrier`: stores must precede its release, loads must follow its acquire. Where W_hh is
     held, its halves lie apart: nothing need follow a release."""
     events = [event for event in _events(kernel, "arrivals") if ".sys." not in event[1]]  # without the error word
@@ -286,7 +286,7 @@ def test_words_are_loaded_from_where_they_lie_and_only_as_many_as_there_are(size
     assert (places, counts) == ([4 * word for word in words], words)
 
 
-def delays_of(text: str) -> list[str]:
+def delays_of(text):
     """Labels and branches of a polling loop with a delay, in their order."""
     return re.findall(r"^(?:DELAY|POLL|DONE):|(?<=bra )(?:DELAY|POLL|DONE)(?=;)", text, re.MULTILINE)
 

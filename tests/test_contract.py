@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from installed import ROOT
+from places import by_interpreter
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.choices import KERNEL_BACKENDS
@@ -138,7 +139,7 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
     assert str(error.value) == f"kernel wrote {way} {far} bytes {said}, {c.nbytes} bytes of {dtype}"
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
+@by_interpreter
 @pytest.mark.parametrize(("family", "projected"), [("step", 0), ("resident", 0), ("pointwise", 3)])
 def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, projected):
     """Forward, and backward of what it computed, where dh is h and nothing else is given, with right numbers. By the
@@ -189,7 +190,7 @@ NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell 
 OTHERS = set(CELLS) - {"lstm"}
 
 
-def without_comments(name: str, text: str) -> str:
+def without_comments(name, text):
     """Code without its comments and docstrings."""
     if name.endswith(".cu"):
         return re.sub(r"//.*", "", text)
@@ -200,7 +201,7 @@ def without_comments(name: str, text: str) -> str:
     return ast.unparse(tree)
 
 
-def code_of(folder: str) -> dict[str, str]:
+def code_of(folder):
     files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cu")]
     return {str(p.relative_to(ROOT / folder)): without_comments(p.name, p.read_text()) for p in files}
 

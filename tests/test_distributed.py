@@ -1,22 +1,19 @@
-"""DDP and FSDP2 in two gloo processes, compared with one; activation checkpointing. Distributed checkpoints are those
+"""DDP and FSDP2 in two gloo processes, compared with one. Distributed checkpoints are those
 of examples/train_ddp.py: test_examples.py."""
 
 import os
 import socket
 import traceback
-from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from comparing import DEVICE, assert_same, every_backend
-from torch import Tensor, nn
+from comparing import assert_same
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
 from gpu_lstm.call.choices import Backend
@@ -27,24 +24,23 @@ WORKERS, WITHIN = 2, ("torch", "triton")
 T, B, I, H = 4, 4, 3, 6
 
 Adam = partial(torch.optim.Adam, lr=0.01)
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 class Tagger(nn.Module):
     """Two layers and a head, over sequences with lengths and resets."""
 
-    def __init__(self, backend: str | None, seed: int = 0, dropout: float = 0.0) -> None:
+    def __init__(self, backend, seed=0, dropout=0.0):
         super().__init__()
         torch.manual_seed(seed)
         self.lstm = gpu_lstm.LSTM(I, H, num_layers=2, dropout=dropout, backend=backend)
         self.head = nn.Linear(H, 2)
 
-    def forward(self, x: Tensor, lengths: Tensor, resets: Tensor) -> Tensor:
+    def forward(self, x, lengths, resets):
         output, _ = self.lstm(x, lengths=lengths, resets=resets)
         return self.head(output)
 
 
-def batch(number: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def batch(number, rank=None):
     """x, lengths and resets of a joint batch, or one worker's part of it."""
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(T, B, I, generator=generator)
@@ -54,24 +50,24 @@ def batch(number: int, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]
     return x[:, part], lengths[part], resets[:, part]
 
 
-def backward_of(model: nn.Module, number: int, rank: int | None = None) -> None:
+def backward_of(model, number, rank=None):
     model(*batch(number, rank)).square().mean().backward()
 
 
-def train(model: nn.Module, steps: range, optimizer: torch.optim.Optimizer, rank: int | None = None) -> None:
+def train(model, steps, optimizer, rank=None):
     for step in steps:
         optimizer.zero_grad()
         backward_of(model, step, rank)
         optimizer.step()
 
 
-def ddp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
+def ddp(backend, rank, folder):
     model = DistributedDataParallel(Tagger(backend, seed=rank))  # which hands out the weights of rank 0
     backward_of(model, 0, rank)
     return {name: p.grad for name, p in model.module.named_parameters()}
 
 
-def fsdp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
+def fsdp(backend, rank, folder):
     model = Tagger(backend)
     fully_shard(model.lstm)
     fully_shard(model)
@@ -80,7 +76,7 @@ def fsdp(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
     return {name: weight.full_tensor() for name, weight in model.state_dict().items()}
 
 
-def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
+def agreed(backend, rank, folder):
     """Whether kernels run two kinds of calls, which the ranks make in different orders and would decide differently."""
     seconds = {"triton": [1e-3 + rank] * 4, "torch": [2e-3 - rank * 1e-3] * 4}
     by_kernels = {}
@@ -96,7 +92,7 @@ def agreed(backend: str, rank: int, folder: Path) -> dict[str, Tensor]:
     return dict(sorted(by_kernels.items()))
 
 
-def work(rank: int, port: int, folder: Path) -> None:
+def work(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
     for task, backend in [*product((ddp, fsdp), WITHIN), (agreed, "auto")]:
@@ -114,7 +110,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory):
     """Where the workers have left their results."""
     folder = tmp_path_factory.mktemp("workers")
     with socket.socket() as free:
@@ -124,7 +120,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def found(folder: Path, task: Callable, backend: str) -> dict[str, Tensor]:
+def found(folder, task, backend):
     """What the workers found, both the same."""
     first, second = (torch.load(folder / f"{task.__name__} {backend} {rank}") for rank in range(WORKERS))
     assert isinstance(first, dict), first
@@ -140,26 +136,6 @@ def test_ddp_and_fsdp2_are_as_one_process_on_the_joint_batch(folder, backend):
     assert_same(found(folder, ddp, backend), {name: p.grad for name, p in model.named_parameters()})
     train(model, range(3), Adam(model.parameters()))
     assert_same(found(folder, fsdp, backend), model.state_dict())
-
-
-@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
-@pytest.mark.parametrize(("dtype", "use_reentrant"), [(None, True), (torch.float16, False)], ids=str)
-@every_backend
-def test_activation_checkpointing_changes_no_bit(backend, dtype, use_reentrant):
-    model = Tagger(backend, dropout=0.5).to(DEVICE)
-    x, lengths, resets = (t.to(DEVICE) for t in batch(0))
-    found = []
-    for call in (model, lambda *inputs: checkpoint(model, *inputs, use_reentrant=use_reentrant)):
-        torch.manual_seed(0)
-        model.zero_grad()
-        leaf = x.clone().requires_grad_()
-        with torch.backends.mkldnn.flags(enabled=dtype is None):  # oneDNN has no LSTM in float16 on every CPU
-            with torch.autocast(DEVICE, dtype, enabled=dtype is not None):
-                y = call(leaf, lengths, resets)
-            y.float().square().mean().backward()
-        found.append([y, leaf.grad, *(parameter.grad for parameter in model.parameters())])
-    assert all(t.any() for t in found[0])
-    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.deep

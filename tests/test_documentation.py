@@ -108,7 +108,7 @@ def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_t
     assert set(re.findall(r"(\d+)\s+runs\b", readme)) == {runs}
 
 
-def links(text: str) -> list[str]:
+def links(text):
     """The files that Markdown links to or shows, also in HTML, except in its examples."""
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     return re.findall(r"(?:\]\(|(?:src|srcset)=\")(?!https?:)([^)#\"]+)", text)
@@ -275,7 +275,7 @@ COMMANDS = "\n".join(
 BASH = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c"]
 
 
-def run(*command: str, **options) -> subprocess.CompletedProcess:
+def run(*command, **options):
     return subprocess.run(command, **{"cwd": ROOT, "capture_output": True, "text": True, **options})
 
 

@@ -23,7 +23,6 @@ from bench import ppo
 
 EXAMPLES = ROOT / "examples"
 example, ddp = ppo.load_example(), load(EXAMPLES / "train_ddp.py")
-QUIET = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 
 @pytest.fixture
@@ -34,7 +33,6 @@ def clock():
 
 @pytest.mark.parametrize("remembers", [True, False])
 def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
-    torch.manual_seed(0)
     agent = example.Agent(remembers=remembers)
     with torch.no_grad():
         agent.actor.weight.mul_(100)
@@ -55,7 +53,6 @@ def test_a_rollout_at_once_gives_what_the_agent_did_step_by_step(remembers):
 
 
 def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
-    torch.manual_seed(0)
     rewards, values, starts = torch.randn(6, 3), torch.randn(7, 3), torch.rand(7, 3) < 0.4
     errors = rewards + 0.99 * ~starts[1:] * values[1:] - values[:-1]
     expected = torch.zeros(6, 3)
@@ -113,7 +110,7 @@ def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_paddin
         isaac.measure(lstm, ways, 1)
 
 
-def in_two_processes(arguments: list[str]) -> None:
+def in_two_processes(arguments):
     """As torchrun does it, in forks, which have torch."""
     config = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
@@ -124,7 +121,6 @@ def in_two_processes(arguments: list[str]) -> None:
 
 
 @pytest.mark.deep
-@QUIET
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     in_two_processes(["--out", str(whole), "--steps", "6", "--save-every", "3"])

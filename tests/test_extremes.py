@@ -16,7 +16,7 @@ import torch
 from cases import built, call_of, with_random_parameters
 from comparing import BACKENDS, KERNELS_HERE, PLACES, assert_same, every_backend
 from pairs import results
-from places import KERNELS
+from places import KERNELS, by_interpreter
 from standing_in import plan_of, recurrence
 from subjects import SUBJECTS
 from torch import Tensor, zeros
@@ -37,9 +37,6 @@ from gpu_lstm.kernels.triton_rnn.plans.planning import Step
 
 T, I, H = 3, 3, 4
 HEADS = {f"{cls.__name__} of heads": partial(cls, 2, 4, heads=2) for cls in (gpu_lstm.LSTM, gpu_lstm.GRU)}
-interpreted = pytest.mark.skipif(
-    not launch.INTERPRETED, reason="compiled kernels have the GPU's memory, and compute-sanitizer"
-)
 
 
 @pytest.mark.parametrize(("recompute", "ragged"), [(False, True), (True, False)])
@@ -72,11 +69,10 @@ def test_of_none_what_goes_round_a_call(backend):
     assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
     (dx,) = torch.autograd.grad(lstm(x)[0].square().sum(), x, create_graph=True)
     assert torch.autograd.grad(dx.sum(), lstm.weight_hh_l0)[0].eq(0).all()
-    for module, width in ((lstm, H), (gpu_lstm.StackedLSTM(I, [H, 5], backend=backend, **place), 5)):
-        stream = gpu_lstm.Stream(module, batch=0)
-        assert stream(zeros(T, 0, I, **place)).shape == (T, 0, width)
-        stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
-        assert stream(zeros(0, I, **place)).shape == (0, width)
+    stream = gpu_lstm.Stream(gpu_lstm.StackedLSTM(I, [H, 5], backend=backend, **place), batch=0)
+    assert stream(zeros(T, 0, I, **place)).shape == (T, 0, 5)
+    stream.reset(zeros(0, dtype=torch.bool, device=place["device"]))
+    assert stream(zeros(0, I, **place)).shape == (0, 5)
     h, c = gpu_lstm.LSTMCell(I, H, backend=backend, **place)(zeros(0, I, **place))
     assert h.shape == c.shape == (0, H)
 
@@ -90,7 +86,6 @@ IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(cls, backend, ragged, changed):
     """torch raises where backward needs what was there. Where it does not, results and gradients are right."""
     place = PLACES[backend]
-    torch.manual_seed(0)
     lstm, x = cls(I, H, 2, backend=backend, **place), torch.randn(T, 2, I, **place)
     lengths = torch.tensor([T, 1], device=place["device"]) if ragged else None
     wanted = [p for name, p in lstm.named_parameters() if name != "weight_ih_l1"]  # that one is changed
@@ -127,7 +122,6 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
 def test_a_layer_without_features(backend, layer, rows):
     """It computes what it would from a feature that is always zero."""
     place = PLACES[backend]
-    torch.manual_seed(0)
     weights = [torch.randn(shape, **place) for shape in ((rows, 0), (rows, H), (rows,), (rows,))]
     one_feature = [pad(weights[0], (0, 1), value=1.0), *weights[1:]]
     y, _ = layer(zeros(T, 2, 0, **place), weights, backend=backend)
@@ -140,7 +134,6 @@ def test_a_layer_without_features(backend, layer, rows):
 @every_backend
 def test_gates_that_are_open_or_shut_by_any_amount(backend, layer):
     """A NaN stays one, in its own sequence."""
-    torch.manual_seed(0)
     place, rows = PLACES[backend], 4 * H if layer is lstm_layer else 3 * H
     values = torch.tensor([0.0, 9, 20, 88, 89, 104, 1e30, torch.inf, torch.nan])
     x = torch.cat([values, -values])[None, :, None].repeat(T, 1, 1)  # [T, B, 1]
@@ -193,7 +186,7 @@ AT_THE_LIMIT = {
 }
 
 
-def _launches(name: str, backward: bool) -> list:
+def _launches(name, backward):
     family, problem = (HUGE | AT_THE_LIMIT)[name]
     plan = plan_of("step" if family == "split" else family, problem, backward)  # whose tiles are those of parts, too
     # No more than a tile for each program, and wide tiles of K, so that the interpreter is soon done.
@@ -218,7 +211,7 @@ def test_grids_are_those_of_a_gpu(name, backward):
 class NoMemory:
     """Replaces the interpreter's: lengths are read as T, all else as zeros, within the tensors of the launch."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps):
         self.steps, self.largest = steps, 0  # index of an element touched
 
     def load(self, at, mask, other, dtype):
@@ -232,12 +225,12 @@ class NoMemory:
         self._touch("atomic", at, mask, value.itemsize)
         return np.zeros_like(value)
 
-    def _touch(self, access, at, mask, size) -> None:
+    def _touch(self, access, at, mask, size):
         touched = memory_checks.checked(access, at, mask, size)[mask]  # tensors without memory begin at 0
         self.largest = max(self.largest, int(touched.max(initial=0)) // size)
 
 
-def _run_last_program(monkeypatch, one) -> int:
+def _run_last_program(monkeypatch, one):
     """Launch only the last program of a recorded kernel, without memory; return the largest index it touched."""
     memory, native = NoMemory(one.arguments["T"]), interpreter._interpreter
     names = ("load", "store", "atomic_rmw")
@@ -252,7 +245,7 @@ def _run_last_program(monkeypatch, one) -> int:
     return memory.largest
 
 
-@interpreted
+@by_interpreter
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", [
     pytest.param(name, marks=() if name.endswith(", rows") else pytest.mark.deep) for name in HUGE])  # fmt: skip
@@ -265,7 +258,7 @@ SIZE = 3, 3, 2, 6  # T, B, I, H
 ALL = "peepholes masks"
 
 
-def run(family: str, words: str, size: tuple[int, ...] = SIZE) -> None:
+def run(family, words, size=SIZE):
     """A call and its gradients. The last sequence is the longest. At its end it is reset, so that kernels need
     everything that they are given."""
     module = with_random_parameters(built(size, {*words.split()}, backend=KERNELS[family].backend), 0)
@@ -274,7 +267,7 @@ def run(family: str, words: str, size: tuple[int, ...] = SIZE) -> None:
     results(module, x, hx, **rest)
 
 
-@interpreted
+@by_interpreter
 @pytest.mark.usefixtures("exact_float32_products")
 @pytest.mark.parametrize(("family", "name", "said"), [
     *((family, "reset_c_ptr", "4-byte load ends 4") for family in ("resident", "pointwise", "step")),
@@ -297,7 +290,7 @@ def test_a_tensor_that_is_one_element_short_is_detected_in_triton(monkeypatch, f
 
 
 # Without zoneout products alone read h0.
-@interpreted
+@by_interpreter
 @pytest.mark.usefixtures("exact_float32_products")
 @pytest.mark.parametrize(("words", "size", "unread"), [
     (ALL, SIZE, ""), ("peepholes norms", SIZE, "h0"), (ALL, (*SIZE, 5), ""), ("gru masks", SIZE, ""),

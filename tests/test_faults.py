@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 from comparing import assert_same
 from pairs import RAGGED, B, H, I, T, pair, random_inputs, results, truth, weighing
-from places import INTERPRETED
+from places import by_interpreter
 from standing_in import as_another_process, few_polls, plans_are_verified_on_the_cpu
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +31,7 @@ from gpu_lstm.kernels.triton_rnn.tiles import cells
 from gpu_lstm.kernels.triton_rnn.tiles import step as step_family
 
 pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
+    by_interpreter,
     pytest.mark.usefixtures("nothing_cached", "exact_float32_products"),
 ]
 
@@ -80,7 +80,7 @@ IN_KERNELS = {  # of each option of a call: the device function, and what stands
 }  # fmt: skip
 
 
-def plant(monkeypatch, fault: str) -> None:
+def plant(monkeypatch, fault):
     """A fault wherever kernels of the step family find the function."""
     name, function = IN_KERNELS[fault]
     for module in (step_family, cells, fragments, indexing, states, noise, equations):
@@ -195,14 +195,12 @@ def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dty
     above = equations.above
     monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # which backward does not need
     ours = gpu_lstm.SLSTM(I, H).to(dtype)
-    twin, x, found = copy.deepcopy(ours).double(), X.to(dtype), []
+    twin, x = copy.deepcopy(ours).double(), X.to(dtype)
     twin.backend = "reference"
     launched = Mock(side_effect=launch.launch_kernel)
     monkeypatch.setattr(launch, "launch_kernel", launched)
-    for module in ours, twin:
-        y, _ = (watched(module) if module is ours else module)(x.to(module.weight_ih_l0), **RAGGED)
-        found.append([y, *torch.autograd.grad(y.sum(), list(module.parameters()))])
-    for our, true in zip(*found):
+    found = results(ours, x, call=watched(ours), **RAGGED), results(twin, x, **RAGGED)
+    for our, true in zip(*(each.values() for each in found)):
         torch.testing.assert_close(
             our.double(), true, rtol=0, atol=8 * torch.finfo(dtype).eps * float(true.abs().max())
         )

@@ -113,20 +113,6 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
         assert (aligned(each).is_contiguous(), aligned(each).data_ptr() % 16) == (True, 0)
 
 
-@pytest.mark.parametrize("pass_", [Pass(True, True, dh, dh_n) for dh in (True, False) for dh_n in (True, False)])
-def test_what_is_compiled_for_a_projection_outside_the_loop_is_what_is_launched(monkeypatch, pass_):
-    """Whichever gradients there are, the recurrence of m is given that of every m."""
-    problem, record = Problem(2, 3, 16, torch.float16, 4), Mock()
-    plan, (gates, r) = plan_of("resident", problem, True), launch.call_of(problem, torch.device("cpu"))
-    monkeypatch.setattr(launch, "launch_kernel", record)
-    h = torch.zeros(2, 3, 4).half()
-    given = h if pass_.dh else None, h[:1] if pass_.dh_n else None, None
-    kept_layer(launch, problem, gates.device).with_plan(plan).backward(*given, gates, torch.zeros(2, 3, 16), r)
-    [compiled] = launch.recorded_launches(problem, pass_, plan)
-    absent = [{name for name, each in a.items() if each is None} for a in (compiled.arguments, record.call_args.kwargs)]
-    assert absent[0] == absent[1]
-
-
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "held"])
 def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
@@ -240,7 +226,7 @@ def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch
 # Where nothing can be launched
 
 
-def selected(asked: str | None = None) -> Backend:
+def selected(asked=None):
     return select(asked, CUDA, doctor.ANY, False)
 
 

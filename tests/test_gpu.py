@@ -181,7 +181,6 @@ def test_cudnn_copies_no_weights(dtype, options):
 
 @every_cell
 def test_an_update_of_torchs_own_with_resets_is_captured(cell):
-    torch.manual_seed(0)
     lstm, x = kernels(16, 32, backend="torch", cell=cell), random(9, 4, 16)
     resets, lengths = torch.rand(9, 4, device="cuda") < 0.3, torch.tensor([9, 1, 0, 5], device="cuda")
     ragged = dict(resets=resets, lengths=lengths)

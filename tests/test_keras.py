@@ -9,7 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from comparing import both_kinds
+from pairs import random_inputs, weighing
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 import keras
@@ -22,7 +25,6 @@ LENGTHS = torch.tensor([3, 5, 0])
 MASK = torch.arange(T) < LENGTHS[:, None]
 LSTM, GRU, RNN, BOTH = keras.layers.LSTM, keras.layers.GRU, keras.layers.RNN, keras.layers.Bidirectional
 CELL, GRU_CELL, STACK = keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.StackedRNNCells
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 
 
 def rnn(kind, cell, sizes=(H,), wrap=lambda cells, dtype: cells, **options):
@@ -70,19 +72,8 @@ def in_torch_order(variable, gradient):
     return [torch.cat([row.chunk(3)[k] for k in (1, 0, 2)]) if "gru" in variable.path else row for row in rows]
 
 
-def drawn(seed, *sizes, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*size, generator=generator, dtype=dtype) for size in sizes]
-
-
 def assert_equal(actual, expected, tolerance=1e-6):
     torch.testing.assert_close(list(actual), list(expected), rtol=0, atol=tolerance)
-
-
-def test_lengths_of_a_mask_are_right_whatever_the_default_device():
-    mask = torch.arange(3) < torch.tensor([[2], [0], [3]])
-    with torch.device("meta"):
-        assert lengths_of(mask).tolist() == [2, 0, 3]
 
 
 def check(layer, module, mask=None, initial=True):
@@ -92,25 +83,19 @@ def check(layer, module, mask=None, initial=True):
     # of Keras 3.12.
     kind = type(getattr(layer, "forward_layer", layer))
     exact = dtype is torch.float64 and mask is None and kind in (LSTM, GRU) and hasattr(BOTH, "_can_attempt_fused_lstm")
-    (x,), lengths = drawn(2, (N, T, I), dtype=dtype), None if mask is None else lengths_of(mask)
-    x.requires_grad_()
-    leaves, states, hx = [], None, None
-    if initial:  # as Keras takes them, and as a module does
-        of_cells, count = isinstance(getattr(layer, "cell", None), STACK), 2 if "LSTM" in str(module) else 1
-        cells = layer.cell.cells if of_cells else [layer] * (1 + isinstance(layer, BOTH))
-        leaves = drawn(1, *((N, cell.units if of_cells else H) for cell in cells for _ in range(count)), dtype=dtype)
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        states = [leaves[k : k + count] for k in range(0, len(leaves), count)] if of_cells else leaves
-        rows = states if of_cells else [[torch.stack(leaves[k::count]) for k in range(count)]]
-        hx = [tuple(row) if count == 2 else row[0] for row in rows]
-        hx = hx if of_cells else hx[0]
-    actual = in_keras_order(*module(x, hx, lengths=lengths))
+    inputs = random_inputs(getattr(module, "module", module), N, steps=T)
+    x, hx = tree_map(lambda t: t.to(dtype).requires_grad_(), inputs)
+    leaves, states = tree_leaves(hx) if initial else [], None
+    if initial:  # as Keras takes them: of cells a list for each
+        of_cells = isinstance(hx, list)
+        states = [[*row] if isinstance(row, tuple) else [row] for row in hx] if of_cells else in_keras_order(x, hx)[1:]
+    actual = in_keras_order(*module(x, hx if initial else None, lengths=None if mask is None else lengths_of(mask)))
     expected = keras.tree.flatten(layer(x, initial_state=states, mask=mask))
     assert_equal(actual, expected, 1e-13 if exact else 1e-6)
     ours = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    variables, dy = layer.trainable_variables, drawn(3, *(r.shape for r in expected))
-    got, true = (torch.autograd.grad(found, [*of, x, *leaves], [d.to(r) for d, r in zip(dy, found)])
-                 for found, of in ((actual, ours), (expected, [variable.value for variable in variables])))  # fmt: skip
+    variables = layer.trainable_variables
+    got, true = (torch.autograd.grad(found, [*of, x, *leaves], weighing(found)) for found, of in (
+        (actual, ours), (expected, [variable.value for variable in variables])))  # fmt: skip
     of_weights = [row for variable, g in zip(variables, true) for row in in_torch_order(variable, g)]
     assert_equal(got, [*of_weights, *true[len(variables) :]], 1e-12 if exact else 1e-5)
 
@@ -164,7 +149,7 @@ def built(kind, *args, **kwargs):
 
 @pytest.mark.parametrize(("policy", "dtype"), [
     ("mixed_bfloat16", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])  # fmt: skip
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_dtype_is_that_of_the_variables(policy, dtype, kind):
     options = dict(dtype=policy, recurrent_initializer="glorot_uniform")  # it has no QR in half
     layer = built(KINDS[f"cells {kind}"], options)
@@ -229,7 +214,7 @@ OURS = {
 @pytest.mark.parametrize("module", OURS.values(), ids=OURS)
 def test_to_keras_and_back(module):
     module = module.double()
-    layer, (x,), time_first = to_keras(module), drawn(2, (N, T, I)), not getattr(module, "batch_first", True)
+    layer, x, time_first = to_keras(module), torch.randn(N, T, I).double(), not getattr(module, "batch_first", True)
     output, states = module(x.transpose(0, 1) if time_first else x)
     found = in_keras_order(output.transpose(0, 1) if time_first else output, states)
     assert_equal(found, keras.tree.flatten(layer(x)))
@@ -282,7 +267,7 @@ def test_keras_init_and_forget_bias(name):
             assert torch.equal(parameter, values[path])
 
 
-@pytest.mark.parametrize(("layer", "ours"), [(LSTM, gpu_lstm.LSTM), (GRU, gpu_lstm.GRU)], ids=["LSTM", "GRU"])
+@pytest.mark.parametrize(("layer", "ours"), [(LSTM, gpu_lstm.LSTM), (GRU, gpu_lstm.GRU)])
 def test_keras_init_is_keras_own(layer, ours):
     """Keras's initial weights pass the same test, and its biases are the same. Ours have half precision, too."""
     keras.utils.set_random_seed(0)

@@ -27,10 +27,9 @@ MASKS = {name: torch.tensor(rows).bool() for name, rows in {
 FUSED = hasattr(BOTH, "_can_attempt_fused_lstm")  # Keras 3.12 has only the loop of cells, whose products are in float32
 MASKED = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 MASKED_OR_NOT = pytest.mark.parametrize("mask", [None, MASKS["gaps"]], ids=["all", "gaps"])
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras's, with NumPy 2
 
 
-@pytest.fixture(params=[LSTM, GRU], ids=["LSTM", "GRU"])
+@pytest.fixture(params=[LSTM, GRU])
 def kinds(request):
     """Our class of layer and Keras's."""
     return request.param, getattr(keras.layers, request.param.__name__)

@@ -1,5 +1,5 @@
 """Tests of the tests: the limits of comparing.judge, which a fault of 1 % in any term exceeds, and roundings of float32
-do not; and what the tests do on a card, without one: their tables, and one of them on the CPU."""
+do not; and one of the tests that need a card, on the CPU."""
 
 import ast
 import functools
@@ -13,12 +13,9 @@ import pytest
 import test_gpu
 import torch
 from cases import arrays_of, built, call_of, with_random_parameters
-from places import INTERPRETED, KERNELS
-from standing_in import H100, plan_of
+from places import KERNELS, by_interpreter
+from standing_in import H100
 from torch.utils._pytree import tree_leaves
-
-from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.kernels.triton_rnn.plans import choose
 
 F32, SEEDS = torch.float32, (5, 6)  # of calls with a reset before the second step
 OF_A_LAYER = [f for f in ast.parse(inspect.getsource(oracle)).body
@@ -30,7 +27,7 @@ CASES = [  # of few elements, with every option that a layer has
 ]  # fmt: skip
 
 
-def terms() -> dict[str, tuple[ast.AST, str]]:
+def terms():
     """The terms of every sum, and the second factors of products, in the oracle's formulas of a layer."""
     found = {}
     for function in OF_A_LAYER:
@@ -48,7 +45,7 @@ TERMS = terms()
 DRAWN = random.Random(0).sample(sorted(TERMS), 40)
 
 
-def results(seed: int, kind: type[np.ndarray] = np.ndarray) -> dict[str, np.ndarray]:
+def results(seed, kind=np.ndarray):
     """Of all cases, in arrays of a kind."""
     found = {}
     for size, words in CASES:
@@ -63,7 +60,7 @@ limits = functools.cache(functools.partial(comparing.counted, TRUTHS, F32))
 truth = functools.cache(lambda seed: results(seed))
 
 
-def judged(monkeypatch, ours: list[dict]) -> None:
+def judged(monkeypatch, ours):
     """Beside a yardstick without errors, by the limits of this problem, which are counted once."""
     monkeypatch.setattr(comparing, "counted", lambda *_: limits())
     errors = {name: [(np.asarray(our[name]) - true[name], 0 * true[name], true[name])
@@ -101,27 +98,6 @@ def test_roundings_are_no_faults_where_torch_rounds_luckily(monkeypatch, seed):
         judged(monkeypatch, found)
 
 
-def of_ours(words, units, dtype, batch=test_gpu.SIZE[1]):
-    precision, heads = "tf32" if dtype is torch.float32 else "ieee", 4 if "four" in words else 1 + ("heads" in words)
-    cell = next((cell for cell in ("gru", "slstm") if cell in words.split()), "lstm")
-    ragged = dict(lengths=torch.int64, resets=True)
-    return Problem(2, batch, heads * units, dtype, precision=precision, cell=cell, heads=heads, **ragged)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tf32", "bf16"])
-def test_every_family_of_an_h100_is_forced_and_some_are_chosen(dtype):
-    """In TF32 and in half precision, for every cell, with and without heads."""
-    for words in ("", "gru", *test_gpu.OF_OURS):
-        problems = {family: of_ours(words, units, dtype) for family, units in test_gpu.UNITS.items()}
-        plans = [plan_of(family, p, backward) for family, p in problems.items() for backward in (False, True)]
-        assert {type(plan.family) for plan in plans} == choose.FAMILIES.keys()
-    sizes = ((batch, H // 4 if heads else H, heads) for batch, H, heads in test_gpu.SIZES)
-    problems = [of_ours(f"slstm {heads}", units, dtype, batch) for batch, units, heads in sizes]
-    chosen = {choose.plans(p, H100, backward)[0].family.name for p in problems for backward in (False, True)}
-    assert chosen >= {"resident", "cooperative", "held"}
-
-
 @pytest.fixture
 def rehearsed(monkeypatch):
     """Tests of test_gpu.py run on the CPU, by plans that it can run: where there are no streams and no graphs."""
@@ -137,7 +113,7 @@ def rehearsed(monkeypatch):
         monkeypatch.setattr(test_gpu, name, value)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@by_interpreter
 @pytest.mark.parametrize("words", ["slstm heads", "gru"])
 def test_a_test_of_a_family_rehearsed(rehearsed, monkeypatch, words):
     test_gpu.test_every_family(monkeypatch, "cooperative/16/1/1", words, torch.float32)

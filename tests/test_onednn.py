@@ -27,6 +27,13 @@ halves = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=st
 switched = torch.backends.mkldnn.flags  # a block
 
 
+@pytest.fixture(params=[True, False], ids=["on", "off"])
+def on_or_off(request):
+    """oneDNN, as a user sets it."""
+    with switched(enabled=request.param and torch.backends.mkldnn.enabled):
+        yield
+
+
 @pytest.fixture
 def lacking(with_onednn, monkeypatch):
     """As on a CPU without AVX-512."""
@@ -106,7 +113,6 @@ def test_what_onednn_is_not_asked_for_stays_torchs_own(half, kind, arguments, wa
 
 
 @pytest.mark.usefixtures("lacking")
-@pytest.mark.filterwarnings("ignore")  # torch says that its traces are deprecated, and warns of Python values
 @halves
 def test_in_traces_graphs_modes_and_transforms(half):
     lstm, x = gpu_lstm.LSTM(I, H, backend="torch").requires_grad_(False), torch.randn(T, B, I)
@@ -211,7 +217,7 @@ def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
     for way in ("torch", "reference", "triton", "vmap", *("lengths", "one step", "zoneout") * ("Cell" not in kind))
 ])  # fmt: skip
 @pytest.mark.parametrize("grad", [True, False])
-def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half, grad):
+def test_on_a_cpu_results_have_the_dtypes_of_torchs(on_or_off, kind, way, half, grad):
     """By oneDNN it casts a whole LSTM there, but of all others products alone, so that the dtype of states counts.
     oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on fewer, and there without gradients. Elsewhere torch's own
     raises, where ours is cast all the same, unless the input is in half precision: then torch casts products alone."""
@@ -250,23 +256,18 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(kind, way, half, grad):
 
 
 @halves
-def test_where_onednn_is_off_every_backend_has_the_dtype_of_torchs(half):
+def test_where_onednn_is_off_numbers_are_torchs_in_graphs_too(half):
     """Where autocast casts products alone; also where a module was called with it on before. An SLSTM stays whole."""
     (theirs, ours), x = (module.float() for module in pair("LSTM", "torch")), torch.randn(T, B, I)
     torch._dynamo.reset()
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     with switched(enabled=False):
         expected = autocast(half, theirs, x)[0]
-        assert autocast(half, gpu_lstm.SLSTM(I, H), x)[0].dtype is half
-    assert expected.dtype is torch.float32
-    for off in (False, True, False):
-        for ours.backend in ("torch", "reference"):
-            with switched(enabled=not off):
-                found = [autocast(half, ours, x, **given)[0] for given in ({}, dict(lengths=torch.full((B,), T)))]
-                if off:
-                    calls = (compiled, vmap(ours, 1, 1))[half is torch.float16 :]  # compiling takes long
-                    found += [autocast(half, call, x)[0] for call in calls]
-            assert {t.dtype for t in found} == {torch.float32 if off else half}
-            for y in found:
+    for on in (False, True, False):
+        with switched(enabled=on):
+            assert autocast(half, gpu_lstm.SLSTM(I, H), x)[0].dtype is half
+            for call in [ours] if on else [ours, compiled]:
+                y = autocast(half, call, x)[0]
+                assert y.dtype is (half if on else torch.float32)
                 torch.testing.assert_close(y.float(), expected, rtol=0, atol=16 * torch.finfo(half).eps)
-            assert not off or ours.backend != "torch" or torch.equal(found[0], expected)
+                assert on or call is compiled or torch.equal(y, expected)

@@ -35,12 +35,12 @@ from gpu_lstm.backends import graph
 from gpu_lstm.call.choices import BackendName
 
 
-def says(python: Path | str, code: str, **options) -> list[str]:
+def says(python, code, **options):
     return run([str(python), "-c", textwrap.dedent(code)], **options).stdout.splitlines()
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory) -> list[Path]:
+def built(tmp_path_factory):
     return build(tmp_path_factory.mktemp("built"), "wheel", "sdist")
 
 
@@ -200,7 +200,7 @@ def test_the_program_runs_and_is_over_all_of_the_public_api_which_dir_shows(caps
 
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.StackedLSTM, gpu_lstm.LSTMCell, gpu_lstm.GRU,
-                                 gpu_lstm.GRUCell], ids=lambda cls: cls.__name__)  # fmt: skip
+                                 gpu_lstm.GRUCell])  # fmt: skip
 def test_forward_says_what_it_accepts_and_raises(cls):
     said = cls.forward.__doc__
     for name in inspect.signature(cls.forward).parameters:
@@ -208,7 +208,7 @@ def test_forward_says_what_it_accepts_and_raises(cls):
     assert all(title in said for title in ("Args:", "Returns:", "Raises:"))
 
 
-def imported_by(name: str, modules: dict[str, Path]) -> set[str]:
+def imported_by(name, modules):
     """The modules of the checkout that one imports."""
     path, found = modules[name], set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
@@ -255,7 +255,7 @@ def in_another_process(function, *args):
         return another.apply(function, args)
 
 
-def results(module, x) -> list:
+def results(module, x):
     """Output and states, and the gradients of the parameters."""
     found = tree_leaves(module(x))
     return [*found, *torch.autograd.grad(sum(t.square().sum() for t in found), list(module.parameters()))]
@@ -264,7 +264,7 @@ def results(module, x) -> list:
 exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 
 
-def compare(other) -> None:
+def compare(other):
     """Another copy with torch's own: eager and compiled."""
     theirs, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
     for backend, compiler in (("reference", "eager"), ("torch", "aot_eager")):
@@ -274,7 +274,7 @@ def compare(other) -> None:
         exactly(results(called, x), results(theirs, x))
 
 
-def again() -> str:
+def again():
     for module in (graph, gpu_lstm):
         importlib.reload(module)
     compare(gpu_lstm)
@@ -290,7 +290,7 @@ def test_a_copy_that_is_imported_again_runs_beside_the_first():
     assert in_another_process(again) == "gpu_lstm.LSTM(3, 4)"
 
 
-def kernelized(path) -> tuple:
+def kernelized(path):
     """torch's modules with the forward of `layers` compute what they did; what `kernels` asks of a layer."""
     spec = importlib.util.spec_from_file_location("_a_kernel", path)
     sys.modules[spec.name] = other = importlib.util.module_from_spec(spec)

@@ -9,7 +9,8 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from places import INTERPRETED, KERNELS
+from comparing import both_kinds
+from places import KERNELS, by_interpreter
 from watching import Watched
 
 import gpu_lstm
@@ -35,7 +36,7 @@ def test_the_way_of_a_call_is_not_longer():
     assert [each for each, (_, count) in zip(found, most) if int(each[1]) > count] == []
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_a_cell_on_a_cpu_comes_soon_to_torchs_operator(kind):
     x, state, called, cell = torch.zeros(2, 3), torch.zeros(2, 4), [], getattr(gpu_lstm, f"{kind}Cell")(3, 4)
 
@@ -70,7 +71,7 @@ ON_THE_HOST = torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero
 """What reads a number of a tensor on the host: on a card it waits for the stream, and a capture forbids it."""
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@by_interpreter
 @pytest.mark.parametrize(("place", "margins"), [
     *((place, False) for place in ("held", "resident", "cooperative/4/1/4", "pointwise", "cupy")), ("held", True),
 ])  # fmt: skip
@@ -89,7 +90,7 @@ def test_the_host_reads_no_number_in_a_call(a_card, unwatched, request, monkeypa
         assert (reads.count > 0) == margins
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a card is here")
+@by_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [
     {}, dict(layer_norm=("hh",)), dict(layer_norm=("c",)), dict(layer_norm=("hh", "c")), dict(proj_size=3, zoneout=0.1),

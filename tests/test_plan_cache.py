@@ -33,11 +33,11 @@ PLAN = plans(PROBLEM, H100, False)[0]
 
 
 @pytest.fixture(autouse=True)
-def folder(nothing_cached) -> Path:
+def folder(nothing_cached):
     return nothing_cached / cache.PLANS
 
 
-def _entry(without: str = "") -> str:
+def _entry(without=""):
     fields = {name: value for name, value in PLAN.as_json().items() if name != without}
     return json.dumps({"key": choose._key(PROBLEM, H100, False), "value": fields})
 
@@ -170,7 +170,7 @@ def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
         keep_measured(PROBLEM, H100, False, PLAN)
 
 
-def _keep_many(first: int) -> None:
+def _keep_many(first):
     for batch in range(first, first + 15):
         keep_measured(PROBLEM._replace(batch=batch), H100, False, PLAN)
 

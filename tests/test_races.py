@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from places import by_interpreter
 from standing_in import CUDA, H100, as_another_process, the_cpu_is_a_card, torch_finds
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,11 +25,10 @@ from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.contract import Chosen
-from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter")
+pytestmark = by_interpreter
 
 EXPECTED = Decision(Backend.TORCH, "expected")
 REAL_RACE = race.race

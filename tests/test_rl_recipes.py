@@ -30,7 +30,6 @@ def recipes():
 
 @pytest.fixture(autouse=True)
 def in_float64():
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from pairs import flat, random_inputs
+from places import by_interpreter
 from standing_in import as_a_card
 from subjects import SUBJECTS, Function
 from torch import nn
@@ -31,11 +32,10 @@ from gpu_lstm.dispatch import route as dispatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
 
 pytestmark = [
-    pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
+    by_interpreter,
     pytest.mark.usefixtures("nothing_cached"),
     pytest.mark.filterwarnings("ignore"),  # of tracing, and of dropout where there is one layer
 ]

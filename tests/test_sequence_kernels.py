@@ -12,9 +12,12 @@ import torch
 import triton
 import triton.language as tl
 from cases import check
+from comparing import both_kinds
 from interpreted import rounded_to_tf32
-from places import INTERPRETED, KERNELS, cooperative, held, split, step
+from pairs import pair, random_inputs
+from places import INTERPRETED, KERNELS, by_interpreter, cooperative, held, split, step
 from standing_in import few_polls, recurrence
+from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
 from gpu_lstm.dispatch.route import forget
@@ -27,7 +30,7 @@ from gpu_lstm.kernels.triton_rnn.tiles import held as held_kernels
 from gpu_lstm.kernels.triton_rnn.tiles import step as step_kernels
 
 pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="compiled kernels hold their device functions"),
+    by_interpreter,
     pytest.mark.usefixtures("nan_in_fresh_memory"),
 ]
 F32, F16 = torch.float32, torch.float16
@@ -41,7 +44,6 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
     """Saved and final c, of a GRU h, is that of a recurrence in float32, since W_hh is zero. So it is rounded where it
     is an operand and where it is returned."""
     KERNELS[family].force(monkeypatch)
-    torch.manual_seed(0)
     steps, batch, hidden, rows = 6, 3, 8, 4 if cell == "lstm" else 3
     gates, h0, c0 = (torch.randn(steps, batch, 4 * hidden).half(), *torch.randn(2, batch, hidden).half())
     gates[:, :, rows * hidden :] = 0  # of a GRU s, which x does not reach, and h not by a W_hh of zeros
@@ -59,18 +61,15 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
         torch.testing.assert_close(ours.double(), torch.from_numpy(true), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 @pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (F16, torch.int16)], ids=str)
 def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
     """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
     cooperative(monkeypatch, units=4)
-    torch.manual_seed(0)
-    ours = getattr(gpu_lstm, kind)(3, 8, dtype=dtype, backend="triton")
-    theirs = getattr(torch.nn, kind)(3, 8, dtype=dtype)
-    theirs.load_state_dict(ours.state_dict())
-    x, h0, c0 = (torch.randn(size, dtype=dtype) for size in ((4, 3, 3), (1, 3, 8), (1, 3, 8)))
-    h0.view(bits)[0, 0, :2], x[1, 1, 0] = -1, float("nan")
-    (found, _), (expected, _) = (module(x, (h0, c0) if kind == "LSTM" else h0) for module in (ours, theirs))
+    theirs, ours = (module.to(dtype) for module in pair(kind, "triton", hidden_size=8))
+    x, hx = tree_map(lambda t: t.to(dtype), random_inputs(ours, 3))
+    tree_leaves(hx)[0].view(bits)[0, 0, :2], x[1, 1, 0] = -1, float("nan")
+    found, expected = (module(x, hx)[0] for module in (ours, theirs))
     torch.testing.assert_close(found, expected, equal_nan=True, atol=8 * torch.finfo(dtype).eps, rtol=0)
     assert not found[:, 2].isnan().any()
 
@@ -139,7 +138,7 @@ def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, 
     force(monkeypatch)
     launch_with(monkeypatch, *where, fault, kernels)
 
-    def is_detected(seed: int) -> bool:
+    def is_detected(seed):
         try:
             check(size, words, "triton", dtype, seeds=1, first_seed=seed)
         except AssertionError:
@@ -149,7 +148,7 @@ def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, 
     assert any(map(is_detected, range(12)))
 
 
-def launch_with(monkeypatch, module, name, fault, kernels: str, around=lambda kernel: contextlib.nullcontext()) -> None:
+def launch_with(monkeypatch, module, name, fault, kernels, around=lambda kernel: contextlib.nullcontext()):
     """A fault for the kernels of such names alone, which are launched within around(name)."""
     run = launch.launch_kernel
 
@@ -192,11 +191,9 @@ FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
     """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
     kernel, _, way = kernel.partition(" ")
-    torch.manual_seed(0)
     module = getattr(gpu_lstm, kind)(3, 8, backend="triton")
-    sizes = [(5, 3, 3), (1, 3, 8), (1, 3, 8)][: 3 if kind == "LSTM" else 2]
-    x, *state = (torch.randn(size, requires_grad=True) for size in sizes)
-    hx = tuple(state) if kind == "LSTM" else state[0]
+    x, hx = tree_map(torch.Tensor.requires_grad_, random_inputs(module, 3, steps=5))
+    state = tree_leaves(hx)
 
     def gradients(h):
         return torch.autograd.grad(h.sum(), (x, *state))

@@ -25,7 +25,7 @@ def made(cls, *sizes, seed=0, **arguments):
     return cls(*sizes, **arguments)
 
 
-def calls_of(backend: str) -> dict:
+def calls_of(backend):
     """Calls of every kind, of modules and tensors that are made here: each returns what it computes."""
     place = PLACES[backend]
     by, device = dict(backend=backend, **place), place["device"]
@@ -70,7 +70,7 @@ def calls_of(backend: str) -> dict:
     }
 
 
-def results(backend: str, around=contextlib.nullcontext) -> dict[str, list[torch.Tensor]]:
+def results(backend, around=contextlib.nullcontext):
     found = {}
     for name, (module, call) in calls_of(backend).items():
         torch.manual_seed(5)
@@ -119,7 +119,6 @@ def together():
 SETTINGS = ALONE | {"together": together}
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(("backend", "setting"), [
     pytest.param(backend, setting, marks=[pytest.mark.deep] * (setting == "anomaly"))
     for backend in BACKENDS for setting in (ALONE if backend == "torch" else ["together", "inference"])])  # fmt: skip

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import interpreted
 import pytest
 import torch
-from places import cooperative
+from places import by_interpreter, cooperative
 from standing_in import CUDA, few_polls, torch_finds
 
 import gpu_lstm
@@ -24,10 +24,10 @@ EXPECTED = (
     r"cooperative_backward_kernel timed out at step 7 on cpu: .* the results of that launch, and of all launches "
     "since, are wrong"
 )
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="error words of the CPU")
+pytestmark = by_interpreter
 
 
-def _time_out(kernel="cooperative_backward_kernel", step=7) -> None:
+def _time_out(kernel="cooperative_backward_kernel", step=7):
     timeouts.error_word(CPU, kernel)[0] = step + 1
 
 

@@ -2,12 +2,12 @@
 No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py."""
 
 import copy
-from functools import partial
 from unittest.mock import Mock
 
 import pytest
 import torch
-from pairs import LENGTHS, RAGGED, RESETS, B, T, pair, random_inputs, results, truth
+from comparing import both_kinds
+from pairs import LENGTHS, RAGGED, RESETS, B, T, assert_identical, pair, random_inputs, results, truth
 from places import two_copies
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -22,7 +22,7 @@ BF16 = torch.bfloat16
 SHAPES = [{}, dict(bias=False), dict(proj_size=2), dict(num_layers=2, bidirectional=True, proj_size=2, bias=False)]
 
 
-def in_order(parameters) -> torch.Tensor:
+def in_order(parameters):
     """All matrices, then all biases; without biases cuDNN wants zeros for them."""
     matrices, biases = ([p.detach().flatten() for p in parameters if p.dim() == n] for n in (2, 1))
     gates = max(map(len, parameters))
@@ -30,7 +30,7 @@ def in_order(parameters) -> torch.Tensor:
     return torch.cat([*matrices, *(biases or [zeros])])
 
 
-def buffers(parameters) -> list[torch.Tensor]:
+def buffers(parameters):
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage() for p in parameters}
     return [torch.empty(0, dtype=parameters[0].dtype).set_(storage) for storage in storages.values()]
 
@@ -46,7 +46,6 @@ def says_cuda(monkeypatch):
     *(("LSTM", arguments) for arguments in SHAPES), ("GRU", {}), ("GRU", dict(num_layers=2, bias=False))],
     ids=str)  # fmt: skip
 def test_bfloat16_parameters_are_put_into_one_buffer_and_stay_parameters(says_cuda, kind, arguments):
-    torch.manual_seed(0)
     lstm = getattr(gpu_lstm, kind)(3, 4, **arguments).to(BF16)
     others = getattr(nn, kind)(3, 4, **arguments, dtype=BF16)
     others.load_state_dict(lstm.state_dict())
@@ -116,7 +115,6 @@ def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
 ], ids=["lengths", "resets", "both", "both, GRU"])  # fmt: skip
 def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     """On a device that has none, as fake tensors, and as on a card."""
-    torch.manual_seed(0)
     lstm = cls(3, 4, **arguments, backend="torch")
     x = torch.randn(T, B, 3)
 
@@ -137,7 +135,6 @@ def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     assert asked.count == 0
 
 
-@pytest.mark.filterwarnings("ignore")  # torch says that it is deprecated, and warns of Python values
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_a_trace_is_right_for_other_resets_and_with_lengths_for_more_steps(cls):
     lstm, x = cls(3, 4, backend="torch").requires_grad_(False), torch.randn(T, B, 3)
@@ -170,11 +167,10 @@ NOT_FINITE = {  # what is put where in x [T, B, I], h0 and c0 [2, B, H], and wei
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # in the oracle
 @pytest.mark.parametrize("lengths", [None, torch.tensor([2, 3, 4])], ids=["whole", "lengths"])
 @pytest.mark.parametrize("case", NOT_FINITE)
 @pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_what_is_not_finite_gives_in_an_episode_what_the_oracle_gives(monkeypatch, kind, on_host, case, lengths):
     """On a device infinite states, and infinities that make a NaN, are treated as NaN: to the end of the episode."""
     _, ours = pair(kind, "torch", bidirectional=True)
@@ -208,31 +204,11 @@ def test_what_is_computed_again_has_the_dtypes_of_the_rest(how):
     assert all(map(torch.equal, [t[:, 1:] for t in found], [t[:, 1:] for t in expected]))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
-def test_on_a_cpu_resets_of_none_but_the_first_step_leave_the_call_to_torchs_own(kind, packed):
-    """To the bit: only the forward direction begins from zeros."""
-    theirs, ours = pair(kind, "torch", num_layers=2, bidirectional=True)
-    x, hx = random_inputs(ours, B)
-    resets, states = torch.zeros(T, B, dtype=torch.bool), tree_map(torch.clone, hx)
-    resets[0, 1] = True
-    for state in tree_leaves(states):
-        state[0::2, 1] = 0  # rows of the forward direction
-    pack = partial(nn.utils.rnn.pack_padded_sequence, lengths=LENGTHS.clamp(min=1), enforce_sorted=False)
-    ways = [lambda x, hx, m=m, **rest: m(pack(x) if packed else x, hx, **rest) for m in (ours, theirs)]
-    found = results(ours, x, hx, call=ways[0], resets=resets)
-    expected = results(theirs, x, states, call=ways[1])
-    for name in ("dh0", "dc0")[: len(tree_leaves(hx))]:
-        expected[name][0::2, 1] = 0  # which passes no reset
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-
-
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
 @pytest.mark.parametrize(("places", "steps"), [
     ([], T), ([(0, 1)], T), ([(0, 1), (2, 0)], T + 1), ([(2, 0), (2, 2)], T + 1), ([(1, 0), (2, 2), (3, 0)], T + 2),
 ])  # fmt: skip
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypatch, kind, places, steps, lengths):
     resets, sizes, stack = torch.zeros(T, B, dtype=torch.bool), [], torch_rnn.stack
     for place in places:
@@ -246,27 +222,17 @@ def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypat
         assert sizes == [steps]
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_step_with_lengths_is_a_step_and_a_choice(monkeypatch, kind, learns):
     """NaN where a sequence has no step changes nothing, no gradient either."""
-    module, x = getattr(gpu_lstm, kind)(3, 4, 2), torch.randn(1, 4, 3)
-    lengths, hx = torch.tensor([1, 0, 1, 0]), torch.randn(2, 4, 4)
-    hx = hx if kind == "GRU" else (hx, hx)
+    module, found = getattr(gpu_lstm, kind)(3, 4, 2), []
+    x, hx = random_inputs(module, 4, steps=1)
     monkeypatch.setattr(torch_rnn, "layer_by_torch", None)  # which takes a call a layer
-
-    def call(garbage):
-        given = x.clone()
-        given[0, 1::2] = garbage
-        y, states = module(given.requires_grad_(learns), hx, lengths=lengths)
-        states = tree_leaves(states)
-        if not learns:
-            return [y, *states]
-        return [y, *states, *torch.autograd.grad(sum(t.sum() for t in (y, *states)), [given, *module.parameters()])]
-
     with torch.set_grad_enabled(learns):
-        found = call(0.0)
-        assert (found[0][:, 1::2] == 0).all()
-        for state, initial in zip(found[1:], tree_leaves(hx)):
-            assert torch.equal(state[:, 1::2], initial[:, 1::2])
-        assert all(map(torch.equal, call(float("nan")), found))
+        for x[0, 1::2] in (0.0, torch.nan):
+            found.append(results(module, x, hx, lengths=torch.tensor([1, 0, 1, 0])))
+    assert_identical(*found)
+    assert not found[0]["output"][:, 1::2].any()
+    for name, initial in zip(("h0", "c0"), tree_leaves(hx)):
+        assert torch.equal(found[0][name][:, 1::2], initial[:, 1::2])

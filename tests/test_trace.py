@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 from comparing import KERNELS_HERE, every_backend
-from pairs import weights_of, zeros_for
+from pairs import letters_of, weights_of, zeros_for
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.profiler import profile
@@ -23,23 +23,33 @@ def inputs():
     return torch.randn(T, B, I, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
+def slstm_gates(i, f, not_f, g, o, c, n):
+    """What a trace shows of an sLSTM, of the numbers that the oracle has: shares of a mean instead of i and f."""
+    return i / n, 1 - not_f, g, o, c / n
+
+
+BOTH = dict(lengths=LENGTHS, resets=RESETS)
+
+
 @every_backend
 @pytest.mark.parametrize(("kind", "ragged", "options"), [
-    (gpu_lstm.LSTM, {}, {}), (gpu_lstm.LSTM, dict(lengths=LENGTHS), dict(proj_size=2)),
-    (gpu_lstm.LSTM, dict(resets=RESETS), dict(heads=2)), (gpu_lstm.GRU, dict(lengths=LENGTHS, resets=RESETS), {}),
-], ids=["plain", "lengths", "resets", "GRU"])  # fmt: skip
+    ("LSTM", {}, {}), ("LSTM", dict(lengths=LENGTHS), dict(proj_size=2)), ("LSTM", dict(resets=RESETS), dict(heads=2)),
+    ("GRU", BOTH, {}), ("SLSTM", BOTH, dict(heads=2)),
+], ids=["plain", "lengths", "resets", "GRU", "SLSTM"])  # fmt: skip
 def test_gates_are_the_oracles(backend, kind, ragged, options):
-    module, x = kind(I, H, 2, bidirectional=True, backend=backend, **options).double(), inputs()
+    backend = "reference" if (kind, backend) == ("SLSTM", "torch") else backend
+    module, x = getattr(gpu_lstm, kind)(I, H, 2, bidirectional=True, backend=backend, **options).double(), inputs()
     traced, (_, layers) = gpu_lstm.trace(module, x, **ragged), weights_of(module)
-    names = {gpu_lstm.LSTM: ("input", "forget", "candidate", "output", "cell"),
-             gpu_lstm.GRU: ("reset", "update", "candidate")}[kind]  # fmt: skip
-    assert "input, forget" in repr(traced) if kind is gpu_lstm.LSTM else "reset, update" in repr(traced)
+    names = {"LSTM": ("input", "forget", "candidate", "output", "cell"), "GRU": ("reset", "update", "candidate"),
+             "SLSTM": ("share", "forget", "candidate", "output", "mean")}[kind]  # fmt: skip
+    assert f"{names[0]}, {names[1]}" in repr(traced)
     assert str([T, B, H]) in repr(traced)
-    y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B), layers, **ragged)
+    y, _, tapes = oracle.stack(x.numpy(), zeros_for(layers, B, letters_of(module)), layers, **ragged)
     for layer, (_, taken) in zip(traced.layers, tapes, strict=True):
         for gates, (_, _, tape) in zip(layer, taken, strict=True):
             expected = torch.zeros(len(names), T, B, H).double()
             for b, t, _, _, _, *values in tape:
+                values = slstm_gates(*values) if kind == "SLSTM" else values
                 expected[:, t, b] = torch.tensor(np.array(values[: len(names)]))
             assert_close({name: getattr(gates, name) for name in names}, dict(zip(names, expected)))
     assert_close([traced.output, torch.cat([gates.hidden for gates in traced.layers[1]], 2)], [torch.from_numpy(y)] * 2)
@@ -75,7 +85,6 @@ X = torch.randn(2, 3, 4)
 @pytest.mark.parametrize(("module", "lengths", "expected"), [
     (gpu_lstm.LSTM(4, 5, bidirectional=True, backend=KERNELS_HERE), None,
      [f"0 forward, {KERNELS_HERE}", f"0 reverse, {KERNELS_HERE}"]),
-    (gpu_lstm.LSTM(4, 5, backend="reference"), None, ["0 forward, reference"]),
     (gpu_lstm.LSTM(4, 5, 2, backend="torch"), [2, 2, 1], ["0 forward, torch", "1 forward, torch"]),
     (gpu_lstm.LSTM(4, 5, backend="torch"), None, []),  # torch's own LSTM takes all layers in one call
     (gpu_lstm.StackedLSTM(4, [5, 6], backend="torch"), None, ["0, torch", "1, torch"]),

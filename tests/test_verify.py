@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from cases import inputs_of
 from concurrent_interpreter import ConcurrentRun
-from places import cuda
+from places import by_interpreter, cuda
 from standing_in import plan_of, the_cpu_is_a_card
 from test_faults import plant
 from test_settings import SETTINGS
@@ -34,7 +34,7 @@ from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 
 pytestmark = [
-    pytest.mark.skipif(not launch.INTERPRETED, reason="faults are planted in interpreted kernels"),
+    by_interpreter,
     pytest.mark.usefixtures("nothing_cached"),
 ]
 
@@ -179,7 +179,6 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
         assert (_verify(problem) or _verify(problem, Pass(True))).startswith("the RMS error of")
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("fault", [None, "share", "c_n"])
 def test_the_state_that_calls_begin_with_is_verified(monkeypatch, fault):
     """An sLSTM's is empty, l = -inf, and where a sequence has no step it ends so: equal infinities are right."""
@@ -234,7 +233,6 @@ CONTEXTS = SETTINGS | {"autocast": partial(torch.autocast, "cpu", torch.bfloat16
     "context", [pytest.param(context, marks=[pytest.mark.deep] * (context != "default device")) for context in CONTEXTS]
 )
 def test_contexts_of_the_caller_do_not_reach_the_first_calls_checks_and_races(card, context):
-    torch.manual_seed(0)
     lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(3, 3, 4)
     found = []
     for backend in (None, None, "reference"):  # a first call, another, and what it is held to

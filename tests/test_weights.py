@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from comparing import KERNELS_HERE, PLACES
+from comparing import KERNELS_HERE, PLACES, both_kinds
 from pairs import B, H, I, assert_alike, assert_identical, pair, random_inputs, results, seeded
 from subjects import SUBJECTS
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from gpu_lstm.dispatch import route as dispatch
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 
 
-def same_weights(a, b) -> bool:
+def same_weights(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
@@ -113,7 +113,7 @@ def test_copies_and_moves_compute_the_same_and_copies_have_weights_of_their_own(
         assert {type(twin) for twin in copies(cls(I, H))} == {cls}
 
 
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 @pytest.mark.parametrize("age", ["of today", "without proj_size", "all_weights of parameters"])
 def test_states_of_pickled_torch_modules(age, kind):
     of_torch, of_ours = ((getattr(of, kind), getattr(of, f"{kind}Cell")) for of in (nn, gpu_lstm))
@@ -166,7 +166,6 @@ def replaced(module):
     yield
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize(("kind", "backend", "change"), [
     ("LSTM", "torch", weight_norm(nn.utils.weight_norm)), ("LSTM", "reference", pruning), ("LSTM", "torch", replaced),
     ("LSTM", KERNELS_HERE, weight_norm(nn.utils.parametrizations.weight_norm)), ("LSTM", KERNELS_HERE, replaced),
@@ -181,19 +180,15 @@ def test_weights_are_read_at_every_call(kind, backend, change):
     assert not torch.equal(theirs(x)[0], before)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+@both_kinds
 def test_torchs_class_replaced_before_a_model_is_built(monkeypatch, kind):
-    theirs, ours = seeded(getattr(nn, kind), I, H, num_layers=2, batch_first=True).double(), getattr(gpu_lstm, kind)
+    theirs, ours = getattr(nn, kind)(I, H, batch_first=True), getattr(gpu_lstm, kind)
     monkeypatch.setattr(torch.nn, kind, ours)
-    model = nn.Sequential(seeded(getattr(torch.nn, kind), I, H, num_layers=2, batch_first=True)).double()
-    assert type(model[0]) is ours is getattr(torch.nn, kind)
-    assert_alike(copy.deepcopy(model)[0], theirs, B)
     assert isinstance(getattr(gpu_lstm.compat, kind)(I, H), type(theirs))
-    assert type(gpu_lstm.convert(nn.Sequential(copy.deepcopy(theirs)))[0]) is ours
-    scripted, x = torch.jit.script(model), torch.randn(B, 4, I).double()
-    for module in (model[0], theirs):  # what was scripted has the same parameters
-        module.weight_hh_l1.data.mul_(0.5)
+    model, x = gpu_lstm.convert(nn.Sequential(theirs)), torch.randn(B, 4, I)
+    assert type(model[0]) is ours
+    scripted = torch.jit.script(model)
+    theirs.weight_hh_l0.data.mul_(0.5)  # what was scripted has the same parameters
     assert torch.equal(scripted(x)[0], theirs(x)[0])
 
 

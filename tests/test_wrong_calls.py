@@ -16,6 +16,7 @@ import pytest
 import torch
 import wrong_calls
 from comparing import DEVICE
+from places import by_interpreter
 from standing_in import CUDA, the_cpu_is_a_card
 from test_first_call import selected
 from torch import nn, zeros
@@ -114,7 +115,7 @@ SHAPES = {
     "gru_first": "2,5,2  2,0,3  2,5,3;2,1,4  2,5,3;1,5,4  5,3;1,5",
     "gru_cell": "2,1,3  []  2,5  5  2,3;1,2,4  2,3;[]  2,3;3,4  2,3;2,5  3;5  3;2,4  2,3;4"}  # fmt: skip
 X3 = "zeros(5, 2, 3), "
-OF_BOTH = ("None", "X.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])",
+OF_BOTH = ("None", "SEQ.numpy()", "zeros(5, 2, 3, dtype=F64)", "zeros(5, 2, 3, dtype=INT)", X3 + "tensor([5, 2])",
            X3 + "RESETS", "zeros(5, 2, 3, device=META)")  # fmt: skip
 CELL_OF_BOTH = "None", "zeros(2, 3).numpy()", "zeros(2, 3), ()", "zeros(2, 3), [H2]", "zeros(2, 3, dtype=F64)"
 AS_TORCH = [
@@ -244,12 +245,12 @@ def test_a_wrong_command_line_ends_with_2_and_says_why(files, capsys, main, line
 
 
 F64 = torch.float64
-X, *WEIGHTS = (zeros(size, dtype=F64) for size in ((5, 2, 3), (16, 3), (16, 4)))
+SEQ, *WEIGHTS = (zeros(size, dtype=F64) for size in ((5, 2, 3), (16, 3), (16, 4)))
 CALLABLES = dict(
-    LSTM=lambda **kwargs: gpu_lstm.LSTM(3, 4, dtype=F64, **kwargs)(X),
-    LSTMCell=lambda **kwargs: gpu_lstm.LSTMCell(3, 4, dtype=F64, **kwargs)(X[0]),
-    StackedLSTM=lambda **kwargs: gpu_lstm.StackedLSTM(3, [4, 2], dtype=F64, **kwargs)(X),
-    lstm_layer=lambda **kwargs: lstm_layer(X, WEIGHTS, **kwargs),
+    LSTM=lambda **kwargs: gpu_lstm.LSTM(3, 4, dtype=F64, **kwargs)(SEQ),
+    LSTMCell=lambda **kwargs: gpu_lstm.LSTMCell(3, 4, dtype=F64, **kwargs)(SEQ[0]),
+    StackedLSTM=lambda **kwargs: gpu_lstm.StackedLSTM(3, [4, 2], dtype=F64, **kwargs)(SEQ),
+    lstm_layer=lambda **kwargs: lstm_layer(SEQ, WEIGHTS, **kwargs),
 )
 
 
@@ -263,7 +264,7 @@ def test_what_chooses_the_backend(call, monkeypatch):
     layer = Mock(side_effect=reference.layer_by_reference)
     monkeypatch.setattr(reference, "layer_by_reference", layer)
 
-    def by_reference(**arguments) -> bool:
+    def by_reference(**arguments):
         layer.reset_mock()
         call(**arguments)
         return layer.called
@@ -377,7 +378,7 @@ def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothi
         selected("triton")
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="of Triton's interpreter")
+@by_interpreter
 @pytest.mark.parametrize(("triton", "numpy", "runs"), [
     ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True),
 ])  # fmt: skip

@@ -12,6 +12,7 @@ import oracle
 import pytest
 import torch
 from installed import ROOT
+from pairs import weighing
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune, remove_weight_norm, weight_norm
@@ -51,9 +52,7 @@ def numbers_of(cell, x, state=None):
     leaves = [t.detach().clone().requires_grad_() for t in (x, state) if t is not None]
     y, (h, c, n, m) = cell(*leaves)
     found = [y, h, c / n, m + n.log()]
-    torch.manual_seed(2)
-    weights = [torch.randn(t.shape).to(t) for t in found]
-    return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weights)]
+    return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weighing(found))]
 
 
 SHAPES = [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")]  # of inputs and outputs
@@ -76,7 +75,6 @@ def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut, shapes):
 
 
 @pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 2))
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_second_derivatives_and_traces_are_those_of_xlstms_own_cell(steps):
     cell, x = cell_of_xlstm().double(), tensors_for(torch.float64)[0][:, :steps].requires_grad_()
 
@@ -100,7 +98,7 @@ def test_explain_takes_a_cell(steps, said):
     assert (explanation.backend == "reference") == (steps == 1 or not numba_is_there())
 
 
-def numba_is_there() -> bool:
+def numba_is_there():
     return available.import_problem(Backend.NUMBA) is None
 
 
@@ -110,17 +108,6 @@ def calls(monkeypatch):
     found, layer = [], tool.slstm_layer
     monkeypatch.setattr(tool, "slstm_layer", lambda *given, **options: found.append(given) or layer(*given, **options))
     return found
-
-
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 2))
-def test_a_few_steps_on_a_cpu(steps, given, calls):
-    cell, (x, state) = cell_of_xlstm().double(), tensors_for(torch.float64)
-    call = x[:, :steps], state if given else None
-    theirs = numbers_of(cell, *call)
-    gpu_lstm.use_for_slstm(cell)
-    torch.testing.assert_close(numbers_of(cell, *call), theirs, rtol=0, atol=1e-14)
-    assert len(calls) == (steps > tool.MOST_STEPS)
 
 
 @torch.no_grad()
@@ -178,7 +165,6 @@ MADE_AND_UNDONE = {
 }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize("first", ["ours", "made", "ours, undone"])
 @pytest.mark.parametrize("way", MADE_AND_UNDONE)
 def test_weights_that_are_made_of_others(way, first):

@@ -1,15 +1,12 @@
 """Operators of torch as they run."""
 
-from collections.abc import Callable
-from typing import Any
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watched(TorchDispatchMode):
     """A block: `count` is of how many operators counts(operator, its arguments, its result) is true."""
 
-    def __init__(self, counts: Callable[..., Any]) -> None:
+    def __init__(self, counts):
         super().__init__()
         self.counts, self.count = counts, 0
 

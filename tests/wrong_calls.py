@@ -20,7 +20,7 @@ from gpu_lstm.functional import dense as whole
 from gpu_lstm.functional import gru_layer, lstm_layer, of_heads, slstm_layer
 
 BOOL, F64, F16, INT, COMPLEX, META = torch.bool, torch.float64, torch.float16, torch.int64, torch.complex64, "meta"
-X, H, C, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4), zeros(5, 2, dtype=BOOL)
+SEQ, H0, C0, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(2, 4), zeros(5, 2, dtype=BOOL)
 WEIGHTS, GRU_WEIGHTS = (zeros(16, 3), zeros(16, 4)), (zeros(12, 3), zeros(12, 4))
 PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
@@ -71,11 +71,11 @@ def kind_of(value):
 
 
 def layer(m, **arguments):
-    return lstm_layer(**dict(x=X, weights=WEIGHTS, backend=m.backend) | arguments)
+    return lstm_layer(**dict(x=SEQ, weights=WEIGHTS, backend=m.backend) | arguments)
 
 
 def gru(m, **arguments):
-    return gru_layer(**dict(x=X, weights=GRU_WEIGHTS, backend=m.backend) | arguments)
+    return gru_layer(**dict(x=SEQ, weights=GRU_WEIGHTS, backend=m.backend) | arguments)
 
 
 def slstm(**arguments):
@@ -86,7 +86,7 @@ def given(module):
     """What a module is called with: a cell with its states, so that torch's operator could run it at once."""
     if isinstance(module, nn.RNNCellBase):
         return H2[:, :3], H2 if isinstance(module, gpu_lstm.GRUCell) else PAIRS[0]
-    return (X,)
+    return (SEQ,)
 
 
 def handed(module, name, *size):
@@ -183,26 +183,28 @@ def of_lengths_and_resets():
         ("ValueError: Expected resets of shape [5, 2], got [5, 3, 1]", "resets=zeros(5, 3, 1, dtype=BOOL)"),
         ("ValueError: Expected resets on cpu, where the input is, got meta", "resets=RESETS.to(META)"),
         (a_tensor("resets", "bool"), "resets=True")):  # fmt: skip
-        yield text, *(f"{call}, {argument})" for call in ("m.lstm(X", "m.gru_stack(X", "layer(m"))
+        yield text, *(f"{call}, {argument})" for call in ("m.lstm(SEQ", "m.gru_stack(SEQ", "layer(m"))
 
 
 def of_reset_states():
-    yield "ValueError: Expected resets together with reset_states, ..., got None", "m.lstm(X, reset_states=(H, C))"
+    yield "ValueError: Expected resets together with reset_states, ..., got None", "m.lstm(SEQ, reset_states=(H0, C0))"
     sizes = "ValueError: Expected {0} of reset_states of size [{1}2, 4], one a sequence, or [{1}5, 2, 4], one a step, "
     sizes = f"{sizes}got {{2}}".format
     for text, call, states in (
-        (sizes("c", "1, ", [1, 2, 5]), "m.lstm(X", "(H, zeros(1, 2, 5))"),
-        (sizes("h", "", [1, 2, 4]), "layer(m", "(H, C)"), (sizes("h", "1, ", [2, 4]), "m.gru(X", "H2"),
-        ("ValueError: Expected c of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "m.stack(X",
+        (sizes("c", "1, ", [1, 2, 5]), "m.lstm(SEQ", "(H0, zeros(1, 2, 5))"),
+        (sizes("h", "", [1, 2, 4]), "layer(m", "(H0, C0)"), (sizes("h", "1, ", [2, 4]), "m.gru(SEQ", "H2"),
+        ("ValueError: Expected c of reset_states of layer 1 of size [2, 4], ... got [2, 5]", "m.stack(SEQ",
          "[PAIRS[0], (H2, zeros(2, 5))]"),
-        ("ValueError: Expected c of reset_states of dtype torch.float32, got torch.int64", "m.lstm(X", "(H, C.long())"),
-        ("ValueError: Expected h of ... on cpu, ..., got meta", "m.lstm(X", "(H.to(META), C)"),
-        (a_tensor("c of reset_states", "NoneType"), "m.lstm(X", "(H, None)"),
-        ("TypeError: reset_states should be a pair of tensors (h, c), got: Tensor", "m.lstm(X", "torch.stack([H, C])"),
-        ("ValueError: Expected reset_states of two states (h, c), got 1", "m.lstm(X", "(H,)"),
-        (a_tensor("reset_states", "tuple; use torch.as_tensor"), "m.gru(X", "(H, H)"),
-        (a_list("reset_states", "", "Tensor"), "m.stack(X", "H"),
-        ("ValueError: Expected reset_states of 2 tensors, one a layer, got 1", "m.gru_stack(X", "[H2]")):  # fmt: skip
+        ("ValueError: Expected c of reset_states of dtype torch.float32, got torch.int64", "m.lstm(SEQ",
+         "(H0, C0.long())"),
+        ("ValueError: Expected h of ... on cpu, ..., got meta", "m.lstm(SEQ", "(H0.to(META), C0)"),
+        (a_tensor("c of reset_states", "NoneType"), "m.lstm(SEQ", "(H0, None)"),
+        ("TypeError: reset_states should be a pair of tensors (h, c), got: Tensor", "m.lstm(SEQ",
+         "torch.stack([H0, C0])"),
+        ("ValueError: Expected reset_states of two states (h, c), got 1", "m.lstm(SEQ", "(H0,)"),
+        (a_tensor("reset_states", "tuple; use torch.as_tensor"), "m.gru(SEQ", "(H0, H0)"),
+        (a_list("reset_states", "", "Tensor"), "m.stack(SEQ", "H0"),
+        ("ValueError: Expected reset_states of 2 tensors, one a layer, got 1", "m.gru_stack(SEQ", "[H2]")):  # fmt: skip
         yield text, f"{call}, resets=RESETS, reset_states={states})"
 
 
@@ -226,31 +228,31 @@ CALLS = [
     (size("weight_ih", "(16, 4)", "[16, 5]"), "handed(m.stack, 'layers.1.weight_ih_l0', 16, 5)"),
     (size("weight_peephole", "(12,)", "[16]"), "handed(m.variant, 'weight_peephole_l0', 16)"),
     (a_tensor("weight_hh", "NoneType"), "assigned(m.lstm, 'weight_hh_l0')", "layer(m, weights=(WEIGHTS[0], None))"),
-    ("AttributeError: ...weight_hh_l0...", "delattr(lstm := copy.deepcopy(m.lstm), 'weight_hh_l0'), lstm(X)"),
+    ("AttributeError: ...weight_hh_l0...", "delattr(lstm := copy.deepcopy(m.lstm), 'weight_hh_l0'), lstm(SEQ)"),
     ("RuntimeError: bias_ih and bias_hh should be given together", "assigned(m.lstm, 'bias_hh_l0')"),
     *((f"ValueError: backend 'torch' does not support {name}; use 'numba' or 'reference'", *calls) for name, *calls in (
-        ("peepholes", "lstm_layer(X, [*PLAIN, zeros(12)], backend='torch')"),
-        ("layer_norm", "lstm_layer(X, NORMED, backend='torch')"),
-        ("reset_states", "gpu_lstm.backend('torch')(m.auto)(X, resets=RESETS, reset_states=(H, C))"),
-        ("slstm cells", "gpu_lstm.backend('torch')(m.slstm)(X)", "slstm(backend='torch')"))),
-    ("RuntimeError: weight_peephole must have 1 dimensions, got 2", "lstm_layer(X, [*PLAIN, zeros(3, 4)])"),
+        ("peepholes", "lstm_layer(SEQ, [*PLAIN, zeros(12)], backend='torch')"),
+        ("layer_norm", "lstm_layer(SEQ, NORMED, backend='torch')"),
+        ("reset_states", "gpu_lstm.backend('torch')(m.auto)(SEQ, resets=RESETS, reset_states=(H0, C0))"),
+        ("slstm cells", "gpu_lstm.backend('torch')(m.slstm)(SEQ)", "slstm(backend='torch')"))),
+    ("RuntimeError: weight_peephole must have 1 dimensions, got 2", "lstm_layer(SEQ, [*PLAIN, zeros(3, 4)])"),
     (PROJECTED, "gpu_lstm.LSTM(3, 4, proj_size=2, layer_norm=('ih',))",
-     "lstm_layer(X, [WEIGHTS[0], zeros(16, 2), None, None, zeros(2, 4), None, zeros(16)])"),
-    ("RuntimeError: bias_c should be given together with gain_c", "lstm_layer(X, [*WEIGHTS, *[None] * 7, zeros(4)])"),
+     "lstm_layer(SEQ, [WEIGHTS[0], zeros(16, 2), None, None, zeros(2, 4), None, zeros(16)])"),
+    ("RuntimeError: bias_c should be given together with gain_c", "lstm_layer(SEQ, [*WEIGHTS, *[None] * 7, zeros(4)])"),
     ("AttributeError: ...peepholes...", "setattr(m.lstm, 'peepholes', True)"),
     # What is added to torch's words, where it has some: what to do
-    ("AttributeError: ...; expected a tensor; use torch.as_tensor...", "m.lstm(X.numpy())", "m.lstm(X.tolist())"),
-    ("...use torch.as_tensor...", "m.cell(X[0].numpy())"),
+    ("AttributeError: ...; expected a tensor; use torch.as_tensor...", "m.lstm(SEQ.numpy())", "m.lstm(SEQ.tolist())"),
+    ("...use torch.as_tensor...", "m.cell(SEQ[0].numpy())"),
     ("...hx is one tensor: a cell expects (h, c)", "m.cell(zeros(2, 3), H2)"),
-    ("...lengths and resets are given by keyword...", "m.lstm(X, tensor([5, 2]))", "m.lstm(X, RESETS)",
-     "m.lstm(X, zeros(2, 2, 4))"),
+    ("...lengths and resets are given by keyword...", "m.lstm(SEQ, tensor([5, 2]))", "m.lstm(SEQ, RESETS)",
+     "m.lstm(SEQ, zeros(2, 2, 4))"),
     ("ValueError: lengths should be ..., got torch.bool; lengths and resets are given by keyword",
-     "m.lstm(X, None, RESETS)"),
-    ("...first two dimensions change places, see batch_first...", "m.first(X, (H, C))",
-     "m.first(X, lengths=tensor([5, 2]))", "m.lstm(X, resets=RESETS.T)"),
+     "m.lstm(SEQ, None, RESETS)"),
+    ("...first two dimensions change places, see batch_first...", "m.first(SEQ, (H0, C0))",
+     "m.first(SEQ, lengths=tensor([5, 2]))", "m.lstm(SEQ, resets=RESETS.T)"),
     # Input of LSTM, and hx, where torch's own words are no guide
     (dense("LSTM", A_NESTED), "m.lstm(NESTED)"),
-    (dense("LSTM", SPARSE), "m.lstm(X.to_sparse())", "m.stream(X.to_sparse())"),
+    (dense("LSTM", SPARSE), "m.lstm(SEQ.to_sparse())", "m.stream(SEQ.to_sparse())"),
     *((f"RuntimeError: {text}", f"m.lstm(PackedSequence({data}, tensor({sizes})))") for text, data, sizes in (
         ("Expected data of 5 rows, the sum of batch_sizes, got 4", "zeros(4, 3)", [2, 2, 1]),
         ("Expected batch_sizes that never grow and are never negative, got [0, 2]", "zeros(2, 3)", [0, 2]),
@@ -258,60 +260,62 @@ CALLS = [
     (FEATURES, "m.lstm(packed(4))", "m.stack(zeros(5, 2, 4))", "m.stream_of_stack(zeros(2, 4))",
      "gpu_lstm.explain(m.lstm, zeros(5, 2, 4))"),
     (size("hidden[0]", "(1, 2, 4)", "[2, 4]"), "m.lstm(PACKED, (H2, H2))"),
-    (FLOAT64, "m.deep(X.double())", "m.stack(X.double())", "m.stream(zeros(2, 3, dtype=F64))"),
-    (pair("lstm", "Tensor"), "m.deep(X, zeros(2, 2, 2, 4))", "m.lstm(PACKED, X)", "layer(m, hx=X)",
-     "gpu_lstm.Stream(m.lstm, 2, X)"),
-    (TWO, "m.lstm(PACKED, (H, C, C))", "m.lstm(PACKED, (H,))", "layer(m, hx=())", "gpu_lstm.Stream(m.lstm, 2, (H,))"),
-    (dtypes("hidden", "float32", "float64"), "m.deep(X, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))",
-     "m.gru(PACKED, H.double())", "layer(m, hx=(H2.double(), H2))", "m.slstm(X, (H.double(), C, C, C))"),
+    (FLOAT64, "m.deep(SEQ.double())", "m.stack(SEQ.double())", "m.stream(zeros(2, 3, dtype=F64))"),
+    (pair("lstm", "Tensor"), "m.deep(SEQ, zeros(2, 2, 2, 4))", "m.lstm(PACKED, SEQ)", "layer(m, hx=SEQ)",
+     "gpu_lstm.Stream(m.lstm, 2, SEQ)"),
+    (TWO, "m.lstm(PACKED, (H0, C0, C0))", "m.lstm(PACKED, (H0,))", "layer(m, hx=())",
+     "gpu_lstm.Stream(m.lstm, 2, (H0,))"),
+    (dtypes("hidden", "float32", "float64"), "m.deep(SEQ, (zeros(2, 2, 4, dtype=F64), zeros(2, 2, 4)))",
+     "m.gru(PACKED, H0.double())", "layer(m, hx=(H2.double(), H2))", "m.slstm(SEQ, (H0.double(), C0, C0, C0))"),
     ("ValueError: lengths should not be given together with a PackedSequence...",
      "m.deep(PACKED, lengths=tensor([5, 3]))"),
     ("ValueError: Expected resets of shape [2, 5], got [5, 2]", "m.first(zeros(2, 5, 3), resets=RESETS)"),
-    ("ValueError: Expected lengths of shape [], got [1]", "m.lstm(X[:, 0], lengths=tensor([3]))"),
+    ("ValueError: Expected lengths of shape [], got [1]", "m.lstm(SEQ[:, 0], lengths=tensor([3]))"),
     ("ValueError: Expected resets of shape [2, 5], got [8]", "m.first(PACKED, resets=zeros(8, dtype=BOOL))"),
     ("ValueError: Expected c of reset_states of size [1, 2, 4], ..., or [1, 2, 5, 4], one a step, got [1, 5, 2, 4]",
-     "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H, zeros(1, 5, 2, 4)))"),
-    ("TypeError: ...unexpected keyword argument 'length'...", "m.lstm(X, length=tensor([5, 2]))"),
+     "m.first(zeros(2, 5, 3), resets=RESETS.T, reset_states=(H0, zeros(1, 5, 2, 4)))"),
+    ("TypeError: ...unexpected keyword argument 'length'...", "m.lstm(SEQ, length=tensor([5, 2]))"),
     ("TypeError: LSTM accepts lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
      "m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))"),
-    ("TypeError: SLSTM accepts lengths, and no mask", "m.slstm(X, mask=RESETS)"),
+    ("TypeError: SLSTM accepts lengths, and no mask", "m.slstm(SEQ, mask=RESETS)"),
     # No steps, which torch refuses in these words
     ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "m.stack(zeros(0, 2, 3))",
      "m.stack(zeros(0, 0, 3))", "m.stream(zeros(0, 2, 3))", "layer(m, x=zeros(0, 0, 3), backend='triton')",
      "slstm(z=zeros(0, 2, 16))"),
     # StackedLSTM
-    (a_tensor("input", "ndarray; use torch.as_tensor..."), "m.stack(X.numpy())", "layer(m, x=X.numpy())"),
-    (dense("StackedLSTM", A_NESTED), "m.stack(NESTED)"), (dense("StackedLSTM", SPARSE), "m.stack(X.to_sparse())"),
+    (a_tensor("input", "ndarray; use torch.as_tensor..."), "m.stack(SEQ.numpy())", "layer(m, x=SEQ.numpy())"),
+    (dense("StackedLSTM", A_NESTED), "m.stack(NESTED)"), (dense("StackedLSTM", SPARSE), "m.stack(SEQ.to_sparse())"),
     ("ValueError: StackedLSTM: Expected input to be 2D or 3D, got 4D instead", "m.stack(zeros(3, 3, 3, 3))"),
-    (devices("parameter", META, "cpu"), "m.stack(X.to(META))"),
+    (devices("parameter", META, "cpu"), "m.stack(SEQ.to(META))"),
     ("ValueError: residual=True needs ... got inputs of [3, 4] and outputs of [4, 5] ...",
      "gpu_lstm.StackedLSTM(3, [4, 5], residual=True)"),
-    (a_list("hx", " for layer 0", "Tensor"), "m.one(X, PAIRS[0])", "gpu_lstm.Stream(m.stack, 2, PAIRS[0])"),
-    (a_list("hx", "", "Tensor"), "m.stack(X, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, X, zeros(2, 2, 2, 4))"),
-    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(X, PAIRS[:1])"),
-    ("RuntimeError: Expected two states (h, c) of layer 1, got 3", "m.stack(X, [PAIRS[0], (*PAIRS[1], H2)])"),
-    (a_tensor("c of layer 0", "NoneType"), "m.stack(X, [(H2, None), PAIRS[1]])"),
+    (a_list("hx", " for layer 0", "Tensor"), "m.one(SEQ, PAIRS[0])", "gpu_lstm.Stream(m.stack, 2, PAIRS[0])"),
+    (a_list("hx", "", "Tensor"), "m.stack(SEQ, zeros(2, 2, 2, 4))", "gpu_lstm.trace(m.stack, SEQ, zeros(2, 2, 2, 4))"),
+    ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(SEQ, PAIRS[:1])"),
+    ("RuntimeError: Expected two states (h, c) of layer 1, got 3", "m.stack(SEQ, [PAIRS[0], (*PAIRS[1], H2)])"),
+    (a_tensor("c of layer 0", "NoneType"), "m.stack(SEQ, [(H2, None), PAIRS[1]])"),
     # LSTMCell, beyond torch's
     (dense("LSTMCell", SPARSE), "m.cell(zeros(2, 3).to_sparse())"),
     ("RuntimeError: lstm_cell expects two hidden states", "m.cell(zeros(2, 3), [H2])"),
     # GRU, StackedGRU, gru_layer, GRUCell, where torch's own words are no guide
-    ("AttributeError: 'tuple' object has no attribute 'dim'", "m.gru(X, (H, C))", "m.gru_cell(X[0], (H2, H2))"),
-    (a_tensor("hx", "tuple; use torch.as_tensor"), "m.gru(PACKED, (H, C))", "gru(m, hx=(H2, H2))"),
-    (size("hidden", "(2, 4)", "[1, 2, 4]"), "gru(m, hx=H)"),
-    (size("h of layer 1", "(2, 4)", "[2, 5]"), "m.gru_stack(X, [H2, zeros(2, 5)])"),
-    ("TypeError: hx should be a list of tensors, one a layer, got: Tensor", "m.gru_stack(X, H)"),
-    ("RuntimeError: Expected hx of 2 tensors, one a layer, got 1", "m.gru_stack(X, [H2])"),
+    ("AttributeError: 'tuple' object has no attribute 'dim'", "m.gru(SEQ, (H0, C0))", "m.gru_cell(SEQ[0], (H2, H2))"),
+    (a_tensor("hx", "tuple; use torch.as_tensor"), "m.gru(PACKED, (H0, C0))", "gru(m, hx=(H2, H2))"),
+    (size("hidden", "(2, 4)", "[1, 2, 4]"), "gru(m, hx=H0)"),
+    (size("h of layer 1", "(2, 4)", "[2, 5]"), "m.gru_stack(SEQ, [H2, zeros(2, 5)])"),
+    ("TypeError: hx should be a list of tensors, one a layer, got: Tensor", "m.gru_stack(SEQ, H0)"),
+    ("RuntimeError: Expected hx of 2 tensors, one a layer, got 1", "m.gru_stack(SEQ, [H2])"),
     (size("weight_hh", "(12, 4)", "[16, 4]"), "handed(m.gru, 'weight_hh_l0', 16, 4)"),
     ("ValueError: Expected weights of 2 to 4 tensors (weight_ih, ... bias_ih, bias_hh), got 5",
      "gru(m, weights=[*GRU_WEIGHTS, None, None, zeros(2, 4)])"),
     # SLSTM, slstm_layer, use_for_slstm
-    (f"RuntimeError: {FOUR} 2", "m.slstm(PACKED, (H, C))", "gpu_lstm.Stream(m.slstm, 2, (H, C))", "slstm(hx=(H2, H2))"),
-    (f"TypeError: {FOUR}: Tensor", "m.slstm(X, H)"),
-    (a_tensor("m", "NoneType"), "m.slstm(X, (H, C, C, None))"),
-    (size("n", "(1, 2, 4)", "[1, 3, 4]"), "m.slstm(X, (H, C, zeros(1, 3, 4), C))"),
-    (size("c", "(2, 4)", "[1, 2, 4]"), "slstm(hx=(H2, C, H2, H2))"),
-    (devices("hidden", "cpu", META), "m.slstm(X, (H, C, C.to(META), C))", "slstm(hx=(H2.to(META), H2, H2, H2))",
-     "layer(m, hx=(H2.to(META), H2))", "m.stack(X, [PAIRS[0], (H2, H2.to(META))])"),
+    (f"RuntimeError: {FOUR} 2", "m.slstm(PACKED, (H0, C0))", "gpu_lstm.Stream(m.slstm, 2, (H0, C0))",
+     "slstm(hx=(H2, H2))"),
+    (f"TypeError: {FOUR}: Tensor", "m.slstm(SEQ, H0)"),
+    (a_tensor("m", "NoneType"), "m.slstm(SEQ, (H0, C0, C0, None))"),
+    (size("n", "(1, 2, 4)", "[1, 3, 4]"), "m.slstm(SEQ, (H0, C0, zeros(1, 3, 4), C0))"),
+    (size("c", "(2, 4)", "[1, 2, 4]"), "slstm(hx=(H2, C0, H2, H2))"),
+    (devices("hidden", "cpu", META), "m.slstm(SEQ, (H0, C0, C0.to(META), C0))", "slstm(hx=(H2.to(META), H2, H2, H2))",
+     "layer(m, hx=(H2.to(META), H2))", "m.stack(SEQ, [PAIRS[0], (H2, H2.to(META))])"),
     ("ValueError: hidden_size must be divisible by heads, got hidden_size=4 and heads=3",
      *(f"gpu_lstm.{cls}(3, 4, heads=3)" for cls in ("SLSTM", "LSTM", "GRU", "LSTMCell", "GRUCell")),
      "gpu_lstm.StackedGRU(3, [6, 4], heads=3)", "layer(m, heads=3)", "gru(m, heads=3)", "slstm(heads=3)",
@@ -334,15 +338,15 @@ CALLS = [
     ("ValueError: zoneout is not supported by SLSTM: it would have to choose among 4 states",
      "setattr(m.slstm, 'zoneout', (0.1, 0.0))"),
     ("ValueError: reset_states are not supported by SLSTM: its resets leave an empty state",
-     "m.slstm(X, resets=RESETS, reset_states=(H, C, C, C))"),
+     "m.slstm(SEQ, resets=RESETS, reset_states=(H0, C0, C0, C0))"),
     *((f"TypeError: backend 'numba' supports float32, got torch.{dtype}",
-       f"lstm_layer(X.{how}(), [t.{how}() for t in WEIGHTS], backend='numba')")
+       f"lstm_layer(SEQ.{how}(), [t.{how}() for t in WEIGHTS], backend='numba')")
       for dtype, how in (("float64", "double"), ("float16", "half"))),
     ("RuntimeError: backend 'numba' runs on CPU tensors, got meta",
-     "gpu_lstm.backend('numba')(gpu_lstm.LSTM(3, 4, device=META))(X.to(META))"),
+     "gpu_lstm.backend('numba')(gpu_lstm.LSTM(3, 4, device=META))(SEQ.to(META))"),
     (a_tensor("z", "NoneType"), "slstm(z=None)"), (a_tensor("weight_hh", "NoneType"), "slstm(weight_hh=None)"),
     ("RuntimeError: z must have 3 dimensions, got 2", "slstm(z=zeros(2, 16))"),
-    (size("z", "(5, 2, 16)", "[5, 2, 3]"), "slstm(z=X)"), (size("bias", "(16,)", "[4]"), "slstm(bias=zeros(4))"),
+    (size("z", "(5, 2, 16)", "[5, 2, 3]"), "slstm(z=SEQ)"), (size("bias", "(16,)", "[4]"), "slstm(bias=zeros(4))"),
     (dense("slstm_layer", SPARSE), "slstm(z=zeros(5, 2, 16).to_sparse())"),
     ("TypeError: use_for_slstm accepts a torch.nn.Module, got list", "gpu_lstm.use_for_slstm([LINEAR])"),
     ("ValueError: there is none of xlstm.blocks.slstm.cell.sLSTMCell_vanilla, ... in the Linear",
@@ -350,7 +354,7 @@ CALLS = [
     # functional.lstm_layer
     (a_tensor("input", "NoneType"), "layer(m, x=None)", "gru(m, x=None)", "m.backwards(None)"),
     (a_tensor("input", "PackedSequence"), "layer(m, x=PACKED)"), (dense("lstm_layer", A_NESTED), "layer(m, x=NESTED)"),
-    (dense("lstm_layer", SPARSE), "layer(m, x=X.to_sparse())"),
+    (dense("lstm_layer", SPARSE), "layer(m, x=SEQ.to_sparse())"),
     ("RuntimeError: input must have 3 dimensions, got 2", "layer(m, x=zeros(5, 3))"),
     ("TypeError: weights should be a tuple or list of tensors, got: Tensor", "layer(m, weights=zeros(2, 16, 4))"),
     ("ValueError: Expected weights of 2 to 10 tensors (weight_ih, ...), got 1", "layer(m, weights=WEIGHTS[:1])"),
@@ -361,15 +365,15 @@ CALLS = [
      "layer(m, weights=(WEIGHTS[0], zeros(16, 2), None, None, zeros(2, 4)), heads=2)",
      "gpu_lstm.LSTM(3, 4, heads=2, proj_size=2)"),
     ("ValueError: layer_norm of 'hh' or 'c' is over all units: expected heads=1, got 2",
-     "lstm_layer(X, NORMED, heads=2)",
+     "lstm_layer(SEQ, NORMED, heads=2)",
      *(f"gpu_lstm.LSTM(3, 4, heads=2, layer_norm={norms})" for norms in ("True", "('c',)"))),
-    (dtypes("parameter", "float64", "float32"), "layer(m, x=X.double())", "m.lstm(packed(3, dtype=F64))",
+    (dtypes("parameter", "float64", "float32"), "layer(m, x=SEQ.double())", "m.lstm(packed(3, dtype=F64))",
      "slstm(z=zeros(5, 2, 16, dtype=F64))"),
     ("ValueError: proj_size must be greater than zero",
      "layer(m, weights=(zeros(16, 3), zeros(16, 0), None, None, zeros(0, 4)))"),
     (size("hidden[1]", "(2, 4)", "[2, 5]"), "layer(m, hx=(H2, zeros(2, 5)))"),
     (a_bool("reverse", "str"), "layer(m, reverse='no')", "gru(m, reverse='no')", "slstm(reverse='no')"),
-    ("TypeError: input should be of a floating point dtype, got: torch.complex64", "layer(m, x=X.to(COMPLEX))"),
+    ("TypeError: input should be of a floating point dtype, got: torch.complex64", "layer(m, x=SEQ.to(COMPLEX))"),
     (unknown("'none'"), "layer(m, backend='none')", "slstm(backend='none')"),
     # backend, racing, Backend, the environment
     *((unknown("..."), f"gpu_lstm.backend({name})") for name in (*NAMES, "None")),
@@ -377,11 +381,11 @@ CALLS = [
     *(("ValueError: unknown mode of racing ...; expected one of 'on', 'read', 'off'", f"gpu_lstm.racing({name})")
       for name in ("'fast'", "''", "None", "['on']")),
     (unknown("'cuda' in the environment variable GPU_LSTM_BACKEND"),
-     "patch.dict(os.environ, GPU_LSTM_BACKEND='cuda')(lstm_layer)(X, WEIGHTS)"),
+     "patch.dict(os.environ, GPU_LSTM_BACKEND='cuda')(lstm_layer)(SEQ, WEIGHTS)"),
     ("ValueError: unknown mode of racing 'yes' in the environment variable GPU_LSTM_RACE; expected...",
      "patch.dict(os.environ, GPU_LSTM_RACE='yes')(requested_racing)()"),
     # explain, trace
-    *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, X)")
+    *((f"TypeError: {function} accepts a...LSTM... got ...{kind_of(value)}", f"gpu_lstm.{function}({value}, SEQ)")
       for function, value in (("explain", "LINEAR"), ("trace", "None"))),
     (a_tensor("x", "NoneType"), "gpu_lstm.explain(m.lstm, None)", "gpu_lstm.trace(m.lstm, None)"),
     # Stream
@@ -391,13 +395,13 @@ CALLS = [
     (an_int("batch", "float"), "gpu_lstm.Stream(m.lstm, 2.0)"),
     ("ValueError: batch must not be negative, got -1", "gpu_lstm.Stream(m.lstm, -1)"),
     *((text, f"gpu_lstm.Stream(m.lstm, 2, {states})") for text, states in (
-        (size("hidden[0]", "(1, 2, 4)", "[1, 1, 4]"), "(zeros(1, 1, 4), C)"),
-        (dtypes("hidden", "float32", "float64"), "(H.double(), C.double())"),
-        (devices("hidden", "cpu", META), "(H.to(META), C)"),
+        (size("hidden[0]", "(1, 2, 4)", "[1, 1, 4]"), "(zeros(1, 1, 4), C0)"),
+        (dtypes("hidden", "float32", "float64"), "(H0.double(), C0.double())"),
+        (devices("hidden", "cpu", META), "(H0.to(META), C0)"),
         (a_tensor("h_0", "list"), "([0.0], [0.0])"))),
     (a_tensor("x", "NoneType"), "m.stream(None)"), (a_tensor("x", "PackedSequence"), "m.stream(PACKED)"),
     ("ValueError: expected (N, I) or (T, N, I) with N = 2, got (3, 3)", "m.stream(zeros(3, 3))"),
-    ("ValueError: expected (N, I) or (N, T, I) with N = 2, got (5, 2, 3)", "gpu_lstm.Stream(m.first, 2)(X)"),
+    ("ValueError: expected (N, I) or (N, T, I) with N = 2, got (5, 2, 3)", "gpu_lstm.Stream(m.first, 2)(SEQ)"),
     *(("ValueError: ...drops out in training mode; call eval()...",
        f"gpu_lstm.Stream(m.dropping['{name}'], 2)(zeros(2, 3))") for name in DROPS),
     *((text.format(name), call.format(value)) for name, call in (
@@ -442,7 +446,7 @@ CALLS = [
     # keras, where Keras is not needed
     ("TypeError: GoBackwards accepts an LSTM, a GRU or a stack of them, got ...", "keras.GoBackwards(TORCHS_FIRST)"),
     ("ValueError: ...batch_first=True, got bidirectional=False and batch_first=False", "keras.GoBackwards(m.lstm)"),
-    ("ValueError: Expected input of 3 dimensions (N, T, I), got 2", "m.backwards(X[0])"),
+    ("ValueError: Expected input of 3 dimensions (N, T, I), got 2", "m.backwards(SEQ[0])"),
     ("ValueError: Expected lengths from 0 to 5, ... got lengths from 1 to 6",
      "m.backwards(zeros(2, 5, 3), lengths=tensor([1, 6]))"),
     *((f"TypeError: Expected {what} or a module that holds one, got {kind_of(value)}", f"keras.{function}({value})")
