@@ -27,12 +27,11 @@ class Chosen(NamedTuple):
     """A plan, how it was chosen, and what a user is told about it."""
 
     plan: Any  # the backend's own
-    measured: bool = False  # by autotune; else the first that fits in the order of estimated times
+    measured: bool = False  # on this card; else the first that fits
     family: str = ""  # of kernels
     tiles: str = ""  # how its programs share a layer, in words
     why: str = ""
     each_step: int = 0  # launches at every step; 0: all steps are in one
-    bounds: dict[str, float] | None = None  # seconds of a step by cause, estimated
 
 
 class NoKernel(RuntimeError):
@@ -43,6 +42,12 @@ Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
 """verify(layer, pass_, inputs, plan): why a plan's numbers are not right on the layer's device; None if they are."""
 Refuses = Callable[[Any], str | None]
 """refuses(plan): the same for one layer, pass and call."""
+Prepare = Callable[[Any], Callable[[], object]]
+"""prepare(plan)(): run a pass by a plan, as often as it is timed."""
+Times = Callable[[list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
+"""times(plans): the seconds of a pass by each plan, and the errors of those that fail."""
+Timer = Callable[[torch.device, Prepare, list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
+"""timer(device, prepare, plans): the same for any pass."""
 
 
 class Package(Protocol):
@@ -78,8 +83,13 @@ class Launcher(Protocol):
     def lacks(self, problem: Problem) -> str | None:
         """What of a problem it does not support; None if it runs it."""
 
-    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
-        """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none."""
+    def choose(
+        self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
+    ) -> Any:
+        """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none.
+
+        Without a `timer` nothing is timed.
+        """
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
         """The Launches of a plan. In a trial they wait for other programs only briefly."""
@@ -157,13 +167,14 @@ class Launches:
 class Layer:
     """One problem on one card. Its plan is chosen once for each Pass, by the first call that needs it.
 
-    `verify` is asked once for each plan that is chosen, and never while a CUDA graph is captured; `trial`, a plan, is
-    used without either. A ValueError says what the backend lacks, or that kernels cannot count to a size.
+    `verify` is asked once for each plan that is chosen, and never while a CUDA graph is captured. Where it is asked,
+    timer() may have a Timer. `trial`, a plan, is used without any. A ValueError says what the backend lacks, or that
+    kernels cannot count to a size.
     """
 
     def __init__(
         self, problem: Problem, device: torch.device, launcher: Launcher, verify: Verify | None = None,
-        trial: Any = None,
+        trial: Any = None, timer: Callable[[], Timer | None] = lambda: None,
     ) -> None:  # fmt: skip
         if (lacking := launcher.lacks(problem)) is not None:
             raise ValueError(f"backend {launcher.BACKEND!r} has no {lacking}")
@@ -171,7 +182,7 @@ class Layer:
         _check_count("gates of all units", 4 * problem.hidden)
         self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
         self._index = device.index if device.type == "cuda" else None
-        self._launcher, self._trial = launcher, trial
+        self._launcher, self._trial, self._timer = launcher, trial, timer
         self._prepared: dict[Pass, Launches] = {}
         self._without: dict[Pass, str] = {}  # for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
@@ -233,7 +244,8 @@ class Layer:
                 # What backward computes of dc_n alone is the same by all plans: there is nothing to verify.
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
-                plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
+                timer = self._timer() if verifies else None
+                plan = self._launcher.choose(self.problem, self.device, pass_, refuses, timer)
                 logger.debug("%s, %s: %s", self.problem, pass_, plan)
             prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
             if not capturing:
@@ -243,7 +255,7 @@ class Layer:
     def has_kernel(self, pass_: Pass, inputs: Inputs) -> bool:
         """Whether a kernel runs a pass of a call with these inputs. If not, one warning says why.
 
-        No is final, unless memory is full while a kernel is verified: the next call tries again.
+        No is final, unless memory is full while a kernel is verified or timed: the next call tries again.
         """
         if pass_ not in self._without:
             try:
@@ -251,7 +263,7 @@ class Layer:
                     self.prepared(pass_, inputs)
                 return True
             except torch.OutOfMemoryError:
-                why = "memory is full, where a kernel has to be verified"
+                why = "memory is full, where a kernel has to be verified or timed"
             except NoKernel as error:
                 why = str(error)
                 self._without[pass_] = why
@@ -303,13 +315,17 @@ def forget() -> None:
     plans_in_use.clear()
 
 
-def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
+def kept_layer(
+    launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None,
+    timer: Callable[[], Timer | None] = lambda: None,
+) -> Layer:  # fmt: skip
     """A backend's Layer for a problem on a device, the same at every call."""
     layer = _layers.get((launcher, problem, device))
     if layer is None:
         if len(_layers) >= MOST_LAYERS:
             forget()
-        layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
+        made = Layer(problem, device, launcher, verify, timer=timer)
+        layer = _layers.setdefault((launcher, problem, device), made)
     return layer
 
 
