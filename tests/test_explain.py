@@ -85,21 +85,23 @@ def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_o
     assert "B = 3, float32, zoneout, with gradients\n" in str(found)
 
 
-def test_plans_and_what_bounds_a_step(card, monkeypatch):
+def test_plans_and_whether_they_were_timed(card, monkeypatch):
     for module in (choose, launch):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
     lstm = gpu_lstm.LSTM(4, 768, dtype=torch.bfloat16, backend="triton")
     monkeypatch.setattr(available, "why_unavailable", lambda *_: None)  # bfloat16, which the interpreter refuses
-    found = gpu_lstm.explain(lstm, torch.zeros(5, 16, 4, dtype=torch.bfloat16))
+    x, problem = torch.zeros(5, 16, 4, dtype=torch.bfloat16), Problem(2, 16, 768, torch.bfloat16)
+    found = gpu_lstm.explain(lstm, x)
     assert "  layer 0, forward: 4 -> 768\n" in str(found)
-    (direction,), lines = found.layers, re.findall("(?<=most of it: ).*", str(found))
-    for each, line, backward in zip(direction.passes, lines, (False, True), strict=True):
-        plan = plans(Problem(2, 16, 768, torch.bfloat16), H100, backward)[0]
+    (direction,) = found.layers
+    for each, backward in zip(direction.passes, (False, True), strict=True):
+        plan = plans(problem, H100, backward)[0]
         assert each.family == plan.family.name == "cooperative"
         assert each.tiles.startswith(f"{plan.rows} sequences x {plan.units} units, {plan.programs} programs")
-        assert "exchange" in each.bounds
-        most = sorted(each.bounds, key=each.bounds.get, reverse=True)[:3]
-        assert line == "; ".join(f"{each.bounds[name] * 1e6:.2f} us {name}" for name in most)
+        assert each.origin == "the first to try, not timed"
+    choose.keep_measured(problem, H100, True, plans(problem, H100, True)[1])
+    (direction,) = gpu_lstm.explain(lstm, x).layers
+    assert [each.origin for each in direction.passes] == ["the first to try, not timed", "timed on this card"]
     assert found.precision == "of bfloat16 numbers, summed in float32"
 
 

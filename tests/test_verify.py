@@ -161,7 +161,7 @@ def test_the_small_problem_is_laid_out_as_the_call_is():
 
 @pytest.mark.parametrize("pass_", [FORWARD, Pass(True)])
 def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
-    """As autotune has it, which makes no x."""
+    """As of `call_of`, which makes no x."""
     assert _verify(PLAIN, pass_, given=launch.call_of(PLAIN, CPU)[1].inputs) is None
 
 

@@ -74,7 +74,9 @@ def empty_kernel():
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """The plans to try, in this order, before any is timed. The one that always works is among them."""
-    return [plan.fitted(problem) for plan in _plans(shared(problem, card, backward), card, backward)]
+    of_all = shared(problem, card, backward)
+    found = _plans(of_all, card, backward)
+    return list(found) if of_all == problem else [plan.fitted(problem) for plan in found]
 
 
 def shared(problem: Problem, card: Card, backward: bool) -> Problem:
@@ -197,7 +199,7 @@ def choose_plan(
     for group in [[plan] for plan in tried] if times is None else [tried[:MOST], tried[MOST:]]:
         new = [plan for plan in group if identity(plan) not in plans_in_use]
         found = [FAMILIES[type(plan.family)].kernels[pass_.backward].__name__ for plan in new]
-        with _told_if_slow(f"compiling {len(new)} plans for {layer}: {', '.join(found)}; Triton keeps the result"):
+        with _told_if_slow(f"compiling {len(new)} of at most {len(tried)} plans for {layer}; Triton keeps the result"):
             reasons = dict(zip(new, why_they_do_not_fit(device, [(launches(plan), plan.blocks) for plan in new])))
         for kernel, plan in zip(found, new):
             what = f"the trial of {kernel} for {layer}, plan {tried.index(plan) + 1} of at most {len(tried)}"
@@ -360,11 +362,12 @@ def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> N
 
 
 def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
-    """What decides which plan is fastest: not the direction, lengths, resets and the like."""
+    """What decides which plans there are, and which is the fastest: not the direction, lengths or resets alone."""
     return dict(
         sources=cache.sources("kernels"), triton=triton.__version__, card=card.name,
         multiprocessors=card.multiprocessors, cell=problem.cell, batch=problem.batch, hidden=problem.hidden,
         projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
         heads=problem.heads, side_by_side=problem.side_by_side, regularised=problem.regularised,
-        normalised=problem.normalised, backward=backward,
+        normalised=problem.normalised, backward=backward, steps=problem.steps,
+        ragged=problem.lengths is not None and problem.resets,
     )  # fmt: skip
