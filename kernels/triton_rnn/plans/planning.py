@@ -163,9 +163,9 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
 
 # Clocks of a step, or of a turn of a batch tile, that no size changes: latencies, gates and cell, forward and backward.
 # They only order plans; a first call times the first ones, see choose.py.
-FIXED = {Resident: (900, 1800), Cooperative: (1700, 2700), Step: (900, 1500), Held: (2600, 4000)}
+FIXED = {Resident: (900, 2000), Cooperative: (1700, 2700), Step: (900, 1500), Held: (2600, 4000)}
 SEVERAL_TILES = 1080, 1700  # the same in the cooperative family, where one tile waits while another is computed
-PARTIAL_SUMS = {Cooperative: 700, Step: 4000}  # an exchange of the sums of partners, or of parts of K
+PARTIAL_SUMS = {Cooperative: 1060, Step: 4000}  # an exchange of the sums of partners, or of parts of K
 GRID_BARRIER, OF_A_CELL, OF_A_CHUNK = 1500, 40, 2  # a barrier of all programs; what a thread and a warp compute
 HOST_SECONDS = 5e-6  # of a product by cuBLAS, or of a launch
 
@@ -189,11 +189,12 @@ def rank(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
         read += columns * k
     elif isinstance(family, Cooperative):
         turn = SEVERAL_TILES[backward] if turns > 1 else turn
-        turn += OF_A_CHUNK * family.chunks * plan.num_warps
         turns *= p.side_by_side // plan.side_by_side
     turn += PARTIAL_SUMS[type(family)] if sums > 1 else 0
     turn += plan.rows * (columns * k / rate + OF_A_CELL * plan.units / (8 * plan.num_warps))
-    turn += read * p.size / card.l2_bytes(plan.programs * plan.groups * plan.side_by_side)
+    l2 = read * p.size / card.l2_bytes(plan.programs * plan.groups * plan.side_by_side)
+    # In the cooperative family a warp multiplies the words that are there, while it waits for others.
+    turn += max(l2, OF_A_CHUNK * family.chunks * plan.num_warps) if isinstance(family, Cooperative) else l2
     return turns * turn + GRID_BARRIER * isinstance(family, Step)
 
 
