@@ -6,12 +6,10 @@ import re
 from itertools import groupby
 
 import pytest
-import torch
 import triton
 
 from dev.compile_table.report import Loop
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import exchange
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))

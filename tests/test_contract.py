@@ -16,7 +16,6 @@ from standing_in import plan_of, recurrence
 from gpu_lstm.call.choices import KERNEL_BACKENDS
 from gpu_lstm.call.weights import Weights
 from gpu_lstm.equations import EQUATIONS
-from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels import memory, problem, tensors
 from gpu_lstm.kernels.cells import CELLS
@@ -157,16 +156,20 @@ def test_what_is_timed_are_calls_of_the_layer(monkeypatch, family, change):
     for r in (sent[0][1], sent[1][-1]):
         assert r.inputs.lengths is None or r.inputs.lengths.tolist() == [steps] * 3
     assert (sent[1][0] is not None, sent[1][1]) == (True, None)
-    for change, expected in ((dict(steps=1), 1), (dict(batch=1 << 12, hidden=1 << 11), launch.LEAST_STEPS)):
-        plan = plan_of("step", other := problem._replace(**change), False)
-        with monkeypatch.context() as patch:
-            patch.setattr(launch, "arguments_of", lambda p, *_: (asked.append(p.steps), None))
-            asked: list[int] = []
-            launch.prepare_run(other, cpu, Pass(), plan)
-        assert asked == [expected]
     ran = {each.args[0].__name__ for each in run.mock_calls}
     assert ran == {f"{family}_{way}_kernel" for way in ("forward", "backward")}
     assert not any(layer._prepared for layer in layers._layers.values())
+
+
+@pytest.mark.parametrize(("change", "steps"), [
+    ({}, launch.MOST_STEPS), (dict(steps=1), 1), (dict(batch=256, hidden=1024), 16),
+    (dict(batch=4096, hidden=2048), launch.LEAST_STEPS),
+], ids=str)  # fmt: skip
+def test_plans_are_timed_with_fewer_steps_where_these_take_memory(monkeypatch, change, steps):
+    problem, arguments_of = Problem(2, 3, 8, F32)._replace(**change), Mock(return_value=(None, None))
+    monkeypatch.setattr(launch, "arguments_of", arguments_of)
+    launch.prepare_run(problem, torch.device("cpu"), Pass(), plan_of("step", problem, False))
+    assert arguments_of.call_args.args[0].steps == steps
 
 
 # The contract of a cell

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import re
 from unittest.mock import Mock
 
 import pytest

@@ -219,7 +219,7 @@ def test_a_user_who_waits_is_told_what_for_and_how_long_it_has_taken(an_h100, mo
     layer = "LSTM, H = 256, torch.float16"
     of_plan = (
         f"compiling 1 of at most 4 plans for {layer}; Triton keeps the result",
-        f"waiting for the trial of cooperative_forward_kernel for {layer}, plan {{}} of at most 4; if it hangs, end this",
+        f"waiting for the trial of cooperative_forward_kernel for {layer}, plan {{}} of at most 4; if it hangs, end ",
     )
     said = [(text.format(number), seconds) for number in (1, 2) for text in of_plan for seconds in (2, 4, 8, 16)]
     assert len(caplog.messages) == len(said)

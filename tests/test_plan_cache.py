@@ -276,7 +276,7 @@ def test_a_plan_whose_timing_fails_is_not_used_and_nothing_is_kept(timed, monkey
     timed.seconds = Mock(side_effect=RuntimeError("too many blocks"))
     assert timed.chosen() == STEP, "if all fail, what always works"
     timed.verify.side_effect = lambda layer, pass_, inputs, plan: "wrong" if plan == STEP else None
-    with pytest.raises(layer.NoKernel, match="cooperative 8x16: RuntimeError: too many blocks.*step .*: wrong"):
+    with pytest.raises(layer.NoKernel, match=r"cooperative 8x16: RuntimeError: too many blocks.*step .*: wrong"):
         timed.chosen()
     timed.seconds = Mock(side_effect=torch.AcceleratorError("illegal memory access"))
     with pytest.raises(torch.AcceleratorError, match="illegal"):
@@ -356,7 +356,7 @@ def test_plans_are_compiled_side_by_side_and_a_line_says_how_many(timed, monkeyp
     def compile_all(device, launches):
         on.append(device)
         together.wait()
-        if launches[0].arguments["S"].UNITS == SECOND.units:
+        if SECOND.units == launches[0].arguments["S"].UNITS:
             raise ValueError("M, N, K >= 16")
 
     monkeypatch.setattr(choose, "compile_all", compile_all)

@@ -49,8 +49,7 @@ def least_seconds(
                 except RuntimeError as error:  # it timed out, or memory is full: the others may run
                     failed[plan] = error
                     del seconds[plan]
-    if not seconds:
-        for error in failed.values():
-            if isinstance(error, torch.OutOfMemoryError):
-                raise error
+    full = [error for error in failed.values() if isinstance(error, torch.OutOfMemoryError)]
+    if full and not seconds:
+        raise full[0]
     return seconds, failed
