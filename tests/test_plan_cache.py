@@ -27,7 +27,7 @@ from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
-from gpu_lstm.kernels.triton_rnn.plans.choose import keep_measured, measured_plan, plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import always, keep_measured, measured_plan, plans
 
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
 PLAN = plans(PROBLEM, H100, False)[0]
@@ -77,6 +77,8 @@ def test_a_plan_is_for_one_kind_of_problem():
     for change in (*KEYS, *NO_KEYS):
         expected = None if change in KEYS else PLAN
         assert measured_plan(PROBLEM._replace(**change), H100, False) == expected, change
+    keep_measured(one := PROBLEM._replace(steps=1), H100, False, always(one, H100, False))
+    assert measured_plan(PROBLEM, H100, False) == PLAN, "whatever is the fastest for a single step"
 
 
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
