@@ -12,7 +12,7 @@ ON_ALL_CORES := -n auto --dist worksteal
 # Kernels are interpreted only where no GPU is visible.
 NO_GPU := CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo agree lesson lesson-run docs kernels-page bounds-page hub test test-deep test-cpus test-versions mutants soak bench lint clean
+.PHONY: demo agree lesson lesson-run docs kernels-page hub test test-deep test-cpus test-versions mutants soak bench lint clean
 
 demo: $(or $(wildcard $(INSTALLED)),$(FOR_DEMO))
 	$(BIN)/python examples/highlight.py
@@ -37,10 +37,6 @@ docs: $(or $(wildcard $(INSTALLED)),$(FOR_DOCS))
 # Compiles the kernels and writes dev/compile_table/README.md from what they became.
 kernels-page: $(INSTALLED)
 	$(BIN)/python -m dev.compile_table
-
-# Writes docs/bounds.md from the model that orders plans.
-bounds-page: $(INSTALLED)
-	$(BIN)/python docs/bounds.py
 
 # Writes into out/hub what Hugging Face's `kernels` loads.
 hub:

@@ -11,7 +11,6 @@ from .call.choices import Backend, backend, racing
 from .call.sequences import resets_from_dones
 from .kernels.timeouts import check
 from .modules import GRU, LSTM, SLSTM, GRUCell, LSTMCell, StackedGRU, StackedLSTM
-from .tools.autotune import autotune
 from .tools.convert import convert, to_torch
 from .tools.explain import explain
 from .tools.stream import Stream
@@ -21,8 +20,8 @@ from .tools.xlstm import use_for_slstm
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU", "LSTM", "SLSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "autotune",
-    "backend", "check", "compat", "convert", "explain", "functional", "keras", "racing", "resets_from_dones",
+    "GRU", "LSTM", "SLSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "backend",
+    "check", "compat", "convert", "explain", "functional", "keras", "racing", "resets_from_dones",
     "to_torch", "trace", "use_for_slstm",
 ]  # fmt: skip
 

@@ -26,7 +26,7 @@ from .kernels.cards import driver
 from .kernels.cells import CELLS
 from .kernels.contract import machine_of, package_of
 from .kernels.problem import Problem
-from .tools.explain import explain, terms_of
+from .tools.explain import explain
 
 ANY = Kind((Problem(1, 1, 8, torch.float32),), (8,), 1, False, False, None)  # a kind that every backend supports
 
@@ -200,7 +200,7 @@ def _mps(device: torch.device) -> str:
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """which kernels a problem uses on a card, and how long a step is (estimated)"""
+    """which kernels a problem tries on a card, in which order"""
     planning = importlib.import_module(".kernels.triton_rnn.plans.planning", __package__)
     choose = importlib.import_module(".kernels.triton_rnn.plans.choose", __package__)
     if (card := planning.DEVICES.get(options.device)) is None:
@@ -221,19 +221,14 @@ def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     found, lines = {}, [f"{card.name}: {options.cell.upper()} {sizes} {options.dtype}"]
     for name, backward in (("forward", False), ("backward", True)):
         plan, *others = choose.plans(problem, card, backward)
-        expected = planning.expected(problem, card, plan, backward)
-        found[name] = dict(plan=plan.as_json(), expected_seconds=sum(expected.values()), expected_terms=expected)
+        found[name] = dict(plan=plan.as_json(), others=[each.as_json() for each in others])
         lines += [
             f"\n{name}: {plan.family.name}, {plan.why}",
             f"  tiles    {plan.tiles}; one after another in a program: {plan.tiles_per_program}",
             *(f"  {size:8} {value}" for size, value in dataclasses.asdict(plan.family).items()),
             f"  program  {plan.num_warps} warps, shared memory {plan.shared >> 10} KB of {card.shared >> 10} KB",
-            f"  a step   {sum(expected.values()) * 1e6:.2f} us (expected, not measured):",
-            *(f"           {term}" for term in terms_of(expected)),
+            *(f"  else     {each.family.name}, {each.tiles}" for each in others),
         ]
-        for each in others:
-            seconds = sum(planning.expected(problem, card, each, backward).values())
-            lines.append(f"  else     {seconds * 1e6:.2f} us: {each.family.name}, {each.tiles}")
     return found, "\n".join(lines)
 
 
@@ -260,7 +255,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
     rows, lines = [], []
     how_they_come = (
         "the first call of each kind on a card races the kernels against torch's own",
-        "each kernel is verified on a card before it is used", "gpu_lstm.autotune measures them",
+        "each kernel is verified on a card before it is used", "the first call of a layer on a card times some of them",
     )  # fmt: skip
     for kind, none_yet in zip(cache.KINDS, how_they_come, strict=True):
         entries = list(cache.entries(kind))

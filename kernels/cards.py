@@ -14,7 +14,6 @@ import torch
 KB = 1024
 REGISTERS = 65536  # of a multiprocessor; one block may use all of them
 L2_BYTES, L2_ALONE = 28.7, 64  # per clock, that a multiprocessor reads from L2: when all read, and alone
-SHARED_BYTES = 128  # that a multiprocessor reads or writes in shared memory per clock
 
 # KB of shared memory that a block may use, where it is not 99 (CUDA C++ Programming Guide, table of compute
 # capabilities); 0 is Triton's interpreter.

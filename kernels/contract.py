@@ -17,12 +17,11 @@ class Chosen(NamedTuple):
     """A plan, how it was chosen, and what a user is told about it."""
 
     plan: Any  # the backend's own
-    measured: bool = False  # by autotune; else the first that fits in the order of estimated times
+    measured: bool = False  # on this card; else the first that fits
     family: str = ""  # of kernels
     tiles: str = ""  # how its programs share a layer, in words
     why: str = ""
     each_step: int = 0  # launches at every step; 0: all steps are in one
-    bounds: dict[str, float] | None = None  # seconds of a step by cause, estimated
 
 
 class NoKernel(RuntimeError):
@@ -31,6 +30,12 @@ class NoKernel(RuntimeError):
 
 Refuses = Callable[[Any], str | None]
 """refuses(plan): why a plan is not used for a layer, pass and call; None if it is."""
+Prepare = Callable[[Any], Callable[[], object]]
+"""prepare(plan)(): run a pass by a plan, as often as it is timed."""
+Times = Callable[[list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
+"""times(plans): the seconds of a pass by each plan, and the errors of those that fail."""
+Timer = Callable[[torch.device, Prepare, list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
+"""timer(device, prepare, plans): the same for any pass."""
 
 
 class Package(Protocol):
@@ -68,8 +73,13 @@ class Launcher(Protocol):
     def lacks(self, problem: Problem) -> str | None:
         """What of a problem it does not support; None if it runs it."""
 
-    def choose(self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Any:
-        """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none."""
+    def choose(
+        self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
+    ) -> Any:
+        """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none.
+
+        Without a `timer` nothing is timed.
+        """
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
         """The Launches of a plan. In a trial they wait for other programs only briefly."""

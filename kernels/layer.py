@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import cache, heads, layer_norm, projection
 from .cells import CELLS
-from .contract import Chosen, Launcher, Launches, NoKernel
+from .contract import Chosen, Launcher, Launches, NoKernel, Timer
 from .memory import ALIGNMENT, allocate, buffers_of
 from .ordering import in_order
 from .problem import MOST, Gradients, Inputs, Pass, Problem, Recurrence, end_index, in_the_loop, unless_reset
@@ -29,13 +29,14 @@ Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
 class Layer:
     """One problem on one card. Its plan is chosen once for each Pass, by the first call that needs it.
 
-    `verify` is asked once for each plan that is chosen, and never while a CUDA graph is captured; `trial`, a plan, is
-    used without either. A ValueError says what the backend lacks, or that kernels cannot count to a size.
+    `verify` is asked once for each plan that is chosen, and never while a CUDA graph is captured. Where it is asked,
+    timer() may have a Timer. `trial`, a plan, is used without any. A ValueError says what the backend lacks, or that
+    kernels cannot count to a size.
     """
 
     def __init__(
         self, problem: Problem, device: torch.device, launcher: Launcher, verify: Verify | None = None,
-        trial: Any = None,
+        trial: Any = None, timer: Callable[[], Timer | None] = lambda: None,
     ) -> None:  # fmt: skip
         if (lacking := launcher.lacks(problem)) is not None:
             raise ValueError(f"backend {launcher.BACKEND!r} has no {lacking}")
@@ -43,7 +44,7 @@ class Layer:
         _check_count("gates of all units", 4 * problem.hidden)
         self.problem, self.device, self.verify, self.backend = problem, device, verify, launcher.BACKEND
         self._index = device.index if device.type == "cuda" else None
-        self._launcher, self._trial = launcher, trial
+        self._launcher, self._trial, self._timer = launcher, trial, timer
         self._prepared: dict[Pass, Launches] = {}
         self._without: dict[Pass, str] = {}  # for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
@@ -155,7 +156,8 @@ class Layer:
                 # What backward computes of dc_n alone is the same by all plans: there is nothing to verify.
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
-                plan = self._launcher.choose(self.problem, self.device, pass_, refuses)
+                timer = self._timer() if verifies else None
+                plan = self._launcher.choose(self.problem, self.device, pass_, refuses, timer)
                 logger.debug("%s, %s: %s", self.problem, pass_, plan)
             prepared = self._launcher.prepare(self.problem, pass_, plan, self.device, self._trial is not None)
             if not capturing:
@@ -165,7 +167,7 @@ class Layer:
     def has_kernel(self, pass_: Pass, inputs: Inputs) -> bool:
         """Whether a kernel runs a pass of a call with these inputs. If not, one warning says why.
 
-        No is final, unless memory is full while a kernel is verified: the next call tries again.
+        No is final, unless memory is full while a kernel is verified or timed: the next call tries again.
         """
         if pass_ not in self._without:
             try:
@@ -173,7 +175,7 @@ class Layer:
                     self.prepared(pass_, inputs)
                 return True
             except torch.OutOfMemoryError:
-                why = "memory is full, where a kernel has to be verified"
+                why = "memory is full, where a kernel has to be verified or timed"
             except NoKernel as error:
                 why = str(error)
                 self._without[pass_] = why
@@ -202,13 +204,17 @@ def forget_layers() -> None:
     plans_in_use.clear()
 
 
-def kept_layer(launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None) -> Layer:
+def kept_layer(
+    launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None,
+    timer: Callable[[], Timer | None] = lambda: None,
+) -> Layer:  # fmt: skip
     """A backend's Layer for a problem on a device, the same at every call."""
     layer = _layers.get((launcher, problem, device))
     if layer is None:
         if len(_layers) >= MOST_LAYERS:
             forget_layers()
-        layer = _layers.setdefault((launcher, problem, device), Layer(problem, device, launcher, verify))
+        made = Layer(problem, device, launcher, verify, timer=timer)
+        layer = _layers.setdefault((launcher, problem, device), made)
     return layer
 
 

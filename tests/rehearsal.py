@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import pytest
 import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
 
-from gpu_lstm.kernels import timeouts
+from gpu_lstm.backends import timing as times
+from gpu_lstm.dispatch.route import forget
+from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.by_steps import parts_of
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
@@ -159,6 +162,58 @@ def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str
             if there.get(name) != value or (name.endswith("_ptr") and value == 0):
                 found.append(f"{name} is {there.get(name)}, not {value}")
     return found
+
+
+# Which plan is the fastest
+
+
+SMALL = Problem(2, 5, 32, BF16)
+COSTS = {  # seconds of a launch, by the plan's place in the order of proposals and how often it has run
+    "the second is faster": lambda place, number: (3.0, 1.0, 2.0)[place],
+    "another job has the card": lambda place, number: (3.0, 1.0, 2.0)[place] + 10 * (place == 1 and number != 5),
+    "all are as fast": lambda place, number: 1.0,
+    "the second times out": lambda place, number: (3.0, None, 2.0)[place],
+}
+
+
+def timing() -> dict[str, Any]:
+    """Of each card, and at the end of one in a capture: the place of the plan that is chosen, how often each was
+    launched, and whether the result was kept. The driver's log says what was launched; for that long the card is busy.
+    """
+    patch, clock, arguments_of = pytest.MonkeyPatch(), [0.0], launch.arguments_of
+    patch.setattr(launch, "arguments_of", lambda p, device, pass_: arguments_of(  # there is no memory on cuda:0
+        p, CPU if device == CUDA else device, pass_))  # fmt: skip
+    patch.setattr(launch, "MOST_STEPS", 4)
+    patch.setattr(times, "time", Mock(perf_counter=lambda: clock[0]))
+    proposed, found, threads = choose.plans(SMALL, choose.card_of(CUDA), False)[: choose.MOST], [], []
+    sizes, compile_all = [[*plan.grid, 32 * plan.num_warps] for plan in proposed], choose.compile_all
+    patch.setattr(choose, "compile_all", lambda *given: threads.append(threading.get_ident()) or compile_all(*given))
+    inputs = launch.call_of(SMALL, CPU)[1].inputs
+
+    def chosen(card: str) -> None:
+        launched: list[int] = []
+
+        def synchronize(_: Any = None) -> None:
+            for event in events():
+                if event["event"] == "launch":
+                    launched.append(place := sizes.index([*event["grid"], event["threads"]]))
+                    if (seconds := COSTS[card](place, launched.count(place))) is None:
+                        raise RuntimeError(f"{event['kernel']} timed out at step 1")
+                    clock[0] += seconds
+
+        patch.setattr(torch.cuda, "synchronize", synchronize)
+        forget()
+        cache.remove(cache.PLANS)
+        layer = kept_layer(launch, SMALL, CUDA, lambda *_: None, times.timer)
+        place = proposed.index(layer.prepared(Pass(), inputs).plan)
+        kept = choose.measured_plan(SMALL, choose.card_of(CUDA), False) is not None
+        found.append((card, place, [launched.count(each) for each in range(len(sizes))], kept))
+
+    for card in COSTS:
+        chosen(card)
+    CAPTURING.value = 1
+    chosen("all are as fast")
+    return dict(found=found, threads=len({*threads[: len(sizes)]}), compiled=compiled() - 1)  # and the empty kernel
 
 
 def obstacle() -> str | None:

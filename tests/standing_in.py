@@ -18,7 +18,7 @@ from gpu_lstm.kernels.cards import Card
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs, Problem, Recurrence, in_the_loop, problem_of
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.plans import autotune, choose
+from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, INTERPRETER, Plan
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
 
@@ -39,11 +39,12 @@ def torch_finds(patch, card: Card = H100, **others: Any) -> None:
 def a_card(patch, card: Card = H100, **others: Any) -> None:
     """cuda:0 is this card, also for planning; kernels all load on it, and nothing is launched."""
     torch_finds(patch, card, **others)
-    for module in (launch, choose, autotune):
+    for module in (launch, choose):
         patch.setattr(module, "card_of", lambda _: card)
     loaded = SimpleNamespace(shared=0, target=SimpleNamespace(arch=card.architecture))
     patch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=loaded))
-    patch.setattr(autotune, "_call", lambda *_: (None, lambda layer: None))
+    patch.setattr(choose, "compile_all", lambda *_: None)
+    patch.setattr(launch, "prepare_run", lambda *_: lambda: None)
     patch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)
 
 

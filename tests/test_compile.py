@@ -6,14 +6,11 @@ import re
 from itertools import groupby
 
 import pytest
-import torch
 import triton
 
 from dev.compile_table.report import Loop
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import exchange
-from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Plan, Resident, counts_of_turn
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 OLDER_TRITON = TRITON < (3, 9)
@@ -107,25 +104,6 @@ def test_the_counts_of_a_step(rows, kernel, case):
     loop, expected = Loop(**row["loop"]), COUNTS[kernel, case]
     assert loop.instructions <= expected.instructions * (1.1 if OLDER_TRITON else 1)
     assert dataclasses.replace(loop, instructions=expected.instructions) == expected
-
-
-def test_the_model_of_planning_knows_the_counts(rows):
-    """Of families that hold W_hh, in plain calls: products and bytes in shared memory exactly, instructions to 12 %.
-    Those are Triton 3.9's; older ones may have 9 % more."""
-    plain = [row for row in rows if not re.search(" (masks|rates|ragged)", row["case"])]
-    held = [row for row in plain if row["plan"]["family"] in HELD]
-    assert held
-    for row in held:
-        sizes = row["plan"]
-        holds = Resident(sizes["chunks"])
-        if sizes["family"] == "cooperative":
-            holds = Cooperative(sizes["chunks"], sizes["partners"], sizes["ahead"])
-        plan = Plan(holds, 8, sizes["units"], sizes["programs"], sizes["groups"], sizes["num_warps"], 0, "")
-        dtype = torch.float32 if "float32" in row["case"] else torch.bfloat16
-        problem = Problem(2, 16, 1, dtype, cell=_cell(row))
-        instructions, products, shared = counts_of_turn(problem, plan, "backward" in row["kernel"])
-        assert (row["loop"]["products"], row["loop"]["shared"]) == (products, shared), row
-        assert row["loop"]["instructions"] == pytest.approx(instructions, rel=0.17 if OLDER_TRITON else 0.12), row
 
 
 def test_the_checks_can_fail(compiled):

@@ -11,13 +11,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 from installed import ROOT
-from places import by_interpreter
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.choices import KERNEL_BACKENDS
 from gpu_lstm.call.weights import Weights
 from gpu_lstm.equations import EQUATIONS
-from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import contract, memory, problem, tensors
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cells import CELLS
@@ -27,7 +25,6 @@ from gpu_lstm.kernels.problem import Pass, Problem, problem_of
 from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
-from gpu_lstm.kernels.triton_rnn.plans import autotune
 from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES
 
 X0 = torch.zeros(())
@@ -139,39 +136,40 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
     assert str(error.value) == f"kernel wrote {way} {far} bytes {said}, {c.nbytes} bytes of {dtype}"
 
 
-@by_interpreter
-@pytest.mark.parametrize(("family", "projected"), [("step", 0), ("resident", 0), ("pointwise", 3)])
-def test_what_autotune_times_are_calls_of_the_layer(monkeypatch, family, projected):
-    """Forward, and backward of what it computed, where dh is h and nothing else is given, with right numbers. By the
-    plans that are timed, which no call uses without a verification."""
-    problem, cpu, sent, steps = Problem(2, 3, 8, F32, projected, "tf32"), torch.device("cpu"), [], 5
-    plans, forward = [plan_of(family, problem, backward) for backward in (False, True)], Layer.forward
-
-    def recorded(layer, gates, r, save):
-        sent.append((gates.clone(), r.inputs))
-        return forward(layer, gates, r, save)
-
-    run = Mock(side_effect=launch.launch_kernel)
+@pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
+@pytest.mark.parametrize("change", [{}, dict(projected=3), dict(lengths=torch.int64, resets=True)], ids=str)
+@pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
+def test_what_is_timed_are_calls_of_the_layer(monkeypatch, family, change):
+    """Of as many steps as say something and fit the memory, none of them padding; and no call uses what was timed."""
+    problem, cpu = Problem(2, 3, 8, F32, precision="tf32", **change), torch.device("cpu")
+    run, sent, steps = Mock(side_effect=launch.launch_kernel), [], 5
     monkeypatch.setattr(launch, "launch_kernel", run)
-    monkeypatch.setattr(Layer, "forward", recorded)
-    found = autotune._call(problem, cpu, steps, None)[1](Layer(problem, cpu, launch, trial=plans[0]))
-    gradients = autotune._call(problem, cpu, steps, plans[0])[1](Layer(problem, cpu, launch, trial=plans[1]))
-    gates, given = sent[0]
-    assert (gates.shape, gates.std() > 0.5, given.weight_hh.std() > 0.1) == ((steps, 3, 32), True, True)
-
-    def truth(gates, given, backward):  # gates as x, times the unit matrix
-        x, h0, c0 = (t.double().requires_grad_() for t in (gates, given.h0[0], given.c0[0]))
-        weights = torch.eye(32), given.weight_hh, None, None, given.weight_hr
-        weights = [None if t is None else t.double() for t in weights]
-        h, (h_n, c_n) = lstm_layer(x, weights, (h0, c0), backend="reference")
-        return torch.autograd.grad(h, [x, h0, c0], h.detach()) if backward else (h, h_n, c_n)
-
-    expected = *truth(*sent[0], False), *truth(*sent[1], True)
-    for ours, true in zip((*found[:3], *gradients[:3]), expected, strict=True):
-        torch.testing.assert_close(ours.double().view(true.shape), true.detach(), rtol=0, atol=2e-6)
+    monkeypatch.setattr(launch, "MOST_STEPS", steps)
+    arguments_of = launch.arguments_of
+    monkeypatch.setattr(launch, "arguments_of", lambda *given: sent.append(arguments_of(*given)) or sent[-1])
+    plans = [plan_of(family, problem, backward) for backward in (False, True)]
+    passes = Pass(save=False), Pass(True, True, True, False)
+    found, gradients = (launch.prepare_run(problem, cpu, *each)() for each in zip(passes, plans))
+    assert found[0].shape == (steps, 3, problem.width)
+    assert found[3] is None, "for inference nothing is saved"
+    assert gradients.dgates.shape == (steps, 3, 4 * 8)
+    for r in (sent[0][1], sent[1][-1]):
+        assert r.inputs.lengths is None or r.inputs.lengths.tolist() == [steps] * 3
+    assert (sent[1][0] is not None, sent[1][1]) == (True, None)
     ran = {each.args[0].__name__ for each in run.mock_calls}
     assert ran == {f"{family}_{way}_kernel" for way in ("forward", "backward")}
     assert not any(layer._prepared for layer in layers._layers.values())
+
+
+@pytest.mark.parametrize(("change", "steps"), [
+    ({}, launch.MOST_STEPS), (dict(steps=1), 1), (dict(batch=256, hidden=1024), 16),
+    (dict(batch=4096, hidden=2048), launch.LEAST_STEPS),
+], ids=str)  # fmt: skip
+def test_plans_are_timed_with_fewer_steps_where_these_take_memory(monkeypatch, change, steps):
+    problem, arguments_of = Problem(2, 3, 8, F32)._replace(**change), Mock(return_value=(None, None))
+    monkeypatch.setattr(launch, "arguments_of", arguments_of)
+    launch.prepare_run(problem, torch.device("cpu"), Pass(), plan_of("step", problem, False))
+    assert arguments_of.call_args.args[0].steps == steps
 
 
 # The contract of a cell

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import re
 from unittest.mock import Mock
 
 import pytest
@@ -21,7 +20,7 @@ from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
-from gpu_lstm.kernels.triton_rnn.plans.choose import plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import always, plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
 
@@ -84,28 +83,30 @@ def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_o
     assert "B = 3, float32, zoneout, with gradients\n" in str(found)
 
 
-def test_plans_and_what_bounds_a_step(card, monkeypatch):
+def test_plans_and_whether_they_were_timed(card, monkeypatch):
     for module in (choose, launch):
         monkeypatch.setattr(module, "card_of", lambda device: H100)
     lstm = gpu_lstm.LSTM(4, 768, dtype=torch.bfloat16, backend="triton")
     monkeypatch.setattr(available, "why_unavailable", lambda *_: None)  # bfloat16, which the interpreter refuses
-    found = gpu_lstm.explain(lstm, torch.zeros(5, 16, 4, dtype=torch.bfloat16))
+    x, problem = torch.zeros(5, 16, 4, dtype=torch.bfloat16), Problem(2, 16, 768, torch.bfloat16)
+    found = gpu_lstm.explain(lstm, x)
     assert "  layer 0, forward: 4 -> 768\n" in str(found)
-    (direction,), lines = found.layers, re.findall("(?<=most of it: ).*", str(found))
-    for each, line, backward in zip(direction.passes, lines, (False, True), strict=True):
-        plan = plans(Problem(2, 16, 768, torch.bfloat16), H100, backward)[0]
+    (direction,) = found.layers
+    for each, backward in zip(direction.passes, (False, True), strict=True):
+        plan = plans(problem, H100, backward)[0]
         assert each.family == plan.family.name == "cooperative"
         assert each.tiles.startswith(f"{plan.rows} sequences x {plan.units} units, {plan.programs} programs")
-        assert "exchange" in each.bounds
-        most = sorted(each.bounds, key=each.bounds.get, reverse=True)[:3]
-        assert line == "; ".join(f"{each.bounds[name] * 1e6:.2f} us {name}" for name in most)
+        assert each.origin == "the first to try, not timed"
+    choose.keep_measured(problem, H100, True, plans(problem, H100, True)[1])
+    (direction,) = gpu_lstm.explain(lstm, x).layers
+    assert [each.origin for each in direction.passes] == ["the first to try, not timed", "timed on this card"]
     assert found.precision == "of bfloat16 numbers, summed in float32"
 
 
 def test_what_the_verification_of_a_kernel_came_to(card):
     lstm = gpu_lstm.LSTM(4, 32, dtype=torch.float16, bidirectional=True, backend="triton")
     x, problem = torch.zeros(5, 16, 4, dtype=torch.float16), Problem(2, 16, 32, torch.float16)
-    plan = plans(problem, INTERPRETER, False)[-1]  # backward has the same tiles
+    plan = always(problem, INTERPRETER, False)  # backward has the same tiles
 
     def checked(**options):
         return [each.checked for d in gpu_lstm.explain(lstm, x, **options).layers for each in d.passes]

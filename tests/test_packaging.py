@@ -160,7 +160,7 @@ MISTAKES = [
     "d: torch.nn.Sequential = gpu_lstm.to_torch(torch.nn.Linear(6, 8))", "gpu_lstm.explain(lstm, x).backed",
     "gpu_lstm.Stream(torch.nn.LSTM(6, 8), batch=3)", "gpu_lstm.Stream(lstm, batch=3)(x).batch_sizes",
     "gpu_lstm.trace(lstm, x).layers[0][0].forgot", "gpu_lstm.explain(torch.nn.LSTM(6, 8), x)",
-    'gpu_lstm.autotune("64", 16)', "gpu_lstm.SLSTM(6, 8)(x, (x, x))", "gpu_lstm.SLSTM(6, 8)(x)[1].relu()",
+    "gpu_lstm.SLSTM(6, 8)(x, (x, x))", "gpu_lstm.SLSTM(6, 8)(x)[1].relu()",
     "gpu_lstm.use_for_slstm([lstm])"]  # fmt: skip
 
 

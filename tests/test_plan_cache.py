@@ -1,13 +1,14 @@
-"""Measured plans: autotuning finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
+"""Measured plans: a first call finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
 
+import contextlib
 import ctypes
 import dataclasses
-import importlib
 import json
 import logging
 import multiprocessing
 import shutil
 import sys
+import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,14 +20,14 @@ import torch
 from standing_in import CUDA, H100
 
 import gpu_lstm
-from gpu_lstm.backends.verify import verify
+from gpu_lstm.backends import timing
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cache, contract, timeouts, triton_rnn
 from gpu_lstm.kernels.layer import kept_layer
-from gpu_lstm.kernels.problem import Inputs, Pass, Problem, problem_of
+from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.plans import autotune, choose
-from gpu_lstm.kernels.triton_rnn.plans.choose import keep_measured, measured_plan, plans
+from gpu_lstm.kernels.triton_rnn.plans import choose
+from gpu_lstm.kernels.triton_rnn.plans.choose import always, keep_measured, measured_plan, plans
 
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
 PLAN = plans(PROBLEM, H100, False)[0]
@@ -45,10 +46,10 @@ def _entry(without=""):
 KEYS = [  # changes of a problem for which another plan may be the fastest
     dict(batch=17), dict(hidden=769), dict(dtype=torch.float16), dict(projected=64), dict(precision="tf32"),
     dict(side_by_side=2), dict(dropout_h=True), dict(zoneout_h=0), dict(zoneout_c=3), dict(gain_hh=True),
-    dict(gain_c=True), dict(cell="gru"), dict(heads=3),
+    dict(gain_c=True), dict(cell="gru"), dict(heads=3), dict(steps=1), dict(lengths=torch.int64, resets=True),
 ]  # fmt: skip
 NO_KEYS = [  # and for which it is not
-    dict(steps=1), dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
+    dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
     dict(reset_c=True), dict(weight_peephole=True), dict(bias_c=True), dict(bias_hh=True), dict(known_h=True),
 ]  # fmt: skip
 assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem._fields)
@@ -57,9 +58,9 @@ assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem.
 def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeypatch):
     """Results are read once in a process, and again after each that is written or removed; where they are valid."""
     assert measured_plan(PROBLEM, H100, False) is None
-    for plan in (PLAN, dataclasses.replace(PLAN, why="measured again")):
+    for plan in plans(PROBLEM, H100, False)[:2]:
         keep_measured(PROBLEM, H100, False, plan)
-        assert measured_plan(PROBLEM, H100, False) == plan.as_json()
+        assert measured_plan(PROBLEM, H100, False) == plan
     assert measured_plan(PROBLEM, H100, True) is None
     for change in (dict(name="another"), dict(multiprocessors=66)):
         assert measured_plan(PROBLEM, dataclasses.replace(H100, **change), False) is None
@@ -74,8 +75,10 @@ def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeyp
 def test_a_plan_is_for_one_kind_of_problem():
     keep_measured(PROBLEM, H100, False, PLAN)
     for change in (*KEYS, *NO_KEYS):
-        expected = None if change in KEYS else PLAN.as_json()
+        expected = None if change in KEYS else PLAN
         assert measured_plan(PROBLEM._replace(**change), H100, False) == expected, change
+    keep_measured(one := PROBLEM._replace(steps=1), H100, False, always(one, H100, False))
+    assert measured_plan(PROBLEM, H100, False) == PLAN, "whatever is the fastest for a single step"
 
 
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
@@ -150,7 +153,7 @@ BROKEN = ("", _entry()[:-40], "[]", "null", "{}", '{"key": 1, "value": {}}', "\u
 def test_a_broken_entry_is_ignored_with_a_warning_and_written_again(folder):
     for text in BROKEN:
         keep_measured(PROBLEM, H100, False, PLAN)
-        assert measured_plan(PROBLEM, H100, False) == PLAN.as_json()
+        assert measured_plan(PROBLEM, H100, False) == PLAN
         (file,) = folder.glob("*.json")
         file.write_bytes(text.encode(errors="surrogateescape"))
         for function in (cache._read, cache.warn_once):
@@ -171,122 +174,208 @@ def test_a_folder_that_is_a_file_stops_nobody_and_is_named_once(folder):
 
 
 def _keep_many(first):
-    for batch in range(first, first + 15):
-        keep_measured(PROBLEM._replace(batch=batch), H100, False, PLAN)
+    for number in range(first, first + 15):
+        cache.write(cache.PLANS, {"number": number}, PLAN.as_json())
 
 
 def test_many_who_write_at_once_lose_nothing(folder):
     with ProcessPoolExecutor(6, mp_context=multiprocessing.get_context("fork")) as executor:
         list(executor.map(_keep_many, range(0, 90, 15)))
     cache._read.cache_clear()
-    assert [measured_plan(PROBLEM._replace(batch=batch), H100, False) for batch in range(90)] == [PLAN.as_json()] * 90
+    assert [cache.read(cache.PLANS, {"number": number}) for number in range(90)] == [PLAN.as_json()] * 90
     assert list(folder.glob("*.unfinished")) == []
 
 
-# Autotuning
+# Timing
 
 
-def _chosen(problem, backward):
-    forget()  # as another process would
-    cache._read.cache_clear()
-    given = launch.call_of(problem, torch.device("meta"))[1].inputs
-    return kept_layer(launch, problem, CUDA).prepared(Pass(backward), given).plan
+class Timed:
+    """A card on which each plan takes as long as seconds(plan, round) says, and what was asked of it."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.runs, self.seconds = 0.0, [], lambda plan, number: 1.0
+        self.verify, self.patch = Mock(return_value=None), monkeypatch
+        monkeypatch.setattr(launch, "prepare_run", self.prepare_run)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setitem(timeouts._words, CUDA, timeouts._Words(torch.device("cpu")))
+
+    def prepare_run(self, problem, device, pass_, plan):
+        def run():
+            self.runs.append(plan)
+            self.now += self.seconds(plan, self.runs.count(plan))
+
+        return run
+
+    def chosen(self, problem=PROBLEM, backward=False):
+        """The plan of a new process."""
+        forget()
+        cache._read.cache_clear()
+        self.runs.clear()
+        return self.layer(problem).prepared(Pass(backward), GIVEN).plan
+
+    def layer(self, problem=PROBLEM):
+        return kept_layer(launch, problem, CUDA, self.verify, timing.timer)
 
 
-def test_the_fastest_plan_is_found_and_used_from_then_on(an_h100, monkeypatch):
-    """As if the widest tiles of the cooperative family were the fastest."""
-    problem = PROBLEM._replace(cell="gru")
-
-    def seconds(plan, call=None):
-        return 1000 * (plan.family.name == "step") - plan.units
-
-    before = _chosen(problem, False)
-    monkeypatch.setattr(autotune, "time_plan", seconds)
-    fastest = autotune.autotune(problem, CUDA, 256)
-    assert set(fastest) == {"forward", "backward"}
-    assert fastest["forward"] == min(plans(problem, H100, False), key=seconds) != before
-    layer = kept_layer(launch, problem, CUDA)
-    assert layer.chosen(Pass())[:2] == (fastest["forward"], True), "without a launch"
-    assert _chosen(problem, False) == fastest["forward"], "in this process, too"
-    assert _chosen(problem._replace(steps=128, reverse=True), False) == fastest["forward"]
-    assert _chosen(problem, True) == fastest["backward"]
+GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].inputs
+FIRST, SECOND, THIRD, *_ = plans(PROBLEM, H100, False)
+STEP = next(plan for plan in plans(PROBLEM, H100, False) if plan.family.name == "step")
+SLOW = {FIRST: 3.0, SECOND: 1.0, THIRD: 2.0}
 
 
-def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(an_h100):
+@pytest.fixture
+def timed(an_h100, monkeypatch):
+    timed = Timed(monkeypatch)
+    timed.seconds = lambda plan, number: SLOW.get(plan, 1.0)
+    return timed
+
+
+def test_the_fastest_of_the_first_plans_is_found_and_used_from_then_on(timed, caplog):
+    """Also for others that share its kernels, of a power of two of sequences, until what is cached is cleared."""
+    with caplog.at_level(logging.INFO, "gpu_lstm"):
+        assert timed.chosen() == SECOND
+    assert timed.runs == [FIRST, SECOND, THIRD] * timing.ROUNDS, "in turns"
+    assert f"{SECOND.family.name} {SECOND.rows}x{SECOND.units} 1e+03 ms" in caplog.text
+    assert timed.layer().chosen(Pass())[:2] == (SECOND, True)
+    for batch in (16, 15, 9):
+        assert timed.chosen(PROBLEM._replace(batch=batch, reverse=True)) == SECOND.fitted(PROBLEM._replace(batch=batch))
+        assert timed.runs == []
+    first, second, *_ = plans(PROBLEM, H100, True)
+    timed.seconds = lambda plan, number: 2 - (plan == second)
+    assert timed.chosen(backward=True) == second != first
+    assert (timed.chosen(), timed.runs) == (SECOND, []), "forward is another matter"
+    cache.remove(cache.PLANS)
+    assert timed.chosen() == FIRST, "of equal ones"
+
+
+def test_on_a_card_that_another_job_shares_the_least_time_counts(timed):
+    """Whatever the others are: here the fastest is undisturbed in one round alone, and has the largest median."""
+    timed.seconds = lambda plan, number: SLOW[plan] + 10 * (plan == SECOND and number != 5) + 9 * (number % 3 == 0)
+    assert timed.chosen() == SECOND
+
+
+def test_a_plan_whose_timing_fails_is_not_used_and_nothing_is_kept(timed, monkeypatch, caplog):
+    """It times out while it runs, or in its last launch. That it was the only one to fail may be chance."""
+
+    def seconds(plan, number):
+        if plan == SECOND and number == 2:
+            raise RuntimeError("cooperative_forward_kernel timed out at step 1")
+        return SLOW.get(plan, 5.0)
+
+    def late(plan, number):
+        if plan == SECOND:
+            timeouts.error_word(CUDA, "kernel")[0] = 4
+        return SLOW.get(plan, 5.0)
+
+    for timed.seconds in (seconds, late):
+        with caplog.at_level(logging.INFO, "gpu_lstm"):
+            assert timed.chosen() == THIRD
+        assert timed.runs[-2:] == [FIRST, THIRD]
+        assert measured_plan(PROBLEM, H100, False) is None
+    for said in ("timed out at step 1", "timed out at step 3"):
+        assert said in caplog.text
+    timed.seconds = Mock(side_effect=RuntimeError("too many blocks"))
+    assert timed.chosen() == STEP, "if all fail, what always works"
+    timed.verify.side_effect = lambda layer, pass_, inputs, plan: "wrong" if plan == STEP else None
+    with pytest.raises(contract.NoKernel, match=r"cooperative 8x16: RuntimeError: too many blocks.*step .*: wrong"):
+        timed.chosen()
+    timed.seconds = Mock(side_effect=torch.AcceleratorError("illegal memory access"))
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        timed.chosen()
+
+
+def test_an_earlier_launch_that_timed_out_is_no_fault_of_the_plan_that_is_timed(timed):
+    timeouts.error_word(CUDA, "kernel")[0] = 4
+    with pytest.raises(RuntimeError, match="timed out at step 3"):
+        timed.chosen()
+    assert timed.runs == []
+
+
+def test_where_memory_is_full_another_plan_is_used_or_another_backend_until_the_next_call(timed):
+    full = {FIRST, SECOND}
+
+    def prepare_run(problem, device, pass_, plan):
+        if plan in full:
+            raise torch.OutOfMemoryError("full")
+        return Timed.prepare_run(timed, problem, device, pass_, plan)
+
+    timed.patch.setattr(launch, "prepare_run", prepare_run)
+    assert timed.chosen() == THIRD
+    assert measured_plan(PROBLEM, H100, False) is None
+    full.add(THIRD)
+    with pytest.raises(torch.OutOfMemoryError):
+        timed.chosen()
+    kept = timed.layer()
+    with pytest.warns(UserWarning, match="memory is full, where a kernel has to be verified or timed"):
+        assert not kept.has_kernel(Pass(), GIVEN)
+    full.clear()
+    assert kept.has_kernel(Pass(), GIVEN)
+    assert kept.chosen(Pass()).plan == SECOND
+
+
+def _nothing():
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("when", [
+    "captured", "racing is off", "races are read", "launches block", "it is profiled", "nothing is verified",
+    "the others are wrong", "there is one plan", "it is on trial",
+])  # fmt: skip
+def test_when_nothing_is_timed(timed, monkeypatch, when):
+    """What runs then is the first plan that is right."""
+    around, expected = _nothing(), FIRST
+    if when == "captured":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    elif when == "racing is off":
+        around = gpu_lstm.racing("off")
+    elif when == "races are read":
+        around = gpu_lstm.racing("read")
+    elif when == "launches block":
+        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    elif when == "it is profiled":
+        around = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    elif when == "nothing is verified":
+        timed.verify = None
+    elif when == "the others are wrong":
+        timed.verify.side_effect = lambda layer, pass_, inputs, plan: None if plan == THIRD else "wrong"
+        expected = THIRD
+    elif when == "there is one plan":
+        monkeypatch.setattr(choose, "candidates", lambda *_: [FIRST])
+    elif when == "it is on trial":
+        timed.layer = lambda problem: kept_layer(launch, problem, CUDA).with_plan(FIRST)
+    with around:
+        assert timed.chosen() == expected
+    assert timed.runs == []
+    assert measured_plan(PROBLEM, H100, False) is None
+
+
+def test_plans_are_compiled_side_by_side_and_a_line_says_how_many(timed, monkeypatch, caplog):
+    """In threads that have the device, each once: what one cannot compile is the reason not to use it."""
+    together, loaded, on = threading.Barrier(choose.MOST, timeout=20), [], []
+    load = choose.load
+
+    def compile_all(device, launches):
+        on.append(device)
+        together.wait()
+        if SECOND.units == launches[0].arguments["S"].UNITS:
+            raise ValueError("M, N, K >= 16")
+
+    monkeypatch.setattr(choose, "compile_all", compile_all)
+    monkeypatch.setattr(choose, "load", lambda *given: loaded.append(given[-1]["S"].UNITS) or load(*given))
+    monkeypatch.setattr(choose, "SLOW_S", 0.0)
+    with caplog.at_level(logging.INFO, "gpu_lstm"):
+        assert timed.chosen() == THIRD
+    assert (on, loaded) == ([CUDA] * choose.MOST, [FIRST.units, THIRD.units])
+    assert "compiling 3 of at most 4 plans for LSTM, H = 768, torch.bfloat16; Triton keeps the result" in caplog.text
+    assert "ValueError: M, N, K >= 16" in caplog.text
+
+
+def test_a_plan_in_a_file_that_nobody_proposes_is_not_used(timed):
     """Its numbers may fit no problem, and its kernel was verified with others."""
-    best, other, *_ = plans(PROBLEM, H100, False)
-    keep_measured(PROBLEM, H100, False, other)
-    assert _chosen(PROBLEM, False) == other
+    keep_measured(PROBLEM, H100, False, THIRD)
+    assert (timed.chosen(), timed.runs) == (THIRD, [])
     odd = dict(rows="8"), dict(family="odd"), dict(family="step"), dict(chunks=None), dict(surprise=1)
     for change in (dict(programs=1), dict(groups=9), dict(tiles_per_program=7), dict(rows=16), *odd):
-        cache.write(cache.PLANS, choose._key(PROBLEM, H100, False), other.as_json() | change)
-        assert _chosen(PROBLEM, False) == best
-
-
-def test_where_no_plan_can_be_compiled_autotune_says_why(an_h100, monkeypatch):
-    monkeypatch.setattr(autotune, "recorded_launches", lambda *given: given)
-    monkeypatch.setattr(autotune, "why_it_does_not_fit", lambda *_: "it spills")
-    with pytest.raises(RuntimeError, match=r"no plan for the forward pass of this layer can be timed .*: it spills"):
-        autotune.autotune(PROBLEM, CUDA, 256)
-
-
-def test_a_plan_that_fails_is_left_out_and_the_fastest_of_the_others_kept(an_h100, monkeypatch, caplog):
-    """Whether it is refused before, which is on disk by then, times out while it is timed, or in its last launch."""
-    refused, out, late, fourth, *_ = plans(PROBLEM, H100, False)
-    verified, timed = [], []
-
-    def refuses(layer, pass_, inputs, plan):
-        verified.append(plan)
-        return "the process that tried it ended meanwhile" if plan == refused else None
-
-    def time_plan(plan, call):
-        assert verified[-1] == plan
-        timed.append(plan)
-        if plan == out:
-            raise RuntimeError("cooperative_forward_kernel timed out at step 1")
-        if plan == late:
-            timeouts.error_word(CUDA, "kernel")[0] = 4
-        return len(timed)
-
-    monkeypatch.setattr(autotune, "time_plan", time_plan)
-    monkeypatch.setitem(timeouts._words, CUDA, timeouts._Words(torch.device("cpu")))
-    with caplog.at_level(logging.INFO, "gpu_lstm"):
-        assert autotune.autotune(PROBLEM, CUDA, 256, refuses)["forward"] == fourth
-    assert refused not in timed
-    assert measured_plan(PROBLEM, H100, False) == fourth.as_json()
-    for said in ("ended meanwhile", "timed out at step 1", "timed out at step 3"):
-        assert said in caplog.text
-    monkeypatch.setattr(autotune, "time_plan", Mock(side_effect=torch.AcceleratorError("illegal memory access")))
-    with pytest.raises(torch.AcceleratorError, match="illegal"):
-        autotune.autotune(PROBLEM, CUDA, 256)
-
-
-def test_not_while_a_graph_is_captured(an_h100, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
-        autotune.autotune(PROBLEM, CUDA, 256)
-
-
-def test_what_is_measured_is_a_layer_of_the_sizes_given(monkeypatch):
-    """And a Problem as calls have it, whatever T: else the kernels of one layer had two."""
-    tool, measure = importlib.import_module("gpu_lstm.tools.autotune"), Mock(return_value={})
-    monkeypatch.setattr(tool, "why_unavailable", lambda *_: None)
-    monkeypatch.setattr(launch, "INTERPRETED", False)
-    monkeypatch.setattr(autotune, "autotune", measure)
-    cpu, lstm = torch.device("cpu"), gpu_lstm.LSTM(8, 64, proj_size=16, dtype=torch.float16)
-    weights = lstm._request(torch.zeros(1, 1, 8).half()).weights[0][0]
-    for steps in (1, 7):
-        gpu_lstm.autotune(64, 3, steps=steps, dtype=torch.float16, proj_size=16, device="cpu")
-        x, h0, c0 = (torch.zeros(*size, dtype=torch.float16) for size in ((steps, 3, 8), (1, 3, 16), (1, 3, 64)))
-        measure.assert_called_with(problem_of(Inputs(x, h0, c0, *weights), "lstm", False, "ieee"), cpu, steps, verify)
-    gpu_lstm.autotune(64, 3, steps=7, dtype=torch.float16, device="cpu", cell="slstm", heads=4)
-    measure.assert_called_with(Problem(2, 3, 64, torch.float16, cell="slstm", heads=4), cpu, 7, verify)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_without_a_gpu_it_says_so():
-    with pytest.raises(RuntimeError, match="times kernels on a CUDA device, and torch finds none here"):
-        gpu_lstm.autotune(8, 2)
-    with pytest.raises(RuntimeError, match=r"TRITON_INTERPRET=1|runs on CUDA tensors"):
-        gpu_lstm.autotune(8, 2, device="cpu")
+        cache.write(cache.PLANS, choose._key(PROBLEM, H100, False), THIRD.as_json() | change)
+        assert timed.chosen() == SECOND, "the others are timed again"

@@ -1,10 +1,8 @@
-"""Plans for cards that are not here: what is chosen, that it fits, and the estimated time of a step."""
+"""Plans for cards that are not here: what is proposed, that it fits, and its order."""
 
-import csv
 import dataclasses
 import itertools
 from math import prod
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +13,9 @@ from gpu_lstm.kernels.cards import KB
 from gpu_lstm.kernels.cells import CELLS
 from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn.plans import planning
-from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES, always, expected_seconds, plans
-from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Cooperative, Held, Plan, Resident, Step, expected
-from gpu_lstm.kernels.triton_rnn.plans.tiles import held_plans, pointwise_plan, split_plans, step_plan
+from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES, MOST, always, plans
+from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, Cooperative, Held, Step, rank
+from gpu_lstm.kernels.triton_rnn.plans.tiles import held_plans, split_plans, step_plan
 
 BF16 = torch.bfloat16
 RESIDENT, COOPERATIVE, STEP, POINTWISE = "resident", "cooperative", "step", "pointwise"
@@ -38,16 +36,12 @@ both_ways = pytest.mark.parametrize("backward", [False, True], ids=["forward", "
 
 @both_ways
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_first(device, backward):
+def test_every_plan_covers_the_problem_and_fits_the_card_and_they_come_by_rank(device, backward):
     for problem in PROBLEMS:
         proposed = plans(problem, device, backward)
-        seconds = []
-        for plan in proposed:
-            of_all = problem.heads * problem.side_by_side
-            times = of_all // plan.side_by_side if plan.family.name == COOPERATIVE else 1
-            seconds.append(times * sum(expected(problem, device, plan, backward).values()))
+        order = [rank(problem, device, plan, backward) for plan in proposed]
         if problem.batch in (1, 256):  # others have the order of the next power of two, see test_first_call.py
-            assert seconds == sorted(seconds)
+            assert order == sorted(order)
         of_step = [plan for plan in proposed if isinstance(plan.family, Step) and plan.family.parts == 1]
         assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
         for plan in proposed:
@@ -77,7 +71,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_the_fastest_comes_f
 
 @both_ways
 def test_heads_have_the_plans_of_layers_side_by_side(backward):
-    """Each on a share of the card, and with one launch for all: four of 128 units are faster than one of 512."""
+    """Each on a share of the card, and with one launch for all: four of 128 units come before one of 512."""
     for batch, cell in itertools.product((1, 16, 64), CELLS):
         problem = Problem(128, batch, 512, BF16, cell=cell, heads=4)
         side_by_side = plans(Problem(128, batch, 128, BF16, cell=cell, side_by_side=4), H100, backward)
@@ -85,9 +79,9 @@ def test_heads_have_the_plans_of_layers_side_by_side(backward):
         assert [dataclasses.replace(plan, heads=1) for plan in proposed] == side_by_side
         assert RESIDENT in [plan.family.name for plan in proposed]
         both = problem, problem._replace(heads=1)
-        seconds, dense = (expected_seconds(p, H100, plans(p, H100, backward)[0], backward) for p in both)
-        assert seconds < min(dense, 1.25e-6)
-    # Where W_hh does not fit a share for each head of each direction, directions take turns, their heads at once.
+        in_heads, dense = (rank(p, H100, plans(p, H100, backward)[0], backward) for p in both)
+        assert in_heads < dense
+    # Where W_hh does not fit a share for each head of each layer, layers run one after another, their heads at once.
     for units, found in ((512, {4}), (1024, {2}), (1280, set())):
         large = plans(Problem(128, 1, 2 * units, BF16, side_by_side=2, heads=2), H100, backward)
         assert {plan.side_by_side for plan in large if plan.family.name == COOPERATIVE} == found
@@ -108,21 +102,6 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
 
 
 @both_ways
-def test_what_divides_a_step_by_cublas_costs_launches_and_a_small_projection_saves_more(backward):
-    """By the model: of W_hh and W_hr for their product, where that is much larger."""
-
-    def seconds(**change):
-        problem = Problem(128, 1024, 2048, BF16, **change)
-        return expected(problem, H100, pointwise_plan(problem, backward), backward)
-
-    plain, normed, projected = (seconds(**c) for c in ({}, dict(gain_hh=True, gain_c=True), dict(projected=640)))
-    assert normed["launches"] == pytest.approx(plain["launches"] / 2 * 5)
-    assert projected["launches"] == pytest.approx(plain["launches"] * 2)
-    assert sum(projected.values()) < sum(plain.values())
-    assert seconds(projected=1900) == plain
-
-
-@both_ways
 @pytest.mark.parametrize("change", [dict(projected=48), dict(dropout_h=True)], ids=str)
 def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change):
     """But for the step family, which has smaller tiles with noise."""
@@ -139,11 +118,11 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
     (384, 512, (64, 32, 4)), (1024, 128, (64, 16, 8)), (640, 256, (128, 16, 8)),
 ])  # fmt: skip
 def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
-    """First on an H100. Never forward, without tensor cores, or where a part is not read in words."""
+    """Timed on an H100. Never forward, without tensor cores, or where a part is not read in words."""
     problem = Problem(128, batch, hidden, BF16)
     first, second = split_plans(problem, H100, True)
-    assert ((first.rows, first.units, first.family.parts), plans(problem, H100, True)[0]) == (tiles, first)
-    assert second in plans(problem, H100, True)
+    assert tiles in [(plan.rows, plan.units, plan.family.parts) for plan in (first, second)]
+    assert {first, second} < {*plans(problem, H100, True)[:MOST]}
     assert split_plans(problem, H100, False) == []
     for change in (dict(dtype=torch.float32), dict(hidden=66)):
         assert split_plans(problem._replace(**change), H100, True) == []
@@ -157,65 +136,21 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     (256, 512, BF16, True, (16, 64, 8, 1)),
 ])  # fmt: skip
 def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backward, tile):
-    """First on an H100: rows, columns, warps, programs of a multiprocessor. Never without wgmma, or room."""
+    """Timed on an H100: rows, columns, warps, programs of a multiprocessor. Never without wgmma, or room."""
     problem = Problem(128, batch, hidden, dtype, precision="tf32")
-    first, *others = held_plans(problem, H100, backward)
-    found = first.rows, first.units, first.num_warps, first.blocks
-    assert (found, plans(problem, H100, backward)[0]) == (tile, first)
-    assert len(others) <= 2
+    found = {(plan.rows, plan.units, plan.num_warps, plan.blocks): plan for plan in held_plans(problem, H100, backward)}
+    assert found[tile] in plans(problem, H100, backward)[:MOST]
+    assert len(found) <= 3
     assert held_plans(problem, DEVICES["b200"], backward) == []
     for change in (dict(dtype=torch.float32, precision="ieee"), dict(hidden=128), dict(hidden=520)):
         assert held_plans(problem._replace(**change), H100, backward) == []
 
 
 def test_a_plan_does_not_depend_on_the_number_of_steps():
-    """So that another sequence length compiles nothing. But a single one is the step family's."""
-    assert [plan.family.name for plan in plans(Problem(1, 16, 128, BF16), H100, False)] == [STEP]
+    """So that another sequence length compiles nothing. But for a single one nothing holds W_hh."""
+    assert [plan.family.name for plan in plans(Problem(1, 16, 128, BF16), H100, False)] == [STEP, POINTWISE]
     by_steps = [plans(Problem(steps, 16, 768, BF16), H100, True) for steps in (2, 3, 100_000)]
     assert by_steps[0] == by_steps[1] == by_steps[2]
-
-
-LINES = Path(__file__).with_name("cycles.csv").read_text().splitlines()
-CYCLES = list(csv.DictReader(line for line in LINES if not line.startswith("#")))
-
-
-def by_the_model(row):
-    """Cycles of the plan that a row of cycles.csv is of."""
-    family, cell = row["family"], row["cell"]
-    row = {name: int(number) for name, number in row.items() if name not in ("family", "cell")}
-    backward = bool(row["backward"])
-    problem = Problem(1024, row["batch"], row["hidden"], BF16, cell=cell, heads=row["heads"])
-    family = {
-        "resident": Resident(row["k"]), "cooperative": Cooperative(row["k"], row["parts"], row["ahead"] > 0),
-        "step": Step(row["k"], row["parts"]),
-    }[family]  # fmt: skip
-    if row["held"]:
-        family = Held(row["k"], row["ahead"] > 0)
-    sizes = (row[name] for name in ("rows", "columns", "programs", "groups", "warps"))
-    plan = Plan(
-        family, *sizes, shared=0, why="", num_stages=row["stages"], blocks=max(1, row["held"]),
-        tiles_per_program=row["tiles_per_program"], side_by_side=row["heads"], heads=row["heads"],
-    )  # fmt: skip
-    return sum(expected(problem, H100, plan, backward).values()) * H100.clock
-
-
-def test_the_models_agree_with_cycles_estimated_from_sass():
-    """To 16 %, of whatever plan the simulation was of; resident to 25 %. cycles.csv says how it was made."""
-    for row in CYCLES:
-        most = 0.25 if row["family"] == RESIDENT else 0.16
-        assert by_the_model(row) == pytest.approx(int(row["cycles"]), rel=most), row
-
-
-def test_of_the_plans_of_a_size_the_model_puts_none_first_that_is_a_tenth_slower_than_another():
-    """By the cycles of cycles.csv."""
-    sizes = {}
-    for row in CYCLES:
-        key = tuple(row[name] for name in ("cell", "hidden", "heads", "batch", "backward"))
-        sizes.setdefault(key, []).append((by_the_model(row), int(row["cycles"])))
-    several = {size: found for size, found in sizes.items() if len(found) > 1}
-    assert len(several) > 10
-    slower = {size: min(found)[1] / min(cycles for _, cycles in found) for size, found in several.items()}
-    assert {size: ratio for size, ratio in slower.items() if ratio > 1.1} == {}
 
 
 def test_a_real_card_with_and_without_its_rates():

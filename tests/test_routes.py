@@ -326,7 +326,7 @@ def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypa
 
 
 def test_what_is_decided_in_a_capture_or_forgotten_is_decided_again(monkeypatch):
-    """Since nothing is verified and raced in a capture; and a plan that autotune has found is used from then on."""
+    """Since nothing is verified and raced in a capture; and what is found after `forget` is used from then on."""
     monkeypatch.setattr(dispatch, "_routes", {})
     lstm = gpu_lstm.LSTM(2, 2)
     call = lstm._request(X)

@@ -19,7 +19,7 @@ from gpu_lstm.backends import verify
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.plans.choose import plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import always
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER, Held, Step
 
 pytestmark = [
@@ -31,7 +31,7 @@ pytestmark = [
 def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     verdicts = []
     monkeypatch.setattr(verify, "_verdict", lambda *_: verdicts.append(1) or "right")
-    plan = plans(PLAIN, INTERPRETER, False)[-1]
+    plan = always(PLAIN, INTERPRETER, False)
     for _ in range(2):
         _verify(PLAIN, plan=plan)
         cache._read.cache_clear()  # as another process
@@ -150,7 +150,7 @@ def test_a_kernel_during_whose_trial_a_process_was_killed_is_refused_until_that_
 def test_processes_that_try_a_kernel_at_once_do_not_refuse_it(trying, tmp_path):
     """What one finds is not undone when the other ends."""
     other = trying(PLAIN, signal.pause)
-    assert verify.cached_verdict(plans(PLAIN, INTERPRETER, False)[-1], PLAIN, FORWARD, CPU) is None
+    assert verify.cached_verdict(always(PLAIN, INTERPRETER, False), PLAIN, FORWARD, CPU) is None
     assert list(cache.entries(cache.CHECKS)) == []
     cache._read.cache_clear()
     assert _verify(PLAIN) is None

@@ -30,7 +30,7 @@ from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import equations, launch
-from gpu_lstm.kernels.triton_rnn.plans.choose import plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import always
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 
 pytestmark = [
@@ -57,7 +57,7 @@ def _given(problem):
 
 
 def _verify(problem, pass_=FORWARD, plan=None, given=None):
-    plan = plan or plans(problem, INTERPRETER, pass_.backward)[-1]
+    plan = plan or always(problem, INTERPRETER, pass_.backward)
     return verify.verify(kept_layer(launch, problem, CPU), pass_, given or _given(problem), plan)
 
 
@@ -161,7 +161,7 @@ def test_the_small_problem_is_laid_out_as_the_call_is():
 
 @pytest.mark.parametrize("pass_", [FORWARD, Pass(True)])
 def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
-    """As autotune has it, which makes no x."""
+    """As of `call_of`, which makes no x."""
     assert _verify(PLAIN, pass_, given=launch.call_of(PLAIN, CPU)[1].inputs) is None
 
 

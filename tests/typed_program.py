@@ -94,9 +94,6 @@ def main() -> None:
         cells: int = gpu_lstm.use_for_slstm(tagger)
         print(cells)
     gpu_lstm.check()
-    if torch.cuda.is_available():
-        fastest: dict[str, str] = gpu_lstm.autotune(64, 16, dtype=torch.bfloat16)
-        print(fastest)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ CALLS = [
     *of_lengths_and_resets(),
     *of_reset_states(),
     ("ValueError: hidden_sizes must have at least one layer", "gpu_lstm.StackedLSTM(3, [])"),
-    ("ValueError: hidden_size must be greater than zero", "gpu_lstm.StackedLSTM(3, [4, 0])", "gpu_lstm.autotune(0, 1)",
+    ("ValueError: hidden_size must be greater than zero", "gpu_lstm.StackedLSTM(3, [4, 0])",
      *(f"{of}(m, weights=(zeros(0, 3), zeros(0, 0)))" for of in ("layer", "gru")), "slstm(weight_hh=zeros(0, 4))"),
     ("ValueError: input_size must be greater than zero", "gpu_lstm.StackedLSTM(0, [4, 4])"),
     (an_int("input_size", "str"), "gpu_lstm.StackedLSTM('3', [4, 4])"),
@@ -319,7 +319,7 @@ CALLS = [
     ("ValueError: hidden_size must be divisible by heads, got hidden_size=4 and heads=3",
      *(f"gpu_lstm.{cls}(3, 4, heads=3)" for cls in ("SLSTM", "LSTM", "GRU", "LSTMCell", "GRUCell")),
      "gpu_lstm.StackedGRU(3, [6, 4], heads=3)", "layer(m, heads=3)", "gru(m, heads=3)", "slstm(heads=3)",
-     "of_heads(WEIGHTS[1], 3)", "gpu_lstm.autotune(4, 1, heads=3)"),
+     "of_heads(WEIGHTS[1], 3)"),
     ("ValueError: heads must be greater than zero", "setattr(m.lstm, 'heads', 0)"),
     *((f"ValueError: {name} is not supported by {cls}, got {value}", f"setattr({module}, '{name}', {value})")
       for cls, module, name, value in (
@@ -434,14 +434,7 @@ CALLS = [
     *((f"ValueError: Expected bool first [2] on cpu, got torch.bool {got}",
        f"gpu_lstm.resets_from_dones(RESETS, zeros({value}, dtype=BOOL))")
       for got, value in (("[3] on cpu", "3"), ("[2] on meta", "2, device=META"))),
-    # autotune, check
-    (an_int("steps", "float"), "gpu_lstm.autotune(4, 1, steps=2.5)"),
-    ("ValueError: cell should be one of 'lstm', 'gru', 'slstm', got 'rnn'", "gpu_lstm.autotune(4, 1, cell='rnn')"),
-    ("ValueError: proj_size should be 0 for a GRU... got 4", "gpu_lstm.autotune(8, 1, cell='gru', proj_size=4)"),
-    ("ValueError: proj_size has to be smaller than hidden_size, got 4 and 4", "gpu_lstm.autotune(4, 1, proj_size=4)"),
-    ("TypeError: dtype should be a torch.dtype, got: str", "gpu_lstm.autotune(4, 1, dtype='bf16')"),
-    ("TypeError: backend 'triton' supports float16, bfloat16 and float32, got torch.float64",
-     "gpu_lstm.autotune(4, 1, dtype=F64, device='cpu')"),
+    # check
     ("TypeError: ...takes 0 positional arguments but 1 was given", "gpu_lstm.check('cuda')"),
     # keras, where Keras is not needed
     ("TypeError: GoBackwards accepts an LSTM, a GRU or a stack of them, got ...", "keras.GoBackwards(TORCHS_FIRST)"),

@@ -30,6 +30,7 @@ from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from . import fused, reference, torch_rnn
 from .fused import Saved
 from .reference import Steps
+from .timing import timer
 
 STEPS = 4  # T, where there is more than one
 ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
@@ -42,7 +43,7 @@ logger = logging.getLogger("gpu_lstm")
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
     """The kept Layer of a backend for a problem on a device. It verifies each plan before its first use."""
-    return kept_layer(launcher_of(backend.value), problem, device, verify)
+    return kept_layer(launcher_of(backend.value), problem, device, verify, timer)
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:

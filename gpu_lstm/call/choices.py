@@ -96,6 +96,8 @@ def backend(name: BackendName | Backend) -> Block:
 def racing(mode: Literal["on", "read", "off"]) -> Block:
     """Choose within a `with` block whether backend "auto" races; for the whole process, as the environment variable.
 
+    Whatever the backend, the plans of kernels are timed only where the mode is "on".
+
     Args:
         mode: "on", "read" (use cached results only, as on a cluster or in CI) or "off".
 

@@ -8,7 +8,6 @@ import copy
 import functools
 import json
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from ..backends import verify
 from ..backends.run import Route, execute
 from ..backends.schedule import schedule_of
+from ..backends.timing import is_disturbed
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.modes import Recording, Transforms
@@ -26,7 +26,7 @@ from ..call.roles import TIME_FIRST
 from ..call.settings import alone
 from ..kernels import cache
 from ..kernels.contract import launcher_of, machine_of
-from ..kernels.private import default_store, is_profiled
+from ..kernels.private import default_store
 from ..kernels.settings import Setting
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
 from . import available, cpu_rule
@@ -186,7 +186,7 @@ def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
     except torch.OutOfMemoryError:  # for calls of both; that the kernels are right is known by now
         return expected
     decision, is_certain = judge(times, expected)
-    if is_certain and not (is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"):
+    if is_certain and not is_disturbed():
         cache.write(cache.RACES, _key(kind, able, device), decision._asdict() | {"backend": decision.backend.value})
     return decision
 

@@ -1,4 +1,4 @@
-"""How a call runs, and why: backend, kernels, what was raced, what bounds a step. Nothing is run."""
+"""How a call runs, and why: backend, kernels, what was raced. Nothing is run."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -35,7 +35,6 @@ class PassPlan:
     origin: str  # whether the plan was measured
     verdict: str | None  # what verification on this card said: "right", or what is wrong; None: nothing yet
     launches: int  # how often a call launches its kernels
-    bounds: dict[str, float]  # seconds of a step, by cause: estimated, not measured; {} without an estimate
 
     @property
     def checked(self) -> str:
@@ -80,9 +79,6 @@ class Explanation:
             for each in d.passes:
                 lines.append(f"    {each.name}: {each.family}, {each.tiles}; {each.origin}, {each.checked}")
                 lines += [f"      {each.why}", f"      launches of the recurrence: {each.launches}"]
-                if each.bounds:
-                    total = f"{sum(each.bounds.values()) * 1e6:.2f} us (expected, not measured)"
-                    lines.append(f"      a step: {total}, most of it: {'; '.join(terms_of(each.bounds)[:3])}")
         if self.launches is not None:
             lines.append(f"  launches of the recurrence in all: {self.launches}, next to products over all steps")
         return "\n".join(lines)
@@ -103,7 +99,7 @@ def explain(
             the first step; hx is ignored.
 
     Returns:
-        Text by `print`, data by `dataclasses.asdict`. Times of a step are estimates, in seconds.
+        Text by `print`, data by `dataclasses.asdict`.
 
     Raises:
         TypeError: `module` is of none of these classes.
@@ -140,11 +136,6 @@ def explain(
     )  # fmt: skip
 
 
-def terms_of(terms: dict[str, float]) -> list[str]:
-    """Seconds by cause in words, the longest first."""
-    return [f"{seconds * 1e6:.2f} us {cause}" for cause, seconds in sorted(terms.items(), key=lambda item: -item[1])]
-
-
 def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]:
     """The passes of one layer and direction by kernels: with the chosen plans, or those that would be tried first."""
     if route.schedule is None:
@@ -158,9 +149,9 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
         verdicts = [cached_verdict(chosen.plan, layer.problem, each, layer.device) for each in (pass_, *others)]
         passes.append(PassPlan(
             "backward" if pass_.backward else "forward", chosen.family, chosen.tiles, chosen.why,
-            "measured by autotune" if chosen.measured else "expected to be the fastest",
+            "timed on this card" if chosen.measured else "the first to try, not timed",
             min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
-            chosen.each_step * call.steps or launches, chosen.bounds or {},
+            chosen.each_step * call.steps or launches,
         ))  # fmt: skip
     return passes
 

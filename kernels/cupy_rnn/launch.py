@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import by_steps
 from ..by_steps import Part
 from ..cards import Card, cuda_obstacle
-from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses
+from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses, Timer
 from ..memory import checking, margins
 from ..problem import Pass, Problem
 
@@ -133,7 +133,9 @@ def lacks(problem: Problem) -> str | None:
     return None if problem.cell in CELLS else f"cell {problem.cell!r}"
 
 
-def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
+def choose(
+    problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
+) -> OnlyPlan:
     if refuses is not None and (reason := refuses(PLAN)):
         raise NoKernel(f"no kernel in CUDA C++ can run this layer on this card: {reason}")
     return PLAN

@@ -14,7 +14,7 @@ from .. import by_steps
 from ..by_steps import Part
 from ..cards import Card
 from ..cells import CELLS
-from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses
+from ..contract import Chosen, Launches, NoKernel, OnlyPlan, Refuses, Timer
 from ..heads import arranged
 from ..layer import aligned, is_product_alone
 from ..memory import Buffer, checking, margins
@@ -178,7 +178,9 @@ def lacks(problem: Problem) -> str | None:
     return None if problem.cell in CODES else f"cell {problem.cell!r}"
 
 
-def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> OnlyPlan:
+def choose(
+    problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
+) -> OnlyPlan:
     # Not within a trial: users may end the process meanwhile.
     build.function(LOOPS[pass_.backward])
     if refuses is not None and (reason := refuses(PLAN)):

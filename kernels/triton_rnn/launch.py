@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import by_steps, cache
 from ..cards import REGISTERS, cuda_obstacle
 from ..cells import CELLS
-from ..contract import Chosen, Launches, Refuses
+from ..contract import Chosen, Launches, Refuses, Timer, launcher_of
 from ..layer import Layer
 from ..memory import allocate, buffers_of, checking, margins
 from ..problem import Inputs, Normed, Pass, Problem, Recurrence, in_the_loop
@@ -25,9 +25,11 @@ from . import features
 from .parameters import Sizes, in_tuples, names_of
 from .plans import choose as choosing
 from .plans.choose import FAMILIES, RecordedLaunch, card_of, choose_plan, errors_as_of_torch, load
-from .plans.planning import INTERPRETER, Plan, Pointwise, expected
+from .plans.planning import Plan, Pointwise
 
 INTERPRETED: bool = features.INTERPRETED.value
+MOST_STEPS, LEAST_STEPS = 256, 4  # with which plans are timed
+MOST_GATES = 1 << 24  # elements of gates, from which on steps are fewer
 
 Launch = Callable[..., None]
 """launch(kernel, grid, **arguments), every argument by the name of the kernel's parameter."""
@@ -148,17 +150,28 @@ def lacks(problem: Problem) -> None:
     return None
 
 
-def choose(problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None) -> Plan:
-    return choose_plan(problem, device, pass_, partial(recorded_launches, problem, pass_), refuses)
+def choose(
+    problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
+) -> Plan:  # fmt: skip
+    times = timer and partial(timer, device, partial(prepare_run, problem, device, pass_))
+    return choose_plan(problem, device, pass_, partial(recorded_launches, problem, pass_), refuses, times)
+
+
+def prepare_run(problem: Problem, device: torch.device, pass_: Pass, plan: Plan) -> Callable[[], object]:
+    """What runs a pass of a layer by a plan, on zeros: of as many steps as say how long a step takes."""
+    layer = Layer(problem, device, launcher_of(BACKEND), trial=plan)
+    enough = MOST_GATES // (4 * problem.batch * problem.hidden)
+    steps = 1 if problem.steps == 1 else min(MOST_STEPS, max(LEAST_STEPS, enough))
+    given = arguments_of(problem._replace(steps=steps), device, pass_)
+    return partial(layer.backward, *given) if pass_.backward else partial(layer.forward, *given, pass_.save)
 
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
     card = card_of(device)
     plan = plan or choosing.candidates(problem, card, pass_)[0]
-    measured = plan.as_json() == choosing.measured_plan(problem, card, pass_.backward)
-    bounds = None if card is INTERPRETER else expected(problem, card, plan, pass_.backward)
+    measured = plan == choosing.measured_plan(problem, card, pass_.backward)
     each_step = len(by_steps.parts_of(problem, pass_.backward)) if isinstance(plan.family, Pointwise) else 0
-    return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step, bounds)
+    return Chosen(plan, measured, plan.family.name, plan.tiles, plan.why, each_step)
 
 
 def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[RecordedLaunch]:
@@ -173,14 +186,23 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
     if p != problem:  # then all gradients of m are given
         pass_ = pass_._replace(dh=True, dh_n=False)
     recorder: Any = SimpleNamespace(BACKEND=BACKEND, lacks=lacks, prepare=partial(prepare, launch=record))
-    layer, (gates, r) = Layer(p, meta, recorder, trial=plan), call_of(p, meta)
+    layer, given = Layer(p, meta, recorder, trial=plan), arguments_of(p, meta, pass_)
     if pass_.backward:
-        results = allocate(buffers_of(p, Pass()), p.steps, gates, r.inputs)
-        dh, dh_n = (results["h_ptr"] if pass_.dh else None), (results["h_n_ptr"] if pass_.dh_n else None)
-        layer.backward(dh, dh_n, None, gates, results["c_ptr"], r, of_h0=False)
+        layer.backward(*given, of_h0=False)
     else:
-        layer.forward(gates, r, pass_.save)
+        layer.forward(*given, pass_.save)
     return launches
+
+
+def arguments_of(problem: Problem, device: torch.device, pass_: Pass) -> tuple[Any, ...]:
+    """Those of a pass, as of Launches.forward or backward: zeros, and sequences of all steps."""
+    gates, r = call_of(problem, device)
+    if r.inputs.lengths is not None:
+        r.inputs.lengths.fill_(problem.steps)
+    if not pass_.backward:
+        return gates, r
+    h, h_n, _, c = (t.zero_() for t in allocate(buffers_of(problem, Pass()), problem.steps, gates, r.inputs).values())
+    return (h if pass_.dh else None), (h_n if pass_.dh_n else None), None, gates, c, r
 
 
 def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]:

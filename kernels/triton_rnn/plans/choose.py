@@ -1,4 +1,4 @@
-"""Which plan runs a pass of a problem: the first that compiles and fits, of those proposed or measured."""
+"""Which plan runs a pass of a problem: the fastest of the first that compile and fit, or the one that was so before."""
 
 import bisect
 import contextlib
@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from triton.compiler import ASTSource
 
 from ... import cache
 from ...cards import Card, driver
-from ...contract import NoKernel
+from ...contract import NoKernel, Times
 from ...layer import plans_in_use
 from ...ordering import in_order
 from ...private import load_kernel
@@ -29,10 +30,10 @@ from ...timeouts import DEVICE_ERRORS, spare_multiprocessors
 from ..features import OPTIONS
 from ..parameters import in_tuples
 from . import threads, tiles
-from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, expected_seconds
+from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, rank
 
-MOST = 3  # plans that a first call compiles before it falls back on the step family's
-MOST_LONGER = 1.25  # a plan that batches share may take so many times the estimated time of the best for one of them
+MOST = 3  # plans that a first call compiles, and times, before it falls back on the step family's
+MOST_LONGER = 1.25  # a plan that batches share may have so many times the rank of the best for one of them
 SLOW_S = 2.0  # after which a log line says what a user waits for
 EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
 
@@ -73,25 +74,30 @@ def empty_kernel():
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The plans to try, in this order, before any is measured. The one that always works is among them.
+    """The plans to try, in this order, before any is timed. The one that always works is among them."""
+    of_all = shared(problem, card, backward)
+    found = _plans(of_all, card, backward)
+    return list(found) if of_all == problem else [plan.fitted(problem) for plan in found]
 
-    They are made for the next power of two of sequences, or for this batch alone, if that is estimated much faster.
-    """
-    alone = _plans(problem, card, backward)
+
+def shared(problem: Problem, card: Card, backward: bool) -> Problem:
+    """The problem that the plans are made for: of the next power of two of sequences, unless these promise to be much
+    slower than plans for this batch alone."""
     if problem.batch in (0, most := power_of_two(problem.batch)):
-        return list(alone)
-    shared = [plan.fitted(problem) for plan in _plans(problem._replace(batch=most), card, backward)]
-    seconds, best = (expected_seconds(problem, card, each[0], backward) for each in (shared, alone))
-    return shared if seconds <= MOST_LONGER * best else list(alone)
+        return problem
+    of_all = problem._replace(batch=most)
+    first, best = (_plans(p, card, backward)[0].fitted(problem) for p in (of_all, problem))
+    longer = rank(problem, card, first, backward) > MOST_LONGER * rank(problem, card, best, backward)
+    return problem if longer else of_all
 
 
 @functools.lru_cache(256)
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
-    """The plans for this batch alone, by estimated time."""
-    seconds, head = partial(expected_seconds, problem, card, backward=backward), problem.of_head
-    found, by_product = [always(head, card, backward)], tiles.pointwise_plan(head, backward)
-    if seconds(by_product) < seconds(found[0]):
-        found += [by_product]
+    """The plans for this batch alone, by `rank`."""
+    head = problem.of_head
+    found = [always(head, card, backward)]
+    if not problem.only_by_steps:
+        found += [tiles.pointwise_plan(head, backward)]
     if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
         # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
         alone = problem._replace(side_by_side=1).of_head
@@ -101,7 +107,8 @@ def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
         )
         found += [*tiles.held_plans(head, card, backward), *tiles.split_plans(head, card, backward)]
         found += threads.resident_plans(head, card, backward)
-    return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=seconds)
+    order = partial(rank, problem, card, backward=backward)
+    return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=order)
 
 
 def always(problem: Problem, card: Card, backward: bool) -> Plan:
@@ -160,53 +167,82 @@ def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
     """The plans of a pass to try, the measured one first."""
     if card is INTERPRETER:
         return [always(problem, card, pass_.backward)]  # others are written thread by thread: slow there
-    measured, proposed = measured_plan(problem, card, pass_.backward), plans(problem, card, pass_.backward)
-    # Whatever a file says, only a proposed and verified plan runs.
-    return [plan for plan in proposed if measured and plan.as_json() == measured] + proposed
+    measured = measured_plan(problem, card, pass_.backward)
+    return sorted(plans(problem, card, pass_.backward), key=lambda plan: plan != measured)
 
 
 def choose_plan(
-    problem: Problem, device: torch.device, pass_: Pass, launches: Callable[[Plan], Iterable[RecordedLaunch]],
-    refuses: Callable[[Plan], str | None] | None = None,
+    problem: Problem, device: torch.device, pass_: Pass, launches: Callable[[Plan], list[RecordedLaunch]],
+    refuses: Callable[[Plan], str | None] | None = None, times: Times | None = None,
 ) -> Plan:  # fmt: skip
     """The best plan whose kernels, launches(plan), compile and fit, and for which refuses(plan) has no reason to refuse
-    it. NoKernel if there is none."""
+    it: the fastest by `times` of the first ones, unless one was measured before. NoKernel if there is none."""
     card = card_of(device)
-    proposed = candidates(problem, card, pass_)
+    tried = candidates(problem, card, pass_)
     if device.type != "cuda":
-        return proposed[0]
+        return tried[0]
     last = always(problem, card, pass_.backward)
-    tried = [*proposed[:MOST], *(plan for plan in proposed[MOST:] if plan == last)]
-    capturing, refused = torch.cuda.is_current_stream_capturing(), []
+    tried = tried[:MOST] + [plan for plan in tried[MOST:] if plan == last]
+    capturing = torch.cuda.is_current_stream_capturing()
 
     def identity(plan: Plan) -> tuple:  # what decides whether a plan can be used: all but how many sequences there are
         return problem._replace(batch=0, side_by_side=1), device, pass_, *plan.identity.values()
 
+    def name(plan: Plan) -> str:
+        return f"{plan.family.name} {plan.rows}x{plan.units}"
+
     if capturing:  # when nothing is verified
         tried.sort(key=lambda plan: identity(plan) not in plans_in_use)
-    for number, plan in enumerate(tried, start=1):
-        if (key := identity(plan)) in plans_in_use:
-            return plan
-        kernel = FAMILIES[type(plan.family)].kernels[pass_.backward].__name__
-        layer = f"{problem.cell.upper()}, H = {problem.hidden}, {problem.dtype}"
-        what = f"{kernel} for {layer}, plan {number} of at most {len(tried)}"
-        with _told_if_slow(f"compiling {what}; Triton keeps the result"):
-            reason = why_it_does_not_fit(launches(plan), plan.blocks)
-        if reason is None and refuses is not None:
-            with _told_if_slow(f"waiting for the trial of {what}; if it hangs, end this process: the next avoids it"):
-                reason = refuses(plan)
-        if reason is None:
-            if not capturing:
-                plans_in_use.add(key)
-            return plan
-        refused.append(f"{plan.family.name} {plan.rows}x{plan.units}: {reason}")
-        logger.info("a plan does not fit: %s", refused[-1])
+    if measured_plan(problem, card, pass_.backward) is not None:
+        times = None
+    layer = f"{problem.cell.upper()}, H = {problem.hidden}, {problem.dtype}"
+    refused: list[str] = []
+    for group in [[plan] for plan in tried] if times is None else [tried[:MOST], tried[MOST:]]:
+        new = [plan for plan in group if identity(plan) not in plans_in_use]
+        found = [FAMILIES[type(plan.family)].kernels[pass_.backward].__name__ for plan in new]
+        with _told_if_slow(f"compiling {len(new)} of at most {len(tried)} plans for {layer}; Triton keeps the result"):
+            reasons = dict(zip(new, why_they_do_not_fit(device, [(launches(plan), plan.blocks) for plan in new])))
+        for kernel, plan in zip(found, new):
+            what = f"the trial of {kernel} for {layer}, plan {tried.index(plan) + 1} of at most {len(tried)}"
+            if reasons[plan] is None and refuses is not None:
+                with _told_if_slow(f"waiting for {what}; if it hangs, end this process: the next avoids it"):
+                    reasons[plan] = refuses(plan)
+        right = [plan for plan in group if reasons.get(plan) is None]
+        if times is not None and len(right) > 1:
+            seconds, failed = times(right)
+            reasons |= {plan: f"{type(error).__name__}: {error}" for plan, error in failed.items()}
+            right = sorted(seconds, key=seconds.__getitem__)
+            logger.info("%s: %s", layer, ", ".join(f"{name(plan)} {seconds[plan] * 1e3:.3g} ms" for plan in right))
+            if not failed:
+                keep_measured(problem, card, pass_.backward, right[0])
+        for plan, reason in reasons.items():
+            if reason is not None:
+                refused.append(f"{name(plan)}: {reason}")
+                logger.info("a plan does not fit: %s", refused[-1])
+        if right:
+            plans_in_use.update(() if capturing else map(identity, right))
+            return right[0]
     raise NoKernel(_with_cure(f"no Triton kernel can run this layer on this card: {'; '.join(refused)}"))
 
 
-def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str | None:
-    """Why launches cannot run on the current device, `blocks` at once on a multiprocessor; None if they can."""
+def why_they_do_not_fit(device: torch.device, plans: Sequence[tuple[list[RecordedLaunch], int]]) -> list[str | None]:
+    """Why each plan, of launches and blocks, does not fit, or None. Kernels of several are compiled side by side."""
+    if len(plans) < 2:
+        return [why_it_does_not_fit(*plan) for plan in plans]
+    with ThreadPoolExecutor(len(plans)) as pool:
+        compiling = [pool.submit(compile_all, device, launches) for launches, _ in plans]
+        return [why_it_does_not_fit(*plan, each.result) for plan, each in zip(plans, compiling)]
+
+
+def why_it_does_not_fit(
+    launches: Iterable[RecordedLaunch], blocks: int, compiled: Callable[[], None] = lambda: None
+) -> str | None:
+    """Why launches cannot run on the current device, `blocks` at once on a multiprocessor; None if they can.
+
+    compiled() waits for another thread that compiles them.
+    """
     try:
+        compiled()
         for kernel, grid, arguments in launches:
             loaded = load(kernel, grid, arguments)
             if loaded.n_spills:
@@ -220,6 +256,13 @@ def why_it_does_not_fit(launches: Iterable[RecordedLaunch], blocks: int) -> str 
     except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def compile_all(device: torch.device, launches: Iterable[RecordedLaunch]) -> None:
+    """Compile kernels, which does not load them: contexts are a thread's own."""
+    with torch.cuda.device(device):  # the thread's, too
+        for kernel, grid, arguments in launches:
+            kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
 
 
 def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
@@ -303,22 +346,29 @@ def _told_if_slow(what: str) -> Iterator[None]:
         teller.join()
 
 
-def measured_plan(problem: Problem, card: Card, backward: bool) -> dict[str, Any] | None:
-    """The plan that was fastest for problems like this on this card, as JSON; None if none was measured."""
-    return cache.read(cache.PLANS, _key(problem, card, backward))
+def measured_plan(problem: Problem, card: Card, backward: bool) -> Plan | None:
+    """The plan that was the fastest for problems like this on this card; None if none was measured. Whatever a file
+    says, only a proposed plan is one."""
+    of_all = shared(problem, card, backward)
+    if (kept := cache.read(cache.PLANS, _key(of_all, card, backward))) is None:
+        return None
+    return next((p.fitted(problem) for p in _plans(of_all, card, backward) if p.as_json() == kept), None)
 
 
 def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> None:
-    """Write a measured plan to the cache."""
-    cache.write(cache.PLANS, _key(problem, card, backward), plan.as_json())
+    """Write a measured plan to the cache, for all batches that share it."""
+    of_all = shared(problem, card, backward)
+    kept = next(each for each in _plans(of_all, card, backward) if each.fitted(problem) == plan)
+    cache.write(cache.PLANS, _key(of_all, card, backward), kept.as_json())
 
 
 def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
-    """What decides which plan is fastest: not the direction, lengths, resets and the like."""
+    """What decides which plans there are, and which is the fastest: not the direction, lengths or resets alone."""
     return dict(
         sources=cache.sources("kernels"), triton=triton.__version__, card=card.name,
         multiprocessors=card.multiprocessors, cell=problem.cell, batch=problem.batch, hidden=problem.hidden,
         projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
         heads=problem.heads, side_by_side=problem.side_by_side, regularised=problem.regularised,
-        normalised=problem.normalised, backward=backward,
+        normalised=problem.normalised, backward=backward, steps=problem.steps,
+        ragged=problem.lengths is not None and problem.resets,
     )  # fmt: skip

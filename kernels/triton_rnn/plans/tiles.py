@@ -15,7 +15,7 @@ from ..features import MOST_ROWS
 from ..tiles.held import held_backward_kernel, held_forward_kernel
 from ..tiles.pointwise import pointwise_backward_kernel, pointwise_forward_kernel
 from ..tiles.step import step_backward_kernel, step_forward_kernel
-from .planning import Family, Held, Plan, Pointwise, Step, expected_seconds
+from .planning import Family, Held, Plan, Pointwise, Step, rank
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
@@ -46,7 +46,7 @@ HELD_BACKWARD = [(16, 64), (32, 64)]
 
 
 def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The best three plans, by expected time, whose programs hold W_hh of some units in shared memory, for wgmma.
+    """The best three plans, by `rank`, whose programs hold W_hh of some units in shared memory, for wgmma.
 
     Up to 128 units a resident program holds all of it, and beyond 512 these plans gain nothing.
     """
@@ -73,11 +73,11 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
                 Held(k, ahead), rows, units, programs, groups, warps, shared,
                 "programs hold W_hh in shared memory", blocks=blocks, side_by_side=problem.side_by_side,
             ).fitted(problem))  # fmt: skip
-    return sorted(plans, key=partial(expected_seconds, problem, card, backward=backward))[:3]
+    return sorted(plans, key=partial(rank, problem, card, backward=backward))[:3]
 
 
 def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The best two plans, by expected time, whose backward splits the product into parts of K.
+    """The best two plans, by `rank`, whose backward splits the product into parts of K.
 
     A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
     """
@@ -94,7 +94,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
                 max(4, rows * units // 128), shared, "W_hh is read from L2 at every step, for products of parts of K",
                 num_stages=3, side_by_side=problem.side_by_side,
             ).fitted(problem))  # fmt: skip
-    return sorted(plans, key=partial(expected_seconds, problem, card, backward=backward))[:2]
+    return sorted(plans, key=partial(rank, problem, card, backward=backward))[:2]
 
 
 def waits(p: Problem, plan: Plan) -> bool:
