@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for everything it writes")
     add = commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop").add_argument
     add("--device", **device)
-    about = "where the compiled loops for CPUs are faster: the table of dispatch/cpu_rule.py; takes half an hour"
+    about = "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"
     add = commands.add_parser("cpu", help=about).add_argument
     add("--threads", type=int, default=1, help="of torch (default %(default)s)")
     add("--out", type=Path, required=True, help="a CSV file that rows are added to")
