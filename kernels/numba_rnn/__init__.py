@@ -8,7 +8,7 @@ from ..cache import Key
 
 DEVICES, RACED = ("cpu",), False
 DTYPES = (torch.float32,)
-PACKAGES = ("numba",)
+PACKAGES = "numba", "llvmlite"
 OLDEST = 0, 61
 NEEDS = f'Numba: pip install "numba>={OLDEST[0]}.{OLDEST[1]}"'
 

@@ -51,6 +51,19 @@ def folder(name: str) -> Path:
     return path
 
 
+def kept_in(*names: str) -> Path | None:
+    """The folder where these compiled functions are kept for later processes; None: not all are kept in one."""
+    own = [root / "compiled" / name_of_folder() for root in cache.folders()]
+    paths = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else own
+    return next((path for path in paths if all(files_of(path, name) for name in names)), None)
+
+
+def of_others() -> str:
+    """Words to append where loops of another version or CPU are in the cache."""
+    kept = [path for root in cache.folders() for path in root.glob("compiled/*") if path.name != name_of_folder()]
+    return "; the loops in the cache are of another version or CPU" if kept else ""
+
+
 def files_of(path: Path, name: str) -> list[Path]:
     """The files of a compiled function in a folder; none where it is not kept."""
     return list(path.rglob(f"*.{name}-*.nb?"))
@@ -80,26 +93,22 @@ def function(name: str) -> Callable[[int], None]:
     except OSError as error:
         cache.warn_of_nothing_kept(error, not_kept)
     if not kept:
-        others = path and [each for each in path.parent.iterdir() if each != path]
-        logger.warning(
-            "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in 5 to 10 seconds; "
-            "backend 'torch' does without%s",
-            name, "; the loops in the cache are of another version or CPU" if others else "",
-        )  # fmt: skip
+        level = logging.WARNING if os.isatty(2) else logging.INFO  # somebody may wait at the terminal
+        logger.log(level, "gpu_lstm compiles its %s loop for this CPU, once, in 5 to 10 seconds%s", name, of_others())
     try:
         compiled = compile_in(path, name)
     except numba.core.errors.NumbaError as error:
         raise RuntimeError(f"Numba {numba.__version__} cannot compile the {name} loop: {last_frame(error)}") from error
     except Exception as error:  # what Numba raises where a file is damaged, or the disk is full, is undocumented
-        if path is None:
+        if path is None or isinstance(error, MemoryError):
             raise
+        for each in files_of(Path(numba.config.CACHE_DIR or path), name):  # so that the next process keeps it again
+            each.unlink(missing_ok=True)
         if isinstance(error, OSError):
             cache.warn_of_nothing_kept(error, not_kept)
         else:
             what = f"a compiled loop in {path} is damaged, and is compiled again"
             cache.warn_once(f"{what}: {type(error).__name__}: {error}")
-        for each in kept:  # so that the next process keeps it again
-            each.unlink(missing_ok=True)
         compiled = compile_in(None, name)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back
