@@ -9,7 +9,7 @@ import torch
 
 from .. import modules
 from ..call.choices import Backend
-from ..dispatch.available import import_problem
+from ..dispatch import available
 from ..kernels.layer import launcher_of
 
 RAGGED = {"lengths": torch.tensor([4, 3, 2]), "resets": torch.ones(4, 3, dtype=torch.bool)}  # [B], [T, B]
@@ -43,7 +43,7 @@ def _call(module: Any, **ragged: torch.Tensor) -> None:
 
 def loops_for_this_cpu() -> str:
     """The folder where the compiled loops for this CPU are kept, or why there are none."""
-    if (problem := import_problem(Backend.NUMBA)) is not None:
+    if (problem := available.import_problem(Backend.NUMBA)) is not None:
         return f"none: backend 'numba' {problem}"
     launch: Any = launcher_of(Backend.NUMBA.value)
     found = launch.build.kept_in(*launch.LOOPS)
