@@ -4,7 +4,6 @@ import fcntl
 import os
 import pty
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from installed import ROOT, checkout, empty_environment, run
 
 pytest.importorskip("numba")
@@ -52,7 +52,9 @@ def make_image(root: Path) -> None:
         assert "gpu_lstm compile" not in line or not done.stderr, done.stderr
 
 
-def in_process(code: str, *arguments: str, python: str | Path = sys.executable, **environment) -> subprocess.CompletedProcess:
+def in_process(
+    code: str, *arguments: str, python: str | Path = sys.executable, **environment
+) -> subprocess.CompletedProcess:
     """A program, in which main(*words) is the command line."""
     program = "import sys\ndef main():\n    from gpu_lstm import __main__ as command\n"
     program += "    sys.exit(command.main(sys.argv[1:]))\n" + textwrap.dedent(code)
@@ -71,7 +73,8 @@ FIRST_CALLS = """
     verify._verdict = verdict
     x, H = torch.randn(50, 5, 3), int(sys.argv[1])
     lengths, resets = torch.tensor([50, 3, 0, 9, 20]), torch.rand(50, 5) < 0.2
-    for cell, both, backend, lost in itertools.product(["LSTM", "GRU", "SLSTM"], [False, True], [None, "numba"], range(3)):
+    cells, kinds = ["LSTM", "GRU", "SLSTM"], [False, True]
+    for cell, both, backend, lost in itertools.product(cells, kinds, [None, "numba"], range(3)):
         module = getattr(gpu_lstm, cell)(3, H, bidirectional=both, backend=backend)
         for given in ({}, dict(lengths=lengths), dict(resets=resets), dict(lengths=lengths, resets=resets)):
             with torch.no_grad():
@@ -104,3 +107,148 @@ def test_in_the_image_a_first_training_and_a_first_inference_compile_and_verify_
 def test_a_size_that_was_not_named_is_verified_at_its_first_call(image):
     done = in_process(FIRST_CALLS, str(HIDDEN + 1), XDG_CACHE_HOME=str(image / "opt"))
     assert "verified again" in done.stderr
+
+
+def rows() -> dict[str, list[str]]:
+    """The table of failures, by the first word that tells them apart."""
+    table = PAGE.split("## Five failures")[1].split("\n## ")[0]
+    found = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    return dict(zip(("Numba", "kept", "another", "wrong", "memory"), found, strict=True))
+
+
+def quoted(cell: str) -> list[str]:
+    """What a cell of that table quotes, but not code of a user's."""
+    return [text for text in re.findall("`([^`]+)`", cell) if " " in text]
+
+
+NO_NUMBA = "sys.modules['numba'] = None\n"
+ANOTHER_CPU = "import llvmlite.binding as of\nof.get_host_cpu_name = lambda: 'another'\n"
+WRONG = "from gpu_lstm.backends import verify\nverify._verdict = lambda *_: 'the RMS error of h is 1'\n"
+MEMORY = """
+import resource, torch
+import gpu_lstm.kernels.numba_rnn.launch
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
+"""
+FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"  # files that are larger
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
+
+
+@pytest.mark.parametrize(("row", "fault", "words", "cache"), [
+    ("Numba", NO_NUMBA, [], "new"), pytest.param("kept", "", [], "/sys", marks=LINUX), ("kept", "", [], "a file"),
+    ("kept", FULL_DISK, [], "new"), ("wrong", WRONG, ["--hidden", "7"], "image"),
+    pytest.param("memory", MEMORY, ["--hidden", "3000"], "image", marks=LINUX),
+])  # fmt: skip
+def test_compile_says_in_one_line_what_failed_as_the_table_has_it(image, tmp_path, row, fault, words, cache):
+    (tmp_path / "a file").touch()
+    folders = {"new": tmp_path, "/sys": Path("/sys"), "a file": tmp_path / "a file", "image": image / "opt"}
+    done = in_process(f"{fault}main()", "compile", "--cells", "gru", *words, XDG_CACHE_HOME=str(folders[cache]))
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert any(text in line for text in quoted(rows()[row][1])), line
+    assert not list(tmp_path.rglob("*.nb?")), "half of it is not kept"
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--cells", "rnn"], "argument --cells: invalid choice: 'rnn' (choose from "),
+    (["--dtype", "bf16"], "argument --dtype: invalid choice: 'bf16' (choose from "),
+    (["--hidden", "0"], "argument --hidden: expected at least 1, got 0"),
+])  # fmt: skip
+def test_a_wrong_argument_is_named(words, said):
+    done = in_process("main()", "compile", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr.splitlines()[-1]
+
+
+CALL = "import torch, gpu_lstm\ngpu_lstm.GRU(3, 9, backend={})(torch.randn(20, 2, 3))\n"
+AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
+
+
+@pytest.mark.parametrize(("row", "fault", "backend", "fails"), [
+    ("Numba", NO_NUMBA, None, False), ("Numba", NO_NUMBA, "numba", True), ("another", ANOTHER_CPU, "numba", False),
+    ("wrong", WRONG, None, True), ("wrong", WRONG, "numba", True),
+])  # fmt: skip
+def test_a_process_says_what_the_table_has(image, tmp_path, row, fault, backend, fails):
+    """Here a warning is an error. What no other CPU compiled is a stand-in, which computes nothing."""
+    if row == "another":
+        fault += "from gpu_lstm.kernels.numba_rnn import build\nfrom gpu_lstm.backends import verify\n"
+        fault += "build.compile_in = lambda *_: build.numba.cfunc('void(intp)')(lambda address: None)\n"
+        fault += "verify._verdict = lambda *_: 'right'\n"
+    shared = dict(GPU_LSTM_SHARED_CACHE=str(image / "opt/gpu_lstm"), XDG_CACHE_HOME=str(tmp_path))
+    done = in_process(AT_INFO + fault + CALL.format(repr(backend)), **shared)
+    assert (done.returncode != 0) == fails, done.stderr
+    said = quoted(rows()[row][1 if row != "another" else 2])
+    assert any(text in done.stderr for text in said), done.stderr
+
+
+def test_the_doctor_says_whether_loops_are_compiled_for_this_cpu_and_with_what(image, tmp_path):
+    def said(fault="", **environment):
+        done = in_process(f"{fault}main()", **environment)
+        assert done.returncode == 0, done.stderr
+        return dict(re.findall(r"^ +(\S+(?: \S+)*) {2,}(\S.*)$", done.stdout, re.MULTILINE))
+
+    ours = said(XDG_CACHE_HOME=str(image / "opt"))
+    assert ours["folder"] == f"{image}/opt/gpu_lstm"
+    assert re.fullmatch(rf"{image}/opt/gpu_lstm/compiled/\w{{16}}", ours["loops compiled for this CPU"])
+    assert ours["threads"] == "1"
+    assert re.fullmatch("[0-9.]+", ours["llvmlite"])
+    assert ours["instructions"] == torch.backends.cpu.get_cpu_capability()
+    shared = said(XDG_CACHE_HOME=str(tmp_path), GPU_LSTM_SHARED_CACHE=ours["folder"])
+    assert shared["loops compiled for this CPU"] == ours["loops compiled for this CPU"]
+    assert said(XDG_CACHE_HOME=str(tmp_path))["loops compiled for this CPU"] == "none yet"
+    (text,) = quoted(rows()["another"][2])
+    assert said(ANOTHER_CPU, XDG_CACHE_HOME=str(image / "opt"))["loops compiled for this CPU"] == f"none yet; {text}"
+    assert said(NO_NUMBA)["loops compiled for this CPU"].startswith(f"none: {quoted(rows()['Numba'][1])[0]}")
+
+
+def test_where_a_card_is_compile_says_that_the_first_call_compiles(image):
+    card = "from gpu_lstm import __main__ as command\ncommand.cuda_devices = lambda: 1\n"
+    words, cache = ["compile", "--hidden", str(HIDDEN)], str(image / "opt")
+    done = [in_process(f"{fault}main()", *words, XDG_CACHE_HOME=cache) for fault in ("", card)]
+    assert [each.returncode for each in done] == [0, 0], done
+    first, *rest = done[1].stdout.splitlines()
+    assert [first] == done[0].stdout.splitlines()
+    assert rest == ["on a card the first call of each kind compiles its kernels"]
+
+
+LITTLE = """
+    from gpu_lstm.kernels.numba_rnn import build, steps
+    def little(address):
+        pass
+    steps.little = little
+    build.function("little")(0)
+"""
+
+
+def test_before_it_compiles_one_line_tells_whoever_waits_at_a_terminal(tmp_path):
+    """In another process, since a terminal is asked of the system."""
+    program = ["-W", "error", "-c", textwrap.dedent(LITTLE)]
+    ours, theirs = pty.openpty()
+    environment = OF_TESTS | {"XDG_CACHE_HOME": str(tmp_path / "terminal")}
+    subprocess.run([sys.executable, *program], stderr=theirs, env=environment, check=True)
+    os.close(theirs)
+    said = "gpu_lstm compiles its little loop for this CPU, once, in 5 to 10 seconds"
+    assert os.read(ours, 1 << 16).decode().splitlines() == [said]
+    os.close(ours)
+    for of_log, lines in (("", ""), (AT_INFO, f"INFO:gpu_lstm:{said}\n")):
+        done = in_process(of_log + textwrap.dedent(LITTLE), XDG_CACHE_HOME=str(tmp_path / f"log {bool(of_log)}"))
+        assert (done.returncode, done.stderr) == (0, lines)
+
+
+def test_the_example_of_the_logs_writes_what_it_says(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    code, _, comment = example.rpartition("# ")
+    assert in_process(code, XDG_CACHE_HOME=str(tmp_path)).stderr == comment
+
+
+def test_a_full_memory_is_no_damage(image, tmp_path):
+    """What is kept stays, and is used once there is memory."""
+    shutil.copytree(image / "opt/gpu_lstm", tmp_path / "gpu_lstm")
+    kept = sorted(tmp_path.rglob("*.nb?"))
+    fault = (
+        "from gpu_lstm.kernels.numba_rnn import build\ndef full(*_):\n    raise MemoryError\nbuild.compile_in = full\n"
+    )
+    done = in_process(f"{fault}main()", "compile", "--cells", "gru", XDG_CACHE_HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "memory is full\n")
+    assert sorted(tmp_path.rglob("*.nb?")) == kept
+    assert len(kept) == 4
