@@ -252,3 +252,42 @@ def test_a_full_memory_is_no_damage(image, tmp_path):
     assert (done.returncode, done.stderr) == (1, "memory is full\n")
     assert sorted(tmp_path.rglob("*.nb?")) == kept
     assert len(kept) == 4
+
+
+EXPORTED = """
+    import torch, gpu_lstm
+    torch.manual_seed(0)
+    gru, x = gpu_lstm.GRU(3, 9), torch.randn(20, 2, 3)
+    program = torch.export.export(gru, (x,))
+    (layer,) = [node for node in program.graph.nodes if "layer" in str(node.target)]
+    assert layer.args[2] == "auto numba", layer.args[:4]
+    state = {name: t.shape for name, t in program.state_dict.items()}
+    assert state == {name: t.shape for name, t in gru.state_dict().items()}
+    for name in "auto numba", "auto triton", "triton":  # the others as on a laptop with a card
+        layer.args = *layer.args[:2], name, *layer.args[3:]
+        torch.export.save(program, f"{sys.argv[1]}/{name}.pt2")
+    theirs = torch.nn.GRU(3, 9).requires_grad_(False)
+    theirs.load_state_dict(gru.state_dict())
+    torch.save((x, theirs(x)), f"{sys.argv[1]}/expected")
+"""
+SERVED = """
+    import torch, gpu_lstm, warnings
+    x, expected = torch.load(f"{sys.argv[1]}/expected")
+    warnings.simplefilter("default")
+    for found, true in zip(torch.export.load(f"{sys.argv[1]}/{sys.argv[2]}.pt2").module()(x), expected, strict=True):
+        torch.testing.assert_close(found, true)
+"""
+
+
+def test_an_export_binds_the_name_of_a_backend_and_runs_where_that_cannot(image, tmp_path):
+    here = dict(XDG_CACHE_HOME=str(image / "opt"), TRITON_INTERPRET=None)
+    done = in_process(EXPORTED, str(tmp_path), **here)
+    assert done.returncode == 0, done.stderr
+    for fault, name, status, said in (
+        ("", "auto numba", 0, ""),
+        (NO_NUMBA, "auto numba", 0, "'auto' does without 'numba', for which the program was made: "),
+        ("", "auto triton", 0, "'auto' does without 'triton', for which the program was made: backend 'triton' runs "),
+        ("", "triton", 1, "RuntimeError: backend 'triton' runs on CUDA tensors, got cpu"),
+    ):  # fmt: skip
+        done = in_process(fault + textwrap.dedent(SERVED), str(tmp_path), name, **here)
+        assert (done.returncode, said in done.stderr, bool(done.stderr)) == (status, True, bool(said)), done.stderr
