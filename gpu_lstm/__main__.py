@@ -210,12 +210,10 @@ def _mps(device: torch.device) -> str:
 
 def _compile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """compile and verify the loops for this CPU, say when an image is built"""
-    found: dict[str, Any] = {"cells": options.cells, "hidden": options.hidden}
-    found["kept"] = compile_loops(options.cells, options.hidden)
-    layers = f"{', '.join(map(str.upper, options.cells))} of {', '.join(map(str, options.hidden))} units"
-    text = f"compiled for this CPU, and verified for {layers}; kept in {found['kept']}"
-    on_card = "\non a card the first call of each kind compiles its kernels" if cuda_devices() else ""
-    return found, text + on_card
+    kept = compile_loops(options.cells, options.hidden)
+    text = f"verified for {', '.join(options.cells)} of {options.hidden} units; compiled for this CPU, kept in {kept}"
+    text += "\non a card the first call of each kind compiles its kernels" * (cuda_devices() > 0)
+    return {"cells": options.cells, "hidden": options.hidden, "kept": kept}, text
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -12,7 +12,7 @@ from ..call.choices import Backend
 from ..dispatch import available
 from ..kernels.layer import launcher_of
 
-RAGGED = {"lengths": torch.tensor([4, 3, 2]), "resets": torch.ones(4, 3, dtype=torch.bool)}  # [B], [T, B]
+X, LENGTHS, RESETS = torch.zeros(4, 3, 1), torch.tensor([4, 3, 2]), torch.ones(4, 3, dtype=torch.bool)  # T = 4, B = 3
 
 
 def compile_loops(cells: Iterable[str], sizes: Iterable[int]) -> str:
@@ -23,22 +23,15 @@ def compile_loops(cells: Iterable[str], sizes: Iterable[int]) -> str:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm: ")
-        for cell, hidden in product(cells, sizes):
-            module = getattr(modules, cell.upper())(1, hidden, bidirectional=True, backend=Backend.NUMBA)
-            for names in ((), ("lengths",), ("resets",), ("lengths", "resets")):
-                _call(module, **{name: RAGGED[name] for name in names})
+        for cell, hidden, lengths, resets in product(cells, sizes, (None, LENGTHS), (None, RESETS)):
+            module = getattr(modules, cell.upper())(1, hidden, bidirectional=True, backend="numba")
+            with torch.no_grad():
+                module(X, lengths=lengths, resets=resets)
+            output, states = module(X, lengths=lengths, resets=resets)
+            of_output, of_states = output.sum(), sum(t.sum() for t in states)
+            for loss in (of_output, of_states, of_output + of_states):
+                loss.backward(retain_graph=True)
     return loops_for_this_cpu()
-
-
-def _call(module: Any, **ragged: torch.Tensor) -> None:
-    """Run a layer for inference, and for training on losses of its output, of h_n, and of both."""
-    x = torch.zeros(4, 3, 1)  # [T, B, I]
-    with torch.no_grad():
-        module(x, **ragged)
-    output, state = module(x, **ragged)  # [T, B, 2 H], [2, B, H]
-    h_n = state if isinstance(state, torch.Tensor) else state[0]
-    for loss in (output.sum(), h_n.sum(), output.sum() + h_n.sum()):
-        torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
 
 
 def loops_for_this_cpu() -> str:

@@ -60,8 +60,8 @@ def kept_in(*names: str) -> Path | None:
 
 def of_others() -> str:
     """Words to append where loops of another version or CPU are in the cache."""
-    kept = [path for root in cache.folders() for path in root.glob("compiled/*") if path.name != name_of_folder()]
-    return "; the loops in the cache are of another version or CPU" if kept else ""
+    names = {path.name for root in cache.folders() for path in root.glob("compiled/*")}
+    return "; the loops in the cache are of another version or CPU" * bool(names - {name_of_folder()})
 
 
 def files_of(path: Path, name: str) -> list[Path]:
