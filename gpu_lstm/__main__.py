@@ -26,6 +26,7 @@ from .kernels.cards import driver
 from .kernels.cells import CELLS
 from .kernels.contract import machine_of, package_of
 from .kernels.problem import Problem
+from .tools.compile import compile_loops, loops_for_this_cpu
 from .tools.explain import explain
 
 ANY = Kind((Problem(1, 1, 8, torch.float32),), (8,), 1, False, False, None)  # a kind that every backend supports
@@ -46,11 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=_doctor)
     subparsers, commands = parser.add_subparsers(dest="command", metavar="COMMAND"), {}
-    for run in (_doctor, _plan, _explain, _races):
+    for run in (_doctor, _compile, _plan, _explain, _races):
         name = run.__name__.removeprefix("_")
         commands[name] = command = subparsers.add_parser(name, help=run.__doc__)
         command.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
         command.set_defaults(run=run)
+    commands["compile"].add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS], help="default: all")
+    commands["compile"].add_argument("--hidden", nargs="+", type=_positive, default=[128], help="units of each layer")
+    commands["compile"].add_argument("--dtype", choices=["fp32"], help="the one that the loops compute in")
     plan = commands["plan"]
     for command, dtype in ((plan, "bf16"), (commands["explain"], "tf32")):
         command.add_argument("--cell", choices=CELLS, default="lstm", help="default: %(default)s")
@@ -74,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
+    except (ImportError, MemoryError, RuntimeError, UserWarning) as error:
+        print(str(error) or "memory is full", file=sys.stderr)
+        return 1
     print(json.dumps(as_json, indent=2) if options.json else text)
     return 0
 
@@ -119,11 +126,12 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
             **{package: cache.version_of(package) for package in packages},
             "CUDA of torch": torch.version.cuda, "cuDNN of torch": cache.cudnn_version(),
         },
+        "cache": {"folder": str(cache.folder() or "-"), "loops compiled for this CPU": loops_for_this_cpu()},
         "environment": {name: os.environ.get(name) for name in variables}, "nvidia-smi": _smi(),
         "devices": [_diagnosis(device) for device in devices],
     }  # fmt: skip
     lines = [state["summary"]]
-    for title in ("versions", "environment"):
+    for title in ("versions", "cache", "environment"):
         lines += ["", title, *(f"  {name:<34} {value or '-'}" for name, value in state[title].items())]
     lines += ["", "nvidia-smi", *(f"  {line}" for line in state["nvidia-smi"]), "", "devices"]
     for device in state["devices"]:
@@ -165,7 +173,8 @@ def _summary(device: torch.device) -> str:
 
 
 def _diagnosis(device: torch.device) -> dict[str, Any]:
-    name, card = cache.cpu_name(), {}
+    name = cache.cpu_name()
+    card = {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
@@ -197,6 +206,14 @@ def _mps(device: torch.device) -> str:
     enabled = ctypes.c_int()
     code = driver().cuDeviceGetAttribute(ctypes.byref(enabled), MPS_ENABLED, device.index)
     return f"the driver does not say: error {code}" if code else "on" if enabled.value else "off"
+
+
+def _compile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """compile and verify the loops for this CPU, say when an image is built"""
+    kept = compile_loops(options.cells, options.hidden)
+    text = f"verified for {', '.join(options.cells)} of {options.hidden} units; compiled for this CPU, kept in {kept}"
+    text += "\non a card the first call of each kind compiles its kernels" * (cuda_devices() > 0)
+    return {"cells": options.cells, "hidden": options.hidden, "kept": kept}, text
 
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

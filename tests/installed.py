@@ -15,10 +15,15 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-packages"]
 
 
+def checkout(folder):
+    """A copy of this checkout's files, without what was made of them."""
+    left_out = ".git", ".venv*", ".*_cache", "out", "build", "*.egg-info"
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
+
+
 def build(folder, *targets):
     """The "wheel" or "sdist", built by the backend that pip uses; it writes into the source, so it gets a copy."""
-    source, left_out = folder / "source", (".git", ".venv*", ".*_cache", "out", "build", "*.egg-info")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
+    source = checkout(folder / "source")
     calls = ", ".join(f"build_meta.build_{target}({str(folder)!r})" for target in targets)
     names = run([sys.executable, "-c", f"from setuptools import build_meta; print({calls}, sep='/')"], cwd=source)
     return [folder / name for name in names.stdout.splitlines()[-1].split("/")]
@@ -26,15 +31,20 @@ def build(folder, *targets):
 
 def environment(folder, install):
     """The interpreter of a new environment; `install` is what pip is given."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    python = folder / "bin" / "python"
-    packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
-    # A .pth file inside of them, as that of an editable install, is not read.
-    (packages / "outer.pth").write_text("\n".join(map(str, PACKAGES)))
+    python = empty_environment(folder)
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
     done = run([*pip, "--verbose", "--ignore-installed", *install])
     assert not re.search("warning|deprecat", done.stdout + done.stderr, re.IGNORECASE), done.stdout + done.stderr
     return python
+
+
+def empty_environment(folder):
+    """The interpreter of a new environment, in which nothing is installed."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
+    # A .pth file inside of them, as that of an editable install, is not read.
+    (packages / "outer.pth").write_text("\n".join(map(str, PACKAGES)))
+    return folder / "bin" / "python"
 
 
 def run(command, **options):

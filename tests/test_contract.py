@@ -178,8 +178,7 @@ def test_plans_are_timed_with_fewer_steps_where_these_take_memory(monkeypatch, c
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "equations.py",
                 "triton_rnn/equations.py", "cupy_rnn/cuda/equations.cu", "numba_rnn/equations.py",
-                "cupy_rnn/launch.py", "numba_rnn/launch.py",  # the lists of those that they have
-                "numba_rnn/build.py"},  # what is compiled, in words
+                "cupy_rnn/launch.py", "numba_rnn/launch.py"},  # the lists of those that they have
     "gpu_lstm/equations": set(),
     "gpu_lstm/call": set(),
     "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own

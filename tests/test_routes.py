@@ -65,7 +65,7 @@ FACTS = ATTRIBUTES | {
     "lengths": (None, torch.int32, torch.int64), "resets": (None, "zeros", "states"),
     "grad": (torch.enable_grad, torch.no_grad, torch.inference_mode), "precision": ("tf32", "ieee"),
     "block": (None, "auto", "triton", "torch", "reference"), "racing": (None, "on", "off", "read"),
-    BACKEND_VARIABLE: ("", "triton", "torch", "cupy", "nonsense"), RACE_VARIABLE: ("", "off", "nonsense"),
+    BACKEND_VARIABLE: ("", "triton", "torch", "cupy", "nonsense"), RACE_VARIABLE: ("", "off"),
     "autocast": (None, torch.float16, torch.bfloat16), "onednn": (True, False),
     "around": ("nothing", "vmap", "grad", "mode", "trace"),
 }  # fmt: skip

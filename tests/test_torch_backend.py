@@ -226,7 +226,7 @@ def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypat
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_step_with_lengths_is_a_step_and_a_choice(monkeypatch, kind, learns):
     """NaN where a sequence has no step changes nothing, no gradient either."""
-    module, found = getattr(gpu_lstm, kind)(3, 4, 2), []
+    module, found = getattr(gpu_lstm, kind)(3, 4, 2, backend="torch"), []
     x, hx = random_inputs(module, 4, steps=1)
     monkeypatch.setattr(torch_rnn, "layer_by_torch", None)  # which takes a call a layer
     with torch.set_grad_enabled(learns):

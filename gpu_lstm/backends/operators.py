@@ -22,7 +22,7 @@ from ..call.modes import recurrent_precision
 from ..call.weights import Weights
 from ..kernels import cache, private
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer
+from ..kernels.layer import Layer, launcher_of, package_of
 from ..kernels.problem import Inputs, Pass, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved
@@ -82,14 +82,20 @@ def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
     if backend not in KERNEL_BACKENDS:
         return backend
     problem = problem_of(inputs, how.cell, how.reverse, recurrent_precision(inputs.x.dtype))
+    device, obstacle = inputs.x.device, None
     try:
-        layer = verify.layer_of(backend, problem, inputs.x.device)
-        if how.asked or layer.has_kernel(pass_, inputs):
-            return layer
-    except ImportError as error:  # the program was exported where the backend could run
+        if device.type not in package_of(backend.value).DEVICES:
+            obstacle = launcher_of(backend.value).obstacle(device, problem.dtype)
+        if obstacle is None:
+            layer = verify.layer_of(backend, problem, device)
+            if how.asked or layer.has_kernel(pass_, inputs):
+                return layer
+    except ImportError as error:
+        obstacle = error
+    if obstacle is not None:  # the program was exported where the backend could run
         if how.asked:
-            raise
-        cache.warn_once(f"backend 'auto' does without {backend.value!r}, for which the program was made: {error}")
+            raise obstacle
+        cache.warn_once(f"backend 'auto' does without {backend.value!r}, for which the program was made: {obstacle}")
     return Backend.TORCH if torch_rnn.has(CELLS[how.cell], inputs) else Backend.REFERENCE
 
 

@@ -52,7 +52,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     Nothing is decided where memory is too full to verify the kernels: a torch.OutOfMemoryError.
     """
     if (why := _why_nobody_races(call, kind, able)) is not None:
-        if not dry and able not in KERNEL_BACKENDS and requested_backend(call.options.backend) is Backend.AUTO:
+        if not dry:
             _log_once(f"{describe(kind, call.x.device)}: {Decision(able, why)}")
         return Decision(able, why)
     device, mode = call.x.device, requested_racing()
@@ -79,7 +79,7 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
     return decision
 
 
-@functools.cache
+@functools.lru_cache(MOST_DECISIONS)
 def _log_once(text: str) -> None:
     logger.info(text)
 

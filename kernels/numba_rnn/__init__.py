@@ -1,5 +1,6 @@
 """The Numba backend, for CPUs: launch.py is its layer.Launcher. What is known without Numba, see layer.Package:"""
 
+import hashlib
 import platform
 
 import torch
@@ -10,7 +11,7 @@ from ..problem import Pass
 DEVICES = ("cpu",)
 DTYPES = (torch.float32,)
 LOOPS = "forward", "backward"  # of steps.py
-PACKAGES = ("numba",)
+PACKAGES = "numba", "llvmlite"
 OLDEST = 0, 61
 NEEDS = f'Numba: pip install "numba>={OLDEST[0]}.{OLDEST[1]}"'
 
@@ -32,10 +33,18 @@ def import_packages() -> None:
         raise ImportError(f"Numba {numba.__version__} is too old")
 
 
-def is_compiled(pass_: Pass) -> bool:
-    name = LOOPS[pass_.backward]
-    if not any(root.glob(f"compiled/*/__pycache__/*.{name}-*.nbi") for root in cache.folders()):
-        return False  # Numba's import takes longer than most calls
-    from . import build
+def name_of_folder() -> str:
+    """The digest of everything that decides what Numba compiles: our sources and the facts of `made_by`.
 
-    return build.is_kept(name)
+    Numba itself sees neither an edit of an imported file nor another CPU that has the same name. It would also keep the
+    functions once for each path that this package is installed at.
+    """
+    return hashlib.sha256(repr((cache.sources("kernels"), made_by())).encode()).hexdigest()[:16]
+
+
+def is_compiled(pass_: Pass) -> bool:
+    def is_there(folder: str) -> bool:
+        of_loop = f"compiled/{folder}/__pycache__/*.{LOOPS[pass_.backward]}-*.nbi"
+        return any(file for root in cache.folders() for file in root.glob(of_loop))
+
+    return is_there("*") and is_there(name_of_folder())  # the name needs Numba, whose import takes a second

@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import re
@@ -18,20 +17,11 @@ import numba
 import torch
 
 from .. import cache
-from . import made_by, steps
+from . import name_of_folder, steps
 from .functions import HOW
 
 logger = logging.getLogger("gpu_lstm")
 PROCESS = os.getpid()
-
-
-def name_of_folder() -> str:
-    """The digest of everything that decides what Numba compiles: our sources and the facts of `made_by`.
-
-    Numba itself sees neither an edit of an imported file nor another CPU that has the same name. It would also keep the
-    functions once for each path that this package is installed at.
-    """
-    return hashlib.sha256(repr((cache.sources("kernels"), made_by())).encode()).hexdigest()[:16]
 
 
 def folder(name: str) -> Path:
@@ -51,6 +41,19 @@ def folder(name: str) -> Path:
     return path
 
 
+def kept_in(*names: str) -> Path | None:
+    """The folder where these compiled functions are kept for later processes; None: not all are kept in one."""
+    own = [root / "compiled" / name_of_folder() for root in cache.folders()]
+    paths = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else own
+    return next((path for path in paths if all(files_of(path, name) for name in names)), None)
+
+
+def of_others() -> str:
+    """Words to append where loops of another version or CPU are in the cache."""
+    names = {path.name for root in cache.folders() for path in root.glob("compiled/*")}
+    return "; the loops in the cache are of another version or CPU" * bool(names - {name_of_folder()})
+
+
 def files_of(path: Path, name: str) -> list[Path]:
     """The files of a compiled function in a folder; none where it is not kept."""
     return list(path.rglob(f"*.{name}-*.nb?"))
@@ -67,11 +70,6 @@ def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
     return copy
 
 
-def is_kept(name: str) -> bool:
-    """Whether a function of steps.py need not be compiled."""
-    return any(files_of(root / "compiled" / name_of_folder(), name) for root in cache.folders())
-
-
 @functools.cache
 def function(name: str) -> Callable[[int], None]:
     """A function of steps.py, which is called without Python's lock.
@@ -85,26 +83,22 @@ def function(name: str) -> Callable[[int], None]:
     except OSError as error:
         cache.warn_of_nothing_kept(error, not_kept)
     if not kept:
-        others = path and [each for each in path.parent.iterdir() if each != path]
-        logger.warning(
-            "gpu_lstm compiles its %s loop, for GRUs and what torch lacks, once for this CPU, in 5 to 10 seconds; "
-            "backend 'torch' does without%s",
-            name, "; the loops in the cache are of another version or CPU" if others else "",
-        )  # fmt: skip
+        level = logging.WARNING if os.isatty(2) else logging.INFO  # somebody may wait at the terminal
+        logger.log(level, "gpu_lstm compiles its %s loop for this CPU, once, in 5 to 10 seconds%s", name, of_others())
     try:
         compiled = compile_in(path, name)
     except numba.core.errors.NumbaError as error:
         raise RuntimeError(f"Numba {numba.__version__} cannot compile the {name} loop: {last_frame(error)}") from error
     except Exception as error:  # what Numba raises where a file is damaged, or the disk is full, is undocumented
-        if path is None:
+        if path is None or isinstance(error, MemoryError):
             raise
+        for each in files_of(Path(numba.config.CACHE_DIR or path), name):  # so that the next process keeps it again
+            each.unlink(missing_ok=True)
         if isinstance(error, OSError):
             cache.warn_of_nothing_kept(error, not_kept)
         else:
             what = f"a compiled loop in {path} is damaged, and is compiled again"
             cache.warn_once(f"{what}: {type(error).__name__}: {error}")
-        for each in kept:  # so that the next process keeps it again
-            each.unlink(missing_ok=True)
         compiled = compile_in(None, name)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
     function.compiled = compiled  # whose memory would be given back

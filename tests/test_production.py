@@ -1,0 +1,299 @@
+"""What docs/production.md says: its image, without docker and without a network, its failures, its logs."""
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from installed import ROOT, checkout, empty_environment, run
+
+pytest.importorskip("numba")
+PAGE = (ROOT / "docs/production.md").read_text()
+(DOCKERFILE,) = re.findall(r"```dockerfile\n(.*?)```", PAGE, flags=re.DOTALL)
+LINES = [line.split(" ", 1) for line in DOCKERFILE.splitlines()]
+HIDDEN = int(re.search(r"--hidden (\d+)$", DOCKERFILE, re.MULTILINE)[1])
+NOT_TOLD = "GPU_LSTM_", "XDG_CACHE_HOME", "TRITON_", "NUMBA_", "PYTHON"  # of the environment of the tests
+OF_TESTS = {name: value for name, value in os.environ.items() if not name.startswith(NOT_TOLD)}
+OF_TESTS |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def image(tmp_path_factory) -> Path:
+    """What stands for /, after COPY and RUN. Other workers wait for the first, since compiling takes long."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "image"
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "finished").exists():
+            make_image(root)
+            (root / "finished").touch()
+    return root
+
+
+def make_image(root: Path) -> None:
+    """Each line of the Dockerfile that makes something, with /src and /opt in a folder."""
+    shutil.rmtree(root, ignore_errors=True)
+    python = empty_environment(root / "python")
+    (pip := python.with_name("pip")).write_text(f'#!/bin/sh\nexec {python} -m pip "$@"\n')
+    pip.chmod(0o755)
+    assert ["COPY", "gpu_lstm /src"] in LINES
+    checkout(root / "src")
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_ROOT_USER_ACTION": "ignore", "HOME": str(root)}
+    path = {"PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for line in [rest for word, rest in LINES if word == "RUN"]:
+        done = run(["sh", "-ec", re.sub(r"(?<![\w/])/(?=src|opt)", f"{root}/", line)], cwd=root, env=offline | path)
+        assert "gpu_lstm compile" not in line or not done.stderr, done.stderr
+
+
+def in_process(
+    code: str, *arguments: str, python: str | Path = sys.executable, **environment
+) -> subprocess.CompletedProcess:
+    """A program, in which main(*words) is the command line."""
+    program = "import sys\ndef main():\n    from gpu_lstm import __main__ as command\n"
+    program += "    sys.exit(command.main(sys.argv[1:]))\n" + textwrap.dedent(code)
+    told = {name: value for name, value in (OF_TESTS | environment).items() if value is not None}
+    return subprocess.run([python, "-W", "error:gpu_lstm", "-c", program, *arguments], env=told, capture_output=True,
+                          text=True, timeout=600)  # fmt: skip
+
+
+FIRST_CALLS = """
+    import itertools, logging, torch, gpu_lstm
+    from gpu_lstm.backends import verify
+    from gpu_lstm.kernels.numba_rnn import build
+    logging.basicConfig(level="INFO")
+    def verdict(layer, pass_, *_):
+        raise AssertionError(f"verified again: {layer.problem} {pass_}")
+    verify._verdict = verdict
+    x, H = torch.randn(50, 5, 3), int(sys.argv[1])
+    lengths, resets = torch.tensor([50, 3, 0, 9, 20]), torch.rand(50, 5) < 0.2
+    cells, kinds = ["LSTM", "GRU", "SLSTM"], [False, True]
+    for cell, both, backend, lost in itertools.product(cells, kinds, [None, "numba"], range(3)):
+        module = getattr(gpu_lstm, cell)(3, H, bidirectional=both, backend=backend)
+        for given in ({}, dict(lengths=lengths), dict(resets=resets), dict(lengths=lengths, resets=resets)):
+            with torch.no_grad():
+                module(x, **given)
+            y, state = module(x, **given)
+            h_n = state if cell == "GRU" else state[0]
+            sum(t.square().mean() for t in ([y], [h_n], [y, h_n])[lost]).backward()
+    print([build.function(name).compiled.cache_hits for name in ("forward", "backward")])
+"""
+
+
+def test_in_the_image_a_first_training_and_a_first_inference_compile_and_verify_nothing(image):
+    """As a user without a home, to whom the folder is read-only."""
+    (shared,) = [rest.split("=")[1] for word, rest in LINES if word == "ENV"]
+    folder = Path(f"{image}{shared}")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in before)
+    serving = dict(GPU_LSTM_SHARED_CACHE=str(folder), HOME="/nonexistent", PYTHONPATH=None)
+    done = in_process(FIRST_CALLS, str(HIDDEN), python=image / "python/bin/python", **serving)
+    assert (done.returncode, done.stdout) == (0, "[1, 1]\n"), done.stderr
+    assert "compiles" not in done.stderr
+    assert re.search(rf"INFO:gpu_lstm:GRU 3 -> {HIDDEN}, .*: numba: asked for by the argument `backend`", done.stderr)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    arguments = re.search("gpu_lstm (compile .*)", DOCKERFILE)[1].split()
+    check = in_process("main()", *arguments, python=image / "python/bin/python", **serving)
+    assert (check.returncode, check.stderr) == (0, ""), check.stderr
+    assert f"kept in {folder}/compiled/" in check.stdout
+
+
+def test_a_size_that_was_not_named_is_verified_at_its_first_call(image):
+    done = in_process(FIRST_CALLS, str(HIDDEN + 1), XDG_CACHE_HOME=str(image / "opt"))
+    assert "verified again" in done.stderr
+
+
+def rows() -> dict[str, list[str]]:
+    """The table of failures, by the first word that tells them apart."""
+    table = PAGE.split("## Five failures")[1].split("\n## ")[0]
+    found = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
+    return dict(zip(("Numba", "kept", "another", "wrong", "memory"), found, strict=True))
+
+
+def quoted(cell: str) -> list[str]:
+    """What a cell of that table quotes, but not code of a user's."""
+    return [text for text in re.findall("`([^`]+)`", cell) if " " in text]
+
+
+NO_NUMBA = "sys.modules['numba'] = None\n"
+ANOTHER_CPU = "import llvmlite.binding as of\nof.get_host_cpu_name = lambda: 'another'\n"
+WRONG = "from gpu_lstm.backends import verify\nverify._verdict = lambda *_: 'the RMS error of h is 1'\n"
+SLIGHTLY_WRONG = """
+from gpu_lstm.backends.verify import Small
+right = Small.by_kernels
+Small.by_kernels = lambda *given: {name: t * 1.0005 for name, t in right(*given).items()}
+"""  # less than TF32 rounds, which no CPU has
+MEMORY = """
+import resource, torch
+import gpu_lstm.kernels.numba_rnn.launch
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
+"""
+FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"  # files that are larger
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
+
+
+@pytest.mark.parametrize(("row", "fault", "words", "cache"), [
+    ("Numba", NO_NUMBA, [], "new"), pytest.param("kept", "", [], "/sys", marks=LINUX), ("kept", "", [], "a file"),
+    ("kept", FULL_DISK, [], "new"), ("wrong", WRONG, ["--hidden", "7"], "image"),
+    ("wrong", SLIGHTLY_WRONG, ["--hidden", "7"], "image"),
+    pytest.param("memory", MEMORY, ["--hidden", "3000"], "image", marks=LINUX),
+])  # fmt: skip
+def test_compile_says_in_one_line_what_failed_as_the_table_has_it(image, tmp_path, row, fault, words, cache):
+    (tmp_path / "a file").touch()
+    folders = {"new": tmp_path, "/sys": Path("/sys"), "a file": tmp_path / "a file", "image": image / "opt"}
+    done = in_process(f"{fault}main()", "compile", "--cells", "gru", *words, XDG_CACHE_HOME=str(folders[cache]))
+    assert (done.returncode, done.stdout) == (1, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert any(text in line for text in quoted(rows()[row][1])), line
+    assert not list(tmp_path.rglob("*.nb?")), "half of it is not kept"
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--cells", "rnn"], "argument --cells: invalid choice: 'rnn' (choose from "),
+    (["--dtype", "bf16"], "argument --dtype: invalid choice: 'bf16' (choose from "),
+    (["--hidden", "0"], "argument --hidden: expected at least 1, got 0"),
+])  # fmt: skip
+def test_a_wrong_argument_is_named(words, said):
+    done = in_process("main()", "compile", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr.splitlines()[-1]
+
+
+CALL = "import torch, gpu_lstm\ngpu_lstm.GRU(3, 9, backend={})(torch.randn(20, 2, 3))\n"
+AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
+
+
+@pytest.mark.parametrize(("row", "fault", "backend", "fails"), [
+    ("Numba", NO_NUMBA, None, False), ("Numba", NO_NUMBA, "numba", True), ("another", ANOTHER_CPU, "numba", False),
+    ("wrong", WRONG, None, True), ("wrong", WRONG, "numba", True),
+])  # fmt: skip
+def test_a_process_says_what_the_table_has(image, tmp_path, row, fault, backend, fails):
+    """Here a warning is an error. What no other CPU compiled is a stand-in, which computes nothing."""
+    if row == "another":
+        fault += "from gpu_lstm.kernels.numba_rnn import build\nfrom gpu_lstm.backends import verify\n"
+        fault += "build.compile_in = lambda *_: build.numba.cfunc('void(intp)')(lambda address: None)\n"
+        fault += "verify._verdict = lambda *_: 'right'\n"
+    shared = dict(GPU_LSTM_SHARED_CACHE=str(image / "opt/gpu_lstm"), XDG_CACHE_HOME=str(tmp_path))
+    done = in_process(AT_INFO + fault + CALL.format(repr(backend)), **shared)
+    assert (done.returncode != 0) == fails, done.stderr
+    said = quoted(rows()[row][1 if row != "another" else 2])
+    assert any(text in done.stderr for text in said), done.stderr
+
+
+def test_the_doctor_says_whether_loops_are_compiled_for_this_cpu_and_with_what(image, tmp_path):
+    def said(fault="", **environment):
+        done = in_process(f"{fault}main()", **environment)
+        assert done.returncode == 0, done.stderr
+        return dict(re.findall(r"^ +(\S+(?: \S+)*) {2,}(\S.*)$", done.stdout, re.MULTILINE))
+
+    ours = said(XDG_CACHE_HOME=str(image / "opt"))
+    assert ours["folder"] == f"{image}/opt/gpu_lstm"
+    assert re.fullmatch(rf"{image}/opt/gpu_lstm/compiled/\w{{16}}", ours["loops compiled for this CPU"])
+    assert ours["threads"] == "1"
+    assert re.fullmatch("[0-9.]+", ours["llvmlite"])
+    assert ours["instructions"] == torch.backends.cpu.get_cpu_capability()
+    shared = said(XDG_CACHE_HOME=str(tmp_path), GPU_LSTM_SHARED_CACHE=ours["folder"])
+    assert shared["loops compiled for this CPU"] == ours["loops compiled for this CPU"]
+    assert said(XDG_CACHE_HOME=str(tmp_path))["loops compiled for this CPU"] == "none yet"
+    (text,) = quoted(rows()["another"][2])
+    assert said(ANOTHER_CPU, XDG_CACHE_HOME=str(image / "opt"))["loops compiled for this CPU"] == f"none yet; {text}"
+    assert said(NO_NUMBA)["loops compiled for this CPU"].startswith(f"none: {quoted(rows()['Numba'][1])[0]}")
+
+
+def test_where_a_card_is_compile_says_that_the_first_call_compiles(image):
+    card = "from gpu_lstm import __main__ as command\ncommand.cuda_devices = lambda: 1\n"
+    words, cache = ["compile", "--hidden", str(HIDDEN)], str(image / "opt")
+    done = [in_process(f"{fault}main()", *words, XDG_CACHE_HOME=cache) for fault in ("", card)]
+    assert [each.returncode for each in done] == [0, 0], done
+    first, *rest = done[1].stdout.splitlines()
+    assert [first] == done[0].stdout.splitlines()
+    assert rest == ["on a card the first call of each kind compiles its kernels"]
+
+
+LITTLE = """
+    from gpu_lstm.kernels.numba_rnn import build, steps
+    def little(address):
+        pass
+    steps.little = little
+    build.function("little")(0)
+"""
+
+
+def test_before_it_compiles_one_line_tells_whoever_waits_at_a_terminal(tmp_path):
+    """In another process, since a terminal is asked of the system."""
+    program = ["-W", "error", "-c", textwrap.dedent(LITTLE)]
+    ours, theirs = pty.openpty()
+    environment = OF_TESTS | {"XDG_CACHE_HOME": str(tmp_path / "terminal")}
+    subprocess.run([sys.executable, *program], stderr=theirs, env=environment, check=True)
+    os.close(theirs)
+    said = "gpu_lstm compiles its little loop for this CPU, once, in 5 to 10 seconds"
+    assert os.read(ours, 1 << 16).decode().splitlines() == [said]
+    os.close(ours)
+    for of_log, lines in (("", ""), (AT_INFO, f"INFO:gpu_lstm:{said}\n")):
+        done = in_process(of_log + textwrap.dedent(LITTLE), XDG_CACHE_HOME=str(tmp_path / f"log {bool(of_log)}"))
+        assert (done.returncode, done.stderr) == (0, lines)
+
+
+def test_the_example_of_the_logs_writes_what_it_says(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+    code, _, comment = example.rpartition("# ")
+    assert in_process(code, XDG_CACHE_HOME=str(tmp_path)).stderr == comment
+
+
+def test_a_full_memory_is_no_damage(image, tmp_path):
+    """What is kept stays, and is used once there is memory."""
+    shutil.copytree(image / "opt/gpu_lstm", tmp_path / "gpu_lstm")
+    kept = sorted(tmp_path.rglob("*.nb?"))
+    fault = (
+        "from gpu_lstm.kernels.numba_rnn import build\ndef full(*_):\n    raise MemoryError\nbuild.compile_in = full\n"
+    )
+    done = in_process(f"{fault}main()", "compile", "--cells", "gru", XDG_CACHE_HOME=str(tmp_path))
+    assert (done.returncode, done.stderr) == (1, "memory is full\n")
+    assert sorted(tmp_path.rglob("*.nb?")) == kept
+    assert len(kept) == 4
+
+
+EXPORTED = """
+    import torch, gpu_lstm
+    torch.manual_seed(0)
+    gru, x = gpu_lstm.GRU(3, 9), torch.randn(20, 2, 3)
+    program = torch.export.export(gru, (x,))
+    (layer,) = [node for node in program.graph.nodes if "layer" in str(node.target)]
+    assert layer.args[2] == "auto numba", layer.args[:4]
+    state = {name: t.shape for name, t in program.state_dict.items()}
+    assert state == {name: t.shape for name, t in gru.state_dict().items()}
+    for name in "auto numba", "auto triton", "triton":  # the others as on a laptop with a card
+        layer.args = *layer.args[:2], name, *layer.args[3:]
+        torch.export.save(program, f"{sys.argv[1]}/{name}.pt2")
+    theirs = torch.nn.GRU(3, 9).requires_grad_(False)
+    theirs.load_state_dict(gru.state_dict())
+    torch.save((x, theirs(x)), f"{sys.argv[1]}/expected")
+"""
+SERVED = """
+    import torch, gpu_lstm, warnings
+    x, expected = torch.load(f"{sys.argv[1]}/expected")
+    warnings.simplefilter("default")
+    for found, true in zip(torch.export.load(f"{sys.argv[1]}/{sys.argv[2]}.pt2").module()(x), expected, strict=True):
+        torch.testing.assert_close(found, true)
+"""
+
+
+def test_an_export_binds_the_name_of_a_backend_and_runs_where_that_cannot(image, tmp_path):
+    here = dict(XDG_CACHE_HOME=str(image / "opt"), TRITON_INTERPRET=None)
+    done = in_process(EXPORTED, str(tmp_path), **here)
+    assert done.returncode == 0, done.stderr
+    for fault, name, status, said in (
+        ("", "auto numba", 0, ""),
+        (NO_NUMBA, "auto numba", 0, "'auto' does without 'numba', for which the program was made: "),
+        ("", "auto triton", 0, "'auto' does without 'triton', for which the program was made: backend 'triton' runs "),
+        ("", "triton", 1, "RuntimeError: backend 'triton' runs on CUDA tensors, got cpu"),
+    ):  # fmt: skip
+        done = in_process(fault + textwrap.dedent(SERVED), str(tmp_path), name, **here)
+        assert (done.returncode, said in done.stderr, bool(done.stderr)) == (status, True, bool(said)), done.stderr
