@@ -65,9 +65,10 @@ class Layer:
             gates.copy_(overwritten)
         return results
 
-    def takes_x(self, inputs: Inputs, save: bool) -> bool:
-        """Whether forward takes x [T, B, I] in place of the gates."""
-        return not save and is_product_alone(inputs) and self.prepared(NO_SAVE, inputs).of_x
+    def takes_x(self, inputs: Inputs) -> bool:
+        """Whether forward takes x [T, B, I] in place of the gates, where nothing is saved."""
+        prepared = self._prepared.get(NO_SAVE) or self.prepared(NO_SAVE, inputs)
+        return prepared.of_x and is_product_alone(inputs)
 
     @property
     def step(self) -> Callable[..., None] | None:

@@ -24,7 +24,7 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
     """h [T, B, P]; h_n [1, B, P] and c_n [K, B, H] in the dtypes of h0 and c0; gates [T, B, 4H], activated if `save`; c
     in float32, or None."""
     i, c0, problem = inputs, inputs.c0, layer.problem
-    if layer.takes_x(i, save):
+    if not save and layer.takes_x(i):
         i = i._replace(x=aligned(i.x))
         gates = i.x
     else:

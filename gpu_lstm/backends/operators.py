@@ -22,7 +22,8 @@ from ..call.modes import recurrent_precision
 from ..call.weights import Weights
 from ..kernels import cache, private
 from ..kernels.cells import CELLS
-from ..kernels.layer import Layer, launcher_of, package_of
+from ..kernels.contract import launcher_of, package_of
+from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass, problem_of
 from . import fused, reference, torch_rnn, verify
 from .fused import Saved
