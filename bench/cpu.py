@@ -22,7 +22,7 @@ STEPS, BATCHES, UNITS = (1, 2, 4, 8, 16, 128, 1024), (1, 4, 16, 64, 512), (16, 3
 MOST = 7e7  # T B H^2: larger calls take long, and are products alone
 SECONDS, ROUNDS = 0.12, (4, 40)
 COLUMNS = ["threads", "cell", "what", "T", "B", "H", "training", "before", "before ms", "numba ms", "ratio", "chosen"]
-ROWS = 600  # of the sample
+ROWS = 300  # of the sample
 OPTIONS: dict[str, dict[str, Any]] = {
     "zoneout": {"zoneout": 0.1}, "4 heads": {"heads": 4}, "lengths, 4 heads": {"heads": 4},
 }  # fmt: skip
