@@ -50,7 +50,7 @@ def data_flow() -> Figure:
     arrow(axes, (46, 7), (46, 11), "Options, weights, input, hx, lengths, resets, reset_states")
     box(axes, 17, 11, (58, 6), "call/prepare.py, roles.py", "all checks of a call; what the process has set", PYTHON)
     arrow(axes, (46, 17), (46, 21), "Request: x and states as given, weights, Traversal, Modes")
-    box(axes, 17, 21, (58, 8), "dispatch/route.py, backends/run.py",
+    box(axes, 17, 21, (58, 8), "dispatch/route.py, dispatch/run.py",
         "the Route of the call, looked up; decided once for each kind of call:\n"
         "available.py -> race.py: backend, kernels, schedule", PYTHON)  # fmt: skip
     for start, end in (((24, 29), (11, 34)), ((38, 29), (34, 34)), ((54, 29), (58, 34)), ((68, 29), (81, 34))):

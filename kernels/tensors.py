@@ -31,7 +31,7 @@ class Row(NamedTuple):
     loop: bool  # the time loop reads it; x, W_ih and b_ih are in the gates
     gradient: str | None
     told: Callable[[Tensor], Any] | None = None  # what a Problem is told of it where it is there; None: nothing
-    sample: str = "normal"  # its random numbers in verification, see gpu_lstm/backends/verify.py
+    sample: str = "normal"  # its random numbers in verification, see gpu_lstm/verification/verify.py
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Its size, by those of the letters."""

@@ -20,7 +20,6 @@ import pytest
 import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
 
-from gpu_lstm.backends import timing as times
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.by_steps import parts_of
@@ -29,6 +28,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans import choose
+from gpu_lstm.verification import timing as times
 
 DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
 CPU = torch.device("cpu")

@@ -10,7 +10,6 @@ from typing import Any
 import interpreted  # noqa: F401  # puts functions in the place of assembly
 import torch
 
-from gpu_lstm.backends import verify
 from gpu_lstm.call import prepare
 from gpu_lstm.dispatch import route
 from gpu_lstm.kernels import cache, cupy_rnn, memory, numba_rnn, timeouts, triton_rnn
@@ -21,6 +20,7 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import DEVICES, INTERPRETER, Plan
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
+from gpu_lstm.verification import verify
 
 CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 

@@ -11,7 +11,6 @@ from standing_in import CUDA, H100, the_cpu_is_a_card
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import gpu_lstm
-from gpu_lstm.backends import schedule, verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available, race, route
@@ -23,6 +22,8 @@ from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.choose import always, plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
+from gpu_lstm.layers import schedule
+from gpu_lstm.verification import verify
 
 pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
               pytest.mark.usefixtures("nothing_cached")]  # fmt: skip

@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import verify
 from gpu_lstm.dispatch import race
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.triton_rnn import equations, launch
@@ -29,6 +28,7 @@ from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.threads import fragments
 from gpu_lstm.kernels.triton_rnn.tiles import cells
 from gpu_lstm.kernels.triton_rnn.tiles import step as step_family
+from gpu_lstm.verification import verify
 
 pytestmark = [
     by_interpreter,

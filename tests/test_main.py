@@ -17,7 +17,6 @@ from bench import __main__ as bench_main
 from bench import results
 from gpu_lstm import __main__ as doctor
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import verify
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
 from gpu_lstm.dispatch import available, race
 from gpu_lstm.dispatch.kind import Kind
@@ -27,6 +26,7 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.choose import always, keep_measured, plans
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
+from gpu_lstm.verification import verify
 
 CPU = torch.device("cpu")
 SMALL = Problem(2, 8, 32, torch.float32, precision="tf32", reverse=True, lengths=torch.int64)

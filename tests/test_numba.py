@@ -21,13 +21,13 @@ from conftest import ROOT
 from pairs import results
 
 import gpu_lstm
-from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available, race, route
 from gpu_lstm.kernels import cache, numba_rnn
 from gpu_lstm.kernels.numba_rnn import build, launch
 from gpu_lstm.kernels.numba_rnn.equations import GRU, LSTM
+from gpu_lstm.verification import verify
 
 numba = pytest.importorskip("numba")
 import llvmlite.binding  # noqa: E402

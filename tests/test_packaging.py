@@ -31,8 +31,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
-from gpu_lstm.backends import graph
 from gpu_lstm.call.choices import BackendName
+from gpu_lstm.layers import graph
 
 
 def says(python, code, **options):

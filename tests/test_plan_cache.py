@@ -20,7 +20,6 @@ import torch
 from standing_in import CUDA, H100
 
 import gpu_lstm
-from gpu_lstm.backends import timing
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import cache, contract, timeouts, triton_rnn
 from gpu_lstm.kernels.layer import kept_layer
@@ -28,6 +27,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.choose import always, keep_measured, measured_plan, plans
+from gpu_lstm.verification import timing
 
 PROBLEM = Problem(2, 16, 768, torch.bfloat16)
 PLAN = plans(PROBLEM, H100, False)[0]

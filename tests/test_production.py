@@ -65,7 +65,7 @@ def in_process(
 
 FIRST_CALLS = """
     import itertools, logging, torch, gpu_lstm
-    from gpu_lstm.backends import verify
+    from gpu_lstm.verification import verify
     from gpu_lstm.kernels.numba_rnn import build
     logging.basicConfig(level="INFO")
     def verdict(layer, pass_, *_):
@@ -125,7 +125,7 @@ NO_NUMBA = "sys.modules['numba'] = None\n"
 ANOTHER_CPU = "import llvmlite.binding as of\nof.get_host_cpu_name = lambda: 'another'\n"
 WRONG = "from gpu_lstm.backends import verify\nverify._verdict = lambda *_: 'the RMS error of h is 1'\n"
 SLIGHTLY_WRONG = """
-from gpu_lstm.backends.verify import Small
+from gpu_lstm.verification.verify import Small
 right = Small.by_kernels
 Small.by_kernels = lambda *given: {name: t * 1.0005 for name, t in right(*given).items()}
 """  # less than TF32 rounds, which no CPU has

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import gpu_lstm
-from gpu_lstm.backends import verify
 from gpu_lstm.call import choices
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import race, route, stopwatch
@@ -27,6 +26,7 @@ from gpu_lstm.kernels import cache, timeouts
 from gpu_lstm.kernels.contract import Chosen
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.kernels.triton_rnn.plans.planning import Cooperative, Held, Plan, Pointwise, Resident, Step
+from gpu_lstm.verification import verify
 
 pytestmark = by_interpreter
 

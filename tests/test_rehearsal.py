@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_lstm.backends.timing import ROUNDS
+from gpu_lstm.verification.timing import ROUNDS
 
 triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent

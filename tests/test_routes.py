@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import gpu_lstm
-from gpu_lstm.backends import schedule
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend
 from gpu_lstm.call.options import Options
 from gpu_lstm.dispatch import race
@@ -33,6 +32,7 @@ from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
+from gpu_lstm.layers import schedule
 
 pytestmark = [
     by_interpreter,

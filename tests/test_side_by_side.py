@@ -21,7 +21,6 @@ from watching import Watched
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import operators, schedule
 from gpu_lstm.call import modes
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import race
@@ -33,6 +32,7 @@ from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans.choose import candidates, plans
+from gpu_lstm.layers import operators, schedule
 from gpu_lstm.tools.stream import captured
 
 

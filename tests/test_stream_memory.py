@@ -22,10 +22,10 @@ from standing_in import as_a_card
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gpu_lstm.backends import autograd, schedule
 from gpu_lstm.call import modes
 from gpu_lstm.dispatch import race
 from gpu_lstm.kernels import timeouts
+from gpu_lstm.layers import autograd, schedule
 
 
 class Stream:

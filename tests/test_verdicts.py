@@ -15,12 +15,12 @@ from test_verify import CPU, FORWARD, MASKS, NORMS, PLAIN, RATES, _verify
 
 import gpu_lstm
 from gpu_lstm.__main__ import main
-from gpu_lstm.backends import verify
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans.choose import always
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER, Held, Step
+from gpu_lstm.verification import verify
 
 pytestmark = [
     by_interpreter,

@@ -20,7 +20,7 @@ from test_settings import SETTINGS
 from torch.utils.checkpoint import checkpoint
 
 import gpu_lstm
-from gpu_lstm.backends import fused, torch_rnn, verify
+from gpu_lstm.backends import fused, torch_rnn
 from gpu_lstm.dispatch import race
 from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cache
@@ -32,6 +32,7 @@ from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import equations, launch
 from gpu_lstm.kernels.triton_rnn.plans.choose import always
 from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
+from gpu_lstm.verification import verify
 
 pytestmark = [
     by_interpreter,

@@ -1,1 +1,1 @@
-"""The backends: each runs a prepared call by its route, and decides nothing."""
+"""The backends: each runs layers as a route says, and decides nothing. layer_loop.py has what they share."""

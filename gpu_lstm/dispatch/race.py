@@ -14,10 +14,6 @@ from typing import Any
 
 import torch
 
-from ..backends import verify
-from ..backends.run import Route, execute
-from ..backends.schedule import schedule_of
-from ..backends.timing import is_disturbed
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.modes import Recording, Transforms
@@ -29,9 +25,13 @@ from ..kernels.contract import launcher_of, machine_of
 from ..kernels.private import default_store
 from ..kernels.settings import Setting
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
+from ..layers.schedule import schedule_of
+from ..verification import verify
+from ..verification.timing import is_disturbed
 from . import available, cpu_rule
 from .available import is_compiled_once
 from .kind import Kind, describe
+from .run import Route, execute
 from .stopwatch import Decision, clock, judge, race
 
 LONGEST = 256  # steps of a race: with more, only the time of a step matters

@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 
-from ..backends.operators import AUTO, count_flops, operator_name
-from ..backends.run import Route, execute
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.request import Request
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
+from ..layers.operators import AUTO, count_flops, operator_name
 from . import available, race
 from .kind import Kind, describe, dtype_of, kind_of
+from .run import Route, execute
 
 MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
 BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is

@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence
 
-from ..backends.run import Route
-from ..backends.verify import cached_verdict
 from ..call.checks import check_tensor
 from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.modes import Transforms
@@ -19,8 +17,10 @@ from ..call.roles import Module
 from ..dispatch import available, race
 from ..dispatch.kind import Kind, describe, kind_of
 from ..dispatch.route import able_to_run
+from ..dispatch.run import Route
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
+from ..verification.verify import cached_verdict
 from .xlstm import ByOurs
 
 

@@ -9,12 +9,12 @@ from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from ..backends.reference import Steps
-from ..backends.run import Route, execute
 from ..call.checks import check_tensor
 from ..call.choices import Backend
 from ..call.sequences import without_padding
 from ..call.weights import State
 from ..dispatch.kind import dtype_of
+from ..dispatch.run import Route, execute
 from ..equations import EQUATIONS, gru, lstm, slstm
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers, recast

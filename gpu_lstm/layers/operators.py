@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import fused, reference, torch_rnn
+from ..backends.fused import Saved
+from ..backends.layer_loop import weights_of
 from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.modes import recurrent_precision
 from ..call.weights import Weights
@@ -25,9 +28,7 @@ from ..kernels.cells import CELLS
 from ..kernels.contract import launcher_of, package_of
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass, problem_of
-from . import fused, reference, torch_rnn, verify
-from .fused import Saved
-from .layer_loop import weights_of
+from ..verification import verify
 
 # As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
 _package = __name__.split(".backends")[0].replace(".", "_")

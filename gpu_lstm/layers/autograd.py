@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import fused
+from ..backends.fused import Saved
+from ..backends.layer_loop import NOTHING
 from ..call.choices import Backend, chosen_backends, requested_backend
 from ..call.modes import Transforms, are_differentiated, is_transformed
 from ..call.request import Call
@@ -19,9 +22,6 @@ from ..kernels import private
 from ..kernels.contract import NoKernel
 from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass
-from . import fused
-from .fused import Saved
-from .layer_loop import NOTHING
 from .operators import BACKWARD, LIBRARY, OPERATOR, How, operator_name, without_kernels
 
 Tensors = Sequence[Tensor | None]

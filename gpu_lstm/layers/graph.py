@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..backends.layer_loop import cast, run_layers, without_autocast
+from ..backends.torch_rnn import joined, split
 from ..call.choices import Backend
 from ..call.modes import Recording, constant_when_traced
 from ..call.request import Call
@@ -16,9 +18,7 @@ from ..call.roles import Function
 from ..call.weights import State
 from ..kernels import private
 from ..kernels.tensors import Inputs
-from .layer_loop import cast, run_layers, without_autocast
 from .operators import OPERATOR
-from .torch_rnn import joined, split
 
 _log_once = functools.cache(logging.getLogger("gpu_lstm").warning)
 

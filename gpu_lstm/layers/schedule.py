@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.layer_loop import RunLayer, cast, named, run_layers, traversal_of, within, without_autocast
 from ..call.choices import Backend
 from ..call.request import Call, Request
 from ..call.weights import State
@@ -18,7 +19,6 @@ from ..kernels.cells import Cell
 from ..kernels.layer import Layer
 from ..kernels.tensors import Inputs
 from . import autograd
-from .layer_loop import RunLayer, cast, named, run_layers, traversal_of, within, without_autocast
 
 WORKSPACE = 64 << 20  # bytes of a layer's pre-activations at once, without autograd
 

@@ -15,6 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ..backends import fused, reference, torch_rnn
+from ..backends.fused import Saved
+from ..backends.reference import Steps
 from ..call.choices import Backend
 from ..call.settings import alone
 from ..kernels import cache
@@ -27,9 +30,6 @@ from ..kernels.problem import Inputs, Pass, Problem, sizes_of
 from ..kernels.settings import accumulation, precision
 from ..kernels.tensors import BY_NAME, COMPARED, LEARNT
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
-from . import fused, reference, torch_rnn
-from .fused import Saved
-from .reference import Steps
 from .timing import timer
 
 STEPS = 4  # T, where there is more than one

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..backends import one_step, reference, torch_rnn
 from ..call.choices import Backend
 from ..call.noise import with_weight_drop
 from ..call.request import Request
 from ..kernels.layer import Layer
-from . import graph, one_step, reference, schedule, torch_rnn
-from .schedule import Schedule
+from ..layers import graph, schedule
+from ..layers.schedule import Schedule
 
 
 class Route(NamedTuple):

@@ -1,0 +1,1 @@
+"""Whether a kernel computes the right numbers here, and which plan of several is the fastest."""
