@@ -56,7 +56,7 @@ def machine(device: torch.device) -> Key:
         card, driver = torch.cuda.get_device_name(device), driver_version()
     return {
         "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
-        "gpu_lstm": sources("kernels", "backends", "layers", "verification", "call", "dispatch", "equations"),
+        "gpu_lstm": sources("kernels", "backends", "execution", "verification", "call", "dispatch", "equations"),
     }  # fmt: skip
 
 

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
 from gpu_lstm.dispatch import available
+from gpu_lstm.execution import graph
+from gpu_lstm.execution.operators import BACKWARD, OPERATOR, TENSOR_NAMES
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Inputs
-from gpu_lstm.layers import graph
-from gpu_lstm.layers.operators import BACKWARD, OPERATOR, TENSOR_NAMES
 from gpu_lstm.verification.verify import LEARNT
 
 SIZES = ((3, 2), (2, 4), (5, 3))  # T, B

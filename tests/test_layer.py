@@ -19,9 +19,9 @@ from pairs import assert_identical, letters_of, results
 from places import INTERPRETED, KERNELS
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gpu_lstm.execution import schedule
 from gpu_lstm.kernels import by_steps
 from gpu_lstm.kernels.problem import Problem
-from gpu_lstm.layers import schedule
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.call.choices import BackendName
-from gpu_lstm.layers import graph
+from gpu_lstm.execution import graph
 
 
 def says(python, code, **options):

@@ -30,9 +30,9 @@ from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch import route as dispatch
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.race import Decision
+from gpu_lstm.execution import schedule
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
-from gpu_lstm.layers import schedule
 
 pytestmark = [
     by_interpreter,

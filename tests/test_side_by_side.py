@@ -26,13 +26,13 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import race
 from gpu_lstm.dispatch.kind import kind_of
 from gpu_lstm.dispatch.route import forget
+from gpu_lstm.execution import operators, schedule
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans.choose import candidates, plans
-from gpu_lstm.layers import operators, schedule
 from gpu_lstm.tools.stream import captured
 
 

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 from gpu_lstm.call import modes
 from gpu_lstm.dispatch import race
+from gpu_lstm.execution import autograd, schedule
 from gpu_lstm.kernels import timeouts
-from gpu_lstm.layers import autograd, schedule
 
 
 class Stream:

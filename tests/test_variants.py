@@ -95,7 +95,7 @@ def test_a_seed_means_the_same_on_every_backend_and_in_chunks_of_time(monkeypatc
     true = call_of(expected, **ragged)
     assert noisy is not torch.equal(call_of(expected, seed=6, **ragged)["output"], true["output"])
     assert_same(whole, true, condition=OF_NORMS if "norm" in words else 1)
-    monkeypatch.setattr("gpu_lstm.layers.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
+    monkeypatch.setattr("gpu_lstm.execution.schedule.WORKSPACE", 2 * B * 4 * H * 4)  # two steps
     with torch.no_grad():
         found = call_of(ours, **ragged)
     assert_same(found, {name: whole[name] for name in found})

@@ -62,7 +62,7 @@ def why_not(kernels: Backend, device: torch.device, kind: Kind) -> str | None:
     if not supports(kernels, kind.feature):
         return f"backend {kernels.value!r} does not support {kind.feature}"
     by_rule = is_compiled_once(kernels)
-    if by_rule and (why := cpu_rule.left_to_torch(kind) or cpu_rule.waits(kernels, kind)) is not None:
+    if by_rule and (why := cpu_rule.waits(kernels, kind)) is not None:
         return why  # so that what the backend needs is not imported for nothing
     return None if (problem := why_unavailable(kernels, device, kind.dtype)) is None else str(problem)
 

@@ -20,12 +20,12 @@ from ..call.modes import Recording, Transforms
 from ..call.request import Request
 from ..call.roles import TIME_FIRST
 from ..call.settings import alone
+from ..execution.schedule import schedule_of
 from ..kernels import cache
 from ..kernels.contract import launcher_of, machine_of
 from ..kernels.private import default_store
 from ..kernels.settings import Setting
 from ..kernels.timeouts import DEVICE_ERRORS, raise_if_timed_out, wait_and_check
-from ..layers.schedule import schedule_of
 from ..verification import verify
 from ..verification.timing import is_disturbed
 from . import available, cpu_rule
@@ -65,6 +65,8 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
         expected = expected_winner(kind, able, device)
         races = dry and mode is Racing.ON and _is_raced(kind, able)
         return expected._replace(why=f"{expected.why}; the first call races it") if races else expected
+    if decision is None and mode is not Racing.ON and is_compiled_once(able):
+        decision = expected_winner(kind, able, device)  # which need not be verified
     if decision is None or decision.backend is able:
         decision = _settle(call, kind, able, mode, decision)
     if decision is known:
@@ -123,7 +125,8 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
     if kind.torch_lacks:
         return Decision(able, f"torch's own does not support {kind.torch_lacks}")
     if is_compiled_once(able):
-        return Decision(able, cpu_rule.EXPECTED) if cpu_rule.is_long(kind) else Decision(Backend.TORCH, cpu_rule.SHORT)
+        why = cpu_rule.without_loops(kind)
+        return Decision(able, cpu_rule.EXPECTED) if why is None else Decision(Backend.TORCH, f"expected: {why}")
     first, *_ = kind.problems
     slow = {"lengths": first.lengths, "resets": first.resets, "a projection": any(p.projected for p in kind.problems)}
     if words := [word for word, is_there in slow.items() if is_there]:

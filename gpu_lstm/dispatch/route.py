@@ -9,9 +9,9 @@ from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.request import Request
+from ..execution.operators import AUTO, count_flops, operator_name
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
-from ..layers.operators import AUTO, count_flops, operator_name
 from . import available, race
 from .kind import Kind, describe, dtype_of, kind_of
 from .run import Route, execute

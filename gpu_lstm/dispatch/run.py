@@ -9,9 +9,9 @@ from ..backends import one_step, reference, torch_rnn
 from ..call.choices import Backend
 from ..call.noise import with_weight_drop
 from ..call.request import Request
+from ..execution import graph, schedule
+from ..execution.schedule import Schedule
 from ..kernels.layer import Layer
-from ..layers import graph, schedule
-from ..layers.schedule import Schedule
 
 
 class Route(NamedTuple):
