@@ -18,7 +18,7 @@ import torch
 from . import __version__, modules
 from .call.checks import check_heads
 from .call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, RACE_VARIABLE, Backend, requested_backend, requested_racing
-from .dispatch.available import backends_for, import_problem, select, why_unavailable
+from .dispatch.available import backends_for, import_problem, is_compiled_once, select, why_unavailable
 from .dispatch.kind import Kind, in_words
 from .dispatch.race import Decision
 from .kernels import cache
@@ -148,7 +148,7 @@ def _summary(device: torch.device) -> str:
         requested_backend(None), requested_racing()
     except ValueError as error:
         return f"On this machine gpu_lstm raises: {error}"
-    backend, on_cpu = select(Backend.AUTO, device, ANY, False), device.type == "cpu"
+    backend, on_cpu = _expected(device), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
         *_, last = backends_for(device)  # on a CPU the compiled loops, which the rule gives more steps than ANY has
@@ -172,6 +172,12 @@ def _summary(device: torch.device) -> str:
     return f"On this machine gpu_lstm runs {kernels} on {where} where they are faster: {found}"
 
 
+def _expected(device: torch.device) -> Backend:
+    """The backend of a plain LSTM that was not raced; kernels that are raced at its first call, as well."""
+    able = select(Backend.AUTO, device, ANY, False)
+    return Backend.TORCH if able in KERNEL_BACKENDS and is_compiled_once(able) else able
+
+
 def _diagnosis(device: torch.device) -> dict[str, Any]:
     name = cache.cpu_name()
     card = {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
@@ -183,7 +189,7 @@ def _diagnosis(device: torch.device) -> dict[str, Any]:
         card = {"free memory": f"{free:.1f} of {total:.1f} GiB", "multiprocessors": count, "MPS": _mps(device)}
     problems = {b.value: why_unavailable(b, device, torch.float32) for b in Backend if b is not Backend.AUTO}
     return {
-        "device": str(device), "name": name, "auto": select(Backend.AUTO, device, ANY, False).value, "card": card,
+        "device": str(device), "name": name, "auto": _expected(device).value, "card": card,
         "backends": {backend: problem and str(problem) for backend, problem in problems.items()},
     }  # fmt: skip
 

@@ -123,7 +123,7 @@ def quoted(cell: str) -> list[str]:
 
 NO_NUMBA = "sys.modules['numba'] = None\n"
 ANOTHER_CPU = "import llvmlite.binding as of\nof.get_host_cpu_name = lambda: 'another'\n"
-WRONG = "from gpu_lstm.backends import verify\nverify._verdict = lambda *_: 'the RMS error of h is 1'\n"
+WRONG = "from gpu_lstm.verification import verify\nverify._verdict = lambda *_: 'the RMS error of h is 1'\n"
 SLIGHTLY_WRONG = """
 from gpu_lstm.verification.verify import Small
 right = Small.by_kernels
@@ -177,7 +177,7 @@ AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
 def test_a_process_says_what_the_table_has(image, tmp_path, row, fault, backend, fails):
     """Here a warning is an error. What no other CPU compiled is a stand-in, which computes nothing."""
     if row == "another":
-        fault += "from gpu_lstm.kernels.numba_rnn import build\nfrom gpu_lstm.backends import verify\n"
+        fault += "from gpu_lstm.kernels.numba_rnn import build\nfrom gpu_lstm.verification import verify\n"
         fault += "build.compile_in = lambda *_: build.numba.cfunc('void(intp)')(lambda address: None)\n"
         fault += "verify._verdict = lambda *_: 'right'\n"
     shared = dict(GPU_LSTM_SHARED_CACHE=str(image / "opt/gpu_lstm"), XDG_CACHE_HOME=str(tmp_path))

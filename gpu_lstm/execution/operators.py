@@ -31,7 +31,7 @@ from ..kernels.problem import Inputs, Pass, problem_of
 from ..verification import verify
 
 # As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
-_package = __name__.split(".backends")[0].replace(".", "_")
+_package = __name__.split(".execution")[0].replace(".", "_")
 _names = itertools.chain([_package], (f"{_package}_{n}" for n in itertools.count(2)))
 NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
