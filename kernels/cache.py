@@ -64,11 +64,12 @@ def machine(device: torch.device) -> Key:
 def sources(*names: str) -> str:
     """A digest of this package's folders: an edit voids their results. A wheel and a checkout have the same."""
     digest = hashlib.sha256()
-    for root in map(Path, sys.modules[__package__.rpartition(".")[0]].__path__):  # two in a checkout, for the kernels
-        for file in sorted(file for name in names for file in (root / name).rglob("*.*")):
-            if file.suffix in (".py", ".cu"):
-                name, text = file.relative_to(root).as_posix(), file.read_bytes()
-                digest.update(f"{name} {len(text)} ".encode() + text)
+    roots = list(map(Path, sys.modules[__package__.rpartition(".")[0]].__path__))  # two in a checkout, for the kernels
+    found = {file.relative_to(root): file for root in roots for name in names for file in (root / name).rglob("*.*")}
+    for name, file in sorted(found.items()):
+        if file.suffix in (".py", ".cu"):
+            text = file.read_bytes()
+            digest.update(f"{name.as_posix()} {len(text)} ".encode() + text)
     return digest.hexdigest()[:16]
 
 

@@ -151,7 +151,7 @@ def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, options, 
 def test_what_a_user_asked_for_is_named(monkeypatch):
     lstm = gpu_lstm.LSTM(4, 5)
     with monkeypatch.context() as patch:
-        patch.setattr(numba_rnn, "is_compiled", lambda pass_: False)
+        patch.setattr(numba_rnn, "is_compiled", lambda *_: False)
         found = gpu_lstm.explain(lstm, X)
     why = "the loops are not compiled yet, and are not for it: torch's own LSTM is one loop on a CPU as well"
     assert (found.why, found.others["numba"]) == (f"backend 'auto' chooses it where no kernels run; {why}", why)

@@ -66,7 +66,7 @@ def test_a_kind_of_call_is_raced_once(monkeypatch, nothing_cached, winner, train
             assert gpu_lstm.explain(gru, given).backend == winner
         lstm(x)
         with monkeypatch.context() as patch:
-            patch.setattr(numba_rnn, "is_compiled", lambda pass_: False)
+            patch.setattr(numba_rnn, "is_compiled", lambda *_: False)
             gpu_lstm.LSTM(3, 7)(x)
     assert raced.call_count == len([*cache.entries(cache.RACES)]) == 2
 
@@ -76,7 +76,7 @@ def test_a_short_call_does_without_loops_that_are_not_compiled(monkeypatch, noth
     monkeypatch.setattr(race, "race", raced)
     gru, x = gpu_lstm.GRU(3, 6), torch.randn(8, 2, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(numba_rnn, "is_compiled", lambda pass_: False)
+        patch.setattr(numba_rnn, "is_compiled", lambda *_: False)
         gru(x)
         assert gpu_lstm.explain(gru, x).others["numba"].startswith("the loops are not compiled yet")
     assert not raced.called

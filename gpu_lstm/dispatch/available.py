@@ -62,9 +62,11 @@ def why_not(kernels: Backend, device: torch.device, kind: Kind) -> str | None:
     if not supports(kernels, kind.feature):
         return f"backend {kernels.value!r} does not support {kind.feature}"
     by_rule = is_compiled_once(kernels)
-    if by_rule and (why := cpu_rule.waits(kernels, kind)) is not None:
+    if by_rule and (why := cpu_rule.waits(kernels, kind, for_any=True)) is not None:
         return why  # so that what the backend needs is not imported for nothing
-    return None if (problem := why_unavailable(kernels, device, kind.dtype)) is None else str(problem)
+    if (problem := why_unavailable(kernels, device, kind.dtype)) is not None:
+        return str(problem)
+    return cpu_rule.waits(kernels, kind) if by_rule else None
 
 
 def lacking(kernels: Backend, kind: Kind) -> str | None:

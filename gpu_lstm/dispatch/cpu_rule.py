@@ -25,10 +25,12 @@ def without_loops(kind: Kind) -> str | None:
     return SHORT if kind.steps <= FEWEST_STEPS else None
 
 
-def waits(kernels: Backend, kind: Kind) -> str | None:
+def waits(kernels: Backend, kind: Kind, for_any: bool = False) -> str | None:
     """Why a kind of call does without loops that are not compiled yet, in words; None: they are, or will be for it."""
     is_compiled = package_of(kernels.value).is_compiled
-    if (why := without_loops(kind)) is None or is_compiled is None or all(map(is_compiled, kind.passes)):
+    if (why := without_loops(kind)) is None or is_compiled is None:
+        return None
+    if all(is_compiled(pass_, for_any) for pass_ in kind.passes):
         return None
     return f"the loops are not compiled yet, and are not for it: {why}"
 

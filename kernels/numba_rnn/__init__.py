@@ -42,9 +42,7 @@ def name_of_folder() -> str:
     return hashlib.sha256(repr((cache.sources("kernels"), made_by())).encode()).hexdigest()[:16]
 
 
-def is_compiled(pass_: Pass) -> bool:
-    def is_there(folder: str) -> bool:
-        of_loop = f"compiled/{folder}/__pycache__/*.{LOOPS[pass_.backward]}-*.nbi"
-        return any(file for root in cache.folders() for file in root.glob(of_loop))
-
-    return is_there("*") and is_there(name_of_folder())  # the name needs Numba, whose import takes a second
+def is_compiled(pass_: Pass, for_any: bool = False) -> bool:
+    folder = "*" if for_any else name_of_folder()
+    of_loop = f"compiled/{folder}/__pycache__/*.{LOOPS[pass_.backward]}-*.nbi"
+    return any(file for root in cache.folders() for file in root.glob(of_loop))
