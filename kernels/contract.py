@@ -44,9 +44,9 @@ class Package(Protocol):
     DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give it
     DTYPES: tuple[torch.dtype, ...]  # that it computes in
     is_compiled: Callable[..., bool] | None
-    """is_compiled(pass_, for_any=False): whether the function that runs a pass of all problems is in the cache, for this
-    CPU and these versions or, without importing anything, for any. Its compilation takes ten seconds. None: each problem
-    has kernels of its own."""
+    """is_compiled(pass_, for_any=False): whether the function that runs a pass of all problems is in the cache, for
+    this CPU and these versions or, without importing anything, for any. Its compilation takes ten seconds. None: each
+    problem has kernels of its own."""
     PACKAGES: tuple[str, ...]  # whose versions users are asked for
     NEEDS: str  # what to install, and how
 
