@@ -96,7 +96,7 @@ def test_both_sides_compute_the_same(case):
 @pytest.mark.deep
 @pytest.mark.parametrize(("words", "line"), [
     ("host --cases Stream", ["Stream", "inference", "torch"]),
-    ("ppo --device cpu", ["GRU", "6", "2", "8", "6000.00", "2000.00", "3.00", "3.00-3.60", "numba"]),
+    ("ppo --device cpu", ["GRU", "9", "2", "8", "6000.00", "2000.00", "3.00", "3.00-3.60", "numba"]),
 ], ids=["host", "ppo"])  # fmt: skip
 def test_a_command_has_a_line_for_what_it_measures_and_a_ratio(monkeypatch, capsys, words, line):
     def timed(calls, *_):
@@ -105,13 +105,13 @@ def test_a_command_has_a_line_for_what_it_measures_and_a_ratio(monkeypatch, caps
         return {name: [3.0, 6.0, 16.0] if "loop" in name else [1.0, 2.0, 4.0] for name in calls}
 
     monkeypatch.setattr(host, "ROUNDS", 2)
-    monkeypatch.setattr(ppo, "SIZES", [(6, 2, 8)])
+    monkeypatch.setattr(ppo, "SIZES", [(9, 2, 8)])
     monkeypatch.setattr(ppo, "timing", Mock(wraps=ppo.timing, interleaved=timed))
     monkeypatch.setenv("COLUMNS", "120")
     assert command_line.main(words.split()) == 0
     printed = capsys.readouterr()
     assert line in [each.split()[: len(line)] for each in printed.out.splitlines()]
-    progress = "size 1 of 1: T=6, 2 environments, H=8; all take about 12 seconds\n"  # 4 for each cell, and half as much
+    progress = "size 1 of 1: T=9, 2 environments, H=8; all take about 12 seconds\n"  # 4 for each cell, and half as much
     assert printed.err == progress or "host" in words
     here, there = ("cpu", "torch"), ("cpu", "torch.nn")
     cells = host.line("T=1", "training", here, {"": [{here: [4e-6, 2e-6], there: [2e-6, 4e-6]}] * 2})
