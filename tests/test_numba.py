@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
@@ -34,20 +33,7 @@ import llvmlite.binding  # noqa: E402
 
 from gpu_lstm.kernels.numba_rnn import functions, steps  # noqa: E402
 
-TABLES = sorted((ROOT / "bench" / "results" / "cpu").glob("*.csv"))
 F32 = np.finfo(np.float32)
-
-
-@pytest.mark.parametrize("file", TABLES, ids=lambda file: file.stem)
-def test_what_auto_chooses_wastes_little_time(file):
-    """Held both ways: what is chosen is not slower than torch's own, and what is faster is chosen."""
-    table = pd.read_csv(file)
-    others = table.chosen == table.before
-    slower_by = np.where(others, 1 / table.ratio, table.ratio).clip(min=1)
-    assert slower_by[~others].max() <= 1.05
-    assert slower_by.max() <= 1.3
-    means = pd.Series(np.log(slower_by)).groupby([table.threads, table.cell, table.what]).mean()
-    assert np.exp(means.max()) <= 1.03, means.idxmax()
 
 
 @pytest.mark.parametrize("winner", ["numba", "torch"])
