@@ -12,7 +12,7 @@ import torch
 
 from gpu_lstm.__main__ import cuda_devices, why_no_cuda
 
-from . import cases, compare, cpu, gpu, host, measure, plots, ppo, report, results
+from . import cases, compare, cpu, gpu, host, measure, plots, ppo, report, results, whole
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     return 0
                 case "cpu":
                     return cpu.run(options.out, options.threads)
+                case "models":
+                    return whole.run(options.out, options.threads)
                 case "ppo":
                     return ppo.run(options.device)
                 case "host":
@@ -95,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for everything it writes")
     add = commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop").add_argument
     add("--device", **device)
+    add = commands.add_parser("models", help="whole models on a CPU, before and after gpu_lstm.convert").add_argument
+    add("--threads", type=int, default=1, help="of torch (default %(default)s)")
+    add("--out", type=Path, help="a CSV file that rows are added to")
     about = "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"
     add = commands.add_parser("cpu", help=about).add_argument
     add("--threads", type=int, default=1, help="of torch (default %(default)s)")
