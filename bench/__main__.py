@@ -12,7 +12,7 @@ import torch
 
 from gpu_lstm.__main__ import cuda_devices, why_no_cuda
 
-from . import cases, compare, cpu, gpu, host, measure, plots, ppo, report, results, whole
+from . import acting, cases, compare, conversion, cpu, gpu, host, measure, plots, ppo, report, results
 from .isolated import ROOT, checkout
 from .providers import OURS, PROVIDERS
 
@@ -34,9 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 case "cpu":
                     return cpu.run(options.out, options.threads)
                 case "models":
-                    return whole.run(options.out, options.threads)
+                    return conversion.run(options.out, options.threads)
+                case "acting":
+                    return acting.run(options.out, options.threads)
                 case "ppo":
-                    return ppo.run(options.device)
+                    return ppo.run(options.device, options.out)
                 case "host":
                     return host.run(options.cases, options.base)
                 case "gpu" if not torch.cuda.is_available():
@@ -77,6 +79,7 @@ def show(file: Path) -> int:
 def _parser() -> argparse.ArgumentParser:
     devices = ["cuda"] * torch.cuda.is_available() + [f"cuda:{i}" for i in range(cuda_devices())] + ["cpu"]
     device: Any = dict(choices=devices, default=devices[0], help="default here: %(default)s")
+    file: Any = dict(type=Path, metavar="FILE", help="a CSV file that rows are added to")
     base: Any = dict(metavar="REV", help="measure gpu_lstm in this commit, too, in turns, and compare")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     add = parser.add_argument
@@ -95,15 +98,17 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("gpu", help="doctor, tests, grid, plots and a table, for a CUDA machine").add_argument
     add("--minutes", type=_minutes, default=8.0, help="for everything together")
     add("--out", type=Path, required=True, help="folder for everything it writes")
-    add = commands.add_parser("ppo", help="an update of recurrent PPO: one call against a loop").add_argument
+    add = commands.add_parser("ppo", help="an iteration of recurrent PPO beside a loop over steps").add_argument
     add("--device", **device)
-    add = commands.add_parser("models", help="whole models on a CPU, before and after gpu_lstm.convert").add_argument
-    add("--threads", type=int, default=1, help="of torch (default %(default)s)")
-    add("--out", type=Path, help="a CSV file that rows are added to")
-    about = "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"
-    add = commands.add_parser("cpu", help=about).add_argument
-    add("--threads", type=int, default=1, help="of torch (default %(default)s)")
-    add("--out", type=Path, required=True, help="a CSV file that rows are added to")
+    add("--out", **file)
+    for name, about in (
+        ("models", "whole models on a CPU, before and after gpu_lstm.convert"),
+        ("acting", "a step of many environments on a CPU, by torch.nn, a module and a Stream"),
+        ("cpu", "how much time `auto` wastes on this CPU by what it chooses; takes ten minutes"),
+    ):
+        add = commands.add_parser(name, help=about).add_argument
+        add("--threads", type=int, default=1, help="of torch (default %(default)s)")
+        add("--out", **file)
     add = commands.add_parser("host", help="microseconds of a call on the host before the device begins").add_argument
     add("--cases", nargs="+", choices=host.CASES, metavar="NAME", default=[*host.CASES], help="; ".join(host.CASES))
     add("--base", **base)

@@ -5,20 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
 import gpu_lstm
 
-from . import report, results, timing
+from . import rows, timing
 from .providers.engine import as_hx
 
 CELLS, ENVIRONMENTS, HIDDEN = ("LSTM", "GRU"), (2, 8, 64, 512, 4096), 128
 SECONDS, ROUNDS = 1.5, (10, 100)  # of timing, for a row
 TOLERANCE = 1e-5
-WHERE = ["date", "commit", "device", "torch", "gpu_lstm"]
-COLUMNS = ["cell", "N", "resets", "torch.nn us", "module us", "Stream us", "module, times as fast", "Stream"]
+WAYS = "torch.nn", "module", "Stream"
 
 
 def ways(cell: str, N: int, resets: bool) -> dict[str, Callable[[], torch.Tensor]]:
@@ -42,25 +40,20 @@ def ways(cell: str, N: int, resets: bool) -> dict[str, Callable[[], torch.Tensor
             stream.reset(start)
         return stream(x[0])
 
-    return {name: torch.no_grad()(way) for name, way in zip(COLUMNS[3:], (by_torch, by_module, by_stream))}
+    return {name: torch.no_grad()(way) for name, way in zip(WAYS, (by_torch, by_module, by_stream))}
 
 
 def run(file: Path | None, threads: int) -> int:
     """Measure, print a row as it is done, and add the rows to a file. RuntimeError where two ways differ."""
     torch.set_num_threads(threads)
-    where = results.provenance("cpu")
-    report.console().print(f"{where['device']}, torch {where['torch']}, float32, {HIDDEN} units", "; ".join(COLUMNS), sep="\n")
     for cell, N, resets in itertools.product(CELLS, ENVIRONMENTS, (False, True)):
         calls = ways(cell, N, resets)
         first, *others = (call() for call in calls.values())
         if any((other - first).abs().max() > TOLERANCE for other in others):
             raise RuntimeError(f"{cell}, N={N}: a step of torch.nn, the module and the Stream differ")
         taken = timing.interleaved(calls, "cpu", SECONDS, ROUNDS)
-        theirs, *ours = taken.values()
-        us = [1e6 * float(np.median(each)) for each in taken.values()]
-        row = [cell, N, resets, *us, *(float(np.median(theirs / each)) for each in ours)]
-        report.console().print("; ".join(f"{each:.3g}" if isinstance(each, float) else str(each) for each in row))
-        if file:
-            table = pd.DataFrame([row + [where[column] for column in WHERE]], columns=COLUMNS + WHERE)
-            table.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.4g")
+        row = {"cell": cell, "N": N, "H": HIDDEN, "resets": resets}
+        row |= {f"{way} us": 1e6 * float(np.median(each)) for way, each in taken.items()}
+        speeds = {f"{way}, times as fast": float(np.median(taken["torch.nn"] / taken[way])) for way in WAYS[1:]}
+        rows.put(row | speeds, file)
     return 0

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 
 import gpu_lstm
 
-from . import results, timing
+from . import rows, timing
 
 STEPS, BATCHES, UNITS = (1, 2, 4, 8, 16, 128, 1024), (1, 4, 16, 64, 512), (16, 32, 64, 128, 256, 512, 1024)
 MOST = 7e7  # T B H^2: larger calls take long, and are products alone
 SECONDS, ROUNDS = 0.12, (4, 40)
-COLUMNS = ["threads", "cell", "what", "T", "B", "H", "training", "before", "before ms", "numba ms", "ratio", "chosen"]
 ROWS = 300  # of the sample
 OPTIONS: dict[str, dict[str, Any]] = {
     "zoneout": {"zoneout": 0.1}, "4 heads": {"heads": 4}, "lengths, 4 heads": {"heads": 4},
@@ -76,12 +74,13 @@ def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -
     with torch.set_grad_enabled(training):
         chosen = gpu_lstm.explain(module, x, **given).backend
     taken = timing.interleaved(calls, "cpu", SECONDS, ROUNDS)
-    ms = [1e3 * float(np.median(taken[backend])) for backend in (before, "numba")]
+    ms = {f"{name} ms": 1e3 * float(np.median(taken[way])) for name, way in (("before", before), ("numba", "numba"))}
     ratio = float(np.median(taken["numba"] / taken[before]))
-    return dict(zip(COLUMNS, (torch.get_num_threads(), cell, what, *shape, training, before, *ms, ratio, chosen)))
+    kind = {"threads": torch.get_num_threads(), "cell": cell, "what": what, "T": T, "B": B, "H": H}
+    return kind | {"training": training, "before": before} | ms | {"ratio": ratio, "chosen": chosen}
 
 
-def run(file: Path, threads: int) -> int:
+def run(file: Path | None, threads: int) -> int:
     """Measure, and add the rows to a file."""
     torch.set_num_threads(threads)
     cases = [
@@ -90,7 +89,5 @@ def run(file: Path, threads: int) -> int:
     ]  # fmt: skip
     cases = random.Random(0).sample(cases, ROWS)
     for (cell, what), shape, training in track(cases, "CPU", console=Console(stderr=True), transient=True):
-        row = pd.DataFrame([measure(cell, what, shape, training)], columns=COLUMNS)
-        row.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.3g")
-    Console(stderr=True).print(f"{file}: {results.provenance('cpu')['device']}")
+        rows.put(measure(cell, what, shape, training), file)
     return 0

@@ -4,6 +4,7 @@ Each is built by torch.nn alone, as its authors wrote it, so that `gpu_lstm.conv
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -137,16 +138,11 @@ class Spotter(nn.Module):
 
 def xlstm_stack() -> nn.Module:
     """Four blocks of the package xlstm (Beck et al., 2024, arXiv:2405.04517), the first and the third sLSTMs."""
-    from xlstm import mLSTMBlockConfig, sLSTMBlockConfig, xLSTMBlockStack, xLSTMBlockStackConfig
-    from xlstm.blocks.slstm.layer import sLSTMLayerConfig
+    xlstm, layer = import_module("xlstm"), import_module("xlstm.blocks.slstm.layer")
 
-    slstm = sLSTMBlockConfig(slstm=sLSTMLayerConfig(backend="vanilla", num_heads=4))
-    return xLSTMBlockStack(
-        xLSTMBlockStackConfig(
-            mlstm_block=mLSTMBlockConfig(), slstm_block=slstm, context_length=64, num_blocks=4, embedding_dim=128,
-            slstm_at=[0, 2],
-        )
-    )  # fmt: skip
+    slstm = xlstm.sLSTMBlockConfig(slstm=layer.sLSTMLayerConfig(backend="vanilla", num_heads=4))
+    blocks = dict(mlstm_block=xlstm.mLSTMBlockConfig(), slstm_block=slstm, num_blocks=4, slstm_at=[0, 2])
+    return xlstm.xLSTMBlockStack(xlstm.xLSTMBlockStackConfig(context_length=64, embedding_dim=128, **blocks))
 
 
 class Model(NamedTuple):

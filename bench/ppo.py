@@ -1,27 +1,31 @@
-"""python -m bench ppo: the training step of examples/recurrent_ppo.py, in one call over all steps and in a loop."""
+"""python -m bench ppo: an iteration of examples/recurrent_ppo.py, by gpu_lstm and by torch.nn called for every step.
+
+An iteration is a rollout, a call for each step, and EPOCHS updates. gpu_lstm makes an update in one call over all
+steps, and acts by the same module. The environments themselves are not timed.
+"""
 
 import importlib.util
 import math
 import sys
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import torch
 from torch import nn
 
 import gpu_lstm
 
-from . import report, results, timing
+from . import rows, timing
 from .isolated import ROOT
 from .measure import relative_errors
 from .providers.engine import as_hx
 from .providers.torchs import LOOPS
 
 SIZES = [(128, N, H) for H in (128, 256) for N in (2, 8, 64)]  # T, N environments, H
-SECONDS = 4.0  # of timing, a size and cell
-CELLS = "LSTM", "GRU"
+SECONDS = 6.0  # of timing, a size and cell
+CELLS, WAYS = ("LSTM", "GRU"), ("loop", "one call")
 TOLERANCE = 1e-4  # by which loss and gradients may differ, relative to their norm
 
 
@@ -49,15 +53,27 @@ def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, 
     return {"loss": loss} | {f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients)}
 
 
+@torch.no_grad()
+def rollout(agent: nn.Module, batch: Any) -> None:
+    """Act for T steps, as `rollouts` of the example does, on observations that are there already."""
+    state = batch.state
+    for observation, start in zip(batch.observations.split(1), batch.starts.split(1)):
+        policy, _, state = agent(observation, state, start)
+        policy.log_prob(policy.sample())
+
+
 @timing.float32_products("fp32")
-def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str], np.ndarray]:
-    """Seconds of every round in float32, by cell and way. RuntimeError unless loss and gradients are equal."""
+def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str, str], np.ndarray]:
+    """Seconds of every round in float32, by cell, way, and "update" or "rollout".
+
+    RuntimeError unless loss and gradients are equal.
+    """
     torch.set_num_threads(1)  # as in `measure.measure`
     example = load_example()
     batch, calls = random_batch(example, T, N, H, device), {}
     for cell in CELLS:
         found = {}
-        for way, package in (("one call", gpu_lstm), ("loop", LOOPS)):
+        for way, package in zip(WAYS, (LOOPS, gpu_lstm)):
             torch.manual_seed(0)
             agent = example.Agent(H).to(device)
             agent.lstm = getattr(package, cell)(H, H, device=device)
@@ -65,7 +81,8 @@ def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str], np.nda
             given = batch._replace(state=state if way == "loop" else as_hx(state))
             found[way] = loss_and_gradients(example, agent, given)
             optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)  # which leaves the weights as they are
-            calls[cell, way] = partial(example.training_step, agent, optimiser, given)
+            calls[cell, way, "update"] = partial(example.training_step, agent, optimiser, given)
+            calls[cell, way, "rollout"] = partial(rollout, agent, given)
         truth = {name: value.double() for name, value in found["loop"].items()}
         for name, error in relative_errors(found["one call"], truth).items():
             if not error <= TOLERANCE:
@@ -73,27 +90,25 @@ def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str], np.nda
     return timing.interleaved(calls, device, SECONDS * len(CELLS))
 
 
-def run(device: str) -> int:
-    """Measure, and print a line per size. Exit status: 0, or 2 if the example cannot be loaded."""
+def run(device: str, file: Path | None = None) -> int:
+    """Measure, and print a row as it is done. Exit status: 0, or 2 if the example cannot be loaded."""
     try:
         load_example()
     except ImportError as error:
         print(f'python -m bench ppo: {error}; pip install ".[examples]"', file=sys.stderr)
         return 2
-    cells, whole = [], len(SIZES) * len(CELLS) * SECONDS * 1.5  # with what is built and checked
-    for number, (T, N, H) in enumerate(SIZES):
-        about = f"; all take about {whole:.0f} seconds" * (number == 0)
-        print(f"size {number + 1} of {len(SIZES)}: T={T}, {N} environments, H={H}{about}", file=sys.stderr, flush=True)
+    example = load_example()
+    for T, N, H in SIZES:
         seconds = measure(device, T, N, H)
         x, resets = torch.zeros(T, N, H, device=device), torch.ones(T, N, dtype=torch.bool, device=device)
         for cell in CELLS:
-            loop, one_call = (seconds[cell, way] for way in ("loop", "one call"))
-            speed, low, high = timing.percentiles(np.divide(loop, one_call))
-            ms = [f"{1e3 * np.median(each):.2f}" for each in (loop, one_call)]
-            backend = gpu_lstm.explain(getattr(gpu_lstm, cell)(H, H, device=device), x, resets=resets).backend
-            cells.append([cell, *map(str, (T, N, H)), *ms, f"{speed:.2f}", f"{low:.2f}-{high:.2f}", backend])
-    where = f"{results.provenance(device)['device']}, torch {torch.__version__}"
-    columns = ["cell", "T", "N", "H", "loop ms", "one call ms", "times as fast", "p20-p80", "one call by"]
-    table = pd.DataFrame(cells, columns=columns)
-    report.console().print(report.table(table, "An update of recurrent PPO, float32", where))
+            update, acting = ({way: seconds[cell, way, part] for way in WAYS} for part in ("update", "rollout"))
+            iteration = {way: acting[way] + example.EPOCHS * update[way] for way in WAYS}
+            row = {"cell": cell, "T": T, "N": N, "H": H}
+            row |= {f"update, {way} ms": 1e3 * float(np.median(update[way])) for way in WAYS}
+            row |= dict(zip(("times as fast", "p20", "p80"), timing.percentiles(update["loop"] / update["one call"])))
+            row["by"] = gpu_lstm.explain(getattr(gpu_lstm, cell)(H, H, device=device), x, resets=resets).backend
+            row |= {f"rollout, {way} ms": 1e3 * float(np.median(acting[way])) for way in WAYS}
+            row["iteration, times as fast"] = float(np.median(iteration["loop"] / iteration["one call"]))
+            rows.put(row, file, device)
     return 0

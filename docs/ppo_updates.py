@@ -32,7 +32,8 @@ def measured() -> pd.DataFrame:
     runs = [[ppo.measure("cpu", *sizes) for sizes in SIZES] for _ in range(RUNS)]
     rows = []
     for ((T, B, H), of_size), cell in itertools.product(zip(SIZES, zip(*runs)), ppo.CELLS):
-        loop, one_call = (np.concatenate([seconds[cell, way] for seconds in of_size]) for way in ("loop", "one call"))
+        updates = ([seconds[cell, way, "update"] for seconds in of_size] for way in ppo.WAYS)
+        loop, one_call = map(np.concatenate, updates)
         low, ratio, high = np.percentile(loop / one_call, [20, 50, 80])
         times = dict(loop_ms=1e3 * np.median(loop), one_call_ms=1e3 * np.median(one_call))
         sizes = dict(cell=cell, T=T, B=B, H=H, rounds=len(loop))

@@ -2,15 +2,15 @@
 
 import contextlib
 from dataclasses import replace
-from unittest.mock import Mock
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from installed import ROOT
 
 from bench import __main__ as command_line
-from bench import compare, host, ppo, report, results
+from bench import acting, compare, conversion, host, ppo, report, results, timing
 from bench.cases import VARIANTS, Case
 from bench.inputs import Inputs, results_in
 from bench.measure import Trial
@@ -93,29 +93,68 @@ def test_both_sides_compute_the_same(case):
     torch.testing.assert_close(*reversed(results), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize(("words", "line"), [
-    ("host --cases Stream", ["Stream", "inference", "torch"]),
-    ("ppo --device cpu", ["GRU", "9", "2", "8", "6000.00", "2000.00", "3.00", "3.00-3.60", "numba"]),
-], ids=["host", "ppo"])  # fmt: skip
-def test_a_command_has_a_line_for_what_it_measures_and_a_ratio(monkeypatch, capsys, words, line):
-    def timed(calls, *_):
+@pytest.fixture
+def timed(monkeypatch):
+    """No call is timed: each runs once, and torch.nn, a loop and "before" take three times as long as the others."""
+
+    def interleaved(calls, *_):
         for call in calls.values():
             call()
-        return {name: [3.0, 6.0, 16.0] if "loop" in name else [1.0, 2.0, 4.0] for name in calls}
+        slow = "torch.nn", "loop", "before"
+        return {n: np.array([3.0, 6.0, 16.0] if {*slow} & {n, *n} else [1.0, 2.0, 4.0]) for n in calls}
 
-    monkeypatch.setattr(host, "ROUNDS", 2)
-    monkeypatch.setattr(ppo, "SIZES", [(9, 2, 8)])
-    monkeypatch.setattr(ppo, "timing", Mock(wraps=ppo.timing, interleaved=timed))
+    monkeypatch.setattr(timing, "interleaved", interleaved)
     monkeypatch.setenv("COLUMNS", "120")
-    assert command_line.main(words.split()) == 0
-    printed = capsys.readouterr()
-    assert line in [each.split()[: len(line)] for each in printed.out.splitlines()]
-    progress = "size 1 of 1: T=9, 2 environments, H=8; all take about 12 seconds\n"  # 4 for each cell, and half as much
-    assert printed.err == progress or "host" in words
+    return interleaved
+
+
+def test_the_host_command_has_a_line_for_what_it_measures(timed, monkeypatch, capsys):
+    monkeypatch.setattr(host, "ROUNDS", 2)
+    assert command_line.main(["host", "--cases", "Stream"]) == 0
+    line = ["Stream", "inference", "torch"]
+    assert line in [each.split()[: len(line)] for each in capsys.readouterr().out.splitlines()]
     here, there = ("cpu", "torch"), ("cpu", "torch.nn")
     cells = host.line("T=1", "training", here, {"": [{here: [4e-6, 2e-6], there: [2e-6, 4e-6]}] * 2})
     assert list(cells.values())[3:] == ["3.0", "3.0", "1.25", "1.00"]
+
+
+@pytest.mark.parametrize(("words", "row"), [
+    ("ppo --device cpu", "cell GRU; T 9; N 2; H 8; update, loop ms 6e+03; update, one call ms 2e+03; "
+     "times as fast 3; p20 3; p80 3.6; by numba; rollout, loop ms 6e+03; rollout, one call ms 2e+03; iteration, times as fast 3"),
+    ("acting", "cell GRU; N 2; H 128; resets True; torch.nn us 6e+06; module us 2e+06; Stream us 2e+06; "
+     "module, times as fast 3; Stream, times as fast 3"),
+    ("models", "model recommender, GRU4Rec; recurrent layers a GRU of 100; pass inference; before ms 6e+03; "
+     "after ms 2e+03; times as fast 3; p20 3; p80 3.6"),
+])  # fmt: skip
+def test_rows_are_printed_and_stored_with_their_provenance(timed, monkeypatch, capsys, tmp_path, words, row):
+    monkeypatch.setattr(ppo, "SIZES", [(9, 2, 8)])
+    monkeypatch.setattr(acting, "ENVIRONMENTS", (2,))
+    kept = "recommender, GRU4Rec", "keyword spotter, streamed"
+    monkeypatch.setattr(conversion, "MODELS", {name: conversion.MODELS[name] for name in kept})
+    file = tmp_path / "rows.csv"
+    assert command_line.main([*words.split(), "--out", str(file)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert row in printed
+    stored = pd.read_csv(file)
+    assert len(stored) == len(printed)
+    assert set(stored["torch"]) == {torch.__version__}
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", conversion.MODELS)
+def test_a_converted_model_computes_the_same(name):
+    """`calls` compares outputs and all gradients, and has to notice a layer that was changed."""
+    model = conversion.MODELS[name]
+    for training in (True, False):
+        conversion.calls(model, training)
+
+    def changed(module):
+        model.converted(module)
+        with torch.no_grad():
+            next(p for n, p in module.named_parameters() if "_hh" in n or "_recurrent_kernel_" in n).add_(0.1)
+
+    with pytest.raises(RuntimeError, match="before and after differ by"):
+        conversion.calls(model._replace(converted=changed), True)
 
 
 HEADLINE = Case("training", "bf16", 1024, 16, 768, 768)

@@ -67,7 +67,7 @@ def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
     """The update in one call has the loss and gradients of a loop over steps, but not where resets are late."""
     monkeypatch.setattr(ppo.timing, "interleaved", lambda calls, *_: set(calls))
-    assert ppo.measure("cpu", 24, 5, 16) == set(itertools.product(ppo.CELLS, ("one call", "loop")))
+    assert ppo.measure("cpu", 24, 5, 16) == set(itertools.product(ppo.CELLS, ppo.WAYS, ("update", "rollout")))
     forward = ppo.LOOPS.GRU.forward
     late = lambda self, x, state, resets: forward(self, x, state, resets.roll(1, dims=0))  # noqa: E731
     monkeypatch.setattr(ppo.LOOPS.GRU, "forward", late)

@@ -3,20 +3,18 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, nn
 
-from . import report, results, timing
+from . import rows, timing
 from .measure import relative_errors
 from .models import MODELS, Model
 
 SECONDS, ROUNDS = 6.0, (10, 60)  # of timing, for a model and pass
 TOLERANCE = 1e-3  # by which outputs and gradients may differ, relative to their norm
-WHERE = ["date", "commit", "device", "torch", "gpu_lstm"]
-COLUMNS = ["model", "recurrent layers", "pass", "before ms", "after ms", "times as fast", "p20", "p80"]
 
 
 def gradient_of(y: Tensor) -> Tensor:
@@ -68,16 +66,11 @@ def calls(kind: Model, training: bool) -> dict[str, Callable[[], object]]:
 def run(file: Path | None, threads: int) -> int:
     """Measure, print a row as it is done, and add the rows to a file. Exit status 0."""
     torch.set_num_threads(threads)
-    where = results.provenance("cpu")
-    report.console().print(f"{where['device']}, torch {where['torch']}, float32", "; ".join(COLUMNS), sep="\n")
     for name, model in MODELS.items():
         for what, training in (("training", True), ("inference", False)):
             taken = timing.interleaved(calls(model, training), "cpu", SECONDS, ROUNDS)
-            before, after = taken["before"], taken["after"]
-            ms = [1e3 * float(np.median(each)) for each in (before, after)]
-            row = [name, model.layers, what, *ms, *timing.percentiles(before / after)]
-            report.console().print("; ".join(each if isinstance(each, str) else f"{each:.3g}" for each in row))
-            if file:
-                table = pd.DataFrame([row + [where[column] for column in WHERE]], columns=COLUMNS + WHERE)
-                table.to_csv(file, mode="a", header=not file.exists(), index=False, float_format="%.4g")
+            row: dict[str, Any] = {"model": name, "recurrent layers": model.layers, "pass": what}
+            row |= {f"{way} ms": 1e3 * float(np.median(each)) for way, each in taken.items()}
+            speeds = timing.percentiles(taken["before"] / taken["after"])
+            rows.put(row | dict(zip(("times as fast", "p20", "p80"), speeds)), file)
     return 0
