@@ -17,7 +17,7 @@ from .tools.stream import Stream
 from .tools.trace import trace
 from .tools.xlstm import use_for_slstm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "GRU", "LSTM", "SLSTM", "Backend", "GRUCell", "LSTMCell", "StackedGRU", "StackedLSTM", "Stream", "backend",
