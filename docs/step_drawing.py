@@ -3,36 +3,14 @@
 It shows one forward step of kernels/triton_rnn/threads/resident.py, whose docstring describes the same step in words.
 """
 
-from typing import NamedTuple
-
-from drawings import FOLDER, canvas
-from matplotlib.axes import Axes
+from drawings import FOLDER, PALETTES, Palette, arrow, box, canvas
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 
-class Palette(NamedTuple):
-    """Colours for light or for dark pages."""
-
-    page: str
-    ink: str
-    faint: str
-    kept: str  # in registers
-    computed: str
-    memory: str
-    state: str  # the way of h from step to step
-
-
-PALETTES = {
-    "light": Palette("#ffffff", "#1f2328", "#59636e", "#fde3c8", "#dbe9f6", "#dcefdc", "#b3261e"),
-    "dark": Palette("#0d1117", "#e6edf3", "#9198a1", "#63400f", "#1d3f66", "#1f4a2b", "#ff8f85"),
-}
-
-
 def step(palette: Palette) -> Figure:
     """One step: the product with W_hh, the gates and the cell; what stays in registers, what goes through memory."""
-    figure, axes = canvas(96, 56)
-    figure.set_facecolor(palette.page)
+    figure, axes = canvas(96, 56, palette)
     axes.text(2, 4.5, "One step of an LSTM, fused", size=12, weight="bold", color=palette.ink, va="center")
     frame = FancyBboxPatch((2, 12), 92, 32, boxstyle="round,pad=0,rounding_size=1.2", facecolor="none",
                            edgecolor=palette.faint, lw=1.2, ls=(0, (4, 3)))  # fmt: skip
@@ -42,14 +20,14 @@ def step(palette: Palette) -> Figure:
     from_x = "x W_ih + b of this step; one product has computed it for all steps"
     for left, top, width, title, text, colour in (
         (37, 1, 57, "GPU memory, read", from_x, palette.memory),
-        (4, 17, 27, "W_hh", "loaded once, stays in registers", palette.kept),
-        (69, 17, 23, "c", "stays in registers, float32", palette.kept),
+        (4, 17, 27, "W_hh", "loaded once, stays in registers", palette.kernel),
+        (69, 17, 23, "c", "stays in registers, float32", palette.kernel),
         (4, 28.5, 27, "product  W_hh h", "on tensor cores", palette.computed),
         (37, 28.5, 26, "gates", "i, f, o = sigmoid, g = tanh", palette.computed),
         (69, 28.5, 23, "cell", "c = f c + i g,  h = o tanh(c)", palette.computed),
         (37, 48, 57, "GPU memory, written", "h of this step; for backward also i, f, g, o and c", palette.memory),
     ):  # fmt: skip
-        box(axes, (left, top, width), title, text, colour, palette)
+        box(axes, (left, top), (width, 7), (title, text), colour, palette)
 
     for start, end in (
         ((17.5, 24), (17.5, 28.5)), ((31, 32), (37, 32)), ((63, 32), (69, 32)),  # from W_hh on to the cell
@@ -62,7 +40,7 @@ def step(palette: Palette) -> Figure:
               ha="center", va="center")  # fmt: skip
 
     named = (
-        ("stays in registers for all steps", palette.kept), ("computed, in registers", palette.computed),
+        ("stays in registers for all steps", palette.kernel), ("computed, in registers", palette.computed),
         ("GPU memory", palette.memory),
     )  # fmt: skip
     for k, (text, colour) in enumerate(named):
@@ -71,21 +49,6 @@ def step(palette: Palette) -> Figure:
                                       edgecolor=palette.ink, lw=0.7))  # fmt: skip
         axes.text(7.4, top + 0.9, text, size=9, color=palette.ink, va="center")
     return figure
-
-
-def box(axes: Axes, place: tuple[float, float, float], title: str, text: str, colour: str, palette: Palette) -> None:
-    """A box at (left, top) of a width, with a title and a line of text."""
-    left, top, width = place
-    style = "round,pad=0,rounding_size=0.8"
-    axes.add_patch(FancyBboxPatch((left, top), width, 7, boxstyle=style, facecolor=colour, edgecolor=palette.ink, lw=1))
-    middle = left + width / 2
-    axes.text(middle, top + 2.2, title, ha="center", va="center", size=10.5, weight="bold", color=palette.ink)
-    axes.text(middle, top + 4.9, text, ha="center", va="center", size=9, color=palette.ink)
-
-
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str) -> None:
-    style = {"arrowstyle": "-|>", "color": colour, "lw": 1.4, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 13}
-    axes.annotate("", end, start, arrowprops=style)
 
 
 if __name__ == "__main__":
