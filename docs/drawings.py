@@ -34,7 +34,7 @@ PALETTES = {
 
 
 def canvas(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]:
-    """A figure whose unit is a tenth of an inch."""
+    """Return a figure whose unit is a tenth of an inch."""
     figure = Figure(figsize=(width / 10, height / 10), facecolor=palette.page)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -43,7 +43,7 @@ def canvas(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]
 
 
 def box(axes: Axes, place: Point, size: Point, words: tuple[str, str], colour: str, palette: Palette) -> None:
-    """A box at (left, top) of a size, with two words: a title, and a text of one or more lines."""
+    """Draw a box at (left, top) of a size. `words` are its title, and a text of one or more lines."""
     (left, top), (width, height), (title, text) = place, size, words
     style = "round,pad=0,rounding_size=0.8"
     shape = FancyBboxPatch(place, width, height, boxstyle=style, facecolor=colour, edgecolor=palette.ink, lw=1)
@@ -59,7 +59,7 @@ def arrow(axes: Axes, start: Point, end: Point, colour: str) -> None:
 
 
 def data_flow(palette: Palette) -> Figure:
-    """One call in five stages, from the module down to the kernel, with the files of each stage."""
+    """Draw one call in five stages, from the module down to the kernel, with the files of each stage."""
     figure, axes = canvas(100, 83, palette)
     stages = (
         ("1  module", "modules/, functional.py\ncollects arguments, and weights as they are now"),
@@ -118,11 +118,11 @@ def data_flow(palette: Palette) -> Figure:
 
 
 def exchange(palette: Palette) -> Figure:
-    """Three programs of one batch tile over two steps of the cooperative family."""
+    """Draw three programs of one batch tile over two steps of the cooperative family."""
     figure, axes = canvas(92, 40, palette)
     colours = {"load, product": palette.kernel, "gates, cell": palette.computed, "store, prefetch": palette.memory}
     names, lanes = ("program 0\nunits 0..15", "program 1\nunits 16..31", "program 2\nunits 32..47"), (7, 16, 25)
-    slower = (0.0, 3.0, 1.0)  # programs do not run in step
+    slower = (0.0, 3.0, 1.0)  # programs do not run at the same pace
     for lane, name in zip(lanes, names):
         axes.text(1, lane + 2, name, va="center", size=9, color=palette.ink, linespacing=1.2)
     starts = [13.0] * 3
@@ -161,7 +161,7 @@ def exchange(palette: Palette) -> Figure:
 
 
 def bar(axes: Axes, place: Point, width: float, text: str, colour: str, palette: Palette) -> None:
-    """One activity of a program."""
+    """Draw one activity of a program."""
     if width > 0:
         axes.add_patch(Rectangle(place, width, 4, facecolor=colour, edgecolor=palette.ink, lw=0.6))
         if width > 3:

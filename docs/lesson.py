@@ -1,5 +1,7 @@
-"""Runs the lesson's notebook from its first cell to its last, stores it, and prints what each section took, which the
-first cell says: python docs/lesson.py."""
+"""Run the lesson's notebook from its first cell to its last, and store it with its outputs: python docs/lesson.py.
+
+The script prints the seconds that each section took. The first cell of the notebook tells the reader these times.
+"""
 
 import base64
 import io
@@ -24,7 +26,7 @@ def main() -> None:
     for section, seconds in taken(notebook).items():
         print(f"{seconds:5.1f} s  {section}")
     for cell in notebook.cells:
-        cell.metadata.clear()  # the times
+        cell.metadata.clear()  # it has the times of execution
         for data in (output.get("data", {}) for output in cell.get("outputs", [])):
             if "image/png" in data:
                 data["image/png"] = base64.b64encode(smaller(base64.b64decode(data["image/png"]))).decode()
@@ -35,7 +37,7 @@ def main() -> None:
 
 
 def taken(notebook: NotebookNode) -> Counter[str]:
-    """The seconds that each section's cells ran."""
+    """Return the seconds that the cells of each section ran, by the section's title."""
     section, seconds = "imports", Counter()
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -49,7 +51,7 @@ def taken(notebook: NotebookNode) -> Counter[str]:
 
 
 def smaller(png: bytes) -> bytes:
-    """The picture in 256 colours: a third of the size, with no visible difference."""
+    """Return the picture in 256 colours, which takes a third of the size without a visible difference."""
     picture, kept = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
     reduced = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
     reduced.save(kept, "PNG", optimize=True)

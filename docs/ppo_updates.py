@@ -24,10 +24,11 @@ COLOURS = {"LSTM": "#1f5fa8", "GRU": "#d9730d"}
 
 
 def measured() -> pd.DataFrame:
-    """A row for each size and cell, over the rounds of all runs: medians, of the ratio in a round too."""
+    """Return a row for each size and cell, with medians over the rounds of all runs. The ratio is the median of the
+    ratios of the rounds."""
     from bench import ppo, results
 
-    torch.set_num_threads(1)  # as ppo.measure does, and the device says
+    torch.set_num_threads(1)  # as ppo.measure does, and as the name of the device says
     where = {name: results.provenance("cpu")[name] for name in ("device", "torch", "gpu_lstm", "commit", "date")}
     runs = [[ppo.measure("cpu", *sizes) for sizes in SIZES] for _ in range(RUNS)]
     rows = []
@@ -42,7 +43,7 @@ def measured() -> pd.DataFrame:
 
 
 def drawn(rows: pd.DataFrame) -> Figure:
-    """For each number of environments how many times as fast one call is, a bar a cell, with its percentiles."""
+    """Draw how many times as fast one call is: a bar for each number of environments and each cell, and percentiles."""
     figure = Figure(figsize=(5.6, 3.7), layout="constrained")
     axes = figure.subplots()
     for offset, (cell, its) in zip((-0.2, 0.2), rows.groupby("cell", sort=False)):

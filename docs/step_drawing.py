@@ -9,7 +9,7 @@ from matplotlib.patches import FancyBboxPatch
 
 
 def step(palette: Palette) -> Figure:
-    """One step: the product with W_hh, the gates and the cell; what stays in registers, what goes through memory."""
+    """Draw one step: the product with W_hh, the gates and the cell. Colours tell registers from memory."""
     figure, axes = canvas(96, 56, palette)
     axes.text(2, 4.5, "One step of an LSTM, fused", size=12, weight="bold", color=palette.ink, va="center")
     frame = FancyBboxPatch((2, 12), 92, 32, boxstyle="round,pad=0,rounding_size=1.2", facecolor="none",

@@ -1,9 +1,9 @@
-"""The pages as the site has them, see mkdocs.yml: python docs/website.py writes them into out/docs/.
+"""Write the pages of the site into out/docs/: python docs/website.py. The site itself is described in mkdocs.yml.
 
-They are those of docs/, as the first the README, and the lesson, which is a notebook. On GitHub they are read as they
-are; here links to files that the site does not have go to the repository, formulas become MathML, which browsers show
-by themselves, and 2^-10 has its exponent raised. What the docstrings have besides Google's sections is turned into
-Markdown, too.
+The pages are the README as the first page, the pages of docs/, and the lesson, which is a notebook. GitHub shows them
+unchanged. For the site, links to files outside of it go to the repository. Formulas become MathML, which browsers show
+by themselves, and the exponent in 2^-10 is raised. The parts of docstrings that are not Google's sections are turned
+into Markdown, too.
 """
 
 import base64
@@ -24,7 +24,7 @@ LESSON = "examples/lstm_explained.ipynb"
 
 
 def write() -> None:
-    """All pages and what they show."""
+    """Write all pages and their pictures."""
     repository = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["repo_url"]
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(ROOT / "docs", PAGES, ignore=shutil.ignore_patterns("*.py", "*.md", "theme", "__pycache__"))
@@ -40,9 +40,9 @@ def write() -> None:
 
 
 def lesson(notebook: dict[str, Any]) -> tuple[str, dict[int, bytes]]:
-    """The Markdown of the notebook, and the pictures by the number of their cell.
+    """Return the Markdown of the notebook, and the pictures by the number of their cell.
 
-    The last comment of a picture's cell says what it shows; a line that only draws is left out.
+    The last comment in a cell describes its picture. A cell of one line that only draws is left out.
     """
     parts, pictures = [f"The notebook [{LESSON}]({posixpath.basename(LESSON)}) as a page."], {}
     for cell in notebook["cells"]:
@@ -66,7 +66,7 @@ def lesson(notebook: dict[str, Any]) -> tuple[str, dict[int, bytes]]:
 
 
 def page(text: str, source: str, repository: str) -> str:
-    """The Markdown of the file `source` as the site has it. Its code stays as it is."""
+    """Return the Markdown of the file `source` for the site. Its code is not changed."""
 
     def turned(match: re.Match[str]) -> str:
         code, shown, link, power, block, formula = match.groups()
@@ -79,8 +79,8 @@ def page(text: str, source: str, repository: str) -> str:
         if link:
             return f"]({target(link, source, repository)})"
         tex = (block or formula).replace("{aligned}", "{align*}")  # the converter does not know `aligned`
-        tex = re.sub(r"\\log (?=[a-zA-Z0-9])", r"\\log\\,", tex)  # nor the space between a function and its argument
-        # In a <span>, since a line that begins with a tag Markdown does not know would be a paragraph of its own.
+        tex = re.sub(r"\\log (?=[a-zA-Z0-9])", r"\\log\\,", tex)  # nor a space after a function's name
+        # The formula is in a <span>, since Markdown makes a paragraph of a line that begins with an unknown tag.
         formula = convert(tex, display="block" if block else "inline")
         return f'<span class="formula">{formula}</span>' if block else f"<span>{formula}</span>"
 
@@ -90,7 +90,7 @@ def page(text: str, source: str, repository: str) -> str:
 
 
 def target(link: str, source: str, repository: str) -> str:
-    """Where a link in the file `source` leads: to a page or a picture of the site, else to a file of the repository."""
+    """Return the target of a link in the file `source`: a page or a picture of the site, or else a file on GitHub."""
     if re.match(r"[a-z]+:|#", link):
         return link
     path, *anchor = re.split("(?=#)", link)
@@ -105,7 +105,7 @@ def target(link: str, source: str, repository: str) -> str:
 
 
 def with_docstrings(text: str) -> str:
-    """A list of names, "- `gpu_lstm.Stream` with `reset`: text", as what mkdocstrings replaces by their docstrings."""
+    """Turn each item "- `gpu_lstm.Stream` with `reset`: text" into a block that mkdocstrings fills with docstrings."""
 
     def described(match: re.Match[str]) -> str:
         name, members, says = match.groups()
@@ -117,7 +117,7 @@ def with_docstrings(text: str) -> str:
 
 
 class Docstrings(Extension):
-    """For griffe, which reads the docstrings: mkdocs.yml names it."""
+    """An extension for griffe, which reads the docstrings. mkdocs.yml names it."""
 
     def on_object(self, *, obj: Object, **kwargs: Any) -> None:
         if obj.docstring is not None:
@@ -129,7 +129,7 @@ class Docstrings(Extension):
 
 
 def in_markdown(docstring: str) -> str:
-    """The code of an example in a fence; a product, as in D*L, without emphasis."""
+    """Put the code of an example into a fence, and escape products such as D*L, which would be emphasis."""
 
     def example(match: re.Match[str]) -> str:
         code = re.sub("^    ", "", match[1].rstrip(), flags=re.MULTILINE)

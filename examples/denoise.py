@@ -1,7 +1,7 @@
-"""A GRU takes the noise out of a sound frame by frame, while the sound arrives: python examples/denoise.py
+"""Remove the noise from a sound with a GRU, frame by frame, while the sound arrives: python examples/denoise.py
 
-The voice is synthetic. Every 16 ms the GRU says of the last 32 ms which frequencies are voice; Stream keeps its state.
-What it hears and what it makes of that are in out/denoise.wav, one after the other, and drawn in out/denoise.png.
+The voice is synthetic. Every 16 ms the GRU finds the frequencies of the last 32 ms that are voice, and Stream keeps its
+state. The script writes the noisy sound and then the clean one to out/denoise.wav, and draws both in out/denoise.png.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from torch.nn.functional import fold, mse_loss
 import gpu_lstm
 
 RATE, FRAME, HOP = 8000, 256, 128
-SHOWN = 1.25  # kHz in the picture: eight harmonics of a voice get weaker, and above them is noise alone
-WINDOW = torch.hann_window(FRAME).sqrt()  # before and after: where frames overlap, their squares add up to 1
+SHOWN = 1.25  # kHz in the picture, which shows eight harmonics of a voice; above them there is only noise
+WINDOW = torch.hann_window(FRAME).sqrt()  # applied twice: the squares add up to 1 where frames overlap
 
 
 def voices(count: int, seconds: int) -> Tensor:  # [count, samples]
@@ -32,7 +32,7 @@ class Denoiser(nn.Module):
         self.gru, self.head = gpu_lstm.GRU(FRAME // 2 + 1, 64), nn.Linear(64, FRAME // 2 + 1)
 
     def forward(self, sound: Tensor, stream: gpu_lstm.Stream | None = None) -> Tensor:
-        """Samples [B, n], n = FRAME + k HOP -> as many without most of their noise; the ends are faded."""
+        """Return samples [B, n] without most of their noise, n = FRAME + k HOP. The ends are faded."""
         spectrum = torch.fft.rfft(sound.unfold(1, FRAME, HOP) * WINDOW).transpose(0, 1)  # [T, B, frequencies]
         features = spectrum.abs().log1p()
         y = stream(features) if stream else self.gru(features)[0]
@@ -41,7 +41,7 @@ class Denoiser(nn.Module):
 
 
 def main(updates: int = 40, out: Path = Path("out")) -> tuple[float, float]:
-    """Train, and stream three seconds. The voice over the noise in dB, before and after."""
+    """Train, and stream three seconds. Return how far the voice is above the noise in dB, before and after."""
     torch.manual_seed(0)
     optimiser = torch.optim.Adam((model := Denoiser()).parameters(), lr=3e-3)
     for _ in range(updates):
@@ -73,7 +73,7 @@ def main(updates: int = 40, out: Path = Path("out")) -> tuple[float, float]:
 
 
 def draw(sounds: dict[str, Tensor], path: Path) -> None:
-    """A spectrogram of each sound, as far up as the voice reaches."""
+    """Draw a spectrogram of each sound, up to the highest frequency of the voice."""
     figure = Figure(figsize=(5, 2.8), layout="constrained")
     for axes, (title, sound) in zip(figure.subplots(1, 2, sharey=True), sounds.items()):
         spectrum = torch.fft.rfft(sound.unfold(0, FRAME, HOP) * WINDOW).abs().log10().T  # [frequencies, T]
@@ -85,7 +85,7 @@ def draw(sounds: dict[str, Tensor], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more do not help a model as small as this
+    torch.set_num_threads(1)  # more threads do not help a model as small as this
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=40, help="default: %(default)s")
     main(**vars(parser.parse_args()))

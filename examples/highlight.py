@@ -1,17 +1,18 @@
 """Tell comments and strings from code, one character at a time: a highlighter of Python that learns from examples.
 
-Run it from the root of the repository; the texts are the standard library of the Python that runs it::
+Run it from the root of the repository. The texts are the standard library of the Python that runs it::
 
     pip install -e ".[demo]"
     python examples/highlight.py
 
-In the middle of a docstring every line may look like code. Only the quote that opened it tells, and that may be a
-thousand characters back. gpu_lstm.StackedLSTM reads 140 files once, on the GPU if there is one; its state is carried
-from chunk to chunk, and reset where a file starts. Then it reads 20 other files. So do two rivals with short memories:
-a table of what followed up to 16 characters, and the same LSTM with its state zeroed every 32 characters.
+A line in the middle of a docstring may look like code. Only the quotation marks that opened the docstring tell the
+difference, and they may be a thousand characters back. gpu_lstm.StackedLSTM reads 140 files once, on the GPU if there
+is one. Its state is carried from chunk to chunk, and reset where a file starts. Then it reads 20 other files. Two
+rivals with short memories read them, too: a table of the labels that followed up to 16 characters, and the same LSTM
+with its state set to zero every 32 characters.
 
-Prints how often each is right. Draws a page of an unseen file, and the cell that knows of the quote, in
-out/highlight.png, and what this cell holds at each character of the page in out/highlight_cell.png.
+The example prints how often each reader is right. It draws a page of an unseen file in out/highlight.png, with the cell
+that knows whether a quotation is open. out/highlight_cell.png shows the state of this cell at each character.
 """
 
 import argparse
@@ -39,15 +40,15 @@ import gpu_lstm
 
 CODE, STRING, COMMENT = range(3)
 TRAINING_FILES, TEST_FILES = 140, 20
-SHORTEST, LONGEST = 8_000, 30_000  # of the files, in characters; what is longer is cut off
-STREAMS = 32  # N: the files, one after another, are read in so many places at once
-STEPS = 128  # T, of a chunk
+SHORTEST, LONGEST = 8_000, 30_000  # characters of a file; a longer file is cut off
+STREAMS = 32  # N: the text of all files is cut into so many streams, which are read at the same time
+STEPS = 128  # T, the steps of a chunk
 HIDDEN_SIZES = [64]
-LEARNING_RATE = 8e-3  # at its greatest
+LEARNING_RATE = 8e-3  # its greatest value
 CUT = 32  # characters after which the second rival forgets
 CONTEXTS = 1, 2, 3, 4, 6, 8, 12, 16  # characters that the table sees
 FAR = 1000  # characters after a string's first one
-LINES, COLUMNS = 28, 72  # of the page that is drawn
+LINES, COLUMNS = 28, 72  # the size of the page that is drawn
 
 State = list[tuple[Tensor, Tensor]]
 """h and c of each layer."""
@@ -65,15 +66,15 @@ class Source(NamedTuple):
 class Score(NamedTuple):
     """How often a reader of the test files is right."""
 
-    accuracy: float  # of all characters
-    balanced: float  # the mean of code, strings and comments
-    far: float  # of characters in strings, more than FAR after the first
+    accuracy: float  # over all characters
+    balanced: float  # the mean of the accuracies of code, strings and comments
+    far: float  # over characters in strings that are more than FAR after the first one
 
 
 def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) -> dict[str, Score]:
-    """Train on so many files, evaluate and draw; returns the scores by the name of the reader."""
+    """Train on so many files, evaluate and draw. Return the scores by the name of the reader."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
+    torch.set_num_threads(1)  # more do not help so small a model, and slow it down if other work shares the cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sources = standard_library(TEST_FILES + files)
     test, training = sources[:TEST_FILES], sources[TEST_FILES:]
@@ -120,10 +121,10 @@ def main(seed: int = 0, files: int = TRAINING_FILES, out: Path = Path("out")) ->
 
 
 def standard_library(count: int) -> list[Source]:
-    """So many of its files in an order that is random, but the same in every version of Python."""
+    """Return `count` files of the library. Their order is random, but the same in every version of Python."""
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root).as_posix() for path in (*root.glob("*.py"), *root.glob("*/*.py"))]
-    left_out = "test", "-packages", "encodings", "idlelib", "pydoc_data"  # tables, and what may not be installed
+    left_out = "test", "-packages", "encodings", "idlelib", "pydoc_data"  # tables; modules that may be missing
     names = [name for name in names if not any(part in name for part in left_out)]
     sources: list[Source] = []
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
@@ -136,11 +137,11 @@ def standard_library(count: int) -> list[Source]:
 
 
 def label(text: str) -> bytearray:
-    """What each character belongs to, by Python's own tokenizer. An f-string is one with its expressions."""
+    """Return the label of each character, by Python's own tokenizer. An f-string is a string with its expressions."""
     labels, places = bytearray(len(text)), [0]  # places: where lines start
     for line in text.split("\n"):
         places.append(places[-1] + len(line) + 1)
-    opened: list[int] = []  # f-strings, of which each may hold others; before Python 3.12 each is one token
+    opened: list[int] = []  # f-strings, which may be nested; before Python 3.12 each is one token
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         name = tokenize.tok_name[token.type]
         begin, end = (places[row - 1] + column for row, column in (token.start, token.end))
@@ -154,7 +155,7 @@ def label(text: str) -> bytearray:
 
 
 def streams(sources: list[Source]) -> tuple[Tensor, Tensor, Tensor]:
-    """Characters, labels, and where files start, of all files one after another, cut into streams: [steps, N]."""
+    """Return characters, labels and starts of all files, one after another, cut into streams: [steps, N]."""
     characters, labels = (torch.cat(texts) for texts in zip(*(source[2:] for source in sources)))
     starts = torch.cat([torch.arange(len(source.labels)) == 0 for source in sources])
     steps = len(labels) // STREAMS // STEPS * STEPS
@@ -163,7 +164,7 @@ def streams(sources: list[Source]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def padded(sequences: list[Tensor], value: int = 0) -> Tensor:
-    """[L, sequences]"""
+    """Return the sequences as one tensor [L, sequences], padded with `value`."""
     return nn.utils.rnn.pad_sequence(sequences, padding_value=value)
 
 
@@ -171,7 +172,7 @@ def padded(sequences: list[Tensor], value: int = 0) -> Tensor:
 
 
 class Tagger(nn.Module):
-    """From characters to scores of code, string and comment. With `cut`, its memory is zeroed every so many steps."""
+    """Map characters to scores of code, string and comment. With `cut`, the state is set to zero every `cut` steps."""
 
     def __init__(self, cut: int | None = None) -> None:
         super().__init__()
@@ -183,7 +184,7 @@ class Tagger(nn.Module):
     def forward(
         self, x: Tensor, state: State | None = None, starts: Tensor | None = None, lengths: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """From characters [T, N] and where files start, bool [T, N]: scores [T, N, 3] and the state."""
+        """Return scores [T, N, 3] and the state, for characters [T, N] and the starts of files, bool [T, N]."""
         if self.cut:
             every = (torch.arange(len(x), device=x.device) % self.cut == 0)[:, None].expand_as(x)
             starts = every if starts is None else starts | every
@@ -194,7 +195,7 @@ class Tagger(nn.Module):
 def training_step(
     model: nn.Module, optimiser: torch.optim.Optimizer, x: Tensor, y: Tensor, starts: Tensor, state: State | None
 ) -> State:
-    """Forward, backward, clipping, optimiser over one chunk, [T, N] each; the state is that of the next chunk."""
+    """Run forward, backward, clipping and the optimiser on one chunk [T, N]. Return the state for the next chunk."""
     scores, state = model(x, state, starts)
     loss = nn.functional.cross_entropy(scores.flatten(0, 1), y.flatten())
     optimiser.zero_grad()
@@ -205,7 +206,7 @@ def training_step(
 
 
 def train(model: Tagger, x: Tensor, y: Tensor, starts: Tensor, advance: Callable[[], None]) -> None:
-    """Read all streams [steps, N] once; calls advance() after each chunk."""
+    """Read all streams [steps, N] once, and call advance() after each chunk."""
     optimiser = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, total_steps=len(x) // STEPS)
     state = None
@@ -217,7 +218,7 @@ def train(model: Tagger, x: Tensor, y: Tensor, starts: Tensor, advance: Callable
 
 @torch.no_grad()
 def read(model: Tagger, sources: list[Source]) -> Tensor:
-    """Labels [L, files] of all files in one padded call."""
+    """Return the labels [L, files] of all files, by one padded call."""
     lengths = torch.tensor([len(source.characters) for source in sources])
     device = model.head.weight.device
     scores, _ = model(padded([source.characters for source in sources]).to(device), lengths=lengths.to(device))
@@ -225,16 +226,17 @@ def read(model: Tagger, sources: list[Source]) -> Tensor:
 
 
 def table_of_contexts(training: list[Source], test: list[Source]) -> list[Tensor]:
-    """The label that was commonest in training after the same characters: as many of the last ones as were seen there.
+    """Return the labels [characters] of each test file, by a table of contexts.
 
-    Contexts of CONTEXTS[-1] characters, this one included, or fewer; each file's labels [characters].
+    The label of a character is the commonest label in training for the same context. A context is the last CONTEXTS[-1]
+    characters, this one included, or fewer if that context was not seen in training.
     """
     characters, labels = (torch.cat(texts).numpy() for texts in zip(*(source[2:] for source in training + test)))
     split = sum(len(source.labels) for source in training)
     guess = np.full(len(labels) - split, CODE)
-    hashed = np.zeros(len(labels), np.uint64)  # of the last `length` characters
+    hashed = np.zeros(len(labels), np.uint64)  # a hash of the last `length` characters
     for length in range(1, CONTEXTS[-1] + 1):
-        earlier = np.roll(characters, length - 1).astype(np.uint64)  # into the file before, at the start of one
+        earlier = np.roll(characters, length - 1).astype(np.uint64)  # reaches into the file before, at a file's start
         hashed = hashed * np.uint64(0x9E3779B97F4A7C15) + earlier + np.uint64(1)
         if length in CONTEXTS:
             contexts, which = np.unique(hashed, return_inverse=True)
@@ -244,18 +246,18 @@ def table_of_contexts(training: list[Source], test: list[Source]) -> list[Tensor
     return list(torch.from_numpy(guess).split([len(source.labels) for source in test]))
 
 
-# What comes out
+# The scores
 
 
 def far_from_the_quote(labels: Tensor) -> Tensor:
-    """Which characters [L, files] are in a string and more than FAR after its first: bool."""
+    """Return bool [L, files]: whether a character is in a string, and more than FAR after the first one of it."""
     steps = torch.arange(len(labels))[:, None].expand_as(labels)
     begin = torch.where(labels == STRING, 0, steps).cummax(dim=0).values  # the last step outside a string
     return (labels == STRING) & (steps - begin > FAR + 1)
 
 
 def score(guess: Tensor, labels: Tensor) -> Score:
-    """Of guesses [L, files], where labels [L, files] are -1 past a file's end."""
+    """Return the score of guesses [L, files]. The labels [L, files] are -1 past the end of a file."""
     right = (guess == labels).double()
     classes = [right[labels == kind].mean().item() for kind in (CODE, STRING, COMMENT)]
     return Score(
@@ -267,7 +269,7 @@ def score(guess: Tensor, labels: Tensor) -> Score:
 
 
 def page_of(sources: list[Source]) -> tuple[int, slice]:
-    """A file, and the characters of LINES of its lines: those with much of a docstring, of comments and of code."""
+    """Return a file, and the characters of LINES of its lines that have much of a docstring, comments and code."""
     best, found = 0, (0, slice(0))
     for number, source in enumerate(sources):
         lines = source.text[: len(source.labels)].split("\n")[:-1]
@@ -276,7 +278,7 @@ def page_of(sources: list[Source]) -> tuple[int, slice]:
             begin, end = places[first], places[first + LINES]
             whole = source.labels[begin] == source.labels[end - 1] == CODE
             if whole and max(map(len, lines[first : first + LINES])) <= COLUMNS:
-                length = [0, 0, 0]  # of code, of the longest docstring, of comments
+                length = [0, 0, 0]  # characters of code, of the longest docstring and of comments
                 for kind, run in runs(source.labels[begin:end]):
                     size = run.stop - run.start
                     if kind != STRING:
@@ -290,7 +292,7 @@ def page_of(sources: list[Source]) -> tuple[int, slice]:
 
 
 def runs(labels: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each label of [characters], and where it stands without a change."""
+    """Yield each run of equal labels [characters]: the label and its place."""
     changes = (labels.diff().nonzero().flatten() + 1).tolist()
     for begin, end in pairwise([0, *changes, len(labels)]):
         if begin < end:
@@ -299,7 +301,7 @@ def runs(labels: Tensor) -> Iterator[tuple[int, slice]]:
 
 @torch.no_grad()
 def cell_of_strings(model: Tagger, x: Tensor, y: Tensor, starts: Tensor) -> int:
-    """The unit whose cell state correlates most with being inside a string, over [T, N] of the training files."""
+    """Return the unit whose cell state correlates most with being inside a string, over [T, N] of training files."""
     c = gpu_lstm.trace(model.lstm, model.embedding(x), resets=starts).layers[0][0].cell.flatten(0, 1)  # [T*N, H]
     inside = (y == STRING).flatten().to(c.dtype)
     return int(torch.corrcoef(torch.column_stack([inside, c]).T)[0, 1:].abs().argmax())
@@ -307,13 +309,13 @@ def cell_of_strings(model: Tagger, x: Tensor, y: Tensor, starts: Tensor) -> int:
 
 @torch.no_grad()
 def cell_along(model: Tagger, source: Source, rows: slice, unit: int) -> np.ndarray:
-    """The cell state of a unit at these characters of a file, which is read from its start."""
+    """Return the cell state of a unit at these characters of a file. The file is read from its start."""
     x = source.characters[: rows.stop, None].to(model.head.weight.device)
     state = model(x[: rows.start])[1] if rows.start else None
     return gpu_lstm.trace(model.lstm, model.embedding(x[rows]), state).layers[0][0].cell[:, 0, unit].cpu().numpy()
 
 
-INK = "#22303c", "#a03c00", "#1b58a0"  # of code, strings and comments
+INK = "#22303c", "#a03c00", "#1b58a0"  # the colours of code, strings and comments
 TINT = "#ffffff", "#ffdcb8", "#cfe3fa"
 DOTS = 150  # per inch
 FONT = 7 / 0.602 * 72 / DOTS  # points: letters of DejaVu Sans Mono are 7 dots wide
@@ -321,7 +323,7 @@ TITLE: dict = {"fontsize": 8, "loc": "left", "pad": 3}
 
 
 def draw(source: Source, rows: slice, cell: np.ndarray, pages: dict[str, Tensor], path: Path) -> None:
-    """The cell's state above, and below it the page in the colours of labels [characters]: first of the true ones."""
+    """Draw the cell's state, and below it the page in the colours of labels [characters], the true labels first."""
     truth = next(iter(pages.values()))
     wide, high = COLUMNS * 7 / DOTS, LINES * 14.5 / DOTS  # inches
     gap, above = 0.16, 0.95
@@ -352,7 +354,7 @@ def draw(source: Source, rows: slice, cell: np.ndarray, pages: dict[str, Tensor]
 
 
 def draw_cell(text: str, cell: np.ndarray, path: Path) -> None:
-    """The page, where the characters are the redder the farther the cell's state [characters] is from its median."""
+    """Draw the page. A character is the redder, the farther the cell's state [characters] is from its median."""
     away = np.abs(cell - np.median(cell))
     wide, high, gap, above = COLUMNS * 7, LINES * 14.5, 6, 24  # dots
     figure = Figure(figsize=((wide + 2 * gap) / DOTS, (high + gap + above) / DOTS))
@@ -367,7 +369,7 @@ def draw_cell(text: str, cell: np.ndarray, path: Path) -> None:
 
 
 def write(axes: Axes, text: str, labels: Tensor, tints: np.ndarray) -> None:
-    """LINES of text in the ink of labels [characters], on tints [characters, RGBA]."""
+    """Write LINES of text in the ink of labels [characters], on tints [characters, RGBA]."""
     colours, begin = np.ones((LINES, COLUMNS, 4)), 0  # RGBA, white
     for number, line in enumerate(text.split("\n")[:-1]):
         its = slice(begin, begin + len(line))

@@ -2,14 +2,17 @@
 
 Run it from the root of the repository, after `pip install -e .`: `python examples/isaac_shapes.py`
 
-Episodes of synthetic rollouts end in 1 of 100 steps. Three ways are compared, and then timed in turns, with backward:
+Episodes of synthetic rollouts end at 1 of 100 steps. Three ways are compared, and then timed in turns, with backward:
 
-- pieces, as rl_games: torch.nn.LSTM is called from each step at which any environment starts an episode to the next;
-- padded, as rsl_rl: trajectories padded to the longest one, which it does once for all epochs and is not timed;
+- pieces, as in rl_games: torch.nn.LSTM is called for the steps between any two steps at which some environment starts
+  an episode;
+- padded, as in rsl_rl: the trajectories are padded to the longest one. rsl_rl pads once for all epochs, so the padding
+  is not timed;
 - one call: gpu_lstm.LSTM with `resets`.
 
-On a CUDA device all environments are used, in TF32 as in Isaac Lab. On a CPU it is one thread, 16 environments and at
-most 512 units; so few environments make fewer pieces. Please send the last line in an issue of the repository.
+On a CUDA device all environments are used, in TF32 as in Isaac Lab. On a CPU the example uses one thread, 16
+environments and at most 512 units. With so few environments there are fewer pieces. Please send the last line in an
+issue of the repository.
 """
 
 import argparse
@@ -25,13 +28,13 @@ import gpu_lstm
 
 SHAPES = [("rl_games", 4, 4096, 1024), ("rl_games", 16, 1024, 1024), ("rl_games", 16, 1024, 2048),
           ("rsl_rl", 24, 1024, 256), ("rsl_rl", 24, 4096, 256),
-          ("TorchRL", 32, 256, 256), ("TorchRL", 32, 8192, 256)]  # whose; T, B environments, H  # fmt: skip
+          ("TorchRL", 32, 256, 256), ("TorchRL", 32, 8192, 256)]  # trainer, T, B environments, H  # fmt: skip
 EPISODE = 100  # steps, on average
-Ways = dict[str, Callable[[], Tensor]]  # each gives the outputs [T, B, H]
+Ways = dict[str, Callable[[], Tensor]]  # each returns the outputs [T, B, H]
 
 
 def main(arguments: Sequence[str] | None = None) -> str:
-    """Compare, time and print; returns the last line."""
+    """Compare, time and print, and return the last line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     default = dict(type=int, help="default: %(default)s")
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
 
 
 def prepare(T: int, B: int, H: int, device: torch.device) -> tuple[gpu_lstm.LSTM, Ways, int]:
-    """An LSTM, three ways to run a rollout through its weights, and how many pieces that rollout has."""
+    """Return an LSTM, three ways to run a rollout through its weights, and the number of pieces of that rollout."""
     torch.manual_seed(0)
     ours = gpu_lstm.LSTM(H, H, device=device)
     theirs = gpu_lstm.to_torch(ours)  # with the same weights
@@ -69,7 +72,7 @@ def prepare(T: int, B: int, H: int, device: torch.device) -> tuple[gpu_lstm.LSTM
 
     def pieces() -> Tensor:
         hx, outputs = state, []
-        begins = [0, *(1 + starts[1:].any(dim=1).nonzero()[:, 0]).tolist()]  # which waits for the device
+        begins = [0, *(1 + starts[1:].any(dim=1).nonzero()[:, 0]).tolist()]  # this waits for the device
         for begin, end in pairwise([*begins, T]):
             y, hx = theirs(x[begin:end], (keep[begin] * hx[0], keep[begin] * hx[1]))
             outputs.append(y)
@@ -93,13 +96,16 @@ def prepare(T: int, B: int, H: int, device: torch.device) -> tuple[gpu_lstm.LSTM
 
 
 def step(lstm: nn.Module, way: Callable[[], Tensor]) -> list[Tensor]:
-    """Forward and backward: the outputs and the gradients of all weights."""
+    """Run forward and backward, and return the outputs and the gradients of all weights."""
     y = way()
     return [y.detach(), *torch.autograd.grad(y.square().mean(), list(lstm.parameters()))]
 
 
 def measure(lstm: nn.Module, ways: Ways, rounds: int) -> list[float]:
-    """The median of each way in ms; they take turns. RuntimeError if they differ by 1e-4, on CUDA (TF32) by 1e-2."""
+    """Return the median time of each way in ms. The ways take turns.
+
+    Raise RuntimeError if their results differ by more than 1e-4, or on CUDA, in TF32, by more than 1e-2.
+    """
     expected, *others = (step(lstm, way) for way in ways.values())
     for way, found in zip(list(ways)[1:], others):
         error = max(((one - true).norm() / true.norm()).item() for one, true in zip(found, expected))

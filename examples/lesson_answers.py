@@ -14,7 +14,7 @@ import gpu_lstm
 
 
 def by_hand(module: nn.Module, weight_ih: list[list[float]], bias: list[float]) -> None:
-    """Sets these weights, [rows, inputs] and [rows]; all others are 0."""
+    """Set these weights, [rows, inputs] and [rows], and all other weights to 0."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
@@ -23,17 +23,17 @@ def by_hand(module: nn.Module, weight_ih: list[list[float]], bias: list[float]) 
 
 
 def latch(steps: int) -> tuple[Tensor, Tensor]:
-    """The task of section 4: value, store and ask, [steps, 3], and what is to be remembered, [steps]."""
+    """Return the task of section 4: value, store and ask, [steps, 3], and the value to remember, [steps]."""
     torch.manual_seed(0)
     value = 2 * torch.rand(steps) - 1
     store, ask = torch.rand(steps) < 0.1, torch.rand(steps) < 0.25
     store[0] = True
-    last = torch.where(store, torch.arange(steps), 0).cummax(dim=0).values  # the step that stored last
+    last = torch.where(store, torch.arange(steps), 0).cummax(dim=0).values  # the last step that stored a value
     return torch.stack([value, store, ask], dim=1), value[last]
 
 
 def exercise_1() -> None:
-    """With 0.9 nothing is left. With 1.2 the sign is, not the size: tanh(1.2 h) = h has the solutions 0 and +-0.66."""
+    """With 0.9 nothing is left. With 1.2 the sign is left, but not the size: tanh(1.2 h) = h for 0 and +-0.66."""
 
     def left(x: float, weight: float) -> float:
         h = math.tanh(0.5 * x)
@@ -47,7 +47,7 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """It keeps at a zero, (f, i) = (1, 0), and adds at a one, (1, 1): f and g are always 1, and i is the input."""
+    """The cell keeps its state at a zero, (f, i) = (1, 0), and adds 1 at a one, (1, 1). So f and g are 1, and i is x."""
     counter = gpu_lstm.LSTM(1, 1)
     by_hand(counter, [[40], [0], [0], [0]], [-20, 20, 20, 20])  # i, f, g, o
     _, (_, count) = counter(torch.tensor([[1.0], [0], [1], [1], [0], [1]]))
@@ -62,7 +62,7 @@ def exercise_3() -> None:
 
 
 def exercise_4() -> None:
-    """i is store, f is 1 - store, o is ask. g is a twentieth of the value, for which tanh is nearly a straight line."""
+    """i is store, f is 1 - store, and o is ask. g is a twentieth of the value, where tanh is nearly a straight line."""
     x, remembered = latch(steps=200)
     lstm = gpu_lstm.LSTM(3, 1)
     by_hand(lstm, [[0, 40, 0], [0, -40, 0], [0.05, 0, 0], [0, 0, 40]], [-20, 20, 0, -20])
@@ -84,7 +84,7 @@ def exercise_5() -> None:
 
 
 def exercise_6() -> None:
-    """A reset at each line end; or a second input, which is 1 there and shuts f."""
+    """Reset the state at each line end. Or add a second input, which is 1 at a line end and shuts f."""
     text = "one line\nanother\n\nthe last"
     end = torch.tensor([character == "\n" for character in text])
     inputs = torch.stack([~end, end], dim=1).float()  # [steps, 2]
@@ -97,7 +97,7 @@ def exercise_6() -> None:
 
 
 def exercise_7() -> None:
-    """It is as good: about 2.1 °C, where "same as today" has 2.24."""
+    """Two days are as good: the error is about 2.1 °C, and "same as today" has 2.24 °C."""
     torch.manual_seed(0)
     data = weather.load(torch.device("cpu"))
     past, days = data.split - weather.WINDOW, data.windows[:, -2:]
@@ -112,7 +112,7 @@ def exercise_7() -> None:
 
 
 def exercise_8() -> None:
-    """z is 1 - store, n a twentieth of the value. Without an output gate it shows the value when nobody asks, too."""
+    """z is 1 - store, and n is a twentieth of the value. There is no output gate, so the value shows at all times."""
     x, remembered = latch(steps=200)
     gru = gpu_lstm.GRU(3, 1)
     by_hand(gru, [[0, 0, 0], [0, -40, 0], [0.05, 0, 0]], [0, 20, 0])  # r, z, n
@@ -122,7 +122,7 @@ def exercise_8() -> None:
 
 
 def exercise_9() -> None:
-    """The sign of z's rows in all four tensors, as 1 - sigmoid(a) = sigmoid(-a)."""
+    """Change the sign of the rows of z in all four tensors, since 1 - sigmoid(a) = sigmoid(-a)."""
     torch.manual_seed(0)
     gru, x, h = gpu_lstm.GRU(3, 2), torch.randn(5, 3), np.zeros(2)
     W_x, W_h, b_x, b_h = (parameter.detach().numpy().copy() for parameter in gru.parameters())
@@ -137,7 +137,7 @@ def exercise_9() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # more do not help models as small as these, and wait for each other where cores are busy
+    torch.set_num_threads(1)  # more threads do not help such small models, and wait for each other if cores are busy
     for answer in [value for name, value in globals().items() if name.startswith("exercise_")]:
         answer()
         print(f"{answer.__name__}: {answer.__doc__}")

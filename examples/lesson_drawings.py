@@ -10,7 +10,7 @@ Point = tuple[float, float]
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure whose unit is a tenth of an inch, upwards."""
+    """Return a figure whose unit is a tenth of an inch, with the origin at the bottom left."""
     figure = Figure(figsize=(width / 10, height / 10))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(0, height))
@@ -34,7 +34,7 @@ def operation(axes: Axes, middle: Point, text: str, colour: str = INK) -> None:
 
 
 def arrow(axes: Axes, *points: Point, colour: str = INK, head: bool = True) -> None:
-    """From point to point, with a head at the last."""
+    """Draw a line from point to point, with a head at the last one."""
     line = points[:-1] if head else points
     axes.plot(*zip(*line), color=colour, lw=1.3, solid_joinstyle="round", zorder=2)
     if head:
@@ -173,7 +173,7 @@ def gru() -> Figure:
     for x, top in ((20, 13), (39, 13), (53, 14.3)):
         arrow(axes, (x, 10), (x, top), colour=state)
 
-    # What stays, and what takes the place of the rest.
+    # The part of h that stays, z h, and the part of n that is added, (1 - z) n.
     arrow(axes, (22, 19), (22, 35.3), colour=keep)
     operation(axes, (22, 37), r"$\odot$", keep)
     arrow(axes, (22, 28.5), (41.8, 28.5), colour=keep)

@@ -1,4 +1,4 @@
-"""The plots of lstm_explained.ipynb, each of what a cell computed. `heat_maps` draws any trace."""
+"""The plots of lstm_explained.ipynb. Each shows the results of a cell of the notebook. `heat_maps` draws any trace."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,19 +17,19 @@ HUES = {
 NEGATIVE = "#0f766e"  # a state below 0
 STATES = ("candidate", "cell", "hidden")  # from -1 to 1; gates go from 0 to 1
 INK, GREY, PALE = "#22303c", "0.6", "0.85"
-OTHER = ("#b8860b", "#6c757d", "#3a9ca0", "#111111")  # of networks, which are neither gates nor states
+OTHER = ("#b8860b", "#6c757d", "#3a9ca0", "#111111")  # networks; gates and states have other colours
 
 
 def colour_map(field: str) -> LinearSegmentedColormap:
-    """White is a gate that is shut, or a state at 0; full colour is a gate that is open, or a state at 1 or beyond."""
+    """Return a colour map. White is a shut gate or a state at 0. Full colour is an open gate or a state from 1 on."""
     below = [NEGATIVE] if field in STATES else []
     return LinearSegmentedColormap.from_list(field, [*below, "white", HUES[field]])
 
 
 def heat_maps(trace: Trace, sequence: int = 0) -> Figure:
-    """Of one sequence, a row of heat maps for each layer and direction, units against time.
+    """Draw one sequence as a row of heat maps for each layer and direction, units against time.
 
-    Gates go from 0 to 1. States go from -1 to 1, and a cell state beyond is drawn as -1 or 1.
+    Gates go from 0 to 1. States go from -1 to 1. A cell state outside of this range is drawn as -1 or 1.
     """
     rows = [(k, d, gates) for k, directions in enumerate(trace.layers) for d, gates in enumerate(directions)]
     steps = None if trace.lengths is None else int(trace.lengths[sequence])
@@ -58,7 +58,7 @@ def heat_maps(trace: Trace, sequence: int = 0) -> Figure:
 
 
 def colour_bar(axes: Axes, fields: Sequence[str], labels: Mapping[int, str]) -> None:
-    """A strip in the colours of each field, with labels by their height."""
+    """Draw a strip in the colours of each field. `labels` gives the text at each height."""
     colours = [colour_map(field) for field in fields]
     strips = [[colour(k / 255) for colour in colours] for k in range(256)]  # [256, fields, RGBA]
     extent = (0, len(fields), min(labels), 1)
@@ -69,7 +69,7 @@ def colour_bar(axes: Axes, fields: Sequence[str], labels: Mapping[int, str]) -> 
 
 
 def panels(rows: int, height: float, columns: int = 1, **options) -> tuple[Figure, np.ndarray]:
-    """A figure as wide as a page, and its axes, [rows, columns]."""
+    """Return a figure as wide as a page, and its axes, [rows, columns]."""
     figure = Figure(figsize=(8.8, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for panel in axes.flat:
@@ -78,7 +78,7 @@ def panels(rows: int, height: float, columns: int = 1, **options) -> tuple[Figur
 
 
 def gate_strips(axes: Axes, gates: Mapping[str, np.ndarray]) -> None:
-    """A strip for each gate, [T]: white is shut, full colour is open."""
+    """Draw a strip for each gate, [T]. White means shut, and full colour means open."""
     for row, (name, values) in enumerate(gates.items()):
         edges = np.arange(len(values) + 1)
         axes.pcolormesh(edges, [row, row + 1], values[None], cmap=colour_map(name), vmin=0, vmax=1, edgecolors="white")
@@ -91,7 +91,7 @@ def gate_strips(axes: Axes, gates: Mapping[str, np.ndarray]) -> None:
 
 
 def vanishing(lengths: Sequence[int], norms: Mapping[str, Sequence[float]]) -> Figure:
-    """Gradient norms against the length of the sequence, by the name of the network."""
+    """Draw gradient norms against the length of the sequence, by the name of the network."""
     figure, ((axes,),) = panels(1, 3.2)
     for (name, norm), colour in zip(norms.items(), OTHER):
         axes.plot(lengths, norm, "o-", color=colour, markersize=4)
@@ -104,7 +104,7 @@ def vanishing(lengths: Sequence[int], norms: Mapping[str, Sequence[float]]) -> F
 def gates_by_hand(
     x: np.ndarray, rnn: np.ndarray, cell: np.ndarray, hidden: np.ndarray, gates: Mapping[str, np.ndarray]
 ) -> Figure:
-    """A plain RNN's memory, and a box whose gates are moved by hand; all [T]."""
+    """Draw the memory of a plain RNN, and a box whose gates are moved by hand. All series are [T]."""
     figure, ((top,), (middle,), (bottom,)) = panels(3, 5, sharex=True, height_ratios=[2, 2, 1.1])
     step = np.arange(len(x)) + 0.5
     top.bar(step, x, color=PALE, label="input $x$")
@@ -120,7 +120,7 @@ def gates_by_hand(
 
 
 def slopes() -> Figure:
-    """The logistic function and tanh, each with its slope."""
+    """Draw the logistic function and tanh, each with its slope."""
     figure, ((left, right),) = panels(1, 3.2, columns=2, sharey=True)
     z = np.linspace(-6, 6, 241)
     s, t = 1 / (1 + np.exp(-z)), np.tanh(z)
@@ -140,7 +140,10 @@ def slopes() -> Figure:
 def keeper(
     x: np.ndarray, remembered: np.ndarray, cell: np.ndarray, gates: Mapping[str, np.ndarray], answers: np.ndarray
 ) -> Figure:
-    """The unit that keeps the value, its cell state scaled to fit: x [T, 3] is value, store, ask; all others [T]."""
+    """Draw the unit that keeps the value, with its cell state scaled to fit.
+
+    x [T, 3] is value, store and ask. All other series are [T].
+    """
     value, store, ask = x.T
     figure, axes = panels(4, 6.5, sharex=True, height_ratios=[2, 2, 1.1, 2])
     first, second, third, fourth = axes[:, 0]
@@ -165,7 +168,10 @@ def keeper(
 def far_back(
     lengths: Sequence[int], norms: Mapping[str, np.ndarray], forget: Mapping[str, float], smallest: float = 1e-45
 ) -> Figure:
-    """Gradient norms [seeds, lengths] by network, the last one emphasised; dashed, the product of its forget gates."""
+    """Draw gradient norms [seeds, lengths] by network, with the last network emphasised.
+
+    The dashed line is the product of its forget gates.
+    """
     figure, ((axes,),) = panels(1, 4.4)
     for (name, measured), colour in zip(norms.items(), OTHER):
         middle = np.exp(np.log(measured).mean(axis=0))
@@ -184,7 +190,7 @@ def far_back(
 
 
 def reset(without: np.ndarray, with_reset: np.ndarray) -> Figure:
-    """Two series of answers, [T]."""
+    """Draw two series of answers, [T]."""
     figure, ((axes,),) = panels(1, 2.2)
     axes.plot(without, "o-", color=GREY, markersize=4, label="without")
     axes.plot(with_reset, "s-", color=HUES["cell"], markersize=4, label="with a reset at step 12")
@@ -194,7 +200,7 @@ def reset(without: np.ndarray, with_reset: np.ndarray) -> Figure:
 
 
 def losses(curve: Sequence[tuple[float, float]], baseline: float) -> Figure:
-    """Of each epoch, on the training years and on the held-out one."""
+    """Draw the losses of each epoch, on the training years and on the held-out year."""
     figure, ((axes,),) = panels(1, 2.8)
     for values, name, colour in zip(zip(*curve), ("training years, with dropout", "2015, held out"), (GREY, INK)):
         axes.plot(np.arange(1, len(curve) + 1), values, color=colour, linewidth=2, label=name)

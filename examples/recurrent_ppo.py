@@ -5,10 +5,10 @@ Run it from the root of the repository::
     pip install -e ".[examples]"
     python examples/recurrent_ppo.py
 
-Of CartPole-v1's observations only the cart's position and the pole's angle are used. How fast they change is hidden, so
-an agent has to remember. Two agents with the same network learn, on the GPU if there is one; the second forgets
-everything before every step. Returns are printed, and drawn in out/recurrent_ppo.png: of one seed, in about half a
-minute. The picture in the documentation has three, with `--updates 60 --seeds 3`.
+The agent sees only the cart's position and the pole's angle of CartPole-v1's observations. The velocities are hidden,
+so an agent has to remember. Two agents with the same network learn, on the GPU if there is one. The second agent
+forgets everything before every step. The returns are printed, and drawn in out/recurrent_ppo.png. One seed takes about
+half a minute. The picture in the documentation has three seeds, with `--updates 60 --seeds 3`.
 
 Episodes end anywhere within a rollout. gpu_lstm.LSTM accepts the steps at which they start as `resets`, so the update
 is one call over the whole rollout, with no loop over its steps.
@@ -38,10 +38,10 @@ STEPS = 128  # T, of each environment between updates
 HIDDEN = 64  # H
 EPOCHS = 4  # for each rollout
 MINIBATCHES = 4  # in an epoch, each with all steps of some environments
-LEARNING_RATE = 2.5e-3  # at first; it falls to zero
+LEARNING_RATE = 2.5e-3  # at the beginning; it falls to zero
 DISCOUNT = 0.99
 TRACE = 0.95  # lambda of the generalised advantages
-CLIP = 0.2  # of the ratio of probabilities, to 1 +- this
+CLIP = 0.2  # the ratio of probabilities is clipped to 1 +- this
 ENTROPY = 0.01  # weight of the entropy in the loss
 MAX_NORM = 0.5  # of the gradient
 
@@ -50,8 +50,8 @@ State = tuple[Tensor, Tensor]
 
 
 def main(updates: int = 30, seeds: int = 1, out: Path = Path("out")) -> dict[str, float]:
-    """Train both agents, print and plot; returns the mean return of each one's last 100 episodes, over the seeds."""
-    torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
+    """Train both agents, print and plot. Return each agent's mean return of its last 100 episodes, over the seeds."""
+    torch.set_num_threads(1)  # more do not help so small a model, and slow it down if other work shares the cores
     curves = {name: [learn(updates, seed, name) for seed in range(seeds)] for name in ("remembers", "forgets")}
     table = Table("agent", "episodes", "mean return of the last 100", "seconds", title="CartPole-v1 without velocities")
     for name, its in curves.items():
@@ -65,7 +65,7 @@ def main(updates: int = 30, seeds: int = 1, out: Path = Path("out")) -> dict[str
 class Curve(NamedTuple):
     """How an agent learned."""
 
-    averages: list[float]  # after each rollout, of the returns of the last 100 episodes
+    averages: list[float]  # after each rollout, the mean return of the last 100 episodes
     episodes: int
     seconds: float
 
@@ -108,7 +108,7 @@ class WithoutVelocities(gymnasium.ObservationWrapper):
 
 
 class Agent(nn.Module):
-    """Policy and values. The same call serves for acting, one step at a time, and for learning, all steps at once."""
+    """The policy and the values. The same call acts, one step at a time, and learns, with all steps at once."""
 
     def __init__(self, hidden: int = HIDDEN, remembers: bool = True) -> None:
         super().__init__()
@@ -120,14 +120,14 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.actor.weight, 0.01)  # so that at first both actions are equally likely
 
     def forward(self, observations: Tensor, state: State, starts: Tensor) -> tuple[Categorical, Tensor, State]:
-        """From observations [T, N, 2] and where episodes start, [T, N]: policy and values, [T, N], and the state."""
+        """Return the policy and the values, [T, N], and the state, for observations [T, N, 2] and starts [T, N]."""
         resets = starts if self.remembers else torch.ones_like(starts)
         y, state = self.lstm(self.encoder(observations), state, resets=resets)  # [T, N, H]
         return Categorical(logits=self.actor(y)), self.critic(y).squeeze(-1), state
 
 
 class Rollout(NamedTuple):
-    """T steps of N environments. All but observations and state are [T, N]."""
+    """T steps of N environments. All fields except the observations and the state are [T, N]."""
 
     observations: Tensor  # [T, N, 2]
     starts: Tensor  # bool: an episode starts with this observation
@@ -138,7 +138,7 @@ class Rollout(NamedTuple):
     state: State  # before the first step
 
     def of(self, chosen: Tensor) -> "Rollout":
-        """Some environments, with all of their steps."""
+        """Return some environments, with all of their steps."""
         h, c = self.state
         return Rollout(*(field[:, chosen] for field in self[:-1]), (h[:, chosen], c[:, chosen]))
 
@@ -166,7 +166,7 @@ def rollouts(agent: Agent, envs: VectorEnv, seed: int) -> Iterator[tuple[Rollout
                 action = policy.sample()
                 seen, earned, terminated, truncated, info = envs.step(action[0].cpu().numpy())
                 reward = tensor((1 - DISCOUNT) * earned.astype(np.float32))  # so that values are at most 1
-                if truncated.any():  # cut off by the time limit: add the value of what would have followed
+                if truncated.any():  # the time limit ended the episode: add the value of the state in which it ended
                     last = seen.copy()
                     last[truncated] = np.stack(info["final_obs"][truncated])
                     reward += DISCOUNT * tensor(truncated) * agent(tensor(last), (h, c), never)[1]
@@ -183,8 +183,8 @@ def rollouts(agent: Agent, envs: VectorEnv, seed: int) -> Iterator[tuple[Rollout
 
 
 def estimate(rewards: Tensor, values: Tensor, starts: Tensor) -> Tensor:
-    """Generalised advantages [T, N], from rewards [T, N], and values and starts [T + 1, N]."""
-    factors = DISCOUNT * ~starts[1:]  # of what follows a step, which is nothing at the end of an episode
+    """Return the generalised advantages [T, N], for rewards [T, N] and values and starts [T + 1, N]."""
+    factors = DISCOUNT * ~starts[1:]  # the weight of all later steps; it is 0 at the end of an episode
     errors = rewards + factors * values[1:] - values[:-1]
     advantages = torch.zeros_like(values)
     for t in reversed(range(len(errors))):
@@ -193,7 +193,7 @@ def estimate(rewards: Tensor, values: Tensor, starts: Tensor) -> Tensor:
 
 
 def training_step(agent: Agent, optimiser: torch.optim.Optimizer, batch: Rollout) -> None:
-    """Forward, backward, clipping, optimiser."""
+    """Run forward, backward, clipping and the optimiser."""
     optimiser.zero_grad()
     loss(agent, batch).backward()
     nn.utils.clip_grad_norm_(agent.parameters(), MAX_NORM)
@@ -201,7 +201,7 @@ def training_step(agent: Agent, optimiser: torch.optim.Optimizer, batch: Rollout
 
 
 def loss(agent: Agent, batch: Rollout) -> Tensor:
-    """The loss of PPO: clipped objective, error of the values and entropy, over all steps at once."""
+    """Return the loss of PPO, over all steps at once: clipped objective, error of the values and entropy."""
     policy, values, _ = agent(batch.observations, batch.state, batch.starts)
     advantages = (batch.advantages - batch.advantages.mean()) / (batch.advantages.std() + 1e-8)
     ratio = (policy.log_prob(batch.actions) - batch.log_probs).exp()
@@ -210,7 +210,7 @@ def loss(agent: Agent, batch: Rollout) -> Tensor:
 
 
 def plot(curves: dict[str, list[Curve]], path: Path) -> None:
-    """Draw the mean return of the last 100 episodes against the steps so far: mean and range of the seeds."""
+    """Draw the mean return of the last 100 episodes over the steps so far, as mean and range of the seeds."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, its), colour in zip(curves.items(), ("#1f5fa8", "0.45"), strict=True):

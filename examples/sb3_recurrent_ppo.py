@@ -6,15 +6,16 @@ Run it from the root of the repository::
     python examples/sb3_recurrent_ppo.py
 
 sb3-contrib cuts a minibatch into its episodes and calls torch.nn.LSTM at every step of them. OneCall makes one call,
-with the starts of episodes as `resets`. (None is inside these sequences: torch.nn.LSTM with its first state masked
-would do, too.) Your own program needs only that policy and gpu_lstm.convert::
+with the starts of episodes as `resets`. (No episode starts inside these sequences, so torch.nn.LSTM with a masked first
+state would be enough.) Your own program needs only that policy and gpu_lstm.convert::
 
     model = RecurrentPPO(OneCall, env)
     gpu_lstm.convert(model.policy)
     model.learn(...)
 
-Here models learn by one call, a seed each. At every update sb3-contrib's own policy makes the same update from the same
-weights and rollout, after their gradients were found equal, and both are timed. The plot is out/sb3_recurrent_ppo.png.
+The example trains one model for each seed with the policy OneCall. At every update sb3-contrib's own policy makes the
+same update from the same weights and the same rollout, and both are timed. Before that, their gradients are compared.
+The plot is out/sb3_recurrent_ppo.png.
 """
 
 import argparse
@@ -40,11 +41,11 @@ from torch import Tensor, nn
 import gpu_lstm
 
 ENVIRONMENTS = 8
-TOLERANCE = 1e-4  # by which gradients may differ, relative to their norm
+TOLERANCE = 1e-4  # the largest difference between gradients, relative to their norm
 
 
 class OneCall(RecurrentActorCriticPolicy):
-    """sb3-contrib's policy, but with one call of each LSTM for all steps of a minibatch."""
+    """sb3-contrib's policy with one call of each LSTM for all steps of a minibatch."""
 
     @staticmethod
     def _process_sequence(
@@ -54,7 +55,7 @@ class OneCall(RecurrentActorCriticPolicy):
         lstm: nn.Module,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         sequences = lstm_states[0].shape[1]
-        if len(features) == sequences:  # while acting, where there is no loop
+        if len(features) == sequences:  # the agent acts, and there is no loop
             return RecurrentActorCriticPolicy._process_sequence(features, lstm_states, episode_starts, lstm)
         x = features.view(sequences, -1, lstm.input_size).transpose(0, 1)  # [T, N, I]
         resets = episode_starts.view(sequences, -1).t().bool()
@@ -77,12 +78,12 @@ class Measured(NamedTuple):
     """One rollout and the updates from it."""
 
     seed: int
-    steps: int  # of all environments, up to here
+    steps: int  # so far, of all environments
     episode: float  # mean length, in steps
     acting: float  # seconds
     loop: float
     one_call: float
-    updates: int  # of the weights, by either
+    updates: int  # of the weights, the same number for both
 
 
 class Timed(RecurrentPPO):
@@ -113,7 +114,7 @@ class Timed(RecurrentPPO):
         seconds = dict.fromkeys(learn, 0.0)
         for epoch in range(self.epochs):
             for name in sorted(learn, reverse=epoch % 2 == 1):
-                np.random.seed(len(self.measured) * self.epochs + epoch)  # by which minibatches are drawn
+                np.random.seed(len(self.measured) * self.epochs + epoch)  # draws the minibatches
                 began = time.perf_counter()
                 learn[name]()
                 seconds[name] += time.perf_counter() - began
@@ -142,7 +143,7 @@ def check(twin: RecurrentPPO, buffer, ours: RecurrentPPO) -> None:
 def main(
     rollouts: int = 6, seeds: int = 1, hidden: int = 256, epochs: int = 4, out: Path = Path("out")
 ) -> list[Measured]:
-    """Learn, time, print and plot. RuntimeError if the two differ."""
+    """Learn, time, print and plot. Raise RuntimeError if the two policies differ."""
     torch.set_num_threads(1)
 
     measured: list[Measured] = []
@@ -173,7 +174,7 @@ def main(
 
 
 def plot(measured: list[Measured], hidden: int, path: Path) -> None:
-    """Draw updates a second by each, rollout by rollout, and how many times as fast one call was, also with acting."""
+    """Draw the updates a second of both policies for each rollout. The title has the ratio, also with the rollouts."""
     figure = Figure(figsize=(5, 2.8), layout="constrained")
     update, whole = (
         np.median([(each.loop + acting * each.acting) / (each.one_call + acting * each.acting) for each in measured])

@@ -10,10 +10,10 @@ Run it from the root of the repository, in one process or in more::
 The text is the language reference that every Python ships for `help()`. It is cut into STREAMS pieces of equal length,
 which are divided among the processes and read in parallel. Back-propagation through time is truncated: a training step
 reads the next WINDOW bytes of every piece, and h and c carry over from step to step without their gradient. The
-processes exchange gradients by DistributedDataParallel: by NCCL with a GPU for each, else by gloo.
+processes exchange gradients by DistributedDataParallel, over NCCL if each has a GPU, and over gloo otherwise.
 
-A checkpoint holds everything that a run needs: weights, the optimizer, the number of steps so far, which gives the
-position in every piece, and for each process the states of its pieces and of its random number generator.
+A checkpoint holds everything that a run needs. It has the weights, the optimizer, and the number of steps so far, which
+gives the position in every piece. For each process it has the states of its pieces and of its random number generator.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gpu_lstm
 
-STREAMS = 32  # pieces of the text, of all processes together
-WINDOW = 64  # bytes of each between two updates, T
+STREAMS = 32  # pieces of the text, counted over all processes
+WINDOW = 64  # T, the bytes of each piece between two updates
 HIDDEN = 128  # H
 LAYERS = 2
 DROPOUT = 0.1
@@ -51,7 +51,7 @@ State = tuple[Tensor, Tensor]
 
 
 class Model(nn.Module):
-    """Bytes [T, N] to the logits of the next ones, [T, N, 256]."""
+    """Map bytes [T, N] to the logits of the next bytes, [T, N, 256]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Training:
         self.state: State = zeros, zeros.clone()
 
     def step(self) -> float:
-        """Train on the next bytes of every piece; returns the loss of this process in bits per byte."""
+        """Train on the next bytes of every piece, and return the loss of this process in bits per byte."""
         per_round = (len(self.text) - 1) // WINDOW  # windows of a piece
         first = self.steps % per_round * WINDOW
         if first == 0:  # at the start of the pieces
@@ -108,7 +108,7 @@ class Training:
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint, which must be from the same number of processes."""
-        self.step()  # in which DDP fixes the order of its sums; everything else of it is overwritten
+        self.step()  # DDP fixes the order of its sums in it; the checkpoint overwrites all its other effects
         parts = self._parts()
         dcp.load(parts, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
@@ -127,7 +127,7 @@ class Training:
 
     @torch.no_grad()
     def bits(self) -> dict[str, float]:
-        """Bits per byte on the held-out text: of the model, and of the frequencies of single bytes."""
+        """Return the bits per byte on the held-out text, for the model and for the frequencies of single bytes."""
         model = self.model.module.eval()
         logits, _ = model(self.held_out[:-1])
         model.train()
@@ -139,12 +139,12 @@ class Training:
 
 
 def the_text() -> Tensor:
-    """The language reference, uint8 [bytes]."""
+    """Return the language reference, uint8 [bytes]."""
     return torch.frombuffer(bytearray("\n\n".join(topics[name] for name in sorted(topics)).encode()), dtype=torch.uint8)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train and print; returns the bits per byte on the held-out text."""
+    """Train and print, and return the bits per byte on the held-out text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400, help="of training, in total; default: %(default)s")
     parser.add_argument("--save-every", type=int, default=200, metavar="STEPS", help="default: %(default)s")
@@ -159,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
 
 def start() -> torch.device:
-    """Join the other processes that torchrun has started, if any; returns the device of this one."""
+    """Join the other processes that torchrun has started, if there are any, and return the device of this process."""
     torch.set_num_threads(1)  # the processes share the cores
     device = torch.device("cpu")
     if torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
@@ -173,7 +173,7 @@ def start() -> torch.device:
 def train(training: Training, options: argparse.Namespace) -> dict[str, float]:
     """Train up to the last step, with checkpoints on the way and at the end."""
     if options.resume:
-        complete = [path.parent for path in options.out.glob("step-*/.metadata")]  # which is written last
+        complete = [path.parent for path in options.out.glob("step-*/.metadata")]  # this file is written last
         if not complete:
             raise SystemExit(f"there is no checkpoint in {options.out}")
         training.resume(max(complete, key=lambda folder: int(folder.name.removeprefix("step-"))))

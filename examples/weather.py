@@ -1,16 +1,16 @@
 """Forecast tomorrow's maximum temperature in Seattle with a stack of two LSTM layers.
 
-Run it from the root of the repository; the data comes with the package vega_datasets, nothing is downloaded::
+Run it from the root of the repository. The data comes with the package vega_datasets, and nothing is downloaded::
 
     pip install -e ".[examples]"
     python examples/weather.py
 
-It trains gpu_lstm.StackedLSTM on 2012 to 2014, on the GPU if there is one, and forecasts each day of 2015 from the 30
-days before it. It prints the errors next to those of three simple forecasts, and how long a training step takes, and
-draws the forecasts in out/weather.png.
+The example trains gpu_lstm.StackedLSTM on 2012 to 2014, on the GPU if there is one, and forecasts each day of 2015 from
+the 30 days before it. It prints the errors beside the errors of three simple forecasts, and the time of a training
+step, and draws the forecasts in out/weather.png.
 
-One of the three, a ridge regression on the last two days, is as good as the stack: one town's weather of tomorrow
-depends little on what was before yesterday. A task that cannot be solved without memory is in highlight.py.
+One of the three simple forecasts, a ridge regression on the last two days, is as good as the stack. Tomorrow's weather
+in one town depends little on the days before yesterday. highlight.py has a task that cannot be solved without memory.
 """
 
 import argparse
@@ -36,49 +36,49 @@ TEST_YEAR = 2015
 WINDOW = 30  # T, the days that a forecast sees
 HIDDEN_SIZES = [32, 16]
 DROPOUT = 0.5  # between the layers
-RIDGE_DAYS, RIDGE_PENALTY = 2, 10.0  # of the linear forecast
+RIDGE_DAYS, RIDGE_PENALTY = 2, 10.0  # settings of the linear forecast
 BATCH = 64  # N, the windows in a training step
 
 
 class Errors(NamedTuple):
-    """How far a forecast of the test year is off, in °C."""
+    """The errors of a forecast of the test year, in °C."""
 
     mae: float
     rmse: float
 
 
 class Weather(NamedTuple):
-    """One row a day. The first `split` days are for training."""
+    """The weather, one row a day. The first `split` days are for training."""
 
     dates: np.ndarray  # [days]
     day: np.ndarray  # [days], of the year
     temp_max: np.ndarray  # [days], °C
     series: Tensor  # [days, 6]: maximum, minimum, rain, wind, all normalised; the time of year as a point on a circle
     windows: Tensor  # [days - T, T, 6]; window k holds the days k to k + T - 1
-    # How much warmer the day after a window is than its last day, normalised: 0 forecasts the last day's value again.
+    # The day after a window minus the last day of the window, normalised. 0 forecasts the last day's value again.
     changes: Tensor  # [days - T]
     split: int
 
 
 def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, Errors]:
-    """Load, train, evaluate, plot and time; returns the errors by the name of the forecast."""
+    """Load, train, evaluate, plot and time. Return the errors by the name of the forecast."""
     torch.manual_seed(seed)
-    torch.set_num_threads(1)  # more do not help so small a model, and slow it down where other work shares the cores
+    torch.set_num_threads(1)  # more do not help so small a model, and slow it down if other work shares the cores
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     weather = load(device)
     windows, temp_max, day, split = weather.windows, weather.temp_max, weather.day, weather.split
     x, y = windows[: split - WINDOW], weather.changes[: split - WINDOW]  # [training windows, T, 6], [training windows]
 
-    # Train: in every epoch each training window once, in batches.
+    # Train. Every epoch reads each training window once, in batches.
     model = Forecaster(gpu_lstm.StackedLSTM(6, HIDDEN_SIZES, batch_first=True, dropout=DROPOUT)).to(device)
     optimiser = torch.optim.Adam(model.parameters())
     for _ in track(range(epochs), description="Training"):
         for batch in torch.randperm(len(x)).to(device).split(BATCH):
             training_step(model, optimiser, x[batch], y[batch])
 
-    # Evaluate, all [test days] in °C. Next to the stack: a linear forecast from the last days; today's value again;
-    # and the mean of the training days that are at most 15 days of the year away.
+    # Evaluate. All results are [test days] in °C. The stack has three rivals: a linear forecast from the last days,
+    # today's value again, and the mean of the training days that are at most 15 days of the year away.
     model.eval()
     with torch.no_grad():
         change = model(windows[split - WINDOW :]).cpu().numpy() * temp_max[:split].std()
@@ -99,7 +99,7 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
     print("The linear forecast sees two days only: what is left to remember is little. highlight.py needs memory.")
     plot(weather.dates[split:], forecasts, truth, errors, out / "weather.png")
 
-    # Time: StackedLSTM, and the same layers made of torch.nn.LSTM.
+    # Time StackedLSTM, and the same layers made of torch.nn.LSTM.
     torch_stack = TorchStack(nn.LSTM(i, h, batch_first=True) for i, h in pairwise([6, *HIDDEN_SIZES]))
     ours, theirs = step_times([model.train(), Forecaster(torch_stack).to(device)], x[:BATCH], y[:BATCH])
     backend = gpu_lstm.explain(model.stack, x[:BATCH]).backend
@@ -111,7 +111,7 @@ def main(epochs: int = 40, seed: int = 0, out: Path = Path("out")) -> dict[str, 
 
 
 def load(device: torch.device) -> Weather:
-    """Seattle's weather from 2012 to 2015, normalised by the training years, and in windows."""
+    """Return Seattle's weather from 2012 to 2015, normalised by the training years, and cut into windows."""
     table = data.seattle_weather()
     split = int((table["date"].dt.year < TEST_YEAR).sum())
     measured = table[["temp_max", "temp_min", "precipitation", "wind"]].to_numpy()  # [days, 4]; °C, °C, mm, m/s
@@ -126,7 +126,8 @@ def load(device: torch.device) -> Weather:
 
 
 def ridge(windows: np.ndarray, changes: np.ndarray, training: int) -> np.ndarray:
-    """A linear forecast of the changes after the windows [windows, T, 6] that follow the `training` ones: [others]."""
+    """Return a linear forecast of the changes after the windows [windows, T, 6]. The first `training` windows are for
+    training, and the result [others] is for the other windows."""
     inputs = windows[:, -RIDGE_DAYS:].reshape(len(windows), -1).astype(np.float64)
     x, y = inputs[:training], changes[:training].astype(np.float64)
     centre = x.mean(axis=0)
@@ -136,7 +137,7 @@ def ridge(windows: np.ndarray, changes: np.ndarray, training: int) -> np.ndarray
 
 
 class Forecaster(nn.Module):
-    """From windows of days to the change of temp_max after them, normalised."""
+    """Map windows of days to the change of temp_max after them, normalised."""
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
@@ -145,7 +146,7 @@ class Forecaster(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         output, _ = self.stack(windows)  # [N, T, 6] -> [N, T, 16]
-        return self.head(output[:, -1]).squeeze(-1)  # [N], from the last day
+        return self.head(output[:, -1]).squeeze(-1)  # [N], from the output of the last day
 
 
 class TorchStack(nn.ModuleList):
@@ -158,12 +159,12 @@ class TorchStack(nn.ModuleList):
 
 
 def errors_of(off: np.ndarray) -> Errors:
-    """From the difference of a forecast from the truth, [test days]."""
+    """Return the errors of a forecast, given its difference from the truth, [test days]."""
     return Errors(mae=np.abs(off).mean(), rmse=np.sqrt((off**2).mean()))
 
 
 def training_step(model: nn.Module, optimiser: torch.optim.Optimizer, windows: Tensor, changes: Tensor) -> None:
-    """Forward, backward, optimiser: windows [N, T, 6], changes [N]."""
+    """Run forward, backward and the optimiser on windows [N, T, 6] and changes [N]."""
     loss = nn.functional.mse_loss(model(windows), changes)
     optimiser.zero_grad()
     loss.backward()
@@ -173,7 +174,7 @@ def training_step(model: nn.Module, optimiser: torch.optim.Optimizer, windows: T
 def plot(
     dates: np.ndarray, forecasts: dict[str, np.ndarray], truth: np.ndarray, errors: dict[str, Errors], path: Path
 ) -> None:
-    """Draw the test year; below, its June and July with all forecasts, and their errors. All series [test days]."""
+    """Draw the test year, below it June and July with all forecasts, and their errors. All series are [test days]."""
     colours = dict(zip(forecasts, ("black", "tab:green", "tab:orange", "tab:blue"), strict=True))
     figure = Figure(figsize=(10, 7), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=[2, 1])
@@ -203,7 +204,7 @@ def plot(
 
 
 def step_times(models: list[nn.Module], windows: Tensor, changes: Tensor) -> np.ndarray:
-    """The median time of a training step of each model in ms; the models take turns."""
+    """Return the median time of a training step of each model in ms. The models take turns."""
     pairs = [(model, torch.optim.Adam(model.parameters())) for model in models]
     times = []
     for _ in range(55):
