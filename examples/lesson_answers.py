@@ -47,7 +47,7 @@ def exercise_1() -> None:
 
 
 def exercise_2() -> None:
-    """The cell keeps its state at a zero, (f, i) = (1, 0), and adds 1 at a one, (1, 1). So f and g are 1, and i is x."""
+    """The cell keeps its state at a zero, (f, i) = (1, 0), and adds 1 at a one, (1, 1). f and g are 1, and i is x."""
     counter = gpu_lstm.LSTM(1, 1)
     by_hand(counter, [[40], [0], [0], [0]], [-20, 20, 20, 20])  # i, f, g, o
     _, (_, count) = counter(torch.tensor([[1.0], [0], [1], [1], [0], [1]]))
