@@ -1,4 +1,8 @@
-"""Which plan runs a pass of a problem: the fastest of the first that compile and fit, or the one that was so before."""
+"""The choice of a plan for a pass of a problem.
+
+A first call compiles the first proposals, and times those that fit and are right. The fastest one is kept on disk, and
+later processes take it without a measurement.
+"""
 
 import bisect
 import contextlib
@@ -32,10 +36,10 @@ from ..parameters import in_tuples
 from . import threads, tiles
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, rank
 
-MOST = 3  # plans that a first call compiles, and times, before it falls back on the step family's
-MOST_LONGER = 1.25  # a plan that batches share may have so many times the rank of the best for one of them
-SLOW_S = 2.0  # after which a log line says what a user waits for
-EMPTY = OPTIONS | {"num_warps": 32, "launch_cooperative_grid": True}  # of the empty kernel: the most threads of a block
+MOST = 3  # plans that a first call compiles and times, before it falls back on the plan that always works
+MOST_LONGER = 1.25  # the rank of a plan that several batch sizes share, divided by the rank of the best plan, at most
+SLOW_S = 2.0  # seconds, after which a log line names what the user waits for
+WARPS = 32  # the warps of a block of the empty kernel, the most that CUDA allows
 
 FAMILIES = {
     Resident: threads.RESIDENT, Cooperative: threads.COOPERATIVE, Pointwise: tiles.POINTWISE,
@@ -45,9 +49,9 @@ FAMILIES = {
 logger = logging.getLogger("gpu_lstm")
 
 _multiprocessors: dict[tuple[torch.device, int | None], int] = {}
-"""Of each context that planned for a device."""
+"""How many multiprocessors a context has, by (device, context)."""
 
-CURES = {  # remedies for errors of Triton, its driver and the file system, by a part of the message
+CURES = {  # remedies for errors of Triton, its driver and the file system, by a part of the error's message
     "C compiler": "Triton builds its launchers with a C compiler: install gcc, or name one in CC",
     "non-zero exit status": "Triton builds its launchers with Python's headers: install python3-dev",
     "kernel image": "the driver is older than what this Triton compiles for: use a newer driver, or an older Triton",
@@ -61,11 +65,11 @@ CURES = {  # remedies for errors of Triton, its driver and the file system, by a
 
 
 class RecordedLaunch(NamedTuple):
-    """One kernel launch as the launcher would make it."""
+    """The description of a launch that the launcher would make."""
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: dict[str, Any]  # by the names of the kernel's parameters, and Triton's options
+    arguments: dict[str, Any]  # tensors by the names of pointers, numbers by the names of parameters, Triton's options
 
 
 @triton.jit
@@ -74,15 +78,16 @@ def empty_kernel():
 
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The plans to try, in this order, before any is timed. The one that always works is among them."""
-    of_all = shared(problem, card, backward)
-    found = _plans(of_all, card, backward)
-    return list(found) if of_all == problem else [plan.fitted(problem) for plan in found]
+    """Return the plans to try, in this order if none is measured. The plan that always works is among them."""
+    return [plan.fitted(problem) for plan in _plans(shared(problem, card, backward), card, backward)]
 
 
 def shared(problem: Problem, card: Card, backward: bool) -> Problem:
-    """The problem that the plans are made for: of the next power of two of sequences, unless these promise to be much
-    slower than plans for this batch alone."""
+    """Return the problem for which the plans are made, so that batches of many sizes share kernels.
+
+    It has the next power of two of sequences, unless its best plan would be much slower than the best plan for this
+    batch alone.
+    """
     if problem.batch in (0, most := power_of_two(problem.batch)):
         return problem
     of_all = problem._replace(batch=most)
@@ -93,33 +98,30 @@ def shared(problem: Problem, card: Card, backward: bool) -> Problem:
 
 @functools.lru_cache(256)
 def _plans(problem: Problem, card: Card, backward: bool) -> Sequence[Plan]:
-    """The plans for this batch alone, by `rank`."""
+    """Return the plans for this batch size, in the order of `rank`."""
     head = problem.of_head
     found = [always(head, card, backward)]
     if not problem.only_by_steps:
         found += [tiles.pointwise_plan(head, backward)]
-    if problem.steps > 1 and not problem.only_by_steps:  # holding W_hh on chip pays off from the second step on
-        # Where W_hh does not fit a share of the card, layers or directions run one after another, on all of it.
-        alone = problem._replace(side_by_side=1).of_head
-        apart = problem.heads > 1
-        found += [*threads.cooperative_plans(head, card, backward, apart)] or threads.cooperative_plans(
-            alone, card, backward, apart
-        )
-        found += [*tiles.held_plans(head, card, backward), *tiles.split_plans(head, card, backward)]
-        found += threads.resident_plans(head, card, backward)
+        if problem.steps > 1:  # holding W_hh on chip pays off from the second step on
+            # Where W_hh does not fit a share of the card, layers or directions run one after another on the whole card.
+            cooperative = partial(threads.cooperative_plans, card=card, backward=backward, apart=problem.heads > 1)
+            found += [*cooperative(head)] or cooperative(problem._replace(side_by_side=1).of_head)
+            for propose in tiles.held_plans, tiles.split_plans, threads.resident_plans:
+                found += propose(head, card, backward)
     order = partial(rank, problem, card, backward=backward)
     return sorted((dataclasses.replace(plan, heads=problem.heads) for plan in found), key=order)
 
 
 def always(problem: Problem, card: Card, backward: bool) -> Plan:
-    """The plan that works for every size."""
+    """Return the plan that works for every size."""
     if problem.only_by_steps:
         return tiles.pointwise_plan(problem, backward)
     return tiles.step_plan(problem, card, backward)
 
 
 def card_of(device: torch.device) -> Card:
-    """See layer.Launcher. Tests replace it to simulate a card."""
+    """See contract.Launcher. Tests replace this function to simulate a card."""
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
@@ -134,17 +136,20 @@ def card_of(device: torch.device) -> Card:
 
 
 def _context() -> int | None:
-    """The driver's current context. torch and Triton have loaded the driver."""
+    """Return the driver's current context. torch and Triton have loaded the driver before."""
     context = ctypes.c_void_p()
     driver().cuCtxGetCurrent(ctypes.byref(context))
     return context.value
 
 
 def _multiprocessors_of_context(device: torch.device, count: int, threads: int) -> int:
-    """How many of a card's multiprocessors the current context has: fewer in a green context, or with a share of MPS.
-    So many blocks are in the largest cooperative grid of an empty kernel that the driver accepts."""
-    blocks = threads // (32 * EMPTY["num_warps"])  # of a multiprocessor
-    empty = load(empty_kernel, (1,), EMPTY)
+    """Return how many of a card's `count` multiprocessors the current context has.
+
+    A green context, or a client of MPS with a share of the card, has fewer. The driver refuses a cooperative grid that
+    is larger than the context. So the largest grid of an empty kernel that it accepts tells the number.
+    """
+    blocks = threads // (32 * WARPS)  # of a multiprocessor
+    empty = load(empty_kernel, (1,), OPTIONS | {"num_warps": WARPS, "launch_cooperative_grid": True})
 
     def is_too_large(multiprocessors: int) -> bool:
         try:
@@ -164,9 +169,9 @@ def _multiprocessors_of_context(device: torch.device, count: int, threads: int) 
 
 
 def candidates(problem: Problem, card: Card, pass_: Pass) -> list[Plan]:
-    """The plans of a pass to try, the measured one first."""
+    """Return the plans of a pass to try. The measured plan is the first."""
     if card is INTERPRETER:
-        return [always(problem, card, pass_.backward)]  # others are written thread by thread: slow there
+        return [always(problem, card, pass_.backward)]  # kernels written thread by thread are slow there
     measured = measured_plan(problem, card, pass_.backward)
     return sorted(plans(problem, card, pass_.backward), key=lambda plan: plan != measured)
 
@@ -175,8 +180,11 @@ def choose_plan(
     problem: Problem, device: torch.device, pass_: Pass, launches: Callable[[Plan], list[RecordedLaunch]],
     refuses: Callable[[Plan], str | None] | None = None, times: Times | None = None,
 ) -> Plan:  # fmt: skip
-    """The best plan whose kernels, launches(plan), compile and fit, and for which refuses(plan) has no reason to refuse
-    it: the fastest by `times` of the first ones, unless one was measured before. NoKernel if there is none."""
+    """Return the best plan whose kernels compile and fit, and that is not refused. Raise NoKernel if there is none.
+
+    launches(plan) are the launches of a plan, and refuses(plan) is the reason not to use it, or None. With `times`, and
+    if no plan was measured before, the fastest of the first plans is the best. Otherwise the first one in order is.
+    """
     card = card_of(device)
     tried = candidates(problem, card, pass_)
     if device.type != "cuda":
@@ -185,13 +193,13 @@ def choose_plan(
     tried = tried[:MOST] + [plan for plan in tried[MOST:] if plan == last]
     capturing = torch.cuda.is_current_stream_capturing()
 
-    def identity(plan: Plan) -> tuple:  # what decides whether a plan can be used: all but how many sequences there are
+    def identity(plan: Plan) -> tuple:  # all that decides whether a plan can be used; the batch size does not
         return problem._replace(batch=0, side_by_side=1), device, pass_, *plan.identity.values()
 
     def name(plan: Plan) -> str:
         return f"{plan.family.name} {plan.rows}x{plan.units}"
 
-    if capturing:  # when nothing is verified
+    if capturing:  # nothing is verified during a capture, so plans that were verified before it come first
         tried.sort(key=lambda plan: identity(plan) not in plans_in_use)
     if measured_plan(problem, card, pass_.backward) is not None:
         times = None
@@ -199,12 +207,12 @@ def choose_plan(
     refused: list[str] = []
     for group in [[plan] for plan in tried] if times is None else [tried[:MOST], tried[MOST:]]:
         new = [plan for plan in group if identity(plan) not in plans_in_use]
-        found = [FAMILIES[type(plan.family)].kernels[pass_.backward].__name__ for plan in new]
         with _told_if_slow(f"compiling {len(new)} of at most {len(tried)} plans for {layer}; Triton keeps the result"):
             reasons = dict(zip(new, why_they_do_not_fit(device, [(launches(plan), plan.blocks) for plan in new])))
-        for kernel, plan in zip(found, new):
-            what = f"the trial of {kernel} for {layer}, plan {tried.index(plan) + 1} of at most {len(tried)}"
+        for plan in new:
             if reasons[plan] is None and refuses is not None:
+                kernel = FAMILIES[type(plan.family)].kernels[pass_.backward].__name__
+                what = f"the trial of {kernel} for {layer}, plan {tried.index(plan) + 1} of at most {len(tried)}"
                 with _told_if_slow(f"waiting for {what}; if it hangs, end this process: the next avoids it"):
                     reasons[plan] = refuses(plan)
         right = [plan for plan in group if reasons.get(plan) is None]
@@ -226,7 +234,10 @@ def choose_plan(
 
 
 def why_they_do_not_fit(device: torch.device, plans: Sequence[tuple[list[RecordedLaunch], int]]) -> list[str | None]:
-    """Why each plan, of launches and blocks, does not fit, or None. Kernels of several are compiled side by side."""
+    """Return for each plan the reason why it does not fit, or None.
+
+    A plan is given as its launches and its blocks of a multiprocessor. Several plans are compiled side by side.
+    """
     if len(plans) < 2:
         return [why_it_does_not_fit(*plan) for plan in plans]
     with ThreadPoolExecutor(len(plans)) as pool:
@@ -237,9 +248,9 @@ def why_they_do_not_fit(device: torch.device, plans: Sequence[tuple[list[Recorde
 def why_it_does_not_fit(
     launches: Iterable[RecordedLaunch], blocks: int, compiled: Callable[[], None] = lambda: None
 ) -> str | None:
-    """Why launches cannot run on the current device, `blocks` at once on a multiprocessor; None if they can.
+    """Return why launches cannot run on the current device with `blocks` on a multiprocessor, or None if they can.
 
-    compiled() waits for another thread that compiles them.
+    compiled() waits for another thread that compiles their kernels.
     """
     try:
         compiled()
@@ -247,27 +258,30 @@ def why_it_does_not_fit(
             loaded = load(kernel, grid, arguments)
             if loaded.n_spills:
                 return f"{kernel.__name__} spills {4 * loaded.n_spills} bytes a thread"
-            if blocks > 1:  # Triton only looks whether one fits
+            if blocks > 1:  # Triton only checks whether one fits
                 card, shared = Card(loaded.metadata.target.arch, 1), loaded.metadata.shared
                 if not card.has_room(blocks, shared):
                     return f"{blocks} blocks of {kernel.__name__} want {shared} bytes of {card.shared} each"
     except DEVICE_ERRORS:
         raise
-    except Exception as error:  # of many kinds: from Triton's front end, LLVM, ptxas, the driver
+    except Exception as error:  # of many classes: from Triton's front end, LLVM, ptxas, the driver
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def compile_all(device: torch.device, launches: Iterable[RecordedLaunch]) -> None:
-    """Compile kernels, which does not load them: contexts are a thread's own."""
-    with torch.cuda.device(device):  # the thread's, too
+    """Compile kernels without loading them. Another thread will load them, since each thread has a context."""
+    with torch.cuda.device(device):  # each thread has its own current device
         for kernel, grid, arguments in launches:
             kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
 
 
 def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
-    """A kernel, compiled and loaded on the current device. Tests replace it to simulate a driver. Errors are those of
-    errors_as_of_torch, or of any kind if it does not compile, or a block may not have so much shared memory."""
+    """Compile a kernel and load it on the current device. Tests replace this function to simulate a driver.
+
+    Errors of the driver are converted by `errors_as_of_torch`. If the kernel does not compile, or if it needs more shared
+    memory than a block may have, Triton raises errors of many classes.
+    """
     with errors_as_of_torch():
         compiled = kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
         load_kernel(compiled)
@@ -276,8 +290,11 @@ def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def errors_as_of_torch() -> Iterator[None]:
-    """Around calls of Triton's driver, whose errors are all RuntimeErrors: where memory is full an OutOfMemoryError;
-    where an earlier operation failed, or a CUDA graph is being captured, an AcceleratorError."""
+    """Convert errors of Triton's driver, which are all RuntimeErrors, to the classes that torch has for them.
+
+    Where memory is full, the block raises an OutOfMemoryError. Where an earlier operation failed, or a CUDA graph is
+    being captured, it raises an AcceleratorError.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -292,20 +309,20 @@ def errors_as_of_torch() -> Iterator[None]:
 
 @functools.cache
 def compile_problem(architecture: int) -> str | None:
-    """Why this Triton cannot compile for an architecture, which may be newer than its ptxas; None if it can."""
+    """Return why this Triton cannot compile for an architecture, or None if it can. A card may be newer than ptxas."""
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where Triton would print the whole kernel
+        with contextlib.redirect_stdout(io.StringIO()):  # after an error Triton would print the whole kernel
             triton.compile(ASTSource(empty_kernel, {}), target=GPUTarget("cuda", architecture, 32), options=OPTIONS)
-    except Exception as error:  # of many kinds: from LLVM, ptxas, or the folder of Triton's cache
+    except Exception as error:  # of many classes: from LLVM, ptxas, or the folder of Triton's cache
         lines = [line for line in str(error).splitlines() if line.strip()]
         return next((line for line in lines if "fatal" in line), f"{type(error).__name__}: {lines[0] if lines else ''}")
     return None
 
 
 def launch_problem(device: torch.device, architecture: int) -> str | None:
-    """Why Triton cannot launch kernels on a device, and what helps; None if it can, as far as an empty kernel shows."""
+    """Return why Triton cannot launch an empty kernel on a device, with a remedy, or None if it can."""
     problem = compile_problem(architecture)
-    if problem is None and not torch.cuda.is_current_stream_capturing():  # when older drivers load nothing
+    if problem is None and not torch.cuda.is_current_stream_capturing():  # older drivers load nothing in a capture
         problem = _load_problem(device)
     return problem and _with_cure(problem)
 
@@ -313,7 +330,7 @@ def launch_problem(device: torch.device, architecture: int) -> str | None:
 @functools.cache
 def _load_problem(device: torch.device) -> str | None:
     try:
-        card_of(device)  # which launches an empty kernel whose programs may wait for each other
+        card_of(device)  # launches an empty kernel whose programs may wait for each other
     except DEVICE_ERRORS:
         raise
     except Exception as error:  # from the C compiler or the driver
@@ -328,14 +345,12 @@ def _with_cure(problem: str) -> str:
 
 @contextlib.contextmanager
 def _told_if_slow(what: str) -> Iterator[None]:
-    """Log what a user waits for after SLOW_S, and again whenever it has taken twice as long."""
+    """Log what the user waits for if the block takes longer than SLOW_S, and again each time the wait has doubled."""
     ended, start = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        seconds = 0.0
-        while not ended.wait(max(SLOW_S, seconds)):
-            seconds = time.monotonic() - start
-            logger.warning("%s: %.0f s so far", what, seconds)
+        while not ended.wait(max(SLOW_S, time.monotonic() - start)):
+            logger.warning("%s: %.0f s so far", what, time.monotonic() - start)
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -347,28 +362,30 @@ def _told_if_slow(what: str) -> Iterator[None]:
 
 
 def measured_plan(problem: Problem, card: Card, backward: bool) -> Plan | None:
-    """The plan that was the fastest for problems like this on this card; None if none was measured. Whatever a file
-    says, only a proposed plan is one."""
+    """Return the fastest plan for such problems on this card as a file has it, or None if none was measured.
+
+    A plan of a file that is not among the proposals is ignored.
+    """
     of_all = shared(problem, card, backward)
-    if (kept := cache.read(cache.PLANS, _key(of_all, card, backward))) is None:
-        return None
+    kept = cache.read(cache.PLANS, _key(of_all, card, backward))
     return next((p.fitted(problem) for p in _plans(of_all, card, backward) if p.as_json() == kept), None)
 
 
 def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> None:
-    """Write a measured plan to the cache, for all batches that share it."""
+    """Write a measured plan to the cache, for all batch sizes that share it."""
     of_all = shared(problem, card, backward)
     kept = next(each for each in _plans(of_all, card, backward) if each.fitted(problem) == plan)
     cache.write(cache.PLANS, _key(of_all, card, backward), kept.as_json())
 
 
 def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
-    """What decides which plans there are, and which is the fastest: not the direction, lengths or resets alone."""
-    return dict(
-        sources=cache.sources("kernels"), triton=triton.__version__, card=card.name,
-        multiprocessors=card.multiprocessors, cell=problem.cell, batch=problem.batch, hidden=problem.hidden,
-        projected=problem.projected, dtype=str(problem.dtype), precision=problem.precision,
-        heads=problem.heads, side_by_side=problem.side_by_side, regularised=problem.regularised,
-        normalised=problem.normalised, backward=backward, steps=problem.steps,
+    """Return the facts that decide which plans are proposed, and which of them is the fastest.
+
+    The direction is not among them, and lengths and resets only together.
+    """
+    names = "cell", "batch", "hidden", "projected", "precision", "heads", "side_by_side", "regularised", "normalised"
+    return {name: getattr(problem, name) for name in (*names, "steps")} | dict(
+        sources=cache.sources("kernels"), triton=triton.__version__, card=card.name, backward=backward,
+        multiprocessors=card.multiprocessors, dtype=str(problem.dtype),
         ragged=problem.lengths is not None and problem.resets,
     )  # fmt: skip
