@@ -1,7 +1,7 @@
-"""What planning needs to know of a card, for both backends. Architectures are compute capabilities: 90 stands for 9.0.
+"""The facts about a card that planning needs, for all backends.
 
-Rates are those of an H100 (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
-Microbenchmarking", 2024; CUDA C++ Programming Guide).
+Architectures are compute capabilities: 90 stands for 9.0. The rates of L2 are those of an H100 (Luo et al.,
+"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide).
 """
 
 import ctypes
@@ -12,11 +12,12 @@ from math import inf
 import torch
 
 KB = 1024
-REGISTERS = 65536  # of a multiprocessor; one block may use all of them
-L2_BYTES, L2_ALONE = 28.7, 64  # per clock, that a multiprocessor reads from L2: when all read, and alone
+REGISTERS = 65536  # the registers of a multiprocessor, all of which one block may use
+# The bytes that a multiprocessor reads from L2 in a clock, when all multiprocessors read, and when it reads alone.
+L2_BYTES, L2_ALONE = 28.7, 64
 
 # KB of shared memory that a block may use, where it is not 99 (CUDA C++ Programming Guide, table of compute
-# capabilities); 0 is Triton's interpreter.
+# capabilities). Architecture 0 is Triton's interpreter.
 _SHARED = {0: 227, 60: 48, 70: 96, 75: 64, 80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
 
 
@@ -32,32 +33,35 @@ class Card:
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory that a block may use."""
+        """The bytes of shared memory that a block may use."""
         return _SHARED.get(self.architecture, 99) * KB
 
     def has_room(self, blocks: int, shared: int) -> bool:
-        """Whether so many blocks fit a multiprocessor, of `shared` bytes each and 1 KB for the system."""
+        """Whether a multiprocessor has room for the blocks. Each takes `shared` bytes, and 1 KB for the system."""
         return blocks * (shared + KB) <= self.shared + KB
 
     def l2_bytes(self, programs: int) -> float:
-        """Bytes per clock that each of `programs` reads from L2."""
+        """Return the bytes that each of `programs` reads from L2 in a clock."""
         return min(L2_ALONE, L2_BYTES * self.multiprocessors / programs)
 
 
 def driver() -> ctypes.CDLL:
-    """The CUDA driver, which torch has loaded."""
+    """Return the library of the CUDA driver, which torch has loaded."""
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 def driver_version() -> int:
-    """The newest CUDA that the driver supports: 13000 for CUDA 13.0. torch's builds for CUDA do not return it."""
+    """Return the newest CUDA that the driver supports: 13000 for CUDA 13.0. torch's builds for CUDA do not return it."""
     version = ctypes.c_int()
     driver().cuDriverGetVersion(ctypes.byref(version))
     return version.value
 
 
 def cuda_obstacle(backend: str, device: torch.device, oldest: tuple[int, int], instead: str = "") -> Exception | None:
-    """Why a backend that needs CUDA and this compute capability cannot run on a device; None if it can."""
+    """Return why a backend that needs CUDA and this compute capability cannot run on a device, or None if it can.
+
+    `instead` ends the message about a device of another type.
+    """
     if device.type != "cuda":
         return RuntimeError(f"backend {backend!r} runs on CUDA tensors, got {device}{instead}")
     if (capability := torch.cuda.get_device_capability(device)) >= oldest:

@@ -1,4 +1,4 @@
-"""The contract of a backend: what its package, its launcher, its plans and its launches are."""
+"""The contract of a backend: its package, its launcher, its plans and its launches."""
 
 import importlib
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from .problem import Pass, Problem, Recurrence
 
 
 class Chosen(NamedTuple):
-    """A plan, how it was chosen, and what a user is told about it."""
+    """A plan, how it was chosen, and its description for users."""
 
-    plan: Any  # the backend's own
-    measured: bool = False  # on this card; else the first that fits
+    plan: Any  # of the backend's own class
+    measured: bool = False  # whether it was the fastest on this card; otherwise it is the first that fits
     family: str = ""  # of kernels
-    tiles: str = ""  # how its programs share a layer, in words
+    tiles: str = ""  # how the programs share a layer, in words
     why: str = ""
-    each_step: int = 0  # launches at every step; 0: all steps are in one
+    each_step: int = 0  # the launches at every step; 0 if all steps are one launch
 
 
 class NoKernel(RuntimeError):
@@ -29,112 +29,118 @@ class NoKernel(RuntimeError):
 
 
 Refuses = Callable[[Any], str | None]
-"""refuses(plan): why a plan is not used for a layer, pass and call; None if it is."""
+"""refuses(plan) returns why a plan must not be used for a layer, pass and call, or None if it may."""
 Prepare = Callable[[Any], Callable[[], object]]
-"""prepare(plan)(): run a pass by a plan, as often as it is timed."""
+"""prepare(plan) returns a function that runs a pass by a plan, and that is called as often as the pass is timed."""
 Times = Callable[[list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
-"""times(plans): the seconds of a pass by each plan, and the errors of those that fail."""
+"""times(plans) returns the seconds of a pass by each plan, and the errors of the plans that fail."""
 Timer = Callable[[torch.device, Prepare, list[Any]], tuple[dict[Any, float], dict[Any, RuntimeError]]]
-"""timer(device, prepare, plans): the same for any pass."""
+"""timer(device, prepare, plans) returns the same as `Times`, for any pass."""
 
 
 class Package(Protocol):
-    """What is known of a backend before what it needs is imported: what its kernels/NAME_rnn/__init__.py has."""
+    """The facts about a backend that need no import of its packages. kernels/NAME_rnn/__init__.py has them."""
 
-    DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give it
-    DTYPES: tuple[torch.dtype, ...]  # that it computes in
+    DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give to the backend
+    DTYPES: tuple[torch.dtype, ...]  # the dtypes in which it computes
     is_compiled: Callable[..., bool] | None
-    """is_compiled(pass_, for_any=False): whether the function that runs a pass of all problems is in the cache, for
-    this CPU and these versions or, without importing anything, for any. Its compilation takes ten seconds. None: each
-    problem has kernels of its own."""
-    PACKAGES: tuple[str, ...]  # whose versions users are asked for
+    """is_compiled(pass_, for_any=False) tells whether the cache has the function that runs a pass of all problems.
+
+    It must fit this CPU and these versions or, with `for_any`, any of them, which is answered without an import. Its
+    compilation takes ten seconds. None says that each problem has kernels of its own."""
+    PACKAGES: tuple[str, ...]  # the packages whose versions belong into a bug report
     NEEDS: str  # what to install, and how
 
     def made_by(self) -> cache.Key:
-        """Names and versions of everything that makes and runs its kernels, beside torch, the device and our sources.
+        """Return the names and versions of everything that makes and runs the kernels.
 
-        They are part of the keys of verdicts and races. The backend can run here.
+        torch, the device and the library's own sources are not among them. They are part of the keys of verdicts and
+        races. Called only if the backend can run here.
         """
 
     def import_packages(self) -> None:
-        """Import what it needs. If that raises anything, the backend is not used."""
+        """Import the packages that the backend needs. If this raises any error, the backend is not used."""
 
 
 class Launcher(Protocol):
-    """A backend: what its module kernels/NAME_rnn/launch.py has."""
+    """A backend, as the module kernels/NAME_rnn/launch.py has it."""
 
     BACKEND: str  # its name
 
     def card_of(self, device: torch.device) -> Card:
-        """What plans may use of a device: its context may have fewer multiprocessors, and some are left to others."""
+        """Return the part of a device that plans may use.
+
+        The current context may have fewer multiprocessors than the device, and some may be left to other kernels.
+        """
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> Exception | None:
-        """Why it cannot run tensors of this device and dtype, to be raised; None if it can."""
+        """Return the exception to raise if the backend cannot run tensors of this device and dtype, else None."""
 
     def lacks(self, problem: Problem) -> str | None:
-        """What of a problem it does not support; None if it runs it."""
+        """Return the feature of a problem that the backend does not support, or None if it supports all of them."""
 
     def choose(
         self, problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
     ) -> Any:
-        """The plan for a pass, the best one that `refuses` does not refuse. Raises NoKernel if there is none.
+        """Return the best plan for a pass that `refuses` does not refuse. Raise NoKernel if there is none.
 
-        Without a `timer` nothing is timed.
+        Without a `timer` no plan is timed.
         """
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
-        """The Launches of a plan. In a trial they wait for other programs only briefly."""
+        """Return the Launches of a plan. In a trial, programs wait only briefly for other programs."""
 
     def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
-        """What `Layer.chosen` returns for a plan; for None, of the plan that would be tried first."""
+        """Describe a plan for `Layer.chosen`. None stands for the plan that would be tried first."""
 
 
 class Launches(NamedTuple):
-    """A plan of a pass, ready to be launched: the memory that a Layer allocates, and what makes all launches.
+    """The plan of a pass, ready to be launched: the buffers that a Layer allocates, and the function that launches.
 
-    start(arguments) makes them from arguments by the names of pointers: the `buffers`, which they write, what the time
-    loop reads, `error_ptr`, and more(r, memory). result(memory) is h, or dgates, if it is not the buffer itself.
+    start(arguments) makes all launches. Its arguments have the names of pointers: the `buffers`, which the kernels write,
+    the tensors that the time loop reads, `error_ptr`, and the result of more(r, memory). result(memory) returns h or
+    dgates if these are not the buffers of their names.
     """
 
     plan: Any
     buffers: dict[str, Buffer]
     start: Callable[[dict[str, Any]], None]
-    projects_outside: bool = False  # kernels run the recurrence of m, see projection.py
+    projects_outside: bool = False  # whether the kernels run the recurrence of m, see projection.py
     result: Callable[[dict[str, Tensor]], Tensor] | None = None
     more: Callable[[Recurrence, dict[str, Tensor]], dict[str, Any]] | None = None
     error_ptr: Tensor | None = None  # see timeouts.error_word
-    at_once: int | None = None  # launches that fit the card together; None: programs do not wait for each other
-    of_x: bool = False  # whether forward is given x in place of the gates, and multiplies it in the loop
+    at_once: int | None = None  # how many launches fit the card together; None if programs do not wait for each other
+    of_x: bool = False  # whether forward takes x in place of the gates, and multiplies it in the loop
     step: Callable[..., None] | None = None
-    """step(x, h0, c0, h, h_n, c_n, weights): a step of a layer, where all but the weights are addresses."""
+    """step(x, h0, c0, h, h_n, c_n, weights) runs one step of a layer. All arguments but the weights are addresses."""
 
 
 class OnlyPlan(NamedTuple):
-    """The plan of a backend that runs every problem in one way. Plans of other backends have the same three."""
+    """The plan of a backend that runs every problem in one way. Plans of other backends have the same four members."""
 
     backend: str
-    slower: str | None = None  # why torch's own is expected to be faster, where it can run the problem; None: it is not
+    slower: str | None = None  # why torch's own layer is expected to be faster, if it can run the problem; None if it is not
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its numbers may depend on, as JSON values; the number of sequences need not be in it."""
+        """The facts that the numbers of this plan may depend on, as JSON values. The batch size need not be among them."""
         return {"kernel": self.backend}
 
     def sequences_enough(self, problem: Problem) -> int:
-        """How many of a problem's sequences show all that its kernel does, for verification."""
+        """Return how many of a problem's sequences make its kernel run all of its code, for verification."""
         return min(problem.batch, 3)
 
 
 def package_of(backend: str) -> Package:
-    """What is known of a backend without what it needs."""
+    """Return the package of a backend, without importing the packages that the backend needs."""
     return cast(Package, importlib.import_module(f".{backend}_rnn", __package__))
 
 
 def launcher_of(backend: str) -> Launcher:
-    """A backend: the one place where it is imported."""
+    """Return the launcher of a backend. It is imported nowhere else."""
     return cast(Launcher, importlib.import_module(f".{backend}_rnn.launch", __package__))
 
 
 def machine_of(backend: str, device: torch.device) -> cache.Key:
-    """The facts that a verdict or a race of a backend on a device depends on."""
+    """Return the facts that a verdict or a race of a backend on a device depends on."""
     return cache.machine(device) | package_of(backend).made_by()

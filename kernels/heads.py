@@ -1,18 +1,22 @@
-"""Products with W_hh [GATES H, D] outside the time loop: a row has the weights of its own head alone, D of h or all."""
+"""Products with W_hh [GATES H, D] outside the time loop.
+
+A row of W_hh has D weights. Without heads, D is the width of h. With several heads, a row has only the weights of its own
+head, and D is the number of units of a head.
+"""
 
 import torch
 from torch import Tensor
 
 
 def arranged(weight: Tensor, width: int) -> Tensor:
-    """W_hh for many products with h of `width` features: of several heads [heads, D, GATES D], of one as it is."""
+    """Arrange W_hh for many products with h of `width` features: [heads, D, GATES D], unchanged if there is one head."""
     if (head := weight.shape[1]) == width:
         return weight
     return weight.view(-1, width // head, head, head).permute(1, 3, 0, 2).flatten(2)
 
 
 def product(h: Tensor, weight: Tensor) -> Tensor:
-    """W_hh h: h [..., P] -> [..., GATES H]; W_hh may be arranged."""
+    """Return W_hh h [..., GATES H] for h [..., P]. W_hh may be arranged."""
     weight = arranged(weight, h.shape[-1]) if weight.dim() == 2 else weight
     if weight.dim() == 2:
         return h @ weight.T
@@ -22,7 +26,7 @@ def product(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def gradient_of_h(dz: Tensor, weight: Tensor, width: int) -> Tensor:
-    """W_hh^T dz: dz [..., GATES H] -> [..., P], P = `width`."""
+    """Return W_hh^T dz [..., P] for dz [..., GATES H], where P = `width`."""
     if (head := weight.shape[1]) == width:
         return dz @ weight
     weight = weight.view(-1, width // head, head, head)
@@ -30,13 +34,13 @@ def gradient_of_h(dz: Tensor, weight: Tensor, width: int) -> Tensor:
 
 
 def gradient_of_weight(dz: Tensor, h: Tensor, heads: int) -> Tensor:
-    """dW_hh [GATES H, D] from dz [GATES H, T*B] and h [T*B, H]."""
+    """Return dW_hh [GATES H, D] for dz [GATES H, T*B] and h [T*B, H]."""
     h = h.unflatten(-1, (heads, -1))  # [T*B, heads, D]
     return torch.einsum("gndr,rne->gnde", dz.unflatten(0, (-1, heads, h.shape[-1])), h).flatten(0, 2)
 
 
 def dense(weight: Tensor, width: int) -> Tensor:
-    """W_hh of one head that computes the same: [GATES H, P], P = `width`, with zeros between heads."""
+    """Return the W_hh without heads that computes the same: [GATES H, P] with zeros between heads, where P = `width`."""
     if (head := weight.shape[1]) == width:
         return weight
     heads = width // head

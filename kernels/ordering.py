@@ -1,7 +1,8 @@
-"""Launches whose programs wait for each other: they run at once only if they were planned to share the card.
+"""The order of launches whose programs wait for each other.
 
-Two of them, each holding half the card, would wait for ever. In a graph that is being captured all work goes to one
-stream.
+If two such launches each held a half of the card, and each needed more, they would wait for ever. So two of them run at
+once only if they were planned to share the card. In a graph that is being captured all work is on one stream, which
+orders it.
 """
 
 import threading
@@ -18,33 +19,37 @@ R = TypeVar("R")
 class _Launched:
     """The latest launches on a device, which share it."""
 
-    at_once: int  # streams that they were planned for
-    streams: dict[Any, Any] = field(default_factory=dict)  # each with an event after its launches; None: not recorded
-    before: list[Any] | None = None  # events that they waited for; None: they are the first, and record none
-    lock: Any = field(default_factory=threading.RLock)  # no other thread launches between waiting and recording
+    at_once: int  # the number of streams that they were planned for
+    streams: dict[Any, Any] = field(default_factory=dict)  # the event after each stream's launches, None if unrecorded
+    before: list[Any] | None = None  # the events that they waited for; None for the first ones, which record no events
+    lock: Any = field(default_factory=threading.RLock)  # held from waiting to recording, so that no other thread launches
 
 
-# All copies of the library in this process share it: Hugging Face's `kernels` loads one, and a reload leaves one.
-# Raise the number when the fields of _Launched change: copies with two numbers do not know each other's launches.
+# All copies of the library in this process share these: Hugging Face's `kernels` loads a copy, and a reload leaves one.
+# Raise the number in the name when the fields of _Launched change. Copies with different numbers do not know each other's
+# launches.
 _launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_2", {})
 
 
 def in_order(at_once: int, device: torch.device, launch: Callable[..., R], *arguments: Any) -> R:
-    """launch(*arguments) on the current stream, as one of `at_once` that share the card, after all others."""
+    """Call launch(*arguments) on the current stream, as one of `at_once` launches that share the card.
+
+    It waits on the stream for all earlier launches that it does not share the card with.
+    """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return launch(*arguments)
     latest = _launched.get(device) or _launched.setdefault(device, _Launched(at_once))
     stream = torch.cuda.current_stream(device)
     with latest.lock:
-        if at_once != latest.at_once or len(latest.streams.keys() | {stream}) > at_once:
-            if None in latest.streams.values():  # of the first ones, or a launch raised; the stream may be gone by now
+        if at_once != latest.at_once or len({*latest.streams, stream}) > at_once:
+            if None in latest.streams.values():  # after the first launches, or an error; the stream may be gone by now
                 torch.cuda.synchronize(device)
-            latest.before = [event for event in latest.streams.values() if event is not None]
+            latest.before = [*filter(None, latest.streams.values())]
             latest.at_once, latest.streams = at_once, {}
         if stream not in latest.streams:
             for event in latest.before or ():
                 stream.wait_event(event)
-        latest.streams[stream] = None  # last: a call that is interrupted must not count as having waited
+        latest.streams[stream] = None  # only now, so that a call that was interrupted above does not count as having waited
         results = launch(*arguments)
         if latest.before is not None:
             latest.streams[stream] = stream.record_event()

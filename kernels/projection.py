@@ -1,7 +1,7 @@
-"""A projection, h = W_hr m, moved out of the time loop, where the product is W_hh h = (W_hh W_hr) m.
+"""A projection h = W_hr m that is moved out of the time loop, where the product is W_hh h = (W_hh W_hr) m.
 
-Only h0 is not computed from an m: its share is added to the gates of the first step. With zoneout of h or recurrent
-dropout the step is not linear in m, and this does not hold.
+Only h0 is not computed from an m. Its product with W_hh is added to the gates of the first step. With zoneout of h or
+recurrent dropout a step is not linear in m, so the projection cannot be moved.
 """
 
 from typing import Any
@@ -14,11 +14,14 @@ from .settings import precision
 
 
 def forward(launch: Any, p: Problem, gates: Tensor, r: Recurrence) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As layer.Layer.forward, by launch(gates, r) of the recurrence of m; gates of the first steps are overwritten."""
+    """Compute the same as layer.Layer.forward, where launch(gates, r) runs the recurrence of m.
+
+    The gates of each sequence's first step are overwritten.
+    """
     inputs = r.inputs
     with precision.held(p.precision):
-        share = unless_reset(p, inputs.h0[0] @ inputs.weight_hh.T, inputs.resets)  # [B, 4H]
-        gates[end_index(p, inputs.lengths, first=True)] += _where_empty(0, share, inputs)
+        of_h0 = unless_reset(p, inputs.h0[0] @ inputs.weight_hh.T, inputs.resets)  # [B, 4H]
+        gates[end_index(p, inputs.lengths, first=True)] += _where_empty(0, of_h0, inputs)
         m, _, c_n, c = launch(gates, _recurrence_of_m(p, r))  # [T, B, H]
         h = m @ inputs.weight_hr.T  # [T, B, P]
     h_n = _where_empty(inputs.h0[0], h[end_index(p, inputs.lengths, first=False)], inputs)
@@ -29,7 +32,7 @@ def backward(
     launch: Any, p: Problem, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor,
     c: Tensor, r: Recurrence,
 ) -> Gradients:  # fmt: skip
-    """As layer.Layer.backward without dh0, by launch(dh, dh_n, dc_n, gates, c, r) of the recurrence of m."""
+    """Compute the same as layer.Layer.backward without dh0, where launch(dh, dh_n, dc_n, gates, c, r) runs that of m."""
     inputs, steps = r.inputs, gates.shape[0]
     # The gradient of h [T, B, P] through the output and the final state, zero in padding.
     dh = gates.new_zeros(steps, p.batch, p.width) if dh is None else dh.clone()
@@ -51,11 +54,11 @@ def backward(
 
 
 def _recurrence_of_m(p: Problem, r: Recurrence) -> Recurrence:
-    """The recurrence of m, starting from zeros."""
+    """Return the recurrence of m, which starts from zeros."""
     weight, zeros = r.inputs.weight_hh @ r.inputs.weight_hr, r.inputs.h0.new_zeros(1, p.batch, p.hidden)
     return r._replace(inputs=r.inputs._replace(weight_hh=weight, weight_hr=None, h0=zeros))
 
 
 def _where_empty(these: Tensor | float, others: Tensor, inputs: Inputs) -> Tensor:
-    """[B, *]: these where the length is 0, else the others."""
+    """Return `these` for sequences of length 0, and `others` for all others, [B, *]."""
     return others if inputs.lengths is None else torch.where((inputs.lengths == 0)[:, None], these, others)

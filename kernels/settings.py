@@ -1,4 +1,4 @@
-"""Settings of the whole process that `with` blocks of ours change."""
+"""Settings of the whole process that `with` blocks of the library change."""
 
 import contextlib
 import threading
@@ -18,10 +18,10 @@ class Setting:
 
     @contextlib.contextmanager
     def changed(self, *value: Any) -> Iterator[None]:
-        """A block with another value; none: the block itself changes it.
+        """Run a block with another value. Without a value, the block itself changes the setting.
 
-        The first open block saves the old value, and the last one restores it, in whatever thread. If each restored
-        what it found, the last of two threads would restore what the other had set.
+        The first open block saves the old value, and the last one restores it, in whatever thread. If each block restored
+        the value that it found, the last of two threads would restore the value that the other had set.
         """
         with self.lock:
             if not self._open:
@@ -40,7 +40,7 @@ class Setting:
 
     @contextlib.contextmanager
     def held(self, value: Any) -> Iterator[None]:
-        """A short block with another value, during which all other threads wait that would change it."""
+        """Run a short block with another value. Other threads that would change the setting wait for its end."""
         with self.lock:
             before = self._get()
             try:
@@ -55,4 +55,8 @@ def _setting(name: str) -> Setting:
 
 
 precision, accumulation = _setting("fp32_precision"), _setting("allow_fp16_accumulation")
-"""Of cuBLAS, for float32 and half. The recurrence obeys other switches; the user's products in other threads, these."""
+"""The switches of cuBLAS for products of float32, and for sums in half precision.
+
+The precision of the recurrence follows from other switches, those of RNNs. The user's own products, which may run in
+other threads at the same time, obey these.
+"""

@@ -1,6 +1,7 @@
-"""The plans of the families of threads, cooperative and resident, and what the launcher must know of them.
+"""The plans of the cooperative and the resident family, and the tensors that their kernels take.
 
-Their kernels read weights and masks as words of 32 bits: an element of float32, or two of half precision.
+The kernels of both are written thread by thread. They read weights and masks as words of 32 bits. A word is one element
+of float32, or two elements of half precision.
 """
 
 from collections.abc import Iterator
@@ -18,16 +19,19 @@ from ..threads.fragments import SEQUENCES
 from ..threads.resident import resident_backward_kernel, resident_forward_kernel
 from .planning import Cooperative, Family, Plan, Resident
 
-MOST_WEIGHTS = 160  # of a thread's 255 registers, in the resident family
-MOST_BESIDE_RAGGED = 96  # of these, backward in TF32 with lengths and resets, whose sums and states need more
-MOST_REGISTERS = 190  # of these, for weights, words and sums, in the cooperative one
-STATIC_SHARED = 48 * KB  # that a kernel may declare (CUDA C++ Programming Guide)
+# How many of a thread's 255 registers a kernel may use:
+MOST_WEIGHTS = 160  # in the resident family, for weights
+MOST_BESIDE_RAGGED = 96  # the same, backward in TF32 with lengths and resets, where sums and states need more
+MOST_REGISTERS = 190  # in the cooperative family, for weights, words and sums
+STATIC_SHARED = 48 * KB  # the shared memory that a kernel may declare (CUDA C++ Programming Guide)
+ROWS = SEQUENCES.value
 
 
 def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool = False) -> Iterator[Plan]:
-    """Where the registers of all multiprocessors together hold W_hh as operands of tensor cores.
+    """Yield plans if the registers of all multiprocessors together hold W_hh as operands of tensor cores.
 
-    `apart`: the problem is one of several heads, so that gates of its units are no neighbours in dgates, see `sizes`.
+    `apart` says that the problem is one of several heads. Then the gates of a unit are no neighbours in dgates, see
+    `sizes`.
     """
     if problem.batch == 0 or problem.exact_float32:
         return
@@ -38,49 +42,49 @@ def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool 
         warps = 8 if words > 64 else 4
         chunks = ceil(words / (16 * warps))
         for units in range(4, 4 * warps + 1, 4):
-            own_rows = units * (partners if backward else gates)  # of weights, see threads/cooperative.py
+            own_rows = units * (partners if backward else gates)  # rows of weights, see threads/cooperative.py
             rows = ceil(own_rows / 16) * 16
             programs = partners * ceil(problem.hidden / (partners * units))
-            registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread: weights, words, sums
-            tiles = ceil(problem.batch / SEQUENCES.value)
-            groups = min(tiles, card.multiprocessors // (programs * problem.side_by_side))
-            shared = 2 * warps * rows * SEQUENCES.value * 4  # twice the sums of all warps
+            registers = (rows // 2 + 4) * chunks + rows // 4  # of a thread, for weights, words and sums
+            groups = card.multiprocessors // (programs * problem.side_by_side)
+            shared = 2 * warps * rows * ROWS * 4  # twice the sums of all warps
             fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
-            if fits and own_rows in (rows, 3 * units):  # three rows a unit leave some of a tile empty, others need not
+            if fits and own_rows in (rows, 3 * units):  # only with three rows a unit may a part of a tile stay empty
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange "
                 why += "dgates" if backward else "h"
-                family = Cooperative(chunks, partners, ahead=tiles > groups and not backward)
+                ahead = problem.batch > groups * ROWS and not backward
                 yield Plan(
-                    family, SEQUENCES.value, units, programs, groups, warps, shared, why,
+                    Cooperative(chunks, partners, ahead), ROWS, units, programs, groups, warps, shared, why,
                     side_by_side=problem.side_by_side,
                 ).fitted(problem)  # fmt: skip
 
 
 def as_words(x: Tensor) -> Tensor:
-    """[*, D] -> [*, W] int32, with zeros past D."""
+    """Return the rows of x [*, D] as words [*, W] int32, with zeros past D."""
     units = x.shape[-1]
     missing = -units * x.itemsize % 4 // x.itemsize
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))
-    # With D = 1 a tensor counts as contiguous whatever its strides are, which must be multiples of a word.
+    # The strides of x must be multiples of a word. With D = 1 a tensor counts as contiguous whatever its strides are.
     if units == 1 or not x.is_contiguous() or x.storage_offset() * x.itemsize % 4:
         x = x.clone(memory_format=torch.contiguous_format)
     return x.view(torch.int32)
 
 
 def transposed_gates(p: Problem, r: Recurrence, partners: int) -> Tensor:
-    """W_hh [GATES H, D] -> the words of W_hh^T of each partner's gates, [partners, H, GATES / partners, W] int32."""
+    """Return the words of W_hh^T for the gates of each partner: [partners, H, GATES / partners, W] int32."""
     weight_hh, units = r.inputs.weight_hh, r.inputs.weight_hh.shape[1]
     by_gate = weight_hh.view(partners, CELLS[p.cell].rows // partners, p.heads, units, units)
     return as_words(by_gate.permute(0, 2, 4, 1, 3))
 
 
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
-    """See planning.Family: how K of a program's product, in words, is shared out among its warps.
+    """See planning.Family. The sizes say how K of a program's product, counted in words, is divided among its warps.
 
-    Forward K is a row of h; backward it is the rows of OWN gates in dgates, which are neighbours: one piece. With other
-    heads between them each row is a piece, for a share of the warps. Warps cannot be shared out among three, so a cell
-    with three gates multiplies the gate before them, too, by ZEROS.
+    In forward, K is a row of h. In backward, K is the rows of OWN gates in dgates. Without heads these rows are
+    neighbours and make one piece. With heads, the rows of other heads lie between them. Then each row is a piece, which
+    a share of the warps multiplies. Warps cannot be divided among three pieces. So a cell with three gates also
+    multiplies the gate before them, by zeros (ZEROS).
     """
     partners, words = plan.family.partners, ceil(p.columns * p.size / 4)
     gates, apart = CELLS[p.cell].rows // partners, backward and p.heads > 1
@@ -94,40 +98,40 @@ def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
 
 
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
-    """See planning.Family. Rows of words are h, backward dgates."""
+    """See planning.Family. The exchanged words are the rows of h in forward, and of dgates in backward."""
     written = buffers_of(p, pass_)
-    if not pass_.backward:
-        written["h_ptr"] = Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)  # and h0 at its end
-        written["c_n_ptr"] = written["c_n_ptr"]._replace(fill="c0")  # where kernels read c at every step
-        return written
-    written["dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)
-    if plan.family.partners > 1:
-        written["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
+    if pass_.backward:
+        written["dgates_ptr"] = Buffer(p.dtype, (p.batch, 4, _row(p)), 0, EVERY_BIT)
+        if plan.family.partners > 1:
+            written["partials_ptr"] = Buffer(torch.int32, (p.batch, plan.family.partners, p.hidden), fill=EVERY_BIT)
+    else:
+        written["h_ptr"] = Buffer(p.dtype, (p.batch, _row(p)), 1, EVERY_BIT)  # h of all steps, then h0
+        written["c_n_ptr"] = written["c_n_ptr"]._replace(fill="c0")  # kernels read c from c_n at every step
     return written
 
 
 def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """What forward reads besides the tensors of a call."""
+    """Return the tensors that the forward kernel reads besides those of a call, by the names of pointers."""
     h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, _row(p)]
     if _row(p) > p.hidden:
         h = _without_padding(p, h.zero_())
-    if not h0.is_meta:  # where this would import torch's compiler, which takes seconds
-        h.copy_(torch.where(h0.isnan(), torch.nan, h0).view_as(h))  # any NaN but the sentinel
+    if not h0.is_meta:  # on the meta device this would import torch's compiler, which takes seconds
+        h.copy_(torch.where(h0.isnan(), torch.nan, h0).view_as(h))  # a NaN of h0 must not be the sentinel
     dropout_h = as_words(r.inputs.dropout_h.view(-1, p.columns)) if p.dropout_h else None  # [B heads, D]
     return {
         "weights_ptr": as_words(r.inputs.weight_hh), "words_ptr": memory["h_ptr"].view(torch.int32),
-        "dropout_h_ptr": dropout_h, "h_ptr": None, "c0_ptr": None,  # these are in the words, and beforehand in c_n
+        "dropout_h_ptr": dropout_h, "h_ptr": None, "c0_ptr": None,  # h is in the words, and c_n begins as c0
     }  # fmt: skip
 
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """As forward_arguments, for backward."""
+    """As `forward_arguments`, for the backward kernel."""
     weights = transposed_gates(p, r, plan.family.partners)
     return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
 
 
 def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
-    """h without h0 and padding of rows. It is no view, since autograd forbids changing one in place."""
+    """Return h without h0 and without the padding of rows. It is no view: autograd forbids in-place changes of views."""
     h = memory["h_ptr"]
     if _row(p) > p.hidden:
         return _without_padding(p, h[:-1]).flatten(2).contiguous()
@@ -135,35 +139,33 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
 
 
 def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
-    """dgates without padding of rows."""
-    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
-    return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
+    """Return dgates [T, B, 4H] without the padding of rows."""
+    return _without_padding(p, memory["dgates_ptr"]).flatten(2)
 
 
 def _row(p: Problem) -> int:
-    """Elements of a row of H units, those of each head in whole words."""
+    """Return the elements of a row of H units, in which the units of each head are padded to whole words."""
     return p.heads * (p.columns + p.columns * p.size % 4 // p.size)
 
 
 def _without_padding(p: Problem, rows: Tensor) -> Tensor:
-    """The units of rows [..., _row(p)], [..., heads, D]."""
+    """Return the units [..., heads, D] of rows [..., _row(p)]."""
     return rows.unflatten(-1, (p.heads, -1))[..., : p.columns]
 
 
 def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Plan]:
-    """Where the registers of one block hold W_hh as operands of tensor cores."""
+    """Yield a plan if the registers of one block hold W_hh as operands of tensor cores."""
     if problem.batch == 0 or problem.exact_float32:
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)
     gates = CELLS[problem.cell].rows
-    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread
+    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread, for weights
     ragged = backward and problem.size == 4 and problem.lengths is not None and problem.resets
     if warps <= 8 and registers <= (MOST_BESIDE_RAGGED if ragged else MOST_WEIGHTS):
-        rows = SEQUENCES.value
-        shared = 2 * rows * units * problem.size * (gates if backward else 1)
+        shared = 2 * ROWS * units * problem.size * (gates if backward else 1)
         yield Plan(
-            Resident(units * problem.size // 64), rows, units, 1, ceil(problem.batch / rows), warps, shared,
+            Resident(units * problem.size // 64), ROWS, units, 1, ceil(problem.batch / ROWS), warps, shared,
             f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
         )  # fmt: skip
 

@@ -1,4 +1,7 @@
-"""The plans of the families of tiles, step, held and pointwise, and what the launcher must know of them."""
+"""The plans of the step, the held and the pointwise family, and what the launcher needs to know about them.
+
+The kernels of all three are written in Triton's tiles.
+"""
 
 import itertools
 from functools import partial
@@ -19,16 +22,17 @@ from .planning import Family, Held, Plan, Pointwise, Step, rank
 
 
 def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
-    """A plan that works for every size: no more programs than fit the card at once. Where not even the heads fit, each
-    has one program, which waits for no other.
+    """Return a plan that works for every size.
 
-    The product of a step is small, and many programs share it: so tiles are the narrowest that fill tensor cores.
+    It has no more programs than the card keeps resident at once. If the card has room for fewer programs than heads,
+    each head has one program, which waits for no other one. Many programs share the small product of a step. So tiles
+    are the narrowest that fill tensor cores.
     """
     most, stages = (32, 2) if problem.regularised else (MOST_ROWS, 3)  # masks need registers
     if problem.exact_float32:
-        most //= 2  # and products without tensor cores do, too
+        most //= 2  # products without tensor cores need registers, too
     rows = max(16, min(power_of_two(problem.batch), most))
-    units = 16  # of which a forward product has four gates
+    units = 16  # a forward product has four gates of them
     k = 128 // problem.size  # 128 bytes of each row at a time
     stage = (rows + units * (1 if backward else 4)) * k * problem.size
     side_by_side = problem.of_head.side_by_side
@@ -39,19 +43,19 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     ).fitted(problem)  # fmt: skip
 
 
-# Sequences and units: wgmma takes 64 columns of the product, or a multiple; forward a unit has four.
-HELD_FORWARD = [(rows, units) for rows in (16, 32, 64) for units in (16, 32)]
-# Backward no more than 64: of more, wgmma reads W_hh elsewhere than it lies (dev/compile_table/triton_issue.md).
+# (Sequences, units) of the tiles of the held family. wgmma takes a multiple of 64 columns of the product. In forward a unit
+# has four columns.
+HELD_FORWARD = [*itertools.product((16, 32, 64), (16, 32))]
+# With more than 64 units in backward, wgmma would read W_hh from where it is not (dev/compile_table/triton_issue.md).
 HELD_BACKWARD = [(16, 64), (32, 64)]
 
 
 def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The best three plans, by `rank`, whose programs hold W_hh of some units in shared memory, for wgmma.
+    """Return the best three plans, by `rank`, whose programs hold W_hh of some units in shared memory, for wgmma.
 
-    Up to 128 units a resident program holds all of it, and beyond 512 these plans gain nothing.
+    Up to 128 units a resident program holds all of W_hh. From 513 units on these plans gain nothing.
     """
-    able = card.architecture == 90 and not problem.exact_float32
-    if not able or not 128 < problem.hidden <= 512:
+    if card.architecture != 90 or problem.exact_float32 or not 128 < problem.hidden <= 512:
         return []
     plans, multiprocessors, gates = [], card.multiprocessors // problem.side_by_side, CELLS[problem.cell].rows
     for rows, units in HELD_BACKWARD if backward else HELD_FORWARD:
@@ -59,13 +63,14 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
         k = power_of_two(inner)
         batch_tiles, programs = ceil(problem.batch / rows), ceil(problem.hidden / units)
         shared = (rows + units * (1 if backward else 4)) * k * problem.size
-        # While one block of a multiprocessor waits another one computes.
+        # With two blocks of a multiprocessor, one computes while the other waits.
         blocks = 2 if programs * batch_tiles > multiprocessors and card.has_room(2, shared) else 1
         groups = min(batch_tiles, blocks * multiprocessors // programs)
         warps = 4 if rows * units == 256 else 8
         if (rows, units, blocks) == (64, 32, 1):
             warps = 16
-        # A thread has registers for 128 bytes more, beside four cells. Where K is padded nothing is gained.
+        # `ahead` needs a further 128 bytes of registers at most, in a thread with four cells at most. It gains nothing if
+        # K is padded.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == 1 and room and k == inner
         if groups > 0 and shared <= card.shared:
@@ -77,18 +82,19 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
 
 def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
-    """The best two plans, by `rank`, whose backward splits the product into parts of K.
+    """Return the best two plans, by `rank`, that split the product of backward into parts of K.
 
-    A program has a part for more units: for 16 units and all of K it would read far more of dgates than of W_hh.
+    A program multiplies one part of K for more than 16 units. With 16 units and all of K it would read far more of dgates
+    than of W_hh.
     """
     if not backward or problem.side_by_side > card.multiprocessors or problem.exact_float32:
         return []
     plans, inner = [], CELLS[problem.cell].rows * problem.hidden
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
         shared = 3 * 128 * (rows + parts * units)
-        in_words = inner * problem.size % (16 * parts) == 0  # of 16 bytes, in which a part is loaded
+        in_loads = inner * problem.size % (16 * parts) == 0  # a part is loaded 16 bytes at a time
         fits = rows <= max(16, power_of_two(problem.batch)) and rows * units <= 2048 and shared <= card.shared
-        if in_words and fits:
+        if in_loads and fits:
             plans.append(Plan(
                 Step(128 // problem.size, parts), rows, units, card.multiprocessors // problem.side_by_side, 1,
                 max(4, rows * units // 128), shared, "W_hh is read from L2 at every step, for products of parts of K",
@@ -98,7 +104,11 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 
 
 def waits(p: Problem, plan: Plan) -> bool:
-    """Unless there is one round of tiles, or one program for each head: so any number of heads has a plan."""
+    """See planning.Family.
+
+    In the step family without parts of K, no program waits if T = 1, or if each of several heads has one program. So
+    there is a plan for any number of heads.
+    """
     alone = p.heads > 1 and plan.programs == 1
     return isinstance(plan.family, Held) or plan.family.parts > 1 or (p.steps > 1 and not alone)
 
@@ -106,7 +116,7 @@ def waits(p: Problem, plan: Plan) -> bool:
 def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
     """See planning.Family."""
     written = buffers_of(p, pass_)
-    if waits(p, plan):  # counts the programs of each batch tile that have arrived
+    if waits(p, plan):  # how many programs of each head and batch tile have arrived
         written["arrivals_ptr"] = Buffer(torch.int32, (p.heads * ceil(p.batch / plan.rows),), fill=0)
     if plan.family.parts > 1:
         written["sums_ptr"] = Buffer(torch.float32, (plan.family.parts, p.batch, p.hidden))
@@ -115,13 +125,12 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
 
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     """See planning.Family."""
-    family = plan.family
-    k = CELLS[p.cell].rows * p.columns // family.parts
-    return dict(K=k, BLOCK_K=family.k, PARTS=family.parts, AHEAD=family.ahead)
+    k, parts, ahead = plan.family.k, plan.family.parts, plan.family.ahead
+    return dict(K=CELLS[p.cell].rows * p.columns // parts, BLOCK_K=k, PARTS=parts, AHEAD=ahead)
 
 
 def pointwise_plan(problem: Problem, backward: bool) -> Plan:
-    """16 bytes of every tensor for each of 128 threads."""
+    """Return the plan of the pointwise family. Each of 128 threads of a program has 16 bytes of every tensor."""
     count = by_steps.launches_of(problem, backward)
     why = f"{count} launches for each step, with the product by cuBLAS, where a step takes much longer than they do"
     if problem.only_by_steps:
