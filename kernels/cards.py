@@ -1,7 +1,8 @@
 """The facts about a card that planning needs, for all backends.
 
-Architectures are compute capabilities: 90 stands for 9.0. The rates of L2 are those of an H100 (Luo et al.,
-"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; CUDA C++ Programming Guide).
+Architectures are compute capabilities: 90 stands for 9.0. The rates of L2 were measured on an H100 (Luo et al.,
+"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024; see also the CUDA C++
+Programming Guide).
 """
 
 import ctypes
@@ -51,7 +52,10 @@ def driver() -> ctypes.CDLL:
 
 
 def driver_version() -> int:
-    """Return the newest CUDA that the driver supports: 13000 for CUDA 13.0. torch's builds for CUDA do not return it."""
+    """Return the newest CUDA that the driver supports, 13000 for CUDA 13.0.
+
+    torch has no function for it in its builds for CUDA.
+    """
     version = ctypes.c_int()
     driver().cuDriverGetVersion(ctypes.byref(version))
     return version.value

@@ -16,7 +16,7 @@ class Cell(NamedTuple):
     h_start: int  # h reaches this pre-activation and the following ones
     functions: tuple[int, int]  # how many sigmoids, tanhs, exps and logs a unit takes, forward and backward
     of_torch: bool  # whether torch has the cell, and so cuDNN
-    normalises: bool  # whether m is made of the last gate and c; then peepholes, and layer norms of c and W_hh h, are possible
+    normalises: bool  # whether m is made of the last gate and c, so that peepholes and layer norms of c and W_hh h exist
     empty: tuple[float, ...] = (0.0,)  # c of a unit before its first step; backward reads only the first number
 
     @property
@@ -57,12 +57,13 @@ class Cell(NamedTuple):
 
 # The gates are i, f, g, o.
 LSTM = Cell("lstm", ("h", "c"), rows=4, x_end=4, h_start=0, functions=(5, 1), of_torch=True, normalises=True)
-# The candidate is made of n, which comes from x, and s, which comes from h. Gates are in the order r, z, n, s. As in torch,
-# x reaches the first three. Gradients are in the order n, r, z, s, in which the rows that x reaches are neighbours, and so
-# are the rows that h reaches.
+# The candidate is made of n, which comes from x, and s, which comes from h. Gates are in the order r, z, n, s. As in
+# torch, x reaches the first three. Gradients are in the order n, r, z, s, in which the rows that x reaches are
+# neighbours, and so are the rows that h reaches.
 GRU = Cell("gru", ("h",), rows=3, x_end=3, h_start=1, functions=(3, 0), of_torch=True, normalises=False)
-# The gates are u, v, g, o. c is (q, l): q is the mean of all g, and l the logarithm of the sum of their weights. Each of the
-# two logs comes with an exp. Backward computes no such function, but 1 brings the estimate to the count of instructions.
+# The gates are u, v, g, o. c is (q, l): q is the mean of all g, and l the logarithm of the sum of their weights. Each
+# of the two logs comes with an exp. Backward computes no such function, but 1 brings the estimate to the count of
+# instructions.
 SLSTM = Cell(
     "slstm", ("h", "c", "n", "m"), rows=4, x_end=4, h_start=0, functions=(8, 1), of_torch=False,
     normalises=False, empty=(0.0, -float("inf")),

@@ -97,9 +97,9 @@ class Launcher(Protocol):
 class Launches(NamedTuple):
     """The plan of a pass, ready to be launched: the buffers that a Layer allocates, and the function that launches.
 
-    start(arguments) makes all launches. Its arguments have the names of pointers: the `buffers`, which the kernels write,
-    the tensors that the time loop reads, `error_ptr`, and the result of more(r, memory). result(memory) returns h or
-    dgates if these are not the buffers of their names.
+    start(arguments) makes all launches. Its arguments have the names of pointers: the `buffers`, which the kernels
+    write, the tensors that the time loop reads, `error_ptr`, and the result of more(r, memory). result(memory) returns
+    h or dgates if these are not the buffers of their names.
     """
 
     plan: Any
@@ -119,11 +119,14 @@ class OnlyPlan(NamedTuple):
     """The plan of a backend that runs every problem in one way. Plans of other backends have the same four members."""
 
     backend: str
-    slower: str | None = None  # why torch's own layer is expected to be faster, if it can run the problem; None if it is not
+    slower: str | None = None  # why torch's own layer is probably faster, if it can run the problem
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The facts that the numbers of this plan may depend on, as JSON values. The batch size need not be among them."""
+        """The facts that the numbers of this plan may depend on, as JSON values.
+
+        The batch size need not be among them.
+        """
         return {"kernel": self.backend}
 
     def sequences_enough(self, problem: Problem) -> int:

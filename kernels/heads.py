@@ -1,7 +1,7 @@
 """Products with W_hh [GATES H, D] outside the time loop.
 
-A row of W_hh has D weights. Without heads, D is the width of h. With several heads, a row has only the weights of its own
-head, and D is the number of units of a head.
+A row of W_hh has D weights. Without heads, D is the width of h. With several heads, a row has only the weights of its
+own head, and D is the number of units of a head.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def arranged(weight: Tensor, width: int) -> Tensor:
-    """Arrange W_hh for many products with h of `width` features: [heads, D, GATES D], unchanged if there is one head."""
+    """Return W_hh [heads, D, GATES D] for many products with h of `width` features. One head is returned as it is."""
     if (head := weight.shape[1]) == width:
         return weight
     return weight.view(-1, width // head, head, head).permute(1, 3, 0, 2).flatten(2)
@@ -40,7 +40,7 @@ def gradient_of_weight(dz: Tensor, h: Tensor, heads: int) -> Tensor:
 
 
 def dense(weight: Tensor, width: int) -> Tensor:
-    """Return the W_hh without heads that computes the same: [GATES H, P] with zeros between heads, where P = `width`."""
+    """Return a W_hh of one head that computes the same: [GATES H, P], P = `width`, with zeros between heads."""
     if (head := weight.shape[1]) == width:
         return weight
     heads = width // head

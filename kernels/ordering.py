@@ -22,12 +22,12 @@ class _Launched:
     at_once: int  # the number of streams that they were planned for
     streams: dict[Any, Any] = field(default_factory=dict)  # the event after each stream's launches, None if unrecorded
     before: list[Any] | None = None  # the events that they waited for; None for the first ones, which record no events
-    lock: Any = field(default_factory=threading.RLock)  # held from waiting to recording, so that no other thread launches
+    lock: Any = field(default_factory=threading.RLock)  # held from waiting to recording, while no other thread launches
 
 
 # All copies of the library in this process share these: Hugging Face's `kernels` loads a copy, and a reload leaves one.
-# Raise the number in the name when the fields of _Launched change. Copies with different numbers do not know each other's
-# launches.
+# Raise the number in the name when the fields of _Launched change. Copies with different numbers do not know each
+# other's launches.
 _launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_2", {})
 
 
@@ -49,7 +49,7 @@ def in_order(at_once: int, device: torch.device, launch: Callable[..., R], *argu
         if stream not in latest.streams:
             for event in latest.before or ():
                 stream.wait_event(event)
-        latest.streams[stream] = None  # only now, so that a call that was interrupted above does not count as having waited
+        latest.streams[stream] = None  # only now: a call that is interrupted before has not waited
         results = launch(*arguments)
         if latest.before is not None:
             latest.streams[stream] = stream.record_event()

@@ -32,7 +32,10 @@ def backward(
     launch: Any, p: Problem, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor,
     c: Tensor, r: Recurrence,
 ) -> Gradients:  # fmt: skip
-    """Compute the same as layer.Layer.backward without dh0, where launch(dh, dh_n, dc_n, gates, c, r) runs that of m."""
+    """Compute the same as layer.Layer.backward, without dh0.
+
+    launch(dh, dh_n, dc_n, gates, c, r) runs the recurrence of m.
+    """
     inputs, steps = r.inputs, gates.shape[0]
     # The gradient of h [T, B, P] through the output and the final state, zero in padding.
     dh = gates.new_zeros(steps, p.batch, p.width) if dh is None else dh.clone()

@@ -20,8 +20,8 @@ class Setting:
     def changed(self, *value: Any) -> Iterator[None]:
         """Run a block with another value. Without a value, the block itself changes the setting.
 
-        The first open block saves the old value, and the last one restores it, in whatever thread. If each block restored
-        the value that it found, the last of two threads would restore the value that the other had set.
+        The first open block saves the old value, and the last one restores it, in whatever thread. If each block
+        restored the value that it found, the last of two threads would restore the value that the other had set.
         """
         with self.lock:
             if not self._open:

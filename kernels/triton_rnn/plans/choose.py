@@ -279,8 +279,8 @@ def compile_all(device: torch.device, launches: Iterable[RecordedLaunch]) -> Non
 def load(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> Any:
     """Compile a kernel and load it on the current device. Tests replace this function to simulate a driver.
 
-    Errors of the driver are converted by `errors_as_of_torch`. If the kernel does not compile, or if it needs more shared
-    memory than a block may have, Triton raises errors of many classes.
+    Errors of the driver are converted by `errors_as_of_torch`. If the kernel does not compile, or if it needs more
+    shared memory than a block may have, Triton raises errors of many classes.
     """
     with errors_as_of_torch():
         compiled = kernel.warmup(grid=grid, **in_tuples(kernel, arguments))

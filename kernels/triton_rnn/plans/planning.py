@@ -104,7 +104,10 @@ class Plan:
 
     @property
     def slower(self) -> str | None:
-        """See contract.OnlyPlan. A kernel is slower if it reads W_hh at every step, or if a program has several tiles."""
+        """See contract.OnlyPlan.
+
+        A kernel is slower if it reads W_hh at every step, or if a program has several tiles.
+        """
         if isinstance(self.family, Pointwise | Step) or self.tiles_per_program > 1:
             return f"a kernel of the {self.family.name} family is slower"
         return None
@@ -184,19 +187,19 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
     return Card(architecture, count, properties.name, *rates)
 
 
-# The clocks of a step, or of a turn of a batch tile, that do not depend on sizes: latencies, gates and cell. A pair is for
-# (forward, backward). These constants only order the plans. A first call times the first plans, see choose.py.
+# The clocks of a step, or of a turn of a batch tile, that do not depend on sizes: latencies, gates and cell. A pair is
+# for (forward, backward). These constants only order the plans. A first call times the first plans, see choose.py.
 FIXED = {Resident: (900, 2000), Cooperative: (1700, 2700), Step: (900, 1500), Held: (2600, 4000)}
 SEVERAL_TILES = 1080, 1700  # replaces the above in the cooperative family if one tile waits while another is computed
 PARTIAL_SUMS = {Cooperative: 1060, Step: 4000}  # clocks of an exchange of the sums of partners, or of parts of K
-GRID_BARRIER, OF_A_CELL, OF_A_CHUNK = 1500, 40, 2  # clocks of a barrier of all programs, a thread's cell, a warp's chunk
+GRID_BARRIER, OF_A_CELL, OF_A_CHUNK = 1500, 40, 2  # clocks of a barrier of all programs, of a cell, of a chunk
 HOST_SECONDS = 5e-6  # the host's time for a product by cuBLAS, or for a launch
 
 
 def rank(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Return about how many clocks a step takes. The plan with the least is tried first."""
     p, family, gates = problem.of_head, plan.family, CELLS[problem.cell].rows
-    rate = 128 if p.exact_float32 else 4 * 4096 / p.size / product_clocks(card)  # multiply-adds a clock of a multiprocessor
+    rate = 128 if p.exact_float32 else 4 * 4096 / p.size / product_clocks(card)  # multiply-adds a clock
     if isinstance(family, Pointwise):
         p = within(p)
         products = 2 * gates * p.hidden * p.width / rate / card.multiprocessors

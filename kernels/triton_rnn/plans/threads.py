@@ -131,7 +131,10 @@ def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, 
 
 
 def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
-    """Return h without h0 and without the padding of rows. It is no view: autograd forbids in-place changes of views."""
+    """Return h without h0 and without the padding of rows.
+
+    It is no view: autograd forbids in-place changes of views.
+    """
     h = memory["h_ptr"]
     if _row(p) > p.hidden:
         return _without_padding(p, h[:-1]).flatten(2).contiguous()

@@ -43,8 +43,8 @@ def step_plan(problem: Problem, card: Card, backward: bool) -> Plan:
     ).fitted(problem)  # fmt: skip
 
 
-# (Sequences, units) of the tiles of the held family. wgmma takes a multiple of 64 columns of the product. In forward a unit
-# has four columns.
+# (Sequences, units) of the tiles of the held family. wgmma takes a multiple of 64 columns of the product. In forward a
+# unit has four columns.
 HELD_FORWARD = [*itertools.product((16, 32, 64), (16, 32))]
 # With more than 64 units in backward, wgmma would read W_hh from where it is not (dev/compile_table/triton_issue.md).
 HELD_BACKWARD = [(16, 64), (32, 64)]
@@ -69,8 +69,8 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
         warps = 4 if rows * units == 256 else 8
         if (rows, units, blocks) == (64, 32, 1):
             warps = 16
-        # `ahead` needs a further 128 bytes of registers at most, in a thread with four cells at most. It gains nothing if
-        # K is padded.
+        # `ahead` needs a further 128 bytes of registers at most, in a thread with four cells at most. It gains nothing
+        # if K is padded.
         room = rows * k * problem.size <= 128 * 32 * warps and rows * units <= 4 * 32 * warps
         ahead = batch_tiles > groups and blocks == 1 and room and k == inner
         if groups > 0 and shared <= card.shared:
@@ -84,8 +84,8 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """Return the best two plans, by `rank`, that split the product of backward into parts of K.
 
-    A program multiplies one part of K for more than 16 units. With 16 units and all of K it would read far more of dgates
-    than of W_hh.
+    A program multiplies one part of K for more than 16 units. With 16 units and all of K it would read far more of
+    dgates than of W_hh.
     """
     if not backward or problem.side_by_side > card.multiprocessors or problem.exact_float32:
         return []
