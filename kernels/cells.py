@@ -16,7 +16,7 @@ class Cell(NamedTuple):
     h_start: int  # h reaches this pre-activation and the following ones
     functions: tuple[int, int]  # how many sigmoids, tanhs, exps and logs a unit takes, forward and backward
     of_torch: bool  # whether torch has the cell, and so cuDNN
-    normalises: bool  # whether m is made of the last gate and c, so that peepholes and layer norms of c and W_hh h exist
+    normalises: bool  # whether m is made of the last gate and c, so that peepholes and layer norms are possible
     empty: tuple[float, ...] = (0.0,)  # c of a unit before its first step; backward reads only the first number
 
     @property

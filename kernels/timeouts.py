@@ -1,7 +1,7 @@
 """Timeouts of kernels whose programs wait for each other.
 
-A kernel that times out writes the step + 1 into its error word and ends. Error words are in pinned host memory: to read
-one costs nothing, but a timeout shows only after the launch has ended.
+A kernel that times out writes the step + 1 into its error word and ends. Error words are in pinned host memory. So the
+host reads them without waiting for the device, but it sees a timeout only after the launch has ended.
 """
 
 import atexit
@@ -19,47 +19,52 @@ from torch import Tensor
 from . import cache
 
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
-"""RuntimeErrors that say nothing about what was run when they were raised."""
+"""RuntimeErrors that say nothing about the kernel that was running when they were raised."""
 
-# Environment variables: about how many seconds programs wait, how many multiprocessors plans leave to other kernels.
+# Environment variables: the seconds that programs wait, about, and how many multiprocessors plans leave to other
+# kernels.
 TIMEOUT, SPARE = "GPU_LSTM_TIMEOUT", "GPU_LSTM_SPARE_MULTIPROCESSORS"
-SECONDS = 120.0  # NCCL's kernels may hold multiprocessors as long, while they wait for a slow rank
+SECONDS = 120.0  # so long because NCCL's kernels may hold multiprocessors while they wait for a slow rank
 SECONDS_OF_TRIALS = 1.0
 POLLS_A_SECOND = 4_000_000  # a poll takes an estimated 0.2 to 0.35 us
-APART = 4  # int32 from one word to the next: 16 bytes, the alignment that kernels are compiled for
-MOST_KERNELS = 8  # that have words on a device; it is pinned memory, which stays where it is
+APART = 4  # int32 from one word to the next, which are 16 bytes: the alignment that kernels are compiled for
+MOST_KERNELS = 8  # the kernels that have words on a device, in pinned memory that is never allocated again
 
 
 class _Words:
-    """The error words of a device, for users' calls and for trials, each followed by its poll limit."""
+    """The error words of a device, one for users' calls and one for trials. The poll limit follows each word."""
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
-            size = 2, MOST_KERNELS, APART
-            self.tensor = torch.zeros(size, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+            self.tensor = torch.zeros(
+                2, MOST_KERNELS, APART, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+            )
             for words, seconds in zip(self.tensor, (timeout_seconds(), SECONDS_OF_TRIALS)):
                 words[:, 1] = min(max(1, int(seconds * POLLS_A_SECOND)), 2**31 - 1)
-        # The same memory, since it is read at every call, and reading the tensor would take microseconds.
+        # The same memory as an array of ctypes. Every call reads it, and reading the tensor would take microseconds.
         self.memory: Any = (ctypes.c_int32 * self.tensor.numel()).from_address(self.tensor.data_ptr())
-        self.as_bytes: Any = (ctypes.c_char * self.tensor.nbytes).from_address(self.tensor.data_ptr())
         self.process = os.getpid()
-        self.none = self.as_bytes.raw  # their value while no kernel has timed out
-        self.kernels: list[str] = []  # that have the first words
+        self.none = bytes(self.memory)  # its content while no kernel has timed out
+        self.kernels: list[str] = []  # the kernels that have words, in the order of the words
 
     def of(self, kernel: str, trial: bool = False) -> Tensor:
-        """See error_word."""
+        """See `error_word`."""
         with _giving_out:
             if kernel not in self.kernels:
                 self.kernels.append(kernel)
         return self.tensor[int(trial), self.kernels.index(kernel)]
 
 
-_words: dict[torch.device, _Words] = {}  # of each device that had a launch
+_words: dict[torch.device, _Words] = {}  # of all devices that had a launch
 _giving_out = threading.Lock()
 
 
 def timeout_seconds() -> float:
-    """Seconds that the programs of a launch wait for each other, by the environment: a ValueError if that is wrong."""
+    """Return the seconds that the programs of a launch wait for each other.
+
+    Raises:
+        ValueError: the environment variable is no such number.
+    """
     text = os.environ.get(TIMEOUT) or str(SECONDS)
     with contextlib.suppress(ValueError):
         if 0 < (seconds := float(text)) < inf:
@@ -68,8 +73,13 @@ def timeout_seconds() -> float:
 
 
 def spare_multiprocessors(count: int) -> int:
-    """How many of a card's multiprocessors plans leave to other kernels, whose blocks may hold them for a long time: by
-    the environment, a ValueError if that is wrong; else an eighth where torch.distributed has several ranks, for NCCL.
+    """Return how many of a card's `count` multiprocessors plans leave to other kernels.
+
+    Blocks of other kernels may hold a multiprocessor for a long time. The environment variable says how many are left.
+    Without it, NCCL gets an eighth of them if torch.distributed has several ranks.
+
+    Raises:
+        ValueError: the environment variable is no such number.
     """
     global _whole_card
     text = os.environ.get(SPARE)
@@ -82,7 +92,7 @@ def spare_multiprocessors(count: int) -> int:
     return int(text)
 
 
-_whole_card = False  # whether a plan may use all of it, since there was one rank when it was made
+_whole_card = False  # whether a plan may use the whole card, because there was one rank when it was made
 
 
 def _several_ranks() -> bool:
@@ -91,33 +101,39 @@ def _several_ranks() -> bool:
 
 
 def error_word(device: torch.device, kernel: str, trial: bool = False) -> Tensor:
-    """A kernel's int32 [APART] on a device, for users' calls or a `trial`: the error, how many polls a wait takes."""
+    """Return the error word of a kernel on a device, for users' calls or for a `trial`.
+
+    It is an int32 [APART]: the step + 1 at which the kernel timed out, then the most polls of a wait.
+    """
     if device.type == "meta":  # a launch that is only recorded
         return torch.empty(APART, dtype=torch.int32, device=device)
     if device not in _words:
-        _words.setdefault(device, _Words(device))  # not replaced: another thread may have passed it to a kernel
+        _words.setdefault(device, _Words(device))  # never replaced, since a kernel may have the words that are there
     return _words[device].of(kernel, trial)
 
 
 def raise_if_timed_out(device: torch.device) -> None:
-    """Raise a RuntimeError, once, if a launch on `device` that has ended timed out: with kernel, step and device."""
+    """Raise if a launch on `device` that has ended timed out. Each timeout is raised once.
+
+    Raises:
+        RuntimeError: with the kernel, the step and the device.
+    """
     global _whole_card
     if _whole_card and _several_ranks():
-        _whole_card = False  # plans that are in use keep theirs: graphs and saved tensors hold them
+        _whole_card = False  # plans that are in use stay, since graphs and saved tensors hold them
         cache.warn_once(
             "kernels were chosen for the whole card before torch.distributed had several ranks, and leave none of it "
             f"to those of NCCL: call init_process_group before the first call of a layer, or set {SPARE}"
         )
     words = _words.get(device)
-    if words is None or words.as_bytes.raw == words.none:
+    if words is None or bytes(words.memory) == words.none:
         return
     timeouts = []
-    for place, kernel in enumerate(words.kernels[:MOST_KERNELS]):
-        for n in place * APART, (MOST_KERNELS + place) * APART:
-            if step := words.memory[n]:
-                words.memory[n] = 0  # and no others: one may be written at this moment
-                timeouts.append(f"{kernel} timed out at step {step - 1}")
-    if timeouts:  # else another thread was faster
+    for place, step in enumerate(words.memory[::APART]):  # of users' calls, then of trials
+        if step:
+            words.memory[place * APART] = 0  # only this word, since a kernel may be writing another one
+            timeouts.append(f"{words.kernels[place % MOST_KERNELS]} timed out at step {step - 1}")
+    if timeouts:  # unless another thread was faster
         raise RuntimeError(
             f"{' and '.join(sorted(timeouts))} on {device}: its programs wait for each other, and were not all "
             "resident at once; the results of that launch, and of all launches since, are wrong. If other kernels hold "
@@ -136,7 +152,7 @@ def check() -> None:
 
 
 def wait_and_check(device: torch.device) -> None:
-    """As `check`, for one device; its other errors are raised, too."""
+    """Do the same as `check` for one device. Other errors of the device are raised, too."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     raise_if_timed_out(device)
@@ -145,9 +161,9 @@ def wait_and_check(device: torch.device) -> None:
 @atexit.register
 def _report_at_exit() -> None:
     for device, words in _words.items():
-        if words.process != os.getpid():  # a forked child, whose parent reports it
+        if words.process != os.getpid():  # in a forked child, since the parent reports it
             continue
-        # Without waiting: a kernel of NCCL whose peer is gone never ends. A launch that still runs has no results.
+        # Do not wait: a kernel of NCCL whose peer is gone never ends. A launch that still runs has no results.
         try:
             raise_if_timed_out(device)
         except RuntimeError as error:

@@ -79,7 +79,8 @@ def empty_kernel():
 
 def plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """Return the plans to try, in this order if none is measured. The plan that always works is among them."""
-    return [plan.fitted(problem) for plan in _plans(shared(problem, card, backward), card, backward)]
+    found = _plans(shared(problem, card, backward), card, backward)
+    return [plan.fitted(problem) if problem.batch else plan for plan in found]
 
 
 def shared(problem: Problem, card: Card, backward: bool) -> Problem:

@@ -136,7 +136,7 @@ class Plan:
             tiles *= ceil(problem.hidden / self.units)
             programs = max(1, min(self.programs, tiles))
             return replace(self, programs=programs, tiles_per_program=ceil(tiles / programs))
-        groups = max(1, min(self.groups, tiles))
+        groups = min(self.groups, tiles)
         return replace(self, groups=groups, tiles_per_program=ceil(tiles / groups))
 
     def sequences_enough(self, problem: Problem) -> int:
