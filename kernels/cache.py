@@ -1,7 +1,7 @@
-"""Results cached on disk, from one process to the next: measured plans, verification of kernels, races.
+"""Results that are kept on disk for later processes: measured plans, verdicts on kernels, races.
 
-One small file per key, so that concurrent writers lose nothing; only the user may read or write it. No failure here
-stops a call: a file that cannot be read or written is ignored, with one warning.
+Each key has a small file of its own, so that concurrent writers lose nothing. Only the user may read or write it. No
+failure here stops a call. A file that cannot be read or written is ignored, with one warning.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ from .cards import driver_version
 
 try:
     import fcntl
-except ImportError:  # Windows has none
+except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-KINDS = RACES, CHECKS, PLANS = "races", "checks", "plans"  # a folder each
-SHARED = "GPU_LSTM_SHARED_CACHE"  # environment variable: a folder that is read first, and never written to
+KINDS = RACES, CHECKS, PLANS = "races", "checks", "plans"  # each has a folder
+SHARED = "GPU_LSTM_SHARED_CACHE"  # an environment variable that names a folder to read first, and never to write to
 
-Key = dict[str, Any]  # of JSON values: what the result depends on, versions included
+Key = dict[str, Any]  # JSON values: all facts that a result depends on, versions included
 
 
 def folder() -> Path | None:
-    """The folder that results are written to; None if the user has no home."""
+    """Return the folder to which results are written, or None if the user has no home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpu_lstm"
     except RuntimeError:  # neither HOME nor an entry in passwd, as in a container with a random user id
@@ -44,13 +44,13 @@ def folder() -> Path | None:
 
 
 def folders() -> tuple[Path, ...]:
-    """The folders that results are read from, in this order."""
+    """Return the folders from which results are read, in this order."""
     return tuple(Path(path) for path in (os.environ.get(SHARED), folder()) if path)
 
 
 @functools.cache
 def machine(device: torch.device) -> Key:
-    """The facts about a device that all results depend on; `contract.machine_of` adds the facts about a backend."""
+    """Return the facts about a device that all results depend on. `contract.machine_of` adds facts about a backend."""
     card, driver = str(device.type), None
     if device.type == "cuda":
         card, driver = torch.cuda.get_device_name(device), driver_version()
@@ -62,9 +62,13 @@ def machine(device: torch.device) -> Key:
 
 @functools.cache
 def sources(*names: str) -> str:
-    """A digest of this package's folders: an edit voids their results. A wheel and a checkout have the same."""
+    """Return a digest of folders of this package, so that an edit voids results.
+
+    A wheel and a checkout have the same.
+    """
     digest = hashlib.sha256()
-    roots = list(map(Path, sys.modules[__package__.rpartition(".")[0]].__path__))  # two in a checkout, for the kernels
+    # In a checkout there are two roots, and the kernels are in the second.
+    roots = list(map(Path, sys.modules[__package__.rpartition(".")[0]].__path__))
     found = {file.relative_to(root): file for root in roots for name in names for file in (root / name).rglob("*.*")}
     for name, file in sorted(found.items()):
         if file.suffix in (".py", ".cu"):
@@ -74,7 +78,7 @@ def sources(*names: str) -> str:
 
 
 def cudnn_version() -> int | str | None:
-    """The version of cuDNN, or torch's error if it cannot use the one that it finds."""
+    """Return the version of cuDNN, or torch's error if it cannot use the cuDNN that it finds."""
     try:
         return torch.backends.cudnn.version()
     except RuntimeError as error:
@@ -82,7 +86,10 @@ def cudnn_version() -> int | str | None:
 
 
 def cpu_name() -> str:
-    """The model of the processor, as far as the system tells it; family and model where its name has no number."""
+    """Return the model of the processor, as far as the system tells it.
+
+    If the name has no number, family and model are added to it.
+    """
     if not (cpuinfo := Path("/proc/cpuinfo")).exists():
         return platform.processor() or platform.machine()
     facts = dict(re.findall(r"(.+?)\s*: (.*)", cpuinfo.read_text().partition("\n\n")[0]))
@@ -92,7 +99,7 @@ def cpu_name() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package; None if it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -100,19 +107,20 @@ def version_of(package: str) -> str | None:
 
 
 def read(kind: str, key: Key) -> Any:
-    """A cached result's value, of one of KINDS; None if there is none."""
+    """Return the value of a cached result, or None if there is none. `kind` is one of KINDS."""
     return _read(folders(), kind, _text(key))
 
 
 def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = None) -> None:
-    """Write a result. With `lock` its file is locked, and nobody reads it, until that is left."""
+    """Write a result. With `lock`, its file is locked, and nobody reads it, until the block of `lock` ends."""
     ours = folder()
     try:
         if ours is None:
             raise OSError("there is no home directory, and XDG_CACHE_HOME is not set")
         for path in (ours, ours / kind):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as own:
+            stack = lock or own
             file = stack.enter_context(
                 tempfile.NamedTemporaryFile("w", dir=ours / kind, suffix=".unfinished", delete=False)
             )
@@ -123,8 +131,7 @@ def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = N
                 file.close()
             else:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                lock.enter_context(stack.pop_all())
-            Path(file.name).replace(_path(ours, kind, _text(key)))  # at once, so that no reader gets half a file
+            Path(file.name).replace(_path(ours, kind, _text(key)))  # in one step, so that no reader gets half a file
     except OSError as error:
         warn_of_nothing_kept(error)
     _read.cache_clear()
@@ -132,10 +139,10 @@ def write(kind: str, key: Key, value: Any, lock: contextlib.ExitStack | None = N
 
 @contextlib.contextmanager
 def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
-    """A block that may end the process. If it does, `value` is the result; if not, the block writes another.
+    """Run a block that may end the process. If it does, the result is `value`. Otherwise the block writes a result.
 
-    Meanwhile the result's file is locked, so that processes that try the same at once do not see it. The system unlocks
-    it when the process ends, in whatever way. If the block raises, there is no result.
+    During the block the result's file is locked, so that other processes that try the same do not see it. The system
+    unlocks it when the process ends, in whatever way. If the block raises an error, there is no result.
     """
     with contextlib.ExitStack() as lock:
         try:
@@ -148,7 +155,7 @@ def trial(kind: str, key: Key, value: Any) -> Iterator[None]:
 
 
 def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
-    """(file, key, value) of all results of a kind."""
+    """Yield (file, key, value) of all results of a kind."""
     for path in folders():
         for file in sorted((path / kind).glob("*.json")):
             if entry := _entry(kind, file):
@@ -156,7 +163,10 @@ def entries(kind: str) -> Iterator[tuple[Path, Key, Any]]:
 
 
 def remove(kind: str, key: Key | None = None) -> int:
-    """Remove the user's own results of a kind, or that of one key, broken ones included; return how many."""
+    """Remove the user's own results of a kind, or the result of one key. Return how many.
+
+    Broken files are removed, too.
+    """
     names = "*.json" if key is None else _path(Path(), kind, _text(key)).name
     files = [] if (ours := folder()) is None else list((ours / kind).glob(names))
     for file in files:
@@ -166,7 +176,7 @@ def remove(kind: str, key: Key | None = None) -> int:
 
 
 def _is_valid(kind: str, entry: Any) -> bool:
-    """Whether it is a key and a value of that kind, field by field. Whoever uses them checks the names in it."""
+    """Whether an entry has a key, and a value with the fields of that kind. Callers check the names in the value."""
     match entry:
         case {"key": dict(), "value": {"backend": str(), "why": str(), "seconds": dict() | None as seconds} as value}:
             times = (seconds or {}).values()
@@ -185,7 +195,7 @@ def warn_once(text: str) -> None:
 
 
 def warn_of_nothing_kept(error: Exception, what: str = "nothing is kept") -> None:
-    """Say why, and nothing of a file that has another name each time."""
+    """Warn that results are not kept, and why. No file is named, since its name would be another one each time."""
     why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     warn_once(f"{what} for the next process in {folder()}: {why}; XDG_CACHE_HOME names another place")
 
@@ -199,16 +209,19 @@ def _path(folder: Path, kind: str, text: str) -> Path:
 
 
 def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | None:
-    """A file's content, for one key if `text` is given. None if it is missing, on trial or, with a warning, broken."""
+    """Return the content of a file, or None if it is missing, on trial or broken. A broken file causes a warning.
+
+    With `text`, the file must have this key.
+    """
     try:
         with path.open() as file:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError as error:
-                if isinstance(error, BlockingIOError):  # the block of a `trial` still runs, in any process
-                    return None  # else the file system has no locks, and no trials
-            entry = json.load(file)  # the errors of JSON and Unicode are ValueErrors
+                if isinstance(error, BlockingIOError):  # the block of a `trial` runs, in this process or another
+                    return None  # with another error, the file system has no locks, so there are no trials
+            entry = json.load(file)  # errors of JSON and Unicode are ValueErrors
         if not _is_valid(kind, entry) or text not in (None, _text(entry["key"])):
             raise ValueError(f"it is not of this kind, or of another key: {entry!r:.300}")
         return entry
@@ -216,7 +229,7 @@ def _entry(kind: str, path: Path, text: str | None = None) -> dict[str, Any] | N
         return None
     except OSError as error:
         warn_once(f"cached results are ignored: {path.parents[1]}: {error.strerror}")
-    except (ValueError, RecursionError) as error:  # the latter if nested too deeply
+    except (ValueError, RecursionError) as error:  # RecursionError if it is nested too deeply
         warn_once(f"a cached result ({kind}) is ignored: {path}: {error}")
     return None
 

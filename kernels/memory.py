@@ -1,4 +1,4 @@
-"""A launch's memory: results, gradients and scratch, and the check that nothing is written outside."""
+"""The memory of a launch: results, gradients and scratch. And the check that kernels write nothing outside of it."""
 
 import contextlib
 import threading
@@ -11,27 +11,27 @@ from torch import Tensor
 from .cells import CELLS
 from .problem import Inputs, Pass, Problem
 
-EVERY_BIT = -1  # fills a Buffer; it is also the sentinel of the exchanges
-PATTERN = 0x7FFF  # two bytes of a margin: NaN in every dtype, so that a read there shows too; never the sentinel
-LEAST, MOST = 1 << 12, 1 << 20  # bytes of a margin, which is as large as the tensor between these limits
-ALIGNMENT = 16  # bytes, which compiled kernels assume
+EVERY_BIT = -1  # fills a Buffer with the sentinel of the exchanges
+PATTERN = 0x7FFF  # two bytes of a margin, a NaN in every dtype, so that reads there show, too; it is not the sentinel
+LEAST, MOST = 1 << 12, 1 << 20  # limits of the bytes of a margin, which is as large as the tensor between them
+ALIGNMENT = 16  # bytes, which compiled kernels assume for every tensor
 
 
 class Buffer(NamedTuple):
-    """A tensor that a launch writes to: [T + times, *size], or without `times` [*size]."""
+    """A tensor that a launch writes: [T + times, *size], or [*size] if `times` is None."""
 
     dtype: torch.dtype
     size: tuple[int, ...]
     times: int | None = None
-    fill: int | str | None = None  # 0, EVERY_BIT, "h0" or "c0" to begin as that state; None: what happens to be there
+    fill: int | str | None = None  # 0, EVERY_BIT, or a state, "h0" or "c0"; None leaves it uninitialised
 
 
 def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
-    """What a pass returns, by the names that kernels have for it; of backward see problem.Gradients."""
+    """Return the results of a pass as buffers, by the names of pointers. Those of backward are problem.Gradients."""
     f32, of_h, of_c = torch.float32, (p.batch, p.width), (p.batch, p.hidden)
     every_c = CELLS[p.cell].kept, *of_c
     if not pass_.backward:
-        h0, c0 = (None, None) if p.lengths is None else ("h0", "c0")  # what sequences of length 0 end with
+        h0, c0 = (None, None) if p.lengths is None else ("h0", "c0")  # the final states of sequences of length 0
         buffers = {"h_ptr": Buffer(p.dtype, of_h, 0), "h_n_ptr": Buffer(p.dtype, (1, *of_h), fill=h0)}
         buffers["c_n_ptr"] = Buffer(f32, every_c, fill=c0)
         return buffers | ({"c_ptr": Buffer(f32, of_c, 0)} if pass_.save else {})
@@ -41,18 +41,18 @@ def buffers_of(p: Problem, pass_: Pass) -> dict[str, Buffer]:
     if p.projected or p.gain_c:
         buffers["dh_total_ptr"] = Buffer(p.dtype, of_h, 0)
     if p.reset_h:
-        buffers["dreset_h_ptr"] = Buffer(f32, of_h, 0, fill=0)
+        buffers["dreset_h_ptr"] = Buffer(f32, of_h, 0, 0)
     if p.reset_c:
-        buffers["dreset_c_ptr"] = Buffer(f32, of_c, 0, fill=0)
+        buffers["dreset_c_ptr"] = Buffer(f32, of_c, 0, 0)
     return buffers
 
 
 def allocate(buffers: dict[str, Buffer], steps: int, like: Tensor, inputs: Inputs) -> dict[str, Tensor]:
-    """The buffers of a launch over T = `steps`, on the device of `like`."""
+    """Allocate and fill the buffers of a launch over T = `steps`, on the device of `like`."""
     tensors, usual = {}, like.dtype
     for name, (dtype, size, times, fill) in buffers.items():
         size = size if times is None else (steps + times, *size)
-        # Sizes one by one, which torch parses faster.
+        # Sizes are passed one by one, which torch parses faster than a tuple.
         t = like.new_empty(*size) if dtype is usual else like.new_empty(*size, dtype=dtype)
         if isinstance(fill, str):
             t.copy_(getattr(inputs, fill))
@@ -68,29 +68,34 @@ class _Checking(threading.local):
 
 
 checking = _Checking()
-"""Whether this thread's launches are made within `margins`, and which kernel was launched there last."""
+"""Whether the launches of this thread are made within `margins`, and the last kernel that was launched so."""
 
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """A block whose launches are checked; see `margins`."""
+    """Check all launches of a block, see `margins`."""
     outermost, checking.on = "on" not in vars(checking), True
     try:
         yield
     finally:
         if outermost:
-            del checking.on  # this thread's attribute; the class's is False
+            del checking.on  # the attribute of this thread, so that the attribute of the class counts again
 
 
 class WroteOutside(RuntimeError):
-    """A kernel wrote outside a tensor that it was given."""
+    """A kernel wrote outside of a tensor that it was given."""
 
 
 @contextlib.contextmanager
 def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A block for a launch: its arguments, with tensors copied between margins; afterwards they are copied back. Error
-    words are passed as they are, since the host reads them at any time. WroteOutside, if a margin has changed, names
-    the kernel, the buffer, and how far outside it was written."""
+    """Yield the arguments for a launch with all tensors copied between margins. After the block they are copied back.
+
+    Error words are passed as they are, since the host reads them at any time.
+
+    Raises:
+        WroteOutside: a margin has changed. The message names the kernel, the buffer, and how far outside it was
+        written.
+    """
     tensors = {n: t for n, t in arguments.items() if isinstance(t, Tensor) and not t.is_meta and "error" not in n}
     wide = {name: _with_margins(t.detach()) for name, t in tensors.items()}
     checking.kernel = kernel
@@ -99,23 +104,23 @@ def margins(kernel: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if written:
         raise WroteOutside(f"{kernel} wrote {'; '.join(written)}")
     for name, t in tensors.items():
-        t.data.copy_(wide[name][1])  # as data, since autograd counts the versions of what it saved
+        t.data.copy_(wide[name][1])  # through `data`, since autograd counts the versions of saved tensors
 
 
 def _with_margins(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes with a margin at both ends, and the copy of a contiguous t between them."""
+    """Return bytes with a margin at both ends, and the copy of a contiguous t that lies between the margins."""
     margin = min(max(LEAST, t.nbytes), MOST) // ALIGNMENT * ALIGNMENT
     outer = _pattern(2 * margin + t.nbytes, t.device)
     return outer, outer[margin : margin + t.nbytes].view(t.dtype).view(t.shape).copy_(t)
 
 
 def _pattern(count: int, device: torch.device) -> Tensor:
-    """At least `count` bytes of the pattern."""
+    """Return `count` bytes of the pattern, or one more."""
     return torch.full(((count + 1) // 2,), PATTERN, dtype=torch.int16, device=device).view(torch.uint8)
 
 
 def _outside(name: str, outer: Tensor, inner: Tensor) -> str | None:
-    """Where a buffer's margins were written to, in words; None: nowhere."""
+    """Say in words where the margins of a buffer were written, or return None if nowhere."""
     start = inner.data_ptr() - outer.data_ptr()
     changed = outer != _pattern(outer.numel(), outer.device)
     before, after = changed[:start], changed[start + inner.nbytes :]
