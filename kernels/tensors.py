@@ -1,7 +1,7 @@
-"""The tensors of one layer in one direction: one table, from which everything that lists them follows.
+"""The tensors of one layer in one direction, in one table. Every other list of tensors follows from it.
 
-Everyone uses these names, for their gradients and for the kernels' pointers, too. CONTRIBUTING says what else a new one
-needs. Rows of one role stand together, in the order in which `layer_loop.inputs_of` is given them.
+Gradients and pointers of kernels have the same names. CONTRIBUTING says what a new tensor needs besides a row. Rows of
+one role stand together, in the order of the arguments of `layer_loop.inputs_of`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,30 +11,30 @@ import torch
 from torch import Tensor
 
 X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL = "x", "state", "weight", "variant", "reset", "noise", "traversal"
-"""Roles. Weights are what torch's own layer has; those of a variant are ours alone."""
+"""Roles. Torch's own layer has the tensors of role WEIGHT. Only this library has those of role VARIANT."""
 LOOP = True
 BY_LOOP, AFTER, NONE = "by the loop", "after the loop", None
 """Where a gradient comes from: the time loop, or products and sums over all steps after it."""
-THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, lambda t: t.dtype  # which torch.compile traces
-"""What a Problem is told of a tensor."""
+THERE, DIMENSIONS, DTYPE = torch.is_tensor, Tensor.dim, lambda t: t.dtype  # torch.compile traces all three
+"""The fact about a tensor that a Problem has."""
 
 
 class Row(NamedTuple):
-    """What is known of a tensor whatever the problem is."""
+    """The facts about a tensor that do not depend on the problem."""
 
     name: str
-    # T steps, B sequences, I input features, H units, P features of h, D of these that W_hh multiplies with each other:
-    # all, or those of a head; K numbers of a unit, see cells.py. A GRU's weights have 3H for 4H.
+    # T steps, B batch size, I input features, H hidden units, P features of h, D columns of W_hh (P, or the units of a
+    # head), K numbers per unit in the cell state. For a GRU, 4H stands for 3H.
     size: str
-    dtype: torch.dtype | None  # None: that of x
+    dtype: torch.dtype | None  # None stands for the dtype of x
     role: str
-    loop: bool  # the time loop reads it; x, W_ih and b_ih are in the gates
+    loop: bool  # whether the time loop reads it; x, W_ih and b_ih are in the gates
     gradient: str | None
-    told: Callable[[Tensor], Any] | None = None  # what a Problem is told of it where it is there; None: nothing
-    sample: str = "normal"  # its random numbers in verification, see gpu_lstm/verification/verify.py
+    told: Callable[[Tensor], Any] | None = None  # computes the field of a Problem that has the tensor's name, if any
+    sample: str = "normal"  # the kind of random numbers in verification, see gpu_lstm/verification/verify.py
 
     def sized(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Its size, by those of the letters."""
+        """Return the size as numbers, from the size of each letter."""
         return tuple([sizes[letter] for letter in self.size.split()])
 
 
@@ -42,10 +42,10 @@ F32, BOOL = torch.float32, torch.bool
 TENSORS = tuple(Row(*row) for row in (
     ("x",               "T B I", None, X,         not LOOP, BY_LOOP),
     ("h0",              "1 B P", None, STATE,     LOOP,     BY_LOOP),
-    ("c0",              "K B H", F32,  STATE,     LOOP,     BY_LOOP),  # outside the loop maybe in the dtype of x
+    ("c0",              "K B H", F32,  STATE,     LOOP,     BY_LOOP),  # outside the loop it may have the dtype of x
     ("weight_ih",       "4H I",  None, WEIGHT,    not LOOP, AFTER,   None,       "matrix"),
     ("weight_hh",       "4H D",  None, WEIGHT,    LOOP,     BY_LOOP, None,       "matrix"),
-    ("bias_ih",         "4H",    None, WEIGHT,    not LOOP, AFTER),  # from here on a tensor may be None: not there
+    ("bias_ih",         "4H",    None, WEIGHT,    not LOOP, AFTER),  # from here on a tensor may be None, if it is not there
     ("bias_hh",         "4H",    None, WEIGHT,    LOOP,     AFTER,   THERE),
     ("weight_hr",       "P H",   None, WEIGHT,    LOOP,     AFTER,   None,       "matrix"),
     ("weight_peephole", "3H",    None, VARIANT,   LOOP,     AFTER,   THERE),
@@ -65,42 +65,45 @@ BY_NAME = {row.name: row for row in TENSORS}
 
 
 def names_of(*roles: str) -> tuple[str, ...]:
-    """The names of the tensors of these roles, in order."""
+    """Return the names of the tensors of these roles, in order."""
     return tuple(row.name for row in TENSORS if row.role in roles)
 
 
 LEARNT = tuple(row.name for row in TENSORS if row.gradient is not NONE)
 COMPARED = tuple(row.name for row in TENSORS if row.gradient == BY_LOOP)
-"""What may have a gradient; whose gradient verification compares."""
+"""The tensors that may have a gradient, and the tensors whose gradients verification compares."""
 
 
 class Noise(NamedTuple):
-    """What regularises one layer in one direction in one call."""
+    """The random tensors that regularise one layer in one direction in one call."""
 
     dropout_h: Tensor | None = None  # [B, P], factors of h in the recurrent product
-    zoneout_h: Tensor | None = None  # [T, B, P], where h stays as it was; or [], a share of it
-    zoneout_c: Tensor | None = None  # [T, B, H], where c does
+    zoneout_h: Tensor | None = None  # [T, B, P], where h stays as it was; or [], the share of h that stays
+    zoneout_c: Tensor | None = None  # [T, B, H] or [], the same for c
 
 
 class Inputs(NamedTuple):
-    """All tensors. W_hh, W_hr, states, lengths and resets may have any strides; what has times is ordered by time."""
+    """All tensors of one layer in one direction.
+
+    W_hh, W_hr, states, lengths and resets may have any strides. Tensors with a dimension T are ordered by time.
+    """
 
     x: Tensor  # [T, B, I]
-    h0: Tensor  # [1, B, P]; as torch.nn.LSTM has it for one layer
+    h0: Tensor  # [1, B, P], as in torch.nn.LSTM with one layer
     c0: Tensor  # [K, B, H]
-    weight_ih: Tensor | None  # [4H, I]; None: x is W_ih x already
+    weight_ih: Tensor | None  # [4H, I]; None if x is W_ih x already
     weight_hh: Tensor  # [4H, D]
     bias_ih: Tensor | None = None  # [4H]
-    bias_hh: Tensor | None = None  # [4H]; the time loop reads that of a GRU, an LSTM's is in the gates
-    weight_hr: Tensor | None = None  # [P, H]; None: no projection, P = H
-    weight_peephole: Tensor | None = None  # [3H], to the gates i, f and o
-    gain_ih: Tensor | None = None  # [4H], of the layer norm of W_ih x, whose bias is bias_ih
-    gain_hh: Tensor | None = None  # [4H], of that of W_hh h, whose bias is bias_hh
-    gain_c: Tensor | None = None  # [H], of that of c
-    bias_c: Tensor | None = None  # [H]
-    reset_h: Tensor | None = None  # [T, B, P], h that reset steps begin with; None: zeros
-    reset_c: Tensor | None = None  # [T, B, H]
-    dropout_h: Tensor | None = None  # as in Noise
+    bias_hh: Tensor | None = None  # [4H]; for a GRU the time loop reads it, for an LSTM it is in the gates
+    weight_hr: Tensor | None = None  # [P, H]; None without a projection, where P = H
+    weight_peephole: Tensor | None = None  # [3H], of the gates i, f and o
+    gain_ih: Tensor | None = None  # [4H], of the layer norm of W_ih x, which has bias_ih as its bias
+    gain_hh: Tensor | None = None  # [4H], of the layer norm of W_hh h, which has bias_hh as its bias
+    gain_c: Tensor | None = None  # [H], of the layer norm of c
+    bias_c: Tensor | None = None  # [H], of the layer norm of c
+    reset_h: Tensor | None = None  # [T, B, P], the h with which reset steps begin; None stands for zeros
+    reset_c: Tensor | None = None  # [T, B, H], the c with which they begin
+    dropout_h: Tensor | None = None  # this and the two below as in Noise
     zoneout_h: Tensor | None = None
     zoneout_c: Tensor | None = None
     lengths: Tensor | None = None  # [B]
