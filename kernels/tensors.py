@@ -45,7 +45,7 @@ TENSORS = tuple(Row(*row) for row in (
     ("c0",              "K B H", F32,  STATE,     LOOP,     BY_LOOP),  # outside the loop it may have the dtype of x
     ("weight_ih",       "4H I",  None, WEIGHT,    not LOOP, AFTER,   None,       "matrix"),
     ("weight_hh",       "4H D",  None, WEIGHT,    LOOP,     BY_LOOP, None,       "matrix"),
-    ("bias_ih",         "4H",    None, WEIGHT,    not LOOP, AFTER),  # from here on a tensor may be None, if it is not there
+    ("bias_ih",         "4H",    None, WEIGHT,    not LOOP, AFTER),  # from here on a tensor may be None
     ("bias_hh",         "4H",    None, WEIGHT,    LOOP,     AFTER,   THERE),
     ("weight_hr",       "P H",   None, WEIGHT,    LOOP,     AFTER,   None,       "matrix"),
     ("weight_peephole", "3H",    None, VARIANT,   LOOP,     AFTER,   THERE),

@@ -1,4 +1,4 @@
-"""The Triton backend: launch.py is its layer.Launcher. What is known of it without Triton, see layer.Package:"""
+"""The Triton backend. This module is its contract.Package, and needs no Triton. launch.py is its contract.Launcher."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The launches of the Triton backend: a plan of one problem and pass, prepared once and then only launched."""
+"""The launches of the Triton backend. A plan of a problem and pass is prepared once, and then only launched."""
 
 import contextlib
 import dataclasses
@@ -28,11 +28,11 @@ from .plans.choose import FAMILIES, RecordedLaunch, card_of, choose_plan, errors
 from .plans.planning import Plan, Pointwise
 
 INTERPRETED: bool = features.INTERPRETED.value
-MOST_STEPS, LEAST_STEPS = 256, 4  # with which plans are timed
-MOST_GATES = 1 << 24  # elements of gates, from which on steps are fewer
+MOST_STEPS, LEAST_STEPS = 256, 4  # limits of the steps with which plans are timed
+MOST_GATES = 1 << 24  # the elements of gates with which plans are timed, within these limits
 
 Launch = Callable[..., None]
-"""launch(kernel, grid, **arguments), every argument by the name of the kernel's parameter."""
+"""launch(kernel, grid, **arguments) launches a kernel. Arguments have the names of pointers and parameters."""
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -40,29 +40,26 @@ def _interpret(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 launch_kernel: Launch | None = _interpret if INTERPRETED else None
-"""What makes every launch; None: the compiled kernel itself. Tests replace it."""
+"""The function that makes every launch. With None the compiled kernel is launched. Tests replace it."""
 
 
 class Kernel:
-    """A kernel as one plan launches it: its sizes and options are fixed, and a call passes the rest."""
+    """A kernel as one plan launches it. `fixed` has its sizes "S" and its options, and a call passes the rest."""
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, ...], sizes: Sizes, options: dict[str, Any], launch: Launch | None
-    ) -> None:
-        self._kernel, self._grid, self._sizes, self._fixed = kernel, grid, sizes, {"S": sizes} | options
-        self._launch = launch
+    def __init__(self, kernel: Any, grid: tuple[int, ...], fixed: dict[str, Any], launch: Launch | None) -> None:
+        self._kernel, self._grid, self._fixed, self._launch = kernel, grid, fixed, launch
         parameters = names_of(kernel)
         self._names = tuple(itertools.chain(*parameters))
         ends = itertools.accumulate(map(len, parameters), initial=0)
-        # From the values of all names to those of the parameters.
+        # Converts the values of all names to the values of the parameters, some of which are tuples.
         self._in_tuples = itemgetter(*(slice(*ab) if ab[1] - ab[0] > 1 else ab[0] for ab in itertools.pairwise(ends)))
         self._compiled: Callable[..., None] | None = None
 
     def __call__(self, arguments: dict[str, Any]) -> None:
-        """Launch it with the arguments that it has parameters for, and None for absent ones."""
+        """Launch the kernel with the arguments for which it has parameters, and with None for those that are absent."""
         launch = self._launch or launch_kernel
         if launch is None and self._compiled is not None and not checking.on:
-            self._compiled(*self._in_tuples(tuple(map(arguments.get, self._names))), self._sizes)
+            self._compiled(*self._in_tuples(tuple(map(arguments.get, self._names))), self._fixed["S"])
             return
         arguments = {name: arguments.get(name) for name in self._names}
         with margins(self._kernel.__name__, arguments) if checking.on else contextlib.nullcontext(arguments) as inside:
@@ -72,10 +69,10 @@ class Kernel:
             if self._compiled is None:
                 self._compiled = load(self._kernel, self._grid, inside | self._fixed)[self._grid]
             with errors_as_of_torch():
-                self._compiled(*self._in_tuples(tuple(inside.values())), self._sizes)
+                self._compiled(*self._in_tuples(tuple(inside.values())), self._fixed["S"])
 
     def bind(self, arguments: dict[str, Any]) -> by_steps.Launch:
-        """See by_steps.Bind: once it is loaded, it has addresses. What changes is in none of its tuples."""
+        """See by_steps.Bind. A kernel that is loaded is bound to addresses. No changing argument is in a tuple."""
         compiled = self._compiled
         if self._launch or launch_kernel or compiled is None or checking.on:
             return lambda **changed: self(arguments | changed)
@@ -85,7 +82,7 @@ class Kernel:
         def launch_again(**changed: Any) -> None:
             for name, value in changed.items():
                 given[parameters.index(name)] = value
-            compiled(*given, self._sizes)
+            compiled(*given, self._fixed["S"])
 
         return launch_again
 
@@ -96,9 +93,9 @@ BACKEND = "triton"
 def prepare(
     problem: Problem, pass_: Pass, plan: Plan, device: torch.device, trial: bool = False, launch: Launch | None = None
 ) -> Launches:
-    """See contract.Launcher; as what follows. `launch` makes the launches, by default `launch_kernel`.
+    """See contract.Launcher. `launch` makes the launches, by default `launch_kernel`.
 
-    On `trial` they wait a second for other programs, not as long as the user's calls.
+    In a trial, programs wait for other programs for a second, and not as long as in the user's calls.
     """
     family, backward = FAMILIES[type(plan.family)], pass_.backward
     p = family.within(problem)
@@ -109,10 +106,10 @@ def prepare(
         maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
     )  # fmt: skip
     kernels = []
-    for part in by_steps.parts_of(p, backward):  # one, but for the pointwise family
-        sizes = _sizes(part.problem, plan, backward)._replace(START=part.start, END=part.end)
+    for part in by_steps.parts_of(p, backward):  # there is one part, except in the pointwise family
+        sizes = _sizes(part, plan, backward)
         grid = dataclasses.replace(plan, programs=sizes.TILES).grid if loop else plan.grid
-        kernels.append(Kernel(kernel, grid, sizes, options, launch))
+        kernels.append(Kernel(kernel, grid, {"S": sizes} | options, launch))
     start = partial(loop, [each.bind for each in kernels], p=p) if loop else kernels[0]
     return Launches(
         plan, family.buffers(p, plan, pass_), start, p != problem, result and partial(result, p),
@@ -121,12 +118,13 @@ def prepare(
     )  # fmt: skip
 
 
-def _sizes(p: Problem, plan: Plan, backward: bool) -> Sizes:
+def _sizes(part: by_steps.Part, plan: Plan, backward: bool) -> Sizes:
+    p = part.problem
     per, units, cell = max(1, 4 // p.size), p.hidden // p.heads, CELLS[p.cell]
     return Sizes(
         CELL=p.cell, GATES=cell.rows, FROM_X=p.from_x, KEPT=cell.kept, EMPTY=cell.empty[-1], H=p.hidden, HEADS=p.heads,
         D=units, REVERSE=p.reverse, PRECISION=p.precision, PER=per, W=ceil(units / per), BLOCK_B=plan.rows,
-        UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps,
+        UNITS=plan.units, TILES=ceil(units / plan.units), WARPS=plan.num_warps, START=part.start, END=part.end,
         **FAMILIES[type(plan.family)].sizes(p, plan, backward),
     )  # fmt: skip
 
@@ -158,7 +156,7 @@ def choose(
 
 
 def prepare_run(problem: Problem, device: torch.device, pass_: Pass, plan: Plan) -> Callable[[], object]:
-    """What runs a pass of a layer by a plan, on zeros: of as many steps as say how long a step takes."""
+    """Return a function that runs a pass of a layer by a plan, on zeros. It has enough steps to time one of them."""
     layer = Layer(problem, device, launcher_of(BACKEND), trial=plan)
     enough = MOST_GATES // (4 * problem.batch * problem.hidden)
     steps = 1 if problem.steps == 1 else min(MOST_STEPS, max(LEAST_STEPS, enough))
@@ -175,15 +173,16 @@ def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | N
 
 
 def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[RecordedLaunch]:
-    """What a plan launches, without launching it: tensors are on the meta device."""
+    """Return the launches of a plan without making them. Tensors are on the meta device."""
     launches: list[RecordedLaunch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        arguments = {n: a.detach() if isinstance(a, Tensor) else a for n, a in arguments.items()}  # in these sizes
+        # A layer may change the sizes of its own tensors afterwards.
+        arguments = {n: a.detach() if isinstance(a, Tensor) else a for n, a in arguments.items()}
         launches.append(RecordedLaunch(kernel, grid, arguments))
 
     meta, p = torch.device("meta"), FAMILIES[type(plan.family)].within(problem)
-    if p != problem:  # then all gradients of m are given
+    if p != problem:  # with a projection outside of the loop, backward is given a gradient of all m
         pass_ = pass_._replace(dh=True, dh_n=False)
     recorder: Any = SimpleNamespace(BACKEND=BACKEND, lacks=lacks, prepare=partial(prepare, launch=record))
     layer, given = Layer(p, meta, recorder, trial=plan), arguments_of(p, meta, pass_)
@@ -195,7 +194,7 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
 
 
 def arguments_of(problem: Problem, device: torch.device, pass_: Pass) -> tuple[Any, ...]:
-    """Those of a pass, as of Launches.forward or backward: zeros, and sequences of all steps."""
+    """Return the arguments of Layer.forward or Layer.backward for a pass: zeros, where all sequences have all steps."""
     gates, r = call_of(problem, device)
     if r.inputs.lengths is not None:
         r.inputs.lengths.fill_(problem.steps)
@@ -206,15 +205,15 @@ def arguments_of(problem: Problem, device: torch.device, pass_: Pass) -> tuple[A
 
 
 def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]:
-    """The gates and tensors of a call; zeros. What kernels do not read, x and W_ih, has no features."""
+    """Return gates and tensors of a call, all zeros. x and W_ih have no features, since kernels do not read them."""
     p, f32 = problem, torch.float32
 
     def zeros(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
     def normed(features: int, dtype: torch.dtype) -> Normed:
-        moments = [zeros(p.steps, p.batch, 1, dtype=f32) for _ in range(2)]
-        return Normed(zeros(p.steps, p.batch, features, dtype=dtype), *moments, zeros(features, dtype=dtype))
+        moment = zeros(p.steps, p.batch, 1, dtype=f32)
+        return Normed(zeros(p.steps, p.batch, features, dtype=dtype), moment, moment, zeros(features, dtype=dtype))
 
     norm_hh, norm_c = normed(4 * p.hidden, p.dtype) if p.gain_hh else None, normed(p.hidden, f32) if p.gain_c else None
     in_loop = {name: zeros(*size, dtype=dtype) for name, (size, dtype) in in_the_loop(p, p.steps).items()}
