@@ -1,4 +1,4 @@
-"""One layer in one direction on one card, prepared once and then only launched."""
+"""One layer in one direction on one device. It is prepared once, and then only launched."""
 
 import logging
 from collections.abc import Callable
@@ -19,19 +19,23 @@ from .timeouts import raise_if_timed_out
 
 logger = logging.getLogger("gpu_lstm")
 
-MOST_LAYERS = 1024  # that are kept; a program with more problems, say more batch sizes, makes them again
+MOST_LAYERS = 1024  # the layers that are kept; a program with more problems, say batch sizes, makes them again
 
 
 Verify = Callable[["Layer", Pass, Inputs, Any], str | None]
-"""verify(layer, pass_, inputs, plan): why a plan's numbers are not right on the layer's device; None if they are."""
+"""verify(layer, pass_, inputs, plan) returns why the numbers of a plan are wrong on the layer's device, or None."""
 
 
 class Layer:
-    """One problem on one card. Its plan is chosen once for each Pass, by the first call that needs it.
+    """One problem on one device. Its plan is chosen once for each Pass, by the first call that needs it.
 
-    `verify` is asked once for each plan that is chosen, and never while a CUDA graph is captured. Where it is asked,
-    timer() may have a Timer. `trial`, a plan, is used without any. A ValueError says what the backend lacks, or that
-    kernels cannot count to a size.
+    Args:
+        verify: is called once for each plan that may be chosen, and never while a CUDA graph is captured.
+        trial: a plan that is used without a choice and a verification.
+        timer: returns a Timer, or None where plans must not be timed. It is called only where plans are verified.
+
+    Raises:
+        ValueError: the backend does not support the problem, or a size is too large for kernels.
     """
 
     def __init__(
@@ -46,19 +50,28 @@ class Layer:
         self._index = device.index if device.type == "cuda" else None
         self._launcher, self._trial, self._timer = launcher, trial, timer
         self._prepared: dict[Pass, Launches] = {}
-        self._without: dict[Pass, str] = {}  # for which there is no kernel, and why
+        self._without: dict[Pass, str] = {}  # the passes for which there is no kernel, and why
         self._names = tuple(in_the_loop(problem, problem.steps))
         self._tensors, self._pointers = attrgetter(*self._names), [f"{name}_ptr" for name in self._names]
 
     def forward(self, gates: Tensor, r: Recurrence, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """h [T, B, P], h_n [1, B, P], c_n [K, B, H] float32, and c, float32 [T, B, H] if `save`, else None.
+        """Run all steps. Return h, h_n, c_n and c.
 
-        `gates` [T, B, 4H] are x W_ih^T + b_ih + b_hh, of a GRU without b_hh and s. The activated gates overwrite them
-        if `save`; with a projection, what is at every sequence's first step is overwritten anyway. A RuntimeError says
-        that an earlier launch timed out, or that no kernel can run the problem.
+        ```
+        gates  [T, B, 4H]          x W_ih^T + b_ih + b_hh; for a GRU without b_hh and s
+        h      [T, B, P]
+        h_n    [1, B, P]
+        c_n    [K, B, H] float32
+        c      [T, B, H] float32   None unless `save`
+        ```
+
+        With `save`, the activated gates overwrite `gates`. With a projection, the gates of every sequence's first step
+        are overwritten in any case.
+
+        Raises:
+            RuntimeError: an earlier launch timed out, or no kernel can run the problem.
         """
-        if gates.shape[0] > MOST:
-            _check_count("steps", gates.shape[0])
+        _check_count("steps", gates.shape[0])
         overwritten = aligned(gates)
         results = self._run(SAVE if save else NO_SAVE, self._forward, projection.forward, overwritten, r)
         if overwritten is not gates:
@@ -66,13 +79,13 @@ class Layer:
         return results
 
     def takes_x(self, inputs: Inputs) -> bool:
-        """Whether forward takes x [T, B, I] in place of the gates, where nothing is saved."""
+        """Whether forward takes x [T, B, I] in place of the gates. It does so only where nothing is saved."""
         prepared = self._prepared.get(NO_SAVE) or self.prepared(NO_SAVE, inputs)
         return prepared.of_x and is_product_alone(inputs)
 
     @property
     def step(self) -> Callable[..., None] | None:
-        """Launches.step, once a call without gradients has prepared it."""
+        """Launches.step, or None before a call without gradients has prepared it."""
         prepared = self._prepared.get(NO_SAVE)
         return None if prepared is None else prepared.step
 
@@ -80,9 +93,9 @@ class Layer:
         self, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor, r: Recurrence,
         of_h0: bool = True,
     ) -> Gradients:  # fmt: skip
-        """Gradients, from those of forward's first three results, of which None counts as zero.
+        """Return the gradients, from the gradients of h, h_n and c_n. None stands for zero.
 
-        `gates` and c are as forward saved them, and are not written to; of_h0: whether the gradient of h0 is needed.
+        `gates` and c are as forward saved them, and are not written. `of_h0` says whether the gradient of h0 is needed.
         """
         pass_ = Pass(True, True, dh is not None, dh_n is not None)
         read = [None if t is None else aligned(t) for t in (dh, dh_n, dc_n, gates, c)]
@@ -90,8 +103,11 @@ class Layer:
         return gradients._replace(dh0=_initial_hidden_gradient(self.problem, gradients, dh_n, r) if of_h0 else None)
 
     def _run(self, pass_: Pass, run: Callable[..., Any], projected: Callable[..., Any], *given: Any) -> Any:
-        """run(prepared, *given), with the projection and in the order that the launches need; `given` ends with r."""
-        if self._index is not None and self._index != torch.cuda.current_device():  # on which kernels are launched
+        """Call run(prepared, *given), with `projected` around it if the projection is outside of the loop.
+
+        Launches whose programs wait for each other run in order. The last of `given` is r.
+        """
+        if self._index is not None and self._index != torch.cuda.current_device():  # where kernels are launched
             with torch.cuda.device(self.device):
                 return self._run(pass_, run, projected, *given)
         raise_if_timed_out(self.device)
@@ -111,7 +127,7 @@ class Layer:
     def _forward(
         self, prepared: Launches, gates: Tensor, r: Recurrence
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `forward`, without a projection unless it is in the time loop."""
+        """Do the same as `forward`, without a projection unless it is in the time loop."""
         memory = self._launch(prepared, gates, r, {})
         h = memory["h_ptr"] if prepared.result is None else prepared.result(memory)
         return h, memory["h_n_ptr"], memory["c_n_ptr"], memory.get("c_ptr")
@@ -120,7 +136,10 @@ class Layer:
         self, prepared: Launches, dh: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, gates: Tensor, c: Tensor,
         r: Recurrence,
     ) -> Gradients:  # fmt: skip
-        """As `backward`, likewise; its dh0 is float32, and through zoneout of the first step only."""
+        """Do the same as `backward`, without a projection unless it is in the time loop.
+
+        The gradient of h0 is float32, and has only the part through zoneout of the first step.
+        """
         read = {"dh_ptr": dh, "dh_n_ptr": dh_n, "c_ptr": c, "norm_hh": r.norm_hh, "norm_c": r.norm_c}
         memory = self._launch(prepared, gates, r, read, dc_n)
         dgates = memory["dgates_ptr"] if prepared.result is None else prepared.result(memory)
@@ -130,23 +149,20 @@ class Layer:
     def _launch(
         self, prepared: Launches, gates: Tensor, r: Recurrence, read: dict[str, Any], dc_n: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """The memory, after all launches."""
+        """Make all launches and return their buffers by the names of pointers."""
         steps = gates.shape[0]
         memory = allocate(prepared.buffers, steps, gates, r.inputs)
-        if dc_n is not None:  # the kernel makes it the gradient of c0
+        if dc_n is not None:  # the kernel turns it into the gradient of c0
             memory["dc_ptr"].copy_(dc_n)
-        arguments: dict[str, Any] = {"gates_ptr": gates, "T": steps, "B": self.problem.batch}
-        arguments["error_ptr"] = prepared.error_ptr
-        arguments.update(zip(self._pointers, self._tensors(r.inputs)))
-        arguments |= memory
-        arguments |= read
+        arguments = dict(zip(self._pointers, self._tensors(r.inputs)), **memory, **read)
+        arguments |= {"gates_ptr": gates, "T": steps, "B": self.problem.batch, "error_ptr": prepared.error_ptr}
         if prepared.more is not None:
             arguments |= prepared.more(r, memory)
         prepared.start(arguments)
         return memory
 
     def prepared(self, pass_: Pass, inputs: Inputs) -> Launches:
-        """A pass, ready to be launched. Its plan is chosen by the first call, whose inputs are these."""
+        """Return a pass, ready to be launched. The first call, which has these inputs, chooses its plan."""
         if (prepared := self._prepared.get(pass_)) is None:
             if pass_ in self._without:
                 raise NoKernel(self._without[pass_])
@@ -154,7 +170,7 @@ class Layer:
                 return Launches(None, buffers_of(self.problem, pass_), lambda arguments: None)
             capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
             if (plan := self._trial) is None:
-                # What backward computes of dc_n alone is the same by all plans: there is nothing to verify.
+                # If dc_n is the only gradient, all plans of backward compute the same, and there is nothing to verify.
                 verifies = self.verify is not None and (not pass_.backward or pass_.dh or pass_.dh_n) and not capturing
                 refuses = partial(self.verify, self, pass_, inputs) if verifies else None
                 timer = self._timer() if verifies else None
@@ -168,7 +184,7 @@ class Layer:
     def has_kernel(self, pass_: Pass, inputs: Inputs) -> bool:
         """Whether a kernel runs a pass of a call with these inputs. If not, one warning says why.
 
-        No is final, unless memory is full while a kernel is verified or timed: the next call tries again.
+        No is final, unless memory was full while a kernel was verified or timed. Then the next call tries again.
         """
         if pass_ not in self._without:
             try:
@@ -184,11 +200,14 @@ class Layer:
         return False
 
     def with_plan(self, plan: Any, problem: Problem | None = None) -> "Layer":
-        """The same layer, or that of a similar problem, with a plan that is to be tried."""
+        """Return the same layer, or a layer for a similar problem, with a plan to try."""
         return Layer(problem or self.problem, self.device, self._launcher, trial=plan)
 
     def chosen(self, pass_: Pass) -> Chosen:
-        """The plan of a pass, else of another in its direction, else the first to be tried. Nothing is compiled."""
+        """Return the plan of a pass. If there is none yet, return the plan of another pass of the same direction.
+
+        If there is none either, return the plan that would be tried first. Nothing is compiled.
+        """
         alike = (prepared for other, prepared in self._prepared.items() if other.backward == pass_.backward)
         prepared = self._prepared.get(pass_) or next(alike, None)
         return self._launcher.describe(self.problem, self.device, pass_, prepared and prepared.plan)
@@ -196,11 +215,14 @@ class Layer:
 
 _layers: dict[tuple[Launcher, Problem, torch.device], Layer] = {}
 plans_in_use: set[tuple] = set()
-"""Plans that fit and compute the right numbers, as backends name them: not tried again for another batch."""
+"""Plans that fit and compute the right numbers, as backends identify them.
+
+They are not tried again for other batches.
+"""
 
 
 def forget_layers() -> None:
-    """Choose all plans again."""
+    """Forget all layers, so that their plans are chosen again."""
     _layers.clear()
     plans_in_use.clear()
 
@@ -209,13 +231,12 @@ def kept_layer(
     launcher: Launcher, problem: Problem, device: torch.device, verify: Verify | None = None,
     timer: Callable[[], Timer | None] = lambda: None,
 ) -> Layer:  # fmt: skip
-    """A backend's Layer for a problem on a device, the same at every call."""
-    layer = _layers.get((launcher, problem, device))
-    if layer is None:
+    """Return a backend's Layer for a problem on a device, the same one at every call."""
+    key = launcher, problem, device
+    if (layer := _layers.get(key)) is None:
         if len(_layers) >= MOST_LAYERS:
             forget_layers()
-        made = Layer(problem, device, launcher, verify, timer=timer)
-        layer = _layers.setdefault((launcher, problem, device), made)
+        layer = _layers.setdefault(key, Layer(problem, device, launcher, verify, timer=timer))
     return layer
 
 
@@ -223,12 +244,12 @@ SAVE, NO_SAVE = Pass(), Pass(save=False)
 
 
 def is_product_alone(i: Inputs) -> bool:
-    """Whether gates that a loop is given are W_ih x and biases, and nothing else."""
+    """Whether the gates before a loop are W_ih x and biases, and nothing else."""
     return i.gain_ih is None and i.reset_h is None and i.x.shape[2] > 0
 
 
 def aligned(t: Tensor) -> Tensor:
-    """t, or a copy: contiguous, and at an address that is a multiple of 16 bytes, which kernels are compiled for."""
+    """Return t or a copy of it, contiguous and at an address that is a multiple of 16 bytes, as kernels assume."""
     if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
@@ -240,9 +261,12 @@ def _check_count(of: str, count: int) -> None:
 
 
 def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
-    """dh0 [1, B, P]: through the first step, unless it is reset; dh_n [1, B, P] where a sequence has no step."""
+    """Return dh0 [1, B, P].
+
+    It comes through the first step, unless that is reset. Without steps it is dh_n [1, B, P].
+    """
     inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
-    first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H]; zero where length is 0
+    first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H], zero where the length is 0
     if r.norm_hh is not None:
         first = layer_norm.gradient(first, r.norm_hh, at)
     dh0 = heads.gradient_of_h(unless_reset(p, first, inputs.resets), inputs.weight_hh, p.width)[None]

@@ -154,8 +154,7 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
             if (stays := arguments.get(name)) is not None:
                 arguments[name] = stays.float().expand(arguments["T"], p.batch, width).contiguous()
         if p.only_by_steps:
-            loop = by_steps.backward_steps if backward else by_steps.forward_steps
-            return loop([partial(bind, part, backward) for part in parts], arguments, p)
+            return by_steps.run_steps([partial(bind, part, backward) for part in parts], arguments, p, backward)
         run_all(parts[0], backward, arguments)
 
     is_step = of_x and p.steps == 1 and not in_the_loop(p, 1).keys() - PLAIN

@@ -100,7 +100,7 @@ def prepare(
     family, backward = FAMILIES[type(plan.family)], pass_.backward
     p = family.within(problem)
     waits, result = family.waits(p, plan), family.results[backward]
-    kernel, more, loop = (each[backward] for each in (family.kernels, family.arguments, family.loops))
+    kernel, more, loop = family.kernels[backward], family.arguments[backward], family.loop
     options = dict(
         num_warps=plan.num_warps, num_stages=plan.num_stages, launch_cooperative_grid=waits,
         maxnreg=min(255, REGISTERS // (32 * plan.num_warps * plan.blocks)), **features.OPTIONS,
@@ -110,7 +110,7 @@ def prepare(
         sizes = _sizes(part, plan, backward)
         grid = dataclasses.replace(plan, programs=sizes.TILES).grid if loop else plan.grid
         kernels.append(Kernel(kernel, grid, {"S": sizes} | options, launch))
-    start = partial(loop, [each.bind for each in kernels], p=p) if loop else kernels[0]
+    start = partial(loop, [each.bind for each in kernels], p=p, backward=backward) if loop else kernels[0]
     return Launches(
         plan, family.buffers(p, plan, pass_), start, p != problem, result and partial(result, p),
         more and partial(more, p, plan), error_word(device, kernel.__name__, trial) if waits else None,

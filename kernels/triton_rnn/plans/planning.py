@@ -152,18 +152,20 @@ class Plan:
 
 
 class Family(NamedTuple):
-    """The facts about a family that the launcher needs. Each pair is for (forward, backward).
+    """The facts about a family that the launcher needs.
 
     ```
-    sizes(p, plan, backward)        further fields of parameters.Sizes
-    waits(p, plan)                  whether programs wait for each other
-    buffers(p, plan, pass_)         the tensors that the kernels write
-    arguments(p, plan, r, memory)   tensors that the kernels read besides the tensors of the call
-    loops(binds, arguments, p)      all steps, where each step is a launch, see by_steps.py
-    results(p, memory)              h or dgates, where they are not the buffers of these names
-    within(p)                       the problem that the time loop runs
+    kernels                             the kernels
+    sizes(p, plan, backward)            further fields of parameters.Sizes
+    waits(p, plan)                      whether programs wait for each other
+    buffers(p, plan, pass_)             the tensors that the kernels write
+    arguments(p, plan, r, memory)       tensors that the kernels read besides the tensors of the call
+    loop(binds, arguments, p, backward) runs all steps, if each step is a launch, see by_steps.py
+    results(p, memory)                  h or dgates, where they are not the buffers of these names
+    within(p)                           the problem that the time loop runs
     ```
 
+    `kernels`, `arguments` and `results` are pairs for (forward, backward).
     `memory` has the allocated buffers by their names.
     """
 
@@ -172,7 +174,7 @@ class Family(NamedTuple):
     waits: Callable[[Problem, Plan], bool] = lambda p, plan: False
     buffers: Callable[[Problem, Plan, Pass], dict[str, Buffer]] = lambda p, plan, pass_: buffers_of(p, pass_)
     arguments: tuple[Any, Any] = None, None
-    loops: tuple[Any, Any] = None, None
+    loop: Any = None
     results: tuple[Any, Any] = None, None
     within: Callable[[Problem], Problem] = lambda p: p._replace(projected=0)
 

@@ -145,5 +145,5 @@ STEP = Family((step_forward_kernel, step_backward_kernel), sizes, waits, buffers
 HELD = STEP._replace(kernels=(held_forward_kernel, held_backward_kernel))
 POINTWISE = Family(
     (pointwise_forward_kernel, pointwise_backward_kernel), buffers=lambda p, plan, pass_: by_steps.buffers(p, pass_),
-    loops=(by_steps.forward_steps, by_steps.backward_steps), within=by_steps.within,
+    loop=by_steps.run_steps, within=by_steps.within,
 )  # fmt: skip
