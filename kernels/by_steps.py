@@ -92,7 +92,7 @@ def buffers(p: Problem, pass_: Pass) -> dict[str, Buffer]:
 
 
 def run_steps(binds: Sequence[Bind], arguments: dict[str, Any], p: Problem, backward: bool) -> None:
-    """Run all steps of a pass. `binds` are those of the parts of a step.
+    """Run all steps of a pass. `binds` has a Bind for each part of a step.
 
     On the meta device, where launches are only recorded, only the parts of one step are launched. Products there would
     import torch's compiler, which takes seconds.

@@ -67,7 +67,7 @@ def sources(*names: str) -> str:
     A wheel and a checkout have the same.
     """
     digest = hashlib.sha256()
-    # In a checkout there are two roots, and the kernels are in the second.
+    # A checkout has two roots, and the kernels are in the second one.
     roots = list(map(Path, sys.modules[__package__.rpartition(".")[0]].__path__))
     found = {file.relative_to(root): file for root in roots for name in names for file in (root / name).rglob("*.*")}
     for name, file in sorted(found.items()):

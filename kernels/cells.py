@@ -58,8 +58,8 @@ class Cell(NamedTuple):
 # The gates are i, f, g, o.
 LSTM = Cell("lstm", ("h", "c"), rows=4, x_end=4, h_start=0, functions=(5, 1), of_torch=True, normalises=True)
 # The candidate is made of n, which comes from x, and s, which comes from h. Gates are in the order r, z, n, s. As in
-# torch, x reaches the first three. Gradients are in the order n, r, z, s, in which the rows that x reaches are
-# neighbours, and so are the rows that h reaches.
+# torch, x reaches the first three. Gradients are in the order n, r, z, s. There, the rows that x reaches are
+# neighbours, and the rows that h reaches are neighbours, too.
 GRU = Cell("gru", ("h",), rows=3, x_end=3, h_start=1, functions=(3, 0), of_torch=True, normalises=False)
 # The gates are u, v, g, o. c is (q, l): q is the mean of all g, and l the logarithm of the sum of their weights. Each
 # of the two logs comes with an exp. Backward computes no such function, but 1 brings the estimate to the count of

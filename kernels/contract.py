@@ -88,7 +88,7 @@ class Launcher(Protocol):
         """
 
     def prepare(self, problem: Problem, pass_: Pass, plan: Any, device: torch.device, trial: bool = False) -> Any:
-        """Return the Launches of a plan. In a trial, programs wait only briefly for other programs."""
+        """Return the Launches of a plan. On `trial`, programs wait only briefly for other programs."""
 
     def describe(self, problem: Problem, device: torch.device, pass_: Pass, plan: Any) -> Chosen:
         """Describe a plan for `Layer.chosen`. None stands for the plan that would be tried first."""

@@ -1,7 +1,7 @@
 """The order of launches whose programs wait for each other.
 
 If two such launches each held a half of the card, and each needed more, they would wait for ever. So two of them run at
-once only if they were planned to share the card. In a graph that is being captured all work is on one stream, which
+once only if they were planned to share the card. A graph that is being captured has all work on one stream, which
 orders it.
 """
 

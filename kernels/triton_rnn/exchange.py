@@ -1,11 +1,12 @@
-"""How the programs of one launch exchange what all of them need at the next step; docs/design.md says why it is sound.
+"""The exchange of values between the programs of one launch. docs/design.md says why it is sound.
 
-Words are published and collected, each its own ready flag. Elsewhere programs count arrivals, all at once in
-`grid_barrier`, or for each tile of sequences by its halves, `arrive` and `wait_for`.
+In the cooperative family, programs publish and collect words, and each word is its own ready flag. In the other
+families, programs count arrivals: all programs at once in `grid_barrier`, or the programs of one batch tile by its two
+halves, `arrive` and `wait_for`.
 
-A poll is one load of a counter or of words, and the word after the error word limits the polls of a wait (timeouts.py).
-A longer wait times out: the error word is set to step + 1, and the missing values count as NaN. The program remembers
-it, since the host may clear the error word, and from then on looks once where it would wait.
+A poll is one load of a counter or of words. The word after the error word limits the polls of a wait (timeouts.py). A
+longer wait times out. Then the error word is set to step + 1, and missing values count as NaN. The program remembers
+the timeout, since the host may clear the error word. From then on it polls once where it would wait.
 """
 
 from collections import namedtuple
@@ -15,8 +16,9 @@ import triton.language as tl
 
 from .features import INTERPRETED, constexpr_function, constraints, types
 
-# A warp waits before its first poll, in sixteenths of a pass of a loop, of some 30 clocks. A poll in vain costs
-# as much as what it loads, ten passes or more: then the next wait is two passes longer, else a sixteenth shorter.
+# A warp waits before its first poll, for some passes of a loop. A pass takes some 30 clocks, and the delay counts
+# sixteenths of a pass. A poll in vain costs as much as the load itself, ten passes or more. After it the next delay is
+# two passes longer, otherwise it is a sixteenth shorter.
 LONGER, SHORTER, LONGEST = tl.constexpr(32), tl.constexpr(1), tl.constexpr(4096)
 
 AGAIN = tl.constexpr("""\
@@ -28,8 +30,10 @@ ld.relaxed.sys.global.b32 rest, [error + 4]; setp.lt.s32 any, polls, rest; vote.
 @any bra POLL;
 st.relaxed.sys.global.b32 [error], step;
 TIMED_OUT:""")
-"""PTX after a poll in vain: polls again, or goes on once another program timed out, or this one does. Every 64 polls it
-checks whether another one did: the error word is in host memory."""
+"""PTX after a poll in vain. It polls again, or goes on after a timeout of this program or of another one.
+
+It looks for a timeout of another program every 64 polls only, since the error word is in host memory.
+"""
 
 WAIT = tl.constexpr(f"""{{
 .reg .pred any, missing; .reg .b32 seen, polls, rest, step; .reg .b64 error;
@@ -46,14 +50,17 @@ DONE:
 bar.red.or.pred missing, 0, missing;
 selp.b32 $0, 0, $3, missing;
 }}""")
-"""PTX of `wait_for`: $0 is its result, $1 to $5 are its arguments."""
+"""PTX of `wait_for`. $0 is its result, and $1 to $5 are its arguments."""
 
 
 @triton.jit
 def pack(x, DTYPE: tl.constexpr):
-    """[THREADS] float32, rounded to DTYPE -> words [THREADS]. In half precision an even thread's word holds its element
-    and, in the high half, the next thread's; an odd thread's is not used. None is the sentinel, all bits one, a NaN in
-    every floating-point format: a NaN that was computed becomes another."""
+    """Round x [THREADS] float32 to DTYPE and return it as words [THREADS].
+
+    In half precision the word of an even thread holds its element and, in the high half, the element of the next
+    thread. The word of an odd thread is not used. No word is the sentinel. The sentinel has all bits set, which is a
+    NaN in every floating-point format, and a NaN that was computed becomes another NaN.
+    """
     x = tl.where(x == x, x, float("nan")).to(DTYPE)
     if DTYPE.primitive_bitwidth == 32:
         words = x.to(tl.int32, bitcast=True)
@@ -65,13 +72,13 @@ def pack(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def in_phase(words, phase):
-    """Words of float32, each with a phase, 0 or 1, as its last bit, which costs half a unit in the last place."""
+    """Return words of float32 with a phase, 0 or 1, as their last bit. It costs half a unit in the last place."""
     return (words & -2) | phase
 
 
 @triton.jit
 def of_the_next_thread(x):
-    """[THREADS] int32: for an even thread, its neighbour's."""
+    """Return x [THREADS] int32 of the neighbouring thread, for an even thread of the next one."""
     return tl.inline_asm_elementwise(
         "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -88,25 +95,31 @@ def publish(word_ptr, words, mask):
 
 @triton.jit
 def grid_barrier(arrivals, times, poll_limit, step):
-    """All programs wait for each other: what any of them stored before, all can load after. `times` counts the barriers
-    so far, with this one, since arrivals are never reset. Returns what `wait_for` returns."""
+    """Let all programs wait for each other. After it, each can load the values that any of them stored before it.
+
+    `times` counts the barriers so far, including this one, since arrivals are never reset. The result is the result of
+    `wait_for`.
+    """
     arrive(arrivals.arrivals_ptr, poll_limit)
     return wait_for(arrivals, 0, times, poll_limit, step)
 
 
 @triton.jit
 def arrive(arrivals_ptr, poll_limit):
-    """Count this program in: programs that wait for it can load what it stored before."""
-    tl.debug_barrier()  # every thread's stores come before the one thread's release
-    count = tl.where(poll_limit > 0, 1, 0)  # after a timeout none arrives: later arrivals would release others
+    """Count this program in. Programs that wait for it can load the values that it stored before."""
+    tl.debug_barrier()  # the stores of all threads come before the release by one thread
+    count = tl.where(poll_limit > 0, 1, 0)  # after a timeout no program arrives, since it would release others
     tl.atomic_add(arrivals_ptr, count, sem="release")
 
 
 @triton.jit
 def wait_for(arrivals, tile, times, poll_limit, step):
-    """Wait until each program of the group has arrived `times` times at the counter of a tile of sequences; returns the
-    poll limit of later waits, 0 if this one timed out. The first warp polls, and a barrier tells the others: what is
-    loaded after it comes after the acquire. Past 2^31 arrivals the count wraps around, which the difference ignores."""
+    """Wait until each program of the group has arrived `times` times at the counter of a batch tile.
+
+    Returns the poll limit of later waits, which is 0 if this one timed out. The first warp polls, and a barrier tells
+    the other warps. So all loads after the barrier come after the acquire. After 2^31 arrivals the counter wraps
+    around, but only differences count.
+    """
     arrivals_ptr, error_ptr, expected = arrivals.arrivals_ptr + tile, arrivals.error_ptr, times * tl.num_programs(0)
     if INTERPRETED:
         arrived, polls = tl.atomic_add(arrivals_ptr, 0, sem="acquire"), 0
@@ -126,32 +139,35 @@ def wait_for(arrivals, tile, times, poll_limit, step):
 
 @triton.jit
 def unless_timed_out(x, poll_limit):
-    """x, computed from what other programs stored; NaN after a barrier that timed out, since that may be missing."""
+    """Return x, or NaN after a wait that timed out, since the values that x was computed from may be missing."""
     return tl.where(poll_limit > 0, x, float("nan"))
 
 
-# The words that each thread reads, [THREADS]: where the first one is, and how many remain from there, if any. They are
-# GROUPS groups of SIZE neighbours, STRIDE words apart.
+# The words that each thread reads: the place of the first one [THREADS], and how many words there are from it on
+# [THREADS]. A thread reads GROUPS groups of SIZE neighbouring words, which are STRIDE words apart.
 Words = namedtuple("Words", "first_ptr left")
-# How a program waits for words at a step: the delay before its first poll [THREADS], or -1 once a wait timed out; the
-# last bit of words that have arrived, or None if all have but the sentinel.
+# How a program waits for words at a step. `delay` [THREADS] is the delay before the first poll, or -1 after a timeout.
+# `phase` is the last bit of words that have arrived. If it is None, every word but the sentinel has arrived.
 Wait = namedtuple("Wait", "error_ptr step delay phase")
 
 
 @constexpr_function
 def neighbours(row: int) -> int:
-    """How many words one load takes from rows of `row` words: up to four, as long as all rows begin at a multiple."""
+    """Return how many words one load takes from rows of `row` words: the largest divisor of it among 1, 2 and 4."""
     return min(4, row & -row)
 
 
 @triton.jit
 def collect(
     words, wait,
-    seen,  # what `look` returned for the same words, instead of a delay and a first poll; or ()
+    seen,  # the result of `look` for the same words, in place of a delay and a first poll; or ()
     GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr,  # see `neighbours`
 ):  # fmt: skip
-    """Wait for words that other programs publish -> (a tuple of GROUPS * SIZE [THREADS] int32, zero where there is no
-    word; the delay of the next wait for these words). Loads are relaxed, of gpu scope; each warp polls for itself."""
+    """Wait for words that other programs publish. Return the words, and the delay of the next wait for these words.
+
+    The words are a tuple of GROUPS * SIZE tensors [THREADS] int32, with zero where there is no word. Loads are relaxed
+    and of gpu scope. Each warp polls for itself.
+    """
     PHASED: tl.constexpr = wait.phase is not None
     COUNT: tl.constexpr = GROUPS * SIZE
     phase = wait.phase if PHASED else 0
@@ -166,7 +182,10 @@ def collect(
 
 @triton.jit
 def look(words, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, TOGETHER: tl.constexpr):
-    """The words of `collect` as they are now, for its `seen`. A thread waits for the loads only when it uses them."""
+    """Return the words of `collect` as they are now, for its `seen`.
+
+    A thread waits for the loads only when it uses the words.
+    """
     return tl.inline_asm_elementwise(
         polling_loop(GROUPS, SIZE, STRIDE, TOGETHER, once=True), constraints("=&r", GROUPS * SIZE, "l", 1, "r", 1),
         words, dtype=types(tl.int32, GROUPS * SIZE), is_pure=False, pack=1,
@@ -177,11 +196,19 @@ def look(words, GROUPS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr, 
 def polling_loop(
     groups: int, size: int, stride: int, together: int, phased: bool = False, seen: bool = False, once: bool = False,
 ) -> str:  # fmt: skip
-    """PTX of `collect`, or `once` of `look`. A poll loads at once all groups of neighbours of which one is missing. The
-    lanes of a warp loop together, by vote. Missing words become the sentinel, a NaN.
+    """Return the PTX of `collect` or, with `once`, of `look`.
 
-    Operands: the words and, unless `once`, the next delay; the first word's place, how many are left; unless `once` the
-    phase, the error word's place, its value, the delay, and the words that a look found if they were `seen`.
+    A poll loads all words of each load that misses a word. The lanes of a warp loop together, by vote. After a timeout,
+    missing words become the sentinel, a NaN.
+
+    The operands are, in this order:
+
+    ```
+    results    the words; unless `once`, the next delay
+    arguments  the place of the first word; how many words are left
+               unless `once`, the phase; the place of the error word; its value after a timeout; the delay
+               if they were `seen`, the words that `look` found
+    ```
     """
     given = groups * size + (not once)
     first_ptr, left, phase, error, step, delay = (f"${given + n}" for n in range(6))
@@ -198,14 +225,14 @@ def polling_loop(
             check += [f"xor.b32 rest, {word}, {phase}; or.b32 seen, seen, rest;" for word in words[1:]]
             check += [f"and.b32 seen, seen, 1; setp.ne.u32 yes, seen, 0; and.pred {is_missing}, {is_missing}, yes;"]
             give_up += [f"@{is_missing} mov.b32 {word}, -1;" for word in words]
-        else:  # the sentinel is the greatest word
+        else:  # the sentinel is the greatest word as an unsigned number
             check += [f"mov.b32 seen, {words[0]};", *(f"max.u32 seen, seen, {word};" for word in words[1:])]
             check += [f"setp.eq.u32 {is_missing}, seen, -1;"]
         check += [f"or.pred any, any, {is_missing};"]
     if once:
         return "\n".join([f"{{ .reg .pred {', '.join(missing)};", *start, *load, "}"])
     before, learn = ["bra SEEN;"], []
-    if not seen:  # the vote keeps the compiler from leaving out a loop that computes nothing
+    if not seen:  # the vote keeps the compiler from removing a loop that computes nothing
         before = [
             f"shr.s32 rest, {delay}, 4;", "DELAY:",
             "add.s32 rest, rest, -1; setp.ge.s32 any, rest, 0; vote.sync.any.pred any, any, -1;", "@any bra DELAY;",

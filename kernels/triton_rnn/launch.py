@@ -95,7 +95,7 @@ def prepare(
 ) -> Launches:
     """See contract.Launcher. `launch` makes the launches, by default `launch_kernel`.
 
-    In a trial, programs wait for other programs for a second, and not as long as in the user's calls.
+    Programs of a trial wait for other programs for a second, and not as long as programs of the user's calls.
     """
     family, backward = FAMILIES[type(plan.family)], pass_.backward
     p = family.within(problem)

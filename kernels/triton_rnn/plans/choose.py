@@ -38,7 +38,7 @@ from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident,
 
 MOST = 3  # plans that a first call compiles and times, before it falls back on the plan that always works
 MOST_LONGER = 1.25  # the rank of a plan that several batch sizes share, divided by the rank of the best plan, at most
-SLOW_S = 2.0  # seconds, after which a log line names what the user waits for
+SLOW_S = 2.0  # the seconds of silence before a log line explains the wait
 WARPS = 32  # the warps of a block of the empty kernel, the most that CUDA allows
 
 FAMILIES = {
@@ -346,7 +346,7 @@ def _with_cure(problem: str) -> str:
 
 @contextlib.contextmanager
 def _told_if_slow(what: str) -> Iterator[None]:
-    """Log what the user waits for if the block takes longer than SLOW_S, and again each time the wait has doubled."""
+    """Log the reason of a wait if the block takes longer than SLOW_S, and again each time the wait has doubled."""
     ended, start = threading.Event(), time.monotonic()
 
     def tell() -> None:

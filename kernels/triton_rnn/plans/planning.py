@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See contract.OnlyPlan. Of the numbers of groups and of tiles it only says whether there are several."""
+        """See contract.OnlyPlan. It only says whether there are several groups and several tiles, and not how many."""
         others = "groups", "tiles_per_program", "side_by_side", "shared", "why"
         several = {"several groups": self.groups > 1, "several tiles": self.tiles_per_program > 1}
         return {name: value for name, value in self.as_json().items() if name not in others} | several
@@ -183,7 +183,7 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
     """Return a real card. Where torch or the card does not report a rate, the most similar card's rate is taken."""
     architecture, count = properties.major * 10 + properties.minor, properties.multi_processor_count
     alike = min(DEVICES.values(), key=lambda c: (abs(c.architecture - architecture), abs(c.multiprocessors - count)))
-    names = "clock_rate", "memory_clock_rate", "memory_bus_width"  # kHz; kHz with two transfers a clock; bits
+    names = "clock_rate", "memory_clock_rate", "memory_bus_width"  # in kHz, in kHz with two transfers a clock, in bits
     clock, memory_clock, bits = (getattr(properties, name, 0) for name in names)
     rates = 1e3 * clock or alike.clock, 2e3 * memory_clock * bits / 8 or alike.memory
     return Card(architecture, count, properties.name, *rates)
@@ -194,7 +194,7 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
 FIXED = {Resident: (900, 2000), Cooperative: (1700, 2700), Step: (900, 1500), Held: (2600, 4000)}
 SEVERAL_TILES = 1080, 1700  # replaces the above in the cooperative family if one tile waits while another is computed
 PARTIAL_SUMS = {Cooperative: 1060, Step: 4000}  # clocks of an exchange of the sums of partners, or of parts of K
-GRID_BARRIER, OF_A_CELL, OF_A_CHUNK = 1500, 40, 2  # clocks of a barrier of all programs, of a cell, of a chunk
+GRID_BARRIER, OF_A_CELL, OF_A_CHUNK = 1500, 40, 2  # the clocks that each of them takes
 HOST_SECONDS = 5e-6  # the host's time for a product by cuBLAS, or for a launch
 
 
@@ -221,7 +221,7 @@ def rank(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     turn += PARTIAL_SUMS[type(family)] if sums > 1 else 0
     turn += plan.rows * (columns * k / rate + OF_A_CELL * plan.units / (8 * plan.num_warps))
     l2 = read * p.size / card.l2_bytes(plan.programs * plan.groups * plan.side_by_side)
-    # In the cooperative family a warp multiplies the words that have arrived while it waits for the others.
+    # A warp of the cooperative family multiplies the words that have arrived while it waits for the others.
     turn += max(l2, OF_A_CHUNK * family.chunks * plan.num_warps) if isinstance(family, Cooperative) else l2
     return turns * turn + GRID_BARRIER * isinstance(family, Step)
 

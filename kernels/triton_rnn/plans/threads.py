@@ -111,7 +111,7 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
 
 
 def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """Return the tensors that the forward kernel reads besides those of a call, by the names of pointers."""
+    """Return the further tensors that the forward kernel reads, by the names of pointers."""
     h0, h = r.inputs.h0[0], memory["h_ptr"][-1]  # [B, H], [B, _row(p)]
     if _row(p) > p.hidden:
         h = _without_padding(p, h.zero_())

@@ -1,4 +1,4 @@
-"""The plans of the step, the held and the pointwise family, and what the launcher needs to know about them.
+"""The plans of the step, the held and the pointwise family, and the facts about them that the launcher needs.
 
 The kernels of all three are written in Triton's tiles.
 """
@@ -106,7 +106,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
 def waits(p: Problem, plan: Plan) -> bool:
     """See planning.Family.
 
-    In the step family without parts of K, no program waits if T = 1, or if each of several heads has one program. So
+    Without parts of K, no program of the step family waits if T = 1, or if each of several heads has one program. So
     there is a plan for any number of heads.
     """
     alone = p.heads > 1 and plan.programs == 1
