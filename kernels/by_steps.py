@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 def keeps_projection(p: Problem) -> bool:
     """Whether a projection stays in the loop: if it has to, or if W_hh and W_hr are much smaller than their product."""
-    saved = CELLS[p.cell].rows * p.hidden * (p.hidden - p.projected) - p.projected * p.hidden
+    saved = p.gates * p.hidden * (p.hidden - p.projected) - p.projected * p.hidden
     return p.projected > 0 and (p.projects_in_loop or p.size * saved > LEAST_SAVED)
 
 

@@ -51,11 +51,10 @@ def folders() -> tuple[Path, ...]:
 @functools.cache
 def machine(device: torch.device) -> Key:
     """Return the facts about a device that all results depend on. `contract.machine_of` adds facts about a backend."""
-    card, driver = str(device.type), None
-    if device.type == "cuda":
-        card, driver = torch.cuda.get_device_name(device), driver_version()
+    is_card = device.type == "cuda"
     return {
-        "card": card, "driver": driver, "torch": torch.__version__, "cuDNN": cudnn_version(),
+        "card": torch.cuda.get_device_name(device) if is_card else device.type,
+        "driver": driver_version() if is_card else None, "torch": torch.__version__, "cuDNN": cudnn_version(),
         "gpu_lstm": sources("kernels", "backends", "execution", "verification", "call", "dispatch", "equations"),
     }  # fmt: skip
 

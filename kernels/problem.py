@@ -49,6 +49,11 @@ class Problem(NamedTuple):
         return 4 if self.known_h else CELLS[self.cell].x_end
 
     @property
+    def gates(self) -> int:
+        """The gates that have rows in W_hh. A GRU has three of them, other cells have four."""
+        return CELLS[self.cell].rows
+
+    @property
     def columns(self) -> int:
         """The columns of W_hh, D: the features of h, P, or the units of a head."""
         return self.width // self.heads
@@ -154,7 +159,7 @@ def sizes_of(p: Problem, steps: int, features: int = 0) -> dict[str, tuple[int, 
     """
     letters = {
         "1": 1, "T": steps, "B": p.batch, "I": features, "H": p.hidden, "P": p.width, "D": p.columns,
-        "3H": 3 * p.hidden, "4H": CELLS[p.cell].rows * p.hidden, "K": CELLS[p.cell].kept,
+        "3H": 3 * p.hidden, "4H": p.gates * p.hidden, "K": CELLS[p.cell].kept,
     }  # fmt: skip
     return {row.name: row.sized(letters) for row in TENSORS}
 

@@ -161,7 +161,7 @@ def prepare_run(problem: Problem, device: torch.device, pass_: Pass, plan: Plan)
     enough = MOST_GATES // (4 * problem.batch * problem.hidden)
     steps = 1 if problem.steps == 1 else min(MOST_STEPS, max(LEAST_STEPS, enough))
     given = arguments_of(problem._replace(steps=steps), device, pass_)
-    return partial(layer.backward, *given) if pass_.backward else partial(layer.forward, *given, pass_.save)
+    return partial(layer.backward if pass_.backward else layer.forward, *given)
 
 
 def describe(problem: Problem, device: torch.device, pass_: Pass, plan: Plan | None) -> Chosen:
@@ -189,7 +189,7 @@ def recorded_launches(problem: Problem, pass_: Pass, plan: Plan) -> list[Recorde
     if pass_.backward:
         layer.backward(*given, of_h0=False)
     else:
-        layer.forward(*given, pass_.save)
+        layer.forward(*given)
     return launches
 
 
@@ -199,7 +199,7 @@ def arguments_of(problem: Problem, device: torch.device, pass_: Pass) -> tuple[A
     if r.inputs.lengths is not None:
         r.inputs.lengths.fill_(problem.steps)
     if not pass_.backward:
-        return gates, r
+        return gates, r, pass_.save
     h, h_n, _, c = (t.zero_() for t in allocate(buffers_of(problem, Pass()), problem.steps, gates, r.inputs).values())
     return (h if pass_.dh else None), (h_n if pass_.dh_n else None), None, gates, c, r
 
@@ -217,5 +217,5 @@ def call_of(problem: Problem, device: torch.device) -> tuple[Tensor, Recurrence]
 
     norm_hh, norm_c = normed(4 * p.hidden, p.dtype) if p.gain_hh else None, normed(p.hidden, f32) if p.gain_c else None
     in_loop = {name: zeros(*size, dtype=dtype) for name, (size, dtype) in in_the_loop(p, p.steps).items()}
-    inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(CELLS[p.cell].rows * p.hidden, 0), **in_loop)
+    inputs = Inputs(x=zeros(p.steps, p.batch, 0), weight_ih=zeros(p.gates * p.hidden, 0), **in_loop)
     return zeros(p.steps, p.batch, 4 * p.hidden), Recurrence(inputs, norm_hh, norm_c)

@@ -126,13 +126,12 @@ def card_of(device: torch.device) -> Card:
     if device.type != "cuda":
         return INTERPRETER
     properties = torch.cuda.get_device_properties(device)
-    card, count = card_with(properties), properties.multi_processor_count
+    card = card_with(properties)
     with torch.cuda.device(device):
         key = device, _context()
         if key not in _multiprocessors and not torch.cuda.is_current_stream_capturing():
-            of_all = device, count, properties.max_threads_per_multi_processor
-            _multiprocessors[key] = in_order(1, device, _multiprocessors_of_context, *of_all)
-    count = _multiprocessors.get(key, count)
+            _multiprocessors[key] = in_order(1, device, _multiprocessors_of_context, device, properties)
+    count = _multiprocessors.get(key, card.multiprocessors)
     return dataclasses.replace(card, multiprocessors=count - spare_multiprocessors(count))
 
 
@@ -143,13 +142,14 @@ def _context() -> int | None:
     return context.value
 
 
-def _multiprocessors_of_context(device: torch.device, count: int, threads: int) -> int:
-    """Return how many of a card's `count` multiprocessors the current context has.
+def _multiprocessors_of_context(device: torch.device, properties: Any) -> int:
+    """Return how many of a card's multiprocessors the current context has.
 
     A green context, or a client of MPS with a share of the card, has fewer. The driver refuses a cooperative grid that
     is larger than the context. So the largest grid of an empty kernel that it accepts tells the number.
     """
-    blocks = threads // (32 * WARPS)  # of a multiprocessor
+    count = properties.multi_processor_count
+    blocks = properties.max_threads_per_multi_processor // (32 * WARPS)  # of a multiprocessor
     empty = load(empty_kernel, (1,), OPTIONS | {"num_warps": WARPS, "launch_cooperative_grid": True})
 
     def is_too_large(multiprocessors: int) -> bool:
@@ -237,11 +237,9 @@ def choose_plan(
 def why_they_do_not_fit(device: torch.device, plans: Sequence[tuple[list[RecordedLaunch], int]]) -> list[str | None]:
     """Return for each plan the reason why it does not fit, or None.
 
-    A plan is given as its launches and its blocks of a multiprocessor. Several plans are compiled side by side.
+    A plan is given as its launches and its blocks of a multiprocessor. The plans are compiled side by side.
     """
-    if len(plans) < 2:
-        return [why_it_does_not_fit(*plan) for plan in plans]
-    with ThreadPoolExecutor(len(plans)) as pool:
+    with ThreadPoolExecutor(max(1, len(plans))) as pool:
         compiling = [pool.submit(compile_all, device, launches) for launches, _ in plans]
         return [why_it_does_not_fit(*plan, each.result) for plan, each in zip(plans, compiling)]
 

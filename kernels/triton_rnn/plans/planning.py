@@ -12,7 +12,6 @@ import torch
 
 from ...by_steps import launches_of, within
 from ...cards import Card
-from ...cells import CELLS
 from ...memory import Buffer, buffers_of
 from ...problem import Pass, Problem
 
@@ -200,16 +199,16 @@ HOST_SECONDS = 5e-6  # the host's time for a product by cuBLAS, or for a launch
 
 def rank(problem: Problem, card: Card, plan: Plan, backward: bool) -> float:
     """Return about how many clocks a step takes. The plan with the least is tried first."""
-    p, family, gates = problem.of_head, plan.family, CELLS[problem.cell].rows
+    p, family = problem.of_head, plan.family
     rate = 128 if p.exact_float32 else 4 * 4096 / p.size / product_clocks(card)  # multiply-adds a clock
     if isinstance(family, Pointwise):
         p = within(p)
-        products = 2 * gates * p.hidden * p.width / rate / card.multiprocessors
+        products = 2 * p.gates * p.hidden * p.width / rate / card.multiprocessors
         moved = 18 * p.hidden * p.size / card.memory * card.clock
         host = launches_of(p, backward) * HOST_SECONDS * card.clock
         return max(host, p.batch * p.side_by_side * (products + moved))
     sums = getattr(family, "partners", 1) * getattr(family, "parts", 1)
-    k, columns = (gates * p.hidden // sums, plan.units * sums) if backward else (p.hidden, 4 * plan.units)
+    k, columns = (p.gates * p.hidden // sums, plan.units * sums) if backward else (p.hidden, 4 * plan.units)
     turns, turn, read = plan.tiles_per_program, FIXED[type(family)][backward], plan.rows * k
     if isinstance(family, Resident):
         turns, read = ceil(plan.groups * plan.heads / card.multiprocessors), 0

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...cards import KB, Card
-from ...cells import CELLS
 from ...memory import EVERY_BIT, Buffer, buffers_of
 from ...problem import Pass, Problem, Recurrence, power_of_two
 from ..threads.cooperative import cooperative_backward_kernel, cooperative_forward_kernel
@@ -27,7 +26,7 @@ STATIC_SHARED = 48 * KB  # the shared memory that a kernel may declare (CUDA C++
 ROWS = SEQUENCES.value
 
 
-def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool = False) -> Iterator[Plan]:
+def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool) -> Iterator[Plan]:
     """Yield plans if the registers of all multiprocessors together hold W_hh as operands of tensor cores.
 
     `apart` says that the problem is one of several heads. Then the gates of a unit are no neighbours in dgates, see
@@ -35,7 +34,7 @@ def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool 
     """
     if problem.batch == 0 or problem.exact_float32:
         return
-    gates = CELLS[problem.cell].rows
+    gates = problem.gates
     for partners in [n for n in (1, 2, 3, 4) if gates % n == 0] if backward else (1,):
         own = gates // partners if backward else 1
         words = ceil(problem.hidden * problem.size / 4) * (4 if apart and own == 3 else own)
@@ -74,7 +73,7 @@ def as_words(x: Tensor) -> Tensor:
 def transposed_gates(p: Problem, r: Recurrence, partners: int) -> Tensor:
     """Return the words of W_hh^T for the gates of each partner: [partners, H, GATES / partners, W] int32."""
     weight_hh, units = r.inputs.weight_hh, r.inputs.weight_hh.shape[1]
-    by_gate = weight_hh.view(partners, CELLS[p.cell].rows // partners, p.heads, units, units)
+    by_gate = weight_hh.view(partners, p.gates // partners, p.heads, units, units)
     return as_words(by_gate.permute(0, 2, 4, 1, 3))
 
 
@@ -87,7 +86,7 @@ def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     multiplies the gate before them, by zeros (ZEROS).
     """
     partners, words = plan.family.partners, ceil(p.columns * p.size / 4)
-    gates, apart = CELLS[p.cell].rows // partners, backward and p.heads > 1
+    gates, apart = p.gates // partners, backward and p.heads > 1
     own = 4 if apart and gates == 3 else gates
     pieces = own if apart else 1
     k, stride = own * words // pieces if backward else words, 16 * plan.num_warps // pieces
@@ -162,11 +161,10 @@ def resident_plans(problem: Problem, card: Card, backward: bool) -> Iterator[Pla
         return
     units = max(128 // problem.size, power_of_two(problem.hidden))  # two chunks of K or more, as `share` requires
     warps = units // 16 if backward else min(8, units // 8)
-    gates = CELLS[problem.cell].rows
-    registers = gates * units * units * problem.size // (4 * 32 * warps)  # of a thread, for weights
+    registers = problem.gates * units * units * problem.size // (4 * 32 * warps)  # of a thread, for weights
     ragged = backward and problem.size == 4 and problem.lengths is not None and problem.resets
     if warps <= 8 and registers <= (MOST_BESIDE_RAGGED if ragged else MOST_WEIGHTS):
-        shared = 2 * ROWS * units * problem.size * (gates if backward else 1)
+        shared = 2 * ROWS * units * problem.size * (problem.gates if backward else 1)
         yield Plan(
             Resident(units * problem.size // 64), ROWS, units, 1, ceil(problem.batch / ROWS), warps, shared,
             f"one block holds W_hh in registers, {registers} a thread, so that no exchange is needed",
@@ -182,6 +180,6 @@ RESIDENT = Family(
     lambda p, plan, backward: {"CHUNKS": plan.family.chunks},
     arguments=(
         lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh)},
-        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(p, r, CELLS[p.cell].rows)},
+        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(p, r, p.gates)},
     ),
 )

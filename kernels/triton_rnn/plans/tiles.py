@@ -11,7 +11,6 @@ import torch
 
 from ... import by_steps
 from ...cards import Card
-from ...cells import CELLS
 from ...memory import Buffer, buffers_of
 from ...problem import Pass, Problem, power_of_two
 from ..features import MOST_ROWS
@@ -57,9 +56,9 @@ def held_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """
     if card.architecture != 90 or problem.exact_float32 or not 128 < problem.hidden <= 512:
         return []
-    plans, multiprocessors, gates = [], card.multiprocessors // problem.side_by_side, CELLS[problem.cell].rows
+    plans, multiprocessors = [], card.multiprocessors // problem.side_by_side
     for rows, units in HELD_BACKWARD if backward else HELD_FORWARD:
-        inner = problem.hidden * (gates if backward else 1)
+        inner = problem.hidden * (problem.gates if backward else 1)
         k = power_of_two(inner)
         batch_tiles, programs = ceil(problem.batch / rows), ceil(problem.hidden / units)
         shared = (rows + units * (1 if backward else 4)) * k * problem.size
@@ -89,7 +88,7 @@ def split_plans(problem: Problem, card: Card, backward: bool) -> list[Plan]:
     """
     if not backward or problem.side_by_side > card.multiprocessors or problem.exact_float32:
         return []
-    plans, inner = [], CELLS[problem.cell].rows * problem.hidden
+    plans, inner = [], problem.gates * problem.hidden
     for rows, (units, parts) in itertools.product((16, 32, 64, 128), ((8, 8), (16, 4), (16, 8), (32, 4))):
         shared = 3 * 128 * (rows + parts * units)
         in_loads = inner * problem.size % (16 * parts) == 0  # a part is loaded 16 bytes at a time
@@ -126,7 +125,7 @@ def buffers(p: Problem, plan: Plan, pass_: Pass) -> dict[str, Buffer]:
 def sizes(p: Problem, plan: Plan, backward: bool) -> dict[str, int]:
     """See planning.Family."""
     k, parts, ahead = plan.family.k, plan.family.parts, plan.family.ahead
-    return dict(K=CELLS[p.cell].rows * p.columns // parts, BLOCK_K=k, PARTS=parts, AHEAD=ahead)
+    return dict(K=p.gates * p.columns // parts, BLOCK_K=k, PARTS=parts, AHEAD=ahead)
 
 
 def pointwise_plan(problem: Problem, backward: bool) -> Plan:
