@@ -33,7 +33,7 @@ Only the step, and pointers that change with it, are given.
 Bind = Callable[[dict[str, Any]], Launch]
 """bind(arguments) binds a kernel to T, B, and tensors by the names of pointers.
 
-Names that it does not have are ignored.
+The kernel ignores names for which it has no parameter.
 """
 
 LEAST_SAVED = 16 << 20  # bytes of weights; reading so many from L2 takes about as long as two launches

@@ -54,8 +54,8 @@ class Package(Protocol):
     def made_by(self) -> cache.Key:
         """Return the names and versions of everything that makes and runs the kernels.
 
-        torch, the device and the library's own sources are not among them. They are part of the keys of verdicts and
-        races. Called only if the backend can run here.
+        torch, the device and the library's own sources are not among them. The result is part of the keys of verdicts
+        and races. The function is called only if the backend can run here.
         """
 
     def import_packages(self) -> None:

@@ -263,7 +263,7 @@ def _check_count(of: str, count: int) -> None:
 def _initial_hidden_gradient(p: Problem, gradients: Gradients, dh_n: Tensor | None, r: Recurrence) -> Tensor:
     """Return dh0 [1, B, P].
 
-    It comes through the first step, unless that is reset. Without steps it is dh_n [1, B, P].
+    It is the gradient through the first step, and zero if that step is reset. For a sequence without steps it is dh_n.
     """
     inputs, at = r.inputs, end_index(p, r.inputs.lengths, first=True)
     first = CELLS[p.cell].of_h(gradients.dgates[at], p.hidden)  # [B, rows H], zero where the length is 0

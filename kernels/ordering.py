@@ -2,7 +2,7 @@
 
 If two such launches each held a half of the card, and each needed more, they would wait for ever. So two of them run at
 once only if they were planned to share the card. A graph that is being captured has all work on one stream, which
-orders it.
+orders its launches.
 """
 
 import threading
@@ -25,8 +25,8 @@ class _Launched:
     lock: Any = field(default_factory=threading.RLock)  # held from waiting to recording, while no other thread launches
 
 
-# All copies of the library in this process share these: Hugging Face's `kernels` loads a copy, and a reload leaves one.
-# Raise the number in the name when the fields of _Launched change. Copies with different numbers do not know each
+# All copies of the library in this process share this dict: Hugging Face's `kernels` loads a copy, and a reload leaves
+# one. Raise the number in the name when the fields of _Launched change. Copies with different numbers do not know each
 # other's launches.
 _launched: dict[torch.device, _Launched] = vars(torch.cuda).setdefault("_gpu_lstm_launched_2", {})
 
@@ -49,7 +49,7 @@ def in_order(at_once: int, device: torch.device, launch: Callable[..., R], *argu
         if stream not in latest.streams:
             for event in latest.before or ():
                 stream.wait_event(event)
-        latest.streams[stream] = None  # only now: a call that is interrupted before has not waited
+        latest.streams[stream] = None  # set only now, since a call that is interrupted above has not waited
         results = launch(*arguments)
         if latest.before is not None:
             latest.streams[stream] = stream.record_event()

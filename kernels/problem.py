@@ -96,7 +96,7 @@ class Problem(NamedTuple):
 
     @property
     def only_by_steps(self) -> bool:
-        """Whether something is in the middle of a step that only products and launches of each step run."""
+        """Whether there is a layer norm or a projection in the middle of a step, so that each step needs launches."""
         return self.normalised or self.projects_in_loop
 
     @property

@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
     name: str
     # T steps, B batch size, I input features, H hidden units, P features of h, D columns of W_hh (P, or the units of a
-    # head), K numbers per unit in the cell state. For a GRU, 4H stands for 3H.
+    # head), K numbers per unit in the cell state. In weights and biases of a GRU, 4H stands for 3H.
     size: str
     dtype: torch.dtype | None  # None stands for the dtype of x
     role: str

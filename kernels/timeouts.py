@@ -21,7 +21,7 @@ from . import cache
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 """RuntimeErrors that say nothing about the kernel that was running when they were raised."""
 
-# Environment variables: the seconds that programs wait, about, and how many multiprocessors plans leave to other
+# Environment variables: about how many seconds programs wait, and how many multiprocessors plans leave to other
 # kernels.
 TIMEOUT, SPARE = "GPU_LSTM_TIMEOUT", "GPU_LSTM_SPARE_MULTIPROCESSORS"
 SECONDS = 120.0  # so long because NCCL's kernels may hold multiprocessors while they wait for a slow rank
@@ -32,7 +32,10 @@ MOST_KERNELS = 8  # the kernels that have words on a device, in pinned memory th
 
 
 class _Words:
-    """The error words of a device, one for users' calls and one for trials. The poll limit follows each word."""
+    """The error words of a device.
+
+    A kernel has one for users' calls and one for trials, each followed by a poll limit.
+    """
 
     def __init__(self, device: torch.device) -> None:
         with torch.inference_mode(False):
@@ -133,7 +136,7 @@ def raise_if_timed_out(device: torch.device) -> None:
         if step:
             words.memory[place * APART] = 0  # only this word, since a kernel may be writing another one
             timeouts.append(f"{words.kernels[place % MOST_KERNELS]} timed out at step {step - 1}")
-    if timeouts:  # unless another thread was faster
+    if timeouts:  # there are none if another thread was faster
         raise RuntimeError(
             f"{' and '.join(sorted(timeouts))} on {device}: its programs wait for each other, and were not all "
             "resident at once; the results of that launch, and of all launches since, are wrong. If other kernels hold "

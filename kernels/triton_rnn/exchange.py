@@ -153,7 +153,7 @@ Wait = namedtuple("Wait", "error_ptr step delay phase")
 
 @constexpr_function
 def neighbours(row: int) -> int:
-    """Return how many words one load takes from rows of `row` words: the largest divisor of it among 1, 2 and 4."""
+    """Return how many words one load takes from rows of `row` words: the largest of 1, 2 and 4 that divides `row`."""
     return min(4, row & -row)
 
 

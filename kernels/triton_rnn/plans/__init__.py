@@ -1,1 +1,4 @@
-"""Which plans there are for a problem, on the host: each family's, their estimated times, and the choice."""
+"""The plans for a problem: the proposals of each family, estimates of their times, and the choice of one.
+
+All of it runs on the host.
+"""

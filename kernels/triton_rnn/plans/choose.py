@@ -37,7 +37,7 @@ from . import threads, tiles
 from .planning import INTERPRETER, Cooperative, Held, Plan, Pointwise, Resident, Step, card_with, rank
 
 MOST = 3  # plans that a first call compiles and times, before it falls back on the plan that always works
-MOST_LONGER = 1.25  # the rank of a plan that several batch sizes share, divided by the rank of the best plan, at most
+MOST_LONGER = 1.25  # how many times the best plan's rank a plan that batch sizes share may have
 SLOW_S = 2.0  # the seconds of silence before a log line explains the wait
 WARPS = 32  # the warps of a block of the empty kernel, the most that CUDA allows
 
@@ -269,7 +269,7 @@ def why_it_does_not_fit(
 
 
 def compile_all(device: torch.device, launches: Iterable[RecordedLaunch]) -> None:
-    """Compile kernels without loading them. Another thread will load them, since each thread has a context."""
+    """Compile kernels without loading them, since a kernel is loaded into the context of its thread."""
     with torch.cuda.device(device):  # each thread has its own current device
         for kernel, grid, arguments in launches:
             kernel.warmup(grid=grid, **in_tuples(kernel, arguments))
@@ -361,9 +361,9 @@ def _told_if_slow(what: str) -> Iterator[None]:
 
 
 def measured_plan(problem: Problem, card: Card, backward: bool) -> Plan | None:
-    """Return the fastest plan for such problems on this card as a file has it, or None if none was measured.
+    """Return the plan that was the fastest for such problems on this card, or None if none was measured.
 
-    A plan of a file that is not among the proposals is ignored.
+    The plan is read from the cache, and ignored if it is not among the proposals.
     """
     of_all = shared(problem, card, backward)
     kept = cache.read(cache.PLANS, _key(of_all, card, backward))
@@ -380,7 +380,7 @@ def keep_measured(problem: Problem, card: Card, backward: bool, plan: Plan) -> N
 def _key(problem: Problem, card: Card, backward: bool) -> cache.Key:
     """Return the facts that decide which plans are proposed, and which of them is the fastest.
 
-    The direction is not among them, and lengths and resets only together.
+    The direction is not among them. Lengths and resets count only if both are there.
     """
     names = "cell", "batch", "hidden", "projected", "precision", "heads", "side_by_side", "regularised", "normalised"
     return {name: getattr(problem, name) for name in (*names, "steps")} | dict(

@@ -193,7 +193,8 @@ def card_with(properties: "torch.cuda._CudaDeviceProperties") -> Card:
 FIXED = {Resident: (900, 2000), Cooperative: (1700, 2700), Step: (900, 1500), Held: (2600, 4000)}
 SEVERAL_TILES = 1080, 1700  # replaces the above in the cooperative family if one tile waits while another is computed
 PARTIAL_SUMS = {Cooperative: 1060, Step: 4000}  # clocks of an exchange of the sums of partners, or of parts of K
-GRID_BARRIER, OF_A_CELL, OF_A_CHUNK = 1500, 40, 2  # the clocks that each of them takes
+# The clocks of a barrier of all programs, of a cell in a thread, and of a chunk in a warp.
+GRID_BARRIER, OF_A_CELL, OF_A_CHUNK = 1500, 40, 2
 HOST_SECONDS = 5e-6  # the host's time for a product by cuBLAS, or for a launch
 
 

@@ -48,7 +48,7 @@ def cooperative_plans(problem: Problem, card: Card, backward: bool, apart: bool)
             groups = card.multiprocessors // (programs * problem.side_by_side)
             shared = 2 * warps * rows * ROWS * 4  # twice the sums of all warps
             fits = groups > 0 and registers <= MOST_REGISTERS and shared <= STATIC_SHARED
-            if fits and own_rows in (rows, 3 * units):  # only with three rows a unit may a part of a tile stay empty
+            if fits and own_rows in (rows, 3 * units):  # a part of a tile stays empty only with three rows a unit
                 why = f"{programs} programs hold W_hh in registers, {rows // 2 * chunks} a thread, and exchange "
                 why += "dgates" if backward else "h"
                 ahead = problem.batch > groups * ROWS and not backward
