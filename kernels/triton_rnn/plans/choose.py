@@ -237,9 +237,11 @@ def choose_plan(
 def why_they_do_not_fit(device: torch.device, plans: Sequence[tuple[list[RecordedLaunch], int]]) -> list[str | None]:
     """Return for each plan the reason why it does not fit, or None.
 
-    A plan is given as its launches and its blocks of a multiprocessor. The plans are compiled side by side.
+    A plan is given as its launches and its blocks of a multiprocessor. Several plans are compiled side by side.
     """
-    with ThreadPoolExecutor(max(1, len(plans))) as pool:
+    if len(plans) < 2:  # always so in a capture, when other threads should not use the device
+        return [why_it_does_not_fit(*plan) for plan in plans]
+    with ThreadPoolExecutor(len(plans)) as pool:
         compiling = [pool.submit(compile_all, device, launches) for launches, _ in plans]
         return [why_it_does_not_fit(*plan, each.result) for plan, each in zip(plans, compiling)]
 
