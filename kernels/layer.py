@@ -71,7 +71,8 @@ class Layer:
         Raises:
             RuntimeError: an earlier launch timed out, or no kernel can run the problem.
         """
-        _check_count("steps", gates.shape[0])
+        if gates.shape[0] > MOST:
+            _check_count("steps", gates.shape[0])
         overwritten = aligned(gates)
         results = self._run(SAVE if save else NO_SAVE, self._forward, projection.forward, overwritten, r)
         if overwritten is not gates:

@@ -142,7 +142,8 @@ def h_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
 
 def dgates_of(p: Problem, memory: dict[str, Tensor]) -> Tensor:
     """Return dgates [T, B, 4H] without the padding of rows."""
-    return _without_padding(p, memory["dgates_ptr"]).flatten(2)
+    dgates = memory["dgates_ptr"]  # [T, B, 4, _row(p)]
+    return (dgates if _row(p) == p.hidden else _without_padding(p, dgates)).flatten(2)
 
 
 def _row(p: Problem) -> int:
