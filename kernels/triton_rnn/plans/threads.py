@@ -70,10 +70,13 @@ def as_words(x: Tensor) -> Tensor:
     return x.view(torch.int32)
 
 
-def transposed_gates(p: Problem, r: Recurrence, partners: int) -> Tensor:
-    """Return the words of W_hh^T for the gates of each partner: [partners, H, GATES / partners, W] int32."""
+def transposed_gates(p: Problem, r: Recurrence, partners: int, own: int) -> Tensor:
+    """Return the words of W_hh^T for the `own` gates of each of some `partners`: [partners, H, own, W] int32.
+
+    One of the two numbers may be -1, since together they have all gates.
+    """
     weight_hh, units = r.inputs.weight_hh, r.inputs.weight_hh.shape[1]
-    by_gate = weight_hh.view(partners, p.gates // partners, p.heads, units, units)
+    by_gate = weight_hh.view(partners, own, p.heads, units, units)
     return as_words(by_gate.permute(0, 2, 4, 1, 3))
 
 
@@ -125,7 +128,7 @@ def forward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, T
 
 def backward_arguments(p: Problem, plan: Plan, r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
     """As `forward_arguments`, for the backward kernel."""
-    weights = transposed_gates(p, r, plan.family.partners)
+    weights = transposed_gates(p, r, plan.family.partners, -1)
     return {"weights_ptr": weights, "words_ptr": memory["dgates_ptr"].view(torch.int32), "dgates_ptr": None}
 
 
@@ -181,6 +184,6 @@ RESIDENT = Family(
     lambda p, plan, backward: {"CHUNKS": plan.family.chunks},
     arguments=(
         lambda p, plan, r, memory: {"weights_ptr": as_words(r.inputs.weight_hh)},
-        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(p, r, p.gates)},
+        lambda p, plan, r, memory: {"weights_ptr": transposed_gates(p, r, -1, 1)},
     ),
 )
