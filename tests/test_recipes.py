@@ -35,7 +35,7 @@ REGULARISERS: tuple[Regulariser, ...] = (StateNoise(), """,
         '    ("lengths",  ',
         '    ("noise_h", "T B P", None, NOISE, LOOP, NONE),\n    ("lengths",  ',
     ),
-    ("kernels/tensors.py", "where c does\n", "where c does\n    noise_h: Tensor | None = None\n"),
+    ("kernels/tensors.py", "the same for c\n", "the same for c\n    noise_h: Tensor | None = None\n"),
     ("kernels/tensors.py", "    lengths: Tensor", "    noise_h: Tensor | None = None\n    lengths: Tensor"),
     ("gpu_lstm/modules/arguments.py", "    weight_drop: float", "    state_noise: float = 0.0\n    weight_drop: float"),
     # A cell: an LSTM whose forget gate is 1 - i.
