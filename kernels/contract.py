@@ -48,7 +48,7 @@ class Package(Protocol):
 
     It must fit this CPU and these versions or, with `for_any`, any of them, which is answered without an import. Its
     compilation takes ten seconds. None says that each problem has kernels of its own."""
-    PACKAGES: tuple[str, ...]  # the packages whose versions belong into a bug report
+    PACKAGES: tuple[str, ...]  # the packages whose versions belong in a bug report
     NEEDS: str  # what to install, and how
 
     def made_by(self) -> cache.Key:

@@ -106,8 +106,7 @@ class Problem(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON values, for keys of cached results."""
-        lengths = None if self.lengths is None else str(self.lengths)
-        return self._asdict() | {"dtype": str(self.dtype), "lengths": lengths}
+        return {name: str(a) if isinstance(a, torch.dtype) else a for name, a in self._asdict().items()}
 
 
 class Pass(NamedTuple):

@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     CHUNKS: int = 0  # the chunks of K that a warp multiplies
     STRIDE: int = 0  # the words of K from one chunk of a warp to the next
     PARTNERS: int = 1  # in backward, the programs that share the gates of their units
-    OWN: int = 0  # the gates that each partner multiplies
+    OWN: int = 0  # how many of the last GATES gates each partner multiplies
     PIECES: int = 1  # the pieces of K, each for a share of the warps
     ZEROS: int = 0  # the pieces, from the first on, that are multiplied by zeros
     START: str = "z"  # where a launch of the pointwise family begins in a step, see by_steps.Part
