@@ -5,11 +5,13 @@ exact in float32, where the library rounds weights to TF32."""
 import itertools
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
 from gpu_lstm.kernels.triton_rnn import exchange, features
 from gpu_lstm.kernels.triton_rnn.threads import cooperative, fragments, resident
+from gpu_lstm.kernels.triton_rnn.tiles import held
 
 FLOATS = {tl.float32: np.float32, tl.float16: np.float16}  # bfloat16 is wrong in the interpreter
 rounded_to_tf32 = fragments.to_tf32
@@ -89,6 +91,18 @@ def collect(words, wait, seen, GROUPS, SIZE, STRIDE, TOGETHER):
     return found, tl.zeros_like(wait.delay) - int(lost)
 
 
+@triton.jit
+def wait_for(arrivals, tile, times, poll_limit, step):
+    arrivals_ptr, error_ptr, expected = arrivals.arrivals_ptr + tile, arrivals.error_ptr, times * tl.num_programs(0)
+    arrived, polls = tl.atomic_add(arrivals_ptr, 0, sem="acquire"), 0
+    while (arrived - expected < 0) & (polls < poll_limit):
+        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
+        polls = tl.where(tl.load(error_ptr, volatile=True) != 0, poll_limit, polls + 1)
+    failed = arrived - expected < 0
+    tl.store(error_ptr, step + 1, mask=failed & (poll_limit > 0))
+    return tl.where(failed, 0, poll_limit)
+
+
 def count_missing(*awaited):
     return are_missing(*awaited).sum()
 
@@ -101,7 +115,8 @@ def are_missing(words, left, phase, SIZE, STRIDE):
     return absent & (left.handle.data > n // SIZE * STRIDE + n % SIZE)
 
 
-for _module in (exchange, fragments, cooperative, resident):
-    for _function in (to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect):
+REPLACED = to_tf32, product, sum_over_warps, share, take, of_the_next_thread, publish, look, collect, wait_for
+for _module in (exchange, fragments, cooperative, resident, held):
+    for _function in REPLACED:
         if features.INTERPRETED and hasattr(_module, _function.__name__):
             setattr(_module, _function.__name__, _function)
