@@ -1,8 +1,8 @@
-"""LSTM and GRU for PyTorch: drop-ins for torch.nn's that do more, on CPUs and NVIDIA GPUs."""
+"""LSTM and GRU for PyTorch on CPUs and NVIDIA GPUs. They replace torch.nn's modules and have more options."""
 
 from pathlib import Path
 
-# Installed, the kernels are in this folder. In a checkout they are next to it, so that no installation is needed.
+# An installed package has the kernels in this folder. A checkout has them next to it, and needs no installation.
 if not Path(__file__).with_name("kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
@@ -27,5 +27,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, without the modules that were imported above."""
+    """Return the public names, without the submodules that the imports above define."""
     return [*__all__, *(name for name in globals() if name.startswith("__"))]

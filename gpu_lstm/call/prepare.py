@@ -1,11 +1,10 @@
-"""A user's call, checked here and nowhere else."""
+"""A user's call is checked here, and nowhere else."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from ..kernels.cells import Cell
@@ -23,7 +22,10 @@ def prepare(
     options: Options, weights: list[list[Weights]], input: Tensor | PackedSequence, hx: Any = None,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Request:  # fmt: skip
-    """The request, checked; weights [L][D]. The modules and `lstm_layer` document what a user may give, and errors."""
+    """Return the request of a call, checked. `weights` are [L][D].
+
+    The modules and `lstm_layer` document the other arguments and the errors.
+    """
     role = options.role
     form, x, sizes = role.input(input)
     steps, batch = sizes
@@ -60,11 +62,13 @@ def prepare(
         now = now._replace(recording=Recording.WATCHED)
     if options.reverse:
         traversal = traversal.backwards()
-    elif resets is not None and reset_states is None and role.kept == 1 and now.recording == Recording.NOBODY:
-        # Whether no reset comes after the first step, where no device has to be asked; a trace is for other resets.
+    elif resets is not None and reset_states is None and now.recording == Recording.NOBODY:
+        # If no reset comes after the first step, the initial states are zeroed instead, and torch's own operator can
+        # run the call. Values are read only on the CPU, where that needs no synchronisation. A trace is not simplified,
+        # since it may run with other resets.
         readable = x.is_cpu and now.transforms == Transforms.NONE
-        if steps == 1 or (readable and not resets[1:].any()):
-            states = _reset_before_the_first_step(states, lengths, resets, options.directions == 2)
+        if role.kept == 1 and options.directions == 1 and (steps == 1 or (readable and not resets[1:].any())):
+            states = _reset_before_the_first_step(states, lengths, resets)
             traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
@@ -73,7 +77,10 @@ def prepare_layer(
     cell: Cell, x: Tensor, weights: Weights, hx: Any = None, *, reverse: bool = False, heads: int = 1,
     backend: Any = None, **rest: Any,
 ) -> Request:  # fmt: skip
-    """The call of one layer in one direction, from x [T, B, I], or from W_ih x [T, B, 4H]; `rest` as for `prepare`."""
+    """Return the request of one layer in one direction, checked.
+
+    x is [T, B, I]. If `weights` have no weight_ih, x is the product W_ih x, [T, B, 4H]. See `prepare` for `rest`.
+    """
     checks.check_bool("reverse", reverse)
     checks.check_tensor(x, "input")
     checks.check_dimensions("input", x, 3)
@@ -84,8 +91,7 @@ def prepare_layer(
     for name, size in (("hidden_size", hidden), ("proj_size", projected)):
         if size == 0:
             raise ValueError(f"{name} must be greater than zero")
-    gains = weights.gain_ih, weights.gain_hh, weights.gain_c
-    norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
+    norms = tuple([norm for norm in NORMS if getattr(weights, f"gain_{norm}") is not None])
     checks.check_heads(heads, int(hidden), projected or 0, norms)
     for name, tensor in (("z", x), ("bias", weights.bias_ih)) if weights.weight_ih is None else ():
         if tensor is not None:
@@ -101,55 +107,54 @@ def prepare_layer(
 def _check_tensors(
     options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]], grad: bool
 ) -> tuple[bool, bool]:
-    """Whether a tensor learns, if `grad`; whether none is of a subclass of Tensor. Raise unless they fit together."""
+    """Raise unless all tensors fit together. Return (learns, plain).
+
+    `learns` says whether a tensor requires a gradient, if `grad`. `plain` says that no tensor is of a subclass of
+    Tensor. This function runs at every call, so it visits each weight only once.
+    """
     dtype, device = x.dtype, x.device
-    learns, alike, plain = grad and x.requires_grad, True, True
-    asks = grad and not learns
+    learns, alike, plain = x.requires_grad or not grad, True, True  # without autograd nothing has to be asked
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
             fits, present = True, 0
             for tensor, size in zip(one, sizes):
                 if tensor is not None:
                     present += 1
-                    if type(tensor) is not Parameter and type(tensor) is not Tensor:
+                    if type(tensor) not in PLAIN:
                         plain = False
                     if tensor.shape != size:
                         fits = False
                     if tensor.dtype is not dtype or tensor.device != device:
                         alike = False
-                    if asks and tensor.requires_grad:
-                        learns, asks = True, False
+                    if not learns and tensor.requires_grad:
+                        learns = True
             if not fits or present != options.present:
                 checks.check_weights(one, sizes, weights)
-    for h, c in states:
-        if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
-            alike = False
-        if type(h) not in PLAIN or type(c) not in PLAIN:
-            plain = False
-        if asks and (h.requires_grad or c.requires_grad):
-            learns = True
+    for state in states:
+        for tensor in state:
+            if type(tensor) not in PLAIN:
+                plain = False
+            if tensor.dtype is not dtype or tensor.device != device:
+                alike = False
+            if not learns and tensor.requires_grad:
+                learns = True
     if not alike or x.shape[-1] != options.role.inputs:
         options.role.check_tensors(form, x, states, weights)
-    return learns, plain
+    return grad and learns, plain
 
 
-def _reset_before_the_first_step(
-    states: list[State], lengths: Tensor | None, resets: Any, both_directions: bool
-) -> list[State]:
-    """Such a reset zeroes the initial state; in the reverse direction no reset comes before a step."""
+def _reset_before_the_first_step(states: list[State], lengths: Tensor | None, resets: Any) -> list[State]:
+    """Return the initial states of the forward direction. They are zeroed for each sequence that is reset at time 0."""
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]
-    if both_directions:
-        forward = torch.arange(states[0][0].shape[0], device=reset.device) % 2 == 0  # rows of a block
-        reset = reset & forward[:, None, None]
     return [where(reset, (0, 0), state) for state in states]
 
 
 def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
-    """Whether torch's operator for a cell runs a call, and takes all as it is, on the CPU.
+    """Whether torch's operator for a cell runs this call on the CPU with the tensors as they are.
 
-    If not, `prepare` makes it so, or raises.
+    Otherwise `prepare` converts the tensors or raises an error.
     """
     is_plain = type(x) is Tensor and x.is_cpu and x.dim() == 2 and x.layout is torch.strided and not x.is_nested
     if not is_plain or options.feature is not None:
@@ -157,5 +162,5 @@ def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights
     dtype, (batch, features), role = x.dtype, x.shape, options.role
     found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
     sizes = [(batch, role.hidden)] * len(options.cell.states)
-    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # without variants all are there
+    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # no name is None
     return fits and only_torch_runs(options.backend)

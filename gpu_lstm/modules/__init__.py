@@ -1,4 +1,4 @@
-"""The modules: LSTM, GRU and their cells replace torch's own; stacks have layers of different sizes."""
+"""The modules LSTM, GRU, SLSTM, LSTMCell, GRUCell, StackedLSTM and StackedGRU."""
 
 from .cell import GRUCell, LSTMCell
 from .recurrent import GRU, LSTM, SLSTM

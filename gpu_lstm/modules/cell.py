@@ -1,4 +1,4 @@
-"""LSTMCell and GRUCell: drop-ins for those of torch.nn."""
+"""The modules LSTMCell and GRUCell, which replace torch.nn.LSTMCell and torch.nn.GRUCell."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
+from torch.types import Device
 
 from ..backends.torch_rnn import one_step
 from ..call import roles
-from ..call.choices import Backend, BackendName
+from ..call.choices import AnyBackend
 from ..call.options import Options, options_of
 from ..call.prepare import prepare, takes_torchs_cell
 from ..call.weights import State
@@ -22,7 +23,7 @@ from .tracing import traced
 
 
 class RecurrentCell(DropIn):
-    """What LSTMCell and GRUCell share, next to torch's RNNCellBase."""
+    """The base class of LSTMCell and GRUCell. It is a mixin for torch's RNNCellBase."""
 
     _role = roles.Cell
 
@@ -30,16 +31,17 @@ class RecurrentCell(DropIn):
         """Compute one step.
 
         Args:
-            input: (N, I) or (I,).
-            hx: (h, c), each (N, H) or (H,); of a GRUCell h. Default: zeros.
+            input: The input (N, I), or (I,) if unbatched.
+            hx: The state before the step. LSTMCell: (h, c), both of shape (N, H), or (H,) if unbatched. GRUCell: h.
+                Default: zeros
 
         Returns:
-            (h', c') or h', as hx.
+            The state after the step, in the form of hx.
 
         Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell or GRUCell, in its words; ValueError for a chosen
-                backend that supports no peepholes or layer norm.
-            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+            ValueError, RuntimeError, TypeError: A call that torch's cell refuses, too, with torch's message.
+            ValueError: The chosen backend does not support peepholes or a layer norm.
+            ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
         """
         if (type(input) is not Tensor or fx_is_tracing()) and (instead := traced(self, input, hx)) is not None:
             return instead
@@ -53,19 +55,19 @@ class RecurrentCell(DropIn):
     def _init_torchs(self: Any, **arguments: Any) -> None:
         RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)
 
-    def _options(self: Any) -> Options:  # from the attributes as they are now
+    def _options(self: Any) -> Options:  # made of the current attributes
         return options_of(self._cell.name, self._role, (self.hidden_size,), *[getattr(self, name) for name in OF_CELLS])
 
 
 class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
-    """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
+    """Compute one step of one LSTM layer. It replaces torch.nn.LSTMCell, with the same parameters, results and errors.
 
     Args:
-        input_size, hidden_size, bias, device, dtype, backend, peepholes, layer_norm, heads: as for LSTM. Names of
-            parameters do not end in _l{k}.
+        input_size, hidden_size, bias, device, dtype, backend, peepholes, layer_norm, heads: See `LSTM`. The names of
+            the parameters do not end in _l{k}.
 
     Raises:
-        ValueError, TypeError: as LSTM for these.
+        ValueError, TypeError: The same errors as in `LSTM` for the same arguments.
 
     Example::
 
@@ -76,26 +78,27 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
     _cell, _torchs = LSTM, rnn.LSTMCell
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, peepholes: bool = False,
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
+        dtype: torch.dtype | None = None, *, backend: AnyBackend = None, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
 
     if TYPE_CHECKING:
 
-        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
         def forward(self, input: Tensor, hx: State | None = None) -> State: ...
+
+        __call__ = forward
 
 
 class GRUCell(RecurrentCell, RNNCellBase):
-    """A drop-in for torch.nn.GRUCell: one step of one layer, with the same parameters, results and errors.
+    """Compute one step of one GRU layer. It replaces torch.nn.GRUCell, with the same parameters, results and errors.
 
     Args:
-        input_size, hidden_size, bias, device, dtype, backend, heads: as for LSTMCell.
+        input_size, hidden_size, bias, device, dtype, backend, heads: See `LSTMCell`, and `GRU` for the shape of W_hh.
 
     Raises:
-        ValueError, TypeError: as GRU for these.
+        ValueError, TypeError: The same errors as in `GRU` for the same arguments.
 
     Example::
 
@@ -106,12 +109,13 @@ class GRUCell(RecurrentCell, RNNCellBase):
     _cell, _torchs = GRU, rnn.GRUCell
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, heads: int = 1,
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
+        dtype: torch.dtype | None = None, *, backend: AnyBackend = None, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
 
     if TYPE_CHECKING:
 
-        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
         def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
+        __call__ = forward

@@ -1,4 +1,4 @@
-"""StackedLSTM and StackedGRU: layers of different sizes."""
+"""The modules StackedLSTM and StackedGRU: stacks of layers with different sizes."""
 
 import warnings
 from collections.abc import Sequence
@@ -6,32 +6,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive
-from ..call.choices import Backend, BackendName
-from ..call.options import Options, options_of
-from ..call.regularisers import REGULARISER_NAMES
+from ..call.choices import AnyBackend
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
-from ..dispatch.route import run
-from ..kernels.private import fx_is_tracing
-from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_now
+from .arguments import Called, HasVariants, Layers, norms_of, repr_of, weights_now
 from .recurrent import GRU, LSTM
-from .tracing import traced
 
 
 class Stack(Layers, nn.Module):
-    """What StackedLSTM and StackedGRU share. A state of a layer is a pair (h, c), or h alone."""
+    """The base class of StackedLSTM and StackedGRU. The state of a layer is a pair (h, c), or h alone."""
 
     input_size: int
     hidden_sizes: list[int]
     dropout: float
+    proj_size = 0
     _role = roles.Stack
     _layer: type[nn.Module]
 
     def _make(self, given: dict[str, Any]) -> None:
-        """Make a stack from its constructor's locals(). All arguments are checked before initial weights are drawn."""
+        """Initialize the stack from the locals() of its constructor.
+
+        All arguments are checked before the weights are drawn.
+        """
         nn.Module.__init__(self)
         del given["self"]
         of_layers = {name: given.pop(name) for name in ("device", "dtype", PEEPHOLES, LAYER_NORM) if name in given}
@@ -54,7 +53,7 @@ class Stack(Layers, nn.Module):
             got = f"inputs of {inputs} and outputs of {outputs} features"
             raise ValueError(f"residual=True needs a layer whose output is as wide as its input, got {got}")
         for name, value in given.items():
-            setattr(self, name, value)  # the backend becomes its name
+            setattr(self, name, value)  # a Backend is stored as its name
         if self.dropout > 0 and len(sizes) == 1:
             adds = "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects"
             got = f"num_layers greater than 1, but got dropout={self.dropout} and num_layers=1"
@@ -67,38 +66,8 @@ class Stack(Layers, nn.Module):
             check_bool(name, value)
         super().__setattr__(name, value)
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None, lengths: Tensor | None = None,
-        resets: Tensor | None = None, reset_states: Sequence[Any] | None = None,
-    ) -> tuple[Tensor | PackedSequence, list[Any]]:  # fmt: skip
-        """Run all layers over all steps. D = 2 if bidirectional, else 1.
-
-        Args:
-            input, lengths, resets: as for `LSTM.forward`.
-            hx: [(h, c), ...], one pair per layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
-                For a StackedGRU [h, ...]. Default: zeros.
-            reset_states: as for `LSTM.forward`, one state per layer, each as in hx, or with (T, N) or (N, T) for N.
-
-        Returns:
-            output: as the input, with D * H_k features of the last layer; zero past the end of a sequence.
-            states: as hx, after the last step of each sequence.
-
-        Raises:
-            ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is not such
-                a list, such as torch's (h_0, c_0); RuntimeError for a wrong number of them, or wrong sizes.
-        """
-        if type(input) is not Tensor or fx_is_tracing():
-            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
-            if instead is not None:
-                return instead
-        return run(self._request(input, hx, lengths, resets, reset_states))
-
-    def _options(self) -> Options:
-        sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in REGULARISER_NAMES])
-        return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
-
     def _weights(self, names: tuple) -> list[list[Weights]]:
+        """Return the current weights by layer and direction, [L][D]. See `weights_now` for `names`."""
         return [weights_now(module, (of_layer,))[0] for module, of_layer in zip(self.layers, names)]
 
     def extra_repr(self) -> str:
@@ -107,22 +76,25 @@ class Stack(Layers, nn.Module):
 
 
 class StackedLSTM(Stack, HasVariants):
-    """LSTM layers of different sizes on top of each other, with one pair of states per layer.
+    """Apply LSTM layers of different sizes to a sequence, one on top of the other.
 
-    Layer k, an LSTM in ``layers``, has hidden_sizes[k] units; its input is the output of layer k - 1. A stack of equal
-    sizes gives the results of an LSTM with the same weights. See `forward` for calls.
+    Layer k is an LSTM in ``layers``. It has hidden_sizes[k] units, and its input is the output of layer k - 1. If all
+    sizes are equal, the stack gives the same results as an LSTM with the same weights. A call takes and returns a list
+    of states, one pair (h, c) for each layer. See `forward` for calls.
 
     Args:
-        input_size: features of the input, I.
-        hidden_sizes: hidden units of each layer, H_k.
-        bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm, heads: as for LSTM.
-        residual: add a layer's input to its output wherever both have the same number of features (before dropout).
-            At least one layer must allow it. Default: False
+        input_size: The number of features in the input, I.
+        hidden_sizes: The number of hidden units of each layer, H_k.
+        bias, batch_first, dropout, bidirectional, device, dtype: See `LSTM`.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm, heads: See `LSTM`.
+        residual: If True, the input of a layer is added to its output wherever both have the same number of features.
+            The sum is computed before dropout. At least one layer must have an output as wide as its input. Default:
+            False
 
     Raises:
-        ValueError, TypeError: as LSTM; hidden_sizes that is not a sequence of ints, or empty; `residual` that is not a
-            bool, or True where no layer allows it.
+        ValueError, TypeError: The same errors as in `LSTM` for the same arguments.
+        TypeError: `hidden_sizes` is not a sequence of ints, or `residual` is not a bool.
+        ValueError: `hidden_sizes` is empty, or `residual` is True and no layer has an output as wide as its input.
 
     Example::
 
@@ -137,8 +109,8 @@ class StackedLSTM(Stack, HasVariants):
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, residual: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-        backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
+        device: Device = None, dtype: torch.dtype | None = None, *,
+        backend: AnyBackend = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
@@ -146,15 +118,17 @@ class StackedLSTM(Stack, HasVariants):
 
 
 class StackedGRU(Stack):
-    """GRU layers of different sizes on top of each other, with one state per layer. See `forward` for calls.
+    """Apply GRU layers of different sizes to a sequence, one on top of the other.
+
+    A call takes and returns a list of states, one h for each layer. See `forward` for calls.
 
     Args:
-        input_size, hidden_sizes, bias, batch_first, dropout, bidirectional, residual, device, dtype: as for
-            StackedLSTM, of layers that are a GRU each.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop, heads: as for GRU.
+        input_size, hidden_sizes, bias, batch_first, dropout, bidirectional, residual, device, dtype: See `StackedLSTM`.
+            Each layer is a GRU.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, heads: See `GRU`.
 
     Raises:
-        ValueError, TypeError: as StackedLSTM, and as GRU.
+        ValueError, TypeError: The same errors as in `StackedLSTM` and `GRU` for the same arguments.
 
     Example::
 
@@ -169,8 +143,8 @@ class StackedGRU(Stack):
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, residual: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-        backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
+        device: Device = None, dtype: torch.dtype | None = None, *,
+        backend: AnyBackend = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
