@@ -11,7 +11,7 @@ from .call.checks import check_dimensions, check_heads, check_tensor, named_weig
 from .call.choices import AnyBackend
 from .call.prepare import prepare_layer
 from .call.weights import State, Weights
-from .dispatch.route import run
+from .dispatch.route import run_call
 from .kernels import heads as products
 from .kernels.cells import GRU, LSTM, SLSTM
 
@@ -77,7 +77,7 @@ def lstm_layer(
         ValueError: There are more steps, sequences or units than the kernels of the backend can count.
         ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
     """
-    return run(prepare_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
+    return run_call(prepare_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
 
 
 def gru_layer(
@@ -100,7 +100,7 @@ def gru_layer(
     Raises:
         RuntimeError, TypeError, ValueError, ImportError: See `lstm_layer`.
     """
-    return run(prepare_layer(GRU, x, named_weights(weights, GRU), hx, **how))
+    return run_call(prepare_layer(GRU, x, named_weights(weights, GRU), hx, **how))
 
 
 def slstm_layer(
@@ -127,7 +127,7 @@ def slstm_layer(
         if tensor is not None or name != "bias":
             check_tensor(tensor, name)
             check_dimensions(name, tensor, dimensions)  # type: ignore[arg-type]
-    return run(prepare_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
+    return run_call(prepare_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:

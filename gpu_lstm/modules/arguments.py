@@ -15,7 +15,7 @@ from ..call.prepare import prepare
 from ..call.regularisers import BY_NAME, OURS, REGULARISER_NAMES
 from ..call.request import Request
 from ..call.weights import LAYER_NORM, PEEPHOLES, Weights
-from ..dispatch.route import run
+from ..dispatch.route import run_call
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
 from ..kernels.private import fx_is_tracing
@@ -270,7 +270,7 @@ class Layers(Checked):
         if mask is not None:
             name, torchrls = self._cell.name.upper(), TORCHRLS if self._cell.of_torch else ""
             raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
-        return run(self._request(input, hx, lengths, resets, reset_states))
+        return run_call(self._request(input, hx, lengths, resets, reset_states))
 
     def _request(
         self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,

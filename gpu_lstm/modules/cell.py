@@ -9,13 +9,13 @@ from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.types import Device
 
-from ..backends.torch_rnn import one_step
+from ..backends.torch_rnn import step_of_cell
 from ..call import roles
 from ..call.choices import AnyBackend
 from ..call.options import Options, options_of
 from ..call.prepare import prepare, takes_torchs_cell
 from ..call.weights import State
-from ..dispatch.route import run
+from ..dispatch.route import run_call
 from ..kernels.cells import GRU, LSTM
 from ..kernels.private import fx_is_tracing
 from .arguments import OF_CELLS, DropIn, HasVariants
@@ -48,9 +48,9 @@ class RecurrentCell(DropIn):
         options = self._options()
         weights, state = self._weights(options.names), hx if type(hx) is tuple else (hx,)
         if takes_torchs_cell(options, input, state, weights[0][0]):
-            found = one_step(options.cell, input, (state[0], state[-1]), weights[0][0])
+            found = step_of_cell(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
-        return run(prepare(options, weights, input, hx))[1]
+        return run_call(prepare(options, weights, input, hx))[1]
 
     def _init_torchs(self: Any, **arguments: Any) -> None:
         RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)
