@@ -1,4 +1,4 @@
-"""How a call runs, and why: backend, kernels, what was raced. Nothing is run."""
+"""Explain how a call runs, and why: the backend, the kernels, the result of the race. Nothing is run."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call.checks import check_tensor
@@ -21,52 +20,53 @@ from ..dispatch.run import Route
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
 from ..verification.verify import cached_verdict
+from .convert import check_layers
 from .xlstm import ByOurs
 
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How one layer in one direction runs forward, or backward, by kernels."""
+    """The plan by which kernels run one pass, forward or backward, of one layer in one direction."""
 
     name: str  # "forward" or "backward"
     family: str
-    tiles: str  # how its programs share a layer
-    why: str
+    tiles: str  # how the programs share the layer
+    why: str  # why this plan
     origin: str  # whether the plan was measured
-    verdict: str | None  # what verification on this card said: "right", or what is wrong; None: nothing yet
-    launches: int  # how often a call launches its kernels
+    verdict: str | None  # the verdict on this card: "right", or the fault; None if it was not verified yet
+    launches: int  # how many launches a call makes
 
     @property
     def checked(self) -> str:
-        """Whether the kernel was verified on this card, in words."""
+        """The state of the verification on this card, in words."""
         return {None: "not checked yet", "right": "checked"}.get(self.verdict, f"failed: {self.verdict}")
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One layer in one direction."""
+    """One layer in one direction, and its plans."""
 
     layer: int
-    name: str  # "forward" or "reverse": its way through time
+    name: str  # "forward" or "reverse": the direction in time
     input_size: int
     hidden_size: int
     proj_size: int
     heads: int
-    passes: list[PassPlan]  # [] without kernels
+    passes: list[PassPlan]  # empty if the backend has no kernels
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call runs, and why. `str()` is for readers, `dataclasses.asdict()` for programs."""
+    """How a call runs, and why. `str()` returns text for readers, `dataclasses.asdict()` data for programs."""
 
-    problem: str
-    backend: str  # which runs all its layers and directions
-    why: str
-    seconds: dict[str, float] | None  # a call of each rival in the race; None: there was none
-    how: str  # in which way the backend runs it
+    problem: str  # the kind of call, in words
+    backend: str  # the backend of all layers and directions
+    why: str  # why this backend
+    seconds: dict[str, float] | None  # time of a call by each rival in the race; None if there was no race
+    how: str  # in which way the backend runs the call
     precision: str  # how products are computed
-    others: dict[str, str]  # the backends that do not run it: why not
-    launches: int | None  # of all kernels of the recurrence; None: the backend has no kernels
+    others: dict[str, str]  # for each backend that does not run the call, the reason
+    launches: int | None  # the sum over all passes; None if the backend has no kernels
     layers: list[Direction]
 
     def __str__(self) -> str:
@@ -88,27 +88,27 @@ def explain(
     module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, x: Tensor | PackedSequence, hx: Any = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Explanation:  # fmt: skip
-    """Say how a call made at the same place would run, and why: nothing is run, raced, or cached.
+    """Explain how a call made at the same place would run, and why. Nothing is run, raced or cached.
 
-    The place matters: autograd on or off, training, autocast, `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
+    The answer depends on the state at that place: autograd on or off, training mode, autocast, and the blocks
+    `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
         module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a cell of `use_for_slstm`.
-        x, hx, lengths, resets, reset_states: as `module` accepts them. Only the shape, dtype, device and requires_grad
-            of x matter, whether lengths, resets and reset_states are given, and on a CPU whether a reset comes after
-            the first step; hx is ignored.
+        x: as `module` accepts it. Only its shape, dtype, device and requires_grad matter.
+        hx: ignored.
+        lengths, resets, reset_states: as `module` accepts them. It matters only whether they are given and, on a CPU,
+            whether a reset comes after the first step.
 
     Returns:
-        Text by `print`, data by `dataclasses.asdict`.
+        An Explanation. `print` shows it as text, `dataclasses.asdict` turns it into data.
 
     Raises:
         TypeError: `module` is of none of these classes.
-        ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
+        ValueError, RuntimeError, TypeError, ImportError: as a call of `module` raises for every argument except hx, and
+            for a backend that was asked for.
     """
-    if not isinstance(module, Layers | ByOurs):
-        got = "{0.__module__}.{0.__name__}".format(type(module))
-        advice = ": convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
-        raise TypeError(f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {got}{advice}")
+    check_layers("explain", module, Layers | ByOurs)
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     if isinstance(module, Layers):
@@ -137,32 +137,37 @@ def explain(
 
 
 def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]:
-    """The passes of one layer and direction by kernels: with the chosen plans, or those that would be tried first."""
+    """Return the passes of one layer in one direction, number `row` of [L*D]; [] if the route has no kernels.
+
+    A pass has the plan that was chosen. If none was, it has the plan that would be tried first.
+    """
     if route.schedule is None:
         return []
     layer, launches = route.layers[row], ceil(call.steps / route.schedule.longest)
     passes = []
     for pass_ in kind.passes:
         chosen = layer.chosen(pass_)
-        # Backward is verified for each set of gradients that it may be given.
+        # Backward is verified once for each set of gradients that it may be given.
         others = [pass_._replace(dh_n=False), pass_._replace(dh=False)] if pass_.backward else []
         verdicts = [cached_verdict(chosen.plan, layer.problem, each, layer.device) for each in (pass_, *others)]
         passes.append(PassPlan(
             "backward" if pass_.backward else "forward", chosen.family, chosen.tiles, chosen.why,
             "timed on this card" if chosen.measured else "the first to try, not timed",
-            min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
+            min(filter(None, verdicts), key="right".__eq__, default=None),  # a fault, if there is one, before "right"
             chosen.each_step * call.steps or launches,
         ))  # fmt: skip
     return passes
 
 
 def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend) -> str:
+    """Return why a backend does not run the call that `decision` gives to another one."""
     device, feature, times = call.x.device, kind.feature, decision.seconds or {}
+    has_kernels = other in KERNEL_BACKENDS
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
     if not available.supports(other, feature):
         return f"it does not support {feature}"
-    if other in KERNEL_BACKENDS and (lacking := available.lacking(other, kind)) is not None:
+    if has_kernels and (lacking := available.lacking(other, kind)) is not None:
         return f"it has no {lacking}"
     if requested_backend(call.options.backend) is not Backend.AUTO or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
@@ -170,16 +175,17 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
         return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"
     if other is Backend.REFERENCE:
         return "it is a plain loop over steps, for what the others cannot do"
-    if other in KERNEL_BACKENDS and other not in available.backends_for(device):
+    if has_kernels and other not in available.backends_for(device):
         return f"'auto' does not give {device.type} tensors to it"
-    if other in KERNEL_BACKENDS and (why := available.why_not(other, device, kind)) is not None:
+    if has_kernels and (why := available.why_not(other, device, kind)) is not None:
         return why
-    if other in KERNEL_BACKENDS and other is not (first := able_to_run(call, kind)):
+    if has_kernels and other is not (first := able_to_run(call, kind)):
         return f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
     return decision.why
 
 
 def _how(call: Request, backend: Backend) -> str:
+    """Return in which way the backend runs the call."""
     if backend in KERNEL_BACKENDS:
         return "one product with all inputs of a layer, then its steps, or a chunk of them, by the kernels below"
     if backend is Backend.REFERENCE:
@@ -193,6 +199,7 @@ def _how(call: Request, backend: Backend) -> str:
 
 
 def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
+    """Return how the matrix products are computed, with the switches of torch that decide it."""
     name = str(kind.dtype).removeprefix("torch.")
     if kind.dtype is not torch.float32 or device.type != "cuda":
         return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"
