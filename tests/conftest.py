@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -192,6 +193,15 @@ def nothing_cached(monkeypatch, tmp_path):
     for function in (cache._read, cache.warn_once):
         function.cache_clear()
     return tmp_path / "gpu_lstm"
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """A Mock that makes and records the launches of Triton's kernels from now on."""
+    from gpu_lstm.kernels.triton_rnn import launch
+
+    monkeypatch.setattr(launch, "launch_kernel", Mock(side_effect=launch.launch_kernel))
+    return launch.launch_kernel
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import itertools
 import re
-from typing import get_type_hints
 from unittest.mock import Mock
 
 import pytest
@@ -14,34 +13,18 @@ from installed import ROOT
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.choices import KERNEL_BACKENDS
-from gpu_lstm.call.weights import Weights
 from gpu_lstm.equations import EQUATIONS
-from gpu_lstm.kernels import contract, memory, problem, tensors
+from gpu_lstm.kernels import contract, memory, problem
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
-from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES
 
 X0 = torch.zeros(())
 F16, F32 = torch.float16, torch.float32
-
-
-def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
-    assert Weights._fields == tensors.names_of(WEIGHT, VARIANT)
-    assert tensors.Noise._fields == tensors.names_of(NOISE)
-    by_role = map(tensors.names_of, (X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL))
-    assert Inputs._fields == tuple(row.name for row in TENSORS) == tuple(itertools.chain(*by_role))
-    always = {"h0", "c0", "weight_hh", "weight_hr"}  # and a projection, of which a Problem has the size
-    told = problem.told_of(dict.fromkeys(tensors.BY_NAME, X0))
-    assert {row.name for row in TENSORS if row.loop} - always == set(told)
-    assert {row.name for row in TENSORS if row.told} <= set(Problem._fields)
-    for name, note in get_type_hints(Inputs).items():
-        assert (note == torch.Tensor | None) == (name == "weight_ih" or name in Inputs._field_defaults)
 
 
 def test_what_a_problem_is_told_of_tensors():
@@ -89,14 +72,6 @@ def test_a_backend_has_what_its_package_and_its_launcher_list(backend):
     assert backend.value == of_backend.BACKEND
 
 
-def test_a_layer_of_what_a_backend_lacks_is_refused_and_others_know_their_backend(monkeypatch):
-    of_backends = [Layer(Problem(2, 3, 8, F32), torch.device("cpu"), backend).backend for backend in (launch, cupy)]
-    assert of_backends == ["triton", "cupy"]
-    monkeypatch.setattr(cupy, "CELLS", ("gru",))
-    with pytest.raises(ValueError, match=r"^backend 'cupy' has no cell 'lstm'$"):
-        layers.kept_layer(cupy, Problem(2, 3, 9, F32), torch.device("cpu"))
-
-
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():
     """Each combination is a kernel of its own, which is verified for it."""
     gates, state = torch.zeros(2, 3, 20), torch.zeros(3, 5)
@@ -139,11 +114,10 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
 @pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
 @pytest.mark.parametrize("change", [{}, dict(projected=3), dict(lengths=torch.int64, resets=True)], ids=str)
 @pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
-def test_what_is_timed_are_calls_of_the_layer(monkeypatch, family, change):
+def test_what_is_timed_are_calls_of_the_layer(monkeypatch, launched, family, change):
     """Of as many steps as say something and fit the memory, none of them padding; and no call uses what was timed."""
     problem, cpu = Problem(2, 3, 8, F32, precision="tf32", **change), torch.device("cpu")
-    run, sent, steps = Mock(side_effect=launch.launch_kernel), [], 5
-    monkeypatch.setattr(launch, "launch_kernel", run)
+    sent, steps = [], 5
     monkeypatch.setattr(launch, "MOST_STEPS", steps)
     arguments_of = launch.arguments_of
     monkeypatch.setattr(launch, "arguments_of", lambda *given: sent.append(arguments_of(*given)) or sent[-1])
@@ -156,7 +130,7 @@ def test_what_is_timed_are_calls_of_the_layer(monkeypatch, family, change):
     for r in (sent[0][1], sent[1][-1]):
         assert r.inputs.lengths is None or r.inputs.lengths.tolist() == [steps] * 3
     assert (sent[1][0] is not None, sent[1][1]) == (True, None)
-    ran = {each.args[0].__name__ for each in run.mock_calls}
+    ran = {each.args[0].__name__ for each in launched.mock_calls}
     assert ran == {f"{family}_{way}_kernel" for way in ("forward", "backward")}
     assert not any(layer._prepared for layer in layers._layers.values())
 

@@ -131,14 +131,12 @@ def test_a_call_in_which_only_states_to_reset_to_learn_is_training(learns):
     (False, {}, 6), (True, {}, 4 * len(X)), (True, dict(layer_norm=True), 8 * len(X)),
     (True, dict(proj_size=2, zoneout=0.1), 8 * len(X)), (True, dict(proj_size=2), 4),
 ])  # fmt: skip
-def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, options, launches):
+def test_launches_are_as_many_as_the_call_makes(monkeypatch, launched, training, options, launches):
     """With a workspace for few steps, so that there are chunks where nothing is kept for backward. A layer norm or a
     projection in the loop divides a step into two."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
     if training and not options:
         monkeypatch.setattr(choose, "candidates", lambda problem, *_: [pointwise_plan(problem, False)])
-    launched = Mock(side_effect=launch.launch_kernel)
-    monkeypatch.setattr(launch, "launch_kernel", launched)
     lstm = gpu_lstm.LSTM(4, 5, 2, backend="triton", **options)
     with torch.set_grad_enabled(training):
         found, (y, _) = gpu_lstm.explain(lstm, X), lstm(X)

@@ -190,15 +190,13 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dtype):
+def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, launched, dtype):
     """Which are right, where those of forward are not; of an SLSTM, which torch has not."""
     above = equations.above
     monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # which backward does not need
     ours = gpu_lstm.SLSTM(I, H).to(dtype)
     twin, x = copy.deepcopy(ours).double(), X.to(dtype)
     twin.backend = "reference"
-    launched = Mock(side_effect=launch.launch_kernel)
-    monkeypatch.setattr(launch, "launch_kernel", launched)
     found = results(ours, x, call=watched(ours), **RAGGED), results(twin, x, **RAGGED)
     for our, true in zip(*(each.values() for each in found)):
         torch.testing.assert_close(
@@ -217,10 +215,10 @@ def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
 
 
 @pytest.mark.parametrize("way", [eager, by_compiler])
-def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, way):
+def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, launched, way):
     """Nothing is decided or cached; who chose the kernels gets the error."""
     ours = pair("LSTM", None)[1]
-    expected, launched = truth(ours, X, **RAGGED), Mock(side_effect=launch.launch_kernel)
+    expected = truth(ours, X, **RAGGED)
     with monkeypatch.context() as patch:
         patch.setattr(verify.Small, "by_reference", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         for said in pytest.warns(UserWarning, match="memory is full"), warnings.catch_warnings(action="error"):
@@ -232,7 +230,7 @@ def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdict
             results(ours, X, call=way(ours), **RAGGED)
     assert (race.decided, [*cache.entries(cache.CHECKS)], [*cache.entries(cache.RACES)]) == ({}, [], [])
     ours.backend = "auto"
-    monkeypatch.setattr(launch, "launch_kernel", launched)
+    launched.reset_mock()
     assert_same(results(ours, X, call=way(ours), **RAGGED), expected, condition=2)
     assert launched.called
 

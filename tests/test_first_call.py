@@ -128,9 +128,6 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
         layer.backward(h, h[:1], None, gates, h.float(), r)
     else:
         layer.forward(gates, r, save=True)
-    calls = [each.kwargs.get("step") for each in record.call_args_list]
-    order = [*range(steps)][::-1] if backward else [*range(steps)]
-    assert calls == (order if family == "pointwise" else [None])
     (kernel, grid), arguments = record.call_args
     assert kernel.__name__ == f"{family}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
@@ -139,9 +136,6 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     if family == "step":
         options["num_stages"] = plan.num_stages
     assert {name: arguments.get(name, False) for name in options} == options
-    sizes = arguments["S"]
-    assert (hidden, plan.rows, plan.units, plan.num_warps) == (sizes.H, sizes.BLOCK_B, sizes.UNITS, sizes.WARPS)
-    assert (getattr(plan.family, "k", 0), getattr(plan.family, "chunks", 0)) == (sizes.BLOCK_K, sizes.CHUNKS)
 
 
 @pytest.mark.parametrize(("failure", "said"), [

@@ -11,6 +11,8 @@ test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU, where Triton'
     compute-sanitizer --tool racecheck  python -m pytest tests/test_layer.py -k cuda
 """
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from cases import built, call_of, check, with_random_parameters
@@ -115,49 +117,15 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("cupy", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
      (1, "5,3,3,11", f"{OF_ALL} both")),
 ]  # fmt: skip
-# With `gru`: what is of a cell is few lines of every kernel, of torch_rnn and of the reference, and all a user's forms.
-GRUS = [
-    ("reference", F64, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states",
-                        "expected states", "both ragged masks", "dropout_h both ragged", "zoneout deep states",
-                        "zoneout stack both"),
-     (2, "1,4,3,5", "deep both ragged resets"), (2, "1,1,1,3", f"{MIX} masks", "unbatched both states", "cell"),
-     (2, "5,1,3,4", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
-     (2, "6,4,5,5", "residual masks ragged"),
-     (1, "5,3,4,6", "heads states masks ragged", "heads layer", "heads stream")),
-    ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
-    ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
-    ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES[:-1] if "state" not in words)),
-     (2, "1,1,1,3", MIX, "cell", "unbatched"), (2, "1,4,3,5", "deep both ragged", "no-grad ragged")),
-    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "layer ragged states both"),
-     (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,40", "heads ragged states"),
-     (1, "3,3,3,9", "chunks both states no-grad", "ragged no-bias recompute masks")),
-    ("triton", F16, (1, "4,5,8,40", MIX)),
-    ("step", F32, (1, "3,3,3,40", ""), (1, "3,18,3,20", "layer ragged states both")),
-    ("step", F16, (1, "3,3,3,40", "ragged states masks", "heads ragged states masks")),
-    ("split/4", F32, (1, "3,18,3,72", "ragged resets", "three-heads ragged")), ("held", F32, (1, "3,35,3,18", BACK)),
-    ("held", F16, (1, "3,18,3,40", "ragged states masks", "heads states")),
-    ("held/ahead", F32, (1, "3,35,3,18", "ragged resets")),
-    ("resident", F32, (1, "3,11,3,33", "no-hx"), (1, "3,3,3,11", f"{MIX} masks")),
-    ("resident", F16, (1, "3,3,3,70", BACK), (1, "3,3,3,11", "ragged states masks"),
-     (1, "3,11,3,32", "heads ragged states masks")),
-    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "3,3,3,8", "chunks resets no-grad"),
-     (1, "3,9,3,32", "heads ragged states masks")),
-    ("cooperative/16/1/1", F16, (1, "3,3,3,33", "three-heads ragged states masks both")),
-    ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
-    ("cooperative/8/1/4", F16, (1, "3,3,3,33", "ragged states masks")),
-    ("cooperative/16/1/1", F16, (1, "3,3,3,33", BACK)),
-    ("pointwise", F32, (1, "3,3,4,6", BACK), (1, "3,9,3,33", "ragged states masks", "three-heads ragged states masks")),
-    ("pointwise", F16, (1, "3,3,3,40", "")),
-    ("numba", F32, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states", "expected states",
-                    "both ragged masks", "zoneout stack both", "recompute masks", "chunks both states no-grad",
-                    "chunks reverse ragged states no-grad"),
-     (2, "6,4,5,5", "residual masks ragged resets"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
-     (2, "5,1,3,4", "unbatched both batch-first ragged states"), (1, "4,5,3,130", MIX, "ragged states masks no-bias"),
-     (1, "3,9,16,260", "ragged resets", "heads states"), (1, "4,9,3,15", "three-heads both ragged states masks")),
-    ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "4,9,3,33", "ragged states masks",
-     "three-heads ragged states masks", "zoneout deep states", "expected no-grad")),
-    ("cupy", F16, (3, "5,3,3,40", "", MIX)), ("cupy", BF16, (2, "2,3,4,5", MIX)),
-]  # fmt: skip
+# With `gru`, beside the cases above that have no layer norm: what a GRU has that they do not reach.
+MORE_GRUS = [
+    ("reference", F64, (2, "6,4,3,5", "cell no-bias", "both ragged masks", "zoneout stack both")),
+    ("triton", F32, (1, "3,3,3,9", "ragged no-bias recompute masks")),
+    ("split/4", F32, (1, "3,18,3,72", "ragged resets", "three-heads ragged")),
+    ("resident", F16, (1, "3,3,3,70", BACK)),
+    ("numba", F32, (2, "6,4,3,5", "cell no-bias", "both ragged masks", "zoneout stack both", "recompute masks")),
+    ("cupy", BF16, (2, "2,3,4,5", MIX)),
+]
 # With `slstm`, whose reference is the paper's c, n and m in other numbers.
 SLSTMS = [
     ("reference", F64, (2, "4,3,3,8", "", "no-hx ragged", "no-bias heads", f"deep heads {MIX}", f"deep no-hx {MIX}",
@@ -201,27 +169,50 @@ DEEP = [
 ]  # fmt: skip
 
 
-TABLES = (TABLE, "", ()), (DEEP, "", pytest.mark.deep), (GRUS, "gru ", ()), (SLSTMS, "slstm ", ())
+class Case(NamedTuple):
+    """Calls in words of cases.py, for a place of places.py."""
+
+    place: str
+    dtype: torch.dtype
+    seeds: int
+    size: tuple[int, ...]  # T, B, I, H and maybe P
+    words: str
+
+
+def cases_of(table: list, cell: str = "") -> list[Case]:
+    return [
+        Case(place, dtype, seeds, tuple(map(int, size.split(","))), f"{cell} {words}".strip())
+        for places, dtype, *rows in table for place in places.split()
+        for seeds, size, *options in rows for words in options
+    ]  # fmt: skip
+
+
+def of_a_gru(case: Case) -> Case:
+    """The same case without a projection and peepholes, which a GRU does not have."""
+    return case._replace(size=case.size[:4], words="gru " + case.words.replace("peepholes", ""))
+
+
+LSTMS = cases_of(TABLE)
+OF_FOUR_GATES = "split/4", "cooperative/8/1/2"  # plans that divide the gates of a unit otherwise than a GRU's
+CASES = [*LSTMS, *(of_a_gru(case) for case in LSTMS if "norm" not in case.words and case.place not in OF_FOUR_GATES)]
+CASES += [*cases_of(MORE_GRUS, "gru"), *cases_of(SLSTMS, "slstm")]
 
 
 def cases(*backends: str) -> pytest.MarkDecorator:
-    """The cases of these backends or places."""
-    return pytest.mark.parametrize(("place", "dtype", "seeds", "size", "words"), [
-        pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), (cell + words).strip(), marks=marks,
-                     id=f"{place}-{dtype}-{size}-{(cell + words).strip() or 'plain'}".replace("torch.", ""))
-        for table, cell, marks in TABLES for places, dtype, *rows in table
-        for place in places.split() if place.partition("/")[0] in backends
-        for seeds, sizes, *options in rows for size in sizes.split() for words in options
+    """The cases of these backends or places, each once."""
+    every = [(case, ()) for case in dict.fromkeys(CASES)] + [(case, pytest.mark.deep) for case in cases_of(DEEP)]
+    return pytest.mark.parametrize("case", [
+        pytest.param(case, marks=marks, id="-".join(map(str, case)).replace("torch.", ""))
+        for case, marks in every if case.place.partition("/")[0] in backends
     ])  # fmt: skip
 
 
-def every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device="cpu", **how) -> None:
-    backend, force = KERNELS[place]
-    options = dict(device=device) if backend == "cupy" else {}
-    force(monkeypatch, **options)
-    if "chunks" in words:  # of two steps
-        monkeypatch.setattr(schedule, "WORKSPACE", 2 * size[1] * 4 * size[3] * dtype.itemsize)
-    check(size, words, backend, dtype, device, seeds=seeds, **how)
+def every_result_and_gradient(monkeypatch: pytest.MonkeyPatch, case: Case, device: str = "cpu") -> None:
+    backend, force = KERNELS[case.place]
+    force(monkeypatch, **dict(device=device) if backend == "cupy" else {})
+    if "chunks" in case.words:  # of two steps
+        monkeypatch.setattr(schedule, "WORKSPACE", 2 * case.size[1] * 4 * case.size[3] * case.dtype.itemsize)
+    check(case.size, case.words, backend, case.dtype, device, seeds=case.seeds)
 
 
 forced = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernels are those that are chosen there")
@@ -229,44 +220,43 @@ fresh_memory_is_nan = pytest.mark.usefixtures("nan_in_fresh_memory")  # so that 
 
 
 @cases("torch", "reference")
-def test_without_kernels(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+def test_without_kernels(monkeypatch, case):
+    every_result_and_gradient(monkeypatch, case)
 
 
 @cases("triton")
-def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device)
+def test_triton(monkeypatch, case, device):
+    every_result_and_gradient(monkeypatch, case, device)
 
 
 @fresh_memory_is_nan
 @cases("numba")
-def test_numba(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+def test_numba(monkeypatch, case):
+    every_result_and_gradient(monkeypatch, case)
 
 
 @forced
 @fresh_memory_is_nan
 @cases("step", "split", "held", "resident", "cooperative", "pointwise")
-def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+def test_a_family_of_triton(monkeypatch, case):
+    every_result_and_gradient(monkeypatch, case)
 
 
 @fresh_memory_is_nan
 @cases("cupy")
-def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, host_or_card)
+def test_cuda(monkeypatch, case, host_or_card):
+    every_result_and_gradient(monkeypatch, case, host_or_card)
 
 
 @forced
 @fresh_memory_is_nan
 @pytest.mark.parametrize("place", ["pointwise", "cupy"])
 def test_a_projection_that_is_much_smaller_stays_in_the_loop(monkeypatch, place):
-    size = 4, 5, 3, 9, 3
     assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
     monkeypatch.setattr(by_steps, "LEAST_SAVED", 0)
     assert by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
     assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 8))
-    every_result_and_gradient(monkeypatch, place, F32, 2, size, MIX)
+    every_result_and_gradient(monkeypatch, Case(place, F32, 2, (4, 5, 3, 9, 3), MIX))
 
 
 @pytest.mark.gpu

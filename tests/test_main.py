@@ -13,13 +13,14 @@ import pytest
 import torch
 from standing_in import H100, the_cpu_is_a_card, torch_finds
 
+import gpu_lstm
 from bench import __main__ as bench_main
 from bench import results
 from gpu_lstm import __main__ as doctor
 from gpu_lstm.__main__ import main
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
 from gpu_lstm.dispatch import available, race
-from gpu_lstm.dispatch.kind import Kind
+from gpu_lstm.dispatch.kind import Kind, kind_of
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
@@ -75,15 +76,19 @@ def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, d
     assert torch.backends.cudnn.allow_tf32 == switch
 
 
-@pytest.mark.parametrize(("steps", "counted", "norms"), [("1", 1, ""), ("2", 2, ""), ("1024", 2, "layer norm")])
-def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, counted, norms):
+@pytest.mark.parametrize(("steps", "words", "cell", "options"), [
+    (1, "", "LSTM", {}), (2, "", "LSTM", {}), (1024, "--layer-norm", "LSTM", dict(layer_norm=True)),
+    (1024, "--cell gru --directions 2", "GRU", dict(bidirectional=True)),
+])  # fmt: skip
+def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, words, cell, options):
     asked = Mock(side_effect=plans)
     monkeypatch.setattr(choose, "plans", asked)
-    words = f"plan --device h100 --dtype tf32 --hidden 64 --batch 3 --steps {steps}" + " --layer-norm" * bool(norms)
-    assert f": LSTM T={steps} B=3 H=64 {norms} tf32".replace("  ", " ") in printed_by(capsys, *words.split())[0]
-    problem = Problem(counted, 3, 64, torch.float32, precision="tf32")
-    normed = problem._replace(**dict.fromkeys(("gain_hh", "gain_c", "bias_c"), bool(norms)))
-    assert {call.args[0] for call in asked.mock_calls} == {normed}
+    words = f"plan --device h100 --dtype bf16 --hidden 64 --batch 3 --steps {steps} {words}"
+    said = f": {cell} T={steps} B=3 H=64{' layer norm' * ('layer_norm' in options)} bf16"
+    assert said in printed_by(capsys, *words.split())[0]
+    module = getattr(gpu_lstm, cell)(8, 64, dtype=torch.bfloat16, device="meta", **options)
+    problem, *others = kind_of(module._request(torch.empty(steps, 3, 8, dtype=torch.bfloat16, device="meta"))).problems
+    assert {call.args[0] for call in asked.mock_calls} == {problem._replace(bias_hh=False, side_by_side=1 + len(others))}
 
 
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):

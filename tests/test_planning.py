@@ -85,6 +85,8 @@ def test_heads_have_the_plans_of_layers_side_by_side(backward):
     for units, found in ((512, {4}), (1024, {2}), (1280, set())):
         large = plans(Problem(128, 1, 2 * units, BF16, side_by_side=2, heads=2), H100, backward)
         assert {plan.side_by_side for plan in large if plan.family.name == COOPERATIVE} == found
+    for units, at_once in ((768, 2), (1536, 1)):  # two directions share the card, or go one after another
+        assert plans(Problem(128, 16, units, BF16, side_by_side=2), H100, backward)[0].side_by_side == at_once
 
 
 @both_ways

@@ -2,8 +2,6 @@
 chunks of time, which change no number and bound the memory that is kept."""
 
 import importlib.util
-import itertools
-import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from watching import Watched
 
 import gpu_lstm
-from gpu_lstm.__main__ import main
 from gpu_lstm.call import modes
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import race
@@ -29,10 +26,9 @@ from gpu_lstm.dispatch.route import forget
 from gpu_lstm.execution import operators, schedule
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
-from gpu_lstm.kernels.layer import kept_layer
-from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.plans.choose import candidates, plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.tools.stream import captured
 
 
@@ -130,40 +126,11 @@ def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
     assert len(streams.synchronised.mock_calls) == count + 1
 
 
-@pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
-def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family):
-    asked = Mock(side_effect=lambda at_once, device, run, *given: run(*given))
-    monkeypatch.setattr(launcher, "in_order", asked)
-    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: None)
-    problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
-    (gates, r), c = launch.call_of(problem, torch.device("cpu")), torch.zeros(2, 16, hidden)
-    plans_of = [plans(problem, H100, backward)[0] for backward in (False, True)]
-    forward, backward = (kept_layer(launch, problem, c.device).with_plan(plan) for plan in plans_of)
-    forward.forward(gates, r, save=False)
-    backward.backward(None, c[:1].bfloat16(), None, gates, c, r, False)
-    assert [plan.family.name for plan in plans_of] == [family] * 2
-    assert [each.args[0] for each in asked.call_args_list] == ([2, 2] if family == "cooperative" else [])
-
-
 def _call(lstm, steps, **facts):
     like = next(lstm.parameters())
     x = like.new_zeros(steps, facts.pop("batch", 2), lstm.input_size)
     given = lstm._request(x)
     return given._replace(modes=given.modes._replace(capturing=facts.pop("capturing", False)), **facts)
-
-
-@pytest.mark.parametrize(("cell", "hidden"), [("LSTM", 768), ("LSTM", 1536), ("GRU", 768)])
-def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cached, capsys, cell, hidden):
-    """Two directions of 768 units share the card; those of 1536 do not fit half of it, and go one after another."""
-    arguments = ["plan", "--hidden", str(hidden), "--batch", "16", "--device", "h100", "--directions", "2", "--json"]
-    assert main([*arguments, "--cell", cell.lower()]) == 0
-    shown = [each["plan"] for each in json.loads(capsys.readouterr().out).values()]
-    module = getattr(gpu_lstm, cell)(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
-    kind = kind_of(_call(module, 1024, batch=16))
-    for (pass_, plan), row in itertools.product(zip((Pass(), Pass(True)), shown, strict=True), range(2)):
-        ours = candidates(kind.problems[row]._replace(side_by_side=2), H100, pass_)[0]
-        assert plan == ours.as_json() | {"family": ours.family.name}
-        assert (ours.family.name, ours.side_by_side) == ("cooperative", 2 if hidden == 768 else 1)
 
 
 @pytest.fixture
@@ -237,11 +204,11 @@ def _indexed(t, key):
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, device):
     """Of any family: kernels/layer.py makes it the current one."""
-    current: list[int] = []
+    current, asked = [], []
     monkeypatch.setattr(launch, "choose_plan", lambda problem, _, pass_, *__: plan_of("step", problem, pass_.backward))
     monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: current.append(driver.current))
     monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
-    monkeypatch.setattr(launcher, "in_order", lambda _, __, run, *given: run(*given))
+    monkeypatch.setattr(launcher, "in_order", lambda at_once, _, run, *given: asked.append(at_once) or run(*given))
     monkeypatch.setattr(launcher, "aligned", lambda t: t)  # fake tensors have no address
     monkeypatch.setattr(memory._Checking, "on", False)
     monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
@@ -254,6 +221,7 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
         needed = [k == 1 for k in range(len(sizes))]
         operators._backward("lstm", False, "triton", [h, None, None], [h, gates, c], needed, given)
     assert current == [torch.device(device).index] * 2
+    assert asked == [1, 1], "programs of this family wait for each other"
     assert driver.current == 0, "and afterwards it is the one before"
 
 
@@ -368,9 +336,7 @@ def test_cell_states_go_from_chunk_to_chunk_in_float32(two_steps, device, cell, 
 @pytest.mark.parametrize(("recompute", "training", "steps"), [
     (True, True, [5]), (False, True, [5]), (False, False, [2, 2, 1]),
 ])  # fmt: skip
-def test_a_sequence_is_cut_into_chunks_in_inference_alone(monkeypatch, two_steps, recompute, training, steps):
-    launched = Mock(side_effect=launch.launch_kernel)
-    monkeypatch.setattr(launch, "launch_kernel", launched)
+def test_a_sequence_is_cut_into_chunks_in_inference_alone(launched, two_steps, recompute, training, steps):
     two_steps(batch=3, hidden=6)
     lstm = gpu_lstm.LSTM(4, 6, backend="triton", recompute=recompute)
     with torch.set_grad_enabled(training):

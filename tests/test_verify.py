@@ -62,14 +62,7 @@ def _verify(problem, pass_=FORWARD, plan=None, given=None):
     return verify.verify(kept_layer(launch, problem, CPU), pass_, given or _given(problem), plan)
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """All launches of a test, by its `call_args_list`."""
-    monkeypatch.setattr(launch, "launch_kernel", Mock(side_effect=launch.launch_kernel))
-    return launch.launch_kernel
-
-
-def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch, recorded):
+def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch, launched):
     """Kernels are compiled for the dtypes of their arguments, and for those that are None."""
     monkeypatch.setattr(verify, "ENOUGH", 1)
     given = inputs_of((3, 3, 3, 20), "ragged states peepholes norms")
@@ -80,7 +73,7 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch, recorded
     for pass_ in (Pass(), Pass(True, dh_n=False)):
         _verify(HALF._replace(**RAGGED, **NORMS, weight_peephole=True, reset_c=True), pass_)
     launches = {}  # of each part of a step, the kinds: of two parts, since c is normalised
-    for each in recorded.call_args_list:
+    for each in launched.call_args_list:
         kind = {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()}
         launches.setdefault((each.args[0].__name__, each.kwargs["S"][-2:]), []).append(kind)
     assert len(launches) == 4
@@ -137,11 +130,11 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, options
     assert list(kernels) == [f"{family}_{way}_kernel" for way in ("forward", "backward")]
 
 
-def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch, recorded):
+def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch, launched):
     monkeypatch.setattr(verify, "ENOUGH", 1)
     for steps in (1, 2):
         assert _verify(PLAIN._replace(steps=steps), Pass(save=False)) is None
-    arguments = [each.kwargs for each in recorded.call_args_list]
+    arguments = [each.kwargs for each in launched.call_args_list]
     assert [a["arrivals_ptr"] is None for a in arguments] == [True, False]
     assert [a["T"] for a in arguments] == [1, verify.STEPS]
 
