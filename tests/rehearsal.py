@@ -20,8 +20,7 @@ import pytest
 import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
 
-from gpu_lstm.dispatch.route import forget
-from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.by_steps import parts_of
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
@@ -30,9 +29,8 @@ from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.verification import timing as times
 
-DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
+ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
 CPU = torch.device("cpu")
-CAPTURING = ctypes.c_int.in_dll(DRIVER, "capturing")  # a variable of the driver
 STREAM = Mock(cuda_stream=0)
 LOG = Path(os.environ["DRIVER_STUB_LOG"])
 
@@ -40,8 +38,7 @@ LOG = Path(os.environ["DRIVER_STUB_LOG"])
 def be_a_card() -> None:
     """Stub torch.cuda as far as Triton's driver and the library need it."""
     torch_finds(pytest.MonkeyPatch(), dataclasses.replace(H100, name="a stub"), is_available=True, device_count=1,
-                current_device=0, set_device=None, current_stream=lambda _=None: STREAM, synchronize=None,
-                is_current_stream_capturing=lambda: CAPTURING.value != 0)  # fmt: skip
+                current_device=0, set_device=None, current_stream=lambda _=None: STREAM, synchronize=None)  # fmt: skip
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
 
@@ -168,52 +165,37 @@ def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str
 
 
 SMALL = Problem(2, 5, 32, BF16)
-COSTS = {  # seconds of a launch, by the plan's place in the order of proposals and how often it has run
-    "the second is faster": lambda place, number: (3.0, 1.0, 2.0)[place],
-    "another job has the card": lambda place, number: (3.0, 1.0, 2.0)[place] + 10 * (place == 1 and number != 5),
-    "all are as fast": lambda place, number: 1.0,
-    "the second times out": lambda place, number: (3.0, None, 2.0)[place],
-}
+SECONDS = 3.0, 1.0, 2.0  # of a launch, by the plan's place in the order of proposals
 
 
 def timing() -> dict[str, Any]:
-    """Of each card, and at the end of one in a capture: the place of the plan that is chosen, how often each was
-    launched, and whether the result was kept. The driver's log says what was launched; for that long the card is busy.
+    """The place of the plan that is chosen, how often each was launched, and whether the result was kept.
+
+    The driver's log says what was launched. For that long the card is busy.
     """
     patch, clock, arguments_of = pytest.MonkeyPatch(), [0.0], launch.arguments_of
     patch.setattr(launch, "arguments_of", lambda p, device, pass_: arguments_of(  # there is no memory on cuda:0
         p, CPU if device == CUDA else device, pass_))  # fmt: skip
     patch.setattr(launch, "MOST_STEPS", 4)
     patch.setattr(times, "time", Mock(perf_counter=lambda: clock[0]))
-    proposed, found, threads = choose.plans(SMALL, choose.card_of(CUDA), False)[: choose.MOST], [], []
+    proposed, threads, launched = choose.plans(SMALL, choose.card_of(CUDA), False)[: choose.MOST], [], []
     sizes, compile_all = [[*plan.grid, 32 * plan.num_warps] for plan in proposed], choose.compile_all
     patch.setattr(choose, "compile_all", lambda *given: threads.append(threading.get_ident()) or compile_all(*given))
-    inputs = launch.call_of(SMALL, CPU)[1].inputs
 
-    def chosen(card: str) -> None:
-        launched: list[int] = []
+    def synchronize(_: Any = None) -> None:
+        for event in events():
+            if event["event"] == "launch":
+                launched.append(place := sizes.index([*event["grid"], event["threads"]]))
+                clock[0] += SECONDS[place]
 
-        def synchronize(_: Any = None) -> None:
-            for event in events():
-                if event["event"] == "launch":
-                    launched.append(place := sizes.index([*event["grid"], event["threads"]]))
-                    if (seconds := COSTS[card](place, launched.count(place))) is None:
-                        raise RuntimeError(f"{event['kernel']} timed out at step 1")
-                    clock[0] += seconds
-
-        patch.setattr(torch.cuda, "synchronize", synchronize)
-        forget()
-        cache.remove(cache.PLANS)
-        layer = kept_layer(launch, SMALL, CUDA, lambda *_: None, times.timer)
-        place = proposed.index(layer.prepared(Pass(), inputs).plan)
-        kept = choose.measured_plan(SMALL, choose.card_of(CUDA), False) is not None
-        found.append((card, place, [launched.count(each) for each in range(len(sizes))], kept))
-
-    for card in COSTS:
-        chosen(card)
-    CAPTURING.value = 1
-    chosen("all are as fast")
-    return dict(found=found, threads=len({*threads[: len(sizes)]}), compiled=compiled() - 1)  # and the empty kernel
+    patch.setattr(torch.cuda, "synchronize", synchronize)
+    layer = kept_layer(launch, SMALL, CUDA, lambda *_: None, times.timer)
+    place = proposed.index(layer.prepared(Pass(), launch.call_of(SMALL, CPU)[1].inputs).plan)
+    return dict(
+        place=place, launched=[launched.count(each) for each in range(len(sizes))],
+        kept=choose.measured_plan(SMALL, choose.card_of(CUDA), False) is not None,
+        threads=len({*threads}), compiled=compiled() - 1,  # and the empty kernel
+    )  # fmt: skip
 
 
 def obstacle() -> str | None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import check_jsonschema
 import nbformat
@@ -246,7 +245,6 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     assert "resets_from_dones" in (site / "search.json").read_text()
 
 
-ROOT = Path(__file__).parent.parent
 ACTION = ROOT / ".github/actions/gpu-lstm/action.yml"
 PAGE = (ROOT / "docs/what_runs.md").read_text().split("## In your CI")[1]
 FIRST_RUN = (ROOT / "docs/first_gpu_run.md").read_text()

@@ -21,7 +21,6 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.timeouts import DEVICE_ERRORS
@@ -344,11 +343,10 @@ def test_what_cannot_be_loaded_into_a_capture_says_what_to_do(monkeypatch):
         raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
 
 
-@pytest.mark.parametrize("launcher", [launch, cupy], ids=["triton", "cupy"])
-def test_a_server_with_batches_of_any_size_keeps_some_layers(an_h100, launcher):
-    first = weakref.ref(kept_layer(launcher, PROBLEM, CUDA))
+def test_a_server_with_batches_of_any_size_keeps_some_layers(an_h100):
+    first = weakref.ref(kept_layer(launch, PROBLEM, CUDA))
     for batch in range(1, MOST_LAYERS + 1):
-        kept_layer(launcher, PROBLEM._replace(batch=batch, hidden=8), CUDA)
+        kept_layer(launch, PROBLEM._replace(batch=batch, hidden=8), CUDA)
     gc.collect()
     assert first() is None
 

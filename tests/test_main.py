@@ -88,7 +88,8 @@ def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, caps
     assert said in printed_by(capsys, *words.split())[0]
     module = getattr(gpu_lstm, cell)(8, 64, dtype=torch.bfloat16, device="meta", **options)
     problem, *others = kind_of(module._request(torch.empty(steps, 3, 8, dtype=torch.bfloat16, device="meta"))).problems
-    assert {call.args[0] for call in asked.mock_calls} == {problem._replace(bias_hh=False, side_by_side=1 + len(others))}
+    wanted = problem._replace(bias_hh=False, side_by_side=1 + len(others))
+    assert {call.args[0] for call in asked.mock_calls} == {wanted}
 
 
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):
