@@ -9,7 +9,7 @@ from cases import check
 from comparing import PLACES, assert_same, both_kinds, every_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import KINDS, RAGGED, B, H, I, T, assert_alike, pair, random_inputs, results, truth
+from pairs import RAGGED, B, H, I, T, assert_alike, pair, random_inputs, results, truth
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -17,7 +17,6 @@ import gpu_lstm
 from gpu_lstm.functional import lstm_layer
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_kind = pytest.mark.parametrize("kind", KINDS)
 OFF_ON = (False, True)
 
 

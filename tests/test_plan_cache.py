@@ -1,11 +1,11 @@
 """Measured plans: a first call finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
 
-import contextlib
 import ctypes
 import dataclasses
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import sys
 import threading
@@ -13,7 +13,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -314,38 +314,31 @@ def test_where_memory_is_full_another_plan_is_used_or_another_backend_until_the_
     assert kept.chosen(Pass()).plan == SECOND
 
 
-def _nothing():
-    return contextlib.nullcontext()
+def on_trial(problem):
+    return kept_layer(launch, problem, CUDA).with_plan(FIRST)
 
 
-@pytest.mark.parametrize("when", [
-    "captured", "racing is off", "races are read", "launches block", "it is profiled", "nothing is verified",
-    "the others are wrong", "there is one plan", "it is on trial",
-])  # fmt: skip
-def test_when_nothing_is_timed(timed, monkeypatch, when):
+def only_the_third(layer, pass_, inputs, plan):
+    return None if plan == THIRD else "wrong"
+
+
+WITHOUT_TIMING = {  # blocks
+    "in a capture": lambda timed: patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+    "racing is off": lambda timed: gpu_lstm.racing("off"), "races are read": lambda timed: gpu_lstm.racing("read"),
+    "launches block": lambda timed: patch.dict(os.environ, CUDA_LAUNCH_BLOCKING="1"),
+    "profiled": lambda timed: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "nothing is verified": lambda timed: patch.object(timed, "verify", None),
+    "the others are wrong": lambda timed: patch.object(timed, "verify", only_the_third),
+    "there is one plan": lambda timed: patch.object(choose, "candidates", lambda *_: [FIRST]),
+    "on trial": lambda timed: patch.object(timed, "layer", on_trial),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", WITHOUT_TIMING)
+def test_when_nothing_is_timed(timed, when):
     """What runs then is the first plan that is right."""
-    around, expected = _nothing(), FIRST
-    if when == "captured":
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    elif when == "racing is off":
-        around = gpu_lstm.racing("off")
-    elif when == "races are read":
-        around = gpu_lstm.racing("read")
-    elif when == "launches block":
-        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    elif when == "it is profiled":
-        around = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    elif when == "nothing is verified":
-        timed.verify = None
-    elif when == "the others are wrong":
-        timed.verify.side_effect = lambda layer, pass_, inputs, plan: None if plan == THIRD else "wrong"
-        expected = THIRD
-    elif when == "there is one plan":
-        monkeypatch.setattr(choose, "candidates", lambda *_: [FIRST])
-    elif when == "it is on trial":
-        timed.layer = lambda problem: kept_layer(launch, problem, CUDA).with_plan(FIRST)
-    with around:
-        assert timed.chosen() == expected
+    with WITHOUT_TIMING[when](timed):
+        assert timed.chosen() == (THIRD if when == "the others are wrong" else FIRST)
     assert timed.runs == []
     assert measured_plan(PROBLEM, H100, False) is None
 

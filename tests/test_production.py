@@ -155,17 +155,6 @@ def test_compile_says_in_one_line_what_failed_as_the_table_has_it(image, tmp_pat
     assert not list(tmp_path.rglob("*.nb?")), "half of it is not kept"
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--cells", "rnn"], "argument --cells: invalid choice: 'rnn' (choose from "),
-    (["--dtype", "bf16"], "argument --dtype: invalid choice: 'bf16' (choose from "),
-    (["--hidden", "0"], "argument --hidden: expected at least 1, got 0"),
-])  # fmt: skip
-def test_a_wrong_argument_is_named(words, said):
-    done = in_process("main()", "compile", *words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr.splitlines()[-1]
-
-
 CALL = "import torch, gpu_lstm\ngpu_lstm.GRU(3, 9, backend={})(torch.randn(20, 2, 3))\n"
 AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
 

@@ -217,19 +217,6 @@ def test_parameters(cls, options, names):
     assert_identical(lstm.state_dict(), before)
 
 
-@pytest.mark.parametrize(("words", "name", "value"), [
-    ("stack", "layer_norm", True), *((words, *each) for words in ("deep both", "gru", "gru stack")
-                                     for each in NOISE.items())])  # fmt: skip
-def test_a_backend_that_cannot_says_so_and_explain_does(words, name, value):
-    module, said = made(words, "torch", **{name: value}).float(), f"does not support {name}"
-    with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'numba' or 'reference'$"):
-        module(*random_inputs(module, B))
-    explained = gpu_lstm.explain(made(words, None, **{name: value}), torch.zeros(T, 1, I))
-    assert explained.others["torch"] == f"it {said}"
-    if name == "recurrent_dropout":  # in eval() it is off
-        module.eval()(*random_inputs(module, B))
-
-
 @pytest.mark.parametrize("words", ["recompute", "stack", "gru deep", "gru stack"])
 def test_pickles(words):
     twin, old = pickle.loads(pickle.dumps(made(f"{words} all", None))), made(words, None)

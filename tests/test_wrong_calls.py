@@ -207,6 +207,9 @@ COMMANDS = [
     (OURS, f"{PLAN} --device k80", "^unknown device 'k80'; known: h100, a100, "),
     (OURS, f"{PLAN} --hidden 1000000", "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
     (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm is of an LSTM without heads, got gru with 1$"),
+    (OURS, "compile --cells rnn", "argument --cells: invalid choice: 'rnn'"),
+    (OURS, "compile --dtype bf16", "argument --dtype: invalid choice: 'bf16'"),
+    (OURS, "compile --hidden 0", "argument --hidden: expected at least 1, got 0$"),
     *((BENCH, f"compare {file} {file}", text + "; expected what `python -m bench` writes$") for file, text in (
         ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
     (BENCH, "compare {absent} {absent}", "No such file or directory: '.*absent'$"),
@@ -222,7 +225,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu_lstm.kernels.triton_rnn.launch.INTERPRETED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bench.__main__, "ROOT", tmp_path)
-    contents = {"binary.csv": bytes(range(256)), "deep.json": b"[" * 10**6, "empty.csv": b"",
+    contents = {"binary.csv": bytes(range(256)), "empty.csv": b"",
                 "results.zip": b"PK\3\4" + bytes(range(128, 256)), "README.md": b"",
                 "bench/results/old.csv": b"schema,date\n1,now\n"}  # fmt: skip
     contents = {tmp_path / name: content for name, content in contents.items()}

@@ -234,6 +234,7 @@ CALLS = [
         ("peepholes", "lstm_layer(SEQ, [*PLAIN, zeros(12)], backend='torch')"),
         ("layer_norm", "lstm_layer(SEQ, NORMED, backend='torch')"),
         ("reset_states", "gpu_lstm.backend('torch')(m.auto)(SEQ, resets=RESETS, reset_states=(H0, C0))"),
+        *((name, f"gpu_lstm.backend('torch')(m.dropping['{name}'])(SEQ)") for name in ("recurrent_dropout", "zoneout")),
         ("slstm cells", "gpu_lstm.backend('torch')(m.slstm)(SEQ)", "slstm(backend='torch')"))),
     ("RuntimeError: weight_peephole must have 1 dimensions, got 2", "lstm_layer(SEQ, [*PLAIN, zeros(3, 4)])"),
     (PROJECTED, "gpu_lstm.LSTM(3, 4, proj_size=2, layer_norm=('ih',))",
