@@ -152,7 +152,7 @@ def test_at_most_twice_torchs_own_error_is_allowed_which_is_compared_with_its_ce
         return {name: result * (1 + by) for name, result in true.items()}
 
     monkeypatch.setattr(measure, "results_in", lambda dtype, _: true if dtype == torch.float64 else off(1e-6))
-    # 1.01 times the limit, or 2, times torch.lstm_cell's error of 1e-6.
+    # The error of torch's LSTM, where that of torch.lstm_cell is 1e-6.
     for theirs, expected_ in ((1.01 * measure.SANITY * 1e-6, "wrong"), (2e-6, "measured")):
         gate, (torch_, ours) = measure.Gate(), trials
         monkeypatch.setattr(torch_, "results", lambda by=theirs: off(by))

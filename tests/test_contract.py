@@ -1,4 +1,4 @@
-"""The contracts: callers of kernels send what their Problem says, and names of cells are in one place."""
+"""The contracts: kernels get the tensors that their Problem describes, and names of cells are in few places."""
 
 import ast
 import importlib
@@ -28,7 +28,7 @@ F16, F32 = torch.float16, torch.float32
 
 
 def test_what_a_problem_is_told_of_tensors():
-    """Of h to reset to only where zoneout reads it, and of b_hh and of h known before the loop only a GRU."""
+    """A Problem is told of reset_h only where zoneout reads it, and of bias_hh and known_h only for a GRU."""
     mask, lengths = torch.zeros(2, 3, 5, dtype=torch.bool), torch.zeros(3, dtype=torch.int32)
     tensors = dict(bias_hh=X0, reset_h=X0, reset_c=X0, zoneout_c=mask, lengths=lengths, resets=None, gain_ih=X0)
     expected = dict(reset_c=True, zoneout_c=3, lengths=torch.int32)
@@ -73,7 +73,7 @@ def test_a_backend_has_what_its_package_and_its_launcher_list(backend):
 
 
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():
-    """Each combination is a kernel of its own, which is verified for it."""
+    """Each combination of gradients is a kernel of its own, which is verified for it."""
     gates, state = torch.zeros(2, 3, 20), torch.zeros(3, 5)
     r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=state, c0=state)
     layer = Layer(problem_of(r.inputs, "lstm", False, "ieee"), gates.device, launch)
@@ -88,7 +88,7 @@ def test_backward_is_prepared_for_the_gradients_that_it_is_given():
     (-1, 1, "before the start of c [2, 3]"), (-9, 2, "before the start of c [2, 3]"),
 ])  # fmt: skip
 def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
-    """And nothing else changes: what a launch wrote is in the tensor afterwards, except if it wrote outside."""
+    """Nothing else changes: the tensor has what the launch wrote, unless the launch wrote outside of it."""
     c = torch.zeros(2, 3, dtype=dtype)
 
     def run():
@@ -98,7 +98,7 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
             own.fill_(1)
             outside = own.as_strided((count,), (1,), own.storage_offset() + first)
             assert not dtype.is_floating_point or outside.isnan().all(), "what is read there shows"
-            outside.zero_()  # as kernels leave padding
+            outside.zero_()  # kernels leave zeros in padding, too
 
     if said is None:
         run()
@@ -115,7 +115,8 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
 @pytest.mark.parametrize("change", [{}, dict(projected=3), dict(lengths=torch.int64, resets=True)], ids=str)
 @pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
 def test_what_is_timed_are_calls_of_the_layer(monkeypatch, launched, family, change):
-    """Of as many steps as say something and fit the memory, none of them padding; and no call uses what was timed."""
+    """The calls have as many steps as tell plans apart and fit the memory, and no padding. No other call uses a layer
+    that was timed."""
     problem, cpu = Problem(2, 3, 8, F32, precision="tf32", **change), torch.device("cpu")
     sent, steps = [], 5
     monkeypatch.setattr(launch, "MOST_STEPS", steps)
@@ -152,17 +153,17 @@ def test_plans_are_timed_with_fewer_steps_where_these_take_memory(monkeypatch, c
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "equations.py",
                 "triton_rnn/equations.py", "cupy_rnn/cuda/equations.cu", "numba_rnn/equations.py",
-                "cupy_rnn/launch.py", "numba_rnn/launch.py"},  # the lists of those that they have
+                "cupy_rnn/launch.py", "numba_rnn/launch.py"},  # the lists of the cells that these backends have
     "gpu_lstm/equations": set(),
     "gpu_lstm/call": set(),
-    "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
+    "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own operators
     "gpu_lstm/dispatch": set(),
 }  # fmt: skip
 OTHERS = set(CELLS) - {"lstm"}
 
 
 def without_comments(name, text):
-    """Code without its comments and docstrings."""
+    """Return code without its comments and docstrings."""
     if name.endswith(".cu"):
         return re.sub(r"//.*", "", text)
     tree = ast.parse(text)

@@ -1,4 +1,4 @@
-"""gpu_lstm.explain says what the call then runs, why, and what else was possible; and runs nothing."""
+"""gpu_lstm.explain tells what a call then runs, why, and the alternatives, and it runs nothing."""
 
 import dataclasses
 import importlib
@@ -44,7 +44,7 @@ def _kind(lstm):
 
 
 def _won(lstm):
-    """As if kernels had won a race against torch."""
+    """Store a race that the kernels won against torch."""
     value = dict(backend="triton", why="won a race, 1.80 times as fast", seconds=TIMES)
     cache.write(cache.RACES, race._key(_kind(lstm), Backend.TRITON, CPU), value)
 
@@ -132,7 +132,7 @@ def test_a_call_in_which_only_states_to_reset_to_learn_is_training(learns):
     (True, dict(proj_size=2, zoneout=0.1), 8 * len(X)), (True, dict(proj_size=2), 4),
 ])  # fmt: skip
 def test_launches_are_as_many_as_the_call_makes(monkeypatch, launched, training, options, launches):
-    """With a workspace for few steps, so that there are chunks where nothing is kept for backward. A layer norm or a
+    """The workspace holds few steps, so that there are chunks where nothing is kept for backward. A layer norm or a
     projection in the loop divides a step into two."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
     if training and not options:

@@ -1,6 +1,8 @@
-"""Faults of kernels on a card, and what a user gets: right numbers, one warning that says why, and no second trial. The
-CPU counts as a card with one plan, the step family's, and faults are planted in its kernels and around them.
-test_verify.py has how they are found."""
+"""Faults of kernels on a card: the user gets right numbers and one warning that says why, and there is no second trial.
+
+The CPU counts as a card with one plan, the step family's. Faults are planted in its kernels and around them.
+test_verify.py tests how they are found.
+"""
 
 import copy
 import dataclasses
@@ -35,13 +37,14 @@ pytestmark = [
     pytest.mark.usefixtures("nothing_cached", "exact_float32_products"),
 ]
 
-# Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
+# Right device functions. Faults are plain functions in their place, since the code that calls them runs in the
+# interpreter.
 cell_forward, cell_backward, tanh = equations.cell_forward, equations.cell_backward, equations.tanh
 load_constants, launch_kernel, sequences = states.load_constants, launch.launch_kernel, indexing.sequences
 
 
 def gru_with(candidate):
-    """The GRU's forward with another candidate n."""
+    """Return the GRU's forward with another candidate n."""
 
     def forward(x, z, c_prev, rest, bias_hh, peepholes, S):
         (r, update, _, s), _, rest = cell_forward(x, z, c_prev, rest, bias_hh, peepholes, S)
@@ -52,11 +55,11 @@ def gru_with(candidate):
 
 
 def gru_gradients(change):
-    """The GRU's backward, of which change(gates, dz, dc_prev, rest) returns what is wrong."""
+    """Return the GRU's backward with wrong results: change(gates, dz, dc_prev, rest)."""
     return lambda gates, *given: change(gates, *cell_backward(gates, *given))
 
 
-IN_KERNELS = {  # of each option of a call: the device function, and what stands in its place
+IN_KERNELS = {  # for each option of a call: the device function, and the faulty one in its place
     "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
     "cell gradient lost": ("cell_backward", lambda *given: (
@@ -81,7 +84,7 @@ IN_KERNELS = {  # of each option of a call: the device function, and what stands
 
 
 def plant(monkeypatch, fault):
-    """A fault wherever kernels of the step family find the function."""
+    """Plant a fault wherever kernels of the step family find the function."""
     name, function = IN_KERNELS[fault]
     for module in (step_family, cells, fragments, indexing, states, noise, equations):
         if hasattr(module, name):
@@ -100,12 +103,12 @@ def gives_nan(kernel, grid, **arguments):
 
 
 def times_out(kernel, grid, arrivals_ptr, **arguments):
-    """Its programs wait for one arrival more than there will be."""
+    """Launch programs that wait for one arrival more than there will be."""
     with few_polls(kernel.__name__, trial=True):
         launch_kernel(kernel, grid, arrivals_ptr=arrivals_ptr.sub_(1), **arguments)
 
 
-OF_LAUNCHES = {  # what stands in the place of a launch, and what is said
+OF_LAUNCHES = {  # a function in the place of a launch, and the text of the warning
     "writes outside": (writes_outside, r"step_forward_kernel wrote up to 12 bytes past the end of h \["),
     "gives NaN": (gives_nan, "the RMS error of .* is nan"),
     "times out": (times_out, "step_forward_kernel timed out at step"),
@@ -115,7 +118,8 @@ OF_LAUNCHES = {  # what stands in the place of a launch, and what is said
 
 @pytest.fixture(autouse=True)
 def verdicts(monkeypatch):
-    """A Mock that gives them. Nothing is raced: where there are resets the kernels are expected to be faster."""
+    """A Mock that gives the verdicts. Nothing is raced. Where there are resets the kernels are expected to be
+    faster."""
     plans_are_verified_on_the_cpu(monkeypatch)
     monkeypatch.setattr(verify, "_verdict", Mock(side_effect=verify._verdict))
     with gpu_lstm.racing("off"):
@@ -140,7 +144,7 @@ def by_compiler(module):
 
 
 class Row(NamedTuple):
-    """A fault, the module whose kernels have it, and how that is called."""
+    """A fault, the module whose kernels have it, and the way in which the module is called."""
 
     fault: str
     kind: str = "LSTM"
@@ -159,8 +163,8 @@ EVERYTHING = dict(peepholes=True, recompute=True)
     Row("GRU: n does not depend on r", "GRU", {}, watched), *map(Row, OF_LAUNCHES),
 ], ids=lambda row: f"{row.fault}, {row.way.__name__}")  # fmt: skip
 def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
-    """Forward or backward; as one warning says, and without another trial. What tells nothing about the kernel, such as
-    a timeout next to another process, is not cached."""
+    """A fault is forward or backward. One warning reports it, and there is no second trial. An event that tells nothing
+    about the kernel, such as a timeout next to another process, is not cached."""
     if row.fault in IN_KERNELS:
         plant(monkeypatch, row.fault)
     else:
@@ -178,7 +182,7 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm")
         assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
-        gpu_lstm.check()  # nothing is left to tell
+        gpu_lstm.check()  # nothing is left to report
         others = gpu_lstm.explain(ours, X, **RAGGED).others
         assert row.way is not eager or others["triton"].startswith("the kernels fail")
     assert verdicts.call_count == asked
@@ -191,9 +195,10 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, launched, dtype):
-    """Which are right, where those of forward are not; of an SLSTM, which torch has not."""
+    """The backward kernels are right, and the forward kernels are not. torch has no SLSTM, so that the reference runs
+    forward."""
     above = equations.above
-    monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # which backward does not need
+    monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # backward does not need it
     ours = gpu_lstm.SLSTM(I, H).to(dtype)
     twin, x = copy.deepcopy(ours).double(), X.to(dtype)
     twin.backend = "reference"
@@ -216,7 +221,7 @@ def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
 
 @pytest.mark.parametrize("way", [eager, by_compiler])
 def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, launched, way):
-    """Nothing is decided or cached; who chose the kernels gets the error."""
+    """Nothing is decided or cached. A user who chose the kernels gets the error."""
     ours = pair("LSTM", None)[1]
     expected = truth(ours, X, **RAGGED)
     with monkeypatch.context() as patch:
@@ -236,7 +241,7 @@ def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdict
 
 
 def test_where_memory_is_too_full_for_a_race_the_expected_winner_runs(monkeypatch):
-    """Verified, as it is by a call of two steps. It is not cached: another process may have the memory."""
+    """A call of two steps verifies it. The winner is not cached, since another process may have the memory."""
     execute, x = race.execute, torch.randn(5, B, I)
 
     def of_few_steps(route, call):
@@ -254,7 +259,7 @@ def test_where_memory_is_too_full_for_a_race_the_expected_winner_runs(monkeypatc
 
 @pytest.mark.filterwarnings("ignore:gpu_lstm")
 def test_kernels_of_another_batch_or_process_are_verified_before_they_run(verdicts, monkeypatch):
-    """Batches of 3 and 4 are raced as one, and a race is on disk; but their kernels need not be the same."""
+    """Batches of 3 and 4 are raced as one, and a race is on disk, but their kernels may differ."""
     candidates, ours = choose.candidates, gpu_lstm.LSTM(I, H)
 
     def of_batch(problem, card, pass_):
