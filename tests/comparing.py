@@ -136,7 +136,7 @@ def _rms(error):
 
 
 def _leaning(error, true, dtype):
-    """Return the mean error away from zero, in mean units in the last place, and 4 sigma of what chance explains."""
+    """Return the mean error away from zero, in mean units in the last place, and 4 sigma of its chance variation."""
     if not error.size:
         return 0.0, 0.0
     info = torch.finfo(dtype)

@@ -129,7 +129,7 @@ def parameters():
     }  # fmt: skip
 
 
-# What is exchanged between programs. One load takes four words of a row, two, or one.
+# The exchange between programs. One load takes four words of a row, two, or one.
 
 BF16, F16 = torch.bfloat16, torch.float16
 OF_WORDS = [  # a problem, a card, whether it is backward, and how many partners share the gates

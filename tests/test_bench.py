@@ -152,7 +152,7 @@ def test_at_most_twice_torchs_own_error_is_allowed_which_is_compared_with_its_ce
         return {name: result * (1 + by) for name, result in true.items()}
 
     monkeypatch.setattr(measure, "results_in", lambda dtype, _: true if dtype == torch.float64 else off(1e-6))
-    # The error of torch's LSTM, where that of torch.lstm_cell is 1e-6.
+    # The error of torch's LSTM. torch.lstm_cell has an error of 1e-6.
     for theirs, expected_ in ((1.01 * measure.SANITY * 1e-6, "wrong"), (2e-6, "measured")):
         gate, (torch_, ours) = measure.Gate(), trials
         monkeypatch.setattr(torch_, "results", lambda by=theirs: off(by))
@@ -258,7 +258,7 @@ def test_what_hangs_or_dies_is_named_and_the_next_call_starts_another_process(mo
 
 def test_a_provider_that_fails_stops_no_other(monkeypatch):
     def run(case, names, device, failed):
-        # No provider's failure first, then that of one.
+        # First provider a fails, then the process at its start.
         raise isolated.ProviderFailed(*(("start", "died") if "a" in failed else ("a", "hung")))
 
     rows = measure.rows_of(SMALL, ["torch", "a", "b"], "cpu", run)

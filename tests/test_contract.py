@@ -88,7 +88,7 @@ def test_backward_is_prepared_for_the_gradients_that_it_is_given():
     (-1, 1, "before the start of c [2, 3]"), (-9, 2, "before the start of c [2, 3]"),
 ])  # fmt: skip
 def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
-    """Nothing else changes: the tensor has what the launch wrote, unless the launch wrote outside of it."""
+    """Nothing else changes: the tensor holds the launch's results, unless the launch wrote outside of it."""
     c = torch.zeros(2, 3, dtype=dtype)
 
     def run():

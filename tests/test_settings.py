@@ -1,4 +1,4 @@
-"""What a user has set for the whole process does not get into a call: it computes the same numbers as without it."""
+"""Settings of the whole process do not change a call: it computes the same numbers as without them."""
 
 import contextlib
 from functools import cache, partial
@@ -26,10 +26,10 @@ def made(cls, *sizes, seed=0, **arguments):
 
 
 def calls_of(backend):
-    """Calls of every kind, of modules and tensors that are made here: each returns what it computes."""
+    """Return calls of every kind, on modules and tensors that are made here. Each returns its results."""
     place = PLACES[backend]
     by, device = dict(backend=backend, **place), place["device"]
-    variants = by if backend != "torch" else by | dict(backend="reference")  # of what torch's own LSTM lacks
+    variants = by if backend != "torch" else by | dict(backend="reference")  # for features that torch's own LSTM lacks
     lstm, deep = made(gpu_lstm.LSTM, I, H, **by), made(gpu_lstm.LSTM, I, H, **DEEP, dropout=0.5, **by)
     noisy = made(gpu_lstm.LSTM, I, H, **NOISE, peepholes=True, layer_norm=True, **variants)
     stack = made(gpu_lstm.StackedLSTM, I, [H, H], residual=True, bidirectional=True, batch_first=True, **by)
@@ -124,7 +124,7 @@ SETTINGS = ALONE | {"together": together}
     for backend in BACKENDS for setting in (ALONE if backend == "torch" else ["together", "inference"])])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
     got = results(backend, SETTINGS[setting])
-    # Without gradients the loops for CPUs multiply x themselves, and round elsewhere.
+    # Without gradients the loops for CPUs multiply x themselves, and round differently.
     around = torch.no_grad if setting == "inference" else contextlib.nullcontext
     for name, tensors in expected(backend, around).items():
         ours = got[name]

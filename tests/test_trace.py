@@ -1,4 +1,4 @@
-"""Looking inside: gates and states of every step against the oracle, and what profilers see."""
+"""Traces: gates and states of every step against the oracle, and the records of profilers."""
 
 import numpy as np
 import oracle
@@ -24,7 +24,8 @@ def inputs():
 
 
 def slstm_gates(i, f, not_f, g, o, c, n):
-    """What a trace shows of an sLSTM, of the numbers that the oracle has: shares of a mean instead of i and f."""
+    """Convert the numbers of the oracle to those that a trace shows of an sLSTM: shares of a mean instead of i and
+    f."""
     return i / n, 1 - not_f, g, o, c / n
 
 
@@ -101,9 +102,10 @@ def test_without_a_profiler_nothing_is_recorded(monkeypatch, device):
 
 
 def test_operations_are_counted_as_those_of_the_reference(device):
-    """And so, where ATen has a plain product for it, as those of torch.nn.LSTM. Gates are recomputed by products."""
+    """Where ATen counts a plain product for a layer, the counts also equal those of torch.nn.LSTM. Gates are recomputed
+    by products."""
     counts, hx = {}, [torch.zeros(4, 3, size, device=device, requires_grad=True) for size in (2, 5)]
-    # The first one twice: each FlopCounterMode has operators of its own.
+    # The first one runs twice, since each FlopCounterMode has operators of its own.
     for backend, recompute in (*[(KERNELS_HERE, False)] * 2, ("reference", False), (KERNELS_HERE, True)):
         lstm = gpu_lstm.LSTM(4, 5, 2, bidirectional=True, proj_size=2, backend=backend, recompute=recompute).to(device)
         with FlopCounterMode(display=False) as counter:

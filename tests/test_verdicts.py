@@ -1,5 +1,7 @@
-"""What is remembered of kernels that were tried: for whom a verdict counts, and what ended a process or a device; and
-that `auto` verifies, races and uses those that are right: the CPU counts as a card, of the race the clock is a stub."""
+"""The memory of kernels that were tried: which kernels a verdict is for, and trials that ended a process or a device.
+
+`auto` verifies, races and uses the kernels that are right. The CPU counts as a card, and the clock of a race is a stub.
+"""
 
 import dataclasses
 import multiprocessing
@@ -66,7 +68,7 @@ def test_a_verdict_is_cached_for_one_kernel_only(monkeypatch):
     torch.AcceleratorError("planted: operation not permitted when stream is capturing"),
 ], ids=lambda error: type(error).__name__)  # fmt: skip
 def test_what_says_nothing_about_the_kernel_is_not_cached(monkeypatch, error):
-    """And is the caller's, as it is."""
+    """The caller gets the error as it is."""
     with monkeypatch.context() as patch:
         patch.setattr(launch, "launch_kernel", Mock(side_effect=error))
         with pytest.raises(type(error), match="planted") as raised:
@@ -78,7 +80,8 @@ def test_what_says_nothing_about_the_kernel_is_not_cached(monkeypatch, error):
 
 @pytest.mark.filterwarnings("ignore:gpu_lstm")
 def test_an_error_of_the_device_names_the_kernel_that_was_tried_which_the_next_process_does_without(card, monkeypatch):
-    """The launch returns, and the next synchronisation raises. Every start would end like this."""
+    """The launch returns, and the next synchronisation raises. Without a verdict every start of the program would end
+    so."""
     fault = torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nFor debugging")
     fault.error_code, layer, x, launched = 700, gpu_lstm.GRU(3, 8), torch.randn(4, 2, 3), []
 
@@ -111,7 +114,8 @@ def test_an_error_of_the_device_names_the_kernel_that_was_tried_which_the_next_p
 
 @pytest.fixture
 def trying():
-    """trying(during): a process in which a kernel is tried, once it is at its launch, where it calls during()."""
+    """trying(problem, during) starts a process that tries a kernel, and returns it at its launch, where the process
+    calls during()."""
     fork, started = multiprocessing.get_context("fork"), []
 
     def trying(problem, during):
@@ -148,7 +152,7 @@ def test_a_kernel_during_whose_trial_a_process_was_killed_is_refused_until_that_
 
 
 def test_processes_that_try_a_kernel_at_once_do_not_refuse_it(trying, tmp_path):
-    """What one finds is not undone when the other ends."""
+    """The verdict of one process is not undone when the other ends."""
     other = trying(PLAIN, signal.pause)
     assert verify.cached_verdict(always(PLAIN, INTERPRETER, False), PLAIN, FORWARD, CPU) is None
     assert list(cache.entries(cache.CHECKS)) == []
