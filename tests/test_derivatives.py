@@ -9,8 +9,6 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
-
 
 PENALISED = [
     ("LSTM", dict(bidirectional=True, proj_size=2)), ("LSTMCell", {}), ("StackedLSTM", {}),

@@ -146,11 +146,7 @@ def graphs_of_packed_batches(kind):
     """Return how many graphs torch.compile makes of a model over packed batches of three sizes, after checking each
     result, and the warnings."""
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.head = kind(5, 6), nn.Linear(6, 2)
-
+    class Model(Tagger):
         def forward(self, x, lengths):
             packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
             return self.head(unpack(self.lstm(packed)[0]))
@@ -161,7 +157,7 @@ def graphs_of_packed_batches(kind):
         torch.compile(unpacked, backend="eager")(pack_padded_sequence(torch.ones(2, 1, 5), [2]))
     except torch._dynamo.exc.TorchRuntimeError:  # torch 2.11 cannot trace its own, which is left out of the graph
         unpack = torch.compiler.disable(unpacked)
-    graphs, model = [], Model()
+    graphs, model = [], Model(kind)
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -35,32 +35,36 @@ WITHOUT_BIAS = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)])
 DROPS = ("dropout", "recurrent_dropout", "zoneout", "weight_drop")
 
 
+SAME = {  # modules that torch has, too: the class and its arguments
+    "lstm": ("LSTM", {}), "deep": ("LSTM", dict(num_layers=2, dropout=0.5)), "first": ("LSTM", dict(batch_first=True)),
+    "both": ("LSTM", dict(bidirectional=True)), "projected": ("LSTM", dict(proj_size=2)), "cell": ("LSTMCell", {}),
+    "weightless": ("LSTM", dict(device=META)), "gru": ("GRU", {}), "gru_first": ("GRU", dict(batch_first=True)),
+    "gru_cell": ("GRUCell", {}),
+}  # fmt: skip
+
+
+def same_of(library, **options):
+    return {name: getattr(library, kind)(3, 4, **own, **options) for name, (kind, own) in SAME.items()}
+
+
 def of_torch():
     """Build torch's modules, with the names of ours in `modules`."""
-    return SimpleNamespace(
-        lstm=nn.LSTM(3, 4), deep=nn.LSTM(3, 4, 2, dropout=0.5), first=nn.LSTM(3, 4, batch_first=True),
-        both=nn.LSTM(3, 4, bidirectional=True), projected=nn.LSTM(3, 4, proj_size=2), cell=nn.LSTMCell(3, 4),
-        weightless=nn.LSTM(3, 4, device=META), gru=nn.GRU(3, 4),
-        gru_first=nn.GRU(3, 4, batch_first=True), gru_cell=nn.GRUCell(3, 4))  # fmt: skip
+    return SimpleNamespace(**same_of(nn))
 
 
 def modules(backend):
     """Build our modules, once, since a wrong call leaves them as they are."""
-    noise, by = dict(dropout=0.5, weight_drop=0.5, backend=backend), dict(backend=backend)
-    lstm, first = gpu_lstm.LSTM(3, 4, **by), gpu_lstm.LSTM(3, 4, batch_first=True, **by)
+    by, same = dict(backend=backend), same_of(gpu_lstm, backend=backend)
+    same["deep"].weight_drop = 0.5
+    noise = dict(dropout=0.5, weight_drop=0.5)
     return SimpleNamespace(
-        lstm=lstm, deep=gpu_lstm.LSTM(3, 4, 2, **noise), first=first, cell=gpu_lstm.LSTMCell(3, 4, **by),
-        both=gpu_lstm.LSTM(3, 4, bidirectional=True, **by), projected=gpu_lstm.LSTM(3, 4, proj_size=2, **by),
-        weightless=gpu_lstm.LSTM(3, 4, device=META, **by),
-        stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise), one=gpu_lstm.StackedLSTM(3, [4], **by),
+        **same, stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise, **by), one=gpu_lstm.StackedLSTM(3, [4], **by),
         auto=gpu_lstm.LSTM(3, 4), triton=gpu_lstm.LSTM(3, 4, backend="triton"),
-        variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True), stream=gpu_lstm.Stream(lstm.eval(), 2),
+        variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True), stream=gpu_lstm.Stream(same["lstm"].eval(), 2),
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
-        backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS,
-        gru=gpu_lstm.GRU(3, 4, **by), gru_cell=gpu_lstm.GRUCell(3, 4, **by),
-        gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise),
-        slstm=gpu_lstm.SLSTM(3, 4, heads=2), gru_first=gpu_lstm.GRU(3, 4, batch_first=True, **by),
+        backwards=keras.GoBackwards(same["first"]), without_bias=WITHOUT_BIAS,
+        gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise, **by), slstm=gpu_lstm.SLSTM(3, 4, heads=2),
         torchs_cell=gpu_lstm.LSTMCell(3, 4, backend="torch"), **by
     )  # fmt: skip
 
