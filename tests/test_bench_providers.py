@@ -249,15 +249,15 @@ def test_every_verdict_what_changed_most_first_and_only_ours_fails():
     assert rows.set_index("case")["ratio"]["k"] == pytest.approx(0.9)
 
 
-A = {"a": {}}
+BASIC = {"a": {}}
 
 
 @pytest.mark.parametrize(("old", "new", "fail_under", "message"), [
-    (A, A, 0.0, "--fail-under is 0, expected"), ({}, {}, 0.95, "one device, got 0"),
-    (A, {"a": {"device": "b"}}, 0.95, "one device, got 2: NVIDIA Imaginary 9000, b"),
-    (A | {"a_2": TORCH}, {"a": TORCH}, 0.95, "nothing to compare"), (A, {"b": {}}, 0.95, "nothing to compare"),
-    (A | {"a_2": {}}, A, 0.95, "is there twice"),
-    (A, {"a": {"rounds": None}}, 0.95, "ours at a was timed, expected positive times and rounds"),
+    (BASIC, BASIC, 0.0, "--fail-under is 0, expected"), ({}, {}, 0.95, "one device, got 0"),
+    (BASIC, {"a": {"device": "b"}}, 0.95, "one device, got 2: NVIDIA Imaginary 9000, b"),
+    (BASIC | {"a_2": TORCH}, {"a": TORCH}, 0.95, "nothing to compare"), (BASIC, {"b": {}}, 0.95, "nothing to compare"),
+    (BASIC | {"a_2": {}}, BASIC, 0.95, "is there twice"),
+    (BASIC, {"a": {"rounds": None}}, 0.95, "ours at a was timed, expected positive times and rounds"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(old, new, fail_under, message):
     with pytest.raises(ValueError, match=message):

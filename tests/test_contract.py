@@ -23,18 +23,20 @@ from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES
 
-X0 = torch.zeros(())
+SCALAR = torch.zeros(())
 F16, F32 = torch.float16, torch.float32
 
 
 def test_what_a_problem_is_told_of_tensors():
     """A Problem is told of reset_h only where zoneout reads it, and of bias_hh and known_h only for a GRU."""
     mask, lengths = torch.zeros(2, 3, 5, dtype=torch.bool), torch.zeros(3, dtype=torch.int32)
-    tensors = dict(bias_hh=X0, reset_h=X0, reset_c=X0, zoneout_c=mask, lengths=lengths, resets=None, gain_ih=X0)
+    tensors = dict(
+        bias_hh=SCALAR, reset_h=SCALAR, reset_c=SCALAR, zoneout_c=mask, lengths=lengths, resets=None, gain_ih=SCALAR
+    )
     expected = dict(reset_c=True, zoneout_c=3, lengths=torch.int32)
     for cell, more, told in (
         ("lstm", {}, {}), ("gru", {}, dict(bias_hh=True, known_h=True)),
-        ("lstm", dict(zoneout_h=X0), dict(zoneout_h=0, reset_h=True)),
+        ("lstm", dict(zoneout_h=SCALAR), dict(zoneout_h=0, reset_h=True)),
         ("gru", dict(reset_h=None, reset_c=None), dict(bias_hh=True, reset_c=False)),
     ):  # fmt: skip
         given = problem.told_of(tensors | more)

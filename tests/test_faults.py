@@ -152,7 +152,7 @@ class Row(NamedTuple):
     way: Callable = eager
 
 
-X = random_inputs(gpu_lstm.LSTM(I, H), B)[0]
+INPUT = random_inputs(gpu_lstm.LSTM(I, H), B)[0]
 EVERYTHING = dict(peepholes=True, recompute=True)
 
 
@@ -171,26 +171,26 @@ def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
         monkeypatch.setattr(launch, "launch_kernel", OF_LAUNCHES[row.fault][0])
     _, said = OF_LAUNCHES.get(row.fault, (None, "the RMS error of"))
     ours = getattr(gpu_lstm, row.kind)(I, H, **row.arguments)
-    call, expected = row.way(ours), truth(ours, X, **RAGGED)
+    call, expected = row.way(ours), truth(ours, INPUT, **RAGGED)
     told = "does without the kernels of 'triton'"
     if row.way is eager:
         told = f"uses '{'reference' if row.arguments else 'torch'}' for {row.kind} {I} -> {H}"
     with pytest.warns(UserWarning, match=f"'auto' {told}.* no Triton kernel can run this layer .*{said}"):
-        assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
+        assert_same(results(ours, INPUT, call=call, **RAGGED), expected, condition=2)
     asked, stored = verdicts.call_count, [verdict for *_, verdict in cache.entries(cache.CHECKS)]
     assert (stored == []) == (row.fault in ("times out", "cannot be launched"))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm")
-        assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
+        assert_same(results(ours, INPUT, call=call, **RAGGED), expected, condition=2)
         gpu_lstm.check()  # nothing is left to report
-        others = gpu_lstm.explain(ours, X, **RAGGED).others
+        others = gpu_lstm.explain(ours, INPUT, **RAGGED).others
         assert row.way is not eager or others["triton"].startswith("the kernels fail")
     assert verdicts.call_count == asked
     with torch.no_grad():
-        torch.testing.assert_close(call(X, **RAGGED)[0].double(), expected["output"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(call(INPUT, **RAGGED)[0].double(), expected["output"], rtol=0, atol=1e-6)
     ours.backend = "triton"
     with pytest.raises(RuntimeError, match=f"no Triton kernel can run this layer on this card.*{said}"):
-        results(ours, X, call=row.way(ours), **RAGGED)
+        results(ours, INPUT, call=row.way(ours), **RAGGED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -200,7 +200,7 @@ def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, lau
     above = equations.above
     monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # backward does not need it
     ours = gpu_lstm.SLSTM(I, H).to(dtype)
-    twin, x = copy.deepcopy(ours).double(), X.to(dtype)
+    twin, x = copy.deepcopy(ours).double(), INPUT.to(dtype)
     twin.backend = "reference"
     found = results(ours, x, call=watched(ours), **RAGGED), results(twin, x, **RAGGED)
     for our, true in zip(*(each.values() for each in found)):
@@ -215,28 +215,28 @@ def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, lau
 def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
     plant(monkeypatch, "gates i and f swapped")
     ours, _ = pair("LSTM", None)[::-1]
-    found, pull = torch.func.vjp(lambda x: tuple(tree_leaves(ours(x, **RAGGED))), X)
-    torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, X, **RAGGED)["dx"])
+    found, pull = torch.func.vjp(lambda x: tuple(tree_leaves(ours(x, **RAGGED))), INPUT)
+    torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, INPUT, **RAGGED)["dx"])
 
 
 @pytest.mark.parametrize("way", [eager, by_compiler])
 def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, launched, way):
     """Nothing is decided or cached. A user who chose the kernels gets the error."""
     ours = pair("LSTM", None)[1]
-    expected = truth(ours, X, **RAGGED)
+    expected = truth(ours, INPUT, **RAGGED)
     with monkeypatch.context() as patch:
         patch.setattr(verify.Small, "by_reference", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         for said in pytest.warns(UserWarning, match="memory is full"), warnings.catch_warnings(action="error"):
             with said:
-                assert_same(results(ours, X, call=way(ours), **RAGGED), expected, condition=2)
+                assert_same(results(ours, INPUT, call=way(ours), **RAGGED), expected, condition=2)
         assert verdicts.call_count > 1
         ours.backend = "triton"
         with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-            results(ours, X, call=way(ours), **RAGGED)
+            results(ours, INPUT, call=way(ours), **RAGGED)
     assert (race.decided, [*cache.entries(cache.CHECKS)], [*cache.entries(cache.RACES)]) == ({}, [], [])
     ours.backend = "auto"
     launched.reset_mock()
-    assert_same(results(ours, X, call=way(ours), **RAGGED), expected, condition=2)
+    assert_same(results(ours, INPUT, call=way(ours), **RAGGED), expected, condition=2)
     assert launched.called
 
 

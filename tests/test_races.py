@@ -32,7 +32,7 @@ pytestmark = by_interpreter
 
 EXPECTED = Decision(Backend.TORCH, "expected")
 REAL_RACE = race.race
-X, LSTM, GRU = torch.zeros(3, 3, 4), gpu_lstm.LSTM(4, 5), gpu_lstm.GRU(4, 5)
+INPUT, LSTM, GRU = torch.zeros(3, 3, 4), gpu_lstm.LSTM(4, 5), gpu_lstm.GRU(4, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +66,11 @@ def stubbed(monkeypatch):
     return costs
 
 
-def _call(lstm=LSTM, x=X):
+def _call(lstm=LSTM, x=INPUT):
     return lstm._request(x)
 
 
-def _backend_of(lstm=LSTM, x=X):
+def _backend_of(lstm=LSTM, x=INPUT):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(route, "execute", Mock(side_effect=route.execute))
         lstm(x)
@@ -117,7 +117,7 @@ def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
     monkeypatch.setattr(race, "LONGEST", 2)
     monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
     ran, resets = stubbed(), torch.rand(3, 3) < 0.5
-    LSTM(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
+    LSTM(INPUT, lengths=torch.tensor([3, 0, 1]), resets=resets)
     assert ran == ["race", "triton", "torch"]
     for _, sample in (each.args for each in race.execute.call_args_list):
         assert (sample.steps, sample.x.shape, sample.traversal.lengths.tolist()) == (2, (2, 3, 4), [2, 0, 1])
@@ -178,17 +178,17 @@ def test_modes(stubbed, monkeypatch, mode, raced, winner):
 
 def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeypatch, tmp_path):
     ran = stubbed()
-    LSTM(X)
-    GRU(X)
+    LSTM(INPUT)
+    GRU(INPUT)
     assert ran.count("race") == 2, "one cell says nothing of another"
     cache.write(cache.CHECKS, {}, "right")
     card.parent.rename(tmp_path / "shared")
     monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
     as_another_process()
-    LSTM(X)
-    GRU(X)
+    LSTM(INPUT)
+    GRU(INPUT)
     assert ran.count("race") == 2
-    gpu_lstm.LSTM(4, 9)(X)
+    gpu_lstm.LSTM(4, 9)(INPUT)
     assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / cache.RACES, card)] == [2, 1]
     cache.write(cache.CHECKS, {}, "another verdict")
     assert cache.read(cache.CHECKS, {}) == "right"
@@ -201,14 +201,14 @@ def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_
         assert _backend_of(gpu_lstm.LSTM(4, 5, backend=name)) == name
     with gpu_lstm.backend("torch"):
         assert _backend_of() == "torch"
-    torch.compile(LSTM, backend="eager")(X)
-    torch.func.grad(lambda x: LSTM(x)[0].sum())(X)
+    torch.compile(LSTM, backend="eager")(INPUT)
+    torch.func.grad(lambda x: LSTM(x)[0].sum())(INPUT)
     with FlopCounterMode(display=False):
-        LSTM(X)
+        LSTM(INPUT)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        LSTM(mode.from_tensor(X))
+        LSTM(mode.from_tensor(INPUT))
     assert ran == []
-    LSTM(X)
+    LSTM(INPUT)
     assert ran.count("race") == 1
 
 
@@ -240,7 +240,7 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     feature = changes.pop("feature", None)
     kind = kind._replace(feature=feature, problems=tuple(p._replace(**changes) for p in kind.problems))
     able = Backend.TRITON if family else Backend.CUPY
-    assert race.expected_winner(kind, able, X.device).backend.value == winner
+    assert race.expected_winner(kind, able, INPUT.device).backend.value == winner
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])
 
 
@@ -251,7 +251,7 @@ def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, ki
     """The card does not hold the larger W_hh on chip. Kernels are not run."""
     ran = stubbed(triton=2e-3, torch=1e-3)
     asked = layers_of(monkeypatch, lambda problem: choose.plans(problem._replace(precision="tf32"), H100, False)[0])
-    program = torch.export.export(getattr(gpu_lstm, kind)(4, 2048), (X,), options, strict=True)
+    program = torch.export.export(getattr(gpu_lstm, kind)(4, 2048), (INPUT,), options, strict=True)
     (layer,) = (node for node in program.graph.nodes if node.target is torch.ops.gpu_lstm.layer.default)
     assert winner in layer.args
     assert {problem.cell for problem in asked} == (set() if options else {kind.lower()})
@@ -270,15 +270,15 @@ LIES = [
 def test_a_cached_race_that_lies_is_ignored_with_one_line():
     """test_plan_cache.py tests files that are broken in other ways."""
     kind = kind_of(_call())
-    key = race._key(kind, Backend.TRITON, X.device)
+    key = race._key(kind, Backend.TRITON, INPUT.device)
     for value in (*LIES, DECISION | {"backend": "cupy"}):  # the last value may be right for another call
         cache.write(cache.RACES, key, value)
         cache.warn_once.cache_clear()
         with pytest.warns(UserWarning, match="is ignored") as warned:
-            assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON) is None
+            assert race._cached(kind, Backend.TRITON, INPUT.device, choices.Racing.ON) is None
         assert len(warned) == 1
     cache.write(cache.RACES, key, DECISION)
-    assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON).backend is Backend.TORCH
+    assert race._cached(kind, Backend.TRITON, INPUT.device, choices.Racing.ON).backend is Backend.TORCH
 
 
 def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch):
@@ -329,7 +329,7 @@ def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatc
     """No later call of the kernels reports it, since none follows, and the user's call does not report it either."""
 
     def race_with_a_late_timeout(rivals, now):
-        timeouts.error_word(X.device, "step_forward_kernel")[0] = 4
+        timeouts.error_word(INPUT.device, "step_forward_kernel")[0] = 4
         return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
 
     monkeypatch.setattr(race, "race", race_with_a_late_timeout)

@@ -246,7 +246,7 @@ def test_a_cached_route_is_that_of_a_fresh_decision(monkeypatch, examples):
     checked()
 
 
-X = torch.rand(5, 2, 2)
+INPUT = torch.rand(5, 2, 2)
 
 
 @pytest.mark.parametrize(("arguments", "given"), [
@@ -265,11 +265,11 @@ def test_explain_names_the_kernels_that_run(monkeypatch, arguments, given):
         monkeypatch.setattr(layers.Layer, f"_{way}", recorded)
     lstm, training = gpu_lstm.LSTM(2, 2, backend="triton", **arguments), "zoneout" in arguments
     with torch.set_grad_enabled(training):
-        before = gpu_lstm.explain(lstm, X, **given)
-        y, _ = lstm(X, **given)
+        before = gpu_lstm.explain(lstm, INPUT, **given)
+        y, _ = lstm(INPUT, **given)
         if training:
             y.sum().backward()
-        after = gpu_lstm.explain(lstm, X, **given)
+        after = gpu_lstm.explain(lstm, INPUT, **given)
     for told in (before, after):
         passes = [[d.passes[k].why for d in told.layers][:: 1 - 2 * k] for k in range(1 + training)]
         assert whys == [why for each in passes for why in each]
@@ -304,7 +304,7 @@ def test_the_bias_of_a_layer_norm_is_in_a_route(monkeypatch):
     launched, layer = as_a_card(monkeypatch), Function(normed=True)
     layer.backend = "triton"
     for layer.bias_c in (True, False):
-        layer(X)
+        layer(INPUT)
     assert [(problem.gain_hh, problem.gain_c, problem.bias_c) for _, problem in launched] == [
         (False, True, True), (False, True, False)]  # fmt: skip
 
@@ -320,16 +320,16 @@ def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypa
         return kind_of(call), race.build(call, kind_of(call), Backend.TRITON).schedule
 
     with torch.autocast("cpu", torch.float16):
-        found = facts(X)
+        found = facts(INPUT)
     lstm.half()
-    assert found == facts(X.half())
+    assert found == facts(INPUT.half())
 
 
 def test_what_is_decided_in_a_capture_or_forgotten_is_decided_again(monkeypatch):
     """In a capture nothing is verified and raced. After `forget` new results are used."""
     monkeypatch.setattr(dispatch, "_routes", {})
     lstm = gpu_lstm.LSTM(2, 2)
-    call = lstm._request(X)
+    call = lstm._request(INPUT)
     captured = call._replace(modes=call.modes._replace(capturing=True))
     first, second = dispatch.route_of(captured), dispatch.route_of(captured)
     assert first is not second
@@ -353,7 +353,7 @@ def test_rates_that_are_annealed_leave_little_behind(monkeypatch):
     def output(lstm_dropout):
         lstm.dropout = lstm_dropout
         torch.manual_seed(0)
-        return lstm(X[:1])[0]
+        return lstm(INPUT[:1])[0]
 
     first, before = output(0.5), alive()
     for k in range(1500):

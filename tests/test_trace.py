@@ -78,7 +78,7 @@ def test_other_inputs_and_modules():
         assert type(first) is theirs
 
 
-X = torch.randn(2, 3, 4)
+INPUT = torch.randn(2, 3, 4)
 
 
 @pytest.mark.parametrize(("module", "lengths", "expected"), [
@@ -91,14 +91,14 @@ X = torch.randn(2, 3, 4)
 ])  # fmt: skip
 def test_torch_profiler_names_layers_and_directions(device, module, lengths, expected):
     with profile() as profiler:
-        module.to(device)(X.to(device), lengths=lengths and torch.tensor(lengths, device=device))
+        module.to(device)(INPUT.to(device), lengths=lengths and torch.tensor(lengths, device=device))
     names = {event.name for event in profiler.events() if event.name.startswith("gpu_lstm ")}
     assert sorted(names) == [f"gpu_lstm layer {name}" for name in expected]
 
 
 def test_without_a_profiler_nothing_is_recorded(monkeypatch, device):
     monkeypatch.setattr(torch.autograd.profiler, "record_function", None)  # it would raise
-    gpu_lstm.LSTM(4, 5, backend=KERNELS_HERE).to(device)(X.to(device))
+    gpu_lstm.LSTM(4, 5, backend=KERNELS_HERE).to(device)(INPUT.to(device))
 
 
 def test_operations_are_counted_as_those_of_the_reference(device):
@@ -109,11 +109,13 @@ def test_operations_are_counted_as_those_of_the_reference(device):
     for backend, recompute in (*[(KERNELS_HERE, False)] * 2, ("reference", False), (KERNELS_HERE, True)):
         lstm = gpu_lstm.LSTM(4, 5, 2, bidirectional=True, proj_size=2, backend=backend, recompute=recompute).to(device)
         with FlopCounterMode(display=False) as counter:
-            y, _ = lstm(X.to(device), hx)
+            y, _ = lstm(INPUT.to(device), hx)
             forward = counter.get_total_flops()
             y.sum().backward()
         counts[backend, recompute] = forward, counter.get_total_flops() - forward
     forward, backward = counts["reference", False]
     assert counts[KERNELS_HERE, False] == (forward, backward)
-    projections = 2 * X.shape[0] * X.shape[1] * sum(p.numel() for n, p in lstm.named_parameters() if "weight_hr" in n)
+    projections = (
+        2 * INPUT.shape[0] * INPUT.shape[1] * sum(p.numel() for n, p in lstm.named_parameters() if "weight_hr" in n)
+    )
     assert counts[KERNELS_HERE, True] == (forward, backward + forward - projections)

@@ -24,7 +24,7 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.tools import xlstm as tool
 
-B, S, HEADS, H = 3, 5, 2, 8
+B, STEPS, HEADS, H = 3, 5, 2, 8
 
 
 def cell_of_xlstm(**options):
@@ -46,7 +46,7 @@ def tensors_for(dtype):
     torch.manual_seed(1)
     state = torch.randn(4, B, H)
     state[2] = torch.rand(B, H) + 1
-    return torch.randn(B, S, 4 * H).to(dtype), state.to(dtype)
+    return torch.randn(B, STEPS, 4 * H).to(dtype), state.to(dtype)
 
 
 def numbers_of(cell, x, state=None):
@@ -67,7 +67,7 @@ def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut, shapes):
     """Input gates may be shut, too. Where every n is 0, xlstm's cell forgets m, so states are given then."""
     cell = cell_of_xlstm(**shapes).double()
     x, state = tensors_for(torch.float64)
-    x[..., :H] += torch.where(torch.rand(B, S, H) < 0.4, shut, 0.0)
+    x[..., :H] += torch.where(torch.rand(B, STEPS, H) < 0.4, shut, 0.0)
     x = x.transpose(0, 1) if shapes.get("input_shape") == "SBGNH" else x
     theirs = numbers_of(cell, x, state if given else None)
     assert gpu_lstm.use_for_slstm(cell) == 1
@@ -127,7 +127,7 @@ def test_without_gradients_twice_as_many_steps_are_few(calls):
 def test_a_few_steps_of_gates_that_are_shut_and_units_that_are_empty(steps, calls):
     """xlstm's cell gives NaN there. The steps give the results of slstm_layer, and its derivatives."""
     cell, (x, state) = cell_of_xlstm().double(), tensors_for(torch.float64)
-    x[..., :H][torch.rand(B, S, H) < 0.5], state[:, :, 1::2] = -float("inf"), 0
+    x[..., :H][torch.rand(B, STEPS, H) < 0.5], state[:, :, 1::2] = -float("inf"), 0
     gpu_lstm.use_for_slstm(cell)
     both = []
     for backend in ("auto", "reference"):
@@ -240,7 +240,7 @@ def model_of_xlstm():
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_a_model_of_xlstm_and_back(dtype, limit):
     model = model_of_xlstm().to(dtype).eval()
-    x, parameters, keys = torch.randn(B, S, H).to(dtype), list(model.parameters()), list(model.state_dict())
+    x, parameters, keys = torch.randn(B, STEPS, H).to(dtype), list(model.parameters()), list(model.state_dict())
     with torch.no_grad():
         theirs = model(x)
         assert gpu_lstm.use_for_slstm(model) == gpu_lstm.use_for_slstm(model) == 2
@@ -248,7 +248,7 @@ def test_a_model_of_xlstm_and_back(dtype, limit):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
         assert not torch.equal(ours, theirs)
         state, steps = {}, []
-        for t in range(S):
+        for t in range(STEPS):
             y, state = model.step(x[:, t : t + 1], state)
             steps.append(y)
         torch.testing.assert_close(torch.cat(steps, 1), ours, rtol=0, atol=limit)
@@ -262,7 +262,7 @@ def test_a_model_of_xlstm_and_back(dtype, limit):
 
 def test_under_autocast_and_in_a_graph():
     model = model_of_xlstm()
-    x = torch.randn(B, S, H)
+    x = torch.randn(B, STEPS, H)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = model(x)
         gpu_lstm.use_for_slstm(model)
