@@ -1,7 +1,10 @@
-"""Cases of the public modules, in words ("ragged resets both"), and their comparison with the float64 oracle. A case is
-a module, by default a gpu_lstm.LSTM of one layer, with the word "gru" a GRU, with "slstm" an SLSTM, a call, and a size
-"T,B,I,H" or "T,B,I,H,P". What other entries compute (lstm_layer, LSTMCell, Stream) is what a module of the same weights
-computes, so they are words, too."""
+"""Test cases of the public modules, written in words such as "ragged resets both", and their comparison with the
+float64 oracle.
+
+A case is a module, a call, and a size "T,B,I,H" or "T,B,I,H,P". By default the module is a gpu_lstm.LSTM of one layer.
+The word "gru" makes it a GRU, and "slstm" an SLSTM. lstm_layer, LSTMCell and Stream compute the same as a module with
+the same weights, so they are words, too.
+"""
 
 import copy
 from collections.abc import Callable
@@ -31,25 +34,25 @@ import gpu_lstm
 from gpu_lstm.functional import gru_layer, lstm_layer, slstm_layer
 from gpu_lstm.kernels.problem import Inputs
 
-OF_TORCH = {  # the words for arguments of a module, those of nn.LSTM
+OF_TORCH = {  # the words for arguments of a module that nn.LSTM has
     "deep": dict(num_layers=2), "both": dict(bidirectional=True), "batch-first": dict(batch_first=True),
     "no-bias": dict(bias=False),
 }  # fmt: skip
-ARGUMENTS = OF_TORCH | {  # and ours
+ARGUMENTS = OF_TORCH | {  # and the words for our own arguments
     "recompute": dict(recompute=True), "peepholes": dict(peepholes=True), "norms": dict(layer_norm=True),
     "norm-hh": dict(layer_norm=("hh",)), "norm-c": dict(layer_norm=("c",)), "norm-hh-c": dict(layer_norm=("hh", "c")),
     "masks": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)), "dropout_h": dict(recurrent_dropout=0.3),
     "zoneout": dict(zoneout=(0.3, 0.45)), "zoneout_h": dict(zoneout=(0.3, 0.0)), "zoneout_c": dict(zoneout=(0.0, 0.45)),
-    "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # in eval()
+    "expected": dict(recurrent_dropout=0.3, zoneout=(0.3, 0.45)),  # the module is in eval()
     "heads": dict(heads=2), "three-heads": dict(heads=3), "four-heads": dict(heads=4),
-    "gru": {}, "slstm": {}, "stack": {}, "residual": {},  # GRUs, StackedLSTMs or StackedGRUs
+    "gru": {}, "slstm": {}, "stack": {}, "residual": {},  # these words choose GRU, SLSTM, StackedLSTM or StackedGRU
 }  # fmt: skip
 NOISE = {"masks", "zoneout", "dropout_h", "zoneout_h", "zoneout_c", "expected"}
-UNITS = 16  # in the last place: what a yardstick may be off; at most 8 in the cases of test_layer.py
+UNITS = 16  # the error that a yardstick may have, in units in the last place; in test_layer.py it is at most 8
 
 
 def built(size, words, own=False, **how):
-    """The module of a case; `own`: torch's."""
+    """Build the module of a case. With `own` it is torch's module."""
     _, _, inputs, hidden, *projected = size
     table = OF_TORCH if own else ARGUMENTS
     how |= {name: value for word in words if word in table for name, value in table[word].items()}
@@ -58,7 +61,7 @@ def built(size, words, own=False, **how):
         module = gpu_lstm.SLSTM(inputs, hidden, **{name: how[name] for name in how.keys() - {"recurrent_dropout"}})
         module.recurrent_dropout = how.get("recurrent_dropout", 0.0)
         return module
-    if kind == "GRU" and "zoneout" in how:  # of its one state
+    if kind == "GRU" and "zoneout" in how:  # a GRU has one state, and one rate for it
         how["zoneout"] = max(how["zoneout"])
     stacked = partial(Chain, of=getattr(nn, kind)) if own else getattr(gpu_lstm, f"Stacked{kind}")
     if "residual" in words:
@@ -79,7 +82,8 @@ def built(size, words, own=False, **how):
 
 
 def yardstick_of(size, words):
-    """What errors are measured by, and its module: torch's own, or our backend "torch" or "reference"."""
+    """Return the name of the yardstick and the module that measures errors: torch's own module, or our backend "torch"
+    or "reference"."""
     own = {*OF_TORCH, "recompute", "chunks", "no-hx", "no-grad", "gru", "stack", *FORMS} - {"reverse"}
     backend = "torch" if words <= own | {"reverse", "ragged", "resets", "residual"} else "reference"
     if words <= own and not is_wide(size):
@@ -88,12 +92,12 @@ def yardstick_of(size, words):
 
 
 def is_wide(size):
-    """P >= H, which only lstm_layer accepts."""
+    """Return whether P >= H. Only lstm_layer accepts such a projection."""
     return size[3] <= sum(size[4:])
 
 
 class Call(NamedTuple):
-    """What a module is called with: x, hx, and the rest of its arguments."""
+    """The arguments of a call of a module: x, hx, and the keyword arguments."""
 
     x: Tensor
     hx: Any
@@ -101,7 +105,7 @@ class Call(NamedTuple):
 
 
 def call_of(module, size, words, seed):
-    """A random call. Lengths are from 0 to T, both among them where B allows."""
+    """Draw a random call. Lengths are from 0 to T. Where B allows, one is 0 and one is T."""
     steps, batch, *_ = size
     x, hx = random_inputs(module, batch, seed=seed, steps=steps)
     rest: dict[str, Any] = {}
@@ -113,7 +117,7 @@ def call_of(module, size, words, seed):
             rest["lengths"][-1] = steps
     if words & {"resets", "state", "states"}:
         resets = torch.rand(steps, batch) < 0.4
-        resets[0, -1] |= batch > 2  # of the longest: states and gradients end before the first step, too
+        resets[0, -1] |= batch > 2  # of the longest sequence: its states and gradients, too, end before the first step
         rest["resets"] = resets.T if module.batch_first else resets
     if words & {"state", "states"}:
         rest["reset_states"] = states_left(module, hx, steps, "states" in words)
@@ -128,7 +132,7 @@ def packed(module, x, *hx, lengths, **rest):
 
 def unbatched(module, x, *hx, lengths = None, resets = None,
               reset_states = None):  # fmt: skip
-    """The call of an only sequence, without an axis for it."""
+    """Call the module with its only sequence, without an axis for the batch."""
     axis = 0 if module.batch_first else 1
 
     def alone(t):
@@ -142,7 +146,8 @@ def unbatched(module, x, *hx, lengths = None, resets = None,
 
 
 def by_layers(module, x, hx=None, *, reset_states=None, reverse=False, **ragged):
-    """The call by the functions, a layer and direction at a time; `reverse`: the first direction, too."""
+    """Compute the call by the functions, one layer and one direction at a time. With `reverse` the first direction is
+    reverse, too."""
     parameters, finals, letters = dict(module.named_parameters()), [], letters_of(module)
 
     def of_row(states):
@@ -167,7 +172,7 @@ def by_layers(module, x, hx=None, *, reset_states=None, reverse=False, **ragged)
 
 
 def by_cell(module, x, hx=None):
-    """The call by an LSTMCell or GRUCell with the same parameters, a step at a time."""
+    """Compute the call by an LSTMCell or GRUCell with the same parameters, a step at a time."""
     options, is_lstm = dict(backend=module.backend, heads=module.heads), isinstance(module, gpu_lstm.LSTM)
     if is_lstm:
         options |= dict(peepholes=module.peepholes, layer_norm=module.layer_norm)
@@ -183,7 +188,7 @@ def by_cell(module, x, hx=None):
 
 
 def by_stream(module, x, hx=None):
-    """The call by a Stream, in a chunk of two steps and in steps."""
+    """Compute the call by a Stream: a chunk of two steps first, then single steps."""
     stream = gpu_lstm.Stream(module, x.shape[1], hx)
     return torch.cat([stream(x[:2]), *(stream(x_t)[None] for x_t in x[2:])]), stream.state
 
@@ -195,7 +200,7 @@ FORMS: dict[str, Callable] = {
 
 
 def with_random_parameters(module, seed):
-    """Products of the size of their factors, which shut no gate; gains of about 1."""
+    """Draw parameters. Products are as large as their factors and shut no gate, and gains are about 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -208,9 +213,12 @@ def check(
     size, words, backend, dtype, device = "cpu", seeds = 3,
     yardstick=None, first_seed=0,
 ):  # fmt: skip
-    """Every result and gradient of such calls: in float64 to 1e-12; else at most twice the yardstick's errors. That is
-    torch's own module, where it can run the call; else our backend "torch" or "reference", whose own numbers must be
-    right within some units in the last place: a fault that it shares with ours would not show otherwise."""
+    """Check every result and gradient of some random calls.
+
+    In float64 an error may be 1e-12. In other dtypes it may be twice the error of the yardstick: torch's own module,
+    where that can run the call, else our backend "torch" or "reference". The yardstick's own numbers must be right
+    within some units in the last place. Otherwise a fault that it shares with the tested backend would not show.
+    """
     named, errors, truths = set(words.split()), {}, []
     form = next((FORMS[word] for word in named if word in FORMS), None)
     their_form = form if named & {"packed", "reverse"} or is_wide(size) else None
@@ -243,17 +251,17 @@ def check(
 
 
 def assert_right(name, errors, last_place):
-    """The yardstick's errors are those of rounding."""
+    """Check that the yardstick's errors are no larger than rounding makes them."""
     _, theirs, true = (np.concatenate([each[k].ravel() for each in errors]) for k in range(3))
     unit = last_place * np.abs(true).max(initial=1.0)
     assert np.abs(theirs).max(initial=0.0) <= UNITS * unit, f"{name} of the yardstick is wrong itself"
 
 
 def result_of(module, call, words, seed, form):
-    """Every result and, unless the call is without, every gradient."""
+    """Return every result and, unless the words say "no-grad", every gradient."""
     module.train(not words & {"expected", "stream"})
     x, hx, rest = call
-    if seed % 2:  # parts of a tensor, which are not contiguous
+    if seed % 2:  # slices of a larger tensor, which are not contiguous
         like = next(module.parameters())
         x, hx = tree_map_only(Tensor, lambda t: t.to(like).repeat_interleave(2, -1)[..., ::2], (x, hx))
     with torch.set_grad_enabled("no-grad" not in words):
@@ -265,8 +273,11 @@ def arrays_of(module, call, words, seed, kind):
 
 
 def truth_of(module, call, words, seed, kind=np.ndarray):
-    """What `result_of` should be, by the oracle, from the numbers of the module's dtype, with arrays of a kind. For a
-    large call on a GPU by the float64 reference there, since NumPy's loops would be slow."""
+    """Return what `result_of` should return, by the oracle, from the numbers in the module's dtype.
+
+    The oracle computes with arrays of `kind`. For a large call on a GPU, the float64 reference on that GPU takes its
+    place, since NumPy's loops would be slow.
+    """
     like, reverse = next(module.parameters()), "reverse" in words
     exact = tree_map_only(Tensor, lambda t: t.to(like.dtype).double() if t.is_floating_point() else t, call)
     if like.is_cuda and exact.x.numel() > LARGE:
@@ -280,7 +291,7 @@ def truth_of(module, call, words, seed, kind=np.ndarray):
 
 
 def inputs_of(size, words, seed=0):
-    """The tensors of such a call of one layer in one direction, in float32, with states [B, *]."""
+    """Return the tensors of a call of one layer in one direction, in float32, with states [B, *]."""
     named = set(words.split())
     module = with_random_parameters(built(size, named), seed).train("expected" not in named)
     x, hx, rest = call_of(module, size, named, seed)
@@ -292,7 +303,7 @@ def inputs_of(size, words, seed=0):
     masks = {name: torch.from_numpy(a) for name, a in noise.items()}
     for name in masks.keys() & {"zoneout_h", "zoneout_c"}:
         masks[name] = masks[name].flatten()[0].float() if "expected" in named else masks[name].bool()
-    if "gru" in named and "zoneout_h" in masks:  # c is h
+    if "gru" in named and "zoneout_h" in masks:  # the state c of a GRU is h
         masks["zoneout_c"] = masks["zoneout_h"]
     masks |= {name: t.float() for name, t in masks.items() if name == "dropout_h"}
     return Inputs(x, h0, c0, *map(parameters.get, names[0]), reset_h, reset_c, **masks, **rest)

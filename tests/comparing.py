@@ -1,4 +1,5 @@
-"""How close results must be: to the float64 oracle as torch's own LSTM is, or to another module but for rounding."""
+"""Limits of errors: results are as close to the float64 oracle as those of torch's own LSTM, or equal those of another
+module within rounding."""
 
 from collections.abc import Callable
 
@@ -8,36 +9,42 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS_HERE = "triton" if torch.cuda.is_available() else "numba"
-"""The backend whose kernels are compiled here: of tests of what lies above kernels, which need no interpreter."""
-PLACES = {  # of a module's parameters, by backend
+"""The backend whose kernels are compiled on this machine. Tests of what lies above the kernels use it, since they need
+no interpreter."""
+PLACES = {  # dtype and device of a module's parameters, by backend
     "torch": {"dtype": torch.float64, "device": "cpu"},
     "reference": {"dtype": torch.float64, "device": "cpu"},
-    "triton": {"dtype": torch.float32, "device": DEVICE},  # without a GPU in Triton's interpreter
+    "triton": {"dtype": torch.float32, "device": DEVICE},  # without a GPU the kernels run in Triton's interpreter
     "numba": {"dtype": torch.float32, "device": "cpu"},
 }
 BACKENDS = "torch", "reference", KERNELS_HERE
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 both_kinds = pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 LARGE = 20_000  # elements of h
-FEW = 64  # independent errors, of which the RMS is a matter of chance
-SECOND = 4  # the condition of a second derivative: of 4 passes, not 2, and of sums of twice as many terms
-SIGMAS = {4: 4, 2: 2}  # of counted roundings that are allowed, by the bytes of a number
-OF_A_STEP = 22  # roundings to half precision
-FAR = 1000  # times what is allowed: further than chance goes, and nearer than a fault of 1 % in float32
+FEW = 64  # with fewer independent errors than this, the RMS is a matter of chance
+# The condition of a second derivative, which has 4 passes behind it instead of 2, and sums of twice as many terms.
+SECOND = 4
+SIGMAS = {4: 4, 2: 2}  # how many sigmas of counted roundings are allowed, by the bytes of a number
+OF_A_STEP = 22  # the number of roundings to half precision in a step
+FAR = 1000  # times the allowed error: chance does not reach it, and a fault of 1 % in float32 exceeds it
 
-Errors = dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]  # by name, of each call: ours, theirs, truth
+# By name: our error, their error and the truth of each call.
+Errors = dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]
 Truth = Callable[[type[np.ndarray]], dict[str, np.ndarray]]
-"""truth(kind): the results of a call by the oracle, which computes with arrays of a kind."""
+"""truth(kind) returns the results of a call by the oracle, which computes with arrays of `kind`."""
 
 
 def judge(errors, dtype, yardstick, truths, steps):
-    """The RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
+    """Check that the RMS error of every result and gradient is at most twice that of the yardstick in the same dtype.
 
-    As docs/testing.md says. An RMS below the unit in the last place of the largest element counts as that unit. In half
-    precision the reference rounds results alone, kernels also h, four gates and their gradients. A gate counts four
-    times, since a slope s (1 - s) has twice the error of s: 22 independent roundings a step, so sqrt(22 T) times the
-    truth's own counts, where that is less and over many elements. And there kernels round less than half as many
-    numbers as the formulas have, which `counted` counts.
+    docs/testing.md explains the limit. An RMS below the unit in the last place of the largest element counts as that
+    unit.
+
+    In half precision the reference rounds only its results, whereas kernels also round h, the four gates and their
+    gradients. A gate counts four times, since a slope s (1 - s) has twice the error of s. This makes 22 independent
+    roundings a step. So sqrt(22 T) times the rounding error of the truth counts as the least error, where it is smaller
+    than the unit, and where there are many elements. In half precision kernels round less than half as many numbers as
+    the formulas have, so the roundings of `counted` are more than theirs.
     """
     limits: dict[str, tuple[float, float]] = {}
     for name, found in errors.items():
@@ -71,15 +78,14 @@ def judge(errors, dtype, yardstick, truths, steps):
 
 
 def counted(truths, dtype, draws=16):
-    """By name: the RMS error that the roundings on the way to a result make of it, and of how many errors.
+    """Return, by name, the RMS error that roundings cause in a result, and the number of independent errors.
 
-    They are as many as the formulas have: the oracle rounds at random after each of its operations, so that they add up
-    as they do in a kernel.
+    The oracle rounds at random after each of its operations, so roundings add up as they do in a kernel.
 
-    The RMS over draws is one sigma of an error: 4 are allowed even for one, which passes them once in 16,000 if it is
-    normal and every rounding as large as it can be. The number of independent errors follows from how much the mean
-    square varies from draw to draw: by 2 / n of its own square, if n normal errors decide it. For two times 64 of them
-    a factor of 2 between RMS errors is 5 in 10^8.
+    The RMS over draws is one sigma of an error. Four sigmas are allowed. A single error exceeds them once in 16,000
+    cases, if it is normal and every rounding is as large as possible. The number of independent errors n follows from
+    how much the mean square varies between draws: its variance is 2 / n of its own square if n normal errors decide it.
+    With 64 errors on both sides, RMS errors differ by a factor of 2 in 5 of 10^8 cases.
     """
     generator, squares = np.random.default_rng(0), {}
     for truth in truths:
@@ -97,10 +103,13 @@ EXACT = np.negative, np.less, np.greater
 
 
 def rounding_as(dtype, generator):
-    """Arrays in float64, each of whose operations is wrong by a random part, at most a half, of `dtype`'s last place.
-    What counts as more than one rounding in float32: exp and tanh, two, since libraries compute them to a unit in the
-    last place; and a sum of K terms, each of which is in up to K partial sums, sqrt(K), since roundings are
-    independent. In half precision all of these are in float32, and are rounded once."""
+    """Return a class of float64 arrays whose operations each have a random error of up to half a unit in the last place
+    of `dtype`.
+
+    In float32 some operations count as more than one rounding. exp and tanh count as two, since libraries compute them
+    to a unit in the last place. A sum of K terms counts as sqrt(K), since each term is in up to K partial sums and
+    roundings are independent. In half precision these are computed in float32 and rounded once.
+    """
     half = dtype.itemsize == 2
 
     def off(a, roundings=1):
@@ -112,7 +121,7 @@ def rounding_as(dtype, generator):
             if (ufunc is np.matmul or method == "reduce") and not half:
                 first = off(first, np.shape(first)[-1] ** 0.5)
             result = getattr(ufunc, method)(first, *others, **options)
-            if ufunc not in EXACT and not (half and out):  # in place: a sum over times and sequences
+            if ufunc not in EXACT and not (half and out):  # an operation in place is a sum over times and sequences
                 result = off(result, 2 if ufunc in (np.exp, np.tanh) else 1)
             if out is None:
                 return np.asarray(result).view(Rounding)
@@ -127,7 +136,7 @@ def _rms(error):
 
 
 def _leaning(error, true, dtype):
-    """The mean of errors away from zero, in mean units in the last place, and what chance explains of it: 4 sigma."""
+    """Return the mean error away from zero, in mean units in the last place, and 4 sigma of its chance variation."""
     if not error.size:
         return 0.0, 0.0
     info = torch.finfo(dtype)
@@ -137,13 +146,16 @@ def _leaning(error, true, dtype):
 
 
 def assert_same(ours, theirs, backend=None, equal_nan=False, condition=1):
-    """Equal but for rounding: 8 units in the last place of the larger of 1 and the largest element.
+    """Check that results are equal within rounding: 8 units in the last place of the larger of 1 and the largest
+    element.
 
-    The last place is that of the dtype which `backend` computed in, by default that of our result. Counted for modules
-    like those of pairs.py: in both passes a gradient has T = 4 steps behind it in each of 2 layers, a step has products
-    of 7 terms in all and a cell of about 20 operations. These 432 roundings of 0.29 units (the RMS of a uniform one)
-    make 6 units of 1, were none damped; but gates' slopes are at most 1/4. `condition`: the factor by which rounding
-    errors grow, as in layer norms, which divide by the deviation of a few numbers.
+    The last place is that of the dtype which `backend` computed in, by default the dtype of our result. The 8 units are
+    counted for modules like those of pairs.py. A gradient has T = 4 steps behind it in each of 2 layers and in both
+    passes. A step has products of 7 terms in all and a cell of about 20 operations. These 432 roundings of 0.29 units,
+    the RMS of a uniform one, make 6 units of 1 if none is damped, and gates' slopes are at most 1/4.
+
+    `condition` is the factor by which rounding errors grow, for example in a layer norm, which divides by the deviation
+    of a few numbers.
     """
     assert list(ours) == list(theirs)
     for name, true in theirs.items():

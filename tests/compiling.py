@@ -1,9 +1,11 @@
-"""Compiles kernels for the tests, in a process of its own, since in theirs kernels may belong to Triton's interpreter.
+"""Compiles kernels for the tests.
 
-    python tests/compiling.py quick|usual|whole        # prints what test_compile looks at, as JSON
+    python tests/compiling.py quick|usual|whole        # prints the facts that test_compile checks, as JSON
 
-`make test` compiles what is counted, and what exchanges words; `make test-deep` what is needed so that any two of
-dtype, architecture and direction are combined, and every variant; `make test-versions` more.
+This is a process of its own, since kernels in the process of the tests may belong to Triton's interpreter. `make test`
+compiles the kernels whose instructions are counted, and those that exchange words. `make test-deep` compiles every
+variant, and so many cases that every pair of dtype, architecture and direction occurs. `make test-versions` compiles
+more.
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ from gpu_lstm.kernels.triton_rnn.threads import cooperative, resident
 from gpu_lstm.kernels.triton_rnn.tiles import held, pointwise, step
 
 QUICK, WHOLE = (how in sys.argv for how in ("quick", "whole"))
-ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89: the instructions of sm_80 and the shared memory of sm_120
+ARCHITECTURES = 80, 90, 100, 120  # sm_86 and sm_89 have the instructions of sm_80 and the shared memory of sm_120
 STEP, PRODUCT = "B=64 H=130 ragged peepholes masks", "B=4096 H=1024"
 IN_BOTH = [
     *(f"B=16 H={case}" for case in ("128", "768", "4096")), "B=512 H=256", "B=1024 H=256", "B=4096 H=128",
@@ -34,13 +36,13 @@ IN_BOTH = [
     *(f"{case} GRU" for case in ("B=16 H=64", "B=16 H=768", "B=4096 H=128", "B=512 H=256", PRODUCT)),
     "B=16 H=768 sLSTM", "B=256 H=4x128 sLSTM", "B=16 H=4x256",
 ]  # fmt: skip
-OF_H100 = {  # in bf16, by whether it is backward
+OF_H100 = {  # cases in bf16 on an H100, by whether they are backward
     False: [*IN_BOTH, "B=16 H=512", "B=16 H=64 ragged masks", "B=16 H=64 ragged peepholes masks",
             "B=16 H=768 ragged peepholes masks", f"{PRODUCT} ragged peepholes masks"],
     True: [*IN_BOTH, "B=16 H=1536", "B=16 H=64 ragged rates", "B=16 H=768 ragged rates", "B=16 H=768 peepholes",
            "B=256 H=4x256", "B=4096 H=128 ragged peepholes", f"{PRODUCT} ragged peepholes rates"],
 }  # fmt: skip
-SLOWER = {  # or no two of their facts are new
+SLOWER = {  # the cases that only the whole table has
     False: ["B=256 H=768", "B=16 H=1536", "B=16 H=768 peepholes", "B=64 H=768 ragged peepholes masks",
             "B=4096 H=128 ragged peepholes"],
     True: ["B=256 H=768", "B=16 H=512"],
@@ -53,7 +55,8 @@ def wanted(case):
     if sm not in ARCHITECTURES:
         return False
     if not WHOLE and (name == STEP or (name == PRODUCT and sm == 90)):
-        # Any two of direction, dtype and architecture meet. Kernels without products depend little on the last.
+        # Every pair of direction, dtype and architecture occurs. Kernels without products depend little on the
+        # architecture.
         kind = PRECISIONS.index((case.problem.dtype, case.problem.precision)) + ARCHITECTURES.index(sm)
         return case.backward == kind % 2
     if name == "B=16 H=768 ragged":
@@ -77,7 +80,7 @@ def as_json(rows):
 
 
 def with_32_registers():
-    """A thread may have no more: its report, and the one without that limit."""
+    """Return the reports of a kernel whose threads may have 32 registers, and of the same kernel without that limit."""
     case = Case(Problem(2, 16, 64, torch.float32), False, triton_kernels.SEQUENCE_CARDS[0])
     plan = step_plan(case.problem, case.card, False)
     launch = recorded_launches(case.problem, Pass(), plan)[0]
@@ -91,7 +94,7 @@ def report_of_plan(problem, backward, plan):
 
 
 def kinds_of_held():
-    """Of whatever is proposed: every kind of tile, and of K."""
+    """Return the reports of one plan for every kind of tile and of K that is proposed."""
     found = {}
     batches = 64, 256, 384, 512, 1024, 4096
     cells = ("lstm", torch.bfloat16), ("lstm", torch.float32), ("gru", torch.bfloat16)
@@ -99,7 +102,8 @@ def kinds_of_held():
         problem = Problem(2, batch, hidden, dtype, precision="tf32", cell=cell)
         for plan in held_plans(problem, DEVICES["h100"], backward):
             found.setdefault((cell, dtype, backward, plan.rows, plan.units, plan.family.k), (problem, backward, plan))
-    kinds = list(found.values())[:: 20 if QUICK else 1 if WHOLE else 2]  # in every second any two facts meet
+    # Every second kind still has all pairs of facts.
+    kinds = list(found.values())[:: 20 if QUICK else 1 if WHOLE else 2]
     with triton_kernels.ProcessPoolExecutor() as pool:
         return as_json(pool.map(report_of_plan, *zip(*kinds)))
 
@@ -115,7 +119,7 @@ def once_spilled():
 
 
 def parameters():
-    """Of each kernel: the numbers that it takes, and those whose values make no kernel of their own."""
+    """Return, by kernel, the numbers that it takes, and the numbers whose values make no kernel of their own."""
     modules = cooperative, held, pointwise, resident, step
     kernels = {name: each for module in modules for name, each in vars(module).items()}
     return {
@@ -125,32 +129,32 @@ def parameters():
     }  # fmt: skip
 
 
-# What is exchanged between programs: a problem, of which one load takes four words of a row, two, or one; and its plan
+# The exchange between programs. One load takes four words of a row, two, or one.
 
 BF16, F16 = torch.bfloat16, torch.float16
-OF_WORDS = [  # a problem, card, direction, and how many partners share the gates
+OF_WORDS = [  # a problem, a card, whether it is backward, and how many partners share the gates
     (Problem(2, 16, 768, BF16), "h100", False, 1), (Problem(2, 16, 768, BF16), "h100", True, 1),
     (Problem(2, 9, 100, BF16), "a100", False, 1), (Problem(2, 9, 100, BF16), "a100", True, 4),
     (Problem(2, 17, 33, F16), "h100", False, 1), (Problem(2, 17, 33, F16), "h100", True, 2),
     (Problem(2, 3, 33, torch.float32, 0, "tf32"), "h100", False, 1),
-    (Problem(2, 999, 100, BF16), "h100", False, 1),  # several batch tiles a group
+    (Problem(2, 999, 100, BF16), "h100", False, 1),  # a group has several batch tiles
     (Problem(2, 16, 768, BF16, cell="gru"), "h100", False, 1), (Problem(2, 16, 768, BF16, cell="gru"), "a100", True, 3),
     (Problem(2, 17, 33, F16, cell="gru"), "h100", False, 1),
 ]  # fmt: skip
-OF_BARRIERS = [  # by the step family: a problem, card, direction
+OF_BARRIERS = [  # for the step family: a problem, a card, and whether it is backward
     (Problem(2, 3, 33, BF16), "a100", False), (Problem(2, 3, 33, BF16), "h100", True),
-    (Problem(2, 16, 768, BF16), "h100", True),  # in parts of K
+    (Problem(2, 16, 768, BF16), "h100", True),  # products in parts of K
     (Problem(2, 3, 128, BF16, heads=2), "h100", True),
-    (Problem(2, 1024, 256, BF16), "h100", False), (Problem(2, 1024, 256, BF16), "h100", True),  # which hold W_hh
+    (Problem(2, 1024, 256, BF16), "h100", False), (Problem(2, 1024, 256, BF16), "h100", True),  # these hold W_hh
     (Problem(2, 1024, 512, BF16), "h100", False),  # and ask ahead
 ]  # fmt: skip
-ALONE = [(Problem(2, 3, 32, BF16, heads=2), "h100", backward) for backward in (False, True)]  # one program a head
+ALONE = [(Problem(2, 3, 32, BF16, heads=2), "h100", backward) for backward in (False, True)]  # a head has one program
 
 
 def of_words(problem, card, backward, partners):
     proposed = [p for p in plans(problem, DEVICES[card], backward) if p.family.name == "cooperative"]
     plan = next(p for p in proposed if p.family.partners == partners)
-    ahead = plan.family.ahead  # a look before the loop, and one for the next turn
+    ahead = plan.family.ahead  # a look before the loop, and one for the next tile
     words = {"store words": 4 if backward else 1, "load words": 4 * plan.family.chunks * (3 if ahead else 1)}
     if partners > 1:
         words |= {"load partials": partners, "store partials": -(-partners * plan.units // (4 * plan.num_warps))}

@@ -1,15 +1,16 @@
 """Triton's interpreter with the programs of a grid side by side, each in a thread of its own.
 
 The stock interpreter runs one program after another, so a kernel whose programs wait for each other would never end.
-Here they run concurrently, in the same memory, and what a GPU may do at a memory operation happens at random:
+Here they run concurrently, in the same memory. At a memory operation one of these events may happen at random, as on a
+GPU:
 
-    a program pauses, so that others run ahead of it;
-    a tile is loaded or stored in two parts, with a pause between them;
-    a store becomes visible to others only after the program's next memory operation, unless that one releases, or
-    touches the same memory.
+- A program pauses, so that others run ahead of it.
+- A tile is loaded or stored in two parts, with a pause between them.
+- A store becomes visible to other programs only after the next memory operation of its program. If that operation
+  releases, or touches the same memory, the store is visible before it.
 
-So a missing wait, a missing release, and a flag that covers less than it should give wrong results. Not detected are
-loads that move before a wait that does not acquire, and a missing barrier of one program's threads.
+So a missing wait, a missing release, and a flag that covers too little give wrong results. Two faults are not detected:
+loads that move before a wait that does not acquire, and a missing barrier among the threads of one program.
 """
 
 import itertools
@@ -30,27 +31,33 @@ from triton.runtime.errors import InterpreterError
 
 from gpu_lstm.kernels.triton_rnn.parameters import in_tuples
 
-SWITCH_INTERVAL = 1e-4  # seconds a thread may run before another one gets its turn; Python's own is 5e-3
-LONGEST_PAUSE = 1e-3  # seconds between two operations, or the parts of one; most pauses are far shorter
-LONGEST_DELAY = 5e-3  # seconds from a store to its being visible, long enough for the others to come and look
-MOST_IN_VAIN = 1_000_000  # operations of all programs without a store, when none will; those that work have taken 7,500
+SWITCH_INTERVAL = 1e-4  # seconds a thread may run before another one gets its turn; Python's own value is 5e-3
+LONGEST_PAUSE = 1e-3  # seconds between two operations, or between the parts of one; most pauses are far shorter
+LONGEST_DELAY = 5e-3  # seconds from a store until it is visible, long enough for other programs to look
+# Operations of all programs without a store, after which none is expected; runs that work have taken 7,500.
+MOST_IN_VAIN = 1_000_000
 
 
 class ConcurrentRun:
-    """Launches interpreted kernels, to be used in place of `launch.launch_kernel`. `seed`: of the order in which
-    programs start, and of all that happens to them, at each memory operation with probability `yield_rate`. The system
-    schedules threads, so a seed makes it likely that a failure recurs, but not certain."""
+    """Launches interpreted kernels in place of `launch.launch_kernel`.
+
+    `seed` decides the order in which programs start, and everything that happens to them. At each memory operation
+    something happens with probability `yield_rate`. The system schedules the threads, so a seed makes it likely, but
+    not certain, that a failure recurs.
+    """
 
     def __init__(self, seed=0, yield_rate=0.05):
         self.seed, self.yield_rate, self.launches = seed, yield_rate, 0
 
     def __call__(self, kernel, grid, **arguments):
-        """Launch `kernel` and wait for its end. Programs are stopped if one raises, or none stores: it is named."""
+        """Launch `kernel` and wait for its end. If a program raises, or if no program stores any more, all are stopped,
+        and the error names the program."""
 
         launches = self.launches
 
         def run_all(converted):
-            """The grid as Triton's launcher sees it: called when arguments are converted and the language patched."""
+            """Run the grid as Triton's launcher does. It is called once arguments are converted and the language is
+            patched."""
             self.launches += 1
             self._run_all(kernel.__name__, tuple(grid), partial(kernel.rewrite(), **converted))
             return (0,)  # nothing is left to be run one after another
@@ -89,27 +96,28 @@ class ConcurrentRun:
 
 @dataclass(eq=False)
 class _Launch:
-    """What the programs of a launch share."""
+    """The state that the programs of a launch share."""
 
-    in_vain: int = 0  # operations since the last store; another program's may be lost
+    in_vain: int = 0  # operations since the last store; with several threads a count may be lost
     stop: threading.Event = field(default_factory=threading.Event)
     errors: list[tuple[tuple[int, ...], BaseException]] = field(default_factory=list)
 
 
 class _Stopped(BaseException):
-    """Ends a program from within. Not an Exception, since the interpreter would wrap it in its own."""
+    """Ends a program from within. It is not an Exception, since the interpreter would wrap it in its own."""
 
 
 @dataclass(eq=False)
 class _Program(threading.Thread):
-    """One program of the grid, and what happens to it at its memory operations."""
+    """One program of the grid, and the events at its memory operations."""
 
     index: tuple[int, ...]
     body: Callable[[], None]
     rng: np.random.Generator
     yield_rate: float
     launch: _Launch
-    held: tuple[np.ndarray, Callable[[], None]] | None = None  # a store not yet visible: where, and do it
+    # A store that is not visible yet: its chunks, and the function that performs it.
+    held: tuple[np.ndarray, Callable[[], None]] | None = None
 
     def __post_init__(self):
         super().__init__(daemon=True)
@@ -118,14 +126,14 @@ class _Program(threading.Thread):
         try:
             self.body()
             self.perform_held()
-        except _Stopped:  # by an error of another program, which is there, or because none stores, which is told
+        except _Stopped:  # another program raised, which is recorded, or no program stores, which is reported
             pass
         except BaseException as error:
             self.launch.errors.append((self.index, error))
             self.launch.stop.set()
 
     def counts(self):
-        """Count an operation. The program ends here if it is told to."""
+        """Count an operation, and end the program if it has been stopped."""
         if self.launch.stop.is_set():
             raise _Stopped
         self.launch.in_vain += 1
@@ -143,7 +151,8 @@ class _Program(threading.Thread):
 
     @contextmanager
     def operation(self, ptrs, releases=False):
-        """Around a memory operation: a store that was held back is performed after it, or before it if it must be."""
+        """Surround a memory operation. A store that was held back is performed after it, or before it where order
+        requires."""
         self.counts()
         if self.held and (releases or np.isin(_chunks(ptrs), self.held[0]).any()):
             self.perform_held()
@@ -156,7 +165,7 @@ class _Program(threading.Thread):
             held[1]()
 
     def parts(self, mask):
-        """The mask of a load or store, sometimes in two parts."""
+        """Yield the mask of a load or store, sometimes in two parts."""
         if mask.data.size == 1 or not self.happens():
             yield mask
         else:
@@ -167,17 +176,19 @@ class _Program(threading.Thread):
 
 
 def _chunks(ptrs):
-    """The 16-byte chunks that pointers point into, the same for pointers of different types to the same memory."""
+    """Return the 16-byte chunks that pointers point into. Pointers of different types to the same memory have the same
+    chunks."""
     return (ptrs.data & ADDRESS) >> np.uint64(4)
 
 
 class _ConcurrentBuilder(interpreter.InterpreterBuilder):
-    """The interpreter's builder while programs run side by side, in threads; of atomics, tl.atomic_add and its like."""
+    """The interpreter's builder while programs run side by side, in threads. Of the atomics it handles tl.atomic_add
+    and the like."""
 
     grid_idx = property(lambda self: threading.current_thread().index)
 
     def binary_op(self, *args):
-        threading.current_thread().counts()  # a loop without end need not touch memory
+        threading.current_thread().counts()  # an endless loop need not touch memory
         return super().binary_op(*args)
 
     def create_masked_load(self, ptrs, mask, other, *policy, **named):
@@ -200,15 +211,18 @@ class _ConcurrentBuilder(interpreter.InterpreterBuilder):
     def create_atomic_rmw(self, rmw_op, ptr, val, mask, sem, scope):
         program = threading.current_thread()
         with program.operation(ptr, releases="RELEASE" in sem.name):
-            if val.data.any():  # else it reads
+            if val.data.any():  # adding zero is a read
                 program.launch.in_vain = 0
             return super().create_atomic_rmw(rmw_op, ptr, val, mask, sem, scope)
 
 
 @contextmanager
 def prepared_once():
-    """In a launch, device functions are prepared at their first call, in turns; the stock interpreter does it at each.
-    That walks and fills their module's globals, once for all of its functions, and takes a fifth of a launch's time."""
+    """Prepare device functions at their first call in a launch, one thread at a time.
+
+    The stock interpreter prepares them at each call. Preparing walks and fills the globals of a function's module.
+    Doing it once for all functions of the module takes a fifth of a launch's time.
+    """
     lock, bodies, modules, call = threading.Lock(), {}, set(), interpreter.InterpretedFunction.__call__
 
     def call_device_function(function, *args, **kwargs):
@@ -231,7 +245,7 @@ def prepared_once():
 
 
 def make_types_once():
-    """From now on a type of a shape is made once. The stock interpreter makes it at each operation."""
+    """From now on make the type of each shape once. The stock interpreter makes it at each operation."""
     block, tensor, facts = tl.block_type.__init__, tl.tensor.__init__, {}
 
     def block_type(self, element_ty, shape):
@@ -254,7 +268,8 @@ def make_types_once():
 @contextmanager
 def _concurrent_builder(grid):
     """Make the interpreter safe for several threads, and restore everything afterwards."""
-    builder = interpreter.interpreter_builder  # many hold this object, so it changes its class and not its identity
+    # Many objects hold this builder, so its class changes and its identity does not.
+    builder = interpreter.interpreter_builder
     switch_interval = sys.getswitchinterval()
     builder.set_grid_dim(*grid)
     try:

@@ -1,4 +1,4 @@
-"""Options and the environment of the tests."""
+"""Options, fixtures and the environment of the tests."""
 
 import dataclasses
 import fcntl
@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-# The tests run side by side, a process a core; torch reads it when it is imported, here and in processes of tests.
+# The tests run side by side, one process per core. torch reads this when it is imported, here and in processes of
+# tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses torch's deterministic mode
 import torch
@@ -25,12 +27,12 @@ if "WITHOUT_ONEDNN" in os.environ:  # see `make test-cpus`
 if not torch.cuda.is_available():
     # The Triton kernels run in Triton's interpreter, which is chosen when triton is first imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    # What runs on a CPU is decided by the rule, so that no test depends on a race.
+    # The rule decides which backend runs on a CPU, so that no test depends on a race.
     os.environ.setdefault("GPU_LSTM_RACE", "off")
 
 
 ROOT = Path(__file__).parents[1]
-BYTES_OF_A_WORKER = 4 << 30  # on a card: its context, what Triton loads, and the tensors of most tests
+BYTES_OF_A_WORKER = 4 << 30  # on a card: its context, the modules that Triton loads, and the tensors of most tests
 
 
 def pytest_addoption(parser):
@@ -43,17 +45,18 @@ def pytest_configure(config):
 
         raise pytest.UsageError(f"--require-gpu: {why_no_cuda()}")
     if torch.cuda.is_available() and config.option.log_level is None:
-        config.option.log_level = "INFO"  # a test that fails says which plans it ran
+        config.option.log_level = "INFO"  # a test that fails shows which plans it ran
     if importlib.util.find_spec("triton"):
         try:
             import gpu_lstm.kernels.triton_rnn.features  # noqa: F401
-        except ImportError as error:  # an interpreter that does not go with this NumPy: every kernel's test would fail
+        # An interpreter that does not work with this NumPy: every kernel's test would fail.
+        except ImportError as error:
             raise pytest.UsageError(str(error)) from None
 
 
-@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for -n auto
+@pytest.hookimpl(optionalhook=True)  # a hook of pytest-xdist, for -n auto
 def pytest_xdist_auto_num_workers(config):
-    """On a card no more than its free memory holds."""
+    """Return as many workers as the free memory of the card holds."""
     if torch.cuda.is_available():
         return max(1, min(os.cpu_count() or 1, torch.cuda.mem_get_info()[0] // BYTES_OF_A_WORKER))
     return None
@@ -71,13 +74,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """A process in which the card fails from now on ends: it would fail all other tests, and faster than others pass.
+    """End a process in which the card has stopped working. It would fail all other tests, and faster than others pass.
     pytest-xdist starts another process for them."""
     result = yield
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
-            torch.rand(1, device="cuda")  # which no longer works after a broken capture
+            torch.rand(1, device="cuda")  # this raises after a broken capture
         except RuntimeError as error:
             said = f"the card does not work in this process any more, after {item.nodeid}: {error}"
             if not hasattr(item.config, "workerinput"):
@@ -88,7 +91,7 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # no later collection goes through what has been imported
+    gc.freeze()  # later collections skip everything that has been imported
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -102,18 +105,18 @@ def quick_interpreter():
         check_interpreted_kernels()
         make_types_once()
         interpreter.GridExecutor.__call__ = prepared_once()(interpreter.GridExecutor.__call__)
-        of_scalar = functools.cache(interpreter._get_np_dtype)  # which makes a table at each call
+        of_scalar = functools.cache(interpreter._get_np_dtype)  # it makes a table at each call
         interpreter._get_np_dtype = lambda t: (
             np.dtype(np.uint64) if isinstance(t.scalar, tl.pointer_type) else of_scalar(t.scalar)
         )
-        # Otherwise it computes whether sums fit into 32 bits, and does not look at the result unless it debugs.
+        # Otherwise the builder computes whether sums fit into 32 bits, and ignores the answer unless it debugs.
         builder = interpreter.interpreter_builder
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def kernels_are_given_what_they_expect():
-    """In all of these processes, whoever calls them."""
+    """Check, in every process of the tests, that a layer is given the tensors that its Problem describes."""
     if not importlib.util.find_spec("triton"):
         return
     from standing_in import assert_contract
@@ -135,26 +138,27 @@ def kernels_are_given_what_they_expect():
 
 @pytest.fixture(autouse=True)
 def kernels_write_nowhere_else():
-    """On a card only where a test asks: every launch is waited for, so none is captured, and no two run at once."""
+    """Check that kernels write inside their tensors. On a card a test has to ask for it: every launch is waited for, so
+    that none is captured and no two run at once."""
     if (memory := sys.modules.get("gpu_lstm.kernels.memory")) is not None:
-        memory._Checking.on = not torch.cuda.is_available()  # in all threads; autograd has one for each card
+        memory._Checking.on = not torch.cuda.is_available()  # for all threads; autograd has one thread for each card
 
 
 @pytest.fixture
 def within_margins(kernels_write_nowhere_else):
-    """Launches of this test are checked on a card, too."""
+    """Check the launches of this test on a card, too."""
     sys.modules["gpu_lstm.kernels.memory"]._Checking.on = True
 
 
 @pytest.fixture
 def device() -> str:
-    """Where the kernels run: CUDA if available, else the CPU, in the interpreter."""
+    """The device where the kernels run: CUDA if available, else the CPU, in the interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
 def exact_float32_products():
-    """Kernels compute float32 products exactly, not in TF32, so that results can be compared with float64's."""
+    """Kernels compute float32 products exactly, not in TF32, so that results can be compared with float64."""
     # By torch's older switch, for all of cuDNN: torch.compile asks it, and refuses a mixture of both.
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -163,14 +167,14 @@ def exact_float32_products():
 
 @pytest.fixture
 def with_onednn(monkeypatch):
-    """torch gives an LSTM on a CPU to oneDNN, also where all other tests run without."""
+    """torch gives an LSTM on a CPU to oneDNN, even where all other tests run without oneDNN."""
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
 
 
 @pytest.fixture(autouse=True)
 def decided_again():
-    """Whatever a test substitutes for a card, or for a choice, does not outlast that test. It draws the same numbers,
-    whichever tests ran before."""
+    """Forget all decisions and seed torch, so that a stubbed card or choice does not outlast its test, and a test draws
+    the same numbers whichever tests ran before."""
     torch.manual_seed(0)
     if (route := sys.modules.get("gpu_lstm.dispatch.route")) is not None:
         route.forget()
@@ -178,8 +182,8 @@ def decided_again():
 
 @pytest.fixture
 def nothing_cached(monkeypatch, tmp_path):
-    """As on a new machine: nothing cached, nothing chosen by the environment, no warning given. The cache's folder.
-    Except for functions that Numba compiled, which takes seconds."""
+    """Start as on a new machine: nothing is cached, the environment chooses nothing, and no warning has been given.
+    Return the cache's folder. It keeps functions that Numba compiled, since compiling takes seconds."""
     from gpu_lstm.call import choices
     from gpu_lstm.kernels import cache
 
@@ -195,8 +199,17 @@ def nothing_cached(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def launched(monkeypatch):
+    """A Mock that makes and records the launches of Triton's kernels from now on."""
+    from gpu_lstm.kernels.triton_rnn import launch
+
+    monkeypatch.setattr(launch, "launch_kernel", Mock(side_effect=launch.launch_kernel))
+    return launch.launch_kernel
+
+
+@pytest.fixture
 def an_h100(monkeypatch, nothing_cached):
-    """As if a card were here, on which no plan was measured or chosen yet, and kernels that all load."""
+    """A stubbed H100 on which no plan was measured or chosen yet, and on which all kernels load."""
     from standing_in import a_card
 
     a_card(monkeypatch)
@@ -204,7 +217,7 @@ def an_h100(monkeypatch, nothing_cached):
 
 @pytest.fixture
 def card(monkeypatch):
-    """The CPU as a card, where the only plan is the step family's, which compiles; it is verified as on one."""
+    """The CPU as a card whose only plan is the step family's. The plan compiles, and is verified as on a card."""
     from standing_in import plans_are_verified_on_the_cpu
 
     plans_are_verified_on_the_cpu(monkeypatch)
@@ -212,7 +225,8 @@ def card(monkeypatch):
 
 @pytest.fixture(scope="session")
 def compiled(request, tmp_path_factory) -> dict:
-    """What compiling.py prints: where slow tests are left out, of few cases; where versions.py asks, of more."""
+    """The JSON that compiling.py prints: few cases where slow tests are left out, more where versions.py asks for
+    them."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     how = "quick" if "not deep" in request.config.getoption("markexpr") else "usual"
@@ -229,7 +243,7 @@ def compiled(request, tmp_path_factory) -> dict:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def host_or_card(request) -> str:
-    """Where the kernels in CUDA C++ run: compiled by g++, or by NVRTC."""
+    """The device of the kernels in CUDA C++: "cpu", where g++ compiles them, or "cuda", where NVRTC does."""
     return request.param
 
 

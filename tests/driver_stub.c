@@ -13,8 +13,6 @@
 
 #include "cuda.h"
 
-int capturing = 0;  // set by tests, through ctypes: a graph is being captured, into which old drivers load nothing
-
 enum { MULTIPROCESSORS = 132, SHARED = 227 * 1024, SHARED_WITHOUT_OPT_IN = 48 * 1024, REGISTERS = 65536, THREADS = 2048, MOST = 64 };
 // Attributes in .nv.info sections, as readelf-like tools for cubins list them.
 enum { SIZED = 4, FRAME_SIZE = 0x11, PARAMETER = 0x17, REGISTER_COUNT = 0x2f };
@@ -64,7 +62,7 @@ static void read_attributes(Kernel *kernel, const unsigned char *at, const unsig
 
 CUresult cuModuleLoadData(CUmodule *module, const void *data) {
   const char *refused = getenv("DRIVER_STUB_REFUSES");  // as an old driver
-  int result = capturing ? CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED : refused ? CUDA_ERROR_INVALID_IMAGE : CUDA_SUCCESS;
+  int result = refused ? CUDA_ERROR_INVALID_IMAGE : CUDA_SUCCESS;
   const Elf64_Ehdr *header = data;
   if (!result && memcmp(header->e_ident, ELFMAG, SELFMAG)) result = CUDA_ERROR_INVALID_IMAGE;
   record("{\"event\": \"load\", \"result\": %d}\n", result);
@@ -140,7 +138,6 @@ CUresult cuGetErrorString(CUresult error, const char **text) {
   switch (error) {
     case CUDA_ERROR_INVALID_IMAGE: *text = "device kernel image is invalid"; break;
     case CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE: *text = "too many blocks in cooperative launch"; break;
-    case CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED: *text = "operation not permitted when stream is capturing"; break;
     default: *text = "another error";
   }
   return CUDA_SUCCESS;

@@ -1,4 +1,4 @@
-"""What other processes run in the tests of the benchmark: functions that misbehave."""
+"""Functions that misbehave, which other processes run in the tests of the benchmark."""
 
 import os
 import time
@@ -12,7 +12,7 @@ def hang_or_die(what, tell):
 
 
 def found(tell):
-    """From where a process imports gpu_lstm and its kernels."""
+    """Return the files from which this process imports gpu_lstm and its kernels."""
     import gpu_lstm.kernels
 
     return [os.path.realpath(module.__file__) for module in (gpu_lstm, gpu_lstm.kernels)]

@@ -1,4 +1,5 @@
-"""The kernels in CUDA C++ on the CPU, compiled by g++ with host_cuda.h, in the place of what CuPy loads."""
+"""The kernels in CUDA C++ on the CPU: compiled by g++ with host_cuda.h, they take the place of the functions that CuPy
+loads."""
 
 import contextlib
 import ctypes
@@ -20,13 +21,13 @@ from gpu_lstm.kernels.cupy_rnn import launch
 HEADER = Path(__file__).with_name("host_cuda.h")
 FLAGS = (
     "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-w",
-    "-fsanitize=bounds", "-fno-sanitize-recover=bounds",  # a thread's own arrays: what is past their end is not NaN
+    "-fsanitize=bounds", "-fno-sanitize-recover=bounds",  # for a thread's own arrays, past whose end there is no NaN
 )  # fmt: skip
 PARTS = {"after_product": ("zh", "zc", "ch", "zm", "mh"), "before_product": ("hz", "hc", "cz", "hm", "mz")}
 
 
 class HostTensor(ctypes.Structure):
-    """As in host_cuda.h."""
+    """The struct of the same name in host_cuda.h."""
 
     _fields_ = ("start", ctypes.c_void_p), *((n, ctypes.c_longlong) for n in ("bytes", "allowed", "first", "size"))
 
@@ -38,7 +39,8 @@ Run = ctypes.CFUNCTYPE(
 
 @functools.cache
 def library(source, dtype, cell):
-    """All kernels of an element type and a cell, in a version of the source; kept for the next process."""
+    """Compile and load all kernels for an element type and a cell, from a version of the source. The file is kept for
+    the next process."""
     entries = "\n".join(
         f"extern \"C\" host::Run* {kernel}_{a}{b} = host::run<{kernel}<{dtype}, {cell}, '{a}', '{b}'>, Call<{dtype}>>;"
         for kernel, parts in PARTS.items() for a, b in parts
@@ -63,8 +65,10 @@ def raising(kernel, name, said):
 
 
 def stand_in(patch, changes=None, less=0, found=raising):
-    """CuPy's place is taken by kernels for the CPU, with `changes` to parts of the source. Accesses outside of a
-    tensor, or to the last elements of it, `less` many, go to found(kernel, name, what is said)."""
+    """Put kernels for the CPU in CuPy's place, with `changes` to parts of the source.
+
+    An access outside of a tensor, or to one of its last `less` elements, calls found(kernel, name, text).
+    """
     source = launch.join({name: t for name, t in (launch.texts() | (changes or {})).items() if name != "instructions"})
     seen: dict[int, Tensor] = {}
     turn = itertools.count()

@@ -1,5 +1,7 @@
-"""gpu_lstm as users have it: wheel, sdist and editable install of this checkout, in environments of their own. An
-environment sees the packages of the one that runs the tests, but for gpu_lstm: nothing is downloaded."""
+"""gpu_lstm as users install it: wheel, sdist and editable install of this checkout, in environments of their own.
+
+An environment sees the packages of the one that runs the tests, except for gpu_lstm. So nothing is downloaded.
+"""
 
 import importlib.util
 import os
@@ -16,13 +18,13 @@ PACKAGES = [Path(folder) for folder in sys.path if Path(folder).name == "site-pa
 
 
 def checkout(folder):
-    """A copy of this checkout's files, without what was made of them."""
+    """Copy the files of this checkout, without generated files."""
     left_out = ".git", ".venv*", ".*_cache", "out", "build", "*.egg-info"
     return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
 
 
 def build(folder, *targets):
-    """The "wheel" or "sdist", built by the backend that pip uses; it writes into the source, so it gets a copy."""
+    """Build the "wheel" or "sdist" by the backend that pip uses. It writes into the source, so it gets a copy."""
     source = checkout(folder / "source")
     calls = ", ".join(f"build_meta.build_{target}({str(folder)!r})" for target in targets)
     names = run([sys.executable, "-c", f"from setuptools import build_meta; print({calls}, sep='/')"], cwd=source)
@@ -30,7 +32,7 @@ def build(folder, *targets):
 
 
 def environment(folder, install):
-    """The interpreter of a new environment; `install` is what pip is given."""
+    """Return the interpreter of a new environment. `install` holds the arguments of pip install."""
     python = empty_environment(folder)
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-build-isolation"]
     done = run([*pip, "--verbose", "--ignore-installed", *install])
@@ -39,16 +41,16 @@ def environment(folder, install):
 
 
 def empty_environment(folder):
-    """The interpreter of a new environment, in which nothing is installed."""
+    """Return the interpreter of a new environment in which nothing is installed."""
     venv.create(folder, with_pip=False, symlinks=True)
     packages = Path(sysconfig.get_path("purelib", "posix_prefix", {"base": str(folder), "platbase": str(folder)}))
-    # A .pth file inside of them, as that of an editable install, is not read.
+    # Python does not read a .pth file inside these folders, such as that of an editable install.
     (packages / "outer.pth").write_text("\n".join(map(str, PACKAGES)))
     return folder / "bin" / "python"
 
 
 def run(command, **options):
-    """Its output is kept, as text, and shown where it fails."""
+    """Run a command and keep its output as text. If the command fails, the output is shown."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "TRITON_"))}
     variables |= options.pop("env", {})
     done = subprocess.run(command, env=variables, capture_output=True, text=True, **options)
@@ -57,7 +59,7 @@ def run(command, **options):
 
 
 def load(path):
-    """A program of this checkout as a module."""
+    """Import a program of this checkout as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,6 +1,8 @@
-"""What the inline assembly of the kernels does, for Triton's interpreter, which has none: functions in NumPy. Where
-kernels are interpreted, importing this module puts them in the place of the library's of the same names. Products are
-exact in float32, where the library rounds weights to TF32."""
+"""The kernels' inline assembly as NumPy functions, for Triton's interpreter, which cannot run assembly.
+
+Where kernels are interpreted, importing this module replaces the library's functions of the same names. Products are
+exact in float32, whereas the library rounds weights to TF32.
+"""
 
 import itertools
 
@@ -18,12 +20,12 @@ rounded_to_tf32 = fragments.to_tf32
 
 
 def _tensors(arrays, dtype):
-    """A tuple of [THREADS]."""
+    """Return a tuple of tensors [THREADS]."""
     return tuple(tl.tensor(TensorHandle(a.copy(), dtype), tl.block_type(dtype, [a.size])) for a in arrays)
 
 
 def _elements(words, DTYPE):
-    """[THREADS] words each -> [words, THREADS, elements of a word]."""
+    """Convert words [THREADS] to their elements [words, THREADS, elements of a word]."""
     words = np.stack([word.handle.data for word in words])[..., None]
     return words.view(FLOATS[DTYPE]).astype(np.float32)
 
@@ -35,7 +37,7 @@ def to_tf32(words):
 def product(weights, x, DTYPE):
     a, b = _elements(weights, DTYPE), _elements(x, DTYPE)
     chunks, tiles, of_column = len(b) // 4, len(a) // len(b) // 2, 4 * a.shape[-1]
-    # By chunk, tile, word of a quad, half of a tile; then by warp, column, and quarter and element.
+    # The axes of a: chunk, tile, word of a quad, half of a tile, warp, column, then quarter and element.
     a, b = a.reshape(chunks, tiles, 4, 2, -1, 8, of_column), b.reshape(chunks, 4, -1, 8, of_column)
     sums = np.einsum("ctkhwre,ckwse->thwrs", a, b).reshape(2 * tiles, -1, 4, 2)
     return _tensors((half[:, :, k].ravel() for half in sums for k in range(2)), tl.float32)
@@ -108,7 +110,7 @@ def count_missing(*awaited):
 
 
 def are_missing(words, left, phase, SIZE, STRIDE):
-    """Of each word, whether it is not there yet: [words, THREADS]."""
+    """Return, for each word, whether it is missing: [words, THREADS]."""
     words = np.stack([word.handle.data for word in words])
     n, phase = np.arange(len(words))[:, None], phase.handle.data if isinstance(phase, tl.tensor) else phase
     absent = words == -1 if phase is None else (words & 1) != phase

@@ -1,7 +1,9 @@
-"""What compute-sanitizer's memcheck says of kernels on a card, said of interpreted ones: they keep to their tensors.
-The upper bits of a pointer, which no address uses, are the number of the argument that it comes from. Offsets leave
-them as they are, so that whatever lies behind a tensor is outside, even if it is another one of the same launch. Every
-memory operation checks the addresses whose mask is on, and takes the number off."""
+"""Checks that interpreted kernels access only their tensors, as compute-sanitizer's memcheck does on a card.
+
+The upper bits of a pointer, which no address uses, hold the number of the argument that the pointer comes from. Offsets
+keep these bits. So memory behind a tensor counts as outside, even if it belongs to another tensor of the launch. Every
+memory operation checks the addresses whose mask is on, and removes the number.
+"""
 
 import itertools
 from dataclasses import dataclass
@@ -14,16 +16,16 @@ from triton.runtime import interpreter
 
 ADDRESS_BITS = 48
 ADDRESS = np.uint64(2**ADDRESS_BITS - 1)
-ARGUMENTS = 2**15  # that have a number of their own at any time: a pointer remains a positive int64
+ARGUMENTS = 2**15  # with numbers of their own at any time, so few that a pointer remains a positive int64
 
 
 @dataclass(frozen=True)
 class Argument:
-    """A tensor of a launch: what the interpreter takes in its place."""
+    """A tensor of a launch, in the form that the interpreter takes."""
 
     kernel: str
     name: str
-    start: int  # with its number; so is the end
+    start: int  # the address with the number; the end has it, too
     end: int
     dtype: torch.dtype
     shape: torch.Size
@@ -37,13 +39,14 @@ _arguments: dict[int, Argument] = {}
 
 
 def bytes_of(tensor):
-    """Bytes from a tensor's first element to the end of its last one."""
+    """Return the bytes from a tensor's first element to the end of its last one."""
     steps = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
     return tensor.itemsize * (steps + 1) if tensor.numel() else 0
 
 
 def refusal(access, size, first, bytes_there, name, shape):
-    """What is said of an access that begins at some byte of a tensor, or before."""
+    """Return the message about an access that begins `first` bytes after the start of a tensor, or before it if
+    negative."""
     where = f"begins {-first} bytes before" if first < 0 else f"ends {first + size - bytes_there} bytes past the end of"
     return f"a {size}-byte {access} {where} {name} {tuple(shape)}"
 
@@ -66,7 +69,7 @@ def _number_arguments(executor, args, named):
 
 
 def checked(access, at, mask, size):
-    """The addresses of pointers, which lie in their tensors where the mask is on."""
+    """Return the addresses of pointers, after checking that they lie in their tensors where the mask is on."""
     touched = at[mask]
     if touched.size:
         first, last = int(touched.min()), int(touched.max())
@@ -77,7 +80,7 @@ def checked(access, at, mask, size):
 
 
 def _check_each(access, touched, size):
-    """A tile may have pointers to several tensors."""
+    """Check each address, since a tile may have pointers to several tensors."""
     for address in touched.tolist():
         argument = _arguments.get(address >> ADDRESS_BITS)
         assert argument is not None, f"a {size}-byte {access} at no tensor of the launch"
@@ -87,7 +90,7 @@ def _check_each(access, touched, size):
 
 
 def check_interpreted_kernels():
-    """From now on, in every launch of this process."""
+    """Check every launch of this process from now on."""
     native = interpreter._interpreter
 
     def load(at, mask, other, dtype):

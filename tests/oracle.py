@@ -1,5 +1,8 @@
 """An LSTM, a GRU and an sLSTM layer in NumPy, float64, written from the formulas: one sequence and one step at a time.
-Independent of everything it judges: no torch, no shared index arithmetic, gradients by hand."""
+
+It is independent of everything that it judges: it uses no torch and no shared index arithmetic, and gradients are
+derived by hand.
+"""
 
 from types import SimpleNamespace
 
@@ -14,20 +17,21 @@ def sigmoid(x):
 
 
 def norm(v, gain, bias=0.0):
-    """Layer norm of a vector, (its result, the vector with mean 0 and variance about 1, the deviation it had)."""
+    """Normalise a vector. Return the result, the vector with mean 0 and variance about 1, and the deviation that it
+    had."""
     deviation = np.sqrt(np.mean((v - v.mean()) ** 2) + 1e-5)
     unit = (v - v.mean()) / deviation
     return gain * unit + bias, unit, deviation
 
 
 def norm_gradient(d, gain, unit, deviation):
-    """Gradient of norm's result -> of v."""
+    """Return the gradient of v from the gradient of norm's result."""
     d = d * gain
     return (d - d.mean() - unit * (d * unit).mean()) / deviation
 
 
 def lstm(of_x, of_h, _, c_prev, w):
-    """One step: h, c, and what its gradient needs, i, f, g, o and c first."""
+    """Compute one step. Return h, c, and the numbers for its gradient: i, f, g, o and c first."""
     zi, zf, zg, zo = np.split(of_x + of_h, 4)
     w_ic, w_fc, w_oc = (0.0, 0.0, 0.0) if w.peephole is None else np.split(w.peephole, 3)
     i, f, g = sigmoid(zi + w_ic * c_prev), sigmoid(zf + w_fc * c_prev), np.tanh(zg)
@@ -40,7 +44,8 @@ def lstm(of_x, of_h, _, c_prev, w):
 
 
 def lstm_gradient(grad_h, into_c, _, c_prev, saved, w, d):
-    """Gradients of a step's h and c -> of W_ih x, W_hh h, h and c before it; those of weights are added to d's."""
+    """Return the gradients of W_ih x, W_hh h, and of h and c before the step, from those of h and c after it. Gradients
+    of weights are added to d."""
     i, f, g, o, c, seen, m, unit = saved
     grad_m = grad_h
     if w.weight_hr is not None:
@@ -64,7 +69,7 @@ def lstm_gradient(grad_h, into_c, _, c_prev, saved, w, d):
 
 
 def gru(of_x, of_h, h_prev, c_prev, w):
-    """As `lstm`, of a GRU, whose only state is h."""
+    """Compute one step of a GRU, as `lstm` does of an LSTM. Its only state is h."""
     (x_r, x_z, x_n), (h_r, h_z, s) = np.split(of_x, 3), np.split(of_h, 3)
     r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)
     n = np.tanh(x_n + r * s)
@@ -79,8 +84,11 @@ def gru_gradient(grad_h, into_c, h_prev, _, saved, w, d):
 
 
 def slstm(of_x, of_h, _, before, w):
-    """As `lstm`, of an sLSTM (Beck et al., 2024), whose c is c, n and m: those of the paper, times e^-m. c' = f c + i g
-    and n' = f n + i, with i = exp(z_i)."""
+    """Compute one step of an sLSTM (Beck et al., 2024), as `lstm` does of an LSTM.
+
+    Its state c holds c, n and m. c and n are those of the paper times e^-m: c' = f c + i g and n' = f n + i, with i =
+    exp(z_i).
+    """
     z_i, z_f, z_g, z_o = np.split(of_x + of_h, 4)
     log_f, g, o = -np.logaddexp(0.0, -z_f), np.tanh(z_g), sigmoid(z_o)
     c_prev, n_prev, m_prev = before
@@ -92,7 +100,7 @@ def slstm(of_x, of_h, _, before, w):
 
 
 def slstm_gradient(grad_h, into_c, _, before, saved, w, d):
-    """A step's m, which scales its c and n, has no gradient, since no result depends on it."""
+    """Return the gradients of a step. Its m scales c and n and has no gradient, since no result depends on it."""
     (i, f, not_f, g, o, c, n), (c_prev, n_prev, _) = saved, before
     grad_c, grad_n = into_c[0] + grad_h * o / n, into_c[1] - grad_h * o * c / n**2
     dz_i, of_kept = (grad_c * g + grad_n) * i, (grad_c * c_prev + grad_n * n_prev) * f
@@ -101,7 +109,8 @@ def slstm_gradient(grad_h, into_c, _, before, saved, w, d):
 
 
 def cell_of(h0, c0, w):
-    """Of these sizes, (a step, its gradient, what c is where a state is empty): an sLSTM has c, n and m in c0."""
+    """Return the functions of a cell with these sizes: a step, its gradient, and c of an empty state. An sLSTM has c, n
+    and m in c0."""
     if c0.ndim == 3:
         return slstm, slstm_gradient, np.array([0.0, 0.0, -np.inf])[:, None]
     is_gru = w.weight_hr is None and len(w.weight_hh) == 3 * h0.shape[1]
@@ -114,14 +123,18 @@ def named(weights):
 
 def layer(x, h0, c0, *weights, lengths=None, resets=None, reverse=False, dropout_h=None, zoneout_h=None, zoneout_c=None,
           reset_h=None, reset_c=None):  # fmt: skip
-    """One layer, one direction: (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
+    """Compute one layer in one direction. Return (h [T, B, P], h_n [B, P], c_n [B, H], tape for `layer_gradients`).
 
-    Weights are in the order of NAMES. dropout_h [B, P] multiplies h in the recurrent product; zoneout_h [T, B, P] and
-    zoneout_c [T, B, H] are the shares of the states that stay as they were before the step. reset_h [T, B, P] and
-    reset_c [T, B, H] are what resets leave. peephole [3H]: a gate's own weight of each unit's cell state, before the
-    step for i and f, after it for o. gain_ih and gain_hh [4H], gain_c and bias_c [H]: layer norm of weight_ih @ x, of
-    weight_hh @ h, and of c in tanh(c). A GRU uses no c. An sLSTM's c0 and c_n are c, n and m, [3, B, H], empty where
-    n = 0; c_n has what equal states have in common, c / n, 1 and m + log(n), or zeros where it is empty.
+    Weights are in the order of NAMES. peephole [3H] has the weights of each unit's cell state: before the step for the
+    gates i and f, after it for o. gain_ih and gain_hh [4H], gain_c and bias_c [H] belong to the layer norms of
+    weight_ih @ x, of weight_hh @ h, and of c in tanh(c).
+
+    dropout_h [B, P] multiplies h in the recurrent product. zoneout_h [T, B, P] and zoneout_c [T, B, H] are the shares
+    of the states that stay as they were before the step. reset_h [T, B, P] and reset_c [T, B, H] are the states after
+    resets.
+
+    A GRU uses no c. c0 and c_n of an sLSTM are c, n and m, [3, B, H]. A state is empty where n = 0. Equal states may
+    have different c, n and m. So c_n has c / n, 1 and m + log(n), or zeros where the state is empty.
     """
     w, (T, B, _) = named(weights), x.shape
     step, _, empty = cell_of(h0, c0, w)
@@ -163,12 +176,13 @@ def layer(x, h0, c0, *weights, lengths=None, resets=None, reverse=False, dropout
 
 def layer_gradients(x, h0, c0, *weights, tape, dh, dh_n, dc_n, dropout_h=None, zoneout_h=None, zoneout_c=None,
                     reset_h=None, reset_c=None):  # fmt: skip
-    """Gradients of x, h0, c0, the weights and what resets leave (None where there is none), through time."""
+    """Return the gradients, through time, of x, h0, c0, the weights, reset_h and reset_c. A gradient is None where
+    there is no such tensor."""
     w = named(weights)
     _, gradient, _ = cell_of(h0, c0, w)
     d = SimpleNamespace(**{name: None if a is None else np.zeros(a.shape) for name, a in vars(w).items()})
     dx, dreset_h, dreset_c = (None if a is None else np.zeros(a.shape) for a in (x, reset_h, reset_c))
-    into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradient of each sequence's state after the step in hand
+    into_h, into_c = dh_n.copy(), dc_n.copy()  # [B, *] gradients of each sequence's states after the current step
     if gradient is slstm_gradient:
         c, n, _ = c0.copy()
         for b, *_, of_step, its_sum in tape:
@@ -200,14 +214,18 @@ def layer_gradients(x, h0, c0, *weights, tape, dh, dh_n, dc_n, dropout_h=None, z
             if reset_h is not None:
                 dreset_h[reset, b], dreset_c[reset, b] = into_h[b], into_c[b]
             into_h[b], into_c[..., b, :] = 0, 0
-    # Where there was no step at all, the final state is the initial one.
+    # Where a sequence has no step, its final state is the initial one.
     return dx, into_h, into_c, *vars(d).values(), dreset_h, dreset_c
 
 
 def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual=False, reverse=False):
-    """Layers on top of each other: (y [T, B, D*P], final states [L][D], tapes [L] for `stack_gradients`). For every
-    layer and direction, [L][D]: `states` (h0, c0), `layers` the weights, `noises` the masks and zones, and what resets
-    leave. `reverse`: the first direction, too."""
+    """Compute layers on top of each other. Return (y [T, B, D*P], final states [L][D], tapes [L] for
+    `stack_gradients`).
+
+    `states` (h0, c0), the weights in `layers`, and `noises` are lists [L][D], for every layer and direction. `noises`
+    holds the masks and the states after resets, by argument of `layer`. With `reverse` the first direction is reverse,
+    too.
+    """
     valid = np.arange(len(x))[:, None] < (len(x) if lengths is None else np.asarray(lengths))  # [T, B] or [T, 1]
     finals, tapes = [], []
     for k, directions in enumerate(layers):
@@ -227,7 +245,7 @@ def stack(x, states, layers, *, lengths=None, resets=None, noises=None, residual
 
 
 def stack_gradients(tapes, dy, dfinals):
-    """Gradients of x, of the states [L][D], of the weights [L][D], and of what resets leave [L][D]."""
+    """Return the gradients of x, of the states [L][D], of the weights [L][D], and of the states after resets [L][D]."""
     dstates, dweights, dleft = [], [], []
     for (passed, taken), dfinal in zip(reversed(tapes), reversed(dfinals)):
         found = [

@@ -1,4 +1,4 @@
-"""A module of torch, in float64, and ours with the same weights; all results of a call of either, and the truth."""
+"""A float64 module of torch and ours with the same weights, all results of a call of either, and the true results."""
 
 from functools import partial
 
@@ -15,10 +15,10 @@ import gpu_lstm
 from gpu_lstm.call.weights import NAMES
 
 T, B, I, H = 4, 3, 3, 4
-SIZES = [4, 2]  # of a StackedLSTM
+SIZES = [4, 2]  # units of the layers of a StackedLSTM
 KINDS = ("LSTM", "LSTMCell", "StackedLSTM", "GRU", "GRUCell", "StackedGRU")
 LENGTHS = torch.tensor([2, 0, 4])
-RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()  # [T, B], some in the padding
+RESETS = torch.tensor([[0, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 1]]).bool()  # [T, B], some of them in the padding
 RAGGED = dict(lengths=LENGTHS, resets=RESETS)
 
 
@@ -41,7 +41,8 @@ class Chain(nn.Module):
 
 
 def letters_of(module):
-    """Of the states of a layer: "hc", or "h" of a GRU, of three rows a unit, or "hcnm" of an sLSTM."""
+    """Return the letters of a layer's states: "hc" for an LSTM, "h" for a GRU, which has three rows a unit, and "hcnm"
+    for an sLSTM."""
     if isinstance(module, gpu_lstm.SLSTM):
         return "hcnm"
     weight_hh = next(p for name, p in module.named_parameters() if "weight_hh" in name)
@@ -49,8 +50,10 @@ def letters_of(module):
 
 
 def pair(kind, backend, **arguments):
-    """torch's module in float64, and gpu_lstm's of that kind, with the same weights. Instead of torch's, which has
-    neither an SLSTM nor "LSTM heads" and "GRU heads", there the reference."""
+    """Return torch's module in float64, and gpu_lstm's of that kind with the same weights.
+
+    torch has no SLSTM, "LSTM heads" or "GRU heads". For these the first module is ours on the reference.
+    """
     kind, *heads = kind.split()
     arguments |= dict(heads=2) if heads else {}
     if heads or kind == "SLSTM":
@@ -72,7 +75,7 @@ def seeded(call, *arguments, **options):
 
 
 def random_inputs(module, *batch, seed=2, steps=T):
-    """x and hx for a module, float32; unbatched without `batch`."""
+    """Draw x and hx for a module, in float32. Without `batch` they are unbatched."""
     torch.manual_seed(seed)
     one_state = letters_of(module) == "h"
     if isinstance(module, nn.RNNCellBase):
@@ -85,7 +88,7 @@ def random_inputs(module, *batch, seed=2, steps=T):
         x = torch.randn(*time_and_batch, module.input_size)
         if letters_of(module) == "hcnm":
             n, m = torch.randn_like(c).exp(), torch.randn_like(c)
-            n[:, 1:2] *= batch[0] < 3  # of three sequences or more one begins with an empty state
+            n[:, 1:2] *= batch[0] < 3  # with three sequences or more, one begins with an empty state
             return x, (h, c, n, m)
         return x, h if one_state else (h, c)
     rows = (2, *batch) if module.bidirectional else batch
@@ -95,7 +98,7 @@ def random_inputs(module, *batch, seed=2, steps=T):
 
 
 def states_left(module, hx, steps, a_step):
-    """Random states to reset to, like hx of a batch: one per sequence, or one per step."""
+    """Draw random states to reset to, shaped as hx of a batch: one per step with `a_step`, else one per sequence."""
 
     def random(t):
         *lead, batch, features = t.shape
@@ -107,14 +110,17 @@ def states_left(module, hx, steps, a_step):
 
 
 def flat(found):
-    """The tensors of what a call returns."""
+    """Return the tensors that a call returns."""
     leaves = tree_leaves(found, is_leaf=lambda t: isinstance(t, PackedSequence))
     return [t.data if isinstance(t, PackedSequence) else t for t in leaves]
 
 
 def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragged):
-    """Output, final states, the gradients of a random weighted sum of them by x, hx, reset_states and parameters.
-    Without gradients where the call records none, as of an sLSTM's n, which is 1, or 0 of an empty state."""
+    """Return the output, the final states, and the gradients of a random weighted sum of them by x, hx, reset_states
+    and parameters.
+
+    There are no gradients where the call records none. n of an sLSTM, which is 1, or 0 in an empty state, has none.
+    """
     parameters = dict(module.named_parameters())
     like = next(iter(parameters.values()))
     given = x, hx, reset_states
@@ -124,7 +130,7 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
     torch.manual_seed(seed)
     found = flat((module if call is None else call)(x, *([] if hx is None else [hx]), **ragged))
     letters = letters_of(module)
-    names = ["output"] * (len(found) > len(letters))  # a cell has none
+    names = ["output"] * (len(found) > len(letters))  # a cell has no output
     names += names_of(found[len(names) :], letters)
     if not found[0].requires_grad:
         return dict(zip(names, found, strict=True))
@@ -137,30 +143,35 @@ def results(module, x, hx=None, *, call=None, seed=0, reset_states=None, **ragge
 
 
 def names_of(states, letters, of=""):
-    """Of tensors h, c, h, c, ...; of a GRU h, h, ...; of an sLSTM h, c, n, m, ..."""
+    """Return names for tensors h, c, h, c, ... or h, h, ... of a GRU, or h, c, n, m, ... of an sLSTM."""
     return [f"{of}{s}{k}" for k in range(len(states) // len(letters)) for s in letters]
 
 
 def assert_alike(ours, theirs, *batch, given=True, **how):
-    """Both modules compute the same results and gradients; of a batch of that size, with states if `given`."""
+    """Check that both modules compute the same results and gradients, for a batch of that size, with states if
+    `given`."""
     x, hx = random_inputs(ours, *batch)
     assert_same(*(results(module, x, hx if given else None, **how) for module in (ours, theirs)))
 
 
 def weighing(found, dtype=None):
-    """Random gradients of the results of a call; of the truth of one in `dtype`, what these are in float64."""
+    """Draw random gradients for the results of a call. For the truth of a call in `dtype`, they are rounded to that
+    dtype."""
     torch.manual_seed(3)
     return [torch.randn(tuple(t.shape)).to(t if dtype is None else dtype) for t in found]
 
 
 def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, noises=None, reverse=False,
           kind=np.ndarray):  # fmt: skip
-    """What `results` of an LSTM, GRU or stack, batched, should be: by the oracle, with `noises` [L][D] of a call.
-    `reverse`: the first direction, too. It computes with arrays of a `kind`."""
+    """Return what `results` of a batched LSTM, GRU or stack should return, by the oracle, with `noises` [L][D] of the
+    call.
+
+    With `reverse` the first direction is reverse, too. The oracle computes with arrays of `kind`.
+    """
     (names, layers), letters = weights_of(module), letters_of(module)
     layers = tree_map_only(np.ndarray, lambda a: a.view(kind), layers)
 
-    def turned(t):  # between the user's layout and time-major
+    def turned(t):  # converts between the user's layout and time-major
         return t.swapaxes(0, 1) if module.batch_first else t
 
     x = turned(x.double().numpy().view(kind))
@@ -189,15 +200,19 @@ def truth(module, x, hx=None, *, lengths=None, resets=None, reset_states=None, n
     of_weights = dict(zip(*([t for layer in every for row in layer for t in row] for every in (names, dweights))))
     for name, p in module.named_parameters():
         named[f"d{name}"] = of_weights[name]
-        if "weight_hh" in name and p.shape != of_weights[name].shape:  # of heads
+        if "weight_hh" in name and p.shape != of_weights[name].shape:  # a module of heads
             rows = enumerate(of_weights[name])
             named[f"d{name}"] = np.stack([d[units_of_head(module, row, len(d))] for row, d in rows])
     return {name: torch.from_numpy(np.asarray(value, order="C")) for name, value in named.items()}
 
 
 def noises_of(module, seed, steps=T, batch=B):
-    """What a call of an LSTM, GRU or stack draws after torch.manual_seed(seed), as the oracle accepts it, [L][D].
-    Dropout's factors of h, then where h and c stay as they were; in eval() only the probabilities of the latter."""
+    """Return what a call of an LSTM, GRU or stack draws after torch.manual_seed(seed), in the form of the oracle,
+    [L][D].
+
+    The factors of h for dropout come first, then the masks of h and c that stay. In eval() there are only the rates of
+    zoneout.
+    """
     like, letters = next(module.parameters()), letters_of(module)
     torch.manual_seed(seed)
     rates = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout,) * 2
@@ -218,19 +233,19 @@ def noises_of(module, seed, steps=T, batch=B):
 
 
 def is_of_steps(module, t):
-    """Whether a state to reset to, of a batch, is one per step and not one per sequence."""
+    """Return whether a batched state to reset to has one state per step, rather than one per sequence."""
     return t.dim() - int(not hasattr(module, "layers") or module.bidirectional) == 3
 
 
 def each_step(module, steps, t):
-    """A state to reset to, as a user passes it -> one per step, time-major."""
+    """Convert a state to reset to from the user's form to one per step, time-major."""
     if not is_of_steps(module, t):
         return t.unsqueeze(-3).expand(*t.shape[:-2], steps, *t.shape[-2:])
     return t.transpose(-2, -3) if module.batch_first else t
 
 
 def zeros_for(layers, batch, letters="hc"):
-    """The states (h0, c0) [L][D] that layers of these weights [L][D] begin with; c0 has an sLSTM's n and m."""
+    """Return the zero states (h0, c0) [L][D] for layers of these weights [L][D]. c0 includes an sLSTM's n and m."""
     lead, rows = (3,) if letters == "hcnm" else (), 3 if letters == "h" else 4
 
     def zeros(w):
@@ -240,7 +255,8 @@ def zeros_for(layers, batch, letters="hc"):
 
 
 def weights_of(module):
-    """Names and values, float64 NumPy or None, of the weights that a layer may have in a direction: [L][D][10]."""
+    """Return the names and values of the weights that a layer may have in a direction, [L][D][10]. Values are float64
+    NumPy or None."""
     form = "layers.{1}.{0}_l0{2}" if hasattr(module, "layers") else "{0}_l{1}{2}"
     suffixes = ("", "_reverse")[: 1 + module.bidirectional]
     count = len(module.layers) if hasattr(module, "layers") else module.num_layers
@@ -251,13 +267,13 @@ def weights_of(module):
 
 
 def units_of_head(module, row, hidden):
-    """The columns of W_hh that are those of the head which a row belongs to."""
+    """Return the columns of W_hh that belong to the head of a row."""
     size = hidden // getattr(module, "heads", 1)
     return slice(row % hidden // size * size, (row % hidden // size + 1) * size)
 
 
 def dense(module, weight_hh):
-    """W_hh of heads as that of one, with zeros between them."""
+    """Return W_hh of heads as a full matrix, with zeros between the heads."""
     if (heads := getattr(module, "heads", 1)) == 1:
         return weight_hh
     whole = np.zeros((len(weight_hh), heads * weight_hh.shape[1]))
@@ -267,7 +283,8 @@ def dense(module, weight_hh):
 
 
 def rows_of(module, leaves):
-    """(h, c) [L][D], each [B, *], of a module's states in a flat list; of a GRU (h, h), of an sLSTM c is [3, B, H]."""
+    """Return (h, c) [L][D], each [B, *], from a flat list of a module's states. A GRU has (h, h). c of an sLSTM is [3,
+    B, H]."""
     directions = range(1 + module.bidirectional)
     if letters_of(module) == "h":
         leaves = [t for leaf in leaves for t in (leaf, leaf)]
@@ -281,7 +298,7 @@ def rows_of(module, leaves):
 
 
 def leaves_of(module, rows):
-    """The reverse of `rows_of`."""
+    """Reverse `rows_of`."""
     count = len(letters_of(module))
     if hasattr(module, "layers"):
         return [np.stack(t) if module.bidirectional else t[0] for layer in rows for t in [*zip(*layer)][:count]]
@@ -290,6 +307,6 @@ def leaves_of(module, rows):
 
 
 def assert_identical(got, expected):
-    """The same to the last bit."""
+    """Check that tensors are the same to the last bit."""
     assert list(got) == list(expected)
     assert [name for name in got if not torch.equal(got[name], expected[name])] == []

@@ -1,7 +1,9 @@
-"""Where a layer runs: on a backend, whose kernels of one family are forced by their plans. The Triton kernels run in
-the interpreter; families whose programs wait for each other use a thread for each program, started in shuffled order,
-with random pauses and with stores that become visible late. Those in CUDA C++ are compiled by g++ (host_cuda.py). Only
-this file knows how kernels are planned and launched; tests of numbers do not."""
+"""Places where a layer runs: a backend, and a family of kernels that forced plans select.
+
+The Triton kernels run in the interpreter. Families whose programs wait for each other use one thread per program,
+started in shuffled order, with random pauses and with stores that become visible late. g++ compiles the kernels in CUDA
+C++ (host_cuda.py). Only this file knows how kernels are planned and launched. Tests of numbers do not.
+"""
 
 import dataclasses
 import inspect
@@ -35,8 +37,11 @@ by_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton's kernels ar
 
 
 def _force(monkeypatch, plan, yield_rate=None):
-    """Every launch is as plan(problem, backward) says; with a rate its programs run side by side, and yield so often.
-    float32 products are in TF32, without which no plan is resident; the interpreter computes them exactly."""
+    """Launch by plan(problem, backward) from now on. With `yield_rate` programs run side by side, and yield at that
+    rate.
+
+    float32 products are in TF32, without which no plan is resident. The interpreter computes them exactly.
+    """
 
     def choose_plan(problem, device, pass_, *_):
         head = problem.of_head
@@ -59,12 +64,12 @@ def resident(monkeypatch):
 
 
 def pointwise(monkeypatch):
-    """Every launch is one step, after or before a product by torch."""
+    """Make every launch one step, after or before a product by torch."""
     _force(monkeypatch, lambda problem, backward: pointwise_plan(problem, backward))
 
 
 def step(monkeypatch, programs=3, yield_rate=0.05):
-    """Every launch is of the step family, with this many programs."""
+    """Make every launch of the step family, with this many programs."""
 
     def plan(problem, backward):
         return dataclasses.replace(step_plan(problem, INTERPRETER, backward), programs=programs)
@@ -73,7 +78,7 @@ def step(monkeypatch, programs=3, yield_rate=0.05):
 
 
 def split(monkeypatch, parts=4, yield_rate=0.05):
-    """Every launch is of the step family, in tiles of 16 sequences; backward, products are split into parts of K."""
+    """Make every launch of the step family, in tiles of 16 sequences. Backward products are split into `parts` of K."""
 
     def plan(problem, backward):
         found = step_plan(problem, INTERPRETER, backward)
@@ -84,7 +89,7 @@ def split(monkeypatch, parts=4, yield_rate=0.05):
 
 
 def held(monkeypatch, yield_rate=0.05, asks_ahead=False):
-    """Every launch is of the held family, of two groups of programs that hold W_hh of 16 units."""
+    """Make every launch of the held family, with at most two groups of programs that hold W_hh of 16 units each."""
 
     def plan(problem, backward):
         inner = (CELLS[problem.cell].rows if backward else 1) * problem.hidden
@@ -96,7 +101,8 @@ def held(monkeypatch, yield_rate=0.05, asks_ahead=False):
 
 
 def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05):
-    """Every launch is cooperative, with `units` units per program; backward, `parts` share the gates of a unit."""
+    """Make every launch cooperative, with `units` units per program. Backward, `parts` programs share the gates of a
+    unit."""
     warps = max(2, units // 4)
 
     def plan(problem, backward):
@@ -112,7 +118,8 @@ def cooperative(monkeypatch, units=4, groups=8, parts=4, yield_rate=0.05):
 
 
 def cuda(monkeypatch, device="cpu", changes=None):
-    """The kernels in CUDA C++; on the CPU compiled by g++, with `changes` to parts, and used without a verification."""
+    """Run the kernels in CUDA C++. On the CPU g++ compiles them, with `changes` to parts of the source, and they are
+    not verified."""
     if device == "cpu":
         monkeypatch.setattr(cupy, "choose", lambda *_: cupy.PLAN)
         monkeypatch.setattr(cupy, "obstacle", lambda *_: None)
@@ -123,7 +130,8 @@ def cuda(monkeypatch, device="cpu", changes=None):
 
 
 def tf32(monkeypatch, inputs):
-    """float32 products in TF32: of the kernels, and of the reference at every step, where x has `inputs` features."""
+    """Compute float32 products in TF32: in the kernels, and at every step of the reference, where x has `inputs`
+    features."""
 
     def linear(x, w, b, gain):
         if w.dim() == 2 and w.shape[1] == inputs:
@@ -135,8 +143,10 @@ def tf32(monkeypatch, inputs):
 
 
 class _CutLinear(torch.autograd.Function):
-    """x W^T, W of one head or several, with operands truncated to the 10 bits that tensor cores use. But for the
-    gradient of W, which is no product of the recurrence."""
+    """x W^T, with W of one head or several, and operands truncated to the 10 bits that tensor cores use.
+
+    The gradient of W is exact, since it is no product of the recurrence.
+    """
 
     @staticmethod
     def forward(ctx, x, w):
@@ -156,14 +166,14 @@ def _cut(t):
 
 
 class Kernels(NamedTuple):
-    """A backend, and how its kernels are forced (with a device, for CUDA C++)."""
+    """A backend, and the function that forces its kernels. In CUDA C++ the function also takes a device."""
 
     backend: str
     force: Callable = lambda monkeypatch: None
 
 
 def two_copies(monkeypatch):
-    """torch's own LSTM with resets as on CUDA, where the number of steps depends on no data."""
+    """Run torch's own LSTM with resets as on CUDA, where the number of steps depends on no data."""
     monkeypatch.setattr(torch_resets, "modes", lambda x: SimpleNamespace(recording=Recording.WATCHED))
 
 

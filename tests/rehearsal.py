@@ -1,6 +1,6 @@
-"""A process with a card that lacks only its driver: driver_stub.c replaces it, and everything above it is real.
+"""A process with a card that lacks only its driver. driver_stub.c replaces the driver, and everything above it is real.
 
-    python tests/rehearsal.py NAME    # a function below; the last line is what it returns, as JSON
+    python tests/rehearsal.py NAME    # runs a function below; the last line is its result, as JSON
 
 Tensors are on the CPU, and layers are told that they run on cuda:0. Kernels compute nothing.
 """
@@ -20,8 +20,7 @@ import pytest
 import torch
 from standing_in import CUDA, H100, plan_of, torch_finds
 
-from gpu_lstm.dispatch.route import forget
-from gpu_lstm.kernels import cache, timeouts
+from gpu_lstm.kernels import timeouts
 from gpu_lstm.kernels.by_steps import parts_of
 from gpu_lstm.kernels.layer import Layer, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
@@ -30,9 +29,8 @@ from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans import choose
 from gpu_lstm.verification import timing as times
 
-DRIVER = ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # which Triton finds by its name from now on
+ctypes.CDLL(f"{os.environ['TRITON_LIBCUDA_PATH']}/libcuda.so.1")  # Triton finds this library by its name from now on
 CPU = torch.device("cpu")
-CAPTURING = ctypes.c_int.in_dll(DRIVER, "capturing")  # a variable of the driver
 STREAM = Mock(cuda_stream=0)
 LOG = Path(os.environ["DRIVER_STUB_LOG"])
 
@@ -40,14 +38,13 @@ LOG = Path(os.environ["DRIVER_STUB_LOG"])
 def be_a_card() -> None:
     """Stub torch.cuda as far as Triton's driver and the library need it."""
     torch_finds(pytest.MonkeyPatch(), dataclasses.replace(H100, name="a stub"), is_available=True, device_count=1,
-                current_device=0, set_device=None, current_stream=lambda _=None: STREAM, synchronize=None,
-                is_current_stream_capturing=lambda: CAPTURING.value != 0)  # fmt: skip
+                current_device=0, set_device=None, current_stream=lambda _=None: STREAM, synchronize=None)  # fmt: skip
     torch._C._cuda_getCurrentRawStream = lambda device: 0
     timeouts._words[CPU] = timeouts._words[CUDA] = timeouts._Words(CPU)
 
 
 def events() -> list[dict]:
-    """The calls of the driver since the last time, except for the empty kernel."""
+    """Return the calls of the driver since the last time, except for the empty kernel."""
     lines = LOG.read_text().splitlines() if LOG.exists() else []
     new = [json.loads(line) for line in lines[_seen[0] :]]
     _seen[0] = len(lines)
@@ -58,18 +55,18 @@ _seen = [0]
 
 
 def compiled() -> int:
-    """How many kernels Triton has compiled, in this process or another."""
+    """Return how many kernels Triton has compiled, in this process or another."""
     return len(list(Path(os.environ["TRITON_CACHE_DIR"]).glob("*/*.cubin")))
 
 
-# What kernels are given
+# The arguments of kernels
 
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 RAGGED = dict(lengths=torch.int64, resets=True, reset_h=True, reset_c=True, reverse=True)
 MASKS, RATES = dict(dropout_h=True, zoneout_h=3, zoneout_c=3), dict(zoneout_h=0, zoneout_c=0)
 TF32 = dict(precision="tf32")
-CASES = [  # a family and its problem: each dtype, and each option, forward and backward
+CASES = [  # a family and its problem: each dtype and each option, forward and backward
     ("resident", Problem(2, 5, 32, F16)),
     ("resident", Problem(2, 5, 32, BF16, **RAGGED, **MASKS)),
     ("resident", Problem(2, 5, 32, F32, **RATES, **TF32)),
@@ -86,11 +83,12 @@ CASES = [  # a family and its problem: each dtype, and each option, forward and 
     ("cooperative", Problem(2, 5, 64, BF16, **RAGGED, **MASKS, cell="gru")),
     ("step", Problem(2, 5, 32, F16, **RATES, cell="gru")),
 ]
-WAITING = "cooperative", "step", "held"  # whose programs wait for each other
+WAITING = "cooperative", "step", "held"  # families whose programs wait for each other
 
 
 def one_pass(problem: Problem, pass_: Pass, steps: int, layer: Layer) -> dict:
-    """Run it; return what the kernel must be passed, by the name of its parameter, and None where it is passed none."""
+    """Run a pass. Return what the kernel must be passed, by the name of its parameter, and None where it is passed
+    nothing."""
     gates, r = launch.call_of(problem._replace(steps=steps), CPU)
     named = {f"{name}_ptr": t for name, t in r.inputs._asdict().items()}
     named |= {"gates_ptr": gates, "T": steps, "B": problem.batch}
@@ -105,7 +103,8 @@ def one_pass(problem: Problem, pass_: Pass, steps: int, layer: Layer) -> dict:
 
 
 def arguments() -> list[dict]:
-    """Each case by two lengths of sequences, the second twice: what the driver was asked for, and mistakes."""
+    """Run each case with two lengths of sequences, the second one twice. Return the driver's calls and the mistakes in
+    them."""
     given, call, bind = [], launch.Kernel.__call__, launch.Kernel.bind
 
     def recorded(kernel, arguments):
@@ -113,7 +112,7 @@ def arguments() -> list[dict]:
         call(kernel, arguments)
 
     def bound(kernel, arguments):
-        """What is bound once a kernel is loaded calls no Kernel."""
+        """Record the launches of a run that was bound after its kernel was loaded, which call no Kernel."""
         run, again = bind(kernel, arguments), kernel._compiled is not None
 
         def launched(**changed):
@@ -128,7 +127,7 @@ def arguments() -> list[dict]:
         if not pass_.save and family != "resident":
             continue
         plan = plan_of(family, problem, pass_.backward)
-        for steps in (5, 16, 16):  # of which Triton may make different kernels
+        for steps in (5, 16, 16):  # lengths of which Triton may make different kernels
             if not results or results[-1]["steps"] != steps:
                 layer = kept_layer(launch, problem, CUDA).with_plan(plan)
             before = compiled()
@@ -137,7 +136,7 @@ def arguments() -> list[dict]:
             kernel, asked = given[0][0], events()
             named["error_ptr"] = launch.error_word(CUDA, kernel.__name__, True) if family in WAITING else None
             if kernel.__name__ == "cooperative_forward_kernel":
-                named |= dict(h_ptr=None, c0_ptr=None)  # which the words are, and c_n beforehand
+                named |= dict(h_ptr=None, c0_ptr=None)  # h is in the words, and c0 is in c_n beforehand
             launches = [event for event in asked if event["event"] == "launch"]
             mistakes = [] if len(given) == len(launches) else [f"{len(given)} launches became {len(launches)}"]
             mistakes += [m for (_, a), e in zip(given, launches) for m in _mistakes(kernel, a, e["arguments"], named)]
@@ -151,11 +150,12 @@ def arguments() -> list[dict]:
 
 
 def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str]:
-    """Of one launch: what the library passed by name, and the driver got by position, against what is meant."""
+    """Compare the arguments that the library passed by name, and the driver got by position, with the meant ones."""
     runtime = [name for names in names_of(kernel) for name in names]
     names = [name for name in runtime if given.get(name) is not None]
     there = dict(zip(names, got))
-    found = [] if len(got) >= len(names) and not any(got[len(names) :]) else [f"{names} became {got}"]  # and scratch: 0
+    # Triton passes 0 for scratch memory.
+    found = [] if len(got) >= len(names) and not any(got[len(names) :]) else [f"{names} became {got}"]
     for name in runtime:
         for value in (given.get(name), meant.get(name, given.get(name))):
             value = value.data_ptr() if isinstance(value, torch.Tensor) else value
@@ -164,60 +164,45 @@ def _mistakes(kernel: Any, given: dict, got: list[int], meant: dict) -> list[str
     return found
 
 
-# Which plan is the fastest
+# The fastest plan
 
 
 SMALL = Problem(2, 5, 32, BF16)
-COSTS = {  # seconds of a launch, by the plan's place in the order of proposals and how often it has run
-    "the second is faster": lambda place, number: (3.0, 1.0, 2.0)[place],
-    "another job has the card": lambda place, number: (3.0, 1.0, 2.0)[place] + 10 * (place == 1 and number != 5),
-    "all are as fast": lambda place, number: 1.0,
-    "the second times out": lambda place, number: (3.0, None, 2.0)[place],
-}
+SECONDS = 3.0, 1.0, 2.0  # of a launch, by the plan's place in the order of proposals
 
 
 def timing() -> dict[str, Any]:
-    """Of each card, and at the end of one in a capture: the place of the plan that is chosen, how often each was
-    launched, and whether the result was kept. The driver's log says what was launched; for that long the card is busy.
+    """Return the place of the chosen plan, how often each plan was launched, and whether the result was kept.
+
+    The driver's log has the launches. For each of them the clock advances.
     """
     patch, clock, arguments_of = pytest.MonkeyPatch(), [0.0], launch.arguments_of
     patch.setattr(launch, "arguments_of", lambda p, device, pass_: arguments_of(  # there is no memory on cuda:0
         p, CPU if device == CUDA else device, pass_))  # fmt: skip
     patch.setattr(launch, "MOST_STEPS", 4)
     patch.setattr(times, "time", Mock(perf_counter=lambda: clock[0]))
-    proposed, found, threads = choose.plans(SMALL, choose.card_of(CUDA), False)[: choose.MOST], [], []
+    proposed, threads, launched = choose.plans(SMALL, choose.card_of(CUDA), False)[: choose.MOST], [], []
     sizes, compile_all = [[*plan.grid, 32 * plan.num_warps] for plan in proposed], choose.compile_all
     patch.setattr(choose, "compile_all", lambda *given: threads.append(threading.get_ident()) or compile_all(*given))
-    inputs = launch.call_of(SMALL, CPU)[1].inputs
 
-    def chosen(card: str) -> None:
-        launched: list[int] = []
+    def synchronize(_: Any = None) -> None:
+        for event in events():
+            if event["event"] == "launch":
+                launched.append(place := sizes.index([*event["grid"], event["threads"]]))
+                clock[0] += SECONDS[place]
 
-        def synchronize(_: Any = None) -> None:
-            for event in events():
-                if event["event"] == "launch":
-                    launched.append(place := sizes.index([*event["grid"], event["threads"]]))
-                    if (seconds := COSTS[card](place, launched.count(place))) is None:
-                        raise RuntimeError(f"{event['kernel']} timed out at step 1")
-                    clock[0] += seconds
-
-        patch.setattr(torch.cuda, "synchronize", synchronize)
-        forget()
-        cache.remove(cache.PLANS)
-        layer = kept_layer(launch, SMALL, CUDA, lambda *_: None, times.timer)
-        place = proposed.index(layer.prepared(Pass(), inputs).plan)
-        kept = choose.measured_plan(SMALL, choose.card_of(CUDA), False) is not None
-        found.append((card, place, [launched.count(each) for each in range(len(sizes))], kept))
-
-    for card in COSTS:
-        chosen(card)
-    CAPTURING.value = 1
-    chosen("all are as fast")
-    return dict(found=found, threads=len({*threads[: len(sizes)]}), compiled=compiled() - 1)  # and the empty kernel
+    patch.setattr(torch.cuda, "synchronize", synchronize)
+    layer = kept_layer(launch, SMALL, CUDA, lambda *_: None, times.timer)
+    place = proposed.index(layer.prepared(Pass(), launch.call_of(SMALL, CPU)[1].inputs).plan)
+    return dict(
+        place=place, launched=[launched.count(each) for each in range(len(sizes))],
+        kept=choose.measured_plan(SMALL, choose.card_of(CUDA), False) is not None,
+        threads=len({*threads}), compiled=compiled() - 1,  # without the empty kernel
+    )  # fmt: skip
 
 
 def obstacle() -> str | None:
-    """Why nothing can be launched."""
+    """Return the reason why nothing can be launched."""
     return choose.launch_problem(CUDA, H100.architecture)
 
 

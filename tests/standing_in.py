@@ -1,4 +1,4 @@
-"""Cards that are not here: one that torch and the planner see, and the CPU as one, whose kernels may need no time."""
+"""Stubbed cards: one that torch and the planner see, and the CPU as a card, whose kernels may be stubbed as well."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,8 @@ CUDA, H100 = torch.device("cuda", 0), DEVICES["h100"]
 
 
 def torch_finds(patch, card: Card = H100, **others: Any) -> None:
-    """What torch.cuda answers where cuda:0 is this card, current and idle; and `others`, functions or values."""
+    """Stub torch.cuda so that cuda:0 is this card, current and idle. `others` are more answers, as functions or
+    values."""
     major, minor = divmod(card.architecture, 10)
     properties = SimpleNamespace(name=card.name, major=major, minor=minor, multi_processor_count=card.multiprocessors,
                                  max_threads_per_multi_processor=2048)  # fmt: skip
@@ -37,7 +38,7 @@ def torch_finds(patch, card: Card = H100, **others: Any) -> None:
 
 
 def a_card(patch, card: Card = H100, **others: Any) -> None:
-    """cuda:0 is this card, also for planning; kernels all load on it, and nothing is launched."""
+    """Make cuda:0 this card, also for planning. All kernels load on it, and nothing is launched."""
     torch_finds(patch, card, **others)
     for module in (launch, choose):
         patch.setattr(module, "card_of", lambda _: card)
@@ -49,14 +50,15 @@ def a_card(patch, card: Card = H100, **others: Any) -> None:
 
 
 def the_cpu_is_a_card(patch) -> None:
-    """`auto` gives tensors on the CPU to the kernels for cards, which are interpreted, or compiled by g++."""
+    """Let `auto` give tensors on the CPU to the kernels for cards. They are interpreted, or compiled by g++."""
     for package, devices in ((triton_rnn, ("cpu",)), (cupy_rnn, ("cpu",)), (numba_rnn, ())):
         patch.setattr(package, "DEVICES", devices)
     patch.setattr(prepare, "only_torch_runs", lambda backend: False)
 
 
 def plans_are_verified_on_the_cpu(patch) -> None:
-    """It is a card on which the interpreter's plan is chosen as on any: loaded, and verified, by few steps."""
+    """Make the CPU a card on which the interpreter's plan is chosen as on any card: it is loaded, and verified with few
+    steps."""
     patch.setattr(verify, "STEPS", 2)  # the interpreter is slow
     choose_plan = choose.choose_plan
     the_cpu_is_a_card(patch)
@@ -67,7 +69,7 @@ def plans_are_verified_on_the_cpu(patch) -> None:
 
 
 def as_another_process() -> None:
-    """Only files are left of what was decided."""
+    """Forget all decisions that are not in files."""
     for forget in (cache._read.cache_clear, cache.machine.cache_clear, route.forget):
         forget()
 
@@ -76,12 +78,12 @@ RESULTS = {
     False: ("h_ptr", "c_ptr", "h_n_ptr", "c_n_ptr", "h_next_ptr", "o_ptr", "v_ptr", "m_ptr"),
     True: ("dgates_ptr", "dc_ptr", "dh_total_ptr", "dh_from_zoneout_ptr", "dreset_h_ptr", "dreset_c_ptr", "dz_ptr",
            "o_ptr", "v_ptr", "m_ptr"),
-}  # fmt: skip  # of kernels, forward and backward
-SCRATCH = ("dh_next_ptr",)  # which no product has written before the last step
+}  # fmt: skip # results of kernels, forward and backward
+SCRATCH = ("dh_next_ptr",)  # no product has written it before the last step
 
 
 def stand_in(kernel, grid, **arguments):
-    """Fill the results of a kernel with a number that depends on all that it is compiled for and passed."""
+    """Fill the results of a kernel with a number that depends on everything that it is compiled for and passed."""
     results = RESULTS["dgates_ptr" in arguments]
     given = {name: value for name, value in arguments.items() if name not in (*results, *SCRATCH)}
     tensors = {name: t for name, t in given.items() if isinstance(t, torch.Tensor)}
@@ -89,7 +91,7 @@ def stand_in(kernel, grid, **arguments):
     compiled_for |= {name: t.dtype for name, t in tensors.items()}
     number = zlib.crc32(repr((kernel.__name__, grid, sorted(map(str, compiled_for.items())))).encode()) / 2**32
     for name, t in tensors.items():
-        if name == "gates_ptr":  # what comes with something in it, and is not overwritten here
+        if name == "gates_ptr":  # it arrives with numbers in it, and is not overwritten here
             t = t[..., : t.shape[-1] // 4 * arguments["S"].FROM_X]
         number = number / 2 + t.double().sum().sin().item() / 2
     for name in results:
@@ -98,14 +100,14 @@ def stand_in(kernel, grid, **arguments):
 
 
 def recurrence(gates: torch.Tensor, **tensors: torch.Tensor) -> Recurrence:
-    """What a Layer is given with `gates` [T, B, 4H]; it reads neither x nor W_ih, which have no features here."""
+    """Return the recurrence for `gates` [T, B, 4H]. A Layer reads neither x nor W_ih, which have no features here."""
     steps, batch, rows = gates.shape
     tensors |= {name: tensors[name].view(1, batch, tensors[name].shape[-1]) for name in ("h0", "c0")}
     return Recurrence(Inputs(x=gates.new_zeros(steps, batch, 0), weight_ih=gates.new_zeros(rows, 0), **tensors))
 
 
 def assert_contract(layer: Layer, gates: torch.Tensor, r: Recurrence) -> None:
-    """A layer is given the tensors that its Problem says, in the loop and outside of it."""
+    """Check that a layer is given the tensors that its Problem describes, in the loop and outside of it."""
     p, steps = layer.problem, len(gates)
     assert gates.shape[:2] == (steps, p.batch)
     assert gates.shape[2] in (r.inputs.x.shape[2], 4 * p.hidden)  # x itself, where the loop multiplies it
@@ -124,10 +126,11 @@ EVERY = in_the_loop(Problem(2, 1, 1, torch.float32, 1, lengths=torch.int64, rese
 
 
 def as_a_card(monkeypatch):
-    """Make the CPU one, with `stand_in` for its kernels: a list of (way, problem of its tensors) of layers launched."""
+    """Make the CPU a card, with `stand_in` for its kernels. Return a list of the layers launched: (way, problem of its
+    tensors)."""
     the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(launch, "launch_kernel", stand_in)
-    monkeypatch.setattr(memory._Checking, "on", False)  # which takes half of the time, and finds nothing in a stand-in
+    monkeypatch.setattr(memory._Checking, "on", False)  # it takes half of the time, and finds nothing in a stand-in
     monkeypatch.setattr(verify, "verify", lambda *_: None)
     launched = []
 
@@ -137,7 +140,7 @@ def as_a_card(monkeypatch):
             facts = of_layer.cell, of_layer.reverse, of_layer.precision, of_layer.side_by_side
             problem = problem_of(given_to_it._replace(x=given[gates]), *facts)
             launched.append((way, problem))
-            # A chunk may have one step of several.
+            # A chunk may have one step where the layer has several.
             assert of_layer == problem._replace(steps=of_layer.steps), "kernels for other tensors"
             return run(layer, *given)
 
@@ -149,9 +152,11 @@ def as_a_card(monkeypatch):
 
 
 def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) -> Plan:
-    """The first plan of a family of kernels, also where it is not proposed since it is slower. Split: of the step
-    family, backward with products of parts of K. Held: of the step family backward in TF32, where W_hh of 64 units is
-    too large."""
+    """Return the first plan of a family of kernels, even where it is not proposed because it is slower.
+
+    "split" is the step family, backward with products of parts of K. "held" is the step family backward in TF32, where
+    W_hh of 64 units is too large.
+    """
     if family == "held" and backward and problem.size == 4:
         family = "step"
     by_product = dataclasses.replace(pointwise_plan(problem.of_head, backward), heads=problem.heads)
@@ -162,7 +167,7 @@ def plan_of(family: str, problem: Problem, backward: bool, card: Card = H100) ->
 
 @contextlib.contextmanager
 def few_polls(kernel: str, polls: int = 20, trial: bool = False) -> Iterator[None]:
-    """A kernel on the CPU waits for this many polls, where it would otherwise wait for seconds."""
+    """Let a kernel on the CPU wait for this many polls, where it would otherwise wait for seconds."""
     word = timeouts.error_word(torch.device("cpu"), kernel, trial)
     before, word[1] = int(word[1]), polls
     yield

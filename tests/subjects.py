@@ -1,4 +1,4 @@
-"""A small module of every kind, and states for it; and a package's LSTM, by its formulas."""
+"""A small module of every kind, and lstm_layer as a module."""
 
 from functools import partial
 

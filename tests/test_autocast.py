@@ -1,4 +1,4 @@
-"""Autocast: each weight is cast once in a block, as torch does, and a whole training loop with a GradScaler."""
+"""Autocast: each weight is cast once in a block, as torch does, also over a training loop with gradients."""
 
 import gc
 import weakref
@@ -17,20 +17,23 @@ from watching import Watched
 import gpu_lstm
 from gpu_lstm.backends import torch_rnn
 
-pytestmark = pytest.mark.usefixtures("with_onednn")  # else float32 on a CPU, see test_onednn.py
+# Without it torch's own LSTM stays in float32 on a CPU, see test_onednn.py.
+pytestmark = pytest.mark.usefixtures("with_onednn")
 T, B, I, H = 6, 3, 4, 5
 DTYPE = torch.float16  # the interpreter's bfloat16 products are wrong
 autocast = partial(torch.autocast, DEVICE, DTYPE)
 
 
 def is_cast(function, given, result):
-    """Of a tensor that has as many rows as the weights, to DTYPE; in inference mode by `to`."""
+    """Return whether an operator casts a tensor with as many rows as the weights to DTYPE. In inference mode the
+    operator is `to`."""
     if function.overloadpacket not in (torch.ops.aten._to_copy, torch.ops.aten.to):
         return False
     return result.dtype is DTYPE is not given[0][0].dtype and result.shape[0] in (3 * H, 4 * H)
 
 
-KINDS = ["LSTM"] if DEVICE == "cpu" else ["LSTMCell", "GRUCell"]  # what torch's autocast casts whole, and no cuDNN
+# torch's autocast casts these as a whole, and they need no cuDNN.
+KINDS = ["LSTM"] if DEVICE == "cpu" else ["LSTMCell", "GRUCell"]
 
 
 def modules(backend, kind=KINDS[0], device=DEVICE):
@@ -41,7 +44,7 @@ def modules(backend, kind=KINDS[0], device=DEVICE):
 
 
 def loop(module, x):
-    """h of all steps, by a call each."""
+    """Return h of all steps, with one call for each step."""
     state, hs = None, []
     for x_t in x:
         state = module(x_t[None], state)[1] if isinstance(module, nn.RNNBase) else module(x_t, state)
@@ -50,7 +53,8 @@ def loop(module, x):
 
 
 def without_onednn(module=None):
-    """A block for torch's own modules, for which oneDNN has no LSTM in float16 on most CPUs; for ours, nothing."""
+    """A block without oneDNN for torch's own modules, since oneDNN has no LSTM in float16 on most CPUs. For our modules
+    it does nothing."""
     is_ours = module is not None and module.__module__.startswith("gpu_lstm")
     return nullcontext() if is_ours else torch.backends.mkldnn.flags(enabled=False)
 
@@ -71,7 +75,7 @@ def test_a_loop_casts_each_weight_once_a_block_as_torch_does(backend, kind):
         with without_onednn(each), Watched(is_cast) as casts:
             for _ in range(2):
                 with autocast(enabled=half):
-                    autocast(enabled=False)(each.eval)()  # an inner block ends nothing
+                    autocast(enabled=False)(each.eval)()  # an inner block does not end the outer one's casts
                     h = loop(each, inputs().to(next(each.parameters())))
         assert casts.count == 8 * half, each
         h = h.float() if half else h
@@ -95,7 +99,7 @@ FIRST = [{}, dict(lengths=torch.full((B,), T)), dict(resets=torch.eye(T, B) > 0)
     *(("torch", kind, first) for kind in ("LSTM", "GRU") for first in FIRST), ("reference", "LSTM", {}),
     ("triton", "LSTM", {})], ids=str)  # fmt: skip
 def test_a_weight_that_changes_within_a_block_stays_as_torch_cast_it(backend, kind, first):
-    """Whichever call was the first of the block."""
+    """The casts of a block are the same whichever call was the first in it."""
     device, dtype = ("cpu", torch.bfloat16) if backend == "torch" else (DEVICE, DTYPE)  # cuDNN keeps no cast
     (_, module), x = modules(backend, kind, device), inputs().to(device)
     block = partial(torch.autocast, device, dtype)
@@ -124,8 +128,8 @@ def test_a_block_within_another_has_its_own_casts():
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("projected", [False, True])
 def test_a_call_is_cast_as_by_hand(backend, projected):
-    """Also what a residual connection adds. c of states to reset to is not rounded, and on a CPU, beside a projection,
-    neither is that of the first state."""
+    """A residual connection is cast, too. c of states to reset to is not rounded. On a CPU, beside a projection, the
+    initial c is not rounded either."""
     how, lead = dict(backend=backend, device=DEVICE), (1, B) if projected else (B,)
     torch.manual_seed(0)
     lstm, stack = gpu_lstm.LSTM(I, H, proj_size=I, **how), gpu_lstm.StackedLSTM(I, [I], residual=True, **how)
@@ -191,7 +195,7 @@ def test_per_sample_gradients_under_autocast():
 
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_shut_gates_are_of_a_size_that_float16_holds(monkeypatch, cls):
-    """oneDNN has no LSTM in float16, but cuDNN has one, which must not be passed infinite values."""
+    """oneDNN has no LSTM in float16. cuDNN has one, which must not be passed infinite values."""
     stack = Mock(side_effect=lambda cell, x, state, layers, **_: (x.new_zeros(*x.shape[:2], 4), state))
     monkeypatch.setattr(torch_rnn, "stack", stack)
     with torch.autocast("cpu", torch.float16):

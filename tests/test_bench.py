@@ -35,7 +35,7 @@ FORWARD, GIVEN = replace(SMALL, mode="forward"), Inputs.of(SMALL, "cpu")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """A grid of two small cases, since these tests are not about the times."""
+    """Use a grid of two small cases, since these tests are not about the times."""
     grid = {"grid": lambda kind: {"headline": [SMALL, FORWARD]}}
     sizes = dict(SHORTEST=1e-5, COPY_BYTES={"cpu": 1 << 20}, PRODUCT_SIZE={"cpu": 64}, CEILING_SECONDS=0.01)
     for module, values in {cases: grid, measure: grid | dict(SECONDS=0.01), timing: sizes}.items():
@@ -51,10 +51,10 @@ def test_every_case_has_a_name_of_its_own(monkeypatch):
     monkeypatch.undo()
     for kind in ("cuda", "cpu"):
         grid = cases.grid(kind)
-        every = [*dict.fromkeys(case for group in grid.values() for case in group)]  # some are in two
+        every = [*dict.fromkeys(case for group in grid.values() for case in group)]  # some cases are in two groups
         assert len({case.name for case in every}) == len(every)
         assert cases.choose(kind, None) == every
-        kinds = [(case.cell, case.heads) for case in every[:4]]  # what time is left for on a card
+        kinds = [(case.cell, case.heads) for case in every[:4]]  # these come first, for runs on a card with little time
         assert kinds == [("lstm", 1), ("gru", 1), ("lstm", 4), ("slstm", 4)]
         assert cases.choose(kind, ["step", every[0].name]) == [*grid["step"], every[0]]
 
@@ -124,7 +124,7 @@ def test_a_provider_that_is_wrong_is_named_and_not_timed(monkeypatch, case):
     right, given = measure.Trial.results, Inputs.of(case, "cpu")
     names = results_in(torch.float64, given).keys()
     assert {"c_n", "dx", "dh0", "dweight_hh_l0"} | ({"n_n"} if case.cell == "slstm" else set()) <= names
-    assert all(state.any() for state in given.states)  # so that it is seen who leaves one out
+    assert all(state.any() for state in given.states)  # otherwise a provider that leaves one out would not be detected
     faults = {name: ("", None) for name in ("torch", "ours")}
     faults |= {f"a little {name}": (name, lambda t: 1.0001 * t) for name in names}
     faults |= {"infinite": ("c_n", lambda t: t / 0), "of another shape": ("h_n", lambda t: t[0])}
@@ -152,11 +152,12 @@ def test_at_most_twice_torchs_own_error_is_allowed_which_is_compared_with_its_ce
         return {name: result * (1 + by) for name, result in true.items()}
 
     monkeypatch.setattr(measure, "results_in", lambda dtype, _: true if dtype == torch.float64 else off(1e-6))
-    for theirs, expected_ in ((1.01 * measure.SANITY * 1e-6, "wrong"), (2e-6, "measured")):  # of torch.lstm_cell's 1e-6
+    # The error of torch's LSTM. torch.lstm_cell has an error of 1e-6.
+    for theirs, expected_ in ((1.01 * measure.SANITY * 1e-6, "wrong"), (2e-6, "measured")):
         gate, (torch_, ours) = measure.Gate(), trials
         monkeypatch.setattr(torch_, "results", lambda by=theirs: off(by))
         assert gate.judge(torch_)["status"] == expected_
-        allowed = 2e-6 if expected_ == "measured" else 1e-6  # what is wrong is no measure
+        allowed = 2e-6 if expected_ == "measured" else 1e-6  # a wrong provider is no yardstick
         monkeypatch.setattr(ours, "results", lambda by=error * allowed: off(by))
         judged = gate.judge(ours)
         assert (judged["status"], judged["error"]) == (status, pytest.approx(error / 2, rel=1e-6))
@@ -173,14 +174,14 @@ def test_interleaved_rounds_run_all_each_in_an_order_of_its_own(monkeypatch):
     taken = timing.interleaved({name: partial(call, name) for name in takes}, "cpu", 0.1)
     for name, seconds in takes.items():
         assert (timing.percentiles(taken[name]), len(taken[name])) == (pytest.approx([seconds] * 3), 32)  # 0.1 s / 3 ms
-    rounds = re.findall("..", order.removeprefix("aaabbb"))  # warmed up
+    rounds = re.findall("..", order.removeprefix("aaabbb"))  # without the warm-up
     assert set(rounds[::2]) == {"ab", "ba"}
     assert [pair[::-1] for pair in rounds[::2]] == rounds[1::2]  # each is first equally often
     assert timing.percentiles(np.arange(11.0)) == [5, 2, 8]
 
 
 def test_the_interval_of_a_median_has_the_true_one_as_often_as_is_said():
-    rounds = np.random.default_rng(1).lognormal(size=(200, 40))  # whose median is 1
+    rounds = np.random.default_rng(1).lognormal(size=(200, 40))  # the true median is 1
     middles, lows, highs = np.transpose([timing.bootstrapped(values) for values in rounds])
     assert (middles == np.median(rounds, axis=1)).all()
     assert 0.91 <= np.mean((lows <= 1) & (highs >= 1)) <= 0.985
@@ -189,7 +190,7 @@ def test_the_interval_of_a_median_has_the_true_one_as_often_as_is_said():
 def test_bytes_saved_for_backward_count_each_storage_once():
     a, b = (torch.randn(10, 10, requires_grad=True) for _ in range(2))
     c = a @ b
-    assert timing.kept_bytes(lambda: (c * c) * c.T, [a, b]) == 2 * 400  # c, and the product of two
+    assert timing.kept_bytes(lambda: (c * c) * c.T, [a, b]) == 2 * 400  # c, and the product c * c
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ def test_rows_come_back_as_they_were_and_no_file_is_overwritten(tmp_path, row):
     for found, given in zip(read.where(read.notna(), None).to_dict("records"), (row, strange), strict=True):
         given = {name: given.get(name) for name in results.COLUMNS} | {"schema": str(results.SCHEMA)}
         given |= {"note": given["note"] and 'a "note", of two lines', "commit": given["commit"] or None}
-        assert found == pytest.approx(given)  # of a time pandas 2 reads 16 decimals
+        assert found == pytest.approx(given)  # pandas 2 reads 16 decimals of a time
     assert (row["torch"], row["cuda"], row["driver"]) == (torch.__version__, None, None)
     assert row["device"].endswith((", 1 thread", " threads"))
 
@@ -246,7 +247,8 @@ def test_a_stopped_run_keeps_what_it_has_and_no_case_is_begun_after_the_deadline
 
 def test_what_hangs_or_dies_is_named_and_the_next_call_starts_another_process(monkeypatch):
     worker, poll = isolated.Worker(faulty_worker.hang_or_die, limit_s=1.0), Connection.poll
-    limits = iter([None, None, 0.1, None, None, None])  # so that only one that hangs takes too long, on any machine
+    # Only the call that hangs has a limit that can be exceeded, on any machine.
+    limits = iter([None, None, 0.1, None, None, None])
     monkeypatch.setattr(Connection, "poll", lambda connection, _: poll(connection, next(limits)))
     for what, args in (("hangs", "hung: no sign for 1 s"), ("dies", "its process died, exit code 7")):
         with pytest.raises(isolated.ProviderFailed) as raised:
@@ -256,7 +258,8 @@ def test_what_hangs_or_dies_is_named_and_the_next_call_starts_another_process(mo
 
 def test_a_provider_that_fails_stops_no_other(monkeypatch):
     def run(case, names, device, failed):
-        raise isolated.ProviderFailed(*(("start", "died") if "a" in failed else ("a", "hung")))  # nobody's; one's
+        # First provider a fails, then the process at its start.
+        raise isolated.ProviderFailed(*(("start", "died") if "a" in failed else ("a", "hung")))
 
     rows = measure.rows_of(SMALL, ["torch", "a", "b"], "cpu", run)
     assert [(row["status"], row["note"]) for row in rows] == [("failed", "died")] * 3
@@ -267,7 +270,8 @@ def test_a_provider_that_fails_stops_no_other(monkeypatch):
 
 
 def test_who_cannot_be_captured_keeps_its_times_and_nobody_else_is_judged_without_it(monkeypatch):
-    """ "cpu:0" is no "cpu", but where torch computes. Another process times it again, without the capture."""
+    """The device "cpu:0" is not "cpu", so graphs are captured, and torch computes on it. Another process times the lost
+    provider again, without the capture."""
     right = {name: Provider(torchs.plain, graphed=True) for name in ("torch", "ours")}
     for module in (providers, measure):
         monkeypatch.setattr(module, "PROVIDERS", right)
@@ -315,7 +319,7 @@ def test_a_base_and_a_run_are_measured_in_turns_and_told_in_tables_and_ours_that
     def worker(function, path):
         def run(*arguments):
             turns.append(path)
-            factor = 1 if path else 2  # of the weights: ours is broken now
+            factor = 1 if path else 2  # the weights of ours are wrong now
             build = lambda g: torchs.plain(replace(g, weights={n: factor * t for n, t in g.weights.items()}))  # noqa: E731
             monkeypatch.setitem(providers.PROVIDERS, "ours", Provider(build))
             return function(*arguments)
@@ -330,7 +334,7 @@ def test_a_base_and_a_run_are_measured_in_turns_and_told_in_tables_and_ours_that
     said = capsys.readouterr().out
     assert f"case 2 of 2: {FORWARD.name}\n" in said
     assert "regressions of gpu_lstm: 2," in said
-    for name, status in (("base.csv", 0), ("results.csv", 1)):  # as a run without a base ends
+    for name, status in (("base.csv", 0), ("results.csv", 1)):  # the same status as after a run without a base
         assert command_line.show(out / name) == status
         said = capsys.readouterr().out
         assert said.index("All providers") < said.index("gpu_lstm and torch.nn (")
@@ -379,8 +383,8 @@ def test_all_parts_of_bench_gpu_run_and_where_nothing_is_measured_a_run_ends_wit
 def test_tests_that_run_out_of_time_say_why_others_failed_before_and_nothing_that_they_started_runs_on(
     tmp_path, monkeypatch, capsys, request
 ):
-    """Such as pytest's workers, one of which may hold the card beside what is timed next; here it holds a pipe. Also
-    where interrupts are ignored, as behind a shell's "&". Meanwhile the screen says how far they are."""
+    """A worker of pytest, for example, may hold the card while the next part is timed. Here the worker holds a pipe. It
+    ends even where interrupts are ignored, as behind a shell's "&". Meanwhile the screen shows the progress."""
     os.mkfifo(path := tmp_path / "pipe")
     wait, pipe = subprocess.Popen.wait, os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     (file := tmp_path / "test_kernels.py").write_text(f"""

@@ -1,4 +1,5 @@
-"""The benchmark's providers, whose results and gradients are float64's; `bench host`; tables, pages and comparisons."""
+"""The benchmark's providers, whose results and gradients agree with float64, `bench host`, tables, pages and
+comparisons."""
 
 import contextlib
 from dataclasses import replace
@@ -39,7 +40,7 @@ CASES = {
 } | {name: replace(SHORT, layers=2, directions=2, variant=name) for name in VARIANTS}  # fmt: skip
 DEEP = VARIANTS.keys() - {"layer_norm"}
 OURS = {"ours", "ours-triton", "ours-reference"}
-OTHERS = {  # that need no package, and must not give up where they are asked for
+OTHERS = {  # providers that need no package, and must run in these cases
     "plain": {"cell-loop", "compiled-loop"}, "ragged": {"torch-packed"}, "heads": {"head-loop"},
     "resets": {"cleanrl-loop", "rl_games-pieces", "rsl_rl-padded"}, "step": {"cell-loop", "ours-stream"},
 }  # fmt: skip
@@ -60,13 +61,14 @@ def assert_right(name, inputs, truth):
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.deep] * (case in DEEP)) for case in CASES])
 def test_results_and_gradients(monkeypatch, case):
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # which takes long, and is not ours
+    # Compiling takes long, and is not tested here.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     inputs, ran = Inputs.of(CASES[case], "cpu"), set()
     truth = results_in(torch.float64, inputs)
     for name, provider in PROVIDERS.items():
         if (reason := provider.absent("cpu")) is None:
             with contextlib.suppress(Unable):
-                provider.build(inputs)  # also the yardstick's, which is timed in the plain case
+                provider.build(inputs)  # the yardstick, too, which is timed in the plain case
                 assert_right(name, inputs, truth)
                 ran.add(name)
         else:
@@ -83,7 +85,7 @@ def test_a_package_that_is_not_there_is_explained_in_one_line(tmp_path, monkeypa
     assert engine.absence("broken_peer", "", "cuda").endswith("installed but cannot be imported: undefined symbol: f")
 
 
-@pytest.mark.parametrize("case", [case for case in host.CASES if case != "resets"])  # which torch.nn leaves out
+@pytest.mark.parametrize("case", [case for case in host.CASES if case != "resets"])  # torch.nn has no resets
 def test_both_sides_compute_the_same(case):
     mode = "inference" if case == "Stream" else "training"
     results = []
@@ -169,7 +171,7 @@ BROKEN, ABSENT, GRAPH = {"status": "wrong"}, {"status": "absent"}, {"graph": Tru
 
 
 def row(case=HEADLINE, speed=2.0, ms=1.0, spread=0.01, **changes):
-    """By default of ours, twice as fast as torch, p20 and p80 1 % away."""
+    """Return a row, by default of ours, twice as fast as torch, with p20 and p80 1 % away."""
     names = "median_s", "p20_s", "p80_s", "speed", "speed_p20", "speed_p80"
     values = (value * end for value in (ms, speed) for end in (1, 1 - spread, 1 + spread))
     timed = changes.get("status", "measured") in results.TIMED
@@ -205,7 +207,7 @@ def test_cases_of_heads_are_a_group():
 
 
 def run(**cases):
-    """Rows of a case, or of `case_2` and so on."""
+    """Return rows of a case: the keyword "case", or "case_2" and so on for more rows."""
     return frame([row(**changes) | {"case": case[0]} for case, changes in cases.items()])
 
 
@@ -217,13 +219,15 @@ def regressions(old, new, fail_under=0.95):
 @pytest.mark.parametrize(("old", "new", "fail_under", "real"), [
     *((changes, changes | {"speed": 1.8}, fail_under, real) for changes, fail_under, real in (
         ({}, 0.95, True), ({"spread": 0.08}, 0.95, False), ({}, 0.89, False),
-        ({"spread": 0.03, "rounds": 20}, 0.95, True), ({"spread": 0.03, "rounds": 5}, 0.95, False),  # twice as wide
+        # These intervals are twice as wide.
+        ({"spread": 0.03, "rounds": 20}, 0.95, True), ({"spread": 0.03, "rounds": 5}, 0.95, False),
     )),
-    *(({}, {"ms": ms} | changes, 0.95, real) for ms, real in ((1.12, False), (1.25, True))  # of the speed; 0.855 counts
+    # The speed is 0.89 or 0.80 of the old one. Below 0.95 less the margin, 0.855, the change is real.
+    *(({}, {"ms": ms} | changes, 0.95, real) for ms, real in ((1.12, False), (1.25, True))
       for changes in ({"torch": "2.10.0"}, {"speed": float("nan")})),
 ])  # fmt: skip
 def test_a_change_is_real_beyond_the_threshold_and_with_intervals_apart_or_a_margin(old, new, fail_under, real):
-    """A margin where seconds are compared, without a common yardstick."""
+    """A margin replaces the intervals where seconds are compared, without a common yardstick."""
     assert regressions(run(a=old), run(a=new), fail_under) == ["a"] * real
 
 
@@ -245,15 +249,15 @@ def test_every_verdict_what_changed_most_first_and_only_ours_fails():
     assert rows.set_index("case")["ratio"]["k"] == pytest.approx(0.9)
 
 
-A = {"a": {}}
+BASIC = {"a": {}}
 
 
 @pytest.mark.parametrize(("old", "new", "fail_under", "message"), [
-    (A, A, 0.0, "--fail-under is 0, expected"), ({}, {}, 0.95, "one device, got 0"),
-    (A, {"a": {"device": "b"}}, 0.95, "one device, got 2: NVIDIA Imaginary 9000, b"),
-    (A | {"a_2": TORCH}, {"a": TORCH}, 0.95, "nothing to compare"), (A, {"b": {}}, 0.95, "nothing to compare"),
-    (A | {"a_2": {}}, A, 0.95, "is there twice"),
-    (A, {"a": {"rounds": None}}, 0.95, "ours at a was timed, expected positive times and rounds"),
+    (BASIC, BASIC, 0.0, "--fail-under is 0, expected"), ({}, {}, 0.95, "one device, got 0"),
+    (BASIC, {"a": {"device": "b"}}, 0.95, "one device, got 2: NVIDIA Imaginary 9000, b"),
+    (BASIC | {"a_2": TORCH}, {"a": TORCH}, 0.95, "nothing to compare"), (BASIC, {"b": {}}, 0.95, "nothing to compare"),
+    (BASIC | {"a_2": {}}, BASIC, 0.95, "is there twice"),
+    (BASIC, {"a": {"rounds": None}}, 0.95, "ours at a was timed, expected positive times and rounds"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_refused(old, new, fail_under, message):
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,8 @@
-"""The kernels, compiled ahead of time for every architecture, by compiling.py, without a GPU; and in their PTX which
-instructions access the exchange, and in which order. `python -m dev.compile_table --all` compiles all."""
+"""The kernels, compiled ahead of time for every architecture by compiling.py, without a GPU.
+
+The tests read reports of the compiler, and in the PTX which instructions access the exchange, and in which order.
+`python -m dev.compile_table --all` compiles all kernels.
+"""
 
 import dataclasses
 import re
@@ -14,7 +17,8 @@ from gpu_lstm.kernels.triton_rnn import exchange
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 OLDER_TRITON = TRITON < (3, 9)
-"""Its compiler takes more registers and shared memory than is planned for. The launcher looks at what it became."""
+"""Older compilers take more registers and shared memory than is planned for. The launcher checks the compiled
+kernel."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def _cell(row):
 
 LIMITS = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 HELD = "resident", "cooperative"
-MUST_NOT_BE = {  # what no row may say of a kernel; `held`: of the families that always hold the weights on chip
+MUST_NOT_BE = {  # faults that no row may have; `held`: the family always holds the weights on chip
     "it spills": lambda row, held: row["spills"],
     "more registers than a thread has": lambda row, held: row["registers"] > 255,
     "more than a block has": lambda row, held: -(-row["registers"] // 8) * 8 * row["threads"] > 65536,
@@ -65,7 +69,7 @@ def test_a_profiler_shows_the_cell_that_a_kernel_computes(rows):
 
 
 def test_programs_hold_weights_where_that_is_planned(rows):
-    """For 64 sequences by wgmma, of as many registers as two programs of a multiprocessor may have."""
+    """Their products are by wgmma, and a multiprocessor has the registers of all its programs."""
     held = [row for row in rows if row["plan"]["family"] == "held"]
     assert {row["kernel"] for row in held} == {"held_forward_kernel", "held_backward_kernel"}
     for row in held:
@@ -74,17 +78,19 @@ def test_programs_hold_weights_where_that_is_planned(rows):
 
 
 def test_first_plans_that_once_spilled_do_not(compiled):
-    """In TF32 and backward: GRUs of 300 and 320 units a head, and LSTMs of up to 64 units, with lengths and resets."""
+    """These are backward plans in TF32, with lengths and resets: GRUs of 300 and 320 units a head, and LSTMs of up to
+    64."""
     assert [row for row in compiled["once_spilled"] if row["spills"] or not row["fits"]] == []
 
 
 def test_products_read_held_weights_where_they_were_stored(compiled):
-    """Of every kind that is proposed, see dev/compile_table/triton_issue.md."""
+    """Every kind of plan that is proposed is checked, see dev/compile_table/triton_issue.md."""
     assert {row["tensor_core"] for row in compiled["held"]} == {"wgmma.mma_async"}
     assert [row for row in compiled["held"] if row["misplaced"]] == []
 
 
-# Of a pass of the time loop on an H100, in bf16; of instructions, the most of Triton 3.9, and 10 % more of older ones.
+# The contents of a pass of the time loop on an H100, in bf16. Instructions are the most of Triton 3.9. Older versions
+# may have 10 % more.
 PLAIN, MANY = "B=16 H=768", "B=4096 H=128"
 COUNTS = {
     ("cooperative_forward", PLAIN): Loop(330, barriers=1, products=24, shared=192, loads=10, stores=9),
@@ -107,7 +113,7 @@ def test_the_counts_of_a_step(rows, kernel, case):
 
 
 def test_the_checks_can_fail(compiled):
-    """On loads of weights in the loop, which the step family has where it does not hold W_hh; on too few registers."""
+    """The step family loads weights in the loop where it does not hold W_hh. A kernel with too few registers spills."""
     of_step = [row for row in compiled["rows"] if row["plan"]["family"] == "step"]
     assert any(row["weight_loads"] and row["loop"]["barriers"] > 1 for row in of_step)
     few, enough = compiled["with_32_registers"]
@@ -135,8 +141,8 @@ def kernels(compiled):
 
 
 def _addresses(kernel, *buffers):
-    """Which registers hold an address in which buffer: whatever was computed from the pointer to it."""
-    names = dict(enumerate(name.removesuffix("_ptr") for name in kernel["arguments"]))  # then Triton's own follow
+    """Return the registers that hold an address in a buffer: every register computed from the pointer to it."""
+    names = dict(enumerate(name.removesuffix("_ptr") for name in kernel["arguments"]))  # Triton's own parameters follow
     parameters = re.findall(r"ld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]", kernel["ptx"])
     found = {to: names[int(number)] for to, number in parameters if names.get(int(number)) in buffers}
     computed = re.findall(r"^\s*(?:add|sub|mad|mov|selp|cvta)[\w.]*\s+(%rd\d+), ([^;]*);", kernel["ptx"], re.M)
@@ -151,10 +157,11 @@ def _addresses(kernel, *buffers):
 
 
 def _events(kernel, *buffers):
-    """(kind, instruction) of what matters here, in the order of the text; "memory" is other global memory."""
+    """Return (kind, instruction) of the exchange and of barriers, in the order of the text. "memory" is other global
+    memory."""
     of, events = _addresses(kernel, *buffers), []
     for line in re.split(r"[;\n]", kernel["ptx"]):
-        # The address of cp.async, which has two, is the second.
+        # cp.async has two addresses. The second one is in global memory.
         access = re.search(r"\b((ld|st|\w+)\.[\w.:]*global[\w.:]*)\s[^\[]*(?:\[[^\]]*\],\s*)?\[\s*(%rd\d+)", line)
         if access:
             kind = {"ld": "load", "st": "store"}.get(access[2], access[2])
@@ -164,7 +171,7 @@ def _events(kernel, *buffers):
 
 
 def _of_words(kernel):
-    """What is wrong with the exchange of words: accesses must be strong, of one width, complete, and in order."""
+    """Return the faults of the exchange of words. Accesses must be strong, of one width, complete, and in order."""
     events = [event for event in _events(kernel, "words", "partials") if event[0] != "memory"]
     accesses = [(kind, text) for kind, text in events if text]
     problems = [text for _, text in accesses if not re.fullmatch(r"(ld|st)\.relaxed\.gpu\.global(\.v[24])?\.b32", text)]
@@ -181,12 +188,14 @@ def _of_words(kernel):
     return problems
 
 
-ARRIVE = "red", "atom"  # which, depends on Triton's version
+ARRIVE = "red", "atom"  # Triton's version decides which
 
 
 def _of_barriers(kernel):
-    """What is wrong with `grid_barrier`: stores must precede its release, loads must follow its acquire. Where W_hh is
-    held, its halves lie apart: nothing need follow a release."""
+    """Return the faults of `grid_barrier`. Stores must precede its release, and loads must follow its acquire.
+
+    Where W_hh is held, arriving and waiting lie apart, and nothing need follow a release.
+    """
     events = [event for event in _events(kernel, "arrivals") if ".sys." not in event[1]]  # without the error word
     problems = []
     for n, (kind, text) in enumerate(events):
@@ -198,8 +207,8 @@ def _of_barriers(kernel):
                 problems.append(f"{text} does not {'release' if released else 'acquire'}")
             if before == "memory" if released else after == "memory":
                 problems.append(f"{text} without a barrier")
-    rounds = kernel["rounds"]  # two, where products of parts of K are one
-    waits = rounds + (kernel["held"] and kernel["ahead"])  # for the first tile, and for the next one
+    rounds = kernel["rounds"]  # two, where products of parts of K are one round
+    waits = rounds + (kernel["held"] and kernel["ahead"])  # a wait for the first tile, and one for the next tile
     for access, what, expected in (("load", "waits", waits), (ARRIVE, "arrivals", rounds)):
         count = sum(kind.startswith(access) and kind.endswith("arrivals") for kind, _ in events)
         if count != expected:
@@ -217,21 +226,21 @@ def test_words_and_barriers_are_strong_and_in_order(kernels, family, count):
 
 
 def test_the_only_program_of_a_head_waits_for_its_own_threads_alone(kernels):
-    """After the last store of a step, so that any of them can load what another one stored."""
+    """The barrier follows the last store of a step, so that any thread can load what another one stored."""
     for kernel in kernels["alone"]:
         assert not re.search(r"\b(atom|red)\.|\.acquire\b", kernel["ptx"])
-        found = re.findall(r"tt\.store|barrier|\n    }", kernel["ir"].partition("scf.for")[2])  # its loop ends
+        found = re.findall(r"tt\.store|barrier|\n    }", kernel["ir"].partition("scf.for")[2])  # the loop ends
         assert found[-3:] == ["tt.store", "barrier", "\n    }"]
 
 
 def test_the_instruction_for_tanh_is_that_of_a_gru_in_bfloat16(kernels):
-    """Forward, for n: off by up to 2^-11, a quarter of bfloat16's last place."""
+    """The forward pass uses it for n. It is off by up to 2^-11, a quarter of bfloat16's last place."""
     using = [kernel["name"] for kernel in kernels["cooperative"] if "tanh.approx" in kernel["ptx"]]
     assert using == ["cooperative_forward_kernel bfloat16 B=16 H=768 GRU h100"]
 
 
 STORE = r"@yes st\.relaxed\.gpu\.global\.b32 [^;]*;"
-FAULTS = {  # in which family what is replaced, by what, and what is said of it
+FAULTS = {  # the family, a pattern, its replacement, and the reported problem
     "a weak load": ("cooperative", r"ld\.relaxed\.gpu\.global", "ld.global", "ld.global.v4.b32"),
     "half a word": ("cooperative", r"st\.relaxed\.gpu\.global\.b32", "st.relaxed.gpu.global.b16", "global.b16"),
     "a quad that is not loaded": ("cooperative", r"@missing0 ld\.relaxed[^;]*;", "", "8 x load words, not 12"),
@@ -256,21 +265,21 @@ def test_a_fault_is_detected(kernels, fault):
 @pytest.mark.parametrize(("sizes", "words"), [
     ((2, 4, 64, 2), [0, 2, 64, 66]), ((3, 1, 7, 1), [0, 7, 14]), ((1, 4, 9, 4), [0])])  # fmt: skip
 def test_words_are_loaded_from_where_they_lie_and_only_as_many_as_there_are(sizes, words):
-    """Groups of neighbours, from one to the next a stride, and so many in one load."""
+    """Words lie in groups of neighbours, a stride apart. One load takes several words."""
     text = exchange.polling_loop(*sizes)
-    text = getattr(text, "value", text)  # of Triton 3.4
+    text = getattr(text, "value", text)  # Triton 3.4 wraps the text
     places = [int(place) for place in re.findall(r"ld\.relaxed\.gpu\.[^\[]*\[\$\d+ \+ (\d+)\]", text)]
     counts = [int(count) for count in re.findall(r"setp\.gt\.s32 missing\d+, \$\d+, (\d+);", text)]
     assert (places, counts) == ([4 * word for word in words], words)
 
 
 def delays_of(text):
-    """Labels and branches of a polling loop with a delay, in their order."""
+    """Return the labels and branches of a polling loop with a delay, in their order."""
     return re.findall(r"^(?:DELAY|POLL|DONE):|(?<=bra )(?:DELAY|POLL|DONE)(?=;)", text, re.MULTILINE)
 
 
 def test_only_the_first_poll_is_delayed():
-    """Its loop stands before the first poll, and a poll in vain does not go back to it."""
+    """The loop of the delay stands before the first poll, and a poll in vain does not go back to it."""
     text = exchange.polling_loop(3, 4, 128, 4)
     text = getattr(text, "value", text)
     assert delays_of(text) == ["DELAY:", "DELAY", "POLL:", "DONE", "POLL", "POLL", "DONE:"]
@@ -280,8 +289,8 @@ def test_only_the_first_poll_is_delayed():
 @pytest.mark.parametrize(("polls", "before", "after"), [
     (0, 100, 99), (0, 0, 0), (1, 0, 32), (5, 100, 132), (1, 4090, 4096), (0, -1, -1), (1, -1, -1)])  # fmt: skip
 def test_a_wait_learns_its_delay(polls, before, after):
-    """Two turns of its loop longer after a poll in vain, a sixteenth of one shorter where words were there at once; and
-    that a wait timed out, which it knows from then on."""
+    """After a poll in vain the delay is two turns of its loop longer. Where words were there at once, it is a sixteenth
+    of a turn shorter. The delay also records that a wait timed out, so that later waits do not poll."""
     text = exchange.polling_loop(1, 1, 1, 1)
     text = getattr(text, "value", text)
     first, last = text.partition("setp.lt.s32 lost, $7, 0;")[1], text.partition("DONE:")[2]

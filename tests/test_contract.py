@@ -1,11 +1,10 @@
-"""The contracts: callers of kernels send what their Problem says, and names of cells are in one place."""
+"""The contracts: kernels get the tensors that their Problem describes, and names of cells are in few places."""
 
 import ast
 import importlib
 import inspect
 import itertools
 import re
-from typing import get_type_hints
 from unittest.mock import Mock
 
 import pytest
@@ -14,44 +13,30 @@ from installed import ROOT
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.choices import KERNEL_BACKENDS
-from gpu_lstm.call.weights import Weights
 from gpu_lstm.equations import EQUATIONS
-from gpu_lstm.kernels import contract, memory, problem, tensors
+from gpu_lstm.kernels import contract, memory, problem
 from gpu_lstm.kernels import layer as layers
 from gpu_lstm.kernels.cells import CELLS
-from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import Layer
 from gpu_lstm.kernels.problem import Pass, Problem, problem_of
-from gpu_lstm.kernels.tensors import NOISE, RESET, STATE, TENSORS, TRAVERSAL, VARIANT, WEIGHT, Inputs, X
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.parameters import names_of
 from gpu_lstm.kernels.triton_rnn.plans.choose import FAMILIES
 
-X0 = torch.zeros(())
+SCALAR = torch.zeros(())
 F16, F32 = torch.float16, torch.float32
 
 
-def test_whoever_lists_a_layers_tensors_has_those_of_the_table():
-    assert Weights._fields == tensors.names_of(WEIGHT, VARIANT)
-    assert tensors.Noise._fields == tensors.names_of(NOISE)
-    by_role = map(tensors.names_of, (X, STATE, WEIGHT, VARIANT, RESET, NOISE, TRAVERSAL))
-    assert Inputs._fields == tuple(row.name for row in TENSORS) == tuple(itertools.chain(*by_role))
-    always = {"h0", "c0", "weight_hh", "weight_hr"}  # and a projection, of which a Problem has the size
-    told = problem.told_of(dict.fromkeys(tensors.BY_NAME, X0))
-    assert {row.name for row in TENSORS if row.loop} - always == set(told)
-    assert {row.name for row in TENSORS if row.told} <= set(Problem._fields)
-    for name, note in get_type_hints(Inputs).items():
-        assert (note == torch.Tensor | None) == (name == "weight_ih" or name in Inputs._field_defaults)
-
-
 def test_what_a_problem_is_told_of_tensors():
-    """Of h to reset to only where zoneout reads it, and of b_hh and of h known before the loop only a GRU."""
+    """A Problem is told of reset_h only where zoneout reads it, and of bias_hh and known_h only for a GRU."""
     mask, lengths = torch.zeros(2, 3, 5, dtype=torch.bool), torch.zeros(3, dtype=torch.int32)
-    tensors = dict(bias_hh=X0, reset_h=X0, reset_c=X0, zoneout_c=mask, lengths=lengths, resets=None, gain_ih=X0)
+    tensors = dict(
+        bias_hh=SCALAR, reset_h=SCALAR, reset_c=SCALAR, zoneout_c=mask, lengths=lengths, resets=None, gain_ih=SCALAR
+    )
     expected = dict(reset_c=True, zoneout_c=3, lengths=torch.int32)
     for cell, more, told in (
         ("lstm", {}, {}), ("gru", {}, dict(bias_hh=True, known_h=True)),
-        ("lstm", dict(zoneout_h=X0), dict(zoneout_h=0, reset_h=True)),
+        ("lstm", dict(zoneout_h=SCALAR), dict(zoneout_h=0, reset_h=True)),
         ("gru", dict(reset_h=None, reset_c=None), dict(bias_hh=True, reset_c=False)),
     ):  # fmt: skip
         given = problem.told_of(tensors | more)
@@ -89,16 +74,8 @@ def test_a_backend_has_what_its_package_and_its_launcher_list(backend):
     assert backend.value == of_backend.BACKEND
 
 
-def test_a_layer_of_what_a_backend_lacks_is_refused_and_others_know_their_backend(monkeypatch):
-    of_backends = [Layer(Problem(2, 3, 8, F32), torch.device("cpu"), backend).backend for backend in (launch, cupy)]
-    assert of_backends == ["triton", "cupy"]
-    monkeypatch.setattr(cupy, "CELLS", ("gru",))
-    with pytest.raises(ValueError, match=r"^backend 'cupy' has no cell 'lstm'$"):
-        layers.kept_layer(cupy, Problem(2, 3, 9, F32), torch.device("cpu"))
-
-
 def test_backward_is_prepared_for_the_gradients_that_it_is_given():
-    """Each combination is a kernel of its own, which is verified for it."""
+    """Each combination of gradients is a kernel of its own, which is verified for it."""
     gates, state = torch.zeros(2, 3, 20), torch.zeros(3, 5)
     r = recurrence(gates, weight_hh=torch.zeros(20, 5), h0=state, c0=state)
     layer = Layer(problem_of(r.inputs, "lstm", False, "ieee"), gates.device, launch)
@@ -113,7 +90,7 @@ def test_backward_is_prepared_for_the_gradients_that_it_is_given():
     (-1, 1, "before the start of c [2, 3]"), (-9, 2, "before the start of c [2, 3]"),
 ])  # fmt: skip
 def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
-    """And nothing else changes: what a launch wrote is in the tensor afterwards, except if it wrote outside."""
+    """Nothing else changes: the tensor holds the launch's results, unless the launch wrote outside of it."""
     c = torch.zeros(2, 3, dtype=dtype)
 
     def run():
@@ -123,7 +100,7 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
             own.fill_(1)
             outside = own.as_strided((count,), (1,), own.storage_offset() + first)
             assert not dtype.is_floating_point or outside.isnan().all(), "what is read there shows"
-            outside.zero_()  # as kernels leave padding
+            outside.zero_()  # kernels leave zeros in padding, too
 
     if said is None:
         run()
@@ -139,11 +116,11 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
 @pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
 @pytest.mark.parametrize("change", [{}, dict(projected=3), dict(lengths=torch.int64, resets=True)], ids=str)
 @pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
-def test_what_is_timed_are_calls_of_the_layer(monkeypatch, family, change):
-    """Of as many steps as say something and fit the memory, none of them padding; and no call uses what was timed."""
+def test_what_is_timed_are_calls_of_the_layer(monkeypatch, launched, family, change):
+    """The calls have as many steps as tell plans apart and fit the memory, and no padding. No other call uses a layer
+    that was timed."""
     problem, cpu = Problem(2, 3, 8, F32, precision="tf32", **change), torch.device("cpu")
-    run, sent, steps = Mock(side_effect=launch.launch_kernel), [], 5
-    monkeypatch.setattr(launch, "launch_kernel", run)
+    sent, steps = [], 5
     monkeypatch.setattr(launch, "MOST_STEPS", steps)
     arguments_of = launch.arguments_of
     monkeypatch.setattr(launch, "arguments_of", lambda *given: sent.append(arguments_of(*given)) or sent[-1])
@@ -156,7 +133,7 @@ def test_what_is_timed_are_calls_of_the_layer(monkeypatch, family, change):
     for r in (sent[0][1], sent[1][-1]):
         assert r.inputs.lengths is None or r.inputs.lengths.tolist() == [steps] * 3
     assert (sent[1][0] is not None, sent[1][1]) == (True, None)
-    ran = {each.args[0].__name__ for each in run.mock_calls}
+    ran = {each.args[0].__name__ for each in launched.mock_calls}
     assert ran == {f"{family}_{way}_kernel" for way in ("forward", "backward")}
     assert not any(layer._prepared for layer in layers._layers.values())
 
@@ -178,17 +155,17 @@ def test_plans_are_timed_with_fewer_steps_where_these_take_memory(monkeypatch, c
 NAMES_A_CELL = {  # beneath the modules, the only files whose code names a cell other than the LSTM
     "kernels": {"cells.py", "equations.py",
                 "triton_rnn/equations.py", "cupy_rnn/cuda/equations.cu", "numba_rnn/equations.py",
-                "cupy_rnn/launch.py", "numba_rnn/launch.py"},  # the lists of those that they have
+                "cupy_rnn/launch.py", "numba_rnn/launch.py"},  # the lists of the cells that these backends have
     "gpu_lstm/equations": set(),
     "gpu_lstm/call": set(),
-    "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own
+    "gpu_lstm/backends": {"torch_rnn.py"},  # torch's own operators
     "gpu_lstm/dispatch": set(),
 }  # fmt: skip
 OTHERS = set(CELLS) - {"lstm"}
 
 
 def without_comments(name, text):
-    """Code without its comments and docstrings."""
+    """Return code without its comments and docstrings."""
     if name.endswith(".cu"):
         return re.sub(r"//.*", "", text)
     tree = ast.parse(text)

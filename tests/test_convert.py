@@ -1,4 +1,5 @@
-"""convert: torch's LSTMs and GRUs inside a model become ours, and nothing else changes. to_torch: and back."""
+"""convert, by which torch's LSTMs and GRUs inside a model become ours while nothing else changes, and to_torch, which
+reverses it."""
 
 import copy
 import io
@@ -20,7 +21,8 @@ KINDS = ("LSTM", "LSTMCell", "GRU", "GRUCell")
 SWAPS = {gpu_lstm.convert: {getattr(nn, kind): getattr(gpu_lstm, kind) for kind in KINDS}}
 SWAPS[to_torch] = {ours: theirs for theirs, ours in SWAPS[gpu_lstm.convert].items()}
 both_ways = pytest.mark.parametrize("swap", SWAPS)
-both_cells = pytest.mark.parametrize("first", [0, 2], ids=["LSTM", "GRU"])  # of SWAPS: a module, then its cell
+# The place of a module in SWAPS; its cell follows.
+both_cells = pytest.mark.parametrize("first", [0, 2], ids=["LSTM", "GRU"])
 
 
 def tagger():
@@ -47,7 +49,8 @@ def kinds(model):
 
 
 def test_there_and_back_in_place_nothing_else_changes():
-    """Not even the parameters: an optimizer that was built before keeps working. And copies."""
+    """The parameters stay the same objects, so that an optimizer built before keeps working. Copies are converted,
+    too."""
     model, x = tagger(), torch.randn(2, 4, 3, dtype=torch.float64)
     text, before, classes = repr(model), dict(model.named_parameters()), kinds(model)
     flags = [module.training for module in model.modules()]
@@ -60,10 +63,10 @@ def test_there_and_back_in_place_nothing_else_changes():
     for swap, ours in ((gpu_lstm.convert, True), (to_torch, False)):
         assert swap(model) is model
         modules = list(model.modules())
-        swap(model)  # once more is nothing
+        swap(model)  # a second conversion changes nothing
         assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
         assert kinds(model) == {name: SWAPS[swap].get(kind, kind) if ours else kind for name, kind in classes.items()}
-        assert repr(model).replace("gpu_lstm.", "") == text  # whose they are is seen
+        assert repr(model).replace("gpu_lstm.", "") == text  # the repr names the library of a module
         assert [module.training for module in model.modules()] == flags
         assert list(model.state_dict()) == list(before)
         assert all(p is before[name] for name, p in model.named_parameters())
@@ -108,7 +111,8 @@ LEFT = f"left as it is: {{}} ({__name__}.{{}}), a subclass, which may do anythin
 def test_subclasses_and_other_modules_are_left_alone_but_what_is_inside_them_is_swapped(swap):
     source, goal = next(iter(SWAPS[swap].items()))
     others = [gpu_lstm.compat.GRU, gpu_lstm.LSTM] if swap is gpu_lstm.convert else [nn.LSTM, nn.GRUCell]
-    normed = nn.utils.parametrizations.weight_norm(source(3, 4), "weight_hh_l0")  # which gives it a class of its own
+    # weight_norm gives it a class of its own.
+    normed = nn.utils.parametrizations.weight_norm(source(3, 4), "weight_hh_l0")
     mine = [*(cls(3, 4) for cls in (MyLSTM, MyCell, Ours, nn.RNN, *others)), normed]
     for module in mine[:4]:
         module.inner = source(3, 4)
@@ -137,7 +141,7 @@ def test_compat_also_swaps_what_was_converted_before_and_keeps_our_arguments(fir
 def test_what_was_swapped_and_what_was_left_is_logged(caplog):
     model = nn.ModuleDict(dict(encoder=nn.LSTM(3, 4), mine=MyLSTM(3, 4), step=nn.LSTMCell(3, 4), gru=nn.GRU(3, 4)))
     with caplog.at_level("INFO", "gpu_lstm"):
-        for given in (model, model, nn.LSTM(3, 4), gpu_lstm.SLSTM(3, 4)):  # of the second nothing is left to do
+        for given in (model, model, nn.LSTM(3, 4), gpu_lstm.SLSTM(3, 4)):  # nothing is left to convert in the second
             gpu_lstm.convert(given)
         gpu_lstm.to_torch(model)
     assert caplog.messages == [
@@ -152,7 +156,7 @@ def test_what_was_swapped_and_what_was_left_is_logged(caplog):
 
 
 def with_a_normed(library, kind):
-    """A model with one of a library's modules, and another to which weight_norm gives a class of its own."""
+    """Return a model with one module of a library, and another one to which weight_norm gives a class of its own."""
     module, other = (getattr(library, kind)(3, 4) for _ in range(2))
     return nn.Sequential(module, nn.Sequential(nn.utils.parametrizations.weight_norm(other, "weight_hh_l0")))
 
@@ -208,7 +212,7 @@ def test_a_model_that_is_itself_one_gives_a_new_module_with_its_parameters(swap,
     expected.load_state_dict(old.state_dict())
     assert torch.equal(*(seeded(module, x)[0] for module in (new, expected)))
     names = list(old.state_dict())
-    new.head = nn.Linear(4, 1)  # which does not touch the old
+    new.head = nn.Linear(4, 1)  # this does not change the old module
     delattr(new, names[0])
     assert list(old.state_dict()) == names
 
@@ -249,7 +253,7 @@ class Episodes(nn.Module):
 
 
 class States(nn.Module):
-    """An SLSTM with its states, resets and lengths, and a layer of it whose product is there."""
+    """An SLSTM with its states, resets and lengths, and slstm_layer, which is given the input product."""
 
     def __init__(self):
         super().__init__()
@@ -261,7 +265,7 @@ class States(nn.Module):
 
 
 def inputs_with_resets():
-    """Some of them after a NaN."""
+    """Return x and resets, some of which end a NaN."""
     x = torch.randn(6, 3, 3)
     x[2, 0] = torch.nan
     return x, torch.rand(6, 3) < 0.3
@@ -275,7 +279,7 @@ def inputs_with_states():
 
 @OF_ONNX
 @pytest.mark.parametrize(("make", "given", "dynamo"), [
-    # The older exporter passes all arguments by position, keyword-only ones, too.
+    # The older exporter passes all arguments by position, even keyword-only ones.
     *((make, lambda: [torch.randn(5, 2, 3)], False) for make in (
         *(partial(getattr(of, kind), 3, 4) for of in (gpu_lstm, gpu_lstm.compat) for kind in ("LSTM", "GRU")),
         partial(gpu_lstm.StackedGRU, 3, [4]), partial(gpu_lstm.LSTM, 3, 4, 2, bidirectional=True, heads=2))),
@@ -301,7 +305,7 @@ def test_a_file_of_onnx_computes_the_same(make, given, dynamo):
 @pytest.mark.deep
 @OF_ONNX
 def test_a_module_of_ours_with_a_free_number_of_steps_is_refused():
-    """torch's exporter would fix them inside the file, whose input says that they are free."""
+    """torch's exporter would fix the number of steps inside the file, whereas the file's input says that it is free."""
     free = dict(dynamo=True, dynamic_shapes=({0: torch.export.Dim("time")},))
     with pytest.raises(torch.onnx.OnnxExporterError, match=r"gpu_lstm\.layer"):
         torch.onnx.export(gpu_lstm.LSTM(3, 4).eval(), (torch.randn(5, 2, 3),), **free)

@@ -1,4 +1,4 @@
-"""The CuPy backend: its launcher, and what its kernels compile to. Their numbers are in test_layer.py.
+"""The CuPy backend: its launcher, and the compilation of its kernels. test_layer.py tests their numbers.
 
 compute-sanitizer --tool memcheck   python -m pytest tests/test_layer.py tests/test_cupy.py --require-gpu -k cu
 """
@@ -34,7 +34,7 @@ def test_the_launcher_and_the_source_agree():
     assert "#include" not in SOURCE, "CuPy brings no headers along"
 
 
-# What is refused, and what is imported when.
+# Refusals and imports
 
 
 @pytest.mark.parametrize(("facts", "kind", "text"), [
@@ -46,7 +46,7 @@ def test_the_launcher_and_the_source_agree():
       for cuda, package in (("12.8", 12), ("13.0", 13), (None, 13))),
 ], ids=str)  # fmt: skip
 def test_why_it_is_unavailable(monkeypatch, facts, kind, text):
-    """The tensors, the card, or CuPy, which is named for torch's CUDA."""
+    """The reason is the tensors, the card, or CuPy, whose package is named for torch's CUDA."""
     absent = "absent" in facts
     torch_finds(monkeypatch, get_device_capability=facts.get("capability"))
     monkeypatch.setattr(available, "import_problem", inspect.unwrap(available.import_problem))
@@ -72,7 +72,8 @@ def test_the_stream_is_torchs(monkeypatch, newer):
 
 
 def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
-    """The function by its name, loaded once; grid and block; all arguments in one, of which only some change."""
+    """CuPy loads the function by its name, once. It is given the grid, the block, and one argument that holds all
+    others, of which only some change."""
     asked, device, tensors = MagicMock(), torch.device("cpu"), [torch.zeros(3) for _ in range(3)]
     given = []
     monkeypatch.setitem(sys.modules, "cupy", asked)
@@ -98,7 +99,7 @@ def test_a_launch_is_what_cupy_is_asked_for(monkeypatch):
     assert len(given) == 2
 
 
-# What the kernels compile to, by NVRTC, and the layout of what they are given.
+# Compilation by NVRTC, and the layout of the argument
 
 
 @pytest.mark.parametrize(("architecture", "element"), [

@@ -1,4 +1,4 @@
-"""Gradients of gradients, and torch.func. The truth is torch's own modules in float64."""
+"""Gradients of gradients, and torch.func. Torch's own modules in float64 give the true values."""
 
 import pytest
 import torch
@@ -9,8 +9,6 @@ from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-RAGGED = dict(lengths=torch.tensor([2, 1]), resets=torch.tensor([[0, 1], [1, 0]]).bool())
-
 
 PENALISED = [
     ("LSTM", dict(bidirectional=True, proj_size=2)), ("LSTMCell", {}), ("StackedLSTM", {}),
@@ -25,7 +23,7 @@ PENALISED = [
       for kind, backend in zip(PENALISED, 2 * BACKENDS)),
 ], ids=str)  # fmt: skip
 def test_gradient_penalty(backend, kind, arguments, how):
-    """Gradients of (|d loss / d inputs| - 1)^2."""
+    """The penalty is (|d loss / d inputs| - 1)^2."""
 
     def penalised(module):
         call = module
@@ -44,7 +42,8 @@ def test_gradient_penalty(backend, kind, arguments, how):
 @pytest.mark.parametrize(("recompute", "names"), [(False, ()), (True, ("x", "bias_hh_l0"))], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("kind", "arguments"), [("LSTM", dict(proj_size=2)), ("GRU", {})], ids=str)
 def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names, kind, arguments):
-    """All inputs and parameters but one frozen: the kernels' backward leaves out what nobody needs, and no more."""
+    """All inputs and parameters but one are frozen. The kernels' backward leaves out the gradients that nobody needs,
+    and no others."""
     theirs, ours = pair(kind, KERNELS_HERE, **arguments)
     ours.recompute = recompute
 
@@ -61,8 +60,8 @@ def test_a_gradient_is_the_same_where_no_other_is_asked_for(recompute, names, ki
     assert_same(*(dict(gradients_of(module)) for module in (ours, theirs)))
 
 
-# torch.func, on one layer. grad and vjp go through the kernels; everything else goes through the reference, whichever
-# backend was chosen.
+# torch.func, on one layer. grad and vjp use the kernels. Every other transform uses the reference, whichever backend
+# was chosen.
 @pytest.fixture(params=[(kind, by) for kind in ("LSTM", "GRU") for by in ("torch", KERNELS_HERE)], ids=" ".join)
 def both(request):
     return pair(*request.param)
@@ -89,7 +88,8 @@ def gradients(module, loss):
 
 
 def test_grad_and_vjp(both):
-    """And a gradient penalty with the inner gradient by torch.func, the outer one by plain autograd."""
+    """This includes a gradient penalty, whose inner gradient is by torch.func and whose outer one is by plain
+    autograd."""
     theirs, ours = both
     found = grad(lambda p: functional_call(ours, p, (inputs(ours),))[0].square().sum())(ours.state_dict())
     assert_close(found, gradients(theirs, theirs(inputs(theirs))[0].square().sum()))
@@ -98,7 +98,8 @@ def test_grad_and_vjp(both):
     dy, (_, pull) = inputs(theirs, *y.shape, seed=2), vjp(lambda x: ours(x)[0], inputs(ours))
     (true,) = torch.autograd.grad(y, x, dy, retain_graph=True)
     assert_close(pull(dy.to(inputs(ours))), true)
-    _, pull = vjp(lambda x: functional_call(ours, ours.state_dict(), (x,))[0], inputs(ours))  # nothing else learns
+    # The parameters learn nothing.
+    _, pull = vjp(lambda x: functional_call(ours, ours.state_dict(), (x,))[0], inputs(ours))
     assert_close(vmap(pull, 1)(torch.stack([dy, 2 * dy], 1).to(inputs(ours))), torch.stack([true, 2 * true]))
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     found = grad(lambda x: ours(x)[0].square().sum())(inputs(ours))
@@ -118,7 +119,8 @@ def test_jacobians_both_ways_and_forward_mode(by_reference):
 
 
 def test_several_gradients_at_once(both):
-    """By autograd's own vmap over backward, not torch.func's; of one result, of all, and of a gradient."""
+    """autograd's own vmap runs over backward, not torch.func's. The gradients are of one result, of all results, and of
+    a gradient."""
 
     def found(module, batched):
         x = inputs(module).requires_grad_()
@@ -154,7 +156,7 @@ def test_what_vjp_returned_is_differentiated_inside_another_transform(both, oute
             return [*again(dx), *vjp(lambda dx: again(dx)[0], dx)[1](dy)]
         if outer == "vmap":
             return vmap(lambda dy: pull(dy)[0])(torch.stack([dy, dy.cos()]))
-        if module is both[0]:  # torch has no forward mode there: but gradients are linear in dy
+        if module is both[0]:  # torch has no forward mode there, but gradients are linear in dy
             return pull(dy.cos())
         y, _ = module(x.requires_grad_())
         with forward_ad.dual_level():

@@ -1,5 +1,5 @@
-"""DDP and FSDP2 in two gloo processes, compared with one. Distributed checkpoints are those
-of examples/train_ddp.py: test_examples.py."""
+"""DDP and FSDP2 in two gloo processes, compared with one process. test_examples.py tests distributed checkpoints, by
+examples/train_ddp.py."""
 
 import os
 import socket
@@ -41,7 +41,7 @@ class Tagger(nn.Module):
 
 
 def batch(number, rank=None):
-    """x, lengths and resets of a joint batch, or one worker's part of it."""
+    """Return x, lengths and resets of a joint batch, or one worker's part of it."""
     generator = torch.Generator().manual_seed(number)
     x = torch.randn(T, B, I, generator=generator)
     lengths = torch.randint(1, T + 1, (B,), generator=generator)
@@ -62,7 +62,7 @@ def train(model, steps, optimizer, rank=None):
 
 
 def ddp(backend, rank, folder):
-    model = DistributedDataParallel(Tagger(backend, seed=rank))  # which hands out the weights of rank 0
+    model = DistributedDataParallel(Tagger(backend, seed=rank))  # DDP hands out the weights of rank 0
     backward_of(model, 0, rank)
     return {name: p.grad for name, p in model.module.named_parameters()}
 
@@ -77,7 +77,8 @@ def fsdp(backend, rank, folder):
 
 
 def agreed(backend, rank, folder):
-    """Whether kernels run two kinds of calls, which the ranks make in different orders and would decide differently."""
+    """Return whether kernels run two kinds of calls. The ranks make them in different orders, and alone would decide
+    differently."""
     seconds = {"triton": [1e-3 + rank] * 4, "torch": [2e-3 - rank * 1e-3] * 4}
     by_kernels = {}
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
@@ -100,18 +101,18 @@ def work(rank, port, folder):
             try:
                 found = task(backend, rank, folder)
             except Exception:
-                found = traceback.format_exc()  # for its test
+                found = traceback.format_exc()  # the test shows it
         torch.save(found, folder / f"{task.__name__} {backend} {rank}")
     dist.barrier()  # the store is in process 0
     dist.destroy_process_group()
-    # DTensor's caches of meshes keep the group, and so gloo's threads, alive: they must not run where Python is taken
-    # down, which would abort the process.
+    # DTensor's caches of meshes keep the group alive, and so gloo's threads. If these ran while Python is taken down,
+    # they would abort the process.
     os._exit(0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the workers have left their results."""
+    """The folder where the workers have left their results."""
     folder = tmp_path_factory.mktemp("workers")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,7 +122,7 @@ def folder(tmp_path_factory):
 
 
 def found(folder, task, backend):
-    """What the workers found, both the same."""
+    """Return the results of the workers, after checking that both are the same."""
     first, second = (torch.load(folder / f"{task.__name__} {backend} {rank}") for rank in range(WORKERS))
     assert isinstance(first, dict), first
     assert all(map(torch.equal, first.values(), second.values()))

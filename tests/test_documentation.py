@@ -1,5 +1,8 @@
-"""README, pages, examples and the lesson run, do what they say, and have no dead links; the site is built; what .github
-has, the section on CI of the pages, and that on a first run: valid, safe, and what they name exists."""
+"""The pages and .github.
+
+README, pages, examples and the lesson run, do what they say, and have no dead links, and the site is built. Workflows,
+the section on CI and the page on a first run are valid and safe, and everything that they name exists.
+"""
 
 import copy
 import inspect
@@ -11,7 +14,6 @@ import subprocess
 import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import check_jsonschema
 import nbformat
@@ -37,8 +39,10 @@ website = load(DOCS / "website.py")
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # test_graphs.py has the others
-    monkeypatch.setattr(torch.onnx, "export", partial(torch.onnx.export, dynamo=False))  # test_stream.py has the other
+    # test_graphs.py tests the other backends.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # test_stream.py tests the newer exporter.
+    monkeypatch.setattr(torch.onnx, "export", partial(torch.onnx.export, dynamo=False))
     torch.manual_seed(0)
     names: dict = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
@@ -47,9 +51,9 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
         exec(compile(block, f"{page.name}, example {number}", "exec"), names)
     if page != README:
         return
-    found = [names[name] for name in ("output", "h1", "c1", "h2", "c2")]  # of the last example
+    found = [names[name] for name in ("output", "h1", "c1", "h2", "c2")]  # results of the last example
     assert [tuple(t.shape) for t in found] == [(50, 3, 5), (3, 4), (3, 4), (3, 5), (3, 5)]
-    assert type(names["model"][0]) is torch.nn.LSTM  # converted, and back
+    assert type(names["model"][0]) is torch.nn.LSTM  # it was converted, and back
 
 
 def test_the_figures_of_the_pages_are_those_of_the_stored_results():
@@ -79,7 +83,7 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
 
 
-OF_README = {  # what rows of the README begin with, and the case and the rival that they are about
+OF_README = {  # how a row of the README begins, its case, and its rival
     "train a GRU |": ("training-fp32-T128-B16-I128-H128-gru", "torch"),
     "train an LSTM on sequences of different lengths": ("training-fp32-T128-B16-I128-H128-ragged", "torch-packed"),
     "train an LSTM on sequences in which 2 %": ("training-fp32-T128-B16-I128-H128-resets-2.0%", "rl_games-pieces"),
@@ -105,7 +109,7 @@ def test_the_rows_of_the_readme_are_those_of_the_stored_results_and_its_counts_t
 
 
 def links(text):
-    """The files that Markdown links to or shows, also in HTML, except in its examples."""
+    """Return the files that Markdown links to or shows, also in HTML, except in its examples."""
     text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.DOTALL)
     return re.findall(r"(?:\]\(|(?:src|srcset)=\")(?!https?:)([^)#\"]+)", text)
 
@@ -113,7 +117,7 @@ def links(text):
 def test_every_page_is_in_the_readme_and_the_navigation_and_every_link_leads_somewhere():
     assert {f"docs/{page.name}" for page in PAGES} <= set(links(README.read_text()))
     named = re.findall(r"\w+\.md", str(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
-    made = ["index.md", "lesson.md"]  # of the README and of the notebook
+    made = ["index.md", "lesson.md"]  # website.py makes them of the README and of the notebook
     assert sorted(named) == sorted([*made, *(page.name for page in PAGES)])
     markdown = "\n".join(cell.source for cell in LESSON.cells if cell.cell_type == "markdown")
     texts = {EXAMPLES / "lstm_explained.ipynb": markdown} | {page: page.read_text() for page in (README, *PAGES)}
@@ -127,7 +131,7 @@ def test_the_page_of_the_api_has_every_public_name_once(monkeypatch):
     assert len(described) == len(set(described))
     named = [getattr(gpu_lstm, name) for name in gpu_lstm.__all__]
     public = {value for value in named if not inspect.ismodule(value)}
-    for module in (gpu_lstm.compat, gpu_lstm.functional):  # not what they import
+    for module in (gpu_lstm.compat, gpu_lstm.functional):  # without names that they import
         own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         public |= {value for value in own.values() if getattr(value, "__module__", "") == module.__name__}
     of_keras = {getattr(gpu_lstm.keras, name) for name in [*gpu_lstm.keras.__all__, "LSTM", "GRU"]}
@@ -141,12 +145,12 @@ def code(notebook):
 
 
 def kinds(cell):
-    """What a cell put out: "stdout", or the formats in which something was displayed."""
+    """Return the kinds of a cell's output: "stdout", or the formats in which something was displayed."""
     return {output["name"] if output.output_type == "stream" else frozenset(output.data) for output in cell.outputs}
 
 
 def execute(notebook, folder):
-    """Run its cells, which may take any time, as the start of a kernel does on a loaded machine."""
+    """Run the cells of a notebook. They may take any time, and so may the start of a kernel on a loaded machine."""
     resources = {"metadata": {"path": folder}}
     NotebookClient(notebook, startup_timeout=3600, kernel_name="python3", resources=resources).execute()
 
@@ -157,7 +161,7 @@ def test_every_cell_of_the_lesson_runs_and_the_kinds_of_output_are_stored(tmp_pa
     examples = shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
     executed = copy.deepcopy(LESSON)
     for cell in code(executed):
-        cell.outputs = []  # and less training will do; make lesson-run has it all
+        cell.outputs = []  # less training is enough here; make lesson-run trains in full
         cell.source = re.sub(r"for seed in range\(\d\)", "for seed in range(1)", cell.source)
         cell.source = cell.source.replace("epochs=40", "epochs=12")
     execute(executed, examples)
@@ -192,7 +196,7 @@ def test_the_lesson_is_stored_of_one_run_without_errors_or_the_machine_that_ran_
         if any("image/png" in kind for kind in kinds(cell)):
             assert re.search(r"  # [A-Z].{20,}$", cell.source), f"what does the picture show? {cell.source}"
     assert set(stored.metadata) == {"kernelspec", "language_info"}
-    assert all(not cell.metadata for cell in stored.cells)  # among them times of execution
+    assert all(not cell.metadata for cell in stored.cells)  # metadata includes times of execution
     text, pictures = website.lesson(stored)
     assert [n for n in range(1, len(cells) + 1) if f"(../docs/pictures/lesson_{n}.png)" in text] == [*pictures]
     for cell in stored.cells:
@@ -213,7 +217,7 @@ def test_the_stored_table_of_kernels_has_every_case_and_nothing_that_spills():
 
 @pytest.mark.deep
 def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_nothing_from_elsewhere(tmp_path):
-    """With three links that lead nowhere, which are all that it complains of."""
+    """Three links in the copy lead nowhere. They are the only complaints."""
     pytest.importorskip("zensical", reason="zensical needs Python 3.11")
     for name in ("README.md", "mkdocs.yml"):
         shutil.copy(ROOT / name, tmp_path)
@@ -222,7 +226,7 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
         (tmp_path / name).symlink_to(ROOT / name)
     with (tmp_path / "docs" / "what_runs.md").open("a") as file:
         file.write("\n[x](nowhere.md) [x](design.md#nowhere) [x](../README.md#nowhere)\n")
-    subprocess.run([sys.executable, "docs/website.py"], cwd=tmp_path, check=True)  # as make docs
+    subprocess.run([sys.executable, "docs/website.py"], cwd=tmp_path, check=True)  # as make docs does
     command = [sys.executable, "-m", "zensical", "build", "--clean", "--strict"]
     done = subprocess.run(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 1
@@ -246,11 +250,11 @@ def test_the_site_is_built_strictly_with_its_formulas_and_docstrings_and_loads_n
     assert "resets_from_dones" in (site / "search.json").read_text()
 
 
-ROOT = Path(__file__).parent.parent
 ACTION = ROOT / ".github/actions/gpu-lstm/action.yml"
 PAGE = (ROOT / "docs/what_runs.md").read_text().split("## In your CI")[1]
 FIRST_RUN = (ROOT / "docs/first_gpu_run.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE)  # of the page: (language, text)
+# The blocks of the page: (language, text).
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE)
 TEXTS = {path.stem: path.read_text() for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
 TEXTS |= {f"docs-{number}": text for number, text in enumerate(text for kind, text in BLOCKS if kind == "yaml")}
 WORKFLOWS = {name: yaml.safe_load(text) for name, text in TEXTS.items()}
@@ -287,7 +291,7 @@ def test_jobs_may_only_read_but_for_two_that_publish_and_run_no_code_of_ours():
     for (name, key), job in JOBS.items():
         workflow = WORKFLOWS[name]
         assert workflow["permissions"] == {"contents": "read"}
-        assert "self-hosted" not in job["runs-on"] or "pull_request" not in workflow[True]  # YAML 1.1: on is True
+        assert "self-hosted" not in job["runs-on"] or "pull_request" not in workflow[True]  # YAML 1.1 reads on as True
         assert key == "publish" or "permissions" not in job, name
     for name, permissions, actions in (
         ("release", {}, ["actions/download-artifact", "pypa/gh-action-pypi-publish"]),
@@ -336,7 +340,7 @@ def test_versions_agree():
 
 def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_that_exist():
     for script in SCRIPTS:
-        assert "${{" not in script  # its value would be run as code; it comes by the environment
+        assert "${{" not in script  # its value would be run as code, so it comes by the environment
         assert run("bash", "-n", "-c", script).returncode == 0, script
     for target in set(re.findall(r"\bmake ([\w.-]+)", COMMANDS)):
         assert run("make", "-n", target).returncode == 0, target
@@ -344,7 +348,7 @@ def test_scripts_are_bash_without_expressions_and_name_files_and_make_targets_th
     named = re.findall(rf"(?<![\w/.$])(?:{folders})/[\w./-]*", "\n".join([*SCRIPTS, FIRST_RUN]))
     named += re.findall(r"cache-dependency-path: (\S+)", "\n".join(TEXTS.values()))
     for name in named:
-        made = name.startswith((".venv/", "bench/results/"))  # by the workflow; by whoever stores a run
+        made = name.startswith((".venv/", "bench/results/"))  # by the workflow, or by whoever stores a run
         assert made or (ROOT / name).exists(), name
 
 
@@ -367,7 +371,7 @@ def test_inputs_of_this_repositorys_action_exist_and_so_do_commands_and_their_op
 
 @pytest.mark.parametrize(("status", "baseline"), [(1, ""), (2, "ci/mine.csv"), (0, None)])
 def test_the_action_compares_with_the_run_of_this_card_if_any_and_ends_as_that(tmp_path, status, baseline):
-    """The run of this card is stored, or another `baseline` is given; None: neither."""
+    """The run of this card is stored, or another `baseline` is given. With None there is neither."""
     (script,) = (script for script in SCRIPTS if "bench compare" in script)
     file = "bench/results/nvidia-h100-80gb-hbm3.csv"
     for folder in ("gpu-lstm", "bench/results"):

@@ -1,4 +1,4 @@
-"""The examples learn, check what they say that they check, and print what they should; and the benchmark of one."""
+"""The examples learn, check and print what they promise, and the benchmark of one of them works."""
 
 import itertools
 import os
@@ -65,7 +65,7 @@ def test_advantages_are_the_discounted_errors_up_to_the_end_of_the_episode():
 
 
 def test_the_benchmark_times_nothing_that_differs(monkeypatch):
-    """The update in one call has the loss and gradients of a loop over steps, but not where resets are late."""
+    """An update in one call has the loss and gradients of a loop over steps. If resets are late, it does not."""
     monkeypatch.setattr(ppo.timing, "interleaved", lambda calls, *_: set(calls))
     assert ppo.measure("cpu", 24, 5, 16) == set(itertools.product(ppo.CELLS, ppo.WAYS, ("update", "rollout")))
     forward = ppo.LOOPS.GRU.forward
@@ -94,12 +94,12 @@ def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_paddin
     isaac = load(EXAMPLES / "isaac_shapes.py")
     monkeypatch.setattr(isaac, "time", clock)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    for of in (torch.backends.cuda.matmul, torch.backends.cudnn):  # which main() sets
+    for of in (torch.backends.cuda.matmul, torch.backends.cudnn):  # main() sets them
         request.addfinalizer(partial(setattr, of, "allow_tf32", of.allow_tf32))
     line = isaac.main(["--environments", "64", "--hidden", "4", "--rounds", "2"])
     *rows, empty, last = capsys.readouterr().out.splitlines()
     assert (empty, last) == ("", line)
-    shapes = ["T4 B64 H4", "T16 B64 H4", "T24 B64 H4", "T32 B64 H4"]  # of seven, cut to these sizes
+    shapes = ["T4 B64 H4", "T16 B64 H4", "T24 B64 H4", "T32 B64 H4"]  # the seven shapes, cut to these sizes, are four
     for row, shape in zip(rows[1:], shapes, strict=True):
         assert re.fullmatch(rf"\w+ +{shape}, [1-9]\d* pieces( +1000\.00){{3}} +1\.00, 1\.00", row), row
     assert "gpu_lstm 0." in line
@@ -111,12 +111,12 @@ def test_a_line_for_each_shape_and_one_to_send_but_nothing_is_timed_where_paddin
 
 
 def in_two_processes(arguments):
-    """As torchrun does it, in forks, which have torch."""
+    """Run the example as torchrun does, in forks, in which torch is imported already."""
     config = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0")
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT
     handlers = [(number, signal.getsignal(number)) for number in numbers]
     elastic_launch(LaunchConfig(**config, start_method="fork", monitor_interval=0.01), ddp.main)(arguments)
-    for number, handler in handlers:  # which the launcher replaces
+    for number, handler in handlers:  # the launcher replaces them
         signal.signal(number, handler)
 
 
@@ -125,9 +125,10 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     in_two_processes(["--out", str(whole), "--steps", "6", "--save-every", "3"])
     shutil.copytree(whole / "step-3", parts / "step-3")
-    shutil.copytree(whole / "step-6", parts / "step-5", ignore=shutil.ignore_patterns(".metadata"))  # not yet whole
+    # A checkpoint that is not complete.
+    shutil.copytree(whole / "step-6", parts / "step-5", ignore=shutil.ignore_patterns(".metadata"))
     in_two_processes(["--out", str(parts), "--steps", "6", "--resume"])
-    expected, found = {}, {}  # all that each checkpoint holds, by its place there
+    expected, found = {}, {}  # everything that each checkpoint holds, by its place there
     for folder, held in ((whole, expected), (parts, found)):
         dcp_to_torch_save(folder / "step-6", tmp_path / "whole.pt")
         leaves = tree_leaves_with_path(torch.load(tmp_path / "whole.pt", weights_only=False))
@@ -185,7 +186,7 @@ def test_the_answer_of_an_exercise_is_right(number, monkeypatch):
     getattr(load(EXAMPLES / "lesson_answers.py"), f"exercise_{number}")()
 
 
-OTHERS = {"lesson_answers.py", "lesson_plots.py", "lesson_drawings.py"}  # of the lesson, and over in seconds
+OTHERS = {"lesson_answers.py", "lesson_plots.py", "lesson_drawings.py"}  # they belong to the lesson, and end in seconds
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - OTHERS))
@@ -199,7 +200,7 @@ def test_an_example_says_what_it_does_and_trains_nothing(name, monkeypatch, caps
 def test_what_make_agree_says(monkeypatch, capsys):
     monkeypatch.setitem(os.environ, "TRITON_INTERPRET", os.environ["TRITON_INTERPRET"])
     for name in ("rich", "matplotlib", "pandas"):
-        monkeypatch.setitem(sys.modules, name, None)  # what make agree does not install
+        monkeypatch.setitem(sys.modules, name, None)  # make agree does not install these
     agree = load(ROOT / "dev/agree.py")
     monkeypatch.setattr(agree, "T", 4)
     monkeypatch.setattr(agree, "H", 6)

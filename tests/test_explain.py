@@ -1,4 +1,4 @@
-"""gpu_lstm.explain says what the call then runs, why, and what else was possible; and runs nothing."""
+"""gpu_lstm.explain tells what a call then runs, why, and the alternatives, and it runs nothing."""
 
 import dataclasses
 import importlib
@@ -28,7 +28,7 @@ from gpu_lstm.verification import verify
 pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
               pytest.mark.usefixtures("nothing_cached")]  # fmt: skip
 CPU = torch.device("cpu")
-X, TIMES = torch.zeros(5, 3, 4), {"triton": 1e-3, "torch": 1.8e-3}
+INPUT, TIMES = torch.zeros(5, 3, 4), {"triton": 1e-3, "torch": 1.8e-3}
 
 
 @pytest.fixture
@@ -40,11 +40,11 @@ def card(monkeypatch):
 
 
 def _kind(lstm):
-    return kind_of(lstm._request(X))
+    return kind_of(lstm._request(INPUT))
 
 
 def _won(lstm):
-    """As if kernels had won a race against torch."""
+    """Store a race that the kernels won against torch."""
     value = dict(backend="triton", why="won a race, 1.80 times as fast", seconds=TIMES)
     cache.write(cache.RACES, race._key(_kind(lstm), Backend.TRITON, CPU), value)
 
@@ -52,7 +52,7 @@ def _won(lstm):
 def test_a_race_that_was_won_is_told_with_both_times(card):
     lstm = gpu_lstm.LSTM(4, 5, 2, bidirectional=True)
     _won(lstm)
-    found = gpu_lstm.explain(lstm, X)
+    found = gpu_lstm.explain(lstm, INPUT)
     assert (found.backend, found.seconds) == ("triton", TIMES)
     for backend, words in dict(torch="1.80 times the time in the race", cupy="CuPy", reference="plain loop").items():
         assert words in found.others[backend]
@@ -62,24 +62,24 @@ def test_a_race_that_was_won_is_told_with_both_times(card):
     assert "backend    triton: won a race, 1.80 times as fast (triton 1 ms, torch 1.8 ms)" in str(found)
     assert "LSTM 4 -> 5 -> 5, T = 5, B = 3, float32" in str(found)
     with torch.no_grad():
-        assert gpu_lstm.explain(lstm, X).seconds is None, "inference is another kind, and was not raced"
+        assert gpu_lstm.explain(lstm, INPUT).seconds is None, "inference is another kind, and was not raced"
 
 
 def test_without_a_race_it_tells_who_is_expected_to_win_and_that_there_will_be_one(card):
     lstm = gpu_lstm.LSTM(4, 5)
-    found = gpu_lstm.explain(lstm, X)
+    found = gpu_lstm.explain(lstm, INPUT)
     assert (found.backend, found.seconds) == ("torch", None)
     assert found.why == "expected: a kernel of the step family is slower; the first call races it"
     assert found.others["triton"] == found.why
     with gpu_lstm.racing("read"):
-        assert gpu_lstm.explain(lstm, X).why == "expected: a kernel of the step family is slower"
+        assert gpu_lstm.explain(lstm, INPUT).why == "expected: a kernel of the step family is slower"
     _won(lstm)
     with gpu_lstm.racing("off"):
-        assert gpu_lstm.explain(lstm, X).backend == "torch"
-    found = gpu_lstm.explain(lstm, X, resets=torch.ones(5, 3, dtype=torch.bool))
+        assert gpu_lstm.explain(lstm, INPUT).backend == "torch"
+    found = gpu_lstm.explain(lstm, INPUT, resets=torch.ones(5, 3, dtype=torch.bool))
     assert (found.backend, found.others["torch"]) == ("triton", found.why)
     assert "torch's LSTM is slow with resets" in found.why
-    found = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1), X)
+    found = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1), INPUT)
     assert (found.why, found.others["torch"]) == ("torch's own does not support zoneout", "it does not support zoneout")
     assert "B = 3, float32, zoneout, with gradients\n" in str(found)
 
@@ -123,25 +123,23 @@ def test_what_the_verification_of_a_kernel_came_to(card):
 def test_a_call_in_which_only_states_to_reset_to_learn_is_training(learns):
     gru, resets = gpu_lstm.GRU(4, 5, backend="triton").requires_grad_(False), torch.zeros(5, 3, dtype=torch.bool)
     left = torch.zeros(1, 3, 5, requires_grad=learns)
-    (layer,) = gpu_lstm.explain(gru, X, resets=resets, reset_states=left).layers
+    (layer,) = gpu_lstm.explain(gru, INPUT, resets=resets, reset_states=left).layers
     assert [each.name for each in layer.passes] == ["forward", "backward"][: 1 + learns]
 
 
 @pytest.mark.parametrize(("training", "options", "launches"), [
-    (False, {}, 6), (True, {}, 4 * len(X)), (True, dict(layer_norm=True), 8 * len(X)),
-    (True, dict(proj_size=2, zoneout=0.1), 8 * len(X)), (True, dict(proj_size=2), 4),
+    (False, {}, 6), (True, {}, 4 * len(INPUT)), (True, dict(layer_norm=True), 8 * len(INPUT)),
+    (True, dict(proj_size=2, zoneout=0.1), 8 * len(INPUT)), (True, dict(proj_size=2), 4),
 ])  # fmt: skip
-def test_launches_are_as_many_as_the_call_makes(monkeypatch, training, options, launches):
-    """With a workspace for few steps, so that there are chunks where nothing is kept for backward. A layer norm or a
+def test_launches_are_as_many_as_the_call_makes(monkeypatch, launched, training, options, launches):
+    """The workspace holds few steps, so that there are chunks where nothing is kept for backward. A layer norm or a
     projection in the loop divides a step into two."""
     monkeypatch.setattr(schedule, "WORKSPACE", 2 * 3 * 20 * 4)
     if training and not options:
         monkeypatch.setattr(choose, "candidates", lambda problem, *_: [pointwise_plan(problem, False)])
-    launched = Mock(side_effect=launch.launch_kernel)
-    monkeypatch.setattr(launch, "launch_kernel", launched)
     lstm = gpu_lstm.LSTM(4, 5, 2, backend="triton", **options)
     with torch.set_grad_enabled(training):
-        found, (y, _) = gpu_lstm.explain(lstm, X), lstm(X)
+        found, (y, _) = gpu_lstm.explain(lstm, INPUT), lstm(INPUT)
         if training:
             y.sum().backward()
     assert found.launches == launched.call_count == launches
@@ -152,19 +150,19 @@ def test_what_a_user_asked_for_is_named(monkeypatch):
     lstm = gpu_lstm.LSTM(4, 5)
     with monkeypatch.context() as patch:
         patch.setattr(numba_rnn, "is_compiled", lambda *_: False)
-        found = gpu_lstm.explain(lstm, X)
+        found = gpu_lstm.explain(lstm, INPUT)
     why = "the loops are not compiled yet, and are not for it: torch's own LSTM is one loop on a CPU as well"
     assert (found.why, found.others["numba"]) == (f"backend 'auto' chooses it where no kernels run; {why}", why)
     assert found.others["triton"] == "'auto' does not give cpu tensors to it"
     monkeypatch.setenv(choices.BACKEND_VARIABLE, "reference")
-    assert gpu_lstm.explain(lstm, X).why == "asked for by the variable GPU_LSTM_BACKEND"
+    assert gpu_lstm.explain(lstm, INPUT).why == "asked for by the variable GPU_LSTM_BACKEND"
     by_triton = gpu_lstm.backend("triton")(gpu_lstm.explain)
-    assert by_triton(lstm, X).why == "asked for by gpu_lstm.backend(...)"
+    assert by_triton(lstm, INPUT).why == "asked for by gpu_lstm.backend(...)"
     lstm.backend = "torch"
-    found = by_triton(lstm, X)
+    found = by_triton(lstm, INPUT)
     assert (found.backend, found.why) == ("torch", "asked for by the argument `backend`")
     assert found.others["triton"] == "'torch' is asked for by the argument `backend`"
-    zoneout = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1).double(), X.double())
+    zoneout = gpu_lstm.explain(gpu_lstm.LSTM(4, 5, zoneout=0.1).double(), INPUT.double())
     assert zoneout.others["torch"] == "it does not support zoneout"
     assert "supports float16, bfloat16 and float32, got torch.float64" in zoneout.others["triton"]
 
@@ -184,15 +182,15 @@ def test_the_loops_for_cpus_and_what_decides():
 
 
 def test_how_torch_goes_about_it():
-    lstm, packed = gpu_lstm.LSTM(4, 5, backend="torch"), pack_padded_sequence(X, [5, 3, 2])
-    assert "all layers in one call" in gpu_lstm.explain(lstm, X).how
+    lstm, packed = gpu_lstm.LSTM(4, 5, backend="torch"), pack_padded_sequence(INPUT, [5, 3, 2])
+    assert "all layers in one call" in gpu_lstm.explain(lstm, INPUT).how
     assert "runs the PackedSequence as it is" in gpu_lstm.explain(lstm, packed).how
-    assert "a call for each layer and" in gpu_lstm.explain(lstm, X, lengths=torch.tensor([5, 2, 1])).how
-    assert gpu_lstm.explain(gpu_lstm.GRU(4, 5), X).how == "torch's own GRU, all layers in one call"
-    of_heads = gpu_lstm.explain(gpu_lstm.GRU(4, 6, heads=3), X)
+    assert "a call for each layer and" in gpu_lstm.explain(lstm, INPUT, lengths=torch.tensor([5, 2, 1])).how
+    assert gpu_lstm.explain(gpu_lstm.GRU(4, 5), INPUT).how == "torch's own GRU, all layers in one call"
+    of_heads = gpu_lstm.explain(gpu_lstm.GRU(4, 6, heads=3), INPUT)
     assert (of_heads.layers[0].heads, "layer 0, forward: 4 -> 6 of 3 heads" in str(of_heads)) == (3, True)
     assert of_heads.problem.startswith("GRU 4 -> 6 (3 heads), T = 5, B = 3, float32, ")
-    stack = gpu_lstm.explain(gpu_lstm.StackedGRU(4, [5, 6]), X)
+    stack = gpu_lstm.explain(gpu_lstm.StackedGRU(4, [5, 6]), INPUT)
     assert stack.how.endswith("a call for each layer")
     assert [d.hidden_size for d in stack.layers] == [5, 6]
 
@@ -207,7 +205,7 @@ def test_the_precision_of_float32_products_and_the_switch(monkeypatch):
 
 def test_nothing_changes_and_all_of_it_is_data(card):
     lstm, before = gpu_lstm.LSTM(4, 5, 2, dropout=0.5, weight_drop=0.5), torch.get_rng_state()
-    found = gpu_lstm.explain(lstm, X, (torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)))
+    found = gpu_lstm.explain(lstm, INPUT, (torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)))
     assert torch.equal(torch.get_rng_state(), before)
     assert route._routes == race.decided == {}
     assert not list(cache.entries(cache.RACES))

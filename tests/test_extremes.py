@@ -1,5 +1,7 @@
-"""Nothing to do, more than fits into 32 bits, addresses outside of tensors: batches of none, sizes of 0, offsets and
-grids of huge problems. What is too large for any memory is interpreted without any: every address is checked."""
+"""Empty batches, sizes of 0, sizes that exceed 32 bits, and addresses outside of tensors.
+
+Problems that are too large for any memory are interpreted without memory, and every address is checked.
+"""
 
 import dataclasses
 import re
@@ -43,10 +45,10 @@ HEADS = {f"{cls.__name__} of heads": partial(cls, 2, 4, heads=2) for cls in (gpu
 @pytest.mark.parametrize("kind", ["plain", "deep", "projected", "stack", "variant", "GRU", "StackedGRU", *HEADS])
 @every_backend
 def test_a_batch_of_none(backend, kind, recompute, ragged):
-    """Forward and backward: results with no rows, and gradients of zero. A variant has noise, too."""
+    """Forward and backward give results with no rows, and gradients of zero. A variant has noise, too."""
     noise = dict(recurrent_dropout=0.5, zoneout=0.1) if kind == "variant" else {}
     if noise and backend == "torch":
-        backend = None  # chooses one that takes it
+        backend = None  # the library chooses one that has noise
     place = PLACES[backend or "reference"]
     lstm = (SUBJECTS | HEADS)[kind](backend=backend, recompute=recompute, **noise, **place)
     x = zeros(T, 0, 2, **place, requires_grad=True)
@@ -84,11 +86,12 @@ IN_PLACE = ("output", "h_n", "c_n", "input", "lengths", "weight")
 @pytest.mark.parametrize(("backend", "ragged"), [(KERNELS_HERE, True), *product(BACKENDS[:2], (False, True))])
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU])
 def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(cls, backend, ragged, changed):
-    """torch raises where backward needs what was there. Where it does not, results and gradients are right."""
+    """torch raises where backward needs the old value. Where backward does not need it, results and gradients are
+    right."""
     place = PLACES[backend]
     lstm, x = cls(I, H, 2, backend=backend, **place), torch.randn(T, 2, I, **place)
     lengths = torch.tensor([T, 1], device=place["device"]) if ragged else None
-    wanted = [p for name, p in lstm.named_parameters() if name != "weight_ih_l1"]  # that one is changed
+    wanted = [p for name, p in lstm.named_parameters() if name != "weight_ih_l1"]  # this parameter is changed
 
     def gradients(change):
         given, its_lengths = x.clone(), None if lengths is None else lengths.clone()
@@ -120,7 +123,7 @@ def test_what_is_changed_in_place_before_backward_is_refused_or_does_not_matter(
 @pytest.mark.parametrize(("layer", "rows"), [(lstm_layer, 4 * H), (gru_layer, 3 * H)])
 @every_backend
 def test_a_layer_without_features(backend, layer, rows):
-    """It computes what it would from a feature that is always zero."""
+    """The layer computes the same as with one feature that is always zero."""
     place = PLACES[backend]
     weights = [torch.randn(shape, **place) for shape in ((rows, 0), (rows, H), (rows,), (rows,))]
     one_feature = [pad(weights[0], (0, 1), value=1.0), *weights[1:]]
@@ -133,7 +136,7 @@ def test_a_layer_without_features(backend, layer, rows):
 @pytest.mark.parametrize("layer", [lstm_layer, gru_layer])
 @every_backend
 def test_gates_that_are_open_or_shut_by_any_amount(backend, layer):
-    """A NaN stays one, in its own sequence."""
+    """A NaN stays a NaN, and only in its own sequence."""
     place, rows = PLACES[backend], 4 * H if layer is lstm_layer else 3 * H
     values = torch.tensor([0.0, 9, 20, 88, 89, 104, 1e30, torch.inf, torch.nan])
     x = torch.cat([values, -values])[None, :, None].repeat(T, 1, 1)  # [T, B, 1]
@@ -147,7 +150,7 @@ def test_gates_that_are_open_or_shut_by_any_amount(backend, layer):
     assert_same(*found, equal_nan=True)
 
 
-# What kernels can count to
+# The sizes that kernels can count to
 
 
 @pytest.mark.parametrize(("name", "steps", "batch", "hidden"), [
@@ -168,7 +171,7 @@ HUGE = {
     "step, rows": ("step", Problem(3, 2**30, 5, F16)),
     "step, rows, masks": ("step", Problem(3, 2**30, 5, F16, dropout_h=True, zoneout_h=3, zoneout_c=3)),
     "step, W_hh": ("step", Problem(2, 17, 23_200, F16)),
-    "split, rows": ("split", Problem(3, 2**30, 64, F16)),  # where a program has a tile of products and one of cells
+    "split, rows": ("split", Problem(3, 2**30, 64, F16)),  # here a program has a tile of products and one of cells
     "split, W_hh": ("split", Problem(2, 17, 23_232, F16)),
     "resident, rows": ("resident", Problem(3, 2**30, 5, F16)),
     "pointwise, rows": ("pointwise", Problem(3, 2**30, 5, F16)),
@@ -188,8 +191,8 @@ AT_THE_LIMIT = {
 
 def _launches(name, backward):
     family, problem = (HUGE | AT_THE_LIMIT)[name]
-    plan = plan_of("step" if family == "split" else family, problem, backward)  # whose tiles are those of parts, too
-    # No more than a tile for each program, and wide tiles of K, so that the interpreter is soon done.
+    plan = plan_of("step" if family == "split" else family, problem, backward)  # its tiles are those of parts, too
+    # Use at most one tile for each program, and wide tiles of K, so that the interpreter ends soon.
     if family in ("step", "split"):
         tiles = ceil(problem.batch / plan.rows) * ceil(problem.hidden / plan.units)
         parts = 4 if family == "split" and backward else 1
@@ -209,10 +212,11 @@ def test_grids_are_those_of_a_gpu(name, backward):
 
 
 class NoMemory:
-    """Replaces the interpreter's: lengths are read as T, all else as zeros, within the tensors of the launch."""
+    """Replaces the interpreter's memory. Lengths are read as T, and everything else as zeros. Accesses must lie within
+    the tensors of the launch."""
 
     def __init__(self, steps):
-        self.steps, self.largest = steps, 0  # index of an element touched
+        self.steps, self.largest = steps, 0  # the index of an element touched
 
     def load(self, at, mask, other, dtype):
         self._touch("load", at, mask, np.dtype(dtype).itemsize)
@@ -231,7 +235,7 @@ class NoMemory:
 
 
 def _run_last_program(monkeypatch, one):
-    """Launch only the last program of a recorded kernel, without memory; return the largest index it touched."""
+    """Launch only the last program of a recorded kernel, without memory. Return the largest index that it touched."""
     memory, native = NoMemory(one.arguments["T"]), interpreter._interpreter
     names = ("load", "store", "atomic_rmw")
     last = tuple(n - 1 for n in one.grid)
@@ -259,8 +263,8 @@ ALL = "peepholes masks"
 
 
 def run(family, words, size=SIZE):
-    """A call and its gradients. The last sequence is the longest. At its end it is reset, so that kernels need
-    everything that they are given."""
+    """Run a call and its gradients. The last sequence is the longest, and is reset at its end, so that kernels need
+    every tensor that they are given."""
     module = with_random_parameters(built(size, {*words.split()}, backend=KERNELS[family].backend), 0)
     x, hx, rest = call_of(module, size, {"ragged", "states"}, 0)
     rest["resets"].zero_()[-1, -1] = True
@@ -289,14 +293,15 @@ def test_a_tensor_that_is_one_element_short_is_detected_in_triton(monkeypatch, f
         run(family, ALL)
 
 
-# Without zoneout products alone read h0.
+# Without zoneout only products read h0.
 @by_interpreter
 @pytest.mark.usefixtures("exact_float32_products")
 @pytest.mark.parametrize(("words", "size", "unread"), [
     (ALL, SIZE, ""), ("peepholes norms", SIZE, "h0"), (ALL, (*SIZE, 5), ""), ("gru masks", SIZE, ""),
 ])  # fmt: skip
 def test_each_tensor_that_is_one_element_short_is_detected_in_cuda(monkeypatch, words, size, unread):
-    """All at once, in either kernel, since both are given all: what is detected is noted, and happens."""
+    """All tensors are short at once, in both kernels, since both are given all of them. Each detected access is
+    recorded, and takes place."""
     KERNELS["cupy"].force(monkeypatch)
     given, detected, bind = set(), set(), cupy.bind
 

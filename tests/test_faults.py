@@ -1,6 +1,8 @@
-"""Faults of kernels on a card, and what a user gets: right numbers, one warning that says why, and no second trial. The
-CPU counts as a card with one plan, the step family's, and faults are planted in its kernels and around them.
-test_verify.py has how they are found."""
+"""Faults of kernels on a card: the user gets right numbers and one warning that says why, and there is no second trial.
+
+The CPU counts as a card with one plan, the step family's. Faults are planted in its kernels and around them.
+test_verify.py tests how they are found.
+"""
 
 import copy
 import dataclasses
@@ -35,13 +37,14 @@ pytestmark = [
     pytest.mark.usefixtures("nothing_cached", "exact_float32_products"),
 ]
 
-# Device functions without a fault; and plain functions in their place, since what calls them runs in the interpreter.
+# Right device functions. Faults are plain functions in their place, since the code that calls them runs in the
+# interpreter.
 cell_forward, cell_backward, tanh = equations.cell_forward, equations.cell_backward, equations.tanh
 load_constants, launch_kernel, sequences = states.load_constants, launch.launch_kernel, indexing.sequences
 
 
 def gru_with(candidate):
-    """The GRU's forward with another candidate n."""
+    """Return the GRU's forward with another candidate n."""
 
     def forward(x, z, c_prev, rest, bias_hh, peepholes, S):
         (r, update, _, s), _, rest = cell_forward(x, z, c_prev, rest, bias_hh, peepholes, S)
@@ -52,11 +55,11 @@ def gru_with(candidate):
 
 
 def gru_gradients(change):
-    """The GRU's backward, of which change(gates, dz, dc_prev, rest) returns what is wrong."""
+    """Return the GRU's backward with wrong results: change(gates, dz, dc_prev, rest)."""
     return lambda gates, *given: change(gates, *cell_backward(gates, *given))
 
 
-IN_KERNELS = {  # of each option of a call: the device function, and what stands in its place
+IN_KERNELS = {  # for each option of a call: the device function, and the faulty one in its place
     "gates i and f swapped": ("cell_forward", lambda x, z, *given: cell_forward(
         (x[1], x[0], *x[2:]), (z[1], z[0], *z[2:]), *given)),
     "cell gradient lost": ("cell_backward", lambda *given: (
@@ -81,7 +84,7 @@ IN_KERNELS = {  # of each option of a call: the device function, and what stands
 
 
 def plant(monkeypatch, fault):
-    """A fault wherever kernels of the step family find the function."""
+    """Plant a fault wherever kernels of the step family find the function."""
     name, function = IN_KERNELS[fault]
     for module in (step_family, cells, fragments, indexing, states, noise, equations):
         if hasattr(module, name):
@@ -100,12 +103,12 @@ def gives_nan(kernel, grid, **arguments):
 
 
 def times_out(kernel, grid, arrivals_ptr, **arguments):
-    """Its programs wait for one arrival more than there will be."""
+    """Launch programs that wait for one arrival more than there will be."""
     with few_polls(kernel.__name__, trial=True):
         launch_kernel(kernel, grid, arrivals_ptr=arrivals_ptr.sub_(1), **arguments)
 
 
-OF_LAUNCHES = {  # what stands in the place of a launch, and what is said
+OF_LAUNCHES = {  # a function in the place of a launch, and the text of the warning
     "writes outside": (writes_outside, r"step_forward_kernel wrote up to 12 bytes past the end of h \["),
     "gives NaN": (gives_nan, "the RMS error of .* is nan"),
     "times out": (times_out, "step_forward_kernel timed out at step"),
@@ -115,7 +118,8 @@ OF_LAUNCHES = {  # what stands in the place of a launch, and what is said
 
 @pytest.fixture(autouse=True)
 def verdicts(monkeypatch):
-    """A Mock that gives them. Nothing is raced: where there are resets the kernels are expected to be faster."""
+    """A Mock that gives the verdicts. Nothing is raced. Where there are resets the kernels are expected to be
+    faster."""
     plans_are_verified_on_the_cpu(monkeypatch)
     monkeypatch.setattr(verify, "_verdict", Mock(side_effect=verify._verdict))
     with gpu_lstm.racing("off"):
@@ -140,7 +144,7 @@ def by_compiler(module):
 
 
 class Row(NamedTuple):
-    """A fault, the module whose kernels have it, and how that is called."""
+    """A fault, the module whose kernels have it, and the way in which the module is called."""
 
     fault: str
     kind: str = "LSTM"
@@ -148,7 +152,7 @@ class Row(NamedTuple):
     way: Callable = eager
 
 
-X = random_inputs(gpu_lstm.LSTM(I, H), B)[0]
+INPUT = random_inputs(gpu_lstm.LSTM(I, H), B)[0]
 EVERYTHING = dict(peepholes=True, recompute=True)
 
 
@@ -159,46 +163,45 @@ EVERYTHING = dict(peepholes=True, recompute=True)
     Row("GRU: n does not depend on r", "GRU", {}, watched), *map(Row, OF_LAUNCHES),
 ], ids=lambda row: f"{row.fault}, {row.way.__name__}")  # fmt: skip
 def test_numbers_are_right_where_no_kernel_is(verdicts, monkeypatch, row):
-    """Forward or backward; as one warning says, and without another trial. What tells nothing about the kernel, such as
-    a timeout next to another process, is not cached."""
+    """A fault is forward or backward. One warning reports it, and there is no second trial. An event that tells nothing
+    about the kernel, such as a timeout next to another process, is not cached."""
     if row.fault in IN_KERNELS:
         plant(monkeypatch, row.fault)
     else:
         monkeypatch.setattr(launch, "launch_kernel", OF_LAUNCHES[row.fault][0])
     _, said = OF_LAUNCHES.get(row.fault, (None, "the RMS error of"))
     ours = getattr(gpu_lstm, row.kind)(I, H, **row.arguments)
-    call, expected = row.way(ours), truth(ours, X, **RAGGED)
+    call, expected = row.way(ours), truth(ours, INPUT, **RAGGED)
     told = "does without the kernels of 'triton'"
     if row.way is eager:
         told = f"uses '{'reference' if row.arguments else 'torch'}' for {row.kind} {I} -> {H}"
     with pytest.warns(UserWarning, match=f"'auto' {told}.* no Triton kernel can run this layer .*{said}"):
-        assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
+        assert_same(results(ours, INPUT, call=call, **RAGGED), expected, condition=2)
     asked, stored = verdicts.call_count, [verdict for *_, verdict in cache.entries(cache.CHECKS)]
     assert (stored == []) == (row.fault in ("times out", "cannot be launched"))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm")
-        assert_same(results(ours, X, call=call, **RAGGED), expected, condition=2)
-        gpu_lstm.check()  # nothing is left to tell
-        others = gpu_lstm.explain(ours, X, **RAGGED).others
+        assert_same(results(ours, INPUT, call=call, **RAGGED), expected, condition=2)
+        gpu_lstm.check()  # nothing is left to report
+        others = gpu_lstm.explain(ours, INPUT, **RAGGED).others
         assert row.way is not eager or others["triton"].startswith("the kernels fail")
     assert verdicts.call_count == asked
     with torch.no_grad():
-        torch.testing.assert_close(call(X, **RAGGED)[0].double(), expected["output"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(call(INPUT, **RAGGED)[0].double(), expected["output"], rtol=0, atol=1e-6)
     ours.backend = "triton"
     with pytest.raises(RuntimeError, match=f"no Triton kernel can run this layer on this card.*{said}"):
-        results(ours, X, call=row.way(ours), **RAGGED)
+        results(ours, INPUT, call=row.way(ours), **RAGGED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dtype):
-    """Which are right, where those of forward are not; of an SLSTM, which torch has not."""
+def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, launched, dtype):
+    """The backward kernels are right, and the forward kernels are not. torch has no SLSTM, so that the reference runs
+    forward."""
     above = equations.above
-    monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # which backward does not need
+    monkeypatch.setattr(equations, "above", lambda x: 2.0 * above(x))  # backward does not need it
     ours = gpu_lstm.SLSTM(I, H).to(dtype)
-    twin, x = copy.deepcopy(ours).double(), X.to(dtype)
+    twin, x = copy.deepcopy(ours).double(), INPUT.to(dtype)
     twin.backend = "reference"
-    launched = Mock(side_effect=launch.launch_kernel)
-    monkeypatch.setattr(launch, "launch_kernel", launched)
     found = results(ours, x, call=watched(ours), **RAGGED), results(twin, x, **RAGGED)
     for our, true in zip(*(each.values() for each in found)):
         torch.testing.assert_close(
@@ -212,33 +215,33 @@ def test_what_is_saved_instead_is_what_kernels_of_backward_read(monkeypatch, dty
 def test_gradients_by_torch_func_are_right_where_no_kernel_is(monkeypatch):
     plant(monkeypatch, "gates i and f swapped")
     ours, _ = pair("LSTM", None)[::-1]
-    found, pull = torch.func.vjp(lambda x: tuple(tree_leaves(ours(x, **RAGGED))), X)
-    torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, X, **RAGGED)["dx"])
+    found, pull = torch.func.vjp(lambda x: tuple(tree_leaves(ours(x, **RAGGED))), INPUT)
+    torch.testing.assert_close(pull(tuple(weighing(found)))[0].double(), truth(ours, INPUT, **RAGGED)["dx"])
 
 
 @pytest.mark.parametrize("way", [eager, by_compiler])
-def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, way):
-    """Nothing is decided or cached; who chose the kernels gets the error."""
+def test_while_memory_is_full_another_backend_runs_and_later_the_kernels(verdicts, monkeypatch, launched, way):
+    """Nothing is decided or cached. A user who chose the kernels gets the error."""
     ours = pair("LSTM", None)[1]
-    expected, launched = truth(ours, X, **RAGGED), Mock(side_effect=launch.launch_kernel)
+    expected = truth(ours, INPUT, **RAGGED)
     with monkeypatch.context() as patch:
         patch.setattr(verify.Small, "by_reference", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
         for said in pytest.warns(UserWarning, match="memory is full"), warnings.catch_warnings(action="error"):
             with said:
-                assert_same(results(ours, X, call=way(ours), **RAGGED), expected, condition=2)
+                assert_same(results(ours, INPUT, call=way(ours), **RAGGED), expected, condition=2)
         assert verdicts.call_count > 1
         ours.backend = "triton"
         with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
-            results(ours, X, call=way(ours), **RAGGED)
+            results(ours, INPUT, call=way(ours), **RAGGED)
     assert (race.decided, [*cache.entries(cache.CHECKS)], [*cache.entries(cache.RACES)]) == ({}, [], [])
     ours.backend = "auto"
-    monkeypatch.setattr(launch, "launch_kernel", launched)
-    assert_same(results(ours, X, call=way(ours), **RAGGED), expected, condition=2)
+    launched.reset_mock()
+    assert_same(results(ours, INPUT, call=way(ours), **RAGGED), expected, condition=2)
     assert launched.called
 
 
 def test_where_memory_is_too_full_for_a_race_the_expected_winner_runs(monkeypatch):
-    """Verified, as it is by a call of two steps. It is not cached: another process may have the memory."""
+    """A call of two steps verifies it. The winner is not cached, since another process may have the memory."""
     execute, x = race.execute, torch.randn(5, B, I)
 
     def of_few_steps(route, call):
@@ -256,7 +259,7 @@ def test_where_memory_is_too_full_for_a_race_the_expected_winner_runs(monkeypatc
 
 @pytest.mark.filterwarnings("ignore:gpu_lstm")
 def test_kernels_of_another_batch_or_process_are_verified_before_they_run(verdicts, monkeypatch):
-    """Batches of 3 and 4 are raced as one, and a race is on disk; but their kernels need not be the same."""
+    """Batches of 3 and 4 are raced as one, and a race is on disk, but their kernels may differ."""
     candidates, ours = choose.candidates, gpu_lstm.LSTM(I, H)
 
     def of_batch(problem, card, pass_):

@@ -1,4 +1,4 @@
-"""The first call of a kind of layer on a card with a stubbed driver: what is tried and logged, and what users get."""
+"""The first call of a kind of layer on a card with a stubbed driver: trials, log lines, and what users get."""
 
 import contextlib
 import gc
@@ -21,22 +21,22 @@ from gpu_lstm.dispatch import available
 from gpu_lstm.dispatch.available import select
 from gpu_lstm.dispatch.route import forget
 from gpu_lstm.kernels import layer as layers
-from gpu_lstm.kernels.cupy_rnn import launch as cupy
 from gpu_lstm.kernels.layer import MOST_LAYERS, aligned, kept_layer
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.timeouts import DEVICE_ERRORS
 from gpu_lstm.kernels.triton_rnn import launch
 from gpu_lstm.kernels.triton_rnn.plans import choose
 
-PROBLEM = Problem(2, 64, 256, torch.float16)  # many plans of the cooperative family
+PROBLEM = Problem(2, 64, 256, torch.float16)  # it has many plans of the cooperative family
 PLANS = choose.plans(PROBLEM, H100, False)
 FORWARD = Pass()
-CARD_OF = choose.card_of  # which tests replace
+CARD_OF = choose.card_of  # tests replace it
 GIVEN = launch.call_of(PROBLEM, torch.device("meta"))[1].inputs
 
 
 def _choose(monkeypatch, load=lambda *_: None, pass_=FORWARD, verify=None):
-    """The plan, and the columns of those tried, which tell them apart; load(kernel, columns) says what spills."""
+    """Return the plan, and the columns of the plans tried, which tell them apart. load(kernel, columns) returns the
+    spills."""
     tried = []
 
     def loaded(kernel, grid, arguments):
@@ -60,7 +60,8 @@ def test_the_first_plan_that_loads_is_chosen_kept_and_logged(an_h100, monkeypatc
 
 
 def test_two_blocks_of_a_multiprocessor_must_have_room_in_its_shared_memory(monkeypatch):
-    """Whatever was planned: other versions of Triton take more. A multiprocessor of an H100 has 228 KB."""
+    """The compiled kernel counts, since other versions of Triton take more than was planned. A multiprocessor of an
+    H100 has 228 KB."""
     launches = [(SimpleNamespace(__name__="kernel"), (1,), {})]
     metadata = SimpleNamespace(target=SimpleNamespace(arch=90))
     monkeypatch.setattr(choose, "load", lambda *_: SimpleNamespace(n_spills=0, metadata=metadata))
@@ -70,7 +71,7 @@ def test_two_blocks_of_a_multiprocessor_must_have_room_in_its_shared_memory(monk
 
 
 def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h100, monkeypatch):
-    """Its work would become part of the graph; and what was not verified must not count as verified later."""
+    """A verification would become part of the graph. A plan that was not verified must not count as verified later."""
     verify = Mock(side_effect=lambda *given: "wrong" if given[-1] == PLANS[0] else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for _ in range(2):
@@ -84,7 +85,7 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
     _choose(monkeypatch, pass_=Pass(True, dh=False, dh_n=False), verify=verify)
     assert verify.call_count == 2, "without a gradient of h there is nothing to verify"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    for batch in (PROBLEM.batch, PROBLEM.batch - 1):  # what was refused before is not used, nor by another batch
+    for batch in (PROBLEM.batch, PROBLEM.batch - 1):  # a plan that was refused before is not used, nor by another batch
         layers._layers.clear()
         kept = kept_layer(launch, PROBLEM._replace(batch=batch), CUDA, verify).prepared(FORWARD, GIVEN).plan
         assert kept.units == PLANS[1].units != PLANS[0].units
@@ -92,7 +93,7 @@ def test_while_a_graph_is_captured_nothing_is_verified_and_nothing_is_kept(an_h1
 
 @pytest.mark.filterwarnings("ignore:gpu_lstm")
 def test_a_layer_that_has_no_kernel_is_not_asked_again_and_has_none_in_a_capture(an_h100, monkeypatch):
-    """Unlike one for which memory was full."""
+    """A layer for which memory was full is asked again."""
     found, verify = [], Mock(side_effect=[torch.OutOfMemoryError("full"), *["wrong"] * 9])
     layer = kept_layer(launch, PROBLEM, CUDA, verify)
     for capturing in (False, False, False, True):
@@ -116,7 +117,8 @@ def test_a_tensor_is_copied_unless_it_is_contiguous_and_aligned(shift):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("family", ["resident", "cooperative", "pointwise", "step", "held"])
 def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
-    """Its warps, stages, registers, programs; and cooperatively wherever programs wait for each other."""
+    """The launch has the plan's warps, stages, registers and programs. It is cooperative where programs wait for each
+    other."""
     batch, hidden, steps = 40, 256 if family in ("cooperative", "held") else 64, 4
     problem = Problem(steps, batch, hidden, torch.float16)
     plan = plan_of(family, problem, backward)
@@ -128,9 +130,6 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
         layer.backward(h, h[:1], None, gates, h.float(), r)
     else:
         layer.forward(gates, r, save=True)
-    calls = [each.kwargs.get("step") for each in record.call_args_list]
-    order = [*range(steps)][::-1] if backward else [*range(steps)]
-    assert calls == (order if family == "pointwise" else [None])
     (kernel, grid), arguments = record.call_args
     assert kernel.__name__ == f"{family}_{'backward' if backward else 'forward'}_kernel"
     assert math.prod(grid) == plan.programs * plan.groups
@@ -139,9 +138,6 @@ def test_a_plan_is_launched_as_it_says(monkeypatch, family, backward):
     if family == "step":
         options["num_stages"] = plan.num_stages
     assert {name: arguments.get(name, False) for name in options} == options
-    sizes = arguments["S"]
-    assert (hidden, plan.rows, plan.units, plan.num_warps) == (sizes.H, sizes.BLOCK_B, sizes.UNITS, sizes.WARPS)
-    assert (getattr(plan.family, "k", 0), getattr(plan.family, "chunks", 0)) == (sizes.BLOCK_K, sizes.CHUNKS)
 
 
 @pytest.mark.parametrize(("failure", "said"), [
@@ -156,7 +152,7 @@ def test_a_plan_that_does_not_compile_does_not_fit_and_a_log_line_says_why(an_h1
 
 
 def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory_is_itself(an_h100, monkeypatch):
-    """Of the plans that are tried, which are not all: the best, and the last resort."""
+    """The error names the plans that are tried: the best ones, and the last resort."""
 
     def load(kernel, _):
         raise ValueError(f"no {kernel.__name__} today")
@@ -176,7 +172,7 @@ def test_where_no_kernel_compiles_the_error_names_every_reason_but_out_of_memory
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Of whoever tells what a user waits for, each time for clock.takes seconds, which pass before the wait begins."""
+    """The clock of the messages to a user who waits. Each wait takes clock.takes seconds, counted before it begins."""
     clock = SimpleNamespace(now=0.0, takes=0.0)
 
     class Event:
@@ -199,7 +195,7 @@ def clock(monkeypatch):
 
 
 def test_a_user_who_waits_is_told_what_for_and_how_long_it_has_taken(an_h100, monkeypatch, caplog, clock):
-    """Of the second plan, too; and a trial is not taken for a compilation."""
+    """The second plan is reported, too, and a trial is not reported as a compilation."""
     clock.takes, refuses = 20.0, Mock(side_effect=["wrong", None])
     assert _choose(monkeypatch, verify=refuses)[0] == PLANS[1]
     layer = "LSTM, H = 256, torch.float16"
@@ -226,7 +222,7 @@ def test_what_is_quick_is_not_mentioned_and_no_thread_stays(an_h100, monkeypatch
     assert not caplog.messages
 
 
-# Where nothing can be launched
+# Cards that launch nothing
 
 
 def selected(asked=None):
@@ -235,7 +231,7 @@ def selected(asked=None):
 
 @pytest.fixture
 def card(monkeypatch, nothing_cached):
-    """A card that cannot load kernels, as each test finds out anew."""
+    """A card that cannot load kernels, for reasons that each test sets."""
     torch_finds(monkeypatch, synchronize=None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(choose, "compile_problem", lambda architecture: None)
@@ -247,7 +243,7 @@ def card(monkeypatch, nothing_cached):
     choose._load_problem.cache_clear()
 
 
-CAUSES = {  # what Triton or the driver says, and a word of what the user is told to do
+CAUSES = {  # the error of Triton or of the driver, and a word of the advice to the user
     "no C compiler": (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."), "gcc"),
     "no Python.h": (RuntimeError("Command '['gcc', 'main.c']' returned non-zero exit status 1."), "python3-dev"),
     "old driver": (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), "newer driver"),
@@ -265,7 +261,7 @@ CAUSES = {  # what Triton or the driver says, and a word of what the user is tol
 def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_without(card, monkeypatch, cause):
     (error, cure), empty = CAUSES[cause], MagicMock()
     monkeypatch.setattr(choose, "load", lambda *_: empty)
-    if isinstance(error, str):  # of the compiler
+    if isinstance(error, str):  # an error of the compiler
         monkeypatch.setattr(choose, "compile_problem", lambda architecture: error)
     elif cause == "no cooperative launches":
         empty.__getitem__.return_value.side_effect = error
@@ -284,7 +280,7 @@ def test_where_nothing_can_be_launched_the_user_is_told_why_and_auto_does_withou
 
 @pytest.mark.parametrize("error", DEVICE_ERRORS)
 def test_an_error_of_the_device_says_nothing_about_kernels_and_is_raised_as_it_is(card, monkeypatch, error):
-    """Once it is over they are launched."""
+    """Once the error is over, kernels are launched."""
     monkeypatch.setattr(choose, "load", Mock(side_effect=[error("planted"), MagicMock()]))
     with pytest.raises(error, match="planted"):
         selected("triton")
@@ -304,7 +300,8 @@ def test_an_empty_kernel_is_loaded_once_and_never_into_a_capture(card, monkeypat
 
 
 def _served(monkeypatch, batches, hidden, cell, pass_):
-    """The plan of each batch, called in this order by a new process; kernels compiled; and what was verified."""
+    """Call each batch in this order, as a new process. Return the plan of each, the kernels compiled, and the plans
+    verified."""
     forget()
     compiled, verified = set(), []
 
@@ -323,7 +320,7 @@ def _served(monkeypatch, batches, hidden, cell, pass_):
     ("lstm", 256, False, 8), ("lstm", 768, True, 6), ("gru", 768, True, 5),
 ])  # fmt: skip
 def test_batches_of_any_size_share_kernels_in_any_order(an_h100, monkeypatch, cell, hidden, backward, kernels):
-    """Those of the next power of two of sequences, unless these promise to be much slower."""
+    """They share the kernels of the next power of two of sequences, unless these promise to be much slower."""
     batches = [*range(1, 34), *range(40, 513, 8), 100, 333]
     pass_ = Pass(backward) if backward else Pass(save=False)
     orders = batches, batches[::-1], random.Random(0).sample(batches, len(batches))
@@ -350,17 +347,17 @@ def test_what_cannot_be_loaded_into_a_capture_says_what_to_do(monkeypatch):
         raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
 
 
-@pytest.mark.parametrize("launcher", [launch, cupy], ids=["triton", "cupy"])
-def test_a_server_with_batches_of_any_size_keeps_some_layers(an_h100, launcher):
-    first = weakref.ref(kept_layer(launcher, PROBLEM, CUDA))
+def test_a_server_with_batches_of_any_size_keeps_some_layers(an_h100):
+    first = weakref.ref(kept_layer(launch, PROBLEM, CUDA))
     for batch in range(1, MOST_LAYERS + 1):
-        kept_layer(launcher, PROBLEM._replace(batch=batch, hidden=8), CUDA)
+        kept_layer(launch, PROBLEM._replace(batch=batch, hidden=8), CUDA)
     gc.collect()
     assert first() is None
 
 
 def test_an_empty_grid_is_launched_once_in_each_context_and_in_order(an_h100, monkeypatch):
-    """A cooperative one of all multiprocessors: next to another's programs, which wait, it might wait for ever."""
+    """The grid is cooperative and has all multiprocessors. Next to another launch whose programs wait, it might wait
+    for ever."""
     ordered, launched = [], []
 
     def in_order(at_once, device, run, *given):

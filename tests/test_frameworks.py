@@ -1,5 +1,5 @@
-"""Other packages give with our LSTM what they give with torch.nn.LSTM: TorchRL, models before and
-after convert and to_torch (the extra `interop`), and torch's own tools that take a model apart."""
+"""Other packages give the same with our LSTM as with torch.nn.LSTM: TorchRL, models before and after convert and
+to_torch (the extra `interop`), and torch's own tools that take a model apart."""
 # ruff: noqa: RUF001  (phonemes look like other letters)
 
 import functools
@@ -34,7 +34,8 @@ def of_others(test):
 @of_others
 @both_kinds
 def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
-    """As its own module where a trajectory starts; gradients flow into the states there. `convert` does for it."""
+    """Where a trajectory starts, it gives what TorchRL's own module gives, and gradients flow into the states there.
+    `convert` is enough for it."""
     modules, TensorDict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict").TensorDict
     x, starts, letters = torch.randn(N, T, I), torch.rand(N, T, 1) < 0.4, "hc" if kind == "LSTM" else "h"
     states = {letter: torch.randn(N, T, 2, H, requires_grad=True) for letter in letters}
@@ -63,7 +64,7 @@ def test_torchrl_acts_and_resets_to_the_states_that_are_stored(kind):
 
 @of_others
 def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):
-    """transformers looks for a distribution of that name, and finds the folder if the root is on the path."""
+    """transformers looks for a distribution named kernels. If the root is on the path, it finds our folder."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1])
     import kernels
 
@@ -74,7 +75,7 @@ def test_a_checkout_is_not_mistaken_for_the_package_kernels(monkeypatch):
 
 @of_others
 def test_a_pretrained_model_says_the_same():
-    """g2p-fa: Persian words into phonemes; an encoder, and a decoder that is called step by step."""
+    """The model g2p-fa turns Persian words into phonemes, by an encoder, and a decoder that is called step by step."""
     from g2p_fa import G2P_Fa
 
     speaker, said = G2P_Fa(), {"سلام": "sælɒːm", "کتاب": "kʰætʰɒːb", "ایران": "ʔiːɾɒːn"}
@@ -96,7 +97,7 @@ class Tagger(nn.Module):
 
 
 def test_whether_torch_fx_traces_is_known_of_a_torch_that_keeps_it_for_each_thread(monkeypatch):
-    """As 2.14 does."""
+    """torch 2.14 keeps it so."""
     of_thread = threading.local()
     monkeypatch.delattr(_symbolic_trace, "_is_fx_tracing_flag", raising=False)
     monkeypatch.setattr(_symbolic_trace, "_is_fx_tracing_tls", of_thread, raising=False)
@@ -142,13 +143,10 @@ def unpacked(packed):
 
 @functools.cache
 def graphs_of_packed_batches(kind):
-    """How many graphs torch.compile makes of a model over packed batches of three sizes, each right; and warnings."""
+    """Return how many graphs torch.compile makes of a model over packed batches of three sizes, after checking each
+    result, and the warnings."""
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.head = kind(5, 6), nn.Linear(6, 2)
-
+    class Model(Tagger):
         def forward(self, x, lengths):
             packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
             return self.head(unpack(self.lstm(packed)[0]))
@@ -157,9 +155,9 @@ def graphs_of_packed_batches(kind):
     unpack = unpacked
     try:
         torch.compile(unpacked, backend="eager")(pack_padded_sequence(torch.ones(2, 1, 5), [2]))
-    except torch._dynamo.exc.TorchRuntimeError:  # torch 2.11 cannot trace its own: left out of the graph
+    except torch._dynamo.exc.TorchRuntimeError:  # torch 2.11 cannot trace its own, which is left out of the graph
         unpack = torch.compiler.disable(unpacked)
-    graphs, model = [], Model()
+    graphs, model = [], Model(kind)
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -171,7 +169,8 @@ def graphs_of_packed_batches(kind):
 
 @pytest.mark.parametrize("kind", KINDS[::2])
 def test_a_packed_batch_breaks_the_graph_once_for_all_sizes(kind):
-    # A frame that calls torch's own, or compat.LSTM, is not traced. Here the head is a graph for one size, and for all.
+    # A frame that calls torch's own module, or compat.LSTM, is not traced. Here the head is a graph for one size, and
+    # one for all.
     graphs, said = graphs_of_packed_batches(kind)
     assert graphs <= 2
     assert set(said) <= set(graphs_of_packed_batches(nn.LSTM)[1])
@@ -209,7 +208,7 @@ def test_torch_compile_leaves_out_a_compat_module_as_torchs_own(kind):
 def test_a_script_module_has_torchs_module_and_no_forward_of_a_users_is_lost(kind):
     ours = getattr(gpu_lstm, kind)(5, 6)
 
-    class Old(torch.jit.ScriptModule):  # which asks its modules for no module of torch's
+    class Old(torch.jit.ScriptModule):  # it asks its modules for no module of torch
         def __init__(self):
             super().__init__()
             self.rnn = torch.jit.script(ours)
@@ -229,7 +228,7 @@ def test_a_script_module_has_torchs_module_and_no_forward_of_a_users_is_lost(kin
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell", "compat.LSTM", "compat.GRU"])
 def test_attributes_of_a_class_work_on_another_base(kind):
-    """TorchRL copies those of torch.nn.LSTM and GRU, whichever class that is, onto a class of its own."""
+    """TorchRL copies the attributes of torch.nn.LSTM and GRU, whichever class that is, onto a class of its own."""
     cls = operator.attrgetter(kind)(gpu_lstm)
     name, base = kind.split(".")[-1], nn.RNNCellBase if "Cell" in kind else nn.RNNBase
     copied = {attribute: getattr(cls, attribute) for attribute in vars(cls) if attribute != "__init__"}

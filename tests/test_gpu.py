@@ -1,4 +1,4 @@
-"""What only a GPU can show: the compiled kernels, streams, graphs."""
+"""Tests that need a GPU: the compiled kernels, streams, graphs."""
 
 import itertools
 from functools import partial
@@ -22,12 +22,13 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 every_dtype = pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 every_cell = pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 CARD = "cuda"
-OF_OURS = "heads", "gru heads", "slstm", "slstm heads"  # cells and heads that torch has not
+OF_OURS = "heads", "gru heads", "slstm", "slstm heads"  # cells and heads that torch does not have
 in_tf32_and_bf16 = pytest.mark.parametrize("dtype", [F32, BF16], ids=["tf32", "bf16"])
 SIZE = 24, 40, 32  # T, B, I
-# Of a head, by the family; with Triton 3.9 none of these kernels spills.
+# Units of a head, by family. With Triton 3.9 none of these kernels spills.
 UNITS = {"resident": 24, "cooperative": 250, "step": 100, "split": 128, "held": 256, "pointwise": 100}
-SIZES = (16, 512, "four-heads"), (256, 1024, "four-heads"), (16, 64, ""), (16, 768, "")  # B and H, chosen families
+# B, H and heads; the families are chosen.
+SIZES = (16, 512, "four-heads"), (256, 1024, "four-heads"), (16, 64, ""), (16, 768, "")
 same = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -45,14 +46,14 @@ def results(lstm, x, **given):
 
 
 def call_in(words, size, dtype):
-    """A module of these words, and x, lengths and resets for it."""
+    """Return a module of these words, with x, lengths and resets for it."""
     module = built(size, {*words.split()}, backend="triton").to(CARD, dtype)
     x, _, rest = call_of(module, size, {*words.split()}, 0)
     return module, x.to(CARD, dtype), {name: t.to(CARD) for name, t in rest.items()}
 
 
 def judged(monkeypatch, words, size, dtype, exact=False):
-    """float32 in TF32 is judged by the reference in TF32."""
+    """Check a case. The reference in TF32 judges float32 in TF32."""
     in_tf32 = dtype is F32 and not exact
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", in_tf32)
     if in_tf32:
@@ -77,7 +78,7 @@ def on_a_stream(run):
 
 
 def captured(run):
-    """The results of a call that is captured, and what replays it."""
+    """Return the results of a call that is captured, and a function that replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = run()
@@ -86,7 +87,8 @@ def captured(run):
 
 @every_cell
 def test_the_headline(cell):
-    """H=768, B=16 in bfloat16, all steps in one cooperative launch: the LSTM's first of all, and alone."""
+    """With H=768 and B=16 in bfloat16, all steps are in one cooperative launch. This is the first test of an LSTM, on
+    an idle card."""
     check((64, 16, 256, 768), "gru" * (cell == "GRU"), "triton", BF16, "cuda", seeds=1)
     gpu_lstm.check()
     chosen_layers = [layer for layer in layers._layers.values() if layer.problem.hidden == 768]
@@ -99,14 +101,14 @@ def test_the_headline(cell):
 @pytest.mark.parametrize("words", ["", "gru", *OF_OURS])
 @pytest.mark.parametrize("family", UNITS)
 def test_every_family(monkeypatch, family, words, dtype):
-    """And the same on a stream, and from a graph that was captured, in training and in inference."""
+    """A stream, and a graph that was captured, give the same, in training and in inference."""
     if family == "held" and card_of(torch.device(CARD, 0)).architecture != 90:
         pytest.skip("plans that hold W_hh in shared memory are for cards of compute capability 9.0")
     force(monkeypatch, family)
     size = *SIZE, (1 + ("heads" in words)) * UNITS[family]
     words = f"{words} ragged resets" + " reverse" * (words not in OF_OURS)
     judged(monkeypatch, words, size, dtype)
-    memory._Checking.on = False  # which waits for every launch
+    memory._Checking.on = False  # it waits for every launch
     module, x, ragged = call_in(words, size, dtype)
     for run in (partial(results, module, x, **ragged), torch.no_grad()(lambda: module(x, **ragged)[0])):
         same(on_a_stream(run), run())
@@ -134,7 +136,7 @@ def test_what_is_chosen_is_right(monkeypatch, size, words, dtype, exact):
 @pytest.mark.parametrize("words", [*(f"{words} both" for words in OF_OURS), "gru both", "both no-grad",
                                    "recompute both"])  # fmt: skip
 def test_directions_side_by_side(monkeypatch, words, dtype):
-    """Streams hand tensors to each other: the numbers are those of one after another, run after run."""
+    """Streams hand tensors to each other. The numbers are the same as one after another, run after run."""
     words, size = f"{words} deep", (400, 8, 32, 96)
     judged(monkeypatch, words, size, dtype)
     module, x, _ = call_in(words, size, dtype)
@@ -144,8 +146,8 @@ def test_directions_side_by_side(monkeypatch, words, dtype):
 
 
 def test_two_grids_at_once():
-    """Layers that each fill the card, on streams of their own, and one whose directions share it: no launch times out,
-    and the numbers are those of one after another."""
+    """Layers that each fill the card run on streams of their own, and so does one whose directions share it. No launch
+    times out, and the numbers are the same as one after another."""
     models = [kernels(64, 1024, cell=cell, dtype=F16) for cell in ("LSTM", "GRU")]
     models.append(kernels(64, 512, bidirectional=True, dtype=F16))
     kinds = itertools.product(OF_OURS, (F32, BF16))
@@ -170,7 +172,8 @@ def test_two_grids_at_once():
                                      {"cell": "GRU"}, {"cell": "GRU", "bias": False}])  # fmt: skip
 @pytest.mark.filterwarnings("error:RNN module weights are not part of single contiguous chunk of memory")
 def test_cudnn_copies_no_weights(dtype, options):
-    """Parameters, those of another call, and those that shut gates; the layout is cuDNN's own."""
+    """cuDNN copies neither parameters, nor the weights of another call, nor weights that shut gates. The layout is
+    cuDNN's own."""
     lstm = kernels(16, 32, dtype=dtype, backend="torch", **options)
     x, resets = random(9, 4, 16, dtype=dtype), torch.rand(9, 4, device="cuda") < 0.3
     others = {name: 2 * parameter for name, parameter in lstm.named_parameters()}
@@ -210,7 +213,7 @@ def test_more_than_65535_steps():
         first, states = torchs(x[:40_000])  # in two calls, as cuDNN refuses more than 65,535 steps
         second, _ = torchs(x[40_000:], states)
     theirs = torch.cat([first, second])
-    torch.testing.assert_close(y, theirs, rtol=1e-3, atol=1e-3)  # torch's takes TF32 by default, and so does ours
+    torch.testing.assert_close(y, theirs, rtol=1e-3, atol=1e-3)  # torch takes TF32 by default, and so do our kernels
     assert x.grad[-50:].abs().sum() > 0
 
 

@@ -1,5 +1,5 @@
-"""Graphs of torch.compile and torch.export: one operator a layer, few graphs for all sizes, eager mode's derivatives.
-And the operators as torch.library checks them."""
+"""Graphs of torch.compile and torch.export have one operator a layer, few graphs for all sizes, and eager mode's
+derivatives. torch.library checks the operators."""
 
 import contextlib
 import copy
@@ -36,13 +36,14 @@ def nothing_compiled_before():
 
 @pytest.fixture
 def quick_gpp():
-    """For what inductor writes: no trials of vector instructions, and no headers precompiled for one file."""
+    """Speed up the compilation of inductor's code: vector instructions are not tried, and headers are not
+    precompiled."""
     with torch._inductor.config.patch({"cpp.vec_isa_ok": False, "aot_inductor.precompile_headers": False}):
         yield
 
 
 def module(kind, backend, **arguments):
-    """A module, and its twin of the reference."""
+    """Return a module, and its twin on the reference."""
     _, ours = pair(kind, backend, **arguments)
     twin = copy.deepcopy(ours)
     twin.backend = "reference"
@@ -63,7 +64,7 @@ def call_of(ours, steps, batch, ragged=False):
     *(pytest.param(*case, marks=pytest.mark.deep) for case in (
         ("LSTM", False, "marked", "torch"), ("GRU", True, "states", KERNELS_HERE),
         ("StackedGRU", True, False, KERNELS_HERE),
-        ("StackedLSTM", False, "states", "reference"))),  # in float64: what resets leave is not rounded on its way
+        ("StackedLSTM", False, "states", "reference"))),  # in float64, where states after resets are not rounded
 ])  # fmt: skip
 def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(kind, training, ragged, backend):
     ours, twin = module(kind, backend, bidirectional=kind in ("LSTM", "GRU"))
@@ -80,7 +81,7 @@ def test_two_graphs_do_for_all_sizes_and_one_where_they_are_marked_as_dynamic(ki
         x, options = call_of(ours, *size, ragged)
         with torch.set_grad_enabled(training):
             assert_same(results(ours, x, call=marked, **options), results(twin, x, **options), condition=4)
-    assert counter.frame_count == (1 if ragged == "marked" else 2)  # of the first size alone, and of all
+    assert counter.frame_count == (1 if ragged == "marked" else 2)  # one graph of the first size, and one of all sizes
 
 
 def test_a_layer_of_torch_is_one_operator_and_steps_are_none():
@@ -108,7 +109,7 @@ def test_dropout_drops_as_much_as_it_should():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """torch's own LSTM, which counts its calls."""
+    """A Mock that runs torch's own LSTM, and counts its calls."""
     stack = Mock(side_effect=torch_rnn.stack)
     monkeypatch.setattr(torch_rnn, "stack", stack)
     return stack
@@ -120,7 +121,8 @@ def test_backward_does_not_run_the_layer_again_unless_what_was_saved_is_gone(cal
     expected = results(twin, x, **options)
     assert_same(results(ours, x, call=compiled, **options), expected, condition=4)
     assert calls.call_count == 2
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):  # as offloading to the CPU does
+    # Offloading to the CPU does the same.
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
         assert_same(results(ours, x, call=compiled, **options), expected, condition=4)
     assert calls.call_count == 2 + 2 + 2
 
@@ -135,13 +137,13 @@ def test_backward_twice_and_nothing_saved_for_longer_than_the_graph(calls):
     kept = OPERATOR("lstm", False, "torch", True, False, x, zeros, zeros, *ours.parameters())[3]
     assert kept.numel() == 0
     (leaf, *_), _ = kept.graph
-    assert leaf.data_ptr() == x.data_ptr()  # no copy of what is there already
+    assert leaf.data_ptr() == x.data_ptr()  # x is not copied
 
 
 @pytest.mark.deep
 @both_kinds
 def test_transforms_inside_a_graph(kind):
-    """By the reference, whichever backend was chosen."""
+    """The reference computes them, whichever backend was chosen."""
     ours, _ = module(kind, "torch")
     x, parameters = torch.randn(2, 2, I).double(), dict(ours.named_parameters())
 
@@ -151,7 +153,7 @@ def test_transforms_inside_a_graph(kind):
     for transformed in {
         "LSTM": (grad(loss, argnums=(0, 1)), lambda _, x: jvp(lambda x: ours(x)[0], (x,), (x,))),
         "GRU": (vmap(grad(loss), in_dims=(None, 1)), lambda _, x: jacrev(lambda x: ours(x)[0][-1])(x)),
-    }[kind]:  # compiling takes long
+    }[kind]:  # few transforms for each kind, since compiling takes long
         torch._dynamo.reset()
         compiled = torch.compile(transformed, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(parameters, x), transformed(parameters, x), rtol=1e-10, atol=1e-10)
@@ -242,7 +244,7 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
         torch.jit.trace(ours, (example,))
     with torch.no_grad():
         torch.testing.assert_close(tree_leaves(torch.jit.trace(ours, (example,))(x)), tree_leaves(twin(x)))
-        ours.requires_grad_(False)  # a trace has no constants that do
+        ours.requires_grad_(False)  # a trace has no constants that require gradients
         one_step, resets = (torch.ones_like(t[..., 0], dtype=torch.bool) for t in (example[:1], x))
         traced = torch.jit.trace(lambda x, resets: ours(x, resets=resets)[0], (example[:1], one_step))
         torch.testing.assert_close(traced(x, resets), ours(x, resets=resets)[0])
@@ -256,7 +258,7 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
 @pytest.mark.parametrize("way", ["compiled", "exported"])
 @pytest.mark.parametrize("words", [{"peepholes", "norms", "masks", "recompute"}, {"gru", "masks", "recompute"}])
 def test_variants_noise_and_chunks_of_a_program_are_those_of_eager_mode(exact_float32_products, way, words):
-    """Second derivatives of a compiled module: test_derivatives.py."""
+    """test_derivatives.py tests second derivatives of a compiled module."""
     ours = with_random_parameters(built((T, B, I, H), words, backend=KERNELS_HERE, weight_drop=0.25), 0)
     x, options = random_inputs(ours, B)[0], dict(lengths=LENGTHS, resets=RESETS)
     expected = results(ours, x, **options)
@@ -272,7 +274,7 @@ NORMS, MASKS = "norms expected", "no-bias ragged states peepholes masks"
 
 
 def given_to(words, device):
-    """The inputs of a layer, and whether it is reverse; or of torch's own layer with two directions."""
+    """Return the inputs of a layer, or of torch's own layer with two directions, and whether the layer is reverse."""
     if words == "both directions":
         lstm = nn.LSTM(3, 5, bidirectional=True, device=device).requires_grad_(False)
         states = (torch.randn(2, 2, 5, device=device) for _ in range(2))
@@ -285,7 +287,7 @@ def given_to(words, device):
 
 
 def learnt(given):
-    """Which of the tensors are there and may have a gradient."""
+    """Return which of the tensors are there and may have a gradient."""
     return [t is not None and name.removesuffix("_reverse") in LEARNT for name, t in zip(TENSOR_NAMES, given)]
 
 
@@ -297,8 +299,9 @@ def learnt(given):
       for words in (MASKS, "ragged states peepholes reverse norms masks")),
 ])  # fmt: skip
 def test_an_operator(monkeypatch, words, backend, device):
-    """Forward with and without what backward reads; backward of the output alone, and of the states alone. With "auto",
-    where no kernel is right: what runs instead returns tensors of the same sizes, dtypes and strides."""
+    """Forward is checked with and without the tensors that backward reads, and backward with the gradient of the output
+    alone, and of the states alone. With "auto" no kernel is right. The backend that runs instead returns tensors of the
+    same sizes, dtypes and strides."""
     if "auto" in backend:
         monkeypatch.setattr(Layer, "has_kernel", lambda *_: False)
     (given, reverse), recompute = given_to(words, device), backend == KERNELS_HERE and "norm" not in words

@@ -1,5 +1,7 @@
-"""What a cooperative grid does while another kernel holds multiprocessors, e.g. NCCL's that waits for a slow rank. See
-docs/first_gpu_run.md."""
+"""A cooperative grid while another kernel holds multiprocessors, such as NCCL's kernel that waits for a slow rank.
+
+docs/first_gpu_run.md explains the results.
+"""
 
 import warnings
 
@@ -12,12 +14,12 @@ import gpu_lstm
 from gpu_lstm.kernels.timeouts import POLLS_A_SECOND, error_word
 
 pytestmark = pytest.mark.gpu
-HELD, BLOCK = 16, 32768  # multiprocessors; elements of a block, so many that no other block has registers beside it
+HELD, BLOCK = 16, 32768  # multiprocessors, and elements of a block, so many that no other block has registers beside it
 
 
 @triton.jit
 def occupy(memory_ptr, nanoseconds, BLOCK: tl.constexpr):
-    """A program that stays for a given time, with its elements in registers meanwhile."""
+    """Stay for a given time, with the elements of a block in registers meanwhile."""
     at = memory_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     elements = tl.load(at)
     waited = tl.inline_asm_elementwise(
@@ -39,7 +41,7 @@ def occupy(memory_ptr, nanoseconds, BLOCK: tl.constexpr):
 
 
 @pytest.mark.parametrize(("cell", "seconds", "limit"), [
-    ("LSTM", 0.2, None), ("LSTM", 8.0, None), ("LSTM", 8.0, 1.0), ("GRU", 8.0, 1.0),  # whose cells make NaN, too
+    ("LSTM", 0.2, None), ("LSTM", 8.0, None), ("LSTM", 8.0, 1.0), ("GRU", 8.0, 1.0),  # a GRU's cells must keep NaN, too
 ])  # fmt: skip
 def test_a_grid_waits_for_multiprocessors_that_another_kernel_holds(cell, seconds, limit):
     lstm = getattr(gpu_lstm, cell)(768, 768, device="cuda", dtype=torch.bfloat16, backend="triton")

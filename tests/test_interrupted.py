@@ -1,5 +1,5 @@
-"""A launch that raises, memory that runs out, Ctrl-C at any line of ours, two threads at once: modules, states, caches
-and settings stay whole."""
+"""Modules, states, caches and settings stay whole where a launch raises, memory runs out, Ctrl-C comes at any line of
+ours, or two threads run at once."""
 
 import contextlib
 import copy
@@ -35,12 +35,13 @@ from gpu_lstm.tools import stream as stream_module
 
 T, B, I, H = 3, 2, 2, 4
 OURS = tuple(str(Path(module.__file__).parent) for module in (gpu_lstm, cache))
-KERNELS = re.compile(r"kernels/triton_rnn/(?!launch|plans/choose)")  # and what only they call
+KERNELS = re.compile(r"kernels/triton_rnn/(?!launch|plans/choose)")  # and files that only these call
 
 
 @dataclass
 class Line:
-    """Raises KeyboardInterrupt at one executed line of this package, by its number; otherwise only counts them."""
+    """Raises KeyboardInterrupt at one executed line of this package, by its number. Without a number it only counts the
+    lines."""
 
     number: int | None = None
     seen: int = 0
@@ -49,7 +50,7 @@ class Line:
         file = frame.f_code.co_filename
         if not file.startswith(OURS) or KERNELS.search(file):
             return None
-        # At the end of a block its first line is reported again, before the block is left: no signal is taken there.
+        # At the end of a block its first line is reported again, before the block is left. No signal is taken there.
         if event == "line" and not linecache.getline(file, frame.f_lineno).lstrip().startswith("with "):
             self.seen += 1
             if self.seen == self.number:
@@ -68,7 +69,8 @@ def traced(line):
 
 
 def interrupted_at(call, most):
-    """Calls again and again, each interrupted at another line; at `most` of them, evenly spread."""
+    """Call again and again, each time interrupted at another line. With many lines, about `most` of them, evenly
+    spread, are tried."""
     whole = Line()
     with traced(whole):
         call()
@@ -80,7 +82,8 @@ def interrupted_at(call, most):
 
 
 def assert_all_or_nothing(restore, act, held, most=1000):
-    """Interrupted at any line, an action has changed all of the state or none of it; it can be restored."""
+    """Check that an action, interrupted at any line, has changed all of the state or none of it. `restore` undoes the
+    action."""
 
     def call():
         with traced(None):
@@ -177,7 +180,8 @@ def test_a_conversion_that_is_interrupted_or_raises_is_whole_or_not_there(conver
 
 @pytest.mark.parametrize(("name", "text"), [("forget_bias", "bias=False"), ("keras_init", "Fan in")])
 def test_initial_values_are_for_all_or_for_none(name, text):
-    """Where a module in the middle has none, and where they are interrupted."""
+    """All modules keep their values where one in the middle cannot have new ones. Interrupted, all or none have new
+    values."""
     set_values = getattr(gpu_lstm.keras, name)
     wrong = nn.ModuleList([gpu_lstm.LSTM(I, H), gpu_lstm.LSTM(I, H, bias=name == "keras_init")])
     if name == "keras_init":
@@ -211,7 +215,8 @@ def test_a_result_that_is_written_in_part_leaves_no_file(error, nothing_cached, 
 
 @pytest.mark.parametrize("at", range(8))
 def test_blocks_that_are_interrupted_as_they_open_or_close_leave_nothing_behind(monkeypatch, at):
-    """Of four, of which two are the same, entered again while it is open: each as it opens, each as it closes."""
+    """There are four blocks. Two of them are the same object, entered again while it is open. Each is interrupted as it
+    opens and as it closes."""
 
     class Interrupted(list):
         def insert(self, k, element):
@@ -238,7 +243,7 @@ def in_a_thread(call, *arguments):
 
 @pytest.mark.parametrize("run", [lambda call, *arguments: call(*arguments), in_a_thread], ids=["one thread", "many"])
 def test_overlapping_blocks_leave_nothing_behind(run):
-    """The test fixes the order, so that no scheduler has a say."""
+    """The test fixes the order, so that no scheduler has an influence."""
 
     def choosing(value):
         with gpu_lstm.racing(value.value):
@@ -255,7 +260,7 @@ def test_overlapping_blocks_leave_nothing_behind(run):
 
 
 def test_a_block_holds_for_the_backward_that_runs_in_it():
-    """In whatever thread autograd runs it: a checkpoint is computed again by the backend that it was computed by, with
+    """This holds in whatever thread autograd runs it. The backend that computed a checkpoint computes it again, with
     the same random numbers, to the bit."""
     lstm, x, seen = gpu_lstm.LSTM(I, H, 2, dropout=0.5), torch.randn(T, B, I, requires_grad=True), []
 
@@ -283,8 +288,8 @@ def another():
 def test_a_first_call_of_autograds_thread_does_not_wait_for_a_race_that_waits_for_it(
     monkeypatch, nothing_cached, another, hidden
 ):
-    """On a GPU backward runs on the device's thread, which may compute a checkpoint again before it gets to the race's.
-    Of one kind of call the first decision is kept; random numbers are as if nobody had raced."""
+    """On a GPU backward runs on the device's thread. It may compute a checkpoint again before it gets to the race's
+    backward. The first decision about a kind of call is kept. Random numbers are as without a race."""
 
     lstms = {size: gpu_lstm.LSTM(3, size) for size in (4, 5)}
 
@@ -293,7 +298,7 @@ def test_a_first_call_of_autograds_thread_does_not_wait_for_a_race_that_waits_fo
         return race.decide(call, kind_of(call), Backend.TRITON)
 
     def judge(call, *_):
-        torch.rand(3)  # as a race draws
+        torch.rand(3)  # a race draws numbers
         if threading.current_thread() is not threading.main_thread():
             return Decision(Backend.TRITON, "first")
         others.append(another.submit(decide, hidden).result(timeout=600))
@@ -309,7 +314,7 @@ def test_a_first_call_of_autograds_thread_does_not_wait_for_a_race_that_waits_fo
 
 
 def overlap(another, first, second):
-    """Two blocks, the second one in a thread; the first one that opens is the first that closes."""
+    """Open and close two blocks, the second one in a thread. The first one that opens is the first that closes."""
     first.__enter__()
     another.submit(second.__enter__).result()
     first.__exit__(None, None, None)
@@ -347,7 +352,7 @@ def test_random_numbers_are_as_if_nobody_had_raced_where_races_overlap(another):
 
 
 def lock_that_announces(monkeypatch, place):
-    """An event that is set whenever a thread asks for the lock of an object."""
+    """Return an event that is set whenever a thread asks for the lock of `place`."""
     asked, lock, announced = threading.Event(), place.lock, MagicMock()
     announced.__enter__.side_effect = lambda: (asked.set(), lock.acquire())
     announced.__exit__.side_effect = lambda *_: lock.release()
@@ -375,7 +380,7 @@ def test_products_have_their_precision_though_another_thread_asks_for_another_on
 
 
 def test_exact_products_begin_after_those_of_another_thread_and_end_as_before(another, monkeypatch):
-    """Otherwise a verification would set back what a projection in another thread has set for a moment."""
+    """Otherwise a verification would undo a setting that a projection in another thread has made for a moment."""
     matmul, asked, entered = torch.backends.cuda.matmul, lock_that_announces(monkeypatch, precision), threading.Event()
 
     def in_another():
@@ -408,7 +413,7 @@ def test_no_other_thread_reads_a_setting_while_it_is_set(another):
 
 
 def test_the_word_that_a_kernel_has_is_the_one_that_is_read(monkeypatch):
-    """Where another thread makes the first words of a device at the same time."""
+    """Another thread makes the first words of a device at the same time."""
     device, made, others = torch.device("cpu"), [], []
 
     def words(device, real=timeouts._Words):

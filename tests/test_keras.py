@@ -60,14 +60,16 @@ def build(kind, dtype="float32", use_bias=True, **options):
 
 
 def in_keras_order(output, states):
-    """A module's results in a flat list, in Keras's order."""
-    rows = states if isinstance(states, list) else [states]  # of the layers of a stack; a GRU's have one state
+    """Return a module's results as a flat list, in Keras's order."""
+    # The states of a stack's layers; a layer of a GRU has one state.
+    rows = states if isinstance(states, list) else [states]
     of_each = [row if isinstance(row, tuple) else (row,) for row in rows]
     return [output, *(state for row in of_each for one in (zip(*row) if row[0].dim() == 3 else [row]) for state in one)]
 
 
 def in_torch_order(variable, gradient):
-    """A variable or its gradient, of a bias each row, as torch has them; a GRU has z, r, n in Keras."""
+    """Return a variable or its gradient as torch has it, with each row of a bias apart. In Keras a GRU has the order z,
+    r, n."""
     rows = [gradient.T] if "kernel" in variable.name else gradient.reshape(-1, gradient.shape[-1])
     return [torch.cat([row.chunk(3)[k] for k in (1, 0, 2)]) if "gru" in variable.path else row for row in rows]
 
@@ -77,16 +79,17 @@ def assert_equal(actual, expected, tolerance=1e-6):
 
 
 def check(layer, module, mask=None, initial=True):
-    """Results and gradients of the two. Masks that repeat the output are in docs/keras.md."""
+    """Check that results and gradients of a layer and a module agree. docs/keras.md tests masks that repeat the
+    output."""
     dtype = next(module.parameters()).dtype
-    # Keras's cells multiply in float32 on torch whatever their dtype. So do its layers that have a mask, and all layers
-    # of Keras 3.12.
+    # Keras's cells multiply in float32 on torch whatever their dtype. The same holds for layers with a mask, and for
+    # all layers of Keras 3.12.
     kind = type(getattr(layer, "forward_layer", layer))
     exact = dtype is torch.float64 and mask is None and kind in (LSTM, GRU) and hasattr(BOTH, "_can_attempt_fused_lstm")
     inputs = random_inputs(getattr(module, "module", module), N, steps=T)
     x, hx = tree_map(lambda t: t.to(dtype).requires_grad_(), inputs)
     leaves, states = tree_leaves(hx) if initial else [], None
-    if initial:  # as Keras takes them: of cells a list for each
+    if initial:  # Keras takes a list of states, and for cells a list of lists
         of_cells = isinstance(hx, list)
         states = [[*row] if isinstance(row, tuple) else [row] for row in hx] if of_cells else in_keras_order(x, hx)[1:]
     actual = in_keras_order(*module(x, hx if initial else None, lengths=None if mask is None else lengths_of(mask)))
@@ -105,7 +108,7 @@ ZERO, BACK = dict(zero_output_for_mask=True), dict(go_backwards=True)
 
 @pytest.mark.parametrize(("kind", "use_bias", "initial", "masked", "options"), [
     *((kind, not masked, True, masked, ZERO) for kind in KINDS for masked in (False, True)),
-    # Backwards masked steps come first, where Keras has no output to repeat but zero.
+    # Backwards the masked steps come first. There Keras has no output to repeat, so it gives zeros.
     *((kind, True, True, True, BACK | ZERO) for kind in ONE_WAY),
     *((kind, True, *row) for kind in ("LSTM", "GRU") for row in (
         (False, False, BACK), (True, False, dict(unroll=True)),
@@ -151,7 +154,7 @@ def built(kind, *args, **kwargs):
     ("mixed_bfloat16", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)])  # fmt: skip
 @both_kinds
 def test_dtype_is_that_of_the_variables(policy, dtype, kind):
-    options = dict(dtype=policy, recurrent_initializer="glorot_uniform")  # it has no QR in half
+    options = dict(dtype=policy, recurrent_initializer="glorot_uniform")  # torch has no QR in half precision
     layer = built(KINDS[f"cells {kind}"], options)
     module = from_keras(layer)
     assert {parameter.dtype for parameter in module.parameters()} == {dtype}
@@ -163,7 +166,7 @@ def test_dtype_is_that_of_the_variables(policy, dtype, kind):
 Cell, Layer = type("Cell", (CELL,), {}), type("Layer", (LSTM,), {})
 OTHER_UNITS, OTHER_KIND = (dict(backward_layer=kind(n, go_backwards=True)) for kind, n in ((LSTM, H + 1), (GRU, H)))
 NOT_AFTER = dict(reset_after=False)
-LAYERS = [  # a ValueError where an option is named, a TypeError where a class is
+LAYERS = [  # a wrong option is a ValueError, a wrong class a TypeError
     *((partial(built, layer, H, **{name: value}), f"{name}={value or 'linear'!r}") for layer, name, value in (
         (LSTM, "activation", "relu"), (LSTM, "activation", None), (LSTM, "dropout", 0.2), (GRU, "stateful", True),
         (GRU, "recurrent_dropout", 0.2))),
@@ -191,7 +194,7 @@ MODULES = [
 @pytest.mark.parametrize(("make", "message"), [*LAYERS, *((lambda m=module: m, text) for module, text in MODULES)],
                          ids=lambda each: each[:30] if isinstance(each, str) else "")  # fmt: skip
 def test_what_has_no_counterpart_is_refused(make, message):
-    """What is wrong whether Keras is installed or not, is in wrong_calls.py."""
+    """wrong_calls.py has the calls that are wrong whether Keras is installed or not."""
     given = make()
     with pytest.raises(TypeError if re.search(r"got \w", message) else ValueError, match=message):
         (from_keras if isinstance(given, keras.Layer) else to_keras)(given)
@@ -232,7 +235,8 @@ INITIALIZED = {
 
 
 def assert_uniform(values, limit):
-    """Within the limit, and with the moments of a uniform distribution: the odds of a false alarm are below 1e-6."""
+    """Check that values are within the limit, and have the moments of a uniform distribution. A false alarm has odds
+    below 1e-6."""
     n = values.numel()
     assert limit * (1 - 20 / n) < values.abs().max() <= limit
     assert abs(values.mean()) < 5 * limit / (3 * n) ** 0.5
@@ -256,7 +260,7 @@ def test_keras_init_and_forget_bias(name):
             expected = torch.zeros_like(parameter) if kind[5] != "c" else values[path]
             expected[rows // 4 : rows // 2] += float(kind.startswith("bias_ih") and path in forgets)
             assert torch.equal(parameter, expected)
-        else:  # what Keras does not have
+        else:  # Keras does not have this weight
             assert torch.equal(parameter, values[path])
     values = copy.deepcopy(module.state_dict())
     if "no bias" not in name:
@@ -269,7 +273,8 @@ def test_keras_init_and_forget_bias(name):
 
 @pytest.mark.parametrize(("layer", "ours"), [(LSTM, gpu_lstm.LSTM), (GRU, gpu_lstm.GRU)])
 def test_keras_init_is_keras_own(layer, ours):
-    """Keras's initial weights pass the same test, and its biases are the same. Ours have half precision, too."""
+    """Keras's initial weights pass the same test, and its biases are the same. Our modules may be in half precision,
+    too."""
     keras.utils.set_random_seed(0)
     kernel, recurrent, bias = (torch.from_numpy(w) for w in built(layer, 64, dtype="float64").get_weights())
     assert_uniform(kernel, (6 / sum(kernel.shape)) ** 0.5)

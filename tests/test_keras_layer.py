@@ -1,4 +1,4 @@
-"""gpu_lstm.keras.LSTM and GRU against those of keras.layers: results, gradients, states, files and training."""
+"""gpu_lstm.keras.LSTM and GRU against keras.layers.LSTM and GRU: results, gradients, states, files and training."""
 
 import os
 from unittest.mock import Mock
@@ -53,7 +53,7 @@ def states(one, **how):
 
 
 def pair(kinds, wrap=lambda one: one, **options):
-    """Our layer and Keras's, with the same random weights."""
+    """Build our layer and Keras's, with the same random weights."""
     both = [wrap(kind(H, **options)) for kind in kinds]
     for one in both:
         one.build((B, T, I))
@@ -68,7 +68,8 @@ def close(actual, expected, tolerance):
 
 
 def run(one, x, initial=(), **arguments):
-    """The results of a call, and the gradients of a random sum of them: of the weights, x and the initial states."""
+    """Return the results of a call, and the gradients of a random sum of them: of the weights, x and the initial
+    states."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, *initial)]
     results = keras.tree.flatten(one(leaves[0], initial_state=leaves[1:] or None, **arguments))
     loss = sum((r * draw(*r.shape, seed=9 + k).to(r)).sum() for k, r in enumerate(results))
@@ -88,7 +89,7 @@ def compare(layers, x, tolerances, **arguments):
 ], ids=str)  # fmt: skip
 def test_results_and_gradients(options, kinds, calls):
     layers = pair(kinds, dtype="float64", **options)
-    layers[1].use_cudnn = "auto"  # or Keras would ask for a GPU
+    layers[1].use_cudnn = "auto"  # "auto" keeps Keras from asking for a GPU
     for initial in ((), states(layers[0], dtype="float64")):
         compare(layers, draw(B, T, I, dtype="float64"), (1e-10, 1e-10) if FUSED else (1e-6, 1e-5), initial=initial)
     assert len(calls) == 2
@@ -128,7 +129,8 @@ def test_dropout_draws_what_keras_draws(options, looped, mask, kinds, calls):
 
 @MASKED_OR_NOT
 def test_stateful(mask, kinds):
-    """Keras's own cannot train on torch: its gradients are those of given states."""
+    """Keras's stateful layer cannot train on torch, so gradients are compared with those of a layer that is given the
+    states."""
     (ours, theirs), (_, plain) = pair(kinds, stateful=True, **ALL), pair(kinds, **ALL)
     for step in range(4):
         if step == 2:
@@ -148,12 +150,12 @@ def test_stateful(mask, kinds):
 def test_bidirectional_whatever_use_cudnn_is_which_reads_back_as_given(
     merge, options, use_cudnn, mask, kinds, calls, monkeypatch
 ):
-    """Also where Keras would call cuDNN instead of the layers."""
+    """This holds even where Keras would call cuDNN instead of the layers."""
     name, fused = kinds[0].__name__.lower(), Mock(side_effect=AssertionError("cuDNN instead of the layers"))
     monkeypatch.setattr(keras.src.backend, f"bidirectional_{name}", fused, raising=FUSED)
     ours, theirs = pair(kinds, lambda one: BOTH(one, merge_mode=merge), use_cudnn=use_cudnn, **options)
     assert [one.use_cudnn for one in (ours.forward_layer, ours.backward_layer)] == [use_cudnn] * 2
-    theirs.forward_layer.use_cudnn = theirs.backward_layer.use_cudnn = False  # its loop
+    theirs.forward_layer.use_cudnn = theirs.backward_layer.use_cudnn = False  # Keras runs its loop
     compare((ours, theirs), draw(B, T, I), (1e-6, 1e-5), mask=mask)
     assert len(calls) == 2
     if FUSED:
@@ -164,17 +166,18 @@ def test_bidirectional_whatever_use_cudnn_is_which_reads_back_as_given(
 @pytest.mark.parametrize("policy", ["mixed_float16", "bfloat16"])
 @MASKED_OR_NOT
 def test_dtype_policies(policy, mask, kinds):
-    layers = pair(kinds, dtype=policy, recurrent_initializer="glorot_uniform", **ALL)  # torch has no QR in half
+    # torch has no QR in half precision.
+    layers = pair(kinds, dtype=policy, recurrent_initializer="glorot_uniform", **ALL)
     compare(layers, draw(B, T, I), (2e-2, 0.1), mask=mask)
 
 
 def test_fit_gives_the_same_weights(kinds):
-    """Files, and models that are cloned, are in docs/keras.md."""
+    """docs/keras.md tests files, and models that are cloned."""
     options = ZERO | dict(
         kernel_regularizer="l2", bias_constraint="non_neg", recurrent_constraint="max_norm", activity_regularizer="l1",
         bias_initializer="ones") | (dict(unit_forget_bias=False) if kinds[0] is LSTM else {})  # fmt: skip
     x, y = draw(2 * B, T, I).numpy(), draw(2 * B, 1, seed=1).numpy()
-    x[1, 3:] = x[2, :2] = 0  # what Masking masks
+    x[1, 3:] = x[2, :2] = 0  # the layer Masking masks these steps
     of_both = []
     for kind in kinds:
         keras.utils.set_random_seed(1)
@@ -187,7 +190,8 @@ def test_fit_gives_the_same_weights(kinds):
         of_both.append((first.get_config(), before, losses, model.get_weights()))
     (config, *ours), (expected_config, *theirs) = of_both
     assert config == expected_config
-    for found, expected, tolerance in zip(ours, theirs, (0, 1e-6, 1e-6)):  # from the same seed
+    # Weights from the same seed, then the losses and the weights after training.
+    for found, expected, tolerance in zip(ours, theirs, (0, 1e-6, 1e-6)):
         for a, e in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, e, rtol=0, atol=tolerance)
 

@@ -1,15 +1,19 @@
 """The public modules on every backend and family of kernels, against the NumPy oracle: tables of cases.
 
-What is tested is what users call: an LSTM or a GRU of one layer hands down states [1, B, H], one of several [B, H].
-Kernels on the CPU are checked for what they are given, and where they read and write (conftest.py).
+The tests call modules as users do. An LSTM or a GRU of one layer hands down states [1, B, H], one of several layers
+[B, H]. Kernels on the CPU are checked for the tensors that they are given, and for the addresses that they read and
+write (conftest.py).
 
-Without a GPU the Triton kernels run in Triton's interpreter, where bfloat16 products are wrong (so bfloat16 is in
-test_gpu.py), and those in CUDA C++ are compiled by g++. On a GPU, where Triton's are those that are chosen there:
+Without a GPU the Triton kernels run in Triton's interpreter, and g++ compiles the kernels in CUDA C++. bfloat16
+products are wrong in the interpreter, so bfloat16 is in test_gpu.py. On a GPU the Triton kernels are those that are
+chosen there:
 
     pytest tests/test_layer.py --require-gpu
     compute-sanitizer --tool memcheck   python -m pytest tests/test_layer.py -k cuda
     compute-sanitizer --tool racecheck  python -m pytest tests/test_layer.py -k cuda
 """
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,15 +32,17 @@ F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat1
 NAN, INF = float("nan"), float("inf")
 
 MIX, BACK, MOST = "ragged resets both", "ragged resets reverse", "ragged states peepholes both"
-# With states to reset to, since the norm of a W_hh h that is almost zero multiplies every error.
+# A norm of a W_hh h that is almost zero multiplies every error, so its cases reset to given states.
 OF_HH, OF_C, OF_ALL = "norm-hh no-bias ragged states", "norm-c no-bias ragged resets", "ragged states peepholes norms"
 ONCE = "ragged states peepholes"
-# How a module is built and called. Kernels depend on little of it, so all of it is on the backends with the least work.
+# Ways to build and to call a module. Kernels depend on little of them, so all are tested on the backends with the least
+# work.
 MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-first state both", "no-bias resets",
            "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
            "layer states ragged both", "layer no-hx deep both", "stream deep no-hx")  # fmt: skip
-# Pairs of options, not products.
-TABLE = [  # places, dtype, and cases: how many problems, more of the small, whose errors vary more; sizes; options
+# The tables have pairs of options, not all combinations.
+# Places, a dtype, and rows: the number of seeds, larger for small sizes, whose errors vary more; a size; words.
+TABLE = [
     ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
                         "norms stream peepholes", "dropout_h both ragged", "zoneout_h deep states", "expected state",
@@ -45,7 +51,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
                         "layer norms peepholes states both"),
      (2, "6,4,3,5,2", MIX, "deep both states", f"{MOST} masks", f"{MOST} expected", "layer both ragged states",
       "stream deep", "packed both"),
-     (2, "1,4,3,5", "deep both ragged resets", "stack both ragged resets"),  # as initial states that are zero
+     (2, "1,4,3,5", "deep both ragged resets", "stack both ragged resets"),  # these start from zeros
      (2, "1,1,1,3", f"{MIX} masks", f"{OF_ALL} masks both", f"{MOST} expected deep", "unbatched both states", "cell"),
      (2, "5,1,3,4,2", "unbatched both batch-first ragged states", "unbatched state", "unbatched deep no-hx resets")),
     ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
@@ -55,46 +61,50 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES if "state" not in words)),
      (2, "6,4,3,5,2", MIX, "deep packed", "both no-bias resets"), (2, "1,1,1,3", MIX, "cell", "unbatched"),
      (2, "1,4,3,5", "deep both ragged", "batch-first ragged resets no-hx")),
-    # The plans that are chosen, on a GPU too: steps of one sequence; more than one tile of 16 sequences and of 32 units
+    # The chosen plans, on a GPU too: steps of one sequence, and more than one tile of 16 sequences and of 32 units.
     ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "deep ragged resets"),
      (2, "3,3,4,5", "layer ragged states both", "chunks reverse ragged states no-grad"),
      (2, "3,4,3,33,7", MIX), (2, "3,3,3,9", f"{OF_ALL} both recompute", f"{MOST} masks recompute"),
      (1, "4,3,3,4", "norms both ragged", "deep both masks peepholes"),
      (1, "4,18,3,40", "heads ragged resets both"), (1, "1,3,3,15", "three-heads")),
     ("triton", F16, (1, "4,5,8,40", MIX), (1, "4,3,4,20,7", f"{MOST} masks")),
-    # Several programs with a grid-wide barrier: 3 tiles; 4 tiles; two tiles of units
+    # Several programs with a grid-wide barrier: three tiles, four tiles, and two tiles of units.
     ("step", F32, (1, "3,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
      (1, "3,18,3,20,33", "layer ragged resets both"), (1, "3,18,3,40", "heads ragged resets")),
     ("step", F16, (1, "3,3,3,40,5", ONCE), (1, "3,3,3,15", f"three-heads {ONCE} masks")),
-    # And with one more for products of parts of K: two tiles of sequences, and of 64 units; of h alone
+    # The same with a second barrier for products of parts of K: two tiles of sequences and of 64 units, and a part of h
+    # alone.
     ("split/4", F32, (1, "3,18,3,70", "ragged resets", "heads resets"), (1, "3,3,3,20,70", "layer states peepholes")),
-    # And with W_hh in shared memory: two groups, of which one has two tiles of sequences; and three programs
+    # W_hh in shared memory: two groups, of which one has two tiles of sequences, and three programs.
     ("held", F32, (1, "3,35,3,18", BACK), (1, "3,18,3,15", "three-heads ragged resets")),
     ("held", F16, (1, "3,18,3,40", f"{ONCE} masks", f"heads {ONCE} masks"), (1, "3,3,3,18", "no-grad both")),
     ("held/ahead", F32, (1, "3,35,3,18", BACK), (1, "3,35,3,36", "heads ragged")),
-    # Whole sequences in one launch of programs that need nobody
+    # Whole sequences in one launch of programs that are independent of each other.
     ("resident", F32, (1, "3,3,3,20,7", "both resets"), (2, "1,1,3,1", MIX), (1, "3,11,3,33", "no-hx deep")),
     ("resident", F16, (1, "3,3,3,7", MIX), (1, "4,3,3,11", f"{ONCE} both"),
      (1, "3,11,3,22", "heads ragged states masks"), (1, "3,3,3,33", "three-heads")),
-    # And of programs that exchange words of one unit, or of two in half precision: of 2 to 9, backward 4 to 12
+    # Programs that exchange words of one unit, or of two in half precision. There are 2 to 9 programs, backward 4 to
+    # 12.
     ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "3,3,3,8", "chunks resets no-grad")),
-    ("cooperative/4/1/4", F16, (1, "4,3,3,11", ONCE)),  # 3 and 4 programs, of which one has no units
+    ("cooperative/4/1/4", F16, (1, "4,3,3,11", ONCE)),  # 3 and 4 programs; one of them has no units
     ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),  # three batch tiles in two groups
     ("cooperative/8/1/4", F16, (1, "3,3,3,33", "ragged resets")),  # a row ends in half a word
-    ("cooperative/8/2/4", F32, (1, "3,20,3,32", "heads ragged states masks")),  # groups of each head
-    ("cooperative/8/1/2", F16, (1, "3,3,3,32", "heads ragged states masks both")),  # with its gates in two pieces
-    ("cooperative/16/1/1", F16, (1, "3,3,3,33", BACK, f"three-heads {BACK}"), (2, "3,3,3,1", "")),  # backward at once
+    ("cooperative/8/2/4", F32, (1, "3,20,3,32", "heads ragged states masks")),  # each head has groups
+    # The gates of a unit are in two pieces.
+    ("cooperative/8/1/2", F16, (1, "3,3,3,32", "heads ragged states masks both")),
+    # Backward has all gates of a unit in one program.
+    ("cooperative/16/1/1", F16, (1, "3,3,3,33", BACK, f"three-heads {BACK}"), (2, "3,3,3,1", "")),
     ("cooperative/16/1/1", F32, (1, "4,3,3,11", f"{ONCE} masks")),
-    # And of a launch a step, after a product
+    # One launch a step, after a product.
     ("pointwise", F32, (1, "3,3,4,6", BACK), (1, "3,9,3,20,7", "deep ragged"), (1, "3,4,3,300", ""),
      (1, "3,3,3,33", f"{ONCE} masks"), (1, "3,5,3,15", f"three-heads {BACK}")),
     ("pointwise", F16, (1, "3,3,3,40", "", f"heads {ONCE} masks"), (1, "3,5,3,20", f"{MOST} expected")),
-    # Or of two, between which torch normalises c, or projects
+    # Two launches a step, between which torch normalises c, or projects.
     ("pointwise cupy", F32, (1, "3,3,3,11", OF_HH, OF_C, f"{OF_ALL} masks", f"{OF_ALL} both expected"),
      (1, "1,3,3,11", f"{OF_ALL} no-grad"), (1, "3,5,3,9,4", f"{MOST} masks", "expected ragged no-grad")),
     ("pointwise cupy", F16, (1, "3,3,3,11", f"{OF_ALL} both masks"), (1, "3,4,3,9,4", f"{ONCE} masks")),
-    # The loop for CPUs, where forms, options and chunks of calls are tested on kernels: tiles of 128 units, and of 4
-    # sequences; and, with something in the middle of a step, by steps
+    # The loop for CPUs. Forms, options and chunks of calls are tested on its kernels. It has tiles of 128 units and of
+    # 4 sequences. Where torch computes in the middle of a step, it runs by steps.
     ("numba", F32, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states", OF_HH,
                     f"{OF_C} both", "norms stream peepholes", "zoneout_h deep states", "zoneout_c both ragged resets",
                     "stream expected deep", "recompute both", "chunks deep states no-grad",
@@ -105,7 +115,7 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
      (1, "3,5,3,260", "heads states masks ragged"), (1, "4,9,3,15", f"three-heads {MOST} expected", "three-heads cell"),
      (1, "4,5,3,9", f"{OF_ALL} both masks recompute", f"{OF_ALL} expected no-grad"),
      (1, "3,5,3,130,7", f"layer {MIX}", "masks ragged recompute", "expected no-grad"), (1, "3,4,3,9,140", "masks")),
-    # The same in CUDA C++
+    # The kernels in CUDA C++.
     ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "5,4,3,13,7", MIX, "ragged states"),
      (2, "5,3,4,6", f"{MIX} recompute", "no-hx", "reverse ragged", "no-grad both"),
      (1, "3,4,3,300", ""), (1, "4,3,3,33", f"{ONCE} masks", "dropout_h both", "zoneout_c both", "zoneout_h states"),
@@ -115,50 +125,16 @@ TABLE = [  # places, dtype, and cases: how many problems, more of the small, who
     ("cupy", BF16, (4, "2,3,4,5", "", "ragged states both"), (2, "3,3,3,9,4", f"{MIX} recompute"),
      (1, "5,3,3,11", f"{OF_ALL} both")),
 ]  # fmt: skip
-# With `gru`: what is of a cell is few lines of every kernel, of torch_rnn and of the reference, and all a user's forms.
-GRUS = [
-    ("reference", F64, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states",
-                        "expected states", "both ragged masks", "dropout_h both ragged", "zoneout deep states",
-                        "zoneout stack both"),
-     (2, "1,4,3,5", "deep both ragged resets"), (2, "1,1,1,3", f"{MIX} masks", "unbatched both states", "cell"),
-     (2, "5,1,3,4", "unbatched both batch-first ragged states", "unbatched deep no-hx resets"),
-     (2, "6,4,5,5", "residual masks ragged"),
-     (1, "5,3,4,6", "heads states masks ragged", "heads layer", "heads stream")),
-    ("reference torch torch/two", F64, (1, "5,3,4,6", f"three-heads deep {MIX}", "heads stack both", "heads cell")),
-    ("reference torch", F64, (2, "6,4,5,5", "residual ragged", "residual resets")),
-    ("torch torch/two", F64, (2, "6,4,3,5", *(words for words in MODULES[:-1] if "state" not in words)),
-     (2, "1,1,1,3", MIX, "cell", "unbatched"), (2, "1,4,3,5", "deep both ragged", "no-grad ragged")),
-    ("triton", F32, (4, "1,1,3,1", "", MIX), (2, "2,3,4,5", "both", "layer ragged states both"),
-     (1, "3,4,3,33", "deep ragged states masks"), (1, "3,3,3,40", "heads ragged states"),
-     (1, "3,3,3,9", "chunks both states no-grad", "ragged no-bias recompute masks")),
-    ("triton", F16, (1, "4,5,8,40", MIX)),
-    ("step", F32, (1, "3,3,3,40", ""), (1, "3,18,3,20", "layer ragged states both")),
-    ("step", F16, (1, "3,3,3,40", "ragged states masks", "heads ragged states masks")),
-    ("split/4", F32, (1, "3,18,3,72", "ragged resets", "three-heads ragged")), ("held", F32, (1, "3,35,3,18", BACK)),
-    ("held", F16, (1, "3,18,3,40", "ragged states masks", "heads states")),
-    ("held/ahead", F32, (1, "3,35,3,18", "ragged resets")),
-    ("resident", F32, (1, "3,11,3,33", "no-hx"), (1, "3,3,3,11", f"{MIX} masks")),
-    ("resident", F16, (1, "3,3,3,70", BACK), (1, "3,3,3,11", "ragged states masks"),
-     (1, "3,11,3,32", "heads ragged states masks")),
-    ("cooperative/4/1/4", F32, (1, "3,3,3,36", ""), (1, "3,3,3,8", "chunks resets no-grad"),
-     (1, "3,9,3,32", "heads ragged states masks")),
-    ("cooperative/16/1/1", F16, (1, "3,3,3,33", "three-heads ragged states masks both")),
-    ("cooperative/8/2/4", F32, (1, "3,17,3,20", "ragged resets")),
-    ("cooperative/8/1/4", F16, (1, "3,3,3,33", "ragged states masks")),
-    ("cooperative/16/1/1", F16, (1, "3,3,3,33", BACK)),
-    ("pointwise", F32, (1, "3,3,4,6", BACK), (1, "3,9,3,33", "ragged states masks", "three-heads ragged states masks")),
-    ("pointwise", F16, (1, "3,3,3,40", "")),
-    ("numba", F32, (2, "6,4,3,5", *MODULES[:-1], "cell no-bias", "cell no-hx", "deep masks states", "expected states",
-                    "both ragged masks", "zoneout stack both", "recompute masks", "chunks both states no-grad",
-                    "chunks reverse ragged states no-grad"),
-     (2, "6,4,5,5", "residual masks ragged resets"), (4, "1,1,3,1", "", MIX), (1, "1,9,3,7", "deep both"),
-     (2, "5,1,3,4", "unbatched both batch-first ragged states"), (1, "4,5,3,130", MIX, "ragged states masks no-bias"),
-     (1, "3,9,16,260", "ragged resets", "heads states"), (1, "4,9,3,15", "three-heads both ragged states masks")),
-    ("cupy", F32, (4, "2,3,4,5", "", MIX, "ragged states both"), (1, "4,9,3,33", "ragged states masks",
-     "three-heads ragged states masks", "zoneout deep states", "expected no-grad")),
-    ("cupy", F16, (3, "5,3,3,40", "", MIX)), ("cupy", BF16, (2, "2,3,4,5", MIX)),
-]  # fmt: skip
-# With `slstm`, whose reference is the paper's c, n and m in other numbers.
+# More cases with `gru`, which the cases above without a layer norm do not reach.
+MORE_GRUS = [
+    ("reference", F64, (2, "6,4,3,5", "cell no-bias", "both ragged masks", "zoneout stack both")),
+    ("triton", F32, (1, "3,3,3,9", "ragged no-bias recompute masks")),
+    ("split/4", F32, (1, "3,18,3,72", "ragged resets", "three-heads ragged")),
+    ("resident", F16, (1, "3,3,3,70", BACK)),
+    ("numba", F32, (2, "6,4,3,5", "cell no-bias", "both ragged masks", "zoneout stack both", "recompute masks")),
+    ("cupy", BF16, (2, "2,3,4,5", MIX)),
+]
+# Cases with `slstm`. Its reference computes the paper's c, n and m in other numbers.
 SLSTMS = [
     ("reference", F64, (2, "4,3,3,8", "", "no-hx ragged", "no-bias heads", f"deep heads {MIX}", f"deep no-hx {MIX}",
                         "both packed", "batch-first", "stream deep", "layer no-bias", "dropout_h both ragged"),
@@ -179,7 +155,8 @@ SLSTMS = [
     ("cupy", F32, (1, "4,3,3,15", "no-grad no-hx")),
     ("cupy", F16, (1, "4,5,3,130", MIX)),
 ]  # fmt: skip
-# What no pair of a place, dtype, cell, option, projection, single step and number of tiles of the tables above has.
+# Cases with pairs that the tables above lack, of place, dtype, cell, option, projection, single step and number of
+# tiles.
 DEEP = [
     ("triton", F32, (1, "1,17,5,33", "both"), (2, "2,1,2,130", ""), (1, "3,17,3,33", OF_ALL),
      (1, "4,4,3,33,7", f"{MIX} expected", "dropout_h deep", "zoneout_h", "zoneout_c")),
@@ -196,77 +173,99 @@ DEEP = [
     ("cooperative/8/1/4", F32, (1, "4,3,3,20,7", "packed")), ("cooperative/8/1/2", F32, (1, "4,3,3,20", ONCE)),
     ("cooperative/8/1/2", F16, (1, "4,9,3,33", "gru ragged resets")),
     ("cooperative/16/1/1", F32, (1, "5,3,3,11", "gru expected states")),
-    ("cooperative/8/1/2", F32, (1, "2,3,3,86", "heads both peepholes")),  # several chunks, of words that lie apart
+    ("cooperative/8/1/2", F32, (1, "2,3,3,86", "heads both peepholes")),  # several chunks, whose words lie apart
     ("cooperative/16/1/1", F32, (1, "2,3,3,140", "heads", "gru heads")),
 ]  # fmt: skip
 
 
-TABLES = (TABLE, "", ()), (DEEP, "", pytest.mark.deep), (GRUS, "gru ", ()), (SLSTMS, "slstm ", ())
+class Case(NamedTuple):
+    """Random calls in words of cases.py, at a place of places.py."""
+
+    place: str
+    dtype: torch.dtype
+    seeds: int
+    size: tuple[int, ...]  # T, B, I, H and maybe P
+    words: str
+
+
+def cases_of(table: list, cell: str = "") -> list[Case]:
+    return [
+        Case(place, dtype, seeds, tuple(map(int, size.split(","))), f"{cell} {words}".strip())
+        for places, dtype, *rows in table for place in places.split()
+        for seeds, size, *options in rows for words in options
+    ]  # fmt: skip
+
+
+def of_a_gru(case: Case) -> Case:
+    """Return the same case without a projection and peepholes, which a GRU does not have."""
+    return case._replace(size=case.size[:4], words="gru " + case.words.replace("peepholes", ""))
+
+
+LSTMS = cases_of(TABLE)
+OF_FOUR_GATES = "split/4", "cooperative/8/1/2"  # these plans divide the four gates of a unit, and a GRU has three
+CASES = [*LSTMS, *(of_a_gru(case) for case in LSTMS if "norm" not in case.words and case.place not in OF_FOUR_GATES)]
+CASES += [*cases_of(MORE_GRUS, "gru"), *cases_of(SLSTMS, "slstm")]
 
 
 def cases(*backends: str) -> pytest.MarkDecorator:
-    """The cases of these backends or places."""
-    return pytest.mark.parametrize(("place", "dtype", "seeds", "size", "words"), [
-        pytest.param(place, dtype, seeds, tuple(map(int, size.split(","))), (cell + words).strip(), marks=marks,
-                     id=f"{place}-{dtype}-{size}-{(cell + words).strip() or 'plain'}".replace("torch.", ""))
-        for table, cell, marks in TABLES for places, dtype, *rows in table
-        for place in places.split() if place.partition("/")[0] in backends
-        for seeds, sizes, *options in rows for size in sizes.split() for words in options
+    """Return the cases of these backends or places, each once."""
+    every = [(case, ()) for case in dict.fromkeys(CASES)] + [(case, pytest.mark.deep) for case in cases_of(DEEP)]
+    return pytest.mark.parametrize("case", [
+        pytest.param(case, marks=marks, id="-".join(map(str, case)).replace("torch.", ""))
+        for case, marks in every if case.place.partition("/")[0] in backends
     ])  # fmt: skip
 
 
-def every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device="cpu", **how) -> None:
-    backend, force = KERNELS[place]
-    options = dict(device=device) if backend == "cupy" else {}
-    force(monkeypatch, **options)
-    if "chunks" in words:  # of two steps
-        monkeypatch.setattr(schedule, "WORKSPACE", 2 * size[1] * 4 * size[3] * dtype.itemsize)
-    check(size, words, backend, dtype, device, seeds=seeds, **how)
+def every_result_and_gradient(monkeypatch: pytest.MonkeyPatch, case: Case, device: str = "cpu") -> None:
+    backend, force = KERNELS[case.place]
+    force(monkeypatch, **dict(device=device) if backend == "cupy" else {})
+    if "chunks" in case.words:  # a chunk has two steps
+        monkeypatch.setattr(schedule, "WORKSPACE", 2 * case.size[1] * 4 * case.size[3] * case.dtype.itemsize)
+    check(case.size, case.words, backend, case.dtype, device, seeds=case.seeds)
 
 
 forced = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernels are those that are chosen there")
-fresh_memory_is_nan = pytest.mark.usefixtures("nan_in_fresh_memory")  # so that a result which nothing wrote is detected
+fresh_memory_is_nan = pytest.mark.usefixtures("nan_in_fresh_memory")  # a result that nothing wrote is detected
 
 
 @cases("torch", "reference")
-def test_without_kernels(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+def test_without_kernels(monkeypatch, case):
+    every_result_and_gradient(monkeypatch, case)
 
 
 @cases("triton")
-def test_triton(monkeypatch, place, dtype, seeds, size, words, device):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, device)
+def test_triton(monkeypatch, case, device):
+    every_result_and_gradient(monkeypatch, case, device)
 
 
 @fresh_memory_is_nan
 @cases("numba")
-def test_numba(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+def test_numba(monkeypatch, case):
+    every_result_and_gradient(monkeypatch, case)
 
 
 @forced
 @fresh_memory_is_nan
 @cases("step", "split", "held", "resident", "cooperative", "pointwise")
-def test_a_family_of_triton(monkeypatch, place, dtype, seeds, size, words):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words)
+def test_a_family_of_triton(monkeypatch, case):
+    every_result_and_gradient(monkeypatch, case)
 
 
 @fresh_memory_is_nan
 @cases("cupy")
-def test_cuda(monkeypatch, place, dtype, seeds, size, words, host_or_card):
-    every_result_and_gradient(monkeypatch, place, dtype, seeds, size, words, host_or_card)
+def test_cuda(monkeypatch, case, host_or_card):
+    every_result_and_gradient(monkeypatch, case, host_or_card)
 
 
 @forced
 @fresh_memory_is_nan
 @pytest.mark.parametrize("place", ["pointwise", "cupy"])
 def test_a_projection_that_is_much_smaller_stays_in_the_loop(monkeypatch, place):
-    size = 4, 5, 3, 9, 3
     assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
     monkeypatch.setattr(by_steps, "LEAST_SAVED", 0)
     assert by_steps.keeps_projection(Problem(2, 5, 9, F32, 3))
     assert not by_steps.keeps_projection(Problem(2, 5, 9, F32, 8))
-    every_result_and_gradient(monkeypatch, place, F32, 2, size, MIX)
+    every_result_and_gradient(monkeypatch, Case(place, F32, 2, (4, 5, 3, 9, 3), MIX))
 
 
 @pytest.mark.gpu
@@ -292,7 +291,7 @@ def test_second_derivatives_by_finite_differences(backend, size, words):
     left = [] if like is None else tree_leaves(like)
 
     def call(x, *tensors):
-        torch.manual_seed(0)  # the same masks
+        torch.manual_seed(0)  # so that each call draws the same masks
         parts = [list(part) for part in (tensors[: len(states)], tensors[len(states) :])]
         given, left = dict(zip(names, parts[1])), parts[1][len(names) :]
         options = rest | (dict(reset_states=of_user(like, left)) if left else {})
@@ -333,7 +332,7 @@ def everywhere(place, words, dtype, size):
 
 
 def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """t, with NaN and infinity where [T, B] says so."""
+    """Return t with NaN and infinity where `where` [T, B] is true."""
     return torch.where(where[..., None], torch.where(torch.rand(t.shape) < 0.5, NAN, INF).to(t), t)
 
 
@@ -342,7 +341,8 @@ def nan_or_inf(t: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("place", "words", "dtype"), [*EVERYWHERE, ("torch", "residual", None),
                                                        ("reference", "residual resets", None)])  # fmt: skip
 def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, words, dtype):
-    """NaN and infinity there, of the output's gradient too: the same bits, as without gradients. Padding's are zero."""
+    """NaN and infinity stand there, also in the gradient of the output. The bits are the same, also without gradients,
+    and the padding of results is zero."""
     KERNELS[place].force(monkeypatch)
     module, (x, hx, rest) = everywhere(place, f"ragged {words}", dtype, (5, 3, 3, 8))
     padding = torch.arange(5)[:, None] >= rest["lengths"]  # [T, B]
@@ -372,8 +372,11 @@ def test_padding_and_what_no_reset_leaves_change_no_bit(monkeypatch, place, word
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize(("place", "words", "dtype"), EVERYWHERE)
 def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
-    """Nor into another sequence: x, h0 and c0 with NaN or infinity change no bit of what does not follow them. Except
-    on torch's own LSTM, where other episodes of these sequences are computed again, by other calls."""
+    """NaN or infinity in x, h0 and c0 does not get into another sequence either. It changes no bit of numbers that do
+    not follow it.
+
+    torch's own LSTM is an exception: other episodes of these sequences are computed again, by other calls.
+    """
     KERNELS[place].force(monkeypatch)
     module, (x, hx, rest) = everywhere(place, words, dtype, (5, 4, 3, 8))
     of_torch = place.startswith("torch")
@@ -382,17 +385,18 @@ def test_nan_does_not_pass_a_reset(monkeypatch, place, words, dtype):
         return torch.allclose(ours, theirs, rtol=0, atol=1e-14) if of_torch else torch.equal(ours, theirs)
 
     rest["resets"] = torch.zeros(5, 4, dtype=torch.bool)
-    rest["resets"][[1, 3, 2, 4, 0], [0, 0, 1, 2, 3]] = True  # the last before the first step
+    rest["resets"][[1, 3, 2, 4, 0], [0, 0, 1, 2, 3]] = True  # the last reset is before the first step
 
     def run():
         return {name: t.cpu() for name, t in results(module, x, hx, **rest).items()}
 
     clean = run()
     h, c = (tree_leaves(hx) * 2)[:2]  # of a GRU twice h
-    x[1, 0, 1], h[0, 1], c[-1, 2] = NAN, NAN, INF  # in an episode; of the first direction, and of the last
+    # NaN within an episode, and in initial states of the first and of the last direction.
+    x[1, 0, 1], h[0, 1], c[-1, 2] = NAN, NAN, INF
     h[0, 3], c[0, 3] = NAN, INF
     dirty = run()
-    behind = torch.zeros(len(h), 5, 4, dtype=torch.bool)  # [D, T, B] between NaN and the reset
+    behind = torch.zeros(len(h), 5, 4, dtype=torch.bool)  # [D, T, B], true between a NaN and the reset
     behind[0, 1:3, 0], behind[0, :2, 1] = True, True
     if module.bidirectional:
         behind[1, 1, 0], behind[1, 4:, 2] = True, True

@@ -1,5 +1,5 @@
-"""Tests of the tests: the limits of comparing.judge, which a fault of 1 % in any term exceeds, and roundings of float32
-do not; and one of the tests that need a card, on the CPU."""
+"""Tests of the tests: a fault of 1 % in any term exceeds the limits of comparing.judge, and roundings of float32 do
+not. One of the tests that need a card runs on the CPU."""
 
 import ast
 import functools
@@ -17,18 +17,18 @@ from places import KERNELS, by_interpreter
 from standing_in import H100
 from torch.utils._pytree import tree_leaves
 
-F32, SEEDS = torch.float32, (5, 6)  # of calls with a reset before the second step
+F32, SEEDS = torch.float32, (5, 6)  # these calls have a reset before the second step
 OF_A_LAYER = [f for f in ast.parse(inspect.getsource(oracle)).body
               if isinstance(f, ast.FunctionDef) and not {"stack", "cell", "named"} & {*f.name.split("_")}]  # fmt: skip
 NO_TERMS = "1", "1.0", "1e-05", "t"
-CASES = [  # of few elements, with every option that a layer has
+CASES = [  # cases of few elements, with every option of a layer
     ((2, 1, 3, 3, 2), "states dropout_h peepholes"), ((2, 1, 3, 3), "states expected norms peepholes"),
     ((2, 1, 3, 3), "gru states expected"), ((2, 1, 3, 3), "gru states dropout_h"), ((2, 1, 3, 3), "slstm dropout_h"),
 ]  # fmt: skip
 
 
 def terms():
-    """The terms of every sum, and the second factors of products, in the oracle's formulas of a layer."""
+    """Return the terms of every sum, and the second factors of products, in the oracle's formulas of a layer."""
     found = {}
     for function in OF_A_LAYER:
         for node in ast.walk(function):
@@ -46,7 +46,7 @@ DRAWN = random.Random(0).sample(sorted(TERMS), 40)
 
 
 def results(seed, kind=np.ndarray):
-    """Of all cases, in arrays of a kind."""
+    """Return the results of all cases, in arrays of `kind`."""
     found = {}
     for size, words in CASES:
         module = with_random_parameters(built(size, named := {*words.split()}), seed).train("expected" not in named)
@@ -61,7 +61,7 @@ truth = functools.cache(lambda seed: results(seed))
 
 
 def judged(monkeypatch, ours):
-    """Beside a yardstick without errors, by the limits of this problem, which are counted once."""
+    """Judge our results beside a yardstick without errors. The limits of this problem are counted once."""
     monkeypatch.setattr(comparing, "counted", lambda *_: limits())
     errors = {name: [(np.asarray(our[name]) - true[name], 0 * true[name], true[name])
                      for our, true in zip(ours, map(truth, SEEDS))] for name in truth(SEEDS[0])}  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_fault_of_one_percent_in_any_term_is_detected(monkeypatch, term):
     node, field = TERMS[term]
     right, faulty = getattr(node, field), {**vars(oracle)}
     for counted in (*(functools.partial(truth, seed) for seed in SEEDS), limits):
-        counted()  # of the right formulas, and kept
+        counted()  # compute and keep the results of the right formulas
     setattr(node, field, ast.BinOp(right, ast.Mult(), ast.Constant(1.01)))
     try:
         tree = ast.fix_missing_locations(ast.Module(OF_A_LAYER, []))
@@ -88,7 +88,8 @@ def test_a_fault_of_one_percent_in_any_term_is_detected(monkeypatch, term):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_roundings_are_no_faults_where_torch_rounds_luckily(monkeypatch, seed):
-    """Whose errors are none at all here. Of one result sixteen times as large they are."""
+    """torch's errors are zero here. Errors of rounding are allowed, and an error sixteen times as large, of one result,
+    is not."""
     rounding, name = comparing.rounding_as(F32, np.random.default_rng(1 + seed)), f"{CASES[0][1]}, h0"
     found = [results(seed, rounding) for seed in SEEDS]
     judged(monkeypatch, found)
@@ -100,7 +101,7 @@ def test_roundings_are_no_faults_where_torch_rounds_luckily(monkeypatch, seed):
 
 @pytest.fixture
 def rehearsed(monkeypatch):
-    """Tests of test_gpu.py run on the CPU, by plans that it can run: where there are no streams and no graphs."""
+    """Make tests of test_gpu.py run on the CPU, by plans for it, and without streams and graphs."""
 
     def captured(run):
         found = run()

@@ -1,5 +1,5 @@
-"""LSTM and GRU, their cells and stacks compute what torch's modules compute: results, gradients, dtypes. And with
-lengths and resets what the NumPy oracle does, on every backend."""
+"""LSTM and GRU, their cells and stacks compute the results, gradients and dtypes of torch's modules. With lengths and
+resets they agree with the NumPy oracle on every backend."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from cases import check
 from comparing import PLACES, assert_same, both_kinds, every_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairs import KINDS, RAGGED, B, H, I, T, assert_alike, pair, random_inputs, results, truth
+from pairs import RAGGED, B, H, I, T, assert_alike, pair, random_inputs, results, truth
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -17,12 +17,11 @@ import gpu_lstm
 from gpu_lstm.functional import lstm_layer
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
-every_kind = pytest.mark.parametrize("kind", KINDS)
 OFF_ON = (False, True)
 
 
 def moved(module, *inputs):
-    """Inputs where the module is, in its dtype."""
+    """Return inputs where the module is, in its dtype."""
     return tree_map_only(torch.Tensor, lambda t: t.to(next(module.parameters())), inputs)
 
 
@@ -30,7 +29,7 @@ def moved(module, *inputs):
 @both_kinds
 @pytest.mark.parametrize("lengths", [[4, 2, 1], [2, 1, 4]], ids=["sorted", "not sorted"])
 def test_a_packed_sequence_is_packed_as_torchs(backend, kind, lengths):
-    """The sizes and indices of its batches; numbers and gradients are compared in test_layer.py."""
+    """The sizes and indices of its batches are compared here. test_layer.py compares numbers and gradients."""
     theirs, ours = pair(kind, backend, num_layers=2, batch_first=True)
     x = random_inputs(theirs, B)[0].double()
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=lengths[0] == 4)
@@ -74,11 +73,11 @@ def test_gradients_of_one_result_alone_twice_from_one_graph(backend):
 
 @every_backend
 def test_gradients_of_tensors_that_are_one_or_depend_on_each_other(backend):
-    """Once, and under create_graph, where they are computed another way."""
+    """Gradients are computed once, and under create_graph, where they are computed another way."""
     for create_graph in OFF_ON:
         got = []
         for lstm in pair("LSTM", backend):
-            lstm.bias_hh_l0 = lstm.bias_ih_l0  # one parameter
+            lstm.bias_hh_l0 = lstm.bias_ih_l0  # both names have one parameter
             x, (h, _) = moved(lstm, *random_inputs(lstm, B))
             y, (_, c) = lstm(x + h.requires_grad_()[..., :I].tanh(), (h, h))
             wanted = [h, *lstm.parameters()]
@@ -107,7 +106,7 @@ def test_dropout_with_the_same_seed_gives_the_numbers_of_torch(kind):
 
 @every_backend
 def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
-    """Also with a residual connection: what it adds is dropped with the rest."""
+    """A residual connection adds its input before dropout, so the sum is dropped, too."""
     chain, stack = pair("StackedLSTM", backend, hidden_sizes=[3, 3])
     residual = gpu_lstm.StackedLSTM(3, [3, 3], residual=True, backend=backend, **PLACES[backend])
     residual.load_state_dict(stack.state_dict())
@@ -118,7 +117,7 @@ def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
         module.dropout = 1.0
         output, states = module(*moved(module, x))
         assert_same(dict(output=output.detach(), h=states[0][0].detach()), expected)
-    # As good as everything: what is dropped is drawn, for features of the projection.
+    # This rate drops nearly everything. Which numbers are dropped is drawn, for features of the projection.
     theirs, projected = pair("LSTM", backend, num_layers=2, proj_size=2, dropout=1 - 2**-30)
     found, wanted = (module(*moved(module, x))[0].detach() for module in (projected, theirs))
     assert_same(dict(output=found), dict(output=wanted))
@@ -132,7 +131,7 @@ def test_under_autocast_without_gradients_dtypes_may_differ():
 
 @st.composite
 def problems(draw, longest, most, left):
-    """A size, words of cases.py and a seed; where resets may have states `left`, these or zeros."""
+    """Draw a size, words of cases.py and a seed. With `left` resets may have given states instead of zeros."""
     hidden, some = draw(st.integers(1, 4)), st.booleans()
     words = [word for word in ("no-bias", "batch-first", "both", "no-hx") if draw(some)]
     form, steps = draw(st.sampled_from(["", "packed", "unbatched"])), draw(st.integers(1, longest))
@@ -164,14 +163,14 @@ def test_any_problem_gives_the_numbers_of_the_oracle(backend):
 @pytest.mark.parametrize("ragged", [["lengths"], ["resets"], ["lengths", "resets"]], ids=" and ".join)
 @pytest.mark.parametrize(("kind", "value"), [("LSTM", 20.0), ("GRU", 20.0), ("GRU", -20.0)])
 def test_half_precision_holds_and_clears_whatever_the_gates_would(ragged, dtype, kind, value):
-    """On torch's own modules padding and resets shut gates that the biases open wide, or open those that are shut."""
+    """On torch's own modules padding and resets shut gates that the biases open wide, or open gates that they shut."""
     _, ours = pair(kind, "torch", bidirectional=True)
     x, hx = random_inputs(ours, B)
     for name, parameter in ours.named_parameters():
         if "bias" in name:
-            parameter.data[: 2 * ours.hidden_size] = value  # of gates i and f, or r and z
+            parameter.data[: 2 * ours.hidden_size] = value  # the gates i and f, or r and z
         if name.startswith("bias_ih") and kind == "GRU":
-            parameter.data[2 * ours.hidden_size :] = 3.7  # of n
+            parameter.data[2 * ours.hidden_size :] = 3.7  # the candidate n
     (x, hx), ragged = tree_map(lambda t: t.to(dtype), (x, hx)), {name: RAGGED[name] for name in ragged}
     found = truth(ours.to(dtype), x, hx, **ragged), results(ours, x, hx, **ragged)
     expected, got = ({name: t for name, t in each.items() if not name.startswith(("dw", "db"))} for each in found)

@@ -13,13 +13,14 @@ import pytest
 import torch
 from standing_in import H100, the_cpu_is_a_card, torch_finds
 
+import gpu_lstm
 from bench import __main__ as bench_main
 from bench import results
 from gpu_lstm import __main__ as doctor
 from gpu_lstm.__main__ import main
 from gpu_lstm.call.choices import BACKEND_VARIABLE, RACE_VARIABLE, Backend, Racing
 from gpu_lstm.dispatch import available, race
-from gpu_lstm.dispatch.kind import Kind
+from gpu_lstm.dispatch.kind import Kind, kind_of
 from gpu_lstm.kernels import cache
 from gpu_lstm.kernels.problem import Pass, Problem
 from gpu_lstm.kernels.triton_rnn import launch
@@ -40,7 +41,7 @@ CHECK = verify._key(always(SMALL, INTERPRETER, True), SMALL, Pass(True), CPU)
 
 @pytest.fixture
 def findings(nothing_cached, tmp_path):
-    """A race, two checks and a plan, cached."""
+    """Cache a race, two checks and a plan."""
     won = dict(backend="triton", why="won a race, 2.00 times as fast", seconds={"triton": 1e-3, "torch": 2e-3})
     cache.write("races", race._key(KIND, Backend.TRITON, CPU), won)
     cache.write("checks", CHECK, "right")
@@ -51,7 +52,7 @@ def findings(nothing_cached, tmp_path):
 
 
 def printed_by(capsys, *arguments):
-    """Of a command that succeeds: its lines, or what its JSON says."""
+    """Run a command that succeeds. Return the lines of its output, or the content of its JSON."""
     assert main(list(arguments)) == 0
     printed = capsys.readouterr().out
     return json.loads(printed) if "--json" in arguments else printed.splitlines()
@@ -75,19 +76,24 @@ def test_explain_says_of_a_layer_of_these_sizes_what_the_function_says(capsys, d
     assert torch.backends.cudnn.allow_tf32 == switch
 
 
-@pytest.mark.parametrize(("steps", "counted", "norms"), [("1", 1, ""), ("2", 2, ""), ("1024", 2, "layer norm")])
-def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, counted, norms):
+@pytest.mark.parametrize(("steps", "words", "cell", "options"), [
+    (1, "", "LSTM", {}), (2, "", "LSTM", {}), (1024, "--layer-norm", "LSTM", dict(layer_norm=True)),
+    (1024, "--cell gru --directions 2", "GRU", dict(bidirectional=True)),
+])  # fmt: skip
+def test_plan_asks_for_the_plans_of_a_problem_as_calls_have_it(monkeypatch, capsys, steps, words, cell, options):
     asked = Mock(side_effect=plans)
     monkeypatch.setattr(choose, "plans", asked)
-    words = f"plan --device h100 --dtype tf32 --hidden 64 --batch 3 --steps {steps}" + " --layer-norm" * bool(norms)
-    assert f": LSTM T={steps} B=3 H=64 {norms} tf32".replace("  ", " ") in printed_by(capsys, *words.split())[0]
-    problem = Problem(counted, 3, 64, torch.float32, precision="tf32")
-    normed = problem._replace(**dict.fromkeys(("gain_hh", "gain_c", "bias_c"), bool(norms)))
-    assert {call.args[0] for call in asked.mock_calls} == {normed}
+    words = f"plan --device h100 --dtype bf16 --hidden 64 --batch 3 --steps {steps} {words}"
+    said = f": {cell} T={steps} B=3 H=64{' layer norm' * ('layer_norm' in options)} bf16"
+    assert said in printed_by(capsys, *words.split())[0]
+    module = getattr(gpu_lstm, cell)(8, 64, dtype=torch.bfloat16, device="meta", **options)
+    problem, *others = kind_of(module._request(torch.empty(steps, 3, 8, dtype=torch.bfloat16, device="meta"))).problems
+    wanted = problem._replace(bias_hh=False, side_by_side=1 + len(others))
+    assert {call.args[0] for call in asked.mock_calls} == {wanted}
 
 
 def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(monkeypatch, capsys):
-    """Of the environment it shows five variables of ours, Triton's and CUDA's, which hold no secrets."""
+    """The doctor shows five environment variables, of ours, Triton and CUDA, which hold no secrets."""
     for name in ("AWS_SECRET_ACCESS_KEY", "GPU_LSTM_TOKEN", "TRITON_PASSWORD", "HF_TOKEN"):
         monkeypatch.setenv(name, "a-secret")
     found = printed_by(capsys, "--json")
@@ -107,10 +113,10 @@ def test_the_doctor_names_versions_devices_and_backends_and_prints_no_secrets(mo
 def test_the_doctor_knows_the_build_of_the_driver_mig_mps_and_free_memory(
     nothing_cached, monkeypatch, capsys, tmp_path, code, enabled, said
 ):
-    """By an nvidia-smi that says what it is asked, and a libcuda that says whether there is MPS."""
+    """A stubbed nvidia-smi prints the names of the queries, and a stubbed libcuda tells whether there is MPS."""
 
     def attribute(value, which, device):
-        assert (which, device) == (133, 0)  # of cuda.h
+        assert (which, device) == (133, 0)  # the number of this attribute in cuda.h
         value._obj.value = enabled
         return code
 
@@ -137,7 +143,7 @@ def test_the_doctor_says_that_every_call_raises_where_a_variable_is_wrong(monkey
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 def test_cached_results_are_the_users_alone(nothing_cached):
-    """Whatever the umask."""
+    """The modes do not depend on the umask."""
     before = os.umask(0)
     try:
         cache.write("races", {"card": "cpu"}, {})
@@ -168,7 +174,7 @@ def test_the_doctor_says_why_a_backend_is_not_available(monkeypatch, capsys, num
 
 
 def test_under_a_driver_that_is_too_old_for_torch_the_doctor_and_the_benchmark_say_so(monkeypatch, capsys, tmp_path):
-    """A driver of CUDA 12.4 under a torch for CUDA 13: one card is counted, and not to be used."""
+    """The driver is of CUDA 12.4, and torch is built for CUDA 13. One card is counted, and cannot be used."""
     told = "The NVIDIA driver on your system is too old (found version 12040)"
     refuse = Mock(side_effect=RuntimeError(f"{told}.\n"))
     torch_finds(monkeypatch, init=refuse, get_device_capability=refuse, get_device_name=refuse, is_available=False,
@@ -239,7 +245,7 @@ def test_cached_results_are_listed_those_of_another_version_as_they_are(findings
 
 
 def test_cached_results_are_cleared_and_go_to_another_machine_as_a_folder(findings, monkeypatch, capsys):
-    """Copied into the user's own. One that is shared: test_races.py."""
+    """The folder is copied into the user's own. test_races.py tests a shared folder."""
     other = findings / "other"
     monkeypatch.setenv("XDG_CACHE_HOME", str(other))
     cache._read.cache_clear()

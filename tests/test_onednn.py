@@ -1,5 +1,8 @@
-"""LSTMs under autocast on a CPU, which torch gives to oneDNN: where that has none in half precision, or is off. Most
-CPUs without AVX-512 have none, and torch's own raises there. Here oneDNN says so; `make test-cpus` has such CPUs."""
+"""LSTMs under autocast on a CPU, which torch gives to oneDNN, where oneDNN has no LSTM in half precision, or is off.
+
+On most CPUs without AVX-512 it has none, and torch's own LSTM raises. Here oneDNN is stubbed to say so. `make
+test-cpus` runs the tests as on such CPUs.
+"""
 
 import copy
 from contextlib import nullcontext
@@ -29,14 +32,14 @@ switched = torch.backends.mkldnn.flags  # a block
 
 @pytest.fixture(params=[True, False], ids=["on", "off"])
 def on_or_off(request):
-    """oneDNN, as a user sets it."""
+    """A block with oneDNN on or off, as a user sets it."""
     with switched(enabled=request.param and torch.backends.mkldnn.enabled):
         yield
 
 
 @pytest.fixture
 def lacking(with_onednn, monkeypatch):
-    """As on a CPU without AVX-512."""
+    """Stub oneDNN as on a CPU without AVX-512."""
     monkeypatch.setattr(onednn, "has_lstm", lambda *_: False)
 
 
@@ -53,8 +56,8 @@ def layer(module, x, hx, **options):
     return lstm_layer(x, list(module.parameters()), tree_map(lambda t: t[0], hx), backend="torch", **options)
 
 
-WIDE = dict(hidden_size=4 * torch_rnn.LEAST_HEAD, heads=4)  # a call for each head
-CALLS = {  # of a kind, its arguments, what a call is given, the call
+WIDE = dict(hidden_size=4 * torch_rnn.LEAST_HEAD, heads=4)  # so many units that each head is a call
+CALLS = {  # a kind, the arguments of its module, the arguments of a call, and the function that makes the call
     "plain": ("LSTM", {}, {}, None), "no bias": ("LSTM", dict(bias=False), {}, None),
     "dropout": ("LSTM", dict(num_layers=2, bidirectional=True, dropout=0.5), {}, None),
     "stack": ("StackedLSTM", {}, {}, None), "packed, heads": ("LSTM", dict(heads=2), {}, packed),
@@ -71,7 +74,7 @@ CALLS = {  # of a kind, its arguments, what a call is given, the call
 @pytest.mark.parametrize("name", CALLS)
 @halves
 def test_what_onednn_lacks_is_computed_as_by_a_module_in_half_precision(half, name, training):
-    """To the bit, gradients too: torch's own module where it can be called so, ours elsewhere."""
+    """The results and gradients are equal to the bit: to torch's own module where it accepts the call, else to ours."""
     kind, arguments, ragged, way = CALLS[name]
     if ragged or "heads" in arguments:
         torch.manual_seed(1)
@@ -87,8 +90,8 @@ def test_what_onednn_lacks_is_computed_as_by_a_module_in_half_precision(half, na
         expected = results(twin, x, hx, call=twins, **ragged)
     assert found["output"].dtype is half
     assert all(t.dtype is torch.float32 for key, t in found.items() if key.startswith("d"))
-    expected = dict(zip(found, expected.values(), strict=True))  # a chain has other names of parameters
-    if training:  # the sum over directions, in float32 or in half
+    expected = dict(zip(found, expected.values(), strict=True))  # in a chain parameters have other names
+    if training:  # dx is a sum over directions, in float32 or in half precision
         dx = found.pop("dx"), expected.pop("dx").float()
         torch.testing.assert_close(*dx, rtol=0, atol=torch.finfo(half).eps * float(dx[1].abs().max()))
     assert_identical(found, {key: t.to(found[key].dtype) for key, t in expected.items()})
@@ -101,7 +104,7 @@ def test_what_onednn_lacks_is_computed_as_by_a_module_in_half_precision(half, na
 ], ids=["projected", "packed", "GRU", "cell"])  # fmt: skip
 @halves
 def test_what_onednn_is_not_asked_for_stays_torchs_own(half, kind, arguments, way):
-    """On other backends its dtypes, with a state in half precision, too."""
+    """Other backends give the same dtypes, also with a state in half precision."""
     theirs, ours = (module.float() for module in pair(kind, "torch", **arguments))
     x, hx = random_inputs(ours, B)
     calls = [partial(autocast, half, way, module) for module in (ours, theirs)]
@@ -131,7 +134,7 @@ def test_in_traces_graphs_modes_and_transforms(half):
         found.append(run(x))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert run(mode.from_tensor(x)).dtype is half
-    for t in found:  # on a CPU that computes in float16, oneDNN rounds otherwise in inference than in training
+    for t in found:  # a CPU that computes in float16 may round otherwise in inference than in training
         torch.testing.assert_close(t, y, rtol=0, atol=torch.finfo(half).eps)
 
     def loss(x):
@@ -146,7 +149,7 @@ def test_in_traces_graphs_modes_and_transforms(half):
 
 
 def runs(half):
-    """Whether torch's own LSTM runs under autocast here."""
+    """Return whether torch's own LSTM runs under autocast on this CPU."""
     module = nn.LSTM(I, H)
     try:
         y, _ = autocast(half, module, torch.zeros(T, B, I))
@@ -165,7 +168,7 @@ PLACES = {
 
 @pytest.fixture
 def asked(with_onednn, monkeypatch):
-    """What oneDNN is asked for, from now on."""
+    """A list of the dtypes that oneDNN is asked for, from now on."""
     run, dtypes = onednn._runs_under_autocast, []
     monkeypatch.setattr(onednn, "_runs_under_autocast", lambda half, grad: dtypes.append(half) or run(half, grad))
     onednn.has_lstm.cache_clear()
@@ -211,16 +214,19 @@ def test_onednn_is_asked_once_a_dtype_and_only_if_that_matters(asked):
 
 
 @halves
-@pytest.mark.filterwarnings("error:gpu_lstm")  # of a right kernel that is refused
+@pytest.mark.filterwarnings("error:gpu_lstm")  # a warning would mean that a right kernel is refused
 @pytest.mark.parametrize(("kind", "way"), [
     (kind, way) for kind in ("LSTM", "projected", "GRU", "LSTMCell", "GRUCell", "StackedLSTM", "StackedGRU")
     for way in ("torch", "reference", "triton", "vmap", *("lengths", "one step", "zoneout") * ("Cell" not in kind))
 ])  # fmt: skip
 @pytest.mark.parametrize("grad", [True, False])
 def test_on_a_cpu_results_have_the_dtypes_of_torchs(on_or_off, kind, way, half, grad):
-    """By oneDNN it casts a whole LSTM there, but of all others products alone, so that the dtype of states counts.
-    oneDNN has an LSTM in bfloat16 on some CPUs, in float16 on fewer, and there without gradients. Elsewhere torch's own
-    raises, where ours is cast all the same, unless the input is in half precision: then torch casts products alone."""
+    """oneDNN casts a whole LSTM. In other modules torch casts only products, so the dtype of states counts.
+
+    oneDNN has an LSTM in bfloat16 on some CPUs. It has one in float16 on fewer CPUs, and there without gradients.
+    Elsewhere torch's own module raises, whereas ours is cast all the same. If the input is in half precision, torch
+    casts only products there.
+    """
     lacks = kind in ("LSTM", "StackedLSTM") and onednn.is_on() and not onednn.has_lstm(half, grad)
     kind, options = ("LSTM", dict(proj_size=H)) if kind == "projected" else (kind, {})
     is_cell, is_stack = "Cell" in kind, "Stacked" in kind
@@ -257,7 +263,8 @@ def test_on_a_cpu_results_have_the_dtypes_of_torchs(on_or_off, kind, way, half, 
 
 @halves
 def test_where_onednn_is_off_numbers_are_torchs_in_graphs_too(half):
-    """Where autocast casts products alone; also where a module was called with it on before. An SLSTM stays whole."""
+    """Here autocast casts only products, also where the module was called before with oneDNN on. An SLSTM is cast as a
+    whole."""
     (theirs, ours), x = (module.float() for module in pair("LSTM", "torch")), torch.randn(T, B, I)
     torch._dynamo.reset()
     compiled = torch.compile(ours, backend="eager", fullgraph=True)

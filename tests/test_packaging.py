@@ -1,5 +1,5 @@
-"""What is built and installed, packages that are missing or broken, copies under another name, and what type checkers
-make of a user's program."""
+"""Wheel and sdist, packages that are missing or broken, copies under another name, and type checkers on a user's
+program."""
 
 import ast
 import base64
@@ -77,9 +77,11 @@ def test_the_sdist_has_all_that_is_in_git_and_both_pass_the_checks_of_the_index(
 
 
 def test_importing_it_is_cheap_and_writes_nothing_and_packages_that_are_missing_or_broken_stop_nobody(tmp_path):
-    """Beyond torch and our modules without kernels, a dozen of Python's; and no file but what Python reads. Neither
-    does a call on the CPU import a compiler of torch's, which takes a second. Who needs a package is told how to
-    install it, here with Triton broken, and CuPy and matplotlib missing."""
+    """The import adds our modules without kernels, and a dozen of Python's, to torch. It opens no file except those
+    that Python reads. A call on the CPU does not import a compiler of torch's, which takes a second.
+
+    A user who needs a package is told how to install it. Here Triton is broken, and CuPy and matplotlib are missing.
+    """
     (tmp_path / "triton.py").write_text("raise OSError('broken here')")
     code = """
         import contextlib, importlib, sys
@@ -170,7 +172,7 @@ MISTAKES = [
     ("pyright", "--pythonpath", "editable"),
 ], ids=["mypy", "pyright"])  # fmt: skip
 def test_type_checkers_accept_a_program_and_find_every_mistake(tmp_path, built, checker, interpreter, install):
-    """No error in the one file, and one in every line of the other."""
+    """The program has no error, and every line of the other file has one."""
     folder = tmp_path / "environment"
     python = environment(folder, [str(built[0])] if install == "wheel" else ["--editable", str(ROOT)])
     for file in says(python, "import gpu_lstm, gpu_lstm.kernels as k; print(gpu_lstm.__file__, k.__file__, sep='\\n')",
@@ -209,7 +211,7 @@ def test_forward_says_what_it_accepts_and_raises(cls):
 
 
 def imported_by(name, modules):
-    """The modules of the checkout that one imports."""
+    """Return the modules of the checkout that a module imports."""
     path, found = modules[name], set()
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
@@ -240,7 +242,7 @@ def test_a_private_name_that_is_gone_is_named_with_the_version_of_torch():
 
 
 def test_private_names_of_torch_triton_and_python_are_in_one_file():
-    """As far as they are written behind the name of a package, or imported."""
+    """This covers names that are written behind the name of a package, or imported."""
     of_packages = r"(?<![\w\"])(?:torch|triton|tl|sys|threading)(?:\.\w+)*\._[a-zA-Z]\w*"
     private = re.compile(rf"{of_packages}|(?:from|import) [\w.]*\b_[a-zA-Z]\w+")
     paths = [path for folder in ("gpu_lstm", "kernels") for path in (ROOT / folder).rglob("*.py")]
@@ -250,13 +252,13 @@ def test_private_names_of_torch_triton_and_python_are_in_one_file():
 
 
 def in_another_process(function, *args):
-    """Its result, in a fork, which has torch; numbers are float64 there."""
+    """Return the result of a function in a fork, in which torch is imported already, and numbers are float64."""
     with multiprocessing.get_context("fork").Pool(1, torch.set_default_dtype, [torch.float64]) as another:
         return another.apply(function, args)
 
 
 def results(module, x):
-    """Output and states, and the gradients of the parameters."""
+    """Return the output and states, and the gradients of the parameters."""
     found = tree_leaves(module(x))
     return [*found, *torch.autograd.grad(sum(t.square().sum() for t in found), list(module.parameters()))]
 
@@ -265,7 +267,7 @@ exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 
 
 def compare(other):
-    """Another copy with torch's own: eager and compiled."""
+    """Compare another copy with torch's own module, eager and compiled."""
     theirs, x = nn.LSTM(3, 4), torch.randn(5, 2, 3)
     for backend, compiler in (("reference", "eager"), ("torch", "aot_eager")):
         ours = other.LSTM(3, 4, backend=backend)
@@ -291,7 +293,8 @@ def test_a_copy_that_is_imported_again_runs_beside_the_first():
 
 
 def kernelized(path):
-    """torch's modules with the forward of `layers` compute what they did; what `kernels` asks of a layer."""
+    """Check that torch's modules with the forward of `layers` compute the same as before. Return the facts that
+    `kernels` requires of a layer."""
     spec = importlib.util.spec_from_file_location("_a_kernel", path)
     sys.modules[spec.name] = other = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
@@ -312,7 +315,8 @@ def test_modules_of_torch_with_the_forward_of_the_folder_that_make_hub_writes_co
     variant = tmp_path / "build/torch-universal"
     files = {path.relative_to(variant).as_posix(): path.read_bytes() for path in variant.rglob("*") if path.is_file()}
     metadata = json.loads(files.pop("metadata.json"))
-    asked = kernelized, variant / "gpu_lstm/__init__.py"  # which older versions of `kernels` load; it loads the other
+    # Older versions of `kernels` load this file; it loads the other.
+    asked = kernelized, variant / "gpu_lstm/__init__.py"
     own, ours, torchs, names = in_another_process(*asked)
     assert (own, ours, names) == ({"can_torch_compile"}, torchs, [*gpu_lstm.__all__, "layers"])
     digests = {name: base64.b64encode(hashlib.sha256(text).digest()).decode() for name, text in files.items()}

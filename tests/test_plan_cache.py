@@ -1,11 +1,11 @@
-"""Measured plans: a first call finds the fastest; what is broken on disk stops no call, and nothing written is lost."""
+"""Measured plans: a first call finds the fastest. A broken file stops no call, and nothing written is lost."""
 
-import contextlib
 import ctypes
 import dataclasses
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import sys
 import threading
@@ -13,7 +13,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ KEYS = [  # changes of a problem for which another plan may be the fastest
     dict(side_by_side=2), dict(dropout_h=True), dict(zoneout_h=0), dict(zoneout_c=3), dict(gain_hh=True),
     dict(gain_c=True), dict(cell="gru"), dict(heads=3), dict(steps=1), dict(lengths=torch.int64, resets=True),
 ]  # fmt: skip
-NO_KEYS = [  # and for which it is not
+NO_KEYS = [  # changes for which the same plan is the fastest
     dict(reverse=True), dict(lengths=torch.int64), dict(resets=True), dict(reset_h=True),
     dict(reset_c=True), dict(weight_peephole=True), dict(bias_c=True), dict(bias_hh=True), dict(known_h=True),
 ]  # fmt: skip
@@ -56,7 +56,8 @@ assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem.
 
 
 def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeypatch):
-    """Results are read once in a process, and again after each that is written or removed; where they are valid."""
+    """Results are read once in a process, and again after each that is written or removed. They hold where they are
+    valid."""
     assert measured_plan(PROBLEM, H100, False) is None
     for plan in plans(PROBLEM, H100, False)[:2]:
         keep_measured(PROBLEM, H100, False, plan)
@@ -82,7 +83,8 @@ def test_a_plan_is_for_one_kind_of_problem():
 
 
 def test_a_finding_is_of_one_card_with_its_driver_and_packages(monkeypatch):
-    """Each may change who is faster, or which kernel is right: what was found with another does not count."""
+    """Each of them may change which backend is faster, or which kernel is right. A result found with another one does
+    not count."""
     facts = dict.fromkeys(("card", "driver", "torch", "cuDNN", "triton", "cupy", "NVRTC", "gpu_lstm"), "1")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["card"])
     driver = SimpleNamespace(cuDriverGetVersion=lambda version: setattr(version._obj, "value", int(facts["driver"])))
@@ -126,7 +128,8 @@ def _digests():
 
 
 def test_what_was_found_ends_with_an_edit_of_what_decided_it(checkout):
-    """Measured plans with one of kernels; verdicts and races also with one of what surrounds and judges them."""
+    """Measured plans end with an edit of the kernels. Verdicts and races also end with an edit of the code that
+    surrounds and judges the kernels."""
     for file, ends in (
         ("kernels/triton_rnn/equations.py", (True, True)), ("gpu_lstm/backends/fused.py", (False, True)),
         ("kernels/cupy_rnn/cuda/equations.cu", (True, True)), ("gpu_lstm/equations/gru.py", (False, True)),
@@ -190,7 +193,7 @@ def test_many_who_write_at_once_lose_nothing(folder):
 
 
 class Timed:
-    """A card on which each plan takes as long as seconds(plan, round) says, and what was asked of it."""
+    """A card on which each plan takes seconds(plan, round), and which records the runs."""
 
     def __init__(self, monkeypatch):
         self.now, self.runs, self.seconds = 0.0, [], lambda plan, number: 1.0
@@ -208,7 +211,7 @@ class Timed:
         return run
 
     def chosen(self, problem=PROBLEM, backward=False):
-        """The plan of a new process."""
+        """Return the plan that a new process chooses."""
         forget()
         cache._read.cache_clear()
         self.runs.clear()
@@ -232,7 +235,8 @@ def timed(an_h100, monkeypatch):
 
 
 def test_the_fastest_of_the_first_plans_is_found_and_used_from_then_on(timed, caplog):
-    """Also for others that share its kernels, of a power of two of sequences, until what is cached is cleared."""
+    """Other batches that share its kernels, up to the same power of two of sequences, use it, too, until the cache is
+    cleared."""
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         assert timed.chosen() == SECOND
     assert timed.runs == [FIRST, SECOND, THIRD] * timing.ROUNDS, "in turns"
@@ -250,13 +254,14 @@ def test_the_fastest_of_the_first_plans_is_found_and_used_from_then_on(timed, ca
 
 
 def test_on_a_card_that_another_job_shares_the_least_time_counts(timed):
-    """Whatever the others are: here the fastest is undisturbed in one round alone, and has the largest median."""
+    """The load on the card does not matter. Here the fastest plan is undisturbed in one round only, and has the largest
+    median."""
     timed.seconds = lambda plan, number: SLOW[plan] + 10 * (plan == SECOND and number != 5) + 9 * (number % 3 == 0)
     assert timed.chosen() == SECOND
 
 
 def test_a_plan_whose_timing_fails_is_not_used_and_nothing_is_kept(timed, monkeypatch, caplog):
-    """It times out while it runs, or in its last launch. That it was the only one to fail may be chance."""
+    """The plan times out while it runs, or in its last launch. It may be chance that only this one failed."""
 
     def seconds(plan, number):
         if plan == SECOND and number == 2:
@@ -314,44 +319,38 @@ def test_where_memory_is_full_another_plan_is_used_or_another_backend_until_the_
     assert kept.chosen(Pass()).plan == SECOND
 
 
-def _nothing():
-    return contextlib.nullcontext()
+def on_trial(problem):
+    return kept_layer(launch, problem, CUDA).with_plan(FIRST)
 
 
-@pytest.mark.parametrize("when", [
-    "captured", "racing is off", "races are read", "launches block", "it is profiled", "nothing is verified",
-    "the others are wrong", "there is one plan", "it is on trial",
-])  # fmt: skip
-def test_when_nothing_is_timed(timed, monkeypatch, when):
-    """What runs then is the first plan that is right."""
-    around, expected = _nothing(), FIRST
-    if when == "captured":
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    elif when == "racing is off":
-        around = gpu_lstm.racing("off")
-    elif when == "races are read":
-        around = gpu_lstm.racing("read")
-    elif when == "launches block":
-        monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
-    elif when == "it is profiled":
-        around = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    elif when == "nothing is verified":
-        timed.verify = None
-    elif when == "the others are wrong":
-        timed.verify.side_effect = lambda layer, pass_, inputs, plan: None if plan == THIRD else "wrong"
-        expected = THIRD
-    elif when == "there is one plan":
-        monkeypatch.setattr(choose, "candidates", lambda *_: [FIRST])
-    elif when == "it is on trial":
-        timed.layer = lambda problem: kept_layer(launch, problem, CUDA).with_plan(FIRST)
-    with around:
-        assert timed.chosen() == expected
+def only_the_third(layer, pass_, inputs, plan):
+    return None if plan == THIRD else "wrong"
+
+
+WITHOUT_TIMING = {  # blocks
+    "in a capture": lambda timed: patch.object(torch.cuda, "is_current_stream_capturing", lambda: True),
+    "racing is off": lambda timed: gpu_lstm.racing("off"), "races are read": lambda timed: gpu_lstm.racing("read"),
+    "launches block": lambda timed: patch.dict(os.environ, CUDA_LAUNCH_BLOCKING="1"),
+    "profiled": lambda timed: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]),
+    "nothing is verified": lambda timed: patch.object(timed, "verify", None),
+    "the others are wrong": lambda timed: patch.object(timed, "verify", only_the_third),
+    "there is one plan": lambda timed: patch.object(choose, "candidates", lambda *_: [FIRST]),
+    "on trial": lambda timed: patch.object(timed, "layer", on_trial),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("when", WITHOUT_TIMING)
+def test_when_nothing_is_timed(timed, when):
+    """The first plan that is right runs then."""
+    with WITHOUT_TIMING[when](timed):
+        assert timed.chosen() == (THIRD if when == "the others are wrong" else FIRST)
     assert timed.runs == []
     assert measured_plan(PROBLEM, H100, False) is None
 
 
 def test_plans_are_compiled_side_by_side_and_a_line_says_how_many(timed, monkeypatch, caplog):
-    """In threads that have the device, each once: what one cannot compile is the reason not to use it."""
+    """Threads that have the device compile one plan each. A plan that does not compile is not used, for the reason of
+    its error."""
     together, loaded, on = threading.Barrier(choose.MOST, timeout=20), [], []
     load = choose.load
 

@@ -1,4 +1,4 @@
-"""Plans for cards that are not here: what is proposed, that it fits, and its order."""
+"""Plans for cards that are not here: the proposals fit the card, and their order is right."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,7 @@ PROBLEMS = [
         ((128, 1), (128, 100), (128, 256), (1, 7)), (1, 33, 200, 768, 4096), (BF16, torch.float32), (1, 2), CELLS
     )
 ]
-PROBLEMS += [  # of units of a head; and more heads than any card has multiprocessors
+PROBLEMS += [  # heads of these units; there are more heads than any card has multiprocessors
     Problem(steps, batch, heads * units, dtype, side_by_side=directions, heads=heads)
     for heads, units, dtype, (steps, batch), directions in itertools.product(
         (2, 67, 300), (1, 128, 768), (BF16, torch.float32), ((128, 256), (1, 1)), (1, 2)
@@ -40,7 +40,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_they_come_by_rank(d
     for problem in PROBLEMS:
         proposed = plans(problem, device, backward)
         order = [rank(problem, device, plan, backward) for plan in proposed]
-        if problem.batch in (1, 256):  # others have the order of the next power of two, see test_first_call.py
+        if problem.batch in (1, 256):  # other batches have the order of the next power of two, see test_first_call.py
             assert order == sorted(order)
         of_step = [plan for plan in proposed if isinstance(plan.family, Step) and plan.family.parts == 1]
         assert of_step == [step_plan(problem, device, backward)], "what always works is always there"
@@ -71,7 +71,7 @@ def test_every_plan_covers_the_problem_and_fits_the_card_and_they_come_by_rank(d
 
 @both_ways
 def test_heads_have_the_plans_of_layers_side_by_side(backward):
-    """Each on a share of the card, and with one launch for all: four of 128 units come before one of 512."""
+    """Each head has a share of the card, and all have one launch. Four heads of 128 units rank before one of 512."""
     for batch, cell in itertools.product((1, 16, 64), CELLS):
         problem = Problem(128, batch, 512, BF16, cell=cell, heads=4)
         side_by_side = plans(Problem(128, batch, 128, BF16, cell=cell, side_by_side=4), H100, backward)
@@ -81,16 +81,20 @@ def test_heads_have_the_plans_of_layers_side_by_side(backward):
         both = problem, problem._replace(heads=1)
         in_heads, dense = (rank(p, H100, plans(p, H100, backward)[0], backward) for p in both)
         assert in_heads < dense
-    # Where W_hh does not fit a share for each head of each layer, layers run one after another, their heads at once.
+    # Where W_hh does not fit a share for each head of each layer, layers run one after another, and their heads at
+    # once.
     for units, found in ((512, {4}), (1024, {2}), (1280, set())):
         large = plans(Problem(128, 1, 2 * units, BF16, side_by_side=2, heads=2), H100, backward)
         assert {plan.side_by_side for plan in large if plan.family.name == COOPERATIVE} == found
+    for units, at_once in ((768, 2), (1536, 1)):  # two directions share the card, or go one after another
+        assert plans(Problem(128, 16, units, BF16, side_by_side=2), H100, backward)[0].side_by_side == at_once
 
 
 @both_ways
 @pytest.mark.parametrize(("dtype", "precision"), [(BF16, "ieee"), (torch.float32, "tf32")])
 def test_large_steps_are_products_by_cublas(dtype, precision, backward):
-    """Of many sequences and units, also a single one; and all of what has something in the middle of a step."""
+    """This holds for many sequences and units, also for a single step, and wherever torch computes in the middle of a
+    step."""
     for (batch, hidden), steps in itertools.product(((4096, 1024), (1024, 1024), (1024, 2048)), (1, 4)):
         problem = Problem(steps, batch, hidden, dtype, precision=precision)
         assert plans(problem, H100, backward)[0].family.name == POINTWISE
@@ -104,7 +108,7 @@ def test_large_steps_are_products_by_cublas(dtype, precision, backward):
 @both_ways
 @pytest.mark.parametrize("change", [dict(projected=48), dict(dropout_h=True)], ids=str)
 def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change):
-    """But for the step family, which has smaller tiles with noise."""
+    """The step family is different: it has smaller tiles with noise."""
     for hidden in (64, 768):
         plain = Problem(128, 16, hidden, BF16)
         both = (plans(problem, H100, backward) for problem in (plain, plain._replace(**change)))
@@ -118,7 +122,8 @@ def test_a_projection_or_noise_has_the_plans_of_the_plain_cell(backward, change)
     (384, 512, (64, 32, 4)), (1024, 128, (64, 16, 8)), (640, 256, (128, 16, 8)),
 ])  # fmt: skip
 def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
-    """Timed on an H100. Never forward, without tensor cores, or where a part is not read in words."""
+    """These plans were timed on an H100. They are not proposed forward, without tensor cores, or where a part is not
+    read in words."""
     problem = Problem(128, batch, hidden, BF16)
     first, second = split_plans(problem, H100, True)
     assert tiles in [(plan.rows, plan.units, plan.family.parts) for plan in (first, second)]
@@ -136,7 +141,8 @@ def test_where_backward_splits_products_into_parts_of_k(hidden, batch, tiles):
     (256, 512, BF16, True, (16, 64, 8, 1)),
 ])  # fmt: skip
 def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backward, tile):
-    """Timed on an H100: rows, columns, warps, programs of a multiprocessor. Never without wgmma, or room."""
+    """These plans were timed on an H100: rows, columns, warps, and programs of a multiprocessor. They are not proposed
+    without wgmma, or where they do not fit."""
     problem = Problem(128, batch, hidden, dtype, precision="tf32")
     found = {(plan.rows, plan.units, plan.num_warps, plan.blocks): plan for plan in held_plans(problem, H100, backward)}
     assert found[tile] in plans(problem, H100, backward)[:MOST]
@@ -147,14 +153,14 @@ def test_where_programs_hold_w_hh_in_shared_memory(hidden, batch, dtype, backwar
 
 
 def test_a_plan_does_not_depend_on_the_number_of_steps():
-    """So that another sequence length compiles nothing. But for a single one nothing holds W_hh."""
+    """Another sequence length compiles nothing. For a single step nothing holds W_hh."""
     assert [plan.family.name for plan in plans(Problem(1, 16, 128, BF16), H100, False)] == [STEP, POINTWISE]
     by_steps = [plans(Problem(steps, 16, 768, BF16), H100, True) for steps in (2, 3, 100_000)]
     assert by_steps[0] == by_steps[1] == by_steps[2]
 
 
 def test_a_real_card_with_and_without_its_rates():
-    """Rates that are unknown or, as some cards report, 0 are those of the most similar card."""
+    """Some cards report rates of 0. They, and unknown rates, are replaced by the rates of the most similar card."""
 
     def device(**facts):
         named = dict(name=H100.name, major=9, minor=0, multi_processor_count=132) | facts

@@ -1,4 +1,4 @@
-"""What docs/production.md says: its image, without docker and without a network, its failures, its logs."""
+"""docs/production.md: its image, built without docker and without a network, its table of failures, and its logs."""
 
 import fcntl
 import os
@@ -19,14 +19,16 @@ PAGE = (ROOT / "docs/production.md").read_text()
 (DOCKERFILE,) = re.findall(r"```dockerfile\n(.*?)```", PAGE, flags=re.DOTALL)
 LINES = [line.split(" ", 1) for line in DOCKERFILE.splitlines()]
 HIDDEN = int(re.search(r"--hidden (\d+)$", DOCKERFILE, re.MULTILINE)[1])
-NOT_TOLD = "GPU_LSTM_", "XDG_CACHE_HOME", "TRITON_", "NUMBA_", "PYTHON"  # of the environment of the tests
+# Variables of the tests that these processes do not get.
+NOT_TOLD = "GPU_LSTM_", "XDG_CACHE_HOME", "TRITON_", "NUMBA_", "PYTHON"
 OF_TESTS = {name: value for name, value in os.environ.items() if not name.startswith(NOT_TOLD)}
 OF_TESTS |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
 def image(tmp_path_factory) -> Path:
-    """What stands for /, after COPY and RUN. Other workers wait for the first, since compiling takes long."""
+    """The folder that takes the place of /, after COPY and RUN. Other workers wait for the first, since compiling takes
+    long."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "image"
     with root.with_suffix(".lock").open("w") as lock:
@@ -38,7 +40,7 @@ def image(tmp_path_factory) -> Path:
 
 
 def make_image(root: Path) -> None:
-    """Each line of the Dockerfile that makes something, with /src and /opt in a folder."""
+    """Execute each line of the Dockerfile that makes something, with /src and /opt in a folder."""
     shutil.rmtree(root, ignore_errors=True)
     python = empty_environment(root / "python")
     (pip := python.with_name("pip")).write_text(f'#!/bin/sh\nexec {python} -m pip "$@"\n')
@@ -55,7 +57,7 @@ def make_image(root: Path) -> None:
 def in_process(
     code: str, *arguments: str, python: str | Path = sys.executable, **environment
 ) -> subprocess.CompletedProcess:
-    """A program, in which main(*words) is the command line."""
+    """Run a program, in which main() is the command line."""
     program = "import sys\ndef main():\n    from gpu_lstm import __main__ as command\n"
     program += "    sys.exit(command.main(sys.argv[1:]))\n" + textwrap.dedent(code)
     told = {name: value for name, value in (OF_TESTS | environment).items() if value is not None}
@@ -87,7 +89,7 @@ FIRST_CALLS = """
 
 
 def test_in_the_image_a_first_training_and_a_first_inference_compile_and_verify_nothing(image):
-    """As a user without a home, to whom the folder is read-only."""
+    """The user has no home, and cannot write to the folder."""
     (shared,) = [rest.split("=")[1] for word, rest in LINES if word == "ENV"]
     folder = Path(f"{image}{shared}")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -110,14 +112,14 @@ def test_a_size_that_was_not_named_is_verified_at_its_first_call(image):
 
 
 def rows() -> dict[str, list[str]]:
-    """The table of failures, by the first word that tells them apart."""
+    """Return the rows of the table of failures, by words that tell them apart."""
     table = PAGE.split("## Five failures")[1].split("\n## ")[0]
     found = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")][2:]
     return dict(zip(("Numba", "kept", "another", "wrong", "memory"), found, strict=True))
 
 
 def quoted(cell: str) -> list[str]:
-    """What a cell of that table quotes, but not code of a user's."""
+    """Return the quotations in a cell of that table, without the code of users."""
     return [text for text in re.findall("`([^`]+)`", cell) if " " in text]
 
 
@@ -128,14 +130,15 @@ SLIGHTLY_WRONG = """
 from gpu_lstm.verification.verify import Small
 right = Small.by_kernels
 Small.by_kernels = lambda *given: {name: t * 1.0005 for name, t in right(*given).items()}
-"""  # less than TF32 rounds, which no CPU has
+"""  # the error is smaller than TF32 rounds, but no CPU has TF32
 MEMORY = """
 import resource, torch
 import gpu_lstm.kernels.numba_rnn.launch
 pages = int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
 """
-FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"  # files that are larger
+# Larger files cannot be written.
+FULL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="as Linux has it")
 
 
@@ -155,17 +158,6 @@ def test_compile_says_in_one_line_what_failed_as_the_table_has_it(image, tmp_pat
     assert not list(tmp_path.rglob("*.nb?")), "half of it is not kept"
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--cells", "rnn"], "argument --cells: invalid choice: 'rnn' (choose from "),
-    (["--dtype", "bf16"], "argument --dtype: invalid choice: 'bf16' (choose from "),
-    (["--hidden", "0"], "argument --hidden: expected at least 1, got 0"),
-])  # fmt: skip
-def test_a_wrong_argument_is_named(words, said):
-    done = in_process("main()", "compile", *words)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr.splitlines()[-1]
-
-
 CALL = "import torch, gpu_lstm\ngpu_lstm.GRU(3, 9, backend={})(torch.randn(20, 2, 3))\n"
 AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
 
@@ -175,7 +167,8 @@ AT_INFO = "import logging\nlogging.basicConfig(level='INFO')\n"
     ("wrong", WRONG, None, True), ("wrong", WRONG, "numba", True),
 ])  # fmt: skip
 def test_a_process_says_what_the_table_has(image, tmp_path, row, fault, backend, fails):
-    """Here a warning is an error. What no other CPU compiled is a stand-in, which computes nothing."""
+    """A warning is an error here. A stand-in, which computes nothing, replaces the loop that another CPU has to
+    compile."""
     if row == "another":
         fault += "from gpu_lstm.kernels.numba_rnn import build\nfrom gpu_lstm.verification import verify\n"
         fault += "build.compile_in = lambda *_: build.numba.cfunc('void(intp)')(lambda address: None)\n"
@@ -227,7 +220,7 @@ LITTLE = """
 
 
 def test_before_it_compiles_one_line_tells_whoever_waits_at_a_terminal(tmp_path):
-    """In another process, since a terminal is asked of the system."""
+    """It runs in another process, since only the system knows whether there is a terminal."""
     program = ["-W", "error", "-c", textwrap.dedent(LITTLE)]
     ours, theirs = pty.openpty()
     environment = OF_TESTS | {"XDG_CACHE_HOME": str(tmp_path / "terminal")}
@@ -248,7 +241,7 @@ def test_the_example_of_the_logs_writes_what_it_says(tmp_path):
 
 
 def test_a_full_memory_is_no_damage(image, tmp_path):
-    """What is kept stays, and is used once there is memory."""
+    """Kept loops stay, and are used once there is memory."""
     shutil.copytree(image / "opt/gpu_lstm", tmp_path / "gpu_lstm")
     kept = sorted(tmp_path.rglob("*.nb?"))
     fault = (

@@ -1,4 +1,4 @@
-"""`auto` races the kernels against torch's own LSTM: the CPU counts as a card, with a stubbed clock."""
+"""`auto` races the kernels against torch's own LSTM. The CPU counts as a card, with a stubbed clock."""
 
 import contextlib
 import dataclasses
@@ -32,12 +32,12 @@ pytestmark = by_interpreter
 
 EXPECTED = Decision(Backend.TORCH, "expected")
 REAL_RACE = race.race
-X, LSTM, GRU = torch.zeros(3, 3, 4), gpu_lstm.LSTM(4, 5), gpu_lstm.GRU(4, 5)
+INPUT, LSTM, GRU = torch.zeros(3, 3, 4), gpu_lstm.LSTM(4, 5), gpu_lstm.GRU(4, 5)
 
 
 @pytest.fixture(autouse=True)
 def card(monkeypatch, nothing_cached):
-    """The CPU as a card that nothing is known of, for inference; the folder of its races."""
+    """The CPU as a card without any results, for inference. Return the folder of its races."""
     the_cpu_is_a_card(monkeypatch)
     with torch.no_grad():
         yield nothing_cached / cache.RACES
@@ -45,7 +45,8 @@ def card(monkeypatch, nothing_cached):
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    """stubbed(triton=..., torch=...): seconds a call of each rival, by default 1 and 2 ms. Lists races and what ran."""
+    """stubbed(triton=..., torch=...) sets the seconds of a call of each rival, by default 1 and 2 ms. It returns a list
+    of races and rivals."""
 
     def costs(triton=1e-3, torch=2e-3):
         ran, time, seconds = [], [0.0], dict(triton=triton, torch=torch)
@@ -65,11 +66,11 @@ def stubbed(monkeypatch):
     return costs
 
 
-def _call(lstm=LSTM, x=X):
+def _call(lstm=LSTM, x=INPUT):
     return lstm._request(x)
 
 
-def _backend_of(lstm=LSTM, x=X):
+def _backend_of(lstm=LSTM, x=INPUT):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(route, "execute", Mock(side_effect=route.execute))
         lstm(x)
@@ -94,7 +95,8 @@ def test_the_faster_one_runs_and_is_cached(stubbed, card, caplog, winner, traini
 
 @pytest.mark.parametrize(("training", "of_input"), [(True, True), (True, False), (False, True)])
 def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch, training, of_input):
-    """Weights and input want gradients where the call's do: else time goes into products that nobody will ask for."""
+    """Weights and the input want gradients where those of the call do. Otherwise time would go into products that
+    nobody needs."""
     monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
     stubbed()
     lstm, x = gpu_lstm.LSTM(4, 5, 2, dropout=0.5), torch.zeros(1, 1, 4, requires_grad=of_input)
@@ -111,11 +113,11 @@ def test_a_race_runs_what_the_call_will_and_touches_nothing(stubbed, monkeypatch
 
 
 def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
-    """With its lengths and resets up to there: with longer ones the kernels would fail, and lose."""
+    """The race has the lengths and resets of these steps. With longer ones the kernels would fail, and lose."""
     monkeypatch.setattr(race, "LONGEST", 2)
     monkeypatch.setattr(race, "execute", Mock(side_effect=race.execute))
     ran, resets = stubbed(), torch.rand(3, 3) < 0.5
-    LSTM(X, lengths=torch.tensor([3, 0, 1]), resets=resets)
+    LSTM(INPUT, lengths=torch.tensor([3, 0, 1]), resets=resets)
     assert ran == ["race", "triton", "torch"]
     for _, sample in (each.args for each in race.execute.call_args_list):
         assert (sample.steps, sample.x.shape, sample.traversal.lengths.tolist()) == (2, (2, 3, 4), [2, 0, 1])
@@ -126,7 +128,8 @@ def test_the_race_of_a_long_call_is_about_its_first_steps(stubbed, monkeypatch):
     ([2.0] * 9, [1.0] * 9, "torch", "won a race", True),
     ([1.0, 1.1, 0.9] * 3, [1.05, 1.0, 1.1] * 3, "torch", "a tie; expected", True),
     ([1.0, 9.0, 5.0] * 3, [4.0] * 9, "torch", "too noisy; expected", False),
-    ([1.0, 9.0, 5.0] * 3, [2.0, 18.0, 10.0] * 3, "triton", "won a race, 2.00 times as fast", True),  # busy rounds
+    # Some rounds are disturbed.
+    ([1.0, 9.0, 5.0] * 3, [2.0, 18.0, 10.0] * 3, "triton", "won a race, 2.00 times as fast", True),
 ])  # fmt: skip
 def test_ties_and_noise_go_to_the_expected_winner(ours, theirs, winner, why, trusted):
     decision, is_trusted = race.judge({"triton": ours, "torch": theirs}, EXPECTED)
@@ -142,7 +145,8 @@ def test_what_is_too_noisy_is_not_cached_but_holds_for_this_process(stubbed, car
 
 
 def test_a_race_is_fair_and_short():
-    """In turn; as many calls as are needed to see a difference; within the budget, but with two turns at least."""
+    """Rivals take turns. Each makes as many calls as show a difference, within the budget, but has two turns at
+    least."""
     time, order = 0.0, ""
 
     def race_of(**seconds):
@@ -169,24 +173,22 @@ def test_modes(stubbed, monkeypatch, mode, raced, winner):
         assert _backend_of() == "triton", "a block counts before the environment"
     as_another_process()
     assert _backend_of() == ("torch" if mode == "off" else "triton"), "what is cached is read"
-    with pytest.raises(ValueError, match="unknown mode of racing 'fast'; expected one of 'on', 'read', 'off'"):
-        gpu_lstm.racing("fast").__enter__()
     assert choices.requested_racing() is choices.Racing(mode)
 
 
 def test_a_shared_folder_is_read_first_and_not_written_to(stubbed, card, monkeypatch, tmp_path):
     ran = stubbed()
-    LSTM(X)
-    GRU(X)
+    LSTM(INPUT)
+    GRU(INPUT)
     assert ran.count("race") == 2, "one cell says nothing of another"
     cache.write(cache.CHECKS, {}, "right")
     card.parent.rename(tmp_path / "shared")
     monkeypatch.setenv(cache.SHARED, str(tmp_path / "shared"))
     as_another_process()
-    LSTM(X)
-    GRU(X)
+    LSTM(INPUT)
+    GRU(INPUT)
     assert ran.count("race") == 2
-    gpu_lstm.LSTM(4, 9)(X)
+    gpu_lstm.LSTM(4, 9)(INPUT)
     assert [len(list(path.iterdir())) for path in (tmp_path / "shared" / cache.RACES, card)] == [2, 1]
     cache.write(cache.CHECKS, {}, "another verdict")
     assert cache.read(cache.CHECKS, {}) == "right"
@@ -199,14 +201,14 @@ def test_nothing_is_raced_where_it_was_chosen_or_would_be_traced_transformed_or_
         assert _backend_of(gpu_lstm.LSTM(4, 5, backend=name)) == name
     with gpu_lstm.backend("torch"):
         assert _backend_of() == "torch"
-    torch.compile(LSTM, backend="eager")(X)
-    torch.func.grad(lambda x: LSTM(x)[0].sum())(X)
+    torch.compile(LSTM, backend="eager")(INPUT)
+    torch.func.grad(lambda x: LSTM(x)[0].sum())(INPUT)
     with FlopCounterMode(display=False):
-        LSTM(X)
+        LSTM(INPUT)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        LSTM(mode.from_tensor(X))
+        LSTM(mode.from_tensor(INPUT))
     assert ran == []
-    LSTM(X)
+    LSTM(INPUT)
     assert ran.count("race") == 1
 
 
@@ -214,7 +216,7 @@ RESETS = dict(resets=True)
 
 
 def layers_of(monkeypatch, plan):
-    """Kernels whose layers have the plan(problem). A list of their problems."""
+    """Give each layer the plan that plan(problem) returns. Return a list of the problems."""
     asked = []
     monkeypatch.setattr(verify, "layer_of", lambda backend, problem, device: asked.append(problem) or SimpleNamespace(
         chosen=lambda pass_: Chosen(plan(problem), False)))  # fmt: skip
@@ -229,7 +231,7 @@ def layers_of(monkeypatch, plan):
     ("", 1, {}, "torch"), ("", 1, RESETS, "cupy"),
 ])  # fmt: skip
 def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, winner):
-    """Kernels of no family of Triton's are CuPy's. Of two directions, whose kernels are alike, one is asked about."""
+    """Without a family the kernels are CuPy's. Two directions have the same kernels, so one of them is asked about."""
     families = {"resident": Resident(2), "cooperative": Cooperative(3), "step held": Held(64), "step": Step(64)}
     plan = Plan(families.get(family, Pointwise()), 8, 8, 1, 1, 4, 0, "", tiles_per_program=tiles_per_program)
     asked = layers_of(monkeypatch, lambda problem: plan)
@@ -238,7 +240,7 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     feature = changes.pop("feature", None)
     kind = kind._replace(feature=feature, problems=tuple(p._replace(**changes) for p in kind.problems))
     able = Backend.TRITON if family else Backend.CUPY
-    assert race.expected_winner(kind, able, X.device).backend.value == winner
+    assert race.expected_winner(kind, able, INPUT.device).backend.value == winner
     assert [(problem.hidden, problem.side_by_side) for problem in asked] in ([(5, 2)], [])
 
 
@@ -246,10 +248,10 @@ def test_the_expected_winner(monkeypatch, family, tiles_per_program, options, wi
     ("LSTM", dict(lengths=torch.tensor([3, 1, 2])), "auto triton"), ("GRU", {}, "torch"),
 ])  # fmt: skip
 def test_a_graph_for_all_sizes_runs_the_expected_winner(stubbed, monkeypatch, kind, options, winner):
-    """On a card where the larger one does not stay on chip; its kernels are not run."""
+    """The card does not hold the larger W_hh on chip. Kernels are not run."""
     ran = stubbed(triton=2e-3, torch=1e-3)
     asked = layers_of(monkeypatch, lambda problem: choose.plans(problem._replace(precision="tf32"), H100, False)[0])
-    program = torch.export.export(getattr(gpu_lstm, kind)(4, 2048), (X,), options, strict=True)
+    program = torch.export.export(getattr(gpu_lstm, kind)(4, 2048), (INPUT,), options, strict=True)
     (layer,) = (node for node in program.graph.nodes if node.target is torch.ops.gpu_lstm.layer.default)
     assert winner in layer.args
     assert {problem.cell for problem in asked} == (set() if options else {kind.lower()})
@@ -266,22 +268,22 @@ LIES = [
 
 
 def test_a_cached_race_that_lies_is_ignored_with_one_line():
-    """Files that are broken in other ways: test_plan_cache.py."""
+    """test_plan_cache.py tests files that are broken in other ways."""
     kind = kind_of(_call())
-    key = race._key(kind, Backend.TRITON, X.device)
-    for value in (*LIES, DECISION | {"backend": "cupy"}):  # the last may be right of another call
+    key = race._key(kind, Backend.TRITON, INPUT.device)
+    for value in (*LIES, DECISION | {"backend": "cupy"}):  # the last value may be right for another call
         cache.write(cache.RACES, key, value)
         cache.warn_once.cache_clear()
         with pytest.warns(UserWarning, match="is ignored") as warned:
-            assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON) is None
+            assert race._cached(kind, Backend.TRITON, INPUT.device, choices.Racing.ON) is None
         assert len(warned) == 1
     cache.write(cache.RACES, key, DECISION)
-    assert race._cached(kind, Backend.TRITON, X.device, choices.Racing.ON).backend is Backend.TORCH
+    assert race._cached(kind, Backend.TRITON, INPUT.device, choices.Racing.ON).backend is Backend.TORCH
 
 
 def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch):
-    """Though a race is of fewer, which torch would win. 65,535 steps, which it runs, have a route of their own. These
-    and one more are rounded up to 65,536, the key of a route in its own way."""
+    """A race is of fewer steps, and torch would win it. torch runs 65,535 steps, which have a route of their own. Both
+    65,535 and 65,536 steps are rounded up to 65,536, and the key of a route does that in its own way."""
     monkeypatch.setattr(race, "LONGEST", 3)  # the interpreter is slow
     stubbed(triton=2e-3, torch=1e-3)
     calls = [_call(x=torch.zeros(steps, 1, 4)) for steps in (65_535, 65_536, 65_535, 70_000)]
@@ -289,7 +291,8 @@ def test_more_steps_than_cudnn_runs_are_not_given_to_it(stubbed, monkeypatch):
 
 
 def test_a_part_of_a_card_is_another_card(monkeypatch):
-    """As MIG makes it, by the same name; or a context that has a share of it; or what is left to other kernels."""
+    """Other parts are a MIG instance with the same name, a context with a share of the card, and the multiprocessors
+    that are left to other kernels."""
     kind, keys, whole = kind_of(_call()), [], (H100, 132, "")
     mig = dataclasses.replace(H100, multiprocessors=60)
     another = dataclasses.replace(H100, name="another")
@@ -306,7 +309,7 @@ def test_a_part_of_a_card_is_another_card(monkeypatch):
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("rival", ["triton", "torch"])
 def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, at):
-    """Launches are asynchronous: the run after a timeout raises, not the one that timed out."""
+    """Launches are asynchronous. The run after a timeout raises, not the run that timed out."""
     calls, execute = itertools.count(), race.execute
 
     def one_fails(route, call):
@@ -323,10 +326,10 @@ def test_a_rival_that_fails_during_a_race_has_lost(stubbed, monkeypatch, rival, 
 
 
 def test_a_timeout_of_the_last_call_of_a_race_is_the_kernels(stubbed, monkeypatch):
-    """Which no later call of theirs reports, as none follows: nor does the user's."""
+    """No later call of the kernels reports it, since none follows, and the user's call does not report it either."""
 
     def race_with_a_late_timeout(rivals, now):
-        timeouts.error_word(X.device, "step_forward_kernel")[0] = 4
+        timeouts.error_word(INPUT.device, "step_forward_kernel")[0] = 4
         return {name: [1e-3 if name == "triton" else 2e-3] * 9 for name in rivals}
 
     monkeypatch.setattr(race, "race", race_with_a_late_timeout)

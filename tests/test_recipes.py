@@ -8,7 +8,7 @@ import sys
 import pytest
 from installed import ROOT
 
-EDITS = [  # (file, what stands there, what takes its place)
+EDITS = [  # (file, the text there, the new text)
     # A regulariser: Gaussian noise on h after each step.
     (
         "gpu_lstm/call/regularisers.py",

@@ -1,5 +1,7 @@
-"""Kernels through Triton's own JIT, driver and launcher, over driver_stub.c: which calls a card gets. Each scenario is
-a function of rehearsal.py, in a process of its own, where kernels are compiled."""
+"""Kernels through Triton's own JIT, driver and launcher, over driver_stub.c, which records the calls of the card.
+
+Each scenario is a function of rehearsal.py, in a process of its own, where kernels are compiled.
+"""
 
 import json
 import os
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a re
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    """The folder of the stub, and of what Triton compiles."""
+    """The folder of the stub, and of Triton's compilations."""
     folder = tmp_path_factory.mktemp("driver")
     library = folder / "libcuda.so.1"
     flags = ["-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{INCLUDE}"]
@@ -29,13 +31,13 @@ def driver(tmp_path_factory):
         subprocess.run(["gcc", *flags, HERE / "driver_stub.c", "-o", library], check=True)
     except FileNotFoundError:
         pytest.skip("there is no gcc")
-    (folder / "libcuda.so").symlink_to(library)  # by this name older versions of Triton link it
+    (folder / "libcuda.so").symlink_to(library)  # older versions of Triton link this name
     return folder
 
 
 @pytest.fixture
 def rehearse(driver, tmp_path):
-    """rehearse(scenario): what it returns; with settings of its environment."""
+    """rehearse(scenario, **settings) returns the result of a scenario, with settings in its environment."""
     left_out = "TRITON_INTERPRET", "GPU_LSTM_BACKEND", "GPU_LSTM_RACE", "GPU_LSTM_CACHE", "CC"
     environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
         "TRITON_LIBCUDA_PATH": str(driver), "TRITON_CACHE_DIR": str(tmp_path / "triton"), "OMP_NUM_THREADS": "1",
@@ -54,7 +56,8 @@ def rehearse(driver, tmp_path):
 
 @pytest.mark.deep
 def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehearse):
-    """Every argument in its position; the grid; and all programs resident at once where they wait, and only there."""
+    """Every argument is in its position, the grid is the plan's, and all programs are resident at once only where they
+    wait for each other."""
     results = rehearse("arguments")
     families, precisions = ({result[key] for result in results} for key in ("family", "precision"))
     assert (len(families), len(precisions)) == (5, 4)
@@ -70,15 +73,8 @@ def test_kernels_get_what_they_are_meant_to_by_one_compilation_of_each_kind(rehe
 
 
 def test_plans_are_compiled_side_by_side_and_timed_on_the_card(rehearse):
-    """The fastest in the least disturbed of eight rounds; not one whose timing fails, which nobody keeps."""
-    found = rehearse("timing")
-    rounds, nothing = [ROUNDS] * 3, [0] * 3
-    assert found["found"] == [
-        ["the second is faster", 1, rounds, True], ["another job has the card", 1, rounds, True],
-        ["all are as fast", 0, rounds, True], ["the second times out", 2, [ROUNDS, 1, ROUNDS], False],
-        ["all are as fast", 0, nothing, False],
-    ]  # fmt: skip
-    assert (found["threads"], found["compiled"]) == (3, 3), "each in a thread, once"
+    """The choice among timings is tested in test_plan_cache.py."""
+    assert rehearse("timing") == dict(place=1, launched=[ROUNDS] * 3, kept=True, threads=3, compiled=3)
 
 
 @pytest.mark.deep

@@ -1,7 +1,7 @@
-"""The recipes of docs/reinforcement_learning.md against torch.nn.LSTM or GRU called at every step, its state masked.
+"""The recipes of docs/reinforcement_learning.md against torch.nn.LSTM or GRU called at every step, with a masked state.
 
-Outputs, states and gradients in float64. Each recipe must also notice resets that are a step late. That other ways of
-trainers, in pieces and padded, give the same is tested in test_bench_providers.py, and TorchRL in test_frameworks.py.
+Outputs, states and gradients are in float64. Each recipe must also notice resets that are a step late.
+test_bench_providers.py tests other ways of trainers, in pieces and padded, and test_frameworks.py tests TorchRL itself.
 """
 
 import re
@@ -37,7 +37,8 @@ def in_float64():
 
 @pytest.fixture
 def starts():
-    """Bool [T, N], or ends: some of environments at step 0, one at the last; in the middle two at the same step."""
+    """Starts or ends of episodes, bool [T, N]. Some environments have one at step 0, one has one at the last step, and
+    two have one at the same step in the middle."""
     starts = torch.rand(T, N) < 0.25
     starts[0], starts[5, :2], starts[-1, 1] = torch.tensor([True, False, True, False, False]), True, True
     return starts
@@ -50,34 +51,35 @@ def kind(request):
 
 @pytest.fixture
 def states(kind):
-    """A pair, or of a GRU a tuple of one."""
+    """A pair of states, or a tuple of one for a GRU."""
     return torch.randn(1 + (kind == "LSTM"), L, N, H).unbind()
 
 
 def after(ends):
-    """The starts of episodes within a rollout, of their ends."""
+    """Convert ends of episodes to the starts within a rollout."""
     return torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
 
 
 def pair(kind="LSTM", **options):
-    """torch's module, and ours with the same weights."""
+    """Return torch's module, and ours with the same weights."""
     theirs, ours = getattr(nn, kind)(I, H, L), getattr(gpu_lstm, kind)(I, H, L, **options)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
 def taken(states):
-    """What a module takes: a pair, or of a GRU h."""
+    """Return states in the form that a module takes: a pair, or h for a GRU."""
     return states[0] if len(states) == 1 else tuple(states)
 
 
 def given(states):
-    """The reverse, of what it returns."""
+    """Reverse `taken`, for the states that a module returns."""
     return (states,) if torch.is_tensor(states) else states
 
 
 def loop(module, x, state, starts, left=None):
-    """[output, *states] of a call for each step of x [T, N, I]; episodes start from 0, or from `left` [T, L, N, H]."""
+    """Return [output, *states] of one call for each step of x [T, N, I]. Episodes start from 0, or from `left` [T, L,
+    N, H]."""
     outputs = []
     for t, start in enumerate(starts[..., None]):
         state = [torch.where(start, of[t] if left else 0.0, each) for of, each in zip(left or state, state)]
@@ -92,7 +94,7 @@ def close(found, expected):
 
 
 def check(call, parameters, expected, of_theirs, resets, steps=0):
-    """call(resets) is as expected, and the gradients of its output; with resets a step late, nothing of the kind is."""
+    """Check call(resets) and the gradients of its output. With resets a step late they must differ."""
 
     def with_gradients(results, parameters):
         weighting = torch.randn(results[0].shape, generator=torch.Generator().manual_seed(1))
@@ -106,7 +108,7 @@ def check(call, parameters, expected, of_theirs, resets, steps=0):
 
 
 def test_a_reset_ends_a_nan_which_a_loop_of_keep_times_h_does_not(kind, states, starts):
-    """A call and a Stream give what a loop gives that replaces the state by zeros."""
+    """A call and a Stream give the results of a loop that replaces the state by zeros."""
     theirs, ours = pair(kind)
     x = torch.randn(T, N, I)
     x[3, 0], starts[1:6, 0], starts[6, 0] = torch.nan, False, True
@@ -129,7 +131,7 @@ def test_a_reset_ends_a_nan_which_a_loop_of_keep_times_h_does_not(kind, states, 
 
 
 def test_cleanrl(recipes, starts, kind, states):
-    """x, dones and outputs are flat, [T*N, ...]; dones are starts, as floats."""
+    """x, dones and outputs are flat, [T*N, ...]. dones are starts, as floats."""
     theirs, ours = pair(kind)
     agent, images = SimpleNamespace(network=nn.Linear(I, I), lstm=ours), 255 * torch.rand(T * N, I)
     y, *finals = loop(theirs, agent.network(images / 255).view(T, N, I), states, starts)
@@ -145,13 +147,13 @@ def test_cleanrl(recipes, starts, kind, states):
 
 
 def test_rl_games(recipes, starts, kind, states):
-    """dones [T, N, 1] are starts, of bytes."""
+    """dones [T, N, 1] are starts, as bytes."""
     module = getattr(recipes, f"{kind}WithDones")(input_size=I, hidden_size=H, num_layers=L)
     assert next(iter(module.state_dict())) == "rnn.weight_ih_l0"
     theirs, x, dones = getattr(nn, kind)(I, H, L), torch.randn(T, N, I), starts.byte().unsqueeze(-1)
     theirs.load_state_dict(module.rnn.state_dict())
     expected = loop(theirs, x, states, starts)
-    held = states[0] if kind == "GRU" else list(states)  # by rl_games
+    held = states[0] if kind == "GRU" else list(states)  # rl_games holds them so
 
     def call(dones):
         y, after = module(x, held, dones, bptt_len=T)
@@ -160,12 +162,13 @@ def test_rl_games(recipes, starts, kind, states):
 
     check(call, list(module.parameters()), expected, list(theirs.parameters()), dones)
     close(call(dones.transpose(0, 1).contiguous().transpose(0, 1)), expected)  # as rl_games transposes its flat batch
-    close(module(x[:1], [])[:1], theirs(x[:1])[:1])  # acting; at first without states
+    close(module(x[:1], [])[:1], theirs(x[:1])[:1])  # acting, at first without states
     close(module(x[:1], held)[:1], theirs(x[:1], taken(states))[:1])
 
 
 def test_rsl_rl(recipes, starts, kind, states):
-    """dones [T, N, 1] are ends. Acting zeroes the state in place at an end; minibatches are of some of N."""
+    """dones [T, N, 1] are ends. Acting zeroes the state in place at an end. A minibatch has some of the N
+    environments."""
     (theirs, ours), x = pair(kind), torch.randn(T, N, I)
     y, *_ = loop(theirs, x, states, after(starts))
     memory = SimpleNamespace(rnn=ours, hidden_state=taken([each.clone() for each in states]))
@@ -174,7 +177,8 @@ def test_rsl_rl(recipes, starts, kind, states):
             close(recipes.forward(memory, x_t), y_t[None])
             for each in given(memory.hidden_state):
                 each[:, done] = 0
-    saved = [torch.cat([each[None], torch.randn(T - 1, L, N, H)]) for each in states]  # of every step; the first counts
+    # States of every step; only the first one counts.
+    saved = [torch.cat([each[None], torch.randn(T - 1, L, N, H)]) for each in states]
     found = list(recipes.minibatches(x, starts.byte().unsqueeze(-1), saved, 2))
     assert [each.shape for each, _, _ in found] == [(T, 3, I), (T, 2, I)]
     for some, (part, resets, first) in zip(([0, 1, 2], [3, 4]), found):
@@ -184,8 +188,8 @@ def test_rsl_rl(recipes, starts, kind, states):
 
 
 def test_skrl(recipes, starts, kind, states):
-    """All is flat, [N*T, ...], with a state stored at every step, of which only those before the first step count. Ends
-    are "terminated" or "truncated"; older versions hand over one for both."""
+    """Everything is flat, [N*T, ...]. A state is stored at every step, and only the states before the first step count.
+    Ends are "terminated" or "truncated". Older versions give one name to both."""
     theirs, ours = pair(kind, batch_first=True)
     model, x = SimpleNamespace(rnn=ours, sequence_length=T, training=True), torch.randn(N, T, I)
     y, *finals = loop(theirs, x.transpose(0, 1), states, after(starts))
@@ -208,7 +212,8 @@ def test_skrl(recipes, starts, kind, states):
 
 @pytest.mark.parametrize(("kind", "names"), [("LSTM", "hc"), ("GRU", "h")])
 def test_torchrl(recipes, starts, kind, names):
-    """A trajectory that starts within the batch begins with the state stored there, into which gradients flow."""
+    """A trajectory that starts within the batch begins with the state stored there, and gradients flow into that
+    state."""
     theirs, ours = pair(kind, batch_first=True)
     x, stored = torch.randn(N, T, I), [torch.randn(N, T, L, H, requires_grad=True) for _ in names]
     left = [each.permute(1, 2, 0, 3) for each in stored]
@@ -222,7 +227,7 @@ def test_torchrl(recipes, starts, kind, names):
 
 
 def test_benchmarl(recipes, starts, kind):
-    """Agents by torch.vmap, with weights of their own: x [N, T, agents, I], states [N, agents, L, H]."""
+    """torch.vmap runs agents with weights of their own: x [N, T, agents, I], states [N, agents, L, H]."""
     x, states = torch.randn(N, T, 3, I), torch.randn(1 + (kind == "LSTM"), N, 3, L, H).unbind()
     networks, theirs = [getattr(recipes, f"Agents{kind}")(I, H, "cpu", L, 0.0, True) for _ in range(3)], pair(kind)[0]
     stacked, _ = stack_module_state(networks)
@@ -245,11 +250,13 @@ def test_benchmarl(recipes, starts, kind):
 
 
 def test_stored_state_and_burn_in(kind):
-    """The states before steps 5, 10 and 15 are those of a trace; after the burn-in outputs are those of one call."""
+    """The states before steps 5, 10 and 15 are those of a trace. After the burn-in the outputs are those of one
+    call."""
     (block,) = re.findall(r"### Stored state.*?```python\n(.*?)```", PAGE, flags=re.DOTALL)
     _, ours = pair(kind)
     x, starts, hx = torch.randn(20, N, I), torch.rand(20, N) < 0.1, taken(torch.randn(1 + (kind == "LSTM"), L, N, H))
-    starts[[5, 11], 0] = True  # where a piece begins, which its state does not know yet, and in the burn-in
+    # A reset where a piece begins, which the stored state does not include, and one in the burn-in.
+    starts[[5, 11], 0] = True
     exec(block.replace("(h_0, c_0)", "hx"), names := dict(torch=torch, lstm=ours, x=x, starts=starts, hx=hx))
     trace = gpu_lstm.trace(ours, x, hx, resets=starts)
     names_of = ("hidden", "cell")[: len(given(hx))]

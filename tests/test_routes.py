@@ -1,6 +1,8 @@
-"""A route never outlives a fact: whatever changes between two calls, the cached route is that of a fresh decision. And
-its kernels are those for the tensors of the call. The CPU counts as a card, and a race's winner depends on the kind of
-call alone; kernels are stubbed."""
+"""A cached route is always right. Whatever changes between two calls, it equals a fresh decision, and its kernels are
+those for the tensors of the call.
+
+The CPU counts as a card, and kernels are stubbed. The winner of a race depends only on the kind of call.
+"""
 
 import contextlib
 import dataclasses
@@ -11,9 +13,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from pairs import flat, random_inputs
 from places import by_interpreter
 from standing_in import as_a_card
@@ -37,12 +38,12 @@ from gpu_lstm.kernels.triton_rnn.plans import tiles as step_plans
 pytestmark = [
     by_interpreter,
     pytest.mark.usefixtures("nothing_cached"),
-    pytest.mark.filterwarnings("ignore"),  # of tracing, and of dropout where there is one layer
+    pytest.mark.filterwarnings("ignore"),  # warnings of tracing, and of dropout where there is one layer
 ]
 
 
 class Races:
-    """Who wins a race, and who is expected to: it depends on the kind of call, and they are never the same."""
+    """Stubs of a race and of the expected winner. Both depend on the kind of call, and always differ."""
 
     def expected(self, kind, able, device):
         other = Backend.REFERENCE if kind.torch_lacks else Backend.TORCH
@@ -71,35 +72,24 @@ FACTS = ATTRIBUTES | {
 }  # fmt: skip
 BLOCKS = dict(block=gpu_lstm.backend, racing=gpu_lstm.racing, autocast=lambda dtype: torch.autocast("cpu", dtype))
 OF_A_CALL = ("steps", "batch", "form", "lengths", "resets", "hx", "x_learns")
-DRAWN = ("subject", "parameters_learn", "x_learns", "steps", "batch", "resets", "training")  # to begin with
+# Facts that an example begins with.
+DRAWN = ("subject", "parameters_learn", "x_learns", "steps", "batch", "resets", "training")
 
 
-class Routes(RuleBasedStateMachine):
-    """One fact after another gets each of its values; each time the cached route is compared with a fresh one."""
+class Routes:
+    """One fact after another gets each of its values. Each time the cached route is compared with a fresh one."""
 
-    launched: list  # of as_a_card
-
-    def __init__(self):
-        super().__init__()
+    def __init__(self, launched, start):
         dispatch.forget()
-        self.facts, self.modules = {name: values[0] for name, values in FACTS.items()}, {}
+        self.launched, self.modules = launched, {}
+        self.facts = {name: values[0] for name, values in FACTS.items()} | start
 
-    @initialize(start=st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN}))
-    def begin(self, start):
-        self.facts |= start
-
-    @rule(name=st.sampled_from(OF_A_CALL), first=st.integers(0, 9))
-    def change_the_call(self, name, first):
-        values = FACTS[name]
-        for k in range(len(values)):
+    def change(self, name, first):
+        """Give a fact all of its values in turn, unless it is an attribute that the module lacks."""
+        values, lacks = FACTS[name], name in ATTRIBUTES and not hasattr(self.module(), name)
+        for k in range(0 if lacks else len(values)):
             self.facts[name] = values[(first + k) % len(values)]
             self.hold_to_a_fresh_decision()
-
-    @rule(pass_=st.sampled_from(range(1000)), first=st.integers(0, 9))
-    def change_the_rest(self, pass_, first):
-        module = self.module()
-        there = [name for name in FACTS if hasattr(module, name) or name not in (*ATTRIBUTES, *OF_A_CALL)]
-        self.change_the_call(there[pass_ % len(there)], first)
 
     def hold_to_a_fresh_decision(self):
         note(str({name: value for name, value in self.facts.items() if value is not FACTS[name][0]}))
@@ -133,7 +123,7 @@ class Routes(RuleBasedStateMachine):
 
         def recorded(route, call):
             ran.append(route._replace(layers=[layer.problem for layer in route.layers]))
-            self.launched.clear()  # what a race launched
+            self.launched.clear()  # launches of a race
             return execute(route, call)
 
         with patch.object(dispatch, "execute", recorded):
@@ -190,7 +180,7 @@ class Routes(RuleBasedStateMachine):
             yield
 
     def arguments(self, module):
-        """x, of a PackedSequence its data, and all else that a call is given."""
+        """Return x, or the data of a PackedSequence, and the other arguments of a call."""
         facts, form, steps = self.facts, self.form(module), self.facts["steps"]
         generator = torch.Generator().manual_seed(1)
 
@@ -215,21 +205,21 @@ class Routes(RuleBasedStateMachine):
         return x.requires_grad_(facts["x_learns"]), given
 
     def states(self, module, batch):
-        """Initial states, or states to reset to, one per sequence; `batch` is [] of an unbatched call."""
+        """Return initial states, or states to reset to, one per sequence. `batch` is [] for an unbatched call."""
         torch.default_generator.manual_seed(3)
         of_function = isinstance(module, Function)
         states = tuple(torch.rand(2, *batch, 2)) if of_function else random_inputs(module, *batch)[1]
         return tree_map(lambda t: t.to(self.facts["dtype"]), states)
 
     def form(self, module):
-        """Of x: that of the facts where there is such."""
+        """Return the form of x: that in the facts if the module accepts it, else "padded"."""
         cells = nn.RNNCellBase, Function
         packs = not isinstance(module, cells) and self.facts["batch"] > 0
         is_there = packs if self.facts["form"] == "packed" else not isinstance(module, Function)
         return self.facts["form"] if is_there else "padded"
 
     def packed(self, x):
-        """A PackedSequence, of padded data [T, B, I] or of its own [N, I]."""
+        """Return a PackedSequence from padded data [T, B, I], or from its own data [N, I]."""
         lengths = [max(1, self.facts["steps"] - k) for k in range(self.facts["batch"])]
         if x.dim() == 3:
             return pack_padded_sequence(x, lengths)
@@ -238,17 +228,25 @@ class Routes(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("examples", [8, pytest.param(40, marks=pytest.mark.deep)])
 def test_a_cached_route_is_that_of_a_fresh_decision(monkeypatch, examples):
-    races, Routes.launched = Races(), as_a_card(monkeypatch)
+    races, launched = Races(), as_a_card(monkeypatch)
     monkeypatch.setattr(race, "expected_winner", races.expected)
     monkeypatch.setattr(race, "race", races.race)
-    monkeypatch.setattr(schedule, "WORKSPACE", 960)  # bytes: so that long sequences fall into chunks
-    run_state_machine_as_test(Routes, settings=settings(
-        max_examples=examples, stateful_step_count=6, derandomize=True, deadline=None, database=None,
-        phases=(Phase.generate,), suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
-    ))  # fmt: skip
+    monkeypatch.setattr(schedule, "WORKSPACE", 960)  # bytes, so few that long sequences are cut into chunks
+    of_a_call, others = st.permutations(OF_A_CALL), st.lists(st.sampled_from([*FACTS]), min_size=3, max_size=3)
+    start = st.fixed_dictionaries({name: st.sampled_from(FACTS[name]) for name in DRAWN})
+
+    @settings(max_examples=examples, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck), report_multiple_bugs=False)  # fmt: skip
+    @given(start=start, of_a_call=of_a_call, others=others, first=st.integers(0, 9))
+    def checked(start, of_a_call, others, first):
+        routes = Routes(launched, start)
+        for number, name in enumerate((*of_a_call, *others), first):
+            routes.change(name, number)
+
+    checked()
 
 
-X = torch.rand(5, 2, 2)
+INPUT = torch.rand(5, 2, 2)
 
 
 @pytest.mark.parametrize(("arguments", "given"), [
@@ -256,7 +254,8 @@ X = torch.rand(5, 2, 2)
     (dict(num_layers=2, proj_size=1), {}),
 ], ids=["training", "inference"])  # fmt: skip
 def test_explain_names_the_kernels_that_run(monkeypatch, arguments, given):
-    """In their order, before the call and after it. A plan's `why` is made to tell the problem that it is of."""
+    """They are in the order of their launches, both before and after the call. The `why` of each plan is changed to
+    name its problem."""
     launched, real, whys = as_a_card(monkeypatch), step_plans.step_plan, []
     told_of = lambda *given: dataclasses.replace(real(*given), why=f"{given[0]}, {given[2]}")  # noqa: E731
     monkeypatch.setattr(step_plans, "step_plan", told_of)
@@ -266,11 +265,11 @@ def test_explain_names_the_kernels_that_run(monkeypatch, arguments, given):
         monkeypatch.setattr(layers.Layer, f"_{way}", recorded)
     lstm, training = gpu_lstm.LSTM(2, 2, backend="triton", **arguments), "zoneout" in arguments
     with torch.set_grad_enabled(training):
-        before = gpu_lstm.explain(lstm, X, **given)
-        y, _ = lstm(X, **given)
+        before = gpu_lstm.explain(lstm, INPUT, **given)
+        y, _ = lstm(INPUT, **given)
         if training:
             y.sum().backward()
-        after = gpu_lstm.explain(lstm, X, **given)
+        after = gpu_lstm.explain(lstm, INPUT, **given)
     for told in (before, after):
         passes = [[d.passes[k].why for d in told.layers][:: 1 - 2 * k] for k in range(1 + training)]
         assert whys == [why for each in passes for why in each]
@@ -278,7 +277,7 @@ def test_explain_names_the_kernels_that_run(monkeypatch, arguments, given):
 
 
 def test_what_a_race_is_about_is_in_its_key(monkeypatch):
-    """Two kinds of calls that differ in one of these are raced on their own."""
+    """Two kinds of calls that differ in one of these facts are raced apart."""
 
     def key(given=None, steps=4, batch=3, cls=gpu_lstm.LSTM, hidden=2, **arguments):
         lstm = cls(2, hidden, **arguments)
@@ -301,17 +300,18 @@ def test_what_a_race_is_about_is_in_its_key(monkeypatch):
 
 
 def test_the_bias_of_a_layer_norm_is_in_a_route(monkeypatch):
-    """The only tensor of lstm_layer that its options say nothing about."""
+    """bias_c is the only tensor of lstm_layer that the options do not describe."""
     launched, layer = as_a_card(monkeypatch), Function(normed=True)
     layer.backend = "triton"
     for layer.bias_c in (True, False):
-        layer(X)
+        layer(INPUT)
     assert [(problem.gain_hh, problem.gain_c, problem.bias_c) for _, problem in launched] == [
         (False, True, True), (False, True, False)]  # fmt: skip
 
 
 def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypatch):
-    """Whatever float32 is multiplied in: what was measured and verified for one of them is found for the other."""
+    """This holds whatever the precision of float32 products is. Results that were measured and verified for one of them
+    are found for the other."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     lstm = gpu_lstm.LSTM(2, 2).requires_grad_(False)
 
@@ -320,16 +320,16 @@ def test_kernels_under_autocast_are_those_of_a_module_in_half_precision(monkeypa
         return kind_of(call), race.build(call, kind_of(call), Backend.TRITON).schedule
 
     with torch.autocast("cpu", torch.float16):
-        found = facts(X)
+        found = facts(INPUT)
     lstm.half()
-    assert found == facts(X.half())
+    assert found == facts(INPUT.half())
 
 
 def test_what_is_decided_in_a_capture_or_forgotten_is_decided_again(monkeypatch):
-    """Since nothing is verified and raced in a capture; and what is found after `forget` is used from then on."""
+    """In a capture nothing is verified and raced. After `forget` new results are used."""
     monkeypatch.setattr(dispatch, "_routes", {})
     lstm = gpu_lstm.LSTM(2, 2)
-    call = lstm._request(X)
+    call = lstm._request(INPUT)
     captured = call._replace(modes=call.modes._replace(capturing=True))
     first, second = dispatch.route_of(captured), dispatch.route_of(captured)
     assert first is not second
@@ -341,7 +341,7 @@ def test_what_is_decided_in_a_capture_or_forgotten_is_decided_again(monkeypatch)
 
 @pytest.mark.deep
 def test_rates_that_are_annealed_leave_little_behind(monkeypatch):
-    """And one that comes back after all was forgotten gives the numbers that it gave."""
+    """A rate that comes back after everything was forgotten gives the same numbers as before."""
     monkeypatch.setattr(dispatch, "MOST_ROUTES", 100)
     dispatch.forget()
     lstm = gpu_lstm.LSTM(2, 2, 2, dropout=0.5, backend="torch")
@@ -353,7 +353,7 @@ def test_rates_that_are_annealed_leave_little_behind(monkeypatch):
     def output(lstm_dropout):
         lstm.dropout = lstm_dropout
         torch.manual_seed(0)
-        return lstm(X[:1])[0]
+        return lstm(INPUT[:1])[0]
 
     first, before = output(0.5), alive()
     for k in range(1500):

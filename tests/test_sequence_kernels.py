@@ -41,12 +41,12 @@ F32, F16 = torch.float32, torch.float16
     ("gru", "pointwise"),
 ])  # fmt: skip
 def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, family):
-    """Saved and final c, of a GRU h, is that of a recurrence in float32, since W_hh is zero. So it is rounded where it
-    is an operand and where it is returned."""
+    """Saved and final c of an LSTM, and h of a GRU, are those of a recurrence in float32, since W_hh is zero. The state
+    is rounded only as an operand and as a result."""
     KERNELS[family].force(monkeypatch)
     steps, batch, hidden, rows = 6, 3, 8, 4 if cell == "lstm" else 3
     gates, h0, c0 = (torch.randn(steps, batch, 4 * hidden).half(), *torch.randn(2, batch, hidden).half())
-    gates[:, :, rows * hidden :] = 0  # of a GRU s, which x does not reach, and h not by a W_hh of zeros
+    gates[:, :, rows * hidden :] = 0  # s of a GRU: x does not reach it, and h does not through a W_hh of zeros
     c0 = c0 if cell == "lstm" else h0
     lengths, weight_hh = torch.tensor([steps, 5, 0]), torch.zeros(rows * hidden, hidden)
     tensors = gates[:, :, : rows * hidden], h0, c0, torch.eye(rows * hidden), weight_hh
@@ -64,7 +64,7 @@ def test_the_cell_and_h_of_a_gru_are_carried_in_float32(monkeypatch, cell, famil
 @both_kinds
 @pytest.mark.parametrize(("dtype", "bits"), [(F32, torch.int32), (F16, torch.int16)], ids=str)
 def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
-    """A NaN is data, also one with the bit pattern that stands for data which is not there: in h0; the usual in x."""
+    """A NaN in h0 is data even if it has the bit pattern of missing data. In x there is a usual NaN."""
     cooperative(monkeypatch, units=4)
     theirs, ours = (module.to(dtype) for module in pair(kind, "triton", hidden_size=8))
     x, hx = tree_map(lambda t: t.to(dtype), random_inputs(ours, 3))
@@ -74,8 +74,8 @@ def test_a_nan_in_the_data_is_not_waited_for(monkeypatch, kind, dtype, bits):
     assert not found[:, 2].isnan().any()
 
 
-# A broken exchange must be detected. Faults are plain functions: what calls them runs in the interpreter, where
-# constants are numbers.
+# A broken exchange must be detected. Faults are plain functions, since the code that calls them runs in the
+# interpreter, where constants are numbers.
 wait_for_tile = held_kernels.wait_for
 
 
@@ -90,7 +90,8 @@ def no_barrier(arrivals, times, poll_limit, *_):
 
 
 def barrier_after_some(even):
-    """All count themselves in. By turns a round is one of products of parts of K, and one of cells."""
+    """All programs count themselves in, but wait only in some rounds. Rounds alternate between products of parts of K
+    and cells."""
 
     def grid_barrier(arrivals, times, poll_limit, step):
         if int(times) % 2 == even:
@@ -103,12 +104,11 @@ def barrier_after_some(even):
 
 HELD = {"held": {}, "ahead": dict(asks_ahead=True)}
 BARRIER, TILE = (step_kernels, "grid_barrier"), (held_kernels, "wait_for")
-COUNT = interpreted, "count_missing"
-OF_EXCHANGES = {  # where, what stands there, and a layer in which it shows
-    "published before the data": ((cooperative_kernels, "publish"), announce_early, ""),
-    "no repeated load": (COUNT, lambda *_: 0, ""),
+OF_EXCHANGES = {  # the function, and its replacement
+    "published before the data": ((cooperative_kernels, "publish"), announce_early),
+    "no repeated load": ((interpreted, "count_missing"), lambda *_: 0),
 }
-OF_TILES = {  # of those that hold W_hh
+OF_TILES = {  # faults of programs that hold W_hh
     "no wait": lambda arrivals_ptr, batch_tile, times, poll_limit, *_: poll_limit,
     "a step too few": lambda arrivals_ptr, batch_tile, times, *given: wait_for_tile(
         arrivals_ptr, batch_tile, times - 1, *given),
@@ -117,30 +117,27 @@ OF_TILES = {  # of those that hold W_hh
 deep = pytest.mark.deep
 four_units = partial(cooperative, units=4, yield_rate=0.3)
 often, by_parts = partial(step, yield_rate=0.3), partial(split, yield_rate=0.3)
-FAULTS = [  # how kernels are forced, which of them are faulty, where the fault is and what, a layer in which it shows
-    *(pytest.param(four_units, "", where, fault, (6, 3, 3, 8), words, F16, id=name, marks=deep)
-      for name, (where, fault, words) in OF_EXCHANGES.items()),
-    *(pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40), words, F32, id=f"no barrier {words}".rstrip())
-      for words in ("", "gru")),
-    pytest.param(partial(held, yield_rate=0.3), "", TILE, OF_TILES["no wait"], (5, 18, 3, 40), "gru", F32,
-                 id="no wait-held gru"),
-    *(pytest.param(by_parts, "backward", BARRIER, barrier_after_some(after == "products"), (5, 3, 3, 40), "", F32,
+FAULTS = [  # how kernels are forced, which of them are faulty, the function and its replacement, and a layer
+    *(pytest.param(four_units, "", where, fault, (6, 3, 3, 8), F16, id=name, marks=deep)
+      for name, (where, fault) in OF_EXCHANGES.items()),
+    pytest.param(often, "", BARRIER, no_barrier, (5, 3, 3, 40), F32, id="no barrier"),
+    *(pytest.param(by_parts, "backward", BARRIER, barrier_after_some(after == "products"), (5, 3, 3, 40), F32,
                    id=f"no barrier after {after}") for after in ("products", "cells")),
     *(pytest.param(partial(held, yield_rate=0.3, **HELD[way]), "", TILE, fault,
-                   (5, 35 if way == "ahead" else 18, 3, 40), "", F32, id=f"{name}-{way}",
+                   (5, 35 if way == "ahead" else 18, 3, 40), F32, id=f"{name}-{way}",
                    marks=() if way == "held" else deep)
       for name, fault in OF_TILES.items() for way in HELD),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("force", "kernels", "where", "fault", "size", "words", "dtype"), FAULTS)
-def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, size, words, dtype):
+@pytest.mark.parametrize(("force", "kernels", "where", "fault", "size", "dtype"), FAULTS)
+def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, size, dtype):
     force(monkeypatch)
     launch_with(monkeypatch, *where, fault, kernels)
 
     def is_detected(seed):
         try:
-            check(size, words, "triton", dtype, seeds=1, first_seed=seed)
+            check(size, "", "triton", dtype, seeds=1, first_seed=seed)
         except AssertionError:
             return True
         return False
@@ -149,7 +146,7 @@ def test_a_planted_fault_is_detected(monkeypatch, force, kernels, where, fault, 
 
 
 def launch_with(monkeypatch, module, name, fault, kernels, around=lambda kernel: contextlib.nullcontext()):
-    """A fault for the kernels of such names alone, which are launched within around(name)."""
+    """Plant a fault only in kernels with such a name, whose launches are within around(name)."""
     run = launch.launch_kernel
 
     def launch_kernel(kernel, grid, **given):
@@ -189,7 +186,7 @@ FAULTS_OF_WAITS = [  # the kernel and how it is forced, and the fault
                                                                            "held_forward_kernel held")),
 ])  # fmt: skip
 def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, fault, kind):
-    """Few polls for the faulty kernel alone: how many others need depends on who is scheduled when."""
+    """Only the faulty kernel has few polls. How many polls others need depends on the scheduler."""
     kernel, _, way = kernel.partition(" ")
     module = getattr(gpu_lstm, kind)(3, 8, backend="triton")
     x, hx = tree_map(torch.Tensor.requires_grad_, random_inputs(module, 3, steps=5))
@@ -205,10 +202,10 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     h, states = module(x, hx)
     forward, report = "forward" in kernel, pytest.raises(RuntimeError, match=rf"{kernel} timed out at step \d")
     if forward:
-        with report:  # once
+        with report:  # it is reported once
             gradients(h)
     found = (h, *states, *(() if forward else gradients(h)))
-    for ours, true in zip(found, right):  # nothing is stale
+    for ours, true in zip(found, right):  # no number is stale
         assert (ours.isnan() | (ours == true)).all()
     assert (found[0][-1] if forward else found[1 + len(state)][0]).isnan().all()
     monkeypatch.undo()
@@ -225,7 +222,7 @@ def test_a_wait_that_times_out_ends_in_nan_and_is_reported(monkeypatch, kernel, 
     ("cooperative/4/1/4", 2, "gru "), ("held", 2, "gru "), ("resident", 1, "gru "),
 ])  # fmt: skip
 def test_a_plan_for_a_larger_batch_runs_a_smaller_one(monkeypatch, family, tiles_per_program, cell):
-    """Programs, or whole groups, have no sequence then; the last batch of an epoch runs so."""
+    """Programs, or whole groups, may have no sequence then. The last batch of an epoch runs so."""
     KERNELS[family].force(monkeypatch)
     choose_plan = launch.choose_plan
 
@@ -244,7 +241,7 @@ def to_tf32_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def test_a_weight_is_rounded_to_the_nearest_tf32(device):
-    """Ten bits after the point, ties away from zero; infinity and NaN stay."""
+    """Ten bits after the point remain, and ties round away from zero. Infinity and NaN stay."""
     ulp = 2.0**-10
     cases = {1 + 0.49 * ulp: 1.0, 1 + 0.5 * ulp: 1 + ulp, -1 - 0.5 * ulp: -1 - ulp, 3.0: 3.0, 0.0: 0.0,
              2 - 0.25 * ulp: 2.0, float("inf"): float("inf"), float("nan"): float("nan")}  # fmt: skip
@@ -267,5 +264,5 @@ def test_words_have_places_of_their_own_in_shared_memory_quads_stay_whole_and_se
     assert place.flatten().sort().values.equal(torch.arange(place.numel(), dtype=torch.int32, device=place.device))
     quads = place.view(8, -1, 16)
     assert quads.equal(quads[:, :, :1] + torch.arange(16, dtype=torch.int32, device=place.device))
-    banks = quads[:, :, 0] // 16 % 8  # quads of 4 banks, of which there are 32
+    banks = quads[:, :, 0] // 16 % 8  # a quad has 4 of the 32 banks
     assert all(len(set(of_quad.tolist())) == 8 for of_quad in banks.T)

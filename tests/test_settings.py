@@ -1,4 +1,4 @@
-"""What a user has set for the whole process does not get into a call: it computes the same numbers as without it."""
+"""Settings of the whole process do not change a call: it computes the same numbers as without them."""
 
 import contextlib
 from functools import cache, partial
@@ -16,28 +16,23 @@ from gpu_lstm.functional import lstm_layer
 T, B, I, H = 3, 2, 3, 4
 LENGTHS = torch.tensor([1, 3])
 RESETS = torch.tensor([[1, 0], [0, 1], [0, 0]]).bool()
-NOISE = dict(recurrent_dropout=0.5, zoneout=(0.5, 0.2), weight_drop=0.5)
-DEEP = dict(num_layers=2, bidirectional=True)
-
-
-def made(cls, *sizes, seed=0, **arguments):
-    torch.manual_seed(seed)
-    return cls(*sizes, **arguments)
 
 
 def calls_of(backend):
-    """Calls of every kind, of modules and tensors that are made here: each returns what it computes."""
+    """Return calls of every kind, on modules and tensors that are made here. Each returns its results."""
+    torch.manual_seed(0)
     place = PLACES[backend]
     by, device = dict(backend=backend, **place), place["device"]
-    variants = by if backend != "torch" else by | dict(backend="reference")  # of what torch's own LSTM lacks
-    lstm, deep = made(gpu_lstm.LSTM, I, H, **by), made(gpu_lstm.LSTM, I, H, **DEEP, dropout=0.5, **by)
-    noisy = made(gpu_lstm.LSTM, I, H, **NOISE, peepholes=True, layer_norm=True, **variants)
-    stack = made(gpu_lstm.StackedLSTM, I, [H, H], residual=True, bidirectional=True, batch_first=True, **by)
-    cell, other = made(gpu_lstm.LSTMCell, I, H, **by), made(gpu_lstm.LSTM, I, H, **variants)
-    stacked = made(gpu_lstm.StackedLSTM, I, [H], **by)
-    sliding = [gpu_lstm.Stream(module, B) for module in (made(gpu_lstm.LSTM, I, H, **by), stacked)]
-    x = made(torch.randn, T, B, I).to(**place)
-    h, c, *_ = hx = made(torch.randn, 2, 1, B, H).to(**place)
+    variants = by if backend != "torch" else by | dict(backend="reference")  # for features that torch's own LSTM lacks
+    lstm, deep = gpu_lstm.LSTM(I, H, **by), gpu_lstm.LSTM(I, H, num_layers=2, bidirectional=True, dropout=0.5, **by)
+    noisy = gpu_lstm.LSTM(
+        I, H, recurrent_dropout=0.5, zoneout=(0.5, 0.2), weight_drop=0.5, peepholes=True, layer_norm=True, **variants
+    )
+    stack = gpu_lstm.StackedLSTM(I, [H, H], residual=True, bidirectional=True, batch_first=True, **by)
+    cell, other = gpu_lstm.LSTMCell(I, H, **by), gpu_lstm.LSTM(I, H, **variants)
+    sliding = [gpu_lstm.Stream(module, B) for module in (lstm, gpu_lstm.StackedLSTM(I, [H], **by))]
+    x = torch.randn(T, B, I).to(**place)
+    h, c, *_ = hx = torch.randn(2, 1, B, H).to(**place)
     lengths, resets = LENGTHS.to(device), RESETS.to(device)
     packed = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
 
@@ -124,7 +119,7 @@ SETTINGS = ALONE | {"together": together}
     for backend in BACKENDS for setting in (ALONE if backend == "torch" else ["together", "inference"])])  # fmt: skip
 def test_a_setting_changes_no_number(backend, setting):
     got = results(backend, SETTINGS[setting])
-    # Without gradients the loops for CPUs multiply x themselves, and round elsewhere.
+    # Without gradients the loops for CPUs multiply x themselves, and round differently.
     around = torch.no_grad if setting == "inference" else contextlib.nullcontext
     for name, tensors in expected(backend, around).items():
         ours = got[name]

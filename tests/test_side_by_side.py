@@ -1,9 +1,10 @@
-"""Streams and devices, with a stubbed driver: what waits for what, which share of a card each gets, and which card. And
-chunks of time, which change no number and bound the memory that is kept."""
+"""Streams, devices and chunks of time, with a stubbed driver.
+
+Launches wait for the right ones, and get the right share of the right card. Chunks change no number and bound the
+memory that is kept.
+"""
 
 import importlib.util
-import itertools
-import json
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from watching import Watched
 
 import gpu_lstm
-from gpu_lstm.__main__ import main
 from gpu_lstm.call import modes
 from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import race
@@ -29,15 +29,14 @@ from gpu_lstm.dispatch.route import forget
 from gpu_lstm.execution import operators, schedule
 from gpu_lstm.kernels import layer as launcher
 from gpu_lstm.kernels import memory, ordering
-from gpu_lstm.kernels.layer import kept_layer
-from gpu_lstm.kernels.problem import Pass, Problem
+from gpu_lstm.kernels.problem import Problem
 from gpu_lstm.kernels.triton_rnn import launch
-from gpu_lstm.kernels.triton_rnn.plans.choose import candidates, plans
+from gpu_lstm.kernels.triton_rnn.plans.choose import plans
 from gpu_lstm.tools.stream import captured
 
 
 class Stream:
-    """A queue; an event is a copy of what was done in it, with all that it waited for."""
+    """A queue. An event is a copy of the operations done in it, including all that it waited for."""
 
     def __init__(self) -> None:
         self.done = set()
@@ -46,7 +45,8 @@ class Stream:
 
 @pytest.fixture
 def streams(monkeypatch):
-    """launched(number, stream, ...), of which each thread has a current one; what was synchronised."""
+    """launched(number, stream, ...), where each thread has a current stream, and a Mock that records
+    synchronisations."""
 
     def synchronize(device):
         launched = set().union(*[stream.done for stream in found.values()])
@@ -60,7 +60,7 @@ def streams(monkeypatch):
         monkeypatch.setattr(place, name, states, raising=False)
 
     def launched(number, name, at_once=1, meanwhile=lambda: None, copy=ordering):
-        """The launches that are over when this one begins; then `meanwhile` happens."""
+        """Return the launches that are over when this one begins. Then call `meanwhile`."""
 
         def launch():
             before = set(found[name].done)
@@ -76,19 +76,21 @@ def streams(monkeypatch):
 
 @pytest.mark.parametrize("launches", [
     [("a", 1, set()), ("b", 1, {1}), ("b", 1, {1, 2}), ("a", 1, {1, 2, 3})],
-    # Those that share the card run at once: the second on b not after the first on a; for a third there is no room.
+    # Launches that share the card run at once: the second one on b does not wait for the first one on a. For a third
+    # one there is no room.
     [("c", 1, set()), ("a", 2, {1}), ("b", 2, {1}), ("a", 2, {1, 2}), ("c", 2, {1, 2, 3, 4}), ("a", 2, {1, 2, 3, 4}),
      ("c", 1, {1, 2, 3, 4, 5, 6})],
-    # What a stream did alone is waited for by the one with which it shares the card from now on.
+    # The launches of a before it shares the card with b are those that b waits for.
     [("c", 1, set()), ("a", 1, {1}), ("a", 2, {1, 2}), ("b", 2, {1, 2})],
 ], ids=["whole", "shares", "alone before"])  # fmt: skip
 def test_launches_for_the_whole_card_go_one_after_another_and_wait_for_all_that_share_it(streams, launches):
-    """Which earlier launches, by their numbers, are over when one begins. Nothing is recorded before there are two."""
+    """Each row has the numbers of the earlier launches that are over when it begins. Nothing is recorded before there
+    are two streams."""
     for number, (name, side_by_side, expected) in enumerate(launches, 1):
         (plan, *_) = plans(Problem(8, 16, 768, torch.bfloat16, side_by_side=side_by_side), H100, False)
         assert (plan.family.name, plan.side_by_side) == ("cooperative", side_by_side)
         assert streams.launched(number, name, plan.side_by_side) == expected
-    assert streams.synchronised.mock_calls == [call(CUDA)]  # at the first switch, since that stream may be gone
+    assert streams.synchronised.mock_calls == [call(CUDA)]  # at the first switch, since the first stream may be gone
 
 
 def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams, monkeypatch):
@@ -100,7 +102,7 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams, mo
         def meanwhile():
             asked.clear()
             second.append(thread.submit(streams.launched, 4, "b", meanwhile=asked.set))
-            asked.wait()  # until it waits, or has launched
+            asked.wait()  # until the second launch waits, or has launched
 
         assert streams.launched(3, "a", meanwhile=meanwhile) == {1, 2}
         assert second[0].result() == {1, 2, 3}
@@ -110,7 +112,7 @@ def test_of_two_threads_the_second_waits_for_what_the_first_launches(streams, mo
     (1, "abab", [set(), {1}, {1, 2}, {1, 2, 3}]), (2, "abca", [set(), set(), {1, 2}, {1, 2}]),
 ])  # fmt: skip
 def test_launches_of_two_copies_of_the_library_wait_for_each_other(streams, monkeypatch, at_once, names, waited):
-    """As Hugging Face's `kernels` loads one beside an installed one."""
+    """Hugging Face's `kernels` loads a copy beside an installed one."""
     spec = importlib.util.spec_from_file_location("a_copy", ordering.__file__)
     monkeypatch.setitem(sys.modules, "a_copy", copy := importlib.util.module_from_spec(spec))
     spec.loader.exec_module(copy)
@@ -130,21 +132,6 @@ def test_a_launch_that_raises_lets_others_launch_which_wait_for_it(streams):
     assert len(streams.synchronised.mock_calls) == count + 1
 
 
-@pytest.mark.parametrize(("hidden", "family"), [(64, "resident"), (768, "cooperative")])
-def test_a_launch_waits_for_others_if_its_programs_wait_for_each_other(monkeypatch, hidden, family):
-    asked = Mock(side_effect=lambda at_once, device, run, *given: run(*given))
-    monkeypatch.setattr(launcher, "in_order", asked)
-    monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: None)
-    problem = Problem(2, 16, hidden, torch.bfloat16, side_by_side=2)
-    (gates, r), c = launch.call_of(problem, torch.device("cpu")), torch.zeros(2, 16, hidden)
-    plans_of = [plans(problem, H100, backward)[0] for backward in (False, True)]
-    forward, backward = (kept_layer(launch, problem, c.device).with_plan(plan) for plan in plans_of)
-    forward.forward(gates, r, save=False)
-    backward.backward(None, c[:1].bfloat16(), None, gates, c, r, False)
-    assert [plan.family.name for plan in plans_of] == [family] * 2
-    assert [each.args[0] for each in asked.call_args_list] == ([2, 2] if family == "cooperative" else [])
-
-
 def _call(lstm, steps, **facts):
     like = next(lstm.parameters())
     x = like.new_zeros(steps, facts.pop("batch", 2), lstm.input_size)
@@ -152,23 +139,9 @@ def _call(lstm, steps, **facts):
     return given._replace(modes=given.modes._replace(capturing=facts.pop("capturing", False)), **facts)
 
 
-@pytest.mark.parametrize(("cell", "hidden"), [("LSTM", 768), ("LSTM", 1536), ("GRU", 768)])
-def test_the_plans_of_a_call_are_those_that_the_plan_command_shows(nothing_cached, capsys, cell, hidden):
-    """Two directions of 768 units share the card; those of 1536 do not fit half of it, and go one after another."""
-    arguments = ["plan", "--hidden", str(hidden), "--batch", "16", "--device", "h100", "--directions", "2", "--json"]
-    assert main([*arguments, "--cell", cell.lower()]) == 0
-    shown = [each["plan"] for each in json.loads(capsys.readouterr().out).values()]
-    module = getattr(gpu_lstm, cell)(8, hidden, bidirectional=True, dtype=torch.bfloat16, device="meta")
-    kind = kind_of(_call(module, 1024, batch=16))
-    for (pass_, plan), row in itertools.product(zip((Pass(), Pass(True)), shown, strict=True), range(2)):
-        ours = candidates(kind.problems[row]._replace(side_by_side=2), H100, pass_)[0]
-        assert plan == ours.as_json() | {"family": ours.family.name}
-        assert (ours.family.name, ours.side_by_side) == ("cooperative", 2 if hidden == 768 else 1)
-
-
 @pytest.fixture
 def schedule_of(monkeypatch):
-    """Of an LSTM with options; objects stand in for streams."""
+    """schedule_of(options) returns the schedule of an LSTM with these options. Objects stand in for streams."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     monkeypatch.setattr(schedule, "_pairs", {})
 
@@ -181,12 +154,13 @@ def schedule_of(monkeypatch):
 
 @pytest.mark.parametrize(("options", "expected"), [(dict(num_layers=3), 1), (dict(bidirectional=True), 2)], ids=str)
 def test_directions_run_at_once_and_never_in_a_graph(schedule_of, monkeypatch, options, expected):
-    """On the same streams at every call; and all launches, forward and backward, know how many run at once."""
+    """Every call has the same streams. All launches, forward and backward, know how many run at once."""
     found = schedule_of(options)
     assert found.side_by_side == expected
     assert len(set(found.streams)) == (expected if expected > 1 else 0)
     assert schedule_of(options) == found
-    for why, at_once in ((dict(is_cuda=False), 1), (dict(capturing=True), expected)):  # by the plans of the warm-up
+    # A captured graph uses the plans of the warm-up.
+    for why, at_once in ((dict(is_cuda=False), 1), (dict(capturing=True), expected)):
         one_stream = schedule_of(options, **why)
         assert (one_stream.streams, one_stream.side_by_side) == ((), at_once)
     monkeypatch.setattr(race, "schedule_of", lambda *_: found)
@@ -197,7 +171,8 @@ def test_directions_run_at_once_and_never_in_a_graph(schedule_of, monkeypatch, o
 
 
 def test_all_threads_have_the_same_streams(schedule_of, monkeypatch):
-    """Also where another one asks for them while they are made: twice as many would not fit the card together."""
+    """This holds even if another thread asks for the streams while they are made. Twice as many would not fit the card
+    together."""
     others, both = [], dict(bidirectional=True)
 
     def made(device):
@@ -209,12 +184,12 @@ def test_all_threads_have_the_same_streams(schedule_of, monkeypatch):
     assert [schedule_of(both)] == others == [schedule_of(both)]
 
 
-# Which device is current when a kernel is launched on fake tensors of cuda:1
+# The device that is current when a kernel is launched on fake tensors of cuda:1
 
 
 @pytest.fixture
 def driver(monkeypatch):
-    """What torch.cuda asks the driver for; it knows which device is current."""
+    """A stub of the driver below torch.cuda, which knows the current device."""
     driver = SimpleNamespace(current=0)
 
     def exchange(device: int) -> int:
@@ -227,7 +202,7 @@ def driver(monkeypatch):
 
 
 def _indexed(t, key):
-    """t[0], t[:-1] and t[..., :H] as the launchers use them: Python's own indexing of a CUDA tensor asks the driver."""
+    """t[0], t[:-1] and t[..., :H] as the launchers use them. Python's own indexing of a CUDA tensor asks the driver."""
     if isinstance(key, int):
         return t.select(0, key)
     first = key[0] if isinstance(key, tuple) else key
@@ -236,12 +211,12 @@ def _indexed(t, key):
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, monkeypatch, device):
-    """Of any family: kernels/layer.py makes it the current one."""
-    current: list[int] = []
+    """kernels/layer.py makes the device current, so it holds for any family."""
+    current, asked = [], []
     monkeypatch.setattr(launch, "choose_plan", lambda problem, _, pass_, *__: plan_of("step", problem, pass_.backward))
     monkeypatch.setattr(launch, "launch_kernel", lambda *_, **__: current.append(driver.current))
-    monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)  # it would be kept
-    monkeypatch.setattr(launcher, "in_order", lambda _, __, run, *given: run(*given))
+    monkeypatch.setattr(launch, "error_word", lambda device, kernel, trial=False: None)  # an error word would be kept
+    monkeypatch.setattr(launcher, "in_order", lambda at_once, _, run, *given: asked.append(at_once) or run(*given))
     monkeypatch.setattr(launcher, "aligned", lambda t: t)  # fake tensors have no address
     monkeypatch.setattr(memory._Checking, "on", False)
     monkeypatch.setattr(torch.Tensor, "__getitem__", _indexed)
@@ -254,12 +229,13 @@ def test_forward_and_backward_are_launched_on_the_device_of_the_tensors(driver, 
         needed = [k == 1 for k in range(len(sizes))]
         operators._backward("lstm", False, "triton", [h, None, None], [h, gates, c], needed, given)
     assert current == [torch.device(device).index] * 2
+    assert asked == [1, 1], "programs of this family wait for each other"
     assert driver.current == 0, "and afterwards it is the one before"
 
 
 def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input_whatever_another_thread_does(driver, monkeypatch):
     """torch.cuda.Stream() and CUDAGraph() belong to the device that is current when they are made. In mode "global",
-    torch's default, what another thread does that is unsafe during a capture would raise."""
+    torch's default, an unsafe operation of another thread would raise during a capture."""
     made, steps, asked = [], Mock(side_effect=lambda: torch.ones(1) * driver.current), MagicMock()
     for name in ("Stream", "CUDAGraph"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: made.append((name, driver.current)) or MagicMock())
@@ -269,7 +245,7 @@ def test_a_step_of_a_stream_is_captured_on_the_device_of_its_input_whatever_anot
     assert torch.equal(captured(steps, torch.device("cuda", 1))(), torch.ones(1))
     assert (made, driver.current) == ([("Stream", 1), ("CUDAGraph", 1)], 0)
     assert [call.kwargs for call in asked.call_args_list] == [dict(capture_error_mode="thread_local")]
-    assert steps.call_count == 4  # three warm up
+    assert steps.call_count == 4  # three of them warm up
 
 
 STACKS = {"one layer": {}, "both directions": dict(num_layers=2, bidirectional=True),
@@ -278,7 +254,8 @@ STACKS = {"one layer": {}, "both directions": dict(num_layers=2, bidirectional=T
 
 @pytest.fixture
 def two_steps(monkeypatch):
-    """two_steps(batch, hidden): from now on a chunk has two steps, in calls of a kind that was decided before, too."""
+    """two_steps(batch, hidden) makes every later chunk two steps long, also in kinds of calls that were decided
+    before."""
 
     def two_steps(batch: int, hidden: int) -> None:
         monkeypatch.setattr(schedule, "WORKSPACE", 2 * batch * 4 * hidden * 4)
@@ -288,7 +265,8 @@ def two_steps(monkeypatch):
 
 
 def kept_elements(module, x) -> int:
-    """Elements that autograd keeps, next to input and parameters; a float32 of a half-precision layer is one."""
+    """Return how many elements autograd keeps, without the input and parameters. A float32 of a half-precision layer
+    counts as one."""
     kept = {}
 
     def pack(tensor):
@@ -307,7 +285,7 @@ def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomp
     x = torch.randn(4, 3, 4, dtype=dtype, device=device, requires_grad=True)
     for recompute, elements in ((False, 6 * 4), (True, 2 * 4)):
         module = getattr(gpu_lstm, cell)(4, 4, recompute=recompute, **how)
-        assert 0 <= kept_elements(module, x) - elements * 4 * 3 <= 4 * 3 * 4 + 64  # of h0 and c0
+        assert 0 <= kept_elements(module, x) - elements * 4 * 3 <= 4 * 3 * 4 + 64  # h0 and c0
     kind = getattr(gpu_lstm, f"Stacked{cell}")
     stacks = (kind(4, [4, 4], bidirectional=True, recompute=again, **how) for again in (False, True))
     kept, less = (kept_elements(stack, x) for stack in stacks)
@@ -315,7 +293,7 @@ def test_what_is_saved_for_backward_and_less_where_every_layer_of_a_stack_recomp
 
 
 def allocated(call) -> list[int]:
-    """The bytes of each storage that a call makes, without autograd."""
+    """Return the bytes of each storage that a call makes, without autograd."""
     sizes = []
 
     def note(_, *trees):
@@ -332,13 +310,14 @@ def allocated(call) -> list[int]:
                          ids=[*STACKS, "GRU"])  # fmt: skip
 @pytest.mark.deep
 def test_a_long_sequence_needs_a_fixed_workspace(monkeypatch, two_steps, device, cell, options):
-    """Without autograd only one chunk's pre-activations are there: next to outputs no tensor exceeds the workspace.
-    Those of two directions are joined."""
+    """Without autograd there are the pre-activations of one chunk at a time. No tensor exceeds the workspace, except
+    outputs. Outputs of two directions are joined."""
     two_steps(batch=1, hidden=6)
-    monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # what is measured is a call that nobody watches
-    monkeypatch.setattr(memory._Checking, "on", False)  # margins are memory, too
+    monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # the measured call is one that nobody watches
+    monkeypatch.setattr(memory._Checking, "on", False)  # margins take memory, too
     if launch.INTERPRETED:
-        monkeypatch.setattr(launch, "launch_kernel", _disable_current_modes()(launch.launch_kernel))  # which copies
+        # It copies tensors.
+        monkeypatch.setattr(launch, "launch_kernel", _disable_current_modes()(launch.launch_kernel))
     module = getattr(gpu_lstm, cell)(4, 6, device=device, backend="triton", **options)
     x = torch.randn(17, 1, 4, device=device)
     of_a_chunk, allocations = (allocated(lambda x=x: module(x)) for x in (x[:2], x))
@@ -368,9 +347,7 @@ def test_cell_states_go_from_chunk_to_chunk_in_float32(two_steps, device, cell, 
 @pytest.mark.parametrize(("recompute", "training", "steps"), [
     (True, True, [5]), (False, True, [5]), (False, False, [2, 2, 1]),
 ])  # fmt: skip
-def test_a_sequence_is_cut_into_chunks_in_inference_alone(monkeypatch, two_steps, recompute, training, steps):
-    launched = Mock(side_effect=launch.launch_kernel)
-    monkeypatch.setattr(launch, "launch_kernel", launched)
+def test_a_sequence_is_cut_into_chunks_in_inference_alone(launched, two_steps, recompute, training, steps):
     two_steps(batch=3, hidden=6)
     lstm = gpu_lstm.LSTM(4, 6, backend="triton", recompute=recompute)
     with torch.set_grad_enabled(training):

@@ -1,4 +1,5 @@
-"""The sLSTM: its states, gates that are shut, what goes round a call. Its numbers, beside the oracle: test_layer.py."""
+"""The sLSTM: its states, gates that are shut, exported programs, and slstm_layer. test_layer.py compares its numbers
+with the oracle."""
 
 import numpy as np
 import oracle
@@ -18,7 +19,7 @@ close, no_steps = torch.testing.assert_close, torch.zeros(B, dtype=torch.int64)
 
 
 def made(words="", backend="reference", dtype=None, steps=T):
-    """A module, and x and (h, c, n, m) for it, all in the dtype of the backend's place, or in `dtype`."""
+    """Return a module, and x and (h, c, n, m) for it, all in the dtype of the backend's place, or in `dtype`."""
     dtype = dtype or PLACES[backend]["dtype"]
     module = built((steps, B, I, H), {"slstm", *words.split()}, backend=backend)
     module = with_random_parameters(module, 0).to(dtype)
@@ -36,7 +37,7 @@ def test_nothing_overflows_and_padding_does_not_matter(backend):
         module.bias_ih_l0[: 2 * H] = torch.tensor([700.0, -700.0]).repeat_interleave(H)
         y, (_, c, n, m) = module(x)
         assert all(t.isfinite().all() for t in (y, c, n, m))
-        # What is new outweighs all before: c is the last step's candidate.
+        # The new input outweighs the state before it, so c is the last step's candidate.
         z = x[-1] @ module.weight_ih_l0.T + y[-2] @ module.weight_hh_l0.T + module.bias_ih_l0 + module.bias_hh_l0
         close(c[0], z[:, 2 * H : 3 * H].tanh())
         for limit in (-1e4, 1e4):
@@ -78,7 +79,7 @@ def test_slstm_layer_of_any_strides_leaves_z_as_it_is(backend):
     assert torch.equal(z, before)
 
 
-# Where gates are shut, or open, by any amount: beside the paper's c, n and m in float64, by the oracle
+# Gates that are shut, or open, by any amount, beside the paper's c, n and m in float64, by the oracle
 
 INF, UNITS, STEPS = float("inf"), 4, 6
 SHUT_RAGGED = dict(lengths=torch.tensor([6, 4, 6]), resets=torch.arange(STEPS * B).view(STEPS, B) % 7 == 5)
@@ -95,8 +96,11 @@ def in_cuda(monkeypatch):
 
 
 def drawn():
-    """z [T, B, 4H], W_hh, and (h, c, n, m), of which n >= 1; input gates are shut at every other step or so, and where
-    they are not, some forget gates; others are wide open."""
+    """Draw z [T, B, 4H], W_hh, and (h, c, n, m) with n >= 1.
+
+    Input gates are shut at about every other step. Where they are not, some forget gates are shut. Other forget gates
+    are wide open.
+    """
     torch.manual_seed(0)
     z, (i_shut, f_shut, f_open) = torch.randn(STEPS, B, 4 * UNITS), torch.rand(3, STEPS, B, UNITS) < 0.4
     far = torch.tensor([1e4, 1e6, 1e9, 1e30])[torch.randint(4, (3, STEPS, B, UNITS))]
@@ -110,7 +114,7 @@ def drawn():
 
 
 def numbers_of(backend, dtype, z, weight, hx, **ragged):
-    """Results, of which n is constant, and gradients of a random sum of them."""
+    """Return the results without n, which is constant, and the gradients of a random sum of them."""
     leaves = [t.detach().to(dtype).requires_grad_() for t in (z, weight, *hx)]
     y, (h, c, _, m) = slstm_layer(*leaves[:2], None, tuple(leaves[2:]), backend=backend, **ragged)
     found = [y, h, c, m]
@@ -119,7 +123,7 @@ def numbers_of(backend, dtype, z, weight, hx, **ragged):
 
 
 def truth_of(z, weight, hx, **ragged):
-    """The same by the oracle."""
+    """Return the same numbers by the oracle."""
     z, weight, h, *cnm = (t.double().numpy() for t in (z, weight, *hx))
     inputs = z, h, np.stack(cnm), np.eye(4 * UNITS), weight
     y, h, (c, _, m), tape = oracle.layer(*inputs, **ragged)
@@ -143,7 +147,7 @@ def test_a_state_behind_a_shut_gate_is_kept(backend, dtype, ragged):
 
 @BY_ALL
 def test_where_nothing_comes_a_mean_stays_though_its_weight_is_zero_and_what_is_empty_stays_so(backend, dtype):
-    """z_i = -inf at three steps, z_f at two of them; from states of which the first sequence's is empty."""
+    """z_i = -inf at three steps, and z_f at two of them. The first sequence begins with an empty state."""
     _, weight, hx = drawn()
     z, weight = torch.randn(STEPS, B, 4 * UNITS), 0 * weight
     z[:3, :, :UNITS] = z[1:3, :, UNITS : 2 * UNITS] = -INF
@@ -178,7 +182,7 @@ def test_nan_is_no_empty_state(backend, dtype):
 
 
 def test_gradients_of_gates_that_are_nearly_shut_have_small_errors_for_their_size():
-    """The input gates': about e^-12 of the others."""
+    """The gradients of the input gates are about e^-12 of the others."""
     _, weight, hx = drawn()
     z = torch.randn(STEPS, B, 4 * UNITS)
     z[..., : 2 * UNITS] += torch.tensor([-12.0, 4.0]).repeat_interleave(UNITS)

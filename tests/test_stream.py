@@ -19,7 +19,7 @@ from gpu_lstm.tools import stream as stream_module
 from gpu_lstm.tools.stream import Stream
 
 T, B, I, H = 9, 3, 4, 5
-KINDS = {  # without a projection: where the cell is of another dtype, below
+KINDS = {  # LSTM is for the tests of a cell state in another dtype
     "projection": partial(gpu_lstm.LSTM, I, H, 2, proj_size=3), "StackedLSTM": partial(gpu_lstm.StackedLSTM, I, [H, 3]),
     "LSTM": partial(gpu_lstm.LSTM, I, H), "GRU": partial(gpu_lstm.GRU, I, H),
     "StackedGRU": partial(gpu_lstm.StackedGRU, I, [H, 3]), "SLSTM": partial(gpu_lstm.SLSTM, I, 6, heads=2),
@@ -27,7 +27,7 @@ KINDS = {  # without a projection: where the cell is of another dtype, below
 
 
 def built(kind, backend="reference", steps=T, **kwargs):
-    """A module, and its input."""
+    """Return a module, and its input."""
     torch.manual_seed(0)
     backend = "reference" if (kind, backend) == ("SLSTM", "torch") else backend
     lstm = KINDS[kind](**PLACES[backend] | kwargs, backend=backend).eval()
@@ -41,12 +41,12 @@ def build(request):
 
 @every_backend
 def test_pieces_are_the_whole(build, backend):
-    """Of steps and chunks time first: test_layer.py."""
+    """test_layer.py tests steps and chunks with time first."""
     lstm, x = build(backend, batch_first=True)
     whole, states = lstm(x.transpose(0, 1))
     stream = Stream(lstm, B)
     assert repr(stream) == f"Stream({lstm!r}, batch={B})"
-    # A step is (N, I); a chunk, of one step too, (N, T, I).
+    # A step is (N, I). A chunk, even of one step, is (N, T, I).
     parts = [stream(x[:4].transpose(0, 1)), stream(x[4])[:, None], stream(x[5:6].transpose(0, 1)),
              stream(x[6:].transpose(0, 1))]  # fmt: skip
     assert not any(part.requires_grad for part in parts)
@@ -72,7 +72,7 @@ def test_a_step_of_few_sequences_on_a_cpu_is_by_torchs_cells(monkeypatch, name):
                 states[k] = cell(x, states[k])
                 x = states[k] if name == "GRU" else states[k][0]
             torch.testing.assert_close((found[0], y), (x, x), rtol=0, atol=rounding)
-            y.fill_(math.nan)  # which changes no state
+            y.fill_(math.nan)  # this changes no state
         expected = torch.stack(states) if name == "GRU" else tuple(map(torch.stack, zip(*states)))
         torch.testing.assert_close((given, stream.state), (expected, expected), rtol=0, atol=rounding)
         assert by_layers.call_count == (6 if rounding else 0)
@@ -100,7 +100,8 @@ def test_one_step_that_is_packed_or_drops_out_is_as_torchs_own():
 @pytest.mark.deep
 @pytest.mark.filterwarnings("ignore")
 def test_the_newer_exporter_of_onnx_takes_the_recipe_for_a_step_too(tmp_path, monkeypatch):
-    """By the older one test_documentation.py runs it. It compares every step of an LSTM and of a GRU."""
+    """test_documentation.py runs the recipe by the older exporter. The recipe compares every step of an LSTM and of a
+    GRU."""
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "streaming.md").read_text(), flags=re.DOTALL)
     (recipe,) = (block for block in blocks if "onnxruntime" in block)
@@ -123,14 +124,14 @@ def test_it_begins_with_the_states_it_is_given_and_leaves_them_alone(build):
     _, states = lstm(x)
     given = tree_map(torch.clone, states)
     stream = Stream(lstm, B, given)
-    torch._foreach_zero_(tree_leaves(given))  # it has copies
+    torch._foreach_zero_(tree_leaves(given))  # the stream has copies
     stream.reorder(torch.tensor([2, 0, 0], dtype=torch.int32))
     expected, _ = lstm(x, tree_map(lambda t: t[..., [2, 0, 0], :], states))
     torch.testing.assert_close(stream(x), expected)
     assert not any(t.any() for t in tree_leaves(given))
     taken = tree_leaves(stream.state)
     stream(x)
-    assert not torch.equal(taken[0], tree_leaves(stream.state)[0])  # what was handed out is a copy
+    assert not torch.equal(taken[0], tree_leaves(stream.state)[0])  # the state that was taken is a copy
 
 
 def test_reset_is_the_whole_sequence_with_resets(build):
@@ -146,7 +147,7 @@ def test_reset_is_the_whole_sequence_with_resets(build):
 
 @pytest.mark.parametrize(("graph", "batch_first"), [(False, True), (True, False)], ids=["plain", "graph"])
 def test_each_sequence_runs_the_steps_that_it_is_active_for(build, request, batch_first, graph):
-    """As if it were alone; the input of the others, NaN here, is ignored."""
+    """Each sequence runs as if it were alone. The input of the others, NaN here, is ignored."""
     captures = request.getfixturevalue("captures") if graph else None
     lstm, x = build(batch_first=batch_first)
     stream, active = Stream(lstm, B), torch.rand(T, B, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -160,12 +161,13 @@ def test_each_sequence_runs_the_steps_that_it_is_active_for(build, request, batc
         alone, states = lstm(x[active[:, n], n])
         found = [outputs[active[:, n], n], *(held[..., n, :] for held in tree_leaves(stream.state))]
         torch.testing.assert_close(found, [alone, *tree_leaves(states)])
-    assert not graph or len(captures) == 2  # the second when some are active for the first time
+    assert not graph or len(captures) == 2  # the second one when only some sequences are active for the first time
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "SLSTM"])
 def test_half_precision_keeps_the_cell_in_float32(kind):
-    """A cell state, of a GRU h, that is rounded after every step drifts away from that of the whole sequence."""
+    """If the cell state, or h of a GRU, were rounded after every step, it would drift away from that of the whole
+    sequence."""
     lstm, x = built(kind, dtype=torch.bfloat16, num_layers=2, steps=200)
     stream = Stream(lstm, B)
     steps = torch.stack([stream(x_t) for x_t in x])
@@ -179,7 +181,7 @@ def test_half_precision_keeps_the_cell_in_float32(kind):
     ("GRU", {"bidirectional": True}, [T, 0, 4]),
 ], ids=str)  # fmt: skip
 def test_a_state_in_float32_with_half_precision(backend, kind, options, lengths):
-    """The cell state, of a GRU h."""
+    """The state in float32 is the cell state, or h of a GRU."""
     module, x = built(kind, backend, dtype=torch.float16, **options)
     ragged = {} if lengths is None else dict(lengths=torch.tensor(lengths, device=x.device))
     h, c = (torch.randn(2, 2, B, H) * 0.5).to(x.device)
@@ -192,18 +194,19 @@ def test_a_state_in_float32_with_half_precision(backend, kind, options, lengths)
     assert (kept.dtype, rounded.dtype) == (torch.float32, torch.float16)
     torch.testing.assert_close(kept.half(), rounded, rtol=0, atol=4e-3 if kind == "LSTM" else 2e-3)
     for wrong in given.keys() - {"exact", "rounded"}:
-        with pytest.raises(RuntimeError, match="dtype"):  # in torch's words, which on its backend depend on the device
+        # The words are torch's, and on its backend depend on the device.
+        with pytest.raises(RuntimeError, match="dtype"):
             module(x, given[wrong])
 
 
 @pytest.fixture
 def captures(monkeypatch):
-    """Steps that were captured, one after another: as graphs, whose replays write where the capture wrote."""
+    """A list of the steps that were captured, as graphs whose replays write where the capture wrote."""
     captures = []
 
     def captured(step, device):
         captures.append(step)
-        static = [step() for _ in range(4)][-1]  # of which three warm up
+        static = [step() for _ in range(4)][-1]  # three of them warm up
         return lambda: static.copy_(step())
 
     monkeypatch.setattr(stream_module, "captured", captured)
@@ -216,9 +219,10 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced_or_a_set
     stream, (whole, _) = Stream(lstm, B), lstm(x)
     torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x]), whole)
     stream.reset()
-    stream(x[:4])  # a chunk goes by without the graph and leaves the state where the graph finds it
+    stream(x[:4])  # a chunk bypasses the graph, and leaves the state where the graph finds it
     torch.testing.assert_close(torch.stack([stream(x_t) for x_t in x[4:]]), whole[4:])
-    # The first is read at every replay. After the others the step is captured again: a graph has what it was made with.
+    # A replay reads changed values of a parameter. The other changes cause a new capture, since a graph keeps what it
+    # was made with.
     for count, change in enumerate((
         lambda: lstm.weight_hh_l0.detach().mul_(2.0),
         lambda: setattr(lstm, "weight_hh_l0", torch.nn.Parameter(lstm.weight_hh_l0.detach() * 3.0)),
@@ -230,7 +234,7 @@ def test_a_step_is_captured_once_and_again_when_a_parameter_is_replaced_or_a_set
 
 
 def test_a_state_that_was_taken_outlives_replays(build, captures):
-    """Which write the stream's own, wherever a graph was captured."""
+    """Replays write the stream's own states, in the same memory as the capture."""
     lstm, x = build()
     stream = Stream(lstm, B)
     places = [t.data_ptr() for t in tree_leaves(stream._state)]
@@ -248,7 +252,7 @@ def test_a_state_that_was_taken_outlives_replays(build, captures):
 @pytest.mark.parametrize("hidden", [64, 512])
 @pytest.mark.parametrize(("dtype", "last_place"), [(torch.float32, 2**-10), (torch.bfloat16, 2**-7)], ids=str)
 def test_a_step_is_replayed_from_a_graph(hidden, cell, heads, dtype, last_place):
-    """In TF32 and in half precision."""
+    """The precisions are TF32 and half precision."""
     lstm = getattr(gpu_lstm, cell)(32, hidden, 2, heads=heads, device="cuda", dtype=dtype, backend="triton").eval()
     stream, x = Stream(lstm, 4), torch.randn(50, 4, 32, device="cuda", dtype=dtype)
     steps = torch.stack([stream(x_t) for x_t in x])
@@ -257,15 +261,15 @@ def test_a_step_is_replayed_from_a_graph(hidden, cell, heads, dtype, last_place)
 
 @pytest.mark.parametrize("x", [torch.zeros(B, 1), torch.zeros(B, I, dtype=torch.float64)], ids=["size", "dtype"])
 def test_a_step_that_the_lstm_refuses_is_refused_after_a_capture(captures, x):
-    """What the graph reads would be filled by it: one feature for all, numbers of another dtype."""
+    """Otherwise the input of the graph would be filled by it: one feature for all, or numbers of another dtype."""
     stream = Stream(gpu_lstm.LSTM(I, H, backend="reference"), B)
     stream(torch.zeros(B, I))
-    with pytest.raises((RuntimeError, ValueError)):  # as torch raises
+    with pytest.raises((RuntimeError, ValueError)):  # in torch's words
         stream(x)
 
 
 def test_a_replay_reports_that_an_earlier_one_timed_out(captures):
-    """A graph asks nobody, so that the stream looks before each replay."""
+    """A graph reports nothing, so that the stream looks before each replay."""
     stream, x = Stream(gpu_lstm.LSTM(I, H, backend="reference"), B), torch.randn(B, I)
     stream(x)
     timeouts.error_word(x.device, "step_forward_kernel")[0] = 1

@@ -2,12 +2,12 @@
 
 Streams, torch's caching allocator and autograd are modelled on the CPU:
 
-- A stream is a queue with a vector clock: how far it has seen itself and the others.
-- The allocator: memory belongs to the stream that it was allocated on. Once its last owner is gone, that stream may
-  get it again at once, unless another stream that reads it was recorded (Tensor.record_stream).
-- Autograd: a node runs on the stream that was current when it was made, and waits for those whose gradients it gets.
-  What it returns is recorded where it is read; what it saved is released once it is queued. Sums of gradients are
-  torch's own, and not looked at.
+- A stream is a queue with a vector clock, which says how far it has seen itself and the other streams.
+- In the allocator memory belongs to the stream that it was allocated on. Once its last owner is gone, that stream may
+  get it again at once. A recorded stream prevents this while it reads the memory (Tensor.record_stream).
+- In autograd a node runs on the stream that was current when it was made, and waits for the nodes whose gradients it
+  gets. The streams that read its results are recorded. Its saved tensors are released once it is queued. Sums of
+  gradients are torch's own, and are not checked.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ class Block:
     made_by: str
     owner: Stream
     made_at: int  # by the owner's clock
-    uses: dict[Stream, int] = field(default_factory=dict)  # the latest of each stream
+    uses: dict[Stream, int] = field(default_factory=dict)  # the latest use by each stream
     held_for: set[Stream] = field(default_factory=set)  # or "every stream"
 
 
 class Model(TorchDispatchMode):
-    """What is run in this block, on the streams of a schedule: a line in `faults` for each one."""
+    """The operators of this block, on the streams of a schedule. `faults` gets a line for each fault."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -58,7 +58,7 @@ class Model(TorchDispatchMode):
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: self.of(t).held_for.add(stream))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.using)
-        monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # this one is nobody's
+        monkeypatch.setattr(modes, "_dispatch_modes", lambda: 0)  # the library does not see this mode
         scheduled = lambda call, _: schedule.Schedule(T if call.learns else 3, self.streams, 2)  # noqa: E731
         monkeypatch.setattr(race, "schedule_of", scheduled)
         # Anomaly detection asks for a stack as a node is made.
@@ -73,7 +73,7 @@ class Model(TorchDispatchMode):
             self.current = before
 
     def of(self, t, made_by="the caller", owner=None):
-        """The block of a tensor; a new one if it has none."""
+        """Return the block of a tensor, a new one if it has none."""
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self.blocks:
@@ -110,7 +110,7 @@ class Model(TorchDispatchMode):
                 self.faults.append(f"{block.made_by} of {owner}: given away while {stream.name} may still read it")
 
     def backward(self, loss):
-        """loss.backward(), of a graph that was made within anomaly detection."""
+        """Run loss.backward(), of a graph that was made within anomaly detection."""
         named = {stream.name: stream for stream in (self.main, *self.streams)}
         ended, producers, todo, nodes = {}, defaultdict(list), [loss.grad_fn], set()
         while todo:
@@ -142,7 +142,7 @@ class Model(TorchDispatchMode):
         for node in nodes:
             hooks(node)
         leaves = [named[node.metadata["traceback_"][0]] for node in nodes if not node.next_functions]
-        del node, nodes, todo, following, each  # nothing here may keep what the graph releases
+        del node, nodes, todo, following, each  # no name here may keep tensors that the graph releases
         loss.backward()
         self.current = self.main
         for stream in leaves:
@@ -150,7 +150,7 @@ class Model(TorchDispatchMode):
 
 
 SIZE = T, B, I, H = 8, 2, 8, 8
-# Of each: words of cases.py, and options of the module.
+# The words of cases.py, and options of the module, by case.
 CASES = {
     "plain": ("no-hx", {}), "autocast": ("no-hx", {}), "weights of the caller": ("no-hx", {}),
     "weight_drop": ("no-hx", dict(weight_drop=0.3)), "dropout": ("no-hx", dict(dropout=0.3)),
@@ -162,7 +162,8 @@ CASES = {
 
 @pytest.fixture
 def faults(monkeypatch):
-    """Of a case: a step of training, inference in chunks of three steps, or one in which a chunk raises."""
+    """faults(case, way) runs a step of training, inference in chunks of three steps, or one in which a chunk raises. It
+    returns the faults."""
 
     def faults(case, way="training"):
         as_a_card(monkeypatch)
@@ -175,10 +176,10 @@ def faults(monkeypatch):
         contexts = torch.autograd.set_detect_anomaly(True, check_nan=False), torch.set_grad_enabled(learns)
         autocast = torch.autocast("cpu", torch.float16, enabled=case == "autocast")
         if way == "raises":
-            chunks = iter([autograd.layer_by_kernels] * 5)  # two of the reverse direction
+            chunks = iter([autograd.layer_by_kernels] * 5)  # each chunk counts once for each direction
             monkeypatch.setattr(autograd, "layer_by_kernels", lambda *given: next(chunks)(*given))
         with model, contexts[0], contexts[1], autocast, contextlib.suppress(StopIteration):
-            # Nobody but the call keeps what it is given.
+            # Only the call keeps its arguments.
             if case == "weights of the caller":
                 own = {name: p * 1 for name, p in lstm.named_parameters()}
                 y, _ = torch.func.functional_call(lstm, own, (torch.randn(T, B, I),))
@@ -215,7 +216,7 @@ def test_whatever_a_stream_reads_is_waited_for_and_held(faults, case, way):
     (schedule, "hold_memory", "given away"), (Stream, "wait_stream", "does not wait"),
 ])  # fmt: skip
 def test_what_is_not_held_or_waited_for_shows(faults, monkeypatch, case, way, of_results, place, name, said):
-    """Either what the streams of the directions read, or their results."""
+    """The fault concerns either the tensors that the streams of the directions read, or their results."""
     real = getattr(place, name)
     here = lambda stream, given: None if (stream.name == "main") == of_results else real(stream, given)  # noqa: E731
     monkeypatch.setattr(place, name, here)

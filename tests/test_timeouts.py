@@ -49,7 +49,7 @@ def test_who_reports_it():
 
 @pytest.mark.deep
 def test_the_end_of_the_program_reports_it_and_nothing_is_imported_before_first_use_and_torchs_compiler_never():
-    """Which takes seconds: it would do so in every process. Operators on meta tensors import it."""
+    """Importing torch's compiler takes seconds, in every process. Operators on meta tensors would import it."""
     script = """
 import sys, gpu_lstm, torch
 import gpu_lstm.kernels.cupy_rnn.launch
@@ -75,7 +75,7 @@ timeouts.error_word(torch.device("cpu"), "cooperative_backward_kernel")[0] = 8
 @pytest.mark.parametrize(("kernel", "trial"), [("step_forward_kernel", True), ("new_kernel", False)])
 def test_a_plan_on_trial_and_a_kernel_that_nobody_listed_are_reported_but_not_of_another_device(kernel, trial):
     timeouts.error_word(CPU, kernel, trial=trial)[0] = 3
-    timeouts.raise_if_timed_out(torch.device("cuda", 5))  # never launched on: nothing to report
+    timeouts.raise_if_timed_out(torch.device("cuda", 5))  # this device had no launch, so there is nothing to report
     with pytest.raises(RuntimeError, match=f"{kernel} timed out at step 2 on cpu"):
         timeouts.raise_if_timed_out(CPU)
     timeouts.raise_if_timed_out(CPU)  # it is reported once
@@ -91,7 +91,7 @@ def test_any_kernel_has_a_word_of_its_own_and_where_there_is_none_left_it_is_no_
 
 
 def test_check_waits_for_every_cuda_device_before_it_looks(monkeypatch):
-    """What a launch that still runs writes is detected: the word is read after the device is done."""
+    """A launch that still runs may report a timeout, since the word is read after the device is done."""
     cuda = torch.device("cuda", 1)
     words = timeouts._Words(CPU)
     monkeypatch.setattr(timeouts, "_words", {cuda: words})
@@ -113,7 +113,7 @@ def test_variables_that_are_no_such_numbers_are_refused(monkeypatch, variable, t
 def test_the_timeout_is_that_of_the_environment_but_for_plans_that_are_tried(monkeypatch):
     monkeypatch.setattr(timeouts, "_words", {})
     monkeypatch.setenv(timeouts.TIMEOUT, "60")
-    with torch.inference_mode():  # words that were made in it can be written to outside
+    with torch.inference_mode():  # words that were made in inference mode can be written to outside
         limits = [int(timeouts.error_word(CPU, "step_forward_kernel", tried)[1]) for tried in (False, True)]
     assert limits == [60 * timeouts.POLLS_A_SECOND, timeouts.POLLS_A_SECOND]
     monkeypatch.setenv(timeouts.TIMEOUT, "1e-9")
@@ -133,7 +133,7 @@ def test_multiprocessors_are_left_where_there_are_several_ranks_or_the_environme
     assert timeouts.spare_multiprocessors(132) == 3
     with pytest.raises(ValueError, match="expected a number below 3 in"):
         timeouts.spare_multiprocessors(3)
-    torch_finds(monkeypatch, is_current_stream_capturing=True)  # where the driver launches nothing
+    torch_finds(monkeypatch, is_current_stream_capturing=True)  # in a capture the driver launches nothing
     monkeypatch.setattr(choose, "_context", lambda: 1)
     assert choose.card_of(CUDA).multiprocessors == 129
 
@@ -152,13 +152,13 @@ def test_a_plan_for_the_whole_card_that_came_before_several_ranks_is_warned_of_i
     assert not recwarn
     with pytest.warns(UserWarning, match="call init_process_group before the first call of a layer"):
         timeouts.raise_if_timed_out(CPU)
-    timeouts.raise_if_timed_out(CPU)  # which asks nobody any more
+    timeouts.raise_if_timed_out(CPU)  # it does not ask for the number of ranks again
 
 
 def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended_but_in_no_forked_child(
     monkeypatch, capsys
 ):
-    """Another's kernel may never end: NCCL's, whose peer is gone."""
+    """A kernel of another package may never end, such as NCCL's, whose peer is gone."""
     words = timeouts._Words(CPU)
     monkeypatch.setattr(timeouts, "_words", {torch.device("cuda", 1): words})
     monkeypatch.setattr(torch.cuda, "synchronize", Mock(side_effect=AssertionError("the process stays")))
@@ -173,7 +173,8 @@ def test_the_end_of_the_program_waits_for_no_kernel_and_reports_what_has_ended_b
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_programs_that_timed_out_remember_it_where_nobody_sees_the_error_word(monkeypatch, direction):
-    """Another thread may clear it before the launch ends: later waits take one look each, not their whole limit."""
+    """Another thread may clear the word before the launch ends. Later waits take one look each, not their whole
+    limit."""
     cooperative(monkeypatch, units=8, parts=2)
     looks, polls, look, run = [], 20, interpreted.look, launch.launch_kernel
 

@@ -1,5 +1,7 @@
 """torch's own modules as a backend: weights in one buffer for cuDNN, and resets without synchronising with the device.
-No GPU is here: parameters only say that they are on one; what cuDNN does with the buffer is in test_gpu.py."""
+
+Parameters only claim to be on a GPU here. test_gpu.py tests how cuDNN uses the buffer.
+"""
 
 import copy
 from unittest.mock import Mock
@@ -23,7 +25,7 @@ SHAPES = [{}, dict(bias=False), dict(proj_size=2), dict(num_layers=2, bidirectio
 
 
 def in_order(parameters):
-    """All matrices, then all biases; without biases cuDNN wants zeros for them."""
+    """Return all matrices, then all biases, in one tensor. Without biases cuDNN wants zeros in their place."""
     matrices, biases = ([p.detach().flatten() for p in parameters if p.dim() == n] for n in (2, 1))
     gates = max(map(len, parameters))
     zeros = torch.zeros(sum(gates for p in parameters if len(p) == gates)).to(matrices[0])
@@ -37,7 +39,7 @@ def buffers(parameters):
 
 @pytest.fixture
 def says_cuda(monkeypatch):
-    """Every tensor claims to be on a GPU, which torch's own flatten_parameters does not believe."""
+    """Every tensor claims to be on a GPU. torch's own flatten_parameters does not believe it."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
     return monkeypatch
 
@@ -67,7 +69,7 @@ def test_bfloat16_parameters_are_put_into_one_buffer_and_stay_parameters(says_cu
 
 
 def test_what_is_not_packed(says_cuda):
-    """Other dtypes, which are torch's to pack; and tied parameters, which torch leaves, too."""
+    """torch packs other dtypes itself. Tied parameters are not packed by torch either."""
     tied = gpu_lstm.LSTM(4, 4, bias=False, dtype=BF16)
     tied.weight_hh_l0 = tied.weight_ih_l0
     for lstm in (tied, gpu_lstm.LSTM(4, 4)):
@@ -114,7 +116,7 @@ def test_cudnn_is_given_one_buffer(monkeypatch, cell, rows, whole):
     (gpu_lstm.GRU, RAGGED, dict(num_layers=2, bidirectional=True)),
 ], ids=["lengths", "resets", "both", "both, GRU"])  # fmt: skip
 def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
-    """On a device that has none, as fake tensors, and as on a card."""
+    """A device without values, fake tensors, and a card do not need them."""
     lstm = cls(3, 4, **arguments, backend="torch")
     x = torch.randn(T, B, 3)
 
@@ -128,8 +130,10 @@ def test_lengths_and_resets_need_no_values(monkeypatch, cls, ragged, arguments):
     assert shapes(copy.deepcopy(lstm).to("meta"), **meta) == expected
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert shapes(lstm, **tree_map(mode.from_tensor, dict(ragged, x=x))) == expected
-    monkeypatch.setattr("gpu_lstm.call.checks.check_lengths", lambda *given: None)  # on CUDA they are asserted there
-    asking = "_local_scalar_dense", "nonzero", "equal", "is_nonzero"  # for a value, on the host or for a shape
+    # On CUDA they are asserted on the device.
+    monkeypatch.setattr("gpu_lstm.call.checks.check_lengths", lambda *given: None)
+    # Operators that ask for a value, on the host or for a shape.
+    asking = "_local_scalar_dense", "nonzero", "equal", "is_nonzero"
     with Watched(lambda operator, *_: operator.overloadpacket.__name__ in asking) as asked:
         assert shapes(lstm, x, **ragged) == expected
     assert asked.count == 0
@@ -158,7 +162,7 @@ def test_rows_for_tensor_cores(monkeypatch, cls, added):
         assert stack.call_args.args[1].shape == (T, 2 * B, expected)
 
 
-NOT_FINITE = {  # what is put where in x [T, B, I], h0 and c0 [2, B, H], and weights
+NOT_FINITE = {  # values at places of x [T, B, I], h0 and c0 [2, B, H], and weights
     "at each end": {("x", 0, 0, 0): -torch.inf, ("x", 3, 2, 2): torch.inf},
     "of each sign": {("x", 1, 1, 0): torch.inf, ("x", 1, 1, 2): -torch.inf},
     "next to nan": {("x", 1, 0, 1): torch.inf, ("x", 1, 2, 1): torch.nan, ("x", 2, 0, 0): -torch.inf},
@@ -172,7 +176,7 @@ NOT_FINITE = {  # what is put where in x [T, B, I], h0 and c0 [2, B, H], and wei
 @pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
 @both_kinds
 def test_what_is_not_finite_gives_in_an_episode_what_the_oracle_gives(monkeypatch, kind, on_host, case, lengths):
-    """On a device infinite states, and infinities that make a NaN, are treated as NaN: to the end of the episode."""
+    """On a device infinite states, and infinities that make a NaN, are treated as NaN until the end of the episode."""
     _, ours = pair(kind, "torch", bidirectional=True)
     x, hx = tree_map(Tensor.double, random_inputs(ours, B))
     h, c = hx if kind == "LSTM" else (hx, hx)
@@ -218,17 +222,17 @@ def test_on_the_host_resets_after_the_first_step_are_steps_of_one_call(monkeypat
     x, hx = random_inputs(ours, B)
     expected = truth(ours, x, hx, resets=resets, lengths=lengths)
     torch.testing.assert_close(results(ours, x, hx, resets=resets, lengths=lengths), expected, rtol=1e-9, atol=1e-12)
-    if lengths is None:  # a reset past the end of a sequence is none
+    if lengths is None:  # a reset past the end of a sequence has no effect
         assert sizes == [steps]
 
 
 @both_kinds
 @pytest.mark.parametrize("learns", [False, True])
 def test_a_step_with_lengths_is_a_step_and_a_choice(monkeypatch, kind, learns):
-    """NaN where a sequence has no step changes nothing, no gradient either."""
+    """NaN where a sequence has no step changes no result and no gradient."""
     module, found = getattr(gpu_lstm, kind)(3, 4, 2, backend="torch"), []
     x, hx = random_inputs(module, 4, steps=1)
-    monkeypatch.setattr(torch_rnn, "layer_by_torch", None)  # which takes a call a layer
+    monkeypatch.setattr(torch_rnn, "layer_by_torch", None)  # this function would take one call a layer
     with torch.set_grad_enabled(learns):
         for x[0, 1::2] in (0.0, torch.nan):
             found.append(results(module, x, hx, lengths=torch.tensor([1, 0, 1, 0])))

@@ -1,4 +1,4 @@
-"""Looking inside: gates and states of every step against the oracle, and what profilers see."""
+"""Traces: gates and states of every step against the oracle, and the records of profilers."""
 
 import numpy as np
 import oracle
@@ -24,7 +24,8 @@ def inputs():
 
 
 def slstm_gates(i, f, not_f, g, o, c, n):
-    """What a trace shows of an sLSTM, of the numbers that the oracle has: shares of a mean instead of i and f."""
+    """Convert the numbers of the oracle to those that a trace shows of an sLSTM: shares of a mean instead of i and
+    f."""
     return i / n, 1 - not_f, g, o, c / n
 
 
@@ -75,11 +76,9 @@ def test_other_inputs_and_modules():
             assert_close((traced.output, traced.states), module(*given))
             assert traced.layers[0][0].hidden.shape == (T, B, H)  # time first
         assert type(first) is theirs
-    with pytest.raises(TypeError, match="trace accepts an LSTM, a GRU, an SLSTM or a stack, got RNN"):
-        gpu_lstm.trace(nn.RNN(I, H), x)
 
 
-X = torch.randn(2, 3, 4)
+INPUT = torch.randn(2, 3, 4)
 
 
 @pytest.mark.parametrize(("module", "lengths", "expected"), [
@@ -92,28 +91,31 @@ X = torch.randn(2, 3, 4)
 ])  # fmt: skip
 def test_torch_profiler_names_layers_and_directions(device, module, lengths, expected):
     with profile() as profiler:
-        module.to(device)(X.to(device), lengths=lengths and torch.tensor(lengths, device=device))
+        module.to(device)(INPUT.to(device), lengths=lengths and torch.tensor(lengths, device=device))
     names = {event.name for event in profiler.events() if event.name.startswith("gpu_lstm ")}
     assert sorted(names) == [f"gpu_lstm layer {name}" for name in expected]
 
 
 def test_without_a_profiler_nothing_is_recorded(monkeypatch, device):
     monkeypatch.setattr(torch.autograd.profiler, "record_function", None)  # it would raise
-    gpu_lstm.LSTM(4, 5, backend=KERNELS_HERE).to(device)(X.to(device))
+    gpu_lstm.LSTM(4, 5, backend=KERNELS_HERE).to(device)(INPUT.to(device))
 
 
 def test_operations_are_counted_as_those_of_the_reference(device):
-    """And so, where ATen has a plain product for it, as those of torch.nn.LSTM. Gates are recomputed by products."""
+    """Where ATen counts a plain product for a layer, the counts also equal those of torch.nn.LSTM. Gates are recomputed
+    by products."""
     counts, hx = {}, [torch.zeros(4, 3, size, device=device, requires_grad=True) for size in (2, 5)]
-    # The first one twice: each FlopCounterMode has operators of its own.
+    # The first one runs twice, since each FlopCounterMode has operators of its own.
     for backend, recompute in (*[(KERNELS_HERE, False)] * 2, ("reference", False), (KERNELS_HERE, True)):
         lstm = gpu_lstm.LSTM(4, 5, 2, bidirectional=True, proj_size=2, backend=backend, recompute=recompute).to(device)
         with FlopCounterMode(display=False) as counter:
-            y, _ = lstm(X.to(device), hx)
+            y, _ = lstm(INPUT.to(device), hx)
             forward = counter.get_total_flops()
             y.sum().backward()
         counts[backend, recompute] = forward, counter.get_total_flops() - forward
     forward, backward = counts["reference", False]
     assert counts[KERNELS_HERE, False] == (forward, backward)
-    projections = 2 * X.shape[0] * X.shape[1] * sum(p.numel() for n, p in lstm.named_parameters() if "weight_hr" in n)
+    projections = (
+        2 * INPUT.shape[0] * INPUT.shape[1] * sum(p.numel() for n, p in lstm.named_parameters() if "weight_hr" in n)
+    )
     assert counts[KERNELS_HERE, True] == (forward, backward + forward - projections)

@@ -1,5 +1,5 @@
-"""Modules with features that torch's lack, against the reference, and heads; what refuses them. Against the oracle:
-test_layer.py."""
+"""Modules with features that torch's modules lack, and heads, against the reference. test_layer.py compares them with
+the oracle."""
 
 import copy
 import pickle
@@ -22,14 +22,14 @@ from gpu_lstm.keras import keras_init
 
 pytestmark = pytest.mark.usefixtures("exact_float32_products")
 ABLE = ("reference", KERNELS_HERE)
-OF_NORMS = 16  # their condition
+OF_NORMS = 16  # the condition of layer norms
 NOISE = dict(recurrent_dropout=0.3, zoneout=(0.2, 0.4))
 ALL, GRUS_ZONEOUT = dict(**NOISE, weight_drop=0.25), 0.4
 ADDED = {"weight_peephole": 3, "gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}  # times H
 
 
 def made(words, backend, **options):
-    """A module in words of cases.py, and "noise" or "all" of it; "residual" needs as many units as features."""
+    """Build a module in words of cases.py, and "noise" or "all" of it. "residual" needs as many units as features."""
     named = {*words.split()}
     options = (NOISE if "noise" in named else ALL if "all" in named else {}) | options
     size = (T, B, I, I if "residual" in named else H, *([2] if "projected" in named else []))
@@ -54,7 +54,7 @@ def test_all_of_h_is_dropped(backend, words):
     ("projected both recompute peepholes", "weight_hh"), ("projected both recompute noise", ""),
     ("gru both recompute noise", ""), ("gru deep", "weight_hh")])  # fmt: skip
 def test_gradients_of_gradients_by_the_kernels(words, frozen):
-    """Of c alone, with parts frozen; or of everything, with states to reset to."""
+    """The gradients are of c alone, with parts frozen, or of everything, with states to reset to."""
     found = []
     for backend in ABLE:
         module = made(words, backend).float()
@@ -72,7 +72,7 @@ def test_gradients_of_gradients_by_the_kernels(words, frozen):
         loss = sum(t.square().sum() for t in (of_call if ragged else of_call[-1:]))
         inputs = [*(tree_leaves(given) if ragged else given[:1]), *parameters]
         first = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-        first = [t for t in first if t is not None]  # c_n of one step has none of what is behind c
+        first = [t for t in first if t is not None]  # c_n of one step does not depend on the parameters of the output
         second = torch.autograd.grad(sum(t.square().sum() for t in first), inputs, retain_graph=True)
         plain = torch.autograd.grad(loss, parameters, allow_unused=True)
         found.append({n: t.detach() for n, t in enumerate((*first, *second, *plain)) if t is not None})
@@ -120,7 +120,7 @@ def test_the_reference_computes_half_precision_in_float32_and_rounds_once(dtype,
     rounded, given = tree_leaves(lstm(x, hx, **RAGGED)), tree_map_only(torch.Tensor, torch.Tensor.float, (x, hx))
     exact = tree_leaves(lstm.float()(*given, **RAGGED))
     assert all(torch.equal(a, b.to(dtype)) for a, b in zip(rounded, exact, strict=True))
-    if dtype is torch.bfloat16:  # under autocast alike
+    if dtype is torch.bfloat16:  # under autocast the results are the same
         found = torch.autocast("cpu", dtype)(lstm)(*given, **RAGGED)
         assert all(torch.equal(a.to(dtype), b) for a, b in zip(tree_leaves(found), rounded, strict=True))
 
@@ -138,7 +138,8 @@ def test_in_eval_dropout_of_any_kind_changes_no_bit(backend, words):
     [*((backend, words, 0.5) for backend in BACKENDS for words in ("recompute", "gru")), ("torch", "", 1.0)],
 )
 def test_weight_drop_runs_everywhere(backend, words, rate):
-    """As an LSTM whose weight_hh has what a seed leaves of it; gradients pass what was left only."""
+    """The module computes as an LSTM whose weight_hh is dropped by the same seed. Only weights that remain have
+    gradients."""
     lstm, plain = made(words, backend, weight_drop=rate), made(words, "reference").to(**PLACES[backend])
     name, weight_hh = "weight_hh_l0", plain.weight_hh_l0
     torch.manual_seed(5)
@@ -156,7 +157,7 @@ def test_weight_drop_runs_everywhere(backend, words, rate):
 @pytest.mark.parametrize("words", ["all deep both", "all deep gru", "gru", ""])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_autocast(backend, words, device):
-    """And a loss that is scaled so far that its gradients are not finite, as a GradScaler wants to see."""
+    """A loss that is scaled too far has gradients that are not finite, as a GradScaler expects."""
     lstm = made(words, backend).to(device, torch.float32)
     half, exact = (call_of(lstm, call=call) for call in (torch.autocast(device, torch.float16)(lstm), lstm))
     assert half["output"].dtype is (torch.float32 if "gru" in words and device == "cpu" else torch.float16)
@@ -197,7 +198,7 @@ def test_per_sample_noise_under_vmap(cls):
     (gpu_lstm.LSTM, dict(layer_norm=True), ["gain_ih", "gain_hh", "gain_c", "bias_c"]),
 ], ids=str)  # fmt: skip
 def test_parameters(cls, options, names):
-    """Those of an LSTM without a variant first, from the same random numbers; all are saved, copied and shown."""
+    """The parameters of a plain module come first, from the same random numbers. All are saved, copied and shown."""
     plain, lstm = (pairs.seeded(cls, I, H, **given) for given in (dict(bias=options.get("bias", True)), options))
     count = len(list(plain.parameters()))
     assert list(lstm.state_dict())[:count] == list(plain.state_dict())
@@ -217,32 +218,19 @@ def test_parameters(cls, options, names):
     assert_identical(lstm.state_dict(), before)
 
 
-@pytest.mark.parametrize(("words", "name", "value"), [
-    ("stack", "layer_norm", True), *((words, *each) for words in ("deep both", "gru", "gru stack")
-                                     for each in NOISE.items())])  # fmt: skip
-def test_a_backend_that_cannot_says_so_and_explain_does(words, name, value):
-    module, said = made(words, "torch", **{name: value}).float(), f"does not support {name}"
-    with pytest.raises(ValueError, match=f"^backend 'torch' {said}; use 'numba' or 'reference'$"):
-        module(*random_inputs(module, B))
-    explained = gpu_lstm.explain(made(words, None, **{name: value}), torch.zeros(T, 1, I))
-    assert explained.others["torch"] == f"it {said}"
-    if name == "recurrent_dropout":  # in eval() it is off
-        module.eval()(*random_inputs(module, B))
-
-
 @pytest.mark.parametrize("words", ["recompute", "stack", "gru deep", "gru stack"])
 def test_pickles(words):
     twin, old = pickle.loads(pickle.dumps(made(f"{words} all", None))), made(words, None)
     expected = ALL | (dict(zoneout=GRUS_ZONEOUT) if "gru" in words else {})
     assert {name: getattr(twin, name) for name in ALL} == expected
     for name in ALL:
-        del old.__dict__[name]  # as in a pickle from before there were any
+        del old.__dict__[name]  # older pickles do not have these
     old = pickle.loads(pickle.dumps(old))
     assert repr(old) == repr(made(words, None))
     old(torch.zeros(2, 1, I))
 
 
-# Heads; their numbers are in test_layer.py
+# Heads. test_layer.py tests their numbers.
 
 KINDS = pytest.mark.parametrize("kind", [gpu_lstm.LSTM, gpu_lstm.GRU])
 
@@ -254,7 +242,7 @@ def test_on_a_cpu_wide_heads_are_a_call_each(kind, monkeypatch):
     twin.backend, theirs = "reference", getattr(torch, name)
     monkeypatch.setattr(torch_rnn, name, lambda *args: calls.append(args[2][1].shape) or theirs(*args))
     x, hx = random_inputs(module, B)
-    # Gradients are sums of up to 2 x 1,024 terms where those of pairs.py have 7: sqrt((2,048 + 20) / (7 + 20)).
+    # Gradients are sums of up to 2 x 1,024 terms. Those of pairs.py have 7 terms. sqrt((2,048 + 20) / (7 + 20)) is 9.
     assert_same(*(results(each, x, hx) for each in (module, twin)), condition=9)
     assert calls == [(64 * module._cell.rows, 64)] * 4 * 2
 

@@ -1,9 +1,10 @@
-"""The modules as holders of weights: torch's names and initial values, copies, weights that come from elsewhere, and
-those that are subclasses of Tensor without memory of their own, as torchao's quantised ones."""
+"""The modules as holders of weights: torch's names and initial values, copies, weights made by other tools, and weights
+that are subclasses of Tensor without memory of their own, such as torchao's quantised ones."""
 
 import copy
 import io
 import pickle
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_names_values_and_repr_are_those_of_torch(cls, arguments):
 
 @pytest.mark.parametrize("cls", [gpu_lstm.StackedLSTM, gpu_lstm.StackedGRU])
 def test_a_stack_has_the_initial_values_of_a_deep_module_and_takes_device_and_dtype(cls):
-    assert not hasattr(cls(I, [H]), "reset_parameters")  # which tools call of any module that has it
+    assert not hasattr(cls(I, [H]), "reset_parameters")  # tools call it on any module that has it
     deep = seeded(getattr(nn, cls.__name__.removeprefix("Stacked")), I, H, num_layers=3, bidirectional=True)
     assert same_weights(seeded(cls, I, [H, H, H], bidirectional=True), deep)
     stack = cls(I, [4, 2], device="meta", dtype=torch.float64)
@@ -80,7 +81,7 @@ def test_what_is_not_default_is_shown(shown):
 def test_flat_weights_are_harmless():
     theirs, ours = pair("LSTM", "reference", num_layers=2)
     assert ours.flatten_parameters() is None
-    ours.flatten_parameters = lambda *args, **kwargs: None  # as fastai does
+    ours.flatten_parameters = lambda *args, **kwargs: None  # fastai does so
     ours._flat_weights = [torch.zeros_like(w) for w in ours._flat_weights]
     assert_alike(ours, theirs, B)
 
@@ -124,7 +125,7 @@ def test_states_of_pickled_torch_modules(age, kind):
     if age == "all_weights of parameters":
         del state["_flat_weights"], state["_flat_weights_names"], state["_all_weights"]
         state["all_weights"] = theirs.all_weights
-    for cls in (of_torch[0], of_ours[0]):  # it is a state that torch itself takes
+    for cls in (of_torch[0], of_ours[0]):  # torch itself takes this state
         restored = cls.__new__(cls)
         restored.__setstate__(state.copy())
         assert restored.proj_size == 0
@@ -136,13 +137,13 @@ def test_states_of_pickled_torch_modules(age, kind):
     cell(torch.zeros(B, I))
 
 
-# Weights that come from elsewhere: what is done to ours and to torch's alike
+# Weights made by other tools. The same is done to our module and to torch's.
 def weight_norm(put_on):
     def change(module):
         for name in ("weight_hh_l0", "weight_ih_l1"):
             put_on(module, name)
         yield
-        for parameter in module.parameters():  # the weights move with them
+        for parameter in module.parameters():  # the weights move with their parameters
             parameter.data.mul_(1.5)
         yield
 
@@ -188,7 +189,7 @@ def test_torchs_class_replaced_before_a_model_is_built(monkeypatch, kind):
     model, x = gpu_lstm.convert(nn.Sequential(theirs)), torch.randn(B, 4, I)
     assert type(model[0]) is ours
     scripted = torch.jit.script(model)
-    theirs.weight_hh_l0.data.mul_(0.5)  # what was scripted has the same parameters
+    theirs.weight_hh_l0.data.mul_(0.5)  # the scripted module has the same parameters
     assert torch.equal(scripted(x)[0], theirs(x)[0])
 
 
@@ -197,7 +198,7 @@ RESETS = torch.tensor([[0, 1], [1, 0], [0, 0]]).bool()
 
 
 class Quantised(Tensor):
-    """Eight bits an element, and a scale; every operator gets float32."""
+    """A tensor with eight bits an element, and a scale. Every operator gets float32."""
 
     @staticmethod
     def __new__(cls, values, scale):
@@ -225,7 +226,7 @@ KINDS = ("plain", "cell", "stack", "GRU", "GRUCell", "StackedGRU")
 
 
 def made(kind, backend, weight_hh=lambda weight: weight):
-    """A module that learns nothing, with weight_hh(W_hh) in the place of each W_hh."""
+    """Build a module that learns nothing, with weight_hh(W_hh) in the place of each W_hh."""
     torch.manual_seed(0)
     lstm = SUBJECTS[kind](backend=backend)
     for owner in lstm.modules():
@@ -245,22 +246,16 @@ def assert_close(ours, theirs):
 
 @pytest.fixture
 def routes(monkeypatch):
-    """Of the calls, in order: the backend, and whether kernels ran as operators."""
-    found, execute = [], dispatch.execute
-
-    def recorded(route, call):
-        found.append((route.backend.value, route.operators is not None))
-        return execute(route, call)
-
-    monkeypatch.setattr(dispatch, "execute", recorded)
-    return found
+    """A Mock that runs calls by their routes."""
+    monkeypatch.setattr(dispatch, "execute", Mock(side_effect=dispatch.execute))
+    return dispatch.execute
 
 
 @pytest.mark.parametrize(("backend", "kind"), [
     *(("reference", kind) for kind in KINDS), *((KERNELS_HERE, kind) for kind in ("plain", "cell", "GRU")),
     *(("torch", kind) for kind in ("plain", "stack", "GRU", "GRUCell"))])  # fmt: skip
 def test_weights_and_states(routes, backend, kind):
-    """Before and after a call of the same kind with plain ones, which goes to the kernels as ever."""
+    """Plain calls of the same kind before and after go to the kernels as usual."""
     x, hx = given(kind)
     of_weights, plain_weights = made(kind, backend, Quantised.of), lambda w: Quantised.of(w).plain()
     quantised = tree_map_only(Tensor, Quantised.of, hx)
@@ -269,11 +264,12 @@ def test_weights_and_states(routes, backend, kind):
         (of_weights, hx, made(kind, "reference", plain_weights)(x, hx)),
         (made(kind, backend), quantised, made(kind, "reference")(x, tree_map_only(Tensor, plain_weights, hx))),
     ]
-    routes.clear()
+    routes.reset_mock()
     for lstm, states, expected in calls + calls:
         assert_close(lstm(x, states), expected)
-    plain = [] if backend == "torch" and "ell" in kind else [(backend, False)]  # such a cell needs no route
-    assert routes == 2 * [*plain, *[(backend, backend == KERNELS_HERE)] * 2]
+    plain = [] if backend == "torch" and "ell" in kind else [(backend, False)]  # a cell of torch needs no route
+    found = [(route.backend.value, route.operators is not None) for (route, _), _ in routes.call_args_list]
+    assert found == 2 * [*plain, *[(backend, backend == KERNELS_HERE)] * 2], "the backend, and whether by operators"
 
 
 @pytest.mark.parametrize("kind", ["plain", "GRU"])

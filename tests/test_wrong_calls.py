@@ -1,5 +1,8 @@
-"""Wrong calls: the error's type and text, torch.nn's where it has the same call, and that the call changes nothing. And
-which backend is chosen, by whom, and what it says when it cannot run."""
+"""Wrong calls, and the choice of a backend.
+
+The error has the right type and text, that of torch.nn where it has the same call, and the call changes nothing. The
+error of a backend that cannot run says why.
+"""
 
 import contextlib
 import functools
@@ -36,13 +39,13 @@ from gpu_lstm.functional import lstm_layer
 from gpu_lstm.kernels import cupy_rnn, triton_rnn
 from gpu_lstm.kernels.triton_rnn import features, launch
 
-# What may stand after the words of an error: what to do.
+# The advice that may follow the words of an error.
 CURE = r"(; (use torch\.as_tensor|expected a tensor|it fits if the input|hx is one tensor|use \w+(\.\w+\([-1]*\))+).*)?"
 
 
 @functools.cache
 def ours_of(backend):
-    """Made once: checks come before a backend is known."""
+    """Build the modules of a backend, once, since checks come before a backend is known."""
     with torch.device(DEVICE):
         m = wrong_calls.modules(backend)
     torch.manual_seed(0)
@@ -51,7 +54,8 @@ def ours_of(backend):
 
 
 def picture(m):
-    """All that a call could change: what modules hold, random numbers, and who was chosen to run."""
+    """Return everything that a call could change: the contents of modules, random numbers, and the choice of
+    backends."""
 
     def values(tensors):
         return [(id(t), None if t.is_meta else t.detach().cpu().numpy().tobytes()) for t in tensors]
@@ -70,7 +74,7 @@ def picture(m):
 
 
 def error_of(call, *args, **kwargs):
-    """(type, text) of the exception that a call raises, or None, and the texts of its warnings."""
+    """Return (type, text) of the exception that a call raises, or None, and the texts of its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         error = None
@@ -82,7 +86,8 @@ def error_of(call, *args, **kwargs):
 
 
 def refusals(m, *calls):
-    """(type, text) of the exceptions of calls of the table, which change nothing in ours."""
+    """Return (type, text) of the exceptions of calls of the table, after checking that they changed nothing in our
+    modules."""
     torch.manual_seed(0)
     found = [error_of(eval, call, vars(wrong_calls), {"m": m}) for call in calls]
     assert all(error is not None and told == [] for error, told in found), found
@@ -103,7 +108,7 @@ def test_wrong_calls_are_refused_and_change_nothing(row):
 # Calls that torch refuses, too: the shapes of x, h and c, by module
 SHAPES = {
     "lstm": "3  5,2,1,3  5,2,4  5,4  0,2,3  0,0,3  0,3 "  # the rank of x, its features, no steps
-            "5,2,3;2,4;2,4  5,2,3;1,2,4;2,4  5,3;1,1,4;1,1,4  5,2,3;1,2,5;1,2,4  5,2,3;1,2,4;1,2,5 "  # of states
+            "5,2,3;2,4;2,4  5,2,3;1,2,4;2,4  5,3;1,1,4;1,1,4  5,2,3;1,2,5;1,2,4  5,2,3;1,2,4;1,2,5 "  # wrong states
             "5,2,3;1,3,4;1,2,4  5,2,3;1,2,4;1,3,4  5,3;2,4;1,4  5,2,3;1,2,4  5,2,3;1,2,4;1,2,4;1,2,4",
     "first": "2,5,2  2,0,3  2,5,3;2,1,4;2,1,4  2,5,3;1,5,4;1,5,4  5,3;1,4;1,5",
     "deep": "5,2,4  5,2,3,1  0,2,3  0,0,3  5,2,3;1,2,4;1,2,4",  # where the next layer could catch it
@@ -142,10 +147,10 @@ def theirs():
         return wrong_calls.of_torch()
 
 
-@pytest.mark.parametrize(("backend", "call"), [  # a cell by torch's operator comes there by a shorter way
+@pytest.mark.parametrize(("backend", "call"), [  # a cell by torch's operator has a shorter path
     (backend, call) for call in AS_TORCH for backend in ("reference", *["torch"] * ("cell" in call))])  # fmt: skip
 def test_a_call_that_torch_refuses_too_raises_what_torch_raises(theirs, backend, call):
-    """In its words, possibly followed by what to do."""
+    """Our words are torch's, possibly followed by advice."""
     with torch.device(DEVICE):
         ((found, text),), ((expected, its),) = refusals(ours_of(backend), call), refusals(theirs, call)
     assert found is expected
@@ -153,7 +158,7 @@ def test_a_call_that_torch_refuses_too_raises_what_torch_raises(theirs, backend,
 
 
 def test_torchs_names_may_stand_for_ours(monkeypatch):
-    """Every class of torch that gpu_lstm needs is bound when it is imported: errors stay the same."""
+    """Every class of torch that gpu_lstm needs is bound when gpu_lstm is imported, so errors stay the same."""
     expected = refusals(ours_of("reference"), *AS_TORCH)
     for name in ("LSTM", "GRU", "LSTMCell", "GRUCell"):
         for place in (nn, nn.modules, nn.modules.rnn):
@@ -167,7 +172,7 @@ def test_the_table_names_all_that_is_public_and_no_call_twice():
     assert set(gpu_lstm.__all__) <= set(re.findall(r"\w+", " ".join(calls).replace("lstm_layer", "functional")))
 
 
-# Arguments of the constructors, of which torch's refuse the same
+# Arguments of the constructors that torch's constructors refuse, too
 OF_LSTM = dict(
     dropout=(1.5, True, "0.5", None), bias=(1,), batch_first=(1,), input_size=(3.0, 0), hidden_size=(0, -1, None),
     num_layers=(0, 1.5), proj_size=(-1, 4, 1.5), dtype=(INT, "float32"), device=("nowhere",), hidden=(5,))  # fmt: skip
@@ -197,7 +202,7 @@ def test_dropout_of_one_layer_warns_as_torch_does():
         assert error_of(module, 3, 4, dropout=0.5) == error_of(stack, 3, [4], dropout=0.5) == theirs
 
 
-# Command lines: exit status 2, one line that says why, nothing on stdout
+# Command lines. The exit status is 2, one line says why, and nothing is on stdout.
 OURS, BENCH = gpu_lstm.__main__.main, bench.__main__.main
 PLAN = "plan --hidden 8 --batch 2 --device h100"
 COMMANDS = [
@@ -207,6 +212,9 @@ COMMANDS = [
     (OURS, f"{PLAN} --device k80", "^unknown device 'k80'; known: h100, a100, "),
     (OURS, f"{PLAN} --hidden 1000000", "^W_hh of 1000000 units takes 8000 GB, more than any known card has$"),
     (OURS, f"{PLAN} --layer-norm --cell gru", "^--layer-norm is of an LSTM without heads, got gru with 1$"),
+    (OURS, "compile --cells rnn", "argument --cells: invalid choice: 'rnn'"),
+    (OURS, "compile --dtype bf16", "argument --dtype: invalid choice: 'bf16'"),
+    (OURS, "compile --hidden 0", "argument --hidden: expected at least 1, got 0$"),
     *((BENCH, f"compare {file} {file}", text + "; expected what `python -m bench` writes$") for file, text in (
         ("{binary}", "binary.csv: .*"), ("{results}", "results.zip: .*"), ("{empty}", "empty.csv: No columns .*"))),
     (BENCH, "compare {absent} {absent}", "No such file or directory: '.*absent'$"),
@@ -222,7 +230,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setattr("gpu_lstm.kernels.triton_rnn.launch.INTERPRETED", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(bench.__main__, "ROOT", tmp_path)
-    contents = {"binary.csv": bytes(range(256)), "deep.json": b"[" * 10**6, "empty.csv": b"",
+    contents = {"binary.csv": bytes(range(256)), "empty.csv": b"",
                 "results.zip": b"PK\3\4" + bytes(range(128, 256)), "README.md": b"",
                 "bench/results/old.csv": b"schema,date\n1,now\n"}  # fmt: skip
     contents = {tmp_path / name: content for name, content in contents.items()}
@@ -235,7 +243,7 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("main", "line", "text"), COMMANDS, ids=lambda each: each if isinstance(each, str) else "")
 def test_a_wrong_command_line_ends_with_2_and_says_why(files, capsys, main, line, text):
-    with pytest.raises(SystemExit) as end:  # argparse's, or of the status
+    with pytest.raises(SystemExit) as end:  # argparse raises it, or sys.exit does
         sys.exit(main(line.format(**files).split()))
     printed, told = capsys.readouterr()
     assert (end.value.code, printed) == (2, "")
@@ -260,7 +268,7 @@ def refuses_float64(name="triton"):
 
 @pytest.mark.parametrize("call", CALLABLES.values(), ids=CALLABLES)
 def test_what_chooses_the_backend(call, monkeypatch):
-    """The argument overrides `with`, and `with` the environment, which means auto if empty."""
+    """The argument overrides `with`, and `with` overrides the environment. An empty variable means auto."""
     layer = Mock(side_effect=reference.layer_by_reference)
     monkeypatch.setattr(reference, "layer_by_reference", layer)
 
@@ -276,7 +284,7 @@ def test_what_chooses_the_backend(call, monkeypatch):
     with refuses_float64():
         call()
     assert gpu_lstm.backend("reference")(by_reference)()
-    for backend in ("torch", "auto", "reference"):  # of which auto is torch on the CPU
+    for backend in ("torch", "auto", "reference"):  # auto is torch on the CPU
         found = gpu_lstm.backend(gpu_lstm.Backend.TRITON)(by_reference)(backend=backend)
         assert found is (backend == "reference")
     monkeypatch.setenv("GPU_LSTM_BACKEND", "reference")
@@ -303,7 +311,8 @@ def test_a_backend_that_is_chosen_without_with_is_told():
 
 
 def test_a_block_inside_a_compiled_function():
-    """It chooses the graph's backend, which refuses what it does in eager mode; what is left out of the graph, too."""
+    """A block chooses the graph's backend, which refuses the same as in eager mode. It also holds for calls that are
+    left out of the graph."""
     lstm, x = gpu_lstm.LSTM(3, 4), torch.randn(2, 1, 3)
     seen = []
     torch.compiler.reset()  # after an error a function is left out of graphs
@@ -336,7 +345,7 @@ def test_a_block_inside_a_compiled_function():
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "watched"])
 def test_auto_skips_kernels_that_lack_something_without_a_name(way, monkeypatch):
-    """An explicit choice is refused."""
+    """If the user chose the backend, it raises."""
     the_cpu_is_a_card(monkeypatch)
     monkeypatch.setattr(available, "why_unavailable", lambda name, *_: OSError() if name.value == "cupy" else None)
     monkeypatch.setattr(launch, "lacks", lambda problem: "projections" if problem.projected else None)
@@ -383,7 +392,7 @@ def test_a_broken_package_stops_nobody_who_did_not_ask_for_it(monkeypatch, nothi
     ("3.6.0", "2.4.0", False), ("3.4.0", "2.10.1", False), ("3.6.0", "2.3.5", True), ("3.7.0", "2.4.0", True),
 ])  # fmt: skip
 def test_an_interpreter_that_numpy_is_too_new_for_says_so_at_once(monkeypatch, triton, numpy, runs):
-    """Rather than that only 0-dimensional arrays can be converted to Python scalars, in the middle of a kernel."""
+    """Otherwise the middle of a kernel would say that only 0-dimensional arrays can be converted to Python scalars."""
     monkeypatch.setattr(features.triton, "__version__", triton)
     monkeypatch.setattr(np, "__version__", numpy)
     spec = importlib.util.spec_from_file_location("features_again", features.__file__)

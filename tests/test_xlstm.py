@@ -1,6 +1,8 @@
-"""use_for_slstm: cells of xlstm, which judge ours, and of TiRex compute by slstm_layer. xlstm is of the extra
-`interop`. What needs it, or tirex-ts, is skipped where it is not installed; a stand-in with the layouts of TiRex, and
-of xlstm's CUDA kernels, runs everywhere."""
+"""use_for_slstm: cells of xlstm and of TiRex compute by slstm_layer. xlstm's own cells also judge ours.
+
+xlstm is in the extra `interop`. Tests that need it, or tirex-ts, are skipped where it is not installed. A stand-in with
+the layout of TiRex runs everywhere.
+"""
 
 import copy
 import pickle
@@ -22,13 +24,13 @@ from gpu_lstm.call.choices import Backend
 from gpu_lstm.dispatch import available
 from gpu_lstm.tools import xlstm as tool
 
-B, S, HEADS, H = 3, 5, 2, 8
+B, STEPS, HEADS, H = 3, 5, 2, 8
 
 
 def cell_of_xlstm(**options):
     module = pytest.importorskip("xlstm.blocks.slstm.cell", reason="xlstm is not installed")
     options = dict(hidden_size=H, num_heads=HEADS, backend="vanilla", dtype="float32") | options
-    skip = dict(skip_backend_init=True) if options["backend"] == "cuda" else {}  # it would call nvcc
+    skip = dict(skip_backend_init=True) if options["backend"] == "cuda" else {}  # otherwise it would call nvcc
     return drawn(module.sLSTMCell(module.sLSTMCellConfig(**options), **skip))
 
 
@@ -40,32 +42,32 @@ def drawn(module, std=0.5):
 
 
 def tensors_for(dtype):
-    """An input [B, S, 4H] and a state [4, B, H], of which n is from 1 to 2."""
+    """Return an input [B, S, 4H] and a state [4, B, H] whose n is from 1 to 2."""
     torch.manual_seed(1)
     state = torch.randn(4, B, H)
     state[2] = torch.rand(B, H) + 1
-    return torch.randn(B, S, 4 * H).to(dtype), state.to(dtype)
+    return torch.randn(B, STEPS, 4 * H).to(dtype), state.to(dtype)
 
 
 def numbers_of(cell, x, state=None):
-    """Output, what states of any form have in common, and gradients of a random sum of all."""
+    """Return the output, the numbers that equal states have in common, and the gradients of a random sum of all."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, state) if t is not None]
     y, (h, c, n, m) = cell(*leaves)
     found = [y, h, c / n, m + n.log()]
     return [*found, *torch.autograd.grad(found, [*leaves, *cell.parameters()], weighing(found))]
 
 
-SHAPES = [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")]  # of inputs and outputs
+SHAPES = [("SBGNH", "SBH"), ("BSGNH", "BSH"), ("SBGNH", "SBNH")]  # inputs and outputs
 
 
 @pytest.mark.parametrize(("given", "shut", "shapes"), [
     *((given, shut, {}) for given, shut in ((False, 0.0), (True, 0.0), (True, -1e9), (True, -float("inf")))),
     *((True, 0.0, dict(zip(("input_shape", "output_shape"), names))) for names in SHAPES)])  # fmt: skip
 def test_xlstms_own_cell_is_of_one_mind_in_float64(given, shut, shapes):
-    """With input gates that are shut, too: where every n is 0 that cell forgets m, so that states are given."""
+    """Input gates may be shut, too. Where every n is 0, xlstm's cell forgets m, so states are given then."""
     cell = cell_of_xlstm(**shapes).double()
     x, state = tensors_for(torch.float64)
-    x[..., :H] += torch.where(torch.rand(B, S, H) < 0.4, shut, 0.0)
+    x[..., :H] += torch.where(torch.rand(B, STEPS, H) < 0.4, shut, 0.0)
     x = x.transpose(0, 1) if shapes.get("input_shape") == "SBGNH" else x
     theirs = numbers_of(cell, x, state if given else None)
     assert gpu_lstm.use_for_slstm(cell) == 1
@@ -123,9 +125,9 @@ def test_without_gradients_twice_as_many_steps_are_few(calls):
 
 @pytest.mark.parametrize("steps", range(1, tool.MOST_STEPS + 1))
 def test_a_few_steps_of_gates_that_are_shut_and_units_that_are_empty(steps, calls):
-    """Where xlstm's cell has NaN, they are as slstm_layer's, derivatives too."""
+    """xlstm's cell gives NaN there. The steps give the results of slstm_layer, and its derivatives."""
     cell, (x, state) = cell_of_xlstm().double(), tensors_for(torch.float64)
-    x[..., :H][torch.rand(B, S, H) < 0.5], state[:, :, 1::2] = -float("inf"), 0
+    x[..., :H][torch.rand(B, STEPS, H) < 0.5], state[:, :, 1::2] = -float("inf"), 0
     gpu_lstm.use_for_slstm(cell)
     both = []
     for backend in ("auto", "reference"):
@@ -205,7 +207,7 @@ def test_weights_that_are_given_to_a_call():
     theirs = numbers()
     gpu_lstm.use_for_slstm(cell)
     torch.testing.assert_close(numbers(), theirs, rtol=0, atol=1e-13)
-    assert torch.equal(cell(x, state, torch.tensor([1, 2, 3]))[0], cell(x, state)[0])  # as theirs
+    assert torch.equal(cell(x, state, torch.tensor([1, 2, 3]))[0], cell(x, state)[0])  # xlstm ignores the lengths, too
 
 
 def test_the_layout_of_its_cuda_kernels():
@@ -226,7 +228,7 @@ def test_the_layout_of_its_cuda_kernels():
 
 
 def model_of_xlstm():
-    """Two blocks of sLSTM and one of mLSTM, which stays as it is."""
+    """Return a model with two blocks of sLSTM, and one of mLSTM, which stays as it is."""
     xlstm = pytest.importorskip("xlstm", reason="xlstm is not installed")
     slstm = xlstm.sLSTMBlockConfig(slstm=xlstm.sLSTMLayerConfig(backend="vanilla", num_heads=HEADS, dtype="float32"))
     mlstm = xlstm.mLSTMBlockConfig(mlstm=xlstm.mLSTMLayerConfig(num_heads=HEADS))
@@ -234,11 +236,11 @@ def model_of_xlstm():
     return drawn(xlstm.xLSTMBlockStack(xlstm.xLSTMBlockStackConfig(embedding_dim=H, context_length=8, **blocks)), 0.3)
 
 
-# Where c, n and m are rounded at each step, results are wrong by a few units of bfloat16's last place, of 1.
+# xlstm rounds c, n and m at each step. Results of about 1 are off by a few units in bfloat16's last place.
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_a_model_of_xlstm_and_back(dtype, limit):
     model = model_of_xlstm().to(dtype).eval()
-    x, parameters, keys = torch.randn(B, S, H).to(dtype), list(model.parameters()), list(model.state_dict())
+    x, parameters, keys = torch.randn(B, STEPS, H).to(dtype), list(model.parameters()), list(model.state_dict())
     with torch.no_grad():
         theirs = model(x)
         assert gpu_lstm.use_for_slstm(model) == gpu_lstm.use_for_slstm(model) == 2
@@ -246,7 +248,7 @@ def test_a_model_of_xlstm_and_back(dtype, limit):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=limit)
         assert not torch.equal(ours, theirs)
         state, steps = {}, []
-        for t in range(S):
+        for t in range(STEPS):
             y, state = model.step(x[:, t : t + 1], state)
             steps.append(y)
         torch.testing.assert_close(torch.cat(steps, 1), ours, rtol=0, atol=limit)
@@ -260,7 +262,7 @@ def test_a_model_of_xlstm_and_back(dtype, limit):
 
 def test_under_autocast_and_in_a_graph():
     model = model_of_xlstm()
-    x = torch.randn(B, S, H)
+    x = torch.randn(B, STEPS, H)
     with torch.autocast("cpu", torch.bfloat16):
         theirs = model(x)
         gpu_lstm.use_for_slstm(model)
@@ -287,7 +289,7 @@ def test_a_cell_that_computes_something_else_is_refused_and_nothing_is_changed()
 
 
 class StandIn(nn.Module):
-    """A cell with the parameters and the form of TiRex's: W [N, D of h, 4 D of z], a bias [N, 4, D] that is flat."""
+    """A cell with the parameters and the form of TiRex's: W [N, D of h, 4 D of z], and a flat bias [N, 4, D]."""
 
     def __init__(self):
         super().__init__()

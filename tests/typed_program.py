@@ -1,4 +1,4 @@
-"""A user's program that covers the public API: test_packaging.py checks it with mypy and pyright, and runs it."""
+"""A user's program that covers the public API. test_packaging.py checks it with mypy and pyright, and runs it."""
 
 import contextlib
 import dataclasses
@@ -42,7 +42,7 @@ def shape(backend: BackendName) -> torch.Size:
 
 
 def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
-    """What every public call returns, to type checkers; and to Python."""
+    """Assert the type of every public call's result, for type checkers and at run time."""
     lstm = gpu_lstm.LSTM(6, 8, backend=gpu_lstm.Backend.TORCH)
     stack, cell = gpu_lstm.StackedLSTM(6, [4, 5]), gpu_lstm.LSTMCell(6, 8)
     gru, grus = gpu_lstm.GRU(6, 8), gpu_lstm.StackedGRU(6, [4, 5])
@@ -90,7 +90,7 @@ def main() -> None:
     with gpu_lstm.backend("torch"), gpu_lstm.racing("read"):
         print(shape("reference"), len(mixed), read.hidden_size)
         print(dataclasses.asdict(gpu_lstm.explain(ours, torch.randn(5, 2, 6)))["backend"])
-    with contextlib.suppress(ValueError):  # it has no cell of xlstm or TiRex
+    with contextlib.suppress(ValueError):  # the module has no cell of xlstm or TiRex
         cells: int = gpu_lstm.use_for_slstm(tagger)
         print(cells)
     gpu_lstm.check()

@@ -1,10 +1,10 @@
-"""Operators of torch as they run."""
+"""A mode that counts torch's operators as they run."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watched(TorchDispatchMode):
-    """A block: `count` is of how many operators counts(operator, its arguments, its result) is true."""
+    """A block. `count` is the number of operators for which counts(operator, its arguments, its result) is true."""
 
     def __init__(self, counts):
         super().__init__()

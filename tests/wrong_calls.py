@@ -1,5 +1,8 @@
-"""Wrong calls of the whole public API, as (what it raises, call, ...): the table of test_wrong_calls. A call is an
-expression of the names in this file and of `m`, the modules of one backend; "..." stands for any text."""
+"""Wrong calls of the whole public API, the table of test_wrong_calls.
+
+A row is (error, call, ...). A call is an expression of the names in this file and of `m`, the modules of one backend.
+In an error "..." stands for any text.
+"""
 
 # ruff: noqa: F401  (names of calls)
 
@@ -24,7 +27,7 @@ SEQ, H0, C0, H2, RESETS = zeros(5, 2, 3), zeros(1, 2, 4), zeros(1, 2, 4), zeros(
 WEIGHTS, GRU_WEIGHTS = (zeros(16, 3), zeros(16, 4)), (zeros(12, 3), zeros(12, 4))
 PLAIN, NORMED = (*WEIGHTS, None, None, None), (*WEIGHTS, *[None] * 6, zeros(4))
 PACKED = pack_sequence([zeros(5, 3), zeros(3, 3)])
-PAIRS = [(H2, H2)] * 2  # of StackedLSTM(3, [4, 4])
+PAIRS = [(H2, H2)] * 2  # states of StackedLSTM(3, [4, 4])
 NESTED = torch.nested.nested_tensor([zeros(4, 3), zeros(2, 3)], layout=torch.jagged)
 GRU, LINEAR, CELL = nn.GRU(3, 4), nn.Linear(3, 4), gpu_lstm.LSTMCell(3, 4)
 TORCHS, TORCHS_FIRST = nn.LSTM(3, 4), nn.LSTM(3, 4, batch_first=True)
@@ -32,32 +35,36 @@ WITHOUT_BIAS = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)])
 DROPS = ("dropout", "recurrent_dropout", "zoneout", "weight_drop")
 
 
+SAME = {  # modules that torch has, too: the class and its arguments
+    "lstm": ("LSTM", {}), "deep": ("LSTM", dict(num_layers=2, dropout=0.5)), "first": ("LSTM", dict(batch_first=True)),
+    "both": ("LSTM", dict(bidirectional=True)), "projected": ("LSTM", dict(proj_size=2)), "cell": ("LSTMCell", {}),
+    "weightless": ("LSTM", dict(device=META)), "gru": ("GRU", {}), "gru_first": ("GRU", dict(batch_first=True)),
+    "gru_cell": ("GRUCell", {}),
+}  # fmt: skip
+
+
+def same_of(library, **options):
+    return {name: getattr(library, kind)(3, 4, **own, **options) for name, (kind, own) in SAME.items()}
+
+
 def of_torch():
-    """torch's modules, by the names that ours have in `modules`."""
-    return SimpleNamespace(
-        lstm=nn.LSTM(3, 4), deep=nn.LSTM(3, 4, 2, dropout=0.5), first=nn.LSTM(3, 4, batch_first=True),
-        both=nn.LSTM(3, 4, bidirectional=True), projected=nn.LSTM(3, 4, proj_size=2), cell=nn.LSTMCell(3, 4),
-        weightless=nn.LSTM(3, 4, device=META), gru=nn.GRU(3, 4),
-        gru_first=nn.GRU(3, 4, batch_first=True), gru_cell=nn.GRUCell(3, 4))  # fmt: skip
+    """Build torch's modules, with the names of ours in `modules`."""
+    return SimpleNamespace(**same_of(nn))
 
 
 def modules(backend):
-    """Made once: a wrong call leaves them as they are."""
-    noise, by = dict(dropout=0.5, weight_drop=0.5, backend=backend), dict(backend=backend)
-    lstm, first = gpu_lstm.LSTM(3, 4, **by), gpu_lstm.LSTM(3, 4, batch_first=True, **by)
+    """Build our modules, once, since a wrong call leaves them as they are."""
+    by, same = dict(backend=backend), same_of(gpu_lstm, backend=backend)
+    same["deep"].weight_drop = 0.5
+    noise = dict(dropout=0.5, weight_drop=0.5)
     return SimpleNamespace(
-        lstm=lstm, deep=gpu_lstm.LSTM(3, 4, 2, **noise), first=first, cell=gpu_lstm.LSTMCell(3, 4, **by),
-        both=gpu_lstm.LSTM(3, 4, bidirectional=True, **by), projected=gpu_lstm.LSTM(3, 4, proj_size=2, **by),
-        weightless=gpu_lstm.LSTM(3, 4, device=META, **by),
-        stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise), one=gpu_lstm.StackedLSTM(3, [4], **by),
+        **same, stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise, **by), one=gpu_lstm.StackedLSTM(3, [4], **by),
         auto=gpu_lstm.LSTM(3, 4), triton=gpu_lstm.LSTM(3, 4, backend="triton"),
-        variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True), stream=gpu_lstm.Stream(lstm.eval(), 2),
+        variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True), stream=gpu_lstm.Stream(same["lstm"].eval(), 2),
         stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
         dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
-        backwards=keras.GoBackwards(first), without_bias=WITHOUT_BIAS,
-        gru=gpu_lstm.GRU(3, 4, **by), gru_cell=gpu_lstm.GRUCell(3, 4, **by),
-        gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise),
-        slstm=gpu_lstm.SLSTM(3, 4, heads=2), gru_first=gpu_lstm.GRU(3, 4, batch_first=True, **by),
+        backwards=keras.GoBackwards(same["first"]), without_bias=WITHOUT_BIAS,
+        gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise, **by), slstm=gpu_lstm.SLSTM(3, 4, heads=2),
         torchs_cell=gpu_lstm.LSTMCell(3, 4, backend="torch"), **by
     )  # fmt: skip
 
@@ -83,19 +90,19 @@ def slstm(**arguments):
 
 
 def given(module):
-    """What a module is called with: a cell with its states, so that torch's operator could run it at once."""
+    """Return the arguments of a call. A cell gets its states, so that torch's operator could run it at once."""
     if isinstance(module, nn.RNNCellBase):
         return H2[:, :3], H2 if isinstance(module, gpu_lstm.GRUCell) else PAIRS[0]
     return (SEQ,)
 
 
 def handed(module, name, *size):
-    """A call with a tensor of another size instead of a parameter, by functional_call."""
+    """Call a module by functional_call, with a tensor of another size instead of a parameter."""
     return torch.func.functional_call(module, {name: zeros(size)}, given(module))
 
 
 def assigned(module, name, *size):
-    """A call with a parameter of another size, or with none, in its place; it is restored afterwards."""
+    """Call a module with a parameter of another size, or with none. The parameter is restored afterwards."""
     parameter = module._parameters[name]
     setattr(module, name, nn.Parameter(zeros(size)) if size else None)
     try:
@@ -130,7 +137,8 @@ NAMES = ("'cuda'", "'Triton'", "''", "1", "['torch']")
 
 
 def of_arguments():
-    """Arguments of the constructors, and what is set later; in a text {v} is the value, {k} its type."""
+    """Yield calls with wrong arguments of the constructors, and wrong attributes. In a text {v} is the value and {k}
+    its type."""
     classes = "LSTM(3, 4", "StackedLSTM(3, [4, 4]", "LSTMCell(3, 4", "GRU(3, 4", "StackedGRU(3, [4, 4]", "GRUCell(3, 4"
     lstm, stack, cell, gru, gru_stack, gru_cell = made = [f"gpu_lstm.{cls}, {{0}}={{1}})" for cls in classes]
     later, of_gru = "setattr(m.stack, '{0}', {1})", "setattr(m.gru, '{0}', {1})"
@@ -164,7 +172,7 @@ def of_arguments():
 
 
 def of_lengths_and_resets():
-    """Of a batch of 2 sequences with 5 steps."""
+    """Yield calls with wrong lengths and resets, for a batch of 2 sequences with 5 steps."""
     limits = "ValueError: Expected lengths from 0 to 5, the number of steps, got lengths from"
     a_dtype = "ValueError: lengths should be of dtype torch.int32 or torch.int64, got torch."
     for text, argument in (
@@ -217,7 +225,7 @@ CALLS = [
      *(f"{of}(m, weights=(zeros(0, 3), zeros(0, 0)))" for of in ("layer", "gru")), "slstm(weight_hh=zeros(0, 4))"),
     ("ValueError: input_size must be greater than zero", "gpu_lstm.StackedLSTM(0, [4, 4])"),
     (an_int("input_size", "str"), "gpu_lstm.StackedLSTM('3', [4, 4])"),
-    # Weights: kernels would read beyond one that is too small; some would be broadcast
+    # Weights. Kernels would read beyond one that is too small, and some would be broadcast.
     *((size(name, f"{expected}", f"{[*got]}"), f"handed(m.triton, '{name}_l0', *{got})",
        f"assigned(m.lstm, '{name}_l0', *{got})", f"handed(m.cell, '{name}', *{got})",
        f"assigned(m.torchs_cell, '{name}', *{got})")
@@ -234,13 +242,14 @@ CALLS = [
         ("peepholes", "lstm_layer(SEQ, [*PLAIN, zeros(12)], backend='torch')"),
         ("layer_norm", "lstm_layer(SEQ, NORMED, backend='torch')"),
         ("reset_states", "gpu_lstm.backend('torch')(m.auto)(SEQ, resets=RESETS, reset_states=(H0, C0))"),
+        *((name, f"gpu_lstm.backend('torch')(m.dropping['{name}'])(SEQ)") for name in ("recurrent_dropout", "zoneout")),
         ("slstm cells", "gpu_lstm.backend('torch')(m.slstm)(SEQ)", "slstm(backend='torch')"))),
     ("RuntimeError: weight_peephole must have 1 dimensions, got 2", "lstm_layer(SEQ, [*PLAIN, zeros(3, 4)])"),
     (PROJECTED, "gpu_lstm.LSTM(3, 4, proj_size=2, layer_norm=('ih',))",
      "lstm_layer(SEQ, [WEIGHTS[0], zeros(16, 2), None, None, zeros(2, 4), None, zeros(16)])"),
     ("RuntimeError: bias_c should be given together with gain_c", "lstm_layer(SEQ, [*WEIGHTS, *[None] * 7, zeros(4)])"),
     ("AttributeError: ...peepholes...", "setattr(m.lstm, 'peepholes', True)"),
-    # What is added to torch's words, where it has some: what to do
+    # Advice that follows torch's words
     ("AttributeError: ...; expected a tensor; use torch.as_tensor...", "m.lstm(SEQ.numpy())", "m.lstm(SEQ.tolist())"),
     ("...use torch.as_tensor...", "m.cell(SEQ[0].numpy())"),
     ("...hx is one tensor: a cell expects (h, c)", "m.cell(zeros(2, 3), H2)"),
@@ -278,7 +287,7 @@ CALLS = [
     ("TypeError: LSTM accepts lengths, ... LSTMModule ... hand it a gpu_lstm.compat.LSTM",
      "m.first(zeros(2, 5, 3), mask=zeros(2, 5, dtype=BOOL))"),
     ("TypeError: SLSTM accepts lengths, and no mask", "m.slstm(SEQ, mask=RESETS)"),
-    # No steps, which torch refuses in these words
+    # No steps. torch refuses them in these words.
     ("RuntimeError: Expected sequence length to be larger than 0 in RNN", "m.stack(zeros(0, 2, 3))",
      "m.stack(zeros(0, 0, 3))", "m.stream(zeros(0, 2, 3))", "layer(m, x=zeros(0, 0, 3), backend='triton')",
      "slstm(z=zeros(0, 2, 16))"),
@@ -294,7 +303,7 @@ CALLS = [
     ("RuntimeError: Expected hx of 2 pairs, one a layer, got 1", "m.stack(SEQ, PAIRS[:1])"),
     ("RuntimeError: Expected two states (h, c) of layer 1, got 3", "m.stack(SEQ, [PAIRS[0], (*PAIRS[1], H2)])"),
     (a_tensor("c of layer 0", "NoneType"), "m.stack(SEQ, [(H2, None), PAIRS[1]])"),
-    # LSTMCell, beyond torch's
+    # LSTMCell, beyond torch's checks
     (dense("LSTMCell", SPARSE), "m.cell(zeros(2, 3).to_sparse())"),
     ("RuntimeError: lstm_cell expects two hidden states", "m.cell(zeros(2, 3), [H2])"),
     # GRU, StackedGRU, gru_layer, GRUCell, where torch's own words are no guide
