@@ -183,20 +183,9 @@ def is_exact(c: Tensor, x: Tensor) -> bool:
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
 
 
-def _fits(tensor: Tensor, x: Tensor, is_c: bool) -> bool:
+def fits(tensor: Tensor, x: Tensor, is_c: bool) -> bool:
     """Whether the dtype of a tensor goes with that of x: it is the same, or under autocast any; c may be exact."""
     return tensor.dtype is x.dtype or autocasts(x) or (is_c and is_exact(tensor, x))
-
-
-def check_alike(x: Tensor, states: Sequence[State], weights: list[list[Weights]]) -> None:
-    """Raise, in torch's own words, unless all tensors are of one device and their dtypes go together."""
-    tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
-    tensors += [("hidden", tensor, is_c) for state in states for tensor, is_c in zip(state, (False, True))]
-    for what, tensor, is_c in tensors:
-        check_device(what, tensor, x)
-        if not _fits(tensor, x, is_c):
-            found = f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
-            raise RuntimeError(f"Input and {what} tensors are not the same dtype, {found}")
 
 
 def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
@@ -264,6 +253,6 @@ def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int
     if list(state.shape) not in sizes:
         expected = f"{sizes[0]}, one a sequence, or {sizes[1]}, one a step"
         raise ValueError(f"Expected {name} of size {expected}, got {list(state.shape)}")
-    if not _fits(state, x, is_c):
+    if not fits(state, x, is_c):
         raise ValueError(f"Expected {name} of dtype {x.dtype}, got {state.dtype}")
     _check_place(name, state, state.shape, x)

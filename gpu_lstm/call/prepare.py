@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.utils.rnn import PackedSequence
 
 from ..kernels.cells import Cell
@@ -103,34 +102,34 @@ def _check_tensors(
 ) -> tuple[bool, bool]:
     """Whether a tensor learns, if `grad`; whether none is of a subclass of Tensor. Raise unless they fit together."""
     dtype, device = x.dtype, x.device
-    learns, alike, plain = grad and x.requires_grad, True, True
-    asks = grad and not learns
+    learns, alike, plain = x.requires_grad or not grad, True, True  # without autograd nothing has to be asked
     for layer, sizes in zip(weights, options.weight_sizes):
         for one in layer:
             fits, present = True, 0
             for tensor, size in zip(one, sizes):
                 if tensor is not None:
                     present += 1
-                    if type(tensor) is not Parameter and type(tensor) is not Tensor:
+                    if type(tensor) not in PLAIN:
                         plain = False
                     if tensor.shape != size:
                         fits = False
                     if tensor.dtype is not dtype or tensor.device != device:
                         alike = False
-                    if asks and tensor.requires_grad:
-                        learns, asks = True, False
+                    if not learns and tensor.requires_grad:
+                        learns = True
             if not fits or present != options.present:
                 checks.check_weights(one, sizes, weights)
-    for h, c in states:
-        if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
-            alike = False
-        if type(h) not in PLAIN or type(c) not in PLAIN:
-            plain = False
-        if asks and (h.requires_grad or c.requires_grad):
-            learns = True
+    for state in states:
+        for tensor in state:
+            if type(tensor) not in PLAIN:
+                plain = False
+            if tensor.dtype is not dtype or tensor.device != device:
+                alike = False
+            if not learns and tensor.requires_grad:
+                learns = True
     if not alike or x.shape[-1] != options.role.inputs:
         options.role.check_tensors(form, x, states, weights)
-    return learns, plain
+    return grad and learns, plain
 
 
 def _reset_before_the_first_step(

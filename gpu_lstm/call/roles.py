@@ -90,6 +90,7 @@ class Role:
     title = "{0}"  # what errors call it, by the name of its cell
     suffix = "_l{}"  # of the parameters of a layer
     ranks = 2, 3  # of an input without B, and with it
+    packs = True  # whether an input may be a PackedSequence
     by_layer = False  # whether a user's states are a list of blocks, one a layer
     has_rows = False  # whether a block has a dimension for its rows even if there is one
 
@@ -104,16 +105,16 @@ class Role:
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
         """The form of an input, checked; x [T, B, I], of a PackedSequence its data [N, I], of a cell [B, I]; (T, B)."""
-        if isinstance(input, PackedSequence):
+        if self.packs and isinstance(input, PackedSequence):
             checks.check_packed(input)
             counts = input.batch_sizes
             return Form(True, self.batch_first, input), input.data, (len(counts), int(counts[0]))
         form, x = TIME_FIRST, input
-        if self.rank_of(input) == 2:
-            form, x = UNBATCHED, input.unsqueeze(1)
+        if self.rank_of(input) == self.ranks[0]:
+            form, x = UNBATCHED, input.unsqueeze(-2)
         elif self.batch_first:
             form, x = BATCH_FIRST, input.transpose(0, 1)
-        steps, batch, _ = x.shape
+        steps, batch, _ = (1, *x.shape)[-3:]
         return form, x, (steps, batch)
 
     def rank_of(self, input: Any) -> int:
@@ -149,19 +150,18 @@ class Role:
         if self.kept > 1:
             return [self._numbers_in(form, x, batch, hx)]
         states = []
-        for k, block in enumerate(self.blocks_of(form, x, hx)):
+        for k, (block, size) in enumerate(zip(self.blocks_of(form, x, hx), self.blocks)):
             h, c = (block, block) if self.one_state else (block[0], block[1])
             if form.packed is not None or not form.batched:
                 h = form.state_in(h)
                 c = h if self.one_state else form.state_in(c)
-            _, hidden, projected, _ = self.blocks[k]
-            size = *self.lead, batch, hidden
-            if c.shape != size or h.shape != ((*self.lead, batch, projected) if projected else size):
+            expected = (*self.lead, batch, size.projected or size.hidden), (*self.lead, batch, size.hidden)
+            if (h.shape, c.shape) != expected:
                 checks.check_as_torch(x, self.inputs, x)
-                for i, (state, features) in enumerate(((h, projected or hidden), (c, hidden))):
-                    name = "hidden" if self.one_state else f"hidden[{i}]"
-                    name = f"{'hc'[i]} of layer {k}" if self.by_layer else name
-                    checks.check_size(name, state, (*self.lead, batch, features), (*self.lead, x.shape[0], features))
+                names = ("hidden",) if self.one_state else ("hidden[0]", "hidden[1]")
+                names = (f"h of layer {k}", f"c of layer {k}") if self.by_layer else names
+                for name, state, its in zip(names, (h, c), expected):
+                    checks.check_size(name, state, its, (*self.lead, x.shape[0], its[-1]))
             if self.one_state and checks.is_exact(h, x):
                 h = h.to(x.dtype)
             states.append((h, c))
@@ -189,7 +189,13 @@ class Role:
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
         """Raise, in torch's words, unless all tensors have one dtype and device, and x the right features."""
-        checks.check_alike(x, states, weights)
+        tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
+        tensors += [("hidden", tensor, is_c) for state in states for tensor, is_c in zip(state, (False, True))]
+        for what, tensor, is_c in tensors:
+            checks.check_device(what, tensor, x)
+            if not checks.fits(tensor, x, is_c):
+                found = f"found input tensor with {x.dtype} and {what} tensor with {tensor.dtype}"
+                raise RuntimeError(f"Input and {what} tensors are not the same dtype, {found}")
 
     def states_out(self, form: Form, states: list[State]) -> Any:
         """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""
@@ -249,19 +255,17 @@ class Module(Role):
         if form.packed is not None:
             return super().blocks_of(form, x, hx)
         rank, kind = (3, "batched") if form.batched else (2, "unbatched")
-        if self.one_state:
-            try:
-                found = hx.dim()
-            except AttributeError as error:  # torch.nn.GRU's error
-                raise AttributeError(f"{error}; hx is one tensor") from None
-            if found != rank:
-                raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
-        elif isinstance(hx, Tensor) and len(hx) == 1:
-            raise IndexError(f"index 1 is out of bounds for dimension 0 with size 1{checks.cure_of_one(hx)}")
-        elif hx[0].dim() != rank or hx[1].dim() != rank:
-            ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx)}"
-            raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")
-        elif rank == 3 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):  # of an unbatched hx it takes two
+        cure = "; hx is one tensor" if self.one_state else checks.cure_of_one(hx)
+        try:
+            found = (hx.dim(), rank) if self.one_state else (hx[0].dim(), hx[1].dim())
+        except (AttributeError, IndexError) as error:  # torch's own error
+            raise type(error)(f"{error}{cure}") from None
+        if found != (rank, rank):
+            what, got = "hx", f"{found[0]}-D tensor"
+            if not self.one_state:
+                what, got = "hx and cx", f"({found[0]}-D, {found[1]}-D) tensors{cure}"
+            raise RuntimeError(f"For {kind} {rank}-D input, {what} should also be {rank}-D but got {got}")
+        if form.batched and not self.one_state:  # of an unbatched hx torch takes two
             checks.check_count(hx, (2,), checks.PAIR, RuntimeError)
         return (hx,)
 
@@ -284,13 +288,7 @@ class Stack(Module):
 class Cell(Role):
     """An LSTMCell or GRUCell: one step, with which torch's own cell finds fault in its own words."""
 
-    title, suffix, ranks = "{0}Cell", "", (1, 2)
-
-    def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
-        form, x = (TIME_FIRST, input) if self.rank_of(input) == 2 else (UNBATCHED, input[None])
-        if x.shape[-1] != self.inputs:
-            self._ask_torch(x, None)
-        return form, x, (1, x.shape[0])
+    title, suffix, ranks, packs = "{0}Cell", "", (1, 2), False
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
         states, size = (hx,) if self.one_state else hx, (len(x), self.hidden) if form.batched else (self.hidden,)
@@ -301,6 +299,7 @@ class Cell(Role):
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
         try:
+            checks.check_as_torch(x, self.inputs, x)
             super().check_tensors(form, x, states, weights)
         except RuntimeError:
             self._ask_torch(x, states[0][0] if self.one_state else states[0], weights[0][0])
