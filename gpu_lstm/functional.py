@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import Tensor
 
 from .call.checks import check_dimensions, check_heads, check_tensor, named_weights
-from .call.choices import Backend, BackendName
+from .call.choices import AnyBackend
 from .call.prepare import prepare_layer
 from .call.weights import State, Weights
 from .dispatch.route import run
 from .kernels import heads as products
-from .kernels.cells import GRU, LSTM, SLSTM, Cell
+from .kernels.cells import GRU, LSTM, SLSTM
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.10 has none
@@ -26,13 +26,8 @@ class _How(TypedDict, total=False):
     resets: Tensor | None
     reset_states: Any
     reverse: bool
-    backend: BackendName | Backend | None
+    backend: AnyBackend
     heads: int
-
-
-def _layer(cell: Cell, x: Tensor, weights: Weights, hx: Any, **how: Unpack[_How]) -> Any:
-    """One layer of any cell in one direction: what the three functions below run."""
-    return run(prepare_layer(cell, x, weights, hx, **how))
 
 
 def lstm_layer(
@@ -66,7 +61,7 @@ def lstm_layer(
             H = 0 or P = 0; more steps, sequences or units than the backend's kernels can count to; an unknown backend.
         ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
     """
-    return _layer(LSTM, x, named_weights(weights, LSTM), hx, **how)
+    return run(prepare_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
 
 
 def gru_layer(
@@ -88,7 +83,7 @@ def gru_layer(
     Raises:
         RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
     """
-    return _layer(GRU, x, named_weights(weights, GRU), hx, **how)
+    return run(prepare_layer(GRU, x, named_weights(weights, GRU), hx, **how))
 
 
 def slstm_layer(
@@ -114,7 +109,7 @@ def slstm_layer(
         if tensor is not None or name != "bias":
             check_tensor(tensor, name)
             check_dimensions(name, tensor, dimensions)  # type: ignore[arg-type]
-    return _layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how)
+    return run(prepare_layer(SLSTM, z, Weights(None, weight_hh, bias), hx, **how))
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:

@@ -50,7 +50,7 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
     sizes = (module.hidden_size,) * module.num_layers
     asked = Arguments(module.mode.lower(), roles.Module, sizes, False, (), 1, module.input_size, module.bias, None,
                       module.bidirectional, module.batch_first, module.training, False,
-                      (module.dropout, *Arguments._field_defaults["rates"][1:]), module.proj_size)  # fmt: skip
+                      module.proj_size, (module.dropout, *Arguments._field_defaults["rates"][1:]))  # fmt: skip
     return run(prepare(options := options_of(*asked), weights_now(module, options.names), input, hx))
 
 

@@ -13,7 +13,7 @@ from ..kernels.cells import Cell
 from ..kernels.private import assert_on_device
 from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .modes import autocasts, need_the_reference
-from .weights import NAMES, State, Weights
+from .weights import NAMES, Weights
 
 SWAPPED = "; it fits if the input's first two dimensions change places, see batch_first"  # after an error
 
@@ -207,17 +207,18 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
             cure = "; lengths and resets are given by keyword"
         raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}{cure}")
     _check_place("lengths", lengths, shape, x, (steps,) * len(shape))
-    if need_the_reference():  # inside vmap there is no value to look at
+    compiling = torch.compiler.is_compiling()
+    if need_the_reference(compiling):  # inside vmap there is no value to look at
         return
     has_values = type(lengths) is Tensor and not (lengths.is_cuda or lengths.is_meta) and lengths.numel() > 0
-    if has_values and not torch.compiler.is_compiling():
+    if has_values and not compiling:
         least, most = map(int, lengths.aminmax())  # half the time of comparisons
         if least < 0 or most > steps:
             expected = f"Expected lengths from 0 to {steps}, the number of steps"
             raise ValueError(f"{expected}, got lengths from {least} to {most}")
         return
     fits = ((lengths >= 0) & (lengths <= steps)).all()
-    if torch.compiler.is_compiling():  # a text with the number in it would need a graph for each number
+    if compiling:  # a text with the number in it would need a graph for each number
         assert_on_device(fits, "Expected lengths from 0 to the number of steps")
     elif lengths.is_cuda or type(lengths) is not Tensor:  # fake tensors have no values
         assert_on_device(fits, f"Expected lengths from 0 to {steps}, the number of steps")

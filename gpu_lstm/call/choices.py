@@ -28,6 +28,10 @@ class Backend(enum.Enum):
     REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
 
 
+AnyBackend = BackendName | Backend | None
+"""The argument `backend` of modules and functions. None leaves the choice to the process."""
+
+
 class Racing(enum.Enum):
     """Whether `auto` races, by the name a user gives."""
 

@@ -61,11 +61,11 @@ def modes(x: Tensor) -> Modes:
     if _is_compiling():
         # Precision and choices are read where the decision is made, so that no graph is bound to them.
         recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
-        transforms = Transforms.REFERENCE if need_the_reference() else Transforms.NONE
+        transforms = Transforms.REFERENCE if need_the_reference(True) else Transforms.NONE
         return Modes(torch.is_grad_enabled(), *_autocast(x), recording, transforms, "ieee", (), False)
     transforms = Transforms.NONE
     if _interpreter() is not None or forward_level() >= 0:
-        transforms = Transforms.REFERENCE if need_the_reference() else Transforms.GRAD
+        transforms = Transforms.REFERENCE if need_the_reference(False) else Transforms.GRAD
     watched = _dispatch_modes() > 0 or type(x) not in PLAIN or _is_tracing()
     recording = Recording.WATCHED if watched else Recording.NOBODY
     autocast = _autocast(x) if any_autocast() else _NO_AUTOCAST
@@ -122,13 +122,9 @@ def _knows_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-def need_the_reference() -> bool:
-    """Whether the current call is inside vmap or a forward-mode derivative; in a compiled graph, in any transform."""
-    return _need_the_reference(_is_compiling())
-
-
 @constant_when_traced
-def _need_the_reference(compiling: bool) -> bool:
+def need_the_reference(compiling: bool) -> bool:
+    """Whether the current call is inside vmap or a forward-mode derivative; in a compiled graph, in any transform."""
     # Called rather than traced: torch.compile enters a transform while it traces what is inside. There no tensor of
     # torch.func.grad says that it requires a gradient, so that nothing would be saved for backward.
     if forward_level() >= 0:

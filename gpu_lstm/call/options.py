@@ -29,8 +29,8 @@ class Arguments(NamedTuple):
     batch_first: bool = False
     training: bool = False
     recompute: bool = False  # kernels save no gates for backward
-    rates: tuple[Any, ...] = (0.0,) * len(REGULARISERS)  # of REGULARISERS, as a user gave them
     proj_size: int = 0
+    rates: tuple[Any, ...] = (0.0,) * len(REGULARISERS)  # of REGULARISERS, as a user gave them
     residual: bool = False  # a layer whose output is as wide as its input adds the two
     reverse: bool = False  # only for lstm_layer
 
@@ -75,7 +75,8 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
         gain_c="c" in a.norms, bias_c="c" in a.norms and a.bias,
     )  # fmt: skip
     names = [name if optional.get(name, True) else None for name in NAMES]
-    names = names[: 1 + max(k for k, name in enumerate(names) if name)]
+    while names[-1] is None:
+        names.pop()
     layers = []
     for k in range(len(a.hidden_sizes)):
         endings = [a.role.suffix.format(k) + way for way in ("", "_reverse")[:directions]]

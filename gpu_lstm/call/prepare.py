@@ -83,8 +83,7 @@ def prepare_layer(
     for name, size in (("hidden_size", hidden), ("proj_size", projected)):
         if size == 0:
             raise ValueError(f"{name} must be greater than zero")
-    gains = weights.gain_ih, weights.gain_hh, weights.gain_c
-    norms = tuple([norm for norm, gain in zip(NORMS, gains) if gain is not None])
+    norms = tuple([norm for norm in NORMS if getattr(weights, f"gain_{norm}") is not None])
     checks.check_heads(heads, int(hidden), projected or 0, norms)
     for name, tensor in (("z", x), ("bias", weights.bias_ih)) if weights.weight_ih is None else ():
         if tensor is not None:

@@ -31,9 +31,9 @@ class Regulariser:
     of_torch = False  # torch.nn.LSTM has it, too
     tensors: tuple[str, ...] = ()  # its tensors for a layer and direction, in kernels/tensors.py
 
-    def overrides(self, *hooks: str) -> bool:
-        """Whether its class has one of these methods of its own."""
-        return any([getattr(type(self), hook) is not getattr(Regulariser, hook) for hook in hooks])
+    def overrides(self, method: str) -> bool:
+        """Whether its class has this method of its own."""
+        return getattr(type(self), method) is not getattr(Regulariser, method)
 
     def accepted(self, value: Any, cell: Cell) -> Any:
         """A user's value, checked."""

@@ -45,8 +45,7 @@ class Form(NamedTuple):
         if not self.batched:
             return t.unsqueeze(1)
         t = t.transpose(0, 1) if self.batch_first else t
-        indices = None if self.packed is None else self.packed.sorted_indices
-        return t if indices is None else t.index_select(1, indices)
+        return _permuted(t, 1, self.packed and self.packed.sorted_indices)
 
     def output(self, y: Tensor) -> Tensor | PackedSequence:
         """[T, B, F] in the form of the input; of a PackedSequence also [N, F], as its data are."""
@@ -61,15 +60,13 @@ class Form(NamedTuple):
         """A user's state, [*, B, H] or unbatched [*, H] -> [*, B, H]."""
         if not self.batched:
             return state.unsqueeze(-2)
-        indices = None if self.packed is None else self.packed.sorted_indices
-        return state if indices is None else state.index_select(-2, indices)
+        return _permuted(state, -2, self.packed and self.packed.sorted_indices)
 
     def state_out(self, state: Tensor) -> Tensor:
         """The reverse of `state_in`."""
         if not self.batched:
             return state.squeeze(-2)
-        indices = None if self.packed is None else self.packed.unsorted_indices
-        return state if indices is None else state.index_select(-2, indices)
+        return _permuted(state, -2, self.packed and self.packed.unsorted_indices)
 
     def inside(self) -> Tensor:
         """Bool [T, B], on the CPU: whether a sequence, of a PackedSequence, has that step."""
@@ -79,6 +76,11 @@ class Form(NamedTuple):
     def rows(self) -> Tensor:
         """[N]: time * B + batch for each row of a PackedSequence's data."""
         return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)  # type: ignore[union-attr]
+
+
+def _permuted(t: Tensor, dim: int, order: Tensor | None) -> Tensor:
+    """t with the sequences, which stand in dimension `dim`, in another order, or in the same order if it is None."""
+    return t if order is None else t.index_select(dim, order)
 
 
 UNBATCHED, TIME_FIRST, BATCH_FIRST = Form(False, False), Form(True, False), Form(True, True)

@@ -10,14 +10,18 @@ from torch.nn.utils.rnn import PackedSequence
 from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive, check_unprojected
 from ..call.choices import BackendName, parse_backend_name
-from ..call.options import NORMS, Options
+from ..call.options import NORMS, Options, options_of
 from ..call.prepare import prepare
-from ..call.regularisers import BY_NAME, OURS
+from ..call.regularisers import BY_NAME, OURS, REGULARISER_NAMES
 from ..call.request import Request
 from ..call.weights import LAYER_NORM, PEEPHOLES, Weights
+from ..dispatch.route import run
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
+from ..kernels.private import fx_is_tracing
+from .tracing import traced
 
+TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a gpu_lstm.compat.{0}"
 PACKAGE = __package__.rsplit(".", 1)[0] + "."
 OWN = ("backend", "recompute")  # what a call reads from the module, beside regularisers
 NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
@@ -53,7 +57,7 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
 
 
 OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
-OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute")
+OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute", "proj_size")
 """The attributes of cells, and of other modules, in the order of Arguments."""
 
 
@@ -183,6 +187,50 @@ class Layers(Checked):
     weight_drop: float = 0.0
     recompute: bool = False
 
+    def forward(
+        self: Any, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
+        resets: Tensor | None = None, reset_states: Any = None, mask: None = None,
+    ) -> tuple[Tensor | PackedSequence, Any]:  # fmt: skip
+        """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
+
+        Args:
+            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+            hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N; of a GRU h_0. Default: zeros.
+            lengths: (N,), unbatched (). int32 or int64 on the input's device, from 0 to T, in any order. Default: T
+            resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
+            reset_states: (h, c), of a GRU h, that resets set instead of zeros: one per sequence, as hx, or one per
+                step, of which only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first
+                (D*L, N, T, ...), unbatched (D*L, T, ...). Gradients flow into them. On every backend but "torch".
+            mask: None. TorchRL's modules pass one to what is not torch's LSTM or GRU: give them one of compat.
+
+        ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
+        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
+        t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
+        t with the state given for t, and the reverse one step t - 1, each from its own rows. All of these are given by
+        keyword; torch.onnx alone passes them by position.
+
+        Returns:
+            output: as the input, with D*P features; zero past the end of a sequence.
+            (h_n, c_n), of a GRU h_n: as hx; the states after the last step of each sequence. In half precision c_0, of
+            a GRU h_0, may be float32, as the kernels keep it, and then so is c_n: a sequence in pieces gives the
+            results of the whole.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as torch.nn.LSTM or GRU, in its words. ValueError for lengths, resets
+                or reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
+                with a PackedSequence, reset_states without resets, or a chosen backend that does not support these,
+                recurrent dropout, zoneout or peepholes. TypeError for a mask.
+            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        """
+        if type(input) is not Tensor or fx_is_tracing():
+            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
+            if instead is not None:
+                return instead
+        if mask is not None:
+            name, torchrls = self._cell.name.upper(), TORCHRLS if self._cell.of_torch else ""
+            raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
+        return run(self._request(input, hx, lengths, resets, reset_states))
+
     def _request(
         self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
         resets: Tensor | None = None, reset_states: Any = None,
@@ -190,6 +238,13 @@ class Layers(Checked):
         """What a call asks for, checked."""
         options = self._options()
         return prepare(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
+
+    def _options(self: Any) -> Options:
+        by_layer = self._role.by_layer
+        sizes = tuple(self.hidden_sizes) if by_layer else (self.hidden_size,) * self.num_layers
+        of_layers = [getattr(self, name) for name in OF_LAYERS]
+        rates = tuple([getattr(self, name) for name in REGULARISER_NAMES])
+        return options_of(self._cell.name, self._role, sizes, *of_layers, rates, by_layer and self.residual)
 
 
 Given = TypeVar("Given", contravariant=True)

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
+from torch.types import Device
 
 from ..backends.torch_rnn import one_step
 from ..call import roles
-from ..call.choices import Backend, BackendName
+from ..call.choices import AnyBackend
 from ..call.options import Options, options_of
 from ..call.prepare import prepare, takes_torchs_cell
 from ..call.weights import State
@@ -76,16 +77,17 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
     _cell, _torchs = LSTM, rnn.LSTMCell
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, peepholes: bool = False,
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
+        dtype: torch.dtype | None = None, *, backend: AnyBackend = None, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
 
     if TYPE_CHECKING:
 
-        def __call__(self, input: Tensor, hx: State | None = None) -> State: ...
         def forward(self, input: Tensor, hx: State | None = None) -> State: ...
+
+        __call__ = forward
 
 
 class GRUCell(RecurrentCell, RNNCellBase):
@@ -106,12 +108,13 @@ class GRUCell(RecurrentCell, RNNCellBase):
     _cell, _torchs = GRU, rnn.GRUCell
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, heads: int = 1,
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Device = None,
+        dtype: torch.dtype | None = None, *, backend: AnyBackend = None, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
 
     if TYPE_CHECKING:
 
-        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
         def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
+        __call__ = forward

@@ -7,24 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNBase
-from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from ..backends.torch_rnn import packed
 from ..call import roles
-from ..call.choices import Backend, BackendName
-from ..call.options import Options, options_of
-from ..call.regularisers import REGULARISER_NAMES
+from ..call.choices import AnyBackend
 from ..call.weights import State
-from ..dispatch.route import run
 from ..kernels import cells
-from ..kernels.private import compiler_callback, fx_is_tracing
-from .arguments import OF_LAYERS, Called, DropIn, HasVariants, Layers
-from .tracing import in_eager_mode, traced
+from ..kernels.private import compiler_callback
+from .arguments import Called, DropIn, HasVariants, Layers
+from .tracing import in_eager_mode
 
 # torch's classes are bound when this module is imported: `torch.nn.LSTM = gpu_lstm.LSTM` changes nothing here.
 
 States = tuple[Tensor, Tensor, Tensor, Tensor]
-TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a gpu_lstm.compat.{0}"
 
 
 class Recurrent(DropIn, Layers):
@@ -57,55 +53,6 @@ class Recurrent(DropIn, Layers):
             with torch.no_grad():
                 for weight, view in zip(weights, packed(weights)):  # type: ignore[arg-type]
                     weight.set_(view)  # type: ignore[call-overload]
-
-    def forward(
-        self: Any, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
-        resets: Tensor | None = None, reset_states: Any = None, mask: None = None,
-    ) -> tuple[Tensor | PackedSequence, Any]:  # fmt: skip
-        """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
-
-        Args:
-            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
-            hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N; of a GRU h_0. Default: zeros.
-            lengths: (N,), unbatched (). int32 or int64 on the input's device, from 0 to T, in any order. Default: T
-            resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
-            reset_states: (h, c), of a GRU h, that resets set instead of zeros: one per sequence, as hx, or one per
-                step, of which only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first
-                (D*L, N, T, ...), unbatched (D*L, T, ...). Gradients flow into them. On every backend but "torch".
-            mask: None. TorchRL's modules pass one to what is not torch's LSTM or GRU: give them one of compat.
-
-        ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
-        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
-        t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
-        t with the state given for t, and the reverse one step t - 1, each from its own rows. All of these are given by
-        keyword; torch.onnx alone passes them by position.
-
-        Returns:
-            output: as the input, with D*P features; zero past the end of a sequence.
-            (h_n, c_n), of a GRU h_n: as hx; the states after the last step of each sequence. In half precision c_0, of
-            a GRU h_0, may be float32, as the kernels keep it, and then so is c_n: a sequence in pieces gives the
-            results of the whole.
-
-        Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTM or GRU, in its words. ValueError for lengths, resets
-                or reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
-                with a PackedSequence, reset_states without resets, or a chosen backend that does not support these,
-                recurrent dropout, zoneout or peepholes. TypeError for a mask.
-            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
-        """
-        if type(input) is not Tensor or fx_is_tracing():
-            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
-            if instead is not None:
-                return instead
-        if mask is not None:
-            name, torchrls = self._cell.name.upper(), TORCHRLS if self._cell.of_torch else ""
-            raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
-        return run(self._request(input, hx, lengths, resets, reset_states))
-
-    def _options(self: Any) -> Options:
-        sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in REGULARISER_NAMES])
-        return options_of(self._cell.name, self._role, sizes, *of_all, rates, self.proj_size)
 
 
 class LSTM(Recurrent, HasVariants, RNNBase):
@@ -180,8 +127,8 @@ class LSTM(Recurrent, HasVariants, RNNBase):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-        backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
+        device: Device = None, dtype: torch.dtype | None = None, *,
+        backend: AnyBackend = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
@@ -227,8 +174,8 @@ class GRU(Recurrent, RNNBase):
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, recompute: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, device: Device = None,
+        dtype: torch.dtype | None = None, *, backend: AnyBackend = None, recompute: bool = False,
         recurrent_dropout: float = 0.0, zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
         proj_size: None = None,
     ) -> None:  # fmt: skip
@@ -280,8 +227,8 @@ class SLSTM(Recurrent, RNNBase):
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None, *, backend: BackendName | Backend | None = None, heads: int = 1,
+        dropout: float = 0.0, bidirectional: bool = False, device: Device = None,
+        dtype: torch.dtype | None = None, *, backend: AnyBackend = None, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
 

@@ -6,19 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.types import Device
 
 from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive
-from ..call.choices import Backend, BackendName
-from ..call.options import Options, options_of
-from ..call.regularisers import REGULARISER_NAMES
+from ..call.choices import AnyBackend
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
-from ..dispatch.route import run
-from ..kernels.private import fx_is_tracing
-from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_now
+from .arguments import Called, HasVariants, Layers, norms_of, repr_of, weights_now
 from .recurrent import GRU, LSTM
-from .tracing import traced
 
 
 class Stack(Layers, nn.Module):
@@ -27,6 +22,7 @@ class Stack(Layers, nn.Module):
     input_size: int
     hidden_sizes: list[int]
     dropout: float
+    proj_size = 0
     _role = roles.Stack
     _layer: type[nn.Module]
 
@@ -67,37 +63,6 @@ class Stack(Layers, nn.Module):
             check_bool(name, value)
         super().__setattr__(name, value)
 
-    def forward(
-        self, input: Tensor | PackedSequence, hx: Sequence[Any] | None = None, lengths: Tensor | None = None,
-        resets: Tensor | None = None, reset_states: Sequence[Any] | None = None,
-    ) -> tuple[Tensor | PackedSequence, list[Any]]:  # fmt: skip
-        """Run all layers over all steps. D = 2 if bidirectional, else 1.
-
-        Args:
-            input, lengths, resets: as for `LSTM.forward`.
-            hx: [(h, c), ...], one pair per layer, each (N, H_k), or (2, N, H_k) if bidirectional; unbatched without N.
-                For a StackedGRU [h, ...]. Default: zeros.
-            reset_states: as for `LSTM.forward`, one state per layer, each as in hx, or with (T, N) or (N, T) for N.
-
-        Returns:
-            output: as the input, with D * H_k features of the last layer; zero past the end of a sequence.
-            states: as hx, after the last step of each sequence.
-
-        Raises:
-            ValueError, RuntimeError, ImportError, TypeError: as `LSTM.forward`; TypeError for hx that is not such
-                a list, such as torch's (h_0, c_0); RuntimeError for a wrong number of them, or wrong sizes.
-        """
-        if type(input) is not Tensor or fx_is_tracing():
-            instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
-            if instead is not None:
-                return instead
-        return run(self._request(input, hx, lengths, resets, reset_states))
-
-    def _options(self) -> Options:
-        sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]
-        rates = tuple([getattr(self, name, 0.0) for name in REGULARISER_NAMES])
-        return options_of(self._cell.name, self._role, sizes, *of_all, rates, 0, self.residual)
-
     def _weights(self, names: tuple) -> list[list[Weights]]:
         return [weights_now(module, (of_layer,))[0] for module, of_layer in zip(self.layers, names)]
 
@@ -137,8 +102,8 @@ class StackedLSTM(Stack, HasVariants):
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, residual: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-        backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
+        device: Device = None, dtype: torch.dtype | None = None, *,
+        backend: AnyBackend = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0, weight_drop: float = 0.0, peepholes: bool = False,
         layer_norm: bool | Sequence[str] = False, heads: int = 1,
     ) -> None:  # fmt: skip
@@ -169,8 +134,8 @@ class StackedGRU(Stack):
     def __init__(
         self, input_size: int, hidden_sizes: Sequence[int], bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, residual: bool = False,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-        backend: BackendName | Backend | None = None, recompute: bool = False, recurrent_dropout: float = 0.0,
+        device: Device = None, dtype: torch.dtype | None = None, *,
+        backend: AnyBackend = None, recompute: bool = False, recurrent_dropout: float = 0.0,
         zoneout: float = 0.0, weight_drop: float = 0.0, heads: int = 1,
     ) -> None:  # fmt: skip
         self._make(locals())
