@@ -59,11 +59,13 @@ def prepare(
         now = now._replace(recording=Recording.WATCHED)
     if options.reverse:
         traversal = traversal.backwards()
-    elif resets is not None and reset_states is None and role.kept == 1 and now.recording == Recording.NOBODY:
-        # Whether no reset comes after the first step, where no device has to be asked; a trace is for other resets.
+    elif resets is not None and reset_states is None and now.recording == Recording.NOBODY:
+        # If no reset comes after the first step, the initial states are zeroed instead, and torch's own operator can
+        # run the call. Values are read only on the CPU, where that needs no synchronisation. A trace is not simplified,
+        # since it may run with other resets.
         readable = x.is_cpu and now.transforms == Transforms.NONE
-        if steps == 1 or (readable and not resets[1:].any()):
-            states = _reset_before_the_first_step(states, lengths, resets, options.directions == 2)
+        if role.kept == 1 and options.directions == 1 and (steps == 1 or (readable and not resets[1:].any())):
+            states = _reset_before_the_first_step(states, lengths, resets)
             traversal = Traversal(lengths)
     return Request(x, steps, batch, states, weights, traversal, options, form, now, learns)
 
@@ -131,16 +133,11 @@ def _check_tensors(
     return grad and learns, plain
 
 
-def _reset_before_the_first_step(
-    states: list[State], lengths: Tensor | None, resets: Any, both_directions: bool
-) -> list[State]:
-    """Such a reset zeroes the initial state; in the reverse direction no reset comes before a step."""
+def _reset_before_the_first_step(states: list[State], lengths: Tensor | None, resets: Any) -> list[State]:
+    """Return the initial states of the forward direction, zeroed for each sequence that is reset at time 0."""
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]
-    if both_directions:
-        forward = torch.arange(states[0][0].shape[0], device=reset.device) % 2 == 0  # rows of a block
-        reset = reset & forward[:, None, None]
     return [where(reset, (0, 0), state) for state in states]
 
 

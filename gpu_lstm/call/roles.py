@@ -205,16 +205,17 @@ class Role:
             of_blocks = [zip(*states[k : k + count]) for k in range(0, len(states), count)]
             states = [(torch.cat(h), torch.cat(c)) for h, c in of_blocks]
         out: list[Any] = []
+        plain = form.packed is None and form.batched
         for h, c in states:
             if not self.lead and h.dim() == 3:  # a row
                 h, c = h.squeeze(0), c if self.kept > 1 else c.squeeze(0)  # ONNX's fails where K is not 1
             if self.one_state:
-                out.append(form.state_out(h if h.dtype is c.dtype else c))  # in float32 it is c alone
+                h = h if h.dtype is c.dtype else c  # in float32 it is c alone
+                out.append(h if plain else form.state_out(h))
             elif self.kept > 1:
                 numbers = [c[k :: self.kept].view_as(h) for k in range(self.kept)]
                 out.append((*map(form.state_out, (h, *EQUATIONS[self.cell.name].states_of(*numbers))),))
             else:
-                plain = form.packed is None and form.batched
                 out.append((h, c) if plain else (form.state_out(h), form.state_out(c)))
         return out if self.by_layer else out[0]
 
