@@ -1,8 +1,9 @@
-"""LSTM and GRU for PyTorch: drop-ins for torch.nn's that do more, on CPUs and NVIDIA GPUs."""
+"""LSTM and GRU for PyTorch on CPUs and NVIDIA GPUs. They replace torch.nn's modules and have more options."""
 
 from pathlib import Path
 
-# Installed, the kernels are in this folder. In a checkout they are next to it, so that no installation is needed.
+# In an installed package the kernels are in this folder. In a checkout they are next to it, and are found without an
+# installation.
 if not Path(__file__).with_name("kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 
@@ -27,5 +28,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, without the modules that were imported above."""
+    """Return the public names, without the submodules that the imports above define."""
     return [*__all__, *(name for name in globals() if name.startswith("__"))]

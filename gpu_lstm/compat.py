@@ -1,7 +1,7 @@
-"""For code that asks `isinstance(module, torch.nn.LSTM)`, or torch.nn.GRU.
+"""Modules for code that checks `isinstance(module, torch.nn.LSTM)` or `isinstance(module, torch.nn.GRU)`.
 
-gpu_lstm.LSTM is not an instance of torch.nn.LSTM, since torch.compile refuses to trace any module that is. For code
-that checks anyway there are these subclasses of torch's, which are not compiled, but are otherwise the same.
+gpu_lstm.LSTM is not an instance of torch.nn.LSTM, since torch.compile does not trace such instances. For code that
+needs the check, this module has subclasses of torch's classes. They are not compiled. Otherwise they are the same.
 """
 
 from torch.nn.modules import rnn
@@ -11,8 +11,8 @@ from .modules.recurrent import NotCompiled
 
 
 class LSTM(NotCompiled, modules.LSTM, rnn.LSTM):  # type: ignore[misc]  # its forward accepts lengths and resets too
-    """A gpu_lstm.LSTM that is also an instance of torch.nn.LSTM. Arguments, shapes and errors as gpu_lstm.LSTM."""
+    """An LSTM that is also an instance of torch.nn.LSTM. See `gpu_lstm.LSTM` for arguments, shapes and errors."""
 
 
 class GRU(NotCompiled, modules.GRU, rnn.GRU):  # type: ignore[misc]
-    """A gpu_lstm.GRU that is also an instance of torch.nn.GRU. Arguments, shapes and errors as gpu_lstm.GRU."""
+    """A GRU that is also an instance of torch.nn.GRU. See `gpu_lstm.GRU` for arguments, shapes and errors."""

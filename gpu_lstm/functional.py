@@ -1,4 +1,4 @@
-"""An LSTM, GRU or sLSTM layer as a function."""
+"""Functions that run one LSTM, GRU or sLSTM layer in one direction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _How(TypedDict, total=False):
-    """The keyword arguments of all functions here; `lstm_layer` documents them."""
+    """The keyword arguments that all three functions have. `lstm_layer` documents them."""
 
     lengths: Tensor | None
     resets: Tensor | None
@@ -33,33 +33,49 @@ class _How(TypedDict, total=False):
 def lstm_layer(
     x: Tensor, weights: Weights | Sequence[Tensor | None], hx: State | None = None, **how: Unpack[_How]
 ) -> tuple[Tensor, State]:
-    """One LSTM layer in one direction.
+    """Apply one LSTM layer in one direction.
 
     Args:
-        x: input, floating point [T, B, I].
-        weights: (weight_ih [4H, I], weight_hh [4H, P], bias_ih [4H], bias_hh [4H], weight_hr [P, H],
-            weight_peephole [3H], gain_ih [4H], gain_hh [4H], gain_c [H], bias_c [H]) in the dtype of x; from bias_ih
-            on they may be None or left out. P = H without weight_hr; with heads weight_hh is [4H, H / heads].
-            Peepholes are for the gates i, f and o; gains turn on a layer norm, see `LSTM`, not with weight_hr. Both
-            run on every backend but "torch".
-        hx: initial states (h0 [B, P], c0 [B, H]); zeros if None.
-        lengths: int32 or int64 [B], each from 0 to T, in any order: how many steps each sequence has.
-        resets: bool [T, B]; True at t zeroes the state before step t, or in the reverse direction before step t - 1.
-        reset_states: the states that resets set instead of zeros: h [B, P] and c [B, H], or one per step, [T, B, P] and
-            [T, B, H], of which only those at resets are used. On every backend but "torch".
-        reverse: from each sequence's last step to its first.
-        backend, heads: as for `LSTM`.
+        x: The input, floating point [T, B, I].
+        weights: A sequence of the tensors below, in this order and in the dtype of x. From bias_ih on they may be None
+            or left out.
+        hx: The initial states (h0 [B, P], c0 [B, H]). Default: zeros
+        lengths: The number of steps of each sequence, int32 or int64 [B], each from 0 to T, in any order. Default: T
+        resets: The times at which the state is reset, bool [T, B]. True at t zeroes the state before step t, or in the
+            reverse direction before step t - 1.
+        reset_states: The states that a reset sets instead of zeros: h [B, P] and c [B, H], or one for each step, h
+            [T, B, P] and c [T, B, H]. Only the states at resets are used. Every backend except "torch" supports them.
+        reverse: If True, the layer runs from each sequence's last step to its first. Default: False
+        backend, heads: See `LSTM`.
+
+    The weights, where P = H without weight_hr::
+
+        weight_ih        [4H, I]
+        weight_hh        [4H, P], with heads [4H, H / heads]
+        bias_ih          [4H]
+        bias_hh          [4H]
+        weight_hr        [P, H]      the projection
+        weight_peephole  [3H]        the peepholes of the gates i, f and o
+        gain_ih          [4H]        the layer norm of W_ih x, see `LSTM`
+        gain_hh          [4H]        the layer norm of W_hh h
+        gain_c           [H]         the layer norm of c
+        bias_c           [H]         the bias of the layer norm of c
+
+    A layer norm cannot be combined with weight_hr. Every backend except "torch" supports peepholes and layer norms.
 
     Returns:
-        h [T, B, P], zero past the end of a sequence, and (h_n [B, P], c_n [B, H]) after its last step.
+        h [T, B, P], which is zero past the end of a sequence, and the states (h_n [B, P], c_n [B, H]) after the last
+        step of each sequence.
 
     Raises:
-        RuntimeError: a tensor of the wrong shape, device or dtype; T = 0; not exactly two states.
-        TypeError: an argument that is not a tensor, or not a bool.
-        ValueError: wrong lengths, resets or reset_states, or a backend that does not support these, peepholes or a
-            layer norm; a layer norm with weight_hr; heads as `LSTM` refuses; fewer than two weights or more than ten;
-            H = 0 or P = 0; more steps, sequences or units than the backend's kernels can count to; an unknown backend.
-        ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+        RuntimeError: A tensor has a wrong shape, device or dtype, T is 0, or hx does not have two states.
+        TypeError: An argument is not a tensor, or not a bool.
+        ValueError: lengths, resets or reset_states are wrong.
+        ValueError: The backend is unknown, or it does not support reset_states, peepholes or a layer norm.
+        ValueError: There are fewer than two weights or more than ten, or H or P is 0.
+        ValueError: A layer norm is combined with weight_hr, or `LSTM` refuses these heads.
+        ValueError: There are more steps, sequences or units than the kernels of the backend can count.
+        ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
     """
     return run(prepare_layer(LSTM, x, named_weights(weights, LSTM), hx, **how))
 
@@ -67,21 +83,22 @@ def lstm_layer(
 def gru_layer(
     x: Tensor, weights: Weights | Sequence[Tensor | None], hx: Tensor | None = None, **how: Unpack[_How]
 ) -> tuple[Tensor, Tensor]:
-    """One GRU layer in one direction.
+    """Apply one GRU layer in one direction.
 
     Args:
-        x: input, floating point [T, B, I].
-        weights: (weight_ih [3H, I], weight_hh [3H, H / heads], bias_ih [3H], bias_hh [3H]) in the dtype of x, with rows
-            in torch's order r, z, n; the biases may be None or left out.
-        hx: initial state h0 [B, H]; zeros if None.
-        lengths, resets, reverse, backend, heads: as for `lstm_layer`.
-        reset_states: the states that resets set instead of zeros, [B, H] or [T, B, H].
+        x: The input, floating point [T, B, I].
+        weights: (weight_ih [3H, I], weight_hh [3H, H / heads], bias_ih [3H], bias_hh [3H]) in the dtype of x. The rows
+            are in torch's order r, z, n. The biases may be None or left out.
+        hx: The initial state h0 [B, H]. Default: zeros
+        lengths, resets, reverse, backend, heads: See `lstm_layer`.
+        reset_states: The states that a reset sets instead of zeros, [B, H] or [T, B, H].
 
     Returns:
-        h [T, B, H], zero past the end of a sequence, and h_n [B, H] after its last step.
+        h [T, B, H], which is zero past the end of a sequence, and the state h_n [B, H] after the last step of each
+        sequence.
 
     Raises:
-        RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
+        RuntimeError, TypeError, ValueError, ImportError: See `lstm_layer`.
     """
     return run(prepare_layer(GRU, x, named_weights(weights, GRU), hx, **how))
 
@@ -90,20 +107,21 @@ def slstm_layer(
     z: Tensor, weight_hh: Tensor, bias: Tensor | None = None,
     hx: tuple[Tensor, Tensor, Tensor, Tensor] | None = None, **how: Unpack[_How],
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """One sLSTM layer in one direction, see `SLSTM`, whose input product W_ih x the caller has computed.
+    """Apply one sLSTM layer in one direction, after the input product. See `SLSTM` for the equations.
 
     Args:
-        z: W_ih x, floating point [T, B, 4H], in the order i, f, g (the paper's z), o.
-        weight_hh: [4H, H / heads]. As the bias, in the dtype of z.
-        bias: [4H], of b_ih + b_hh. Default: zeros
-        hx: initial states (h, c, n, m), [B, H] each; zeros if None.
-        lengths, resets, reverse, backend, heads: as for `lstm_layer`.
+        z: The input product W_ih x, floating point [T, B, 4H], in the order i, f, g, o. The paper calls g z.
+        weight_hh: The recurrent weights [4H, H / heads], in the dtype of z.
+        bias: The sum b_ih + b_hh, [4H], in the dtype of z. Default: zeros
+        hx: The initial states (h, c, n, m), [B, H] each. Default: zeros
+        lengths, resets, reverse, backend, heads: See `lstm_layer`.
 
     Returns:
-        h [T, B, H], zero past the end of a sequence, and (h_n, c_n, n_n, m_n), [B, H] each, after its last step.
+        h [T, B, H], which is zero past the end of a sequence, and the states (h_n, c_n, n_n, m_n), [B, H] each, after
+        the last step of each sequence.
 
     Raises:
-        RuntimeError, TypeError, ValueError, ImportError: as `lstm_layer`.
+        RuntimeError, TypeError, ValueError, ImportError: See `lstm_layer`.
     """
     for name, tensor, dimensions in (("z", z, 3), ("weight_hh", weight_hh, 2), ("bias", bias, 1)):
         if tensor is not None or name != "bias":
@@ -113,11 +131,19 @@ def slstm_layer(
 
 
 def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
-    """Cut a block-diagonal W_hh, [4H, H] or [3H, H], into that of heads, [4H, H / heads]; the reverse: `dense`.
+    """Return the weight_hh of a layer with heads that computes the same as a block-diagonal weight_hh.
+
+    Args:
+        weight_hh: The block-diagonal weights, [4H, H] or [3H, H].
+        heads: The number of blocks.
+
+    Returns:
+        The blocks, [4H, H / heads] or [3H, H / heads]. `dense` is the reverse.
 
     Raises:
-        TypeError: `heads` is no int, or `weight_hh` no tensor.
-        ValueError: `heads` does not divide H, or H the rows, or a weight between two heads is not zero.
+        TypeError: `heads` is not an int, or `weight_hh` is not a tensor.
+        ValueError: H is not divisible by `heads`, the number of rows is not divisible by H, or a weight between two
+            heads is not zero.
     """
     hidden = _hidden_of(weight_hh)
     check_heads(heads, hidden)
@@ -130,18 +156,28 @@ def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
 
 
 def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
-    """W_hh of heads, [4H, H / heads] or [3H, H / heads] -> the block-diagonal one that computes the same, [4H, H].
+    """Return the block-diagonal weight_hh that computes the same as the weight_hh of a layer with heads.
+
+    Args:
+        weight_hh: The weights of heads, [4H, H / heads] or [3H, H / heads].
+        hidden_size: The number of hidden units, H.
+
+    Returns:
+        The block-diagonal weights, [4H, H] or [3H, H].
 
     Raises:
-        TypeError: `weight_hh` is no tensor.
-        ValueError: it has no such size with H = `hidden_size`.
+        TypeError: `weight_hh` is not a tensor.
+        ValueError: `weight_hh` does not have such a size.
     """
     _hidden_of(weight_hh, hidden_size)
     return products.dense(weight_hh, hidden_size)
 
 
 def _hidden_of(weight_hh: Tensor, hidden: int | None = None) -> int:
-    """H, by default the columns of a W_hh; raise unless it divides the rows, and the columns H."""
+    """Return H, by default the number of columns of weight_hh. Raise unless rows and columns fit to it.
+
+    H has to divide the number of rows, and the number of columns has to divide H.
+    """
     check_tensor(weight_hh, "weight_hh")
     rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)
     hidden = columns if hidden is None else hidden

@@ -1,4 +1,4 @@
-"""What the modules share: arguments, which are checked when they are given or set, and how a call reads them."""
+"""The base classes of the modules: their arguments, the checks of these arguments, and `forward`."""
 
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, overload
@@ -23,12 +23,15 @@ from .tracing import traced
 
 TORCHRLS = " as TorchRL's {0}Module gives to what is no torch.nn.{0}: hand it a gpu_lstm.compat.{0}"
 PACKAGE = __package__.rsplit(".", 1)[0] + "."
-OWN = ("backend", "recompute")  # what a call reads from the module, beside regularisers
-NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # what torch.nn.LSTM cannot do, if it is on
+OWN = ("backend", "recompute")  # arguments that every call reads from the module, in addition to the regularisers
+NOT_OF_TORCH = (*OURS, PEEPHOLES, LAYER_NORM)  # arguments without a counterpart in torch.nn.LSTM
 
 
 def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
-    """The value of an attribute; checked, and maybe in another form, if it is an argument that may be set later."""
+    """Return the value of an attribute, checked and converted.
+
+    Only arguments that may be set later as attributes are checked here. Every other attribute is returned as it is.
+    """
     match name:
         case "backend":
             return None if value is None else parse_backend_name(value)
@@ -45,7 +48,7 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
 
 
 def norms_of(layer_norm: object) -> tuple[str, ...]:
-    """The argument of the modules, checked, as names in the order of NORMS."""
+    """Return the names of the layer norms that the argument `layer_norm` turns on, in the order of NORMS. Check it."""
     if isinstance(layer_norm, bool):
         return NORMS if layer_norm else ()
     if not isinstance(layer_norm, (tuple, list)):
@@ -58,50 +61,59 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
 
 OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
 OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute", "proj_size")
-"""The attributes of cells, and of other modules, in the order of Arguments."""
+"""The attributes of cells, and the attributes of all other modules, in the order of Arguments."""
 
 
 def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
-    """[L][D] of a module by the names of its parameters, see Options.names: as they are now."""
+    """Return the current weights of a module by layer and direction, [L][D].
+
+    `names` are the names of the parameters, see Options.names.
+    """
     parameters = module._parameters
     try:
         return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
-    except KeyError:  # another tensor has taken a parameter's place, as weight_norm's does
+    except KeyError:  # another tensor has taken the place of a parameter, for example by weight_norm
         return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
 
 
 class Checked:
-    """A module whose attributes are checked like its arguments when they are set."""
+    """A module whose attributes are checked like the arguments of its constructor when they are set."""
 
-    # What it tells every call. (Users' subclasses may have a `cell` of their own.)
+    # What a call reads from the class. The names have an underscore, since a user's subclass may have its own `cell`.
     _cell: Cell
     _role: type[roles.Role]
-    _options: Callable[[], Options]  # from the attributes as they are now
+    _options: Callable[[], Options]  # made of the current attributes
     _weights = weights_now
-    # Defaults, on the class, so that modules pickled by older versions have them.
+    # The defaults are on the class, so that modules which older versions pickled have them, too.
     backend: BackendName | None = None
     _peepholes: bool = False
     _norms: tuple[str, ...] = ()
     heads = 1
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in NOT_OF_TORCH and not hasattr(type(self), name) and value:  # no call would read it
+        if name in NOT_OF_TORCH and not hasattr(type(self), name) and value:  # no call would read the value
             raise ValueError(f"{name} is not supported by {type(self).__name__}, got {value!r}")
         super().__setattr__(name, accepted(name, value, self._cell))
 
     def _get_name(self) -> str:
-        """The name in a model's repr, which shows whose LSTM it is; a user's subclass keeps its own name."""
+        """Return the name of the class for the repr of a model, such as gpu_lstm.LSTM.
+
+        A user's subclass keeps its own name.
+        """
         cls = type(self)
         return f"gpu_lstm.{cls.__name__}" if cls.__module__.startswith(PACKAGE) else cls.__name__
 
 
 class DropIn(Checked):
-    """One next to torch's RNNBase or RNNCellBase, with parameters of its own."""
+    """A mixin for torch's RNNBase and RNNCellBase. The module has parameters of its own."""
 
-    _torchs: type[nn.Module]  # torch's module, for torch.jit.script
+    _torchs: type[nn.Module]  # torch's class, which torch.jit.script gets
 
     def _make(self: Any, given: dict[str, Any]) -> None:
-        """Make a module from its constructor's locals(). Ours are checked before torch's class draws weights."""
+        """Initialize the module from the locals() of its constructor.
+
+        Our own arguments are checked before the constructor of torch's class draws the weights.
+        """
         del given["self"]
         for name in (*OWN, *OURS):
             if name in given:
@@ -112,7 +124,7 @@ class DropIn(Checked):
         check_unprojected(bool(norms), projected)
         check_heads(heads, given["hidden_size"], projected, norms)
         if heads != 1:
-            self.heads = heads  # which reset_parameters reads
+            self.heads = heads  # reset_parameters reads it
         self._init_torchs(**given)
         if not (peepholes or norms):
             return
@@ -122,24 +134,25 @@ class DropIn(Checked):
         options, like = self._options(), next(self.parameters())
         for directions, sizes in zip(options.names, options.weight_sizes):
             for name, size in [each for names in directions for each in zip(names, sizes)]:
-                if name is not None and name not in self._parameters:  # next to the others of its layer and direction
+                if name is not None and name not in self._parameters:  # a parameter of a variant
                     self.register_parameter(name, nn.Parameter(like.new_empty(size)))
                     self._draw(name, self._parameters[name])
 
     def reset_parameters(self: Any) -> None:
-        """Draw all weights and biases again, in the order of the parameters; gains become ones, bias_c zero.
+        """Initialize all parameters again, in their order. The same seed gives the weights that the constructor drew.
 
-        So the same seed gives the weights that the constructor drew. Bounds are torch's, 1 / sqrt(H), but 1 / sqrt(D)
-        of the W_hh of heads, each of which is like that of a layer of D units.
+        Weights and biases are drawn from U(-b, b), where b = 1 / sqrt(H), as in torch. With heads b = 1 / sqrt(D) for
+        W_hh, where D = H / heads, since a head is like a layer with D units. Gains are set to one, bias_c to zero.
         """
         for name, parameter in list(self.named_parameters()):
             self._draw(name, parameter)
 
     def _draw(self: Any, name: str, parameter: nn.Parameter) -> None:
+        """Initialize one parameter. With heads W_hh is replaced by a parameter of its smaller shape."""
         units = self.hidden_size
         if self.heads > 1 and name.startswith("weight_hh"):
             units = self.hidden_size // self.heads
-            if parameter.shape[1] != units:  # as torch's constructor made it
+            if parameter.shape[1] != units:  # torch's constructor made it for one head
                 parameter = nn.Parameter(parameter.new_empty(len(parameter), units))
                 setattr(self, name, parameter)
         if name.startswith(("gain_", "bias_c")):
@@ -149,11 +162,15 @@ class DropIn(Checked):
             nn.init.uniform_(parameter, -bound, bound)
 
     def extra_repr(self: Any) -> str:
-        """As torch's, and our own arguments that are not at their defaults."""
+        """Return torch's extra_repr, followed by our own arguments that are not at their defaults."""
         return super().extra_repr() + repr_of(self)  # type: ignore[misc]
 
     def __prepare_scriptable__(self: Any) -> nn.Module:
-        """torch's module, for torch.jit.script."""
+        """Return a module of torch with the same parameters. torch.jit.script compiles it instead of this module.
+
+        Raises:
+            ValueError: The module computes something that torch's module does not.
+        """
         would = f"and would be scripted as a torch.nn.{self._torchs.__name__}"
         runs_ours = type(self).forward.__module__.startswith(PACKAGE)
         if not runs_ours or not self._cell.of_torch:
@@ -166,21 +183,21 @@ class DropIn(Checked):
 
 
 class HasVariants(Checked):
-    """An LSTM, stack of LSTMs or LSTMCell."""
+    """A mixin for the modules that may have peepholes and layer norms: LSTM, StackedLSTM and LSTMCell."""
 
     @property
     def peepholes(self) -> bool:
-        """Whether there are peepholes; fixed, since their weights are parameters."""
+        """Whether there are peepholes. It cannot be set later, since the weights of the peepholes are parameters."""
         return self._peepholes
 
     @property
     def layer_norm(self) -> bool | tuple[str, ...]:
-        """Whether all of "ih", "hh" and "c" are normalised, or which; fixed, like peepholes."""
+        """Whether W_ih x, W_hh h and c are all normalised, or the names of some. It cannot be set later."""
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
 
 
 class Layers(Checked):
-    """A module that runs layers over sequences, which a cell does not. Its regularisers may be set at any time."""
+    """A mixin for the modules that run layers over sequences, unlike cells. Its regularisers may be set at any time."""
 
     recurrent_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
@@ -191,36 +208,60 @@ class Layers(Checked):
         self: Any, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
         resets: Tensor | None = None, reset_states: Any = None, mask: None = None,
     ) -> tuple[Tensor | PackedSequence, Any]:  # fmt: skip
-        """Run all layers over all steps. P = proj_size or, if 0, H; D = 2 if bidirectional, else 1.
+        """Run all layers over all steps.
+
+        N is the number of sequences, T the number of steps, L the number of layers, H the number of hidden units. D = 2
+        if bidirectional, otherwise D = 1. P = proj_size if > 0, otherwise P = H. Shapes are those of batched input
+        without batch_first. With batch_first, N comes before T in every shape that has both. Unbatched, no shape has N.
 
         Args:
-            input: (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
-            hx: (h_0, c_0), (D*L, N, P) and (D*L, N, H), unbatched without N; of a GRU h_0. Default: zeros.
-            lengths: (N,), unbatched (). int32 or int64 on the input's device, from 0 to T, in any order. Default: T
-            resets: (T, N), with batch_first (N, T), unbatched (T,). bool.
-            reset_states: (h, c), of a GRU h, that resets set instead of zeros: one per sequence, as hx, or one per
-                step, of which only those at resets are used: (D*L, T, N, P) and (D*L, T, N, H), with batch_first
-                (D*L, N, T, ...), unbatched (D*L, T, ...). Gradients flow into them. On every backend but "torch".
-            mask: None. TorchRL's modules pass one to what is not torch's LSTM or GRU: give them one of compat.
+            input: The input (T, N, I), or a PackedSequence.
+            hx: The initial states, see the table below. Default: zeros
+            lengths: The number of steps of each sequence, (N,). int32 or int64 on the input's device. Each is from 0 to
+                T, in any order. Default: T
+            resets: The steps before which the states are reset, bool (T, N).
+            reset_states: The states that a reset sets instead of zeros: either one for each sequence, in the form of
+                hx, or one for each step, see the table below. Only the states at resets are used. Gradients flow into
+                them. Every backend except "torch" supports them.
+            mask: Must be None. TorchRL's modules pass a mask to a module that is not an instance of torch.nn.LSTM or
+                torch.nn.GRU. Give them a module of gpu_lstm.compat.
 
-        ``lengths`` replaces packing: nothing is sorted or copied, and padding, NaN included, never affects results or
-        gradients. ``resets`` zeroes the states before the steps where it is True, as at the start of an episode; one at
-        t separates time t from time t - 1, for both directions. With ``reset_states`` the forward direction begins step
-        t with the state given for t, and the reverse one step t - 1, each from its own rows. All of these are given by
-        keyword; torch.onnx alone passes them by position.
+        The states of each module, where bidirectional stacks have (2, N, H_k) and (2, T, N, H_k) for layer k::
+
+            module       hx and the returned states                reset_states for each step
+            LSTM         (h, c): (D*L, N, P) and (D*L, N, H)       (D*L, T, N, P) and (D*L, T, N, H)
+            GRU          h: (D*L, N, H)                            (D*L, T, N, H)
+            SLSTM        (h, c, n, m): (D*L, N, H) each            not supported
+            StackedLSTM  [(h, c), ...]: (N, H_k) each              (T, N, H_k) each
+            StackedGRU   [h, ...]: (N, H_k) each                   (T, N, H_k) each
+
+        ``lengths`` replaces packing. Nothing is sorted or copied. Padding, even NaN, affects neither results nor
+        gradients.
+
+        ``resets`` zeroes the states before each step where it is True, for example at the start of an episode. A reset
+        at t separates time t from time t - 1 in both directions. With ``reset_states`` the forward direction begins
+        step t with the state that is given for t, and the reverse direction begins step t - 1 with it. Each direction
+        uses its own rows of the states.
+
+        Give these arguments by keyword. Only torch.onnx passes them by position.
 
         Returns:
-            output: as the input, with D*P features; zero past the end of a sequence.
-            (h_n, c_n), of a GRU h_n: as hx; the states after the last step of each sequence. In half precision c_0, of
-            a GRU h_0, may be float32, as the kernels keep it, and then so is c_n: a sequence in pieces gives the
-            results of the whole.
+            output: The output of the last layer, in the form of the input, with D*P features. For a stack P is the
+                number of units in its last layer. The output is zero past the end of a sequence.
+            states: The states after the last step of each sequence, in the form of hx. In half precision c_0 of an LSTM
+                and h_0 of a GRU may be float32, as the kernels keep them. Then c_n or h_n is float32, too, and a
+                sequence in pieces gives the results of the whole sequence.
 
         Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTM or GRU, in its words. ValueError for lengths, resets
-                or reset_states of a wrong shape, dtype or value (on CUDA values are asserted on the device), lengths
-                with a PackedSequence, reset_states without resets, or a chosen backend that does not support these,
-                recurrent dropout, zoneout or peepholes. TypeError for a mask.
-            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+            ValueError, RuntimeError, TypeError: A call that torch.nn.LSTM or torch.nn.GRU refuses, too, with torch's
+                message.
+            ValueError: lengths, resets or reset_states have a wrong shape, dtype or value. On CUDA their values are
+                asserted on the device.
+            ValueError: lengths are given with a PackedSequence, or reset_states without resets.
+            ValueError: The chosen backend does not support an argument of the call or of the module.
+            TypeError: A mask is given, or hx of a stack is not a list as in the table, for example torch's (h_0, c_0).
+            RuntimeError: hx of a stack has a wrong number of states, or a state of a wrong size.
+            ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
         """
         if type(input) is not Tensor or fx_is_tracing():
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states, mask=mask)
@@ -235,7 +276,7 @@ class Layers(Checked):
         self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None,
         resets: Tensor | None = None, reset_states: Any = None,
     ) -> Request:  # fmt: skip
-        """What a call asks for, checked."""
+        """Return the request of a call, checked."""
         options = self._options()
         return prepare(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
 
@@ -252,7 +293,7 @@ Returned = TypeVar("Returned", covariant=True)
 
 
 class Called(Protocol[Given, Returned]):
-    """The types of `forward` for a call of the module, which nn.Module loses."""
+    """The type of a call of a module. nn.Module declares that a call returns Any."""
 
     @overload
     def __call__(
@@ -268,18 +309,19 @@ class Called(Protocol[Given, Returned]):
 
 
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-    """`module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
+    """Return `module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
 
-    A class of torch's gets none of our arguments but regularisers that are on, and of heads a new, block-diagonal W_hh.
+    An instance of torch's class does not get our arguments, except for regularisers that are on. If `module` has heads,
+    it gets a new W_hh, which is block-diagonal.
     """
     twin = cls.__new__(cls)
-    dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; Module.compile()'s, which would call `module`
+    dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; a compiled call of `module`
     if not issubclass(cls, Checked):
         dropped += [*OWN, *(name for name in OURS if not module.__dict__.get(name))]
     twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in dropped})
     for registry in ("_parameters", "_buffers", "_modules"):
         twin.__dict__[registry] = twin.__dict__[registry].copy()
-    if not issubclass(cls, Checked) and getattr(module, "heads", 1) > 1:  # which torch's have not
+    if not issubclass(cls, Checked) and getattr(module, "heads", 1) > 1:  # torch's classes have no heads
         for name, weight in twin._parameters.items():
             if name.startswith("weight_hh") and weight is not None:
                 twin._parameters[name] = nn.Parameter(dense(weight.detach(), module.hidden_size), weight.requires_grad)
@@ -290,7 +332,7 @@ def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
 
 
 def repr_of(module: Any, *names: str) -> str:
-    """The arguments of these names, and our own, that are not at their defaults."""
-    changed = {"bias": not module.bias, "heads": module.heads > 1}  # all others are off, or there are none
+    """Return the arguments of these names, and our own arguments, that are not at their defaults."""
+    changed = {"bias": not module.bias, "heads": module.heads > 1}  # all other arguments are falsy by default
     on = [name for name in (*names, "heads", *OWN, *NOT_OF_TORCH) if changed.get(name, getattr(module, name, None))]
     return "".join(f", {name}={getattr(module, name)!r}" for name in on)

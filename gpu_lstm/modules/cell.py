@@ -1,4 +1,4 @@
-"""LSTMCell and GRUCell: drop-ins for those of torch.nn."""
+"""The modules LSTMCell and GRUCell, which replace torch.nn.LSTMCell and torch.nn.GRUCell."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from .tracing import traced
 
 
 class RecurrentCell(DropIn):
-    """What LSTMCell and GRUCell share, next to torch's RNNCellBase."""
+    """The base class of LSTMCell and GRUCell. It is a mixin for torch's RNNCellBase."""
 
     _role = roles.Cell
 
@@ -31,16 +31,17 @@ class RecurrentCell(DropIn):
         """Compute one step.
 
         Args:
-            input: (N, I) or (I,).
-            hx: (h, c), each (N, H) or (H,); of a GRUCell h. Default: zeros.
+            input: The input (N, I), or (I,) if unbatched.
+            hx: The state before the step. LSTMCell: (h, c), both of shape (N, H), or (H,) if unbatched. GRUCell: h.
+                Default: zeros
 
         Returns:
-            (h', c') or h', as hx.
+            The state after the step, in the form of hx.
 
         Raises:
-            ValueError, RuntimeError, TypeError: as torch.nn.LSTMCell or GRUCell, in its words; ValueError for a chosen
-                backend that supports no peepholes or layer norm.
-            ImportError, RuntimeError, TypeError: a chosen backend that cannot run, and why.
+            ValueError, RuntimeError, TypeError: A call that torch's cell refuses, too, with torch's message.
+            ValueError: The chosen backend does not support peepholes or a layer norm.
+            ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
         """
         if (type(input) is not Tensor or fx_is_tracing()) and (instead := traced(self, input, hx)) is not None:
             return instead
@@ -54,19 +55,19 @@ class RecurrentCell(DropIn):
     def _init_torchs(self: Any, **arguments: Any) -> None:
         RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)
 
-    def _options(self: Any) -> Options:  # from the attributes as they are now
+    def _options(self: Any) -> Options:  # made of the current attributes
         return options_of(self._cell.name, self._role, (self.hidden_size,), *[getattr(self, name) for name in OF_CELLS])
 
 
 class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
-    """A drop-in for torch.nn.LSTMCell: one step of one layer, with the same parameters, results and errors.
+    """Compute one step of one LSTM layer. It replaces torch.nn.LSTMCell, with the same parameters, results and errors.
 
     Args:
-        input_size, hidden_size, bias, device, dtype, backend, peepholes, layer_norm, heads: as for LSTM. Names of
-            parameters do not end in _l{k}.
+        input_size, hidden_size, bias, device, dtype, backend, peepholes, layer_norm, heads: See `LSTM`. The names of
+            the parameters do not end in _l{k}.
 
     Raises:
-        ValueError, TypeError: as LSTM for these.
+        ValueError, TypeError: The same errors as in `LSTM` for the same arguments.
 
     Example::
 
@@ -91,13 +92,13 @@ class LSTMCell(RecurrentCell, HasVariants, RNNCellBase):
 
 
 class GRUCell(RecurrentCell, RNNCellBase):
-    """A drop-in for torch.nn.GRUCell: one step of one layer, with the same parameters, results and errors.
+    """Compute one step of one GRU layer. It replaces torch.nn.GRUCell, with the same parameters, results and errors.
 
     Args:
-        input_size, hidden_size, bias, device, dtype, backend, heads: as for LSTMCell.
+        input_size, hidden_size, bias, device, dtype, backend, heads: See `LSTMCell`, and `GRU` for the shape of W_hh.
 
     Raises:
-        ValueError, TypeError: as GRU for these.
+        ValueError, TypeError: The same errors as in `GRU` for the same arguments.
 
     Example::
 

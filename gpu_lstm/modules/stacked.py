@@ -1,4 +1,4 @@
-"""StackedLSTM and StackedGRU: layers of different sizes."""
+"""The modules StackedLSTM and StackedGRU: stacks of layers with different sizes."""
 
 import warnings
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .recurrent import GRU, LSTM
 
 
 class Stack(Layers, nn.Module):
-    """What StackedLSTM and StackedGRU share. A state of a layer is a pair (h, c), or h alone."""
+    """The base class of StackedLSTM and StackedGRU. The state of a layer is a pair (h, c), or h alone."""
 
     input_size: int
     hidden_sizes: list[int]
@@ -27,7 +27,10 @@ class Stack(Layers, nn.Module):
     _layer: type[nn.Module]
 
     def _make(self, given: dict[str, Any]) -> None:
-        """Make a stack from its constructor's locals(). All arguments are checked before initial weights are drawn."""
+        """Initialize the stack from the locals() of its constructor.
+
+        All arguments are checked before the weights are drawn.
+        """
         nn.Module.__init__(self)
         del given["self"]
         of_layers = {name: given.pop(name) for name in ("device", "dtype", PEEPHOLES, LAYER_NORM) if name in given}
@@ -50,7 +53,7 @@ class Stack(Layers, nn.Module):
             got = f"inputs of {inputs} and outputs of {outputs} features"
             raise ValueError(f"residual=True needs a layer whose output is as wide as its input, got {got}")
         for name, value in given.items():
-            setattr(self, name, value)  # the backend becomes its name
+            setattr(self, name, value)  # a Backend is stored as its name
         if self.dropout > 0 and len(sizes) == 1:
             adds = "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects"
             got = f"num_layers greater than 1, but got dropout={self.dropout} and num_layers=1"
@@ -72,22 +75,25 @@ class Stack(Layers, nn.Module):
 
 
 class StackedLSTM(Stack, HasVariants):
-    """LSTM layers of different sizes on top of each other, with one pair of states per layer.
+    """Apply LSTM layers of different sizes to a sequence, one on top of the other.
 
-    Layer k, an LSTM in ``layers``, has hidden_sizes[k] units; its input is the output of layer k - 1. A stack of equal
-    sizes gives the results of an LSTM with the same weights. See `forward` for calls.
+    Layer k is an LSTM in ``layers``. It has hidden_sizes[k] units, and its input is the output of layer k - 1. If all
+    sizes are equal, the stack gives the same results as an LSTM with the same weights. A call takes and returns a list
+    of states, one pair (h, c) for each layer. See `forward` for calls.
 
     Args:
-        input_size: features of the input, I.
-        hidden_sizes: hidden units of each layer, H_k.
-        bias, batch_first, dropout, bidirectional, device, dtype: as for LSTM.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm, heads: as for LSTM.
-        residual: add a layer's input to its output wherever both have the same number of features (before dropout).
-            At least one layer must allow it. Default: False
+        input_size: The number of features in the input, I.
+        hidden_sizes: The number of hidden units of each layer, H_k.
+        bias, batch_first, dropout, bidirectional, device, dtype: See `LSTM`.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, peepholes, layer_norm, heads: See `LSTM`.
+        residual: If True, the input of a layer is added to its output wherever both have the same number of features.
+            The sum is computed before dropout. At least one layer must have an output as wide as its input. Default:
+            False
 
     Raises:
-        ValueError, TypeError: as LSTM; hidden_sizes that is not a sequence of ints, or empty; `residual` that is not a
-            bool, or True where no layer allows it.
+        ValueError, TypeError: The same errors as in `LSTM` for the same arguments.
+        TypeError: `hidden_sizes` is not a sequence of ints, or `residual` is not a bool.
+        ValueError: `hidden_sizes` is empty, or `residual` is True and no layer has an output as wide as its input.
 
     Example::
 
@@ -111,15 +117,17 @@ class StackedLSTM(Stack, HasVariants):
 
 
 class StackedGRU(Stack):
-    """GRU layers of different sizes on top of each other, with one state per layer. See `forward` for calls.
+    """Apply GRU layers of different sizes to a sequence, one on top of the other.
+
+    A call takes and returns a list of states, one h for each layer. See `forward` for calls.
 
     Args:
-        input_size, hidden_sizes, bias, batch_first, dropout, bidirectional, residual, device, dtype: as for
-            StackedLSTM, of layers that are a GRU each.
-        backend, recompute, recurrent_dropout, zoneout, weight_drop, heads: as for GRU.
+        input_size, hidden_sizes, bias, batch_first, dropout, bidirectional, residual, device, dtype: See `StackedLSTM`.
+            Each layer is a GRU.
+        backend, recompute, recurrent_dropout, zoneout, weight_drop, heads: See `GRU`.
 
     Raises:
-        ValueError, TypeError: as StackedLSTM, and as GRU.
+        ValueError, TypeError: The same errors as in `StackedLSTM` and `GRU` for the same arguments.
 
     Example::
 

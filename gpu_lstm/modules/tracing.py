@@ -1,4 +1,4 @@
-"""Calls that a tracer makes of a module."""
+"""Calls of a module while torch.fx or torch.compile traces it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,18 +12,18 @@ from ..kernels.private import fx_is_tracing, is_exporting, leave_out_of_graphs
 
 
 def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
-    """What the call returns to a tracer; None: the call is as any other.
+    """Return the result of a call for a tracer. Return None if the call has to run like any other call.
 
-    For torch.fx a module is a leaf, as torch's own are: one node that calls it. torch.compile leaves calls with a
-    PackedSequence to eager mode: its sizes are in a tensor on the host, so that a graph would break at each of them,
-    and be made again for every T.
+    torch.fx treats the module as a leaf, as it treats torch's own modules: the graph has one node that calls it.
+    torch.compile runs calls with a PackedSequence in eager mode. The sizes of a PackedSequence are in a tensor on the
+    host. A graph would break at each of these sizes, and would be compiled again for every T.
     """
     if isinstance(input, PackedSequence):
         if torch.compiler.is_compiling() and not is_exporting():
             return in_eager_mode(module.forward, input, *hx, **arguments)
     elif fx_is_tracing():
         leaves: list[Any] = []
-        map_aggregate((input, hx, arguments), leaves.append)  # any of them may be a constant
+        map_aggregate((input, hx, arguments), leaves.append)  # every one may be a constant instead of a Proxy
         for leaf in leaves:
             if isinstance(leaf, torch.fx.Proxy):
                 arguments = {name: value for name, value in arguments.items() if value is not None}
@@ -34,5 +34,5 @@ def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
 
 @leave_out_of_graphs
 def in_eager_mode(call: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """What the call returns; torch.compile leaves out all of it."""
+    """Return the result of the call. torch.compile leaves the whole call in eager mode."""
     return call(*args, **arguments)
