@@ -1,6 +1,6 @@
-"""In a block of torch.autocast a weight is cast once for all calls, as by torch's own operators.
+"""A cache of weights that torch.autocast has cast: each weight is cast once in a block, as torch's own operators do.
 
-As in torch, a weight that is changed in place is cast again only in the next block.
+As in torch, a weight that is changed in place inside a block is cast again only in the next block.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from .settings import without_hooks
 
 
 def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """A layer's weights in another dtype; in an autocast block by the cache."""
+    """Return the weights of a layer in another dtype. In a block of autocast they are taken from the cache."""
     present = [weight for weight in weights if weight is not None]
     if not (_keeps_casts(present[0], dtype) and all(map(_is_kept, present))):
         return [None if weight is None else weight.to(dtype) for weight in weights]
@@ -30,7 +30,7 @@ def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
 def _keeps_casts(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether autocast is on and casts to `dtype`, and no graph is being recorded.
 
-    A graph that is traced or captured has to cast at every run.
+    A graph that is traced or captured has to cast the weights at every run.
     """
     if torch.compiler.is_compiling() or is_tracing() or is_transformed() or not autocasts(weight):
         return False
@@ -39,16 +39,17 @@ def _keeps_casts(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _is_kept(weight: Tensor) -> bool:
-    """Whether torch's autocast would cache the cast: of a float32 leaf that learns."""
+    """Whether torch's autocast would cache the cast of this weight: a float32 leaf that requires gradients."""
     if type(weight) not in (Tensor, torch.nn.Parameter) or weight.dtype is not torch.float32 or weight.is_inference():
         return False
     return weight.requires_grad and weight.is_leaf and not is_view(weight)
 
 
 def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """torch's own cast: what a product with it, of no rows, saves for backward.
+    """Return the cast that torch's own cache has, so that both have the same tensor.
 
-    In an inner block a cast of ours, since torch may have one to the outer dtype, and would use that.
+    A product with the weight saves the cast for backward. The product has no rows, so it costs nothing. In an inner
+    block the weight is cast here instead. There torch's cache may have a cast to the dtype of the outer block.
     """
     torch.autocast_increment_nesting()
     is_inner = torch.autocast_decrement_nesting() > 1
@@ -60,11 +61,11 @@ def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-    """Casts by weight. Dropped when the outermost autocast block ends.
+    """Return the casts of the current block, by weight. They are dropped when the outermost block of autocast ends.
 
-    torch does not report when that is, but then drops its own casts. So ours are attached to one of these: to the graph
-    node of the cast of an empty weight, which is found through an operator that casts it. With autocast's cache turned
-    off there is a new node, and an empty dict, at every call.
+    torch does not report when the block ends, but it drops its own casts then. So our casts are attached to one of
+    torch's: to the graph node of the cast of an empty weight. An operator that casts this weight leads to the node. If
+    the cache of autocast is turned off, every call makes a new node, with an empty dict.
     """
     weight, factor = _without_elements(device_type, dtype)
     with contextlib.nullcontext() if torch.is_grad_enabled() else _differentiable():
@@ -74,12 +75,14 @@ def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[Tensor, T
 
 @contextlib.contextmanager
 def _differentiable() -> Iterator[None]:
+    """A block in which autograd records, even inside inference mode."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
 
 @functools.cache
 def _without_elements(device_type: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return an empty weight in float32 and an empty factor in `dtype`, for `_casts_of_this_block`."""
     with torch.inference_mode(False):
         weight = torch.empty(0, 0, device=device_type, dtype=torch.float32, requires_grad=True)
         return weight, torch.empty(0, 0, device=device_type, dtype=dtype)

@@ -1,4 +1,7 @@
-"""The checks of a call. Comparisons are cheap; texts are made only on failure, in torch's words where it has them."""
+"""The checks of a call's arguments.
+
+Comparisons are cheap. The text of an error is made only on failure. It has torch's words if torch has such an error.
+"""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -15,7 +18,7 @@ from ..kernels.tensors import BY_NAME, VARIANT, names_of
 from .modes import autocasts, need_the_reference
 from .weights import NAMES, Weights
 
-SWAPPED = "; it fits if the input's first two dimensions change places, see batch_first"  # after an error
+SWAPPED = "; it fits if the input's first two dimensions change places, see batch_first"  # the end of an error's text
 
 
 def check_bool(name: str, value: object) -> None:
@@ -33,7 +36,10 @@ def check_positive(name: str, size: object) -> None:
 
 
 def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str] = ()) -> None:
-    """Raise unless it is a number of heads that divides the units, with nothing that reaches over heads."""
+    """Raise unless `heads` is a positive int that divides `hidden`. With heads, raise if something combines all units.
+
+    A projection combines all units, and so does a layer norm of W_hh h or of c.
+    """
     check_positive("heads", heads)
     if heads == 1:
         return
@@ -59,9 +65,9 @@ def check_dimensions(name: str, tensor: Tensor, count: int) -> None:
 
 
 def check_count(values: Any, counts: Sequence[int], texts: tuple[str, str], error: type[Exception]) -> None:
-    """Raise TypeError unless `values` is a tuple or list, `error` unless it has one of these lengths.
+    """Raise TypeError unless `values` is a tuple or list. Raise `error` unless its length is one of `counts`.
 
-    The `texts` of both say with {} what was given.
+    `texts` are the messages of the two errors. {} in a text stands for the type of `values`, or for its length.
     """
     if not isinstance(values, (tuple, list)):  # torch.compile of 2.9 does not know tuple | list
         raise TypeError(texts[0].format(type(values).__name__, cure=cure_of_one(values)))
@@ -73,30 +79,36 @@ PAIR = (
     "lstm(): argument 'hx' (position 2) must be tuple of Tensors, not {}{cure}",
     "lstm expects two hidden states",
 )
-"""What torch's own says of hx that is no pair of states. One tensor that holds both is none."""
+"""torch's messages for an hx that is not a pair of states. One tensor that contains both is not a pair."""
 
 
 def check_states(
     states: Any, names: Sequence[str], texts: tuple[str, str] = PAIR, error: type[Exception] = RuntimeError
 ) -> None:
-    """Raise unless `states` is a tuple or list of tensors, as many as there are names; see `check_count`."""
+    """Raise unless `states` is a tuple or list of tensors, one for each name. See `check_count` for the errors."""
     check_count(states, (len(names),), texts, error)
     for name, state in zip(names, states):
         check_tensor(state, name)
 
 
 def cure_of(value: object) -> str:
-    """How to make a tensor of a value that a user may mistake for one."""
+    """Return advice for an error about a value that is not a tensor, or "" if torch.as_tensor would not help."""
     return "; use torch.as_tensor" if isinstance(value, list | tuple) or hasattr(value, "__array__") else ""
 
 
 def cure_of_one(hx: object, cure: str = "expected (h, c); lengths and resets are given by keyword") -> str:
-    """What to do where hx is one tensor: one state of two, or lengths."""
+    """Return advice for an error about an hx that is one tensor instead of a pair, or "" if it is not a tensor.
+
+    The tensor may be one of the two states, or lengths that were given by position.
+    """
     return f"; hx is one tensor: {cure}" if isinstance(hx, Tensor) else ""
 
 
 def check_packed(input: PackedSequence) -> None:
-    """Raise unless a PackedSequence, which anyone may make, has a row for each step of each sequence."""
+    """Raise unless a PackedSequence has a row of data for each step of each sequence.
+
+    Users can make a PackedSequence themselves, so it may be inconsistent.
+    """
     sizes, data = input.batch_sizes.tolist(), input.data
     check_dimensions("input", data, 2)
     if sum(sizes) != len(data):
@@ -106,13 +118,16 @@ def check_packed(input: PackedSequence) -> None:
 
 
 def check_as_torch(x: Tensor, features: int, weight: Tensor) -> None:
-    """Raise, in torch's words, unless x [..., I] has so many features, and the dtype of a weight."""
+    """Raise, in torch's words, unless x [..., I] has this number of features and the dtype of `weight`."""
     as_torchs: Any = SimpleNamespace(input_size=features, _flat_weights=[weight])
     RNNBase.check_input(as_torchs, x, None if x.dim() == 3 else x)
 
 
 def check_list(states: Any, names: Sequence[str], layers: int, name: str, error: type[Exception]) -> Any:
-    """`states`; raise unless it has (h, c), of a GRU h, for each layer. A wrong number: `error`."""
+    """Return `states`. Raise unless it is a list with a state for each layer: a pair (h, c), or h alone.
+
+    `names` are the names of a layer's states. `error` is raised if there is a wrong number of states or layers.
+    """
     what, in_full = ("tensors", "tensors") if len(names) == 1 else ("pairs", "pairs (h, c)")
     expected = f"{name} should be a list of {in_full}, one a layer, got"
     for k, state in enumerate(states if isinstance(states, (tuple, list)) else ()):
@@ -125,14 +140,21 @@ def check_list(states: Any, names: Sequence[str], layers: int, name: str, error:
 
 
 def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequence[int] = ()) -> None:
-    """Raise, in torch's words, unless a tensor has this size; `swapped`: with the input's dimensions swapped."""
+    """Raise, in torch's words, unless a tensor has this size.
+
+    `swapped` is the size that would be right if the first two dimensions of the input were swapped. The error says so.
+    """
     if tensor.shape != size:
         hint = SWAPPED if tensor.shape == swapped else ""
         raise RuntimeError(f"Expected {name} size {size}, got {list(tensor.shape)}{hint}")
 
 
 def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
-    """Raise unless the tensors of a layer have the `sizes`, in the order of Weights, and all layers have the same."""
+    """Raise unless the weights of a layer in one direction fit.
+
+    Each tensor has to have its size in `sizes`, which are in the order of Weights. The tensors of a variant have to be
+    present in every layer and direction of `weights`, or in none.
+    """
     for name, tensor, size in zip(NAMES, layer, sizes):
         if None not in size:
             _check_weight(name, tensor)
@@ -148,7 +170,7 @@ def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: lis
 
 
 def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
-    """The weights of a layer by name, checked: each a tensor with the right number of dimensions."""
+    """Return the weights of a layer by name. Raise unless each is a tensor with the right number of dimensions."""
     most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
     names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
     texts = (
@@ -167,43 +189,46 @@ def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Wei
 
 
 def _check_weight(name: str, tensor: Any) -> None:
-    """Raise TypeError unless it is a tensor, or None and not one of those that every layer has."""
+    """Raise TypeError unless `tensor` is a tensor. None is accepted for the tensors that a layer may lack."""
     if tensor is not None or name in ("weight_ih", "weight_hh"):
         check_tensor(tensor, name)
 
 
 def check_unprojected(layer_norm: bool, projected: int) -> None:
-    """Raise unless layer norm or the projection is off: Ba et al. (2016) do not say which comes first."""
+    """Raise if a layer norm is combined with a projection. Ba et al. (2016) do not define which of them comes first."""
     if layer_norm and projected:
         raise ValueError(f"layer_norm is not defined with a projection: expected proj_size 0, got {projected}")
 
 
 def is_exact(c: Tensor, x: Tensor) -> bool:
-    """Whether c is float32 though x is in half precision: the kernels keep it so, unrounded."""
+    """Whether c is in float32 although x is in half precision. The kernels keep such a c without rounding it."""
     return c.dtype is torch.float32 and x.dtype in (torch.float16, torch.bfloat16) and not autocasts(x)
 
 
 def fits(tensor: Tensor, x: Tensor, is_c: bool) -> bool:
-    """Whether the dtype of a tensor goes with that of x: it is the same, or under autocast any; c may be exact."""
+    """Whether a tensor has a dtype that is allowed together with x.
+
+    It is the dtype of x. Under autocast it may be any dtype. c may also be exact, see `is_exact`.
+    """
     return tensor.dtype is x.dtype or autocasts(x) or (is_c and is_exact(tensor, x))
 
 
 def check_device(what: str, tensor: Tensor, x: Tensor) -> None:
-    """Raise unless `tensor` is where the input is."""
+    """Raise unless `tensor` is on the device of the input."""
     if tensor.device != x.device:
         found = f"found input tensor at {x.device} and {what} tensor at {tensor.device}"
         raise RuntimeError(f"Input and {what} tensors are not at the same device, {found}")
 
 
 def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor) -> None:
-    """Raise unless `lengths` is an int tensor of `shape` where x is, with values from 0 to `steps`.
+    """Raise unless `lengths` is an int tensor of this shape, on the device of x, with values from 0 to `steps`.
 
-    On CUDA the values are asserted on the device, without a synchronisation; elsewhere at once.
+    On CUDA the values are asserted on the device, without a synchronisation. On a CPU they are checked at once.
     """
     check_tensor(lengths, "lengths")
     if lengths.dtype not in (torch.int32, torch.int64):
         cure = "; use lengths.long()" if lengths.is_floating_point() else ""
-        if lengths.dtype is torch.bool:  # resets, given by position
+        if lengths.dtype is torch.bool:  # these are resets that were given by position
             cure = "; lengths and resets are given by keyword"
         raise ValueError(f"lengths should be of dtype torch.int32 or torch.int64, got {lengths.dtype}{cure}")
     _check_place("lengths", lengths, shape, x, (steps,) * len(shape))
@@ -212,7 +237,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
         return
     has_values = type(lengths) is Tensor and not (lengths.is_cuda or lengths.is_meta) and lengths.numel() > 0
     if has_values and not compiling:
-        least, most = map(int, lengths.aminmax())  # half the time of comparisons
+        least, most = map(int, lengths.aminmax())  # takes half the time of comparisons
         if least < 0 or most > steps:
             expected = f"Expected lengths from 0 to {steps}, the number of steps"
             raise ValueError(f"{expected}, got lengths from {least} to {most}")
@@ -225,7 +250,7 @@ def check_lengths(lengths: Tensor, steps: int, shape: tuple[int, ...], x: Tensor
 
 
 def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Raise unless `resets` is a bool tensor of this shape, where the input is."""
+    """Raise unless `resets` is a bool tensor of this shape, on the device of the input."""
     check_tensor(resets, "resets")
     if resets.dtype != torch.bool:
         cure = cure_of_flags("resets", resets, shape)
@@ -234,13 +259,13 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
 
 
 def cure_of_flags(name: str, flags: Tensor, shape: Sequence[int]) -> str:
-    """How to make a bool tensor of this shape from `flags`; nothing where their numbers do not fit."""
+    """Return advice how to make a bool tensor of this shape from `flags`, or "" if the shapes do not fit."""
     cure = ".squeeze(-1)" * (flags.shape == (*shape, 1)) + ".bool()" * (flags.dtype is not torch.bool)
     return f"; use {name}{cure}" if cure and flags.shape in (shape, (*shape, 1)) else ""
 
 
 def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swapped: Sequence[int] = ()) -> None:
-    """Raise, in our words, unless a tensor has this shape, and the device of x; `swapped` as for `check_size`."""
+    """Raise ValueError unless a tensor has this shape and is on the device of x. See `check_size` for `swapped`."""
     if tensor.shape != shape:
         hint = SWAPPED if tensor.shape == swapped else cure_of_flags(name, tensor, shape)
         raise ValueError(f"Expected {name} of shape {list(shape)}, got {list(tensor.shape)}{hint}")
@@ -249,7 +274,11 @@ def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swa
 
 
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_c: bool) -> None:
-    """Raise unless `state` has one of two sizes, a state per sequence or per step, and a dtype and device as x."""
+    """Raise unless `state` is a tensor that a reset may set.
+
+    It has to have one of two sizes, with a state for each sequence or for each step. Its dtype and device have to fit
+    x.
+    """
     check_tensor(state, name)
     if list(state.shape) not in sizes:
         expected = f"{sizes[0]}, one a sequence, or {sizes[1]}, one a step"

@@ -1,4 +1,4 @@
-"""What a user chose for the whole process: the backend, and whether `auto` races backends."""
+"""Choices of the user for the whole process: the backend, and whether "auto" races backends."""
 
 import contextlib
 import enum
@@ -18,14 +18,14 @@ BackendName = Literal["auto", "triton", "cupy", "numba", "torch", "reference"]
 
 
 class Backend(enum.Enum):
-    """The backends, by the name a user gives."""
+    """The backends. The values are the names that users give."""
 
-    AUTO = "auto"  # kernels, where they can run and are faster; else torch
+    AUTO = "auto"  # kernels where they can run and are faster, otherwise torch
     TRITON = "triton"  # fused Triton kernels
-    CUPY = "cupy"  # fused CUDA C++ kernels, for where Triton cannot run
+    CUPY = "cupy"  # fused CUDA C++ kernels, for machines on which Triton cannot run
     NUMBA = "numba"  # the time loop, compiled for a CPU
     TORCH = "torch"  # torch's own LSTM or GRU: ATen on the CPU, cuDNN on CUDA
-    REFERENCE = "reference"  # a plain loop: any device, any dtype, differentiable to any order
+    REFERENCE = "reference"  # a plain loop for any device and any dtype, differentiable to any order
 
 
 AnyBackend = BackendName | Backend | None
@@ -33,26 +33,29 @@ AnyBackend = BackendName | Backend | None
 
 
 class Racing(enum.Enum):
-    """Whether `auto` races, by the name a user gives."""
+    """The modes of racing, which decide whether "auto" races backends. The values are the names that users give."""
 
-    ON = "on"  # race what was not raced yet, and cache the result
+    ON = "on"  # race where no result is cached, and cache the result
     READ = "read"  # use cached results only
-    OFF = "off"  # neither: the expected winner
+    OFF = "off"  # use the backend that is expected to win
 
 
 KERNEL_BACKENDS = tuple(b for b in Backend if b.value not in ("auto", "torch", "reference"))
-"""Those in kernels/NAME_rnn. `auto` takes the first that can run a call."""
+"""The backends in kernels/NAME_rnn. "auto" uses the first one that can run a call."""
 
 
 class Block(contextlib.ContextDecorator, Generic[E]):
-    """A choice that holds within a `with` block, or while a function that it decorates runs.
+    """A choice that holds within a `with` block, or while a function runs that it decorates.
 
-    `opened` are all such blocks of the process that are open, the last opened first: that one counts, in whatever order
-    they close. At the end is one that chooses nothing, and stays. Threads read and change the list at once: every
-    access is one call of a list's method, which no other one can interrupt.
+    `opened` contains all blocks of this kind that are open in the process, with the last opened block first. The first
+    one decides, in whatever order the blocks close. The last element is a block that chooses nothing and is never
+    removed.
+
+    Several threads may read and change the list at the same time. Every access is therefore one call of a method of
+    list, which another thread cannot interrupt.
     """
 
-    _used = True  # for those that torch.compile makes without __init__
+    _used = True  # a default for blocks that torch.compile makes without calling __init__
 
     def __init__(self, opened: list["Block[E]"], value: E | None, call: str) -> None:
         self.value, self._opened, self._call, self._used = value, opened, call, False
@@ -67,7 +70,7 @@ class Block(contextlib.ContextDecorator, Generic[E]):
 
     def __exit__(self, *_: object) -> None:
         if self in self._opened:
-            self._opened.remove(self)  # the last entry of this block
+            self._opened.remove(self)  # the entry of this block that was inserted last
 
     def __call__(self, function: F) -> F:
         self._used = True
@@ -85,40 +88,50 @@ chosen_racings: list[Block[Racing]] = [_nothing]
 
 
 def backend(name: BackendName | Backend) -> Block:
-    """Choose the backend within a `with` block, for every module and function that was not given one itself.
+    """Choose the backend within a `with` block.
 
-    It holds for the whole process, as torch.backends' flags do, so also in the threads in which autograd runs backward;
-    of blocks in several threads the last opened counts. Without `with` nothing is chosen, as a RuntimeWarning says.
+    The choice holds for every module and function that was not given a backend itself. It holds for the whole process,
+    as the flags of torch.backends do. So it also holds in the threads in which autograd runs backward. If several
+    threads open blocks, the block that was opened last decides. Without `with` nothing is chosen, and a RuntimeWarning
+    says so.
+
+    Args:
+        name: "auto", "triton", "cupy", "numba", "torch" or "reference".
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: There is no backend of this name.
     """
     choice = _parse(Backend, name, "backend")
     return Block(chosen_backends, choice, f"gpu_lstm.backend({choice.value!r})")
 
 
 def racing(mode: Literal["on", "read", "off"]) -> Block:
-    """Choose within a `with` block whether backend "auto" races; for the whole process, as the environment variable.
+    """Choose within a `with` block whether backend "auto" races. The choice holds for the whole process.
 
-    Whatever the backend, the plans of kernels are timed only where the mode is "on".
+    The environment variable GPU_LSTM_RACE sets the same mode. Whatever the backend is, the plans of its kernels are
+    timed only if the mode is "on".
 
     Args:
-        mode: "on", "read" (use cached results only, as on a cluster or in CI) or "off".
+        mode: "on", "read" or "off". "read" uses cached results only, for example on a cluster or in CI.
 
     Raises:
-        ValueError: another mode.
+        ValueError: There is no such mode.
     """
     choice = _parse(Racing, mode, "mode of racing")
     return Block(chosen_racings, choice, f"gpu_lstm.racing({choice.value!r})")
 
 
 def parse_backend_name(name: str | Backend) -> BackendName:
-    """The name of a Backend, which modules store; a ValueError if there is no Backend of that name."""
+    """Return the name of a Backend, which modules store. Raise ValueError if there is no Backend of this name."""
     return cast(BackendName, _parse(Backend, name, "backend").value)
 
 
 def _parse(enum: type[E], name: object, what: str, source: str = "") -> E:
-    """The member of that name; `source` says where the name comes from, if not from the call itself."""
+    """Return the member of an Enum by its name, or the member itself. Raise ValueError if there is none.
+
+    `what` and `source` are parts of the message. `source` says where the name comes from, if it was not given in the
+    call.
+    """
     if isinstance(name, enum):
         return name
     try:
@@ -129,7 +142,10 @@ def _parse(enum: type[E], name: object, what: str, source: str = "") -> E:
 
 
 def requested_backend(argument: str | Backend | None) -> Backend:
-    """What the user asked for: by argument, else by `with backend(...)`, else by environment variable, else auto."""
+    """Return the backend that the user asked for.
+
+    The argument decides, then the innermost `with backend(...)`, then the environment variable. The default is AUTO.
+    """
     chosen = chosen_backends[0].value if argument is None else argument
     if chosen is not None:
         return _parse(Backend, chosen, "backend")
@@ -138,7 +154,7 @@ def requested_backend(argument: str | Backend | None) -> Backend:
 
 
 def requested_racing() -> Racing:
-    """The mode: by `with racing(...)`, else by environment variable, else on."""
+    """Return the mode of racing. `with racing(...)` decides, then the environment variable. The default is ON."""
     if chosen_racings[0].value is not None:
         return chosen_racings[0].value
     name = os.environ.get(RACE_VARIABLE) or Racing.ON.value

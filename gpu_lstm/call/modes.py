@@ -1,4 +1,7 @@
-"""What decides how a call runs, read from the process once per call: autograd, autocast, tracing, transforms, TF32."""
+"""The state of the process that decides how a call runs: autograd, autocast, tracing, transforms and TF32.
+
+It is read once per call.
+"""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -22,44 +25,53 @@ _is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_ena
 
 
 class Recording:
-    """What watches a call. (Plain numbers: they are hashed at every call, and an Enum's hash is a Python function.)"""
+    """The ways in which a call may be recorded.
 
-    NOBODY = 0  # eager mode: there is no operator of ours
-    WATCHED = 1  # torch.jit.trace, dispatch modes, subclasses of Tensor: kernels run as operators; nothing is raced
-    COMPILED = 2  # torch.compile, torch.export: one operator a layer, whatever the backend
-    ONNX = 3  # torch's ONNX exporter, which knows no operator of ours: torch's own LSTM, traced, becomes ONNX's
+    The values are plain numbers, since they are hashed at every call. The hash of an Enum is a Python function.
+    """
+
+    NOBODY = 0  # eager mode, without operators of ours
+    WATCHED = 1  # torch.jit.trace, dispatch modes, subclasses of Tensor: kernels run as operators, without races
+    COMPILED = 2  # torch.compile, torch.export: one operator for each layer, whatever the backend is
+    ONNX = 3  # torch's ONNX exporter, which does not know our operators: torch's own LSTM becomes ONNX's
 
 
 class Transforms:
-    """The transforms of torch.func around a call. Most need an LSTM in torch's own operators, as the reference is."""
+    """The transforms of torch.func around a call. Most of them need an LSTM that is made of torch's own operators.
+
+    The reference is such an LSTM.
+    """
 
     NONE = 0
-    GRAD = 1  # grad and vjp, which kernels can take part in
-    REFERENCE = 2  # vmap, forward-mode derivatives, functionalize; in a compiled graph any
+    GRAD = 1  # grad and vjp, which kernels support
+    REFERENCE = 2  # vmap, forward-mode derivatives and functionalize, and in a compiled graph any transform
 
 
 class Modes(NamedTuple):
-    """The state of the process that decides how a call is run, in the key of its route."""
+    """The state of the process that decides how a call runs. It is a part of the key of a route."""
 
     grad: bool  # whether autograd records
     autocast: torch.dtype | None  # see autocast_dtype
-    whole: bool  # it casts all of torch's own LSTM, not its products alone
+    whole: bool  # autocast casts all of torch's own LSTM, not only its products
     recording: int  # see Recording
     transforms: int  # see Transforms
-    precision: str  # of float32 products in the recurrence, for Triton: "tf32" or "ieee"
-    choices: tuple  # of backend and racing, by blocks, else by the environment
-    capturing: bool  # a CUDA graph
+    precision: str  # see recurrent_precision
+    choices: tuple  # the backend and the mode of racing, from blocks or from the environment
+    capturing: bool  # whether a CUDA graph is being captured
 
     @property
     def plain(self) -> bool:
-        """Whether nobody watches or transforms a call, and autocast is off."""
+        """Whether the call is neither recorded nor transformed, and autocast is off."""
         return self.recording == Recording.NOBODY and self.transforms == Transforms.NONE and self.autocast is None
 
 
 def modes(x: Tensor) -> Modes:
-    """The modes as they are now, for a call on x; of its other tensors `prepare` knows whether they are plain."""
+    """Return the current modes, for a call on x.
+
+    x is the only tensor that is looked at. `prepare` checks whether another tensor is of a subclass of Tensor.
+    """
     if _is_compiling():
-        # Precision and choices are read where the decision is made, so that no graph is bound to them.
+        # Precision and choices are read when the decision is made, so that no graph depends on them.
         recording = Recording.ONNX if torch.onnx.is_in_onnx_export() else Recording.COMPILED
         transforms = Transforms.REFERENCE if need_the_reference(True) else Transforms.NONE
         return Modes(torch.is_grad_enabled(), *_autocast(x), recording, transforms, "ieee", (), False)
@@ -76,9 +88,9 @@ def modes(x: Tensor) -> Modes:
 
 
 def only_torch_runs(backend: str | None) -> bool:
-    """Whether nothing but torch's own operator can run a call that it can, on a device where no kernels run.
+    """Whether no backend except torch's own operator can be chosen. The device has no kernels.
 
-    False: another backend is chosen, by `backend` or by the user, or there is more to find out.
+    False means that another backend is chosen, by `backend` or by the user, or that more has to be found out.
     """
     if (backend or chosen_backends[0].value or _environment.get(_BACKEND)) not in _TORCHS:
         return False
@@ -89,20 +101,21 @@ _TORCHS = (None, Backend.AUTO, "auto", Backend.TORCH, "torch")
 
 
 def recurrent_precision(dtype: torch.dtype) -> str:
-    """Triton's `input_precision` for the recurrent product, by cuDNN's switch, as torch.nn.LSTM: "tf32" or "ieee".
+    """Return the precision of the recurrent product in Triton's terms, "tf32" or "ieee".
 
-    Products over all steps go through torch.matmul, and obey torch.backends.cuda.matmul.
+    cuDNN's switch decides, as for torch.nn.LSTM. Products over all steps go through torch.matmul, where
+    torch.backends.cuda.matmul decides.
     """
     return "tf32" if dtype is torch.float32 and _precision("cuda", "rnn") == "tf32" else "ieee"
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where x is."""
+    """Whether autocast is on for the device of x."""
     return any_autocast() and _knows_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast casts x to; None: it is off, or x is float64, which it leaves as it is."""
+    """Return the dtype to which autocast casts x. Return None if autocast is off. It leaves float64 as it is."""
     return torch.get_autocast_dtype(x.device.type) if x.dtype is not torch.float64 and autocasts(x) else None
 
 
@@ -110,7 +123,7 @@ _NO_AUTOCAST = None, True
 
 
 def _autocast(x: Tensor) -> tuple[torch.dtype | None, bool]:
-    """Modes.autocast and Modes.whole."""
+    """Return the fields `autocast` and `whole` of Modes."""
     if (dtype := autocast_dtype(x)) is None:
         return _NO_AUTOCAST
     return dtype, not x.is_cpu or onednn.takes_whole_lstms(x.dtype, torch.is_grad_enabled())
@@ -118,15 +131,19 @@ def _autocast(x: Tensor) -> tuple[torch.dtype | None, bool]:
 
 @constant_when_traced
 def _knows_autocast(device_type: str) -> bool:
-    """Whether there is autocast for a type of device (for "meta" there is none)."""
+    """Whether a type of device has autocast. "meta" has none."""
     return torch.amp.is_autocast_available(device_type)
 
 
 @constant_when_traced
 def need_the_reference(compiling: bool) -> bool:
-    """Whether the current call is inside vmap or a forward-mode derivative; in a compiled graph, in any transform."""
-    # Called rather than traced: torch.compile enters a transform while it traces what is inside. There no tensor of
-    # torch.func.grad says that it requires a gradient, so that nothing would be saved for backward.
+    """Whether the current call is inside a vmap or a forward-mode derivative.
+
+    In a compiled graph the answer is True inside every transform.
+    """
+    # torch.compile calls this function instead of tracing it, and enters a transform while it traces the code inside.
+    # There, tensors of torch.func.grad do not say that they require gradients. So kernels would save nothing for
+    # backward.
     if forward_level() >= 0:
         return True
     return any(compiling or transform.key() in _ONLY_BY_REFERENCE for transform in private.transforms())
@@ -138,12 +155,15 @@ def is_transformed() -> bool:
 
 
 def are_differentiated(output: Tensor, tensors: Iterable[Tensor | None], gradients: Sequence[Tensor | None]) -> bool:
-    """In backward: whether what is computed from `tensors` and `gradients` may itself be differentiated.
+    """Whether gradients that backward computes from `tensors` and `gradients` may themselves be differentiated.
 
-    Also where autograd propagates several gradients at once (`is_grads_batched`), by a vmap of its own. torch.func.grad
-    always asks for a graph. It is needed only inside another transform, or if a tensor underneath takes part in plain
-    autograd. `output`, a saved result of forward, has the level of the transform that forward ran in; that one may have
-    ended, as it has when the function that torch.func.vjp returned is called.
+    The answer is also True if autograd propagates several gradients at once (`is_grads_batched`), which it does by a
+    vmap.
+
+    torch.func.grad always asks for a graph. The graph is needed only inside another transform, or if a tensor
+    underneath takes part in plain autograd. `output` is a saved result of forward. Its level is the level of the
+    transform in which forward ran. This transform may have ended, for example when the function that torch.func.vjp
+    returned is called.
     """
     if any([d is not None and private.is_batched(d) for d in gradients]):
         return True

@@ -1,6 +1,7 @@
-"""The random numbers of a call, of all its regularisers.
+"""The random numbers that the regularisers of a call need.
 
-Drawn once per call, for whole sequences: a seed gives the same noise on every backend, and in any chunks of time.
+They are drawn once per call, for whole sequences. So a seed gives the same noise on every backend, and with every
+division of the time into chunks.
 """
 
 import torch
@@ -17,9 +18,10 @@ NO_NOISE = Noise()
 def draw(
     layers: list[list[Weights]], sizes: tuple[int, int], dtype: torch.dtype, options: Options
 ) -> tuple[list[list[Noise]], list[Tensor | None]]:
-    """A call's noise, [L][D]; and which elements of a layer's output dropout keeps, [L] of bool [T, B, D*P].
+    """Return the noise of a call by layer and direction, [L][D], and the masks of dropout, [L].
 
-    The latter is None without dropout, and for the last layer. `sizes` is (T, B); layers compute in `dtype`.
+    A mask is bool [T, B, D*P]. It is True where dropout keeps an element of a layer's output. It is None without
+    dropout, and for the last layer. `sizes` is (T, B). `dtype` is the dtype that the layers compute in.
     """
     if not options.noisy:
         return [[NO_NOISE] * len(layer) for layer in layers], [None] * len(layers)
@@ -41,14 +43,17 @@ def draw(
 
 
 def with_weight_drop(layers: list[list[Weights]], options: Options) -> list[list[Weights]]:
-    """The weights [L][D] of a call, with what regularises W_hh itself."""
+    """Return the weights [L][D] of a call, after the regularisers of W_hh."""
     for thing, rate in options.on:
         layers = [[w._replace(weight_hh=thing.weight_hh(w.weight_hh, rate)) for w in layer] for layer in layers]
     return layers
 
 
 def scaled(h: Tensor, noise: Noise) -> Tensor:
-    """What W_hh multiplies: h with the factors of all regularisers; `noise` may be Inputs, which have its tensors."""
+    """Return h times the factors of all regularisers. W_hh multiplies this product instead of h.
+
+    `noise` may also be Inputs, which have the same tensors.
+    """
     for thing in SCALING:
         h = thing.scaled(h, noise)
     return h

@@ -1,7 +1,7 @@
-"""oneDNN, which torch gives an LSTM on a CPU.
+"""Facts about oneDNN, which runs torch's LSTM on a CPU.
 
-torch's autocast casts all of such an LSTM, also to a dtype in which oneDNN has none on this CPU: torch's own raises.
-With oneDNN off it casts the products alone.
+If oneDNN runs an LSTM, torch's autocast casts all of it, even to a dtype in which oneDNN has no LSTM on this CPU. Then
+torch's own LSTM raises an error. If oneDNN is off, autocast casts only the products.
 """
 
 import functools
@@ -15,21 +15,21 @@ from ..kernels.private import constant_when_traced, is_exporting
 
 @constant_when_traced
 def is_on() -> bool:
-    """Whether torch gives LSTMs on a CPU to oneDNN. torch.export turns it off for as long as it exports."""
+    """Whether torch gives LSTMs on a CPU to oneDNN. torch.export turns oneDNN off while it exports."""
     return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled or is_exporting())
 
 
 @constant_when_traced
 def takes_whole_lstms(dtype: torch.dtype, grad: bool) -> bool:
-    """Whether torch gives oneDNN an LSTM whose input has this dtype, and so casts all of it under autocast."""
+    """Whether torch gives oneDNN an LSTM whose input has this dtype. Then autocast casts all of the LSTM."""
     return is_on() and (dtype is torch.float32 or has_lstm(dtype, grad))
 
 
 @functools.cache
 def has_lstm(half: torch.dtype, grad: bool) -> bool:
-    """Whether oneDNN has an LSTM in half precision on this CPU, with gradients or without.
+    """Whether oneDNN has an LSTM in half precision on this CPU, with or without gradients.
 
-    It is tried in a thread, where no mode of the caller acts.
+    A call in another thread finds out, since the caller's modes do not act there.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_runs_under_autocast, half, grad).result()
@@ -38,7 +38,8 @@ def has_lstm(half: torch.dtype, grad: bool) -> bool:
 def _runs_under_autocast(half: torch.dtype, grad: bool) -> bool:
     x = state = torch.zeros(1, 1, 1, dtype=torch.float32)
     weights = [torch.zeros(4, 1, dtype=torch.float32, requires_grad=True) for _ in range(2)]
-    torch.autocast_increment_nesting()  # in this thread; the end of the outermost block drops the casts of all
+    # The end of the outermost block drops the casts of all threads. So the block below must not be the outermost one.
+    torch.autocast_increment_nesting()
     try:
         with torch.autocast("cpu", half, cache_enabled=False), torch.set_grad_enabled(grad):
             y, *_ = torch.lstm(x, (state, state), weights, False, 1, 0.0, True, False, False)

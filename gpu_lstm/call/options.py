@@ -1,4 +1,4 @@
-"""What a module's arguments ask of a call: sizes, names of its parameters, regularisers, the backend."""
+"""The options of a call, which follow from a module's attributes: sizes, names of parameters, regularisers, backend."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,37 +10,40 @@ from . import roles
 from .regularisers import REFERENCE_ONLY, REGULARISERS
 from .weights import LAYER_NORM, NAMES, PEEPHOLES, Size
 
-NORMS = ("ih", "hh", "c")  # what may be normalised: W_ih x, W_hh h, c
+NORMS = ("ih", "hh", "c")  # the names of the layer norms, of W_ih x, W_hh h and c
 
 
 class Arguments(NamedTuple):
-    """What a module asks of every call, from its attributes as they are now."""
+    """The current attributes of a module that decide how its calls run."""
 
-    cell: str  # of kernels.cells.CELLS
+    cell: str  # a key of kernels.cells.CELLS
     role: type[roles.Role]
     hidden_sizes: tuple[int, ...]  # [L]
     peepholes: bool
-    norms: tuple[str, ...]  # some NORMS
+    norms: tuple[str, ...]  # a part of NORMS
     heads: int
-    input_size: int | None  # None: x is W_ih x already
+    input_size: int | None  # None: the caller computed W_ih x
     bias: bool
-    backend: str | None  # up to here what a cell has, too
+    backend: str | None  # the arguments up to this one are all that LSTMCell and GRUCell have
     bidirectional: bool = False
     batch_first: bool = False
     training: bool = False
     recompute: bool = False  # kernels save no gates for backward
     proj_size: int = 0
-    rates: tuple[Any, ...] = (0.0,) * len(REGULARISERS)  # of REGULARISERS, as a user gave them
-    residual: bool = False  # a layer whose output is as wide as its input adds the two
-    reverse: bool = False  # only for lstm_layer
+    rates: tuple[Any, ...] = (0.0,) * len(REGULARISERS)  # the values of REGULARISERS, as a user gave them
+    residual: bool = False  # whether a layer adds its input to its output if both have the same width
+    reverse: bool = False  # an argument of the functions only
 
 
 class Options:
-    """Arguments and what follows from them. There is one object for equal arguments while it is in use: a quick key."""
+    """The arguments of a module, and everything that follows from them.
+
+    While an object is in use, there is only one for equal arguments. So Options are a quick key of caches.
+    """
 
     def __init__(self, a: Arguments) -> None:
         self.cell = CELLS[a.cell]
-        self.one_state = self.cell.one_state  # a user holds h; inside c is h
+        self.one_state = self.cell.one_state  # a user has h only, and c is h
         self.backend, self.training = a.backend, a.training
         self.recompute, self.residual, self.reverse = a.recompute, a.residual, a.reverse
         self.directions = 2 if a.bidirectional else 1
@@ -52,23 +55,27 @@ class Options:
         self.dropout = next((rate for thing, rate in self.on if thing.name == "dropout"), 0.0)
         self.drops_weights = any([thing.overrides("weight_hh") for thing, _ in self.on])
         self.names = _names(a, self.directions)
-        self.present = sum(name is not None for name in self.names[0][0])  # tensors of a layer and direction
+        self.present = sum(name is not None for name in self.names[0][0])  # tensors in a layer and direction
         names = NAMES if a.role is roles.Function else NAMES[: len(self.names[0][0])]
         self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
-        # With layers of one size, torch's own runs all of them in one call; of heads it knows nothing.
+        # If all layers have one size, torch's own operator runs them in one call. It does not support heads.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1 and a.heads == 1
-        self.connects = a.residual or self.dropout > 0  # something is done between layers
-        self.noisy = self.dropout > 0 or any([thing.tensors for thing, _ in self.on])  # tensors are drawn, or made
+        self.connects = a.residual or self.dropout > 0  # whether something is computed between layers
+        self.noisy = self.dropout > 0 or any([thing.tensors for thing, _ in self.on])  # whether there are tensors
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
         features = [of_cell, PEEPHOLES if a.peepholes else None, LAYER_NORM if a.norms else None]
         features += [thing.name for thing, _ in self.on if thing.tensors]
         features += [thing.name for thing, _ in self.on if thing.name in REFERENCE_ONLY]
         self.feature = next((feature for feature in features[::-1] if feature), None)
-        """The feature that the fewest backends support; None: all support all."""
+        """The feature that the fewest backends support. None: every backend supports every feature of this layer."""
 
 
 def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...], ...], ...]:
-    """Parameter names by layer and direction, [L][D], in the order of Weights up to the last there is; None: absent."""
+    """Return the names of the parameters by layer and direction, [L][D].
+
+    The names of a layer and direction are in the order of Weights. A tensor that the layer lacks has None as its name.
+    The last name is never None, so the tuple may be shorter than Weights.
+    """
     optional = dict(
         weight_ih=a.input_size is not None, bias_ih=a.bias, bias_hh=a.bias and a.input_size is not None,
         weight_hr=a.proj_size > 0, weight_peephole=a.peepholes, gain_ih="ih" in a.norms, gain_hh="hh" in a.norms,
@@ -85,9 +92,12 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
 
 
 def options_of(*arguments: Any) -> Options:
-    """The Options of these Arguments: the same object for equal ones, of the last 1024, except in a graph."""
+    """Return the Options of these Arguments.
+
+    Equal arguments give the same object, unless 1,024 others were used since. In a graph a new object is made.
+    """
     return Options(Arguments(*arguments)) if torch.compiler.is_compiling() else _cached(*arguments)
 
 
-# Options that were dropped are made again as new objects, so routes may be kept by old and by new ones of a module.
+# Options that the cache dropped are made again as new objects. Then routes of the old and of the new ones are kept.
 _cached = functools.lru_cache(1024)(lambda *arguments: Options(Arguments(*arguments)))

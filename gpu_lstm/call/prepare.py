@@ -1,4 +1,4 @@
-"""A user's call, checked here and nowhere else."""
+"""A user's call is checked here, and nowhere else."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,10 @@ def prepare(
     options: Options, weights: list[list[Weights]], input: Tensor | PackedSequence, hx: Any = None,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Request:  # fmt: skip
-    """The request, checked; weights [L][D]. The modules and `lstm_layer` document what a user may give, and errors."""
+    """Return the request of a call, checked. `weights` are [L][D].
+
+    The modules and `lstm_layer` document the other arguments and the errors.
+    """
     role = options.role
     form, x, sizes = role.input(input)
     steps, batch = sizes
@@ -74,7 +77,10 @@ def prepare_layer(
     cell: Cell, x: Tensor, weights: Weights, hx: Any = None, *, reverse: bool = False, heads: int = 1,
     backend: Any = None, **rest: Any,
 ) -> Request:  # fmt: skip
-    """The call of one layer in one direction, from x [T, B, I], or from W_ih x [T, B, 4H]; `rest` as for `prepare`."""
+    """Return the request of one layer in one direction, checked.
+
+    x is [T, B, I]. If `weights` have no weight_ih, x is the product W_ih x, [T, B, 4H]. See `prepare` for `rest`.
+    """
     checks.check_bool("reverse", reverse)
     checks.check_tensor(x, "input")
     checks.check_dimensions("input", x, 3)
@@ -101,7 +107,11 @@ def prepare_layer(
 def _check_tensors(
     options: Options, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]], grad: bool
 ) -> tuple[bool, bool]:
-    """Whether a tensor learns, if `grad`; whether none is of a subclass of Tensor. Raise unless they fit together."""
+    """Raise unless all tensors fit together. Return (learns, plain).
+
+    `learns` says whether a tensor requires a gradient, if `grad`. `plain` says that no tensor is of a subclass of
+    Tensor. This function runs at every call, so it visits each weight only once.
+    """
     dtype, device = x.dtype, x.device
     learns, alike, plain = x.requires_grad or not grad, True, True  # without autograd nothing has to be asked
     for layer, sizes in zip(weights, options.weight_sizes):
@@ -134,7 +144,7 @@ def _check_tensors(
 
 
 def _reset_before_the_first_step(states: list[State], lengths: Tensor | None, resets: Any) -> list[State]:
-    """Return the initial states of the forward direction, zeroed for each sequence that is reset at time 0."""
+    """Return the initial states of the forward direction. They are zeroed for each sequence that is reset at time 0."""
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]
@@ -142,9 +152,9 @@ def _reset_before_the_first_step(states: list[State], lengths: Tensor | None, re
 
 
 def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
-    """Whether torch's operator for a cell runs a call, and takes all as it is, on the CPU.
+    """Whether torch's operator for a cell runs this call on the CPU with the tensors as they are.
 
-    If not, `prepare` makes it so, or raises.
+    Otherwise `prepare` converts the tensors or raises an error.
     """
     is_plain = type(x) is Tensor and x.is_cpu and x.dim() == 2 and x.layout is torch.strided and not x.is_nested
     if not is_plain or options.feature is not None:
@@ -152,5 +162,5 @@ def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights
     dtype, (batch, features), role = x.dtype, x.shape, options.role
     found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
     sizes = [(batch, role.hidden)] * len(options.cell.states)
-    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # without variants all are there
+    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # no cell here lacks one
     return fits and only_torch_runs(options.backend)

@@ -1,6 +1,6 @@
-"""What regularises a layer: subclasses that know all about themselves, and the list of all that there are."""
+"""The regularisers of a layer. Each is a subclass of Regulariser that has all its code, and is listed in REGULARISERS."""
 
-from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
+from __future__ import annotations  # torch.compile would fail to evaluate annotations of nested functions
 
 import numbers
 from typing import Any, NamedTuple
@@ -14,73 +14,88 @@ from ..kernels.tensors import Noise
 
 
 class Drawing(NamedTuple):
-    """What is drawn for: one layer in one direction."""
+    """The layer and direction for which a regulariser draws its tensors."""
 
     sizes: tuple[int, int, int]  # T, B, P
     hidden: int  # H
-    dtype: torch.dtype  # that the layer computes in
+    dtype: torch.dtype  # the dtype that the layer computes in
     device: torch.device
     training: bool
-    one_state: bool  # c is h
+    one_state: bool  # whether the cell's only state is h, and c is h
 
 
 class Regulariser:
-    """One that does nothing; each overrides what it does. Modules have an attribute of its name, 0.0 if it is off."""
+    """The base class of the regularisers. It changes nothing, and each subclass overrides the methods that it needs.
+
+    A module has an attribute of the regulariser's name. It is 0.0 if the regulariser is off.
+    """
 
     name: str
-    of_torch = False  # torch.nn.LSTM has it, too
-    tensors: tuple[str, ...] = ()  # its tensors for a layer and direction, in kernels/tensors.py
+    of_torch = False  # whether torch.nn.LSTM has it, too
+    tensors: tuple[str, ...] = ()  # the names of its tensors in kernels/tensors.py
 
     def overrides(self, method: str) -> bool:
-        """Whether its class has this method of its own."""
+        """Whether the class has its own version of a method."""
         return getattr(type(self), method) is not getattr(Regulariser, method)
 
     def accepted(self, value: Any, cell: Cell) -> Any:
-        """A user's value, checked."""
+        """Return a user's value, checked."""
         if not is_probability(value):
             text = "should be a number in range [0, 1] representing the probability of an element being zeroed"
-            got = "" if self.of_torch else f", got {value!r}"  # torch's own words have not
+            got = "" if self.of_torch else f", got {value!r}"  # torch's message does not show the value
             raise ValueError(f"{self.name} {text}{got}")
         return float(value)
 
     def rate(self, value: Any, training: bool) -> Any:
-        """What a call uses of the value; false where it is off."""
+        """Return the rate that a call uses. It is falsy if the regulariser is off."""
         return value if training else 0.0
 
     def flags(self, rate: Any, training: bool) -> dict[str, Any]:
-        """A Problem's flags for its tensors in the time loop."""
+        """Return the flags of a Problem for its tensors, which the time loop reads."""
         return {}
 
     def draw(self, rate: Any, of: Drawing) -> tuple[Tensor | None, ...]:
-        """Its tensors for one call."""
+        """Return its tensors for one call, in the order of `tensors`."""
         return ()
 
     def weight_hh(self, weight: Tensor, rate: Any) -> Tensor:
-        """W_hh of one call."""
+        """Return the W_hh that one call uses."""
         return weight
 
     def scaled(self, h: Tensor, noise: Noise) -> Tensor:
-        """h times its factors in the product with W_hh; likewise the gradient of h, from what that product returns."""
+        """Return h times the factors that apply before the product with W_hh.
+
+        Backward calls it with the gradient that this product returns, and gets the gradient of h.
+        """
         return h
 
     def after(self, before: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], noise: Noise) -> tuple[Tensor, Tensor]:
-        """(h, c) after a step that computed `new` from those `before`; `noise` is that of the step."""
+        """Return (h, c) after a step. `before` is the state before the step, `new` the state that the step computed.
+
+        `noise` has the tensors of this step.
+        """
         return new
 
 
 def is_probability(value: object) -> bool:
-    """Whether `value` is a number from 0 to 1, and no bool."""
+    """Whether `value` is a number from 0 to 1, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 class Dropout(Regulariser):
-    """On each layer's output but the last one's: drawn in noise.py, applied in backends/layer_loop.py."""
+    """Dropout on the output of every layer except the last one.
+
+    noise.py draws the masks, and backends/layer_loop.py applies them.
+    """
 
     name, of_torch = "dropout", True
 
 
 class RecurrentDropout(Regulariser):
-    """On h in the product with W_hh, the same at every step (Gal & Ghahramani, 2016): dropout_h, 0 or 1 / (1 - p)."""
+    """Dropout on h in the product with W_hh, with the same mask at every step (Gal & Ghahramani, 2016).
+
+    Its tensor dropout_h contains the factors of h, 0 or 1 / (1 - p).
+    """
 
     name, tensors = "recurrent_dropout", ("dropout_h",)
 
@@ -95,7 +110,10 @@ class RecurrentDropout(Regulariser):
 
 
 class Zoneout(Regulariser):
-    """Elements of h and of c stay as they were (Krueger et al., 2017). In eval() its tensors are the two rates, []."""
+    """Elements of h and c keep their previous values (Krueger et al., 2017).
+
+    In training its tensors are masks, bool [T, B, P] and [T, B, H]. In eval() they are the two rates, of size [].
+    """
 
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")
 
@@ -143,7 +161,7 @@ class Zoneout(Regulariser):
 
 
 class WeightDrop(Regulariser):
-    """DropConnect on W_hh (Merity et al., 2018): the same at all steps of a call."""
+    """DropConnect on W_hh, with the same mask at all steps of a call (Merity et al., 2018)."""
 
     name = "weight_drop"
 
@@ -152,10 +170,11 @@ class WeightDrop(Regulariser):
 
 
 REGULARISERS: tuple[Regulariser, ...] = (Dropout(), RecurrentDropout(), Zoneout(), WeightDrop())
-"""In the order in which they draw, and are applied."""
+"""All regularisers, in the order in which they draw their tensors and are applied."""
 BY_NAME = {thing.name: thing for thing in REGULARISERS}
 REGULARISER_NAMES = tuple(BY_NAME)
 OURS = tuple(thing.name for thing in REGULARISERS if not thing.of_torch)
 SCALING, AFTER = (tuple(thing for thing in REGULARISERS if thing.overrides(way)) for way in ("scaled", "after"))
 REFERENCE_ONLY = tuple(thing.name for thing in (*SCALING, *AFTER) if not thing.overrides("flags"))
-"""Those that change the time loop, and no flag of a Problem tells kernels so: only the reference runs them."""
+"""The regularisers that change the time loop without a flag in Problem. Kernels do not know them, so that only the
+reference supports them."""

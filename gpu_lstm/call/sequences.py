@@ -1,6 +1,7 @@
-"""Sequences of different lengths and with resets inside: index arithmetic.
+"""Index arithmetic for sequences that have different lengths and resets.
 
-At step s the reverse direction visits time L - 1 - s of a sequence of length L; from L on both directions visit time s.
+For a sequence of length L the reverse direction visits time L - 1 - s at step s. From step L on both directions visit
+time s at step s.
 """
 
 from typing import Any, NamedTuple
@@ -14,20 +15,20 @@ from .weights import State
 
 
 def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
-    """The `resets` of a rollout, bool [T, B], from its `dones`: an episode starts one step after the last one ends.
+    """Return the `resets` of a rollout, bool [T, B], from its `dones`. An episode starts one step after the last one ends.
 
-    Not for buffers that hold starts already: CleanRL's and rl_games' `dones`, Stable-Baselines3's `episode_starts`,
-    TorchRL's `is_init`. These are `resets` as they are: shifting them again would silently let each episode begin with
-    the state of the one before.
+    Do not use it for buffers that already contain the starts of episodes: `dones` of CleanRL and rl_games,
+    `episode_starts` of Stable-Baselines3, `is_init` of TorchRL. Pass these as `resets`. Here they would be shifted once
+    more, and each episode would silently begin with the state of the episode before.
 
     Args:
-        dones: bool [T, B]; at t whether step t was the last of its episode.
-        first: bool [B], whether step 0 starts an episode: `dones` at the last step of the rollout before. Default:
-            nowhere, which is right if the initial states were zeroed at ends of episodes.
+        dones: Whether a step was the last one of its episode, bool [T, B].
+        first: Whether step 0 starts an episode, bool [B]. This is the last row of `dones` in the previous rollout.
+            Default: False everywhere, which is right if the caller zeroed the initial states at the ends of episodes.
 
     Raises:
-        TypeError: they are not tensors.
-        ValueError: wrong dtype, shape or device; T = 0.
+        TypeError: `dones` or `first` is not a tensor.
+        ValueError: `dones` or `first` has a wrong dtype, shape or device, or T is 0.
     """
     check_tensor(dones, "dones")
     if dones.dtype is not torch.bool or dones.dim() != 2 or len(dones) == 0:
@@ -44,20 +45,23 @@ def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
 
 
 def valid_steps(steps: int, lengths: Tensor | None) -> Tensor | None:
-    """Bool [T, B], True before the end of each sequence: in time and in steps alike. None: everywhere."""
+    """Return bool [T, B], which is True before the end of each sequence. Return None if no sequence ends before T.
+
+    The mask is the same for times and for steps.
+    """
     if lengths is None:
         return None
     return torch.arange(steps, device=lengths.device)[:, None] < lengths
 
 
 def without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
-    """t [T, B, F] with zeros past the end of each sequence."""
+    """Return t [T, B, F] with zeros past the end of each sequence."""
     valid = valid_steps(t.shape[0], lengths)
     return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
 
 def where(mask: Tensor | None, these: tuple[Any, Any], others: tuple[Any, Any]) -> State:
-    """States [B, *]: these where the mask [B, 1] is true, else the others. None: it is true nowhere."""
+    """Return the states `these` where the mask [B, 1] is True, and `others` elsewhere, [B, *]. None: the mask is False."""
     if mask is None:
         return others
     h, c = [torch.where(mask, a, b) for a, b in zip(these, others)]
@@ -65,36 +69,40 @@ def where(mask: Tensor | None, these: tuple[Any, Any], others: tuple[Any, Any]) 
 
 
 class Traversal(NamedTuple):
-    """How a layer goes through a batch: how many steps, where its state is reset and to what, from which end.
+    """The way in which a layer goes through a batch: the steps of each sequence, the resets, and the direction.
 
-    A reset at t separates t from t - 1: the forward direction starts again at t, the reverse one at t - 1.
+    A reset at t separates time t from time t - 1. The forward direction starts anew at t, the reverse direction at t -
+    1.
     """
 
     lengths: Tensor | None = None  # [B]; None: all have T steps
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
-    # States to reset to: [L*D] of (h [T, B, P], c [T, B, H]). Forward, those at t are for a reset at t; in reverse, for
-    # one before the step that visits t. None: zeros.
+    # The states that resets set, [L*D] pairs (h [T, B, P], c [T, B, H]). In the forward direction the states at t are for
+    # a reset at t. In the reverse direction they are for a reset before the step that visits t. None: zeros.
     reset_states: list[State] | None = None
 
     def is_plain(self) -> bool:
-        """Whether all sequences have T steps and no reset."""
+        """Whether all sequences have T steps, and there are no resets."""
         return self.lengths is None and self.resets is None
 
     def backwards(self) -> "Traversal":
-        """The same batch in the reverse direction."""
+        """Return the traversal of the same batch in the reverse direction."""
         states = self.reset_states and [(h.roll(-1, 0), c.roll(-1, 0)) for h, c in self.reset_states]
         return Traversal(self.lengths, self.resets, True, states)
 
     def first(self, steps: int) -> "Traversal":
-        """The traversal of the first times, `steps` of them."""
+        """Return the traversal of the first `steps` times."""
         lengths = None if self.lengths is None else self.lengths.clamp(max=steps)
         resets = None if self.resets is None else self.resets[:steps]
         states = None if self.reset_states is None else [(h[:steps], c[:steps]) for h, c in self.reset_states]
         return Traversal(lengths, resets, self.reverse, states)
 
     def entering(self, end: int, h: Tensor, c: Tensor, cell: Cell) -> State:
-        """The state with which a layer enters the times before `end` in reverse, reset where `end` has a reset."""
+        """Return the state with which the reverse direction enters the times before `end`. (h, c) is the state that left `end`.
+
+        It is reset in the sequences that have a reset at `end`.
+        """
         if self.resets is None or end == len(self.resets):
             return h, c
         separated = self.resets[end]  # [B]
@@ -106,9 +114,11 @@ class Traversal(NamedTuple):
         return where(separated[:, None], to, (h, c))
 
     def steps(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(time, valid, reset) [T, B] of the steps of x [T, B, *]. The permutation `time` is its own inverse.
+        """Return (time, valid, reset), [T, B] each, for the steps of x [T, B, *].
 
-        Each step's time; whether it is inside its sequence (None: all are), and comes after a reset (None: none does).
+        `time` is the time that a step visits. It is a permutation that is its own inverse. `valid` says whether a step
+        is inside its sequence, and is None if every step is. `reset` says whether the state is reset before a step, and
+        is None if there are no resets.
         """
         steps, batch, _ = x.shape
         time = torch.arange(steps, device=x.device)[:, None].expand(steps, batch)
@@ -120,20 +130,23 @@ class Traversal(NamedTuple):
         return time, valid, reset.gather(0, time) if self.reverse and reset is not None else reset
 
     def resets_in_time(self) -> Tensor | None:
-        """Bool [T, B]: whether the state is reset before the step that visits each time; None: nowhere."""
+        """Return bool [T, B]: whether the state is reset before the step that visits a time. Return None without resets."""
         reset, lengths = self.resets, self.lengths
         if reset is None:
             return None
-        if self.reverse:  # it came to time t from t + 1, and to the last valid time from the initial state
+        if self.reverse:  # the step before visited t + 1; before the last valid time there is the initial state
             reset = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
             lengths = None if lengths is None else lengths - 1
         valid = valid_steps(len(reset), lengths)
         return reset if valid is None else reset & valid
 
     def states_before(self, states: Tensor, initial: Tensor, reset_to: Tensor | None) -> Tensor:
-        """[T, B, F]: the state that the step at each time started from; anything finite in padding.
+        """Return the state before the step that visits each time, [T, B, F]. In padding it is finite, but arbitrary.
 
-        `states` [T, B, F]: h or c of every time, zero in padding; `initial` [1, B, F]; `reset_to` [T, B, F].
+        Args:
+            states: h or c of every time, [T, B, F], zero in padding.
+            initial: The initial state, [1, B, F].
+            reset_to: The states that resets set, [T, B, F]. None: zeros.
         """
         if len(states) == 1:
             before = initial

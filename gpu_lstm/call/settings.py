@@ -1,4 +1,4 @@
-"""A block in which no setting of the caller's acts."""
+"""Blocks in which no setting of the caller acts."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _anomalies = Setting(
 
 
 def without_hooks() -> contextlib.AbstractContextManager:
-    """A block in which no hooks of saved tensors act, such as torch.utils.checkpoint's."""
+    """Return a block in which no hooks of saved tensors act, such as the hooks of torch.utils.checkpoint."""
     if not private.hooks_are_enabled():
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
@@ -24,10 +24,10 @@ def without_hooks() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def alone(grad: bool) -> Iterator[None]:
-    """A block for computations of our own inside a user's call: none of the caller's contexts acts on them.
+    """A block for our own computations inside a user's call. None of the caller's contexts acts on them.
 
-    These are hooks of saved tensors, anomaly detection, function modes (such as a default device), a default dtype and
-    inference mode; autograd is on if `grad`.
+    These contexts are hooks of saved tensors, anomaly detection, function modes (such as a default device), a default
+    dtype and inference mode. Autograd is on if `grad`.
     """
     with (
         _default_dtype.changed(torch.float32), _anomalies.changed((False, True)), private.WithoutTorchFunction(),

@@ -1,4 +1,4 @@
-"""The tensors of one layer, named as in torch.nn.LSTM and GRU."""
+"""The weights of one layer, with the names that torch.nn.LSTM and torch.nn.GRU use."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,36 +10,39 @@ from ..kernels.tensors import BY_NAME
 from .autocast_cache import cast
 
 State = tuple[Tensor, Tensor]
-"""(h, c): [B, P] and [B, H] of one direction, [D, B, P] and [D, B, H] of a layer with D directions."""
+"""(h, c): [B, P] and [B, H] for one direction, [D, B, P] and [D, B, H] for a layer with D directions."""
 
-PEEPHOLES, LAYER_NORM = "peepholes", "layer_norm"  # variants of the cell, as arguments and in errors
+PEEPHOLES, LAYER_NORM = "peepholes", "layer_norm"  # the names of variants of the cell in arguments and errors
 
 
 class Weights(NamedTuple):
-    """One layer, one direction. H hidden units, I input features, P projected features (H without projection).
+    """The weights of one layer in one direction.
 
-    A GRU has the first four, of 3H rows.
+    The sizes are those of an LSTM with H hidden units, I input features and P projected features. Without a projection
+    P = H. A GRU has only the first four tensors, with 3H rows instead of 4H.
     """
 
-    weight_ih: Tensor | Any  # [4H, I]; None: x is W_ih x already
+    weight_ih: Tensor | Any  # [4H, I]; None: the caller computed W_ih x
     weight_hh: Tensor  # [4H, P]
     bias_ih: Tensor | None = None  # [4H]
     bias_hh: Tensor | None = None  # [4H]
     weight_hr: Tensor | None = None  # [P, H]
     weight_peephole: Tensor | None = None  # [3H], for the gates i, f and o
-    gain_ih: Tensor | None = None  # [4H], of the layer norm of W_ih x, whose bias is bias_ih
-    gain_hh: Tensor | None = None  # [4H], of that of W_hh h, whose bias is bias_hh
-    gain_c: Tensor | None = None  # [H], of that of c
-    bias_c: Tensor | None = None  # [H]
+    gain_ih: Tensor | None = None  # [4H], for the layer norm of W_ih x, whose bias is bias_ih
+    gain_hh: Tensor | None = None  # [4H], for the layer norm of W_hh h, whose bias is bias_hh
+    gain_c: Tensor | None = None  # [H], for the layer norm of c
+    bias_c: Tensor | None = None  # [H], the bias of the layer norm of c
 
     def present(self) -> list[Tensor]:
+        """Return all tensors that are not None."""
         return [tensor for tensor in self if tensor is not None]
 
     def to(self, dtype: torch.dtype) -> "Weights":
+        """Return the weights in another dtype, by the cache of autocast if it is on."""
         return Weights(*cast(self, dtype))  # type: ignore[arg-type]
 
     def detached(self, need_gradients: bool) -> "Weights":
-        """The same tensors, detached, for a separate computation."""
+        """Return the same tensors, detached, for a separate computation."""
         return Weights(*(None if t is None else t.detach().requires_grad_(need_gradients) for t in self))  # type: ignore[arg-type]
 
 
@@ -49,18 +52,18 @@ NAMES = Weights._fields
 class Size(NamedTuple):
     """The sizes of one layer in one direction."""
 
-    inputs: int | Any  # I; None: x is W_ih x already
+    inputs: int | Any  # I; None: the caller computed W_ih x
     hidden: int  # H
     projected: int  # P; 0 without a projection
     heads: int = 1
 
     @property
     def width(self) -> int:
-        """Features of h."""
+        """The number of features of h."""
         return self.projected or self.hidden
 
     def of(self, names: Sequence[str], rows: int) -> tuple[tuple[int, ...], ...]:
-        """The sizes of the weights of these names, with `rows` to a unit."""
+        """Return the sizes of the weights with these names. Each weight has `rows` rows for each unit."""
         hidden = self.hidden
         letters = {"I": self.inputs, "H": hidden, "P": self.width, "4H": rows * hidden, "3H": 3 * hidden}
         letters["D"] = self.width // self.heads
@@ -68,7 +71,7 @@ class Size(NamedTuple):
 
 
 def size_of(weights: Weights, rows: int) -> Size:
-    """By the sizes of weights; without heads where none fit."""
+    """Return the Size of a layer with these weights. Inconsistent weights give a Size without heads."""
     inputs = None if weights.weight_ih is None else weights.weight_ih.shape[1]
     count, columns = weights.weight_hh.shape
     hidden = columns if count % rows else count // rows

@@ -1,4 +1,4 @@
-"""The modules: LSTM, GRU and their cells, which replace torch's own, SLSTM, and stacks of layers with different sizes."""
+"""The modules LSTM, GRU, SLSTM, LSTMCell, GRUCell, StackedLSTM and StackedGRU."""
 
 from .cell import GRUCell, LSTMCell
 from .recurrent import GRU, LSTM, SLSTM
