@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-# In an installed package the kernels are in this folder. In a checkout they are next to it, and are found without an
-# installation.
+# An installed package has the kernels in this folder. A checkout has them next to it, and needs no installation.
 if not Path(__file__).with_name("kernels").exists():
     __path__.append(str(Path(__file__).parents[1]))
 

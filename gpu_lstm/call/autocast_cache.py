@@ -16,7 +16,7 @@ from .settings import without_hooks
 
 
 def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Return the weights of a layer in another dtype. In a block of autocast they are taken from the cache."""
+    """Return the weights of a layer in another dtype. The cache has them inside a block of autocast."""
     present = [weight for weight in weights if weight is not None]
     if not (_keeps_casts(present[0], dtype) and all(map(_is_kept, present))):
         return [None if weight is None else weight.to(dtype) for weight in weights]
@@ -48,8 +48,8 @@ def _is_kept(weight: Tensor) -> bool:
 def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the cast that torch's own cache has, so that both have the same tensor.
 
-    A product with the weight saves the cast for backward. The product has no rows, so it costs nothing. In an inner
-    block the weight is cast here instead. There torch's cache may have a cast to the dtype of the outer block.
+    A product with the weight saves the cast for backward. The product has no rows, so it costs nothing. Inside a nested
+    block torch's cache may have a cast to the dtype of the outer block. There the weight is cast without torch's cache.
     """
     torch.autocast_increment_nesting()
     is_inner = torch.autocast_decrement_nesting() > 1

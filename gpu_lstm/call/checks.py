@@ -38,7 +38,7 @@ def check_positive(name: str, size: object) -> None:
 def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str] = ()) -> None:
     """Raise unless `heads` is a positive int that divides `hidden`. With heads, raise if something combines all units.
 
-    A projection combines all units, and so does a layer norm of W_hh h or of c.
+    Projections and layer norms of W_hh h or c combine all units.
     """
     check_positive("heads", heads)
     if heads == 1:

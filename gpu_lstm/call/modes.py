@@ -139,7 +139,7 @@ def _knows_autocast(device_type: str) -> bool:
 def need_the_reference(compiling: bool) -> bool:
     """Whether the current call is inside a vmap or a forward-mode derivative.
 
-    In a compiled graph the answer is True inside every transform.
+    If `compiling`, every transform counts.
     """
     # torch.compile calls this function instead of tracing it, and enters a transform while it traces the code inside.
     # There, tensors of torch.func.grad do not say that they require gradients. So kernels would save nothing for

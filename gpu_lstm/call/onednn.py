@@ -36,6 +36,7 @@ def has_lstm(half: torch.dtype, grad: bool) -> bool:
 
 
 def _runs_under_autocast(half: torch.dtype, grad: bool) -> bool:
+    """Whether a small LSTM runs under autocast, forward and, if `grad`, backward."""
     x = state = torch.zeros(1, 1, 1, dtype=torch.float32)
     weights = [torch.zeros(4, 1, dtype=torch.float32, requires_grad=True) for _ in range(2)]
     # The end of the outermost block drops the casts of all threads. So the block below must not be the outermost one.

@@ -94,7 +94,8 @@ def _names(a: Arguments, directions: int) -> tuple[tuple[tuple[str | None, ...],
 def options_of(*arguments: Any) -> Options:
     """Return the Options of these Arguments.
 
-    Equal arguments give the same object, unless 1,024 others were used since. In a graph a new object is made.
+    Equal arguments give the same object, unless 1,024 others were used since. While torch.compile traces, every call
+    makes a new object.
     """
     return Options(Arguments(*arguments)) if torch.compiler.is_compiling() else _cached(*arguments)
 

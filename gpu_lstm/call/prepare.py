@@ -162,5 +162,5 @@ def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights
     dtype, (batch, features), role = x.dtype, x.shape, options.role
     found = [t.shape for t in (*state, *weights) if type(t) in PLAIN and t.dtype is dtype and t.is_cpu]
     sizes = [(batch, role.hidden)] * len(options.cell.states)
-    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # no cell here lacks one
+    fits = features == role.inputs and found == [*sizes, *options.weight_sizes[0]]  # no name is None
     return fits and only_torch_runs(options.backend)

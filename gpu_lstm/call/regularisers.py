@@ -1,4 +1,4 @@
-"""The regularisers of a layer. Each is a subclass of Regulariser that has all its code, and is listed in REGULARISERS."""
+"""The regularisers of a layer. Each is a subclass of Regulariser with all of its code. REGULARISERS lists them."""
 
 from __future__ import annotations  # torch.compile would fail to evaluate annotations of nested functions
 

@@ -48,7 +48,8 @@ class Request(NamedTuple):
             states = [(h[None], c if role.kept > 1 else c[None]) for h, c in states]
         elif (count := role.lead[0]) > 1:
             states = [row for h, c in states for row in zip(h.chunk(count), c.chunk(count))]
-        return self._replace(x=x, states=states, traversal=traversal)
+        # _replace would take longer. All fields from options on are kept.
+        return Call(x, self.steps, self.batch, states, self.weights, traversal, *self[6:])
 
 
 Call = Request

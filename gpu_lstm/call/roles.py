@@ -1,14 +1,16 @@
-"""Who calls: a module, a stack, a cell or a function. Each has its own input, states in and states out.
+"""The roles of callers: a module, a stack, a cell or a function. Each has its own form of input and states.
 
-    role        input                       hx and the states returned: (h, c), of a GRU h, of an sLSTM (h, c, n, m)
+    role        input                       hx and the returned states: (h, c), for a GRU h, for an sLSTM (h, c, n, m)
     Module      [T, B, I], [B, T, I],       [L*D, B, P], [L*D, B, H]
     Stack       [T, I], a PackedSequence    a list, for each layer [B, H_k] twice, or [2, B, H_k] with two directions
     Cell        [B, I], [I]                 [B, H], [B, H]
     Function    [T, B, I]                   [B, P], [B, H]
 
-Such a pair is a *block*: of all layers and directions, or of one layer. It has no B where the input has none; inside it
-always has. There a GRU's c is h, and an sLSTM's c has K numbers of each unit, as [* K, B, H]. For layers a block is cut
-into *rows*, ([1, B, P], [K, B, H]): one for each layer and direction.
+Such a pair of states is a *block*. It has the states of all layers and directions, or of one layer. A user's block has
+no B where the input has none. Inside the library a block always has B. There the c of a GRU is its h, and the c of an
+sLSTM has K numbers for each unit, [* K, B, H].
+
+For layers a block is cut into *rows*, ([1, B, P], [K, B, H]), with one row for each layer and direction.
 """
 
 from collections.abc import Sequence
@@ -26,29 +28,29 @@ from . import checks
 from .modes import autocasts
 from .weights import Size, State, Weights
 
-TORCHS = vars(rnn).copy()  # torch's classes by name, also where somebody puts ours in their place later
-RESET_STATES = "reset_states"  # the argument of a call, as errors name it
+TORCHS = vars(rnn).copy()  # torch's classes by name, even if somebody replaces them in torch later
+RESET_STATES = "reset_states"  # the argument of a call, for errors
 
 
 class Form(NamedTuple):
-    """A tensor (T, N, I), with batch_first (N, T, I), or unbatched (T, I); or a PackedSequence.
+    """The form of an input: a tensor (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
 
-    Inside, the sequences of a PackedSequence are sorted by length, as in its data.
+    Inside the library the sequences of a PackedSequence are sorted by length, as they are in its data.
     """
 
     batched: bool
-    batch_first: bool  # False where the input is not batched; of a PackedSequence, of the tensors given with it
+    batch_first: bool  # False for unbatched input; for a PackedSequence the form of `resets`
     packed: PackedSequence | None = None
 
     def time_major(self, t: Tensor) -> Tensor:
-        """A user's values for each step, (T, N, ...), (N, T, ...) or (T, ...) -> [T, B, ...]."""
+        """Return a user's values for each step, (T, N, ...), (N, T, ...) or (T, ...), as [T, B, ...]."""
         if not self.batched:
             return t.unsqueeze(1)
         t = t.transpose(0, 1) if self.batch_first else t
         return _permuted(t, 1, self.packed and self.packed.sorted_indices)
 
     def output(self, y: Tensor) -> Tensor | PackedSequence:
-        """[T, B, F] in the form of the input; of a PackedSequence also [N, F], as its data are."""
+        """Return y [T, B, F] in the form of the input. For a PackedSequence y may also be [N, F], as its data are."""
         if self.packed is not None:
             y = y if y.dim() == 2 else y.flatten(0, 1).index_select(0, self.rows())
             return PackedSequence(y, *self.packed[1:])
@@ -57,29 +59,29 @@ class Form(NamedTuple):
         return y.transpose(0, 1) if self.batch_first else y
 
     def state_in(self, state: Tensor) -> Tensor:
-        """A user's state, [*, B, H] or unbatched [*, H] -> [*, B, H]."""
+        """Return a user's state, [*, B, H] or unbatched [*, H], as [*, B, H]."""
         if not self.batched:
             return state.unsqueeze(-2)
         return _permuted(state, -2, self.packed and self.packed.sorted_indices)
 
     def state_out(self, state: Tensor) -> Tensor:
-        """The reverse of `state_in`."""
+        """Return a state [*, B, H] as a user has it. This is the reverse of `state_in`."""
         if not self.batched:
             return state.squeeze(-2)
         return _permuted(state, -2, self.packed and self.packed.unsorted_indices)
 
     def inside(self) -> Tensor:
-        """Bool [T, B], on the CPU: whether a sequence, of a PackedSequence, has that step."""
+        """Return bool [T, B] on the CPU, whether a sequence of a PackedSequence has this step."""
         sizes = self.packed.batch_sizes  # type: ignore[union-attr]
         return torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]
 
     def rows(self) -> Tensor:
-        """[N]: time * B + batch for each row of a PackedSequence's data."""
+        """Return time * B + batch for each row of a PackedSequence's data, [N]."""
         return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)  # type: ignore[union-attr]
 
 
 def _permuted(t: Tensor, dim: int, order: Tensor | None) -> Tensor:
-    """t with the sequences, which stand in dimension `dim`, in another order, or in the same order if it is None."""
+    """Return t with the sequences, which are in dimension `dim`, in another order. None: the same order."""
     return t if order is None else t.index_select(dim, order)
 
 
@@ -87,26 +89,29 @@ UNBATCHED, TIME_FIRST, BATCH_FIRST = Form(False, False), Form(True, False), Form
 
 
 class Role:
-    """What the roles share."""
+    """The base class of the roles."""
 
-    title = "{0}"  # what errors call it, by the name of its cell
-    suffix = "_l{}"  # of the parameters of a layer
-    ranks = 2, 3  # of an input without B, and with it
+    title = "{0}"  # its name in errors, made of the name of its cell
+    suffix = "_l{}"  # the ending of the names of a layer's parameters
+    ranks = 2, 3  # the ranks of an input without B and with B
     packs = True  # whether an input may be a PackedSequence
-    by_layer = False  # whether a user's states are a list of blocks, one a layer
-    has_rows = False  # whether a block has a dimension for its rows even if there is one
+    by_layer = False  # whether a user's states are a list with a block for each layer
+    has_rows = False  # whether a block has a dimension for its rows even if it has only one
 
     def __init__(self, cell: cells.Cell, sizes: tuple[Size, ...], directions: int, batch_first: bool) -> None:
         self.cell, self.sizes, self.batch_first = cell, sizes, batch_first
-        self.inputs, self.hidden = sizes[0].inputs, sizes[0].hidden  # of the first layer
+        self.inputs, self.hidden = sizes[0].inputs, sizes[0].hidden  # sizes of the first layer
         self.name = self.title.format(cell.name.upper(), cell.name)
         self.one_state, self.kept = cell.one_state, cell.kept
         self.blocks = sizes if self.by_layer else sizes[:1]  # the size of each block's layers
         rows = directions * len(sizes) // len(self.blocks)
-        self.lead = (rows,) if rows > 1 or self.has_rows else ()  # what the size of a block has before B
+        self.lead = (rows,) if rows > 1 or self.has_rows else ()  # the dimensions of a block before B
 
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
-        """The form of an input, checked; x [T, B, I], of a PackedSequence its data [N, I], of a cell [B, I]; (T, B)."""
+        """Return (form, x, (T, B)) of an input, checked.
+
+        x is [T, B, I]. For a PackedSequence it is the data [N, I], and for a cell it is [B, I].
+        """
         if self.packs and isinstance(input, PackedSequence):
             checks.check_packed(input)
             counts = input.batch_sizes
@@ -120,12 +125,12 @@ class Role:
         return form, x, (steps, batch)
 
     def rank_of(self, input: Any) -> int:
-        """The rank of an input; raise unless it is one of `ranks`, and the input dense."""
-        if self.by_layer:  # which torch has not
+        """Return the rank of an input. Raise unless it is one of `ranks`, and the input is a dense tensor."""
+        if self.by_layer:  # torch has no stacks
             checks.check_tensor(input, "input")
         try:
             rank: int = input.dim()
-        except AttributeError as error:  # torch.nn.LSTM's error
+        except AttributeError as error:  # the error of torch.nn.LSTM
             raise AttributeError(f"{error}; expected a tensor{checks.cure_of(input)}") from None
         if rank not in self.ranks:
             expected = "{}D or {}D".format(*self.ranks)
@@ -136,7 +141,7 @@ class Role:
         return rank
 
     def zeros(self, x: Tensor, batch: int) -> list[State]:
-        """The blocks without hx. Where h and c have one size they are one tensor."""
+        """Return the blocks of a call without hx. h and c are the same tensor if they have the same size."""
         blocks = []
         for size in self.blocks:
             c = x.new_zeros(*self.lead, batch, size.hidden)
@@ -148,7 +153,7 @@ class Role:
         return blocks
 
     def states_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> list[State]:
-        """The blocks of hx, checked."""
+        """Return the blocks of hx, checked."""
         if self.kept > 1:
             return [self._numbers_in(form, x, batch, hx)]
         states = []
@@ -170,7 +175,7 @@ class Role:
         return states
 
     def blocks_of(self, form: Form, x: Tensor, hx: Any) -> Sequence[Any]:
-        """A user's blocks; raise, as torch's operators do, unless hx is (h, c), of a GRU h."""
+        """Return a user's blocks. Raise, as torch's operators do, unless hx is (h, c), or h for a GRU."""
         if self.one_state:
             checks.check_tensor(hx, "hx")
         else:
@@ -178,7 +183,7 @@ class Role:
         return (hx,)
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
-        """An sLSTM's block, checked: h [*lead, B, H], and in float32 the K numbers of each unit."""
+        """Return the block of an sLSTM, checked: h [*lead, B, H], and the K numbers of each unit in float32."""
         names, size = self.cell.states, (*self.lead, *((batch,) if form.batched else ()), self.hidden)
         expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)}), got"
         checks.check_states(hx, names, (f"{expected}: {{}}", f"{expected} {{}}"))
@@ -190,7 +195,10 @@ class Role:
         return h, torch.stack(numbers, -3).flatten(0, -3)
 
     def check_tensors(self, form: Form, x: Tensor, states: list[State], weights: list[list[Weights]]) -> None:
-        """Raise, in torch's words, unless all tensors have one dtype and device, and x the right features."""
+        """Raise, in torch's words, unless all tensors have one dtype and one device.
+
+        Module and Cell also raise unless x has the right number of features.
+        """
         tensors = [("parameter", tensor, False) for layer in weights for one in layer for tensor in one.present()]
         tensors += [("hidden", tensor, is_c) for state in states for tensor, is_c in zip(state, (False, True))]
         for what, tensor, is_c in tensors:
@@ -200,7 +208,10 @@ class Role:
                 raise RuntimeError(f"Input and {what} tensors are not the same dtype, {found}")
 
     def states_out(self, form: Form, states: list[State]) -> Any:
-        """The states as a user has them, from the rows of all blocks, or from what torch's own operator returned."""
+        """Return the states as a user has them.
+
+        `states` are all rows, or the blocks that torch's own operator returned.
+        """
         if (count := len(states) // len(self.blocks)) > 1:
             of_blocks = [zip(*states[k : k + count]) for k in range(0, len(states), count)]
             states = [(torch.cat(h), torch.cat(c)) for h, c in of_blocks]
@@ -208,9 +219,9 @@ class Role:
         plain = form.packed is None and form.batched
         for h, c in states:
             if not self.lead and h.dim() == 3:  # a row
-                h, c = h.squeeze(0), c if self.kept > 1 else c.squeeze(0)  # ONNX's fails where K is not 1
+                h, c = h.squeeze(0), c if self.kept > 1 else c.squeeze(0)  # ONNX fails to squeeze where K > 1
             if self.one_state:
-                h = h if h.dtype is c.dtype else c  # in float32 it is c alone
+                h = h if h.dtype is c.dtype else c  # only c is in float32
                 out.append(h if plain else form.state_out(h))
             elif self.kept > 1:
                 numbers = [c[k :: self.kept].view_as(h) for k in range(self.kept)]
@@ -220,7 +231,7 @@ class Role:
         return out if self.by_layer else out[0]
 
     def reset_states_in(self, form: Form, x: Tensor, sizes: tuple[int, int], given: Any) -> list[State]:
-        """A user's states to reset to, checked and cut into rows, (h [T, B, P], c [T, B, H]) each."""
+        """Return a user's reset_states, checked and cut into rows, (h [T, B, P], c [T, B, H]) each."""
         if self.by_layer:
             checks.check_list(given, self.cell.states, len(self.blocks), RESET_STATES, ValueError)
         steps, batch = sizes
@@ -244,13 +255,13 @@ class Role:
                     state = form.state_in(state).unsqueeze(-3).expand(*self.lead, steps, batch, features)
                 else:
                     state = form.state_in(state.transpose(-3, -2) if form.batch_first else state)
-                states.append(state.unbind(0) if self.lead else [state])  # of [T, B, features]
+                states.append(state.unbind(0) if self.lead else [state])  # [T, B, features] each
             rows += zip(*states)
         return rows
 
 
 class Module(Role):
-    """An LSTM, GRU or SLSTM: one block for all layers and directions, as torch's have."""
+    """An LSTM, GRU or SLSTM. It has one block for all layers and directions, as torch's modules have."""
 
     has_rows = True
 
@@ -268,7 +279,7 @@ class Module(Role):
             if not self.one_state:
                 what, got = "hx and cx", f"({found[0]}-D, {found[1]}-D) tensors{cure}"
             raise RuntimeError(f"For {kind} {rank}-D input, {what} should also be {rank}-D but got {got}")
-        if form.batched and not self.one_state:  # of an unbatched hx torch takes two
+        if form.batched and not self.one_state:  # torch takes the first two of an unbatched hx
             checks.check_count(hx, (2,), checks.PAIR, RuntimeError)
         return (hx,)
 
@@ -280,7 +291,7 @@ class Module(Role):
 
 
 class Stack(Module):
-    """A StackedLSTM or StackedGRU: a block for each layer."""
+    """A StackedLSTM or StackedGRU. It has a block for each layer."""
 
     title, suffix, by_layer, has_rows = "Stacked{0}", "_l0", True, False
 
@@ -289,7 +300,7 @@ class Stack(Module):
 
 
 class Cell(Role):
-    """An LSTMCell or GRUCell: one step, with which torch's own cell finds fault in its own words."""
+    """An LSTMCell or GRUCell, which runs one step. Errors are those that torch's own cell raises."""
 
     title, suffix, ranks, packs = "{0}Cell", "", (1, 2), False
 
@@ -309,7 +320,10 @@ class Cell(Role):
             raise
 
     def _ask_torch(self, x: Tensor, hx: Any, weights: Weights | None = None) -> None:
-        """Raise what torch's own cell raises, if it does; by default with weights of the right sizes."""
+        """Raise the error that torch's own cell raises for this call, if it does.
+
+        Without `weights` it gets weights of the right sizes.
+        """
         if weights is None:
             rows = self.cell.rows * self.hidden
             weights = Weights(x.new_empty(rows, self.inputs), x.new_empty(rows, self.hidden))
@@ -322,6 +336,6 @@ class Cell(Role):
 
 
 class Function(Role):
-    """`lstm_layer` and its like: one layer in one direction."""
+    """A function such as `lstm_layer`. It runs one layer in one direction."""
 
     title = "{1}_layer"

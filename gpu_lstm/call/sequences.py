@@ -15,7 +15,9 @@ from .weights import State
 
 
 def resets_from_dones(dones: Tensor, first: Tensor | None = None) -> Tensor:
-    """Return the `resets` of a rollout, bool [T, B], from its `dones`. An episode starts one step after the last one ends.
+    """Return the `resets` of a rollout, bool [T, B], from its `dones`.
+
+    An episode starts one step after the last one ends, so that `dones` are shifted by one step.
 
     Do not use it for buffers that already contain the starts of episodes: `dones` of CleanRL and rl_games,
     `episode_starts` of Stable-Baselines3, `is_init` of TorchRL. Pass these as `resets`. Here they would be shifted once
@@ -61,7 +63,10 @@ def without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def where(mask: Tensor | None, these: tuple[Any, Any], others: tuple[Any, Any]) -> State:
-    """Return the states `these` where the mask [B, 1] is True, and `others` elsewhere, [B, *]. None: the mask is False."""
+    """Return the states [B, *] that are `these` where the mask [B, 1] is True, and `others` elsewhere.
+
+    None stands for a mask that is False everywhere.
+    """
     if mask is None:
         return others
     h, c = [torch.where(mask, a, b) for a, b in zip(these, others)]
@@ -78,8 +83,8 @@ class Traversal(NamedTuple):
     lengths: Tensor | None = None  # [B]; None: all have T steps
     resets: Tensor | None = None  # bool [T, B]
     reverse: bool = False
-    # The states that resets set, [L*D] pairs (h [T, B, P], c [T, B, H]). In the forward direction the states at t are for
-    # a reset at t. In the reverse direction they are for a reset before the step that visits t. None: zeros.
+    # The states that resets set, [L*D] pairs (h [T, B, P], c [T, B, H]). None: zeros. The forward direction uses the
+    # states at t for a reset at t. The reverse direction uses them for a reset before the step that visits t.
     reset_states: list[State] | None = None
 
     def is_plain(self) -> bool:
@@ -99,9 +104,9 @@ class Traversal(NamedTuple):
         return Traversal(lengths, resets, self.reverse, states)
 
     def entering(self, end: int, h: Tensor, c: Tensor, cell: Cell) -> State:
-        """Return the state with which the reverse direction enters the times before `end`. (h, c) is the state that left `end`.
+        """Return the state with which the reverse direction enters the times before `end`.
 
-        It is reset in the sequences that have a reset at `end`.
+        It is (h, c), the state after the times from `end` on, or the state that a reset at `end` sets.
         """
         if self.resets is None or end == len(self.resets):
             return h, c
@@ -130,7 +135,10 @@ class Traversal(NamedTuple):
         return time, valid, reset.gather(0, time) if self.reverse and reset is not None else reset
 
     def resets_in_time(self) -> Tensor | None:
-        """Return bool [T, B]: whether the state is reset before the step that visits a time. Return None without resets."""
+        """Return bool [T, B], whether the state is reset before the step that visits a time.
+
+        Return None without resets.
+        """
         reset, lengths = self.resets, self.lengths
         if reset is None:
             return None

@@ -18,7 +18,7 @@ PEEPHOLES, LAYER_NORM = "peepholes", "layer_norm"  # the names of variants of th
 class Weights(NamedTuple):
     """The weights of one layer in one direction.
 
-    The sizes are those of an LSTM with H hidden units, I input features and P projected features. Without a projection
+    The sizes below are for an LSTM with H hidden units, I input features and P projected features. Without a projection
     P = H. A GRU has only the first four tensors, with 3H rows instead of 4H.
     """
 

@@ -79,7 +79,7 @@ def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
 class Checked:
     """A module whose attributes are checked like the arguments of its constructor when they are set."""
 
-    # What a call reads from the class. The names have an underscore, since a user's subclass may have its own `cell`.
+    # A call reads these from the class. The names have an underscore, since a user's subclass may have its own `cell`.
     _cell: Cell
     _role: type[roles.Role]
     _options: Callable[[], Options]  # made of the current attributes
@@ -211,7 +211,7 @@ class Layers(Checked):
         """Run all layers over all steps.
 
         N is the number of sequences, T the number of steps, L the number of layers, H the number of hidden units. D = 2
-        if bidirectional, otherwise D = 1. P = proj_size if > 0, otherwise P = H. Shapes are those of batched input
+        if bidirectional, otherwise D = 1. P = proj_size if > 0, otherwise P = H. Shapes are for batched input
         without batch_first. With batch_first, N comes before T in every shape that has both. Unbatched, no shape has N.
 
         Args:
@@ -281,6 +281,7 @@ class Layers(Checked):
         return prepare(options, self._weights(options.names), input, hx, lengths, resets, reset_states)
 
     def _options(self: Any) -> Options:
+        """Return the Options that follow from the current attributes."""
         by_layer = self._role.by_layer
         sizes = tuple(self.hidden_sizes) if by_layer else (self.hidden_size,) * self.num_layers
         of_layers = [getattr(self, name) for name in OF_LAYERS]

@@ -255,7 +255,7 @@ class SLSTM(Recurrent, RNNBase):
     Raises:
         ValueError, TypeError: The same errors as in `LSTM` for the same arguments.
         ValueError: reset_states are given, or zoneout or recompute is set.
-        RuntimeError, TypeError: In a call, `hx` is not a tuple of four tensors of these sizes.
+        RuntimeError, TypeError: `hx` of a call is not a tuple of four tensors of these sizes.
 
     Example::
 

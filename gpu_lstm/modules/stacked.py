@@ -67,6 +67,7 @@ class Stack(Layers, nn.Module):
         super().__setattr__(name, value)
 
     def _weights(self, names: tuple) -> list[list[Weights]]:
+        """Return the current weights by layer and direction, [L][D]. See `weights_now` for `names`."""
         return [weights_now(module, (of_layer,))[0] for module, of_layer in zip(self.layers, names)]
 
     def extra_repr(self) -> str:
