@@ -121,7 +121,7 @@ class Role:
             form, x = UNBATCHED, input.unsqueeze(-2)
         elif self.batch_first:
             form, x = BATCH_FIRST, input.transpose(0, 1)
-        steps, batch, _ = (1, *x.shape)[-3:]
+        steps, batch, _ = x.shape if self.packs else (1, *x.shape)
         return form, x, (steps, batch)
 
     def rank_of(self, input: Any) -> int:
@@ -157,18 +157,20 @@ class Role:
         if self.kept > 1:
             return [self._numbers_in(form, x, batch, hx)]
         states = []
-        for k, (block, size) in enumerate(zip(self.blocks_of(form, x, hx), self.blocks)):
+        for k, block in enumerate(self.blocks_of(form, x, hx)):
             h, c = (block, block) if self.one_state else (block[0], block[1])
             if form.packed is not None or not form.batched:
                 h = form.state_in(h)
                 c = h if self.one_state else form.state_in(c)
-            expected = (*self.lead, batch, size.projected or size.hidden), (*self.lead, batch, size.hidden)
-            if (h.shape, c.shape) != expected:
+            _, hidden, projected, _ = self.blocks[k]
+            size_c = *self.lead, batch, hidden
+            size_h = (*self.lead, batch, projected) if projected else size_c
+            if c.shape != size_c or h.shape != size_h:
                 checks.check_as_torch(x, self.inputs, x)
                 names = ("hidden",) if self.one_state else ("hidden[0]", "hidden[1]")
                 names = (f"h of layer {k}", f"c of layer {k}") if self.by_layer else names
-                for name, state, its in zip(names, (h, c), expected):
-                    checks.check_size(name, state, its, (*self.lead, x.shape[0], its[-1]))
+                for name, state, size in zip(names, (h, c), (size_h, size_c)):
+                    checks.check_size(name, state, size, (*self.lead, x.shape[0], size[-1]))
             if self.one_state and checks.is_exact(h, x):
                 h = h.to(x.dtype)
             states.append((h, c))
