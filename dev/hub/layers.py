@@ -10,9 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .call import roles
 from .call.options import Arguments, options_of
 from .call.prepare import prepare
-from .call.weights import State
+from .call.weights import State, weights_now
 from .dispatch.route import run_call
-from .modules.arguments import weights_now
 from .modules.tracing import traced
 
 

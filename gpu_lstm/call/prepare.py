@@ -130,14 +130,13 @@ def _check_tensors(
                         learns = True
             if not fits or present != options.present:
                 checks.check_weights(one, sizes, weights)
-    for state in states:
-        for tensor in state:
-            if type(tensor) not in PLAIN:
-                plain = False
-            if tensor.dtype is not dtype or tensor.device != device:
-                alike = False
-            if not learns and tensor.requires_grad:
-                learns = True
+    for h, c in states:
+        if h.dtype is not dtype or c.dtype is not dtype or h.device != device or c.device != device:
+            alike = False
+        if type(h) not in PLAIN or type(c) not in PLAIN:
+            plain = False
+        if not learns and (h.requires_grad or c.requires_grad):
+            learns = True
     if not alike or x.shape[-1] != options.role.inputs:
         options.role.check_tensors(form, x, states, weights)
     return grad and learns, plain

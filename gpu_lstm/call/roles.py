@@ -47,7 +47,7 @@ class Form(NamedTuple):
         if not self.batched:
             return t.unsqueeze(1)
         t = t.transpose(0, 1) if self.batch_first else t
-        return _permuted(t, 1, self.packed and self.packed.sorted_indices)
+        return t if self.packed is None else _permuted(t, 1, self.packed.sorted_indices)
 
     def output(self, y: Tensor) -> Tensor | PackedSequence:
         """Return y [T, B, F] in the form of the input. For a PackedSequence y may also be [N, F], as its data are."""
@@ -62,13 +62,13 @@ class Form(NamedTuple):
         """Return a user's state, [*, B, H] or unbatched [*, H], as [*, B, H]."""
         if not self.batched:
             return state.unsqueeze(-2)
-        return _permuted(state, -2, self.packed and self.packed.sorted_indices)
+        return state if self.packed is None else _permuted(state, -2, self.packed.sorted_indices)
 
     def state_out(self, state: Tensor) -> Tensor:
         """Return a state [*, B, H] as a user has it. This is the reverse of `state_in`."""
         if not self.batched:
             return state.squeeze(-2)
-        return _permuted(state, -2, self.packed and self.packed.unsorted_indices)
+        return state if self.packed is None else _permuted(state, -2, self.packed.unsorted_indices)
 
     def inside(self) -> Tensor:
         """Return bool [T, B] on the CPU, whether a sequence of a PackedSequence has this step."""
@@ -121,7 +121,7 @@ class Role:
             form, x = UNBATCHED, input.unsqueeze(-2)
         elif self.batch_first:
             form, x = BATCH_FIRST, input.transpose(0, 1)
-        steps, batch, _ = (1, *x.shape)[-3:]
+        steps, batch, _ = x.shape if self.packs else (1, *x.shape)
         return form, x, (steps, batch)
 
     def rank_of(self, input: Any) -> int:
@@ -157,18 +157,20 @@ class Role:
         if self.kept > 1:
             return [self._numbers_in(form, x, batch, hx)]
         states = []
-        for k, (block, size) in enumerate(zip(self.blocks_of(form, x, hx), self.blocks)):
+        for k, block in enumerate(self.blocks_of(form, x, hx)):
             h, c = (block, block) if self.one_state else (block[0], block[1])
             if form.packed is not None or not form.batched:
                 h = form.state_in(h)
                 c = h if self.one_state else form.state_in(c)
-            expected = (*self.lead, batch, size.projected or size.hidden), (*self.lead, batch, size.hidden)
-            if (h.shape, c.shape) != expected:
+            _, hidden, projected, _ = self.blocks[k]
+            size_c = *self.lead, batch, hidden
+            size_h = (*self.lead, batch, projected) if projected else size_c
+            if c.shape != size_c or h.shape != size_h:
                 checks.check_as_torch(x, self.inputs, x)
                 names = ("hidden",) if self.one_state else ("hidden[0]", "hidden[1]")
                 names = (f"h of layer {k}", f"c of layer {k}") if self.by_layer else names
-                for name, state, its in zip(names, (h, c), expected):
-                    checks.check_size(name, state, its, (*self.lead, x.shape[0], its[-1]))
+                for name, state, size in zip(names, (h, c), (size_h, size_c)):
+                    checks.check_size(name, state, size, (*self.lead, x.shape[0], size[-1]))
             if self.one_state and checks.is_exact(h, x):
                 h = h.to(x.dtype)
             states.append((h, c))
@@ -269,17 +271,19 @@ class Module(Role):
         if form.packed is not None:
             return super().blocks_of(form, x, hx)
         rank, kind = (3, "batched") if form.batched else (2, "unbatched")
-        cure = "; hx is one tensor" if self.one_state else checks.cure_of_one(hx)
-        try:
-            found = (hx.dim(), rank) if self.one_state else (hx[0].dim(), hx[1].dim())
-        except (AttributeError, IndexError) as error:  # torch's own error
-            raise type(error)(f"{error}{cure}") from None
-        if found != (rank, rank):
-            what, got = "hx", f"{found[0]}-D tensor"
-            if not self.one_state:
-                what, got = "hx and cx", f"({found[0]}-D, {found[1]}-D) tensors{cure}"
-            raise RuntimeError(f"For {kind} {rank}-D input, {what} should also be {rank}-D but got {got}")
-        if form.batched and not self.one_state:  # torch takes the first two of an unbatched hx
+        if self.one_state:
+            try:
+                found = hx.dim()
+            except AttributeError as error:  # the error of torch.nn.GRU
+                raise AttributeError(f"{error}; hx is one tensor") from None
+            if found != rank:
+                raise RuntimeError(f"For {kind} {rank}-D input, hx should also be {rank}-D but got {found}-D tensor")
+        elif isinstance(hx, Tensor) and len(hx) == 1:
+            raise IndexError(f"index 1 is out of bounds for dimension 0 with size 1{checks.cure_of_one(hx)}")
+        elif hx[0].dim() != rank or hx[1].dim() != rank:
+            ranks = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors{checks.cure_of_one(hx)}"
+            raise RuntimeError(f"For {kind} {rank}-D input, hx and cx should also be {rank}-D but got {ranks}")
+        elif rank == 3 and not (isinstance(hx, (tuple, list)) and len(hx) == 2):  # torch takes two of an unbatched hx
             checks.check_count(hx, (2,), checks.PAIR, RuntimeError)
         return (hx,)
 

@@ -49,6 +49,18 @@ class Weights(NamedTuple):
 NAMES = Weights._fields
 
 
+def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
+    """Return the current weights of a module by layer and direction, [L][D].
+
+    `names` are the names of the parameters, see Options.names.
+    """
+    parameters = module._parameters
+    try:
+        return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
+    except KeyError:  # another tensor has taken the place of a parameter, for example by weight_norm
+        return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
+
+
 class Size(NamedTuple):
     """The sizes of one layer in one direction."""
 

@@ -14,7 +14,7 @@ from ..call.options import NORMS, Options, options_of
 from ..call.prepare import prepare
 from ..call.regularisers import BY_NAME, OURS, REGULARISER_NAMES
 from ..call.request import Request
-from ..call.weights import LAYER_NORM, PEEPHOLES, Weights
+from ..call.weights import LAYER_NORM, PEEPHOLES, weights_now
 from ..dispatch.route import run_call
 from ..kernels.cells import LSTM, Cell
 from ..kernels.heads import dense
@@ -62,18 +62,6 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
 OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
 OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute", "proj_size")
 """The attributes of cells, and the attributes of all other modules, in the order of Arguments."""
-
-
-def weights_now(module: Any, names: tuple) -> list[list[Weights]]:
-    """Return the current weights of a module by layer and direction, [L][D].
-
-    `names` are the names of the parameters, see Options.names.
-    """
-    parameters = module._parameters
-    try:
-        return [[Weights(*[n and parameters[n] for n in tensors]) for tensors in layer] for layer in names]
-    except KeyError:  # another tensor has taken the place of a parameter, for example by weight_norm
-        return [[Weights(*[n and getattr(module, n) for n in tensors]) for tensors in layer] for layer in names]
 
 
 class Checked:

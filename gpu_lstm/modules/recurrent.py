@@ -278,7 +278,7 @@ class SLSTM(Recurrent, RNNBase):
 class NotCompiled(Recurrent):
     """A mixin for the classes of gpu_lstm.compat: torch.compile leaves their calls in eager mode.
 
-    torch.compile treats torch.nn.LSTM in the same way. With torch._dynamo.config.allow_rnn it traces torch.nn.LSTM, and
+    torch.compile treats torch.nn.LSTM in the same way. With Dynamo's option `allow_rnn` it traces torch.nn.LSTM, and
     then it traces these classes, too.
     """
 

@@ -11,8 +11,8 @@ from torch.types import Device
 from ..call import roles
 from ..call.checks import check_bool, check_heads, check_positive
 from ..call.choices import AnyBackend
-from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
-from .arguments import Called, HasVariants, Layers, norms_of, repr_of, weights_now
+from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights, weights_now
+from .arguments import Called, HasVariants, Layers, norms_of, repr_of
 from .recurrent import GRU, LSTM
 
 
