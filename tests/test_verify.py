@@ -146,20 +146,6 @@ def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch, r
     assert [a["T"] for a in arguments] == [1, verify.STEPS]
 
 
-def test_the_small_problem_is_laid_out_as_the_call_is():
-    """x of batch_first, a row of a stack's states, the states to reset to that are one a sequence."""
-    problem = PLAIN._replace(**RAGGED, reset_c=True)
-    x, state = torch.zeros(3, 2, 3).transpose(0, 1), torch.zeros(3, 20).expand(2, 3, 20)
-    given = _given(problem)._replace(x=x, reset_h=state, reset_c=state, h0=torch.zeros(20, 3).T[None])
-    inputs = verify.Small(problem, Pass(), given).inputs
-    assert inputs.x.transpose(0, 1).is_contiguous()
-    assert inputs.h0[0].T.is_contiguous()
-    for t in (inputs.reset_h, inputs.reset_c):
-        assert t.stride(0) == 0
-        assert t[0].std() > 0.5
-    assert _verify(problem, given=given) is None
-
-
 @pytest.mark.parametrize("pass_", [FORWARD, Pass(True)])
 def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
     """As of `call_of`, which makes no x."""

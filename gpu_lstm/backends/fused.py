@@ -1,4 +1,4 @@
-"""One layer in one direction by the kernels of a backend and products over all steps: forward and its gradients."""
+"""One layer in one direction, forward and backward: the time loop by kernels, the rest by products over all steps."""
 
 from collections.abc import Sequence, Set
 from typing import Any, NamedTuple
@@ -14,22 +14,25 @@ from ..kernels.cells import CELLS
 from ..kernels.layer import Layer, aligned
 from ..kernels.layer_norm import normed_of
 from ..kernels.problem import Gradients, Inputs, Normed, Problem, Recurrence
-from ..kernels.tensors import NOISE, names_of
 from .layer_loop import traversal_of
-
-_NOISE = names_of(NOISE)
 
 
 def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """h [T, B, P]; h_n [1, B, P] and c_n [K, B, H] in the dtypes of h0 and c0; gates [T, B, 4H], activated if `save`; c
-    in float32, or None."""
+    """Run the layer forward.
+
+    Returns:
+        h: [T, B, P].
+        h_n, c_n: [1, B, P] and [K, B, H], in the dtypes of h0 and c0.
+        gates: [T, B, 4H], activated. Without `save` they are not to be read.
+        c: [T, B, H] in float32, after each step. None without `save`.
+    """
     i, c0, problem = inputs, inputs.c0, layer.problem
     if not save and layer.takes_x(i):
         i = i._replace(x=aligned(i.x))
         gates = i.x
     else:
         gates = EQUATIONS[problem.cell].input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
-    if i.reset_h is not None:  # in the time loop h is 0 at resets, and so W_hh h
+    if i.reset_h is not None:  # in the time loop h is 0 at resets, and so is W_hh h
         known = _at_resets(scaled(i.reset_h, i), traversal_of(i, problem.reverse))
         EQUATIONS[problem.cell].add_product(gates, known, i.weight_hh, i.gain_hh)
     if c0.dtype is not torch.float32:
@@ -39,35 +42,37 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
-    """t [T, B, F], with zeros where no step is reset."""
-    reset: Any = traversal.resets_in_time()  # there are some, where there are states to reset to
+    """Return t [T, B, F] with zeros at all times before whose step no state is reset."""
+    reset: Any = traversal.resets_in_time()  # not None: whoever gives states to reset to also gives resets
     return torch.where(reset[:, :, None], t, 0)
 
 
 class Saved(NamedTuple):
-    """What backward reads: the inputs, and what forward saved."""
+    """The tensors that backward reads: the inputs, and the results that forward saved."""
 
     inputs: Inputs
     h: Tensor  # [T, B, P]
-    gates: Tensor  # [T, B, 4H] activated, anything in padding; empty if they are to be recomputed
-    c: Tensor  # [T, B, H] float32; zero in padding
+    gates: Tensor  # [T, B, 4H], activated, any values in padding; [0] if backward recomputes them
+    c: Tensor  # [T, B, H] float32, zero in padding
 
 
 class AllSteps:
-    """What forward saved of all steps, and what it did not keep as far as the `needed` gradients ask for it."""
+    """The tensors of all steps that backward reads, saved or recomputed.
+
+    Only what the `needed` gradients require is recomputed.
+    """
 
     def __init__(self, problem: Problem, saved: Saved, needed: Set[str]) -> None:
         i, h = saved.inputs, saved.h
-        self.inputs, self.gates, self.c = i, saved.gates, saved.c
-        self.cell, self.hidden, self.heads = CELLS[problem.cell], problem.hidden, problem.heads
+        self.inputs, self.gates, self.c, self.cell = i, saved.gates, saved.c, CELLS[problem.cell]
         self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(i, problem.reverse)
-        gates_were_dropped = self.gates.dim() < self.c.dim()  # not by elements: an empty batch has none
+        gates_were_dropped = self.gates.dim() < self.c.dim()  # numel() would not tell: an empty batch has no elements
         if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
             h = self.traversal.states_before(h, i.h0, i.reset_h)
-            if any([getattr(i, name) is not None for name in _NOISE]):  # else this is two calls for nothing
+            if i.dropout_h is not None:  # without it h has no factors, and this would be two calls for nothing
                 h = scaled(h, i)
-        self.operand = h  # [T, B, P], of W_hh at each step, if it is needed; anything finite in padding
-        if gates_were_dropped:  # all h are known by now, so that one product serves all steps
+        self.operand = h  # [T, B, P], which W_hh multiplies at each step, if it is needed; any finite values in padding
+        if gates_were_dropped:  # every h is known by now, so one product computes all steps
             z = self.equations.input_product(i.x, i.weight_ih, i.bias_ih, i.bias_hh, i.gain_ih)
             self.equations.add_product(z, h, i.weight_hh, i.gain_hh)
             constants = i.bias_hh if self.cell.has_constant else i.weight_peephole
@@ -77,11 +82,11 @@ class AllSteps:
         self.norm_c = None if i.gain_c is None else normed_of(without_padding(self.c_after(), i.lengths), i.gain_c)
 
     def c_before(self) -> Tensor:
-        """The cell states [T, B, H] that each step began with, float32; anything finite in padding."""
+        """Return the cell states that the steps began with, float32 [T, B, H], with any finite values in padding."""
         return self.traversal.states_before(self.c, self.inputs.c0.float(), self.inputs.reset_c)
 
     def c_after(self) -> Tensor:
-        """c as each step computed it, before zoneout, [T, B, H] float32; anything in padding."""
+        """Return c as the steps computed it, before zoneout, float32 [T, B, H], with any values in padding."""
         if self.inputs.zoneout_c is None:
             return self.c
         c: Tensor = self.equations.next_cell(self.gates.chunk(4, dim=2), self.c_before())
@@ -91,7 +96,11 @@ class AllSteps:
 def gradients(
     layer: Layer, saved: Saved, output_gradients: Sequence[Tensor | None], needed: Set[str]
 ) -> dict[str, Tensor | None]:
-    """Gradients of the Inputs that are `needed`, by name, from those of h, h_n and c_n, of which None means zero."""
+    """Run the layer backward.
+
+    `output_gradients` are the gradients of h, h_n and c_n, where None stands for zeros. The result has the gradients of
+    the Inputs that are `needed`, by name.
+    """
     steps, i, (dh, dh_n, dc_n) = AllSteps(layer.problem, saved, needed), saved.inputs, output_gradients
     if i.c0.dtype is not torch.float32:
         i = i._replace(c0=i.c0.float())
@@ -102,11 +111,14 @@ def gradients(
 
 
 def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[str, Tensor | None]:
-    """`gradients` by products and sums over all steps. Those of padding are zero, but zero times a NaN there is NaN."""
-    i, cell, hidden = steps.inputs, steps.cell, steps.hidden
+    """Return all gradients, by products and sums over all steps of the gradients that the time loop returned.
+
+    In padding dgates are zero, but zero times a NaN is NaN. So padding in the other factor is set to zero first.
+    """
+    i, cell, hidden = steps.inputs, steps.cell, steps.c.shape[2]
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
-    dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # of W_ih x and of W_hh h
+    dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # gradients of W_ih x and of W_hh h
     if i.gain_ih is not None:
         dz_x, d["gain_ih"] = layer_norm.gradients(dz_x, normed_of(x @ i.weight_ih.T, i.gain_ih))
     if steps.norm_hh is not None:
@@ -123,8 +135,8 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
         d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
     if "weight_hh" in needed:
         h = steps.operand.flatten(0, 1)  # [T*B, P]
-        one = steps.heads == 1
-        d["weight_hh"] = dz_h_rows @ h if one else heads.gradient_of_weight(dz_h_rows, h, steps.heads)
+        count = h.shape[1] // i.weight_hh.shape[1]
+        d["weight_hh"] = dz_h_rows @ h if count == 1 else heads.gradient_of_weight(dz_h_rows, h, count)
     if "bias_ih" in needed or "bias_hh" in needed:
         dbias = loop.dgates.sum((0, 1))  # [4H]
         d["bias_ih"] = cell.to_torch(cell.of_x(dbias, hidden), hidden)
@@ -139,16 +151,16 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
         d["weight_peephole"] = torch.cat(sums).to(loop.dgates.dtype)
     if "reset_h" in needed:
         d["reset_h"] = scaled(heads.gradient_of_h(_at_resets(dz_h, steps.traversal), i.weight_hh, i.h0.shape[2]), i)
-        if loop.dreset_h is not None:  # through zoneout
+        if loop.dreset_h is not None:  # the part that flows through zoneout
             d["reset_h"] = d["reset_h"] + loop.dreset_h.to(dz_h.dtype)
     return d
 
 
 def _of_norm_of_c(steps: AllSteps, norm: Normed, dm: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradients of gain_c and bias_c, [H], from dm [T, B, H], where m = o tanh(LN(c))."""
+    """Return the gradients of gain_c and bias_c, [H] each, from dm [T, B, H], where m = o tanh(LN(c))."""
     unit, bias = (norm.v - norm.mean) * norm.scale, steps.inputs.bias_c
     normed = unit * norm.gain if bias is None else unit * norm.gain + bias
     d = dm * steps.gates.chunk(4, dim=2)[3] * (1 - normed.tanh().square())  # [T, B, H] float32
     d = without_padding(d, steps.inputs.lengths)
-    dgain, dbias = ((t.sum((0, 1))).to(dm.dtype) for t in (d * unit, d))
+    dgain, dbias = [t.sum((0, 1)).to(dm.dtype) for t in (d * unit, d)]
     return dgain, None if bias is None else dbias

@@ -1,6 +1,6 @@
-"""What the backends share: layers one after another, and the directions of each."""
+"""The loop over layers and directions, which all backends share."""
 
-from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
+from __future__ import annotations  # torch.compile tries to evaluate annotations of nested functions, and fails
 
 import contextlib
 from collections.abc import Callable
@@ -21,22 +21,33 @@ from ..kernels.tensors import TENSORS, Inputs
 NOTHING = contextlib.nullcontext()
 
 RunLayer = Callable[[Inputs, int, bool], tuple[Tensor, State]]
-"""run(inputs, row, reverse): h [T, B, P] and the final state of one layer in one direction, number `row` of [L*D]. Each
-backend has one such function."""
+"""run(inputs, row, reverse) runs one layer in one direction, number `row` of [L*D].
+
+It returns h [T, B, P] and the final state. Each backend has one such function."""
 RunDirections = Callable[[int, list[Inputs]], tuple[Tensor, list[State]]]
-"""run(k, inputs [D]): the output [T, B, D*P] and the final states [D] of all directions of layer k."""
+"""run(k, inputs [D]) runs all directions of layer k. It returns the output [T, B, D*P] and the final states [D]."""
 _IN_TIME = tuple(row.name for row in TENSORS if row.size.startswith("T"))
 
 
 def run_layers(
-    call: Call, dtype: torch.dtype, backend: Backend, run: RunLayer, together: RunDirections | None = None
+    call: Call, dtype: torch.dtype | None, backend: Backend, run: RunLayer, together: RunDirections | None = None
 ) -> tuple[Tensor, list[State]]:
-    """All layers in order, dropout between, computed in `dtype`: output [T, B, D*P] and final states as Call.states.
+    """Run all layers in order, with dropout and residual connections between them.
 
-    Directions run one after another by `run`, or by `together`, if it is given.
+    All tensors are first cast to `dtype`, and then autocast is off. If `dtype` is None, nothing is cast here. The
+    directions of a layer run one after another by `run`, or by `together`, if it is given.
+
+    Returns:
+        The output [T, B, D*P], and the final states, in the form of Call.states.
     """
+    if dtype is not None and call.modes.autocast is not None:
+        call = cast(call, dtype)  # while autocast is on, so that its cache casts the weights
+        with torch.autocast(call.x.device.type, enabled=False):
+            return run_layers(call, None, backend, run, together)
+    if dtype not in (None, torch.float32):
+        call = cast(call, dtype)
     options, traversal, x = call.options, call.traversal, call.x
-    drawn = draw(call.weights, (call.steps, call.batch), dtype, options) if options.noisy else None
+    drawn = draw(call.weights, (call.steps, call.batch), x.dtype, options) if options.noisy else None
     finals: list[State] = []
     for k, directions in enumerate(call.weights):
         noise = drawn[0][k] if drawn else [NO_NOISE] * len(directions)
@@ -51,7 +62,7 @@ def run_layers(
                 if is_profiled():
                     with named(k, d, backend):
                         h, final = run(each, row, reverse)
-                else:  # a context that does nothing costs two calls
+                else:  # a context that does nothing would cost two calls
                     h, final = run(each, row, reverse)
                 outputs.append(h)
                 finals.append(final)
@@ -61,29 +72,29 @@ def run_layers(
 
 
 def inputs_of(call: Call, k: int, d: int, x: Tensor, noise: Noise) -> Inputs:
-    """What a call that is laid out gives layer k in direction d, of which x is the input."""
+    """Return the Inputs of layer k in direction d, where x [T, B, I] is the layer's input."""
     row, (lengths, resets, _, reset_to) = len(call.weights[0]) * k + d, call.traversal
     reset_h = reset_c = None
     if reset_to is not None:
         reset_h, reset_c = reset_to[row]
-        if d == 1:  # in the order of the reverse direction, see Traversal.reset_states
+        if d == 1:  # in reverse the state for a reset at t + 1 belongs to t, see Traversal.reset_states
             reset_h, reset_c = reset_h.roll(-1, 0), reset_c.roll(-1, 0)
     return Inputs(x, *call.states[row], *call.weights[k][d], reset_h, reset_c, *noise, lengths, resets)
 
 
 def weights_of(inputs: Inputs) -> Weights:
-    """The weights among the Inputs of a layer in one direction."""
+    """Return the weights among the Inputs of a layer in one direction."""
     return Weights(*[getattr(inputs, name) for name in NAMES])
 
 
 def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
-    """How a layer with these Inputs goes through its batch."""
+    """Return the Traversal of a layer with these Inputs."""
     states = None if inputs.reset_h is None else [(inputs.reset_h, inputs.reset_c)]
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 
 
 def within(inputs: Inputs, span: slice) -> Inputs:
-    """The Inputs at the times of a span, with h0 and c0 as they are. A rate of zoneout has no times."""
+    """Return the Inputs at the times of a span. h0 and c0 stay as they are, and so does a rate of zoneout, a scalar."""
     cut = {name: t[span] for name in _IN_TIME if (t := getattr(inputs, name)) is not None and t.dim() > 0}
     if inputs.lengths is not None:
         cut["lengths"] = (inputs.lengths - span.start).clamp(0, span.stop - span.start)
@@ -91,10 +102,11 @@ def within(inputs: Inputs, span: slice) -> Inputs:
 
 
 def cast(call: Call, dtype: torch.dtype) -> Call:
-    """The call with x, states and weights in `dtype`; weights in a block of autocast by its cache.
+    """Return the call with x, states and weights in `dtype`. In a block of autocast its cache casts the weights.
 
-    c keeps its dtype if the user gave float32 beside an x in half precision, if a unit has several numbers, and with a
-    projection on a CPU, as in torch. States to reset to have c in float32 or more.
+    c keeps its dtype in three cases: the user gave float32 beside an x in half precision, the cell state has several
+    numbers per unit, or there is a projection on a CPU, as in torch. In states to reset to, c becomes float32, or
+    float64 if `dtype` is.
     """
     x, weights, traversal = call.x, call.weights, call.traversal
     c_stays = call.options.cell.kept > 1 or (x.is_cpu and weights[0][0].weight_hr is not None)
@@ -107,13 +119,13 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
 
 
 def connect(
-    x: Tensor,  # [t, B, I], a layer's input
-    y: Tensor,  # [t, B, F], its output
-    lengths: Tensor | None,  # [B], within these t steps
-    undropped: Tensor | None,  # bool [t, B, F], as noise.draw returns it
+    x: Tensor,  # [T, B, I], the layer's input
+    y: Tensor,  # [T, B, F], the layer's output
+    lengths: Tensor | None,  # [B]
+    undropped: Tensor | None,  # bool [T, B, F]: the elements that dropout keeps, from noise.draw
     options: Options,
 ) -> Tensor:
-    """The next layer's input: the output, plus the input if it is residual and equally wide, after dropout."""
+    """Return the next layer's input: the output, plus the input if residual and equally wide, with dropout applied."""
     if options.residual and y.shape == x.shape:
         y = y + without_padding(x, lengths)
     if undropped is None:
@@ -121,13 +133,11 @@ def connect(
     return y * (undropped.to(y.dtype) / (1 - options.dropout) if options.dropout < 1 else 0)
 
 
-def without_autocast(call: Call) -> contextlib.AbstractContextManager:
-    """A block with autocast off; nothing if it is off already."""
-    return NOTHING if call.modes.autocast is None else torch.autocast(call.x.device.type, enabled=False)
-
-
 def named(layer: int, direction: int | None, backend: Backend) -> contextlib.AbstractContextManager:
-    """A block that torch.profiler shows as, say, "gpu_lstm layer 0 forward, triton"; direction None: both."""
+    """Return a block that torch.profiler shows as, for example, "gpu_lstm layer 0 forward, triton".
+
+    The name has no direction where `direction` is None, for both directions.
+    """
     if not is_profiled() or torch.compiler.is_compiling():
         return NOTHING
     way = {None: "", 0: " forward", 1: " reverse"}[direction]

@@ -1,9 +1,9 @@
-"""The readable oracle: one LSTM layer in plain torch. Any device, any dtype, differentiable to any order.
+"""The readable oracle: one layer of any cell in plain torch, on any device, in any dtype, differentiable to any order.
 
 Every other backend is compared with it. Inputs in half precision are computed in float32, and results rounded once.
 """
 
-from __future__ import annotations  # torch.compile tries to evaluate those of nested functions, and fails
+from __future__ import annotations  # torch.compile tries to evaluate annotations of nested functions, and fails
 
 from collections.abc import Callable
 from types import ModuleType
@@ -21,61 +21,63 @@ from ..call.sequences import where
 from ..call.weights import State, Weights
 from ..equations import EQUATIONS
 from ..equations.lstm import FourGates, linear
-from ..kernels.cells import CELLS
+from ..kernels.cells import Cell
 from ..kernels.heads import arranged
 from ..kernels.tensors import Inputs, Noise
-from .layer_loop import cast, run_layers, traversal_of, weights_of, without_autocast
+from .layer_loop import run_layers, traversal_of, weights_of
 
 
 class Steps(NamedTuple):
-    """What one layer computes in one direction, at every step; zero past the end of a sequence."""
+    """The results of all steps of one layer in one direction, ordered by time, zero past the end of a sequence."""
 
     gates: Tensor  # [T, B, 4H] in the order of the pre-activations
-    cell: Tensor  # [T, B, H] c, after the step
-    hidden: Tensor  # [T, B, P] h, after the step; P = H without a projection
+    c: Tensor  # [T, B, H], after each step; where K > 1 the first of the K numbers
+    h: Tensor  # [T, B, P], after each step
 
 
 Record = Callable[[Steps], None]
 
 
 def by_reference(call: Call, dtype: torch.dtype, record: Record | None = None) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`: output [T, B, D*P] and final states as Call.states."""
+    """Run all layers of a call in `dtype`: as layer_loop.run_layers. `record` receives the Steps of each layer."""
 
-    def run(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-        return layer_by_reference(call.options.cell.name, inputs, reverse, record)
+    def run_layer(inputs: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
+        return layer_by_reference(call.options.cell, inputs, reverse, record)
 
-    call = cast(call, dtype)
-    with without_autocast(call):
-        return run_layers(call, dtype, Backend.REFERENCE, run)
+    return run_layers(call, dtype, Backend.REFERENCE, run_layer)
 
 
-def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record | None = None) -> tuple[Tensor, State]:
-    """One layer, one direction, step by step. At each step, see equations/, for an LSTM:
+def layer_by_reference(cell: Cell, inputs: Inputs, reverse: bool, record: Record | None = None) -> tuple[Tensor, State]:
+    """Run one layer in one direction, step by step. A step of an LSTM computes (equations/ has all cells):
 
         z = W_ih x + b_ih + W_hh h + b_hh       h' = m, or W_hr m with a projection
 
-    With noise, see call/regularisers.py, W_hh multiplies another h, and other states follow the step. What all steps
-    compute is told to `record`, if there is one.
+    With noise, W_hh multiplies h times the factors of recurrent dropout, and zoneout changes the states after the step,
+    see call/regularisers.py. If `record` is given, it is called once, with the Steps.
 
     Returns:
-        h [T, B, P] and (h_n [1, B, P], c_n [K, B, H]), in the dtypes of x, h0 and c0.
+        h: [T, B, P], in the dtype of x.
+        h_n, c_n: [1, B, P] in the dtype of x, and [K, B, H] in the dtype of c0.
     """
     x, h0, c0, *_ = inputs
-    dtype, kept, traversal = x.dtype, CELLS[cell].kept, traversal_of(inputs, reverse)
-    h, c, weights = h0[0], c0[0] if kept == 1 else c0, weights_of(inputs)  # [B, P], [B, H] or [K, B, H]
+    dtype, kept, traversal = x.dtype, cell.kept, traversal_of(inputs, reverse)
+    h, c, weights = h0[0], c0[0] if kept == 1 else c0, weights_of(inputs)  # [B, P], and [B, H] or [K, B, H]
     if dtype in (torch.float16, torch.bfloat16):
         x, h, c, weights = x.float(), h.float(), c.float(), weights.to(torch.float32)
     weights = weights._replace(weight_hh=arranged(weights.weight_hh, h.shape[1]))
-    empty = CELLS[cell].empty_like(c)
+    empty = cell.empty_like(c)
     time, valid, reset = traversal.steps(x)  # [T, B] each, or None
     ended = None if valid is None else ~valid
 
     def inside(t: Tensor) -> Tensor:
-        """t [T, B, F] with zeros past the end of a sequence, where it may be NaN, and steps and times are the same."""
+        """Return t [T, B, F] with zeros past the end of each sequence, where t may be NaN.
+
+        t may be ordered by time or by step: past the end both orders are the same.
+        """
         return t if valid is None else torch.where(valid[:, :, None], t, 0)
 
     def reordered(t: Tensor) -> Tensor:
-        """t [T, B, F] from the order of time to that of steps, or back."""
+        """Return t [T, B, F], ordered by time, in the order of steps; or the reverse."""
         return t.gather(0, time[:, :, None].expand_as(t))
 
     x, others = reordered(inside(x)), [getattr(inputs, name) for name in ("reset_h", "reset_c", *Noise._fields)]
@@ -86,8 +88,8 @@ def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record 
         reset_h, reset_c, *now = [each[t] if each is not None and each.dim() == 3 else each for each in given]
         to = 0.0 if reset_h is None else reset_h, empty if reset_c is None else reset_c
         before = where(None if reset is None else reset[t, :, None], to, (h, c))
-        gates, after = _step(EQUATIONS[cell], x[t], before, weights, Noise(*now))
-        if CELLS[cell].one_state:  # c is h, also where a regulariser has changed h
+        gates, after = _step(EQUATIONS[cell.name], x[t], before, weights, Noise(*now))
+        if cell.one_state:  # c is h, also after zoneout has changed h
             after = after[0], after[0]
         outputs.append(after[0])
         if record is not None:
@@ -99,13 +101,13 @@ def layer_by_reference(cell: str, inputs: Inputs, reverse: bool, record: Record 
     return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(c0.dtype).view_as(c0))
 
 
-def _step(cell: ModuleType, x: Tensor, state: State, w: Weights, noise: Noise) -> tuple[FourGates, State]:
-    """One step of x [B, I], from the state before it: its gates and the state after it, all [B, *]."""
+def _step(equations: ModuleType, x: Tensor, state: State, w: Weights, noise: Noise) -> tuple[FourGates, State]:
+    """Compute one step from x [B, I] and the state before the step. Returns the gates and the state after it."""
     h, c = state
     z_x = linear(x, w.weight_ih, w.bias_ih, w.gain_ih)
     z_h = linear(scaled(h, noise), w.weight_hh, w.bias_hh, w.gain_hh)
-    gates, c = cell.step(cell.pre_activations(z_x, z_h), c, w.weight_peephole)
-    h = cell.output(gates, c, w.gain_c, w.bias_c)
+    gates, c = equations.step(equations.pre_activations(z_x, z_h), c, w.weight_peephole)
+    h = equations.output(gates, c, w.gain_c, w.bias_c)
     after = h if w.weight_hr is None else F.linear(h, w.weight_hr), c
     for thing in AFTER:
         after = thing.after(state, after, noise)

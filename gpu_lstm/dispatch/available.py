@@ -1,4 +1,4 @@
-"""Which backends can run a call here, and why not the others."""
+"""The backends that can run a call here, and the reasons why others cannot."""
 
 import functools
 
@@ -13,31 +13,31 @@ from .kind import Kind
 
 
 def backends_for(device: torch.device) -> tuple[Backend, ...]:
-    """The backends of kernels to which AUTO may give tensors of a device, in its order."""
+    """Return the kernel backends to which AUTO may give tensors of a device, in order of preference."""
     return tuple([b for b in KERNEL_BACKENDS if device.type in package_of(b.value).DEVICES])
 
 
 def supports(choice: Backend, feature: str | None) -> bool:
-    """Whether a backend supports a feature that torch's own lacks, as far as its name tells; see `lacking`."""
+    """Whether a backend supports a feature that torch's own lacks, judged by the name alone; see also `lacking`."""
     if feature is None or choice is Backend.REFERENCE:
         return True
     return choice in KERNEL_BACKENDS and feature not in REFERENCE_ONLY
 
 
 def select(argument: str | Backend | None, device: torch.device, kind: Kind, transformed: bool) -> Backend:
-    """The backend that will run a kind of call on this device unless another wins a race: never AUTO.
+    """Return the backend that will run a kind of call on this device unless another one wins a race; never AUTO.
 
-    `transformed`: whether the call is within torch.func.vmap or a forward-mode derivative. The reference runs those,
-    whatever was chosen and can run. Errors say why a backend that was asked for cannot run: a ValueError where it does
-    not support the feature.
+    `transformed` tells whether the call is within torch.func.vmap or a forward-mode derivative. The reference runs such
+    calls, whichever backend was chosen and could run.
+
+    Raises:
+        ValueError: the chosen backend does not support the feature of the call.
+        ImportError, RuntimeError, TypeError: the chosen backend cannot run, for the reason that the message names.
     """
     choice, feature = requested_backend(argument), kind.feature
     if choice is Backend.AUTO:
-        choice = Backend.TORCH if feature is None else Backend.REFERENCE
-        for kernels in backends_for(device):
-            if why_not(kernels, device, kind) is None and lacking(kernels, kind) is None:
-                choice = kernels
-                break
+        other = Backend.TORCH if feature is None else Backend.REFERENCE
+        choice = next((b for b in backends_for(device) if why_not(b, device, kind) is None), other)
     elif not supports(choice, feature):
         able = " or ".join(repr(b.value) for b in (*backends_for(device), Backend.REFERENCE) if supports(b, feature))
         raise ValueError(f"backend {choice.value!r} does not support {feature}; use {able}")
@@ -47,35 +47,41 @@ def select(argument: str | Backend | None, device: torch.device, kind: Kind, tra
 
 
 def is_compiled_once(kernels: Backend) -> bool:
-    """Whether a backend of kernels follows cpu_rule before it is raced."""
+    """Whether one compilation of a kernel backend serves all problems. Then cpu_rule decides what is raced."""
     return package_of(kernels.value).is_compiled is not None
 
 
 def why_no_kernels(device: torch.device, kind: Kind) -> str:
-    """Why AUTO gives a kind of call on this device to no kernels."""
+    """Return the reason why AUTO gives a kind of call on this device to no kernels."""
     reasons = [why for b in backends_for(device) if (why := why_not(b, device, kind)) is not None]
     return "; ".join(["backend 'auto' chooses it where no kernels run", *reasons])
 
 
 def why_not(kernels: Backend, device: torch.device, kind: Kind) -> str | None:
-    """Why AUTO does not give a kind of call to a backend of kernels; None if it may."""
+    """Return the reason why AUTO does not give a kind of call to a kernel backend, or None if it may."""
     if not supports(kernels, kind.feature):
         return f"backend {kernels.value!r} does not support {kind.feature}"
     by_rule = is_compiled_once(kernels)
     if by_rule and (why := cpu_rule.waits(kernels, kind, for_any=True)) is not None:
-        return why  # so that what the backend needs is not imported for nothing
+        return why  # decided first, so that the packages of the backend are not imported for nothing
     if (problem := why_unavailable(kernels, device, kind.dtype)) is not None:
         return str(problem)
-    return cpu_rule.waits(kernels, kind) if by_rule else None
+    if by_rule and (why := cpu_rule.waits(kernels, kind)) is not None:
+        return why
+    lacks = lacking(kernels, kind)
+    return lacks and f"backend {kernels.value!r} has no {lacks}"
 
 
 def lacking(kernels: Backend, kind: Kind) -> str | None:
-    """What of a layer or direction a backend of kernels, which is available, does not support; None: it runs all."""
+    """Return the feature of a layer that a kernel backend does not support, or None if it supports every feature.
+
+    The backend has to be available.
+    """
     return next(filter(None, map(launcher_of(kernels.value).lacks, kind.problems)), None)
 
 
 def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -> Exception | None:
-    """Why `choice` cannot run tensors of this device and dtype; None if it can."""
+    """Return an exception that says why a backend cannot run tensors of this device and dtype, or None if it can."""
     if choice not in KERNEL_BACKENDS:
         return None
     name = f"backend {choice.value!r}"
@@ -92,7 +98,7 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
 
 @functools.cache
 def import_problem(choice: Backend) -> str | None:
-    """What a backend of kernels needs, and why that cannot be used, for messages; None if it can."""
+    """Return what a kernel backend needs and why that cannot be used, for a message, or None if it can be used."""
     package = package_of(choice.value)
     try:
         package.import_packages()

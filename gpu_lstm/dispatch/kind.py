@@ -1,4 +1,4 @@
-"""Kinds of calls: what decides which backend is faster, and determines the kernels' problems."""
+"""Kinds of calls: the facts that decide which backend is faster, and that determine the kernels' problems."""
 
 from typing import Any, NamedTuple
 
@@ -15,42 +15,49 @@ from ..kernels.problem import Pass, Problem, power_of_two, problem_with, told_of
 
 
 class Kind(NamedTuple):
-    """A kind of call: its problems, and what else decides. The keys of decisions and races are made of it."""
+    """A kind of call: its problems, and all other facts that decide how it runs.
 
-    problems: tuple[Problem, ...]  # [L*D]: what the kernels of each layer and direction are asked to do
-    inputs: tuple[int | None, ...]  # [L], I
-    steps: int  # T, rounded up to a power of two; more than MOST_STEPS + 1 where cuDNN refuses it
-    training: bool  # forward and backward
+    The keys of decisions and of races are made of it.
+    """
+
+    problems: tuple[Problem, ...]  # [L*D], the problem of each layer and direction
+    inputs: tuple[int | None, ...]  # [L], the input features I of each layer
+    steps: int  # T, rounded up to a power of two; greater than MOST_STEPS + 1 if cuDNN refuses T
+    training: bool  # whether backward follows forward
     recompute: bool
-    feature: str | None  # the feature that the fewest backends support, as errors name it; None: all support all of it
+    feature: str | None  # the feature that the fewest backends support, as errors name it, or None if all support all
     one_step: bool = False  # see backends/one_step.py
 
     @property
     def dtype(self) -> torch.dtype:
-        """What layers compute in."""
+        """The dtype that layers compute in."""
         return self.problems[0].dtype
 
     @property
     def directions(self) -> int:
-        """Of each layer, D."""
+        """The number of directions of each layer, D."""
         return len(self.problems) // len(self.inputs)
 
     @property
     def passes(self) -> tuple[Pass, ...]:
+        """The passes that a layer runs."""
         return (Pass(), Pass(True)) if self.training else (Pass(save=False),)
 
     @property
     def torch_lacks(self) -> str | None:
-        """What torch's own lacks, in words; None: it can run all of it."""
+        """The feature that torch's own layer lacks, in words, or None if torch can run the call."""
         too_long = self.steps > MOST_STEPS + 1
         return self.feature or (f"sequences of more than {MOST_STEPS:,} steps" if too_long else None)
 
     def rounded(self) -> "Kind":
-        """The kind that one race is about: batches of all sizes up to a power of two."""
+        """Return the kind that a race decides about: the batch size is rounded up to a power of two."""
         return self._replace(problems=tuple([p._replace(batch=power_of_two(p.batch)) for p in self.problems]))
 
     def as_json(self) -> dict[str, Any]:
-        """The key of a race as JSON values: the first problem's, which differs from the others in sizes alone."""
+        """Return the key of a race as JSON values.
+
+        It holds the first layer's problem, from which the others differ only in sizes, and the sizes of all layers.
+        """
         of_layers = zip(self.inputs, self.problems[:: self.directions])
         layers = [[inputs, p.hidden, p.projected, p.heads] for inputs, p in of_layers]
         return self.rounded().problems[0].as_json() | {
@@ -60,7 +67,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(call: Request) -> Kind:
-    """What decides how a call runs."""
+    """Return the Kind of a call."""
     options, traversal, cell, dtype = call.options, call.traversal, call.options.cell, dtype_of(call)
     told = told_of(dict(zip(NAMES, call.weights[0][0])) | {"lengths": traversal.lengths, "resets": traversal.resets})
     if call.form.packed is not None:
@@ -70,7 +77,7 @@ def kind_of(call: Request) -> Kind:
     for thing, rate in options.on:
         told |= thing.flags(rate, options.training)
     sizes = options.sizes
-    if call.modes.recording >= Recording.COMPILED:  # its sizes may be symbols, while those of weights are constants
+    if call.modes.recording >= Recording.COMPILED:  # sizes of options may be symbols, sizes of weights are constants
         sizes = tuple([size_of(weights, cell.rows) for weights, *_ in call.weights])
     steps, batch = int(call.steps), int(call.batch)
     problems = [
@@ -89,10 +96,11 @@ def kind_of(call: Request) -> Kind:
 
 
 def dtype_of(call: Request) -> torch.dtype:
-    """The dtype that layers compute in: the input's own, or under autocast that of torch's own results.
+    """Return the dtype that layers compute in: the input's dtype, or under autocast the dtype of torch's own results.
 
-    On a CPU torch casts a whole LSTM; of a GRU, of a cell, of a PackedSequence and with oneDNN off it casts products
-    alone, to which the state is added. A projection is a product.
+    On a CPU, autocast casts the whole of torch's LSTM. It casts only the products of a GRU, of a cell, of an LSTM over
+    a PackedSequence, and of every LSTM if oneDNN is off. The state is added to these products and keeps its dtype, so
+    the result has the wider one of the two. With a projection the result is a product, and has the dtype of autocast.
     """
     autocast, options = call.modes.autocast, call.options
     if autocast is None or not call.x.is_cpu:
@@ -105,13 +113,13 @@ def dtype_of(call: Request) -> torch.dtype:
 
 
 def describe(kind: Kind, device: torch.device, **exact: int) -> str:
-    """A kind of call on a device in few words, with the `exact` steps and batch, if they are known."""
-    switched = {} if device.type == "cuda" else {"precision": ""}  # no switch is for a CPU
+    """Describe a kind of call on a device in a few words, with the `exact` steps and batch size, if they are known."""
+    switched = {} if device.type == "cuda" else {"precision": ""}  # the switch of float32 products is for CUDA alone
     return in_words(kind.as_json() | exact | switched)
 
 
 def in_words(key: dict[str, Any]) -> str:
-    """A kind of call in few words, from its as_json()."""
+    """Describe a kind of call in a few words, from its as_json()."""
     layers = key["layers"]
     sizes = [f"{h}" + f" (P={p})" * bool(p) + f" ({n} heads)" * (n > 1) for _, h, p, n in layers]
     words = ["both directions"] * (key["directions"] - 1)

@@ -1,7 +1,7 @@
-"""Which backend `auto` chooses for a kind of call on a card: the kernels, or torch's own LSTM or GRU.
+"""The backend that `auto` chooses for a kind of call: the kernels, or torch's own LSTM or GRU.
 
-The first call of a kind races them on random data of its size; the result is cached on disk. Where there may be no
-race, the expected winner runs.
+The first call of a kind races the two on random data of its size, and the result is cached on disk. Where no race is
+allowed, the expected winner runs.
 """
 
 import copy
@@ -34,22 +34,25 @@ from .kind import Kind, describe
 from .run import Route, execute
 from .stopwatch import Decision, clock, judge, race
 
-LONGEST = 256  # steps of a race: with more, only the time of a step matters
-MOST_DECISIONS = 4096  # that are kept
+LONGEST = 256  # the most steps of a race: with more, only the time per step matters
+MOST_DECISIONS = 4096  # the number of decisions that are kept
 FAILED = "the kernels fail"
 
 logger = logging.getLogger("gpu_lstm")
 
 decided: dict[tuple, Decision] = {}
-"""What this process decided, also what is not on disk: noisy races, kernels that fail, expected winners. So neither a
-batch of another size nor a capture changes a decision."""
+"""The decisions of this process, among them those that are not on disk: noisy races, kernels that fail, and expected
+winners. So neither a batch of another size nor a capture changes a decision."""
 _generators: dict[torch.device, Setting] = {}
 
 
 def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
-    """Which backend runs a kind of call, and why; `able` unless another wins. If `dry`, as far as it is known.
+    """Decide which backend runs a kind of call. The candidates are `able` and the backend without kernels.
 
-    Nothing is decided where memory is too full to verify the kernels: a torch.OutOfMemoryError.
+    If `dry`, nothing is raced or kept, and the decision is as far as it is known.
+
+    Raises:
+        torch.OutOfMemoryError: memory is too full to verify the kernels, and nothing is decided.
     """
     if (why := _why_nobody_races(call, kind, able)) is not None:
         if not dry:
@@ -87,7 +90,7 @@ def _log_once(text: str) -> None:
 
 
 def _why_nobody_races(call: Request, kind: Kind, able: Backend) -> str | None:
-    """Why the backend that is able to run a call runs it without a race; None: `auto` decides."""
+    """Return the reason why `able` runs a call without a race, or None if `auto` decides."""
     if call.modes.transforms == Transforms.REFERENCE:
         return "only it runs inside vmap and forward-mode derivatives"
     if requested_backend(call.options.backend) is not Backend.AUTO:
@@ -101,6 +104,7 @@ def _why_nobody_races(call: Request, kind: Kind, able: Backend) -> str | None:
 
 
 def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> Decision | None:
+    """Return the decision of a race that is cached on disk, or None."""
     entry = None if mode is Racing.OFF else cache.read(cache.RACES, _key(kind, able, device))
     if entry is None:
         return None
@@ -112,15 +116,17 @@ def _cached(kind: Kind, able: Backend, device: torch.device, mode: Racing) -> De
 
 
 def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
+    """Return the key of a race on disk."""
     how = {"kernel": able.value, "multiprocessors": launcher_of(able.value).card_of(device).multiprocessors}
     return machine_of(able.value, device) | how | kind.as_json()
 
 
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
-    """The backend for a kind that was not raced. Nothing here was measured.
+    """Return the decision for a kind that was not raced. It depends on no measurement on this machine.
 
-    The kernels, where torch cannot run it, or not at the speed of a plain batch; and where no layer's plan is expected
-    to be slower (Triton's are not where W_hh stays on chip). Everywhere else, torch.
+    The kernels are expected to win in three cases: torch's own cannot run the call, it cannot run it at the speed of a
+    plain batch, or no layer's plan is expected to be slower than torch's own. (Triton's plans are not, where W_hh stays
+    on chip.) Otherwise torch's own is expected to win.
     """
     if kind.torch_lacks:
         return Decision(able, f"torch's own does not support {kind.torch_lacks}")
@@ -140,20 +146,23 @@ def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision
 
 
 def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: Decision | None) -> Decision:
-    """The decision, if there is one and the kernels do not fail: another batch may have others. Else a race decides.
+    """Run the kernels once, and return `decision`, or without one the decision of a race.
 
-    There is no lock. A race waits for autograd's thread, which may be deciding as well, in a checkpoint that it
-    recomputes. Threads that decide at the same time each do so for themselves, and the first result is kept.
+    If the kernels fail, the other backend is chosen. They are run even if there is a decision, since a batch of another
+    size may have other kernels.
+
+    There is no lock: a race waits for autograd's thread, and that thread may be deciding as well, in a checkpoint that
+    it recomputes. Threads that decide at the same time do so independently, and the first result is kept.
     """
     other = other_than_kernels(kind)
     with _generator(torch.device("cpu")).changed(), _generator(call.x.device).changed(), alone(grad=kind.training):
         try:
-            _sample(call, kind, able, 2)()  # which compiles and verifies the kernels
+            _sample(call, kind, able, 2)()  # compiles and verifies the kernels
             wait_and_check(call.x.device)
             return decision or _race(call, kind, able, mode)
         except DEVICE_ERRORS:
             raise
-        except (RivalFailed, RuntimeError) as error:  # the latter if kernels time out, which shows after the launch
+        except (RivalFailed, RuntimeError) as error:  # a RuntimeError if kernels time out, which shows after the launch
             why = error.__cause__ or error
             if error.args[:1] == (other.value,):
                 return Decision(able, f"torch's {kind.problems[0].cell.upper()} fails: {why}")
@@ -162,7 +171,7 @@ def _settle(call: Request, kind: Kind, able: Backend, mode: Racing, decision: De
 
 
 def _generator(device: torch.device) -> Setting:
-    """The state of a device's random numbers, which a race draws."""
+    """Return the state of a device's random number generator, which a race changes."""
     if device not in _generators:
         cuda = device.type == "cuda"
         generator = torch.cuda.default_generators[device.index] if cuda else torch.default_generator
@@ -171,22 +180,22 @@ def _generator(device: torch.device) -> Setting:
 
 
 def _is_raced(kind: Kind, able: Backend) -> bool:
-    """Whether it is not known beforehand who is faster. On a card the reference never is."""
+    """Whether the winner is not known beforehand. On a card the reference never wins."""
     return is_compiled_once(able) or not kind.torch_lacks
 
 
 def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
-    """The winner of a race of kernels that run, if one is allowed; else the expected winner."""
+    """Race kernels that are known to run. Where no race is allowed, return the expected decision."""
     device, other, expected = call.x.device, other_than_kernels(kind), expected_winner(kind, able, call.x.device)
     if mode is not Racing.ON or not _is_raced(kind, able):
         return expected
     most = cpu_rule.steps_of_a_race(kind, LONGEST) if is_compiled_once(able) else LONGEST
     try:
         rivals = {backend.value: _sample(call, kind, backend, most) for backend in (able, other)}
-        rivals[other.value]()  # say cuDNN cannot be initialised
+        rivals[other.value]()  # raises, for example, if cuDNN cannot be initialised
         times = race(rivals, partial(clock, device))
-        raise_if_timed_out(device)  # in the kernels' last call
-    except torch.OutOfMemoryError:  # for calls of both; that the kernels are right is known by now
+        raise_if_timed_out(device)  # for the last call of the kernels
+    except torch.OutOfMemoryError:  # memory is too full for both; the kernels themselves were verified before
         return expected
     decision, is_certain = judge(times, expected)
     if is_certain and not is_disturbed():
@@ -195,11 +204,11 @@ def _race(call: Request, kind: Kind, able: Backend, mode: Racing) -> Decision:
 
 
 class RivalFailed(Exception):
-    """A rival, of this name, raised; its error is the cause."""
+    """The rival of this name raised an error, which is the cause."""
 
 
 def build(call: Request, kind: Kind, backend: Backend) -> Route:
-    """The route of a kind of call by a backend."""
+    """Return the route of a kind of call by a backend."""
     if backend not in KERNEL_BACKENDS:
         return Route(backend, kind.dtype)
     schedule = schedule_of(call, kind.dtype.itemsize)
@@ -209,17 +218,20 @@ def build(call: Request, kind: Kind, backend: Backend) -> Route:
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:
-    """The call by a backend on random data, `most` steps at most, with its own weights; in training, backward too."""
+    """Return a function that runs the call by a backend on random data, with the weights of the call.
+
+    The data has `most` steps at most. In training the function also runs backward.
+    """
     x, traversal = call.padded()
     steps = min(call.steps, most)
     shape = x.shape if steps == call.steps else (steps, *x.shape[1:])
-    # Uniform numbers; the caller has forked the generators.
+    # From the default generator, whose state the caller restores.
     data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
     states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
     options = copy.copy(call.options)
-    options.backend = backend.value  # as a user names it, so that nothing else runs in its place
+    options.backend = backend.value  # as if the user had chosen it, so that no other backend runs in its place
     sample = call._replace(
         x=data, steps=steps, states=states, weights=weights, traversal=traversal.first(steps), options=options,
         form=TIME_FIRST,
@@ -241,14 +253,14 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
 
 
 def other_than_kernels(kind: Kind) -> Backend:
-    """The backend that runs a kind of call without our kernels."""
+    """Return the backend that runs a kind of call without kernels of ours."""
     return Backend.REFERENCE if kind.torch_lacks else Backend.TORCH
 
 
 def _agreed(decision: Decision, key: dict[str, Any]) -> Decision:
-    """The decision of the rank of torch.distributed that decided first, except on a rank whose kernels fail.
+    """Return the decision of the rank of torch.distributed that decided first; on a rank whose kernels fail, its own.
 
-    It is in the store of the process group, so no rank waits for another, whatever calls they make.
+    The first decision is in the store of the process group, so no rank waits for another, whatever calls they make.
     """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or decision.why.startswith(FAILED):

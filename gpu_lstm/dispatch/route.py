@@ -1,4 +1,4 @@
-"""The one path of every call: its route, decided once per kind of call and state of the process, then looked up."""
+"""The path of every call: its route is decided once for each kind of call and state of the process, then looked up."""
 
 import builtins
 from typing import Any
@@ -9,34 +9,32 @@ from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
 from ..call.request import Request
-from ..execution.operators import AUTO, count_flops, operator_name
+from ..execution.operators import AUTO, BACKEND_OF, count_flops, operator_name
 from ..kernels import cache, layer
 from ..kernels.problem import Problem
 from . import available, race
 from .kind import Kind, describe, dtype_of, kind_of
 from .run import Route, execute
 
-MOST_ROUTES = 4096  # that are kept; a program with more kinds of calls decides again
-BATCH_OF_A_GRAPH = 16  # assumed, whatever the batch is
-TOO_MANY = MOST_STEPS + 1  # steps, which are a power of two and count as the next one, as in `kind_of`
+MOST_ROUTES = 4096  # the number of routes that are kept; a program with more kinds of calls decides again
+BATCH_OF_A_GRAPH = 16  # the assumed batch size, since a graph serves all batch sizes
+TOO_MANY = MOST_STEPS + 1  # a power of two that cuDNN does not support, counted as the next one, as in `kind_of`
 
 _routes: dict[tuple, Route] = {}
-# By what operators are told of it; torch.compile of torch 2.9 does not trace Backend(name).
-_BY_NAME = {operator_name(backend, asked): backend for backend in Backend for asked in (True, False)}
 
 
 def run(call: Request) -> tuple[Any, Any]:
-    """The output and the final states, in the user's form, by the route of the call."""
+    """Run a call by its route, and return the output and the final states in the user's form."""
     return execute(route_of(call), call)
 
 
 def route_of(call: Request) -> Route:
-    """How a call runs: looked up, or decided now."""
+    """Return the route of a call, looked up or decided now."""
     if call.modes.recording != Recording.NOBODY:
         return _route_while_watched(call) if call.modes.recording == Recording.WATCHED else _route_in_a_graph(call)
     x, steps, (lengths, resets, _, reset_states) = call.x, call.steps, call.traversal
-    # What a route depends on, as a call has it at hand: all of `kind_of` follows from it. Steps are those of a power of
-    # two; bias_c is the only tensor of lstm_layer that options say nothing about.
+    # All facts from which the Kind follows, as a call has them at hand. Steps are rounded as in `kind_of`. bias_c is
+    # the only tensor of lstm_layer whose presence does not follow from the options.
     key = (
         call.options, x.dtype, call.states[0][1].dtype, x.device, (steps - (steps != TOO_MANY)).bit_length(),
         call.batch, call.form.packed is None, None if lengths is None else lengths.dtype, resets is None,
@@ -53,8 +51,8 @@ def route_of(call: Request) -> Route:
             backend = race.other_than_kernels(kind)
             what = f"backend 'auto' uses {backend.value!r} for {describe(kind, x.device)}"
             cache.warn_once(f"{what}: memory is full, where the kernels have to be verified")
-            return race.build(call, kind, backend)  # the next call tries again
-        if not call.modes.capturing:  # when nothing is verified or raced
+            return race.build(call, kind, backend)  # not kept, so the next call tries again
+        if not call.modes.capturing:  # during a capture nothing is verified or raced
             if len(_routes) >= MOST_ROUTES:
                 _routes.clear()
             _routes[key] = route
@@ -62,48 +60,57 @@ def route_of(call: Request) -> Route:
 
 
 def forget() -> None:
-    """Drop all decisions and plans, so that later calls decide again: more is known."""
+    """Drop all decisions and plans, so that later calls decide again.
+
+    For tests and tools, after a change that no key of a route contains.
+    """
     _routes.clear()
     race.decided.clear()
     layer.forget_layers()
 
 
 def able_to_run(call: Request, kind: Kind) -> Backend:
-    """The backend that runs a kind of call unless another wins a race; errors are those of available.select."""
+    """Return the backend that runs a kind of call unless another one wins a race. Raises as available.select."""
     return available.select(call.options.backend, call.x.device, kind, call.modes.transforms == Transforms.REFERENCE)
 
 
 def _route_while_watched(call: Request) -> Route:
-    """Nothing is raced; kernels run as operators. Sizes may be symbols, or tensors of torch.jit.trace."""
+    """Return the route of a call under a dispatch mode or torch.jit.trace, where kernels run as operators.
+
+    Nothing is raced. Sizes may be symbols, or tensors of torch.jit.trace.
+    """
     kind = kind_of(call._replace(steps=1, batch=1))
     backend = able_to_run(call, kind)
-    asked = requested_backend(call.options.backend) is not Backend.AUTO
-    if backend in KERNEL_BACKENDS and not asked and available.is_compiled_once(backend):
-        backend = race.other_than_kernels(kind)  # so that what is recorded runs without the package as well
     if backend not in KERNEL_BACKENDS:
         return Route(backend, dtype_of(call))
+    name = operator_name(backend, call.options.backend)
+    if name.startswith(AUTO) and available.is_compiled_once(backend):
+        # What is recorded shall also run where the package of this backend is missing.
+        return Route(race.other_than_kernels(kind), dtype_of(call))
     count_flops()
-    return Route(backend, dtype_of(call), operator_name(backend, asked))
+    return Route(backend, dtype_of(call), name)
 
 
 def _route_in_a_graph(call: Request) -> Route:
-    """In a graph of torch.compile, for all sizes: nothing is raced, and every backend is one operator per layer.
+    """Return the route of a call in a graph of torch.compile, for all sizes.
 
-    torch's ONNX exporter, which knows no operator of ours, gets torch's own LSTM or GRU.
+    Nothing is raced, and with every backend a layer is one operator. torch's ONNX exporter, which knows no operator of
+    ours, gets torch's own LSTM or GRU.
     """
     if call.modes.recording == Recording.ONNX and isinstance(call.steps, torch.SymInt):
-        # The file would say that T is free, and fail for any T but the example's.
+        # The file would declare T free, and fail for every T except the example's.
         raise RuntimeError("ONNX: the number of steps is free only in a model that gpu_lstm.to_torch has converted")
     kind = kind_of(call._replace(steps=race.LONGEST, batch=BATCH_OF_A_GRAPH, learns=True))
     transformed = call.modes.transforms == Transforms.REFERENCE
-    # A block that the traced function opens is known to the tracer alone; one around it binds the graph.
+    # chosen_backends is read while it is traced: the tracer knows a block that the traced function opens, and `_answer`
+    # would not see it. A block around the function becomes part of the graph.
     chosen = call.options.backend or chosen_backends[0].value
     name, problem = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
     if problem:
-        raise getattr(builtins, name, RuntimeError)(problem)  # torch's own, as where memory is full, are such
+        raise getattr(builtins, name, RuntimeError)(problem)  # errors of torch, as for full memory, are RuntimeErrors
     if call.modes.recording == Recording.ONNX and name.startswith(AUTO):
         name = race.other_than_kernels(kind).value
-    backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
+    backend, compiled = BACKEND_OF[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
     return Route(backend, kind.dtype, operators)
 
@@ -112,16 +119,16 @@ def _route_in_a_graph(call: Request) -> Route:
 def _answer(
     chosen: str | Backend | None, device: torch.device, transformed: bool, problems: tuple[tuple, ...], *others: Any
 ) -> tuple[str, str]:
-    """What operators are told of the backend for a Kind, in plain tuples, and ""; or an error's name and its text.
+    """Return the operator_name of the backend for a Kind, which is given in plain tuples, and an empty string.
 
-    torch.compile carries strings, but no exception.
+    On failure, return the name of the error's class and its text: torch.compile carries strings, but no exceptions.
     """
     precision = recurrent_precision(Problem(*problems[0]).dtype)
     kind = Kind(tuple([Problem(*each)._replace(precision=precision) for each in problems]), *others)
     try:
         able = available.select(chosen, device, kind, transformed)
-        if able in KERNEL_BACKENDS and requested_backend(chosen) is Backend.AUTO:
-            return operator_name(race.expected_winner(kind, able, device).backend, asked=False), ""
-        return able.value, ""
+        if operator_name(able, chosen).startswith(AUTO):
+            able = race.expected_winner(kind, able, device).backend
+        return operator_name(able, chosen), ""
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
         return type(error).__name__, str(error)

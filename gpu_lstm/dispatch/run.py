@@ -1,9 +1,10 @@
-"""A call by its route: what was decided for its kind."""
+"""The execution of a call by its route, which was decided for its kind."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..backends import one_step, reference, torch_rnn
 from ..call.choices import Backend
@@ -15,35 +16,36 @@ from ..kernels.layer import Layer
 
 
 class Route(NamedTuple):
-    """Everything that was decided for a kind of call."""
+    """The decisions for a kind of call."""
 
     backend: Backend
-    dtype: torch.dtype  # that layers compute in
-    operators: str | None = None  # for graphs and dispatch modes: the backend, as operators are told of it
-    layers: Sequence[Layer] = ()  # [L*D], where kernels run in eager mode
+    dtype: torch.dtype  # the dtype that layers compute in
+    operators: str | None = None  # the backend's operator_name, if layers run as operators, as in graphs
+    layers: Sequence[Layer] = ()  # [L*D], if kernels run in eager mode
     schedule: Schedule | None = None  # likewise
-    one_step: bool = False  # whether one_step.py may run it
+    one_step: bool = False  # whether backends/one_step.py may run the call
 
 
 def execute(route: Route, request: Request, record: reference.Record | None = None) -> tuple[Any, Any]:
-    """The output and the final states, in the user's form. The reference tells `record` the Steps of every layer."""
+    """Run a request, and return the output and the final states in the user's form.
+
+    The reference calls `record` with the Steps of each layer and direction.
+    """
     backend, dtype, operators, layers, scheduled, is_step = route
     options, form = request.options, request.form
     if options.drops_weights:
         request = request._replace(weights=with_weight_drop(request.weights, options))
+    y: Tensor | None
     if backend is Backend.TORCH and operators is None and (given := torch_rnn.as_given(request)) is not None:
         y, states = given
-        return form.output(y), options.role.states_out(form, states)
-    if is_step and all([layer.step is not None for layer in layers]):
-        of_step, states = one_step.by_one_step(request, layers)
-        return of_step if of_step is None else form.output(of_step), options.role.states_out(form, states)
-    call = request.call()
-    if scheduled is not None:
-        y, states = schedule.by_kernels(call, dtype, backend, layers, scheduled)
+    elif is_step and all([layer.step is not None for layer in layers]):
+        y, states = one_step.by_one_step(request, layers)
+    elif scheduled is not None:
+        y, states = schedule.by_kernels(request.call(), dtype, backend, layers, scheduled)
     elif operators is not None:
-        y, states = graph.by_operators(call, dtype, backend, operators)
+        y, states = graph.by_operators(request.call(), dtype, backend, operators)
     elif backend is Backend.TORCH:
-        y, states = torch_rnn.by_torch(call, dtype)
+        y, states = torch_rnn.by_torch(request.call(), dtype)
     else:
-        y, states = reference.by_reference(call, dtype, record)
-    return form.output(y), options.role.states_out(form, states)
+        y, states = reference.by_reference(request.call(), dtype, record)
+    return y if y is None else form.output(y), options.role.states_out(form, states)

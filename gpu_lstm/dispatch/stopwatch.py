@@ -1,4 +1,4 @@
-"""A race of two functions: their times, taken in turns, and what they decide."""
+"""A race of two functions, timed in turns, and the decision that follows from their times."""
 
 import statistics
 import time
@@ -12,10 +12,10 @@ import torch
 from ..call.choices import Backend
 
 BUDGET = 0.3  # seconds that a race may last, after everything is compiled
-ROUND = 2e-3  # seconds of calls between two looks at the clock
-MOST_CALLS, MOST_ROUNDS = 64, 200  # of a round; of a race
-CLEAR = 1.3  # the margin between all calls of two rivals that ends a race
-UNCERTAIN = 0.5  # if the quartiles of the ratio differ by more than this share of its median, a tie is not cached
+ROUND = 2e-3  # seconds that the calls between two readings of the clock take together, or more
+MOST_CALLS, MOST_ROUNDS = 64, 200  # calls of a round, rounds of a race
+CLEAR = 1.3  # a race ends when every call of one rival was faster than every call of the other by this factor
+UNCERTAIN = 0.5  # a tie is not cached if the quartiles of the ratio differ by more than this share of its median
 
 
 class Decision(NamedTuple):
@@ -23,7 +23,7 @@ class Decision(NamedTuple):
 
     backend: Backend
     why: str
-    seconds: dict[str, float] | None = None  # the median of each rival's calls; None: there was no race
+    seconds: dict[str, float] | None = None  # the median of each rival's calls, or None if there was no race
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in (self.seconds or {}).items())
@@ -31,16 +31,17 @@ class Decision(NamedTuple):
 
 
 def clock(device: torch.device) -> float:
-    """The time in seconds, once the device's queued work is done."""
+    """Wait for the device's queued work, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds per call of each rival, timed in turn until the budget is spent or one is clearly faster.
+    """Time the rivals in turns until the budget is spent or one of them is clearly faster.
 
-    Each is timed at least three times, or twice if that takes longer than the budget, and runs twice before.
+    Each rival first runs twice. Then it is timed at least three times, or twice if that takes longer than the budget.
+    Returns the seconds per call of each rival, one number a round.
     """
     calls = {}
     for name, run in rivals.items():
@@ -56,31 +57,28 @@ def race(rivals: Mapping[str, Callable[[], object]], now: Callable[[], float]) -
             for _ in range(calls[name]):
                 run()
             times[name].append((now() - start) / calls[name])
-        if (number >= 1 and now() >= end) or (number >= 2 and is_clear(*times.values())):
+        one, other = times.values()
+        is_clear = max(one) * CLEAR < min(other) or max(other) * CLEAR < min(one)
+        if (number >= 1 and now() >= end) or (number >= 2 and is_clear):
             break
     return times
 
 
-def is_clear(one: list[float], other: list[float]) -> bool:
-    """Whether every call of one rival was faster than all of the other, by a margin."""
-    return max(one) * CLEAR < min(other) or max(other) * CLEAR < min(one)
-
-
 def judge(times: dict[str, list[float]], expected: Decision) -> tuple[Decision, bool]:
-    """The winner, and whether it is certain enough to be cached.
+    """Return the decision, and whether it is certain enough to be cached.
 
-    The times of a round are compared with each other, since other programs slow down whole rounds. The winner is faster
-    in three rounds of four.
+    The times of the same round are compared with each other, since other programs slow down whole rounds. The winner is
+    the rival that is faster in three rounds of four. Without a winner the `expected` backend is chosen.
     """
     (one, its_times), (other, others) = times.items()
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    if min(map(min, times.values())) <= 0:
-        return Decision(expected.backend, f"its times are too noisy; {expected.why}", medians), False
-    low, middle, high = statistics.quantiles(map(truediv, others, its_times), n=4)  # how many times as fast one is
-    if low > 1:
-        return Decision(Backend(one), f"won a race, {middle:.2f} times as fast", medians), True
-    if high < 1:
-        return Decision(Backend(other), f"won a race, {1 / middle:.2f} times as fast", medians), True
-    if high - low > UNCERTAIN * middle:
-        return Decision(expected.backend, f"its times are too noisy; {expected.why}", medians), False
-    return Decision(expected.backend, f"a tie; {expected.why}", medians), True
+    noisy = min(map(min, times.values())) <= 0
+    if not noisy:
+        # The speed of `one` in each round, as a multiple of the speed of `other`.
+        low, middle, high = statistics.quantiles(map(truediv, others, its_times), n=4)
+        if low > 1 or high < 1:
+            winner, factor = (one, middle) if low > 1 else (other, 1 / middle)
+            return Decision(Backend(winner), f"won a race, {factor:.2f} times as fast", medians), True
+        noisy = high - low > UNCERTAIN * middle
+    what = "its times are too noisy" if noisy else "a tie"
+    return Decision(expected.backend, f"{what}; {expected.why}", medians), not noisy

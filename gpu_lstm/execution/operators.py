@@ -1,11 +1,12 @@
-"""A layer as one operator, gpu_lstm::layer, and its backward: what graphs, exported programs and dispatch modes see.
+"""A layer as one operator, gpu_lstm::layer, and its backward, for graphs, exported programs and dispatch modes.
 
-Traced by itself, torch's LSTM would be decomposed into its steps, and lose dropout and autocast's dtype.
+Without it, tracing would decompose torch's LSTM into its steps, and lose dropout and the dtype of autocast.
 
-What oneDNN and cuDNN save for backward has a size that only they know, so a graph of tensors cannot hold it. On the
+oneDNN and cuDNN save tensors for backward whose sizes only they know, so a graph of tensors cannot hold them. On the
 backends without kernels of ours, forward therefore records an autograd graph of its own. Instead of the gates it
-returns an empty tensor with this graph as an attribute, which lives as long as what a user's graph saves. Where only
-elements were saved (by hooks that copy, in CUDA graphs, in an exported program), backward recomputes the layer.
+returns an empty tensor with this graph as an attribute. The graph lives as long as the user's graph saves that tensor.
+Where only the elements of the tensor were saved (by hooks that copy, in CUDA graphs, in an exported program), backward
+recomputes the layer.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..backends import fused, reference, torch_rnn
 from ..backends.fused import Saved
 from ..backends.layer_loop import weights_of
-from ..call.choices import KERNEL_BACKENDS, Backend
+from ..call.choices import KERNEL_BACKENDS, Backend, requested_backend
 from ..call.modes import recurrent_precision
 from ..call.weights import Weights
 from ..kernels import cache, private
@@ -30,12 +31,12 @@ from ..kernels.layer import Layer
 from ..kernels.problem import Inputs, Pass, problem_of
 from ..verification import verify
 
-# As the package is named, so that a copy within another package, or one that is imported again, has its own operators.
+# Named after the package, so that a copy inside another package has its own operators. So does a second import.
 _package = __name__.split(".execution")[0].replace(".", "_")
 _names = itertools.chain([_package], (f"{_package}_{n}" for n in itertools.count(2)))
 NAMESPACE = next(name for name in _names if not hasattr(getattr(torch.ops, name), "layer"))
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
-# An operator takes the Inputs of a layer and, for torch's second direction, the Weights of that.
+# An operator takes the Inputs of a layer and, where torch runs both directions, the Weights of the second one.
 TENSOR_NAMES = *Inputs._fields, *(f"{name}_reverse" for name in Weights._fields)
 SECOND = len(Inputs._fields)
 _TENSORS = ", ".join(f"Tensor? {name}=None" for name in TENSOR_NAMES)
@@ -51,36 +52,38 @@ BACKWARD = getattr(torch.ops, NAMESPACE).layer_backward.default
 
 
 class How(NamedTuple):
-    """What the operator is told besides tensors; backward is told the first three."""
+    """The arguments of the operator that are no tensors. The operator of backward has the first three."""
 
     cell: str
     reverse: bool
-    backend: str  # as `named` says it
-    save: bool = False  # return what backward reads
-    recompute: bool = False  # but no gates
+    backend: str  # from operator_name
+    save: bool = False  # whether to return what backward reads
+    recompute: bool = False  # whether to return no gates even then
 
     @property
     def asked(self) -> bool:
-        """Whether a user named the backend, which then runs or raises."""
+        """Whether the user chose the backend, which then runs or raises."""
         return not self.backend.startswith(AUTO)
 
 
 AUTO = "auto "
-"""Before the name of a backend of kernels that nobody asked for: another one runs where these have no right one."""
+"""Precedes the name of a kernel backend that the user did not choose. Another one replaces it where it cannot run."""
+BACKEND_OF = {prefix + backend.value: backend for backend in Backend for prefix in ("", AUTO)}
+"""The Backend of each operator_name. (torch.compile of torch 2.9 does not trace Backend(name).)"""
 
 
-def operator_name(backend: Backend, asked: bool) -> str:
-    """A backend, as operators are told of it."""
-    return backend.value if asked or backend not in KERNEL_BACKENDS else AUTO + backend.value
-
-
-def _is_of_kernels(name: str) -> bool:
-    return Backend(name.removeprefix(AUTO)) in KERNEL_BACKENDS
+def operator_name(backend: Backend, argument: str | Backend | None) -> str:
+    """Return the name by which operators know a backend; `argument` is the user's, as for requested_backend."""
+    chosen = backend not in KERNEL_BACKENDS or requested_backend(argument) is not Backend.AUTO
+    return backend.value if chosen else AUTO + backend.value
 
 
 def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
-    """What runs a pass: kernels; or torch's own or the reference, also in place of kernels that nobody asked for."""
-    backend = Backend(how.backend.removeprefix(AUTO))
+    """Return the kernels that run a pass, or else Backend.TORCH or REFERENCE.
+
+    These two also replace kernels that cannot run, unless the user chose the kernels.
+    """
+    backend = BACKEND_OF[how.backend]
     if backend not in KERNEL_BACKENDS:
         return backend
     problem = problem_of(inputs, how.cell, how.reverse, recurrent_precision(inputs.x.dtype))
@@ -94,7 +97,7 @@ def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
                 return layer
     except ImportError as error:
         obstacle = error
-    if obstacle is not None:  # the program was exported where the backend could run
+    if obstacle is not None:  # the program was exported on a machine where the backend could run
         if how.asked:
             raise obstacle
         cache.warn_once(f"backend 'auto' does without {backend.value!r}, for which the program was made: {obstacle}")
@@ -104,20 +107,23 @@ def _runner(how: How, inputs: Inputs, pass_: Pass) -> Layer | Backend:
 def without_kernels(
     tensors: Sequence[Any], how: How, backend: Backend = Backend.REFERENCE
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """h, h_n and c_n, by torch's operators, which autograd records."""
-    inputs, second = Inputs(*tensors[:SECOND]), tensors[SECOND:]
+    """Run a layer by operators of torch that autograd records: torch's own LSTM or GRU, or the reference.
+
+    `tensors` are the operator's, by TENSOR_NAMES. Returns h, h_n and c_n.
+    """
+    cell, inputs, second = CELLS[how.cell], Inputs(*tensors[:SECOND]), tensors[SECOND:]
     directions = [weights_of(inputs), *([Weights(*second)] if second and second[0] is not None else [])]
     if backend is Backend.TORCH:
         if how.reverse or inputs.lengths is not None or inputs.resets is not None:
-            h, (h_n, c_n) = torch_rnn.layer_by_torch(CELLS[how.cell], inputs, how.reverse)
+            h, (h_n, c_n) = torch_rnn.layer_by_torch(cell, inputs, how.reverse)
         else:
-            h, (h_n, c_n) = torch_rnn.stack(CELLS[how.cell], inputs.x, (inputs.h0, inputs.c0), [directions])
+            h, (h_n, c_n) = torch_rnn.stack(cell, inputs.x, (inputs.h0, inputs.c0), [directions])
         return h, h_n, c_n
     results = []
-    states = zip(inputs.h0.split(1), inputs.c0.split(CELLS[how.cell].kept))
+    states = zip(inputs.h0.split(1), inputs.c0.split(cell.kept))
     for d, (weights, (h0, c0)) in enumerate(zip(directions, states)):
         one = inputs._replace(h0=h0, c0=c0, **weights._asdict())
-        results.append(reference.layer_by_reference(how.cell, one, how.reverse or d == 1))
+        results.append(reference.layer_by_reference(cell, one, how.reverse or d == 1))
     hs, finals = zip(*results)
     h_n, c_n = map(torch.cat, zip(*finals))
     return torch.cat(hs, 2), h_n, c_n
@@ -126,7 +132,10 @@ def without_kernels(
 def _with_autograd(
     tensors: Sequence[Any], how: How, backend: Backend, record: bool
 ) -> tuple[list[Tensor | None], tuple[Tensor, ...]]:
-    """Forward, with its own autograd graph if `record`: the leaves (the tensors, detached), and h, h_n, c_n."""
+    """Run `without_kernels` on detached tensors, and record an autograd graph of its own if `record`.
+
+    Returns the detached tensors, which are the leaves of that graph, and h, h_n and c_n.
+    """
     with _apart(tensors[0], record):
         leaves = [t if t is None else t.detach().requires_grad_(record and t.is_floating_point()) for t in tensors]
         return leaves, without_kernels(leaves, how, backend)
@@ -134,7 +143,8 @@ def _with_autograd(
 
 @contextlib.contextmanager
 def _apart(x: Tensor, record: bool) -> Iterator[None]:
-    """A block inside an operator, where autograd is off: turned on if `record`; no autocast; on x's device."""
+    """A block inside an operator, without autocast, on the device of x. Autograd, off inside operators, is on if
+    `record`."""
     with (
         private.autograd_inside_an_operator(), torch.set_grad_enabled(record),
         torch.autocast(x.device.type, enabled=False),
@@ -149,13 +159,15 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
     runner = _runner(how, inputs, Pass(save=save))
     if isinstance(runner, Layer):
         h, h_n, c_n, gates, c = fused.forward(runner, inputs, save)
-    elif save and _is_of_kernels(backend):  # what kernels save, by the reference, which alone computes the same gates
-        steps = []
+    elif (
+        save and BACKEND_OF[backend] in KERNEL_BACKENDS
+    ):  # backward reads gates and c, which only the reference returns
+        record = []
         with _apart(inputs.x, record=False):
             wide = Inputs(*(t.float() if t is not None and t.is_floating_point() else t for t in inputs))  # as c is
-            h, (h_n, c_n) = reference.layer_by_reference(cell, wide, reverse, steps.append)
-            h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, steps[0].gates))
-            c_n, c = c_n.to(inputs.c0.dtype, copy=True), steps[0].cell
+            h, (h_n, c_n) = reference.layer_by_reference(CELLS[cell], wide, reverse, record.append)
+            h, h_n, gates = (t.to(inputs.x.dtype, copy=True) for t in (h, h_n, record[0].gates))
+            c_n, c = c_n.to(inputs.c0.dtype, copy=True), record[0].c
     else:
         leaves, outputs = _with_autograd(tensors, how, runner, save)
         if save:
@@ -167,7 +179,7 @@ def _forward(cell, reverse, backend, save, recompute, *tensors):
 
 def _forward_fake(cell, reverse, backend, save, recompute, x, h0, c0, *_):
     h = x.new_empty(*x.shape[:-1], h0.shape[0] * h0.shape[-1])
-    by_kernels = save and _is_of_kernels(backend)
+    by_kernels = save and BACKEND_OF[backend] in KERNEL_BACKENDS
     gates = x.new_empty((*x.shape[:2], 4 * c0.shape[-1]) if by_kernels and not recompute else (0,))
     c = c0.new_empty((*x.shape[:2], c0.shape[-1]) if by_kernels else (0,), dtype=torch.float32)
     return h, torch.empty_like(h0), torch.empty_like(c0), gates, c
@@ -189,7 +201,7 @@ def _backward(cell, reverse, backend, gradients, saved, needed, tensors):
         wanted = list(itertools.compress(leaves, needed))
         with _apart(tensors[0], record=False):
             results = torch.autograd.grad(outputs, wanted, gradients, retain_graph=True, materialize_grads=True)
-    # The gradients of both biases may be the same tensor.
+    # An operator must return different tensors, and the gradients of both biases may be one.
     return [d.clone() if d.dim() == 1 else d.contiguous() for d in results]
 
 
@@ -199,7 +211,7 @@ def _backward_fake(cell, reverse, backend, gradients, saved, needed, tensors):
 
 
 def _one_after_another(operator: Any, info: Any, in_dims: tuple, *arguments: Any) -> tuple:
-    """How an operator is vmapped: one call after another, say for Jacobians row by row."""
+    """Apply vmap to an operator by one call after another, for example for the rows of a Jacobian."""
 
     def example(k: int, t: Any, dims: Any) -> Any:
         if isinstance(t, list):
@@ -220,7 +232,10 @@ for _operator, _run, _fake in (OPERATOR, _forward, _forward_fake), (BACKWARD, _b
 
 
 def _products(tensors: Sequence[Any]) -> dict[str, int]:
-    """Operations of each matrix's product over all steps, by its name; a multiply-add counts as two, as in torch."""
+    """Return the operations of the product with each weight matrix over all steps, by the name of the weight.
+
+    A multiply-add counts as two operations, as in torch.
+    """
     steps, batch, _ = tensors[0].shape
     matrices = "weight_ih", "weight_hh", "weight_hr"
     present = ((name, t) for name, t in zip(TENSOR_NAMES, tensors) if name.startswith(matrices) and t is not None)
@@ -230,7 +245,11 @@ def _products(tensors: Sequence[Any]) -> dict[str, int]:
 def _backward_flops(
     cell: str, reverse: bool, backend: str, gradients: list, saved: list, needed: list[bool], tensors: list, **_: Any
 ) -> int:
-    """One product for each weight's gradient, one for that of its operand, and those that are recomputed."""
+    """Count the operations of backward.
+
+    For each weight there is a product for its gradient, one for the gradient of its operand, and with recomputed gates
+    the product of forward.
+    """
     (_, gates, c), total, needs = saved, 0, dict(zip(TENSOR_NAMES, needed))
     for name, operations in _products(tensors).items():
         of_operand = needs["x"] if name.startswith("weight_ih") else True
@@ -240,7 +259,10 @@ def _backward_flops(
 
 
 def count_flops() -> None:
-    """Register the operators with every open FlopCounterMode, whose registry is a copy made when it was created."""
+    """Register the operators with every open FlopCounterMode.
+
+    A registration with torch would come too late: each mode copied the registry when it was created.
+    """
     for mode in private.dispatch_modes():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None:

@@ -1,7 +1,8 @@
 """All layers of a call by kernels: two directions side by side on CUDA streams, and inference in chunks of time.
 
-Chunks bound the memory for pre-activations. A tensor that is read on another stream is held for it, so that its memory
-is not reused too early: in backward autograd releases what was saved as soon as a node is queued.
+Chunks bound the memory for pre-activations. The memory of a tensor that another stream reads is held until it has been
+read. Otherwise it might be reused too early: in backward, autograd releases the saved tensors of a node as soon as the
+node's work is queued.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.layer_loop import RunLayer, cast, named, run_layers, traversal_of, within, without_autocast
+from ..backends.layer_loop import RunLayer, named, run_layers, traversal_of, within
 from ..call.choices import Backend
 from ..call.request import Call, Request
 from ..call.weights import State
@@ -20,28 +21,29 @@ from ..kernels.layer import Layer
 from ..kernels.tensors import Inputs
 from . import autograd
 
-WORKSPACE = 64 << 20  # bytes of a layer's pre-activations at once, without autograd
+WORKSPACE = 64 << 20  # the most bytes of a layer's pre-activations in memory at once, without autograd
 
 Streams = tuple[torch.cuda.Stream, ...]
-_pairs: dict[torch.device, Streams] = {}  # one for all threads: a third launch would not fit the card beside two
+_pairs: dict[torch.device, Streams] = {}  # shared by all threads: the card has no room for a third launch beside two
 
 
 class Schedule(NamedTuple):
-    """How layers run, for calls of one kind."""
+    """How the layers of a kind of call run."""
 
-    longest: int  # steps of a chunk
-    streams: Streams  # one for each direction; empty: all work stays on the current stream
-    side_by_side: int  # directions that share the card
+    longest: int  # the most steps of a chunk
+    streams: Streams  # one for each direction; empty if all work stays on the current stream
+    side_by_side: int  # the number of directions that share the card
 
 
 def schedule_of(call: Request, size: int) -> Schedule:
-    """The schedule of a kind of call, of elements of `size` bytes."""
-    row = 4 * call.batch * max(each.hidden for each in call.options.sizes) * size  # bytes of pre-activations of a step
+    """Return the schedule of a kind of call, whose layers compute with elements of `size` bytes."""
+    row = 4 * call.batch * max(each.hidden for each in call.options.sizes) * size  # bytes of one step's pre-activations
     longest = 2**31 if call.learns else max(1, WORKSPACE // max(1, row))
     if not call.x.is_cuda or call.options.directions == 1:
         return Schedule(longest, (), 1)
-    # A graph that is being captured cannot wait for earlier launches, so everything goes to one stream, with the plans
-    # of earlier calls: older drivers cannot load another kernel during a capture.
+    # A graph that is being captured cannot wait for earlier launches, so everything goes to one stream. Two directions
+    # still count as side by side, which selects the plans of earlier calls: older drivers cannot load another kernel
+    # during a capture.
     pair = () if call.modes.capturing else (torch.cuda.Stream(call.x.device), torch.cuda.Stream(call.x.device))
     return Schedule(longest, pair and _pairs.setdefault(call.x.device, pair), 2)
 
@@ -49,21 +51,19 @@ def schedule_of(call: Request, size: int) -> Schedule:
 def by_kernels(
     call: Call, dtype: torch.dtype, backend: Backend, layers: Sequence[Layer], schedule: Schedule
 ) -> tuple[Tensor, list[State]]:
-    """All layers of a call, in `dtype`, by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
+    """Run all layers of a call in `dtype` by the kernels of `layers` [L*D]: as layer_loop.run_layers."""
     run: RunLayer = partial(autograd.layer_by_kernels, layers, call)
     if schedule.longest < call.steps:
         run = partial(_in_chunks, schedule.longest, call.options.cell, run)
-    if dtype is not torch.float32 or call.modes.autocast is not None:
-        call = cast(call, dtype)
     together = partial(_side_by_side, schedule.streams, backend, run) if schedule.streams else None
-    if call.modes.autocast is None:  # a context that does nothing costs two calls
-        return run_layers(call, dtype, backend, run, together)
-    with without_autocast(call):
-        return run_layers(call, dtype, backend, run, together)
+    return run_layers(call, dtype, backend, run, together)
 
 
 def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int, reverse: bool) -> tuple[Tensor, State]:
-    """As layer_loop.RunLayer, without autograd: in reverse from the last chunk on. c is float32 from chunk to chunk."""
+    """Run one layer in one direction in chunks of `longest` steps, without autograd: as layer_loop.RunLayer.
+
+    The reverse direction begins with the last chunk. Between chunks c is float32.
+    """
     x, h, c, traversal = given.x, given.h0, given.c0.float(), traversal_of(given, reverse)
     y = x.new_empty(*x.shape[:2], h.shape[2])
     starts = range(0, len(x), longest)
@@ -78,7 +78,7 @@ def _in_chunks(longest: int, cell: Cell, run: RunLayer, given: Inputs, row: int,
 def _side_by_side(
     streams: Streams, backend: Backend, run: RunLayer, k: int, inputs: list[Inputs]
 ) -> tuple[Tensor, list[State]]:
-    """As layer_loop.RunDirections, each direction on its own stream."""
+    """Run the two directions of layer k, each on its own stream: as layer_loop.RunDirections."""
     results, current = [], torch.cuda.current_stream(inputs[0].x.device)
     for d, stream in enumerate(streams):
         hold(stream, inputs[d])
@@ -92,7 +92,7 @@ def _side_by_side(
 
 
 def hold(stream: torch.cuda.Stream, tensors: Iterable[Tensor | None]) -> None:
-    """Keep the memory of tensors, once they are released, until what is queued on `stream` by then is done."""
+    """Hold the memory of tensors after their release until the work queued on `stream` by then has finished."""
     for tensor in tensors:
         if tensor is not None:
             tensor.record_stream(stream)

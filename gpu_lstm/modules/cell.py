@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules import rnn
 from torch.nn.modules.rnn import RNNCellBase
 
-from ..backends.torch_rnn import one_step
+from ..backends.torch_rnn import step_of_cell
 from ..call import roles
 from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
@@ -46,7 +46,7 @@ class RecurrentCell(DropIn):
         options = self._options()
         weights, state = self._weights(options.names), hx if type(hx) is tuple else (hx,)
         if takes_torchs_cell(options, input, state, weights[0][0]):
-            found = one_step(options.cell, input, (state[0], state[-1]), weights[0][0])
+            found = step_of_cell(options.cell, input, (state[0], state[-1]), weights[0][0])
             return found[0] if options.one_state else found
         return run(prepare(options, weights, input, hx))[1]
 

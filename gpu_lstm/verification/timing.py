@@ -1,4 +1,4 @@
-"""Plans of kernels, timed in turns on the present card."""
+"""The timing of plans: their kernels run in turns on the present card."""
 
 import os
 import time
@@ -13,27 +13,31 @@ from ..kernels.contract import Prepare, Timer
 from ..kernels.private import is_profiled
 from ..kernels.timeouts import wait_and_check
 
-ROUNDS = 8  # of which the fastest counts: others may be those in which another job has the card, or that load kernels
+ROUNDS = 8  # the fastest one counts: in others, another job may have the card, or kernels may be loaded
 
 
 def timer() -> Timer | None:
-    """`least_seconds`, where times are to be taken now, and would say something."""
+    """Return `least_seconds` if plans may be timed now and the times would be meaningful, else None."""
     return least_seconds if requested_racing() is Racing.ON and not is_disturbed() else None
 
 
 def is_disturbed() -> bool:
-    """Whether the host records or waits for each launch, so that times would mislead later processes."""
+    """Whether the host records each launch or waits for it, so that times would mislead later processes."""
     return is_profiled() or os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
 
 
 def least_seconds(
     device: torch.device, prepare: Prepare, plans: list[Any]
 ) -> tuple[dict[Any, float], dict[Any, RuntimeError]]:
-    """See contract.Timer. A torch.OutOfMemoryError if memory is full for some plan and no other one can be timed."""
+    """Time the plans, see contract.Timer.
+
+    Raises:
+        torch.OutOfMemoryError: no plan can be timed, and for one of them because memory is full.
+    """
     runs: dict[Any, Any] = {}
     seconds: dict[Any, float] = dict.fromkeys(plans, inf)
     failed: dict[Any, RuntimeError] = {}
-    wait_and_check(device)  # for errors of earlier launches
+    wait_and_check(device)  # raises errors of earlier launches
     with alone(grad=False), torch.autocast(device.type, enabled=False):
         for _ in range(ROUNDS):
             for plan in list(seconds):
@@ -44,9 +48,9 @@ def least_seconds(
                     run()
                     wait_and_check(device)
                     seconds[plan] = min(seconds[plan], time.perf_counter() - start)
-                except torch.AcceleratorError:  # of the device, which runs nothing from then on
+                except torch.AcceleratorError:  # the device failed, and runs nothing from now on
                     raise
-                except RuntimeError as error:  # it timed out, or memory is full: the others may run
+                except RuntimeError as error:  # it timed out, or memory is full: other plans may run
                     failed[plan] = error
                     del seconds[plan]
     full = [error for error in failed.values() if isinstance(error, torch.OutOfMemoryError)]

@@ -1,9 +1,10 @@
-"""The kernels of a backend, each verified on the present card before its results are used.
+"""Verification: each kernel of a backend is tried on the present card before its results are used.
 
-Before a call first launches a kernel, that kernel runs a small problem, see docs/design.md. Each result and gradient is
-compared with the reference in float64. Its error may be at most twice the error of torch's own in the same dtype, or
-twice what the roundings of that dtype do to the reference. The latter counts where terms cancel: there the error of
-torch's own is a matter of luck. Nothing may be written outside a launch's tensors. The verdict is cached on disk.
+Before a call first launches a kernel, the kernel runs a small problem, see docs/design.md. Each result and gradient is
+compared with the reference in float64. The error may be at most twice the error of torch's own layer in the same dtype,
+or twice the unit in the last place of the largest value. Where terms cancel, the error of torch's own is a matter of
+luck. There the limit is three times the largest error that random roundings in that dtype cause in the reference. A
+launch may write nothing outside its tensors. The verdict is cached on disk.
 """
 
 import logging
@@ -32,33 +33,38 @@ from ..kernels.tensors import BY_NAME, COMPARED, LEARNT
 from ..kernels.timeouts import DEVICE_ERRORS, wait_and_check
 from .timing import timer
 
-STEPS = 4  # T, where there is more than one
-ENOUGH, MOST_SEEDS = 64, 16  # elements of a state, so that no single rounding decides; small problems that have them
-DRAWS = 8  # of roundings: where terms cancel, few elements decide, and three times the largest draw is no rounding
+STEPS = 4  # T of a small problem, if the call has more than one step
+ENOUGH = 64  # elements of h in all small problems together, so that no single rounding decides
+MOST_SEEDS = 16  # the most small problems
+DRAWS = 8  # of random roundings; an error of over three times the largest of their errors is no rounding
 AGAIN = "`python -m gpu_lstm races --clear` forgets that"
 ENDED = f"the process that tried it ended meanwhile; {AGAIN}"
-RATE = 0.25  # of zoneout in eval()
+RATE = 0.25  # the rate of zoneout in eval()
 logger = logging.getLogger("gpu_lstm")
 
 
 def layer_of(backend: Backend, problem: Problem, device: torch.device) -> Layer:
-    """The kept Layer of a backend for a problem on a device. It verifies each plan before its first use."""
+    """Return the kept Layer of a backend for a problem on a device. It verifies each plan before its first use."""
     return kept_layer(launcher_of(backend.value), problem, device, verify, timer)
 
 
 def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
-    """Why a plan's kernel is not used for a pass of a layer; None if it computes the right numbers.
+    """Return the reason why a plan's kernel is not used for a pass of a layer, or None if it computes right numbers.
 
-    `inputs` are those of the call that asks first. Only verdicts about the kernel are cached, also that it ended the
-    process, or that the device failed: no other failure need happen again. A RuntimeError says that an earlier launch
-    timed out; an AcceleratorError of the device names the kernel that it comes with, which is then refused.
+    `inputs` are the Inputs of the call that uses the kernel first. A verdict is cached if it is about the kernel. That
+    includes a kernel that ended the process and one with which the device failed. Other failures may not happen again.
+
+    Raises:
+        RuntimeError: an earlier launch timed out.
+        torch.AcceleratorError: the device failed. The message names the kernel, which the next process refuses.
+        torch.OutOfMemoryError: memory is too full to verify the kernel.
     """
     problem, device = layer.problem, layer.device
     verdict = cached_verdict(plan, problem, pass_, device)
     card = cache.machine(device)["card"]
     report = f" Please report this, with what `python -m gpu_lstm` prints and the plan: {plan}"
     if verdict is None:
-        wait_and_check(device)  # for errors of earlier launches
+        wait_and_check(device)  # raises errors of earlier launches
         key, checking.kernel = _key(plan, problem, pass_, device), None
         try:
             exact = precision.changed("ieee"), accumulation.changed(False)  # TF32 is no fault of the kernel
@@ -68,14 +74,14 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
         except torch.OutOfMemoryError:
             raise
         except torch.AcceleratorError as error:
-            if checking.kernel is None or "captur" in str(error):  # by another thread, of a graph
+            if checking.kernel is None or "captur" in str(error):  # another thread captures a graph
                 raise
             cache.write(cache.CHECKS, key, f"{str(error).splitlines()[0]}; {AGAIN}")
             tried = f"{error}\nThis came when {checking.kernel} was tried on {card}, for {problem}, {pass_}"
             named = torch.AcceleratorError(f"{tried}. The next process does not use it; {AGAIN}.{report}")
             named.__dict__ |= vars(error)  # CUDA's code
             raise named from error
-        except RuntimeError as error:  # it timed out, say next to another process, or cannot be launched
+        except RuntimeError as error:  # it timed out, for example next to another process, or cannot be launched
             verdict, report = f"{type(error).__name__}: {error}", ""
     if verdict == "right":
         return None
@@ -85,17 +91,18 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
 
 
 def cached_verdict(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> str | None:
-    """The cached verdict on a kernel on a device: "right", or what is wrong; None: it was not verified yet."""
+    """Return the cached verdict on a kernel on a device: "right", an error, or None if it was not verified yet."""
     return cast("str | None", cache.read(cache.CHECKS, _key(plan, problem, pass_, device)))
 
 
 def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cache.Key:
-    problem = problem._replace(batch=0, side_by_side=1)  # plan.identity has what the launch needs of these two
+    """Return the key of a verdict on disk."""
+    problem = problem._replace(batch=0, side_by_side=1)  # plan.identity has the facts of a launch that depend on these
     return machine_of(plan.backend, device) | plan.identity | problem.as_json() | pass_._asdict()
 
 
 def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
-    """ "right", or what is wrong."""
+    """Try a plan, and return "right" or a description of what is wrong."""
     device, problem = layer.device, layer.problem._replace(batch=plan.sequences_enough(layer.problem))
     on_trial, smalls, runs = layer.with_plan(plan, problem), [], []
     for seed in range(min(MOST_SEEDS, ceil(ENOUGH / (problem.batch * problem.width)))):
@@ -111,13 +118,13 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
             return str(error)
     truths, theirs_, ours = zip(*runs)
     rounds = problem.precision == "tf32" and device.type == "cuda"  # a CPU has no TF32, whatever cuDNN's switch says
-    last_place = 2.0**-10 if rounds else torch.finfo(problem.dtype).eps  # of products
+    last_place = 2.0**-10 if rounds else torch.finfo(problem.dtype).eps  # the unit in the last place of products
     rounded: list[list[dict[str, Tensor]]] = []
     for name in truths[0]:
         true = torch.cat([each[name].flatten() for each in truths])
         our_rms, scale = _rms_error(ours, name, true), float(true.where(true.isfinite(), 0).abs().max())
         allowed = 2 * max(_rms_error(theirs_, name, true), last_place * scale)
-        if not our_rms <= allowed:  # also where it is NaN
+        if not our_rms <= allowed:  # true for NaN, too
             rounded = rounded or [[small.with_roundings(draw) for small in smalls] for draw in range(DRAWS)]
             allowed = max(allowed, *(3 * _rms_error(each, name, true) for each in rounded))
             if not our_rms <= allowed:
@@ -126,19 +133,20 @@ def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
 
 
 def _rms_error(results: Sequence[dict[str, Tensor]], name: str, true: Tensor) -> float:
+    """Return the root mean square error of a result in all small problems."""
     found = torch.cat([each[name].double().flatten() for each in results])
-    return float((found - true).where(found != true, 0).square().mean().sqrt())  # inf is inf
+    return float((found - true).where(found != true, 0).square().mean().sqrt())  # inf - inf is NaN, and no error
 
 
 class Rounded(TorchDispatchMode):
-    """A block in which results of torch's operators in float64 have errors like the roundings of `dtype`.
+    """A block in which results of torch's operators in float64 get random errors as large as roundings of `dtype`.
 
-    Monte Carlo arithmetic (Parker, 1997): results differ by what roundings in any order may do to them. Products and
-    layer norms are many roundings in one operator:
+    This is Monte Carlo arithmetic (Parker, 1997): the results spread as far as roundings in any order may move them.
+    Some operators round more than once:
 
-    - A product adds up K terms in float32, maybe one after another. The k-th partial sum is about sqrt(k / K) of the
-      last, and each is off by at most half a unit in the last place.
-    - A layer norm subtracts means. The differences have the errors of what is subtracted, also where they are small.
+    - A product adds up K terms in float32, possibly one after another. The k-th partial sum is about sqrt(k / K) of the
+      last one, and each partial sum has an error of at most half a unit in the last place.
+    - A layer norm subtracts means. The differences have the absolute errors of the terms, also where they are small.
     - Kernels compute sigmoid and tanh to 2 units in the last place.
     """
 
@@ -148,7 +156,7 @@ class Rounded(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         results = function(*args, **(kwargs or {}))
-        if any(each.alias_info is not None for each in function._schema.returns):  # a view, or in place
+        if any(each.alias_info is not None for each in function._schema.returns):  # a view, or an operator in place
             return results
         error: Any = 0.0
         if function.overloadpacket in PRODUCTS:
@@ -175,7 +183,8 @@ class Rounded(TorchDispatchMode):
 
 _aten = torch.ops.aten
 PRODUCTS = _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm
-SAMPLES: dict[str, Callable[..., Tensor]] = {  # by Row.sample; normal(*size, scale=1) rounds to the problem's dtype
+# By Row.sample; `normal` draws numbers and rounds them to the problem's dtype, see Small.
+SAMPLES: dict[str, Callable[..., Tensor]] = {
     "normal": lambda normal, size, steps: normal(*size),
     "matrix": lambda normal, size, steps: normal(*size, scale=max(1, size[1]) ** -0.5),
     "near one": lambda normal, size, steps: 1 + normal(*size, scale=0.3),
@@ -187,7 +196,10 @@ SAMPLES: dict[str, Callable[..., Tensor]] = {  # by Row.sample; normal(*size, sc
 
 
 class Small:
-    """Inputs of a small `problem` like those of a call (`like`): random numbers that are exact in its dtype."""
+    """A small problem with random Inputs, which are exact in the dtype of the problem.
+
+    It has the same tensors as the Inputs `like` of a call, in the same dtypes.
+    """
 
     def __init__(self, problem: Problem, pass_: Pass, like: Inputs, seed: int = 0) -> None:
         self.problem, self.pass_, self.cell = p, _, cell = problem, pass_, CELLS[problem.cell]
@@ -196,41 +208,43 @@ class Small:
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(p.dtype)
 
-        # Kernels read no x, and of many units torch's products with few columns have errors of their own on a CPU.
+        # Kernels read no x. It has features enough: with many units and few features, torch's products have errors of
+        # their own on a CPU.
         sizes, tensors = sizes_of(p, steps, features=max(1, like.x.shape[-1], p.hidden // 16)), {}
         for name, tensor in like._asdict().items():
             if tensor is None:
                 continue
             values = SAMPLES[BY_NAME[name].sample](normal, sizes[name] if tensor.dim() else (), steps)
-            if name == "c0":  # every second unit is empty, as all are where a call is given no state
+            if name == "c0":  # every second unit is empty, as all units are in a call without hx
                 is_empty = (torch.arange(p.hidden) + torch.arange(p.batch)[:, None] + seed) % 2 == 0
                 values = values.where(~is_empty, cell.empty_like(values))
-            tensors[name] = laid_out(values.to(tensor.device, tensor.dtype), tensor)
+            tensors[name] = values.to(tensor.device, tensor.dtype)
         if cell.one_state:
             for h, c in (("h0", "c0"), ("reset_h", "reset_c"), ("zoneout_h", "zoneout_c")):
                 if c in tensors:
-                    tensors[c] = laid_out(tensors[h].to(tensors[c].dtype), tensors[c])
+                    tensors[c] = tensors[h].to(tensors[c].dtype)
         self.inputs = like._replace(**tensors)
-        self.compared = tuple([name for name in COMPARED if name in tensors])  # of whose gradients
+        self.compared = tuple([name for name in COMPARED if name in tensors])  # the Inputs whose gradients are compared
         dh, dh_n = (normal(*size, p.batch, p.width).to(like.x.device) for size in ((steps,), (1,)))
         self.output_gradients = dh if pass_.dh else None, dh_n if pass_.dh_n else None
 
     def by_reference(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], Steps]:
-        """Results in any dtype, and what every step computed."""
+        """Return the reference's results in a dtype, and its Steps."""
         record: list[Steps] = []
-        run = partial(reference.layer_by_reference, self.cell.name, record=record.append)
+        run = partial(reference.layer_by_reference, self.cell, record=record.append)
         return self.results(run, dtype), record[0]
 
     def with_roundings(self, draw: int) -> dict[str, Tensor]:
-        """Results of the reference in float64 with the errors that roundings of the problem's dtype make."""
+        """Return the reference's results in float64, with random roundings of the problem's dtype."""
         device = self.inputs.x.device.type
         with alone(grad=True), torch.autocast(device, enabled=False), Rounded(self.problem.dtype, draw):
             return self.by_reference(torch.float64)[0]
 
     def yardstick(self) -> dict[str, Tensor]:
-        """Results of torch's own operator; of the reference where torch has no such cell, or cuDNN fails.
+        """Return the results of torch's own layer, or of the reference in the same dtype where torch's own has none.
 
-        And of the reference for gradients of a GRU, which are compared by way of h and of c; torch has their sum.
+        The reference also replaces torch's own where cuDNN fails, and for gradients of a GRU. Two gradients of its
+        state are compared, one by way of h and one by way of c, and torch has only their sum.
         """
         p, cell = self.problem, self.cell
         if torch_rnn.has(cell, self.inputs) and not (cell.one_state and self.pass_.backward):
@@ -243,7 +257,7 @@ class Small:
         return self.by_reference(p.dtype)[0]
 
     def results(self, run: Callable[..., Any], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Results of forward, or gradients of backward, by run(inputs, reverse)."""
+        """Return the results of run(inputs, reverse) in a dtype, or in a backward pass its gradients, by name."""
         learns = self.pass_.backward
         learnt = {name: t for name in LEARNT if (t := getattr(self.inputs, name)) is not None}
         g = self.inputs._replace(**{name: t.to(dtype).requires_grad_(learns) for name, t in learnt.items()})
@@ -256,22 +270,11 @@ class Small:
         return {f"the gradient of {name}": gradient for name, gradient in zip(self.compared, gradients)}
 
     def by_kernels(self, layer: Layer, steps: Steps) -> dict[str, Tensor]:
-        """The same by a Layer; backward reads the reference's gates and states."""
+        """Return the results or gradients by a Layer. Backward reads the gates and states of the reference."""
         dtype, inputs = self.problem.dtype, self.inputs
         if not self.pass_.backward:
             h, h_n, c_n, *_ = fused.forward(layer, inputs, self.pass_.save)
             return dict(h=h, h_n=h_n, c_n=c_n)
-        saved = Saved(inputs, steps.hidden.to(dtype), steps.gates.to(dtype), steps.cell.float())
+        saved = Saved(inputs, steps.h.to(dtype), steps.gates.to(dtype), steps.c.float())
         gradients = fused.gradients(layer, saved, (*self.output_gradients, None), set(self.compared))
         return {f"the gradient of {name}": gradients[name] for name in self.compared}  # type: ignore[misc]
-
-
-def laid_out(values: Tensor, like: Tensor) -> Tensor:
-    """The values with strides in the order of those of `like`; where these are 0, the first values for all."""
-    for dim, stride in enumerate(like.stride()):
-        if stride == 0 and values.shape[dim] > 1:
-            values = values.narrow(dim, 0, 1).expand_as(values)
-    order = sorted(range(like.dim()), key=like.stride, reverse=True)
-    if 0 in like.stride() or order == sorted(order):
-        return values
-    return values.permute(order).contiguous().permute(*(order.index(dim) for dim in range(like.dim())))
