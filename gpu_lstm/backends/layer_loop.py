@@ -93,6 +93,25 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
     return Traversal(inputs.lengths, inputs.resets, reverse, states)
 
 
+def in_steps(inputs: Inputs, reverse: bool) -> tuple[Callable[[Tensor], Tensor], Tensor | None, Tensor | None]:
+    """Return what a backend needs that runs step after step, whatever the direction.
+
+    Returns:
+        reordered: a function that brings t [T, B, F] from the order of time into the order of steps, or back. It writes
+            zeros past the end of each sequence, where both orders are the same.
+        ended: bool [T, B], True past the end of a sequence; None if all sequences have T steps.
+        reset: bool [T, B] by step, True where the state is reset before the step; None if it never is.
+    """
+    time, valid, reset = traversal_of(inputs, reverse).steps(inputs.x)  # [T, B] each, or None
+    ended = None if valid is None else ~valid
+
+    def reordered(t: Tensor) -> Tensor:
+        t = t if ended is None else torch.where(ended[:, :, None], 0, t)
+        return t.gather(0, time[:, :, None].expand_as(t)) if reverse else t
+
+    return reordered, ended, reset
+
+
 def within(inputs: Inputs, span: slice) -> Inputs:
     """Return the Inputs at the times of a span. h0 and c0 stay as they are, and so does a rate of zoneout, a scalar."""
     cut = {name: t[span] for name in _IN_TIME if (t := getattr(inputs, name)) is not None and t.dim() > 0}

@@ -24,7 +24,7 @@ from ..equations.lstm import FourGates, linear
 from ..kernels.cells import Cell
 from ..kernels.heads import arranged
 from ..kernels.tensors import Inputs, Noise
-from .layer_loop import run_layers, traversal_of, weights_of
+from .layer_loop import in_steps, run_layers, weights_of
 
 
 class Steps(NamedTuple):
@@ -60,27 +60,13 @@ def layer_by_reference(cell: Cell, inputs: Inputs, reverse: bool, record: Record
         h_n, c_n: [1, B, P] in the dtype of x, and [K, B, H] in the dtype of c0.
     """
     x, h0, c0, *_ = inputs
-    dtype, kept, traversal = x.dtype, cell.kept, traversal_of(inputs, reverse)
+    dtype, kept = x.dtype, cell.kept
     h, c, weights = h0[0], c0[0] if kept == 1 else c0, weights_of(inputs)  # [B, P], and [B, H] or [K, B, H]
     if dtype in (torch.float16, torch.bfloat16):
         x, h, c, weights = x.float(), h.float(), c.float(), weights.to(torch.float32)
     weights = weights._replace(weight_hh=arranged(weights.weight_hh, h.shape[1]))
-    empty = cell.empty_like(c)
-    time, valid, reset = traversal.steps(x)  # [T, B] each, or None
-    ended = None if valid is None else ~valid
-
-    def inside(t: Tensor) -> Tensor:
-        """Return t [T, B, F] with zeros past the end of each sequence, where t may be NaN.
-
-        t may be ordered by time or by step: past the end both orders are the same.
-        """
-        return t if valid is None else torch.where(valid[:, :, None], t, 0)
-
-    def reordered(t: Tensor) -> Tensor:
-        """Return t [T, B, F], ordered by time, in the order of steps; or the reverse."""
-        return t.gather(0, time[:, :, None].expand_as(t))
-
-    x, others = reordered(inside(x)), [getattr(inputs, name) for name in ("reset_h", "reset_c", *Noise._fields)]
+    empty, (reordered, ended, reset) = cell.empty_like(c), in_steps(inputs, reverse)
+    x, others = reordered(x), [getattr(inputs, name) for name in ("reset_h", "reset_c", *Noise._fields)]
     given = [t if t is None else t.to(x.dtype) for t in others]
     given = [reordered(t) if t is not None and t.dim() == 3 else t for t in given]
     outputs, every_step = [], []
@@ -97,8 +83,8 @@ def layer_by_reference(cell: Cell, inputs: Inputs, reverse: bool, record: Record
         h, c = where(None if ended is None else ended[t, :, None], (h, c), after)
 
     if record is not None:
-        record(Steps(*(inside(reordered(torch.stack(each)).to(dtype)) for each in zip(*every_step))))
-    return inside(reordered(torch.stack(outputs))).to(dtype), (h.to(dtype)[None], c.to(c0.dtype).view_as(c0))
+        record(Steps(*(reordered(torch.stack(each)).to(dtype) for each in zip(*every_step))))
+    return reordered(torch.stack(outputs)).to(dtype), (h.to(dtype)[None], c.to(c0.dtype).view_as(c0))
 
 
 def _step(equations: ModuleType, x: Tensor, state: State, w: Weights, noise: Noise) -> tuple[FourGates, State]:

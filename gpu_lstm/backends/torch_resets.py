@@ -11,7 +11,6 @@ clear the state:
     reset   bool [T, B]   True where the state is zeroed before the step
 """
 
-import itertools
 from collections.abc import Callable
 
 import torch
@@ -33,7 +32,7 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, ended: Tens
 
     1. One call computes the whole batch. In it every reset is a step of its own, which clears the state.
     2. A step that clears multiplies c by zero. NaN times zero is NaN, which then remains in all episodes that follow.
-       The sequences in which this happens are computed again, with a call for each span between resets.
+       The sequences in which this happens are computed again, with each episode as a sequence of its own.
     """
     if not x.is_cpu or modes(x).recording != Recording.NOBODY:
         return _without_values(run, x, state, weights, ended, reset)
@@ -41,16 +40,17 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, ended: Tens
     reset = torch.cat([torch.zeros_like(reset[:1]), reset[1:]])
     if not reset.any():
         return run(x, state, ended, None)
-    h, c_n = _in_a_grid(run, x, state, ended, reset)
+    h, c_n = _in_a_grid(run, x, state, ended, reset, 1)
     if (h.detach().sum() + c_n.detach().sum()).isfinite():
         return h, c_n
     spoilt = ~(h.isfinite().all(2).all(0) & c_n.isfinite().all(1))  # [B]
     # The other sequences are computed without the spoilt ones, so that no gradient of theirs meets a NaN.
     others = where(spoilt[:, None], (0, 0), state)
-    h, c_n = _in_a_grid(run, torch.where(spoilt[:, None], 0, x), others, ended, reset)
+    h, c_n = _in_a_grid(run, torch.where(spoilt[:, None], 0, x), others, ended, reset, 1)
     sequences, (h0, c0) = spoilt.nonzero()[:, 0], state
     x, state, reset = x[:, sequences], (h0[sequences], c0[sequences]), reset[:, sequences]
-    right_h, right_c_n = _from_reset_to_reset(run, x, state, None if ended is None else ended[:, sequences], reset)
+    ended, episodes = None if ended is None else ended[:, sequences], 1 + int(reset.sum(0).max())
+    right_h, right_c_n = _in_a_grid(run, x, state, ended, reset, episodes)
     return h.index_copy(1, sequences, right_h), c_n.index_copy(0, sequences, right_c_n)
 
 
@@ -73,46 +73,33 @@ def _without_values(run: Run, x: Tensor, state: State, weights: Weights, ended: 
         lost = count > before_episode.cummax(0).values
     x = torch.where(lost[:, :, None], 0, x)
     h0, c0 = [torch.where(t.isfinite(), t, 0) for t in state]
-    h, c_n = _in_a_grid(run, x, (h0, c0), ended, reset, on_host=False)
+    h, c_n = _in_a_grid(run, x, (h0, c0), ended, reset, 2)
     # The NaN depends on W_hh, so that its gradient is NaN, too, and checks of gradients detect it.
     nan = torch.where(lost.any(), torch.nan, 0.0) * weights.weight_hh.sum()
     return torch.where(lost[:, :, None], nan.to(h.dtype), h), torch.where(lost[-1, :, None], nan.to(c_n.dtype), c_n)
 
 
-def _from_reset_to_reset(run: Run, x: Tensor, state: State, ended: Tensor | None, reset: Tensor) -> Result:
-    """Compute `with_resets` by a call for each span of steps in which no state is reset and no sequence ends."""
-    changes = reset if ended is None else reset | (ended != ended.roll(1, 0))
-    zeroed = reset if ended is None else reset | ended  # past the end of a sequence a span starts from zeros, too
-    starts = sorted({0, *changes.any(1).nonzero().flatten().tolist(), len(x)})
-    (h, c), outputs = state, []
-    for start, end in itertools.pairwise(starts):
-        y, c_after = run(x[start:end], where(zeroed[start, :, None], (0, 0), (h, c)), None, None)
-        h, c = y[-1], c_after if ended is None else torch.where(ended[start, :, None], c.to(c_after.dtype), c_after)
-        outputs.append(y)
-    return torch.cat(outputs), c
-
-
-def _in_a_grid(run: Run, x: Tensor, state: State, ended: Tensor | None, reset: Tensor, on_host: bool = True) -> Result:
-    """Compute `with_resets` by one call, over a grid of S steps and K*B sequences, [S, K*B].
+def _in_a_grid(run: Run, x: Tensor, state: State, ended: Tensor | None, reset: Tensor, copies: int) -> Result:
+    """Compute `with_resets` by one call, over a grid of S steps and K*B sequences, [S, K*B], where K = `copies`.
 
     The steps of x are spread over the grid. A step of the grid that received no step of x clears the state.
 
-    - On the host the number of resets may be read. Every reset is a step of its own: K = 1, S = T + resets.
-    - Elsewhere the episodes of a sequence alternate between two copies of the batch: K = 2, S = T. Twice the batch
-      costs less than twice the steps, since steps run one after another and sequences in parallel.
+    - With one copy every reset is a step of its own, S = T + resets. So the number of resets is read on the host.
+    - With several copies of the batch, the episodes of a sequence take turns in using them, S = T. Two copies suffice.
+      They cost less than twice the steps, since steps run one after another and sequences in parallel. With as many
+      copies as episodes, nothing in one episode affects another.
     """
     steps, batch, inputs = x.shape
     episode, step = reset.cumsum(0, dtype=torch.long), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
-    if on_host:
-        step, copy, copies, height = step + episode, 0 * episode, 1, steps + int(episode[-1].max())
-    else:
-        copy, copies, height = episode % 2, 2, steps
+    copy, height = episode % copies, steps
+    if copies == 1:
+        step, height = step + episode, steps + int(episode[-1].max())
     grid, column = (height, copies * batch), copy * batch + torch.arange(batch, device=x.device)
     place = (step * copies * batch + column).flatten()  # [T*B], where in the flattened grid each step of x is
     nowhere = torch.zeros(height * copies * batch, dtype=torch.bool, device=x.device)
     opens = nowhere.index_fill(0, place, 1).view(grid)  # [S, K*B], where gates are not shut
     clears = ~opens
-    if on_host:
+    if copies == 1:
         clears = clears & (torch.arange(height, device=x.device)[:, None] < step[-1])  # past the last step of x hold
     if ended is not None:
         opens = nowhere.index_copy(0, place, ~ended.flatten()).view(grid)

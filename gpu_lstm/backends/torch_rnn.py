@@ -23,13 +23,14 @@ from ..call.checks import is_exact
 from ..call.choices import Backend
 from ..call.modes import Recording, autocast_dtype, is_transformed
 from ..call.request import Call, Request
-from ..call.sequences import where
+from ..call.sequences import EVERY_STEP, where
 from ..call.weights import State, Weights
 from ..kernels.cells import GRU, Cell
 from ..kernels.heads import dense
 from ..kernels.private import storage_of
 from ..kernels.tensors import NOISE, VARIANT, Inputs, names_of
-from .layer_loop import named, run_layers, traversal_of, weights_of
+from .layer_loop import in_steps, named, run_layers, weights_of
+from .one_step import is_one
 from .torch_resets import with_resets
 
 MOST_STEPS = 65_535  # that cuDNN supports
@@ -65,7 +66,7 @@ def as_given(request: Request) -> tuple[Tensor, list[State]] | None:
 def _every_step(request: Request) -> tuple[Tensor, list[State]]:
     """Compute `as_given` for a module without lengths."""
     options, weights, state = request.options, request.weights, request.states[0]
-    if request.steps == 1 and request.batch <= MOST_ROWS and _is_step(request):
+    if request.batch <= MOST_ROWS and is_one(request) and not options.sizes[0].projected:
         return _cell_by_cell(options.cell, request.x, state, weights)
     sizes = None if request.form.packed is None else request.form.packed.batch_sizes
     y, state = stack(options.cell, request.x, state, weights, options.dropout, options.training, sizes)
@@ -78,6 +79,7 @@ def _step_of_some(request: Request, lengths: Tensor) -> tuple[Tensor, list[State
     All sequences take the step, and afterwards sequences of length 0 get their previous state back.
     """
     there, before = (lengths > 0)[:, None], request.states[0]  # [B, 1]
+    request = request._replace(traversal=EVERY_STEP)
     if request.learns:  # a NaN in padding would reach the gradients of weights
         x, h, c = [torch.where(there, t, 0) for t in (request.x, *before)]
         request = request._replace(x=x, states=[(h, c)])
@@ -180,15 +182,6 @@ def stack(
     return y, (h_n, c_n.float() if exact else c_n)
 
 
-def _is_step(request: Request) -> bool:
-    """Whether `_cell_by_cell` can run a call of one step: inference in one direction, on a CPU."""
-    options, dtype = request.options, request.x.dtype
-    if not request.x.is_cpu or dtype not in (torch.float32, torch.float64) or request.learns:
-        return False
-    more = options.directions > 1 or options.sizes[0].projected or options.dropout or request.form.packed
-    return request.modes.plain and not more
-
-
 def _cell_by_cell(cell: Cell, x: Tensor, state: State, layers: list[list[Weights]]) -> tuple[Tensor, list[State]]:
     """Run one step of all layers by torch's operator for a cell.
 
@@ -240,14 +233,7 @@ def layer_by_torch(cell: Cell, inputs: Inputs, reverse: bool) -> tuple[Tensor, S
     """
     weights, x, lengths = weights_of(inputs), inputs.x, inputs.lengths
     h0, c0 = state = inputs.h0[0], inputs.c0[0]  # [B, P], [B, H]
-    time, valid, reset = traversal_of(inputs, reverse).steps(x)  # [T, B] each, or None
-    ended = None if valid is None else ~valid
-
-    def reordered(t: Tensor) -> Tensor:
-        """Return t [T, B, F], ordered by time, in the order of steps, or the reverse, with zeros in padding."""
-        t = t if ended is None else torch.where(ended[:, :, None], 0, t)
-        return t.gather(0, time[:, :, None].expand_as(t)) if reverse else t
-
+    reordered, ended, reset = in_steps(inputs, reverse)
     run = partial(_with_gates_shut, cell, weights)
     if reset is None:
         h, c_n = run(reordered(x), state, ended, None)
@@ -273,12 +259,9 @@ def _with_gates_shut(
         hold, clear = (x.new_zeros(x.shape[:2]) if t is None else t.to(x.dtype) for t in (holds, clears))
         weight = weights.weight_ih  # under autocast on a CPU it is in half precision, and x is not
         huge = weight.new_full((hidden,), 3e4 if weight.dtype is torch.float16 else 1e30)
-        if cell is GRU:  # r, z, n
-            shut = [(-clear, huge), (hold - clear, huge)]
-            if weights.bias_ih is not None:  # n would be tanh(b_in): b_in is cancelled, and so is its gradient
-                shut.append((clear, -weights.bias_ih[2 * hidden :]))
-        else:  # i, f
-            shut = [(-hold - clear, huge), (hold - clear, huge)]
+        shut = [(-clear if cell is GRU else -hold - clear, huge), (hold - clear, huge)]  # r and z, or i and f
+        if cell is GRU and weights.bias_ih is not None:  # n would be tanh(b_in): b_in is cancelled, also its gradient
+            shut.append((clear, -weights.bias_ih[2 * hidden :]))
         multiple = 1
         if not x.is_cpu and x.dtype.itemsize == 2:
             # Tensor cores need rows of a multiple of 16 bytes. In float16, where I is a multiple of 128, torch lets

@@ -44,6 +44,7 @@ decided: dict[tuple, Decision] = {}
 """The decisions of this process, among them those that are not on disk: noisy races, kernels that fail, and expected
 winners. So neither a batch of another size nor a capture changes a decision."""
 _generators: dict[torch.device, Setting] = {}
+_log_once = functools.lru_cache(MOST_DECISIONS)(logger.info)
 
 
 def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decision:
@@ -82,11 +83,6 @@ def decide(call: Request, kind: Kind, able: Backend, dry: bool = False) -> Decis
         decided[own] = decision
     logger.info("%s: %s", describe(kind, device), decision)
     return decision
-
-
-@functools.lru_cache(MOST_DECISIONS)
-def _log_once(text: str) -> None:
-    logger.info(text)
 
 
 def _why_nobody_races(call: Request, kind: Kind, able: Backend) -> str | None:

@@ -99,24 +99,22 @@ def gradients(
     if not are_differentiated(h, (*others, *tensors), output_gradients):
         with torch.no_grad():
             lists = (list(each) for each in (output_gradients, saved, needed, tensors))
-            those_needed = iter(BACKWARD(*how[:3], *lists))
-        return [next(those_needed) if need else None for need in needed]
-    # By the reference, to any order. A transform does not accept tensors wrapped by a transform that has ended.
-    tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
-    wanted = list(compress(range(len(tensors)), needed))
-    present = [k for k, gradient in enumerate(output_gradients) if gradient is not None]
+            found = BACKWARD(*how[:3], *lists)
+    else:
+        # By the reference, to any order. A transform does not accept tensors wrapped by a transform that has ended.
+        tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
+        given = [gradient is not None for gradient in output_gradients]
 
-    def recomputed(*those_wanted: Tensor) -> tuple[Tensor, ...]:
-        every: list[Any] = list(tensors)
-        for k, tensor in zip(wanted, those_wanted):
-            every[k] = tensor
-        outputs = without_kernels(every, how)
-        return tuple(outputs[k] for k in present)
+        def recomputed(*those_needed: Tensor) -> tuple[Tensor, ...]:
+            remaining = iter(those_needed)
+            every = [next(remaining) if need else t for need, t in zip(needed, tensors)]
+            return tuple(compress(without_kernels(every, how), given))
 
-    # torch.func.vjp, not autograd.grad: two inputs may be the same tensor, depend on each other, or be in a transform.
-    _, pull = torch.func.vjp(recomputed, *(tensors[k] for k in wanted))[:2]
-    by_place = dict(zip(wanted, pull(tuple(output_gradients[k] for k in present))))
-    return [by_place.get(k) for k in range(len(needed))]
+        # torch.func.vjp, not autograd.grad: inputs may be one tensor, depend on each other, or be part of a transform.
+        _, pull = torch.func.vjp(recomputed, *compress(tensors, needed))[:2]
+        found = pull(tuple(compress(output_gradients, given)))
+    remaining = iter(found)
+    return [next(remaining) if need else None for need in needed]
 
 
 _HOW = (None,) * len(How._fields)  # the gradients of the arguments that are no tensors

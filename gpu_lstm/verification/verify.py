@@ -183,16 +183,6 @@ class Rounded(TorchDispatchMode):
 
 _aten = torch.ops.aten
 PRODUCTS = _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm
-# By Row.sample; `normal` draws numbers and rounds them to the problem's dtype, see Small.
-SAMPLES: dict[str, Callable[..., Tensor]] = {
-    "normal": lambda normal, size, steps: normal(*size),
-    "matrix": lambda normal, size, steps: normal(*size, scale=max(1, size[1]) ** -0.5),
-    "near one": lambda normal, size, steps: 1 + normal(*size, scale=0.3),
-    "factors": lambda normal, size, steps: (normal(*size) > 0) * 2,
-    "mask": lambda normal, size, steps: normal(*size) > 0 if size else torch.tensor(RATE),
-    "lengths": lambda normal, size, steps: (steps - torch.arange(*size)) % (steps + 1),
-    "resets": lambda normal, size, steps: (torch.arange(steps)[:, None] + torch.arange(size[1])) % 3 == 1,
-}
 
 
 class Small:
@@ -208,13 +198,22 @@ class Small:
         def normal(*size: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*size, generator=generator) * scale).to(p.dtype)
 
+        samples = {  # by Row.sample
+            "normal": lambda size: normal(*size),
+            "matrix": lambda size: normal(*size, scale=max(1, size[1]) ** -0.5),
+            "near one": lambda size: 1 + normal(*size, scale=0.3),
+            "factors": lambda size: (normal(*size) > 0) * 2,
+            "mask": lambda size: normal(*size) > 0 if size else torch.tensor(RATE),
+            "lengths": lambda size: (steps - torch.arange(*size)) % (steps + 1),
+            "resets": lambda size: (torch.arange(steps)[:, None] + torch.arange(size[1])) % 3 == 1,
+        }
         # Kernels read no x. It has features enough: with many units and few features, torch's products have errors of
         # their own on a CPU.
         sizes, tensors = sizes_of(p, steps, features=max(1, like.x.shape[-1], p.hidden // 16)), {}
         for name, tensor in like._asdict().items():
             if tensor is None:
                 continue
-            values = SAMPLES[BY_NAME[name].sample](normal, sizes[name] if tensor.dim() else (), steps)
+            values = samples[BY_NAME[name].sample](sizes[name] if tensor.dim() else ())
             if name == "c0":  # every second unit is empty, as all units are in a call without hx
                 is_empty = (torch.arange(p.hidden) + torch.arange(p.batch)[:, None] + seed) % 2 == 0
                 values = values.where(~is_empty, cell.empty_like(values))
