@@ -246,6 +246,10 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
         one_step, resets = (torch.ones_like(t[..., 0], dtype=torch.bool) for t in (example[:1], x))
         traced = torch.jit.trace(lambda x, resets: ours(x, resets=resets)[0], (example[:1], one_step))
         torch.testing.assert_close(traced(x, resets), ours(x, resets=resets)[0])
+        ours.backend = "reference"  # whose loop over steps is unrolled
+        traced = torch.jit.trace(ours, (example,))
+        with pytest.raises(RuntimeError, match="must match the existing size"):
+            traced(x)
 
 
 @pytest.mark.deep

@@ -64,7 +64,8 @@ class AllSteps:
 
     def __init__(self, problem: Problem, saved: Saved, needed: Set[str]) -> None:
         i, h = saved.inputs, saved.h
-        self.inputs, self.gates, self.c, self.cell = i, saved.gates, saved.c, CELLS[problem.cell]
+        self.inputs, self.gates, self.c = i, saved.gates, saved.c
+        self.cell, self.hidden, self.heads = CELLS[problem.cell], problem.hidden, problem.heads
         self.equations, self.traversal = EQUATIONS[problem.cell], traversal_of(i, problem.reverse)
         gates_were_dropped = self.gates.dim() < self.c.dim()  # numel() would not tell: an empty batch has no elements
         if gates_were_dropped or "weight_hh" in needed or i.gain_hh is not None:
@@ -115,7 +116,7 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
 
     In padding dgates are zero, but zero times a NaN is NaN. So padding in the other factor is set to zero first.
     """
-    i, cell, hidden = steps.inputs, steps.cell, steps.c.shape[2]
+    i, cell, hidden = steps.inputs, steps.cell, steps.hidden
     d: dict[str, Tensor | None] = {"h0": loop.dh0, "reset_c": loop.dreset_c}
     x = i.x if i.lengths is None else without_padding(i.x, i.lengths)
     dz_x, dz_h = cell.of_x(loop.dgates, hidden), cell.of_h(loop.dgates, hidden)  # gradients of W_ih x and of W_hh h
@@ -135,7 +136,7 @@ def _after_the_loop(steps: AllSteps, loop: Gradients, needed: Set[str]) -> dict[
         d["weight_ih"] = cell.to_torch(dz_x_rows @ x.flatten(0, 1), hidden)
     if "weight_hh" in needed:
         h = steps.operand.flatten(0, 1)  # [T*B, P]
-        count = h.shape[1] // i.weight_hh.shape[1]
+        count = steps.heads
         d["weight_hh"] = dz_h_rows @ h if count == 1 else heads.gradient_of_weight(dz_h_rows, h, count)
     if "bias_ih" in needed or "bias_hh" in needed:
         dbias = loop.dgates.sum((0, 1))  # [4H]

@@ -94,7 +94,7 @@ def traversal_of(inputs: Inputs, reverse: bool) -> Traversal:
 
 
 def in_steps(inputs: Inputs, reverse: bool) -> tuple[Callable[[Tensor], Tensor], Tensor | None, Tensor | None]:
-    """Return what a backend needs that runs step after step, whatever the direction.
+    """Return the tools of a backend that runs step after step: it runs the reverse direction as a forward one.
 
     Returns:
         reordered: a function that brings t [T, B, F] from the order of time into the order of steps, or back. It writes
@@ -107,7 +107,9 @@ def in_steps(inputs: Inputs, reverse: bool) -> tuple[Callable[[Tensor], Tensor],
 
     def reordered(t: Tensor) -> Tensor:
         t = t if ended is None else torch.where(ended[:, :, None], 0, t)
-        return t.gather(0, time[:, :, None].expand_as(t)) if reverse else t
+        if not reverse and not torch.jit.is_tracing():  # a trace of a loop over steps has to fail for any other T
+            return t
+        return t.gather(0, time[:, :, None].expand_as(t))
 
     return reordered, ended, reset
 

@@ -11,6 +11,7 @@ clear the state:
     reset   bool [T, B]   True where the state is zeroed before the step
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,7 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, ended: Tens
 
     1. One call computes the whole batch. In it every reset is a step of its own, which clears the state.
     2. A step that clears multiplies c by zero. NaN times zero is NaN, which then remains in all episodes that follow.
-       The sequences in which this happens are computed again, with each episode as a sequence of its own.
+       The sequences in which this happens are computed again, with a call for each span between resets.
     """
     if not x.is_cpu or modes(x).recording != Recording.NOBODY:
         return _without_values(run, x, state, weights, ended, reset)
@@ -49,8 +50,7 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, ended: Tens
     h, c_n = _in_a_grid(run, torch.where(spoilt[:, None], 0, x), others, ended, reset, 1)
     sequences, (h0, c0) = spoilt.nonzero()[:, 0], state
     x, state, reset = x[:, sequences], (h0[sequences], c0[sequences]), reset[:, sequences]
-    ended, episodes = None if ended is None else ended[:, sequences], 1 + int(reset.sum(0).max())
-    right_h, right_c_n = _in_a_grid(run, x, state, ended, reset, episodes)
+    right_h, right_c_n = _from_reset_to_reset(run, x, state, None if ended is None else ended[:, sequences], reset)
     return h.index_copy(1, sequences, right_h), c_n.index_copy(0, sequences, right_c_n)
 
 
@@ -79,15 +79,27 @@ def _without_values(run: Run, x: Tensor, state: State, weights: Weights, ended: 
     return torch.where(lost[:, :, None], nan.to(h.dtype), h), torch.where(lost[-1, :, None], nan.to(c_n.dtype), c_n)
 
 
+def _from_reset_to_reset(run: Run, x: Tensor, state: State, ended: Tensor | None, reset: Tensor) -> Result:
+    """Compute `with_resets` by a call for each span of steps in which no state is reset and no sequence ends."""
+    changes = reset if ended is None else reset | (ended != ended.roll(1, 0))
+    zeroed = reset if ended is None else reset | ended  # past the end of a sequence a span starts from zeros, too
+    starts = sorted({0, *changes.any(1).nonzero().flatten().tolist(), len(x)})
+    (h, c), outputs = state, []
+    for start, end in itertools.pairwise(starts):
+        y, c_after = run(x[start:end], where(zeroed[start, :, None], (0, 0), (h, c)), None, None)
+        h, c = y[-1], c_after if ended is None else torch.where(ended[start, :, None], c.to(c_after.dtype), c_after)
+        outputs.append(y)
+    return torch.cat(outputs), c
+
+
 def _in_a_grid(run: Run, x: Tensor, state: State, ended: Tensor | None, reset: Tensor, copies: int) -> Result:
     """Compute `with_resets` by one call, over a grid of S steps and K*B sequences, [S, K*B], where K = `copies`.
 
     The steps of x are spread over the grid. A step of the grid that received no step of x clears the state.
 
     - With one copy every reset is a step of its own, S = T + resets. So the number of resets is read on the host.
-    - With several copies of the batch, the episodes of a sequence take turns in using them, S = T. Two copies suffice.
-      They cost less than twice the steps, since steps run one after another and sequences in parallel. With as many
-      copies as episodes, nothing in one episode affects another.
+    - With two copies of the batch, the episodes of a sequence alternate between them, S = T. Twice the batch costs less
+      than twice the steps, since steps run one after another and sequences in parallel.
     """
     steps, batch, inputs = x.shape
     episode, step = reset.cumsum(0, dtype=torch.long), torch.arange(steps, device=x.device)[:, None]  # [T, B], [T, 1]
