@@ -11,7 +11,7 @@ from .call.checks import check_dimensions, check_heads, check_tensor, named_weig
 from .call.choices import Backend, BackendName
 from .call.prepare import prepare_layer
 from .call.weights import State, Weights
-from .dispatch.route import run
+from .dispatch.route import run_call
 from .kernels import heads as products
 from .kernels.cells import GRU, LSTM, SLSTM, Cell
 
@@ -32,7 +32,7 @@ class _How(TypedDict, total=False):
 
 def _layer(cell: Cell, x: Tensor, weights: Weights, hx: Any, **how: Unpack[_How]) -> Any:
     """One layer of any cell in one direction: what the three functions below run."""
-    return run(prepare_layer(cell, x, weights, hx, **how))
+    return run_call(prepare_layer(cell, x, weights, hx, **how))
 
 
 def lstm_layer(

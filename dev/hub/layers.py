@@ -11,7 +11,7 @@ from .call import roles
 from .call.options import Arguments, options_of
 from .call.prepare import prepare
 from .call.weights import State
-from .dispatch.route import run
+from .dispatch.route import run_call
 from .modules.arguments import weights_now
 from .modules.tracing import traced
 
@@ -51,7 +51,7 @@ def _called(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tenso
     asked = Arguments(module.mode.lower(), roles.Module, sizes, False, (), 1, module.input_size, module.bias, None,
                       module.bidirectional, module.batch_first, module.training, False,
                       (module.dropout, *Arguments._field_defaults["rates"][1:]), module.proj_size)  # fmt: skip
-    return run(prepare(options := options_of(*asked), weights_now(module, options.names), input, hx))
+    return run_call(prepare(options := options_of(*asked), weights_now(module, options.names), input, hx))
 
 
 _in_eager_mode = torch._disable_dynamo(_called)

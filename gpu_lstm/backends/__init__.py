@@ -1,1 +1,1 @@
-"""The backends: each runs layers as a route says, and decides nothing. layer_loop.py has what they share."""
+"""The backends. Each runs the layers of a call as the route says, and decides nothing. All share layer_loop.py."""

@@ -42,7 +42,7 @@ def forward(layer: Layer, inputs: Inputs, save: bool) -> tuple[Tensor, Tensor, T
 
 
 def _at_resets(t: Tensor, traversal: Traversal) -> Tensor:
-    """Return t [T, B, F] with zeros at all times before whose step no state is reset."""
+    """Return t [T, B, F], with zeros where the step that visits a time has no reset before it."""
     reset: Any = traversal.resets_in_time()  # not None: whoever gives states to reset to also gives resets
     return torch.where(reset[:, :, None], t, 0)
 
@@ -59,7 +59,7 @@ class Saved(NamedTuple):
 class AllSteps:
     """The tensors of all steps that backward reads, saved or recomputed.
 
-    Only what the `needed` gradients require is recomputed.
+    Tensors are recomputed only if the `needed` gradients depend on them.
     """
 
     def __init__(self, problem: Problem, saved: Saved, needed: Set[str]) -> None:

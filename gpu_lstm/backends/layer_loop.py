@@ -99,8 +99,8 @@ def in_steps(inputs: Inputs, reverse: bool) -> tuple[Callable[[Tensor], Tensor],
     Returns:
         reordered: a function that brings t [T, B, F] from the order of time into the order of steps, or back. It writes
             zeros past the end of each sequence, where both orders are the same.
-        ended: bool [T, B], True past the end of a sequence; None if all sequences have T steps.
-        reset: bool [T, B] by step, True where the state is reset before the step; None if it never is.
+        ended: bool [T, B], True past the end of a sequence, or None if all sequences have T steps.
+        reset: bool [T, B], True where the state is reset before the step, or None if there is no reset.
     """
     time, valid, reset = traversal_of(inputs, reverse).steps(inputs.x)  # [T, B] each, or None
     ended = None if valid is None else ~valid
@@ -115,7 +115,7 @@ def in_steps(inputs: Inputs, reverse: bool) -> tuple[Callable[[Tensor], Tensor],
 
 
 def within(inputs: Inputs, span: slice) -> Inputs:
-    """Return the Inputs at the times of a span. h0 and c0 stay as they are, and so does a rate of zoneout, a scalar."""
+    """Return the Inputs at the times of a span. Tensors without times, such as h0 or a zoneout rate, stay the same."""
     cut = {name: t[span] for name in _IN_TIME if (t := getattr(inputs, name)) is not None and t.dim() > 0}
     if inputs.lengths is not None:
         cut["lengths"] = (inputs.lengths - span.start).clamp(0, span.stop - span.start)
@@ -123,11 +123,11 @@ def within(inputs: Inputs, span: slice) -> Inputs:
 
 
 def cast(call: Call, dtype: torch.dtype) -> Call:
-    """Return the call with x, states and weights in `dtype`. In a block of autocast its cache casts the weights.
+    """Return the call with x, states and weights in `dtype`. Inside a block of autocast, its cache casts the weights.
 
     c keeps its dtype in three cases: the user gave float32 beside an x in half precision, the cell state has several
     numbers per unit, or there is a projection on a CPU, as in torch. In states to reset to, c becomes float32, or
-    float64 if `dtype` is.
+    float64 if `dtype` is float64.
     """
     x, weights, traversal = call.x, call.weights, call.traversal
     c_stays = call.options.cell.kept > 1 or (x.is_cpu and weights[0][0].weight_hr is not None)

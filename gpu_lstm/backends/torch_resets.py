@@ -31,7 +31,7 @@ def with_resets(run: Run, x: Tensor, state: State, weights: Weights, ended: Tens
 
     On CUDA, and with fake tensors, `_without_values` does it. On the CPU, if there are resets after the first step:
 
-    1. One call computes the whole batch. In it every reset is a step of its own, which clears the state.
+    1. One call computes the whole batch. Every reset becomes an additional step, which clears the state.
     2. A step that clears multiplies c by zero. NaN times zero is NaN, which then remains in all episodes that follow.
        The sequences in which this happens are computed again, with a call for each span between resets.
     """

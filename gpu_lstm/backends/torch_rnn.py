@@ -5,7 +5,7 @@ with huge weights turn a step into one of these two.
 
     a step that   does this to the state    by gates of an LSTM   of a GRU         is used
     holds         leaves it as it is        i = 0, f = 1          z = 1            past the end of a sequence
-    clears        sets it to zero           i = f = 0             r = z = n = 0    between the episodes of a reset
+    clears        sets it to zero           i = f = 0             r = z = n = 0    at a reset, between two steps
 
 So one call over a plain padded batch computes a batch with lengths and resets. Shut gates pass no gradient either.
 """
@@ -136,7 +136,7 @@ def joined(rows: list[State]) -> State:
 
 
 def split(state: State) -> list[State]:
-    """Split a state into those of single layers and directions, the reverse of `joined`."""
+    """Split a state by layers and directions, the reverse of `joined`."""
     return list(zip(*[t.split(1) for t in state]))
 
 

@@ -1,1 +1,1 @@
-"""Which backend runs a call, and by which kernels: decided once for each kind of call, then looked up."""
+"""The choice of the backend that runs a call, and of its kernels: made once for each kind of call, then looked up."""

@@ -98,7 +98,7 @@ def why_unavailable(choice: Backend, device: torch.device, dtype: torch.dtype) -
 
 @functools.cache
 def import_problem(choice: Backend) -> str | None:
-    """Return what a kernel backend needs and why that cannot be used, for a message, or None if it can be used."""
+    """Return the text of an error about a package that a kernel backend needs, or None if all packages can be used."""
     package = package_of(choice.value)
     try:
         package.import_packages()

@@ -98,9 +98,9 @@ def kind_of(call: Request) -> Kind:
 def dtype_of(call: Request) -> torch.dtype:
     """Return the dtype that layers compute in: the input's dtype, or under autocast the dtype of torch's own results.
 
-    On a CPU, autocast casts the whole of torch's LSTM. It casts only the products of a GRU, of a cell, of an LSTM over
-    a PackedSequence, and of every LSTM if oneDNN is off. The state is added to these products and keeps its dtype, so
-    the result has the wider one of the two. With a projection the result is a product, and has the dtype of autocast.
+    On a CPU, autocast casts the whole of torch's LSTM. In these cases it casts only the products: a GRU, a cell, an
+    LSTM over a PackedSequence, and every LSTM if oneDNN is off. The state is added to the products and keeps its dtype,
+    so the result has the wider dtype of the two. With a projection the result is a product, in the dtype of autocast.
     """
     autocast, options = call.modes.autocast, call.options
     if autocast is None or not call.x.is_cpu:

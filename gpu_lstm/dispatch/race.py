@@ -120,9 +120,10 @@ def _key(kind: Kind, able: Backend, device: torch.device) -> dict[str, Any]:
 def expected_winner(kind: Kind, able: Backend, device: torch.device) -> Decision:
     """Return the decision for a kind that was not raced. It depends on no measurement on this machine.
 
-    The kernels are expected to win in three cases: torch's own cannot run the call, it cannot run it at the speed of a
-    plain batch, or no layer's plan is expected to be slower than torch's own. (Triton's plans are not, where W_hh stays
-    on chip.) Otherwise torch's own is expected to win.
+    The kernels are expected to win where torch's own cannot run the call. For calls on a CPU that it can run, cpu_rule
+    decides. On a card the kernels are expected to win in two more cases: torch's own would run the call more slowly
+    than a plain batch, or no layer's plan is expected to be slower than torch's own. (Triton's plans are not, where
+    W_hh stays on chip.) Otherwise torch's own is expected to win.
     """
     if kind.torch_lacks:
         return Decision(able, f"torch's own does not support {kind.torch_lacks}")
@@ -221,11 +222,11 @@ def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[
     x, traversal = call.padded()
     steps = min(call.steps, most)
     shape = x.shape if steps == call.steps else (steps, *x.shape[1:])
-    # From the default generator, whose state the caller restores.
+    # torch.rand changes the default generator. The caller restores its state.
     data = torch.rand(shape, dtype=torch.float32, device=x.device).to(x.dtype)
     data.requires_grad_(kind.training and call.x.requires_grad)
     weights = [[one.detached(kind.training) for one in layer] for layer in call.weights]
-    states = [(torch.zeros_like(h).detach(), torch.zeros_like(c).detach()) for h, c in call.states]
+    states = [(torch.zeros_like(h), torch.zeros_like(c)) for h, c in call.states]
     options = copy.copy(call.options)
     options.backend = backend.value  # as if the user had chosen it, so that no other backend runs in its place
     sample = call._replace(

@@ -23,7 +23,7 @@ TOO_MANY = MOST_STEPS + 1  # a power of two that cuDNN does not support, counted
 _routes: dict[tuple, Route] = {}
 
 
-def run(call: Request) -> tuple[Any, Any]:
+def run_call(call: Request) -> tuple[Any, Any]:
     """Run a call by its route, and return the output and the final states in the user's form."""
     return execute(route_of(call), call)
 
@@ -85,7 +85,7 @@ def _route_while_watched(call: Request) -> Route:
         return Route(backend, dtype_of(call))
     name = operator_name(backend, call.options.backend)
     if name.startswith(AUTO) and available.is_compiled_once(backend):
-        # What is recorded shall also run where the package of this backend is missing.
+        # A program that is recorded here should also run where the package of this backend is missing.
         return Route(race.other_than_kernels(kind), dtype_of(call))
     count_flops()
     return Route(backend, dtype_of(call), name)

@@ -1,1 +1,1 @@
-"""The time loop of a layer as part of a call: its gradients, operators for graphs, streams and chunks of time."""
+"""A layer as part of a call: its gradients, its operators for graphs, its streams and chunks of time."""

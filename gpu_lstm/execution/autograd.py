@@ -101,7 +101,8 @@ def gradients(
             lists = (list(each) for each in (output_gradients, saved, needed, tensors))
             found = BACKWARD(*how[:3], *lists)
     else:
-        # By the reference, to any order. A transform does not accept tensors wrapped by a transform that has ended.
+        # The reference computes them, to any order. A transform does not accept tensors that are wrapped by a transform
+        # that has ended.
         tensors = [None if t is None else private.unwrapped_if_ended(t) for t in tensors]
         given = [gradient is not None for gradient in output_gradients]
 

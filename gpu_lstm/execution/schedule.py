@@ -81,17 +81,17 @@ def _side_by_side(
     """Run the two directions of layer k, each on its own stream: as layer_loop.RunDirections."""
     results, current = [], torch.cuda.current_stream(inputs[0].x.device)
     for d, stream in enumerate(streams):
-        hold(stream, inputs[d])
+        hold_memory(stream, inputs[d])
         stream.wait_stream(current)
         with torch.cuda.stream(stream), named(k, d, backend):
             results.append(run(inputs[d], 2 * k + d, d == 1))
     for stream, (h, final) in zip(streams, results):
         current.wait_stream(stream)
-        hold(current, (h, *final))
+        hold_memory(current, (h, *final))
     return torch.cat([h for h, _ in results], 2), [final for _, final in results]
 
 
-def hold(stream: torch.cuda.Stream, tensors: Iterable[Tensor | None]) -> None:
+def hold_memory(stream: torch.cuda.Stream, tensors: Iterable[Tensor | None]) -> None:
     """Hold the memory of tensors after their release until the work queued on `stream` by then has finished."""
     for tensor in tensors:
         if tensor is not None:

@@ -15,7 +15,7 @@ from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.regularisers import REGULARISER_NAMES
 from ..call.weights import State
-from ..dispatch.route import run
+from ..dispatch.route import run_call
 from ..kernels import cells
 from ..kernels.private import compiler_callback, fx_is_tracing
 from .arguments import OF_LAYERS, Called, DropIn, HasVariants, Layers
@@ -100,7 +100,7 @@ class Recurrent(DropIn, Layers):
         if mask is not None:
             name, torchrls = self._cell.name.upper(), TORCHRLS if self._cell.of_torch else ""
             raise TypeError(f"{name} accepts lengths, and no mask{torchrls.format(name)}")
-        return run(self._request(input, hx, lengths, resets, reset_states))
+        return run_call(self._request(input, hx, lengths, resets, reset_states))
 
     def _options(self: Any) -> Options:
         sizes, of_all = (self.hidden_size,) * self.num_layers, [getattr(self, name) for name in OF_LAYERS]

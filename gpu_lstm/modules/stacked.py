@@ -14,7 +14,7 @@ from ..call.choices import Backend, BackendName
 from ..call.options import Options, options_of
 from ..call.regularisers import REGULARISER_NAMES
 from ..call.weights import LAYER_NORM, PEEPHOLES, State, Weights
-from ..dispatch.route import run
+from ..dispatch.route import run_call
 from ..kernels.private import fx_is_tracing
 from .arguments import OF_LAYERS, Called, HasVariants, Layers, norms_of, repr_of, weights_now
 from .recurrent import GRU, LSTM
@@ -91,7 +91,7 @@ class Stack(Layers, nn.Module):
             instead = traced(self, input, hx, lengths=lengths, resets=resets, reset_states=reset_states)
             if instead is not None:
                 return instead
-        return run(self._request(input, hx, lengths, resets, reset_states))
+        return run_call(self._request(input, hx, lengths, resets, reset_states))
 
     def _options(self) -> Options:
         sizes, of_all = tuple(self.hidden_sizes), [getattr(self, name) for name in OF_LAYERS]

@@ -1,1 +1,1 @@
-"""Whether a kernel computes the right numbers here, and which plan of several is the fastest."""
+"""The verification of kernels on this machine, and the timing of their plans."""

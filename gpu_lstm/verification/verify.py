@@ -66,9 +66,8 @@ def verify(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str | None:
     if verdict is None:
         wait_and_check(device)  # raises errors of earlier launches
         key, checking.kernel = _key(plan, problem, pass_, device), None
-        try:
-            exact = precision.changed("ieee"), accumulation.changed(False)  # TF32 is no fault of the kernel
-            with cache.trial(cache.CHECKS, key, ENDED), exact[0], exact[1]:
+        try:  # with exact products: the rounding of TF32 is no fault of the kernel
+            with cache.trial(cache.CHECKS, key, ENDED), precision.changed("ieee"), accumulation.changed(False):
                 verdict = _verdict(layer, pass_, inputs, plan)
                 cache.write(cache.CHECKS, key, verdict)
         except torch.OutOfMemoryError:
@@ -102,7 +101,7 @@ def _key(plan: Any, problem: Problem, pass_: Pass, device: torch.device) -> cach
 
 
 def _verdict(layer: Layer, pass_: Pass, inputs: Inputs, plan: Any) -> str:
-    """Try a plan, and return "right" or a description of what is wrong."""
+    """Try a plan, and return "right" or a description of its error."""
     device, problem = layer.device, layer.problem._replace(batch=plan.sequences_enough(layer.problem))
     on_trial, smalls, runs = layer.with_plan(plan, problem), [], []
     for seed in range(min(MOST_SEEDS, ceil(ENOUGH / (problem.batch * problem.width)))):
@@ -207,8 +206,8 @@ class Small:
             "lengths": lambda size: (steps - torch.arange(*size)) % (steps + 1),
             "resets": lambda size: (torch.arange(steps)[:, None] + torch.arange(size[1])) % 3 == 1,
         }
-        # Kernels read no x. It has features enough: with many units and few features, torch's products have errors of
-        # their own on a CPU.
+        # Kernels do not read x, and any number of features would do for them. But with many units and few features,
+        # torch's products have errors of their own on a CPU.
         sizes, tensors = sizes_of(p, steps, features=max(1, like.x.shape[-1], p.hidden // 16)), {}
         for name, tensor in like._asdict().items():
             if tensor is None:
