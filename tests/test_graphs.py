@@ -249,7 +249,7 @@ def test_torch_jit_trace_runs_kernels_only_without_gradients():
         ours.backend = "reference"  # whose loop over steps is unrolled
         traced = torch.jit.trace(ours, (example,))
         with pytest.raises(RuntimeError, match="must match the existing size"):
-            traced(x)
+            traced(torch.cat([example, example]))
 
 
 @pytest.mark.deep

@@ -212,7 +212,7 @@ def test_whatever_a_stream_reads_is_waited_for_and_held(faults, case, way):
     ("plain", "inference", True),
 ])  # fmt: skip
 @pytest.mark.parametrize(("place", "name", "said"), [
-    (schedule, "hold", "given away"), (Stream, "wait_stream", "does not wait"),
+    (schedule, "hold_memory", "given away"), (Stream, "wait_stream", "does not wait"),
 ])  # fmt: skip
 def test_what_is_not_held_or_waited_for_shows(faults, monkeypatch, case, way, of_results, place, name, said):
     """Either what the streams of the directions read, or their results."""

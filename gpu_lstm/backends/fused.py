@@ -105,7 +105,6 @@ def gradients(
     steps, i, (dh, dh_n, dc_n) = AllSteps(layer.problem, saved, needed), saved.inputs, output_gradients
     if i.c0.dtype is not torch.float32:
         i = i._replace(c0=i.c0.float())
-    dc_n = None if dc_n is None else dc_n.float()
     r = Recurrence(i, steps.norm_hh, steps.norm_c)
     loop = layer.backward(dh, dh_n, dc_n, steps.gates, saved.c, r, "h0" in needed)
     return _after_the_loop(steps, loop, needed)

@@ -174,11 +174,13 @@ def stack(
         training = x.is_cuda and torch.is_grad_enabled()  # tells cuDNN whether backward will follow
     options = flat, bias, len(layers), dropout, training, len(layers[0]) == 2  # whether bidirectional
     exact = c0.dtype is not x.dtype and is_exact(c0, x)
+    hx = h0 if cell is GRU else (h0, c0.to(x.dtype) if exact else c0)
+    given = (x, hx, *options, False) if batch_sizes is None else (x, batch_sizes, hx, *options)
     if cell is GRU:
-        y, h_n = gru(x, h0, *options, False) if batch_sizes is None else gru(x, batch_sizes, h0, *options)
-        return y, (h_n, h_n.float() if exact else h_n)
-    hx = h0, c0.to(x.dtype) if exact else c0
-    y, h_n, c_n = lstm(x, hx, *options, False) if batch_sizes is None else lstm(x, batch_sizes, hx, *options)
+        y, h_n = gru(*given)
+        c_n = h_n
+    else:
+        y, h_n, c_n = lstm(*given)
     return y, (h_n, c_n.float() if exact else c_n)
 
 
