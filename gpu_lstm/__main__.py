@@ -3,7 +3,6 @@
 import argparse
 import ctypes
 import dataclasses
-import importlib
 import json
 import os
 import platform
@@ -70,9 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands["explain"].add_argument("--inference", action="store_true", help="without gradients")
     commands["races"].add_argument("--clear", action="store_true", help="remove all but those in a shared folder")
     options = parser.parse_args(arguments)
-    if options.command == "plan" and (problem := import_problem(Backend.TRITON)) is not None:
-        print(f"python -m gpu_lstm plan {problem}", file=sys.stderr)
-        return 1
     try:
         as_json, text = options.run(options)
     except (OSError, ValueError) as error:
@@ -224,8 +220,10 @@ def _compile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _plan(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """which kernels a problem tries on a card, in which order"""
-    planning = importlib.import_module(".kernels.triton_rnn.plans.planning", __package__)
-    choose = importlib.import_module(".kernels.triton_rnn.plans.choose", __package__)
+    if (needs := import_problem(Backend.TRITON)) is not None:
+        raise ImportError(f"python -m gpu_lstm plan {needs}")
+    from .kernels.triton_rnn.plans import choose, planning
+
     if (card := planning.DEVICES.get(options.device)) is None:
         raise ValueError(f"unknown device {options.device!r}; known: {', '.join(planning.DEVICES)}")
     dtype, precision = _DTYPES[options.dtype]

@@ -59,8 +59,8 @@ def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
     """Pre-activations [B, 4H] and h before -> (r, z, n, s) and h', each [B, H]."""
     r, update, n, s = z.chunk(4, dim=1)
     r, update = r.sigmoid(), update.sigmoid()
-    gates = r, update, (n + r * s).tanh(), s
-    return gates, next_cell(gates, c)
+    n = (n + r * s).tanh()
+    return (r, update, n, s), n + update * (c - n)
 
 
 def activate_in_place(z: Tensor, bias_hh: Tensor | None, c: Tensor) -> Tensor:
@@ -74,12 +74,6 @@ def activate_in_place(z: Tensor, bias_hh: Tensor | None, c: Tensor) -> Tensor:
     update.sigmoid_()
     n.addcmul_(r, s).tanh_()
     return z
-
-
-def next_cell(gates: FourGates, c: Tensor) -> Tensor:
-    """h' in the dtype of c, each [..., H]."""
-    _, update, n, _ = gates
-    return n.to(c.dtype) + update * (c - n)
 
 
 def output(gates: FourGates, c: Tensor, gain: None, bias: None) -> Tensor:

@@ -47,35 +47,32 @@ def input_product(x: Tensor, weight: Tensor | None, bias: Tensor | None, bias_hh
 
 
 def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
-    """Pre-activations [B, 4H] and the state before, q and l [2, B, H] -> (u, v, g, o), each [B, H], and the state."""
+    """Return the gates (u, v, g, o) [B, H] each and the next state [2, B, H].
+
+    z [B, 4H] are the pre-activations. c [2, B, H] is the previous state, q and l.
+    """
     (i, f, g, o), (q, l) = z.chunk(4, dim=1), c
+    u, g, q, l = next_state(i, f, g, q, l)
+    return (u, (-f).sigmoid(), g, o.sigmoid()), torch.stack([q, l])
+
+
+def next_state(i: Tensor, f: Tensor, g: Tensor, q: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return u, tanh(z_g), q' and l' from the pre-activations z_i, z_f, z_g and the previous q and l, all of one size."""
     k = l + F.logsigmoid(f)
     a = i - k.clamp(min=torch.finfo(k.dtype).min)  # -inf, not NaN, where both are -inf
-    gates = a.sigmoid(), (-f).sigmoid(), g.tanh(), o.sigmoid()
-    return gates, torch.stack([next_cell(gates, q), _log_of_sum(i, k, a)])
+    u, g = a.sigmoid(), g.tanh()
+    l = _log_of_sum(i, k, a) if torch.is_grad_enabled() else torch.logaddexp(i, k)  # one operator instead of six
+    return u, g, torch.lerp(q, g, u), l
 
 
 def _log_of_sum(i: Tensor, k: Tensor, a: Tensor) -> Tensor:
-    """log(e^k + e^i), where a = i - k, with right derivatives of any order.
+    """Return log(e^k + e^i), where a = i - k, with correct derivatives of any order.
 
-    Second derivatives of torch.logaddexp are NaN far apart; those of maximum and abs are wrong where both are equal.
+    The second derivatives of torch.logaddexp are NaN where i and k are far apart. Those of torch.maximum and torch.abs
+    are wrong where i = k.
     """
     newer = a > 0
     return torch.where(newer, i, k) + F.softplus(torch.where(newer, -a, a))
-
-
-def next_state(i: Tensor, f: Tensor, g: Tensor, q: Tensor, l: Tensor) -> tuple[Tensor, Tensor]:
-    """q' and l' of pre-activations, all of one size; without gradients in the fewest operators."""
-    k = (l + F.logsigmoid(f)).clamp(min=torch.finfo(l.dtype).min)  # i - k is not NaN where both are -inf
-    a = i - k
-    l = _log_of_sum(i, k, a) if torch.is_grad_enabled() else torch.logaddexp(i, k)
-    return torch.lerp(q, g.tanh(), a.sigmoid()), l
-
-
-def next_cell(gates: FourGates, c: Tensor) -> Tensor:
-    """q' in the dtype of q, each [..., H]."""
-    u, _, g, _ = gates
-    return c + u.to(c.dtype) * (g - c)
 
 
 def output(gates: FourGates, c: Tensor, gain: None, bias: None) -> Tensor:

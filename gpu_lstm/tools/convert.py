@@ -13,7 +13,7 @@ from torch.nn.modules import rnn
 from .. import compat as drop_in
 from ..call.checks import check_bool
 from ..modules import GRU, LSTM, GRUCell, LSTMCell
-from ..modules.arguments import NOT_OF_TORCH, Checked, recast
+from ..modules.arguments import NOT_OF_TORCH, Checked, Layers, recast
 from ..modules.stacked import Stack
 
 Classes = Mapping[type[nn.Module], type[nn.Module]]
@@ -135,6 +135,13 @@ def _check_that_torch_has_it(where: str, module: Any) -> None:
     for name in NOT_OF_TORCH if type(module) in _THEIRS else ():
         if value := getattr(module, name, 0.0):
             raise ValueError(f"{where} has {name}={value}, which {_name(_THEIRS[type(module)])} has not")
+
+
+def check_layers(function: str, module: object, classes: Any = Layers) -> None:
+    """Raise TypeError unless `function` accepts `module`, which has to be of one of these classes."""
+    if not isinstance(module, classes):
+        advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
+        raise TypeError(f"{function} accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}{advice}")
 
 
 def _name(cls: type) -> str:

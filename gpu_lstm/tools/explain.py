@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import rnn
 from torch.nn.utils.rnn import PackedSequence
 
 from ..call.checks import check_tensor
@@ -21,6 +20,7 @@ from ..dispatch.run import Route
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
 from ..modules.arguments import Layers
 from ..verification.verify import cached_verdict
+from .convert import check_layers
 from .xlstm import ByOurs
 
 
@@ -105,10 +105,7 @@ def explain(
         TypeError: `module` is of none of these classes.
         ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
     """
-    if not isinstance(module, Layers | ByOurs):
-        got = "{0.__module__}.{0.__name__}".format(type(module))
-        advice = ": convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
-        raise TypeError(f"explain accepts a gpu_lstm.LSTM, a GRU, an SLSTM or a stack, got {got}{advice}")
+    check_layers("explain", module, Layers | ByOurs)
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     if isinstance(module, Layers):
@@ -157,12 +154,14 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
 
 
 def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend) -> str:
+    """Return why a backend does not run the call that `decision` gives to another one."""
     device, feature, times = call.x.device, kind.feature, decision.seconds or {}
+    has_kernels = other in KERNEL_BACKENDS
     if (problem := available.why_unavailable(other, device, kind.dtype)) is not None:
         return str(problem)
     if not available.supports(other, feature):
         return f"it does not support {feature}"
-    if other in KERNEL_BACKENDS and (lacking := available.lacking(other, kind)) is not None:
+    if has_kernels and (lacking := available.lacking(other, kind)) is not None:
         return f"it has no {lacking}"
     if requested_backend(call.options.backend) is not Backend.AUTO or call.modes.transforms == Transforms.REFERENCE:
         return f"{decision.backend.value!r} is {decision.why}"
@@ -170,11 +169,11 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
         return f"{times[other.value] / times[decision.backend.value]:.2f} times the time in the race"
     if other is Backend.REFERENCE:
         return "it is a plain loop over steps, for what the others cannot do"
-    if other in KERNEL_BACKENDS and other not in available.backends_for(device):
+    if has_kernels and other not in available.backends_for(device):
         return f"'auto' does not give {device.type} tensors to it"
-    if other in KERNEL_BACKENDS and (why := available.why_not(other, device, kind)) is not None:
+    if has_kernels and (why := available.why_not(other, device, kind)) is not None:
         return why
-    if other in KERNEL_BACKENDS and other is not (first := able_to_run(call, kind)):
+    if has_kernels and other is not (first := able_to_run(call, kind)):
         return f"'auto' chooses its kernels only where those of {first.value!r} cannot run"
     return decision.why
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules import rnn
 
 from ..backends.layer_loop import NOTHING
 from ..call import roles
@@ -13,7 +12,7 @@ from ..call.checks import check_states, check_tensor
 from ..kernels.private import assert_on_device, copy_all
 from ..kernels.timeouts import raise_if_timed_out
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import Layers
+from .convert import check_layers
 
 
 class Stream:
@@ -41,9 +40,7 @@ class Stream:
     """
 
     def __init__(self, module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, batch: int, hx: Any = None) -> None:
-        if not isinstance(module, Layers):
-            advice = " of torch.nn: convert it, gpu_lstm.convert(module)" * isinstance(module, rnn.LSTM | rnn.GRU)
-            raise TypeError(f"Stream accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}{advice}")
+        check_layers("Stream", module)
         if module.bidirectional:
             raise ValueError("Stream runs one direction, got bidirectional=True: the reverse one begins at the end")
         if not isinstance(batch, int):

@@ -17,8 +17,8 @@ from ..dispatch.kind import dtype_of
 from ..dispatch.run import Route, execute
 from ..equations import EQUATIONS, gru, lstm, slstm
 from ..modules import GRU, LSTM, SLSTM, StackedGRU, StackedLSTM
-from ..modules.arguments import Layers, recast
-from .convert import OURS
+from ..modules.arguments import recast
+from .convert import OURS, check_layers
 
 Gates = TypeVar("Gates", lstm.Gates, gru.Gates, slstm.Gates)
 
@@ -86,8 +86,7 @@ def trace(
     """
     if ours := OURS.get(type(module)):
         module = recast(module, ours)
-    if not isinstance(module, Layers):
-        raise TypeError(f"trace accepts an LSTM, a GRU, an SLSTM or a stack, got {type(module).__name__}")
+    check_layers("trace", module)
     if not isinstance(x, PackedSequence):
         check_tensor(x, "x")
     record: list[Steps] = []

@@ -1,5 +1,6 @@
 """sLSTM cells of the packages xlstm and tirex-ts compute by ours, in place."""
 
+import functools
 import logging
 from typing import Any
 
@@ -13,13 +14,16 @@ from ..call.modes import modes
 from ..call.prepare import prepare_layer
 from ..call.request import Request
 from ..call.weights import Weights
-from ..equations.slstm import next_state, states_from
+from ..equations.slstm import next_state, states_from, states_of
 from ..functional import slstm_layer
 from ..kernels.cells import SLSTM
 
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
           "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
-_OTHERS = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")  # options of xlstm's CUDA kernels
+_CLIPPING = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")  # of xlstm's CUDA kernels
+_ACCEPTED = {"function": ("slstm",)} | dict.fromkeys(_CLIPPING, (None, False))
+"""The values of a cell's options with which the cell computes what slstm_layer computes. An option that a cell lacks has
+the first value."""
 MOST_STEPS = 4  # on a CPU, and twice as many without gradients; with more, a call of slstm_layer is paid for
 
 
@@ -53,7 +57,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         theirs = getattr(module, "_theirs", type_before_parametrizations(module))
         if f"{theirs.__module__}.{theirs.__qualname__}" not in _CELLS:
             continue
-        for name, expected in (("function", ("slstm",)), *((name, (None, False)) for name in _OTHERS)):
+        for name, expected in _ACCEPTED.items():
             if (value := getattr(module.config, name, expected[0])) not in expected:
                 where = f"the cell {path!r}" if path else "the model itself"
                 raise ValueError(f"{where} has {name}={value!r}, which slstm_layer has not")
@@ -61,9 +65,8 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         names.append(f"{path or 'the model itself'} ({theirs.__module__}.{theirs.__qualname__})")
     if not cells:
         raise ValueError(f"there is none of {', '.join(_CELLS)} in the {type(model).__name__}")
-    ours = {theirs: _by_ours(theirs) for theirs in cells.values()}  # one class each, so that a graph serves all cells
     for cell, theirs in cells.items():
-        cls = ours[theirs] if on else theirs
+        cls = _by_ours(theirs) if on else theirs
         if is_parametrized(cell):  # torch's class, with a property for each such weight, stays on top
             top = type(cell)
             cls = type(top.__name__, (cls,), dict(vars(top)))
@@ -73,13 +76,15 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     return len(cells)
 
 
-def _by_ours(theirs: type) -> type:
+@functools.cache  # one class for each of theirs, so that one compiled graph serves all cells
+def _by_ours(theirs: type) -> Any:
+    """Return the subclass of a cell's class that computes by `slstm_layer`."""
     return type(theirs.__name__, (ByOurs, theirs), {"_theirs": theirs})
 
 
 def _remade(theirs: type) -> Any:
     """An instance for pickle, which finds no class that was made by a call."""
-    cls: Any = _by_ours(theirs)
+    cls = _by_ours(theirs)
     return cls.__new__(cls)
 
 
@@ -162,13 +167,11 @@ def _by_steps(z: Tensor, kernel: Tensor, bias: Tensor, state: Tensor | None) -> 
     else:
         h, *others = state.to(z.dtype).view(4, batch, heads, units).unbind()
         q, l = states_from(*others)
-    outputs, least = [], torch.finfo(z.dtype).min  # of l where all is shut
+    outputs = []
     for z_x in (z + bias).view(steps, batch, 4, heads, units).unbind():
         z_h = torch.bmm(h.transpose(0, 1), kernel).view(heads, batch, 4, units).permute(1, 2, 0, 3)
         i, f, g, o = (z_x + z_h).unbind(1)  # [B, N, D]
-        q, l = next_state(i, f, g, q, l)
+        *_, q, l = next_state(i, f, g, q, l)
         h = o.sigmoid() * q
         outputs.append(h)
-    there = (l > least) | (q != 0)  # else it is empty, as in states_of
-    final = torch.stack([h, q, there.to(q.dtype), torch.where(there, l, 0)])
-    return torch.stack(outputs).flatten(2), final.flatten(2)
+    return torch.stack(outputs).flatten(2), torch.stack([h, *states_of(q, l)]).flatten(2)
