@@ -1,4 +1,4 @@
-"""python -m gpu_lstm: the doctor, the plan for a problem, how an LSTM or GRU runs here, and what is cached."""
+"""python -m gpu_lstm: check this machine, show plans, explain how an LSTM or GRU runs here, list cached results."""
 
 import argparse
 import ctypes
@@ -34,13 +34,13 @@ _DTYPES = {
     "bf16": (torch.bfloat16, "ieee"), "fp16": (torch.float16, "ieee"),
     "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee"),
 }  # fmt: skip
-LARGEST_MEMORY = 192e9  # bytes; of a B200
+LARGEST_MEMORY = 192e9  # bytes: the memory of a B200
 SMI = "nvidia-smi", "--query-gpu=index,name,driver_version,mig.mode.current,compute_mode,memory.free", "--format=csv"
-MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED, of cuda.h
+MPS_ENABLED = 133  # CU_DEVICE_ATTRIBUTE_MPS_ENABLED in cuda.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status: 0 for success, 1 if something is missing, 2 for a user error."""
     parser = argparse.ArgumentParser(prog="python -m gpu_lstm", description=__doc__)
     parser.add_argument("--version", action="version", version=f"gpu_lstm {__version__}")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -90,16 +90,16 @@ def _positive(text: str) -> int:
 
 
 def cuda_devices() -> int:
-    """How many CUDA devices torch can use; device_count() also counts those whose driver is too old for it."""
+    """Return how many CUDA devices torch can use. torch.cuda.device_count() also counts devices with too old a driver."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def why_no_cuda() -> str:
-    """Why torch uses no CUDA device here, in its own words, and what helps."""
+    """Return torch's own words for why it uses no CUDA device here, and the remedy if the driver is too old."""
     problem = "torch.cuda.is_available() is False"
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # the latter if it is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch is built without CUDA
         problem = " ".join(str(error).split()).removesuffix(".")
     if "too old" in problem:
         older = "a torch for CUDA 12: pip install torch --index-url https://download.pytorch.org/whl/cu126"
@@ -107,7 +107,8 @@ def why_no_cuda() -> str:
     return f"there is no CUDA device that torch can use: {problem}"
 
 
-# A command returns what --json prints, and the text without it. Its docstring is its line of --help.
+# Each command returns two things: the data that --json prints, and the text that is printed without --json. The docstring
+# of a command is its line in --help.
 
 
 def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -139,7 +140,7 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _summary(device: torch.device) -> str:
-    """What a user of a device gets by default, and whether it was verified and raced there."""
+    """Return one sentence: which backend runs on a device by default, and how many kernels were verified and raced there."""
     try:
         requested_backend(None), requested_racing()
     except ValueError as error:
@@ -147,7 +148,7 @@ def _summary(device: torch.device) -> str:
     backend, on_cpu = _expected(device), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
-        *_, last = backends_for(device)  # on a CPU the compiled loops, which the rule gives more steps than ANY has
+        *_, last = backends_for(device)  # on a CPU the last one is the compiled loops; cpu_rule gives them only calls with more steps than ANY
         why = why_unavailable(last if on_cpu else KERNEL_BACKENDS[0], device, torch.float32)
         if not on_cpu:
             return f"On this machine gpu_lstm runs torch's own LSTM and GRU on {where}: {why}"
@@ -169,12 +170,13 @@ def _summary(device: torch.device) -> str:
 
 
 def _expected(device: torch.device) -> Backend:
-    """The backend of a plain LSTM that was not raced; kernels that are raced at its first call, as well."""
+    """Return the backend of a plain LSTM that was not raced. Kernels whose race comes at the first call count as winners."""
     able = select(Backend.AUTO, device, ANY, False)
     return Backend.TORCH if able in KERNEL_BACKENDS and is_compiled_once(able) else able
 
 
 def _diagnosis(device: torch.device) -> dict[str, Any]:
+    """Return the facts about a device, and for each backend why it is not available there (None if it is)."""
     name = cache.cpu_name()
     card = {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
@@ -191,7 +193,7 @@ def _diagnosis(device: torch.device) -> dict[str, Any]:
 
 
 def _smi() -> list[str]:
-    """What nvidia-smi says of all cards here, a line each: the driver's build, MIG, who may use it, free memory."""
+    """Return the lines of nvidia-smi, one per card: the driver's build, MIG, the compute mode, free memory."""
     try:
         done = subprocess.run(SMI, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
     except FileNotFoundError:
@@ -202,8 +204,11 @@ def _smi() -> list[str]:
 
 
 def _mps(device: torch.device) -> str:
-    """Whether processes share a card through MPS, which may give each some of its multiprocessors."""
-    if sys.platform != "linux":  # the only system that has MPS
+    """Return "on" if processes share a card through MPS, which may give each only a part of the multiprocessors, else "off".
+
+    If the driver returns an error, the text names it.
+    """
+    if sys.platform != "linux":  # MPS exists only on Linux
         return "off"
     enabled = ctypes.c_int()
     code = driver().cuDeviceGetAttribute(ctypes.byref(enabled), MPS_ENABLED, device.index)
@@ -271,7 +276,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
     """cached results: races, verification of kernels, measured plans"""
     if options.clear:
         cleared = sum(map(cache.remove, cache.KINDS))
-        shutil.rmtree(f"{cache.folder()}/compiled", ignore_errors=True)  # the loops for CPUs
+        shutil.rmtree(f"{cache.folder()}/compiled", ignore_errors=True)  # the compiled loops for CPUs
         return {"cleared": cleared}, f"cached results cleared: {cleared}"
     rows, lines = [], []
     how_they_come = (
@@ -285,7 +290,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
             rows.append(dict(kind=kind, file=str(file), key=key, value=value))
             try:
                 text = _in_words(kind, key, value)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # of another version, or not ours
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # written by another version, or not by gpu_lstm
                 text = f"{key}: {value}"
             made_by = [f"{name} {key[name]}" for name in ("triton", "cupy", "numba") if name in key]
             lines.append(f"  {', '.join([str(key.get('card')), *made_by])}: {text}")
@@ -293,7 +298,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
-    """A cached result in words; raises one of several errors if it has other fields."""
+    """Return a cached result in words. If its fields are not the expected ones, several kinds of errors are possible."""
     if kind == cache.RACES:
         return f"{in_words(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == cache.PLANS else key

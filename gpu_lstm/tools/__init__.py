@@ -1,1 +1,1 @@
-"""What users do with the modules, besides calling them."""
+"""Tools for modules: convert, explain, trace, stream, and use in models of other packages."""

@@ -1,4 +1,4 @@
-"""The loops for CPUs, compiled and verified ahead of the first call, and where they are kept."""
+"""Compile and verify the loops for CPUs ahead of the first call, and find the folder that keeps them."""
 
 import warnings
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ X, LENGTHS, RESETS = torch.zeros(4, 3, 1), torch.tensor([4, 3, 2]), torch.ones(4
 
 
 def compile_loops(cells: Iterable[str], sizes: Iterable[int]) -> str:
-    """Compile the loops for this CPU, verify them for layers of these cells and hidden sizes, and say where they are.
+    """Compile the loops for this CPU, verify them for layers of these cells and hidden sizes, and return their folder.
 
-    Raises what a call of backend `numba` raises, and as a UserWarning what such a call warns of: a loop that is not
-    right, or a result that is not kept.
+    The errors are those of a call with backend "numba". The warnings of such a call are raised as UserWarning: a loop
+    failed its verification, or a result cannot be kept on disk.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm: ")
@@ -35,7 +35,7 @@ def compile_loops(cells: Iterable[str], sizes: Iterable[int]) -> str:
 
 
 def loops_for_this_cpu() -> str:
-    """The folder where the compiled loops for this CPU are kept, or why there are none."""
+    """Return the folder of the compiled loops for this CPU, or the reason why there are none."""
     if (problem := available.import_problem(Backend.NUMBA)) is not None:
         return f"none: backend 'numba' {problem}"
     launch: Any = launcher_of(Backend.NUMBA.value)

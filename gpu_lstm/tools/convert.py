@@ -1,4 +1,4 @@
-"""Swap torch's LSTMs and GRUs inside a model for ours, and back."""
+"""Replace torch's LSTMs and GRUs inside a model by those of gpu_lstm, and back."""
 
 import contextlib
 import logging
@@ -25,7 +25,7 @@ _THEIRS: Classes = {ours: torchs for table in (OURS, _INSTANCES) for torchs, our
 Model = TypeVar("Model", bound=nn.Module)
 
 
-# Types cannot say "exactly this class": to a type checker a subclass, which is left alone, is converted, too.
+# Types cannot express "exactly this class". So a type checker believes that a subclass is converted, too; it is not.
 @overload
 def convert(model: rnn.LSTM, compat: bool = False) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
@@ -37,23 +37,27 @@ def convert(model: rnn.GRUCell, compat: bool = False) -> GRUCell: ...  # type: i
 @overload
 def convert(model: Model, compat: bool = False) -> Model: ...
 def convert(model: nn.Module, compat: bool = False) -> nn.Module:
-    """Swap every torch.nn.LSTM, LSTMCell, GRU and GRUCell in `model`, in place, for gpu_lstm's.
+    """Replace every torch.nn.LSTM, LSTMCell, GRU and GRUCell in `model`, in place, by the module of gpu_lstm.
 
-    Only these exact classes: a subclass may do anything in its forward, and is left alone. Parameters stay the same
-    objects, so that optimizers keep working; hooks, training flags, names and shared modules stay too. In TorchRL's
-    LSTMModule and GRUModule, which need instances of torch's classes, they become a compat.LSTM and compat.GRU. What
-    was swapped is gpu_lstm.LSTM(...) in print(model); the logger "gpu_lstm" reports at INFO what was swapped or left. A
-    UserWarning says if the model had nothing to swap, and no module of gpu_lstm either.
+    Only modules of exactly these classes are replaced. A subclass stays, since its forward may do anything. Parameters
+    stay the same objects, so that optimizers keep working. Hooks, training flags, names and shared modules stay, too.
+    TorchRL's LSTMModule and GRUModule need instances of torch's classes. Inside them an LSTM becomes a compat.LSTM, and
+    a GRU a compat.GRU.
+
+    print(model) shows a replaced module as gpu_lstm.LSTM(...). The logger "gpu_lstm" reports at INFO which modules were
+    replaced and which were left. If there was nothing to replace, and no module of gpu_lstm either, there is a
+    UserWarning.
 
     Args:
-        compat: swap every LSTM, also of gpu_lstm, for a compat.LSTM, which is an instance of torch.nn.LSTM, and every
-            GRU for a compat.GRU.
+        model: a module of any kind.
+        compat: replace every LSTM, also those of gpu_lstm, by a compat.LSTM, which is an instance of torch.nn.LSTM, and
+            every GRU by a compat.GRU.
 
     Returns:
-        `model`; where it is itself one of these classes, a new module that shares its parameters.
+        `model`. If `model` is itself of one of these classes, a new module that shares its parameters.
 
     Raises:
-        TypeError: `model` is not a module, or `compat` no bool.
+        TypeError: `model` is not a module, or `compat` is not a bool.
     """
     check_bool("compat", compat)
     return _swap(model, _COMPAT if compat else OURS, "convert")
@@ -70,26 +74,30 @@ def to_torch(model: GRUCell) -> rnn.GRUCell: ...  # type: ignore[overload-overla
 @overload
 def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
-    """Swap every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, for torch.nn's.
+    """Replace every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, by torch.nn's.
 
-    The inverse of `convert`, with the same promises and results; but a UserWarning says if a subclass of one of these,
-    or an SLSTM, was left. The backend and `recompute` are dropped, and heads become a new, block-diagonal weight_hh.
-    torch's modules accept neither lengths nor resets.
+    This is the inverse of `convert`: the same things stay, and the result is returned in the same way. If a subclass of
+    one of these classes, or an SLSTM, is left, there is a UserWarning. `backend` and `recompute` are dropped. A module
+    with heads gets a new, block-diagonal weight_hh. torch's modules accept neither lengths nor resets.
 
     Raises:
-        TypeError: `model` is not a module, or there is a StackedLSTM or a StackedGRU in it.
-        ValueError: one has a regulariser or peepholes, which torch's lack. Either way nothing is swapped.
+        TypeError: `model` is not a module, or it contains a StackedLSTM or a StackedGRU. Nothing is replaced.
+        ValueError: a module has a regulariser, peepholes or a layer norm, which torch's modules lack. Nothing is
+            replaced.
     """
     return _swap(model, _THEIRS, "to_torch")
 
 
 def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
-    """All or nothing: errors come before the first swap, and an interrupt undoes all swaps."""
+    """Replace all modules of the keys of `classes` by its values, or none.
+
+    All errors are raised before the first replacement. An interrupt undoes the replacements that were made.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} accepts a torch.nn.Module, got {type(model).__name__}")
     modules: dict[str, nn.Module] = dict(model.named_modules())
     twins: dict[nn.Module, nn.Module] = {}
-    # TorchRL's modules check isinstance(lstm, torch.nn.LSTM), or GRU, and behave differently if it is False.
+    # TorchRL's modules check isinstance(lstm, torch.nn.LSTM), or GRU, and behave differently if that is False.
     of_torchrl = (m for m in modules.values() if any(c.__module__.split(".")[0] == "torchrl" for c in type(m).__mro__))
     checked = {child for owner in of_torchrl for child in owner.children()}
     swapped, left, done, to_theirs = [], [], False, classes is _THEIRS
@@ -102,7 +110,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
         elif isinstance(module, tuple(classes.values())) and not (to_theirs and isinstance(module, tuple(classes))):
-            done = True  # a compat.LSTM is both
+            done = True  # a compat.LSTM is of both tables
         elif isinstance(module, tuple(classes)):
             left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
         elif isinstance(module, Checked) and not module._cell.of_torch:
@@ -110,7 +118,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
             left += [f"{where} ({_name(cls)}), a cell that torch.nn has not"] * to_theirs
     with contextlib.ExitStack() as undo:
         for module in modules.values():
-            children = twins.get(module, module)._modules  # a twin has children of its own
+            children = twins.get(module, module)._modules  # a twin has its own dict of children
             for name, child in module._modules.items():
                 if child in twins:
                     undo.callback(children.__setitem__, name, child)
@@ -126,6 +134,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
 
 
 def _check_that_torch_has_it(where: str, module: Any) -> None:
+    """Raise unless torch.nn has a module that computes the same. `where` names the module in the error."""
     if isinstance(module, Stack):
         cls, states = module._cell.name.upper(), "a pair" if len(module._cell.states) == 2 else "a tensor"
         raise TypeError(
@@ -145,5 +154,5 @@ def check_layers(function: str, module: object, classes: Any = Layers) -> None:
 
 
 def _name(cls: type) -> str:
-    """The name of a class as users write it."""
+    """Return the name of a class as users write it: torch.nn.LSTM."""
     return re.sub(r"^(torch\.nn|gpu_lstm)\.modules\.\w+\.", r"\1.", f"{cls.__module__}.{cls.__qualname__}")

@@ -1,4 +1,4 @@
-"""How a call runs, and why: backend, kernels, what was raced. Nothing is run."""
+"""Explain how a call runs, and why: the backend, the kernels, the result of the race. Nothing is run."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -26,47 +26,47 @@ from .xlstm import ByOurs
 
 @dataclass(frozen=True)
 class PassPlan:
-    """How one layer in one direction runs forward, or backward, by kernels."""
+    """The plan by which kernels run one pass, forward or backward, of one layer in one direction."""
 
     name: str  # "forward" or "backward"
     family: str
-    tiles: str  # how its programs share a layer
-    why: str
+    tiles: str  # how the programs share the layer
+    why: str  # why this plan
     origin: str  # whether the plan was measured
-    verdict: str | None  # what verification on this card said: "right", or what is wrong; None: nothing yet
-    launches: int  # how often a call launches its kernels
+    verdict: str | None  # the verdict on this card: "right", or the fault; None if it was not verified yet
+    launches: int  # how many launches a call makes
 
     @property
     def checked(self) -> str:
-        """Whether the kernel was verified on this card, in words."""
+        """The state of the verification on this card, in words."""
         return {None: "not checked yet", "right": "checked"}.get(self.verdict, f"failed: {self.verdict}")
 
 
 @dataclass(frozen=True)
 class Direction:
-    """One layer in one direction."""
+    """One layer in one direction, and its plans."""
 
     layer: int
-    name: str  # "forward" or "reverse": its way through time
+    name: str  # "forward" or "reverse": the direction in time
     input_size: int
     hidden_size: int
     proj_size: int
     heads: int
-    passes: list[PassPlan]  # [] without kernels
+    passes: list[PassPlan]  # empty if the backend has no kernels
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a call runs, and why. `str()` is for readers, `dataclasses.asdict()` for programs."""
+    """How a call runs, and why. `str()` returns text for readers, `dataclasses.asdict()` data for programs."""
 
-    problem: str
-    backend: str  # which runs all its layers and directions
-    why: str
-    seconds: dict[str, float] | None  # a call of each rival in the race; None: there was none
-    how: str  # in which way the backend runs it
+    problem: str  # the kind of call, in words
+    backend: str  # the backend of all layers and directions
+    why: str  # why this backend
+    seconds: dict[str, float] | None  # time of a call by each rival in the race; None if there was no race
+    how: str  # in which way the backend runs the call
     precision: str  # how products are computed
-    others: dict[str, str]  # the backends that do not run it: why not
-    launches: int | None  # of all kernels of the recurrence; None: the backend has no kernels
+    others: dict[str, str]  # for each backend that does not run the call, the reason
+    launches: int | None  # the sum over all passes; None if the backend has no kernels
     layers: list[Direction]
 
     def __str__(self) -> str:
@@ -88,22 +88,25 @@ def explain(
     module: LSTM | GRU | SLSTM | StackedLSTM | StackedGRU, x: Tensor | PackedSequence, hx: Any = None, *,
     lengths: Tensor | None = None, resets: Tensor | None = None, reset_states: Any = None,
 ) -> Explanation:  # fmt: skip
-    """Say how a call made at the same place would run, and why: nothing is run, raced, or cached.
+    """Explain how a call made at the same place would run, and why. Nothing is run, raced or cached.
 
-    The place matters: autograd on or off, training, autocast, `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
+    The answer depends on the state at that place: autograd on or off, training mode, autocast, and the blocks
+    `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
         module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a cell of `use_for_slstm`.
-        x, hx, lengths, resets, reset_states: as `module` accepts them. Only the shape, dtype, device and requires_grad
-            of x matter, whether lengths, resets and reset_states are given, and on a CPU whether a reset comes after
-            the first step; hx is ignored.
+        x: as `module` accepts it. Only its shape, dtype, device and requires_grad matter.
+        hx: ignored.
+        lengths, resets, reset_states: as `module` accepts them. It matters only whether they are given and, on a CPU,
+            whether a reset comes after the first step.
 
     Returns:
-        Text by `print`, data by `dataclasses.asdict`.
+        An Explanation. `print` shows it as text, `dataclasses.asdict` turns it into data.
 
     Raises:
         TypeError: `module` is of none of these classes.
-        ValueError, RuntimeError, TypeError, ImportError: as `module` itself for all but hx, and a chosen backend.
+        ValueError, RuntimeError, TypeError, ImportError: as a call of `module` raises for every argument except hx, and
+            for a backend that was asked for.
     """
     check_layers("explain", module, Layers | ByOurs)
     if not isinstance(x, PackedSequence):
@@ -134,20 +137,23 @@ def explain(
 
 
 def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]:
-    """The passes of one layer and direction by kernels: with the chosen plans, or those that would be tried first."""
+    """Return the passes of one layer in one direction, number `row` of [L*D]; [] if the route has no kernels.
+
+    A pass has the plan that was chosen. If none was, it has the plan that would be tried first.
+    """
     if route.schedule is None:
         return []
     layer, launches = route.layers[row], ceil(call.steps / route.schedule.longest)
     passes = []
     for pass_ in kind.passes:
         chosen = layer.chosen(pass_)
-        # Backward is verified for each set of gradients that it may be given.
+        # Backward is verified once for each set of gradients that it may be given.
         others = [pass_._replace(dh_n=False), pass_._replace(dh=False)] if pass_.backward else []
         verdicts = [cached_verdict(chosen.plan, layer.problem, each, layer.device) for each in (pass_, *others)]
         passes.append(PassPlan(
             "backward" if pass_.backward else "forward", chosen.family, chosen.tiles, chosen.why,
             "timed on this card" if chosen.measured else "the first to try, not timed",
-            min(filter(None, verdicts), key="right".__eq__, default=None),  # what is wrong, if anything is
+            min(filter(None, verdicts), key="right".__eq__, default=None),  # a fault, if there is one, before "right"
             chosen.each_step * call.steps or launches,
         ))  # fmt: skip
     return passes
@@ -179,6 +185,7 @@ def _why_not(call: Request, kind: Kind, decision: race.Decision, other: Backend)
 
 
 def _how(call: Request, backend: Backend) -> str:
+    """Return in which way the backend runs the call."""
     if backend in KERNEL_BACKENDS:
         return "one product with all inputs of a layer, then its steps, or a chunk of them, by the kernels below"
     if backend is Backend.REFERENCE:
@@ -192,6 +199,7 @@ def _how(call: Request, backend: Backend) -> str:
 
 
 def _precision(kind: Kind, device: torch.device, backend: Backend) -> str:
+    """Return how the matrix products are computed, with the switches of torch that decide it."""
     name = str(kind.dtype).removeprefix("torch.")
     if kind.dtype is not torch.float32 or device.type != "cuda":
         return f"in {name}" if kind.dtype.itemsize > 2 else f"of {name} numbers, summed in float32"

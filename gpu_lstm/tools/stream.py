@@ -1,4 +1,4 @@
-"""An LSTM, a GRU or an SLSTM that runs as its input arrives, by steps or chunks, with the state kept between calls."""
+"""Run an LSTM, a GRU or an SLSTM on input that arrives in steps or chunks. The state is kept between calls."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,21 +16,25 @@ from .convert import check_layers
 
 
 class Stream:
-    """Runs `module` on a batch of endless sequences; outputs are those of one call with all steps, except for rounding.
+    """Run `module` on a batch of endless sequences.
 
-    Inference only. In float16 and bfloat16 the cell state (of a GRU h, of an SLSTM c, n, m) is held in float32. On CUDA
-    the first step is captured in a graph that later ones replay, and again if a parameter is replaced (not if one is
-    changed in place).
+    The outputs equal those of one call with all steps, except for rounding. A Stream is for inference only.
+
+    If the module is in float16 or bfloat16, the Stream holds the cell state in float32. The cell state is c of an LSTM,
+    h of a GRU, and c, n and m of an SLSTM. On CUDA the first step is captured in a CUDA graph, which later steps replay.
+    The step is captured again after a parameter was replaced by another tensor, but not after a change in place.
 
     Args:
-        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, in eval() if it has dropout; one direction.
-        batch: sequences, N.
-        hx: the initial states, as `module` accepts them for a batch; they are copied. Default: zeros
+        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU with one direction. If it has dropout, it must be in
+            evaluation mode when it is called.
+        batch: the number of sequences, N.
+        hx: the initial states, as `module` accepts them for a batch. They are copied. Default: zeros
 
     Raises:
-        TypeError: `module` is of none of these classes, `batch` not an int, or hx not made of tensors as it should be.
-        ValueError: `module` is bidirectional, since the reverse direction begins at the end; batch < 0.
-        RuntimeError: hx of other sizes, of another dtype or on another device than `module` accepts, in its words.
+        TypeError: `module` is of none of these classes, `batch` is not an int, or hx is not made of tensors as it
+            should be.
+        ValueError: `module` is bidirectional (the reverse direction would begin at the end), or `batch` is negative.
+        RuntimeError: hx has another size, dtype or device than `module` accepts. The text is the one of `module`.
 
     Example::
 
@@ -48,9 +52,10 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        with torch.inference_mode(False):  # so that the states can be updated in any mode
-            self._state = _held(self._accepted(None))  # as `module` accepts and returns them
-        # One step as a CUDA graph: what it was captured with, its x, its `active` or None, and how it is replayed.
+        with torch.inference_mode(False):  # so that the states can be updated with and without inference mode
+            self._state = _held(self._accepted(None))  # in the form that `module` accepts and returns
+        # One step as a CUDA graph: the key of the capture, the x and the `active` (or None) that the graph reads, and a
+        # function that replays it and returns the output.
         self._graph: tuple[tuple, Tensor, Tensor | None, Callable[[], Tensor]] | None = None
         if hx is not None:
             self.state = hx
@@ -60,7 +65,7 @@ class Stream:
 
     @property
     def state(self) -> Any:
-        """A copy of the state after the last step, as `module` returns it. Set it, as hx, to continue from another."""
+        """A copy of the state after the last step, as `module` returns it. Set it to continue from another state."""
         return _each(torch.clone, self._state)
 
     @state.setter
@@ -68,7 +73,7 @@ class Stream:
         self._update(_each(torch.clone, self._accepted(hx)))
 
     def _accepted(self, hx: Any) -> Any:
-        """The states that `module` would begin with, checked as its call checks hx."""
+        """Return the states with which `module` would begin, checked as a call of `module` checks hx."""
         module = self.module
         if hx is not None and module._role is not roles.Stack and len(module._cell.states) == 2:
             check_states(hx, ("h_0", "c_0"))
@@ -81,17 +86,18 @@ class Stream:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
 
         Args:
-            x: the input; anything, NaN included, for sequences that are not active.
-            active: bool (N,), which sequences advance; the others keep their state, and output zeros. Default: all.
+            x: the input. Its numbers for sequences that are not active do not matter; they may be NaN.
+            active: bool (N,). Sequences where it is True advance. The others keep their state and output zeros.
+                Default: all sequences advance.
 
         Returns:
-            The output, (N, P) for a step, else as the chunk; P = H without a projection.
+            The output: (N, P) for a step, (T, N, P) or (N, T, P) for a chunk. P = H without a projection.
 
         Raises:
             TypeError: x or `active` is not a tensor.
-            ValueError: x has a wrong rank or batch; `active` a wrong shape, dtype or device; the module is in training
-                mode and has dropout.
-            RuntimeError: as `module`, for a wrong number of features, dtype or device.
+            ValueError: x has a wrong rank or batch size, `active` has a wrong shape, dtype or device, or the module is
+                in training mode and has dropout.
+            RuntimeError: x has a wrong number of features, dtype or device. The text is the one of `module`.
         """
         check_tensor(x, "x")
         module = self.module
@@ -106,21 +112,25 @@ class Stream:
             return self._replay(x, active) if x.dim() == 2 and on_cuda(x) else self._advance(x, active)
 
     def reset(self, which: Tensor | None = None) -> None:
-        """Zero the states of all sequences, or of those where `which`, bool (N,), is True. Raises as for `active`."""
+        """Zero the states of all sequences, or only those where `which`, bool (N,), is True.
+
+        The errors for a wrong `which` are those for a wrong `active`.
+        """
         if which is None:
             return self._update(_each(torch.zeros_like, self._state))
         self._check_for_each("which", which, torch.bool)
         self._update(_each(lambda t: t.masked_fill(which[:, None], 0), self._state))  # t is [L, N, *] or [N, *]
 
     def reorder(self, index: Tensor) -> None:
-        """Let sequence n continue from the state of sequence index[n], as hypotheses of a beam search do.
+        """Let sequence n continue from the state of sequence index[n], as beam search needs it.
 
         Args:
-            index: int64 or int32 (N,), from 0 to N - 1; repeats are allowed.
+            index: int64 or int32 (N,), with values from 0 to N - 1. A value may be repeated.
 
         Raises:
             TypeError: `index` is not a tensor.
-            ValueError: it has a wrong shape, dtype, device or values (on CUDA asserted on the device).
+            ValueError: `index` has a wrong shape, dtype, device or value. On CUDA a wrong value is an assertion on the
+                device instead.
         """
         self._check_for_each("index", index, torch.int64, torch.int32)
         outside = ((index < 0) | (index >= self.batch)).any()
@@ -131,7 +141,7 @@ class Stream:
         self._update(_each(lambda t: t.index_select(-2, index), self._state))
 
     def _check_for_each(self, name: str, value: Tensor, *dtypes: torch.dtype) -> None:
-        """Raise unless `value` has an element for each sequence, on the device of the states."""
+        """Raise unless `value` is [N], of one of these dtypes, and on the device of the states."""
         check_tensor(value, name)
         if value.shape != (self.batch,) or value.dtype not in dtypes:
             dtype = str(dtypes[0]).removeprefix("torch.")
@@ -140,7 +150,7 @@ class Stream:
             raise ValueError(f"Expected {name} on {device}, got {value.device}")
 
     def _advance(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """Run a step or a chunk, and update the states of sequences that are active."""
+        """Run a step or a chunk, and update the states of the active sequences."""
         time_axis = 1 if self.module.batch_first else 0
         chunk = x if x.dim() == 3 else x[:, None] if time_axis else x[None]
         y, states = self.module(chunk, self._state)
@@ -152,7 +162,7 @@ class Stream:
         return y if x.dim() == 3 else y.squeeze(time_axis)
 
     def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """Run a step by its graph, captured first if there is none for these parameters, sizes and `active`."""
+        """Run a step by its graph. The step is captured first if no graph has these parameters, sizes and `active`."""
         module, graph = self.module, self._graph
         key = x.shape, x.dtype, module._options(), tuple(p.data_ptr() for p in module.parameters())
         if graph is None or graph[0] != key or (graph[2] is None and active is not None):
@@ -160,16 +170,19 @@ class Stream:
             try:
                 graph = self._graph = key, *read, captured(lambda: self._advance(*read), x.device)
             finally:
-                self._update(before)  # warm-up steps do not count
+                self._update(before)  # the warm-up steps have changed the states
         _, its_x, its_active, replay = graph
-        raise_if_timed_out(x.device)  # in the replays so far
+        raise_if_timed_out(x.device)  # an earlier replay may have timed out
         its_x.copy_(x)
         if its_active is not None:
             its_active.fill_(True) if active is None else its_active.copy_(active)
         return replay().clone()
 
     def _update(self, states: Any) -> None:
-        """Set all states at once, so that an interrupt mixes no steps; in place on CUDA, where a graph reads them."""
+        """Set all states at once, so that an interrupt never leaves states of two different steps.
+
+        On CUDA the states are written in place, since the graph reads them there.
+        """
         before, after = _tensors(self._state), _tensors(states)
         if on_cuda(before[0]) or any([t.dtype is not new.dtype for t, new in zip(before, after)]):
             with torch.no_grad():
@@ -179,23 +192,23 @@ class Stream:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether steps are replayed; tests replace it, and `captured`."""
+    """Whether steps are replayed. (Tests replace this function and `captured`.)"""
     return x.is_cuda
 
 
 def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """`step` on a CUDA device, captured in a graph; a call replays it."""
+    """Capture `step` on a CUDA device in a graph; return a function that replays the graph and returns the output."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(side):
-                for _ in range(3):  # kernels are compiled and workspaces made before the capture
+                for _ in range(3):  # kernels are compiled, and workspaces allocated, before the capture
                     step()
         finally:
             torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Not "global", in which memory that another thread allocates, say, would break the capture.
+        # In mode "global" another thread would break the capture, for example by allocating memory.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             y = step()
 
@@ -206,22 +219,26 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     return replay
 
 
-# A module's states are a tensor, a tuple of tensors or, in a stack, a list with one of these for each layer.
+# The states of a module are a tensor or a tuple of tensors. The states of a stack are a list of these, one per layer.
 
 
 def _each(function: Callable[..., Tensor], *states: Any) -> Any:
-    """States of function(tensor, ...), for the tensors at the same place of one or more states."""
+    """Apply `function` to the tensors at the same place of one or more states; return the results in the same form."""
     if isinstance(states[0], Tensor):
         return function(*states)
     return type(states[0])(_each(function, *each) for each in zip(*states))
 
 
 def _tensors(states: Any) -> list[Tensor]:
+    """Return all tensors of the states."""
     return [states] if isinstance(states, Tensor) else [t for each in states for t in _tensors(each)]
 
 
 def _held(states: Any) -> Any:
-    """Copies of states in float32 or more; but beside others h keeps its dtype, as the output has the same numbers."""
+    """Return copies of states in float32, or in float64 if they are float64.
+
+    In a tuple the first state, h, keeps its dtype: the output has the same numbers, rounded to that dtype.
+    """
     if isinstance(states, list):
         return list(map(_held, states))
     if isinstance(states, tuple):
