@@ -90,7 +90,10 @@ def _positive(text: str) -> int:
 
 
 def cuda_devices() -> int:
-    """Return how many CUDA devices torch can use. torch.cuda.device_count() also counts devices with too old a driver."""
+    """Return how many CUDA devices torch can use.
+
+    torch.cuda.device_count() alone also counts devices whose driver is too old for torch.
+    """
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
@@ -107,8 +110,8 @@ def why_no_cuda() -> str:
     return f"there is no CUDA device that torch can use: {problem}"
 
 
-# Each command returns two things: the data that --json prints, and the text that is printed without --json. The docstring
-# of a command is its line in --help.
+# Each command returns two things: the data that --json prints, and the text that is printed without --json. The
+# docstring of a command is its line in --help.
 
 
 def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -140,7 +143,7 @@ def _doctor(_: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _summary(device: torch.device) -> str:
-    """Return one sentence: which backend runs on a device by default, and how many kernels were verified and raced there."""
+    """Return one sentence: the default backend on a device, and how many of its kernels were verified and raced."""
     try:
         requested_backend(None), requested_racing()
     except ValueError as error:
@@ -148,7 +151,8 @@ def _summary(device: torch.device) -> str:
     backend, on_cpu = _expected(device), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
-        *_, last = backends_for(device)  # on a CPU the last one is the compiled loops; cpu_rule gives them only calls with more steps than ANY
+        # On a CPU the last one is the compiled loops, to which cpu_rule gives only calls with more steps than ANY has.
+        *_, last = backends_for(device)
         why = why_unavailable(last if on_cpu else KERNEL_BACKENDS[0], device, torch.float32)
         if not on_cpu:
             return f"On this machine gpu_lstm runs torch's own LSTM and GRU on {where}: {why}"
@@ -170,7 +174,7 @@ def _summary(device: torch.device) -> str:
 
 
 def _expected(device: torch.device) -> Backend:
-    """Return the backend of a plain LSTM that was not raced. Kernels whose race comes at the first call count as winners."""
+    """Return the backend that a plain LSTM has by default: kernels that the first call races, or torch's own."""
     able = select(Backend.AUTO, device, ANY, False)
     return Backend.TORCH if able in KERNEL_BACKENDS and is_compiled_once(able) else able
 
@@ -204,7 +208,7 @@ def _smi() -> list[str]:
 
 
 def _mps(device: torch.device) -> str:
-    """Return "on" if processes share a card through MPS, which may give each only a part of the multiprocessors, else "off".
+    """Return "on" if processes share a card through MPS, else "off". MPS may give each only some multiprocessors.
 
     If the driver returns an error, the text names it.
     """
@@ -290,7 +294,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
             rows.append(dict(kind=kind, file=str(file), key=key, value=value))
             try:
                 text = _in_words(kind, key, value)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # written by another version, or not by gpu_lstm
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # not this version's
                 text = f"{key}: {value}"
             made_by = [f"{name} {key[name]}" for name in ("triton", "cupy", "numba") if name in key]
             lines.append(f"  {', '.join([str(key.get('card')), *made_by])}: {text}")
@@ -298,7 +302,10 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
-    """Return a cached result in words. If its fields are not the expected ones, several kinds of errors are possible."""
+    """Return a cached result in words.
+
+    If its fields are not the expected ones, several kinds of errors are possible.
+    """
     if kind == cache.RACES:
         return f"{in_words(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"
     of = key | value if kind == cache.PLANS else key

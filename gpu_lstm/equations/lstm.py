@@ -1,18 +1,18 @@
-"""The LSTM cell in torch's operators: for the reference, and for what backward recomputes.
+"""The LSTM cell in torch's operators: for the reference, and for the gates that backward recomputes.
 
-Gate order i, f, g, o, as torch.nn.LSTM states the equations:
+The order of the gates is i, f, g, o. The equations are those of torch.nn.LSTM:
 
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c' = f c + i g                                          m = o tanh(c')
 
-m is the hidden state h'; with a projection, h' = W_hr m (Sak et al., 2014). With peepholes p [3H] (Gers & Schmidhuber,
-2000) each gate but g also depends on the cell state of its own unit: z_i + p_i c, z_f + p_f c and z_o + p_o c' replace
-z_i, z_f and z_o. With layer norms (Ba, Kiros & Hinton, 2016, their equations 20 to 22)
+m is the hidden state h'. With a projection, h' = W_hr m (Sak et al., 2014). With peepholes p [3H] (Gers & Schmidhuber,
+2000) the gates i, f and o also depend on the cell state of their own unit: z_i + p_i c, z_f + p_f c and z_o + p_o c'
+replace z_i, z_f and z_o. With layer norms (Ba, Kiros & Hinton, 2016, their equations 20 to 22)
 
     z = LN(W_ih x) + LN(W_hh h)                             m = o tanh(LN(c'))
 
-where LN(v) = gain (v - mean(v)) / sqrt(var(v) + EPS) + bias, over the 4H elements of W_ih x and of W_hh h, and the H of
-c'; the biases of the first two are b_ih and b_hh.
+where LN(v) = gain (v - mean(v)) / sqrt(var(v) + EPS) + bias. The mean and the variance are over the 4H elements of W_ih
+x and of W_hh h, and over the H elements of c'. The biases of the first two layer norms are b_ih and b_hh.
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ FourGates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Gates(NamedTuple):
-    """What one layer computes in one direction, at every step; zero past the end of a sequence."""
+    """The gates and states of every step of one layer in one direction; zero past the end of a sequence."""
 
     input: Tensor  # [T, B, H] i, from 0 to 1
     forget: Tensor  # [T, B, H] f, from 0 to 1
@@ -38,15 +38,15 @@ class Gates(NamedTuple):
 
 
 def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
-    """The Gates of [T, B, 4H], [T, B, H] and [T, B, P]."""
+    """Return the Gates, from the activated gates [T, B, 4H], c [T, B, H] and h [T, B, P]."""
     i, f, g, o = gates.chunk(4, dim=2)
     return Gates(i, f, o, g, c, h)
 
 
 def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor | None) -> Tensor:
-    """x W^T + bias, of which x W^T is normalised where there is a gain: x [..., K], W [N, K] -> [..., N].
+    """Return x W^T + bias, or LN(x W^T) if there is a gain: x [..., K], W [N, K] -> [..., N].
 
-    W may be of heads, [N, D]; without one x is the product.
+    W may have heads and be [N, D]. If `weight` is None, x is the product itself.
     """
     if weight is not None and weight.shape[1] == x.shape[-1] and gain is None:
         return F.linear(x, weight, bias)
@@ -57,14 +57,17 @@ def linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, gain: Tensor |
 
 
 def normalised(v: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """LN(v), over the last dimension of v."""
+    """Return LN(v) over the last dimension of v."""
     return F.layer_norm(v, v.shape[-1:], gain, bias, EPS)
 
 
 def input_product(
     x: Tensor, weight: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, gain: Tensor | None
 ) -> Tensor:
-    """What is known of z before the time loop, [T, B, 4H]: W_ih x + b_ih + b_hh, in new memory."""
+    """Return the terms of z that are known before the time loop, [T, B, 4H], in new memory.
+
+    They are W_ih x + b_ih + b_hh, or with a gain LN(W_ih x).
+    """
     bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
     if gain is None:
         return F.linear(x, weight, bias)
@@ -72,7 +75,7 @@ def input_product(
 
 
 def add_product(z: Tensor, h: Tensor, weight: Tensor, gain: Tensor | None) -> None:
-    """Add W_hh h, which is normalised where there is a gain, to z [T, B, 4H]; h [T, B, P]."""
+    """Add W_hh h, or LN(W_hh h) without a bias if there is a gain, to z [T, B, 4H]. h is [T, B, P]."""
     if gain is None and weight.shape[1] == h.shape[2]:
         z.flatten(0, 1).addmm_(h.flatten(0, 1), weight.T)
     else:
@@ -80,12 +83,12 @@ def add_product(z: Tensor, h: Tensor, weight: Tensor, gain: Tensor | None) -> No
 
 
 def pre_activations(of_x: Tensor, of_h: Tensor) -> Tensor:
-    """z [B, 4H] from W_ih x + b_ih and W_hh h + b_hh, [B, 4H] each."""
+    """Return z [B, 4H] from W_ih x + b_ih and W_hh h + b_hh, [B, 4H] each."""
     return of_x + of_h
 
 
 def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[FourGates, Tensor]:
-    """Pre-activations [B, 4H], the state before and p -> (i, f, g, o) and c', each [B, H]."""
+    """Return (i, f, g, o) and c', each [B, H], from the pre-activations z [B, 4H], the previous c and p."""
     i, f, g, o = z.chunk(4, dim=1)
     if peephole is not None:
         p_i, p_f, p_o = peephole.chunk(3)
@@ -98,7 +101,10 @@ def step(z: Tensor, c: Tensor, peephole: Tensor | None) -> tuple[FourGates, Tens
 
 
 def activate_in_place(z: Tensor, peephole: Tensor | None, c: Tensor | None) -> Tensor:
-    """Pre-activations [T, B, 4H] -> gates in the same memory; c [T, B, H], for peepholes: before each step."""
+    """Turn the pre-activations z [T, B, 4H] into gates in the same memory.
+
+    c [T, B, H] has the state before each step. Only peepholes need it.
+    """
     hidden = z.shape[2] // 4
     i_f, g, o = z.tensor_split((2 * hidden, 3 * hidden), dim=2)
     if peephole is not None and c is not None:
@@ -115,13 +121,13 @@ def activate_in_place(z: Tensor, peephole: Tensor | None, c: Tensor | None) -> T
 
 
 def next_cell(gates: FourGates, c: Tensor) -> Tensor:
-    """c' in the dtype of c, each [..., H]."""
+    """Return c' [..., H] in the dtype of c."""
     i, f, g, _ = gates
     return f * c + i.to(c.dtype) * g
 
 
 def output(gates: FourGates, c: Tensor, gain: Tensor | None, bias: Tensor | None) -> Tensor:
-    """m in the dtype of o, each [..., H]; c is the state after the step, normalised where there is a gain."""
+    """Return m [..., H] in the dtype of o. c is the state after the step. It is normalised if there is a gain."""
     o = gates[3]
     if gain is not None:
         c = normalised(c, gain.to(c.dtype), None if bias is None else bias.to(c.dtype))

@@ -1,12 +1,13 @@
-"""The sLSTM cell (Beck et al., 2024) in torch's operators, in two numbers a unit instead of three:
+"""The sLSTM cell (Beck et al., 2024) in torch's operators, with two numbers per unit instead of three:
 
     k = l + log sigmoid(z_f)    a = z_i - k    u = sigmoid(a)      q' = q + u (tanh(z_g) - q)
     l' = log(e^k + e^z_i) = max(k, z_i) + log(1 + e^-|a|)    o = sigmoid(z_o)    h' = o q'
 
-The paper has c' = f c + i g, n' = f n + i and h' = o c' / n', where i = exp(z_i) and f = sigmoid(z_f), and keeps c
-and n times e^-m, so that they are finite. Here q = c / n is the mean of all g so far, and l = m + log n the logarithm
-of the sum of their weights: u is the share that the new g has in it. Gates are u, v = sigmoid(-z_f), g and o. Both u
-and v are near 0 where a state is kept, where half precision is fine; near 1 it is coarse. See docs/design.md.
+The paper has c' = f c + i g, n' = f n + i and h' = o c' / n', where i = exp(z_i) and f = sigmoid(z_f). It keeps c and n
+multiplied by e^-m, so that they are finite. Here q = c / n is the weighted mean of all g so far, l = m + log n is the
+logarithm of the sum of the weights, and u is the share of the new g in that sum. The gates are u, v = sigmoid(-z_f), g
+and o. Where a state is kept, both u and v are near 0, where half precision is fine; near 1 it is coarse. See
+docs/design.md.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from .lstm import pre_activations as pre_activations
 
 
 class Gates(NamedTuple):
-    """What one layer computes in one direction, at every step; zero past the end of a sequence."""
+    """The gates and states of every step of one layer in one direction; zero past the end of a sequence."""
 
     share: Tensor  # [T, B, H] u, from 0 to 1: how much of the new mean is the candidate
     forget: Tensor  # [T, B, H] f = sigmoid(z_f), from 0 to 1
@@ -33,16 +34,16 @@ class Gates(NamedTuple):
 
 
 def gates_of(gates: Tensor, c: Tensor, h: Tensor) -> Gates:
-    """The Gates of [T, B, 4H], of q and of h, [T, B, H]."""
+    """Return the Gates, from the activated gates [T, B, 4H], q [T, B, H] as c, and h [T, B, H]."""
     u, v, g, o = gates.chunk(4, dim=2)
     return Gates(u, 1 - v, o, g, c, h)
 
 
 def input_product(x: Tensor, weight: Tensor | None, bias: Tensor | None, bias_hh: Tensor | None, gain: None) -> Tensor:
-    """What is known of z before the time loop, [T, B, 4H], in new memory; without W_ih x is the product already."""
+    """Return W_ih x and the biases, [T, B, 4H], in new memory. If `weight` is None, x is the product W_ih x itself."""
     if weight is not None:
         return lstm.input_product(x, weight, bias, bias_hh, gain)
-    z = x.new_empty(x.shape)  # contiguous: kernels would copy what is not
+    z = x.new_empty(x.shape)  # contiguous, since kernels would copy any other tensor
     return z.copy_(x) if bias is None else torch.add(x, bias, out=z)
 
 
@@ -57,7 +58,7 @@ def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
 
 
 def next_state(i: Tensor, f: Tensor, g: Tensor, q: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return u, tanh(z_g), q' and l' from the pre-activations z_i, z_f, z_g and the previous q and l, all of one size."""
+    """Return u, tanh(z_g), q' and l' from z_i, z_f, z_g and the previous q and l, all of one size."""
     k = l + F.logsigmoid(f)
     a = i - k.clamp(min=torch.finfo(k.dtype).min)  # -inf, not NaN, where both are -inf
     u, g = a.sigmoid(), g.tanh()
@@ -76,19 +77,19 @@ def _log_of_sum(i: Tensor, k: Tensor, a: Tensor) -> Tensor:
 
 
 def output(gates: FourGates, c: Tensor, gain: None, bias: None) -> Tensor:
-    """h' in the dtype of o, [..., H], of q and l after the step, [2, ..., H]."""
+    """Return h' [..., H] in the dtype of o. c [2, ..., H] has q and l after the step."""
     o = gates[3]
     return o * c[0].to(o.dtype)
 
 
 def states_from(c: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """The paper's c, n and m -> q and l. Where n = 0 the state is empty."""
+    """Return q and l of the paper's c, n and m. Where n = 0 the state is empty."""
     there = n != 0
     n = torch.where(there, n, 1)
     return torch.where(there, c / n, 0), torch.where(there, m + n.log(), -float("inf"))
 
 
 def states_of(q: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The reverse: c, n and m with n = 1 and m = l, an equal state; zeros where it is empty."""
-    there = (l != -float("inf")) | (q != 0)  # so NaN is; and a mean whose weight is 0, after z_i = z_f = -inf
+    """Return c, n and m of an equal state, with n = 1 and m = l. They are zeros where the state is empty."""
+    there = (l != -float("inf")) | (q != 0)  # where not empty: also NaN, and a mean of weight 0, after z_i = z_f = -inf
     return q, there.to(q.dtype), torch.where(there, l, 0)

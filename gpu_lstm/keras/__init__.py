@@ -1,6 +1,6 @@
-"""Keras 3: conversion of its layers to ours and back, its masks and initial values; its layers on our kernels.
+"""Keras 3: conversion of its layers, masks and initial values, and its layers LSTM and GRU on the kernels of gpu_lstm.
 
-Importing this does not import Keras. from_keras, to_keras and the names LSTM and GRU do.
+Importing this module does not import Keras. A call of from_keras or to_keras imports it, as does the first use of LSTM or GRU.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .layer import GRU as GRU
     from .layer import LSTM as LSTM
 
-# Without the layers, so that `import *` works where Keras is not installed.
+# LSTM and GRU are not in it, so that `import *` works where Keras is not installed.
 __all__ = ["GoBackwards", "forget_bias", "from_keras", "keras_init", "lengths_of", "to_keras"]
 _LAYERS = ("LSTM", "GRU")
 

@@ -1,6 +1,7 @@
-"""Conversion to Keras 3 and back, with equal results; and Keras's initial values for any LSTM or GRU.
+"""Conversion to Keras 3 and back, with equal results, and Keras's initial values for any LSTM or GRU.
 
-Keras's matrices are transposed, its LSTM has one bias where torch's has two, and its GRU another order of gates.
+Compared with torch, Keras's matrices are transposed, its LSTM has one bias instead of two, and its GRU has another
+order of gates.
 """
 
 import importlib
@@ -32,16 +33,16 @@ _ACCEPTED = "an LSTM, a GRU or a stack of them"
 
 
 class Pair(NamedTuple):
-    """LSTM or GRU: its name in Keras, and the classes that compute it here."""
+    """An LSTM or a GRU: its name in Keras, and the classes of gpu_lstm that compute it."""
 
-    name: str  # of Keras's layer; its cell's is f"{name}Cell"
+    name: str  # the name of Keras's layer; the name of its cell is f"{name}Cell"
     module: type[LSTM] | type[GRU]
     stack: type[StackedLSTM] | type[StackedGRU]
 
     def reordered(self, rows: Tensor) -> Tensor:
-        """Rows of a weight or bias, H a gate, from Keras's order of gates to torch's, or back.
+        """Return the rows of a weight or bias, H per gate, moved from Keras's order of gates to torch's, or back.
 
-        An LSTM's are i, f, g, o in both. A GRU's are z, r, n in Keras and r, z, n in torch.
+        The gates of an LSTM are i, f, g, o in both. The gates of a GRU are z, r, n in Keras and r, z, n in torch.
         """
         if self.name == "LSTM":
             return rows
@@ -49,7 +50,10 @@ class Pair(NamedTuple):
         return torch.cat([second, first, third])
 
     def torchs_weights(self, cell: Any, tensor_of: Callable[[Any], Tensor]) -> list[Tensor]:
-        """W_ih, W_hh and, with a bias, b_ih and b_hh of a Keras cell. An LSTM's b_hh, which Keras lacks, is 0."""
+        """Return W_ih, W_hh and, with a bias, b_ih and b_hh of a Keras cell.
+
+        For an LSTM b_hh is 0, since Keras has none.
+        """
         weights = [tensor_of(cell.kernel).T, tensor_of(cell.recurrent_kernel).T]
         if cell.use_bias:
             bias = tensor_of(cell.bias)
@@ -63,7 +67,7 @@ PAIRS = (OF_LSTM, OF_GRU)
 
 
 def import_keras() -> ModuleType:
-    """Keras; an ImportError says what to install."""
+    """Import and return Keras. The ImportError says what to install."""
     try:
         return importlib.import_module("keras")
     except ImportError as error:
@@ -73,7 +77,7 @@ def import_keras() -> ModuleType:
 
 
 def check_equations(keras: ModuleType, cell: Any) -> None:
-    """Raise ValueError unless a cell has tanh, sigmoid and, of a GRU, the reset gate after the product."""
+    """Raise ValueError unless a cell has the activations tanh and sigmoid, and a GRU cell reset_after=True."""
     for name, expected in (("activation", "tanh"), ("recurrent_activation", "sigmoid")):
         function = getattr(cell, name)
         if function not in (getattr(keras.activations, expected), getattr(keras.ops, expected)):
@@ -85,17 +89,18 @@ def check_equations(keras: ModuleType, cell: Any) -> None:
 
 
 class GoBackwards(nn.Module):
-    """Runs a module from the end of each sequence to its start, like Keras's go_backwards=True.
+    """Run a module from the end of each sequence to its start, like Keras's go_backwards=True.
 
-    A call accepts and returns what `module` does, batched, but ``output[:, 0]`` belongs to the last time. With lengths,
-    zeros come first, as in Keras.
+    A call accepts and returns the same as a call of `module` with a batch. But the order of the output is reversed:
+    ``output[:, 0]`` belongs to the last time. With lengths, the zeros come first, as in Keras.
 
     Args:
-        module: an LSTM, GRU or stack of one direction, batch_first=True. Its weights are those of a forward one.
+        module: an LSTM, a GRU or a stack with one direction and batch_first=True. It has the weights of a forward
+            direction.
 
     Raises:
-        TypeError: another kind of module; input that is not a tensor.
-        ValueError: a module that is bidirectional or not batch_first; input that is not batched.
+        TypeError: `module` is of another class, or the input is not a tensor.
+        ValueError: `module` is bidirectional or not batch_first, or the input is not batched.
     """
 
     def __init__(self, module: Rnn) -> None:
@@ -112,7 +117,7 @@ class GoBackwards(nn.Module):
         def __call__(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]: ...
 
     def forward(self, input: Tensor, hx: Any = None, *, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """See the class."""
+        """Run the module backwards, see the class. The input is [N, T, I]."""
         check_tensor(input, "input")
         if input.dim() != 3:
             raise ValueError(f"Expected input of 3 dimensions (N, T, I), got {input.dim()}")
@@ -120,7 +125,7 @@ class GoBackwards(nn.Module):
             return self.module(input.flip(1), hx)
         batch, steps, _ = input.shape
         check_lengths(lengths, steps, (batch,), input)
-        # Each sequence is reversed within its length, and so is the output.
+        # Each sequence is reversed within its length. The output is reversed back in the same way.
         time = Traversal(lengths, reverse=True).steps(input.transpose(0, 1))[0].T[:, :, None]  # [N, T, 1]
         output, states = self.module(input.take_along_dim(time, 1), hx, lengths=lengths)
         return output.take_along_dim(time, 1).flip(1), states
@@ -130,7 +135,7 @@ class GoBackwards(nn.Module):
 def from_keras(
     layer: Any, *, freeze_second_bias: bool = True, backend: BackendName | Backend | None = None
 ) -> Rnn | GoBackwards:
-    """The module that computes what a built Keras layer computes, with a copy of its weights.
+    """Return a module that computes the same as a built Keras layer, with a copy of its weights.
 
     | Keras | here |
     |---|---|
@@ -140,18 +145,19 @@ def from_keras(
     | these with GRU for LSTM | GRU, StackedGRU |
     | any of these but Bidirectional, go_backwards | GoBackwards of the module |
 
-    The module is batch_first, has the dtype of the layer's variables, and always returns the whole output and the
+    The module is batch_first, and has the dtype of the layer's variables. It always returns the whole output and the
     states. Regularizers and constraints are not converted.
 
     Args:
-        layer: from any backend of Keras.
-        freeze_second_bias: whether an LSTM's bias_hh, which is zero, has requires_grad=False. If False, the bias trains
-            twice as fast as Keras's. A GRU has both biases in Keras, too.
-        backend: of the module, as for LSTM.
+        layer: the Keras layer, on any backend of Keras.
+        freeze_second_bias: whether bias_hh of an LSTM, which is zero, has requires_grad=False. If False, the sum of the
+            two biases trains twice as fast as Keras's one bias. A GRU has both biases in Keras, too.
+        backend: the backend of the module, as for LSTM.
 
     Raises:
-        ValueError: a layer that is not built, or an argument of it that has no counterpart here.
-        TypeError: another layer, or a subclass, which may compute anything; freeze_second_bias is not a bool.
+        ValueError: the layer is not built, or has an argument without a counterpart here.
+        TypeError: the layer is of another class, or of a subclass, which may compute anything. Or freeze_second_bias is
+            not a bool.
         ImportError: Keras is not installed.
     """
     check_bool("freeze_second_bias", freeze_second_bias)
@@ -177,20 +183,25 @@ def from_keras(
 
 
 def to_keras(module: nn.Module) -> Any:
-    """The built Keras layer that computes what a module computes, with a copy of its weights.
+    """Return a built Keras layer that computes the same as a module, with a copy of its weights.
 
-    One layer becomes keras.layers.LSTM or GRU, or Bidirectional, several become RNN(StackedRNNCells), GoBackwards
-    becomes go_backwards=True. It accepts (N, T, I) whatever batch_first is, and returns (output, h, c), (output, h, c,
-    h_reverse, c_reverse), or (output, [h, c], ...) with one pair per layer; of a GRU without c, and one h per layer. An
-    LSTM's bias is bias_ih + bias_hh.
+    | here | Keras | what a call returns |
+    |---|---|---|
+    | one layer | LSTM or GRU | (output, h, c) |
+    | one layer, bidirectional | Bidirectional | (output, h, c, h_reverse, c_reverse) |
+    | several layers | RNN(StackedRNNCells) | (output, [h, c], ...), one pair per layer |
+    | GoBackwards | the same, go_backwards=True | the same |
+
+    For a GRU there is no c, and one h per layer. The Keras layer accepts (N, T, I), also if the module is not
+    batch_first. The bias of a Keras LSTM is bias_ih + bias_hh.
 
     Args:
         module: an LSTM, GRU, StackedLSTM, StackedGRU, GoBackwards, torch.nn.LSTM or torch.nn.GRU.
 
     Raises:
-        ValueError: an argument that has no counterpart in Keras: proj_size, residual, recurrent_dropout, zoneout,
-            weight_drop, peepholes, layer_norm, and for several layers dropout and bidirectional.
-        TypeError: another kind of module.
+        ValueError: the module has an argument without a counterpart in Keras: proj_size, residual, recurrent_dropout,
+            zoneout, weight_drop, peepholes or layer_norm, or with several layers dropout or bidirectional.
+        TypeError: the module is of another class.
         ImportError: Keras is not installed.
     """
     backwards = isinstance(module, GoBackwards)
@@ -211,7 +222,7 @@ def to_keras(module: nn.Module) -> Any:
 
     units = [len(w.weight_hh) // pair.module._cell.rows for w in weights]
     dtype = str(weights[0].weight_ih.dtype).removeprefix("torch.")
-    # Building draws values, and torch has no QR in half precision.
+    # build() draws initial values. The default draws W_hh by a QR decomposition, which torch lacks in half precision.
     drawn = dict(recurrent_initializer="glorot_uniform") if dtype in ("float16", "bfloat16") else {}
     of_layer = dict(return_sequences=True, return_state=True, go_backwards=backwards, dtype=dtype)
     if layers == 1:
@@ -229,7 +240,7 @@ def to_keras(module: nn.Module) -> Any:
 
 
 def _assign_to(cell: Any, tensors: list[Tensor]) -> None:
-    """Set the variables of a Keras cell, by way of float64, which holds the numbers of every dtype."""
+    """Set the variables of a Keras cell. The numbers pass through float64, which represents every dtype exactly."""
     weight_ih, weight_hh, *biases = [tensor.detach().cpu().double() for tensor in tensors]
     cell.kernel.assign(weight_ih.T.numpy())
     cell.recurrent_kernel.assign(weight_hh.T.numpy())
@@ -239,11 +250,13 @@ def _assign_to(cell: Any, tensors: list[Tensor]) -> None:
 
 
 def lengths_of(mask: Tensor) -> Tensor:
-    """The lengths [N], int64, of a Keras mask [N, T], bool, that is True up to each length and False after it.
+    """Return the lengths, int64 [N], that belong to a Keras mask, bool [N, T].
+
+    Each row of the mask must be True up to the end of its sequence, and False after it.
 
     Raises:
-        TypeError: a mask that is not a tensor.
-        ValueError: a mask that is not bool or not [N, T], or a row of it with a False before a True.
+        TypeError: the mask is not a tensor.
+        ValueError: the mask is not bool or not [N, T], or a row has a False before a True.
     """
     check_tensor(mask, "mask")
     if mask.dim() != 2 or mask.dtype is not torch.bool:
@@ -259,25 +272,31 @@ def lengths_of(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def keras_init(module: Module) -> Module:
-    """Give every LSTM and GRU in `module`, in place, initial values as Keras draws them, and return `module`.
+    """Give every LSTM and GRU in `module` initial values as Keras draws them, in place; return `module`.
 
-    weight_ih and weight_hr (which Keras lacks) are glorot_uniform. weight_hh is orthogonal, all gates of a head as one
-    matrix. Biases are 0, of forget gates 1 (see forget_bias). Peepholes and layer norms stay as they are.
+    | parameter | initial value |
+    |---|---|
+    | weight_ih, weight_hr (which Keras lacks) | glorot_uniform |
+    | weight_hh | orthogonal, with all gates of a head as one matrix |
+    | biases | 1 for forget gates (see forget_bias), 0 for all others |
+    | peepholes, layer norms | unchanged |
 
     Args:
-        module: an LSTM, GRU, a stack or cell of these, torch's own, or a module that holds some.
+        module: an LSTM, a GRU, a stack or a cell of these, torch's own LSTM, GRU or cells, or a module that contains
+            any of them.
 
     Raises:
-        TypeError: there is none in `module`.
+        TypeError: `module` contains no LSTM and no GRU.
     """
     _set(_modules_in(module, RECURRENT, "an LSTM, a GRU"), (*BIASES, "weight_ih", "weight_hh", "weight_hr"), _drawn)
     return module
 
 
 def _drawn(owner: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """Return initial values of Keras for a parameter of `owner`, see `keras_init`."""
     new = torch.zeros_like(parameter)
     if name.startswith("weight_hh"):
-        wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR in half
+        wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR decomposition in half precision
         heads, columns = getattr(owner, "heads", 1), new.shape[1]
         each = [nn.init.orthogonal_(part.clone()) for part in wide.chunk(heads)]  # [4 D, D]
         return torch.stack([t.unflatten(0, (-1, columns)) for t in each], 1).flatten(0, 2).to(new.dtype)
@@ -288,15 +307,17 @@ def _drawn(owner: nn.Module, name: str, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def forget_bias(module: Module, value: float = 1.0) -> Module:
-    """Set the forget gates' bias of every LSTM in `module`, in place: `value` in bias_ih, zero in bias_hh.
+    """Set the bias of the forget gates of every LSTM in `module`, in place; return `module`.
+
+    bias_ih is set to `value`, bias_hh to zero.
 
     Args:
-        module: an LSTM, StackedLSTM or LSTMCell, torch's own, or a module that holds some, and returned.
-        value: the sum of the two biases; with 1, forget gates are open when training begins.
+        module: an LSTM, StackedLSTM or LSTMCell, torch's own LSTM or LSTMCell, or a module that contains any of them.
+        value: the sum of the two biases. With 1, forget gates are open when training begins.
 
     Raises:
-        TypeError: there is no LSTM in `module`, or `value` is not a number.
-        ValueError: an LSTM with bias=False, or a value that is not finite. Either way nothing is set.
+        TypeError: `module` contains no LSTM, or `value` is not a number.
+        ValueError: an LSTM has bias=False, or `value` is not finite. Nothing is set.
     """
     lstms = _modules_in(module, FORGETTING, "an LSTM")
     if not isinstance(value, numbers.Real):
@@ -310,18 +331,23 @@ def forget_bias(module: Module, value: float = 1.0) -> Module:
 
 
 def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
+    """Set the forget gates' part of an LSTM's bias [4H] in place, to `value` in bias_ih and 0 in bias_hh; return it."""
     bias.chunk(4)[1].fill_(value if name.startswith("bias_ih") else 0.0)
     return bias
 
 
 def _set(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str, Tensor], Tensor]) -> None:
-    """Set parameters, by how their names begin, to new(owner, name, parameter); an error or interrupt changes none."""
+    """Set the parameters whose names begin with one of `names` to new(owner, name, parameter).
+
+    An error or an interrupt changes none of them.
+    """
     every = [(owner, *each) for owner in owners for each in owner.named_parameters(recurse=False)]
     chosen = [each for each in every if each[1].startswith(names)]
     copy_all([parameter for *_, parameter in chosen], [new(*each) for each in chosen])
 
 
 def _modules_in(module: nn.Module, classes: tuple[type, ...], what: str) -> list:
+    """Return all modules of these classes in `module`; raise TypeError, with the words `what`, if there is none."""
     modules = module.modules() if isinstance(module, nn.Module) else ()
     found = [child for child in modules if isinstance(child, classes)]
     if not found:
@@ -330,12 +356,14 @@ def _modules_in(module: nn.Module, classes: tuple[type, ...], what: str) -> list
 
 
 def _cells_of(keras: ModuleType, layer: Any) -> list:
-    """The cells of a Keras layer, of each layer and direction; an error if it has no counterpart."""
+    """Return the cells of a Keras layer, one for each layer and direction; raise if the layer has no counterpart."""
     both = type(layer) is keras.layers.Bidirectional
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
     theirs = keras.layers.RNN, *(getattr(keras.layers, pair.name) for pair in PAIRS)
     for rnn in rnns:
-        if type(rnn) not in theirs and "_pair" not in vars(type(rnn)):  # which ours have, and a subclass inherits
+        if type(rnn) not in theirs and "_pair" not in vars(
+            type(rnn)
+        ):  # `_pair` is set in our own classes; a user's subclass only inherits it
             raise TypeError(f"from_keras accepts an LSTM, GRU, RNN or Bidirectional layer, got {type(rnn).__name__}")
         _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
     if both:
@@ -348,6 +376,7 @@ def _cells_of(keras: ModuleType, layer: Any) -> list:
 
 
 def _pair_of(keras: ModuleType, cell: Any) -> Pair:
+    """Return the Pair of a Keras cell; raise unless the cell is built and has a counterpart."""
     pairs = [pair for pair in PAIRS if type(cell) is getattr(keras.layers, f"{pair.name}Cell")]
     if not pairs:
         raise TypeError(f"Expected cells of type LSTMCell or GRUCell, got {type(cell).__name__}")
@@ -360,16 +389,18 @@ def _pair_of(keras: ModuleType, cell: Any) -> Pair:
 
 
 def _refuse(argument: str, value: Any, hint: str) -> None:
+    """Raise ValueError, with a hint, if an argument without a counterpart is on."""
     if value:
         raise ValueError(f"{argument}={value!r} has no counterpart{hint}")
 
 
 def _same(name: str, values: list) -> Any:
+    """Return the one value that all cells have; raise ValueError if they differ."""
     if len(set(values)) > 1:
         raise ValueError(f"Expected the same {name} in all cells, got {values}")
     return values[0]
 
 
 def _tensor(variable: Any) -> Tensor:
-    """A copy, in float64, which holds the numbers of every other dtype."""
+    """Return a copy of a Keras variable in float64, which represents the numbers of every other dtype exactly."""
     return torch.from_numpy(import_keras().ops.convert_to_numpy(variable.value).astype("float64"))

@@ -1,4 +1,4 @@
-"""Keras's LSTM and GRU layers on our kernels. Importing this imports Keras. Written against Keras 3.15."""
+"""Keras's LSTM and GRU layers on the kernels of gpu_lstm. Importing this imports Keras. Written for Keras 3.15."""
 
 import inspect
 from typing import Any
@@ -11,7 +11,7 @@ from .convert import OF_GRU, OF_LSTM, check_equations
 
 
 class _OnOurKernels:
-    """A mixin of the two layers, whose other base is Keras's layer."""
+    """The common base of the two layers. Their other base is Keras's layer."""
 
     def __init__(self: Any, units: int, *args: Any, **kwargs: Any) -> None:
         if keras.backend.backend() != "torch":
@@ -23,7 +23,10 @@ class _OnOurKernels:
 
     @property
     def use_cudnn(self) -> Any:
-        """As it was set, but False where Bidirectional asks whether it may call cuDNN instead of its layers."""
+        """The value that was set.
+
+        Bidirectional reads False when it asks whether to call cuDNN instead of its layers.
+        """
         caller: Any = inspect.currentframe().f_back  # type: ignore[union-attr]
         asks = caller.f_code.co_name in ("_can_attempt_fused_lstm", "_can_attempt_fused_gru")
         return False if asks else self._use_cudnn
@@ -33,7 +36,10 @@ class _OnOurKernels:
         self._use_cudnn = value
 
     def inner_loop(self: Any, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> tuple:
-        """What Keras calls: (last output [B, H], outputs [B, T, H], states) of sequences [B, T, I]."""
+        """Run sequences [B, T, I]; return the last output [B, H], all outputs [B, T, H] and the states.
+
+        Keras calls it.
+        """
         cell, to_tensor = self.cell, keras.ops.convert_to_tensor
         mask = keras.tree.flatten(mask)[0]
         if training and cell.implementation == 1 and (cell.dropout or cell.recurrent_dropout):
@@ -42,10 +48,10 @@ class _OnOurKernels:
         weights = self._pair.torchs_weights(cell, to_tensor)
         x = to_tensor(sequences).to(weights[0].dtype).transpose(0, 1)
         if training and cell.dropout:
-            x = x * cell.get_dropout_mask(sequences[:, 0, :])  # the same for all steps
+            x = x * cell.get_dropout_mask(sequences[:, 0, :])  # one mask for all steps
         hx = [to_tensor(state).to(x.dtype) for state in initial_state]
         if self.stateful:
-            hx = [state.clone() for state in hx]  # Keras writes the new states into the old, which backward reads
+            hx = [state.clone() for state in hx]  # Keras overwrites these states, which backward reads
         if self.go_backwards:
             x = x.flip(0)
         lengths = None
@@ -53,7 +59,8 @@ class _OnOurKernels:
             mask = to_tensor(mask, dtype="bool").reshape(x.shape[1], x.shape[0]).T
             if self.go_backwards:
                 mask = mask.flip(0)
-            # Valid steps of a sequence are put before its masked ones, so that a mask of any form becomes lengths.
+            # The valid steps of a sequence are moved in front of its masked steps. So a mask of any form becomes
+            # lengths.
             x = x.take_along_dim((~mask).byte().argsort(dim=0, stable=True)[:, :, None], 0)
             lengths = mask.sum(0)
         one_state = self._pair.module._cell.one_state
@@ -62,7 +69,7 @@ class _OnOurKernels:
         states = [found] if one_state else list(found)
         if mask is None:
             return states[0], y.transpose(0, 1), states
-        number = mask.cumsum(0)  # of valid steps up to and including each
+        number = mask.cumsum(0)  # how many steps up to this one, inclusive, are valid
         shown = (mask if self.zero_output_for_mask else number > 0)[:, :, None]
         if self.return_sequences:
             y = torch.where(shown, y.take_along_dim((number - 1).clamp(min=0)[:, :, None], 0), 0)
@@ -73,23 +80,24 @@ class _OnOurKernels:
 class LSTM(_OnOurKernels, keras.layers.LSTM):
     """keras.layers.LSTM on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
 
-    All but the computation is Keras's own; weights load both ways. docs/keras.md shows how to replace the layers
-    of an existing model.
+    Everything except the computation is Keras's own. Weights of either layer load into the other. docs/keras.md shows
+    how to replace the layers of an existing model.
 
-    - A mask may have any form. A masked step leaves the state as it is; its output repeats that of the last valid step
-      or, with zero_output_for_mask, is zero. Values at masked steps, even NaN, affect neither results nor gradients.
+    - A mask may have any form. A masked step leaves the state unchanged. Its output repeats the output of the last
+      valid step, or is zero with zero_output_for_mask. Values at masked steps, even NaN, affect neither results nor
+      gradients.
     - dropout draws the same numbers as Keras from the same seed.
-    - recurrent_dropout, and dropout with implementation=1, need a mask for each gate, which the kernels do not have:
-      calls with training=True run Keras's own loop over the steps, at its speed.
+    - recurrent_dropout, and dropout with implementation=1, need a mask for each gate, which the kernels do not have.
+      With them, calls with training=True run Keras's own loop over the steps, at its speed.
       `gpu_lstm.LSTM(recurrent_dropout=...)` has one mask for all gates and no loop.
     - unroll and use_cudnn are accepted and ignored. `gpu_lstm.backend` and GPU_LSTM_BACKEND choose the backend.
 
     Args:
-        units, args, kwargs: as for keras.layers.LSTM.
+        units, args, kwargs: the arguments of keras.layers.LSTM.
 
     Raises:
-        ValueError: activation other than tanh or recurrent_activation other than sigmoid; Keras does not run on torch;
-            what keras.layers.LSTM raises.
+        ValueError: activation is not tanh, recurrent_activation is not sigmoid, or Keras does not run on torch. The
+            errors of keras.layers.LSTM are raised, too.
     """
 
     _pair = OF_LSTM
@@ -99,13 +107,13 @@ class LSTM(_OnOurKernels, keras.layers.LSTM):
 class GRU(_OnOurKernels, keras.layers.GRU):
     """keras.layers.GRU on Keras's torch backend, computed by gpu_lstm: the same arguments, weights and numbers.
 
-    What the docstring of LSTM says of masks, dropout, unroll and use_cudnn holds here, too.
+    Masks, dropout, unroll and use_cudnn work as in LSTM.
 
     Args:
-        units, args, kwargs: as for keras.layers.GRU.
+        units, args, kwargs: the arguments of keras.layers.GRU.
 
     Raises:
-        ValueError: as LSTM; reset_after=False, where the reset gate multiplies h before the product.
+        ValueError: as for LSTM, and if reset_after=False, since then the reset gate multiplies h before the product.
     """
 
     _pair = OF_GRU

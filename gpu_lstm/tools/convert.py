@@ -74,7 +74,7 @@ def to_torch(model: GRUCell) -> rnn.GRUCell: ...  # type: ignore[overload-overla
 @overload
 def to_torch(model: Model) -> Model: ...
 def to_torch(model: nn.Module) -> nn.Module:
-    """Replace every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, by torch.nn's.
+    """Replace every LSTM, LSTMCell, GRU and GRUCell of gpu_lstm and gpu_lstm.compat in `model`, in place, by torch's.
 
     This is the inverse of `convert`: the same things stay, and the result is returned in the same way. If a subclass of
     one of these classes, or an SLSTM, is left, there is a UserWarning. `backend` and `recompute` are dropped. A module
@@ -110,7 +110,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
         elif isinstance(module, tuple(classes.values())) and not (to_theirs and isinstance(module, tuple(classes))):
-            done = True  # a compat.LSTM is of both tables
+            done = True  # a compat.LSTM is an instance of torch's class and of ours
         elif isinstance(module, tuple(classes)):
             left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
         elif isinstance(module, Checked) and not module._cell.of_torch:

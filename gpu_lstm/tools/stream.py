@@ -21,8 +21,9 @@ class Stream:
     The outputs equal those of one call with all steps, except for rounding. A Stream is for inference only.
 
     If the module is in float16 or bfloat16, the Stream holds the cell state in float32. The cell state is c of an LSTM,
-    h of a GRU, and c, n and m of an SLSTM. On CUDA the first step is captured in a CUDA graph, which later steps replay.
-    The step is captured again after a parameter was replaced by another tensor, but not after a change in place.
+    h of a GRU, and c, n and m of an SLSTM. On CUDA the first step is captured in a CUDA graph, which later steps
+    replay. The step is captured again after a parameter was replaced by another tensor, but not after a change in
+    place.
 
     Args:
         module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU with one direction. If it has dropout, it must be in

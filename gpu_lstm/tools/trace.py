@@ -1,4 +1,4 @@
-"""Every gate and state of every step, for plots, and for losses that use them."""
+"""Record every gate and state of every step, for plots and for losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,15 +25,15 @@ Gates = TypeVar("Gates", lstm.Gates, gru.Gates, slstm.Gates)
 
 @dataclass(frozen=True)
 class Trace(Generic[Gates]):
-    """Everything that a call of an LSTM, a GRU or an SLSTM computes, differentiable."""
+    """All results, gates and states of a call of an LSTM, a GRU or an SLSTM. They are differentiable."""
 
-    output: Tensor | PackedSequence  # the call's results
+    output: Tensor | PackedSequence  # output and states are the results of the call
     states: Any
-    layers: list[list[Gates]]  # [L][D]; each gate is [T, B, H], time first whatever batch_first says, B = 1 unbatched
+    layers: list[list[Gates]]  # [L][D]; a gate is [T, B, H], also with batch_first; B = 1 if unbatched
     lengths: Tensor | None  # [B]
 
     def __repr__(self) -> str:
-        """The names of the gates and their sizes: the numbers would fill the screen."""
+        """Return the names of the gates and their sizes. The numbers would fill the screen."""
         (first, *_), *_ = self.layers
         sizes = [[list(each[0].shape) for each in layer] for layer in self.layers]
         return f"Trace of {', '.join(first._fields)}; layers[k][d] of sizes [T, B, H] {sizes}"
@@ -64,20 +64,21 @@ def trace(
     module: Any, x: Tensor | PackedSequence, hx: Any = None, *, lengths: Tensor | None = None,
     resets: Tensor | None = None, reset_states: Any = None,
 ) -> Trace[Any]:  # fmt: skip
-    """Call an LSTM, a GRU or an SLSTM, on the reference, and record all gates and states by layer and direction.
+    """Call an LSTM, a GRU or an SLSTM with backend "reference", and record all gates and states.
 
-    Dropout is applied as in any call: to trace inference, call `eval()` first.
+    Dropout is applied as in any call. To trace inference, call `eval()` first.
 
     Args:
         module: a gpu_lstm.LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a torch.nn.LSTM or GRU.
         x, hx, lengths, resets, reset_states: as `module` accepts them.
 
     Returns:
-        The results, and in `layers[k][d]` the gates of layer k in direction d, [T, B, H], zero past a sequence's end.
+        A Trace. It has the results, and in `layers[k][d]` the gates of layer k in direction d. Each gate is [T, B, H],
+        and zero past the end of a sequence.
 
     Raises:
         TypeError: `module` is of none of these classes.
-        ValueError, RuntimeError: as `module` itself raises.
+        ValueError, RuntimeError: as a call of `module` raises.
 
     Example::
 

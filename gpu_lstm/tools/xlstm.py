@@ -1,4 +1,4 @@
-"""sLSTM cells of the packages xlstm and tirex-ts compute by ours, in place."""
+"""Let the sLSTM cells of the packages xlstm and tirex-ts compute by gpu_lstm, in place."""
 
 import functools
 import logging
@@ -22,31 +22,36 @@ _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.
           "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
 _CLIPPING = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")  # of xlstm's CUDA kernels
 _ACCEPTED = {"function": ("slstm",)} | dict.fromkeys(_CLIPPING, (None, False))
-"""The values of a cell's options with which the cell computes what slstm_layer computes. An option that a cell lacks has
-the first value."""
-MOST_STEPS = 4  # on a CPU, and twice as many without gradients; with more, a call of slstm_layer is paid for
+"""The values of a cell's options with which the cell computes what slstm_layer computes. An option that a cell lacks
+has the first value."""
+MOST_STEPS = 4  # that `_by_steps` runs on a CPU, or twice as many without gradients; with more, slstm_layer is faster
 
 
 def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     """Let every sLSTM cell of xlstm and TiRex in `model` compute by `functional.slstm_layer`, in place.
 
-    xlstm's cells of backend "vanilla" and TiRex's need no nvcc; xlstm's of "cuda" compile when they are made.
-    Parameters, state_dict, hooks, flags and the form of inputs, outputs and states stay theirs. All is computed in
-    the input's dtype, under autocast in its own: TiRex's torch backend rounds everything to bfloat16 at each step,
-    xlstm's CUDA kernels compute in the dtype of their config. Few steps on a CPU need no such call. States are
-    returned in float32, or float64: c, n and m in other numbers, see `SLSTM`.
+    The cells keep their parameters, state_dict, hooks and flags, and the form of inputs, outputs and states. A few
+    steps on a CPU are computed by a loop in torch's operators, which is faster there than a call of `slstm_layer`.
+
+    The cell computes in the dtype of the input, or under autocast in autocast's dtype. This differs from the packages:
+    TiRex's torch backend rounds everything to bfloat16 at each step, and xlstm's CUDA kernels compute in the dtype of
+    their config. States are returned in float32, or in float64 if the input is float64. Their c, n and m are other
+    numbers for an equal state, see `SLSTM`.
+
+    TiRex's cells, and xlstm's cells with backend "vanilla", need no nvcc. xlstm's cells with backend "cuda" compile
+    their kernels when they are constructed.
 
     Args:
-        model: any module; a cell itself, too.
-        on: False: they compute by their own package again. Default: True
+        model: a module of any kind. It may itself be a cell.
+        on: if False, the cells compute by their own package again. Default: True
 
     Returns:
-        How many cells there are. The logger "gpu_lstm" names them at INFO.
+        The number of cells. The logger "gpu_lstm" names them at INFO.
 
     Raises:
-        TypeError: `model` is not a module, or `on` no bool.
-        ValueError: there is no such cell, or one computes something else (function="lstm", clipped or cut gradients or
-            outputs); nothing is changed.
+        TypeError: `model` is not a module, or `on` is not a bool.
+        ValueError: there is no such cell, or a cell computes something else (function="lstm", or gradients or outputs
+            that are clipped or cut). Nothing is changed.
     """
     check_bool("on", on)
     if not isinstance(model, nn.Module):
@@ -67,7 +72,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         raise ValueError(f"there is none of {', '.join(_CELLS)} in the {type(model).__name__}")
     for cell, theirs in cells.items():
         cls = _by_ours(theirs) if on else theirs
-        if is_parametrized(cell):  # torch's class, with a property for each such weight, stays on top
+        if is_parametrized(cell):  # torch has put a class on top, with a property for each parametrized weight: keep it
             top = type(cell)
             cls = type(top.__name__, (cls,), dict(vars(top)))
         cell.__class__ = cls
@@ -83,30 +88,34 @@ def _by_ours(theirs: type) -> Any:
 
 
 def _remade(theirs: type) -> Any:
-    """An instance for pickle, which finds no class that was made by a call."""
+    """Return an empty instance for pickle, which cannot find a class that a call made."""
     cls = _by_ours(theirs)
     return cls.__new__(cls)
 
 
 class ByOurs(nn.Module):
-    """A mixin before their class. Sizes: B, S = T, N heads of D units, H = N D."""
+    """The base class that comes before the class of the other package.
+
+    Sizes are written in xlstm's letters: B sequences, S = T steps, N heads of D units each, H = N D.
+    """
 
     _theirs: Any
     config: Any
-    _recurrent_kernel_: Tensor  # a parameter, or what has taken its place
+    _recurrent_kernel_: Tensor  # a parameter, or the tensor that has taken its place
     _bias_: Tensor
 
     def __reduce__(self) -> tuple:
-        state = getattr(self, "__getstate__", self.__dict__.copy)()  # torch's raises where a weight is parametrized
+        state = getattr(self, "__getstate__", self.__dict__.copy)()  # torch's raises for parametrized weights
         return _remade, (self._theirs,), state
 
     def forward(self, input: Tensor, state: Tensor | None = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
-        """Input [B, S, 4H] or as config.input_shape says, gates i, f, z, o; state [4, B, H] h, c, n, m.
+        """Run the cell on all steps; return the output and the final state.
 
-        Like their forward it accepts `lengths` and does not use them.
+        The input is [B, S, 4H], or as config.input_shape says, with the gates i, f, z, o. The state is [4, B, H]: h, c,
+        n and m. `lengths` is accepted and ignored, as the other packages do.
         """
         z, kernel, bias = self._tensors(input)
-        heads = int(kernel.shape[0])  # torch.jit.trace has a tensor
+        heads = int(kernel.shape[0])  # under torch.jit.trace a size is a tensor
         if is_short(z, kernel, state):
             h, final = _by_steps(z, kernel, bias, state)
         else:
@@ -120,16 +129,16 @@ class ByOurs(nn.Module):
         return h if shape == "SBH" else h.transpose(0, 1), final
 
     def _tensors(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [S, B, 4H], the kernel [N, D of h, 4 D of z] and the bias [4H], in the dtype of z."""
+        """Return z [S, B, 4H], the kernel [N, D of h, 4 D of z] and the bias [4H], all in the dtype of z."""
         z = input if getattr(self.config, "input_shape", "BSGNH") == "SBGNH" else input.transpose(0, 1)
         kernel, bias = self._recurrent_kernel_.to(z.dtype), self._bias_.to(z.dtype)
         heads, rows, columns = map(int, kernel.shape)
-        if rows > columns:  # vanilla: [N, 4 D of z, D of h] and [4, N, D]
+        if rows > columns:  # xlstm's vanilla: the kernel is [N, 4 D of z, D of h], the bias [4, N, D]
             return z, kernel.mT, bias
-        return z, kernel, bias.unflatten(0, (heads, 4, -1)).transpose(0, 1).flatten()  # of [N, 4, D]
+        return z, kernel, bias.unflatten(0, (heads, 4, -1)).transpose(0, 1).flatten()  # the bias was [N, 4, D]
 
     def request(self, input: Tensor) -> Request | None:
-        """The call of `slstm_layer` that `forward` makes, for `explain`; None: few steps are computed here."""
+        """Return the request of `slstm_layer` that `forward` makes, or None if `_by_steps` computes the call."""
         z, kernel, bias = self._tensors(input)
         if is_short(z, kernel, None):
             return None
@@ -137,16 +146,16 @@ class ByOurs(nn.Module):
 
 
 def _weight_hh(kernel: Tensor) -> Tensor:
-    """[N, D of h, 4 D of z] -> [4H, D]."""
+    """Return the kernel [N, D of h, 4 D of z] as W_hh [4H, D]."""
     return kernel.unflatten(2, (4, -1)).permute(2, 0, 3, 1).flatten(0, 2)
 
 
 def is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
-    """Whether `_by_steps` can run a call, and is faster; all else, errors too, is left to slstm_layer."""
+    """Whether `_by_steps` can run a call and is faster. slstm_layer runs every other call, and raises the errors."""
     if not (z.is_cpu and kernel.is_cpu and z.dtype in (torch.float32, torch.float64) and z.dim() == 3):
         return False
     now = modes(z)
-    if not now.plain or now.choices[0] not in (None, Backend.AUTO, "auto"):  # first: in a graph, sizes may be symbols
+    if not now.plain or now.choices[0] not in (None, Backend.AUTO, "auto"):  # in a graph, sizes may be symbols
         return False
     steps, batch, gates = z.shape
     hidden = kernel.shape[0] * kernel.shape[1]
@@ -156,9 +165,12 @@ def is_short(z: Tensor, kernel: Tensor, state: Tensor | None) -> bool:
 
 
 def _by_steps(z: Tensor, kernel: Tensor, bias: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Few steps in as few of torch's operators as possible, since each costs more than what it computes.
+    """Return h [S, B, H] and the final state [4, B, H] of a call with few steps.
 
-    See equations/slstm.py. z [S, B, 4H], kernel [N, D, 4D], bias [4H], state [4, B, H] -> h [S, B, H] and the state.
+    The loop has as few of torch's operators as possible: for so few numbers an operator's own cost is most of the time.
+
+    Args:
+        z: [S, B, 4H]. kernel: [N, D, 4D]. bias: [4H]. state: [4, B, H] or None.
     """
     (steps, batch, _), (heads, units, _) = z.shape, kernel.shape
     if state is None:
