@@ -64,9 +64,9 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
 
 
 def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
-    """Return three numbers per row, each larger if faster: a median, and three standard errors to either side of it.
+    """Return a median, between the ends of three standard errors to either side: (low, median, high), larger if faster.
 
-    The median is of `speed`, or `in_seconds` of calls per second.
+    The median is of `speed`, and where `in_seconds` is True of calls per second.
     """
     rows = rows.rename(columns=lambda name: name.rpartition("_")[0])
     rows = rows.where(rows[["rounds", "median_s", "p20_s", "p80_s"]].gt(0).all(axis=1))  # NaN without times

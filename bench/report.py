@@ -47,7 +47,7 @@ TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that v
 # LEFT are the columns that are aligned on the left. FOLDED are the columns that are folded in a narrow terminal.
 LEFT = ("mode", "case", "usual workaround", "provider", "status", "note", "best other", "verdict")
 FOLDED = ("note", "best other", "verdict", "case", "usual workaround")
-# By the last word of a cell.
+# The styles of cells, by their last word.
 STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}
 
 

@@ -29,7 +29,7 @@ def interleaved(
 ) -> dict[Any, np.ndarray]:
     """Return the seconds per call, for each of `calls` and every round.
 
-    In a round all calls take turns, in a random order, in the next round in the reverse order. All rounds together
+    In a round all calls take turns, in a random order. The next round has the reverse order. All rounds together
     should last `seconds`, without the warm-up. `rounds` is the least and the greatest number of rounds.
     """
     sample = sample or _sample
