@@ -83,7 +83,7 @@ RL = (  # T, B, H of recurrent PPO in rl_games' shadow hand, Dextreme and its cr
     (4, 4096, 1024), (16, 1024, 1024), (16, 1024, 2048), (24, 1024, 256), (24, 4096, 256), (32, 256, 256),
     (32, 8192, 256), (64, 128, 128),
 )  # fmt: skip
-GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # by device: the headline, and what varies
+GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # for each device the headline, and the varied fields
     "cuda": (Case("training", "bf16", steps=1024, batch=16, input_size=768, hidden_size=768), {
         "hidden_size": (128, 512, 1024, 64, 129, 256, 1536, 2048), "batch": (1, 64, 4, 256, 12), "steps": (128, 4096),
         "dtype": ("fp16", "tf32", "fp32"), "reset_rate": (0.02, 0.005, 0.1), "rl_dtype": ("tf32", "bf16"), "rl": RL,
