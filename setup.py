@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: where the kernels go, and links that need no files beside the README."""
+"""Settings that pyproject.toml cannot express: the place of the kernels, and links in the README."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,17 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 SOURCES = (file for pattern in ("__init__.py", "*.cu") for file in ROOT.glob(f"kernels/**/{pattern}"))
-NAMES = sorted({file.parent.relative_to(ROOT).as_posix() for file in SOURCES})  # those of .cu, too, or it warns
+# Folders of .cu files count, too, since setuptools warns otherwise.
+NAMES = sorted({file.parent.relative_to(ROOT).as_posix() for file in SOURCES})
 FOLDERS = {f"gpu_lstm.{name.replace('/', '.')}": name for name in NAMES}
 REPOSITORY = "gpu-lstm/gpu_lstm"
 
 
 class BuildWithKernels(build_py):
-    """A wheel has kernels/ as gpu_lstm.kernels. An editable install has them beside gpu_lstm/, which finds them there.
+    """Put kernels/ into a wheel as gpu_lstm.kernels.
 
-    So it is a line in a .pth file, which type checkers read, too.
+    In an editable install kernels/ stays beside gpu_lstm/, which finds it there. So an editable install is a line in a
+    .pth file, which type checkers read, too.
     """
 
     def run(self) -> None:
@@ -28,7 +30,7 @@ class BuildWithKernels(build_py):
 
 
 def long_description() -> str:
-    """The README; links and pictures lead to the files of the release."""
+    """Return the README, in which links and pictures lead to the files of the release."""
     version = re.search(r'__version__ = "(.*)"', (ROOT / "gpu_lstm/__init__.py").read_text())[1]
     text = (ROOT / "README.md").read_text()
     shown = r"(!\[[^\]]*\]\(|\b(?:src|srcset)=\")(?!https?:)"

@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def show(file: Path) -> int:
-    """Draw plots next to a results file; print its tables, the summary last. 1 if a row of ours is wrong or failed."""
+    """Draw plots next to a results file, and print its tables, the summary last.
+
+    Return the exit status: 1 if a row of gpu_lstm is wrong or failed, or if there is no row, else 0.
+    """
     rows, console = results.read(file), report.console()
     if rows.empty:
         console.print(f"Nothing was measured: {file} has no row. The reason is above.")

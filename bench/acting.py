@@ -1,4 +1,4 @@
-"""python -m bench acting: a step of many environments, T = 1 without gradients, by torch.nn, a module and a Stream."""
+"""python -m bench acting: time a step of many environments (T = 1, no gradients) by torch.nn, a module, a Stream."""
 
 import itertools
 from collections.abc import Callable
@@ -14,18 +14,23 @@ from . import rows, timing
 from .providers.engine import as_hx
 
 CELLS, ENVIRONMENTS, HIDDEN = ("LSTM", "GRU"), (2, 8, 64, 512, 4096), 128
-SECONDS, ROUNDS = 1.5, (10, 100)  # of timing, for a row
+SECONDS, ROUNDS = 1.5, (10, 100)  # time for the timing of a row; the fewest and the most rounds
 TOLERANCE = 1e-5
 WAYS = "torch.nn", "module", "Stream"
 
 
 def ways(cell: str, N: int, resets: bool) -> dict[str, Callable[[], torch.Tensor]]:
-    """A step from the same states, each returning y [N, H]. A Stream goes on from its own, so it is reset first."""
+    """Return the ways to make a step. At first all start from the same states. Each returns y [N, H].
+
+    A Stream resets its own states before the step, and the next call continues from them.
+    """
     torch.manual_seed(0)
     theirs = getattr(nn, cell)(HIDDEN, HIDDEN).eval()
     ours = gpu_lstm.convert(theirs)
     x, start = torch.randn(1, N, HIDDEN), torch.rand(N) < 1 / 50  # [1, N, I], [N]
-    states = [torch.randn(1, N, HIDDEN).tanh() for _ in (0, *[1] * (cell == "LSTM"))]  # h, and of an LSTM c, [1, N, H]
+    states = [
+        torch.randn(1, N, HIDDEN).tanh() for _ in (0, *[1] * (cell == "LSTM"))
+    ]  # h, and for an LSTM c, each [1, N, H]
     stream = gpu_lstm.Stream(ours, N, as_hx(states))
 
     def by_torch() -> torch.Tensor:
@@ -44,7 +49,11 @@ def ways(cell: str, N: int, resets: bool) -> dict[str, Callable[[], torch.Tensor
 
 
 def run(file: Path | None, threads: int) -> int:
-    """Measure, print a row as it is done, and add the rows to a file. RuntimeError where two ways differ."""
+    """Measure; print each row when it is done, and add it to a file.
+
+    Raises:
+        RuntimeError: two ways differ in their results.
+    """
     torch.set_num_threads(threads)
     for cell, N, resets in itertools.product(CELLS, ENVIRONMENTS, (False, True)):
         calls = ways(cell, N, resets)

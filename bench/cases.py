@@ -1,4 +1,4 @@
-"""What is measured: single cases, and a grid of cases for each kind of device, the most informative first."""
+"""The cases that are measured, and a grid of them for each kind of device, the most informative cases first."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-ROWS = {"lstm": 4, "gru": 3, "slstm": 4}  # of weights, in units of H, by the cell
-# The dtype of every tensor. tf32 and fp32 differ in how float32 matmuls are computed: in TF32, or exactly.
+ROWS = {"lstm": 4, "gru": 3, "slstm": 4}  # rows of a weight matrix, in units of H, by the name of the cell
+# The dtype of every tensor, by name. With tf32 float32 matmuls are computed in TF32, with fp32 exactly.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
-# Variants of the cell by gpu_lstm.LSTM's argument: its value, and n for each of the weights [n * H] that it adds.
+# Variants of the cell, by the argument of gpu_lstm.LSTM: its value, and n for each weight [n * H] that it adds.
 VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
     "peepholes": (True, {"weight_peephole": 3}), "recurrent_dropout": (0.25, {}), "zoneout": (0.1, {}),
     "layer_norm": (True, {"gain_ih": 4, "gain_hh": 4, "gain_c": 1, "bias_c": 1}),
@@ -20,20 +20,21 @@ VARIANTS: dict[str, tuple[Any, dict[str, int]]] = {
 class Case:
     """An LSTM, a GRU or an sLSTM, and a batch for it."""
 
-    mode: str  # "forward" without autograd; "training", forward and backward; "step", one step of inference
-    dtype: str  # of DTYPES
+    mode: str  # "forward" (without autograd), "training" (forward and backward) or "step" (one step of inference)
+    dtype: str  # a name of DTYPES
     steps: int  # T
     batch: int  # B
     input_size: int  # I
     hidden_size: int  # H
     layers: int = 1  # L
     directions: int = 1  # D
-    # "full", all of T steps; "ragged", padded and with lengths; "packed", a PackedSequence; "active", a step by some
+    # "full" (all have T steps), "ragged" (padded, with lengths), "packed" (a PackedSequence), or "active" (only some
+    # sequences make the step)
     sequences: str = "full"
-    reset_rate: float = 0.0  # of all steps
-    variant: str = "plain"  # else one of VARIANTS; or "reset_states", to which resets set the states instead of zeros
-    cell: str = "lstm"  # of ROWS
-    heads: int = 1  # each with H / heads of the units, which read no other head's h
+    reset_rate: float = 0.0  # the fraction of all steps that have a reset
+    variant: str = "plain"  # or a name of VARIANTS, or "reset_states": resets set the states to given ones
+    cell: str = "lstm"  # a name of ROWS
+    heads: int = 1  # each head has H / heads units, which read only the h of that head
 
     @property
     def name(self) -> str:
@@ -53,18 +54,24 @@ class Case:
         return self.mode == "training"
 
     def plain(self) -> "Case":
-        """The same sizes without lengths, resets and variant, as torch's own accept them."""
+        """Return the case with the same sizes, without lengths, resets and variant, which torch's modules lack."""
         return replace(self, sequences="full", reset_rate=0.0, variant="plain")
 
     def operations(self) -> int:
-        """Floating-point operations of the matmuls, 2 a multiply-add; backward needs twice those of forward."""
+        """Return the floating-point operations of the matmuls.
+
+        A multiply-add counts as 2. Backward needs twice as many operations as forward.
+        """
         H, D, rows = self.hidden_size, self.directions, ROWS[self.cell] * self.hidden_size
         each = H // self.heads  # columns of W_hh
-        elements = rows * D * ((self.input_size + each) + (self.layers - 1) * (D * H + each))  # of the matrices
+        elements = rows * D * ((self.input_size + each) + (self.layers - 1) * (D * H + each))  # of all weight matrices
         return 2 * self.steps * self.batch * elements * (3 if self.training else 1)
 
     def bytes_moved(self) -> int:
-        """The minimum: every input read once, every result written once; in training gates and c (float32) as well."""
+        """Return the least traffic in bytes: each input is read once, each result written once.
+
+        In training the gates and c, which is float32, are written and read, too.
+        """
         size, cells, units = self.torch_dtype.itemsize, self.steps * self.batch, self.hidden_size * self.directions
         biases = 2 * ROWS[self.cell] * units * self.layers
         weights = replace(self, mode="forward").operations() // (2 * cells) + biases
@@ -72,11 +79,11 @@ class Case:
         return 2 * (once + size * 4 * states + 4 * states) if self.training else once
 
 
-RL = (  # T, B, H of recurrent PPO: rl_games' shadow hand; Dextreme and its critic; rsl_rl; TorchRL; few environments
+RL = (  # T, B, H of recurrent PPO in rl_games' shadow hand, Dextreme and its critic, rsl_rl, TorchRL, few environments
     (4, 4096, 1024), (16, 1024, 1024), (16, 1024, 2048), (24, 1024, 256), (24, 4096, 256), (32, 256, 256),
     (32, 8192, 256), (64, 128, 128),
 )  # fmt: skip
-GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of each, and what is varied around it
+GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # for each device the headline, and the varied fields
     "cuda": (Case("training", "bf16", steps=1024, batch=16, input_size=768, hidden_size=768), {
         "hidden_size": (128, 512, 1024, 64, 129, 256, 1536, 2048), "batch": (1, 64, 4, 256, 12), "steps": (128, 4096),
         "dtype": ("fp16", "tf32", "fp32"), "reset_rate": (0.02, 0.005, 0.1), "rl_dtype": ("tf32", "bf16"), "rl": RL,
@@ -91,7 +98,7 @@ GRIDS: dict[str, tuple[Case, dict[str, tuple[Any, ...]]]] = {  # the headline of
 
 
 def grid(kind: str) -> dict[str, list[Case]]:
-    """The cases for a kind of device, "cuda" or "cpu": groups by name, groups and cases in order of importance."""
+    """Return the cases for a kind of device, "cuda" or "cpu", in named groups. The most important come first."""
     (headline, varied), modes = GRIDS[kind], ("training", "forward")
 
     def each(*fields: str) -> list[Case]:
@@ -113,7 +120,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
     of_512 = [replace(case, input_size=512, hidden_size=512, heads=n) for n in (4, 8, 1) for case in both]
     heads = [replace(case, batch=B) for B in varied["heads"] for case in of_512]
     return {
-        "first": [headline, *of("gru", headline), heads[0], *of("slstm", heads[0])],  # where time is short
+        "first": [headline, *of("gru", headline), heads[0], *of("slstm", heads[0])],  # for when time is short
         "headline": both,
         "gru": of("gru", *both, resets[0], ragged, replace(step, batch=1), *grus),
         "rl": rl,
@@ -131,7 +138,7 @@ def grid(kind: str) -> dict[str, list[Case]]:
 
 
 def choose(kind: str, names: list[str] | None) -> list[Case]:
-    """The cases with these names, or of groups with these names; the whole grid if None."""
+    """Return the cases with these names, and all cases of the groups with these names. None selects the whole grid."""
     groups = grid(kind)
     known = groups | {case.name: [case] for cases in groups.values() for case in cases}
     if unknown := set(names or ()) - set(known):

@@ -1,10 +1,14 @@
-"""python -m bench compare: what has become slower or faster between two runs on the same device.
+"""python -m bench compare: find the cases that became slower or faster between two runs on the same device.
 
-It compares `speed`, torch.nn.LSTM's time over the provider's in the same round, so that drift cancels. For runs with
-different versions of torch, and for torch itself, it compares seconds, and a change must be 10 % larger to count. A
-change counts if it exceeds --fail-under and the intervals of three standard errors around the two medians, from p20,
-p80 and the rounds, do not overlap. Simulated with 3 % noise per round and 5 % drift per run, the same code is never
-slower in 650 pairs of runs; a case slower by 10 % is found in 93 % of pairs at 20 rounds, 99 % at 30, 59 % at 9.
+The compared figure is `speed`: the time of torch.nn.LSTM divided by the time of the provider in the same round. The
+drift of the machine cancels in it. For runs with different versions of torch, and for torch itself, seconds are
+compared, and a change must be 10 % larger to count.
+
+A change counts if it exceeds --fail-under, and if the intervals of three standard errors around the two medians do not
+overlap. The intervals are computed from p20, p80 and the number of rounds.
+
+In a simulation with 3 % noise per round and 5 % drift per run, the same code was slower in none of 650 pairs of runs. A
+case that is slower by 10 % was found in 93 % of pairs with 20 rounds, in 99 % with 30, and in 59 % with 9.
 """
 
 import numpy as np
@@ -16,18 +20,21 @@ from .providers import YARDSTICK
 from .results import BROKEN, TIMED
 
 FAIL_UNDER = 0.95
-IN_SECONDS = 0.9  # times the threshold, where the drift of the machine does not cancel
-ROUNDS = 20  # at which three standard errors of a median reach as far as p20 and p80: 3 * 1.253 = 0.842 * 20**0.5
+IN_SECONDS = 0.9  # a factor of the threshold where seconds are compared, in which the drift does not cancel
+ROUNDS = 20  # with so many, three standard errors of a median reach to p20 and p80: 3 * 1.253 = 0.842 * 20**0.5
 KEY, STATUS = ["case", "provider", "graph"], ["status_old", "status_new"]
 VERDICTS = ["slower", "broken", "faster", "not timed now", "not timed before"]
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataFrame:
-    """The rows timed in either run: `verdict` of VERDICTS or "", `ratio` below 1 where slower now, `is_regression`."""
+    """Return the rows that were timed in either run, with three more columns.
+
+    `verdict` is one of VERDICTS or "". `ratio` is below 1 where the new run is slower. `is_regression` is a bool.
+    """
     if not 0 < fail_under <= 1:
         raise ValueError(f"--fail-under is {fail_under:g}, expected more than 0 and at most 1")
-    report.measured(pd.concat([old, new]))  # raises unless they are of one device
-    # What was not timed has no separate row for a graph, unless it is the graph alone.
+    report.measured(pd.concat([old, new]))  # raises unless all rows are of one device
+    # A provider that was not timed has no separate row for its graph, unless only the graph was not timed.
     replayed = new[~(new["status"].isin(TIMED) | new["graph"])].assign(graph=True)
     try:
         rows = old.merge(pd.concat([new, replayed]), "outer", KEY, suffixes=("_old", "_new"), validate="one_to_one")
@@ -52,13 +59,17 @@ def compare(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> pd.DataF
     verdict = np.select([slower, before & broken, faster, before & ~now, ~before], VERDICTS, "")
     figures = {"ratio": ratio, "in_seconds": in_seconds, "before": middle_old, "now": middle_new}
     rows = rows.assign(verdict=verdict, is_regression=ours & (slower | before & broken), **figures)
-    return rows.sort_values("ratio", key=lambda ratio: -np.abs(np.log(ratio)), kind="stable")  # the most changed first
+    # The largest change comes first.
+    return rows.sort_values("ratio", key=lambda ratio: -np.abs(np.log(ratio)), kind="stable")
 
 
 def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.Series, pd.Series]:
-    """A median between the ends of three standard errors, of speeds or of calls a second: more is faster."""
+    """Return a median, between the ends of three standard errors to either side: (low, median, high), larger if faster.
+
+    The median is of `speed`, and where `in_seconds` is True of calls per second.
+    """
     rows = rows.rename(columns=lambda name: name.rpartition("_")[0])
-    rows = rows.where(rows[["rounds", "median_s", "p20_s", "p80_s"]].gt(0).all(axis=1))  # NaN where there are no times
+    rows = rows.where(rows[["rounds", "median_s", "p20_s", "p80_s"]].gt(0).all(axis=1))  # NaN without times
     low, middle, high = (
         rows[speed].where(~in_seconds, 1 / rows[seconds])
         for speed, seconds in (("speed_p20", "p80_s"), ("speed", "median_s"), ("speed_p80", "p20_s"))
@@ -68,7 +79,7 @@ def _interval(rows: pd.DataFrame, in_seconds: pd.Series) -> tuple[pd.Series, pd.
 
 
 def show(old: pd.DataFrame, new: pd.DataFrame, fail_under: float) -> int:
-    """Print what `compare` finds. 1 if gpu_lstm itself is slower, wrong or failed, else 0, whatever others do."""
+    """Print the result of `compare`. Return 1 if gpu_lstm itself is slower, wrong or failed, else 0."""
     rows, console, lines = compare(old, new, fail_under), report.console(), []
     told = rows[rows["verdict"] != ""].sort_values("verdict", key=lambda its: its.map(VERDICTS.index), kind="stable")
     for row in told.itertuples():

@@ -1,4 +1,4 @@
-"""The whole check of a CUDA machine in one command, the most informative parts first: see docs/first_gpu_run.md."""
+"""Check a CUDA machine in one command, the most informative parts first. See docs/first_gpu_run.md."""
 
 import contextlib
 import os
@@ -15,20 +15,21 @@ from .isolated import ROOT
 
 FIRST, HELD, STREAM, *OF_CUPY = (f"tests/test_{name}.py" for name in ("gpu", "hog", "stream", "layer", "cupy"))
 PYTEST = ["pytest", "-v", "-m", "gpu", "--require-gpu", "-rfE", "--tb=short"]
-TO_REPORT_S = 20.0  # for pytest, once it is interrupted: pytest-xdist waits 10 seconds for its workers
-EVERY_S = 10.0  # a line on the screen says how far a part is
-# Name, arguments (with -n auto as many processes compile kernels at once as the machine can hold), and when it ends, of
-# the time. First one problem, alone, since a fault in it explains all others; and the same beside a kernel that holds
-# multiprocessors. The families compile some hundred kernels, of several seconds each.
+TO_REPORT_S = 20.0  # time for pytest to report after an interrupt: pytest-xdist waits 10 seconds for its workers
+EVERY_S = 10.0  # time between lines that show the progress on the screen
+# Each part of the tests has a name, arguments of pytest, and the fraction of the whole time at which it ends. The
+# headline is one problem alone, since a fault in it explains all others, and the same problem beside a kernel that
+# occupies multiprocessors. The families compile some hundred kernels, which takes several seconds each. With -n auto
+# many processes compile at once.
 HEADLINE = "headline", [FIRST, HELD, "-k", "headline and LSTM or hog"], 0.3
 FAMILIES = "families", [FIRST, STREAM, "-k", "not headline or GRU", "-n", "auto"], 0.65
 GRID_UNTIL = 0.87
-CUPY = "cupy", [*OF_CUPY, "-n", "auto"], 1.0  # CuPy may not be there
+CUPY = "cupy", [*OF_CUPY, "-n", "auto"], 1.0  # last, since CuPy may not be installed
 
 
 def run(minutes: float, out: Path, device: str = "cuda") -> int:
-    """Run all parts within about `minutes`, with results in the folder `out`. How many tests failed, in lines."""
-    start, whole_s = time.monotonic(), 60 * minutes - 20  # for plots and tables
+    """Run all parts within about `minutes`, and write results to the folder `out`. Return the number of failures."""
+    start, whole_s = time.monotonic(), 60 * minutes - 20  # 20 seconds are left for plots and tables
     print(command(["gpu_lstm"], 120, out / "doctor.txt")[0], flush=True)
     failures = [line for part in (HEADLINE, FAMILIES) for line in tests(*part[:2], start + part[2] * whole_s, out)]
     chosen = cases.choose(device.partition(":")[0], None)
@@ -46,7 +47,7 @@ def run(minutes: float, out: Path, device: str = "cuda") -> int:
 
 
 def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[str]:
-    """Run tests until `deadline`, by time.monotonic(), and print how they ended; return a line for each failure."""
+    """Run tests until `deadline`, a time of time.monotonic(), and print the end. Return a line for each failure."""
     limit_s, log = max(1.0, deadline - time.monotonic()), out / f"tests-{name}.txt"
     print(f"{name}: up to {limit_s:.0f} s; what it says goes to {log}", flush=True)
     said, code = command([*PYTEST, *arguments], limit_s, log)
@@ -61,17 +62,18 @@ def tests(name: str, arguments: list[str], deadline: float, out: Path) -> list[s
 
 
 def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | None]:
-    """Run a module in the checkout; return its output, also in `log`, and exit code, None if it took too long.
+    """Run a module in the checkout; return its output, which is also in the file `log`, and its exit code.
 
-    It is interrupted then, and has TO_REPORT_S to say what it found.
+    The exit code is None if the module takes longer than `limit_s`. Then it is interrupted, and has TO_REPORT_S to
+    report its results.
     """
     env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "2")
-    env |= {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"}  # room for the reason in pytest's summary; `log` is up to date
+    env |= {"COLUMNS": "200", "PYTHONUNBUFFERED": "1"}  # wide lines for pytest's summary; no delay in `log`
     words = [sys.executable, "-m", *module]
     with log.open("w") as out:
         process = subprocess.Popen(
             words, cwd=ROOT, stdout=out, stderr=out, env=env, start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's "&" has it ignore
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's "&" lets the child ignore it
         )  # fmt: skip
         try:
             if (code := _wait(process, limit_s, log)) is None:
@@ -79,19 +81,19 @@ def command(module: list[str], limit_s: float, log: Path) -> tuple[str, int | No
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(TO_REPORT_S)
         finally:
-            with contextlib.suppress(ProcessLookupError):  # with the workers of pytest, of which one may hold the card
+            with contextlib.suppress(ProcessLookupError):  # also pytest's workers, which may occupy the card
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return log.read_text(errors="replace"), code
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float, log: Path) -> int | None:
-    """Its exit code; None if it takes too long. Meanwhile the screen shows what is new at the end of `log`."""
+    """Wait for a process and show the progress in `log`. Return the exit code, or None if it takes too long."""
     start = time.monotonic()
     while (seconds := time.monotonic() - start) < limit_s:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(min(EVERY_S, limit_s - seconds))
         said = log.read_text(errors="replace").rstrip()
-        done = re.findall(r"(\d+%)\]", said)[-1:]  # as pytest -v says it
+        done = re.findall(r"(\d+%)\]", said)[-1:]  # in the format of pytest -v
         print(f"{log.stem}, {time.monotonic() - start:.0f} s:", *done, said.rpartition("\n")[2], flush=True)
     return None

@@ -1,7 +1,7 @@
-"""python -m bench host: microseconds that a call costs on the host, compared with the whole call of torch.nn.
+"""python -m bench host: measure the microseconds of a call on the host, compared with the whole call of torch.nn.
 
-With a GPU, kernels are launched on it, and the clock stops before the device is done. Without one, the CPU counts as an
-H100: kernels are planned for it, and everything runs except launches, Triton's launcher and CUDA's own calls.
+With a GPU the kernels are launched, and the clock stops before the device is done. Without a GPU the CPU stands for an
+H100: kernels are planned for an H100, and everything runs except launches, Triton's launcher and CUDA's own calls.
 """
 
 import functools
@@ -35,7 +35,8 @@ from .providers.engine import Engine, module_like_torchs
 
 TRITON = "gpu_lstm.kernels.triton_rnn"
 CARD = "cuda" if torch.cuda.is_available() else "cpu"
-YARDSTICK, KERNELS, TORCH = "torch.nn", "kernels", "torch"  # TORCH: backend "torch", on the CPU
+# The providers. TORCH is gpu_lstm with backend "torch" on the CPU.
+YARDSTICK, KERNELS, TORCH = "torch.nn", "kernels", "torch"
 PLACES = (*dict.fromkeys([(CARD, YARDSTICK), (CARD, KERNELS), ("cpu", YARDSTICK), ("cpu", TORCH)]),)  # device, provider
 MODES = ("inference", "forward+graph", "training")
 H = 8  # so small that the matmuls take hardly any time
@@ -47,13 +48,13 @@ CASES = {
     "one step with resets": replace(LONG, steps=1, reset_rate=0.2), "Stream": replace(SHORT, mode="step"),
     **{f"GRU, {case}": replace(of, cell="gru") for case, of in (("T=1", SHORT), ("T=128", LONG))},
 }  # fmt: skip
-INSTEAD = {"lengths": "torch-packed", "one step with resets": "cleanrl-loop"}  # by torch.nn; resets are left out
-TURNS, ROUNDS = 4, 40  # of each commit, case by case; in each turn
-LIMIT_S = 300.0  # of a turn: the first compiles kernels on a GPU
+INSTEAD = {"lengths": "torch-packed", "one step with resets": "cleanrl-loop"}  # the workaround with torch.nn
+TURNS, ROUNDS = 4, 40  # turns of each commit for a case; rounds in each turn
+LIMIT_S = 300.0  # for a turn; on a GPU the first turn compiles kernels
 
 
 def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
-    """A call of a case that returns its output; in training, the gradients of its parameters."""
+    """Return a call of a case. The call returns the output, or in training the gradients of the parameters."""
     inputs, torchs = Inputs.of(CASES[case], device), provider == YARDSTICK
     backend: Any = TORCH if provider == TORCH else None
     if case == "LSTMCell":
@@ -77,10 +78,14 @@ def made(case: str, mode: str, device: str, provider: str) -> Callable[[], Any]:
 
 @functools.cache
 def stub() -> None:
-    """Kernels win every race; without a GPU they are planned for an H100 and not launched. AttributeError: too old."""
+    """Let kernels win every race. Without a GPU also plan them for an H100, and do not launch them.
+
+    Raises:
+        AttributeError: this commit of gpu_lstm is too old.
+    """
     os.environ["GPU_LSTM_RACE"] = "off"
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # buffers that no kernel wrote are read
+    torch.set_flush_denormal(True)  # buffers are read that no kernel has written; their denormals would be slow
     plans, won = resolve_name(f"{TRITON}.plans.choose:plans"), resolve_name("gpu_lstm.dispatch.race:Decision")
     h100 = resolve_name(f"{TRITON}.plans.planning:DEVICES")["h100"]
     patch("gpu_lstm.dispatch.race.expected_winner", lambda kind, kernel, *_: won(kernel, "")).start()
@@ -98,7 +103,7 @@ def nothing(*_: Any, **__: Any) -> None: ...
 
 
 def runs_kernels(call: Callable[[], Any]) -> bool:
-    """Whether a call enters a file of the Triton kernels, in this thread (on CUDA backward has its own)."""
+    """Whether a call enters a file of the Triton kernels in this thread. (On CUDA backward has a thread of its own.)"""
     files = set()
     sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename))
     try:
@@ -110,24 +115,24 @@ def runs_kernels(call: Callable[[], Any]) -> bool:
 
 @functools.cache
 def ready(case: str, mode: str) -> dict[Any, Callable[[], Any]]:
-    """Warmed-up calls, each checked to run kernels, or not, as it should."""
+    """Return warmed-up calls by (device, provider). Each was checked to run kernels exactly if it should."""
     calls = {place: made(case, mode, *place) for place in PLACES}
     for (_, provider), call in calls.items():
-        for _ in range(20):  # to warm up
+        for _ in range(20):  # warm-up
             call()
         launched = runs_kernels(call)
-        if launched != (provider == KERNELS) and (CARD == "cpu" or case != "Stream"):  # whose graph is replayed
+        if launched != (provider == KERNELS) and (CARD == "cpu" or case != "Stream"):  # a Stream replays its graph
             raise ProviderFailed(provider, f"{case}, {mode}: kernels were{' not' * (not launched)} launched")
-    gc.freeze()  # so that collecting before each sample takes hardly any time
+    gc.freeze()  # so that garbage collection before each sample is fast
     return calls
 
 
 def sample(call: Callable[[], Any], repeats: int, device: str) -> float:
-    """Seconds per call, averaged over `repeats` calls."""
+    """Return the seconds per call, averaged over `repeats` calls."""
     synchronize = torch.cuda.synchronize if CARD == "cuda" else nothing
     gc.collect()
     gc.disable()
-    call()  # the others left the processor's caches without its code
+    call()  # other calls have displaced its code from the processor's caches
     synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -139,19 +144,22 @@ def sample(call: Callable[[], Any], repeats: int, device: str) -> float:
 
 
 def measure(case: str, mode: str, rounds: int, tell: Callable[[str], None]) -> tuple[list[Any], dict[Any, Any]]:
-    """The provenance, by device, and the seconds of every round, in which all calls take turns."""
+    """Return the provenance of each device, and the seconds of every call in every round. All calls take turns."""
     tell(KERNELS)
     try:
         stub()
         with torch.set_grad_enabled(mode != "inference"):
             seconds = timing.interleaved(ready(case, mode), CARD, 0.0, (rounds, rounds), sample)
-    except (ImportError, AttributeError, TypeError) as error:  # gpu_lstm's commit differs too much
+    except (ImportError, AttributeError, TypeError) as error:  # this commit of gpu_lstm differs too much
         raise ProviderFailed(KERNELS, f"{type(error).__name__}: {error}") from error
     return [results.provenance(device) for device in dict.fromkeys([CARD, "cpu"])], seconds
 
 
 def line(case: str, mode: str, place: tuple[str, str], found: dict[str, list[Any]]) -> dict[str, str]:
-    """Cells of a table from the seconds of each side's turns; `ratio` to torch.nn's is the median over the rounds."""
+    """Return a line of the table from the seconds of each side's turns.
+
+    `ratio` is the median over the rounds of the time divided by torch.nn's time.
+    """
     cells = {"case": case, "mode": mode, "provider": place[1]}
     for side, turns in found.items():
         mine, torchs = (np.concatenate([turn[of] for turn in turns]) for of in (place, (place[0], YARDSTICK)))
@@ -163,7 +171,7 @@ def line(case: str, mode: str, place: tuple[str, str], found: dict[str, list[Any
 
 
 def run(names: list[str], commit: str | None) -> int:
-    """Measure cases, in turns with those of another commit if one is given, and print a table."""
+    """Measure cases and print a table. If a commit is given, measure it in turns with this one."""
     cases = [(case, mode) for case in names for mode in MODES if case != "Stream" or mode == "inference"]
     lines, origins = [], []
     with ExitStack() as stack:

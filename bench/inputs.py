@@ -1,4 +1,4 @@
-"""The tensors of a case, the same for every provider, and their results in float64."""
+"""The tensors of a case, which are the same for every provider, and the true results in float64."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,25 +10,25 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from .cases import VARIANTS, Case
 
-NOISE_SEED = 0  # before a call that is checked: providers draw random numbers as `_noise` does
+NOISE_SEED = 0  # set before a call that is checked; providers draw random numbers in the same order as `_noise`
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every provider of a case is given. Weights by torch's names; states have D*L = R rows."""
+    """The tensors that every provider of a case is given. States have R = D*L rows."""
 
     case: Case
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # by torch's names
     x: Tensor  # [T, B, I]
-    states: tuple[Tensor, ...]  # h0; of an LSTM c0, too; of an sLSTM c0, n0 and m0; each [R, B, H]
+    states: tuple[Tensor, ...]  # each [R, B, H]: h0 for a GRU, h0 and c0 for an LSTM, h0, c0, n0 and m0 for an sLSTM
     lengths: Tensor | None  # [B]
     resets: Tensor | None  # [T, B] bool
-    reset_states: tuple[Tensor, ...] | None  # h and c, each [R, T, B, H]; as stored, without gradients
+    reset_states: tuple[Tensor, ...] | None  # h and c, each [R, T, B, H], without gradients
     dy: Tensor  # [T, B, D*H], gradient of the output
 
     @classmethod
     def of(cls, case: Case, device: str) -> "Inputs":
-        """Random tensors, the same for the same case wherever it runs."""
+        """Return random tensors. They are the same for the same case on every machine."""
         T, B, H, D = case.steps, case.batch, case.hidden_size, case.directions
         held = {"gru": "h", "lstm": "hc", "slstm": "hcnm"}[case.cell]
 
@@ -44,7 +44,7 @@ class Inputs:
             resets = (torch.rand(T, B) < case.reset_rate).to(device)
             x = normal(T, B, case.input_size)
             states = tuple(normal(case.layers * D, B, H, scale=0.5) for _ in held)
-            # An n from 1 on never falls below, and FlashRNN's is never less.
+            # If n is at least 1 at first, it stays at least 1, as FlashRNN's n always is.
             states = tuple(t.abs() + 1 if name == "n" else t for name, t in zip(held, states))
             weights, dy = module.requires_grad_(False).state_dict(), normal(T, B, D * H)
             for name in [name for name in weights if name.startswith("weight_hh")]:
@@ -56,19 +56,22 @@ class Inputs:
         return cls(case, weights, x, states, ragged, resets if case.reset_rate else None, tuple(left) or None, dy)
 
     def packed(self, t: Tensor) -> PackedSequence:
-        """t [T, B, *] with the lengths, packed."""
+        """Return t [T, B, *] packed by the lengths."""
         assert self.lengths is not None
         return pack_padded_sequence(t, self.lengths.cpu(), enforce_sorted=False)
 
     def plain(self) -> "Inputs":
-        """Without lengths, resets and variant."""
+        """Return the inputs of the same case without lengths, resets and variant."""
         torchs = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
         weights = {name: t for name, t in self.weights.items() if name.startswith(torchs)}
         return replace(self, case=self.case.plain(), weights=weights, lengths=None, resets=None, reset_states=None)
 
 
 def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
-    """Results and gradients, step by step, without gpu_lstm: the truth in float64; else with torch's own rounding."""
+    """Return results and gradients, computed step by step without gpu_lstm.
+
+    In float64 they count as the truth. In another dtype they have torch's own rounding errors.
+    """
     torch.manual_seed(NOISE_SEED)
     leaves = dict(zip(("x", "h0", "c0", "n0", "m0"), (inputs.x, *inputs.states))) | inputs.weights
     leaves = {name: t.detach().to(dtype).requires_grad_(inputs.case.training) for name, t in leaves.items()}
@@ -87,7 +90,10 @@ def results_in(dtype: torch.dtype, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def named_finals(states: tuple[Any, ...]) -> dict[str, Any]:
-    """Final states by name; of an sLSTM h, c / n and m + log n, since one state has many c, n and m."""
+    """Return the final states by name.
+
+    For an sLSTM they are h, c / n and m + log n, since different c, n and m may describe the same state.
+    """
     if len(states) == 4:
         h, (c, n, m) = states[0], (each.double() for each in states[1:])
         states = h, c / n, m + n.log()
@@ -95,23 +101,23 @@ def named_finals(states: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def dense(weight_hh: Tensor, heads: int) -> Tensor:
-    """W_hh of heads, [n * H, H / heads], as [n * H, H]: zero where a unit would read another head."""
+    """Return W_hh of heads, [n * H, H / heads], as [n * H, H] with zeros where a unit would read another head."""
     gates = weight_hh.unflatten(0, (-1, heads * weight_hh.shape[1]))
     return torch.cat([torch.block_diag(*gate.chunk(heads)) for gate in gates])
 
 
 def blocks(weight_hh: Tensor, heads: int) -> Tensor:
-    """The reverse of `dense`."""
+    """Return W_hh of heads, [n * H, H / heads], from [n * H, H]: the reverse of `dense`."""
     gates = weight_hh.unflatten(0, (-1, heads, weight_hh.shape[1] // heads)).unflatten(3, (heads, -1))
     return gates.diagonal(dim1=1, dim2=3).movedim(3, 1).flatten(0, 2)
 
 
 def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Tensor]) -> tuple[Tensor, ...]:
-    """Outputs [T, B, H] and final states of a layer in one direction, that of a `row` of the states."""
+    """Return the outputs [T, B, H] and the final states of one layer in one direction, number `row` of the states."""
     (factor, stays), lengths, steps = _noise(inputs), inputs.lengths, range(len(x))
     weights = [weights[0], dense(weights[1], inputs.case.heads), *weights[2:]]
     left = [each[row].to(x.dtype) for each in inputs.reset_states or ()]  # [T, B, H]
-    reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # every one is replaced below
+    reverse, outputs = row % inputs.case.directions == 1, [x] * len(x)  # every element is replaced below
     for t in reversed(steps) if reverse else steps:
         boundary = t + reverse  # a reset there separates this step from the one before
         if inputs.resets is not None and boundary in steps:
@@ -131,7 +137,11 @@ def _direction(inputs: Inputs, x: Tensor, state: Any, row: int, weights: list[Te
 
 
 def _noise(inputs: Inputs) -> tuple[Any, list[Tensor]]:
-    """For a layer in one direction: factors of h in the recurrent product [B, H]; bool [T, B, H] where h and c stay."""
+    """Return the noise of one layer in one direction.
+
+    It is the factors of h in the recurrent product, [B, H], and for h and c a bool [T, B, H]: where they stay
+    unchanged.
+    """
     case, like, (p, _) = inputs.case, inputs.states[0][0], VARIANTS.get(inputs.case.variant, (0, {}))
     if case.variant == "recurrent_dropout":  # Gal & Ghahramani, 2016: one mask for all steps
         return F.dropout(torch.ones_like(like), p), []

@@ -1,4 +1,4 @@
-"""Calls in a separate process, so that a kernel that hangs or crashes ends nothing else."""
+"""Run calls in a separate process, so that a kernel that hangs or crashes ends nothing else."""
 
 import contextlib
 import multiprocessing
@@ -11,15 +11,18 @@ from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
-START_S, LIMIT_S = 120.0, 90.0  # to import what is needed; without a sign of life, of which compiling takes most
+START_S, LIMIT_S = 120.0, 90.0  # for imports; without a sign of life, mostly while kernels are compiled
 
 
 class ProviderFailed(Exception):
-    """A provider raised, hung, or ended its process: its name, and what happened."""
+    """A provider raised, hung or ended its process. The arguments are its name and a text."""
 
 
 class Worker:
-    """Calls a function, which reports by `tell` who runs, in a process that imports from `path` first."""
+    """Call a function in a separate process, which imports from `path` first.
+
+    The function reports by `tell` which provider runs.
+    """
 
     _process: Any = None
 
@@ -32,7 +35,7 @@ class Worker:
             limit_s, context = START_S, multiprocessing.get_context("spawn")
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs, self._function), daemon=True)
-            with patch.object(sys, "path", [*self._path, *sys.path]):  # a new process gets a copy of it
+            with patch.object(sys, "path", [*self._path, *sys.path]):  # the new process gets a copy of sys.path
                 self._process.start()
             theirs.close()
         try:
@@ -42,18 +45,18 @@ class Worker:
                 if kind == "returned":
                     return value
                 if kind == "raised":
-                    self.close()  # the device may stay broken; the next call starts another process
+                    self.close()  # the device may stay broken in it; the next call starts another process
                     raise ProviderFailed(*value)
                 running, limit_s = value, self._limit_s
             failure = running, f"hung: no sign for {limit_s:.0f} s"
             self.close()
         except (EOFError, ConnectionError):
-            self._process.join(START_S)  # which sets its exit code
+            self._process.join(START_S)  # join() sets the exit code
             failure = running, f"its process died, exit code {self.close()}"
         raise ProviderFailed(*failure)
 
     def close(self) -> int | None:
-        """End the process, if there is one; return its exit code."""
+        """End the process, if there is one, and return its exit code."""
         process, self._process = self._process, None
         if process is None:
             return None
@@ -75,7 +78,10 @@ def _serve(connection: Any, function: Callable[..., Any]) -> None:
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A folder from which to import gpu_lstm of a commit, and nothing else: the benchmark stays this checkout's."""
+    """Make a folder from which gpu_lstm of a commit is imported.
+
+    It has nothing else: the benchmark is this checkout's.
+    """
     with tempfile.TemporaryDirectory(prefix="gpu-lstm-base-") as folder:
         tree, path, git = Path(folder) / "tree", Path(folder) / "path", ["git", "-C", str(ROOT), "worktree"]
         try:
@@ -85,7 +91,7 @@ def checkout(commit: str) -> Iterator[Path]:
                 raise ValueError(f"no commit {commit!r} with a gpu_lstm in it: {said}")
             path.mkdir()
             (path / "gpu_lstm").symlink_to(tree / "gpu_lstm")
-            (tree / "gpu_lstm" / "kernels").symlink_to(tree / "kernels")  # where packaging puts it
+            (tree / "gpu_lstm" / "kernels").symlink_to(tree / "kernels")  # where an installed package has it
             yield path
         finally:
             subprocess.run([*git, "remove", "--force", tree], capture_output=True)

@@ -1,4 +1,4 @@
-"""Runs cases by all their providers, which are built, checked against float64, and only then timed, in turn."""
+"""Run cases by all their providers. They are built, checked against float64, and only then timed, in turns."""
 
 import math
 import time
@@ -21,45 +21,47 @@ from .isolated import ProviderFailed, Worker
 from .providers import OURS, PROVIDERS, YARDSTICK, YARDSTICKS, taking_part
 from .providers.engine import Unable
 
-SECONDS = 8.0  # of timing, a case
-ALLOWED = 2.0  # times torch's own error in the same dtype
-SANITY = 8.0  # times the error of torch's cell, for torch's module itself, whose error is the measure of the rest
-# torch's warning where cuDNN copies the weights at every call: only torch.nn.LSTM as it is may be timed so.
+SECONDS = 8.0  # time for the timing of a case
+ALLOWED = 2.0  # the largest error, as a multiple of torch's own error in the same dtype
+SANITY = 8.0  # the largest error of torch's module, by which others are judged, as a multiple of torch's cell's error
+# torch's warning that cuDNN copies the weights at every call. Only the unchanged torch.nn.LSTM may be timed with it.
 COPIES = "RNN module weights are not part of single contiguous chunk of memory"
-GRAPH = " (graph)"  # behind the name of a provider whose call is captured
-Row = dict[str, Any]  # of results.COLUMNS; those without a value may be left out
+GRAPH = " (graph)"  # follows the name of a provider whose call is captured in a CUDA graph
+Row = dict[str, Any]  # by results.COLUMNS; a column without a value may be left out
 
 
 def measure(
     cases: list[Case], names: list[str] | None, device: str, sides: dict[Path, Path | None], deadline: float = math.inf
 ) -> list[Case]:
-    """Run `cases` until the `deadline`, by time.monotonic(), and return the rest. Rows are written case by case.
+    """Run `cases` until the `deadline`, a time of time.monotonic(), and return the rest. Write the rows of each case.
 
-    `sides`: new files, and the folders to import gpu_lstm from if it is not the one here; several take turns.
+    `sides` are the new files, each with the folder to import gpu_lstm from, or None for this checkout. Several sides
+    take turns.
     """
     for file in sides:
         results.create(file)
-    torch.set_num_threads(1)  # several stall each other, by a factor of 100, where anything else wants a core
+    torch.set_num_threads(1)  # several threads stall each other, up to 100-fold, beside another program
     headline = grid("cpu" if device == "cpu" else "cuda")["headline"]
     with ExitStack() as stack:
         run: dict[Path, Any] = dict.fromkeys(sides, run_case)
-        if device != "cpu" or len(sides) > 1:  # in processes of their own
+        if device != "cpu" or len(sides) > 1:  # in separate processes
             run = {file: stack.enter_context(closing(Worker(run_case, path))) for file, path in sides.items()}
         for number, case in enumerate(cases):
             if time.monotonic() > deadline:
                 return cases[number:]
             print(f"case {number + 1} of {len(cases)}: {case.name}", flush=True)
-            for file in list(sides)[:: -1 if number % 2 else 1]:  # now the one side first, now the other
+            for file in list(sides)[:: -1 if number % 2 else 1]:  # the sides take turns in being first
                 for row in rows_of(case, taking_part(names, case in headline), device, run[file]):
                     results.append(file, row)
     return []
 
 
 def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[Row]]) -> list[Row]:
-    """What `run` returns for one case. Providers that fail are reported as failed, and the others run without them.
+    """Return the rows of one case by `run`. Providers that fail get a row that says so, and the others run without
+    them.
 
-    Whose capture alone fails is timed without a graph: in another process, since a broken capture may leave this one's
-    memory and random numbers unusable.
+    If only the capture of a provider fails, the provider is timed without a graph. This is done in another process,
+    since a broken capture may leave the memory and the random numbers of this process unusable.
     """
     failed: dict[str, str] = {}
     while not failed.keys() >= set(names):
@@ -67,19 +69,20 @@ def rows_of(case: Case, names: list[str], device: str, run: Callable[..., list[R
             return run(case, names, device, failed)
         except ProviderFailed as error:
             provider, text = error.args
-            failed |= dict.fromkeys([provider] if provider.removesuffix(GRAPH) in names else names, text)  # else: all
+            # If the name is none of these, all of them failed.
+            failed |= dict.fromkeys([provider] if provider.removesuffix(GRAPH) in names else names, text)
     return [_row(case, name, device, status="failed", note=failed[name]) for name in names]
 
 
 def run_case(
     case: Case, names: list[str], device: str, failed: dict[str, str], tell: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """Rows of a case by `names`, the yardstick first; `tell` is called with the provider that runs next.
+    """Return the rows of a case by the providers `names`, the yardstick first.
 
-    ProviderFailed if one raises, since the device may then be unusable; those that `failed`, or whose capture in a
-    graph did, are not tried again.
+    `tell` is called with the name of the provider that runs next. If a provider raises, ProviderFailed is raised, since
+    the device may then be unusable. Providers and captures that are in `failed` are not tried again.
     """
-    torch.set_num_threads(1)  # as in `measure`: this may be a process of its own
+    torch.set_num_threads(1)  # as in `measure`, since this may be another process
     outcomes: dict[str, Row] = {name: {"status": "failed", "note": text} for name, text in failed.items()}
     calls: dict[tuple[str, bool], Callable[[], object]] = {}
     with timing.float32_products(case.dtype):
@@ -105,7 +108,7 @@ def run_case(
                 outcomes[name] = {"status": "unable", "note": str(error)}
             except Exception as error:
                 raise ProviderFailed(running, f"{type(error).__name__}: {error}") from error
-        del gate  # and its results in float64
+        del gate  # and with it the results in float64
         tell("all, timed in turn")
         copy, product = timing.ceilings(case.dtype, device)
         seconds = timing.interleaved(calls, device, SECONDS)
@@ -121,7 +124,7 @@ def run_case(
 
 
 def _figures(seconds: dict[tuple[str, bool], np.ndarray]) -> dict[tuple[str, bool], Row]:
-    """The columns of times, by provider and whether it ran as a graph, from its seconds in each round."""
+    """Return the columns of times from the seconds of each round, by (provider, whether it ran as a graph)."""
     best = min((seconds[name, False] for name in YARDSTICKS if (name, False) in seconds), key=np.median, default=None)
     rows: dict[tuple[str, bool], Row] = {}
     for each, mine in seconds.items():
@@ -140,7 +143,10 @@ def _row(case: Case, provider: str, device: str, graph: bool = False, **columns:
 
 
 class Trial:
-    """A provider's engine, and the leaves of its gradients. Raises Unable, but a yardstick then runs the plain case."""
+    """The engine of a provider for a case, and the leaves of its gradients.
+
+    The constructor raises Unable if the provider does not support the case. A yardstick runs the plain case instead.
+    """
 
     def __init__(self, name: str, inputs: Inputs) -> None:
         self.name, self.status, self.training = name, "measured", inputs.case.training
@@ -162,7 +168,7 @@ class Trial:
         return self.engine.call(x if self.form is None else self.form._replace(data=x), tuple(states))
 
     def call(self) -> tuple[Any, tuple[Tensor, ...]]:
-        """One call, with backward if the case has it: (output, h_n, c_n) and the gradients of all leaves."""
+        """Run one call, with backward in training. Return (output, h_n, c_n) and the gradients of all leaves."""
         with torch.set_grad_enabled(self.training):
             y, finals = self.forward()
             y = y if self.form is None else y.data
@@ -173,10 +179,11 @@ class Trial:
         return peak | ({"kept_bytes": timing.kept_bytes(self.forward, self.leaves)} if self.training else {})
 
     def results(self) -> dict[str, Tensor]:
-        """As `inputs.results_in` names them."""
+        """Return the results of a call, named as by `inputs.results_in`."""
         torch.manual_seed(NOISE_SEED)
         (y, *finals), gradients = self.call()
-        of_states = [f"d{name}0" for name, _ in zip("hcn", self.inputs.states)]  # dm0 is taken for zero by some
+        # dm0 is left out, since some providers take it for zero.
+        of_states = [f"d{name}0" for name, _ in zip("hcn", self.inputs.states)]
         named = {"output": y} | named_finals(tuple(finals)) | dict(zip(("dx", *of_states), gradients))
         if self.form is not None:
             for name in named.keys() & {"output", "dx"}:
@@ -186,10 +193,10 @@ class Trial:
 
 
 class Gate:
-    """Decides who is right: compared with float64, at most ALLOWED times torch's own error in the dtype of the case."""
+    """Decide whether results are right: the error may be ALLOWED times torch's own error in the same dtype."""
 
     def __init__(self) -> None:
-        self._truths: dict[Case, tuple[dict[str, Tensor], dict[str, float]]] = {}  # and the errors of torch.lstm_cell
+        self._truths: dict[Case, tuple[dict[str, Tensor], dict[str, float]]] = {}  # with the errors of torch's cell
         self._torchs: dict[str, float] = {}  # errors of torch.nn.LSTM
 
     def judge(self, trial: Trial) -> Row:
@@ -200,7 +207,7 @@ class Gate:
         true, cells = self._truths[case]
         errors = relative_errors(values, {name: t for name, t in true.items() if values.get(name, t) is not None})
         factor, torchs = (SANITY, {}) if trial.name == YARDSTICK else (ALLOWED, self._torchs)
-        least = torch.finfo(dtype).eps / ALLOWED  # an error that nothing can be blamed for
+        least = torch.finfo(dtype).eps / ALLOWED  # a smaller error is never a fault
         over = {name: errors[name] / (factor * max(cells[name], torchs.get(name, 0.0), least)) for name in errors}
         worst = max(over, key=lambda name: (math.isnan(over[name]), over[name]))
         status, note = trial.status, trial.engine.kernels()
@@ -212,7 +219,10 @@ class Gate:
 
 
 def relative_errors(values: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Errors of all results: relative, in the Euclidean norm; absolute where the truth is 0; NaN if it is missing."""
+    """Return the error of each result, relative to the truth in the Euclidean norm.
+
+    The error is absolute if the truth is 0, and NaN if the result is missing.
+    """
     errors = dict.fromkeys(true, math.nan)
     for name, truth in true.items():
         if name in values and values[name].shape == truth.shape:

@@ -1,6 +1,6 @@
 """Whole models with recurrent layers of torch.nn, small definitions with the sizes of the papers, and their inputs.
 
-Each is built by torch.nn alone, as its authors wrote it, so that `gpu_lstm.convert` is the only change.
+Each model is built from torch.nn alone, as its authors wrote it. So `gpu_lstm.convert` is the only change.
 """
 
 from collections.abc import Callable
@@ -147,10 +147,10 @@ def xlstm_stack() -> nn.Module:
 
 class Model(NamedTuple):
     make: Callable[[], nn.Module]
-    layers: str  # what is recurrent in it
-    training: Callable[[], Tensor]  # an input
+    layers: str  # the recurrent layers, in words
+    training: Callable[[], Tensor]  # returns an input
     inference: Callable[[], Tensor]
-    converted: Callable[[Any], object] = gpu_lstm.convert  # in place
+    converted: Callable[[Any], object] = gpu_lstm.convert  # converts the model in place
 
 
 MODELS = {

@@ -1,4 +1,4 @@
-"""Results as a picture: one call, and the usual workarounds."""
+"""Draw results as a picture: one call, and the usual workarounds."""
 
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,15 @@ LOOK: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "0.9", "lines.markersize": 4.5, "lines.linestyle": "none",
 }  # fmt: skip
-LOOKS = {  # marker and colour, by the provider of a workaround
+LOOKS = {  # marker and colour of a workaround, by its provider
     "cleanrl-loop": ("s", "0.6"), "torch-packed": ("P", "#3f7d0a"), "rl_games-pieces": ("o", "#1f5fa8"),
     "rsl_rl-padded": ("D", "#d9730d"), "head-loop": ("^", "#8a3fa8"), "xlstm-vanilla": ("v", "#a83f3f"),
 }  # fmt: skip
-FEWEST = 3  # cases that are worth a picture
+FEWEST = 3  # the fewest cases that are worth a picture
 
 
 def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
-    """Save the figure of each device as instead-DEVICE.png in `folder`, which may exist."""
+    """Save the figure of each device as instead-DEVICE.png in `folder`, which may exist. Return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, its in rows.groupby("device", sort=False):
@@ -34,14 +34,14 @@ def draw(rows: pd.DataFrame, folder: Path) -> list[Path]:
                 paths.append(folder / f"instead-{report.slug(device)}.png")
                 figure.savefig(paths[-1], dpi=150)
                 few = Image.open(paths[-1]).convert("RGB").quantize(64, Image.Quantize.MAXCOVERAGE)
-                few.save(paths[-1], optimize=True)  # a third of the bytes
+                few.save(paths[-1], optimize=True)  # with few colours it has a third of the bytes
     return paths
 
 
 def instead(rows: pd.DataFrame) -> Figure | None:
-    """A figure of the times of workarounds over the time of one call, or None if there are fewer than FEWEST cases.
+    """Return a figure of the times of workarounds over the time of one call, or None for fewer than FEWEST cases.
 
-    Each workaround has the cases where it is the fastest and the slowest. The tables have the others.
+    For each workaround it shows the cases where the workaround is fastest and slowest. The tables have the other cases.
     """
     lines, base = report.instead(rows), report.headline_of(rows)
     lines = lines[lines["mode"] == "training"]

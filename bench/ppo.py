@@ -1,7 +1,7 @@
-"""python -m bench ppo: an iteration of examples/recurrent_ppo.py, by gpu_lstm and by torch.nn called for every step.
+"""python -m bench ppo: time an iteration of examples/recurrent_ppo.py, by gpu_lstm and by a loop over torch.nn.
 
-An iteration is a rollout, a call for each step, and EPOCHS updates. gpu_lstm makes an update in one call over all
-steps, and acts by the same module. The environments themselves are not timed.
+An iteration is a rollout, with a call for each step, and EPOCHS updates. gpu_lstm makes an update in one call over all
+steps, and acts by the same module. The loop calls torch.nn at every step. The environments themselves are not timed.
 """
 
 import importlib.util
@@ -23,10 +23,10 @@ from .measure import relative_errors
 from .providers.engine import as_hx
 from .providers.torchs import LOOPS
 
-SIZES = [(128, N, H) for H in (128, 256) for N in (2, 8, 64)]  # T, N environments, H
-SECONDS = 6.0  # of timing, a size and cell
+SIZES = [(128, N, H) for H in (128, 256) for N in (2, 8, 64)]  # (T, the number N of environments, H)
+SECONDS = 6.0  # time for the timing of a size and cell
 CELLS, WAYS = ("LSTM", "GRU"), ("loop", "one call")
-TOLERANCE = 1e-4  # by which loss and gradients may differ, relative to their norm
+TOLERANCE = 1e-4  # the largest difference of loss and gradients, relative to their norm
 
 
 @cache
@@ -55,7 +55,7 @@ def loss_and_gradients(example: Any, agent: nn.Module, batch: Any) -> dict[str, 
 
 @torch.no_grad()
 def rollout(agent: nn.Module, batch: Any) -> None:
-    """Act for T steps, as `rollouts` of the example does, on observations that are there already."""
+    """Act for T steps, as `rollouts` of the example does, on given observations."""
     state = batch.state
     for observation, start in zip(batch.observations.split(1), batch.starts.split(1)):
         policy, _, state = agent(observation, state, start)
@@ -64,9 +64,10 @@ def rollout(agent: nn.Module, batch: Any) -> None:
 
 @timing.float32_products("fp32")
 def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str, str], np.ndarray]:
-    """Seconds of every round in float32, by cell, way, and "update" or "rollout".
+    """Return the seconds of every round in float32, by cell, by way, and by "update" or "rollout".
 
-    RuntimeError unless loss and gradients are equal.
+    Raises:
+        RuntimeError: loss or gradients of the two ways differ.
     """
     torch.set_num_threads(1)  # as in `measure.measure`
     example = load_example()
@@ -80,7 +81,7 @@ def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str, str], n
             state = batch.state[: 2 if cell == "LSTM" else 1]
             given = batch._replace(state=state if way == "loop" else as_hx(state))
             found[way] = loss_and_gradients(example, agent, given)
-            optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)  # which leaves the weights as they are
+            optimiser = torch.optim.Adam(agent.parameters(), lr=0.0)  # lr 0 leaves the weights unchanged
             calls[cell, way, "update"] = partial(example.training_step, agent, optimiser, given)
             calls[cell, way, "rollout"] = partial(rollout, agent, given)
         truth = {name: value.double() for name, value in found["loop"].items()}
@@ -91,7 +92,7 @@ def measure(device: str, T: int, N: int, H: int) -> dict[tuple[str, str, str], n
 
 
 def run(device: str, file: Path | None = None) -> int:
-    """Measure, and print a row as it is done. Exit status: 0, or 2 if the example cannot be loaded."""
+    """Measure, and print each row when it is done. Return the exit status: 0, or 2 if the example cannot be loaded."""
     try:
         load_example()
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Results as text: tables for a terminal and for docs/benchmarks.md."""
+"""Write results as tables for a terminal and for docs/benchmarks.md."""
 
 import os
 import re
@@ -20,11 +20,11 @@ from . import results
 from .cases import Case
 from .providers import OURS, YARDSTICK
 
-EVEN = 0.02  # a time that differs by less is called even
-OF_HEADS = "head-loop", "xlstm-vanilla"  # whose cases are a table of their own
-EVEN_ON_A_CPU = 0.07  # there torch's own runs plain calls: such a case is one of a range on a page
+EVEN = 0.02  # times that differ by less are called even
+OF_HEADS = "head-loop", "xlstm-vanilla"  # their cases have a separate table
+EVEN_ON_A_CPU = 0.07  # on a CPU torch's own runs plain calls; pages show such cases as a range
 MIB = 2**20
-WRITTEN = {  # the usual workaround where torch.nn.LSTM lacks a feature, by its provider
+WRITTEN = {  # the usual workarounds for features that torch.nn.LSTM lacks, by their provider
     "head-loop": "an nn.LSTM for each head",
     "xlstm-vanilla": "xlstm's cell in torch's operators, a step at a time",
     "cleanrl-loop": "nn.LSTM called at every step, its state masked",
@@ -41,17 +41,22 @@ STARRED = "* torch.nn timed without the lengths, resets or variant, which it doe
 BEYOND = "ignoring gate arithmetic, launches and the dependency between steps"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 NO_GPU = "No figure has been taken on a GPU yet."
-RARE = "resets 0.5%"  # whose cases share a line on the pages
-SHOWN = "The time of each usual workaround over that of one call"  # what the picture on the page with all cases shows
+RARE = "resets 0.5%"  # its cases share a line on the pages
+SHOWN = "The time of each usual workaround over that of one call"  # the caption of the picture of all cases
 TOGETHER = {"input_size": "hidden_size", "directions": "layers"}  # sizes that vary together
-# Columns that are aligned on the left; those that are folded in a narrow terminal.
+# LEFT are the columns that are aligned on the left. FOLDED are the columns that are folded in a narrow terminal.
 LEFT = ("mode", "case", "usual workaround", "provider", "status", "note", "best other", "verdict")
 FOLDED = ("note", "best other", "verdict", "case", "usual workaround")
-STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}  # by a cell's last word
+# The styles of cells, by their last word.
+STYLES = dict.fromkeys(("slower", "wrong", "failed"), "bold red") | {"faster": "bold green"}
 
 
 def measured(rows: pd.DataFrame) -> pd.DataFrame:
-    """The last row of each case and `contender`, a provider or its graph. ValueError: no device."""
+    """Return the last row of each case and contender. The new column `contender` is a provider or its graph.
+
+    Raises:
+        ValueError: the rows are not of one device.
+    """
     devices = rows["device"].unique()
     if len(devices) != 1:
         raise ValueError(f"expected rows of one device, got {len(devices)}: {', '.join(devices)}")
@@ -61,7 +66,7 @@ def measured(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline_of(rows: pd.DataFrame) -> Case:
-    """The case that most contenders have."""
+    """Return the case that most contenders have run."""
     return rows["object"].value_counts(sort=False).idxmax()
 
 
@@ -70,12 +75,15 @@ def is_ours(rows: pd.DataFrame) -> pd.Series:
 
 
 def stars(rows: pd.DataFrame) -> pd.Series:
-    """A star for each row of torch.nn at a case that it does not support: see STARRED."""
+    """Return a star for each row of torch.nn with a case that it does not support, see STARRED, else ""."""
     return rows["status"].eq("yardstick").map({True: "*", False: ""})
 
 
 def by_case(rows: pd.DataFrame) -> pd.DataFrame:
-    """One line per case, by `group`: what differs from the headline; our `speed`; other columns as text."""
+    """Return one line per case: its difference from the headline, the `speed` of gpu_lstm, other columns as text.
+
+    `group` is the kind of the difference.
+    """
     base = headline_of(rows)
 
     def group(case: Case) -> str:
@@ -83,7 +91,8 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
             return "heads"
         differing = (name for name in results.CASE if getattr(case, name) != getattr(base, name))
         changed = sorted({TOGETHER.get(name, name) for name in differing} - {"mode"})
-        return case.mode if case.mode == "step" else " ".join(changed) if len(changed) < 3 else "several"  # as in rl
+        # Cases of the group rl differ in several fields.
+        return case.mode if case.mode == "step" else " ".join(changed) if len(changed) < 3 else "several"
 
     lines = rows.drop_duplicates("case").set_index("case")[["object", *results.CASE]]
     lines["group"] = pd.factorize(lines["object"].map(group))[0]
@@ -93,7 +102,7 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
         times = texts(1e3 * its["median_s"]) + stars(its)
         lines[f"{provider} ms"] = times.where(its["median_s"].notna(), its["status"]).fillna("-")
     lines["speed"], lines["times as fast"] = its["speed"], verdicts(its)
-    reached = (its["bound_s"] / its["median_s"]).clip(upper=1)  # the bound is measured, and uncertain too
+    reached = (its["bound_s"] / its["median_s"]).clip(upper=1)  # at most 1: the bound is a measurement, and uncertain
     lines["bound"] = texts(reached, "{:.0%}".format)
     others = rows[(rows["status"] == "measured") & (rows["contender"] != YARDSTICK) & ~is_ours(rows)]
     best = others.sort_values("speed", ascending=False, kind="stable").drop_duplicates("case").set_index("case")
@@ -102,7 +111,7 @@ def by_case(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def instead(rows: pd.DataFrame) -> pd.DataFrame:
-    """The usual workarounds in every case: AROUND as text, `ratio` of the times."""
+    """Return the usual workarounds in every case: the columns AROUND as text, and the `ratio` of the times."""
     ours = rows[rows["contender"] == OURS].set_index("case")["median_s"]
     its = rows[rows["provider"].isin(WRITTEN) & (rows["status"] == "measured") & rows["case"].isin(ours.dropna().index)]
     its = its.assign(ours_s=its["case"].map(ours))
@@ -115,7 +124,7 @@ def instead(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary(rows: pd.DataFrame) -> Table:
-    """One line per case: torch.nn, ours and the best other."""
+    """Return a table with one line per case: torch.nn, gpu_lstm and the best other provider."""
     rows = measured(rows)
     lines = by_case(rows)
     broken = rows[rows["status"].isin(results.BROKEN)].value_counts(["status", "contender"])
@@ -128,7 +137,11 @@ def summary(rows: pd.DataFrame) -> Table:
 
 
 def details(rows: pd.DataFrame) -> list[Table]:
-    """Every provider at the headline, the fastest first; which kernels ran, or why none did; the usual workarounds."""
+    """Return the other tables.
+
+    They show every provider at the headline, the fastest first; the kernels that ran, or why none did; and the usual
+    workarounds.
+    """
     rows = measured(rows)
     base, around = headline_of(rows), instead(rows)
     memory = "peak_bytes" if rows["peak_bytes"].notna().any() else "kept_bytes"
@@ -154,7 +167,7 @@ def details(rows: pd.DataFrame) -> list[Table]:
 
 
 def update_page(page: Path, files: Sequence[Path], pictures: Sequence[Path]) -> None:
-    """Write the results in `files` between the markers of `page`, GPUs first, with the picture of each device."""
+    """Write the results of `files` between the markers of `page`, GPUs first, with the picture of each device."""
     before, begin, rest = page.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
@@ -177,7 +190,7 @@ def slug(device: str) -> str:
 
 
 def _section(link: str, rows: pd.DataFrame, on_gpu: bool) -> str:
-    """Where the figures come from, and three tables: the usual workarounds, heads and sLSTMs, and torch.nn itself."""
+    """Return the origin of the figures, and three tables: the usual workarounds, heads and sLSTMs, torch.nn itself."""
     lines, around = by_case(rows), instead(rows)
     wrapped = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
     dtypes, where = "/".join(rows["dtype"].unique()), "GPU" if on_gpu else "CPU, not a GPU"
@@ -211,9 +224,11 @@ def _names(lines: pd.DataFrame) -> pd.Series:
 
 
 def _over_ours(around: pd.DataFrame, lines: pd.DataFrame) -> pd.DataFrame:
-    """A line for each case with a workaround: our time; how many times as long torch.nn and each workaround take.
+    """Return a line for each case with a workaround: gpu_lstm's time, and the times of torch.nn and each workaround
+    over it.
 
-    Of forward alone, and of the rarest resets, one line for all cases, with the least and the greatest.
+    All cases of forward alone share one line, with the least and the greatest ratio. All cases with the rarest resets
+    share another.
     """
     trained, torchs = around["mode"] == "training", lines.set_index(_names(lines))["speed"]
     rare = trained & around["case"].str.endswith(RARE)
@@ -237,7 +252,7 @@ def _markdown(cells: pd.DataFrame) -> str:
 
 
 def sizes(case: Case, base: Case | None = None) -> str:
-    """A case in words, without its mode; only what differs from `base`, if anything does."""
+    """Return a case in words, without its mode. If it differs from `base`, return only the differences."""
 
     def parts(case: Case) -> list[str]:
         heads = f"{case.heads}x" * (case.heads > 1)
@@ -252,25 +267,25 @@ def sizes(case: Case, base: Case | None = None) -> str:
 
 
 def digits(value: float) -> str:
-    """A number with three significant digits, or all before the point if there are more."""
-    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 9.999 is 10.0
+    """Return a number with three significant digits, or with all digits before the point if there are more."""
+    exponent = int(f"{value:.2e}".partition("e")[2])  # the exponent of the rounded value: 9.999 is 10.0
     return f"{value:.{max(0, 2 - exponent)}f}" if value else "0"
 
 
 def texts(values: pd.Series, write: Callable[[float], str] = digits) -> pd.Series:
-    """Numbers as text; "" for NaN."""
+    """Return numbers as text, and "" for NaN."""
     return values.map(write, na_action="ignore").astype(object).fillna("")
 
 
 def verdicts(rows: pd.DataFrame) -> pd.Series:
-    """Speeds, and whether faster or slower: only where both the 20th and the 80th percentile are."""
+    """Return speeds as text. "faster" or "slower" is added only if both the 20th and the 80th percentile are."""
     itself, timed = rows["contender"] == YARDSTICK, rows["speed"].notna()
     doubtless = [rows["speed_p20"] > 1 + EVEN, rows["speed_p80"] < 1 - EVEN]
     return texts(rows["speed"]) + np.select([*doubtless, itself, timed], [" faster", " slower", " " * 7, " even  "], "")
 
 
 def origin(rows: pd.DataFrame) -> str:
-    """Device, versions, commit and date of rows; all values of each that occur."""
+    """Return device, versions, commit and date of rows, each with all values that occur."""
     labels = {"gpu_lstm": "gpu_lstm ", "torch": "torch ", "triton": "triton ", "cuda": "CUDA ", "driver": "driver "}
     every = {name: "/".join(rows[name].dropna().unique()) for name in (*labels, "device", "commit")}
     versions = ", ".join(label + every[name] for name, label in labels.items() if every[name])
@@ -281,13 +296,13 @@ def origin(rows: pd.DataFrame) -> str:
 
 
 def console() -> Console:
-    """Where tables go; in a file or a pipe, as wide as they need to be."""
+    """Return the console for tables. In a file or a pipe it is as wide as the tables need."""
     narrow = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if narrow else 160, markup=False, highlight=False)
 
 
 def table(cells: pd.DataFrame, title: str, caption: str = "", groups: Any = None) -> Table:
-    """Cells of text, with rules between groups."""
+    """Return a table of text cells, with rules between groups."""
     done = Table(
         title=Text(title, style="bold"), title_justify="left", caption=Text(caption), caption_justify="left",
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True,

@@ -1,4 +1,4 @@
-"""The results of benchmarks as CSV: one schema, a row for each case and provider, with its provenance."""
+"""The results of benchmarks as CSV. There is one schema, and a row for each case and provider, with its provenance."""
 
 import csv
 import datetime
@@ -20,29 +20,30 @@ import gpu_lstm
 
 from .cases import Case
 
-SCHEMA = 7  # raised whenever a column is added, removed, or changes its name or meaning
-# By status. Right, and timed: a yardstick is torch.nn.LSTM at a case that it cannot do, without what it cannot do.
+SCHEMA = 7  # it goes up whenever a column is added or removed, or changes its name or meaning
+# The values of `status`. TIMED rows are right and have times. A "yardstick" is torch.nn.LSTM in a case that has
+# features it lacks; it runs without these features.
 TIMED = ("measured", "yardstick")
-BROKEN = ("wrong", "failed")  # too far from float64; raised, died or hung. Neither is timed
-OTHERS = ("absent", "unable")  # not installed or unable to run here; not meant for such cases
+BROKEN = ("wrong", "failed")  # the error is too large; raised, died or hung. Neither has times
+OTHERS = ("absent", "unable")  # not installed or unable to run here; does not support the case
 CASE = [field.name for field in fields(Case)]
-# date: UTC, ISO 8601. commit: of gpu_lstm's checkout, "+" where it has changes. clock_mhz: of the card's
-# multiprocessors, at most. From gpu_lstm on: versions, of which cuda is torch's.
+# date is UTC in ISO 8601. commit is the commit of the checkout, with "+" if there are changes. clock_mhz is the highest
+# clock of the card's multiprocessors. The columns from gpu_lstm on are versions; cuda is the CUDA of torch.
 PROVENANCE = ["date", "commit", "device", "clock_mhz", "gpu_lstm", "python", "torch", "triton", "cupy", "cuda", "cudnn",
               "driver"]  # fmt: skip
 FIGURES = [
-    "error",  # the largest of all results and gradients, over what is allowed; 1 is the most
-    "rounds", "median_s", "p20_s", "p80_s",  # seconds a call, over all rounds
-    "speed", "speed_p20", "speed_p80",  # torch.nn.LSTM's time, or torch-flat's if faster, over this, of one round
-    "over_ours", "over_ours_low", "over_ours_high",  # this time over that of `ours`, likewise; its 95 % interval
-    "sm_mhz", "celsius",  # clock and temperature of the card after the last round, where nvidia-smi reports them
-    "bound_s",  # the least time a call can need: operations and bytes over the two ceilings that follow
-    "copy_bytes_per_s", "product_flops_per_s",  # measured in the same run: a copy, a large product in this dtype
-    "peak_bytes",  # allocated at most during a call, above what was there before; CUDA only
-    "kept_bytes",  # for backward, besides input and parameters
+    "error",  # the largest error of all results and gradients, over the allowed one; at most 1 is right
+    "rounds", "median_s", "p20_s", "p80_s",  # seconds per call, over all rounds
+    "speed", "speed_p20", "speed_p80",  # time of torch.nn.LSTM, or of torch-flat if faster, over this time in a round
+    "over_ours", "over_ours_low", "over_ours_high",  # this time over the time of `ours` in a round; its 95 % interval
+    "sm_mhz", "celsius",  # clock and temperature of the card after the last round, if nvidia-smi reports them
+    "bound_s",  # the least time that a call can need: operations and bytes over the two ceilings below
+    "copy_bytes_per_s", "product_flops_per_s",  # the ceilings, measured in the same run: a copy, a large product
+    "peak_bytes",  # the peak allocation during a call, minus the allocation before it; CUDA only
+    "kept_bytes",  # kept for backward, without input and parameters
 ]  # fmt: skip
-# graph: replayed from a CUDA graph. note: why there are no figures, or which kernels ran. The schema comes last, so
-# that a truncated row has none.
+# graph says whether the call was replayed from a CUDA graph. note says why there are no figures, or which kernels ran.
+# The schema comes last, so that a truncated row has none.
 COLUMNS = [*PROVENANCE, "case", *CASE, "provider", "graph", "status", "note", *FIGURES, "schema"]
 REQUIRED = ["date", "device", "gpu_lstm", "torch", "case", *CASE, "provider", "graph", "status", "schema"]
 SMI = "nvidia-smi", "--format=csv,noheader,nounits"
@@ -50,7 +51,10 @@ NUMBERS = [*(field.name for field in fields(Case) if field.type is not str), *FI
 
 
 def _cudnn_version() -> int | str | None:
-    """Or what torch says of one that it cannot use. Not gpu_lstm's: the commit that is measured may be older."""
+    """Return the version of cuDNN, or torch's error if it cannot use the one that it finds.
+
+    gpu_lstm has this function, too. But the measured commit may be older and lack it.
+    """
     try:
         return torch.backends.cudnn.version()
     except RuntimeError as error:
@@ -59,7 +63,7 @@ def _cudnn_version() -> int | str | None:
 
 @functools.cache
 def provenance(device: str) -> dict[str, Any]:
-    """The columns that are the same for a whole run on `device`, "cpu" or a CUDA device."""
+    """Return the columns that are the same for a whole run on `device`, "cpu" or a CUDA device."""
     cuda, threads, cpuinfo = device != "cpu", torch.get_num_threads(), Path("/proc/cpuinfo")
     versions = {each.metadata["Name"].lower(): each.version for each in importlib.metadata.distributions()}
     names = re.findall(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
@@ -80,16 +84,16 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def card_state(device: str) -> dict[str, str]:
-    """The columns of clock and temperature, as they are now."""
+    """Return the columns of clock and temperature as they are now."""
     if device == "cpu":
         return {}
     card = f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}"
     named = zip(("sm_mhz", "celsius"), _output(*SMI, "--query-gpu=clocks.sm,temperature.gpu", card).split(", "))
-    return {name: value for name, value in named if value.isdecimal()}  # "[N/A]" on some cards
+    return {name: value for name, value in named if value.isdecimal()}  # some cards report "[N/A]"
 
 
 def _output(*command: str) -> str:
-    """The first line of a command's output; "" where it is not installed, fails or prints nothing."""
+    """Return the first line of a command's output, or "" if it is not installed, fails or prints nothing."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
     except (FileNotFoundError, subprocess.SubprocessError, IndexError):
@@ -97,21 +101,26 @@ def _output(*command: str) -> str:
 
 
 def create(path: Path) -> None:
-    """Create a new file without rows; nothing is overwritten."""
+    """Create a new file without rows. An existing file is not overwritten."""
     with path.open("x", newline="") as file:
         csv.writer(file).writerow(COLUMNS)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append a row, which is in the file as soon as this returns."""
+    """Append a row. It is in the file when this function returns."""
     with path.open("a", newline="") as file:
-        csv.DictWriter(file, COLUMNS).writerow(row | {"note": " ".join((row.get("note") or "").split())})  # on one line
+        # A note becomes one line.
+        csv.DictWriter(file, COLUMNS).writerow(row | {"note": " ".join((row.get("note") or "").split())})
 
 
 def read(path: Path) -> pd.DataFrame:
-    """All rows of a file. ValueError, with its name, for another schema or a row that is broken."""
+    """Return all rows of a file.
+
+    Raises:
+        ValueError: the schema is another one, or a row is broken. The text names the file.
+    """
     try:
-        if "\0" in (text := path.read_text()):  # which pandas reads as nothing, as a column's name, or as it is
+        if "\0" in (text := path.read_text()):  # pandas handles NUL in several wrong ways
             raise ValueError("it holds NUL bytes")
         options: Any = dict(dtype=str, keep_default_na=False, na_values=[""], skip_blank_lines=False)
         rows = pd.read_csv(io.StringIO(text), **options)
@@ -125,5 +134,5 @@ def read(path: Path) -> pd.DataFrame:
             raise ValueError(f"line {line + 2} has no {REQUIRED[column]}, or one that is not known")
         rows[NUMBERS] = rows[NUMBERS].apply(pd.to_numeric)
         return rows.astype({"graph": bool})
-    except ValueError as error:  # pandas' own, of several lines, among them
+    except ValueError as error:  # also pandas' own errors, which have several lines
         raise ValueError(f"{path}: {' '.join(str(error).split())}; expected what `python -m bench` writes") from error

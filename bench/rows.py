@@ -1,4 +1,4 @@
-"""Rows of a table that are printed and stored as each is measured, so that an interrupted run keeps what it has."""
+"""Print and store each row of a table when it is measured, so that an interrupted run keeps its rows."""
 
 from pathlib import Path
 from typing import Any

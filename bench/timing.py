@@ -1,4 +1,7 @@
-"""Time and memory of calls, in interleaved rounds, so that the machine's drift affects all; the device's limits."""
+"""Measure time and memory of calls, and the limits of the device.
+
+Calls are timed in interleaved rounds, so that the drift of the machine affects all of them alike.
+"""
 
 import contextlib
 import functools
@@ -14,24 +17,25 @@ from torch import Tensor
 from .cases import DTYPES
 
 WARM_UP = 3  # calls
-SHORTEST = 1e-3  # seconds of a sample; shorter calls are repeated within it
-ROUNDS = (10, 100)  # at least, at most; even, so that of any two each is first equally often
+SHORTEST = 1e-3  # the shortest sample in seconds; shorter calls are repeated within it
+ROUNDS = (10, 100)  # the fewest and the most; even, so that either of two calls is first equally often
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 PRODUCT_SIZE = {"cuda": 8192, "cpu": 2048}
-CEILING_SECONDS = 1.0  # for both together
+CEILING_SECONDS = 1.0  # for both ceilings together
 
 
 def interleaved(
     calls: Mapping[Any, Any], device: str, seconds: float, rounds: tuple[int, int] = ROUNDS, sample: Any = None
 ) -> dict[Any, np.ndarray]:
-    """Seconds per call, for each of `calls` and every round, all in turn: in a random order, then its reverse.
+    """Return the seconds per call, for each of `calls` and every round.
 
-    All rounds together should last `seconds`, without the warm-up; `rounds`: the least and greatest number of them.
+    In a round all calls take turns, in a random order. The next round has the reverse order. All rounds together
+    should last `seconds`, without the warm-up. `rounds` is the least and the greatest number of rounds.
     """
     sample = sample or _sample
     estimates = {name: [sample(call, 1, device) for _ in range(WARM_UP)][-1] for name, call in calls.items()}
     repeats = {name: max(1, round(SHORTEST / estimate)) for name, estimate in estimates.items()}
-    a_round = sum(estimates[name] * repeats[name] for name in calls)  # 0 if there are none
+    a_round = sum(estimates[name] * repeats[name] for name in calls)  # 0 if there are no calls
     count = min(max(rounds[0], 2 * int(seconds / (a_round or 1) / 2)), rounds[1])
     shuffle, order, taken = random.Random(0), list(calls), {name: np.empty(count) for name in calls}
     for number in range(count):
@@ -61,36 +65,39 @@ def percentiles(values: np.ndarray) -> list[float]:
 
 
 def bootstrapped(values: np.ndarray) -> list[float]:
-    """Median, and the ends of its 95 % confidence interval, by the percentile bootstrap over rounds."""
+    """Return the median, and the ends of its 95 % confidence interval by the percentile bootstrap over rounds."""
     medians = np.median(np.random.default_rng(0).choice(values, (2000, len(values))), axis=1)
     return [float(np.median(values)), *np.quantile(medians, (0.025, 0.975)).tolist()]
 
 
 @functools.cache
 def ceilings(dtype: str, device: str) -> tuple[float, float]:
-    """The most that the device can do: bytes per second of a copy, read and written; FLOPs per second of a matmul."""
+    """Return two measured limits of the device: bytes per second of a copy, and FLOPs per second of a matmul.
+
+    The bytes of a copy are counted twice, since they are read and written.
+    """
     kind = torch.device(device).type
     (source, target), size = torch.ones(2, COPY_BYTES[kind] // 4, device=device), PRODUCT_SIZE[kind]
     a, b, product = torch.randn(3, size, size, device=device).to(DTYPES[dtype])
     calls: dict[str, Any] = {"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=product)}
-    taken = interleaved(calls, device, CEILING_SECONDS)  # the best round counts: no ceiling is exceeded
+    taken = interleaved(calls, device, CEILING_SECONDS)  # the best round counts, so that no call exceeds the ceiling
     return 2 * COPY_BYTES[kind] / float(taken["copy"].min()), 2 * size**3 / float(taken["product"].min())
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """`call` as a replay of a CUDA graph."""
+    """Return `call` as a replay of a CUDA graph."""
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(WARM_UP):
             call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # this waits for the device before it captures
+    with torch.cuda.graph(graph):  # the block waits for the device before it captures
         call()
     return graph.replay
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The peak allocation of a call on CUDA, above what was allocated before."""
+    """Return the peak allocation during a call on CUDA, minus the allocation before it."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
@@ -98,7 +105,7 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def kept_bytes(forward: Callable[[], object], but: Sequence[Tensor]) -> int:
-    """The bytes that autograd saves in a forward pass, without the tensors `but`: each storage once."""
+    """Return the bytes that autograd saves in a forward pass, without the tensors `but`. A storage counts once."""
     saved = list[Tensor]()
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda nothing: nothing):
         forward()
@@ -108,7 +115,7 @@ def kept_bytes(forward: Callable[[], object], but: Sequence[Tensor]) -> int:
 
 @contextlib.contextmanager
 def float32_products(dtype: str) -> Iterator[None]:
-    """Matmuls of float32 tensors in TF32 within the block, or exactly, as a DTYPE says."""
+    """A block in which matmuls of float32 tensors are computed in TF32 or exactly, as the name of DTYPES says."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = dtype == "tf32"

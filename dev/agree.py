@@ -1,13 +1,13 @@
-"""make agree: the kernels of an LSTM and of a GRU, forward and backward, in Triton's interpreter, beside torch's own.
+"""make agree: compare the kernels of an LSTM and of a GRU, forward and backward, with torch, in Triton's interpreter.
 
-All that a user's call does is done, but NumPy executes the kernels, program by program. Each result and gradient is
-compared with torch's own in float64; beside it stands the error that torch's own has in float32. It needs what
-gpu_lstm needs, and no more.
+Everything runs as in a user's call, except that NumPy executes the kernels, program by program. Each result and
+gradient is compared with torch's own in float64. The error of torch's own in float32 is printed beside it. The script
+needs only the packages that gpu_lstm needs.
 """
 
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import gpu_lstm
 
 T, B, I, H = 16, 5, 8, 20
-MOST = 4.0  # how many times torch's error is allowed; the root mean square of few numbers, not of many
+MOST = 4.0  # the largest error, as a multiple of torch's; a root mean square of few numbers varies so much
 
 
 def results(module: nn.Module, x: Tensor, resets: Tensor | None = None) -> dict[str, Tensor]:
-    """The output, and the gradients of its sum of squares."""
+    """Return the output, and the gradients of its sum of squares."""
     x = x.clone().requires_grad_()
     y, _ = module(x) if resets is None else module(x, resets=resets)
     names, leaves = zip(("x", x), *module.named_parameters())
@@ -32,7 +32,7 @@ def error(found: Tensor, true: Tensor) -> float:
 
 
 def main() -> bool:
-    """Print a table, row by row; whether all agree."""
+    """Print a table, row by row, and return whether all rows agree."""
     torch.manual_seed(0)
     print(f"{'relative error, beside torch in float64':41} kernels  torch's own in float32")
     x, agree = torch.randn(T, B, I), True
@@ -50,7 +50,7 @@ def main() -> bool:
         starts = torch.rand(T, B) < 0.1
         y, _ = ours(x, resets=starts)
         h_and_c = None
-        for t in range(T):  # the loop that `resets` is instead of
+        for t in range(T):  # the loop that `resets` replaces
             if h_and_c is not None:
                 keep = (~starts[t]).float()[:, None]
                 h_and_c = tuple(keep * s for s in h_and_c) if name == "LSTM" else keep * h_and_c

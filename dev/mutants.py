@@ -1,12 +1,12 @@
-"""Plants single faults in the library, one at a time, and runs the tests that should detect them.
+"""Plant single faults in the library, one at a time, and run the tests that should detect them.
 
     make mutants                      # 200 faults, drawn by a fixed seed
     make mutants MUTANTS="--count 50 --only kernels/triton_rnn"
 
-First all tests run without a fault, under coverage.py, which records the lines that each of them executes; then, for
-each fault, the tests that execute its statement. A worker plants faults in its own copy of the tree, never in the
-checkout. Results go to files, a line for each fault, so that a run that was stopped continues where it was. Faults that
-survived are planted again, since tests may have been added. docs/testing.md says how runs ended.
+First all tests run without a fault under coverage.py, which records the lines that each test executes. Then, for each
+fault, the tests run that execute its statement. A worker plants faults in its own copy of the tree, never in the
+checkout. Results go to files, a line for each fault, so that a run that was stopped can continue. Faults that survived
+are planted again, since tests may have been added. docs/testing.md has the results of runs.
 """
 
 import argparse
@@ -42,16 +42,17 @@ from rich.progress import track
 ROOT = Path(__file__).parents[1]
 SOURCES = ("gpu_lstm/**/*.py", "kernels/**/*.py", "kernels/**/*.cu")
 RESULTS = ROOT / "out" / "mutants"
-LEAST_SECONDS, TIMES_AS_LONG = 30, 4  # tests may take so long, and so many times what they take without a fault
+# The time that tests may take with a fault: seconds, or a multiple of their time without one. The larger limit counts.
+LEAST_SECONDS, TIMES_AS_LONG = 30, 4
 WITHOUT_A_FAULT = 900  # seconds that a test file may take without a fault
-BATCHES = 15, 60, 240, float("inf")  # seconds of the tests that run together: most faults fail the first few
+BATCHES = 15, 60, 240, float("inf")  # seconds at which batches of tests end; most faults fail the first few tests
 START = 3  # seconds until a test file has been imported
-IMPORTED = 0, 0  # instead of the lines of a statement that is executed when its file is imported, and in CUDA C++
-HOST = "tests/host_cuda.py"  # what executes it executes the kernels in CUDA C++
+IMPORTED = 0, 0  # the lines of a fault in CUDA C++, or in a statement that is executed when its file is imported
+HOST = "tests/host_cuda.py"  # tests that execute it execute the kernels in CUDA C++
 
 
 class Mutant(NamedTuple):
-    """One fault: `new` in the place of `old`, which begins at byte `start` of the file."""
+    """One fault: `new` replaces `old`, which begins at byte `start` of the file."""
 
     path: str
     line: int
@@ -60,7 +61,7 @@ class Mutant(NamedTuple):
     start: int
     old: str
     new: str
-    first: int  # line of its statement in a function; or IMPORTED
+    first: int  # the lines of its statement in a function, or IMPORTED
     last: int
 
     @property
@@ -69,7 +70,7 @@ class Mutant(NamedTuple):
         return f"{self.path}:{self.line}:{self.column}: {old}  ->  {new}"
 
     def planted(self, source: bytes) -> bytes:
-        """The file with the fault."""
+        """Return the file with the fault."""
         old = self.old.encode()
         assert source[self.start : self.start + len(old)] == old
         return source[: self.start] + self.new.encode() + source[self.start + len(old) :]
@@ -82,7 +83,7 @@ SWAPS: dict[type, type] = {
     ast.Mod: ast.FloorDiv, ast.LShift: ast.RShift, ast.RShift: ast.LShift, ast.BitAnd: ast.BitOr,
     ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult,
 }  # fmt: skip
-# What nobody computes with: texts, logs, speed, types. What is written there is not mutated.
+# Calls and arguments for texts, logs, speed and types. No result depends on them, so they are not mutated.
 TALKS = {"print", "warn", "warn_once", "info", "warning", "debug", "error", "add_argument", "ArgumentParser",
          "add_parser", "named", "TypeVar", "cast", "NewType", "getLogger"}  # fmt: skip
 SPEED = {"cache_modifier", "eviction_policy", "num_stages", "stacklevel", "do_not_specialize", "non_blocking", "flush",
@@ -95,7 +96,10 @@ def _called(node: ast.AST) -> str:
 
 
 def _parts(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below that are mutated: no texts, annotations, decorators, assertions, nor what type checkers read."""
+    """Yield the nodes below that are mutated.
+
+    Texts, annotations, decorators, assertions and code for type checkers are not.
+    """
     for name, value in ast.iter_fields(node):
         if name not in ("annotation", "returns", "decorator_list", "type_comment", "type_params"):
             children = (c for c in (value if isinstance(value, list) else [value]) if isinstance(c, ast.AST))
@@ -114,7 +118,7 @@ def _is_left_alone(node: ast.AST) -> bool:
             return ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
         case ast.Call():
             return _called(node) in TALKS
-        case ast.Expr():  # a docstring, or a call that only talks
+        case ast.Expr():  # a docstring, or a call of TALKS
             return isinstance(node.value, ast.Constant) or _is_left_alone(node.value)
         case ast.keyword():
             return node.arg in SPEED
@@ -122,7 +126,7 @@ def _is_left_alone(node: ast.AST) -> bool:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
-    """(kind, the node whose text is replaced, by what)."""
+    """Yield the changes of a node: (kind, the node whose text is replaced, the new text)."""
 
     def swapped(kind: str, **fields):
         copy = type(node)(**{name: fields.get(name, value) for name, value in ast.iter_fields(node)})
@@ -151,7 +155,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
         case ast.Tuple(ctx=ast.Load(), elts=[_, _, *_]) if not any(isinstance(e, ast.Slice) for e in node.elts):
             for k in range(len(node.elts)):
                 yield swapped("element left out", elts=[*node.elts[:k], *node.elts[k + 1 :]])
-    match node:  # faults of several lines, and what was forgotten
+    match node:  # faults of several lines, and omissions
         case ast.If(orelse=[]) | ast.For() | ast.AugAssign() | ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield "statement left out", node, "pass"
         case ast.Assign(targets=[ast.Name(id=name)], value=value) if name in {
@@ -163,7 +167,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
 
 
 def _lines_of(statement: ast.stmt) -> tuple[int, int]:
-    """The first and last line of a statement; of one with a block only those before the block."""
+    """Return the first and last line of a statement. A statement with a block ends before the block."""
     body = getattr(statement, "body", None) or getattr(statement, "cases", None)
     if body is None:
         return statement.lineno, statement.end_lineno
@@ -171,8 +175,8 @@ def _lines_of(statement: ast.stmt) -> tuple[int, int]:
 
 
 def of_python(path: str, source: bytes) -> Iterator[Mutant]:
-    """Every fault of a Python file."""
-    before = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]  # bytes before each line
+    """Yield every possible fault of a Python file."""
+    before = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]  # the bytes before each line
     nodes: list[tuple[ast.AST, tuple[int, int], bool]] = [(ast.parse(source), IMPORTED, False)]
     while nodes:
         node, lines, called = nodes.pop()
@@ -188,7 +192,10 @@ C_SWAPS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "
 
 
 def of_cuda(path: str, source: bytes) -> Iterator[Mutant]:
-    """Operators between blanks, and numbers, outside comments, templates, assembly and the preprocessor."""
+    """Yield every possible fault of a CUDA C++ file.
+
+    Operators between blanks and numbers are changed, but not in comments, templates, assembly and the preprocessor.
+    """
     start = 0
     for number, line in enumerate(source.decode().splitlines(keepends=True), start=1):
         code = line.partition("//")[0]
@@ -202,7 +209,7 @@ def of_cuda(path: str, source: bytes) -> Iterator[Mutant]:
 
 
 def all_mutants(root: Path) -> list[Mutant]:
-    """Every fault that could be planted."""
+    """Return every fault that could be planted."""
     found = []
     for file in sorted({file for pattern in SOURCES for file in root.glob(pattern)}):
         generate = of_cuda if file.suffix == ".cu" else of_python
@@ -211,15 +218,18 @@ def all_mutants(root: Path) -> list[Mutant]:
 
 
 def sample(possible: list[Mutant], count: int, seed: int) -> list[Mutant]:
-    """Some of them, equally many of each kind as far as there are enough."""
+    """Return some of the possible faults, equally many of each kind if there are enough."""
     shuffled = random.Random(seed).sample(possible, len(possible))
     of_kinds = [[m for m in shuffled if m.kind == kind] for kind in sorted({m.kind for m in possible})]
     return [m for m in itertools.chain(*itertools.zip_longest(*of_kinds)) if m is not None][:count]
 
 
-@cache  # one in each process
+@cache  # one copy in each process
 def own_copy(snapshot: Path) -> Path:
-    """A copy of the tree in which this process plants faults; forks of the process, which has torch, run test files."""
+    """Return a copy of the tree in which this process plants faults.
+
+    Test files run in forks of this process, which has imported torch.
+    """
     tree = snapshot.with_name(f"{snapshot.name}-{os.getpid()}")
     shutil.copytree(snapshot, tree)
     os.environ |= dict(PYTHONPATH=str(tree), XDG_CACHE_HOME=str(tree / "out" / "cache"))
@@ -233,12 +243,12 @@ def own_copy(snapshot: Path) -> Path:
 
 @contextlib.contextmanager
 def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
-    """Within the block the tree has the fault."""
+    """A block within which the tree has the fault."""
     file = tree / mutant.path
     source, cached = file.read_bytes(), Path(importlib.util.cache_from_source(str(file)))
     try:
         file.write_bytes(mutant.planted(source))
-        cached.unlink(missing_ok=True)  # Python compares only its second and its size with the source's
+        cached.unlink(missing_ok=True)  # Python would use it: it compares only the size, and the time in whole seconds
         yield
     finally:
         file.write_bytes(source)
@@ -246,19 +256,20 @@ def planted(tree: Path, mutant: Mutant) -> Iterator[None]:
 
 
 class Covered(NamedTuple):
-    """What the tests did without a fault."""
+    """The recorded run of the tests without a fault."""
 
-    seconds: dict[str, float]  # of each test, by its name
-    data: coverage.CoverageData  # lines that each executed
+    seconds: dict[str, float]  # the seconds of each test, by its name
+    data: coverage.CoverageData  # the lines that each test executed
 
     def time_of(self, names: list[str]) -> float:
-        """Seconds of some tests."""
+        """Return the seconds of some tests together."""
         return START + sum(map(self.seconds.__getitem__, names))
 
     def batches(self, mutant: Mutant) -> list[list[str]]:
-        """Tests that execute a fault's statement; or its file, if the statement is executed when that is imported.
+        """Return the tests that execute a fault's statement, in batches.
 
-        Those of a test file together, files of many quick tests first.
+        If the statement is executed when its file is imported, they are the tests that execute the file. Tests of one
+        test file stay together. Files with many quick tests come first.
         """
         lines = self.data.contexts_by_lineno(HOST if mutant.path.endswith(".cu") else mutant.path)
         own = {name for n in range(mutant.first, mutant.last + 1) for name in lines.get(n, ()) if name}
@@ -276,9 +287,9 @@ class Covered(NamedTuple):
 
 
 class Recording:
-    """A plugin of pytest: how long each test takes, and the lines that it and processes it starts execute.
+    """A plugin of pytest. It records how long each test takes, and which lines the test and its processes execute.
 
-    They go to `folder`: a file of coverage.py for each process, and one of seconds.
+    `folder` gets a file of coverage.py for each process, and a file of seconds.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -288,7 +299,7 @@ class Recording:
         self.config, self.text = config, f"[run]\nparallel = true\ndata_file = {folder}/lines\ninclude =\n{of}"
         config.write_text(self.text)
         self.coverage = coverage.Coverage(config_file=str(config))
-        os.environ["COVERAGE_PROCESS_START"] = str(config)  # coverage.py starts in every process that sees this
+        os.environ["COVERAGE_PROCESS_START"] = str(config)  # coverage.py starts in every process that has this variable
         self.coverage.start()
 
     @pytest.hookimpl(wrapper=True)
@@ -307,7 +318,7 @@ class Recording:
 
 
 class Chosen(NamedTuple):
-    """A plugin of pytest: only these tests run, in their order."""
+    """A plugin of pytest that runs only these tests, in this order."""
 
     names: list[str]
 
@@ -317,13 +328,13 @@ class Chosen(NamedTuple):
 
 
 def without_a_fault(snapshot: Path, file: str, folder: Path) -> tuple[str, Path]:
-    """The first failure of a test file, and the tree it ran in; what each test executes goes to `folder`."""
+    """Run a test file; return its first failure and the tree. The lines that each test executes go to `folder`."""
     tree = own_copy(snapshot)
     return first_failure(tree, [file], WITHOUT_A_FAULT, partial(Recording, folder)), tree
 
 
 def outcome(snapshot: Path, mutant: Mutant, batches: list[tuple[list[str], float]]) -> dict:
-    """What the tests make of a fault; `batches` of them, each with its time without a fault."""
+    """Run the tests on a fault and return the result. A batch has its tests, and their time without a fault."""
     tree, start, by = own_copy(snapshot), time.monotonic(), ""
     with planted(tree, mutant):
         for tests, seconds in batches:
@@ -335,24 +346,24 @@ def outcome(snapshot: Path, mutant: Mutant, batches: list[tuple[list[str], float
 
 
 def first_failure(tree: Path, files: list[str], seconds: float, plugin: Callable[[], object]) -> str:
-    """The first failure of test files, "time" if they take too long, or what pytest crashes with; else nothing."""
+    """Run test files; return the first failure, "time" if they take too long, the crash of pytest, or an empty text."""
     log = tree / "out.log"
     child = multiprocessing.get_context("fork").Process(target=_pytest, args=(tree, log, files, plugin))
     child.start()
     child.join(seconds)
-    ended = child.exitcode  # None if it still runs
-    with contextlib.suppress(ProcessLookupError):  # what the tests have left running, too
+    ended = child.exitcode  # None if the child still runs
+    with contextlib.suppress(ProcessLookupError):  # also processes that the tests have left running
         os.killpg(child.pid, signal.SIGKILL)
     if ended is None:
         return "time"
-    if ended in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):  # all of a file may be slow
+    if ended in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):  # a file may have only slow tests
         return ""
     text = log.read_text(errors="replace")
     if failed := re.search(r"^(?:FAILED|ERROR) tests/test_(.*?)(?: - .*)?$|^INTERNALERROR> (\w+: .*)$", text, re.M):
         return failed.group(1) or failed.group(2)
     if ended < 0:
         return f"killed by {signal.Signals(-ended).name}"
-    raise RuntimeError(f"{', '.join(files)} did not run:\n{text[-2000:]}")  # as where a package is missing, say
+    raise RuntimeError(f"{', '.join(files)} did not run:\n{text[-2000:]}")  # for example, a package is missing
 
 
 def _pytest(tree: Path, log: Path, files: list[str], plugin: Callable[[], object]) -> None:
@@ -366,7 +377,7 @@ def _pytest(tree: Path, log: Path, files: list[str], plugin: Callable[[], object
 
 
 def main() -> int:
-    """Exit status 1: fewer than 97 % were caught."""
+    """Run the command line. Return 1 if fewer than 97 % of the faults were caught, else 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200, help="faults to plant")
     parser.add_argument("--seed", type=int, default=0)
@@ -376,7 +387,7 @@ def main() -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree, listing = Path(folder, "tree"), ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-        # What is in git, and what is new, as it is now: later edits of the checkout change no answer.
+        # A snapshot of tracked and new files, so that later edits of the checkout change no result.
         for name in subprocess.check_output(listing, cwd=ROOT, text=True).splitlines():
             if (ROOT / name).is_file():
                 (tree / name).parent.mkdir(parents=True, exist_ok=True)
@@ -389,7 +400,10 @@ def main() -> int:
 
 
 def covered(tree: Path, pool: Executor) -> Covered:
-    """What the tests do without a fault, recorded once for each state of sources and tests. Raises if one fails."""
+    """Return the run of the tests without a fault. It is recorded once for each state of sources and tests.
+
+    Raise if a test fails.
+    """
     files = sorted(file for folder in ("gpu_lstm", "kernels", "tests") for file in (tree / folder).rglob("*.*"))
     state = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     data, seconds = RESULTS / f"{state}.coverage", RESULTS / f"{state}.json"
@@ -418,14 +432,14 @@ def covered(tree: Path, pool: Executor) -> Covered:
 
 
 def run(tree: Path, options: argparse.Namespace, pool: Executor) -> int:
-    """All of it, on copies of a tree."""
+    """Record the tests, plant the faults in copies of a tree, print the result, and return the exit status."""
     console, file = Console(highlight=False), RESULTS / "results.jsonl"
     every = all_mutants(tree)
     possible = [m for m in every if m.path.startswith(options.only) and m.kind.startswith(options.kind)]
     chosen = sample(possible, options.count, options.seed)
     console.print(f"{len(chosen)} of {len(possible)} faults, seed {options.seed}")
     file.touch()
-    known = {entry["name"]: entry for entry in map(json.loads, file.read_text().splitlines())}  # the last counts
+    known = {entry["name"]: entry for entry in map(json.loads, file.read_text().splitlines())}  # the last entry counts
     jobs = [m for m in chosen if known.get(m.name, {}).get("result", "survived") == "survived"]
     tests, asked = covered(tree, pool), {}
     for mutant in jobs:

@@ -1,9 +1,10 @@
-"""Which functions of the library a call goes through, with kernels that are not launched.
+"""List the functions of the library that a call goes through. Kernels are not launched.
 
     python dev/path_count.py [CASE [MODE]]       the cases of bench/host.py in numbers, or the functions of one
 
-A change of file is a call of a function in another file than the one called before it; a return, such a change to a
-file that was left. What has no name of its own (comprehensions, lambdas) is not counted: versions of Python differ.
+A change of file is a call of a function in another file than the previously called function. A return is a change of
+file to a file that was left before. Comprehensions and lambdas are not counted, since versions of Python differ in
+them.
 """
 
 import sys
@@ -23,7 +24,7 @@ CASES, MODES = ("T=1", "T=128", "lengths", "resets", "two layers, bidirectional"
 
 
 def path_of(case: str, mode: str) -> list[tuple[int, str, str]]:
-    """Depth, file and name of each function of the library that a call enters, once it is warm."""
+    """Return depth, file and name of each function of the library that a warmed-up call enters."""
     call, path, depth = made(case, mode, CARD, KERNELS), [], 0
 
     def profile(frame: FrameType, event: str, _: Any) -> None:

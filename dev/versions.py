@@ -1,7 +1,8 @@
-"""`make test-versions`: tests on other versions of Triton and torch: the oldest supported and the newest.
+"""`make test-versions`: run tests on other versions of Triton and torch, the oldest supported and the newest.
 
-Each version lies in a folder of its own, before the environment's packages. Of Triton the tests of kernels run, and
-test_compile.py compiles its whole table. Of torch the core of the suite runs; its folders take some gigabytes.
+Each version has its own folder, which precedes the environment's packages. For a version of Triton the tests of kernels
+run, and test_compile.py compiles its whole table. For a version of torch the core of the suite runs. The folders of
+torch take some gigabytes.
 """
 
 import os
@@ -16,7 +17,7 @@ OF_KERNELS = (
     "extremes", "contract",
 )  # fmt: skip
 CORE = "lstm", "compile", "graphs", "derivatives", "numba"
-# The interpreters of the older two take an array of one element for a number, which NumPy 2.4 refuses.
+# The interpreters of the two older versions use an array of one element as a number, which NumPy 2.4 refuses.
 VERSIONS = (
     (["triton==3.4.0", "numpy<2.4"], OF_KERNELS),
     (["triton==3.6.0", "numpy<2.4"], OF_KERNELS),
@@ -27,7 +28,7 @@ VERSIONS = (
 
 
 def main(arguments: list[str]) -> int:
-    """Run the tests on every version, with further arguments for pytest. Returns 1 if any fails."""
+    """Run the tests on every version, with further arguments for pytest. Return 1 if any test fails, else 0."""
     failed, lines = False, []
     for packages, tests in VERSIONS:
         name = packages[0].partition("==")[0]

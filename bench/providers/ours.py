@@ -1,4 +1,4 @@
-"""gpu_lstm.LSTM, GRU and SLSTM: as it chooses for itself, by each backend, and as a stream of steps."""
+"""gpu_lstm.LSTM, GRU and SLSTM: with their own choice of backend, with each backend, and as a stream of steps."""
 
 from dataclasses import replace
 from functools import partial
@@ -13,14 +13,14 @@ from ..cases import VARIANTS
 from ..inputs import Inputs
 from .engine import Engine, Provider, Unable, as_hx, expect, module_like_torchs
 
-# Features of backends, more than torch.nn.LSTM's own. Those that are not named here support every variant, too.
+# Features of backends beyond torch.nn.LSTM's own. Backends that are not named here support every variant, too.
 PLAIN = "layers", "directions", "ragged", "packed", "active", "resets", "gru"
 SUPPORTED = {"torch": (*PLAIN, "heads")}
 
 
 def absent(backend: Any, device: str) -> str | None:
-    """Why gpu_lstm itself says that a backend is unavailable; None if it is not."""
-    try:  # an empty batch asks for the backend and runs no kernel
+    """Return gpu_lstm's own reason why a backend is unavailable; None if it is available."""
+    try:  # a call with an empty batch selects the backend and runs no kernel
         gpu_lstm.LSTM(1, 1, backend=backend, device=device)(torch.zeros(1, 0, 1, device=device))
     except (ImportError, RuntimeError, TypeError) as error:
         return str(error)
@@ -28,7 +28,10 @@ def absent(backend: Any, device: str) -> str | None:
 
 
 def build(backend: str | None, inputs: Inputs) -> Engine:
-    """The module on one backend; where Triton's kernels run, with their families: "cooperative / step"."""
+    """Return the module with one backend.
+
+    If Triton's kernels run, the engine names their families: "cooperative / step".
+    """
     case = expect(inputs.case, *SUPPORTED.get(backend or "auto", (*PLAIN, "reset_states", *VARIANTS, "heads", "slstm")))
     on = {case.variant: VARIANTS[case.variant][0]} if case.variant in VARIANTS else {}
     on |= {"heads": case.heads} if case.heads > 1 else {}  # which another commit may not accept
@@ -44,14 +47,17 @@ def build(backend: str | None, inputs: Inputs) -> Engine:
         x = inputs.packed(inputs.x) if case.sequences == "packed" else inputs.x
         try:
             return " / ".join(each.family for each in gpu_lstm.explain(module, x, **options).layers[0].passes) or None
-        except AttributeError:  # of another commit
+        except AttributeError:  # another commit
             return None
 
     return replace(Engine.of(module, **options), kernels=families)
 
 
 def build_stream(backend: str | None, inputs: Inputs) -> Engine:
-    """A step of a stream, continued from call to call; on CUDA by its own graph. The states are read each time."""
+    """Return a step of a Stream, which continues from call to call, on CUDA by its own graph.
+
+    Each call reads the states.
+    """
     if expect(inputs.case, "layers", "active", "gru").mode != "step":
         raise Unable("only for single steps")
     module: Any = module_like_torchs(gpu_lstm, inputs, backend=backend)

@@ -1,4 +1,4 @@
-"""The LSTMs of other packages: flashrnn, xlstm and TorchRL, each imported when it runs."""
+"""The LSTMs of other packages: flashrnn, xlstm and TorchRL. A package is imported when its LSTM runs."""
 
 from functools import partial
 from importlib import import_module
@@ -12,10 +12,11 @@ from .engine import Engine, Provider, Unable, absence, expect, module_like_torch
 
 
 def flashrnn(inputs: Inputs) -> Engine:
-    """The input's matmul, then one call of flashrnn's fused CUDA kernels. Written against 1.0.8.
+    """Return the input's matmul, then one call of flashrnn's fused CUDA kernels. Written for 1.0.8.
 
-    Wx [B, T, 4, heads, D], R [4, heads, D, D], bias [4, heads, D], states [2 or 4, B, 1, heads, D], gates as torch's.
-    Its kernels store the four gates of a unit together, [H, 4]; the leaves do, too, so that nothing is copied.
+    Sizes are Wx [B, T, 4, heads, D], R [4, heads, D, D], bias [4, heads, D] and states [2 or 4, B, 1, heads, D]. The
+    gates are in torch's order. The kernels store the four gates of a unit together, [H, 4]. The leaves have the same
+    layout, so that nothing is copied.
     """
     case, H = expect(inputs.case, "heads", "slstm"), inputs.case.hidden_size
     D = H // case.heads
@@ -46,9 +47,9 @@ def flashrnn(inputs: Inputs) -> Engine:
 
 
 def xlstm(inputs: Inputs) -> Engine:
-    """The product of the input, then xlstm's own cell in torch's operators, a step at a time. Written against 2.0.6.
+    """Return the input's matmul, then xlstm's own cell in torch's operators, step by step. Written for 2.0.6.
 
-    Gates in torch's order; R [heads, 4 * D, D], one bias, states [4, B, H].
+    The gates are in torch's order. Sizes are R [heads, 4 * D, D] and states [4, B, H]. There is one bias.
     """
     if (case := expect(inputs.case, "heads", "slstm")).cell != "slstm":
         raise Unable("only for an sLSTM")
@@ -74,10 +75,11 @@ def xlstm(inputs: Inputs) -> Engine:
 
 
 def torchrl(backend: str, inputs: Inputs) -> Engine:
-    """TorchRL's LSTMModule in recurrent mode, which supports resets. Written against torchrl 0.14.
+    """Return TorchRL's LSTMModule in recurrent mode, which supports resets. Written for torchrl 0.14.
 
-    Its "pad" backend cuts sequences at the resets and pads the pieces for torch.nn.LSTM; its "triton" backend resets
-    within kernels. The module has the batch first, and states for every step, used at resets and at the first step.
+    Its backend "pad" cuts sequences at the resets and pads the pieces for torch.nn.LSTM. Its backend "triton" resets
+    within kernels. The module is batch_first. It takes states for every step, and uses those at resets and at the first
+    step.
     """
     case = expect(inputs.case, "layers", "resets", "reset_states")
     if backend == "triton" and case.dtype == "fp16":
@@ -90,13 +92,16 @@ def torchrl(backend: str, inputs: Inputs) -> Engine:
         recurrent_backend=backend, recurrent_matmul_precision="ieee" if case.dtype == "fp32" else "tf32",
         recurrent_compute_dtype=torch.bfloat16 if case.dtype == "bf16" else torch.float32,
     )  # fmt: skip
-    # [B, T, L, H], for every step: zeros, if nothing else was stored
+    # The states for every step, [B, T, L, H]. They are zeros unless others were stored.
     zeros = torch.zeros(case.batch, case.steps, case.layers, case.hidden_size, dtype=dtype, device=inputs.x.device)
     is_init = (zeros[:, :, 0, :1].bool() if inputs.resets is None else inputs.resets.T[:, :, None]).contiguous()
     stored = [each.movedim(0, 2).transpose(0, 1).to(dtype) for each in inputs.reset_states or ()] or [zeros, zeros]
 
     def for_every_step(state: Tensor, stored: Tensor) -> Tensor:
-        """[L, B, H] to [B, T, L, H]: the state itself at first, unless there is a reset, and else what was stored."""
+        """Return states for every step, [B, T, L, H], from a state [L, B, H].
+
+        The first step has the state itself, unless there is a reset. All others have the stored states.
+        """
         first = torch.where(is_init[:, 0, :, None], stored[:, 0], state.transpose(0, 1).to(dtype))
         return torch.cat([first[:, None], stored[:, 1:]], dim=1)
 
@@ -109,7 +114,8 @@ def torchrl(backend: str, inputs: Inputs) -> Engine:
     return Engine(call, dict(lstm.named_parameters()))
 
 
-needs_torchrl = partial(absence, "torchrl", "pip install 'torchrl>=0.13'")  # the first with backends to choose from
+# 0.13 is the first version with a choice of backends.
+needs_torchrl = partial(absence, "torchrl", "pip install 'torchrl>=0.13'")
 PROVIDERS = {
     # It needs nvcc and ninja at the first call.
     "flashrnn-cuda": Provider(flashrnn, partial(absence, "flashrnn", "pip install flashrnn")),

@@ -1,4 +1,4 @@
-"""What PyTorch offers: torch.nn.LSTM and GRU, and the loops that people write for what these lack."""
+"""torch.nn.LSTM and GRU, and the loops that people write for features that these lack."""
 
 import itertools
 from dataclasses import replace
@@ -16,11 +16,14 @@ from ..inputs import Inputs, blocks, dense
 from .engine import Engine, Provider, Unable, as_hx, expect, module_like_torchs
 
 NO_RESETS = "only for batches with resets"
-CHUNK = 16  # steps that are compiled at once: compiling unrolls the loop, so that its time grows with them
+CHUNK = 16  # steps that are compiled together; compiling unrolls them, so that it takes longer for more steps
 
 
 def plain(inputs: Inputs) -> Engine:
-    """The module: ATen on the CPU, cuDNN on CUDA. It takes heads for a W_hh that is zero outside the blocks."""
+    """Return torch's module:
+
+    ATen on the CPU, cuDNN on CUDA. Heads become a W_hh that is zero outside of their blocks.
+    """
     heads = expect(inputs.case, "layers", "directions", "packed", "gru", "heads").heads
 
     def of_hh(change: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -31,7 +34,10 @@ def plain(inputs: Inputs) -> Engine:
 
 
 def flat(inputs: Inputs) -> Engine:
-    """The module with weights in one buffer, also in bfloat16, where torch itself has cuDNN copy them each time."""
+    """Return torch's module with its weights in one buffer.
+
+    In bfloat16 torch does not put them into one buffer, so that cuDNN copies them at each call.
+    """
     case, engine = inputs.case, plain(inputs)
     if case.torch_dtype is not torch.bfloat16 or not inputs.x.is_cuda:
         raise Unable("only for bfloat16 on CUDA: other weights are in one buffer anyway")
@@ -42,7 +48,7 @@ def flat(inputs: Inputs) -> Engine:
 
 
 def head_loop(inputs: Inputs) -> Engine:
-    """A torch.nn module for each head, with the rows of its units."""
+    """Return a loop over heads. Each has a torch.nn module with the rows of its units."""
     if (case := expect(inputs.case, "gru", "heads")).heads == 1:
         raise Unable("only for heads")
     one = replace(case, hidden_size=case.hidden_size // case.heads, heads=1)
@@ -53,11 +59,11 @@ def head_loop(inputs: Inputs) -> Engine:
     leaves: Any = dict(enumerate(t for engine in engines for t in engine.parameters.values()))
 
     def call(x, state):
-        parts = zip(*(each.chunk(case.heads, dim=2) for each in state))  # of each head
+        parts = zip(*(each.chunk(case.heads, dim=2) for each in state))  # the states of each head
         outputs, finals = zip(*(engine.call(x, [t.contiguous() for t in part]) for engine, part in zip(engines, parts)))
         return torch.cat(outputs, dim=2), tuple(torch.cat(each, dim=2) for each in zip(*finals))
 
-    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # rows in the order of gates, then heads
+    def to_torch(gradients: dict[str, Tensor]) -> dict[str, Tensor]:  # the rows are ordered by gate, then by head
         parts = [t.unflatten(0, (-1, one.hidden_size)) for t in gradients.values()]
         return {name: torch.stack(parts[n :: len(weights)], 1).flatten(0, 2) for n, name in enumerate(weights)}
 
@@ -65,11 +71,11 @@ def head_loop(inputs: Inputs) -> Engine:
 
 
 def packed(inputs: Inputs) -> Engine:
-    """For a padded batch: pack, run, pad again, all of it part of the call."""
+    """Return a call that packs a padded batch, runs the module, and pads the output."""
     expect(inputs.case, "layers", "directions", "ragged", "gru")
     if inputs.lengths is None:
         raise Unable("only for padded batches with lengths")
-    engine, lengths = plain(inputs.plain()), inputs.lengths.cpu()  # where packing wants them
+    engine, lengths = plain(inputs.plain()), inputs.lengths.cpu()  # packing needs them on the CPU
 
     def call(x, state):
         y, state = engine.call(pack_padded_sequence(x, lengths, enforce_sorted=False), state)
@@ -79,7 +85,7 @@ def packed(inputs: Inputs) -> Engine:
 
 
 def cell_loop(inputs: Inputs) -> Engine:
-    """One torch.nn.LSTMCell, called T times."""
+    """Return T calls of one torch.nn.LSTMCell."""
     case = expect(inputs.case)
     cell = nn.LSTMCell(case.input_size, case.hidden_size, device=inputs.x.device, dtype=case.torch_dtype)
     cell.load_state_dict({name.removesuffix("_l0"): tensor for name, tensor in inputs.weights.items()})
@@ -96,10 +102,13 @@ def cell_loop(inputs: Inputs) -> Engine:
 
 
 class Loop(nn.RNNBase):
-    """torch's module called for every step, with its state masked by `resets` [T, B], as in recurrent PPO."""
+    """torch's module, called for every step. Its state is masked by `resets` [T, B], as in recurrent PPO."""
 
     def forward(self, x, state, resets, stored=None, in_pieces=False):  # type: ignore[override]
-        """Resets leave zeros or `stored` [L, T, B, H]. In pieces: called for all steps between any two resets."""
+        """Run the loop. Resets set the state to zeros or to `stored` [L, T, B, H].
+
+        With `in_pieces` the module is called once for all steps between any two resets.
+        """
         outputs, keeps = [], (~resets).to(x.dtype)[..., None]  # [T, B, 1]
         begins = [0, *(1 + resets[1:].any(dim=1).nonzero()[:, 0]).tolist()] if in_pieces else range(len(x))
         for begin, end in itertools.pairwise((*begins, len(x))):
@@ -118,11 +127,14 @@ class StepLoop(Loop, nn.LSTM): ...  # type: ignore[misc]
 class GRULoop(Loop, nn.GRU): ...  # type: ignore[misc]
 
 
-LOOPS = SimpleNamespace(LSTM=StepLoop, GRU=GRULoop)  # in the place of a package
+LOOPS = SimpleNamespace(LSTM=StepLoop, GRU=GRULoop)  # it stands for a package with these two modules
 
 
 def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
-    """A Loop: one step at a time, as in CleanRL; or in pieces, whose ends every call reads, as in rl_games."""
+    """Return a Loop: step by step, as in CleanRL, or in pieces, as in rl_games.
+
+    Each call reads where the pieces end.
+    """
     if expect(inputs.case, "layers", "resets", "reset_states", "gru").reset_rate == 0:
         raise Unable(NO_RESETS)
     options = dict(resets=inputs.resets, stored=inputs.reset_states, in_pieces=in_pieces)
@@ -131,7 +143,10 @@ def masked_loop(inputs: Inputs, in_pieces: bool) -> Engine:
 
 
 def padded_trajectories(inputs: Inputs) -> Engine:
-    """Each of N trajectories, from one reset to the next, as a separate padded sequence: found once, as in rsl_rl."""
+    """Return a call that runs each of N trajectories as a separate padded sequence, as in rsl_rl.
+
+    A trajectory goes from one reset to the next. The trajectories are found once, outside of the call.
+    """
     expect(inputs.case, "layers", "resets", "gru")
     if inputs.resets is None:
         raise Unable(NO_RESETS)
@@ -153,14 +168,14 @@ def padded_trajectories(inputs: Inputs) -> Engine:
 
 
 def compiled_loop(inputs: Inputs) -> Engine:
-    """The input product for all steps at once, then CHUNK steps by torch.compile, T / CHUNK times."""
+    """Return the input product for all steps at once, then T / CHUNK calls of CHUNK compiled steps."""
     if expect(inputs.case).steps % CHUNK:
         raise Unable(f"T is no multiple of {CHUNK}")
     parameters = {name: t.detach().clone().requires_grad_(inputs.case.training) for name, t in inputs.weights.items()}
     weight_ih, weight_hh, bias_ih, bias_hh = parameters.values()
 
     @partial(torch.compile, fullgraph=True, dynamic=False)
-    def steps(gates_x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor):  # from pre-activations [CHUNK, B, 4H]
+    def steps(gates_x: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor):  # gates_x: pre-activations [CHUNK, B, 4H]
         outputs = []
         for z in gates_x.unbind():
             i, f, g, o = (z + h @ weight_hh.T).chunk(4, dim=1)

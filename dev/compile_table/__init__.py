@@ -1,1 +1,1 @@
-"""What the kernels compile to on every architecture, without a GPU: a tool for whoever changes them."""
+"""A tool for changes of kernels: compile them for every architecture, without a GPU, and report the result."""

@@ -1,6 +1,6 @@
-"""python -m dev.compile_table compiles the kernels, without a GPU, and writes README.md here from what they became.
+"""python -m dev.compile_table: compile the kernels, without a GPU, and write the result to README.md in this folder.
 
-With --all it prints a table of every architecture and dtype instead. The exit status is 1 if a kernel spills or does
+With --all a table of every architecture and dtype is printed instead. The exit status is 1 if a kernel spills or does
 not fit.
 """
 
@@ -28,7 +28,7 @@ spills or does not fit.
 
 [CONTRIBUTING.md](../../CONTRIBUTING.md#reading-the-compile-table) says what the columns are. From `instructions` on
 they count what one pass of the time loop does; where W_hh stays on chip, the last one is 0."""
-FAMILIES = {  # by what the names of their kernels begin with
+FAMILIES = {  # by the beginning of the names of their kernels
     "resident": "Resident: W_hh in the registers of one program",
     "cooperative": "Cooperative: W_hh in the registers of many programs",
     "pointwise": "Pointwise: a launch a step, next to a product by cuBLAS",
@@ -46,7 +46,7 @@ def _of_loop(name: str) -> Callable[[Report], object]:
     return lambda row: getattr(row.loop, name, "")
 
 
-COLUMNS: dict[str, Callable[[Report], object]] = {  # the page has those up to OF_PAGE
+COLUMNS: dict[str, Callable[[Report], object]] = {  # the page has the columns up to OF_PAGE
     "kernel": lambda row: f"`{row.kernel.removesuffix('_kernel')}`",
     "case": lambda row: row.case.removeprefix("bfloat16 "),
     "sm": attrgetter("architecture"),
@@ -66,14 +66,14 @@ OF_PAGE = 10
 
 
 def rows(h100: bool) -> Iterator[Report]:
-    """A row for each case of both backends; if `h100`, only for an H100 and in bfloat16."""
+    """Yield a row for each case of both backends. If `h100`, yield only those of an H100 in bfloat16."""
     for backend, compiler in (("triton", triton_kernels), ("cupy", cuda_kernels)):
         cases = compiler.cases(h100)
         yield from track(compiler.reports(cases), backend, len(cases), console=Console(stderr=True))
 
 
 def tables(rows: Iterable[Report], count: int) -> list[str]:
-    """Titles and tables of all families, in Markdown, with the first `count` columns."""
+    """Return titles and tables of all families in Markdown, with the first `count` columns."""
     columns = list(COLUMNS)[:count]
     head = f"| {' | '.join(columns)} |\n|---|---|{'--:|' * (count - 2)}"
     lines = {title: [head] for title in FAMILIES.values()}
@@ -85,7 +85,7 @@ def tables(rows: Iterable[Report], count: int) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dev.compile_table", description=__doc__)
     parser.add_argument("--all", action="store_true", help="print the table of every architecture and dtype")
     options = parser.parse_args(arguments)

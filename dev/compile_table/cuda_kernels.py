@@ -1,4 +1,4 @@
-"""The kernels in CUDA C++, compiled by NVRTC from NVIDIA's wheel: no CuPy is needed."""
+"""Compile the kernels in CUDA C++ by NVRTC from NVIDIA's wheel. CuPy is not needed."""
 
 import ctypes
 import functools
@@ -18,14 +18,14 @@ from .report import Report, read
 
 ARCHITECTURES = 70, 75, 80, 86, 89, 90, 100, 120
 DIVIDED = {}, dict(gain_c=True), dict(projected=1, dropout_h=True)
-"""What a step is launched for whole, or in two parts."""
+"""Fields of a Problem: the first is launched once per step, the others divide a step into two launches."""
 
 
 class Case(NamedTuple):
-    """A kernel, which is the same for all sizes."""
+    """A kernel. It is the same for all sizes."""
 
     kernel: str
-    name: str  # in C++
+    name: str  # the name in C++
     architecture: int
 
     def __str__(self) -> str:
@@ -39,11 +39,11 @@ class Binary(NamedTuple):
 
     ptx: str
     cubin: bytes
-    log: str  # the compiler's warnings, except those of old architectures
+    log: str  # the warnings of the compiler, without warnings about old architectures
 
 
 def cases(h100: bool) -> list[Case]:
-    """All; if `h100`, only for an H100 and in bfloat16."""
+    """Return all cases. If `h100`, return only those of an H100 in bfloat16."""
     names = {
         (KERNELS[backward], name_of(part, backward)): None
         for dtype, cell, change, backward in product(ELEMENTS, CELLS, DIVIDED, (False, True))
@@ -55,14 +55,14 @@ def cases(h100: bool) -> list[Case]:
 
 
 def reports(cases: Iterable[Case]) -> Iterator[Report]:
-    """A report of each case."""
+    """Yield a report of each case."""
     for case in cases:
         of_binary = read(compile_for(case).cubin, case.architecture, 0)
         yield Report(case.kernel, str(case), case.architecture, PLAN, THREADS, "a thread for each cell", **of_binary)
 
 
 def architectures() -> list[int]:
-    """Those of ARCHITECTURES that the installed NVRTC supports; from CUDA 13 on, none before sm_75."""
+    """Return the ARCHITECTURES that the installed NVRTC supports. From CUDA 13 on it supports none before sm_75."""
     count = ctypes.c_int()
     _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
     known = (ctypes.c_int * count.value)()
@@ -72,7 +72,7 @@ def architectures() -> list[int]:
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    """NVRTC from NVIDIA's wheel; the oldest one installed, which supports the most architectures.
+    """Return NVRTC from NVIDIA's wheel. Of several it is the oldest, which supports the most architectures.
 
     Raises:
         ImportError: there is no such wheel.
@@ -87,11 +87,11 @@ def _nvrtc() -> ctypes.CDLL:
 
 @functools.cache
 def compile_for(case: Case) -> Binary:
-    """A kernel, compiled as the launcher does it.
+    """Compile a kernel in the same way as the launcher.
 
     Raises:
         ImportError: NVRTC is missing.
-        RuntimeError: it does not compile, with the compiler's messages.
+        RuntimeError: the kernel does not compile. The text has the compiler's messages.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
 

@@ -1,7 +1,7 @@
-"""What one kernel compiled to: resources and time loop, read from the binary by the cuobjdump that Triton ships.
+"""Report the resources and the time loop of a compiled kernel, read from the binary by Triton's cuobjdump.
 
-Counts are static: an instruction of the time loop counts once, whatever its predicate, also within an inner loop (over
-polls, tiles or K).
+Counts are static: an instruction of the time loop counts once. Its predicate does not matter, nor do inner loops over
+polls, tiles or K.
 """
 
 import re
@@ -27,11 +27,11 @@ READABLE = 75  # the oldest architecture that the disassembler of CUDA 13, shipp
 class Loop:
     """One pass of a time loop: a step, or one batch tile of it."""
 
-    instructions: int  # of a warp
-    barriers: int  # of all warps of a block
-    products: int  # of a warp, on tensor cores
-    shared: int  # bytes of shared memory that a thread reads and writes; not what tensor cores read by themselves
-    loads: int  # of a thread, from global memory
+    instructions: int  # instructions of a warp
+    barriers: int  # barriers of all warps of a block
+    products: int  # products of a warp on tensor cores
+    shared: int  # bytes of shared memory that a thread reads and writes, without the reads of tensor cores
+    loads: int  # loads of a thread from global memory
     stores: int
 
 
@@ -40,9 +40,9 @@ class Report:
     """One kernel on one architecture."""
 
     kernel: str
-    case: str  # what it was compiled for: dtype and sizes
+    case: str  # the dtype and sizes of the problem
     architecture: int  # compute capability, 90 for 9.0
-    plan: Any  # the backend's own
+    plan: Any  # the backend's own plan
     threads: int  # per block
     tiles: str  # the plan in a few words
     registers: int  # per thread
@@ -50,19 +50,22 @@ class Report:
     shared: int  # bytes per block
     loop: Loop | None = None  # the time loop, if the kernel has one
     tensor_core: str = ""  # the PTX instruction, or "" if there is none
-    weight_loads: int = 0  # of W_hh inside the time loop
+    weight_loads: int = 0  # loads of W_hh inside the time loop
     in_profiles: str = ""  # the name that a profiler shows
-    misplaced: int = 0  # products of W_hh in shared memory that read it elsewhere than it was stored, see placement.py
+    misplaced: int = 0  # products that do not read W_hh where it was stored in shared memory, see placement.py
 
     @property
     def fits(self) -> bool:
-        """Whether nothing spills, and a block needs no more registers and shared memory than it may use."""
+        """Whether nothing spills, and the registers and the shared memory of a block are within the limits."""
         registers = -(-self.registers // 8) * 8 * self.threads  # allocated in units of 256 per warp
         return self.spills == 0 and registers <= REGISTERS and self.shared <= Card(self.architecture, 1).shared
 
 
 def read(cubin: bytes, architecture: int, dynamic: int) -> dict[str, Any]:
-    """Fields of a Report, from the binary of one kernel, which does not declare `dynamic` bytes of shared memory."""
+    """Return fields of a Report from the binary of a kernel.
+
+    `dynamic` is the number of bytes of shared memory that the binary does not declare.
+    """
     usage = re.findall(r"Function \w+:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", _cuobjdump("-res-usage", cubin))
     ((registers, spills, declared),) = (map(int, numbers) for numbers in usage)
     declared = max(0, declared - RESERVED * (architecture >= 90))
@@ -71,7 +74,7 @@ def read(cubin: bytes, architecture: int, dynamic: int) -> dict[str, Any]:
 
 
 def time_loop(sass: str) -> Loop | None:
-    """The time loop of a kernel, which is its longest loop; None if it has none."""
+    """Return the time loop of a kernel, which is its longest loop; None if it has no loop."""
     # /*0c80*/  @!P0 LDG.E.64 R4, [R2] ;
     begin_of_line = r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+ )?"
     jumps = [(int(a, 16), int(to, 16)) for a, to in re.findall(begin_of_line + r"BRA[^;]*?0x([0-9a-f]+)", sass)]
@@ -87,7 +90,7 @@ def time_loop(sass: str) -> Loop | None:
 
 
 def _bytes(name: str) -> int:
-    """Bytes of shared memory that an instruction reads or writes per thread: 4 for each matrix of LDSM and STSM."""
+    """Return the bytes of shared memory that an instruction moves per thread: 4 per matrix of LDSM and STSM."""
     kind, *modifiers = name.split(".")
     if kind in ("LDSM", "STSM"):
         return 4 * int(modifiers[-1]) if modifiers[-1] in "24" else 4

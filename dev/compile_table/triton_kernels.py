@@ -1,7 +1,7 @@
-"""The kernels of the Triton backend, compiled for every architecture.
+"""Compile the kernels of the Triton backend for every architecture.
 
-The launches are recorded from the backend's own entry points, so they have the tiles, constants and argument types of
-real ones.
+The launches are recorded from the backend's own entry points. So they have the tiles, constants and argument types of
+real launches.
 """
 
 import itertools
@@ -42,12 +42,15 @@ _POINTER = {
 
 
 def compile_for(launch: RecordedLaunch, architecture: int) -> CompiledKernel:
-    """The compiled kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator gives them."""
+    """Compile the kernel of a launch. Pointers count as aligned to 16 bytes, as torch's allocator returns them."""
     kernel, arguments = launch.kernel, in_tuples(launch.kernel, launch.arguments)
     signature, constants, aligned = {}, {}, {}
 
     def type_of(value: Any, *place: int) -> Any:
-        """Triton's word for what is passed at a place: the number of a parameter, and of its pointer in a tuple."""
+        """Return Triton's word for the type of an argument.
+
+        `place` is the number of the parameter and, in a tuple, the number in the tuple.
+        """
         if isinstance(value, torch.Tensor):
             aligned[place] = [["tt.divisibility", 16]]
             return _POINTER[value.dtype]
@@ -72,8 +75,8 @@ class Case:
     problem: Problem
     backward: bool
     card: Card
-    step: bool = False  # by the step family, whatever else is proposed
-    split: bool = False  # and its products of parts of K
+    step: bool = False  # whether to use only the step family
+    split: bool = False  # whether its products are divided into parts of K
 
     def __str__(self) -> str:
         p = self.problem
@@ -95,8 +98,8 @@ class Case:
 
 VARIANTS = {
     "ragged": dict(lengths=torch.int64, resets=True, reset_c=True, reverse=True),
-    "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training
-    "rates": dict(zoneout_h=0, zoneout_c=0),  # and in eval()
+    "masks": dict(dropout_h=True, zoneout_h=3, zoneout_c=3),  # noise in training mode
+    "rates": dict(zoneout_h=0, zoneout_c=0),  # noise in eval()
     "peepholes": dict(weight_peephole=True),
     "norms": dict(gain_hh=True, gain_c=True, bias_c=True),
     "projected": dict(projected=512),
@@ -107,7 +110,10 @@ VARIANTS = {
 
 
 def problem_with(problem: Problem, words: str) -> Problem:
-    """A problem with some of the VARIANTS; resets are to a given h, too, where that is not in the gates."""
+    """Return a problem with some of the VARIANTS.
+
+    If the kernels also read the h to reset to, since its product is not in the gates, resets have a given h.
+    """
     fields = {"reset_h": "ragged" in words and ("masks" in words or "rates" in words)}
     for word in words.split():
         fields |= VARIANTS[word]
@@ -115,13 +121,13 @@ def problem_with(problem: Problem, words: str) -> Problem:
 
 
 def cases(h100: bool) -> list[Case]:
-    """All of them; if `h100`, those of an H100 in bfloat16."""
+    """Return all cases. If `h100`, return only those of an H100 in bfloat16."""
     every = [*step_cases(), *split_cases(), *sequence_cases(), *large_cases()]
     return [c for c in every if not h100 or (c.card.architecture == 90 and c.problem.dtype is torch.bfloat16)]
 
 
 def step_cases() -> list[Case]:
-    """Every dtype, precision and architecture; regularised and not; and variants."""
+    """Return cases of the step family: every dtype, precision and architecture, with noise, without, and variants."""
     cards = [Card(architecture, 1) for architecture in STEP_ARCHITECTURES]
     kinds = (
         (16, 768, ""), (64, 130, "ragged"), (64, 130, "ragged masks"), (64, 130, "ragged rates"),
@@ -136,7 +142,7 @@ def step_cases() -> list[Case]:
 
 
 def split_cases() -> list[Case]:
-    """Sizes whose products of parts of K are in every kind of tiles; and ragged, with noise and peepholes."""
+    """Return cases with products of parts of K: sizes for every kind of tiles, ragged, with noise and peepholes."""
     kinds = [(16, 2048, ""), (64, 1024, ""), (256, 1024, ""), (256, 1000, "")]
     kinds += [(64, 1024, "gru"), (256, 1024, "ragged masks peepholes")]
     return [
@@ -147,16 +153,16 @@ def split_cases() -> list[Case]:
 
 
 def sequence_cases() -> list[Case]:
-    """Hidden sizes and batches for the families that hold W_hh; regularised, with masks and with rates; variants."""
+    """Return cases for the families that hold W_hh: sizes and batches, noise by masks and by rates, and variants."""
     kinds = [(batch, hidden, "") for hidden, batch in itertools.product(HIDDEN, BATCHES)]
-    kinds += [(512, 256, ""), (1024, 256, "")]  # where programs of the step family hold W_hh
+    kinds += [(512, 256, ""), (1024, 256, "")]  # in these, programs of the step family hold W_hh
     kinds += itertools.product((16,), (64, 768), ("masks", "rates", "ragged masks", "ragged rates"))
     kinds += itertools.product((16,), HIDDEN, ("ragged",))
     kinds += itertools.product((16,), (128, 768, 1536), ("peepholes",))
     kinds += [(batch, hidden, "ragged masks peepholes") for batch, hidden in ((16, 768), (16, 64), (64, 768))]
     kinds += [(16, 64, "gru"), (16, 64, "ragged masks gru"), (4096, 128, "gru"), (512, 256, "gru")]
     kinds += itertools.product((16,), (512, 768, 1536), ("gru",))
-    kinds += itertools.product((16, 256), (512, 1024), ("heads",))  # of 128 units, and of 256
+    kinds += itertools.product((16, 256), (512, 1024), ("heads",))  # heads of 128 units, and of 256
     kinds += itertools.product((16, 256), (512,), ("ragged masks heads", "slstm heads", "ragged slstm heads"))
     kinds += itertools.product((16,), (1024,), ("ragged masks heads", "slstm heads"))
     kinds += [(256, 512, "ragged heads"), (16, 512, "gru heads"), (16, 128, "slstm"), (16, 768, "slstm")]
@@ -168,7 +174,7 @@ def sequence_cases() -> list[Case]:
 
 
 def large_cases() -> list[Case]:
-    """For the pointwise family; and ragged, with noise and peepholes; and where two launches divide a step."""
+    """Return cases of the pointwise family: sizes, ragged, noise, peepholes, and steps that two launches divide."""
     kinds = "", "ragged", "masks", "ragged masks peepholes", "ragged rates peepholes", "gru", "heads", "slstm"
     kinds += "norms", "ragged masks peepholes norms", "ragged masks projected"
     return [
@@ -179,7 +185,7 @@ def large_cases() -> list[Case]:
 
 
 def reports(cases: Iterable[Case]) -> Iterator[Report]:
-    """A report of each case, compiled on all cores."""
+    """Yield a report of each case. Cases are compiled on all cores."""
     if INTERPRETED:
         raise RuntimeError("kernels cannot be compiled with TRITON_INTERPRET=1 in the environment")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -187,7 +193,10 @@ def reports(cases: Iterable[Case]) -> Iterator[Report]:
 
 
 def report_of(case: Case) -> Report:
-    """For the first plan whose kernels fit; families that hold W_hh come first, but may lack registers."""
+    """Return the report of the first plan whose kernels fit.
+
+    Families that hold W_hh come first, but may need too many registers.
+    """
     of = case.problem, case.card, case.backward
     if case.step:
         proposed = split_plans(*of) if case.split else [step_plan(*of)]
@@ -195,7 +204,7 @@ def report_of(case: Case) -> Report:
         proposed = sorted(plans(*of), key=lambda plan: isinstance(plan.family, Step))
     for plan in proposed:
         rows = [report(launch, case, plan) for launch in recorded_launches(case.problem, Pass(case.backward), plan)]
-        row = max(rows, key=lambda row: (not row.fits, row.registers))  # of the parts of a step
+        row = max(rows, key=lambda row: (not row.fits, row.registers))  # the worst part of a step
         if row.fits:
             break
     return row
@@ -208,7 +217,7 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
     instruction = re.search(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", compiled.asm["ptx"])
     tensor_core = instruction[1] if instruction else ""
     tiles = f"{plan.rows}x{plan.units}, {plan.programs} programs, {tensor_core or 'no tensor core'}"
-    # Triton's metadata omit what inline assembly declares.
+    # Triton's metadata omit the shared memory that inline assembly declares.
     resources = read(compiled.asm["cubin"], architecture, compiled.metadata.shared)
     weight_loads = _weight_loads_in_loops(compiled.asm["ttgir"], launch)
     return Report(
@@ -219,29 +228,29 @@ def report(launch: RecordedLaunch, case: Case, plan: Plan) -> Report:
 
 
 def _parameters(launch: RecordedLaunch) -> list[str]:
-    """The parameters that a compiled kernel has. Constants and None are not among them."""
+    """Return the parameters of a compiled kernel. Constants and None are not among them."""
     return [name for names in names_of(launch.kernel) for name in names if launch.arguments[name] is not None]
 
 
 def _misplaced(ptx: str, launch: RecordedLaunch, case: Case, plan: Plan) -> int:
-    """As `misplaced`, of W_hh [4H, D], whose k are the features of h, or the gates in backward."""
+    """Return `misplaced` for W_hh [4H, D]. K is the features of h, or in backward the gates."""
     p, blocks = case.problem, plan.units * (1 if case.backward else 4) // 64
 
     def place(k: int) -> int:
-        gate, unit = divmod(k, p.hidden // p.heads)  # of one head
+        gate, unit = divmod(k, p.hidden // p.heads)  # within a head
         return p.size * ((gate * p.hidden + unit) * p.columns if case.backward else k)
 
     return misplaced(ptx, _parameters(launch).index("weight_hh_ptr"), place, p.size, blocks)
 
 
-# Operations whose result points where their operand does.
+# Operations whose result points to the same memory as their operand.
 _OF_POINTERS = ("tt.splat", "tt.addptr", "tt.broadcast", "ttg.convert_layout")
 
 
 def _weight_loads_in_loops(ttgir: str, launch: RecordedLaunch) -> int:
-    """Loads inside a loop from pointers that come from an argument named weight*, in Triton's GPU dialect."""
+    """Count the loads inside of loops from arguments that are named weight*, in Triton's GPU dialect."""
     depth, loads = 0, 0
-    loops: list[int] = []  # for each open loop, the depth outside it
+    loops: list[int] = []  # for each open loop, the depth outside of it
     (function,) = (line for line in ttgir.splitlines() if "tt.func public" in line)
     arguments = re.findall(r"(%[\w.]+): (?:!tt\.ptr|i32)", function)
     named = zip(arguments, _parameters(launch), strict=True)  # by position, since Triton 3.4 does not keep the names

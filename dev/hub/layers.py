@@ -1,4 +1,4 @@
-"""For `kernelize`: the LSTM and the GRU whose forward takes the place of that of torch.nn's."""
+"""Layers for `kernelize`: their forward replaces the forward of torch.nn.LSTM and torch.nn.GRU."""
 
 import sys
 from typing import Any
@@ -16,29 +16,32 @@ from .modules.tracing import traced
 
 
 class LSTM(nn.Module):
-    """A forward for a torch.nn.LSTM, of which it reads the attributes and parameters; it has none of its own."""
+    """A forward for a torch.nn.LSTM. It reads the attributes and parameters of that module, and has none of its own."""
 
     can_torch_compile = True
 
     def forward(self, input: Tensor | PackedSequence, hx: State | None = None) -> tuple[Tensor | PackedSequence, State]:
-        """As torch.nn.LSTM: the same shapes, results, errors. On the backend that `backend` has chosen, or "auto"."""
+        """Run the module on the backend of `gpu_lstm.backend`, else "auto".
+
+        Shapes, results and errors are torch.nn.LSTM's.
+        """
         return _run(self, input, hx)
 
 
 class GRU(nn.Module):
-    """Likewise, for a torch.nn.GRU."""
+    """A forward for a torch.nn.GRU, like LSTM."""
 
     can_torch_compile = True
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
-        """As torch.nn.GRU."""
+        """Run the module. Shapes, results and errors are torch.nn.GRU's."""
         return _run(self, input, hx)
 
 
 def _run(module: Any, input: Tensor | PackedSequence, hx: Any) -> tuple[Tensor | PackedSequence, Any]:
-    # torch.compile does not trace a torch.nn.LSTM, but would compile the functions that its forward calls.
+    # torch.compile does not trace a torch.nn.LSTM, but it would compile the functions that forward calls.
     eager = not torch.compiler.is_compiling() and "torch._dynamo" in sys.modules
     return (_in_eager_mode if eager else _called)(module, input, hx)
 

@@ -1,6 +1,6 @@
-"""Writes a folder that Hugging Face's `kernels` loads: the package with its kernels, and layers.py. See `make hub`.
+"""Write a folder that Hugging Face's `kernels` loads: the package with its kernels, and layers.py. See `make hub`.
 
-Its layout and metadata are those of https://huggingface.co/docs/kernels/kernel-requirements.
+Layout and metadata follow https://huggingface.co/docs/kernels/kernel-requirements.
 """
 
 import base64
@@ -27,7 +27,10 @@ globals().update({name: getattr(_package, name) for name in __all__})
 
 
 def write(folder: Path) -> None:
-    """Write the variant build/torch-universal, which is for every version of torch and every device, anew."""
+    """Write the variant build/torch-universal, which is for every version of torch and every device.
+
+    Replace an old one.
+    """
     variant = folder / "build/torch-universal"
     shutil.rmtree(variant, ignore_errors=True)
     ignore = shutil.ignore_patterns("__pycache__")
@@ -44,7 +47,7 @@ def write(folder: Path) -> None:
     hashes = {name: hashlib.sha256(path.read_bytes()).digest() for name, path in files.items()}
     metadata = {
         "name": "gpu-lstm",
-        # The name under which the package is imported, and after which its operators are named: one for each content.
+        # The package is imported under this name, and its operators have it, too. Each content has a name of its own.
         "id": "_gpu_lstm_universal_" + hashlib.sha256(b"".join(hashes.values())).hexdigest()[:7],
         "version": int(re.search(r'__version__ = "(\d+)', package)[1]),
         "license": "mit",

@@ -53,17 +53,18 @@ def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
     z [B, 4H] are the pre-activations. c [2, B, H] is the previous state, q and l.
     """
     (i, f, g, o), (q, l) = z.chunk(4, dim=1), c
-    u, g, q, l = next_state(i, f, g, q, l)
-    return (u, (-f).sigmoid(), g, o.sigmoid()), torch.stack([q, l])
+    (u, l), g = next_sum(i, f, l), g.tanh()
+    return (u, (-f).sigmoid(), g, o.sigmoid()), torch.stack([q + u * (g - q), l])
 
 
-def next_state(i: Tensor, f: Tensor, g: Tensor, q: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return u, tanh(z_g), q' and l' from z_i, z_f, z_g and the previous q and l, all of one size."""
+def next_sum(i: Tensor, f: Tensor, l: Tensor, learns: bool = True) -> tuple[Tensor, Tensor]:
+    """Return u and l' from z_i, z_f and the previous l, all of one size.
+
+    Without `learns` there are fewer operators, whose second derivatives are wrong.
+    """
     k = l + F.logsigmoid(f)
     a = i - k.clamp(min=torch.finfo(k.dtype).min)  # -inf, not NaN, where both are -inf
-    u, g = a.sigmoid(), g.tanh()
-    l = _log_of_sum(i, k, a) if torch.is_grad_enabled() else torch.logaddexp(i, k)  # one operator instead of six
-    return u, g, torch.lerp(q, g, u), l
+    return a.sigmoid(), _log_of_sum(i, k, a) if learns else torch.logaddexp(i, k)
 
 
 def _log_of_sum(i: Tensor, k: Tensor, a: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Keras 3: conversion of its layers, masks and initial values, and its layers LSTM and GRU on the kernels of gpu_lstm.
 
-Importing this module does not import Keras. A call of from_keras or to_keras imports it, as does the first use of LSTM or GRU.
+Importing this module does not import Keras. A call of from_keras or to_keras, or the first use of LSTM or
+GRU, imports it.
 """
 
 from typing import TYPE_CHECKING, Any

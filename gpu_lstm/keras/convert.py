@@ -361,9 +361,8 @@ def _cells_of(keras: ModuleType, layer: Any) -> list:
     rnns = [layer.forward_layer, layer.backward_layer] if both else [layer]
     theirs = keras.layers.RNN, *(getattr(keras.layers, pair.name) for pair in PAIRS)
     for rnn in rnns:
-        if type(rnn) not in theirs and "_pair" not in vars(
-            type(rnn)
-        ):  # `_pair` is set in our own classes; a user's subclass only inherits it
+        # Our own classes have `_pair` themselves. A user's subclass only inherits it.
+        if type(rnn) not in theirs and "_pair" not in vars(type(rnn)):
             raise TypeError(f"from_keras accepts an LSTM, GRU, RNN or Bidirectional layer, got {type(rnn).__name__}")
         _refuse("stateful", rnn.stateful, "; give the states of one call to the next as hx")
     if both:

@@ -14,7 +14,7 @@ from ..call.modes import modes
 from ..call.prepare import prepare_layer
 from ..call.request import Request
 from ..call.weights import Weights
-from ..equations.slstm import next_state, states_from, states_of
+from ..equations.slstm import next_sum, states_from, states_of
 from ..functional import slstm_layer
 from ..kernels.cells import SLSTM
 
@@ -183,7 +183,8 @@ def _by_steps(z: Tensor, kernel: Tensor, bias: Tensor, state: Tensor | None) -> 
     for z_x in (z + bias).view(steps, batch, 4, heads, units).unbind():
         z_h = torch.bmm(h.transpose(0, 1), kernel).view(heads, batch, 4, units).permute(1, 2, 0, 3)
         i, f, g, o = (z_x + z_h).unbind(1)  # [B, N, D]
-        *_, q, l = next_state(i, f, g, q, l)
+        u, l = next_sum(i, f, l, torch.is_grad_enabled())
+        q = torch.lerp(q, g.tanh(), u)
         h = o.sigmoid() * q
         outputs.append(h)
     return torch.stack(outputs).flatten(2), torch.stack([h, *states_of(q, l)]).flatten(2)
