@@ -118,8 +118,8 @@ def place_in_row(S: tl.constexpr):
 def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
     """Load the program's weights, ROWS rows of PIECES pieces of K words, as load_weights returns them.
 
-        forward     W_hh. Row r is gate r // UNITS of unit r % UNITS.
-        backward    W_hh^T of the partner's gates. The rows are the units of all partners.
+    forward     W_hh. Row r is gate r // UNITS of unit r % UNITS.
+    backward    W_hh^T of the partner's gates. The rows are the units of all partners.
     """
     BY_GATE: tl.constexpr = ROWS > S.PARTNERS * S.UNITS
     piece, first = place_in_row(S)

@@ -63,7 +63,7 @@ def step_forward_kernel(
 
 @triton.jit
 def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.constexpr):
-    """Return W_hh^T dgates of the next step, [BB, units]. With PARTS > 1 it is the product over the tile's part of K."""
+    """Return W_hh^T dgates of the next step, [BB, units]. With PARTS > 1 it is the sum over the part of K of the tile."""
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, batch, S.REVERSE)
     dgates_ptr, at = operands.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
