@@ -1,4 +1,4 @@
-"""The cells on float32 numbers, or on tiles of them: Triton and Numba each compile these functions.
+"""The equations of the cells. Triton compiles them for tiles of float32 numbers, Numba for single numbers.
 
     LSTM   i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
            c = f * c_prev + i * g                                  m = o * tanh(c), or o * tanh(LN(c))
@@ -7,17 +7,25 @@
     sLSTM  k = l_prev + log sigmoid(z_f)    a = z_i - k    u = sigmoid(a)    c = c_prev + u * (tanh(z_g) - c_prev)
            l = max(k, z_i) + log(1 + e^-|a|)               o = sigmoid(z_o)  m = o * c
 
-m is the output of the cell: h = W_hr m with a projection, h = m without one. The four gates of a unit are in this
-order: i, f, g, o; r, z, n, s; u, v = sigmoid(-z_f), g, o. gpu_lstm/equations/ names the papers.
+m is the output of the cell. The hidden state is h = W_hr m with a projection, and h = m without one. Each module of
+gpu_lstm/equations/ names the paper of its cell.
 
-In a GRU z_n is W_in x + b_in, and s is W_hn h_prev + b_hn: x reaches the first three gates. Gradients are in the order
-n, r, z, s. x reaches the first three of them, and h the last three. So W_hh h is in this order, too, after a zero.
+The four gates and pre-activations of a unit have a fixed order:
 
-A cell may keep numbers of a unit beside c. They are the tuple `rest`: l for an sLSTM, nothing for other cells. A unit
-without a history has c = 0 and l = -inf. The backward pass reads c before the step. It carries the gradient of l, and
-does not read l itself.
+             forward                       gradients of the pre-activations
+    LSTM     i, f, g, o                    the same order
+    GRU      r, z, n, s                    n, r, z, s
+    sLSTM    u, v = sigmoid(-z_f), g, o    the same order
 
-S.CELL is LSTM, GRU or SLSTM. The names that are not defined here belong to the compiler, see `compiled_by`.
+In a GRU the candidate has two pre-activations: z_n = W_in x + b_in, and s = W_hn h_prev + b_hn. So x reaches r, z and
+n, and h reaches r, z and s. In the order n, r, z, s both are neighbours: x reaches the first three, h the last three.
+The products W_hh h have this order too, with a zero in the place of n.
+
+A cell may keep more numbers of a unit than c. They are the tuple `rest`, which is (l,) for an sLSTM and empty for the
+other cells. A unit has c = 0 and l = -inf before its first step. The backward pass reads c before the step. It carries
+the gradient of l, and does not read l itself.
+
+S.CELL is LSTM, GRU or SLSTM. `compiled_by` lists the names that the compiler's module must define.
 """
 
 # ruff: noqa: F821
@@ -28,7 +36,7 @@ from typing import Any
 
 
 def next_cell(gates, c_prev, S):
-    """c after a step."""
+    """Return c after a step, from the four activated gates and c before the step."""
     return (
         c_prev + gates[0] * (gates[2] - c_prev) if S.CELL == SLSTM else
         gates[2] + gates[1] * (c_prev - gates[2]) if S.CELL == GRU else gates[1] * c_prev + gates[0] * gates[2]
@@ -36,15 +44,20 @@ def next_cell(gates, c_prev, S):
 
 
 def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
-    """The four gates, c and the rest after a step.
+    """Return the four gates, c and the rest after a step.
 
-    x and z are the parts of the pre-activations that come from the input and from h. A GRU's x has a fourth part where
-    h of some steps is known before the time loop. Constants are peepholes if `peepholes`, or a GRU's b_hh.
+    Args:
+        x: the part of each pre-activation that comes from the input, in the order of the gates. A GRU's x has three
+            numbers, or four where h of some steps is known before the time loop. The fourth is then the part of s.
+        z: the part of each pre-activation that comes from h, in the order of the gradients.
+        c_prev: c before the step.
+        rest: the rest before the step.
+        constants: the peepholes p_i, p_f and p_o if `peepholes` is true. For a GRU: b_hh of r, z and s. Else empty.
     """
     if S.CELL == SLSTM:
         z_i, z_f = x[0] + z[0], x[1] + z[1]
         k = rest[0] + minimum(z_f, ZERO) - above(z_f)
-        a = z_i - where(k < LOWEST, LOWEST, k)  # -inf, not NaN, where z_i and k are -inf
+        a = z_i - where(k < LOWEST, LOWEST, k)  # where z_i and k are both -inf, z_i - k would be NaN
         gates = (sigmoid(a), sigmoid(-z_f), tanh(x[2] + z[2]), sigmoid(x[3] + z[3]))
         c, rest = next_cell(gates, c_prev, S), (maximum(k, z_i) + above(a),)
     elif S.CELL == GRU:
@@ -72,12 +85,12 @@ def cell_forward(x, z, c_prev, rest, constants, peepholes, S):
 
 
 def output(o, v, S):
-    """m, from the last gate o and v, which is c or LN(c)."""
+    """Return m, from the last gate o and from v, which is c or LN(c)."""
     return o * v if S.CELL == SLSTM else v if S.CELL == GRU else o * tanh(v)
 
 
 def output_backward(o, v, dm, S):
-    """The gradients of the last pre-activation and of v, as far as they come from m: sigmoid' = s (1 - s)."""
+    """Return the gradients of the last pre-activation and of v that come from dm, by sigmoid' = s (1 - s)."""
     if S.CELL == SLSTM:
         dz_o, dv = dm * v * o * (ONE - o), dm * o
     elif S.CELL == GRU:
@@ -89,9 +102,15 @@ def output_backward(o, v, dm, S):
 
 
 def cell_backward(gates, c_prev, dz_o, dc, drest, constants, peepholes, S):
-    """The gradients of the four pre-activations, of c before the step and of the rest before it.
+    """Return the gradients of the four pre-activations, of c before the step, and of the rest before the step.
 
-    dz_o is the gradient of the last pre-activation by m, dc and drest are gradients of c and the rest after the step.
+    Args:
+        gates: the four activated gates.
+        c_prev: c before the step.
+        dz_o: the gradient of the last pre-activation that comes from m, see `output_backward`.
+        dc: the gradient of c after the step, with the part that comes from m.
+        drest: the gradient of the rest after the step.
+        constants: the peepholes if `peepholes` is true.
     """
     if S.CELL == SLSTM:
         u, v, g, _ = gates
@@ -121,11 +140,16 @@ EQUATIONS = next_cell, cell_forward, output, output_backward, cell_backward
 
 
 def compiled_by(compiler: Callable[[Any], Any], known: dict[str, Any]) -> list[Any]:
-    """The EQUATIONS, compiled, and put into `known` by their names.
+    """Compile the EQUATIONS, store each in `known` by its name, and return them in order.
 
-    `known` are the globals of a compiler's module, with the other names that the equations use: GRU and SLSTM; ZERO,
-    ONE and LOWEST, the least finite float32; where, minimum, maximum, zeros_like, sigmoid and tanh; tanh_as(x, like),
-    which computes in the dtype of `like`; and above(x) = log(1 + e^-|x|).
+    `known` has the globals of the compiler's module. They define the other names that the equations use:
+
+        GRU, SLSTM                             the values of S.CELL
+        ZERO, ONE, LOWEST                      0, 1 and the lowest finite float32
+        where, minimum, maximum, zeros_like    as in NumPy
+        sigmoid(x), tanh(x)
+        tanh_as(x, like)                       tanh, as exact as the dtype of `like` needs
+        above(x)                               log(1 + e^-|x|)
     """
     for function in EQUATIONS:
         known[function.__name__] = compiler(FunctionType(function.__code__, known, function.__name__))

@@ -1,1 +1,1 @@
-"""What a step of any family does of its cells: where they are, what they load and store, resets and noise."""
+"""The parts of a step that all families share: offsets, loads and stores of a cell, resets and noise."""

@@ -1,11 +1,16 @@
-"""Where things lie: which time a step visits, which row a state is in, which column is which gate.
+"""Offsets of cells in tensors: the time that a step visits, the row of a state, and the column of a gate.
 
-A sequence tensor [T, B, width] is contiguous and read as rows [T * B, width]; row = time * B + batch, int64.
-A *step* counts in the order of processing. With a sequence of length L in a batch padded to T:
+A tensor of all steps [T, B, width] is contiguous, and is indexed as [T * B, width]. The row of a sequence at a time is
+time * B + index, in int64, where index is the sequence's place in the batch.
+
+A *time* is an index into x. A *step* counts in the order of processing. For a sequence of length L, padded to T:
 
     forward   step s visits time s
     reverse   step s visits time L - 1 - s
-    padding   steps s >= L visit time s in both directions, so that each padded position is visited once
+    padding   steps s >= L visit time s in both directions, so each padded position is visited once
+
+A tensor of cells, each a unit of a sequence, is [BB, BH] for a tile of BB sequences and BH units, or [THREADS] with the
+cell of each thread. A tensor of sequences is [BB] or [THREADS].
 """
 
 from collections import namedtuple
@@ -14,41 +19,42 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")  # what all sequences have in common: [B], [T*B], how many
-# Some sequences, [BB] or one for each of [THREADS]: where in the batch, whether there is one, and its length.
+# The whole batch: pointers to lengths [B] and resets [T*B], each None if absent, then the numbers of steps and sequences.
+Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")
+# Some sequences: the index of each in the batch, whether the batch has that index, and the length. Each [BB] or [THREADS].
 Sequences = namedtuple("Sequences", "index in_batch length")
-# Some sequences and units at a step: the number of the units' tile, places in the head and units [BH], Sequences and
-# Position [BB], Offsets [BB, BH].
+# Some sequences and units at a step: the number of the tile of units; the places of the units in their head [BH], and in
+# the layer [BH]; the Sequences and their Position, each [BB]; and the Offsets of their cells [BB, BH].
 Tile = namedtuple("Tile", "unit_tile place unit sequence position cells")
 
 
 class Position(NamedTuple):
-    """Where sequences are at a step, each [BB] or [THREADS]."""
+    """The position of each sequence at a step. Every field is [BB] or [THREADS]."""
 
-    row: tl.tensor  # of [T*B, *]
-    row_prev: tl.tensor  # of the state that the step starts from: in h0 [B, *] at step 0, in h [T*B, *] after
-    valid: tl.tensor  # no padding
-    continues: tl.tensor  # and not reset before the step
-    is_last: tl.tensor  # the sequence ends
+    row: tl.tensor  # the row in a tensor [T*B, *]
+    row_prev: tl.tensor  # the row of the state before the step: in h0 [B, *] at step 0, in h [T*B, *] at later steps
+    valid: tl.tensor  # whether the step is within the sequence's length
+    continues: tl.tensor  # whether it is valid and the state is not reset before it
+    is_last: tl.tensor  # whether the sequence ends with this step
 
 
 class Offsets(NamedTuple):
-    """Where cells, each a unit of a sequence, are in tensors, in elements; which there are: [BB, BH] or [THREADS]."""
+    """Offsets of cells in tensors, in elements, and masks of cells. Every field is [BB, BH] or [THREADS]."""
 
-    at: tl.tensor  # in [T*B, H]
-    prev_at: tl.tensor  # of the state before, in [B, H] at step 0, in [T*B, H] after
-    gates_at: tl.tensor  # in [T*B, 4H], of the first gate
-    state_at: tl.tensor  # in [B, H]
-    in_tile: tl.tensor  # a unit of a sequence in the batch
-    valid: tl.tensor  # no padding
-    continues: tl.tensor  # the state before is that of the step before
-    reset: tl.tensor  # it is not, but zero or what it is reset to
-    is_last: tl.tensor  # the sequence ends: [BB, 1] or [THREADS]
+    at: tl.tensor  # the offset in [T*B, H]
+    prev_at: tl.tensor  # the offset of the state before the step: in [B, H] at step 0, in [T*B, H] at later steps
+    gates_at: tl.tensor  # the offset of the first gate in [T*B, 4H]
+    state_at: tl.tensor  # the offset in [B, H]
+    in_tile: tl.tensor  # whether both the sequence and the unit exist
+    valid: tl.tensor  # whether the cell exists and the step is no padding
+    continues: tl.tensor  # whether it is valid and starts from the state after the step before, or from the initial state
+    reset: tl.tensor  # whether it is valid and starts from zero, or from a state that the call gives
+    is_last: tl.tensor  # whether the sequence ends with this step: [BB, 1] or [THREADS]
 
 
 @triton.jit
 def sequences(index, batch):
-    """The sequences of these numbers, some of which may be past the batch."""
+    """Return the Sequences of these indices, some of which may be past the end of the batch."""
     in_batch = index < batch.B
     length = tl.zeros_like(index) + batch.T
     if batch.lengths_ptr is not None:
@@ -58,22 +64,25 @@ def sequences(index, batch):
 
 @triton.jit
 def time_of(step, length, REVERSE: tl.constexpr):
-    """The time that each sequence visits at `step`."""
+    """Return the time that each sequence visits at `step`."""
     return tl.where(step < length, length - 1 - step, step) if REVERSE else tl.zeros_like(length) + step
 
 
 @triton.jit
 def row_of(time, index, B):
-    """Row of (time, index in the batch) in a [T * B, width] tensor."""
+    """Return the row of a sequence at a time in a tensor [T * B, width], as int64."""
     return time.to(tl.int64) * B + index
 
 
 @triton.jit
 def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
-    """Where the state is zeroed before the step at `time`. A reset at t separates time t from time t - 1 in both
-    directions; the reverse direction comes from time + 1."""
-    later = time + 1 if REVERSE else time  # of the two times that a reset may separate
-    reset = time < 0
+    """Return whether the state is reset before the step that visits `time`.
+
+    A reset at t separates time t from time t - 1 in both directions. In reverse the step before visited time + 1, so the
+    reset that counts is the one at time + 1.
+    """
+    later = time + 1 if REVERSE else time
+    reset = time < 0  # False everywhere, for a call without resets
     if batch.resets_ptr is not None:
         mask = sequence.in_batch & (later < sequence.length)
         reset = tl.load(batch.resets_ptr + row_of(later, sequence.index, batch.B), mask=mask, other=0) != 0
@@ -82,7 +91,7 @@ def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
 
 @triton.jit
 def position(step, sequence, batch, REVERSE: tl.constexpr):
-    """Where sequences are at a step."""
+    """Return the Position of the Sequences at a step."""
     time = time_of(step, sequence.length, REVERSE)
     row = row_of(time, sequence.index, batch.B)
     valid = sequence.in_batch & (step < sequence.length)
@@ -94,7 +103,7 @@ def position(step, sequence, batch, REVERSE: tl.constexpr):
 
 @triton.jit
 def units_at(place, S: tl.constexpr):
-    """The units at these places of the program's head, which is the grid's last axis."""
+    """Return the units at these places of the program's head. The head is the last axis of the grid."""
     if S.HEADS > 1:
         place += tl.program_id(2) * S.D
     return place
@@ -102,7 +111,7 @@ def units_at(place, S: tl.constexpr):
 
 @triton.jit
 def cells_at(sequence, position, unit, in_units, H):
-    """The Offsets of some Sequences at their Position: a unit of each, where `in_units`."""
+    """Return the Offsets of the cells of some Sequences, at their Position, and of units, which exist where in_units."""
     at, prev_at, gates_at = position.row * H + unit, position.row_prev * H + unit, position.row * (4 * H) + unit
     state_at, in_tile = sequence.index.to(tl.int64) * H + unit, sequence.in_batch & in_units
     valid, continues = position.valid & in_units, position.continues & in_units
@@ -111,21 +120,29 @@ def cells_at(sequence, position, unit, in_units, H):
 
 @triton.jit
 def by_gate(k, first, S: tl.constexpr):
-    """With heads: an index first + k in a head's [GATES, D] -> the index in [GATES, H], for head 0."""
+    """Convert an index of K within a head into an index of K within all heads, for head 0.
+
+    The rows of W_hh of one head are [GATES, D], and the rows of all heads are [GATES, H]. With several heads this returns
+    the index in [GATES, H] of element first + k of [GATES, D]. With one head it returns k, since the caller's pointers
+    already begin at `first`.
+    """
     return (first + k) // S.D * S.H + (first + k) % S.D if S.HEADS > 1 else k
 
 
 @triton.jit
 def tile_of(number, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
-    """The Tile of this number. Neighbours have the same units, whose weights they read."""
+    """Return the Tile of this number. Neighbouring numbers have the same units, so they read the same weights."""
     batch_tiles = tl.cdiv(batch.B, S.BLOCK_B)
     return tile_at(number % batch_tiles, number // batch_tiles, step, batch, S, PARTS)
 
 
 @triton.jit
 def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.constexpr = 1):
-    """The Tile of some sequences and units. With PARTS it has the units of PARTS neighbours, whose numbers stand for
-    parts of a product."""
+    """Return the Tile of one tile of sequences and one tile of units.
+
+    With PARTS > 1 the result has the units of PARTS neighbouring tiles. Each of these PARTS numbers then has the same
+    units, and stands for one part of K in the product.
+    """
     sequence = sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), batch)
     place = unit_tile // PARTS * (PARTS * S.UNITS) + tl.arange(0, PARTS * S.UNITS)
     unit = units_at(place, S)
@@ -137,14 +154,14 @@ def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.const
     return Tile(unit_tile, place, unit, sequence, now, cells)
 
 
-# Tensor cores leave a product [rows, columns] in threads that have two rows each, 8 apart, of a warp's 16, and two
-# neighbours of every 8 columns. Threads that read and write memory have 16 neighbouring bytes, of rows farther apart.
-# Which row is which sequence is free: this order moves fewer products to another thread.
+# In a product [rows, columns] by tensor cores, a thread has two of the 16 rows of its warp, 8 rows apart, and two
+# neighbours of every 8 columns. In loads and stores a thread has 16 neighbouring bytes, and its rows are farther apart.
+# The order of the sequences in the rows of the product is free. The order below moves fewer elements to another thread.
 
 
 @triton.jit
 def rows_of_product(x):
-    """Reorders a [rows] vector: blocks of 8 rows alternate between the first and the second half."""
+    """Reorder a vector [rows], so that blocks of 8 rows alternate between the first half and the second half."""
     ROWS: tl.constexpr = x.shape[0]
     if ROWS >= 16:
         x = tl.reshape(tl.permute(tl.reshape(x, (2, ROWS // 16, 8)), (1, 0, 2)), (ROWS,))
@@ -153,7 +170,7 @@ def rows_of_product(x):
 
 @triton.jit
 def rows_of_tile(z):
-    """The reverse of rows_of_product, for a product [rows, columns]."""
+    """Undo rows_of_product, for a product [rows, columns]."""
     ROWS: tl.constexpr = z.shape[0]
     if ROWS >= 16:
         shape: tl.constexpr = z.shape
@@ -164,7 +181,7 @@ def rows_of_tile(z):
 
 @triton.jit
 def split_gates(z):
-    """[rows, 4 * UNITS], where column n is gate n % 4 of unit n // 4 -> (i, f, g, o), each [rows, UNITS]."""
+    """Split [rows, 4 * UNITS], where column n is gate n % 4 of unit n // 4, into (i, f, g, o), each [rows, UNITS]."""
     ig, fo = tl.split(tl.reshape(z, (z.shape[0], z.shape[1] // 4, 2, 2)))
     i, g = tl.split(ig)
     f, o = tl.split(fo)

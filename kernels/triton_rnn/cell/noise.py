@@ -1,8 +1,8 @@
-"""What regularises the recurrence. Where a call has no such noise, its pointer is None and nothing changes.
+"""Recurrent dropout and zoneout. If a call has no such noise, its pointer is None, and the functions change nothing.
 
-dropout   h is multiplied by the same factors before every product with W_hh
-zoneout   a share of each state stays as it was before the step (Krueger et al., 2017): all or nothing, by a mask,
-          or one share for all, a rate
+    dropout   Before every product with W_hh, h is multiplied by the same factors.
+    zoneout   A share of each state stays as it was before the step (Krueger et al., 2017). With a mask the share of each
+              cell is 0 or 1. With a rate all cells have one share.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def dropout(x, factors_ptr, at, mask):
-    """h, or backward what the product returned for it, times the factors that lie `at`."""
+    """Multiply x by the factors at the offsets `at`. Forward x is h, backward the product W_hh^T dgates."""
     if factors_ptr is not None:
         x *= tl.load(factors_ptr + at, mask=mask, other=0.0).to(x.dtype)
     return x
@@ -19,7 +19,11 @@ def dropout(x, factors_ptr, at, mask):
 
 @triton.jit
 def load_share(zoneout_ptr, cells):
-    """The share of the state before that stays, as stored: of each cell, or one for all. A tuple, empty without."""
+    """Load the share of the state before the step that stays.
+
+    Returns a tuple: empty without zoneout, else with one element in its stored dtype. The element is the mask of the
+    cells, [BB, BH] or [THREADS], or a scalar rate. A pointer to float32 is a rate.
+    """
     share = ()
     if zoneout_ptr is not None:
         if zoneout_ptr.dtype.element_ty == tl.float32:
@@ -31,7 +35,7 @@ def load_share(zoneout_ptr, cells):
 
 @triton.jit
 def zoneout(new, before):
-    """The state after a step that computed `new`; `before` is the state before it and, with zoneout, load_share."""
+    """Return the state after a step that computed `new`. `before` is (the state before the step, *load_share)."""
     for n in tl.static_range(1, len(before)):
         stays = before[n].to(tl.float32)
         new = stays * before[0] + (1.0 - stays) * new
@@ -40,7 +44,10 @@ def zoneout(new, before):
 
 @triton.jit
 def zoneout_backward(d, share):
-    """Gradient of the state after a step -> (of what the step computed, of what stayed of the state before)."""
+    """Split the gradient d of the state after a step into (the part of the computed state, the part that stayed).
+
+    The second part belongs to the state before the step. `share` is from load_share.
+    """
     stayed = tl.zeros_like(d)
     for n in tl.static_range(len(share)):
         stays = share[n].to(tl.float32)
@@ -50,7 +57,10 @@ def zoneout_backward(d, share):
 
 @triton.jit
 def add_stayed(d, stayed, zoneout_ptr):
-    """The whole gradient of the state before a step. (To add zeros would be an instruction.)"""
+    """Add the part that stayed to the gradient d of the state before a step.
+
+    Without zoneout that part is zero, and d is returned as it is: an addition of zeros would cost an instruction.
+    """
     if zoneout_ptr is not None:
         d += stayed
     return d
