@@ -19,12 +19,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# The whole batch: pointers to lengths [B] and resets [T*B], each None if absent, then the numbers of steps and sequences.
+# The whole batch: pointers to lengths [B] and resets [T*B], or None if absent; the numbers of steps and sequences.
 Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")
-# Some sequences: the index of each in the batch, whether the batch has that index, and the length. Each [BB] or [THREADS].
+# Some sequences: the index of each in the batch, whether the batch has that index, and the length, each [BB] or
+# [THREADS].
 Sequences = namedtuple("Sequences", "index in_batch length")
-# Some sequences and units at a step: the number of the tile of units; the places of the units in their head [BH], and in
-# the layer [BH]; the Sequences and their Position, each [BB]; and the Offsets of their cells [BB, BH].
+# Some sequences and units at a step: the number of the tile of units; the places of the units in their head [BH], and
+# in the layer [BH]; the Sequences and their Position, each [BB]; and the Offsets of their cells [BB, BH].
 Tile = namedtuple("Tile", "unit_tile place unit sequence position cells")
 
 
@@ -47,7 +48,7 @@ class Offsets(NamedTuple):
     state_at: tl.tensor  # the offset in [B, H]
     in_tile: tl.tensor  # whether both the sequence and the unit exist
     valid: tl.tensor  # whether the cell exists and the step is no padding
-    continues: tl.tensor  # whether it is valid and starts from the state after the step before, or from the initial state
+    continues: tl.tensor  # whether it is valid and starts from the step before, or from the initial state
     reset: tl.tensor  # whether it is valid and starts from zero, or from a state that the call gives
     is_last: tl.tensor  # whether the sequence ends with this step: [BB, 1] or [THREADS]
 
@@ -78,8 +79,8 @@ def row_of(time, index, B):
 def is_reset(time, sequence, batch, REVERSE: tl.constexpr):
     """Return whether the state is reset before the step that visits `time`.
 
-    A reset at t separates time t from time t - 1 in both directions. In reverse the step before visited time + 1, so the
-    reset that counts is the one at time + 1.
+    A reset at t separates time t from time t - 1 in both directions. In reverse the step before visited time + 1, so
+    the reset that counts is the one at time + 1.
     """
     later = time + 1 if REVERSE else time
     reset = time < 0  # False everywhere, for a call without resets
@@ -111,7 +112,7 @@ def units_at(place, S: tl.constexpr):
 
 @triton.jit
 def cells_at(sequence, position, unit, in_units, H):
-    """Return the Offsets of the cells of some Sequences, at their Position, and of units, which exist where in_units."""
+    """Return the Offsets of the cells of some Sequences and units. A unit exists where in_units is true."""
     at, prev_at, gates_at = position.row * H + unit, position.row_prev * H + unit, position.row * (4 * H) + unit
     state_at, in_tile = sequence.index.to(tl.int64) * H + unit, sequence.in_batch & in_units
     valid, continues = position.valid & in_units, position.continues & in_units
@@ -122,9 +123,9 @@ def cells_at(sequence, position, unit, in_units, H):
 def by_gate(k, first, S: tl.constexpr):
     """Convert an index of K within a head into an index of K within all heads, for head 0.
 
-    The rows of W_hh of one head are [GATES, D], and the rows of all heads are [GATES, H]. With several heads this returns
-    the index in [GATES, H] of element first + k of [GATES, D]. With one head it returns k, since the caller's pointers
-    already begin at `first`.
+    The rows of W_hh of one head are [GATES, D], and the rows of all heads are [GATES, H]. With several heads this
+    returns the index in [GATES, H] of element first + k of [GATES, D]. With one head it returns k, since the caller's
+    pointers already begin at `first`.
     """
     return (first + k) // S.D * S.H + (first + k) % S.D if S.HEADS > 1 else k
 
