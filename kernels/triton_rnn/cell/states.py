@@ -1,7 +1,7 @@
 """Loads and stores of the cells of a step, at their `Offsets`.
 
-Every tensor of cells is [BB, BH] in a tile, or [THREADS] with the cell of each thread. A reset replaces the state before
-a step by zero, or by a state that the call gives. The pointer to that state is None if the call gives none.
+Every tensor of cells is [BB, BH] in a tile, or [THREADS] with the cell of each thread. A reset replaces the state
+before a step by zero, or by a state that the call gives. The pointer to that state is None if the call gives none.
 """
 
 import triton
@@ -30,7 +30,8 @@ def load_state(state_ptr, at, reset_ptr, cells):
 def store_gradient(d, gradient_ptr, dreset_ptr, cells):
     """Store the gradient d of the state before a step.
 
-    No gradient flows past a reset. There d is the gradient of the state that the reset gives, and gradient_ptr gets zero.
+    No gradient flows past a reset. There d is the gradient of the state that the reset gives, and gradient_ptr gets
+    zero.
     """
     if dreset_ptr is not None:
         tl.store(dreset_ptr + cells.at, d, mask=cells.reset)
@@ -110,8 +111,8 @@ def load_saved(saved, step, cells, H: tl.constexpr):
 def load_c_before(saved, step, cells):
     """Load c before a step, as the forward pass saved it.
 
-    Returns a tuple of terms, for `total`: c0 at the first step, c at later steps, and the c that a reset gives. All terms
-    but one are zero. A thread waits for the loads only where it adds the terms.
+    Returns a tuple of terms, for `total`: c0 at the first step, c at later steps, and the c that a reset gives. At most
+    one term is not zero. A thread waits for the loads only where it adds the terms.
     """
     is_first = tl.zeros(cells.prev_at.shape, tl.int32) + step == 0
     first = tl.load(saved.c0_ptr + cells.prev_at, mask=cells.continues & is_first, other=0.0)
@@ -145,8 +146,8 @@ def total(terms):
     return c_prev
 
 
-# The rest is a tuple of the numbers that a cell keeps of a unit besides c, see kernels/equations.py. The tensors c0, c_n
-# and their gradients are [KEPT, B, H]. The first [B, H] of each is c, and the rest follows.
+# The rest is a tuple of the numbers that a cell keeps of a unit besides c, see kernels/equations.py. The tensors c0,
+# c_n and their gradients are [KEPT, B, H]. The first [B, H] of each is c, and the rest follows.
 
 
 @triton.jit

@@ -1,1 +1,1 @@
-"""Families of kernels whose threads own a cell each, with W_hh in registers, in inline assembly."""
+"""Families of kernels whose threads each own cells, with W_hh in registers and products in inline assembly."""

@@ -17,11 +17,12 @@ A program owns 8 sequences and all hidden units, or the units of one head. The w
 
 Backward is the same with dz in the place of h and W_hh^T in the place of W_hh. A product takes one gate at a time.
 
-The layout of mma.sync (fragments.py) decides which cells a thread owns: cell n is the unit 8 (n // 2) + column of the
-warp, and the sequence 2 quarter + n % 2. So a thread keeps its cells from step to step, and the product needs no
-exchange after it. A quantity that each cell has is a tuple with one tensor [THREADS] for each of the thread's cells.
+The layout of mma.sync (fragments.py) decides which cells a thread owns. Its cell n belongs to the unit
+8 (n // 2) + column of the warp, and to the sequence 2 quarter + n % 2. So a thread keeps its cells from step to step,
+and nothing is exchanged after the product. Each quantity of a cell is a tuple, which has a tensor [THREADS] for each of
+the thread's cells.
 
-Triton 3.4 to 3.6 forget the field names of a named tuple inside a tuple that grew. Hence Offsets(*cells[n]).
+Triton 3.4 to 3.6 lose the field names of a named tuple that is appended to a tuple. Offsets(*cells[n]) restores them.
 """
 
 from collections import namedtuple
@@ -42,7 +43,7 @@ Owned = namedtuple("Owned", "units places columns sequences")
 
 @triton.jit
 def cells_of_thread(batch, S: tl.constexpr):
-    """The units and sequences whose cells this thread computes."""
+    """Return the Owned cells of each thread."""
     thread = threads(S.WARPS)
     units, places, columns, sequences = (), (), (), ()
     for n in tl.static_range(S.UNITS // S.WARPS // 4):
@@ -55,7 +56,7 @@ def cells_of_thread(batch, S: tl.constexpr):
 
 @triton.jit
 def cells_at_step(step, owned, batch, S: tl.constexpr):
-    """The Offsets of each cell at a step."""
+    """Return the Offsets of each cell at a step, as a tuple."""
     cells = ()
     for n in tl.static_range(len(owned.units)):
         sequence = Sequences(*owned.sequences[n])
@@ -66,8 +67,11 @@ def cells_at_step(step, owned, batch, S: tl.constexpr):
 
 @triton.jit
 def load_rows(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
-    """W_hh of the warp's units. A tile has 8 rows twice. Each 8 are a gate of 8 units: all gates of the first 8 units,
-    then of the next; at the end there may be 8 rows of zeros."""
+    """Load the rows of W_hh of the warp's units, as load_weights returns them.
+
+    Each 8 rows are one gate of 8 units: first all gates of the first 8 units, then all gates of the next 8. A tile has
+    16 rows. If the number of rows is not a multiple of 16, the last 8 rows are zeros.
+    """
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     rows = ()
     for n in tl.static_range(GATES * len(owned.units) // 2):
@@ -83,10 +87,10 @@ def resident_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
     hidden: HiddenPointers, cell: CellPointers, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps of a batch tile."""
+    """Run all steps forward for a batch tile of 8 sequences. The grid is (batch tiles, 1, heads)."""
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
     EMPTY: tl.constexpr = S.EMPTY  # Triton 3.4 takes no field of a tuple into another tuple
-    SUMS: tl.constexpr = 2 * S.GATES  # that a thread has of 8 units, for two cells alternately
+    SUMS: tl.constexpr = 2 * S.GATES  # sums of a thread for 8 units, alternately for two cells
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
 
@@ -101,7 +105,7 @@ def resident_forward_kernel(
         rest = rest + (states.load_rest(cell.c0_ptr, cells, cells.in_tile, B, S.EMPTY, S),)
     for step in range(T):
         now = cells_at_step(step, owned, batch, S)
-        # What the gates get from the input, and the state before: loaded here, where the product hides its latency.
+        # Load: x W_ih^T + b of the gates, and the state before the step. The product hides the latency.
         x, h_before, operand, c_before, rest_before = (), (), (), (), rest
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
@@ -112,21 +116,24 @@ def resident_forward_kernel(
             operand = operand + (h_float.to(DTYPE),)
             c_prev = tl.where(cells.reset, 0.0, c[n])
             c_before = c_before + (states.reset_to(c_prev, cell.reset_c_ptr, cells),)
+
+        # Product: W_hh h, all gates of the thread's cells.
         shared = share(operand, owned.columns, owned.places, step % 2, S.CHUNKS)
         products = product(weights, take(shared, 0, S.CHUNKS, S.CHUNKS, S.WARPS), DTYPE)
 
+        # Gates and cell, then store.
         h, c, rest = (), (), ()
         for n in tl.static_range(len(owned.units)):
             cells, c_prev = Offsets(*now[n]), c_before[n]
             z = after_zeros(products[n // 2 * SUMS + n % 2 : n // 2 * SUMS + SUMS : 2])
             rest_prev = states.select(~cells.reset, rest_before[n], (EMPTY,))
-            # Here, not earlier: the fewer gates wait to be stored, the fewer the instructions.
+            # One cell at a time: the fewer gates wait to be stored, the fewer the instructions.
             gates, c_next, rest_next = cell_forward(x[n], z, c_prev, rest_prev, constants[n], len(constants[n]) > 0, S)
             h_next = output(gates[3], c_next, S)
             c_next = noise.zoneout(c_next, (c_prev,) + noise.load_share(cell.zoneout_c_ptr, cells))
             h_prev = states.reset_to(h_before[n].to(tl.float32), hidden.reset_h_ptr, cells)
             h_next = noise.zoneout(h_next, (h_prev,) + noise.load_share(hidden.zoneout_h_ptr, cells))
-            h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # zeros in padding, where the state stays
+            h_next = tl.where(cells.valid, h_next, 0.0).to(DTYPE)  # h is zero in padding, and the state stays
             tl.store(hidden.h_ptr + cells.at, h_next, mask=cells.in_tile)
             states.save(gates, c_next, cell, cells, S.H)
             h = h + (tl.where(cells.valid, h_next, h_before[n]),)
@@ -141,7 +148,11 @@ def resident_forward_kernel(
 
 @triton.jit
 def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
-    """W_hh^T of the warp's units, gate by gate; and of each gate and then cell, its place in a row of dz."""
+    """Load W_hh^T of the warp's units.
+
+    Returns a tuple with the weights of each gate, and a tuple with the place in a row of dz of each gate of each cell, in
+    the order of product_with_dz.
+    """
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     rows, weights, elements = (), (), ()
     for n in tl.static_range(0, len(owned.units), 2):
@@ -157,7 +168,10 @@ def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S: tl.constexpr):
-    """W_hh^T dz of each cell, gate by gate: of each gate and then cell, `elements` is the place in a row of dz."""
+    """Return W_hh^T dz of each cell, as a tuple. It multiplies one gate at a time.
+
+    `weights` and `elements` are from load_transposed. `elements` has all cells of the first gate, then of the next gate.
+    """
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     operand, products, dh = (), (), ()
     for gate in tl.static_range(4 - GATES, 4):
@@ -169,7 +183,7 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
         products = products + (product(weights[gate], words, DTYPE),)
     for n in tl.static_range(len(dz)):
         total = products[0][n] if GATES == 1 else products[0][n] + products[1][n]
-        if GATES > 2:  # two by two: one after the other would take a register more, and spill
+        if GATES > 2:  # added in pairs: a sum of one after the other would take one more register, and spill
             total += products[2][n] + products[3][n] if GATES == 4 else products[2][n]
         dh = dh + (total,)
     return dh
@@ -177,7 +191,7 @@ def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S
 
 @triton.jit
 def load_gradients_of_final_state(dh_n_ptr, dc_ptr, cells, S: tl.constexpr):
-    """Those of h_n, zeros if there are none, and of c_n."""
+    """Load the gradients of h_n and c_n, each [THREADS] float32. Without dh_n the first is zero."""
     dh_n = tl.zeros((32 * S.WARPS,), tl.float32)
     if dh_n_ptr is not None:
         dh_n += tl.load(dh_n_ptr + cells.state_at, mask=cells.in_tile, other=0.0).to(tl.float32)
@@ -186,7 +200,7 @@ def load_gradients_of_final_state(dh_n_ptr, dc_ptr, cells, S: tl.constexpr):
 
 @triton.jit
 def store_stayed(hidden, stayed, cells, step):
-    """The gradient of h before a step through zoneout of h: at the first step, and where h was reset."""
+    """Store `stayed`, the gradient of h before a step through zoneout of h, at the first step and where h was reset."""
     is_first = cells.continues & (tl.zeros(cells.at.shape, tl.int32) + step == 0)
     tl.store(hidden.dh_from_zoneout_ptr + cells.state_at, stayed, mask=is_first)
     if hidden.dreset_h_ptr is not None:
@@ -196,15 +210,15 @@ def store_stayed(hidden, stayed, cells, step):
 @triton.jit(repr=name_in_profiles("resident_backward_kernel"), do_not_specialize=["T", "B"])
 def resident_backward_kernel(
     weights_ptr,  # [GATES, H, W] int32: W_hh^T of each gate
-    hidden: HiddenBackward,  # dh_from_zoneout is written at the first step alone
+    hidden: HiddenBackward,  # dh_from_zoneout is written only at the first step
     cell: CellBackward, saved: Saved, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps of a batch tile, from the last to the first."""
+    """Run all steps backward, from the last to the first, for a batch tile. The grid is (batch tiles, 1, heads)."""
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     owned = cells_of_thread(batch, S)
 
-    # Gradients of the state after the current step: at a sequence's last step, those of the final state.
+    # dh and dc are the gradients of the state after the current step. They begin as the gradients of h_n and c_n.
     weights, elements = load_transposed(weights_ptr, owned, DTYPE, S)
     dh, dc, peepholes, first = (), (), (), cells_at_step(0, owned, batch, S)
     for n in tl.static_range(len(owned.units)):
@@ -219,10 +233,10 @@ def resident_backward_kernel(
             cells = Offsets(*now[n])
             saved_n = states.load_saved(saved, step, cells, S.H)
             activations = activations + (states.as_float(saved_n, cell.zoneout_c_ptr, S),)
-            # From memory, since there are no registers for it during the product.
+            # drest stays in memory between steps, since no registers are left for it during the product.
             drest = drest + (states.load_rest(cell.dc_ptr, cells, cells.valid, B, 0.0, S),)
 
-        # Output and cell. In padding every factor was loaded as zero, so gradients are zero.
+        # Output and cell. In padding every factor was loaded as zero, so all gradients are zero.
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])
             gates, c, c_prev = activations[n]
@@ -239,8 +253,11 @@ def resident_backward_kernel(
             states.store_gradient_of_rest(cell.dc_ptr, drest_n, cells, B, S)
             dh_stayed, dz = dh_stayed + (stayed,), dz + (dz_n,)
             dc_prev = dc_prev + (noise.add_stayed(d, dc_stayed, cell.zoneout_c_ptr),)
+
+        # Product: dh before the step = W_hh^T dz.
         dh_prev = product_with_dz(weights, dz, elements, owned, back % 2, DTYPE, S)
 
+        # Store.
         dh_after, dc_after, dh, dc = dh, dc, (), ()
         for n in tl.static_range(len(owned.units)):
             cells = Offsets(*now[n])

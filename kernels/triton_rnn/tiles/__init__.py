@@ -1,1 +1,1 @@
-"""Families of kernels whose programs compute tiles of sequences and units, in Triton's own words."""
+"""Families of kernels whose programs compute tiles of sequences and units, by Triton's own operations on tiles."""

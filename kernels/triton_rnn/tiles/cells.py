@@ -1,4 +1,4 @@
-"""The cells of a tile at a step, which all families of tiles share: what lies between the products of two steps."""
+"""The cells of a tile at a step, between the products of two steps. All families of tiles share them."""
 
 import triton
 import triton.language as tl
@@ -9,7 +9,10 @@ from ..equations import cell_backward, cell_forward, output, output_backward
 
 @triton.jit
 def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
-    """(Constants, the share of c that stays with zoneout, states.load_h_before): what cells read beside load_cells."""
+    """Load what forward_cells and store_hidden need besides load_cells.
+
+    Returns (the constants, the share of c that stays with zoneout, states.load_h_before).
+    """
     constants = states.load_constants_forward(cell, tile.unit[None, :], S)
     h_before = states.load_h_before(hidden, h_prev_ptr, tile.cells.prev_at, tile.cells)
     return constants, noise.load_share(cell.zoneout_c_ptr, tile.cells), h_before
@@ -19,8 +22,11 @@ def load_beside(h_prev_ptr, hidden, cell, tile, S: tl.constexpr):
 def forward_cells(
     x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S: tl.constexpr, AT_END: tl.constexpr = False
 ):  # fmt: skip
-    """The cells of a step, from z = W_hh h. Returns m, zero in padding, and what it is made of: the last gate, and c
-    before zoneout. All else is stored: c_n at every step or, if AT_END, where a sequence ends."""
+    """Compute the cells of a step from z, the four gates of W_hh h, each [BB, BH].
+
+    Returns (m, the last gate, c before zoneout), each [BB, BH]. m is zero in padding. The other results are stored: the
+    activated gates and c for the backward pass, the rest, and c_n. If AT_END, c_n is stored only where a sequence ends.
+    """
     cells = tile.cells
     gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, len(constants) > 0, S)
     m = tl.where(cells.valid, output(gates[3], c, S), 0.0)
@@ -33,7 +39,10 @@ def forward_cells(
 
 @triton.jit
 def backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S: tl.constexpr):
-    """The cells of a step, from dh, what the step after sends, and what was loaded of `saved`, if it was: see below."""
+    """Compute and store the gradients of a step's cells, as backward_cells does, from dh [BB, BH].
+
+    `dh` is the product W_hh^T dgates of the next step. `loaded` is from states.load_saved. If it is empty, this loads it.
+    """
     given = states.load_gradients_given(hidden, tile.cells)
     dm = states.gradient_of_h(dh, given, hidden, tile.cells)
     if len(loaded) == 0:
@@ -45,8 +54,12 @@ def backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S: tl.constexp
 
 @triton.jit
 def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr):
-    """The gradients of all pre-activations, from those that come by way of m: of the last one, dz_o, and of c before
-    zoneout. They are stored, as are those of the state before. In padding all that was loaded is zero; so are they."""
+    """Compute, store and return the gradients dz of the four pre-activations, each [BB, BH].
+
+    `dz_o` and `dc_by_m` are the gradients of the last pre-activation and of c before zoneout that come from m. The
+    gradient of the state before the step is stored, too. In padding all inputs were loaded as zero, so all gradients are
+    zero.
+    """
     cells = tile.cells
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)
     dc, dc_stayed = noise.zoneout_backward(dc, noise.load_share(cell.zoneout_c_ptr, cells))

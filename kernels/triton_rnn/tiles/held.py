@@ -1,8 +1,9 @@
-"""The held family: as the step family, but W_hh stays in shared memory.
+"""The held family: one launch runs the whole sequence, and W_hh stays in shared memory.
 
-A program has some units, whose W_hh it loads once, and the sequences of its group, tile by tile. Before a product it
-waits for the other units' tiles of the same sequences alone: each tile of sequences has a counter. AHEAD: what a
-program's next tile multiplies is loaded before the cells of this one are computed.
+A program owns some units, and loads their W_hh once. A group of programs owns some tiles of sequences, and each of its
+programs computes them one after another. Before a product a program waits for the programs that compute the other units
+of the same sequences, and for no others: each tile of sequences has a counter of arrivals. With AHEAD a program loads the
+operand of its next tile before it computes the cells of the current one.
 """
 
 from collections import namedtuple
@@ -18,21 +19,27 @@ from . import operands
 from .cells import backward_step, forward_cells, load_beside
 from .operands import Rows, load_rows, load_weights, of_head
 
-# What it takes to await and load h before a step, [B, H] or [T*B, H], and dgates [T*B, 4H] of the step after.
+# The arguments of await_h: h before the step, [B, H] at step 0 and [T*B, H] at later steps; factors of dropout [B, H].
+# The arguments of await_dgates: dgates [T*B, 4H]. Both have the Batch, and the Arrivals of the program's head.
 Before = namedtuple("Before", "h_prev_ptr dropout_h_ptr batch arrivals")
 After = namedtuple("After", "dgates_ptr batch arrivals")
 
 
 @triton.jit
 def product_of_held(held, a, S: tl.constexpr):
-    """a [rows, K] @ held^T [K, columns] -> [rows, columns] float32, computed as (held a^T)^T: wgmma takes a multiple of
-    64 rows, and 8 columns or more."""
+    """Return the product of a [rows, K] and held^T [K, columns], [rows, columns] float32.
+
+    It is computed as (held a^T)^T, since wgmma takes a multiple of 64 rows, but as few as 8 columns.
+    """
     return tl.trans(tl.dot(held, tl.trans(a), input_precision=S.PRECISION))
 
 
 @triton.jit
 def await_tile(source, batch_tile, times, step, poll_limit, S: tl.constexpr):
-    """(The poll limit after the wait, a tile's Sequences). Past the last tile there is nothing to wait for."""
+    """Wait for a tile of sequences: return (the poll limit after the wait, the tile's Sequences [BB]).
+
+    Past the last tile there is nothing to wait for.
+    """
     if batch_tile < tl.cdiv(source.batch.B, S.BLOCK_B):
         poll_limit = wait_for(source.arrivals, batch_tile, times, poll_limit, step)
     return poll_limit, indexing.sequences(batch_tile * S.BLOCK_B + tl.arange(0, S.BLOCK_B), source.batch)
@@ -40,7 +47,10 @@ def await_tile(source, batch_tile, times, step, poll_limit, S: tl.constexpr):
 
 @triton.jit
 def await_h(before, batch_tile, step, poll_limit, S: tl.constexpr):
-    """(The poll limit after the wait, h before a step, with dropout [BB, BK]). Past the last tile h is zero."""
+    """Wait for h before a step, and load it: return (the poll limit after the wait, h with dropout [BB, BK]).
+
+    Past the last tile h is zero.
+    """
     poll_limit, sequence = await_tile(before, batch_tile, step, step, poll_limit, S)
     here = indexing.position(step, sequence, before.batch, S.REVERSE)
     at, factors_at = here.row_prev * S.H, sequence.index.to(tl.int64) * S.H
@@ -53,8 +63,8 @@ def held_forward_kernel(
     weight_hh_ptr,  # [GATES H, D]
     hidden: HiddenPointers, cell: CellPointers, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps; grid (programs of a group, groups, heads)."""
-    EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 128 * S.WARPS  # a thread has registers for four cells
+    """Run all steps forward. The grid is (programs of a group, groups, heads)."""
+    EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 128 * S.WARPS  # then a thread has registers for these loads
     batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
     poll_limit = tl.load(arrivals.error_ptr + 1)
     unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -66,17 +76,20 @@ def held_forward_kernel(
         if S.AHEAD:
             poll_limit, h_prev = await_h(before, first, step, poll_limit, S)
         for batch_tile in range(first, tl.cdiv(B, S.BLOCK_B), stride):
-            # W_hh h: all four gates of a tile's units, [BB, 4 BH].
+            # Load: h before the step [BB, BK], and the inputs of the cells, each [BB, BH].
             tile = indexing.tile_at(batch_tile, unit_tile, step, batch, S)
             if not S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile, step, poll_limit, S)
             if EARLY:
                 constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
             x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
+
+            # Product: z = W_hh h, the four gates of the tile's units [BB, 4 BH].
             z = unless_timed_out(product_of_held(held, h_prev, S), poll_limit)
             if S.AHEAD:
                 poll_limit, h_prev = await_h(before, batch_tile + stride, step, poll_limit, S)
 
+            # Gates and cell, then publish h: the counter says that the tile's part of it is stored.
             if not EARLY:
                 constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
             z = indexing.split_gates(z)
@@ -88,7 +101,7 @@ def held_forward_kernel(
 
 @triton.jit
 def await_dgates(after, batch_tile, times, step, poll_limit, S: tl.constexpr):
-    """(The poll limit after the wait, dgates of the step after [BB, BK])."""
+    """Wait for dgates of the next step, and load them: return (the poll limit after the wait, dgates [BB, BK])."""
     poll_limit, sequence = await_tile(after, batch_tile, times, step, poll_limit, S)
     there = indexing.position(step + 1, sequence, after.batch, S.REVERSE)
     dgates_ptr, at = operands.dgates_of_part(after.dgates_ptr, there.row, 0, S)
@@ -102,8 +115,8 @@ def held_backward_kernel(
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
-    """All steps, from the last to the first; grid (programs of a group, groups, heads)."""
-    EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 1024  # for more cells a thread has no registers left
+    """Run all steps backward, from the last to the first. The grid is (programs of a group, groups, heads)."""
+    EARLY: tl.constexpr = S.BLOCK_B * S.UNITS <= 1024  # with more cells a thread has no registers left for these loads
     batch, arrivals = Batch(lengths_ptr, resets_ptr, T, B), of_head(arrivals, B, S)
     poll_limit, after = tl.load(arrivals.error_ptr + 1), After(cell.dgates_ptr, batch, arrivals)
     unit_tile, first, stride = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -114,13 +127,18 @@ def held_backward_kernel(
         if S.AHEAD:
             poll_limit, dgates = await_dgates(after, first, back, step, poll_limit, S)
         for batch_tile in range(first, tl.cdiv(B, S.BLOCK_B), stride):
+            # Load: dgates of the next step [BB, BK], and the saved gates and c, each [BB, BH].
             tile = indexing.tile_at(batch_tile, unit_tile, step, batch, S)
             if not S.AHEAD:
                 poll_limit, dgates = await_dgates(after, batch_tile, back, step, poll_limit, S)
             loaded = states.load_saved(saved, step, tile.cells, S.H) if EARLY else ()
+
+            # Product: dh = W_hh^T dgates, for the tile's units [BB, BH].
             dh = unless_timed_out(product_of_held(held, dgates, S), poll_limit)
             if S.AHEAD:
                 poll_limit, dgates = await_dgates(after, batch_tile + stride, back, step, poll_limit, S)
+
+            # Cell and gates, then publish dgates.
             backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S)
             if step > 0:
                 arrive(arrivals.arrivals_ptr + batch_tile, poll_limit)

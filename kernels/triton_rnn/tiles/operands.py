@@ -1,4 +1,8 @@
-"""What the step and the held family multiply, and what they add up: rows that other programs wrote, columns of W_hh."""
+"""The operands of the products of the step and the held family, and the sums over parts of K.
+
+The left operand has rows of h or dgates, which other programs wrote. The right operand has columns of weights from W_hh.
+K is the dimension that a product sums over. Indices k count within the program's head.
+"""
 
 from collections import namedtuple
 
@@ -8,17 +12,18 @@ import triton.language as tl
 from ..cell import indexing, noise
 from ..parameters import Arrivals
 
-# Rows of a tensor: where each begins [rows]; which there are [rows], the others are zeros; factors of them, which begin
-# at factors_at [rows], or None. (No function of Triton 3.4 returns None, in a tuple neither: so none returns Rows.)
+# Rows of a tensor: the offset where each row begins [rows]; a mask [rows], where rows outside of it count as zeros; a
+# pointer to factors of the elements, or None; and the offset where the factors of each row begin [rows]. In Triton 3.4 a
+# function cannot return None, nor a tuple that has None, so no function returns Rows.
 Rows = namedtuple("Rows", "ptr at mask factors_ptr factors_at")
-# Columns of weights: where each begins [columns]; which there are [columns]; how far it is from one k to the next.
-# `first`, of both, is where a part of K begins, counted within the head, see indexing.by_gate.
+# Columns of weights: the offset where each begins [columns]; a mask [columns]; and the distance from one k to the next.
+# In the functions below `first` is the index in the head's K where the part of K begins, see indexing.by_gate.
 Columns = namedtuple("Columns", "ptr at mask stride")
 
 
 @triton.jit
 def load_rows(rows, k, K: tl.constexpr, S: tl.constexpr, first=0):
-    """Columns k of the rows, times the factors, [rows, k]; zeros past K."""
+    """Load elements k of the Rows, times their factors, [rows, k]. Elements past K are zeros."""
     column = indexing.units_at(indexing.by_gate(k, first, S), S)
     in_a = rows.mask[:, None] & (k < K)[None, :]
     a = tl.load(rows.ptr + (rows.at[:, None] + column[None, :]), mask=in_a, other=0.0, cache_modifier=".cg")
@@ -27,20 +32,22 @@ def load_rows(rows, k, K: tl.constexpr, S: tl.constexpr, first=0):
 
 @triton.jit
 def load_weights(columns, k_start, K: tl.constexpr, S: tl.constexpr, first=0):
-    """BLOCK_K rows of Columns, from k_start on."""
+    """Load BLOCK_K elements of each of the Columns, from k_start on, [BLOCK_K, columns]. Elements past K are zeros."""
     offset = tl.arange(0, S.BLOCK_K)
     row, start = offset, k_start
     if S.HEADS > 1:
         row, start = indexing.by_gate(k_start + offset, first, S).to(tl.int64), 0
     k_ptr = columns.ptr + columns.at[None, :] + row[:, None] * columns.stride
-    start = tl.cast(start, tl.int64) * columns.stride  # K times the stride may be more than int32 holds
+    start = tl.cast(start, tl.int64) * columns.stride  # K times the stride may exceed int32
     return tl.load(k_ptr + start, mask=(k_start + offset < K)[:, None] & columns.mask[None, :], other=0.0)
 
 
 @triton.jit
 def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
-    """Columns of W_hh, four gates for each unit of a tile, as split_gates takes them; of a gate that h does not reach
-    there is none."""
+    """Return the Columns for the gates of a tile's units, four for each unit, in the order of indexing.split_gates.
+
+    A gate that h does not reach has no row in W_hh. Its column is masked.
+    """
     FIRST: tl.constexpr = 4 - S.GATES
     n = tl.arange(0, 4 * S.UNITS)
     place = unit_tile * S.UNITS + n // 4
@@ -53,8 +60,11 @@ def weights_of_gates(weight_hh_ptr, unit_tile, S: tl.constexpr):
 
 @triton.jit
 def dgates_of_part(dgates_ptr, row, part, S: tl.constexpr):
-    """Where a part of K lies in dgates [T*B, 4H]: (pointer, where the rows begin). With heads parts are not neighbours,
-    so by_gate finds them."""
+    """Return the place of a part of K in dgates [T*B, 4H]: (a pointer, the offset where each row begins).
+
+    With heads the elements of a part are not neighbours. The pointer is then to the first gate that h reaches, and
+    indexing.by_gate finds the elements.
+    """
     at = row * (4 * S.H)
     if S.HEADS > 1:
         dgates_ptr += (4 - S.GATES) * S.H
@@ -67,7 +77,7 @@ def dgates_of_part(dgates_ptr, row, part, S: tl.constexpr):
 
 @triton.jit
 def weights_of_part(weight_hh_ptr, part, place, S: tl.constexpr):
-    """Columns of W_hh, which begin where a part of K does, for the units at these places of the head."""
+    """Return the Columns of W_hh for the units at these places of the head, from the first k of a part of K on."""
     D: tl.constexpr = S.D  # Triton 3.4 takes no field of a tuple into another tuple
     number = tl.program_id(2) if S.HEADS > 1 else part
     weight_hh_ptr += tl.cast(number, tl.int64) * (D * D if S.HEADS > 1 else S.K * D)
@@ -76,14 +86,14 @@ def weights_of_part(weight_hh_ptr, part, place, S: tl.constexpr):
 
 @triton.jit
 def store_sum(dh, sums_ptr, tile, B, S: tl.constexpr):
-    """Store what a part of K contributes to dh of PARTS tiles' units, in sums [PARTS, B, H] float32."""
+    """Store dh [BB, PARTS BH], the contribution of the tile's part of K, in sums [PARTS, B, H] float32."""
     sums_ptr += tl.cast(B, tl.int64) * S.H * (tile.unit_tile % S.PARTS)
     tl.store(sums_ptr + tile.cells.state_at, dh, mask=tile.cells.in_tile)
 
 
 @triton.jit
 def sum_of_parts(sums_ptr, tile, B, S: tl.constexpr):
-    """The sum of what all parts stored, [BB, BH]."""
+    """Return the sum of the contributions of all parts, [BB, BH], added up in a fixed order."""
     PARTS: tl.constexpr = S.PARTS  # Triton 3.4 takes no field of a tuple for static_range
     sums_ptr, dh = sums_ptr + tile.cells.state_at, tl.zeros(tile.cells.at.shape, tl.float32)
     for _ in tl.static_range(PARTS):
@@ -94,6 +104,6 @@ def sum_of_parts(sums_ptr, tile, B, S: tl.constexpr):
 
 @triton.jit
 def of_head(arrivals, B, S: tl.constexpr):
-    """The Arrivals of this program's head: programs of different heads never wait for each other."""
+    """Return the Arrivals of this program's head. Programs of different heads never wait for each other."""
     first = tl.program_id(2) * tl.cdiv(B, S.BLOCK_B) if S.HEADS > 1 else 0
     return Arrivals(arrivals.arrivals_ptr + first, arrivals.error_ptr)

@@ -1,6 +1,7 @@
-"""The pointwise family: a step is a product by cuBLAS and one kernel, which does all else, launched by ../by_steps.py.
+"""The pointwise family: a step is a product by cuBLAS, and one kernel for everything else. kernels/by_steps.py launches
+both.
 
-Of a divided step a kernel has one part, from S.START to S.END, see by_steps.Part.
+Some steps are divided into parts. Each launch then computes the part from S.START to S.END, see by_steps.Part.
 """
 
 import triton
@@ -14,20 +15,20 @@ from .cells import backward_cells, forward_cells
 
 @triton.jit
 def at_in_z(tile, S: tl.constexpr):
-    """Where a tile's first gates are in z [B, 4H], of heads [B, HEADS, 4 D]."""
-    others = tl.program_id(2) * (3 * S.D) if S.HEADS > 1 else 0  # gates of the heads before
+    """Return the offsets [BB, BH] of the first gates of a tile in z, which is [B, 4H], or [B, HEADS, 4 D] with heads."""
+    others = tl.program_id(2) * (3 * S.D) if S.HEADS > 1 else 0  # the other three gates of all heads before this one
     return tile.sequence.index[:, None].to(tl.int64) * (4 * S.H) + tile.unit[None, :] + others
 
 
 @triton.jit
 def load_cell(ptr, cells):
-    """One number of each cell, [B, H], in float32."""
+    """Load one number of each cell from a tensor [B, H], in float32. In padding it is zero."""
     return tl.load(ptr + cells.state_at, mask=cells.valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
-    """See cells.forward_cells."""
+    """Load the inputs of the cells of a step, and return the result of cells.forward_cells."""
     SAVE: tl.constexpr = cell.c_ptr is not None
     cells = tile.cells
     x = states.load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, False, S.FROM_X)
@@ -48,15 +49,15 @@ def gates_and_cell(z_ptr, cell, tile, step, B, S: tl.constexpr):
 
 @triton.jit(repr=name_in_profiles("pointwise_forward_kernel"), do_not_specialize=["step", "T", "B"])
 def pointwise_forward_kernel(
-    z_ptr,  # [B, 4H], of heads [B, HEADS, 4 D], W_hh h of the step; None if the gates have it already
-    o_ptr, v_ptr,  # [B, H] float32, of a step with LN(c): out o and c; in o and LN(c)
-    m_ptr,  # [B, H], of a step with a projection: out m; in W_hr m
-    h_next_ptr,  # [B, H] out: what the next step multiplies with W_hh, zero where it does not continue; None: as h
+    z_ptr,  # [B, 4H], or [B, HEADS, 4 D] with heads: W_hh h of the step. None if it is added to the gates
+    o_ptr, v_ptr,  # [B, H] float32, for LN(c). The part to "c" writes o and c. The part from "c" reads o and LN(c)
+    m_ptr,  # [B, H], for a projection in the loop. The part to "m" writes m. The part from "m" reads W_hr m
+    h_next_ptr,  # [B, H] out: h for the next product with W_hh, zero where the sequence does not continue. None: it is h
     hidden: HiddenPointers,
-    cell: CellPointers,  # c_n, where c is saved, only where a sequence ends
+    cell: CellPointers,  # if c_ptr is given, c_n is written only where a sequence ends
     lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """One step, after its product."""
+    """Compute one step forward, or a part of it, after its product W_hh h. Tensors of cells are [BB, BH]."""
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells = tile.cells
@@ -82,15 +83,16 @@ def pointwise_forward_kernel(
 
 @triton.jit(repr=name_in_profiles("pointwise_backward_kernel"), do_not_specialize=["step", "T", "B"])
 def pointwise_backward_kernel(
-    dh_next_ptr,  # [B, H]: dgates of the step after, times W_hh
-    dh_total_ptr,  # [T*B, H] out: gradient of m where c is normalised, of W_hr m with a projection
-    m_ptr,  # [B, H], of a step with a projection: out the gradient of W_hr m; in of m
-    o_ptr, v_ptr,  # [B, H] float32, of a step with LN(c): out the gradients of z_o and LN(c); in of z_o and c
+    dh_next_ptr,  # [B, H]: the product W_hh^T dgates of the next step
+    dh_total_ptr,  # [T*B, H] out: the gradient of m if c is normalised, of W_hr m with a projection. Else None
+    m_ptr,  # [B, H], for a projection. The part to "m" writes the gradient of W_hr m. The part from "m" reads dm
+    o_ptr, v_ptr,  # [B, H] float32, for LN(c). The part to "c" writes the gradients of z_o and LN(c). The other reads
+    # the gradients of z_o and c
     normed_c_ptr,  # [T*B, H] float32: LN(c)
-    dz_ptr,  # like z_ptr, out: dgates of the step, or None
+    dz_ptr,  # out: dgates of the step, with the shape of z_ptr, or None
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """One step, before its product."""
+    """Compute one step backward, or a part of it, before its product W_hh^T dgates. Tensors of cells are [BB, BH]."""
     batch = indexing.Batch(lengths_ptr, resets_ptr, T, B)
     tile = indexing.tile_of(tl.program_id(0), step, batch, S)
     cells = tile.cells
@@ -114,7 +116,7 @@ def pointwise_backward_kernel(
         else:
             if S.START == "c":
                 dz_o, dv = load_cell(o_ptr, cells), load_cell(v_ptr, cells)
-            else:  # c is not loaded: memory is what large batches wait for
+            else:  # c is computed again instead of loaded, since memory limits the speed of large batches
                 dz_o, dv = output_backward(gates[3], next_cell(gates, c_prev, S), dm, S)
             dz = backward_cells(gates, c_prev, dz_o, dv, cell, tile, B, S)
             states.store_gates(dz_ptr, at_in_z(tile, S), cells.in_tile, dz, S.D)

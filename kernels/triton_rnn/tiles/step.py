@@ -1,8 +1,10 @@
-"""The step family: every hidden size, batch and dtype; W_hh is read from L2 at every step.
+"""The step family: one launch runs the whole sequence, for every hidden size, batch and dtype. W_hh is read from L2 at
+every step.
 
-A step is a round over tiles of sequences and units, which the programs share out. Backward, with PARTS, it is two: of
-products, each of a part of K, and of cells, which add them up. A grid-wide barrier ends a round, since the next one
-needs the results of all programs. Those of a head wait for each other alone, or for nobody where a head has just one.
+A step is a round over tiles of sequences and units, which the programs share out. With PARTS > 1 a backward step is two
+rounds: a round of products, each over one part of K, and a round of cells, which add up the products. A grid-wide barrier
+ends each round, since the next round needs the results of all programs. The programs of a head wait only for each other.
+If a head has one program, that program waits for no other.
 """
 
 import triton
@@ -19,7 +21,7 @@ from .operands import Rows, load_rows, load_weights, of_head
 
 @triton.jit
 def product_over_k(rows, columns, K: tl.constexpr, S: tl.constexpr, first=0):
-    """Rows @ Columns, [rows, columns] float32, K tile by tile."""
+    """Return the product of Rows and Columns, [rows, columns] float32, with BLOCK_K elements of K at a time."""
     acc = tl.zeros((rows.at.shape[0], columns.at.shape[0]), tl.float32)
     for k_start in range(0, K, S.BLOCK_K):
         a = load_rows(rows, k_start + tl.arange(0, S.BLOCK_K), K, S, first)
@@ -32,7 +34,7 @@ def step_forward_kernel(
     weight_hh_ptr,  # [GATES H, D]
     hidden: HiddenPointers, cell: CellPointers, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps; grid (programs, 1, heads)."""
+    """Run all steps forward. The grid is (programs, 1, heads)."""
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     poll_limit = tl.load(arrivals.error_ptr + 1) if WAITS else 1
@@ -41,7 +43,7 @@ def step_forward_kernel(
         h_prev_ptr = tl.where(step == 0, hidden.h0_ptr, hidden.h_ptr)
         c_prev_ptr = tl.where(step == 0, cell.c0_ptr, cell.c_n_ptr)
         for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
-            # W_hh h: all four gates of a tile's units, [BB, 4 BH].
+            # Load and product: z = W_hh h, the four gates of a tile's units [BB, 4 BH], then each [BB, BH].
             tile = indexing.tile_of(number, step, batch, S)
             at, factors_at = tile.position.row_prev * S.H, tile.sequence.index.to(tl.int64) * S.H
             h_prev = Rows(h_prev_ptr, at, tile.position.continues, hidden.dropout_h_ptr, factors_at)
@@ -49,18 +51,19 @@ def step_forward_kernel(
             x, c_prev, rest_prev = states.load_cells(c_prev_ptr, cell, tile.cells, B, S)
             z = indexing.split_gates(unless_timed_out(z, poll_limit))
 
+            # Gates and cell, then store h.
             constants, share_c, h_kept = load_beside(h_prev_ptr, hidden, cell, tile, S)
             h, _, _ = forward_cells(x, z, c_prev, rest_prev, constants, share_c, cell, tile, B, S)
             states.store_hidden(h, hidden, h_kept, tile.cells)
         if WAITS and step + 1 < T:
             poll_limit = grid_barrier(arrivals, step + 1, poll_limit, step)
-        if not WAITS and S.HEADS > 1:  # the only program of a head
+        if not WAITS and S.HEADS > 1:  # the only program of a head waits for its own threads
             tl.debug_barrier()
 
 
 @triton.jit
 def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.constexpr):
-    """W_hh^T dgates of the step after, [BB, units]; if there are several parts of K, of the tile's part alone."""
+    """Return W_hh^T dgates of the next step, [BB, units]. With several parts of K it is the product over the tile's part."""
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, batch, S.REVERSE)
     dgates_ptr, at = operands.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
@@ -71,7 +74,10 @@ def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.cons
 
 @triton.jit
 def product_round(weight_hh_ptr, dgates_ptr, sums_ptr, step, batch, poll_limit, S: tl.constexpr):
-    """Products of parts of K, each for PARTS times as many units, which reads less. The next round adds them up."""
+    """Compute and store the products over parts of K. The next round adds them up.
+
+    A program computes one part for the units of PARTS tiles, which reads less than all of K for the units of one tile.
+    """
     unit_tiles = tl.cdiv(S.TILES, S.PARTS) * S.PARTS
     for number in range(tl.program_id(0), tl.cdiv(batch.B, S.BLOCK_B) * unit_tiles, tl.num_programs(0)):
         tile = indexing.tile_of(number, step, batch, S, S.PARTS)
@@ -81,12 +87,12 @@ def product_round(weight_hh_ptr, dgates_ptr, sums_ptr, step, batch, poll_limit, 
 
 @triton.jit(repr=name_in_profiles("step_backward_kernel"), do_not_specialize=["T", "B"])
 def step_backward_kernel(
-    weight_hh_ptr,
-    sums_ptr,  # [PARTS, B, H] float32: products of parts of K, if there are several
+    weight_hh_ptr,  # [GATES H, D]
+    sums_ptr,  # [PARTS, B, H] float32: the products over parts of K. None if there is one part
     hidden: HiddenBackward, cell: CellBackward, saved: Saved, arrivals: Arrivals, lengths_ptr, resets_ptr, T, B,
     S: tl.constexpr,
 ):  # fmt: skip
-    """All steps, from the last to the first; grid (programs, 1, heads)."""
+    """Run all steps backward, from the last to the first. The grid is (programs, 1, heads)."""
     ROUNDS: tl.constexpr = 2 if S.PARTS > 1 else 1
     WAITS: tl.constexpr = arrivals.arrivals_ptr is not None
     tl.static_assert(S.GATES * S.D % S.PARTS == 0, "parts of K are equal")
@@ -99,6 +105,7 @@ def step_backward_kernel(
             product_round(weight_hh_ptr, cell.dgates_ptr, sums_ptr, step, batch, poll_limit, S)
             poll_limit = grid_barrier(arrivals, ROUNDS * back + 1, poll_limit, step)
         for number in range(tl.program_id(0), tl.cdiv(B, S.BLOCK_B) * S.TILES, tl.num_programs(0)):
+            # Product: dh = W_hh^T dgates, for the tile's units [BB, BH]. Then cell and gates.
             tile = indexing.tile_of(number, step, batch, S)
             if S.PARTS > 1:
                 dh = operands.sum_of_parts(sums_ptr, tile, B, S)
