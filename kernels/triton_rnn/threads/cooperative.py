@@ -16,20 +16,22 @@ is a *turn*. One turn of a program, forward:
     L2: h of own units         <-publish-   one word for PER units: first, because all others wait for it
     memory: h_n, c, gates      <--store--   last, while the words of the others arrive
 
-Backward, the words are dgates, and one more exchange follows the sum over the warps:
+In the backward pass the words are dgates, and one more exchange follows the sum over the warps:
 
     forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
     backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
                GATES / PARTNERS gates for all of these units, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the
                dgates of these gates. Partners publish their sums for each other, and each adds them up.
 
-In the product a thread's column is a sequence, and K is split over the warps (fragments.py). Afterwards a thread owns a
-cell, one unit of one sequence. A word (exchange.py) has PER units. A row of H units is W = ceil(H / PER) words, and the
-last word may be half empty. So the weights are passed as words, too.
+K is the dimension that the product sums over. It is split over the warps, and the column of a thread in the product is a
+sequence (fragments.py). After the product each thread owns a cell, one unit of one sequence. A word (exchange.py) has PER
+units. A row of H units is W = ceil(H / PER) words, and the last word may be half empty. The weights are passed as words,
+too.
 
-Each head has groups of its own, along the last axis of the grid. H here means the D units of a head. A row has W words
-for each head, in dgates for each gate. So a program multiplies the gates of a head in PIECES, each by a share of its
-warps. `sizes` in plans/threads.py computes the sizes of K that follow.
+Each head has its own groups, along the last axis of the grid. H here means the D units of a head. A row of h has W words
+for each head. A row of dgates has W words for each gate and head, so the gates of one head are not neighbours. A program
+therefore multiplies the gates of its head in PIECES, each by a share of its warps. `sizes` in plans/threads.py computes
+these sizes.
 """
 
 from collections import namedtuple
@@ -44,28 +46,31 @@ from ..exchange import Wait, Words, collect, in_phase, look, neighbours, pack, p
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 
-# The cell of each thread, all [THREADS]: the number of its unit among the program's, its place in the head, its unit,
-# the column of the batch tile that is its sequence, whether it has one, and whether it publishes a word.
+# The cell of each thread. All fields are [THREADS]: the number of the unit among the program's units, its place in the
+# head, and the unit in the layer; the column of the sequence in the batch tile; whether the thread has a cell; whether it
+# publishes a word.
 Owned = namedtuple("Owned", "local place unit column is_cell is_word")
-# Where that cell is in a turn: the number of the batch tile; unit, Sequences, Position and Offsets [THREADS].
+# The cell of each thread in one turn: the number of the batch tile; and the unit, Sequences, Position and Offsets, each
+# [THREADS].
 Here = namedtuple("Here", "tile unit sequence position cells")
-# The h that a turn starts from, of the sequence in each thread's column: its Words, the sequence's index in the batch
-# [THREADS], and what a look ahead found there, 4 CHUNKS words [THREADS] or none.
+# h before a turn, for the sequence in each thread's column: its Words, the index of the sequence in the batch [THREADS],
+# and the result of a look ahead at the words, a tuple of 4 CHUNKS [THREADS] int32, or an empty tuple.
 Before = namedtuple("Before", "words index seen")
-# A thread's sums over the warps' products: for each its row and column in the product, its unit, and whether it is
-# published to the partners, tuples of [THREADS]; last whether the thread has any sum, [THREADS].
+# The sums over all warps that each thread computes. The first four fields are tuples with a [THREADS] for each sum: its
+# row and column in the product, its unit, and whether it is published for the partners. The last field [THREADS] says
+# whether the thread has any sum.
 Sums = namedtuple("Sums", "rows columns units published wanted")
 
 
 @triton.jit
 def tiles_of_group(B):
-    """How many batch tiles a group of programs has."""
+    """Return the number of batch tiles of the program's group."""
     return tl.cdiv(tl.cdiv(B, SEQUENCES) - tl.program_id(1), tl.num_programs(1))
 
 
 @triton.jit
 def next_turn(step, tile, steps: tl.constexpr, B):
-    """(step, tile) of the turn after this one: of the group's next batch tile, or `steps` later of the first."""
+    """Return (step, tile) of the next turn: the group's next batch tile, or the first one `steps` steps later."""
     tile += tl.num_programs(1)
     last = tile * SEQUENCES >= B
     return tl.where(last, step + steps, step), tl.where(last, tl.program_id(1), tile)
@@ -73,7 +78,7 @@ def next_turn(step, tile, steps: tl.constexpr, B):
 
 @triton.jit
 def cell_of_thread(first_place, S: tl.constexpr):
-    """What each thread owns where the program has UNITS units from `first_place` on."""
+    """Return the cell that each thread owns, in a program with UNITS units from `first_place` on, as Owned."""
     thread = tl.arange(0, 32 * S.WARPS)
     local, column = thread % S.UNITS, thread // S.UNITS
     place, in_tile = first_place + local, column < SEQUENCES
@@ -84,7 +89,7 @@ def cell_of_thread(first_place, S: tl.constexpr):
 
 @triton.jit
 def here_at(step, tile, owned, batch, S: tl.constexpr):
-    """Where the thread's cell is at a step of a batch tile."""
+    """Return the thread's cell at a step of a batch tile, as Here."""
     sequence = indexing.sequences(tile * SEQUENCES + owned.column, batch)
     position = indexing.position(step, sequence, batch, S.REVERSE)
     cells = indexing.cells_at(sequence, position, owned.unit, owned.is_cell, S.H)
@@ -93,7 +98,7 @@ def here_at(step, tile, owned, batch, S: tl.constexpr):
 
 @triton.jit
 def of_head(words_ptr, S: tl.constexpr):
-    """Where the words of the program's head begin in a row of all heads."""
+    """Advance a pointer to a row of all heads to the words of the program's head."""
     if S.HEADS > 1:
         words_ptr += tl.program_id(2) * S.W
     return words_ptr
@@ -101,18 +106,21 @@ def of_head(words_ptr, S: tl.constexpr):
 
 @triton.jit
 def place_in_row(S: tl.constexpr):
-    """(Which piece of a row a thread multiplies, its first word there): it has four words of every STRIDE."""
+    """Return (the piece of a row that a thread multiplies, its first word there). It has four of every STRIDE words."""
     thread, piece = threads(S.WARPS), 0
     warp = thread.warp
-    if S.PIECES > 1:  # each is for as many warps
+    if S.PIECES > 1:  # all pieces have the same number of warps
         piece, warp = warp // (S.WARPS // S.PIECES), warp % (S.WARPS // S.PIECES)
     return piece, warp * 16 + thread.quarter * 4
 
 
 @triton.jit
 def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr, S: tl.constexpr):
-    """The program's weights, ROWS rows of PIECES of K words: forward W_hh, where row r is gate r // UNITS, unit
-    r % UNITS; backward a partner's W_hh^T, whose rows are the units of all partners."""
+    """Load the program's weights, ROWS rows of PIECES pieces of K words, as load_weights returns them.
+
+        forward     W_hh. Row r is gate r // UNITS of unit r % UNITS.
+        backward    W_hh^T of the partner's gates. The rows are the units of all partners.
+    """
     BY_GATE: tl.constexpr = ROWS > S.PARTNERS * S.UNITS
     piece, first = place_in_row(S)
     piece, rows = piece - S.ZEROS, ()
@@ -129,7 +137,11 @@ def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 
 @triton.jit
 def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
-    """The h Before a turn, in [T * B + B]: h of every step, and last h0; no words where it is reset, and in padding."""
+    """Return h before a turn, as Before.
+
+    The rows of words are [T * B + B]: h of every step, then h0. There are no words at a reset and in padding, so h counts
+    as zero there.
+    """
     _, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     continues = indexing.position(step, sequence, batch, S.REVERSE).continues
@@ -143,7 +155,7 @@ def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
 
 @triton.jit
 def gates_of_cell(products, owned, turn, S: tl.constexpr):
-    """W_hh h of the thread's cell, of all four gates, from the warps' products."""
+    """Sum the products of all warps: return the four gates of W_hh h for the thread's cell, each [THREADS]."""
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     rows = ()
     for n in tl.static_range(GATES):
@@ -155,14 +167,17 @@ def gates_of_cell(products, owned, turn, S: tl.constexpr):
 @triton.jit(repr=name_in_profiles("cooperative_forward_kernel"), do_not_specialize=["T", "B"])
 def cooperative_forward_kernel(
     weights_ptr,  # [4H, W] int32: W_hh
-    words_ptr,  # [T*B + B, HEADS W] int32: h of every step, out and the exchange, sentinels beforehand; then h0
-    hidden: HiddenPointers,  # h_ptr is None, for the words; h_n is h after every step; dropout_h is [B, HEADS W] int32
+    words_ptr,  # [T*B + B, HEADS W] int32: h of every step, the result and the exchange, first sentinels. Then h0
+    hidden: HiddenPointers,  # h_ptr is None, since words_ptr has h. h_n gets h of every step. dropout_h has int32 words
     cell: CellPointers, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps of a program's units; grid (programs of a group, groups, heads)."""
+    """Run all steps forward for a program's units. The grid is (programs of a group, groups, heads).
+
+    Each tensor of cells is [THREADS]. h_prev is a tuple of 4 CHUNKS words [THREADS]. dropout_h is [B, HEADS W].
+    """
     DTYPE: tl.constexpr = cell.gates_ptr.dtype.element_ty
 
-    # W_hh of the program's units, once.
+    # Load W_hh of the program's units, once.
     first_place = tl.program_id(0) * S.UNITS
     weights = load_rows(weights_ptr, first_place, S.GATES * S.UNITS, DTYPE, S)
     owned, words_ptr = cell_of_thread(first_place, S), of_head(words_ptr, S)
@@ -173,14 +188,14 @@ def cooperative_forward_kernel(
     if S.AHEAD:
         before = h_before(step, tile, words_ptr, batch, S)
     for turn in range(T * tiles_of_group(B)):
-        # Load before waiting: the data arrive meanwhile. As stored, since to convert them is to wait for them.
+        # Load. The data arrive during the wait. They stay as stored, since a conversion would wait for them.
         here = here_at(step, tile, owned, batch, S)
         cells = here.cells
         x, c_prev, rest_prev = states.load_cells(cell.c_n_ptr, cell, cells, B, S)
         share_c = noise.load_share(cell.zoneout_c_ptr, cells)
         h_kept = states.load_h_before(hidden, tl.where(step == 0, hidden.h0_ptr, hidden.h_n_ptr), cells.state_at, cells)
 
-        # Collect what the group published in the turn before, and multiply: the four gates of the thread's cell.
+        # Collect h before the step, which the group published, and multiply: z has the four gates of the thread's cell.
         if not S.AHEAD:
             before = h_before(step, tile, words_ptr, batch, S)
         wait = Wait(error_ptr, step, delay, None)
@@ -191,20 +206,22 @@ def cooperative_forward_kernel(
             h_prev = scale(h_prev, factors_ptr, before.words.left, S.STRIDE, DTYPE)
         z = gates_of_cell(product(weights, h_prev, DTYPE), owned, turn, S)
 
-        # The words of the next turn arrive while the cell of this one is computed.
+        # Look ahead. The words of the next turn arrive while the cell of this turn is computed.
         next_step, next_tile = next_turn(step, tile, 1, B)
         if S.AHEAD:
             before = h_before(next_step, next_tile, words_ptr, batch, S)
 
+        # Gates and cell.
         gates, c, rest = cell_forward(x, z, c_prev, rest_prev, constants, len(constants) > 0, S)
         h = output(gates[3], c, S)
         c, h = noise.zoneout(c, (c_prev,) + share_c), noise.zoneout(h, h_kept)
 
-        # Publish first: the others wait for it. Padding gets zeros.
+        # Publish h before anything is stored, since the other programs wait for it. In padding it is zero.
         h = tl.where(cells.valid, h, 0.0)
         word_ptr = words_ptr + here.position.row * (S.HEADS * S.W) + owned.place // S.PER
         publish(word_ptr, pack(h, DTYPE), owned.is_word & here.sequence.in_batch)
 
+        # Store.
         tl.store(hidden.h_n_ptr + cells.state_at, h, mask=cells.valid)
         tl.store(cell.c_n_ptr + cells.state_at, c, mask=cells.valid)
         states.store_rest(cell.c_n_ptr, rest, cells, cells.valid, B, S)
@@ -214,8 +231,11 @@ def cooperative_forward_kernel(
 
 @triton.jit
 def dgates_after(step, tile, words_ptr, batch, S: tl.constexpr):
-    """The Words of the next step's dgates, PIECES of K for each sequence. It waits in padding and at resets, too:
-    otherwise it could run ahead and overwrite sums that another has not read."""
+    """Return the Words of the next step's dgates: PIECES pieces of K words for each sequence.
+
+    There are words in padding and at resets, too. Without that wait a program could run ahead and overwrite partial sums
+    that a partner has not read.
+    """
     piece, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
     row = indexing.row_of(indexing.time_of(step + 1, sequence.length, S.REVERSE), sequence.index, batch.B)
@@ -225,7 +245,10 @@ def dgates_after(step, tile, words_ptr, batch, S: tl.constexpr):
 
 @triton.jit
 def sums_of_thread(first_place, S: tl.constexpr):
-    """Every thread's Sums: of its own cell, or with partners those that it publishes, for the units of all."""
+    """Return the Sums of each thread: the sum of its own cell, or with partners the sums that it publishes.
+
+    With partners the sums cover the units of all partners.
+    """
     ROWS: tl.constexpr = S.PARTNERS * S.UNITS
     rows, columns, units, published = (), (), (), ()
     for n in tl.static_range((ROWS + 4 * S.WARPS - 1) // (4 * S.WARPS)):
@@ -240,19 +263,22 @@ def sums_of_thread(first_place, S: tl.constexpr):
 
 @triton.jit
 def sum_of_partners(found, sums, partials_ptr, here, wait, B, S: tl.constexpr):
-    """(What all partners found for the thread's cell, the delay of the next wait for that). A program that has partners
-    publishes for them what it `found`, its Sums."""
+    """Return (the sum over all partners for the thread's cell, the delay of the next wait for such sums).
+
+    `found` has the values of this program's Sums. A program without partners returns the first. A program with partners
+    publishes all, collects the values of all partners for its own cells, and adds them up in a fixed order.
+    """
     PARTNERS: tl.constexpr = S.PARTNERS  # Triton 3.4 takes no field of a tuple for static_range
     total, delay = found[0], wait.delay
     if PARTNERS > 1:
-        ROW: tl.constexpr = PARTNERS * S.H  # of a sequence, in partials
+        ROW: tl.constexpr = PARTNERS * S.H  # words of a sequence in partials
         own_ptr = partials_ptr + tl.program_id(0) % PARTNERS * S.H
         for n in tl.static_range(len(found)):
             index = here.tile * SEQUENCES + sums.columns[n]
             word_ptr = own_ptr + index.to(tl.int64) * ROW + sums.units[n]
             publish(word_ptr, in_phase(pack(found[n], tl.float32), wait.phase), sums.published[n] & (index < B))
         first_ptr = partials_ptr + here.sequence.index.to(tl.int64) * ROW + here.unit
-        words = Words(first_ptr, tl.where(here.cells.in_tile, ROW, 0))  # at every step: no phase is skipped
+        words = Words(first_ptr, tl.where(here.cells.in_tile, ROW, 0))  # at every step, so that no phase is skipped
         of_partners, delay = collect(words, wait, (), PARTNERS, 1, S.H, 1)
         total = of_partners[0].to(tl.float32, bitcast=True)
         for n in tl.static_range(1, PARTNERS):
@@ -263,27 +289,31 @@ def sum_of_partners(found, sums, partials_ptr, here, wait, B, S: tl.constexpr):
 @triton.jit(repr=name_in_profiles("cooperative_backward_kernel"), do_not_specialize=["T", "B"])
 def cooperative_backward_kernel(
     weights_ptr,  # [PARTNERS, H, GATES / PARTNERS * W] int32: W_hh^T of each partner's gates
-    words_ptr,  # [T*B, 4, HEADS W] int32: dgates, out and the exchange, sentinels beforehand
-    partials_ptr,  # [B, PARTNERS, H] int32: float32 words whose last bits are one beforehand; None without partners
+    words_ptr,  # [T*B, 4, HEADS W] int32: dgates, the result and the exchange, first sentinels
+    partials_ptr,  # [B, PARTNERS, H] int32: words of float32, whose last bits are first one. None without partners
     hidden: HiddenBackward,
-    cell: CellBackward,  # dgates_ptr is None, for the words
+    cell: CellBackward,  # dgates_ptr is None, since words_ptr has dgates
     saved: Saved, lengths_ptr, resets_ptr, error_ptr, T, B, S: tl.constexpr,
 ):  # fmt: skip
-    """All steps of a program's units, from the last to the first; grid (programs of a group, groups, heads)."""
+    """Run all steps backward for a program's units, from the last to the first.
+
+    The grid is (programs of a group, groups, heads). Each tensor of cells is [THREADS]. dgates is a tuple of 4 CHUNKS
+    words [THREADS].
+    """
     DTYPE: tl.constexpr = saved.gates_ptr.dtype.element_ty
-    # W_hh^T of the program's gates for the units of all partners, once.
+    # Load W_hh^T of the program's gates for the units of all partners, once.
     partner, first_place = tl.program_id(0) % S.PARTNERS, tl.program_id(0) // S.PARTNERS * (S.PARTNERS * S.UNITS)
     weights = load_rows(weights_ptr, first_place, S.PARTNERS * S.UNITS, DTYPE, S)
     owned, sums = cell_of_thread(first_place + partner * S.UNITS, S), sums_of_thread(first_place, S)
     peepholes = states.load_constants(cell.weight_peephole_ptr, owned.unit, S.H)
     words_ptr = of_head(words_ptr, S)
-    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * S.OWN) * (S.HEADS * S.W)  # of the program's gates
+    dgates_ptr = words_ptr + (4 - (S.PARTNERS - partner) * S.OWN) * (S.HEADS * S.W)  # dgates of the program's gates
 
     batch = Batch(lengths_ptr, resets_ptr, T, B)
     step, tile = T - 1, tl.program_id(1)
     delay, delay_of_sums = tl.zeros_like(owned.unit), tl.zeros_like(owned.unit)
     for turn in range(T * tiles_of_group(B)):
-        # Load before waiting: the data arrive meanwhile. As stored, as forward.
+        # Load. The data arrive during the wait. They stay as stored, since a conversion would wait for them.
         here = here_at(step, tile, owned, batch, S)
         cells, position = here.cells, here.position
         loaded = states.load_saved(saved, step, cells, S.H)
@@ -292,8 +322,8 @@ def cooperative_backward_kernel(
         dh_given, share_c = states.load_gradients_given(hidden, cells), noise.load_share(cell.zoneout_c_ptr, cells)
         next_continues = indexing.position(step + 1, here.sequence, batch, S.REVERSE).continues
 
-        # Collect dgates of the step after, and multiply: the part of dh of all partners' units that comes from this
-        # program's gates. Add up what the warps found, then the partners.
+        # Collect dgates of the next step, and multiply. The products are the part of dh that comes from this program's
+        # gates, for the units of all partners. Add up the products of the warps, then the sums of the partners.
         words = dgates_after(step, tile, dgates_ptr, batch, S)
         wait = Wait(error_ptr, step, delay, None)
         dgates, delay = collect(words, wait, (), S.CHUNKS, 4, S.STRIDE, neighbours(S.K))
@@ -303,14 +333,14 @@ def cooperative_backward_kernel(
         dh, delay_of_sums = sum_of_partners(found, sums, partials_ptr, here, wait, B, S)
         dh = states.gradient_of_h(tl.where(next_continues, dh, 0.0), dh_given, hidden, cells)
 
-        # Output and cell. In padding every factor was loaded as zero, so its gradients are zero.
+        # Output and cell. In padding every factor was loaded as zero, so all gradients are zero.
         gates, c, c_prev = states.as_float(loaded, cell.zoneout_c_ptr, S)
         dc, dc_stayed = noise.zoneout_backward(dc, share_c)
         dz_o, dc_by_m = output_backward(gates[3], c, dh, S)
         dz, dc_prev, drest = cell_backward(gates, c_prev, dz_o, dc + dc_by_m, drest, peepholes, len(peepholes) > 0, S)
         dc_prev = noise.add_stayed(dc_prev, dc_stayed, cell.zoneout_c_ptr)
 
-        # Publish first, then store.
+        # Publish dgates, then store.
         word_ptr = words_ptr + position.row * (4 * S.HEADS * S.W) + owned.place // S.PER
         for n in tl.static_range(4):
             publish(word_ptr + n * (S.HEADS * S.W), pack(dz[n], DTYPE), owned.is_word & here.sequence.in_batch)

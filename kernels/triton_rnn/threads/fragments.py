@@ -1,16 +1,17 @@
 """Products on tensor cores, written thread by thread.
 
-Of a tensor with as many elements as a program has threads, [THREADS], element t belongs to thread t.
+[THREADS] is a tensor with as many elements as the program has threads. Element t belongs to thread t.
 
 A product is mma.sync, D = A B + D, of 16 rows of weights and 8 sequences (PTX ISA, "Matrix Fragments for mma.m16n8k16",
-and for m16n8k8 with .tf32). K counts words of 32 bits: two neighbouring half-precision elements, or one float32.
-Every thread of a warp has elements of A, B and D, by its
+and for m16n8k8 with .tf32). K is the dimension that it sums over. It counts words of 32 bits: two neighbouring elements
+of half precision, or one of float32. The place of a thread in its warp decides which elements of A, B and D it has:
 
-    column   lane // 4: a sequence in B; the rows column and column + 8 in A and D
-    quarter  lane % 4: two words of K in A and B; the sequences 2 quarter and 2 quarter + 1 in D
+                           in A                        in B            in D
+    column = lane // 4     rows column, column + 8     the sequence    rows column, column + 8
+    quarter = lane % 4     two words of K              two words of K  sequences 2 quarter, 2 quarter + 1
 
-The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes), for two
-successive products; the four quads of a row are a chunk of K, 16 words.
+The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes), which serve
+two successive products. The four quads of a row are a chunk of K, 16 words.
 """
 
 from collections import namedtuple
@@ -21,13 +22,14 @@ import triton.language as tl
 from ..exchange import Words, look, neighbours
 from ..features import constexpr_function, constraints, types
 
-SEQUENCES = tl.constexpr(8)  # of a product
-Threads = namedtuple("Threads", "number warp column quarter")  # of a program, each [THREADS]
+SEQUENCES = tl.constexpr(8)  # the number of sequences in a product
+# The threads of a program: the number, the warp, and column and quarter as above. Each field is [THREADS].
+Threads = namedtuple("Threads", "number warp column quarter")
 
 
 @triton.jit
 def threads(WARPS: tl.constexpr):
-    """The Threads of a program."""
+    """Return the Threads of a program."""
     number = tl.arange(0, 32 * WARPS)
     return Threads(number, number // 32, number % 32 // 4, number % 4)
 
@@ -35,14 +37,16 @@ def threads(WARPS: tl.constexpr):
 @triton.jit
 def load_weights(
     words_ptr,  # [rows, W] int32
-    rows,  # tuple of 2 TILES row numbers [THREADS], for each tile those of the rows column and column + 8; -1: zeros
+    rows,  # tuple of 2 TILES row numbers [THREADS]: two for each tile, for its rows column and column + 8. -1: zeros
     first,  # [THREADS] the first word of the thread's first quad
     W: tl.constexpr, STRIDE: tl.constexpr, DTYPE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """A of TILES x 16 rows and CHUNKS chunks, of which a thread's are STRIDE words apart: a tuple of [THREADS] words,
-    which stays in registers."""
+    """Load A, with TILES x 16 rows and CHUNKS chunks of K: return a tuple of [THREADS] words, which stay in registers.
+
+    The chunks of a thread are STRIDE words apart.
+    """
     quads, weights = (), ()
-    for n in tl.static_range(len(rows)):  # a load a word would take Triton many times as long to compile
+    for n in tl.static_range(len(rows)):  # one load for each word would take Triton many times as long to compile
         words = Words(words_ptr + rows[n].to(tl.int64) * W + first, tl.where(rows[n] < 0, 0, W - first))
         quads = quads + (look(words, CHUNKS, 4, STRIDE, neighbours(W)),)
     for chunk in tl.static_range(CHUNKS):
@@ -54,14 +58,16 @@ def load_weights(
 
 @triton.jit
 def to_tf32(words):
-    """float32 words, rounded to the nearest TF32, ties away from zero: tensor cores would cut off the rest."""
+    """Round words of float32 to the nearest TF32, ties away from zero. Tensor cores would truncate them."""
     return tl.where((words & 0x7F800000) == 0x7F800000, words, (words + 0x1000) & -0x2000)  # except infinity and NaN
 
 
 @triton.jit
 def product(weights, x, DTYPE: tl.constexpr):
-    """D, a tuple of 4 TILES [THREADS] float32: of each tile the rows column and column + 8, each of two sequences. A is
-    from `load_weights`, B is x, a tuple of CHUNKS quads of [THREADS] words."""
+    """Return D = A B, a tuple of 4 TILES [THREADS] float32: two rows of each tile, and two sequences of each row.
+
+    A is `weights`, from load_weights. B is x, a tuple of 4 CHUNKS [THREADS] words.
+    """
     CHUNKS: tl.constexpr = len(x) // 4
     TILES: tl.constexpr = len(weights) // (8 * CHUNKS)
     return tl.inline_asm_elementwise(
@@ -72,8 +78,11 @@ def product(weights, x, DTYPE: tl.constexpr):
 
 @triton.jit
 def scale(x, factors_ptr, left, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
-    """x, as for `product`, times factors, rounded to DTYPE: they lie like the Words of x, by factors_ptr and left, both
-    [THREADS]."""
+    """Return x, the operand of `product`, times factors, rounded to DTYPE.
+
+    The factors have the same layout as the Words of x: factors_ptr [THREADS] points to the first word of each thread, and
+    `left` [THREADS] counts the words that remain from there.
+    """
     scaled = ()
     for n in tl.static_range(len(x)):
         offset = n // 4 * STRIDE + n % 4
@@ -88,7 +97,7 @@ def scale(x, factors_ptr, left, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def multiply_halves(a, b, DTYPE: tl.constexpr):
-    """The product of the low halves, int32."""
+    """Return the product of the low halves of two words, as the low half of an int32."""
     a, b = a.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32), b.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
     return (a * b).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
@@ -96,12 +105,14 @@ def multiply_halves(a, b, DTYPE: tl.constexpr):
 @triton.jit
 def share(
     values,  # tuple of [THREADS]
-    sequences, elements,  # tuples of [THREADS]: the sequence of each value, in turn; its element of that row
-    buffer,  # 0 and 1 alternately, so that a call does not write where the one before did
-    CHUNKS: tl.constexpr,  # of a row; even
+    sequences, elements,  # tuples of [THREADS]: the sequence of each value, cyclically; its element in that row
+    buffer,  # 0 and 1 alternately, so that a call does not overwrite the values of the call before it
+    CHUNKS: tl.constexpr,  # the number of chunks of a row, which is even
 ):  # fmt: skip
-    """Share 8 rows of K, of which each thread has some elements, with all warps of the program, through shared memory
-    [2, 8 sequences, 16 CHUNKS words], with one barrier, as `sum_over_warps`. Returns where they are, for `take`."""
+    """Share 8 rows of K with all warps of the program, through shared memory. Each thread has some elements of the rows.
+
+    Shared memory is [2, 8 sequences, 16 CHUNKS words]. A call has one barrier. Returns the address of the rows, for `take`.
+    """
     COUNT: tl.constexpr = len(values)
     SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
     bits, places = (), ()
@@ -116,8 +127,10 @@ def share(
 
 @triton.jit
 def take(shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
-    """B for COUNT chunks of a row's CHUNKS, from the even chunk FIRST on, of the thread's column: a tuple of 4 COUNT
-    [THREADS] words. `shared` is from `share`."""
+    """Load B for COUNT of a row's CHUNKS chunks, from the even chunk FIRST on: return a tuple of 4 COUNT [THREADS] words.
+
+    The row is the sequence in the thread's column. `shared` is from `share`.
+    """
     thread = threads(WARPS)
     even = shared + shared_place(thread.column, 16 * thread.quarter, CHUNKS)
     odd = shared + shared_place(thread.column, 16 * thread.quarter + 64, CHUNKS)
@@ -129,23 +142,26 @@ def take(shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
 
 @triton.jit
 def shared_place(sequence, byte, CHUNKS: tl.constexpr):
-    """Where a byte of a sequence's row lies in shared memory: quads are swizzled by the sequence, so that neither the
-    threads of a store nor those of a load have a bank conflict."""
+    """Return the offset of a byte of a sequence's row in shared memory.
+
+    Quads are swizzled by the sequence, so that neither stores nor loads have bank conflicts.
+    """
     quad = (byte // 16) ^ (sequence % 2 * 4 + sequence // 2)
     return sequence * (64 * CHUNKS) + quad * 16 + byte % 16
 
 
 @triton.jit
 def sum_over_warps(
-    products,  # of `product`: each warp has multiplied other words of K
-    rows, sequences,  # tuples of [THREADS]: which elements of the sum a thread wants, sequences in turn
-    wanted,  # [THREADS] whether it wants any, the same in all threads of a warp; elsewhere sums are undefined
+    products,  # from `product`, where each warp has multiplied different words of K
+    rows, sequences,  # tuples of [THREADS]: the elements of the sum that a thread wants, with sequences cyclically
+    wanted,  # [THREADS], the same in all threads of a warp: whether the warp wants any. If not, its sums are undefined
     buffer,  # as for `share`
     WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Elements of the sum of all warps' products, as many [THREADS] float32, added up in the same order every time.
+    """Return the wanted elements of the sum of all warps' products, a tuple of [THREADS] float32.
 
-    In shared memory [2, WARPS, 16 TILES rows, 8 sequences]. Warps that want nothing leave bandwidth to the others.
+    The order of additions is fixed. The products go through shared memory [2, WARPS, 16 TILES rows, 8 sequences]. Warps
+    that want no sums load nothing, which leaves bandwidth to the other warps.
     """
     COUNT: tl.constexpr = len(rows)
     TILES: tl.constexpr = len(products) // 4
@@ -162,15 +178,18 @@ def sum_over_warps(
 
 @triton.jit
 def place(row, sequence):
-    """Where an element of a product lies in shared memory, in bytes: pairs of sequences are swizzled by the row, so
-    that neither the threads of a product nor neighbouring rows of one sequence have a bank conflict."""
+    """Return the offset of an element of a product in shared memory, in bytes.
+
+    Pairs of sequences are swizzled by the row, so that neither the threads that store a product nor threads that load
+    neighbouring rows of one sequence have bank conflicts.
+    """
     pair = (sequence // 2) ^ (row // 4 % 4)
     return 4 * (8 * row + 2 * pair + sequence % 2)
 
 
 @constexpr_function
 def multiplication(chunks: int, tiles: int, dtype: tl.dtype) -> str:
-    """PTX of `product`: $0 on are the sums, then the weights, then x."""
+    """Return the PTX of `product`. Its operands, from $0 on, are the sums, the weights, and x."""
     shape = {
         tl.float16: "m16n8k16.row.col.f32.f16.f16.f32",
         tl.bfloat16: "m16n8k16.row.col.f32.bf16.bf16.f32",
@@ -178,11 +197,11 @@ def multiplication(chunks: int, tiles: int, dtype: tl.dtype) -> str:
     }[dtype]
     a0, b0 = 4 * tiles, 4 * tiles + 8 * tiles * chunks
     zeros = ", ".join(["0f00000000"] * 4)
-    # Where a tile has many products, every other one has sums of its own, and need not wait.
+    # With one tile and many chunks, every other product has its own sums, and does not wait for the one before it.
     chains = 2 if tiles == 1 and chunks >= 4 else 1
     lines = [".reg .f32 odd<4>;"]
-    for n in range(2 * chunks):  # two products a quad
-        for tile in range(tiles):  # which do not wait for each other
+    for n in range(2 * chunks):  # a quad has two products
+        for tile in range(tiles):  # tiles do not wait for each other
             a, b = a0 + (n // 2 * tiles + tile) * 8 + n % 2 * 4, b0 + 2 * n
             d = ", ".join(f"odd{i}" if n % chains else f"${4 * tile + i}" for i in range(4))
             lines.append(
@@ -196,8 +215,12 @@ def multiplication(chunks: int, tiles: int, dtype: tl.dtype) -> str:
 
 @constexpr_function
 def summation(count: int, tiles: int, warps: int) -> str:
-    """PTX of `sum_over_warps`: sums, products, where the two rows of a thread begin, where sums lie, buffer, wanted."""
-    size = 4 * 8 * 16 * tiles  # bytes of a warp
+    """Return the PTX of `sum_over_warps`.
+
+    Its operands are the sums, the products, the offsets of the thread's two rows, the offsets of the sums, `buffer`, and
+    `wanted`.
+    """
+    size = 4 * 8 * 16 * tiles  # the bytes of a warp's products
     store, load, buffer = count + 4 * tiles, count + 4 * tiles + 2, 2 * count + 4 * tiles + 2
     lines = [
         f".shared .align 16 .b8 sums[{2 * warps * size}];",
@@ -219,7 +242,7 @@ def summation(count: int, tiles: int, warps: int) -> str:
 
 @constexpr_function
 def sharing(count: int, chunks: int, size: int) -> str:
-    """PTX of `share`: where it lies, the values, their places, the buffer."""
+    """Return the PTX of `share`. Its operands are the address of the rows, the values, their offsets, and `buffer`."""
     size_of_buffer = 8 * 64 * chunks
     lines = [
         f".shared .align 16 .b8 shared[{2 * size_of_buffer}];", ".reg .b32 at;",
@@ -232,7 +255,8 @@ def sharing(count: int, chunks: int, size: int) -> str:
 
 @constexpr_function
 def taking(first: int, count: int) -> str:
-    """PTX of `take`: the words, where the thread's quads of even and of odd chunks begin."""
+    """Return the PTX of `take`. Its operands are the words, and the addresses of the thread's first quads in even and in
+    odd chunks."""
     lines = []
     for n in range(count):
         words = f"${4 * n}, ${4 * n + 1}, ${4 * n + 2}, ${4 * n + 3}"
