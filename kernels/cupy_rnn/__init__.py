@@ -1,4 +1,4 @@
-"""The CuPy backend: launch.py is its layer.Launcher. What is known of it without CuPy, see layer.Package:"""
+"""The CuPy backend. This module is its contract.Package, which needs no CuPy. launch.py is its contract.Launcher."""
 
 import torch
 

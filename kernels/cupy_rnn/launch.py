@@ -1,4 +1,5 @@
-"""The CuPy backend: the kernels of cuda/, compiled at first use, which by_steps.py launches at every step."""
+"""The launcher of the CuPy backend. The kernels of cuda/ are compiled at first use. by_steps.py launches them at every
+step."""
 
 import functools
 import re
@@ -18,13 +19,13 @@ from ..memory import checking, margins
 from ..problem import Pass, Problem
 
 FOLDER = Path(__file__).with_name("cuda")
-CELLS = "lstm", "gru", "slstm"  # of equations.cu
+CELLS = "lstm", "gru", "slstm"  # the cells in equations.cu
 FILES = "instructions", "elements", "equations", "steps"
-"""Of the folder; each knows those before it."""
+"""The files of the folder, in an order where each uses only the files before it."""
 KERNELS = "after_product", "before_product"
 ELEMENTS = {torch.float32: "float", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 OPTIONS = ("-std=c++17",)
-THREADS = 128  # of a block, as in steps.cu
+THREADS = 128  # threads of a block, as in steps.cu
 PLAN = OnlyPlan("cupy", "cupy's kernels are slower")
 
 
@@ -34,13 +35,13 @@ def texts() -> dict[str, str]:
 
 
 def join(texts: dict[str, str]) -> str:
-    """All files as one text, for which the compiler's messages still name file and line."""
+    """Join all files to one text. The compiler's messages still name the file and the line."""
     return "\n".join(f'#line 1 "{name}.cu"\n{text}' for name, text in texts.items())
 
 
 @functools.cache
 def layout() -> Any:
-    """The dtype of `Call` in steps.cu."""
+    """Return the numpy dtype of the struct `Call`, read from the source of steps.cu."""
     import numpy
 
     body = re.search(r"struct Call \{(.*?)\};", re.sub("//.*", "", texts()["steps"]), re.DOTALL)
@@ -50,7 +51,7 @@ def layout() -> Any:
 
 
 def put(call: Any, arguments: dict[str, Any]) -> Any:
-    """Put arguments into a `Call`, tensors as their addresses and None as a null pointer."""
+    """Put arguments into a `Call`, tensors as their addresses and None as a null pointer, and return it."""
     for name, a in arguments.items():
         call[name.removesuffix("_ptr")] = address(a) if isinstance(a, Tensor) else a or 0
     return call
@@ -61,20 +62,20 @@ address = Tensor.data_ptr  # tests replace these two
 
 @functools.cache
 def loaded(device: torch.device, name: str) -> Callable[..., None]:
-    """A kernel, loaded on a device, which is the current one: called with grid, block and arguments."""
+    """Load a kernel on a device, which must be the current one. The result is called with grid, block and arguments."""
     import cupy
 
     return cupy.RawModule(code=join(texts()), options=OPTIONS, name_expressions=[name]).get_function(name)
 
 
 def name_of(part: Part, backward: bool) -> str:
-    """The C++ name of the kernel for a part of every step."""
+    """Return the C++ name of the kernel that computes a part of every step."""
     p = part.problem
     return f"{KERNELS[backward]}<{ELEMENTS[p.dtype]}, {p.cell.capitalize()}, '{part.start}', '{part.end}'>"
 
 
 def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, Any]) -> by_steps.Launch:
-    """See by_steps.Bind. CuPy passes a numpy array of one element by value."""
+    """Bind the arguments of a part, see by_steps.Bind. CuPy passes a numpy array of one element by value."""
     import numpy
 
     p, function = part.problem, loaded(device, name_of(part, backward))
@@ -93,7 +94,7 @@ def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, 
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
-    """See contract.Launcher; as what follows below."""
+    """Prepare the launches of a pass, see contract.Launcher, which also describes the functions below."""
     p, backward = by_steps.within(problem), pass_.backward
     loop = by_steps.backward_steps if backward else by_steps.forward_steps
     binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
@@ -108,13 +109,13 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
 
 
 def stream(device: torch.device) -> Any:
-    """torch's current stream on a device, as CuPy knows it."""
+    """Return torch's current stream on a device as a stream of CuPy."""
     import cupy
 
     current = torch.cuda.current_stream(device)
     if hasattr(cupy.cuda.Stream, "from_external") and hasattr(current, "__cuda_stream__"):
         return cupy.cuda.Stream.from_external(current)
-    return cupy.cuda.ExternalStream(current.cuda_stream, device.index)  # CuPy older than 14, or torch than its protocol
+    return cupy.cuda.ExternalStream(current.cuda_stream, device.index)  # for a CuPy before 14, or a torch without `__cuda_stream__`
 
 
 BACKEND = "cupy"

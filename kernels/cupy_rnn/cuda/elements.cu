@@ -1,4 +1,5 @@
-// Elements of tensors, rounded to nearest, ties to even. Our own two-byte types, since not every CuPy ships CUDA's headers.
+// Loads and stores of elements of tensors. Stores round to nearest, ties to even. The two-byte types are defined here,
+// since not every CuPy ships CUDA's headers.
 
 struct bfloat16 {
     unsigned short bits;
@@ -13,12 +14,13 @@ __device__ inline void round_to(bfloat16& y, float x) {  // before sm_80 there i
 }
 __device__ inline void round_to(float& y, float x) { y = x; }
 
-// 0 where there is no tensor, or not `yes`.
+// Load an element, as float. The result is 0 if `from` is null or `yes` is false.
 template <typename E>
 __device__ float load(const E* from, long long at, bool yes = true) {
     return from && yes ? to_float(element(from, at)) : 0.0f;
 }
 
+// Store an element, rounded to the tensor's dtype. Nothing is stored if `to` is null or `yes` is false.
 template <typename E>
 __device__ void store(E* to, long long at, float x, bool yes = true) {
     if (to && yes) round_to(element(to, at), x);

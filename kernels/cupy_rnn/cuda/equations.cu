@@ -1,14 +1,19 @@
-// The cells, in float32, as ../../triton_rnn/equations.py states them. Gates are i, f, g, o; r, z, n, s; u, v, g, o.
+// The equations of the cells in float32, as kernels/equations.py states them. The order of the gates is i, f, g, o for an
+// LSTM, r, z, n, s for a GRU, and u, v, g, o for an sLSTM.
 //
-// x and z are the parts of the pre-activations from the input and from h; z of a GRU, and its gradients, are n, r, z, s.
-// Constants are peepholes of the unit, or biases of h. State before a step becomes that after it; backward its gradient
-// after the step becomes that before it. v is c, or LN(c); dz_o and dv, what comes from m.
+//     x            the part of each pre-activation that comes from the input
+//     z            the part of each pre-activation that comes from h. A GRU's z, and its gradients dz, are n, r, z, s
+//     Constants    the peepholes of the unit, or its biases b_hh
+//     State        cell_forward replaces the state before the step by the state after it
+//                  cell_backward replaces the gradient of the state after the step by the gradient of the state before it
+//     v            c or LN(c)
+//     dz_o, dv     the gradients of the last pre-activation and of v that come from m
 
 enum Cell { Lstm, Gru, Slstm };
-template <Cell CELL> constexpr int KEPT = CELL == Slstm ? 2 : 1;  // numbers of a State
-constexpr int GATES = 4;  // of a unit, and pre-activations, of every cell
+template <Cell CELL> constexpr int KEPT = CELL == Slstm ? 2 : 1;  // the numbers of a State that are used
+constexpr int GATES = 4;  // every cell has four gates and four pre-activations a unit
 using Gates = float[GATES];
-constexpr float LOWEST = -3.4028234663852886e38f;  // that is finite
+constexpr float LOWEST = -3.4028234663852886e38f;  // the lowest finite float
 
 struct Constants {
     float k[3];
@@ -16,12 +21,12 @@ struct Constants {
 };
 
 struct State {
-    float c, rest;  // of an sLSTM q and l
+    float c, rest;  // q and l in an sLSTM, where q = c / n. Other cells have no rest
 };
 
 __device__ inline float sigmoid(float x) { return reciprocal(1.0f + expf(-x)); }
 
-// log(1 + e^-|x|): by how much log(e^a + e^b) is above the larger of a and b, x apart.
+// Return log(1 + e^-|x|). With x = a - b this is how far log(e^a + e^b) lies above max(a, b).
 __device__ inline float above(float x) { return log1pf(expf(-fabsf(x))); }
 
 template <Cell CELL>
@@ -36,7 +41,7 @@ __device__ void cell_forward(const Gates& x, const Gates& z, const Constants& of
     const float c_prev = state.c;
     if (CELL == Slstm) {
         const float z_i = x[0] + z[0], z_f = x[1] + z[1], k = state.rest + fminf(z_f, 0.0f) - above(z_f);
-        const float a = z_i - (k < LOWEST ? LOWEST : k);  // -inf, not NaN, where z_i and k are -inf
+        const float a = z_i - (k < LOWEST ? LOWEST : k);  // where z_i and k are both -inf, z_i - k would be NaN
         gates[0] = sigmoid(a);
         gates[1] = sigmoid(-z_f);
         gates[2] = tanhf(x[2] + z[2]);

@@ -1,4 +1,5 @@
-// What C++ cannot express, and every access to memory. tests/host_cuda.h stands in for this file on the CPU.
+// The instructions that C++ cannot express, and the function of every access to memory. On a CPU tests/host_cuda.h
+// replaces this file.
 
 struct float16 {
     unsigned short bits;
@@ -12,7 +13,7 @@ __device__ inline float to_float(float16 x) {
 
 __device__ inline void round_to(float16& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
-// 1 / x for x >= 1, 0 for infinity.
+// Return 1 / x for x >= 1, and 0 for infinity.
 __device__ inline float reciprocal(float x) {
     asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;

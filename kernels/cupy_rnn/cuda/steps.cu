@@ -1,14 +1,16 @@
-// One step of a layer, but for its product with W_hh: a thread computes a cell, one unit of one sequence, in float32.
-// kernels/by_steps.py launches it, of a divided step the part from START to END: 'z', 'c', 'm' or 'h'. Which time a step
-// visits is said in triton_rnn/cell/indexing.py.
+// One step of a layer, without its product with W_hh. Each thread computes a cell, one unit of one sequence, in float32.
+//
+// kernels/by_steps.py launches both kernels at every step. If a step is divided, a launch computes the part from START to
+// END, which are 'z', 'c', 'm' or 'h'. triton_rnn/cell/indexing.py says which time a step visits.
 
-constexpr int THREADS = 128;  // of a block
+constexpr int THREADS = 128;  // threads of a block
 
-// What both kernels are given, in this order; pointers are null where a call has no such tensor. kernels/tensors.py,
-// and triton_rnn/pointwise.py and parameters.py say more of them. In a part from or to W_hr m units are features of h.
+// The arguments of both kernels, in this order. A pointer is null if the call has no such tensor. kernels/tensors.py,
+// triton_rnn/parameters.py and triton_rnn/tiles/pointwise.py describe the tensors. In the part between W_hr m and h the
+// units are the features of h.
 template <typename E>
 struct Call {
-    E *gates, *dgates, *z, *dz;                              // [T*B, 4H]; of the step [B, 4H], with heads [B, heads, 4 D]
+    E *gates, *dgates, *z, *dz;                              // [T*B, 4H]; z and dz [B, 4H], or [B, heads, 4 D]
     E *h, *dh, *dh_total, *reset_h;                          // [T*B, H]
     E *h0, *h_n, *dh_n, *h_next, *dh_next, *dropout_h, *m;   // [B, H]
     E *weight_peephole, *bias_hh;                            // [3H]
@@ -21,10 +23,11 @@ struct Call {
     int step, T, B, H, heads, from_x, reverse, rate_h, rate_c;
 };
 
-// Where one sequence is at one step.
+// The position of one sequence at one step: its row in tensors [T*B, *], whether the step is within its length, whether
+// the state is not reset before the step, and whether the sequence ends with it.
 struct Position {
-    long long row;                // in [T*B, *]
-    bool valid, continues, last;  // no padding; the state before is that of the step before; the sequence ends
+    long long row;
+    bool valid, continues, last;
 
     template <typename E>
     __device__ Position(const Call<E>& a, int step, int sequence) {
@@ -32,18 +35,18 @@ struct Position {
         valid = step < length;
         const int time = a.reverse && valid ? length - 1 - step : step;
         row = static_cast<long long>(time) * a.B + sequence;
-        // A reset at t separates t from t - 1 in both directions; the reverse direction comes from t + 1.
+        // A reset at t separates t from t - 1 in both directions. In reverse the step before visited time + 1.
         const int later = a.reverse ? time + 1 : time;
         continues = valid && !(a.resets && later < length && element(a.resets, a.reverse ? row + a.B : row));
         last = step == length - 1;
     }
 };
 
-// The thread's cell, in a grid of (sequences, tiles of units): `..._at` is its offset in tensors.
+// The thread's cell, in a grid of (sequences, tiles of units). Each field `..._at` is its offset in tensors of one shape.
 struct Place : Position {
     const int sequence = blockIdx.x, unit = blockIdx.y * THREADS + threadIdx.x;
     const bool exists, next_continues;
-    const long long at, prev_at, gates_at, state_at, rest_at, z_at;  // prev_at: of the state before, from step 1 on
+    const long long at, prev_at, gates_at, state_at, rest_at, z_at;  // prev_at: the state before, at steps >= 1
 
     template <typename E>
     __device__ Place(const Call<E>& a, long long H, long long D)
@@ -68,7 +71,7 @@ __device__ Constants load_constants(const E* from, int unit, long long H) {
     return {{load(from, unit), load(from, H + unit), load(from, 2 * H + unit)}, from != nullptr};
 }
 
-// c before a step: of an inference it lies where that of the step before was stored.
+// Return c before a step. In inference c of all steps is not kept, and the step before stored its c in c_n.
 template <typename E>
 __device__ float load_c_before(const Call<E>& a, const Place& p) {
     if (!p.continues) return load(a.reset_c, p.at);
@@ -81,7 +84,7 @@ __device__ float load_h_before(const Call<E>& a, const Place& p) {
     return a.step == 0 ? load(a.h0, p.state_at) : load(a.h, p.prev_at);
 }
 
-// What share of the state before stays.
+// Return the share of the state before the step that stays: a rate, or the mask of the cell.
 __device__ inline float share_of(const void* zoneout, bool is_rate, long long at) {
     if (!zoneout) return 0.0f;
     if (is_rate) return element(static_cast<const float*>(zoneout), 0);
@@ -92,7 +95,7 @@ __device__ inline float zoneout(float x, float before, float share) {
     return share == 0.0f ? x : share * before + (1.0f - share) * x;
 }
 
-// Out: o, and c before zoneout.
+// Compute and store the gates and c. The results are o, the last gate, and v, c before zoneout.
 template <typename E, Cell CELL>
 __device__ void gates_and_cell(const Call<E>& a, const Place& p, float& o, float& v) {
     Gates x, z, gates;
@@ -100,7 +103,7 @@ __device__ void gates_and_cell(const Call<E>& a, const Place& p, float& o, float
     load_gates(z, a.z, p.z_at, a.H / a.heads);
     const Constants constants = load_constants(a.bias_hh ? a.bias_hh : a.weight_peephole, p.unit, a.H);
     const float c_prev = load_c_before(a, p);
-    State state = {c_prev, logf(0.0f)};  // -infinity, of which NVRTC has no name
+    State state = {c_prev, logf(0.0f)};  // logf(0) is -infinity, for which NVRTC has no name
     if (KEPT<CELL> > 1 && p.continues) state.rest = load(a.step ? a.c_n : a.c0, p.rest_at);
     cell_forward<CELL>(x, z, constants, state, gates);
     const float c = zoneout(state.c, c_prev, share_of(a.zoneout_c, a.rate_c, p.at));
@@ -111,7 +114,7 @@ __device__ void gates_and_cell(const Call<E>& a, const Place& p, float& o, float
     o = gates[3], v = state.c;
 }
 
-// A step, after its product.
+// A step forward, or a part of it, after its product.
 template <typename E, Cell CELL, char START, char END>
 __global__ void __launch_bounds__(THREADS) after_product(const Call<E> a) {
     const Place p(a, a.H, a.H / a.heads);
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(THREADS) after_product(const Call<E> a) {
     store(a.h_next, p.state_at, p.next_continues ? h : 0.0f);
 }
 
-// The gradient of m, or of W_hr m.
+// Return the gradient of m, or of W_hr m with a projection, before zoneout.
 template <typename E>
 __device__ float gradient_of_m(const Call<E>& a, const Place& p) {
     float d = load(a.dh_next, p.state_at, p.next_continues);
@@ -145,7 +148,8 @@ __device__ float gradient_of_m(const Call<E>& a, const Place& p) {
     return (1.0f - share) * d;
 }
 
-// From the gates, c before the step and what comes from m; none flows past a reset.
+// Compute dz, and store the gradients of c and the rest before the step. dz_o and dv come from m. No gradient flows past
+// a reset.
 template <typename E, Cell CELL>
 __device__ void gradients_of_gates_and_cell(
     const Call<E>& a, const Place& p, const Gates& gates, float c_prev, float dz_o, float dv, Gates& dz) {
@@ -160,7 +164,7 @@ __device__ void gradients_of_gates_and_cell(
     if (KEPT<CELL> > 1) store(a.dc, p.rest_at, p.continues ? d.rest : 0.0f);
 }
 
-// A step, before its product; in padding all gradients are 0.
+// A step backward, or a part of it, before its product. In padding all gradients are 0.
 template <typename E, Cell CELL, char START, char END>
 __global__ void __launch_bounds__(THREADS) before_product(const Call<E> a) {
     const Place p(a, a.H, a.H / a.heads);

@@ -23,15 +23,15 @@ In the backward pass the words are dgates, and one more exchange follows the sum
                GATES / PARTNERS gates for all of these units, [PARTNERS UNITS, GATES / PARTNERS H], and reads only the
                dgates of these gates. Partners publish their sums for each other, and each adds them up.
 
-K is the dimension that the product sums over. It is split over the warps, and the column of a thread in the product is a
-sequence (fragments.py). After the product each thread owns a cell, one unit of one sequence. A word (exchange.py) has PER
-units. A row of H units is W = ceil(H / PER) words, and the last word may be half empty. The weights are passed as words,
-too.
+K is the dimension that the product sums over. It is split over the warps, and the column of a thread in the product is
+a sequence (fragments.py). After the product each thread owns a cell, one unit of one sequence. A word (exchange.py) has
+PER units. A row of H units is W = ceil(H / PER) words, and the last word may be half empty. The weights are passed as
+words, too.
 
-Each head has its own groups, along the last axis of the grid. H here means the D units of a head. A row of h has W words
-for each head. A row of dgates has W words for each gate and head, so the gates of one head are not neighbours. A program
-therefore multiplies the gates of its head in PIECES, each by a share of its warps. `sizes` in plans/threads.py computes
-these sizes.
+Each head has its own groups, along the last axis of the grid. H here means the D units of a head. A row of h has W
+words for each head. A row of dgates has W words for each gate and head, so the gates of one head are not neighbours. A
+program therefore multiplies the gates of its head in PIECES, each by a share of its warps. `sizes` in plans/threads.py
+computes these sizes.
 """
 
 from collections import namedtuple
@@ -47,14 +47,14 @@ from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPoint
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 
 # The cell of each thread. All fields are [THREADS]: the number of the unit among the program's units, its place in the
-# head, and the unit in the layer; the column of the sequence in the batch tile; whether the thread has a cell; whether it
-# publishes a word.
+# head, and the unit in the layer; the column of the sequence in the batch tile; whether the thread has a cell; whether
+# it publishes a word.
 Owned = namedtuple("Owned", "local place unit column is_cell is_word")
 # The cell of each thread in one turn: the number of the batch tile; and the unit, Sequences, Position and Offsets, each
 # [THREADS].
 Here = namedtuple("Here", "tile unit sequence position cells")
-# h before a turn, for the sequence in each thread's column: its Words, the index of the sequence in the batch [THREADS],
-# and the result of a look ahead at the words, a tuple of 4 CHUNKS [THREADS] int32, or an empty tuple.
+# h before a turn, for the sequence in each thread's column: its Words, the index of the sequence in the batch
+# [THREADS], and the result of a look ahead at the words, a tuple of 4 CHUNKS [THREADS] int32, or an empty tuple.
 Before = namedtuple("Before", "words index seen")
 # The sums over all warps that each thread computes. The first four fields are tuples with a [THREADS] for each sum: its
 # row and column in the product, its unit, and whether it is published for the partners. The last field [THREADS] says
@@ -139,8 +139,8 @@ def load_rows(weights_ptr, first_place, ROWS: tl.constexpr, DTYPE: tl.constexpr,
 def h_before(step, tile, words_ptr, batch, S: tl.constexpr):
     """Return h before a turn, as Before.
 
-    The rows of words are [T * B + B]: h of every step, then h0. There are no words at a reset and in padding, so h counts
-    as zero there.
+    The rows of words are [T * B + B]: h of every step, then h0. There are no words at a reset and in padding, so h
+    counts as zero there.
     """
     _, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)
@@ -233,8 +233,8 @@ def cooperative_forward_kernel(
 def dgates_after(step, tile, words_ptr, batch, S: tl.constexpr):
     """Return the Words of the next step's dgates: PIECES pieces of K words for each sequence.
 
-    There are words in padding and at resets, too. Without that wait a program could run ahead and overwrite partial sums
-    that a partner has not read.
+    There are words in padding and at resets, too. Without that wait a program could run ahead and overwrite partial
+    sums that a partner has not read.
     """
     piece, first = place_in_row(S)
     sequence = indexing.sequences(tile * SEQUENCES + threads(S.WARPS).column, batch)

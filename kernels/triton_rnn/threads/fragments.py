@@ -10,8 +10,8 @@ of half precision, or one of float32. The place of a thread in its warp decides 
     column = lane // 4     rows column, column + 8     the sequence    rows column, column + 8
     quarter = lane % 4     two words of K              two words of K  sequences 2 quarter, 2 quarter + 1
 
-The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes), which serve
-two successive products. The four quads of a row are a chunk of K, 16 words.
+The order of K is free as long as A and B agree. Here a thread has a quad, four neighbouring words (16 bytes), which
+serve two successive products. The four quads of a row are a chunk of K, 16 words.
 """
 
 from collections import namedtuple
@@ -80,8 +80,8 @@ def product(weights, x, DTYPE: tl.constexpr):
 def scale(x, factors_ptr, left, STRIDE: tl.constexpr, DTYPE: tl.constexpr):
     """Return x, the operand of `product`, times factors, rounded to DTYPE.
 
-    The factors have the same layout as the Words of x: factors_ptr [THREADS] points to the first word of each thread, and
-    `left` [THREADS] counts the words that remain from there.
+    The factors have the same layout as the Words of x: factors_ptr [THREADS] points to the first word of each thread,
+    and `left` [THREADS] counts the words that remain from there.
     """
     scaled = ()
     for n in tl.static_range(len(x)):
@@ -109,9 +109,10 @@ def share(
     buffer,  # 0 and 1 alternately, so that a call does not overwrite the values of the call before it
     CHUNKS: tl.constexpr,  # the number of chunks of a row, which is even
 ):  # fmt: skip
-    """Share 8 rows of K with all warps of the program, through shared memory. Each thread has some elements of the rows.
+    """Share 8 rows of K with all warps of the program, through shared memory. Each thread has some of the elements.
 
-    Shared memory is [2, 8 sequences, 16 CHUNKS words]. A call has one barrier. Returns the address of the rows, for `take`.
+    Shared memory is [2, 8 sequences, 16 CHUNKS words]. A call has one barrier. Returns the address of the rows, for
+    `take`.
     """
     COUNT: tl.constexpr = len(values)
     SIZE: tl.constexpr = values[0].dtype.primitive_bitwidth // 8
@@ -127,7 +128,7 @@ def share(
 
 @triton.jit
 def take(shared, FIRST: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr):
-    """Load B for COUNT of a row's CHUNKS chunks, from the even chunk FIRST on: return a tuple of 4 COUNT [THREADS] words.
+    """Load B for COUNT of a row's CHUNKS chunks, from the even chunk FIRST on, as a tuple of 4 COUNT [THREADS] words.
 
     The row is the sequence in the thread's column. `shared` is from `share`.
     """
@@ -217,8 +218,8 @@ def multiplication(chunks: int, tiles: int, dtype: tl.dtype) -> str:
 def summation(count: int, tiles: int, warps: int) -> str:
     """Return the PTX of `sum_over_warps`.
 
-    Its operands are the sums, the products, the offsets of the thread's two rows, the offsets of the sums, `buffer`, and
-    `wanted`.
+    Its operands are the sums, the products, the offsets of the thread's two rows, the offsets of the sums, `buffer`,
+    and `wanted`.
     """
     size = 4 * 8 * 16 * tiles  # the bytes of a warp's products
     store, load, buffer = count + 4 * tiles, count + 4 * tiles + 2, 2 * count + 4 * tiles + 2
@@ -255,8 +256,7 @@ def sharing(count: int, chunks: int, size: int) -> str:
 
 @constexpr_function
 def taking(first: int, count: int) -> str:
-    """Return the PTX of `take`. Its operands are the words, and the addresses of the thread's first quads in even and in
-    odd chunks."""
+    """Return the PTX of `take`. Its operands are the words, and the addresses of the thread's first even and odd quad."""
     lines = []
     for n in range(count):
         words = f"${4 * n}, ${4 * n + 1}, ${4 * n + 2}, ${4 * n + 3}"

@@ -150,8 +150,8 @@ def resident_forward_kernel(
 def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
     """Load W_hh^T of the warp's units.
 
-    Returns a tuple with the weights of each gate, and a tuple with the place in a row of dz of each gate of each cell, in
-    the order of product_with_dz.
+    Returns a tuple with the weights of each gate, and a tuple with the place in a row of dz of each gate of each cell,
+    in the order of product_with_dz.
     """
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     rows, weights, elements = (), (), ()
@@ -170,7 +170,8 @@ def load_transposed(weights_ptr, owned, DTYPE: tl.constexpr, S: tl.constexpr):
 def product_with_dz(weights, dz, elements, owned, buffer, DTYPE: tl.constexpr, S: tl.constexpr):
     """Return W_hh^T dz of each cell, as a tuple. It multiplies one gate at a time.
 
-    `weights` and `elements` are from load_transposed. `elements` has all cells of the first gate, then of the next gate.
+    `weights` and `elements` are from load_transposed. `elements` has all cells of the first gate, then of the next
+    gate.
     """
     GATES: tl.constexpr = S.GATES  # Triton 3.4 takes no field of a tuple for static_range
     operand, products, dh = (), (), ()

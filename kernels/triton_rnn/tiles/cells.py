@@ -41,7 +41,8 @@ def forward_cells(
 def backward_step(dh, loaded, hidden, cell, saved, tile, step, B, S: tl.constexpr):
     """Compute and store the gradients of a step's cells, as backward_cells does, from dh [BB, BH].
 
-    `dh` is the product W_hh^T dgates of the next step. `loaded` is from states.load_saved. If it is empty, this loads it.
+    `dh` is the product W_hh^T dgates of the next step. `loaded` is from states.load_saved. If it is empty, this loads
+    it.
     """
     given = states.load_gradients_given(hidden, tile.cells)
     dm = states.gradient_of_h(dh, given, hidden, tile.cells)
@@ -57,8 +58,8 @@ def backward_cells(gates, c_prev, dz_o, dc_by_m, cell, tile, B, S: tl.constexpr)
     """Compute, store and return the gradients dz of the four pre-activations, each [BB, BH].
 
     `dz_o` and `dc_by_m` are the gradients of the last pre-activation and of c before zoneout that come from m. The
-    gradient of the state before the step is stored, too. In padding all inputs were loaded as zero, so all gradients are
-    zero.
+    gradient of the state before the step is stored, too. In padding all inputs were loaded as zero, so all gradients
+    are zero.
     """
     cells = tile.cells
     dc = tl.load(cell.dc_ptr + cells.state_at, mask=cells.valid, other=0.0)

@@ -2,8 +2,8 @@
 
 A program owns some units, and loads their W_hh once. A group of programs owns some tiles of sequences, and each of its
 programs computes them one after another. Before a product a program waits for the programs that compute the other units
-of the same sequences, and for no others: each tile of sequences has a counter of arrivals. With AHEAD a program loads the
-operand of its next tile before it computes the cells of the current one.
+of the same sequences, and for no others: each tile of sequences has a counter of arrivals. With AHEAD a program loads
+the operand of its next tile before it computes the cells of the current one.
 """
 
 from collections import namedtuple

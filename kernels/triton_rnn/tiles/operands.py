@@ -1,7 +1,7 @@
 """The operands of the products of the step and the held family, and the sums over parts of K.
 
-The left operand has rows of h or dgates, which other programs wrote. The right operand has columns of weights from W_hh.
-K is the dimension that a product sums over. Indices k count within the program's head.
+The left operand has rows of h or dgates, which other programs wrote. The right operand has columns of weights from
+W_hh. K is the dimension that a product sums over. Indices k count within the program's head.
 """
 
 from collections import namedtuple
@@ -13,8 +13,8 @@ from ..cell import indexing, noise
 from ..parameters import Arrivals
 
 # Rows of a tensor: the offset where each row begins [rows]; a mask [rows], where rows outside of it count as zeros; a
-# pointer to factors of the elements, or None; and the offset where the factors of each row begin [rows]. In Triton 3.4 a
-# function cannot return None, nor a tuple that has None, so no function returns Rows.
+# pointer to factors of the elements, or None; and the offset where the factors of each row begin [rows]. In Triton 3.4
+# a function cannot return None, nor a tuple that has None, so no function returns Rows.
 Rows = namedtuple("Rows", "ptr at mask factors_ptr factors_at")
 # Columns of weights: the offset where each begins [columns]; a mask [columns]; and the distance from one k to the next.
 # In the functions below `first` is the index in the head's K where the part of K begins, see indexing.by_gate.

@@ -15,7 +15,7 @@ from .cells import backward_cells, forward_cells
 
 @triton.jit
 def at_in_z(tile, S: tl.constexpr):
-    """Return the offsets [BB, BH] of the first gates of a tile in z, which is [B, 4H], or [B, HEADS, 4 D] with heads."""
+    """Return the offsets [BB, BH] of a tile's first gates in z, which is [B, 4H], or [B, HEADS, 4 D] with heads."""
     others = tl.program_id(2) * (3 * S.D) if S.HEADS > 1 else 0  # the other three gates of all heads before this one
     return tile.sequence.index[:, None].to(tl.int64) * (4 * S.H) + tile.unit[None, :] + others
 
@@ -52,7 +52,7 @@ def pointwise_forward_kernel(
     z_ptr,  # [B, 4H], or [B, HEADS, 4 D] with heads: W_hh h of the step. None if it is added to the gates
     o_ptr, v_ptr,  # [B, H] float32, for LN(c). The part to "c" writes o and c. The part from "c" reads o and LN(c)
     m_ptr,  # [B, H], for a projection in the loop. The part to "m" writes m. The part from "m" reads W_hr m
-    h_next_ptr,  # [B, H] out: h for the next product with W_hh, zero where the sequence does not continue. None: it is h
+    h_next_ptr,  # [B, H] out: h for the next product with W_hh, zero where no state continues. None: h itself
     hidden: HiddenPointers,
     cell: CellPointers,  # if c_ptr is given, c_n is written only where a sequence ends
     lengths_ptr, resets_ptr, step, T, B, S: tl.constexpr,

@@ -2,9 +2,9 @@
 every step.
 
 A step is a round over tiles of sequences and units, which the programs share out. With PARTS > 1 a backward step is two
-rounds: a round of products, each over one part of K, and a round of cells, which add up the products. A grid-wide barrier
-ends each round, since the next round needs the results of all programs. The programs of a head wait only for each other.
-If a head has one program, that program waits for no other.
+rounds: a round of products, each over one part of K, and a round of cells, which add up the products. A grid-wide
+barrier ends each round, since the next round needs the results of all programs. The programs of a head wait only for
+each other. If a head has one program, that program waits for no other.
 """
 
 import triton
@@ -63,7 +63,7 @@ def step_forward_kernel(
 
 @triton.jit
 def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.constexpr):
-    """Return W_hh^T dgates of the next step, [BB, units]. With several parts of K it is the product over the tile's part."""
+    """Return W_hh^T dgates of the next step, [BB, units]. With PARTS > 1 it is the product over the tile's part of K."""
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, batch, S.REVERSE)
     dgates_ptr, at = operands.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
