@@ -115,7 +115,8 @@ def stream(device: torch.device) -> Any:
     current = torch.cuda.current_stream(device)
     if hasattr(cupy.cuda.Stream, "from_external") and hasattr(current, "__cuda_stream__"):
         return cupy.cuda.Stream.from_external(current)
-    return cupy.cuda.ExternalStream(current.cuda_stream, device.index)  # for a CuPy before 14, or a torch without `__cuda_stream__`
+    # CuPy before 14 has no from_external, and older versions of torch have no __cuda_stream__.
+    return cupy.cuda.ExternalStream(current.cuda_stream, device.index)
 
 
 BACKEND = "cupy"
