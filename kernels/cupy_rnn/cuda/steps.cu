@@ -2,8 +2,8 @@
 // float32.
 //
 // kernels/by_steps.py launches a kernel at every step: after_product forward, before_product backward. If a step is
-// divided, a launch computes the part from START to END, which are 'z', 'c', 'm' or 'h'. triton_rnn/cell/indexing.py says
-// which time a step visits.
+// divided, a launch computes the part from START to END, which are 'z', 'c', 'm' or 'h'. The time that a step visits is
+// explained in triton_rnn/cell/indexing.py.
 
 constexpr int THREADS = 128;  // threads of a block
 
