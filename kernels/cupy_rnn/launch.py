@@ -96,13 +96,14 @@ def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
     """Prepare the launches of a pass, see contract.Launcher, which also describes the functions below."""
     p, backward = by_steps.within(problem), pass_.backward
+    loop = by_steps.backward_steps if backward else by_steps.forward_steps
     binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
 
     def start(arguments: dict[str, Any]) -> None:
         if p.lengths is torch.int64:
             arguments["lengths_ptr"] = arguments["lengths_ptr"].int()
         with stream(device):
-            by_steps.run_steps(binds, arguments, p, backward)
+            loop(binds, arguments, p)
 
     return Launches(plan, by_steps.buffers(p, pass_), start, p != problem)
 
@@ -114,9 +115,8 @@ def stream(device: torch.device) -> Any:
     current = torch.cuda.current_stream(device)
     if hasattr(cupy.cuda.Stream, "from_external") and hasattr(current, "__cuda_stream__"):
         return cupy.cuda.Stream.from_external(current)
-    return cupy.cuda.ExternalStream(
-        current.cuda_stream, device.index
-    )  # for a CuPy before 14, or a torch without `__cuda_stream__`
+    # CuPy before 14 has no from_external, and older versions of torch have no __cuda_stream__.
+    return cupy.cuda.ExternalStream(current.cuda_stream, device.index)
 
 
 BACKEND = "cupy"

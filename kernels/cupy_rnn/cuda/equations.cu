@@ -1,11 +1,11 @@
-// The equations of the cells in float32, as kernels/equations.py states them. The order of the gates is i, f, g, o for an
-// LSTM, r, z, n, s for a GRU, and u, v, g, o for an sLSTM.
+// The equations of the cells in float32, as kernels/equations.py states them. The order of the gates is i, f, g, o for
+// an LSTM, r, z, n, s for a GRU, and u, v, g, o for an sLSTM.
 //
 //     x            the part of each pre-activation that comes from the input
 //     z            the part of each pre-activation that comes from h. A GRU's z, and its gradients dz, are n, r, z, s
 //     Constants    the peepholes of the unit, or its biases b_hh
 //     State        cell_forward replaces the state before the step by the state after it
-//                  cell_backward replaces the gradient of the state after the step by the gradient of the state before it
+//                  cell_backward replaces the gradient of the state after the step by the gradient before the step
 //     v            c or LN(c)
 //     dz_o, dv     the gradients of the last pre-activation and of v that come from m
 

@@ -1,7 +1,9 @@
-// One step of a layer, without its product with W_hh. Each thread computes a cell, one unit of one sequence, in float32.
+// One step of a layer, without its product with W_hh. Each thread computes a cell, one unit of one sequence, in
+// float32.
 //
-// kernels/by_steps.py launches both kernels at every step. If a step is divided, a launch computes the part from START to
-// END, which are 'z', 'c', 'm' or 'h'. triton_rnn/cell/indexing.py says which time a step visits.
+// kernels/by_steps.py launches a kernel at every step: after_product forward, before_product backward. If a step is
+// divided, a launch computes the part from START to END, which are 'z', 'c', 'm' or 'h'. The time that a step visits is
+// explained in triton_rnn/cell/indexing.py.
 
 constexpr int THREADS = 128;  // threads of a block
 
@@ -42,7 +44,7 @@ struct Position {
     }
 };
 
-// The thread's cell, in a grid of (sequences, tiles of units). Each field `..._at` is its offset in tensors of one shape.
+// The thread's cell, in a grid of (sequences, tiles of units). A field `..._at` is its offset in tensors of one shape.
 struct Place : Position {
     const int sequence = blockIdx.x, unit = blockIdx.y * THREADS + threadIdx.x;
     const bool exists, next_continues;
@@ -148,8 +150,8 @@ __device__ float gradient_of_m(const Call<E>& a, const Place& p) {
     return (1.0f - share) * d;
 }
 
-// Compute dz, and store the gradients of c and the rest before the step. dz_o and dv come from m. No gradient flows past
-// a reset.
+// Compute dz, and store the gradients of c and the rest before the step. dz_o and dv come from m. No gradient flows
+// past a reset.
 template <typename E, Cell CELL>
 __device__ void gradients_of_gates_and_cell(
     const Call<E>& a, const Place& p, const Gates& gates, float c_prev, float dz_o, float dv, Gates& dz) {

@@ -24,8 +24,11 @@ Batch = namedtuple("Batch", "lengths_ptr resets_ptr T B")
 # Some sequences: the index of each in the batch, whether the batch has that index, and the length, each [BB] or
 # [THREADS].
 Sequences = namedtuple("Sequences", "index in_batch length")
-# Some sequences and units at a step: the number of the tile of units; the places of the units in their head [BH], and
-# in the layer [BH]; the Sequences and their Position, each [BB]; and the Offsets of their cells [BB, BH].
+# Some sequences and units at a step:
+#   unit_tile             the number of the tile of units
+#   place, unit           the numbers of the units in their head and in the layer, each [BH]
+#   sequence, position    Sequences and Position, [BB]
+#   cells                 Offsets, [BB, BH]
 Tile = namedtuple("Tile", "unit_tile place unit sequence position cells")
 
 
@@ -155,7 +158,7 @@ def tile_at(batch_tile, unit_tile, step, batch, S: tl.constexpr, PARTS: tl.const
     return Tile(unit_tile, place, unit, sequence, now, cells)
 
 
-# In a product [rows, columns] by tensor cores, a thread has two of the 16 rows of its warp, 8 rows apart, and two
+# After a product [rows, columns] by tensor cores, a thread has two of the 16 rows of its warp, 8 rows apart, and two
 # neighbours of every 8 columns. In loads and stores a thread has 16 neighbouring bytes, and its rows are farther apart.
 # The order of the sequences in the rows of the product is free. The order below moves fewer elements to another thread.
 

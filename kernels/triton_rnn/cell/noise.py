@@ -1,8 +1,8 @@
 """Recurrent dropout and zoneout. If a call has no such noise, its pointer is None, and the functions change nothing.
 
 dropout   Before every product with W_hh, h is multiplied by the same factors.
-zoneout   A share of each state stays as it was before the step (Krueger et al., 2017). With a mask the share of
-          each cell is 0 or 1. With a rate all cells have one share.
+zoneout   A share of each state stays as it was before the step (Krueger et al., 2017). With a mask the share of each
+          cell is 0 or 1. With a rate all cells have one share.
 """
 
 import triton

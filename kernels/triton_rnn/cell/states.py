@@ -82,7 +82,11 @@ def load_constants_forward(cell, unit, S: tl.constexpr):
 
 @triton.jit
 def load_cells(c_prev_ptr, cell, cells, B, S: tl.constexpr):
-    """Load (the part of the pre-activations from the input, as stored; c before the step; the rest before the step)."""
+    """Load the inputs of cell_forward from memory.
+
+    Returns (the part of the pre-activations that comes from the input, as stored, c before the step, the rest before
+    the step).
+    """
     x = load_gates(cell.gates_ptr, cells.gates_at, cells.valid, S.H, True, S.FROM_X)
     c_prev = load_state(c_prev_ptr, cells.state_at, cell.reset_c_ptr, cells)
     return x, c_prev, load_rest(c_prev_ptr, cells, cells.continues, B, S.EMPTY, S)

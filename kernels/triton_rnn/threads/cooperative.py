@@ -16,7 +16,7 @@ is a *turn*. One turn of a program, forward:
     L2: h of own units         <-publish-   one word for PER units: first, because all others wait for it
     memory: h_n, c, gates      <--store--   last, while the words of the others arrive
 
-In the backward pass the words are dgates, and one more exchange follows the sum over the warps:
+The backward pass exchanges dgates in place of h. One more exchange follows the sum over the warps:
 
     forward    A program holds the gates' rows of its units, [GATES UNITS, H], and publishes h of its units.
     backward   PARTNERS programs, a divisor of GATES, own PARTNERS UNITS units together. Each holds W_hh^T of
@@ -46,9 +46,10 @@ from ..exchange import Wait, Words, collect, in_phase, look, neighbours, pack, p
 from ..parameters import CellBackward, CellPointers, HiddenBackward, HiddenPointers, Saved, name_in_profiles
 from .fragments import SEQUENCES, load_weights, product, scale, sum_over_warps, threads
 
-# The cell of each thread. All fields are [THREADS]: the number of the unit among the program's units, its place in the
-# head, and the unit in the layer; the column of the sequence in the batch tile; whether the thread has a cell; whether
-# it publishes a word.
+# The cell of each thread. All fields are [THREADS]:
+#   local, place, unit    the number of the cell's unit among the program's units, in the head, and in the layer
+#   column                the number of the cell's sequence in the batch tile
+#   is_cell, is_word      whether the thread has a cell, and whether it publishes a word
 Owned = namedtuple("Owned", "local place unit column is_cell is_word")
 # The cell of each thread in one turn: the number of the batch tile; and the unit, Sequences, Position and Offsets, each
 # [THREADS].

@@ -256,7 +256,10 @@ def sharing(count: int, chunks: int, size: int) -> str:
 
 @constexpr_function
 def taking(first: int, count: int) -> str:
-    """Return the PTX of `take`. Its operands are the words, and the addresses of the first even and odd quad."""
+    """Return the PTX of `take`.
+
+    Its operands are the words, and the addresses of the thread's quads in chunk 0 and in chunk 1.
+    """
     lines = []
     for n in range(count):
         words = f"${4 * n}, ${4 * n + 1}, ${4 * n + 2}, ${4 * n + 3}"

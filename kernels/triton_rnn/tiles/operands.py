@@ -12,12 +12,17 @@ import triton.language as tl
 from ..cell import indexing, noise
 from ..parameters import Arrivals
 
-# Rows of a tensor: the offset where each row begins [rows]; a mask [rows], where rows outside of it count as zeros; a
-# pointer to factors of the elements, or None; and the offset where the factors of each row begin [rows]. In Triton 3.4
-# a function cannot return None, nor a tuple that has None, so no function returns Rows.
+# Rows of a tensor:
+#   ptr, at                    a pointer, and the offset where each row begins [rows]
+#   mask                       the rows that exist [rows]. The others count as zeros
+#   factors_ptr, factors_at    a pointer to factors of the elements, or None, and where those of each row begin [rows]
+# In Triton 3.4 a function cannot return None, nor a tuple that has None, so no function returns Rows.
 Rows = namedtuple("Rows", "ptr at mask factors_ptr factors_at")
-# Columns of weights: the offset where each begins [columns]; a mask [columns]; and the distance from one k to the next.
-# In the functions below `first` is the index in the head's K where the part of K begins, see indexing.by_gate.
+# Columns of weights:
+#   ptr, at    a pointer, and the offset where each column begins [columns]
+#   mask       the columns that exist [columns]. The others count as zeros
+#   stride     the distance from one k to the next
+# The argument `first` of functions is the index in the head's K where the part of K begins, see indexing.by_gate.
 Columns = namedtuple("Columns", "ptr at mask stride")
 
 

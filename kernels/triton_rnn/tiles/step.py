@@ -1,5 +1,6 @@
-"""The step family: one launch runs the whole sequence, for every hidden size, batch and dtype. W_hh is read from L2 at
-every step.
+"""The step family: one launch runs the whole sequence, and W_hh is read from L2 at every step.
+
+It works for every hidden size, batch size and dtype.
 
 A step is a round over tiles of sequences and units, which the programs share out. With PARTS > 1 a backward step is two
 rounds: a round of products, each over one part of K, and a round of cells, which add up the products. A grid-wide
@@ -63,7 +64,7 @@ def step_forward_kernel(
 
 @triton.jit
 def product_with_dgates(weight_hh_ptr, dgates_ptr, tile, step, batch, S: tl.constexpr):
-    """Return W_hh^T dgates of the next step, [BB, units]. With PARTS > 1 it is the sum over the part of K of the tile."""
+    """Return W_hh^T dgates of the next step, [BB, units]. With PARTS > 1 only the tile's part of K is summed over."""
     part = tile.unit_tile % S.PARTS
     after = indexing.position(step + 1, tile.sequence, batch, S.REVERSE)
     dgates_ptr, at = operands.dgates_of_part(dgates_ptr, rows_of_product(after.row), part, S)
