@@ -28,9 +28,8 @@ def ways(cell: str, N: int, resets: bool) -> dict[str, Callable[[], torch.Tensor
     theirs = getattr(nn, cell)(HIDDEN, HIDDEN).eval()
     ours = gpu_lstm.convert(theirs)
     x, start = torch.randn(1, N, HIDDEN), torch.rand(N) < 1 / 50  # [1, N, I], [N]
-    states = [
-        torch.randn(1, N, HIDDEN).tanh() for _ in (0, *[1] * (cell == "LSTM"))
-    ]  # h, and for an LSTM c, each [1, N, H]
+    # h, and for an LSTM also c, each [1, N, H].
+    states = [torch.randn(1, N, HIDDEN).tanh() for _ in (0, *[1] * (cell == "LSTM"))]
     stream = gpu_lstm.Stream(ours, N, as_hx(states))
 
     def by_torch() -> torch.Tensor:
