@@ -179,7 +179,7 @@ def test_the_state_that_calls_begin_with_is_verified(monkeypatch, fault):
     """The state of an sLSTM is empty, l = -inf. Where a sequence has no step it ends empty, too: equal infinities are
     right."""
     problem, run = PLAIN._replace(cell="slstm", lengths=torch.int64, batch=5), verify.Small.by_kernels
-    # The share of the first g is 1. Of states that are finite and of this size the fault changes nothing.
+    # The share of the first g is 1. With finite states of this size the fault changes nothing.
     if fault == "share":
         monkeypatch.setattr(equations, "LOWEST", tl.constexpr(-8.0))
     if fault == "c_n":
