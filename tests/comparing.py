@@ -44,7 +44,7 @@ def judge(errors, dtype, yardstick, truths, steps):
     gradients. A gate counts four times, since a slope s (1 - s) has twice the error of s. This makes 22 independent
     roundings a step. So sqrt(22 T) times the rounding error of the truth counts as the least error, where it is smaller
     than the unit, and where there are many elements. In half precision kernels round less than half as many numbers as
-    the formulas have, so the roundings of `counted` are more than theirs.
+    the formulas have, and `counted` counts all of these.
     """
     limits: dict[str, tuple[float, float]] = {}
     for name, found in errors.items():

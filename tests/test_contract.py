@@ -114,27 +114,25 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
-@pytest.mark.parametrize("change", [{}, dict(projected=3), dict(lengths=torch.int64, resets=True)], ids=str)
-@pytest.mark.parametrize("family", ["step", "resident", "pointwise"])
-def test_what_is_timed_are_calls_of_the_layer(monkeypatch, launched, family, change):
+def test_what_is_timed_are_calls_of_the_layer(monkeypatch, launched):
     """The calls have as many steps as tell plans apart and fit the memory, and no padding. No other call uses a layer
     that was timed."""
-    problem, cpu = Problem(2, 3, 8, F32, precision="tf32", **change), torch.device("cpu")
+    problem, cpu = Problem(2, 3, 8, F32, 3, lengths=torch.int64, resets=True), torch.device("cpu")
     sent, steps = [], 5
     monkeypatch.setattr(launch, "MOST_STEPS", steps)
     arguments_of = launch.arguments_of
     monkeypatch.setattr(launch, "arguments_of", lambda *given: sent.append(arguments_of(*given)) or sent[-1])
-    plans = [plan_of(family, problem, backward) for backward in (False, True)]
+    plans = [plan_of("step", problem, backward) for backward in (False, True)]
     passes = Pass(save=False), Pass(True, True, True, False)
     found, gradients = (launch.prepare_run(problem, cpu, *each)() for each in zip(passes, plans))
     assert found[0].shape == (steps, 3, problem.width)
     assert found[3] is None, "for inference nothing is saved"
     assert gradients.dgates.shape == (steps, 3, 4 * 8)
     for r in (sent[0][1], sent[1][-1]):
-        assert r.inputs.lengths is None or r.inputs.lengths.tolist() == [steps] * 3
+        assert r.inputs.lengths.tolist() == [steps] * 3
     assert (sent[1][0] is not None, sent[1][1]) == (True, None)
     ran = {each.args[0].__name__ for each in launched.mock_calls}
-    assert ran == {f"{family}_{way}_kernel" for way in ("forward", "backward")}
+    assert ran == {"step_forward_kernel", "step_backward_kernel"}
     assert not any(layer._prepared for layer in layers._layers.values())
 
 

@@ -72,8 +72,8 @@ TABLE = [
     ("step", F32, (1, "3,3,3,40", "", "no-hx deep states peepholes masks"), (1, "1,3,3,40", "both"),
      (1, "3,18,3,20,33", "layer ragged resets both"), (1, "3,18,3,40", "heads ragged resets")),
     ("step", F16, (1, "3,3,3,40,5", ONCE), (1, "3,3,3,15", f"three-heads {ONCE} masks")),
-    # The same with a second barrier for products of parts of K: two tiles of sequences and of 64 units, and a part of h
-    # alone.
+    # The same with a second barrier for products of parts of K. There are two tiles of sequences and of 64 units, or,
+    # with P = 70, of h alone.
     ("split/4", F32, (1, "3,18,3,70", "ragged resets", "heads resets"), (1, "3,3,3,20,70", "layer states peepholes")),
     # W_hh in shared memory: two groups, of which one has two tiles of sequences, and three programs.
     ("held", F32, (1, "3,35,3,18", BACK), (1, "3,18,3,15", "three-heads ragged resets")),

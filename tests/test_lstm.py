@@ -117,7 +117,7 @@ def test_dropout_of_everything_leaves_the_second_layer_without_input(backend):
         module.dropout = 1.0
         output, states = module(*moved(module, x))
         assert_same(dict(output=output.detach(), h=states[0][0].detach()), expected)
-    # This rate drops nearly everything. Which numbers are dropped is drawn, for features of the projection.
+    # This rate drops nearly everything. The mask is drawn for the features of the projection.
     theirs, projected = pair("LSTM", backend, num_layers=2, proj_size=2, dropout=1 - 2**-30)
     found, wanted = (module(*moved(module, x))[0].detach() for module in (projected, theirs))
     assert_same(dict(output=found), dict(output=wanted))

@@ -74,7 +74,8 @@ CALLS = {  # a kind, the arguments of its module, the arguments of a call, and t
 @pytest.mark.parametrize("name", CALLS)
 @halves
 def test_what_onednn_lacks_is_computed_as_by_a_module_in_half_precision(half, name, training):
-    """The results and gradients are equal to the bit: to torch's own module where it accepts the call, else to ours."""
+    """Results and gradients equal, to the bit, those of a module in half precision: torch's own where it accepts the
+    call, else ours."""
     kind, arguments, ragged, way = CALLS[name]
     if ragged or "heads" in arguments:
         torch.manual_seed(1)

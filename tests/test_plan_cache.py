@@ -56,8 +56,8 @@ assert {name for change in (*KEYS, *NO_KEYS) for name in change} == set(Problem.
 
 
 def test_a_measured_plan_is_read_until_it_is_measured_again_or_forgotten(monkeypatch):
-    """Results are read once in a process, and again after each that is written or removed. They hold where they are
-    valid."""
+    """Results are read once in a process, and again after each that is written or removed. A result
+    counts only for its card, versions and sources."""
     assert measured_plan(PROBLEM, H100, False) is None
     for plan in plans(PROBLEM, H100, False)[:2]:
         keep_measured(PROBLEM, H100, False, plan)

@@ -176,7 +176,8 @@ def faults(monkeypatch):
         contexts = torch.autograd.set_detect_anomaly(True, check_nan=False), torch.set_grad_enabled(learns)
         autocast = torch.autocast("cpu", torch.float16, enabled=case == "autocast")
         if way == "raises":
-            chunks = iter([autograd.layer_by_kernels] * 5)  # each chunk counts once for each direction
+            # Three chunks of the forward direction and two of the reverse one run.
+            chunks = iter([autograd.layer_by_kernels] * 5)
             monkeypatch.setattr(autograd, "layer_by_kernels", lambda *given: next(chunks)(*given))
         with model, contexts[0], contexts[1], autocast, contextlib.suppress(StopIteration):
             # Only the call keeps its arguments.
