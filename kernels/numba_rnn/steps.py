@@ -106,12 +106,14 @@ def load_constants(a, tile, p):
 @compiled
 def gates_and_cell(a, tile, p):
     """The gates and c of a step, which are stored; c in C is that before zoneout."""
+    units = a.H // a.heads
     for k in range(4):
         move(tile, GATES[k], a.gates if k < a.from_x else 0, p.gates + k * a.H, p.n)
         if k < a.from_x:
             add(tile, GATES[k], a.bias_ih, k * a.H + p.unit, p.n)
             add(tile, GATES[k], 0 if a.h_start else a.bias_hh, k * a.H + p.unit, p.n)
-        move(tile, OF_H[k], a.z, p.z + k * (a.H // a.heads), p.n)
+        for u in range(0, p.n, units):
+            move(tile, OF_H[k] + u, a.z, p.z + 4 * u + k * units, min(units, p.n - u))
     load_c_before(a, tile, p)
     move(tile, row.C, tile, row.BEFORE, p.n)
     load_constants(a, tile, p)
@@ -239,27 +241,49 @@ def before(a, tile, p):
         return
     if tile:
         gates_and_cell_backward(a, tile, p)
+    units = a.H // a.heads
     for k in range(4):
         move(a.dgates, p.gates + k * a.H, tile, OF_H[k], p.n)
-        move(a.dz, p.z + k * (a.H // a.heads), tile, OF_H[k], p.n)
+        for u in range(0, p.n, units):
+            move(a.dz, p.z + 4 * u + k * units, tile, OF_H[k] + u, min(units, p.n - u))
 
 
-# Of what follows Numba compiles one for `backward` = None, where it leaves out what is backward, and one for True.
+@compiled
+def last_with(a, step, first, end):
+    """The end of the sequences from `first` to `end` that have to take a step: all after it are in padding."""
+    if a.way and a.lengths:
+        while end > first and numbers(a.lengths)[end - 1] <= step:
+            end -= 1
+    return end
+
+
+@compiled
+def pad(a, step, first, end):
+    """Zeros for sequences that are all in padding, where step and time are the same number."""
+    at, count = (step * a.B + first) * a.H, (end - first) * a.H
+    move(a.h, at, 0, 0, count)
+    move(a.c if a.h else 0, at, 0, 0, count)
+    move(a.dh_total, at, 0, 0, count)
+    move(a.dgates, 4 * at, 0, 0, 4 * count)
+
+
+# Numba compiles each function below twice: for `backward` = None, where it leaves out the backward pass, and for True.
 
 
 @compiled
 def each(a, step, first, end, scratch, origin, backward):
     """A step of the sequences from `first` to `end`, in tiles; `origin` is what product_of_x returned, or 0."""
     units, all_units = a.H // a.heads, a.B * a.H
+    span = max(units, UNITS // units * units)  # one head, or as many as a tile has room for
     for b in range(first, end):
         visited, valid, continues, last = position(a, step, b)
         tile, next_continues = scratch if valid else 0, position(a, step + 1, b)[2]
-        for head in range(0, a.H, units):
-            for u in range(0, units, UNITS):
+        for head in range(0, a.H, span):
+            for u in range(0, span, UNITS):
                 at, state, z = visited * a.H + head + u, b * a.H + head + u, (b * a.H + head) * 4 + u
                 earlier = at + all_units if a.reverse else at - all_units
                 gates = (step % a.chunk * a.B + b if origin < 0 else visited - origin) * 4 * a.H + head + u
-                n = min(UNITS, units - u)
+                n = min(UNITS, span - u, a.H - head - u)
                 p = Place(
                     step, continues, last, next_continues, at, earlier, state, state + all_units, head + u, gates, z, n
                 )
@@ -354,15 +378,18 @@ def run(a, backward):
     number = take(a.taken) if a.taken else 0
     while number * a.share < a.B:
         first, end, scratch = number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
-        origin = 0
+        origin, active = 0, first
         if a.way and backward is None:
             begin(a, first, end)
         for n in range(a.T if a.way else 1):
+            step, multiplied = a.step + n if backward is None else a.step - n, active
+            active = last_with(a, step, first, end)
             if backward is None and a.x and n % a.chunk == 0:
-                origin = product_of_x(a, n, first, end, scratch)
+                origin = product_of_x(a, n, first, active, scratch)
             if a.way and (backward is None or n):
-                product(a, first, end, scratch, backward)
-            each(a, a.step + n if backward is None else a.step - n, first, end, scratch, origin, backward)
+                product(a, first, active if backward is None else multiplied, scratch, backward)
+            each(a, step, first, active, scratch, origin, backward)
+            pad(a, step, active, end)
         number = take(a.taken) if a.taken else number + 1
 
 
