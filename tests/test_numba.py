@@ -201,6 +201,16 @@ def test_a_step_is_one_call_of_a_compiled_function_a_layer(monkeypatch, build_):
     assert len(calls) == 3 * layers
 
 
+@pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])
+def test_all_steps_of_a_variant_are_one_call_of_a_loop(monkeypatch, words):
+    module, x = built((7, 5, 3, 12), {*words.split()}, backend="numba"), torch.randn(7, 5, 3)
+    run(module, x)  # which compiles and verifies
+    calls, run_in = [], build.run
+    monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
+    run(module, x)
+    assert len(calls) == 2
+
+
 @pytest.fixture
 def nothing_raced(monkeypatch, nothing_cached):
     """Backend 'auto' follows the rule for CPUs."""
@@ -519,6 +529,8 @@ def one_further(name: str) -> Callable:
     (without("weight_peephole"), ALL, "RMS"), (without("reset_c"), ALL, "RMS"), (without("bias_hh"), "gru", "RMS"),
     (without("h0"), "zoneout", "RMS"), (without("dreset_c"), ALL, "the RMS error of the gradient of reset_c"),
     (told(cell=lambda was: LSTM), "slstm resets", "RMS"), (told(T=lambda steps: steps - 1), "slstm", "RMS"),
+    (without("gain_hh"), "norms", "RMS"), (without("gain_c"), "norms", "RMS"), (without("bias_c"), "norms", "RMS"),
+    (one_further("v_hh"), "norms", "RMS"), (one_further("scale_c"), "norms", "RMS"),
     (compiled(lambda name: lambda address: None), "gru", "RMS"),  # computes nothing
     (compiled(Mock(side_effect=RuntimeError("no compiler"))), "gru", "no compiler"),
 ])  # fmt: skip

@@ -14,6 +14,7 @@ F = np.float32
 HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}  # a division that may raise is not vectorised
 compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)  # for others of ours alone
 inlined = partial(compiled, forceinline=True)
+summing = partial(compiled, fastmath={"contract", "reassoc"})  # LLVM vectorises a sum if it may change its order
 
 
 def cast(source: Any, target: Any, instruction: str) -> Any:

@@ -101,11 +101,11 @@ def step_of(p: Problem) -> Callable[..., None]:
     return step
 
 
-def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
-    """All steps at once. Each thread takes shares of the sequences until there are no more, and waits but then."""
-    p, T = part.problem, arguments["T"]
+def run_all(p: Problem, backward: bool, arguments: dict[str, Any]) -> None:
+    """Run all steps at once. Each thread takes shares of the sequences until there are none, and waits only then."""
+    T = arguments["T"]
     count, share = shares_of(p, T)
-    call = call_of(part, T, share, T - 1 if backward else 0, steps.BY_ROWS)
+    call = call_of(Part(p, *("hz" if backward else "zh")), T, share, T - 1 if backward else 0, steps.BY_ROWS)
     given = arguments | {"scratch": torch.empty(ceil(p.batch / share), steps.SCRATCH, device="cpu")}
     features = 0
     if (x := arguments.get("x_ptr")) is not None:
@@ -135,10 +135,10 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
     outside, backward = problem.projected > 0 and not problem.projects_in_loop, pass_.backward
     p = problem._replace(projected=0) if outside else problem
     parts, buffers = by_steps.parts_of(p, backward), by_steps.buffers(p, pass_)
-    if not p.only_by_steps:
+    if not p.projects_in_loop:
         buffers["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
         buffers["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.width))
-    of_x = not (backward or pass_.save or outside or p.only_by_steps or p.known_h)
+    of_x = not (backward or pass_.save or outside or p.projects_in_loop or p.known_h)
 
     def more(r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
         i = r.inputs
@@ -153,10 +153,13 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
         for name, width in (("zoneout_h_ptr", p.width), ("zoneout_c_ptr", p.hidden)):  # a mask, or a rate
             if (stays := arguments.get(name)) is not None:
                 arguments[name] = stays.float().expand(arguments["T"], p.batch, width).contiguous()
-        if p.only_by_steps:
+        if p.projects_in_loop:
             loop = by_steps.backward_steps if backward else by_steps.forward_steps
             return loop([partial(bind, part, backward) for part in parts], arguments, p)
-        run_all(parts[0], backward, arguments)
+        for name in ("hh", "c"):
+            if (norm := arguments.get(f"norm_{name}")) is not None:
+                arguments |= {f"{part}_{name}": aligned(getattr(norm, part)) for part in ("v", "mean", "scale")}
+        run_all(p, backward, arguments)
 
     is_step = of_x and p.steps == 1 and not in_the_loop(p, 1).keys() - PLAIN
     return Launches(

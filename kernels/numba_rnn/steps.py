@@ -10,7 +10,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from . import equations
-from .functions import cast, compiled, flags, numbers, take
+from .functions import cast, compiled, flags, floats, numbers, take
 from .product import by_panels, by_rows, into_panels, vectors_of
 from .tile import (
     CONSTANTS,
@@ -21,8 +21,11 @@ from .tile import (
     UNITS,
     add,
     fill,
+    moments,
     move,
     multiply,
+    normalise,
+    normalise_backward,
     row,
     zoneout,
     zoneout_backward,
@@ -40,11 +43,13 @@ OF_A_STEP = (
 TENSORS = (
     *OF_A_STEP[:-2],
     "dgates", "dz",  # as gates and z
-    "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c", "normed_c",  # [T*B, H]
+    "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c",  # [T*B, H]
     "zoneout_h", "zoneout_c",  # [T*B, H], shares of the state before that stay
     "dh_n", "dh_next", "dropout_h", "m", "o", "v", "dh_from_zoneout",  # [B, H]
     "dc",  # [K, B, H]
     "weight_peephole", "panels",  # [3H]; see `make_panels`
+    "gain_hh", "gain_c", "bias_c",  # [4H]; [H]; [H], of the layer norms inside a step
+    "v_hh", "mean_hh", "scale_hh", "v_c", "mean_c", "scale_c",  # backward a problem.Normed of each
     "resets", "lengths",  # [T*B] bool; [B] int64
 )  # fmt: skip
 SIZES = (
@@ -149,24 +154,24 @@ def store_h(a, tile, p):
 
 
 @compiled
-def after(a, tile, p):
+def after(a, tile, p, start, end):
     """A step of a tile, after its product. In padding there is no tile, and h and c are 0."""
-    if a.start == OF_Z and tile:
+    if start == OF_Z and tile:
         gates_and_cell(a, tile, p)
-    elif a.start == OF_Z:
+    elif start == OF_Z:
         move(a.c, p.at, tile, row.C, p.n)
-    elif a.start == OF_C:
+    elif start == OF_C:
         move(tile, GATES[3], a.o, p.state, p.n)
         move(tile, row.C, a.v, p.state, p.n)
-    if a.end == OF_C:
+    if end == OF_C:
         move(a.o, p.state, tile, GATES[3], p.n)
         move(a.v, p.state, tile, row.C, p.n)
         return
-    if a.start == OF_M:
+    if start == OF_M:
         move(tile, row.M, a.m, p.state, p.n)
     elif tile:
         equations.output(tile, p.n, a.cell, False)
-    if a.end == OF_M:
+    if end == OF_M:
         move(a.m, p.state, tile, row.M, p.n)
     else:
         store_h(a, tile, p)
@@ -214,28 +219,31 @@ def gates_and_cell_backward(a, tile, p):
 
 
 @compiled
-def before(a, tile, p):
+def before(a, tile, p, start, end):
     """A step of a tile backward, before its product. In padding all gradients are 0."""
-    if a.start == OF_HIDDEN:
+    if start == OF_HIDDEN:
         if tile:
             gradient_of_m(a, tile, p)
         move(a.dh_total, p.at, tile, row.M, p.n)
-    elif a.start == OF_M:
+    elif start == OF_M:
         move(tile, row.M, a.m, p.state, p.n)
-    if a.end == OF_M:
+    if end == OF_M:
         move(a.m, p.state, tile, row.M, p.n)
         return
     if tile:
         for k in range(4):
             move(tile, GATES[k], a.gates, p.gates + k * a.H, p.n)
         load_c_before(a, tile, p)
-        if a.start != OF_C:
-            move(tile, row.DV, a.normed_c, p.at, p.n)
-            equations.output_backward(tile, p.n, a.cell, a.normed_c != 0)
-    if a.start == OF_C:
+        if start != OF_C:
+            move(tile, row.DV, a.v_c, p.at, p.n)
+            if a.gain_c:
+                mean, scale = floats(a.mean_c)[p.at // a.H], floats(a.scale_c)[p.at // a.H]
+                normalise(tile, row.DV, mean, scale, a.gain_c, a.bias_c, p.unit, p.n)
+            equations.output_backward(tile, p.n, a.cell, a.gain_c != 0)
+    if start == OF_C:
         move(tile, row.DZ_O, a.o, p.state, p.n)
         move(tile, row.DV, a.v, p.state, p.n)
-    if a.end == OF_C:
+    if end == OF_C:
         move(a.o, p.state, tile, row.DZ_O, p.n)
         move(a.v, p.state, tile, row.DV, p.n)
         return
@@ -271,26 +279,51 @@ def pad(a, step, first, end):
 
 
 @compiled
-def each(a, step, first, end, scratch, origin, backward):
-    """A step of the sequences from `first` to `end`, in tiles; `origin` is what product_of_x returned, or 0."""
+def tiles_of(a, step, b, start, end, scratch, origin, backward):
+    """A step of sequence b from `start` to `end`, in tiles; `origin` is what product_of_x returned, or 0."""
     units, all_units = a.H // a.heads, a.B * a.H
     span = max(units, UNITS // units * units)  # one head, or as many as a tile has room for
+    visited, valid, continues, last = position(a, step, b)
+    tile, next_continues = scratch if valid else 0, position(a, step + 1, b)[2]
+    for head in range(0, a.H, span):
+        for u in range(0, span, UNITS):
+            at, state, z = visited * a.H + head + u, b * a.H + head + u, (b * a.H + head) * 4 + u
+            earlier = at + all_units if a.reverse else at - all_units
+            gates = (step % a.chunk * a.B + b if origin < 0 else visited - origin) * 4 * a.H + head + u
+            n = min(UNITS, span - u, a.H - head - u)
+            p = Place(
+                step, continues, last, next_continues, at, earlier, state, state + all_units, head + u, gates, z, n
+            )
+            if backward is None:
+                after(a, tile, p, start, end)
+            else:
+                before(a, tile, p, start, end)
+
+
+@compiled
+def norm_backward(gradient, width, b, visited, v, mean, scale, gain):
+    """The layer norm of sequence b backward, in the row of its gradient [B, width]."""
+    moments = floats(mean)[visited], floats(scale)[visited]
+    normalise_backward(gradient, b * width, v, visited * width, *moments, gain, width)
+
+
+@compiled
+def each(a, step, first, end, scratch, origin, backward):
+    """A step of the sequences from `first` to `end`. LN(c) needs all units of a sequence, and divides the step in two."""
+    middle = OF_C if a.gain_c else a.end
     for b in range(first, end):
-        visited, valid, continues, last = position(a, step, b)
-        tile, next_continues = scratch if valid else 0, position(a, step + 1, b)[2]
-        for head in range(0, a.H, span):
-            for u in range(0, span, UNITS):
-                at, state, z = visited * a.H + head + u, b * a.H + head + u, (b * a.H + head) * 4 + u
-                earlier = at + all_units if a.reverse else at - all_units
-                gates = (step % a.chunk * a.B + b if origin < 0 else visited - origin) * 4 * a.H + head + u
-                n = min(UNITS, span - u, a.H - head - u)
-                p = Place(
-                    step, continues, last, next_continues, at, earlier, state, state + all_units, head + u, gates, z, n
-                )
-                if backward is None:
-                    after(a, tile, p)
-                else:
-                    before(a, tile, p)
+        visited = position(a, step, b)[0]
+        if backward is None and a.gain_hh:
+            normalise(a.z, 4 * b * a.H, *moments(a.z, 4 * b * a.H, 4 * a.H), a.gain_hh, 0, 0, 4 * a.H)
+        tiles_of(a, step, b, a.start, middle, scratch, origin, backward)
+        if middle != a.end:
+            if backward is None:
+                normalise(a.v, b * a.H, *moments(a.v, b * a.H, a.H), a.gain_c, a.bias_c, 0, a.H)
+            else:
+                norm_backward(a.v, a.H, b, visited, a.v_c, a.mean_c, a.scale_c, a.gain_c)
+            tiles_of(a, step, b, middle, a.end, scratch, origin, backward)
+        if backward is not None and a.gain_hh:
+            norm_backward(a.dz, 4 * a.H, b, visited, a.v_hh, a.mean_hh, a.scale_hh, a.gain_hh)
 
 
 @compiled

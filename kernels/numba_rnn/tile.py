@@ -5,10 +5,10 @@ distances, so that LLVM knows that they do not overlap.
 """
 
 from collections import namedtuple
+from math import sqrt
 
-import numpy as np
-
-from .functions import compiled, floats
+from ..layer_norm import EPS
+from .functions import F, compiled, floats, summing
 
 UNITS, ROWS = 128, 17
 SIZE = 4  # bytes of a number
@@ -22,7 +22,7 @@ C, REST, M, DZ_O, DV, BEFORE = (row * UNITS for row in range(11, ROWS))
 and of v, which is c or LN(c). The state before the step."""
 row = namedtuple("Rows", "C REST M DZ_O DV BEFORE")(C, REST, M, DZ_O, DV, BEFORE)
 """To be passed on: of each global number by itself Numba would make a type, and compile a function for each."""
-ZERO, ONE = np.float32(0), np.float32(1)
+ZERO, ONE = F(0), F(1)
 
 
 @compiled
@@ -84,3 +84,37 @@ def zoneout_backward(tile, shares, d, n):
     for j in range(n):
         share, x = w[shares + j], w[d + j]
         w[shares + j], w[d + j] = share * x, (ONE - share) * x
+
+
+@summing
+def moments(t, at, n):
+    """The mean of n numbers of a tensor, and 1 / sqrt(variance + EPS)."""
+    v, sum_, squares = floats(t), ZERO, ZERO
+    for j in range(n):
+        sum_ += v[at + j]
+    mean = sum_ / F(n)
+    for j in range(n):
+        squares += (v[at + j] - mean) * (v[at + j] - mean)
+    return mean, ONE / sqrt(squares / F(n) + F(EPS))
+
+
+@compiled
+def normalise(t, at, mean, scale, gain, bias, start, n):
+    """Replace n numbers of a tensor by their layer norm; gain and bias are read from `start` on."""
+    v, factors = floats(t), floats(gain)
+    for j in range(n):
+        v[at + j] = (v[at + j] - mean) * scale * factors[start + j]
+    add(t, at, bias, start, n)
+
+
+@summing
+def normalise_backward(t, at, of, of_at, mean, scale, gain, n):
+    """Replace the gradient of a layer norm by the gradient of the n numbers `of` that were normalised."""
+    d, v, factors, sum_, product = floats(t), floats(of), floats(gain), ZERO, ZERO
+    for j in range(n):
+        dy = d[at + j] * factors[j]
+        sum_ += dy
+        product += dy * (v[of_at + j] - mean)
+    sum_, product = sum_ / F(n), product * scale * scale / F(n)
+    for j in range(n):
+        d[at + j] = scale * (d[at + j] * factors[j] - sum_ - product * (v[of_at + j] - mean))
