@@ -309,7 +309,7 @@ def norm_backward(gradient, width, b, visited, v, mean, scale, gain):
 
 @compiled
 def each(a, step, first, end, scratch, origin, backward):
-    """A step of the sequences from `first` to `end`. LN(c) needs all units of a sequence, and divides the step in two."""
+    """A step of the sequences from `first` to `end`, in two parts where LN(c) needs all units of a sequence."""
     middle = OF_C if a.gain_c else a.end
     for b in range(first, end):
         visited = position(a, step, b)[0]
