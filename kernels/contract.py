@@ -42,7 +42,8 @@ class Package(Protocol):
     """What is known of a backend before what it needs is imported: what its kernels/NAME_rnn/__init__.py has."""
 
     DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give it
-    DTYPES: tuple[torch.dtype, ...]  # that it computes in
+    DTYPES: tuple[torch.dtype, ...]  # of calls that it runs
+    IN_FLOAT32: tuple[torch.dtype, ...]  # those of DTYPES in which it does not compute: results are rounded to them
     is_compiled: Callable[..., bool] | None
     """is_compiled(pass_, for_any=False): whether the function that runs a pass of all problems is in the cache, for
     this CPU and these versions or, without importing anything, for any. Its compilation takes ten seconds. None: each

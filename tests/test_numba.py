@@ -18,6 +18,7 @@ import torch
 from cases import built, call_of, check, with_random_parameters
 from conftest import ROOT
 from pairs import results
+from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.call import choices
@@ -450,14 +451,72 @@ def test_without_a_numba_that_works_everything_is_as_before(version, error, said
 
 
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        lstm, x = gpu_lstm.SLSTM(3, 4, dtype=dtype), torch.zeros(20, 2, 3, dtype=dtype)
-        assert gpu_lstm.explain(lstm, x).backend == "reference"
-        lstm.backend = "numba"
-        with pytest.raises(TypeError, match=f"backend 'numba' supports float32, got {dtype}"):
-            lstm(x)
+    lstm, x = gpu_lstm.SLSTM(3, 4, dtype=torch.float64), torch.zeros(20, 2, 3, dtype=torch.float64)
+    assert gpu_lstm.explain(lstm, x).backend == "reference"
+    lstm.backend = "numba"
+    with pytest.raises(TypeError, match=r"float16, bfloat16 and float32, got torch\.float64"):
+        lstm(x)
     refused = available.why_unavailable(Backend.NUMBA, torch.device("cuda", 0), torch.float32)
     assert str(refused) == "backend 'numba' runs on CPU tensors, got cuda:0"
+
+
+@pytest.mark.parametrize("words", [
+    "", "gru deep both", "ragged resets states", "gru packed", "slstm heads", "norms peepholes", "expected", "no-grad",
+    "gru residual", "cell", "recompute four-heads"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(words, dtype):
+    """Errors are at most twice those of torch's own, or of the reference, in the same dtype."""
+    check((9, 5, 3, 8), words, "numba", dtype)
+
+
+def bits(t):
+    return t.dtype, t.float().tolist()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("words", ["deep", "gru", "slstm", "masks", "norms", "stack", "ragged packed", "projected"])
+def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(words, autocast):
+    """And the same noise. A graph of torch.compile computes the same bits, unless its noise is its own."""
+    dtype, given = torch.bfloat16, {*words.split()}
+    size = (*SIZE, 2) if "projected" in given else SIZE
+    ours = with_random_parameters(built(size, given, backend="numba"), 0)
+    if not autocast:
+        ours.to(dtype)
+    (theirs := copy.deepcopy(ours)).backend = "reference"
+    x, hx, rest = call_of(ours, size, given, 0)
+    x, hx = x.to(dtype).requires_grad_(), hx if autocast else None
+
+    def results_of(call, module):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y, states = call(x, hx, **rest)
+        gradients = torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])
+        with torch.autocast("cpu", dtype, enabled=autocast), torch.no_grad():
+            return tree_leaves((y, states, gradients, call(x, hx, **rest)))
+
+    found, expected = results_of(ours, ours), results_of(theirs, theirs)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    for our, their in zip(found, expected):
+        scale = float(their.abs().max())
+        torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=0.05 * scale)
+    torch._dynamo.reset()
+    compiled = results_of(torch.compile(ours, backend="eager"), ours)
+    assert [*map(bits, compiled)] == [*map(bits, found)]
+
+
+def test_a_float32_c_beside_half_precision_is_not_rounded():
+    lstm = gpu_lstm.LSTM(3, 4, backend="numba").bfloat16()
+    h, c = torch.zeros(1, 2, 4, dtype=torch.bfloat16), torch.rand(1, 2, 4)
+    assert torch.equal(lstm(torch.zeros(9, 2, 3).bfloat16(), (h, c), lengths=torch.tensor([0, 0]))[1][1], c)
+
+
+def test_auto_races_the_loops_in_half_precision(monkeypatch, nothing_cached):
+    raced = Mock(side_effect=race.race)
+    monkeypatch.setattr(race, "race", raced)
+    gru, x = gpu_lstm.GRU(3, 6), torch.randn(20, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y, _ = gru(x.bfloat16())
+    assert (raced.call_count, {*raced.call_args[0][0]}, y.dtype) == (1, {"numba", "torch"}, torch.bfloat16)
 
 
 def test_the_rule_leaves_watched_calls_as_they_were():

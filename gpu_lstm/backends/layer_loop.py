@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..call.checks import is_exact
-from ..call.choices import Backend
+from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.request import Call
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import NAMES, State, Weights
+from ..kernels.contract import package_of
 from ..kernels.private import is_profiled
 from ..kernels.tensors import TENSORS, Inputs
 
@@ -25,6 +26,7 @@ RunLayer = Callable[[Inputs, int, bool], tuple[Tensor, State]]
 backend has one such function."""
 RunDirections = Callable[[int, list[Inputs]], tuple[Tensor, list[State]]]
 """run(k, inputs [D]): the output [T, B, D*P] and the final states [D] of all directions of layer k."""
+IN_FLOAT32 = {(b, dtype) for b in KERNEL_BACKENDS for dtype in package_of(b.value).IN_FLOAT32}
 _IN_TIME = tuple(row.name for row in TENSORS if row.size.startswith("T"))
 
 
@@ -97,13 +99,30 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
     projection on a CPU, as in torch. States to reset to have c in float32 or more.
     """
     x, weights, traversal = call.x, call.weights, call.traversal
-    c_stays = call.options.cell.kept > 1 or (x.is_cpu and weights[0][0].weight_hr is not None)
-    states = [(h.to(dtype), c if c_stays or is_exact(c, x) else c.to(dtype)) for h, c in call.states]
+    states = [(h.to(dtype), c.to(of_c)) for (h, c), of_c in zip(call.states, _dtypes_of_c(call, dtype))]
     if traversal.reset_states is not None:
         exact = torch.promote_types(dtype, torch.float32)
         traversal = traversal._replace(reset_states=[(h.to(dtype), c.to(exact)) for h, c in traversal.reset_states])
     weights = [[one.to(dtype) for one in layer] for layer in weights]
     return call._replace(x=x.to(dtype), states=states, weights=weights, traversal=traversal)
+
+
+def _dtypes_of_c(call: Call, dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtype of c in each row of states, see `cast`."""
+    c_stays = call.options.cell.kept > 1 or (call.x.is_cpu and call.weights[0][0].weight_hr is not None)
+    keeps = [(c_stays or is_exact(c, call.x)) and c.dtype.itemsize >= dtype.itemsize for _, c in call.states]
+    return [c.dtype if keep else dtype for (_, c), keep in zip(call.states, keeps)]
+
+
+def computed_in(backend: Backend, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a backend computes in, for results in `dtype`."""
+    return torch.float32 if (backend, dtype) in IN_FLOAT32 else dtype
+
+
+def rounded(call: Call, dtype: torch.dtype, y: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
+    """The results of a call that was computed in float32, in the dtypes that results of a call in `dtype` have."""
+    of_c = _dtypes_of_c(call, dtype)
+    return y.to(dtype), [(h.to(dtype), c.to(each)) for (h, c), each in zip(states, of_c)]
 
 
 def connect(

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..backends.layer_loop import computed_in
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
@@ -83,7 +84,13 @@ def _route_while_watched(call: Request) -> Route:
     if backend not in KERNEL_BACKENDS:
         return Route(backend, dtype_of(call))
     count_flops()
-    return Route(backend, dtype_of(call), operator_name(backend, asked))
+    return operators_route(backend, dtype_of(call), operator_name(backend, asked))
+
+
+def operators_route(backend: Backend, dtype: torch.dtype, operators: str | None) -> Route:
+    """The route of a call whose layers are operators, with results in `dtype`."""
+    wide = computed_in(backend, dtype)
+    return Route(backend, wide, operators, results=None if wide is dtype else dtype)
 
 
 def _route_in_a_graph(call: Request) -> Route:
@@ -105,7 +112,7 @@ def _route_in_a_graph(call: Request) -> Route:
         name = race.other_than_kernels(kind).value
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
-    return Route(backend, kind.dtype, operators)
+    return operators_route(backend, kind.dtype, operators)
 
 
 @constant_when_traced

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..backends import one_step, reference, torch_rnn
+from ..backends.layer_loop import rounded
 from ..call.choices import Backend
 from ..call.noise import with_weight_drop
 from ..call.request import Request
@@ -23,11 +24,12 @@ class Route(NamedTuple):
     layers: Sequence[Layer] = ()  # [L*D], where kernels run in eager mode
     schedule: Schedule | None = None  # likewise
     one_step: bool = False  # whether one_step.py may run it
+    results: torch.dtype | None = None  # the dtype that results are rounded to; None: the dtype that layers compute in
 
 
 def execute(route: Route, request: Request, record: reference.Record | None = None) -> tuple[Any, Any]:
     """The output and the final states, in the user's form. The reference tells `record` the Steps of every layer."""
-    backend, dtype, operators, layers, scheduled, is_step = route
+    backend, dtype, operators, layers, scheduled, is_step, results = route
     options, form = request.options, request.form
     if options.drops_weights:
         request = request._replace(weights=with_weight_drop(request.weights, options))
@@ -46,4 +48,6 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
         y, states = torch_rnn.by_torch(call, dtype)
     else:
         y, states = reference.by_reference(call, dtype, record)
+    if results is not None:
+        y, states = rounded(call, results, y, states)
     return form.output(y), options.role.states_out(form, states)

@@ -53,7 +53,7 @@ def by_kernels(
     run: RunLayer = partial(autograd.layer_by_kernels, layers, call)
     if schedule.longest < call.steps:
         run = partial(_in_chunks, schedule.longest, call.options.cell, run)
-    if dtype is not torch.float32 or call.modes.autocast is not None:
+    if not (dtype is call.x.dtype is torch.float32 and call.modes.autocast is None):
         call = cast(call, dtype)
     together = partial(_side_by_side, schedule.streams, backend, run) if schedule.streams else None
     if call.modes.autocast is None:  # a context that does nothing costs two calls

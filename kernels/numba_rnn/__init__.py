@@ -9,7 +9,8 @@ from .. import cache
 from ..problem import Pass
 
 DEVICES = ("cpu",)
-DTYPES = (torch.float32,)
+IN_FLOAT32 = torch.float16, torch.bfloat16
+DTYPES = *IN_FLOAT32, torch.float32
 LOOPS = "forward", "backward"  # of steps.py
 PACKAGES = "numba", "llvmlite"
 OLDEST = 0, 61
