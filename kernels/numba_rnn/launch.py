@@ -45,6 +45,7 @@ def call_of(part: Part, steps_: int, share: int, step: int = 0, way: int = steps
     p, call = part.problem, np.zeros((), steps.CALL)
     cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
     sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
+    call["masks"] = 3 in (p.zoneout_h, p.zoneout_c)
     for name, size in zip(steps.SIZES, (share, *sizes, step, way)):
         call[name] = size
     return call
@@ -150,9 +151,6 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
     def start(arguments: dict[str, Any]) -> None:
         if p.lengths is torch.int32:
             arguments["lengths_ptr"] = arguments["lengths_ptr"].long()
-        for name, width in (("zoneout_h_ptr", p.width), ("zoneout_c_ptr", p.hidden)):  # a mask, or a rate
-            if (stays := arguments.get(name)) is not None:
-                arguments[name] = stays.float().expand(arguments["T"], p.batch, width).contiguous()
         if p.projects_in_loop:
             loop = by_steps.backward_steps if backward else by_steps.forward_steps
             return loop([partial(bind, part, backward) for part in parts], arguments, p)

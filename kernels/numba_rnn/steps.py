@@ -10,7 +10,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from . import equations
-from .functions import cast, compiled, flags, floats, numbers, take
+from .functions import F, cast, compiled, flags, floats, numbers, take
 from .product import by_panels, by_rows, into_panels, vectors_of
 from .tile import (
     CONSTANTS,
@@ -44,7 +44,7 @@ TENSORS = (
     *OF_A_STEP[:-2],
     "dgates", "dz",  # as gates and z
     "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c",  # [T*B, H]
-    "zoneout_h", "zoneout_c",  # [T*B, H], shares of the state before that stay
+    "zoneout_h", "zoneout_c",  # [T*B, H] bool, where the state before stays; or float32 [], the share of it that stays
     "dh_n", "dh_next", "dropout_h", "m", "o", "v", "dh_from_zoneout",  # [B, H]
     "dc",  # [K, B, H]
     "weight_peephole", "panels",  # [3H]; see `make_panels`
@@ -53,7 +53,7 @@ TENSORS = (
     "resets", "lengths",  # [T*B] bool; [B] int64
 )  # fmt: skip
 SIZES = (
-    "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "way",
+    "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "way", "masks",
     "to_panels", "chunk", "stride_head", "stride_k", "stride_n",
 )  # fmt: skip
 CALL = np.dtype([(name, np.int64) for name in dict.fromkeys((*OF_A_STEP, *TENSORS, *SIZES))])
@@ -109,6 +109,17 @@ def load_constants(a, tile, p):
 
 
 @compiled
+def load_shares(a, tile, at, stays, p):
+    """The shares of the state before the step that zoneout keeps: 0 or 1, or the rate."""
+    if a.masks:
+        mask, shares = flags(stays), floats(tile)
+        for j in range(p.n):
+            shares[at + j] = F(mask[p.at + j])
+    else:
+        fill(tile, at, floats(stays)[0], p.n)
+
+
+@compiled
 def gates_and_cell(a, tile, p):
     """The gates and c of a step, which are stored; c in C is that before zoneout."""
     units = a.H // a.heads
@@ -130,7 +141,7 @@ def gates_and_cell(a, tile, p):
     move(a.c_n if a.kept > 1 else 0, p.rest, tile, row.REST, p.n)
     move(tile, row.DV, tile, row.C, p.n)
     if a.zoneout_c:
-        move(tile, row.M, a.zoneout_c, p.at, p.n)
+        load_shares(a, tile, row.M, a.zoneout_c, p)
         zoneout(tile, row.DV, row.M, row.BEFORE, p.n)
     move(a.c, p.at, tile, row.DV, p.n)
     if p.last or not a.c:
@@ -144,7 +155,7 @@ def store_h(a, tile, p):
     """h of m, which is in M, and what the next product multiplies."""
     if a.zoneout_h and tile:
         load_before(tile, a.h, p.earlier, a.h0, a.reset_h, p)
-        move(tile, row.DV, a.zoneout_h, p.at, p.n)
+        load_shares(a, tile, row.DV, a.zoneout_h, p)
         zoneout(tile, row.M, row.DV, row.BEFORE, p.n)
     move(a.h, p.at, tile, row.M, p.n)
     if p.last:
@@ -187,7 +198,7 @@ def gradient_of_m(a, tile, p):
         add(tile, row.M, a.dh_n, p.state, p.n)
     if a.zoneout_h:
         add(tile, row.M, a.dh_from_zoneout, p.state, p.n)
-        move(tile, row.DV, a.zoneout_h, p.at, p.n)
+        load_shares(a, tile, row.DV, a.zoneout_h, p)
         zoneout_backward(tile, row.DV, row.M, p.n)
         pass_on(a.dh_from_zoneout, p.state, a.dreset_h, tile, row.DV, p)
 
@@ -205,7 +216,7 @@ def gates_and_cell_backward(a, tile, p):
     """The gradients of pre-activations, and of c before the step, from those of z_o and of v."""
     move(tile, row.C, a.dc, p.state, p.n)
     if a.zoneout_c:
-        move(tile, row.M, a.zoneout_c, p.at, p.n)
+        load_shares(a, tile, row.M, a.zoneout_c, p)
         zoneout_backward(tile, row.M, row.C, p.n)
     add(tile, row.C, tile, row.DV, p.n)
     load_constants(a, tile, p)
