@@ -53,8 +53,8 @@ TENSORS = (
     "resets", "lengths",  # [T*B] bool; [B] int64
 )  # fmt: skip
 SIZES = (
-    "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "way", "masks",
-    "to_panels", "chunk", "stride_head", "stride_k", "stride_n",
+    "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "way",
+    "masks", "to_panels", "chunk", "stride_head", "stride_k", "stride_n",
 )  # fmt: skip
 CALL = np.dtype([(name, np.int64) for name in dict.fromkeys((*OF_A_STEP, *TENSORS, *SIZES))])
 """What a call is; of tensors addresses, 0 where it has none."""
