@@ -64,7 +64,7 @@ def call(module: nn.Module, x: Tensor, given: dict[str, Tensor], training: bool)
 
 
 def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -> dict[str, Any]:
-    """Measure a call with the present number of threads. Return the row, with the choice of `auto` after its first call."""
+    """Measure a call with the present number of threads. Return its row, with the choice of `auto` in the end."""
     (T, B, H), before = shape, "reference" if cell == "SLSTM" or what == "zoneout" else "torch"
     given, x, calls = traversal(what, T, B), torch.randn(T, B, H), {}
     for backend in (before, "numba", "auto"):
@@ -81,7 +81,7 @@ def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -
 
 
 def run(file: Path | None, threads: int) -> int:
-    """Measure the sample, and append its rows to a file."""
+    """Measure the sample. Print its rows, and append them to a file if one is given."""
     torch.set_num_threads(threads)
     cases = [
         case for case in itertools.product(KINDS, shapes(), (False, True))

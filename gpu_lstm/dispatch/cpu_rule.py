@@ -17,7 +17,7 @@ SHORT = f"a call of {FEWEST_STEPS} steps or fewer is short"
 
 
 def without_loops(kind: Kind) -> str | None:
-    """Return why a kind of call causes no compilation, and why torch is expected to be faster; None if neither is so."""
+    """Return why a kind of call causes no compilation, and torch is expected to be faster; None if it does."""
     first = kind.problems[0]
     ragged = first.resets or first.lengths is not None
     if first.cell == "lstm" and first.heads == 1 and not (ragged or kind.feature):

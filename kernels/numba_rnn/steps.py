@@ -1,7 +1,7 @@
 """The time loop: one step without its product, or all steps with their products, in tiles of units of a sequence.
 
-Steps count in the order of processing. A step may be divided, see by_steps.py. Then a call runs its part from `start` to
-`end`. cupy_rnn/cuda/steps.cu has the same steps. triton_rnn/cell/indexing.py says which time a step visits.
+Steps count in the order of processing. A step may be divided, see by_steps.py. Then a call runs its part from `start`
+to `end`. cupy_rnn/cuda/steps.cu has the same steps. triton_rnn/cell/indexing.py says which time a step visits.
 """
 
 from collections import namedtuple
