@@ -151,7 +151,7 @@ def run_like(module, x, **rest):
 @pytest.mark.parametrize("lengths", [[6, 6, 5, 2, 0], [0, 3, 6, 1, 0], [0] * 5], ids=["sorted", "unsorted", "empty"])
 @pytest.mark.parametrize("words", ["both", "gru both", "slstm heads", "masks both", "norms", "four-heads both"])
 def test_past_the_longest_sequence_all_is_zero_and_nothing_is_computed(words, lengths):
-    """Compared with the float64 reference, in inference and in training."""
+    """Results and gradients, also those of padding, are compared with the float64 reference."""
     module = with_random_parameters(built((11, 5, 3, 12), {*words.split()}, backend="numba"), 0)
     x, rest = torch.randn(11, 5, 3), dict(lengths=torch.tensor(lengths))
     if "masks" in words:
@@ -476,7 +476,7 @@ def bits(t):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("words", ["deep", "gru", "slstm", "masks", "norms", "stack", "ragged packed", "projected"])
 def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(words, autocast):
-    """And the same noise. A graph of torch.compile computes the same bits, unless its noise is its own."""
+    """The noise of a seed is the same, too. A graph of torch.compile computes the same bits."""
     dtype, given = torch.bfloat16, {*words.split()}
     size = (*SIZE, 2) if "projected" in given else SIZE
     ours = with_random_parameters(built(size, given, backend="numba"), 0)
