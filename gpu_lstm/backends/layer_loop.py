@@ -26,7 +26,6 @@ RunLayer = Callable[[Inputs, int, bool], tuple[Tensor, State]]
 backend has one such function."""
 RunDirections = Callable[[int, list[Inputs]], tuple[Tensor, list[State]]]
 """run(k, inputs [D]): the output [T, B, D*P] and the final states [D] of all directions of layer k."""
-IN_FLOAT32 = {(b, dtype) for b in KERNEL_BACKENDS for dtype in package_of(b.value).IN_FLOAT32}
 _IN_TIME = tuple(row.name for row in TENSORS if row.size.startswith("T"))
 
 
@@ -114,9 +113,9 @@ def _dtypes_of_c(call: Call, dtype: torch.dtype) -> list[torch.dtype]:
     return [c.dtype if keep else dtype for (_, c), keep in zip(call.states, keeps)]
 
 
-def computed_in(backend: Backend, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a backend computes in, for results in `dtype`."""
-    return torch.float32 if (backend, dtype) in IN_FLOAT32 else dtype
+def computes_in_float32(backend: Backend, dtype: torch.dtype) -> bool:
+    """Whether a backend computes results in `dtype` in float32, and rounds them."""
+    return backend in KERNEL_BACKENDS and dtype in package_of(backend.value).IN_FLOAT32
 
 
 def rounded(call: Call, dtype: torch.dtype, y: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..backends.layer_loop import computed_in
+from ..backends.layer_loop import computes_in_float32
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
@@ -84,13 +84,13 @@ def _route_while_watched(call: Request) -> Route:
     if backend not in KERNEL_BACKENDS:
         return Route(backend, dtype_of(call))
     count_flops()
-    return operators_route(backend, dtype_of(call), operator_name(backend, asked))
+    wide = computes_in_float32(backend, dtype_of(call))
+    return operators_route(backend, dtype_of(call), operator_name(backend, asked), wide)
 
 
-def operators_route(backend: Backend, dtype: torch.dtype, operators: str | None) -> Route:
-    """The route of a call whose layers are operators, with results in `dtype`."""
-    wide = computed_in(backend, dtype)
-    return Route(backend, wide, operators, results=None if wide is dtype else dtype)
+def operators_route(backend: Backend, dtype: torch.dtype, operators: str | None, wide: bool) -> Route:
+    """Return the route of a call whose layers are operators, with results in `dtype`, computed in float32 if `wide`."""
+    return Route(backend, torch.float32 if wide else dtype, operators, results=dtype if wide else None)
 
 
 def _route_in_a_graph(call: Request) -> Route:
@@ -105,21 +105,23 @@ def _route_in_a_graph(call: Request) -> Route:
     transformed = call.modes.transforms == Transforms.REFERENCE
     # A block that the traced function opens is known to the tracer alone; one around it binds the graph.
     chosen = call.options.backend or chosen_backends[0].value
-    name, problem = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
+    name, problem, wide = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
     if problem:
         raise getattr(builtins, name, RuntimeError)(problem)  # torch's own, as where memory is full, are such
     if call.modes.recording == Recording.ONNX and name.startswith(AUTO):
-        name = race.other_than_kernels(kind).value
+        name, wide = race.other_than_kernels(kind).value, False
     backend, compiled = _BY_NAME[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
-    return operators_route(backend, kind.dtype, operators)
+    return operators_route(backend, kind.dtype, operators, wide)
 
 
 @constant_when_traced
 def _answer(
     chosen: str | Backend | None, device: torch.device, transformed: bool, problems: tuple[tuple, ...], *others: Any
-) -> tuple[str, str]:
-    """What operators are told of the backend for a Kind, in plain tuples, and ""; or an error's name and its text.
+) -> tuple[str, str, bool]:
+    """Return the name of the backend for operators, an empty error, and whether the backend computes in float32.
+
+    The Kind is given as plain tuples. On failure, return the name of the error's class, its text, and False.
 
     torch.compile carries strings, but no exception.
     """
@@ -128,7 +130,8 @@ def _answer(
     try:
         able = available.select(chosen, device, kind, transformed)
         if able in KERNEL_BACKENDS and requested_backend(chosen) is Backend.AUTO:
-            return operator_name(race.expected_winner(kind, able, device).backend, asked=False), ""
-        return able.value, ""
+            winner = race.expected_winner(kind, able, device).backend
+            return operator_name(winner, asked=False), "", computes_in_float32(winner, kind.dtype)
+        return able.value, "", computes_in_float32(able, kind.dtype)
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
-        return type(error).__name__, str(error)
+        return type(error).__name__, str(error), False
