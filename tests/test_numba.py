@@ -1,4 +1,4 @@
-"""What is of the compiled loops for CPUs alone; their numbers are in test_layer.py and test_slstm.py, place "numba"."""
+"""Tests of the compiled loops for CPUs alone. Others, of place "numba", are in test_layer.py and test_slstm.py."""
 
 import contextlib
 import copy
@@ -118,7 +118,7 @@ def test_calls_in_threads_at_once(module_and_call):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.SLSTM])
 def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
-    """Of sizes that fill no vector, one, and several panels; of a step, whose weights are not in panels, too."""
+    """Sizes fill no vector, one panel, and several. One step has no panels, and is tested, too."""
     for inputs, hidden in ((3, 6), (17, 34), (40, 66)):
         for steps_, rest in ((1, {}), (11, {}), (11, dict(lengths=torch.arange(9) + 3))):
             module, x = cls(inputs, hidden, heads=heads, backend="numba"), torch.randn(steps_, 9, inputs)
@@ -539,7 +539,7 @@ def test_a_program_runs_where_there_is_no_numba(monkeypatch):
         torch.testing.assert_close(program(x), expected(x))
 
 
-# Faults, planted in what a loop is told: verification finds each, and `auto` gives right numbers by another backend
+# Planted faults: a loop is given wrong sizes or addresses. Verification finds each, and `auto` uses another backend.
 
 as_on_a_new_machine = pytest.mark.usefixtures(
     "nothing_cached", "nothing_raced", "exact_float32_products", "nan_in_fresh_memory"
