@@ -1,4 +1,4 @@
-"""python -m bench cpu: how much time `auto` wastes on a CPU, by what it chooses for a sample of calls."""
+"""python -m bench cpu: measure a sample of calls on a CPU, and how much time the choices of `auto` waste."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ import gpu_lstm
 from . import rows, timing
 
 STEPS, BATCHES, UNITS = (1, 2, 4, 8, 16, 128, 1024), (1, 4, 16, 64, 512), (16, 32, 64, 128, 256, 512, 1024)
-MOST = 7e7  # T B H^2: larger calls take long, and are products alone
+MOST = 7e7  # T B H^2; larger calls take long, and their products take nearly all of the time
 SECONDS, ROUNDS = 0.12, (4, 40)
 ROWS = 300  # of the sample
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -33,14 +33,14 @@ KINDS = [
 
 
 def shapes() -> Iterator[tuple[int, int, int]]:
-    """T, B and H of the table."""
+    """Yield T, B and H of the calls."""
     for T, B, H in itertools.product(STEPS, BATCHES, UNITS):
         if T * B * H * H <= MOST:
             yield T, B, H
 
 
 def traversal(what: str, T: int, B: int) -> dict[str, Tensor]:
-    """The arguments of a call besides x."""
+    """Return the arguments of a call besides x."""
     generator = torch.Generator().manual_seed(0)
     if what == "resets":
         return {"resets": torch.rand(T, B, generator=generator) < 1 / 50}
@@ -50,7 +50,7 @@ def traversal(what: str, T: int, B: int) -> dict[str, Tensor]:
 
 
 def call(module: nn.Module, x: Tensor, given: dict[str, Tensor], training: bool) -> Callable[[], object]:
-    """A forward pass without autograd, or forward and backward."""
+    """Return a function that runs a forward pass without autograd, or forward and backward."""
     if not training:
         return torch.no_grad()(partial(module, x, **given))
     x, learnt = x.clone().requires_grad_(), [*module.parameters()]
@@ -64,7 +64,7 @@ def call(module: nn.Module, x: Tensor, given: dict[str, Tensor], training: bool)
 
 
 def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -> dict[str, Any]:
-    """A row of the table, in the present number of threads, and what `auto` chooses after its first call."""
+    """Measure a call with the present number of threads. Return its row, with the choice of `auto` in the end."""
     (T, B, H), before = shape, "reference" if cell == "SLSTM" or what == "zoneout" else "torch"
     given, x, calls = traversal(what, T, B), torch.randn(T, B, H), {}
     for backend in (before, "numba", "auto"):
@@ -81,7 +81,7 @@ def measure(cell: str, what: str, shape: tuple[int, int, int], training: bool) -
 
 
 def run(file: Path | None, threads: int) -> int:
-    """Measure, and add the rows to a file."""
+    """Measure the sample. Print its rows, and append them to a file if one is given."""
     torch.set_num_threads(threads)
     cases = [
         case for case in itertools.product(KINDS, shapes(), (False, True))

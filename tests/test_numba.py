@@ -1,4 +1,4 @@
-"""What is of the compiled loops for CPUs alone; their numbers are in test_layer.py and test_slstm.py, place "numba"."""
+"""Tests of the compiled loops for CPUs alone. Others, of place "numba", are in test_layer.py and test_slstm.py."""
 
 import contextlib
 import copy
@@ -18,6 +18,7 @@ import torch
 from cases import built, call_of, check, with_random_parameters
 from conftest import ROOT
 from pairs import results
+from torch.utils._pytree import tree_leaves
 
 import gpu_lstm
 from gpu_lstm.call import choices
@@ -117,7 +118,7 @@ def test_calls_in_threads_at_once(module_and_call):
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("cls", [gpu_lstm.LSTM, gpu_lstm.GRU, gpu_lstm.SLSTM])
 def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
-    """Of sizes that fill no vector, one, and several panels; of a step, whose weights are not in panels, too."""
+    """Sizes fill no vector, one panel, and several. One step has no panels, and is tested, too."""
     for inputs, hidden in ((3, 6), (17, 34), (40, 66)):
         for steps_, rest in ((1, {}), (11, {}), (11, dict(lengths=torch.arange(9) + 3))):
             module, x = cls(inputs, hidden, heads=heads, backend="numba"), torch.randn(steps_, 9, inputs)
@@ -130,6 +131,35 @@ def test_bits_depend_on_neither_batch_nor_threads(module_and_call, cls, heads):
                 for b in range(9):
                     alone = module(x[:, b : b + 1], **{name: t[b : b + 1] for name, t in rest.items()})[0]
                     assert torch.equal(alone, whole[:, b : b + 1])
+
+
+def in_float64(module):
+    """The same module by the reference in float64."""
+    wide = copy.deepcopy(module).double()
+    wide.backend = "reference"
+    return wide
+
+
+def run_like(module, x, **rest):
+    """`run`, and an inference."""
+    with torch.no_grad():
+        y = module(x, **rest)[0]
+    return y, *run(module, x, **rest)
+
+
+@pytest.mark.usefixtures("nan_in_fresh_memory")
+@pytest.mark.parametrize("lengths", [[6, 6, 5, 2, 0], [0, 3, 6, 1, 0], [0] * 5], ids=["sorted", "unsorted", "empty"])
+@pytest.mark.parametrize("words", ["both", "gru both", "slstm heads", "masks both", "norms", "four-heads both"])
+def test_past_the_longest_sequence_all_is_zero_and_nothing_is_computed(words, lengths):
+    """Results and gradients, also those of padding, are compared with the float64 reference."""
+    module = with_random_parameters(built((11, 5, 3, 12), {*words.split()}, backend="numba"), 0)
+    x, rest = torch.randn(11, 5, 3), dict(lengths=torch.tensor(lengths))
+    if "masks" in words:
+        module.eval()  # without noise, which the two dtypes would not draw alike
+    expected = run_like(in_float64(module), x.double(), **rest)
+    x[6:] = torch.nan  # as padding may be
+    for found, true in zip(run_like(module, x, **rest), expected):
+        torch.testing.assert_close(found, true.float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("words", ["", "gru"])
@@ -170,6 +200,16 @@ def test_a_step_is_one_call_of_a_compiled_function_a_layer(monkeypatch, build_):
                 found[0].fill_(torch.nan)  # which changes no state
     layers = 1 if is_cell else getattr(ours, "num_layers", 2)
     assert len(calls) == 3 * layers
+
+
+@pytest.mark.parametrize("words", ["norms", "norm-hh", "norm-c", "masks peepholes"])
+def test_all_steps_of_a_variant_are_one_call_of_a_loop(monkeypatch, words):
+    module, x = built((7, 5, 3, 12), {*words.split()}, backend="numba"), torch.randn(7, 5, 3)
+    run(module, x)  # which compiles and verifies
+    calls, run_in = [], build.run
+    monkeypatch.setattr(build, "run", lambda *given: (calls.append(given), run_in(*given)))
+    run(module, x)
+    assert len(calls) == 2
 
 
 @pytest.fixture
@@ -411,14 +451,72 @@ def test_without_a_numba_that_works_everything_is_as_before(version, error, said
 
 
 def test_what_it_does_not_run_is_refused_by_name_and_never_chosen():
-    for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        lstm, x = gpu_lstm.SLSTM(3, 4, dtype=dtype), torch.zeros(20, 2, 3, dtype=dtype)
-        assert gpu_lstm.explain(lstm, x).backend == "reference"
-        lstm.backend = "numba"
-        with pytest.raises(TypeError, match=f"backend 'numba' supports float32, got {dtype}"):
-            lstm(x)
+    lstm, x = gpu_lstm.SLSTM(3, 4, dtype=torch.float64), torch.zeros(20, 2, 3, dtype=torch.float64)
+    assert gpu_lstm.explain(lstm, x).backend == "reference"
+    lstm.backend = "numba"
+    with pytest.raises(TypeError, match=r"float16, bfloat16 and float32, got torch\.float64"):
+        lstm(x)
     refused = available.why_unavailable(Backend.NUMBA, torch.device("cuda", 0), torch.float32)
     assert str(refused) == "backend 'numba' runs on CPU tensors, got cuda:0"
+
+
+@pytest.mark.parametrize("words", [
+    "", "gru deep both", "ragged resets states", "gru packed", "slstm heads", "norms peepholes", "expected", "no-grad",
+    "gru residual", "cell", "recompute four-heads"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(words, dtype):
+    """Errors are at most twice those of torch's own, or of the reference, in the same dtype."""
+    check((9, 5, 3, 8), words, "numba", dtype)
+
+
+def bits(t):
+    return t.dtype, t.float().tolist()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("words", ["deep", "gru", "slstm", "masks", "norms", "stack", "ragged packed", "projected"])
+def test_half_precision_has_the_dtypes_of_the_reference_in_every_kind_of_route(words, autocast):
+    """The noise of a seed is the same, too. A graph of torch.compile computes the same bits."""
+    dtype, given = torch.bfloat16, {*words.split()}
+    size = (*SIZE, 2) if "projected" in given else SIZE
+    ours = with_random_parameters(built(size, given, backend="numba"), 0)
+    if not autocast:
+        ours.to(dtype)
+    (theirs := copy.deepcopy(ours)).backend = "reference"
+    x, hx, rest = call_of(ours, size, given, 0)
+    x, hx = x.to(dtype).requires_grad_(), hx if autocast else None
+
+    def results_of(call, module):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y, states = call(x, hx, **rest)
+        gradients = torch.autograd.grad(y.float().square().sum(), [x, *module.parameters()])
+        with torch.autocast("cpu", dtype, enabled=autocast), torch.no_grad():
+            return tree_leaves((y, states, gradients, call(x, hx, **rest)))
+
+    found, expected = results_of(ours, ours), results_of(theirs, theirs)
+    assert [t.dtype for t in found] == [t.dtype for t in expected]
+    for our, their in zip(found, expected):
+        scale = float(their.abs().max())
+        torch.testing.assert_close(our.float(), their.float(), rtol=0, atol=0.05 * scale)
+    torch._dynamo.reset()
+    compiled = results_of(torch.compile(ours, backend="eager"), ours)
+    assert [*map(bits, compiled)] == [*map(bits, found)]
+
+
+def test_a_float32_c_beside_half_precision_is_not_rounded():
+    lstm = gpu_lstm.LSTM(3, 4, backend="numba").bfloat16()
+    h, c = torch.zeros(1, 2, 4, dtype=torch.bfloat16), torch.rand(1, 2, 4)
+    assert torch.equal(lstm(torch.zeros(9, 2, 3).bfloat16(), (h, c), lengths=torch.tensor([0, 0]))[1][1], c)
+
+
+def test_auto_races_the_loops_in_half_precision(monkeypatch, nothing_cached):
+    raced = Mock(side_effect=race.race)
+    monkeypatch.setattr(race, "race", raced)
+    gru, x = gpu_lstm.GRU(3, 6), torch.randn(20, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        y, _ = gru(x.bfloat16())
+    assert (raced.call_count, {*raced.call_args[0][0]}, y.dtype) == (1, {"numba", "torch"}, torch.bfloat16)
 
 
 def test_the_rule_leaves_watched_calls_as_they_were():
@@ -441,7 +539,7 @@ def test_a_program_runs_where_there_is_no_numba(monkeypatch):
         torch.testing.assert_close(program(x), expected(x))
 
 
-# Faults, planted in what a loop is told: verification finds each, and `auto` gives right numbers by another backend
+# Planted faults: a loop is given wrong sizes or addresses. Verification finds each, and `auto` uses another backend.
 
 as_on_a_new_machine = pytest.mark.usefixtures(
     "nothing_cached", "nothing_raced", "exact_float32_products", "nan_in_fresh_memory"
@@ -490,6 +588,8 @@ def one_further(name: str) -> Callable:
     (without("weight_peephole"), ALL, "RMS"), (without("reset_c"), ALL, "RMS"), (without("bias_hh"), "gru", "RMS"),
     (without("h0"), "zoneout", "RMS"), (without("dreset_c"), ALL, "the RMS error of the gradient of reset_c"),
     (told(cell=lambda was: LSTM), "slstm resets", "RMS"), (told(T=lambda steps: steps - 1), "slstm", "RMS"),
+    (without("gain_hh"), "norms", "RMS"), (without("gain_c"), "norms", "RMS"), (without("bias_c"), "norms", "RMS"),
+    (one_further("v_hh"), "norms", "RMS"), (one_further("scale_c"), "norms", "RMS"),
     (compiled(lambda name: lambda address: None), "gru", "RMS"),  # computes nothing
     (compiled(Mock(side_effect=RuntimeError("no compiler"))), "gru", "no compiler"),
 ])  # fmt: skip

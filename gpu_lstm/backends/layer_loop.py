@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..call.checks import is_exact
-from ..call.choices import Backend
+from ..call.choices import KERNEL_BACKENDS, Backend
 from ..call.noise import NO_NOISE, Noise, draw
 from ..call.options import Options
 from ..call.request import Call
 from ..call.sequences import Traversal, without_padding
 from ..call.weights import NAMES, State, Weights
+from ..kernels.contract import package_of
 from ..kernels.private import is_profiled
 from ..kernels.tensors import TENSORS, Inputs
 
@@ -44,7 +45,7 @@ def run_layers(
         call = cast(call, dtype)  # while autocast is on, so that its cache casts the weights
         with torch.autocast(call.x.device.type, enabled=False):
             return run_layers(call, None, backend, run, together)
-    if dtype not in (None, torch.float32):
+    if dtype is not None and not (dtype is call.x.dtype is torch.float32):
         call = cast(call, dtype)
     options, traversal, x = call.options, call.traversal, call.x
     drawn = draw(call.weights, (call.steps, call.batch), x.dtype, options) if options.noisy else None
@@ -130,13 +131,30 @@ def cast(call: Call, dtype: torch.dtype) -> Call:
     float64 if `dtype` is float64.
     """
     x, weights, traversal = call.x, call.weights, call.traversal
-    c_stays = call.options.cell.kept > 1 or (x.is_cpu and weights[0][0].weight_hr is not None)
-    states = [(h.to(dtype), c if c_stays or is_exact(c, x) else c.to(dtype)) for h, c in call.states]
+    states = [(h.to(dtype), c.to(of_c)) for (h, c), of_c in zip(call.states, _dtypes_of_c(call, dtype))]
     if traversal.reset_states is not None:
         exact = torch.promote_types(dtype, torch.float32)
         traversal = traversal._replace(reset_states=[(h.to(dtype), c.to(exact)) for h, c in traversal.reset_states])
     weights = [[one.to(dtype) for one in layer] for layer in weights]
     return call._replace(x=x.to(dtype), states=states, weights=weights, traversal=traversal)
+
+
+def _dtypes_of_c(call: Call, dtype: torch.dtype) -> list[torch.dtype]:
+    """The dtype of c in each row of states, see `cast`."""
+    c_stays = call.options.cell.kept > 1 or (call.x.is_cpu and call.weights[0][0].weight_hr is not None)
+    keeps = [(c_stays or is_exact(c, call.x)) and c.dtype.itemsize >= dtype.itemsize for _, c in call.states]
+    return [c.dtype if keep else dtype for (_, c), keep in zip(call.states, keeps)]
+
+
+def computes_in_float32(backend: Backend, dtype: torch.dtype) -> bool:
+    """Whether a backend computes results in `dtype` in float32, and rounds them."""
+    return backend in KERNEL_BACKENDS and dtype in package_of(backend.value).IN_FLOAT32
+
+
+def rounded(call: Call, dtype: torch.dtype, y: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
+    """The results of a call that was computed in float32, in the dtypes that results of a call in `dtype` have."""
+    of_c = _dtypes_of_c(call, dtype)
+    return y.to(dtype), [(h.to(dtype), c.to(each)) for (h, c), each in zip(states, of_c)]
 
 
 def connect(

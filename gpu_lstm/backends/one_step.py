@@ -1,4 +1,4 @@
-"""A step of all layers without gradients on a CPU: each layer is one call of a compiled function, by addresses."""
+"""One step of all layers without gradients on a CPU. Each layer is one call of a compiled function, by addresses."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from ..kernels.layer import Layer
 
 
 def is_one(call: Request) -> bool:
-    """Whether a call is one such step of float32 numbers, with nothing between its layers and nobody watching."""
+    """Whether `by_one_step` can run a call: one step in float32, nothing between layers, and no graph or transform."""
     options, modes, x = call.options, call.modes, call.x
     if call.steps != 1 or call.learns or modes.recording != Recording.NOBODY or modes.transforms != Transforms.NONE:
         return False
@@ -23,7 +23,7 @@ def is_one(call: Request) -> bool:
 
 
 def by_one_step(call: Request, layers: Sequence[Layer]) -> tuple[Tensor | None, list[State]]:
-    """The output [1, B, H], of a cell None, and the final states in the blocks of the call."""
+    """Return the output [1, B, H], or None for a cell, and the final states in the blocks of the call."""
     options, x, number = call.options, call.x.contiguous(), 0
     y = None if type(options.role) is roles.Cell else x.new_empty(1, call.batch, options.sizes[-1].hidden)
     source, finals, rows = x.data_ptr(), [], options.role.lead[0] if options.role.lead else 1

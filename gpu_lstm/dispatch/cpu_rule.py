@@ -9,15 +9,15 @@ from ..call.choices import Backend
 from ..kernels.contract import package_of
 from .kind import Kind
 
-FEWEST_STEPS = 8  # more are worth a compilation
-MOST_UNITS = 1 << 20  # of all steps and sequences of a race
+FEWEST_STEPS = 8  # a call of more steps is worth a compilation
+MOST_UNITS = 1 << 20  # T B H of a race
 EXPECTED = "expected: torch runs a step as many small operations, the compiled loop as one"
 PLAIN = "torch's own LSTM is one loop on a CPU as well"
 SHORT = f"a call of {FEWEST_STEPS} steps or fewer is short"
 
 
 def without_loops(kind: Kind) -> str | None:
-    """Why no loops are compiled for a kind of call, nor expected to be faster, in words; None: they are."""
+    """Return why a kind of call causes no compilation, and torch is expected to be faster; None if it does."""
     first = kind.problems[0]
     ragged = first.resets or first.lengths is not None
     if first.cell == "lstm" and first.heads == 1 and not (ragged or kind.feature):
@@ -26,7 +26,10 @@ def without_loops(kind: Kind) -> str | None:
 
 
 def waits(kernels: Backend, kind: Kind, for_any: bool = False) -> str | None:
-    """Why a kind of call does without loops that are not compiled yet, in words; None: they are, or will be for it."""
+    """Return why a kind of call does not use the loops, which are not compiled yet; None if it uses them.
+
+    If `for_any`, loops that were compiled for any CPU and version count, too. Then nothing is imported.
+    """
     is_compiled = package_of(kernels.value).is_compiled
     if (why := without_loops(kind)) is None or is_compiled is None:
         return None
@@ -36,6 +39,6 @@ def waits(kernels: Backend, kind: Kind, for_any: bool = False) -> str | None:
 
 
 def steps_of_a_race(kind: Kind, longest: int) -> int:
-    """The steps of a race, so that it takes about a second at most."""
+    """Return the number of steps of a race, at most `longest`. A race then takes about a second."""
     units = max(p.batch * p.hidden for p in kind.problems)
     return min(longest, max(2 * FEWEST_STEPS, MOST_UNITS // units))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..backends.layer_loop import computes_in_float32
 from ..call import choices
 from ..call.choices import BACKEND_VARIABLE, KERNEL_BACKENDS, Backend, Racing, requested_backend, requested_racing
 from ..call.modes import Recording, Transforms
@@ -208,10 +209,12 @@ def build(call: Request, kind: Kind, backend: Backend) -> Route:
     """Return the route of a kind of call by a backend."""
     if backend not in KERNEL_BACKENDS:
         return Route(backend, kind.dtype)
-    schedule = schedule_of(call, kind.dtype.itemsize)
-    problems = [problem._replace(side_by_side=schedule.side_by_side) for problem in kind.problems]
+    wide = computes_in_float32(backend, kind.dtype)
+    dtype = torch.float32 if wide else kind.dtype
+    schedule = schedule_of(call, dtype.itemsize)
+    problems = [problem._replace(side_by_side=schedule.side_by_side, dtype=dtype) for problem in kind.problems]
     layers = [verify.layer_of(backend, problem, call.x.device) for problem in problems]
-    return Route(backend, kind.dtype, None, layers, schedule, kind.one_step)
+    return Route(backend, dtype, None, layers, schedule, kind.one_step, kind.dtype if wide else None)
 
 
 def _sample(call: Request, kind: Kind, backend: Backend, most: int) -> Callable[[], None]:

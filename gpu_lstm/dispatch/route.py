@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..backends.layer_loop import computes_in_float32
 from ..backends.torch_rnn import MOST_STEPS
 from ..call.choices import KERNEL_BACKENDS, Backend, chosen_backends, requested_backend
 from ..call.modes import Recording, Transforms, constant_when_traced, recurrent_precision
@@ -88,7 +89,12 @@ def _route_while_watched(call: Request) -> Route:
         # A program that is recorded here should also run where the package of this backend is missing.
         return Route(race.other_than_kernels(kind), dtype_of(call))
     count_flops()
-    return Route(backend, dtype_of(call), name)
+    return operators_route(backend, dtype_of(call), name, computes_in_float32(backend, dtype_of(call)))
+
+
+def operators_route(backend: Backend, dtype: torch.dtype, operators: str | None, wide: bool) -> Route:
+    """Return the route of a call whose layers are operators, with results in `dtype`, computed in float32 if `wide`."""
+    return Route(backend, torch.float32 if wide else dtype, operators, results=dtype if wide else None)
 
 
 def _route_in_a_graph(call: Request) -> Route:
@@ -105,23 +111,25 @@ def _route_in_a_graph(call: Request) -> Route:
     # chosen_backends is read while it is traced: the tracer knows a block that the traced function opens, and `_answer`
     # would not see it. A block around the function becomes part of the graph.
     chosen = call.options.backend or chosen_backends[0].value
-    name, problem = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
+    name, problem, wide = _answer(chosen, call.x.device, transformed, tuple(map(tuple, kind.problems)), *kind[1:])
     if problem:
         raise getattr(builtins, name, RuntimeError)(problem)  # errors of torch, as for full memory, are RuntimeErrors
     if call.modes.recording == Recording.ONNX and name.startswith(AUTO):
-        name = race.other_than_kernels(kind).value
+        name, wide = race.other_than_kernels(kind).value, False
     backend, compiled = BACKEND_OF[name], call.modes.recording == Recording.COMPILED
     operators = name if not transformed and (compiled or backend in KERNEL_BACKENDS) else None
-    return Route(backend, kind.dtype, operators)
+    return operators_route(backend, kind.dtype, operators, wide)
 
 
 @constant_when_traced
 def _answer(
     chosen: str | Backend | None, device: torch.device, transformed: bool, problems: tuple[tuple, ...], *others: Any
-) -> tuple[str, str]:
-    """Return the operator_name of the backend for a Kind, which is given in plain tuples, and an empty string.
+) -> tuple[str, str, bool]:
+    """Return the operator_name of the backend, an empty error, and whether the backend computes in float32.
 
-    On failure, return the name of the error's class and its text: torch.compile carries strings, but no exceptions.
+    The Kind is given as plain tuples. On failure, return the name of the error's class, its text, and False:
+
+    torch.compile carries strings, but no exceptions.
     """
     precision = recurrent_precision(Problem(*problems[0]).dtype)
     kind = Kind(tuple([Problem(*each)._replace(precision=precision) for each in problems]), *others)
@@ -129,6 +137,6 @@ def _answer(
         able = available.select(chosen, device, kind, transformed)
         if operator_name(able, chosen).startswith(AUTO):
             able = race.expected_winner(kind, able, device).backend
-        return operator_name(able, chosen), ""
+        return operator_name(able, chosen), "", computes_in_float32(able, kind.dtype)
     except (ValueError, ImportError, RuntimeError, TypeError) as error:
-        return type(error).__name__, str(error)
+        return type(error).__name__, str(error), False

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..backends import one_step, reference, torch_rnn
+from ..backends.layer_loop import rounded
 from ..call.choices import Backend
 from ..call.noise import with_weight_drop
 from ..call.request import Request
@@ -24,6 +25,7 @@ class Route(NamedTuple):
     layers: Sequence[Layer] = ()  # [L*D], if kernels run in eager mode
     schedule: Schedule | None = None  # likewise
     one_step: bool = False  # whether backends/one_step.py may run the call
+    results: torch.dtype | None = None  # the dtype that results are rounded to, or None if layers compute in it
 
 
 def execute(route: Route, request: Request, record: reference.Record | None = None) -> tuple[Any, Any]:
@@ -31,7 +33,7 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
 
     The reference calls `record` with the Steps of each layer and direction.
     """
-    backend, dtype, operators, layers, scheduled, is_step = route
+    backend, dtype, operators, layers, scheduled, is_step, results = route
     options, form = request.options, request.form
     if options.drops_weights:
         request = request._replace(weights=with_weight_drop(request.weights, options))
@@ -48,4 +50,6 @@ def execute(route: Route, request: Request, record: reference.Record | None = No
         y, states = torch_rnn.by_torch(request.call(), dtype)
     else:
         y, states = reference.by_reference(request.call(), dtype, record)
+    if results is not None and y is not None:
+        y, states = rounded(request.call(), results, y, states)
     return y if y is None else form.output(y), options.role.states_out(form, states)

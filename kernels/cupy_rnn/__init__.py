@@ -5,7 +5,7 @@ import torch
 from ..cache import Key
 
 DEVICES, is_compiled = ("cuda",), None
-DTYPES = torch.float16, torch.bfloat16, torch.float32
+DTYPES, IN_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32), ()
 PACKAGES = ("cupy-cuda12x", "cupy-cuda13x")
 _CUDA = "12" if (torch.version.cuda or "").startswith("12.") else "13"
 NEEDS = f'CuPy and NVRTC: pip install "cupy-cuda{_CUDA}x[ctk]>=14.2"'  # as the extras of pyproject.toml

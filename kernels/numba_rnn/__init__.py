@@ -1,4 +1,4 @@
-"""The Numba backend, for CPUs: launch.py is its layer.Launcher. What is known without Numba, see layer.Package:"""
+"""The Numba backend, for CPUs. This file is its contract.Package and imports no Numba. launch.py is its Launcher."""
 
 import hashlib
 import platform
@@ -9,7 +9,8 @@ from .. import cache
 from ..problem import Pass
 
 DEVICES = ("cpu",)
-DTYPES = (torch.float32,)
+IN_FLOAT32 = torch.float16, torch.bfloat16
+DTYPES = *IN_FLOAT32, torch.float32
 LOOPS = "forward", "backward"  # of steps.py
 PACKAGES = "numba", "llvmlite"
 OLDEST = 0, 61
@@ -34,10 +35,10 @@ def import_packages() -> None:
 
 
 def name_of_folder() -> str:
-    """The digest of everything that decides what Numba compiles: our sources and the facts of `made_by`.
+    """Return a digest of everything that decides what Numba compiles: our sources and the facts of `made_by`.
 
-    Numba itself sees neither an edit of an imported file nor another CPU that has the same name. It would also keep the
-    functions once for each path that this package is installed at.
+    Numba's own key misses an edit of an imported file, and another CPU of the same name. It contains the path of the
+    source file, so that each installed copy of this package would be compiled again.
     """
     return hashlib.sha256(repr((cache.sources("kernels"), made_by())).encode()).hexdigest()[:16]
 

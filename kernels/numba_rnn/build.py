@@ -1,4 +1,4 @@
-"""The functions of steps.py: compiled for this CPU when they are first needed, kept with our other results, called."""
+"""Compile the functions of steps.py for this CPU when they are first needed, keep them on disk, and call them."""
 
 import ctypes
 import functools
@@ -25,7 +25,7 @@ PROCESS = os.getpid()
 
 
 def folder(name: str) -> Path:
-    """Where a compiled function is read from, and else kept; raises an OSError if it cannot be kept anywhere."""
+    """Return the folder that has a compiled function, or else the folder to keep it in. Raise an OSError if none."""
     ours, digest = cache.folder(), name_of_folder()
     path = ours and ours / "compiled" / digest
     for root in cache.folders():
@@ -42,26 +42,26 @@ def folder(name: str) -> Path:
 
 
 def kept_in(*names: str) -> Path | None:
-    """The folder where these compiled functions are kept for later processes; None: not all are kept in one."""
+    """Return the folder that keeps all these compiled functions for later processes, or None if no folder has all."""
     own = [root / "compiled" / name_of_folder() for root in cache.folders()]
     paths = [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else own
     return next((path for path in paths if all(files_of(path, name) for name in names)), None)
 
 
 def of_others() -> str:
-    """Words to append where loops of another version or CPU are in the cache."""
+    """Return words to append to a log line if the cache has loops of another version or CPU, else an empty string."""
     names = {path.name for root in cache.folders() for path in root.glob("compiled/*")}
     return "; the loops in the cache are of another version or CPU" * bool(names - {name_of_folder()})
 
 
 def files_of(path: Path, name: str) -> list[Path]:
-    """The files of a compiled function in a folder; none where it is not kept."""
+    """Return the files of a compiled function in a folder. The list is empty if it is not kept there."""
     return list(path.rglob(f"*.{name}-*.nb?"))
 
 
 @functools.cache
 def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
-    """A copy of a folder for this process."""
+    """Return a temporary copy of a folder, for this process."""
     copy = tempfile.TemporaryDirectory(prefix="gpu_lstm-")
     for file in path.rglob("*.*"):
         target = copy.name / file.relative_to(path)
@@ -72,9 +72,9 @@ def copied(path: Path) -> tempfile.TemporaryDirectory[str]:
 
 @functools.cache
 def function(name: str) -> Callable[[int], None]:
-    """A function of steps.py, which is called without Python's lock.
+    """Return a function of steps.py, compiled. It is called without Python's lock.
 
-    A RuntimeError says what Numba cannot compile, and where.
+    If Numba cannot compile it, a RuntimeError has Numba's reason and the line of the source.
     """
     path, kept, not_kept = None, [], f"the compiled {name} loop is not kept"
     try:
@@ -89,7 +89,7 @@ def function(name: str) -> Callable[[int], None]:
         compiled = compile_in(path, name)
     except numba.core.errors.NumbaError as error:
         raise RuntimeError(f"Numba {numba.__version__} cannot compile the {name} loop: {last_frame(error)}") from error
-    except Exception as error:  # what Numba raises where a file is damaged, or the disk is full, is undocumented
+    except Exception as error:  # Numba documents no errors for a damaged file or a full disk
         if path is None or isinstance(error, MemoryError):
             raise
         for each in files_of(Path(numba.config.CACHE_DIR or path), name):  # so that the next process keeps it again
@@ -101,24 +101,24 @@ def function(name: str) -> Callable[[int], None]:
             cache.warn_once(f"{what}: {type(error).__name__}: {error}")
         compiled = compile_in(None, name)
     function: Any = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t)(compiled.address)
-    function.compiled = compiled  # whose memory would be given back
+    function.compiled = compiled  # a reference, so that its machine code is not freed
     return function
 
 
 def compile_in(path: Path | None, name: str) -> Any:
-    """A function of steps.py, compiled, or read from a folder; None: kept nowhere."""
+    """Compile a function of steps.py, or read it from the folder `path`. If `path` is None, it is not kept."""
     source = getattr(steps, name)
-    if path is not None:  # it is kept next to the file that it says to come from
+    if path is not None:  # Numba keeps a function next to the file that its code names
         file = path / "steps.py"
         if not file.exists():
             file.touch()
-            os.utime(file, (0, 0))  # the same in a copy, since Numba looks at the time
+            os.utime(file, (0, 0))  # Numba compares the time, which a copy would change
         source = types.FunctionType(source.__code__.replace(co_filename=str(file)), source.__globals__, name)
     return numba.cfunc("void(intp)", cache=path is not None, **HOW)(source)
 
 
 def last_frame(error: Exception) -> str:
-    """What is wrong, and the innermost line where it is, from an error of Numba that names all callers."""
+    """Return the reason and the innermost line of an error of Numba. The error itself names all callers, too."""
     lines = re.sub(r"\x1b\[\d+m", "", str(error)).splitlines()
     told = [line for line in lines if line.strip() and not line.startswith(("Failed in", "During: "))]
     places = [line for line in lines if line.startswith("During: typing of")]
@@ -127,7 +127,7 @@ def last_frame(error: Exception) -> str:
 
 @functools.cache
 def parallel() -> Callable[..., None] | None:
-    """OpenMP's parallel(function, argument, threads, flags), of the library that torch uses; None without GNU's."""
+    """Return GOMP_parallel(function, argument, threads, flags) of torch's OpenMP, or None if that is not GNU's."""
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
         return ctypes.CDLL(str(library)).GOMP_parallel
@@ -137,18 +137,20 @@ def parallel() -> Callable[..., None] | None:
 
 @functools.cache
 def pool(process: int) -> ThreadPoolExecutor:
-    """Threads of our own, of a process: those of its parent do not exist after a fork."""
+    """Return our own pool of threads for a process. A forked process needs a new one: a fork copies no threads."""
     return ThreadPoolExecutor(os.cpu_count(), "gpu_lstm")
 
 
 def run(function: Callable[[int], None], argument: int, threads: int) -> None:
-    """Call function(argument) in so many threads, one of them this one, and wait for all. They are torch's own, whose
-    waiting ones would keep others from a core."""
+    """Call function(argument) in several threads at once, one of which is the calling thread, and wait for all.
+
+    The threads are torch's own. Idle threads of OpenMP spin for a while, and would keep a second pool from the cores.
+    """
     if threads == 1:
         function(argument)
     elif os.getpid() == PROCESS and (run_parallel := parallel()) is not None:
         run_parallel(function, ctypes.c_ssize_t(argument), threads, 0)
-    else:  # after a fork OpenMP would wait for threads that do not exist
+    else:  # after a fork OpenMP would wait forever for threads that the fork did not copy
         others = [pool(os.getpid()).submit(function, argument) for _ in range(threads - 1)]
         function(argument)
         for other in others:

@@ -1,8 +1,8 @@
 """The cells of kernels/equations.py on a tile, in loops that LLVM vectorises.
 
-The row of a gate is the row of its pre-activation: i, f, g, o for an LSTM, r, z, n, s for a GRU, u, v, g, o for an
-sLSTM. Gradients of pre-activations have the same rows, for a GRU in the order n, r, z, s. Constants are peepholes of i,
-f and o, or a GRU's biases of h. C is c. REST is l of an sLSTM. Backward both are their gradients.
+A gate replaces its pre-activation in the same row. The rows are i, f, g, o for an LSTM, r, z, n, s for a GRU, and u, v,
+g, o for an sLSTM. Gradients of pre-activations have the same rows, for a GRU in the order n, r, z, s. Constants are the
+peepholes of i, f and o, or a GRU's biases of h. C has c, and REST has l of an sLSTM. Backward they have the gradients.
 """
 
 from collections import namedtuple
@@ -14,7 +14,7 @@ from .functions import above, compiled, floats, inlined, sigmoid, tanh  # noqa: 
 from .tile import BEFORE, CONSTANTS, DV, DZ_O, GATES, OF_H, ONE, REST, ZERO, C, M, vectors  # noqa: F401
 
 CELLS = LSTM, GRU, SLSTM = range(3)
-Sizes = namedtuple("Sizes", "CELL")  # the one of triton_rnn/parameters.py that equations read
+Sizes = namedtuple("Sizes", "CELL")  # the only field of triton_rnn/parameters.py's Sizes that the equations read
 
 
 @inlined
@@ -48,7 +48,7 @@ next_cell, cell_forward, cell_output, cell_output_backward, cell_backward = comp
 
 @inlined
 def four(w, rows, j):
-    """Unit j of four rows."""
+    """Return unit j of four rows."""
     return w[rows[0] + j], w[rows[1] + j], w[rows[2] + j], w[rows[3] + j]
 
 
@@ -60,7 +60,7 @@ def put_four(w, rows, j, values):
 
 @inlined
 def constants_of(w, j):
-    """The constants of unit j: peepholes, or a GRU's biases of h."""
+    """Return the constants of unit j: peepholes, or a GRU's biases of h."""
     return w[CONSTANTS[0] + j], w[CONSTANTS[1] + j], w[CONSTANTS[2] + j]
 
 
@@ -69,7 +69,7 @@ def constants_of(w, j):
 
 @inlined
 def forward_of(tile, n, peepholes, S):
-    """The gates, and the state after the step in place of the state before it."""
+    """Compute the gates, and replace the state before the step by the state after it."""
     w = floats(tile)
     for j in range(vectors(n)):
         x, z, rest = four(w, GATES, j), four(w, OF_H, j), (w[REST + j],)
@@ -81,7 +81,7 @@ def forward_of(tile, n, peepholes, S):
 
 @inlined
 def output_of(tile, n, _, S):
-    """M, from the last gate and v, which is in C."""
+    """Compute M from the last gate and from v, which is in C."""
     w = floats(tile)
     for j in range(vectors(n)):
         w[M + j] = cell_output(w[GATES[3] + j], w[C + j], S)
@@ -89,7 +89,7 @@ def output_of(tile, n, _, S):
 
 @inlined
 def output_backward_of(tile, n, normed, S):
-    """The gradients of z_o and of v, in DZ_O and DV, from the gradient of m in M. LN(c) is in DV, if c is `normed`."""
+    """Compute the gradients of z_o and v in DZ_O and DV from the gradient of m in M. If `normed`, DV has LN(c)."""
     w = floats(tile)
     for j in range(vectors(n)):
         gates = four(w, GATES, j)
@@ -99,7 +99,7 @@ def output_backward_of(tile, n, normed, S):
 
 @inlined
 def backward_of(tile, n, peepholes, S):
-    """The gradients of the pre-activations, and of the state before the step in place of the state after it."""
+    """Compute the gradients of the pre-activations. Replace the gradient of the state by the one before the step."""
     w = floats(tile)
     for j in range(vectors(n)):
         gates, of, rest = four(w, GATES, j), constants_of(w, j), (w[REST + j],)
@@ -110,7 +110,7 @@ def backward_of(tile, n, peepholes, S):
 
 
 def by_cell(loop):
-    """The loop, inlined once for each cell, so that nothing is decided inside it."""
+    """Return a function with one copy of the loop for each cell, so that nothing is decided inside the loop."""
 
     def run(tile, n, cell, flag):
         if cell == LSTM:
@@ -120,8 +120,8 @@ def by_cell(loop):
         else:
             loop(tile, n, flag, Sizes(SLSTM))
 
-    # Numba names a function's machine code by its qualified name and a number that each process counts anew. Two loops
-    # of one name that two processes have kept would be one for the linker of a third.
+    # Numba names machine code by the function's qualified name and a number that every process counts from the start.
+    # If two processes kept different loops under one name, the linker of a third process would take one for the other.
     run.__qualname__ = f"run_{loop.__name__}"
     return compiled(run)
 

@@ -1,6 +1,7 @@
-"""What all compiled functions have in common: how they are compiled, memory by addresses, and functions of float32.
+"""Shared by all compiled functions: compiler options, memory by addresses, and elementary functions of float32.
 
-exp, sigmoid, tanh and log1p are polynomials, which LLVM vectorises, to 2 units in the last place; NaN stays NaN.
+exp, sigmoid, tanh and log(1 + e^-|x|) are polynomials, which LLVM vectorises. Their errors are at most 2 units in the
+last place. NaN stays NaN.
 """
 
 from functools import partial
@@ -11,13 +12,15 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 F = np.float32
-HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}  # a division that may raise is not vectorised
-compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)  # for others of ours alone
+HOW: dict[str, Any] = {"error_model": "numpy", "fastmath": {"contract"}}
+"""Options of the compiler. LLVM does not vectorise a division that may raise, as Python's does."""
+compiled = partial(njit, no_cpython_wrapper=True, no_cfunc_wrapper=True, **HOW)  # called by compiled functions alone
 inlined = partial(compiled, forceinline=True)
+summing = partial(compiled, fastmath={"contract", "reassoc"})  # LLVM vectorises a sum if it may change its order
 
 
 def cast(source: Any, target: Any, instruction: str) -> Any:
-    """A function of one number or address, which an instruction of LLVM makes one of another type."""
+    """Return a compiled function that converts a number or an address to another type by one instruction of LLVM."""
 
     @intrinsic
     def of(context: Any, x: Any) -> Any:
@@ -31,7 +34,7 @@ def cast(source: Any, target: Any, instruction: str) -> Any:
 
 @intrinsic
 def take(context: Any, counter: Any) -> Any:
-    """The next number of a counter (its address), which no other thread takes."""
+    """Return the counter at an address and add 1 to it, in one atomic instruction: each thread gets another number."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         place = builder.inttoptr(arguments[0], context.get_value_type(types.CPointer(types.int64)))
@@ -43,7 +46,7 @@ def take(context: Any, counter: Any) -> Any:
 floats, flags, numbers = (
     cast(types.intp, types.CPointer(kind), "inttoptr") for kind in (types.float32, types.uint8, types.int64)
 )
-"""What is at an address, to be indexed: a signed index of an array would be asked whether it counts from the end."""
+"""Pointers to be indexed. Numba would check each signed index of an array for counting from the end."""
 _float_of, _bits_of = cast(types.int32, types.float32, "bitcast"), cast(types.float32, types.int32, "bitcast")
 LOG2_E, LN_2, LN_2_LOW = F(1.442695040888963), F(0.693359375), F(-2.12194440e-4)
 ROUND = F(1.5 * 2**23)  # added to a number of less than 2^22: rounds it to an integer, which is in its last bits
@@ -66,12 +69,13 @@ def exp(x):
 @inlined
 def sigmoid(x):
     """1 / (1 + e^-x)."""
-    return F(0) if x < F(-87) else F(1) / (F(1) + exp(-x))  # where exp ends: not 1e-38, which times infinity is one
+    # exp is clamped at 87, where the quotient is 1e-38. Its product with infinity would be infinite.
+    return F(0) if x < F(-87) else F(1) / (F(1) + exp(-x))
 
 
 @inlined
 def tanh(x):
-    """As triton_rnn/equations.py."""
+    """tanh(x), by the formulas of triton_rnn/equations.py: a polynomial near 0, elsewhere 1 - 2 / (e^(2 |x|) + 1)."""
     u = x * x
     p = (((F(-0.005893945) * u + F(0.020794617)) * u - F(0.053783294)) * u + F(0.13331915)) * u - F(0.333333)
     far = F(1) - F(2) / (exp(F(2) * abs(x)) + F(1))

@@ -1,4 +1,4 @@
-"""The Numba backend: the time loop of steps.py; by_steps.py's where something is in the middle of a step."""
+"""The Numba backend: runs the time loop of steps.py, or by_steps.py where a projection is in the middle of a step."""
 
 from array import array
 from collections.abc import Callable
@@ -25,15 +25,15 @@ from .product import SEQUENCES, whole_vectors
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
 TENSORS = frozenset(steps.TENSORS)
-STOPS = "zcmh"  # as by_steps.Part has them, in the order of steps.STOPS
-PLAIN = {"h0", "c0", "weight_hh", "bias_hh"}  # what a step may read in the loop that has a way of its own
-CHUNK = 64  # rows of x that are multiplied at once, and eight times the steps of a sequence
-LEAST = 1 << 14  # units of all steps and sequences that pay for another thread
+STOPS = "zcmh"  # the names in by_steps.Part, in the order of steps.STOPS
+PLAIN = {"h0", "c0", "weight_hh", "bias_hh"}  # tensors of a step that `step_of` can run
+CHUNK = 64  # rows of x that are multiplied at once; for one sequence at a time, an eighth of that
+LEAST = 1 << 14  # T B H for which another thread pays
 CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 
 
 def put(call: Any, arguments: dict[str, Any]) -> Any:
-    """Addresses of tensors into a steps.CALL, of those that it knows, by the names of pointers."""
+    """Write the addresses of tensors, given by the names of pointers, into a steps.CALL. Skip tensors that it lacks."""
     for name, t in arguments.items():
         if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in TENSORS:
             call[field] = t.data_ptr()
@@ -41,17 +41,18 @@ def put(call: Any, arguments: dict[str, Any]) -> Any:
 
 
 def call_of(part: Part, steps_: int, share: int, step: int = 0, way: int = steps.BY_STEPS) -> Any:
-    """A steps.CALL without tensors."""
+    """Return a steps.CALL without tensors."""
     p, call = part.problem, np.zeros((), steps.CALL)
     cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
     sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
+    call["masks"] = 3 in (p.zoneout_h, p.zoneout_c)
     for name, size in zip(steps.SIZES, (share, *sizes, step, way)):
         call[name] = size
     return call
 
 
 def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> None:
-    """Call a function of steps.py in so many threads."""
+    """Call a function of steps.py in `count` threads at once."""
     if checking.on:
         with margins(name, arguments) as inside:
             return build.run(build.function(name), put(call, inside).ctypes.data, count)
@@ -71,13 +72,13 @@ def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Laun
 
 
 def shares_of(p: Problem, T: int) -> tuple[int, int]:
-    """How many threads a call pays for, and how many sequences one takes at a time."""
+    """Return how many threads pay for a call, and how many sequences a thread takes at a time."""
     count = max(1, min(torch.get_num_threads(), p.batch // SEQUENCES, T * p.batch * p.hidden // LEAST))
     return count, ceil(p.batch / count / SEQUENCES) * SEQUENCES
 
 
 def step_of(p: Problem) -> Callable[..., None]:
-    """See Launches.step. All that does not change from step to step is written into the call once."""
+    """Return Launches.step. Everything that is the same at each step is written into the call once."""
     call = call_of(Part(p, "z", "h"), 1, 0, 0, steps.BY_ROWS)
     call["chunk"] = 1
     rest, function = array("q", call.tobytes())[len(steps.OF_A_STEP) :], build.function(LOOPS[False])
@@ -101,11 +102,11 @@ def step_of(p: Problem) -> Callable[..., None]:
     return step
 
 
-def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
-    """All steps at once. Each thread takes shares of the sequences until there are no more, and waits but then."""
-    p, T = part.problem, arguments["T"]
+def run_all(p: Problem, backward: bool, arguments: dict[str, Any]) -> None:
+    """Run all steps at once. Each thread takes shares of the sequences until there are none, and waits only then."""
+    T = arguments["T"]
     count, share = shares_of(p, T)
-    call = call_of(part, T, share, T - 1 if backward else 0, steps.BY_ROWS)
+    call = call_of(Part(p, *("hz" if backward else "zh")), T, share, T - 1 if backward else 0, steps.BY_ROWS)
     given = arguments | {"scratch": torch.empty(ceil(p.batch / share), steps.SCRATCH, device="cpu")}
     features = 0
     if (x := arguments.get("x_ptr")) is not None:
@@ -122,7 +123,7 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
         for name, stride in zip(("n", "k", "head"), reversed(of_heads.stride())):
             call[f"stride_{name}"] = stride
         call["way"], call["to_panels"] = steps.BY_PANELS, True
-        if count > 1:  # one thread makes them, before there are shares to take
+        if count > 1:  # one thread copies the weight, before the others start
             call["B"] = 0
             launch(LOOPS[backward], call, given)
             call["B"], call["to_panels"] = p.batch, False
@@ -131,14 +132,14 @@ def run_all(part: Part, backward: bool, arguments: dict[str, Any]) -> None:
 
 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
-    """See contract.Launcher; as what follows below."""
+    """See contract.Launcher, like the functions below."""
     outside, backward = problem.projected > 0 and not problem.projects_in_loop, pass_.backward
     p = problem._replace(projected=0) if outside else problem
     parts, buffers = by_steps.parts_of(p, backward), by_steps.buffers(p, pass_)
-    if not p.only_by_steps:
+    if not p.projects_in_loop:
         buffers["dz_ptr" if backward else "z_ptr"] = Buffer(p.dtype, (p.batch, 4 * p.hidden))
         buffers["dh_next_ptr" if backward else "h_next_ptr"] = Buffer(p.dtype, (p.batch, p.width))
-    of_x = not (backward or pass_.save or outside or p.only_by_steps or p.known_h)
+    of_x = not (backward or pass_.save or outside or p.projects_in_loop or p.known_h)
 
     def more(r: Recurrence, memory: dict[str, Tensor]) -> dict[str, Tensor | None]:
         i = r.inputs
@@ -150,12 +151,12 @@ def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device,
     def start(arguments: dict[str, Any]) -> None:
         if p.lengths is torch.int32:
             arguments["lengths_ptr"] = arguments["lengths_ptr"].long()
-        for name, width in (("zoneout_h_ptr", p.width), ("zoneout_c_ptr", p.hidden)):  # a mask, or a rate
-            if (stays := arguments.get(name)) is not None:
-                arguments[name] = stays.float().expand(arguments["T"], p.batch, width).contiguous()
-        if p.only_by_steps:
+        if p.projects_in_loop:
             return by_steps.run_steps([partial(bind, part, backward) for part in parts], arguments, p, backward)
-        run_all(parts[0], backward, arguments)
+        for name in ("hh", "c"):
+            if (norm := arguments.get(f"norm_{name}")) is not None:
+                arguments |= {f"{part}_{name}": aligned(getattr(norm, part)) for part in ("v", "mean", "scale")}
+        run_all(p, backward, arguments)
 
     is_step = of_x and p.steps == 1 and not in_the_loop(p, 1).keys() - PLAIN
     return Launches(
@@ -180,7 +181,7 @@ def lacks(problem: Problem) -> str | None:
 def choose(
     problem: Problem, device: torch.device, pass_: Pass, refuses: Refuses | None, timer: Timer | None
 ) -> OnlyPlan:
-    # Not within a trial: users may end the process meanwhile.
+    # Compile before the trial: a user may end the process meanwhile, and a trial that ended is a verdict.
     build.function(LOOPS[pass_.backward])
     if refuses is not None and (reason := refuses(PLAN)):
         raise NoKernel(f"no compiled loop can run this layer on this CPU: {reason}")

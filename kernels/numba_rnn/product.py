@@ -1,6 +1,7 @@
-"""Products of matrices whose sums stay in registers: with panels of a weight, or with its rows as they are.
+"""Matrix products whose sums stay in registers, with a weight in panels or with the rows of a weight as they are.
 
-A sum has one order, whatever the other rows and columns of its product are.
+The order of a sum does not depend on the other rows and columns of its product. So bits depend on neither the batch nor
+the number of threads.
 """
 
 import itertools
@@ -20,21 +21,21 @@ FEATURES = (get_host_cpu_features() if config.CPU_FEATURES is None else config.C
 LANES = 16 if "+avx512f" in FEATURES else 8 if "+avx2" in FEATURES else 4
 HEIGHT = 4 if "+sse2" in FEATURES and LANES < 16 else 8  # sums are in 12 of 16 registers, or in 24 of 32
 VECTORS = 3
-PANEL, HALF = LANES * VECTORS, LANES // 2  # columns of a panel; rows of a weight that is not in panels, at once
-SEQUENCES = 4  # a thread takes whole such groups
+PANEL, HALF = LANES * VECTORS, LANES // 2  # columns of a panel; rows that `dots` multiplies at once
+SEQUENCES = 4  # a thread takes a multiple of so many
 REAL, INDEX = ir.FloatType(), ir.IntType(64)
 VECTOR = ir.VectorType(REAL, LANES)
 ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
 
 
 class Emit:
-    """LLVM's instructions for vectors, at addresses."""
+    """Emits LLVM's instructions for vectors at addresses."""
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder
 
     def at(self, address: Any, elements: Any) -> Any:
-        """The address of an element; of `elements` numbers or values."""
+        """Return the address of a float32 number, `elements` numbers after an address."""
         return self.builder.add(address, self.builder.mul(elements, INDEX(4)))
 
     def load(self, address: Any, kind: ir.Type = VECTOR) -> Any:
@@ -52,7 +53,10 @@ class Emit:
         return self.shuffle(one, undefined, [0] * LANES)
 
     def sums(self, start: Any, step: int, end: Any, count: int, add: Any) -> list[Any]:
-        """`count` vectors: for k from `start` to `end`, at least once, add(k) are (factor, factor) for each."""
+        """Emit a loop over k from `start` to `end`, at least one pass, and return `count` vectors of sums.
+
+        add(k) emits one pass, and returns a pair of factors for each sum.
+        """
         builder, before = self.builder, self.builder.block
         kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
         multiply_add = get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
@@ -71,7 +75,7 @@ class Emit:
 
 
 def emitted(count: int) -> Any:
-    """A decorator: of emit(Emit, *arguments) a function of a tuple of so many addresses and sizes."""
+    """A decorator: turn emit(Emit, *arguments) into a compiled function of one tuple of `count` addresses and sizes."""
 
     def function(emit: Any) -> Any:
         @intrinsic
@@ -91,7 +95,7 @@ def emitted(count: int) -> Any:
 def block(
     e: Emit, rows: Any, vectors: Any, x: Any, x_stride: Any, panel: Any, out: Any, out_stride: Any, K: Any
 ) -> None:
-    """out [rows, columns] = x [rows, K] panel [K, columns], of so many vectors of columns; rows are a power of 2."""
+    """out [rows, columns] = x [rows, K] panel [K, columns]. `vectors` counts vectors of columns, rows are 2^n."""
     builder = e.builder
     done = builder.append_basic_block()
     choice = builder.switch(builder.add(builder.mul(rows, INDEX(VECTORS)), vectors), done)
@@ -131,9 +135,9 @@ def dots(
     out_stride: Any,
     K: Any,
 ) -> None:
-    """out [rows, HALF] = x [rows, K] weight [HALF, K]^T, of one row or two, and of whole vectors of K, at least one.
+    """out [rows, HALF] = x [rows, K] weight [HALF, K]^T, for one or two rows, and for at least one whole vector of K.
 
-    Past row `last` of the weight it is that row again.
+    Rows of the weight past `last` are not read. Row `last` takes their place.
     """
     builder, of_w = e.builder, []
     for r in range(HALF):
@@ -148,9 +152,9 @@ def dots(
             return list(itertools.product(a, w))
 
         sums, size = e.sums(INDEX(0), LANES, builder.and_(K, INDEX(-LANES)), count * HALF, factors), 1
-        while size < LANES:  # two vectors become one, of sums of neighbours
+        while size < LANES:  # two vectors become one, which has the sums of neighbours
             lanes = [start + t + n for start in range(0, LANES, 2 * size) for t in (0, LANES) for n in range(size)]
-            pairs = zip(sums[::2], sums[1::2] or sums)  # of one row at last a vector and itself
+            pairs = zip(sums[::2], sums[1::2] or sums)  # with one row, the last vector is added to itself
             sums = [
                 builder.fadd(e.shuffle(*pair, lanes), e.shuffle(*pair, [n + size for n in lanes])) for pair in pairs
             ]
@@ -169,7 +173,7 @@ def dots(
 
 
 def whole_vectors(n: int) -> int:
-    """Columns of n that panels have."""
+    """Return n, rounded up to whole vectors, as panels have columns."""
     return (n + LANES - 1) // LANES * LANES
 
 
@@ -178,9 +182,10 @@ vectors_of = compiled(whole_vectors)
 
 @compiled
 def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch):
-    """out [count, N] = x [count, K] weight, which is in panels: [K, columns] of up to PANEL columns each.
+    """out [count, N] = x [count, K] weight [K, N], whose panels are [K, columns] with up to PANEL columns each.
 
-    All are addresses; rows of x and out are x_stride and out_stride elements apart; scratch is of HEIGHT * PANEL.
+    x, panels, out and scratch are addresses. Rows of x and out are x_stride and out_stride elements apart.
+    `scratch` has room for HEIGHT * PANEL numbers.
     """
     for n in range(0, N, PANEL):
         columns = min(PANEL, N - n)
@@ -201,7 +206,7 @@ def by_panels(x, x_stride, panels, out, out_stride, count, K, N, scratch):
 
 @compiled
 def by_rows(x, x_stride, weight, weight_stride, out, out_stride, count, K, N, scratch):
-    """The same with a weight [N, K] as it is, whose rows are weight_stride elements apart."""
+    """out [count, N] = x [count, K] weight [N, K]^T. Rows of the weight are weight_stride elements apart."""
     whole, w, of_x = K // LANES * LANES, floats(weight), floats(x)
     for n in range(0, N, HALF):
         columns = min(HALF, N - n)
@@ -223,7 +228,7 @@ def by_rows(x, x_stride, weight, weight_stride, out, out_stride, count, K, N, sc
 
 @compiled
 def into_panels(weight, stride_k, stride_n, panels, K, N):
-    """A weight [K, N] with these strides, as `by_panels` takes it."""
+    """Copy a weight [K, N] with these strides into panels for `by_panels`, with zeros past N."""
     w, out = floats(weight), floats(panels)
     for n in range(0, N, PANEL):
         wide = min(PANEL, vectors_of(N - n))

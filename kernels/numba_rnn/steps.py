@@ -1,7 +1,7 @@
-"""A step but for its product, a tile of units at a time, and all steps with it; as cupy_rnn/cuda/steps.cu has them.
+"""The time loop: one step without its product, or all steps with their products, in tiles of units of a sequence.
 
-Of a divided step (see by_steps.py) the part from `start` to `end`. Steps count in the order of processing; which time
-a step visits is said in triton_rnn/cell/indexing.py.
+Steps count in the order of processing. A step may be divided, see by_steps.py. Then a call runs its part from `start`
+to `end`. cupy_rnn/cuda/steps.cu has the same steps. triton_rnn/cell/indexing.py says which time a step visits.
 """
 
 from collections import namedtuple
@@ -10,7 +10,7 @@ import numpy as np
 from numba import from_dtype, types
 
 from . import equations
-from .functions import cast, compiled, flags, numbers, take
+from .functions import F, cast, compiled, flags, floats, numbers, take
 from .product import by_panels, by_rows, into_panels, vectors_of
 from .tile import (
     CONSTANTS,
@@ -21,54 +21,67 @@ from .tile import (
     UNITS,
     add,
     fill,
+    moments,
     move,
     multiply,
+    normalise,
+    normalise_backward,
     row,
     zoneout,
     zoneout_backward,
 )  # fmt: skip
 
 OF_A_STEP = (
-    "weight_ih", "weight_hh", "bias_ih", "bias_hh",  # [GATES H, I]; [GATES H, D]; [GATES H], what gates still lack
-    "taken",  # int64, how many shares are
-    "x", "h0", "c0",  # [T*B, I], if the loop multiplies it; [B, H]; [K, B, H]
+    "weight_ih", "weight_hh", "bias_ih", "bias_hh",  # [GATES H, I]; [GATES H, D]; [GATES H], if not in gates
+    "taken",  # int64, the counter of shares that are taken
+    "x", "h0", "c0",  # [T*B, I], where the loop multiplies x; [B, H]; [K, B, H]
     "h", "h_n", "c_n",  # [T*B, H]; [B, H]; [K, B, H]
-    "z", "gates", "h_next", "scratch",  # [B, heads, 4 D]; [T*B, 4H], of x [chunk*B, 4H]; [B, H]; [shares, SCRATCH]
-    "I", "share",  # threads take shares of so many sequences
+    "z", "gates", "h_next", "scratch",  # [B, heads, 4 D]; [T*B, 4H], or [chunk*B, 4H] with x; [B, H]; [shares, SCRATCH]
+    "I", "share",  # input features; the sequences of a share, which one thread takes
 )  # fmt: skip
-"""What a plain step has. It is first in a call, since nothing else changes from step to step."""
+"""The fields of a plain step. They are the first in a call, because `launch.step_of` writes only these at each step."""
 TENSORS = (
     *OF_A_STEP[:-2],
-    "dgates", "dz",  # as gates and z
-    "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c", "normed_c",  # [T*B, H]
-    "zoneout_h", "zoneout_c",  # [T*B, H], shares of the state before that stay
+    "dgates", "dz",  # of the sizes of gates and z
+    "dh", "dh_total", "reset_h", "c", "reset_c", "dreset_h", "dreset_c",  # [T*B, H]
+    "zoneout_h", "zoneout_c",  # [T*B, H] bool, where the state before stays; or float32 [], the share of it that stays
     "dh_n", "dh_next", "dropout_h", "m", "o", "v", "dh_from_zoneout",  # [B, H]
     "dc",  # [K, B, H]
     "weight_peephole", "panels",  # [3H]; see `make_panels`
+    "gain_hh", "gain_c", "bias_c",  # [4H]; [H]; [H], of the layer norms inside a step
+    "v_hh", "mean_hh", "scale_hh", "v_c", "mean_c", "scale_c",  # backward a problem.Normed of each
     "resets", "lengths",  # [T*B] bool; [B] int64
 )  # fmt: skip
 SIZES = (
     "share", "T", "B", "H", "heads", "from_x", "h_start", "reverse", "cell", "kept", "start", "end", "step", "way",
-    "to_panels", "chunk", "stride_head", "stride_k", "stride_n",
+    "masks", "to_panels", "chunk", "stride_head", "stride_k", "stride_n",
 )  # fmt: skip
 CALL = np.dtype([(name, np.int64) for name in dict.fromkeys((*OF_A_STEP, *TENSORS, *SIZES))])
-"""What a call is; of tensors addresses, 0 where it has none."""
+"""The argument of the loops: the addresses of tensors, 0 for absent ones, and sizes."""
 call_at = cast(types.intp, from_dtype(CALL), "inttoptr")
 STOPS = OF_Z, OF_C, OF_M, OF_HIDDEN = range(4)
 WAYS = BY_STEPS, BY_PANELS, BY_ROWS = range(3)
-"""What a call runs: a step without its product; all steps, with products of panels or of W_hh's rows."""
-SCRATCH = ROWS * UNITS  # numbers of a thread: those of a tile, and before them a product's sums
+"""The ways of a call: one step without its product; all steps, with W_hh in panels; all steps, with W_hh as it is."""
+SCRATCH = ROWS * UNITS  # numbers of a tile; during a product, sums of a tile of the product
 EMPTY = np.float32(-np.inf)  # the REST of an empty state
 
 Place = namedtuple("Place", "step continues last next_continues at earlier state rest unit gates z n")
-"""Of a tile: whether its sequence begins the step with the state of the step before, ends, and goes on to the next
-step; where its units begin in [T*B, H], there a step before, in [B, H], in the second [B, H], in [H], in [T*B, 4H] and
-in z; and how many they are."""
+"""Where a tile is.
+
+    step              the step
+    continues         whether the sequence begins the step with the state of the step before
+    last              whether the step is the last one of the sequence
+    next_continues    whether the sequence begins the next step with the state of this one
+    at, earlier       where the tile's units begin in [T*B, H], at this step and at the step before
+    state, rest       where they begin in [B, H], and in the second [B, H] of [K, B, H]
+    unit, gates, z    where they begin in [H], in [T*B, 4H], and in z
+    n                 the number of units
+"""
 
 
 @compiled
 def position(a, step, b):
-    """Of sequence b: its place in [T*B, *]; whether it has the step, begins it as a Place says, and ends."""
+    """Return a sequence's row in [T*B, *], whether it has the step, and `continues` and `last` of a Place."""
     length = numbers(a.lengths)[b] if a.lengths else a.T
     valid = step < length
     time = length - 1 - step if a.reverse and valid else step
@@ -80,7 +93,7 @@ def position(a, step, b):
 
 @compiled
 def load_before(tile, states, there, initial, reset_to, p):
-    """A state before a step, in BEFORE: of all times, the initial one, or that to reset to."""
+    """Load the state before the step into BEFORE: from all states, the initial states, or the states to reset to."""
     if not p.continues:
         move(tile, row.BEFORE, reset_to, p.at, p.n)
     elif p.step == 0:
@@ -91,27 +104,40 @@ def load_before(tile, states, there, initial, reset_to, p):
 
 @compiled
 def load_c_before(a, tile, p):
-    """Of an inference c lies where the step before stored it."""
+    """Load c before the step. In inference the step before stored it in c_n."""
     states, there = (a.c, p.earlier) if a.c else (a.c_n, p.state)
     load_before(tile, states, there, a.c0, a.reset_c, p)
 
 
 @compiled
 def load_constants(a, tile, p):
-    """The peepholes, or a GRU's biases of h, into CONSTANTS."""
+    """Load the peepholes, or a GRU's biases of h, into CONSTANTS."""
     for k in range(3):
         move(tile, CONSTANTS[k], a.bias_hh if a.h_start else a.weight_peephole, k * a.H + p.unit, p.n)
 
 
 @compiled
+def load_shares(a, tile, at, stays, p):
+    """Load the shares of the state before the step that zoneout keeps: 0 or 1 by the mask, or the rate."""
+    if a.masks:
+        mask, shares = flags(stays), floats(tile)
+        for j in range(p.n):
+            shares[at + j] = F(mask[p.at + j])
+    else:
+        fill(tile, at, floats(stays)[0], p.n)
+
+
+@compiled
 def gates_and_cell(a, tile, p):
-    """The gates and c of a step, which are stored; c in C is that before zoneout."""
+    """Compute and store the gates and c of a step. C keeps c as it is before zoneout."""
+    units = a.H // a.heads
     for k in range(4):
         move(tile, GATES[k], a.gates if k < a.from_x else 0, p.gates + k * a.H, p.n)
         if k < a.from_x:
             add(tile, GATES[k], a.bias_ih, k * a.H + p.unit, p.n)
             add(tile, GATES[k], 0 if a.h_start else a.bias_hh, k * a.H + p.unit, p.n)
-        move(tile, OF_H[k], a.z, p.z + k * (a.H // a.heads), p.n)
+        for u in range(0, p.n, units):
+            move(tile, OF_H[k] + u, a.z, p.z + 4 * u + k * units, min(units, p.n - u))
     load_c_before(a, tile, p)
     move(tile, row.C, tile, row.BEFORE, p.n)
     load_constants(a, tile, p)
@@ -123,7 +149,7 @@ def gates_and_cell(a, tile, p):
     move(a.c_n if a.kept > 1 else 0, p.rest, tile, row.REST, p.n)
     move(tile, row.DV, tile, row.C, p.n)
     if a.zoneout_c:
-        move(tile, row.M, a.zoneout_c, p.at, p.n)
+        load_shares(a, tile, row.M, a.zoneout_c, p)
         zoneout(tile, row.DV, row.M, row.BEFORE, p.n)
     move(a.c, p.at, tile, row.DV, p.n)
     if p.last or not a.c:
@@ -134,10 +160,10 @@ def gates_and_cell(a, tile, p):
 
 @compiled
 def store_h(a, tile, p):
-    """h of m, which is in M, and what the next product multiplies."""
+    """Compute h from M, and store it. Store the factor of the next product in h_next."""
     if a.zoneout_h and tile:
         load_before(tile, a.h, p.earlier, a.h0, a.reset_h, p)
-        move(tile, row.DV, a.zoneout_h, p.at, p.n)
+        load_shares(a, tile, row.DV, a.zoneout_h, p)
         zoneout(tile, row.M, row.DV, row.BEFORE, p.n)
     move(a.h, p.at, tile, row.M, p.n)
     if p.last:
@@ -147,24 +173,24 @@ def store_h(a, tile, p):
 
 
 @compiled
-def after(a, tile, p):
-    """A step of a tile, after its product. In padding there is no tile, and h and c are 0."""
-    if a.start == OF_Z and tile:
+def after(a, tile, p, start, end):
+    """Run a step of a tile after its product. In padding there is no tile, and h and c are 0."""
+    if start == OF_Z and tile:
         gates_and_cell(a, tile, p)
-    elif a.start == OF_Z:
+    elif start == OF_Z:
         move(a.c, p.at, tile, row.C, p.n)
-    elif a.start == OF_C:
+    elif start == OF_C:
         move(tile, GATES[3], a.o, p.state, p.n)
         move(tile, row.C, a.v, p.state, p.n)
-    if a.end == OF_C:
+    if end == OF_C:
         move(a.o, p.state, tile, GATES[3], p.n)
         move(a.v, p.state, tile, row.C, p.n)
         return
-    if a.start == OF_M:
+    if start == OF_M:
         move(tile, row.M, a.m, p.state, p.n)
     elif tile:
         equations.output(tile, p.n, a.cell, False)
-    if a.end == OF_M:
+    if end == OF_M:
         move(a.m, p.state, tile, row.M, p.n)
     else:
         store_h(a, tile, p)
@@ -172,7 +198,7 @@ def after(a, tile, p):
 
 @compiled
 def gradient_of_m(a, tile, p):
-    """That of m, or of W_hr m, in M."""
+    """Compute the gradient of m, or of W_hr m, in M."""
     move(tile, row.M, a.dh_next if p.next_continues else 0, p.state, p.n)
     multiply(tile, row.M, a.dropout_h, p.state, p.n)
     add(tile, row.M, a.dh, p.at, p.n)
@@ -180,14 +206,14 @@ def gradient_of_m(a, tile, p):
         add(tile, row.M, a.dh_n, p.state, p.n)
     if a.zoneout_h:
         add(tile, row.M, a.dh_from_zoneout, p.state, p.n)
-        move(tile, row.DV, a.zoneout_h, p.at, p.n)
+        load_shares(a, tile, row.DV, a.zoneout_h, p)
         zoneout_backward(tile, row.DV, row.M, p.n)
         pass_on(a.dh_from_zoneout, p.state, a.dreset_h, tile, row.DV, p)
 
 
 @compiled
 def pass_on(gradient, state, of_reset, tile, at, p):
-    """A gradient to the state before a step; none flows past a reset."""
+    """Store a gradient of the state before the step. At a reset it is zero: the state to reset to has the gradient."""
     move(gradient, state, tile if p.continues else 0, at, p.n)
     if not p.continues:
         move(of_reset, p.at, tile, at, p.n)
@@ -195,10 +221,10 @@ def pass_on(gradient, state, of_reset, tile, at, p):
 
 @compiled
 def gates_and_cell_backward(a, tile, p):
-    """The gradients of pre-activations, and of c before the step, from those of z_o and of v."""
+    """Compute the gradients of the pre-activations and of c before the step from the gradients of z_o and v."""
     move(tile, row.C, a.dc, p.state, p.n)
     if a.zoneout_c:
-        move(tile, row.M, a.zoneout_c, p.at, p.n)
+        load_shares(a, tile, row.M, a.zoneout_c, p)
         zoneout_backward(tile, row.M, row.C, p.n)
     add(tile, row.C, tile, row.DV, p.n)
     load_constants(a, tile, p)
@@ -212,66 +238,116 @@ def gates_and_cell_backward(a, tile, p):
 
 
 @compiled
-def before(a, tile, p):
-    """A step of a tile backward, before its product. In padding all gradients are 0."""
-    if a.start == OF_HIDDEN:
+def before(a, tile, p, start, end):
+    """Run a step of a tile backward, before its product. In padding all gradients are 0."""
+    if start == OF_HIDDEN:
         if tile:
             gradient_of_m(a, tile, p)
         move(a.dh_total, p.at, tile, row.M, p.n)
-    elif a.start == OF_M:
+    elif start == OF_M:
         move(tile, row.M, a.m, p.state, p.n)
-    if a.end == OF_M:
+    if end == OF_M:
         move(a.m, p.state, tile, row.M, p.n)
         return
     if tile:
         for k in range(4):
             move(tile, GATES[k], a.gates, p.gates + k * a.H, p.n)
         load_c_before(a, tile, p)
-        if a.start != OF_C:
-            move(tile, row.DV, a.normed_c, p.at, p.n)
-            equations.output_backward(tile, p.n, a.cell, a.normed_c != 0)
-    if a.start == OF_C:
+        if start != OF_C:
+            move(tile, row.DV, a.v_c, p.at, p.n)
+            if a.gain_c:
+                mean, scale = floats(a.mean_c)[p.at // a.H], floats(a.scale_c)[p.at // a.H]
+                normalise(tile, row.DV, mean, scale, a.gain_c, a.bias_c, p.unit, p.n)
+            equations.output_backward(tile, p.n, a.cell, a.gain_c != 0)
+    if start == OF_C:
         move(tile, row.DZ_O, a.o, p.state, p.n)
         move(tile, row.DV, a.v, p.state, p.n)
-    if a.end == OF_C:
+    if end == OF_C:
         move(a.o, p.state, tile, row.DZ_O, p.n)
         move(a.v, p.state, tile, row.DV, p.n)
         return
     if tile:
         gates_and_cell_backward(a, tile, p)
+    units = a.H // a.heads
     for k in range(4):
         move(a.dgates, p.gates + k * a.H, tile, OF_H[k], p.n)
-        move(a.dz, p.z + k * (a.H // a.heads), tile, OF_H[k], p.n)
+        for u in range(0, p.n, units):
+            move(a.dz, p.z + 4 * u + k * units, tile, OF_H[k] + u, min(units, p.n - u))
 
 
-# Of what follows Numba compiles one for `backward` = None, where it leaves out what is backward, and one for True.
+@compiled
+def last_with(a, step, first, end):
+    """Return the end of the sequences from `first` to `end` that have to be processed. All after it are in padding."""
+    if a.way and a.lengths:
+        while end > first and numbers(a.lengths)[end - 1] <= step:
+            end -= 1
+    return end
+
+
+@compiled
+def pad(a, step, first, end):
+    """Write zeros for sequences that are all in padding, where the time is the step."""
+    at, count = (step * a.B + first) * a.H, (end - first) * a.H
+    move(a.h, at, 0, 0, count)
+    move(a.c if a.h else 0, at, 0, 0, count)
+    move(a.dh_total, at, 0, 0, count)
+    move(a.dgates, 4 * at, 0, 0, 4 * count)
+
+
+# Numba compiles each function below twice: for `backward` = None, where it leaves out the backward pass, and for True.
+
+
+@compiled
+def tiles_of(a, step, b, start, end, scratch, origin, backward):
+    """Run a step of sequence b from `start` to `end`, in tiles. `origin` is the result of product_of_x, or 0."""
+    units, all_units = a.H // a.heads, a.B * a.H
+    span = max(units, UNITS // units * units)  # the units of one head, or of as many heads as fit a tile
+    visited, valid, continues, last = position(a, step, b)
+    tile, next_continues = scratch if valid else 0, position(a, step + 1, b)[2]
+    for head in range(0, a.H, span):
+        for u in range(0, span, UNITS):
+            at, state, z = visited * a.H + head + u, b * a.H + head + u, (b * a.H + head) * 4 + u
+            earlier = at + all_units if a.reverse else at - all_units
+            gates = (step % a.chunk * a.B + b if origin < 0 else visited - origin) * 4 * a.H + head + u
+            n = min(UNITS, span - u, a.H - head - u)
+            p = Place(
+                step, continues, last, next_continues, at, earlier, state, state + all_units, head + u, gates, z, n
+            )
+            if backward is None:
+                after(a, tile, p, start, end)
+            else:
+                before(a, tile, p, start, end)
+
+
+@compiled
+def norm_backward(gradient, width, b, visited, v, mean, scale, gain):
+    """Replace the gradient of a layer norm, row b of [B, width], by the gradient of its input."""
+    moments = floats(mean)[visited], floats(scale)[visited]
+    normalise_backward(gradient, b * width, v, visited * width, *moments, gain, width)
 
 
 @compiled
 def each(a, step, first, end, scratch, origin, backward):
-    """A step of the sequences from `first` to `end`, in tiles; `origin` is what product_of_x returned, or 0."""
-    units, all_units = a.H // a.heads, a.B * a.H
+    """Run a step of the sequences from `first` to `end`. LN(c) needs all units of a sequence, and divides its step."""
+    middle = OF_C if a.gain_c else a.end
     for b in range(first, end):
-        visited, valid, continues, last = position(a, step, b)
-        tile, next_continues = scratch if valid else 0, position(a, step + 1, b)[2]
-        for head in range(0, a.H, units):
-            for u in range(0, units, UNITS):
-                at, state, z = visited * a.H + head + u, b * a.H + head + u, (b * a.H + head) * 4 + u
-                earlier = at + all_units if a.reverse else at - all_units
-                gates = (step % a.chunk * a.B + b if origin < 0 else visited - origin) * 4 * a.H + head + u
-                n = min(UNITS, units - u)
-                p = Place(
-                    step, continues, last, next_continues, at, earlier, state, state + all_units, head + u, gates, z, n
-                )
-                if backward is None:
-                    after(a, tile, p)
-                else:
-                    before(a, tile, p)
+        visited = position(a, step, b)[0]
+        if backward is None and a.gain_hh:
+            normalise(a.z, 4 * b * a.H, *moments(a.z, 4 * b * a.H, 4 * a.H), a.gain_hh, 0, 0, 4 * a.H)
+        tiles_of(a, step, b, a.start, middle, scratch, origin, backward)
+        if middle != a.end:
+            if backward is None:
+                normalise(a.v, b * a.H, *moments(a.v, b * a.H, a.H), a.gain_c, a.bias_c, 0, a.H)
+            else:
+                norm_backward(a.v, a.H, b, visited, a.v_c, a.mean_c, a.scale_c, a.gain_c)
+            tiles_of(a, step, b, middle, a.end, scratch, origin, backward)
+        if backward is not None and a.gain_hh:
+            norm_backward(a.dz, 4 * a.H, b, visited, a.v_hh, a.mean_hh, a.scale_hh, a.gain_hh)
 
 
 @compiled
 def sizes_of_product(a, backward):
-    """K and N of the product of a head, and bytes of its panels."""
+    """Return K and N of the product of a head, and the bytes of its panels."""
     units = a.H // a.heads
     gates = (4 - a.h_start) * units
     K, N = (units, gates) if backward is None else (gates, units)
@@ -280,7 +356,7 @@ def sizes_of_product(a, backward):
 
 @compiled
 def make_panels(a, backward):
-    """W_hh of each head [K, N], by the strides of weight_hh, and then W_ih, as by_panels takes them."""
+    """Copy W_hh of each head [K, N], by the strides of weight_hh, and then W_ih into panels."""
     K, N, size = sizes_of_product(a, backward)
     for head in range(a.heads):
         weight = a.weight_hh + SIZE * head * a.stride_head
@@ -291,9 +367,10 @@ def make_panels(a, backward):
 
 @compiled
 def product_of_x(a, step, first, end, scratch):
-    """W_ih x of a chunk of steps, in gates; returned is the place in [T*B, *] of what is first there, or -1.
+    """Compute W_ih x of a chunk of steps in gates.
 
-    Then gates are ordered by step, since sequences visit different times at a step, or other threads have some.
+    If gates are in the order of time, return the row in [T*B, *] of the first one. If they are in the order of steps,
+    return -1: sequences visit different times at a step, or other threads have some of the sequences.
     """
     _, N, size = sizes_of_product(a, None)
     N, panels, steps = N * a.heads, a.panels + a.heads * size, min(a.chunk, a.T - step)
@@ -318,7 +395,7 @@ def product_of_x(a, step, first, end, scratch):
 
 @compiled
 def begin(a, first, end):
-    """What the first step multiplies, in h_next."""
+    """Store the factor of the first product in h_next."""
     for b in range(first, end):
         move(a.h_next, b * a.H, a.h0 if position(a, 0, b)[2] else 0, b * a.H, a.H)
         multiply(a.h_next, b * a.H, a.dropout_h, b * a.H, a.H)
@@ -326,7 +403,7 @@ def begin(a, first, end):
 
 @compiled
 def product(a, first, end, scratch, backward):
-    """W_hh h of the sequences from `first` to `end`, which h_next has, in z; backward W_hh^T dz in dh_next."""
+    """Compute z = W_hh h_next of the sequences from `first` to `end`, or backward dh_next = W_hh^T dz."""
     K, N, size = sizes_of_product(a, backward)
     units, count = a.H // a.heads, end - first
     for head in range(a.heads):
@@ -345,32 +422,35 @@ def product(a, first, end, scratch, backward):
 
 @compiled
 def run(a, backward):
-    """All steps, or one; of sequences that no other thread takes, until there are none.
+    """Run all steps, or one, of shares of sequences that no other thread has taken, until there are none.
 
-    A step is W_hh h, and the rest; backward first the rest of the step after, and then W_hh^T dz.
+    Forward a step is the product, then the tiles. Backward the product comes first, too: W_hh^T dz of the step after.
     """
     if a.to_panels:
         make_panels(a, backward)
     number = take(a.taken) if a.taken else 0
     while number * a.share < a.B:
         first, end, scratch = number * a.share, min((number + 1) * a.share, a.B), a.scratch + SIZE * number * SCRATCH
-        origin = 0
+        origin, active = 0, first
         if a.way and backward is None:
             begin(a, first, end)
         for n in range(a.T if a.way else 1):
+            step, multiplied = a.step + n if backward is None else a.step - n, active
+            active = last_with(a, step, first, end)
             if backward is None and a.x and n % a.chunk == 0:
-                origin = product_of_x(a, n, first, end, scratch)
+                origin = product_of_x(a, n, first, active, scratch)
             if a.way and (backward is None or n):
-                product(a, first, end, scratch, backward)
-            each(a, a.step + n if backward is None else a.step - n, first, end, scratch, origin, backward)
+                product(a, first, active if backward is None else multiplied, scratch, backward)
+            each(a, step, first, active, scratch, origin, backward)
+            pad(a, step, active, end)
         number = take(a.taken) if a.taken else number + 1
 
 
 def forward(address):
-    """A call, at its address."""
+    """Run a call, which is at an address."""
     run(call_at(address), None)
 
 
 def backward(address):
-    """A call of the backward pass, at its address."""
+    """Run a call of the backward pass, which is at an address."""
     run(call_at(address), True)

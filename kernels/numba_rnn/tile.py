@@ -1,33 +1,34 @@
 """A tile: up to UNITS units of one sequence at one step, in rows of float32 numbers that have names.
 
-Tiles and tensors are addresses, 0 for a tensor that a call has not. All rows are in one piece of memory at constant
+Tiles and tensors are addresses. The address of an absent tensor is 0. All rows are in one piece of memory at constant
 distances, so that LLVM knows that they do not overlap.
 """
 
 from collections import namedtuple
+from math import sqrt
 
-import numpy as np
-
-from .functions import compiled, floats
+from ..layer_norm import EPS
+from .functions import F, compiled, floats, summing
 
 UNITS, ROWS = 128, 17
 SIZE = 4  # bytes of a number
 GATES = 0, UNITS, 2 * UNITS, 3 * UNITS
-"""Of pre-activations the part from x, then the gates."""
+"""The part of the pre-activations that comes from x, later the gates."""
 OF_H = 4 * UNITS, 5 * UNITS, 6 * UNITS, 7 * UNITS
-"""Of pre-activations the part from h; backward their gradients."""
+"""The part of the pre-activations that comes from h. Backward, the gradients of the pre-activations."""
 CONSTANTS = 8 * UNITS, 9 * UNITS, 10 * UNITS  # peepholes, or the biases of h
 C, REST, M, DZ_O, DV, BEFORE = (row * UNITS for row in range(11, ROWS))
-"""c, and what a cell keeps besides; backward their gradients. What h is made of. Gradients of the pre-activation of o,
-and of v, which is c or LN(c). The state before the step."""
+"""C has c, and REST the other number of the cell state. Backward both have the gradients. M has the output of the cell.
+DZ_O and DV have the gradients of the pre-activation of o and of v, which is c or LN(c). BEFORE has the state before
+the step."""
 row = namedtuple("Rows", "C REST M DZ_O DV BEFORE")(C, REST, M, DZ_O, DV, BEFORE)
-"""To be passed on: of each global number by itself Numba would make a type, and compile a function for each."""
-ZERO, ONE = np.float32(0), np.float32(1)
+"""The rows as arguments. Numba compiles a function again for each global number that it is given."""
+ZERO, ONE = F(0), F(1)
 
 
 @compiled
 def vectors(n):
-    """How many of n units to compute: whole vectors of the CPU. What is past n is not stored."""
+    """Return n, rounded up to whole vectors of 16 units. Results past n are computed, but not stored."""
     return (n + 15) // 16 * 16
 
 
@@ -41,7 +42,7 @@ def fill(t, at, value, n):
 
 @compiled
 def move(to, to_at, t, at, n):
-    """Numbers of t to another tensor, if that is there; zeros, if t is not."""
+    """Copy n numbers of t to another tensor, if that is present. If t is absent, write zeros."""
     if to and t:
         numbers, new = floats(t), floats(to)
         for j in range(n):
@@ -52,7 +53,7 @@ def move(to, to_at, t, at, n):
 
 @compiled
 def add(to, to_at, t, at, n):
-    """Add numbers of t to another tensor; nothing, if t is not there."""
+    """Add n numbers of t to another tensor, if t is present."""
     if t:
         numbers, sums = floats(t), floats(to)
         for j in range(n):
@@ -61,7 +62,7 @@ def add(to, to_at, t, at, n):
 
 @compiled
 def multiply(to, to_at, t, at, n):
-    """Multiply numbers of a tensor by those of t, if both are there."""
+    """Multiply n numbers of a tensor by numbers of t, if both are present."""
     if to and t:
         numbers, products = floats(t), floats(to)
         for j in range(n):
@@ -70,7 +71,7 @@ def multiply(to, to_at, t, at, n):
 
 @compiled
 def zoneout(tile, new, shares, before, n):
-    """`new`, mixed with the state before, by the shares of it that stay."""
+    """Mix row `new` with the state before the step, whose shares are in row `shares`."""
     w = floats(tile)
     for j in range(n):
         x, share = w[new + j], w[shares + j]
@@ -79,8 +80,42 @@ def zoneout(tile, new, shares, before, n):
 
 @compiled
 def zoneout_backward(tile, shares, d, n):
-    """A gradient, into what flows to the state before, in place of the shares, and to the new one."""
+    """Split the gradient in row d: the part of the state before the step replaces its shares, the rest stays in d."""
     w = floats(tile)
     for j in range(n):
         share, x = w[shares + j], w[d + j]
         w[shares + j], w[d + j] = share * x, (ONE - share) * x
+
+
+@summing
+def moments(t, at, n):
+    """Return the mean of n numbers of a tensor, and 1 / sqrt(variance + EPS)."""
+    v, sum_, squares = floats(t), ZERO, ZERO
+    for j in range(n):
+        sum_ += v[at + j]
+    mean = sum_ / F(n)
+    for j in range(n):
+        squares += (v[at + j] - mean) * (v[at + j] - mean)
+    return mean, ONE / sqrt(squares / F(n) + F(EPS))
+
+
+@compiled
+def normalise(t, at, mean, scale, gain, bias, start, n):
+    """Replace n numbers of a tensor by their layer norm. Gain and bias are read from index `start` on."""
+    v, factors = floats(t), floats(gain)
+    for j in range(n):
+        v[at + j] = (v[at + j] - mean) * scale * factors[start + j]
+    add(t, at, bias, start, n)
+
+
+@summing
+def normalise_backward(t, at, of, of_at, mean, scale, gain, n):
+    """Replace the gradient of a layer norm, n numbers of t, by the gradient of its input, which is in `of`."""
+    d, v, factors, sum_, product = floats(t), floats(of), floats(gain), ZERO, ZERO
+    for j in range(n):
+        dy = d[at + j] * factors[j]
+        sum_ += dy
+        product += dy * (v[of_at + j] - mean)
+    sum_, product = sum_ / F(n), product * scale * scale / F(n)
+    for j in range(n):
+        d[at + j] = scale * (d[at + j] * factors[j] - sum_ - product * (v[of_at + j] - mean))

@@ -5,7 +5,7 @@ import torch
 from ..cache import Key, version_of
 
 DEVICES, is_compiled = ("cuda",), None
-DTYPES = torch.float16, torch.bfloat16, torch.float32
+DTYPES, IN_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32), ()
 PACKAGES, NEEDS = ("triton",), "Triton: pip install triton"
 
 
