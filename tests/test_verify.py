@@ -49,7 +49,7 @@ OF_GRU = dict(cell="gru", bias_hh=True)
 
 
 def _given(problem):
-    """The tensors of a call, whose x has some features."""
+    """Return the tensors of a call, whose x has some features."""
     given, rows = launch.call_of(problem, CPU)[1].inputs, CELLS[problem.cell].rows * problem.hidden
     states = {} if given.reset_c is None else dict(reset_h=torch.zeros(problem.steps, problem.batch, problem.width))
     x, weight_ih = torch.zeros(problem.steps, problem.batch, 3), torch.zeros(rows, 3)
@@ -62,15 +62,8 @@ def _verify(problem, pass_=FORWARD, plan=None, given=None):
     return verify.verify(kept_layer(launch, problem, CPU), pass_, given or _given(problem), plan)
 
 
-@pytest.fixture
-def recorded(monkeypatch):
-    """All launches of a test, by its `call_args_list`."""
-    monkeypatch.setattr(launch, "launch_kernel", Mock(side_effect=launch.launch_kernel))
-    return launch.launch_kernel
-
-
-def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch, recorded):
-    """Kernels are compiled for the dtypes of their arguments, and for those that are None."""
+def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch, launched):
+    """Kernels are compiled for the dtypes of their arguments, and for absent arguments."""
     monkeypatch.setattr(verify, "ENOUGH", 1)
     given = inputs_of((3, 3, 3, 20), "ragged states peepholes norms")
     x, h0, c0, *weights = (None if t is None else t.half().requires_grad_() for t in given[:13])
@@ -79,8 +72,8 @@ def test_the_kernels_that_are_verified_are_those_of_a_call(monkeypatch, recorded
     lstm_layer(x, weights, (h0, c0), **traversal, backend="triton")[0].sum().backward()
     for pass_ in (Pass(), Pass(True, dh_n=False)):
         _verify(HALF._replace(**RAGGED, **NORMS, weight_peephole=True, reset_c=True), pass_)
-    launches = {}  # of each part of a step, the kinds: of two parts, since c is normalised
-    for each in recorded.call_args_list:
+    launches = {}  # the kinds of each part of a step; there are two parts, since c is normalised
+    for each in launched.call_args_list:
         kind = {name: t.dtype if isinstance(t, torch.Tensor) else t is None for name, t in each.kwargs.items()}
         launches.setdefault((each.args[0].__name__, each.kwargs["S"][-2:]), []).append(kind)
     assert len(launches) == 4
@@ -131,28 +124,29 @@ def test_every_family_is_verified_by_its_own_kernel(monkeypatch, family, options
             plan = dataclasses.replace(plan, programs=6, tiles_per_program=7, rows=16)
         assert _verify(problem, pass_, plan) is None
         assert run.call_args.args[1] == plan.grid, "the call's own"
-        tiles = 4 if family == "step" else 3  # one program, or one of two groups, has two, of which one is partial
+        # One program, or one of two groups, has two tiles, and one of these is partial.
+        tiles = 4 if family == "step" else 3
         assert run.call_args.kwargs["B"] == tiles * plan.rows - plan.rows // 2
     kernels = dict.fromkeys(each.args[0].__name__ for each in run.call_args_list)
     assert list(kernels) == [f"{family}_{way}_kernel" for way in ("forward", "backward")]
 
 
-def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch, recorded):
+def test_a_single_step_is_verified_by_the_kernel_of_a_single_step(monkeypatch, launched):
     monkeypatch.setattr(verify, "ENOUGH", 1)
     for steps in (1, 2):
         assert _verify(PLAIN._replace(steps=steps), Pass(save=False)) is None
-    arguments = [each.kwargs for each in recorded.call_args_list]
+    arguments = [each.kwargs for each in launched.call_args_list]
     assert [a["arrivals_ptr"] is None for a in arguments] == [True, False]
     assert [a["T"] for a in arguments] == [1, verify.STEPS]
 
 
 @pytest.mark.parametrize("pass_", [FORWARD, Pass(True)])
 def test_a_call_without_features_is_verified_by_one_that_has_some(pass_):
-    """As of `call_of`, which makes no x."""
+    """`call_of` makes no x."""
     assert _verify(PLAIN, pass_, given=launch.call_of(PLAIN, CPU)[1].inputs) is None
 
 
-@pytest.mark.parametrize("fault", [  # which the table of test_faults.py has not
+@pytest.mark.parametrize("fault", [  # faults that the table of test_faults.py does not have
     "peepholes in another order", "resets ignored", "lengths ignored", "zeros for the state given",
     "GRU: r and z swapped", "GRU: dm lost", "sLSTM: half of l", "sLSTM: dl lost"])  # fmt: skip
 def test_a_wrong_kernel_is_found(monkeypatch, fault):
@@ -168,9 +162,11 @@ def test_a_wrong_kernel_is_found(monkeypatch, fault):
 
 @pytest.mark.parametrize("fault", [None, "share", "c_n"])
 def test_the_state_that_calls_begin_with_is_verified(monkeypatch, fault):
-    """An sLSTM's is empty, l = -inf, and where a sequence has no step it ends so: equal infinities are right."""
+    """The state of an sLSTM is empty, l = -inf. Where a sequence has no step it ends empty, too: equal infinities are
+    right."""
     problem, run = PLAIN._replace(cell="slstm", lengths=torch.int64, batch=5), verify.Small.by_kernels
-    if fault == "share":  # of the newest g, which has it all; right for all finite numbers of this size
+    # The share of the first g is 1. With finite states of this size the fault changes nothing.
+    if fault == "share":
         monkeypatch.setattr(equations, "LOWEST", tl.constexpr(-8.0))
     if fault == "c_n":
         by_kernels = lambda *given: (found := run(*given)) | dict(c_n=found["c_n"].nan_to_num(neginf=0))  # noqa: E731
@@ -181,7 +177,8 @@ def test_the_state_that_calls_begin_with_is_verified(monkeypatch, fault):
 
 @pytest.mark.usefixtures("exact_float32_products")
 def test_products_are_exact_while_a_kernel_is_verified_whatever_the_user_has_set(card, monkeypatch):
-    """In TF32 those over all steps, by torch.matmul, would count as an error of a kernel that is exact, as cuDNN is."""
+    """In TF32 the products over all steps, by torch.matmul, would count as an error of a kernel that is exact, as cuDNN
+    is."""
     matmul, seen = torch.backends.cuda.matmul, []
 
     def noted(run):
@@ -199,14 +196,15 @@ def test_products_are_exact_while_a_kernel_is_verified_whatever_the_user_has_set
         monkeypatch.setattr(place, name, noted(getattr(place, name)))
     layer = gpu_lstm.LSTM(64, 32, backend="triton")
     matmul.allow_fp16_accumulation = True
-    torch.set_float32_matmul_precision("high")  # by torch's older switches, which a program may not mix with the new
+    # By torch's older switches, which a program may not mix with the new ones.
+    torch.set_float32_matmul_precision("high")
     try:
         layer(torch.randn(4, 8, 64))
         assert (torch.get_float32_matmul_precision(), matmul.allow_tf32) == ("high", True)
     finally:
         matmul.allow_fp16_accumulation = False
         torch.set_float32_matmul_precision("highest")
-    call, *verified = seen  # before its first step its kernel is verified
+    call, *verified = seen  # the kernel is verified before the first step
     assert {name for name, *_ in verified} == {"by_reference", "yardstick", "input_product"}
     assert {tuple(settings) for _, *settings in verified} == {("ieee", False)}
     assert call == ("input_product", "tf32", True), "as the user wants it"
@@ -222,7 +220,7 @@ CONTEXTS = SETTINGS | {"autocast": partial(torch.autocast, "cpu", torch.bfloat16
 def test_contexts_of_the_caller_do_not_reach_the_first_calls_checks_and_races(card, context):
     lstm, x = gpu_lstm.LSTM(4, 5), torch.randn(3, 3, 4)
     found = []
-    for backend in (None, None, "reference"):  # a first call, another, and what it is held to
+    for backend in (None, None, "reference"):  # a first call, another call, and the expected results
         lstm.backend = backend
         with CONTEXTS[context]():
             found.append(lstm(x)[0].detach().float())
@@ -231,7 +229,8 @@ def test_contexts_of_the_caller_do_not_reach_the_first_calls_checks_and_races(ca
 
 
 def gradient_in_a_checkpoint(call, x):
-    """Whose hooks count the tensors that are saved, and must find equally many when it is recomputed."""
+    """Return a gradient through a checkpoint. Its hooks count the saved tensors, and must find equally many when they
+    are computed again."""
     x.requires_grad_()
     return torch.autograd.grad(checkpoint(call, x, use_reentrant=False), x)[0]
 
@@ -278,7 +277,7 @@ def a_v100(monkeypatch):
     (gpu_lstm.LSTM, "writes outside", False),
 ])  # fmt: skip
 def test_kernels_in_cuda_are_verified_too_and_win_where_they_are_right(a_v100, monkeypatch, recwarn, cls, how, resets):
-    """Otherwise `auto` does without them."""
+    """`auto` does not use them where they are wrong."""
     load = cupy.loaded
 
     def loaded(device, name):
