@@ -96,14 +96,13 @@ def bind(part: Part, backward: bool, device: torch.device, arguments: dict[str, 
 def prepare(problem: Problem, pass_: Pass, plan: OnlyPlan, device: torch.device, trial: bool = False) -> Launches:
     """Prepare the launches of a pass, see contract.Launcher, which also describes the functions below."""
     p, backward = by_steps.within(problem), pass_.backward
-    loop = by_steps.backward_steps if backward else by_steps.forward_steps
     binds = [partial(bind, part, backward, device) for part in by_steps.parts_of(p, backward)]
 
     def start(arguments: dict[str, Any]) -> None:
         if p.lengths is torch.int64:
             arguments["lengths_ptr"] = arguments["lengths_ptr"].int()
         with stream(device):
-            loop(binds, arguments, p)
+            by_steps.run_steps(binds, arguments, p, backward)
 
     return Launches(plan, by_steps.buffers(p, pass_), start, p != problem)
 
