@@ -19,13 +19,14 @@ from ..heads import arranged
 from ..layer import aligned, is_product_alone
 from ..memory import Buffer, checking, margins
 from ..problem import Pass, Problem, Recurrence, in_the_loop
-from . import LOOPS, build, equations, steps
+from . import LOOPS, build, equations, record
 from .product import SEQUENCES, whole_vectors
+from .tile import SIZE
 
 BACKEND = "numba"
 PLAN = OnlyPlan(BACKEND)
-TENSORS = frozenset(steps.TENSORS)
-STOPS = "zcmh"  # the names in by_steps.Part, in the order of steps.STOPS
+TENSORS = frozenset(record.TENSORS)
+STOPS = "zcmh"  # the names in by_steps.Part, in the order of record.STOPS
 PLAIN = {"h0", "c0", "weight_hh", "bias_hh"}  # tensors of a step that `step_of` can run
 CHUNK = 64  # rows of x that are multiplied at once; for one sequence at a time, an eighth of that
 LEAST = 1 << 14  # T B H for which another thread pays
@@ -33,20 +34,20 @@ CODES = dict(zip(("lstm", "gru", "slstm"), equations.CELLS))
 
 
 def put(call: Any, arguments: dict[str, Any]) -> Any:
-    """Write the addresses of tensors, given by the names of pointers, into a steps.CALL. Skip tensors that it lacks."""
+    """Write the addresses of tensors, given by the names of pointers, into a record.CALL. Skip all others."""
     for name, t in arguments.items():
         if isinstance(t, Tensor) and (field := name.removesuffix("_ptr")) in TENSORS:
             call[field] = t.data_ptr()
     return call
 
 
-def call_of(part: Part, steps_: int, share: int, step: int = 0, way: int = steps.BY_STEPS) -> Any:
-    """Return a steps.CALL without tensors."""
-    p, call = part.problem, np.zeros((), steps.CALL)
+def call_of(part: Part, steps_: int, share: int, step: int = 0, way: int = record.BY_STEPS) -> Any:
+    """Return a record.CALL without tensors."""
+    p, call = part.problem, np.zeros((), record.CALL)
     cell = CELLS[p.cell].h_start, p.reverse, CODES[p.cell], CELLS[p.cell].kept
     sizes = steps_, p.batch, p.hidden, p.heads, p.from_x, *cell, STOPS.index(part.start), STOPS.index(part.end)
     call["masks"] = 3 in (p.zoneout_h, p.zoneout_c)
-    for name, size in zip(steps.SIZES, (share, *sizes, step, way)):
+    for name, size in zip(record.SIZES, (share, *sizes, step, way)):
         call[name] = size
     return call
 
@@ -61,7 +62,7 @@ def launch(name: str, call: Any, arguments: dict[str, Any], count: int = 1) -> N
 
 def bind(part: Part, backward: bool, arguments: dict[str, Any]) -> by_steps.Launch:
     """See by_steps.Bind."""
-    arguments = arguments | {"scratch": torch.zeros(steps.SCRATCH, device="cpu")}
+    arguments = arguments | {"scratch": torch.zeros(record.SCRATCH, device="cpu")}
     call = put(call_of(part, arguments["T"], part.problem.batch), arguments)
 
     def launch_step(step: int, **changed: Tensor) -> None:
@@ -79,25 +80,25 @@ def shares_of(p: Problem, T: int) -> tuple[int, int]:
 
 def step_of(p: Problem) -> Callable[..., None]:
     """Return Launches.step. Everything that is the same at each step is written into the call once."""
-    call = call_of(Part(p, "z", "h"), 1, 0, 0, steps.BY_ROWS)
+    call = call_of(Part(p, "z", "h"), 1, 0, 0, record.BY_ROWS)
     call["chunk"] = 1
-    rest, function = array("q", call.tobytes())[len(steps.OF_A_STEP) :], build.function(LOOPS[False])
+    rest, function = array("q", call.tobytes())[len(record.OF_A_STEP) :], build.function(LOOPS[False])
     of_h = p.batch * p.hidden
 
     def step(x: int, h0: int, c0: int, h: int, h_n: int, c_n: int, weights: Any) -> None:
         (count, share), w_ih = shares_of(p, 1), weights.weight_ih
-        work = torch.empty(9 * of_h + count * steps.SCRATCH, device="cpu")
+        work = torch.empty(9 * of_h + count * record.SCRATCH, device="cpu")
         taken = torch.zeros((), dtype=torch.int64, device="cpu") if count > 1 else None
-        z, gates, h_next, scratch = [work.data_ptr() + steps.SIZE * n * of_h for n in (0, 4, 8, 9)]
+        z, gates, h_next, scratch = [work.data_ptr() + SIZE * n * of_h for n in (0, 4, 8, 9)]
         tensors = w_ih, weights.weight_hh, weights.bias_ih, weights.bias_hh, taken
         given = [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
-        record = array("q", [0 if t is None else t.data_ptr() for t in given])
+        row = array("q", [0 if t is None else t.data_ptr() for t in given])
         if w_ih is None:
-            record.extend((0, h0, c0, h, h_n, c_n, z, x, h_next, scratch, 0, share))
+            row.extend((0, h0, c0, h, h_n, c_n, z, x, h_next, scratch, 0, share))
         else:
-            record.extend((x, h0, c0, h, h_n, c_n, z, gates, h_next, scratch, w_ih.shape[1], share))
-        record.extend(rest)
-        build.run(function, record.buffer_info()[0], count)
+            row.extend((x, h0, c0, h, h_n, c_n, z, gates, h_next, scratch, w_ih.shape[1], share))
+        row.extend(rest)
+        build.run(function, row.buffer_info()[0], count)
 
     return step
 
@@ -106,8 +107,8 @@ def run_all(p: Problem, backward: bool, arguments: dict[str, Any]) -> None:
     """Run all steps at once. Each thread takes shares of the sequences until there are none, and waits only then."""
     T = arguments["T"]
     count, share = shares_of(p, T)
-    call = call_of(Part(p, *("hz" if backward else "zh")), T, share, T - 1 if backward else 0, steps.BY_ROWS)
-    given = arguments | {"scratch": torch.empty(ceil(p.batch / share), steps.SCRATCH, device="cpu")}
+    call = call_of(Part(p, *("hz" if backward else "zh")), T, share, T - 1 if backward else 0, record.BY_ROWS)
+    given = arguments | {"scratch": torch.empty(ceil(p.batch / share), record.SCRATCH, device="cpu")}
     features = 0
     if (x := arguments.get("x_ptr")) is not None:
         features = call["I"] = x.shape[2]
@@ -122,7 +123,7 @@ def run_all(p: Problem, backward: bool, arguments: dict[str, Any]) -> None:
         given |= {"weight_hh_ptr": weight, "panels": torch.empty(size, device="cpu")}
         for name, stride in zip(("n", "k", "head"), reversed(of_heads.stride())):
             call[f"stride_{name}"] = stride
-        call["way"], call["to_panels"] = steps.BY_PANELS, True
+        call["way"], call["to_panels"] = record.BY_PANELS, True
         if count > 1:  # one thread copies the weight, before the others start
             call["B"] = 0
             launch(LOOPS[backward], call, given)
