@@ -20,7 +20,7 @@ import torch
 from cases import built, call_of, check, with_random_parameters
 from comparing import PLACES
 from pairs import assert_identical, letters_of, results
-from places import INTERPRETED, KERNELS
+from places import KERNELS, by_interpreter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.execution import schedule
@@ -224,7 +224,6 @@ def every_result_and_gradient(monkeypatch: pytest.MonkeyPatch, case: Case, devic
     check(case.size, case.words, backend, case.dtype, device, seeds=case.seeds)
 
 
-forced = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernels are those that are chosen there")
 fresh_memory_is_nan = pytest.mark.usefixtures("nan_in_fresh_memory")  # a result that nothing wrote is detected
 
 
@@ -244,7 +243,7 @@ def test_numba(monkeypatch, case):
     every_result_and_gradient(monkeypatch, case)
 
 
-@forced
+@by_interpreter
 @fresh_memory_is_nan
 @cases("step", "split", "held", "resident", "cooperative", "pointwise")
 def test_a_family_of_triton(monkeypatch, case):
@@ -257,7 +256,7 @@ def test_cuda(monkeypatch, case, host_or_card):
     every_result_and_gradient(monkeypatch, case, host_or_card)
 
 
-@forced
+@by_interpreter
 @fresh_memory_is_nan
 @pytest.mark.parametrize("place", ["pointwise", "cupy"])
 def test_a_projection_that_is_much_smaller_stays_in_the_loop(monkeypatch, place):
@@ -313,10 +312,10 @@ EVERYWHERE = [
     ("cupy", "gru resets both", F16), ("cupy", "gru states zoneout", F32),
     ("numba", "states peepholes zoneout both", None), ("numba", "states peepholes norms zoneout", None),
     ("numba", "gru states zoneout both", None), ("numba", "heads states zoneout", None),
-    *(pytest.param(*case, marks=forced) for case in (
+    *(pytest.param(*case, marks=by_interpreter) for case in (
         ("resident", "states peepholes zoneout", None), ("cooperative/4/1/4", "states zoneout", F16),
         ("resident", "gru states zoneout", None), ("cooperative/4/1/4", "heads states zoneout", F16))),
-    *(pytest.param(*case, marks=[forced, pytest.mark.deep]) for case in (
+    *(pytest.param(*case, marks=[by_interpreter, pytest.mark.deep]) for case in (
         ("cooperative/4/1/4", "gru states zoneout", F16), ("resident", "heads states zoneout", None),
         ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes zoneout", None),
         ("cooperative/4/1/4", "states peepholes zoneout", None), ("pointwise", "gru states zoneout both", F16),
