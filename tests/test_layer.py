@@ -41,7 +41,8 @@ MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-firs
            "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
            "layer states ragged both", "layer no-hx deep both", "stream deep no-hx")  # fmt: skip
 # The tables have pairs of options, not all combinations.
-# Places, a dtype, and rows: the number of seeds, larger for small sizes, whose errors vary more; a size; words.
+# A line has places, a dtype, and rows. A row has the number of seeds, a size, and words. Small sizes, whose errors vary
+# more, have more seeds.
 TABLE = [
     ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
