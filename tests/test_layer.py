@@ -199,7 +199,8 @@ def cases_of(table: list, cell: str = "") -> list[Case]:
 
 def of_a_gru(case: Case) -> Case:
     """Return the same case without a projection and peepholes, which a GRU does not have."""
-    return case._replace(size=case.size[:4], words="gru " + case.words.replace("peepholes", ""))
+    words = [word for word in case.words.split() if word != "peepholes"]
+    return case._replace(size=case.size[:4], words=" ".join(["gru", *words]))
 
 
 LSTMS = cases_of(TABLE)
