@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from installed import ROOT
+from places import by_interpreter
 from standing_in import plan_of, recurrence
 
 from gpu_lstm.call.choices import KERNEL_BACKENDS
@@ -113,7 +114,7 @@ def test_what_is_written_next_to_a_tensor_is_named(dtype, first, count, said):
     assert str(error.value) == f"kernel wrote {way} {far} bytes {said}, {c.nbytes} bytes of {dtype}"
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="plans of the interpreter")
+@by_interpreter
 def test_what_is_timed_are_calls_of_the_layer(monkeypatch, launched):
     """The calls have as many steps as tell plans apart and fit the memory, and no padding. No other call uses a layer
     that was timed."""

@@ -7,6 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from places import by_interpreter
 from standing_in import CUDA, H100, the_cpu_is_a_card
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -25,8 +26,7 @@ from gpu_lstm.kernels.triton_rnn.plans.planning import INTERPRETER
 from gpu_lstm.kernels.triton_rnn.plans.tiles import pointwise_plan
 from gpu_lstm.verification import verify
 
-pytestmark = [pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU stands for a card, by the interpreter"),
-              pytest.mark.usefixtures("nothing_cached")]  # fmt: skip
+pytestmark = [by_interpreter, pytest.mark.usefixtures("nothing_cached")]  # the CPU stands for a card
 CPU = torch.device("cpu")
 INPUT, TIMES = torch.zeros(5, 3, 4), {"triton": 1e-3, "torch": 1.8e-3}
 

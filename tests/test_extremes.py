@@ -29,7 +29,6 @@ from triton.runtime.errors import InterpreterError
 import gpu_lstm
 from gpu_lstm.functional import gru_layer, lstm_layer
 from gpu_lstm.kernels.cupy_rnn import launch as cupy
-from gpu_lstm.kernels.cupy_rnn import launch as cupy_launch
 from gpu_lstm.kernels.layer import kept_layer
 from gpu_lstm.kernels.numba_rnn import launch as numba_launch
 from gpu_lstm.kernels.problem import MOST, Pass, Problem, problem_of
@@ -156,7 +155,7 @@ def test_gates_that_are_open_or_shut_by_any_amount(backend, layer):
 @pytest.mark.parametrize(("name", "steps", "batch", "hidden"), [
     ("steps", 2**31, 1, 1), ("sequences", 1, 2**31, 1), ("gates of all units", 1, 1, 2**29),
 ])  # fmt: skip
-@pytest.mark.parametrize("launcher", [launch, cupy_launch, numba_launch], ids=["triton", "cupy", "numba"])
+@pytest.mark.parametrize("launcher", [launch, cupy, numba_launch], ids=["triton", "cupy", "numba"])
 def test_more_than_kernels_can_count_to_is_refused(launcher, name, steps, batch, hidden):
     """The projection, to one feature, keeps W_hh small."""
     of = dict(weight_hh=(4 * hidden, 1), weight_hr=(1, hidden), h0=(batch, 1), c0=(batch, hidden))

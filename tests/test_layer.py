@@ -20,7 +20,7 @@ import torch
 from cases import built, call_of, check, with_random_parameters
 from comparing import PLACES
 from pairs import assert_identical, letters_of, results
-from places import INTERPRETED, KERNELS
+from places import KERNELS, by_interpreter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from gpu_lstm.execution import schedule
@@ -41,7 +41,8 @@ MODULES = ("", "deep both ragged resets", "both batch-first states", "batch-firs
            "stack ragged states both", "deep packed batch-first resets", "both packed", "no-hx deep",
            "layer states ragged both", "layer no-hx deep both", "stream deep no-hx")  # fmt: skip
 # The tables have pairs of options, not all combinations.
-# Places, a dtype, and rows: the number of seeds, larger for small sizes, whose errors vary more; a size; words.
+# A line has places, a dtype, and rows. A row has the number of seeds, a size, and words. Small sizes, whose errors vary
+# more, have more seeds.
 TABLE = [
     ("reference", F64, (2, "6,4,3,5", *MODULES, "cell norms peepholes no-bias", "cell no-hx", "deep masks states",
                         f"{MOST} masks", f"{OF_ALL} both masks", f"{OF_ALL} expected", OF_HH, f"{OF_C} both",
@@ -198,7 +199,8 @@ def cases_of(table: list, cell: str = "") -> list[Case]:
 
 def of_a_gru(case: Case) -> Case:
     """Return the same case without a projection and peepholes, which a GRU does not have."""
-    return case._replace(size=case.size[:4], words="gru " + case.words.replace("peepholes", ""))
+    words = [word for word in case.words.split() if word != "peepholes"]
+    return case._replace(size=case.size[:4], words=" ".join(["gru", *words]))
 
 
 LSTMS = cases_of(TABLE)
@@ -224,7 +226,6 @@ def every_result_and_gradient(monkeypatch: pytest.MonkeyPatch, case: Case, devic
     check(case.size, case.words, backend, case.dtype, device, seeds=case.seeds)
 
 
-forced = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the kernels are those that are chosen there")
 fresh_memory_is_nan = pytest.mark.usefixtures("nan_in_fresh_memory")  # a result that nothing wrote is detected
 
 
@@ -244,7 +245,7 @@ def test_numba(monkeypatch, case):
     every_result_and_gradient(monkeypatch, case)
 
 
-@forced
+@by_interpreter
 @fresh_memory_is_nan
 @cases("step", "split", "held", "resident", "cooperative", "pointwise")
 def test_a_family_of_triton(monkeypatch, case):
@@ -257,7 +258,7 @@ def test_cuda(monkeypatch, case, host_or_card):
     every_result_and_gradient(monkeypatch, case, host_or_card)
 
 
-@forced
+@by_interpreter
 @fresh_memory_is_nan
 @pytest.mark.parametrize("place", ["pointwise", "cupy"])
 def test_a_projection_that_is_much_smaller_stays_in_the_loop(monkeypatch, place):
@@ -313,10 +314,10 @@ EVERYWHERE = [
     ("cupy", "gru resets both", F16), ("cupy", "gru states zoneout", F32),
     ("numba", "states peepholes zoneout both", None), ("numba", "states peepholes norms zoneout", None),
     ("numba", "gru states zoneout both", None), ("numba", "heads states zoneout", None),
-    *(pytest.param(*case, marks=forced) for case in (
+    *(pytest.param(*case, marks=by_interpreter) for case in (
         ("resident", "states peepholes zoneout", None), ("cooperative/4/1/4", "states zoneout", F16),
         ("resident", "gru states zoneout", None), ("cooperative/4/1/4", "heads states zoneout", F16))),
-    *(pytest.param(*case, marks=[forced, pytest.mark.deep]) for case in (
+    *(pytest.param(*case, marks=[by_interpreter, pytest.mark.deep]) for case in (
         ("cooperative/4/1/4", "gru states zoneout", F16), ("resident", "heads states zoneout", None),
         ("pointwise", "states peepholes zoneout both", F16), ("step", "states peepholes zoneout", None),
         ("cooperative/4/1/4", "states peepholes zoneout", None), ("pointwise", "gru states zoneout both", F16),

@@ -13,6 +13,7 @@ from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
+from places import by_interpreter
 from standing_in import CUDA, H100, plan_of, torch_finds
 from test_interrupted import lock_that_announces
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -343,7 +344,7 @@ def test_cell_states_go_from_chunk_to_chunk_in_float32(two_steps, device, cell, 
     assert results[1][-1].dtype is torch.float16
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="launches are recorded in the interpreter")
+@by_interpreter
 @pytest.mark.parametrize(("recompute", "training", "steps"), [
     (True, True, [5]), (False, True, [5]), (False, False, [2, 2, 1]),
 ])  # fmt: skip

@@ -57,7 +57,6 @@ def types_of_calls(x: Tensor, packed: PackedSequence) -> None:
     assert_type(lstm.forward(packed), tuple[PackedSequence, State])
     assert_type(gru.forward(x), tuple[Tensor, Tensor])
     assert_type(stack.forward(packed), tuple[PackedSequence, list[State]])
-    assert_type(gpu_lstm.compat.LSTM(6, 8).forward(x), tuple[Tensor, State])
     assert_type(stack(x), tuple[Tensor, list[State]])
     assert_type(stack(packed), tuple[PackedSequence, list[State]])
     assert_type(cell(x[0]), State)
