@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import warnings
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -43,11 +44,45 @@ from gpu_lstm.kernels.triton_rnn import features, launch
 CURE = r"(; (use torch\.as_tensor|expected a tensor|it fits if the input|hx is one tensor|use \w+(\.\w+\([-1]*\))+).*)?"
 
 
+SAME = {  # modules that torch has, too: the class and its arguments
+    "lstm": ("LSTM", {}), "deep": ("LSTM", dict(num_layers=2, dropout=0.5)), "first": ("LSTM", dict(batch_first=True)),
+    "both": ("LSTM", dict(bidirectional=True)), "projected": ("LSTM", dict(proj_size=2)), "cell": ("LSTMCell", {}),
+    "weightless": ("LSTM", dict(device="meta")), "gru": ("GRU", {}), "gru_first": ("GRU", dict(batch_first=True)),
+    "gru_cell": ("GRUCell", {}),
+}  # fmt: skip
+
+
+def same_of(library, **options):
+    return {name: getattr(library, kind)(3, 4, **own, **options) for name, (kind, own) in SAME.items()}
+
+
+def of_torch():
+    """Build torch's modules, with the names of ours in `modules`."""
+    return SimpleNamespace(**same_of(nn))
+
+
+def modules(backend):
+    """Build our modules, once, since a wrong call leaves them as they are."""
+    by, same = dict(backend=backend), same_of(gpu_lstm, backend=backend)
+    same["deep"].weight_drop = 0.5
+    noise = dict(dropout=0.5, weight_drop=0.5)
+    return SimpleNamespace(
+        **same, stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise, **by), one=gpu_lstm.StackedLSTM(3, [4], **by),
+        auto=gpu_lstm.LSTM(3, 4), triton=gpu_lstm.LSTM(3, 4, backend="triton"),
+        variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True), stream=gpu_lstm.Stream(same["lstm"].eval(), 2),
+        stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
+        dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in wrong_calls.DROPS}),
+        backwards=gpu_lstm.keras.GoBackwards(same["first"]), without_bias=wrong_calls.WITHOUT_BIAS,
+        gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise, **by), slstm=gpu_lstm.SLSTM(3, 4, heads=2),
+        torchs_cell=gpu_lstm.LSTMCell(3, 4, backend="torch"), **by
+    )  # fmt: skip
+
+
 @functools.cache
 def ours_of(backend):
     """Build the modules of a backend, once, since checks come before a backend is known."""
     with torch.device(DEVICE):
-        m = wrong_calls.modules(backend)
+        m = modules(backend)
     torch.manual_seed(0)
     m.picture = picture(m)
     return m
@@ -144,7 +179,7 @@ AS_TORCH = [
 @pytest.fixture(scope="module")
 def theirs():
     with torch.device(DEVICE):
-        return wrong_calls.of_torch()
+        return of_torch()
 
 
 @pytest.mark.parametrize(("backend", "call"), [  # a cell by torch's operator has a shorter path

@@ -9,7 +9,6 @@ In an error "..." stands for any text.
 import copy
 import math
 import os
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -33,40 +32,6 @@ GRU, LINEAR, CELL = nn.GRU(3, 4), nn.Linear(3, 4), gpu_lstm.LSTMCell(3, 4)
 TORCHS, TORCHS_FIRST = nn.LSTM(3, 4), nn.LSTM(3, 4, batch_first=True)
 WITHOUT_BIAS = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4, bias=False)])
 DROPS = ("dropout", "recurrent_dropout", "zoneout", "weight_drop")
-
-
-SAME = {  # modules that torch has, too: the class and its arguments
-    "lstm": ("LSTM", {}), "deep": ("LSTM", dict(num_layers=2, dropout=0.5)), "first": ("LSTM", dict(batch_first=True)),
-    "both": ("LSTM", dict(bidirectional=True)), "projected": ("LSTM", dict(proj_size=2)), "cell": ("LSTMCell", {}),
-    "weightless": ("LSTM", dict(device=META)), "gru": ("GRU", {}), "gru_first": ("GRU", dict(batch_first=True)),
-    "gru_cell": ("GRUCell", {}),
-}  # fmt: skip
-
-
-def same_of(library, **options):
-    return {name: getattr(library, kind)(3, 4, **own, **options) for name, (kind, own) in SAME.items()}
-
-
-def of_torch():
-    """Build torch's modules, with the names of ours in `modules`."""
-    return SimpleNamespace(**same_of(nn))
-
-
-def modules(backend):
-    """Build our modules, once, since a wrong call leaves them as they are."""
-    by, same = dict(backend=backend), same_of(gpu_lstm, backend=backend)
-    same["deep"].weight_drop = 0.5
-    noise = dict(dropout=0.5, weight_drop=0.5)
-    return SimpleNamespace(
-        **same, stack=gpu_lstm.StackedLSTM(3, [4, 4], **noise, **by), one=gpu_lstm.StackedLSTM(3, [4], **by),
-        auto=gpu_lstm.LSTM(3, 4), triton=gpu_lstm.LSTM(3, 4, backend="triton"),
-        variant=gpu_lstm.LSTM(3, 4, peepholes=True, layer_norm=True), stream=gpu_lstm.Stream(same["lstm"].eval(), 2),
-        stream_of_stack=gpu_lstm.Stream(gpu_lstm.StackedLSTM(3, [4, 4], **by), 2),
-        dropping=nn.ModuleDict({name: gpu_lstm.LSTM(3, 4, 2, **{name: 0.5}) for name in DROPS}),
-        backwards=keras.GoBackwards(same["first"]), without_bias=WITHOUT_BIAS,
-        gru_stack=gpu_lstm.StackedGRU(3, [4, 4], **noise, **by), slstm=gpu_lstm.SLSTM(3, 4, heads=2),
-        torchs_cell=gpu_lstm.LSTMCell(3, 4, backend="torch"), **by
-    )  # fmt: skip
 
 
 def packed(features, **options):
