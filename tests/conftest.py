@@ -253,3 +253,11 @@ def nan_in_fresh_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def nothing_raced(monkeypatch, nothing_cached):
+    """Backend 'auto' follows the rule for CPUs."""
+    from gpu_lstm.call import choices
+
+    monkeypatch.setenv(choices.RACE_VARIABLE, "off")

@@ -14,7 +14,7 @@ from .modes import PLAIN, Recording, Transforms, modes, only_torch_runs
 from .options import NORMS, Arguments, Options, options_of
 from .request import Request
 from .roles import RESET_STATES, Form
-from .sequences import EVERY_STEP, Traversal, where
+from .sequences import EVERY_STEP, Traversal
 from .weights import State, Weights, size_of
 
 
@@ -147,7 +147,8 @@ def _reset_before_the_first_step(states: list[State], lengths: Tensor | None, re
     reset = resets[0, :, None]  # [B, 1]
     if lengths is not None:
         reset = reset & (lengths > 0)[:, None]
-    return [where(reset, (0, 0), state) for state in states]
+    zeroed = [(h.masked_fill(reset, 0), c) for h, c in states]
+    return [(h, h if before is c else c.masked_fill(reset, 0)) for (h, c), (before, _) in zip(zeroed, states)]
 
 
 def takes_torchs_cell(options: Options, x: Tensor, state: Sequence[Any], weights: Weights) -> bool:
