@@ -351,18 +351,20 @@ def test_when_nothing_is_timed(timed, when):
 def test_plans_are_compiled_side_by_side_and_a_line_says_how_many(timed, monkeypatch, caplog):
     """Threads that have the device compile one plan each. A plan that does not compile is not used, for the reason of
     its error."""
-    together, loaded, on = threading.Barrier(choose.MOST, timeout=20), [], []
-    load = choose.load
+    together, told, loaded, on = threading.Barrier(choose.MOST, timeout=20), threading.Event(), [], []
+    load, warning = choose.load, choose.logger.warning
 
     def compile_all(device, launches):
         on.append(device)
         together.wait()
+        assert told.wait(20)
         if SECOND.units == launches[0].arguments["S"].UNITS:
             raise ValueError("M, N, K >= 16")
 
     monkeypatch.setattr(choose, "compile_all", compile_all)
     monkeypatch.setattr(choose, "load", lambda *given: loaded.append(given[-1]["S"].UNITS) or load(*given))
     monkeypatch.setattr(choose, "SLOW_S", 0.0)
+    monkeypatch.setattr(choose.logger, "warning", lambda *line: (warning(*line), told.set()))
     with caplog.at_level(logging.INFO, "gpu_lstm"):
         assert timed.chosen() == THIRD
     assert (on, loaded) == ([CUDA] * choose.MOST, [FIRST.units, THIRD.units])
