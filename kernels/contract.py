@@ -43,9 +43,7 @@ class Package(Protocol):
 
     DEVICES: tuple[str, ...]  # the types of devices whose tensors `auto` may give to the backend
     DTYPES: tuple[torch.dtype, ...]  # the dtypes of the calls that it runs
-    IN_FLOAT32: tuple[
-        torch.dtype, ...
-    ]  # the dtypes among them whose calls it computes in float32, and rounds at the end
+    IN_FLOAT32: tuple[torch.dtype, ...]  # the dtypes among them whose calls it computes in float32, and rounds
     is_compiled: Callable[..., bool] | None
     """is_compiled(pass_, for_any=False) tells whether the cache has the function that runs a pass of all problems.
 
