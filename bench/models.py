@@ -24,7 +24,8 @@ class Recogniser(nn.Module):
             (64, False, (2, 2)), (128, False, (2, 2)), (256, False, None), (256, False, (2, 1)),
             (512, True, None), (512, True, (2, 1)),
         ):  # fmt: skip
-            layers += [nn.Conv2d(channels, width, 3, padding=1)] + [nn.BatchNorm2d(width)] * normed + [nn.ReLU()]
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=not normed)]
+            layers += [nn.BatchNorm2d(width)] * normed + [nn.ReLU()]
             layers += [nn.MaxPool2d(pool)] if pool else []
             channels = width
         self.convolutions = nn.Sequential(*layers, nn.Conv2d(512, 512, 2), nn.ReLU())
