@@ -17,6 +17,7 @@ from functools import partial
 
 import check_jsonschema
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -81,6 +82,39 @@ def test_the_figures_of_the_pages_are_those_of_the_stored_results():
     ):  # fmt: skip
         assert said in " ".join(text.split())
     assert len(re.findall(r"(?m)^### ", re.search(r"## Your trainer\n(.*?)\n## ", page, flags=re.DOTALL)[1])) == 7
+
+
+CPU = ROOT / "bench" / "results" / "cpu"
+
+
+def test_the_tables_of_models_acting_and_iterations_are_those_of_the_stored_results():
+    benchmarks, learning = ((DOCS / f"{name}.md").read_text() for name in ("benchmarks", "reinforcement_learning"))
+    digits = lambda values: " | ".join(f"{v:.2f}" if v < 9.995 else f"{v:.1f}" for v in values)  # noqa: E731
+    models, acting, ppo = (pd.read_csv(CPU / f"{name}.csv") for name in ("models", "acting", "ppo"))
+    for (name, layers), its in models.groupby(["model", "recurrent layers"]):
+        assert f"| {name} | {layers} | {digits(its['times as fast'])} |" in benchmarks
+    one_thread = acting[acting["device"].str.endswith("1 thread")]
+    for (cell, count), its in one_thread.groupby(["cell", "N"]):
+        cells = [f"{row[4]:,.0f} | {digits(row[7:9])}" for row in its.itertuples(index=False)]
+        assert f"| {cell}, {count:,} | {' | '.join(cells)} |" in learning
+    for row in ppo.itertuples(index=False):
+        parts = digits((row[6], row[10] / row[11], row[12]))
+        assert f"| {row.cell}, {row.H} | {row.N} | {parts} |" in learning
+
+
+def test_the_choices_on_a_cpu_waste_little_and_are_nowhere_much_slower_than_torchs_own():
+    rows, page = pd.read_csv(CPU / "choices.csv"), (DOCS / "benchmarks.md").read_text()
+    loops = rows["chosen"] == "numba"
+    rows["waste"] = rows["ratio"].where(loops, 1 / rows["ratio"]).clip(lower=1)
+    rows["over"] = rows["ratio"].where(loops, 1.0)
+    mean = lambda values: np.exp(np.log(values).mean())  # noqa: E731
+    assert (rows.groupby(["threads", "cell", "what"])["waste"].agg(mean) <= 1.03).all()
+    assert rows["waste"].max() <= 1.3
+    assert (rows["over"][rows["before"] == "torch"] <= 1.05).all()
+    for threads, its in rows.groupby("threads"):
+        figures = f"{mean(its['waste']):.3f} | {its['waste'].max():.2f} | {mean(its['over']):.2f}"
+        share = (its["chosen"] == "numba").mean()
+        assert f"| {threads} | {len(its)} | {share:.0%} | {figures} |".replace("%", " %") in page
 
 
 OF_README = {  # how a row of the README begins, its case, and its rival
