@@ -30,7 +30,7 @@ class Recording:
     The values are plain numbers, since they are hashed at every call. The hash of an Enum is a Python function.
     """
 
-    NOBODY = 0  # eager mode: kernels run directly, not as operators of torch.library
+    NOBODY = 0  # eager mode: kernels run as operators of torch.library only inside transforms
     WATCHED = 1  # torch.jit.trace, dispatch modes, subclasses of Tensor: kernels run as operators, without races
     COMPILED = 2  # torch.compile, torch.export: one operator for each layer, whatever the backend is
     ONNX = 3  # torch's ONNX exporter: torch's own LSTM runs, since the exporter does not know our operators
