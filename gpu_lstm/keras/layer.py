@@ -113,7 +113,8 @@ class GRU(_OnOurKernels, keras.layers.GRU):
         units, args, kwargs: The arguments of keras.layers.GRU.
 
     Raises:
-        ValueError: The same errors as in LSTM, and reset_after=False, since then the reset gate multiplies h before the product.
+        ValueError: reset_after=False, since then the reset gate multiplies h before the product. The errors of LSTM are
+            raised, too.
     """
 
     _pair = OF_GRU

@@ -210,7 +210,7 @@ class Layers(Checked):
             hx: The initial states, see the table below. Default: zeros
             lengths: The number of steps of each sequence, (N,). int32 or int64 on the input's device. Each is from 0 to
                 T, in any order. Default: T
-            resets: Where the states are reset, bool (T, N), see below.
+            resets: True where the states are reset, bool (T, N), see below.
             reset_states: The states that a reset sets instead of zeros: either one for each sequence, in the form of
                 hx, or one for each step, see the table below. Only the states at resets are used. Gradients flow into
                 them. Every backend except "torch" supports them.
