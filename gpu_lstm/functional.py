@@ -41,8 +41,8 @@ def lstm_layer(
             or left out.
         hx: The initial states (h0 [B, P], c0 [B, H]). Default: zeros
         lengths: The number of steps of each sequence, int32 or int64 [B], each from 0 to T, in any order. Default: T
-        resets: True where the states are reset, bool [T, B]. A reset at t zeroes the states before the layer computes time
-            t, or in the reverse direction before it computes time t - 1.
+        resets: True where the states are reset, bool [T, B]. A reset at t zeroes the states before the layer computes
+            time t, or in the reverse direction before it computes time t - 1.
         reset_states: The states that a reset sets instead of zeros: h [B, P] and c [B, H], or one for each step, h
             [T, B, P] and c [T, B, H]. Only the states at resets are used. Every backend except "torch" supports them.
         reverse: If True, the layer runs from each sequence's last step to its first. Default: False
