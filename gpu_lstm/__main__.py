@@ -151,7 +151,8 @@ def _summary(device: torch.device) -> str:
     backend, on_cpu = _expected(device), device.type == "cpu"
     where = "the CPU" if on_cpu else torch.cuda.get_device_name(device)
     if backend not in KERNEL_BACKENDS:
-        # On a CPU the last one is the compiled loops, to which cpu_rule gives only calls with more steps than ANY has.
+        # The last backend of a CPU is the compiled loops. They are never `backend`, even if they are available, since
+        # ANY is a plain LSTM and cpu_rule gives the loops no plain LSTM.
         *_, last = backends_for(device)
         why = why_unavailable(last if on_cpu else KERNEL_BACKENDS[0], device, torch.float32)
         if not on_cpu:
@@ -180,7 +181,7 @@ def _expected(device: torch.device) -> Backend:
 
 
 def _diagnosis(device: torch.device) -> dict[str, Any]:
-    """Return the facts about a device, and for each backend why it is not available there (None if it is)."""
+    """Return the facts about a device, and for each backend why it is not available there, or None if it is."""
     name = cache.cpu_name()
     card = {"instructions": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
@@ -220,7 +221,7 @@ def _mps(device: torch.device) -> str:
 
 
 def _compile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """compile and verify the loops for this CPU, say when an image is built"""
+    """compile and verify the loops for this CPU, for example when an image is built"""
     kept = compile_loops(options.cells, options.hidden)
     text = f"verified for {', '.join(options.cells)} of {options.hidden} units; compiled for this CPU, kept in {kept}"
     text += "\non a card the first call of each kind compiles its kernels" * (cuda_devices() > 0)
@@ -294,7 +295,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
             rows.append(dict(kind=kind, file=str(file), key=key, value=value))
             try:
                 text = _in_words(kind, key, value)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # not this version's
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError):  # an entry of another version
                 text = f"{key}: {value}"
             made_by = [f"{name} {key[name]}" for name in ("triton", "cupy", "numba") if name in key]
             lines.append(f"  {', '.join([str(key.get('card')), *made_by])}: {text}")
@@ -304,7 +305,7 @@ def _races(options: argparse.Namespace) -> tuple[Any, str]:
 def _in_words(kind: str, key: dict[str, Any], value: Any) -> str:
     """Return a cached result in words.
 
-    If its fields are not the expected ones, several kinds of errors are possible.
+    An entry of another version may have other fields. Then this raises one of the errors that `_races` catches.
     """
     if kind == cache.RACES:
         return f"{in_words(key)}: {Decision(**value)._replace(backend=Backend(value['backend']))}"

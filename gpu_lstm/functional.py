@@ -41,8 +41,8 @@ def lstm_layer(
             or left out.
         hx: The initial states (h0 [B, P], c0 [B, H]). Default: zeros
         lengths: The number of steps of each sequence, int32 or int64 [B], each from 0 to T, in any order. Default: T
-        resets: The times at which the state is reset, bool [T, B]. True at t zeroes the state before step t, or in the
-            reverse direction before step t - 1.
+        resets: True where the states are reset, bool [T, B]. A reset at t zeroes the states before the layer computes
+            time t, or in the reverse direction before it computes time t - 1.
         reset_states: The states that a reset sets instead of zeros: h [B, P] and c [B, H], or one for each step, h
             [T, B, P] and c [T, B, H]. Only the states at resets are used. Every backend except "torch" supports them.
         reverse: If True, the layer runs from each sequence's last step to its first. Default: False
@@ -69,8 +69,9 @@ def lstm_layer(
 
     Raises:
         RuntimeError: A tensor has a wrong shape, device or dtype, T is 0, or hx does not have two states.
-        TypeError: An argument is not a tensor, or not a bool.
-        ValueError: lengths, resets or reset_states are wrong.
+        TypeError: An argument has a wrong type, or x is not floating point.
+        ValueError: lengths, resets or reset_states have a wrong shape, dtype, device or value. On CUDA the values of
+            lengths are asserted on the device.
         ValueError: The backend is unknown, or it does not support reset_states, peepholes or a layer norm.
         ValueError: There are fewer than two weights or more than ten, or H or P is 0.
         ValueError: A layer norm is combined with weight_hr, or `LSTM` refuses these heads.
@@ -142,8 +143,8 @@ def of_heads(weight_hh: Tensor, heads: int) -> Tensor:
 
     Raises:
         TypeError: `heads` is not an int, or `weight_hh` is not a tensor.
-        ValueError: H is not divisible by `heads`, the number of rows is not divisible by H, or a weight between two
-            heads is not zero.
+        ValueError: `heads` is not positive, H is not divisible by `heads`, the number of rows is not divisible by H, or
+            a weight between two heads is not zero.
     """
     hidden = _hidden_of(weight_hh)
     check_heads(heads, hidden)
@@ -174,9 +175,9 @@ def dense(weight_hh: Tensor, hidden_size: int) -> Tensor:
 
 
 def _hidden_of(weight_hh: Tensor, hidden: int | None = None) -> int:
-    """Return H, by default the number of columns of weight_hh. Raise unless rows and columns fit to it.
+    """Return H, which is `hidden` or, if that is None, the number of columns of weight_hh.
 
-    H has to divide the number of rows, and the number of columns has to divide H.
+    Raise unless H divides the number of rows, and the number of columns divides H.
     """
     check_tensor(weight_hh, "weight_hh")
     rows, columns = weight_hh.shape if weight_hh.dim() == 2 else (0, 0)

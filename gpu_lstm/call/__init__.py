@@ -1,1 +1,1 @@
-"""A prepared call: the user's arguments, checked and with time first, and everything that decides how the call runs."""
+"""A prepared call: the user's arguments, checked and with time as first dimension, and all that decides how it runs."""

@@ -16,7 +16,10 @@ from .settings import without_hooks
 
 
 def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    """Return the weights of a layer in another dtype. The cache has them inside a block of autocast."""
+    """Return the weights of a layer in another dtype.
+
+    Inside a block of autocast to `dtype` the casts are cached, if torch would cache all of them. See `_is_kept`.
+    """
     present = [weight for weight in weights if weight is not None]
     if not (_keeps_casts(present[0], dtype) and all(map(_is_kept, present))):
         return [None if weight is None else weight.to(dtype) for weight in weights]
@@ -28,9 +31,10 @@ def cast(weights: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | 
 
 
 def _keeps_casts(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether autocast is on and casts to `dtype`, and no graph is being recorded.
+    """Whether a cast to `dtype` may be cached. Autocast must be on and cast to `dtype`.
 
-    A graph that is traced or captured has to cast the weights at every run.
+    It is not cached while a graph is traced or captured, since the graph has to cast the weights at every run. Nor is
+    it cached inside a transform of torch.func.
     """
     if torch.compiler.is_compiling() or is_tracing() or is_transformed() or not autocasts(weight):
         return False
@@ -46,10 +50,11 @@ def _is_kept(weight: Tensor) -> bool:
 
 
 def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the cast that torch's own cache has, so that both have the same tensor.
+    """Return the cast of a weight that torch's own cache has, so that torch's operators and ours share one tensor.
 
-    A product with the weight saves the cast for backward. The product has no rows, so it costs nothing. Inside a nested
-    block torch's cache may have a cast to the dtype of the outer block. There the weight is cast without torch's cache.
+    torch has no function that returns it. But a product with the weight saves the cast for backward, where we read it.
+    The product has no rows, so it costs nothing. Inside a nested block torch's cache may have a cast to the dtype of
+    the outer block. There the weight is cast without torch's cache.
     """
     torch.autocast_increment_nesting()
     is_inner = torch.autocast_decrement_nesting() > 1
@@ -63,9 +68,10 @@ def _torchs_cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _casts_of_this_block(device_type: str, dtype: torch.dtype) -> dict[Tensor, Tensor]:
     """Return the casts of the current block, by weight. They are dropped when the outermost block of autocast ends.
 
-    torch does not report when the block ends, but it drops its own casts then. So our casts are attached to one of
-    torch's: to the graph node of the cast of an empty weight. An operator that casts this weight leads to the node. If
-    the cache of autocast is turned off, every call makes a new node, with an empty dict.
+    torch does not report when the block ends, but it drops its own casts then. So the dict is attached to one of them:
+    the cast of a weight without elements. The dict is in the metadata of this cast's graph node. To reach the node, the
+    weight is given to an operator that casts it. If the cache of autocast is turned off, every call makes a new node,
+    with an empty dict.
     """
     weight, factor = _without_elements(device_type, dtype)
     with contextlib.nullcontext() if torch.is_grad_enabled() else _differentiable():
@@ -82,7 +88,7 @@ def _differentiable() -> Iterator[None]:
 
 @functools.cache
 def _without_elements(device_type: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return an empty weight in float32 and an empty factor in `dtype`, for `_casts_of_this_block`."""
+    """Return a float32 weight and a factor in `dtype`, both without elements, for `_casts_of_this_block`."""
     with torch.inference_mode(False):
         weight = torch.empty(0, 0, device=device_type, dtype=torch.float32, requires_grad=True)
         return weight, torch.empty(0, 0, device=device_type, dtype=dtype)

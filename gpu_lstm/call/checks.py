@@ -1,6 +1,7 @@
 """The checks of a call's arguments.
 
-Comparisons are cheap. The text of an error is made only on failure. It has torch's words if torch has such an error.
+The text of an error is made only on failure, since checks run at every call. If torch raises the same error, the text
+is torch's.
 """
 
 from collections.abc import Sequence
@@ -36,9 +37,10 @@ def check_positive(name: str, size: object) -> None:
 
 
 def check_heads(heads: int, hidden: int, projected: int = 0, norms: Sequence[str] = ()) -> None:
-    """Raise unless `heads` is a positive int that divides `hidden`. With heads, raise if something combines all units.
+    """Raise unless `heads` is a positive int that divides `hidden`.
 
-    Projections and layer norms of W_hh h or c combine all units.
+    With more than one head, also raise if there is a projection, or a layer norm of W_hh h or of c. They combine all
+    units.
     """
     check_positive("heads", heads)
     if heads == 1:
@@ -126,7 +128,8 @@ def check_as_torch(x: Tensor, features: int, weight: Tensor) -> None:
 def check_list(states: Any, names: Sequence[str], layers: int, name: str, error: type[Exception]) -> Any:
     """Return `states`. Raise unless it is a list with a state for each layer: a pair (h, c), or h alone.
 
-    `names` are the names of a layer's states. `error` is raised if there is a wrong number of states or layers.
+    `names` are the names of one layer's states. `name` is the name of the whole list in errors. `error` is raised if
+    there is a wrong number of states or layers, TypeError if something else is wrong.
     """
     what, in_full = ("tensors", "tensors") if len(names) == 1 else ("pairs", "pairs (h, c)")
     expected = f"{name} should be a list of {in_full}, one a layer, got"
@@ -152,8 +155,9 @@ def check_size(name: str, tensor: Tensor, size: tuple[int, ...], swapped: Sequen
 def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: list[list[Weights]]) -> None:
     """Raise unless the weights of a layer in one direction fit.
 
-    Each tensor has to have its size in `sizes`, which are in the order of Weights. The tensors of a variant have to be
-    present in every layer and direction of `weights`, or in none.
+    `layer` has the weights to check. `sizes` are the sizes of its tensors, in the order of Weights. bias_ih and bias_hh
+    must be given together, and bias_c only with gain_c. `weights` are all weights of the call, [L][D]. Each tensor for
+    peepholes or a layer norm must be present in every layer and direction, or in none.
     """
     for name, tensor, size in zip(NAMES, layer, sizes):
         if None not in size:
@@ -170,7 +174,11 @@ def check_weights(layer: Weights, sizes: Sequence[tuple[int, ...]], weights: lis
 
 
 def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Weights:
-    """Return the weights of a layer by name. Raise unless each is a tensor with the right number of dimensions."""
+    """Return the weights of a layer by name.
+
+    Raise if there are too few or too many, if one has a wrong type or number of dimensions, or if a layer norm is
+    combined with a projection.
+    """
     most = len(NAMES) if cell.normalises else NAMES.index("weight_hr")
     names = f"weight_ih, weight_hh and, if there are any, {', '.join(NAMES[2:most])}"
     texts = (
@@ -189,7 +197,7 @@ def named_weights(weights: Weights | Sequence[Tensor | None], cell: Cell) -> Wei
 
 
 def _check_weight(name: str, tensor: Any) -> None:
-    """Raise TypeError unless `tensor` is a tensor. None is accepted for the tensors that a layer may lack."""
+    """Raise TypeError unless `tensor` is a tensor. All except weight_ih and weight_hh may be None."""
     if tensor is not None or name in ("weight_ih", "weight_hh"):
         check_tensor(tensor, name)
 
@@ -206,9 +214,9 @@ def is_exact(c: Tensor, x: Tensor) -> bool:
 
 
 def fits(tensor: Tensor, x: Tensor, is_c: bool) -> bool:
-    """Whether a tensor has a dtype that is allowed together with x.
+    """Whether a tensor has a dtype that is allowed together with x. `is_c` says that the tensor is c.
 
-    It is the dtype of x. Under autocast it may be any dtype. c may also be exact, see `is_exact`.
+    The dtype of x is allowed, and under autocast every dtype. c may also be exact, see `is_exact`.
     """
     return tensor.dtype is x.dtype or autocasts(x) or (is_c and is_exact(tensor, x))
 
@@ -259,7 +267,7 @@ def check_resets(resets: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
 
 
 def cure_of_flags(name: str, flags: Tensor, shape: Sequence[int]) -> str:
-    """Return advice how to make a bool tensor of this shape from `flags`, or "" if the shapes do not fit."""
+    """Return advice on how to turn `flags` into a bool tensor of this shape, or "" if the shapes do not fit."""
     cure = ".squeeze(-1)" * (flags.shape == (*shape, 1)) + ".bool()" * (flags.dtype is not torch.bool)
     return f"; use {name}{cure}" if cure and flags.shape in (shape, (*shape, 1)) else ""
 
@@ -276,8 +284,8 @@ def _check_place(name: str, tensor: Tensor, shape: Sequence[int], x: Tensor, swa
 def check_reset_state(state: Tensor, name: str, sizes: tuple[list[int], list[int]], x: Tensor, is_c: bool) -> None:
     """Raise unless `state` is a tensor that a reset may set.
 
-    It has to have one of two sizes, with a state for each sequence or for each step. Its dtype and device have to fit
-    x.
+    `sizes` are the two sizes that are allowed: with a state for each sequence, and with a state for each step. The
+    dtype must be allowed together with x, see `fits`. The device must be the device of x.
     """
     check_tensor(state, name)
     if list(state.shape) not in sizes:

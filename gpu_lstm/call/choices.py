@@ -55,7 +55,9 @@ class Block(contextlib.ContextDecorator, Generic[E]):
     list, which another thread cannot interrupt.
     """
 
-    _used = True  # a default for blocks that torch.compile makes without calling __init__
+    # A block that was never used warns when it is deleted. torch.compile makes blocks without calling __init__, which
+    # would set this to False. They do not warn.
+    _used = True
 
     def __init__(self, opened: list["Block[E]"], value: E | None, call: str) -> None:
         self.value, self._opened, self._call, self._used = value, opened, call, False

@@ -30,10 +30,10 @@ class Recording:
     The values are plain numbers, since they are hashed at every call. The hash of an Enum is a Python function.
     """
 
-    NOBODY = 0  # eager mode, without operators of ours
+    NOBODY = 0  # eager mode: kernels run as operators of torch.library only inside transforms
     WATCHED = 1  # torch.jit.trace, dispatch modes, subclasses of Tensor: kernels run as operators, without races
     COMPILED = 2  # torch.compile, torch.export: one operator for each layer, whatever the backend is
-    ONNX = 3  # torch's ONNX exporter, which does not know our operators: torch's own LSTM becomes ONNX's
+    ONNX = 3  # torch's ONNX exporter: torch's own LSTM runs, since the exporter does not know our operators
 
 
 class Transforms:
@@ -52,7 +52,7 @@ class Modes(NamedTuple):
 
     grad: bool  # whether autograd records
     autocast: torch.dtype | None  # see autocast_dtype
-    whole: bool  # autocast casts all of torch's own LSTM, not only its products
+    whole: bool  # whether autocast casts all of torch's own LSTM, not only its products; True without autocast
     recording: int  # see Recording
     transforms: int  # see Transforms
     precision: str  # see recurrent_precision
@@ -88,9 +88,10 @@ def modes(x: Tensor) -> Modes:
 
 
 def only_torch_runs(backend: str | None) -> bool:
-    """Whether no backend except torch's own operator can be chosen. The device has no kernels.
+    """Whether it is certain that torch's own operator runs a call that no kernel can run, such as a cell on a CPU.
 
-    False means that another backend is chosen, by `backend` or by the user, or that more has to be found out.
+    `backend` is the backend of the module. The answer is False if a backend other than "auto" or "torch" is chosen. It
+    is also False under autocast, torch.compile or a transform, where more facts decide.
     """
     if (backend or chosen_backends[0].value or _environment.get(_BACKEND)) not in _TORCHS:
         return False
@@ -137,9 +138,9 @@ def _knows_autocast(device_type: str) -> bool:
 
 @constant_when_traced
 def need_the_reference(compiling: bool) -> bool:
-    """Whether the current call is inside a vmap or a forward-mode derivative.
+    """Whether the current call is inside a transform that only the reference supports.
 
-    If `compiling`, every transform counts.
+    These are vmap, functionalize and forward-mode derivatives, and, if `compiling`, every transform.
     """
     # torch.compile calls this function instead of tracing it, and enters a transform while it traces the code inside.
     # There, tensors of torch.func.grad do not say that they require gradients. So kernels would save nothing for
@@ -160,10 +161,13 @@ def are_differentiated(output: Tensor, tensors: Iterable[Tensor | None], gradien
     The answer is also True if autograd propagates several gradients at once (`is_grads_batched`), which it does by a
     vmap.
 
-    torch.func.grad always asks for a graph. The graph is needed only inside another transform, or if a tensor
-    underneath takes part in plain autograd. `output` is a saved result of forward. Its level is the level of the
-    transform in which forward ran. This transform may have ended, for example when the function that torch.func.vjp
-    returned is called.
+    torch.func.grad enables autograd during every backward. So enabled autograd does not mean that the gradients are
+    differentiated. They are only if another transform is active, or if a tensor inside the wrappers of the transform
+    requires a gradient of plain autograd.
+
+    `output` is a saved result of forward. Its level is the level of the transform in which forward ran. If that is the
+    innermost transform now, it is not counted as another one. It may have ended before, for example when the function
+    that torch.func.vjp returned is called.
     """
     if any([d is not None and private.is_batched(d) for d in gradients]):
         return True

@@ -43,7 +43,7 @@ def draw(
 
 
 def with_weight_drop(layers: list[list[Weights]], options: Options) -> list[list[Weights]]:
-    """Return the weights [L][D] of a call, after the regularisers of W_hh."""
+    """Return the weights [L][D] of a call, with W_hh as the regularisers changed it."""
     for thing, rate in options.on:
         layers = [[w._replace(weight_hh=thing.weight_hh(w.weight_hh, rate)) for w in layer] for layer in layers]
     return layers

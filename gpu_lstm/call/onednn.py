@@ -29,7 +29,7 @@ def takes_whole_lstms(dtype: torch.dtype, grad: bool) -> bool:
 def has_lstm(half: torch.dtype, grad: bool) -> bool:
     """Whether oneDNN has an LSTM in half precision on this CPU, with or without gradients.
 
-    A call in another thread finds out, since the caller's modes do not act there.
+    A small LSTM is run to find out. It runs in another thread, where the caller's modes do not act.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_runs_under_autocast, half, grad).result()

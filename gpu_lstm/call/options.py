@@ -38,7 +38,8 @@ class Arguments(NamedTuple):
 class Options:
     """The arguments of a module, and everything that follows from them.
 
-    While an object is in use, there is only one for equal arguments. So Options are a quick key of caches.
+    `options_of` returns the same object for equal arguments. So Options are hashed by identity, which makes them a
+    quick key of caches.
     """
 
     def __init__(self, a: Arguments) -> None:
@@ -55,13 +56,13 @@ class Options:
         self.dropout = next((rate for thing, rate in self.on if thing.name == "dropout"), 0.0)
         self.drops_weights = any([thing.overrides("weight_hh") for thing, _ in self.on])
         self.names = _names(a, self.directions)
-        self.present = sum(name is not None for name in self.names[0][0])  # tensors in a layer and direction
+        self.present = sum(name is not None for name in self.names[0][0])  # the tensors of a layer in one direction
         names = NAMES if a.role is roles.Function else NAMES[: len(self.names[0][0])]
         self.weight_sizes = tuple([size.of(names, self.cell.rows) for size in self.sizes])
         # If all layers have one size, torch's own operator runs them in one call. It does not support heads.
         self.in_one_call = not a.residual and len(set(a.hidden_sizes)) == 1 and a.heads == 1
         self.connects = a.residual or self.dropout > 0  # whether something is computed between layers
-        self.noisy = self.dropout > 0 or any([thing.tensors for thing, _ in self.on])  # whether there are tensors
+        self.noisy = self.dropout > 0 or any([thing.tensors for thing, _ in self.on])  # whether a call draws tensors
         of_cell = None if self.cell.of_torch else f"{a.cell} cells"
         features = [of_cell, PEEPHOLES if a.peepholes else None, LAYER_NORM if a.norms else None]
         features += [thing.name for thing, _ in self.on if thing.tensors]
@@ -100,5 +101,6 @@ def options_of(*arguments: Any) -> Options:
     return Options(Arguments(*arguments)) if torch.compiler.is_compiling() else _cached(*arguments)
 
 
-# Options that the cache dropped are made again as new objects. Then routes of the old and of the new ones are kept.
+# If this cache drops Options, the same arguments give a new object. The routes of the old object are kept, but no call
+# finds them any more.
 _cached = functools.lru_cache(1024)(lambda *arguments: Options(Arguments(*arguments)))

@@ -109,8 +109,8 @@ def _check_tensors(
 ) -> tuple[bool, bool]:
     """Raise unless all tensors fit together. Return (learns, plain).
 
-    `learns` says whether a tensor requires a gradient, if `grad`. `plain` says that no tensor is of a subclass of
-    Tensor. This function runs at every call, so it visits each weight only once.
+    `learns` says whether autograd records, which is `grad`, and a tensor requires a gradient. `plain` says that no
+    tensor is of a subclass of Tensor. This function runs at every call, so it visits each weight only once.
     """
     dtype, device = x.dtype, x.device
     learns, alike, plain = x.requires_grad or not grad, True, True  # without autograd nothing has to be asked

@@ -51,7 +51,7 @@ class Regulariser:
         return value if training else 0.0
 
     def flags(self, rate: Any, training: bool) -> dict[str, Any]:
-        """Return the flags of a Problem for its tensors, which the time loop reads."""
+        """Return the fields of Problem that tell kernels which of its tensors the time loop reads."""
         return {}
 
     def draw(self, rate: Any, of: Drawing) -> tuple[Tensor | None, ...]:
@@ -65,7 +65,7 @@ class Regulariser:
     def scaled(self, h: Tensor, noise: Noise) -> Tensor:
         """Return h times the factors that apply before the product with W_hh.
 
-        Backward calls it with the gradient that this product returns, and gets the gradient of h.
+        Backward calls it with the gradient of the returned tensor, and gets the gradient of h.
         """
         return h
 
@@ -112,7 +112,8 @@ class RecurrentDropout(Regulariser):
 class Zoneout(Regulariser):
     """Elements of h and c keep their previous values (Krueger et al., 2017).
 
-    In training its tensors are masks, bool [T, B, P] and [T, B, H]. In eval() they are the two rates, of size [].
+    In training its tensors are masks, bool [T, B, P] for h and [T, B, H] for c. In eval() they are the two rates, of
+    size []. A state whose rate is 0 has None.
     """
 
     name, tensors = "zoneout", ("zoneout_h", "zoneout_c")

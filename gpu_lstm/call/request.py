@@ -12,9 +12,12 @@ from .weights import State, Weights
 
 
 class Request(NamedTuple):
-    """A user's call, checked. It has T steps, B sequences, L layers and D directions."""
+    """A user's call, checked. It has T steps, B sequences, L layers and D directions.
 
-    x: Tensor  # [T, B, I], for a PackedSequence its data [N, I], for a cell [B, I], as torch's own operators take it
+    x has the form that torch's own operators accept.
+    """
+
+    x: Tensor  # [T, B, I], or [sum of lengths, I] for a PackedSequence, or [B, I] for a cell
     steps: int
     batch: int
     states: list[State]  # the role's blocks
@@ -23,12 +26,12 @@ class Request(NamedTuple):
     options: Options
     form: Form
     modes: Modes
-    learns: bool  # whether autograd records
+    learns: bool  # whether autograd records and a tensor requires a gradient
 
     def padded(self) -> tuple[Tensor, Traversal]:
-        """Return x and the traversal. For a PackedSequence x is a batch [T, B, I] with zeros in the padding.
+        """Return x and the traversal, with a PackedSequence as a batch [T, B, I].
 
-        Then the traversal has its lengths.
+        The batch has zeros in the padding, and the traversal has the lengths of the PackedSequence.
         """
         if self.form.packed is None:
             return self.x, self.traversal

@@ -1,14 +1,17 @@
 """The roles of callers: a module, a stack, a cell or a function. Each has its own form of input and states.
 
-    role        input                       hx and the returned states: (h, c), for a GRU h, for an sLSTM (h, c, n, m)
-    Module      [T, B, I], [B, T, I],       [L*D, B, P], [L*D, B, H]
-    Stack       [T, I], a PackedSequence    a list, for each layer [B, H_k] twice, or [2, B, H_k] with two directions
-    Cell        [B, I], [I]                 [B, H], [B, H]
-    Function    [T, B, I]                   [B, P], [B, H]
+    role        input                                              hx and the returned states, here (h, c) of an LSTM
+    Module      [T, B, I], [B, T, I], [T, I] or a PackedSequence   ([L*D, B, P], [L*D, B, H])
+    Stack       as Module                                          a list with ([B, H_k], [B, H_k]) for layer k
+    Stack       as Module, with two directions                     a list with ([2, B, H_k], [2, B, H_k]) for layer k
+    Cell        [B, I] or [I]                                      ([B, H], [B, H])
+    Function    [T, B, I]                                          ([B, P], [B, H])
 
-Such a pair of states is a *block*. It has the states of all layers and directions, or of one layer. A user's block has
-no B where the input has none. Inside the library a block always has B. There the c of a GRU is its h, and the c of an
-sLSTM has K numbers for each unit, [* K, B, H].
+A GRU has h instead of the pair, and an sLSTM has (h, c, n, m).
+
+Such a pair of states is a *block*. It has the states of all layers and directions or, in a stack, of one layer. If the
+input has no B, neither has a user's block. Inside the library a block always has B. There the c of a GRU is its h, and
+the c of an sLSTM has K numbers for each unit, [L*D*K, B, H].
 
 For layers a block is cut into *rows*, ([1, B, P], [K, B, H]), with one row for each layer and direction.
 """
@@ -33,24 +36,30 @@ RESET_STATES = "reset_states"  # the argument of a call, for errors
 
 
 class Form(NamedTuple):
-    """The form of an input: a tensor (T, N, I), with batch_first (N, T, I), unbatched (T, I), or a PackedSequence.
+    """The form of an input: a tensor [T, B, I], with batch_first [B, T, I], unbatched [T, I], or a PackedSequence.
 
     Inside the library the sequences of a PackedSequence are sorted by length, as they are in its data.
     """
 
     batched: bool
-    batch_first: bool  # False for unbatched input; for a PackedSequence the form of `resets`
+    batch_first: bool  # False for unbatched input; for a PackedSequence it says whether `resets` are [B, T]
     packed: PackedSequence | None = None
 
     def time_major(self, t: Tensor) -> Tensor:
-        """Return a user's values for each step, (T, N, ...), (N, T, ...) or (T, ...), as [T, B, ...]."""
+        """Return a user's tensor that has a value for each step as [T, B, ...].
+
+        It is [T, B, ...], with batch_first [B, T, ...], and unbatched [T, ...].
+        """
         if not self.batched:
             return t.unsqueeze(1)
         t = t.transpose(0, 1) if self.batch_first else t
         return t if self.packed is None else _permuted(t, 1, self.packed.sorted_indices)
 
     def output(self, y: Tensor) -> Tensor | PackedSequence:
-        """Return y [T, B, F] in the form of the input. For a PackedSequence y may also be [N, F], as its data are."""
+        """Return y [T, B, F] in the form of the input.
+
+        For a PackedSequence y may also be [sum of lengths, F], in the order of its data.
+        """
         if self.packed is not None:
             y = y if y.dim() == 2 else y.flatten(0, 1).index_select(0, self.rows())
             return PackedSequence(y, *self.packed[1:])
@@ -71,17 +80,17 @@ class Form(NamedTuple):
         return state if self.packed is None else _permuted(state, -2, self.packed.unsorted_indices)
 
     def inside(self) -> Tensor:
-        """Return bool [T, B] on the CPU, whether a sequence of a PackedSequence has this step."""
+        """Return bool [T, B] on the CPU, which is True before the end of each sequence of a PackedSequence."""
         sizes = self.packed.batch_sizes  # type: ignore[union-attr]
         return torch.arange(int(sizes[0]), device=sizes.device) < sizes[:, None]
 
     def rows(self) -> Tensor:
-        """Return time * B + batch for each row of a PackedSequence's data, [N]."""
+        """Return the index of each row of a PackedSequence's data in a padded batch [T * B, I]: time * B + batch."""
         return self.inside().flatten().nonzero().squeeze(1).to(self.packed.data.device)  # type: ignore[union-attr]
 
 
 def _permuted(t: Tensor, dim: int, order: Tensor | None) -> Tensor:
-    """Return t with the sequences, which are in dimension `dim`, in another order. None: the same order."""
+    """Return t with the sequences, which are in dimension `dim`, in another order, or t if `order` is None."""
     return t if order is None else t.index_select(dim, order)
 
 
@@ -110,7 +119,7 @@ class Role:
     def input(self, input: Any) -> tuple[Form, Tensor, tuple[int, int]]:
         """Return (form, x, (T, B)) of an input, checked.
 
-        x is [T, B, I]. For a PackedSequence it is the data [N, I], and for a cell it is [B, I].
+        x is [T, B, I]. For a PackedSequence it is the data [sum of lengths, I], and for a cell it is [B, I].
         """
         if self.packs and isinstance(input, PackedSequence):
             checks.check_packed(input)
@@ -141,7 +150,10 @@ class Role:
         return rank
 
     def zeros(self, x: Tensor, batch: int) -> list[State]:
-        """Return the blocks of a call without hx. h and c are the same tensor if they have the same size."""
+        """Return the blocks of a call without hx: zeros, and for an sLSTM the empty state.
+
+        If h and c of an LSTM or a GRU have the same size, they are the same tensor.
+        """
         blocks = []
         for size in self.blocks:
             c = x.new_zeros(*self.lead, batch, size.hidden)
@@ -185,7 +197,10 @@ class Role:
         return (hx,)
 
     def _numbers_in(self, form: Form, x: Tensor, batch: int, hx: Any) -> State:
-        """Return the block of an sLSTM, checked: h [*lead, B, H], and the K numbers of each unit in float32."""
+        """Return the block of an sLSTM, checked: h [*lead, B, H], and the K numbers of each unit.
+
+        The numbers are in float32, or in float64 for an input in float64.
+        """
         names, size = self.cell.states, (*self.lead, *((batch,) if form.batched else ()), self.hidden)
         expected = f"hx should be a tuple of {len(names)} tensors ({', '.join(names)}), got"
         checks.check_states(hx, names, (f"{expected}: {{}}", f"{expected} {{}}"))
@@ -212,7 +227,7 @@ class Role:
     def states_out(self, form: Form, states: list[State]) -> Any:
         """Return the states as a user has them.
 
-        `states` are all rows, or the blocks that torch's own operator returned.
+        `states` are the rows of all layers and directions, or the blocks that torch's own operator returned.
         """
         if (count := len(states) // len(self.blocks)) > 1:
             of_blocks = [zip(*states[k : k + count]) for k in range(0, len(states), count)]
@@ -221,9 +236,10 @@ class Role:
         plain = form.packed is None and form.batched
         for h, c in states:
             if not self.lead and h.dim() == 3:  # a row
-                h, c = h.squeeze(0), c if self.kept > 1 else c.squeeze(0)  # ONNX fails to squeeze where K > 1
+                # With K > 1 there is nothing to squeeze, and ONNX would fail.
+                h, c = h.squeeze(0), c if self.kept > 1 else c.squeeze(0)
             if self.one_state:
-                h = h if h.dtype is c.dtype else c  # only c is in float32
+                h = h if h.dtype is c.dtype else c  # c is h in float32
                 out.append(h if plain else form.state_out(h))
             elif self.kept > 1:
                 numbers = [c[k :: self.kept].view_as(h) for k in range(self.kept)]
@@ -304,7 +320,7 @@ class Stack(Module):
 
 
 class Cell(Role):
-    """An LSTMCell or GRUCell, which runs one step. Errors are those that torch's own cell raises."""
+    """An LSTMCell or GRUCell, which runs one step. torch's own cell is called to raise its errors."""
 
     title, suffix, ranks, packs = "{0}Cell", "", (1, 2), False
 

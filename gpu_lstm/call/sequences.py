@@ -63,9 +63,9 @@ def without_padding(t: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def where(mask: Tensor | None, these: tuple[Any, Any], others: tuple[Any, Any]) -> State:
-    """Return the states [B, *] that are `these` where the mask [B, 1] is True, and `others` elsewhere.
+    """Return the states (h, c), [B, *] each: `these` where the mask [B, 1] is True, and `others` elsewhere.
 
-    None stands for a mask that is False everywhere.
+    A mask of None stands for a mask that is False everywhere.
     """
     if mask is None:
         return others
@@ -76,8 +76,8 @@ def where(mask: Tensor | None, these: tuple[Any, Any], others: tuple[Any, Any]) 
 class Traversal(NamedTuple):
     """The way in which a layer goes through a batch: the steps of each sequence, the resets, and the direction.
 
-    A reset at t separates time t from time t - 1. The forward direction starts anew at t, the reverse direction at t -
-    1.
+    A reset at t separates time t from time t - 1. The forward direction starts anew at time t, and the reverse
+    direction starts anew at time t - 1.
     """
 
     lengths: Tensor | None = None  # [B]; None: all have T steps
@@ -135,14 +135,15 @@ class Traversal(NamedTuple):
         return time, valid, reset.gather(0, time) if self.reverse and reset is not None else reset
 
     def resets_in_time(self) -> Tensor | None:
-        """Return bool [T, B], whether the state is reset before the step that visits a time.
+        """Return bool [T, B], which says for each time whether the state is reset before the step that visits it.
 
         Return None without resets.
         """
         reset, lengths = self.resets, self.lengths
         if reset is None:
             return None
-        if self.reverse:  # the step before visited t + 1; before the last valid time there is the initial state
+        if self.reverse:
+            # A reset at t + 1 comes before the step that visits t. At the last valid time there is no step before.
             reset = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
             lengths = None if lengths is None else lengths - 1
         valid = valid_steps(len(reset), lengths)

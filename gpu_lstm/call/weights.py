@@ -38,11 +38,11 @@ class Weights(NamedTuple):
         return [tensor for tensor in self if tensor is not None]
 
     def to(self, dtype: torch.dtype) -> "Weights":
-        """Return the weights in another dtype, by the cache of autocast if it is on."""
+        """Return the weights in another dtype. Inside a block of autocast the casts are cached, see `cast`."""
         return Weights(*cast(self, dtype))  # type: ignore[arg-type]
 
     def detached(self, need_gradients: bool) -> "Weights":
-        """Return the same tensors, detached, for a separate computation."""
+        """Return the same tensors, detached from the caller's graph. `need_gradients` is their requires_grad."""
         return Weights(*(None if t is None else t.detach().requires_grad_(need_gradients) for t in self))  # type: ignore[arg-type]
 
 
@@ -83,7 +83,10 @@ class Size(NamedTuple):
 
 
 def size_of(weights: Weights, rows: int) -> Size:
-    """Return the Size of a layer with these weights. Inconsistent weights give a Size without heads."""
+    """Return the Size of a layer, from the shapes of its weights. W_hh must be a matrix.
+
+    If the shapes contradict each other, the Size has one head. A call with such weights raises an error later.
+    """
     inputs = None if weights.weight_ih is None else weights.weight_ih.shape[1]
     count, columns = weights.weight_hh.shape
     hidden = columns if count % rows else count // rows

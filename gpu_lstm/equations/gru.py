@@ -2,7 +2,7 @@
 
     r, z = sigmoid(z_r), sigmoid(z_z)      n = tanh(z_n + r s)      h' = (1 - z) n + z h
 
-where z_n = W_in x + b_in and s = W_hn h + b_hn. A unit has four pre-activations, in the order r, z, n, s, see
+where z_n = W_in x + b_in and s = W_hn h + b_hn. A unit has four pre-activations, in the order r, z, n, s; see
 docs/design.md. The state c is h in float32: h is carried from step to step unrounded. It is rounded only as the operand
 of W_hh.
 """
@@ -17,7 +17,7 @@ from .lstm import FourGates
 
 
 class Gates(NamedTuple):
-    """The gates and states of every step of one layer in one direction; zero past the end of a sequence."""
+    """The gates and states of every step of a layer in one direction. They are zero past the end of a sequence."""
 
     reset: Tensor  # [T, B, H] r, from 0 to 1
     update: Tensor  # [T, B, H] z, from 0 to 1: the part of h that stays

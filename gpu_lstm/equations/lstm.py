@@ -1,6 +1,6 @@
 """The LSTM cell in torch's operators: for the reference, and for the gates that backward recomputes.
 
-The order of the gates is i, f, g, o. The equations are those of torch.nn.LSTM:
+The order of the gates is i, f, g, o. The equations are the same as in torch.nn.LSTM:
 
     i, f, o = sigmoid(z_i), sigmoid(z_f), sigmoid(z_o)      g = tanh(z_g)
     c' = f c + i g                                          m = o tanh(c')
@@ -27,7 +27,7 @@ FourGates = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Gates(NamedTuple):
-    """The gates and states of every step of one layer in one direction; zero past the end of a sequence."""
+    """The gates and states of every step of a layer in one direction. They are zero past the end of a sequence."""
 
     input: Tensor  # [T, B, H] i, from 0 to 1
     forget: Tensor  # [T, B, H] f, from 0 to 1
@@ -66,7 +66,7 @@ def input_product(
 ) -> Tensor:
     """Return the terms of z that are known before the time loop, [T, B, 4H], in new memory.
 
-    They are W_ih x + b_ih + b_hh, or with a gain LN(W_ih x).
+    They are W_ih x + b_ih + b_hh. With a gain they are LN(W_ih x), where the bias of LN is b_ih + b_hh.
     """
     bias = None if bias_ih is None or bias_hh is None else bias_ih + bias_hh
     if gain is None:

@@ -6,8 +6,8 @@
 The paper has c' = f c + i g, n' = f n + i and h' = o c' / n', where i = exp(z_i) and f = sigmoid(z_f). It keeps c and n
 multiplied by e^-m, so that they are finite. Here q = c / n is the weighted mean of all g so far, l = m + log n is the
 logarithm of the sum of the weights, and u is the share of the new g in that sum. The gates are u, v = sigmoid(-z_f), g
-and o. Where a state is kept, both u and v are near 0, where half precision is fine; near 1 it is coarse. See
-docs/design.md.
+and o. v = 1 - f takes the place of f, since half precision is fine near 0 and coarse near 1: in a unit that keeps its
+state, u and v are near 0, but f is near 1. See docs/design.md.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from .lstm import pre_activations as pre_activations
 
 
 class Gates(NamedTuple):
-    """The gates and states of every step of one layer in one direction; zero past the end of a sequence."""
+    """The gates and states of every step of a layer in one direction. They are zero past the end of a sequence."""
 
     share: Tensor  # [T, B, H] u, from 0 to 1: how much of the new mean is the candidate
     forget: Tensor  # [T, B, H] f = sigmoid(z_f), from 0 to 1
@@ -48,9 +48,9 @@ def input_product(x: Tensor, weight: Tensor | None, bias: Tensor | None, bias_hh
 
 
 def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
-    """Return the gates (u, v, g, o) [B, H] each and the next state [2, B, H].
+    """Return the gates (u, v, g, o), [B, H] each, and the next state [2, B, H].
 
-    z [B, 4H] are the pre-activations. c [2, B, H] is the previous state, q and l.
+    z [B, 4H] has the pre-activations, and c [2, B, H] the previous state, q and l.
     """
     (i, f, g, o), (q, l) = z.chunk(4, dim=1), c
     (u, l), g = next_sum(i, f, l), g.tanh()
@@ -60,7 +60,7 @@ def step(z: Tensor, c: Tensor, peephole: None) -> tuple[FourGates, Tensor]:
 def next_sum(i: Tensor, f: Tensor, l: Tensor, learns: bool = True) -> tuple[Tensor, Tensor]:
     """Return u and l' from z_i, z_f and the previous l, all of one size.
 
-    Without `learns` there are fewer operators, whose second derivatives are wrong.
+    If not `learns`, fewer operators are used. Their second derivatives are wrong.
     """
     k = l + F.logsigmoid(f)
     a = i - k.clamp(min=torch.finfo(k.dtype).min)  # -inf, not NaN, where both are -inf
@@ -84,7 +84,7 @@ def output(gates: FourGates, c: Tensor, gain: None, bias: None) -> Tensor:
 
 
 def states_from(c: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    """Return q and l of the paper's c, n and m. Where n = 0 the state is empty."""
+    """Return q and l of the paper's c, n and m. Where n = 0 the state is empty: q = 0 and l = -inf."""
     there = n != 0
     n = torch.where(there, n, 1)
     return torch.where(there, c / n, 0), torch.where(there, m + n.log(), -float("inf"))
@@ -92,5 +92,7 @@ def states_from(c: Tensor, n: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
 
 def states_of(q: Tensor, l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return c, n and m of an equal state, with n = 1 and m = l. They are zeros where the state is empty."""
-    there = (l != -float("inf")) | (q != 0)  # where not empty: also NaN, and a mean of weight 0, after z_i = z_f = -inf
+    # A state with l = -inf is not empty if q is not 0: after z_i = z_f = -inf, the weight of the mean q is 0. A state
+    # with NaN is not empty either.
+    there = (l != -float("inf")) | (q != 0)
     return q, there.to(q.dtype), torch.where(there, l, 0)

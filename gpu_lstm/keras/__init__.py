@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .layer import GRU as GRU
     from .layer import LSTM as LSTM
 
-# LSTM and GRU are not in it, so that `import *` works where Keras is not installed.
+# LSTM and GRU are not in this list, so that `import *` works where Keras is not installed.
 __all__ = ["GoBackwards", "forget_bias", "from_keras", "keras_init", "lengths_of", "to_keras"]
 _LAYERS = ("LSTM", "GRU")
 

@@ -91,12 +91,12 @@ def check_equations(keras: ModuleType, cell: Any) -> None:
 class GoBackwards(nn.Module):
     """Run a module from the end of each sequence to its start, like Keras's go_backwards=True.
 
-    A call accepts and returns the same as a call of `module` with a batch. But the order of the output is reversed:
-    ``output[:, 0]`` belongs to the last time. With lengths, the zeros come first, as in Keras.
+    A call accepts and returns the same as a call of `module` with batched input, except for two things. The order of
+    the output is reversed: ``output[:, 0]`` belongs to the last time. With lengths, the zeros of the padding come
+    first, as in Keras.
 
     Args:
-        module: an LSTM, a GRU or a stack with one direction and batch_first=True. It has the weights of a forward
-            direction.
+        module: An LSTM, a GRU or a stack with one direction and batch_first=True.
 
     Raises:
         TypeError: `module` is of another class, or the input is not a tensor.
@@ -142,21 +142,22 @@ def from_keras(
     | LSTM, gpu_lstm.keras.LSTM, RNN(LSTMCell) | LSTM |
     | Bidirectional of these, merge_mode="concat" | LSTM, bidirectional=True |
     | RNN([LSTMCell, ...]), RNN(StackedRNNCells) | StackedLSTM |
-    | these with GRU for LSTM | GRU, StackedGRU |
-    | any of these but Bidirectional, go_backwards | GoBackwards of the module |
+    | the same layers with GRU in place of LSTM | GRU, StackedGRU |
+    | any of these except Bidirectional, with go_backwards=True | GoBackwards of the module |
 
     The module is batch_first, and has the dtype of the layer's variables. It always returns the whole output and the
     states. Regularizers and constraints are not converted.
 
     Args:
-        layer: the Keras layer, on any backend of Keras.
-        freeze_second_bias: whether bias_hh of an LSTM, which is zero, has requires_grad=False. If False, the sum of the
-            two biases trains twice as fast as Keras's one bias. A GRU has both biases in Keras, too.
-        backend: the backend of the module, as for LSTM.
+        layer: The Keras layer, on any backend of Keras.
+        freeze_second_bias: If True, bias_hh of an LSTM, which is zero, gets requires_grad=False. If False, both biases
+            get the gradient of Keras's one bias, so that their sum trains twice as fast. This does not apply to a GRU,
+            which has both biases in Keras, too. Default: True
+        backend: See `LSTM`.
 
     Raises:
-        ValueError: the layer is not built, or has an argument without a counterpart here.
-        TypeError: the layer is of another class, or of a subclass, which may compute anything. Or freeze_second_bias is
+        ValueError: The layer is not built, or has an argument without a counterpart here.
+        TypeError: The layer is of another class, or of a subclass, which may compute anything. Or freeze_second_bias is
             not a bool.
         ImportError: Keras is not installed.
     """
@@ -192,16 +193,16 @@ def to_keras(module: nn.Module) -> Any:
     | several layers | RNN(StackedRNNCells) | (output, [h, c], ...), one pair per layer |
     | GoBackwards | the same, go_backwards=True | the same |
 
-    For a GRU there is no c, and one h per layer. The Keras layer accepts (N, T, I), also if the module is not
-    batch_first. The bias of a Keras LSTM is bias_ih + bias_hh.
+    For a GRU there is no c, and each layer has one h instead of [h, c]. The Keras layer accepts (N, T, I), also if the
+    module is not batch_first. The bias of a Keras LSTM is bias_ih + bias_hh.
 
     Args:
-        module: an LSTM, GRU, StackedLSTM, StackedGRU, GoBackwards, torch.nn.LSTM or torch.nn.GRU.
+        module: An LSTM, GRU, StackedLSTM, StackedGRU, GoBackwards, torch.nn.LSTM or torch.nn.GRU.
 
     Raises:
-        ValueError: the module has an argument without a counterpart in Keras: proj_size, residual, recurrent_dropout,
+        ValueError: The module has an argument without a counterpart in Keras: proj_size, residual, recurrent_dropout,
             zoneout, weight_drop, peepholes or layer_norm, or with several layers dropout or bidirectional.
-        TypeError: the module is of another class.
+        TypeError: The module is of another class.
         ImportError: Keras is not installed.
     """
     backwards = isinstance(module, GoBackwards)
@@ -255,8 +256,8 @@ def lengths_of(mask: Tensor) -> Tensor:
     Each row of the mask must be True up to the end of its sequence, and False after it.
 
     Raises:
-        TypeError: the mask is not a tensor.
-        ValueError: the mask is not bool or not [N, T], or a row has a False before a True.
+        TypeError: The mask is not a tensor.
+        ValueError: The mask is not bool or not [N, T], or a row has a False before a True.
     """
     check_tensor(mask, "mask")
     if mask.dim() != 2 or mask.dtype is not torch.bool:
@@ -282,7 +283,7 @@ def keras_init(module: Module) -> Module:
     | peepholes, layer norms | unchanged |
 
     Args:
-        module: an LSTM, a GRU, a stack or a cell of these, torch's own LSTM, GRU or cells, or a module that contains
+        module: An LSTM, a GRU, a stack or a cell of these, torch's own LSTM, GRU or cells, or a module that contains
             any of them.
 
     Raises:
@@ -293,7 +294,7 @@ def keras_init(module: Module) -> Module:
 
 
 def _drawn(owner: nn.Module, name: str, parameter: Tensor) -> Tensor:
-    """Return initial values of Keras for a parameter of `owner`, see `keras_init`."""
+    """Return new initial values for a parameter of `owner`, drawn as `keras_init` says."""
     new = torch.zeros_like(parameter)
     if name.startswith("weight_hh"):
         wide = new.to(torch.promote_types(new.dtype, torch.float32))  # torch has no QR decomposition in half precision
@@ -309,15 +310,15 @@ def _drawn(owner: nn.Module, name: str, parameter: Tensor) -> Tensor:
 def forget_bias(module: Module, value: float = 1.0) -> Module:
     """Set the bias of the forget gates of every LSTM in `module`, in place; return `module`.
 
-    bias_ih is set to `value`, bias_hh to zero.
+    bias_ih is set to `value` and bias_hh to zero, in the rows of the forget gates only.
 
     Args:
-        module: an LSTM, StackedLSTM or LSTMCell, torch's own LSTM or LSTMCell, or a module that contains any of them.
-        value: the sum of the two biases. With 1, forget gates are open when training begins.
+        module: An LSTM, StackedLSTM or LSTMCell, torch's own LSTM or LSTMCell, or a module that contains any of them.
+        value: The sum of the two biases. With 1, forget gates are open when training begins.
 
     Raises:
         TypeError: `module` contains no LSTM, or `value` is not a number.
-        ValueError: an LSTM has bias=False, or `value` is not finite. Nothing is set.
+        ValueError: An LSTM has bias=False, or `value` is not finite. Nothing is set.
     """
     lstms = _modules_in(module, FORGETTING, "an LSTM")
     if not isinstance(value, numbers.Real):
@@ -337,9 +338,9 @@ def _with_forget_bias(name: str, bias: Tensor, value: float) -> Tensor:
 
 
 def _set(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str, Tensor], Tensor]) -> None:
-    """Set the parameters whose names begin with one of `names` to new(owner, name, parameter).
+    """Set each parameter of `owners` whose name begins with one of `names` to new(owner, name, parameter).
 
-    An error or an interrupt changes none of them.
+    If an error or an interrupt occurs, no parameter is changed.
     """
     every = [(owner, *each) for owner in owners for each in owner.named_parameters(recurse=False)]
     chosen = [each for each in every if each[1].startswith(names)]
@@ -347,7 +348,7 @@ def _set(owners: list, names: tuple[str, ...], new: Callable[[nn.Module, str, Te
 
 
 def _modules_in(module: nn.Module, classes: tuple[type, ...], what: str) -> list:
-    """Return all modules of these classes in `module`; raise TypeError, with the words `what`, if there is none."""
+    """Return all modules of these classes in `module`. If there is none, raise TypeError with `what` in its text."""
     modules = module.modules() if isinstance(module, nn.Module) else ()
     found = [child for child in modules if isinstance(child, classes)]
     if not found:

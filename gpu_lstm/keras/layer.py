@@ -23,9 +23,9 @@ class _OnOurKernels:
 
     @property
     def use_cudnn(self) -> Any:
-        """The value that was set.
+        """The value that was set. Keras's Bidirectional gets False when it asks whether it may call cuDNN.
 
-        Bidirectional reads False when it asks whether to call cuDNN instead of its layers.
+        Otherwise it would call cuDNN for both directions, and not these layers.
         """
         caller: Any = inspect.currentframe().f_back  # type: ignore[union-attr]
         asks = caller.f_code.co_name in ("_can_attempt_fused_lstm", "_can_attempt_fused_gru")
@@ -38,7 +38,7 @@ class _OnOurKernels:
     def inner_loop(self: Any, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> tuple:
         """Run sequences [B, T, I]; return the last output [B, H], all outputs [B, T, H] and the states.
 
-        Keras calls it.
+        This overrides the method of Keras that loops over the steps.
         """
         cell, to_tensor = self.cell, keras.ops.convert_to_tensor
         mask = keras.tree.flatten(mask)[0]
@@ -51,7 +51,7 @@ class _OnOurKernels:
             x = x * cell.get_dropout_mask(sequences[:, 0, :])  # one mask for all steps
         hx = [to_tensor(state).to(x.dtype) for state in initial_state]
         if self.stateful:
-            hx = [state.clone() for state in hx]  # Keras overwrites these states, which backward reads
+            hx = [state.clone() for state in hx]  # backward reads them, after Keras has overwritten its own
         if self.go_backwards:
             x = x.flip(0)
         lengths = None
@@ -93,7 +93,7 @@ class LSTM(_OnOurKernels, keras.layers.LSTM):
     - unroll and use_cudnn are accepted and ignored. `gpu_lstm.backend` and GPU_LSTM_BACKEND choose the backend.
 
     Args:
-        units, args, kwargs: the arguments of keras.layers.LSTM.
+        units, args, kwargs: The arguments of keras.layers.LSTM.
 
     Raises:
         ValueError: activation is not tanh, recurrent_activation is not sigmoid, or Keras does not run on torch. The
@@ -110,10 +110,11 @@ class GRU(_OnOurKernels, keras.layers.GRU):
     Masks, dropout, unroll and use_cudnn work as in LSTM.
 
     Args:
-        units, args, kwargs: the arguments of keras.layers.GRU.
+        units, args, kwargs: The arguments of keras.layers.GRU.
 
     Raises:
-        ValueError: as for LSTM, and if reset_after=False, since then the reset gate multiplies h before the product.
+        ValueError: reset_after=False, since then the reset gate multiplies h before the product. The errors of LSTM are
+            raised, too.
     """
 
     _pair = OF_GRU

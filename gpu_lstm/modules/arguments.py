@@ -48,7 +48,7 @@ def accepted(name: str, value: Any, cell: Cell = LSTM) -> Any:
 
 
 def norms_of(layer_norm: object) -> tuple[str, ...]:
-    """Return the names of the layer norms that the argument `layer_norm` turns on, in the order of NORMS. Check it."""
+    """Return the layer norms that the argument `layer_norm` turns on, in the order of NORMS. Raise if it is invalid."""
     if isinstance(layer_norm, bool):
         return NORMS if layer_norm else ()
     if not isinstance(layer_norm, (tuple, list)):
@@ -61,7 +61,7 @@ def norms_of(layer_norm: object) -> tuple[str, ...]:
 
 OF_CELLS = ("_peepholes", "_norms", "heads", "input_size", "bias", "backend")
 OF_LAYERS = (*OF_CELLS, "bidirectional", "batch_first", "training", "recompute", "proj_size")
-"""The attributes of cells, and the attributes of all other modules, in the order of Arguments."""
+"""The attributes that become the Arguments of a module, in this order from `peepholes` on. Cells have OF_CELLS."""
 
 
 class Checked:
@@ -93,7 +93,7 @@ class Checked:
 
 
 class DropIn(Checked):
-    """A mixin for torch's RNNBase and RNNCellBase. The module has parameters of its own."""
+    """A mixin for torch's RNNBase and RNNCellBase. The module has its parameters itself, unlike a stack."""
 
     _torchs: type[nn.Module]  # torch's class, which torch.jit.script gets
 
@@ -180,7 +180,10 @@ class HasVariants(Checked):
 
     @property
     def layer_norm(self) -> bool | tuple[str, ...]:
-        """Whether W_ih x, W_hh h and c are all normalised, or the names of some. It cannot be set later."""
+        """True if W_ih x, W_hh h and c are all normalised, False if none is, otherwise a tuple of "ih", "hh" or "c".
+
+        It cannot be set later.
+        """
         return self._norms if 0 < len(self._norms) < len(NORMS) else bool(self._norms)
 
 
@@ -207,7 +210,7 @@ class Layers(Checked):
             hx: The initial states, see the table below. Default: zeros
             lengths: The number of steps of each sequence, (N,). int32 or int64 on the input's device. Each is from 0 to
                 T, in any order. Default: T
-            resets: The steps before which the states are reset, bool (T, N).
+            resets: True where the states are reset, bool (T, N), see below.
             reset_states: The states that a reset sets instead of zeros: either one for each sequence, in the form of
                 hx, or one for each step, see the table below. Only the states at resets are used. Gradients flow into
                 them. Every backend except "torch" supports them.
@@ -226,10 +229,10 @@ class Layers(Checked):
         ``lengths`` replaces packing. Nothing is sorted or copied. Padding, even NaN, affects neither results nor
         gradients.
 
-        ``resets`` zeroes the states before each step where it is True, for example at the start of an episode. A reset
-        at t separates time t from time t - 1 in both directions. With ``reset_states`` the forward direction begins
-        step t with the state that is given for t, and the reverse direction begins step t - 1 with it. Each direction
-        uses its own rows of the states.
+        ``resets`` is True where the states are zeroed, for example at the start of an episode. A reset at t separates
+        time t from time t - 1 in both directions: the forward direction starts anew at time t, and the reverse
+        direction starts anew at time t - 1. With ``reset_states`` both start with the state that is given for t instead
+        of zeros. Each direction uses its own rows of the states.
 
         Give these arguments by keyword. Only torch.onnx passes them by position.
 
@@ -238,16 +241,17 @@ class Layers(Checked):
                 number of units in its last layer. The output is zero past the end of a sequence.
             states: The states after the last step of each sequence, in the form of hx. In half precision c_0 of an LSTM
                 and h_0 of a GRU may be float32, as the kernels keep them. Then c_n or h_n is float32, too, and a
-                sequence in pieces gives the results of the whole sequence.
+                sequence that is split over several calls gives the results of one call.
 
         Raises:
             ValueError, RuntimeError, TypeError: A call that torch.nn.LSTM or torch.nn.GRU refuses, too, with torch's
                 message.
-            ValueError: lengths, resets or reset_states have a wrong shape, dtype or value. On CUDA their values are
-                asserted on the device.
+            ValueError: lengths, resets or reset_states have a wrong shape, dtype, device or value. On CUDA the values
+                of lengths are asserted on the device.
             ValueError: lengths are given with a PackedSequence, or reset_states without resets.
             ValueError: The chosen backend does not support an argument of the call or of the module.
-            TypeError: A mask is given, or hx of a stack is not a list as in the table, for example torch's (h_0, c_0).
+            TypeError: A mask is given, or lengths, resets or reset_states are not tensors. Or hx of a stack is not a
+                list as in the table. An example is torch's (h_0, c_0).
             RuntimeError: hx of a stack has a wrong number of states, or a state of a wrong size.
             ImportError, RuntimeError, TypeError: A chosen backend cannot run. The message says why.
         """
@@ -300,8 +304,8 @@ class Called(Protocol[Given, Returned]):
 def recast(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
     """Return `module` as an instance of `cls`, with the same Parameter objects, hooks and flags.
 
-    An instance of torch's class does not get our arguments, except for regularisers that are on. If `module` has heads,
-    it gets a new W_hh, which is block-diagonal.
+    If `cls` is a class of torch, the instance does not get our arguments, except for regularisers that are on. torch's
+    classes have no heads. So if `module` has heads, the instance gets new, block-diagonal weights W_hh.
     """
     twin = cls.__new__(cls)
     dropped = ["_flat_weights", "_compiled_call_impl"]  # torch's cache; a compiled call of `module`

@@ -55,7 +55,8 @@ class RecurrentCell(DropIn):
     def _init_torchs(self: Any, **arguments: Any) -> None:
         RNNCellBase.__init__(self, num_chunks=self._cell.rows, **arguments)
 
-    def _options(self: Any) -> Options:  # made of the current attributes
+    def _options(self: Any) -> Options:
+        """Return the Options that follow from the current attributes."""
         return options_of(self._cell.name, self._role, (self.hidden_size,), *[getattr(self, name) for name in OF_CELLS])
 
 

@@ -63,8 +63,8 @@ class Recurrent(DropIn, Layers):
 class LSTM(Recurrent, HasVariants, RNNBase):
     """Apply a multi-layer LSTM to a sequence. It replaces torch.nn.LSTM.
 
-    Arguments, parameters, initial weights, results and errors are the same as those which torch.nn.LSTM has. Each layer
-    computes the following functions at every step. The rows of the weights are in the order i, f, g, o::
+    Arguments, parameters, initial weights, results and errors are the same as in torch.nn.LSTM. Each layer computes the
+    following functions at every step. The rows of the weights are in the order i, f, g, o::
 
         i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)
         f = sigmoid(W_if x + b_if + W_hf h + b_hf)
@@ -94,9 +94,9 @@ class LSTM(Recurrent, HasVariants, RNNBase):
         dtype: The dtype of the parameters.
         backend: "auto", "triton", "cupy", "numba", "torch" or "reference". By default `gpu_lstm.backend` decides, then
             the environment variable GPU_LSTM_BACKEND, then "auto".
-        recompute: If True, only h and c are saved for backward. The gates are recomputed with one product over all
-            steps. This takes about a third of the memory. Backends "triton", "cupy" and "numba" support it. Default:
-            False
+        recompute: If True, only h and c are saved for backward, which needs about a third of the memory. Backward then
+            recomputes the gates with one product over all steps. Backends "triton", "cupy" and "numba" support it.
+            Default: False
         recurrent_dropout: The probability of zeroing an element of h before the product with W_hh, during training. The
             same elements are zeroed for all gates and all steps of a call (Gal & Ghahramani, 2016). Default: 0
         zoneout: The probability that an element of a state keeps its previous value, drawn anew at every step
@@ -169,10 +169,9 @@ class LSTM(Recurrent, HasVariants, RNNBase):
 class GRU(Recurrent, RNNBase):
     """Apply a multi-layer GRU to a sequence. It replaces torch.nn.GRU.
 
-    Arguments, parameters, initial weights, results and errors are the same as those which torch.nn.GRU has. Each layer
-    computes the following functions at every step (Cho et al., 2014). The rows of the weights are in the order r, z, n.
-    The reset gate r is applied after the product with W_hn, as in torch.nn.GRU, in cuDNN and in Keras with
-    reset_after=True::
+    Arguments, parameters, initial weights, results and errors are the same as in torch.nn.GRU. Each layer computes the
+    following functions at every step (Cho et al., 2014). The rows of the weights are in the order r, z, n. The reset
+    gate r is applied after the product with W_hn, as in torch.nn.GRU, in cuDNN and in Keras with reset_after=True::
 
         r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)
         z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
@@ -229,8 +228,8 @@ class SLSTM(Recurrent, RNNBase):
         n' = f n + i
         h' = o c' / n'
 
-    n is the normaliser: the sum of the weights that the values of g have in c. c and n may be too large for a float. A
-    state therefore contains c e^-m and n e^-m, where m is a stabiliser for each unit.
+    n is the normaliser: the sum of the weights that the values of g have in c. c and n may be too large for a float. In
+    place of c and n, a state therefore contains c e^-m and n e^-m. m is a stabiliser, one number for each unit.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: See `LSTM`. The
@@ -245,8 +244,8 @@ class SLSTM(Recurrent, RNNBase):
     h has the dtype of the input. c, n and m may have any dtype. They are computed and returned in float32, or in
     float64 for an input in float64.
 
-    The returned state has n = 1. Its c is c / n, and its m is m + log(n). It is the same state in other numbers, since
-    only c / n and m + log(n) influence later steps. Gradients therefore reach c and m of the returned state.
+    Only c / n and m + log(n) influence later steps. A returned state has c / n as its c, 1 as its n, and m + log(n) as
+    its m, which is the same state in other numbers. Gradients flow through its c and m, and not through its n.
 
     An SLSTM has no reset_states, no zoneout and no recompute. reset_states would be four tensors. Zoneout of single
     states is not defined, since c, n and m change together. For recompute, backward would need n and m of all steps.

@@ -16,14 +16,14 @@ def traced(module: nn.Module, input: Any, *hx: Any, **arguments: Any) -> Any:
 
     torch.fx treats the module as a leaf, as it treats torch's own modules: the graph has one node that calls it.
     torch.compile runs calls with a PackedSequence in eager mode. The sizes of a PackedSequence are in a tensor on the
-    host. A graph would break at each of these sizes, and would be compiled again for every T.
+    host. So a graph would break wherever a size is read, and would be compiled again for every T.
     """
     if isinstance(input, PackedSequence):
         if torch.compiler.is_compiling() and not is_exporting():
             return in_eager_mode(module.forward, input, *hx, **arguments)
     elif fx_is_tracing():
         leaves: list[Any] = []
-        map_aggregate((input, hx, arguments), leaves.append)  # every one may be a constant instead of a Proxy
+        map_aggregate((input, hx, arguments), leaves.append)  # each may be a constant or a Proxy
         for leaf in leaves:
             if isinstance(leaf, torch.fx.Proxy):
                 arguments = {name: value for name, value in arguments.items() if value is not None}

@@ -18,8 +18,8 @@ X, LENGTHS, RESETS = torch.zeros(4, 3, 1), torch.tensor([4, 3, 2]), torch.ones(4
 def compile_loops(cells: Iterable[str], sizes: Iterable[int]) -> str:
     """Compile the loops for this CPU, verify them for layers of these cells and hidden sizes, and return their folder.
 
-    The errors are those of a call with backend "numba". The warnings of such a call are raised as UserWarning: a loop
-    failed its verification, or a result cannot be kept on disk.
+    The errors are the same as in a call with backend "numba". The warnings of such a call are raised as errors of class
+    UserWarning. They say that a loop failed its verification, or that a result cannot be kept on disk.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "gpu_lstm: ")

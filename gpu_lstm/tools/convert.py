@@ -1,4 +1,4 @@
-"""Replace torch's LSTMs and GRUs inside a model by those of gpu_lstm, and back."""
+"""Replace torch's LSTMs and GRUs inside a model by the modules of gpu_lstm, and back."""
 
 import contextlib
 import logging
@@ -49,8 +49,8 @@ def convert(model: nn.Module, compat: bool = False) -> nn.Module:
     UserWarning.
 
     Args:
-        model: a module of any kind.
-        compat: replace every LSTM, also those of gpu_lstm, by a compat.LSTM, which is an instance of torch.nn.LSTM, and
+        model: A module of any kind.
+        compat: Replace every LSTM, also those of gpu_lstm, by a compat.LSTM, which is an instance of torch.nn.LSTM, and
             every GRU by a compat.GRU.
 
     Returns:
@@ -82,16 +82,17 @@ def to_torch(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: `model` is not a module, or it contains a StackedLSTM or a StackedGRU. Nothing is replaced.
-        ValueError: a module has a regulariser, peepholes or a layer norm, which torch's modules lack. Nothing is
+        ValueError: A module has a regulariser, peepholes or a layer norm, which torch's modules lack. Nothing is
             replaced.
     """
     return _swap(model, _THEIRS, "to_torch")
 
 
 def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
-    """Replace all modules of the keys of `classes` by its values, or none.
+    """Replace each module whose class is a key of `classes` by a module of the class that is its value.
 
-    All errors are raised before the first replacement. An interrupt undoes the replacements that were made.
+    `function` is the caller's name in messages. Either all modules are replaced or none: errors are raised before the
+    first replacement, and an interrupt undoes the replacements that were made.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function} accepts a torch.nn.Module, got {type(model).__name__}")
@@ -110,7 +111,7 @@ def _swap(model: nn.Module, classes: Classes, function: str) -> nn.Module:
             in_place = "" if path else ", which cannot be swapped in place: the one that is returned is new"
             swapped.append(f"{where} ({_name(cls)}){in_place}")
         elif isinstance(module, tuple(classes.values())) and not (to_theirs and isinstance(module, tuple(classes))):
-            done = True  # a compat.LSTM is an instance of torch's class and of ours
+            done = True  # this includes a compat.LSTM, an instance of torch's class and of ours
         elif isinstance(module, tuple(classes)):
             left.append(f"{where} ({_name(cls)}), a subclass, which may do anything in its forward")
         elif isinstance(module, Checked) and not module._cell.of_torch:

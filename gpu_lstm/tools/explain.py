@@ -94,10 +94,10 @@ def explain(
     `gpu_lstm.backend(...)` and `gpu_lstm.racing(...)`.
 
     Args:
-        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a cell of `use_for_slstm`.
-        x: as `module` accepts it. Only its shape, dtype, device and requires_grad matter.
-        hx: ignored.
-        lengths, resets, reset_states: as `module` accepts them. It matters only whether they are given and, on a CPU,
+        module: An LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a cell of `use_for_slstm`.
+        x: As `module` accepts it. Only its shape, dtype, device and requires_grad matter.
+        hx: Ignored.
+        lengths, resets, reset_states: As `module` accepts them. It matters only whether they are given and, on a CPU,
             whether a reset comes after the first step.
 
     Returns:
@@ -105,8 +105,8 @@ def explain(
 
     Raises:
         TypeError: `module` is of none of these classes.
-        ValueError, RuntimeError, TypeError, ImportError: as a call of `module` raises for every argument except hx, and
-            for a backend that was asked for.
+        ValueError, RuntimeError, TypeError, ImportError: The same errors as in a call of `module`, except for errors
+            about hx. This includes the errors of a chosen backend that cannot run the call.
     """
     check_layers("explain", module, Layers | ByOurs)
     if not isinstance(x, PackedSequence):
@@ -153,7 +153,7 @@ def _passes(call: Request, kind: Kind, route: Route, row: int) -> list[PassPlan]
         passes.append(PassPlan(
             "backward" if pass_.backward else "forward", chosen.family, chosen.tiles, chosen.why,
             "timed on this card" if chosen.measured else "the first to try, not timed",
-            min(filter(None, verdicts), key="right".__eq__, default=None),  # a fault, if there is one, before "right"
+            min(filter(None, verdicts), key="right".__eq__, default=None),  # a fault, if one is known, else "right"
             chosen.each_step * call.steps or launches,
         ))  # fmt: skip
     return passes

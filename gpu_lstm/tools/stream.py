@@ -18,7 +18,7 @@ from .convert import check_layers
 class Stream:
     """Run `module` on a batch of endless sequences.
 
-    The outputs equal those of one call with all steps, except for rounding. A Stream is for inference only.
+    The outputs together equal the output of a call with all steps, except for rounding. A Stream is for inference only.
 
     If the module is in float16 or bfloat16, the Stream holds the cell state in float32. The cell state is c of an LSTM,
     h of a GRU, and c, n and m of an SLSTM. On CUDA the first step is captured in a CUDA graph, which later steps
@@ -26,16 +26,17 @@ class Stream:
     place.
 
     Args:
-        module: an LSTM, GRU, SLSTM, StackedLSTM or StackedGRU with one direction. If it has dropout, it must be in
+        module: An LSTM, GRU, SLSTM, StackedLSTM or StackedGRU with one direction. If it has dropout, it must be in
             evaluation mode when it is called.
-        batch: the number of sequences, N.
-        hx: the initial states, as `module` accepts them for a batch. They are copied. Default: zeros
+        batch: The number of sequences, N.
+        hx: The initial states, as `module` accepts them for a batch. They are copied. Default: zeros
 
     Raises:
-        TypeError: `module` is of none of these classes, `batch` is not an int, or hx is not made of tensors as it
-            should be.
+        TypeError: `module` is of none of these classes, `batch` is not an int, or hx does not have the form that
+            `module` accepts.
         ValueError: `module` is bidirectional (the reverse direction would begin at the end), or `batch` is negative.
-        RuntimeError: hx has another size, dtype or device than `module` accepts. The text is the one of `module`.
+        RuntimeError: hx has another size, dtype or device than `module` accepts. A call of `module` raises the same
+            text.
 
     Example::
 
@@ -53,10 +54,10 @@ class Stream:
         if batch < 0:
             raise ValueError(f"batch must not be negative, got {batch}")
         self.module, self.batch = module, batch
-        with torch.inference_mode(False):  # so that the states can be updated with and without inference mode
+        with torch.inference_mode(False):  # so that the states can be updated inside and outside inference mode
             self._state = _held(self._accepted(None))  # in the form that `module` accepts and returns
-        # One step as a CUDA graph: the key of the capture, the x and the `active` (or None) that the graph reads, and a
-        # function that replays it and returns the output.
+        # One step as a CUDA graph. The tuple has the key of the capture, the x that the graph reads, the `active` that
+        # it reads (or None), and a function that replays the graph and returns the output.
         self._graph: tuple[tuple, Tensor, Tensor | None, Callable[[], Tensor]] | None = None
         if hx is not None:
             self.state = hx
@@ -87,7 +88,7 @@ class Stream:
         """Run one step, x (N, I), or a chunk of T steps, (T, N, I) or with batch_first (N, T, I).
 
         Args:
-            x: the input. Its numbers for sequences that are not active do not matter; they may be NaN.
+            x: The input. For sequences that are not active, its numbers do not matter and may be NaN.
             active: bool (N,). Sequences where it is True advance. The others keep their state and output zeros.
                 Default: all sequences advance.
 
@@ -98,7 +99,7 @@ class Stream:
             TypeError: x or `active` is not a tensor.
             ValueError: x has a wrong rank or batch size, `active` has a wrong shape, dtype or device, or the module is
                 in training mode and has dropout.
-            RuntimeError: x has a wrong number of features, dtype or device. The text is the one of `module`.
+            RuntimeError: x has a wrong number of features, dtype or device. A call of `module` raises the same text.
         """
         check_tensor(x, "x")
         module = self.module
@@ -115,7 +116,7 @@ class Stream:
     def reset(self, which: Tensor | None = None) -> None:
         """Zero the states of all sequences, or only those where `which`, bool (N,), is True.
 
-        The errors for a wrong `which` are those for a wrong `active`.
+        A wrong `which` raises the same errors as a wrong `active` in a call.
         """
         if which is None:
             return self._update(_each(torch.zeros_like, self._state))
@@ -163,7 +164,11 @@ class Stream:
         return y if x.dim() == 3 else y.squeeze(time_axis)
 
     def _replay(self, x: Tensor, active: Tensor | None) -> Tensor:
-        """Run a step by its graph. The step is captured first if no graph has these parameters, sizes and `active`."""
+        """Run a step by replaying its graph, and return a copy of the output.
+
+        The step is captured first if parameters, options or the form of x have changed since the last capture. It is
+        also captured if `active` is given and the graph reads none.
+        """
         module, graph = self.module, self._graph
         key = x.shape, x.dtype, module._options(), tuple(p.data_ptr() for p in module.parameters())
         if graph is None or graph[0] != key or (graph[2] is None and active is not None):
@@ -193,7 +198,7 @@ class Stream:
 
 
 def on_cuda(x: Tensor) -> bool:
-    """Whether steps are replayed. (Tests replace this function and `captured`.)"""
+    """Whether steps are replayed from a CUDA graph. Tests without a GPU replace this function and `captured`."""
     return x.is_cuda
 
 
@@ -238,7 +243,7 @@ def _tensors(states: Any) -> list[Tensor]:
 def _held(states: Any) -> Any:
     """Return copies of states in float32, or in float64 if they are float64.
 
-    In a tuple the first state, h, keeps its dtype: the output has the same numbers, rounded to that dtype.
+    The first state of a tuple, h, keeps its dtype. It equals the last output, so float32 would add nothing.
     """
     if isinstance(states, list):
         return list(map(_held, states))

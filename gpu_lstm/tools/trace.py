@@ -29,7 +29,7 @@ class Trace(Generic[Gates]):
 
     output: Tensor | PackedSequence  # output and states are the results of the call
     states: Any
-    layers: list[list[Gates]]  # [L][D]; a gate is [T, B, H], also with batch_first; B = 1 if unbatched
+    layers: list[list[Gates]]  # [L][D]; each gate is [T, B, H], even with batch_first, with B = 1 if unbatched
     lengths: Tensor | None  # [B]
 
     def __repr__(self) -> str:
@@ -69,8 +69,8 @@ def trace(
     Dropout is applied as in any call. To trace inference, call `eval()` first.
 
     Args:
-        module: a gpu_lstm.LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a torch.nn.LSTM or GRU.
-        x, hx, lengths, resets, reset_states: as `module` accepts them.
+        module: A gpu_lstm.LSTM, GRU, SLSTM, StackedLSTM or StackedGRU, or a torch.nn.LSTM or GRU.
+        x, hx, lengths, resets, reset_states: As `module` accepts them.
 
     Returns:
         A Trace. It has the results, and in `layers[k][d]` the gates of layer k in direction d. Each gate is [T, B, H],
@@ -78,7 +78,7 @@ def trace(
 
     Raises:
         TypeError: `module` is of none of these classes.
-        ValueError, RuntimeError: as a call of `module` raises.
+        ValueError, RuntimeError: The same errors as in a call of `module`.
 
     Example::
 

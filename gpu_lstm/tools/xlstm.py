@@ -20,11 +20,14 @@ from ..kernels.cells import SLSTM
 
 _CELLS = ("xlstm.blocks.slstm.cell.sLSTMCell_vanilla", "xlstm.blocks.slstm.cell.sLSTMCell_cuda",
           "tirex.models.slstm.cell.sLSTMCell")  # fmt: skip
-_CLIPPING = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")  # of xlstm's CUDA kernels
+# These options of xlstm's CUDA kernels clip or cut numbers.
+_CLIPPING = ("gradient_recurrent_cut", "gradient_recurrent_clipval", "forward_clipval")
 _ACCEPTED = {"function": ("slstm",)} | dict.fromkeys(_CLIPPING, (None, False))
 """The values of a cell's options with which the cell computes what slstm_layer computes. An option that a cell lacks
 has the first value."""
-MOST_STEPS = 4  # that `_by_steps` runs on a CPU, or twice as many without gradients; with more, slstm_layer is faster
+MOST_STEPS = 4
+"""The most steps that `_by_steps` runs on a CPU with gradients. Without gradients it runs twice as many. With more,
+slstm_layer is faster."""
 
 
 def use_for_slstm(model: nn.Module, on: bool = True) -> int:
@@ -35,23 +38,23 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
 
     The cell computes in the dtype of the input, or under autocast in autocast's dtype. This differs from the packages:
     TiRex's torch backend rounds everything to bfloat16 at each step, and xlstm's CUDA kernels compute in the dtype of
-    their config. States are returned in float32, or in float64 if the input is float64. Their c, n and m are other
-    numbers for an equal state, see `SLSTM`.
+    their config. States are returned in float32, or in float64 if the input is float64. c, n and m differ from the
+    packages', but represent the same state, see `SLSTM`.
 
     TiRex's cells, and xlstm's cells with backend "vanilla", need no nvcc. xlstm's cells with backend "cuda" compile
     their kernels when they are constructed.
 
     Args:
-        model: a module of any kind. It may itself be a cell.
-        on: if False, the cells compute by their own package again. Default: True
+        model: A module of any kind. It may itself be a cell.
+        on: If False, the cells compute by their own package again. Default: True
 
     Returns:
         The number of cells. The logger "gpu_lstm" names them at INFO.
 
     Raises:
         TypeError: `model` is not a module, or `on` is not a bool.
-        ValueError: there is no such cell, or a cell computes something else (function="lstm", or gradients or outputs
-            that are clipped or cut). Nothing is changed.
+        ValueError: There is no such cell, or a cell computes what slstm_layer cannot compute: function="lstm", or
+            clipping or cutting of outputs or gradients. Nothing is changed.
     """
     check_bool("on", on)
     if not isinstance(model, nn.Module):
@@ -72,7 +75,7 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
         raise ValueError(f"there is none of {', '.join(_CELLS)} in the {type(model).__name__}")
     for cell, theirs in cells.items():
         cls = _by_ours(theirs) if on else theirs
-        if is_parametrized(cell):  # torch has put a class on top, with a property for each parametrized weight: keep it
+        if is_parametrized(cell):  # keep the class that torch put on top, with a property for each parametrized weight
             top = type(cell)
             cls = type(top.__name__, (cls,), dict(vars(top)))
         cell.__class__ = cls
@@ -81,20 +84,20 @@ def use_for_slstm(model: nn.Module, on: bool = True) -> int:
     return len(cells)
 
 
-@functools.cache  # one class for each of theirs, so that one compiled graph serves all cells
+@functools.cache  # with one class for each class of a package, one compiled graph serves all cells
 def _by_ours(theirs: type) -> Any:
     """Return the subclass of a cell's class that computes by `slstm_layer`."""
     return type(theirs.__name__, (ByOurs, theirs), {"_theirs": theirs})
 
 
 def _remade(theirs: type) -> Any:
-    """Return an empty instance for pickle, which cannot find a class that a call made."""
+    """Return an instance without attributes, for pickle, which could not find the class that `_by_ours` makes."""
     cls = _by_ours(theirs)
     return cls.__new__(cls)
 
 
 class ByOurs(nn.Module):
-    """The base class that comes before the class of the other package.
+    """The methods that replace a cell's own. `_by_ours` puts this base class before the cell's class.
 
     Sizes are written in xlstm's letters: B sequences, S = T steps, N heads of D units each, H = N D.
     """
@@ -105,7 +108,8 @@ class ByOurs(nn.Module):
     _bias_: Tensor
 
     def __reduce__(self) -> tuple:
-        state = getattr(self, "__getstate__", self.__dict__.copy)()  # torch's raises for parametrized weights
+        # With parametrized weights, torch defines a __getstate__ that raises an error.
+        state = getattr(self, "__getstate__", self.__dict__.copy)()
         return _remade, (self._theirs,), state
 
     def forward(self, input: Tensor, state: Tensor | None = None, lengths: Any = None) -> tuple[Tensor, Tensor]:
